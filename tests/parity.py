@@ -1,0 +1,29 @@
+"""What the parity tests share: random weights for every parameter, and the error that they print."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def randomise(module: nn.Module, seed: int) -> None:
+    """Draw EVERY parameter, also those that are born zero or one: a default would hide a swapped or unused tensor.
+
+    Matrices keep the scale of their fan-in, vectors of norms stay near one, tables and biases are about 0.3.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        is_scale = "norm" in name and (name.endswith("weight") or name.endswith("gamma"))
+        if is_scale:
+            parameter.data = 1 + 0.2 * noise
+        elif parameter.dim() >= 2 and "table" not in name and "modulation" not in name:
+            parameter.data = noise / parameter[0].numel() ** 0.5
+        else:
+            parameter.data = 0.3 * noise
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """||got - expected|| / ||expected|| in float64; NaN never passes a bound."""
+    difference = got.double() - expected.double()
+    return float(difference.norm() / expected.double().norm())

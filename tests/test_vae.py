@@ -1,0 +1,223 @@
+"""The VAE against diffusers' on shared random weights; chunks against whole clips; causality and purity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from wanfast.runtime.checkpoint import rename
+from wanfast.runtime.model_spec import VAESpec
+from wanfast.runtime.models.vae import Past, WanVAE
+
+SPEC = VAESpec(base_dim=8)
+# frames, height, width: 1 to 5 latent frames, square and not
+CLIPS = [(1, 16, 16), (5, 24, 16), (9, 32, 40), (13, 16, 32), (17, 24, 16)]
+MEAN = torch.tensor(SPEC.latents_mean).view(1, -1, 1, 1, 1)
+STD = torch.tensor(SPEC.latents_std).view(1, -1, 1, 1, 1)
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def reference() -> AutoencoderKLWan:
+    """Diffusers' VAE with every parameter random, those that are initialised to zero or one as well."""
+    vae = AutoencoderKLWan(
+        base_dim=SPEC.base_dim,
+        z_dim=SPEC.latent_channels,
+        dim_mult=list(SPEC.dim_mult),
+        num_res_blocks=SPEC.num_res_blocks,
+        temperal_downsample=list(SPEC.temporal_downsample),
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in vae.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("gamma"):
+            parameter.data = 1 + 0.2 * noise
+        elif name.endswith("bias"):
+            parameter.data = 0.1 * noise
+        else:
+            parameter.data = noise * parameter[0].numel() ** -0.5
+    vae.decoder.conv_out.weight.data *= 0.2  # keeps the video within [-1,1], where the final clamp hides nothing
+    return vae.eval()
+
+
+@pytest.fixture(scope="module")
+def vae(reference: AutoencoderKLWan) -> WanVAE:
+    """Ours with the same weights, built as in production: on meta, then filled."""
+    with torch.device("meta"):
+        vae = WanVAE(SPEC)
+    state = {rename("vae", "diffusers", key): tensor for key, tensor in reference.state_dict().items()}
+    vae.load_state_dict(state, strict=True, assign=True)
+    return vae.eval()
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def video_of(frames: int, height: int, width: int, *, batch: int = 1, seed: int = 1) -> Tensor:
+    return torch.rand((batch, 3, frames, height, width), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def latents_of(frames: int, height: int, width: int, *, batch: int = 1, seed: int = 2) -> Tensor:
+    shape = (batch, SPEC.latent_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("clip", CLIPS, ids=str)
+def test_encode_equals_diffusers(vae: WanVAE, reference: AutoencoderKLWan, clip: tuple[int, int, int]) -> None:
+    video = video_of(*clip, batch=2)
+    expected = (reference.encode(video).latent_dist.mode() - MEAN) / STD
+    error = relative_error(vae.encode(video), expected)
+    print(f"encode {clip}: relative error {error:.1e}")
+    assert error <= TOLERANCE
+
+
+@pytest.mark.parametrize("clip", CLIPS, ids=str)
+def test_decode_equals_diffusers(vae: WanVAE, reference: AutoencoderKLWan, clip: tuple[int, int, int]) -> None:
+    latents = latents_of(*clip, batch=2)
+    expected = reference.decode(latents * STD + MEAN).sample
+    clamped = float((expected.abs() == 1).float().mean())
+    error = relative_error(vae.decode(latents), expected)
+    print(f"decode {clip}: relative error {error:.1e}, {clamped:.1%} clamped")
+    assert error <= TOLERANCE
+    assert clamped < 0.05
+
+
+def test_video_is_clamped(vae: WanVAE) -> None:
+    bias = vae.decoder.conv_out.bias
+    assert bias is not None
+    bias += 5
+    try:
+        assert torch.equal(vae.decode(latents_of(5, 16, 16)), torch.ones(1, 3, 5, 16, 16))
+    finally:
+        bias -= 5
+
+
+def test_decoding_chunk_by_chunk_equals_whole(vae: WanVAE) -> None:
+    latents = latents_of(13, 16, 24)
+    whole = vae.decode(latents)
+    past: Past | None = None
+    start = 0
+    for z, piece in zip(latents.split(1, dim=2), vae.decode_stream(latents), strict=True):
+        chunk, past = vae.decode_chunk(z, past)
+        assert chunk.shape[2] == (1 if start == 0 else 4)
+        assert torch.equal(chunk, piece)
+        assert torch.equal(chunk, whole[:, :, start : start + chunk.shape[2]])
+        start += chunk.shape[2]
+    assert start == 13
+
+
+def test_encoding_chunk_by_chunk_equals_whole(vae: WanVAE) -> None:
+    video = video_of(13, 16, 24)
+    whole = vae.encode(video)
+    past: Past | None = None
+    for index, frames in enumerate(video.split([1, 4, 4, 4], dim=2)):
+        chunk, past = vae.encode_chunk(frames, past)
+        assert torch.equal(chunk, whole[:, :, index : index + 1])
+
+
+def test_longer_chunks_give_the_same(vae: WanVAE) -> None:
+    video, latents = video_of(13, 16, 16), latents_of(13, 16, 16)
+    z0, past = vae.encode_chunk(video[:, :, :1], None)
+    z1, _ = vae.encode_chunk(video[:, :, 1:], past)
+    assert relative_error(torch.cat((z0, z1), dim=2), vae.encode(video)) <= TOLERANCE
+    x0, past = vae.decode_chunk(latents[:, :, :1], None)
+    x1, _ = vae.decode_chunk(latents[:, :, 1:], past)
+    assert relative_error(torch.cat((x0, x1), dim=2), vae.decode(latents)) <= TOLERANCE
+
+
+def test_calls_leave_nothing_behind(vae: WanVAE) -> None:
+    video, latents = video_of(9, 16, 16), latents_of(9, 16, 16)
+    kept = latents.clone()
+    assert torch.equal(vae.encode(video), vae.encode(video))
+    assert torch.equal(vae.decode(latents), vae.decode(latents))
+    assert torch.equal(latents, kept)
+    _, past = vae.decode_chunk(latents[:, :, :1], None)
+    first, _ = vae.decode_chunk(latents[:, :, 1:2], past)
+    again, _ = vae.decode_chunk(latents[:, :, 1:2], past)
+    assert torch.equal(first, again)
+
+
+def test_two_clips_interleaved_do_not_mix(vae: WanVAE) -> None:
+    a, b = latents_of(9, 16, 16, seed=3), latents_of(9, 16, 16, seed=4)
+    pieces = list(zip(vae.decode_stream(a), vae.decode_stream(b), strict=True))
+    for latents, own in zip((a, b), zip(*pieces, strict=True), strict=True):
+        assert torch.equal(torch.cat(own, dim=2), vae.decode(latents))
+
+
+def test_a_later_frame_changes_no_earlier_latent(vae: WanVAE) -> None:
+    video = video_of(13, 16, 16)
+    changed = video.clone()
+    changed[:, :, 5] *= -1  # the first frame of the third latent
+    before, after = vae.encode(video), vae.encode(changed)
+    assert torch.equal(before[:, :, :2], after[:, :, :2])
+    assert all(not torch.equal(before[:, :, t], after[:, :, t]) for t in (2, 3))
+
+
+def test_a_later_latent_changes_no_earlier_frame(vae: WanVAE) -> None:
+    latents = latents_of(13, 16, 16)
+    changed = latents.clone()
+    changed[:, :, 2] *= -1
+    before, after = vae.decode(latents), vae.decode(changed)
+    assert torch.equal(before[:, :, :5], after[:, :, :5])
+    assert all(not torch.equal(before[:, :, f], after[:, :, f]) for f in range(5, 13))
+
+
+def test_strides_dtypes_and_size_of_the_past(vae: WanVAE) -> None:
+    assert (SPEC.temporal_stride, SPEC.spatial_stride) == (4, 8)
+    video, latents = video_of(5, 24, 16), latents_of(5, 24, 16)
+    assert vae.encode(video.double()).dtype == torch.float32
+    assert vae.encode(video).shape == latents.shape == (1, 16, 2, 3, 2)
+    assert vae.decode(latents).shape == video.shape
+    _, encoder_past = vae.encode_chunk(video[:, :, :1], None)
+    _, decoder_past = vae.decode_chunk(latents[:, :, :1], None)
+    assert (len(encoder_past), len(decoder_past)) == (24, 32)
+
+
+def test_half_precision_weights_take_float32_latents() -> None:
+    torch.manual_seed(0)
+    vae = WanVAE(SPEC, dtype=torch.bfloat16)
+    assert {p.dtype for p in vae.parameters()} == {torch.bfloat16}
+    assert vae.encode(video_of(5, 16, 16)).dtype == torch.float32
+    assert vae.decode(latents_of(5, 16, 16)).dtype == torch.bfloat16
+
+
+def test_full_size_parameters() -> None:
+    with torch.device("meta"):
+        vae = WanVAE(VAESpec())
+    assert sum(p.numel() for p in vae.parameters()) == 126_892_531
+    assert {name: tuple(p.shape) for name, p in vae.named_parameters() if "upsamples.7." in name} == {
+        "decoder.upsamples.7.resample.weight": (192, 384, 3, 3),
+        "decoder.upsamples.7.resample.bias": (192,),
+        "decoder.upsamples.7.time_conv.weight": (768, 384, 3, 1, 1),
+        "decoder.upsamples.7.time_conv.bias": (768,),
+    }
+    with_shortcut = {name.rsplit(".", 2)[0] for name, _ in vae.named_parameters() if "shortcut" in name}
+    assert with_shortcut == {"encoder.downsamples.3", "encoder.downsamples.6", "decoder.upsamples.4"}
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 16), (5, 12, 16), (0, 16, 16)], ids=str)
+def test_a_clip_off_the_grid_is_refused(vae: WanVAE, shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="frames must be 4n"):
+        vae.encode(video_of(*shape))
+
+
+def test_a_chunk_off_the_grid_is_refused(vae: WanVAE) -> None:
+    _, past = vae.encode_chunk(video_of(1, 16, 16), None)
+    with pytest.raises(ValueError, match="first chunk has 1"):
+        vae.encode_chunk(video_of(5, 16, 16), None)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        vae.encode_chunk(video_of(3, 16, 16), past)
+    with pytest.raises(ValueError, match="first chunk"):
+        vae.decode_chunk(latents_of(5, 16, 16), None)

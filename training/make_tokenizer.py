@@ -1,0 +1,100 @@
+"""Makes the tokenizer of the tiny model: `python training/make_tokenizer.py [tokenizer.json]`.
+
+Byte-level BPE (arXiv 1508.07909 on UTF-8 bytes): any text is a sequence of its 256 base tokens, so <unk> never occurs,
+and the merges are spent on the words of the captions that the tiny model is trained on. Special ids and the closing
+</s> are UMT5's. Deterministic: no randomness, and the same file each time. Takes under a second.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import cycle, product
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+
+ASSET = Path(__file__).parents[1] / "wanfast/assets/tiny/tokenizer/tokenizer.json"
+VOCAB_SIZE = 960
+SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]  # ids 0, 1, 2
+
+SIZES = "small tiny little big large huge medium-sized".split()
+COLOURS = """
+red green blue yellow orange purple pink cyan magenta brown black white grey gray golden silver teal violet navy olive
+lime maroon beige crimson turquoise dark light bright pale
+""".split()
+SHAPES = [
+    *"circle square star triangle letter ring cross heart diamond rectangle hexagon pentagon ellipse oval arrow".split(),
+    *"ball disc dot box shape object figure".split(),
+    *(f"letter {letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+]
+VERBS = "moves slides drifts goes travels heads glides floats shifts wanders".split()
+MOTIONS = [
+    *(f"{verb} {way}" for verb, way in product(VERBS, ("right", "left", "up", "down"))),
+    *(f"moves to the {side}" for side in ("right", "left", "top", "bottom", "centre", "center", "corner", "edge")),
+    *(f"moves {way}ward{s}" for way in ("up", "down", "left", "right", "for", "back") for s in ("", "s")),
+    *"grows,shrinks,spins,bounces,jumps,hops,falls,rises,rolls,pulses,stops,turns around,moves in a circle".split(","),
+    *"rotates clockwise,rotates counterclockwise,gets bigger,gets smaller,zigzags,orbits the centre".split(","),
+    *"expands,contracts,enlarges,twirls,revolves,wobbles,vibrates,appears,disappears,fades away,loops".split(","),
+    *"stands still,does not move,stays in place,remains motionless,rests,shakes,swings back and forth".split(","),
+    *"moves diagonally,moves horizontally,moves vertically,moves sideways,circles around the middle".split(","),
+]
+CAMERA = [
+    "",
+    *(f"The camera pans {way}." for way in ("right", "left", "up", "down")),
+    *"The camera zooms in.,The camera zooms out.,The camera is still.,Static shot.,A slow zoom.,A fast pan.".split(","),
+]
+BACKGROUNDS = [
+    *(f"on a {colour} background" for colour in COLOURS),
+    *"on a plain background,in front of a gradient,over a checkerboard,over stripes,across the frame".split(","),
+]
+MANNERS = ["", "slowly", "quickly", "smoothly", "fast", "gently", "twice", "again and again"]
+
+GENERAL = """
+A cat and a dog walk along the beach at sunset while the waves roll in behind them. The woman looks at the viewer and
+smiles. A man with a hat is running through the forest. Summer beach vacation style, a white cat wearing sunglasses
+sits on a surfboard. The video shows two people talking at a table in the city at night. Birds fly over the mountain,
+the lake and the river. There is light from the window, water, fire, smoke, snow, rain, clouds, sky, grass, trees and
+flowers. First it opens, then it closes, and after that it comes back with the other one. One, two, three, four, five
+objects. The image has high quality, soft focus, natural lighting, cinematic colours, close-up, wide angle, depth of
+field. Their hands and faces are not blurred; nothing else is moving in this scene, but something will change its shape.
+"""
+
+
+def captions() -> Iterator[str]:
+    """Every size, colour and shape together, each with the next motion, manner, background and camera in turn."""
+    motions, manners, backgrounds, cameras = map(cycle, (MOTIONS, MANNERS, BACKGROUNDS, CAMERA))
+    for size, colour, shape in product(SIZES, COLOURS, SHAPES):
+        phrase = f"{colour} {shape} {next(motions)} {next(manners)}".strip()
+        yield f"A {size} {phrase} {next(backgrounds)}. {next(cameras)}".strip()
+        yield f"the {phrase}, and a {size} {shape} moves with it"
+    yield from [GENERAL.replace("\n", " ")] * 20
+
+
+def make_tokenizer() -> Tokenizer:
+    """A tokenizer of exactly VOCAB_SIZE tokens."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions(), trainer)
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else ASSET
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer()
+    tokenizer.save(str(path), pretty=False)
+    print(f"{path}: {tokenizer.get_vocab_size()} tokens, {path.stat().st_size} bytes")

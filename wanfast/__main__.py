@@ -1,0 +1,6 @@
+"""`python -m wanfast` is the `wanfast` command."""
+
+from wanfast.cli import main
+
+if __name__ == "__main__":
+    main()

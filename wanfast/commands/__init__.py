@@ -1,0 +1,1 @@
+"""Parent halves of the commands: options -> frozen config -> run -> print. No torch here."""

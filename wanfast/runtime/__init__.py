@@ -1,0 +1,1 @@
+"""Everything below the command line: facts, geometry, models, sampling, the pipeline."""

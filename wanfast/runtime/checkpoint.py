@@ -1,0 +1,207 @@
+"""Weights in and out of safetensors (and the two public `.pth` files), through one strict key map.
+
+A module is built on the meta device, where its parameters state names, shapes and dtypes but hold nothing; `load` fills
+it tensor by tensor: read (memory-mapped), move, cast, done. So an fp32 file becomes a bf16 model without a second copy.
+Strict: a tensor that is missing, unexpected, misshapen or there twice is an error that names the tensor and the file.
+
+The key maps are tables of (their module path, our module path), read in either direction; `{i}` is any index. Our names
+are the original checkpoint's, but for the VAE, whose original names are positions in nested lists.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from wanfast.runtime.errors import CorruptArtifactError
+
+Component = Literal["dit", "vae", "umt5"]
+Layout = Literal["original", "diffusers"]
+_Pairs = list[tuple[str, str]]
+
+
+def load(
+    module: nn.Module, files: Sequence[Path], *, component: Component, layout: Layout, device: torch.device | str
+) -> None:
+    """Fill the meta `module` from `files`, each tensor in the dtype that the module states; ready for inference.
+
+    Raises CorruptArtifactError.
+    """
+    wanted = module.state_dict()
+    found: dict[str, Tensor] = {}
+    for file in files:
+        for key, read in _tensors_of(file):
+            name = rename(component, layout, key)
+            if (component, layout, key) == ("umt5", "diffusers", "encoder.embed_tokens.weight"):
+                continue  # the same tensor as shared.weight, written twice by some versions of transformers
+            if name not in wanted:
+                raise CorruptArtifactError(f"{file}: unexpected tensor {key!r}: not the weights of this model")
+            if name in found:
+                raise CorruptArtifactError(f"{file}: tensor {key!r} is there twice; download the folder anew")
+            found[name] = _checked(read, key, file, wanted[name]).to(device=device, dtype=wanted[name].dtype)
+    if missing := sorted(wanted.keys() - found.keys()):
+        where = ", ".join(str(file) for file in files)
+        raise CorruptArtifactError(f"{where}: missing tensor {missing[0]!r} ({len(missing)} in all); download it anew")
+    module.load_state_dict(found, strict=True, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def save(
+    module: nn.Module, file: Path, *, component: Component, layout: Layout, dtype: torch.dtype | None = None
+) -> None:
+    """Write the module under the names of `layout`, in `dtype` or each tensor's own; `.pth` or `.safetensors`."""
+    tensors = {
+        rename_back(component, layout, name): tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in module.state_dict().items()
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".pth":
+        torch.save(tensors, file)
+    else:
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _checked(read: Callable[[], Tensor], key: str, file: Path, wanted: Tensor) -> Tensor:
+    tensor = read()
+    if tensor.shape != wanted.shape:
+        shapes = f"{list(tensor.shape)}, not {list(wanted.shape)}"
+        raise CorruptArtifactError(f"{file}: tensor {key!r} has the shape {shapes}: weights of another model")
+    return tensor
+
+
+def _tensors_of(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Names and readers of the tensors of one file; nothing is read before its reader is called."""
+    if file.suffix == ".pth":
+        try:
+            state = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise CorruptArtifactError(f"{file}: not a plain file of tensors; download it anew ({error!s:.80})") from None
+        for key, tensor in state.items():
+            yield key, lambda tensor=tensor: tensor
+        return
+    try:
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 - a handle is not a mapping
+                yield key, lambda key=key: handle.get_tensor(key)
+    except SafetensorError as error:
+        raise CorruptArtifactError(f"{file}: truncated or not safetensors; download it anew ({error})") from None
+
+
+def rename(component: Component, layout: Layout, key: str) -> str:
+    """Our name for the tensor that `layout` calls `key`; a name that the map does not know stays as it is."""
+    return _substitute(key, [(theirs, ours) for theirs, ours in key_map(component, layout)])
+
+
+def rename_back(component: Component, layout: Layout, name: str) -> str:
+    """The inverse of `rename`."""
+    return _substitute(name, [(ours, theirs) for theirs, ours in key_map(component, layout)])
+
+
+def _substitute(key: str, pairs: _Pairs) -> str:
+    for source, target in pairs:
+        if match := _pattern(source).match(key):
+            indices = iter(match.groups())
+            return re.sub(r"\{i\}", lambda _: next(indices), target) + key[match.end() :]
+    return key
+
+
+@cache
+def _pattern(path: str) -> re.Pattern[str]:
+    return re.compile(re.escape(path).replace(r"\{i\}", r"(\d+)") + r"(?=\.|$)")
+
+
+@cache
+def key_map(component: Component, layout: Layout) -> _Pairs:
+    """(their module path, our module path) for every path that differs."""
+    tables: Mapping[tuple[Component, Layout], Callable[[], _Pairs]] = {
+        ("dit", "diffusers"): _dit_diffusers,
+        ("umt5", "diffusers"): _umt5_diffusers,
+        ("vae", "original"): _vae_original,
+        ("vae", "diffusers"): _vae_diffusers,
+    }
+    return tables.get((component, layout), list)()
+
+
+def _dit_diffusers() -> _Pairs:
+    attentions = [
+        (f"blocks.{{i}}.{theirs}.{their_part}", f"blocks.{{i}}.{ours}.{our_part}")
+        for theirs, ours in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for their_part, our_part in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
+    ] + [
+        (f"blocks.{{i}}.{theirs}.{norm}", f"blocks.{{i}}.{ours}.{norm}")
+        for theirs, ours in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for norm in ("norm_q", "norm_k")
+    ]
+    return [
+        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+        ("condition_embedder.time_proj", "time_projection.1"),
+        ("proj_out", "head.head"),
+        ("scale_shift_table", "head.modulation"),
+        ("blocks.{i}.scale_shift_table", "blocks.{i}.modulation"),
+        ("blocks.{i}.norm2", "blocks.{i}.norm3"),  # the norm before cross-attention: the only one with weights
+        ("blocks.{i}.ffn.net.0.proj", "blocks.{i}.ffn.0"),
+        ("blocks.{i}.ffn.net.2", "blocks.{i}.ffn.2"),
+        *attentions,
+    ]
+
+
+def _umt5_diffusers() -> _Pairs:
+    attention, feed_forward = "encoder.block.{i}.layer.0", "encoder.block.{i}.layer.1"
+    return [
+        ("shared", "token_embedding"),
+        ("encoder.final_layer_norm", "norm"),
+        (f"{attention}.layer_norm", "blocks.{i}.norm1"),
+        *((f"{attention}.SelfAttention.{part}", f"blocks.{{i}}.attn.{part}") for part in "qkvo"),
+        (f"{attention}.SelfAttention.relative_attention_bias", "blocks.{i}.pos_embedding.embedding"),
+        (f"{feed_forward}.layer_norm", "blocks.{i}.norm2"),
+        (f"{feed_forward}.DenseReluDense.wi_0", "blocks.{i}.ffn.gate.0"),
+        (f"{feed_forward}.DenseReluDense.wi_1", "blocks.{i}.ffn.fc1"),
+        (f"{feed_forward}.DenseReluDense.wo", "blocks.{i}.ffn.fc2"),
+    ]
+
+
+_VAE_SEQUENCES = ("encoder.downsamples.{i}", "encoder.middle.{i}", "decoder.middle.{i}", "decoder.upsamples.{i}")
+
+
+def _vae_original() -> _Pairs:
+    residual = (("residual.0", "norm1"), ("residual.2", "conv1"), ("residual.3", "norm2"), ("residual.6", "conv2"))
+    return [
+        ("conv1", "quant_conv"),
+        ("conv2", "post_quant_conv"),
+        *(
+            (f"{half}.{theirs}", f"{half}.{ours}")
+            for half in ("encoder", "decoder")
+            for theirs, ours in (("conv1", "conv_in"), ("head.0", "norm_out"), ("head.2", "conv_out"))
+        ),
+        *((f"{block}.{theirs}", f"{block}.{ours}") for block in _VAE_SEQUENCES for theirs, ours in residual),
+        *((f"{block}.resample.1", f"{block}.resample") for block in (_VAE_SEQUENCES[0], _VAE_SEQUENCES[3])),
+    ]
+
+
+def _vae_diffusers() -> _Pairs:
+    sequences = [("encoder.down_blocks.{i}", "encoder.downsamples.{i}")]
+    for half in ("encoder", "decoder"):
+        sequences += [
+            (f"{half}.mid_block.resnets.0", f"{half}.middle.0"),
+            (f"{half}.mid_block.attentions.0", f"{half}.middle.1"),
+            (f"{half}.mid_block.resnets.1", f"{half}.middle.2"),
+        ]
+    for n in range(16):  # a level is three residual blocks and, but for the last, an upsampling
+        level, j = divmod(n, 4)
+        part = f"resnets.{j}" if j < 3 else "upsamplers.0"
+        sequences.append((f"decoder.up_blocks.{level}.{part}", f"decoder.upsamples.{n}"))
+    parts = [("conv_shortcut", "shortcut"), ("resample.1", "resample")]
+    # the longer path first: `_substitute` takes the first that matches
+    return [(f"{theirs}.{t}", f"{ours}.{o}") for theirs, ours in sequences for t, o in parts] + sequences

@@ -1,0 +1,40 @@
+"""Errors that a user can mend. Each carries its exit code; its text is one line that names the option and the mend.
+
+Only `cli.py` turns them into an exit code. Anything else that escapes is a bug and keeps its traceback.
+"""
+
+
+class WanFastError(Exception):
+    """The root: never raised itself."""
+
+    exit_code = 1
+
+
+class ConfigError(WanFastError):
+    """An option, or the file that an option names, is wrong."""
+
+    exit_code = 2
+
+
+class MissingArtifactError(WanFastError):
+    """Weights or another artifact are not there; the text holds the command that makes them."""
+
+    exit_code = 3
+
+
+class CorruptArtifactError(WanFastError):
+    """A file is there but does not hold what it should: a missing, unexpected or misshapen tensor, a wrong hash."""
+
+    exit_code = 4
+
+
+class RankFailedError(WanFastError):
+    """A worker process died; the text is the error of the first that failed."""
+
+    exit_code = 5
+
+
+class JobsFailedError(WanFastError):
+    """Some lines of a `--jobs` file failed; the others were done."""
+
+    exit_code = 6

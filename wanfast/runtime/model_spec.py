@@ -1,0 +1,117 @@
+"""The facts of a model: sizes of its four networks, expert boundary, the reference's defaults, where its weights live.
+
+`A14B` is Wan2.2-I2V-A14B as published. Any other model states its facts in a `wanfast.json` beside its weights
+(`ModelSpec.to_json`), or only its transformer's in the `config.json` that both public layouts carry.
+Source: the configuration files and code of Wan-Video/Wan2.2 (42bf4cf).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTSpec:
+    """One expert: a diffusion transformer over a latent video."""
+
+    dim: int = 5120
+    ffn_dim: int = 13824
+    freq_dim: int = 256
+    in_channels: int = 36  # 16 noisy latent + 4 mask + 16 encoded first frame
+    out_channels: int = 16
+    num_heads: int = 40
+    num_layers: int = 40
+    text_dim: int = 4096
+    text_len: int = 512
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+# Per-channel statistics of the latents of the Wan 2.1 VAE: normalised latent = (latent - mean) / std.
+_LATENTS_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+_LATENTS_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAESpec:
+    """The causal video VAE: 4x8x8 compression into 16 channels."""
+
+    base_dim: int = 96
+    latent_channels: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = _LATENTS_MEAN
+    latents_std: tuple[float, ...] = _LATENTS_STD
+
+    @property
+    def temporal_stride(self) -> int:
+        return 2 ** sum(self.temporal_downsample)
+
+    @property
+    def spatial_stride(self) -> int:
+        return 2 ** len(self.temporal_downsample)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UMT5Spec:
+    """The text encoder: the encoder half of UMT5-XXL."""
+
+    vocab_size: int = 256384
+    dim: int = 4096
+    attention_dim: int = 4096
+    ffn_dim: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A whole image-to-video model and the defaults that its makers gave it."""
+
+    name: str = "Wan2.2-I2V-A14B"
+    repo_id: str | None = "Wan-AI/Wan2.2-I2V-A14B"
+    weights_note: str | None = None  # said with every result, e.g. that the weights were never trained
+    dit: DiTSpec = field(default_factory=DiTSpec)
+    vae: VAESpec = field(default_factory=VAESpec)
+    umt5: UMT5Spec = field(default_factory=UMT5Spec)
+    boundary: float = 0.9  # the high-noise expert takes timesteps >= boundary * 1000
+    size: str = "1280x720"
+    frames: int = 81
+    steps: int = 40
+    shift: float = 5.0
+    guidance_high_noise: float = 3.5
+    guidance_low_noise: float = 3.5
+    fps: int = 16
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> ModelSpec:
+        """The inverse of `to_json`; absent facts are A14B's. Raises TypeError for a fact that it does not know."""
+        parts = {"dit": DiTSpec, "vae": VAESpec, "umt5": UMT5Spec}
+        facts = {k: parts[k](**_tuples(v)) if k in parts else v for k, v in document.items()}
+        return cls(**facts)
+
+
+def _tuples(facts: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+
+
+A14B = ModelSpec()

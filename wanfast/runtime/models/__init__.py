@@ -1,0 +1,1 @@
+"""Pure `nn.Module`s: a forward pass depends on its arguments alone."""

@@ -1,0 +1,193 @@
+"""The diffusion transformer of one expert: noisy latent, condition, timestep and text in; flow velocity out.
+
+A token is a 1x2x2 patch of the latent video. Forty blocks of self-attention over all tokens, cross-attention to the
+text and a feed-forward network, each reading a normalised copy of one residual stream and adding to it. The timestep
+acts only through shifts, scales and gates (adaLN). All tokens share one timestep, so its MLP is evaluated on ONE row and
+broadcast; the text's keys and values do not depend on the step, so `encode_text` makes them once a prompt.
+
+Precision: matrix products in the linears' dtype (bf16), everything that is small or accumulates stays float32: residual
+stream, norms, modulation, time MLP, head. Parameters say which is which by their own dtype.
+Cost at 1280x720x81 (L = 75,600): 163 TFLOP a layer, 72 % of it self-attention; 6.5 PFLOP a forward.
+
+Shapes: B batch, L tokens, d model dim, H heads, D head dim, S text tokens, T/Y/X token grid, C latent channels.
+Source: Wan (arXiv 2503.20314) section 4.2; DiT (arXiv 2212.09748) for adaLN. Parameter names are the original
+checkpoint's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from wanfast.runtime.model_spec import DiTSpec
+from wanfast.runtime.models.attention import attention
+from wanfast.runtime.models.rope import RotaryTables, apply_rotary
+
+
+class TextKV(NamedTuple):
+    """One block's cross-attention keys and values of the text, each [B, S, H, D]."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Linear(nn.Linear):
+    """A linear layer whose weight decides the precision of the product: the input is cast to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32. For q and k that is all heads together, not each."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, spec: DiTSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads = spec.num_heads
+        self.q, self.k, self.v, self.o = (Linear(spec.dim, spec.dim, dtype=dtype) for _ in range(4))
+        self.norm_q, self.norm_k = (RMSNorm(spec.dim, spec.eps) for _ in range(2))
+
+    def forward(self, x_BLd: Tensor, rope: RotaryTables) -> Tensor:
+        dtype = self.q.weight.dtype
+        q = apply_rotary(self._heads(self.norm_q(self.q(x_BLd))), rope).to(dtype)
+        k = apply_rotary(self._heads(self.norm_k(self.k(x_BLd))), rope).to(dtype)
+        v = self._heads(self.v(x_BLd))
+        return self.o(attention(q, k, v).flatten(2))
+
+    def _heads(self, x_BLd: Tensor) -> Tensor:
+        return rearrange(x_BLd, "B L (H D) -> B L H D", H=self.num_heads)
+
+
+class CrossAttention(SelfAttention):
+    """Queries from the video, keys and values from the text. No rotation and no mask: padding rows take part."""
+
+    def encode_text(self, text_BSd: Tensor) -> TextKV:
+        k = self._heads(self.norm_k(self.k(text_BSd)).to(text_BSd.dtype))
+        return TextKV(k, self._heads(self.v(text_BSd)))
+
+    def forward(self, x_BLd: Tensor, text: TextKV) -> Tensor:  # type: ignore[override]
+        q = self._heads(self.norm_q(self.q(x_BLd))).to(text.k.dtype)
+        return self.o(attention(q, *text).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, spec: DiTSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dim, self.eps = spec.dim, spec.eps
+        self.self_attn = SelfAttention(spec, dtype)
+        self.norm3 = nn.LayerNorm(spec.dim, spec.eps, dtype=torch.float32)
+        self.cross_attn = CrossAttention(spec, dtype)
+        self.ffn = nn.Sequential(
+            Linear(spec.dim, spec.ffn_dim, dtype=dtype),
+            nn.GELU("tanh"),
+            Linear(spec.ffn_dim, spec.dim, dtype=dtype),
+        )
+        self.modulation = nn.Parameter(torch.empty(1, 6, spec.dim, dtype=torch.float32))
+
+    def forward(self, x_BLd: Tensor, time_B6d: Tensor, text: TextKV, rope: RotaryTables) -> Tensor:
+        """Residual stream in and out, float32."""
+        rows = (self.modulation + time_B6d).chunk(6, dim=1)
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
+        x = x_BLd
+        x = x + gate_attn * self.self_attn(self._modulated_norm(x, shift_attn, scale_attn), rope)
+        x = x + self.cross_attn(self.norm3(x), text)
+        return x + gate_ffn * self.ffn(self._modulated_norm(x, shift_ffn, scale_ffn))
+
+    def _modulated_norm(self, x_BLd: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return F.layer_norm(x_BLd, (self.dim,), eps=self.eps) * (1 + scale) + shift
+
+
+class Head(nn.Module):
+    """The last norm, modulated by the time embedding itself, and the projection of a token to its patch. Float32."""
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        self.dim, self.eps = spec.dim, spec.eps
+        self.head = Linear(spec.dim, math.prod(spec.patch_size) * spec.out_channels, dtype=torch.float32)
+        self.modulation = nn.Parameter(torch.empty(1, 2, spec.dim, dtype=torch.float32))
+
+    def forward(self, x_BLd: Tensor, time_Bd: Tensor) -> Tensor:
+        shift, scale = (self.modulation + time_Bd.unsqueeze(1)).chunk(2, dim=1)
+        return self.head(F.layer_norm(x_BLd, (self.dim,), eps=self.eps) * (1 + scale) + shift)
+
+
+class WanDiT(nn.Module):
+    """One expert. `dtype` is that of the matrix products' weights; all other parameters are float32."""
+
+    def __init__(self, spec: DiTSpec, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.spec = spec
+        self.patch_embedding = nn.Conv3d(
+            spec.in_channels, spec.dim, kernel_size=spec.patch_size, stride=spec.patch_size, dtype=dtype
+        )
+        self.text_embedding = nn.Sequential(
+            Linear(spec.text_dim, spec.dim, dtype=dtype), nn.GELU("tanh"), Linear(spec.dim, spec.dim, dtype=dtype)
+        )
+        self.time_embedding = nn.Sequential(
+            Linear(spec.freq_dim, spec.dim, dtype=torch.float32),
+            nn.SiLU(),
+            Linear(spec.dim, spec.dim, dtype=torch.float32),
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(spec.dim, 6 * spec.dim, dtype=torch.float32))
+        self.blocks = nn.ModuleList(Block(spec, dtype) for _ in range(spec.num_layers))
+        self.head = Head(spec)
+
+    def encode_text(self, text_BSc: Tensor) -> list[TextKV]:
+        """Keys and values of every block for text embeddings [B, n <= text_len, text_dim].
+
+        The text is padded with zero rows to `text_len`, and those rows are attended to: the model was trained so.
+        """
+        padding = self.spec.text_len - text_BSc.shape[1]
+        text = self.text_embedding(F.pad(text_BSc, (0, 0, 0, padding)))
+        return [block.cross_attn.encode_text(text) for block in self._blocks()]
+
+    def forward(
+        self, latent: Tensor, condition: Tensor, timestep: Tensor, text: list[TextKV], rope: RotaryTables
+    ) -> Tensor:
+        """Flow velocity [B, C, T, h, w] float32.
+
+        latent: [B, C, T, h, w]; condition: [B, 20, T, h, w] (4 mask channels, then the encoded first frame);
+        timestep: [B] in 0..1000; text: from `encode_text`; rope: tables of this token grid.
+        """
+        video = torch.cat((latent, condition), dim=1).to(self.patch_embedding.weight.dtype)
+        patches = self.patch_embedding(video)
+        token_grid = patches.shape[2:]
+        x = rearrange(patches, "B d T Y X -> B (T Y X) d").float()
+        time_Bd = self.time_embedding(sinusoid(timestep, self.spec.freq_dim))
+        time_B6d = self.time_projection(time_Bd).unflatten(1, (6, -1))
+        for block, text_kv in zip(self._blocks(), text, strict=True):
+            x = block(x, time_B6d, text_kv, rope)
+        return self._unpatchify(self.head(x, time_Bd), token_grid)
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def _unpatchify(self, x_BLp: Tensor, token_grid: torch.Size) -> Tensor:
+        (T, Y, X), (pt, py, px) = token_grid, self.spec.patch_size
+        return rearrange(
+            x_BLp,
+            "B (T Y X) (pt py px C) -> B C (T pt) (Y py) (X px)",
+            **{"T": T, "Y": Y, "X": X, "pt": pt, "py": py, "px": px},
+        )
+
+
+def sinusoid(timestep_B: Tensor, dim: int) -> Tensor:
+    """[B, dim] float32: cosines then sines of timestep * 10000^(-2j/dim), formed in float64."""
+    frequencies = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=timestep_B.device) / dim)
+    angles = torch.outer(timestep_B.double(), frequencies)
+    return torch.cat((angles.cos(), angles.sin()), dim=1).float()

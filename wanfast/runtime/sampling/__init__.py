@@ -1,0 +1,1 @@
+"""The mathematics of the loop: no weights, no files."""

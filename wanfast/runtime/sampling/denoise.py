@@ -1,0 +1,44 @@
+"""The sampling loop: from noise to a clean latent, one expert and up to two guidance branches a step.
+
+The loop knows no model: it asks `velocity(expert, branch, sample, timestep)`. Two experts share the work by noise level:
+timesteps at or above the boundary belong to the high-noise expert, which lays out motion and composition, the others to
+the low-noise one, which refines; each has its own guidance scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from wanfast.runtime.sampling.guidance import guide, needs_unconditional
+from wanfast.runtime.sampling.scheduler import Integrator, Step, is_high_noise
+
+Expert = Literal["high_noise", "low_noise"]
+Branch = Literal["prompt", "negative_prompt"]
+VelocityFn = Callable[[Expert, Branch, Tensor, int], Tensor]
+StepFn = Callable[[int, Expert], None]
+
+
+def denoise(
+    noise: Tensor,
+    steps: tuple[Step, ...],
+    velocity: VelocityFn,
+    *,
+    boundary: float,
+    guidance: Mapping[Expert, float],
+    on_step: StepFn = lambda index, expert: None,
+) -> Tensor:
+    """The clean latent, float32 in the shape of `noise`; `on_step(index, expert)` is called after each step."""
+    integrator = Integrator(steps)
+    sample = noise
+    for index, step in enumerate(steps):
+        expert: Expert = "high_noise" if is_high_noise(step.timestep, boundary) else "low_noise"
+        prediction = velocity(expert, "prompt", sample, step.timestep)
+        if needs_unconditional(guidance[expert]):
+            unconditional = velocity(expert, "negative_prompt", sample, step.timestep)
+            prediction = guide(prediction, unconditional, guidance[expert])
+        sample = integrator.advance(sample, prediction)
+        on_step(index, expert)
+    return sample

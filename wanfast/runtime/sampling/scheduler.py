@@ -1,0 +1,148 @@
+"""Flow-matching solvers in closed form: noise levels, timesteps, and every step as weights of what is already known.
+
+A flow model at noise level sigma sees x = (1 - sigma) x0 + sigma noise and predicts the velocity v = noise - x0, so
+m = x - sigma v is its estimate of the clean x0. All solvers here are linear in x and in the m of the last steps, with
+weights that follow from the noise levels alone. So the weights of all steps are computed once, on the host, in float64,
+and a step is one sum; the loop never asks the device for a number.
+
+With a = 1 - sigma and lambda = ln a - ln sigma, the first-order step from i to i+1 is
+(sigma'/sigma) x + (1 - sigma'/sigma) m, which is Euler; second order adds a multiple of the slope of m over lambda.
+Torch-free: samples may be any arrays.
+Sources: DPM-Solver++ (arXiv 2211.01095) eq. 12; UniPC (arXiv 2302.04867) algorithms 5 and 7 with B(h) = e^h - 1;
+the grids and orders are those of Wan-Video/Wan2.2 (wan/utils/fm_solvers*.py), whose quirks are part of the model's look.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Solver = Literal["unipc", "dpm++", "euler"]
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """x~_i = sample_prev x~_{i-1} + clean_prev m_{i-1} + clean_prev2 m_{i-2} + clean m_i."""
+
+    sample_prev: float
+    clean_prev: float
+    clean_prev2: float
+    clean: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step: x_{i+1} = sample x~_i + clean m_i + clean_prev m_{i-1}, after the correction of x_i to x~_i, if any."""
+
+    sigma: float
+    timestep: int
+    sample: float
+    clean: float
+    clean_prev: float = 0.0
+    correction: Correction | None = None
+
+
+def schedule(solver: Solver, num_steps: int, shift: float) -> tuple[Step, ...]:
+    """All steps of `solver`; the shift moves noise levels up: s -> shift s / (1 + (shift - 1) s), applied once."""
+    sigmas, timesteps = _grid(solver, num_steps, shift)
+    order = 1 if solver == "euler" else 2
+    steps = []
+    for i in range(num_steps):
+        second_order = order == 2 and 0 < i < num_steps - 1
+        steps.append(
+            Step(
+                sigma=sigmas[i],
+                timestep=timesteps[i],
+                **_prediction(sigmas, i, second_order),
+                correction=_correction(sigmas, i) if solver == "unipc" and i > 0 else None,
+            )
+        )
+    return tuple(steps)
+
+
+class Integrator:
+    """Carries one video's sample from noise to clean along a schedule, remembering the last clean estimates."""
+
+    def __init__(self, steps: tuple[Step, ...]) -> None:
+        self._steps = iter(steps)
+        self._sample_prev: Any = None  # x~_{i-1}
+        self._clean_prev: Any = None  # m_{i-1}
+        self._clean_prev2: Any = None  # m_{i-2}
+
+    def advance(self, sample: Any, velocity: Any) -> Any:
+        """The sample of the next noise level, from that of this one and the velocity there; both float32 arrays."""
+        step = next(self._steps)
+        clean = sample - step.sigma * velocity
+        if (c := step.correction) is not None:
+            sample = c.sample_prev * self._sample_prev + c.clean_prev * self._clean_prev + c.clean * clean
+            if c.clean_prev2:
+                sample = sample + c.clean_prev2 * self._clean_prev2
+        predicted = step.sample * sample + step.clean * clean
+        if step.clean_prev:
+            predicted = predicted + step.clean_prev * self._clean_prev
+        self._sample_prev, self._clean_prev, self._clean_prev2 = sample, clean, self._clean_prev
+        return predicted
+
+
+def _grid(solver: Solver, num_steps: int, shift: float) -> tuple[list[float], list[int]]:
+    """Noise levels of N+1 points (the last is 0), as float32 values, and the N integer timesteps, truncated."""
+    # UniPC's grid starts one training step below pure noise, at 0.999 as float32 has it; DPM++'s at pure noise.
+    start = 1.0 if solver == "dpm++" else float(np.float32(0.999))
+    levels = np.linspace(start, 0.0, num_steps + 1)[:-1]
+    levels = shift * levels / (1 + (shift - 1) * levels)
+    timesteps = [int(t) for t in levels * NUM_TRAIN_TIMESTEPS]
+    return [float(s) for s in levels.astype(np.float32)] + [0.0], timesteps
+
+
+def _log_snr(sigma: float) -> float:
+    """lambda, half the log signal-to-noise ratio; infinite at either end."""
+    if sigma >= 1.0:
+        return -math.inf
+    return math.inf if sigma <= 0.0 else math.log1p(-sigma) - math.log(sigma)
+
+
+def _prediction(sigmas: list[float], i: int, second_order: bool) -> dict[str, float]:
+    ratio = sigmas[i + 1] / sigmas[i]
+    if not second_order:
+        return {"sample": ratio, "clean": 1 - ratio}
+    before, here, after = (_log_snr(s) for s in sigmas[i - 1 : i + 2])
+    slope = (1 - ratio) * 0.5 * (after - here) / (here - before)
+    return {"sample": ratio, "clean": 1 - ratio + slope, "clean_prev": -slope}
+
+
+def _correction(sigmas: list[float], i: int) -> Correction:
+    """UniC after the step from i-1 to i, of the order that the prediction of that step had."""
+    ratio = sigmas[i] / sigmas[i - 1]
+    if i == 1:
+        return Correction(sample_prev=ratio, clean_prev=0.5 * (1 - ratio), clean_prev2=0.0, clean=0.5 * (1 - ratio))
+    before, previous, here = (_log_snr(s) for s in sigmas[i - 2 : i + 1])
+    h = here - previous
+    r = (before - previous) / h
+    b = math.expm1(-h)
+    g1 = b / -h - 1
+    b1, b2 = g1 / b, 2 * (g1 / -h - 0.5) / b
+    rho1 = (b1 - b2) / (1 - r)
+    rho2 = b1 - rho1
+    return Correction(
+        sample_prev=ratio,
+        clean_prev=(1 - ratio) * (1 - rho1 / r - rho2),
+        clean_prev2=(1 - ratio) * rho1 / r,
+        clean=(1 - ratio) * rho2,
+    )
+
+
+def steps_per_expert(steps: tuple[Step, ...], boundary: float) -> tuple[int, int]:
+    """How many steps the high-noise and the low-noise expert take: (timestep >= boundary * 1000, the rest)."""
+    high = sum(is_high_noise(step.timestep, boundary) for step in steps)
+    return high, len(steps) - high
+
+
+def is_high_noise(timestep: int, boundary: float) -> bool:
+    return timestep >= boundary * NUM_TRAIN_TIMESTEPS
+
+
