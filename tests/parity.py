@@ -14,7 +14,7 @@ def randomise(module: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        is_scale = "norm" in name and (name.endswith("weight") or name.endswith("gamma"))
+        is_scale = "norm" in name and name.endswith(("weight", "gamma"))
         if is_scale:
             parameter.data = 1 + 0.2 * noise
         elif parameter.dim() >= 2 and "table" not in name and "modulation" not in name:

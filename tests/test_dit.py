@@ -88,7 +88,10 @@ def test_bf16_products_keep_small_parameters_and_output_in_fp32() -> None:
     assert all(v.dtype == torch.bfloat16 for k, v in wanted.items() if ".self_attn.q." in k or ".ffn." in k)
 
     generator = torch.Generator().manual_seed(4)
-    latent, condition = torch.randn(1, 16, 3, 6, 6, generator=generator), torch.randn(1, 20, 3, 6, 6, generator=generator)
+    latent, condition = (
+        torch.randn(1, 16, 3, 6, 6, generator=generator),
+        torch.randn(1, 20, 3, 6, 6, generator=generator),
+    )
     text, rope = torch.randn(1, 5, spec.text_dim, generator=generator), rotary_tables((3, 3, 3), spec.head_dim)
     timestep = torch.tensor([950])
     got = ours(latent, condition, timestep, ours.encode_text(text.bfloat16()), rope)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from itertools import cycle, product
 from pathlib import Path
+from string import ascii_uppercase
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -23,37 +24,44 @@ ASSET = Path(__file__).parents[1] / "wanfast/assets/tiny/tokenizer/tokenizer.jso
 VOCAB_SIZE = 960
 SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]  # ids 0, 1, 2
 
-SIZES = "small tiny little big large huge medium-sized".split()
-COLOURS = """
-red green blue yellow orange purple pink cyan magenta brown black white grey gray golden silver teal violet navy olive
-lime maroon beige crimson turquoise dark light bright pale
-""".split()
-SHAPES = [
-    *"circle square star triangle letter ring cross heart diamond rectangle hexagon pentagon ellipse oval arrow".split(),
-    *"ball disc dot box shape object figure".split(),
-    *(f"letter {letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
-]
-VERBS = "moves slides drifts goes travels heads glides floats shifts wanders".split()
+
+def phrases(text: str) -> list[str]:
+    """The phrases of a comma-separated text."""
+    return [" ".join(phrase.split()) for phrase in text.split(",")]
+
+
+SIZES = phrases("small, tiny, little, big, large, huge, medium-sized")
+COLOURS = phrases("""
+red, green, blue, yellow, orange, purple, pink, cyan, magenta, brown, black, white, grey, gray, golden, silver, teal,
+violet, navy, olive, lime, maroon, beige, crimson, turquoise, dark, light, bright, pale
+""")
+SHAPES = phrases("""
+circle, square, star, triangle, letter, ring, cross, heart, diamond, rectangle, hexagon, pentagon, ellipse, oval,
+arrow, ball, disc, dot, box, shape, object, figure
+""") + [f"letter {letter}" for letter in ascii_uppercase]
+VERBS = phrases("moves, slides, drifts, goes, travels, heads, glides, floats, shifts, wanders")
 MOTIONS = [
-    *(f"{verb} {way}" for verb, way in product(VERBS, ("right", "left", "up", "down"))),
-    *(f"moves to the {side}" for side in ("right", "left", "top", "bottom", "centre", "center", "corner", "edge")),
-    *(f"moves {way}ward{s}" for way in ("up", "down", "left", "right", "for", "back") for s in ("", "s")),
-    *"grows,shrinks,spins,bounces,jumps,hops,falls,rises,rolls,pulses,stops,turns around,moves in a circle".split(","),
-    *"rotates clockwise,rotates counterclockwise,gets bigger,gets smaller,zigzags,orbits the centre".split(","),
-    *"expands,contracts,enlarges,twirls,revolves,wobbles,vibrates,appears,disappears,fades away,loops".split(","),
-    *"stands still,does not move,stays in place,remains motionless,rests,shakes,swings back and forth".split(","),
-    *"moves diagonally,moves horizontally,moves vertically,moves sideways,circles around the middle".split(","),
+    *(f"{verb} {way}" for verb, way in product(VERBS, phrases("right, left, up, down"))),
+    *(f"moves to the {side}" for side in phrases("right, left, top, bottom, centre, center, corner, edge")),
+    *(f"moves {way}" for way in phrases("upward, downward, leftward, rightward, forward, backward")),
+    *(f"moves {way}" for way in phrases("upwards, downwards, forwards, backwards, sideways")),
+    *(f"moves {way}" for way in phrases("diagonally, horizontally, vertically, in a circle, around the middle")),
+    *phrases("""
+    stands still, does not move, stays in place, remains motionless, rests, stops, grows, shrinks, gets bigger,
+    gets smaller, expands, contracts, enlarges, spins, rotates clockwise, rotates counterclockwise, turns around,
+    twirls, revolves, circles, orbits the centre, loops, bounces, jumps, hops, falls, rises, sinks, rolls, flies,
+    zigzags, swings back and forth, shakes, wobbles, vibrates, pulses, appears, disappears, fades away
+    """),
 ]
-CAMERA = [
-    "",
-    *(f"The camera pans {way}." for way in ("right", "left", "up", "down")),
-    *"The camera zooms in.,The camera zooms out.,The camera is still.,Static shot.,A slow zoom.,A fast pan.".split(","),
-]
+CAMERA = phrases("""
+, The camera pans right., The camera pans left., The camera pans up., The camera pans down., The camera zooms in.,
+The camera zooms out., The camera is still., Static shot., A slow zoom., A fast pan.
+""")
 BACKGROUNDS = [
     *(f"on a {colour} background" for colour in COLOURS),
-    *"on a plain background,in front of a gradient,over a checkerboard,over stripes,across the frame".split(","),
+    *phrases("on a plain background, in front of a gradient, over a checkerboard, over stripes, across the frame"),
 ]
-MANNERS = ["", "slowly", "quickly", "smoothly", "fast", "gently", "twice", "again and again"]
+MANNERS = phrases(", slowly, quickly, smoothly, fast, gently, twice, again and again")
 
 GENERAL = """
 A cat and a dog walk along the beach at sunset while the waves roll in behind them. The woman looks at the viewer and

@@ -26,7 +26,7 @@ def atomic_path(target: Path, option: str = "--output") -> Iterator[Path]:
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(partial, target)
+        partial.replace(target)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -84,21 +84,27 @@ def _tensors_of(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         try:
             state = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise CorruptArtifactError(f"{file}: not a plain file of tensors; download it anew ({error!s:.80})") from None
+            raise CorruptArtifactError(
+                f"{file}: not a plain file of tensors; download it anew ({error!s:.80})"
+            ) from None
         for key, tensor in state.items():
-            yield key, lambda tensor=tensor: tensor
+            yield key, partial(_identity, tensor)
         return
     try:
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - a handle is not a mapping
-                yield key, lambda key=key: handle.get_tensor(key)
+                yield key, partial(handle.get_tensor, key)
     except SafetensorError as error:
         raise CorruptArtifactError(f"{file}: truncated or not safetensors; download it anew ({error})") from None
 
 
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def rename(component: Component, layout: Layout, key: str) -> str:
     """Our name for the tensor that `layout` calls `key`; a name that the map does not know stays as it is."""
-    return _substitute(key, [(theirs, ours) for theirs, ours in key_map(component, layout)])
+    return _substitute(key, key_map(component, layout))
 
 
 def rename_back(component: Component, layout: Layout, name: str) -> str:
@@ -109,8 +115,9 @@ def rename_back(component: Component, layout: Layout, name: str) -> str:
 def _substitute(key: str, pairs: _Pairs) -> str:
     for source, target in pairs:
         if match := _pattern(source).match(key):
-            indices = iter(match.groups())
-            return re.sub(r"\{i\}", lambda _: next(indices), target) + key[match.end() :]
+            head, *rest = target.split("{i}")
+            indexed = head + "".join(index + part for index, part in zip(match.groups(), rest, strict=True))
+            return indexed + key[match.end() :]
     return key
 
 

@@ -3,9 +3,13 @@
 Only `cli.py` turns them into an exit code. Anything else that escapes is a bug and keeps its traceback.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class WanFastError(Exception):
-    """The root: never raised itself."""
+    """The root of all errors that are not bugs."""
 
     exit_code = 1
 
@@ -38,3 +42,15 @@ class JobsFailedError(WanFastError):
     """Some lines of a `--jobs` file failed; the others were done."""
 
     exit_code = 6
+
+
+def failure(error: WanFastError) -> dict[str, Any]:
+    """An error as a result document, the form in which it crosses to another process."""
+    return {"error": str(error), "exit_code": error.exit_code}
+
+
+def from_failure(document: dict[str, Any]) -> WanFastError:
+    """The inverse of `failure`."""
+    kinds = (ConfigError, MissingArtifactError, CorruptArtifactError, RankFailedError)
+    message = document["error"]
+    return next((kind(message) for kind in kinds if kind.exit_code == document["exit_code"]), WanFastError(message))

@@ -1,8 +1,8 @@
 """Images in, video out: the one image that a clip starts from, and the frames that it ends as.
 
-The idea: the parent reads and refuses, the worker computes. `load_image` and `check_output` run before any GPU is taken
-and import neither torch nor numpy unless the image needs it, so a bad file costs a second and one line. Whatever is done
-to an image on its way to 8-bit RGB is said in `LoadedImage.notes`; nothing is cropped or rescaled here.
+The idea: the parent reads and refuses, the worker computes. `load_image` and `check_output` run before any GPU is
+taken and never import torch, so a bad file costs a second and one line. Whatever is done to an image on its way to
+8-bit RGB is said in `LoadedImage.notes`; nothing is cropped or rescaled here.
 
 The numbers are the reference's: bicubic without antialias and without clamp on the way in, truncation on the way out.
 """
@@ -109,7 +109,7 @@ def check_output(path: str, *, overwrite: bool, needed_bytes: int, option: str =
     try:
         if not folder.exists():
             raise ConfigError(f"{subject}: its folder does not exist; make it: mkdir -p {folder}")
-        probe.touch(exist_ok=False)  # os.access cannot tell: it answers yes to root, and on a read-only mount
+        probe.touch()  # os.access cannot tell: it answers yes to root, and on a read-only mount
         probe.unlink()
         exists, is_folder, free_bytes = target.exists(), target.is_dir(), shutil.disk_usage(folder).free
     except OSError as error:
@@ -129,7 +129,7 @@ def check_output(path: str, *, overwrite: bool, needed_bytes: int, option: str =
 def write_mp4(frames: npt.NDArray[np.uint8], path: Path, fps: int) -> None:
     """Write frames [F, H, W, 3], even H and W, as H.264: CRF 10, yuv420p, index first so that it plays while loading.
 
-    The same frames give the same bytes on any machine with the same libx264: its thread count shows in the stream, so
+    The same frames give the same bytes whatever the number of cores: the encoder's thread count shapes its stream, so
     it is fixed. The colour matrix is named in the file, since players guess another one from 720 lines up.
     PyAV is used without imageio, whose plugin over it has no public way to set the CRF.
     Raises ConfigError if the disk refuses; `path` is then as it was.

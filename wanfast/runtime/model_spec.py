@@ -58,11 +58,11 @@ class VAESpec:
 
     @property
     def temporal_stride(self) -> int:
-        return 2 ** sum(self.temporal_downsample)
+        return 1 << sum(self.temporal_downsample)
 
     @property
     def spatial_stride(self) -> int:
-        return 2 ** len(self.temporal_downsample)
+        return 1 << len(self.temporal_downsample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,7 @@ class ModelSpec:
     frames: int = 81
     steps: int = 40
     shift: float = 5.0
+    shift_480p: float | None = 3.0  # the makers' advice for 832x480; the default stays `shift`
     guidance_high_noise: float = 3.5
     guidance_low_noise: float = 3.5
     fps: int = 16

@@ -35,7 +35,9 @@ class Geometry:
         return math.prod(self.token_grid)
 
 
-def fit_geometry(spec: ModelSpec, area_width: int, area_height: int, frames: int, image_size: tuple[int, int]) -> Geometry:
+def fit_geometry(
+    spec: ModelSpec, area_width: int, area_height: int, frames: int, image_size: tuple[int, int]
+) -> Geometry:
     """The clip that keeps the aspect ratio of `image_size` = (width, height) within area_width * area_height pixels.
 
     The expression is the reference's own, left to right in float64: its rounding is part of the model's contract. So an

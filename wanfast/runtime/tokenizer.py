@@ -72,7 +72,7 @@ def _load(tokenizer_json: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     if not tokenizer_json.is_file():
-        raise MissingArtifactError(f"no tokenizer file {tokenizer_json}: `wanfast download` fetches it")
+        raise MissingArtifactError(f"{tokenizer_json} is missing: copy the model folder anew")
     try:
         tokenizer = Tokenizer.from_buffer(tokenizer_json.read_bytes())
     except ValueError as error:

@@ -2,8 +2,8 @@
 
 A token is a 1x2x2 patch of the latent video. Forty blocks of self-attention over all tokens, cross-attention to the
 text and a feed-forward network, each reading a normalised copy of one residual stream and adding to it. The timestep
-acts only through shifts, scales and gates (adaLN). All tokens share one timestep, so its MLP is evaluated on ONE row and
-broadcast; the text's keys and values do not depend on the step, so `encode_text` makes them once a prompt.
+acts only through shifts, scales and gates (adaLN). All tokens share one timestep, so its MLP is evaluated on ONE row
+and broadcast; the text's keys and values do not depend on the step, so `encode_text` makes them once a prompt.
 
 Precision: matrix products in the linears' dtype (bf16), everything that is small or accumulates stays float32: residual
 stream, norms, modulation, time MLP, head. Parameters say which is which by their own dtype.
@@ -67,7 +67,8 @@ class SelfAttention(nn.Module):
         q = apply_rotary(self._heads(self.norm_q(self.q(x_BLd))), rope).to(dtype)
         k = apply_rotary(self._heads(self.norm_k(self.k(x_BLd))), rope).to(dtype)
         v = self._heads(self.v(x_BLd))
-        return self.o(attention(q, k, v).flatten(2))
+        out: Tensor = self.o(attention(q, k, v).flatten(2))
+        return out
 
     def _heads(self, x_BLd: Tensor) -> Tensor:
         return rearrange(x_BLd, "B L (H D) -> B L H D", H=self.num_heads)
@@ -82,7 +83,8 @@ class CrossAttention(SelfAttention):
 
     def forward(self, x_BLd: Tensor, text: TextKV) -> Tensor:  # type: ignore[override]
         q = self._heads(self.norm_q(self.q(x_BLd))).to(text.k.dtype)
-        return self.o(attention(q, *text).flatten(2))
+        out: Tensor = self.o(attention(q, *text).flatten(2))
+        return out
 
 
 class Block(nn.Module):
@@ -103,10 +105,10 @@ class Block(nn.Module):
         """Residual stream in and out, float32."""
         rows = (self.modulation + time_B6d).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
-        x = x_BLd
-        x = x + gate_attn * self.self_attn(self._modulated_norm(x, shift_attn, scale_attn), rope)
-        x = x + self.cross_attn(self.norm3(x), text)
-        return x + gate_ffn * self.ffn(self._modulated_norm(x, shift_ffn, scale_ffn))
+        x = x_BLd + gate_attn * self.self_attn(self._modulated_norm(x_BLd, shift_attn, scale_attn), rope)
+        x += self.cross_attn(self.norm3(x), text)
+        x += gate_ffn * self.ffn(self._modulated_norm(x, shift_ffn, scale_ffn))
+        return x
 
     def _modulated_norm(self, x_BLd: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return F.layer_norm(x_BLd, (self.dim,), eps=self.eps) * (1 + scale) + shift
@@ -123,7 +125,8 @@ class Head(nn.Module):
 
     def forward(self, x_BLd: Tensor, time_Bd: Tensor) -> Tensor:
         shift, scale = (self.modulation + time_Bd.unsqueeze(1)).chunk(2, dim=1)
-        return self.head(F.layer_norm(x_BLd, (self.dim,), eps=self.eps) * (1 + scale) + shift)
+        out: Tensor = self.head(F.layer_norm(x_BLd, (self.dim,), eps=self.eps) * (1 + scale) + shift)
+        return out
 
 
 class WanDiT(nn.Module):
@@ -182,7 +185,12 @@ class WanDiT(nn.Module):
         return rearrange(
             x_BLp,
             "B (T Y X) (pt py px C) -> B C (T pt) (Y py) (X px)",
-            **{"T": T, "Y": Y, "X": X, "pt": pt, "py": py, "px": px},
+            T=T,
+            Y=Y,
+            X=X,
+            pt=pt,
+            py=py,
+            px=px,
         )
 
 

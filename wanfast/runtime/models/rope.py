@@ -1,9 +1,9 @@
 """Rotary position embedding over a latent video's three axes.
 
-Each head's D dims are D/2 adjacent pairs, rotated as complex numbers by position * frequency. The pairs are dealt out to
-time, height and width (22 + 21 + 21 of 64), each axis with frequencies of its own. Angles are formed in float64 and kept
-as float32 cos/sin: exact to float32 rounding where the reference multiplies in complex128, at a fraction of the traffic.
-Tables depend on the token grid alone: build once a clip, reuse in every layer and step.
+Each head's D dims are D/2 adjacent pairs, rotated as complex numbers by position * frequency. The pairs are dealt out
+to time, height and width (22 + 21 + 21 of 64), each axis with frequencies of its own. Angles are formed in float64 and
+kept as float32 cos/sin: equal to float32 rounding where the reference multiplies in complex128, at a fraction of the
+traffic. Tables depend on the token grid alone: build once a clip, reuse in every layer and step.
 
 Shapes: B batch, L tokens = T*Y*X, H heads, D head dim.
 Source: RoFormer (Su et al. 2021) section 3.4.2; the split and frequencies are Wan's.
@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -43,6 +44,6 @@ def rotary_tables(
 
 def apply_rotary(x_BLHD: Tensor, tables: RotaryTables) -> Tensor:
     """Rotate the pairs (2j, 2j+1) of x [B, L, H, D] float32; same shape and dtype back."""
-    even, odd = x_BLHD.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = rearrange(x_BLHD, "... (D two) -> two ... D", two=2)
     cos, sin = tables
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

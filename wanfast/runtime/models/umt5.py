@@ -5,7 +5,8 @@ depends on key position minus query position, sorted into a few buckets (exact w
 for all that is at `max_distance` or beyond), so nothing depends on absolute position. Unlike T5, each block learns its
 own table. A prompt encoded at its true length therefore equals the same prompt padded and masked.
 
-Cost: XXL holds 5.68 G parameters, 11.4 GB in bf16; a pass is 9 GFLOP a token, so reading the weights dominates. Limit: scores are materialised, O(B H L^2), which is small for the L <= 512 of prompts.
+Cost: XXL holds 5.68 G parameters, 11.4 GB in bf16; a pass is 9 GFLOP a token, so reading the weights dominates.
+Limit: scores are materialised, O(B H L^2), which is small for the L <= 512 of prompts.
 In bf16, RMS and softmax are computed in fp32 and all else in bf16, in the reference's order except for a fused GELU;
 two bf16 implementations differ by some per cent, so parity is judged in fp32.
 
@@ -20,7 +21,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -47,8 +47,8 @@ class UMT5Encoder(nn.Module):
         x: Tensor = self.token_embedding(ids)
         for block in self.blocks:
             x = block(x, buckets, is_padding)
-        x = self.norm(x)
-        return x
+        encoded: Tensor = self.norm(x)
+        return encoded
 
 
 class EncoderBlock(nn.Module):
@@ -65,8 +65,8 @@ class EncoderBlock(nn.Module):
     def forward(self, x: Tensor, buckets: Tensor, is_padding: Tensor | None) -> Tensor:
         """x [B, L, d], buckets [Q, K], is_padding [B, 1, 1, K] or None -> [B, L, d]."""
         x = x + self.attn(self.norm1(x), self.pos_embedding(buckets), is_padding)
-        x = x + self.ffn(self.norm2(x))
-        return x
+        out: Tensor = x + self.ffn(self.norm2(x))
+        return out
 
 
 class Attention(nn.Module):
@@ -87,8 +87,8 @@ class Attention(nn.Module):
         if is_padding is not None:
             scores = scores.masked_fill(is_padding, torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-        x = self.o(rearrange(weights @ v, "B H L D -> B L (H D)"))
-        return x
+        out: Tensor = self.o(rearrange(weights @ v, "B H L D -> B L (H D)"))
+        return out
 
 
 class RelativePositionBias(nn.Module):
@@ -100,7 +100,8 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, buckets: Tensor) -> Tensor:
         """buckets [Q, K] -> [1, H, Q, K]."""
-        return rearrange(self.embedding(buckets), "Q K H -> 1 H Q K")
+        bias: Tensor = self.embedding(buckets)
+        return rearrange(bias, "Q K H -> 1 H Q K")
 
 
 class GatedFeedForward(nn.Module):
@@ -114,8 +115,8 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, d] -> [B, L, d]."""
-        x = self.fc2(self.fc1(x) * self.gate(x))
-        return x
+        out: Tensor = self.fc2(self.fc1(x) * self.gate(x))
+        return out
 
 
 class RMSNorm(nn.Module):
@@ -128,7 +129,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return nn.functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:

@@ -1,9 +1,9 @@
 """The causal video VAE of Wan 2.1: pixels <-> latents, 4x8x8 smaller, a few frames at a time.
 
-Every convolution over time looks only backwards, so a clip is coded in chunks that carry forward what those convolutions
-still need. The first frame is a chunk of its own and makes a latent frame of its own; each latent frame after it stands
-for four frames of video. No module holds state: the *past* is a list with one tensor for each convolution over time, in
-the order in which they run. A chunk takes one such list and returns the next, which makes any chunking exact.
+Every convolution over time looks only backwards, so a clip is coded in chunks that hand on the frames which those
+convolutions will look back on. The first frame is a chunk of its own and makes a latent frame of its own; each latent
+frame after it stands for four frames of video. No module holds state: the *past* is a list of one tensor per convolution
+over time, in the order in which they run. A chunk takes one such list and returns the next, so chunking is exact.
 
 Cost at 720x1280, 81 frames: encode 382 TFLOP, decode 639. A full-resolution chunk of 4 frames with 96 channels is
 1.4 GB in float32, the past of the decoder 8.7 GB. `encode` and `decode_stream` free each past as they replace it.
@@ -15,6 +15,7 @@ B batch, C channels, F frames of video, T frames (of any rate), H W pixels, Y X 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import TypeAlias
@@ -53,8 +54,8 @@ class WanVAE(nn.Module):
                 f"height and width multiples of {stride}"
             )
         queue = _start(self.encoder)
-        chunks = (video[:, :, :1], *video[:, :, 1:].split(self.spec.temporal_stride, dim=2))
-        return torch.cat([self._encode(x, queue) for x in chunks if x.shape[2]], dim=2)
+        chunks = torch.split(video, [1] + [self.spec.temporal_stride] * (frames // self.spec.temporal_stride), dim=2)
+        return torch.cat([self._encode(x, queue) for x in chunks], dim=2)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B,16,T,Y,X] -> video [B,3,F,H,W] in [-1,1]."""
@@ -63,19 +64,20 @@ class WanVAE(nn.Module):
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
         """Latents [B,16,T,Y,X] -> T pieces of the video: [B,3,1,H,W], then [B,3,4,H,W] each."""
         queue = _start(self.decoder)
-        for z in latents.split(1, dim=2):
+        for z in torch.split(latents, 1, dim=2):
             yield self._decode(z, queue)
 
     def encode_chunk(self, video: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """Encode the next frames of a clip: one when `past` is None, 4n after it -> latents (1 or n frames), next past."""
+        """Encode a clip's next frames (1 at its start, where `past` is None; then 4n) -> latents (1, then n), next past."""
         frames, stride = video.shape[2], self.spec.temporal_stride
-        if frames != 1 if past is None else frames % stride:
+        fits = frames == 1 if past is None else frames % stride == 0
+        if not fits:
             raise ValueError(f"a chunk of {frames} frames: the first chunk has 1, the others a multiple of {stride}")
         queue = _start(self.encoder) if past is None else deque(past)
         return self._encode(video, queue), list(queue)
 
     def decode_chunk(self, latents: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """Decode the next latent frames: one when `past` is None, any n after it -> video (1 or 4n frames), next past."""
+        """Decode a clip's next latents (1 at its start, where `past` is None; then n) -> frames (1, then 4n), next past."""
         if past is None and latents.shape[2] != 1:
             raise ValueError(f"a first chunk of {latents.shape[2]} latent frames: it has 1")
         queue = _start(self.decoder) if past is None else deque(past)
@@ -93,7 +95,7 @@ class WanVAE(nn.Module):
         return video.clamp_(-1, 1)
 
     def _latent_statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and 1/std [C,1,1,1] in float32, made at use: a buffer would be lost where the module is built on meta."""
+        """Mean and 1/std [C,1,1,1] in float32, made at use: a buffer would be lost in a module built on meta."""
         mean = torch.tensor(self.spec.latents_mean, dtype=torch.float32, device=device)
         std = torch.tensor(self.spec.latents_std, dtype=torch.float32, device=device)
         return mean.view(-1, 1, 1, 1), std.reciprocal().view(-1, 1, 1, 1)
@@ -121,8 +123,8 @@ class Encoder(nn.Module):
         x = self.conv_in(x, past)
         for layer in (*self.downsamples, *self.middle):
             x = layer(x, past)
-        x = self.conv_out(F.silu(self.norm_out(x), inplace=True), past)
-        return x
+        moments: Tensor = self.conv_out(F.silu(self.norm_out(x), inplace=True), past)
+        return moments
 
 
 class Decoder(nn.Module):
@@ -149,8 +151,8 @@ class Decoder(nn.Module):
         x = self.conv_in(x, past)
         for layer in (*self.middle, *self.upsamples):
             x = layer(x, past)
-        x = self.conv_out(F.silu(self.norm_out(x), inplace=True), past)
-        return x
+        video: Tensor = self.conv_out(F.silu(self.norm_out(x), inplace=True), past)
+        return video
 
 
 class ResidualBlock(nn.Module):
@@ -165,7 +167,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv3d(in_channels, out_channels, 1, dtype=dtype) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, past: PastQueue) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=True), past)
+        h: Tensor = self.conv1(F.silu(self.norm1(x), inplace=True), past)
         h = self.conv2(F.silu(self.norm2(h), inplace=True), past)
         return h.add_(x if self.shortcut is None else self.shortcut(x))
 
@@ -179,12 +181,13 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1, dtype=dtype)
         self.proj = nn.Conv2d(channels, channels, 1, dtype=dtype)
 
-    def forward(self, x: Tensor, past: PastQueue) -> Tensor:
-        batch, _, _, height, _ = x.shape
+    def forward(self, x: Tensor, _past: PastQueue) -> Tensor:
+        batch, height = x.shape[0], x.shape[3]
         frames = rearrange(x, "b c t h w -> (b t) c h w")
         q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (qkv c) h w -> qkv n 1 (h w) c", qkv=3)
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=height)
-        return x + rearrange(self.proj(out), "(b t) c h w -> b c t h w", b=batch)
+        mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=height)
+        out: Tensor = self.proj(mixed)
+        return x + rearrange(out, "(b t) c h w -> b c t h w", b=batch)
 
 
 class Downsample(nn.Module):
@@ -221,8 +224,8 @@ class Upsample(nn.Module):
         elif self.time_conv is not None:
             x, rate = self.time_conv(x, past), 2
         frames = rearrange(x, "b (r c) t h w -> (b t r) c h w", r=rate)
-        frames = self.resample(F.interpolate(frames, scale_factor=2, mode="nearest-exact"))
-        return rearrange(frames, "(b t) c h w -> b c t h w", b=batch)
+        out: Tensor = self.resample(F.interpolate(frames, scale_factor=2, mode="nearest-exact"))
+        return rearrange(out, "(b t) c h w -> b c t h w", b=batch)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -253,8 +256,9 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * grid_dims, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        rms = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12) * x.shape[1] ** -0.5
-        return (x / rms).mul_(self.gamma)
+        rms = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12) / math.sqrt(x.shape[1])
+        normed: Tensor = x / rms
+        return normed.mul_(self.gamma)
 
 
 def _middle(channels: int, dtype: torch.dtype) -> nn.ModuleList:

@@ -1,8 +1,8 @@
 """The sampling loop: from noise to a clean latent, one expert and up to two guidance branches a step.
 
-The loop knows no model: it asks `velocity(expert, branch, sample, timestep)`. Two experts share the work by noise level:
-timesteps at or above the boundary belong to the high-noise expert, which lays out motion and composition, the others to
-the low-noise one, which refines; each has its own guidance scale.
+The loop knows no model: it asks `velocity(expert, branch, sample, timestep)`. Two experts share the work by noise
+level: timesteps at or above the boundary belong to the high-noise expert, which lays out motion and composition, the
+others to the low-noise one, which refines; each has its own guidance scale.
 """
 
 from __future__ import annotations

@@ -9,18 +9,18 @@ With a = 1 - sigma and lambda = ln a - ln sigma, the first-order step from i to 
 (sigma'/sigma) x + (1 - sigma'/sigma) m, which is Euler; second order adds a multiple of the slope of m over lambda.
 Torch-free: samples may be any arrays.
 Sources: DPM-Solver++ (arXiv 2211.01095) eq. 12; UniPC (arXiv 2302.04867) algorithms 5 and 7 with B(h) = e^h - 1;
-the grids and orders are those of Wan-Video/Wan2.2 (wan/utils/fm_solvers*.py), whose quirks are part of the model's look.
+the grids and orders are those of Wan-Video/Wan2.2 (wan/utils/fm_solvers*.py): the model was tuned with them.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-Solver = Literal["unipc", "dpm++", "euler"]
+from wanfast.runtime.config import Solver
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -144,5 +144,3 @@ def steps_per_expert(steps: tuple[Step, ...], boundary: float) -> tuple[int, int
 
 def is_high_noise(timestep: int, boundary: float) -> bool:
     return timestep >= boundary * NUM_TRAIN_TIMESTEPS
-
-

@@ -1,0 +1,61 @@
+"""A small model written by the public libraries themselves, in the layout of the published Diffusers repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from tests.parity import randomise
+from wanfast.runtime.model_files import TINY
+
+
+def transformer(seed: int) -> WanTransformer3DModel:
+    """WAN_SPEC's test size: the two experts differ by their seed."""
+    model = WanTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=24,
+        in_channels=36,
+        out_channels=16,
+        text_dim=24,
+        freq_dim=32,
+        ffn_dim=160,
+        num_layers=3,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+    )
+    randomise(model, seed)
+    return model.eval()
+
+
+def pipeline() -> WanImageToVideoPipeline:
+    vae = AutoencoderKLWan(base_dim=8)
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=960, d_model=24, d_kv=16, d_ff=40, num_heads=4, num_layers=2, dropout_rate=0.0)
+    ).eval()
+    randomise(vae, seed=13)
+    randomise(text_encoder, seed=14)
+    return WanImageToVideoPipeline(
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_file=str(TINY / "tokenizer/tokenizer.json"),
+            pad_token="<pad>",
+            eos_token="</s>",
+            unk_token="<unk>",
+        ),
+        text_encoder=text_encoder,
+        vae=vae.eval(),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+        transformer=transformer(seed=11),
+        transformer_2=transformer(seed=12),
+        boundary_ratio=0.9,
+    )
+
+
+def save_diffusers(folder: Path) -> WanImageToVideoPipeline:
+    """Write the model and return the pipeline that wrote it."""
+    torch.manual_seed(0)
+    public = pipeline()
+    public.save_pretrained(folder)
+    return public

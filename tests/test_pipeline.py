@@ -1,0 +1,194 @@
+"""The whole image-to-video path against diffusers' pipeline: image and prompt in, final latents out.
+
+Same random weights, read from the files that diffusers itself wrote; both experts, unequal guidance, real cleaning
+and tokenizing. Diffusers is given the reference's noise levels, our noise, and the image as our reader fitted it (it
+resizes with another filter).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.parity import relative_error
+from tests.public_model import save_diffusers
+from wanfast.runtime import checkpoint, generate, media_io, model_files, pixels
+from wanfast.runtime.artifacts import ArtifactStore
+from wanfast.runtime.builders import build_expert, build_umt5, build_vae
+from wanfast.runtime.config import GenerateConfig
+from wanfast.runtime.model_files import ModelFiles
+from wanfast.runtime.model_spec import ModelSpec
+from wanfast.runtime.pipeline import ImageToVideoPipeline, draw_noise
+from wanfast.runtime.plan import Plan, resolve
+from wanfast.runtime.prompt_embeds import prompt_embeds
+from wanfast.runtime.timing import Stopwatch
+
+PROMPT = "A red circle moves right，“slowly” &amp; stops.  La fin…"
+NEGATIVE = "静态，模糊, still"
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory: pytest.TempPathFactory) -> tuple[WanImageToVideoPipeline, Path]:
+    folder = tmp_path_factory.mktemp("model") / "diffusers"
+    return save_diffusers(folder), folder
+
+
+@pytest.fixture(scope="module")
+def original_layout(public: tuple[WanImageToVideoPipeline, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as the original repository lays them out: experts in shards, UMT5 and VAE as .pth."""
+    files = model_files.locate(str(public[1]), "artifacts")
+    folder = tmp_path_factory.mktemp("model") / "original"
+    write_original(files, folder)
+    return folder
+
+
+def write_original(files: ModelFiles, folder: Path) -> None:
+    for expert in ("high_noise", "low_noise"):
+        model = build_expert(files, expert, "fp32", "cpu")
+        place = folder / f"{expert}_model"
+        checkpoint.save(model, place / "whole.safetensors", component="dit", layout="original")
+        split_into_shards(place / "whole.safetensors")
+    checkpoint.save(
+        build_umt5(files, "fp32", "cpu"),
+        folder / "models_t5_umt5-xxl-enc-bf16.pth",
+        component="umt5",
+        layout="original",
+    )
+    checkpoint.save(build_vae(files, "cpu"), folder / "Wan2.1_VAE.pth", component="vae", layout="original")
+    (folder / "google/umt5-xxl").mkdir(parents=True)
+    shutil.copy(files.tokenizer, folder / "google/umt5-xxl/tokenizer.json")
+    (folder / "wanfast.json").write_text(json.dumps(files.spec.to_json()))
+
+
+def split_into_shards(whole: Path, count: int = 3) -> None:
+    tensors = load_file(whole)
+    names = sorted(tensors)
+    weight_map = {}
+    for k in range(count):
+        shard = f"diffusion_pytorch_model-{k + 1:05d}-of-{count:05d}.safetensors"
+        part = {name: tensors[name].clone() for name in names[k::count]}
+        save_file(part, whole.parent / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    (whole.parent / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    whole.unlink()
+
+
+@pytest.fixture
+def plan_for(tmp_path: Path):
+    """A plan at WAN_SPEC's test size: a 97x61 picture, area 96x64, 9 frames, 6 steps, unequal guidance."""
+    picture = tmp_path / "picture.png"
+    noise = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((97, 61), Image.Resampling.BICUBIC).save(picture)
+
+    def make(model: Path, **options: object) -> tuple[Plan, ModelFiles]:
+        config = GenerateConfig(
+            **{
+                "model": str(model),
+                "image": str(picture),
+                "prompt": PROMPT,
+                "negative_prompt": NEGATIVE,
+                "size": "96x64",
+                "frames": 9,
+                "steps": 6,
+                "guidance_high_noise": 2.0,
+                "guidance_low_noise": 3.5,
+                "seed": 7,
+                "precision": "fp32",
+                "device": "cpu",
+                "output": str(tmp_path / "out.mp4"),
+                "artifacts_dir": str(tmp_path / "artifacts"),
+            }
+            | options
+        )
+        return resolve(config)
+
+    return make
+
+
+@torch.inference_mode()
+def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
+    config = plan.config
+    store = ArtifactStore(Path(config.artifacts_dir))
+    embeds = prompt_embeds([config.prompt, config.negative_prompt], files, store, "fp32", "cpu")
+    pipeline = generate.load_pipeline(files, config)
+    image = pixels.fit_image(media_io.load_image(config.image).pixels, plan.geometry.width, plan.geometry.height)
+    condition = pipeline.encode_condition(image, plan.geometry)
+    noise = draw_noise(config.seed, plan.geometry, 16, "cpu")
+    text = {"prompt": embeds[config.prompt], "negative_prompt": embeds[config.negative_prompt]}
+    return pipeline.denoise(plan, noise, condition, text, lambda index, expert: None)
+
+
+@torch.inference_mode()
+def their_latents(public: WanImageToVideoPipeline, plan: Plan) -> torch.Tensor:
+    config, g = plan.config, plan.geometry
+    set_timesteps = type(public.scheduler).set_timesteps
+    levels = np.linspace(float(np.float32(0.999)), 0, config.steps + 1)[:-1]
+    public.scheduler.set_timesteps = lambda num_inference_steps, device=None: set_timesteps(
+        public.scheduler, sigmas=levels, device=device
+    )
+    image = pixels.fit_image(media_io.load_image(config.image).pixels, g.width, g.height)
+    public.set_progress_bar_config(disable=True)
+    return public(
+        image=image[None],
+        prompt=config.prompt,
+        negative_prompt=config.negative_prompt,
+        height=g.height,
+        width=g.width,
+        num_frames=g.frames,
+        num_inference_steps=config.steps,
+        guidance_scale=config.guidance_high_noise,
+        guidance_scale_2=config.guidance_low_noise,
+        latents=draw_noise(config.seed, g, 16, "cpu"),
+        output_type="latent",
+    ).frames
+
+
+def test_final_latents_equal_diffusers(public, plan_for) -> None:
+    plan, files = plan_for(public[1])
+    assert plan.to_json()["steps"] == {"high_noise": 3, "low_noise": 3}
+    error = relative_error(our_latents(plan, files), their_latents(public[0], plan))
+    print(f"pipeline, {plan.geometry.width}x{plan.geometry.height}, 6 steps, 3 + 3: relative error {error:.1e}")
+    assert error <= 1e-4
+
+
+def test_both_layouts_give_the_same_latents(public, original_layout: Path, plan_for) -> None:
+    ours = our_latents(*plan_for(public[1]))
+    plan, files = plan_for(original_layout)
+    assert files.layout == "original" and len(files.weights("high_noise")) == 3
+    for expert in ("high_noise", "low_noise"):
+        pairs = [build_expert(f, expert, "fp32", "cpu").state_dict() for f in (files, plan_for(public[1])[1])]
+        assert all(torch.equal(pairs[0][name], pairs[1][name]) for name in pairs[1])
+    # equal weights at other offsets of their files: the CPU's kernels round unaligned rows differently
+    assert relative_error(our_latents(plan, files), ours) <= 1e-5
+
+
+def test_the_two_guidance_scales_are_not_interchangeable(public, plan_for) -> None:
+    ours = our_latents(*plan_for(public[1]))
+    swapped = our_latents(*plan_for(public[1], guidance_high_noise=3.5, guidance_low_noise=2.0))
+    assert relative_error(swapped, ours) > 1e-2
+
+
+def test_spec_is_read_from_the_public_config_files(public) -> None:
+    spec = model_files.locate(str(public[1]), "artifacts").spec
+    assert (spec.dit.dim, spec.dit.num_layers, spec.vae.base_dim, spec.umt5.attention_dim) == (96, 3, 8, 64)
+    assert ModelSpec.from_json(spec.to_json()) == spec
+
+
+def test_calls_do_not_touch_each_other(public, plan_for) -> None:
+    plan, files = plan_for(public[1], steps=2)
+    pipeline: ImageToVideoPipeline = generate.load_pipeline(files, plan.config)
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(3, plan.geometry.height, plan.geometry.width, generator=generator)
+    text = {name: torch.randn(4, 24, generator=generator) for name in ("prompt", "negative_prompt")}
+    first = pipeline(plan, image, text, Stopwatch("cpu"))
+    pipeline(plan, -image, text, Stopwatch("cpu"))
+    assert torch.equal(pipeline(plan, image, text, Stopwatch("cpu")), first)
+    assert first.shape == (3, 9, plan.geometry.height, plan.geometry.width)

@@ -1,0 +1,96 @@
+"""`wanfast generate`: one video, or with --jobs many with the models loaded once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wanfast.commands import options
+from wanfast.commands.report import Report
+from wanfast.runtime import metadata
+from wanfast.runtime.artifacts import new_run_folder, write_synced
+from wanfast.runtime.config import Device, GenerateConfig, Solver
+from wanfast.runtime.requests import Planned, plan_request, read_requests
+
+FIELDS = {field.name for field in dataclasses.fields(GenerateConfig)}
+
+
+def generate(
+    context: typer.Context,
+    model: options.Model = "a14b",
+    image: Annotated[str | None, typer.Option(help="The picture that the video starts from.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What should happen in the video.")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What it should stay away from.  [default: the model's own]")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="The area, as WIDTHxHEIGHT; the image's shape is kept.  [default: 1280x720]")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="4n+1 of them.  [default: 81]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: 40]")] = None,
+    shift: Annotated[
+        float | None, typer.Option(help="Moves steps to high noise; 3.0 is advised for 480p.  [default: 5.0]")
+    ] = None,
+    guidance_high_noise: Annotated[
+        float | None, typer.Option(help="Guidance scale of the high-noise expert; 1 is none.  [default: 3.5]")
+    ] = None,
+    guidance_low_noise: Annotated[
+        float | None, typer.Option(help="Guidance scale of the low-noise expert; 1 is none.  [default: 3.5]")
+    ] = None,
+    solver: Annotated[Solver, typer.Option(help="Flow-matching solver.")] = "unipc",
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same video.  [default: random]")] = None,
+    noise_device: Annotated[
+        Device, typer.Option(help="Where noise is drawn: cpu is the same everywhere, cuda is as the reference does.")
+    ] = "cpu",
+    fps: Annotated[int | None, typer.Option(help="Frames a second of the file.  [default: 16]")] = None,
+    precision: options.PrecisionOption = "bf16",
+    device: options.DeviceOption = None,
+    output: Annotated[str, typer.Option(help="The .mp4 to write; its .json goes beside it.")] = "out.mp4",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    contact_sheet: Annotated[
+        bool, typer.Option("--contact-sheet", help="Also write a .png of evenly spaced frames.")
+    ] = False,
+    artifacts_dir: options.ArtifactsDir = "artifacts",
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a UTF-8 text file.")] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="Run the .json of an earlier video again; other options override it.")
+    ] = None,
+    jobs: Annotated[
+        Path | None, typer.Option(help="Many videos: a JSON object of options a line, over those given here.")
+    ] = None,
+    dry_run: options.DryRun = False,
+    json_: options.Json = False,
+) -> None:
+    """Make a video from an image and a prompt."""
+    report = Report(as_json=json_)
+    requests = read_requests(options.given(context, FIELDS), prompt_file, from_, jobs)
+    planned = [plan_request(request, needs_weights=not dry_run) for request in requests]
+    report.plans(planned, always=dry_run)
+    results = [dry_result(item) for item in planned] if dry_run else run(planned, report)
+    report.results(planned, results)
+
+
+def dry_result(item: Planned) -> dict[str, Any]:
+    return metadata.planned(item.plan, item.request.options) if item.plan else item.failure()
+
+
+def run(planned: list[Planned], report: Report) -> list[dict[str, Any]]:
+    """Write job.json into a new run folder and run the worker on it here; a result for each item, in order."""
+    jobs: list[dict[str, Any]] = [
+        {"requested": item.request.options, "effective": dataclasses.asdict(item.plan.config), "notes": item.plan.notes}
+        for item in planned
+        if item.plan is not None
+    ]
+    worked: list[dict[str, Any]] = []
+    if jobs:
+        folder = new_run_folder(Path(jobs[0]["effective"]["artifacts_dir"]), {"jobs": jobs})
+        write_synced(folder / "job.json", json.dumps({"jobs": jobs}, indent=2, ensure_ascii=False) + "\n")
+        from wanfast.runtime import generate as worker  # torch begins here
+
+        worked = worker.run(folder, progress=not report.brief)
+    done = iter(worked)
+    return [next(done) if item.plan else item.failure() for item in planned]

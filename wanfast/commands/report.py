@@ -1,0 +1,96 @@
+"""What a person sees: the plan before, the summary after. Plain words on a terminal, one line where nobody watches."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from wanfast.runtime.errors import JobsFailedError, from_failure
+from wanfast.runtime.requests import Planned
+
+
+class Report:
+    """Writes for a person on stdout, or, with `as_json`, on stderr, and one JSON document as the last line of stdout.
+
+    `brief`: stdout is not a terminal, so there is no plan and no progress, only what came of it.
+    """
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self.brief = not sys.stdout.isatty()
+        self._console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+        self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def plans(self, planned: list[Planned], *, always: bool) -> None:
+        """What will run, and what a person could not guess: notes are said even where nobody watches."""
+        for item in planned:
+            if item.plan is None:
+                continue
+            if always or not self.brief:
+                self._table("plan" + _of_line(item), _plan_rows(item.plan.to_json()))
+            for note in item.plan.notes:
+                self._warnings.print(f"note{_of_line(item)}: {note}", markup=False)
+
+    def results(self, planned: list[Planned], results: list[dict[str, Any]]) -> None:
+        """What came of it. Raises the error of a single request, or JobsFailedError if any line failed."""
+        many = planned[0].request.line is not None
+        failed = [item for item, result in zip(planned, results, strict=True) if "error" in result]
+        if failed and not many:
+            raise from_failure(results[0])
+        for item, result in zip(planned, results, strict=True):
+            if "error" in result:
+                self._warnings.print(f"error{_of_line(item)}: {result['error']}", markup=False)
+            elif result["seconds"]:
+                self._summary(result, _of_line(item))
+        if self.as_json:
+            lines = [{"line": item.request.line, **result} for item, result in zip(planned, results, strict=True)]
+            print(json.dumps({"results": lines, "failed": len(failed)} if many else results[0], ensure_ascii=False))
+        if failed:
+            raise JobsFailedError(f"--jobs: {len(failed)} of {len(planned)} failed, as said above; mend their lines")
+
+    def _summary(self, result: dict[str, Any], of_line: str) -> None:
+        seconds, plan = result["seconds"], result["plan"]
+        if self.brief:
+            size = f"{plan['width']}x{plan['height']}, {plan['frames']} frames, seed {plan['seed']}"
+            self._console.print(f"{_shown(result['output'])}: {size}, {seconds['total']:.1f} s", markup=False)
+            return
+        rows = {name: f"{value:.1f} s" for name, value in seconds.items()}
+        rows["peak memory"] = f"{result['peak_memory_bytes'] / 1e9:.2f} GB"
+        rows["written"] = "\n".join(_shown(path) for path in plan["outputs"])
+        self._table("done" + of_line, rows)
+
+    def _table(self, heading: str, rows: dict[str, str]) -> None:
+        table = Table(title=heading, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in rows.items():
+            table.add_row(name, value)
+        self._console.print(table)
+
+
+def _plan_rows(plan: dict[str, Any]) -> dict[str, str]:
+    steps, guidance, latent = plan["steps"], plan["guidance"], "x".join(str(n) for n in plan["latent"])
+    return {
+        "model": f"{plan['model']}, {plan['precision']} on {plan['device']}",
+        "video": f"{plan['width']}x{plan['height']}, {plan['frames']} frames at {plan['fps']} fps "
+        f"({plan['duration_s']} s)",
+        "latent": f"{latent}, {plan['tokens']:,} tokens",
+        "steps": f"{steps['high_noise']} high noise + {steps['low_noise']} low noise, {plan['forwards']} forwards "
+        f"({plan['solver']}, shift {plan['shift']:g})",
+        "guidance": f"{guidance['high_noise']:g} high noise, {guidance['low_noise']:g} low noise",
+        "seed": str(plan["seed"]),
+        "writes": "\n".join(_shown(path) for path in plan["outputs"]),
+    }
+
+
+def _of_line(item: Planned) -> str:
+    return "" if item.request.line is None else f" (line {item.request.line})"
+
+
+def _shown(path: str) -> str:
+    """Relative where that is shorter to read."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

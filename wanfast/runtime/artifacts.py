@@ -1,0 +1,117 @@
+"""The content-addressed store: a folder per artifact, named by the hash of everything that went into it.
+
+key = sha256 of the canonical JSON of ALL inputs. A writer fills a temporary sibling under a file lock, writes the
+manifest last, and renames; a reader compares the manifest's inputs and file sizes with today's. Nothing is ever
+overwritten. The store knows nothing of what it stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from wanfast.runtime.errors import CorruptArtifactError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ArtifactStore:
+    root: Path
+
+    def path(self, kind: str, inputs: dict[str, Any]) -> Path:
+        return self.root / kind / key_of(inputs)[:12]
+
+    def find(self, kind: str, inputs: dict[str, Any]) -> Path | None:
+        """The artifact's folder, or None. Raises CorruptArtifactError if what lies there is not what its key says."""
+        folder = self.path(kind, inputs)
+        if not (folder / MANIFEST).is_file():
+            return None
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            same = manifest["inputs"] == json.loads(_canonical(inputs)) and all(
+                (folder / name).stat().st_size == facts["bytes"] for name, facts in manifest["files"].items()
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):
+            same = False
+        if not same:
+            raise CorruptArtifactError(f"{folder} was changed after it was made: remove it, and it is made again")
+        return folder
+
+    def publish(
+        self, kind: str, inputs: dict[str, Any], write: Callable[[Path], None], versions: dict[str, str] | None = None
+    ) -> Path:
+        """Let `write` fill a folder and publish it whole, once: if another writer was first, theirs is the artifact."""
+        folder = self.path(kind, inputs)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if (found := self.find(kind, inputs)) is not None:
+                return found
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)  # a writer that died held the lock: nobody else is in there
+            partial.mkdir()
+            try:
+                started = time.perf_counter()
+                write(partial)
+                files = {str(f.relative_to(partial)): _facts(f) for f in sorted(partial.rglob("*")) if f.is_file()}
+                manifest = {
+                    "kind": kind,
+                    "key": key_of(inputs),
+                    "inputs": inputs,
+                    "files": files,
+                    "versions": versions or {},
+                    "seconds": round(time.perf_counter() - started, 3),
+                }
+                write_synced(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+                partial.replace(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        return folder
+
+
+def key_of(inputs: dict[str, Any]) -> str:
+    """sha256 (hex) of the canonical JSON of `inputs`: sorted keys, no spaces, UTF-8."""
+    return hashlib.sha256(_canonical(inputs).encode()).hexdigest()
+
+
+def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
+    """A fresh runs/<utc>-<key8> folder; two runs of the same second and inputs get one each."""
+    runs = root / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    stem = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{key_of(inputs)[:8]}"
+    attempt = 0
+    while True:
+        folder = runs / (stem if attempt == 0 else f"{stem}-{attempt}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            attempt += 1
+        else:
+            return folder
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a small text file so that it is on disk when this returns."""
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _canonical(inputs: dict[str, Any]) -> str:
+    return json.dumps(inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -1,0 +1,158 @@
+"""What was asked for, and what will run: two frozen dataclasses of the same field names.
+
+`GenerateConfig` is the request: its fields are the options of `wanfast generate`, with the same names and defaults, and
+None means "the model's own". `EffectiveConfig` answers every question; it is what the worker reads, what `out.json`
+records, and what `--from` runs again. Both refuse what cannot be right whatever the model, naming the option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from wanfast.runtime.errors import ConfigError
+
+Solver = Literal["unipc", "dpm++", "euler"]
+Precision = Literal["bf16", "fp32"]
+Device = Literal["cpu", "cuda"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """A request for one video. Raises ConfigError on construction."""
+
+    model: str = "a14b"
+    image: str | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    size: str | None = None
+    frames: int | None = None
+    steps: int | None = None
+    shift: float | None = None
+    guidance_high_noise: float | None = None
+    guidance_low_noise: float | None = None
+    solver: Solver = "unipc"
+    seed: int | None = None
+    noise_device: Device = "cpu"
+    fps: int | None = None
+    precision: Precision = "bf16"
+    device: Device | None = None
+    output: str = "out.mp4"
+    overwrite: bool = False
+    contact_sheet: bool = False
+    artifacts_dir: str = "artifacts"
+
+    def __post_init__(self) -> None:
+        if not self.image:
+            raise ConfigError("--image is missing: give the picture that the video starts from")
+        if not (self.prompt or "").strip():
+            raise ConfigError("--prompt is empty: say what should happen in the video")
+        if self.size is not None:
+            parse_size(self.size)
+        _check(self.frames, "--frames", lambda n: n >= 1 and n % 4 == 1, _frames_mend)
+        _check(self.steps, "--steps", lambda n: 1 <= n <= 1000, lambda n: "take 1 to 1000; 40 is the model's own")
+        _check(self.shift, "--shift", lambda x: _within(x, 1e-3, 1e3), lambda x: "take a positive number, such as 5.0")
+        for option, scale in (
+            ("--guidance-high-noise", self.guidance_high_noise),
+            ("--guidance-low-noise", self.guidance_low_noise),
+        ):
+            _check(scale, option, lambda x: _within(x, 0, 100), lambda x: "take 0 to 100; 3.5 is the model's own")
+        _check(
+            self.seed,
+            "--seed",
+            lambda n: 0 <= n < 2**63,
+            lambda n: "take 0 to 2^63 - 1, or leave it out for a random one",
+        )
+        _check(self.fps, "--fps", lambda n: 1 <= n <= 240, lambda n: "take 1 to 240; 16 is the model's own")
+        if self.noise_device == "cuda" and self.device == "cpu":
+            raise ConfigError("--noise-device cuda needs --device cuda: drop one of the two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectiveConfig:
+    """One video, every question answered. Paths are absolute, so that it runs again from any folder."""
+
+    model: str
+    image: str
+    image_sha256: str
+    prompt: str
+    negative_prompt: str
+    size: str
+    frames: int
+    steps: int
+    shift: float
+    guidance_high_noise: float
+    guidance_low_noise: float
+    solver: Solver
+    seed: int
+    noise_device: Device
+    fps: int
+    precision: Precision
+    device: Device
+    output: str
+    overwrite: bool
+    contact_sheet: bool
+    artifacts_dir: str
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """(width, height) of '1280x720' (or the reference's '1280*720'): the area for a video of the image's shape."""
+    match = re.fullmatch(r"(\d{1,5})[x*](\d{1,5})", size.strip())
+    if match is None:
+        raise ConfigError(f"--size {size!r} is not WIDTHxHEIGHT: write 1280x720 or 832x480")
+    width, height = int(match[1]), int(match[2])
+    if width % 16 or height % 16 or not (width and height):
+        near = "x".join(str(max(16, round(n / 16) * 16)) for n in (width, height))
+        raise ConfigError(f"--size {size} must be multiples of 16: try {near}")
+    return width, height
+
+
+def from_options(kind: type[T], options: dict[str, Any]) -> T:
+    """`kind(**options)` for options that come from a file: unknown names and wrong types are ConfigErrors too."""
+    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(options.keys() - fields):
+        raise ConfigError(f"there is no option {unknown[0]!r}; the options are {', '.join(sorted(fields))}")
+    hints = typing.get_type_hints(kind)
+    for name, value in options.items():
+        if not _is_instance(value, hints[name]):
+            raise ConfigError(f"--{name.replace('_', '-')} {value!r}: {_describe(hints[name])} is needed")
+    return kind(**options)
+
+
+def _is_instance(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_is_instance(value, choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _describe(hint: Any) -> str:
+    choices = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(choices)
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    return _describe(choices[0]) if choices else names[hint]
+
+
+def _check(value: T | None, option: str, is_fine: typing.Callable[[T], bool], mend: typing.Callable[[T], str]) -> None:
+    if value is not None and not is_fine(value):
+        raise ConfigError(f"{option} {value}: {mend(value)}")
+
+
+def _frames_mend(frames: int) -> str:
+    near = max(1, round((frames - 1) / 4) * 4 + 1)
+    return f"a clip has 4n+1 frames: try {near}"
+
+
+def _within(x: float, low: float, high: float) -> bool:
+    return math.isfinite(x) and low <= x <= high

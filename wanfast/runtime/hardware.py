@@ -1,0 +1,34 @@
+"""The machine that a worker runs on: its device's name, the most memory it held, whether it is there at all."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+
+import torch
+
+from wanfast.runtime.errors import ConfigError
+
+
+def require(device: str) -> None:
+    """Raises ConfigError if torch cannot use `--device`."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device cuda: torch {torch.__version__} sees no GPU: take --device cpu, or a CUDA build of torch"
+        )
+
+
+def describe(device: str) -> dict[str, str]:
+    if device != "cuda":
+        return {"device": platform.processor() or platform.machine(), "threads": str(torch.get_num_threads())}
+    major, minor = torch.cuda.get_device_capability()
+    return {"device": torch.cuda.get_device_name(), "capability": f"{major}.{minor}", "cuda": str(torch.version.cuda)}
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most memory this process held: the GPU's by tensors, or the host's resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere

@@ -1,0 +1,35 @@
+"""The JSON beside every video: what was asked, what ran, with which versions, how long; enough to run it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from wanfast.runtime.plan import Plan
+
+_PACKAGES = ("wanfast", "torch", "numpy", "safetensors", "tokenizers", "ftfy", "pillow", "imageio", "av")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a pixel, without importing any of it."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
+
+
+def planned(plan: Plan, requested: dict[str, Any]) -> dict[str, Any]:
+    """The result document before any work: a dry run's; a run adds its seconds, memory, hardware and weights."""
+    return {
+        "output": plan.config.output,
+        "plan": plan.to_json(),
+        "requested": requested,
+        "effective": dataclasses.asdict(plan.config),
+        "seconds": {},
+        "versions": versions(),
+    }

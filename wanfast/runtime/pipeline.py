@@ -1,0 +1,91 @@
+"""Image-to-video, whole: first frame and text in, pixels out. Holds the two experts and the VAE; owns no options.
+
+image [3, H, W] -> VAE -> condition y [20, T, h, w] (mask, then latents) -> `denoise`, which asks the expert of the step
+for the velocity of each guidance branch -> clean latent [16, T, h, w] -> VAE -> video [3, F, H, W].
+
+Shapes: F frames of H x W pixels; T latent frames of h x w, T = (F-1)/4 + 1, h = H/8, w = W/8; n text tokens.
+Source: Wan-Video/Wan2.2, wan/image2video.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from wanfast.runtime.model_spec import ModelSpec
+from wanfast.runtime.models.dit import TextKV, WanDiT
+from wanfast.runtime.models.rope import rotary_tables
+from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.plan import Plan
+from wanfast.runtime.sampling.denoise import Branch, Expert, StepFn, denoise
+from wanfast.runtime.shapes import Geometry
+from wanfast.runtime.timing import Stopwatch
+
+
+@dataclass(frozen=True)
+class ImageToVideoPipeline:
+    spec: ModelSpec
+    experts: dict[Expert, WanDiT]
+    vae: WanVAE
+    device: str
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        plan: Plan,
+        image: Tensor,
+        text: dict[Branch, Tensor],
+        watch: Stopwatch,
+        on_step: StepFn = lambda i, e: None,
+    ) -> Tensor:
+        """Video [3, F, H, W] in [-1, 1] on the CPU, from an image [3, H, W] and each branch's embeddings [n, d]."""
+        noise = draw_noise(plan.config.seed, plan.geometry, self.spec.dit.out_channels, plan.config.noise_device)
+        with watch.span("encode"):
+            condition = self.encode_condition(image, plan.geometry)
+        with watch.span("denoise"):
+            latent = self.denoise(plan, noise.to(self.device), condition, text, on_step)
+        with watch.span("decode"):
+            return self.vae.decode(latent)[0].cpu()
+
+    def encode_condition(self, image: Tensor, geometry: Geometry) -> Tensor:
+        """y [1, 20, T, h, w]: four mask channels, 1 on the latent frame that is given, then the latents of the clip
+
+        that holds the image and after it mid-grey.
+        """
+        clip = torch.zeros(1, 3, geometry.frames, geometry.height, geometry.width, device=self.device)
+        clip[:, :, 0] = image.to(self.device)
+        latents = self.vae.encode(clip).float()
+        mask = torch.zeros_like(latents[:, : self.spec.vae.temporal_stride])
+        mask[:, :, 0] = 1
+        return torch.cat((mask, latents), dim=1)
+
+    def denoise(
+        self, plan: Plan, noise: Tensor, condition: Tensor, text: dict[Branch, Tensor], on_step: StepFn
+    ) -> Tensor:
+        """Clean latent [1, 16, T, h, w] from noise of that shape."""
+        rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
+
+        @cache  # once a prompt and expert, not every step
+        def text_kv(expert: Expert, branch: Branch) -> list[TextKV]:
+            return self.experts[expert].encode_text(text[branch].unsqueeze(0))
+
+        def velocity(expert: Expert, branch: Branch, sample: Tensor, timestep: int) -> Tensor:
+            t = torch.tensor([timestep], device=self.device)
+            prediction: Tensor = self.experts[expert](sample, condition, t, text_kv(expert, branch), rope)
+            return prediction
+
+        guidance: dict[Expert, float] = {
+            "high_noise": plan.config.guidance_high_noise,
+            "low_noise": plan.config.guidance_low_noise,
+        }
+        return denoise(noise, plan.schedule, velocity, boundary=self.spec.boundary, guidance=guidance, on_step=on_step)
+
+
+def draw_noise(seed: int, geometry: Geometry, channels: int, device: str) -> Tensor:
+    """Standard normal [1, C, T, h, w] float32. Drawn on the CPU it is the same on every machine and number of ranks."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (channels, geometry.latent_frames, geometry.latent_height, geometry.latent_width)
+    return torch.randn(shape, generator=generator, device=device).unsqueeze(0)

@@ -1,0 +1,198 @@
+"""From a request to a plan: every question answered, every file checked, nothing computed yet. Torch-free.
+
+`resolve` turns what was asked into what will run; `Plan.of` derives from that, and from the model's facts alone, the
+grids, the schedule and the share of each expert. Parent and worker derive the same plan from the same effective config,
+so what was printed is what runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime import media_io, model_files
+from wanfast.runtime.config import Device, EffectiveConfig, GenerateConfig, parse_size
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.media_io import LoadedImage
+from wanfast.runtime.model_files import ModelFiles
+from wanfast.runtime.model_spec import ModelSpec
+from wanfast.runtime.sampling.guidance import needs_unconditional
+from wanfast.runtime.sampling.scheduler import Step, is_high_noise, schedule
+from wanfast.runtime.shapes import Geometry, fit_geometry
+from wanfast.runtime.tokenizer import DEFAULT_NEGATIVE_PROMPT, PromptTokenizer, clean_prompt
+
+_MP4_BYTES_PER_PIXEL = 0.25  # generous at CRF 10: a rough video takes about half
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will run, in full."""
+
+    config: EffectiveConfig
+    spec: ModelSpec
+    geometry: Geometry
+    schedule: tuple[Step, ...]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, config: EffectiveConfig, spec: ModelSpec, image_size: tuple[int, int], notes: tuple[str, ...] = ()
+    ) -> Plan:
+        return cls(
+            config=config,
+            spec=spec,
+            geometry=fit_geometry(spec, *parse_size(config.size), config.frames, image_size),
+            schedule=schedule(config.solver, config.steps, config.shift),
+            notes=notes,
+        )
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The video, its JSON and, if asked for, its contact sheet."""
+        return output_paths(self.config.output, self.config.contact_sheet)
+
+    @property
+    def guidance(self) -> dict[str, float]:
+        return {"high_noise": self.config.guidance_high_noise, "low_noise": self.config.guidance_low_noise}
+
+    @property
+    def timesteps(self) -> dict[str, list[int]]:
+        """The timesteps of each expert, in order."""
+        split: dict[str, list[int]] = {"high_noise": [], "low_noise": []}
+        for step in self.schedule:
+            expert = "high_noise" if is_high_noise(step.timestep, self.spec.boundary) else "low_noise"
+            split[expert].append(step.timestep)
+        return split
+
+    @property
+    def num_forwards(self) -> int:
+        """Passes through an expert: two a step where guidance needs the negative prompt."""
+        return sum(
+            len(steps) * (2 if needs_unconditional(self.guidance[expert]) else 1)
+            for expert, steps in self.timesteps.items()
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        g, config = self.geometry, self.config
+        return {
+            "model": self.spec.name,
+            "width": g.width,
+            "height": g.height,
+            "frames": g.frames,
+            "fps": config.fps,
+            "duration_s": round(g.frames / config.fps, 3),
+            "latent": [g.latent_frames, g.latent_height, g.latent_width],
+            "tokens": g.tokens,
+            "solver": config.solver,
+            "shift": config.shift,
+            "steps": {expert: len(steps) for expert, steps in self.timesteps.items()},
+            "timesteps": self.timesteps,
+            "guidance": self.guidance,
+            "forwards": self.num_forwards,
+            "precision": config.precision,
+            "device": config.device,
+            "seed": config.seed,
+            "outputs": [str(path) for path in self.outputs],
+            "notes": list(self.notes),
+        }
+
+
+def resolve(request: GenerateConfig) -> tuple[Plan, ModelFiles]:
+    """Answer every open question of a request and check its files. Raises WanFastError; writes nothing."""
+    files = model_files.locate(request.model, request.artifacts_dir)
+    spec = files.spec
+    if not clean_prompt(request.prompt or ""):
+        raise ConfigError("--prompt holds only control characters or spaces: say what should happen in the video")
+    image = media_io.load_image(request.image or "")
+    config = EffectiveConfig(
+        model=request.model if request.model in ("tiny", "a14b") else str(files.root),
+        image=str(Path(request.image or "").absolute()),
+        image_sha256=image.sha256,
+        prompt=request.prompt or "",
+        negative_prompt=_or(request.negative_prompt, DEFAULT_NEGATIVE_PROMPT),
+        size="{}x{}".format(*parse_size(_or(request.size, spec.size))),
+        frames=_or(request.frames, spec.frames),
+        steps=_or(request.steps, spec.steps),
+        shift=float(_or(request.shift, spec.shift)),
+        guidance_high_noise=float(_or(request.guidance_high_noise, spec.guidance_high_noise)),
+        guidance_low_noise=float(_or(request.guidance_low_noise, spec.guidance_low_noise)),
+        solver=request.solver,
+        seed=_or(request.seed, secrets.randbelow(2**31)),
+        noise_device=request.noise_device,
+        fps=_or(request.fps, spec.fps),
+        precision=request.precision,
+        device=request.device or default_device(),
+        output=str(Path(request.output).absolute()),
+        overwrite=request.overwrite,
+        contact_sheet=request.contact_sheet,
+        artifacts_dir=str(Path(request.artifacts_dir).absolute()),
+    )
+    if config.noise_device == "cuda" and config.device == "cpu":
+        raise ConfigError("--noise-device cuda needs a GPU: drop it, and the noise is drawn on the CPU")
+    plan = Plan.of(config, spec, image.size)
+    _check_outputs(plan, request)
+    notes = (*image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files))
+    return dataclasses.replace(plan, notes=(*notes, spec.weights_note) if spec.weights_note else notes), files
+
+
+def default_device() -> Device:
+    """cuda where the driver's tools are, without asking torch; the worker refuses if torch then sees no GPU."""
+    return "cuda" if shutil.which("nvidia-smi") else "cpu"
+
+
+def output_paths(output: str, contact_sheet: bool) -> tuple[Path, ...]:
+    video = Path(output)
+    suffixes = (".json", ".png") if contact_sheet else (".json",)
+    return (video, *(video.with_suffix(suffix) for suffix in suffixes))
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _check_outputs(plan: Plan, request: GenerateConfig) -> None:
+    g = plan.geometry
+    needed_bytes = (1 << 20) + int(g.width * g.height * g.frames * _MP4_BYTES_PER_PIXEL)
+    media_io.check_output(request.output, overwrite=request.overwrite, needed_bytes=needed_bytes)
+    for path in plan.outputs[1:]:
+        if path.exists() and not request.overwrite:
+            raise ConfigError(
+                f"--output: {path}, which goes beside the video, exists: add --overwrite, or name another"
+            )
+
+
+def _geometry_notes(plan: Plan, image: LoadedImage) -> list[str]:
+    g, spec, (image_width, image_height) = plan.geometry, plan.spec, image.size
+    width, height = parse_size(plan.config.size)
+    notes = []
+    if (g.width, g.height) != (width, height):
+        notes.append(
+            f"{g.width}x{g.height}, not {width}x{height}: --size gives the area, and the image's shape ({image_width}x"
+            f"{image_height}) is kept within it, rounded down to multiples of 16 as the model's makers do"
+        )
+    if image_width * image_height > 16 * g.width * g.height:
+        notes.append(
+            "the image is over four times the video's size and is sampled as it is: shrink it first if it shimmers"
+        )
+    if spec.shift_480p and width * height <= 832 * 480 and plan.config.shift == spec.shift:
+        notes.append(f"at 480p the model's makers advise --shift {spec.shift_480p}; this run takes {plan.config.shift}")
+    return notes
+
+
+def _prompt_notes(plan: Plan, files: ModelFiles) -> list[str]:
+    if not files.exists:
+        return ["the weights are not there yet, so the prompt's tokens were not counted"]
+    tokenizer = PromptTokenizer(files.tokenizer, plan.spec.dit.text_len)
+    notes = []
+    for option, text in (("--prompt", plan.config.prompt), ("--negative-prompt", plan.config.negative_prompt)):
+        tokens = tokenizer.encode(text)
+        if tokens.truncated:
+            notes.append(
+                f"{option} is {tokens.num_tokens_before_truncation} tokens long: "
+                f"the model reads the first {plan.spec.dit.text_len}, the rest has no effect"
+            )
+    return notes

@@ -1,0 +1,131 @@
+"""What a person typed, and the files of options behind it, as requests and their plans: one video each. Torch-free.
+
+Three files may stand behind the command line: a prompt (--prompt-file), an earlier video's JSON (--from), and a list of
+videos (--jobs). The nearer to the video wins: a line of the list over what was typed, that over the earlier run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime.config import EffectiveConfig, GenerateConfig, from_options
+from wanfast.runtime.errors import ConfigError, WanFastError, failure
+from wanfast.runtime.plan import Plan, resolve
+
+_OPTIONS = {field.name for field in dataclasses.fields(GenerateConfig)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of one video, and where they came from."""
+
+    options: dict[str, Any]
+    line: int | None = None  # of the jobs file
+    image_sha256: str | None = None  # what the image must be, when an earlier run is repeated
+    weights: dict[str, str] | None = None  # what the weights were then
+    error: ConfigError | None = None  # the line could not be read
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A request with its plan, or with the error for which it has none."""
+
+    request: Request
+    plan: Plan | None = None
+    error: WanFastError | None = None
+
+    def failure(self) -> dict[str, Any]:
+        """The result document of a request without a plan."""
+        assert self.error is not None
+        return failure(self.error)
+
+
+def plan_request(request: Request, *, needs_weights: bool) -> Planned:
+    """A bad line of a jobs file keeps its error, so that the rest still run; a bad single request raises it."""
+    try:
+        if request.error is not None:
+            raise request.error
+        plan, files = resolve(from_options(GenerateConfig, request.options))
+        if request.image_sha256 not in (None, plan.config.image_sha256):
+            raise ConfigError(f"--from: {plan.config.image} is not the image of that run: put that one back")
+        if needs_weights:
+            files.require()
+        if request.weights is not None and files.exists and request.weights != files.fingerprints:
+            plan = dataclasses.replace(plan, notes=(*plan.notes, "--from: the weights changed since that run"))
+        return Planned(request, plan)
+    except WanFastError as error:
+        if request.line is None:
+            raise
+        return Planned(request, error=error)
+
+
+def read_requests(
+    typed: dict[str, Any], prompt_file: Path | None, from_file: Path | None, jobs_file: Path | None
+) -> list[Request]:
+    """One request, or one for each line of `jobs_file`; a bad line is kept as such, all else raises ConfigError."""
+    if prompt_file is not None:
+        if "prompt" in typed:
+            raise ConfigError("--prompt and --prompt-file both give the prompt: drop one of the two")
+        typed = {**typed, "prompt": _read(prompt_file, "--prompt-file").strip()}
+    earlier = Request({}) if from_file is None else _read_earlier(from_file)
+    base = dataclasses.replace(
+        earlier,
+        options={**earlier.options, **typed},
+        image_sha256=None if "image" in typed else earlier.image_sha256,
+        weights=None if "model" in typed else earlier.weights,
+    )
+    if jobs_file is None:
+        return [base]
+    if from_file is not None:
+        raise ConfigError("--from and --jobs cannot be combined: put the options of the earlier run into the lines")
+    requests = list(_read_jobs(jobs_file, base.options))
+    if not requests:
+        raise ConfigError(f"--jobs {jobs_file} holds no line: write a JSON object of options on each")
+    return requests
+
+
+def _read_earlier(file: Path) -> Request:
+    """The effective options of an earlier run, so that nothing is left to a default or to chance."""
+    try:
+        document = json.loads(_read(file, "--from"))
+        effective = {field.name: document["effective"][field.name] for field in dataclasses.fields(EffectiveConfig)}
+        weights = document["weights"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"--from {file} is not the .json that wanfast writes beside a video: name that one") from None
+    options = {name: value for name, value in effective.items() if name in _OPTIONS and name != "overwrite"}
+    return Request(options, image_sha256=effective["image_sha256"], weights=weights)
+
+
+def _read_jobs(file: Path, typed: dict[str, Any]) -> Iterator[Request]:
+    """Blank lines and # lines are passed over. Without an output of its own, line 7 writes out-0007.mp4."""
+    taken: dict[str, int] = {}
+    for number, line in enumerate(_read(file, "--jobs").splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        try:
+            own = json.loads(line)
+        except ValueError as error:
+            yield Request({}, number, error=ConfigError(f"not JSON: {error}"))
+            continue
+        if not isinstance(own, dict):
+            yield Request({}, number, error=ConfigError('not a JSON object of options, such as {"prompt": ...}'))
+            continue
+        stem = Path(typed.get("output", GenerateConfig.output))
+        options = {**typed, "output": str(stem.with_stem(f"{stem.stem}-{number:04d}")), **own}
+        first = taken.setdefault(str(options["output"]), number)
+        taken_error = ConfigError(f"--output {options['output']} is that of line {first} too: name another")
+        yield Request(options, number, error=None if first == number else taken_error)
+
+
+def _read(file: Path, option: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{option} {file} is not UTF-8 text: save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{option} {file}: {error.strerror}: name a text file that can be read") from None
