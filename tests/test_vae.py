@@ -186,6 +186,15 @@ def test_strides_dtypes_and_size_of_the_past(vae: WanVAE) -> None:
     assert (len(encoder_past), len(decoder_past)) == (24, 32)
 
 
+def test_the_past_is_two_frames_and_holds_no_more_memory(vae: WanVAE) -> None:
+    _, past = vae.decode_chunk(latents_of(1, 16, 16), None)
+    _, past = vae.decode_chunk(latents_of(1, 16, 16), past)
+    for entry in past:
+        assert entry is not None
+        assert entry.shape[2] == 2
+        assert entry.untyped_storage().nbytes() == entry.nbytes
+
+
 def test_half_precision_weights_take_float32_latents() -> None:
     torch.manual_seed(0)
     vae = WanVAE(SPEC, dtype=torch.bfloat16)

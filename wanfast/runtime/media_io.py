@@ -2,9 +2,7 @@
 
 The idea: the parent reads and refuses, the worker computes. `load_image` and `check_output` run before any GPU is
 taken and never import torch, so a bad file costs a second and one line. Whatever is done to an image on its way to
-8-bit RGB is said in `LoadedImage.notes`; nothing is cropped or rescaled here.
-
-The numbers are the reference's: bicubic without antialias and without clamp on the way in, truncation on the way out.
+8-bit RGB is said in `LoadedImage.notes`; nothing is cropped or rescaled here (`pixels` does that).
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ from wanfast.runtime.errors import ConfigError
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import torch
     from PIL.Image import Image
 
 MIN_SIDE = 16  # pixels: one token
@@ -74,29 +71,6 @@ def load_image(path: str, option: str = "--image") -> LoadedImage:
     return LoadedImage(pixels=pixels, sha256=hashlib.sha256(data).hexdigest(), notes=tuple(notes))
 
 
-def fit_image(image: LoadedImage, width: int, height: int) -> torch.Tensor:
-    """[3, height, width] fp32 on the CPU, 0..255 mapped to -1..1; bicubic overshoot beyond that is kept.
-
-    The order of operations, the missing antialias and the missing clamp are the reference's: they are part of what the
-    model was trained on. Source: Wan-Video/Wan2.2, wan/image2video.py.
-    """
-    import numpy as np
-    import torch
-
-    pixels_HWC = torch.from_numpy(np.array(image.pixels))
-    pixels_CHW = pixels_HWC.permute(2, 0, 1).contiguous().float().div_(255).sub_(0.5).div_(0.5)
-    return torch.nn.functional.interpolate(pixels_CHW[None], size=(height, width), mode="bicubic")[0]
-
-
-def frames_to_uint8(video: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """video [3, F, H, W], clamped to [-1, 1] -> [F, H, W, 3] of 0..255, truncated and not rounded, as the reference."""
-    import torch
-
-    frames = video.float().clamp(-1, 1).add_(1).div_(2).mul_(255).to(torch.uint8)
-    array: npt.NDArray[np.uint8] = frames.permute(1, 2, 3, 0).contiguous().cpu().numpy()
-    return array
-
-
 def check_output(path: str, *, overwrite: bool, needed_bytes: int, option: str = "--output") -> Path:
     """The path, once it is sure that an mp4 of `needed_bytes` can be written there: called before any work is done.
 
@@ -129,19 +103,22 @@ def check_output(path: str, *, overwrite: bool, needed_bytes: int, option: str =
 def write_mp4(frames: npt.NDArray[np.uint8], path: Path, fps: int) -> None:
     """Write frames [F, H, W, 3], even H and W, as H.264: CRF 10, yuv420p, index first so that it plays while loading.
 
-    The same frames give the same bytes whatever the number of cores: the encoder's thread count shapes its stream, so
-    it is fixed. The colour matrix is named in the file, since players guess another one from 720 lines up.
-    PyAV is used without imageio, whose plugin over it has no public way to set the CRF.
+    The same frames give the same bytes, which takes two settings. The thread count shapes the stream, so it is fixed.
+    `cpu-independent` keeps x264 from its assembly for macroblock-tree, which reads memory that nothing has written
+    (AVX-512 machine, PyAV 18.1: other bytes for every MALLOC_PERTURB_, and from run to run in one process).
+    The colour matrix is named in the file, since players guess another one from 720 lines up.
+    Through PyAV itself: imageio's plugin over it drops encoder options (asked for CRF 10, the stream said 23).
     Raises ConfigError if the disk refuses; `path` is then as it was.
     """
     import av
 
-    encoder = {"crf": "10", "threads": "8", "colorspace": "smpte170m", "color_range": "tv"}  # swscale's default matrix
+    same_bytes = {"threads": "8", "thread_type": "frame", "x264-params": "cpu-independent=1"}
+    colours = {"colorspace": "smpte170m", "color_range": "tv"}  # what swscale makes of RGB
     with (
         atomic_path(path) as partial,
         av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container,
     ):
-        stream = container.add_stream("libx264", rate=fps, options=encoder)
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "10", **same_bytes, **colours})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:

@@ -9,7 +9,7 @@ from typing import Any
 
 from wanfast.runtime.plan import Plan
 
-_PACKAGES = ("wanfast", "torch", "numpy", "safetensors", "tokenizers", "ftfy", "pillow", "imageio", "av")
+_PACKAGES = ("wanfast", "torch", "numpy", "safetensors", "tokenizers", "ftfy", "pillow", "av")
 
 
 def versions() -> dict[str, str]:

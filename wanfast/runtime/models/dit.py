@@ -106,9 +106,9 @@ class Block(nn.Module):
         rows = (self.modulation + time_B6d).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
         x = x_BLd + gate_attn * self.self_attn(self._modulated_norm(x_BLd, shift_attn, scale_attn), rope)
-        x += self.cross_attn(self.norm3(x), text)
-        x += gate_ffn * self.ffn(self._modulated_norm(x, shift_ffn, scale_ffn))
-        return x
+        x = x + self.cross_attn(self.norm3(x), text)
+        out: Tensor = x + gate_ffn * self.ffn(self._modulated_norm(x, shift_ffn, scale_ffn))
+        return out
 
     def _modulated_norm(self, x_BLd: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return F.layer_norm(x_BLd, (self.dim,), eps=self.eps) * (1 + scale) + shift

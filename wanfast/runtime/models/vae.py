@@ -2,13 +2,13 @@
 
 Every convolution over time looks only backwards, so a clip is coded in chunks that hand on the frames which those
 convolutions will look back on. The first frame is a chunk of its own and makes a latent frame of its own; each latent
-frame after it stands for four frames of video. No module holds state: the *past* is a list of one tensor per convolution
-over time, in the order in which they run. A chunk takes one such list and returns the next, so chunking is exact.
+frame after it stands for four frames of video. No module holds state: the *past* is a list of one tensor for each
+convolution over time, in the order in which they run. A chunk takes one such list and returns the next.
 
 Cost at 720x1280, 81 frames: encode 382 TFLOP, decode 639. A full-resolution chunk of 4 frames with 96 channels is
 1.4 GB in float32, the past of the decoder 8.7 GB. `encode` and `decode_stream` free each past as they replace it.
-Limit: bfloat16 is close enough for decoding; encode in float32.
-Source: Wan 2.1 technical report (arXiv 2503.20314, section 4.1); Wan-Video/Wan2.2 `wan/modules/vae2_1.py` (42bf4cf).
+Limit: float32 is the reference; FastVideo reports bfloat16 harmless in decoding (MS-SSIM 0.9999), not in encoding.
+Source: Wan technical report (arXiv 2503.20314); Wan-Video/Wan2.2 `wan/modules/vae2_1.py` (42bf4cf).
 
 B batch, C channels, F frames of video, T frames (of any rate), H W pixels, Y X latent grid, h w any grid
 """
@@ -68,7 +68,7 @@ class WanVAE(nn.Module):
             yield self._decode(z, queue)
 
     def encode_chunk(self, video: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """Encode a clip's next frames (1 at its start, where `past` is None; then 4n) -> latents (1, then n), next past."""
+        """Encode the next frames: 1 at a clip's start, where `past` is None; then 4n -> 1 or n latents, next past."""
         frames, stride = video.shape[2], self.spec.temporal_stride
         fits = frames == 1 if past is None else frames % stride == 0
         if not fits:
@@ -77,7 +77,7 @@ class WanVAE(nn.Module):
         return self._encode(video, queue), list(queue)
 
     def decode_chunk(self, latents: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """Decode a clip's next latents (1 at its start, where `past` is None; then n) -> frames (1, then 4n), next past."""
+        """Decode the next latents: 1 at a clip's start, where `past` is None; then n -> 1 or 4n frames, next past."""
         if past is None and latents.shape[2] != 1:
             raise ValueError(f"a first chunk of {latents.shape[2]} latent frames: it has 1")
         queue = _start(self.decoder) if past is None else deque(past)
