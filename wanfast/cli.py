@@ -13,7 +13,7 @@ import typer
 
 from wanfast import __version__
 from wanfast.commands.generate import generate
-from wanfast.runtime.errors import WanFastError, failure
+from wanfast.runtime.errors import JobsFailedError, WanFastError, failure
 
 app = typer.Typer(
     name="wanfast",
@@ -40,6 +40,6 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, prog_name="wanfast")
     except WanFastError as error:
         print(f"error: {error}", file=sys.stderr)
-        if "--json" in arguments:
+        if "--json" in arguments and not isinstance(error, JobsFailedError):  # those printed their document
             print(json.dumps(failure(error), ensure_ascii=False))
         sys.exit(error.exit_code)

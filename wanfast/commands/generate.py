@@ -69,7 +69,7 @@ def generate(
     report = Report(as_json=json_)
     requests = read_requests(options.given(context, FIELDS), prompt_file, from_, jobs)
     planned = [plan_request(request, needs_weights=not dry_run) for request in requests]
-    report.plans(planned, always=dry_run)
+    report.plans(planned, always=dry_run and not json_)
     results = [dry_result(item) for item in planned] if dry_run else run(planned, report)
     report.results(planned, results)
 

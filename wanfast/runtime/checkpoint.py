@@ -81,13 +81,7 @@ def _checked(read: Callable[[], Tensor], key: str, file: Path, wanted: Tensor) -
 def _tensors_of(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Names and readers of the tensors of one file; nothing is read before its reader is called."""
     if file.suffix == ".pth":
-        try:
-            state = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise CorruptArtifactError(
-                f"{file}: not a plain file of tensors; download it anew ({error!s:.80})"
-            ) from None
-        for key, tensor in state.items():
+        for key, tensor in _read_pth(file).items():
             yield key, partial(_identity, tensor)
         return
     try:
@@ -96,6 +90,18 @@ def _tensors_of(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
                 yield key, partial(handle.get_tensor, key)
     except SafetensorError as error:
         raise CorruptArtifactError(f"{file}: truncated or not safetensors; download it anew ({error})") from None
+
+
+def _read_pth(file: Path) -> dict[str, Tensor]:
+    """A pickle, but only of tensors: nothing in it is run."""
+    try:
+        state = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise CorruptArtifactError(f"{file}: truncated, or not a file of plain tensors ({reason:.80})") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise CorruptArtifactError(f"{file}: not a dictionary of tensors; download it anew")
+    return state
 
 
 def _identity(tensor: Tensor) -> Tensor:

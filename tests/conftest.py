@@ -1,0 +1,54 @@
+"""Shared fixtures: a picture, a working folder, and the command line run in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from wanfast.cli import main
+
+torch.set_num_threads(1)  # the suite runs on as many processes as there are cores
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command line left behind."""
+
+    exit_code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The JSON of the last line of stdout."""
+        return json.loads(self.out.strip().splitlines()[-1])
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with a picture `cat.png` in it, and artifacts kept inside."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANFAST_ARTIFACTS", raising=False)
+    picture = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    picture.save("cat.png")
+    return tmp_path
+
+
+@pytest.fixture
+def wanfast(workdir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`wanfast(*arguments)` in the working folder."""
+
+    def run(*arguments: str) -> Outcome:
+        with pytest.raises(SystemExit) as stop:
+            main(list(arguments))
+        captured = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run

@@ -1,0 +1,140 @@
+"""Weights that are not what they should be: each error names the tensor and the file, and nothing is half loaded."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wanfast.runtime import checkpoint
+from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.model_spec import DiTSpec, UMT5Spec, VAESpec
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.umt5 import UMT5Encoder
+from wanfast.runtime.models.vae import WanVAE
+
+SPEC = UMT5Spec(vocab_size=20, dim=16, attention_dim=8, ffn_dim=24, num_heads=2, num_layers=2)
+
+
+def umt5(device: str = "cpu", dtype: torch.dtype = torch.float32) -> UMT5Encoder:
+    with torch.device(device):
+        return UMT5Encoder(SPEC, dtype)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    file = tmp_path / "model.safetensors"
+    checkpoint.save(umt5(), file, component="umt5", layout="original")
+    return file
+
+
+def load(*files: Path, dtype: torch.dtype = torch.float32) -> UMT5Encoder:
+    model = umt5("meta", dtype)
+    checkpoint.load(model, files, component="umt5", layout="original", device="cpu")
+    return model
+
+
+def edited(file: Path, **changes: torch.Tensor | None) -> Path:
+    """The file with tensors replaced, added or (None) taken away."""
+    tensors = {name: value for name, value in (load_file(file) | changes).items() if value is not None}
+    save_file(tensors, file)
+    return file
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loads_in_the_dtype_asked_for_and_frozen(weights: Path, dtype: torch.dtype) -> None:
+    model = load(weights, dtype=dtype)
+    stored = load_file(weights)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, stored[name].to(dtype)), name
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"norm.weight": None}, ["missing", "'norm.weight'"]),
+        ({"extra.weight": torch.ones(2)}, ["unexpected", "'extra.weight'"]),
+        ({"norm.weight": torch.ones(17)}, ["'norm.weight'", "[17], not [16]"]),
+    ],
+)
+def test_wrong_tensors_are_named(weights: Path, changes: dict[str, torch.Tensor | None], words: list[str]) -> None:
+    with pytest.raises(CorruptArtifactError) as error:
+        load(edited(weights, **changes))
+    message = str(error.value)
+    assert all(word in message for word in [*words, str(weights)]), message
+    assert "\n" not in message
+
+
+def test_a_tensor_in_two_shards_is_an_error(weights: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second.safetensors"
+    save_file({"norm.weight": torch.ones(16)}, second)
+    with pytest.raises(CorruptArtifactError, match=r"second.safetensors: tensor 'norm.weight' is there twice"):
+        load(weights, second)
+
+
+def test_a_truncated_file_is_named(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CorruptArtifactError, match=r"model.safetensors: truncated"):
+        load(weights)
+
+
+def test_pth_is_read_without_running_it(tmp_path: Path) -> None:
+    good = tmp_path / "model.pth"
+    checkpoint.save(umt5(), good, component="umt5", layout="original")
+    load(good)
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "sprung",))  # type: ignore[return-value]
+
+    bad = tmp_path / "bad.pth"
+    torch.save({"norm.weight": Trap()}, bad)
+    with pytest.raises(CorruptArtifactError, match=r"bad.pth"):
+        load(bad)
+    assert not (tmp_path / "sprung").exists()
+
+    for name, content in (("cut.pth", good.read_bytes()[:-200]), ("text.pth", b"hello"), ("list.pth", None)):
+        file = tmp_path / name
+        if content is None:
+            torch.save([torch.ones(1)], file)
+        else:
+            file.write_bytes(content)
+        with pytest.raises(CorruptArtifactError, match=name):
+            load(file)
+    with (tmp_path / "raw.pth").open("wb") as stream:
+        pickle.dump({"norm.weight": 1}, stream)
+    with pytest.raises(CorruptArtifactError, match=r"raw.pth"):
+        load(tmp_path / "raw.pth")
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize(
+    ("component", "network"),
+    [
+        ("dit", lambda: WanDiT(DiTSpec(num_layers=2))),
+        ("vae", lambda: WanVAE(VAESpec())),
+        ("umt5", lambda: UMT5Encoder(UMT5Spec(num_layers=2))),
+    ],
+)
+def test_key_maps_are_one_to_one(component, network, layout) -> None:
+    with torch.device("meta"):
+        names = list(network().state_dict())
+    theirs = [checkpoint.rename_back(component, layout, name) for name in names]
+    assert len(set(theirs)) == len(names)
+    assert [checkpoint.rename(component, layout, key) for key in theirs] == names
+
+
+def test_true_sizes_are_the_published_ones() -> None:
+    """WAN_SPEC 1 and 2: parameters and bytes of the published files."""
+    with torch.device("meta"):
+        dit, vae, text = WanDiT(DiTSpec()), WanVAE(VAESpec()), UMT5Encoder(UMT5Spec())
+    assert sum(p.numel() for p in dit.parameters()) == 14_288_901_184
+    assert len(dit.state_dict()) == 1095
+    assert sum(p.numel() for p in vae.parameters()) == 126_892_531
+    assert len(vae.state_dict()) == 194
+    assert sum(p.numel() for p in text.parameters()) == 5_680_910_336

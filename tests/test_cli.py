@@ -1,0 +1,259 @@
+"""The command line as a contract: its surface, its speed, its refusals. No video is made here."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import Outcome
+from wanfast.commands import generate as generate_command
+from wanfast.runtime.config import EffectiveConfig, GenerateConfig
+
+Wanfast = Callable[..., Outcome]
+GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat")
+DRY = (*GOOD, "--dry-run", "--json")
+SURFACE = Path(__file__).parent / "cli_surface.txt"
+PACKAGE = Path(generate_command.__file__).parents[1]
+
+
+def test_the_surface_is_the_checked_in_one(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new flag is a conscious act: WANFAST_UPDATE_SURFACE=1 writes the file anew."""
+    monkeypatch.setenv("COLUMNS", "100")
+    pages = [wanfast(*command, "--help").out for command in ([], ["generate"])]
+    surface = "\n".join(line.rstrip() for page in pages for line in page.splitlines()) + "\n"
+    if os.environ.get("WANFAST_UPDATE_SURFACE"):
+        SURFACE.write_text(surface)
+    assert surface == SURFACE.read_text()
+
+
+def test_options_are_the_fields_of_the_config() -> None:
+    parent_only = {"context", "prompt_file", "from_", "jobs", "dry_run", "json_"}
+    parameters = {
+        name: parameter.default
+        for name, parameter in inspect.signature(generate_command.generate).parameters.items()
+        if name not in parent_only
+    }
+    assert parameters == {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
+    assert {field.name for field in dataclasses.fields(EffectiveConfig)} - set(parameters) == {"image_sha256"}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EffectiveConfig)])
+def test_every_field_is_read_by_the_program(field: str) -> None:
+    """No flag that silently does nothing: each is read outside of the place that defines and fills it."""
+    sources = [path.read_text() for path in (PACKAGE / "runtime").rglob("*.py") if path.name != "config.py"]
+    assert any(re.search(rf"\b(config|first|request)\.{field}\b", source) for source in sources)
+
+
+def python(code: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["generate", "--help"], list(DRY), ["generate", "--frames", "80"], ["generate", "--model", "a14b"]],
+    ids=" ".join,
+)
+def test_the_parent_imports_no_torch(workdir: Path, arguments: list[str]) -> None:
+    code = f"""
+import sys
+from wanfast.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    pass
+heavy = {{"torch", "transformers", "diffusers", "torchao"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = python(code, cwd=workdir)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_takes_less_than_half_a_second(workdir: Path) -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        assert python("from wanfast.cli import main; main(['--help'])", cwd=workdir).returncode == 0
+        return time.perf_counter() - started
+
+    fastest = min(seconds() for _ in range(5))
+    print(f"wanfast --help: {fastest:.2f} s")
+    assert fastest < 0.5
+
+
+REFUSALS = {
+    "no image": (["--image", ""], "--image"),
+    "image missing": (["--image", "dog.png"], "--image"),
+    "prompt empty": (["--prompt", "  "], "--prompt"),
+    "prompt of control characters": (["--prompt", "\x07\x00"], "--prompt"),
+    "frames not 4n+1": (["--frames", "80"], "--frames 80: a clip has 4n+1 frames: try 81"),
+    "no frames": (["--frames", "0"], "--frames"),
+    "no steps": (["--steps", "0"], "--steps"),
+    "size not divisible": (["--size", "1000x700"], "--size 1000x700 must be multiples of 16: try 992x704"),
+    "size no size": (["--size", "big"], "--size 'big' is not WIDTHxHEIGHT"),
+    "size zero": (["--size", "0x16"], "--size"),
+    "shift": (["--shift", "0"], "--shift"),
+    "shift nan": (["--shift", "nan"], "--shift"),
+    "guidance": (["--guidance-low-noise", "-1"], "--guidance-low-noise"),
+    "seed": (["--seed", "-1"], "--seed"),
+    "fps": (["--fps", "0"], "--fps"),
+    "output no mp4": (["--output", "out.avi"], "--output"),
+    "output in no folder": (["--output", "no/out.mp4"], "--output"),
+    "output exists": (["--output", "there.mp4"], "--overwrite"),
+    "json exists": (["--output", "side.mp4"], "--overwrite"),
+    "prompt twice": (["--prompt-file", "there.txt"], "--prompt-file"),
+    "prompt file missing": (["--prompt-file", "gone.txt"], "--prompt"),
+    "from is no json": (["--from", "there.txt"], "--from"),
+    "from is another json": (["--from", "side.json"], "--from"),
+    "jobs missing": (["--jobs", "gone.jsonl"], "--jobs"),
+    "jobs empty": (["--jobs", "empty.jsonl"], "--jobs"),
+    "noise on a GPU that is not used": (["--noise-device", "cuda", "--device", "cpu"], "--noise-device"),
+    "model": (["--model", "cat.png"], "--model"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_are_one_line_and_leave_nothing(wanfast: Wanfast, workdir: Path, name: str) -> None:
+    arguments, words = REFUSALS[name]
+    for file in ("there.mp4", "there.txt", "empty.jsonl"):
+        (workdir / file).write_text("")
+    (workdir / "side.json").write_text("{}")
+    before = sorted(workdir.rglob("*"))
+    outcome = wanfast(*GOOD, *arguments)
+    assert outcome.exit_code == (3 if name == "model" else 2)
+    assert outcome.out == ""
+    assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+    assert outcome.err.startswith("error: ")
+    assert words in outcome.err
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_values_of_the_wrong_type_are_usage_errors(wanfast: Wanfast) -> None:
+    for arguments in (["--steps", "many"], ["--solver", "heun"], ["--precision", "fp8"], ["--device", "tpu"], ["--x"]):
+        assert wanfast(*GOOD, *arguments).exit_code == 2
+
+
+def test_weights_that_are_not_there_name_the_command(wanfast: Wanfast, workdir: Path) -> None:
+    outcome = wanfast("generate", "--image", "cat.png", "--prompt", "a cat")
+    assert outcome.exit_code == 3
+    assert "hf download Wan-AI/Wan2.2-I2V-A14B" in outcome.err
+    assert not (workdir / "artifacts").exists()
+
+
+def test_errors_are_json_too_where_json_is_asked_for(wanfast: Wanfast) -> None:
+    outcome = wanfast(*GOOD, "--frames", "80", "--json")
+    assert outcome.document["exit_code"] == outcome.exit_code == 2
+    assert "--frames 80" in outcome.document["error"]
+
+
+def test_dry_run_is_the_plan_and_writes_nothing(wanfast: Wanfast, workdir: Path) -> None:
+    outcome = wanfast("generate", "--model", "a14b", "--image", "cat.png", "--prompt", "x", "--dry-run", "--json")
+    assert outcome.exit_code == 0
+    document = outcome.document
+    assert {"output", "plan", "requested", "effective", "seconds", "versions"} <= document.keys()
+    assert document["seconds"] == {}
+    plan = document["plan"]
+    assert (plan["steps"], plan["forwards"]) == ({"high_noise": 15, "low_noise": 25}, 80)
+    assert (plan["width"], plan["height"], plan["latent"]) == (1104, 816, [21, 102, 138])
+    assert document["requested"] == {"model": "a14b", "image": "cat.png", "prompt": "x"}
+    effective = document["effective"]
+    assert (effective["steps"], effective["shift"], effective["fps"], effective["frames"]) == (40, 5.0, 16, 81)
+    assert (effective["guidance_high_noise"], effective["guidance_low_noise"]) == (3.5, 3.5)
+    assert sorted(path.name for path in workdir.iterdir()) == ["cat.png"]
+
+
+def test_dry_run_without_json_prints_the_plan_even_to_a_pipe(wanfast: Wanfast) -> None:
+    outcome = wanfast(*GOOD, "--dry-run", "--seed", "5")
+    assert "1104x816" not in outcome.out
+    for words in ("15 high noise + 25 low noise, 80 forwards", "tokens", "seed", "out.mp4"):
+        assert words in outcome.out
+
+
+def notes(wanfast: Wanfast, *arguments: str) -> str:
+    outcome = wanfast(*DRY, *arguments)
+    assert outcome.exit_code == 0, outcome.err
+    assert [f"note: {note}" for note in outcome.document["plan"]["notes"]] == outcome.err.strip().splitlines()
+    return " / ".join(outcome.document["plan"]["notes"])
+
+
+def test_what_a_person_could_not_guess_is_said(wanfast: Wanfast, workdir: Path) -> None:
+    assert "not trained" in notes(wanfast)
+    assert "not 128x128: --size gives the area" in notes(wanfast)
+    assert "advise --shift 3.0" in notes(wanfast, "--model", "a14b", "--size", "832x480")
+    assert "advise --shift" not in notes(wanfast, "--model", "a14b", "--size", "832x480", "--shift", "3")
+    assert "advise --shift" not in notes(wanfast, "--model", "a14b")
+    assert "first 512" in notes(wanfast, "--prompt", "a cat " * 1700)
+    assert "--prompt is" not in notes(wanfast, "--prompt", "🐈 \x07 runs\n\n fast")
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save("clear.png")
+    assert "white" in notes(wanfast, "--image", "clear.png")
+
+
+def test_guidance_of_one_needs_no_negative_prompt(wanfast: Wanfast) -> None:
+    outcome = wanfast(*DRY, "--guidance-low-noise", "1")
+    assert outcome.document["plan"]["forwards"] == 15 * 2 + 25
+
+
+def test_seeds_are_drawn_anew_and_said(wanfast: Wanfast) -> None:
+    seeds = {wanfast(*DRY).document["effective"]["seed"] for _ in range(3)}
+    assert len(seeds) == 3
+
+
+def test_artifacts_dir_comes_from_the_environment_too(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANFAST_ARTIFACTS", "/elsewhere")
+    assert wanfast(*DRY).document["effective"]["artifacts_dir"] == "/elsewhere"
+
+
+def test_prompt_file(wanfast: Wanfast, workdir: Path) -> None:
+    (workdir / "prompt.txt").write_text("a dog\n", encoding="utf-8")
+    arguments = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt-file", "prompt.txt")
+    assert wanfast(*arguments, "--dry-run", "--json").document["effective"]["prompt"] == "a dog"
+    (workdir / "prompt.txt").write_bytes(b"\xff\xfe\x00")
+    outcome = wanfast(*arguments, "--dry-run")
+    assert outcome.exit_code == 2 and "UTF-8" in outcome.err
+
+
+def test_job_lines_override_options_and_bad_ones_are_numbered(wanfast: Wanfast, workdir: Path) -> None:
+    lines = [
+        '{"seed": 1}',
+        "# a comment",
+        '{"seed": "one"}',
+        "{not json",
+        "[1]",
+        '{"sede": 1}',
+        '{"frames": 80}',
+        '{"prompt": "a dog", "output": "dog.mp4", "steps": 4}',
+        '{"output": "dog.mp4"}',
+    ]
+    (workdir / "jobs.jsonl").write_text("\n".join(lines))
+    outcome = wanfast(*DRY, "--jobs", "jobs.jsonl")
+    assert outcome.exit_code == 6
+    results = {result["line"]: result for result in outcome.document["results"]}
+    assert outcome.document["failed"] == 6
+    assert [line for line, result in results.items() if "error" not in result] == [1, 8]
+    assert results[1]["output"].endswith("out-0001.mp4")
+    assert (results[8]["effective"]["prompt"], results[8]["effective"]["steps"]) == ("a dog", 4)
+    for line, words in {3: "--seed", 4: "not JSON", 5: "object", 6: "sede", 7: "--frames 80", 9: "line 8"}.items():
+        assert words in results[line]["error"]
+        assert f"error (line {line}): {results[line]['error']}" in outcome.err
+
+
+def test_from_restores_every_option_and_checks_the_image(wanfast: Wanfast, workdir: Path) -> None:
+    options = ("--seed", "9", "--steps", "7", "--shift", "4", "--solver", "dpm++", "--guidance-low-noise", "2")
+    first = wanfast(*DRY, *options).document
+    (workdir / "run.json").write_text(json.dumps(first | {"weights": None}))
+    again = wanfast("generate", "--from", "run.json", "--dry-run", "--json", "--steps", "8").document
+    assert again["effective"] == first["effective"] | {"steps": 8}
+    Image.new("RGB", (64, 48)).save("cat.png")
+    outcome = wanfast("generate", "--from", "run.json", "--dry-run")
+    assert outcome.exit_code == 2 and "not the image of that run" in outcome.err
+    assert wanfast("generate", "--from", "run.json", "--image", "cat.png", "--dry-run").exit_code == 0

@@ -1,0 +1,237 @@
+"""`wanfast generate` with the tiny model, all the way to the file: the same code path as A14B, on a CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import Outcome
+from wanfast.runtime import generate, media_io, model_files, pixels, prompt_embeds
+from wanfast.runtime.errors import ConfigError
+
+Wanfast = Callable[..., Outcome]
+SMALL = ("--size", "64x64", "--frames", "5", "--steps", "4", "--device", "cpu")
+GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--seed", "1", *SMALL)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != "artifacts")
+
+
+def test_a_video_its_json_and_its_contact_sheet(wanfast: Wanfast, workdir: Path) -> None:
+    outcome = wanfast(*GOOD, "--contact-sheet", "--json")
+    assert outcome.exit_code == 0, outcome.err
+    assert visible(workdir) == ["cat.png", "out.json", "out.mp4", "out.png"]
+
+    frames = iio.imread("out.mp4", plugin="pyav")
+    assert frames.shape == (5, 48, 64, 3)
+    assert iio.immeta("out.mp4", plugin="pyav")["fps"] == 16
+    assert Image.open("out.png").size == (4 * 64, 2 * 48)
+
+    document = json.loads((workdir / "out.json").read_text(encoding="utf-8"))
+    assert document == outcome.document
+    assert document["effective"]["image_sha256"] == sha256(workdir / "cat.png")
+    assert set(document["seconds"]) == {"text", "load", "encode", "denoise", "decode", "write", "total"}
+    assert document["peak_memory_bytes"] > 1e6
+    assert document["versions"]["torch"]
+    assert "not trained" in outcome.err
+
+    (run,) = (workdir / "artifacts" / "runs").iterdir()
+    assert json.loads((run / "job.json").read_text())["jobs"][0]["effective"] == document["effective"]
+    assert json.loads((run / "result.json").read_text()) == [document]
+
+
+def test_from_reproduces_the_video_bit_for_bit(wanfast: Wanfast, workdir: Path) -> None:
+    assert wanfast(*GOOD, "--solver", "dpm++", "--guidance-high-noise", "2").exit_code == 0
+    refused = wanfast("generate", "--from", "out.json")
+    assert refused.exit_code == 2 and "--overwrite" in refused.err
+    assert wanfast("generate", "--from", "out.json", "--output", "again.mp4").exit_code == 0
+    assert sha256(workdir / "again.mp4") == sha256(workdir / "out.mp4")
+    assert wanfast("generate", "--from", "out.json", "--output", "other.mp4", "--seed", "2").exit_code == 0
+    assert sha256(workdir / "other.mp4") != sha256(workdir / "out.mp4")
+
+
+def test_every_number_reaches_the_video(wanfast: Wanfast, workdir: Path) -> None:
+    """Each option that shapes the video, changed alone, changes it."""
+    changes = {
+        "plain": [],
+        "prompt": ["--prompt", "a dog"],
+        "negative": ["--negative-prompt", "blurred"],
+        "steps": ["--steps", "5"],
+        "shift": ["--shift", "3"],
+        "high": ["--guidance-high-noise", "1"],
+        "low": ["--guidance-low-noise", "1"],
+        "solver": ["--solver", "euler"],
+        "precision": ["--precision", "fp32"],
+        "fps": ["--fps", "8"],
+    }
+    lines = []
+    for name, arguments in changes.items():
+        options = dict(zip((a[2:].replace("-", "_") for a in arguments[::2]), arguments[1::2], strict=True))
+        numbers = {"steps": int, "shift": float, "guidance_high_noise": float, "guidance_low_noise": float, "fps": int}
+        lines.append(json.dumps({k: numbers.get(k, str)(v) for k, v in options.items()} | {"output": f"{name}.mp4"}))
+    (workdir / "jobs.jsonl").write_text("\n".join(lines))
+    outcome = wanfast(*GOOD, "--jobs", "jobs.jsonl")
+    assert outcome.exit_code == 0, outcome.err
+    assert len({sha256(workdir / f"{name}.mp4") for name in changes}) == len(changes)
+
+
+def test_jobs_load_the_models_once_and_outlive_bad_lines(
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    load_pipeline = generate.load_pipeline
+    monkeypatch.setattr(generate, "load_pipeline", lambda *a: loads.append(1) or load_pipeline(*a))
+    write_mp4 = media_io.write_mp4
+
+    def write_but_no_full(frames: object, path: Path, fps: int) -> None:
+        if path.name == "full.mp4":
+            raise ConfigError("--output full.mp4: no space left on the disk: free some")
+        write_mp4(frames, path, fps)
+
+    monkeypatch.setattr(media_io, "write_mp4", write_but_no_full)
+    lines = ['{"seed": 1}', '{"frames": 6}', '{"output": "full.mp4"}', '{"seed": 2}']
+    (workdir / "jobs.jsonl").write_text("\n".join(lines))
+    outcome = wanfast(*GOOD, "--jobs", "jobs.jsonl", "--json")
+    assert outcome.exit_code == 6
+    assert len(loads) == 1
+    assert visible(workdir) == [
+        "cat.png", "jobs.jsonl", "out-0001.json", "out-0001.mp4", "out-0004.json", "out-0004.mp4"
+    ]  # fmt: skip
+    assert [("error" in result) for result in outcome.document["results"]] == [False, True, True, False]
+    assert "error (line 2): --frames 6" in outcome.err
+    assert "error (line 3): --output full.mp4: no space" in outcome.err
+
+
+def test_known_prompts_need_no_text_encoder(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wanfast(*GOOD).exit_code == 0
+    monkeypatch.setattr(prompt_embeds, "build_umt5", lambda *a: pytest.fail("UMT5 was loaded"))
+    assert wanfast(*GOOD, "--output", "again.mp4").exit_code == 0
+    # in bf16 the embeddings differ from those in fp32: another key
+    with pytest.raises(pytest.fail.Exception):
+        wanfast(*GOOD, "--output", "fp32.mp4", "--precision", "fp32")
+
+
+def test_changed_embeddings_are_refused(wanfast: Wanfast, workdir: Path) -> None:
+    assert wanfast(*GOOD).exit_code == 0
+    file = next((workdir / "artifacts/prompt_embeds").rglob("embeds.safetensors"))
+    file.write_bytes(file.read_bytes() + b"x")
+    outcome = wanfast(*GOOD, "--output", "again.mp4")
+    assert outcome.exit_code == 4 and str(file.parent) in outcome.err
+    assert not (workdir / "again.mp4").exists()
+
+
+@pytest.fixture
+def tiny_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(model_files.TINY, tmp_path_factory.mktemp("copy") / "tiny"))
+
+
+def test_broken_weights_name_the_file_and_leave_no_video(wanfast: Wanfast, workdir: Path, tiny_copy: Path) -> None:
+    here = [*GOOD, "--model", str(tiny_copy)]
+    file = tiny_copy / "transformer_2/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["proj_out.bias"]
+    save_file(tensors, file)
+    outcome = wanfast(*here)
+    assert (outcome.exit_code, outcome.out) == (4, "")
+    assert "head.head.bias" in outcome.err and str(file) in outcome.err
+
+    file.write_bytes(b"\0" * 100)
+    assert wanfast(*here).exit_code == 4
+    file.unlink()
+    outcome = wanfast(*here)
+    assert outcome.exit_code == 3 and "transformer_2" in outcome.err
+    (tiny_copy / "wanfast.json").write_text('{"colour": "red"}')
+    assert wanfast(*here).exit_code == 4
+    assert visible(workdir) == ["cat.png"]
+
+
+def test_other_weights_than_those_of_the_run_are_said(wanfast: Wanfast, tiny_copy: Path) -> None:
+    assert wanfast(*GOOD, "--model", str(tiny_copy)).exit_code == 0
+    file = tiny_copy / "vae/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file)
+    assert "the weights changed" in wanfast("generate", "--from", "out.json", "--output", "b.mp4", "--dry-run").err
+
+
+def test_an_image_that_changes_after_the_plan_is_refused(
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_pipeline = generate.load_pipeline
+
+    def load_and_change(*arguments: object) -> object:
+        Image.new("RGB", (64, 48)).save("cat.png")
+        return load_pipeline(*arguments)
+
+    monkeypatch.setattr(generate, "load_pipeline", load_and_change)
+    outcome = wanfast(*GOOD)
+    assert outcome.exit_code == 2 and "changed since the plan" in outcome.err
+    assert visible(workdir) == ["cat.png"]
+
+
+def test_interrupted_leaves_nothing_and_exits_130(
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(video: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pixels, "to_uint8", interrupt)
+    assert wanfast(*GOOD).exit_code == 130
+    assert visible(workdir) == ["cat.png"]
+
+
+def test_a_gpu_that_is_not_there_is_said(wanfast: Wanfast) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    outcome = wanfast(*GOOD, "--device", "cuda")
+    assert outcome.exit_code == 2 and "--device cuda" in outcome.err
+
+
+def test_a_pipe_gets_one_line(wanfast: Wanfast) -> None:
+    outcome = wanfast(*GOOD)
+    assert len(outcome.out.strip().splitlines()) == 1
+    assert outcome.out.startswith("out.mp4: 64x48, 5 frames, seed 1, ")
+
+
+def test_a_terminal_gets_plan_progress_and_summary(workdir: Path) -> None:
+    controller, terminal = pty.openpty()
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(generate.__file__).parents[2]),
+        "TERM": "xterm",
+        "COLUMNS": "120",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wanfast", *GOOD], stdout=terminal, stderr=terminal, cwd=workdir, env=environment
+    )
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(controller, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(controller)
+    assert process.wait() == 0, shown.decode()
+    text = shown.decode()
+    for words in ("plan", "2 high noise + 2 low noise", "4/4", "s/step", "low noise", "done", "peak memory", "decode"):
+        assert words in text, text

@@ -1,0 +1,29 @@
+"""The size of a video, rounding traps included: WAN_SPEC's examples, made with the reference's own expression."""
+
+from __future__ import annotations
+
+import pytest
+
+from wanfast.runtime.model_spec import A14B
+from wanfast.runtime.shapes import fit_geometry
+
+
+@pytest.mark.parametrize(
+    ("area", "image", "size", "tokens"),
+    [
+        ((1280, 720), (1920, 1080), (1280, 720), 75_600),
+        ((720, 1280), (1920, 1080), (1280, 720), 75_600),  # only the area counts
+        ((1280, 720), (500, 500), (960, 960), 75_600),
+        ((1280, 720), (4032, 3024), (1104, 816), 73_899),
+        ((832, 480), (1920, 1080), (832, 464), 31_668),
+        ((832, 480), (832, 480), (832, 464), 31_668),  # float rounding: exactly the asked shape comes out smaller
+        ((832, 480), (480, 832), (480, 832), 32_760),  # and its portrait does not
+    ],
+)
+def test_size_follows_the_image(
+    area: tuple[int, int], image: tuple[int, int], size: tuple[int, int], tokens: int
+) -> None:
+    geometry = fit_geometry(A14B, *area, 81, image)
+    assert ((geometry.width, geometry.height), geometry.tokens) == (size, tokens)
+    assert geometry.latent_frames == 21
+    assert geometry.token_grid == (21, geometry.height // 16, geometry.width // 16)
