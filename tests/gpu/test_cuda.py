@@ -1,0 +1,69 @@
+"""The same program on a GPU: `make test-gpu`. Skipped where there is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Outcome
+from tests.parity import relative_error
+from wanfast.runtime import builders, model_files
+from wanfast.runtime.builders import build_expert, build_umt5, build_vae
+from wanfast.runtime.models.rope import rotary_tables
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+Wanfast = Callable[..., Outcome]
+GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--seed", "1", "--device", "cuda")
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 2e-2)])
+@torch.inference_mode()
+def test_the_models_equal_the_cpus(precision: builders.Precision, bound: float) -> None:
+    files = model_files.locate("tiny", "artifacts")
+    spec = files.spec.dit
+    generator = torch.Generator().manual_seed(0)
+    latent, condition = (torch.randn(1, c, 5, 16, 16, generator=generator) for c in (16, 20))
+    ids = torch.randint(3, 900, (1, 9), generator=generator)
+    video = torch.randn(1, 3, 9, 64, 64, generator=generator).clamp(-1, 1)
+    results = {}
+    for device, kind in (("cpu", "fp32"), ("cuda", precision)):
+        text = build_umt5(files, kind, device)(ids.to(device))
+        expert = build_expert(files, "high_noise", kind, device)
+        rope = rotary_tables((5, 8, 8), spec.head_dim, device)
+        timestep = torch.tensor([950], device=device)
+        velocity = expert(latent.to(device), condition.to(device), timestep, expert.encode_text(text), rope)
+        vae = build_vae(files, device)
+        encoded = vae.encode(video.to(device))
+        results[device] = [tensor.float().cpu() for tensor in (text, velocity, encoded, vae.decode(encoded))]
+    for name, got, expected in zip(("UMT5", "DiT", "encode", "decode"), results["cuda"], results["cpu"], strict=True):
+        error = relative_error(got, expected)
+        print(f"{name} {precision} on {torch.cuda.get_device_name()}: relative error {error:.1e}")
+        assert error <= (bound if name in ("UMT5", "DiT") else 1e-4)
+
+
+@pytest.mark.parametrize("noise_device", ["cpu", "cuda"])
+def test_a_video_can_be_made_again_bit_for_bit(wanfast: Wanfast, workdir: Path, noise_device: str) -> None:
+    outcome = wanfast(*GOOD, "--noise-device", noise_device)
+    assert outcome.exit_code == 0, outcome.err
+    assert wanfast("generate", "--from", "out.json", "--output", "again.mp4").exit_code == 0
+    assert (workdir / "again.mp4").read_bytes() == (workdir / "out.mp4").read_bytes()
+    document = json.loads((workdir / "out.json").read_text())
+    assert document["hardware"]["device"] == torch.cuda.get_device_name()
+    print({name: document[name] for name in ("seconds", "peak_memory_bytes", "hardware")})
+
+
+def test_noise_of_the_two_devices_differs(wanfast: Wanfast, workdir: Path) -> None:
+    for noise_device in ("cpu", "cuda"):
+        assert wanfast(*GOOD, "--noise-device", noise_device, "--output", f"{noise_device}.mp4").exit_code == 0
+    assert (workdir / "cpu.mp4").read_bytes() != (workdir / "cuda.mp4").read_bytes()

@@ -1,0 +1,1 @@
+"""Trains the tiny model. Imports the package; the package never imports it."""

@@ -1,0 +1,89 @@
+"""Trains the tiny model, whole or piece by piece.
+
+    python -m training --folder runs/tiny                       # everything, on one GPU; stops and resumes at will
+    python -m training --folder runs/tiny --stage vae --minutes 8
+    python -m training --folder runs/tiny --stage experts --minutes 8
+    python -m training --folder runs/tiny --stage export        # into wanfast/assets/tiny
+    python -m training --folder /tmp/try --smoke                # every stage at toy sizes, on a CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from training import train_experts, train_vae
+from training.export import export
+from training.loop import Schedule, load_ema
+from training.spec import SPEC
+from training.world import Renderer
+from wanfast.runtime.model_spec import ModelSpec
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="checkpoints and logs")
+    parser.add_argument("--stage", choices=["vae", "experts", "export", "all"], default="all")
+    parser.add_argument("--minutes", type=float, default=1e9, help="of training in this call, per stage")
+    parser.add_argument("--vae-steps", type=int, default=6000)
+    parser.add_argument("--expert-steps", type=int, default=12000)
+    parser.add_argument("--clips", type=int, default=24000, help="the encoded set that the experts learn from")
+    parser.add_argument("--batch", type=int, default=96, help="clips a step for each expert")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that all runs")
+    options = parser.parse_args()
+    if options.smoke:
+        options.vae_steps, options.expert_steps, options.clips, options.batch = 4, 4, 4, 2
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    stages = ["vae", "experts", "export"] if options.stage == "all" else [options.stage]
+    for stage in stages:
+        if not {"vae": fit_vae, "experts": fit_experts, "export": write}[stage](options, device):
+            print(f"{stage} is not done yet: run the same command again")
+            return
+
+
+def fit_vae(options: argparse.Namespace, device: str) -> bool:
+    schedule = Schedule(steps=options.vae_steps, learning_rate=1e-3, minutes=options.minutes)
+    batch = 2 if options.smoke else 32
+    if not train_vae.fit(SPEC.vae, schedule, options.folder, device, batch=batch, side=64, frames=9):
+        return False
+    vae, renderer = train_vae.load(SPEC.vae, options.folder, device), Renderer(device)
+    measured = train_vae.measure_latents(vae, renderer, clips=8 if options.smoke else 256)
+    psnr = train_vae.held_out_psnr(vae, renderer, clips=2 if options.smoke else 64)
+    facts = {"latents_mean": measured.latents_mean, "latents_std": measured.latents_std, "held_out_psnr": psnr}
+    (options.folder / "vae.json").write_text(json.dumps(facts) + "\n")
+    print(f"vae: held-out PSNR {psnr:.2f} dB", flush=True)
+    return True
+
+
+def measured_spec(folder: Path) -> ModelSpec:
+    """The spec with the statistics that the trained VAE has."""
+    facts = json.loads((folder / "vae.json").read_text())
+    statistics = {key: tuple(facts[key]) for key in ("latents_mean", "latents_std")}
+    return replace(SPEC, vae=replace(SPEC.vae, **statistics))
+
+
+def fit_experts(options: argparse.Namespace, device: str) -> bool:
+    spec = measured_spec(options.folder)
+    vae = train_vae.load(spec.vae, options.folder, device)
+    vae.spec = spec.vae
+    clips = train_experts.encode_clips(vae, Renderer(device), options.clips)
+    print(f"experts: {len(clips.z)} clips, latents {list(clips.z.shape[1:])}", flush=True)
+    schedule = Schedule(steps=options.expert_steps, learning_rate=1e-3, minutes=options.minutes, ema=0.9995)
+    return train_experts.fit(spec, clips, schedule, options.folder, device, options.batch)
+
+
+def write(options: argparse.Namespace, device: str) -> bool:
+    spec = measured_spec(options.folder)
+    model = train_experts.TinyModel(spec).to(device)
+    load_ema(model, options.folder / "experts.pt")
+    export(spec, model, train_vae.load(spec.vae, options.folder, device), options.folder / "tiny")
+    return True
+
+
+if __name__ == "__main__":
+    main()

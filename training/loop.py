@@ -1,0 +1,105 @@
+"""The optimisation that both stages share: seeded steps, EMA, a log of losses, checkpoints that resume bit for bit.
+
+A step's data and noise depend on (seed, step) alone, so a run that was cut and resumed does what one long run does. The
+learning rate warms up, stays, and decays linearly over the last fifth.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+LossFn = Callable[[int, torch.Generator], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """`steps` in all, of which this process makes as many as fit into `minutes`."""
+
+    steps: int
+    learning_rate: float
+    minutes: float = 9.0
+    warmup: int = 200
+    ema: float = 0.999
+    seed: int = 0
+    log_every: int = 50
+
+    def rate(self, step: int) -> float:
+        decay_from = 0.8 * self.steps
+        decay = min(1.0, (self.steps - step) / max(1.0, self.steps - decay_from))
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * max(decay, 0.01)
+
+
+def train(name: str, network: nn.Module, loss: LossFn, schedule: Schedule, folder: Path) -> bool:
+    """Train `network` on, from folder/name.pt if it is there; True once all steps are made. The EMA is in `ema` of it.
+
+    `loss(step, generator)` gives named terms, of which "loss" is minimised; the generator is seeded for the step.
+    """
+    device = next(network.parameters()).device
+    optimizer = torch.optim.AdamW(network.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    parameters = list(network.parameters())
+    average = [parameter.detach().clone() for parameter in parameters]
+    file, step = folder / f"{name}.pt", 0
+    folder.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        state = torch.load(file, map_location=device, weights_only=True)
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, step = state["ema"], state["step"]
+    generator = torch.Generator(device)
+    started, first = time.monotonic(), step
+    with (folder / f"{name}.jsonl").open("a") as log:
+        while step < schedule.steps and time.monotonic() - started < schedule.minutes * 60:
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(step)
+            generator.manual_seed(schedule.seed * 1_000_003 + step)
+            terms = loss(step, generator)
+            optimizer.zero_grad(set_to_none=True)
+            terms["loss"].backward()
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            # a young average forgets its random start faster
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(schedule.ema, (1 + step) / (10 + step)))
+            if step % schedule.log_every == 0:
+                values = {key: round(float(value.detach()), 5) for key, value in terms.items()} | {"norm": round(float(norm), 4)}
+                pace = (time.monotonic() - started) / (step - first + 1)
+                line = json.dumps({"step": step, **values, "s_per_step": round(pace, 4)})
+                print(name, line, flush=True)
+                log.write(line + "\n")
+            step += 1
+    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": average, "step": step}
+    partial = file.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(file)
+    print(f"{name}: {step} of {schedule.steps} steps", flush=True)
+    return step >= schedule.steps
+
+
+def load_ema(network: nn.Module, file: Path) -> None:
+    """Put the average of a checkpoint into `network`."""
+    state = torch.load(file, map_location=next(network.parameters()).device, weights_only=True)
+    with torch.no_grad():
+        for parameter, value in zip(network.parameters(), state["ema"], strict=True):
+            parameter.copy_(value)
+
+
+def initialise(network: nn.Module, seed: int, zero: tuple[str, ...] = ()) -> None:
+    """Draw every parameter: matrices at the scale of their fan-in, norms one, the rest zero, and so those in `zero`."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        if any(part in name for part in zero) or leaf == "bias":
+            value = torch.zeros(parameter.shape)
+        elif "norm" in name:
+            value = torch.ones(parameter.shape)
+        elif parameter.dim() >= 2 and "modulation" not in name:
+            value = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+        else:
+            value = torch.zeros(parameter.shape)
+        parameter.data = value.to(parameter.dtype)

@@ -1,0 +1,128 @@
+"""Stage 2: both experts and UMT5, by rectified flow on the VAE's latents, conditioned as the pipeline does it.
+
+x = (1 - s) z + s noise, v = noise - z; noise levels are uniform before the shift. The high-noise expert sees those at or
+above the boundary, the low-noise one the rest; both share the text encoder. One caption in eight is dropped, so that the
+empty prompt is the unconditional branch of guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.loop import Schedule, initialise, train
+from training.train_vae import encode
+from training.world import Renderer, draw_scene, moments_of_clip
+from wanfast.runtime.model_files import TINY
+from wanfast.runtime.model_spec import ModelSpec
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.rope import rotary_tables
+from wanfast.runtime.models.umt5 import UMT5Encoder
+from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.tokenizer import PromptTokenizer
+
+_DROP = 0.125
+
+
+class TinyModel(nn.Module):
+    """The three networks of this stage."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.high_noise = WanDiT(spec.dit, torch.float32)
+        self.low_noise = WanDiT(spec.dit, torch.float32)
+        self.umt5 = UMT5Encoder(spec.umt5, torch.float32)
+        for seed, network in enumerate((self.high_noise, self.low_noise, self.umt5), start=2):
+            initialise(network, seed, zero=("head.head", "pos_embedding"))
+
+    def text(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """[B, text_len, text_dim]: embeddings of the true tokens, zeros after them, as the pipeline pads."""
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        return self.umt5(ids, mask) * mask.unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """A fixed set of encoded clips: latents z and conditions y [N, C, T, h, w] bf16, and their captions' ids."""
+
+    z: Tensor
+    y: Tensor
+    ids: Tensor
+    lengths: Tensor
+
+
+@torch.no_grad()
+def encode_clips(vae: WanVAE, renderer: Renderer, count: int, batch: int = 64) -> Clips:
+    """Draw, render and encode `count` clips; each condition is that of its first frame followed by grey."""
+    tokenizer = PromptTokenizer(TINY / "tokenizer/tokenizer.json", max_tokens=40)
+    latents, conditions, texts = [], [], []
+    for first in range(0, count, batch):
+        scenes = [draw_scene(10_000_000 + first + k) for k in range(min(batch, count - first))]
+        video = renderer(scenes, moments_of_clip())
+        given = torch.zeros_like(video)
+        given[:, :, 0] = video[:, :, 0]
+        with torch.autocast(renderer.device, torch.bfloat16, enabled=renderer.device == "cuda"):
+            latents.append(encode(vae, video).bfloat16())
+            conditions.append(with_mask(encode(vae, given)).bfloat16())
+        texts += [torch.tensor(tokenizer.encode(scene.caption).ids) for scene in scenes]
+    texts.append(torch.tensor(tokenizer.encode("").ids))  # the last is the empty caption
+    ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(renderer.device)
+    lengths = torch.tensor([len(text) for text in texts], device=renderer.device)
+    return Clips(torch.cat(latents), torch.cat(conditions), ids, lengths)
+
+
+def with_mask(latents: Tensor) -> Tensor:
+    mask = torch.zeros_like(latents[:, :4])
+    mask[:, :, 0] = 1
+    return torch.cat((mask, latents), dim=1)
+
+
+def fit(spec: ModelSpec, clips: Clips, schedule: Schedule, folder: Path, device: str, batch: int) -> bool:
+    model = TinyModel(spec).to(device)
+    if device == "cuda":
+        for expert in (model.high_noise, model.low_noise):
+            for block in expert.blocks:
+                block.compile(dynamic=False)
+    return train("experts", model, flow_loss(model, clips, batch), schedule, folder)
+
+
+def flow_loss(model: TinyModel, clips: Clips, batch: int) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
+    """`batch` clips for each expert."""
+    spec, device = model.spec, clips.z.device
+    grid = (clips.z.shape[2], clips.z.shape[3] // 2, clips.z.shape[4] // 2)
+    rope = rotary_tables(grid, spec.dit.head_dim, device)
+    split = _unshift(spec.boundary, spec.shift)  # the share of noise levels below the boundary
+
+    def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, device=device)
+
+        index = torch.randint(0, len(clips.z), (2, batch), generator=generator, device=device)
+        kept = uniform(2, batch) >= _DROP
+        captions = torch.where(kept, index, len(clips.z))
+        levels = torch.stack((split + (1 - split) * uniform(batch), split * uniform(batch)))
+        s = spec.shift * levels / (1 + (spec.shift - 1) * levels)
+        terms = {}
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            text = model.text(clips.ids[captions.flatten()], clips.lengths[captions.flatten()]).unflatten(0, (2, batch))
+            for k, (name, expert) in enumerate((("high", model.high_noise), ("low", model.low_noise))):
+                z, y = clips.z[index[k]].float(), clips.y[index[k]].float()
+                noise = torch.randn(z.shape, generator=generator, device=device)
+                level = s[k].view(-1, 1, 1, 1, 1)
+                x = (1 - level) * z + level * noise
+                timestep = (s[k] * 1000).clamp(max=999).floor()
+                velocity = expert(x, y, timestep, expert.encode_text(text[k]), rope)
+                terms[name] = F.mse_loss(velocity.float(), noise - z)
+        return {"loss": terms["high"] + terms["low"], **terms}
+
+    return loss
+
+
+def _unshift(level: float, shift: float) -> float:
+    return level / (shift - (shift - 1) * level)

@@ -1,0 +1,96 @@
+"""Stage 1: the VAE, on windows of clips. L1 + squared error; latents are kept near unit size and learn to bear noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training.loop import Schedule, initialise, load_ema, train
+from training.world import FRAMES, SIZE, Renderer, draw_scene, moments_of_clip
+from wanfast.runtime.model_spec import VAESpec
+from wanfast.runtime.models.vae import WanVAE
+
+# While training, latents are as they come; `measure_latents` then states their mean and standard deviation.
+PLAIN = {"latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16}
+_LATENT_NOISE = 0.05
+
+
+def build(spec: VAESpec, device: str) -> WanVAE:
+    vae = WanVAE(replace(spec, **PLAIN))
+    initialise(vae, seed=1)
+    return vae.to(device)
+
+
+def fit(spec: VAESpec, schedule: Schedule, folder: Path, device: str, batch: int, side: int, frames: int) -> bool:
+    vae = build(spec, device)
+    return train("vae", vae, vae_loss(vae, Renderer(device), batch, side, frames), schedule, folder)
+
+
+def vae_loss(
+    vae: WanVAE, renderer: Renderer, batch: int, side: int, frames: int
+) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
+    """Reconstruction of `batch` windows of side x side pixels and `frames` frames, anywhere in frame and clip."""
+    device = renderer.device
+
+    def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        where = torch.Generator().manual_seed(step)
+        left, top = (int(torch.randint(0, SIZE - side + 1, (), generator=where)) for _ in range(2))
+        first = int(torch.randint(0, FRAMES - frames + 1, (), generator=where))
+        scenes = [draw_scene(step * batch + k) for k in range(batch)]
+        video = renderer(scenes, moments_of_clip()[first : first + frames], (left, top, side))
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            z = encode(vae, video)
+            noise = torch.randn(z.shape, generator=generator, device=device)
+            out = decode(vae, z + _LATENT_NOISE * noise).float()
+        error = out - video
+        squared = (error / 2).square().mean()
+        size = z.float().square().mean()
+        total = error.abs().mean() + 4 * squared + 1e-3 * (size - 1).clamp_min(0)
+        return {"loss": total, "psnr": -10 * squared.log10(), "latent": size}
+
+    return loss
+
+
+def encode(vae: WanVAE, video: Tensor) -> Tensor:
+    """Two chunks: the first frame, and all others at once."""
+    first, past = vae.encode_chunk(video[:, :, :1], None)
+    rest, _ = vae.encode_chunk(video[:, :, 1:], past)
+    return torch.cat((first, rest), dim=2)
+
+
+def decode(vae: WanVAE, latents: Tensor) -> Tensor:
+    first, past = vae.decode_chunk(latents[:, :, :1], None)
+    rest, _ = vae.decode_chunk(latents[:, :, 1:], past)
+    return torch.cat((first, rest), dim=2)
+
+
+def load(spec: VAESpec, folder: Path, device: str) -> WanVAE:
+    vae = build(spec, device)
+    load_ema(vae, folder / "vae.pt")
+    return vae.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def measure_latents(vae: WanVAE, renderer: Renderer, clips: int = 64) -> VAESpec:
+    """The spec with the mean and standard deviation of each channel over whole clips."""
+    latents = torch.cat([
+        encode(vae, renderer([draw_scene(1_000_000 + k + j) for j in range(8)], moments_of_clip())) for k in range(0, clips, 8)
+    ]).float()
+    mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
+    rounded = [tuple(round(float(x), 4) for x in values) for values in (mean, std)]
+    return replace(vae.spec, latents_mean=rounded[0], latents_std=rounded[1])
+
+
+@torch.no_grad()
+def held_out_psnr(vae: WanVAE, renderer: Renderer, clips: int = 64) -> float:
+    """Decibels of reconstructed held-out clips, the mean over clips."""
+    values = []
+    for k in range(clips):
+        video = renderer([draw_scene(k, held_out=True)], moments_of_clip())
+        squared = ((decode(vae, encode(vae, video)) - video) / 2).square().mean()
+        values.append(-10 * squared.log10())
+    return float(torch.stack(values).mean())

@@ -1,0 +1,78 @@
+"""Full-reference and no-reference measures of a video, in plain torch.
+
+PSNR and SSIM compare with a reference frame by frame and average; MS-SSIM does so over five halvings of the resolution.
+Flicker and motion need no reference: how much a still pixel wavers, and how much moves at all.
+
+Shapes: F frames of H x W, videos [3, F, H, W] in [-1, 1].
+Sources: Wang et al. 2004 (SSIM: 11x11 Gaussian window, sigma 1.5, K = 0.01, 0.03); Wang et al. 2003 (MS-SSIM weights).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MS_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+
+
+def psnr(video: Tensor, reference: Tensor) -> float:
+    """Decibels, of the mean squared error over all pixels; infinite for equal videos."""
+    error = (_unit(video) - _unit(reference)).square().mean()
+    return float(-10 * error.log10())
+
+
+def ssim(video: Tensor, reference: Tensor) -> float:
+    """Structural similarity, 1 for equal videos: mean over pixels, channels and frames."""
+    return float(_ssim_maps(_frames(video), _frames(reference))[0].mean())
+
+
+def ms_ssim(video: Tensor, reference: Tensor) -> float:
+    """Multi-scale SSIM over as many of the five scales as an 11-pixel window fits, their weights made to sum to 1."""
+    x, y = _frames(video), _frames(reference)
+    scales = max(1, min(len(_MS_WEIGHTS), (min(x.shape[-2:]) // 11).bit_length()))
+    weights = torch.tensor(_MS_WEIGHTS[:scales], dtype=torch.float64)
+    factors = []
+    for scale in range(scales):
+        luminance_too, contrast_and_structure = _ssim_maps(x, y)
+        last = scale == scales - 1
+        factors.append((luminance_too if last else contrast_and_structure).mean().clamp_min(0))
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return float(torch.stack(factors).pow(weights / weights.sum()).prod())
+
+
+def flicker(video: Tensor) -> float:
+    """Mean absolute second difference over time, in units of 1/255: what wavers, but not what moves steadily."""
+    return float((_unit(video).diff(n=2, dim=1).abs().mean()) * 255) if video.shape[1] > 2 else 0.0
+
+
+def motion(video: Tensor) -> float:
+    """Mean absolute difference between successive frames, in units of 1/255."""
+    return float((_unit(video).diff(dim=1).abs().mean()) * 255) if video.shape[1] > 1 else 0.0
+
+
+def _unit(video: Tensor) -> Tensor:
+    return (video.double().clamp(-1, 1) + 1) / 2
+
+
+def _frames(video: Tensor) -> Tensor:
+    """[3*F, 1, H, W]: each channel of each frame an image of its own."""
+    return _unit(video).flatten(0, 1).unsqueeze(1)
+
+
+def _ssim_maps(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """SSIM, and its contrast-structure factor alone, at each pixel where the window fits."""
+    c1, c2 = 0.01**2, 0.03**2
+    taps = torch.arange(11, dtype=torch.float64) - 5
+    window = torch.exp(-taps.square() / (2 * 1.5**2)).to(x.device)
+    window = window / window.sum()
+
+    def blur(image: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(image, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x, variance_y = blur(x * x) - mean_x.square(), blur(y * y) - mean_y.square()
+    covariance = blur(x * y) - mean_x * mean_y
+    contrast_structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+    return luminance * contrast_structure, contrast_structure

@@ -1,0 +1,53 @@
+"""The motions that the tiny model knows, as paths of a shape over a clip.
+
+A path gives, for each moment u in [0, 1], how far the shape has moved (x right, y down, in frame heights), the logarithm
+of its growth and its rotation in radians (clockwise). The same table draws the training clips and judges the videos, so
+a caption has one meaning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Path = npt.NDArray[np.float64]  # [moments, 4]: x, y, log growth, rotation
+
+_TRAVEL = 0.36  # of the frame's height
+_RADIUS = 0.16
+_HOP = 0.22
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Where a shape is at each moment, and how captions say so."""
+
+    path: Callable[[Path], list[Path]]
+    phrases: tuple[str, ...]
+
+    def at(self, moments: npt.ArrayLike) -> Path:
+        """[moments, 4]: x, y, log growth, rotation at each u."""
+        u = np.asarray(moments, dtype=np.float64)
+        return np.stack(self.path(u), axis=-1)
+
+
+MOTIONS: dict[str, Motion] = {
+    "right": Motion(lambda u: [_TRAVEL * u, 0 * u, 0 * u, 0 * u], ("moves right", "slides to the right", "goes right")),
+    "left": Motion(lambda u: [-_TRAVEL * u, 0 * u, 0 * u, 0 * u], ("moves left", "slides to the left", "goes left")),
+    "up": Motion(lambda u: [0 * u, -_TRAVEL * u, 0 * u, 0 * u], ("moves up", "rises", "goes up")),
+    "down": Motion(lambda u: [0 * u, _TRAVEL * u, 0 * u, 0 * u], ("moves down", "sinks", "goes down")),
+    "circle": Motion(
+        lambda u: [_RADIUS * np.sin(math.tau * u), _RADIUS * (1 - np.cos(math.tau * u)), 0 * u, 0 * u],
+        ("moves in a circle", "circles around", "goes around in a circle"),
+    ),
+    "bounce": Motion(
+        lambda u: [0 * u, -_HOP * np.abs(np.sin(math.tau * u)), 0 * u, 0 * u], ("bounces", "hops", "jumps up and down")
+    ),
+    "grow": Motion(lambda u: [0 * u, 0 * u, math.log(1.9) * u, 0 * u], ("grows", "gets bigger", "expands")),
+    "shrink": Motion(lambda u: [0 * u, 0 * u, -math.log(2.2) * u, 0 * u], ("shrinks", "gets smaller", "contracts")),
+    "spin": Motion(lambda u: [0 * u, 0 * u, 0 * u, math.pi * u], ("spins", "rotates", "turns around")),
+    "still": Motion(lambda u: [0 * u, 0 * u, 0 * u, 0 * u], ("stands still", "does not move", "stays in place")),
+}

@@ -1,0 +1,128 @@
+"""Does a video do what its prompt says? The shape of a known colour is followed, and its path compared with all motions.
+
+Each frame is segmented by colour: how near a pixel is to the shape's colour, lit or in shade. From the soft mask follow
+the shape's centre, its size, and, frame to frame, its rotation (the turn that best lines up the mask's polar profile with
+the one before). The motion whose path is nearest to the tracked one is what the video shows.
+Limit: one shape of one colour, on backgrounds that do not share it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from wanfast.quality.motions import MOTIONS, Path
+
+_SHADE = 0.82  # the darkest a shape's texture gets, of its colour
+_REACH = 70.0  # colour distance at which a pixel is no longer the shape's
+_LOST_PIXELS = 12.0
+_TOLERANCE = np.array([0.05, 0.05, 0.15, 0.5])  # of x, y, log growth and rotation: what counts as one unit of error
+_MAX_TURN = math.radians(25)  # between frames
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a video shows: the nearest motion, or None if the shape was lost, and the error to each motion's path."""
+
+    motion: str | None
+    errors: dict[str, float]
+
+
+def classify(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Verdict:
+    """Frames [F, H, W, 3]; `colour` of the shape, RGB."""
+    path = track(frames, colour)
+    if path is None:
+        return Verdict(None, {})
+    moments = np.linspace(0, 1, len(frames))
+    errors = {
+        name: float(np.square((path - motion.at(moments)) / _TOLERANCE).sum(axis=1).mean())
+        for name, motion in MOTIONS.items()
+    }
+    return Verdict(min(errors, key=errors.__getitem__), errors)
+
+
+def track(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Path | None:
+    """[F, 4]: x, y (of the frame's height), log growth and rotation (radians) since frame 0; None if it was lost."""
+    rows = []
+    turned, profile_before = 0.0, None
+    for frame in frames:
+        mask = soft_mask(frame, colour)
+        pixels = mask.sum()
+        if pixels < _LOST_PIXELS:
+            return None
+        height, width = mask.shape
+        y, x = np.mgrid[:height, :width]
+        centre = (mask * x).sum() / pixels, (mask * y).sum() / pixels
+        profile = _polar_profile(mask, centre, math.sqrt(pixels))
+        if profile_before is not None:
+            turned += _turn(profile_before, profile)
+        profile_before = profile
+        rows.append((centre[0] / height, centre[1] / height, 0.5 * math.log(pixels), turned))
+    path = np.array(rows)
+    path[:, :3] -= path[0, :3]
+    return path
+
+
+def soft_mask(frame: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> npt.NDArray[np.float64]:
+    """[H, W] in 0..1: how surely each pixel is the shape's, by its distance to the colour between lit and shaded."""
+    lit = np.array(colour, dtype=np.float64)
+    shaded = lit * _SHADE
+    axis = shaded - lit
+    pixels = frame.astype(np.float64)
+    share = ((pixels - lit) @ axis / max(axis @ axis, 1e-9)).clip(0, 1)
+    distance = np.linalg.norm(pixels - (lit + share[..., None] * axis), axis=-1)
+    mask = (1.5 - 2 * distance / _REACH).clip(0, 1)
+    return mask if mask.sum() < _LOST_PIXELS else _largest_part(mask)
+
+
+def _largest_part(mask: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Without what lies far from the bulk: the mask within three of its own radii around its median."""
+    y, x = np.nonzero(mask > 0.5)
+    if len(x) == 0:
+        return mask
+    radius = 3 * math.sqrt(len(x) / math.pi) + 2
+    rows, columns = np.mgrid[: mask.shape[0], : mask.shape[1]]
+    near: npt.NDArray[np.float64] = mask * (np.hypot(columns - np.median(x), rows - np.median(y)) < radius)
+    return near
+
+
+def _polar_profile(mask: npt.NDArray[np.float64], centre: tuple[float, float], size: float) -> npt.NDArray[np.float64]:
+    """[radii, 180 angles]: the mask around its centre, radii in units of its own size, with no mean."""
+    angles = np.arange(180) * (math.tau / 180)
+    radii = np.linspace(0.15, 0.9, 10)[:, None] * size
+    x = centre[0] + radii * np.cos(angles)
+    y = centre[1] + radii * np.sin(angles)
+    x0, y0 = np.floor(x).astype(int), np.floor(y).astype(int)
+    fx, fy = x - x0, y - y0
+    height, width = mask.shape
+
+    def at(row: npt.NDArray[np.int64], column: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        values: npt.NDArray[np.float64] = mask[row.clip(0, height - 1), column.clip(0, width - 1)] * inside
+        return values
+
+    top = at(y0, x0) * (1 - fx) + at(y0, x0 + 1) * fx
+    bottom = at(y0 + 1, x0) * (1 - fx) + at(y0 + 1, x0 + 1) * fx
+    profile = top * (1 - fy) + bottom * fy
+    return profile - profile.mean(axis=1, keepdims=True)
+
+
+def _turn(before: npt.NDArray[np.float64], after: npt.NDArray[np.float64]) -> float:
+    """The rotation, in radians, that carries one profile onto the next: the peak of their circular correlation."""
+    spectrum = np.conj(np.fft.rfft(before, axis=1)) * np.fft.rfft(after, axis=1)
+    correlation = np.fft.irfft(spectrum.sum(axis=0), n=180)
+    reach = int(_MAX_TURN / (math.tau / 180))
+    shifts = np.arange(-reach, reach + 1)
+    window = correlation[shifts % 180]
+    best = int(window.argmax())
+    if window[best] <= 0:
+        return 0.0
+    shift = float(shifts[best])
+    if 0 < best < len(window) - 1:  # the parabola through the peak
+        left, peak, right = window[best - 1 : best + 2]
+        curvature = left - 2 * peak + right
+        shift += 0.5 * (left - right) / curvature if curvature < 0 else 0.0
+    return shift * (math.tau / 180)
