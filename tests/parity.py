@@ -16,11 +16,12 @@ def randomise(module: nn.Module, seed: int) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         is_scale = "norm" in name and name.endswith(("weight", "gamma"))
         if is_scale:
-            parameter.data = 1 + 0.2 * noise
+            value = 1 + 0.2 * noise
         elif parameter.dim() >= 2 and "table" not in name and "modulation" not in name:
-            parameter.data = noise / parameter[0].numel() ** 0.5
+            value = noise / parameter[0].numel() ** 0.5
         else:
-            parameter.data = 0.3 * noise
+            value = 0.3 * noise
+        parameter.data = value.to(parameter.dtype)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

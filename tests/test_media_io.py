@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from wanfast.runtime import media_io
-from wanfast.runtime.atomic import atomic_path
+from wanfast.runtime.atomic import atomic_paths
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.media_io import (
     LoadedImage,
@@ -341,8 +341,8 @@ def write_with_little_room(folder: Path, limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     noise = np.random.default_rng(0).integers(0, 256, (9, 96, 160, 3), dtype=np.uint8)
     for write in (lambda path: write_mp4(noise, path, fps=16), lambda path: write_contact_sheet(noise, path)):
-        with pytest.raises(ConfigError) as caught:
-            write(folder / "out.mp4")
+        with pytest.raises(ConfigError) as caught, atomic_paths(folder / "out.mp4") as (partial,):
+            write(partial)
         assert_one_line(caught.value, "--output", folder / "out.mp4")
         assert "File too large" in str(caught.value)
         assert "GB free" in str(caught.value)
@@ -372,8 +372,8 @@ def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return make_frame(array, format=format)
 
     monkeypatch.setattr(av.VideoFrame, "from_ndarray", interrupted_late)
-    with pytest.raises(KeyboardInterrupt):
-        write_mp4(smooth_clip(81, 32, 32), tmp_path / "out.mp4", fps=16)
+    with pytest.raises(KeyboardInterrupt), atomic_paths(tmp_path / "out.mp4") as (partial,):
+        write_mp4(smooth_clip(81, 32, 32), partial, fps=16)
     assert calls[-1] == [f".out.mp4.{os.getpid()}.part"]  # past the encoder's look-ahead: the file had begun
     assert names_in(tmp_path) == []
 
@@ -389,26 +389,42 @@ def test_contact_sheet(num_frames: int, shown: list[int], tmp_path: Path) -> Non
     assert names_in(tmp_path) == ["sheet.png"]
 
 
-# --- atomic_path and check_output
+# --- atomic_paths and check_output
 
 
-def test_atomic_path_replaces_at_the_end_only(tmp_path: Path) -> None:
+def test_atomic_paths_replaces_at_the_end_only(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
     target.write_text("old")
-    with atomic_path(target) as partial:
+    with atomic_paths(target) as (partial,):
         partial.write_text("new")
         assert (target.read_text(), partial.parent, partial.name[0]) == ("old", tmp_path, ".")
     assert target.read_text() == "new"
-    with pytest.raises(ZeroDivisionError), atomic_path(target) as partial:
+    with pytest.raises(ZeroDivisionError), atomic_paths(target) as (partial,):
         partial.write_text("never")
         raise ZeroDivisionError
     assert target.read_text() == "new"
     assert names_in(tmp_path) == ["a.json"]
 
 
-def test_atomic_path_when_the_folder_went_away(tmp_path: Path) -> None:
+def test_atomic_paths_come_together_or_not_at_all(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.mp4", tmp_path / "a.json"
+    with pytest.raises(ConfigError, match="meanwhile"), atomic_paths(first, second, overwrite=False) as partials:
+        for partial in partials:
+            partial.write_text("new")
+        second.write_text("another program's")
+    assert names_in(tmp_path) == ["a.json"]
+    with pytest.raises(ConfigError), atomic_paths(first, second) as partials:
+        partials[0].write_text("new")  # the second is never written
+    assert names_in(tmp_path) == ["a.json"]
+    with atomic_paths(first, second) as partials:
+        for partial in partials:
+            partial.write_text("new")
+    assert (first.read_text(), second.read_text(), names_in(tmp_path)) == ("new", "new", ["a.json", "a.mp4"])
+
+
+def test_atomic_paths_when_the_folder_went_away(tmp_path: Path) -> None:
     target = tmp_path / "gone" / "a.json"
-    with pytest.raises(ConfigError) as caught, atomic_path(target, option="--report") as partial:
+    with pytest.raises(ConfigError) as caught, atomic_paths(target, option="--report") as (partial,):
         partial.write_text("x")
     assert_one_line(caught.value, "--report", target)
 

@@ -1,10 +1,10 @@
 """Trains the tiny model, whole or piece by piece.
 
-    python -m training --folder runs/tiny                       # everything, on one GPU; stops and resumes at will
-    python -m training --folder runs/tiny --stage vae --minutes 8
-    python -m training --folder runs/tiny --stage experts --minutes 8
-    python -m training --folder runs/tiny --stage export        # into wanfast/assets/tiny
-    python -m training --folder /tmp/try --smoke                # every stage at toy sizes, on a CPU
+python -m training --folder runs/tiny                       # everything, on one GPU; stops and resumes at will
+python -m training --folder runs/tiny --stage vae --minutes 8
+python -m training --folder runs/tiny --stage experts --minutes 8
+python -m training --folder runs/tiny --stage export        # into wanfast/assets/tiny
+python -m training --folder /tmp/try --smoke                # every stage at toy sizes, on a CPU
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ def fit_experts(options: argparse.Namespace, device: str) -> bool:
     spec = measured_spec(options.folder)
     vae = train_vae.load(spec.vae, options.folder, device)
     vae.spec = spec.vae
-    clips = train_experts.encode_clips(vae, Renderer(device), options.clips)
+    stored = options.folder / f"clips-{options.clips}.pt"
+    if stored.exists():
+        clips = train_experts.Clips(**torch.load(stored, map_location=device, weights_only=True))
+    else:
+        clips = train_experts.encode_clips(vae, Renderer(device), options.clips)
+        torch.save(vars(clips), stored)
     print(f"experts: {len(clips.z)} clips, latents {list(clips.z.shape[1:])}", flush=True)
     schedule = Schedule(steps=options.expert_steps, learning_rate=1e-3, minutes=options.minutes, ema=0.9995)
     return train_experts.fit(spec, clips, schedule, options.folder, device, options.batch)

@@ -65,9 +65,13 @@ def train(name: str, network: nn.Module, loss: LossFn, schedule: Schedule, folde
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             # a young average forgets its random start faster
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(schedule.ema, (1 + step) / (10 + step)))
+            torch._foreach_lerp_(
+                average, [p.detach() for p in parameters], 1 - min(schedule.ema, (1 + step) / (10 + step))
+            )
             if step % schedule.log_every == 0:
-                values = {key: round(float(value.detach()), 5) for key, value in terms.items()} | {"norm": round(float(norm), 4)}
+                values = {key: round(float(value.detach()), 5) for key, value in terms.items()} | {
+                    "norm": round(float(norm), 4)
+                }
                 pace = (time.monotonic() - started) / (step - first + 1)
                 line = json.dumps({"step": step, **values, "s_per_step": round(pace, 4)})
                 print(name, line, flush=True)

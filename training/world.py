@@ -1,8 +1,8 @@
 """The procedural world that the tiny model learns: textured shapes that move as their caption says.
 
-A scene is drawn from a seed: one subject that the caption names, up to two bystanders, a patterned background, and either
-a motion of the subject or one of the camera. Rendering is batched on the device: an object is a mask from an atlas,
-sampled through the inverse of its motion, so a frame of any window and any moment can be had alone.
+A scene is drawn from a seed: one subject that the caption names, up to two bystanders, a patterned background, and
+either a motion of the subject or one of the camera. Rendering is batched on the device: an object is a mask from an
+atlas, sampled through the inverse of its motion, so a frame of any window and any moment can be had alone.
 
 Shapes: B clips, F frames, H x W pixels; S shapes in the atlas.
 Held out is a tenth of all (shape, colour, motion) combinations, so a held-out clip shows a combination never seen.
@@ -42,7 +42,14 @@ SHAPES = ("circle", "square", "star", "triangle", "cross", "heart", "letter A", 
 SIZES = {"small": 0.22, "big": 0.32}  # of the frame's height
 BACKGROUNDS = ("plain", "striped", "checkered", "wavy")
 # Muted, so that no background has the colour of a shape.
-_BACKGROUND_COLOURS = ((120, 140, 150), (150, 130, 110), (110, 135, 110), (140, 115, 140), (105, 115, 140), (155, 140, 105))
+_BACKGROUND_COLOURS = (
+    (120, 140, 150),
+    (150, 130, 110),
+    (110, 135, 110),
+    (140, 115, 140),
+    (105, 115, 140),
+    (155, 140, 105),
+)
 CAMERAS: dict[str, tuple[tuple[float, float, float], tuple[str, ...]]] = {  # (x, y, log zoom) of the view over the clip
     "pan right": ((0.3, 0, 0), ("The camera pans right.",)),
     "pan left": ((-0.3, 0, 0), ("The camera pans left.",)),
@@ -140,7 +147,7 @@ class Renderer:
 
     @torch.no_grad()
     def __call__(self, scenes: list[Scene], moments: Tensor, window: tuple[int, int, int] | None = None) -> Tensor:
-        """[B, 3, F, H, W] in [-1, 1] at the moments [F] in 0..1; `window` = (left, top, side) in pixels of the frame."""
+        """[B, 3, F, H, W] in [-1, 1] at the moments [F] in 0..1; `window`: (left, top, side) in pixels of the frame."""
         left, top, side = window or (0, 0, SIZE)
         axis = (torch.arange(side * 2, device=self.device) + 0.5) / (2 * SIZE)  # twice as fine, then averaged
         y, x = torch.meshgrid(axis + top / SIZE, axis + left / SIZE, indexing="ij")
@@ -169,7 +176,9 @@ class Renderer:
         )
         blend = sum((kinds == k) * pattern for k, pattern in enumerate(patterns))
         first, second = (
-            self._table([np.array(_BACKGROUND_COLOURS[s.background_colours[k]]) / 255 for s in scenes])[:, None, None, None]
+            self._table([np.array(_BACKGROUND_COLOURS[s.background_colours[k]]) / 255 for s in scenes])[
+                :, None, None, None
+            ]
             for k in (0, 1)
         )
         return torch.lerp(first, second, blend[..., None])
@@ -179,7 +188,10 @@ class Renderer:
         things = [_thing(scene, rank) for scene in scenes]
         still = np.zeros((len(moments), 4))
         paths = self._table(
-            [MOTIONS[s.motion].at(moments.cpu()) if t is s.subject else still for s, t in zip(scenes, things, strict=True)]
+            [
+                MOTIONS[s.motion].at(moments.cpu()) if t is s.subject else still
+                for s, t in zip(scenes, things, strict=True)
+            ]
         )
         centres = self._table([np.array(t.centre if t else (9.0, 9.0)) for t in things])[:, None] + paths[..., :2]
         scale = self._table([np.array(SIZES[t.size] if t else 1.0) for t in things])[:, None] * torch.exp(paths[..., 2])
@@ -236,13 +248,15 @@ def _mask(shape: str) -> np.ndarray:
         polygon([(-0.85, -0.28), (0.85, -0.28), (0.85, 0.28), (-0.85, 0.28)])
     elif shape == "heart":
         turns = [k * math.tau / 100 for k in range(100)]
-        polygon([
-            (
-                0.055 * 16 * math.sin(t) ** 3,
-                -0.055 * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) - 0.1,
-            )
-            for t in turns
-        ])
+        polygon(
+            [
+                (
+                    0.055 * 16 * math.sin(t) ** 3,
+                    -0.055 * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) - 0.1,
+                )
+                for t in turns
+            ]
+        )
     else:
         font = ImageFont.load_default(size=fine * 0.95)
         draw.text((fine / 2, fine / 2), shape[-1], fill=255, font=font, anchor="mm", stroke_width=fine // 40)

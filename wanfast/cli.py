@@ -1,13 +1,16 @@
 """The Typer app: registers the commands, and is the only place that turns an error into an exit code.
 
 Exit codes: 0 done, 2 a wrong option, 3 a missing artifact, 4 a corrupt one, 5 a worker died, 6 some jobs failed,
-130 interrupted.
+130 interrupted, 143 terminated; 1 is a bug, with its traceback.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 import sys
+from typing import Any
 
 import typer
 
@@ -24,6 +27,12 @@ app = typer.Typer(
 )
 app.command()(generate)
 
+_SAID_BY_CODE = {
+    2: "wrong usage, as said on stderr",
+    130: "interrupted: nothing half-written is left",
+    143: "terminated: nothing half-written is left",
+}
+
 
 @app.callback(invoke_without_command=True)
 def wanfast(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
@@ -36,10 +45,27 @@ def wanfast(version: bool = typer.Option(False, "--version", help="Print the ver
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command line (that of the process by default) and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter still gets the rest
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of every `finally`
     try:
         app(arguments, prog_name="wanfast")
     except WanFastError as error:
         print(f"error: {error}", file=sys.stderr)
-        if "--json" in arguments and not isinstance(error, JobsFailedError):  # those printed their document
-            print(json.dumps(failure(error), ensure_ascii=False))
+        if not isinstance(error, JobsFailedError):  # those have printed their document
+            _last_line(as_json, failure(error))
         sys.exit(error.exit_code)
+    except SystemExit as stop:
+        if stop.code in _SAID_BY_CODE:
+            said = _SAID_BY_CODE[int(stop.code or 0)]
+            if stop.code != 2:
+                print(f"error: {said}", file=sys.stderr)
+            _last_line(as_json, {"error": said, "exit_code": stop.code})
+        raise
+
+
+def _last_line(as_json: bool, document: dict[str, Any]) -> None:
+    if as_json:
+        print(json.dumps(document))

@@ -14,7 +14,7 @@ from wanfast.commands.report import Report
 from wanfast.runtime import metadata
 from wanfast.runtime.artifacts import new_run_folder, write_synced
 from wanfast.runtime.config import Device, GenerateConfig, Solver
-from wanfast.runtime.requests import Planned, plan_request, read_requests
+from wanfast.runtime.requests import Planned, plan_requests, read_requests
 
 FIELDS = {field.name for field in dataclasses.fields(GenerateConfig)}
 
@@ -68,10 +68,10 @@ def generate(
     """Make a video from an image and a prompt."""
     report = Report(as_json=json_)
     requests = read_requests(options.given(context, FIELDS), prompt_file, from_, jobs)
-    planned = [plan_request(request, needs_weights=not dry_run) for request in requests]
+    planned = plan_requests(requests, needs_weights=not dry_run)
     report.plans(planned, always=dry_run and not json_)
     results = [dry_result(item) for item in planned] if dry_run else run(planned, report)
-    report.results(planned, results)
+    report.close(planned, results)
 
 
 def dry_result(item: Planned) -> dict[str, Any]:
@@ -80,17 +80,16 @@ def dry_result(item: Planned) -> dict[str, Any]:
 
 def run(planned: list[Planned], report: Report) -> list[dict[str, Any]]:
     """Write job.json into a new run folder and run the worker on it here; a result for each item, in order."""
-    jobs: list[dict[str, Any]] = [
-        {"requested": item.request.options, "effective": dataclasses.asdict(item.plan.config), "notes": item.plan.notes}
-        for item in planned
-        if item.plan is not None
-    ]
+    ready = [item for item in planned if item.plan is not None]
+    jobs = [item.job() for item in ready]
     worked: list[dict[str, Any]] = []
     if jobs:
         folder = new_run_folder(Path(jobs[0]["effective"]["artifacts_dir"]), {"jobs": jobs})
         write_synced(folder / "job.json", json.dumps({"jobs": jobs}, indent=2, ensure_ascii=False) + "\n")
         from wanfast.runtime import generate as worker  # torch begins here
 
-        worked = worker.run(folder, progress=not report.brief)
+        worked = worker.run(
+            folder, progress=not report.brief, on_result=lambda i, result: report.result(ready[i], result)
+        )
     done = iter(worked)
     return [next(done) if item.plan else item.failure() for item in planned]

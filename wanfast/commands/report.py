@@ -27,31 +27,34 @@ class Report:
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def plans(self, planned: list[Planned], *, always: bool) -> None:
-        """What will run, and what a person could not guess: notes are said even where nobody watches."""
+        """What will run, what cannot, and what a person could not guess: the last two are said even to a pipe."""
         for item in planned:
             if item.plan is None:
+                self.result(item, item.failure())
                 continue
             if always or not self.brief:
                 self._table("plan" + _of_line(item), _plan_rows(item.plan.to_json()))
             for note in item.plan.notes:
                 self._warnings.print(f"note{_of_line(item)}: {note}", markup=False)
 
-    def results(self, planned: list[Planned], results: list[dict[str, Any]]) -> None:
-        """What came of it. Raises the error of a single request, or JobsFailedError if any line failed."""
+    def result(self, item: Planned, result: dict[str, Any]) -> None:
+        """One video or one failed line, as it comes; a single request's failure is left to `close`."""
+        if "error" not in result:
+            self._summary(result, _of_line(item))
+        elif item.request.line is not None:
+            self._warnings.print(f"error{_of_line(item)}: {result['error']}", markup=False)
+
+    def close(self, planned: list[Planned], results: list[dict[str, Any]]) -> None:
+        """Print the JSON document. Raises the error of a single request, or JobsFailedError if any line failed."""
         many = planned[0].request.line is not None
-        failed = [item for item, result in zip(planned, results, strict=True) if "error" in result]
+        failed = sum("error" in result for result in results)
         if failed and not many:
             raise from_failure(results[0])
-        for item, result in zip(planned, results, strict=True):
-            if "error" in result:
-                self._warnings.print(f"error{_of_line(item)}: {result['error']}", markup=False)
-            elif result["seconds"]:
-                self._summary(result, _of_line(item))
         if self.as_json:
             lines = [{"line": item.request.line, **result} for item, result in zip(planned, results, strict=True)]
-            print(json.dumps({"results": lines, "failed": len(failed)} if many else results[0], ensure_ascii=False))
+            print(json.dumps({"results": lines, "failed": failed} if many else results[0]))
         if failed:
-            raise JobsFailedError(f"--jobs: {len(failed)} of {len(planned)} failed, as said above; mend their lines")
+            raise JobsFailedError(f"--jobs: {failed} of {len(planned)} failed, as said above: mend their lines")
 
     def _summary(self, result: dict[str, Any], of_line: str) -> None:
         seconds, plan = result["seconds"], result["plan"]

@@ -1,8 +1,8 @@
 """The motions that the tiny model knows, as paths of a shape over a clip.
 
-A path gives, for each moment u in [0, 1], how far the shape has moved (x right, y down, in frame heights), the logarithm
-of its growth and its rotation in radians (clockwise). The same table draws the training clips and judges the videos, so
-a caption has one meaning.
+A path gives, for each moment u in [0, 1], how far the shape has moved (x right, y down, in frame heights), the
+logarithm of its growth and its rotation in radians (clockwise). The same table draws the training clips and judges the
+videos, so a caption has one meaning.
 """
 
 from __future__ import annotations

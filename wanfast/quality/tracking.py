@@ -1,8 +1,8 @@
-"""Does a video do what its prompt says? The shape of a known colour is followed, and its path compared with all motions.
+"""Does a video do what its prompt says? A shape of known colour is followed, its path compared with all motions.
 
 Each frame is segmented by colour: how near a pixel is to the shape's colour, lit or in shade. From the soft mask follow
-the shape's centre, its size, and, frame to frame, its rotation (the turn that best lines up the mask's polar profile with
-the one before). The motion whose path is nearest to the tracked one is what the video shows.
+the shape's centre, its size, and, frame to frame, its rotation (the turn that best lines up the mask's polar profile
+with the one before). The motion whose path is nearest to the tracked one is what the video shows.
 Limit: one shape of one colour, on backgrounds that do not share it.
 """
 
@@ -72,7 +72,7 @@ def soft_mask(frame: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> npt
     shaded = lit * _SHADE
     axis = shaded - lit
     pixels = frame.astype(np.float64)
-    share = ((pixels - lit) @ axis / max(axis @ axis, 1e-9)).clip(0, 1)
+    share = ((pixels - lit) @ axis / max(float(axis @ axis), 1e-9)).clip(0, 1)
     distance = np.linalg.norm(pixels - (lit + share[..., None] * axis), axis=-1)
     mask = (1.5 - 2 * distance / _REACH).clip(0, 1)
     return mask if mask.sum() < _LOST_PIXELS else _largest_part(mask)
@@ -106,8 +106,9 @@ def _polar_profile(mask: npt.NDArray[np.float64], centre: tuple[float, float], s
 
     top = at(y0, x0) * (1 - fx) + at(y0, x0 + 1) * fx
     bottom = at(y0 + 1, x0) * (1 - fx) + at(y0 + 1, x0 + 1) * fx
-    profile = top * (1 - fy) + bottom * fy
-    return profile - profile.mean(axis=1, keepdims=True)
+    profile: npt.NDArray[np.float64] = top * (1 - fy) + bottom * fy
+    centred: npt.NDArray[np.float64] = profile - profile.mean(axis=1, keepdims=True)
+    return centred
 
 
 def _turn(before: npt.NDArray[np.float64], after: npt.NDArray[np.float64]) -> float:

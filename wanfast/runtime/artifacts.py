@@ -8,18 +8,20 @@ overwritten. The store knows nothing of what it stores.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.errors import ConfigError, CorruptArtifactError
 
 MANIFEST = "manifest.json"
 
@@ -50,8 +52,17 @@ class ArtifactStore:
     def publish(
         self, kind: str, inputs: dict[str, Any], write: Callable[[Path], None], versions: dict[str, str] | None = None
     ) -> Path:
-        """Let `write` fill a folder and publish it whole, once: if another writer was first, theirs is the artifact."""
+        """Let `write` fill a folder and publish it whole, once: if another writer was first, theirs is the artifact.
+
+        Raises ConfigError if the store cannot be written.
+        """
         folder = self.path(kind, inputs)
+        with _writing_to(self.root):
+            return self._publish(folder, kind, inputs, write, versions or {})
+
+    def _publish(
+        self, folder: Path, kind: str, inputs: dict[str, Any], write: Callable[[Path], None], versions: dict[str, str]
+    ) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if (found := self.find(kind, inputs)) is not None:
@@ -68,7 +79,7 @@ class ArtifactStore:
                     "key": key_of(inputs),
                     "inputs": inputs,
                     "files": files,
-                    "versions": versions or {},
+                    "versions": versions,
                     "seconds": round(time.perf_counter() - started, 3),
                 }
                 write_synced(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
@@ -84,19 +95,27 @@ def key_of(inputs: dict[str, Any]) -> str:
 
 
 def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
-    """A fresh runs/<utc>-<key8> folder; two runs of the same second and inputs get one each."""
-    runs = root / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
+    """A fresh runs/<utc>-<key8> folder; two runs of the same second and inputs get one each. Raises ConfigError."""
     stem = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{key_of(inputs)[:8]}"
-    attempt = 0
-    while True:
-        folder = runs / (stem if attempt == 0 else f"{stem}-{attempt}")
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            attempt += 1
-        else:
+    with _writing_to(root):
+        (root / "runs").mkdir(parents=True, exist_ok=True)
+        for attempt in itertools.count():
+            folder = root / "runs" / (f"{stem}-{attempt}" if attempt else stem)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
             return folder
+    raise AssertionError("unreachable: counting has no end")
+
+
+@contextmanager
+def _writing_to(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"--artifacts-dir {root}: cannot be written ({reason}); name a folder that can") from error
 
 
 def write_synced(path: Path, text: str) -> None:

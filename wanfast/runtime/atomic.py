@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all: written beside the target under a hidden name, synced, then renamed over it.
+"""Files that appear whole and together, or not at all: written beside their targets under hidden names, then renamed.
 
-Limit: a process that is killed outright leaves its hidden `.part` file; the target is still untouched.
+Limit: a process that is killed outright leaves its hidden `.part` files; the targets are still untouched.
 """
 
 from __future__ import annotations
@@ -15,27 +15,34 @@ from wanfast.runtime.errors import ConfigError
 
 
 @contextmanager
-def atomic_path(target: Path, option: str = "--output") -> Iterator[Path]:
-    """Yield the path to write to; it becomes `target` when the block ends, and is removed if the block fails.
+def atomic_paths(*targets: Path, overwrite: bool = True, option: str = "--output") -> Iterator[list[Path]]:
+    """Yield a path to write for each target; they become the targets when the block ends, or vanish if it fails.
 
-    The yielded name ends in `.part`: name the format yourself. Any failure counts, KeyboardInterrupt too.
-    Raises ConfigError, naming `option` and the free space, for an OSError: a full disk, a folder that went away.
+    The yielded names end in `.part`: name the format yourself. Any failure counts, KeyboardInterrupt too.
+    Raises ConfigError naming `option`: for an OSError (a full disk, a folder that went away), and, without
+    `overwrite`, for a target that has appeared meanwhile.
     """
-    partial = partial_path(target)
+    partials = [partial_path(target) for target in targets]
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(target)
+        yield partials
+        for partial in partials:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        for target in targets:
+            if target.exists() and not overwrite:
+                raise ConfigError(f"{option} {target}: another program wrote it meanwhile; choose another name")
+        for partial, target in zip(partials, targets, strict=True):
+            partial.replace(target)
     except OSError as error:
-        reason = error.strerror or str(error)
+        folder, reason = targets[0].parent, error.strerror or str(error)
         raise ConfigError(
-            f"{option} {target}: cannot be written ({reason}; {_free_space(target.parent)}); "
+            f"{option} {targets[0]}: cannot be written ({reason}; {_free_space(folder)}); "
             "free some space or choose another folder"
         ) from error
     finally:
-        with suppress(OSError):
-            partial.unlink()
+        for partial in partials:
+            with suppress(OSError):
+                partial.unlink()
 
 
 def partial_path(target: Path) -> Path:

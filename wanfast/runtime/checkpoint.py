@@ -49,8 +49,9 @@ def load(
                 raise CorruptArtifactError(f"{file}: tensor {key!r} is there twice; download the folder anew")
             found[name] = _checked(read, key, file, wanted[name]).to(device=device, dtype=wanted[name].dtype)
     if missing := sorted(wanted.keys() - found.keys()):
-        where = ", ".join(str(file) for file in files)
-        raise CorruptArtifactError(f"{where}: missing tensor {missing[0]!r} ({len(missing)} in all); download it anew")
+        where = files[0] if len(files) == 1 else files[0].parent
+        key = rename_back(component, layout, missing[0])
+        raise CorruptArtifactError(f"{where}: missing tensor {key!r} ({len(missing)} in all); download it anew")
     module.load_state_dict(found, strict=True, assign=True)
     module.requires_grad_(False).eval()
 

@@ -8,7 +8,6 @@ records, and what `--from` runs again. Both refuse what cannot be right whatever
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import types
 import typing
@@ -50,6 +49,10 @@ class GenerateConfig:
     artifacts_dir: str = "artifacts"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_text(field.name, getattr(self, field.name))
+        if not self.model:
+            raise ConfigError("--model is empty: take tiny, a14b or a folder of weights")
         if not self.image:
             raise ConfigError("--image is missing: give the picture that the video starts from")
         if not (self.prompt or "").strip():
@@ -58,12 +61,14 @@ class GenerateConfig:
             parse_size(self.size)
         _check(self.frames, "--frames", lambda n: n >= 1 and n % 4 == 1, _frames_mend)
         _check(self.steps, "--steps", lambda n: 1 <= n <= 1000, lambda n: "take 1 to 1000; 40 is the model's own")
-        _check(self.shift, "--shift", lambda x: _within(x, 1e-3, 1e3), lambda x: "take a positive number, such as 5.0")
+        _check(
+            self.shift, "--shift", lambda x: 0.001 <= x <= 1000, lambda x: "take 0.001 to 1000; 5.0 is the model's own"
+        )
         for option, scale in (
             ("--guidance-high-noise", self.guidance_high_noise),
             ("--guidance-low-noise", self.guidance_low_noise),
         ):
-            _check(scale, option, lambda x: _within(x, 0, 100), lambda x: "take 0 to 100; 3.5 is the model's own")
+            _check(scale, option, lambda x: 0 <= x <= 100, lambda x: "take 0 to 100; 3.5 is the model's own")
         _check(
             self.seed,
             "--seed",
@@ -104,9 +109,9 @@ class EffectiveConfig:
 
 def parse_size(size: str) -> tuple[int, int]:
     """(width, height) of '1280x720' (or the reference's '1280*720'): the area for a video of the image's shape."""
-    match = re.fullmatch(r"(\d{1,5})[x*](\d{1,5})", size.strip())
+    match = re.fullmatch(r"(\d{1,4})[xX*](\d{1,4})", size.strip())
     if match is None:
-        raise ConfigError(f"--size {size!r} is not WIDTHxHEIGHT: write 1280x720 or 832x480")
+        raise ConfigError(f"--size {size!r} is not WIDTHxHEIGHT, up to 9999 each: write 1280x720 or 832x480")
     width, height = int(match[1]), int(match[2])
     if width % 16 or height % 16 or not (width and height):
         near = "x".join(str(max(16, round(n / 16) * 16)) for n in (width, height))
@@ -154,5 +159,14 @@ def _frames_mend(frames: int) -> str:
     return f"a clip has 4n+1 frames: try {near}"
 
 
-def _within(x: float, low: float, high: float) -> bool:
-    return math.isfinite(x) and low <= x <= high
+def _check_text(name: str, value: object) -> None:
+    """A text that no file and no path can hold is refused before it meets one."""
+    if not isinstance(value, str):
+        return
+    option = f"--{name.replace('_', '-')}"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"{option} {value!a:.60} is not valid text: write it as UTF-8") from None
+    if "\0" in value and "prompt" not in name:
+        raise ConfigError(f"{option} {value!a:.60} holds a NUL character: name it without")

@@ -11,19 +11,34 @@ import torch
 from wanfast.runtime.errors import ConfigError
 
 
-def require(device: str) -> None:
-    """Raises ConfigError if torch cannot use `--device`."""
+def prepare(device: str, precision: str) -> None:
+    """Set the process up for `--device` and `--precision`. Raises ConfigError if torch cannot use the device.
+
+    cuDNN's convolutions, so the VAE's, take TF32 inputs as the reference's do, but not where fp32 is asked for.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"--device cuda: torch {torch.__version__} sees no GPU: take --device cpu, or a CUDA build of torch"
         )
+    torch.backends.cudnn.allow_tf32 = precision == "bf16"
 
 
 def describe(device: str) -> dict[str, str]:
     if device != "cuda":
         return {"device": platform.processor() or platform.machine(), "threads": str(torch.get_num_threads())}
     major, minor = torch.cuda.get_device_capability()
-    return {"device": torch.cuda.get_device_name(), "capability": f"{major}.{minor}", "cuda": str(torch.version.cuda)}
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": f"{major}.{minor}",
+        "cuda": str(torch.version.cuda),
+        "cudnn_tf32": str(torch.backends.cudnn.allow_tf32),
+    }
+
+
+def reset_peak_memory(device: str) -> None:
+    """From now on. A host's process cannot forget its peak."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_bytes(device: str) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanfast.runtime.atomic import atomic_path, partial_path
+from wanfast.runtime.atomic import partial_path
 from wanfast.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -108,16 +108,13 @@ def write_mp4(frames: npt.NDArray[np.uint8], path: Path, fps: int) -> None:
     (AVX-512 machine, PyAV 18.1: other bytes for every MALLOC_PERTURB_, and from run to run in one process).
     The colour matrix is named in the file, since players guess another one from 720 lines up.
     Through PyAV itself: imageio's plugin over it drops encoder options (asked for CRF 10, the stream said 23).
-    Raises ConfigError if the disk refuses; `path` is then as it was.
+    Raises OSError if the disk refuses: the caller makes the file appear whole or not at all.
     """
     import av
 
     same_bytes = {"threads": "8", "thread_type": "frame", "x264-params": "cpu-independent=1"}
     colours = {"colorspace": "smpte170m", "color_range": "tv"}  # what swscale makes of RGB
-    with (
-        atomic_path(path) as partial,
-        av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container,
-    ):
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "10", **same_bytes, **colours})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -129,7 +126,7 @@ def write_mp4(frames: npt.NDArray[np.uint8], path: Path, fps: int) -> None:
 def write_contact_sheet(frames: npt.NDArray[np.uint8], path: Path, columns: int = 4, count: int = 8) -> None:
     """Write a PNG of `count` evenly spaced frames of [F, H, W, 3], row by row, the first and the last among them.
 
-    A clip of fewer frames shows them all. Raises ConfigError if the disk refuses.
+    A clip of fewer frames shows them all. Raises OSError if the disk refuses.
     """
     import numpy as np
     from PIL import Image
@@ -141,8 +138,7 @@ def write_contact_sheet(frames: npt.NDArray[np.uint8], path: Path, columns: int 
     for cell in range(count):
         top, left = cell // columns * height, cell % columns * width
         sheet[top : top + height, left : left + width] = frames[cell * (num_frames - 1) // max(count - 1, 1)]
-    with atomic_path(path) as partial:
-        Image.fromarray(sheet).save(partial, format="PNG")
+    Image.fromarray(sheet).save(path, format="PNG")
 
 
 def _read_bytes(path: str, subject: str) -> bytes:

@@ -109,14 +109,24 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
             raise MissingArtifactError(f"--model {model!r}: no such folder; take tiny, a14b or a folder of weights")
     for layout in ("original", "diffusers"):
         if (root / _LAYOUTS[layout].high_noise).is_dir():
-            return ModelFiles(root, layout, _read_spec(root, layout), mend)
+            spec = _read_spec(root, layout)
+            needed = spec.dit.out_channels + spec.vae.temporal_stride + spec.vae.latent_channels
+            if spec.dit.in_channels != needed:
+                raise ConfigError(
+                    f"--model {model}: its transformer reads {spec.dit.in_channels} channels, image-to-video {needed}: "
+                    "take an I2V model"
+                )
+            return ModelFiles(root, layout, spec, mend)
     raise ConfigError(f"--model {model}: {root} has neither high_noise_model/ nor transformer/: not a Wan2.2 folder")
 
 
 def _shards(folder: Path) -> list[Path]:
     """The safetensors of a folder: those its index names, or all."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        return [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CorruptArtifactError(f"{index}: no weight_map in it; download it anew")
+        return [folder / name for name in sorted(set(weight_map.values()))]
     return sorted(folder.glob("*.safetensors"))
 
 

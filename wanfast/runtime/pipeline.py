@@ -47,6 +47,8 @@ class ImageToVideoPipeline:
             condition = self.encode_condition(image, plan.geometry)
         with watch.span("denoise"):
             latent = self.denoise(plan, noise.to(self.device), condition, text, on_step)
+        if self.device == "cuda":
+            torch.cuda.empty_cache()  # the decoder wants its memory in other pieces than the loop did
         with watch.span("decode"):
             return self.vae.decode(latent)[0].cpu()
 
@@ -70,10 +72,10 @@ class ImageToVideoPipeline:
 
         @cache  # once a prompt and expert, not every step
         def text_kv(expert: Expert, branch: Branch) -> list[TextKV]:
-            return self.experts[expert].encode_text(text[branch].unsqueeze(0))
+            return self.experts[expert].encode_text(text[branch].unsqueeze(0).to(self.device))
 
         def velocity(expert: Expert, branch: Branch, sample: Tensor, timestep: int) -> Tensor:
-            t = torch.tensor([timestep], device=self.device)
+            t = torch.full((1,), timestep, device=self.device)  # filled there: no copy to wait for
             prediction: Tensor = self.experts[expert](sample, condition, t, text_kv(expert, branch), rope)
             return prediction
 

@@ -26,6 +26,7 @@ class Request:
 
     options: dict[str, Any]
     line: int | None = None  # of the jobs file
+    sources: tuple[Path, ...] = ()  # files that the options came from: never to be overwritten
     image_sha256: str | None = None  # what the image must be, when an earlier run is repeated
     weights: dict[str, str] | None = None  # what the weights were then
     error: ConfigError | None = None  # the line could not be read
@@ -39,24 +40,42 @@ class Planned:
     plan: Plan | None = None
     error: WanFastError | None = None
 
+    def job(self) -> dict[str, Any]:
+        """What the worker needs of a request that has a plan."""
+        assert self.plan is not None
+        effective = dataclasses.asdict(self.plan.config)
+        return {"requested": self.request.options, "effective": effective, "notes": self.plan.notes}
+
     def failure(self) -> dict[str, Any]:
         """The result document of a request without a plan."""
         assert self.error is not None
         return failure(self.error)
 
 
-def plan_request(request: Request, *, needs_weights: bool) -> Planned:
+def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Planned]:
     """A bad line of a jobs file keeps its error, so that the rest still run; a bad single request raises it."""
+    taken: dict[Path, int | None] = {}
+    return [_plan(request, taken, needs_weights) for request in requests]
+
+
+def _plan(request: Request, taken: dict[Path, int | None], needs_weights: bool) -> Planned:
+    """`taken`: the outputs of the lines before, to which this one's are added."""
     try:
         if request.error is not None:
             raise request.error
         plan, files = resolve(from_options(GenerateConfig, request.options))
+        for path in (path.resolve() for path in plan.outputs):
+            if path in (source.resolve() for source in (Path(plan.config.image), *request.sources)):
+                raise ConfigError(f"--output: {path} would replace a file that the video is made from: name another")
+            if path in taken:
+                raise ConfigError(f"--output: {path} is written by line {taken[path]} too: name another")
         if request.image_sha256 not in (None, plan.config.image_sha256):
             raise ConfigError(f"--from: {plan.config.image} is not the image of that run: put that one back")
         if needs_weights:
             files.require()
         if request.weights is not None and files.exists and request.weights != files.fingerprints:
             plan = dataclasses.replace(plan, notes=(*plan.notes, "--from: the weights changed since that run"))
+        taken.update(dict.fromkeys((path.resolve() for path in plan.outputs), request.line))
         return Planned(request, plan)
     except WanFastError as error:
         if request.line is None:
@@ -76,6 +95,7 @@ def read_requests(
     base = dataclasses.replace(
         earlier,
         options={**earlier.options, **typed},
+        sources=tuple(file for file in (prompt_file, jobs_file) if file is not None),
         image_sha256=None if "image" in typed else earlier.image_sha256,
         weights=None if "model" in typed else earlier.weights,
     )
@@ -83,7 +103,7 @@ def read_requests(
         return [base]
     if from_file is not None:
         raise ConfigError("--from and --jobs cannot be combined: put the options of the earlier run into the lines")
-    requests = list(_read_jobs(jobs_file, base.options))
+    requests = list(_read_jobs(jobs_file, base))
     if not requests:
         raise ConfigError(f"--jobs {jobs_file} holds no line: write a JSON object of options on each")
     return requests
@@ -97,14 +117,16 @@ def _read_earlier(file: Path) -> Request:
         weights = document["weights"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"--from {file} is not the .json that wanfast writes beside a video: name that one") from None
-    options = {name: value for name, value in effective.items() if name in _OPTIONS and name != "overwrite"}
+    # where things are kept, and what may be replaced, is this run's own affair
+    kept = _OPTIONS - {"overwrite", "artifacts_dir"}
+    options = {name: value for name, value in effective.items() if name in kept}
     return Request(options, image_sha256=effective["image_sha256"], weights=weights)
 
 
-def _read_jobs(file: Path, typed: dict[str, Any]) -> Iterator[Request]:
+def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
     """Blank lines and # lines are passed over. Without an output of its own, line 7 writes out-0007.mp4."""
-    taken: dict[str, int] = {}
-    for number, line in enumerate(_read(file, "--jobs").splitlines(), start=1):
+    stem = Path(base.options.get("output", GenerateConfig.output))
+    for number, line in enumerate(_read(file, "--jobs").split("\n"), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
@@ -115,16 +137,13 @@ def _read_jobs(file: Path, typed: dict[str, Any]) -> Iterator[Request]:
         if not isinstance(own, dict):
             yield Request({}, number, error=ConfigError('not a JSON object of options, such as {"prompt": ...}'))
             continue
-        stem = Path(typed.get("output", GenerateConfig.output))
-        options = {**typed, "output": str(stem.with_stem(f"{stem.stem}-{number:04d}")), **own}
-        first = taken.setdefault(str(options["output"]), number)
-        taken_error = ConfigError(f"--output {options['output']} is that of line {first} too: name another")
-        yield Request(options, number, error=None if first == number else taken_error)
+        own_name = str(stem.with_stem(f"{stem.stem}-{number:04d}"))
+        yield dataclasses.replace(base, options={**base.options, "output": own_name, **own}, line=number)
 
 
 def _read(file: Path, option: str) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"{option} {file} is not UTF-8 text: save it as UTF-8") from None
     except OSError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.model_spec import ModelSpec
 
 
@@ -42,13 +43,17 @@ def fit_geometry(
 
     The expression is the reference's own, left to right in float64: its rounding is part of the model's contract. So an
     832x480 image asked for at 832x480 becomes 832x464, while 480x832 stays 480x832.
-    Source: Wan-Video/Wan2.2, wan/image2video.py.
+    Raises ConfigError if nothing is left of a side. Source: Wan-Video/Wan2.2, wan/image2video.py.
     """
     image_width, image_height = image_size
     area, aspect = area_width * area_height, image_height / image_width
     stride, (_, patch_y, patch_x) = spec.vae.spatial_stride, spec.dit.patch_size
     latent_height = round(math.sqrt(area * aspect) // stride // patch_y * patch_y)
     latent_width = round(math.sqrt(area / aspect) // stride // patch_x * patch_x)
+    if not (latent_height and latent_width):
+        raise ConfigError(
+            f"--size {area_width}x{area_height} is too small for an image of {image_width}x{image_height}: take more"
+        )
     return Geometry(
         width=latent_width * stride,
         height=latent_height * stride,

@@ -17,7 +17,7 @@ checkpoint's.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -178,7 +178,7 @@ class WanDiT(nn.Module):
         return self._unpatchify(self.head(x, time_Bd), token_grid)
 
     def _blocks(self) -> list[Block]:
-        return [block for block in self.blocks if isinstance(block, Block)]
+        return cast("list[Block]", list(self.blocks))
 
     def _unpatchify(self, x_BLp: Tensor, token_grid: torch.Size) -> Tensor:
         (T, Y, X), (pt, py, px) = token_grid, self.spec.patch_size

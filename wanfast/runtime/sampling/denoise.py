@@ -18,7 +18,7 @@ from wanfast.runtime.sampling.scheduler import Integrator, Step, is_high_noise
 Expert = Literal["high_noise", "low_noise"]
 Branch = Literal["prompt", "negative_prompt"]
 VelocityFn = Callable[[Expert, Branch, Tensor, int], Tensor]
-StepFn = Callable[[int, Expert], None]
+StepFn = Callable[[int, Expert], None]  # (steps done, expert at work)
 
 
 def denoise(
@@ -30,15 +30,16 @@ def denoise(
     guidance: Mapping[Expert, float],
     on_step: StepFn = lambda index, expert: None,
 ) -> Tensor:
-    """The clean latent, float32 in the shape of `noise`; `on_step(index, expert)` is called after each step."""
+    """The clean latent, float32, shaped as `noise`; `on_step(done, expert)` is called before and after each step."""
     integrator = Integrator(steps)
     sample = noise
     for index, step in enumerate(steps):
         expert: Expert = "high_noise" if is_high_noise(step.timestep, boundary) else "low_noise"
+        on_step(index, expert)
         prediction = velocity(expert, "prompt", sample, step.timestep)
         if needs_unconditional(guidance[expert]):
             unconditional = velocity(expert, "negative_prompt", sample, step.timestep)
             prediction = guide(prediction, unconditional, guidance[expert])
         sample = integrator.advance(sample, prediction)
-        on_step(index, expert)
+        on_step(index + 1, expert)
     return sample

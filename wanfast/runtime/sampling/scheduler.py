@@ -136,11 +136,6 @@ def _correction(sigmas: list[float], i: int) -> Correction:
     )
 
 
-def steps_per_expert(steps: tuple[Step, ...], boundary: float) -> tuple[int, int]:
-    """How many steps the high-noise and the low-noise expert take: (timestep >= boundary * 1000, the rest)."""
-    high = sum(is_high_noise(step.timestep, boundary) for step in steps)
-    return high, len(steps) - high
-
-
 def is_high_noise(timestep: int, boundary: float) -> bool:
+    """Whether the high-noise expert takes this timestep: `boundary` is a share of the 1000 of training."""
     return timestep >= boundary * NUM_TRAIN_TIMESTEPS
