@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError
-from wanfast.runtime.tokenizer import DEFAULT_NEGATIVE_PROMPT, PromptTokenizer, TokenizedPrompt, clean_prompt
+from wanfast.runtime.model_spec import DEFAULT_NEGATIVE_PROMPT
+from wanfast.runtime.tokenizer import PromptTokenizer, TokenizedPrompt, clean_prompt
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "wanfast/assets/tiny/tokenizer/tokenizer.json"

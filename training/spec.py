@@ -13,4 +13,5 @@ SPEC = ModelSpec(
     size="128x128",
     frames=17,
     shift_480p=None,
+    negative_prompt="",  # what captions are dropped to in training
 )

@@ -5,7 +5,8 @@ either a motion of the subject or one of the camera. Rendering is batched on the
 atlas, sampled through the inverse of its motion, so a frame of any window and any moment can be had alone.
 
 Shapes: B clips, F frames, H x W pixels; S shapes in the atlas.
-Held out is a tenth of all (shape, colour, motion) combinations, so a held-out clip shows a combination never seen.
+Held out is a tenth of all (shape, colour, motion) combinations, so a held-out clip shows a motion never seen of that
+shape in that colour. (A clip of a moving camera has a still subject of any combination.)
 """
 
 from __future__ import annotations

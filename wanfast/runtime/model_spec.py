@@ -80,6 +80,14 @@ class UMT5Spec:
     eps: float = 1e-6
 
 
+# What the model's makers steer away from: garish, overexposed, still, blurred, subtitled, badly drawn, malformed.
+DEFAULT_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A whole image-to-video model and the defaults that its makers gave it."""
@@ -99,6 +107,7 @@ class ModelSpec:
     guidance_high_noise: float = 3.5
     guidance_low_noise: float = 3.5
     fps: int = 16
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -23,7 +23,7 @@ from wanfast.runtime.model_spec import ModelSpec
 from wanfast.runtime.sampling.guidance import needs_unconditional
 from wanfast.runtime.sampling.scheduler import Step, is_high_noise, schedule
 from wanfast.runtime.shapes import Geometry, fit_geometry
-from wanfast.runtime.tokenizer import DEFAULT_NEGATIVE_PROMPT, PromptTokenizer, clean_prompt
+from wanfast.runtime.tokenizer import PromptTokenizer, clean_prompt
 
 _MP4_BYTES_PER_PIXEL = 0.25  # generous at CRF 10: a rough video takes about half
 
@@ -113,7 +113,7 @@ def resolve(request: GenerateConfig) -> tuple[Plan, ModelFiles]:
         image=str(Path(request.image or "").absolute()),
         image_sha256=image.sha256,
         prompt=request.prompt or "",
-        negative_prompt=_or(request.negative_prompt, DEFAULT_NEGATIVE_PROMPT),
+        negative_prompt=_or(request.negative_prompt, spec.negative_prompt),
         size="{}x{}".format(*parse_size(_or(request.size, spec.size))),
         frames=_or(request.frames, spec.frames),
         steps=_or(request.steps, spec.steps),

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Callable, Iterator
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -246,6 +246,14 @@ class CausalConv3d(nn.Conv3d):
         x = F.pad(x, (0, 0, 0, 0, 2, 0)) if before is None else torch.cat((before, x), dim=2)
         past.append(x[:, :, -2:].clone())  # a copy: a view would keep all of x alive
         return super().forward(x)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """On a CPU torch takes its slow path for one small clip (8 times slower at 16 channels): ask for oneDNN's."""
+        has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
+        if x.device.type == "cpu" and has_onednn():
+            padding = cast("tuple[int, ...]", self.padding)
+            return torch.mkldnn_convolution(x, weight, bias, padding, self.stride, self.dilation, self.groups)
+        return cast(Tensor, super()._conv_forward(x, weight, bias))
 
 
 class RMSNorm(nn.Module):

@@ -1,0 +1,106 @@
+"""The quality metrics against scikit-image's, and the tracker against clips whose motion is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from training.world import COLOURS, Renderer, draw_scene, is_held_out, moments_of_clip
+from wanfast.quality import metrics
+from wanfast.quality.motions import MOTIONS
+from wanfast.quality.tracking import classify, track
+from wanfast.runtime.pixels import to_uint8
+
+
+def videos() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(3, 4, 12, 14, generator=generator)
+    reference = torch.nn.functional.interpolate(coarse, scale_factor=8, mode="bilinear") * 2 - 1
+    return (reference + 0.1 * torch.randn(reference.shape, generator=generator)).clamp(-1, 1), reference
+
+
+def test_psnr_and_ssim_equal_scikit_image() -> None:
+    video, reference = videos()
+    x, y = (((v.double() + 1) / 2).numpy() for v in (video, reference))
+    assert metrics.psnr(video, reference) == pytest.approx(peak_signal_noise_ratio(y, x, data_range=1), abs=1e-6)
+    expected = np.mean(
+        [
+            structural_similarity(
+                y[c, f], x[c, f], data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+            )
+            for c in range(3)
+            for f in range(4)
+        ]
+    )
+    assert metrics.ssim(video, reference) == pytest.approx(expected, abs=1e-5)
+
+
+def test_equal_videos_are_perfect_and_worse_ones_are_worse() -> None:
+    video, reference = videos()
+    assert metrics.psnr(reference, reference) == float("inf")
+    assert metrics.ssim(reference, reference) == pytest.approx(1)
+    assert metrics.ms_ssim(reference, reference) == pytest.approx(1)
+    worse = (2 * video - reference).clamp(-1, 1)
+    for metric in (metrics.psnr, metrics.ssim, metrics.ms_ssim):
+        assert metric(worse, reference) < metric(video, reference)
+
+
+def test_flicker_is_not_motion() -> None:
+    ramp = torch.linspace(-1, 1, 9).view(1, 9, 1, 1).expand(3, 9, 8, 8)  # steady change
+    blink = torch.tensor([-0.5, 0.5] * 4).view(1, 8, 1, 1).expand(3, 8, 8, 8)
+    assert metrics.flicker(ramp) < 1e-4 < metrics.motion(ramp)
+    assert metrics.flicker(blink) == pytest.approx(2 * metrics.motion(blink), rel=1e-6)
+    assert metrics.motion(blink) == pytest.approx(127.5)
+    assert metrics.flicker(blink[:, :1]) == metrics.motion(blink[:, :1]) == 0
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer("cpu")
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_tracker_reads_true_clips(renderer: Renderer, held_out: bool) -> None:
+    scenes = [draw_scene(seed, held_out=held_out, camera_share=0.0) for seed in range(24)]
+    clips = renderer(scenes, moments_of_clip())
+    generator = torch.Generator().manual_seed(0)
+    noisy = clips + 0.04 * torch.randn(clips.shape, generator=generator)
+    for scene, clip in zip(scenes, noisy, strict=True):
+        verdict = classify(to_uint8(clip), COLOURS[scene.subject.colour])
+        assert verdict.motion == scene.motion, (scene.caption, verdict)
+
+
+def test_the_tracker_can_fail(renderer: Renderer) -> None:
+    scene = next(s for s in map(draw_scene, range(100)) if s.motion == "right" and s.camera is None)
+    (clip,) = renderer([scene], moments_of_clip())
+    colour = COLOURS[scene.subject.colour]
+    assert classify(to_uint8(clip.flip(1)), colour).motion == "left"
+    assert classify(to_uint8(clip[:, :1].expand_as(clip)), colour).motion == "still"
+    assert classify(to_uint8(clip.flip(2).transpose(2, 3)), colour).motion in ("up", "down")
+    assert track(np.zeros((3, 64, 64, 3), np.uint8), (245, 245, 245)) is None
+    assert classify(np.zeros((3, 64, 64, 3), np.uint8), (245, 245, 245)).motion is None
+
+
+def test_motions_begin_where_they_stand_and_differ() -> None:
+    moments = np.linspace(0, 1, 17)
+    paths = {name: motion.at(moments) for name, motion in MOTIONS.items()}
+    for path in paths.values():
+        assert path.shape == (17, 4) and not path[0].any()
+    names = list(paths)
+    for k, first in enumerate(names):
+        for second in names[k + 1 :]:
+            assert np.abs(paths[first] - paths[second]).max() > 0.1
+
+
+def test_the_split_is_by_combination() -> None:
+    def combinations(held_out: bool, count: int) -> set[tuple[str, str, str]]:
+        scenes = [draw_scene(seed, held_out=held_out, camera_share=0.0) for seed in range(count)]
+        return {(scene.subject.shape, scene.subject.colour, scene.motion) for scene in scenes}
+
+    train, held = combinations(False, 2000), combinations(True, 300)
+    assert all(is_held_out(*combination) for combination in held)
+    assert not any(is_held_out(*combination) for combination in train)
+    assert 0.05 < len(held) / (len(held) + len(train)) < 0.2
+    assert draw_scene(5) == draw_scene(5) != draw_scene(6)

@@ -1,0 +1,113 @@
+"""Training in pieces: a run that was cut and resumed is, bit for bit, the run that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from training import train_experts, train_vae
+from training.export import export
+from training.loop import Schedule, load_ema, train
+from training.spec import SPEC
+from training.world import Renderer
+from wanfast.runtime import model_files
+from wanfast.runtime.builders import build_expert, build_umt5, build_vae
+from wanfast.runtime.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
+
+SMALL = ModelSpec(
+    dit=DiTSpec(dim=48, ffn_dim=64, num_heads=2, num_layers=1, freq_dim=16, text_dim=16, text_len=64),
+    vae=VAESpec(base_dim=4),
+    umt5=UMT5Spec(vocab_size=960, dim=16, attention_dim=16, ffn_dim=32, num_heads=2, num_layers=1),
+)
+
+
+def final(folder: Path, name: str) -> dict[str, object]:
+    return torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def experts() -> tuple[nn.Module, train_experts.Clips]:
+    generator = torch.Generator().manual_seed(0)
+    z, y = (torch.randn(6, c, 2, 4, 4, generator=generator).bfloat16() for c in (16, 20))
+    clips = train_experts.Clips(z, y, torch.randint(3, 900, (7, 5), generator=generator), torch.tensor([5] * 6 + [1]))
+    return train_experts.TinyModel(SMALL), clips
+
+
+@pytest.mark.parametrize("stage", ["vae", "experts"])
+def test_resumed_training_is_the_same_training(tmp_path: Path, stage: str) -> None:
+    def run(folder: Path, steps: int) -> bool:
+        # the rate's schedule is that of four steps, whether they are made at once or not
+        schedule = Schedule(steps=4, learning_rate=1e-3, warmup=2)
+        if stage == "vae":
+            vae = train_vae.build(SMALL.vae, "cpu")
+            loss = train_vae.vae_loss(vae, Renderer("cpu"), batch=1, side=16, frames=5)
+            return train("vae", vae, stop_after(loss, steps), schedule, folder)
+        model, clips = experts()
+        return train("experts", model, stop_after(train_experts.flow_loss(model, clips, 2), steps), schedule, folder)
+
+    def stop_after(loss, steps):
+        def limited(step, generator):
+            if step == steps:
+                raise InterruptedError
+            return loss(step, generator)
+
+        return limited
+
+    assert run(tmp_path / "whole", 4)
+    # cut: time runs out after two steps
+    import training.loop
+
+    clock = iter([0.0, 0.0, 0.0] + [1e9] * 20)
+    real = training.loop.time.monotonic
+    training.loop.time.monotonic = lambda: next(clock)
+    try:
+        assert not run(tmp_path / "pieces", 4)
+    finally:
+        training.loop.time.monotonic = real
+    assert 0 < final(tmp_path / "pieces", stage)["step"] < 4
+    assert run(tmp_path / "pieces", 4)
+    assert equal(final(tmp_path / "pieces", stage), final(tmp_path / "whole", stage))
+
+
+def test_losses_fall(tmp_path: Path) -> None:
+    model, clips = experts()
+    loss = train_experts.flow_loss(model, clips, 4)
+    before = float(loss(0, torch.Generator().manual_seed(9))["loss"].detach())
+    train("experts", model, loss, Schedule(steps=30, learning_rate=3e-3, warmup=3), tmp_path)
+    after = float(loss(0, torch.Generator().manual_seed(9))["loss"].detach())
+    assert after < 0.9 * before
+
+
+def test_what_is_exported_is_what_was_trained(tmp_path: Path) -> None:
+    model, clips = experts()
+    train("experts", model, train_experts.flow_loss(model, clips, 2), Schedule(steps=2, learning_rate=1e-3), tmp_path)
+    load_ema(model, tmp_path / "experts.pt")
+    vae = train_vae.build(SMALL.vae, "cpu")
+    export(SMALL, model, vae, tmp_path / "tiny")
+    files = model_files.locate(str(tmp_path / "tiny"), "artifacts")
+    assert files.spec == SMALL
+    for built, trained in (
+        (build_expert(files, "high_noise", "fp32", "cpu"), model.high_noise),
+        (build_expert(files, "low_noise", "fp32", "cpu"), model.low_noise),
+        (build_umt5(files, "fp32", "cpu"), model.umt5),
+        (build_vae(files, "cpu"), vae),
+    ):
+        for name, value in trained.state_dict().items():
+            assert torch.equal(built.state_dict()[name], value.bfloat16().float()), name
+
+
+def test_the_tiny_model_has_the_kernels_shapes_of_the_real_one() -> None:
+    assert SPEC.dit.head_dim == 128
+    assert SPEC.dit.in_channels == SPEC.dit.out_channels + 20

@@ -1,0 +1,281 @@
+"""Every quality figure of the tiny model, by one command: `make tiny-quality`.
+
+Held-out pairs of image and prompt, combinations of shape, colour and motion never trained on, go through the pipeline
+that `wanfast generate` runs. Each video is compared with the true clip and followed by the tracker; the same with an
+empty prompt shows that the tracker can fail. The VAE is measured on the true clips. Writes JSON and a plot of the
+residuals' magnitude ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.world import COLOURS, FRAMES, SIZE, Renderer, Scene, draw_scene, moments_of_clip
+from wanfast.quality import metrics
+from wanfast.quality.motions import MOTIONS
+from wanfast.quality.tracking import classify
+from wanfast.runtime import generate, model_files, pixels
+from wanfast.runtime.builders import build_umt5
+from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.metadata import versions
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.pipeline import ImageToVideoPipeline
+from wanfast.runtime.plan import Plan
+from wanfast.runtime.timing import Stopwatch
+from wanfast.runtime.tokenizer import PromptTokenizer
+
+
+@dataclass(frozen=True)
+class Task:
+    """One held-out pair, with its prompt or without."""
+
+    index: int
+    with_prompt: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all videos share."""
+
+    model: str
+    steps: int | None
+    guidance: float | None
+    precision: str
+
+
+class Judge:
+    """One process's models and what it says of a task."""
+
+    def __init__(self, settings: Settings) -> None:
+        torch.set_num_threads(1)
+        self.files = model_files.locate(settings.model, "artifacts")
+        spec = self.files.spec
+        high, low = spec.guidance_high_noise, spec.guidance_low_noise
+        self.config = EffectiveConfig(
+            model=settings.model,
+            image="",
+            image_sha256="",
+            prompt="",
+            negative_prompt="",
+            size=spec.size,
+            frames=spec.frames,
+            steps=settings.steps or spec.steps,
+            shift=spec.shift,
+            guidance_high_noise=high if settings.guidance is None else settings.guidance,
+            guidance_low_noise=low if settings.guidance is None else settings.guidance,
+            solver="unipc",
+            seed=0,
+            noise_device="cpu",
+            fps=spec.fps,
+            precision="bf16" if settings.precision == "bf16" else "fp32",
+            device="cpu",
+            output="",
+            overwrite=False,
+            contact_sheet=False,
+            artifacts_dir="",
+        )
+        self.pipeline: ImageToVideoPipeline = generate.load_pipeline(self.files, self.config)
+        self.umt5 = build_umt5(self.files, self.config.precision, "cpu")
+        self.tokenizer = PromptTokenizer(self.files.tokenizer, spec.dit.text_len)
+        self.renderer = Renderer("cpu")
+
+    @torch.inference_mode()
+    def __call__(self, task: Task) -> dict[str, object]:
+        scene, truth = self.held_out(task.index)
+        video, ratios = self.video(task, scene, truth[:, 0])
+        verdict = classify(pixels.to_uint8(video), COLOURS[scene.subject.colour])
+        result: dict[str, object] = {
+            "index": task.index,
+            "with_prompt": task.with_prompt,
+            "caption": scene.caption,
+            "asked": scene.motion,
+            "shown": verdict.motion,
+            "first_frame_psnr": metrics.psnr(video[:, :1], truth[:, :1]),
+            "psnr": metrics.psnr(video, truth),
+            "ssim": metrics.ssim(video, truth),
+            "ms_ssim": metrics.ms_ssim(video, truth),
+            "flicker": metrics.flicker(video),
+            "motion": metrics.motion(video),
+            "ratios": ratios,
+        }
+        if task.with_prompt:
+            vae = self.pipeline.vae
+            result["vae_psnr"] = metrics.psnr(vae.decode(vae.encode(truth.unsqueeze(0)))[0], truth)
+        return result
+
+    def held_out(self, index: int) -> tuple[Scene, Tensor]:
+        """The scene and its true clip [3, F, H, W], rounded to the 8 bits that an image file holds."""
+        scene = draw_scene(index, held_out=True, camera_share=0.0)
+        clip = self.renderer([scene], moments_of_clip(FRAMES))[0]
+        return scene, torch.round((clip + 1) / 2 * 255) / 255 * 2 - 1
+
+    def video(self, task: Task, scene: Scene, image: Tensor) -> tuple[Tensor, list[list[float]]]:
+        config = self.config
+        guidance = {} if task.with_prompt else {"guidance_high_noise": 1.0, "guidance_low_noise": 1.0}
+        config = EffectiveConfig(**{**vars(config), "seed": task.index, **guidance})
+        plan = Plan.of(config, self.files.spec, (SIZE, SIZE))
+        text = {
+            "prompt": self.embed(scene.caption if task.with_prompt else ""),
+            "negative_prompt": self.embed(self.files.spec.negative_prompt),
+        }
+        with residual_ratios(self.pipeline) as ratios:
+            video = self.pipeline(plan, image, text, Stopwatch("cpu"))
+        return video, ratios
+
+    def embed(self, text: str) -> Tensor:
+        embeds: Tensor = self.umt5(torch.tensor([self.tokenizer.encode(text).ids]))[0]
+        return embeds
+
+
+@contextmanager
+def residual_ratios(pipeline: ImageToVideoPipeline) -> Iterator[list[list[float]]]:
+    """[(step's timestep, mean ratio of the residual's norm to that of the step before)] of the first branch.
+
+    The residual is what all blocks of an expert add to the stream (WAN_SPEC 8.2; MagCache, arXiv 2506.09045).
+    """
+    ratios: list[list[float]] = []
+    state: dict[str, Tensor | float] = {}
+
+    def entering(_: WanDiT, inputs: tuple[Tensor, ...]) -> None:
+        state["timestep"] = float(inputs[2])
+
+    def first_block(_: object, inputs: tuple[Tensor, ...]) -> None:
+        state["in"] = inputs[0]
+
+    def last_block(_: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        timestep = state["timestep"]
+        if ratios and ratios[-1][0] == timestep:
+            return  # the branch of the negative prompt
+        residual = output - torch.as_tensor(state["in"])
+        before = state.get("residual")
+        ratio = 1.0 if before is None else float((residual.norm(dim=-1) / torch.as_tensor(before).norm(dim=-1)).mean())
+        ratios.append([float(timestep), ratio])
+        state["residual"] = residual
+
+    handles = []
+    for expert in pipeline.experts.values():
+        handles.append(expert.register_forward_pre_hook(entering))
+        handles.append(expert.blocks[0].register_forward_pre_hook(first_block))
+        handles.append(expert.blocks[-1].register_forward_hook(last_block))
+    try:
+        yield ratios
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_judge: Judge | None = None
+
+
+def _start(settings: Settings) -> None:
+    global _judge
+    _judge = Judge(settings)
+
+
+def _work(task: Task) -> dict[str, object]:
+    assert _judge is not None
+    return _judge(task)
+
+
+def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % confidence interval of a share (Wilson 1927)."""
+    share = successes / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def summarise(results: list[dict[str, object]], settings: Settings, seconds: float) -> dict[str, object]:
+    prompted = [r for r in results if r["with_prompt"]]
+    empty = [r for r in results if not r["with_prompt"]]
+
+    def mean(name: str, rows: list[dict[str, object]]) -> float:
+        return round(float(np.mean([float(str(row[name])) for row in rows])), 3)
+
+    def following(rows: list[dict[str, object]]) -> dict[str, object]:
+        hits = sum(row["asked"] == row["shown"] for row in rows)
+        low, high = wilson(hits, len(rows))
+        return {"right": hits, "of": len(rows), "share": hits / len(rows), "95%": [round(low, 3), round(high, 3)]}
+
+    names = ("vae_psnr", "first_frame_psnr", "psnr", "ssim", "ms_ssim", "flicker", "motion")
+    ratios = np.mean([row["ratios"] for row in prompted], axis=0)
+    return {
+        "settings": vars(settings),
+        **{name: mean(name, prompted) for name in names},
+        "prompt_following": following(prompted),
+        "empty_prompt": following(empty) if empty else None,
+        "chance": 1 / len(MOTIONS),
+        "residual_ratios": [[timestep, round(ratio, 5)] for timestep, ratio in ratios.tolist()],
+        "missed": [
+            {key: row[key] for key in ("index", "caption", "asked", "shown")}
+            for row in prompted
+            if row["asked"] != row["shown"]
+        ],
+        "seconds": round(seconds, 1),
+        "versions": versions(),
+    }
+
+
+def plot(summary: dict[str, object], boundary: float, file: Path) -> None:
+    """The ratios of both experts over the timesteps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = np.array(summary["residual_ratios"])[1:]
+    figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
+    for name, chosen in (
+        ("high-noise expert", points[:, 0] >= boundary * 1000),
+        ("low-noise expert", points[:, 0] < boundary * 1000),
+    ):
+        axes.plot(np.flatnonzero(chosen) + 1, points[chosen, 1], marker=".", label=name)
+    axes.set(xlabel="step", ylabel="residual norm / that of the step before", title="tiny: residual magnitude ratios")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--guidance", type=float, default=None, help="of both experts; the model's own by default")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--no-empty", action="store_true", help="leave out the empty prompts")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=None, help="JSON; a plot goes beside it")
+    options = parser.parse_args()
+    settings = Settings(options.model, options.steps, options.guidance, options.precision)
+    tasks = [Task(index, with_prompt=True) for index in range(options.pairs)]
+    if not options.no_empty:
+        tasks += [Task(index, with_prompt=False) for index in range(options.pairs)]
+    started, results = time.perf_counter(), []
+    with multiprocessing.get_context("spawn").Pool(options.processes, _start, (settings,)) as pool:
+        for result in pool.imap_unordered(_work, tasks):
+            results.append(result)
+            if len(results) % 20 == 0:
+                print(f"{len(results)} of {len(tasks)} videos, {time.perf_counter() - started:.0f} s", flush=True)
+    summary = summarise(results, settings, time.perf_counter() - started)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(summary, indent=1) + "\n")
+        plot(summary, model_files.locate(options.model, "artifacts").spec.boundary, options.output.with_suffix(".png"))
+    print(json.dumps({key: value for key, value in summary.items() if key not in ("residual_ratios", "missed")}))
+
+
+if __name__ == "__main__":
+    main()
