@@ -1,8 +1,9 @@
 # Each target does all its own set-up in .venv.
 #
-#   make generate   a video from the photograph that ships with the package, on any machine
+#   make generate   two videos from the pictures that ship with the package, on any machine
 #   make test       the whole suite, on a CPU
 #   make test-gpu   what only a GPU can show
+#   make tiny-quality   every quality figure of the tiny model
 #   make check      format, lint, types, layers
 #   make clean      remove .venv and what the targets made
 
@@ -12,14 +13,17 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constra
 
 generate: .venv/runtime
 	mkdir -p out
-	$(BIN)/wanfast generate --model tiny --device cpu --image wanfast/assets/examples/cat.jpg \
-		--prompt "A cat turns its head and looks at the camera." --seed 1 --contact-sheet --overwrite --output out/cat.mp4
+	$(BIN)/wanfast generate --model tiny --device cpu --jobs wanfast/assets/examples/jobs.jsonl --seed 1 \
+		--contact-sheet --overwrite
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --ignore tests/gpu
 
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -s tests/gpu
+
+tiny-quality: .venv/dev
+	$(BIN)/python -m training.quality --output benchmarks/results/tiny-quality.json
 
 check: .venv/dev
 	$(BIN)/ruff format --check .
@@ -42,4 +46,4 @@ clean:
 	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
-.PHONY: generate test test-gpu check clean
+.PHONY: generate test test-gpu tiny-quality check clean

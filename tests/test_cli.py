@@ -204,12 +204,12 @@ def notes(wanfast: Wanfast, *arguments: str) -> str:
 
 
 def test_what_a_person_could_not_guess_is_said(wanfast: Wanfast, workdir: Path) -> None:
-    assert "not trained" in notes(wanfast)
+    assert "knows textured shapes" in notes(wanfast)
     assert "not 128x128: --size gives the area" in notes(wanfast)
     assert "advise --shift 3.0" in notes(wanfast, "--model", "a14b", "--size", "832x480")
     assert "advise --shift" not in notes(wanfast, "--model", "a14b", "--size", "832x480", "--shift", "3")
     assert "advise --shift" not in notes(wanfast, "--model", "a14b")
-    assert "first 512" in notes(wanfast, "--prompt", "a cat " * 1700)
+    assert "first 64" in notes(wanfast, "--prompt", "a cat " * 1700)
     assert "--prompt is" not in notes(wanfast, "--model", "a14b", "--prompt", "a cat " * 1700)
     assert "not counted" in notes(wanfast, "--model", "a14b")
     assert "--prompt is" not in notes(wanfast, "--prompt", "🐈 \x07 runs\n\n fast")

@@ -255,14 +255,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--guidance", type=float, default=None, help="of both experts; the model's own by default")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--no-empty", action="store_true", help="leave out the empty prompts")
+    parser.add_argument("--empty", type=int, default=50, help="how many of the pairs are tried with no prompt too")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=None, help="JSON; a plot goes beside it")
     options = parser.parse_args()
     settings = Settings(options.model, options.steps, options.guidance, options.precision)
     tasks = [Task(index, with_prompt=True) for index in range(options.pairs)]
-    if not options.no_empty:
-        tasks += [Task(index, with_prompt=False) for index in range(options.pairs)]
+    tasks += [Task(index, with_prompt=False) for index in range(min(options.empty, options.pairs))]
     started, results = time.perf_counter(), []
     with multiprocessing.get_context("spawn").Pool(options.processes, _start, (settings,)) as pool:
         for result in pool.imap_unordered(_work, tasks):
