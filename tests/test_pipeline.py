@@ -170,6 +170,22 @@ def test_both_layouts_give_the_same_latents(public, original_layout: Path, plan_
     assert relative_error(our_latents(plan, files), ours) <= 1e-5
 
 
+def test_the_tiny_model_loads_in_either_layout(tmp_path: Path) -> None:
+    files = model_files.locate("tiny", "artifacts")
+    write_original(files, tmp_path)
+    original = model_files.locate(str(tmp_path), "artifacts")
+    assert (original.layout, original.spec) == ("original", files.spec)
+    for build in (
+        lambda f: build_expert(f, "high_noise", "bf16", "cpu"),
+        lambda f: build_expert(f, "low_noise", "bf16", "cpu"),
+        lambda f: build_umt5(f, "bf16", "cpu"),
+        lambda f: build_vae(f, "cpu"),
+    ):
+        ours, theirs = build(files).state_dict(), build(original).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_the_two_guidance_scales_are_not_interchangeable(public, plan_for) -> None:
     ours = our_latents(*plan_for(public[1]))
     swapped = our_latents(*plan_for(public[1], guidance_high_noise=3.5, guidance_low_noise=2.0))
