@@ -3,7 +3,7 @@
 python -m training --folder runs/tiny                       # everything, on one GPU; stops and resumes at will
 python -m training --folder runs/tiny --stage vae --minutes 8
 python -m training --folder runs/tiny --stage experts --minutes 8
-python -m training --folder runs/tiny --stage export        # into wanfast/assets/tiny
+python -m training --folder runs/tiny --stage export        # the model folder, FOLDER/tiny
 python -m training --folder /tmp/try --smoke                # every stage at toy sizes, on a CPU
 """
 
