@@ -1,10 +1,12 @@
-"""Scaled dot-product attention behind one function, so that the models never name a kernel.
+"""Scaled dot-product attention behind one function, so that the models never name a kernel, nor where tokens are.
 
 At 75,600 tokens self-attention is 72 % of all work (4 L^2 d a layer against 45 TFLOP of linears): the choice of the
 kernel here decides the speed of the program. Shapes: B batch, L tokens, H heads, D head dim.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,3 +16,32 @@ def attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over all keys, unmasked; [B, Lq, H, D] in the dtype of q."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class Sequence(Protocol):
+    """Where the tokens of one forward pass are, and how self-attention sees all of them."""
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of the tokens along `dim`; every rank's part has the same length."""
+        ...
+
+    def attention(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, num_tokens: int) -> Tensor:
+        """Self-attention of this rank's queries over all `num_tokens` tokens."""
+        ...
+
+    def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
+        """All `num_tokens` tokens along `dim`, from every rank's part."""
+        ...
+
+
+class WholeSequence:
+    """One rank holds all tokens: nothing to exchange."""
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        return x
+
+    def attention(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, num_tokens: int) -> Tensor:
+        return attention(q_BLHD, k_BLHD, v_BLHD)
+
+    def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
+        return x

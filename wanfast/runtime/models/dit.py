@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wanfast.runtime.model_spec import DiTSpec
-from wanfast.runtime.models.attention import attention
+from wanfast.runtime.models.attention import Sequence, WholeSequence, attention
 from wanfast.runtime.models.rope import RotaryTables, apply_rotary
 
 
@@ -55,43 +55,53 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
 
 
-class SelfAttention(nn.Module):
+class Attention(nn.Module):
+    """The four projections and the two norms that self- and cross-attention have alike."""
+
     def __init__(self, spec: DiTSpec, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_heads = spec.num_heads
         self.q, self.k, self.v, self.o = (Linear(spec.dim, spec.dim, dtype=dtype) for _ in range(4))
         self.norm_q, self.norm_k = (RMSNorm(spec.dim, spec.eps) for _ in range(2))
 
-    def forward(self, x_BLd: Tensor, rope: RotaryTables) -> Tensor:
-        dtype = self.q.weight.dtype
-        q = apply_rotary(self._heads(self.norm_q(self.q(x_BLd))), rope).to(dtype)
-        k = apply_rotary(self._heads(self.norm_k(self.k(x_BLd))), rope).to(dtype)
-        v = self._heads(self.v(x_BLd))
-        out: Tensor = self.o(attention(q, k, v).flatten(2))
-        return out
-
     def _heads(self, x_BLd: Tensor) -> Tensor:
         return rearrange(x_BLd, "B L (H D) -> B L H D", H=self.num_heads)
 
 
-class CrossAttention(SelfAttention):
+class SelfAttention(Attention):
+    """Every token attends to all `num_tokens`, wherever `sequence` keeps them."""
+
+    def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence) -> None:
+        super().__init__(spec, dtype)
+        self.sequence = sequence
+
+    def forward(self, x_BLd: Tensor, rope: RotaryTables, num_tokens: int) -> Tensor:
+        dtype = self.q.weight.dtype
+        q = apply_rotary(self._heads(self.norm_q(self.q(x_BLd))), rope).to(dtype)
+        k = apply_rotary(self._heads(self.norm_k(self.k(x_BLd))), rope).to(dtype)
+        v = self._heads(self.v(x_BLd))
+        out: Tensor = self.o(self.sequence.attention(q, k, v, num_tokens).flatten(2))
+        return out
+
+
+class CrossAttention(Attention):
     """Queries from the video, keys and values from the text. No rotation and no mask: padding rows take part."""
 
     def encode_text(self, text_BSd: Tensor) -> TextKV:
         k = self._heads(self.norm_k(self.k(text_BSd)).to(text_BSd.dtype))
         return TextKV(k, self._heads(self.v(text_BSd)))
 
-    def forward(self, x_BLd: Tensor, text: TextKV) -> Tensor:  # type: ignore[override]
+    def forward(self, x_BLd: Tensor, text: TextKV) -> Tensor:
         q = self._heads(self.norm_q(self.q(x_BLd))).to(text.k.dtype)
         out: Tensor = self.o(attention(q, *text).flatten(2))
         return out
 
 
 class Block(nn.Module):
-    def __init__(self, spec: DiTSpec, dtype: torch.dtype) -> None:
+    def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence) -> None:
         super().__init__()
         self.dim, self.eps = spec.dim, spec.eps
-        self.self_attn = SelfAttention(spec, dtype)
+        self.self_attn = SelfAttention(spec, dtype, sequence)
         self.norm3 = nn.LayerNorm(spec.dim, spec.eps, dtype=torch.float32)
         self.cross_attn = CrossAttention(spec, dtype)
         self.ffn = nn.Sequential(
@@ -101,11 +111,11 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, spec.dim, dtype=torch.float32))
 
-    def forward(self, x_BLd: Tensor, time_B6d: Tensor, text: TextKV, rope: RotaryTables) -> Tensor:
-        """Residual stream in and out, float32."""
+    def forward(self, x_BLd: Tensor, time_B6d: Tensor, text: TextKV, rope: RotaryTables, num_tokens: int) -> Tensor:
+        """Residual stream of this rank's tokens in and out, float32; `num_tokens` on all ranks."""
         rows = (self.modulation + time_B6d).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
-        x = x_BLd + gate_attn * self.self_attn(self._modulated_norm(x_BLd, shift_attn, scale_attn), rope)
+        x = x_BLd + gate_attn * self.self_attn(self._modulated_norm(x_BLd, shift_attn, scale_attn), rope, num_tokens)
         x = x + self.cross_attn(self.norm3(x), text)
         out: Tensor = x + gate_ffn * self.ffn(self._modulated_norm(x, shift_ffn, scale_ffn))
         return out
@@ -130,11 +140,20 @@ class Head(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """One expert. `dtype` is that of the matrix products' weights; all other parameters are float32."""
+    """One expert. `dtype` is that of the matrix products' weights; all other parameters are float32.
 
-    def __init__(self, spec: DiTSpec, dtype: torch.dtype = torch.bfloat16) -> None:
+    `sequence` says how tokens are shared among ranks; the forward pass takes and returns whole latents on each.
+    """
+
+    def __init__(
+        self,
+        spec: DiTSpec,
+        dtype: torch.dtype = torch.bfloat16,
+        sequence: Sequence = WholeSequence(),  # noqa: B008
+    ) -> None:
         super().__init__()
         self.spec = spec
+        self.sequence = sequence
         self.patch_embedding = nn.Conv3d(
             spec.in_channels, spec.dim, kernel_size=spec.patch_size, stride=spec.patch_size, dtype=dtype
         )
@@ -147,7 +166,7 @@ class WanDiT(nn.Module):
             Linear(spec.dim, spec.dim, dtype=torch.float32),
         )
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(spec.dim, 6 * spec.dim, dtype=torch.float32))
-        self.blocks = nn.ModuleList(Block(spec, dtype) for _ in range(spec.num_layers))
+        self.blocks = nn.ModuleList(Block(spec, dtype, sequence) for _ in range(spec.num_layers))
         self.head = Head(spec)
 
     def encode_text(self, text_BSc: Tensor) -> list[TextKV]:
@@ -170,12 +189,15 @@ class WanDiT(nn.Module):
         video = torch.cat((latent, condition), dim=1).to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(video)
         token_grid = patches.shape[2:]
-        x = rearrange(patches, "B d T Y X -> B (T Y X) d").float()
+        num_tokens = math.prod(token_grid)
+        x = self.sequence.shard(rearrange(patches, "B d T Y X -> B (T Y X) d"), 1).float()
+        own_rope = RotaryTables(*(self.sequence.shard(table, 0) for table in rope))
         time_Bd = self.time_embedding(sinusoid(timestep, self.spec.freq_dim))
         time_B6d = self.time_projection(time_Bd).unflatten(1, (6, -1))
         for block, text_kv in zip(self._blocks(), text, strict=True):
-            x = block(x, time_B6d, text_kv, rope)
-        return self._unpatchify(self.head(x, time_Bd), token_grid)
+            x = block(x, time_B6d, text_kv, own_rope, num_tokens)
+        out = self.sequence.gather(self.head(x, time_Bd), 1, num_tokens)
+        return self._unpatchify(out, token_grid)
 
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))

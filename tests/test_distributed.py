@@ -1,0 +1,133 @@
+"""The mesh, and Ulysses on real processes over gloo: the velocity of every rank equals that of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.parity import randomise, relative_error
+from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
+from wanfast.runtime.distributed.ulysses import Ulysses
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.model_spec import DiTSpec
+from wanfast.runtime.models.attention import Sequence, WholeSequence
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.rope import rotary_tables
+
+SPEC = DiTSpec(dim=160, ffn_dim=200, num_heads=8, num_layers=2, freq_dim=64, text_dim=40, text_len=16)
+
+
+def velocity(sequence: Sequence, grid: tuple[int, int, int]) -> torch.Tensor:
+    model = WanDiT(SPEC, torch.float32, sequence)
+    randomise(model, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    latent, condition = (torch.randn(1, c, *grid, generator=generator) for c in (16, 20))
+    text = model.encode_text(torch.randn(1, 7, SPEC.text_dim, generator=generator))
+    T, h, w = grid
+    return model(latent, condition, torch.tensor([617]), text, rotary_tables((T, h // 2, w // 2), SPEC.head_dim))
+
+
+def on_ranks(count: int, folder: Path, work: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+    """What `work` returns on each of `count` gloo ranks."""
+
+    def rank_main(rank: int) -> None:
+        torch.set_num_threads(1)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+        with torch.no_grad():
+            torch.save(work(), folder / f"{rank}.pt")
+        dist.destroy_process_group()
+
+    folder.mkdir()
+    mp.start_processes(rank_main, nprocs=count, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+@pytest.mark.parametrize("grid", [(2, 4, 8), (3, 6, 6), (1, 2, 6)], ids=["16 tokens", "27 tokens", "3 tokens"])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ulysses_equals_one_rank(tmp_path: Path, ranks: int, grid: tuple[int, int, int]) -> None:
+    with torch.no_grad():
+        expected = velocity(WholeSequence(), grid)
+    for rank, got in enumerate(on_ranks(ranks, tmp_path / "run", lambda: velocity(Ulysses(dist.group.WORLD), grid))):
+        error = relative_error(got, expected)
+        print(f"ulysses {ranks}, {grid}, rank {rank}: relative error {error:.1e}")
+        assert error <= 1e-5
+
+
+def test_padded_keys_are_not_attended_to(tmp_path: Path) -> None:
+    """27 tokens on 4 ranks: the 28th is padding; looking at it would change the result a hundred times the bound."""
+    grid = (3, 6, 6)
+
+    def attending_to_padding() -> torch.Tensor:
+        class Careless(Ulysses):
+            def attention(self, q, k, v, num_tokens):
+                return super().attention(q, k, v, num_tokens + 1)
+
+        return velocity(Careless(dist.group.WORLD), grid)
+
+    with torch.no_grad():
+        expected = velocity(WholeSequence(), grid)
+    assert relative_error(on_ranks(4, tmp_path / "run", attending_to_padding)[0], expected) > 1e-3
+
+
+def test_a_block_stays_one_graph_under_ulysses(tmp_path: Path) -> None:
+    grid = (2, 4, 8)
+
+    def compiled() -> torch.Tensor:
+        compile_block = torch.compile
+        from wanfast.runtime.models import dit
+
+        forward = dit.Block.forward
+        dit.Block.forward = compile_block(forward, fullgraph=True, dynamic=False, backend="eager")
+        torch._dynamo.config.error_on_recompile = True
+        try:
+            return velocity(Ulysses(dist.group.WORLD), grid)
+        finally:
+            dit.Block.forward = forward
+
+    with torch.no_grad():
+        expected = velocity(WholeSequence(), grid)
+    assert relative_error(on_ranks(2, tmp_path / "run", compiled)[1], expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("ranks", "heads", "options", "expected"),
+    [
+        (1, 40, {}, Mesh()),
+        (2, 40, {}, Mesh(cfg=2)),
+        (8, 40, {}, Mesh(cfg=2, ulysses=4)),
+        (16, 40, {}, Mesh(cfg=2, ulysses=8)),
+        (8, 40, {"cfg_parallel": 1}, Mesh(ulysses=8)),
+        (8, 40, {"ulysses": 2}, Mesh(replica=2, cfg=2, ulysses=2)),
+        (8, 40, {"guided": False}, Mesh(ulysses=8)),
+        (6, 40, {}, Mesh(replica=3, cfg=2)),
+        (8, 2, {}, Mesh(replica=2, cfg=2, ulysses=2)),
+    ],
+)
+def test_the_mesh_of_a_world_size(ranks: int, heads: int, options: dict[str, object], expected: Mesh) -> None:
+    mesh = choose_mesh(ranks, heads, **({"guided": True} | options))
+    assert mesh == expected
+    assert mesh.size == ranks
+
+
+def test_a_mesh_that_does_not_fit_lists_what_does() -> None:
+    with pytest.raises(ConfigError) as error:
+        choose_mesh(8, 40, guided=True, ulysses=3)
+    assert "--ulysses 3 does not fit 8 ranks and 40 heads" in str(error.value)
+    assert "--cfg-parallel 2 --ulysses 4" in str(error.value)
+
+
+def test_axes_partition_the_ranks() -> None:
+    mesh = Mesh(replica=2, cfg=2, ulysses=4)
+    assert [mesh.place(rank) for rank in (0, 1, 4, 8, 15)] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 3)]
+    assert mesh.groups("ulysses") == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert mesh.groups("cfg")[:2] == [[0, 4], [1, 5]]
+    assert mesh.groups("replica")[0] == [0, 8]
+    for axis in ("replica", "cfg", "ulysses"):
+        assert sorted(rank for group in mesh.groups(axis) for rank in group) == list(range(16))

@@ -1,0 +1,1 @@
+"""Who holds what: the mesh of ranks and the exchanges between them."""

@@ -1,0 +1,63 @@
+"""Ulysses sequence parallelism: each rank holds a share of the tokens, and around attention a share of the heads.
+
+Everything but self-attention treats tokens alone. For attention the P ranks exchange: [B, L/P, H, D] of own tokens and
+all heads becomes [B, L, H/P, D] of all tokens and own heads, and back. q, k and v go in one packed exchange, the output
+in another: 4 L d / P values a layer leave a rank, P-1 of P parts of them. Tokens that P does not divide are padded with
+zero rows at the end; padded keys are cut off before attention, so the result is that of one rank.
+Collectives are functional, so that a compiled block stays one graph.
+Limit: P divides the heads. Source: DeepSpeed-Ulysses (arXiv 2309.14509) section 3.
+
+Shapes: B batch, L tokens, N tokens with padding, P ranks, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from wanfast.runtime.models.attention import attention
+
+
+@dataclass(frozen=True)
+class Ulysses:
+    """The exchange over one process group; what a DiT takes as its `sequence`."""
+
+    group: dist.ProcessGroup
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of the L tokens along `dim`, N/P of them, the last padded with zeros."""
+        size, rank = self.group.size(), self.group.rank()
+        share = -(-x.shape[dim] // size)
+        x = x.narrow(dim, min(rank * share, x.shape[dim]), min(share, max(0, x.shape[dim] - rank * share)))
+        missing = share - x.shape[dim]
+        return _packed(F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing]) if missing else x)
+
+    def attention(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, num_tokens: int) -> Tensor:
+        """Attention over all `num_tokens` tokens for this rank's N/P; [B, N/P, H, D] in and out."""
+        size = self.group.size()
+        packed = rearrange(torch.stack((q_BLHD, k_BLHD, v_BLHD)), "three B l (P h) D -> P three B l h D", P=size)
+        q, k, v = rearrange(self._exchange(packed), "P three B l h D -> three B (P l) h D")
+        out = attention(q, k[:, :num_tokens], v[:, :num_tokens])
+        parts = self._exchange(rearrange(out, "B (P l) h D -> P B l h D", P=size))
+        return rearrange(parts, "P B l h D -> B l (P h) D")
+
+    def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
+        """All tokens along `dim` on every rank, without the padding."""
+        gathered: Tensor = funcol.all_gather_tensor(x.contiguous(), gather_dim=dim, group=self.group)
+        return gathered.narrow(dim, 0, num_tokens)
+
+    def _exchange(self, parts: Tensor) -> Tensor:
+        """parts[p] goes to rank p; the result's [p] came from rank p."""
+        exchanged: Tensor = funcol.all_to_all_single(_packed(parts), None, None, self.group)
+        return exchanged
+
+
+def _packed(x: Tensor) -> Tensor:
+    """A copy: `contiguous` may return a view, whose strides of size-1 dims make torch.compile compile anew."""
+    return x.clone(memory_format=torch.contiguous_format)
