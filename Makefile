@@ -23,7 +23,7 @@ test-gpu: .venv/dev
 	$(BIN)/python -m pytest -s tests/gpu
 
 tiny-quality: .venv/dev
-	$(BIN)/python -m training.quality --output benchmarks/results/tiny-quality.json
+	$(BIN)/python -m wanfast.quality --output benchmarks/results/tiny-quality.json
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

@@ -30,7 +30,7 @@ PACKAGE = Path(generate_command.__file__).parents[1]
 def test_the_surface_is_the_checked_in_one(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new flag is a conscious act: WANFAST_UPDATE_SURFACE=1 writes the file anew."""
     monkeypatch.setenv("COLUMNS", "100")
-    pages = [wanfast(*command, "--help").out for command in ([], ["generate"])]
+    pages = [wanfast(*command, "--help").out for command in ([], ["generate"], ["download"])]
     surface = "\n".join(line.rstrip() for page in pages for line in page.splitlines()) + "\n"
     if os.environ.get("WANFAST_UPDATE_SURFACE"):
         SURFACE.write_text(surface)
@@ -63,7 +63,14 @@ def python(code: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["generate", "--help"], list(DRY), ["generate", "--frames", "80"], ["generate", "--model", "a14b"]],
+    [
+        ["--help"],
+        ["generate", "--help"],
+        ["download", "--help"],
+        list(DRY),
+        ["generate", "--frames", "80"],
+        ["generate", "--model", "a14b"],
+    ],
     ids=" ".join,
 )
 def test_the_parent_imports_no_torch(workdir: Path, arguments: list[str]) -> None:
@@ -163,7 +170,7 @@ def test_values_of_the_wrong_type_are_usage_errors(wanfast: Wanfast) -> None:
 def test_weights_that_are_not_there_name_the_command(wanfast: Wanfast, workdir: Path) -> None:
     outcome = wanfast("generate", "--image", "cat.png", "--prompt", "a cat")
     assert outcome.exit_code == 3
-    assert "hf download Wan-AI/Wan2.2-I2V-A14B" in outcome.err
+    assert "run `wanfast download` (126 GB)" in outcome.err
     assert not (workdir / "artifacts").exists()
 
 
@@ -255,12 +262,14 @@ def test_job_lines_override_options_and_bad_ones_are_numbered(wanfast: Wanfast, 
         '{"prompt": "one\u2028line"}',
         '{"shift": 1' + "0" * 400 + "}",
         '{"prompt": "\\ud800"}',
+        '{"frames": 1' + "0" * 400 + "}",
+        "[" * 20000,
     ]
     (workdir / "jobs.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
     outcome = wanfast(*DRY, "--jobs", "jobs.jsonl")
     assert outcome.exit_code == 6
     results = {result["line"]: result for result in outcome.document["results"]}
-    assert outcome.document["failed"] == 8
+    assert outcome.document["failed"] == 10
     assert [line for line, result in results.items() if "error" not in result] == [1, 8, 10]
     assert results[1]["output"].endswith("out-0001.mp4")
     assert (results[8]["effective"]["prompt"], results[8]["effective"]["steps"]) == ("a dog", 4)
@@ -273,6 +282,8 @@ def test_job_lines_override_options_and_bad_ones_are_numbered(wanfast: Wanfast, 
         9: "line 8",
         11: "--shift",
         12: "--prompt",
+        13: "--frames",
+        14: "not JSON",
     }.items():
         assert words in results[line]["error"]
         assert f"error (line {line}): {results[line]['error']}" in outcome.err

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from training.world import COLOURS, Renderer, draw_scene, is_held_out, moments_of_clip
-from wanfast.quality import metrics
+from training.spec import SPEC
+from wanfast.quality import metrics, tiny
 from wanfast.quality.motions import MOTIONS
 from wanfast.quality.tracking import classify, track
+from wanfast.quality.world import COLOURS, Renderer, draw_scene, is_held_out, moments_of_clip
+from wanfast.runtime import model_files
+from wanfast.runtime.model_files import TINY
 from wanfast.runtime.pixels import to_uint8
+from wanfast.runtime.sampling.scheduler import schedule
 
 
 def videos() -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +105,7 @@ def test_motions_begin_where_they_stand_and_differ() -> None:
 
 def test_the_split_is_by_combination() -> None:
     def combinations(held_out: bool, count: int) -> set[tuple[str, str, str]]:
-        scenes = [draw_scene(seed, held_out=held_out, camera_share=0.0) for seed in range(count)]
+        scenes = [draw_scene(seed, held_out=held_out) for seed in range(count)]  # cameras too
         return {(scene.subject.shape, scene.subject.colour, scene.motion) for scene in scenes}
 
     train, held = combinations(False, 2000), combinations(True, 300)
@@ -104,3 +113,88 @@ def test_the_split_is_by_combination() -> None:
     assert not any(is_held_out(*combination) for combination in train)
     assert 0.05 < len(held) / (len(held) + len(train)) < 0.2
     assert draw_scene(5) == draw_scene(5) != draw_scene(6)
+
+
+def test_ms_ssim_is_the_weighted_product_of_the_scales() -> None:
+    """As Wang et al. 2003 define it, from scikit-image's maps: contrast-structure of all scales but the last."""
+    video, reference = videos()
+    x, y = (((v.double() + 1) / 2).numpy()[0] for v in (video, reference))
+
+    def halved(image: np.ndarray) -> np.ndarray:
+        return (image[0::2, 0::2] + image[1::2, 0::2] + image[0::2, 1::2] + image[1::2, 1::2]) / 4
+
+    def contrast_structure(a: np.ndarray, b: np.ndarray) -> float:
+        # SSIM of images with the local mean put back to one value has no luminance term
+        options = {
+            "data_range": 1,
+            "gaussian_weights": True,
+            "sigma": 1.5,
+            "use_sample_covariance": False,
+            "full": True,
+        }
+        blur = partial(gaussian_filter, sigma=1.5, truncate=3.5)
+        _, full = structural_similarity(a, b, **options)
+        luminance = (2 * blur(a) * blur(b) + 1e-4) / (blur(a) ** 2 + blur(b) ** 2 + 1e-4)
+        return float((full / luminance)[5:-5, 5:-5].mean())
+
+    frames = range(4)
+    weights = np.array([0.0448, 0.2856, 0.3001, 0.2363])
+    assert min(x.shape[-2:]) // 11 == 8  # four scales of a 96-pixel side
+    values = [np.mean([contrast_structure(x[f], y[f]) for f in frames])]
+    for _ in range(2):
+        x, y = (np.stack([halved(v[f]) for f in frames]) for v in (x, y))
+        values.append(np.mean([contrast_structure(x[f], y[f]) for f in frames]))
+    x, y = (np.stack([halved(v[f]) for f in frames]) for v in (x, y))
+    options = {"data_range": 1, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    values.append(np.mean([structural_similarity(x[f], y[f], **options) for f in frames]))
+    expected = np.prod(np.array(values) ** (weights / weights.sum()))
+    got = metrics.ms_ssim(video[:1].expand(3, -1, -1, -1), reference[:1].expand(3, -1, -1, -1))
+    assert got == pytest.approx(expected, abs=1e-4)
+
+
+def test_videos_of_other_shapes_are_refused() -> None:
+    video, reference = videos()
+    for metric in (metrics.psnr, metrics.ssim, metrics.ms_ssim):
+        with pytest.raises(ValueError, match="one shape"):
+            metric(video, reference[:, :1])
+        with pytest.raises(ValueError, match="11 pixels"):
+            metric(video[..., :8], reference[..., :8])
+
+
+def test_the_interval_is_wilsons() -> None:
+    assert tiny.wilson(93, 100) == pytest.approx((0.8625, 0.9657), abs=1e-4)  # Wilson 1927, z = 1.96
+    assert tiny.wilson(0, 10)[0] == 0 and tiny.wilson(10, 10)[1] == 1
+    assert tiny.share_right(["up", "up", "left"], ["up", None, "left"])["right"] == 2
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> list[dict[str, object]]:
+    """Two held-out pairs through the shipped model, as `make tiny-quality` does them."""
+    judge = tiny.Judge(tiny.Settings("tiny", steps=None, guidance=None, precision="bf16"))
+    return [judge(tiny.Task(index, with_prompt=True)) for index in (1, 2)]
+
+
+def test_the_shipped_model_does_what_the_prompt_says(verdicts: list[dict[str, object]]) -> None:
+    for verdict in verdicts:
+        assert verdict["shown"] == verdict["asked"], verdict
+        assert verdict["first_frame_psnr"] >= 28
+        assert verdict["vae_psnr"] >= 30
+        assert verdict["psnr"] >= 27
+
+
+def test_residual_ratios_are_those_of_one_branch(verdicts: list[dict[str, object]]) -> None:
+    ratios = np.array(verdicts[0]["ratios"])
+    assert ratios.shape == (40, 2)
+    assert ratios[:, 0].tolist() == [step.timestep for step in schedule("unipc", 40, 5.0)]
+    assert ratios[0, 1] == 1
+    assert 0.7 < ratios[-1, 1] < ratios[20, 1] < 1.1
+
+
+def test_the_shipped_files_are_small_and_bf16() -> None:
+    files = [file for file in TINY.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 30e6
+    for file in TINY.rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}, file
+    spec = model_files.locate("tiny", "artifacts").spec
+    statistics = {"latents_mean": spec.vae.latents_mean, "latents_std": spec.vae.latents_std}
+    assert replace(SPEC, vae=replace(SPEC.vae, **statistics)) == spec

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import training.loop
 from training import train_experts, train_vae
 from training.export import export
 from training.loop import Schedule, load_ema, train
 from training.spec import SPEC
-from training.world import Renderer
+from wanfast.quality.world import Renderer
 from wanfast.runtime import model_files
 from wanfast.runtime.builders import build_expert, build_umt5, build_vae
 from wanfast.runtime.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
@@ -46,38 +48,26 @@ def experts() -> tuple[nn.Module, train_experts.Clips]:
 
 
 @pytest.mark.parametrize("stage", ["vae", "experts"])
-def test_resumed_training_is_the_same_training(tmp_path: Path, stage: str) -> None:
-    def run(folder: Path, steps: int) -> bool:
-        # the rate's schedule is that of four steps, whether they are made at once or not
-        schedule = Schedule(steps=4, learning_rate=1e-3, warmup=2)
+def test_resumed_training_is_the_same_training(tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(folder: Path) -> bool:
+        schedule = Schedule(steps=4, learning_rate=1e-3, warmup=2, log_every=1)
         if stage == "vae":
             vae = train_vae.build(SMALL.vae, "cpu")
-            loss = train_vae.vae_loss(vae, Renderer("cpu"), batch=1, side=16, frames=5)
-            return train("vae", vae, stop_after(loss, steps), schedule, folder)
+            return train("vae", vae, train_vae.vae_loss(vae, Renderer("cpu"), 1, 16, 5), schedule, folder)
         model, clips = experts()
-        return train("experts", model, stop_after(train_experts.flow_loss(model, clips, 2), steps), schedule, folder)
+        return train("experts", model, train_experts.flow_loss(model, clips, 2), schedule, folder)
 
-    def stop_after(loss, steps):
-        def limited(step, generator):
-            if step == steps:
-                raise InterruptedError
-            return loss(step, generator)
-
-        return limited
-
-    assert run(tmp_path / "whole", 4)
-    # cut: time runs out after two steps
-    import training.loop
-
-    clock = iter([0.0, 0.0, 0.0] + [1e9] * 20)
-    real = training.loop.time.monotonic
-    training.loop.time.monotonic = lambda: next(clock)
-    try:
-        assert not run(tmp_path / "pieces", 4)
-    finally:
-        training.loop.time.monotonic = real
+    assert run(tmp_path / "whole")
+    clock = iter([0.0] * 8 + [1e9] * 20)  # time runs out after some steps
+    monkeypatch.setattr(training.loop.time, "monotonic", lambda: next(clock))
+    assert not run(tmp_path / "pieces")
+    monkeypatch.undo()
     assert 0 < final(tmp_path / "pieces", stage)["step"] < 4
-    assert run(tmp_path / "pieces", 4)
+    with (tmp_path / "pieces" / f"{stage}.jsonl").open("a") as log:
+        log.write('{"step": 3}\n')  # as a run that was killed leaves it: logged, not saved
+    assert run(tmp_path / "pieces")
+    lines = (tmp_path / "pieces" / f"{stage}.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
     assert equal(final(tmp_path / "pieces", stage), final(tmp_path / "whole", stage))
 
 

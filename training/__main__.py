@@ -1,6 +1,6 @@
 """Trains the tiny model, whole or piece by piece.
 
-python -m training --folder runs/tiny                       # everything, on one GPU; stops and resumes at will
+python -m training --folder runs/tiny                       # 8 minutes on one GPU, then the next piece
 python -m training --folder runs/tiny --stage vae --minutes 8
 python -m training --folder runs/tiny --stage experts --minutes 8
 python -m training --folder runs/tiny --stage export        # the model folder, FOLDER/tiny
@@ -10,7 +10,9 @@ python -m training --folder /tmp/try --smoke                # every stage at toy
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from training import train_experts, train_vae
 from training.export import export
 from training.loop import Schedule, load_ema
 from training.spec import SPEC
-from training.world import Renderer
+from wanfast.quality.world import Renderer
 from wanfast.runtime.model_spec import ModelSpec
 
 
@@ -28,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and logs")
     parser.add_argument("--stage", choices=["vae", "experts", "export", "all"], default="all")
-    parser.add_argument("--minutes", type=float, default=1e9, help="of training in this call, per stage")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of training in this call, then stop; 8 by default")
     parser.add_argument("--vae-steps", type=int, default=3600)
     parser.add_argument("--expert-steps", type=int, default=7300)
     parser.add_argument("--clips", type=int, default=24000, help="the encoded set that the experts learn from")
@@ -39,6 +41,8 @@ def main() -> None:
         options.vae_steps, options.expert_steps, options.clips, options.batch = 4, 4, 4, 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = True
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # so that a resumed run is the run that was not cut
     stages = ["vae", "experts", "export"] if options.stage == "all" else [options.stage]
     for stage in stages:
         if not {"vae": fit_vae, "experts": fit_experts, "export": write}[stage](options, device):
@@ -71,12 +75,14 @@ def fit_experts(options: argparse.Namespace, device: str) -> bool:
     spec = measured_spec(options.folder)
     vae = train_vae.load(spec.vae, options.folder, device)
     vae.spec = spec.vae
-    stored = options.folder / f"clips-{options.clips}.pt"
+    digest = hashlib.sha256((options.folder / "vae.pt").read_bytes()).hexdigest()[:12]
+    stored = options.folder / f"clips-{options.clips}-{digest}.pt"
     if stored.exists():
         clips = train_experts.Clips(**torch.load(stored, map_location=device, weights_only=True))
     else:
         clips = train_experts.encode_clips(vae, Renderer(device), options.clips)
-        torch.save(vars(clips), stored)
+        torch.save(vars(clips), stored.with_suffix(".partial"))
+        stored.with_suffix(".partial").replace(stored)
     print(f"experts: {len(clips.z)} clips, latents {list(clips.z.shape[1:])}", flush=True)
     schedule = Schedule(steps=options.expert_steps, learning_rate=1e-3, minutes=options.minutes, ema=0.9995)
     return train_experts.fit(spec, clips, schedule, options.folder, device, options.batch)

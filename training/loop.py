@@ -20,11 +20,12 @@ LossFn = Callable[[int, torch.Generator], dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """`steps` in all, of which this process makes as many as fit into `minutes`."""
+    """`steps` in all, of which this process makes as many as fit into `minutes`, saving every `save_every` of them."""
 
     steps: int
     learning_rate: float
-    minutes: float = 9.0
+    minutes: float = 8.0
+    save_every: float = 2.0  # minutes
     warmup: int = 200
     ema: float = 0.999
     seed: int = 0
@@ -52,9 +53,19 @@ def train(name: str, network: nn.Module, loss: LossFn, schedule: Schedule, folde
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         average, step = state["ema"], state["step"]
+    log_file = folder / f"{name}.jsonl"
+    _forget_lines_after(log_file, step)
+
+    def save() -> None:
+        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": average, "step": step}
+        partial = file.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(file)
+
     generator = torch.Generator(device)
     started, first = time.monotonic(), step
-    with (folder / f"{name}.jsonl").open("a") as log:
+    saved = started
+    with log_file.open("a") as log:
         while step < schedule.steps and time.monotonic() - started < schedule.minutes * 60:
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
@@ -77,12 +88,19 @@ def train(name: str, network: nn.Module, loss: LossFn, schedule: Schedule, folde
                 print(name, line, flush=True)
                 log.write(line + "\n")
             step += 1
-    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": average, "step": step}
-    partial = file.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(file)
+            if time.monotonic() - saved > schedule.save_every * 60:
+                saved = time.monotonic()
+                save()
+    save()
     print(f"{name}: {step} of {schedule.steps} steps", flush=True)
     return step >= schedule.steps
+
+
+def _forget_lines_after(log_file: Path, step: int) -> None:
+    """A run that was killed had logged steps that it had not saved."""
+    if log_file.exists():
+        kept = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] < step]
+        log_file.write_text("".join(line + "\n" for line in kept))
 
 
 def load_ema(network: nn.Module, file: Path) -> None:

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from training.loop import Schedule, initialise, train
 from training.train_vae import encode
-from training.world import Renderer, draw_scene, moments_of_clip
+from wanfast.quality.world import Renderer, draw_scene, moments_of_clip
 from wanfast.runtime.model_files import TINY
 from wanfast.runtime.model_spec import ModelSpec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.pipeline import with_mask
 from wanfast.runtime.tokenizer import PromptTokenizer
 
 _DROP = 0.125
@@ -69,18 +70,12 @@ def encode_clips(vae: WanVAE, renderer: Renderer, count: int, batch: int = 64) -
         given[:, :, 0] = video[:, :, 0]
         with torch.autocast(renderer.device, torch.bfloat16, enabled=renderer.device == "cuda"):
             latents.append(encode(vae, video).bfloat16())
-            conditions.append(with_mask(encode(vae, given)).bfloat16())
+            conditions.append(with_mask(encode(vae, given), vae.spec.temporal_stride).bfloat16())
         texts += [torch.tensor(tokenizer.encode(scene.caption).ids) for scene in scenes]
     texts.append(torch.tensor(tokenizer.encode("").ids))  # the last is the empty caption
     ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(renderer.device)
     lengths = torch.tensor([len(text) for text in texts], device=renderer.device)
     return Clips(torch.cat(latents), torch.cat(conditions), ids, lengths)
-
-
-def with_mask(latents: Tensor) -> Tensor:
-    mask = torch.zeros_like(latents[:, :4])
-    mask[:, :, 0] = 1
-    return torch.cat((mask, latents), dim=1)
 
 
 def fit(spec: ModelSpec, clips: Clips, schedule: Schedule, folder: Path, device: str, batch: int) -> bool:

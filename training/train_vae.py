@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from training.loop import Schedule, initialise, load_ema, train
-from training.world import FRAMES, SIZE, Renderer, draw_scene, moments_of_clip
+from wanfast.quality.world import FRAMES, SIZE, Renderer, draw_scene, moments_of_clip
 from wanfast.runtime.model_spec import VAESpec
 from wanfast.runtime.models.vae import WanVAE
 

@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from wanfast import __version__
+from wanfast.commands.download import download
 from wanfast.commands.generate import generate
 from wanfast.runtime.errors import JobsFailedError, WanFastError, failure
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(generate)
+app.command()(download)
 
 _SAID_BY_CODE = {
     2: "wrong usage, as said on stderr",

@@ -70,7 +70,7 @@ def generate(
     requests = read_requests(options.given(context, FIELDS), prompt_file, from_, jobs)
     planned = plan_requests(requests, needs_weights=not dry_run)
     report.plans(planned, always=dry_run and not json_)
-    results = [dry_result(item) for item in planned] if dry_run else run(planned, report)
+    results = [dry_result(item) for item in planned] if dry_run else run(planned, report, artifacts_dir)
     report.close(planned, results)
 
 
@@ -78,13 +78,13 @@ def dry_result(item: Planned) -> dict[str, Any]:
     return metadata.planned(item.plan, item.request.options) if item.plan else item.failure()
 
 
-def run(planned: list[Planned], report: Report) -> list[dict[str, Any]]:
+def run(planned: list[Planned], report: Report, artifacts_dir: str) -> list[dict[str, Any]]:
     """Write job.json into a new run folder and run the worker on it here; a result for each item, in order."""
     ready = [item for item in planned if item.plan is not None]
     jobs = [item.job() for item in ready]
     worked: list[dict[str, Any]] = []
     if jobs:
-        folder = new_run_folder(Path(jobs[0]["effective"]["artifacts_dir"]), {"jobs": jobs})
+        folder = new_run_folder(Path(artifacts_dir).absolute(), {"jobs": jobs})
         write_synced(folder / "job.json", json.dumps({"jobs": jobs}, indent=2, ensure_ascii=False) + "\n")
         from wanfast.runtime import generate as worker  # torch begins here
 

@@ -1,6 +1,6 @@
 """Full-reference and no-reference measures of a video, in plain torch.
 
-PSNR and SSIM compare with a reference frame by frame and average; MS-SSIM does so over five halvings of the resolution.
+PSNR and SSIM compare with a reference frame by frame and average; MS-SSIM does so at up to five resolutions.
 Flicker and motion need no reference: how much a still pixel wavers, and how much moves at all.
 
 Shapes: F frames of H x W, videos [3, F, H, W] in [-1, 1].
@@ -18,17 +18,20 @@ _MS_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 def psnr(video: Tensor, reference: Tensor) -> float:
     """Decibels, of the mean squared error over all pixels; infinite for equal videos."""
+    _check_shapes(video, reference)
     error = (_unit(video) - _unit(reference)).square().mean()
     return float(-10 * error.log10())
 
 
 def ssim(video: Tensor, reference: Tensor) -> float:
     """Structural similarity, 1 for equal videos: mean over pixels, channels and frames."""
+    _check_shapes(video, reference)
     return float(_ssim_maps(_frames(video), _frames(reference))[0].mean())
 
 
 def ms_ssim(video: Tensor, reference: Tensor) -> float:
     """Multi-scale SSIM over as many of the five scales as an 11-pixel window fits, their weights made to sum to 1."""
+    _check_shapes(video, reference)
     x, y = _frames(video), _frames(reference)
     scales = max(1, min(len(_MS_WEIGHTS), (min(x.shape[-2:]) // 11).bit_length()))
     weights = torch.tensor(_MS_WEIGHTS[:scales], dtype=torch.float64)
@@ -49,6 +52,13 @@ def flicker(video: Tensor) -> float:
 def motion(video: Tensor) -> float:
     """Mean absolute difference between successive frames, in units of 1/255."""
     return float((_unit(video).diff(dim=1).abs().mean()) * 255) if video.shape[1] > 1 else 0.0
+
+
+def _check_shapes(video: Tensor, reference: Tensor) -> None:
+    if video.shape != reference.shape or min(video.shape[-2:]) < 11:
+        raise ValueError(
+            f"videos of {list(video.shape)} and {list(reference.shape)}: one shape, 11 pixels or more a side"
+        )
 
 
 def _unit(video: Tensor) -> Tensor:

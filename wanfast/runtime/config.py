@@ -127,7 +127,7 @@ def from_options(kind: type[T], options: dict[str, Any]) -> T:
     hints = typing.get_type_hints(kind)
     for name, value in options.items():
         if not _is_instance(value, hints[name]):
-            raise ConfigError(f"--{name.replace('_', '-')} {value!r}: {_describe(hints[name])} is needed")
+            raise ConfigError(f"--{name.replace('_', '-')} {value!r:.60}: {_describe(hints[name])} is needed")
     return kind(**options)
 
 
@@ -151,11 +151,11 @@ def _describe(hint: Any) -> str:
 
 def _check(value: T | None, option: str, is_fine: typing.Callable[[T], bool], mend: typing.Callable[[T], str]) -> None:
     if value is not None and not is_fine(value):
-        raise ConfigError(f"{option} {value}: {mend(value)}")
+        raise ConfigError(f"{option} {value!s:.20}: {mend(value)}")
 
 
 def _frames_mend(frames: int) -> str:
-    near = max(1, round((frames - 1) / 4) * 4 + 1)
+    near = max(1, (frames + 1) // 4 * 4 + 1)
     return f"a clip has 4n+1 frames: try {near}"
 
 

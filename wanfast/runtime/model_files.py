@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,7 +101,8 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
         return ModelFiles(TINY, "diffusers", _read_spec(TINY, "diffusers"), "reinstall wanfast")
     if model == "a14b":
         root = (Path(artifacts_dir) / A14B_FOLDER).absolute()
-        mend = f"run `hf download {A14B.repo_id} --local-dir {root}` (126 GB), or give its folder as --model FOLDER"
+        where = "" if artifacts_dir == "artifacts" else f" --artifacts-dir {shlex.quote(artifacts_dir)}"
+        mend = f"run `wanfast download{where}` (126 GB), or give the weights' folder as --model FOLDER"
         if not root.is_dir():
             return ModelFiles(root, "original", A14B, mend)
     else:

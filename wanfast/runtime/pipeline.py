@@ -59,10 +59,7 @@ class ImageToVideoPipeline:
         """
         clip = torch.zeros(1, 3, geometry.frames, geometry.height, geometry.width, device=self.device)
         clip[:, :, 0] = image.to(self.device)
-        latents = self.vae.encode(clip).float()
-        mask = torch.zeros_like(latents[:, : self.spec.vae.temporal_stride])
-        mask[:, :, 0] = 1
-        return torch.cat((mask, latents), dim=1)
+        return with_mask(self.vae.encode(clip).float(), self.spec.vae.temporal_stride)
 
     def denoise(
         self, plan: Plan, noise: Tensor, condition: Tensor, text: dict[Branch, Tensor], on_step: StepFn
@@ -84,6 +81,13 @@ class ImageToVideoPipeline:
             "low_noise": plan.config.guidance_low_noise,
         }
         return denoise(noise, plan.schedule, velocity, boundary=self.spec.boundary, guidance=guidance, on_step=on_step)
+
+
+def with_mask(latents: Tensor, num_mask_channels: int) -> Tensor:
+    """The condition y: mask channels, 1 on the latent frame that is given and 0 after it, before the latents' own."""
+    mask = torch.zeros_like(latents[:, :num_mask_channels])
+    mask[:, :, 0] = 1
+    return torch.cat((mask, latents), dim=1)
 
 
 def draw_noise(seed: int, geometry: Geometry, channels: int, device: str) -> Tensor:

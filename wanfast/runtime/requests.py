@@ -115,7 +115,7 @@ def _read_earlier(file: Path) -> Request:
         document = json.loads(_read(file, "--from"))
         effective = {field.name: document["effective"][field.name] for field in dataclasses.fields(EffectiveConfig)}
         weights = document["weights"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"--from {file} is not the .json that wanfast writes beside a video: name that one") from None
     # where things are kept, and what may be replaced, is this run's own affair
     kept = _OPTIONS - {"overwrite", "artifacts_dir"}
@@ -131,8 +131,8 @@ def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
             continue
         try:
             own = json.loads(line)
-        except ValueError as error:
-            yield Request({}, number, error=ConfigError(f"not JSON: {error}"))
+        except (ValueError, RecursionError) as error:
+            yield Request({}, number, error=ConfigError(f"not JSON: {error!s:.80}"))
             continue
         if not isinstance(own, dict):
             yield Request({}, number, error=ConfigError('not a JSON object of options, such as {"prompt": ...}'))

@@ -17,15 +17,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from training.world import COLOURS, FRAMES, SIZE, Renderer, Scene, draw_scene, moments_of_clip
 from wanfast.quality import metrics
 from wanfast.quality.motions import MOTIONS
 from wanfast.quality.tracking import classify
+from wanfast.quality.world import COLOURS, FRAMES, SIZE, Renderer, Scene, draw_scene, moments_of_clip
 from wanfast.runtime import generate, model_files, pixels
 from wanfast.runtime.builders import build_umt5
 from wanfast.runtime.config import EffectiveConfig
@@ -33,6 +34,7 @@ from wanfast.runtime.metadata import versions
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.pipeline import ImageToVideoPipeline
 from wanfast.runtime.plan import Plan
+from wanfast.runtime.sampling.denoise import Branch
 from wanfast.runtime.timing import Stopwatch
 from wanfast.runtime.tokenizer import PromptTokenizer
 
@@ -92,11 +94,11 @@ class Judge:
         self.renderer = Renderer("cpu")
 
     @torch.inference_mode()
-    def __call__(self, task: Task) -> dict[str, object]:
+    def __call__(self, task: Task) -> dict[str, Any]:
         scene, truth = self.held_out(task.index)
         video, ratios = self.video(task, scene, truth[:, 0])
         verdict = classify(pixels.to_uint8(video), COLOURS[scene.subject.colour])
-        result: dict[str, object] = {
+        result: dict[str, Any] = {
             "index": task.index,
             "with_prompt": task.with_prompt,
             "caption": scene.caption,
@@ -112,6 +114,7 @@ class Judge:
         }
         if task.with_prompt:
             vae = self.pipeline.vae
+            result["true_flicker"], result["true_motion"] = metrics.flicker(truth), metrics.motion(truth)
             result["vae_psnr"] = metrics.psnr(vae.decode(vae.encode(truth.unsqueeze(0)))[0], truth)
         return result
 
@@ -126,7 +129,7 @@ class Judge:
         guidance = {} if task.with_prompt else {"guidance_high_noise": 1.0, "guidance_low_noise": 1.0}
         config = EffectiveConfig(**{**vars(config), "seed": task.index, **guidance})
         plan = Plan.of(config, self.files.spec, (SIZE, SIZE))
-        text = {
+        text: dict[Branch, Tensor] = {
             "prompt": self.embed(scene.caption if task.with_prompt else ""),
             "negative_prompt": self.embed(self.files.spec.negative_prompt),
         }
@@ -184,9 +187,16 @@ def _start(settings: Settings) -> None:
     _judge = Judge(settings)
 
 
-def _work(task: Task) -> dict[str, object]:
+def _work(task: Task) -> dict[str, Any]:
     assert _judge is not None
     return _judge(task)
+
+
+def share_right(asked: list[str], shown: list[str | None]) -> dict[str, Any]:
+    """Prompt following: how many videos show the motion that was asked for, of how many, with the 95 % interval."""
+    right = sum(a == s for a, s in zip(asked, shown, strict=True))
+    low, high = wilson(right, len(asked))
+    return {"right": right, "of": len(asked), "share": right / len(asked), "95%": [round(low, 3), round(high, 3)]}
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -197,24 +207,35 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def summarise(results: list[dict[str, object]], settings: Settings, seconds: float) -> dict[str, object]:
+def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float) -> dict[str, Any]:
     prompted = [r for r in results if r["with_prompt"]]
     empty = [r for r in results if not r["with_prompt"]]
 
-    def mean(name: str, rows: list[dict[str, object]]) -> float:
-        return round(float(np.mean([float(str(row[name])) for row in rows])), 3)
+    def mean(name: str, rows: list[dict[str, Any]]) -> float:
+        return round(float(np.mean([row[name] for row in rows])), 3)
 
-    def following(rows: list[dict[str, object]]) -> dict[str, object]:
-        hits = sum(row["asked"] == row["shown"] for row in rows)
-        low, high = wilson(hits, len(rows))
-        return {"right": hits, "of": len(rows), "share": hits / len(rows), "95%": [round(low, 3), round(high, 3)]}
+    def following(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return share_right([row["asked"] for row in rows], [row["shown"] for row in rows])
 
-    names = ("vae_psnr", "first_frame_psnr", "psnr", "ssim", "ms_ssim", "flicker", "motion")
+    by_motion = {name: [row for row in prompted if row["asked"] == name] for name in MOTIONS}
+
+    names = (
+        "vae_psnr",
+        "first_frame_psnr",
+        "psnr",
+        "ssim",
+        "ms_ssim",
+        "flicker",
+        "motion",
+        "true_flicker",
+        "true_motion",
+    )
     ratios = np.mean([row["ratios"] for row in prompted], axis=0)
     return {
         "settings": vars(settings),
         **{name: mean(name, prompted) for name in names},
         "prompt_following": following(prompted),
+        "by_motion": {name: [following(rows)["right"], len(rows)] for name, rows in by_motion.items() if rows},
         "empty_prompt": following(empty) if empty else None,
         "chance": 1 / len(MOTIONS),
         "residual_ratios": [[timestep, round(ratio, 5)] for timestep, ratio in ratios.tolist()],
@@ -228,7 +249,7 @@ def summarise(results: list[dict[str, object]], settings: Settings, seconds: flo
     }
 
 
-def plot(summary: dict[str, object], boundary: float, file: Path) -> None:
+def plot(summary: dict[str, Any], boundary: float, file: Path) -> None:
     """The ratios of both experts over the timesteps."""
     import matplotlib
 

@@ -6,7 +6,7 @@ atlas, sampled through the inverse of its motion, so a frame of any window and a
 
 Shapes: B clips, F frames, H x W pixels; S shapes in the atlas.
 Held out is a tenth of all (shape, colour, motion) combinations, so a held-out clip shows a motion never seen of that
-shape in that colour. (A clip of a moving camera has a still subject of any combination.)
+shape in that colour.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import random
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -52,12 +54,12 @@ _BACKGROUND_COLOURS = (
     (155, 140, 105),
 )
 CAMERAS: dict[str, tuple[tuple[float, float, float], tuple[str, ...]]] = {  # (x, y, log zoom) of the view over the clip
-    "pan right": ((0.3, 0, 0), ("The camera pans right.",)),
-    "pan left": ((-0.3, 0, 0), ("The camera pans left.",)),
-    "pan up": ((0, -0.3, 0), ("The camera pans up.",)),
-    "pan down": ((0, 0.3, 0), ("The camera pans down.",)),
-    "zoom in": ((0, 0, math.log(1.6)), ("The camera zooms in.",)),
-    "zoom out": ((0, 0, -math.log(1.5)), ("The camera zooms out.",)),
+    "pan right": ((0.3, 0, 0), ("The camera pans right.", "Pan to the right.")),
+    "pan left": ((-0.3, 0, 0), ("The camera pans left.", "Pan to the left.")),
+    "pan up": ((0, -0.3, 0), ("The camera pans up.", "Pan upward.")),
+    "pan down": ((0, 0.3, 0), ("The camera pans down.", "Pan downward.")),
+    "zoom in": ((0, 0, math.log(1.6)), ("The camera zooms in.", "A slow zoom in.")),
+    "zoom out": ((0, 0, -math.log(1.5)), ("The camera zooms out.", "A slow zoom out.")),
 }
 
 
@@ -99,11 +101,14 @@ def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15)
         shape, colour, motion = rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(list(MOTIONS))
         if motion == "spin" and shape == "circle":
             continue  # nothing to see
+        if is_held_out(shape, colour, motion) != held_out:
+            continue
+        camera = rng.choice(list(CAMERAS)) if rng.random() < camera_share else None
+        if camera is None:
+            break
+        motion = "still"  # the world moves, not the subject
         if is_held_out(shape, colour, motion) == held_out:
             break
-    camera = rng.choice(list(CAMERAS)) if rng.random() < camera_share else None
-    if camera:
-        motion = "still"
     size = rng.choice(list(SIZES))
     subject = Thing(shape, colour, size, _start(rng, motion, SIZES[size]), rng.uniform(-0.3, 0.3), rng.random())
     others = [name for name in COLOURS if name != colour]
@@ -158,11 +163,11 @@ class Renderer:
         frames = self._background(scenes, world)
         for rank in range(1 + max(len(scene.bystanders) for scene in scenes)):
             frames = self._draw(frames, scenes, rank, world, moments)
-        B, T = frames.shape[:2]
+        B = frames.shape[0]
         frames = F.avg_pool2d(frames.permute(0, 1, 4, 2, 3).flatten(0, 1), 2)
-        return (frames.unflatten(0, (B, T)).transpose(1, 2) * 2 - 1).contiguous()
+        return rearrange(frames * 2 - 1, "(B T) C h w -> B C T h w", B=B).contiguous()
 
-    def _table(self, rows: list[np.ndarray]) -> Tensor:
+    def _table(self, rows: list[npt.NDArray[np.float64]]) -> Tensor:
         return torch.from_numpy(np.stack(rows)).float().to(self.device)
 
     def _background(self, scenes: list[Scene], world: Tensor) -> Tensor:
@@ -175,7 +180,7 @@ class Renderer:
             torch.sigmoid(8 * torch.sin(14 * x + phase) * torch.sin(14 * y + phase)),
             0.5 + 0.5 * torch.sin(12 * y + 2 * torch.sin(9 * x + phase)),
         )
-        blend = sum((kinds == k) * pattern for k, pattern in enumerate(patterns))
+        blend = torch.stack([(kinds == k) * pattern for k, pattern in enumerate(patterns)]).sum(dim=0)
         first, second = (
             self._table([np.array(_BACKGROUND_COLOURS[s.background_colours[k]]) / 255 for s in scenes])[
                 :, None, None, None
@@ -204,7 +209,7 @@ class Renderer:
         )  # [B, F, h, w, 2], -1..1 over the shape
         indices = [SHAPES.index(t.shape) if t else 0 for t in things]
         masks = self.atlas[indices].repeat_interleave(local.shape[1], dim=0)
-        alpha = F.grid_sample(masks, local.flatten(0, 1), align_corners=False).unflatten(0, local.shape[:2])[:, :, 0]
+        alpha = F.grid_sample(masks, local.flatten(0, 1), align_corners=False).view(local.shape[:-1])
         colour = self._table([np.array(COLOURS[t.colour if t else "red"]) / 255 for t in things])[:, None, None, None]
         phase = self._table([np.array(t.texture if t else 0.0) for t in things])[:, None, None, None] * math.tau
         shade = 1 - 0.18 * (0.5 + 0.5 * torch.sin(5 * local[..., 0] + phase))
@@ -217,16 +222,17 @@ def _thing(scene: Scene, rank: int) -> Thing | None:
     return order[rank] if rank < len(order) else None
 
 
-def _camera_path(scene: Scene, moments: Tensor) -> np.ndarray:
-    u = moments.cpu().numpy()[:, None].astype(np.float64)
-    return u * np.array(CAMERAS[scene.camera][0] if scene.camera else (0.0, 0.0, 0.0))[None]
+def _camera_path(scene: Scene, moments: Tensor) -> npt.NDArray[np.float64]:
+    u: npt.NDArray[np.float64] = moments.cpu().numpy()[:, None].astype(np.float64)
+    path: npt.NDArray[np.float64] = u * np.array(CAMERAS[scene.camera][0] if scene.camera else (0.0, 0.0, 0.0))
+    return path
 
 
 def moments_of_clip(frames: int = FRAMES) -> Tensor:
     return torch.linspace(0, 1, frames, dtype=torch.float64)
 
 
-def _mask(shape: str) -> np.ndarray:
+def _mask(shape: str) -> npt.NDArray[np.float32]:
     """[A, A] float32, 1 inside; drawn four times as fine."""
     fine = _ATLAS * 4
     image = Image.new("L", (fine, fine))
@@ -262,4 +268,5 @@ def _mask(shape: str) -> np.ndarray:
         font = ImageFont.load_default(size=fine * 0.95)
         draw.text((fine / 2, fine / 2), shape[-1], fill=255, font=font, anchor="mm", stroke_width=fine // 40)
     small = image.resize((_ATLAS, _ATLAS), Image.Resampling.BOX)
-    return np.asarray(small, dtype=np.float32) / 255
+    mask: npt.NDArray[np.float32] = np.asarray(small, dtype=np.float32) / np.float32(255)
+    return mask

@@ -1,0 +1,410 @@
+"""`wanfast download` against a real HTTP server on loopback that answers as the Hugging Face Hub does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from socket import SHUT_RDWR, socket
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import httpx2
+import pytest
+from huggingface_hub import constants
+
+from tests.conftest import Outcome
+
+Wanfast = Callable[..., Outcome]
+ORIGINAL = "Wan-AI/Wan2.2-I2V-A14B"
+DIFFUSERS = f"{ORIGINAL}-Diffusers"
+SHARD = "diffusion_pytorch_model-00001-of-00001.safetensors"
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+BIG = f"high_noise_model/{SHARD}"
+INDEX_TEXT = json.dumps({"weight_map": {"a": SHARD}}).encode()
+
+
+def expert(folder: str) -> dict[str, bytes]:
+    return {f"{folder}/config.json": b"{}", f"{folder}/{INDEX}": INDEX_TEXT, f"{folder}/{SHARD}": folder.encode() * 9}
+
+
+WANTED = {
+    ORIGINAL: {
+        **expert("high_noise_model"),
+        **expert("low_noise_model"),
+        BIG: bytes(range(256)) * 1000,
+        "Wan2.1_VAE.pth": b"vae" * 100,
+        "models_t5_umt5-xxl-enc-bf16.pth": b"t5" * 100,
+        "google/umt5-xxl/tokenizer.json": b"{}",
+    },
+    DIFFUSERS: {
+        **expert("transformer"),
+        **expert("transformer_2"),
+        **expert("vae"),
+        **expert("text_encoder"),
+        "model_index.json": b"{}",
+        "tokenizer/tokenizer.json": b"{}",
+    },
+}
+EXTRA = {"README.md": b"read me", "examples/cat.jpg": b"cat", "assets/logo.png": b"logo", "configuration.json": b"{}"}
+
+
+@dataclass
+class Hub:
+    """What the server has, what it will do wrong, and what it was asked."""
+
+    files: dict[str, dict[str, bytes]] = field(
+        default_factory=lambda: {repo: files | EXTRA for repo, files in WANTED.items()}
+    )
+    commit: str = "c" * 40
+    refusal: tuple[int, str] | None = None  # a status and an X-Error-Code for everything
+    damage: dict[str, str] = field(default_factory=dict)  # file -> "cut": its first GET ends in the middle
+    slow: float = 0  # seconds for each MiB
+    sent: int = 0  # bytes of files, about
+    lies: dict[str, int] = field(default_factory=dict)  # file -> the size that the listing states
+    requests: list[str] = field(default_factory=list)
+
+    def fetched(self) -> list[str]:
+        return [
+            request.partition("/resolve/")[2].partition("/")[2]
+            for request in self.requests
+            if "GET" in request and "/resolve/" in request
+        ]
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub, path = self.hub, unquote(urlparse(self.path).path)
+        hub.requests.append(f"{self.command} {path}")
+        if hub.refusal:
+            return self.answer(b"", hub.refusal[0], {"X-Error-Code": hub.refusal[1]})
+        repo = "/".join(path.removeprefix("/api/models").split("/")[1:3])
+        if repo not in hub.files:
+            return self.answer(b"", 404, {"X-Error-Code": "RepoNotFound"})
+        action, _, rest = path.partition(repo)[2].strip("/").partition("/")
+        revision, _, name = rest.partition("/")
+        if revision not in ("main", hub.commit):
+            return self.answer(b"", 404, {"X-Error-Code": "RevisionNotFound"})
+        listing = [self.entry(name, data) for name, data in hub.files[repo].items()]
+        if action == "revision":
+            siblings = [{"rfilename": each["path"], "size": each["size"], "blobId": each["oid"]} for each in listing]
+            return self.answer(json.dumps({"id": repo, "sha": hub.commit, "siblings": siblings}).encode())
+        if action == "tree":
+            return self.answer(json.dumps(listing).encode())
+        return self.file(name, hub.files[repo][name])
+
+    def entry(self, name: str, data: bytes) -> dict[str, Any]:
+        size = self.hub.lies.get(name, len(data))
+        return {"type": "file", "path": name, "size": size, "oid": hashlib.sha1(data).hexdigest()}
+
+    def file(self, name: str, data: bytes) -> None:
+        first, _, _ = (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")
+        start, etag = int(first), hashlib.sha1(data).hexdigest()
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.hub.commit}
+        damage = self.hub.damage.pop(name, None) if self.command == "GET" else None
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        self.answer(data[start:], 206 if start else 200, headers, cut=damage == "cut")
+
+    def answer(
+        self, body: bytes, status: int = 200, headers: dict[str, str] | None = None, *, cut: bool = False
+    ) -> None:
+        self.send_response(status)
+        for name, value in {
+            "Content-Length": str(len(body)),
+            "Content-Type": "application/json",
+            **(headers or {}),
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            for start in range(0, len(body), 2**20):
+                self.wfile.write(body[start : start + (len(body) // 2 if cut else 2**20)])
+                self.hub.sent += min(len(body), 2**20)
+                time.sleep(self.hub.slow if len(body) > 2**20 else 0)
+        if cut:
+            self.wfile.flush()
+            self.connection.shutdown(SHUT_RDWR)
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub-cache")))
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it, and nobody listens where the hub was."""
+
+    def leave() -> None:
+        with closing(socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+
+    return leave
+
+
+def folder_of(workdir: Path, repo: str = ORIGINAL) -> Path:
+    return workdir / "artifacts" / "checkpoints" / repo.split("/")[1]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a checkpoint, without the library's and our own records."""
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name: path.read_bytes() for name, path in files.items() if not name.startswith((".cache", "wanfast-download"))
+    }
+
+
+def refused(outcome: Outcome, exit_code: int, *words: str) -> None:
+    """One clear line, on stderr, with the words in it."""
+    assert (outcome.exit_code, outcome.out) == (exit_code, ""), outcome.err
+    assert outcome.err.startswith("error: ") and len(outcome.err.strip().splitlines()) == 1, outcome.err
+    for word in words:
+        assert word in outcome.err
+
+
+def test_dry_run_lists_the_needed_files_and_writes_nothing(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    before = sorted(workdir.rglob("*"))
+    outcome = wanfast("download", "--dry-run")
+    assert outcome.exit_code == 0 and outcome.err == ""
+    assert all(name in outcome.out for name in WANTED[ORIGINAL])
+    assert not any(name in outcome.out for name in EXTRA)
+    document = wanfast("download", "--dry-run", "--json").document
+    assert document["files"] == {name: len(data) for name, data in WANTED[ORIGINAL].items()}
+    assert document["missing_bytes"] == document["bytes"] == sum(map(len, WANTED[ORIGINAL].values()))
+    assert sorted(workdir.rglob("*")) == before
+    assert hub.fetched() == []
+
+
+@pytest.mark.parametrize("repo", [ORIGINAL, DIFFUSERS], ids=["original", "diffusers"])
+def test_what_is_needed_comes_once_and_is_recorded(wanfast: Wanfast, workdir: Path, hub: Hub, repo: str) -> None:
+    arguments = ("download", "--json", *(("--layout", "diffusers") if repo == DIFFUSERS else ()))
+    outcome = wanfast(*arguments)
+    assert outcome.exit_code == 0, outcome.err
+    assert "%" not in outcome.err, "a progress bar where nobody watches"
+    assert contents(folder_of(workdir, repo)) == WANTED[repo]
+    assert sorted(hub.fetched()) == sorted(WANTED[repo])
+    document = outcome.document
+    assert document.keys() == {"repo", "commit", "layout", "folder", "files", "bytes", "seconds"}
+    assert (document["repo"], document["commit"]) == (repo, hub.commit)
+    assert document["folder"] == str(folder_of(workdir, repo))
+    manifest = json.loads((folder_of(workdir, repo) / "wanfast-download.json").read_text())
+    assert (manifest["repo"], manifest["commit"], manifest["layout"]) == (repo, hub.commit, document["layout"])
+    assert {name: facts["bytes"] for name, facts in manifest["files"].items()} == document["files"]
+    hub.requests.clear()
+    assert wanfast(*arguments).exit_code == 0
+    assert len(hub.requests) == 1, hub.requests
+
+
+def test_a_cut_connection_goes_on_where_it_was(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    hub.damage[BIG] = "cut"
+    outcome = wanfast("download")
+    assert outcome.exit_code == 0 and outcome.err == ""
+    assert contents(folder_of(workdir)) == WANTED[ORIGINAL]
+    assert hub.fetched().count(BIG) == 2
+
+
+def test_files_that_are_whole_are_kept_and_a_short_one_comes_anew(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    assert wanfast("download").exit_code == 0
+    (folder_of(workdir) / "Wan2.1_VAE.pth").write_bytes(b"v")
+    (folder_of(workdir) / "low_noise_model" / "config.json").unlink()
+    hub.requests.clear()
+    assert wanfast("download").exit_code == 0
+    assert contents(folder_of(workdir)) == WANTED[ORIGINAL]
+    assert sorted(hub.fetched()) == ["Wan2.1_VAE.pth", "low_noise_model/config.json"]
+
+
+REFUSALS: dict[str, tuple[tuple[int, str], int, str]] = {
+    "401": ((401, ""), 2, "HF_TOKEN"),
+    "403": ((403, ""), 2, "HF_TOKEN"),
+    "gated": ((403, "GatedRepo"), 2, "is gated: accept its terms"),
+    "500": ((500, ""), 3, "answers 500"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("filled", [False, True], ids=["fresh", "not empty"])
+def test_a_refusal_of_the_hub_is_one_line(wanfast: Wanfast, workdir: Path, hub: Hub, name: str, filled: bool) -> None:
+    if filled:
+        folder_of(workdir).mkdir(parents=True)
+        (folder_of(workdir) / "note.txt").write_text("so that the library returns without an error")
+    hub.refusal, exit_code, words = REFUSALS[name]
+    refused(wanfast("download"), exit_code, words)
+    assert not (folder_of(workdir) / "wanfast-download.json").exists()
+
+
+def test_wrong_options_are_named(wanfast: Wanfast, hub: Hub) -> None:
+    refused(wanfast("download", "--repo", "Wan-AI/Wan9"), 2, "--repo Wan-AI/Wan9", "404")
+    refused(wanfast("download", "--revision", "gone"), 2, "--revision gone")
+    refused(wanfast("download", "--repo", "a/b/c"), 2, "--repo 'a/b/c'")
+    refused(wanfast("download", "--repo", ""), 2, "--repo")
+    refused(wanfast("download", "--layout", "diffusers", "--repo", ORIGINAL), 4, "model_index.json", "--layout")
+
+
+@pytest.mark.parametrize("filled", [False, True], ids=["fresh", "complete"])
+def test_no_network_is_an_error_even_where_files_lie(
+    wanfast: Wanfast, workdir: Path, hub: Hub, nobody: Callable[[], None], filled: bool
+) -> None:
+    if filled:
+        assert wanfast("download").exit_code == 0
+    nobody()
+    refused(wanfast("download"), 3, "cannot be reached", "HF_ENDPOINT")
+    refused(wanfast("download", "--dry-run"), 3, "cannot be reached")
+
+
+def test_offline_by_choice(wanfast: Wanfast, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused(wanfast("download"), 3, "HF_HUB_OFFLINE")
+
+
+def test_the_library_may_return_without_the_files(
+    wanfast: Wanfast, workdir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanfast.runtime.download.snapshot_download", lambda *_, local_dir, **__: str(local_dir))
+    refused(wanfast("download"), 4, "Wan2.1_VAE.pth", "is missing after the download")
+    assert not (folder_of(workdir) / "wanfast-download.json").exists()
+
+
+def test_a_repository_that_is_not_whole(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    del hub.files[ORIGINAL]["Wan2.1_VAE.pth"]
+    refused(wanfast("download"), 4, "Wan2.1_VAE.pth")
+    assert not folder_of(workdir).exists()
+
+
+def test_a_shard_that_only_the_index_knows(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    hub.files[ORIGINAL][f"low_noise_model/{INDEX}"] = INDEX_TEXT.replace(b"00001-of", b"00002-of")
+    refused(wanfast("download"), 4, "low_noise_model/diffusion_pytorch_model-00002-of-00001.safetensors")
+
+
+def test_sizes_are_compared_in_the_end(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    hub.lies["Wan2.1_VAE.pth"] = 301
+    refused(wanfast("download"), 4, "Wan2.1_VAE.pth has 300 bytes, not 301")
+    assert not (folder_of(workdir) / "wanfast-download.json").exists()
+
+
+def test_too_little_disk_is_known_before(
+    wanfast: Wanfast, workdir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(workdir)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    refused(wanfast("download"), 2, "--artifacts-dir", "GB free")
+    refused(wanfast("download", "--dry-run"), 2, "GB free")
+    assert hub.fetched() == []
+
+
+MEANWHILE: dict[str, tuple[Exception, int, str]] = {
+    "disk full": (OSError(28, "No space left on device"), 2, "is full"),
+    "disk read-only": (OSError(30, "Read-only file system"), 2, "Read-only"),
+    "connection reset": (httpx2.ReadError("reset by peer"), 3, "broke (reset by peer)"),
+    "connection silent": (httpx2.ReadTimeout("timed out"), 3, "broke (timed out)"),
+    "connection of hf_xet": (RuntimeError("network"), 3, "broke (network)"),
+}
+
+
+@pytest.mark.parametrize("name", MEANWHILE)
+def test_a_failure_in_the_middle_is_one_line(
+    wanfast: Wanfast, workdir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    error, exit_code, words = MEANWHILE[name]
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
+    refused(wanfast("download"), exit_code, words)
+    assert not list(workdir.rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_download_stops_at_once(workdir: Path, hub: Hub, number: signal.Signals, exit_code: int) -> None:
+    hub.slow = 0.05  # 10 s in all
+    hub.files[ORIGINAL][BIG] = bytes(200 * 2**20)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wanfast", "download"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while hub.sent < 20 * 2**20:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        started = time.monotonic()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == exit_code and len(said.strip().splitlines()) == 1, said
+    assert time.monotonic() - started < 4
+    assert not list(workdir.rglob("*.incomplete"))
+
+
+def test_what_a_killed_download_left_is_removed(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    orphan = folder_of(workdir) / ".cache/huggingface/download/high_noise_model/x.abc.12345678.incomplete"
+    orphan.parent.mkdir(parents=True)
+    orphan.write_bytes(b"part")
+    assert wanfast("download", "--dry-run").exit_code == 0 and orphan.exists()
+    assert wanfast("download").exit_code == 0
+    assert not list(workdir.rglob("*.incomplete"))
+
+
+def test_two_commits_do_not_mix(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    assert wanfast("download").exit_code == 0
+    old, hub.commit = hub.commit, "d" * 40
+    hub.files[ORIGINAL]["README.md"] = b"new words, same weights"
+    assert wanfast("download", "--json").document["commit"] == hub.commit
+    hub.commit = "e" * 40
+    hub.files[ORIGINAL]["Wan2.1_VAE.pth"] = b"VAE" * 100  # of the same size
+    for arguments in ((), ("--dry-run",)):
+        refused(wanfast("download", *arguments), 2, "--revision main", "d" * 40, "e" * 40)
+    assert contents(folder_of(workdir)) == WANTED[ORIGINAL]
+    assert old not in (folder_of(workdir) / "wanfast-download.json").read_text()
+
+
+def test_one_download_at_a_time(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    from wanfast.runtime.download import _only_writer
+
+    with _only_writer(folder_of(workdir)):
+        refused(wanfast("download"), 2, "another download")
+
+
+def test_generate_finds_what_came(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    from wanfast.runtime.model_files import A14B_FOLDER
+
+    assert wanfast("download").exit_code == 0
+    assert workdir / "artifacts" / A14B_FOLDER == folder_of(workdir)
+
+
+def test_errors_are_json_too(wanfast: Wanfast, hub: Hub) -> None:
+    outcome = wanfast("download", "--revision", "gone", "--json")
+    assert outcome.document["exit_code"] == outcome.exit_code == 2

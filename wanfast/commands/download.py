@@ -1,0 +1,53 @@
+"""`wanfast download`: the published weights into the artifacts folder, where `--model a14b` looks for them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from wanfast.commands import options
+
+
+def download(
+    repo: Annotated[
+        str | None,
+        typer.Option(
+            help="Where from, on the Hugging Face Hub.  "
+            "[default: Wan-AI/Wan2.2-I2V-A14B, with --layout diffusers Wan-AI/Wan2.2-I2V-A14B-Diffusers]"
+        ),
+    ] = None,
+    revision: Annotated[
+        str, typer.Option(help="A commit, branch or tag; the commit that came is recorded beside the files.")
+    ] = "main",
+    layout: Annotated[Literal["original", "diffusers"], typer.Option(help="How the files of --repo lie.")] = "original",
+    artifacts_dir: options.ArtifactsDir = "artifacts",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files with their sizes and stop.")] = False,
+    json_: options.Json = False,
+) -> None:
+    """Fetch the published weights, only the files that are needed.
+
+    They are verified in the end. Run again after a failure, it keeps the files that are whole.
+    """
+    from wanfast.runtime import download as worker  # huggingface_hub begins here: 0.3 s
+
+    request = worker.Request.of(repo, revision, layout, artifacts_dir)
+    console = Console(stderr=json_, highlight=False, soft_wrap=True)
+    if dry_run:
+        result = worker.plan(request)
+        for name, size in result["files"].items():
+            console.print(f"{size / 1e9:9.3f} GB  {name}", markup=False)
+        console.print(f"{_summary(result)}, {result['missing_bytes'] / 1e9:.1f} GB to fetch", markup=False)
+    else:
+        result = worker.download(request, progress=sys.stderr.isatty())
+        console.print(f"{_summary(result)}, {result['seconds']:.0f} s", markup=False)
+    if json_:
+        print(json.dumps(result))
+
+
+def _summary(result: dict[str, Any]) -> str:
+    size = f"{len(result['files'])} files, {result['bytes'] / 1e9:.1f} GB"
+    return f"{result['folder']}: {size}, {result['repo']} at {result['commit'][:12]}"
