@@ -1,6 +1,6 @@
 """Every quality figure of the tiny model, by one command: `make tiny-quality`.
 
-Held-out pairs of image and prompt, combinations of shape, colour and motion never trained on, go through the pipeline
+Pairs of image and prompt, of combinations of shape, colour and motion held out of training, go through the pipeline
 that `wanfast generate` runs. Each video is compared with the true clip and followed by the tracker; the same with an
 empty prompt shows that the tracker can fail. The VAE is measured on the true clips. Writes JSON and a plot of the
 residuals' magnitude ratios.
