@@ -12,7 +12,7 @@ import typer
 from wanfast.commands import options
 from wanfast.commands.report import Report
 from wanfast.runtime import metadata
-from wanfast.runtime.artifacts import new_run_folder, write_synced
+from wanfast.runtime.artifacts import JOB, new_run_folder, write_synced
 from wanfast.runtime.config import Device, GenerateConfig, Solver
 from wanfast.runtime.requests import Planned, plan_requests, read_requests
 
@@ -85,7 +85,7 @@ def run(planned: list[Planned], report: Report, artifacts_dir: str) -> list[dict
     worked: list[dict[str, Any]] = []
     if jobs:
         folder = new_run_folder(Path(artifacts_dir).absolute(), {"jobs": jobs})
-        write_synced(folder / "job.json", json.dumps({"jobs": jobs}, indent=2, ensure_ascii=False) + "\n")
+        write_synced(folder / JOB, json.dumps({"jobs": jobs}, indent=2, ensure_ascii=False) + "\n")
         from wanfast.runtime import generate as worker  # torch begins here
 
         worked = worker.run(

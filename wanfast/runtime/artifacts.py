@@ -24,6 +24,7 @@ from filelock import FileLock
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError
 
 MANIFEST = "manifest.json"
+JOB, RESULT = "job.json", "result.json"  # in a run folder
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from wanfast.runtime.errors import ConfigError
 Solver = Literal["unipc", "dpm++", "euler"]
 Precision = Literal["bf16", "fp32"]
 Device = Literal["cpu", "cuda"]
+Expert = Literal["high_noise", "low_noise"]
 
 T = TypeVar("T")
 

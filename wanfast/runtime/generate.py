@@ -19,19 +19,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from wanfast.runtime import hardware, media_io, metadata, model_files, pixels
-from wanfast.runtime.artifacts import ArtifactStore, write_synced
+from wanfast.runtime.artifacts import JOB, RESULT, ArtifactStore, write_synced
 from wanfast.runtime.atomic import atomic_paths
 from wanfast.runtime.builders import build_expert, build_vae
-from wanfast.runtime.config import EffectiveConfig, from_options
+from wanfast.runtime.config import EffectiveConfig, Expert, from_options
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.pipeline import ImageToVideoPipeline
 from wanfast.runtime.plan import Plan
 from wanfast.runtime.prompt_embeds import prompt_embeds
-from wanfast.runtime.sampling.denoise import Branch, Expert, StepFn
+from wanfast.runtime.sampling.denoise import Branch, StepFn
 from wanfast.runtime.timing import Stopwatch
-
-JOB, RESULT = "job.json", "result.json"
 
 Result = dict[str, Any]  # metadata's document, or {"error", "exit_code"}
 OnResult = Callable[[int, Result], None]

@@ -15,12 +15,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from wanfast.runtime.config import Expert
 from wanfast.runtime.model_spec import ModelSpec
 from wanfast.runtime.models.dit import TextKV, WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.plan import Plan
-from wanfast.runtime.sampling.denoise import Branch, Expert, StepFn, denoise
+from wanfast.runtime.sampling.denoise import Branch, StepFn, denoise
 from wanfast.runtime.shapes import Geometry
 from wanfast.runtime.timing import Stopwatch
 
@@ -76,11 +77,8 @@ class ImageToVideoPipeline:
             prediction: Tensor = self.experts[expert](sample, condition, t, text_kv(expert, branch), rope)
             return prediction
 
-        guidance: dict[Expert, float] = {
-            "high_noise": plan.config.guidance_high_noise,
-            "low_noise": plan.config.guidance_low_noise,
-        }
-        return denoise(noise, plan.schedule, velocity, boundary=self.spec.boundary, guidance=guidance, on_step=on_step)
+        boundary = self.spec.boundary
+        return denoise(noise, plan.schedule, velocity, boundary=boundary, guidance=plan.guidance, on_step=on_step)
 
 
 def with_mask(latents: Tensor, num_mask_channels: int) -> Tensor:

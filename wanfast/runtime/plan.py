@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime import media_io, model_files
-from wanfast.runtime.config import Device, EffectiveConfig, GenerateConfig, parse_size
+from wanfast.runtime.config import Device, EffectiveConfig, Expert, GenerateConfig, parse_size
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.media_io import LoadedImage
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.model_spec import ModelSpec
 from wanfast.runtime.sampling.guidance import needs_unconditional
-from wanfast.runtime.sampling.scheduler import Step, is_high_noise, schedule
+from wanfast.runtime.sampling.scheduler import Step, expert_of, schedule
 from wanfast.runtime.shapes import Geometry, fit_geometry
 from wanfast.runtime.tokenizer import PromptTokenizer, clean_prompt
 
@@ -56,16 +56,15 @@ class Plan:
         return output_paths(self.config.output, self.config.contact_sheet)
 
     @property
-    def guidance(self) -> dict[str, float]:
+    def guidance(self) -> dict[Expert, float]:
         return {"high_noise": self.config.guidance_high_noise, "low_noise": self.config.guidance_low_noise}
 
     @property
-    def timesteps(self) -> dict[str, list[int]]:
+    def timesteps(self) -> dict[Expert, list[int]]:
         """The timesteps of each expert, in order."""
-        split: dict[str, list[int]] = {"high_noise": [], "low_noise": []}
+        split: dict[Expert, list[int]] = {"high_noise": [], "low_noise": []}
         for step in self.schedule:
-            expert = "high_noise" if is_high_noise(step.timestep, self.spec.boundary) else "low_noise"
-            split[expert].append(step.timestep)
+            split[expert_of(step.timestep, self.spec.boundary)].append(step.timestep)
         return split
 
     @property

@@ -12,10 +12,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from wanfast.runtime.config import Expert
 from wanfast.runtime.sampling.guidance import guide, needs_unconditional
-from wanfast.runtime.sampling.scheduler import Integrator, Step, is_high_noise
+from wanfast.runtime.sampling.scheduler import Integrator, Step, expert_of
 
-Expert = Literal["high_noise", "low_noise"]
 Branch = Literal["prompt", "negative_prompt"]
 VelocityFn = Callable[[Expert, Branch, Tensor, int], Tensor]
 StepFn = Callable[[int, Expert], None]  # (steps done, expert at work)
@@ -34,7 +34,7 @@ def denoise(
     integrator = Integrator(steps)
     sample = noise
     for index, step in enumerate(steps):
-        expert: Expert = "high_noise" if is_high_noise(step.timestep, boundary) else "low_noise"
+        expert = expert_of(step.timestep, boundary)
         on_step(index, expert)
         prediction = velocity(expert, "prompt", sample, step.timestep)
         if needs_unconditional(guidance[expert]):

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from wanfast.runtime.config import Solver
+from wanfast.runtime.config import Expert, Solver
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -134,6 +134,10 @@ def _correction(sigmas: list[float], i: int) -> Correction:
         clean_prev2=(1 - ratio) * rho1 / r,
         clean=(1 - ratio) * rho2,
     )
+
+
+def expert_of(timestep: int, boundary: float) -> Expert:
+    return "high_noise" if is_high_noise(timestep, boundary) else "low_noise"
 
 
 def is_high_noise(timestep: int, boundary: float) -> bool:
