@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wanfast.runtime import checkpoint
+from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import CorruptArtifactError
 from wanfast.runtime.model_spec import DiTSpec, UMT5Spec, VAESpec
 from wanfast.runtime.models.dit import WanDiT
@@ -34,7 +35,7 @@ def weights(tmp_path: Path) -> Path:
 
 def load(*files: Path, dtype: torch.dtype = torch.float32) -> UMT5Encoder:
     model = umt5("meta", dtype)
-    checkpoint.load(model, files, component="umt5", layout="original", device="cpu")
+    checkpoint.load(model, files, component="umt5", layout="original", ranks=Ranks("cpu"))
     return model
 
 

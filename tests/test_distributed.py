@@ -107,13 +107,17 @@ def test_a_block_stays_one_graph_under_ulysses(tmp_path: Path) -> None:
         (8, 40, {"ulysses": 2}, Mesh(replica=2, cfg=2, ulysses=2)),
         (8, 40, {"guided": False}, Mesh(ulysses=8)),
         (6, 40, {}, Mesh(replica=3, cfg=2)),
+        (8, 40, {"nnodes": 2}, Mesh(cfg=2, ulysses=8)),
+        (8, 40, {"nnodes": 2, "num_videos": 5}, Mesh(replica=2, cfg=2, ulysses=4)),
+        (8, 40, {"nnodes": 2, "num_videos": 5, "ulysses": 8, "cfg_parallel": 2}, Mesh(cfg=2, ulysses=8)),
+        (3, 40, {"nnodes": 2}, Mesh(replica=6)),
         (8, 2, {}, Mesh(replica=2, cfg=2, ulysses=2)),
     ],
 )
 def test_the_mesh_of_a_world_size(ranks: int, heads: int, options: dict[str, object], expected: Mesh) -> None:
     mesh = choose_mesh(ranks, heads, **({"guided": True} | options))
     assert mesh == expected
-    assert mesh.size == ranks
+    assert mesh.size == ranks * options.get("nnodes", 1)
 
 
 def test_a_mesh_that_does_not_fit_lists_what_does() -> None:
@@ -123,11 +127,6 @@ def test_a_mesh_that_does_not_fit_lists_what_does() -> None:
     assert "--cfg-parallel 2 --ulysses 4" in str(error.value)
 
 
-def test_axes_partition_the_ranks() -> None:
+def test_ulysses_is_the_fastest_axis_of_a_gang() -> None:
     mesh = Mesh(replica=2, cfg=2, ulysses=4)
-    assert [mesh.place(rank) for rank in (0, 1, 4, 8, 15)] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 3)]
-    assert mesh.groups("ulysses") == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
-    assert mesh.groups("cfg")[:2] == [[0, 4], [1, 5]]
-    assert mesh.groups("replica")[0] == [0, 8]
-    for axis in ("replica", "cfg", "ulysses"):
-        assert sorted(rank for group in mesh.groups(axis) for rank in group) == list(range(16))
+    assert [mesh.place(rank) for rank in (0, 1, 4, 7)] == [(0, 0), (0, 1), (1, 0), (1, 3)]

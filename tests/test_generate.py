@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Outcome
+from wanfast.commands import progress
 from wanfast.runtime import generate, media_io, model_files, pipeline, pixels, plan, prompt_embeds
-from wanfast.runtime.config import EffectiveConfig, from_options
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.models.dit import WanDiT
 
@@ -127,7 +127,7 @@ def test_jobs_load_the_models_once_and_outlive_bad_lines(
 
 def test_known_prompts_need_no_text_encoder(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wanfast(*GOOD).exit_code == 0
-    monkeypatch.setattr(prompt_embeds, "build_umt5", lambda *a: pytest.fail("UMT5 was loaded"))
+    monkeypatch.setattr(prompt_embeds, "build_umt5", lambda *a, **k: pytest.fail("UMT5 was loaded"))
     assert wanfast(*GOOD, "--output", "again.mp4").exit_code == 0
     # in bf16 the embeddings differ from those in fp32: another key
     with pytest.raises(pytest.fail.Exception):
@@ -232,8 +232,8 @@ def test_the_text_encoder_is_gone_before_the_experts_come(wanfast: Wanfast, monk
     encoders = []
     build_umt5, load_pipeline = prompt_embeds.build_umt5, generate.load_pipeline
 
-    def build(*arguments: object) -> object:
-        encoder = build_umt5(*arguments)
+    def build(*arguments: object, **options: object) -> object:
+        encoder = build_umt5(*arguments, **options)
         encoders.append(weakref.ref(encoder))
         return encoder
 
@@ -335,18 +335,16 @@ def test_another_program_may_write_the_output_meanwhile(
 
 
 def test_progress_tells_pace_and_time_left_however_slow_a_step(
-    wanfast: Wanfast, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert wanfast(*GOOD).exit_code == 0
-    effective = json.loads(Path("out.json").read_text())["effective"]
-    spec = model_files.locate("tiny", "artifacts").spec
-    made = plan.Plan.of(from_options(EffectiveConfig, effective), spec, (64, 48))
     clock = iter(range(0, 100_000, 40))
-    monkeypatch.setattr(generate.time, "perf_counter", lambda: next(clock))
-    with generate._progress(made, True) as on_step:
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    with progress.progress_bars(enabled=True) as on_progress:
+        on_progress(0, "loading the models", 0, 0)
         for done in range(5):
-            on_step(done, "low_noise")
-    assert "40.00 s/step, 0:00 left" in capsys.readouterr().err
+            on_progress(0, "low noise", done, 4)
+    shown = capsys.readouterr().err
+    assert "low noise, 40.00 s/step, 0:00 left" in shown and "4/4" in shown
 
 
 def test_a_gpu_that_is_not_there_is_said(wanfast: Wanfast) -> None:

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from tests.parity import relative_error
 from tests.public_model import save_diffusers
 from wanfast.runtime import checkpoint, generate, media_io, model_files, pixels
-from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.builders import build_expert, build_umt5, build_vae
 from wanfast.runtime.config import GenerateConfig
+from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.model_spec import ModelSpec
-from wanfast.runtime.pipeline import ImageToVideoPipeline, draw_noise
+from wanfast.runtime.pipeline import draw_noise
 from wanfast.runtime.plan import Plan, resolve
 from wanfast.runtime.prompt_embeds import prompt_embeds
 from wanfast.runtime.timing import Stopwatch
@@ -52,12 +52,12 @@ def original_layout(public: tuple[WanImageToVideoPipeline, Path], tmp_path_facto
 
 def write_original(files: ModelFiles, folder: Path) -> None:
     for expert in ("high_noise", "low_noise"):
-        model = build_expert(files, expert, "fp32", "cpu")
+        model = build_expert(files, expert, "fp32", Ranks("cpu"))
         place = folder / f"{expert}_model"
         checkpoint.save(model, place / "whole.safetensors", component="dit", layout="original")
         split_into_shards(place / "whole.safetensors")
     checkpoint.save(
-        build_umt5(files, "fp32", "cpu"),
+        build_umt5(files, "fp32", Ranks("cpu")),
         folder / "models_t5_umt5-xxl-enc-bf16.pth",
         component="umt5",
         layout="original",
@@ -116,9 +116,9 @@ def plan_for(tmp_path: Path):
 @torch.inference_mode()
 def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
     config = plan.config
-    store = ArtifactStore(Path(config.artifacts_dir))
-    embeds = prompt_embeds([config.prompt, config.negative_prompt], files, store, "fp32", "cpu")
-    pipeline = generate.load_pipeline(files, config)
+    ranks = Ranks("cpu")
+    embeds = prompt_embeds([config.prompt, config.negative_prompt], files, config, ranks)
+    pipeline, _ = generate.load_pipeline(files, config, ranks)
     image = pixels.fit_image(media_io.load_image(config.image).pixels, plan.geometry.width, plan.geometry.height)
     condition = pipeline.encode_condition(image, plan.geometry)
     noise = draw_noise(config.seed, plan.geometry, 16, "cpu")
@@ -164,7 +164,7 @@ def test_both_layouts_give_the_same_latents(public, original_layout: Path, plan_
     plan, files = plan_for(original_layout)
     assert files.layout == "original" and len(files.weights("high_noise")) == 3
     for expert in ("high_noise", "low_noise"):
-        pairs = [build_expert(f, expert, "fp32", "cpu").state_dict() for f in (files, plan_for(public[1])[1])]
+        pairs = [build_expert(f, expert, "fp32", Ranks("cpu")).state_dict() for f in (files, plan_for(public[1])[1])]
         assert all(torch.equal(pairs[0][name], pairs[1][name]) for name in pairs[1])
     # equal weights at other offsets of their files: the CPU's kernels round unaligned rows differently
     assert relative_error(our_latents(plan, files), ours) <= 1e-5
@@ -176,9 +176,9 @@ def test_the_tiny_model_loads_in_either_layout(tmp_path: Path) -> None:
     original = model_files.locate(str(tmp_path), "artifacts")
     assert (original.layout, original.spec) == ("original", files.spec)
     for build in (
-        lambda f: build_expert(f, "high_noise", "bf16", "cpu"),
-        lambda f: build_expert(f, "low_noise", "bf16", "cpu"),
-        lambda f: build_umt5(f, "bf16", "cpu"),
+        lambda f: build_expert(f, "high_noise", "bf16", Ranks("cpu")),
+        lambda f: build_expert(f, "low_noise", "bf16", Ranks("cpu")),
+        lambda f: build_umt5(f, "bf16", Ranks("cpu")),
         lambda f: build_vae(f, "cpu"),
     ):
         ours, theirs = build(files).state_dict(), build(original).state_dict()
@@ -200,7 +200,7 @@ def test_spec_is_read_from_the_public_config_files(public) -> None:
 
 def test_calls_do_not_touch_each_other(public, plan_for) -> None:
     plan, files = plan_for(public[1], steps=2)
-    pipeline: ImageToVideoPipeline = generate.load_pipeline(files, plan.config)
+    pipeline, _ = generate.load_pipeline(files, plan.config, Ranks("cpu"))
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(3, plan.geometry.height, plan.geometry.width, generator=generator)
     text = {name: torch.randn(4, 24, generator=generator) for name in ("prompt", "negative_prompt")}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import training.loop
 from training import train_experts, train_vae
@@ -17,6 +17,7 @@ from training.spec import SPEC
 from wanfast.quality.world import Renderer
 from wanfast.runtime import model_files
 from wanfast.runtime.builders import build_expert, build_umt5, build_vae
+from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
 
 SMALL = ModelSpec(
@@ -40,11 +41,17 @@ def equal(a: object, b: object) -> bool:
     return a == b
 
 
-def experts() -> tuple[nn.Module, train_experts.Clips]:
+def experts() -> tuple[train_experts.TinyModel, train_experts.Clips]:
     generator = torch.Generator().manual_seed(0)
     z, y = (torch.randn(6, c, 2, 4, 4, generator=generator).bfloat16() for c in (16, 20))
     clips = train_experts.Clips(z, y, torch.randint(3, 900, (7, 5), generator=generator), torch.tensor([5] * 6 + [1]))
     return train_experts.TinyModel(SMALL), clips
+
+
+def fit_experts(schedule: Schedule, folder: Path) -> bool:
+    model, clips = experts()
+    draw = train_experts.noised(SMALL, clips, 2)
+    return train("experts", model, draw, train_experts.flow_loss(model, clips.z), schedule, folder)
 
 
 @pytest.mark.parametrize("stage", ["vae", "experts"])
@@ -53,13 +60,13 @@ def test_resumed_training_is_the_same_training(tmp_path: Path, stage: str, monke
         schedule = Schedule(steps=4, learning_rate=1e-3, warmup=2, log_every=1)
         if stage == "vae":
             vae = train_vae.build(SMALL.vae, "cpu")
-            return train("vae", vae, train_vae.vae_loss(vae, Renderer("cpu"), 1, 16, 5), schedule, folder)
-        model, clips = experts()
-        return train("experts", model, train_experts.flow_loss(model, clips, 2), schedule, folder)
+            draw = train_vae.windows(SMALL.vae, Renderer("cpu"), 1, 16, 5)
+            return train("vae", vae, draw, train_vae.vae_loss(vae), schedule, folder)
+        return fit_experts(schedule, folder)
 
     assert run(tmp_path / "whole")
     clock = iter([0.0] * 8 + [1e9] * 20)  # time runs out after some steps
-    monkeypatch.setattr(training.loop.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(training.loop, "monotonic", lambda: next(clock))
     assert not run(tmp_path / "pieces")
     monkeypatch.undo()
     assert 0 < final(tmp_path / "pieces", stage)["step"] < 4
@@ -73,25 +80,29 @@ def test_resumed_training_is_the_same_training(tmp_path: Path, stage: str, monke
 
 def test_losses_fall(tmp_path: Path) -> None:
     model, clips = experts()
-    loss = train_experts.flow_loss(model, clips, 4)
-    before = float(loss(0, torch.Generator().manual_seed(9))["loss"].detach())
-    train("experts", model, loss, Schedule(steps=30, learning_rate=3e-3, warmup=3), tmp_path)
-    after = float(loss(0, torch.Generator().manual_seed(9))["loss"].detach())
+    draw, loss = train_experts.noised(SMALL, clips, 4), train_experts.flow_loss(model, clips.z)
+
+    def measured() -> float:
+        return float(loss(*draw(0, torch.Generator().manual_seed(9)))["loss"].detach())
+
+    before = measured()
+    train("experts", model, draw, loss, Schedule(steps=30, learning_rate=3e-3, warmup=3), tmp_path)
+    after = measured()
     assert after < 0.9 * before
 
 
 def test_what_is_exported_is_what_was_trained(tmp_path: Path) -> None:
-    model, clips = experts()
-    train("experts", model, train_experts.flow_loss(model, clips, 2), Schedule(steps=2, learning_rate=1e-3), tmp_path)
+    assert fit_experts(Schedule(steps=2, learning_rate=1e-3), tmp_path)
+    model, _ = experts()
     load_ema(model, tmp_path / "experts.pt")
     vae = train_vae.build(SMALL.vae, "cpu")
     export(SMALL, model, vae, tmp_path / "tiny")
     files = model_files.locate(str(tmp_path / "tiny"), "artifacts")
     assert files.spec == SMALL
     for built, trained in (
-        (build_expert(files, "high_noise", "fp32", "cpu"), model.high_noise),
-        (build_expert(files, "low_noise", "fp32", "cpu"), model.low_noise),
-        (build_umt5(files, "fp32", "cpu"), model.umt5),
+        (build_expert(files, "high_noise", "fp32", Ranks("cpu")), model.high_noise),
+        (build_expert(files, "low_noise", "fp32", Ranks("cpu")), model.low_noise),
+        (build_umt5(files, "fp32", Ranks("cpu")), model.umt5),
         (build_vae(files, "cpu"), vae),
     ):
         for name, value in trained.state_dict().items():

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 
 from training import train_experts, train_vae
 from training.export import export
-from training.loop import Schedule, load_ema
+from training.loop import Schedule, load_ema, make_deterministic
 from training.spec import SPEC
 from wanfast.quality.world import Renderer
 from wanfast.runtime.model_spec import ModelSpec
@@ -31,9 +30,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and logs")
     parser.add_argument("--stage", choices=["vae", "experts", "export", "all"], default="all")
     parser.add_argument("--minutes", type=float, default=8.0, help="of training in this call, then stop; 8 by default")
-    parser.add_argument("--vae-steps", type=int, default=3600)
-    parser.add_argument("--expert-steps", type=int, default=7300)
-    parser.add_argument("--clips", type=int, default=24000, help="the encoded set that the experts learn from")
+    parser.add_argument("--vae-steps", type=int, default=4500)
+    parser.add_argument("--expert-steps", type=int, default=16000)
+    parser.add_argument("--clips", type=int, default=32000, help="the encoded set that the experts learn from")
     parser.add_argument("--batch", type=int, default=96, help="clips a step for each expert")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that all runs")
     options = parser.parse_args()
@@ -41,8 +40,7 @@ def main() -> None:
         options.vae_steps, options.expert_steps, options.clips, options.batch = 4, 4, 4, 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = True
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)  # so that a resumed run is the run that was not cut
+    make_deterministic()
     stages = ["vae", "experts", "export"] if options.stage == "all" else [options.stage]
     for stage in stages:
         if not {"vae": fit_vae, "experts": fit_experts, "export": write}[stage](options, device):

@@ -2,20 +2,25 @@
 
 A step's data and noise depend on (seed, step) alone, so a run that was cut and resumed does what one long run does. The
 learning rate warms up, stays, and decays linearly over the last fifth.
+Networks this small are bound by the launch of their kernels, not by the GPU, so forward and backward are recorded once
+as a CUDA graph and replayed.
 """
 
 from __future__ import annotations
 
 import json
-import time
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 import torch
 from torch import Tensor, nn
 
-LossFn = Callable[[int, torch.Generator], dict[str, Tensor]]
+Batch = tuple[Tensor, ...]
+DrawFn = Callable[[int, torch.Generator], Batch]  # of a step
+LossFn = Callable[..., dict[str, Tensor]]  # of a batch: named terms, of which "loss" is minimised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +42,26 @@ class Schedule:
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * max(decay, 0.01)
 
 
-def train(name: str, network: nn.Module, loss: LossFn, schedule: Schedule, folder: Path) -> bool:
+def make_deterministic() -> None:
+    """So that a resumed run is the run that was not cut, on a GPU too; raises where a kernel has no deterministic form.
+
+    Call it before the first product: cuBLAS reads its workspace's size once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against bugs, at the price of many fills
+
+
+def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: Schedule, folder: Path) -> bool:
     """Train `network` on, from folder/name.pt if it is there; True once all steps are made. The EMA is in `ema` of it.
 
-    `loss(step, generator)` gives named terms, of which "loss" is minimised; the generator is seeded for the step.
+    `draw(step, generator)` gives a batch, the generator seeded for the step; `loss(*batch)` draws nothing.
     """
     device = next(network.parameters()).device
-    optimizer = torch.optim.AdamW(network.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     parameters = list(network.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
+    )
     average = [parameter.detach().clone() for parameter in parameters]
     file, step = folder / f"{name}.pt", 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,38 +79,63 @@ def train(name: str, network: nn.Module, loss: LossFn, schedule: Schedule, folde
         torch.save(state, partial)
         partial.replace(file)
 
-    generator = torch.Generator(device)
-    started, first = time.monotonic(), step
+    generator = torch.Generator(device).manual_seed(schedule.seed)
+    gradients = _gradients(parameters, loss, draw(step, generator))
+    started, first = monotonic(), step
     saved = started
     with log_file.open("a") as log:
-        while step < schedule.steps and time.monotonic() - started < schedule.minutes * 60:
+        while step < schedule.steps and monotonic() - started < schedule.minutes * 60:
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
             generator.manual_seed(schedule.seed * 1_000_003 + step)
-            terms = loss(step, generator)
-            optimizer.zero_grad(set_to_none=True)
-            terms["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            terms = gradients(draw(step, generator))
             optimizer.step()
             # a young average forgets its random start faster
             torch._foreach_lerp_(
                 average, [p.detach() for p in parameters], 1 - min(schedule.ema, (1 + step) / (10 + step))
             )
             if step % schedule.log_every == 0:
-                values = {key: round(float(value.detach()), 5) for key, value in terms.items()} | {
-                    "norm": round(float(norm), 4)
-                }
-                pace = (time.monotonic() - started) / (step - first + 1)
+                values = {key: round(float(value.detach()), 5) for key, value in terms.items()}
+                pace = (monotonic() - started) / (step - first + 1)
                 line = json.dumps({"step": step, **values, "s_per_step": round(pace, 4)})
                 print(name, line, flush=True)
                 log.write(line + "\n")
             step += 1
-            if time.monotonic() - saved > schedule.save_every * 60:
-                saved = time.monotonic()
+            if monotonic() - saved > schedule.save_every * 60:
+                saved = monotonic()
                 save()
     save()
     print(f"{name}: {step} of {schedule.steps} steps", flush=True)
     return step >= schedule.steps
+
+
+def _gradients(parameters: list[nn.Parameter], loss: LossFn, example: Batch) -> Callable[[Batch], dict[str, Tensor]]:
+    """A function that puts the clipped gradients of a batch's loss into the parameters, and gives the loss's terms."""
+
+    def eager(batch: Batch) -> dict[str, Tensor]:
+        for parameter in parameters:
+            parameter.grad = None
+        terms = loss(*batch)
+        terms["loss"].backward()
+        return terms | {"norm": nn.utils.clip_grad_norm_(parameters, 1.0)}
+
+    if parameters[0].device.type != "cuda":
+        return eager
+    held = tuple(tensor.clone() for tensor in example)  # where the graph reads
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):  # libraries and compiled blocks set themselves up
+            eager(held)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        terms = eager(held)
+
+    def replay(batch: Batch) -> dict[str, Tensor]:
+        torch._foreach_copy_(held, batch)
+        graph.replay()
+        return terms
+
+    return replay
 
 
 def _forget_lines_after(log_file: Path, step: int) -> None:

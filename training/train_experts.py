@@ -7,7 +7,6 @@ the empty prompt is the unconditional branch of guidance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.loop import Schedule, initialise, train
+from training.loop import Batch, DrawFn, LossFn, Schedule, initialise, train
 from training.train_vae import encode
 from wanfast.quality.world import Renderer, draw_scene, moments_of_clip
 from wanfast.runtime.model_files import TINY
@@ -84,36 +83,44 @@ def fit(spec: ModelSpec, clips: Clips, schedule: Schedule, folder: Path, device:
         for expert in (model.high_noise, model.low_noise):
             for block in expert.blocks:
                 block.compile(dynamic=False)
-    return train("experts", model, flow_loss(model, clips, batch), schedule, folder)
+    return train("experts", model, noised(spec, clips, batch), flow_loss(model, clips.z), schedule, folder)
 
 
-def flow_loss(model: TinyModel, clips: Clips, batch: int) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
-    """`batch` clips for each expert."""
-    spec, device = model.spec, clips.z.device
-    grid = (clips.z.shape[2], clips.z.shape[3] // 2, clips.z.shape[4] // 2)
-    rope = rotary_tables(grid, spec.dit.head_dim, device)
+def noised(spec: ModelSpec, clips: Clips, batch: int) -> DrawFn:
+    """`batch` clips for each expert: latents z, conditions y, noise, noise levels s [2, batch, ...], captions' ids."""
     split = _unshift(spec.boundary, spec.shift)  # the share of noise levels below the boundary
 
-    def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw(step: int, generator: torch.Generator) -> Batch:
         def uniform(*shape: int) -> Tensor:
-            return torch.rand(shape, generator=generator, device=device)
+            return torch.rand(shape, generator=generator, device=clips.z.device)
 
-        index = torch.randint(0, len(clips.z), (2, batch), generator=generator, device=device)
+        index = torch.randint(0, len(clips.z), (2, batch), generator=generator, device=clips.z.device)
         kept = uniform(2, batch) >= _DROP
-        captions = torch.where(kept, index, len(clips.z))
+        captions = torch.where(kept, index, len(clips.z)).flatten()
         levels = torch.stack((split + (1 - split) * uniform(batch), split * uniform(batch)))
         s = spec.shift * levels / (1 + (spec.shift - 1) * levels)
+        noise = torch.randn((2, batch, *clips.z.shape[1:]), generator=generator, device=clips.z.device)
+        return clips.z[index], clips.y[index], noise, s, clips.ids[captions], clips.lengths[captions]
+
+    return draw
+
+
+def flow_loss(model: TinyModel, latents: Tensor) -> LossFn:
+    """Squared error of both experts' velocities, for latents of the shape [N, C, T, h, w]."""
+    T, h, w = latents.shape[2:]
+    rope = rotary_tables((T, h // 2, w // 2), model.spec.dit.head_dim, latents.device)
+
+    def loss(z: Tensor, y: Tensor, noise: Tensor, s: Tensor, ids: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        device = z.device
         terms = {}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            text = model.text(clips.ids[captions.flatten()], clips.lengths[captions.flatten()]).unflatten(0, (2, batch))
+            text = model.text(ids, lengths).unflatten(0, s.shape)
             for k, (name, expert) in enumerate((("high", model.high_noise), ("low", model.low_noise))):
-                z, y = clips.z[index[k]].float(), clips.y[index[k]].float()
-                noise = torch.randn(z.shape, generator=generator, device=device)
                 level = s[k].view(-1, 1, 1, 1, 1)
-                x = (1 - level) * z + level * noise
+                x = (1 - level) * z[k].float() + level * noise[k]
                 timestep = (s[k] * 1000).clamp(max=999).floor()
-                velocity = expert(x, y, timestep, expert.encode_text(text[k]), rope)
-                terms[name] = F.mse_loss(velocity.float(), noise - z)
+                velocity = expert(x, y[k].float(), timestep, expert.encode_text(text[k]), rope)
+                terms[name] = F.mse_loss(velocity.float(), noise[k] - z[k])
         return {"loss": terms["high"] + terms["low"], **terms}
 
     return loss

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from training.loop import Schedule, initialise, load_ema, train
+from training.loop import Batch, DrawFn, LossFn, Schedule, initialise, load_ema, train
 from wanfast.quality.world import FRAMES, SIZE, Renderer, draw_scene, moments_of_clip
 from wanfast.runtime.model_spec import VAESpec
 from wanfast.runtime.models.vae import WanVAE
@@ -32,24 +31,31 @@ def build(spec: VAESpec, device: str) -> WanVAE:
 
 def fit(spec: VAESpec, schedule: Schedule, folder: Path, device: str, batch: int, side: int, frames: int) -> bool:
     vae = build(spec, device)
-    return train("vae", vae, vae_loss(vae, Renderer(device), batch, side, frames), schedule, folder)
+    return train("vae", vae, windows(spec, Renderer(device), batch, side, frames), vae_loss(vae), schedule, folder)
 
 
-def vae_loss(
-    vae: WanVAE, renderer: Renderer, batch: int, side: int, frames: int
-) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
-    """Reconstruction of `batch` windows of side x side pixels and `frames` frames, anywhere in frame and clip."""
-    device = renderer.device
+def windows(spec: VAESpec, renderer: Renderer, batch: int, side: int, frames: int) -> DrawFn:
+    """`batch` windows of side x side pixels and `frames` frames, anywhere in frame and clip, and noise for latents."""
+    latent_frames, latent_side = (frames - 1) // spec.temporal_stride + 1, side // spec.spatial_stride
+    shape = (batch, spec.latent_channels, latent_frames, latent_side, latent_side)
 
-    def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw(step: int, generator: torch.Generator) -> Batch:
         where = torch.Generator().manual_seed(step)
         left, top = (int(torch.randint(0, SIZE - side + 1, (), generator=where)) for _ in range(2))
         first = int(torch.randint(0, FRAMES - frames + 1, (), generator=where))
         scenes = [draw_scene(step * batch + k) for k in range(batch)]
         video = renderer(scenes, moments_of_clip()[first : first + frames], (left, top, side))
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        return video, torch.randn(shape, generator=generator, device=renderer.device)
+
+    return draw
+
+
+def vae_loss(vae: WanVAE) -> LossFn:
+    """Of the reconstruction of a batch of windows."""
+
+    def loss(video: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=video.device.type == "cuda"):
             z = encode(vae, video)
-            noise = torch.randn(z.shape, generator=generator, device=device)
             out = decode(vae, z + _LATENT_NOISE * noise).float()
         error = out - video
         squared = (error / 2).square().mean()

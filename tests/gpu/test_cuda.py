@@ -13,6 +13,7 @@ from tests.conftest import Outcome
 from tests.parity import relative_error
 from wanfast.runtime import builders, model_files
 from wanfast.runtime.builders import build_expert, build_umt5, build_vae
+from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.models.rope import rotary_tables
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -38,8 +39,8 @@ def test_the_models_equal_the_cpus(precision: builders.Precision, bound: float) 
     video = torch.randn(1, 3, 9, 64, 64, generator=generator).clamp(-1, 1)
     results = {}
     for device, kind in (("cpu", "fp32"), ("cuda", precision)):
-        text = build_umt5(files, kind, device)(ids.to(device))
-        expert = build_expert(files, "high_noise", kind, device)
+        text = build_umt5(files, kind, Ranks(device))(ids.to(device))
+        expert = build_expert(files, "high_noise", kind, Ranks(device))
         rope = rotary_tables((5, 8, 8), spec.head_dim, device)
         timestep = torch.tensor([950], device=device)
         velocity = expert(latent.to(device), condition.to(device), timestep, expert.encode_text(text), rope)

@@ -10,11 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from wanfast.commands import options
+from wanfast.commands.progress import progress_bars
 from wanfast.commands.report import Report
-from wanfast.runtime import metadata
-from wanfast.runtime.artifacts import JOB, new_run_folder, write_synced
+from wanfast.runtime import launch, metadata
+from wanfast.runtime.artifacts import JOB, RESULT, new_run_folder, write_synced
 from wanfast.runtime.config import Device, GenerateConfig, Solver
-from wanfast.runtime.requests import Planned, plan_requests, read_requests
+from wanfast.runtime.requests import Planned, own_share, plan_requests, read_requests
 
 FIELDS = {field.name for field in dataclasses.fields(GenerateConfig)}
 
@@ -49,6 +50,16 @@ def generate(
     fps: Annotated[int | None, typer.Option(help="Frames a second of the file.  [default: 16]")] = None,
     precision: options.PrecisionOption = "bf16",
     device: options.DeviceOption = None,
+    num_gpus: options.NumGpus = 1,
+    nnodes: options.NumNodes = 1,
+    node_rank: options.NodeRank = 0,
+    rdzv_endpoint: options.RdzvEndpoint = None,
+    cfg_parallel: options.CfgParallel = None,
+    ulysses: options.Ulysses = None,
+    dit_fsdp: options.DitFsdp = "auto",
+    t5_fsdp: options.T5Fsdp = "auto",
+    expert_offload: options.ExpertOffload = "auto",
+    rank_timeout: options.RankTimeout = 600.0,
     output: Annotated[str, typer.Option(help="The .mp4 to write; its .json goes beside it.")] = "out.mp4",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     contact_sheet: Annotated[
@@ -68,7 +79,7 @@ def generate(
     """Make a video from an image and a prompt."""
     report = Report(as_json=json_)
     requests = read_requests(options.given(context, FIELDS), prompt_file, from_, jobs)
-    planned = plan_requests(requests, needs_weights=not dry_run)
+    planned = own_share(plan_requests(requests, needs_weights=not dry_run))
     report.plans(planned, always=dry_run and not json_)
     results = [dry_result(item) for item in planned] if dry_run else run(planned, report, artifacts_dir)
     report.close(planned, results)
@@ -79,17 +90,47 @@ def dry_result(item: Planned) -> dict[str, Any]:
 
 
 def run(planned: list[Planned], report: Report, artifacts_dir: str) -> list[dict[str, Any]]:
-    """Write job.json into a new run folder and run the worker on it here; a result for each item, in order."""
+    """Write job.json into a new run folder and have it done, here or by several ranks; a result for each item."""
     ready = [item for item in planned if item.plan is not None]
-    jobs = [item.job() for item in ready]
     worked: list[dict[str, Any]] = []
-    if jobs:
+    if ready:
+        jobs = [item.job() for item in ready]
         folder = new_run_folder(Path(artifacts_dir).absolute(), {"jobs": jobs})
         write_synced(folder / JOB, json.dumps({"jobs": jobs}, indent=2, ensure_ascii=False) + "\n")
-        from wanfast.runtime import generate as worker  # torch begins here
-
-        worked = worker.run(
-            folder, progress=not report.brief, on_result=lambda i, result: report.result(ready[i], result)
-        )
+        work = _run_here if _num_ranks(ready[0]) == 1 else _run_on_ranks
+        worked = work(folder, ready, report)
+        write_synced(folder / RESULT, json.dumps(worked, indent=2, ensure_ascii=False) + "\n")
     done = iter(worked)
     return [next(done) if item.plan else item.failure() for item in planned]
+
+
+def _num_ranks(item: Planned) -> int:
+    assert item.plan is not None
+    return item.plan.mesh.size
+
+
+def _run_here(folder: Path, ready: list[Planned], report: Report) -> list[dict[str, Any]]:
+    """One rank needs no other process."""
+    from wanfast.runtime import generate as worker  # torch begins here
+    from wanfast.runtime.distributed.ranks import Ranks
+
+    results: dict[int, dict[str, Any]] = {}
+    device = ready[0].plan.config.device if ready[0].plan else "cpu"
+    with progress_bars(enabled=not report.brief) as on_progress:
+        for index, result in worker.run([item.job() for item in ready], Ranks(device), progress=on_progress):
+            results[index] = result
+            report.result(ready[index], result)
+    return [results[index] for index in range(len(ready))]
+
+
+def _run_on_ranks(folder: Path, ready: list[Planned], report: Report) -> list[dict[str, Any]]:
+    plans = [item.plan for item in ready if item.plan]
+    with progress_bars(enabled=not report.brief) as on_progress:
+        return launch.run(
+            folder,
+            plans[0].config,
+            len(plans),
+            [output for plan in plans for output in plan.outputs],
+            on_result=lambda index, result: report.result(ready[index], result),
+            on_progress=on_progress,
+        )

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wanfast.runtime.config import Device, Precision
+from wanfast.runtime.config import Device, Precision, Switch
 
 Model = Annotated[
     str,
@@ -20,6 +20,35 @@ ArtifactsDir = Annotated[
     str, typer.Option(envvar="WANFAST_ARTIFACTS", help="Where weights, embeddings and runs are kept.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
+
+
+def _number_or_auto(value: int | str) -> int | str:
+    return value if value == "auto" else int(value)
+
+
+NumGpus = Annotated[
+    Any,
+    typer.Option(
+        parser=_number_or_auto,
+        metavar="<int|auto>",
+        help="Ranks on this machine, one a GPU; with --device cpu processes. auto takes all GPUs.",
+    ),
+]
+NumNodes = Annotated[int, typer.Option(help="Machines; start wanfast on each, with the same options.")]
+NodeRank = Annotated[int, typer.Option(help="Which of --nnodes this machine is, from 0.")]
+RdzvEndpoint = Annotated[str | None, typer.Option(help="HOST:PORT of machine 0, where several machines meet.")]
+CfgParallel = Annotated[
+    int | None, typer.Option(help="Ranks that share the branches of guidance, 1 or 2.  [default: 2 if they are there]")
+]
+Ulysses = Annotated[
+    int | None, typer.Option(help="Ranks that share the tokens of a branch.  [default: as many as fit]")
+]
+DitFsdp = Annotated[Switch, typer.Option(help="Shard the experts over a video's ranks; auto: if they do not fit.")]
+T5Fsdp = Annotated[Switch, typer.Option(help="Shard UMT5 likewise.")]
+ExpertOffload = Annotated[
+    Switch, typer.Option(help="Keep the idle expert in host memory; auto: if both do not fit and ranks are few.")
+]
+RankTimeout = Annotated[float, typer.Option(help="Seconds that ranks wait for one another before the run is ended.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; needs no weights.")]
 
 

@@ -63,6 +63,9 @@ class Report:
             self._console.print(f"{_shown(result['output'])}: {size}, {seconds['total']:.1f} s", markup=False)
             return
         rows = {name: f"{value:.1f} s" for name, value in seconds.items()}
+        for name, read in result["loading"].items():
+            speed = f"{read['bytes'] / 1e9 / max(read['seconds'], 1e-3):.2f} GB/s"
+            rows[f"  {name.replace('_', ' ')}"] = f"{read['seconds']:.1f} s, {read['bytes'] / 1e9:.2f} GB, {speed}"
         rows["peak memory"] = f"{result['peak_memory_bytes'] / 1e9:.2f} GB"
         rows["written"] = "\n".join(_shown(path) for path in plan["outputs"])
         self._table("done" + of_line, rows)
@@ -84,9 +87,19 @@ def _plan_rows(plan: dict[str, Any]) -> dict[str, str]:
         "steps": f"{steps['high_noise']} high noise + {steps['low_noise']} low noise, {plan['forwards']} forwards "
         f"({plan['solver']}, shift {plan['shift']:g})",
         "guidance": f"{guidance['high_noise']:g} high noise, {guidance['low_noise']:g} low noise",
+        **_ranks_row(plan),
+        "memory": plan["placement"],
         "seed": str(plan["seed"]),
         "writes": "\n".join(_shown(path) for path in plan["outputs"]),
     }
+
+
+def _ranks_row(plan: dict[str, Any]) -> dict[str, str]:
+    mesh = plan["mesh"]
+    if mesh == {"replica": 1, "cfg": 1, "ulysses": 1}:
+        return {}
+    videos = f", {mesh['replica']} videos at once" if mesh["replica"] > 1 else ""
+    return {"ranks": f"cfg {mesh['cfg']} x ulysses {mesh['ulysses']} a video{videos}"}
 
 
 def _of_line(item: Planned) -> str:

@@ -29,12 +29,12 @@ from wanfast.quality.tracking import classify
 from wanfast.quality.world import COLOURS, FRAMES, SIZE, Renderer, Scene, draw_scene, moments_of_clip
 from wanfast.runtime import generate, model_files, pixels
 from wanfast.runtime.builders import build_umt5
-from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.config import Branch, EffectiveConfig, Expert
+from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.pipeline import ImageToVideoPipeline
 from wanfast.runtime.plan import Plan
-from wanfast.runtime.sampling.denoise import Branch
 from wanfast.runtime.timing import Stopwatch
 from wanfast.runtime.tokenizer import PromptTokenizer
 
@@ -88,8 +88,8 @@ class Judge:
             contact_sheet=False,
             artifacts_dir="",
         )
-        self.pipeline: ImageToVideoPipeline = generate.load_pipeline(self.files, self.config)
-        self.umt5 = build_umt5(self.files, self.config.precision, "cpu")
+        self.pipeline, _ = generate.load_pipeline(self.files, self.config, Ranks("cpu"))
+        self.umt5 = build_umt5(self.files, self.config.precision, Ranks("cpu"))
         self.tokenizer = PromptTokenizer(self.files.tokenizer, spec.dit.text_len)
         self.renderer = Renderer("cpu")
 
@@ -114,6 +114,7 @@ class Judge:
         }
         if task.with_prompt:
             vae = self.pipeline.vae
+            assert vae is not None
             result["true_flicker"], result["true_motion"] = metrics.flicker(truth), metrics.motion(truth)
             result["vae_psnr"] = metrics.psnr(vae.decode(vae.encode(truth.unsqueeze(0)))[0], truth)
         return result
@@ -135,6 +136,7 @@ class Judge:
         }
         with residual_ratios(self.pipeline) as ratios:
             video = self.pipeline(plan, image, text, Stopwatch("cpu"))
+        assert video is not None
         return video, ratios
 
     def embed(self, text: str) -> Tensor:
@@ -168,7 +170,8 @@ def residual_ratios(pipeline: ImageToVideoPipeline) -> Iterator[list[list[float]
         state["residual"] = residual
 
     handles = []
-    for expert in pipeline.experts.values():
+    names: tuple[Expert, ...] = ("high_noise", "low_noise")
+    for expert in (pipeline.experts.take(name)[0] for name in names):
         handles.append(expert.register_forward_pre_hook(entering))
         handles.append(expert.blocks[0].register_forward_pre_hook(first_block))
         handles.append(expert.blocks[-1].register_forward_hook(last_block))

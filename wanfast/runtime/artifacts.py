@@ -24,7 +24,8 @@ from filelock import FileLock
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError
 
 MANIFEST = "manifest.json"
-JOB, RESULT = "job.json", "result.json"  # in a run folder
+# in a run folder: what to do; what came of all; what came of each; how far each gang is; what each rank left
+JOB, RESULT, RESULTS, PROGRESS, RANKS = "job.json", "result.json", "results", "progress", "ranks"
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,14 @@ def write_synced(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put a small text file in place at once, so that a reader sees the old or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    write_synced(partial, text)
+    partial.replace(path)
 
 
 def _facts(file: Path) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Files that appear whole and together, or not at all: written beside their targets under hidden names, then renamed.
 
-Limit: a process that is killed outright leaves its hidden `.part` files; the targets are still untouched.
+A process that is killed outright leaves its hidden `.part` files; the targets are still untouched.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -45,9 +46,15 @@ def atomic_paths(*targets: Path, overwrite: bool = True, option: str = "--output
                 partial.unlink()
 
 
-def partial_path(target: Path) -> Path:
-    """The hidden sibling that this process writes before it renames: same folder, so that the rename is atomic."""
-    return target.with_name(f".{target.name}.{os.getpid()}.part")
+def partial_path(target: Path, pid: int | None = None) -> Path:
+    """The hidden sibling that a process (this one) writes before it renames: same folder, so the rename is atomic."""
+    return target.with_name(f".{target.name}.{pid or os.getpid()}.part")
+
+
+def remove_partials(targets: Iterable[Path], pids: Iterable[int]) -> None:
+    """What processes that are gone left of `targets`, killed before they could tidy up."""
+    for target, pid in itertools.product(targets, pids):
+        partial_path(target, pid).unlink(missing_ok=True)
 
 
 def _free_space(folder: Path) -> str:

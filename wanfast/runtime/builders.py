@@ -1,17 +1,18 @@
-"""One function per model: built on the meta device, filled from its files, ready to run.
+"""One function per model: built on the meta device, shared out, filled from its files, ready to run.
 
 Each states the dtype of its matrix products: the experts and UMT5 follow `--precision`; the VAE is always float32,
-since its decoder draws the pixels and takes little of the time.
+since its decoder draws the pixels and takes little of the time. What is sharded is sharded while on meta, so that a
+rank reads and holds its own rows alone.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from wanfast.runtime import checkpoint
-from wanfast.runtime.config import Precision
+from wanfast.runtime.config import Expert, Precision
+from wanfast.runtime.distributed import fsdp
+from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
@@ -21,23 +22,35 @@ DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.fl
 
 
 def build_expert(
-    files: ModelFiles, expert: Literal["high_noise", "low_noise"], precision: Precision, device: str
+    files: ModelFiles,
+    expert: Expert,
+    precision: Precision,
+    ranks: Ranks,
+    *,
+    sharded: bool = False,
+    device: str | None = None,
 ) -> WanDiT:
+    """An expert that shares tokens among `ranks`; on another `device` than theirs if one is named."""
     with torch.device("meta"):
-        model = WanDiT(files.spec.dit, dtype=DTYPES[precision])
-    checkpoint.load(model, files.weights(expert), component="dit", layout=files.layout, device=device)
+        model = WanDiT(files.spec.dit, dtype=DTYPES[precision], sequence=ranks.sequence)
+    if sharded:
+        fsdp.shard(model, ranks.device)
+    weights = files.weights(expert)
+    checkpoint.load(model, weights, component="dit", layout=files.layout, ranks=ranks, device=device)
     return model
 
 
 def build_vae(files: ModelFiles, device: str) -> WanVAE:
     with torch.device("meta"):
         model = WanVAE(files.spec.vae, dtype=torch.float32)
-    checkpoint.load(model, files.weights("vae"), component="vae", layout=files.layout, device=device)
+    checkpoint.load(model, files.weights("vae"), component="vae", layout=files.layout, ranks=Ranks(device))
     return model
 
 
-def build_umt5(files: ModelFiles, precision: Precision, device: str) -> UMT5Encoder:
+def build_umt5(files: ModelFiles, precision: Precision, ranks: Ranks, *, sharded: bool = False) -> UMT5Encoder:
     with torch.device("meta"):
         model = UMT5Encoder(files.spec.umt5, dtype=DTYPES[precision])
-    checkpoint.load(model, files.weights("umt5"), component="umt5", layout=files.layout, device=device)
+    if sharded:
+        fsdp.shard(model, ranks.device)
+    checkpoint.load(model, files.weights("umt5"), component="umt5", layout=files.layout, ranks=ranks)
     return model

@@ -2,6 +2,8 @@
 
 A module is built on the meta device, where its parameters state names, shapes and dtypes but hold nothing; `load` fills
 it tensor by tensor: read (memory-mapped), move, cast, done. So an fp32 file becomes a bf16 model without a second copy.
+A gang reads each byte about once: of a sharded parameter a rank reads its own rows, of one that all hold a part, and
+the parts are exchanged between the devices.
 Strict: a tensor that is missing, unexpected, misshapen or there twice is an error that names the tensor and the file.
 
 The key maps are tables of (their module path, our module path), read in either direction; `{i}` is any index. Our names
@@ -12,34 +14,70 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from wanfast.runtime.distributed.fsdp import from_own_rows, own_rows
+from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import CorruptArtifactError
 
 Component = Literal["dit", "vae", "umt5"]
 Layout = Literal["original", "diffusers"]
 _Pairs = list[tuple[str, str]]
 
+_WORTH_SHARING = 1 << 20  # values: below, an exchange costs more than the reading
+
 
 def load(
-    module: nn.Module, files: Sequence[Path], *, component: Component, layout: Layout, device: torch.device | str
+    module: nn.Module,
+    files: Sequence[Path],
+    *,
+    component: Component,
+    layout: Layout,
+    ranks: Ranks,
+    device: str | None = None,
 ) -> None:
     """Fill the meta `module` from `files`, each tensor in the dtype that the module states; ready for inference.
 
-    Raises CorruptArtifactError.
+    All `ranks` call it, on their device or on the one named. Raises CorruptArtifactError.
     """
     wanted = module.state_dict()
+    places = ranks.together(lambda: _match(wanted, files, component, layout))
     found: dict[str, Tensor] = {}
+    for file, names in places.items():
+        reader = _PthReader(file) if file.suffix == ".pth" else _SafetensorsReader(file)
+        for name, key in names.items():
+            found[name] = _fetch(reader, key, wanted[name], ranks, device or ranks.device)
+    module.load_state_dict(found, strict=True, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def _fetch(reader: _Reader, key: str, wanted: Tensor, ranks: Ranks, device: str) -> Tensor:
+    """What this rank holds of a parameter, read by as few as possible."""
+    first, end = own_rows(wanted)
+    if shared := not isinstance(wanted, DTensor) and wanted.numel() >= _WORTH_SHARING and not end % ranks.size:
+        first, end = (ranks.rank * end // ranks.size, (ranks.rank + 1) * end // ranks.size)
+    rows = reader.rows(key, first, end).to(device).to(wanted.dtype)  # cast where it is fast
+    return ranks.gather_rows(rows) if shared else from_own_rows(rows, wanted)
+
+
+def _match(
+    wanted: Mapping[str, Tensor], files: Sequence[Path], component: Component, layout: Layout
+) -> dict[Path, dict[str, str]]:
+    """{file: {our name: its key}} for every tensor of the module. Raises CorruptArtifactError; reads headers alone."""
+    places: dict[Path, dict[str, str]] = {}
+    found: set[str] = set()
     for file in files:
-        for key, read in _tensors_of(file):
+        places[file] = {}
+        for key, shape in _shapes(file).items():
             name = rename(component, layout, key)
             if (component, layout, key) == ("umt5", "diffusers", "encoder.embed_tokens.weight"):
                 continue  # the same tensor as shared.weight, written twice by some versions of transformers
@@ -47,13 +85,16 @@ def load(
                 raise CorruptArtifactError(f"{file}: unexpected tensor {key!r}: not the weights of this model")
             if name in found:
                 raise CorruptArtifactError(f"{file}: tensor {key!r} is there twice; download the folder anew")
-            found[name] = _checked(read, key, file, wanted[name]).to(device=device, dtype=wanted[name].dtype)
-    if missing := sorted(wanted.keys() - found.keys()):
+            if shape != list(wanted[name].shape):
+                shapes = f"{shape}, not {list(wanted[name].shape)}"
+                raise CorruptArtifactError(f"{file}: tensor {key!r} has the shape {shapes}: weights of another model")
+            found.add(name)
+            places[file][name] = key
+    if missing := sorted(wanted.keys() - found):
         where = files[0] if len(files) == 1 else files[0].parent
         key = rename_back(component, layout, missing[0])
         raise CorruptArtifactError(f"{where}: missing tensor {key!r} ({len(missing)} in all); download it anew")
-    module.load_state_dict(found, strict=True, assign=True)
-    module.requires_grad_(False).eval()
+    return places
 
 
 def save(
@@ -71,24 +112,49 @@ def save(
         save_file(tensors, file, metadata={"format": "pt"})
 
 
-def _checked(read: Callable[[], Tensor], key: str, file: Path, wanted: Tensor) -> Tensor:
-    tensor = read()
-    if tensor.shape != wanted.shape:
-        shapes = f"{list(tensor.shape)}, not {list(wanted.shape)}"
-        raise CorruptArtifactError(f"{file}: tensor {key!r} has the shape {shapes}: weights of another model")
-    return tensor
-
-
-def _tensors_of(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Names and readers of the tensors of one file; nothing is read before its reader is called."""
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """The shape of every tensor of one file, from its header."""
     if file.suffix == ".pth":
-        for key, tensor in _read_pth(file).items():
-            yield key, partial(_identity, tensor)
-        return
+        return {key: list(tensor.shape) for key, tensor in _read_pth(file).items()}
+    with _open(file) as handle:
+        return {key: handle.get_slice(key).get_shape() for key in handle.keys()}  # noqa: SIM118 - not a mapping
+
+
+class _Reader(Protocol):
+    def rows(self, key: str, first: int, end: int) -> Tensor:
+        """Rows first..end along dim 0 of a tensor, on the CPU; a scalar has none and comes whole."""
+        ...
+
+
+class _SafetensorsReader:
+    """Memory-maps the file, and anew after each gigabyte: pages that were read stay resident while they are mapped."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._handle: Any = None
+        self._bytes_read = 0
+
+    def rows(self, key: str, first: int, end: int) -> Tensor:
+        if self._handle is None or self._bytes_read > 1 << 30:
+            self._handle, self._bytes_read = _open(self._file), 0
+        part = self._handle.get_slice(key)
+        rows: Tensor = part[first:end] if part.get_shape() else self._handle.get_tensor(key)
+        self._bytes_read += rows.nbytes
+        return rows
+
+
+class _PthReader:
+    def __init__(self, file: Path) -> None:
+        self._tensors = _read_pth(file)
+
+    def rows(self, key: str, first: int, end: int) -> Tensor:
+        tensor = self._tensors[key]
+        return tensor[first:end] if tensor.dim() else tensor
+
+
+def _open(file: Path) -> Any:
     try:
-        with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - a handle is not a mapping
-                yield key, partial(handle.get_tensor, key)
+        return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise CorruptArtifactError(f"{file}: truncated or not safetensors; download it anew ({error})") from None
 
@@ -103,10 +169,6 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise CorruptArtifactError(f"{file}: not a dictionary of tensors; download it anew")
     return state
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def rename(component: Component, layout: Layout, key: str) -> str:

@@ -20,6 +20,8 @@ Solver = Literal["unipc", "dpm++", "euler"]
 Precision = Literal["bf16", "fp32"]
 Device = Literal["cpu", "cuda"]
 Expert = Literal["high_noise", "low_noise"]
+Branch = Literal["prompt", "negative_prompt"]  # of guidance
+Switch = Literal["on", "off", "auto"]
 
 T = TypeVar("T")
 
@@ -44,6 +46,16 @@ class GenerateConfig:
     fps: int | None = None
     precision: Precision = "bf16"
     device: Device | None = None
+    num_gpus: int | Literal["auto"] = 1
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv_endpoint: str | None = None
+    cfg_parallel: int | None = None
+    ulysses: int | None = None
+    dit_fsdp: Switch = "auto"
+    t5_fsdp: Switch = "auto"
+    expert_offload: Switch = "auto"
+    rank_timeout: float = 600.0
     output: str = "out.mp4"
     overwrite: bool = False
     contact_sheet: bool = False
@@ -79,6 +91,7 @@ class GenerateConfig:
         _check(self.fps, "--fps", lambda n: 1 <= n <= 240, lambda n: "take 1 to 240; 16 is the model's own")
         if self.noise_device == "cuda" and self.device == "cpu":
             raise ConfigError("--noise-device cuda needs --device cuda: drop one of the two")
+        _check_ranks(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +119,44 @@ class EffectiveConfig:
     overwrite: bool
     contact_sheet: bool
     artifacts_dir: str
+    # who does it: one process, unless `placement` says otherwise
+    num_gpus: int = 1
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv_endpoint: str | None = None
+    cfg_parallel: int = 1
+    ulysses: int = 1
+    dit_fsdp: Switch = "off"
+    t5_fsdp: Switch = "off"
+    expert_offload: Switch = "off"
+    rank_timeout: float = 600.0
+
+
+def _check_ranks(config: GenerateConfig) -> None:
+    """The options that say how many ranks work on a video, and on how many machines."""
+    auto = config.num_gpus == "auto"
+    _check(
+        None if auto else config.num_gpus, "--num-gpus", lambda n: 1 <= n <= 1024, lambda n: "take 1 to 1024, or auto"
+    )
+    _check(config.nnodes, "--nnodes", lambda n: 1 <= n <= 1024, lambda n: "take the number of machines, 1 to 1024")
+    _check(
+        config.node_rank,
+        "--node-rank",
+        lambda n: 0 <= n < config.nnodes,
+        lambda n: f"number the --nnodes {config.nnodes} machines from 0",
+    )
+    for option, degree in (("--cfg-parallel", config.cfg_parallel), ("--ulysses", config.ulysses)):
+        _check(degree, option, lambda n: n >= 1, lambda n: "take 1 or more, or leave it out")
+    _check(config.rank_timeout, "--rank-timeout", lambda x: 1 <= x <= 86400, lambda x: "take 1 to 86400 seconds")
+    if config.nnodes > 1 and config.rdzv_endpoint is None:
+        raise ConfigError("--nnodes needs --rdzv-endpoint: HOST:PORT of the first machine, the same on all")
+    if config.rdzv_endpoint is not None:
+        if config.nnodes == 1:
+            raise ConfigError("--rdzv-endpoint is for several machines: add --nnodes, or drop it")
+        if not re.fullmatch(r"[^\s:]+:\d{1,5}", config.rdzv_endpoint):
+            raise ConfigError(f"--rdzv-endpoint {config.rdzv_endpoint!r} is not HOST:PORT: write it as node0:29500")
+    if config.dit_fsdp == "on" and config.expert_offload == "on":
+        raise ConfigError("--dit-fsdp on and --expert-offload on exclude each other: shards stay on their GPUs")
 
 
 def parse_size(size: str) -> tuple[int, int]:
@@ -146,8 +197,8 @@ def _describe(hint: Any) -> str:
     choices = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(choices)
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-    return _describe(choices[0]) if choices else names[hint]
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "nothing"}
+    return " or ".join(_describe(choice) for choice in choices if choice is not types.NoneType) or names[hint]
 
 
 def _check(value: T | None, option: str, is_fine: typing.Callable[[T], bool], mend: typing.Callable[[T], str]) -> None:

@@ -20,6 +20,9 @@ from wanfast.runtime.model_spec import A14B, DiTSpec, ModelSpec, UMT5Spec, VAESp
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 A14B_FOLDER = "checkpoints/Wan2.2-I2V-A14B"  # below the artifacts folder
 
+Component = Literal["high_noise", "low_noise", "vae", "umt5"]
+COMPONENTS: tuple[Component, ...] = ("high_noise", "low_noise", "vae", "umt5")
+
 _FACTS_FILE = "wanfast.json"
 
 
@@ -69,7 +72,7 @@ class ModelFiles:
     def tokenizer(self) -> Path:
         return self.root / _LAYOUTS[self.layout].tokenizer
 
-    def weights(self, component: Literal["high_noise", "low_noise", "vae", "umt5"]) -> list[Path]:
+    def weights(self, component: Component) -> list[Path]:
         """The weight files of a component, all of them there. Raises MissingArtifactError."""
         place = self.root / getattr(_LAYOUTS[self.layout], component)
         files = [place] if place.suffix == ".pth" else _shards(place)
@@ -82,7 +85,7 @@ class ModelFiles:
         """Every file that a generation reads is there. Raises MissingArtifactError."""
         if not self.exists:
             raise MissingArtifactError(f"{self.root} is missing: {self.mend}")
-        for component in ("high_noise", "low_noise", "vae", "umt5"):
+        for component in COMPONENTS:
             self.weights(component)
         if not self.tokenizer.is_file():
             raise MissingArtifactError(f"{self.tokenizer} is missing: {self.mend}")
@@ -90,7 +93,7 @@ class ModelFiles:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """What identifies each component's content, the same for a copy elsewhere; sampled, so 57 GB take a moment."""
-        components = {name: self.weights(name) for name in ("high_noise", "low_noise", "vae", "umt5")}
+        components: dict[str, list[Path]] = {name: self.weights(name) for name in COMPONENTS}
         components["tokenizer"] = [self.tokenizer]
         return {name: _fingerprint(files) for name, files in components.items()}
 

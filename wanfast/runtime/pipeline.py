@@ -1,5 +1,8 @@
 """Image-to-video, whole: first frame and text in, pixels out. Holds the two experts and the VAE; owns no options.
 
+Every rank of a gang runs it on the same arguments. The leader alone encodes the image and decodes the video; the loop
+is everybody's.
+
 image [3, H, W] -> VAE -> condition y [20, T, h, w] (mask, then latents) -> `denoise`, which asks the expert of the step
 for the velocity of each guidance branch -> clean latent [16, T, h, w] -> VAE -> video [3, F, H, W].
 
@@ -9,19 +12,22 @@ Source: Wan-Video/Wan2.2, wan/image2video.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from wanfast.runtime.config import Expert
+from wanfast.runtime.config import Branch, Expert
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.experts import Experts
 from wanfast.runtime.model_spec import ModelSpec
 from wanfast.runtime.models.dit import TextKV, WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.plan import Plan
-from wanfast.runtime.sampling.denoise import Branch, StepFn, denoise
+from wanfast.runtime.sampling.denoise import StepFn, denoise
 from wanfast.runtime.shapes import Geometry
 from wanfast.runtime.timing import Stopwatch
 
@@ -29,9 +35,13 @@ from wanfast.runtime.timing import Stopwatch
 @dataclass(frozen=True)
 class ImageToVideoPipeline:
     spec: ModelSpec
-    experts: dict[Expert, WanDiT]
-    vae: WanVAE
-    device: str
+    experts: Experts
+    vae: WanVAE | None  # the leader's
+    ranks: Ranks
+
+    @property
+    def device(self) -> str:
+        return self.ranks.device
 
     @torch.inference_mode()
     def __call__(
@@ -41,13 +51,16 @@ class ImageToVideoPipeline:
         text: dict[Branch, Tensor],
         watch: Stopwatch,
         on_step: StepFn = lambda i, e: None,
-    ) -> Tensor:
-        """Video [3, F, H, W] in [-1, 1] on the CPU, from an image [3, H, W] and each branch's embeddings [n, d]."""
+    ) -> Tensor | None:
+        """Video [3, F, H, W] in [-1, 1] on the leader's CPU, from an image [3, H, W] and each branch's text [n, d]."""
         noise = draw_noise(plan.config.seed, plan.geometry, self.spec.dit.out_channels, plan.config.noise_device)
         with watch.span("encode"):
             condition = self.encode_condition(image, plan.geometry)
         with watch.span("denoise"):
             latent = self.denoise(plan, noise.to(self.device), condition, text, on_step)
+        self.experts.leave()
+        if self.vae is None:
+            return None
         if self.device == "cuda":
             torch.cuda.empty_cache()  # the decoder wants its memory in other pieces than the loop did
         with watch.span("decode"):
@@ -58,9 +71,13 @@ class ImageToVideoPipeline:
 
         that holds the image and after it mid-grey.
         """
-        clip = torch.zeros(1, 3, geometry.frames, geometry.height, geometry.width, device=self.device)
-        clip[:, :, 0] = image.to(self.device)
-        return with_mask(self.vae.encode(clip).float(), self.spec.vae.temporal_stride)
+        g, channels = geometry, self.spec.vae.temporal_stride + self.spec.vae.latent_channels
+        condition = torch.empty(1, channels, g.latent_frames, g.latent_height, g.latent_width, device=self.device)
+        if self.vae is not None:
+            clip = torch.zeros(1, 3, g.frames, g.height, g.width, device=self.device)
+            clip[:, :, 0] = image.to(self.device)
+            condition = with_mask(self.vae.encode(clip).float(), self.spec.vae.temporal_stride)
+        return self.ranks.share(condition.contiguous())
 
     def denoise(
         self, plan: Plan, noise: Tensor, condition: Tensor, text: dict[Branch, Tensor], on_step: StepFn
@@ -68,17 +85,28 @@ class ImageToVideoPipeline:
         """Clean latent [1, 16, T, h, w] from noise of that shape."""
         rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
 
-        @cache  # once a prompt and expert, not every step
-        def text_kv(expert: Expert, branch: Branch) -> list[TextKV]:
-            return self.experts[expert].encode_text(text[branch].unsqueeze(0).to(self.device))
+        high, low = plan.timesteps["high_noise"], plan.timesteps["low_noise"]
+        handover = high[-1] if high and low else None  # the step during which one expert makes way for the other
 
-        def velocity(expert: Expert, branch: Branch, sample: Tensor, timestep: int) -> Tensor:
+        @cache  # once a prompt and expert, not every step
+        def text_kv(model: WanDiT, expert: Expert, branch: Branch) -> list[TextKV]:
+            return model.encode_text(text[branch].unsqueeze(0).to(self.device))
+
+        def velocities(expert: Expert, branches: Sequence[Branch], sample: Tensor, timestep: int) -> list[Tensor]:
             t = torch.full((1,), timestep, device=self.device)  # filled there: no copy to wait for
-            prediction: Tensor = self.experts[expert](sample, condition, t, text_kv(expert, branch), rope)
-            return prediction
+            own = self.ranks.guidance.own(branches)
+
+            def velocity(branch: Branch) -> Tensor:
+                then: Expert | None = "low_noise" if timestep == handover and branch == own[-1] else None
+                model, after_block = self.experts.take(expert, then)
+                kv = text_kv(model, expert, branch)
+                prediction: Tensor = model(sample, condition, t, kv, rope, after_block)
+                return prediction
+
+            return self.ranks.guidance.velocities(branches, velocity)
 
         boundary = self.spec.boundary
-        return denoise(noise, plan.schedule, velocity, boundary=boundary, guidance=plan.guidance, on_step=on_step)
+        return denoise(noise, plan.schedule, velocities, boundary=boundary, guidance=plan.guidance, on_step=on_step)
 
 
 def with_mask(latents: Tensor, num_mask_channels: int) -> Tensor:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime import media_io, model_files
+from wanfast.runtime import gpus, media_io, model_files
 from wanfast.runtime.config import Device, EffectiveConfig, Expert, GenerateConfig, parse_size
+from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.media_io import LoadedImage
 from wanfast.runtime.model_files import ModelFiles
@@ -37,10 +37,16 @@ class Plan:
     geometry: Geometry
     schedule: tuple[Step, ...]
     notes: tuple[str, ...] = ()
+    placement: str = ""  # why the weights lie where they lie
 
     @classmethod
     def of(
-        cls, config: EffectiveConfig, spec: ModelSpec, image_size: tuple[int, int], notes: tuple[str, ...] = ()
+        cls,
+        config: EffectiveConfig,
+        spec: ModelSpec,
+        image_size: tuple[int, int],
+        notes: tuple[str, ...] = (),
+        placement: str = "",
     ) -> Plan:
         return cls(
             config=config,
@@ -48,12 +54,19 @@ class Plan:
             geometry=fit_geometry(spec, *parse_size(config.size), config.frames, image_size),
             schedule=schedule(config.solver, config.steps, config.shift),
             notes=notes,
+            placement=placement,
         )
 
     @property
     def outputs(self) -> tuple[Path, ...]:
         """The video, its JSON and, if asked for, its contact sheet."""
         return output_paths(self.config.output, self.config.contact_sheet)
+
+    @property
+    def mesh(self) -> Mesh:
+        config = self.config
+        mesh = Mesh(cfg=config.cfg_parallel, ulysses=config.ulysses)
+        return dataclasses.replace(mesh, replica=config.num_gpus * config.nnodes // mesh.gang_size)
 
     @property
     def guidance(self) -> dict[Expert, float]:
@@ -94,6 +107,11 @@ class Plan:
             "forwards": self.num_forwards,
             "precision": config.precision,
             "device": config.device,
+            "mesh": dataclasses.asdict(self.mesh),
+            "dit_fsdp": config.dit_fsdp,
+            "t5_fsdp": config.t5_fsdp,
+            "expert_offload": config.expert_offload,
+            "placement": self.placement,
             "seed": config.seed,
             "outputs": [str(path) for path in self.outputs],
             "notes": list(self.notes),
@@ -139,8 +157,8 @@ def resolve(request: GenerateConfig) -> tuple[Plan, ModelFiles]:
 
 
 def default_device() -> Device:
-    """cuda where the driver's tools are, without asking torch; the worker refuses if torch then sees no GPU."""
-    return "cuda" if shutil.which("nvidia-smi") else "cpu"
+    """cuda where the driver shows a GPU, without asking torch; the worker refuses if torch then sees none."""
+    return "cuda" if gpus.visible_gpus() else "cpu"
 
 
 def output_paths(output: str, contact_sheet: bool) -> tuple[Path, ...]:

@@ -6,6 +6,7 @@ A text is encoded at its true length; its embeddings depend on nothing else, so 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +16,68 @@ from torch import Tensor
 
 from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.builders import build_umt5
-from wanfast.runtime.config import Precision
-from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.config import EffectiveConfig, Precision
+from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.tokenizer import PromptTokenizer, TokenizedPrompt
 
 KIND = "prompt_embeds"
+_FILE = "embeds.safetensors"
 
 
-def prompt_embeds(
-    texts: Iterable[str], files: ModelFiles, store: ArtifactStore, precision: Precision, device: str
-) -> dict[str, Tensor]:
-    """{text: [n, text_dim]} on the CPU, n the text's tokens; UMT5 is loaded once if any text is new, then dropped."""
-    tokenizer = PromptTokenizer(files.tokenizer, files.spec.dit.text_len)
+def prompt_embeds(texts: Iterable[str], files: ModelFiles, config: EffectiveConfig, ranks: Ranks) -> dict[str, Tensor]:
+    """{text: [n, text_dim]} on the CPU of every rank, n the text's tokens.
+
+    What the store does not hold is encoded and put there: texts are dealt to the ranks, each of which loads UMT5 if it
+    got one and drops it after; under `--t5-fsdp on` all ranks hold a share of UMT5 and encode all texts together.
+    """
+    store = ArtifactStore(Path(config.artifacts_dir))
+    tokenizer = ranks.together(lambda: PromptTokenizer(files.tokenizer, files.spec.dit.text_len))
     tokens = {text: tokenizer.encode(text) for text in texts}
-    inputs = {text: _inputs(tokens[text], files, precision, device) for text in tokens}
-    if unknown := [text for text in tokens if store.find(KIND, inputs[text]) is None]:
-        _encode({text: tokens[text] for text in unknown}, inputs, files, store, precision, device)
-    return {text: _load(store, inputs[text]) for text in tokens}
+    inputs = {text: _inputs(tokens[text], files, config.precision, config.device) for text in tokens}
+    known = ranks.lead(lambda: {text: _load(found) for text in tokens if (found := store.find(KIND, inputs[text]))})
+    unknown = {text: tokens[text] for text in tokens if text not in known}
+    if not unknown:
+        return known
+    if config.t5_fsdp == "on":
+        encoded = _encode(unknown, files, config.precision, ranks, sharded=True)
+    else:
+        own = dict(list(unknown.items())[ranks.rank :: ranks.size])
+        parts = ranks.gather(ranks.together(lambda: _encode(own, files, config.precision, Ranks(ranks.device))))
+        encoded = {text: embeds for part in parts for text, embeds in part.items()}
+
+    def publish() -> None:
+        for text, embeds in encoded.items():
+            store.publish(KIND, inputs[text], partial(_save, embeds), versions())
+
+    ranks.lead(publish)
+    return known | encoded
 
 
 @torch.inference_mode()
 def _encode(
-    tokens: dict[str, TokenizedPrompt],
-    inputs: dict[str, dict[str, Any]],
-    files: ModelFiles,
-    store: ArtifactStore,
-    precision: Precision,
-    device: str,
-) -> None:
-    umt5 = build_umt5(files, precision, device)
-    for text, prompt in tokens.items():
-        embeds = umt5(torch.tensor([prompt.ids], device=device))[0].cpu().contiguous()
-
-        def write(folder: Path, embeds: Tensor = embeds) -> None:
-            save_file({"embeds": embeds}, folder / "embeds.safetensors")
-
-        store.publish(KIND, inputs[text], write, versions())
+    tokens: dict[str, TokenizedPrompt], files: ModelFiles, precision: Precision, ranks: Ranks, *, sharded: bool = False
+) -> dict[str, Tensor]:
+    if not tokens:
+        return {}
+    umt5 = build_umt5(files, precision, ranks, sharded=sharded)
+    device = ranks.device
+    encoded = {
+        text: umt5(torch.tensor([prompt.ids], device=device))[0].cpu().contiguous() for text, prompt in tokens.items()
+    }
     del umt5
     if device == "cuda":
         torch.cuda.empty_cache()  # 11 GB in pieces of UMT5's sizes, which the experts would not fit into
+    return encoded
 
 
-def _load(store: ArtifactStore, inputs: dict[str, Any]) -> Tensor:
-    folder = store.find(KIND, inputs)
-    if folder is None:
-        raise CorruptArtifactError(f"{store.path(KIND, inputs)} was removed while this run began: start again")
-    return load_file(folder / "embeds.safetensors")["embeds"]
+def _save(embeds: Tensor, folder: Path) -> None:
+    save_file({"embeds": embeds}, folder / _FILE)
+
+
+def _load(folder: Path) -> Tensor:
+    return load_file(folder / _FILE)["embeds"]
 
 
 def _inputs(tokens: TokenizedPrompt, files: ModelFiles, precision: Precision, device: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from wanfast.runtime.config import EffectiveConfig, GenerateConfig, from_options
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
+from wanfast.runtime.placement import LAUNCH_OPTIONS, place
 from wanfast.runtime.plan import Plan, resolve
 
 _OPTIONS = {field.name for field in dataclasses.fields(GenerateConfig)}
@@ -44,7 +45,12 @@ class Planned:
         """What the worker needs of a request that has a plan."""
         assert self.plan is not None
         effective = dataclasses.asdict(self.plan.config)
-        return {"requested": self.request.options, "effective": effective, "notes": self.plan.notes}
+        return {
+            "requested": self.request.options,
+            "effective": effective,
+            "notes": self.plan.notes,
+            "placement": self.plan.placement,
+        }
 
     def failure(self) -> dict[str, Any]:
         """The result document of a request without a plan."""
@@ -55,7 +61,35 @@ class Planned:
 def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Planned]:
     """A bad line of a jobs file keeps its error, so that the rest still run; a bad single request raises it."""
     taken: dict[Path, int | None] = {}
-    return [_plan(request, taken, needs_weights) for request in requests]
+    planned = [_plan(request, taken, needs_weights) for request in requests]
+    if first := next((item.request.options for item in planned if item.plan), None):
+        several = ("model", "device") if first.get("num_gpus", 1) != 1 or "nnodes" in first else ()
+        shared = {name: first.get(name) for name in (*LAUNCH_OPTIONS, *several)}
+        planned = [_with_shared_options(item, shared) for item in planned]
+    if ready := [item for item in planned if item.plan]:
+        configs = [from_options(GenerateConfig, item.request.options) for item in ready]
+        placed = iter(place(configs, [item.plan for item in ready if item.plan]))
+        planned = [dataclasses.replace(item, plan=next(placed)) if item.plan else item for item in planned]
+    return planned
+
+
+def own_share(planned: list[Planned]) -> list[Planned]:
+    """What this machine makes of a list, where machines do not work on one video together: every nnodes-th of it."""
+    ready = [item for item in planned if item.plan]
+    config = ready[0].plan.config if ready and ready[0].plan else None
+    if config is None or config.cfg_parallel * config.ulysses > config.num_gpus:
+        return planned
+    return planned[config.node_rank :: config.nnodes]
+
+
+def _with_shared_options(item: Planned, shared: dict[str, Any]) -> Planned:
+    """Unchanged, or with an error where its line wants other ranks than the rest of the list."""
+    for name, value in shared.items():
+        if item.plan is not None and item.request.options.get(name) != value:
+            option = f"--{name.replace('_', '-')}"
+            error = ConfigError(f"{option} is one for the whole list: give it on the command line, not in a line")
+            return Planned(item.request, error=error)
+    return item
 
 
 def _plan(request: Request, taken: dict[Path, int | None], needs_weights: bool) -> Planned:
@@ -113,12 +147,13 @@ def _read_earlier(file: Path) -> Request:
     """The effective options of an earlier run, so that nothing is left to a default or to chance."""
     try:
         document = json.loads(_read(file, "--from"))
-        effective = {field.name: document["effective"][field.name] for field in dataclasses.fields(EffectiveConfig)}
+        fields = [field.name for field in dataclasses.fields(EffectiveConfig)]
+        effective = {name: document["effective"][name] for name in fields}
         weights = document["weights"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"--from {file} is not the .json that wanfast writes beside a video: name that one") from None
     # where things are kept, and what may be replaced, is this run's own affair
-    kept = _OPTIONS - {"overwrite", "artifacts_dir"}
+    kept = _OPTIONS - {"overwrite", "artifacts_dir", "nnodes", "node_rank", "rdzv_endpoint", "rank_timeout"}
     options = {name: value for name, value in effective.items() if name in kept}
     return Request(options, image_sha256=effective["image_sha256"], weights=weights)
 

@@ -4,15 +4,25 @@
 * cfg: the two branches of guidance, each on half of a video's ranks;
 * ulysses: the tokens of one branch, exchanged for heads around attention.
 
-Axes are laid out with ulysses fastest, so the ranks that talk most are neighbours on one machine. Torch-free: the
-parent chooses and checks the mesh before any process starts.
+A replica is a *gang*: ranks that make one video together, and fail together. Gangs share nothing but the list of jobs,
+so one that dies leaves the others at work. A gang lies within one machine, or is all ranks of all machines.
+Ulysses is the fastest axis, so the ranks that talk most are neighbours. Torch-free: the parent chooses and checks the
+mesh before any process starts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from wanfast.runtime.errors import ConfigError
+
+
+class Place(NamedTuple):
+    """A rank's coordinates within its gang."""
+
+    cfg: int
+    ulysses: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,46 +34,52 @@ class Mesh:
     ulysses: int = 1
 
     @property
+    def gang_size(self) -> int:
+        return self.cfg * self.ulysses
+
+    @property
     def size(self) -> int:
-        return self.replica * self.cfg * self.ulysses
+        return self.replica * self.gang_size
 
-    def place(self, rank: int) -> tuple[int, int, int]:
-        """(replica, cfg, ulysses) coordinates of a rank."""
-        rest, ulysses = divmod(rank, self.ulysses)
-        replica, cfg = divmod(rest, self.cfg)
-        return replica, cfg, ulysses
-
-    def groups(self, axis: str) -> list[list[int]]:
-        """The ranks that share all other coordinates, for every line of the mesh along `axis`."""
-        index = ("replica", "cfg", "ulysses").index(axis)
-        lines: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.size):
-            place = self.place(rank)
-            lines.setdefault(place[:index] + place[index + 1 :], []).append(rank)
-        return list(lines.values())
+    def place(self, rank: int) -> Place:
+        """Where a rank of a gang stands."""
+        return Place(*divmod(rank, self.ulysses))
 
 
 def choose_mesh(
-    world_size: int, num_heads: int, *, guided: bool, cfg_parallel: int | None = None, ulysses: int | None = None
+    num_gpus: int,
+    num_heads: int,
+    *,
+    nnodes: int = 1,
+    guided: bool = True,
+    num_videos: int = 1,
+    cfg_parallel: int | None = None,
+    ulysses: int | None = None,
 ) -> Mesh:
-    """The mesh for `world_size` ranks: what is asked for, and for the rest the fewest exchanges.
+    """The mesh for `nnodes` machines of `num_gpus` ranks: what is asked for, and for the rest the fewest exchanges.
 
-    Guidance splits in two without an exchange inside a forward, so it comes first; tokens take the largest degree that
-    divides heads and ranks; ranks beyond that are replicas. Raises ConfigError, listing what fits.
+    One video takes as many ranks as it can. Guidance splits in two without an exchange inside a forward, so it comes
+    first; tokens take the largest degree that divides heads and ranks; ranks beyond that are replicas. With more
+    videos than one, machines do not exchange tokens: each makes videos of its own.
+    Raises ConfigError, listing what fits.
     """
-    fitting = [mesh for mesh in _all_meshes(world_size, num_heads) if guided or mesh.cfg == 1]
+    fitting = [mesh for mesh in _all_meshes(num_gpus, nnodes, num_heads) if guided or mesh.cfg == 1]
     asked = [mesh for mesh in fitting if cfg_parallel in (None, mesh.cfg) and ulysses in (None, mesh.ulysses)]
     if not asked:
         options = ", ".join(f"--cfg-parallel {m.cfg} --ulysses {m.ulysses}" for m in fitting)
         wanted = f"--cfg-parallel {cfg_parallel or 'auto'} --ulysses {ulysses or 'auto'}"
-        raise ConfigError(f"{wanted} does not fit {world_size} ranks and {num_heads} heads; these do: {options}")
-    return min(asked, key=lambda mesh: (mesh.replica, -mesh.cfg))
+        unguided = "" if guided else ", without guidance,"
+        ranks = f"{num_gpus * nnodes} ranks" + (f" of {nnodes} machines" if nnodes > 1 else "")
+        raise ConfigError(f"{wanted} does not fit {ranks} and {num_heads} heads{unguided}; these do: {options}")
+    apart = [mesh for mesh in asked if mesh.gang_size <= num_gpus]
+    return min(apart if num_videos > 1 and apart else asked, key=lambda mesh: (mesh.replica, -mesh.cfg))
 
 
-def _all_meshes(world_size: int, num_heads: int) -> list[Mesh]:
+def _all_meshes(num_gpus: int, nnodes: int, num_heads: int) -> list[Mesh]:
+    world_size = num_gpus * nnodes
     return [
         Mesh(replica=world_size // (cfg * ulysses), cfg=cfg, ulysses=ulysses)
         for cfg in (1, 2)
         for ulysses in range(1, world_size // cfg + 1)
-        if world_size % (cfg * ulysses) == 0 and num_heads % ulysses == 0
+        if num_heads % ulysses == 0 and (num_gpus % (cfg * ulysses) == 0 or cfg * ulysses == world_size)
     ]

@@ -17,6 +17,7 @@ checkpoint's.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -120,6 +121,9 @@ class Block(nn.Module):
         out: Tensor = x + gate_ffn * self.ffn(self._modulated_norm(x, shift_ffn, scale_ffn))
         return out
 
+    def encode_text(self, text_BSd: Tensor) -> TextKV:
+        return self.cross_attn.encode_text(text_BSd)
+
     def _modulated_norm(self, x_BLd: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return F.layer_norm(x_BLd, (self.dim,), eps=self.eps) * (1 + scale) + shift
 
@@ -176,15 +180,22 @@ class WanDiT(nn.Module):
         """
         padding = self.spec.text_len - text_BSc.shape[1]
         text = self.text_embedding(F.pad(text_BSc, (0, 0, 0, padding)))
-        return [block.cross_attn.encode_text(text) for block in self._blocks()]
+        return [block.encode_text(text) for block in self._blocks()]
 
     def forward(
-        self, latent: Tensor, condition: Tensor, timestep: Tensor, text: list[TextKV], rope: RotaryTables
+        self,
+        latent: Tensor,
+        condition: Tensor,
+        timestep: Tensor,
+        text: list[TextKV],
+        rope: RotaryTables,
+        after_block: Callable[[int], None] = lambda index: None,
     ) -> Tensor:
         """Flow velocity [B, C, T, h, w] float32.
 
         latent: [B, C, T, h, w]; condition: [B, 20, T, h, w] (4 mask channels, then the encoded first frame);
         timestep: [B] in 0..1000; text: from `encode_text`; rope: tables of this token grid.
+        after_block: told the index of each block whose work is queued, so that its weights can make room for others.
         """
         video = torch.cat((latent, condition), dim=1).to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(video)
@@ -194,8 +205,9 @@ class WanDiT(nn.Module):
         own_rope = RotaryTables(*(self.sequence.shard(table, 0) for table in rope))
         time_Bd = self.time_embedding(sinusoid(timestep, self.spec.freq_dim))
         time_B6d = self.time_projection(time_Bd).unflatten(1, (6, -1))
-        for block, text_kv in zip(self._blocks(), text, strict=True):
+        for index, (block, text_kv) in enumerate(zip(self._blocks(), text, strict=True)):
             x = block(x, time_B6d, text_kv, own_rope, num_tokens)
+            after_block(index)
         out = self.sequence.gather(self.head(x, time_Bd), 1, num_tokens)
         return self._unpatchify(out, token_grid)
 

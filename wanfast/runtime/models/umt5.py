@@ -19,6 +19,7 @@ Shapes: B batch, L tokens, d model dim, H heads, D head dim, Q query tokens, K k
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from einops import rearrange
@@ -132,6 +133,8 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
+@cache
+@torch.inference_mode(False)  # so that they serve training too
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
     """The bucket of every (query, key) pair: [Q, K] int64, Q = K = length.
 

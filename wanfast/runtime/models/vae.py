@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import TypeAlias, cast
 
 import torch
@@ -85,20 +86,23 @@ class WanVAE(nn.Module):
 
     def _encode(self, video: Tensor, queue: PastQueue) -> Tensor:
         moments: Tensor = self.quant_conv(self.encoder(video.to(self.dtype), queue))
-        mean, inverse_std = self._latent_statistics(video.device)
+        mean, inverse_std = latent_statistics(self.spec, video.device)
         return (moments.chunk(2, dim=1)[0] - mean) * inverse_std
 
     def _decode(self, latents: Tensor, queue: PastQueue) -> Tensor:
-        mean, inverse_std = self._latent_statistics(latents.device)
+        mean, inverse_std = latent_statistics(self.spec, latents.device)
         z = self.post_quant_conv((latents / inverse_std + mean).to(self.dtype))
         video: Tensor = self.decoder(z, queue)
         return video.clamp_(-1, 1)
 
-    def _latent_statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and 1/std [C,1,1,1] in float32, made at use: a buffer would be lost in a module built on meta."""
-        mean = torch.tensor(self.spec.latents_mean, dtype=torch.float32, device=device)
-        std = torch.tensor(self.spec.latents_std, dtype=torch.float32, device=device)
-        return mean.view(-1, 1, 1, 1), std.reciprocal().view(-1, 1, 1, 1)
+
+@cache
+@torch.inference_mode(False)  # so that they serve training too
+def latent_statistics(spec: VAESpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and 1/std [C,1,1,1] in float32. No buffers: those would be lost in a module built on meta."""
+    mean = torch.tensor(spec.latents_mean, dtype=torch.float32, device=device)
+    std = torch.tensor(spec.latents_std, dtype=torch.float32, device=device)
+    return mean.view(-1, 1, 1, 1), std.reciprocal().view(-1, 1, 1, 1)
 
 
 class Encoder(nn.Module):

@@ -1,30 +1,28 @@
 """The sampling loop: from noise to a clean latent, one expert and up to two guidance branches a step.
 
-The loop knows no model: it asks `velocity(expert, branch, sample, timestep)`. Two experts share the work by noise
+The loop knows no model: it asks `velocities(expert, branches, sample, timestep)`. Two experts share the work by noise
 level: timesteps at or above the boundary belong to the high-noise expert, which lays out motion and composition, the
 others to the low-noise one, which refines; each has its own guidance scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from wanfast.runtime.config import Expert
+from wanfast.runtime.config import Branch, Expert
 from wanfast.runtime.sampling.guidance import guide, needs_unconditional
 from wanfast.runtime.sampling.scheduler import Integrator, Step, expert_of
 
-Branch = Literal["prompt", "negative_prompt"]
-VelocityFn = Callable[[Expert, Branch, Tensor, int], Tensor]
+VelocitiesFn = Callable[[Expert, Sequence[Branch], Tensor, int], list[Tensor]]  # one for each branch
 StepFn = Callable[[int, Expert], None]  # (steps done, expert at work)
 
 
 def denoise(
     noise: Tensor,
     steps: tuple[Step, ...],
-    velocity: VelocityFn,
+    velocities: VelocitiesFn,
     *,
     boundary: float,
     guidance: Mapping[Expert, float],
@@ -36,10 +34,11 @@ def denoise(
     for index, step in enumerate(steps):
         expert = expert_of(step.timestep, boundary)
         on_step(index, expert)
-        prediction = velocity(expert, "prompt", sample, step.timestep)
         if needs_unconditional(guidance[expert]):
-            unconditional = velocity(expert, "negative_prompt", sample, step.timestep)
-            prediction = guide(prediction, unconditional, guidance[expert])
+            both = velocities(expert, ("prompt", "negative_prompt"), sample, step.timestep)
+            prediction = guide(both[0], both[1], guidance[expert])
+        else:
+            (prediction,) = velocities(expert, ("prompt",), sample, step.timestep)
         sample = integrator.advance(sample, prediction)
         on_step(index + 1, expert)
     return sample

@@ -1,0 +1,38 @@
+"""A bar for each video at work: its stage, steps, seconds a step, time left. On stderr; it stays when it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
+
+
+@contextmanager
+def progress_bars(*, enabled: bool) -> Iterator[OnProgress]:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bars:
+        tasks: dict[int, TaskID] = {}
+        started: dict[int, tuple[float, int]] = {}  # when, and at which step, a job's pace began to be measured
+
+        def on_progress(job: int, stage: str, done: int, total: int) -> None:
+            now = time.perf_counter()
+            if job not in tasks:
+                tasks[job] = bars.add_task(stage, total=total or None)
+            known = ""
+            if done:
+                since, first = started.setdefault(job, (now, done))
+                pace = (now - since) / max(done - first, 1)  # rich forgets paces over 30 s
+                known = f", {pace:.2f} s/step, {_clock(pace * (total - done))} left" if done > first else ""
+            bars.update(tasks[job], completed=done, total=total or None, description=f"{stage}{known}")
+
+        yield on_progress
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

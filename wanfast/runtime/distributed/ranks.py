@@ -1,0 +1,111 @@
+"""The ranks of one gang, from the inside: who this one is, and the few things that all must do together.
+
+Every rank runs the same program. What only one can do (read the image, write the video) the leader does; what can fail
+on one alone goes through `together`, so that no rank waits for a peer that gave up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from wanfast.runtime.distributed.cfg_parallel import BothBranches, CfgParallel
+from wanfast.runtime.distributed.mesh import Mesh
+from wanfast.runtime.distributed.ulysses import Ulysses
+from wanfast.runtime.errors import WanFastError, failure, from_failure
+from wanfast.runtime.models.attention import Sequence, WholeSequence
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A gang of one by default: nothing to exchange, nobody to wait for."""
+
+    device: str
+    mesh: Mesh = field(default_factory=Mesh)
+    rank: int = 0
+    devices: DeviceMesh | None = None  # axes cfg and ulysses; None for a gang of one
+
+    @property
+    def size(self) -> int:
+        return self.mesh.gang_size
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def sequence(self) -> Sequence:
+        """How the experts share tokens."""
+        if self.devices is None or self.mesh.ulysses == 1:
+            return WholeSequence()
+        return Ulysses(self.devices.get_group("ulysses"))
+
+    @property
+    def guidance(self) -> BothBranches | CfgParallel:
+        """How the branches of guidance are shared."""
+        if self.devices is None or self.mesh.cfg == 1:
+            return BothBranches()
+        return CfgParallel(self.devices.get_group("cfg"))
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Every rank's own `work()`, without collectives in it; an error of one is raised on all."""
+        error, result = None, None
+        try:
+            result = work()
+        except WanFastError as own:
+            error = own
+        failures = [found for found in self.gather(failure(error) if error else None) if found]
+        if error or failures:
+            raise error or from_failure(failures[0])
+        return result  # type: ignore[return-value]  # set where there is no error
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """The leader's `work()` alone, and its result (a plain object) on all ranks."""
+        return self.gather(self.together(lambda: work() if self.is_leader else None))[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in order, on all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Every rank's rows along dim 0, equally many, one after the other."""
+        if self.size == 1:
+            return rows
+        gathered = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered.view(torch.uint8), rows.contiguous().view(torch.uint8))
+        return gathered
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """The leader's tensor on all ranks; the others give one of the same shape to write into."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+
+@contextlib.contextmanager
+def gang(device: str, mesh: Mesh, timeout_s: float) -> Iterator[Ranks]:
+    """The ranks that torchrun's environment variables speak of, connected; exchanges wait for `timeout_s` at most."""
+    if mesh.gang_size == 1:
+        yield Ranks(device)
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    devices = init_device_mesh(device, (mesh.cfg, mesh.ulysses), mesh_dim_names=("cfg", "ulysses"))
+    yield Ranks(device, mesh, dist.get_rank(), devices)
+    dist.destroy_process_group()  # not after an error: it may wait for peers that are gone

@@ -1,0 +1,72 @@
+"""One gang under torchrun's own launcher: `python -m wanfast.runtime.elastic RUN REPLICA`, started by `launch`.
+
+A process of its own for each gang, so that gangs fail apart, and so that the parent needs no torch and keeps its main
+thread for the terminal. What the agent knows of a failure goes to RUN/ranks/REPLICA.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime import gpus
+from wanfast.runtime.artifacts import JOB, RANKS, replace_text
+from wanfast.runtime.config import EffectiveConfig, from_options
+from wanfast.runtime.signals import end_with_parent
+
+
+def main(run_folder: Path, replica: int) -> int:
+    """The gang's exit code: 0, 5 if a rank failed, 128 + a signal's number."""
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    document = json.loads((run_folder / JOB).read_text(encoding="utf-8"))
+    config = from_options(EffectiveConfig, document["jobs"][0]["effective"])
+    gang_size = config.cfg_parallel * config.ulysses
+    spans_machines = gang_size > config.num_gpus
+    processes = config.num_gpus if spans_machines else gang_size
+    _set_environment(config, replica, processes)
+    launch = LaunchConfig(
+        min_nodes=config.nnodes if spans_machines else 1,
+        max_nodes=config.nnodes if spans_machines else 1,
+        nproc_per_node=processes,
+        run_id="wanfast" if spans_machines else f"{run_folder.name}-{replica}",
+        rdzv_backend="c10d",
+        rdzv_endpoint=config.rdzv_endpoint or "localhost:0" if spans_machines else "localhost:0",
+        rdzv_configs={"join_timeout": int(config.rank_timeout)},
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=str(run_folder / "logs"), redirects=Std.ALL),
+        local_addr=None if spans_machines else "127.0.0.1",
+    )
+    failed: dict[str, Any]
+    try:
+        elastic_launch(launch, sys.executable)("-u", "-m", "wanfast.runtime.worker", str(run_folder), str(replica))
+        return 0
+    except ChildFailedError as error:
+        failed = {"exit_codes": {str(rank): child.exitcode for rank, child in error.failures.items()}}
+    except SignalException as stop:
+        return 128 + int(stop.sigval)
+    except RendezvousError as error:
+        failed = {"rendezvous": str(error) or type(error).__name__}
+    replace_text(run_folder / RANKS / f"{replica}.json", json.dumps(failed))
+    return 5
+
+
+def _set_environment(config: EffectiveConfig, replica: int, processes: int) -> None:
+    """For the ranks: their GPUs, and a fair share of the cores, which torchrun's command sets and its API does not."""
+    if config.device == "cuda":
+        ids = gpus.device_ids()[replica * processes : (replica + 1) * processes]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids)
+    cores = os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // min(config.num_gpus, cores))))
+
+
+if __name__ == "__main__":
+    end_with_parent()  # until the launcher handles signals itself
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,105 @@
+"""Where the two experts are kept: both on the device, or one there and both in pinned host memory.
+
+Only one expert works at a time, and the switch comes once a video, so the idle one need not be on the GPU. The experts
+have the same shapes: the device keeps ONE set of parameters, and while the last high-noise forward runs, each block's
+weights are overwritten by the other expert's as soon as the block is done. The copy (28.6 GB in bf16, about a second)
+hides behind that forward and takes no memory of its own.
+Cost: both experts in pinned host memory, 57 GB; one copy before a video's first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from wanfast.runtime.config import Expert
+from wanfast.runtime.models.dit import WanDiT
+
+AfterBlock = Callable[[int], None]
+
+
+class Experts(Protocol):
+    """What the pipeline asks for."""
+
+    def take(self, expert: Expert, then: Expert | None = None) -> tuple[WanDiT, AfterBlock]:
+        """The expert, ready, and what its forward must tell of each block.
+
+        `then`: this forward is the expert's last before that one is taken.
+        """
+        ...
+
+    def leave(self) -> None:
+        """No expert is needed for now: the decoder wants the memory."""
+        ...
+
+
+class ResidentExperts:
+    """Both on the device, always."""
+
+    def __init__(self, experts: dict[Expert, WanDiT]) -> None:
+        self._experts = experts
+
+    def take(self, expert: Expert, then: Expert | None = None) -> tuple[WanDiT, AfterBlock]:
+        return self._experts[expert], lambda index: None
+
+    def leave(self) -> None:
+        pass
+
+
+class SwappedExperts:
+    """One on the device. `hosted`: both, filled on the CPU; the first of them becomes the one that moves."""
+
+    def __init__(self, hosted: dict[Expert, WanDiT], device: str) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
+        self._host = {expert: _pinned(model, device) for expert, model in hosted.items()}
+        self._model = next(iter(hosted.values()))
+        self._parameters = dict(self._model.named_parameters())
+        self._resident: Expert | None = None  # whose weights are on the device
+        self._arriving: Expert | None = None  # whose blocks are taking their place
+        self.leave()
+
+    def take(self, expert: Expert, then: Expert | None = None) -> tuple[WanDiT, AfterBlock]:
+        if self._arriving == expert:
+            self._overwrite(expert, lambda name: not name.startswith("blocks."))
+        elif self._resident != expert or self._arriving is not None:
+            if self._resident is None:
+                for name, parameter in self._parameters.items():
+                    parameter.data = torch.empty_like(self._host[expert][name], device=self._device)
+            self._overwrite(expert, lambda name: True)
+        self._resident, self._arriving = expert, None
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+        def hand_over(index: int) -> None:
+            if then is not None:
+                self._arriving = then
+                self._overwrite(then, lambda name: name.startswith(f"blocks.{index}."))
+
+        return self._model, hand_over
+
+    def leave(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=self._device)
+        self._resident = self._arriving = None
+
+    def _overwrite(self, expert: Expert, chosen: Callable[[str], bool]) -> None:
+        """Queue the copy of the chosen parameters behind all work that is queued so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # of None: does nothing
+            for name, parameter in self._parameters.items():
+                if chosen(name):
+                    parameter.data.copy_(self._host[expert][name], non_blocking=True)
+
+
+def _pinned(model: WanDiT, device: str) -> dict[str, Tensor]:
+    """The parameters in pinned memory; the model's own are given up one by one, so that there is never a second set."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[name] = parameter.data.pin_memory() if device == "cuda" else parameter.data.clone()
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+    return tensors

@@ -1,0 +1,62 @@
+"""How many bytes a model and a video take, by arithmetic from their sizes. Torch-free.
+
+Parameters are exact. What a forward and a decode hold beside them is an estimate, fitted to what was counted at
+1280x720x81: about seven float32 rows of the model's width a token (11 GB), and 204 bytes a pixel and VAE base channel
+(18 GB, half of it the frames that the causal convolutions look back on).
+"""
+
+from __future__ import annotations
+
+import math
+
+from wanfast.runtime.config import Precision
+from wanfast.runtime.model_spec import DiTSpec, ModelSpec, UMT5Spec
+from wanfast.runtime.shapes import Geometry
+
+_BYTES: dict[Precision, int] = {"bf16": 2, "fp32": 4}
+_LOOP_ROWS = 7
+_DECODE_BYTES = 204
+MARGIN_BYTES = 2 << 30  # CUDA's context, the libraries' workspaces, the allocator's gaps
+
+
+def dit_parameters(spec: DiTSpec) -> tuple[int, int]:
+    """(in the precision of the matrix products, always float32) of one expert."""
+    d, patch = spec.dim, math.prod(spec.patch_size)
+    block = 8 * (d * d + d) + 2 * d * spec.ffn_dim + spec.ffn_dim + d
+    text = spec.text_dim * d + d + d * d + d
+    products = spec.num_layers * block + text + d * spec.in_channels * patch + d
+    block_norms = 4 * d + 2 * d + 6 * d  # q and k of two attentions, the norm with weights, the modulation
+    time = spec.freq_dim * d + d + d * d + d + 6 * d * d + 6 * d
+    head = d * patch * spec.out_channels + patch * spec.out_channels + 2 * d
+    return products, spec.num_layers * block_norms + time + head
+
+
+def expert_bytes(spec: DiTSpec, precision: Precision) -> int:
+    products, small = dit_parameters(spec)
+    return products * _BYTES[precision] + small * 4
+
+
+def block_bytes(spec: DiTSpec, precision: Precision) -> int:
+    """One block's weights: what sharding gathers at a time."""
+    return (8 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim) * _BYTES[precision]
+
+
+def umt5_bytes(spec: UMT5Spec, precision: Precision) -> int:
+    block = 4 * spec.dim * spec.attention_dim + 3 * spec.dim * spec.ffn_dim + 2 * spec.dim
+    bias = spec.num_buckets * spec.num_heads
+    parameters = spec.vocab_size * spec.dim + spec.num_layers * (block + bias) + spec.dim
+    return parameters * _BYTES[precision]
+
+
+def loop_bytes(spec: ModelSpec, tokens: int) -> int:
+    """Beside the weights in a forward over `tokens` of a rank's own."""
+    return _LOOP_ROWS * 4 * spec.dit.dim * tokens
+
+
+def decode_bytes(spec: ModelSpec, geometry: Geometry) -> int:
+    """Of the VAE's decoder, its weights in the noise of it."""
+    return _DECODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

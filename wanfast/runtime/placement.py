@@ -1,0 +1,193 @@
+"""Who does it and where the weights lie: the mesh of ranks, sharding, offload; decided before anything starts.
+
+`auto` decides from the memory that is free now and says why. Weights that fit are replicated: sharding gathers a block
+in every layer of every step. Where they do not, several ranks shard them; one rank keeps the idle expert on the host.
+All videos of a list share one placement, that of the largest. Torch-free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wanfast.runtime import gpus, memory
+from wanfast.runtime.config import EffectiveConfig, GenerateConfig, Precision, Switch
+from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.memory import gb
+from wanfast.runtime.plan import Plan
+from wanfast.runtime.sampling.guidance import needs_unconditional
+
+# What is the same for all lines of a list: one mesh makes all of them.
+LAUNCH_OPTIONS = (
+    "num_gpus", "nnodes", "node_rank", "rdzv_endpoint", "cfg_parallel", "ulysses", "dit_fsdp", "t5_fsdp",
+    "expert_offload", "rank_timeout",
+)  # fmt: skip
+_UNMEASURED_BYTES = 80 << 30  # an H100's, where no GPU can be asked
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of the largest video of a list, on one rank."""
+
+    expert: int
+    block: int
+    umt5: int
+    loop: int
+    decode: int
+
+    @property
+    def work(self) -> int:
+        return max(self.loop, self.decode)
+
+
+def place(requests: Sequence[GenerateConfig], plans: Sequence[Plan]) -> list[Plan]:
+    """The plans with their ranks and memory decided, one placement for all. Raises ConfigError."""
+    request = requests[0]
+    num_gpus = _num_gpus(request, plans[0].config)
+    mesh = choose_mesh(
+        num_gpus,
+        plans[0].spec.dit.num_heads,
+        nnodes=request.nnodes,
+        guided=any(needs_unconditional(scale) for plan in plans for scale in plan.guidance.values()),
+        num_videos=len(plans),
+        cfg_parallel=request.cfg_parallel,
+        ulysses=request.ulysses,
+    )
+    free, said = _free_bytes(plans[0].config, num_gpus)
+    need = _need(plans, mesh)
+    dit_fsdp, expert_offload, why = _place_experts(request, need, mesh.gang_size, free, plans[0].config)
+    t5_fsdp = _shard_umt5(request, need, mesh.gang_size, free)
+    reason = f"{why}, {gb(free)} {said}"
+    chosen: dict[str, Any] = {
+        "num_gpus": num_gpus,
+        **{name: getattr(request, name) for name in ("nnodes", "node_rank", "rdzv_endpoint", "rank_timeout")},
+        "cfg_parallel": mesh.cfg,
+        "ulysses": mesh.ulysses,
+        "dit_fsdp": dit_fsdp,
+        "t5_fsdp": t5_fsdp,
+        "expert_offload": expert_offload,
+    }
+    notes = _notes(mesh, len(plans))
+    return [
+        dataclasses.replace(
+            plan,
+            config=dataclasses.replace(plan.config, **chosen),
+            notes=(*plan.notes, *notes),
+            placement=reason,
+        )
+        for plan in plans
+    ]
+
+
+def needed(plan: Plan) -> Need:
+    """Of one video on one rank."""
+    return _need([plan], Mesh())
+
+
+def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
+    needs = [
+        Need(
+            expert=memory.expert_bytes(plan.spec.dit, plan.config.precision),
+            block=memory.block_bytes(plan.spec.dit, plan.config.precision),
+            umt5=memory.umt5_bytes(plan.spec.umt5, plan.config.precision),
+            loop=memory.loop_bytes(plan.spec, -(-plan.geometry.tokens // mesh.ulysses)),
+            decode=memory.decode_bytes(plan.spec, plan.geometry),
+        )
+        for plan in plans
+    ]
+    names = [field.name for field in dataclasses.fields(Need)]
+    return Need(**{name: max(getattr(need, name) for need in needs) for name in names})
+
+
+def modes(need: Need, ranks: int) -> dict[str, int]:
+    """Bytes that each way of holding the experts takes of a GPU at its worst moment, the preferred way first."""
+    held = {"resident": 2 * need.expert + need.work}
+    if ranks > 1:
+        held["sharded"] = 2 * need.expert // ranks + 2 * need.block + need.work
+    else:
+        held["offloaded"] = max(need.expert + need.loop, need.decode)
+    return {mode: size + memory.MARGIN_BYTES for mode, size in held.items()}
+
+
+def _place_experts(
+    request: GenerateConfig, need: Need, ranks: int, free: int, config: EffectiveConfig
+) -> tuple[Switch, Switch, str]:
+    """(--dit-fsdp, --expert-offload, why)."""
+    if request.dit_fsdp == "on" and ranks == 1:
+        raise ConfigError("--dit-fsdp on needs several ranks to a video: add --num-gpus, or take --expert-offload on")
+    if request.expert_offload == "on" and config.device == "cpu":
+        raise ConfigError("--expert-offload on moves experts off a GPU: with --device cpu there is none, so drop it")
+    if request.expert_offload == "on" and ranks > 1 and request.dit_fsdp == "auto":
+        request = dataclasses.replace(request, dit_fsdp="off")
+    held = modes(need, ranks)
+    if request.dit_fsdp == "on":
+        return "on", "off", f"experts sharded as asked: {gb(held['sharded'])} a rank"
+    if request.expert_offload == "on":
+        size = max(need.expert + need.loop, need.decode) + memory.MARGIN_BYTES
+        return "off", "on", f"idle expert in host memory as asked: {gb(size)}"
+    if held["resident"] <= free or (config.device == "cpu" and ranks == 1):
+        return "off", "off", f"both experts stay: {gb(held['resident'])} with the work"
+    if "sharded" in held and request.dit_fsdp == "auto" and held["sharded"] <= free:
+        return "on", "off", f"experts sharded: {gb(held['sharded'])} a rank, not {gb(held['resident'])}"
+    if "offloaded" in held and request.expert_offload == "auto" and held["offloaded"] <= free:
+        return "off", "on", f"idle expert in host memory: {gb(held['offloaded'])}, not {gb(held['resident'])}"
+    raise ConfigError(_too_little(request, config.precision, held, free))
+
+
+def _too_little(request: GenerateConfig, precision: Precision, held: dict[str, int], free: int) -> str:
+    barred = {"sharded": request.dit_fsdp == "off", "offloaded": request.expert_offload == "off"}
+    ways = ", ".join(f"{mode} {gb(size)}{' (switched off)' if barred.get(mode) else ''}" for mode, size in held.items())
+    return (
+        f"--model {request.model} --precision {precision}: a GPU would hold {ways}, and {gb(free)} are free: "
+        "take more or larger GPUs, or a smaller --size"
+    )
+
+
+def _shard_umt5(request: GenerateConfig, need: Need, ranks: int, free: int) -> Switch:
+    if request.t5_fsdp == "on" and ranks == 1:
+        raise ConfigError("--t5-fsdp on needs several ranks to a video: add --num-gpus")
+    if request.t5_fsdp == "auto":
+        return "on" if ranks > 1 and need.umt5 + memory.MARGIN_BYTES > free else "off"
+    return request.t5_fsdp
+
+
+def _num_gpus(request: GenerateConfig, config: EffectiveConfig) -> int:
+    """`--num-gpus` as a number. Raises ConfigError if this machine is known to have fewer."""
+    if config.device == "cpu":
+        if request.num_gpus == "auto":
+            raise ConfigError("--num-gpus auto counts GPUs: with --device cpu name the number of processes")
+        return request.num_gpus
+    there = len(gpus.visible_gpus())
+    if request.num_gpus == "auto":
+        if not there:
+            raise ConfigError("--num-gpus auto: no GPU is visible here: name the number")
+        return there
+    if 0 < there < request.num_gpus:
+        raise ConfigError(f"--num-gpus {request.num_gpus}: this machine shows {there}: take {there}, or auto")
+    return request.num_gpus
+
+
+def _free_bytes(config: EffectiveConfig, num_gpus: int) -> tuple[int, str]:
+    """(bytes that one rank may take, what they are)."""
+    if config.device == "cpu":
+        return _available_host_bytes() // num_gpus, "of host memory free a process"
+    found = gpus.visible_gpus()[:num_gpus]
+    if not found:
+        return _UNMEASURED_BYTES, "assumed a GPU, as none could be asked"
+    return min(gpu.free_bytes for gpu in found), "free a GPU"
+
+
+def _available_host_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _notes(mesh: Mesh, num_videos: int) -> list[str]:
+    idle = max(0, mesh.replica - num_videos) * mesh.gang_size
+    if not idle:
+        return []
+    return [f"{idle} of {mesh.size} ranks have nothing to do: {num_videos} to make, {mesh.gang_size} ranks each"]

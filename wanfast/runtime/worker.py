@@ -1,0 +1,97 @@
+"""One rank of a gang: `python -m wanfast.runtime.worker RUN REPLICA`, started by `elastic` with torchrun's environment.
+
+Reads RUN/job.json, joins the gang, works, and leaves what the parent watches: a result for each video, how far the gang
+is, and, if this rank fails, why. It ends at once on any signal: nothing here needs an orderly end, since the parent
+removes what a dead rank left half-written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from wanfast.runtime import generate
+from wanfast.runtime.artifacts import JOB, PROGRESS, RANKS, RESULTS, replace_text
+from wanfast.runtime.config import EffectiveConfig, from_options
+from wanfast.runtime.distributed.mesh import Mesh
+from wanfast.runtime.distributed.ranks import Ranks, gang
+from wanfast.runtime.errors import ConfigError, WanFastError, failure
+from wanfast.runtime.signals import end_with_parent
+
+
+def main(run_folder: Path, replica: int) -> None:
+    end_with_parent()
+    own_folder = run_folder / RANKS / f"{replica}-{os.environ['RANK']}"
+    replace_text(own_folder / "pid", str(os.getpid()))
+
+    def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """Say why, and end before this process lets go of its connections: peers' echoes are younger than this."""
+        replace_text(own_folder / "error.json", json.dumps(_told(error)))
+        traceback.print_exception(kind, error, trace)
+        sys.stderr.flush()
+        os._exit(1)  # not by way of destructors, which may wait for peers that are gone
+
+    sys.excepthook = leave
+    _work(run_folder, replica)
+
+
+def _told(error: BaseException) -> dict[str, Any]:
+    """The error for the parent: one line, and whether it is a user's, a wait in vain, or a bug."""
+    known = {"rank": int(os.environ["RANK"]), "time": time.time_ns()}
+    if isinstance(error, torch.OutOfMemoryError):
+        error = ConfigError("a GPU's memory does not suffice: take more GPUs, --dit-fsdp on, or a smaller --size")
+    if isinstance(error, WanFastError):
+        return {**known, "kind": "user", **failure(error)}
+    line = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
+    waited = isinstance(error, RuntimeError) and any(word in line.lower() for word in ("timed out", "timeout"))
+    return {**known, "kind": "timeout" if waited else "bug", "error": line}
+
+
+def _work(run_folder: Path, replica: int) -> None:
+    document = json.loads((run_folder / JOB).read_text(encoding="utf-8"))
+    config = from_options(EffectiveConfig, document["jobs"][0]["effective"])
+    mesh = Mesh(cfg=config.cfg_parallel, ulysses=config.ulysses)
+    with gang(config.device, mesh, config.rank_timeout) as ranks:
+        # Of several machines the first one's jobs hold, down to the seed.
+        jobs = ranks.lead(lambda: document["jobs"])
+
+        def claim(index: int) -> bool:
+            return ranks.lead(lambda: claim_job(run_folder, index))
+
+        def progress(index: int, stage: str, done: int, total: int) -> None:
+            if ranks.is_leader:
+                state = {"job": index, "stage": stage, "done": done, "total": total}
+                replace_text(run_folder / PROGRESS / f"{replica}.json", json.dumps(state))
+
+        for index, result in generate.run(jobs, ranks, claim=claim, progress=progress):
+            if _first_here(ranks):
+                text = json.dumps(result, ensure_ascii=False)
+                replace_text(run_folder / RESULTS / f"{index}.json", text)
+
+
+def claim_job(run_folder: Path, index: int) -> bool:
+    """True for the first gang that asks for a job."""
+    claims = run_folder / "claims"
+    claims.mkdir(exist_ok=True)
+    try:
+        (claims / str(index)).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _first_here(ranks: Ranks) -> bool:
+    """Each machine has a run folder of its own."""
+    return int(os.environ.get("LOCAL_RANK", ranks.rank)) == 0
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
