@@ -134,10 +134,8 @@ class EffectiveConfig:
 
 def _check_ranks(config: GenerateConfig) -> None:
     """The options that say how many ranks work on a video, and on how many machines."""
-    auto = config.num_gpus == "auto"
-    _check(
-        None if auto else config.num_gpus, "--num-gpus", lambda n: 1 <= n <= 1024, lambda n: "take 1 to 1024, or auto"
-    )
+    if isinstance(config.num_gpus, int) and not 1 <= config.num_gpus <= 1024:
+        raise ConfigError(f"--num-gpus {config.num_gpus!s:.20}: take 1 to 1024, or auto")
     _check(config.nnodes, "--nnodes", lambda n: 1 <= n <= 1024, lambda n: "take the number of machines, 1 to 1024")
     _check(
         config.node_rank,
