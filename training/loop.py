@@ -45,9 +45,10 @@ class Schedule:
 def make_deterministic() -> None:
     """So that a resumed run is the run that was not cut, on a GPU too; raises where a kernel has no deterministic form.
 
-    Call it before the first product: cuBLAS reads its workspace's size once.
+    Call it before the first product: the libraries read their settings once.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # else it times kernels, and a process may pick another
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against bugs, at the price of many fills
 
