@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.gang import on_gang
 from tests.parity import randomise, relative_error
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
+from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.distributed.ulysses import Ulysses
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.model_spec import DiTSpec
@@ -33,38 +30,22 @@ def velocity(sequence: Sequence, grid: tuple[int, int, int]) -> torch.Tensor:
     return model(latent, condition, torch.tensor([617]), text, rotary_tables((T, h // 2, w // 2), SPEC.head_dim))
 
 
-def on_ranks(count: int, folder: Path, work: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
-    """What `work` returns on each of `count` gloo ranks."""
-
-    def rank_main(rank: int) -> None:
-        torch.set_num_threads(1)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
-        with torch.no_grad():
-            torch.save(work(), folder / f"{rank}.pt")
-        dist.destroy_process_group()
-
-    folder.mkdir()
-    mp.start_processes(rank_main, nprocs=count, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
-
-
 @pytest.mark.parametrize("grid", [(2, 4, 8), (3, 6, 6), (1, 2, 6)], ids=["16 tokens", "27 tokens", "3 tokens"])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_ulysses_equals_one_rank(tmp_path: Path, ranks: int, grid: tuple[int, int, int]) -> None:
+def test_ulysses_equals_one_rank(ranks: int, grid: tuple[int, int, int]) -> None:
     with torch.no_grad():
         expected = velocity(WholeSequence(), grid)
-    for rank, got in enumerate(on_ranks(ranks, tmp_path / "run", lambda: velocity(Ulysses(dist.group.WORLD), grid))):
+    for rank, got in enumerate(on_gang(Mesh(ulysses=ranks), lambda own: velocity(own.sequence, grid))):
         error = relative_error(got, expected)
         print(f"ulysses {ranks}, {grid}, rank {rank}: relative error {error:.1e}")
         assert error <= 1e-5
 
 
-def test_padded_keys_are_not_attended_to(tmp_path: Path) -> None:
+def test_padded_keys_are_not_attended_to() -> None:
     """27 tokens on 4 ranks: the 28th is padding; looking at it would change the result a hundred times the bound."""
     grid = (3, 6, 6)
 
-    def attending_to_padding() -> torch.Tensor:
+    def attending_to_padding(ranks: Ranks) -> torch.Tensor:
         class Careless(Ulysses):
             def attention(self, q, k, v, num_tokens):
                 return super().attention(q, k, v, num_tokens + 1)
@@ -73,13 +54,13 @@ def test_padded_keys_are_not_attended_to(tmp_path: Path) -> None:
 
     with torch.no_grad():
         expected = velocity(WholeSequence(), grid)
-    assert relative_error(on_ranks(4, tmp_path / "run", attending_to_padding)[0], expected) > 1e-3
+    assert relative_error(on_gang(Mesh(ulysses=4), attending_to_padding)[0], expected) > 1e-3
 
 
-def test_a_block_stays_one_graph_under_ulysses(tmp_path: Path) -> None:
+def test_a_block_stays_one_graph_under_ulysses() -> None:
     grid = (2, 4, 8)
 
-    def compiled() -> torch.Tensor:
+    def compiled(ranks: Ranks) -> torch.Tensor:
         compile_block = torch.compile
         from wanfast.runtime.models import dit
 
@@ -87,13 +68,13 @@ def test_a_block_stays_one_graph_under_ulysses(tmp_path: Path) -> None:
         dit.Block.forward = compile_block(forward, fullgraph=True, dynamic=False, backend="eager")
         torch._dynamo.config.error_on_recompile = True
         try:
-            return velocity(Ulysses(dist.group.WORLD), grid)
+            return velocity(ranks.sequence, grid)
         finally:
             dit.Block.forward = forward
 
     with torch.no_grad():
         expected = velocity(WholeSequence(), grid)
-    assert relative_error(on_ranks(2, tmp_path / "run", compiled)[1], expected) <= 1e-5
+    assert relative_error(on_gang(Mesh(ulysses=2), compiled)[1], expected) <= 1e-5
 
 
 @pytest.mark.parametrize(

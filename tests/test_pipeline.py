@@ -117,8 +117,8 @@ def plan_for(tmp_path: Path):
 def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
     config = plan.config
     ranks = Ranks("cpu")
-    embeds = prompt_embeds([config.prompt, config.negative_prompt], files, config, ranks)
-    pipeline, _ = generate.load_pipeline(files, config, ranks)
+    embeds = prompt_embeds([config.prompt, config.negative_prompt], files, config, ranks, Stopwatch("cpu"))
+    pipeline = generate.load_pipeline(files, config, ranks, Stopwatch("cpu"))
     image = pixels.fit_image(media_io.load_image(config.image).pixels, plan.geometry.width, plan.geometry.height)
     condition = pipeline.encode_condition(image, plan.geometry)
     noise = draw_noise(config.seed, plan.geometry, 16, "cpu")
@@ -200,7 +200,7 @@ def test_spec_is_read_from_the_public_config_files(public) -> None:
 
 def test_calls_do_not_touch_each_other(public, plan_for) -> None:
     plan, files = plan_for(public[1], steps=2)
-    pipeline, _ = generate.load_pipeline(files, plan.config, Ranks("cpu"))
+    pipeline = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(3, plan.geometry.height, plan.geometry.width, generator=generator)
     text = {name: torch.randn(4, 24, generator=generator) for name in ("prompt", "negative_prompt")}

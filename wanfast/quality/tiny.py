@@ -88,7 +88,7 @@ class Judge:
             contact_sheet=False,
             artifacts_dir="",
         )
-        self.pipeline, _ = generate.load_pipeline(self.files, self.config, Ranks("cpu"))
+        self.pipeline = generate.load_pipeline(self.files, self.config, Ranks("cpu"), Stopwatch("cpu"))
         self.umt5 = build_umt5(self.files, self.config.precision, Ranks("cpu"))
         self.tokenizer = PromptTokenizer(self.files.tokenizer, spec.dit.text_len)
         self.renderer = Renderer("cpu")

@@ -12,6 +12,7 @@ class WanFastError(Exception):
     """The root of all errors that are not bugs."""
 
     exit_code = 1
+    is_agreed = False  # all ranks of a gang raised it, so that they may go on together
 
 
 class ConfigError(WanFastError):

@@ -23,7 +23,7 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.experts import Experts, ResidentExperts, SwappedExperts
 from wanfast.runtime.media_io import LoadedImage
-from wanfast.runtime.model_files import Component, ModelFiles
+from wanfast.runtime.model_files import COMPONENTS, ModelFiles
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.pipeline import ImageToVideoPipeline
 from wanfast.runtime.plan import Plan
@@ -63,16 +63,16 @@ def _run_group(
     index = next(claimed, None)
     if index is None:
         return
-    first, watch = configs[index], Stopwatch(ranks.device)
+    first, watch, loads = configs[index], Stopwatch(ranks.device), Stopwatch(ranks.device)
     progress(index, "loading the models", 0, 0)
     try:
         ranks.together(lambda: hardware.prepare(first.device, first.precision))
         files = ranks.together(lambda: model_files.locate(first.model, first.artifacts_dir))
         with watch.span("text"):
             texts = [text for config in configs.values() for text in (config.prompt, config.negative_prompt)]
-            embeds = prompt_embeds(texts, files, first, ranks)
+            embeds = prompt_embeds(texts, files, first, ranks, loads)
         with watch.span("load"):
-            pipeline, loading = load_pipeline(files, first, ranks)
+            pipeline = load_pipeline(files, first, ranks, loads)
     except (WanFastError, torch.OutOfMemoryError) as error:
         message = f"--model {first.model} --precision {first.precision}: the weights do not fit into this GPU's memory"
         document = _failure(error, ranks, f"{message}: take a larger GPU, several of them, or --expert-offload on")
@@ -85,44 +85,49 @@ def _run_group(
             "negative_prompt": embeds[config.negative_prompt],
         }
         try:
-            yield index, _run_one(index, jobs[index], config, pipeline, files, text, watch, loading, progress)
+            yield index, _run_one(index, jobs[index], config, pipeline, files, text, watch, loads, progress)
         except (WanFastError, torch.OutOfMemoryError) as error:
             message = f"--size {config.size} --frames {config.frames}: does not fit into this GPU's memory beside the"
             yield index, _failure(error, ranks, f"{message} weights: take less")
-        watch, loading = Stopwatch(ranks.device), {}  # loading counts for the first video alone
+        watch, loads = Stopwatch(ranks.device), Stopwatch(ranks.device)  # loading counts for the first video alone
         index = next(claimed, None)
 
 
 def _failure(error: Exception, ranks: Ranks, out_of_memory: str) -> Result:
-    """The result of a job that failed; a rank that ran out of memory ends its gang, whose peers wait for it."""
+    """The result of a job that failed; what only one rank met ends its gang, since the peers wait in an exchange."""
+    if ranks.size > 1 and not (isinstance(error, WanFastError) and error.is_agreed):
+        raise error
     if isinstance(error, WanFastError):
         return failure(error)
-    if ranks.size > 1:
-        raise error
     return failure(ConfigError(out_of_memory))
 
 
-def load_pipeline(
-    files: ModelFiles, config: EffectiveConfig, ranks: Ranks
-) -> tuple[ImageToVideoPipeline, dict[str, dict[str, float]]]:
-    """Both experts, and the leader's VAE, where `config` wants them; and seconds and bytes of each."""
-    watch, hosted = Stopwatch(ranks.device), "cpu" if config.expert_offload == "on" else None
+def load_pipeline(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch) -> ImageToVideoPipeline:
+    """Both experts, and the leader's VAE, where `config` wants them; seconds of each in `loads`."""
+    hosted = "cpu" if config.expert_offload == "on" else None
 
     def build(expert: Expert) -> WanDiT:
-        with watch.span(expert):
+        with loads.span(expert):
             sharded = config.dit_fsdp == "on"
             return build_expert(files, expert, config.precision, ranks, sharded=sharded, device=hosted)
 
     models: dict[Expert, WanDiT] = {"high_noise": build("high_noise"), "low_noise": build("low_noise")}
     experts: Experts = SwappedExperts(models, ranks.device) if hosted else ResidentExperts(models)
-    with watch.span("vae"):
+    with loads.span("vae"):
         vae = ranks.together(lambda: build_vae(files, ranks.device) if ranks.is_leader else None)
-    components: tuple[Component, ...] = ("high_noise", "low_noise", "vae")
-    loading: dict[str, dict[str, float]] = {
-        name: {"seconds": round(watch.seconds[name], 3), "bytes": sum(f.stat().st_size for f in files.weights(name))}
-        for name in components
+    return ImageToVideoPipeline(files.spec, experts, vae, ranks)
+
+
+def _speeds(loads: Stopwatch, files: ModelFiles) -> dict[str, dict[str, float]]:
+    """Seconds and bytes of each component that was loaded: the gang reads them about once."""
+    return {
+        component: {
+            "seconds": round(loads.seconds[component], 3),
+            "bytes": sum(file.stat().st_size for file in files.weights(component)),
+        }
+        for component in COMPONENTS
+        if component in loads.seconds
     }
-    return ImageToVideoPipeline(files.spec, experts, vae, ranks), loading
 
 
 def _run_one(
@@ -133,7 +138,7 @@ def _run_one(
     files: ModelFiles,
     text: dict[Branch, torch.Tensor],
     watch: Stopwatch,
-    loading: dict[str, dict[str, float]],
+    loads: Stopwatch,
     progress: ProgressFn,
 ) -> Result:
     ranks = pipeline.ranks
@@ -159,7 +164,7 @@ def _run_one(
             watch.seconds["total"] = sum(watch.seconds.values())
             document = metadata.planned(plan, job["requested"]) | {
                 "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
-                "loading": loading,
+                "loading": _speeds(loads, files),
                 "output_sha256": hashlib.sha256(mp4.read_bytes()).hexdigest(),
                 "peak_memory_bytes": max(peaks),
                 "peak_memory_bytes_by_rank": peaks,

@@ -20,17 +20,20 @@ from wanfast.runtime.config import EffectiveConfig, Precision
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.model_files import ModelFiles
+from wanfast.runtime.timing import Stopwatch
 from wanfast.runtime.tokenizer import PromptTokenizer, TokenizedPrompt
 
 KIND = "prompt_embeds"
 _FILE = "embeds.safetensors"
 
 
-def prompt_embeds(texts: Iterable[str], files: ModelFiles, config: EffectiveConfig, ranks: Ranks) -> dict[str, Tensor]:
+def prompt_embeds(
+    texts: Iterable[str], files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch
+) -> dict[str, Tensor]:
     """{text: [n, text_dim]} on the CPU of every rank, n the text's tokens.
 
     What the store does not hold is encoded and put there: texts are dealt to the ranks, each of which loads UMT5 if it
-    got one and drops it after; under `--t5-fsdp on` all ranks hold a share of UMT5 and encode all texts together.
+    got one (seconds in `loads`) and drops it after; under `--t5-fsdp on` all ranks hold a share of UMT5 and encode all texts together.
     """
     store = ArtifactStore(Path(config.artifacts_dir))
     tokenizer = ranks.together(lambda: PromptTokenizer(files.tokenizer, files.spec.dit.text_len))
@@ -41,10 +44,10 @@ def prompt_embeds(texts: Iterable[str], files: ModelFiles, config: EffectiveConf
     if not unknown:
         return known
     if config.t5_fsdp == "on":
-        encoded = _encode(unknown, files, config.precision, ranks, sharded=True)
+        encoded = _encode(unknown, files, config.precision, ranks, loads, sharded=True)
     else:
         own = dict(list(unknown.items())[ranks.rank :: ranks.size])
-        parts = ranks.gather(ranks.together(lambda: _encode(own, files, config.precision, Ranks(ranks.device))))
+        parts = ranks.gather(ranks.together(lambda: _encode(own, files, config.precision, Ranks(ranks.device), loads)))
         encoded = {text: embeds for part in parts for text, embeds in part.items()}
 
     def publish() -> None:
@@ -57,11 +60,18 @@ def prompt_embeds(texts: Iterable[str], files: ModelFiles, config: EffectiveConf
 
 @torch.inference_mode()
 def _encode(
-    tokens: dict[str, TokenizedPrompt], files: ModelFiles, precision: Precision, ranks: Ranks, *, sharded: bool = False
+    tokens: dict[str, TokenizedPrompt],
+    files: ModelFiles,
+    precision: Precision,
+    ranks: Ranks,
+    loads: Stopwatch,
+    *,
+    sharded: bool = False,
 ) -> dict[str, Tensor]:
     if not tokens:
         return {}
-    umt5 = build_umt5(files, precision, ranks, sharded=sharded)
+    with loads.span("umt5"):
+        umt5 = build_umt5(files, precision, ranks, sharded=sharded)
     device = ranks.device
     encoded = {
         text: umt5(torch.tensor([prompt.ids], device=device))[0].cpu().contiguous() for text, prompt in tokens.items()

@@ -35,8 +35,7 @@ def main(run_folder: Path, replica: int) -> None:
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Say why, and end before this process lets go of its connections: peers' echoes are younger than this."""
         replace_text(own_folder / "error.json", json.dumps(_told(error)))
-        traceback.print_exception(kind, error, trace)
-        sys.stderr.flush()
+        traceback.print_exception(kind, error, trace, file=sys.__stderr__)  # torch may hold sys.stderr back
         os._exit(1)  # not by way of destructors, which may wait for peers that are gone
 
     sys.excepthook = leave

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from wanfast.runtime.config import Branch
+from wanfast.runtime.distributed.collectives import all_gather
 
 
 class BothBranches:
@@ -46,5 +46,4 @@ class CfgParallel:
         own = velocity(branch)
         if len(branches) == 1:
             return [own]
-        both: Tensor = funcol.all_gather_tensor(own.contiguous(), gather_dim=0, group=self.group)
-        return list(both.chunk(2))
+        return list(all_gather(own, self.group))

@@ -26,7 +26,7 @@ def shard(model: nn.Module, device: str) -> None:
 
 def own_rows(parameter: Tensor) -> tuple[int, int]:
     """The rows (first, end) along dim 0 that this rank keeps of a sharded parameter; all of one that is not."""
-    rows = parameter.shape[0]
+    rows = parameter.shape[0] if parameter.dim() else 1  # a scalar is read whole
     if not isinstance(parameter, DTensor):
         return 0, rows
     share = -(-rows // parameter.device_mesh.size())

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from wanfast.runtime.distributed.cfg_parallel import BothBranches, CfgParallel
+from wanfast.runtime.distributed.collectives import all_gather
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ulysses import Ulysses
 from wanfast.runtime.errors import WanFastError, failure, from_failure
@@ -67,7 +68,9 @@ class Ranks:
             error = own
         failures = [found for found in self.gather(failure(error) if error else None) if found]
         if error or failures:
-            raise error or from_failure(failures[0])
+            agreed = error or from_failure(failures[0])
+            agreed.is_agreed = True
+            raise agreed
         return result  # type: ignore[return-value]  # set where there is no error
 
     def lead(self, work: Callable[[], T]) -> T:
@@ -86,9 +89,7 @@ class Ranks:
         """Every rank's rows along dim 0, equally many, one after the other."""
         if self.size == 1:
             return rows
-        gathered = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered.view(torch.uint8), rows.contiguous().view(torch.uint8))
-        return gathered
+        return all_gather(rows).flatten(0, 1)
 
     def share(self, tensor: Tensor) -> Tensor:
         """The leader's tensor on all ranks; the others give one of the same shape to write into."""

@@ -1,9 +1,10 @@
 """Ulysses sequence parallelism: each rank holds a share of the tokens, and around attention a share of the heads.
 
 Everything but self-attention treats tokens alone. For attention the P ranks exchange: [B, L/P, H, D] of own tokens and
-all heads becomes [B, L, H/P, D] of all tokens and own heads, and back. q, k and v go in one packed exchange, the output
-in another: 4 L d / P values a layer leave a rank, P-1 of P parts of them. Tokens that P does not divide are padded with
-zero rows at the end; padded keys are cut off before attention, so the result is that of one rank.
+all heads becomes [B, L, H/P, D] of all tokens and own heads, and back. v travels while q is worked out, q while k is,
+which hides two of the four exchanges of a layer; 4 L d / P values leave a rank, P-1 of P parts of them. Tokens that P
+does not divide are padded with zero rows at the end; padded keys are cut off before attention, so the result is that of
+one rank.
 Collectives are functional, so that a compiled block stays one graph.
 Limit: P divides the heads. Source: DeepSpeed-Ulysses (arXiv 2309.14509) section 3.
 
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from wanfast.runtime.models.attention import attention
+from wanfast.runtime.distributed.collectives import all_gather
+from wanfast.runtime.models.attention import Projection, attention
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,23 @@ class Ulysses:
         missing = share - x.shape[dim]
         return _packed(F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing]) if missing else x)
 
-    def attention(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, num_tokens: int) -> Tensor:
+    def attention(self, q: Projection, k: Projection, v: Projection, num_tokens: int) -> Tensor:
         """Attention over all `num_tokens` tokens for this rank's N/P; [B, N/P, H, D] in and out."""
-        size = self.group.size()
-        packed = rearrange(torch.stack((q_BLHD, k_BLHD, v_BLHD)), "three B l (P h) D -> P three B l h D", P=size)
-        q, k, v = rearrange(self._exchange(packed), "P three B l h D -> three B (P l) h D")
-        out = attention(q, k[:, :num_tokens], v[:, :num_tokens])
-        parts = self._exchange(rearrange(out, "B (P l) h D -> P B l h D", P=size))
+        sent = [self._exchange(self._by_heads(project())) for project in (v, q, k)]
+        all_v, all_q, all_k = (rearrange(parts, "P B l h D -> B (P l) h D") for parts in sent)
+        out = attention(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
+        parts = self._exchange(rearrange(out, "B (P l) h D -> P B l h D", P=self.group.size()))
         return rearrange(parts, "P B l h D -> B l (P h) D")
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
         """All tokens along `dim` on every rank, without the padding."""
-        gathered: Tensor = funcol.all_gather_tensor(x.contiguous(), gather_dim=dim, group=self.group)
-        return gathered.narrow(dim, 0, num_tokens)
+        return torch.cat(list(all_gather(x, self.group)), dim).narrow(dim, 0, num_tokens)
+
+    def _by_heads(self, x_BLHD: Tensor) -> Tensor:
+        return rearrange(x_BLHD, "B l (P h) D -> P B l h D", P=self.group.size())
 
     def _exchange(self, parts: Tensor) -> Tensor:
-        """parts[p] goes to rank p; the result's [p] came from rank p."""
+        """parts[p] goes to rank p; the result's [p] came from rank p. It is waited for at its first use."""
         exchanged: Tensor = funcol.all_to_all_single(_packed(parts), None, None, self.group)
         return exchanged
 

@@ -6,10 +6,13 @@ kernel here decides the speed of the program. Shapes: B batch, L tokens, H heads
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
+
+Projection = Callable[[], Tensor]  # [B, L, H, D] of this rank's tokens
 
 
 def attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
@@ -25,8 +28,11 @@ class Sequence(Protocol):
         """This rank's part of the tokens along `dim`; every rank's part has the same length."""
         ...
 
-    def attention(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, num_tokens: int) -> Tensor:
-        """Self-attention of this rank's queries over all `num_tokens` tokens."""
+    def attention(self, q: Projection, k: Projection, v: Projection, num_tokens: int) -> Tensor:
+        """Self-attention of this rank's queries over all `num_tokens` tokens, [B, L, H, D].
+
+        The projections are functions, so that one can be worked out while another is on its way.
+        """
         ...
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
@@ -40,8 +46,8 @@ class WholeSequence:
     def shard(self, x: Tensor, dim: int) -> Tensor:
         return x
 
-    def attention(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, num_tokens: int) -> Tensor:
-        return attention(q_BLHD, k_BLHD, v_BLHD)
+    def attention(self, q: Projection, k: Projection, v: Projection, num_tokens: int) -> Tensor:
+        return attention(q(), k(), v())
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
         return x

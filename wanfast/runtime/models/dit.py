@@ -78,9 +78,16 @@ class SelfAttention(Attention):
 
     def forward(self, x_BLd: Tensor, rope: RotaryTables, num_tokens: int) -> Tensor:
         dtype = self.q.weight.dtype
-        q = apply_rotary(self._heads(self.norm_q(self.q(x_BLd))), rope).to(dtype)
-        k = apply_rotary(self._heads(self.norm_k(self.k(x_BLd))), rope).to(dtype)
-        v = self._heads(self.v(x_BLd))
+
+        def q() -> Tensor:
+            return apply_rotary(self._heads(self.norm_q(self.q(x_BLd))), rope).to(dtype)
+
+        def k() -> Tensor:
+            return apply_rotary(self._heads(self.norm_k(self.k(x_BLd))), rope).to(dtype)
+
+        def v() -> Tensor:
+            return self._heads(self.v(x_BLd))
+
         out: Tensor = self.o(self.sequence.attention(q, k, v, num_tokens).flatten(2))
         return out
 

@@ -1,0 +1,140 @@
+"""Seconds a step on two GPUs against one: Ulysses, in two orders of its exchanges, and guidance in parallel.
+
+    torchrun --nproc-per-node 2 benchmarks/ranks.py                     # A14B's shapes, 10 of its 40 layers
+    torchrun --nproc-per-node 2 benchmarks/ranks.py --tiny              # to see that it runs, on a CPU too
+
+One step is both branches of guidance. The ways are taken in turn, several rounds of them, and the median counts; all
+ranks wait for each other before and after. Weights and inputs are random. The layers that are left out would only
+bring the efficiency nearer to that of a layer. Prints the relative error against one rank; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor
+
+from wanfast.runtime import hardware
+from wanfast.runtime.distributed.cfg_parallel import BothBranches, CfgParallel
+from wanfast.runtime.distributed.ulysses import Ulysses
+from wanfast.runtime.metadata import versions
+from wanfast.runtime.model_spec import A14B, DiTSpec
+from wanfast.runtime.models.attention import Projection, Sequence, WholeSequence, attention
+from wanfast.runtime.models.dit import SelfAttention, WanDiT
+from wanfast.runtime.models.rope import rotary_tables
+
+
+@dataclass(frozen=True)
+class Packed(Ulysses):
+    """One exchange of q, k and v together instead of three that overlap with the projections."""
+
+    def attention(self, q: Projection, k: Projection, v: Projection, num_tokens: int) -> Tensor:
+        size = self.group.size()
+        packed = rearrange(torch.stack((q(), k(), v())), "three B l (P h) D -> P three B l h D", P=size)
+        all_q, all_k, all_v = rearrange(self._exchange(packed), "P three B l h D -> three B (P l) h D")
+        out = attention(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
+        parts = self._exchange(rearrange(out, "B (P l) h D -> P B l h D", P=size))
+        return rearrange(parts, "P B l h D -> B l (P h) D")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--grid", type=int, nargs=3, default=(21, 90, 160), help="latent frames, height, width")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    tiny = DiTSpec(dim=64, ffn_dim=96, num_heads=4, freq_dim=32, text_dim=24, text_len=16)
+    spec = replace(tiny if options.tiny else A14B.dit, num_layers=options.layers)
+    grid = (3, 6, 10) if options.tiny else tuple(options.grid)
+    measure(spec, grid, device, options.rounds)
+    dist.destroy_process_group()
+
+
+@torch.inference_mode()
+def measure(spec: DiTSpec, grid: tuple[int, ...], device: str, rounds: int) -> None:
+    T, h, w = grid
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = WanDiT(spec, torch.bfloat16)
+        for parameter in model.parameters():
+            scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 1.0
+            parameter.data.normal_(0.0, scale)
+        latent, condition = (torch.randn(1, c, T, h, w) for c in (spec.out_channels, spec.in_channels - 16))
+        texts = [model.encode_text(torch.randn(1, 60, spec.text_dim)) for _ in range(2)]
+        timestep = torch.tensor([937])
+    rope = rotary_tables((T, h // 2, w // 2), spec.head_dim, device)
+
+    def step(sequence: Sequence, guidance: BothBranches | CfgParallel) -> Callable[[], list[Tensor]]:
+        def velocities() -> list[Tensor]:
+            model.sequence = sequence
+            for module in model.modules():
+                if isinstance(module, SelfAttention):
+                    module.sequence = sequence
+            branches = {"prompt": texts[0], "negative_prompt": texts[1]}
+            return guidance.velocities(
+                list(branches), lambda branch: model(latent, condition, timestep, branches[branch], rope)
+            )
+
+        return velocities
+
+    world = dist.group.WORLD
+    assert world is not None
+    ways = {
+        "one": step(WholeSequence(), BothBranches()),
+        "ulysses": step(Ulysses(world), BothBranches()),
+        "ulysses packed": step(Packed(world), BothBranches()),
+        "cfg": step(WholeSequence(), CfgParallel(world)),
+    }
+    outputs = {name: way() for name, way in ways.items()}  # warm
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            seconds[name].append(timed(way, device))
+    if dist.get_rank() != 0:
+        return
+    exact = torch.cat(outputs["one"]).double()
+    report = {}
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        difference = torch.cat(outputs[name]).double() - exact
+        report[name] = {
+            "seconds": round(median, 4),
+            "spread": round(max(values) - min(values), 4),
+            "efficiency": round(statistics.median(seconds["one"]) / median / (1 if name == "one" else 2), 4),
+            "relative_error": float(difference.norm() / exact.norm()),
+        }
+        print(name, report[name], flush=True)
+    tokens = T * (h // 2) * (w // 2)
+    facts = {"layers": spec.num_layers, "tokens": tokens, "rounds": rounds, "hardware": hardware.describe(device)}
+    print(json.dumps({**facts, "ways": report, "versions": versions()}), flush=True)
+
+
+def timed(way: Callable[[], list[Tensor]], device: str) -> float:
+    def settle() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+
+    settle()
+    started = time.perf_counter()
+    way()
+    settle()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""A small random model with eight heads, in the Diffusers layout: every mesh of up to eight ranks fits it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from tests.parity import randomise
+from wanfast.runtime import checkpoint
+from wanfast.runtime.model_files import TINY
+from wanfast.runtime.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.umt5 import UMT5Encoder
+from wanfast.runtime.models.vae import WanVAE
+
+SPEC = ModelSpec(
+    name="small",
+    dit=DiTSpec(dim=160, ffn_dim=200, num_heads=8, num_layers=2, freq_dim=64, text_dim=40, text_len=16),
+    vae=VAESpec(base_dim=8),
+    umt5=UMT5Spec(vocab_size=960, dim=40, attention_dim=32, ffn_dim=48, num_heads=4, num_layers=2),
+    size="96x64",
+    frames=5,
+    steps=4,
+)
+
+
+def write_small_model(folder: Path) -> Path:
+    weights = "diffusion_pytorch_model.safetensors"
+    parts: tuple[tuple[nn.Module, checkpoint.Component, str], ...] = (
+        (WanDiT(SPEC.dit), "dit", f"transformer/{weights}"),
+        (WanDiT(SPEC.dit), "dit", f"transformer_2/{weights}"),
+        (WanVAE(SPEC.vae), "vae", f"vae/{weights}"),
+        (UMT5Encoder(SPEC.umt5), "umt5", "text_encoder/model.safetensors"),
+    )
+    for seed, (module, component, file) in enumerate(parts):
+        randomise(module.float(), seed)
+        checkpoint.save(module, folder / file, component=component, layout="diffusers")
+    (folder / "tokenizer").mkdir()
+    shutil.copy(TINY / "tokenizer/tokenizer.json", folder / "tokenizer")
+    (folder / "wanfast.json").write_text(json.dumps(SPEC.to_json()))
+    return folder

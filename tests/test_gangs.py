@@ -1,0 +1,177 @@
+"""Whole generations by gangs of gloo ranks: final latents and files equal those of one rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.gang import on_gang
+from tests.parity import relative_error
+from tests.small_model import write_small_model
+from wanfast.runtime import generate, media_io, pixels, prompt_embeds
+from wanfast.runtime.config import GenerateConfig
+from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.experts import ResidentExperts, SwappedExperts
+from wanfast.runtime.model_files import ModelFiles
+from wanfast.runtime.pipeline import draw_noise
+from wanfast.runtime.plan import Plan, resolve
+from wanfast.runtime.timing import Stopwatch
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def planned(small_model: Path, workdir: Path) -> tuple[Plan, ModelFiles]:
+    """Two steps of either expert, unequal guidance; 48 tokens."""
+    config = GenerateConfig(
+        model=str(small_model),
+        image="cat.png",
+        prompt="a cat",
+        guidance_high_noise=2.0,
+        guidance_low_noise=3.5,
+        seed=7,
+        precision="fp32",
+        device="cpu",
+    )
+    return resolve(config)
+
+
+@torch.inference_mode()
+def final_latents(plan: Plan, files: ModelFiles, ranks: Ranks) -> torch.Tensor:
+    config = plan.config
+    embeds = prompt_embeds.prompt_embeds(
+        [config.prompt, config.negative_prompt], files, config, ranks, Stopwatch("cpu")
+    )
+    pipeline = generate.load_pipeline(files, config, ranks, Stopwatch("cpu"))
+    assert (pipeline.vae is not None) == ranks.is_leader
+    image = pixels.fit_image(media_io.load_image(config.image).pixels, plan.geometry.width, plan.geometry.height)
+    condition = pipeline.encode_condition(image, plan.geometry)
+    noise = draw_noise(config.seed, plan.geometry, 16, "cpu")
+    text = {"prompt": embeds[config.prompt], "negative_prompt": embeds[config.negative_prompt]}
+    return pipeline.denoise(plan, noise, condition, text, lambda index, expert: None).clone()
+
+
+def with_options(plan: Plan, **options: object) -> Plan:
+    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, **options))
+
+
+MESHES = [Mesh(cfg=cfg, ulysses=ulysses) for cfg in (1, 2) for ulysses in (1, 2, 4, 8) if 1 < cfg * ulysses <= 8]
+
+
+def shown(mesh: Mesh) -> str:
+    return f"cfg{mesh.cfg}-ulysses{mesh.ulysses}"
+
+
+@pytest.mark.parametrize("fsdp", ["off", "on"])
+@pytest.mark.parametrize("mesh", MESHES, ids=shown)
+def test_every_mesh_gives_the_latents_of_one_rank(planned: tuple[Plan, ModelFiles], mesh: Mesh, fsdp: str) -> None:
+    plan, files = planned
+    expected = final_latents(plan, files, Ranks("cpu"))
+    plan = with_options(plan, dit_fsdp=fsdp, t5_fsdp=fsdp, artifacts_dir=f"artifacts-{fsdp}")
+    got = on_gang(mesh, lambda ranks: final_latents(plan, files, ranks))
+    error = max(relative_error(latents, expected) for latents in got)
+    print(f"{shown(mesh)}, FSDP {fsdp}: relative error of the final latents {error:.1e}")
+    assert error <= 1e-5
+    assert all(torch.equal(latents, got[0]) for latents in got)  # or the ranks would drift apart
+
+
+@pytest.mark.parametrize("mesh", [Mesh(ulysses=4), Mesh(cfg=2, ulysses=4), Mesh(ulysses=8)], ids=shown)
+def test_tokens_that_the_ranks_do_not_divide(
+    planned: tuple[Plan, ModelFiles], mesh: Mesh, small_model: Path, workdir: Path
+) -> None:
+    Image.linear_gradient("L").resize((61, 97)).convert("RGB").save("tall.png")
+    options = {"image": "tall.png", "size": "96x48", "prompt": "a", "seed": 1, "precision": "fp32", "device": "cpu"}
+    plan, files = resolve(GenerateConfig(model=str(small_model), **options))
+    assert plan.geometry.tokens % mesh.ulysses
+    expected = final_latents(plan, files, Ranks("cpu"))
+    for latents in on_gang(mesh, lambda ranks: final_latents(plan, files, ranks)):
+        assert relative_error(latents, expected) <= 1e-5
+
+
+def test_branches_are_not_mixed_up(planned: tuple[Plan, ModelFiles]) -> None:
+    """With the prompts exchanged the parallel result differs, as the bound of the other tests can see."""
+    plan, files = planned
+    expected = final_latents(plan, files, Ranks("cpu"))
+    exchanged = with_options(plan, prompt=plan.config.negative_prompt, negative_prompt=plan.config.prompt)
+    got = on_gang(Mesh(cfg=2), lambda ranks: final_latents(exchanged, files, ranks))
+    assert relative_error(got[0], expected) > 1e-3
+
+
+def test_steps_without_guidance_work_in_parallel_too(planned: tuple[Plan, ModelFiles]) -> None:
+    plan, files = planned
+    plan = with_options(plan, guidance_high_noise=1.0)
+    expected = final_latents(plan, files, Ranks("cpu"))
+    assert relative_error(on_gang(Mesh(cfg=2), lambda ranks: final_latents(plan, files, ranks))[1], expected) <= 1e-5
+
+
+def test_an_error_of_one_rank_is_raised_on_all() -> None:
+    def work(ranks: Ranks) -> str:
+        def fails_on_one() -> None:
+            if ranks.rank == 1:
+                raise ConfigError("--output: the disk is full")
+
+        try:
+            ranks.together(fails_on_one)
+        except ConfigError as error:
+            return str(error)
+        return "no error"
+
+    assert on_gang(Mesh(cfg=2, ulysses=2), work) == ["--output: the disk is full"] * 4
+
+
+def test_prompts_are_dealt_to_the_ranks(planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, files = planned
+    config = plan.config
+    encoded: list[int] = []
+    encode = prompt_embeds._encode
+    monkeypatch.setattr(prompt_embeds, "_encode", lambda tokens, *a: encoded.append(len(tokens)) or encode(tokens, *a))
+    texts = ["one", "two", "three"]
+
+    def work(ranks: Ranks) -> tuple[int, list[float]]:
+        found = prompt_embeds.prompt_embeds(texts, files, config, ranks, Stopwatch("cpu"))
+        return encoded[-1], [float(found[text].sum()) for text in texts]
+
+    dealt = on_gang(Mesh(ulysses=2), work)
+    assert [count for count, _ in dealt] == [2, 1]
+    assert dealt[0][1] == dealt[1][1]
+    again = prompt_embeds.prompt_embeds(texts, files, config, Ranks("cpu"), Stopwatch("cpu"))  # from the store
+    assert [float(again[text].sum()) for text in texts] == dealt[0][1]
+
+
+@torch.inference_mode()
+def test_swapped_experts_give_what_resident_ones_give(
+    planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, files = planned
+    expected = final_latents(plan, files, Ranks("cpu"))
+    kinds: list[type] = []
+    copied: list[str] = []
+    overwrite = SwappedExperts._overwrite
+
+    def counted(self: SwappedExperts, expert: str, chosen: Callable[[str], bool]) -> None:
+        copied.extend(f"{expert} {name}" for name in self._parameters if chosen(name))
+        overwrite(self, expert, chosen)
+
+    monkeypatch.setattr(SwappedExperts, "_overwrite", counted)
+    plan = with_options(plan, expert_offload="on")
+    pipeline = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    kinds.append(type(pipeline.experts))
+    assert kinds == [SwappedExperts] and not isinstance(pipeline.experts, ResidentExperts)
+    assert torch.equal(final_latents(plan, files, Ranks("cpu")), expected)
+    # Each expert's weights came once: the second one's while the first one's last forward ran.
+    assert len(copied) == len(set(copied)) == 2 * len(pipeline.experts._parameters)
+    assert all(parameter.numel() == 0 for parameter in pipeline.experts._parameters.values())
+
+
+def test_the_default_mesh_of_this_model_uses_all_ranks() -> None:
+    assert choose_mesh(8, 8) == Mesh(cfg=2, ulysses=4)

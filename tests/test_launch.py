@@ -1,0 +1,263 @@
+"""`wanfast generate` on several ranks, as whole processes over gloo: what it makes, and how it ends when it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+import psutil
+import pytest
+
+PACKAGE = Path(__file__).parents[1]
+TINY = ("--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--device", "cpu", "--precision", "fp32")
+SMALL = (*TINY, "--seed", "1", "--size", "64x64", "--frames", "5")
+ENDLESS = (*SMALL, "--steps", "1000")  # of which no test waits for the end
+
+Start = Callable[..., "Run"]
+
+
+class Run:
+    """A started command line and what is known of it from outside."""
+
+    def __init__(self, folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.folder = folder
+        path = os.pathsep.join([*filter(None, [(environment or {}).get("PYTHONPATH")]), str(PACKAGE)])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "wanfast", "generate", *arguments],
+            cwd=folder,
+            env=os.environ | (environment or {}) | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def end(self, timeout: float = 60) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr)."""
+        out, err = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out, err
+
+    def children(self) -> list[psutil.Process]:
+        """Launchers and ranks alike."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait_for_steps(self, done: int = 1, replica: int = 0) -> dict[int, int]:
+        """Once a gang is in the middle of denoising: {rank: its process id}."""
+        runs = self.folder / "artifacts/runs"
+        for _ in range(600):
+            time.sleep(0.1)
+            assert self.process.poll() is None, self.end()
+            for file in runs.glob(f"*/progress/{replica}.json"):
+                if json.loads(file.read_text())["done"] >= done and str(file.parents[1]) in self._command_lines():
+                    ranks = (file.parents[1] / "ranks").glob(f"{replica}-*/pid")
+                    return {int(pid.parent.name.split("-")[1]): int(pid.read_text()) for pid in ranks}
+        raise AssertionError("no step in a minute")
+
+    def _command_lines(self) -> str:
+        return " ".join(" ".join(child.cmdline()) for child in self.children())
+
+
+@pytest.fixture
+def start(workdir: Path) -> Iterator[Start]:
+    runs: list[Run] = []
+
+    def begin(*arguments: str, **options: Any) -> Run:
+        runs.append(Run(options.pop("folder", workdir), *arguments, **options))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        if run.process.poll() is None:
+            for child in run.children():
+                child.kill()
+            run.process.kill()
+            run.process.communicate()
+
+
+def gone(processes: list[psutil.Process], within_s: float) -> bool:
+    return not psutil.wait_procs(processes, timeout=within_s)[1]
+
+
+def only_inputs(folder: Path) -> bool:
+    """No video, no half of one."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in ("artifacts", "faults")) == ["cat.png"]
+
+
+def with_fault(folder: Path, rank: int, fault: str) -> dict[str, str]:
+    """An environment in which `fault` happens on one rank in its third step."""
+    code = f"""
+import os
+if os.environ.get("RANK") == "{rank}":
+    from wanfast.runtime.sampling.scheduler import Integrator
+    advance, calls = Integrator.advance, []
+    def faulty(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            {fault}
+        return advance(self, *arguments)
+    Integrator.advance = faulty
+"""
+    (folder / "faults").mkdir()
+    (folder / "faults/sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(folder / "faults")}
+
+
+def test_two_ranks_make_the_video_of_one(start: Start, workdir: Path) -> None:
+    for name, ranks in (("one", []), ("two", ["--num-gpus", "2"])):
+        code, out, err = start(*SMALL, "--steps", "4", "--output", f"{name}.mp4", "--json", *ranks).end()
+        assert code == 0, err
+        document = json.loads(out.strip().splitlines()[-1])
+        assert document == json.loads((workdir / f"{name}.json").read_text())
+    one, two = (iio.imread(f"{name}.mp4", plugin="pyav").astype(int) for name in ("one", "two"))
+    assert np.abs(one - two).max() <= 2
+    assert document["plan"]["mesh"] == {"replica": 1, "cfg": 2, "ulysses": 1}
+    assert len(document["peak_memory_bytes_by_rank"]) == 2
+    assert set(document["loading"]) == {"high_noise", "low_noise", "vae"}  # the prompts were known by then
+    assert set(json.loads((workdir / "one.json").read_text())["loading"]) - set(document["loading"]) == {"umt5"}
+    (run,) = (path.parent for path in workdir.glob("artifacts/runs/*/ranks"))
+    assert len(list(run.glob("logs/*/attempt_0/*/stderr.log"))) == 2
+    assert start("--from", "two.json", "--output", "again.mp4").end()[0] == 0  # by two ranks again
+    assert (workdir / "again.mp4").read_bytes() == (workdir / "two.mp4").read_bytes()
+    assert json.loads((run / "result.json").read_text()) == [document]
+
+
+def test_a_killed_rank_ends_the_run_and_is_named(start: Start, workdir: Path) -> None:
+    run = start(*ENDLESS, "--num-gpus", "4")
+    pids, children = run.wait_for_steps(), run.children()
+    assert sorted(pids) == [0, 1, 2, 3]
+    killed = time.monotonic()
+    os.kill(pids[2], signal.SIGKILL)
+    code, _, err = run.end(30)
+    assert (code, time.monotonic() - killed < 30) == (5, True)
+    assert "error: rank 2 was killed by SIGKILL; logs" in err and len(err.strip().splitlines()[-1]) < 400
+    assert gone(children, 5) and only_inputs(workdir)
+
+
+def test_a_rank_that_raises_is_named_not_its_peers(start: Start, workdir: Path) -> None:
+    run = start(*ENDLESS, "--num-gpus", "4", environment=with_fault(workdir, 1, "raise ValueError('boom')"))
+    code, _, err = run.end(60)
+    assert code == 5 and "error: rank 1 failed: ValueError: boom; logs" in err, err
+    assert only_inputs(workdir)
+    log = next(workdir.glob("artifacts/runs/*/logs/*/attempt_0/1/stderr.log"))
+    assert "Traceback" in log.read_text()
+
+
+def test_a_rank_that_hangs_is_named(start: Start, workdir: Path) -> None:
+    environment = with_fault(workdir, 1, "import time; time.sleep(1000)")
+    run = start(*ENDLESS, "--num-gpus", "2", "--rank-timeout", "3", environment=environment)
+    run.wait_for_steps()
+    began, children = time.monotonic(), run.children()
+    code, _, err = run.end(60)
+    assert code == 5 and "rank 0 waited --rank-timeout 3 s for rank 1, which hangs" in err, err
+    assert time.monotonic() - began < 30
+    assert gone(children, 5) and only_inputs(workdir)
+
+
+def test_a_users_error_of_a_rank_keeps_its_code(start: Start, workdir: Path) -> None:
+    fault = "from wanfast.runtime.errors import ConfigError; raise ConfigError('--size: too large')"
+    code, _, err = start(*ENDLESS, "--num-gpus", "2", environment=with_fault(workdir, 1, fault)).end()
+    assert code == 2 and "error: --size: too large" in err
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
+def test_signals_end_every_rank(start: Start, workdir: Path, number: signal.Signals, expected: int) -> None:
+    run = start(*ENDLESS, "--num-gpus", "2")
+    run.wait_for_steps()
+    children = run.children()
+    sent = time.monotonic()
+    run.process.send_signal(number)
+    code, _, err = run.end(10)
+    assert code == expected and time.monotonic() - sent < 10, err
+    assert gone(children, 1) and only_inputs(workdir)
+
+
+def test_ranks_die_with_a_parent_that_is_killed(start: Start) -> None:
+    run = start(*ENDLESS, "--num-gpus", "2")
+    run.wait_for_steps()
+    children = run.children()
+    run.process.kill()
+    assert len(children) == 3 and gone(children, 10)
+
+
+def test_a_gang_that_dies_leaves_the_others_at_work(start: Start, workdir: Path) -> None:
+    """Two gangs of two and three jobs: the one that is killed loses the video it was at, and no other."""
+    lines = [{"steps": 1000, "output": "lost.mp4"}, {"steps": 3, "output": "a.mp4"}, {"steps": 3, "output": "b.mp4"}]
+    (workdir / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = start(*SMALL, "--jobs", "jobs.jsonl", "--num-gpus", "4", "--cfg-parallel", "1", "--json")
+    for _ in range(600):  # the gang that took the first line
+        time.sleep(0.1)
+        at_work = {file.stem: json.loads(file.read_text()) for file in workdir.glob("artifacts/runs/*/progress/*.json")}
+        if lost := [replica for replica, state in at_work.items() if state["job"] == 0 and state["done"] > 0]:
+            break
+    os.kill(run.wait_for_steps(replica=int(lost[0]))[1], signal.SIGKILL)
+    code, out, err = run.end()
+    assert code == 6, err
+    results = json.loads(out.strip().splitlines()[-1])["results"]
+    assert [result.get("exit_code") for result in results] == [5, None, None]
+    assert "error (line 1): rank 1 was killed by SIGKILL" in err
+    assert (workdir / "a.mp4").exists() and (workdir / "b.mp4").exists() and not (workdir / "lost.mp4").exists()
+
+
+def test_two_runs_in_one_folder_do_not_touch_each_other(start: Start, workdir: Path) -> None:
+    doomed = start(*ENDLESS, "--num-gpus", "2", "--output", "doomed.mp4")
+    doomed.wait_for_steps()
+    other = start(*SMALL, "--steps", "40", "--num-gpus", "2", "--output", "other.mp4")
+    time.sleep(1)
+    doomed.process.send_signal(signal.SIGINT)
+    assert doomed.end(10)[0] == 130
+    code, _, err = other.end()
+    assert code == 0, err
+    assert (workdir / "other.mp4").exists() and not list(workdir.glob("*doomed*"))
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_two_machines_make_one_video(start: Start, workdir: Path) -> None:
+    endpoint = f"127.0.0.1:{free_port()}"
+    nodes = ("--nnodes", "2", "--rdzv-endpoint", endpoint, "--output", "out.mp4", "--json")
+    second = start(*TINY, "--size", "64x64", "--frames", "5", "--steps", "4", *nodes, "--node-rank", "1")
+    first = start(*TINY, "--size", "64x64", "--frames", "5", "--steps", "4", *nodes, "--node-rank", "0")
+    (code, out, err), (code2, out2, err2) = first.end(), second.end()
+    assert (code, code2) == (0, 0), err + err2
+    documents = [json.loads(text.strip().splitlines()[-1]) for text in (out, out2)]
+    assert documents[0] == documents[1]  # the seed too, which nobody gave
+    assert documents[0]["plan"]["mesh"] == {"replica": 1, "cfg": 2, "ulysses": 1}
+
+
+def test_a_list_is_dealt_to_the_machines(start: Start, workdir: Path) -> None:
+    (workdir / "jobs.jsonl").write_text("\n".join(json.dumps({"output": f"{k}.mp4", "steps": 1}) for k in range(3)))
+    nodes = ("--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:29511", "--jobs", "jobs.jsonl")
+    runs = [start(*SMALL, *nodes, "--node-rank", str(rank)) for rank in (0, 1)]
+    outs = [run.end() for run in runs]
+    assert [code for code, _, _ in outs] == [0, 0], outs
+    assert [sorted(line.split(":")[0] for line in out.splitlines()) for _, out, _ in outs] == [
+        ["0.mp4", "2.mp4"],
+        ["1.mp4"],
+    ]
+
+
+def test_a_port_in_use_is_said(start: Start) -> None:
+    with socket.create_server(("", 0)) as server:
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+        code, _, err = start(*SMALL, "--nnodes", "2", "--rdzv-endpoint", endpoint).end(20)
+    assert code == 2 and f"--rdzv-endpoint {endpoint}: Address already in use" in err
+
+
+def test_machines_that_do_not_meet_are_said(start: Start) -> None:
+    endpoint = f"127.0.0.1:{free_port()}"
+    run = start(*SMALL, "--nnodes", "2", "--rdzv-endpoint", endpoint, "--rank-timeout", "2")
+    code, _, err = run.end(60)
+    assert code == 2 and f"--rdzv-endpoint {endpoint}: the 2 machines did not meet" in err

@@ -1,0 +1,158 @@
+"""Who does it and where the weights lie, decided from what a machine shows before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Outcome
+from wanfast.runtime import memory, placement
+from wanfast.runtime.gpus import Gpu
+from wanfast.runtime.model_spec import A14B, UMT5Spec
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.umt5 import UMT5Encoder
+
+Wanfast = Callable[..., Outcome]
+Machine = Callable[[int, float], None]
+A14B_DRY = ("generate", "--image", "cat.png", "--prompt", "a cat", "--dry-run", "--json")
+TINY_DRY = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--dry-run", "--json")
+MADE = {"replica": 1, "cfg": 1, "ulysses": 1}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """`machine(count, gigabytes)`: so many GPUs with so much memory free."""
+
+    def set_up(count: int, gigabytes: float) -> None:
+        free = int(gigabytes * 1e9)
+        found = [Gpu("NVIDIA H100", free, free, "580", (9, 0), 18)] * count
+        monkeypatch.setattr(placement.gpus, "visible_gpus", lambda: found)
+
+    return set_up
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_bytes_of_the_models_are_those_of_their_parameters(precision: str) -> None:
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    with torch.device("meta"):
+        expert, umt5 = WanDiT(A14B.dit, dtype), UMT5Encoder(A14B.umt5, dtype)
+    assert memory.expert_bytes(A14B.dit, precision) == sum(p.nbytes for p in expert.parameters())
+    assert memory.umt5_bytes(A14B.umt5, precision) == sum(p.nbytes for p in umt5.parameters())
+    assert memory.umt5_bytes(UMT5Spec(), "bf16") == 11_361_820_672  # as published
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gigabytes", "options", "mesh", "dit_fsdp", "t5_fsdp", "offload", "words"),
+    [
+        (1, 141, [], {}, "off", "off", "off", "both experts stay"),
+        (1, 84, [], {}, "off", "off", "off", "both experts stay"),
+        (1, 48, [], {}, "off", "off", "on", "idle expert in host memory"),
+        (1, 84, ["--expert-offload", "on"], {}, "off", "off", "on", "as asked"),
+        (8, 84, ["--num-gpus", "8"], {"cfg": 2, "ulysses": 4}, "off", "off", "off", "both experts stay"),
+        (8, 84, ["--num-gpus", "auto"], {"cfg": 2, "ulysses": 4}, "off", "off", "off", "both experts stay"),
+        (8, 48, ["--num-gpus", "8"], {"cfg": 2, "ulysses": 4}, "on", "off", "off", "experts sharded"),
+        (8, 84, ["--num-gpus", "8", "--dit-fsdp", "on"], {"cfg": 2, "ulysses": 4}, "on", "off", "off", "as asked"),
+        (8, 84, ["--num-gpus", "8", "--t5-fsdp", "on"], {"cfg": 2, "ulysses": 4}, "off", "on", "off", "both"),
+        (2, 48, ["--num-gpus", "2", "--expert-offload", "on"], {"cfg": 2}, "off", "off", "on", "as asked"),
+        (8, 12, ["--num-gpus", "8", "--size", "320x176"], {"cfg": 2, "ulysses": 4}, "on", "on", "off", "sharded"),
+        (8, 84, ["--num-gpus", "8", "--ulysses", "8"], {"ulysses": 8}, "off", "off", "off", "both experts stay"),
+        (8, 84, ["--num-gpus", "4", "--cfg-parallel", "1"], {"ulysses": 4}, "off", "off", "off", "both"),
+        (
+            8,
+            84,
+            ["--num-gpus", "8", "--guidance-high-noise", "1", "--guidance-low-noise", "1"],
+            {"ulysses": 8},
+            *("off", "off", "off", "both"),
+        ),
+    ],
+)
+def test_auto_decides_from_free_memory(
+    wanfast: Wanfast,
+    machine: Machine,
+    gpus: int,
+    gigabytes: float,
+    options: list[str],
+    mesh: dict[str, int],
+    dit_fsdp: str,
+    t5_fsdp: str,
+    offload: str,
+    words: str,
+) -> None:
+    machine(gpus, gigabytes)
+    outcome = wanfast(*A14B_DRY, *options)
+    assert outcome.exit_code == 0, outcome.err
+    plan = outcome.document["plan"]
+    assert plan["mesh"] == MADE | mesh
+    assert (plan["dit_fsdp"], plan["t5_fsdp"], plan["expert_offload"]) == (dit_fsdp, t5_fsdp, offload)
+    assert words in plan["placement"] and f"{gigabytes:.1f} GB free a GPU" in plan["placement"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gigabytes", "options", "words"),
+    [
+        (1, 24, [], "a GPU would hold resident 77.7 GB, offloaded 41.7 GB, and 24.0 GB are free"),
+        (1, 48, ["--expert-offload", "off"], "offloaded 41.7 GB (switched off)"),
+        (8, 48, ["--num-gpus", "8", "--dit-fsdp", "off"], "(switched off)"),
+        (1, 84, ["--dit-fsdp", "on"], "--dit-fsdp on needs several ranks"),
+        (1, 84, ["--t5-fsdp", "on"], "--t5-fsdp on needs several ranks"),
+        (4, 84, ["--num-gpus", "8"], "--num-gpus 8: this machine shows 4: take 4"),
+        (8, 84, ["--num-gpus", "8", "--ulysses", "3"], "these do: --cfg-parallel 1 --ulysses 1, "),
+        (8, 84, ["--num-gpus", "8", "--dit-fsdp", "on", "--expert-offload", "on"], "exclude each other"),
+        (1, 84, ["--device", "cpu", "--expert-offload", "on"], "--expert-offload on moves experts off a GPU"),
+        (1, 84, ["--device", "cpu", "--num-gpus", "auto"], "--num-gpus auto counts GPUs"),
+        (0, 0, ["--device", "cuda", "--num-gpus", "auto"], "no GPU is visible"),
+        (8, 84, ["--num-gpus", "0"], "--num-gpus 0: take 1 to 1024, or auto"),
+        (8, 84, ["--num-gpus", "8", "--cfg-parallel", "0"], "--cfg-parallel 0: take 1 or more"),
+        (8, 84, ["--nnodes", "2"], "--nnodes needs --rdzv-endpoint"),
+        (8, 84, ["--rdzv-endpoint", "a:1"], "--rdzv-endpoint is for several machines"),
+        (8, 84, ["--nnodes", "2", "--rdzv-endpoint", "a"], "is not HOST:PORT"),
+        (
+            8,
+            84,
+            ["--nnodes", "2", "--node-rank", "2", "--rdzv-endpoint", "a:1"],
+            "--node-rank 2: number the --nnodes 2",
+        ),
+        (8, 84, ["--rank-timeout", "0"], "--rank-timeout 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    wanfast: Wanfast, machine: Machine, gpus: int, gigabytes: float, options: list[str], words: str
+) -> None:
+    machine(gpus, gigabytes)
+    outcome = wanfast(*A14B_DRY, *options)
+    assert outcome.exit_code == 2 and words in outcome.err, outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_without_a_gpu_to_ask_80_gb_are_assumed_and_said(wanfast: Wanfast, machine: Machine) -> None:
+    machine(0, 0)
+    plan = wanfast(*A14B_DRY, "--device", "cuda", "--num-gpus", "8").document["plan"]
+    assert "85.9 GB assumed a GPU" in plan["placement"] and plan["mesh"] == MADE | {"cfg": 2, "ulysses": 4}
+
+
+def test_idle_ranks_are_said(wanfast: Wanfast, workdir: Path) -> None:
+    outcome = wanfast(*TINY_DRY, "--device", "cpu", "--num-gpus", "8")
+    assert outcome.document["plan"]["mesh"] == MADE | {"replica": 2, "cfg": 2, "ulysses": 2}
+    assert "4 of 8 ranks have nothing to do: 1 to make, 4 ranks each" in outcome.err
+    (workdir / "jobs.jsonl").write_text("{}\n{}\n")
+    assert "nothing to do" not in wanfast(*TINY_DRY, "--device", "cpu", "--num-gpus", "8", "--jobs", "jobs.jsonl").err
+
+
+def test_one_placement_for_a_list(wanfast: Wanfast, workdir: Path) -> None:
+    lines = [{"guidance_high_noise": 1.0, "guidance_low_noise": 1.0}, {}, {"num_gpus": 2}]
+    (workdir / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    outcome = wanfast(*TINY_DRY, "--device", "cpu", "--num-gpus", "4", "--jobs", "jobs.jsonl")
+    assert outcome.exit_code == 6
+    first, second, third = outcome.document["results"]
+    assert first["plan"]["mesh"] == second["plan"]["mesh"] == MADE | {"cfg": 2, "ulysses": 2}
+    assert "--num-gpus is one for the whole list" in third["error"]
+
+
+def test_launch_options_are_options() -> None:
+    fields = {field.name for field in dataclasses.fields(placement.EffectiveConfig)}
+    assert set(placement.LAUNCH_OPTIONS) <= fields
