@@ -30,7 +30,7 @@ PACKAGE = Path(generate_command.__file__).parents[1]
 def test_the_surface_is_the_checked_in_one(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new flag is a conscious act: WANFAST_UPDATE_SURFACE=1 writes the file anew."""
     monkeypatch.setenv("COLUMNS", "100")
-    pages = [wanfast(*command, "--help").out for command in ([], ["generate"], ["download"])]
+    pages = [wanfast(*command, "--help").out for command in ([], ["generate"], ["download"], ["doctor"])]
     surface = "\n".join(line.rstrip() for page in pages for line in page.splitlines()) + "\n"
     if os.environ.get("WANFAST_UPDATE_SURFACE"):
         SURFACE.write_text(surface)
@@ -67,6 +67,8 @@ def python(code: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
         ["--help"],
         ["generate", "--help"],
         ["download", "--help"],
+        ["doctor", "--help"],
+        ["doctor", "--size", "bad"],
         list(DRY),
         ["generate", "--frames", "80"],
         ["generate", "--model", "a14b"],

@@ -25,6 +25,7 @@ import pytest
 from huggingface_hub import constants
 
 from tests.conftest import Outcome
+from wanfast.runtime.download import PINNED
 
 Wanfast = Callable[..., Outcome]
 ORIGINAL = "Wan-AI/Wan2.2-I2V-A14B"
@@ -100,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(b"", 404, {"X-Error-Code": "RepoNotFound"})
         action, _, rest = path.partition(repo)[2].strip("/").partition("/")
         revision, _, name = rest.partition("/")
-        if revision not in ("main", hub.commit):
+        if revision not in ("main", hub.commit, PINNED.get(repo)):
             return self.answer(b"", 404, {"X-Error-Code": "RevisionNotFound"})
         listing = [self.entry(name, data) for name, data in hub.files[repo].items()]
         if action == "revision":
@@ -378,15 +379,25 @@ def test_what_a_killed_download_left_is_removed(wanfast: Wanfast, workdir: Path,
     assert not list(workdir.rglob("*.incomplete"))
 
 
+def test_the_published_repositories_are_pinned(wanfast: Wanfast, hub: Hub) -> None:
+    for layout, repo in (("original", ORIGINAL), ("diffusers", DIFFUSERS)):
+        assert wanfast("download", "--layout", layout, "--dry-run").exit_code == 0
+        assert hub.requests[-1] == f"GET /api/models/{repo}/revision/{PINNED[repo]}"
+    hub.files["me/fork"] = hub.files[ORIGINAL]
+    assert wanfast("download", "--repo", "me/fork", "--dry-run").exit_code == 0
+    assert hub.requests[-1].endswith("/me/fork/revision/main")
+
+
 def test_two_commits_do_not_mix(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
-    assert wanfast("download").exit_code == 0
+    main = ("download", "--revision", "main")
+    assert wanfast(*main).exit_code == 0
     old, hub.commit = hub.commit, "d" * 40
     hub.files[ORIGINAL]["README.md"] = b"new words, same weights"
-    assert wanfast("download", "--json").document["commit"] == hub.commit
+    assert wanfast(*main, "--json").document["commit"] == hub.commit
     hub.commit = "e" * 40
     hub.files[ORIGINAL]["Wan2.1_VAE.pth"] = b"VAE" * 100  # of the same size
     for arguments in ((), ("--dry-run",)):
-        refused(wanfast("download", *arguments), 2, "--revision main", "d" * 40, "e" * 40)
+        refused(wanfast(*main, *arguments), 2, "--revision main", "d" * 40, "e" * 40)
     assert contents(folder_of(workdir)) == WANTED[ORIGINAL]
     assert old not in (folder_of(workdir) / "wanfast-download.json").read_text()
 

@@ -18,7 +18,7 @@ from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 
 Wanfast = Callable[..., Outcome]
-Machine = Callable[[int, float], None]
+Machine = Callable[..., None]
 A14B_DRY = ("generate", "--image", "cat.png", "--prompt", "a cat", "--dry-run", "--json")
 TINY_DRY = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--dry-run", "--json")
 MADE = {"replica": 1, "cfg": 1, "ulysses": 1}
@@ -26,9 +26,10 @@ MADE = {"replica": 1, "cfg": 1, "ulysses": 1}
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """`machine(count, gigabytes)`: so many GPUs with so much memory free."""
+    """`machine(count, gigabytes)`: so many GPUs with so much memory free, on a host with enough or as much as said."""
 
-    def set_up(count: int, gigabytes: float) -> None:
+    def set_up(count: int, gigabytes: float, host_gb: float = 500) -> None:
+        monkeypatch.setattr(placement, "available_host_bytes", lambda: int(host_gb * 1e9))
         free = int(gigabytes * 1e9)
         found = [Gpu("NVIDIA H100", free, free, "580", (9, 0), 18)] * count
         monkeypatch.setattr(placement.gpus, "visible_gpus", lambda: found)
@@ -127,6 +128,13 @@ def test_what_cannot_be_is_refused(
     outcome = wanfast(*A14B_DRY, *options)
     assert outcome.exit_code == 2 and words in outcome.err, outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_a_host_too_small_for_the_idle_expert_is_said(wanfast: Wanfast, machine: Machine) -> None:
+    machine(1, 48, host_gb=40)
+    outcome = wanfast(*A14B_DRY)
+    assert outcome.exit_code == 2
+    assert "offloaded 41.7 GB (and 57.9 GB on the host, which has 40.0 GB), and 48.0 GB are free" in outcome.err
 
 
 def test_without_a_gpu_to_ask_80_gb_are_assumed_and_said(wanfast: Wanfast, machine: Machine) -> None:

@@ -2,6 +2,7 @@
 
 python -m training --folder runs/tiny                       # 8 minutes on one GPU, then the next piece
 python -m training --folder runs/tiny --stage vae --minutes 8
+python -m training --folder runs/tiny --stage decoder --minutes 8
 python -m training --folder runs/tiny --stage experts --minutes 8
 python -m training --folder runs/tiny --stage export        # the model folder, FOLDER/tiny
 python -m training --folder /tmp/try --smoke                # every stage at toy sizes, on a CPU
@@ -28,22 +29,25 @@ from wanfast.runtime.model_spec import ModelSpec
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and logs")
-    parser.add_argument("--stage", choices=["vae", "experts", "export", "all"], default="all")
+    parser.add_argument("--stage", choices=["vae", "decoder", "experts", "export", "all"], default="all")
     parser.add_argument("--minutes", type=float, default=8.0, help="of training in this call, then stop; 8 by default")
     parser.add_argument("--vae-steps", type=int, default=4500)
+    parser.add_argument("--decoder-steps", type=int, default=400)
     parser.add_argument("--expert-steps", type=int, default=16000)
     parser.add_argument("--clips", type=int, default=32000, help="the encoded set that the experts learn from")
     parser.add_argument("--batch", type=int, default=96, help="clips a step for each expert")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that all runs")
     options = parser.parse_args()
     if options.smoke:
-        options.vae_steps, options.expert_steps, options.clips, options.batch = 4, 4, 4, 2
+        options.vae_steps, options.decoder_steps, options.expert_steps, options.clips, options.batch = 4, 4, 4, 4, 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = True
     make_deterministic()
-    stages = ["vae", "experts", "export"] if options.stage == "all" else [options.stage]
+    stages = ["vae", "decoder", "experts", "export"] if options.stage == "all" else [options.stage]
     for stage in stages:
-        if not {"vae": fit_vae, "experts": fit_experts, "export": write}[stage](options, device):
+        if not {"vae": fit_vae, "decoder": fit_decoder, "experts": fit_experts, "export": write}[stage](
+            options, device
+        ):
             print(f"{stage} is not done yet: run the same command again")
             return
 
@@ -53,11 +57,22 @@ def fit_vae(options: argparse.Namespace, device: str) -> bool:
     batch = 2 if options.smoke else 32
     if not train_vae.fit(SPEC.vae, schedule, options.folder, device, batch=batch, side=64, frames=9):
         return False
-    vae, renderer = train_vae.load(SPEC.vae, options.folder, device), Renderer(device)
-    measured = train_vae.measure_latents(vae, renderer, clips=8 if options.smoke else 256)
-    psnr = train_vae.held_out_psnr(vae, renderer, clips=2 if options.smoke else 64)
-    facts = {"latents_mean": measured.latents_mean, "latents_std": measured.latents_std, "held_out_psnr": psnr}
+    measured = train_vae.measure_latents(
+        train_vae.load(SPEC.vae, options.folder, device), Renderer(device), clips=8 if options.smoke else 256
+    )
+    facts = {"latents_mean": measured.latents_mean, "latents_std": measured.latents_std}
     (options.folder / "vae.json").write_text(json.dumps(facts) + "\n")
+    return True
+
+
+def fit_decoder(options: argparse.Namespace, device: str) -> bool:
+    schedule = Schedule(
+        steps=options.decoder_steps, learning_rate=2e-4, minutes=options.minutes, warmup=20, log_every=10
+    )
+    if not train_vae.fit_decoder(SPEC.vae, schedule, options.folder, device, batch=4, side=64):
+        return False
+    vae = train_vae.load(SPEC.vae, options.folder, device)
+    psnr = train_vae.held_out_psnr(vae, Renderer(device), clips=2 if options.smoke else 64)
     print(f"vae: held-out PSNR {psnr:.2f} dB", flush=True)
     return True
 

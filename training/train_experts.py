@@ -1,4 +1,4 @@
-"""Stage 2: both experts and UMT5, by rectified flow on the VAE's latents, conditioned as the pipeline does it.
+"""Stage 3: both experts and UMT5, by rectified flow on the VAE's latents, conditioned as the pipeline does it.
 
 x = (1 - s) z + s noise, v = noise - z; noise levels are uniform before the shift. The high-noise expert sees those at
 or above the boundary, the low-noise one the rest; both share the text encoder. One caption in eight is dropped, so that

@@ -1,4 +1,8 @@
-"""Stage 1: the VAE, on windows of clips. L1 + squared error; latents stay near unit size and learn to bear noise."""
+"""Stage 1: the VAE, on windows of clips. L1 + squared error; latents stay near unit size and learn to bear noise.
+
+Windows are nine frames long, which the decoder cannot extrapolate from in every clip, so stage 2 trains it alone, the
+latents as they are, on windows as long as a clip.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.loop import Batch, DrawFn, LossFn, Schedule, initialise, load_ema, train
 from wanfast.quality.world import FRAMES, SIZE, Renderer, draw_scene, moments_of_clip
@@ -32,6 +36,22 @@ def build(spec: VAESpec, device: str) -> WanVAE:
 def fit(spec: VAESpec, schedule: Schedule, folder: Path, device: str, batch: int, side: int, frames: int) -> bool:
     vae = build(spec, device)
     return train("vae", vae, windows(spec, Renderer(device), batch, side, frames), vae_loss(vae), schedule, folder)
+
+
+class Decoder(nn.Module):
+    """What stage 2 trains of a VAE; the rest stands still."""
+
+    def __init__(self, vae: WanVAE) -> None:
+        super().__init__()
+        vae.requires_grad_(False)
+        self.parts = nn.ModuleList((vae.decoder, vae.post_quant_conv)).requires_grad_(True)
+
+
+def fit_decoder(spec: VAESpec, schedule: Schedule, folder: Path, device: str, batch: int, side: int) -> bool:
+    vae = build(spec, device)
+    load_ema(vae, folder / "vae.pt")
+    draw = windows(spec, Renderer(device), batch, side, FRAMES)
+    return train("decoder", Decoder(vae), draw, vae_loss(vae), schedule, folder)
 
 
 def windows(spec: VAESpec, renderer: Renderer, batch: int, side: int, frames: int) -> DrawFn:
@@ -82,6 +102,8 @@ def decode(vae: WanVAE, latents: Tensor) -> Tensor:
 def load(spec: VAESpec, folder: Path, device: str) -> WanVAE:
     vae = build(spec, device)
     load_ema(vae, folder / "vae.pt")
+    if (folder / "decoder.pt").exists():
+        load_ema(Decoder(vae), folder / "decoder.pt")
     return vae.requires_grad_(False).eval()
 
 

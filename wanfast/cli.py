@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from wanfast import __version__
+from wanfast.commands.doctor import doctor
 from wanfast.commands.download import download
 from wanfast.commands.generate import generate
 from wanfast.runtime.errors import JobsFailedError, WanFastError, failure
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(download)
+app.command()(doctor)
 
 _SAID_BY_CODE = {
     2: "wrong usage, as said on stderr",

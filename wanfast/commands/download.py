@@ -21,8 +21,12 @@ def download(
         ),
     ] = None,
     revision: Annotated[
-        str, typer.Option(help="A commit, branch or tag; the commit that came is recorded beside the files.")
-    ] = "main",
+        str | None,
+        typer.Option(
+            help="A commit, branch or tag; the commit that came is recorded beside the files.  "
+            "[default: the commit that wanfast was made for, main of another --repo]"
+        ),
+    ] = None,
     layout: Annotated[Literal["original", "diffusers"], typer.Option(help="How the files of --repo lie.")] = "original",
     artifacts_dir: options.ArtifactsDir = "artifacts",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files with their sizes and stop.")] = False,

@@ -65,7 +65,8 @@ def _fetch(reader: _Reader, key: str, wanted: Tensor, ranks: Ranks, device: str)
     first, end = own_rows(wanted)
     if shared := not isinstance(wanted, DTensor) and wanted.numel() >= _WORTH_SHARING and not end % ranks.size:
         first, end = (ranks.rank * end // ranks.size, (ranks.rank + 1) * end // ranks.size)
-    rows = reader.rows(key, first, end).to(device).to(wanted.dtype)  # cast where it is fast
+    read = reader.rows(key, first, end).to(device)
+    rows = read.to(wanted.dtype, copy=device == "cpu")  # cast where it is fast; a view would keep the file mapped
     return ranks.gather_rows(rows) if shared else from_own_rows(rows, wanted)
 
 
@@ -120,6 +121,9 @@ def _shapes(file: Path) -> dict[str, list[int]]:
         return {key: handle.get_slice(key).get_shape() for key in handle.keys()}  # noqa: SIM118 - not a mapping
 
 
+_REMAP_BYTES = 1 << 30
+
+
 class _Reader(Protocol):
     def rows(self, key: str, first: int, end: int) -> Tensor:
         """Rows first..end along dim 0 of a tensor, on the CPU; a scalar has none and comes whole."""
@@ -135,7 +139,7 @@ class _SafetensorsReader:
         self._bytes_read = 0
 
     def rows(self, key: str, first: int, end: int) -> Tensor:
-        if self._handle is None or self._bytes_read > 1 << 30:
+        if self._handle is None or self._bytes_read > _REMAP_BYTES:
             self._handle, self._bytes_read = _open(self._file), 0
         part = self._handle.get_slice(key)
         rows: Tensor = part[first:end] if part.get_shape() else self._handle.get_tensor(key)
@@ -144,12 +148,20 @@ class _SafetensorsReader:
 
 
 class _PthReader:
+    """Likewise."""
+
     def __init__(self, file: Path) -> None:
-        self._tensors = _read_pth(file)
+        self._file = file
+        self._tensors: dict[str, Tensor] = {}
+        self._bytes_read = 0
 
     def rows(self, key: str, first: int, end: int) -> Tensor:
+        if not self._tensors or self._bytes_read > _REMAP_BYTES:
+            self._tensors, self._bytes_read = _read_pth(self._file), 0
         tensor = self._tensors[key]
-        return tensor[first:end] if tensor.dim() else tensor
+        rows = tensor[first:end] if tensor.dim() else tensor
+        self._bytes_read += rows.nbytes
+        return rows
 
 
 def _open(file: Path) -> Any:

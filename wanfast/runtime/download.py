@@ -53,6 +53,11 @@ _REPOS: dict[_Layout, str] = {
     "original": "Wan-AI/Wan2.2-I2V-A14B",
     "diffusers": "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
 }
+# The published state that this program is made for; another is a choice.
+PINNED = {
+    "Wan-AI/Wan2.2-I2V-A14B": "206a9ee1b7bfaaf8f7e4d81335650533490646a3",
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "596658fd9ca6b7b71d5057529bbf319ecbc61d74",
+}
 _NEEDED: dict[_Layout, tuple[str, ...]] = {  # at least one file of each
     "original": (
         "high_noise_model/config.json",
@@ -83,9 +88,10 @@ class Request:
     folder: Path
 
     @classmethod
-    def of(cls, repo: str | None, revision: str, layout: _Layout, artifacts_dir: str) -> Request:
+    def of(cls, repo: str | None, revision: str | None, layout: _Layout, artifacts_dir: str) -> Request:
         """Raises ConfigError for an empty value."""
         repo = _REPOS[layout] if repo is None else repo
+        revision = PINNED.get(repo, "main") if revision is None else revision
         for option, value in (("--repo", repo), ("--revision", revision), ("--artifacts-dir", artifacts_dir)):
             if not value.strip() or "\0" in value:
                 raise ConfigError(f"{option} {value!r}: give a value, or leave it out")

@@ -19,6 +19,7 @@ from wanfast.runtime.model_spec import A14B, DiTSpec, ModelSpec, UMT5Spec, VAESp
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 A14B_FOLDER = "checkpoints/Wan2.2-I2V-A14B"  # below the artifacts folder
+A14B_BYTES = 126 * 10**9  # of its files that are read
 
 Component = Literal["high_noise", "low_noise", "vae", "umt5"]
 COMPONENTS: tuple[Component, ...] = ("high_noise", "low_noise", "vae", "umt5")
@@ -105,7 +106,9 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
     if model == "a14b":
         root = (Path(artifacts_dir) / A14B_FOLDER).absolute()
         where = "" if artifacts_dir == "artifacts" else f" --artifacts-dir {shlex.quote(artifacts_dir)}"
-        mend = f"run `wanfast download{where}` (126 GB), or give the weights' folder as --model FOLDER"
+        mend = (
+            f"run `wanfast download{where}` ({A14B_BYTES / 1e9:.0f} GB), or give the weights' folder as --model FOLDER"
+        )
         if not root.is_dir():
             return ModelFiles(root, "original", A14B, mend)
     else:

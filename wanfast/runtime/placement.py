@@ -17,8 +17,10 @@ from wanfast.runtime.config import EffectiveConfig, GenerateConfig, Precision, S
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.memory import gb
+from wanfast.runtime.model_spec import ModelSpec
 from wanfast.runtime.plan import Plan
 from wanfast.runtime.sampling.guidance import needs_unconditional
+from wanfast.runtime.shapes import Geometry
 
 # What is the same for all lines of a list: one mesh makes all of them.
 LAUNCH_OPTIONS = (
@@ -37,10 +39,6 @@ class Need:
     umt5: int
     loop: int
     decode: int
-
-    @property
-    def work(self) -> int:
-        return max(self.loop, self.decode)
 
 
 def place(requests: Sequence[GenerateConfig], plans: Sequence[Plan]) -> list[Plan]:
@@ -82,34 +80,46 @@ def place(requests: Sequence[GenerateConfig], plans: Sequence[Plan]) -> list[Pla
     ]
 
 
-def needed(plan: Plan) -> Need:
-    """Of one video on one rank."""
-    return _need([plan], Mesh())
+def needed(spec: ModelSpec, precision: Precision, geometry: Geometry, mesh: Mesh) -> Need:
+    """Of one video on one rank of `mesh`."""
+    return Need(
+        expert=memory.expert_bytes(spec.dit, precision),
+        block=memory.block_bytes(spec.dit, precision),
+        umt5=memory.umt5_bytes(spec.umt5, precision),
+        loop=memory.loop_bytes(spec, -(-geometry.tokens // mesh.ulysses)),
+        decode=memory.decode_bytes(spec, geometry),
+    )
 
 
 def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
-    needs = [
-        Need(
-            expert=memory.expert_bytes(plan.spec.dit, plan.config.precision),
-            block=memory.block_bytes(plan.spec.dit, plan.config.precision),
-            umt5=memory.umt5_bytes(plan.spec.umt5, plan.config.precision),
-            loop=memory.loop_bytes(plan.spec, -(-plan.geometry.tokens // mesh.ulysses)),
-            decode=memory.decode_bytes(plan.spec, plan.geometry),
-        )
-        for plan in plans
-    ]
+    needs = [needed(plan.spec, plan.config.precision, plan.geometry, mesh) for plan in plans]
     names = [field.name for field in dataclasses.fields(Need)]
     return Need(**{name: max(getattr(need, name) for need in needs) for name in names})
 
 
 def modes(need: Need, ranks: int) -> dict[str, int]:
     """Bytes that each way of holding the experts takes of a GPU at its worst moment, the preferred way first."""
-    held = {"resident": 2 * need.expert + need.work}
+    return {mode: sum(parts.values()) for mode, parts in terms(need, ranks).items()}
+
+
+def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
+    """What the bytes of `modes` are the sum of."""
+    work = {"decode": need.decode} if need.decode > need.loop else {"loop": need.loop}
+    margin = {"margin": memory.MARGIN_BYTES}
+    held = {"resident": {"both experts": 2 * need.expert, **work, **margin}}
     if ranks > 1:
-        held["sharded"] = 2 * need.expert // ranks + 2 * need.block + need.work
+        shares = {"share of both": 2 * need.expert // ranks, "two blocks": 2 * need.block}
+        held["sharded"] = {**shares, **work, **margin}
     else:
-        held["offloaded"] = max(need.expert + need.loop, need.decode)
-    return {mode: size + memory.MARGIN_BYTES for mode, size in held.items()}
+        held["offloaded"] = _offloaded(need)
+    return held
+
+
+def _offloaded(need: Need) -> dict[str, int]:
+    """No expert is on the GPU while the decoder works."""
+    in_loop = {"one expert": need.expert, "loop": need.loop}
+    worst = in_loop if sum(in_loop.values()) > need.decode else {"decode": need.decode}
+    return {**worst, "margin": memory.MARGIN_BYTES}
 
 
 def _place_experts(
@@ -120,26 +130,35 @@ def _place_experts(
         raise ConfigError("--dit-fsdp on needs several ranks to a video: add --num-gpus, or take --expert-offload on")
     if request.expert_offload == "on" and config.device == "cpu":
         raise ConfigError("--expert-offload on moves experts off a GPU: with --device cpu there is none, so drop it")
-    if request.expert_offload == "on" and ranks > 1 and request.dit_fsdp == "auto":
-        request = dataclasses.replace(request, dit_fsdp="off")
     held = modes(need, ranks)
     if request.dit_fsdp == "on":
         return "on", "off", f"experts sharded as asked: {gb(held['sharded'])} a rank"
     if request.expert_offload == "on":
-        size = max(need.expert + need.loop, need.decode) + memory.MARGIN_BYTES
-        return "off", "on", f"idle expert in host memory as asked: {gb(size)}"
+        return "off", "on", f"idle expert in host memory as asked: {gb(sum(_offloaded(need).values()))}"
     if held["resident"] <= free or (config.device == "cpu" and ranks == 1):
         return "off", "off", f"both experts stay: {gb(held['resident'])} with the work"
     if "sharded" in held and request.dit_fsdp == "auto" and held["sharded"] <= free:
         return "on", "off", f"experts sharded: {gb(held['sharded'])} a rank, not {gb(held['resident'])}"
-    if "offloaded" in held and request.expert_offload == "auto" and held["offloaded"] <= free:
+    host_short = 2 * need.expert > available_host_bytes()
+    if "offloaded" in held and request.expert_offload == "auto" and held["offloaded"] <= free and not host_short:
         return "off", "on", f"idle expert in host memory: {gb(held['offloaded'])}, not {gb(held['resident'])}"
-    raise ConfigError(_too_little(request, config.precision, held, free))
+    barred = {"sharded": "switched off" if request.dit_fsdp == "off" else ""}
+    barred["offloaded"] = (
+        "switched off"
+        if request.expert_offload == "off"
+        else f"and {gb(2 * need.expert)} on the host, which has {gb(available_host_bytes())}"
+        if host_short
+        else ""
+    )
+    raise ConfigError(_too_little(request, config.precision, held, free, barred))
 
 
-def _too_little(request: GenerateConfig, precision: Precision, held: dict[str, int], free: int) -> str:
-    barred = {"sharded": request.dit_fsdp == "off", "offloaded": request.expert_offload == "off"}
-    ways = ", ".join(f"{mode} {gb(size)}{' (switched off)' if barred.get(mode) else ''}" for mode, size in held.items())
+def _too_little(
+    request: GenerateConfig, precision: Precision, held: dict[str, int], free: int, barred: dict[str, str]
+) -> str:
+    ways = ", ".join(
+        f"{mode} {gb(size)}" + (f" ({reason})" if (reason := barred.get(mode)) else "") for mode, size in held.items()
+    )
     return (
         f"--model {request.model} --precision {precision}: a GPU would hold {ways}, and {gb(free)} are free: "
         "take more or larger GPUs, or a smaller --size"
@@ -173,14 +192,14 @@ def _num_gpus(request: GenerateConfig, config: EffectiveConfig) -> int:
 def _free_bytes(config: EffectiveConfig, num_gpus: int) -> tuple[int, str]:
     """(bytes that one rank may take, what they are)."""
     if config.device == "cpu":
-        return _available_host_bytes() // num_gpus, "of host memory free a process"
+        return available_host_bytes() // num_gpus, "of host memory free a process"
     found = gpus.visible_gpus()[:num_gpus]
     if not found:
         return _UNMEASURED_BYTES, "assumed a GPU, as none could be asked"
     return min(gpu.free_bytes for gpu in found), "free a GPU"
 
 
-def _available_host_bytes() -> int:
+def available_host_bytes() -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -33,7 +33,8 @@ def prompt_embeds(
     """{text: [n, text_dim]} on the CPU of every rank, n the text's tokens.
 
     What the store does not hold is encoded and put there: texts are dealt to the ranks, each of which loads UMT5 if it
-    got one (seconds in `loads`) and drops it after; under `--t5-fsdp on` all ranks hold a share of UMT5 and encode all texts together.
+    got one (seconds in `loads`) and drops it after; under `--t5-fsdp on` all ranks hold a share of UMT5 and encode all
+    texts together.
     """
     store = ArtifactStore(Path(config.artifacts_dir))
     tokenizer = ranks.together(lambda: PromptTokenizer(files.tokenizer, files.spec.dit.text_len))

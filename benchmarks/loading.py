@@ -1,0 +1,113 @@
+"""How fast, and in how much memory, ranks load an expert of true size: `python benchmarks/loading.py --device cuda`.
+
+The checkpoint is tests/sparse_model.py's: its values are holes, so no disk is read and no download is needed, while
+everything after the disk is the real thing: page cache, copies, casts, exchanges. Each rank is a fresh process, so that
+its peak memory is its own; what it holds is compared with the checkpoint's marks. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests import sparse_model
+from wanfast.runtime import builders, hardware, memory, metadata, model_files
+from wanfast.runtime.distributed.mesh import Mesh
+from wanfast.runtime.distributed.ranks import Ranks, gang
+from wanfast.runtime.memory import gb
+from wanfast.runtime.model_spec import A14B
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=A14B.dit.num_layers)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that share the reading, a GPU each")
+    parser.add_argument("--fsdp", action="store_true", help="each rank keeps its own rows alone, of several ranks")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is or will be; by default it does not stay")
+    options = parser.parse_args()
+    if options.fsdp and options.ranks == 1:
+        parser.error("--fsdp shards among several ranks: add --ranks")
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:  # /tmp may be memory, where holes take room once read
+        options.folder = options.folder or Path(scratch)
+        if not (options.folder / "high_noise_model").exists():
+            sparse_model.write(options.folder, dataclasses.replace(A14B.dit, num_layers=options.layers))
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        mp.start_processes(_rank, (options, port), options.ranks, start_method="spawn")
+
+
+def _rank(rank: int, options: argparse.Namespace, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(options.ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
+    hardware.prepare(options.device, "bf16")
+    with gang(options.device, Mesh(ulysses=options.ranks), timeout_s=300) as ranks:
+        figures = ranks.gather(_load(options, ranks))
+        if ranks.is_leader:
+            _report(options, figures)
+
+
+def _load(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    files = model_files.locate(str(options.folder), "artifacts")
+    assert files.spec.dit.num_layers == options.layers, f"{options.folder} holds {files.spec.dit.num_layers} layers"
+    ranks.share(torch.zeros(1, device=ranks.device))  # all begin together, with contexts and connections made
+    hardware.reset_peak_memory(options.device)
+    start = time.perf_counter()
+    model = builders.build_expert(files, "high_noise", "bf16", ranks, sharded=options.fsdp)
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak_gpu = hardware.peak_memory_bytes("cuda") if options.device == "cuda" else None
+    wrong = sparse_model.wrong_tensors(model, ranks.rank, ranks.size)
+    peak_rss = hardware.peak_memory_bytes(
+        "cpu"
+    )  # after all values were looked at: some might not have been read before
+    return {"seconds": seconds, "peak_rss_bytes": peak_rss, "peak_gpu_bytes": peak_gpu, "wrong_tensors": wrong}
+
+
+def _report(options: argparse.Namespace, figures: list[dict[str, Any]]) -> None:
+    spec = dataclasses.replace(A14B.dit, num_layers=options.layers)
+    seconds = max(rank["seconds"] for rank in figures)
+    read = sparse_model.num_bytes(spec)
+    how = f"{options.layers} of {A14B.dit.num_layers} layers on {options.device}, {options.ranks} rank(s)"
+    peaks = [f"peak RSS {gb(max(rank['peak_rss_bytes'] for rank in figures))}"]
+    if options.device == "cuda":
+        peaks.append(f"peak GPU {gb(max(rank['peak_gpu_bytes'] for rank in figures))}")
+    print(f"{how}{', FSDP' if options.fsdp else ''}: {gb(read)} in {seconds:.1f} s, {read / 1e9 / seconds:.2f} GB/s")
+    print(f"{' and '.join(peaks)} a rank; the model in bf16 is {gb(memory.expert_bytes(spec, 'bf16'))}")
+    for rank, found in enumerate(figures):
+        if found["wrong_tensors"]:
+            print(f"rank {rank} holds wrong values in {len(found['wrong_tensors'])} tensors")
+    document = {
+        "layers": options.layers,
+        "ranks": options.ranks,
+        "fsdp": options.fsdp,
+        "checkpoint_bytes": read,
+        "model_bytes": memory.expert_bytes(spec, "bf16"),
+        "seconds": seconds,
+        "gb_per_s": read / 1e9 / seconds,
+        "each_rank": figures,
+        "versions": metadata.versions(),
+        "hardware": hardware.describe(options.device),
+    }
+    print(json.dumps(document), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""An expert's checkpoint of true names, shapes and dtype whose values are holes: much to read, next to nothing on disk.
+
+Holes read as zeros, so a few values of every tensor are marks: each different, exact in bf16, at rows that end or begin
+a quarter. Whoever loads the checkpoint holds exactly the marks of the rows that are his, or something went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from wanfast.runtime.model_spec import DiTSpec
+from wanfast.runtime.models.dit import WanDiT
+
+_SHARD_BYTES = 9_900_000_000  # the published shards are smaller than 10 GB
+_VALUE_BYTES = 4
+_FIRST_MARK = 0x3F80  # 1.0 in bf16; the bit patterns after it are larger numbers, each one exact
+
+Shapes = dict[str, torch.Size]
+
+
+def write(folder: Path, spec: DiTSpec, shard_bytes: int = _SHARD_BYTES) -> None:
+    """The high-noise expert in fp32, in the original layout."""
+    shapes = _shapes(spec)
+    target = folder / "high_noise_model"
+    target.mkdir(parents=True)
+    (target / "config.json").write_text(json.dumps(_config(spec)))
+    shards = _split(shapes, shard_bytes)
+    weight_map: dict[str, str] = {}
+    marks = _marks(shapes)
+    for number, shard in enumerate(shards, 1):
+        file = f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        with (target / file).open("wb") as stream:
+            _write_shard(stream, shard, marks)
+    index = {"metadata": {"total_size": num_bytes(spec)}, "weight_map": weight_map}
+    (target / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def num_bytes(spec: DiTSpec) -> int:
+    """Of the checkpoint's tensors."""
+    return sum(map(_bytes, _shapes(spec).values()))
+
+
+def wrong_tensors(model: WanDiT, rank: int = 0, ranks: int = 1) -> list[str]:
+    """The tensors that do not hold exactly their marks: all, or where sharded those of this rank's rows."""
+    held = model.state_dict()
+    marks = _marks({name: tensor.shape for name, tensor in held.items()})
+    wrong = []
+    for name, tensor in held.items():
+        rows, own = range(tensor.shape[0]), tensor
+        if isinstance(tensor, DTensor):
+            share = -(-len(rows) // ranks)  # as torch.chunk deals them: the last ranks may hold fewer, or none
+            rows, own = rows[rank * share :][:share], tensor.to_local()
+        expected = {(row - rows.start, column): value for row, column, value in marks[name] if row in rows}
+        if own.shape != (len(rows), *tensor.shape[1:]) or _nonzeros(own) != expected:
+            wrong.append(name)
+    return wrong
+
+
+def _nonzeros(tensor: Tensor) -> dict[tuple[int, int], float]:
+    """{(row, position in the row): value}, found by whole words where they fit: four times as fast."""
+    flat = tensor.flatten()
+    values_a_word = 8 // flat.itemsize
+    if flat.numel() % values_a_word:
+        places = flat.nonzero().flatten()
+    else:
+        words = flat.view(torch.int64).nonzero()
+        places = (words * values_a_word + torch.arange(values_a_word, device=flat.device)).flatten()
+    columns = tensor.shape[1:].numel()
+    found = zip(places.tolist(), flat[places].tolist(), strict=True)
+    return {divmod(place, columns): value for place, value in found if value}
+
+
+def _marks(shapes: Shapes) -> dict[str, list[tuple[int, int, float]]]:
+    """(row along dim 0, position in the row, value) of every mark."""
+    patterns: Iterator[int] = iter(range(_FIRST_MARK, 0x7F80))
+    marks = {}
+    for name, shape in shapes.items():
+        rows, columns = shape[0], shape[1:].numel()
+        edges = {i * rows // 4 + side for i in range(5) for side in (-1, 0)}
+        marked = sorted(row for row in edges if 0 <= row < rows)
+        marks[name] = [(row, row % columns, _bf16(next(patterns))) for row in marked]
+    return marks
+
+
+def _bf16(pattern: int) -> float:
+    value: float = struct.unpack(">f", struct.pack(">I", pattern << 16))[0]
+    return value
+
+
+def _split(shapes: Shapes, shard_bytes: int) -> list[Shapes]:
+    shards: list[Shapes] = [{}]
+    for name, shape in shapes.items():
+        if shards[-1] and sum(map(_bytes, shards[-1].values())) + _bytes(shape) > shard_bytes:
+            shards.append({})
+        shards[-1][name] = shape
+    return shards
+
+
+def _write_shard(stream: BinaryIO, shard: Shapes, marks: dict[str, list[tuple[int, int, float]]]) -> None:
+    header, starts, end = {}, {}, 0
+    for name, shape in shard.items():
+        starts[name], end = end, end + _bytes(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as the format's own writer aligns the values
+    stream.write(struct.pack("<Q", len(text)) + text)
+    values = stream.tell()
+    stream.truncate(values + end)
+    for name, shape in shard.items():
+        for row, column, value in marks[name]:
+            stream.seek(values + starts[name] + (row * shape[1:].numel() + column) * _VALUE_BYTES)
+            stream.write(struct.pack("<f", value))
+
+
+def _bytes(shape: torch.Size) -> int:
+    return shape.numel() * _VALUE_BYTES
+
+
+def _shapes(spec: DiTSpec) -> Shapes:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in WanDiT(spec).state_dict().items()}
+
+
+def _config(spec: DiTSpec) -> dict[str, object]:
+    """The original layout's names of the sizes."""
+    same = ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "text_dim", "text_len", "eps")
+    return {name: getattr(spec, name) for name in same} | {"in_dim": spec.in_channels, "out_dim": spec.out_channels}

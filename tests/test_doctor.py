@@ -1,0 +1,308 @@
+"""`wanfast doctor` on machines that are pretended: what it says fits, what it says to type next, and that this runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Outcome
+from wanfast.runtime import attention_probe, gpus, placement
+from wanfast.runtime.gpus import Gpu
+from wanfast.runtime.model_files import A14B_FOLDER, TINY
+
+Wanfast = Callable[..., Outcome]
+Machine = Callable[..., None]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """`machine(free, ...)`: GPUs of so many free GB; torch sees them, but no kernel runs on them."""
+
+    def pretend(*free_gb: float, host_gb: float = 100, sees_gpu: bool = True) -> None:
+        found = [Gpu("H100", int(gb * 1e9), int(gb * 1e9), "580.82", (9, 0), 18) for gb in free_gb]
+        monkeypatch.setattr(gpus, "visible_gpus", lambda: found)
+        monkeypatch.setattr(placement, "available_host_bytes", lambda: int(host_gb * 1e9))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: sees_gpu and bool(found))
+
+    return pretend
+
+
+def pretend_weights(artifacts: Path) -> Path:
+    """Every file of the A14B that is asked for, nearly all of them empty."""
+    root = artifacts / A14B_FOLDER
+    for name in ("high_noise_model/a.safetensors", "low_noise_model/a.safetensors", "Wan2.1_VAE.pth",
+                 "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"):  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    shutil.copy(TINY / "tokenizer/tokenizer.json", root / "google/umt5-xxl/tokenizer.json")
+    return root
+
+
+def examine(wanfast: Wanfast, *arguments: str) -> dict[str, Any]:
+    outcome = wanfast("doctor", *arguments, "--json")
+    assert outcome.exit_code == 0, outcome.err
+    return outcome.document
+
+
+def dry_run(wanfast: Wanfast, command: str, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The plan that a command line comes to."""
+    program, *words = shlex.split(command)
+    assert program == "wanfast" and words[0] == "generate"
+    for option in without:
+        if option in words:
+            del words[words.index(option) : words.index(option) + 2]
+    outcome = wanfast(*words, "--dry-run", "--json")
+    assert outcome.exit_code == 0, outcome.err
+    return outcome.document["plan"]
+
+
+@pytest.mark.parametrize(
+    ("model", "free", "num_gpus", "options"),
+    [
+        ("a14b", [84.0] * 8, 8, ["--num-gpus auto"]),
+        ("a14b", [47.0] * 8, 8, ["--num-gpus auto", "--dit-fsdp on"]),
+        ("a14b", [40.0] * 4, 4, ["--num-gpus auto", "--dit-fsdp on"]),
+        ("a14b", [84.0] * 3, 2, ["--num-gpus 2"]),
+        ("a14b", [84.0, 20.0], 1, []),
+        ("a14b", [84.0], 1, []),
+        ("a14b", [47.0], 1, ["--expert-offload on"]),
+        ("tiny", [84.0] * 8, 4, ["--num-gpus 4"]),
+    ],
+    ids=["8x84", "8x47", "4x40", "3x84", "84 and a busy one", "84", "47", "two heads"],
+)
+def test_the_next_command_is_what_auto_would_choose(
+    wanfast: Wanfast, workdir: Path, machine: Machine, model: str, free: list[float], num_gpus: int, options: list[str]
+) -> None:
+    machine(*free)
+    pretend_weights(workdir / "artifacts")
+    command = examine(wanfast, "--model", model)["next"]["command"]
+    for option in ("--num-gpus auto", "--num-gpus 2", "--num-gpus 4", "--dit-fsdp on", "--expert-offload on"):
+        assert (option in command) == (option in options), command
+    plan = dry_run(wanfast, command)
+    assert math.prod(plan["mesh"].values()) == plan["mesh"]["cfg"] * plan["mesh"]["ulysses"] == num_gpus
+    auto = dry_run(wanfast, command, without=["--dit-fsdp", "--expert-offload"])
+    for decided in ("dit_fsdp", "expert_offload", "mesh"):
+        assert plan[decided] == auto[decided]
+
+
+@pytest.mark.parametrize(
+    ("free", "host", "arguments", "words", "option"),
+    [
+        ([40.0], 100, [], "with --size 832x480 it does", "--size 832x480"),
+        ([84.0], 100, ["--precision", "fp32", "--frames", "77"], "with --precision bf16 it does", "--frames 77"),
+        ([22.0], 100, [], "needs 1 GPU of 48 GB: experts offloaded, 41.9 GB a GPU and 57.9", "--model tiny"),
+        ([47.0], 40, [], "57.9 GB of host memory", "--model tiny"),
+        ([22.0], 100, ["--size", "4096x4096"], "fits on none of the cards", "--model tiny"),
+    ],
+    ids=["40", "fp32", "22", "little host memory", "huge"],
+)
+def test_what_does_not_fit_is_said_with_what_would(
+    wanfast: Wanfast,
+    workdir: Path,
+    machine: Machine,
+    free: list[float],
+    host: float,
+    arguments: list[str],
+    words: str,
+    option: str,
+) -> None:
+    machine(*free, host_gb=host)
+    pretend_weights(workdir / "artifacts")
+    document = examine(wanfast, *arguments)
+    assert not any(way["fits"]["here"] for way in document["fit"]["ways"])
+    step = document["next"]
+    assert words in step["why"]
+    assert option in step["command"]
+    assert "fp32" not in step["command"]
+    dry_run(wanfast, step["command"])
+
+
+def test_the_table_shows_the_sums_that_placement_decides_by(wanfast: Wanfast, machine: Machine) -> None:
+    machine(47.0, host_gb=40)
+    outcome = wanfast("doctor")
+    assert (
+        "29.0 one expert + 10.8 loop + 2.1 margin = 41.9, and 57.9 on the host: does not fit, 47.0 free" in outcome.out
+    )
+    assert "57.9 both experts + 18.0 decode + 2.1 margin = 78.1: does not fit, 47.0 free" in outcome.out
+    machine(47.0, 47.0, 47.0, 47.0)
+    outcome = wanfast("doctor")
+    assert "14.5 share of both + 1.4 two blocks + 18.0 decode + 2.1 margin = 36.1: fits, 47.0 free" in outcome.out
+    assert "H100, 47.0 GB of 47.0 GB free, capability 9.0, 18 NVLinks, driver 580.82" in outcome.out
+    assert "8 GPUs" not in outcome.out
+    machine()
+    outcome = wanfast("doctor")
+    assert "78.1: fits GPUs of 80 GB, 141 GB" in outcome.out
+    assert "41.9, and 57.9 on the host: fits GPUs of 48 GB, 80 GB, 141 GB" in outcome.out
+
+
+def test_without_a_gpu_the_tiny_model_is_next_and_its_command_runs(wanfast: Wanfast, machine: Machine) -> None:
+    machine()
+    step = examine(wanfast)["next"]
+    assert "needs 1 GPU of 48 GB" in step["why"]
+    assert dry_run(wanfast, step["command"])["device"] == "cpu"
+
+
+def test_a_torch_that_cannot_use_the_gpu_comes_first(
+    wanfast: Wanfast, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(84.0, sees_gpu=False)
+    assert examine(wanfast)["next"]["command"].startswith("pip install")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    document = examine(wanfast)
+    assert document["next"]["command"].startswith("pip install")
+    assert "not to be imported" in document["torch"]["trouble"]
+    assert document["attention"]["kernels"] == {}
+
+
+def test_missing_weights_are_said_with_the_mend(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
+    machine(84.0)
+    assert examine(wanfast)["next"]["command"] == "wanfast download"
+    step = examine(wanfast, "--artifacts-dir", "my kept")["next"]
+    assert step["command"] == "wanfast download --artifacts-dir 'my kept'"
+    assert "my kept/checkpoints/Wan2.2-I2V-A14B is missing" in step["why"]
+    root = pretend_weights(workdir / "artifacts")
+    assert examine(wanfast)["weights"] == {
+        "model": "a14b",
+        "folder": str(root),
+        "layout": "original",
+        "bytes": 0,
+        "trouble": None,
+    }
+    (root / "low_noise_model/a.safetensors").unlink()
+    document = examine(wanfast)
+    assert "low_noise_model/*.safetensors is missing" in document["weights"]["trouble"]
+    assert document["next"]["command"] == "wanfast download"
+    document = examine(wanfast, "--model", "gone")
+    assert "no such folder" in document["weights"]["trouble"]
+    assert document["next"]["command"] == "wanfast doctor --model gone"
+
+
+def test_a_full_disk_is_said_before_the_download(
+    wanfast: Wanfast, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(84.0)
+    for free, said in ((50e9, ["50.0 GB free"]), (200e9, [])):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(300e9, 0, free))
+        assert re.findall(r"[\d.]+ GB free", examine(wanfast)["next"]["why"]) == said
+
+
+def test_artifacts_are_listed_by_key_and_nothing_is_written(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
+    machine()
+    before = sorted(workdir.rglob("*"))
+    assert examine(wanfast)["artifacts"]["kinds"] == {}
+    assert sorted(workdir.rglob("*")) == before
+    for folder in ("prompt_embeds/0123456789ab/deep", "prompt_embeds/ba9876543210.partial", "runs"):
+        (workdir / "artifacts" / folder).mkdir(parents=True)
+    (workdir / "artifacts/prompt_embeds/0123456789ab/embeds.safetensors").write_bytes(b"x" * 1000)
+    (workdir / "artifacts/prompt_embeds/0123456789ab/deep/file").write_bytes(b"x" * 24)
+    (workdir / "artifacts/prompt_embeds/0123456789ab.lock").touch()
+    before = sorted(workdir.rglob("*"))
+    assert examine(wanfast)["artifacts"]["kinds"] == {
+        "prompt_embeds": {"keys": ["0123456789ab"], "bytes": 1024},
+        "runs": {"keys": [], "bytes": 0},
+    }
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_one_document_ends_stdout_and_the_rest_is_for_people(wanfast: Wanfast, machine: Machine) -> None:
+    machine()
+    outcome = wanfast("doctor", "--model", "tiny", "--json")
+    (line,) = outcome.out.splitlines()
+    assert set(json.loads(line)) == {
+        "gpus", "host", "torch", "attention", "encoder", "weights", "artifacts", "fit", "next", "versions",
+    }  # fmt: skip
+    assert json.loads(line)["encoder"]["libx264"] is True
+    plain = wanfast("doctor", "--model", "tiny")
+    assert plain.err == ""
+    headings = [line for line in plain.out.splitlines() if not line.startswith(" ")]
+    for heading, start in zip(
+        headings, ("machine", "software", "attention on cpu", "files", "tiny", "next"), strict=True
+    ):
+        assert heading.startswith(start)
+        assert heading in outcome.err
+    assert plain.out.splitlines()[-1].strip() == json.loads(line)["next"]["command"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--size", "bad"], ["--frames", "80"], ["--model", ""], ["--precision", "fp8"], ["--size", "0x16"]],
+    ids=" ".join,
+)
+def test_wrong_options_are_refused(wanfast: Wanfast, machine: Machine, arguments: list[str]) -> None:
+    machine()
+    outcome = wanfast("doctor", *arguments)
+    assert outcome.exit_code == 2
+    assert outcome.out == ""
+    assert arguments[0] in outcome.err
+
+
+def right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> tuple[torch.Tensor]:
+    weights = torch.einsum("blhd,bmhd->bhlm", q.float(), k.float()).mul(options["softmax_scale"]).softmax(-1)
+    return (torch.einsum("bhlm,bmhd->blhd", weights, v.float()).bfloat16(),)
+
+
+def unscaled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> tuple[torch.Tensor]:
+    return right(q, k, v, softmax_scale=1.0)
+
+
+def heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> tuple[torch.Tensor]:
+    return (right(q, k, v, **options)[0].transpose(1, 2),)
+
+
+def not_a_number(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> tuple[torch.Tensor]:
+    return (right(q, k, v, **options)[0] * math.nan,)
+
+
+def no_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> tuple[torch.Tensor]:
+    raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        (right, "runs"),
+        (unscaled, "fails: its result is wrong: relative error"),
+        (not_a_number, "fails: its result is wrong: relative error nan"),
+        (heads_first, "fails: its result is [1, 2, 256, 128], not [1, 256, 2, 128]"),
+        (no_kernel, "fails: no kernel image is available"),
+        (lambda q: q, "fails: "),
+        (None, "fails: cannot import name"),
+    ],
+    ids=["right", "unscaled", "nan", "heads first", "no kernel", "another version", "without the function"],
+)
+def test_a_kernel_runs_only_if_its_numbers_are_right(
+    wanfast: Wanfast, machine: Machine, monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Any] | None, said: str
+) -> None:
+    machine()
+    module = ModuleType("fa3_fwd_interface")
+    module.__spec__ = ModuleSpec("fa3_fwd_interface", None)
+    if kernel is not None:
+        module._flash_attn_forward = kernel
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", module)
+    (line,) = (line for line in wanfast("doctor", "--model", "tiny").out.splitlines() if line.startswith("  fa3 "))
+    assert line.removeprefix("  fa3").strip().startswith(said)
+
+
+def test_packages_that_share_a_folder_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention-4 alone makes `flash_attn` importable, without FlashAttention-2 in it."""
+    (tmp_path / "flash_attn/cute").mkdir(parents=True)
+    (tmp_path / "flash_attn/cute/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    found = attention_probe.probe_all("cpu")
+    assert (found["fa2"].state, found["fa2"].reason) == ("not installed", "pip install flash-attn")
+    assert found["fa4"].state == "fails"
+    assert found["fa3"].state == "not installed"
+    assert found["sdpa-math"].state == "runs" and "sdpa-cudnn" not in found
+    sys.modules.pop("flash_attn", None)

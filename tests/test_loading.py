@@ -1,0 +1,144 @@
+"""Weights of true size in little memory, and the ranks of a gang that share their reading."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tests import sparse_model
+from tests.gang import on_gang
+from wanfast.runtime import builders, checkpoint, memory, model_files
+from wanfast.runtime.distributed import fsdp
+from wanfast.runtime.distributed.mesh import Mesh
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.model_spec import A14B, DiTSpec
+
+ROOT = Path(__file__).parents[1]
+TRUE_SIZES = dataclasses.replace(A14B.dit, num_layers=12)
+SMALL = DiTSpec(dim=1280, ffn_dim=2048, freq_dim=256, num_heads=10, num_layers=2, text_dim=1024)
+
+
+@pytest.fixture
+def true_sizes() -> Iterator[Path]:
+    """A checkpoint of 18 GB that takes a few MB. /tmp may be memory, where holes take room once they are read."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        sparse_model.write(Path(folder), TRUE_SIZES)
+        yield Path(folder)
+
+
+def test_true_sizes_load_within_two_gigabytes_of_the_model(true_sizes: Path) -> None:
+    """One after the other in one test: both at once, as two tests might run, would not fit a small machine."""
+    shards = sorted(true_sizes.glob("*/*.safetensors"))
+    sizes = [shard.stat() for shard in shards]
+    assert len(shards) > 1 and max(size.st_size for size in sizes) < 10e9
+    assert sum(size.st_size for size in sizes) > 17e9
+    assert sum(size.st_blocks * 512 for size in sizes) < 20e6
+
+    held = memory.expert_bytes(TRUE_SIZES, "bf16")
+    for ranks, options in ((1, []), (4, ["--fsdp"])):
+        document = measured(true_sizes, "--ranks", str(ranks), *options)
+        for figures in document["each_rank"]:
+            assert figures["wrong_tensors"] == []
+            assert figures["peak_rss_bytes"] <= held / ranks + 2e9
+
+
+def measured(folder: Path, *options: str) -> dict[str, Any]:
+    """The document of the loading benchmark, whose ranks are fresh processes: no peak of this one is theirs."""
+    program = [sys.executable, str(ROOT / "benchmarks/loading.py"), "--folder", str(folder)]
+    sizes = ["--layers", str(TRUE_SIZES.num_layers)]
+    out = subprocess.run([*program, *sizes, *options], stdout=subprocess.PIPE, text=True, check=True).stdout
+    print(out)
+    document: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return document
+
+
+def test_a_gang_reads_each_byte_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse_model.write(tmp_path, SMALL, shard_bytes=50_000_000)
+    files = model_files.locate(str(tmp_path), "artifacts")
+    assert files.spec.dit == SMALL and len(files.weights("high_noise")) > 2
+    num_read: list[int] = []
+    rows = checkpoint._SafetensorsReader.rows
+
+    def counted(self: checkpoint._SafetensorsReader, key: str, first: int, end: int) -> Tensor:
+        found = rows(self, key, first, end)
+        num_read.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr(checkpoint._SafetensorsReader, "rows", counted)
+
+    def work(ranks: Ranks, sharded: bool) -> tuple[int, list[str]]:
+        model = builders.build_expert(files, "high_noise", "bf16", ranks, sharded=sharded)
+        return sum(num_read), sparse_model.wrong_tensors(model, ranks.rank, ranks.size)
+
+    total = sparse_model.num_bytes(SMALL)
+    assert work(Ranks("cpu"), sharded=False) == (total, [])
+    num_read.clear()
+    for sharded in (False, True):
+        for read, wrong in on_gang(Mesh(ulysses=2), lambda ranks: work(ranks, sharded)):  # noqa: B023 - run at once
+            print(f"2 ranks, FSDP {sharded}: {read / total:.3f} of {total / 1e6:.0f} MB read by one")
+            assert not wrong
+            assert total / 2 * 0.99 < read < total / 2 * 1.05  # what is small is read by all
+
+
+class Odd(nn.Module):
+    """Sizes that ranks do not divide, fewer rows than ranks, one row, none at all."""
+
+    def __init__(self, scalar: bool) -> None:
+        super().__init__()
+        large = checkpoint._WORTH_SHARING
+        self.blocks = nn.ModuleList([nn.Linear(3, 7), nn.Linear(5, 2), nn.LayerNorm(1)])
+        self.many = nn.Parameter(torch.empty(large + 1))
+        self.shared = nn.Parameter(torch.empty(12, large // 8, dtype=torch.bfloat16))
+        self.uneven = nn.Parameter(torch.empty(5, large // 4, dtype=torch.bfloat16))
+        if scalar:
+            self.scalar = nn.Parameter(torch.empty(()))
+
+
+@pytest.mark.parametrize(("ranks", "sharded"), [(1, False), (3, False), (4, False), (3, True), (4, True)])
+def test_rows_that_the_ranks_do_not_divide(tmp_path: Path, ranks: int, sharded: bool) -> None:
+    file = tmp_path / "odd.safetensors"
+    torch.manual_seed(0)
+    scalar = not sharded  # FSDP takes none
+    stored = {name: torch.randn(tensor.shape) for name, tensor in Odd(scalar).state_dict().items()}
+    save_file(stored, file)
+
+    def work(own: Ranks) -> list[str]:
+        with torch.device("meta"):
+            module = Odd(scalar)
+        if sharded:
+            fsdp.shard(module, "cpu")
+        checkpoint.load(module, [file], component="dit", layout="original", ranks=own)
+        held = {name: whole(tensor) for name, tensor in module.state_dict().items()}
+        return [name for name, tensor in held.items() if not torch.equal(tensor, stored[name].to(tensor.dtype))]
+
+    results = [work(Ranks("cpu"))] if ranks == 1 else on_gang(Mesh(ulysses=ranks), work)
+    assert results == [[]] * ranks
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def test_what_was_loaded_needs_its_file_no_more(tmp_path: Path) -> None:
+    """On the CPU a float32 tensor could stay a view of the file: mapped for ever, and changed with it."""
+    file = tmp_path / "odd.safetensors"
+    values = {name: torch.ones(tensor.shape) for name, tensor in Odd(scalar=True).state_dict().items()}
+    save_file(values, file)
+    with torch.device("meta"):
+        module = Odd(scalar=True)
+    checkpoint.load(module, [file], component="dit", layout="original", ranks=Ranks("cpu"))
+    save_file({name: tensor * 2 for name, tensor in values.items()}, tmp_path / "other.safetensors")
+    file.write_bytes((tmp_path / "other.safetensors").read_bytes())
+    assert all(bool((tensor == 1).all()) for tensor in module.state_dict().values())

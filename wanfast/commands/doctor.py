@@ -1,0 +1,149 @@
+"""`wanfast doctor`: what this machine has and lacks for making a video, and the command to type next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from wanfast.commands import options
+from wanfast.runtime.config import GenerateConfig
+from wanfast.runtime.memory import gb
+
+_KEYS_SHOWN = 4
+
+Rows = list[tuple[str, str]]
+
+
+def doctor(
+    model: options.Model = "a14b",
+    size: Annotated[
+        str | None, typer.Option(help="Of the video that should fit, as WIDTHxHEIGHT.  [default: the model's own]")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Likewise.  [default: the model's own]")] = None,
+    precision: options.PrecisionOption = "bf16",
+    artifacts_dir: options.ArtifactsDir = "artifacts",
+    json_: options.Json = False,
+) -> None:
+    """Say what is there, what fits, and what to type next.
+
+    It writes nothing and loads no weights. The exit code is 0 whatever it finds, and 2 for a wrong option.
+    """
+    from wanfast.runtime import doctor as worker  # torch begins in it, and may be broken
+    from wanfast.runtime.next_step import example
+
+    image, prompt = example(model)
+    request = GenerateConfig(
+        model=model,
+        image=image,
+        prompt=prompt,
+        size=size,
+        frames=frames,
+        precision=precision,
+        artifacts_dir=artifacts_dir,
+    )
+    document = worker.examine(request)
+    console = Console(stderr=json_, highlight=False, soft_wrap=True)
+    for heading, rows in _sections(document):
+        console.print(heading, style="bold", markup=False)
+        width = max((len(name) for name, _ in rows if name), default=0)
+        for name, value in rows:
+            console.print(f"  {name:<{width}}  {value}" if width else f"  {value}", markup=False)
+    if json_:
+        print(json.dumps(document))
+
+
+def _sections(document: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
+    fit = document["fit"]
+    yield "machine", _machine(document)
+    yield "software", _software(document)
+    device = document["attention"]["device"]
+    yield f"attention on {device}" if device else "attention", _attention(document["attention"]["kernels"])
+    yield "files", _files(document)
+    yield f"{fit['model']}, {fit['size']}, {fit['frames']} frames, {fit['precision']}: GB a GPU", _fit(fit)
+    yield f"next: {document['next']['why']}", [("", document["next"]["command"])]
+
+
+def _machine(document: dict[str, Any]) -> Rows:
+    host = document["host"]
+    rows = [
+        (
+            f"GPU {index}",
+            f"{gpu['name']}, {gb(gpu['free_bytes'])} of {gb(gpu['total_bytes'])} free, capability "
+            f"{gpu['capability'][0]}.{gpu['capability'][1]}, {gpu['nvlinks']} NVLinks, driver {gpu['driver']}",
+        )
+        for index, gpu in enumerate(document["gpus"])
+    ]
+    return [
+        *(rows or [("GPUs", "none that NVIDIA's driver shows")]),
+        ("memory", f"{gb(host['available_bytes'])} of {gb(host['memory_bytes'])} free, {host['cores']} cores"),
+        ("disk", f"{gb(host['disk_free_bytes'])} free at {host['disk']}"),
+    ]
+
+
+def _software(document: dict[str, Any]) -> Rows:
+    versions, torch, encoder = document["versions"], document["torch"], document["encoder"]
+    state = torch["trouble"] or f"CUDA {torch['cuda']}, cuDNN {torch['cudnn']}, sees the GPU"
+    libraries = ", ".join(f"{name} {encoder['libraries'].get(name)}" for name in ("libavcodec", "libswscale"))
+    x264 = "libx264 is there" if encoder["libx264"] else f"no libx264: {encoder['trouble']}"
+    return [
+        ("wanfast", f"{versions['wanfast']}, Python {versions['python']}"),
+        ("torch", f"{versions['torch']}, {state}"),
+        ("video", f"PyAV {versions['av']}, {libraries}, {x264}"),
+        ("ffmpeg", f"{encoder['ffmpeg'] or 'none on PATH'}; PyAV brings its own libraries"),
+    ]
+
+
+def _attention(kernels: dict[str, Any]) -> Rows:
+    return [
+        (
+            name,
+            f"runs, relative error {found['relative_error']:.1e}"
+            if found["state"] == "runs"
+            else f"{found['state']}: {found['reason']}",
+        )
+        for name, found in kernels.items()
+    ] or [("none", "torch cannot be imported")]
+
+
+def _files(document: dict[str, Any]) -> Rows:
+    weights, artifacts = document["weights"], document["artifacts"]
+    there = f"{weights['folder']}, {weights['layout']} layout, {gb(weights['bytes'])}"
+    nothing = "" if artifacts["kinds"] else ": nothing yet"
+    rows = [("weights", weights["trouble"] or there), ("artifacts", artifacts["root"] + nothing)]
+    for kind, found in artifacts["kinds"].items():
+        keys = ", ".join(found["keys"][:_KEYS_SHOWN]) + (", ..." if len(found["keys"]) > _KEYS_SHOWN else "")
+        rows.append((f"  {kind}", f"{len(found['keys'])}, {gb(found['bytes'])}" + (f": {keys}" if keys else "")))
+    return rows
+
+
+def _fit(fit: dict[str, Any]) -> Rows:
+    rows = [
+        (
+            name,
+            ", ".join(f"{size / 1e9:.1f} in {precision}" for precision, size in fit[f"{key}_bytes"].items()),
+        )
+        for name, key in (("one expert", "expert"), ("UMT5, before the experts", "umt5"))
+    ]
+    return rows + [
+        (f"{way['num_gpus']} GPU{'s' * (way['num_gpus'] > 1)}, {way['mode']}", _sum(way)) for way in fit["ways"]
+    ]
+
+
+def _sum(way: dict[str, Any]) -> str:
+    terms = " + ".join(f"{size / 1e9:.1f} {name}" for name, size in way["terms"].items())
+    host = f", and {way['host_bytes'] / 1e9:.1f} on the host" if way["host_bytes"] else ""
+    return f"{terms} = {way['gpu_bytes'] / 1e9:.1f}{host}: {_verdict(way)}"
+
+
+def _verdict(way: dict[str, Any]) -> str:
+    cards = [card for card, fits in way["fits"].items() if fits]
+    if way["host_free"] is None:
+        return f"fits GPUs of {', '.join(cards)}" if cards else f"fits none of {', '.join(way['fits'])}"
+    free = f"{min(way['free'].values()) / 1e9:.1f} free"
+    if not way["fits_host"]:
+        free += f", and {way['host_free'] / 1e9:.1f} on the host"
+    return f"{'fits' if cards else 'does not fit'}, {free}"

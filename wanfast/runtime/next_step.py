@@ -1,0 +1,118 @@
+"""The one command to type next, and why: the first thing that stands between this machine and a video. Torch-free.
+
+Its image and prompt ship with the package, so that the line runs as it stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime.config import GenerateConfig
+from wanfast.runtime.fit import CARDS, Fit, Way, fit
+from wanfast.runtime.memory import gb
+from wanfast.runtime.model_files import TINY
+
+_EXAMPLES = TINY.parent / "examples"
+_SHOWN = {"tiny": ("star.png", "The big orange star goes right on a wavy background.")}
+_SHOWN_ELSE = ("cat.jpg", "The cat looks up and blinks.")
+_SMALLER = "832x480"
+_HELD: dict[str, dict[str, str]] = {
+    "resident": {},
+    "sharded": {"dit_fsdp": "on"},
+    "offloaded": {"expert_offload": "on"},
+}
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """A command line and its reason."""
+
+    command: str
+    why: str
+
+
+def example(model: str) -> tuple[str, str]:
+    """An image and a prompt that suit a model."""
+    image, prompt = _SHOWN.get(model, _SHOWN_ELSE)
+    path, here = _EXAMPLES / image, Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path), prompt
+
+
+def next_step(request: GenerateConfig, fitted: Fit, *, no_torch: str | None, no_weights: str | None) -> NextStep:
+    """`no_torch`, `no_weights`: what is wrong with them, if anything is."""
+    if not fitted.found:
+        why = f"no GPU is visible here, and the tiny model runs on a CPU; {_wanted(fitted)}"
+        return NextStep(_tiny(device="cpu"), why)
+    if no_torch is not None:
+        why = f"the driver shows a GPU that torch cannot use: it is {no_torch}"
+        return NextStep("pip install --force-reinstall torch", why)
+    way = fitted.best()
+    if way is None:
+        return _what_would_fit(request, fitted)
+    if no_weights is not None and request.model == "a14b":
+        return NextStep(_line("download", _changed(request, "artifacts_dir")), no_weights)
+    if no_weights is not None:
+        return NextStep(_line("doctor", _changed(request, "model")), f"{no_weights}; then ask again")
+    return NextStep(_generate(request, way, fitted), f"all is there: {_said(way)}")
+
+
+def _what_would_fit(request: GenerateConfig, fitted: Fit) -> NextStep:
+    """In bf16, or smaller, on these GPUs; or else on which others, and the tiny model here."""
+    short = f"{fitted.spec.name} does not fit here"
+    trials: tuple[dict[str, Any], ...] = (
+        {"precision": "bf16"},
+        {"size": _SMALLER},
+        {"precision": "bf16", "size": _SMALLER},
+    )
+    for changes in trials:
+        smaller = dataclasses.replace(request, **changes)
+        if way := fit(smaller, fitted.spec, fitted.found).best():
+            options = " ".join(f"--{name} {value}" for name, value in changes.items())
+            return NextStep(_generate(smaller, way, fitted), f"{short}; with {options} it does: {_said(way)}")
+    why = f"{short}; {_wanted(fit(request, fitted.spec, []))}"
+    return NextStep(_tiny(), why)
+
+
+def _wanted(on_cards: Fit) -> str:
+    """The fewest and smallest cards that would do."""
+    best = min(
+        ((way.num_gpus, CARDS[card], way) for way in on_cards.ways for card, fits in way.fits.items() if fits),
+        key=lambda found: found[:2],
+        default=None,
+    )
+    subject = f"{on_cards.spec.name} at {on_cards.size}"
+    if best is None:
+        return f"{subject} fits on none of the cards that are known here: take a smaller --size or fewer --frames"
+    count, card, way = best
+    return f"{subject} needs {count} GPU{'s'[: count - 1]} of {card / 1e9:.0f} GB: {_said(way)}"
+
+
+def _said(way: Way) -> str:
+    host = f" and {gb(way.host_bytes)} of host memory" if way.host_bytes else ""
+    return f"experts {way.mode}, {gb(way.gpu_bytes)} a GPU{host}"
+
+
+def _tiny(**options: str) -> str:
+    image, prompt = example("tiny")
+    return _line("generate", {"model": "tiny", **options, "image": image, "prompt": prompt})
+
+
+def _generate(request: GenerateConfig, way: Way, fitted: Fit) -> str:
+    count = "auto" if way.num_gpus == len(fitted.found) else way.num_gpus
+    ranks = {} if way.num_gpus == 1 else {"num_gpus": count}
+    names = [field.name for field in dataclasses.fields(GenerateConfig)]
+    return _line("generate", {**_changed(request, *names), **ranks, **_HELD[way.mode]})
+
+
+def _changed(request: GenerateConfig, *names: str) -> dict[str, Any]:
+    """The options among `names` that are not the defaults."""
+    return {name: value for name in names if (value := getattr(request, name)) != getattr(GenerateConfig, name)}
+
+
+def _line(verb: str, options: dict[str, Any]) -> str:
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return shlex.join(["wanfast", verb, *words])
