@@ -13,7 +13,7 @@ from wanfast.commands import options
 from wanfast.commands.progress import progress_bars
 from wanfast.commands.report import Report
 from wanfast.runtime import launch, metadata
-from wanfast.runtime.artifacts import JOB, RESULT, new_run_folder, write_synced
+from wanfast.runtime.artifacts import JOB, RESULT, new_run_folder, write_result, write_synced
 from wanfast.runtime.config import Device, GenerateConfig, Solver
 from wanfast.runtime.requests import Planned, own_share, plan_requests, read_requests
 
@@ -119,6 +119,7 @@ def _run_here(folder: Path, ready: list[Planned], report: Report) -> list[dict[s
     with progress_bars(enabled=not report.brief) as on_progress:
         for index, result in worker.run([item.job() for item in ready], Ranks(device), progress=on_progress):
             results[index] = result
+            write_result(folder, index, result)
             report.result(ready[index], result)
     return [results[index] for index in range(len(ready))]
 

@@ -24,8 +24,8 @@ from filelock import FileLock
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError
 
 MANIFEST = "manifest.json"
-# in a run folder: what to do; what came of all; what came of each; how far each gang is; what each rank left
-JOB, RESULT, RESULTS, PROGRESS, RANKS = "job.json", "result.json", "results", "progress", "ranks"
+# In a run folder: what to do; what came of all, and of each; which gang took which; how far each is; what ranks left.
+JOB, RESULT, RESULTS, CLAIMS, PROGRESS, RANKS = "job.json", "result.json", "results", "claims", "progress", "ranks"
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,11 @@ def replace_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     write_synced(partial, text)
     partial.replace(path)
+
+
+def write_result(run_folder: Path, index: int, result: dict[str, Any]) -> None:
+    """What came of one job of a run."""
+    replace_text(run_folder / RESULTS / f"{index}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 def _facts(file: Path) -> dict[str, Any]:

@@ -60,8 +60,7 @@ def main(run_folder: Path, replica: int) -> int:
 
 def _set_environment(config: EffectiveConfig, replica: int, processes: int) -> None:
     """For the ranks: their GPUs, and a fair share of the cores, which torchrun's command sets and its API does not."""
-    if config.device == "cuda":
-        ids = gpus.device_ids()[replica * processes : (replica + 1) * processes]
+    if ids := gpus.device_ids()[replica * processes : (replica + 1) * processes] if config.device == "cuda" else []:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids)
     cores = os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // min(config.num_gpus, cores))))

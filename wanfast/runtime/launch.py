@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.artifacts import PROGRESS, RANKS, RESULTS
+from wanfast.runtime.artifacts import CLAIMS, PROGRESS, RANKS, RESULTS
 from wanfast.runtime.atomic import remove_partials
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, failure, from_failure
@@ -52,11 +52,11 @@ def run(
                 time.sleep(_PAUSE_S if running else 0)
     finally:
         remove_partials(outputs, _pids(run_folder))
-    if missing := [index for index in range(num_jobs) if index not in results]:
-        error = _error_of(run_folder, gangs, config)
-        for index in missing:
-            results[index] = failure(error)
-            on_result(index, results[index])
+    errors: dict[int, tuple[int, WanFastError]] = {}
+    for index in (index for index in range(num_jobs) if index not in results):
+        errors = errors or {replica: _error_of_gang(run_folder, replica, config) for replica in range(gangs)}
+        results[index] = failure(_error_of_job(run_folder, index, errors))
+        on_result(index, results[index])
     return [results[index] for index in range(num_jobs)]
 
 
@@ -108,14 +108,16 @@ def _pids(run_folder: Path) -> list[int]:
     return [int(file.read_text()) for file in (run_folder / RANKS).glob("*/pid")]
 
 
-def _error_of(run_folder: Path, gangs: int, config: EffectiveConfig) -> WanFastError:
-    """Why the first of the gangs that failed did: its own error, not the echoes of its peers."""
-    errors = [_error_of_gang(run_folder, replica, config) for replica in range(gangs)]
-    return min(errors, key=lambda found: found[0])[1]
+def _error_of_job(run_folder: Path, index: int, errors: dict[int, tuple[int, WanFastError]]) -> WanFastError:
+    """Of the gang that took the job; if none did, because all had failed by then, of the first."""
+    claim = run_folder / CLAIMS / str(index)
+    if claim.exists():
+        return errors[int(claim.read_text())][1]
+    return min(errors.values(), key=lambda found: found[0])[1]
 
 
 def _error_of_gang(run_folder: Path, replica: int, config: EffectiveConfig) -> tuple[int, WanFastError]:
-    """(nanoseconds since the epoch, the error)."""
+    """(nanoseconds since the epoch, the rank's own error and not the echoes of its peers)."""
     folder, logs = run_folder / RANKS, f"logs of all ranks in {run_folder / 'logs'}"
     agent = folder / f"{replica}.json"
     known = json.loads(agent.read_text()) if agent.exists() else {}
@@ -143,6 +145,8 @@ def _error_of_gang(run_folder: Path, replica: int, config: EffectiveConfig) -> t
     if killed:
         rank, number = next(iter(killed.items()))
         return seen, RankFailedError(f"rank {rank} was ended by {signal.Signals(number).name}; {logs}")
+    for rank, code in known.get("exit_codes", {}).items():
+        return seen, RankFailedError(f"rank {rank} ended with exit code {code} before it began; {logs}")
     return seen, RankFailedError(f"the launcher of gang {replica} failed; {logs}")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from wanfast.runtime import generate
-from wanfast.runtime.artifacts import JOB, PROGRESS, RANKS, RESULTS, replace_text
+from wanfast.runtime.artifacts import CLAIMS, JOB, PROGRESS, RANKS, replace_text, write_result
 from wanfast.runtime.config import EffectiveConfig, from_options
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks, gang
@@ -63,7 +63,7 @@ def _work(run_folder: Path, replica: int) -> None:
         jobs = ranks.lead(lambda: document["jobs"])
 
         def claim(index: int) -> bool:
-            return ranks.lead(lambda: claim_job(run_folder, index))
+            return ranks.lead(lambda: _claim(run_folder, index, replica))
 
         def progress(index: int, stage: str, done: int, total: int) -> None:
             if ranks.is_leader:
@@ -72,16 +72,15 @@ def _work(run_folder: Path, replica: int) -> None:
 
         for index, result in generate.run(jobs, ranks, claim=claim, progress=progress):
             if _first_here(ranks):
-                text = json.dumps(result, ensure_ascii=False)
-                replace_text(run_folder / RESULTS / f"{index}.json", text)
+                write_result(run_folder, index, result)
 
 
-def claim_job(run_folder: Path, index: int) -> bool:
+def _claim(run_folder: Path, index: int, replica: int) -> bool:
     """True for the first gang that asks for a job."""
-    claims = run_folder / "claims"
-    claims.mkdir(exist_ok=True)
+    (run_folder / CLAIMS).mkdir(exist_ok=True)
     try:
-        (claims / str(index)).touch(exist_ok=False)
+        with (run_folder / CLAIMS / str(index)).open("x") as claim:
+            claim.write(str(replica))
     except FileExistsError:
         return False
     return True
