@@ -1,0 +1,47 @@
+"""What one GPU, or two, can show of ranks and placement. Skipped where there are fewer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import Outcome
+
+Wanfast = Callable[..., Outcome]
+GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--seed", "1", "--device", "cuda")
+
+one_gpu = pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@one_gpu
+def test_swapped_experts_make_the_same_file(wanfast: Wanfast, workdir: Path) -> None:
+    (workdir / "jobs.jsonl").write_text('{"output": "a.mp4"}\n{"output": "b.mp4"}\n')  # the second swaps back first
+    made = {}
+    for offload in ("off", "on"):
+        outcome = wanfast(*GOOD, "--expert-offload", offload, "--jobs", "jobs.jsonl", "--overwrite")
+        assert outcome.exit_code == 0, outcome.err
+        made[offload] = [(workdir / name).read_bytes() for name in ("a.mp4", "b.mp4")]
+    assert made["on"] == made["off"]
+    assert json.loads((workdir / "b.json").read_text())["effective"]["expert_offload"] == "on"
+
+
+@two_gpus
+@pytest.mark.parametrize(
+    "options",
+    [["--cfg-parallel", "2"], ["--ulysses", "2"], ["--dit-fsdp", "on", "--t5-fsdp", "on"]],
+    ids=["cfg", "ulysses", "fsdp"],
+)
+def test_two_gpus_make_the_video_of_one(wanfast: Wanfast, workdir: Path, options: list[str]) -> None:
+    for name, ranks in (("one", []), ("two", ["--num-gpus", "2", *options])):
+        outcome = wanfast(*GOOD, "--precision", "fp32", "--output", f"{name}.mp4", *ranks)
+        assert outcome.exit_code == 0, outcome.err
+    one, two = (iio.imread(f"{name}.mp4", plugin="pyav").astype(int) for name in ("one", "two"))
+    assert np.abs(one - two).max() <= 8  # the encoder's own rounding on top of float32's
+    print({name: json.loads((workdir / f"{name}.json").read_text())["seconds"] for name in ("one", "two")})
