@@ -110,4 +110,5 @@ def test_a_mesh_that_does_not_fit_lists_what_does() -> None:
 
 def test_ulysses_is_the_fastest_axis_of_a_gang() -> None:
     mesh = Mesh(replica=2, cfg=2, ulysses=4)
-    assert [mesh.place(rank) for rank in (0, 1, 4, 7)] == [(0, 0), (0, 1), (1, 0), (1, 3)]
+    assert mesh.lines("ulysses") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert mesh.lines("cfg") == [[0, 4], [1, 5], [2, 6], [3, 7]]

@@ -102,8 +102,8 @@ def test_the_next_command_is_what_auto_would_choose(
     [
         ([40.0], 100, [], "with --size 832x480 it does", "--size 832x480"),
         ([84.0], 100, ["--precision", "fp32", "--frames", "77"], "with --precision bf16 it does", "--frames 77"),
-        ([22.0], 100, [], "needs 1 GPU of 48 GB: experts offloaded, 41.9 GB a GPU and 57.9", "--model tiny"),
-        ([47.0], 40, [], "57.9 GB of host memory", "--model tiny"),
+        ([22.0], 100, [], "needs 1 GPU of 48 GB: experts offloaded, 43.6 GB a GPU and 63.7", "--model tiny"),
+        ([47.0], 40, [], "63.7 GB of host memory", "--model tiny"),
         ([22.0], 100, ["--size", "4096x4096"], "fits on none of the cards", "--model tiny"),
     ],
     ids=["40", "fp32", "22", "little host memory", "huge"],
@@ -133,7 +133,7 @@ def test_the_table_shows_the_sums_that_placement_decides_by(wanfast: Wanfast, ma
     machine(47.0, host_gb=40)
     outcome = wanfast("doctor")
     assert (
-        "29.0 one expert + 10.8 loop + 2.1 margin = 41.9, and 57.9 on the host: does not fit, 47.0 free" in outcome.out
+        "29.0 one expert + 12.5 loop + 2.1 margin = 43.6, and 63.7 on the host: does not fit, 47.0 free" in outcome.out
     )
     assert "57.9 both experts + 18.0 decode + 2.1 margin = 78.1: does not fit, 47.0 free" in outcome.out
     machine(47.0, 47.0, 47.0, 47.0)
@@ -144,7 +144,7 @@ def test_the_table_shows_the_sums_that_placement_decides_by(wanfast: Wanfast, ma
     machine()
     outcome = wanfast("doctor")
     assert "78.1: fits GPUs of 80 GB, 141 GB" in outcome.out
-    assert "41.9, and 57.9 on the host: fits GPUs of 48 GB, 80 GB, 141 GB" in outcome.out
+    assert "43.6, and 63.7 on the host: fits GPUs of 48 GB, 80 GB, 141 GB" in outcome.out
 
 
 def test_without_a_gpu_the_tiny_model_is_next_and_its_command_runs(wanfast: Wanfast, machine: Machine) -> None:

@@ -18,8 +18,9 @@ from wanfast.runtime.config import GenerateConfig
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.experts import ResidentExperts, SwappedExperts
+from wanfast.runtime.experts import SwappedExperts
 from wanfast.runtime.model_files import ModelFiles
+from wanfast.runtime.models.dit import Block
 from wanfast.runtime.pipeline import draw_noise
 from wanfast.runtime.plan import Plan, resolve
 from wanfast.runtime.timing import Stopwatch
@@ -85,15 +86,30 @@ def test_every_mesh_gives_the_latents_of_one_rank(planned: tuple[Plan, ModelFile
     assert all(torch.equal(latents, got[0]) for latents in got)  # or the ranks would drift apart
 
 
+@pytest.mark.parametrize("mesh", [Mesh(cfg=2), Mesh(ulysses=4)], ids=shown)
+def test_sharded_weights_of_two_precisions_give_what_whole_ones_give(
+    planned: tuple[Plan, ModelFiles], mesh: Mesh
+) -> None:
+    """In bf16 a block's products are bf16 and its norms float32: one unit of FSDP2 holds both."""
+    plan, files = planned
+    plan = with_options(plan, precision="bf16")
+    whole = on_gang(mesh, lambda ranks: final_latents(plan, files, ranks))
+    plan = with_options(plan, dit_fsdp="on", t5_fsdp="on", artifacts_dir="artifacts-sharded")
+    sharded = on_gang(mesh, lambda ranks: final_latents(plan, files, ranks))
+    assert torch.equal(sharded[0], whole[0])
+
+
+@pytest.mark.parametrize("fsdp", ["off", "on"])
 @pytest.mark.parametrize("mesh", [Mesh(ulysses=4), Mesh(cfg=2, ulysses=4), Mesh(ulysses=8)], ids=shown)
 def test_tokens_that_the_ranks_do_not_divide(
-    planned: tuple[Plan, ModelFiles], mesh: Mesh, small_model: Path, workdir: Path
+    planned: tuple[Plan, ModelFiles], mesh: Mesh, fsdp: str, small_model: Path, workdir: Path
 ) -> None:
     Image.linear_gradient("L").resize((61, 97)).convert("RGB").save("tall.png")
     options = {"image": "tall.png", "size": "96x48", "prompt": "a", "seed": 1, "precision": "fp32", "device": "cpu"}
     plan, files = resolve(GenerateConfig(model=str(small_model), **options))
     assert plan.geometry.tokens % mesh.ulysses
     expected = final_latents(plan, files, Ranks("cpu"))
+    plan = with_options(plan, dit_fsdp=fsdp)
     for latents in on_gang(mesh, lambda ranks: final_latents(plan, files, ranks)):
         assert relative_error(latents, expected) <= 1e-5
 
@@ -154,23 +170,28 @@ def test_swapped_experts_give_what_resident_ones_give(
 ) -> None:
     plan, files = planned
     expected = final_latents(plan, files, Ranks("cpu"))
-    kinds: list[type] = []
-    copied: list[str] = []
-    overwrite = SwappedExperts._overwrite
+    events: list[str] = []
+    overwrite, forward = SwappedExperts._overwrite, Block.forward
 
-    def counted(self: SwappedExperts, expert: str, chosen: Callable[[str], bool]) -> None:
-        copied.extend(f"{expert} {name}" for name in self._parameters if chosen(name))
+    def copied(self: SwappedExperts, expert: str, chosen: Callable[[str], bool]) -> None:
+        events.extend(f"{expert} {name}" for name in self._parameters if chosen(name))
         overwrite(self, expert, chosen)
 
-    monkeypatch.setattr(SwappedExperts, "_overwrite", counted)
+    def ran(self: Block, *arguments: object) -> torch.Tensor:
+        events.append("block")
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(SwappedExperts, "_overwrite", copied)
+    monkeypatch.setattr(Block, "forward", ran)
     plan = with_options(plan, expert_offload="on")
-    pipeline = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
-    kinds.append(type(pipeline.experts))
-    assert kinds == [SwappedExperts] and not isinstance(pipeline.experts, ResidentExperts)
     assert torch.equal(final_latents(plan, files, Ranks("cpu")), expected)
-    # Each expert's weights came once: the second one's while the first one's last forward ran.
-    assert len(copied) == len(set(copied)) == 2 * len(pipeline.experts._parameters)
-    assert all(parameter.numel() == 0 for parameter in pipeline.experts._parameters.values())
+    # Each expert's weights came once, and the second one's blocks each after that block's last forward.
+    copies = [event for event in events if event != "block"]
+    assert len(copies) == len(set(copies))
+    steps, blocks, branches = len(plan.timesteps["high_noise"]), files.spec.dit.num_layers, 2
+    for index in range(blocks):
+        first = next(k for k, event in enumerate(events) if event.startswith(f"low_noise blocks.{index}."))
+        assert events[:first].count("block") == steps * branches * blocks - blocks + index + 1
 
 
 def test_the_default_mesh_of_this_model_uses_all_ranks() -> None:

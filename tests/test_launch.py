@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,6 +64,10 @@ class Run:
                     return {int(pid.parent.name.split("-")[1]): int(pid.read_text()) for pid in ranks}
         raise AssertionError("no step in a minute")
 
+    def wait_for_launcher(self) -> None:
+        while not self.children():
+            time.sleep(0.05)
+
     def _command_lines(self) -> str:
         return " ".join(" ".join(child.cmdline()) for child in self.children())
 
@@ -93,23 +98,25 @@ def only_inputs(folder: Path) -> bool:
     return sorted(path.name for path in folder.iterdir() if path.name not in ("artifacts", "faults")) == ["cat.png"]
 
 
-def with_fault(folder: Path, rank: int, fault: str) -> dict[str, str]:
-    """An environment in which `fault` happens on one rank in its third step."""
-    code = f"""
-import os
-if os.environ.get("RANK") == "{rank}":
-    from wanfast.runtime.sampling.scheduler import Integrator
-    advance, calls = Integrator.advance, []
-    def faulty(self, *arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            {fault}
-        return advance(self, *arguments)
-    Integrator.advance = faulty
-"""
+def with_fault(folder: Path, code: str, *, rank: int, replica: int = 0) -> dict[str, str]:
+    """An environment in which one rank runs `code` before the program."""
+    mark = f"os.environ.get('RANK') == '{rank}' and sys.argv[-1] == '{replica}'"
     (folder / "faults").mkdir()
-    (folder / "faults/sitecustomize.py").write_text(code)
+    (folder / "faults/sitecustomize.py").write_text(f"import os, sys\nif {mark}:\n{textwrap.indent(code, '    ')}\n")
     return {"PYTHONPATH": str(folder / "faults")}
+
+
+def in_third_step(fault: str) -> str:
+    return f"""
+from wanfast.runtime.sampling.scheduler import Integrator
+advance, calls = Integrator.advance, []
+def faulty(self, *arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        {fault}
+    return advance(self, *arguments)
+Integrator.advance = faulty
+"""
 
 
 def test_two_ranks_make_the_video_of_one(start: Start, workdir: Path) -> None:
@@ -144,7 +151,8 @@ def test_a_killed_rank_ends_the_run_and_is_named(start: Start, workdir: Path) ->
 
 
 def test_a_rank_that_raises_is_named_not_its_peers(start: Start, workdir: Path) -> None:
-    run = start(*ENDLESS, "--num-gpus", "4", environment=with_fault(workdir, 1, "raise ValueError('boom')"))
+    fault = in_third_step("raise ValueError('boom')")
+    run = start(*ENDLESS, "--num-gpus", "4", environment=with_fault(workdir, fault, rank=1))
     code, _, err = run.end(60)
     assert code == 5 and "error: rank 1 failed: ValueError: boom; logs" in err, err
     assert only_inputs(workdir)
@@ -152,21 +160,41 @@ def test_a_rank_that_raises_is_named_not_its_peers(start: Start, workdir: Path) 
     assert "Traceback" in log.read_text()
 
 
-def test_a_rank_that_hangs_is_named(start: Start, workdir: Path) -> None:
-    environment = with_fault(workdir, 1, "import time; time.sleep(1000)")
-    run = start(*ENDLESS, "--num-gpus", "2", "--rank-timeout", "3", environment=environment)
-    run.wait_for_steps()
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_that_hangs_is_named(start: Start, workdir: Path, ranks: int) -> None:
+    environment = with_fault(workdir, in_third_step("import time; time.sleep(1000)"), rank=1)
+    run = start(*ENDLESS, "--num-gpus", str(ranks), "--rank-timeout", "5", environment=environment)
+    run.wait_for_steps(done=2)
     began, children = time.monotonic(), run.children()
     code, _, err = run.end(60)
-    assert code == 5 and "rank 0 waited --rank-timeout 3 s for rank 1, which hangs" in err, err
+    assert code == 5 and "the ranks waited --rank-timeout 5 s for rank 1, which hangs" in err, err
     assert time.monotonic() - began < 30
     assert gone(children, 5) and only_inputs(workdir)
 
 
 def test_a_users_error_of_a_rank_keeps_its_code(start: Start, workdir: Path) -> None:
     fault = "from wanfast.runtime.errors import ConfigError; raise ConfigError('--size: too large')"
-    code, _, err = start(*ENDLESS, "--num-gpus", "2", environment=with_fault(workdir, 1, fault)).end()
+    run = start(*ENDLESS, "--num-gpus", "2", environment=with_fault(workdir, in_third_step(fault), rank=1))
+    code, _, err = run.end()
     assert code == 2 and "error: --size: too large" in err
+
+
+def test_a_rank_that_is_killed_while_it_writes_leaves_no_half_of_a_file(start: Start, workdir: Path) -> None:
+    fault = """
+import signal
+from pathlib import Path
+from wanfast.runtime import media_io
+def killed(frames, path, fps):
+    path.write_bytes(b"half")
+    Path("written").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+media_io.write_mp4 = killed
+"""
+    run = start(*SMALL, "--steps", "1", "--num-gpus", "2", environment=with_fault(workdir, fault, rank=0))
+    code, _, err = run.end()
+    assert code == 5 and "rank 0 was killed by SIGKILL" in err
+    (workdir / "written").unlink()
+    assert only_inputs(workdir)
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
@@ -208,6 +236,22 @@ def test_a_gang_that_dies_leaves_the_others_at_work(start: Start, workdir: Path)
     assert (workdir / "a.mp4").exists() and (workdir / "b.mp4").exists() and not (workdir / "lost.mp4").exists()
 
 
+def test_a_gang_that_cannot_load_leaves_the_list_to_the_others(start: Start, workdir: Path) -> None:
+    fault = """
+import torch
+from wanfast.runtime import generate
+def too_large(*arguments):
+    raise torch.OutOfMemoryError
+generate.load_pipeline = too_large
+"""
+    (workdir / "jobs.jsonl").write_text("\n".join(json.dumps({"output": f"{k}.mp4", "steps": 2}) for k in range(4)))
+    environment = with_fault(workdir, fault, rank=0, replica=1)
+    ranks = ("--num-gpus", "2", "--cfg-parallel", "1", "--ulysses", "1")
+    code, out, _ = start(*SMALL, *ranks, "--jobs", "jobs.jsonl", "--json", environment=environment).end()
+    results = json.loads(out.strip().splitlines()[-1])["results"]
+    assert code == 6 and sorted("error" in result for result in results) == [False, False, False, True]
+
+
 def test_two_runs_in_one_folder_do_not_touch_each_other(start: Start, workdir: Path) -> None:
     doomed = start(*ENDLESS, "--num-gpus", "2", "--output", "doomed.mp4")
     doomed.wait_for_steps()
@@ -226,15 +270,23 @@ def free_port() -> int:
 
 
 def test_two_machines_make_one_video(start: Start, workdir: Path) -> None:
-    endpoint = f"127.0.0.1:{free_port()}"
-    nodes = ("--nnodes", "2", "--rdzv-endpoint", endpoint, "--output", "out.mp4", "--json")
-    second = start(*TINY, "--size", "64x64", "--frames", "5", "--steps", "4", *nodes, "--node-rank", "1")
-    first = start(*TINY, "--size", "64x64", "--frames", "5", "--steps", "4", *nodes, "--node-rank", "0")
+    """Each with a disk of its own. The first one leads, though the other came before it."""
+    machines = [workdir / name for name in ("first", "second")]
+    for machine in machines:
+        machine.mkdir()
+        (machine / "cat.png").write_bytes((workdir / "cat.png").read_bytes())
+    video = (*TINY, "--size", "64x64", "--frames", "5", "--steps", "4", "--json")
+    nodes = ("--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    second = start(*video, *nodes, "--node-rank", "1", folder=machines[1])
+    second.wait_for_launcher()
+    first = start(*video, *nodes, "--node-rank", "0", folder=machines[0])
     (code, out, err), (code2, out2, err2) = first.end(), second.end()
     assert (code, code2) == (0, 0), err + err2
     documents = [json.loads(text.strip().splitlines()[-1]) for text in (out, out2)]
     assert documents[0] == documents[1]  # the seed too, which nobody gave
     assert documents[0]["plan"]["mesh"] == {"replica": 1, "cfg": 2, "ulysses": 1}
+    assert documents[0]["effective"]["node_rank"] == 0
+    assert [(machine / "out.mp4").exists() for machine in machines] == [True, False]
 
 
 def test_a_list_is_dealt_to_the_machines(start: Start, workdir: Path) -> None:
@@ -247,6 +299,14 @@ def test_a_list_is_dealt_to_the_machines(start: Start, workdir: Path) -> None:
         ["0.mp4", "2.mp4"],
         ["1.mp4"],
     ]
+
+
+def test_a_machine_that_no_line_falls_to_says_so(start: Start, workdir: Path) -> None:
+    (workdir / "jobs.jsonl").write_text('{"steps": 1}\n{"steps": 1}\n')
+    nodes = ("--nnodes", "3", "--rdzv-endpoint", "127.0.0.1:29512", "--jobs", "jobs.jsonl", "--node-rank", "2")
+    code, out, err = start(*SMALL, *nodes, "--json").end()
+    assert code == 0 and "no line of the list falls to this machine" in err
+    assert json.loads(out) == {"results": [], "failed": 0}
 
 
 def test_a_port_in_use_is_said(start: Start) -> None:

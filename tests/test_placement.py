@@ -50,25 +50,25 @@ def test_bytes_of_the_models_are_those_of_their_parameters(precision: str) -> No
 @pytest.mark.parametrize(
     ("gpus", "gigabytes", "options", "mesh", "dit_fsdp", "t5_fsdp", "offload", "words"),
     [
-        (1, 141, [], {}, "off", "off", "off", "both experts stay"),
-        (1, 84, [], {}, "off", "off", "off", "both experts stay"),
-        (1, 48, [], {}, "off", "off", "on", "idle expert in host memory"),
+        (1, 141, [], {}, "off", "off", "off", "experts resident"),
+        (1, 84, [], {}, "off", "off", "off", "experts resident"),
+        (1, 48, [], {}, "off", "off", "on", "experts offloaded: 43.4 GB"),
         (1, 84, ["--expert-offload", "on"], {}, "off", "off", "on", "as asked"),
-        (8, 84, ["--num-gpus", "8"], {"cfg": 2, "ulysses": 4}, "off", "off", "off", "both experts stay"),
-        (8, 84, ["--num-gpus", "auto"], {"cfg": 2, "ulysses": 4}, "off", "off", "off", "both experts stay"),
+        (8, 84, ["--num-gpus", "8"], {"cfg": 2, "ulysses": 4}, "off", "off", "off", "experts resident"),
+        (8, 84, ["--num-gpus", "auto"], {"cfg": 2, "ulysses": 4}, "off", "off", "off", "experts resident"),
         (8, 48, ["--num-gpus", "8"], {"cfg": 2, "ulysses": 4}, "on", "off", "off", "experts sharded"),
         (8, 84, ["--num-gpus", "8", "--dit-fsdp", "on"], {"cfg": 2, "ulysses": 4}, "on", "off", "off", "as asked"),
-        (8, 84, ["--num-gpus", "8", "--t5-fsdp", "on"], {"cfg": 2, "ulysses": 4}, "off", "on", "off", "both"),
+        (8, 84, ["--num-gpus", "8", "--t5-fsdp", "on"], {"cfg": 2, "ulysses": 4}, "off", "on", "off", "resident"),
         (2, 48, ["--num-gpus", "2", "--expert-offload", "on"], {"cfg": 2}, "off", "off", "on", "as asked"),
-        (8, 12, ["--num-gpus", "8", "--size", "320x176"], {"cfg": 2, "ulysses": 4}, "on", "on", "off", "sharded"),
-        (8, 84, ["--num-gpus", "8", "--ulysses", "8"], {"ulysses": 8}, "off", "off", "off", "both experts stay"),
-        (8, 84, ["--num-gpus", "4", "--cfg-parallel", "1"], {"ulysses": 4}, "off", "off", "off", "both"),
+        (8, 13, ["--num-gpus", "8", "--size", "320x176"], {"cfg": 2, "ulysses": 4}, "on", "on", "off", "sharded"),
+        (8, 84, ["--num-gpus", "8", "--ulysses", "8"], {"ulysses": 8}, "off", "off", "off", "experts resident"),
+        (8, 84, ["--num-gpus", "4", "--cfg-parallel", "1"], {"ulysses": 4}, "off", "off", "off", "resident"),
         (
             8,
             84,
             ["--num-gpus", "8", "--guidance-high-noise", "1", "--guidance-low-noise", "1"],
             {"ulysses": 8},
-            *("off", "off", "off", "both"),
+            *("off", "off", "off", "resident"),
         ),
     ],
 )
@@ -96,15 +96,15 @@ def test_auto_decides_from_free_memory(
 @pytest.mark.parametrize(
     ("gpus", "gigabytes", "options", "words"),
     [
-        (1, 24, [], "a GPU would hold resident 77.7 GB, offloaded 41.7 GB, and 24.0 GB are free"),
-        (1, 48, ["--expert-offload", "off"], "offloaded 41.7 GB (switched off)"),
+        (1, 24, [], "a rank would hold resident 77.7 GB, offloaded 43.4 GB, and 24.0 GB are free"),
+        (1, 48, ["--expert-offload", "off"], "offloaded 43.4 GB (switched off)"),
         (8, 48, ["--num-gpus", "8", "--dit-fsdp", "off"], "(switched off)"),
-        (1, 84, ["--dit-fsdp", "on"], "--dit-fsdp on needs several ranks"),
+        (1, 84, ["--dit-fsdp", "on"], "--dit-fsdp on: a video has one rank"),
         (1, 84, ["--t5-fsdp", "on"], "--t5-fsdp on needs several ranks"),
         (4, 84, ["--num-gpus", "8"], "--num-gpus 8: this machine shows 4: take 4"),
         (8, 84, ["--num-gpus", "8", "--ulysses", "3"], "these do: --cfg-parallel 1 --ulysses 1, "),
         (8, 84, ["--num-gpus", "8", "--dit-fsdp", "on", "--expert-offload", "on"], "exclude each other"),
-        (1, 84, ["--device", "cpu", "--expert-offload", "on"], "--expert-offload on moves experts off a GPU"),
+        (1, 84, ["--device", "cpu", "--expert-offload", "on"], "--expert-offload on: with --device cpu"),
         (1, 84, ["--device", "cpu", "--num-gpus", "auto"], "--num-gpus auto counts GPUs"),
         (0, 0, ["--device", "cuda", "--num-gpus", "auto"], "no GPU is visible"),
         (8, 84, ["--num-gpus", "0"], "--num-gpus 0: take 1 to 1024, or auto"),
@@ -134,7 +134,23 @@ def test_a_host_too_small_for_the_idle_expert_is_said(wanfast: Wanfast, machine:
     machine(1, 48, host_gb=40)
     outcome = wanfast(*A14B_DRY)
     assert outcome.exit_code == 2
-    assert "offloaded 41.7 GB (and 57.9 GB on the host, which has 40.0 GB), and 48.0 GB are free" in outcome.err
+    assert "offloaded 43.4 GB (needs 63.7 GB of the host, which has 40.0 GB free), and 48.0" in outcome.err
+    outcome = wanfast(*A14B_DRY, "--expert-offload", "on")
+    assert outcome.exit_code == 2 and "--expert-offload on: needs 63.7 GB of the host" in outcome.err
+    machine(8, 48, host_gb=400)  # one rank to a video: each of eight would pin both experts
+    lines = "\n".join(["{}"] * 8)
+    Path("jobs.jsonl").write_text(lines)
+    ranks = ("--num-gpus", "8", "--cfg-parallel", "1", "--ulysses", "1", "--jobs", "jobs.jsonl")
+    assert "needs 509.6 GB of the host" in wanfast(*A14B_DRY, *ranks).err
+    machine(8, 48, host_gb=600)
+    assert wanfast(*A14B_DRY, *ranks).document["results"][7]["plan"]["expert_offload"] == "on"
+
+
+def test_a_gang_may_keep_its_idle_experts_on_the_host(wanfast: Wanfast, machine: Machine) -> None:
+    """Two GPUs that half of both experts does not fit into beside the decoder."""
+    machine(2, 46)
+    plan = wanfast(*A14B_DRY, "--num-gpus", "2").document["plan"]
+    assert (plan["dit_fsdp"], plan["expert_offload"]) == ("off", "on")
 
 
 def test_without_a_gpu_to_ask_80_gb_are_assumed_and_said(wanfast: Wanfast, machine: Machine) -> None:
@@ -159,6 +175,33 @@ def test_one_placement_for_a_list(wanfast: Wanfast, workdir: Path) -> None:
     first, second, third = outcome.document["results"]
     assert first["plan"]["mesh"] == second["plan"]["mesh"] == MADE | {"cfg": 2, "ulysses": 2}
     assert "--num-gpus is one for the whole list" in third["error"]
+
+
+def test_a_line_that_does_not_fit_is_refused_alone(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:
+    machine(1, 84)
+    lines = [{}, {"size": "4096x4096"}, {"device": "cpu"}, {"seed": 3}]
+    (workdir / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    outcome = wanfast(*A14B_DRY, "--jobs", "jobs.jsonl")
+    assert outcome.exit_code == 6
+    errors = [result.get("error", "") for result in outcome.document["results"]]
+    assert [bool(error) for error in errors] == [False, True, True, False]
+    assert "84.0 GB are free" in errors[1] and "--device is one for the whole list" in errors[2]
+
+
+def test_an_earlier_run_is_repeated_on_other_gpus_if_asked(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:
+    machine(8, 84)
+    plan = wanfast(*A14B_DRY, "--num-gpus", "8").document
+    plan["weights"] = {}
+    (workdir / "old.json").write_text(json.dumps(plan))
+    again = ("generate", "--from", "old.json", "--dry-run", "--json")
+    assert wanfast(*again).document["plan"]["mesh"] == MADE | {"cfg": 2, "ulysses": 4}
+    machine(1, 84)
+    assert "this machine shows 1" in wanfast(*again).err
+    assert wanfast(*again, "--num-gpus", "1").document["plan"]["mesh"] == MADE
+    for name in ("num_gpus", "cfg_parallel", "ulysses", "dit_fsdp"):  # of before there were ranks
+        del plan["effective"][name]
+    (workdir / "old.json").write_text(json.dumps(plan))
+    assert wanfast(*again).document["plan"]["mesh"] == MADE
 
 
 def test_launch_options_are_options() -> None:

@@ -80,6 +80,9 @@ def generate(
     report = Report(as_json=json_)
     requests = read_requests(options.given(context, FIELDS), prompt_file, from_, jobs)
     planned = own_share(plan_requests(requests, needs_weights=not dry_run))
+    if not planned:
+        report.no_share()
+        return
     report.plans(planned, always=dry_run and not json_)
     results = [dry_result(item) for item in planned] if dry_run else run(planned, report, artifacts_dir)
     report.close(planned, results)

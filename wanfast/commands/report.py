@@ -44,6 +44,12 @@ class Report:
         elif item.request.line is not None:
             self._warnings.print(f"error{_of_line(item)}: {result['error']}", markup=False)
 
+    def no_share(self) -> None:
+        """The list is shorter than there are machines."""
+        self._warnings.print("note: no line of the list falls to this machine")
+        if self.as_json:
+            print(json.dumps({"results": [], "failed": 0}))
+
     def close(self, planned: list[Planned], results: list[dict[str, Any]]) -> None:
         """Print the JSON document. Raises the error of a single request, or JobsFailedError if any line failed."""
         many = planned[0].request.line is not None

@@ -129,10 +129,10 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Put a small text file in place at once, so that a reader sees the old or the new one, whole."""
+    """Put a small text file in place at once: another process sees the old or the new one, whole; a crash may not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    write_synced(partial, text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

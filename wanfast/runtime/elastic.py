@@ -15,14 +15,14 @@ from typing import Any
 from wanfast.runtime import gpus
 from wanfast.runtime.artifacts import JOB, RANKS, replace_text
 from wanfast.runtime.config import EffectiveConfig, from_options
-from wanfast.runtime.signals import end_with_parent
+from wanfast.runtime.signals import PARENT, end_with_parent
 
 
 def main(run_folder: Path, replica: int) -> int:
     """The gang's exit code: 0, 5 if a rank failed, 128 + a signal's number."""
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     document = json.loads((run_folder / JOB).read_text(encoding="utf-8"))
@@ -31,14 +31,15 @@ def main(run_folder: Path, replica: int) -> int:
     spans_machines = gang_size > config.num_gpus
     processes = config.num_gpus if spans_machines else gang_size
     _set_environment(config, replica, processes)
+    # Between machines the rank of each is given, so that the first one leads; on one machine any free port does.
     launch = LaunchConfig(
         min_nodes=config.nnodes if spans_machines else 1,
         max_nodes=config.nnodes if spans_machines else 1,
         nproc_per_node=processes,
         run_id="wanfast" if spans_machines else f"{run_folder.name}-{replica}",
-        rdzv_backend="c10d",
-        rdzv_endpoint=config.rdzv_endpoint or "localhost:0" if spans_machines else "localhost:0",
-        rdzv_configs={"join_timeout": int(config.rank_timeout)},
+        rdzv_backend="static" if spans_machines else "c10d",
+        rdzv_endpoint=config.rdzv_endpoint or "" if spans_machines else "localhost:0",
+        rdzv_configs={"rank": config.node_rank, "timeout": int(config.rank_timeout)} if spans_machines else {},
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=str(run_folder / "logs"), redirects=Std.ALL),
@@ -49,19 +50,27 @@ def main(run_folder: Path, replica: int) -> int:
         elastic_launch(launch, sys.executable)("-u", "-m", "wanfast.runtime.worker", str(run_folder), str(replica))
         return 0
     except ChildFailedError as error:
-        failed = {"exit_codes": {str(rank): child.exitcode for rank, child in error.failures.items()}}
+        failed = {
+            "exit_codes": {str(rank): child.exitcode for rank, child in error.failures.items()},
+            "seconds": {str(rank): child.timestamp for rank, child in error.failures.items()},
+        }
     except SignalException as stop:
         return 128 + int(stop.sigval)
-    except RendezvousError as error:
-        failed = {"rendezvous": str(error) or type(error).__name__}
+    except (DistError, TimeoutError) as error:
+        failed = {"rendezvous": str(error).strip().splitlines()[0]}
     replace_text(run_folder / RANKS / f"{replica}.json", json.dumps(failed))
     return 5
 
 
 def _set_environment(config: EffectiveConfig, replica: int, processes: int) -> None:
-    """For the ranks: their GPUs, and a fair share of the cores, which torchrun's command sets and its API does not."""
-    if ids := gpus.device_ids()[replica * processes : (replica + 1) * processes] if config.device == "cuda" else []:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids)
+    """For the ranks: their parent, their GPUs, and a fair share of the cores, which torchrun's API does not set."""
+    os.environ[PARENT] = str(os.getpid())
+    if config.device == "cuda":
+        ids = gpus.device_ids() or [str(index) for index in range(config.num_gpus)]
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the driver counts
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids[replica * processes : (replica + 1) * processes])
+    if config.nnodes == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name may resolve to an address that is not there
     cores = os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // min(config.num_gpus, cores))))
 

@@ -83,7 +83,7 @@ class Fit:
             "precision": self.precision,
             "expert_bytes": {name: memory.expert_bytes(spec.dit, name) for name in _PRECISIONS},
             "umt5_bytes": {name: memory.umt5_bytes(spec.umt5, name) for name in _PRECISIONS},
-            "loop_bytes": memory.loop_bytes(spec, geometry.tokens),
+            "loop_bytes": memory.loop_bytes(spec, self.precision, geometry.tokens),
             "decode_bytes": memory.decode_bytes(spec, geometry),
             "ways": [way.to_json() for way in self.ways],
         }
@@ -111,7 +111,7 @@ def fit(request: GenerateConfig, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
                 mode=mode,
                 terms=parts,
                 free=free,
-                host_bytes=2 * need.expert if mode == "offloaded" else 0,
+                host_bytes=num_gpus * need.hosted if mode == "offloaded" else 0,
                 host_free=host_free,
             )
             ways.append(way)

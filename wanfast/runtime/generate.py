@@ -20,7 +20,7 @@ from wanfast.runtime.atomic import atomic_paths
 from wanfast.runtime.builders import build_expert, build_vae
 from wanfast.runtime.config import Branch, EffectiveConfig, Expert, from_options
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.errors import ConfigError, WanFastError, failure
+from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
 from wanfast.runtime.experts import Experts, ResidentExperts, SwappedExperts
 from wanfast.runtime.media_io import LoadedImage
 from wanfast.runtime.model_files import COMPONENTS, ModelFiles
@@ -39,10 +39,10 @@ def run(
     jobs: list[Job],
     ranks: Ranks,
     *,
-    claim: Callable[[int], bool] = lambda index: True,
+    claim: Callable[[int], bool] | None = None,
     progress: ProgressFn = lambda index, stage, done, total: None,
 ) -> Iterator[tuple[int, Result]]:
-    """(index, result) of each job as it comes; of a job that `claim` refuses, because others make it, nothing."""
+    """(index, result) of each job as it comes; nothing of a job that `claim` refuses, because another gang makes it."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, job in enumerate(jobs):
         groups.setdefault(_models_of(job), []).append(index)
@@ -56,15 +56,16 @@ def _models_of(job: Job) -> tuple[str, ...]:
 
 
 def _run_group(
-    jobs: dict[int, Job], ranks: Ranks, claim: Callable[[int], bool], progress: ProgressFn
+    jobs: dict[int, Job], ranks: Ranks, claim: Callable[[int], bool] | None, progress: ProgressFn
 ) -> Iterator[tuple[int, Result]]:
     configs = {index: from_options(EffectiveConfig, job["effective"]) for index, job in jobs.items()}
-    claimed = (index for index in configs if claim(index))
+    claimed = (index for index in configs if claim is None or claim(index))
     index = next(claimed, None)
     if index is None:
         return
     first, watch, loads = configs[index], Stopwatch(ranks.device), Stopwatch(ranks.device)
     progress(index, "loading the models", 0, 0)
+    hardware.free_memory(ranks.device)  # of the group before
     try:
         ranks.together(lambda: hardware.prepare(first.device, first.precision))
         files = ranks.together(lambda: model_files.locate(first.model, first.artifacts_dir))
@@ -75,6 +76,8 @@ def _run_group(
             pipeline = load_pipeline(files, first, ranks, loads)
     except (WanFastError, torch.OutOfMemoryError) as error:
         message = f"--model {first.model} --precision {first.precision}: the weights do not fit into this GPU's memory"
+        if claim is not None and not isinstance(error, MissingArtifactError | CorruptArtifactError):
+            raise  # other gangs may fare better: they take the rest
         document = _failure(error, ranks, f"{message}: take a larger GPU, several of them, or --expert-offload on")
         yield from ((failed, document) for failed in (index, *claimed))
         return

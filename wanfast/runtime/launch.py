@@ -7,6 +7,7 @@ when it failed. So the parent prints what is there, whoever died. Torch-free.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from wanfast.runtime.artifacts import CLAIMS, PROGRESS, RANKS, RESULTS
 from wanfast.runtime.atomic import remove_partials
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, failure, from_failure
+from wanfast.runtime.signals import PARENT
 
 _PAUSE_S = 0.1
 _GRACE_S = 8.0  # from being asked to stop until being killed
@@ -42,16 +44,17 @@ def run(
     gangs = min(num_jobs, max(1, config.num_gpus // (config.cfg_parallel * config.ulysses)))
     _check_endpoint(config)
     results: dict[int, dict[str, Any]] = {}
+    seen: dict[int, dict[str, Any]] = {}
     try:
         with _launchers(run_folder, gangs) as launchers:
             running = True
             while running:
                 running = any(launcher.poll() is None for launcher in launchers)
                 _collect(run_folder, results, on_result)
-                _follow(run_folder, gangs, on_progress)
+                _follow(run_folder, gangs, seen, on_progress)
                 time.sleep(_PAUSE_S if running else 0)
     finally:
-        remove_partials(outputs, _pids(run_folder))
+        remove_partials(outputs, _gone(_pids(run_folder)))
     errors: dict[int, tuple[int, WanFastError]] = {}
     for index in (index for index in range(num_jobs) if index not in results):
         errors = errors or {replica: _error_of_gang(run_folder, replica, config) for replica in range(gangs)}
@@ -71,7 +74,14 @@ def _launchers(run_folder: Path, gangs: int) -> Iterator[list[subprocess.Popen[b
             with (run_folder / "logs" / f"launcher-{replica}.log").open("wb") as log:
                 # A session of its own: Ctrl-C reaches this process alone, which then stops all.
                 launchers.append(
-                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                    subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                        env=os.environ | {PARENT: str(os.getpid())},
+                    )
                 )
         yield launchers
     finally:
@@ -96,11 +106,18 @@ def _collect(
             on_result(index, results[index])
 
 
-def _follow(run_folder: Path, gangs: int, on_progress: Callable[[int, str, int, int], None]) -> None:
+def _follow(
+    run_folder: Path,
+    gangs: int,
+    seen: dict[int, dict[str, Any]],
+    on_progress: Callable[[int, str, int, int], None],
+) -> None:
+    """Tell what changed since it was `seen`."""
     for replica in range(gangs):
         file = run_folder / PROGRESS / f"{replica}.json"
-        if file.exists():
-            state = json.loads(file.read_text(encoding="utf-8"))
+        state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        if state and state != seen.get(replica):
+            seen[replica] = state
             on_progress(state["job"], state["stage"], state["done"], state["total"])
 
 
@@ -108,11 +125,19 @@ def _pids(run_folder: Path) -> list[int]:
     return [int(file.read_text()) for file in (run_folder / RANKS).glob("*/pid")]
 
 
+def _gone(pids: list[int]) -> list[int]:
+    """Once they are: ranks whose launcher was killed outlive it by a moment."""
+    ends = time.monotonic() + 2
+    while time.monotonic() < ends and any(Path("/proc", str(pid)).exists() for pid in pids):
+        time.sleep(0.02)
+    return pids
+
+
 def _error_of_job(run_folder: Path, index: int, errors: dict[int, tuple[int, WanFastError]]) -> WanFastError:
     """Of the gang that took the job; if none did, because all had failed by then, of the first."""
     claim = run_folder / CLAIMS / str(index)
-    if claim.exists():
-        return errors[int(claim.read_text())][1]
+    if claim.exists() and (replica := claim.read_text()):
+        return errors[int(replica)][1]
     return min(errors.values(), key=lambda found: found[0])[1]
 
 
@@ -121,43 +146,59 @@ def _error_of_gang(run_folder: Path, replica: int, config: EffectiveConfig) -> t
     folder, logs = run_folder / RANKS, f"logs of all ranks in {run_folder / 'logs'}"
     agent = folder / f"{replica}.json"
     known = json.loads(agent.read_text()) if agent.exists() else {}
-    seen = agent.stat().st_mtime_ns if agent.exists() else sys.maxsize
-    left = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob(f"{replica}-*/error.json")]
+    noticed = agent.stat().st_mtime_ns if agent.exists() else sys.maxsize
     if "rendezvous" in known:
         message = f"--rdzv-endpoint {config.rdzv_endpoint}: the {config.nnodes} machines did not meet within"
-        return seen, ConfigError(f"{message} --rank-timeout {config.rank_timeout:g} s: start wanfast on each of them")
-    # A rank that was killed outright says nothing; its peers only saw their connections close.
-    killed = {rank: -code for rank, code in known.get("exit_codes", {}).items() if code < 0}
-    for rank, number in killed.items():
-        if number not in (signal.SIGTERM, signal.SIGABRT):
-            name = signal.Signals(number).name
-            return seen, RankFailedError(f"rank {rank} was killed by {name}; {logs}")
-    if left:
-        first = min(left, key=lambda error: error["time"])
-        if first["kind"] == "user":
-            return first["time"], from_failure(first)
-        if first["kind"] == "timeout":
-            silent = sorted(set(_ranks_here(folder, replica)) - {error["rank"] for error in left})
-            waited = f"rank {first['rank']} waited --rank-timeout {config.rank_timeout:g} s"
-            who = f" for rank {', '.join(map(str, silent))}, which hangs" if silent else ""
-            return first["time"], RankFailedError(f"{waited}{who}; {logs}")
-        return first["time"], RankFailedError(f"rank {first['rank']} failed: {first['error']}; {logs}")
-    if killed:
-        rank, number = next(iter(killed.items()))
-        return seen, RankFailedError(f"rank {rank} was ended by {signal.Signals(number).name}; {logs}")
+        within = f"--rank-timeout {config.rank_timeout:g} s ({known['rendezvous']:.200})"
+        return noticed, ConfigError(f"{message} {within}: start wanfast on each of them")
+    left = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob(f"{replica}-*/error.json")]
+    first = min(left, key=lambda error: error["time"], default=None)
+    if killed := _killed(known, first):
+        rank, number = killed
+        return noticed, RankFailedError(f"rank {rank} was killed by {signal.Signals(number).name}; {logs}")
+    if first is None or first["kind"] == "timeout":
+        aborted = any(code == -signal.SIGABRT for code in known.get("exit_codes", {}).values())
+        if first or aborted:  # NCCL's watchdog aborts the ranks that wait
+            behind = ", ".join(map(str, _behind(folder, replica)))
+            who = f"rank {behind}, which hangs" if behind else "each other"
+            waited = f"the ranks waited --rank-timeout {config.rank_timeout:g} s for {who}"
+            return (first["time"] if first else noticed), RankFailedError(f"{waited}; {logs}")
+        for rank, code in known.get("exit_codes", {}).items():
+            return noticed, RankFailedError(f"rank {rank} ended with exit code {code}; {logs}")
+        return noticed, RankFailedError(f"the launcher of gang {replica} failed; {logs}")
+    if first["kind"] == "user":
+        return first["time"], from_failure(first)
+    return first["time"], RankFailedError(f"rank {first['rank']} failed: {first['error']}; {logs}")
+
+
+def _killed(known: dict[str, Any], first: dict[str, Any] | None) -> tuple[str, int] | None:
+    """(rank, signal) of one that was killed outright: it says nothing, and its peers only saw connections close.
+
+    But not of one that the launcher killed in the end because it outlived a peer's error.
+    """
     for rank, code in known.get("exit_codes", {}).items():
-        return seen, RankFailedError(f"rank {rank} ended with exit code {code} before it began; {logs}")
-    return seen, RankFailedError(f"the launcher of gang {replica} failed; {logs}")
+        outlived = first is not None and known["seconds"][rank] - first["time"] / 1e9 > 5
+        if code < 0 and -code not in (signal.SIGTERM, signal.SIGABRT) and not outlived:
+            return rank, -code
+    return None
 
 
-def _ranks_here(folder: Path, replica: int) -> list[int]:
-    return [int(file.parent.name.split("-")[1]) for file in folder.glob(f"{replica}-*/pid")]
+def _behind(folder: Path, replica: int) -> list[int]:
+    """The ranks that did fewer steps than others, or, where all did as many, said nothing when the others gave up."""
+    ranks = {int(pid.parent.name.split("-")[1]): pid.parent for pid in folder.glob(f"{replica}-*/pid")}
+    done = {
+        rank: json.loads(file.read_text())["done"] for rank, own in ranks.items() if (file := own / PROGRESS).exists()
+    }
+    slowest = sorted(rank for rank, steps in done.items() if steps < max(done.values()))
+    return slowest or sorted(rank for rank, own in ranks.items() if not (own / "error.json").exists())
 
 
 def _check_endpoint(config: EffectiveConfig) -> None:
-    """On the first machine of several the port must be free: torchrun's rendezvous would wait for its timeout."""
+    """Where machines meet, the first one's port must be free: the others would wait for their timeout."""
     if config.rdzv_endpoint is None or config.node_rank != 0:
         return
+    if config.cfg_parallel * config.ulysses <= config.num_gpus:
+        return  # each makes videos of its own
     host, port = config.rdzv_endpoint.rsplit(":", 1)
     try:
         with socket.create_server(("", int(port))):

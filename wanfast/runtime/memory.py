@@ -1,8 +1,8 @@
 """How many bytes a model and a video take, by arithmetic from their sizes. Torch-free.
 
 Parameters are exact. What a forward and a decode hold beside them is an estimate, fitted to what was counted at
-1280x720x81: about seven float32 rows of the model's width a token (11 GB), and 204 bytes a pixel and VAE base channel
-(18 GB, half of it the frames that the causal convolutions look back on).
+1280x720x81: about seven float32 rows of the model's width a token (11 GB) and the text's keys and values (1.7 GB); 204
+bytes a pixel and VAE base channel (18 GB, half of it the frames that the causal convolutions look back on).
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ def block_bytes(spec: DiTSpec, precision: Precision) -> int:
     return (8 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim) * _BYTES[precision]
 
 
+def hosted_bytes(spec: DiTSpec, precision: Precision) -> int:
+    """Both experts in host memory, with the ends of the slabs that they are pinned in."""
+    return int(2 * expert_bytes(spec, precision) * 1.1)
+
+
 def umt5_bytes(spec: UMT5Spec, precision: Precision) -> int:
     block = 4 * spec.dim * spec.attention_dim + 3 * spec.dim * spec.ffn_dim + 2 * spec.dim
     bias = spec.num_buckets * spec.num_heads
@@ -48,9 +53,11 @@ def umt5_bytes(spec: UMT5Spec, precision: Precision) -> int:
     return parameters * _BYTES[precision]
 
 
-def loop_bytes(spec: ModelSpec, tokens: int) -> int:
-    """Beside the weights in a forward over `tokens` of a rank's own."""
-    return _LOOP_ROWS * 4 * spec.dit.dim * tokens
+def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int) -> int:
+    """Beside the weights in a forward over `tokens` of a rank's own; with the text's keys and values, made once."""
+    dit = spec.dit
+    text = 2 * dit.num_layers * dit.text_len * dit.dim * _BYTES[precision]  # of one expert and branch
+    return _LOOP_ROWS * 4 * dit.dim * tokens + 4 * text
 
 
 def decode_bytes(spec: ModelSpec, geometry: Geometry) -> int:

@@ -37,6 +37,7 @@ class Need:
     expert: int
     block: int
     umt5: int
+    hosted: int  # of the host, if the idle expert is kept there
     loop: int
     decode: int
 
@@ -56,7 +57,8 @@ def place(requests: Sequence[GenerateConfig], plans: Sequence[Plan]) -> list[Pla
     )
     free, said = _free_bytes(plans[0].config, num_gpus)
     need = _need(plans, mesh)
-    dit_fsdp, expert_offload, why = _place_experts(request, need, mesh.gang_size, free, plans[0].config)
+    here = min(num_gpus, mesh.gang_size * len(plans))  # ranks that this machine starts
+    dit_fsdp, expert_offload, why = _place_experts(request, need, mesh.gang_size, here, free, plans[0].config)
     t5_fsdp = _shard_umt5(request, need, mesh.gang_size, free)
     reason = f"{why}, {gb(free)} {said}"
     chosen: dict[str, Any] = {
@@ -68,12 +70,10 @@ def place(requests: Sequence[GenerateConfig], plans: Sequence[Plan]) -> list[Pla
         "t5_fsdp": t5_fsdp,
         "expert_offload": expert_offload,
     }
-    notes = _notes(mesh, len(plans))
     return [
         dataclasses.replace(
             plan,
             config=dataclasses.replace(plan.config, **chosen),
-            notes=(*plan.notes, *notes),
             placement=reason,
         )
         for plan in plans
@@ -86,7 +86,8 @@ def needed(spec: ModelSpec, precision: Precision, geometry: Geometry, mesh: Mesh
         expert=memory.expert_bytes(spec.dit, precision),
         block=memory.block_bytes(spec.dit, precision),
         umt5=memory.umt5_bytes(spec.umt5, precision),
-        loop=memory.loop_bytes(spec, -(-geometry.tokens // mesh.ulysses)),
+        hosted=memory.hosted_bytes(spec.dit, precision),
+        loop=memory.loop_bytes(spec, precision, -(-geometry.tokens // mesh.ulysses)),
         decode=memory.decode_bytes(spec, geometry),
     )
 
@@ -110,9 +111,7 @@ def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
     if ranks > 1:
         shares = {"share of both": 2 * need.expert // ranks, "two blocks": 2 * need.block}
         held["sharded"] = {**shares, **work, **margin}
-    else:
-        held["offloaded"] = _offloaded(need)
-    return held
+    return {**held, "offloaded": _offloaded(need)}
 
 
 def _offloaded(need: Need) -> dict[str, int]:
@@ -123,46 +122,55 @@ def _offloaded(need: Need) -> dict[str, int]:
 
 
 def _place_experts(
-    request: GenerateConfig, need: Need, ranks: int, free: int, config: EffectiveConfig
+    request: GenerateConfig, need: Need, ranks: int, ranks_here: int, free: int, config: EffectiveConfig
 ) -> tuple[Switch, Switch, str]:
-    """(--dit-fsdp, --expert-offload, why)."""
-    if request.dit_fsdp == "on" and ranks == 1:
-        raise ConfigError("--dit-fsdp on needs several ranks to a video: add --num-gpus, or take --expert-offload on")
-    if request.expert_offload == "on" and config.device == "cpu":
-        raise ConfigError("--expert-offload on moves experts off a GPU: with --device cpu there is none, so drop it")
-    held = modes(need, ranks)
-    if request.dit_fsdp == "on":
-        return "on", "off", f"experts sharded as asked: {gb(held['sharded'])} a rank"
-    if request.expert_offload == "on":
-        return "off", "on", f"idle expert in host memory as asked: {gb(sum(_offloaded(need).values()))}"
-    if held["resident"] <= free or (config.device == "cpu" and ranks == 1):
-        return "off", "off", f"both experts stay: {gb(held['resident'])} with the work"
-    if "sharded" in held and request.dit_fsdp == "auto" and held["sharded"] <= free:
-        return "on", "off", f"experts sharded: {gb(held['sharded'])} a rank, not {gb(held['resident'])}"
-    host_short = 2 * need.expert > available_host_bytes()
-    if "offloaded" in held and request.expert_offload == "auto" and held["offloaded"] <= free and not host_short:
-        return "off", "on", f"idle expert in host memory: {gb(held['offloaded'])}, not {gb(held['resident'])}"
-    barred = {"sharded": "switched off" if request.dit_fsdp == "off" else ""}
-    barred["offloaded"] = (
-        "switched off"
-        if request.expert_offload == "off"
-        else f"and {gb(2 * need.expert)} on the host, which has {gb(available_host_bytes())}"
-        if host_short
-        else ""
-    )
-    raise ConfigError(_too_little(request, config.precision, held, free, barred))
-
-
-def _too_little(
-    request: GenerateConfig, precision: Precision, held: dict[str, int], free: int, barred: dict[str, str]
-) -> str:
+    """(--dit-fsdp, --expert-offload, why); `ranks` to a video, `ranks_here` on this machine."""
+    held, barred = modes(need, ranks), _barred(request, need, ranks, ranks_here, config)
+    for asked, option, mode in (
+        (request.dit_fsdp, "--dit-fsdp", "sharded"),
+        (request.expert_offload, "--expert-offload", "offloaded"),
+    ):
+        if asked == "on" and mode in barred:
+            raise ConfigError(f"{option} on: {barred[mode]}")
+        if asked == "on":
+            return *_SWITCHES[mode], f"experts {mode} as asked: {gb(held[mode])}"
+    for mode, size in held.items():
+        if mode not in barred and (size <= free or (config.device == "cpu" and ranks == 1)):
+            rather = f", not {gb(held['resident'])}" if mode != "resident" else ""
+            return *_SWITCHES[mode], f"experts {mode}: {gb(size)} a rank{rather}"
     ways = ", ".join(
-        f"{mode} {gb(size)}" + (f" ({reason})" if (reason := barred.get(mode)) else "") for mode, size in held.items()
+        f"{mode} {gb(size)}" + (f" ({barred[mode]})" if mode in barred else "") for mode, size in held.items()
     )
-    return (
-        f"--model {request.model} --precision {precision}: a GPU would hold {ways}, and {gb(free)} are free: "
+    raise ConfigError(
+        f"--model {request.model} --precision {config.precision}: a rank would hold {ways}, and {gb(free)} are free: "
         "take more or larger GPUs, or a smaller --size"
     )
+
+
+_SWITCHES: dict[str, tuple[Switch, Switch]] = {
+    "resident": ("off", "off"),
+    "sharded": ("on", "off"),
+    "offloaded": ("off", "on"),
+}
+
+
+def _barred(
+    request: GenerateConfig, need: Need, ranks: int, ranks_here: int, config: EffectiveConfig
+) -> dict[str, str]:
+    """The modes that cannot be, whatever the GPUs' memory, and why."""
+    barred = {}
+    if ranks == 1:
+        barred["sharded"] = "a video has one rank: add --num-gpus, or take --expert-offload on"
+    elif request.dit_fsdp == "off":
+        barred["sharded"] = "switched off"
+    hosted, host_free = need.hosted * ranks_here, available_host_bytes()
+    if config.device == "cpu":
+        barred["offloaded"] = "with --device cpu there is no GPU to move experts off"
+    elif request.expert_offload == "off":
+        barred["offloaded"] = "switched off"
+    elif hosted > host_free:
+        barred["offloaded"] = f"needs {gb(hosted)} of the host, which has {gb(host_free)} free"
+    return barred
 
 
 def _shard_umt5(request: GenerateConfig, need: Need, ranks: int, free: int) -> Switch:
@@ -205,8 +213,9 @@ def available_host_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _notes(mesh: Mesh, num_videos: int) -> list[str]:
+def idle_note(mesh: Mesh, num_videos: int) -> str | None:
+    """What a person could not guess of the mesh."""
     idle = max(0, mesh.replica - num_videos) * mesh.gang_size
     if not idle:
-        return []
-    return [f"{idle} of {mesh.size} ranks have nothing to do: {num_videos} to make, {mesh.gang_size} ranks each"]
+        return None
+    return f"{idle} of {mesh.size} ranks have nothing to do: {num_videos} to make, {mesh.gang_size} ranks each"

@@ -18,6 +18,7 @@ from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.builders import build_umt5
 from wanfast.runtime.config import EffectiveConfig, Precision
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.hardware import free_memory
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.timing import Stopwatch
@@ -78,8 +79,7 @@ def _encode(
         text: umt5(torch.tensor([prompt.ids], device=device))[0].cpu().contiguous() for text, prompt in tokens.items()
     }
     del umt5
-    if device == "cuda":
-        torch.cuda.empty_cache()  # 11 GB in pieces of UMT5's sizes, which the experts would not fit into
+    free_memory(device)  # 11 GB in pieces of UMT5's sizes, which the experts would not fit into
     return encoded
 
 

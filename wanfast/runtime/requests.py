@@ -15,7 +15,7 @@ from typing import Any
 
 from wanfast.runtime.config import EffectiveConfig, GenerateConfig, from_options
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
-from wanfast.runtime.placement import LAUNCH_OPTIONS, place
+from wanfast.runtime.placement import LAUNCH_OPTIONS, idle_note, place
 from wanfast.runtime.plan import Plan, resolve
 
 _OPTIONS = {field.name for field in dataclasses.fields(GenerateConfig)}
@@ -62,15 +62,30 @@ def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Plann
     """A bad line of a jobs file keeps its error, so that the rest still run; a bad single request raises it."""
     taken: dict[Path, int | None] = {}
     planned = [_plan(request, taken, needs_weights) for request in requests]
-    if first := next((item.request.options for item in planned if item.plan), None):
-        several = ("model", "device") if first.get("num_gpus", 1) != 1 or "nnodes" in first else ()
-        shared = {name: first.get(name) for name in (*LAUNCH_OPTIONS, *several)}
-        planned = [_with_shared_options(item, shared) for item in planned]
-    if ready := [item for item in planned if item.plan]:
+    if first := next((item.plan for item in planned if item.plan), None):
+        planned = [_like(item, first) for item in planned]
+        ready = [item for item in planned if item.plan]
         configs = [from_options(GenerateConfig, item.request.options) for item in ready]
-        placed = iter(place(configs, [item.plan for item in ready if item.plan]))
+        plans = place(configs, [item.plan for item in ready if item.plan])
+        if note := idle_note(plans[0].mesh, len(plans)):
+            plans[0] = dataclasses.replace(plans[0], notes=(*plans[0].notes, note))
+        placed = iter(plans)
         planned = [dataclasses.replace(item, plan=next(placed)) if item.plan else item for item in planned]
     return planned
+
+
+def _like(item: Planned, first: Plan) -> Planned:
+    """Unchanged, or with an error where its line wants another device, or other weights on several ranks."""
+    shared = ("device", "model") if first.mesh.size > 1 else ("device",)
+    for name in shared if item.plan else ():
+        if getattr(item.plan.config, name) != getattr(first.config, name):  # type: ignore[union-attr]
+            return Planned(item.request, error=_shared_by_all(name))
+    return item
+
+
+def _shared_by_all(name: str) -> ConfigError:
+    option = f"--{name.replace('_', '-')}"
+    return ConfigError(f"{option} is one for the whole list: give it on the command line, or make a list of its own")
 
 
 def own_share(planned: list[Planned]) -> list[Planned]:
@@ -82,22 +97,14 @@ def own_share(planned: list[Planned]) -> list[Planned]:
     return planned[config.node_rank :: config.nnodes]
 
 
-def _with_shared_options(item: Planned, shared: dict[str, Any]) -> Planned:
-    """Unchanged, or with an error where its line wants other ranks than the rest of the list."""
-    for name, value in shared.items():
-        if item.plan is not None and item.request.options.get(name) != value:
-            option = f"--{name.replace('_', '-')}"
-            error = ConfigError(f"{option} is one for the whole list: give it on the command line, not in a line")
-            return Planned(item.request, error=error)
-    return item
-
-
 def _plan(request: Request, taken: dict[Path, int | None], needs_weights: bool) -> Planned:
     """`taken`: the outputs of the lines before, to which this one's are added."""
     try:
         if request.error is not None:
             raise request.error
-        plan, files = resolve(from_options(GenerateConfig, request.options))
+        config = from_options(GenerateConfig, request.options)
+        plan, files = resolve(config)
+        (plan,) = place([config], [plan])  # alone; all lines together come after
         for path in (path.resolve() for path in plan.outputs):
             if path in (source.resolve() for source in (Path(plan.config.image), *request.sources)):
                 raise ConfigError(f"--output: {path} would replace a file that the video is made from: name another")
@@ -125,7 +132,7 @@ def read_requests(
         if "prompt" in typed:
             raise ConfigError("--prompt and --prompt-file both give the prompt: drop one of the two")
         typed = {**typed, "prompt": _read(prompt_file, "--prompt-file").strip()}
-    earlier = Request({}) if from_file is None else _read_earlier(from_file)
+    earlier = Request({}) if from_file is None else _read_earlier(from_file, typed)
     base = dataclasses.replace(
         earlier,
         options={**earlier.options, **typed},
@@ -143,17 +150,23 @@ def read_requests(
     return requests
 
 
-def _read_earlier(file: Path) -> Request:
+def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     """The effective options of an earlier run, so that nothing is left to a default or to chance."""
     try:
         document = json.loads(_read(file, "--from"))
-        fields = [field.name for field in dataclasses.fields(EffectiveConfig)]
-        effective = {name: document["effective"][name] for name in fields}
+        effective = {
+            field.name: document["effective"].get(field.name, field.default)
+            if field.default is not dataclasses.MISSING
+            else document["effective"][field.name]
+            for field in dataclasses.fields(EffectiveConfig)
+        }
         weights = document["weights"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"--from {file} is not the .json that wanfast writes beside a video: name that one") from None
     # where things are kept, and what may be replaced, is this run's own affair
     kept = _OPTIONS - {"overwrite", "artifacts_dir", "nnodes", "node_rank", "rdzv_endpoint", "rank_timeout"}
+    if effective["nnodes"] > 1 or "num_gpus" in typed:  # other ranks than then: their mesh says nothing
+        kept -= {"cfg_parallel", "ulysses", "dit_fsdp", "t5_fsdp", "expert_offload"}
     options = {name: value for name, value in effective.items() if name in kept}
     return Request(options, image_sha256=effective["image_sha256"], weights=weights)
 
@@ -171,6 +184,9 @@ def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
             continue
         if not isinstance(own, dict):
             yield Request({}, number, error=ConfigError('not a JSON object of options, such as {"prompt": ...}'))
+            continue
+        if other := [name for name in LAUNCH_OPTIONS if name in own and own[name] != base.options.get(name)]:
+            yield Request({}, number, error=_shared_by_all(other[0]))
             continue
         own_name = str(stem.with_stem(f"{stem.stem}-{number:04d}"))
         yield dataclasses.replace(base, options={**base.options, "output": own_name, **own}, line=number)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
+import sys
+
+PARENT = "WANFAST_PARENT"  # in the environment of a process: the id of the one that started it
 
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
@@ -13,3 +17,5 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+    if os.environ.get(PARENT) not in (None, str(os.getppid())):
+        sys.exit("the process that started this one is gone")

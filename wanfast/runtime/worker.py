@@ -16,19 +16,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
-from wanfast.runtime import generate
 from wanfast.runtime.artifacts import CLAIMS, JOB, PROGRESS, RANKS, replace_text, write_result
 from wanfast.runtime.config import EffectiveConfig, from_options
 from wanfast.runtime.distributed.mesh import Mesh
-from wanfast.runtime.distributed.ranks import Ranks, gang
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.signals import end_with_parent
 
 
 def main(run_folder: Path, replica: int) -> None:
-    end_with_parent()
+    end_with_parent()  # before torch, whose import takes seconds
     own_folder = run_folder / RANKS / f"{replica}-{os.environ['RANK']}"
     replace_text(own_folder / "pid", str(os.getpid()))
 
@@ -39,11 +35,13 @@ def main(run_folder: Path, replica: int) -> None:
         os._exit(1)  # not by way of destructors, which may wait for peers that are gone
 
     sys.excepthook = leave
-    _work(run_folder, replica)
+    _work(run_folder, replica, own_folder)
 
 
 def _told(error: BaseException) -> dict[str, Any]:
     """The error for the parent: one line, and whether it is a user's, a wait in vain, or a bug."""
+    import torch
+
     known = {"rank": int(os.environ["RANK"]), "time": time.time_ns()}
     if isinstance(error, torch.OutOfMemoryError):
         error = ConfigError("a GPU's memory does not suffice: take more GPUs, --dit-fsdp on, or a smaller --size")
@@ -54,10 +52,14 @@ def _told(error: BaseException) -> dict[str, Any]:
     return {**known, "kind": "timeout" if waited else "bug", "error": line}
 
 
-def _work(run_folder: Path, replica: int) -> None:
+def _work(run_folder: Path, replica: int, own_folder: Path) -> None:
+    from wanfast.runtime import generate  # torch begins here
+    from wanfast.runtime.distributed.ranks import gang
+
     document = json.loads((run_folder / JOB).read_text(encoding="utf-8"))
     config = from_options(EffectiveConfig, document["jobs"][0]["effective"])
     mesh = Mesh(cfg=config.cfg_parallel, ulysses=config.ulysses)
+    has_peers = config.num_gpus >= 2 * mesh.gang_size and len(document["jobs"]) > 1
     with gang(config.device, mesh, config.rank_timeout) as ranks:
         # Of several machines the first one's jobs hold, down to the seed.
         jobs = ranks.lead(lambda: document["jobs"])
@@ -66,12 +68,13 @@ def _work(run_folder: Path, replica: int) -> None:
             return ranks.lead(lambda: _claim(run_folder, index, replica))
 
         def progress(index: int, stage: str, done: int, total: int) -> None:
+            state = json.dumps({"job": index, "stage": stage, "done": done, "total": total})
+            replace_text(own_folder / PROGRESS, state)
             if ranks.is_leader:
-                state = {"job": index, "stage": stage, "done": done, "total": total}
-                replace_text(run_folder / PROGRESS / f"{replica}.json", json.dumps(state))
+                replace_text(run_folder / PROGRESS / f"{replica}.json", state)
 
-        for index, result in generate.run(jobs, ranks, claim=claim, progress=progress):
-            if _first_here(ranks):
+        for index, result in generate.run(jobs, ranks, claim=claim if has_peers else None, progress=progress):
+            if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has a run folder of its own
                 write_result(run_folder, index, result)
 
 
@@ -84,11 +87,6 @@ def _claim(run_folder: Path, index: int, replica: int) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _first_here(ranks: Ranks) -> bool:
-    """Each machine has a run folder of its own."""
-    return int(os.environ.get("LOCAL_RANK", ranks.rank)) == 0
 
 
 if __name__ == "__main__":

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
 
 def shard(model: nn.Module, device: str) -> None:
     """Shard a model that has `blocks` over all ranks of the gang: one unit a block, the rest one more."""
-    mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
+    world = dist.group.WORLD
+    assert world is not None
+    mesh = DeviceMesh.from_group(world, device)
     for module in (*model.get_submodule("blocks").children(), model):
         fully_shard(module, mesh=mesh)
         if hasattr(module, "encode_text"):

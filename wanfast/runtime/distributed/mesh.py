@@ -13,16 +13,11 @@ mesh before any process starts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal
 
 from wanfast.runtime.errors import ConfigError
 
-
-class Place(NamedTuple):
-    """A rank's coordinates within its gang."""
-
-    cfg: int
-    ulysses: int
+Axis = Literal["cfg", "ulysses"]  # of a gang
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +36,12 @@ class Mesh:
     def size(self) -> int:
         return self.replica * self.gang_size
 
-    def place(self, rank: int) -> Place:
-        """Where a rank of a gang stands."""
-        return Place(*divmod(rank, self.ulysses))
+    def lines(self, axis: Axis) -> list[list[int]]:
+        """The ranks of a gang along an axis, for every place on the other one."""
+        ranks = range(self.gang_size)
+        if axis == "ulysses":
+            return [list(ranks[first : first + self.ulysses]) for first in ranks[:: self.ulysses]]
+        return [list(ranks[first :: self.ulysses]) for first in range(self.ulysses)]
 
 
 def choose_mesh(

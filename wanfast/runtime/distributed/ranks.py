@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,11 +16,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from wanfast.runtime.distributed.cfg_parallel import BothBranches, CfgParallel
 from wanfast.runtime.distributed.collectives import all_gather
-from wanfast.runtime.distributed.mesh import Mesh
+from wanfast.runtime.distributed.mesh import Axis, Mesh
 from wanfast.runtime.distributed.ulysses import Ulysses
 from wanfast.runtime.errors import WanFastError, failure, from_failure
 from wanfast.runtime.models.attention import Sequence, WholeSequence
@@ -35,7 +34,7 @@ class Ranks:
     device: str
     mesh: Mesh = field(default_factory=Mesh)
     rank: int = 0
-    devices: DeviceMesh | None = None  # axes cfg and ulysses; None for a gang of one
+    groups: Mapping[Axis, dist.ProcessGroup] = field(default_factory=dict)  # this rank's; of axes longer than one
 
     @property
     def size(self) -> int:
@@ -48,16 +47,14 @@ class Ranks:
     @property
     def sequence(self) -> Sequence:
         """How the experts share tokens."""
-        if self.devices is None or self.mesh.ulysses == 1:
-            return WholeSequence()
-        return Ulysses(self.devices.get_group("ulysses"))
+        group = self.groups.get("ulysses")
+        return Ulysses(group) if group else WholeSequence()
 
     @property
     def guidance(self) -> BothBranches | CfgParallel:
         """How the branches of guidance are shared."""
-        if self.devices is None or self.mesh.cfg == 1:
-            return BothBranches()
-        return CfgParallel(self.devices.get_group("cfg"))
+        group = self.groups.get("cfg")
+        return CfgParallel(group) if group else BothBranches()
 
     def together(self, work: Callable[[], T]) -> T:
         """Every rank's own `work()`, without collectives in it; an error of one is raised on all."""
@@ -106,7 +103,13 @@ def gang(device: str, mesh: Mesh, timeout_s: float) -> Iterator[Ranks]:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
-    devices = init_device_mesh(device, (mesh.cfg, mesh.ulysses), mesh_dim_names=("cfg", "ulysses"))
-    yield Ranks(device, mesh, dist.get_rank(), devices)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timeout)
+    axes: tuple[Axis, ...] = ("cfg", "ulysses")
+    groups = {  # with our timeout: a group made for a DeviceMesh has torch's own
+        axis: dist.new_subgroups_by_enumeration(mesh.lines(axis), timeout=timeout)[0]  # type: ignore[no-untyped-call]
+        for axis in axes
+        if getattr(mesh, axis) > 1
+    }
+    yield Ranks(device, mesh, dist.get_rank(), groups)
     dist.destroy_process_group()  # not after an error: it may wait for peers that are gone
