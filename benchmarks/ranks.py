@@ -28,7 +28,8 @@ from wanfast.runtime.distributed.cfg_parallel import BothBranches, CfgParallel
 from wanfast.runtime.distributed.ulysses import Ulysses
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.model_spec import A14B, DiTSpec
-from wanfast.runtime.models.attention import Projection, Sequence, WholeSequence, attention
+from wanfast.runtime.models.attention import Projection, Sequence, WholeSequence
+from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.dit import SelfAttention, WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 
@@ -37,11 +38,11 @@ from wanfast.runtime.models.rope import rotary_tables
 class Packed(Ulysses):
     """One exchange of q, k and v together instead of three that overlap with the projections."""
 
-    def attention(self, q: Projection, k: Projection, v: Projection, num_tokens: int) -> Tensor:
+    def attention(self, q: Projection, k: Projection, v: Projection, num_tokens: int, attend: AttentionFn) -> Tensor:
         size = self.group.size()
         packed = rearrange(torch.stack((q(), k(), v())), "three B l (P h) D -> P three B l h D", P=size)
         all_q, all_k, all_v = rearrange(self._exchange(packed), "P three B l h D -> three B (P l) h D")
-        out = attention(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
+        out = attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
         parts = self._exchange(rearrange(out, "B (P l) h D -> P B l h D", P=size))
         return rearrange(parts, "P B l h D -> B l (P h) D")
 

@@ -304,5 +304,5 @@ def test_packages_that_share_a_folder_are_told_apart(tmp_path: Path, monkeypatch
     assert (found["fa2"].state, found["fa2"].reason) == ("not installed", "pip install flash-attn")
     assert found["fa4"].state == "fails"
     assert found["fa3"].state == "not installed"
-    assert found["sdpa-math"].state == "runs" and "sdpa-cudnn" not in found
+    assert found["math"].state == "runs" and "cudnn" not in found
     sys.modules.pop("flash_attn", None)

@@ -59,7 +59,8 @@ def test_a_video_its_json_and_its_contact_sheet(wanfast: Wanfast, workdir: Path)
     assert "knows textured shapes" in outcome.err
 
     (run,) = (workdir / "artifacts" / "runs").iterdir()
-    assert json.loads((run / "job.json").read_text())["jobs"][0]["effective"] == document["effective"]
+    asked = json.loads((run / "job.json").read_text())["jobs"][0]["effective"]
+    assert asked | {"attention": "flash"} == document["effective"]
     assert json.loads((run / "result.json").read_text()) == [document]
 
 

@@ -49,6 +49,8 @@ def generate(
     ] = "cpu",
     fps: Annotated[int | None, typer.Option(help="Frames a second of the file.  [default: 16]")] = None,
     precision: options.PrecisionOption = "bf16",
+    attention: options.AttentionOption = "auto",
+    tf32: options.Tf32 = None,
     device: options.DeviceOption = None,
     num_gpus: options.NumGpus = 1,
     nnodes: options.NumNodes = 1,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wanfast.runtime.config import Device, Precision, Switch
+from wanfast.runtime.config import Attention, Device, Precision, Switch
 
 Model = Annotated[
     str,
@@ -16,6 +16,18 @@ Model = Annotated[
 ]
 DeviceOption = Annotated[Device | None, typer.Option(help="Where to run.  [default: cuda where there is a driver]")]
 PrecisionOption = Annotated[Precision, typer.Option(help="Of the matrix products; all that is small stays fp32.")]
+AttentionOption = Annotated[
+    Attention,
+    typer.Option(
+        help="Its kernel: FlashAttention 3, 4 or 2, or one of torch's; auto takes the fastest that is right here."
+    ),
+]
+Tf32 = Annotated[
+    bool | None,
+    typer.Option(
+        "--tf32/--no-tf32", help="TF32 in float32 products and convolutions.  [default: in the VAE's convolutions]"
+    ),
+]
 ArtifactsDir = Annotated[
     str, typer.Option(envvar="WANFAST_ARTIFACTS", help="Where weights, embeddings and runs are kept.")
 ]

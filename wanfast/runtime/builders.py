@@ -14,6 +14,8 @@ from wanfast.runtime.config import Expert, Precision
 from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.model_files import ModelFiles
+from wanfast.runtime.models.attention import attention
+from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
@@ -27,12 +29,13 @@ def build_expert(
     precision: Precision,
     ranks: Ranks,
     *,
+    attend: AttentionFn = attention,
     sharded: bool = False,
     device: str | None = None,
 ) -> WanDiT:
     """An expert that shares tokens among `ranks`; on another `device` than theirs if one is named."""
     with torch.device("meta"):
-        model = WanDiT(files.spec.dit, dtype=DTYPES[precision], sequence=ranks.sequence)
+        model = WanDiT(files.spec.dit, DTYPES[precision], ranks.sequence, attend)
     if sharded:
         fsdp.shard(model, ranks.device)
     weights = files.weights(expert)

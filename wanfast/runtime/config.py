@@ -22,6 +22,7 @@ Device = Literal["cpu", "cuda"]
 Expert = Literal["high_noise", "low_noise"]
 Branch = Literal["prompt", "negative_prompt"]  # of guidance
 Switch = Literal["on", "off", "auto"]
+Attention = Literal["auto", "fa3", "fa4", "fa2", "cudnn", "flash", "efficient", "math"]
 
 T = TypeVar("T")
 
@@ -45,6 +46,8 @@ class GenerateConfig:
     noise_device: Device = "cpu"
     fps: int | None = None
     precision: Precision = "bf16"
+    attention: Attention = "auto"
+    tf32: bool | None = None
     device: Device | None = None
     num_gpus: int | Literal["auto"] = 1
     nnodes: int = 1
@@ -119,6 +122,8 @@ class EffectiveConfig:
     overwrite: bool
     contact_sheet: bool
     artifacts_dir: str
+    attention: Attention = "auto"  # the worker writes the one that it took
+    tf32: bool | None = None  # None: as the reference, in the convolutions of a bf16 run alone
     # who does it: one process, unless `placement` says otherwise
     num_gpus: int = 1
     nnodes: int = 1

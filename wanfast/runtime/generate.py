@@ -7,6 +7,7 @@ step; the leader alone writes.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -14,16 +15,17 @@ from typing import Any
 
 import torch
 
-from wanfast.runtime import hardware, media_io, metadata, model_files, pixels
+from wanfast.runtime import attention_probe, hardware, media_io, metadata, model_files, pixels
 from wanfast.runtime.artifacts import write_synced
 from wanfast.runtime.atomic import atomic_paths
-from wanfast.runtime.builders import build_expert, build_vae
+from wanfast.runtime.builders import DTYPES, build_expert, build_vae
 from wanfast.runtime.config import Branch, EffectiveConfig, Expert, from_options
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
 from wanfast.runtime.experts import Experts, ResidentExperts, SwappedExperts
 from wanfast.runtime.media_io import LoadedImage
 from wanfast.runtime.model_files import COMPONENTS, ModelFiles
+from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.pipeline import ImageToVideoPipeline
 from wanfast.runtime.plan import Plan
@@ -52,7 +54,7 @@ def run(
 
 def _models_of(job: Job) -> tuple[str, ...]:
     """Jobs with the same answer share loaded models."""
-    return tuple(job["effective"][key] for key in ("model", "precision", "device", "artifacts_dir"))
+    return tuple(job["effective"][key] for key in ("model", "precision", "attention", "tf32", "artifacts_dir"))
 
 
 def _run_group(
@@ -67,7 +69,7 @@ def _run_group(
     progress(index, "loading the models", 0, 0)
     hardware.free_memory(ranks.device)  # of the group before
     try:
-        ranks.together(lambda: hardware.prepare(first.device, first.precision))
+        ranks.together(lambda: hardware.prepare(first.device, first.precision, first.tf32))
         files = ranks.together(lambda: model_files.locate(first.model, first.artifacts_dir))
         with watch.span("text"):
             texts = [text for config in configs.values() for text in (config.prompt, config.negative_prompt)]
@@ -108,17 +110,20 @@ def _failure(error: Exception, ranks: Ranks, out_of_memory: str) -> Result:
 def load_pipeline(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch) -> ImageToVideoPipeline:
     """Both experts, and the leader's VAE, where `config` wants them; seconds of each in `loads`."""
     hosted = "cpu" if config.expert_offload == "on" else None
+    dtype, head_dim = DTYPES[config.precision], files.spec.dit.head_dim
+    kernel = ranks.lead(lambda: attention_probe.choose(config.attention, config.device, dtype, head_dim))
 
     def build(expert: Expert) -> WanDiT:
         with loads.span(expert):
             sharded = config.dit_fsdp == "on"
-            return build_expert(files, expert, config.precision, ranks, sharded=sharded, device=hosted)
+            attend = attention_by(kernel)
+            return build_expert(files, expert, config.precision, ranks, attend=attend, sharded=sharded, device=hosted)
 
     models: dict[Expert, WanDiT] = {"high_noise": build("high_noise"), "low_noise": build("low_noise")}
     experts: Experts = SwappedExperts(models, ranks.device) if hosted else ResidentExperts(models)
     with loads.span("vae"):
         vae = ranks.together(lambda: build_vae(files, ranks.device) if ranks.is_leader else None)
-    return ImageToVideoPipeline(files.spec, experts, vae, ranks)
+    return ImageToVideoPipeline(files.spec, experts, vae, ranks, kernel)
 
 
 def _speeds(loads: Stopwatch, files: ModelFiles) -> dict[str, dict[str, float]]:
@@ -146,6 +151,7 @@ def _run_one(
 ) -> Result:
     ranks = pipeline.ranks
     image = ranks.lead(lambda: _read_image(config))
+    config = dataclasses.replace(config, attention=pipeline.attention)  # what runs, and is to run again
     plan = Plan.of(config, pipeline.spec, image.size, tuple(job["notes"]), job["placement"])
     g, steps = plan.geometry, len(plan.schedule)
     hardware.reset_peak_memory(config.device)

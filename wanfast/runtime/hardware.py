@@ -12,16 +12,18 @@ import torch
 from wanfast.runtime.errors import ConfigError
 
 
-def prepare(device: str, precision: str) -> None:
-    """Set the process up for `--device` and `--precision`. Raises ConfigError if torch cannot use the device.
+def prepare(device: str, precision: str, tf32: bool | None) -> None:
+    """Set the process up for these options. Raises ConfigError if torch cannot use the device.
 
-    cuDNN's convolutions, so the VAE's, take TF32 inputs as the reference's do, but not where fp32 is asked for.
+    Without `--tf32` or `--no-tf32`, cuDNN's convolutions, so the VAE's, take TF32 inputs as the reference's do, but not
+    where fp32 is asked for; float32 products never do.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"--device cuda: torch {torch.__version__} sees no GPU: take --device cpu, or a CUDA build of torch"
         )
-    torch.backends.cudnn.allow_tf32 = precision == "bf16"
+    torch.backends.cudnn.allow_tf32 = precision == "bf16" if tf32 is None else tf32
+    torch.backends.cuda.matmul.allow_tf32 = bool(tf32)
 
 
 def describe(device: str) -> dict[str, str]:
@@ -33,6 +35,7 @@ def describe(device: str) -> dict[str, str]:
         "capability": f"{major}.{minor}",
         "cuda": str(torch.version.cuda),
         "cudnn_tf32": str(torch.backends.cudnn.allow_tf32),
+        "matmul_tf32": str(torch.backends.cuda.matmul.allow_tf32),
     }
 
 

@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from wanfast.runtime.config import Branch, Expert
+from wanfast.runtime.config import Attention, Branch, Expert
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.experts import Experts
 from wanfast.runtime.model_spec import ModelSpec
@@ -38,6 +38,7 @@ class ImageToVideoPipeline:
     experts: Experts
     vae: WanVAE | None  # the leader's
     ranks: Ranks
+    attention: Attention = "auto"  # the kernel of the experts
 
     @property
     def device(self) -> str:

@@ -23,7 +23,8 @@ from einops import rearrange
 from torch import Tensor
 
 from wanfast.runtime.distributed.collectives import all_gather
-from wanfast.runtime.models.attention import Projection, attention
+from wanfast.runtime.models.attention import Projection
+from wanfast.runtime.models.attention_kernels import AttentionFn
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Ulysses:
         missing = share - x.shape[dim]
         return _packed(F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing]) if missing else x)
 
-    def attention(self, q: Projection, k: Projection, v: Projection, num_tokens: int) -> Tensor:
+    def attention(self, q: Projection, k: Projection, v: Projection, num_tokens: int, attend: AttentionFn) -> Tensor:
         """Attention over all `num_tokens` tokens for this rank's N/P; [B, N/P, H, D] in and out."""
         sent = [self._exchange(self._by_heads(project())) for project in (v, q, k)]
         all_v, all_q, all_k = (rearrange(parts, "P B l h D -> B (P l) h D") for parts in sent)
-        out = attention(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
+        out = attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
         parts = self._exchange(rearrange(out, "B (P l) h D -> P B l h D", P=self.group.size()))
         return rearrange(parts, "P B l h D -> B l (P h) D")
 

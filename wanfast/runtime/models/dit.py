@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from wanfast.runtime.model_spec import DiTSpec
 from wanfast.runtime.models.attention import Sequence, WholeSequence, attention
+from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.rope import RotaryTables, apply_rotary
 
 
@@ -59,9 +60,10 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """The four projections and the two norms that self- and cross-attention have alike."""
 
-    def __init__(self, spec: DiTSpec, dtype: torch.dtype) -> None:
+    def __init__(self, spec: DiTSpec, dtype: torch.dtype, attend: AttentionFn) -> None:
         super().__init__()
         self.num_heads = spec.num_heads
+        self.attend = attend
         self.q, self.k, self.v, self.o = (Linear(spec.dim, spec.dim, dtype=dtype) for _ in range(4))
         self.norm_q, self.norm_k = (RMSNorm(spec.dim, spec.eps) for _ in range(2))
 
@@ -72,8 +74,8 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Every token attends to all `num_tokens`, wherever `sequence` keeps them."""
 
-    def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence) -> None:
-        super().__init__(spec, dtype)
+    def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence, attend: AttentionFn) -> None:
+        super().__init__(spec, dtype, attend)
         self.sequence = sequence
 
     def forward(self, x_BLd: Tensor, rope: RotaryTables, num_tokens: int) -> Tensor:
@@ -88,7 +90,7 @@ class SelfAttention(Attention):
         def v() -> Tensor:
             return self._heads(self.v(x_BLd))
 
-        out: Tensor = self.o(self.sequence.attention(q, k, v, num_tokens).flatten(2))
+        out: Tensor = self.o(self.sequence.attention(q, k, v, num_tokens, self.attend).flatten(2))
         return out
 
 
@@ -101,17 +103,17 @@ class CrossAttention(Attention):
 
     def forward(self, x_BLd: Tensor, text: TextKV) -> Tensor:
         q = self._heads(self.norm_q(self.q(x_BLd))).to(text.k.dtype)
-        out: Tensor = self.o(attention(q, *text).flatten(2))
+        out: Tensor = self.o(self.attend(q, *text).flatten(2))
         return out
 
 
 class Block(nn.Module):
-    def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence) -> None:
+    def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence, attend: AttentionFn) -> None:
         super().__init__()
         self.dim, self.eps = spec.dim, spec.eps
-        self.self_attn = SelfAttention(spec, dtype, sequence)
+        self.self_attn = SelfAttention(spec, dtype, sequence, attend)
         self.norm3 = nn.LayerNorm(spec.dim, spec.eps, dtype=torch.float32)
-        self.cross_attn = CrossAttention(spec, dtype)
+        self.cross_attn = CrossAttention(spec, dtype, attend)
         self.ffn = nn.Sequential(
             Linear(spec.dim, spec.ffn_dim, dtype=dtype),
             nn.GELU("tanh"),
@@ -154,6 +156,7 @@ class WanDiT(nn.Module):
     """One expert. `dtype` is that of the matrix products' weights; all other parameters are float32.
 
     `sequence` says how tokens are shared among ranks; the forward pass takes and returns whole latents on each.
+    `attend` is the kernel of self- and cross-attention.
     """
 
     def __init__(
@@ -161,6 +164,7 @@ class WanDiT(nn.Module):
         spec: DiTSpec,
         dtype: torch.dtype = torch.bfloat16,
         sequence: Sequence = WholeSequence(),  # noqa: B008
+        attend: AttentionFn = attention,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -177,7 +181,7 @@ class WanDiT(nn.Module):
             Linear(spec.dim, spec.dim, dtype=torch.float32),
         )
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(spec.dim, 6 * spec.dim, dtype=torch.float32))
-        self.blocks = nn.ModuleList(Block(spec, dtype, sequence) for _ in range(spec.num_layers))
+        self.blocks = nn.ModuleList(Block(spec, dtype, sequence, attend) for _ in range(spec.num_layers))
         self.head = Head(spec)
 
     def encode_text(self, text_BSc: Tensor) -> list[TextKV]:

@@ -1,0 +1,129 @@
+"""The attention kernels: each against the formula, the choice among them, and a compiled block that stays one graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Outcome
+from tests.parity import randomise, relative_error
+from wanfast.runtime import attention_probe, hardware
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.model_spec import DiTSpec
+from wanfast.runtime.models import attention_kernels
+from wanfast.runtime.models.attention import attention, attention_by
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.rope import rotary_tables
+
+Wanfast = Callable[..., Outcome]
+SMALL = ("--size", "64x64", "--frames", "5", "--steps", "2", "--device", "cpu")
+GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--seed", "1", *SMALL)
+SPEC = DiTSpec(dim=64, ffn_dim=80, num_heads=4, num_layers=3, freq_dim=32, text_dim=24, text_len=16)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "math"])
+@pytest.mark.parametrize("lengths", [(9, 9), (9, 4), (1, 300)], ids=str)
+def test_kernels_equal_the_formula(kernel: str, lengths: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = lengths
+    q = torch.randn(2, queries, 3, 32, generator=generator)
+    k, v = (torch.randn(2, keys, 3, 32, generator=generator) for _ in "kv")
+    expected = attention_probe._formula(q.double(), k.double(), v.double())
+    for out in (attention_by(kernel)(q, k, v), attention(q, k, v)):
+        assert relative_error(out, expected) <= 1e-6
+        assert out.shape == q.shape
+
+
+def velocity(model: WanDiT) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    latent, condition = (torch.randn(1, c, 2, 4, 8, generator=generator) for c in (16, 20))
+    text = model.encode_text(torch.randn(1, 7, SPEC.text_dim, generator=generator))
+    return model(latent, condition, torch.tensor([617]), text, rotary_tables((2, 2, 4), SPEC.head_dim))
+
+
+@torch.no_grad()
+def test_any_kernel_leaves_a_compiled_block_one_graph() -> None:
+    models = [
+        WanDiT(SPEC, torch.float32, attend=attend) for attend in (attention, *map(attention_by, ("flash", "math")))
+    ]
+    for model in models:
+        randomise(model, seed=1)
+    expected = velocity(models[0])
+    for model in models[1:]:
+        graphs = []
+
+        def counting(graph: torch.fx.GraphModule, inputs: object, graphs: list[object] = graphs) -> object:
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False, backend=counting)
+        assert relative_error(velocity(model), expected) <= 1e-6
+        assert len(graphs) == 1  # for all three blocks
+        called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+        assert sum("wanfast.attention" in target for target in called) == 2  # self- and cross-attention
+
+
+def test_auto_takes_the_first_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("cpu", torch.float32, 24)
+    assert attention_probe.choose("auto", *arguments) == "flash"
+    kernels = attention_kernels.KERNELS
+    wrong = dataclasses.replace(kernels["flash"], run=lambda q, k, v: v * 1.001)
+    monkeypatch.setitem(kernels, "flash", wrong)
+    assert attention_probe.choose("auto", *arguments) == "math"
+    with pytest.raises(ConfigError, match="--attention flash: fails"):
+        attention_probe.choose("flash", *arguments)
+    monkeypatch.setitem(kernels, "math", dataclasses.replace(kernels["math"], run=lambda q, k, v: v[:, :1]))
+    with pytest.raises(ConfigError, match="none of flash, math works on cpu"):
+        attention_probe.choose("auto", *arguments)
+
+
+def test_what_ran_is_recorded_and_runs_again(wanfast: Wanfast, workdir: Path) -> None:
+    assert wanfast(*GOOD).exit_code == 0
+    assert json.loads((workdir / "out.json").read_text())["effective"]["attention"] == "flash"
+    outcome = wanfast(*GOOD, "--attention", "math", "--output", "b.mp4")
+    assert outcome.exit_code == 0, outcome.err
+    document = json.loads((workdir / "b.json").read_text())
+    assert document["effective"]["attention"] == document["plan"]["attention"] == "math"
+    assert (
+        wanfast("generate", "--from", "b.json", "--output", "c.mp4", "--json").document["plan"]["attention"] == "math"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        ("fa3", "not installed (pip install fa3-fwd)"),
+        ("fa2", "not installed (pip install flash-attn)"),
+        ("cudnn", "fails"),
+    ],
+)
+def test_a_kernel_that_is_not_there_is_refused(wanfast: Wanfast, workdir: Path, kernel: str, words: str) -> None:
+    outcome = wanfast(*GOOD, "--attention", kernel)
+    assert outcome.exit_code == 2 and f"--attention {kernel}: {words}" in outcome.err
+    assert not (workdir / "out.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "tf32", "convolutions", "products"),
+    [
+        ("bf16", None, True, False),
+        ("fp32", None, False, False),
+        ("bf16", True, True, True),
+        ("bf16", False, False, False),
+    ],
+)
+def test_tf32(precision: str, tf32: bool | None, convolutions: bool, products: bool) -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        hardware.prepare("cpu", precision, tf32)
+        assert (cudnn.allow_tf32, matmul.allow_tf32) == (convolutions, products)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before

@@ -1,0 +1,79 @@
+"""The attention kernels that the program can use, by name: three packages and torch's own back ends.
+
+A package is imported when its kernel first runs, never before: each is optional, and some break other programs.
+Shapes: B batch, L tokens, H heads, D head dim. Sources: FlashAttention-2 (arXiv 2307.08691), FlashAttention-3 (arXiv
+2407.08608); FlashAttention-4 is its successor in CuTe DSL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> out, all [B, L, H, D]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An attention kernel; without a `module` it is torch's own."""
+
+    run: AttentionFn
+    module: str | None = None  # holds the kernel, and no other package has it
+    package: str | None = None  # as pip knows it
+    on_cpu: bool = False
+
+    @property
+    def is_installed(self) -> bool:
+        if self.module is None:
+            return True
+        top, _, _ = self.module.partition(".")
+        return find_spec(top) is not None and find_spec(self.module) is not None
+
+
+def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from fa3_fwd_interface import _flash_attn_forward
+
+    out: Tensor = _flash_attn_forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5, causal=False, num_splits=1)[0]
+    return out
+
+
+def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from cutlass.base_dsl.common import DSLBaseError
+    from flash_attn.cute import flash_attn_func
+
+    try:
+        out: Tensor = flash_attn_func(q, k, v)[0]
+    except DSLBaseError as error:  # its compiler's errors have no kind but their own
+        raise RuntimeError(str(error)) from error
+    return out
+
+
+def _fa2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn.flash_attn_interface import flash_attn_func
+
+    out: Tensor = flash_attn_func(q, k, v)
+    return out
+
+
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+# The fastest on Hopper first, as measured at 75,600 tokens (LOG.md): `auto` takes the first that is right here.
+KERNELS: dict[str, Kernel] = {
+    "fa3": Kernel(_fa3, module="fa3_fwd_interface", package="fa3-fwd"),
+    "fa4": Kernel(_fa4, module="flash_attn.cute", package="flash-attn-4"),
+    "cudnn": Kernel(partial(_sdpa, SDPBackend.CUDNN_ATTENTION)),
+    "fa2": Kernel(_fa2, module="flash_attn.flash_attn_interface", package="flash-attn"),
+    "flash": Kernel(partial(_sdpa, SDPBackend.FLASH_ATTENTION), on_cpu=True),
+    "efficient": Kernel(partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION)),
+    "math": Kernel(partial(_sdpa, SDPBackend.MATH), on_cpu=True),
+}
