@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 
@@ -108,6 +110,29 @@ def test_a_kernel_that_is_not_there_is_refused(wanfast: Wanfast, workdir: Path, 
     outcome = wanfast(*GOOD, "--attention", kernel)
     assert outcome.exit_code == 2 and f"--attention {kernel}: {words}" in outcome.err
     assert not (workdir / "out.mp4").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiled_blocks_give_what_eager_ones_give(
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """By Inductor, both experts, and on two ranks that exchange tokens inside the graph."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workdir / "inductor"))
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)  # one graph for both experts
+    torch._dynamo.reset()
+    options = ("--precision", "fp32", "--num-gpus", str(ranks), "--cfg-parallel", "1", "--ulysses", str(ranks))
+    for name, compiled in (("eager", []), ("compiled", ["--compile"])):
+        outcome = wanfast(*GOOD, *options, *compiled, "--output", f"{name}.mp4", "--json")
+        assert outcome.exit_code == 0, outcome.err
+    assert outcome.document["plan"]["compile"] == "default"
+    eager, compiled_ = (iio.imread(f"{name}.mp4", plugin="pyav").astype(int) for name in ("eager", "compiled"))
+    assert np.abs(eager - compiled_).max() <= 4
+    assert list((workdir / "inductor").rglob("*.so"))  # it was compiled
+
+
+def test_a_mode_of_compiling_needs_compiling(wanfast: Wanfast) -> None:
+    outcome = wanfast(*GOOD, "--compile-mode", "max-autotune", "--dry-run")
+    assert outcome.exit_code == 2 and "--compile-mode max-autotune needs --compile" in outcome.err
 
 
 @pytest.mark.parametrize(

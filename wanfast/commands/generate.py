@@ -51,6 +51,8 @@ def generate(
     precision: options.PrecisionOption = "bf16",
     attention: options.AttentionOption = "auto",
     tf32: options.Tf32 = None,
+    compile: options.Compile = False,
+    compile_mode: options.CompileModeOption = "default",
     device: options.DeviceOption = None,
     num_gpus: options.NumGpus = 1,
     nnodes: options.NumNodes = 1,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wanfast.runtime.config import Attention, Device, Precision, Switch
+from wanfast.runtime.config import Attention, CompileMode, Device, Precision, Switch
 
 Model = Annotated[
     str,
@@ -28,6 +28,10 @@ Tf32 = Annotated[
         "--tf32/--no-tf32", help="TF32 in float32 products and convolutions.  [default: in the VAE's convolutions]"
     ),
 ]
+Compile = Annotated[
+    bool, typer.Option("--compile/--no-compile", help="Compile the experts' blocks; the first run takes a minute more.")
+]
+CompileModeOption = Annotated[CompileMode, typer.Option(help="How hard --compile searches.")]
 ArtifactsDir = Annotated[
     str, typer.Option(envvar="WANFAST_ARTIFACTS", help="Where weights, embeddings and runs are kept.")
 ]

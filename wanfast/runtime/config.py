@@ -22,6 +22,7 @@ Device = Literal["cpu", "cuda"]
 Expert = Literal["high_noise", "low_noise"]
 Branch = Literal["prompt", "negative_prompt"]  # of guidance
 Switch = Literal["on", "off", "auto"]
+CompileMode = Literal["default", "max-autotune-no-cudagraphs", "max-autotune"]
 Attention = Literal["auto", "fa3", "fa4", "fa2", "cudnn", "flash", "efficient", "math"]
 
 T = TypeVar("T")
@@ -48,6 +49,8 @@ class GenerateConfig:
     precision: Precision = "bf16"
     attention: Attention = "auto"
     tf32: bool | None = None
+    compile: bool = False
+    compile_mode: CompileMode = "default"
     device: Device | None = None
     num_gpus: int | Literal["auto"] = 1
     nnodes: int = 1
@@ -94,6 +97,8 @@ class GenerateConfig:
         _check(self.fps, "--fps", lambda n: 1 <= n <= 240, lambda n: "take 1 to 240; 16 is the model's own")
         if self.noise_device == "cuda" and self.device == "cpu":
             raise ConfigError("--noise-device cuda needs --device cuda: drop one of the two")
+        if self.compile_mode != GenerateConfig.compile_mode and not self.compile:
+            raise ConfigError(f"--compile-mode {self.compile_mode} needs --compile: add it, or drop the mode")
         _check_ranks(self)
 
 
@@ -124,6 +129,8 @@ class EffectiveConfig:
     artifacts_dir: str
     attention: Attention = "auto"  # the worker writes the one that it took
     tf32: bool | None = None  # None: as the reference, in the convolutions of a bf16 run alone
+    compile: bool = False
+    compile_mode: CompileMode = "default"
     # who does it: one process, unless `placement` says otherwise
     num_gpus: int = 1
     nnodes: int = 1

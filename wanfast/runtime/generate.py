@@ -19,6 +19,7 @@ from wanfast.runtime import attention_probe, hardware, media_io, metadata, model
 from wanfast.runtime.artifacts import write_synced
 from wanfast.runtime.atomic import atomic_paths
 from wanfast.runtime.builders import DTYPES, build_expert, build_vae
+from wanfast.runtime.compilation import compile_blocks
 from wanfast.runtime.config import Branch, EffectiveConfig, Expert, from_options
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
@@ -45,16 +46,19 @@ def run(
     progress: ProgressFn = lambda index, stage, done, total: None,
 ) -> Iterator[tuple[int, Result]]:
     """(index, result) of each job as it comes; nothing of a job that `claim` refuses, because another gang makes it."""
-    groups: dict[tuple[str, ...], list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for index, job in enumerate(jobs):
         groups.setdefault(_models_of(job), []).append(index)
     for indices in groups.values():
         yield from _run_group({index: jobs[index] for index in indices}, ranks, claim, progress)
 
 
-def _models_of(job: Job) -> tuple[str, ...]:
+_OF_MODELS = ("model", "precision", "attention", "tf32", "compile", "compile_mode", "artifacts_dir")
+
+
+def _models_of(job: Job) -> tuple[Any, ...]:
     """Jobs with the same answer share loaded models."""
-    return tuple(job["effective"][key] for key in ("model", "precision", "attention", "tf32", "artifacts_dir"))
+    return tuple(job["effective"][name] for name in _OF_MODELS)
 
 
 def _run_group(
@@ -113,11 +117,15 @@ def load_pipeline(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, load
     dtype, head_dim = DTYPES[config.precision], files.spec.dit.head_dim
     kernel = ranks.lead(lambda: attention_probe.choose(config.attention, config.device, dtype, head_dim))
 
+    attend = attention_by(kernel)
+
     def build(expert: Expert) -> WanDiT:
         with loads.span(expert):
             sharded = config.dit_fsdp == "on"
-            attend = attention_by(kernel)
-            return build_expert(files, expert, config.precision, ranks, attend=attend, sharded=sharded, device=hosted)
+            model = build_expert(files, expert, config.precision, ranks, attend=attend, sharded=sharded, device=hosted)
+        if config.compile:
+            compile_blocks(model, config.compile_mode)
+        return model
 
     models: dict[Expert, WanDiT] = {"high_noise": build("high_noise"), "low_noise": build("low_noise")}
     experts: Experts = SwappedExperts(models, ranks.device) if hosted else ResidentExperts(models)
