@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import training.__main__ as training_main
 import training.loop
 from training import train_experts, train_vae
 from training.export import export
@@ -54,10 +56,13 @@ def fit_experts(schedule: Schedule, folder: Path) -> bool:
     return train("experts", model, draw, train_experts.flow_loss(model, clips.z), schedule, folder)
 
 
-@pytest.mark.parametrize("stage", ["vae", "experts"])
+@pytest.mark.parametrize("stage", ["vae", "decoder", "experts"])
 def test_resumed_training_is_the_same_training(tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(folder: Path) -> bool:
-        schedule = Schedule(steps=4, learning_rate=1e-3, warmup=2, log_every=1)
+    def run(folder: Path, deadline: float = math.inf) -> bool:
+        schedule = Schedule(steps=4, learning_rate=1e-3, warmup=2, log_every=1, deadline=deadline)
+        if stage == "decoder":
+            initial(folder)
+            return train_vae.fit_decoder(SMALL.vae, schedule, folder, "cpu", batch=1, side=16)
         if stage == "vae":
             vae = train_vae.build(SMALL.vae, "cpu")
             draw = train_vae.windows(SMALL.vae, Renderer("cpu"), 1, 16, 5)
@@ -67,7 +72,7 @@ def test_resumed_training_is_the_same_training(tmp_path: Path, stage: str, monke
     assert run(tmp_path / "whole")
     clock = iter([0.0] * 8 + [1e9] * 20)  # time runs out after some steps
     monkeypatch.setattr(training.loop, "monotonic", lambda: next(clock))
-    assert not run(tmp_path / "pieces")
+    assert not run(tmp_path / "pieces", deadline=480)
     monkeypatch.undo()
     assert 0 < final(tmp_path / "pieces", stage)["step"] < 4
     with (tmp_path / "pieces" / f"{stage}.jsonl").open("a") as log:
@@ -76,6 +81,43 @@ def test_resumed_training_is_the_same_training(tmp_path: Path, stage: str, monke
     lines = (tmp_path / "pieces" / f"{stage}.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
     assert equal(final(tmp_path / "pieces", stage), final(tmp_path / "whole", stage))
+    file = tmp_path / "whole" / f"{stage}.pt"
+    written = file.stat().st_mtime_ns
+    assert run(tmp_path / "whole") and file.stat().st_mtime_ns == written  # what is done is not done again
+
+
+def initial(folder: Path) -> None:
+    """A VAE that stage 2 can begin with."""
+    folder.mkdir(exist_ok=True)
+    torch.save({"ema": [p.detach() for p in train_vae.build(SMALL.vae, "cpu").parameters()]}, folder / "vae.pt")
+
+
+def test_the_decoder_is_trained_alone_and_exported(tmp_path: Path) -> None:
+    initial(tmp_path)
+    before = train_vae.load(SMALL.vae, tmp_path, "cpu").state_dict()
+    schedule = Schedule(steps=2, learning_rate=1e-2, warmup=1)
+    assert train_vae.fit_decoder(SMALL.vae, schedule, tmp_path, "cpu", batch=1, side=16)
+    after = train_vae.load(SMALL.vae, tmp_path, "cpu").state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}  # the latents stay as they were
+
+
+def test_all_stages_run_and_a_stage_waits_for_those_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training_main, "make_deterministic", lambda: None)  # it would hold for the whole suite
+
+    def call(*arguments: str) -> str | int | None:
+        monkeypatch.setattr("sys.argv", ["training", "--folder", str(tmp_path), "--smoke", *arguments])
+        try:
+            return training_main.main()
+        except SystemExit as stop:
+            return stop.code
+
+    assert "needs the whole of --stage vae" in str(call("--stage", "experts"))
+    assert "vae is not done yet" in str(call("--minutes", "0"))
+    assert call() is None
+    assert model_files.locate(str(tmp_path / "tiny"), "artifacts").exists
 
 
 def test_losses_fall(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Trains the tiny model, whole or piece by piece.
 
-python -m training --folder runs/tiny                       # 8 minutes on one GPU, then the next piece
+until python -m training --folder runs/tiny; do :; done     # whole, in pieces of nine minutes on one GPU
 python -m training --folder runs/tiny --stage vae --minutes 8
 python -m training --folder runs/tiny --stage decoder --minutes 8
 python -m training --folder runs/tiny --stage experts --minutes 8
@@ -13,14 +13,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 
 import torch
 
 from training import train_experts, train_vae
 from training.export import export
-from training.loop import Schedule, load_ema, make_deterministic
+from training.loop import Schedule, load_ema, make_deterministic, steps_made
 from training.spec import SPEC
 from wanfast.quality.world import Renderer
 from wanfast.runtime.model_spec import ModelSpec
@@ -30,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and logs")
     parser.add_argument("--stage", choices=["vae", "decoder", "experts", "export", "all"], default="all")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of training in this call, then stop; 8 by default")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of this call, all stages; 8 by default")
     parser.add_argument("--vae-steps", type=int, default=4500)
     parser.add_argument("--decoder-steps", type=int, default=400)
     parser.add_argument("--expert-steps", type=int, default=16000)
@@ -40,23 +42,35 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.vae_steps, options.decoder_steps, options.expert_steps, options.clips, options.batch = 4, 4, 4, 4, 2
+    options.deadline = monotonic() + options.minutes * 60
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cuda.matmul.allow_tf32 = True
     make_deterministic()
     stages = ["vae", "decoder", "experts", "export"] if options.stage == "all" else [options.stage]
     for stage in stages:
-        if not {"vae": fit_vae, "decoder": fit_decoder, "experts": fit_experts, "export": write}[stage](
-            options, device
-        ):
-            print(f"{stage} is not done yet: run the same command again")
-            return
+        for before in _NEEDED[stage]:
+            if steps_made(options.folder / f"{before}.pt") < vars(options)[_STEPS[before]]:
+                sys.exit(f"--stage {stage} needs the whole of --stage {before}: run that first")
+        fit = {"vae": fit_vae, "decoder": fit_decoder, "experts": fit_experts, "export": write}[stage]
+        if not fit(options, device):
+            sys.exit(f"{stage} is not done yet: run the same command again")
+
+
+_STEPS = {"vae": "vae_steps", "decoder": "decoder_steps", "experts": "expert_steps"}
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "vae": (),
+    "decoder": ("vae",),
+    "experts": ("vae",),
+    "export": ("vae", "decoder", "experts"),
+}
 
 
 def fit_vae(options: argparse.Namespace, device: str) -> bool:
-    schedule = Schedule(steps=options.vae_steps, learning_rate=1e-3, minutes=options.minutes)
+    schedule = Schedule(steps=options.vae_steps, learning_rate=1e-3, deadline=options.deadline)
     batch = 2 if options.smoke else 32
     if not train_vae.fit(SPEC.vae, schedule, options.folder, device, batch=batch, side=64, frames=9):
         return False
+    if (options.folder / "vae.json").exists():
+        return True
     measured = train_vae.measure_latents(
         train_vae.load(SPEC.vae, options.folder, device), Renderer(device), clips=8 if options.smoke else 256
     )
@@ -67,10 +81,11 @@ def fit_vae(options: argparse.Namespace, device: str) -> bool:
 
 def fit_decoder(options: argparse.Namespace, device: str) -> bool:
     schedule = Schedule(
-        steps=options.decoder_steps, learning_rate=2e-4, minutes=options.minutes, warmup=20, log_every=10
+        steps=options.decoder_steps, learning_rate=2e-4, deadline=options.deadline, warmup=20, log_every=10
     )
-    if not train_vae.fit_decoder(SPEC.vae, schedule, options.folder, device, batch=4, side=64):
-        return False
+    was_done = steps_made(options.folder / "decoder.pt") >= options.decoder_steps
+    if was_done or not train_vae.fit_decoder(SPEC.vae, schedule, options.folder, device, batch=4, side=64):
+        return was_done
     vae = train_vae.load(SPEC.vae, options.folder, device)
     psnr = train_vae.held_out_psnr(vae, Renderer(device), clips=2 if options.smoke else 64)
     print(f"vae: held-out PSNR {psnr:.2f} dB", flush=True)
@@ -88,7 +103,8 @@ def fit_experts(options: argparse.Namespace, device: str) -> bool:
     spec = measured_spec(options.folder)
     vae = train_vae.load(spec.vae, options.folder, device)
     vae.spec = spec.vae
-    digest = hashlib.sha256((options.folder / "vae.pt").read_bytes()).hexdigest()[:12]
+    inputs = b"".join((options.folder / name).read_bytes() for name in ("vae.pt", "vae.json"))
+    digest = hashlib.sha256(inputs).hexdigest()[:12]
     stored = options.folder / f"clips-{options.clips}-{digest}.pt"
     if stored.exists():
         clips = train_experts.Clips(**torch.load(stored, map_location=device, weights_only=True))
@@ -97,7 +113,7 @@ def fit_experts(options: argparse.Namespace, device: str) -> bool:
         torch.save(vars(clips), stored.with_suffix(".partial"))
         stored.with_suffix(".partial").replace(stored)
     print(f"experts: {len(clips.z)} clips, latents {list(clips.z.shape[1:])}", flush=True)
-    schedule = Schedule(steps=options.expert_steps, learning_rate=1e-3, minutes=options.minutes, ema=0.9995)
+    schedule = Schedule(steps=options.expert_steps, learning_rate=1e-3, deadline=options.deadline, ema=0.9995)
     return train_experts.fit(spec, clips, schedule, options.folder, device, options.batch)
 
 

@@ -1,6 +1,6 @@
-"""The optimisation that both stages share: seeded steps, EMA, a log of losses, checkpoints that resume bit for bit.
+"""The optimisation that all stages share: seeded steps, EMA, a log of losses, checkpoints that resume bit for bit.
 
-A step's data and noise depend on (seed, step) alone, so a run that was cut and resumed does what one long run does. The
+A step's data and noise depend on its number alone, so a run that was cut and resumed does what one long run does. The
 learning rate warms up, stays, and decays linearly over the last fifth.
 Networks this small are bound by the launch of their kernels, not by the GPU, so forward and backward are recorded once
 as a CUDA graph and replayed.
@@ -9,6 +9,7 @@ as a CUDA graph and replayed.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,11 +26,11 @@ LossFn = Callable[..., dict[str, Tensor]]  # of a batch: named terms, of which "
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """`steps` in all, of which this process makes as many as fit into `minutes`, saving every `save_every` of them."""
+    """`steps` in all, of which this process makes as many as it can until `deadline`, by the monotonic clock."""
 
     steps: int
     learning_rate: float
-    minutes: float = 8.0
+    deadline: float = math.inf
     save_every: float = 2.0  # minutes
     warmup: int = 200
     ema: float = 0.999
@@ -45,8 +46,9 @@ class Schedule:
 def make_deterministic() -> None:
     """So that a resumed run is the run that was not cut, on a GPU too; raises where a kernel has no deterministic form.
 
-    Call it before the first product: the libraries read their settings once.
+    Call it before the first product: the libraries read their settings once. TF32 is as deterministic as float32.
     """
+    torch.backends.cuda.matmul.allow_tf32 = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # else it times kernels, and a process may pick another
     torch.use_deterministic_algorithms(True)
@@ -71,6 +73,8 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         average, step = state["ema"], state["step"]
+        if step >= schedule.steps:
+            return True
     log_file = folder / f"{name}.jsonl"
     _forget_lines_after(log_file, step)
 
@@ -85,7 +89,7 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
     started, first = monotonic(), step
     saved = started
     with log_file.open("a") as log:
-        while step < schedule.steps and monotonic() - started < schedule.minutes * 60:
+        while step < schedule.steps and monotonic() < schedule.deadline:
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
             generator.manual_seed(schedule.seed * 1_000_003 + step)
@@ -123,7 +127,9 @@ def _gradients(parameters: list[nn.Parameter], loss: LossFn, example: Batch) -> 
     if parameters[0].device.type != "cuda":
         return eager
     held = tuple(tensor.clone() for tensor in example)  # where the graph reads
-    with torch.cuda.stream(torch.cuda.Stream()):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
         for _ in range(3):  # libraries and compiled blocks set themselves up
             eager(held)
     torch.cuda.synchronize()
@@ -144,6 +150,11 @@ def _forget_lines_after(log_file: Path, step: int) -> None:
     if log_file.exists():
         kept = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] < step]
         log_file.write_text("".join(line + "\n" for line in kept))
+
+
+def steps_made(file: Path) -> int:
+    """How far a checkpoint is; 0 if there is none."""
+    return int(torch.load(file, map_location="cpu", weights_only=True)["step"]) if file.exists() else 0
 
 
 def load_ema(network: nn.Module, file: Path) -> None:

@@ -42,7 +42,7 @@ class TinyModel(nn.Module):
             initialise(network, seed, zero=("head.head", "pos_embedding"))
 
     def text(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """[B, text_len, text_dim]: embeddings of the true tokens, zeros after them, as the pipeline pads."""
+        """[B, n, text_dim] of ids [B, n]: embeddings of the true tokens, zeros after them, as the pipeline pads."""
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         return self.umt5(ids, mask) * mask.unsqueeze(-1)
 

@@ -27,9 +27,14 @@ training.loop.make_deterministic()
 if piece == "cut":
     calls = itertools.count()
     training.loop.monotonic = lambda: 0.0 if next(calls) < 46 else 1e9
-schedule = training.loop.Schedule(steps=60, learning_rate=1e-3, warmup=2, log_every=20)
+deadline = 480.0 if piece == "cut" else float("inf")
+schedule = training.loop.Schedule(steps=60, learning_rate=1e-3, warmup=2, log_every=20, deadline=deadline)
 if stage == "vae":
     train_vae.fit(SPEC.vae, schedule, folder, "cuda", batch=32, side=64, frames=9)
+elif stage == "decoder":
+    folder.mkdir(exist_ok=True)
+    torch.save({"ema": [p.detach() for p in train_vae.build(SPEC.vae, "cuda").parameters()]}, folder / "vae.pt")
+    train_vae.fit_decoder(SPEC.vae, schedule, folder, "cuda", batch=4, side=64)
 else:
     generator = torch.Generator().manual_seed(0)
     z, y = (torch.randn(512, c, 5, 16, 16, generator=generator).bfloat16().cuda() for c in (16, 20))
@@ -40,7 +45,7 @@ else:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("stage", ["vae", "experts"])
+@pytest.mark.parametrize("stage", ["vae", "decoder", "experts"])
 def test_resumed_training_is_the_same_training(tmp_path: Path, stage: str) -> None:
     def run(piece: str, folder: str) -> int:
         subprocess.run([sys.executable, "-c", PIECE, stage, piece, str(tmp_path / folder)], check=True)

@@ -13,9 +13,11 @@ import json
 import math
 import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,8 @@ class Settings:
     """What all videos share."""
 
     model: str
-    steps: int | None
-    guidance: float | None
+    steps: int
+    guidance: float
     precision: str
 
 
@@ -64,7 +66,6 @@ class Judge:
         torch.set_num_threads(1)
         self.files = model_files.locate(settings.model, "artifacts")
         spec = self.files.spec
-        high, low = spec.guidance_high_noise, spec.guidance_low_noise
         self.config = EffectiveConfig(
             model=settings.model,
             image="",
@@ -73,10 +74,10 @@ class Judge:
             negative_prompt="",
             size=spec.size,
             frames=spec.frames,
-            steps=settings.steps or spec.steps,
+            steps=settings.steps,
             shift=spec.shift,
-            guidance_high_noise=high if settings.guidance is None else settings.guidance,
-            guidance_low_noise=low if settings.guidance is None else settings.guidance,
+            guidance_high_noise=settings.guidance,
+            guidance_low_noise=settings.guidance,
             solver="unipc",
             seed=0,
             noise_device="cpu",
@@ -240,6 +241,7 @@ def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float)
         "prompt_following": following(prompted),
         "by_motion": {name: [following(rows)["right"], len(rows)] for name, rows in by_motion.items() if rows},
         "empty_prompt": following(empty) if empty else None,
+        "empty_prompt_shown": dict(Counter(str(row["shown"]) for row in empty).most_common()),
         "chance": 1 / len(MOTIONS),
         "residual_ratios": [[timestep, round(ratio, 5)] for timestep, ratio in ratios.tolist()],
         "missed": [
@@ -283,7 +285,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=None, help="JSON; a plot goes beside it")
     options = parser.parse_args()
-    settings = Settings(options.model, options.steps, options.guidance, options.precision)
+    if options.output is not None and find_spec("matplotlib") is None:
+        parser.error("--output draws a plot: pip install 'wanfast[quality]', or leave it out")
+    spec = model_files.locate(options.model, "artifacts").spec
+    guidance = spec.guidance_high_noise if options.guidance is None else options.guidance
+    settings = Settings(options.model, options.steps or spec.steps, guidance, options.precision)
     tasks = [Task(index, with_prompt=True) for index in range(options.pairs)]
     tasks += [Task(index, with_prompt=False) for index in range(min(options.empty, options.pairs))]
     started, results = time.perf_counter(), []
@@ -296,7 +302,7 @@ def main() -> None:
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(summary, indent=1) + "\n")
-        plot(summary, model_files.locate(options.model, "artifacts").spec.boundary, options.output.with_suffix(".png"))
+        plot(summary, spec.boundary, options.output.with_suffix(".png"))
     print(json.dumps({key: value for key, value in summary.items() if key not in ("residual_ratios", "missed")}))
 
 

@@ -5,8 +5,8 @@ either a motion of the subject or one of the camera. Rendering is batched on the
 atlas, sampled through the inverse of its motion, so a frame of any window and any moment can be had alone.
 
 Shapes: B clips, F frames, H x W pixels; S shapes in the atlas.
-Held out is a tenth of all (shape, colour, motion) combinations, so a held-out clip shows a motion never seen of that
-shape in that colour.
+Held out is a tenth of all (shape, colour, motion) combinations, so a held-out clip shows a motion never seen of a
+subject of that shape and colour. Bystanders, which no caption names, may be of any, and stand still.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ def save(
         torch.save(tensors, file)
     else:
         save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # it comes out readable by its owner alone
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:
