@@ -39,7 +39,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as t
 
 
 def _number_or_auto(value: int | str) -> int | str:
-    return value if value == "auto" else int(value)
+    if value == "auto" or isinstance(value, int):
+        return value
+    if not value.isdecimal():
+        raise typer.BadParameter("a number or auto is needed")
+    return int(value)
 
 
 NumGpus = Annotated[

@@ -87,7 +87,7 @@ class GenerateConfig:
             ("--guidance-high-noise", self.guidance_high_noise),
             ("--guidance-low-noise", self.guidance_low_noise),
         ):
-            _check(scale, option, lambda x: 0 <= x <= 100, lambda x: "take 0 to 100; 3.5 is the model's own")
+            _check(scale, option, lambda x: 0 <= x <= 100, lambda x: "take 0 to 100; 1 is no guidance")
         _check(
             self.seed,
             "--seed",

@@ -75,6 +75,7 @@ def _run_group(
     try:
         ranks.together(lambda: hardware.prepare(first.device, first.precision, first.tf32))
         files = ranks.together(lambda: model_files.locate(first.model, first.artifacts_dir))
+        hardware.use_few_threads(ranks.device, files.spec.dit.dim)
         with watch.span("text"):
             texts = [text for config in configs.values() for text in (config.prompt, config.negative_prompt)]
             embeds = prompt_embeds(texts, files, first, ranks, loads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import resource
 import sys
@@ -24,6 +25,12 @@ def prepare(device: str, precision: str, tf32: bool | None) -> None:
         )
     torch.backends.cudnn.allow_tf32 = precision == "bf16" if tf32 is None else tf32
     torch.backends.cuda.matmul.allow_tf32 = bool(tf32)
+
+
+def use_few_threads(device: str, dim: int) -> None:
+    """A small model's products are too short to share: where others use the cores too, threads wait for each other."""
+    if device == "cpu" and dim < 1024 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def describe(device: str) -> dict[str, str]:

@@ -143,7 +143,7 @@ def _place_experts(
     )
     raise ConfigError(
         f"--model {request.model} --precision {config.precision}: a rank would hold {ways}, and {gb(free)} are free: "
-        "take more or larger GPUs, or a smaller --size"
+        f"take more or larger GPUs, or a smaller --size{_why_cpu(request) if config.device == 'cpu' else ''}"
     )
 
 
@@ -185,7 +185,7 @@ def _num_gpus(request: GenerateConfig, config: EffectiveConfig) -> int:
     """`--num-gpus` as a number. Raises ConfigError if this machine is known to have fewer."""
     if config.device == "cpu":
         if request.num_gpus == "auto":
-            raise ConfigError("--num-gpus auto counts GPUs: with --device cpu name the number of processes")
+            raise ConfigError(f"--num-gpus auto counts GPUs: name the number of processes{_why_cpu(request)}")
         return request.num_gpus
     there = len(gpus.visible_gpus())
     if request.num_gpus == "auto":
@@ -195,6 +195,10 @@ def _num_gpus(request: GenerateConfig, config: EffectiveConfig) -> int:
     if 0 < there < request.num_gpus:
         raise ConfigError(f"--num-gpus {request.num_gpus}: this machine shows {there}: take {there}, or auto")
     return request.num_gpus
+
+
+def _why_cpu(request: GenerateConfig) -> str:
+    return "" if request.device else " (no GPU was found, so it is planned for the CPU)"
 
 
 def _free_bytes(config: EffectiveConfig, num_gpus: int) -> tuple[int, str]:
@@ -213,9 +217,16 @@ def available_host_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def idle_note(mesh: Mesh, num_videos: int) -> str | None:
-    """What a person could not guess of the mesh."""
-    idle = max(0, mesh.replica - num_videos) * mesh.gang_size
-    if not idle:
-        return None
-    return f"{idle} of {mesh.size} ranks have nothing to do: {num_videos} to make, {mesh.gang_size} ranks each"
+def placement_notes(request: GenerateConfig, plans: Sequence[Plan]) -> list[str]:
+    """What a person could not guess of where it runs."""
+    plan, notes = plans[0], []
+    mesh, num_videos = plan.mesh, len(plans)
+    if idle := max(0, mesh.replica - num_videos) * mesh.gang_size:
+        notes.append(
+            f"{idle} of {mesh.size} ranks have nothing to do: {num_videos} to make, {mesh.gang_size} ranks each"
+        )
+    if request.device is None and plan.config.device == "cpu" and plan.spec.name != "tiny":
+        held = modes(_need(plans, mesh), mesh.gang_size)["resident"]
+        short = "" if held <= available_host_bytes() else f", whose memory its {gb(held)} do not fit into"
+        notes.append(f"no GPU was found, so this is planned for the CPU{short}")
+    return notes

@@ -15,7 +15,7 @@ from typing import Any
 
 from wanfast.runtime.config import EffectiveConfig, GenerateConfig, from_options
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
-from wanfast.runtime.placement import LAUNCH_OPTIONS, idle_note, place
+from wanfast.runtime.placement import LAUNCH_OPTIONS, place, placement_notes
 from wanfast.runtime.plan import Plan, resolve
 
 _OPTIONS = {field.name for field in dataclasses.fields(GenerateConfig)}
@@ -67,8 +67,7 @@ def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Plann
         ready = [item for item in planned if item.plan]
         configs = [from_options(GenerateConfig, item.request.options) for item in ready]
         plans = place(configs, [item.plan for item in ready if item.plan])
-        if note := idle_note(plans[0].mesh, len(plans)):
-            plans[0] = dataclasses.replace(plans[0], notes=(*plans[0].notes, note))
+        plans[0] = dataclasses.replace(plans[0], notes=(*plans[0].notes, *placement_notes(configs[0], plans)))
         placed = iter(plans)
         planned = [dataclasses.replace(item, plan=next(placed)) if item.plan else item for item in planned]
     return planned

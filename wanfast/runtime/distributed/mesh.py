@@ -66,7 +66,7 @@ def choose_mesh(
     if not asked:
         options = ", ".join(f"--cfg-parallel {m.cfg} --ulysses {m.ulysses}" for m in fitting)
         wanted = f"--cfg-parallel {cfg_parallel or 'auto'} --ulysses {ulysses or 'auto'}"
-        unguided = "" if guided else ", without guidance,"
+        unguided = "" if guided else " without guidance"
         ranks = f"{num_gpus * nnodes} ranks" + (f" of {nnodes} machines" if nnodes > 1 else "")
         raise ConfigError(f"{wanted} does not fit {ranks} and {num_heads} heads{unguided}; these do: {options}")
     apart = [mesh for mesh in asked if mesh.gang_size <= num_gpus]
