@@ -56,7 +56,7 @@ def _rank(rank: int, options: argparse.Namespace, port: int) -> None:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
-    hardware.prepare(options.device, "bf16")
+    hardware.prepare(options.device, "bf16", None)
     with gang(options.device, Mesh(ulysses=options.ranks), timeout_s=300) as ranks:
         figures = ranks.gather(_load(options, ranks))
         if ranks.is_leader:

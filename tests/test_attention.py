@@ -118,11 +118,11 @@ def test_compiled_blocks_give_what_eager_ones_give(
 ) -> None:
     """By Inductor, both experts, and on two ranks that exchange tokens inside the graph."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workdir / "inductor"))
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)  # one graph for both experts
     torch._dynamo.reset()
     options = ("--precision", "fp32", "--num-gpus", str(ranks), "--cfg-parallel", "1", "--ulysses", str(ranks))
     for name, compiled in (("eager", []), ("compiled", ["--compile"])):
-        outcome = wanfast(*GOOD, *options, *compiled, "--output", f"{name}.mp4", "--json")
+        with torch._dynamo.config.patch(error_on_recompile=True):  # one graph for both experts
+            outcome = wanfast(*GOOD, *options, *compiled, "--output", f"{name}.mp4", "--json")
         assert outcome.exit_code == 0, outcome.err
     assert outcome.document["plan"]["compile"] == "default"
     eager, compiled_ = (iio.imread(f"{name}.mp4", plugin="pyav").astype(int) for name in ("eager", "compiled"))
