@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.tensor import DTensor
 
 from tests.gang import on_gang
 from tests.parity import relative_error
@@ -160,8 +161,52 @@ def test_prompts_are_dealt_to_the_ranks(planned: tuple[Plan, ModelFiles], monkey
     dealt = on_gang(Mesh(ulysses=2), work)
     assert [count for count, _ in dealt] == [2, 1]
     assert dealt[0][1] == dealt[1][1]
+    encoded.clear()
     again = prompt_embeds.prompt_embeds(texts, files, config, Ranks("cpu"), Stopwatch("cpu"))  # from the store
-    assert [float(again[text].sum()) for text in texts] == dealt[0][1]
+    assert [float(again[text].sum()) for text in texts] == dealt[0][1] and not encoded
+
+
+def test_umt5_is_sharded_where_asked(planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, files = planned
+    built: list[bool] = []
+    build = prompt_embeds.build_umt5
+
+    def spied(*arguments: object, sharded: bool) -> object:
+        encoder = build(*arguments, sharded=sharded)
+        built.append(all(isinstance(parameter, DTensor) for parameter in encoder.parameters()))
+        return encoder
+
+    monkeypatch.setattr(prompt_embeds, "build_umt5", spied)
+
+    def work(ranks: Ranks, t5_fsdp: str) -> list[bool]:
+        config = dataclasses.replace(plan.config, t5_fsdp=t5_fsdp, artifacts_dir=f"artifacts-{t5_fsdp}")
+        prompt_embeds.prompt_embeds(["one", "two"], files, config, ranks, Stopwatch("cpu"))
+        return built
+
+    assert on_gang(Mesh(cfg=2), lambda ranks: work(ranks, "on")) == [[True]] * 2
+    assert on_gang(Mesh(cfg=2), lambda ranks: work(ranks, "off")) == [[False]] * 2
+
+
+@torch.inference_mode()
+def test_swapped_experts_leave_the_device_to_the_decoder(
+    planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, files = planned
+    plan = with_options(plan, expert_offload="on")
+    pipeline = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    decode = type(pipeline.vae).decode
+    held: list[int] = []
+
+    def measured(self: object, latents: torch.Tensor) -> torch.Tensor:
+        held.append(sum(parameter.numel() for parameter in pipeline.experts._parameters.values()))
+        return decode(self, latents)
+
+    monkeypatch.setattr(type(pipeline.vae), "decode", measured)
+    image = torch.zeros(3, plan.geometry.height, plan.geometry.width)
+    text = {name: torch.randn(4, files.spec.dit.text_dim) for name in ("prompt", "negative_prompt")}
+    videos = [pipeline(plan, image, text, Stopwatch("cpu")) for _ in range(2)]
+    assert held == [0, 0]
+    assert torch.equal(*videos)  # and come back
 
 
 @torch.inference_mode()

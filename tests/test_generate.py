@@ -62,6 +62,7 @@ def test_a_video_its_json_and_its_contact_sheet(wanfast: Wanfast, workdir: Path)
     asked = json.loads((run / "job.json").read_text())["jobs"][0]["effective"]
     assert asked | {"attention": "flash"} == document["effective"]
     assert json.loads((run / "result.json").read_text()) == [document]
+    assert json.loads((run / "results/0.json").read_text()) == document
 
 
 def test_from_reproduces_the_video_bit_for_bit(wanfast: Wanfast, workdir: Path) -> None:
@@ -133,6 +134,14 @@ def test_known_prompts_need_no_text_encoder(wanfast: Wanfast, monkeypatch: pytes
     # in bf16 the embeddings differ from those in fp32: another key
     with pytest.raises(pytest.fail.Exception):
         wanfast(*GOOD, "--output", "fp32.mp4", "--precision", "fp32")
+
+
+def test_lines_may_name_models_of_their_own(wanfast: Wanfast, workdir: Path, tiny_copy: Path) -> None:
+    (workdir / "jobs.jsonl").write_text(f'{{"output": "a.mp4"}}\n{{"output": "b.mp4", "model": "{tiny_copy}"}}\n')
+    assert wanfast(*GOOD, "--jobs", "jobs.jsonl").exit_code == 0
+    assert sha256(workdir / "a.mp4") == sha256(workdir / "b.mp4")
+    outcome = wanfast(*GOOD, "--jobs", "jobs.jsonl", "--num-gpus", "2", "--dry-run", "--json", "--overwrite")
+    assert outcome.exit_code == 6 and "--model is one for the whole list" in outcome.document["results"][1]["error"]
 
 
 def test_changed_embeddings_are_refused(wanfast: Wanfast, workdir: Path) -> None:

@@ -236,6 +236,25 @@ def test_a_gang_that_dies_leaves_the_others_at_work(start: Start, workdir: Path)
     assert (workdir / "a.mp4").exists() and (workdir / "b.mp4").exists() and not (workdir / "lost.mp4").exists()
 
 
+def test_a_gang_outlives_an_error_that_all_its_ranks_know_of(start: Start, workdir: Path) -> None:
+    fault = """
+from wanfast.runtime import media_io
+from wanfast.runtime.errors import ConfigError
+write = media_io.write_mp4
+def full(frames, path, fps):
+    if "full" in path.name:
+        raise ConfigError("--output: no space left")
+    write(frames, path, fps)
+media_io.write_mp4 = full
+"""
+    lines = [{"output": "full.mp4", "steps": 1}, {"output": "good.mp4", "steps": 1}]
+    (workdir / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    environment = with_fault(workdir, fault, rank=0)
+    code, out, _ = start(*SMALL, "--num-gpus", "2", "--jobs", "jobs.jsonl", "--json", environment=environment).end()
+    results = json.loads(out.strip().splitlines()[-1])["results"]
+    assert code == 6 and results[0]["error"] == "--output: no space left" and "error" not in results[1]
+
+
 def test_a_gang_that_cannot_load_leaves_the_list_to_the_others(start: Start, workdir: Path) -> None:
     fault = """
 import torch

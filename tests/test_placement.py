@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from tests.conftest import Outcome
-from wanfast.runtime import memory, placement
+from wanfast.runtime import elastic, launch, memory, placement
+from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.errors import RankFailedError
 from wanfast.runtime.gpus import Gpu
 from wanfast.runtime.model_spec import A14B, UMT5Spec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
+
+NOTHING = dict.fromkeys((f.name for f in dataclasses.fields(EffectiveConfig) if f.default is dataclasses.MISSING), "")
 
 Wanfast = Callable[..., Outcome]
 Machine = Callable[..., None]
@@ -153,6 +157,24 @@ def test_a_gang_may_keep_its_idle_experts_on_the_host(wanfast: Wanfast, machine:
     assert (plan["dit_fsdp"], plan["expert_offload"]) == ("off", "on")
 
 
+def test_the_fullest_gpu_decides(wanfast: Wanfast, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(2, 84)
+    full = dataclasses.replace(placement.gpus.visible_gpus()[0], free_bytes=int(60e9))
+    free = placement.gpus.visible_gpus()[:1]
+    monkeypatch.setattr(placement.gpus, "visible_gpus", lambda: [*free, full])
+    assert wanfast(*A14B_DRY, "--num-gpus", "2").document["plan"]["dit_fsdp"] == "on"
+    assert wanfast(*A14B_DRY, "--num-gpus", "1").document["plan"]["dit_fsdp"] == "off"
+
+
+def test_each_gang_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elastic.os, "environ", {})
+    monkeypatch.setattr(elastic.gpus, "device_ids", lambda: ["4", "5", "6", "7"])
+    config = dataclasses.replace(EffectiveConfig(**NOTHING), device="cuda", num_gpus=4, cfg_parallel=2)
+    for replica, expected in enumerate(("4,5", "6,7")):
+        elastic._set_environment(config, replica, processes=2)
+        assert elastic.os.environ["CUDA_VISIBLE_DEVICES"] == expected
+
+
 def test_without_a_gpu_to_ask_80_gb_are_assumed_and_said(wanfast: Wanfast, machine: Machine) -> None:
     machine(0, 0)
     plan = wanfast(*A14B_DRY, "--device", "cuda", "--num-gpus", "8").document["plan"]
@@ -198,10 +220,41 @@ def test_an_earlier_run_is_repeated_on_other_gpus_if_asked(wanfast: Wanfast, mac
     machine(1, 84)
     assert "this machine shows 1" in wanfast(*again).err
     assert wanfast(*again, "--num-gpus", "1").document["plan"]["mesh"] == MADE
+    machine(8, 84)
+    spread = plan | {
+        "effective": plan["effective"] | {"nnodes": 2, "node_rank": 1, "rdzv_endpoint": "a:1", "ulysses": 8}
+    }
+    (workdir / "spread.json").write_text(json.dumps(spread))  # of two machines: here one makes what it can
+    of_two = ("generate", "--from", "spread.json", "--dry-run", "--json")
+    assert wanfast(*of_two).document["plan"]["mesh"] == MADE | {"cfg": 2, "ulysses": 4}
     for name in ("num_gpus", "cfg_parallel", "ulysses", "dit_fsdp"):  # of before there were ranks
         del plan["effective"][name]
     (workdir / "old.json").write_text(json.dumps(plan))
     assert wanfast(*again).document["plan"]["mesh"] == MADE
+
+
+@pytest.mark.parametrize(
+    ("done", "gave_up", "expected"),
+    [({0: 3, 1: 2, 2: 3}, (), [1]), ({0: 3, 1: 3, 2: 3}, (0, 2), [1]), ({0: 3, 2: 3}, (0, 2), [1])],
+    ids=["behind by a step", "as far, and silent", "never began"],
+)
+def test_who_hangs(tmp_path: Path, done: dict[int, int], gave_up: tuple[int, ...], expected: list[int]) -> None:
+    for rank in range(3):
+        own = tmp_path / f"0-{rank}"
+        own.mkdir()
+        (own / "pid").write_text("1")
+        if rank in done:
+            (own / "progress").write_text(json.dumps({"done": done[rank]}))
+        if rank in gave_up:
+            (own / "error.json").write_text("{}")
+    assert launch._behind(tmp_path, 0) == expected
+
+
+def test_a_job_gets_the_error_of_the_gang_that_took_it(tmp_path: Path) -> None:
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims/0").write_text("1")
+    errors = {0: (1, RankFailedError("first")), 1: (2, RankFailedError("second"))}
+    assert [str(launch._error_of_job(tmp_path, index, errors)) for index in (0, 1)] == ["second", "first"]
 
 
 def test_launch_options_are_options() -> None:
