@@ -130,6 +130,12 @@ def test_compiled_blocks_give_what_eager_ones_give(
     assert list((workdir / "inductor").rglob("*.so"))  # it was compiled
 
 
+def test_tf32_is_of_gpus(wanfast: Wanfast) -> None:
+    outcome = wanfast(*GOOD, "--tf32", "--dry-run")
+    assert outcome.exit_code == 2 and "--tf32 is of GPUs" in outcome.err
+    assert wanfast(*GOOD, "--no-tf32", "--dry-run").exit_code == 0
+
+
 def test_a_mode_of_compiling_needs_compiling(wanfast: Wanfast) -> None:
     outcome = wanfast(*GOOD, "--compile-mode", "max-autotune", "--dry-run")
     assert outcome.exit_code == 2 and "--compile-mode max-autotune needs --compile" in outcome.err

@@ -156,6 +156,8 @@ def resolve(request: GenerateConfig) -> tuple[Plan, ModelFiles]:
     )
     if config.noise_device == "cuda" and config.device == "cpu":
         raise ConfigError("--noise-device cuda needs a GPU: drop it, and the noise is drawn on the CPU")
+    if config.tf32 and config.device == "cpu":
+        raise ConfigError("--tf32 is of GPUs: drop it, or take --device cuda")
     plan = Plan.of(config, spec, image.size)
     _check_outputs(plan, request)
     notes = (*image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files))
