@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def final_latents(plan: Plan, files: ModelFiles, ranks: Ranks) -> torch.Tensor:
     )
     pipeline = generate.load_pipeline(files, config, ranks, Stopwatch("cpu"))
     assert (pipeline.vae is not None) == ranks.is_leader
+    held = pipeline.experts.take("high_noise")[0].parameters()
+    assert {isinstance(parameter, DTensor) for parameter in held} == {config.dit_fsdp == "on"}
     image = pixels.fit_image(media_io.load_image(config.image).pixels, plan.geometry.width, plan.geometry.height)
     condition = pipeline.encode_condition(image, plan.geometry)
     noise = draw_noise(config.seed, plan.geometry, 16, "cpu")
@@ -241,3 +244,28 @@ def test_swapped_experts_give_what_resident_ones_give(
 
 def test_the_default_mesh_of_this_model_uses_all_ranks() -> None:
     assert choose_mesh(8, 8) == Mesh(cfg=2, ulysses=4)
+
+
+def test_an_expert_is_whole_again_after_a_step_that_broke_off(planned: tuple[Plan, ModelFiles]) -> None:
+    """While the other one took its place."""
+    plan, files = planned
+    plan = with_options(plan, expert_offload="on")
+    experts = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu")).experts
+    model, hand_over = experts.take("high_noise", "low_noise")
+    expected = [parameter.clone() for parameter in model.parameters()]
+    hand_over(0)
+    experts.take("high_noise")
+    assert all(map(torch.equal, model.parameters(), expected))
+
+
+def test_no_exchange_of_all_ranks_waits_longer_than_asked() -> None:
+    def work(ranks: Ranks) -> float:
+        began = time.monotonic()
+        if ranks.rank == 1:
+            time.sleep(5)
+        else:
+            with pytest.raises(RuntimeError):
+                ranks.gather(None)
+        return time.monotonic() - began
+
+    assert on_gang(Mesh(cfg=2), work, timeout_s=1)[0] < 4

@@ -166,6 +166,29 @@ def test_the_fullest_gpu_decides(wanfast: Wanfast, machine: Machine, monkeypatch
     assert wanfast(*A14B_DRY, "--num-gpus", "1").document["plan"]["dit_fsdp"] == "off"
 
 
+def test_only_ranks_that_start_take_of_the_host(wanfast: Wanfast, machine: Machine) -> None:
+    """Seven of eight gangs of one have no video, so nothing of them is pinned."""
+    machine(8, 48, host_gb=100)
+    plan = wanfast(*A14B_DRY, "--num-gpus", "8", "--cfg-parallel", "1", "--ulysses", "1").document["plan"]
+    assert plan["expert_offload"] == "on"
+
+
+def test_processes_on_a_cpu_share_the_host(wanfast: Wanfast, machine: Machine) -> None:
+    machine(0, 0, host_gb=100)
+    plan = wanfast(*TINY_DRY, "--num-gpus", "4").document["plan"]
+    assert "25.0 GB of host memory free a process" in plan["placement"]
+    machine(0, 0, host_gb=200)
+    assert wanfast(*A14B_DRY, "--num-gpus", "4").document["plan"]["dit_fsdp"] == "on"
+
+
+def test_the_largest_video_of_a_list_decides(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:
+    machine(1, 70)
+    assert wanfast(*A14B_DRY, "--size", "320x176").document["plan"]["expert_offload"] == "off"
+    (workdir / "jobs.jsonl").write_text('{"size": "320x176"}\n{}\n')
+    results = wanfast(*A14B_DRY, "--jobs", "jobs.jsonl").document["results"]
+    assert [result["plan"]["expert_offload"] for result in results] == ["on", "on"]
+
+
 def test_each_gang_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elastic.os, "environ", {})
     monkeypatch.setattr(elastic.gpus, "device_ids", lambda: ["4", "5", "6", "7"])
