@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from einops import rearrange
+from random_expert import TINY, random_expert, random_inputs
 from torch import Tensor
 
 from wanfast.runtime import hardware
@@ -28,19 +29,18 @@ from wanfast.runtime.distributed.cfg_parallel import BothBranches, CfgParallel
 from wanfast.runtime.distributed.ulysses import Ulysses
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.model_spec import A14B, DiTSpec
-from wanfast.runtime.models.attention import Projection, Sequence, WholeSequence
+from wanfast.runtime.models.attention import ProjectFn, Sequence, WholeSequence
 from wanfast.runtime.models.attention_kernels import AttentionFn
-from wanfast.runtime.models.dit import SelfAttention, WanDiT
-from wanfast.runtime.models.rope import rotary_tables
+from wanfast.runtime.models.dit import SelfAttention
 
 
 @dataclass(frozen=True)
 class Packed(Ulysses):
     """One exchange of q, k and v together instead of three that overlap with the projections."""
 
-    def attention(self, q: Projection, k: Projection, v: Projection, num_tokens: int, attend: AttentionFn) -> Tensor:
+    def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
         size = self.group.size()
-        packed = rearrange(torch.stack((q(), k(), v())), "three B l (P h) D -> P three B l h D", P=size)
+        packed = rearrange(torch.stack(project("qkv")), "three B l (P h) D -> P three B l h D", P=size)
         all_q, all_k, all_v = rearrange(self._exchange(packed), "P three B l h D -> three B (P l) h D")
         out = attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
         parts = self._exchange(rearrange(out, "B (P l) h D -> P B l h D", P=size))
@@ -58,26 +58,16 @@ def main() -> None:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    tiny = DiTSpec(dim=64, ffn_dim=96, num_heads=4, freq_dim=32, text_dim=24, text_len=16)
-    spec = replace(tiny if options.tiny else A14B.dit, num_layers=options.layers)
+    spec = replace(TINY if options.tiny else A14B.dit, num_layers=options.layers)
     grid = (3, 6, 10) if options.tiny else tuple(options.grid)
     measure(spec, grid, device, options.rounds)
     dist.destroy_process_group()
 
 
 @torch.inference_mode()
-def measure(spec: DiTSpec, grid: tuple[int, ...], device: str, rounds: int) -> None:
-    T, h, w = grid
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = WanDiT(spec, torch.bfloat16)
-        for parameter in model.parameters():
-            scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 1.0
-            parameter.data.normal_(0.0, scale)
-        latent, condition = (torch.randn(1, c, T, h, w) for c in (spec.out_channels, spec.in_channels - 16))
-        texts = [model.encode_text(torch.randn(1, 60, spec.text_dim)) for _ in range(2)]
-        timestep = torch.tensor([937])
-    rope = rotary_tables((T, h // 2, w // 2), spec.head_dim, device)
+def measure(spec: DiTSpec, grid: tuple[int, int, int], device: str, rounds: int) -> None:
+    model, inputs = random_expert(spec, torch.bfloat16, device), random_inputs(spec, grid, device)
+    texts = [model.encode_text(text) for text in inputs.texts]
 
     def step(sequence: Sequence, guidance: BothBranches | CfgParallel) -> Callable[[], list[Tensor]]:
         def velocities() -> list[Tensor]:
@@ -86,9 +76,7 @@ def measure(spec: DiTSpec, grid: tuple[int, ...], device: str, rounds: int) -> N
                 if isinstance(module, SelfAttention):
                     module.sequence = sequence
             branches = {"prompt": texts[0], "negative_prompt": texts[1]}
-            return guidance.velocities(
-                list(branches), lambda branch: model(latent, condition, timestep, branches[branch], rope)
-            )
+            return guidance.velocities(list(branches), lambda branch: model(*inputs.arguments(branches[branch])))
 
         return velocities
 
@@ -119,7 +107,7 @@ def measure(spec: DiTSpec, grid: tuple[int, ...], device: str, rounds: int) -> N
             "relative_error": float(difference.norm() / exact.norm()),
         }
         print(name, report[name], flush=True)
-    tokens = T * (h // 2) * (w // 2)
+    tokens = inputs.rope.cos.shape[0]
     facts = {"layers": spec.num_layers, "tokens": tokens, "rounds": rounds, "hardware": hardware.describe(device)}
     print(json.dumps({**facts, "ways": report, "versions": versions()}), flush=True)
 

@@ -52,7 +52,7 @@ def num_bytes(spec: DiTSpec) -> int:
 def wrong_tensors(model: WanDiT, rank: int = 0, ranks: int = 1) -> list[str]:
     """The tensors that do not hold exactly their marks: all, or where sharded those of this rank's rows."""
     held = model.state_dict()
-    marks = _marks({name: tensor.shape for name, tensor in held.items()})
+    marks = _marks(_shapes(model.spec))
     wrong = []
     for name, tensor in held.items():
         rows, own = range(tensor.shape[0]), tensor

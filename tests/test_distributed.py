@@ -47,8 +47,8 @@ def test_padded_keys_are_not_attended_to() -> None:
 
     def attending_to_padding(ranks: Ranks) -> torch.Tensor:
         class Careless(Ulysses):
-            def attention(self, q, k, v, num_tokens, attend):
-                return super().attention(q, k, v, num_tokens + 1, attend)
+            def attention(self, project, num_tokens, attend):
+                return super().attention(project, num_tokens + 1, attend)
 
         return velocity(Careless(dist.group.WORLD), grid)
 

@@ -66,6 +66,26 @@ def test_velocity_equals_diffusers(name: str, grid: tuple[int, int, int]) -> Non
 
 
 @torch.no_grad()
+def test_fused_projections_are_the_same_model() -> None:
+    spec = SPECS["tiny"]
+    _, ours = reference_and_ours(spec)
+    generator = torch.Generator().manual_seed(2)
+    latent, condition = (torch.randn(1, c, 3, 6, 6, generator=generator) for c in (16, 20))
+    text = ours.encode_text(torch.randn(1, 7, spec.text_dim, generator=generator))
+    rope, before = rotary_tables((3, 3, 3), spec.head_dim), ours.state_dict()
+
+    expected = ours(latent, condition, torch.tensor([617]), text, rope)
+    ours.fuse_projections()
+    names = dict(ours.named_parameters())
+    assert "blocks.0.self_attn.qkv.weight" in names and "blocks.0.self_attn.q.weight" not in names
+    error = relative_error(ours(latent, condition, torch.tensor([617]), text, rope), expected)
+    print(f"DiT fused against not: relative error {error:.1e}")
+    assert error <= 1e-6
+    after = ours.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@torch.no_grad()
 def test_text_padding_is_zeros_and_is_attended_to() -> None:
     spec = SPECS["tiny"]
     _, ours = reference_and_ours(spec)

@@ -2,7 +2,7 @@
 
 Each states the dtype of its matrix products: the experts and UMT5 follow `--precision`; the VAE is always float32,
 since its decoder draws the pixels and takes little of the time. What is sharded is sharded while on meta, so that a
-rank reads and holds its own rows alone.
+rank reads and holds its own rows alone; q, k and v of weights that are whole become one product.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def build_expert(
         fsdp.shard(model, ranks.device)
     weights = files.weights(expert)
     checkpoint.load(model, weights, component="dit", layout=files.layout, ranks=ranks, device=device)
+    if not sharded:
+        model.fuse_projections()
     return model
 
 

@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from wanfast.runtime.distributed.collectives import all_gather
-from wanfast.runtime.models.attention import Projection
+from wanfast.runtime.models.attention import ProjectFn
 from wanfast.runtime.models.attention_kernels import AttentionFn
 
 
@@ -33,6 +33,10 @@ class Ulysses:
 
     group: dist.ProcessGroup
 
+    @property
+    def overlaps(self) -> bool:
+        return True
+
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of the L tokens along `dim`, N/P of them, the last padded with zeros."""
         size, rank = self.group.size(), self.group.rank()
@@ -41,9 +45,9 @@ class Ulysses:
         missing = share - x.shape[dim]
         return _packed(F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing]) if missing else x)
 
-    def attention(self, q: Projection, k: Projection, v: Projection, num_tokens: int, attend: AttentionFn) -> Tensor:
+    def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
         """Attention over all `num_tokens` tokens for this rank's N/P; [B, N/P, H, D] in and out."""
-        sent = [self._exchange(self._by_heads(project())) for project in (v, q, k)]
+        sent = [self._exchange(self._by_heads(*project(name))) for name in "vqk"]
         all_v, all_q, all_k = (rearrange(parts, "P B l h D -> B (P l) h D") for parts in sent)
         out = attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
         parts = self._exchange(rearrange(out, "B (P l) h D -> P B l h D", P=self.group.size()))

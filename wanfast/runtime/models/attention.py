@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wanfast.runtime.models.attention_kernels import KERNELS, AttentionFn
 
-Projection = Callable[[], Tensor]  # [B, L, H, D] of this rank's tokens
+ProjectFn = Callable[[str], list[Tensor]]  # "qkv", or "v" alone -> as many tensors [B, L, H, D] of this rank's tokens
 
 
 def attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
@@ -52,11 +52,13 @@ class Sequence(Protocol):
         """This rank's part of the tokens along `dim`; every rank's part has the same length."""
         ...
 
-    def attention(self, q: Projection, k: Projection, v: Projection, num_tokens: int, attend: AttentionFn) -> Tensor:
-        """Self-attention by `attend` of this rank's queries over all `num_tokens` tokens, [B, L, H, D].
+    @property
+    def overlaps(self) -> bool:
+        """q, k and v are asked for one by one, each while another is on its way."""
+        ...
 
-        The projections are functions, so that one can be worked out while another is on its way.
-        """
+    def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
+        """Self-attention by `attend` of this rank's queries over all `num_tokens` tokens, [B, L, H, D]."""
         ...
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
@@ -67,11 +69,15 @@ class Sequence(Protocol):
 class WholeSequence:
     """One rank holds all tokens: nothing to exchange."""
 
+    @property
+    def overlaps(self) -> bool:
+        return False
+
     def shard(self, x: Tensor, dim: int) -> Tensor:
         return x
 
-    def attention(self, q: Projection, k: Projection, v: Projection, num_tokens: int, attend: AttentionFn) -> Tensor:
-        return attend(q(), k(), v())
+    def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
+        return attend(*project("qkv"))
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
         return x

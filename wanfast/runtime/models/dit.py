@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -77,21 +77,40 @@ class SelfAttention(Attention):
     def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence, attend: AttentionFn) -> None:
         super().__init__(spec, dtype, attend)
         self.sequence = sequence
+        self.qkv: Linear | None = None
+
+    def fuse_projections(self) -> None:
+        """From now on q, k and v are one product of the tokens, which are read once; for weights that are loaded.
+
+        The state dict goes on naming the three.
+        """
+        weight, bias = (torch.cat([getattr(m, name) for m in (self.q, self.k, self.v)]) for name in ("weight", "bias"))
+        with torch.device("meta"):
+            self.qkv = Linear(weight.shape[1], weight.shape[0])
+        self.qkv.weight, self.qkv.bias = (nn.Parameter(x, requires_grad=False) for x in (weight, bias))
+        del self.q, self.k, self.v
+        self.register_state_dict_post_hook(_name_the_three)
 
     def forward(self, x_BLd: Tensor, rope: RotaryTables, num_tokens: int) -> Tensor:
-        dtype = self.q.weight.dtype
+        def project(names: str) -> list[Tensor]:
+            products = self.qkv(x_BLd).chunk(3, -1) if self.qkv else [getattr(self, name)(x_BLd) for name in names]
+            return [self._finish(name, product, rope) for name, product in zip(names, products, strict=True)]
 
-        def q() -> Tensor:
-            return apply_rotary(self._heads(self.norm_q(self.q(x_BLd))), rope).to(dtype)
-
-        def k() -> Tensor:
-            return apply_rotary(self._heads(self.norm_k(self.k(x_BLd))), rope).to(dtype)
-
-        def v() -> Tensor:
-            return self._heads(self.v(x_BLd))
-
-        out: Tensor = self.o(self.sequence.attention(q, k, v, num_tokens, self.attend).flatten(2))
+        out: Tensor = self.o(self.sequence.attention(project, num_tokens, self.attend).flatten(2))
         return out
+
+    def _finish(self, name: str, product_BLd: Tensor, rope: RotaryTables) -> Tensor:
+        """q and k normalised and rotated; v as it is."""
+        if name == "v":
+            return self._heads(product_BLd)
+        normed = self._heads((self.norm_q if name == "q" else self.norm_k)(product_BLd))
+        return apply_rotary(normed, rope).to(product_BLd.dtype)
+
+
+def _name_the_three(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+    for kind in ("weight", "bias"):
+        parts = state.pop(f"{prefix}qkv.{kind}").chunk(3)
+        state.update({f"{prefix}{name}.{kind}": part for name, part in zip("qkv", parts, strict=True)})
 
 
 class CrossAttention(Attention):
@@ -221,6 +240,12 @@ class WanDiT(nn.Module):
             after_block(index)
         out = self.sequence.gather(self.head(x, time_Bd), 1, num_tokens)
         return self._unpatchify(out, token_grid)
+
+    def fuse_projections(self) -> None:
+        """Of every block whose q, k and v are needed at the same time; for weights that are loaded and whole."""
+        if not self.sequence.overlaps:
+            for block in self._blocks():
+                block.self_attn.fuse_projections()
 
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))

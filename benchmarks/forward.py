@@ -1,0 +1,331 @@
+"""One forward pass of one expert against diffusers', on the same weights in the same run.
+
+    python benchmarks/forward.py                                  # A14B's 40 layers at 1280x720x81, one GPU
+    python benchmarks/forward.py --grid 21 60 104                 # 832x480
+    python benchmarks/forward.py --ranks 2                        # and shared by two GPUs
+    python benchmarks/forward.py --tiny --layers 2                # to see that it runs, on a CPU too
+
+Ways are taken in turn, so that the clock, which sinks under load, sinks for all; the median counts. Prints ms, TFLOP/s,
+the share of the bf16 peak, peak memory beyond the weights, and each one's error: the first layers against the same in
+float32. `diffusers` sends its text through every block's keys and values in every forward, which is how it works; we
+make them once a prompt. With --profile a table of where the time goes. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from diffusers import WanTransformer3DModel
+from profile_table import profile_table
+from random_expert import TINY, Inputs, random_expert, random_inputs
+from reference_style import ReferenceStyleBlock
+from torch import Tensor, nn
+
+from wanfast.runtime import hardware
+from wanfast.runtime.checkpoint import rename_back
+from wanfast.runtime.compilation import compile_blocks
+from wanfast.runtime.distributed.mesh import Mesh
+from wanfast.runtime.distributed.ranks import Ranks, gang
+from wanfast.runtime.metadata import versions
+from wanfast.runtime.model_spec import A14B, DiTSpec
+from wanfast.runtime.models.attention import WholeSequence, attention_by
+from wanfast.runtime.models.dit import TextKV, WanDiT
+
+PEAK_TFLOPS = 989  # dense bf16 of an H100 or H200, by its datasheet
+DIFFUSERS_BACKENDS = {"flash": "_native_flash", "cudnn": "_native_cudnn", "math": "_native_math"}
+VelocityFn = Callable[[], Tensor]
+
+
+@dataclass
+class Way:
+    """One way to make a forward, and what was seen of it."""
+
+    name: str
+    velocity: VelocityFn
+    blocks: nn.ModuleList  # of its model
+    rounds: int
+    seconds: list[float] = field(default_factory=list)
+    first_s: float = 0.0
+    peak_bytes: int = 0
+    relative_error: float | None = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=A14B.dit.num_layers)
+    parser.add_argument("--grid", type=int, nargs=3, default=(21, 90, 160), help="latent frames, height, width")
+    parser.add_argument("--kernels", default="fa3,cudnn", help="attention kernels of ours, the first with all rounds")
+    parser.add_argument("--diffusers", default="cudnn", help="its attention, or none")
+    parser.add_argument("--rounds", type=int, default=3, help="of the first kernel and of diffusers compiled")
+    parser.add_argument("--other-rounds", type=int, default=1, help="of all other ways")
+    parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True, help="also without compiling")
+    parser.add_argument("--compile-mode", default="default")
+    parser.add_argument("--error-layers", type=int, default=2, help="layers of the float32 reference; 0 for none")
+    parser.add_argument(
+        "--reference", type=int, default=0, metavar="ROUNDS", help="time a block in the reference's style"
+    )
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    if options.tiny:
+        options.grid, options.kernels, options.diffusers = (3, 6, 10), "flash,math", "math"
+    if options.ranks == 1:
+        measure(options, Ranks("cuda" if torch.cuda.is_available() else "cpu"))
+        return
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    mp.start_processes(_rank, (options, port), options.ranks, start_method="spawn")
+
+
+def _rank(rank: int, options: argparse.Namespace, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(options.ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    with gang("cuda" if torch.cuda.is_available() else "cpu", Mesh(ulysses=options.ranks), timeout_s=300) as ranks:
+        measure(options, ranks)
+
+
+@torch.inference_mode()
+def measure(options: argparse.Namespace, ranks: Ranks) -> None:
+    device = ranks.device
+    hardware.prepare(device, "bf16", None)
+    spec = replace(TINY if options.tiny else A14B.dit, num_layers=options.layers)
+    inputs = random_inputs(spec, tuple(options.grid), device)
+    if options.ranks > 1:
+        ways = list(_ways_of_ranks(options, spec, inputs, ranks))
+    else:
+        model = random_expert(spec, torch.bfloat16, device)
+        model.fuse_projections()
+        ways = [*_own_ways(options, model, inputs), *_diffusers_ways(options, model, inputs)]
+    ranks.gather(None)
+    for way in ways:
+        _warm(way, device)
+    if options.error_layers and options.ranks == 1:
+        _find_errors(ways, model, min(options.error_layers, spec.num_layers), inputs)
+    for turn in range(max(way.rounds for way in ways)):
+        for way in ways:
+            if turn < way.rounds:
+                _time(way, device, ranks)
+    report = {way.name: _report(way, spec, inputs, ranks) for way in ways}
+    tables = {}
+    if ranks.is_leader and options.profile:
+        tables = {way.name: profile_table(way.velocity, device) for way in ways if way.rounds == options.rounds}
+    if ranks.is_leader and options.reference:
+        report["block"] = _block_against_reference(options.reference, model, inputs)
+    if ranks.is_leader:
+        tokens = inputs.rope.cos.shape[0]
+        facts = {"layers": spec.num_layers, "tokens": tokens, "ranks": options.ranks, "mode": options.compile_mode}
+        found = {"hardware": hardware.describe(device), "versions": versions()}
+        print(json.dumps({**facts, "ways": report, "profiles": tables, **found}), flush=True)
+
+
+def _own_ways(options: argparse.Namespace, model: WanDiT, inputs: Inputs) -> Iterator[Way]:
+    """Eager and compiled with each kernel: modules of their own, parameters in common."""
+    text = model.encode_text(inputs.texts[0])
+    for index, kernel in enumerate(options.kernels.split(",")):
+        for compiled in (True, False) if options.eager else (True,):
+            twin = _twin(model, kernel)
+            if compiled:
+                compile_blocks(twin, options.compile_mode)
+            rounds = options.rounds if compiled and index == 0 else options.other_rounds
+            name = f"wanfast {'compiled' if compiled else 'eager'} {kernel}"
+            yield Way(name, _velocity(twin, inputs, text), twin.blocks, rounds)
+
+
+def _ways_of_ranks(options: argparse.Namespace, spec: DiTSpec, inputs: Inputs, ranks: Ranks) -> Iterator[Way]:
+    """The first kernel, compiled: one rank by itself, and all of them sharing the tokens."""
+    attend = attention_by(options.kernels.split(",")[0])
+    for name, sequence in (("one", WholeSequence()), (f"ulysses {ranks.size}", ranks.sequence)):
+        model = random_expert(spec, torch.bfloat16, ranks.device, sequence, attend)
+        model.fuse_projections()
+        compile_blocks(model, options.compile_mode)
+        yield Way(name, _velocity(model, inputs, model.encode_text(inputs.texts[0])), model.blocks, options.rounds)
+
+
+def _twin(model: WanDiT, kernel: str) -> WanDiT:
+    with torch.device("meta"):
+        twin = WanDiT(model.spec, torch.bfloat16, attend=attention_by(kernel))
+        twin.fuse_projections()
+    parameters = dict(model.named_parameters())
+    for name, _ in list(twin.named_parameters()):
+        module, _, last = name.rpartition(".")
+        setattr(twin.get_submodule(module), last, parameters[name])
+    return twin.eval()
+
+
+def _velocity(model: WanDiT, inputs: Inputs, text: list[TextKV]) -> VelocityFn:
+    return lambda: model(*inputs.arguments(text[: len(model.blocks)]))
+
+
+def _diffusers_ways(options: argparse.Namespace, model: WanDiT, inputs: Inputs) -> Iterator[Way]:
+    if options.diffusers == "none":
+        return
+    video = torch.cat((inputs.latent, inputs.condition), 1).bfloat16()
+    padding = model.spec.text_len - inputs.texts[0].shape[1]
+    text = nn.functional.pad(inputs.texts[0], (0, 0, 0, padding)).bfloat16()
+    for compiled in (True, False) if options.eager else (True,):
+        theirs = _diffusers(model)
+        theirs.set_attention_backend(DIFFUSERS_BACKENDS[options.diffusers])
+        if compiled:
+            mode = None if options.compile_mode == "default" else options.compile_mode
+            theirs.compile_repeated_blocks(fullgraph=True, dynamic=False, mode=mode)
+
+        def velocity(theirs: WanTransformer3DModel = theirs) -> Tensor:
+            out: Tensor = theirs(video, inputs.timestep, text, return_dict=False)[0]
+            return out
+
+        name = f"diffusers {'compiled' if compiled else 'eager'} {options.diffusers}"
+        yield Way(name, velocity, theirs.blocks, options.rounds if compiled else options.other_rounds)
+
+
+def _diffusers(model: WanDiT) -> WanTransformer3DModel:
+    """Its model with our parameters, in the dtypes that its own loading in bf16 gives them."""
+    spec = model.spec
+    with torch.device("meta"):
+        theirs = WanTransformer3DModel(
+            num_attention_heads=spec.num_heads, attention_head_dim=spec.head_dim, in_channels=spec.in_channels,
+            out_channels=spec.out_channels, text_dim=spec.text_dim, freq_dim=spec.freq_dim, ffn_dim=spec.ffn_dim,
+            num_layers=spec.num_layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=spec.eps,
+            patch_size=spec.patch_size,
+        )  # fmt: skip
+    kept = set(WanTransformer3DModel._keep_in_fp32_modules)
+    parameters = {}
+    for name, tensor in model.state_dict().items():
+        key = rename_back("dit", "diffusers", name)
+        parameters[key] = tensor.float() if kept & set(key.split(".")) else tensor.bfloat16()
+    theirs.load_state_dict(parameters, strict=True, assign=True)
+    fresh = type(theirs.rope)(spec.head_dim, spec.patch_size, theirs.config.rope_max_seq_len)
+    theirs.rope = fresh.to(model.patch_embedding.weight.device)  # its tables were made on meta too
+    return theirs.requires_grad_(False).eval()
+
+
+@contextmanager
+def _first_layers(blocks: nn.ModuleList, layers: int) -> Iterator[None]:
+    """The model without its later blocks."""
+    every = list(blocks)
+    del blocks[layers:]
+    yield
+    blocks.extend(every[layers:])
+
+
+def _warm(way: Way, device: str) -> None:
+    """One layer: all of them are one graph, compiled at the first."""
+    started = time.perf_counter()
+    with _first_layers(way.blocks, 1):
+        way.velocity()
+        _settle(device)
+    way.first_s = time.perf_counter() - started
+
+
+def _time(way: Way, device: str, ranks: Ranks) -> None:
+    _settle(device)
+    ranks.gather(None)
+    held = torch.cuda.memory_allocated() if device == "cuda" else 0
+    hardware.reset_peak_memory(device)
+    started = time.perf_counter()
+    way.velocity()
+    _settle(device)
+    ranks.gather(None)
+    way.seconds.append(time.perf_counter() - started)
+    way.peak_bytes = hardware.peak_memory_bytes(device) - held
+
+
+def _settle(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _find_errors(ways: list[Way], model: WanDiT, layers: int, inputs: Inputs) -> None:
+    """Of each way's first layers against the same weights and inputs in float32."""
+    with torch.device("meta"):
+        exact = WanDiT(replace(model.spec, num_layers=layers), torch.float32, attend=exact_attention)
+    known = model.state_dict()
+    exact.load_state_dict({name: known[name].float() for name in exact.state_dict()}, assign=True)
+    expected = _velocity(exact, inputs, exact.encode_text(inputs.texts[0]))().double()
+    for way in ways:
+        with _first_layers(way.blocks, layers):
+            way.relative_error = float((way.velocity().double() - expected).norm() / expected.norm())
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The formula in float32, a head and 4096 queries at a time."""
+    out = torch.empty_like(q)
+    for head in range(q.shape[2]):
+        for queries in range(0, q.shape[1], 4096):
+            rows = slice(queries, queries + 4096)
+            scores = q[:, rows, head] @ k[:, :, head].transpose(1, 2) * q.shape[-1] ** -0.5
+            out[:, rows, head] = scores.softmax(-1) @ v[:, :, head]
+    return out
+
+
+def flop(spec: DiTSpec, tokens: int) -> float:
+    """Of one forward: projections and feed-forward, self-attention, cross-attention; without the text's own."""
+    linears = 2 * tokens * (6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim)
+    attention = 4 * tokens * (tokens + spec.text_len) * spec.dim
+    return spec.num_layers * (linears + attention)
+
+
+def _report(way: Way, spec: DiTSpec, inputs: Inputs, ranks: Ranks) -> dict[str, Any]:
+    median = statistics.median(way.seconds)
+    sharing = ranks.size if way.name.startswith("ulysses") else 1
+    tflops = flop(spec, inputs.rope.cos.shape[0]) / median / 1e12 / sharing
+    row = {
+        "ms": round(median * 1e3, 1),
+        "spread_ms": round((max(way.seconds) - min(way.seconds)) * 1e3, 1),
+        "rounds": len(way.seconds),
+        "tflops": round(tflops, 1),
+        "mfu": round(tflops / PEAK_TFLOPS, 4),
+        "peak_gb_beyond_weights": round(way.peak_bytes / 1e9, 2),
+        "relative_error": way.relative_error,
+        "first_s": round(way.first_s, 1),
+    }
+    if ranks.is_leader:
+        print(f"{way.name:32}", row, file=sys.stderr, flush=True)
+    return row
+
+
+def _block_against_reference(rounds: int, model: WanDiT, inputs: Inputs) -> dict[str, float]:
+    """Milliseconds of one block: in the reference's style with FlashAttention-2, and ours compiled."""
+    device = inputs.latent.device.type
+    tokens, dim = inputs.rope.cos.shape[0], model.spec.dim
+    ours = _twin(model, "fa3" if device == "cuda" else "flash")
+    compile_blocks(ours, "default")
+    block, text_kv = ours.blocks[0], model.encode_text(inputs.texts[0])[0]
+    theirs = ReferenceStyleBlock(model.blocks[0], inputs.rope)  # type: ignore[arg-type]
+    x = torch.randn(1, tokens, dim, device=device)
+    time_B6d = torch.randn(1, 6, dim, device=device)
+    time_BL6d = time_B6d.unsqueeze(1).expand(1, tokens, 6, dim).contiguous()
+    text = torch.randn(1, model.spec.text_len, dim, device=device, dtype=torch.bfloat16)
+    ways = {
+        "reference_style_fa2": lambda: theirs(x, time_BL6d, text),
+        "wanfast": lambda: block(x, time_B6d, text_kv, inputs.rope, tokens),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            _settle(device)
+            started = time.perf_counter()
+            way()
+            _settle(device)
+            if turn:  # the first one warms
+                seconds[name].append(time.perf_counter() - started)
+    found = {f"{name}_ms": round(statistics.median(values) * 1e3, 2) for name, values in seconds.items()}
+    return found | {"ratio": round(found["wanfast_ms"] / found["reference_style_fa2_ms"], 4)}
+
+
+if __name__ == "__main__":
+    main()
