@@ -28,29 +28,36 @@ def exact_products() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 2e-2)])
 @torch.inference_mode()
-def test_the_models_equal_the_cpus(precision: builders.Precision, bound: float) -> None:
+def outputs(device: str, precision: builders.Precision) -> dict[str, torch.Tensor]:
+    """Of each model of the tiny one, on fixed inputs."""
     files = model_files.locate("tiny", "artifacts")
-    spec = files.spec.dit
     generator = torch.Generator().manual_seed(0)
     latent, condition = (torch.randn(1, c, 5, 16, 16, generator=generator) for c in (16, 20))
     ids = torch.randint(3, 900, (1, 9), generator=generator)
     video = torch.randn(1, 3, 9, 64, 64, generator=generator).clamp(-1, 1)
-    results = {}
-    for device, kind in (("cpu", "fp32"), ("cuda", precision)):
-        text = build_umt5(files, kind, Ranks(device))(ids.to(device))
-        expert = build_expert(files, "high_noise", kind, Ranks(device))
-        rope = rotary_tables((5, 8, 8), spec.head_dim, device)
-        timestep = torch.tensor([950], device=device)
-        velocity = expert(latent.to(device), condition.to(device), timestep, expert.encode_text(text), rope)
-        vae = build_vae(files, device)
-        encoded = vae.encode(video.to(device))
-        results[device] = [tensor.float().cpu() for tensor in (text, velocity, encoded, vae.decode(encoded))]
-    for name, got, expected in zip(("UMT5", "DiT", "encode", "decode"), results["cuda"], results["cpu"], strict=True):
-        error = relative_error(got, expected)
-        print(f"{name} {precision} on {torch.cuda.get_device_name()}: relative error {error:.1e}")
-        assert error <= (bound if name in ("UMT5", "DiT") else 1e-4)
+    text = build_umt5(files, "fp32", Ranks(device))(ids.to(device))
+    expert = build_expert(files, "high_noise", precision, Ranks(device))
+    rope = rotary_tables((5, 8, 8), files.spec.dit.head_dim, device)
+    timestep = torch.tensor([950], device=device)
+    velocity = expert(latent.to(device), condition.to(device), timestep, expert.encode_text(text), rope)
+    vae = build_vae(files, device)
+    encoded = vae.encode(video.to(device))
+    found = {"DiT": velocity, "encode": encoded, "decode": vae.decode(encoded)}
+    found["UMT5"] = text if precision == "fp32" else build_umt5(files, precision, Ranks(device))(ids.to(device))
+    return {name: tensor.float().cpu() for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_models_equal_the_cpus(precision: builders.Precision) -> None:
+    """In fp32; in bf16 they round another way, and no more than the CPU does."""
+    exact, got, rounded = outputs("cpu", "fp32"), outputs("cuda", precision), outputs("cpu", precision)
+    for name in exact:
+        error, of_cpu = relative_error(got[name], exact[name]), relative_error(rounded[name], exact[name])
+        print(
+            f"{name} {precision} on {torch.cuda.get_device_name()}: relative error {error:.1e}, of the CPU {of_cpu:.1e}"
+        )
+        assert error <= max(1e-5, 1.5 * of_cpu)
 
 
 @pytest.mark.parametrize("noise_device", ["cpu", "cuda"])

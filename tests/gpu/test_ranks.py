@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import imageio.v3 as iio
-import numpy as np
 import pytest
 import torch
 
 from tests.conftest import Outcome
+from wanfast.quality.metrics import psnr
 
 Wanfast = Callable[..., Outcome]
 GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--seed", "1", "--device", "cuda")
@@ -42,6 +42,9 @@ def test_two_gpus_make_the_video_of_one(wanfast: Wanfast, workdir: Path, options
     for name, ranks in (("one", []), ("two", ["--num-gpus", "2", *options])):
         outcome = wanfast(*GOOD, "--precision", "fp32", "--output", f"{name}.mp4", *ranks)
         assert outcome.exit_code == 0, outcome.err
-    one, two = (iio.imread(f"{name}.mp4", plugin="pyav").astype(int) for name in ("one", "two"))
-    assert np.abs(one - two).max() <= 8  # the encoder's own rounding on top of float32's
-    print({name: json.loads((workdir / f"{name}.json").read_text())["seconds"] for name in ("one", "two")})
+    one, two = (torch.from_numpy(iio.imread(f"{name}.mp4", plugin="pyav")).movedim(-1, 0) for name in ("one", "two"))
+    likeness = psnr(
+        two / 127.5 - 1, one / 127.5 - 1
+    )  # float32's rounding turns a block of the encoder's here and there
+    print({name: json.loads((workdir / f"{name}.json").read_text())["seconds"] for name in ("one", "two")}, likeness)
+    assert likeness >= 45
