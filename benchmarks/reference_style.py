@@ -22,7 +22,7 @@ class ReferenceStyleBlock:
 
     def __init__(self, block: Block, rope: RotaryTables) -> None:
         self.state: State = block.state_dict()
-        self.dim, self.eps, self.num_heads = block.dim, block.eps, block.self_attn.num_heads
+        self.dim, self.eps, self.num_heads = block.norm3.normalized_shape[0], block.eps, block.self_attn.num_heads
         self.rotation = torch.complex(rope.cos.double(), rope.sin.double())  # [L, 1, D/2]
 
     def __call__(self, x_BLd: Tensor, time_BL6d: Tensor, text_BSd: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from PIL import Image
 
 from wanfast.cli import main
 
+if torch.version.cuda is None:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels run on a CPU, slowly
 torch.set_num_threads(1)  # the suite runs on as many processes as there are cores
 
 

@@ -18,7 +18,9 @@ from PIL import Image
 
 from tests.conftest import Outcome
 from wanfast.commands import generate as generate_command
+from wanfast.commands import warmup as warmup_command
 from wanfast.runtime.config import EffectiveConfig, GenerateConfig
+from wanfast.runtime.next_step import WARMUP_OPTIONS
 
 Wanfast = Callable[..., Outcome]
 GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat")
@@ -30,7 +32,7 @@ PACKAGE = Path(generate_command.__file__).parents[1]
 def test_the_surface_is_the_checked_in_one(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new flag is a conscious act: WANFAST_UPDATE_SURFACE=1 writes the file anew."""
     monkeypatch.setenv("COLUMNS", "100")
-    pages = [wanfast(*command, "--help").out for command in ([], ["generate"], ["download"], ["doctor"])]
+    pages = [wanfast(*command, "--help").out for command in ([], ["generate"], ["download"], ["warmup"], ["doctor"])]
     surface = "\n".join(line.rstrip() for page in pages for line in page.splitlines()) + "\n"
     if os.environ.get("WANFAST_UPDATE_SURFACE"):
         SURFACE.write_text(surface)
@@ -46,6 +48,16 @@ def test_options_are_the_fields_of_the_config() -> None:
     }
     assert parameters == {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
     assert {field.name for field in dataclasses.fields(EffectiveConfig)} - set(parameters) == {"image_sha256"}
+
+
+def test_options_of_warmup_are_those_of_generate() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
+    parameters = {
+        name: parameter.default
+        for name, parameter in inspect.signature(warmup_command.warmup).parameters.items()
+        if name not in ("context", "json_")
+    }
+    assert parameters == {name: fields[name] for name in WARMUP_OPTIONS}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EffectiveConfig)])
@@ -68,6 +80,8 @@ def python(code: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
         ["generate", "--help"],
         ["download", "--help"],
         ["doctor", "--help"],
+        ["warmup", "--help"],
+        ["warmup", "--frames", "80"],
         ["doctor", "--size", "bad"],
         list(DRY),
         ["generate", "--frames", "80"],

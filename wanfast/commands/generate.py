@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from wanfast.commands import options
-from wanfast.commands.progress import progress_bars
+from wanfast.commands import dispatch, options
 from wanfast.commands.report import Report
-from wanfast.runtime import launch, metadata
-from wanfast.runtime.artifacts import JOB, RESULT, new_run_folder, write_result, write_synced
+from wanfast.runtime import metadata
 from wanfast.runtime.config import Device, GenerateConfig, Solver
 from wanfast.runtime.requests import Planned, own_share, plan_requests, read_requests
 
@@ -28,10 +25,8 @@ def generate(
     negative_prompt: Annotated[
         str | None, typer.Option(help="What it should stay away from.  [default: the model's own]")
     ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="The area, as WIDTHxHEIGHT; the image's shape is kept.  [default: 1280x720]")
-    ] = None,
-    frames: Annotated[int | None, typer.Option(help="4n+1 of them.  [default: 81]")] = None,
+    size: options.Size = None,
+    frames: options.Frames = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: 40]")] = None,
     shift: Annotated[
         float | None, typer.Option(help="Moves steps to high noise; 3.0 is advised for 480p.  [default: 5.0]")
@@ -97,48 +92,17 @@ def dry_result(item: Planned) -> dict[str, Any]:
 
 
 def run(planned: list[Planned], report: Report, artifacts_dir: str) -> list[dict[str, Any]]:
-    """Write job.json into a new run folder and have it done, here or by several ranks; a result for each item."""
+    """Have done what has a plan; a result for each item."""
     ready = [item for item in planned if item.plan is not None]
     worked: list[dict[str, Any]] = []
     if ready:
-        jobs = [item.job() for item in ready]
-        folder = new_run_folder(Path(artifacts_dir).absolute(), {"jobs": jobs})
-        write_synced(folder / JOB, json.dumps({"jobs": jobs}, indent=2, ensure_ascii=False) + "\n")
-        work = _run_here if _num_ranks(ready[0]) == 1 else _run_on_ranks
-        worked = work(folder, ready, report)
-        write_synced(folder / RESULT, json.dumps(worked, indent=2, ensure_ascii=False) + "\n")
+        worked = dispatch.have_done(
+            "generate",
+            [item.job() for item in ready],
+            [item.plan for item in ready if item.plan],
+            artifacts_dir,
+            show_progress=not report.brief,
+            on_result=lambda index, result: report.result(ready[index], result),
+        )
     done = iter(worked)
     return [next(done) if item.plan else item.failure() for item in planned]
-
-
-def _num_ranks(item: Planned) -> int:
-    assert item.plan is not None
-    return item.plan.mesh.size
-
-
-def _run_here(folder: Path, ready: list[Planned], report: Report) -> list[dict[str, Any]]:
-    """One rank needs no other process."""
-    from wanfast.runtime import generate as worker  # torch begins here
-    from wanfast.runtime.distributed.ranks import Ranks
-
-    results: dict[int, dict[str, Any]] = {}
-    device = ready[0].plan.config.device if ready[0].plan else "cpu"
-    with progress_bars(enabled=not report.brief) as on_progress:
-        for index, result in worker.run([item.job() for item in ready], Ranks(device), progress=on_progress):
-            results[index] = result
-            write_result(folder, index, result)
-            report.result(ready[index], result)
-    return [results[index] for index in range(len(ready))]
-
-
-def _run_on_ranks(folder: Path, ready: list[Planned], report: Report) -> list[dict[str, Any]]:
-    plans = [item.plan for item in ready if item.plan]
-    with progress_bars(enabled=not report.brief) as on_progress:
-        return launch.run(
-            folder,
-            plans[0].config,
-            len(plans),
-            [output for plan in plans for output in plan.outputs],
-            on_result=lambda index, result: report.result(ready[index], result),
-            on_progress=on_progress,
-        )

@@ -14,6 +14,10 @@ Model = Annotated[
         help="tiny (ships with the package), a14b (the published weights), or a folder in either public layout."
     ),
 ]
+Size = Annotated[
+    str | None, typer.Option(help="The area, as WIDTHxHEIGHT; the image's shape is kept.  [default: 1280x720]")
+]
+Frames = Annotated[int | None, typer.Option(help="4n+1 of them.  [default: 81]")]
 DeviceOption = Annotated[Device | None, typer.Option(help="Where to run.  [default: cuda where there is a driver]")]
 PrecisionOption = Annotated[Precision, typer.Option(help="Of the matrix products; all that is small stays fp32.")]
 AttentionOption = Annotated[

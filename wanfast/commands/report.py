@@ -11,7 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from wanfast.runtime.errors import JobsFailedError, from_failure
+from wanfast.runtime.next_step import warmup_command
 from wanfast.runtime.requests import Planned
+
+_WORTH_TELLING_S = 0.5
 
 
 class Report:
@@ -41,6 +44,7 @@ class Report:
         """One video or one failed line, as it comes; a single request's failure is left to `close`."""
         if "error" not in result:
             self._summary(result, _of_line(item))
+            self._tell_of_warmup(result, _of_line(item))
         elif item.request.line is not None:
             self._warnings.print(f"error{_of_line(item)}: {result['error']}", markup=False)
 
@@ -61,6 +65,20 @@ class Report:
             print(json.dumps({"results": lines, "failed": failed} if many else results[0]))
         if failed:
             raise JobsFailedError(f"--jobs: {failed} of {len(planned)} failed, as said above: mend their lines")
+
+    def _tell_of_warmup(self, result: dict[str, Any], of_line: str) -> None:
+        """What compiling cost, if it was done anew: the first step beyond what a step takes."""
+        steps = sum(result["plan"]["steps"].values())
+        if not result["effective"]["compile"] or result["compile_cache"] or steps < 2:
+            return
+        first, all_steps = result["first_step_s"], result["seconds"]["denoise"]
+        cost = first - (all_steps - first) / (steps - 1)
+        if cost >= _WORTH_TELLING_S:
+            command = warmup_command(result["requested"])
+            self._warnings.print(
+                f"note{of_line}: compiling took {cost:.1f} s of this run; once `{command}` has run, others start warm",
+                markup=False,
+            )
 
     def _summary(self, result: dict[str, Any], of_line: str) -> None:
         seconds, plan = result["seconds"], result["plan"]

@@ -35,15 +35,20 @@ class ArtifactStore:
     def path(self, kind: str, inputs: dict[str, Any]) -> Path:
         return self.root / kind / key_of(inputs)[:12]
 
-    def find(self, kind: str, inputs: dict[str, Any]) -> Path | None:
-        """The artifact's folder, or None. Raises CorruptArtifactError if what lies there is not what its key says."""
+    def find(self, kind: str, inputs: dict[str, Any], *, verify: bool = False) -> Path | None:
+        """The artifact's folder, or None. Raises CorruptArtifactError if what lies there is not what its key says.
+
+        Files are known by their sizes, or with `verify` by their hashes.
+        """
         folder = self.path(kind, inputs)
         if not (folder / MANIFEST).is_file():
             return None
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             same = manifest["inputs"] == json.loads(_canonical(inputs)) and all(
-                (folder / name).stat().st_size == facts["bytes"] for name, facts in manifest["files"].items()
+                (folder / name).stat().st_size == facts["bytes"]
+                and not (verify and _sha256(folder / name) != facts["sha256"])
+                for name, facts in manifest["files"].items()
             )
         except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):
             same = False
@@ -144,7 +149,12 @@ def write_result(run_folder: Path, index: int, result: dict[str, Any]) -> None:
 def _facts(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _canonical(inputs: dict[str, Any]) -> str:

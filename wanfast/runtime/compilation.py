@@ -1,18 +1,114 @@
-"""torch.compile of the experts, a block at a time: one graph serves all blocks of both experts.
+"""torch.compile of the experts, a block at a time, and its caches as an artifact that other processes start from.
 
 Inductor fuses what stands between the matrix products and attention: norms, modulation, rotation, gates, residuals. A
-block is compiled whole (`fullgraph`: a break is an error, not a slow path) and for one shape (`dynamic=False`).
-Cost: a minute or so the first time; later processes find the kernels in Inductor's cache on disk. `default` leaves the
-products to cuBLAS; the two `max-autotune` modes time Triton's products against them, which takes many minutes.
+block is compiled whole (`fullgraph`: a break is an error, not a slow path) and for one shape (`dynamic=False`); one
+graph serves all blocks of both experts. `default` leaves the products to cuBLAS; the two `max-autotune` modes time
+Triton's products against them, which takes many minutes.
+
+The artifact `inductor/<key>` holds, for each rank of a gang, what Inductor, AOTAutograd, Triton and the autotuner kept:
+about everything but the tracing. Its key names all that the kernels depend on, so that another torch, GPU, size or
+version of this code finds another artifact or none. Ranks have files of their own, because their graphs name their own
+groups. Source: torch.compiler.save_cache_artifacts.
 """
 
 from __future__ import annotations
 
-from wanfast.runtime.config import CompileMode
+import dataclasses
+import hashlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wanfast.runtime.artifacts import ArtifactStore
+from wanfast.runtime.config import CompileMode, EffectiveConfig
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.model_spec import DiTSpec
 from wanfast.runtime.models.dit import WanDiT
+
+KIND = "inductor"
+_SIZES = 64  # token counts that one process may see: torch gives up at 8, and a list of videos can have more
+_SOURCES = ("models/*.py", "distributed/*.py")  # beside this file: what the graphs are made of
 
 
 def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
     """From now on every block of the model runs compiled; the first forward compiles."""
+    torch._dynamo.config.recompile_limit = _SIZES
     for block in model.blocks:
         block.compile(fullgraph=True, dynamic=False, mode=None if mode == "default" else mode)
+
+
+def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[str, Any]:
+    """All that the kernels of a block depend on; `config.attention` is the kernel that runs."""
+    on_gpu = config.device == "cuda"
+    return {
+        "block": {name: size for name, size in dataclasses.asdict(spec).items() if name != "num_layers"},
+        "tokens": tokens,
+        "precision": config.precision,
+        "attention": config.attention,
+        "tf32": config.tf32,
+        "mode": config.compile_mode,
+        "mesh": {"cfg": config.cfg_parallel, "ulysses": config.ulysses},
+        "dit_fsdp": config.dit_fsdp,
+        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "capability": list(torch.cuda.get_device_capability()) if on_gpu else None,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "cuda": torch.version.cuda,
+        },
+        "sources": _digest_of_sources(),
+    }
+
+
+def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> Path:
+    """Publish what this process and its peers compiled; the artifact's folder. Raises ConfigError."""
+    saved = torch.compiler.save_cache_artifacts()
+    assert saved is not None, "nothing was compiled"
+    parts = ranks.gather(saved[0])
+
+    def write(folder: Path) -> None:
+        for rank, part in enumerate(parts):
+            (folder / _file(rank)).write_bytes(part)
+
+    return ranks.lead(lambda: store.publish(KIND, inputs, write, inputs["versions"]))
+
+
+def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> str | None:
+    """Fill this process's caches from the artifact of `inputs`; its key, or None if there is none.
+
+    Raises CorruptArtifactError: what is loaded is run, so its bytes are held against the manifest's hash first.
+    """
+
+    def read() -> tuple[str, bytes] | None:
+        folder = store.find(KIND, inputs, verify=True)
+        return (folder.name, (folder / _file(ranks.rank)).read_bytes()) if folder else None
+
+    found = ranks.together(read)
+    if found is None:
+        return None
+    key, saved = found
+    if torch.compiler.load_cache_artifacts(saved) is None:
+        raise CorruptArtifactError(f"{store.path(KIND, inputs)}: torch cannot read it: remove it, and warm up again")
+    return key
+
+
+def _file(rank: int) -> str:
+    return f"rank-{rank}.bin"
+
+
+def _digest_of_sources() -> str:
+    here = Path(__file__).parent
+    files = sorted(file for pattern in _SOURCES for file in here.glob(pattern))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

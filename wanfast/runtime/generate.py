@@ -11,15 +11,16 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from wanfast.runtime import attention_probe, hardware, media_io, metadata, model_files, pixels
-from wanfast.runtime.artifacts import write_synced
+from wanfast.runtime.artifacts import ArtifactStore, write_synced
 from wanfast.runtime.atomic import atomic_paths
 from wanfast.runtime.builders import DTYPES, build_expert, build_vae
-from wanfast.runtime.compilation import compile_blocks
+from wanfast.runtime.compilation import cache_inputs, compile_blocks, load_caches
 from wanfast.runtime.config import Branch, EffectiveConfig, Expert, from_options
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
@@ -31,7 +32,7 @@ from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.pipeline import ImageToVideoPipeline
 from wanfast.runtime.plan import Plan
 from wanfast.runtime.prompt_embeds import prompt_embeds
-from wanfast.runtime.timing import Stopwatch
+from wanfast.runtime.timing import FirstStep, Stopwatch
 
 Job = dict[str, Any]  # of requests.Planned.job
 Result = dict[str, Any]  # metadata's document, or {"error", "exit_code"}
@@ -163,12 +164,17 @@ def _run_one(
     config = dataclasses.replace(config, attention=pipeline.attention)  # what runs, and is to run again
     plan = Plan.of(config, pipeline.spec, image.size, tuple(job["notes"]), job["placement"])
     g, steps = plan.geometry, len(plan.schedule)
+    compile_cache = _warm_start(plan, ranks) if config.compile else None
     hardware.reset_peak_memory(config.device)
     progress(index, "encoding the image", 0, steps)
     pixels_CHW = pixels.fit_image(image.pixels, g.width, g.height)
-    video = pipeline(
-        plan, pixels_CHW, text, watch, lambda done, expert: progress(index, expert.replace("_", " "), done, steps)
-    )
+    first_step = FirstStep(ranks.device)
+
+    def on_step(done: int, expert: Expert) -> None:
+        first_step(done)
+        progress(index, expert.replace("_", " "), done, steps)
+
+    video = pipeline(plan, pixels_CHW, text, watch, on_step)
     peaks = ranks.gather(hardware.peak_memory_bytes(config.device))
 
     def write() -> Result:
@@ -182,6 +188,8 @@ def _run_one(
             watch.seconds["total"] = sum(watch.seconds.values())
             document = metadata.planned(plan, job["requested"]) | {
                 "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
+                "first_step_s": round(first_step.seconds, 3),
+                "compile_cache": compile_cache,
                 "loading": _speeds(loads, files),
                 "output_sha256": hashlib.sha256(mp4.read_bytes()).hexdigest(),
                 "peak_memory_bytes": max(peaks),
@@ -193,6 +201,12 @@ def _run_one(
         return document
 
     return ranks.lead(write)
+
+
+def _warm_start(plan: Plan, ranks: Ranks) -> str | None:
+    """The key of the caches that `wanfast warmup` left for this plan, now loaded; None if there are none."""
+    inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens)
+    return load_caches(ArtifactStore(Path(plan.config.artifacts_dir)), inputs, ranks)
 
 
 def _read_image(config: EffectiveConfig) -> LoadedImage:

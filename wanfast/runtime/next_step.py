@@ -20,6 +20,10 @@ _EXAMPLES = TINY.parent / "examples"
 _SHOWN = {"tiny": ("star.png", "The big orange star goes right on a wavy background.")}
 _SHOWN_ELSE = ("cat.jpg", "The cat looks up and blinks.")
 _SMALLER = "832x480"
+WARMUP_OPTIONS = (
+    "model", "image", "size", "frames", "precision", "attention", "tf32", "compile_mode", "device", "num_gpus",
+    "cfg_parallel", "ulysses", "dit_fsdp", "expert_offload", "rank_timeout", "artifacts_dir",
+)  # fmt: skip
 _HELD: dict[str, dict[str, str]] = {
     "resident": {},
     "sharded": {"dit_fsdp": "on"},
@@ -58,6 +62,11 @@ def next_step(request: GenerateConfig, fitted: Fit, *, no_torch: str | None, no_
     if no_weights is not None:
         return NextStep(_line("doctor", _changed(request, "model")), f"{no_weights}; then ask again")
     return NextStep(_generate(request, way, fitted), f"all is there: {_said(way)}")
+
+
+def warmup_command(requested: dict[str, Any]) -> str:
+    """`wanfast warmup` for generations with these options."""
+    return _line("warmup", {name: requested[name] for name in WARMUP_OPTIONS if name in requested})
 
 
 def _what_would_fit(request: GenerateConfig, fitted: Fit) -> NextStep:
@@ -114,5 +123,11 @@ def _changed(request: GenerateConfig, *names: str) -> dict[str, Any]:
 
 
 def _line(verb: str, options: dict[str, Any]) -> str:
-    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return shlex.join(["wanfast", verb, *words])
+    return shlex.join(["wanfast", verb, *(word for name, value in options.items() for word in _words(name, value))])
+
+
+def _words(name: str, value: Any) -> tuple[str, ...]:
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return (f"--{option}" if value else f"--no-{option}",)
+    return f"--{option}", str(value)

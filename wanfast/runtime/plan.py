@@ -127,10 +127,20 @@ def resolve(request: GenerateConfig) -> tuple[Plan, ModelFiles]:
     if not clean_prompt(request.prompt or ""):
         raise ConfigError("--prompt holds only control characters or spaces: say what should happen in the video")
     image = media_io.load_image(request.image or "")
+    config = effective(request, files, image.sha256)
+    plan = Plan.of(config, spec, image.size)
+    _check_outputs(plan, request)
+    notes = (*image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files))
+    return dataclasses.replace(plan, notes=(*notes, spec.weights_note) if spec.weights_note else notes), files
+
+
+def effective(request: GenerateConfig, files: ModelFiles, image_sha256: str) -> EffectiveConfig:
+    """The request with the model's own answers filled in; who does it is `placement`'s to say. Raises ConfigError."""
+    spec = files.spec
     config = EffectiveConfig(
         model=request.model if request.model in ("tiny", "a14b") else str(files.root),
         image=str(Path(request.image or "").absolute()),
-        image_sha256=image.sha256,
+        image_sha256=image_sha256,
         prompt=request.prompt or "",
         negative_prompt=_or(request.negative_prompt, spec.negative_prompt),
         size="{}x{}".format(*parse_size(_or(request.size, spec.size))),
@@ -158,10 +168,7 @@ def resolve(request: GenerateConfig) -> tuple[Plan, ModelFiles]:
         raise ConfigError("--noise-device cuda needs a GPU: drop it, and the noise is drawn on the CPU")
     if config.tf32 and config.device == "cpu":
         raise ConfigError("--tf32 is of GPUs: drop it, or take --device cuda")
-    plan = Plan.of(config, spec, image.size)
-    _check_outputs(plan, request)
-    notes = (*image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files))
-    return dataclasses.replace(plan, notes=(*notes, spec.weights_note) if spec.weights_note else notes), files
+    return config
 
 
 def default_device() -> Device:

@@ -27,5 +27,26 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def _synchronize(self) -> None:
-        if self._device == "cuda":
-            torch.cuda.synchronize()
+        _synchronize(self._device)
+
+
+class FirstStep:
+    """Told of every step as it begins and ends, the seconds of the first: it waits for compilers, the others do not."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._started = 0.0
+        self.seconds = 0.0
+
+    def __call__(self, done: int) -> None:
+        if self.seconds == 0.0 and done <= 1:
+            _synchronize(self._device)
+            if done == 0:
+                self._started = time.perf_counter()
+            else:
+                self.seconds = time.perf_counter() - self._started
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,8 +54,7 @@ def _told(error: BaseException) -> dict[str, Any]:
 
 
 def _work(run_folder: Path, replica: int, own_folder: Path) -> None:
-    from wanfast.runtime import generate  # torch begins here
-    from wanfast.runtime.distributed.ranks import gang
+    from wanfast.runtime.distributed.ranks import gang  # torch begins here
 
     document = json.loads((run_folder / JOB).read_text(encoding="utf-8"))
     config = from_options(EffectiveConfig, document["jobs"][0]["effective"])
@@ -73,9 +73,18 @@ def _work(run_folder: Path, replica: int, own_folder: Path) -> None:
             if ranks.is_leader:
                 replace_text(run_folder / PROGRESS / f"{replica}.json", state)
 
-        for index, result in generate.run(jobs, ranks, claim=claim if has_peers else None, progress=progress):
+        for index, result in half_of(document["verb"])(
+            jobs, ranks, claim=claim if has_peers else None, progress=progress
+        ):
             if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has a run folder of its own
                 write_result(run_folder, index, result)
+
+
+def half_of(verb: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
+    """What does a command's jobs: `run(jobs, ranks, claim=, progress=)`, which yields (index, result) of each."""
+    from wanfast.runtime import generate, warmup
+
+    return {"generate": generate.run, "warmup": warmup.run}[verb]
 
 
 def _claim(run_folder: Path, index: int, replica: int) -> bool:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from wanfast.runtime.model_spec import DiTSpec
 from wanfast.runtime.models.attention import Sequence, WholeSequence, attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
-from wanfast.runtime.models.rope import RotaryTables, apply_rotary
+from wanfast.runtime.models.fused import add_layer_norm, layer_norm, linear_gelu, rms_norm_heads
+from wanfast.runtime.models.rope import RotaryTables
 
 
 class TextKV(NamedTuple):
@@ -45,16 +46,23 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
+class LinearGELU(Linear):
+    """A linear layer and the activation after it, by its tanh formula."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_gelu(x.to(self.weight.dtype), self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32. For q and k that is all heads together, not each."""
+    """The norm of q and k, over all heads together, not each: [B, L, H, D], rotated or not, in the dtype of x."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+    def forward(self, x_BLd: Tensor, num_heads: int, rope: RotaryTables | None = None) -> Tensor:
+        return rms_norm_heads(x_BLd, self.weight, self.eps, num_heads, rope)
 
 
 class Attention(nn.Module):
@@ -89,7 +97,7 @@ class SelfAttention(Attention):
             self.qkv = Linear(weight.shape[1], weight.shape[0])
         self.qkv.weight, self.qkv.bias = (nn.Parameter(x, requires_grad=False) for x in (weight, bias))
         del self.q, self.k, self.v
-        self.register_state_dict_post_hook(_name_the_three)
+        self.register_state_dict_post_hook(_name_the_three)  # type: ignore[no-untyped-call]
 
     def forward(self, x_BLd: Tensor, rope: RotaryTables, num_tokens: int) -> Tensor:
         def project(names: str) -> list[Tensor]:
@@ -103,8 +111,7 @@ class SelfAttention(Attention):
         """q and k normalised and rotated; v as it is."""
         if name == "v":
             return self._heads(product_BLd)
-        normed = self._heads((self.norm_q if name == "q" else self.norm_k)(product_BLd))
-        return apply_rotary(normed, rope).to(product_BLd.dtype)
+        return (self.norm_q if name == "q" else self.norm_k)(product_BLd, self.num_heads, rope)  # type: ignore[no-any-return]
 
 
 def _name_the_three(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
@@ -117,25 +124,23 @@ class CrossAttention(Attention):
     """Queries from the video, keys and values from the text. No rotation and no mask: padding rows take part."""
 
     def encode_text(self, text_BSd: Tensor) -> TextKV:
-        k = self._heads(self.norm_k(self.k(text_BSd)).to(text_BSd.dtype))
-        return TextKV(k, self._heads(self.v(text_BSd)))
+        return TextKV(self.norm_k(self.k(text_BSd), self.num_heads), self._heads(self.v(text_BSd)))
 
     def forward(self, x_BLd: Tensor, text: TextKV) -> Tensor:
-        q = self._heads(self.norm_q(self.q(x_BLd))).to(text.k.dtype)
-        out: Tensor = self.o(self.attend(q, *text).flatten(2))
+        out: Tensor = self.o(self.attend(self.norm_q(self.q(x_BLd), self.num_heads), *text).flatten(2))
         return out
 
 
 class Block(nn.Module):
     def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence, attend: AttentionFn) -> None:
         super().__init__()
-        self.dim, self.eps = spec.dim, spec.eps
+        self.dtype, self.eps = dtype, spec.eps
         self.self_attn = SelfAttention(spec, dtype, sequence, attend)
         self.norm3 = nn.LayerNorm(spec.dim, spec.eps, dtype=torch.float32)
         self.cross_attn = CrossAttention(spec, dtype, attend)
         self.ffn = nn.Sequential(
-            Linear(spec.dim, spec.ffn_dim, dtype=dtype),
-            nn.GELU("tanh"),
+            LinearGELU(spec.dim, spec.ffn_dim, dtype=dtype),
+            nn.Identity(),  # the original's activation has a place, and so a number, of its own
             Linear(spec.ffn_dim, spec.dim, dtype=dtype),
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, spec.dim, dtype=torch.float32))
@@ -144,16 +149,14 @@ class Block(nn.Module):
         """Residual stream of this rank's tokens in and out, float32; `num_tokens` on all ranks."""
         rows = (self.modulation + time_B6d).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
-        x = x_BLd + gate_attn * self.self_attn(self._modulated_norm(x_BLd, shift_attn, scale_attn), rope, num_tokens)
-        x = x + self.cross_attn(self.norm3(x), text)
-        out: Tensor = x + gate_ffn * self.ffn(self._modulated_norm(x, shift_ffn, scale_ffn))
-        return out
+        norm3, eps, dtype = self.norm3, self.eps, self.dtype
+        out = self.self_attn(layer_norm(x_BLd, 1 + scale_attn, shift_attn, eps, dtype), rope, num_tokens)
+        x, normed = add_layer_norm(x_BLd, out, gate_attn, norm3.weight, norm3.bias, eps, dtype)
+        x, normed = add_layer_norm(x, self.cross_attn(normed, text), None, 1 + scale_ffn, shift_ffn, eps, dtype)
+        return x + gate_ffn * self.ffn(normed)  # type: ignore[no-any-return]
 
     def encode_text(self, text_BSd: Tensor) -> TextKV:
         return self.cross_attn.encode_text(text_BSd)
-
-    def _modulated_norm(self, x_BLd: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return F.layer_norm(x_BLd, (self.dim,), eps=self.eps) * (1 + scale) + shift
 
 
 class Head(nn.Module):
@@ -161,13 +164,13 @@ class Head(nn.Module):
 
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
-        self.dim, self.eps = spec.dim, spec.eps
+        self.eps = spec.eps
         self.head = Linear(spec.dim, math.prod(spec.patch_size) * spec.out_channels, dtype=torch.float32)
         self.modulation = nn.Parameter(torch.empty(1, 2, spec.dim, dtype=torch.float32))
 
     def forward(self, x_BLd: Tensor, time_Bd: Tensor) -> Tensor:
         shift, scale = (self.modulation + time_Bd.unsqueeze(1)).chunk(2, dim=1)
-        out: Tensor = self.head(F.layer_norm(x_BLd, (self.dim,), eps=self.eps) * (1 + scale) + shift)
+        out: Tensor = self.head(layer_norm(x_BLd, 1 + scale, shift, self.eps, torch.float32))
         return out
 
 
@@ -192,7 +195,7 @@ class WanDiT(nn.Module):
             spec.in_channels, spec.dim, kernel_size=spec.patch_size, stride=spec.patch_size, dtype=dtype
         )
         self.text_embedding = nn.Sequential(
-            Linear(spec.text_dim, spec.dim, dtype=dtype), nn.GELU("tanh"), Linear(spec.dim, spec.dim, dtype=dtype)
+            LinearGELU(spec.text_dim, spec.dim, dtype=dtype), nn.Identity(), Linear(spec.dim, spec.dim, dtype=dtype)
         )
         self.time_embedding = nn.Sequential(
             Linear(spec.freq_dim, spec.dim, dtype=torch.float32),

@@ -1,0 +1,110 @@
+"""The fused norms, as formulas and as Triton kernels, against float64. Without a GPU Triton's interpreter runs them."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.parity import relative_error
+from wanfast.runtime.models import fused
+from wanfast.runtime.models.rope import rotary_tables
+
+EPS = 1e-6
+GRID, TOKENS = (2, 3, 4), 24
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDING = {torch.float32: 5e-7, torch.bfloat16: 2.0**-8}  # of bf16: an ulp, since the interpreter cuts off
+
+
+@pytest.fixture(params=["formula", "kernel"])
+def norms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if request.param == "formula":
+        monkeypatch.setattr(fused, "_by_kernel", lambda x: False)
+        return fused
+    kernels = importlib.import_module("wanfast.runtime.models.fused_kernels")
+    monkeypatch.setattr(fused, "fused_kernels", kernels, raising=False)
+    monkeypatch.setattr(fused, "_by_kernel", lambda x: True)
+    return fused
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def exact_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    x, weight, bias = x.double(), weight.double(), bias.double()
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt() * weight + bias
+
+
+@pytest.mark.parametrize("dim", [96, 160, 5120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_layer_norm(norms: ModuleType, dim: int, dtype: torch.dtype) -> None:
+    x = 100 + normal(1, TOKENS, dim, seed=0)  # far from zero, where a variance formed in one pass is lost
+    weight, bias = normal(1, 1, dim, seed=1), normal(dim, seed=2)
+    out = norms.layer_norm(x, weight, bias, EPS, dtype)
+    assert out.dtype == dtype and out.shape == x.shape
+    bound = 3e-5 if dtype == torch.float32 else ROUNDING[dtype]  # float32 itself holds 100 + x to 4e-6
+    assert relative_error(out, exact_layer_norm(x, weight, bias)) <= bound
+
+
+@pytest.mark.parametrize("dim", [96, 5120])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_add_layer_norm(norms: ModuleType, dim: int, gated: bool, dtype: torch.dtype) -> None:
+    x, y = normal(1, TOKENS, dim, seed=0), normal(1, TOKENS, dim, seed=1, dtype=dtype)
+    gate, weight, bias = (normal(1, 1, dim, seed=seed) for seed in (2, 3, 4))
+    before = x.clone()
+    total, out = norms.add_layer_norm(x, y, gate if gated else None, weight, bias, EPS, dtype)
+    expected = x.double() + (gate.double() if gated else 1) * y.double()
+    assert torch.equal(x, before)
+    assert total.dtype == torch.float32 and relative_error(total, expected) <= 1e-7
+    assert out.dtype == dtype
+    assert relative_error(out, exact_layer_norm(expected, weight, bias)) <= ROUNDING[dtype]
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(4, 24), (5, 32), (40, 128)])
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_rms_norm_heads(norms: ModuleType, heads: int, head_dim: int, rotated: bool, dtype: torch.dtype) -> None:
+    dim = heads * head_dim
+    wide = normal(1, TOKENS, 3 * dim, seed=0, dtype=dtype)
+    x, weight = wide[..., dim : 2 * dim], normal(dim, seed=1)  # k, where q, k and v are one product
+    rope = rotary_tables(GRID, head_dim, DEVICE)
+    out = norms.rms_norm_heads(x, weight, EPS, heads, rope if rotated else None)
+    assert out.dtype == dtype and out.shape == (1, TOKENS, heads, head_dim)
+
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+    exact = exact.unflatten(-1, (heads, head_dim))
+    if rotated:
+        turn = torch.complex(rope.cos.double(), rope.sin.double())
+        pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)).contiguous()) * turn
+        exact = torch.view_as_real(pairs).flatten(-2)
+    assert relative_error(out, exact) <= ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_linear_gelu(dtype: torch.dtype) -> None:
+    x, weight, bias = (
+        normal(*shape, seed=n, dtype=dtype) for n, shape in enumerate([(1, TOKENS, 64), (96, 64), (96,)])
+    )
+    out = fused.linear_gelu(x, weight / 8, bias)
+    product = x.double() @ (weight / 8).double().T + bias.double()
+    expected = 0.5 * product * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (product + 0.044715 * product**3)))
+    assert out.dtype == dtype
+    assert relative_error(out, expected) <= {torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
+
+
+def test_formulas_are_taken_where_gradients_are_wanted() -> None:
+    x = normal(1, 4, 8, seed=0)
+    assert fused._by_kernel(x) is False
+    with torch.no_grad():
+        assert fused._by_kernel(x) is (DEVICE == "cuda")
+        assert fused._by_kernel(torch.cat((x, x))) is False

@@ -1,0 +1,146 @@
+"""`wanfast warmup`: what it keeps serves another process with empty caches, and nothing else is ever taken for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Outcome
+from wanfast.runtime import compilation, model_files
+from wanfast.runtime.compilation import cache_inputs
+from wanfast.runtime.config import EffectiveConfig, from_options
+
+Wanfast = Callable[..., Outcome]
+ROOT = Path(__file__).parents[1]
+SHAPE = ("--model", "tiny", "--device", "cpu", "--size", "64x64", "--frames", "5", "--image", "cat.png")
+GENERATE = ("generate", *SHAPE, "--prompt", "a cat", "--seed", "1", "--steps", "2", "--compile", "--json")
+RANKS = {1: (), 2: ("--num-gpus", "2", "--ulysses", "2", "--cfg-parallel", "1")}
+
+# What came from the caches and what did not, after the document.
+COUNTED = """
+import sys
+from torch._dynamo.utils import counters
+from wanfast.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print({name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}, file=sys.stderr)
+"""
+
+
+def in_a_process_of_its_own(folder: Path, *arguments: str) -> Outcome:
+    """With Inductor's caches empty, as on a machine that never compiled."""
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+    shutil.rmtree(folder / "inductor", ignore_errors=True)
+    environment = os.environ | caches | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", COUNTED, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_another_process_starts_from_what_was_kept(workdir: Path, ranks: int) -> None:
+    warmed = in_a_process_of_its_own(workdir, "warmup", *SHAPE, *RANKS[ranks], "--json")
+    assert warmed.exit_code == 0, warmed.err
+    folder = Path(warmed.document["output"])
+    assert folder.parent == workdir / "artifacts" / "inductor" and not warmed.document["was_there"]
+    files = sorted(file.name for file in folder.iterdir())
+    assert files == ["manifest.json", *(f"rank-{rank}.bin" for rank in range(ranks))]
+
+    made = in_a_process_of_its_own(workdir, *GENERATE, *RANKS[ranks])
+    assert made.exit_code == 0, made.err
+    assert made.document["compile_cache"] == folder.name
+    assert "wanfast warmup" not in made.err
+    if ranks == 1:  # of several ranks the parent knows no counters
+        assert "{'hit': 1, 'miss': 0, 'bypass': 0}" in made.err
+        again = in_a_process_of_its_own(workdir, "warmup", *SHAPE, "--json")
+        assert again.document["was_there"] and again.document["output"] == str(folder)
+        assert "{'hit': 1, 'miss': 0, 'bypass': 0}" in again.err
+
+        kept = folder / "rank-0.bin"
+        kept.write_bytes(kept.read_bytes()[:-1] + b"!")  # of the same size
+        refused = in_a_process_of_its_own(workdir, *GENERATE, "--overwrite")
+        assert refused.exit_code == 4 and f"{folder} was changed after it was made" in refused.err
+
+
+def test_a_cold_run_says_what_would_save_its_compiling(wanfast: Wanfast, workdir: Path) -> None:
+    cold = in_a_process_of_its_own(workdir, *GENERATE)
+    assert cold.exit_code == 0, cold.err
+    assert cold.document["compile_cache"] is None and "'miss': 1" in cold.err
+    (line,) = [line for line in cold.err.splitlines() if "compiling took" in line]
+    seconds = float(line.split("compiling took ")[1].split(" s")[0])
+    assert 0.5 <= seconds <= cold.document["first_step_s"]
+    command = line.split("`")[1]
+    expected = "wanfast warmup --model tiny --image cat.png --size 64x64 --frames 5 --device cpu"
+    assert command == expected
+
+
+def config(**changes: Any) -> EffectiveConfig:
+    sidecar = {field.name: field.default for field in dataclasses.fields(EffectiveConfig)}
+    own = {
+        "model": "tiny", "image": "", "image_sha256": "", "prompt": "", "negative_prompt": "", "size": "64x64",
+        "frames": 5, "steps": 2, "shift": 5.0, "guidance_high_noise": 2.0, "guidance_low_noise": 2.0,
+        "solver": "unipc", "seed": 1, "noise_device": "cpu", "fps": 16, "precision": "bf16", "device": "cpu",
+        "output": "", "overwrite": False, "contact_sheet": False, "artifacts_dir": "", "attention": "flash",
+    }  # fmt: skip
+    return from_options(EffectiveConfig, {**sidecar, **own, **changes})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": "fp32"},
+        {"attention": "math"},
+        {"tf32": False},
+        {"compile_mode": "max-autotune"},
+        {"cfg_parallel": 2},
+        {"ulysses": 2},
+        {"dit_fsdp": "on"},
+    ],
+    ids=str,
+)
+def test_all_that_kernels_depend_on_is_in_the_key(change: dict[str, Any]) -> None:
+    spec = model_files.locate("tiny", "").spec.dit
+    inputs = cache_inputs(config(), spec, 32)
+    assert cache_inputs(config(**change), spec, 32) != inputs
+    assert cache_inputs(config(), spec, 33) != inputs
+    assert cache_inputs(config(), dataclasses.replace(spec, ffn_dim=8), 32) != inputs
+    assert cache_inputs(config(seed=2, steps=9, prompt="other"), spec, 32) == inputs
+    assert cache_inputs(config(), dataclasses.replace(spec, num_layers=8), 32) == inputs
+    json.dumps(inputs)
+
+
+def test_other_sources_are_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = model_files.locate("tiny", "").spec.dit
+    inputs = cache_inputs(config(), spec, 32)
+    runtime = shutil.copytree(Path(compilation.__file__).parent, tmp_path / "runtime")
+    monkeypatch.setattr(compilation, "__file__", str(runtime / "compilation.py"))
+    assert cache_inputs(config(), spec, 32) == inputs
+    (runtime / "models" / "dit.py").open("a").write("# another\n")
+    assert cache_inputs(config(), spec, 32)["sources"] != inputs["sources"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--image", "gone.png"], "--image"),
+        (["--frames", "6"], "--frames 6"),
+        (["--num-gpus", "4", "--ulysses", "3"], "--ulysses 3 does not fit"),
+        (["--attention", "fa3"], "--attention fa3: not installed"),
+        (["--tf32"], "--tf32 is of GPUs"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_warmed_is_refused(wanfast: Wanfast, workdir: Path, options: list[str], words: str) -> None:
+    outcome = wanfast("warmup", *SHAPE, *options)
+    assert outcome.exit_code == 2 and words in outcome.err, outcome.err
+    assert not (workdir / "artifacts" / "inductor").exists()

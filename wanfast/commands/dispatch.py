@@ -1,0 +1,56 @@
+"""How a command has its worker half do jobs: a run folder, then here if one rank suffices, or on ranks of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from wanfast.commands.progress import OnProgress, progress_bars
+from wanfast.runtime import launch
+from wanfast.runtime.artifacts import JOB, RESULT, new_run_folder, write_result, write_synced
+from wanfast.runtime.plan import Plan
+
+Verb = Literal["generate", "warmup"]
+Document = dict[str, Any]
+OnResult = Callable[[int, Document], None]
+
+
+def have_done(
+    verb: Verb,
+    jobs: list[Document],
+    plans: list[Plan],
+    artifacts_dir: str,
+    *,
+    show_progress: bool,
+    on_result: OnResult,
+) -> list[Document]:
+    """The result of every job, each told as it comes. The ranks of the first plan are those of all."""
+    config = plans[0].config
+    folder = new_run_folder(Path(artifacts_dir).absolute(), {"verb": verb, "jobs": jobs})
+    document = {"verb": verb, "jobs": jobs}
+    write_synced(folder / JOB, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    with progress_bars(enabled=show_progress) as on_progress:
+        if plans[0].mesh.size == 1:
+            results = _here(verb, folder, jobs, config.device, on_result, on_progress)
+        else:
+            outputs = [output for plan in plans for output in plan.outputs] if verb == "generate" else []
+            results = launch.run(folder, config, len(jobs), outputs, on_result=on_result, on_progress=on_progress)
+    write_synced(folder / RESULT, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    return results
+
+
+def _here(
+    verb: Verb, folder: Path, jobs: list[Document], device: str, on_result: OnResult, on_progress: OnProgress
+) -> list[Document]:
+    """One rank needs no other process."""
+    from wanfast.runtime.distributed.ranks import Ranks  # torch begins here
+    from wanfast.runtime.worker import half_of
+
+    results: dict[int, Document] = {}
+    for index, result in half_of(verb)(jobs, Ranks(device), progress=on_progress):
+        results[index] = result
+        write_result(folder, index, result)
+        on_result(index, result)
+    return [results[index] for index in range(len(jobs))]

@@ -1,0 +1,80 @@
+"""The norms of a block, each with what stands around it: one pass over the tokens, in float32 whatever goes in and out.
+
+Between the matrix products and attention a block only moves bytes, and most of them are the residual stream: [L, d] in
+float32, 1.5 GB at 75,600 tokens. Written as formulas, Inductor works a stream out anew for every reader of it and reads
+rotated pairs twice; the Triton kernels of `fused_kernels` read and write each value once. On a GPU, in inference, those
+run; anywhere else the formulas do, which are what they are tested against.
+
+Shapes: B batch, L tokens, d model dim, H heads, D head dim. Weights, biases and gates are [d] or [B, 1, d], float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from wanfast.runtime.models.rope import RotaryTables, apply_rotary
+
+if torch.version.cuda is not None:  # Triton comes with such builds alone
+    from wanfast.runtime.models import fused_kernels
+
+
+def layer_norm(x_BLd: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """(x - mean) / std * weight + bias over d, rounded to `dtype`."""
+    if _by_kernel(x_BLd):
+        out: Tensor = fused_kernels.layer_norm(x_BLd, weight, bias, eps, dtype)
+        return out
+    return (F.layer_norm(x_BLd, x_BLd.shape[-1:], eps=eps) * weight + bias).to(dtype)
+
+
+def add_layer_norm(
+    x_BLd: Tensor, y_BLd: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(x + gate * y, its `layer_norm`): what a branch adds to the residual stream, and what the next one reads."""
+    if _by_kernel(x_BLd):
+        both: tuple[Tensor, Tensor] = fused_kernels.add_layer_norm(x_BLd, y_BLd, gate, weight, bias, eps, dtype)
+        return both
+    x = x_BLd + (y_BLd if gate is None else gate * y_BLd)
+    return x, layer_norm(x, weight, bias, eps, dtype)
+
+
+def rms_norm_heads(
+    x_BLd: Tensor, weight: Tensor, eps: float, num_heads: int, rope: RotaryTables | None = None
+) -> Tensor:
+    """x / rms(x) * weight over all heads together, then rotated by `rope` if given: [B, L, H, D] in the dtype of x."""
+    if _by_kernel(x_BLd):
+        cos, sin = rope or (None, None)
+        return _heads(fused_kernels.rms_norm_rotate(x_BLd, weight, eps, cos, sin), num_heads)
+    normed = _heads(F.rms_norm(x_BLd.float(), weight.shape, weight, eps), num_heads)
+    return (apply_rotary(normed, rope) if rope else normed).to(x_BLd.dtype)
+
+
+def _heads(x_BLd: Tensor, num_heads: int) -> Tensor:
+    return rearrange(x_BLd, "B L (H D) -> B L H D", H=num_heads)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x W^T + b) by its tanh formula, [..., out]; x in the dtype of the weight. On a GPU part of the product."""
+    if x.is_cuda and not torch.is_grad_enabled():
+        out: Tensor = _linear_gelu(x, weight, bias)
+        return out
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+# Opaque to the compiler, which would take it apart into a product and a pass over [L, ffn_dim] for the activation.
+@torch.library.custom_op("wanfast::linear_gelu", mutates_args=())
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)  # cuBLAS's epilogue: tanh on GPUs
+    return out.view(*x.shape[:-1], -1)
+
+
+@_linear_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _by_kernel(x_BLd: Tensor) -> bool:
+    """They know no gradients, and one row of modulation for all tokens."""
+    return x_BLd.is_cuda and x_BLd.shape[0] == 1 and not torch.is_grad_enabled()

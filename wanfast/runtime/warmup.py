@@ -1,0 +1,108 @@
+"""The worker half of `wanfast warmup`: compiles an expert's block as a generation would, and keeps what that left.
+
+One block of random size-true weights is enough, since all blocks of both experts share one graph: no weights are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanfast.runtime import attention_probe, hardware, metadata, model_files
+from wanfast.runtime.artifacts import ArtifactStore
+from wanfast.runtime.builders import DTYPES
+from wanfast.runtime.compilation import cache_inputs, compile_blocks, load_caches, save_caches
+from wanfast.runtime.config import EffectiveConfig, from_options
+from wanfast.runtime.distributed import fsdp
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.errors import WanFastError, failure
+from wanfast.runtime.model_spec import DiTSpec
+from wanfast.runtime.models.attention import attention_by
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.rope import rotary_tables
+from wanfast.runtime.plan import Plan
+from wanfast.runtime.shapes import Geometry
+from wanfast.runtime.timing import Stopwatch
+
+
+def run(
+    jobs: list[dict[str, Any]],
+    ranks: Ranks,
+    *,
+    claim: Callable[[int], bool] | None = None,
+    progress: Callable[[int, str, int, int], None] = lambda index, stage, done, total: None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(0, result) of the one job: the artifact, and what a block cost with nothing kept and with everything."""
+    (job,) = jobs
+    try:
+        yield 0, _warm(job, ranks, lambda stage: progress(0, stage, 0, 0))
+    except WanFastError as error:
+        if ranks.size > 1 and not error.is_agreed:
+            raise
+        yield 0, failure(error)
+
+
+def _warm(job: dict[str, Any], ranks: Ranks, progress: Callable[[str], None]) -> dict[str, Any]:
+    config = from_options(EffectiveConfig, job["effective"])
+    ranks.together(lambda: hardware.prepare(config.device, config.precision, config.tf32))
+    spec = ranks.together(lambda: model_files.locate(config.model, config.artifacts_dir)).spec
+    hardware.use_few_threads(ranks.device, spec.dit.dim)
+    dtype = DTYPES[config.precision]
+    kernel = ranks.lead(lambda: attention_probe.choose(config.attention, config.device, dtype, spec.dit.head_dim))
+    config = dataclasses.replace(config, attention=kernel)
+    plan = Plan.of(config, spec, tuple(job["image_size"]), placement=job["placement"])
+    store = ArtifactStore(Path(config.artifacts_dir))
+    inputs = cache_inputs(config, spec.dit, plan.geometry.tokens)
+    was_there = load_caches(store, inputs, ranks) is not None
+    watch = Stopwatch(ranks.device)
+    progress("loading what is kept" if was_there else "compiling")
+    _forward(plan, ranks, watch)
+    folder = save_caches(store, inputs, ranks)
+    return metadata.planned(plan, job["requested"]) | {
+        "output": str(folder),
+        "was_there": was_there,
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+        "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
+        "hardware": hardware.describe(config.device),
+    }
+
+
+@torch.inference_mode()
+def _forward(plan: Plan, ranks: Ranks, watch: Stopwatch) -> None:
+    """The first forward of one block, which compiles it, and the second."""
+    config, spec = plan.config, dataclasses.replace(plan.spec.dit, num_layers=1)
+    model = _block(spec, config, ranks)
+    compile_blocks(model, config.compile_mode)
+    text = model.encode_text(torch.zeros(1, spec.text_len, spec.text_dim, device=ranks.device))
+    rope = rotary_tables(plan.geometry.token_grid, spec.head_dim, ranks.device)
+    latent = _latent(plan.geometry, spec.out_channels, ranks.device)
+    condition = _latent(plan.geometry, spec.in_channels - spec.out_channels, ranks.device)
+    timestep = torch.full((1,), plan.schedule[0].timestep, device=ranks.device)
+    for name in ("first", "second"):
+        with watch.span(name):
+            model(latent, condition, timestep, text, rope)
+
+
+def _block(spec: DiTSpec, config: EffectiveConfig, ranks: Ranks) -> WanDiT:
+    """An expert of one block, held as `builders` would hold it. Its values decide nothing."""
+    sharded = config.dit_fsdp == "on"
+    with torch.device("meta"):
+        model = WanDiT(spec, DTYPES[config.precision], ranks.sequence, attention_by(config.attention))
+    if sharded:
+        fsdp.shard(model, ranks.device)
+    model.to_empty(device=ranks.device).requires_grad_(False).eval()
+    for parameter in model.parameters():
+        parameter.zero_()
+    if not sharded:
+        model.fuse_projections()
+    return model
+
+
+def _latent(geometry: Geometry, channels: int, device: str) -> Tensor:
+    shape = (1, channels, geometry.latent_frames, geometry.latent_height, geometry.latent_width)
+    return torch.zeros(shape, device=device)
