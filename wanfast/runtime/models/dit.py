@@ -234,7 +234,8 @@ class WanDiT(nn.Module):
         patches = self.patch_embedding(video)
         token_grid = patches.shape[2:]
         num_tokens = math.prod(token_grid)
-        x = self.sequence.shard(rearrange(patches, "B d T Y X -> B (T Y X) d"), 1).float()
+        tokens = self.sequence.shard(rearrange(patches, "B d T Y X -> B (T Y X) d"), 1)
+        x = tokens.to(torch.float32, memory_format=torch.contiguous_format)  # else the first block were a graph apart
         own_rope = RotaryTables(*(self.sequence.shard(table, 0) for table in rope))
         time_Bd = self.time_embedding(sinusoid(timestep, self.spec.freq_dim))
         time_B6d = self.time_projection(time_Bd).unflatten(1, (6, -1))

@@ -21,6 +21,7 @@ _NUM_WARPS = 8
 @triton_op("wanfast::layer_norm", mutates_args={})
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     d = x.shape[-1]
+    _check_rows(x, weight, bias)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     wrap_triton(_layer_norm)[(x.numel() // d,)](
         x, weight, bias, out, eps, d=d, BLOCK=triton.next_power_of_2(d), num_warps=_NUM_WARPS
@@ -33,6 +34,7 @@ def add_layer_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     d = x.shape[-1]
+    _check_rows(x, y, weight, bias)
     total, out = torch.empty_like(x), torch.empty(x.shape, dtype=dtype, device=x.device)
     wrap_triton(_add_layer_norm)[(x.numel() // d,)](
         x,
@@ -55,6 +57,7 @@ def add_layer_norm(
 def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """x may be a part of wider rows; cos and sin are [L, 1, D/2], or neither is given."""
     d = x.shape[-1]
+    assert x.stride(-1) == 1, "the values of a row lie side by side"
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     wrap_triton(_rms_norm_rotate)[(x.numel() // d,)](
         x,
@@ -71,6 +74,11 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, s
         num_warps=_NUM_WARPS,
     )
     return out
+
+
+def _check_rows(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        assert tensor.is_contiguous(), f"rows lie one after the other, not {tensor.stride()}"
 
 
 @triton.jit

@@ -1,0 +1,132 @@
+"""Seconds to the first finished step: cold, after `wanfast warmup`, and on a machine that received only its artifact.
+
+    python benchmarks/warm_start.py                                   # one GPU, A14B's shapes at 1280x720x81
+    python benchmarks/warm_start.py --layers 10 --branches 1          # the work of one of eight GPUs in a step
+    python benchmarks/warm_start.py --tiny                            # to see that it runs, on a CPU too
+
+Every start is a fresh process: "cold" finds the caches empty; "second" finds what the cold one left on this machine;
+"received" finds other, empty caches and the artifact, which a `warmup` with caches of its own made. Weights are random
+and made before the clock starts; it stops when the first step is done: loading the artifact, tracing, compiling and the
+step itself. What a step takes by itself is measured after it. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+COMMON = ("layers", "branches", "size", "frames", "attention", "compile_mode")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--branches", type=int, default=2, help="forwards of a step")
+    parser.add_argument("--size", default="1280x720")
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--attention", default="fa3")
+    parser.add_argument("--compile-mode", default="default")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.start:
+        print(json.dumps(_start(options)))
+        return
+    if options.tiny:
+        options.size, options.frames, options.attention, options.layers = "64x64", 5, "flash", 2
+    with tempfile.TemporaryDirectory() as scratch:
+        _compare(options, Path(scratch))
+
+
+def _compare(options: argparse.Namespace, scratch: Path) -> None:
+    model = "tiny" if options.tiny else "a14b"
+    size = (f"--size={options.size}", f"--frames={options.frames}", f"--attention={options.attention}")
+    warmup = ("-m", "wanfast", "warmup", f"--model={model}", *size, f"--compile-mode={options.compile_mode}", "--json")
+    nothing = scratch / "no-artifacts"
+    start = (__file__, "--start", *(f"--{name.replace('_', '-')}={getattr(options, name)}" for name in COMMON))
+    start += ("--tiny",) if options.tiny else ()
+    found = {
+        "cold": _run(scratch / "a", nothing, *start),
+        "second": _run(scratch / "a", nothing, *start),
+        "warmup": _run(scratch / "b", scratch / "artifacts", *warmup),
+        "received": _run(scratch / "c", scratch / "artifacts", *start),
+    }
+    assert found["received"]["compile_cache"] == Path(found["warmup"]["output"]).name, "the artifact was not taken"
+    assert found["cold"]["compile_cache"] is None
+    cold = found["cold"]
+    for name in ("cold", "second", "received"):
+        way = found[name]
+        way["ratio"] = round(way["first_s"] / cold["first_s"], 4)
+        way["ratio_beyond_a_step"] = round((way["first_s"] - way["step_s"]) / (cold["first_s"] - cold["step_s"]), 4)
+        print(f"{name:9} {way}", file=sys.stderr)
+    facts = {name: getattr(options, name) for name in COMMON}
+    kept = {name: found["warmup"][name] for name in ("bytes", "seconds", "hardware", "versions")}
+    print(json.dumps({**facts, **{name: found[name] for name in ("cold", "second", "received")}, "warmup": kept}))
+
+
+def _run(caches: Path, artifacts: Path, *arguments: str) -> dict[str, Any]:
+    """The JSON of a fresh process's last line, with its own seconds from start to end."""
+    environment = os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "WANFAST_ARTIFACTS": str(artifacts),
+        "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", ""))),
+    }
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    document: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return document | {"process_s": round(time.perf_counter() - began, 2)}
+
+
+def _start(options: argparse.Namespace) -> dict[str, Any]:
+    """One process: the first step from models that are loaded, and two more."""
+    import torch
+    from random_expert import random_expert, random_inputs
+
+    from wanfast.commands.warmup import planned
+    from wanfast.runtime.artifacts import ArtifactStore
+    from wanfast.runtime.compilation import cache_inputs, compile_blocks, load_caches
+    from wanfast.runtime.distributed.ranks import Ranks
+    from wanfast.runtime.hardware import prepare
+    from wanfast.runtime.models.attention import attention_by
+
+    names = ("size", "frames", "attention", "compile_mode")
+    asked = {"model": "tiny" if options.tiny else "a14b", **{name: getattr(options, name) for name in names}}
+    plan, _ = planned(asked)
+    config, spec = plan.config, replace(plan.spec.dit, num_layers=options.layers)
+    prepare(config.device, config.precision, config.tf32)
+    ranks, g = Ranks(config.device), plan.geometry
+
+    def settle() -> float:
+        if config.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    with torch.inference_mode():
+        inputs = random_inputs(spec, (g.latent_frames, g.latent_height, g.latent_width), config.device)
+        model = random_expert(spec, torch.bfloat16, config.device, attend=attention_by(config.attention))
+        model.fuse_projections()
+        began = settle()
+        store = ArtifactStore(Path(os.environ["WANFAST_ARTIFACTS"]))
+        key = load_caches(store, cache_inputs(config, spec, g.tokens), ranks)
+        compile_blocks(model, config.compile_mode)
+        ends = [began]
+        for _ in range(3):
+            for text in inputs.texts[: options.branches]:
+                model(*inputs.arguments(model.encode_text(text)))
+            ends.append(settle())
+    steps = [round(end - start, 3) for start, end in itertools.pairwise(ends)]
+    return {"compile_cache": key, "first_s": steps[0], "step_s": min(steps[1:])}
+
+
+if __name__ == "__main__":
+    main()
