@@ -255,7 +255,8 @@ def _find_errors(ways: list[Way], model: WanDiT, layers: int, inputs: Inputs) ->
         exact = WanDiT(replace(model.spec, num_layers=layers), torch.float32, attend=exact_attention)
     known = model.state_dict()
     exact.load_state_dict({name: known[name].float() for name in exact.state_dict()}, assign=True)
-    expected = _velocity(exact, inputs, exact.encode_text(inputs.texts[0]))().double()
+    with torch.inference_mode(False), torch.enable_grad():  # the formulas, and none of our kernels
+        expected = _velocity(exact, inputs, exact.encode_text(inputs.texts[0]))().double()
     for way in ways:
         with _first_layers(way.blocks, layers):
             way.relative_error = float((way.velocity().double() - expected).norm() / expected.norm())

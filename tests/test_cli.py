@@ -32,7 +32,10 @@ PACKAGE = Path(generate_command.__file__).parents[1]
 def test_the_surface_is_the_checked_in_one(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new flag is a conscious act: WANFAST_UPDATE_SURFACE=1 writes the file anew."""
     monkeypatch.setenv("COLUMNS", "100")
-    pages = [wanfast(*command, "--help").out for command in ([], ["generate"], ["download"], ["warmup"], ["doctor"])]
+    pages = [
+        wanfast(*command, "--help").out
+        for command in ([], ["generate"], ["download"], ["quantize"], ["warmup"], ["doctor"])
+    ]
     surface = "\n".join(line.rstrip() for page in pages for line in page.splitlines()) + "\n"
     if os.environ.get("WANFAST_UPDATE_SURFACE"):
         SURFACE.write_text(surface)
@@ -81,6 +84,7 @@ def python(code: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
         ["download", "--help"],
         ["doctor", "--help"],
         ["warmup", "--help"],
+        ["quantize", "--help"],
         ["warmup", "--frames", "80"],
         ["doctor", "--size", "bad"],
         list(DRY),

@@ -18,6 +18,7 @@ from wanfast import __version__
 from wanfast.commands.doctor import doctor
 from wanfast.commands.download import download
 from wanfast.commands.generate import generate
+from wanfast.commands.quantize import quantize
 from wanfast.commands.warmup import warmup
 from wanfast.runtime.errors import JobsFailedError, WanFastError, failure
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(download)
+app.command()(quantize)
 app.command()(warmup)
 app.command()(doctor)
 

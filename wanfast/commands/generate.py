@@ -45,6 +45,8 @@ def generate(
     fps: Annotated[int | None, typer.Option(help="Frames a second of the file.  [default: 16]")] = None,
     precision: options.PrecisionOption = "bf16",
     attention: options.AttentionOption = "auto",
+    quantize: options.Quantize = None,
+    quantize_on_the_fly: options.QuantizeOnTheFly = False,
     tf32: options.Tf32 = None,
     compile: options.Compile = False,
     compile_mode: options.CompileModeOption = "default",

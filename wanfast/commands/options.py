@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wanfast.runtime.config import Attention, CompileMode, Device, Precision, Switch
+from wanfast.runtime.config import Attention, CompileMode, Device, Precision, Recipe, Switch
 
 Model = Annotated[
     str,
@@ -25,6 +25,13 @@ AttentionOption = Annotated[
     typer.Option(
         help="Its kernel: FlashAttention 3, 4 or 2, or one of torch's; auto takes the fastest that is right here."
     ),
+]
+Quantize = Annotated[
+    Recipe | None,
+    typer.Option(help="Experts quantized by this recipe, as `wanfast quantize` keeps them; bf16 is them cast alone."),
+]
+QuantizeOnTheFly = Annotated[
+    bool, typer.Option("--quantize-on-the-fly", help="Quantize while loading instead of taking what is kept.")
 ]
 Tf32 = Annotated[
     bool | None,

@@ -103,8 +103,9 @@ class Report:
 
 def _plan_rows(plan: dict[str, Any]) -> dict[str, str]:
     steps, guidance, latent = plan["steps"], plan["guidance"], "x".join(str(n) for n in plan["latent"])
+    kind = plan["quantize"] or plan["precision"]
     return {
-        "model": f"{plan['model']}, {plan['precision']} on {plan['device']}, {plan['attention']} attention"
+        "model": f"{plan['model']}, {kind} on {plan['device']}, {plan['attention']} attention"
         + (", compiled" if plan["compile"] else ""),
         "video": f"{plan['width']}x{plan['height']}, {plan['frames']} frames at {plan['fps']} fps "
         f"({plan['duration_s']} s)",

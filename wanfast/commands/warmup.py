@@ -30,6 +30,7 @@ def warmup(
     frames: options.Frames = None,
     precision: options.PrecisionOption = "bf16",
     attention: options.AttentionOption = "auto",
+    quantize: options.Quantize = None,
     tf32: options.Tf32 = None,
     compile_mode: options.CompileModeOption = "default",
     device: options.DeviceOption = None,

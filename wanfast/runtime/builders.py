@@ -19,6 +19,8 @@ from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.quantization import quantize_linears
+from wanfast.runtime.quantized_artifacts import QuantizedExpert, shards
 
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -30,16 +32,27 @@ def build_expert(
     ranks: Ranks,
     *,
     attend: AttentionFn = attention,
+    quantized: QuantizedExpert | None = None,
+    on_the_fly: bool = False,
     sharded: bool = False,
     device: str | None = None,
 ) -> WanDiT:
-    """An expert that shares tokens among `ranks`; on another `device` than theirs if one is named."""
+    """An expert that shares tokens among `ranks`; on another `device` than theirs if one is named.
+
+    `quantized`: by its recipe, from its artifact or, `on_the_fly`, from the files. Raises MissingArtifactError.
+    """
+    dtype, layout = DTYPES[precision], files.layout
     with torch.device("meta"):
-        model = WanDiT(files.spec.dit, DTYPES[precision], ranks.sequence, attend)
+        model = WanDiT(files.spec.dit, dtype, ranks.sequence, attend)
+        if quantized:
+            quantize_linears(model, quantized.recipe, dtype)
     if sharded:
         fsdp.shard(model, ranks.device)
-    weights = files.weights(expert)
-    checkpoint.load(model, weights, component="dit", layout=files.layout, ranks=ranks, device=device)
+    if quantized and not on_the_fly:
+        weights, layout = shards(ranks.together(quantized.require)), "original"
+    else:
+        weights = files.weights(expert)
+    checkpoint.load(model, weights, component="dit", layout=layout, ranks=ranks, device=device, on_the_fly=on_the_fly)
     if not sharded:
         model.fuse_projections()
     return model

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,13 +26,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from wanfast.runtime.config import Recipe
 from wanfast.runtime.distributed.fsdp import from_own_rows, own_rows
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.models.quantized import QuantizedLinear
+from wanfast.runtime.quantization import quantize, scale_of
 
 Component = Literal["dit", "vae", "umt5"]
 Layout = Literal["original", "diffusers"]
 _Pairs = list[tuple[str, str]]
+
+RowsFn = Callable[[int, int], Tensor]  # first and end along dim 0
 
 _WORTH_SHARING = 1 << 20  # values: below, an exchange costs more than the reading
 
@@ -44,30 +50,72 @@ def load(
     layout: Layout,
     ranks: Ranks,
     device: str | None = None,
+    on_the_fly: bool = False,
 ) -> None:
     """Fill the meta `module` from `files`, each tensor in the dtype that the module states; ready for inference.
 
-    All `ranks` call it, on their device or on the one named. Raises CorruptArtifactError.
+    All `ranks` call it, on their device or on the one named. `on_the_fly`: what the module holds quantized the files do
+    not, and it is quantized as it comes. Raises CorruptArtifactError.
     """
-    wanted = module.state_dict()
-    places = ranks.together(lambda: _match(wanted, files, component, layout))
+    wanted, quantizing = module.state_dict(), _recipes(module) if on_the_fly else {}
+    places = ranks.together(lambda: _match(_without_scales(wanted, quantizing), files, component, layout))
     found: dict[str, Tensor] = {}
-    for file, names in places.items():
-        reader = _PthReader(file) if file.suffix == ".pth" else _SafetensorsReader(file)
-        for name, key in names.items():
-            found[name] = _fetch(reader, key, wanted[name], ranks, device or ranks.device)
+    for name, rows in _in_order_of_files(places):
+        part = _own_part(wanted[name], ranks)
+        read = rows(*part.rows).to(device or ranks.device)
+        if name in quantizing:
+            values, scale = quantize(read, quantizing[name])
+            found[name], found[scale_of(name)] = part.whole(values, ranks), part.whole(scale, ranks)
+        else:  # cast where it is fast; a view would keep the file mapped
+            found[name] = part.whole(read.to(wanted[name].dtype, copy=read.device.type == "cpu"), ranks)
     module.load_state_dict(found, strict=True, assign=True)
     module.requires_grad_(False).eval()
 
 
-def _fetch(reader: _Reader, key: str, wanted: Tensor, ranks: Ranks, device: str) -> Tensor:
-    """What this rank holds of a parameter, read by as few as possible."""
+def stream(
+    module: nn.Module, files: Sequence[Path], *, component: Component, layout: Layout
+) -> Iterator[tuple[str, RowsFn]]:
+    """(name, what reads rows of it) of every tensor that the meta `module` wants. Raises CorruptArtifactError."""
+    return _in_order_of_files(_match(module.state_dict(), files, component, layout))
+
+
+def _in_order_of_files(places: dict[Path, dict[str, str]]) -> Iterator[tuple[str, RowsFn]]:
+    for file, names in places.items():
+        reader = _PthReader(file) if file.suffix == ".pth" else _SafetensorsReader(file)
+        for name, key in names.items():
+            yield name, partial(reader.rows, key)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of a parameter that this rank reads."""
+
+    wanted: Tensor
+    rows: tuple[int, int]
+    is_shared: bool  # every rank reads a part, and all hold the whole
+
+    def whole(self, rows: Tensor, ranks: Ranks) -> Tensor:
+        """What this rank holds, of its rows."""
+        return ranks.gather_rows(rows) if self.is_shared else from_own_rows(rows, self.wanted)
+
+
+def _own_part(wanted: Tensor, ranks: Ranks) -> _Part:
+    """Read by as few ranks as possible."""
     first, end = own_rows(wanted)
-    if shared := not isinstance(wanted, DTensor) and wanted.numel() >= _WORTH_SHARING and not end % ranks.size:
-        first, end = (ranks.rank * end // ranks.size, (ranks.rank + 1) * end // ranks.size)
-    read = reader.rows(key, first, end).to(device)
-    rows = read.to(wanted.dtype, copy=device == "cpu")  # cast where it is fast; a view would keep the file mapped
-    return ranks.gather_rows(rows) if shared else from_own_rows(rows, wanted)
+    if isinstance(wanted, DTensor) or wanted.numel() < _WORTH_SHARING or end % ranks.size:
+        return _Part(wanted, (first, end), is_shared=False)
+    return _Part(wanted, (ranks.rank * end // ranks.size, (ranks.rank + 1) * end // ranks.size), is_shared=True)
+
+
+def _recipes(module: nn.Module) -> dict[str, Recipe]:
+    """{weight: recipe} of the linears that the module holds quantized."""
+    linears = {f"{name}.weight": m.product for name, m in module.named_modules() if isinstance(m, QuantizedLinear)}
+    return cast("dict[str, Recipe]", linears)
+
+
+def _without_scales(wanted: Mapping[str, Tensor], quantizing: Mapping[str, Recipe]) -> Mapping[str, Tensor]:
+    scales = {scale_of(name) for name in quantizing}
+    return {name: tensor for name, tensor in wanted.items() if name not in scales}
 
 
 def _match(

@@ -48,6 +48,7 @@ def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[st
         "block": {name: size for name, size in dataclasses.asdict(spec).items() if name != "num_layers"},
         "tokens": tokens,
         "precision": config.precision,
+        "quantize": config.quantize,
         "attention": config.attention,
         "tf32": config.tf32,
         "mode": config.compile_mode,

@@ -23,6 +23,7 @@ Expert = Literal["high_noise", "low_noise"]
 Branch = Literal["prompt", "negative_prompt"]  # of guidance
 Switch = Literal["on", "off", "auto"]
 CompileMode = Literal["default", "max-autotune-no-cudagraphs", "max-autotune"]
+Recipe = Literal["int8-weight-only", "int8-dynamic", "fp8-rowwise", "bf16"]
 Attention = Literal["auto", "fa3", "fa4", "fa2", "cudnn", "flash", "efficient", "math"]
 
 T = TypeVar("T")
@@ -48,6 +49,8 @@ class GenerateConfig:
     fps: int | None = None
     precision: Precision = "bf16"
     attention: Attention = "auto"
+    quantize: Recipe | None = None
+    quantize_on_the_fly: bool = False
     tf32: bool | None = None
     compile: bool = False
     compile_mode: CompileMode = "default"
@@ -99,6 +102,7 @@ class GenerateConfig:
             raise ConfigError("--noise-device cuda needs --device cuda: drop one of the two")
         if self.compile_mode != GenerateConfig.compile_mode and not self.compile:
             raise ConfigError(f"--compile-mode {self.compile_mode} needs --compile: add it, or drop the mode")
+        _check_quantization(self)
         _check_ranks(self)
 
 
@@ -128,6 +132,8 @@ class EffectiveConfig:
     contact_sheet: bool
     artifacts_dir: str
     attention: Attention = "auto"  # the worker writes the one that it took
+    quantize: Recipe | None = None
+    quantize_on_the_fly: bool = False
     tf32: bool | None = None  # None: as the reference, in the convolutions of a bf16 run alone
     compile: bool = False
     compile_mode: CompileMode = "default"
@@ -142,6 +148,18 @@ class EffectiveConfig:
     t5_fsdp: Switch = "off"
     expert_offload: Switch = "off"
     rank_timeout: float = 600.0
+
+
+def _check_quantization(config: GenerateConfig) -> None:
+    if config.quantize_on_the_fly and config.quantize in (None, "bf16"):
+        raise ConfigError("--quantize-on-the-fly needs --quantize with a recipe of 8 bits: add one, or drop it")
+    if config.quantize and config.precision != "bf16":
+        raise ConfigError(f"--quantize {config.quantize} needs --precision bf16: drop one of the two")
+    if config.quantize not in (None, "bf16") and config.dit_fsdp == "on":
+        raise ConfigError(
+            f"--dit-fsdp on with --quantize {config.quantize}: quantized experts are not sharded, as they fit whole: "
+            "drop one of the two"
+        )
 
 
 def _check_ranks(config: GenerateConfig) -> None:

@@ -26,12 +26,13 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
 from wanfast.runtime.experts import Experts, ResidentExperts, SwappedExperts
 from wanfast.runtime.media_io import LoadedImage
-from wanfast.runtime.model_files import COMPONENTS, ModelFiles
+from wanfast.runtime.model_files import COMPONENTS, Component, ModelFiles
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.pipeline import ImageToVideoPipeline
 from wanfast.runtime.plan import Plan
 from wanfast.runtime.prompt_embeds import prompt_embeds
+from wanfast.runtime.quantized_artifacts import quantized_expert, shards
 from wanfast.runtime.timing import FirstStep, Stopwatch
 
 Job = dict[str, Any]  # of requests.Planned.job
@@ -54,7 +55,17 @@ def run(
         yield from _run_group({index: jobs[index] for index in indices}, ranks, claim, progress)
 
 
-_OF_MODELS = ("model", "precision", "attention", "tf32", "compile", "compile_mode", "artifacts_dir")
+_OF_MODELS = (
+    "model",
+    "precision",
+    "quantize",
+    "quantize_on_the_fly",
+    "attention",
+    "tf32",
+    "compile",
+    "compile_mode",
+    "artifacts_dir",
+)
 
 
 def _models_of(job: Job) -> tuple[Any, ...]:
@@ -123,8 +134,17 @@ def load_pipeline(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, load
 
     def build(expert: Expert) -> WanDiT:
         with loads.span(expert):
-            sharded = config.dit_fsdp == "on"
-            model = build_expert(files, expert, config.precision, ranks, attend=attend, sharded=sharded, device=hosted)
+            model = build_expert(
+                files,
+                expert,
+                config.precision,
+                ranks,
+                attend=attend,
+                quantized=quantized_expert(files, config, expert),
+                on_the_fly=config.quantize_on_the_fly,
+                sharded=config.dit_fsdp == "on",
+                device=hosted,
+            )
         if config.compile:
             compile_blocks(model, config.compile_mode)
         return model
@@ -136,16 +156,24 @@ def load_pipeline(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, load
     return ImageToVideoPipeline(files.spec, experts, vae, ranks, kernel)
 
 
-def _speeds(loads: Stopwatch, files: ModelFiles) -> dict[str, dict[str, float]]:
+def _speeds(loads: Stopwatch, files: ModelFiles, config: EffectiveConfig) -> dict[str, dict[str, float]]:
     """Seconds and bytes of each component that was loaded: the gang reads them about once."""
     return {
         component: {
             "seconds": round(loads.seconds[component], 3),
-            "bytes": sum(file.stat().st_size for file in files.weights(component)),
+            "bytes": sum(file.stat().st_size for file in _read_files(files, config, component)),
         }
         for component in COMPONENTS
         if component in loads.seconds
     }
+
+
+def _read_files(files: ModelFiles, config: EffectiveConfig, component: Component) -> list[Path]:
+    if component in ("high_noise", "low_noise") and config.quantize and not config.quantize_on_the_fly:
+        expert = quantized_expert(files, config, component)
+        assert expert is not None
+        return shards(expert.require())
+    return files.weights(component)
 
 
 def _run_one(
@@ -190,7 +218,7 @@ def _run_one(
                 "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
                 "first_step_s": round(first_step.seconds, 3),
                 "compile_cache": compile_cache,
-                "loading": _speeds(loads, files),
+                "loading": _speeds(loads, files, config),
                 "output_sha256": hashlib.sha256(mp4.read_bytes()).hexdigest(),
                 "peak_memory_bytes": max(peaks),
                 "peak_memory_bytes_by_rank": peaks,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from wanfast.runtime.config import Precision
+from wanfast.runtime.config import Precision, Recipe
 from wanfast.runtime.model_spec import DiTSpec, ModelSpec, UMT5Spec
 from wanfast.runtime.shapes import Geometry
 
@@ -31,19 +31,27 @@ def dit_parameters(spec: DiTSpec) -> tuple[int, int]:
     return products, spec.num_layers * block_norms + time + head
 
 
-def expert_bytes(spec: DiTSpec, precision: Precision) -> int:
+def expert_bytes(spec: DiTSpec, precision: Precision, recipe: Recipe | None = None) -> int:
+    """Quantized, the blocks' weights are a byte a value, and each of their rows has a scale in float32."""
     products, small = dit_parameters(spec)
-    return products * _BYTES[precision] + small * 4
+    if recipe in (None, "bf16"):
+        return products * _BYTES[precision] + small * 4
+    weights, rows = spec.num_layers * _block_weights(spec), spec.num_layers * (9 * spec.dim + spec.ffn_dim)
+    return weights + (products - weights) * _BYTES[precision] + (small + rows) * 4
 
 
 def block_bytes(spec: DiTSpec, precision: Precision) -> int:
     """One block's weights: what sharding gathers at a time."""
-    return (8 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim) * _BYTES[precision]
+    return _block_weights(spec) * _BYTES[precision]
 
 
-def hosted_bytes(spec: DiTSpec, precision: Precision) -> int:
+def _block_weights(spec: DiTSpec) -> int:
+    return 8 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim
+
+
+def hosted_bytes(spec: DiTSpec, precision: Precision, recipe: Recipe | None = None) -> int:
     """Both experts in host memory, with the ends of the slabs that they are pinned in."""
-    return int(2 * expert_bytes(spec, precision) * 1.1)
+    return int(2 * expert_bytes(spec, precision, recipe) * 1.1)
 
 
 def umt5_bytes(spec: UMT5Spec, precision: Precision) -> int:

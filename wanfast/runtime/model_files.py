@@ -94,9 +94,11 @@ class ModelFiles:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """What identifies each component's content, the same for a copy elsewhere; sampled, so 57 GB take a moment."""
-        components: dict[str, list[Path]] = {name: self.weights(name) for name in COMPONENTS}
-        components["tokenizer"] = [self.tokenizer]
-        return {name: _fingerprint(files) for name, files in components.items()}
+        return {**{name: self.fingerprint(name) for name in COMPONENTS}, "tokenizer": _fingerprint([self.tokenizer])}
+
+    def fingerprint(self, component: Component) -> str:
+        """Of one component. Raises MissingArtifactError."""
+        return _fingerprint(self.weights(component))
 
 
 def locate(model: str, artifacts_dir: str) -> ModelFiles:

@@ -21,8 +21,8 @@ _SHOWN = {"tiny": ("star.png", "The big orange star goes right on a wavy backgro
 _SHOWN_ELSE = ("cat.jpg", "The cat looks up and blinks.")
 _SMALLER = "832x480"
 WARMUP_OPTIONS = (
-    "model", "image", "size", "frames", "precision", "attention", "tf32", "compile_mode", "device", "num_gpus",
-    "cfg_parallel", "ulysses", "dit_fsdp", "expert_offload", "rank_timeout", "artifacts_dir",
+    "model", "image", "size", "frames", "precision", "attention", "quantize", "tf32", "compile_mode", "device",
+    "num_gpus", "cfg_parallel", "ulysses", "dit_fsdp", "expert_offload", "rank_timeout", "artifacts_dir",
 )  # fmt: skip
 _HELD: dict[str, dict[str, str]] = {
     "resident": {},

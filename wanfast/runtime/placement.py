@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanfast.runtime import gpus, memory
-from wanfast.runtime.config import EffectiveConfig, GenerateConfig, Precision, Switch
+from wanfast.runtime.config import EffectiveConfig, GenerateConfig, Precision, Recipe, Switch
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.memory import gb
@@ -80,20 +80,20 @@ def place(requests: Sequence[GenerateConfig], plans: Sequence[Plan]) -> list[Pla
     ]
 
 
-def needed(spec: ModelSpec, precision: Precision, geometry: Geometry, mesh: Mesh) -> Need:
+def needed(spec: ModelSpec, precision: Precision, geometry: Geometry, mesh: Mesh, recipe: Recipe | None = None) -> Need:
     """Of one video on one rank of `mesh`."""
     return Need(
-        expert=memory.expert_bytes(spec.dit, precision),
+        expert=memory.expert_bytes(spec.dit, precision, recipe),
         block=memory.block_bytes(spec.dit, precision),
         umt5=memory.umt5_bytes(spec.umt5, precision),
-        hosted=memory.hosted_bytes(spec.dit, precision),
+        hosted=memory.hosted_bytes(spec.dit, precision, recipe),
         loop=memory.loop_bytes(spec, precision, -(-geometry.tokens // mesh.ulysses)),
         decode=memory.decode_bytes(spec, geometry),
     )
 
 
 def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
-    needs = [needed(plan.spec, plan.config.precision, plan.geometry, mesh) for plan in plans]
+    needs = [needed(plan.spec, plan.config.precision, plan.geometry, mesh, plan.config.quantize) for plan in plans]
     names = [field.name for field in dataclasses.fields(Need)]
     return Need(**{name: max(getattr(need, name) for need in needs) for name in names})
 
@@ -163,6 +163,8 @@ def _barred(
         barred["sharded"] = "a video has one rank: add --num-gpus, or take --expert-offload on"
     elif request.dit_fsdp == "off":
         barred["sharded"] = "switched off"
+    elif config.quantize not in (None, "bf16"):
+        barred["sharded"] = "quantized experts are not sharded"
     hosted, host_free = need.hosted * ranks_here, available_host_bytes()
     if config.device == "cpu":
         barred["offloaded"] = "with --device cpu there is no GPU to move experts off"

@@ -15,8 +15,10 @@ from typing import Any
 
 from wanfast.runtime.config import EffectiveConfig, GenerateConfig, from_options
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
+from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.placement import LAUNCH_OPTIONS, place, placement_notes
 from wanfast.runtime.plan import Plan, resolve
+from wanfast.runtime.quantized_artifacts import EXPERTS, quantized_expert, require_torchao
 
 _OPTIONS = {field.name for field in dataclasses.fields(GenerateConfig)}
 
@@ -113,6 +115,7 @@ def _plan(request: Request, taken: dict[Path, int | None], needs_weights: bool) 
             raise ConfigError(f"--from: {plan.config.image} is not the image of that run: put that one back")
         if needs_weights:
             files.require()
+            _require_quantized(plan, files)
         if request.weights is not None and files.exists and request.weights != files.fingerprints:
             plan = dataclasses.replace(plan, notes=(*plan.notes, "--from: the weights changed since that run"))
         taken.update(dict.fromkeys((path.resolve() for path in plan.outputs), request.line))
@@ -121,6 +124,16 @@ def _plan(request: Request, taken: dict[Path, int | None], needs_weights: bool) 
         if request.line is None:
             raise
         return Planned(request, error=error)
+
+
+def _require_quantized(plan: Plan, files: ModelFiles) -> None:
+    """What --quantize asks for is there, or torchao, where it is to be made. Raises WanFastError with the command."""
+    if plan.config.quantize_on_the_fly:
+        require_torchao("--quantize-on-the-fly")
+        return
+    for name in EXPERTS:
+        if expert := quantized_expert(files, plan.config, name):
+            expert.require()
 
 
 def read_requests(

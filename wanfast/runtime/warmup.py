@@ -26,6 +26,7 @@ from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.plan import Plan
+from wanfast.runtime.quantization import quantize_linears
 from wanfast.runtime.shapes import Geometry
 from wanfast.runtime.timing import Stopwatch
 
@@ -93,6 +94,7 @@ def _block(spec: DiTSpec, config: EffectiveConfig, ranks: Ranks) -> WanDiT:
     sharded = config.dit_fsdp == "on"
     with torch.device("meta"):
         model = WanDiT(spec, DTYPES[config.precision], ranks.sequence, attention_by(config.attention))
+        quantize_linears(model, config.quantize or "bf16", DTYPES[config.precision])
     if sharded:
         fsdp.shard(model, ranks.device)
     model.to_empty(device=ranks.device).requires_grad_(False).eval()

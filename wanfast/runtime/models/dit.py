@@ -92,10 +92,11 @@ class SelfAttention(Attention):
 
         The state dict goes on naming the three.
         """
-        weight, bias = (torch.cat([getattr(m, name) for m in (self.q, self.k, self.v)]) for name in ("weight", "bias"))
-        with torch.device("meta"):
-            self.qkv = Linear(weight.shape[1], weight.shape[0])
-        self.qkv.weight, self.qkv.bias = (nn.Parameter(x, requires_grad=False) for x in (weight, bias))
+        three = (self.q, self.k, self.v)
+        self.qkv = self.q  # whatever kind it is of: all that it holds has a row for each output
+        for name in [name for name, _ in self.q.named_parameters()]:
+            joined = torch.cat([getattr(linear, name).data for linear in three])
+            setattr(self.qkv, name, nn.Parameter(joined, requires_grad=False))
         del self.q, self.k, self.v
         self.register_state_dict_post_hook(_name_the_three)  # type: ignore[no-untyped-call]
 
@@ -115,8 +116,8 @@ class SelfAttention(Attention):
 
 
 def _name_the_three(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
-    for kind in ("weight", "bias"):
-        parts = state.pop(f"{prefix}qkv.{kind}").chunk(3)
+    for key in [key for key in state if key.startswith(f"{prefix}qkv.")]:
+        kind, parts = key.rpartition(".")[2], state.pop(key).chunk(3)
         state.update({f"{prefix}{name}.{kind}": part for name, part in zip("qkv", parts, strict=True)})
 
 
@@ -235,7 +236,7 @@ class WanDiT(nn.Module):
         token_grid = patches.shape[2:]
         num_tokens = math.prod(token_grid)
         tokens = self.sequence.shard(rearrange(patches, "B d T Y X -> B (T Y X) d"), 1)
-        x = tokens.to(torch.float32, memory_format=torch.contiguous_format)  # else the first block were a graph apart
+        x = tokens.float().contiguous()  # a convolution's strides would make the first block a graph of its own
         own_rope = RotaryTables(*(self.sequence.shard(table, 0) for table in rope))
         time_Bd = self.time_embedding(sinusoid(timestep, self.spec.freq_dim))
         time_B6d = self.time_projection(time_Bd).unflatten(1, (6, -1))

@@ -1,0 +1,82 @@
+"""How linears are quantized, and a model given quantized ones; `quantized_artifacts` says which they are.
+
+torchao works out the values; what it leaves, 8-bit values and a scale a row, is kept as
+plain tensors and run by `models.quantized`, whose products compile in seconds and shard into one graph (LOG.md holds
+torchao's own against it). Rows are independent of each other, so that a weight can be quantized a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from wanfast.runtime.config import Recipe
+from wanfast.runtime.models.dit import Linear, LinearGELU, WanDiT
+from wanfast.runtime.models.quantized import PRODUCTS, QuantizedLinear
+from wanfast.runtime.quantized_artifacts import QUANTIZED, require_torchao
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a parameter of an expert is the weight of a linear that recipes quantize."""
+    block, _, rest = name.removeprefix("blocks.").partition(".")
+    return name.startswith("blocks.") and block.isdigit() and rest.removesuffix(".weight") in QUANTIZED
+
+
+def quantize_linears(model: WanDiT, recipe: Recipe, dtype: torch.dtype) -> None:
+    """Give a model on the meta device the quantized linears of a recipe; `bf16` has none."""
+    if recipe == "bf16":
+        return
+    for name, linear in list(_linears(model)):
+        owner, _, last = name.rpartition(".")
+        n, k = linear.weight.shape
+        quantized = QuantizedLinear(recipe, k, n, dtype, gelu=isinstance(linear, LinearGELU))
+        model.get_submodule(owner).add_module(last, quantized)
+
+
+def _linears(model: WanDiT) -> Iterator[tuple[str, Linear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and is_quantized(f"{name}.weight"):
+            yield name, module
+
+
+def quantize(rows: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """(8-bit values [n, K], scale [n] float32) of some rows of a weight, on their device. Raises ConfigError."""
+    linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(rows.float(), requires_grad=False)
+    _torchao().quantize_(linear, _config(recipe))
+    weight = cast("Any", linear.weight)
+    assert weight.qdata.dtype == PRODUCTS[recipe][0]
+    return weight.qdata, weight.scale.float().flatten()
+
+
+def scale_of(weight: str) -> str:
+    """The name of a quantized weight's scales."""
+    return f"{weight.removesuffix('weight')}scale"
+
+
+def dequantize(values: Tensor, scale: Tensor) -> Tensor:
+    """What the 8-bit values stand for, float32."""
+    return values.float() * scale.unsqueeze(1)
+
+
+def _torchao() -> Any:
+    require_torchao("quantizing")
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # its own kernels, which nothing here calls
+    logging.disable(logging.WARNING)  # it warns of that, and of its own registrations
+    try:
+        import torchao.quantization
+    finally:
+        logging.disable(logging.NOTSET)
+    return torchao.quantization
+
+
+def _config(recipe: Recipe) -> Any:
+    """torchao's own of the recipe. Of the weights alone: how tokens are quantized is `models.quantized`'s to know."""
+    if recipe == "fp8-rowwise":
+        return _torchao().Float8WeightOnlyConfig(set_inductor_config=False)
+    return _torchao().Int8WeightOnlyConfig(set_inductor_config=False)

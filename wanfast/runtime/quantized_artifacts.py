@@ -1,0 +1,126 @@
+"""Where quantized experts are kept and what their key says: source, recipe, what was quantized, torchao. Torch-free.
+
+An artifact `quantized/<key>` is one expert by one recipe: safetensors in shards with an index, under the original
+layout's names, the error of every tensor (`errors.json`, `errors.png`) and the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime.artifacts import MANIFEST, ArtifactStore
+from wanfast.runtime.config import EffectiveConfig, Expert, Recipe
+from wanfast.runtime.errors import ConfigError, MissingArtifactError
+from wanfast.runtime.model_files import ModelFiles
+
+KIND = "quantized"
+LAYOUT_VERSION = 1
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+EXPERTS: tuple[Expert, ...] = ("high_noise", "low_noise")
+
+# The linears of each block, where nearly all weights and all of the work are; nothing else is quantized.
+QUANTIZED = (
+    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
+    "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "ffn.0", "ffn.2",
+)  # fmt: skip
+# The first and the last layer, all that conditions, and all that is small.
+KEPT = ("patch_embedding", "head", "text_embedding", "time_embedding", "time_projection", "modulation", "norms", "bias")
+
+
+@dataclass(frozen=True)
+class QuantizedExpert:
+    """One expert by one recipe, whether it is there or not."""
+
+    store: ArtifactStore
+    files: ModelFiles  # what it is made from
+    expert: Expert
+    recipe: Recipe
+    model: str  # as `--model` names it
+
+    def inputs(self, torchao: str | None) -> dict[str, Any]:
+        return {
+            "source": self.files.fingerprint(self.expert),
+            "expert": self.expert,
+            "recipe": self.recipe,
+            "quantized": list(QUANTIZED) if self.recipe != "bf16" else [],
+            "kept": list(KEPT),
+            "torchao": torchao,
+            "layout": LAYOUT_VERSION,
+        }
+
+    def find(self) -> Path | None:
+        """The artifact's folder, or None. Without torchao here, one made by any version of it does.
+
+        Raises CorruptArtifactError.
+        """
+        here = torchao_version() if self.recipe != "bf16" else None
+        if here or self.recipe == "bf16":
+            return self.store.find(KIND, self.inputs(here))
+        made_by = max(self._versions(), default=None)
+        return self.store.find(KIND, self.inputs(made_by)) if made_by else None
+
+    def require(self) -> Path:
+        """The same, which must be there. Raises MissingArtifactError with the command that makes it."""
+        folder = self.find()
+        if folder is None:
+            others = ", ".join(sorted(self._versions()))
+            by_other = f" (there is one by torchao {others}, and here is {torchao_version()})" if others else ""
+            raise MissingArtifactError(
+                f"{self.expert} is not quantized by {self.recipe} yet{by_other}: run `{self.mend}`"
+            )
+        return folder
+
+    @property
+    def mend(self) -> str:
+        root = (
+            []
+            if str(self.store.root) == str(Path("artifacts").absolute())
+            else ["--artifacts-dir", str(self.store.root)]
+        )
+        return shlex.join(["wanfast", "quantize", "--model", self.model, "--recipe", self.recipe, *root])
+
+    def _versions(self) -> set[str]:
+        """torchao's, of artifacts that differ in nothing else."""
+        found = set()
+        for manifest in (self.store.root / KIND).glob(f"*/{MANIFEST}"):
+            try:
+                inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]
+            except (ValueError, KeyError, TypeError):
+                continue  # not ours to judge: `find` judges what it opens
+            if isinstance(inputs, dict) and inputs == self.inputs(inputs.get("torchao")) and inputs.get("torchao"):
+                found.add(str(inputs["torchao"]))
+        return found
+
+
+def quantized_expert(files: ModelFiles, config: EffectiveConfig, expert: Expert) -> QuantizedExpert | None:
+    """What `--quantize` asks for of an expert, or None."""
+    if config.quantize is None:
+        return None
+    return QuantizedExpert(ArtifactStore(Path(config.artifacts_dir)), files, expert, config.quantize, config.model)
+
+
+def shards(folder: Path) -> list[Path]:
+    """The weight files of an artifact."""
+    weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def torchao_version() -> str | None:
+    """What is installed here, without importing it."""
+    try:
+        return version("torchao")
+    except PackageNotFoundError:
+        return None
+
+
+def require_torchao(option: str) -> str:
+    """Raises ConfigError if it is not installed."""
+    found = torchao_version()
+    if found is None:
+        raise ConfigError(f"{option} needs torchao: pip install 'wanfast[quantize]'")
+    return found
