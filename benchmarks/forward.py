@@ -23,11 +23,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.multiprocessing as mp
-from diffusers import WanTransformer3DModel
 from profile_table import profile_table
 from random_expert import TINY, Inputs, random_expert, random_inputs
 from reference_style import ReferenceStyleBlock
@@ -42,6 +41,9 @@ from wanfast.runtime.metadata import versions
 from wanfast.runtime.model_spec import A14B, DiTSpec
 from wanfast.runtime.models.attention import WholeSequence, attention_by
 from wanfast.runtime.models.dit import TextKV, WanDiT
+
+if TYPE_CHECKING:  # it is not needed with --diffusers none, nor with --ranks
+    from diffusers import WanTransformer3DModel
 
 PEAK_TFLOPS = 989  # dense bf16 of an H100 or H200, by its datasheet
 DIFFUSERS_BACKENDS = {"flash": "_native_flash", "cudnn": "_native_cudnn", "math": "_native_math"}
@@ -194,6 +196,8 @@ def _diffusers_ways(options: argparse.Namespace, model: WanDiT, inputs: Inputs) 
 
 def _diffusers(model: WanDiT) -> WanTransformer3DModel:
     """Its model with our parameters, in the dtypes that its own loading in bf16 gives them."""
+    from diffusers import WanTransformer3DModel
+
     spec = model.spec
     with torch.device("meta"):
         theirs = WanTransformer3DModel(
@@ -255,6 +259,7 @@ def _find_errors(ways: list[Way], model: WanDiT, layers: int, inputs: Inputs) ->
         exact = WanDiT(replace(model.spec, num_layers=layers), torch.float32, attend=exact_attention)
     known = model.state_dict()
     exact.load_state_dict({name: known[name].float() for name in exact.state_dict()}, assign=True)
+    exact.requires_grad_(False)
     with torch.inference_mode(False), torch.enable_grad():  # the formulas, and none of our kernels
         expected = _velocity(exact, inputs, exact.encode_text(inputs.texts[0]))().double()
     for way in ways:

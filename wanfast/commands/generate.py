@@ -47,6 +47,7 @@ def generate(
     attention: options.AttentionOption = "auto",
     quantize: options.Quantize = None,
     quantize_on_the_fly: options.QuantizeOnTheFly = False,
+    verify: options.Verify = False,
     tf32: options.Tf32 = None,
     compile: options.Compile = False,
     compile_mode: options.CompileModeOption = "default",

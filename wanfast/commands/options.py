@@ -33,6 +33,9 @@ Quantize = Annotated[
 QuantizeOnTheFly = Annotated[
     bool, typer.Option("--quantize-on-the-fly", help="Quantize while loading instead of taking what is kept.")
 ]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Hold the kept experts against their hashes first; about a second a GB.")
+]
 Tf32 = Annotated[
     bool | None,
     typer.Option(

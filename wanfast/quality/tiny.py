@@ -9,6 +9,7 @@ residuals' magnitude ratios.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from wanfast.quality.tracking import classify
 from wanfast.quality.world import COLOURS, FRAMES, SIZE, Renderer, Scene, draw_scene, moments_of_clip
 from wanfast.runtime import generate, model_files, pixels
 from wanfast.runtime.builders import build_umt5
-from wanfast.runtime.config import Branch, EffectiveConfig, Expert
+from wanfast.runtime.config import Branch, EffectiveConfig, Expert, Recipe
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.models.dit import WanDiT
@@ -57,6 +58,7 @@ class Settings:
     steps: int
     guidance: float
     precision: str
+    quantize: Recipe | None = None  # then each video is also compared with the one by no recipe
 
 
 class Judge:
@@ -88,16 +90,23 @@ class Judge:
             overwrite=False,
             contact_sheet=False,
             artifacts_dir="",
+            quantize=settings.quantize,
+            quantize_on_the_fly=settings.quantize is not None,
         )
-        self.pipeline = generate.load_pipeline(self.files, self.config, Ranks("cpu"), Stopwatch("cpu"))
+        self.pipeline = self.load(self.config)
+        unquantized = dataclasses.replace(self.config, quantize=None, quantize_on_the_fly=False)
+        self.unquantized = self.load(unquantized) if settings.quantize else None
         self.umt5 = build_umt5(self.files, self.config.precision, Ranks("cpu"))
         self.tokenizer = PromptTokenizer(self.files.tokenizer, spec.dit.text_len)
         self.renderer = Renderer("cpu")
 
+    def load(self, config: EffectiveConfig) -> ImageToVideoPipeline:
+        return generate.load_pipeline(self.files, config, Ranks("cpu"), Stopwatch("cpu"))
+
     @torch.inference_mode()
     def __call__(self, task: Task) -> dict[str, Any]:
         scene, truth = self.held_out(task.index)
-        video, ratios = self.video(task, scene, truth[:, 0])
+        video, ratios = self.video(self.pipeline, task, scene, truth[:, 0])
         verdict = classify(pixels.to_uint8(video), COLOURS[scene.subject.colour])
         result: dict[str, Any] = {
             "index": task.index,
@@ -118,6 +127,12 @@ class Judge:
             assert vae is not None
             result["true_flicker"], result["true_motion"] = metrics.flicker(truth), metrics.motion(truth)
             result["vae_psnr"] = metrics.psnr(vae.decode(vae.encode(truth.unsqueeze(0)))[0], truth)
+        if self.unquantized:
+            other, _ = self.video(self.unquantized, task, scene, truth[:, 0])
+            result["psnr_unquantized"], result["ssim_unquantized"] = (
+                metrics.psnr(video, other),
+                metrics.ssim(video, other),
+            )
         return result
 
     def held_out(self, index: int) -> tuple[Scene, Tensor]:
@@ -126,7 +141,9 @@ class Judge:
         clip = self.renderer([scene], moments_of_clip(FRAMES))[0]
         return scene, torch.round((clip + 1) / 2 * 255) / 255 * 2 - 1
 
-    def video(self, task: Task, scene: Scene, image: Tensor) -> tuple[Tensor, list[list[float]]]:
+    def video(
+        self, pipeline: ImageToVideoPipeline, task: Task, scene: Scene, image: Tensor
+    ) -> tuple[Tensor, list[list[float]]]:
         config = self.config
         guidance = {} if task.with_prompt else {"guidance_high_noise": 1.0, "guidance_low_noise": 1.0}
         config = EffectiveConfig(**{**vars(config), "seed": task.index, **guidance})
@@ -135,8 +152,8 @@ class Judge:
             "prompt": self.embed(scene.caption if task.with_prompt else ""),
             "negative_prompt": self.embed(self.files.spec.negative_prompt),
         }
-        with residual_ratios(self.pipeline) as ratios:
-            video = self.pipeline(plan, image, text, Stopwatch("cpu"))
+        with residual_ratios(pipeline) as ratios:
+            video = pipeline(plan, image, text, Stopwatch("cpu"))
         assert video is not None
         return video, ratios
 
@@ -233,6 +250,7 @@ def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float)
         "motion",
         "true_flicker",
         "true_motion",
+        *(("psnr_unquantized", "ssim_unquantized") if settings.quantize else ()),
     )
     ratios = np.mean([row["ratios"] for row in prompted], axis=0)
     return {
@@ -281,6 +299,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--guidance", type=float, default=None, help="of both experts; the model's own by default")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--quantize", choices=get_args(Recipe), help="the experts by this recipe")
     parser.add_argument("--empty", type=int, default=50, help="how many of the pairs are tried with no prompt too")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=None, help="JSON; a plot goes beside it")
@@ -289,7 +308,7 @@ def main() -> None:
         parser.error("--output draws a plot: pip install 'wanfast[quality]', or leave it out")
     spec = model_files.locate(options.model, "artifacts").spec
     guidance = spec.guidance_high_noise if options.guidance is None else options.guidance
-    settings = Settings(options.model, options.steps or spec.steps, guidance, options.precision)
+    settings = Settings(options.model, options.steps or spec.steps, guidance, options.precision, options.quantize)
     tasks = [Task(index, with_prompt=True) for index in range(options.pairs)]
     tasks += [Task(index, with_prompt=False) for index in range(min(options.empty, options.pairs))]
     started, results = time.perf_counter(), []

@@ -51,6 +51,7 @@ class GenerateConfig:
     attention: Attention = "auto"
     quantize: Recipe | None = None
     quantize_on_the_fly: bool = False
+    verify: bool = False
     tf32: bool | None = None
     compile: bool = False
     compile_mode: CompileMode = "default"
@@ -134,6 +135,7 @@ class EffectiveConfig:
     attention: Attention = "auto"  # the worker writes the one that it took
     quantize: Recipe | None = None
     quantize_on_the_fly: bool = False
+    verify: bool = False  # by hashes, what is kept quantized
     tf32: bool | None = None  # None: as the reference, in the convolutions of a bf16 run alone
     compile: bool = False
     compile_mode: CompileMode = "default"
@@ -153,6 +155,8 @@ class EffectiveConfig:
 def _check_quantization(config: GenerateConfig) -> None:
     if config.quantize_on_the_fly and config.quantize in (None, "bf16"):
         raise ConfigError("--quantize-on-the-fly needs --quantize with a recipe of 8 bits: add one, or drop it")
+    if config.verify and (config.quantize is None or config.quantize_on_the_fly):
+        raise ConfigError("--verify is of what `wanfast quantize` keeps: add --quantize, or drop it")
     if config.quantize and config.precision != "bf16":
         raise ConfigError(f"--quantize {config.quantize} needs --precision bf16: drop one of the two")
     if config.quantize not in (None, "bf16") and config.dit_fsdp == "on":

@@ -158,6 +158,7 @@ def effective(request: GenerateConfig, files: ModelFiles, image_sha256: str) -> 
         attention=request.attention,
         quantize=request.quantize,
         quantize_on_the_fly=request.quantize_on_the_fly,
+        verify=request.verify,
         tf32=request.tf32,
         compile=request.compile,
         compile_mode=request.compile_mode,

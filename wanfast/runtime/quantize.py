@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -160,7 +160,10 @@ class _Shards:
 
     def _flush(self) -> None:
         file = self.folder / f"diffusion_pytorch_model-{len(set(self.weight_map.values())) + 1:05d}.safetensors"
-        save_file(self.pending, file, metadata={"format": "pt"})
+        try:
+            save_file(self.pending, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # its writer's name for whatever the disk says
+            raise OSError(None, str(error)) from error
         file.chmod(0o644)
         self._verify(file)
         self.weight_map |= dict.fromkeys(self.pending, file.name)

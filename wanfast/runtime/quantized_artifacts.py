@@ -53,20 +53,20 @@ class QuantizedExpert:
             "layout": LAYOUT_VERSION,
         }
 
-    def find(self) -> Path | None:
+    def find(self, *, verify: bool = False) -> Path | None:
         """The artifact's folder, or None. Without torchao here, one made by any version of it does.
 
         Raises CorruptArtifactError.
         """
         here = torchao_version() if self.recipe != "bf16" else None
-        if here or self.recipe == "bf16":
-            return self.store.find(KIND, self.inputs(here))
-        made_by = max(self._versions(), default=None)
-        return self.store.find(KIND, self.inputs(made_by)) if made_by else None
+        made_by = here or max(self._versions(), default=None)
+        if made_by is None and self.recipe != "bf16":
+            return None
+        return self.store.find(KIND, self.inputs(made_by), verify=verify)
 
-    def require(self) -> Path:
+    def require(self, *, verify: bool = False) -> Path:
         """The same, which must be there. Raises MissingArtifactError with the command that makes it."""
-        folder = self.find()
+        folder = self.find(verify=verify)
         if folder is None:
             others = ", ".join(sorted(self._versions()))
             by_other = f" (there is one by torchao {others}, and here is {torchao_version()})" if others else ""

@@ -133,7 +133,7 @@ def _require_quantized(plan: Plan, files: ModelFiles) -> None:
         return
     for name in EXPERTS:
         if expert := quantized_expert(files, plan.config, name):
-            expert.require()
+            expert.require(verify=plan.config.verify)
 
 
 def read_requests(

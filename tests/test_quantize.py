@@ -1,0 +1,229 @@
+"""`wanfast quantize` and `generate --quantize` as commands: what they keep, and what happens when it is not as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors import SafetensorError
+
+from tests import sparse_model
+from tests.conftest import Outcome
+from wanfast.runtime import quantize, quantized_artifacts
+from wanfast.runtime.model_spec import A14B
+
+Wanfast = Callable[..., Outcome]
+ROOT = Path(__file__).parents[1]
+TINY = ("--model", "tiny", "--device", "cpu")
+RECIPE = ("--recipe", "int8-dynamic")
+SMALL = ("--image", "cat.png", "--prompt", "a cat", "--seed", "1", "--size", "64x64", "--frames", "5", "--steps", "2")
+GENERATE = ("generate", *TINY, *SMALL, "--quantize", "int8-dynamic", "--json")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifacts folder that `quantize` filled."""
+    folder = tmp_path_factory.mktemp("made")
+    done = run("quantize", *TINY, *RECIPE, "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "artifacts"
+
+
+@pytest.fixture
+def kept(made: Path, workdir: Path) -> Path:
+    """A copy in the working folder; the high-noise expert's artifact."""
+    shutil.copytree(made, workdir / "artifacts")
+    return artifact_of(workdir, "high_noise")
+
+
+def artifact_of(folder: Path, expert: str) -> Path:
+    manifests = (folder / "artifacts" / "quantized").glob("*/manifest.json")
+    (found,) = (file for file in manifests if json.loads(file.read_text())["inputs"]["expert"] == expert)
+    return found.parent
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "wanfast", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def test_what_is_kept_makes_the_video_of_what_is_quantized_while_loading(
+    wanfast: Wanfast, workdir: Path, kept: Path
+) -> None:
+    outcome = wanfast(*GENERATE, "--verify")
+    assert outcome.exit_code == 0, outcome.err
+    document = outcome.document
+    assert document["effective"]["quantize"] == document["plan"]["quantize"] == "int8-dynamic"
+    shards = sum(file.stat().st_size for file in kept.glob("*.safetensors"))
+    assert document["loading"]["high_noise"]["bytes"] == shards
+    fly = wanfast(*GENERATE, "--quantize-on-the-fly", "--output", "fly.mp4")
+    assert fly.exit_code == 0, fly.err
+    assert (workdir / "fly.mp4").read_bytes() == (workdir / "out.mp4").read_bytes()
+    assert fly.document["loading"]["high_noise"]["bytes"] > 1.5 * shards
+    assert wanfast(*GENERATE[:-3], "--output", "plain.mp4").exit_code == 0
+    assert (workdir / "plain.mp4").read_bytes() != (workdir / "out.mp4").read_bytes()
+
+
+def test_two_ranks_share_what_is_kept(wanfast: Wanfast, workdir: Path, kept: Path) -> None:
+    outcome = wanfast(*GENERATE, "--num-gpus", "2", "--ulysses", "2", "--cfg-parallel", "1")
+    assert outcome.exit_code == 0, outcome.err
+    assert outcome.document["effective"]["dit_fsdp"] == "off"
+
+
+def test_goes_on_with_the_expert_that_is_missing(wanfast: Wanfast, workdir: Path, kept: Path) -> None:
+    shutil.rmtree(kept)
+    outcome = wanfast("quantize", *TINY, *RECIPE, "--json")
+    assert [result["was_there"] for result in outcome.document["results"]] == [False, True]
+    assert kept.is_dir()
+    assert [result["expert"] for result in outcome.document["results"]] == ["high_noise", "low_noise"]
+
+
+def test_without_it_the_command_is_named(wanfast: Wanfast, workdir: Path) -> None:
+    outcome = wanfast(*GENERATE)
+    assert outcome.exit_code == 3
+    assert "run `wanfast quantize --model tiny --recipe int8-dynamic`" in outcome.err
+    assert not list(workdir.glob("out*"))
+    assert wanfast(*GENERATE, "--dry-run").exit_code == 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "no index"])
+def test_what_was_changed_is_refused(wanfast: Wanfast, workdir: Path, kept: Path, damage: str) -> None:
+    shard = next(kept.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    if damage == "truncated":
+        shard.write_bytes(content[:-1000])
+    elif damage == "flipped":
+        content[-500] ^= 1
+        shard.write_bytes(content)
+    elif damage == "foreign":
+        other = artifact_of(workdir, "low_noise")
+        shutil.rmtree(kept)
+        shutil.copytree(other, kept)
+    else:
+        next(kept.glob("*.index.json")).unlink()
+    outcome = wanfast(*GENERATE, *(["--verify"] if damage == "flipped" else []))
+    assert outcome.exit_code == 4 and f"{kept} was changed after it was made" in outcome.err, outcome.err
+    assert not list(workdir.glob("out*"))
+    again = wanfast("quantize", *TINY, *RECIPE)  # verifies what is there
+    assert again.exit_code == 4 and str(kept) in again.err
+
+
+def test_another_torchao_is_named(wanfast: Wanfast, workdir: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_by = quantized_artifacts.torchao_version()
+    monkeypatch.setattr(quantized_artifacts, "torchao_version", lambda: "9.9.9")
+    outcome = wanfast(*GENERATE)
+    assert outcome.exit_code == 3 and f"there is one by torchao {made_by}, and here is 9.9.9" in outcome.err
+    monkeypatch.setattr(quantized_artifacts, "torchao_version", lambda: None)
+    assert wanfast(*GENERATE).exit_code == 0  # what is kept runs without torchao
+    for arguments in (("quantize", *TINY, *RECIPE), (*GENERATE, "--quantize-on-the-fly", "--output", "fly.mp4")):
+        outcome = wanfast(*arguments)
+        assert outcome.exit_code == 2 and "pip install 'wanfast[quantize]'" in outcome.err
+
+
+def test_a_full_disk_leaves_nothing(wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(quantize.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+        outcome = wanfast("quantize", *TINY, *RECIPE)
+        assert outcome.exit_code == 2 and "are needed and 0.0 GB free" in outcome.err
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(quantize, "save_file", full)
+    outcome = wanfast("quantize", *TINY, *RECIPE)
+    assert outcome.exit_code == 2 and "No space left on device" in outcome.err and "--artifacts-dir" in outcome.err
+    assert [path.suffix for path in (workdir / "artifacts" / "quantized").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--quantize", "bf16", "--quantize-on-the-fly"], "--quantize-on-the-fly needs --quantize"),
+        (["--quantize-on-the-fly"], "--quantize-on-the-fly needs --quantize"),
+        (["--verify"], "--verify is of what"),
+        (["--quantize", "fp8-rowwise", "--precision", "fp32"], "needs --precision bf16"),
+        (["--quantize", "fp8-rowwise", "--num-gpus", "2", "--dit-fsdp", "on"], "--dit-fsdp on with --quantize"),
+    ],
+    ids=str,
+)
+def test_what_excludes_each_other(wanfast: Wanfast, workdir: Path, options: list[str], words: str) -> None:
+    outcome = wanfast("generate", *TINY, *SMALL, "--dry-run", *options)
+    assert outcome.exit_code == 2 and words in outcome.err, outcome.err
+
+
+def test_two_at_once_make_one(workdir: Path) -> None:
+    command = [sys.executable, "-m", "wanfast", "quantize", *TINY, *RECIPE, "--expert", "high", "--json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for _ in "ab"
+    ]
+    results = [json.loads(process.communicate()[0].splitlines()[-1])["results"][0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert results[0]["output"] == results[1]["output"]
+    assert len(list((workdir / "artifacts" / "quantized").glob("*/manifest.json"))) == 1
+    assert not list((workdir / "artifacts" / "quantized").glob("*.partial"))
+
+
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def true_sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An expert of the A14B's true sizes but for its depth, whose values are holes."""
+    folder = tmp_path_factory.mktemp("sparse")
+    sparse_model.write(folder, replace(A14B.dit, num_layers=LAYERS), shard_bytes=3_000_000_000)
+    return folder
+
+
+def test_an_interrupt_leaves_nothing_half_done(true_sizes: Path, workdir: Path) -> None:
+    command = [sys.executable, "-m", "wanfast", "quantize", "--model", str(true_sizes), *RECIPE, "--expert", "high"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--device", "cpu"], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    store = workdir / "artifacts" / "quantized"
+    while not list(store.glob("*.partial/*.safetensors")):  # it writes
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "interrupted: nothing half-written is left" in process.communicate()[1]
+    assert process.returncode == 130
+    assert [path.suffix for path in store.iterdir()] == [".lock"]
+
+
+def test_true_sizes_take_little_memory(true_sizes: Path, workdir: Path) -> None:
+    """Of the source, 7 GB, and of the result, 1.8 GB, only pieces are ever held."""
+    code = """
+import resource, sys
+from wanfast.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
+"""
+    command = ["quantize", "--model", str(true_sizes), "--recipe", "int8-weight-only", "--expert", "high"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--device", "cpu", "--json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stderr.split("PEAK ")[1])
+    (result,) = json.loads(done.stdout.splitlines()[-1])["results"]
+    print(f"{result['source_bytes'] / 1e9:.1f} GB -> {result['bytes'] / 1e9:.1f} GB, peak RSS {peak / 1e9:.1f} GB")
+    assert result["source_bytes"] > 6e9 and result["bytes"] < 0.3 * result["source_bytes"]
+    assert peak < 4.5e9
