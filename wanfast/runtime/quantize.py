@@ -186,8 +186,8 @@ class _Errors:
 
     def add(self, name: str, exact: Tensor, quantized: Tensor) -> None:
         sums = self.squares.setdefault(name, [0.0, 0.0])
-        sums[0] += float((exact - quantized).double().square().sum())
-        sums[1] += float(exact.double().square().sum())
+        sums[0] += _sum_of_squares(exact - quantized)
+        sums[1] += _sum_of_squares(exact)
 
     def write(self, folder: Path, title: str) -> None:
         found = {name: _ratio(*sums) for name, sums in self.squares.items()}
@@ -197,6 +197,11 @@ class _Errors:
         write_synced(folder / "errors.json", json.dumps(document, indent=1) + "\n")
         if found:
             _plot(found, folder / "errors.png", title)
+
+
+def _sum_of_squares(rows: Tensor) -> float:
+    """Of a row in float32, of the rows in float64: a sixth of the time, and exact enough."""
+    return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
 
 
 def _ratio(error: float, whole: float) -> float:
