@@ -100,6 +100,7 @@ def config(**changes: Any) -> EffectiveConfig:
     [
         {"precision": "fp32"},
         {"attention": "math"},
+        {"quantize": "int8-dynamic"},
         {"tf32": False},
         {"compile_mode": "max-autotune"},
         {"cfg_parallel": 2},
