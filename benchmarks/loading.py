@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.multiprocessing as mp
@@ -24,11 +24,14 @@ import torch.multiprocessing as mp
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import sparse_model
-from wanfast.runtime import builders, hardware, memory, metadata, model_files
+from wanfast.runtime import builders, hardware, memory, metadata, model_files, quantize
+from wanfast.runtime.artifacts import ArtifactStore
+from wanfast.runtime.config import Recipe
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks, gang
 from wanfast.runtime.memory import gb
 from wanfast.runtime.model_spec import A14B
+from wanfast.runtime.quantized_artifacts import QuantizedExpert
 
 
 def main() -> None:
@@ -37,17 +40,35 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the reading, a GPU each")
     parser.add_argument("--fsdp", action="store_true", help="each rank keeps its own rows alone, of several ranks")
+    parser.add_argument("--recipe", choices=get_args(Recipe), help="quantize it first, and load what that kept")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is or will be; by default it does not stay")
     options = parser.parse_args()
+    if options.fsdp and options.recipe:
+        parser.error("--fsdp is of experts that are not quantized: drop one of the two")
     if options.fsdp and options.ranks == 1:
         parser.error("--fsdp shards among several ranks: add --ranks")
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:  # /tmp may be memory, where holes take room once read
         options.folder = options.folder or Path(scratch)
         if not (options.folder / "high_noise_model").exists():
             sparse_model.write(options.folder, dataclasses.replace(A14B.dit, num_layers=options.layers))
+        if options.recipe:
+            wanted = quantize.Request(
+                model=str(options.folder),
+                recipe=options.recipe,
+                experts=("high_noise",),
+                device=options.device,
+                artifacts_dir=str(options.folder / "artifacts"),
+            )
+            mp.start_processes(
+                _quantize, (wanted,), 1, start_method="spawn"
+            )  # children inherit a process's peak memory
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         mp.start_processes(_rank, (options, port), options.ranks, start_method="spawn")
+
+
+def _quantize(_: int, wanted: quantize.Request) -> None:
+    print(*quantize.describe(quantize.run(wanted)), sep="\n", flush=True)
 
 
 def _rank(rank: int, options: argparse.Namespace, port: int) -> None:
@@ -69,12 +90,14 @@ def _load(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     ranks.share(torch.zeros(1, device=ranks.device))  # all begin together, with contexts and connections made
     hardware.reset_peak_memory(options.device)
     start = time.perf_counter()
-    model = builders.build_expert(files, "high_noise", "bf16", ranks, sharded=options.fsdp)
+    store = ArtifactStore(options.folder / "artifacts")
+    kept = QuantizedExpert(store, files, "high_noise", options.recipe, str(options.folder)) if options.recipe else None
+    model = builders.build_expert(files, "high_noise", "bf16", ranks, quantized=kept, sharded=options.fsdp)
     if options.device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     peak_gpu = hardware.peak_memory_bytes("cuda") if options.device == "cuda" else None
-    wrong = sparse_model.wrong_tensors(model, ranks.rank, ranks.size)
+    wrong = [] if options.recipe else sparse_model.wrong_tensors(model, ranks.rank, ranks.size)
     peak_rss = hardware.peak_memory_bytes(
         "cpu"
     )  # after all values were looked at: some might not have been read before
@@ -84,13 +107,15 @@ def _load(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 def _report(options: argparse.Namespace, figures: list[dict[str, Any]]) -> None:
     spec = dataclasses.replace(A14B.dit, num_layers=options.layers)
     seconds = max(rank["seconds"] for rank in figures)
-    read = sparse_model.num_bytes(spec)
+    held = memory.expert_bytes(spec, "bf16", options.recipe)
+    read = held if options.recipe else sparse_model.num_bytes(spec)
     how = f"{options.layers} of {A14B.dit.num_layers} layers on {options.device}, {options.ranks} rank(s)"
+    how += f", {options.recipe}" if options.recipe else ""
     peaks = [f"peak RSS {gb(max(rank['peak_rss_bytes'] for rank in figures))}"]
     if options.device == "cuda":
         peaks.append(f"peak GPU {gb(max(rank['peak_gpu_bytes'] for rank in figures))}")
     print(f"{how}{', FSDP' if options.fsdp else ''}: {gb(read)} in {seconds:.1f} s, {read / 1e9 / seconds:.2f} GB/s")
-    print(f"{' and '.join(peaks)} a rank; the model in bf16 is {gb(memory.expert_bytes(spec, 'bf16'))}")
+    print(f"{' and '.join(peaks)} a rank; the model is {gb(held)}")
     for rank, found in enumerate(figures):
         if found["wrong_tensors"]:
             print(f"rank {rank} holds wrong values in {len(found['wrong_tensors'])} tensors")
@@ -98,8 +123,9 @@ def _report(options: argparse.Namespace, figures: list[dict[str, Any]]) -> None:
         "layers": options.layers,
         "ranks": options.ranks,
         "fsdp": options.fsdp,
+        "recipe": options.recipe,
         "checkpoint_bytes": read,
-        "model_bytes": memory.expert_bytes(spec, "bf16"),
+        "model_bytes": held,
         "seconds": seconds,
         "gb_per_s": read / 1e9 / seconds,
         "each_rank": figures,

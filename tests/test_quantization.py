@@ -26,6 +26,7 @@ from wanfast.runtime.builders import build_expert
 from wanfast.runtime.config import Recipe
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.experts import SwappedExperts
 from wanfast.runtime.model_spec import A14B, DiTSpec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.quantized import PRODUCTS, QuantizedLinear, quantize_rows
@@ -176,6 +177,40 @@ def test_kept_and_loaded_is_bit_for_bit_what_is_quantized_while_loading(
     for on_the_fly in (False, True):
         for got in on_gang(Mesh(ulysses=2), lambda ranks: build(ranks, on_the_fly)):  # noqa: B023 - run at once
             assert relative_error(got, kept.double()) <= (2e-2 if recipe != "bf16" else 5e-3)
+
+
+def test_of_what_is_kept_only_its_own_bytes_are_read(
+    source: model_files.ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expert, _ = make(source, "int8-dynamic", tmp_path / "store")
+    read: list[int] = []
+    rows = checkpoint._SafetensorsReader.rows
+
+    def counted(self: checkpoint._SafetensorsReader, key: str, first: int, end: int) -> Tensor:
+        found = rows(self, key, first, end)
+        read.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr(checkpoint._SafetensorsReader, "rows", counted)
+    model = build_expert(source, "high_noise", "bf16", Ranks("cpu"), quantized=expert)
+    assert sum(read) == memory.expert_bytes(SPEC, "bf16", "int8-dynamic") == sum(p.nbytes for p in model.parameters())
+
+
+@torch.no_grad()
+def test_quantized_experts_are_swapped_like_others(source: model_files.ModelFiles, tmp_path: Path) -> None:
+    expert, _ = make(source, "fp8-rowwise", tmp_path / "store")
+
+    def build() -> WanDiT:
+        return build_expert(source, "high_noise", "bf16", Ranks("cpu"), quantized=expert)
+
+    high, low = build(), build()
+    for parameter in low.parameters():
+        parameter.data = parameter.data.flip(0).contiguous()
+    expected = {"high_noise": velocity(high), "low_noise": velocity(low)}
+    swapped = SwappedExperts({"high_noise": high, "low_noise": low}, "cpu")
+    for name in ("high_noise", "low_noise", "high_noise"):
+        model, _ = swapped.take(name)
+        assert torch.equal(velocity(model), expected[name])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
