@@ -2,7 +2,7 @@
 
     python benchmarks/forward.py                                  # A14B's 40 layers at 1280x720x81, one GPU
     python benchmarks/forward.py --grid 21 60 104                 # 832x480
-    python benchmarks/forward.py --ranks 2                        # and shared by two GPUs
+    python benchmarks/forward.py --ranks 2                        # the first kernel, alone and shared by two GPUs
     python benchmarks/forward.py --tiny --layers 2                # to see that it runs, on a CPU too
 
 Ways are taken in turn, so that the clock, which sinks under load, sinks for all; the median counts. Prints ms, TFLOP/s,
@@ -84,6 +84,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.tiny:
         options.grid, options.kernels, options.diffusers = (3, 6, 10), "flash,math", "math"
+    if options.ranks > 1 and (options.profile or options.reference):
+        parser.error("--profile and --reference are of one GPU: drop them, or --ranks")
     if options.ranks == 1:
         measure(options, Ranks("cuda" if torch.cuda.is_available() else "cpu"))
         return
@@ -115,14 +117,14 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> None:
         ways = [*_own_ways(options, model, inputs), *_diffusers_ways(options, model, inputs)]
     ranks.gather(None)
     for way in ways:
-        _warm(way, device)
+        warm(way, device)
     if options.error_layers and options.ranks == 1:
         _find_errors(ways, model, min(options.error_layers, spec.num_layers), inputs)
     for turn in range(max(way.rounds for way in ways)):
         for way in ways:
             if turn < way.rounds:
-                _time(way, device, ranks)
-    report = {way.name: _report(way, spec, inputs, ranks) for way in ways}
+                timed(way, device, ranks)
+    report = {way.name: report_of(way, spec, inputs, ranks) for way in ways}
     tables = {}
     if ranks.is_leader and options.profile:
         tables = {way.name: profile_table(way.velocity, device) for way in ways if way.rounds == options.rounds}
@@ -145,7 +147,7 @@ def _own_ways(options: argparse.Namespace, model: WanDiT, inputs: Inputs) -> Ite
                 compile_blocks(twin, options.compile_mode)
             rounds = options.rounds if compiled and index == 0 else options.other_rounds
             name = f"wanfast {'compiled' if compiled else 'eager'} {kernel}"
-            yield Way(name, _velocity(twin, inputs, text), twin.blocks, rounds)
+            yield Way(name, velocity_of(twin, inputs, text), twin.blocks, rounds)
 
 
 def _ways_of_ranks(options: argparse.Namespace, spec: DiTSpec, inputs: Inputs, ranks: Ranks) -> Iterator[Way]:
@@ -155,7 +157,7 @@ def _ways_of_ranks(options: argparse.Namespace, spec: DiTSpec, inputs: Inputs, r
         model = random_expert(spec, torch.bfloat16, ranks.device, sequence, attend)
         model.fuse_projections()
         compile_blocks(model, options.compile_mode)
-        yield Way(name, _velocity(model, inputs, model.encode_text(inputs.texts[0])), model.blocks, options.rounds)
+        yield Way(name, velocity_of(model, inputs, model.encode_text(inputs.texts[0])), model.blocks, options.rounds)
 
 
 def _twin(model: WanDiT, kernel: str) -> WanDiT:
@@ -169,7 +171,7 @@ def _twin(model: WanDiT, kernel: str) -> WanDiT:
     return twin.eval()
 
 
-def _velocity(model: WanDiT, inputs: Inputs, text: list[TextKV]) -> VelocityFn:
+def velocity_of(model: WanDiT, inputs: Inputs, text: list[TextKV]) -> VelocityFn:
     return lambda: model(*inputs.arguments(text[: len(model.blocks)]))
 
 
@@ -226,7 +228,7 @@ def _first_layers(blocks: nn.ModuleList, layers: int) -> Iterator[None]:
     blocks.extend(every[layers:])
 
 
-def _warm(way: Way, device: str) -> None:
+def warm(way: Way, device: str) -> None:
     """One layer: all of them are one graph, compiled at the first."""
     started = time.perf_counter()
     with _first_layers(way.blocks, 1):
@@ -235,7 +237,7 @@ def _warm(way: Way, device: str) -> None:
     way.first_s = time.perf_counter() - started
 
 
-def _time(way: Way, device: str, ranks: Ranks) -> None:
+def timed(way: Way, device: str, ranks: Ranks) -> None:
     _settle(device)
     ranks.gather(None)
     held = torch.cuda.memory_allocated() if device == "cuda" else 0
@@ -261,7 +263,7 @@ def _find_errors(ways: list[Way], model: WanDiT, layers: int, inputs: Inputs) ->
     exact.load_state_dict({name: known[name].float() for name in exact.state_dict()}, assign=True)
     exact.requires_grad_(False)
     with torch.inference_mode(False), torch.enable_grad():  # the formulas, and none of our kernels
-        expected = _velocity(exact, inputs, exact.encode_text(inputs.texts[0]))().double()
+        expected = velocity_of(exact, inputs, exact.encode_text(inputs.texts[0]))().double()
     for way in ways:
         with _first_layers(way.blocks, layers):
             way.relative_error = float((way.velocity().double() - expected).norm() / expected.norm())
@@ -285,7 +287,7 @@ def flop(spec: DiTSpec, tokens: int) -> float:
     return spec.num_layers * (linears + attention)
 
 
-def _report(way: Way, spec: DiTSpec, inputs: Inputs, ranks: Ranks) -> dict[str, Any]:
+def report_of(way: Way, spec: DiTSpec, inputs: Inputs, ranks: Ranks) -> dict[str, Any]:
     median = statistics.median(way.seconds)
     sharing = ranks.size if way.name.startswith("ulysses") else 1
     tflops = flop(spec, inputs.rope.cos.shape[0]) / median / 1e12 / sharing

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests import sparse_model
 from wanfast.runtime import builders, hardware, memory, metadata, model_files, quantize
 from wanfast.runtime.artifacts import ArtifactStore
-from wanfast.runtime.config import Recipe
+from wanfast.runtime.config import QuantizeConfig, Recipe
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks, gang
 from wanfast.runtime.memory import gb
@@ -52,10 +52,10 @@ def main() -> None:
         if not (options.folder / "high_noise_model").exists():
             sparse_model.write(options.folder, dataclasses.replace(A14B.dit, num_layers=options.layers))
         if options.recipe:
-            wanted = quantize.Request(
+            wanted = QuantizeConfig(
                 model=str(options.folder),
                 recipe=options.recipe,
-                experts=("high_noise",),
+                expert="high",
                 device=options.device,
                 artifacts_dir=str(options.folder / "artifacts"),
             )
@@ -67,7 +67,7 @@ def main() -> None:
         mp.start_processes(_rank, (options, port), options.ranks, start_method="spawn")
 
 
-def _quantize(_: int, wanted: quantize.Request) -> None:
+def _quantize(_: int, wanted: QuantizeConfig) -> None:
     print(*quantize.describe(quantize.run(wanted)), sep="\n", flush=True)
 
 

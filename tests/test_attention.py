@@ -74,11 +74,12 @@ def test_any_kernel_leaves_a_compiled_block_one_graph() -> None:
 
 def test_auto_takes_the_first_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("cpu", torch.float32, 24)
-    assert attention_probe.choose("auto", *arguments) == "flash"
+    assert attention_probe.choose("auto", *arguments).kernel == "flash"
     kernels = attention_kernels.KERNELS
     wrong = dataclasses.replace(kernels["flash"], run=lambda q, k, v: v * 1.001)
     monkeypatch.setitem(kernels, "flash", wrong)
-    assert attention_probe.choose("auto", *arguments) == "math"
+    choice = attention_probe.choose("auto", *arguments)
+    assert choice.kernel == "math" and "flash fails" in choice.why
     with pytest.raises(ConfigError, match="--attention flash: fails"):
         attention_probe.choose("flash", *arguments)
     monkeypatch.setitem(kernels, "math", dataclasses.replace(kernels["math"], run=lambda q, k, v: v[:, :1]))
@@ -89,6 +90,7 @@ def test_auto_takes_the_first_that_is_right(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_ran_is_recorded_and_runs_again(wanfast: Wanfast, workdir: Path) -> None:
     assert wanfast(*GOOD).exit_code == 0
     assert json.loads((workdir / "out.json").read_text())["effective"]["attention"] == "flash"
+    assert json.loads((workdir / "out.json").read_text())["attention"]["why"].startswith("the first of fa3, fa4, cudnn")
     outcome = wanfast(*GOOD, "--attention", "math", "--output", "b.mp4")
     assert outcome.exit_code == 0, outcome.err
     document = json.loads((workdir / "b.json").read_text())

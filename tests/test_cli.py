@@ -18,8 +18,9 @@ from PIL import Image
 
 from tests.conftest import Outcome
 from wanfast.commands import generate as generate_command
+from wanfast.commands import quantize as quantize_command
 from wanfast.commands import warmup as warmup_command
-from wanfast.runtime.config import EffectiveConfig, GenerateConfig
+from wanfast.runtime.config import EffectiveConfig, GenerateConfig, QuantizeConfig
 from wanfast.runtime.next_step import WARMUP_OPTIONS
 
 Wanfast = Callable[..., Outcome]
@@ -61,6 +62,16 @@ def test_options_of_warmup_are_those_of_generate() -> None:
         if name not in ("context", "json_")
     }
     assert parameters == {name: fields[name] for name in WARMUP_OPTIONS}
+
+
+def test_options_of_quantize_are_the_fields_of_its_config() -> None:
+    parameters = {
+        name: inspect.Parameter.empty if parameter.default is inspect.Parameter.empty else parameter.default
+        for name, parameter in inspect.signature(quantize_command.quantize).parameters.items()
+        if name != "json_"
+    }
+    fields = {field.name: field.default for field in dataclasses.fields(QuantizeConfig)}
+    assert parameters == fields | {"recipe": inspect.Parameter.empty}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EffectiveConfig)])

@@ -66,8 +66,8 @@ def test_bytes_of_the_models_are_those_of_their_parameters(precision: str) -> No
         (2, 48, ["--num-gpus", "2", "--expert-offload", "on"], {"cfg": 2}, "off", "off", "on", "as asked"),
         (8, 13, ["--num-gpus", "8", "--size", "320x176"], {"cfg": 2, "ulysses": 4}, "on", "on", "off", "sharded"),
         (8, 84, ["--num-gpus", "8", "--ulysses", "8"], {"ulysses": 8}, "off", "off", "off", "experts resident"),
-        (1, 60, ["--quantize", "int8-dynamic"], {}, "off", "off", "off", "experts resident: 49.6 GB"),
-        (1, 24, ["--quantize", "fp8-rowwise", "--size", "832x480"], {}, "off", "off", "on", "experts offloaded"),
+        (1, 60, ["--quantize", "int8-dynamic"], {}, "off", "off", "off", "experts resident: 53."),
+        (1, 32, ["--quantize", "fp8-rowwise", "--size", "832x480"], {}, "off", "off", "on", "experts offloaded"),
         (
             8,
             48,
@@ -108,6 +108,25 @@ def test_auto_decides_from_free_memory(
     assert plan["mesh"] == MADE | mesh
     assert (plan["dit_fsdp"], plan["t5_fsdp"], plan["expert_offload"]) == (dit_fsdp, t5_fsdp, offload)
     assert words in plan["placement"] and f"{gigabytes:.1f} GB free a GPU" in plan["placement"]
+
+
+def test_a_list_with_a_quantized_line_is_not_sharded(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:
+    machine(2, 60)
+    (workdir / "jobs.jsonl").write_text('{}\n{"quantize": "int8-dynamic"}\n')
+    list_ = ("--num-gpus", "2", "--cfg-parallel", "2", "--jobs", "jobs.jsonl")
+    plans = [result["plan"] for result in wanfast(*A14B_DRY, *list_).document["results"]]
+    assert [(plan["dit_fsdp"], plan["expert_offload"]) for plan in plans] == [("off", "on")] * 2
+    (workdir / "jobs.jsonl").write_text("{}\n{}\n")
+    plans = [result["plan"] for result in wanfast(*A14B_DRY, *list_).document["results"]]
+    assert plans[0]["dit_fsdp"] == "on"
+
+
+def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = Gpu("NVIDIA A100", 85_000_000_000, 85_000_000_000, "580", (8, 0), 12)
+    monkeypatch.setattr(placement.gpus, "visible_gpus", lambda: [old])
+    outcome = wanfast(*A14B_DRY, "--quantize", "fp8-rowwise")
+    assert outcome.exit_code == 2 and "NVIDIA A100 has no float8 products" in outcome.err
+    assert wanfast(*A14B_DRY, "--quantize", "int8-dynamic", "--expert-offload", "off").exit_code == 0
 
 
 @pytest.mark.parametrize(

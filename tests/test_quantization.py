@@ -23,7 +23,7 @@ from tests.parity import randomise, relative_error
 from wanfast.runtime import checkpoint, memory, model_files, quantize
 from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.builders import build_expert
-from wanfast.runtime.config import Recipe
+from wanfast.runtime.config import QuantizeConfig, Recipe
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.experts import SwappedExperts
@@ -33,7 +33,7 @@ from wanfast.runtime.models.quantized import PRODUCTS, QuantizedLinear, quantize
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.quantization import dequantize, is_quantized, quantize_linears, scale_of
 from wanfast.runtime.quantization import quantize as quantize_weight
-from wanfast.runtime.quantized_artifacts import QUANTIZED, QuantizedExpert
+from wanfast.runtime.quantized_artifacts import KEPT, QUANTIZED, QuantizedExpert
 
 Wanfast = Callable[..., Outcome]
 RECIPES: tuple[Recipe, ...] = ("int8-weight-only", "int8-dynamic", "fp8-rowwise")
@@ -123,6 +123,15 @@ def test_what_is_quantized_is_the_linears_of_the_blocks() -> None:
     assert memory.expert_bytes(A14B.dit, "bf16", "fp8-rowwise") < 0.52 * memory.expert_bytes(A14B.dit, "bf16")
 
 
+def test_every_parameter_is_quantized_or_named_as_kept() -> None:
+    with torch.device("meta"):
+        names = list(WanDiT(SPEC).state_dict())
+    for name in names:
+        kinds = [kind for kind in KEPT if kind.removesuffix("s") in name]
+        assert is_quantized(name) != bool(kinds), f"{name}: {kinds}"
+    assert all(any(kind.removesuffix("s") in name for name in names) for kind in KEPT)
+
+
 def velocity(model: WanDiT) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     latent, condition = (torch.randn(1, c, 2, 4, 8, generator=generator) for c in (16, 20))
@@ -145,10 +154,10 @@ def source(tmp_path: Path) -> model_files.ModelFiles:
 
 
 def make(source: model_files.ModelFiles, recipe: Recipe, store: Path) -> tuple[QuantizedExpert, dict[str, Any]]:
-    request = quantize.Request(
-        model=str(source.root), recipe=recipe, experts=("high_noise",), device="cpu", artifacts_dir=str(store)
+    config = QuantizeConfig(
+        model=str(source.root), recipe=recipe, expert="high", device="cpu", artifacts_dir=str(store)
     )
-    (result,) = quantize.run(request)
+    (result,) = quantize.run(config)
     return QuantizedExpert(ArtifactStore(store), source, "high_noise", recipe, str(source.root)), result
 
 
@@ -245,7 +254,7 @@ def test_the_manifest_and_the_errors_say_what_was_done(source: model_files.Model
     folder = Path(result["output"])
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["inputs"]["quantized"] == list(QUANTIZED) and "head" in manifest["inputs"]["kept"]
-    assert manifest["inputs"]["torchao"] == manifest["versions"]["torchao"] != "None"
+    assert manifest["inputs"]["torchao"] == manifest["versions"]["torchao"]
     errors = json.loads((folder / "errors.json").read_text())
     assert len(errors["tensors"]) == 3 * len(QUANTIZED) and len(errors["worst"]) == 10
     assert list(errors["worst"].values()) == sorted(errors["tensors"].values(), reverse=True)[:10]

@@ -14,12 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import imageio.v3 as iio
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from tests import sparse_model
 from tests.conftest import Outcome
-from wanfast.runtime import quantize, quantized_artifacts
+from wanfast.quality.metrics import psnr
+from wanfast.runtime import checkpoint, quantize, quantized_artifacts
 from wanfast.runtime.model_spec import A14B
 
 Wanfast = Callable[..., Outcome]
@@ -76,9 +79,13 @@ def test_what_is_kept_makes_the_video_of_what_is_quantized_while_loading(
 
 
 def test_two_ranks_share_what_is_kept(wanfast: Wanfast, workdir: Path, kept: Path) -> None:
-    outcome = wanfast(*GENERATE, "--num-gpus", "2", "--ulysses", "2", "--cfg-parallel", "1")
+    assert wanfast(*GENERATE, "--output", "one.mp4").exit_code == 0
+    outcome = wanfast(*GENERATE, "--num-gpus", "2", "--ulysses", "2", "--cfg-parallel", "1", "--output", "two.mp4")
     assert outcome.exit_code == 0, outcome.err
     assert outcome.document["effective"]["dit_fsdp"] == "off"
+    assert outcome.document["quantized"]["high_noise"] == kept.name
+    one, two = (torch.from_numpy(iio.imread(f"{name}.mp4", plugin="pyav")).movedim(-1, 0) for name in ("one", "two"))
+    assert psnr(two / 127.5 - 1, one / 127.5 - 1) >= 45
 
 
 def test_goes_on_with_the_expert_that_is_missing(wanfast: Wanfast, workdir: Path, kept: Path) -> None:
@@ -144,6 +151,23 @@ def test_a_full_disk_leaves_nothing(wanfast: Wanfast, workdir: Path, monkeypatch
     outcome = wanfast("quantize", *TINY, *RECIPE)
     assert outcome.exit_code == 2 and "No space left on device" in outcome.err and "--artifacts-dir" in outcome.err
     assert [path.suffix for path in (workdir / "artifacts" / "quantized").iterdir()] == [".lock"]
+
+
+def test_what_stops_it_is_one_line(wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (workdir / "file").write_text("not a folder")
+    outcome = wanfast("quantize", *TINY, *RECIPE, "--artifacts-dir", str(workdir / "file"))
+    assert outcome.exit_code == 2 and "--artifacts-dir" in outcome.err and outcome.err.count("\n") < 4
+    with monkeypatch.context() as patched:
+        patched.setattr(quantize, "find_spec", lambda name: None)
+        outcome = wanfast("quantize", *TINY, *RECIPE)
+        assert outcome.exit_code == 2 and "needs matplotlib" in outcome.err and not (workdir / "artifacts").exists()
+
+    def fails(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint._SafetensorsReader, "rows", fails)
+    outcome = wanfast("quantize", *TINY, *RECIPE)
+    assert outcome.exit_code == 4 and "model.safetensors: " in outcome.err and "cannot be read" in outcome.err
 
 
 @pytest.mark.parametrize(

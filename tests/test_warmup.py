@@ -18,6 +18,7 @@ from tests.conftest import Outcome
 from wanfast.runtime import compilation, model_files
 from wanfast.runtime.compilation import cache_inputs
 from wanfast.runtime.config import EffectiveConfig, from_options
+from wanfast.runtime.next_step import warmup_command
 
 Wanfast = Callable[..., Outcome]
 ROOT = Path(__file__).parents[1]
@@ -80,8 +81,16 @@ def test_a_cold_run_says_what_would_save_its_compiling(wanfast: Wanfast, workdir
     seconds = float(line.split("compiling took ")[1].split(" s")[0])
     assert 0.5 <= seconds <= cold.document["first_step_s"]
     command = line.split("`")[1]
-    expected = "wanfast warmup --model tiny --image cat.png --size 64x64 --frames 5 --device cpu"
+    image = workdir / "cat.png"
+    expected = f"wanfast warmup --model tiny --image {image} --size 64x64 --frames 5 --attention flash --device cpu"
     assert command == expected
+
+
+def test_the_command_names_the_ranks_that_ran() -> None:
+    """Not those that were asked for: what decides anew might decide otherwise."""
+    effective = dataclasses.asdict(config(num_gpus=8, ulysses=2, cfg_parallel=1, dit_fsdp="on", device="cuda"))
+    words = warmup_command(effective).split(" --")
+    assert {"num-gpus 2", "ulysses 2", "cfg-parallel 1", "dit-fsdp on"} <= set(words)
 
 
 def config(**changes: Any) -> EffectiveConfig:
@@ -109,11 +118,15 @@ def config(**changes: Any) -> EffectiveConfig:
     ],
     ids=str,
 )
-def test_all_that_kernels_depend_on_is_in_the_key(change: dict[str, Any]) -> None:
+def test_all_that_kernels_depend_on_is_in_the_key(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     spec = model_files.locate("tiny", "").spec.dit
     inputs = cache_inputs(config(), spec, 32)
     assert cache_inputs(config(**change), spec, 32) != inputs
     assert cache_inputs(config(), spec, 33) != inputs
+    for part, other in (("_processor", lambda: "x86_64 VecAVX2"), ("_version", lambda package: "0.0")):
+        with monkeypatch.context() as patched:
+            patched.setattr(compilation, part, other)
+            assert cache_inputs(config(), spec, 32) != inputs
     assert cache_inputs(config(), dataclasses.replace(spec, ffn_dim=8), 32) != inputs
     assert cache_inputs(config(seed=2, steps=9, prompt="other"), spec, 32) == inputs
     assert cache_inputs(config(), dataclasses.replace(spec, num_layers=8), 32) == inputs

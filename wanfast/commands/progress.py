@@ -1,4 +1,4 @@
-"""A bar for each video at work: its stage, steps, seconds a step, time left. On stderr; it stays when it is done."""
+"""Bars on stderr, which stay when they are done: a video's stage, steps, pace and time left; of bytes the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
 
@@ -31,6 +40,21 @@ def progress_bars(*, enabled: bool) -> Iterator[OnProgress]:
             bars.update(tasks[job], completed=done, total=total or None, description=f"{stage}{known}")
 
         yield on_progress
+
+
+@contextmanager
+def byte_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each name that `progress(name, bytes done, of all)` is told: GB, GB/s, time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name.replace("_", " "), total=total)
+            bars.update(tasks[name], completed=done)
+
+        yield progress
 
 
 def _clock(seconds: float) -> str:

@@ -7,25 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from wanfast.commands import options
-from wanfast.runtime.config import Device, Expert, Recipe
-from wanfast.runtime.plan import default_device
-
-_EXPERTS: dict[str, tuple[Expert, ...]] = {
-    "both": ("high_noise", "low_noise"),
-    "high": ("high_noise",),
-    "low": ("low_noise",),
-}
+from wanfast.commands.progress import byte_bars
+from wanfast.runtime.config import Device, QuantizeConfig, Recipe
 
 
 def quantize(
@@ -47,24 +32,10 @@ def quantize(
     """
     from wanfast.runtime import quantize as worker  # torch begins here
 
-    request = worker.Request(
-        model=model,
-        recipe=recipe,
-        experts=_EXPERTS[expert],
-        device=device or default_device(),
-        artifacts_dir=artifacts_dir,
-    )
+    config = QuantizeConfig(recipe=recipe, model=model, expert=expert, device=device, artifacts_dir=artifacts_dir)
+    with byte_bars() as progress:
+        results = worker.run(config, progress)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        tasks: dict[Expert, TaskID] = {}
-
-        def progress(expert: Expert, done: int, total: int) -> None:
-            if expert not in tasks:
-                tasks[expert] = bars.add_task(expert.replace("_", " "), total=total)
-            bars.update(tasks[expert], completed=done)
-
-        results = worker.run(request, progress)
     for line in worker.describe(results):
         console.print(line, markup=False)
     if json_:

@@ -68,13 +68,13 @@ class Report:
 
     def _tell_of_warmup(self, result: dict[str, Any], of_line: str) -> None:
         """What compiling cost, if it was done anew: the first step beyond what a step takes."""
-        steps = sum(result["plan"]["steps"].values())
-        if not result["effective"]["compile"] or result["compile_cache"] or steps < 2:
+        steps, effective = sum(result["plan"]["steps"].values()), result["effective"]
+        if not result["compiled_anew"] or steps < 2 or effective["nnodes"] > 1:
             return
         first, all_steps = result["first_step_s"], result["seconds"]["denoise"]
         cost = first - (all_steps - first) / (steps - 1)
         if cost >= _WORTH_TELLING_S:
-            command = warmup_command(result["requested"])
+            command = warmup_command(effective)
             self._warnings.print(
                 f"note{of_line}: compiling took {cost:.1f} s of this run; once `{command}` has run, others start warm",
                 markup=False,
@@ -90,6 +90,7 @@ class Report:
         for name, read in result["loading"].items():
             speed = f"{read['bytes'] / 1e9 / max(read['seconds'], 1e-3):.2f} GB/s"
             rows[f"  {name.replace('_', ' ')}"] = f"{read['seconds']:.1f} s, {read['bytes'] / 1e9:.2f} GB, {speed}"
+        rows["attention"] = f"{result['attention']['kernel']}: {result['attention']['why']}"
         rows["peak memory"] = f"{result['peak_memory_bytes'] / 1e9:.2f} GB"
         rows["written"] = "\n".join(_shown(path) for path in plan["outputs"])
         self._table("done" + of_line, rows)

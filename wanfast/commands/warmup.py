@@ -77,8 +77,8 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
 
 
 def said(result: dict[str, Any]) -> str:
-    plan, seconds = result["plan"], result["seconds"]
-    shape = f"{plan['width']}x{plan['height']}, {plan['frames']} frames, {plan['attention']} attention"
+    seconds = result["seconds"]
+    shape = f"{result['width']}x{result['height']}, {result['frames']} frames, {result['attention']} attention"
     first, second = (f"{seconds[name]:.1f} s" for name in ("first", "second"))
     what = "was there already, and loads" if result["was_there"] else f"{result['bytes'] / 1e6:.1f} MB"
     return f"{result['output']}: {what}; {shape}; first forward of a block {first}, second {second}"

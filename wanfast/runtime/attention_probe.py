@@ -35,7 +35,15 @@ class Finding:
     reason: str | None = None
 
 
-def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> Attention:
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that runs, and why it is that one."""
+
+    kernel: Attention
+    why: str
+
+
+def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> Choice:
     """The kernel that is asked for, or the fastest that is right here.
 
     Raises ConfigError with the mend if the one asked for is not there, or not right.
@@ -44,10 +52,14 @@ def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> 
         found = probe(asked, device, dtype, head_dim)
         if found.state != "runs":
             raise ConfigError(f"--attention {asked}: {found.state} ({found.reason}): mend that, or take auto")
-        return asked
+        return Choice(asked, f"as asked, relative error {found.relative_error:.1e}")
+    passed_over: list[str] = []
     for name in _candidates(device):
-        if probe(name, device, dtype, head_dim).state == "runs":
-            return cast("Attention", name)
+        found = probe(name, device, dtype, head_dim)
+        if found.state == "runs":
+            first = f"the first of {', '.join(KERNELS)} that runs here, relative error {found.relative_error:.1e}"
+            return Choice(cast("Attention", name), "; ".join([first, *passed_over]))
+        passed_over.append(f"{name} {found.state}")
     raise ConfigError(
         f"--attention auto: none of {', '.join(_candidates(device))} works on {device}: see `wanfast doctor`"
     )

@@ -83,7 +83,16 @@ def _in_order_of_files(places: dict[Path, dict[str, str]]) -> Iterator[tuple[str
     for file, names in places.items():
         reader = _PthReader(file) if file.suffix == ".pth" else _SafetensorsReader(file)
         for name, key in names.items():
-            yield name, partial(reader.rows, key)
+            yield name, partial(_rows, file, reader, key)
+
+
+def _rows(file: Path, reader: _Reader, key: str, first: int, end: int) -> Tensor:
+    try:
+        return reader.rows(key, first, end)
+    except (OSError, SafetensorError) as error:
+        raise CorruptArtifactError(
+            f"{file}: {key!r} cannot be read ({error}): check the disk, or get it anew"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from wanfast.runtime.models.dit import WanDiT
 
 KIND = "inductor"
 _SIZES = 64  # token counts that one process may see: torch gives up at 8, and a list of videos can have more
-_SOURCES = ("models/*.py", "distributed/*.py")  # beside this file: what the graphs are made of
+# Beside this file: what the graphs are made of, and how they are compiled.
+_SOURCES = ("models/*.py", "distributed/*.py", "compilation.py", "quantization.py", "quantized_artifacts.py")
 
 
 def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
@@ -54,8 +55,9 @@ def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[st
         "mode": config.compile_mode,
         "mesh": {"cfg": config.cfg_parallel, "ulysses": config.ulysses},
         "dit_fsdp": config.dit_fsdp,
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "device": torch.cuda.get_device_name() if on_gpu else _processor(),
         "capability": list(torch.cuda.get_device_capability()) if on_gpu else None,
+        "threads": None if on_gpu else torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -96,6 +98,19 @@ def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> s
     if torch.compiler.load_cache_artifacts(saved) is None:
         raise CorruptArtifactError(f"{store.path(KIND, inputs)}: torch cannot read it: remove it, and warm up again")
     return key
+
+
+def compiled_anew() -> int:
+    """Graphs that this process compiled so far, because no cache held them."""
+    counters = torch._dynamo.utils.counters["inductor"]
+    return int(counters["fxgraph_cache_miss"] + counters["fxgraph_cache_bypass"])
+
+
+def _processor() -> str:
+    """With its vector instructions: Inductor's C++ is made for them, and its cache does not tell them apart."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return f"{platform.machine()} {pick_vec_isa()}"
 
 
 def _file(rank: int) -> str:

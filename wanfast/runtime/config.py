@@ -108,6 +108,17 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """What `wanfast quantize` is to do: its options."""
+
+    recipe: Recipe
+    model: str = "a14b"
+    expert: Literal["both", "high", "low"] = "both"
+    device: Device | None = None
+    artifacts_dir: str = "artifacts"
+
+
+@dataclass(frozen=True, kw_only=True)
 class EffectiveConfig:
     """One video, every question answered. Paths are absolute, so that it runs again from any folder."""
 

@@ -20,7 +20,7 @@ from wanfast.runtime import attention_probe, hardware, media_io, metadata, model
 from wanfast.runtime.artifacts import ArtifactStore, write_synced
 from wanfast.runtime.atomic import atomic_paths
 from wanfast.runtime.builders import DTYPES, build_expert, build_vae
-from wanfast.runtime.compilation import cache_inputs, compile_blocks, load_caches
+from wanfast.runtime.compilation import cache_inputs, compile_blocks, compiled_anew, load_caches
 from wanfast.runtime.config import Branch, EffectiveConfig, Expert, from_options
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
@@ -32,7 +32,7 @@ from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.pipeline import ImageToVideoPipeline
 from wanfast.runtime.plan import Plan
 from wanfast.runtime.prompt_embeds import prompt_embeds
-from wanfast.runtime.quantized_artifacts import quantized_expert, shards
+from wanfast.runtime.quantized_artifacts import EXPERTS, quantized_expert, shards
 from wanfast.runtime.timing import FirstStep, Stopwatch
 
 Job = dict[str, Any]  # of requests.Planned.job
@@ -100,6 +100,9 @@ def _run_group(
         document = _failure(error, ranks, f"{message}: take a larger GPU, several of them, or --expert-offload on")
         yield from ((failed, document) for failed in (index, *claimed))
         return
+    kept = _kept_experts(files, first)
+    loading = _speeds(loads, files, kept)
+    quantized = {expert: folder.name for expert, folder in kept.items()}
     while index is not None:
         config = configs[index]
         text: dict[Branch, torch.Tensor] = {
@@ -107,11 +110,14 @@ def _run_group(
             "negative_prompt": embeds[config.negative_prompt],
         }
         try:
-            yield index, _run_one(index, jobs[index], config, pipeline, files, text, watch, loads, progress)
+            yield (
+                index,
+                _run_one(index, jobs[index], config, pipeline, files, text, watch, loading, quantized, progress),
+            )
         except (WanFastError, torch.OutOfMemoryError) as error:
             message = f"--size {config.size} --frames {config.frames}: does not fit into this GPU's memory beside the"
             yield index, _failure(error, ranks, f"{message} weights: take less")
-        watch, loads = Stopwatch(ranks.device), Stopwatch(ranks.device)  # loading counts for the first video alone
+        watch, loading = Stopwatch(ranks.device), {}  # loading counts for the first video alone
         index = next(claimed, None)
 
 
@@ -128,9 +134,8 @@ def load_pipeline(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, load
     """Both experts, and the leader's VAE, where `config` wants them; seconds of each in `loads`."""
     hosted = "cpu" if config.expert_offload == "on" else None
     dtype, head_dim = DTYPES[config.precision], files.spec.dit.head_dim
-    kernel = ranks.lead(lambda: attention_probe.choose(config.attention, config.device, dtype, head_dim))
-
-    attend = attention_by(kernel)
+    choice = ranks.lead(lambda: attention_probe.choose(config.attention, config.device, dtype, head_dim))
+    attend = attention_by(choice.kernel)
 
     def build(expert: Expert) -> WanDiT:
         with loads.span(expert):
@@ -153,27 +158,30 @@ def load_pipeline(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, load
     experts: Experts = SwappedExperts(models, ranks.device) if hosted else ResidentExperts(models)
     with loads.span("vae"):
         vae = ranks.together(lambda: build_vae(files, ranks.device) if ranks.is_leader else None)
-    return ImageToVideoPipeline(files.spec, experts, vae, ranks, kernel)
+    return ImageToVideoPipeline(files.spec, experts, vae, ranks, choice)
 
 
-def _speeds(loads: Stopwatch, files: ModelFiles, config: EffectiveConfig) -> dict[str, dict[str, float]]:
+def _kept_experts(files: ModelFiles, config: EffectiveConfig) -> dict[str, Path]:
+    """The artifacts that the experts came from, if they did."""
+    if config.quantize_on_the_fly:
+        return {}
+    return {name: expert.require() for name in EXPERTS if (expert := quantized_expert(files, config, name))}
+
+
+def _speeds(loads: Stopwatch, files: ModelFiles, kept: dict[str, Path]) -> dict[str, dict[str, float]]:
     """Seconds and bytes of each component that was loaded: the gang reads them about once."""
+
+    def sources(component: Component) -> list[Path]:
+        return shards(kept[component]) if component in kept else files.weights(component)
+
     return {
         component: {
             "seconds": round(loads.seconds[component], 3),
-            "bytes": sum(file.stat().st_size for file in _read_files(files, config, component)),
+            "bytes": sum(file.stat().st_size for file in sources(component)),
         }
         for component in COMPONENTS
         if component in loads.seconds
     }
-
-
-def _read_files(files: ModelFiles, config: EffectiveConfig, component: Component) -> list[Path]:
-    if component in ("high_noise", "low_noise") and config.quantize and not config.quantize_on_the_fly:
-        expert = quantized_expert(files, config, component)
-        assert expert is not None
-        return shards(expert.require())
-    return files.weights(component)
 
 
 def _run_one(
@@ -184,15 +192,17 @@ def _run_one(
     files: ModelFiles,
     text: dict[Branch, torch.Tensor],
     watch: Stopwatch,
-    loads: Stopwatch,
+    loading: dict[str, dict[str, float]],
+    quantized: dict[str, str],
     progress: ProgressFn,
 ) -> Result:
     ranks = pipeline.ranks
     image = ranks.lead(lambda: _read_image(config))
-    config = dataclasses.replace(config, attention=pipeline.attention)  # what runs, and is to run again
+    choice = pipeline.attention
+    config = dataclasses.replace(config, attention=choice.kernel)  # what runs, and is to run again
     plan = Plan.of(config, pipeline.spec, image.size, tuple(job["notes"]), job["placement"])
     g, steps = plan.geometry, len(plan.schedule)
-    compile_cache = _warm_start(plan, ranks) if config.compile else None
+    compile_cache, compiled = (_warm_start(plan, ranks), compiled_anew()) if config.compile else (None, 0)
     hardware.reset_peak_memory(config.device)
     progress(index, "encoding the image", 0, steps)
     pixels_CHW = pixels.fit_image(image.pixels, g.width, g.height)
@@ -217,13 +227,16 @@ def _run_one(
             document = metadata.planned(plan, job["requested"]) | {
                 "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
                 "first_step_s": round(first_step.seconds, 3),
+                "attention": dataclasses.asdict(choice),
                 "compile_cache": compile_cache,
-                "loading": _speeds(loads, files, config),
+                "compiled_anew": compiled_anew() - compiled if config.compile else 0,
+                "loading": loading,
                 "output_sha256": hashlib.sha256(mp4.read_bytes()).hexdigest(),
                 "peak_memory_bytes": max(peaks),
                 "peak_memory_bytes_by_rank": peaks,
                 "hardware": hardware.describe(config.device),
                 "weights": files.fingerprints,
+                "quantized": quantized,
             }
             write_synced(sidecar, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         return document

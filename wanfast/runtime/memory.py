@@ -61,11 +61,15 @@ def umt5_bytes(spec: UMT5Spec, precision: Precision) -> int:
     return parameters * _BYTES[precision]
 
 
-def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int) -> int:
-    """Beside the weights in a forward over `tokens` of a rank's own; with the text's keys and values, made once."""
+def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, recipe: Recipe | None = None) -> int:
+    """Beside the weights in a forward over `tokens` of a rank's own; with the text's keys and values, made once.
+
+    Where tokens are quantized too, without compiling, the widest ones are held in float32 twice and in 8 bits.
+    """
     dit = spec.dit
+    quantizing = 9 * dit.ffn_dim * tokens if recipe in ("int8-dynamic", "fp8-rowwise") else 0
     text = 2 * dit.num_layers * dit.text_len * dit.dim * _BYTES[precision]  # of one expert and branch
-    return _LOOP_ROWS * 4 * dit.dim * tokens + 4 * text
+    return _LOOP_ROWS * 4 * dit.dim * tokens + 4 * text + quantizing
 
 
 def decode_bytes(spec: ModelSpec, geometry: Geometry) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from wanfast.runtime.plan import Plan
 
 _PACKAGES = ("wanfast", "torch", "numpy", "safetensors", "tokenizers", "ftfy", "pillow", "av")
+_OPTIONAL = ("triton", "torchao", "fa3-fwd", "flash-attn-4", "flash-attn", "diffusers")  # said where they are
 
 
 def versions() -> dict[str, str]:
@@ -20,6 +22,9 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed as a package"
+    for package in _OPTIONAL:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
     return found
 
 

@@ -64,9 +64,20 @@ def next_step(request: GenerateConfig, fitted: Fit, *, no_torch: str | None, no_
     return NextStep(_generate(request, way, fitted), f"all is there: {_said(way)}")
 
 
-def warmup_command(requested: dict[str, Any]) -> str:
-    """`wanfast warmup` for generations with these options."""
-    return _line("warmup", {name: requested[name] for name in WARMUP_OPTIONS if name in requested})
+def warmup_command(effective: dict[str, Any]) -> str:
+    """`wanfast warmup` for what a generation came to: its own ranks, and nothing left to be decided anew."""
+    ranks = effective["cfg_parallel"] * effective["ulysses"]
+    chosen = effective | {"num_gpus": ranks}
+    if ranks == 1:
+        chosen |= {"cfg_parallel": None, "ulysses": None, "dit_fsdp": "auto"}
+    if chosen["expert_offload"] == "off":
+        chosen["expert_offload"] = "auto"
+    defaults = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
+    root = str(Path(GenerateConfig.artifacts_dir).absolute())
+    return _line(
+        "warmup",
+        {name: chosen[name] for name in WARMUP_OPTIONS if chosen[name] not in (defaults[name], root)},
+    )
 
 
 def _what_would_fit(request: GenerateConfig, fitted: Fit) -> NextStep:

@@ -19,7 +19,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from wanfast.runtime.config import Attention, Branch, Expert
+from wanfast.runtime.attention_probe import Choice
+from wanfast.runtime.config import Branch, Expert
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.experts import Experts
 from wanfast.runtime.model_spec import ModelSpec
@@ -38,7 +39,7 @@ class ImageToVideoPipeline:
     experts: Experts
     vae: WanVAE | None  # the leader's
     ranks: Ranks
-    attention: Attention = "auto"  # the kernel of the experts
+    attention: Choice  # the experts' kernel
 
     @property
     def device(self) -> str:

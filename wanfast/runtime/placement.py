@@ -58,7 +58,9 @@ def place(requests: Sequence[GenerateConfig], plans: Sequence[Plan]) -> list[Pla
     free, said = _free_bytes(plans[0].config, num_gpus)
     need = _need(plans, mesh)
     here = min(num_gpus, mesh.gang_size * len(plans))  # ranks that this machine starts
-    dit_fsdp, expert_offload, why = _place_experts(request, need, mesh.gang_size, here, free, plans[0].config)
+    dit_fsdp, expert_offload, why = _place_experts(
+        request, need, mesh.gang_size, here, free, plans[0].config, quantized=any(map(_is_in_8_bits, plans))
+    )
     t5_fsdp = _shard_umt5(request, need, mesh.gang_size, free)
     reason = f"{why}, {gb(free)} {said}"
     chosen: dict[str, Any] = {
@@ -87,9 +89,13 @@ def needed(spec: ModelSpec, precision: Precision, geometry: Geometry, mesh: Mesh
         block=memory.block_bytes(spec.dit, precision),
         umt5=memory.umt5_bytes(spec.umt5, precision),
         hosted=memory.hosted_bytes(spec.dit, precision, recipe),
-        loop=memory.loop_bytes(spec, precision, -(-geometry.tokens // mesh.ulysses)),
+        loop=memory.loop_bytes(spec, precision, -(-geometry.tokens // mesh.ulysses), recipe),
         decode=memory.decode_bytes(spec, geometry),
     )
+
+
+def _is_in_8_bits(plan: Plan) -> bool:
+    return plan.config.quantize not in (None, "bf16")
 
 
 def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
@@ -122,10 +128,17 @@ def _offloaded(need: Need) -> dict[str, int]:
 
 
 def _place_experts(
-    request: GenerateConfig, need: Need, ranks: int, ranks_here: int, free: int, config: EffectiveConfig
+    request: GenerateConfig,
+    need: Need,
+    ranks: int,
+    ranks_here: int,
+    free: int,
+    config: EffectiveConfig,
+    *,
+    quantized: bool,
 ) -> tuple[Switch, Switch, str]:
     """(--dit-fsdp, --expert-offload, why); `ranks` to a video, `ranks_here` on this machine."""
-    held, barred = modes(need, ranks), _barred(request, need, ranks, ranks_here, config)
+    held, barred = modes(need, ranks), _barred(request, need, ranks, ranks_here, config, quantized)
     for asked, option, mode in (
         (request.dit_fsdp, "--dit-fsdp", "sharded"),
         (request.expert_offload, "--expert-offload", "offloaded"),
@@ -155,7 +168,7 @@ _SWITCHES: dict[str, tuple[Switch, Switch]] = {
 
 
 def _barred(
-    request: GenerateConfig, need: Need, ranks: int, ranks_here: int, config: EffectiveConfig
+    request: GenerateConfig, need: Need, ranks: int, ranks_here: int, config: EffectiveConfig, quantized: bool
 ) -> dict[str, str]:
     """The modes that cannot be, whatever the GPUs' memory, and why."""
     barred = {}
@@ -163,7 +176,7 @@ def _barred(
         barred["sharded"] = "a video has one rank: add --num-gpus, or take --expert-offload on"
     elif request.dit_fsdp == "off":
         barred["sharded"] = "switched off"
-    elif config.quantize not in (None, "bf16"):
+    elif quantized:
         barred["sharded"] = "quantized experts are not sharded"
     hosted, host_free = need.hosted * ranks_here, available_host_bytes()
     if config.device == "cpu":

@@ -25,6 +25,7 @@ from wanfast.runtime.sampling.scheduler import Step, expert_of, schedule
 from wanfast.runtime.shapes import Geometry, fit_geometry
 from wanfast.runtime.tokenizer import PromptTokenizer, clean_prompt
 
+_FLOAT8_CAPABILITY = (8, 9)
 _MP4_BYTES_PER_PIXEL = 0.25  # generous at CRF 10: a rough video takes about half
 
 
@@ -170,9 +171,16 @@ def effective(request: GenerateConfig, files: ModelFiles, image_sha256: str) -> 
     )
     if config.noise_device == "cuda" and config.device == "cpu":
         raise ConfigError("--noise-device cuda needs a GPU: drop it, and the noise is drawn on the CPU")
+    if config.quantize == "fp8-rowwise" and config.device == "cuda" and (old := _without_float8()):
+        raise ConfigError(f"--quantize fp8-rowwise: {old} has no float8 products: take int8-dynamic")
     if config.tf32 and config.device == "cpu":
         raise ConfigError("--tf32 is of GPUs: drop it, or take --device cuda")
     return config
+
+
+def _without_float8() -> str | None:
+    """The name of a GPU that is too old for it, if there is one."""
+    return next((gpu.name for gpu in gpus.visible_gpus() if gpu.capability < _FLOAT8_CAPABILITY), None)
 
 
 def default_device() -> Device:

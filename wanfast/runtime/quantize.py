@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from torch import Tensor
 from wanfast.runtime import checkpoint, memory, metadata, model_files
 from wanfast.runtime.artifacts import ArtifactStore, write_synced
 from wanfast.runtime.checkpoint import RowsFn
-from wanfast.runtime.config import Expert, Recipe
+from wanfast.runtime.config import Expert, QuantizeConfig
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError
 from wanfast.runtime.memory import gb
 from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.plan import default_device
 from wanfast.runtime.quantization import dequantize, is_quantized, quantize, scale_of
 from wanfast.runtime.quantized_artifacts import INDEX, KIND, QuantizedExpert, require_torchao, shards
 
@@ -34,35 +36,29 @@ SHARD_BYTES = 1 << 30
 _CHUNK_VALUES = 16 << 20  # of a weight at a time: 64 MB in float32
 _WORST = 10
 
+_EXPERTS: dict[str, tuple[Expert, ...]] = {
+    "both": ("high_noise", "low_noise"),
+    "high": ("high_noise",),
+    "low": ("low_noise",),
+}
+
 ProgressFn = Callable[[Expert, int, int], None]  # (expert, bytes of the source that are read, of all)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What `wanfast quantize` was asked for."""
-
-    model: str
-    recipe: Recipe
-    experts: tuple[Expert, ...]
-    device: str
-    artifacts_dir: str
-
-
-def run(request: Request, progress: ProgressFn = lambda expert, done, total: None) -> list[dict[str, Any]]:
+def run(config: QuantizeConfig, progress: ProgressFn = lambda expert, done, total: None) -> list[dict[str, Any]]:
     """Quantize each expert that is not there yet; a document for each. Raises WanFastError."""
-    files = model_files.locate(request.model, request.artifacts_dir)
-    torchao = require_torchao(f"--recipe {request.recipe}") if request.recipe != "bf16" else None
+    files = model_files.locate(config.model, config.artifacts_dir)
+    torchao = require_torchao(f"--recipe {config.recipe}") if config.recipe != "bf16" else None
+    if find_spec("matplotlib") is None:
+        raise ConfigError("the plot of the errors needs matplotlib: pip install 'wanfast[quantize]'")
     if not files.exists:
         files.require()
-    if request.device == "cuda" and not torch.cuda.is_available():
+    device = config.device or default_device()
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here: take --device cpu")
-    store = ArtifactStore(Path(request.artifacts_dir).absolute())
-    return [
-        _quantize_expert(
-            QuantizedExpert(store, files, expert, request.recipe, request.model), torchao, request.device, progress
-        )
-        for expert in request.experts
-    ]
+    store = ArtifactStore(Path(config.artifacts_dir).absolute())
+    wanted = [QuantizedExpert(store, files, expert, config.recipe, config.model) for expert in _EXPERTS[config.expert]]
+    return [_quantize_expert(expert, torchao, device, progress) for expert in wanted]
 
 
 def _quantize_expert(wanted: QuantizedExpert, torchao: str | None, device: str, progress: ProgressFn) -> dict[str, Any]:
@@ -73,9 +69,8 @@ def _quantize_expert(wanted: QuantizedExpert, torchao: str | None, device: str, 
     source = wanted.files.weights(wanted.expert)
     source_bytes = sum(file.stat().st_size for file in source)
     if folder is None:
-        _check_disk(wanted)
         job = _Job(wanted, source, source_bytes, device, progress)
-        folder = wanted.store.publish(KIND, inputs, job.write, metadata.versions() | {"torchao": str(torchao)})
+        folder = wanted.store.publish(KIND, inputs, job.write, metadata.versions())
     errors = json.loads((folder / "errors.json").read_text(encoding="utf-8"))
     return {
         "expert": wanted.expert,
@@ -93,7 +88,6 @@ def _quantize_expert(wanted: QuantizedExpert, torchao: str | None, device: str, 
 def _check_disk(wanted: QuantizedExpert) -> None:
     needed = int(memory.expert_bytes(wanted.files.spec.dit, "bf16", wanted.recipe) * 1.01)
     root = wanted.store.root
-    root.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(root).free) < needed:
         raise ConfigError(f"--artifacts-dir {root}: {gb(needed)} are needed and {gb(free)} free: name another")
 
@@ -109,6 +103,7 @@ class _Job:
     progress: ProgressFn
 
     def write(self, folder: Path) -> None:
+        _check_disk(self.wanted)
         with torch.device("meta"):
             model = WanDiT(self.wanted.files.spec.dit, torch.bfloat16)
         held, writer, errors, read = model.state_dict(), _Shards(folder), _Errors(), 0
@@ -120,7 +115,11 @@ class _Job:
                 writer.add(name, values)
                 writer.add(scale_of(name), scale)
             else:
-                writer.add(name, rows(0, like.shape[0] if like.dim() else 1).to(like.dtype, copy=True))
+                exact = rows(0, like.shape[0] if like.dim() else 1)
+                cast = exact.to(like.dtype, copy=True)
+                writer.add(name, cast)
+                if is_quantized(name):
+                    errors.add(name, exact.float(), cast.float())
             read += like.numel() * self.source_bytes // sum(tensor.numel() for tensor in held.values())
             self.progress(self.wanted.expert, min(read, self.source_bytes), self.source_bytes)
         writer.close()
@@ -162,8 +161,10 @@ class _Shards:
         file = self.folder / f"diffusion_pytorch_model-{len(set(self.weight_map.values())) + 1:05d}.safetensors"
         try:
             save_file(self.pending, file, metadata={"format": "pt"})
-        except SafetensorError as error:  # its writer's name for whatever the disk says
-            raise OSError(None, str(error)) from error
+        except SafetensorError as error:
+            if "I/O error" not in str(error):
+                raise
+            raise OSError(None, str(error)) from error  # its writer's name for what the disk says
         file.chmod(0o644)
         self._verify(file)
         self.weight_map |= dict.fromkeys(self.pending, file.name)
@@ -195,8 +196,7 @@ class _Errors:
         whole = _ratio(*(sum(sums[i] for sums in self.squares.values()) for i in (0, 1)))
         document = {"relative_error": whole, "worst": worst, "tensors": found}
         write_synced(folder / "errors.json", json.dumps(document, indent=1) + "\n")
-        if found:
-            _plot(found, folder / "errors.png", title)
+        _plot(found, folder / "errors.png", title)
 
 
 def _sum_of_squares(rows: Tensor) -> float:
@@ -214,10 +214,8 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _plot(found: dict[str, float], file: Path, title: str) -> None:
     """A line for each kind of linear, over the blocks."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("the plot of the errors needs matplotlib: pip install 'wanfast[quantize]'") from None
+    from matplotlib.figure import Figure
+
     lines: dict[str, dict[int, float]] = {}
     for name, error in found.items():
         _, block, kind = name.removesuffix(".weight").split(".", 2)

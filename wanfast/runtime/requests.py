@@ -18,7 +18,7 @@ from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.placement import LAUNCH_OPTIONS, place, placement_notes
 from wanfast.runtime.plan import Plan, resolve
-from wanfast.runtime.quantized_artifacts import EXPERTS, quantized_expert, require_torchao
+from wanfast.runtime.quantized_artifacts import EXPERTS, QuantizedExpert, quantized_expert, require_torchao
 
 _OPTIONS = {field.name for field in dataclasses.fields(GenerateConfig)}
 
@@ -63,7 +63,8 @@ class Planned:
 def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Planned]:
     """A bad line of a jobs file keeps its error, so that the rest still run; a bad single request raises it."""
     taken: dict[Path, int | None] = {}
-    planned = [_plan(request, taken, needs_weights) for request in requests]
+    required: set[tuple[QuantizedExpert, bool]] = set()
+    planned = [_plan(request, taken, required, needs_weights) for request in requests]
     if first := next((item.plan for item in planned if item.plan), None):
         planned = [_like(item, first) for item in planned]
         ready = [item for item in planned if item.plan]
@@ -98,8 +99,10 @@ def own_share(planned: list[Planned]) -> list[Planned]:
     return planned[config.node_rank :: config.nnodes]
 
 
-def _plan(request: Request, taken: dict[Path, int | None], needs_weights: bool) -> Planned:
-    """`taken`: the outputs of the lines before, to which this one's are added."""
+def _plan(
+    request: Request, taken: dict[Path, int | None], required: set[tuple[QuantizedExpert, bool]], needs_weights: bool
+) -> Planned:
+    """`taken`, `required`: outputs and quantized experts of the lines before, to which this one's are added."""
     try:
         if request.error is not None:
             raise request.error
@@ -115,7 +118,7 @@ def _plan(request: Request, taken: dict[Path, int | None], needs_weights: bool) 
             raise ConfigError(f"--from: {plan.config.image} is not the image of that run: put that one back")
         if needs_weights:
             files.require()
-            _require_quantized(plan, files)
+            _require_quantized(plan, files, required)
         if request.weights is not None and files.exists and request.weights != files.fingerprints:
             plan = dataclasses.replace(plan, notes=(*plan.notes, "--from: the weights changed since that run"))
         taken.update(dict.fromkeys((path.resolve() for path in plan.outputs), request.line))
@@ -126,14 +129,19 @@ def _plan(request: Request, taken: dict[Path, int | None], needs_weights: bool) 
         return Planned(request, error=error)
 
 
-def _require_quantized(plan: Plan, files: ModelFiles) -> None:
-    """What --quantize asks for is there, or torchao, where it is to be made. Raises WanFastError with the command."""
+def _require_quantized(plan: Plan, files: ModelFiles, required: set[tuple[QuantizedExpert, bool]]) -> None:
+    """What --quantize asks for is there, or torchao, where it is to be made. Raises WanFastError with the command.
+
+    Once each: hashes take a while.
+    """
     if plan.config.quantize_on_the_fly:
         require_torchao("--quantize-on-the-fly")
         return
     for name in EXPERTS:
-        if expert := quantized_expert(files, plan.config, name):
-            expert.require(verify=plan.config.verify)
+        expert, verify = quantized_expert(files, plan.config, name), plan.config.verify
+        if expert and (expert, verify) not in required:
+            expert.require(verify=verify)
+            required.add((expert, verify))
 
 
 def read_requests(

@@ -20,7 +20,7 @@ from wanfast.runtime.compilation import cache_inputs, compile_blocks, load_cache
 from wanfast.runtime.config import EffectiveConfig, from_options
 from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.errors import WanFastError, failure
+from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.model_spec import DiTSpec
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.dit import WanDiT
@@ -29,6 +29,8 @@ from wanfast.runtime.plan import Plan
 from wanfast.runtime.quantization import quantize_linears
 from wanfast.runtime.shapes import Geometry
 from wanfast.runtime.timing import Stopwatch
+
+_TOO_LARGE = "--size: a block's work does not fit into this GPU's memory: take a smaller --size, or fewer --frames"
 
 
 def run(
@@ -42,10 +44,10 @@ def run(
     (job,) = jobs
     try:
         yield 0, _warm(job, ranks, lambda stage: progress(0, stage, 0, 0))
-    except WanFastError as error:
-        if ranks.size > 1 and not error.is_agreed:
+    except (WanFastError, torch.OutOfMemoryError) as error:
+        if ranks.size > 1 and not (isinstance(error, WanFastError) and error.is_agreed):
             raise
-        yield 0, failure(error)
+        yield 0, failure(error if isinstance(error, WanFastError) else ConfigError(_TOO_LARGE))
 
 
 def _warm(job: dict[str, Any], ranks: Ranks, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -54,8 +56,8 @@ def _warm(job: dict[str, Any], ranks: Ranks, progress: Callable[[str], None]) ->
     spec = ranks.together(lambda: model_files.locate(config.model, config.artifacts_dir)).spec
     hardware.use_few_threads(ranks.device, spec.dit.dim)
     dtype = DTYPES[config.precision]
-    kernel = ranks.lead(lambda: attention_probe.choose(config.attention, config.device, dtype, spec.dit.head_dim))
-    config = dataclasses.replace(config, attention=kernel)
+    choice = ranks.lead(lambda: attention_probe.choose(config.attention, config.device, dtype, spec.dit.head_dim))
+    config = dataclasses.replace(config, attention=choice.kernel)
     plan = Plan.of(config, spec, tuple(job["image_size"]), placement=job["placement"])
     store = ArtifactStore(Path(config.artifacts_dir))
     inputs = cache_inputs(config, spec.dit, plan.geometry.tokens)
@@ -64,8 +66,11 @@ def _warm(job: dict[str, Any], ranks: Ranks, progress: Callable[[str], None]) ->
     progress("loading what is kept" if was_there else "compiling")
     _forward(plan, ranks, watch)
     folder = save_caches(store, inputs, ranks)
-    return metadata.planned(plan, job["requested"]) | {
+    shape = ("width", "height", "frames", "tokens", "precision", "quantize", "attention", "compile", "device", "mesh")
+    return {name: value for name, value in plan.to_json().items() if name in shape} | {
         "output": str(folder),
+        "requested": job["requested"],
+        "versions": metadata.versions(),
         "was_there": was_there,
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
         "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},

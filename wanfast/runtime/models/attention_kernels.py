@@ -67,7 +67,7 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-# The fastest on Hopper first, as measured at 75,600 tokens (LOG.md): `auto` takes the first that is right here.
+# The fastest on Hopper first, at 75,600 tokens (LOG.md has fa3 and cudnn): `auto` takes the first that is right here.
 KERNELS: dict[str, Kernel] = {
     "fa3": Kernel(_fa3, module="fa3_fwd_interface", package="fa3-fwd"),
     "fa4": Kernel(_fa4, module="flash_attn.cute", package="flash-attn-4"),

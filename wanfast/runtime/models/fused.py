@@ -10,6 +10,8 @@ Shapes: B batch, L tokens, d model dim, H heads, D head dim. Weights, biases and
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -17,7 +19,8 @@ from torch import Tensor
 
 from wanfast.runtime.models.rope import RotaryTables, apply_rotary
 
-if torch.version.cuda is not None:  # Triton comes with such builds alone
+_HAS_KERNELS = torch.version.cuda is not None and find_spec("triton") is not None
+if _HAS_KERNELS:
     from wanfast.runtime.models import fused_kernels
 
 
@@ -77,4 +80,4 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _by_kernel(x_BLd: Tensor) -> bool:
     """They know no gradients, and one row of modulation for all tokens."""
-    return x_BLd.is_cuda and x_BLd.shape[0] == 1 and not torch.is_grad_enabled()
+    return _HAS_KERNELS and x_BLd.is_cuda and x_BLd.shape[0] == 1 and not torch.is_grad_enabled()

@@ -2,8 +2,8 @@
 
 Three ways to make the product. Weight-only undoes the quantization first and so saves memory alone. The other two also
 quantize the tokens as they come, each token by its own largest value, and multiply in 8 bits: int8 and float8 tensor
-cores do twice the work of bf16's. Where a product in 8 bits is not to be had (a CPU has none in float8), it is that of
-the same 8-bit values in float32, which differs in rounding alone.
+cores do twice the work of bf16's. A CPU has no float8 product: there it is that of the same 8-bit values in float32,
+which differs in rounding alone; GPUs need capability 8.9.
 
 Shapes: L tokens (any leading dimensions), K in, N out; weight [N, K], scale [N], bias [N].
 Sources: LLM.int8() (arXiv 2208.07339) for scales by row and column; FP8 formats (arXiv 2209.05433).
