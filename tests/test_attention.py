@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -85,6 +87,20 @@ def test_auto_takes_the_first_that_is_right(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(kernels, "math", dataclasses.replace(kernels["math"], run=lambda q, k, v: v[:, :1]))
     with pytest.raises(ConfigError, match="none of flash, math works on cpu"):
         attention_probe.choose("auto", *arguments)
+
+
+def test_flash_attention_3_may_be_built_by_oneself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The authors' own source makes another module than the package does; older versions of it give a tuple."""
+    assert attention_probe.probe("fa3", "cpu").state == "not installed"
+    monkeypatch.setattr(attention_kernels, "_is_there", lambda module: module == "flash_attn_interface")
+    for as_tuple in (False, True):
+
+        def flash_attn_func(q, k, v, as_tuple=as_tuple):
+            out = attention(q, k, v)
+            return (out, None) if as_tuple else out
+
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=flash_attn_func))
+        assert attention_probe.probe("fa3", "cpu").state == "runs"
 
 
 def test_what_ran_is_recorded_and_runs_again(wanfast: Wanfast, workdir: Path) -> None:

@@ -67,7 +67,7 @@ def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> 
 
 def probe_all(device: str) -> dict[str, Finding]:
     """Every kernel that could run on `device`; a package for GPUs that is installed is tried on a CPU too."""
-    names = [name for name, kernel in KERNELS.items() if kernel.module or name in _candidates(device)]
+    names = [name for name, kernel in KERNELS.items() if kernel.modules or name in _candidates(device)]
     return {name: probe(name, device) for name in names}
 
 

@@ -21,22 +21,29 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> out, all 
 
 @dataclass(frozen=True)
 class Kernel:
-    """An attention kernel; without a `module` it is torch's own."""
+    """An attention kernel; without `modules` it is torch's own."""
 
     run: AttentionFn
-    module: str | None = None  # holds the kernel, and no other package has it
+    modules: tuple[str, ...] = ()  # any of which holds the kernel
     package: str | None = None  # as pip knows it
     on_cpu: bool = False
 
     @property
     def is_installed(self) -> bool:
-        if self.module is None:
-            return True
-        top, _, _ = self.module.partition(".")
-        return find_spec(top) is not None and find_spec(self.module) is not None
+        return not self.modules or any(map(_is_there, self.modules))
+
+
+def _is_there(module: str) -> bool:
+    top, _, _ = module.partition(".")
+    return find_spec(top) is not None and find_spec(module) is not None
 
 
 def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if not _is_there("fa3_fwd_interface"):
+        from flash_attn_interface import flash_attn_func  # built from the authors' own source
+
+        own = flash_attn_func(q, k, v)
+        return own[0] if isinstance(own, tuple) else own  # type: ignore[no-any-return]  # older ones give the sums too
     from fa3_fwd_interface import _flash_attn_forward
 
     out: Tensor = _flash_attn_forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5, causal=False, num_splits=1)[0]
@@ -69,10 +76,10 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 # The fastest on Hopper first, at 75,600 tokens (LOG.md has fa3 and cudnn): `auto` takes the first that is right here.
 KERNELS: dict[str, Kernel] = {
-    "fa3": Kernel(_fa3, module="fa3_fwd_interface", package="fa3-fwd"),
-    "fa4": Kernel(_fa4, module="flash_attn.cute", package="flash-attn-4"),
+    "fa3": Kernel(_fa3, modules=("fa3_fwd_interface", "flash_attn_interface"), package="fa3-fwd"),
+    "fa4": Kernel(_fa4, modules=("flash_attn.cute",), package="flash-attn-4"),
     "cudnn": Kernel(partial(_sdpa, SDPBackend.CUDNN_ATTENTION)),
-    "fa2": Kernel(_fa2, module="flash_attn.flash_attn_interface", package="flash-attn"),
+    "fa2": Kernel(_fa2, modules=("flash_attn.flash_attn_interface",), package="flash-attn"),
     "flash": Kernel(partial(_sdpa, SDPBackend.FLASH_ATTENTION), on_cpu=True),
     "efficient": Kernel(partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION)),
     "math": Kernel(partial(_sdpa, SDPBackend.MATH), on_cpu=True),
