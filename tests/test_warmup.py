@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import Outcome
 from wanfast.runtime import compilation, model_files
@@ -123,9 +124,14 @@ def test_all_that_kernels_depend_on_is_in_the_key(change: dict[str, Any], monkey
     inputs = cache_inputs(config(), spec, 32)
     assert cache_inputs(config(**change), spec, 32) != inputs
     assert cache_inputs(config(), spec, 33) != inputs
-    for part, other in (("_processor", lambda: "x86_64 VecAVX2"), ("_version", lambda package: "0.0")):
+    for place, part, other in (
+        (compilation, "_processor", lambda: "x86_64 VecAVX2"),
+        (compilation, "_version", lambda package: "0.0"),
+        (torch, "get_num_threads", lambda: 99),
+        (torch, "__version__", "0.0"),
+    ):
         with monkeypatch.context() as patched:
-            patched.setattr(compilation, part, other)
+            patched.setattr(place, part, other)
             assert cache_inputs(config(), spec, 32) != inputs
     assert cache_inputs(config(), dataclasses.replace(spec, ffn_dim=8), 32) != inputs
     assert cache_inputs(config(seed=2, steps=9, prompt="other"), spec, 32) == inputs

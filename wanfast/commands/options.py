@@ -31,7 +31,10 @@ Quantize = Annotated[
     typer.Option(help="Experts quantized by this recipe, as `wanfast quantize` keeps them; bf16 is them cast alone."),
 ]
 QuantizeOnTheFly = Annotated[
-    bool, typer.Option("--quantize-on-the-fly", help="Quantize while loading instead of taking what is kept.")
+    bool,
+    typer.Option(
+        "--quantize-on-the-fly/--no-quantize-on-the-fly", help="Quantize while loading instead of taking what is kept."
+    ),
 ]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Hold the kept experts against their hashes first; about a second a GB.")
@@ -43,7 +46,10 @@ Tf32 = Annotated[
     ),
 ]
 Compile = Annotated[
-    bool, typer.Option("--compile/--no-compile", help="Compile the experts' blocks; the first run takes a minute more.")
+    bool,
+    typer.Option(
+        "--compile/--no-compile", help="Compile the experts' blocks; the first run takes some ten seconds more."
+    ),
 ]
 CompileModeOption = Annotated[CompileMode, typer.Option(help="How hard --compile searches.")]
 ArtifactsDir = Annotated[

@@ -46,15 +46,21 @@ def progress_bars(*, enabled: bool) -> Iterator[OnProgress]:
 def byte_bars() -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each name that `progress(name, bytes done, of all)` is told: GB, GB/s, time left."""
     columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
+    console = Console(stderr=True)
+    bars = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    tasks: dict[str, TaskID] = {}
 
-        def progress(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name.replace("_", " "), total=total)
-            bars.update(tasks[name], completed=done)
+    def progress(name: str, done: int, total: int) -> None:
+        if name not in tasks:
+            bars.start()  # not before: even no bar leaves a line
+            tasks[name] = bars.add_task(name.replace("_", " "), total=total)
+        bars.update(tasks[name], completed=done)
 
+    try:
         yield progress
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def _clock(seconds: float) -> str:

@@ -26,7 +26,7 @@ def quantize(
     artifacts_dir: options.ArtifactsDir = "artifacts",
     json_: options.Json = False,
 ) -> None:
-    """Quantize the experts and keep them: `generate --quantize` then loads a quarter of the bytes.
+    """Quantize the experts and keep them: `generate --quantize` then reads a quarter of the published float32's bytes.
 
     Run again after a failure, it goes on with the expert that is missing.
     """

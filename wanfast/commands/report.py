@@ -90,6 +90,11 @@ class Report:
         for name, read in result["loading"].items():
             speed = f"{read['bytes'] / 1e9 / max(read['seconds'], 1e-3):.2f} GB/s"
             rows[f"  {name.replace('_', ' ')}"] = f"{read['seconds']:.1f} s, {read['bytes'] / 1e9:.2f} GB, {speed}"
+        if result["effective"]["compile"]:
+            key = result["compile_cache"]
+            rows["compiled"] = (
+                "anew" if result["compiled_anew"] else f"kept in inductor/{key}" if key else "torch had it"
+            )
         rows["attention"] = f"{result['attention']['kernel']}: {result['attention']['why']}"
         rows["peak memory"] = f"{result['peak_memory_bytes'] / 1e9:.2f} GB"
         rows["written"] = "\n".join(_shown(path) for path in plan["outputs"])

@@ -45,7 +45,8 @@ def warmup(
 ) -> None:
     """Compile an expert's block for a size and a number of GPUs, and keep it: `generate --compile` then starts warm.
 
-    It needs no weights. Copy `inductor/` of the artifacts folder to other machines of the same kind.
+    It needs no weights. Copy `inductor/` of the artifacts folder to other machines of the same kind. On a CPU it
+    saves little, since its C++ is built anew.
     """
     given = options.given(context, set(WARMUP_OPTIONS))
     plan, image_size = planned(given)

@@ -53,7 +53,7 @@ class ArtifactStore:
         except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):
             same = False
         if not same:
-            raise CorruptArtifactError(f"{folder} was changed after it was made: remove it, and it is made again")
+            raise CorruptArtifactError(f"{folder} was changed after it was made: remove it, and have it made again")
         return folder
 
     def publish(

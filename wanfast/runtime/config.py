@@ -166,8 +166,12 @@ class EffectiveConfig:
 def _check_quantization(config: GenerateConfig) -> None:
     if config.quantize_on_the_fly and config.quantize in (None, "bf16"):
         raise ConfigError("--quantize-on-the-fly needs --quantize with a recipe of 8 bits: add one, or drop it")
-    if config.verify and (config.quantize is None or config.quantize_on_the_fly):
+    if config.verify and config.quantize is None:
         raise ConfigError("--verify is of what `wanfast quantize` keeps: add --quantize, or drop it")
+    if config.verify and config.quantize_on_the_fly:
+        raise ConfigError(
+            "--verify and --quantize-on-the-fly exclude each other: nothing kept is read; drop one of them"
+        )
     if config.quantize and config.precision != "bf16":
         raise ConfigError(f"--quantize {config.quantize} needs --precision bf16: drop one of the two")
     if config.quantize not in (None, "bf16") and config.dit_fsdp == "on":

@@ -50,7 +50,7 @@ def run(config: QuantizeConfig, progress: ProgressFn = lambda expert, done, tota
     files = model_files.locate(config.model, config.artifacts_dir)
     torchao = require_torchao(f"--recipe {config.recipe}") if config.recipe != "bf16" else None
     if find_spec("matplotlib") is None:
-        raise ConfigError("the plot of the errors needs matplotlib: pip install 'wanfast[quantize]'")
+        raise ConfigError("the plot of the errors needs matplotlib: pip install matplotlib")
     if not files.exists:
         files.require()
     device = config.device or default_device()
@@ -123,6 +123,7 @@ class _Job:
             read += like.numel() * self.source_bytes // sum(tensor.numel() for tensor in held.values())
             self.progress(self.wanted.expert, min(read, self.source_bytes), self.source_bytes)
         writer.close()
+        self.progress(self.wanted.expert, self.source_bytes, self.source_bytes)
         errors.write(folder, f"{self.wanted.expert}, {self.wanted.recipe}")
 
     def _quantized(self, name: str, rows: RowsFn, like: Tensor, errors: _Errors) -> tuple[Tensor, Tensor]:
@@ -232,6 +233,11 @@ def _plot(found: dict[str, float], file: Path, title: str) -> None:
 def describe(results: list[dict[str, Any]]) -> Iterator[str]:
     """A line for each expert, for a person."""
     for result in results:
-        size = f"{gb(result['source_bytes'])} -> {gb(result['bytes'])}"
-        how = "was there already" if result["was_there"] else f"{size}, {result['seconds']:.0f} s"
-        yield f"{result['output']}: {result['expert']} by {result['recipe']}, {how}"
+        size = f"{_size(result['source_bytes'])} -> {_size(result['bytes'])}"
+        how = "was there already" if result["was_there"] else f"{size} in {result['seconds']:.0f} s"
+        error = f"relative error of the weights {result['relative_error']:.2g}"
+        yield f"{result['output']}: {result['expert']} by {result['recipe']}, {how}; {error}, by layer in errors.png"
+
+
+def _size(num_bytes: int) -> str:
+    return gb(num_bytes) if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -122,5 +122,5 @@ def require_torchao(option: str) -> str:
     """Raises ConfigError if it is not installed."""
     found = torchao_version()
     if found is None:
-        raise ConfigError(f"{option} needs torchao: pip install 'wanfast[quantize]'")
+        raise ConfigError(f"{option} needs torchao: pip install 'torchao>=0.18,<0.19'")
     return found

@@ -119,6 +119,8 @@ def _plan(
         if needs_weights:
             files.require()
             _require_quantized(plan, files, required)
+        else:
+            plan = dataclasses.replace(plan, notes=(*plan.notes, *_missing_notes(plan, files)))
         if request.weights is not None and files.exists and request.weights != files.fingerprints:
             plan = dataclasses.replace(plan, notes=(*plan.notes, "--from: the weights changed since that run"))
         taken.update(dict.fromkeys((path.resolve() for path in plan.outputs), request.line))
@@ -142,6 +144,16 @@ def _require_quantized(plan: Plan, files: ModelFiles, required: set[tuple[Quanti
         if expert and (expert, verify) not in required:
             expert.require(verify=verify)
             required.add((expert, verify))
+
+
+def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
+    """What a run of this plan would be refused for."""
+    try:
+        if files.exists:
+            _require_quantized(plan, files, set())
+    except WanFastError as error:
+        return [str(error)]
+    return []
 
 
 def read_requests(
@@ -184,7 +196,7 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"--from {file} is not the .json that wanfast writes beside a video: name that one") from None
     # where things are kept, and what may be replaced, is this run's own affair
-    kept = _OPTIONS - {"overwrite", "artifacts_dir", "nnodes", "node_rank", "rdzv_endpoint", "rank_timeout"}
+    kept = _OPTIONS - {"overwrite", "verify", "artifacts_dir", "nnodes", "node_rank", "rdzv_endpoint", "rank_timeout"}
     if effective["nnodes"] > 1 or "num_gpus" in typed:  # other ranks than then: their mesh says nothing
         kept -= {"cfg_parallel", "ulysses", "dit_fsdp", "t5_fsdp", "expert_offload"}
     options = {name: value for name, value in effective.items() if name in kept}
