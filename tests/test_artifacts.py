@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,26 @@ def test_never_overwritten(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     folder = store.publish("kind", INPUTS, write)
     assert store.publish("kind", INPUTS, lambda _: pytest.fail("written again")) == folder
+
+
+def test_a_second_writer_says_that_it_waits_and_takes_the_firsts(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    waits = threading.Event()
+    folders: list[Path] = []
+
+    def publish_too() -> None:
+        folders.append(store.publish("kind", INPUTS, lambda _: pytest.fail("written twice"), waiting=waits.set))
+
+    second = threading.Thread(target=publish_too)
+
+    def write_slowly(folder: Path) -> None:
+        second.start()
+        assert waits.wait(10)
+        write(folder)
+
+    folder = store.publish("kind", INPUTS, write_slowly)
+    second.join(10)
+    assert folders == [folder]
 
 
 @pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])

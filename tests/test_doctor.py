@@ -210,10 +210,27 @@ def test_artifacts_are_listed_by_key_and_nothing_is_written(wanfast: Wanfast, wo
     (workdir / "artifacts/prompt_embeds/0123456789ab.lock").touch()
     before = sorted(workdir.rglob("*"))
     assert examine(wanfast)["artifacts"]["kinds"] == {
-        "prompt_embeds": {"keys": ["0123456789ab"], "bytes": 1024},
-        "runs": {"keys": [], "bytes": 0},
+        "prompt_embeds": {"keys": ["0123456789ab"], "holds": {}, "bytes": 1024},
+        "runs": {"keys": [], "holds": {}, "bytes": 0},
     }
     assert sorted(workdir.rglob("*")) == before
+
+
+def test_artifacts_say_what_they_hold(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
+    machine()
+    inputs = {
+        "quantized": {"expert": "high_noise", "recipe": "fp8-rowwise"},
+        "inductor": {"tokens": 32, "quantize": None, "precision": "bf16", "mode": "default", "device": "NVIDIA H200"},
+    }
+    for kind, known in inputs.items():
+        folder = workdir / "artifacts" / kind / "0123456789ab"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"inputs": known}))
+    (workdir / "artifacts/quantized/ba9876543210").mkdir()
+    (workdir / "artifacts/quantized/ba9876543210/manifest.json").write_text("{")  # looked at, not judged
+    out = wanfast("doctor", "--model", "tiny").out
+    assert "0123456789ab (high_noise by fp8-rowwise), ba9876543210" in out
+    assert "0123456789ab (32 tokens, bf16, default, for NVIDIA H200)" in out
 
 
 def test_one_document_ends_stdout_and_the_rest_is_for_people(wanfast: Wanfast, machine: Machine) -> None:

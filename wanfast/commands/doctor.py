@@ -115,7 +115,8 @@ def _files(document: dict[str, Any]) -> Rows:
     nothing = "" if artifacts["kinds"] else ": nothing yet"
     rows = [("weights", weights["trouble"] or there), ("artifacts", artifacts["root"] + nothing)]
     for kind, found in artifacts["kinds"].items():
-        keys = ", ".join(found["keys"][:_KEYS_SHOWN]) + (", ..." if len(found["keys"]) > _KEYS_SHOWN else "")
+        shown = [f"{key} ({held})" if (held := found["holds"].get(key)) else key for key in found["keys"][:_KEYS_SHOWN]]
+        keys = ", ".join(shown) + (", ..." if len(found["keys"]) > _KEYS_SHOWN else "")
         rows.append((f"  {kind}", f"{len(found['keys'])}, {gb(found['bytes'])}" + (f": {keys}" if keys else "")))
     return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated, Literal
 
 import typer
@@ -34,7 +35,7 @@ def quantize(
 
     config = QuantizeConfig(recipe=recipe, model=model, expert=expert, device=device, artifacts_dir=artifacts_dir)
     with byte_bars() as progress:
-        results = worker.run(config, progress)
+        results = worker.run(config, progress, say=lambda line: print(line, file=sys.stderr))
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     for line in worker.describe(results):
         console.print(line, markup=False)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError
 
@@ -57,42 +57,56 @@ class ArtifactStore:
         return folder
 
     def publish(
-        self, kind: str, inputs: dict[str, Any], write: Callable[[Path], None], versions: dict[str, str] | None = None
+        self,
+        kind: str,
+        inputs: dict[str, Any],
+        write: Callable[[Path], None],
+        versions: dict[str, str] | None = None,
+        waiting: Callable[[], None] = lambda: None,
     ) -> Path:
         """Let `write` fill a folder and publish it whole, once: if another writer was first, theirs is the artifact.
 
-        Raises ConfigError if the store cannot be written.
+        `waiting` is called if another is at it. Raises ConfigError if the store cannot be written.
         """
         folder = self.path(kind, inputs)
         with _writing_to(self.root):
-            return self._publish(folder, kind, inputs, write, versions or {})
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder.with_suffix(".lock"))
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                waiting()
+                lock.acquire()
+            try:
+                return self._publish(folder, kind, inputs, write, versions or {})
+            finally:
+                lock.release()
 
     def _publish(
         self, folder: Path, kind: str, inputs: dict[str, Any], write: Callable[[Path], None], versions: dict[str, str]
     ) -> Path:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if (found := self.find(kind, inputs)) is not None:
-                return found
-            partial = folder.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)  # a writer that died held the lock: nobody else is in there
-            partial.mkdir()
-            try:
-                started = time.perf_counter()
-                write(partial)
-                files = {str(f.relative_to(partial)): _facts(f) for f in sorted(partial.rglob("*")) if f.is_file()}
-                manifest = {
-                    "kind": kind,
-                    "key": key_of(inputs),
-                    "inputs": inputs,
-                    "files": files,
-                    "versions": versions,
-                    "seconds": round(time.perf_counter() - started, 3),
-                }
-                write_synced(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-                partial.replace(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+        """By the one writer that holds the lock."""
+        if (found := self.find(kind, inputs)) is not None:
+            return found
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # a writer that died held the lock: nobody else is in there
+        partial.mkdir()
+        try:
+            started = time.perf_counter()
+            write(partial)
+            files = {str(f.relative_to(partial)): _facts(f) for f in sorted(partial.rglob("*")) if f.is_file()}
+            manifest = {
+                "kind": kind,
+                "key": key_of(inputs),
+                "inputs": inputs,
+                "files": files,
+                "versions": versions,
+                "seconds": round(time.perf_counter() - started, 3),
+            }
+            write_synced(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+            partial.replace(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         return folder
 
 

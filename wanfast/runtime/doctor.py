@@ -6,6 +6,7 @@ It looks and writes nothing. Torch is imported for two of the facts, and may be 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import warnings
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime import gpus, metadata, model_files
+from wanfast.runtime.artifacts import MANIFEST
 from wanfast.runtime.config import GenerateConfig
 from wanfast.runtime.errors import WanFastError
 from wanfast.runtime.fit import fit
@@ -138,8 +140,24 @@ def _artifacts(root: Path) -> dict[str, Any]:
     for kind in _KINDS:
         if (root / kind).is_dir():
             keys = sorted(path for path in (root / kind).iterdir() if path.is_dir() and path.suffix != ".partial")
-            kinds[kind] = {"keys": [path.name for path in keys], "bytes": sum(map(_bytes_below, keys))}
+            kinds[kind] = {
+                "keys": [path.name for path in keys],
+                "holds": {path.name: said for path in keys if (said := _holds(kind, path))},
+                "bytes": sum(map(_bytes_below, keys)),
+            }
     return {"root": str(root.absolute()), "kinds": kinds}
+
+
+def _holds(kind: str, artifact: Path) -> str | None:
+    """What a key alone does not say, from the manifest; nothing of one that cannot be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        inputs = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))["inputs"]
+        if kind == "quantized":
+            return f"{inputs['expert']} by {inputs['recipe']}"
+        if kind == "inductor":
+            recipe = inputs["quantize"] or inputs["precision"]
+            return f"{inputs['tokens']} tokens, {recipe}, {inputs['mode']}, for {inputs['device']}"
+    return None
 
 
 def _bytes_below(folder: Path) -> int:

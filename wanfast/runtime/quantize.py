@@ -45,7 +45,11 @@ _EXPERTS: dict[str, tuple[Expert, ...]] = {
 ProgressFn = Callable[[Expert, int, int], None]  # (expert, bytes of the source that are read, of all)
 
 
-def run(config: QuantizeConfig, progress: ProgressFn = lambda expert, done, total: None) -> list[dict[str, Any]]:
+def run(
+    config: QuantizeConfig,
+    progress: ProgressFn = lambda expert, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
     """Quantize each expert that is not there yet; a document for each. Raises WanFastError."""
     files = model_files.locate(config.model, config.artifacts_dir)
     torchao = require_torchao(f"--recipe {config.recipe}") if config.recipe != "bf16" else None
@@ -58,10 +62,12 @@ def run(config: QuantizeConfig, progress: ProgressFn = lambda expert, done, tota
         raise ConfigError("--device cuda: torch sees no GPU here: take --device cpu")
     store = ArtifactStore(Path(config.artifacts_dir).absolute())
     wanted = [QuantizedExpert(store, files, expert, config.recipe, config.model) for expert in _EXPERTS[config.expert]]
-    return [_quantize_expert(expert, torchao, device, progress) for expert in wanted]
+    return [_quantize_expert(expert, torchao, device, progress, say) for expert in wanted]
 
 
-def _quantize_expert(wanted: QuantizedExpert, torchao: str | None, device: str, progress: ProgressFn) -> dict[str, Any]:
+def _quantize_expert(
+    wanted: QuantizedExpert, torchao: str | None, device: str, progress: ProgressFn, say: Callable[[str], None]
+) -> dict[str, Any]:
     started = time.perf_counter()
     inputs = wanted.inputs(torchao)
     folder = wanted.store.find(KIND, inputs, verify=True)
@@ -70,7 +76,8 @@ def _quantize_expert(wanted: QuantizedExpert, torchao: str | None, device: str, 
     source_bytes = sum(file.stat().st_size for file in source)
     if folder is None:
         job = _Job(wanted, source, source_bytes, device, progress)
-        folder = wanted.store.publish(KIND, inputs, job.write, metadata.versions())
+        note = f"note: another process is making {wanted.expert} by {wanted.recipe}: waiting for it"
+        folder = wanted.store.publish(KIND, inputs, job.write, metadata.versions(), waiting=lambda: say(note))
     errors = json.loads((folder / "errors.json").read_text(encoding="utf-8"))
     return {
         "expert": wanted.expert,
