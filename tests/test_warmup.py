@@ -80,7 +80,7 @@ def test_a_cold_run_says_what_would_save_its_compiling(wanfast: Wanfast, workdir
     assert cold.document["compile_cache"] is None and "'miss': 1" in cold.err
     (line,) = [line for line in cold.err.splitlines() if "compiling took" in line]
     seconds = float(line.split("compiling took ")[1].split(" s")[0])
-    assert 0.5 <= seconds <= cold.document["first_step_s"]
+    assert 0.5 <= seconds <= cold.document["first_step_s"] + 0.05  # it is told to a tenth
     command = line.split("`")[1]
     image = workdir / "cat.png"
     expected = f"wanfast warmup --model tiny --image {image} --size 64x64 --frames 5 --attention flash --device cpu"
