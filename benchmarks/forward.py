@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import statistics
 import sys
 import time
@@ -26,10 +24,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.multiprocessing as mp
 from profile_table import profile_table
 from random_expert import TINY, Inputs, random_expert, random_inputs
 from reference_style import ReferenceStyleBlock
+from spawned import on_ranks
 from torch import Tensor, nn
 
 from wanfast.runtime import hardware
@@ -41,6 +39,7 @@ from wanfast.runtime.metadata import versions
 from wanfast.runtime.model_spec import A14B, DiTSpec
 from wanfast.runtime.models.attention import WholeSequence, attention_by
 from wanfast.runtime.models.dit import TextKV, WanDiT
+from wanfast.runtime.timing import synchronize
 
 if TYPE_CHECKING:  # it is not needed with --diffusers none, nor with --ranks
     from diffusers import WanTransformer3DModel
@@ -89,16 +88,10 @@ def main() -> None:
     if options.ranks == 1:
         measure(options, Ranks("cuda" if torch.cuda.is_available() else "cpu"))
         return
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    mp.start_processes(_rank, (options, port), options.ranks, start_method="spawn")
+    on_ranks(_shared, options)
 
 
-def _rank(rank: int, options: argparse.Namespace, port: int) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(options.ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
+def _shared(options: argparse.Namespace) -> None:
     with gang("cuda" if torch.cuda.is_available() else "cpu", Mesh(ulysses=options.ranks), timeout_s=300) as ranks:
         measure(options, ranks)
 
@@ -233,26 +226,21 @@ def warm(way: Way, device: str) -> None:
     started = time.perf_counter()
     with _first_layers(way.blocks, 1):
         way.velocity()
-        _settle(device)
+        synchronize(device)
     way.first_s = time.perf_counter() - started
 
 
 def timed(way: Way, device: str, ranks: Ranks) -> None:
-    _settle(device)
+    synchronize(device)
     ranks.gather(None)
     held = torch.cuda.memory_allocated() if device == "cuda" else 0
     hardware.reset_peak_memory(device)
     started = time.perf_counter()
     way.velocity()
-    _settle(device)
+    synchronize(device)
     ranks.gather(None)
     way.seconds.append(time.perf_counter() - started)
     way.peak_bytes = hardware.peak_memory_bytes(device) - held
-
-
-def _settle(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _find_errors(ways: list[Way], model: WanDiT, layers: int, inputs: Inputs) -> None:
@@ -325,10 +313,10 @@ def _block_against_reference(rounds: int, model: WanDiT, inputs: Inputs) -> dict
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
-            _settle(device)
+            synchronize(device)
             started = time.perf_counter()
             way()
-            _settle(device)
+            synchronize(device)
             if turn:  # the first one warms
                 seconds[name].append(time.perf_counter() - started)
     found = {f"{name}_ms": round(statistics.median(values) * 1e3, 2) for name, values in seconds.items()}

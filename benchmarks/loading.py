@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any, get_args
 
 import torch
 import torch.multiprocessing as mp
+from spawned import on_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -62,20 +62,14 @@ def main() -> None:
             mp.start_processes(
                 _quantize, (wanted,), 1, start_method="spawn"
             )  # children inherit a process's peak memory
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        mp.start_processes(_rank, (options, port), options.ranks, start_method="spawn")
+        on_ranks(_measure, options)
 
 
 def _quantize(_: int, wanted: QuantizeConfig) -> None:
     print(*quantize.describe(quantize.run(wanted)), sep="\n", flush=True)
 
 
-def _rank(rank: int, options: argparse.Namespace, port: int) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(options.ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
+def _measure(options: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
     hardware.prepare(options.device, "bf16", None)
     with gang(options.device, Mesh(ulysses=options.ranks), timeout_s=300) as ranks:

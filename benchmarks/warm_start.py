@@ -98,6 +98,7 @@ def _start(options: argparse.Namespace) -> dict[str, Any]:
     from wanfast.runtime.distributed.ranks import Ranks
     from wanfast.runtime.hardware import prepare
     from wanfast.runtime.models.attention import attention_by
+    from wanfast.runtime.timing import synchronize
 
     names = ("size", "frames", "attention", "compile_mode")
     asked = {"model": "tiny" if options.tiny else "a14b", **{name: getattr(options, name) for name in names}}
@@ -107,8 +108,7 @@ def _start(options: argparse.Namespace) -> dict[str, Any]:
     ranks, g = Ranks(config.device), plan.geometry
 
     def settle() -> float:
-        if config.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(config.device)
         return time.perf_counter()
 
     with torch.inference_mode():

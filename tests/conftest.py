@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from wanfast.cli import main
+from wanfast.runtime import checkpoint
 
 if torch.version.cuda is None:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels run on a CPU, slowly
@@ -42,6 +43,21 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     picture = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
     picture.save("cat.png")
     return tmp_path
+
+
+@pytest.fixture
+def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the bytes of every piece that is read of safetensors, in this process."""
+    found: list[int] = []
+    rows = checkpoint._SafetensorsReader.rows
+
+    def counted(self: checkpoint._SafetensorsReader, key: str, first: int, end: int) -> torch.Tensor:
+        piece = rows(self, key, first, end)
+        found.append(piece.nbytes)
+        return piece
+
+    monkeypatch.setattr(checkpoint._SafetensorsReader, "rows", counted)
+    return found
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def test_all_that_kernels_depend_on_is_in_the_key(change: dict[str, Any], monkey
     assert cache_inputs(config(), spec, 33) != inputs
     for place, part, other in (
         (compilation, "_processor", lambda: "x86_64 VecAVX2"),
-        (compilation, "_version", lambda package: "0.0"),
+        (compilation, "version_of", lambda package: "0.0"),
         (torch, "get_num_threads", lambda: 99),
         (torch, "__version__", "0.0"),
     ):

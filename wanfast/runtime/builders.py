@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 
 from wanfast.runtime import checkpoint
-from wanfast.runtime.config import Expert, Precision
+from wanfast.runtime.config import Expert, Precision, Recipe, in_8_bits
 from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.model_files import ModelFiles
+from wanfast.runtime.model_spec import DiTSpec
 from wanfast.runtime.models.attention import attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.dit import WanDiT
@@ -41,13 +42,8 @@ def build_expert(
 
     `quantized`: by its recipe, from its artifact or, `on_the_fly`, from the files. Raises MissingArtifactError.
     """
-    dtype, layout = DTYPES[precision], files.layout
-    with torch.device("meta"):
-        model = WanDiT(files.spec.dit, dtype, ranks.sequence, attend)
-        if quantized:
-            quantize_linears(model, quantized.recipe, dtype)
-    if sharded:
-        fsdp.shard(model, ranks.device)
+    layout, recipe = files.layout, quantized.recipe if quantized else None
+    model = expert_on_meta(files.spec.dit, precision, ranks, attend=attend, recipe=recipe, sharded=sharded)
     if quantized and not on_the_fly:
         weights, layout = shards(ranks.together(quantized.require)), "original"
     else:
@@ -55,6 +51,20 @@ def build_expert(
     checkpoint.load(model, weights, component="dit", layout=layout, ranks=ranks, device=device, on_the_fly=on_the_fly)
     if not sharded:
         model.fuse_projections()
+    return model
+
+
+def expert_on_meta(
+    spec: DiTSpec, precision: Precision, ranks: Ranks, *, attend: AttentionFn, recipe: Recipe | None, sharded: bool
+) -> WanDiT:
+    """An expert that holds nothing yet, in the form in which it will run: what `wanfast warmup` compiles too."""
+    dtype = DTYPES[precision]
+    with torch.device("meta"):
+        model = WanDiT(spec, dtype, ranks.sequence, attend)
+        if in_8_bits(recipe):
+            quantize_linears(model, recipe, dtype)
+    if sharded:
+        fsdp.shard(model, ranks.device)
     return model
 
 

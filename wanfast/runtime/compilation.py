@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import CorruptArtifactError
 from wanfast.runtime.model_spec import DiTSpec
 from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.packages import version_of
 
 KIND = "inductor"
 _SIZES = 64  # token counts that one process may see: torch gives up at 8, and a list of videos can have more
@@ -61,7 +61,7 @@ def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[st
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": _version("triton"),
+            "triton": version_of("triton"),
             "cuda": torch.version.cuda,
         },
         "sources": _digest_of_sources(),
@@ -121,10 +121,3 @@ def _digest_of_sources() -> str:
     here = Path(__file__).parent
     files = sorted(file for pattern in _SOURCES for file in here.glob(pattern))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

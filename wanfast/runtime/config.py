@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar
 
 from wanfast.runtime.errors import ConfigError
 
@@ -163,8 +163,13 @@ class EffectiveConfig:
     rank_timeout: float = 600.0
 
 
+def in_8_bits(recipe: Recipe | None) -> TypeGuard[Recipe]:
+    """Whether a recipe quantizes anything: `bf16` only casts."""
+    return recipe not in (None, "bf16")
+
+
 def _check_quantization(config: GenerateConfig) -> None:
-    if config.quantize_on_the_fly and config.quantize in (None, "bf16"):
+    if config.quantize_on_the_fly and not in_8_bits(config.quantize):
         raise ConfigError("--quantize-on-the-fly needs --quantize with a recipe of 8 bits: add one, or drop it")
     if config.verify and config.quantize is None:
         raise ConfigError("--verify is of what `wanfast quantize` keeps: add --quantize, or drop it")
@@ -174,7 +179,7 @@ def _check_quantization(config: GenerateConfig) -> None:
         )
     if config.quantize and config.precision != "bf16":
         raise ConfigError(f"--quantize {config.quantize} needs --precision bf16: drop one of the two")
-    if config.quantize not in (None, "bf16") and config.dit_fsdp == "on":
+    if in_8_bits(config.quantize) and config.dit_fsdp == "on":
         raise ConfigError(
             f"--dit-fsdp on with --quantize {config.quantize}: quantized experts are not sharded, as they fit whole: "
             "drop one of the two"

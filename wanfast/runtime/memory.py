@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from wanfast.runtime.config import Precision, Recipe
+from wanfast.runtime.config import Precision, Recipe, in_8_bits
 from wanfast.runtime.model_spec import DiTSpec, ModelSpec, UMT5Spec
 from wanfast.runtime.shapes import Geometry
 
@@ -34,7 +34,7 @@ def dit_parameters(spec: DiTSpec) -> tuple[int, int]:
 def expert_bytes(spec: DiTSpec, precision: Precision, recipe: Recipe | None = None) -> int:
     """Quantized, the blocks' weights are a byte a value, and each of their rows has a scale in float32."""
     products, small = dit_parameters(spec)
-    if recipe in (None, "bf16"):
+    if not in_8_bits(recipe):
         return products * _BYTES[precision] + small * 4
     weights, rows = spec.num_layers * _block_weights(spec), spec.num_layers * (9 * spec.dim + spec.ffn_dim)
     return weights + (products - weights) * _BYTES[precision] + (small + rows) * 4

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from wanfast.runtime.packages import version_of
 from wanfast.runtime.plan import Plan
 
 _PACKAGES = ("wanfast", "torch", "numpy", "safetensors", "tokenizers", "ftfy", "pillow", "av")
@@ -17,15 +16,8 @@ _OPTIONAL = ("triton", "torchao", "fa3-fwd", "flash-attn-4", "flash-attn", "diff
 def versions() -> dict[str, str]:
     """Versions of everything that can change a pixel, without importing any of it."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    for package in _OPTIONAL:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    found |= {package: version_of(package) or "not installed as a package" for package in _PACKAGES}
+    return found | {package: there for package in _OPTIONAL if (there := version_of(package))}
 
 
 def planned(plan: Plan, requested: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanfast.runtime import gpus, memory
-from wanfast.runtime.config import EffectiveConfig, GenerateConfig, Precision, Recipe, Switch
+from wanfast.runtime.config import EffectiveConfig, GenerateConfig, Precision, Recipe, Switch, in_8_bits
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.memory import gb
@@ -59,7 +59,13 @@ def place(requests: Sequence[GenerateConfig], plans: Sequence[Plan]) -> list[Pla
     need = _need(plans, mesh)
     here = min(num_gpus, mesh.gang_size * len(plans))  # ranks that this machine starts
     dit_fsdp, expert_offload, why = _place_experts(
-        request, need, mesh.gang_size, here, free, plans[0].config, quantized=any(map(_is_in_8_bits, plans))
+        request,
+        need,
+        mesh.gang_size,
+        here,
+        free,
+        plans[0].config,
+        quantized=any(in_8_bits(plan.config.quantize) for plan in plans),
     )
     t5_fsdp = _shard_umt5(request, need, mesh.gang_size, free)
     reason = f"{why}, {gb(free)} {said}"
@@ -92,10 +98,6 @@ def needed(spec: ModelSpec, precision: Precision, geometry: Geometry, mesh: Mesh
         loop=memory.loop_bytes(spec, precision, -(-geometry.tokens // mesh.ulysses), recipe),
         decode=memory.decode_bytes(spec, geometry),
     )
-
-
-def _is_in_8_bits(plan: Plan) -> bool:
-    return plan.config.quantize not in (None, "bf16")
 
 
 def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:

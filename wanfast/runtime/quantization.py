@@ -28,9 +28,7 @@ def is_quantized(name: str) -> bool:
 
 
 def quantize_linears(model: WanDiT, recipe: Recipe, dtype: torch.dtype) -> None:
-    """Give a model on the meta device the quantized linears of a recipe; `bf16` has none."""
-    if recipe == "bf16":
-        return
+    """Give a model on the meta device the quantized linears of a recipe of 8 bits."""
     for name, linear in list(_linears(model)):
         owner, _, last = name.rpartition(".")
         n, k = linear.weight.shape

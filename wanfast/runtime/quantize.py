@@ -24,22 +24,22 @@ from torch import Tensor
 from wanfast.runtime import checkpoint, memory, metadata, model_files
 from wanfast.runtime.artifacts import ArtifactStore, write_synced
 from wanfast.runtime.checkpoint import RowsFn
-from wanfast.runtime.config import Expert, QuantizeConfig
+from wanfast.runtime.config import Expert, QuantizeConfig, in_8_bits
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError
 from wanfast.runtime.memory import gb
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.plan import default_device
 from wanfast.runtime.quantization import dequantize, is_quantized, quantize, scale_of
-from wanfast.runtime.quantized_artifacts import INDEX, KIND, QuantizedExpert, require_torchao, shards
+from wanfast.runtime.quantized_artifacts import EXPERTS, INDEX, KIND, QuantizedExpert, require_torchao, shards
 
 SHARD_BYTES = 1 << 30
 _CHUNK_VALUES = 16 << 20  # of a weight at a time: 64 MB in float32
 _WORST = 10
 
 _EXPERTS: dict[str, tuple[Expert, ...]] = {
-    "both": ("high_noise", "low_noise"),
-    "high": ("high_noise",),
-    "low": ("low_noise",),
+    "both": EXPERTS,
+    "high": EXPERTS[:1],
+    "low": EXPERTS[1:],
 }
 
 ProgressFn = Callable[[Expert, int, int], None]  # (expert, bytes of the source that are read, of all)
@@ -52,7 +52,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Quantize each expert that is not there yet; a document for each. Raises WanFastError."""
     files = model_files.locate(config.model, config.artifacts_dir)
-    torchao = require_torchao(f"--recipe {config.recipe}") if config.recipe != "bf16" else None
+    torchao = require_torchao(f"--recipe {config.recipe}") if in_8_bits(config.recipe) else None
     if find_spec("matplotlib") is None:
         raise ConfigError("the plot of the errors needs matplotlib: pip install matplotlib")
     if not files.exists:
@@ -117,7 +117,7 @@ class _Job:
         layout = self.wanted.files.layout
         for name, rows in checkpoint.stream(model, self.source, component="dit", layout=layout):
             like = held[name]
-            if self.wanted.recipe != "bf16" and is_quantized(name):
+            if in_8_bits(self.wanted.recipe) and is_quantized(name):
                 values, scale = self._quantized(name, rows, like, errors)
                 writer.add(name, values)
                 writer.add(scale_of(name), scale)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.artifacts import MANIFEST, ArtifactStore
-from wanfast.runtime.config import EffectiveConfig, Expert, Recipe
+from wanfast.runtime.config import EffectiveConfig, Expert, Recipe, in_8_bits
 from wanfast.runtime.errors import ConfigError, MissingArtifactError
 from wanfast.runtime.model_files import ModelFiles
+from wanfast.runtime.packages import version_of
 
 KIND = "quantized"
 LAYOUT_VERSION = 1
@@ -47,7 +47,7 @@ class QuantizedExpert:
             "source": self.files.fingerprint(self.expert),
             "expert": self.expert,
             "recipe": self.recipe,
-            "quantized": list(QUANTIZED) if self.recipe != "bf16" else [],
+            "quantized": list(QUANTIZED) if in_8_bits(self.recipe) else [],
             "kept": list(KEPT),
             "torchao": torchao,
             "layout": LAYOUT_VERSION,
@@ -58,9 +58,9 @@ class QuantizedExpert:
 
         Raises CorruptArtifactError.
         """
-        here = torchao_version() if self.recipe != "bf16" else None
+        here = torchao_version() if in_8_bits(self.recipe) else None
         made_by = here or max(self._versions(), default=None)
-        if made_by is None and self.recipe != "bf16":
+        if made_by is None and in_8_bits(self.recipe):
             return None
         return self.store.find(KIND, self.inputs(made_by), verify=verify)
 
@@ -112,10 +112,7 @@ def shards(folder: Path) -> list[Path]:
 
 def torchao_version() -> str | None:
     """What is installed here, without importing it."""
-    try:
-        return version("torchao")
-    except PackageNotFoundError:
-        return None
+    return version_of("torchao")
 
 
 def require_torchao(option: str) -> str:

@@ -18,16 +18,13 @@ class Stopwatch:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        self._synchronize()
+        synchronize(self._device)
         started = time.perf_counter()
         try:
             yield
         finally:
-            self._synchronize()
+            synchronize(self._device)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-    def _synchronize(self) -> None:
-        _synchronize(self._device)
 
 
 class FirstStep:
@@ -40,13 +37,14 @@ class FirstStep:
 
     def __call__(self, done: int) -> None:
         if self.seconds == 0.0 and done <= 1:
-            _synchronize(self._device)
+            synchronize(self._device)
             if done == 0:
                 self._started = time.perf_counter()
             else:
                 self.seconds = time.perf_counter() - self._started
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
+    """Wait until what was queued on the device is done."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from wanfast.runtime import attention_probe, hardware, metadata, model_files
 from wanfast.runtime.artifacts import ArtifactStore
-from wanfast.runtime.builders import DTYPES
+from wanfast.runtime.builders import DTYPES, expert_on_meta
 from wanfast.runtime.compilation import cache_inputs, compile_blocks, load_caches, save_caches
 from wanfast.runtime.config import EffectiveConfig, from_options
-from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.model_spec import DiTSpec
@@ -26,7 +25,6 @@ from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.plan import Plan
-from wanfast.runtime.quantization import quantize_linears
 from wanfast.runtime.shapes import Geometry
 from wanfast.runtime.timing import Stopwatch
 
@@ -96,12 +94,8 @@ def _forward(plan: Plan, ranks: Ranks, watch: Stopwatch) -> None:
 
 def _block(spec: DiTSpec, config: EffectiveConfig, ranks: Ranks) -> WanDiT:
     """An expert of one block, held as `builders` would hold it. Its values decide nothing."""
-    sharded = config.dit_fsdp == "on"
-    with torch.device("meta"):
-        model = WanDiT(spec, DTYPES[config.precision], ranks.sequence, attention_by(config.attention))
-        quantize_linears(model, config.quantize or "bf16", DTYPES[config.precision])
-    if sharded:
-        fsdp.shard(model, ranks.device)
+    sharded, attend = config.dit_fsdp == "on", attention_by(config.attention)
+    model = expert_on_meta(spec, config.precision, ranks, attend=attend, recipe=config.quantize, sharded=sharded)
     model.to_empty(device=ranks.device).requires_grad_(False).eval()
     for parameter in model.parameters():
         parameter.zero_()

@@ -52,15 +52,13 @@ def int8_weight_only(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> 
 def int8_dynamic(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     tokens, token_scale = quantize_rows(x.flatten(0, -2), torch.int8)
     product = torch._int_mm(tokens, weight.t()) if _has_int_mm(x) else tokens.float() @ weight.float().t()
-    out = product.float() * token_scale.unsqueeze(1) * scale + bias.float()
-    return out.to(x.dtype).view(*x.shape[:-1], -1)
+    return _scaled(product, token_scale, scale, bias, x)
 
 
 def fp8_rowwise(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     tokens, token_scale = quantize_rows(x.flatten(0, -2), torch.float8_e4m3fn)
     if not x.is_cuda:
-        out = (tokens.float() @ weight.float().t()) * token_scale.unsqueeze(1) * scale + bias.float()
-        return out.to(x.dtype).view(*x.shape[:-1], -1)
+        return _scaled(tokens.float() @ weight.float().t(), token_scale, scale, bias, x)
     product: Tensor = torch._scaled_mm(
         tokens, weight.t(), token_scale.unsqueeze(1), scale.unsqueeze(0), bias, out_dtype=x.dtype, use_fast_accum=True
     )
@@ -81,6 +79,12 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = wide.abs().amax(-1).clamp_min(_TINIEST) / largest
     values = wide / scale.unsqueeze(-1)
     return (values.round() if dtype == torch.int8 else values).clamp(-largest, largest).to(dtype), scale
+
+
+def _scaled(product: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """What a product of 8-bit values stands for, in the dtype and the leading dimensions of x."""
+    out = product.float() * token_scale.unsqueeze(1) * scale + bias.float()
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def _dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

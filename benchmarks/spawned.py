@@ -1,0 +1,25 @@
+"""Ranks on this machine for a benchmark, each a fresh process with torchrun's environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch.multiprocessing as mp
+
+
+def on_ranks(work: Callable[[Namespace], None], options: Namespace) -> None:
+    """`work(options)` in `options.ranks` processes, to their end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    mp.start_processes(_rank, (work, options, port), options.ranks, start_method="spawn")
+
+
+def _rank(rank: int, work: Callable[[Namespace], None], options: Namespace, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(options.ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    work(options)
