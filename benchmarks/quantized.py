@@ -34,7 +34,7 @@ from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.quantized import QuantizedLinear
 from wanfast.runtime.quantization import quantize, quantize_linears, scale_of
 
-RECIPES: tuple[Recipe, ...] = tuple(recipe for recipe in get_args(Recipe) if recipe != "bf16")
+RECIPES = [recipe for recipe in get_args(Recipe) if recipe != "bf16"]
 
 
 def main() -> None:
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=A14B.dit.num_layers)
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 90, 160), help="latent frames, height, width")
     parser.add_argument("--kernel", default=None, help="attention  [default: fa3 on a GPU, flash on a CPU]")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -59,7 +60,7 @@ def measure(options: argparse.Namespace) -> None:
     hardware.prepare(options.device, "bf16", None)
     inputs = random_inputs(spec, tuple(options.grid), options.device)
     exact = random_expert(spec, torch.bfloat16, options.device, attend=attention_by(options.kernel))
-    models = {"bf16": exact, **{recipe: quantized(exact, recipe, options.kernel) for recipe in RECIPES}}
+    models = {"bf16": exact, **{recipe: quantized(exact, recipe, options.kernel) for recipe in options.recipes}}
     errors = dict(_errors(models, inputs))
     ways = []
     for name, model in models.items():

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.parity import relative_error
 from wanfast.runtime.models import fused
 from wanfast.runtime.models.rope import rotary_tables
+from wanfast.runtime.models.tokens import LARGEST, QuantizedTokens
 
 EPS = 1e-6
 GRID, TOKENS = (2, 3, 4), 24
@@ -66,6 +67,44 @@ def test_add_layer_norm(norms: ModuleType, dim: int, gated: bool, dtype: torch.d
     assert total.dtype == torch.float32 and relative_error(total, expected) <= 1e-7
     assert out.dtype == dtype
     assert relative_error(out, exact_layer_norm(expected, weight, bias)) <= ROUNDING[dtype]
+
+
+# Half an ulp of float8 has 3 bits after the point; Triton's interpreter cuts off, which is up to a whole one.
+IN_8_BITS = {torch.int8: 0.02, torch.float8_e4m3fn: 0.04 if torch.cuda.is_available() else 0.085}
+
+
+def check_quantized(tokens: QuantizedTokens, expected: Tensor, dtype: torch.dtype) -> None:
+    assert isinstance(tokens, QuantizedTokens)
+    assert tokens.values.dtype == dtype and tokens.scale.shape == expected.shape[:-1]
+    assert relative_error(tokens.values.float() * tokens.scale.unsqueeze(-1), expected) <= IN_8_BITS[dtype]
+    assert relative_error(tokens.scale * LARGEST[dtype], expected.abs().amax(-1)) <= 1e-5
+    assert set(tokens.values.float().abs().amax(-1).flatten().tolist()) == {LARGEST[dtype]}
+
+
+@pytest.mark.parametrize("dim", [96, 5120])
+@pytest.mark.parametrize("dtype", list(LARGEST), ids=str)
+@torch.no_grad()
+def test_norms_that_quantize(norms: ModuleType, dim: int, dtype: torch.dtype) -> None:
+    x, y = normal(1, TOKENS, dim, seed=0), normal(1, TOKENS, dim, seed=1, dtype=torch.bfloat16)
+    gate, weight, bias = (normal(1, 1, dim, seed=seed) for seed in (2, 3, 4))
+    check_quantized(norms.layer_norm(x, weight, bias, EPS, dtype), exact_layer_norm(x, weight, bias), dtype)
+    total, out = norms.add_layer_norm(x, y, gate, weight, bias, EPS, dtype)
+    expected = x.double() + gate.double() * y.double()
+    assert relative_error(total, expected) <= 1e-7
+    check_quantized(out, exact_layer_norm(expected, weight, bias), dtype)
+
+
+@pytest.mark.parametrize("dim", [96, 13824])
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dtype", list(LARGEST), ids=str)
+@torch.no_grad()
+def test_quantize_tokens(norms: ModuleType, dim: int, gelu: bool, dtype: torch.dtype) -> None:
+    x = normal(1, TOKENS, dim, seed=0, dtype=torch.bfloat16)
+    x[0, 3:] *= torch.arange(1, TOKENS - 2, device=DEVICE).unsqueeze(-1)  # each token has its own scale
+    expected = torch.nn.functional.gelu(x.double(), approximate="tanh") if gelu else x.double()
+    check_quantized(norms.quantize_tokens(x, dtype, gelu=gelu), expected, dtype)
+    nothing = norms.quantize_tokens(torch.zeros_like(x), dtype)
+    assert not nothing.values.float().any() and (nothing.scale > 0).all()
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(4, 24), (5, 32), (40, 128)])

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -118,8 +118,7 @@ def _own_part(wanted: Tensor, ranks: Ranks) -> _Part:
 
 def _recipes(module: nn.Module) -> dict[str, Recipe]:
     """{weight: recipe} of the linears that the module holds quantized."""
-    linears = {f"{name}.weight": m.product for name, m in module.named_modules() if isinstance(m, QuantizedLinear)}
-    return cast("dict[str, Recipe]", linears)
+    return {f"{name}.weight": m.recipe for name, m in module.named_modules() if isinstance(m, QuantizedLinear)}
 
 
 def _without_scales(wanted: Mapping[str, Tensor], quantizing: Mapping[str, Recipe]) -> Mapping[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wanfast.runtime.config import Recipe
-from wanfast.runtime.models.dit import Linear, LinearGELU, WanDiT
+from wanfast.runtime.models.dit import Block, Linear, LinearGELU, WanDiT
 from wanfast.runtime.models.quantized import PRODUCTS, QuantizedLinear
 from wanfast.runtime.quantized_artifacts import QUANTIZED, require_torchao
 
@@ -34,6 +34,10 @@ def quantize_linears(model: WanDiT, recipe: Recipe, dtype: torch.dtype) -> None:
         n, k = linear.weight.shape
         quantized = QuantizedLinear(recipe, k, n, dtype, gelu=isinstance(linear, LinearGELU))
         model.get_submodule(owner).add_module(last, quantized)
+    weight_dtype, reads_8_bits = PRODUCTS[recipe]
+    if reads_8_bits:
+        for block in model.blocks:
+            cast("Block", block).dtype = weight_dtype  # its norms quantize for the products after them
 
 
 def _linears(model: WanDiT) -> Iterator[tuple[str, Linear]]:
@@ -55,11 +59,6 @@ def quantize(rows: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
 def scale_of(weight: str) -> str:
     """The name of a quantized weight's scales."""
     return f"{weight.removesuffix('weight')}scale"
-
-
-def dequantize(values: Tensor, scale: Tensor) -> Tensor:
-    """What the 8-bit values stand for, float32."""
-    return values.float() * scale.unsqueeze(1)
 
 
 def _torchao() -> Any:

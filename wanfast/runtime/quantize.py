@@ -28,8 +28,9 @@ from wanfast.runtime.config import Expert, QuantizeConfig, in_8_bits
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError
 from wanfast.runtime.memory import gb
 from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.quantized import dequantize
 from wanfast.runtime.plan import default_device
-from wanfast.runtime.quantization import dequantize, is_quantized, quantize, scale_of
+from wanfast.runtime.quantization import is_quantized, quantize, scale_of
 from wanfast.runtime.quantized_artifacts import EXPERTS, INDEX, KIND, QuantizedExpert, require_torchao, shards
 
 SHARD_BYTES = 1 << 30

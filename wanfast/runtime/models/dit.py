@@ -30,6 +30,7 @@ from wanfast.runtime.models.attention import Sequence, WholeSequence, attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.fused import add_layer_norm, layer_norm, linear_gelu, rms_norm_heads
 from wanfast.runtime.models.rope import RotaryTables
+from wanfast.runtime.models.tokens import Tokens
 
 
 class TextKV(NamedTuple):
@@ -100,7 +101,7 @@ class SelfAttention(Attention):
         del self.q, self.k, self.v
         self.register_state_dict_post_hook(_name_the_three)  # type: ignore[no-untyped-call]
 
-    def forward(self, x_BLd: Tensor, rope: RotaryTables, num_tokens: int) -> Tensor:
+    def forward(self, x_BLd: Tokens, rope: RotaryTables, num_tokens: int) -> Tensor:
         def project(names: str) -> list[Tensor]:
             products = self.qkv(x_BLd).chunk(3, -1) if self.qkv else [getattr(self, name)(x_BLd) for name in names]
             return [self._finish(name, product, rope) for name, product in zip(names, products, strict=True)]
@@ -127,7 +128,7 @@ class CrossAttention(Attention):
     def encode_text(self, text_BSd: Tensor) -> TextKV:
         return TextKV(self.norm_k(self.k(text_BSd), self.num_heads), self._heads(self.v(text_BSd)))
 
-    def forward(self, x_BLd: Tensor, text: TextKV) -> Tensor:
+    def forward(self, x_BLd: Tokens, text: TextKV) -> Tensor:
         out: Tensor = self.o(self.attend(self.norm_q(self.q(x_BLd), self.num_heads), *text).flatten(2))
         return out
 
@@ -135,7 +136,10 @@ class CrossAttention(Attention):
 class Block(nn.Module):
     def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence, attend: AttentionFn) -> None:
         super().__init__()
-        self.dtype, self.eps = dtype, spec.eps
+        self.dtype, self.eps = (
+            dtype,
+            spec.eps,
+        )  # what the products after the norms read; 8 bits where they are quantized
         self.self_attn = SelfAttention(spec, dtype, sequence, attend)
         self.norm3 = nn.LayerNorm(spec.dim, spec.eps, dtype=torch.float32)
         self.cross_attn = CrossAttention(spec, dtype, attend)

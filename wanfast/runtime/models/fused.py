@@ -1,9 +1,13 @@
-"""The norms of a block, each with what stands around it: one pass over the tokens, in float32 whatever goes in and out.
+"""What a block does beside products and attention, each with what stands around it: one pass over the tokens, inside
+in float32, whatever goes in and out.
 
 Between the matrix products and attention a block only moves bytes, and most of them are the residual stream: [L, d] in
 float32, 1.5 GB at 75,600 tokens. Written as formulas, Inductor works a stream out anew for every reader of it and reads
 rotated pairs twice; the Triton kernels of `fused_kernels` read and write each value once. On a GPU, in inference, those
 run; anywhere else the formulas do, which are what they are tested against.
+
+Where the product that follows is one of 8-bit values, the pass quantizes too: each token by its own largest value. That
+writes half the bytes that bf16 would take, and rounds once, from float32.
 
 Shapes: B batch, L tokens, d model dim, H heads, D head dim. Weights, biases and gates are [d] or [B, 1, d], float32.
 """
@@ -18,29 +22,48 @@ from einops import rearrange
 from torch import Tensor
 
 from wanfast.runtime.models.rope import RotaryTables, apply_rotary
+from wanfast.runtime.models.tokens import LARGEST, QuantizedTokens, Tokens
 
 _HAS_KERNELS = torch.version.cuda is not None and find_spec("triton") is not None
 if _HAS_KERNELS:
     from wanfast.runtime.models import fused_kernels
 
+_TINIEST = 1e-12  # a token of zeros has a scale too
 
-def layer_norm(x_BLd: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """(x - mean) / std * weight + bias over d, rounded to `dtype`."""
+
+def layer_norm(x_BLd: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tokens:
+    """(x - mean) / std * weight + bias over d, rounded to `dtype`, or quantized to it."""
     if _by_kernel(x_BLd):
-        out: Tensor = fused_kernels.layer_norm(x_BLd, weight, bias, eps, dtype)
-        return out
-    return (F.layer_norm(x_BLd, x_BLd.shape[-1:], eps=eps) * weight + bias).to(dtype)
+        out, scale = fused_kernels.layer_norm(x_BLd, weight, bias, eps, dtype)
+        return QuantizedTokens(out, scale) if dtype in LARGEST else out
+    return _rounded(F.layer_norm(x_BLd, x_BLd.shape[-1:], eps=eps) * weight + bias, dtype)
 
 
 def add_layer_norm(
     x_BLd: Tensor, y_BLd: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tokens]:
     """(x + gate * y, its `layer_norm`): what a branch adds to the residual stream, and what the next one reads."""
     if _by_kernel(x_BLd):
-        both: tuple[Tensor, Tensor] = fused_kernels.add_layer_norm(x_BLd, y_BLd, gate, weight, bias, eps, dtype)
-        return both
+        x, out, scale = fused_kernels.add_layer_norm(x_BLd, y_BLd, gate, weight, bias, eps, dtype)
+        return x, QuantizedTokens(out, scale) if dtype in LARGEST else out
     x = x_BLd + (y_BLd if gate is None else gate * y_BLd)
     return x, layer_norm(x, weight, bias, eps, dtype)
+
+
+def quantize_tokens(x_BLd: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> QuantizedTokens:
+    """x, or its tanh GELU, in 8 bits: the largest value of a token becomes the largest of `dtype`."""
+    if _by_kernel(x_BLd):
+        return QuantizedTokens(*fused_kernels.quantize_tokens(x_BLd, dtype, gelu))
+    x = x_BLd.float()
+    x = F.gelu(x, approximate="tanh") if gelu else x
+    scale = x.abs().amax(-1).clamp_min(_TINIEST) / LARGEST[dtype]
+    values = x / scale.unsqueeze(-1)
+    values = (values.round() if dtype == torch.int8 else values).clamp(-LARGEST[dtype], LARGEST[dtype])
+    return QuantizedTokens(values.to(dtype), scale)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tokens:
+    return quantize_tokens(x, dtype) if dtype in LARGEST else x.to(dtype)
 
 
 def rms_norm_heads(

@@ -9,48 +9,63 @@ Shapes: B batch, of one, L tokens, d model dim, D head dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from wanfast.runtime.models.tokens import LARGEST
+
 _NUM_WARPS = 8
 
 
 @triton_op("wanfast::layer_norm", mutates_args={})
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    d = x.shape[-1]
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(the norm in `dtype`, the tokens' scales, which are empty unless `dtype` has 8 bits)."""
     _check_rows(x, weight, bias)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    wrap_triton(_layer_norm)[(x.numel() // d,)](
-        x, weight, bias, out, eps, d=d, BLOCK=triton.next_power_of_2(d), num_warps=_NUM_WARPS
-    )
-    return out
+    out, scale = _output(x, dtype)
+    wrap_triton(_layer_norm)[_grid(x)](x, weight, bias, out, scale, eps, **_launch(x, dtype))
+    return out, scale
 
 
 @triton_op("wanfast::add_layer_norm", mutates_args={})
 def add_layer_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    d = x.shape[-1]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the sum, its norm in `dtype`, the scales)."""
     _check_rows(x, y, weight, bias)
-    total, out = torch.empty_like(x), torch.empty(x.shape, dtype=dtype, device=x.device)
-    wrap_triton(_add_layer_norm)[(x.numel() // d,)](
-        x,
-        y,
-        weight if gate is None else gate,
-        weight,
-        bias,
-        total,
-        out,
-        eps,
-        d=d,
-        GATED=gate is not None,
-        BLOCK=triton.next_power_of_2(d),
-        num_warps=_NUM_WARPS,
+    total, (out, scale) = torch.empty_like(x), _output(x, dtype)
+    factor = weight if gate is None else gate
+    wrap_triton(_add_layer_norm)[_grid(x)](
+        x, y, factor, weight, bias, total, out, scale, eps, GATED=gate is not None, **_launch(x, dtype)
     )
-    return total, out
+    return total, out, scale
+
+
+@triton_op("wanfast::quantize_tokens", mutates_args={})
+def quantize_tokens(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
+    _check_rows(x)
+    out, scale = _output(x, dtype)
+    wrap_triton(_quantize_tokens)[_grid(x)](x, out, scale, GELU=gelu, **_launch(x, dtype))
+    return out, scale
+
+
+def _grid(x: Tensor) -> tuple[int]:
+    return (x.numel() // x.shape[-1],)
+
+
+def _output(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scales = x.shape[:-1] if dtype in LARGEST else (0,)
+    return torch.empty_like(x, dtype=dtype), torch.empty(scales, dtype=torch.float32, device=x.device)
+
+
+def _launch(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    d = x.shape[-1]
+    block = triton.next_power_of_2(d)
+    return {"d": d, "LARGEST": LARGEST.get(dtype, 0.0), "BLOCK": block, "num_warps": _NUM_WARPS}
 
 
 @triton_op("wanfast::rms_norm_rotate", mutates_args={})
@@ -59,7 +74,7 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, s
     d = x.shape[-1]
     assert x.stride(-1) == 1, "the values of a row lie side by side"
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    wrap_triton(_rms_norm_rotate)[(x.numel() // d,)](
+    wrap_triton(_rms_norm_rotate)[_grid(x)](
         x,
         x.stride(-2),
         weight,
@@ -82,38 +97,65 @@ def _check_rows(*tensors: Tensor) -> None:
 
 
 @triton.jit
-def _layer_norm(x_ptr, weight_ptr, bias_ptr, out_ptr, eps, d: tl.constexpr, BLOCK: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * d
+def _layer_norm(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, scale_ptr, eps,
+    d: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + start + lanes, lanes < d, 0.0)
-    _store_normed(x, weight_ptr, bias_ptr, out_ptr + start, eps, d, BLOCK)
+    x = tl.load(x_ptr + row * d + lanes, lanes < d, 0.0)
+    _store(_normed(x, weight_ptr, bias_ptr, eps, d, BLOCK), row, out_ptr, scale_ptr, d, LARGEST, BLOCK)
 
 
 @triton.jit
 def _add_layer_norm(
-    x_ptr, y_ptr, gate_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, eps,
-    d: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, y_ptr, gate_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, scale_ptr, eps,
+    d: tl.constexpr, GATED: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * d
+    row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < d
-    y = tl.load(y_ptr + start + lanes, mask, 0.0).to(tl.float32)
+    y = tl.load(y_ptr + row * d + lanes, mask, 0.0).to(tl.float32)
     if GATED:
         y *= tl.load(gate_ptr + lanes, mask, 0.0)
-    x = tl.load(x_ptr + start + lanes, mask, 0.0) + y
-    tl.store(total_ptr + start + lanes, x, mask)
-    _store_normed(x, weight_ptr, bias_ptr, out_ptr + start, eps, d, BLOCK)
+    x = tl.load(x_ptr + row * d + lanes, mask, 0.0) + y
+    tl.store(total_ptr + row * d + lanes, x, mask)
+    _store(_normed(x, weight_ptr, bias_ptr, eps, d, BLOCK), row, out_ptr, scale_ptr, d, LARGEST, BLOCK)
 
 
 @triton.jit
-def _store_normed(x, weight_ptr, bias_ptr, out_ptr, eps, d: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_tokens(
+    x_ptr, out_ptr, scale_ptr, d: tl.constexpr, GELU: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * d + lanes, lanes < d, 0.0).to(tl.float32)
+    if GELU:  # its tanh formula; 1 + tanh(y) is 2 sigmoid(2 y)
+        x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    _store(x, row, out_ptr, scale_ptr, d, LARGEST, BLOCK)
+
+
+@triton.jit
+def _normed(x, weight_ptr, bias_ptr, eps, d: tl.constexpr, BLOCK: tl.constexpr):
     """Two passes over registers, as variances of values far from zero want it."""
     lanes = tl.arange(0, BLOCK)
     mask = lanes < d
     centred = tl.where(mask, x - tl.sum(x, 0) / d, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred, 0) / d + eps)
-    out = normed * tl.load(weight_ptr + lanes, mask, 0.0) + tl.load(bias_ptr + lanes, mask, 0.0)
-    tl.store(out_ptr + lanes, out.to(out_ptr.dtype.element_ty), mask)
+    return normed * tl.load(weight_ptr + lanes, mask, 0.0) + tl.load(bias_ptr + lanes, mask, 0.0)
+
+
+@triton.jit
+def _store(x, row, out_ptr, scale_ptr, d: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+    """A row in the dtype of `out_ptr`; if that has 8 bits, LARGEST is its largest value, and else 0."""
+    lanes = tl.arange(0, BLOCK)
+    if LARGEST > 0:
+        scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / LARGEST
+        tl.store(scale_ptr + row, scale)
+        x *= 1 / scale
+        if out_ptr.dtype.element_ty == tl.int8:  # a cast to it cuts off
+            x = tl.where(x < 0, x - 0.5, x + 0.5)
+    tl.store(out_ptr + row * d + lanes, x.to(out_ptr.dtype.element_ty), lanes < d)
 
 
 @triton.jit

@@ -2,10 +2,11 @@
 
 Three ways to make the product. Weight-only undoes the quantization first and so saves memory alone. The other two also
 quantize the tokens as they come, each token by its own largest value, and multiply in 8 bits: int8 and float8 tensor
-cores do twice the work of bf16's. A CPU has no float8 product: there it is that of the same 8-bit values in float32,
-which differs in rounding alone; GPUs need capability 8.9.
+cores do twice the work of bf16's. Where a norm or the activation stands before the product, that pass quantizes
+(`fused`). A CPU has no float8 product: there it is that of the same 8-bit values in float32, which differs in rounding
+alone; GPUs need capability 8.9.
 
-Shapes: L tokens (any leading dimensions), K in, N out; weight [N, K], scale [N], bias [N].
+Shapes: B batch, L tokens, K in, N out; weight [N, K], scale [N], bias [N].
 Sources: LLM.int8() (arXiv 2208.07339) for scales by row and column; FP8 formats (arXiv 2209.05433).
 """
 
@@ -17,80 +18,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanfast.runtime.models.fused import linear_gelu
+from wanfast.runtime.config import Recipe
+from wanfast.runtime.models.fused import linear_gelu, quantize_tokens
+from wanfast.runtime.models.int8_product import int8_product
+from wanfast.runtime.models.tokens import QuantizedTokens, Tokens
 
-_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-_TINIEST = 1e-12  # a token of zeros has a scale too
-
-ProductFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # x, weight, scale, bias -> x W^T + b
+ProductFn = Callable[[QuantizedTokens, Tensor, Tensor, Tensor], Tensor]  # x, weight, scale, bias -> x W^T + b
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer with 8-bit weights, and the tanh GELU after it if `gelu`. Its input decides the output's dtype."""
+    """A linear layer by a recipe of 8 bits. `gelu`: the tanh GELU comes after it, and then another such layer."""
 
-    def __init__(self, product: str, dim_in: int, dim_out: int, dtype: torch.dtype, *, gelu: bool = False) -> None:
+    def __init__(self, recipe: Recipe, dim_in: int, dim_out: int, dtype: torch.dtype, *, gelu: bool = False) -> None:
         super().__init__()
-        self.product, self.gelu = product, gelu
-        values = torch.empty(dim_out, dim_in, dtype=PRODUCTS[product][0])
+        weight_dtype, self.multiply = PRODUCTS[recipe]
+        self.recipe, self.gelu = recipe, gelu
+        values = torch.empty(dim_out, dim_in, dtype=weight_dtype)
         self.weight = nn.Parameter(values, requires_grad=False)
         self.scale = nn.Parameter(torch.empty(dim_out, dtype=torch.float32), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(dim_out, dtype=dtype), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        _, multiply = PRODUCTS[self.product]
-        x = x.to(self.bias.dtype)
-        if self.gelu and self.product == "int8-weight-only":
-            return linear_gelu(x, _dequantized(self.weight, self.scale, x.dtype), self.bias)
-        out = multiply(x, self.weight, self.scale, self.bias)
-        return F.gelu(out, approximate="tanh") if self.gelu else out
+    def forward(self, x: Tokens) -> Tokens:
+        """In the dtype of the bias; what another layer reads after the activation is quantized, if that quantizes."""
+        if self.multiply is None:
+            assert isinstance(x, Tensor)
+            weight = dequantize(self.weight, self.scale).to(self.bias.dtype)
+            return (linear_gelu if self.gelu else F.linear)(x.to(weight.dtype), weight, self.bias)
+        tokens = x if isinstance(x, QuantizedTokens) else quantize_tokens(x, self.weight.dtype)
+        out = self.multiply(tokens, self.weight, self.scale, self.bias)
+        return quantize_tokens(out, self.weight.dtype, gelu=True) if self.gelu else out
 
 
-def int8_weight_only(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(x, _dequantized(weight, scale, x.dtype), bias)
-
-
-def int8_dynamic(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    tokens, token_scale = quantize_rows(x.flatten(0, -2), torch.int8)
-    product = torch._int_mm(tokens, weight.t()) if _has_int_mm(x) else tokens.float() @ weight.float().t()
-    return _scaled(product, token_scale, scale, bias, x)
-
-
-def fp8_rowwise(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    tokens, token_scale = quantize_rows(x.flatten(0, -2), torch.float8_e4m3fn)
-    if not x.is_cuda:
-        return _scaled(tokens.float() @ weight.float().t(), token_scale, scale, bias, x)
+def fp8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """[B, L, N] in the dtype of the bias, from values in float8 e4m3."""
+    if not x.values.is_cuda:
+        out = F.linear(x.values.float(), weight.float()) * x.scale.unsqueeze(-1) * scale + bias.float()
+        return out.to(bias.dtype)
     product: Tensor = torch._scaled_mm(
-        tokens, weight.t(), token_scale.unsqueeze(1), scale.unsqueeze(0), bias, out_dtype=x.dtype, use_fast_accum=True
-    )
-    return product.view(*x.shape[:-1], -1)
+        x.values.flatten(0, -2), weight.t(), x.scale.view(-1, 1), scale.unsqueeze(0), bias,
+        out_dtype=bias.dtype, use_fast_accum=True,
+    )  # fmt: skip
+    return product.view(*x.values.shape[:-1], -1)
 
 
-# The weight's dtype, and how it is multiplied.
-PRODUCTS: dict[str, tuple[torch.dtype, ProductFn]] = {
-    "int8-weight-only": (torch.int8, int8_weight_only),
-    "int8-dynamic": (torch.int8, int8_dynamic),
-    "fp8-rowwise": (torch.float8_e4m3fn, fp8_rowwise),
+# The weight's dtype, and how tokens in that dtype are multiplied; none: the weight becomes what it stands for.
+PRODUCTS: dict[Recipe, tuple[torch.dtype, ProductFn | None]] = {
+    "int8-weight-only": (torch.int8, None),
+    "int8-dynamic": (torch.int8, int8_product),
+    "fp8-rowwise": (torch.float8_e4m3fn, fp8_product),
 }
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(values [L, K] of `dtype`, scale [L] float32) with values * scale near x: the largest of a row is exact."""
-    wide, largest = x.float(), _LARGEST[dtype]
-    scale = wide.abs().amax(-1).clamp_min(_TINIEST) / largest
-    values = wide / scale.unsqueeze(-1)
-    return (values.round() if dtype == torch.int8 else values).clamp(-largest, largest).to(dtype), scale
-
-
-def _scaled(product: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    """What a product of 8-bit values stands for, in the dtype and the leading dimensions of x."""
-    out = product.float() * token_scale.unsqueeze(1) * scale + bias.float()
-    return out.to(x.dtype).view(*x.shape[:-1], -1)
-
-
-def _dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (weight.float() * scale.unsqueeze(1)).to(dtype)
-
-
-def _has_int_mm(x: Tensor) -> bool:
-    """CUDA's wants more than 16 rows; a few tokens are not worth it."""
-    return not x.is_cuda or x.flatten(0, -2).shape[0] > 16
+def dequantize(values: Tensor, scale: Tensor) -> Tensor:
+    """What 8-bit values stand for, float32."""
+    return values.float() * scale.unsqueeze(1)
