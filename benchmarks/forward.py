@@ -213,7 +213,7 @@ def _diffusers(model: WanDiT) -> WanTransformer3DModel:
 
 
 @contextmanager
-def _first_layers(blocks: nn.ModuleList, layers: int) -> Iterator[None]:
+def first_layers(blocks: nn.ModuleList, layers: int) -> Iterator[None]:
     """The model without its later blocks."""
     every = list(blocks)
     del blocks[layers:]
@@ -224,7 +224,7 @@ def _first_layers(blocks: nn.ModuleList, layers: int) -> Iterator[None]:
 def warm(way: Way, device: str) -> None:
     """One layer: all of them are one graph, compiled at the first."""
     started = time.perf_counter()
-    with _first_layers(way.blocks, 1):
+    with first_layers(way.blocks, 1):
         way.velocity()
         synchronize(device)
     way.first_s = time.perf_counter() - started
@@ -253,7 +253,7 @@ def _find_errors(ways: list[Way], model: WanDiT, layers: int, inputs: Inputs) ->
     with torch.inference_mode(False), torch.enable_grad():  # the formulas, and none of our kernels
         expected = velocity_of(exact, inputs, exact.encode_text(inputs.texts[0]))().double()
     for way in ways:
-        with _first_layers(way.blocks, layers):
+        with first_layers(way.blocks, layers):
             way.relative_error = float((way.velocity().double() - expected).norm() / expected.norm())
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from wanfast.runtime.models.rope import RotaryTables, apply_rotary
 from wanfast.runtime.models.tokens import LARGEST, QuantizedTokens, Tokens
 
-_HAS_KERNELS = torch.version.cuda is not None and find_spec("triton") is not None
-if _HAS_KERNELS:
+HAS_KERNELS = torch.version.cuda is not None and find_spec("triton") is not None
+if HAS_KERNELS:
     from wanfast.runtime.models import fused_kernels
 
 _TINIEST = 1e-12  # a token of zeros has a scale too
@@ -103,4 +103,4 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _by_kernel(x_BLd: Tensor) -> bool:
     """They know no gradients, and one row of modulation for all tokens."""
-    return _HAS_KERNELS and x_BLd.is_cuda and x_BLd.shape[0] == 1 and not torch.is_grad_enabled()
+    return HAS_KERNELS and x_BLd.is_cuda and x_BLd.shape[0] == 1 and not torch.is_grad_enabled()

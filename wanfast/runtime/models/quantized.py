@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanfast.runtime.config import Recipe
-from wanfast.runtime.models.fused import linear_gelu, quantize_tokens
-from wanfast.runtime.models.int8_product import int8_product
+from wanfast.runtime.models.fused import HAS_KERNELS, linear_gelu, quantize_tokens
 from wanfast.runtime.models.tokens import QuantizedTokens, Tokens
+
+if HAS_KERNELS:
+    from wanfast.runtime.models import int8_kernel
 
 ProductFn = Callable[[QuantizedTokens, Tensor, Tensor, Tensor], Tensor]  # x, weight, scale, bias -> x W^T + b
 
@@ -49,16 +51,28 @@ class QuantizedLinear(nn.Module):
         return quantize_tokens(out, self.weight.dtype, gelu=True) if self.gelu else out
 
 
+def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """[B, L, N] in the dtype of the bias, from int8 values."""
+    if not (HAS_KERNELS and x.values.is_cuda):
+        sums = torch._int_mm(x.values.flatten(0, -2), weight.t()).view(*x.values.shape[:-1], -1)
+        return _scaled(sums, x, scale, bias)
+    out: Tensor = int8_kernel.int8_product(x.values.flatten(0, -2), weight, x.scale.flatten(), scale, bias)
+    return out.view(*x.values.shape[:-1], -1)
+
+
 def fp8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """[B, L, N] in the dtype of the bias, from values in float8 e4m3."""
     if not x.values.is_cuda:
-        out = F.linear(x.values.float(), weight.float()) * x.scale.unsqueeze(-1) * scale + bias.float()
-        return out.to(bias.dtype)
+        return _scaled(F.linear(x.values.float(), weight.float()), x, scale, bias)
     product: Tensor = torch._scaled_mm(
         x.values.flatten(0, -2), weight.t(), x.scale.view(-1, 1), scale.unsqueeze(0), bias,
         out_dtype=bias.dtype, use_fast_accum=True,
     )  # fmt: skip
     return product.view(*x.values.shape[:-1], -1)
+
+
+def _scaled(sums: Tensor, x: QuantizedTokens, scale: Tensor, bias: Tensor) -> Tensor:
+    return (sums.float() * x.scale.unsqueeze(-1) * scale + bias.float()).to(bias.dtype)
 
 
 # The weight's dtype, and how tokens in that dtype are multiplied; none: the weight becomes what it stands for.
