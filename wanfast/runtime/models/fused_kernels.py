@@ -2,7 +2,8 @@
 
 At d = 5120 a row is padded to 8192 lanes, of which those beyond d read and write nothing. The kernels wait for memory:
 2.7 of an H100's 3.35 TB/s (LOG.md). Each is a Triton operator of torch, so that a compiled block stays one graph and
-the kernels lie in the same caches as Inductor's own.
+the kernels lie in the same caches as Inductor's own. Floats are constants of a kernel: Inductor passes others as
+float64, which everything after them would become.
 
 Shapes: B batch, of one, L tokens, d model dim, D head dim.
 """
@@ -27,7 +28,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     """(the norm in `dtype`, the tokens' scales, which are empty unless `dtype` has 8 bits)."""
     _check_rows(x, weight, bias)
     out, scale = _output(x, dtype)
-    wrap_triton(_layer_norm)[_grid(x)](x, weight, bias, out, scale, eps, **_launch(x, dtype))
+    wrap_triton(_layer_norm)[_grid(x)](x, weight, bias, out, scale, eps=eps, **_launch(x, dtype))
     return out, scale
 
 
@@ -40,7 +41,7 @@ def add_layer_norm(
     total, (out, scale) = torch.empty_like(x), _output(x, dtype)
     factor = weight if gate is None else gate
     wrap_triton(_add_layer_norm)[_grid(x)](
-        x, y, factor, weight, bias, total, out, scale, eps, GATED=gate is not None, **_launch(x, dtype)
+        x, y, factor, weight, bias, total, out, scale, eps=eps, GATED=gate is not None, **_launch(x, dtype)
     )
     return total, out, scale
 
@@ -81,7 +82,7 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, s
         weight if cos is None else cos,
         weight if sin is None else sin,
         out,
-        eps,
+        eps=eps,
         d=d,
         PAIRS_A_HEAD=d // 2 if cos is None else cos.shape[-1],
         ROTATED=cos is not None,
@@ -98,8 +99,8 @@ def _check_rows(*tensors: Tensor) -> None:
 
 @triton.jit
 def _layer_norm(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, scale_ptr, eps,
-    d: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, scale_ptr,
+    eps: tl.constexpr, d: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -109,8 +110,8 @@ def _layer_norm(
 
 @triton.jit
 def _add_layer_norm(
-    x_ptr, y_ptr, gate_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, scale_ptr, eps,
-    d: tl.constexpr, GATED: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, y_ptr, gate_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, scale_ptr,
+    eps: tl.constexpr, d: tl.constexpr, GATED: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -136,7 +137,7 @@ def _quantize_tokens(
 
 
 @triton.jit
-def _normed(x, weight_ptr, bias_ptr, eps, d: tl.constexpr, BLOCK: tl.constexpr):
+def _normed(x, weight_ptr, bias_ptr, eps: tl.constexpr, d: tl.constexpr, BLOCK: tl.constexpr):
     """Two passes over registers, as variances of values far from zero want it."""
     lanes = tl.arange(0, BLOCK)
     mask = lanes < d
@@ -160,8 +161,8 @@ def _store(x, row, out_ptr, scale_ptr, d: tl.constexpr, LARGEST: tl.constexpr, B
 
 @triton.jit
 def _rms_norm_rotate(
-    x_ptr, stride, weight_ptr, cos_ptr, sin_ptr, out_ptr, eps,
-    d: tl.constexpr, PAIRS_A_HEAD: tl.constexpr, ROTATED: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, stride, weight_ptr, cos_ptr, sin_ptr, out_ptr,
+    eps: tl.constexpr, d: tl.constexpr, PAIRS_A_HEAD: tl.constexpr, ROTATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
