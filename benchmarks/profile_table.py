@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 # Parts of kernels' names; attention first, since its kernels are matrix products too.
 GROUPS = {
     "attention": ("flash", "fmha", "sdpa", "FlashAttn", "attention"),
-    "linears": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "_mm_", "addmm", "mm"),
+    "linears": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "_mm_", "addmm", "mm", "int8_product"),
 }
 
 

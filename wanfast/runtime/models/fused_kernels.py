@@ -66,7 +66,8 @@ def _output(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _launch(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     d = x.shape[-1]
     block = triton.next_power_of_2(d)
-    return {"d": d, "LARGEST": LARGEST.get(dtype, 0.0), "BLOCK": block, "num_warps": _NUM_WARPS}
+    num_warps = 4 if block <= 8192 else 8  # the fastest on an H200 of 4, 8 and 16
+    return {"d": d, "LARGEST": LARGEST.get(dtype, 0.0), "BLOCK": block, "num_warps": num_warps}
 
 
 @triton_op("wanfast::rms_norm_rotate", mutates_args={})
