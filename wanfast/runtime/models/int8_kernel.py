@@ -1,8 +1,8 @@
 """The product of int8 tokens and int8 weights on Hopper, scaled as it leaves the registers.
 
 cuBLAS's int8 product writes int32, four bytes a value that another pass must read again, and at 780 to 810 TOPS it is
-no faster than bf16's. This one scales the sums where they are, adds the bias and writes two bytes: 1060 to 1220 TOPS at
-the block's shapes on an H200 (LOG.md). As many programs as there are multiprocessors take tiles in turn, so that one
+no faster than bf16's. This one scales the sums where they are, adds the bias and writes two bytes: 1108 TOPS over a
+forward on an H200 (LOG.md). As many programs as there are multiprocessors take tiles in turn, so that one
 tile is written while the next is read; a tile leaves in two halves, which frees the memory of a fourth stage.
 
 Shapes: L tokens, K in, N out.
