@@ -1,0 +1,43 @@
+"""Triton's kernels compile for Hopper, as Inductor compiles them: on any machine, since Triton has an assembler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+# In a process of its own: this one may have imported Triton to interpret.
+PROGRAM = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from wanfast.runtime.models import fused_kernels
+
+FACTS = {"eps": 1e-6, "d": 5120, "BLOCK": 8192, "GATED": True, "GELU": True, "ROTATED": True, "PAIRS_A_HEAD": 64}
+BRANCH_OUTPUTS = ("*bf16", 0.0), ("*i8", 127.0), ("*fp8e4nv", 448.0)
+for name in ("_layer_norm", "_add_layer_norm", "_quantize_tokens", "_rms_norm_rotate"):
+    kernel = getattr(fused_kernels, name)
+    for out, largest in BRANCH_OUTPUTS[: 1 if name == "_rms_norm_rotate" else 3]:
+        if name == "_quantize_tokens" and not largest:
+            continue
+        facts = FACTS | {"LARGEST": largest}
+        signature, constants = {}, {}
+        for parameter in kernel.params:
+            pointer = parameter.name.endswith("_ptr")
+            kinds = {"out_ptr": out, "y_ptr": "*bf16", "stride": "i32"}
+            # what is no constant Inductor passes as int or, if it is a float, as float64
+            signature[parameter.name] = kinds.get(parameter.name, "*fp32" if pointer else "fp64")
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[parameter.name] = "constexpr", facts[parameter.name]
+        source = ASTSource(kernel, signature, constants)
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+        assert ".f64" not in ptx, (name, out)
+        print(name, out)
+"""
+
+
+def test_kernels_compile_for_hopper_and_stay_in_float32() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 9
