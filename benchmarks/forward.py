@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from in_turn import medians
 from profile_table import profile_table
 from random_expert import TINY, Inputs, random_expert, random_inputs
 from reference_style import ReferenceStyleBlock
@@ -310,16 +311,7 @@ def _block_against_reference(rounds: int, model: WanDiT, inputs: Inputs) -> dict
         "reference_style_fa2": lambda: theirs(x, time_BL6d, text),
         "wanfast": lambda: block(x, time_B6d, text_kv, inputs.rope, tokens),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, way in ways.items():
-            synchronize(device)
-            started = time.perf_counter()
-            way()
-            synchronize(device)
-            if turn:  # the first one warms
-                seconds[name].append(time.perf_counter() - started)
-    found = {f"{name}_ms": round(statistics.median(values) * 1e3, 2) for name, values in seconds.items()}
+    found = {f"{name}_ms": round(seconds * 1e3, 2) for name, seconds in medians(ways, rounds, device).items()}
     return found | {"ratio": round(found["wanfast_ms"] / found["reference_style_fa2_ms"], 4)}
 
 

@@ -1,42 +1,49 @@
-"""The four products of a block by each way that multiplies 8 bits, and what quantizing its tokens takes. One GPU.
+"""The four products of a block by each way that multiplies 8 bits, and what quantizing its tokens takes.
 
-    python benchmarks/products.py
+    python benchmarks/products.py                 # A14B's at 75,600 tokens, one GPU
+    python benchmarks/products.py --tiny          # to see that it runs, on a CPU too
 
-Ways are taken in turn, five rounds, medians. Random values. The last line is one JSON document.
+Ways are taken in turn and the median counts. Values are random. The last line is one JSON document.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import statistics
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from in_turn import medians
+from random_expert import TINY
 from torch import Tensor
 
 from wanfast.runtime import hardware
 from wanfast.runtime.metadata import versions
-from wanfast.runtime.model_spec import A14B
+from wanfast.runtime.model_spec import A14B, DiTSpec
 from wanfast.runtime.models.fused import quantize_tokens
 from wanfast.runtime.models.quantized import fp8_product, int8_product
 
-TOKENS, ROUNDS = 75_600, 5
-SHAPES = {
-    "qkv": (A14B.dit.dim, 3 * A14B.dit.dim),
-    "o": (A14B.dit.dim, A14B.dit.dim),
-    "ffn.0": (A14B.dit.dim, A14B.dit.ffn_dim),
-    "ffn.2": (A14B.dit.ffn_dim, A14B.dit.dim),
-}
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    measure(TINY if options.tiny else A14B.dit, 45 if options.tiny else 75_600, options.rounds)
 
 
 @torch.inference_mode()
-def main() -> None:
+def measure(spec: DiTSpec, num_tokens: int, rounds: int) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dim, ffn_dim = spec.dim, spec.ffn_dim
     found = {}
-    for name, (k, n) in SHAPES.items():
-        x = torch.randn(1, TOKENS, k, device="cuda", dtype=torch.bfloat16)
-        weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5
-        bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
+    for name, (k, n) in {
+        "qkv": (dim, 3 * dim), "o": (dim, dim), "ffn.0": (dim, ffn_dim), "ffn.2": (ffn_dim, dim)
+    }.items():  # fmt: skip
+        x = torch.randn(1, num_tokens, k, device=device, dtype=torch.bfloat16)
+        weight = torch.randn(n, k, device=device, dtype=torch.bfloat16) * k**-0.5
+        bias = torch.randn(n, device=device, dtype=torch.bfloat16)
         ways: dict[str, Callable[[], object]] = {"bf16": lambda x=x, w=weight, b=bias: F.linear(x, w, b)}
         for dtype, multiply in ((torch.int8, int8_product), (torch.float8_e4m3fn, fp8_product)):
             tokens, rows = quantize_tokens(x, dtype), quantize_tokens(weight.unsqueeze(0), dtype)
@@ -46,30 +53,18 @@ def main() -> None:
             if dtype == torch.int8:
                 ways["_int_mm alone"] = lambda t=tokens, w=values: torch._int_mm(t.values[0], w.t())
         exact = F.linear(x, weight, bias).float()
-        for way, ms in times(ways).items():
+        for way, seconds in medians(ways, rounds, device).items():
             out = ways[way]()
-            row = {"ms": round(ms, 3)}
+            row = {"ms": round(seconds * 1e3, 3)}
             if not way.startswith("quantize"):
-                row["tops"] = round(2 * TOKENS * k * n / ms / 1e9, 1)
+                row["tops"] = round(2 * num_tokens * k * n / seconds / 1e12, 1)
                 if isinstance(out, Tensor) and out.dtype == torch.bfloat16:
                     row["difference_from_bf16"] = round(float((out.float() - exact).norm() / exact.norm()), 5)
             found[f"{name} {way}"] = row
             print(f"{name:6} {way:32} {row}", flush=True)
-    print(json.dumps({"tokens": TOKENS, "ways": found, "hardware": hardware.describe("cuda"), "versions": versions()}))
-
-
-def times(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
-    seen: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(ROUNDS + 1):
-        for name, way in ways.items():
-            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begun.record()
-            way()
-            ended.record()
-            torch.cuda.synchronize()
-            if turn:  # the first one compiles
-                seen[name].append(begun.elapsed_time(ended))
-    return {name: statistics.median(values) for name, values in seen.items()}
+    print(
+        json.dumps({"tokens": num_tokens, "ways": found, "hardware": hardware.describe(device), "versions": versions()})
+    )
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def _errors(models: dict[str, WanDiT], inputs: Inputs, layers: int) -> Iterator[
     for hook in hooks:
         hook.remove()
     added = []
-    for block, given in zip(exact.blocks, streams, strict=False):
+    for block, given in zip(exact.blocks[:layers], streams, strict=True):
         wide = _in_float32(exact.spec, block)
         time, kv, rope, tokens = given[1:]
         kv = type(kv)(kv.k.float(), kv.v.float())
@@ -126,7 +126,7 @@ def _errors(models: dict[str, WanDiT], inputs: Inputs, layers: int) -> Iterator[
             name,
             [
                 float((block(*given) - given[0] - want).norm() / want.norm())
-                for block, given, want in zip(model.blocks, streams, added, strict=False)
+                for block, given, want in zip(model.blocks[:layers], streams, added, strict=True)
             ],
         )
 

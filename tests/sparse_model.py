@@ -31,7 +31,7 @@ def write(folder: Path, spec: DiTSpec, shard_bytes: int = _SHARD_BYTES) -> None:
     shapes = _shapes(spec)
     target = folder / "high_noise_model"
     target.mkdir(parents=True)
-    (target / "config.json").write_text(json.dumps(_config(spec)))
+    (target / "config.json").write_text(json.dumps(config(spec)))
     shards = _split(shapes, shard_bytes)
     weight_map: dict[str, str] = {}
     marks = _marks(shapes)
@@ -130,7 +130,7 @@ def _shapes(spec: DiTSpec) -> Shapes:
         return {name: tensor.shape for name, tensor in WanDiT(spec).state_dict().items()}
 
 
-def _config(spec: DiTSpec) -> dict[str, object]:
+def config(spec: DiTSpec) -> dict[str, object]:
     """The original layout's names of the sizes."""
     same = ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "text_dim", "text_len", "eps")
     return {name: getattr(spec, name) for name in same} | {"in_dim": spec.in_channels, "out_dim": spec.out_channels}

@@ -13,7 +13,9 @@ from tests.parity import relative_error
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize(("tokens", "k", "n"), [(150, 96, 40), (16, 64, 64), (70, 160, 136), (513, 5120, 512)])
+@pytest.mark.parametrize(
+    ("tokens", "k", "n"), [(150, 96, 40), (16, 64, 64), (70, 160, 136), (300, 64, 136), (513, 5120, 512)]
+)
 @torch.no_grad()
 def test_int8_product(monkeypatch: pytest.MonkeyPatch, tokens: int, k: int, n: int) -> None:
     kernel = importlib.import_module("wanfast.runtime.models.int8_kernel")

@@ -14,10 +14,10 @@ from triton.compiler import ASTSource
 from wanfast.runtime.models import fused_kernels
 
 FACTS = {"eps": 1e-6, "d": 5120, "BLOCK": 8192, "GATED": True, "GELU": True, "ROTATED": True, "PAIRS_A_HEAD": 64}
-BRANCH_OUTPUTS = ("*bf16", 0.0), ("*i8", 127.0), ("*fp8e4nv", 448.0)
+OUTPUTS = ("*bf16", 0.0), ("*i8", 127.0), ("*fp8e4nv", 448.0)
 for name in ("_layer_norm", "_add_layer_norm", "_quantize_tokens", "_rms_norm_rotate"):
     kernel = getattr(fused_kernels, name)
-    for out, largest in BRANCH_OUTPUTS[: 1 if name == "_rms_norm_rotate" else 3]:
+    for out, largest in OUTPUTS[: 1 if name == "_rms_norm_rotate" else 3]:
         if name == "_quantize_tokens" and not largest:
             continue
         facts = FACTS | {"LARGEST": largest}

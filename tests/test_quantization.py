@@ -19,7 +19,8 @@ from torchao.quantization import (
 
 from tests.conftest import Outcome
 from tests.gang import on_gang
-from tests.parity import randomise, relative_error
+from tests.one_expert import velocity, write_expert
+from tests.parity import relative_error
 from wanfast.runtime import checkpoint, memory, model_files, quantize
 from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.builders import build_expert
@@ -31,7 +32,6 @@ from wanfast.runtime.model_spec import A14B, DiTSpec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.fused import quantize_tokens
 from wanfast.runtime.models.quantized import PRODUCTS, QuantizedLinear, dequantize
-from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.models.tokens import QuantizedTokens
 from wanfast.runtime.quantization import is_quantized, quantize_linears, scale_of
 from wanfast.runtime.quantization import quantize as quantize_weight
@@ -75,6 +75,12 @@ def test_products_are_those_of_the_values(recipe: Recipe, dtype: torch.dtype, ge
     bound = {torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
     if isinstance(out, QuantizedTokens):  # for the layer after the activation
         assert gelu and out.values.dtype == made.weight.dtype
+        made.gelu = False  # whose product is held to the narrow bound
+        before = made(x)
+        assert (
+            relative_error(quantize_tokens(before, made.weight.dtype, gelu=True).values.float(), out.values.float())
+            == 0
+        )
         out, bound = out.values.float() * out.scale.unsqueeze(-1), {torch.int8: 0.01}.get(out.values.dtype, 0.04)
     else:
         assert out.dtype == dtype
@@ -131,6 +137,25 @@ def test_what_is_quantized_is_the_linears_of_the_blocks() -> None:
     assert memory.expert_bytes(A14B.dit, "bf16", "fp8-rowwise") < 0.52 * memory.expert_bytes(A14B.dit, "bf16")
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@torch.no_grad()
+def test_norms_and_the_activation_quantize_for_the_products_after_them(
+    source: model_files.ModelFiles, recipe: Recipe, tmp_path: Path
+) -> None:
+    expert, _ = make(source, recipe, tmp_path / "store")
+    model = build_expert(source, "high_noise", "bf16", Ranks("cpu"), quantized=expert)
+    read: dict[str, type] = {}
+    for name, module in model.blocks[1].named_modules():
+        if isinstance(module, QuantizedLinear):
+            module.register_forward_pre_hook(lambda _, given, name=name: read.update({name: type(given[0])}))
+    velocity(model)
+    in_8_bits = {"self_attn.qkv", "cross_attn.q", "ffn.0", "ffn.2"}
+    assert read.keys() == in_8_bits | {"self_attn.o", "cross_attn.k", "cross_attn.v", "cross_attn.o"}
+    assert {name for name, kind in read.items() if kind is QuantizedTokens} == (
+        set() if recipe == "int8-weight-only" else in_8_bits
+    )
+
+
 def test_every_parameter_is_quantized_or_named_as_kept() -> None:
     with torch.device("meta"):
         names = list(WanDiT(SPEC).state_dict())
@@ -140,25 +165,9 @@ def test_every_parameter_is_quantized_or_named_as_kept() -> None:
     assert all(any(kind.removesuffix("s") in name for name in names) for kind in KEPT)
 
 
-def velocity(model: WanDiT) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    latent, condition = (torch.randn(1, c, 2, 4, 8, generator=generator) for c in (16, 20))
-    text = model.encode_text(torch.randn(1, 7, model.spec.text_dim, generator=generator))
-    rope = rotary_tables((2, 2, 4), model.spec.head_dim)
-    return model(latent, condition, torch.tensor([617]), text, rope)
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> model_files.ModelFiles:
-    """An expert in float32, in two shards of the original layout."""
-    model = WanDiT(SPEC, torch.float32)
-    randomise(model, seed=1)
-    folder = tmp_path / "source" / "high_noise_model"
-    checkpoint.save(model, folder / "whole.safetensors", component="dit", layout="original")
-    names = ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "text_dim", "text_len", "eps")
-    sizes = {name: getattr(SPEC, name) for name in names} | {"in_dim": 36, "out_dim": 16}
-    (folder / "config.json").write_text(json.dumps(sizes))
-    return model_files.locate(str(tmp_path / "source"), str(tmp_path))
+    return write_expert(tmp_path / "source", SPEC)
 
 
 def make(source: model_files.ModelFiles, recipe: Recipe, store: Path) -> tuple[QuantizedExpert, dict[str, Any]]:

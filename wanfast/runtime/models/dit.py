@@ -136,10 +136,8 @@ class CrossAttention(Attention):
 class Block(nn.Module):
     def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence, attend: AttentionFn) -> None:
         super().__init__()
-        self.dtype, self.eps = (
-            dtype,
-            spec.eps,
-        )  # what the products after the norms read; 8 bits where they are quantized
+        self.dtype = dtype  # that the products after the norms read; one of 8 bits where they are quantized
+        self.eps = spec.eps
         self.self_attn = SelfAttention(spec, dtype, sequence, attend)
         self.norm3 = nn.LayerNorm(spec.dim, spec.eps, dtype=torch.float32)
         self.cross_attn = CrossAttention(spec, dtype, attend)

@@ -1,0 +1,23 @@
+"""Ways timed in turn, so that the clock, which sinks under load, sinks for all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+from wanfast.runtime.timing import synchronize
+
+
+def medians(ways: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Seconds of each way, waited for; one more round before those that count warms."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            synchronize(device)
+            started = time.perf_counter()
+            way()
+            synchronize(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
