@@ -39,7 +39,7 @@ from wanfast.runtime.distributed.ranks import Ranks, gang
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.model_spec import A14B, DiTSpec
 from wanfast.runtime.models.attention import WholeSequence, attention_by
-from wanfast.runtime.models.dit import TextKV, WanDiT
+from wanfast.runtime.models.dit import Stream, TextKV, WanDiT
 from wanfast.runtime.timing import synchronize
 
 if TYPE_CHECKING:  # it is not needed with --diffusers none, nor with --ranks
@@ -166,7 +166,7 @@ def _twin(model: WanDiT, kernel: str) -> WanDiT:
 
 
 def velocity_of(model: WanDiT, inputs: Inputs, text: list[TextKV]) -> VelocityFn:
-    return lambda: model(*inputs.arguments(text[: len(model.blocks)]))
+    return lambda: model(*inputs.arguments(text[: len(model.blocks)]))[0]
 
 
 def _diffusers_ways(options: argparse.Namespace, model: WanDiT, inputs: Inputs) -> Iterator[Way]:
@@ -304,12 +304,13 @@ def _block_against_reference(rounds: int, model: WanDiT, inputs: Inputs) -> dict
     block, text_kv = ours.blocks[0], model.encode_text(inputs.texts[0])[0]
     theirs = ReferenceStyleBlock(model.blocks[0], inputs.rope)  # type: ignore[arg-type]
     x = torch.randn(1, tokens, dim, device=device)
+    stream = Stream(torch.zeros_like(x), x.bfloat16(), torch.ones(1, 1, dim, device=device))
     time_B6d = torch.randn(1, 6, dim, device=device)
     time_BL6d = time_B6d.unsqueeze(1).expand(1, tokens, 6, dim).contiguous()
     text = torch.randn(1, model.spec.text_len, dim, device=device, dtype=torch.bfloat16)
     ways = {
         "reference_style_fa2": lambda: theirs(x, time_BL6d, text),
-        "wanfast": lambda: block(x, time_B6d, text_kv, inputs.rope, tokens),
+        "wanfast": lambda: block(stream, time_B6d, text_kv, inputs.rope, tokens),
     }
     found = {f"{name}_ms": round(seconds * 1e3, 2) for name, seconds in medians(ways, rounds, device).items()}
     return found | {"ratio": round(found["wanfast_ms"] / found["reference_style_fa2_ms"], 4)}

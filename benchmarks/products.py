@@ -1,6 +1,7 @@
 """The four products of a block by each way that multiplies 8 bits, and what quantizing its tokens takes.
 
     python benchmarks/products.py                 # A14B's at 75,600 tokens, one GPU
+    python benchmarks/products.py --torchao       # beside them torchao's own dynamic linears, compiled
     python benchmarks/products.py --tiny          # to see that it runs, on a CPU too
 
 Ways are taken in turn and the median counts. Values are random. The last line is one JSON document.
@@ -17,6 +18,12 @@ import torch.nn.functional as F
 from in_turn import medians
 from random_expert import TINY
 from torch import Tensor
+from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    PerRow,
+    quantize_,
+)
 
 from wanfast.runtime import hardware
 from wanfast.runtime.metadata import versions
@@ -28,13 +35,14 @@ from wanfast.runtime.models.quantized import fp8_product, int8_product
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--torchao", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    measure(TINY if options.tiny else A14B.dit, 45 if options.tiny else 75_600, options.rounds)
+    measure(TINY if options.tiny else A14B.dit, 45 if options.tiny else 75_600, options.rounds, options.torchao)
 
 
 @torch.inference_mode()
-def measure(spec: DiTSpec, num_tokens: int, rounds: int) -> None:
+def measure(spec: DiTSpec, num_tokens: int, rounds: int, with_torchao: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dim, ffn_dim = spec.dim, spec.ffn_dim
     found = {}
@@ -52,6 +60,8 @@ def measure(spec: DiTSpec, num_tokens: int, rounds: int) -> None:
             ways[f"quantize to {dtype}"] = lambda x=x, d=dtype, gelu=name == "ffn.2": quantize_tokens(x, d, gelu=gelu)
             if dtype == torch.int8:
                 ways["_int_mm alone"] = lambda t=tokens, w=values: torch._int_mm(t.values[0], w.t())
+        if with_torchao:
+            ways |= {name: lambda x=x, f=f: f(x) for name, f in torchao_linears(weight, bias).items()}
         exact = F.linear(x, weight, bias).float()
         for way, seconds in medians(ways, rounds, device).items():
             out = ways[way]()
@@ -65,6 +75,20 @@ def measure(spec: DiTSpec, num_tokens: int, rounds: int) -> None:
     print(
         json.dumps({"tokens": num_tokens, "ways": found, "hardware": hardware.describe(device), "versions": versions()})
     )
+
+
+def torchao_linears(weight: Tensor, bias: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Quantizing the tokens and the product, as torchao would have a model do it."""
+    recipes = {"torchao int8": Int8DynamicActivationInt8WeightConfig()}
+    if weight.is_cuda:  # its float8 refuses CPUs
+        recipes["torchao float8"] = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    found = {}
+    for name, recipe in recipes.items():
+        linear = torch.nn.Linear(*reversed(weight.shape), device=weight.device, dtype=weight.dtype)
+        linear.weight.data, linear.bias.data = weight, bias
+        quantize_(linear, recipe)
+        found[name] = torch.compile(linear, fullgraph=True, dynamic=False)
+    return found
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import forward
 import torch
@@ -30,7 +30,7 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.model_spec import A14B, DiTSpec
 from wanfast.runtime.models.attention import attention_by
-from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.dit import Stream, WanDiT
 from wanfast.runtime.models.quantized import QuantizedLinear
 from wanfast.runtime.quantization import quantize, quantize_linears, scale_of
 
@@ -107,7 +107,7 @@ def quantized(exact: WanDiT, recipe: Recipe, kernel: str) -> WanDiT:
 
 def _errors(models: dict[str, WanDiT], inputs: Inputs, layers: int) -> Iterator[tuple[str, list[float]]]:
     """(model, the error of each of its first layers)."""
-    streams: list[tuple[Tensor, ...]] = []
+    streams: list[tuple[Any, ...]] = []  # the arguments of each block
     exact = models["bf16"]
     text = exact.encode_text(inputs.texts[0])[:layers]
     with forward.first_layers(exact.blocks, layers):
@@ -120,15 +120,19 @@ def _errors(models: dict[str, WanDiT], inputs: Inputs, layers: int) -> Iterator[
         wide = _in_float32(exact.spec, block)
         time, kv, rope, tokens = given[1:]
         kv = type(kv)(kv.k.float(), kv.v.float())
-        added.append(wide(given[0], time, kv, rope, tokens) - given[0])
+        added.append(_sum(wide(given[0], time, kv, rope, tokens)) - _sum(given[0]))
     for name, model in models.items():
         yield (
             name,
             [
-                float((block(*given) - given[0] - want).norm() / want.norm())
+                float((_sum(block(*given)) - _sum(given[0]) - want).norm() / want.norm())
                 for block, given, want in zip(model.blocks[:layers], streams, added, strict=True)
             ],
         )
+
+
+def _sum(stream: Stream) -> Tensor:
+    return stream.x + stream.gate * stream.added
 
 
 def _in_float32(spec: DiTSpec, block: nn.Module) -> nn.Module:

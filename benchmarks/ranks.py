@@ -76,7 +76,7 @@ def measure(spec: DiTSpec, grid: tuple[int, int, int], device: str, rounds: int)
                 if isinstance(module, SelfAttention):
                     module.sequence = sequence
             branches = {"prompt": texts[0], "negative_prompt": texts[1]}
-            return guidance.velocities(list(branches), lambda branch: model(*inputs.arguments(branches[branch])))
+            return guidance.velocities(list(branches), lambda branch: model(*inputs.arguments(branches[branch]))[0])
 
         return velocities
 

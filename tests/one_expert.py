@@ -37,4 +37,5 @@ def velocity(model: WanDiT, latent: tuple[int, int, int] = (2, 4, 8), device: st
     text = model.encode_text(normal(7, model.spec.text_dim))
     frames, height, width = latent
     rope = rotary_tables((frames, height // 2, width // 2), model.spec.head_dim, device)
-    return model(noisy, condition, torch.tensor([617], device=device), text, rope)
+    out: Tensor = model(noisy, condition, torch.tensor([617], device=device), text, rope)[0]
+    return out

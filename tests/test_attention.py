@@ -47,7 +47,9 @@ def velocity(model: WanDiT) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
     latent, condition = (torch.randn(1, c, 2, 4, 8, generator=generator) for c in (16, 20))
     text = model.encode_text(torch.randn(1, 7, SPEC.text_dim, generator=generator))
-    return model(latent, condition, torch.tensor([617]), text, rotary_tables((2, 2, 4), SPEC.head_dim))
+    rope = rotary_tables((2, 2, 4), SPEC.head_dim)
+    out: torch.Tensor = model(latent, condition, torch.tensor([617]), text, rope)[0]
+    return out
 
 
 @torch.no_grad()

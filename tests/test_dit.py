@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 from tests.parity import randomise, relative_error
 from wanfast.runtime.checkpoint import rename
 from wanfast.runtime.model_spec import DiTSpec
-from wanfast.runtime.models.dit import TextKV, WanDiT, sinusoid
+from wanfast.runtime.models.dit import Stream, TextKV, WanDiT, sinusoid
 from wanfast.runtime.models.rope import rotary_tables
 
 SPECS = {
@@ -58,7 +58,8 @@ def test_velocity_equals_diffusers(name: str, grid: tuple[int, int, int]) -> Non
     padded = torch.nn.functional.pad(text, (0, 0, 0, spec.text_len - 7))
     expected = reference(torch.cat((latent, condition), 1), timestep, padded).sample
     T, h, w = grid
-    got = ours(latent, condition, timestep, ours.encode_text(text), rotary_tables((T, h // 2, w // 2), spec.head_dim))
+    rope = rotary_tables((T, h // 2, w // 2), spec.head_dim)
+    got, _ = ours(latent, condition, timestep, ours.encode_text(text), rope)
 
     error = relative_error(got, expected)
     print(f"DiT {name} {grid}: relative error {error:.1e}")
@@ -74,11 +75,11 @@ def test_fused_projections_are_the_same_model() -> None:
     text = ours.encode_text(torch.randn(1, 7, spec.text_dim, generator=generator))
     rope, before = rotary_tables((3, 3, 3), spec.head_dim), ours.state_dict()
 
-    expected = ours(latent, condition, torch.tensor([617]), text, rope)
+    expected, _ = ours(latent, condition, torch.tensor([617]), text, rope)
     ours.fuse_projections()
     names = dict(ours.named_parameters())
     assert "blocks.0.self_attn.qkv.weight" in names and "blocks.0.self_attn.q.weight" not in names
-    error = relative_error(ours(latent, condition, torch.tensor([617]), text, rope), expected)
+    error = relative_error(ours(latent, condition, torch.tensor([617]), text, rope)[0], expected)
     print(f"DiT fused against not: relative error {error:.1e}")
     assert error <= 1e-6
     after = ours.state_dict()
@@ -94,7 +95,8 @@ def test_text_padding_is_zeros_and_is_attended_to() -> None:
     rope = rotary_tables((1, 2, 2), spec.head_dim)
 
     def velocity(kv: list[TextKV]) -> torch.Tensor:
-        return ours(latent, condition, torch.tensor([5]), kv, rope)
+        out: torch.Tensor = ours(latent, condition, torch.tensor([5]), kv, rope)[0]
+        return out
 
     padded = velocity(ours.encode_text(text))
     zeros = torch.zeros(1, spec.text_len - 4, spec.text_dim)
@@ -111,11 +113,11 @@ def test_tokens_lie_one_after_the_other(dtype: torch.dtype, monkeypatch: pytest.
     ours = WanDiT(spec, dtype=dtype)
     convolve = ours.patch_embedding.forward
     monkeypatch.setattr(ours.patch_embedding, "forward", lambda x: convolve(x).contiguous())
-    ours.blocks[0].register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
+    ours.blocks[0].register_forward_hook(lambda _, inputs, output: seen.extend((*inputs[0], *output)))
     text = ours.encode_text(torch.randn(1, 5, spec.text_dim))
     latent, condition = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 20, 2, 4, 4)
     ours(latent, condition, torch.tensor([7]), text, rotary_tables((2, 2, 2), spec.head_dim))
-    assert all(tensor.is_contiguous() for tensor in seen)
+    assert all(tensor.stride() == torch.empty(tensor.shape).stride() for tensor in seen)
 
 
 @torch.no_grad()
@@ -126,7 +128,7 @@ def test_the_residual_stream_is_fp32_and_products_are_bf16() -> None:
     randomise(ours, seed=5)
     seen: dict[str, list[torch.Tensor]] = {"stream": [], "product": []}
     for block in ours.blocks:
-        block.register_forward_hook(lambda _, inputs, output: seen["stream"].extend((inputs[0], output)))
+        block.register_forward_hook(lambda _, inputs, output: seen["stream"].append(output.x))
         for module in (block.self_attn.o, block.cross_attn.q, block.ffn[0], block.self_attn.norm_q):
             module.register_forward_hook(lambda _, inputs, output: seen["product"].extend((inputs[0], output)))
     text = ours.encode_text(torch.randn(1, 5, spec.text_dim))
@@ -135,7 +137,7 @@ def test_the_residual_stream_is_fp32_and_products_are_bf16() -> None:
     )
     assert {tensor.dtype for tensor in seen["stream"]} == {torch.float32}
     assert {tensor.dtype for tensor in seen["product"]} == {torch.bfloat16}
-    for tensor in seen["stream"][1:]:  # float32 in more than name: the values are not those of bfloat16
+    for tensor in seen["stream"]:  # float32 in more than name: the values are not those of bfloat16
         assert not torch.equal(tensor, tensor.bfloat16().float())
 
 
@@ -164,8 +166,37 @@ def test_bf16_products_keep_small_parameters_and_output_in_fp32() -> None:
     )
     text, rope = torch.randn(1, 5, spec.text_dim, generator=generator), rotary_tables((3, 3, 3), spec.head_dim)
     timestep = torch.tensor([950])
-    got = ours(latent, condition, timestep, ours.encode_text(text.bfloat16()), rope)
-    error = relative_error(got, exact(latent, condition, timestep, exact.encode_text(text), rope))
+    got, _ = ours(latent, condition, timestep, ours.encode_text(text.bfloat16()), rope)
+    error = relative_error(got, exact(latent, condition, timestep, exact.encode_text(text), rope)[0])
     print(f"DiT bf16 against fp32: relative error {error:.1e}")
     assert got.dtype == torch.float32
     assert 1e-4 < error < 2e-2
+
+
+@torch.no_grad()
+def test_a_cached_residual_stands_in_for_the_blocks() -> None:
+    """Of the same call: the same velocity. Of another: that of its blocks, with this call's patches, head and time."""
+    spec = SPECS["tiny"]
+    _, ours = reference_and_ours(spec)
+    text = ours.encode_text(torch.randn(1, 5, spec.text_dim))
+    rope = rotary_tables((2, 2, 2), spec.head_dim)
+    first, second = torch.randn(2, 1, 16, 2, 4, 4)
+    condition = torch.randn(1, 20, 2, 4, 4)
+
+    def call(latent: torch.Tensor, timestep: int, cached: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        ran: list[int] = []
+        out = ours(latent, condition, torch.tensor([timestep]), text, rope, ran.append, cached, keep_residual=True)
+        assert ran == ([] if cached is not None else [*range(spec.num_layers)])
+        return out  # type: ignore[no-any-return]
+
+    velocity, residual = call(first, 617)
+    assert residual.shape == (1, 8, spec.dim) and residual.dtype == torch.float32
+    again, same = call(first, 617, residual)
+    assert relative_error(again, velocity) <= 1e-6 and relative_error(same, residual) <= 1e-6
+
+    tokens = ours.patch_embedding(torch.cat((second, condition), 1)).flatten(2).transpose(1, 2)
+    stream = Stream(tokens + residual, torch.zeros_like(tokens), torch.ones(1, 1, spec.dim))
+    patches, _ = ours.head(stream, ours.time_embedding(sinusoid(torch.tensor([500]), spec.freq_dim)))
+    reused, _ = call(second, 500, residual)
+    assert relative_error(reused, ours._unpatchify(patches, torch.Size((2, 2, 2)))) <= 1e-6
+    assert relative_error(reused, call(second, 500)[0]) > 1e-3

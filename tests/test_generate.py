@@ -282,7 +282,7 @@ def test_the_boundary_is_the_models_own(wanfast: Wanfast, tiny_copy: Path, monke
     timesteps: dict[int, list[float]] = {}
     forward = WanDiT.forward
 
-    def recorded(self: WanDiT, *arguments: torch.Tensor) -> torch.Tensor:
+    def recorded(self: WanDiT, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         timesteps.setdefault(id(self), []).append(float(arguments[2]))
         return forward(self, *arguments)
 

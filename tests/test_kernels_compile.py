@@ -15,7 +15,7 @@ from wanfast.runtime.models import fused_kernels
 
 FACTS = {"eps": 1e-6, "d": 5120, "BLOCK": 8192, "GATED": True, "GELU": True, "ROTATED": True, "PAIRS_A_HEAD": 64}
 OUTPUTS = ("*bf16", 0.0), ("*i8", 127.0), ("*fp8e4nv", 448.0)
-for name in ("_layer_norm", "_add_layer_norm", "_quantize_tokens", "_rms_norm_rotate"):
+for name in ("_add_layer_norm", "_quantize_tokens", "_rms_norm_rotate"):
     kernel = getattr(fused_kernels, name)
     for out, largest in OUTPUTS[: 1 if name == "_rms_norm_rotate" else 3]:
         if name == "_quantize_tokens" and not largest:
@@ -40,4 +40,4 @@ def test_kernels_compile_for_hopper_and_stay_in_float32() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 9
+    assert len(done.stdout.splitlines()) == 6

@@ -119,7 +119,7 @@ def flow_loss(model: TinyModel, latents: Tensor) -> LossFn:
                 level = s[k].view(-1, 1, 1, 1, 1)
                 x = (1 - level) * z[k].float() + level * noise[k]
                 timestep = (s[k] * 1000).clamp(max=999).floor()
-                velocity = expert(x, y[k].float(), timestep, expert.encode_text(text[k]), rope)
+                velocity, _ = expert(x, y[k].float(), timestep, expert.encode_text(text[k]), rope)
                 terms[name] = F.mse_loss(velocity.float(), noise[k] - z[k])
         return {"loss": terms["high"] + terms["low"], **terms}
 

@@ -40,7 +40,7 @@ def outputs(device: str, precision: builders.Precision) -> dict[str, torch.Tenso
     expert = build_expert(files, "high_noise", precision, Ranks(device))
     rope = rotary_tables((5, 8, 8), files.spec.dit.head_dim, device)
     timestep = torch.tensor([950], device=device)
-    velocity = expert(latent.to(device), condition.to(device), timestep, expert.encode_text(text), rope)
+    velocity, _ = expert(latent.to(device), condition.to(device), timestep, expert.encode_text(text), rope)
     vae = build_vae(files, device)
     encoded = vae.encode(video.to(device))
     found = {"DiT": velocity, "encode": encoded, "decode": vae.decode(encoded)}

@@ -169,30 +169,23 @@ def residual_ratios(pipeline: ImageToVideoPipeline) -> Iterator[list[list[float]
     The residual is what all blocks of an expert add to the stream (WAN_SPEC 8.2; MagCache, arXiv 2506.09045).
     """
     ratios: list[list[float]] = []
-    state: dict[str, Tensor | float] = {}
+    before: list[Tensor] = []  # of the step before
 
-    def entering(_: WanDiT, inputs: tuple[Tensor, ...]) -> None:
-        state["timestep"] = float(inputs[2])
-
-    def first_block(_: object, inputs: tuple[Tensor, ...]) -> None:
-        state["in"] = inputs[0]
-
-    def last_block(_: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        timestep = state["timestep"]
+    def done(_: WanDiT, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor]) -> None:
+        timestep, residual = float(inputs[2]), outputs[1]
         if ratios and ratios[-1][0] == timestep:
             return  # the branch of the negative prompt
-        residual = output - torch.as_tensor(state["in"])
-        before = state.get("residual")
-        ratio = 1.0 if before is None else float((residual.norm(dim=-1) / torch.as_tensor(before).norm(dim=-1)).mean())
-        ratios.append([float(timestep), ratio])
-        state["residual"] = residual
+        ratio = float((residual.norm(dim=-1) / before.pop().norm(dim=-1)).mean()) if before else 1.0
+        ratios.append([timestep, ratio])
+        before.append(residual)
 
-    handles = []
     names: tuple[Expert, ...] = ("high_noise", "low_noise")
+    handles = []
     for expert in (pipeline.experts.take(name)[0] for name in names):
-        handles.append(expert.register_forward_pre_hook(entering))
-        handles.append(expert.blocks[0].register_forward_pre_hook(first_block))
-        handles.append(expert.blocks[-1].register_forward_hook(last_block))
+        kept = expert.register_forward_pre_hook(
+            lambda _, inputs, named: (inputs, named | {"keep_residual": True}), with_kwargs=True
+        )
+        handles += [kept, expert.register_forward_hook(done)]
     try:
         yield ratios
     finally:

@@ -102,7 +102,7 @@ class ImageToVideoPipeline:
                 then: Expert | None = "low_noise" if timestep == handover and branch == own[-1] else None
                 model, after_block = self.experts.take(expert, then)
                 kv = text_kv(model, expert, branch)
-                prediction: Tensor = model(sample, condition, t, kv, rope, after_block)
+                prediction: Tensor = model(sample, condition, t, kv, rope, after_block)[0]
                 return prediction
 
             return self.ranks.guidance.velocities(branches, velocity)

@@ -25,6 +25,7 @@ from torch import Tensor
 from wanfast.runtime.distributed.collectives import all_gather
 from wanfast.runtime.models.attention import ProjectFn
 from wanfast.runtime.models.attention_kernels import AttentionFn
+from wanfast.runtime.models.tokens import packed
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Ulysses:
         share = -(-x.shape[dim] // size)
         x = x.narrow(dim, min(rank * share, x.shape[dim]), min(share, max(0, x.shape[dim] - rank * share)))
         missing = share - x.shape[dim]
-        return _packed(F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing]) if missing else x)
+        return packed(F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing]) if missing else x)
 
     def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
         """Attention over all `num_tokens` tokens for this rank's N/P; [B, N/P, H, D] in and out."""
@@ -62,10 +63,5 @@ class Ulysses:
 
     def _exchange(self, parts: Tensor) -> Tensor:
         """parts[p] goes to rank p; the result's [p] came from rank p. It is waited for at its first use."""
-        exchanged: Tensor = funcol.all_to_all_single(_packed(parts), None, None, self.group)
+        exchanged: Tensor = funcol.all_to_all_single(packed(parts), None, None, self.group)
         return exchanged
-
-
-def _packed(x: Tensor) -> Tensor:
-    """A copy: `contiguous` may return a view, whose strides of size-1 dims make torch.compile compile anew."""
-    return x.clone(memory_format=torch.contiguous_format)

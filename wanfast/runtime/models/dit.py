@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from wanfast.runtime.model_spec import DiTSpec
 from wanfast.runtime.models.attention import Sequence, WholeSequence, attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
-from wanfast.runtime.models.fused import add_layer_norm, layer_norm, linear_gelu, rms_norm_heads
+from wanfast.runtime.models.fused import add_layer_norm, linear_gelu, rms_norm_heads
 from wanfast.runtime.models.rope import RotaryTables
-from wanfast.runtime.models.tokens import Tokens
+from wanfast.runtime.models.tokens import Tokens, packed
 
 
 class TextKV(NamedTuple):
@@ -38,6 +38,14 @@ class TextKV(NamedTuple):
 
     k: Tensor
     v: Tensor
+
+
+class Stream(NamedTuple):
+    """The residual stream x + gate * added of this rank's tokens: the norm that reads it makes the sum on its way."""
+
+    x: Tensor  # [B, L, d], float32
+    added: Tensor  # [B, L, d]
+    gate: Tensor  # [B, 1, d], float32
 
 
 class Linear(nn.Linear):
@@ -148,15 +156,16 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, spec.dim, dtype=torch.float32))
 
-    def forward(self, x_BLd: Tensor, time_B6d: Tensor, text: TextKV, rope: RotaryTables, num_tokens: int) -> Tensor:
-        """Residual stream of this rank's tokens in and out, float32; `num_tokens` on all ranks."""
+    def forward(self, stream: Stream, time_B6d: Tensor, text: TextKV, rope: RotaryTables, num_tokens: int) -> Stream:
+        """`num_tokens`: those of all ranks."""
         rows = (self.modulation + time_B6d).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
         norm3, eps, dtype = self.norm3, self.eps, self.dtype
-        out = self.self_attn(layer_norm(x_BLd, 1 + scale_attn, shift_attn, eps, dtype), rope, num_tokens)
-        x, normed = add_layer_norm(x_BLd, out, gate_attn, norm3.weight, norm3.bias, eps, dtype)
+        x, normed = add_layer_norm(*stream, 1 + scale_attn, shift_attn, eps, dtype)
+        out = self.self_attn(normed, rope, num_tokens)
+        x, normed = add_layer_norm(x, out, gate_attn, norm3.weight, norm3.bias, eps, dtype)
         x, normed = add_layer_norm(x, self.cross_attn(normed, text), None, 1 + scale_ffn, shift_ffn, eps, dtype)
-        return x + gate_ffn * self.ffn(normed)  # type: ignore[no-any-return]
+        return Stream(x, self.ffn(normed), packed(gate_ffn))
 
     def encode_text(self, text_BSd: Tensor) -> TextKV:
         return self.cross_attn.encode_text(text_BSd)
@@ -171,10 +180,11 @@ class Head(nn.Module):
         self.head = Linear(spec.dim, math.prod(spec.patch_size) * spec.out_channels, dtype=torch.float32)
         self.modulation = nn.Parameter(torch.empty(1, 2, spec.dim, dtype=torch.float32))
 
-    def forward(self, x_BLd: Tensor, time_Bd: Tensor) -> Tensor:
+    def forward(self, stream: Stream, time_Bd: Tensor) -> tuple[Tensor, Tensor]:
+        """(patches of the velocity [B, L, p], the whole stream [B, L, d])."""
         shift, scale = (self.modulation + time_Bd.unsqueeze(1)).chunk(2, dim=1)
-        out: Tensor = self.head(layer_norm(x_BLd, 1 + scale, shift, self.eps, torch.float32))
-        return out
+        x, normed = add_layer_norm(*stream, 1 + scale, shift, self.eps, torch.float32)
+        return self.head(normed), x
 
 
 class WanDiT(nn.Module):
@@ -226,27 +236,36 @@ class WanDiT(nn.Module):
         text: list[TextKV],
         rope: RotaryTables,
         after_block: Callable[[int], None] = lambda index: None,
-    ) -> Tensor:
-        """Flow velocity [B, C, T, h, w] float32.
+        cached_residual: Tensor | None = None,
+        keep_residual: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(flow velocity [B, C, T, h, w], the residual), float32.
 
         latent: [B, C, T, h, w]; condition: [B, 20, T, h, w] (4 mask channels, then the encoded first frame);
         timestep: [B] in 0..1000; text: from `encode_text`; rope: tables of this token grid.
         after_block: told the index of each block whose work is queued, so that its weights can make room for others.
+        cached_residual: that of an earlier call, which stands in for the blocks.
+        keep_residual: whether to return what the blocks added to this rank's tokens, [B, L, d].
         """
         video = torch.cat((latent, condition), dim=1).to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(video)
         token_grid = patches.shape[2:]
         num_tokens = math.prod(token_grid)
-        tokens = self.sequence.shard(rearrange(patches, "B d T Y X -> B (T Y X) d"), 1)
-        x = tokens.float().contiguous()  # a convolution's strides would make the first block a graph of its own
-        own_rope = RotaryTables(*(self.sequence.shard(table, 0) for table in rope))
+        tokens = packed(self.sequence.shard(rearrange(patches, "B d T Y X -> B (T Y X) d"), 1))
         time_Bd = self.time_embedding(sinusoid(timestep, self.spec.freq_dim))
-        time_B6d = self.time_projection(time_Bd).unflatten(1, (6, -1))
-        for index, (block, text_kv) in enumerate(zip(self._blocks(), text, strict=True)):
-            x = block(x, time_B6d, text_kv, own_rope, num_tokens)
-            after_block(index)
-        out = self.sequence.gather(self.head(x, time_Bd), 1, num_tokens)
-        return self._unpatchify(out, token_grid)
+        begun = torch.zeros(tokens.shape, device=tokens.device) if cached_residual is None else cached_residual
+        stream = Stream(begun, tokens, torch.ones(tokens.shape[0], 1, self.spec.dim, device=tokens.device))
+        first = tokens if keep_residual else None
+        del begun, tokens  # the blocks want the memory
+        if cached_residual is None:
+            own_rope = RotaryTables(*(self.sequence.shard(table, 0) for table in rope))
+            time_B6d = self.time_projection(time_Bd).unflatten(1, (6, -1))
+            for index, (block, text_kv) in enumerate(zip(self._blocks(), text, strict=True)):
+                stream = block(stream, time_B6d, text_kv, own_rope, num_tokens)
+                after_block(index)
+        out, x = self.head(stream, time_Bd)
+        velocity = self._unpatchify(self.sequence.gather(out, 1, num_tokens), token_grid)
+        return velocity, None if first is None else x.sub_(first)
 
     def fuse_projections(self) -> None:
         """Of every block whose q, k and v are needed at the same time; for weights that are loaded and whole."""

@@ -31,23 +31,19 @@ if HAS_KERNELS:
 _TINIEST = 1e-12  # a token of zeros has a scale too
 
 
-def layer_norm(x_BLd: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tokens:
-    """(x - mean) / std * weight + bias over d, rounded to `dtype`, or quantized to it."""
-    if _by_kernel(x_BLd):
-        out, scale = fused_kernels.layer_norm(x_BLd, weight, bias, eps, dtype)
-        return QuantizedTokens(out, scale) if dtype in LARGEST else out
-    return _rounded(F.layer_norm(x_BLd, x_BLd.shape[-1:], eps=eps) * weight + bias, dtype)
-
-
 def add_layer_norm(
     x_BLd: Tensor, y_BLd: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tokens]:
-    """(x + gate * y, its `layer_norm`): what a branch adds to the residual stream, and what the next one reads."""
+    """(x + gate * y, its layer norm): what a branch adds to the residual stream, and what the next one reads.
+
+    The norm, (x - mean) / std * weight + bias over d, is rounded to `dtype`, or quantized to it.
+    """
     if _by_kernel(x_BLd):
         x, out, scale = fused_kernels.add_layer_norm(x_BLd, y_BLd, gate, weight, bias, eps, dtype)
         return x, QuantizedTokens(out, scale) if dtype in LARGEST else out
     x = x_BLd + (y_BLd if gate is None else gate * y_BLd)
-    return x, layer_norm(x, weight, bias, eps, dtype)
+    normed = F.layer_norm(x, x.shape[-1:], eps=eps) * weight + bias
+    return x, quantize_tokens(normed, dtype) if dtype in LARGEST else normed.to(dtype)
 
 
 def quantize_tokens(x_BLd: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> QuantizedTokens:
@@ -60,10 +56,6 @@ def quantize_tokens(x_BLd: Tensor, dtype: torch.dtype, *, gelu: bool = False) ->
     values = x / scale.unsqueeze(-1)
     values = (values.round() if dtype == torch.int8 else values).clamp(-LARGEST[dtype], LARGEST[dtype])
     return QuantizedTokens(values.to(dtype), scale)
-
-
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tokens:
-    return quantize_tokens(x, dtype) if dtype in LARGEST else x.to(dtype)
 
 
 def rms_norm_heads(

@@ -20,23 +20,12 @@ from torch.library import triton_op, wrap_triton
 
 from wanfast.runtime.models.tokens import LARGEST
 
-_NUM_WARPS = 8
-
-
-@triton_op("wanfast::layer_norm", mutates_args={})
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(the norm in `dtype`, the tokens' scales, which are empty unless `dtype` has 8 bits)."""
-    _check_rows(x, weight, bias)
-    out, scale = _output(x, dtype)
-    wrap_triton(_layer_norm)[_grid(x)](x, weight, bias, out, scale, eps=eps, **_launch(x, dtype))
-    return out, scale
-
 
 @triton_op("wanfast::add_layer_norm", mutates_args={})
 def add_layer_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(the sum, its norm in `dtype`, the scales)."""
+    """(the sum, its norm in `dtype`, the tokens' scales, which are empty unless `dtype` has 8 bits)."""
     _check_rows(x, y, weight, bias)
     total, (out, scale) = torch.empty_like(x), _output(x, dtype)
     factor = weight if gate is None else gate
@@ -65,9 +54,7 @@ def _output(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _launch(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     d = x.shape[-1]
-    block = triton.next_power_of_2(d)
-    num_warps = 4 if block <= 8192 else 8  # the fastest on an H200 of 4, 8 and 16
-    return {"d": d, "LARGEST": LARGEST.get(dtype, 0.0), "BLOCK": block, "num_warps": num_warps}
+    return {"d": d, "LARGEST": LARGEST.get(dtype, 0.0), "BLOCK": triton.next_power_of_2(d), "num_warps": 4}
 
 
 @triton_op("wanfast::rms_norm_rotate", mutates_args={})
@@ -88,7 +75,7 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, s
         PAIRS_A_HEAD=d // 2 if cos is None else cos.shape[-1],
         ROTATED=cos is not None,
         BLOCK=triton.next_power_of_2(d),
-        num_warps=_NUM_WARPS,
+        num_warps=8,
     )
     return out
 
@@ -96,17 +83,6 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, s
 def _check_rows(*tensors: Tensor) -> None:
     for tensor in tensors:
         assert tensor.is_contiguous(), f"rows lie one after the other, not {tensor.stride()}"
-
-
-@triton.jit
-def _layer_norm(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, scale_ptr,
-    eps: tl.constexpr, d: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * d + lanes, lanes < d, 0.0)
-    _store(_normed(x, weight_ptr, bias_ptr, eps, d, BLOCK), row, out_ptr, scale_ptr, d, LARGEST, BLOCK)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What a product reads: tokens as they are, or in 8 bits with a scale for each."""
+"""What products and exchanges read: tokens as they are, or in 8 bits with a scale for each, densely packed."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ class QuantizedTokens(NamedTuple):
 
 
 Tokens = Tensor | QuantizedTokens
+
+
+def packed(x: Tensor) -> Tensor:
+    """A copy: `contiguous` may return a view, whose strides of size-1 dims make torch.compile compile anew."""
+    return x.clone(memory_format=torch.contiguous_format)
