@@ -10,7 +10,7 @@ import typer
 
 from wanfast.commands import dispatch, options
 from wanfast.commands.report import Report
-from wanfast.runtime import metadata
+from wanfast.runtime import metadata, past_runs
 from wanfast.runtime.config import Device, GenerateConfig, Solver
 from wanfast.runtime.requests import Planned, own_share, plan_requests, read_requests
 
@@ -51,6 +51,15 @@ def generate(
     tf32: options.Tf32 = None,
     compile: options.Compile = False,
     compile_mode: options.CompileModeOption = "default",
+    magcache: options.MagCache = "off",
+    magcache_thresh: options.MagCacheThresh = None,
+    magcache_k: options.MagCacheK = None,
+    retention_ratio: options.RetentionRatio = None,
+    magcache_rule: options.MagCacheRuleOption = "low-noise-only",
+    magcache_joint: options.MagCacheJoint = "auto",
+    magcache_budget: options.MagCacheBudget = None,
+    magcache_skip: options.MagCacheSkip = None,
+    magcache_interpolate: options.MagCacheInterpolate = False,
     device: options.DeviceOption = None,
     num_gpus: options.NumGpus = 1,
     nnodes: options.NumNodes = 1,
@@ -91,7 +100,9 @@ def generate(
 
 
 def dry_result(item: Planned) -> dict[str, Any]:
-    return metadata.planned(item.plan, item.request.options) if item.plan else item.failure()
+    if item.plan is None:
+        return item.failure()
+    return metadata.planned(item.plan, item.request.options) | {"predicted_s": past_runs.predicted_seconds(item.plan)}
 
 
 def run(planned: list[Planned], report: Report, artifacts_dir: str) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wanfast.runtime.config import Attention, CompileMode, Device, Precision, Recipe, Switch
+from wanfast.runtime.config import Attention, CompileMode, Device, MagCacheRule, Precision, Recipe, Switch
 
 Model = Annotated[
     str,
@@ -52,6 +52,36 @@ Compile = Annotated[
     ),
 ]
 CompileModeOption = Annotated[CompileMode, typer.Option(help="How hard --compile searches.")]
+MagCache = Annotated[
+    str,
+    typer.Option(
+        metavar="<off|preset|artifact|KEY|E012K2R20>",
+        help="Skip forwards whose residual hardly changes, by the model's preset curve or a calibrated one. E012K2R20 "
+        "is the preset with threshold 0.12, at most 2 skips in a row and the first 20 % computed.",
+    ),
+]
+MagCacheThresh = Annotated[float | None, typer.Option(help="Error that may add up before a forward.  [default: 0.12]")]
+MagCacheK = Annotated[int | None, typer.Option(help="Most skips of a branch in a row.  [default: 2]")]
+RetentionRatio = Annotated[
+    float | None, typer.Option(help="Share of an expert's forwards, the first, always computed.  [default: 0.2]")
+]
+MagCacheRuleOption = Annotated[
+    MagCacheRule,
+    typer.Option("--magcache-rule", help="Where forwards are skipped; the high-noise expert sets motion and layout."),
+]
+MagCacheJoint = Annotated[
+    Switch, typer.Option(help="Both branches of guidance skip together; auto: where they are on different ranks.")
+]
+MagCacheBudget = Annotated[
+    float | None, typer.Option(help="Share of forwards to compute, chosen for the least error instead of by threshold.")
+]
+MagCacheSkip = Annotated[int | None, typer.Option(help="The same by a number of forwards to skip.")]
+MagCacheInterpolate = Annotated[
+    bool,
+    typer.Option(
+        "--magcache-interpolate/--no-magcache-interpolate", help="Bridge a curve of other --steps or --shift to these."
+    ),
+]
 ArtifactsDir = Annotated[
     str, typer.Option(envvar="WANFAST_ARTIFACTS", help="Where weights, embeddings and runs are kept.")
 ]

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from wanfast.runtime import past_runs
 from wanfast.runtime.errors import JobsFailedError, from_failure
 from wanfast.runtime.next_step import warmup_command
 from wanfast.runtime.requests import Planned
@@ -36,7 +37,8 @@ class Report:
                 self.result(item, item.failure())
                 continue
             if always or not self.brief:
-                self._table("plan" + _of_line(item), _plan_rows(item.plan.to_json()))
+                seconds = past_runs.predicted_seconds(item.plan)
+                self._table("plan" + _of_line(item), _plan_rows(item.plan.to_json(), seconds))
             for note in item.plan.notes:
                 self._warnings.print(f"note{_of_line(item)}: {note}", markup=False)
 
@@ -107,7 +109,7 @@ class Report:
         self._console.print(table)
 
 
-def _plan_rows(plan: dict[str, Any]) -> dict[str, str]:
+def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str]:
     steps, guidance, latent = plan["steps"], plan["guidance"], "x".join(str(n) for n in plan["latent"])
     kind = plan["quantize"] or plan["precision"]
     return {
@@ -118,12 +120,39 @@ def _plan_rows(plan: dict[str, Any]) -> dict[str, str]:
         "latent": f"{latent}, {plan['tokens']:,} tokens",
         "steps": f"{steps['high_noise']} high noise + {steps['low_noise']} low noise, {plan['forwards']} forwards "
         f"({plan['solver']}, shift {plan['shift']:g})",
+        **_magcache_row(plan),
         "guidance": f"{guidance['high_noise']:g} high noise, {guidance['low_noise']:g} low noise",
         **_ranks_row(plan),
         "memory": plan["placement"],
+        **({"time": f"about {predicted_s:.1f} s of denoising, by an earlier run like it"} if predicted_s else {}),
         "seed": str(plan["seed"]),
         "writes": "\n".join(_shown(path) for path in plan["outputs"]),
     }
+
+
+def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
+    """How much is skipped, and a strip of each expert: a letter a step, or a line a branch where they differ."""
+    m = plan["magcache"]
+    if m is None:
+        return {}
+    if m["threshold"] is None:
+        settings = f"least error, at most {m['max_skips']} in a row"
+    else:
+        settings = f"threshold {m['threshold']:g}, at most {m['max_skips']} in a row"
+    settings += f", first {m['retention']:.0%} computed, {m['rule']}"
+    bridged = f" of {m['interpolated_from_steps']} steps" if m["interpolated_from_steps"] else ""
+    share = f"{m['skipped_forwards']} of {m['total_forwards']} forwards skipped ({m['skipped_share']:.1%})"
+    if m["skipped_forwards_apart"] is not None:
+        share += f", both branches together; apart it were {m['skipped_forwards_apart']}"
+    lines = [f"{share}; curve {m['curve']}{bridged}: {settings}"]
+    branches = {"prompt": m["skips_cond"], "negative prompt": m["skips_uncond"]}
+    if m["skips_cond"] == m["skips_uncond"]:
+        branches = {"both branches": m["skips_cond"]}
+    high = plan["steps"]["high_noise"]
+    for name, skips in branches.items():
+        strip = "".join("." if skip else "#" for skip in skips)
+        lines.append(f"{strip[:high]} | {strip[high:]}  {name}: # computed, . skipped; high noise | low noise")
+    return {"magcache": "\n".join(lines)}
 
 
 def _ranks_row(plan: dict[str, Any]) -> dict[str, str]:

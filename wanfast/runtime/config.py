@@ -21,6 +21,8 @@ Precision = Literal["bf16", "fp32"]
 Device = Literal["cpu", "cuda"]
 Expert = Literal["high_noise", "low_noise"]
 Branch = Literal["prompt", "negative_prompt"]  # of guidance
+BRANCHES: tuple[Branch, ...] = ("prompt", "negative_prompt")
+MagCacheRule = Literal["low-noise-only", "both-experts"]
 Switch = Literal["on", "off", "auto"]
 CompileMode = Literal["default", "max-autotune-no-cudagraphs", "max-autotune"]
 Recipe = Literal["int8-weight-only", "int8-dynamic", "fp8-rowwise", "bf16"]
@@ -55,6 +57,15 @@ class GenerateConfig:
     tf32: bool | None = None
     compile: bool = False
     compile_mode: CompileMode = "default"
+    magcache: str = "off"
+    magcache_thresh: float | None = None
+    magcache_k: int | None = None
+    retention_ratio: float | None = None
+    magcache_rule: MagCacheRule = "low-noise-only"
+    magcache_joint: Switch = "auto"
+    magcache_budget: float | None = None
+    magcache_skip: int | None = None
+    magcache_interpolate: bool = False
     device: Device | None = None
     num_gpus: int | Literal["auto"] = 1
     nnodes: int = 1
@@ -104,6 +115,7 @@ class GenerateConfig:
         if self.compile_mode != GenerateConfig.compile_mode and not self.compile:
             raise ConfigError(f"--compile-mode {self.compile_mode} needs --compile: add it, or drop the mode")
         _check_quantization(self)
+        _check_magcache(self)
         _check_ranks(self)
 
 
@@ -150,6 +162,15 @@ class EffectiveConfig:
     tf32: bool | None = None  # None: as the reference, in the convolutions of a bf16 run alone
     compile: bool = False
     compile_mode: CompileMode = "default"
+    magcache: str = "off"  # or preset, or the key of a calibrated curve
+    magcache_thresh: float = 0.12
+    magcache_k: int = 2
+    retention_ratio: float = 0.2
+    magcache_rule: MagCacheRule = "low-noise-only"
+    magcache_joint: Switch = "auto"
+    magcache_budget: float | None = None
+    magcache_skip: int | None = None
+    magcache_interpolate: bool = False
     # who does it: one process, unless `placement` says otherwise
     num_gpus: int = 1
     nnodes: int = 1
@@ -184,6 +205,53 @@ def _check_quantization(config: GenerateConfig) -> None:
             f"--dit-fsdp on with --quantize {config.quantize}: quantized experts are not sharded, as they fit whole: "
             "drop one of the two"
         )
+
+
+_MAGCACHE_NAME = re.compile(r"E(\d)(\d+)K(\d+)R(\d{2})")
+_CURVE_KEY = re.compile(r"[0-9a-f]{12}")
+
+
+def magcache_settings(name: str) -> tuple[float, int, float] | None:
+    """(threshold, skips in a row, share retained) of a short name: E012K2R20 is 0.12, 2, 0.2."""
+    match = _MAGCACHE_NAME.fullmatch(name)
+    if match is None:
+        return None
+    whole, rest, skips, retention = match.groups()
+    return float(f"{whole}.{rest}"), int(skips), int(retention) / 100
+
+
+def _check_magcache(config: GenerateConfig) -> None:
+    """The options that say which forwards are skipped."""
+    name = config.magcache
+    if name not in ("off", "preset", "artifact") and not _CURVE_KEY.fullmatch(name) and not magcache_settings(name):
+        raise ConfigError(
+            f"--magcache {name!r:.40}: take off, preset, artifact, a key of magcache/, or settings such as E012K2R20"
+        )
+    greedy = {"--magcache-thresh": config.magcache_thresh}
+    limits = {"--magcache-k": config.magcache_k, "--retention-ratio": config.retention_ratio}
+    sizes = {"--magcache-budget": config.magcache_budget, "--magcache-skip": config.magcache_skip}
+    others = {
+        "--magcache-rule": config.magcache_rule != GenerateConfig.magcache_rule,
+        "--magcache-joint": config.magcache_joint != "auto",
+        "--magcache-interpolate": config.magcache_interpolate or None,
+    }
+    given = [option for option, value in {**greedy, **limits, **sizes}.items() if value is not None]
+    if name == "off" and (idle := [*given, *(option for option, value in others.items() if value)]):
+        raise ConfigError(f"{idle[0]} needs --magcache: add it, with preset for example, or drop the option")
+    if magcache_settings(name) and given:
+        raise ConfigError(f"--magcache {name} says what {given[0]} would: write --magcache preset, or drop {given[0]}")
+    if sum(value is not None for value in sizes.values()) + (config.magcache_thresh is not None) > 1:
+        raise ConfigError("--magcache-thresh, --magcache-budget and --magcache-skip exclude each other: keep one")
+    _check(config.magcache_thresh, "--magcache-thresh", lambda x: 0 < x <= 10, lambda x: "take 0.01 to 10")
+    _check(config.magcache_k, "--magcache-k", lambda n: 1 <= n <= 1000, lambda n: "take 1 to 1000 skips in a row")
+    _check(config.retention_ratio, "--retention-ratio", lambda x: 0 <= x <= 1, lambda x: "take a share, 0 to 1")
+    _check(
+        config.magcache_budget,
+        "--magcache-budget",
+        lambda x: 0 < x <= 1,
+        lambda x: "take the share of forwards to compute, over 0 to 1",
+    )
+    _check(config.magcache_skip, "--magcache-skip", lambda n: n >= 0, lambda n: "take the forwards to skip, from 0")
 
 
 def _check_ranks(config: GenerateConfig) -> None:

@@ -26,10 +26,11 @@ _SLAB_BYTES, _ALIGNMENT = 1 << 30, 256
 class Experts(Protocol):
     """What the pipeline asks for."""
 
-    def take(self, expert: Expert, then: Expert | None = None) -> tuple[WanDiT, AfterBlock]:
+    def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
         """The expert, ready, and what its forward must tell of each block.
 
-        `then`: this forward is the expert's last before that one is taken.
+        `then`: this forward is the last to run the expert's blocks before that one is taken.
+        `blocks`: whether this forward runs them, and not only what stands around them.
         """
         ...
 
@@ -44,7 +45,7 @@ class ResidentExperts:
     def __init__(self, experts: dict[Expert, WanDiT]) -> None:
         self._experts = experts
 
-    def take(self, expert: Expert, then: Expert | None = None) -> tuple[WanDiT, AfterBlock]:
+    def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
         return self._experts[expert], lambda index: None
 
     def leave(self) -> None:
@@ -64,7 +65,9 @@ class SwappedExperts:
         self._arriving: Expert | None = None  # whose blocks are taking their place
         self.leave()
 
-    def take(self, expert: Expert, then: Expert | None = None) -> tuple[WanDiT, AfterBlock]:
+    def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
+        if not blocks and self._resident == expert:
+            return self._model, lambda index: None  # its blocks may be making way; what stands around them stays
         if self._arriving == expert:
             self._overwrite(expert, lambda name: not name.startswith("blocks."))
         elif self._resident != expert or self._arriving is not None:

@@ -25,6 +25,7 @@ from wanfast.runtime.config import Branch, EffectiveConfig, Expert, from_options
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
 from wanfast.runtime.experts import Experts, ResidentExperts, SwappedExperts
+from wanfast.runtime.magcache_curves import curve_of
 from wanfast.runtime.media_io import LoadedImage
 from wanfast.runtime.model_files import COMPONENTS, Component, ModelFiles
 from wanfast.runtime.models.attention import attention_by
@@ -200,7 +201,8 @@ def _run_one(
     image = ranks.lead(lambda: _read_image(config))
     choice = pipeline.attention
     config = dataclasses.replace(config, attention=choice.kernel)  # what runs, and is to run again
-    plan = Plan.of(config, pipeline.spec, image.size, tuple(job["notes"]), job["placement"])
+    curve = ranks.together(lambda: curve_of(config, files))
+    plan = Plan.of(config, pipeline.spec, image.size, tuple(job["notes"]), job["placement"], curve)
     g, steps = plan.geometry, len(plan.schedule)
     compile_cache, compiled = (_warm_start(plan, ranks), compiled_anew()) if config.compile else (None, 0)
     hardware.reset_peak_memory(config.device)

@@ -72,6 +72,11 @@ def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, recipe: Recip
     return _LOOP_ROWS * 4 * dit.dim * tokens + 4 * text + quantizing
 
 
+def residual_bytes(spec: DiTSpec, tokens: int) -> int:
+    """What one branch of guidance keeps of `tokens` for a forward that MagCache skips."""
+    return 4 * spec.dim * tokens
+
+
 def decode_bytes(spec: ModelSpec, geometry: Geometry) -> int:
     """Of the VAE's decoder, its weights in the noise of it."""
     return _DECODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from wanfast.runtime.attention_probe import Choice
-from wanfast.runtime.config import Branch, Expert
+from wanfast.runtime.config import BRANCHES, Branch, Expert
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.experts import Experts
 from wanfast.runtime.model_spec import ModelSpec
@@ -29,6 +29,8 @@ from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.plan import Plan
 from wanfast.runtime.sampling.denoise import StepFn, denoise
+from wanfast.runtime.sampling.guidance import needs_unconditional
+from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.shapes import Geometry
 from wanfast.runtime.timing import Stopwatch
 
@@ -59,7 +61,8 @@ class ImageToVideoPipeline:
         with watch.span("encode"):
             condition = self.encode_condition(image, plan.geometry)
         with watch.span("denoise"):
-            latent = self.denoise(plan, noise.to(self.device), condition, text, on_step)
+            residuals = ResidualCache(plan.skips)
+            latent = self.denoise(plan, noise.to(self.device), condition, text, residuals, on_step)
         self.experts.leave()
         if self.vae is None:
             return None
@@ -82,33 +85,57 @@ class ImageToVideoPipeline:
         return self.ranks.share(condition.contiguous())
 
     def denoise(
-        self, plan: Plan, noise: Tensor, condition: Tensor, text: dict[Branch, Tensor], on_step: StepFn
+        self,
+        plan: Plan,
+        noise: Tensor,
+        condition: Tensor,
+        text: dict[Branch, Tensor],
+        residuals: StepCache,
+        on_step: StepFn,
     ) -> Tensor:
-        """Clean latent [1, 16, T, h, w] from noise of that shape."""
+        """Clean latent [1, 16, T, h, w] from noise of that shape; `residuals` says which forwards run."""
         rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
 
-        high, low = plan.timesteps["high_noise"], plan.timesteps["low_noise"]
-        handover = high[-1] if high and low else None  # the step during which one expert makes way for the other
+        handover = _handover(plan, self.ranks)
 
         @cache  # once a prompt and expert, not every step
         def text_kv(model: WanDiT, expert: Expert, branch: Branch) -> list[TextKV]:
             return model.encode_text(text[branch].unsqueeze(0).to(self.device))
 
-        def velocities(expert: Expert, branches: Sequence[Branch], sample: Tensor, timestep: int) -> list[Tensor]:
+        def velocities(
+            index: int, expert: Expert, branches: Sequence[Branch], sample: Tensor, timestep: int
+        ) -> list[Tensor]:
             t = torch.full((1,), timestep, device=self.device)  # filled there: no copy to wait for
-            own = self.ranks.guidance.own(branches)
 
             def velocity(branch: Branch) -> Tensor:
-                then: Expert | None = "low_noise" if timestep == handover and branch == own[-1] else None
-                model, after_block = self.experts.take(expert, then)
-                kv = text_kv(model, expert, branch)
-                prediction: Tensor = model(sample, condition, t, kv, rope, after_block)[0]
-                return prediction
+                reused, wanted = residuals.reuse(index, branch), residuals.wants(index, branch)
+                then: Expert | None = "low_noise" if (index, branch) == handover else None
+                model, after_block = self.experts.take(expert, then, blocks=reused is None)
+                kv = text_kv(model, expert, branch) if reused is None else []
+                keeps = wanted and reused is None
+                prediction, residual = model(
+                    sample, condition, t, kv, rope, after_block, cached_residual=reused, keep_residual=keeps
+                )
+                if keeps:
+                    residuals.keep(index, branch, residual)
+                return prediction  # type: ignore[no-any-return]
 
             return self.ranks.guidance.velocities(branches, velocity)
 
         boundary = self.spec.boundary
         return denoise(noise, plan.schedule, velocities, boundary=boundary, guidance=plan.guidance, on_step=on_step)
+
+
+def _handover(plan: Plan, ranks: Ranks) -> tuple[int, Branch] | None:
+    """The last call of this rank that runs the high-noise blocks: meanwhile the low-noise ones come, if they do."""
+    calls = [
+        (index, branch)
+        for index, (expert, skips) in enumerate(zip(plan.experts, plan.skips, strict=True))
+        if expert == "high_noise"
+        for branch in ranks.guidance.own(BRANCHES if needs_unconditional(plan.guidance[expert]) else BRANCHES[:1])
+        if not skips[BRANCHES.index(branch)]
+    ]
+    return calls[-1] if calls and plan.experts[-1] == "low_noise" else None
 
 
 def with_mask(latents: Tensor, num_mask_channels: int) -> Tensor:

@@ -39,6 +39,7 @@ class Need:
     umt5: int
     hosted: int  # of the host, if the idle expert is kept there
     loop: int
+    residuals: int  # that MagCache keeps
     decode: int
 
 
@@ -88,22 +89,42 @@ def place(requests: Sequence[GenerateConfig], plans: Sequence[Plan]) -> list[Pla
     ]
 
 
-def needed(spec: ModelSpec, precision: Precision, geometry: Geometry, mesh: Mesh, recipe: Recipe | None = None) -> Need:
-    """Of one video on one rank of `mesh`."""
+def needed(
+    spec: ModelSpec,
+    precision: Precision,
+    geometry: Geometry,
+    mesh: Mesh,
+    recipe: Recipe | None = None,
+    num_residuals: int = 0,
+) -> Need:
+    """Of one video on one rank of `mesh`; `num_residuals`: branches whose residual a rank keeps."""
+    own_tokens = -(-geometry.tokens // mesh.ulysses)
     return Need(
         expert=memory.expert_bytes(spec.dit, precision, recipe),
         block=memory.block_bytes(spec.dit, precision),
         umt5=memory.umt5_bytes(spec.umt5, precision),
         hosted=memory.hosted_bytes(spec.dit, precision, recipe),
-        loop=memory.loop_bytes(spec, precision, -(-geometry.tokens // mesh.ulysses), recipe),
+        loop=memory.loop_bytes(spec, precision, own_tokens, recipe),
+        residuals=num_residuals * memory.residual_bytes(spec.dit, own_tokens),
         decode=memory.decode_bytes(spec, geometry),
     )
 
 
 def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
-    needs = [needed(plan.spec, plan.config.precision, plan.geometry, mesh, plan.config.quantize) for plan in plans]
+    needs = [
+        needed(plan.spec, plan.config.precision, plan.geometry, mesh, plan.config.quantize, _num_residuals(plan, mesh))
+        for plan in plans
+    ]
     names = [field.name for field in dataclasses.fields(Need)]
     return Need(**{name: max(getattr(need, name) for need in needs) for name in names})
+
+
+def _num_residuals(plan: Plan, mesh: Mesh) -> int:
+    """Branches of guidance that a rank of `mesh` works on, if their residuals are kept at all."""
+    if plan.curve is None:
+        return 0
+    guided = any(needs_unconditional(scale) for scale in plan.guidance.values())
+    return 2 if guided and mesh.cfg == 1 else 1
 
 
 def modes(need: Need, ranks: int) -> dict[str, int]:
@@ -113,7 +134,8 @@ def modes(need: Need, ranks: int) -> dict[str, int]:
 
 def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
     """What the bytes of `modes` are the sum of."""
-    work = {"decode": need.decode} if need.decode > need.loop else {"loop": need.loop}
+    in_loop = _in_loop(need)
+    work = {"decode": need.decode} if need.decode > sum(in_loop.values()) else in_loop
     margin = {"margin": memory.MARGIN_BYTES}
     held = {"resident": {"both experts": 2 * need.expert, **work, **margin}}
     if ranks > 1:
@@ -122,9 +144,14 @@ def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
     return {**held, "offloaded": _offloaded(need)}
 
 
+def _in_loop(need: Need) -> dict[str, int]:
+    """Of a forward, beside the weights."""
+    return {"loop": need.loop} | ({"residuals": need.residuals} if need.residuals else {})
+
+
 def _offloaded(need: Need) -> dict[str, int]:
     """No expert is on the GPU while the decoder works."""
-    in_loop = {"one expert": need.expert, "loop": need.loop}
+    in_loop = {"one expert": need.expert, **_in_loop(need)}
     worst = in_loop if sum(in_loop.values()) > need.decode else {"decode": need.decode}
     return {**worst, "margin": memory.MARGIN_BYTES}
 

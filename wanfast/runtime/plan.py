@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from wanfast.runtime import gpus, media_io, model_files
 from wanfast.runtime.config import Device, EffectiveConfig, Expert, GenerateConfig, parse_size
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.magcache_curves import Curve, curve_of, settle
 from wanfast.runtime.media_io import LoadedImage
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.model_spec import ModelSpec
 from wanfast.runtime.sampling.guidance import needs_unconditional
+from wanfast.runtime.sampling.magcache import MagCacheSettings, Skips, accumulated_error, plan_best, plan_skips
 from wanfast.runtime.sampling.scheduler import Step, expert_of, schedule
 from wanfast.runtime.shapes import Geometry, fit_geometry
 from wanfast.runtime.tokenizer import PromptTokenizer, clean_prompt
@@ -39,6 +42,7 @@ class Plan:
     schedule: tuple[Step, ...]
     notes: tuple[str, ...] = ()
     placement: str = ""  # why the weights lie where they lie
+    curve: Curve | None = None  # by which forwards are skipped
 
     @classmethod
     def of(
@@ -48,6 +52,7 @@ class Plan:
         image_size: tuple[int, int],
         notes: tuple[str, ...] = (),
         placement: str = "",
+        curve: Curve | None = None,
     ) -> Plan:
         return cls(
             config=config,
@@ -56,6 +61,7 @@ class Plan:
             schedule=schedule(config.solver, config.steps, config.shift),
             notes=notes,
             placement=placement,
+            curve=curve,
         )
 
     @property
@@ -77,17 +83,72 @@ class Plan:
     def timesteps(self) -> dict[Expert, list[int]]:
         """The timesteps of each expert, in order."""
         split: dict[Expert, list[int]] = {"high_noise": [], "low_noise": []}
-        for step in self.schedule:
-            split[expert_of(step.timestep, self.spec.boundary)].append(step.timestep)
+        for expert, step in zip(self.experts, self.schedule, strict=True):
+            split[expert].append(step.timestep)
         return split
 
     @property
     def num_forwards(self) -> int:
         """Passes through an expert: two a step where guidance needs the negative prompt."""
-        return sum(
-            len(steps) * (2 if needs_unconditional(self.guidance[expert]) else 1)
-            for expert, steps in self.timesteps.items()
-        )
+        return sum(1 + both for both in self._guided)
+
+    @property
+    def experts(self) -> list[Expert]:
+        """At work in each step."""
+        return [expert_of(step.timestep, self.spec.boundary) for step in self.schedule]
+
+    @property
+    def _guided(self) -> list[bool]:
+        """Whether a step has a branch of the negative prompt."""
+        return [needs_unconditional(self.guidance[expert]) for expert in self.experts]
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether both branches skip together: if either waited for the other, half of the ranks would idle."""
+        asked = self.config.magcache_joint
+        return asked == "on" or (asked == "auto" and self.config.cfg_parallel == 2)
+
+    @cached_property
+    def skips(self) -> list[Skips]:
+        """The forwards that MagCache skips, of each step and branch. Raises ConfigError if a budget cannot be met."""
+        return self._skips(joint=self.is_joint)
+
+    def _skips(self, *, joint: bool) -> list[Skips]:
+        if self.curve is None:
+            return [(False, False)] * len(self.schedule)
+        c, ratios, guided = self.config, self.curve.ratios, self._guided
+        settings = MagCacheSettings(c.magcache_thresh, c.magcache_k, c.retention_ratio, c.magcache_rule)
+        wanted = c.magcache_skip
+        if c.magcache_budget is not None:
+            wanted = int((1 - c.magcache_budget) * self.num_forwards + 1e-9)
+            wanted -= wanted % 2 if joint and all(guided) else 0
+        if wanted is None:
+            return plan_skips(ratios, self.experts, settings, joint=joint, guided=guided)
+        return plan_best(ratios, self.experts, settings, wanted, joint=joint, guided=guided)
+
+    def _magcache_json(self) -> dict[str, Any] | None:
+        if self.curve is None:
+            return None
+        c, skipped = self.config, sum(map(sum, self.skips))
+        apart = sum(map(sum, self._skips(joint=False))) if self.is_joint and c.magcache_skip is None else None
+        by_budget = c.magcache_skip is not None or c.magcache_budget is not None
+        return {
+            "curve": self.curve.name,
+            "interpolated_from_steps": self.curve.interpolated_from,
+            "plan": "least error" if by_budget else "greedy",
+            "threshold": None if by_budget else c.magcache_thresh,
+            "max_skips": c.magcache_k,
+            "retention": c.retention_ratio,
+            "rule": c.magcache_rule,
+            "joint": self.is_joint,
+            "total_forwards": self.num_forwards,
+            "skipped_forwards": skipped,
+            "skipped_forwards_apart": apart,
+            "skipped_share": round(skipped / self.num_forwards, 4),
+            "accumulated_error": round(accumulated_error(self.curve.ratios, self.skips), 5),
+            "skips_cond": [prompt for prompt, _ in self.skips],
+            "skips_uncond": [negative_prompt for _, negative_prompt in self.skips],
+        }
 
     def to_json(self) -> dict[str, Any]:
         g, config = self.geometry, self.config
@@ -106,6 +167,7 @@ class Plan:
             "timesteps": self.timesteps,
             "guidance": self.guidance,
             "forwards": self.num_forwards,
+            "magcache": self._magcache_json(),
             "precision": config.precision,
             "attention": config.attention,
             "quantize": config.quantize,
@@ -130,7 +192,7 @@ def resolve(request: GenerateConfig) -> tuple[Plan, ModelFiles]:
         raise ConfigError("--prompt holds only control characters or spaces: say what should happen in the video")
     image = media_io.load_image(request.image or "")
     config = effective(request, files, image.sha256)
-    plan = Plan.of(config, spec, image.size)
+    plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
     _check_outputs(plan, request)
     notes = (*image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files))
     return dataclasses.replace(plan, notes=(*notes, spec.weights_note) if spec.weights_note else notes), files
@@ -175,7 +237,7 @@ def effective(request: GenerateConfig, files: ModelFiles, image_sha256: str) -> 
         raise ConfigError(f"--quantize fp8-rowwise: {old} has no float8 products: take int8-dynamic")
     if config.tf32 and config.device == "cpu":
         raise ConfigError("--tf32 is of GPUs: drop it, or take --device cuda")
-    return config
+    return settle(request, config, files)
 
 
 def _without_float8() -> str | None:

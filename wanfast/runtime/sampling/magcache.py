@@ -1,4 +1,4 @@
-"""MagCache: which forwards of a generation are skipped, worked out before it begins.
+"""MagCache: which forwards of a generation are skipped, worked out before it begins, and the residuals that stand in.
 
 What the blocks of an expert add to the stream, its residual, changes little from step to step over most of the
 schedule: its norm falls by a ratio near one. A call is skipped, and the residual of the last computed call used again,
@@ -6,25 +6,23 @@ while the error that the ratios foretell stays under a threshold. The ratios are
 decisions follow from numbers known beforehand: the plan is one pure function, the same on every rank.
 
 Each branch of guidance has calls, residuals and an account of its own. A residual never outlives its expert.
-Cost: a residual of each branch, [L, d]. Limit: the curve is that of a model, its steps and its shift.
-Source: MagCache (arXiv 2506.09045), section 3.3; the two rules are its program's for Wan2.2.
+Cost: a residual of each branch, [L, d] in float32. Limit: the curve is that of a model, its steps and its shift.
+Source: MagCache (arXiv 2506.09045), section 3.3; the two rules are its program's for Wan2.2. Torch-free.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Protocol
 
-from wanfast.runtime.config import Expert
+from wanfast.runtime.config import BRANCHES, Branch, Expert, MagCacheRule
 from wanfast.runtime.errors import ConfigError
 
-_CURVES = Path(__file__).parents[2] / "assets" / "magcache"
-
-Rule = Literal["low-noise-only", "both-experts"]
+Ratios = Sequence[tuple[float, float]]  # of each step and branch: the residual's norm over that of the step before
 Skips = tuple[bool, bool]  # of one step: the prompt's branch, the negative prompt's
 
 
@@ -35,51 +33,129 @@ class MagCacheSettings:
     threshold: float  # of the accumulated error
     max_skips: int  # of one branch in a row
     retention: float  # share of an expert's calls, the first ones, that are always computed
-
-    @classmethod
-    def parse(cls, name: str) -> MagCacheSettings:
-        """E012K2R20 is threshold 0.12, at most 2 skips in a row, the first 20 %. Raises ConfigError."""
-        match = re.fullmatch(r"E(\d)(\d+)K(\d+)R(\d{2})", name)
-        if match is None:
-            raise ConfigError(f"--magcache {name}: write thresholds as in E012K2R20, or name a curve")
-        whole, rest, skips, retention = match.groups()
-        return cls(float(f"{whole}.{rest}"), int(skips), int(retention) / 100)
+    rule: MagCacheRule = "low-noise-only"
 
 
 def plan_skips(
-    ratios: Sequence[tuple[float, float]],
+    ratios: Ratios,
     experts: Sequence[Expert],
     settings: MagCacheSettings,
-    rule: Rule,
     *,
     joint: bool = False,
+    guided: Sequence[bool] | None = None,
 ) -> list[Skips]:
-    """Of each step, whether each branch is skipped.
+    """Of each step, whether each branch is skipped: greedily, as long as the account of its error allows.
 
-    ratios: of each step and branch, the residual's norm over that of the step before.
     experts: at work in each step.
     joint: both branches or none, where two halves of the ranks would else wait for each other.
+    guided: whether a step has a branch of the negative prompt; by default all do.
     """
-    high = sum(expert == "high_noise" for expert in experts)
+    may_skip = _allowed(experts, settings.retention, settings.rule)
     accounts = (_Account(settings), _Account(settings))
     plan: list[Skips] = []
     for step, of_step in enumerate(ratios):
-        if step in (0, high):
-            accounts = (_Account(settings), _Account(settings))  # the first of an expert: there is nothing to use again
-        first, second = (
-            step not in (0, high)
-            and not _is_retained(2 * step + branch, 2 * high, 2 * len(ratios), settings.retention, rule)
-            and accounts[branch].can_skip(of_step[branch])
-            for branch in (0, 1)
-        )
-        skips = (first and second,) * 2 if joint else (first, second)
+        if step == 0 or experts[step] != experts[step - 1]:
+            accounts = (_Account(settings), _Account(settings))  # an expert's first: there is nothing to use again
+        negative = guided is None or guided[step]
+        wishes = [
+            may and account.can_skip(ratio)
+            for may, account, ratio in zip(may_skip[step], accounts, of_step, strict=True)
+        ]
+        prompt = wishes[0] and (wishes[1] or not (joint and negative))
+        skips = (prompt, negative and (prompt if joint else wishes[1]))
         for account, ratio, skip in zip(accounts, of_step, skips, strict=True):
             account.book(ratio, skip)
         plan.append(skips)
     return plan
 
 
-def _is_retained(call: int, high_calls: int, calls: int, retention: float, rule: Rule) -> bool:
+def plan_best(
+    ratios: Ratios,
+    experts: Sequence[Expert],
+    settings: MagCacheSettings,
+    skipped: int,
+    *,
+    joint: bool = False,
+    guided: Sequence[bool] | None = None,
+) -> list[Skips]:
+    """The plan that skips `skipped` calls with the least accumulated error, by dynamic programming.
+
+    The error of a call is that of `plan_skips`, |1 - the product of the ratios since the residual was computed|, added
+    up over all calls. `settings.threshold` plays no part; the limits of skips in a row and of retention hold.
+    Raises ConfigError if no plan skips that many.
+    """
+    may_skip = _allowed(experts, settings.retention, settings.rule)
+    guided = guided or [True] * len(ratios)
+    steps = list(zip(ratios, guided, may_skip, strict=True))
+    prompt: list[_Call] = [((of[0],), int(may[0])) for of, _, may in steps]
+    negative: list[_Call] = [((of[1],), int(may[1] and both)) for of, both, may in steps]
+    together: list[_Call] = [(of, (1 + both) * all(may[: 1 + both])) for of, both, may in steps]
+    first = _cheapest(together if joint else prompt, settings.max_skips)
+    second = {0: (0.0, ())} if joint else _cheapest(negative, settings.max_skips)
+    splits = [(first[n][0] + second[skipped - n][0], n) for n in first if skipped - n in second]
+    if not splits:
+        most = max(first) + max(second)
+        even = " by twos, since the branches skip together" if joint else ""
+        raise ConfigError(
+            f"no plan skips {skipped} of the forwards{even}: at most {most} of them with --magcache-k "
+            f"{settings.max_skips} and --retention-ratio {settings.retention:g}"
+        )
+    of_first = min(splits)[1]
+    ours = first[of_first][1]
+    theirs = [step for step in ours if guided[step]] if joint else second[skipped - of_first][1]
+    return [(step in ours, step in theirs) for step in range(len(ratios))]
+
+
+def accumulated_error(ratios: Ratios, plan: Sequence[Skips]) -> float:
+    """What the ratios foretell of a plan: the errors of its skipped calls, added up."""
+    total = 0.0
+    for branch in (0, 1):
+        product = 1.0
+        for of_step, skips in zip(ratios, plan, strict=True):
+            product = product * of_step[branch] if skips[branch] else 1.0
+            total += abs(1 - product)
+    return total
+
+
+_Call = tuple[tuple[float, ...], int]  # a step of one account: its ratios, and calls that a skip saves; 0: no skip
+_State = tuple[float, tuple[int, ...], tuple[float, ...]]  # error, steps skipped, products of the ratios in this row
+
+
+def _cheapest(line: Sequence[_Call], max_skips: int) -> dict[int, tuple[float, tuple[int, ...]]]:
+    """For each number of calls that can be skipped the least error, and at which steps.
+
+    What a skip costs depends on how many came before it in a row, so that is what a state is, beside the calls so far.
+    """
+    ones = (1.0,) * len(line[0][0])
+    states: dict[tuple[int, int], _State] = {(0, 0): (0.0, (), ones)}  # by (calls skipped, skips in a row)
+    for step, (ratios, calls) in enumerate(line):
+        reached: list[tuple[tuple[int, int], _State]] = []
+        for (skipped, row), (error, steps, products) in states.items():
+            reached.append(((skipped, 0), (error, steps, ones)))
+            if calls and row < max_skips:
+                grown = tuple(product * ratio for product, ratio in zip(products, ratios, strict=True))
+                cost = sum(abs(1 - product) for product in grown[:calls])
+                reached.append(((skipped + calls, row + 1), (error + cost, (*steps, step), grown)))
+        states = dict(sorted(reached, reverse=True))  # of a key the last one stays: the cheapest
+    ends = [(skipped, (error, steps)) for (skipped, _), (error, steps, _) in states.items()]
+    return dict(sorted(ends, reverse=True))
+
+
+def _allowed(experts: Sequence[Expert], retention: float, rule: MagCacheRule) -> list[Skips]:
+    """Of each step and branch, whether a skip may be thought of: not an expert's first, nor what is retained."""
+    high = sum(expert == "high_noise" for expert in experts)
+    return [
+        (False, False)
+        if step in (0, high)
+        else (
+            not _is_retained(2 * step, 2 * high, 2 * len(experts), retention, rule),
+            not _is_retained(2 * step + 1, 2 * high, 2 * len(experts), retention, rule),
+        )
+        for step in range(len(experts))
+    ]
+
+
+def _is_retained(call: int, high_calls: int, calls: int, retention: float, rule: MagCacheRule) -> bool:
     """Whether a call, counted over both branches, is among the first ones that are always computed."""
     low_calls = calls - high_calls
     if rule == "low-noise-only":
@@ -109,7 +185,73 @@ class _Account:
             self.product, self.error, self.skips = 1.0, 0.0, 0
 
 
-def published_curve() -> list[tuple[float, float]]:
-    """The ratios of Wan2.2-I2V-A14B as its makers published them: 40 steps, shift 5, boundary 0.9."""
-    document = json.loads((_CURVES / "wan2.2-i2v-a14b.json").read_text(encoding="utf-8"))
-    return [(prompt, negative_prompt) for prompt, negative_prompt in document["ratios"]]
+def resample(
+    ratios: Ratios, of: Sequence[tuple[Expert, int]], to: Sequence[tuple[Expert, int]]
+) -> list[tuple[float, float]]:
+    """The ratios for other steps, each (expert at work, timestep); within each expert, never across.
+
+    What is interpolated is the logarithm of the residual's norm over the timestep, linearly, and beyond either end by
+    the slope there: steps twice as long have the ratios of two.
+    """
+    if list(of) == list(to):
+        return list(ratios)
+    result: list[tuple[float, float]] = [(1.0, 1.0)] * len(to)
+    for expert in dict.fromkeys(expert for expert, _ in to):
+        known = [index for index, (at_work, _) in enumerate(of) if at_work == expert]
+        wanted = [index for index, (at_work, _) in enumerate(to) if at_work == expert]
+        if len(known) < 2:
+            raise ConfigError(f"the curve has {len(known)} steps of the {expert} expert: too few to interpolate")
+        for branch in (0, 1):
+            levels = [0.0]
+            for index in known[1:]:
+                levels.append(levels[-1] + math.log(ratios[index][branch]))
+            points = [-of[index][1] for index in known]  # rising
+            at = [_on_line(points, levels, -to[index][1]) for index in wanted]
+            for index, (before, here) in zip(wanted[1:], pairwise(at), strict=True):
+                pair = list(result[index])
+                pair[branch] = math.exp(here - before)
+                result[index] = (pair[0], pair[1])
+    return result
+
+
+def _on_line(points: Sequence[float], levels: Sequence[float], x: float) -> float:
+    right = min(max(bisect.bisect_left(points, x), 1), len(points) - 1)
+    left = right - 1
+    share = (x - points[left]) / (points[right] - points[left])
+    return levels[left] + share * (levels[right] - levels[left])
+
+
+class StepCache(Protocol):
+    """What a loop asks before and after each call of an expert."""
+
+    def reuse(self, step: int, branch: Branch) -> Any | None:
+        """The residual that stands in for the blocks, or None: they run."""
+        ...
+
+    def wants(self, step: int, branch: Branch) -> bool:
+        """Whether the residual of this computed call is wanted."""
+        ...
+
+    def keep(self, step: int, branch: Branch, residual: Any) -> None: ...
+
+
+class ResidualCache:
+    """The residuals of one video, each kept as long as a later step of the plan uses it."""
+
+    def __init__(self, plan: Sequence[Skips]) -> None:
+        self._plan = plan
+        self._residuals: dict[Branch, Any] = {}
+
+    def reuse(self, step: int, branch: Branch) -> Any | None:
+        if not self._skips(step, branch):
+            return None
+        return self._residuals[branch] if self.wants(step, branch) else self._residuals.pop(branch)
+
+    def wants(self, step: int, branch: Branch) -> bool:
+        return self._skips(step + 1, branch)
+
+    def keep(self, step: int, branch: Branch, residual: Any) -> None:
+        self._residuals[branch] = residual
+
+    def _skips(self, step: int, branch: Branch) -> bool:
+        return step < len(self._plan) and self._plan[step][BRANCHES.index(branch)]
