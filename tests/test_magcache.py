@@ -150,8 +150,8 @@ GOLDEN = {
     (40, 3.0): ("cccccccccc|cccccc..c..c..c..c..c.c.c.c.cc", "cc..c..c..|ccccccp.np.np.np.np.npnpnpnpcc"),
     (40, 5.0): ("ccccccccccccccc|ccccc..c..c..c..c.c.c.ccc", "ccc..c..c..c..c|cccccp.np.np.np.npnpnpncc"),
     (50, 3.0): (
-        "ccccccccccccc|ccccccc..c..c..c..c..c..c.c.c.c.cp",
-        "ccp.np.np.np.|cccccccp.np.np.np.np.np.npnpnpnpnp",
+        "ccccccccccccc|ccccccc..c..c..c..c..c..c..c.c.c.c.cp",
+        "ccp.np.np.np.|cccccccp.np.np.np.np.np.np.npnpnpnpnp",
     ),
     (50, 5.0): (
         "cccccccccccccccccc|cccccc..c..c..c..c..c..c.c.c.ccc",
