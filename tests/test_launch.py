@@ -176,6 +176,9 @@ def test_a_rank_that_hangs_is_named(start: Start, workdir: Path, ranks: int) -> 
     assert code == 5 and "the ranks waited --rank-timeout 5 s for rank 1, which hangs" in err, err
     assert time.monotonic() - began < 30
     assert gone(children, 5) and only_inputs(workdir)
+    left = workdir.glob("artifacts/runs/*/ranks/*/progress")
+    done = {file.parent.name: json.loads(file.read_text())["done"] for file in left}
+    assert done == {f"0-{rank}": 2 if rank == 1 else 3 for rank in range(ranks)}
 
 
 def test_a_users_error_of_a_rank_keeps_its_code(start: Start, workdir: Path) -> None:
@@ -243,6 +246,25 @@ def test_a_process_whose_parent_is_gone_ends_at_once(parent: int, alive: bool) -
     assert ("alive" in done.stdout, "is gone" in done.stderr) == (alive, not alive)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+def test_a_process_ends_on_a_signal_that_its_parent_ignores(number: signal.Signals) -> None:
+    code = "import os; from wanfast.runtime.signals import end_with_parent; end_with_parent(); os.kill(os.getpid(), "
+    ignoring = ["sh", "-c", "trap '' INT TERM; exec \"$@\"", "sh"]
+    program = [*ignoring, sys.executable, "-c", f"{code}{number:d})"]
+    assert subprocess.run(program, env=os.environ | {"PYTHONPATH": str(PACKAGE)}).returncode == -number
+
+
+def test_a_launcher_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deaf").write_text("#!/bin/sh\ntrap '' TERM\necho deaf\nexec sleep 100\n")
+    (tmp_path / "deaf").chmod(0o755)
+    monkeypatch.setattr(launch.sys, "executable", str(tmp_path / "deaf"))
+    monkeypatch.setattr(launch, "_GRACE_S", 0.1)
+    with launch._launchers(tmp_path, 1) as (launcher,):
+        while not (tmp_path / "logs/launcher-0.log").read_text():
+            time.sleep(0.01)
+    assert launcher.returncode == -signal.SIGKILL
+
+
 def test_progress_is_told_when_it_changes(tmp_path: Path) -> None:
     file = tmp_path / "progress/0.json"
     file.parent.mkdir()
@@ -265,11 +287,16 @@ def test_results_that_come_with_the_launchers_end_are_told_and_no_gang_lacks_a_j
     assert (started, told) == ([1], [(0, {"output": "out.mp4"})])
 
 
-def test_ranks_are_waited_for_before_their_files_are_removed() -> None:
-    rank = subprocess.Popen(["sleep", "0.5"])
+def test_ranks_are_waited_for_before_their_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = subprocess.Popen(["sh", "-c", "sleep 0.5; touch .out.mp4.$$.part"], cwd=tmp_path)
     threading.Thread(target=rank.wait).start()
-    launch._gone([rank.pid])
-    assert not psutil.pid_exists(rank.pid)
+    (tmp_path / "ranks/0-0").mkdir(parents=True)
+    (tmp_path / "ranks/0-0/pid").write_text(str(rank.pid))
+    monkeypatch.setattr(launch, "_launchers", lambda folder, gangs: contextlib.nullcontext([]))
+    config = SimpleNamespace(num_gpus=1, cfg_parallel=1, ulysses=1, rdzv_endpoint=None)
+    ignored = {"on_result": lambda *result: None, "on_progress": lambda *state: None}
+    launch.run(tmp_path, config, 0, [tmp_path / "out.mp4"], **ignored)
+    assert not psutil.pid_exists(rank.pid) and not list(tmp_path.glob(".out.mp4.*"))
 
 
 def test_a_rank_killed_for_outliving_a_peers_error_is_not_the_cause() -> None:
@@ -280,6 +307,18 @@ def test_a_rank_killed_for_outliving_a_peers_error_is_not_the_cause() -> None:
 
     assert killed(-signal.SIGKILL, 101, first) == killed(-signal.SIGKILL, 110, None) == ("1", signal.SIGKILL)
     assert killed(-signal.SIGKILL, 110, first) is killed(-signal.SIGTERM, 101, None) is None
+
+
+def test_ranks_that_nccls_watchdog_aborts_are_said_to_have_waited(tmp_path: Path) -> None:
+    for rank, done in ((0, 3), (1, 2)):
+        own = tmp_path / f"ranks/0-{rank}"
+        own.mkdir(parents=True)
+        (own / "pid").write_text("1")
+        (own / "progress").write_text(json.dumps({"done": done}))
+    known = {"exit_codes": {"0": -signal.SIGABRT}, "seconds": {"0": 100}}
+    (tmp_path / "ranks/0.json").write_text(json.dumps(known))
+    _, error = launch._error_of_gang(tmp_path, 0, SimpleNamespace(rank_timeout=5.0))
+    assert "waited --rank-timeout 5 s for rank 1, which hangs" in str(error)
 
 
 def test_a_gang_that_dies_leaves_the_others_at_work(start: Start, workdir: Path) -> None:
@@ -403,6 +442,14 @@ def test_a_port_in_use_is_said(start: Start) -> None:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
         code, _, err = start(*SMALL, "--nnodes", "2", "--rdzv-endpoint", endpoint).end(20)
     assert code == 2 and f"--rdzv-endpoint {endpoint}: Address already in use" in err
+
+
+@pytest.mark.parametrize(("node_rank", "num_gpus"), [(1, 1), (0, 2)], ids=["on the first machine", "apart"])
+def test_a_port_that_is_not_opened_here_may_be_in_use(node_rank: int, num_gpus: int) -> None:
+    with socket.create_server(("", 0)) as server:
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+        config = {"rdzv_endpoint": endpoint, "node_rank": node_rank, "num_gpus": num_gpus}
+        launch._check_endpoint(SimpleNamespace(**config, cfg_parallel=2, ulysses=1))
 
 
 def test_machines_that_do_not_meet_are_said(start: Start) -> None:
