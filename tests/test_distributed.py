@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from tests.gang import on_gang
 from tests.parity import randomise, relative_error
+from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.distributed.ulysses import Ulysses
@@ -80,6 +82,16 @@ def test_a_block_stays_one_graph_under_ulysses() -> None:
     assert relative_error(on_gang(Mesh(ulysses=2), compiled)[1], expected) <= 1e-5
 
 
+def test_each_block_is_gathered_by_itself() -> None:
+    def units(ranks: Ranks) -> list[str]:
+        with torch.device("meta"):
+            model = WanDiT(SPEC, torch.float32)
+        fsdp.shard(model, "cpu")
+        return [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+
+    assert on_gang(Mesh(ulysses=2), units) == [["", "blocks.0", "blocks.1"]] * 2
+
+
 @pytest.mark.parametrize(
     ("ranks", "heads", "options", "expected"),
     [
@@ -109,6 +121,11 @@ def test_a_mesh_that_does_not_fit_lists_what_does() -> None:
         choose_mesh(8, 40, guided=True, ulysses=3)
     assert "--ulysses 3 does not fit 8 ranks and 40 heads" in str(error.value)
     assert "--cfg-parallel 2 --ulysses 4" in str(error.value)
+
+
+def test_without_guidance_no_mesh_of_its_branches_is_listed() -> None:
+    with pytest.raises(ConfigError, match=r"without guidance; these do: (--cfg-parallel 1 --ulysses \d(, )?)+$"):
+        choose_mesh(8, 40, guided=False, cfg_parallel=2)
 
 
 def test_ulysses_is_the_fastest_axis_of_a_gang() -> None:
