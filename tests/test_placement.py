@@ -67,6 +67,7 @@ def test_bytes_of_the_models_are_those_of_their_parameters(precision: str) -> No
         (8, 13, ["--num-gpus", "8", "--size", "320x176"], {"cfg": 2, "ulysses": 4}, "on", "on", "off", "sharded"),
         (8, 84, ["--num-gpus", "8", "--ulysses", "8"], {"ulysses": 8}, "off", "off", "off", "experts resident"),
         (1, 60, ["--quantize", "int8-dynamic"], {}, "off", "off", "off", "experts resident: 53."),
+        (1, 60, ["--quantize", "fp8-rowwise"], {}, "off", "off", "off", "experts resident: 53."),
         (1, 32, ["--quantize", "fp8-rowwise", "--size", "832x480"], {}, "off", "off", "on", "experts offloaded"),
         (
             8,
@@ -223,17 +224,38 @@ def test_the_largest_video_of_a_list_decides(wanfast: Wanfast, machine: Machine,
 
 def test_each_gang_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elastic.os, "environ", {})
+    monkeypatch.setattr(elastic.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(elastic.gpus, "device_ids", lambda: ["4", "5", "6", "7"])
     config = dataclasses.replace(EffectiveConfig(**NOTHING), device="cuda", num_gpus=4, cfg_parallel=2)
     for replica, expected in enumerate(("4,5", "6,7")):
         elastic._set_environment(config, replica, processes=2)
         assert elastic.os.environ["CUDA_VISIBLE_DEVICES"] == expected
+    assert elastic.os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert elastic.os.environ["OMP_NUM_THREADS"] == "4"  # a fair share of the cores
+
+
+@pytest.mark.parametrize(("machines", "interface"), [(1, "lo"), (2, None)])
+def test_ranks_of_one_machine_meet_within_it(
+    monkeypatch: pytest.MonkeyPatch, machines: int, interface: str | None
+) -> None:
+    monkeypatch.setattr(elastic.os, "environ", {})
+    elastic._set_environment(dataclasses.replace(EffectiveConfig(**NOTHING), nnodes=machines), 0, processes=2)
+    assert elastic.os.environ.get("GLOO_SOCKET_IFNAME") == interface
 
 
 def test_without_a_gpu_to_ask_80_gb_are_assumed_and_said(wanfast: Wanfast, machine: Machine) -> None:
     machine(0, 0)
     plan = wanfast(*A14B_DRY, "--device", "cuda", "--num-gpus", "8").document["plan"]
     assert "85.9 GB assumed a GPU" in plan["placement"] and plan["mesh"] == MADE | {"cfg": 2, "ulysses": 4}
+
+
+@pytest.mark.parametrize(("host_gb", "is_short"), [(500, False), (50, True)])
+def test_a_model_planned_for_the_cpu_is_said(
+    wanfast: Wanfast, machine: Machine, host_gb: float, is_short: bool
+) -> None:
+    machine(0, 0, host_gb)
+    err = wanfast(*A14B_DRY).err
+    assert "no GPU was found, so this is planned for the CPU" in err and ("do not fit into" in err) == is_short
 
 
 def test_idle_ranks_are_said(wanfast: Wanfast, workdir: Path) -> None:
@@ -307,8 +329,8 @@ def test_who_hangs(tmp_path: Path, done: dict[int, int], gave_up: tuple[int, ...
 
 def test_a_job_gets_the_error_of_the_gang_that_took_it(tmp_path: Path) -> None:
     (tmp_path / "claims").mkdir()
-    (tmp_path / "claims/0").write_text("1")
-    errors = {0: (1, RankFailedError("first")), 1: (2, RankFailedError("second"))}
+    (tmp_path / "claims/0").write_text("0")
+    errors = {0: (2, RankFailedError("second")), 1: (1, RankFailedError("first"))}
     assert [str(launch._error_of_job(tmp_path, index, errors)) for index in (0, 1)] == ["second", "first"]
 
 
