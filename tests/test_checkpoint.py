@@ -71,11 +71,44 @@ def test_wrong_tensors_are_named(weights: Path, changes: dict[str, torch.Tensor 
     assert "\n" not in message
 
 
+def test_a_missing_tensor_is_named_as_the_files_name_theirs(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    checkpoint.save(umt5(), first, component="umt5", layout="diffusers")
+    save_file({"shared.weight": load_file(first)["shared.weight"]}, second)
+    edited(first, **{"shared.weight": None, "encoder.final_layer_norm.weight": None})
+    with pytest.raises(CorruptArtifactError) as error:
+        checkpoint.load(umt5("meta"), [first, second], component="umt5", layout="diffusers", ranks=Ranks("cpu"))
+    assert f"{tmp_path}: missing tensor 'encoder.final_layer_norm.weight' (1 in all)" in str(error.value)
+
+
 def test_a_tensor_in_two_shards_is_an_error(weights: Path, tmp_path: Path) -> None:
     second = tmp_path / "second.safetensors"
     save_file({"norm.weight": torch.ones(16)}, second)
     with pytest.raises(CorruptArtifactError, match=r"second.safetensors: tensor 'norm.weight' is there twice"):
         load(weights, second)
+
+
+def test_an_embedding_that_is_written_twice_is_read_once(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    checkpoint.save(umt5(), file, component="umt5", layout="diffusers")
+    embedding = load_file(file)["shared.weight"]
+    edited(file, **{"encoder.embed_tokens.weight": embedding})
+    model = umt5("meta")
+    checkpoint.load(model, [file], component="umt5", layout="diffusers", ranks=Ranks("cpu"))
+    assert torch.equal(model.token_embedding.weight, embedding)
+
+
+@pytest.mark.parametrize(("name", "opener"), [("model.safetensors", "_open"), ("model.pth", "_read_pth")])
+def test_a_file_is_mapped_anew_after_so_many_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, opener: str
+) -> None:
+    checkpoint.save(umt5(), tmp_path / name, component="umt5", layout="original")
+    opened: list[Path] = []
+    open_ = getattr(checkpoint, opener)
+    monkeypatch.setattr(checkpoint, opener, lambda file: opened.append(file) or open_(file))
+    monkeypatch.setattr(checkpoint, "_REMAP_BYTES", 1000)
+    load(tmp_path / name)
+    assert len(opened) > 2  # the header, the tensors, and the tensors again
 
 
 def test_a_truncated_file_is_named(weights: Path) -> None:

@@ -13,16 +13,16 @@ from PIL import Image
 from torch.distributed.tensor import DTensor
 
 from tests.gang import on_gang
-from tests.parity import relative_error
-from tests.small_model import write_small_model
+from tests.parity import randomise, relative_error
+from tests.small_model import SPEC, write_small_model
 from wanfast.runtime import generate, media_io, pixels, prompt_embeds
-from wanfast.runtime.config import GenerateConfig
+from wanfast.runtime.config import Expert, GenerateConfig
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.experts import SwappedExperts
 from wanfast.runtime.model_files import ModelFiles
-from wanfast.runtime.models.dit import Block
+from wanfast.runtime.models.dit import Block, WanDiT
 from wanfast.runtime.pipeline import draw_noise
 from wanfast.runtime.plan import Plan, resolve
 from wanfast.runtime.timing import Stopwatch
@@ -256,6 +256,28 @@ def test_an_expert_is_whole_again_after_a_step_that_broke_off(planned: tuple[Pla
     hand_over(0)
     experts.take("high_noise")
     assert all(map(torch.equal, model.parameters(), expected))
+
+
+def eleven_blocks() -> dict[Expert, WanDiT]:
+    spec = dataclasses.replace(SPEC.dit, num_layers=11)
+    experts: dict[Expert, WanDiT] = {"high_noise": WanDiT(spec), "low_noise": WanDiT(spec)}
+    for seed, model in enumerate(experts.values()):
+        randomise(model, seed)
+    return experts
+
+
+def test_a_block_hands_over_its_own_weights_alone() -> None:
+    model, hand_over = SwappedExperts(eleven_blocks(), "cpu").take("high_noise", "low_noise")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    hand_over(1)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in before if name.startswith("blocks.1.")}
+
+
+def test_the_host_holds_each_expert_once() -> None:
+    experts = eleven_blocks()
+    SwappedExperts(experts, "cpu")
+    assert not any(parameter.numel() for model in experts.values() for parameter in model.parameters())
 
 
 def test_no_exchange_of_all_ranks_waits_longer_than_asked() -> None:
