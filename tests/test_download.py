@@ -73,7 +73,7 @@ class Hub:
     damage: dict[str, str] = field(default_factory=dict)  # file -> "cut": its first GET ends in the middle
     slow: float = 0  # seconds for each MiB
     sent: int = 0  # bytes of files, about
-    lies: dict[str, int] = field(default_factory=dict)  # file -> the size that the listing states
+    lies: dict[str, int | None] = field(default_factory=dict)  # file -> the size that the listing states
     requests: list[str] = field(default_factory=list)
 
     def fetched(self) -> list[str]:
@@ -247,6 +247,7 @@ def test_files_that_are_whole_are_kept_and_a_short_one_comes_anew(wanfast: Wanfa
 REFUSALS: dict[str, tuple[tuple[int, str], int, str]] = {
     "401": ((401, ""), 2, "HF_TOKEN"),
     "403": ((403, ""), 2, "HF_TOKEN"),
+    "404": ((404, ""), 2, "mend the name"),
     "gated": ((403, "GatedRepo"), 2, "is gated: accept its terms"),
     "500": ((500, ""), 3, "answers 500"),
 }
@@ -284,7 +285,7 @@ def test_no_network_is_an_error_even_where_files_lie(
 
 def test_offline_by_choice(wanfast: Wanfast, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(wanfast("download"), 3, "HF_HUB_OFFLINE")
+    refused(wanfast("download"), 3, "unset HF_HUB_OFFLINE")
 
 
 def test_the_library_may_return_without_the_files(
@@ -320,6 +321,17 @@ def test_too_little_disk_is_known_before(
     refused(wanfast("download"), 2, "--artifacts-dir", "GB free")
     refused(wanfast("download", "--dry-run"), 2, "GB free")
     assert hub.fetched() == []
+
+
+def test_what_is_there_needs_no_room(
+    wanfast: Wanfast, workdir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert wanfast("download").exit_code == 0
+    (folder_of(workdir) / "Wan2.1_VAE.pth").unlink()
+    usage = shutil.disk_usage(workdir)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert wanfast("download").exit_code == 0
+    assert contents(folder_of(workdir)) == WANTED[ORIGINAL]
 
 
 MEANWHILE: dict[str, tuple[Exception, int, str]] = {
@@ -370,12 +382,25 @@ def test_an_interrupted_download_stops_at_once(workdir: Path, hub: Hub, number: 
     assert not list(workdir.rglob("*.incomplete"))
 
 
-def test_what_a_killed_download_left_is_removed(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+def test_signals_are_handled_as_before_a_download() -> None:
+    from wanfast.runtime.download import _prompt_to_stop
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with _prompt_to_stop():
+        assert signal.getsignal(signal.SIGINT) != before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_what_a_killed_download_left_is_removed(
+    wanfast: Wanfast, workdir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     orphan = folder_of(workdir) / ".cache/huggingface/download/high_noise_model/x.abc.12345678.incomplete"
     orphan.parent.mkdir(parents=True)
     orphan.write_bytes(b"part")
     assert wanfast("download", "--dry-run").exit_code == 0 and orphan.exists()
-    assert wanfast("download").exit_code == 0
+    usage = shutil.disk_usage(workdir)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0 if orphan.exists() else 10**9))
+    assert wanfast("download").exit_code == 0  # it leaves room
     assert not list(workdir.rglob("*.incomplete"))
 
 
@@ -400,6 +425,19 @@ def test_two_commits_do_not_mix(wanfast: Wanfast, workdir: Path, hub: Hub) -> No
         refused(wanfast(*main, *arguments), 2, "--revision main", "d" * 40, "e" * 40)
     assert contents(folder_of(workdir)) == WANTED[ORIGINAL]
     assert old not in (folder_of(workdir) / "wanfast-download.json").read_text()
+
+
+@pytest.mark.parametrize("record", ["{", "[]", "{}"])
+def test_a_record_that_cannot_be_read_is_named(wanfast: Wanfast, workdir: Path, hub: Hub, record: str) -> None:
+    folder_of(workdir).mkdir(parents=True)
+    (folder_of(workdir) / "wanfast-download.json").write_text(record)
+    refused(wanfast("download"), 4, "wanfast-download.json is not the record of a download")
+
+
+def test_a_hub_that_tells_no_sizes(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    hub.lies["Wan2.1_VAE.pth"] = None
+    refused(wanfast("download"), 4, "does not tell the commit and sizes", "HF_ENDPOINT")
+    assert not folder_of(workdir).exists()
 
 
 def test_one_download_at_a_time(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
