@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -90,6 +91,7 @@ def test_the_next_command_is_what_auto_would_choose(
     command = examine(wanfast, "--model", model)["next"]["command"]
     for option in ("--num-gpus auto", "--num-gpus 2", "--num-gpus 4", "--dit-fsdp on", "--expert-offload on"):
         assert (option in command) == (option in options), command
+    assert ("--model tiny" in command) == (model == "tiny")
     plan = dry_run(wanfast, command)
     assert math.prod(plan["mesh"].values()) == plan["mesh"]["cfg"] * plan["mesh"]["ulysses"] == num_gpus
     auto = dry_run(wanfast, command, without=["--dit-fsdp", "--expert-offload"])
@@ -102,11 +104,12 @@ def test_the_next_command_is_what_auto_would_choose(
     [
         ([40.0], 100, [], "with --size 832x480 it does", "--size 832x480"),
         ([84.0], 100, ["--precision", "fp32", "--frames", "77"], "with --precision bf16 it does", "--frames 77"),
+        ([40.0], 100, ["--precision", "fp32"], "with --precision bf16 --size 832x480 it does", "--size 832x480"),
         ([22.0], 100, [], "needs 1 GPU of 48 GB: experts offloaded, 43.6 GB a GPU and 63.7", "--model tiny"),
         ([47.0], 40, [], "63.7 GB of host memory", "--model tiny"),
         ([22.0], 100, ["--size", "4096x4096"], "fits on none of the cards", "--model tiny"),
     ],
-    ids=["40", "fp32", "22", "little host memory", "huge"],
+    ids=["40", "fp32", "40 and fp32", "22", "little host memory", "huge"],
 )
 def test_what_does_not_fit_is_said_with_what_would(
     wanfast: Wanfast,
@@ -139,6 +142,7 @@ def test_the_table_shows_the_sums_that_placement_decides_by(wanfast: Wanfast, ma
     machine(47.0, 47.0, 47.0, 47.0)
     outcome = wanfast("doctor")
     assert "14.5 share of both + 1.4 two blocks + 18.0 decode + 2.1 margin = 36.1: fits, 47.0 free" in outcome.out
+    assert "43.6, and 127.4 on the host: does not fit, 47.0 free, and 100.0 on the host" in outcome.out  # of 2 ranks
     assert "H100, 47.0 GB of 47.0 GB free, capability 9.0, 18 NVLinks, driver 580.82" in outcome.out
     assert "8 GPUs" not in outcome.out
     machine()
@@ -196,6 +200,18 @@ def test_a_full_disk_is_said_before_the_download(
     for free, said in ((50e9, ["50.0 GB free"]), (200e9, [])):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(300e9, 0, free))
         assert re.findall(r"[\d.]+ GB free", examine(wanfast)["next"]["why"]) == said
+
+
+def test_only_what_is_missing_must_fit_on_the_disk(
+    wanfast: Wanfast, workdir: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(84.0)
+    root = pretend_weights(workdir / "artifacts")
+    (root / "low_noise_model/a.safetensors").unlink()
+    os.truncate(root / "high_noise_model/a.safetensors", 100 * 10**9)  # takes no room
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(300e9, 250e9, 50e9))
+    step = examine(wanfast)["next"]
+    assert step["command"] == "wanfast download" and "GB free" not in step["why"]
 
 
 def test_artifacts_are_listed_by_key_and_nothing_is_written(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
