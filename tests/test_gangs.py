@@ -25,6 +25,7 @@ from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.models.dit import Block, WanDiT
 from wanfast.runtime.pipeline import draw_noise
 from wanfast.runtime.plan import Plan, resolve
+from wanfast.runtime.sampling.magcache import ResidualCache
 from wanfast.runtime.timing import Stopwatch
 
 
@@ -63,7 +64,7 @@ def final_latents(plan: Plan, files: ModelFiles, ranks: Ranks) -> torch.Tensor:
     condition = pipeline.encode_condition(image, plan.geometry)
     noise = draw_noise(config.seed, plan.geometry, 16, "cpu")
     text = {"prompt": embeds[config.prompt], "negative_prompt": embeds[config.negative_prompt]}
-    return pipeline.denoise(plan, noise, condition, text, lambda index, expert: None).clone()
+    return pipeline.denoise(plan, noise, condition, text, ResidualCache(plan.skips), lambda index, expert: None).clone()
 
 
 def with_options(plan: Plan, **options: object) -> Plan:

@@ -29,6 +29,7 @@ from wanfast.runtime.model_spec import ModelSpec
 from wanfast.runtime.pipeline import draw_noise
 from wanfast.runtime.plan import Plan, resolve
 from wanfast.runtime.prompt_embeds import prompt_embeds
+from wanfast.runtime.sampling.magcache import ResidualCache
 from wanfast.runtime.timing import Stopwatch
 
 PROMPT = "A red circle moves right，“slowly” &amp; stops.  La fin…"
@@ -123,7 +124,7 @@ def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
     condition = pipeline.encode_condition(image, plan.geometry)
     noise = draw_noise(config.seed, plan.geometry, 16, "cpu")
     text = {"prompt": embeds[config.prompt], "negative_prompt": embeds[config.negative_prompt]}
-    return pipeline.denoise(plan, noise, condition, text, lambda index, expert: None)
+    return pipeline.denoise(plan, noise, condition, text, ResidualCache(plan.skips), lambda index, expert: None)
 
 
 @torch.inference_mode()

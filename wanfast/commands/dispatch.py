@@ -12,7 +12,12 @@ from wanfast.runtime import launch
 from wanfast.runtime.artifacts import JOB, RESULT, new_run_folder, write_result, write_synced
 from wanfast.runtime.plan import Plan
 
-Verb = Literal["generate", "warmup"]
+Verb = Literal["generate", "warmup", "calibrate-magcache"]
+_WORKERS: dict[Verb, str] = {
+    "generate": "wanfast.runtime.generate",
+    "warmup": "wanfast.runtime.warmup",
+    "calibrate-magcache": "wanfast.magcache_calib.calibrate",
+}
 Document = dict[str, Any]
 OnResult = Callable[[int, Document], None]
 
@@ -29,7 +34,7 @@ def have_done(
     """The result of every job, each told as it comes. The ranks of the first plan are those of all."""
     config = plans[0].config
     folder = new_run_folder(Path(artifacts_dir).absolute(), {"verb": verb, "jobs": jobs})
-    document = {"verb": verb, "jobs": jobs}
+    document = {"verb": verb, "worker": _WORKERS[verb], "jobs": jobs}
     write_synced(folder / JOB, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     with progress_bars(enabled=show_progress) as on_progress:
         if plans[0].mesh.size == 1:
@@ -46,10 +51,10 @@ def _here(
 ) -> list[Document]:
     """One rank needs no other process."""
     from wanfast.runtime.distributed.ranks import Ranks  # torch begins here
-    from wanfast.runtime.worker import half_of
+    from wanfast.runtime.worker import worker_half
 
     results: dict[int, Document] = {}
-    for index, result in half_of(verb)(jobs, Ranks(device), progress=on_progress):
+    for index, result in worker_half(_WORKERS[verb])(jobs, Ranks(device), progress=on_progress):
         results[index] = result
         write_result(folder, index, result)
         on_result(index, result)

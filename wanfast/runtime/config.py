@@ -163,9 +163,9 @@ class EffectiveConfig:
     compile: bool = False
     compile_mode: CompileMode = "default"
     magcache: str = "off"  # or preset, or the key of a calibrated curve
-    magcache_thresh: float = 0.12
-    magcache_k: int = 2
-    retention_ratio: float = 0.2
+    magcache_thresh: float | None = None  # by which all but a budget is planned
+    magcache_k: int | None = None
+    retention_ratio: float | None = None
     magcache_rule: MagCacheRule = "low-noise-only"
     magcache_joint: Switch = "auto"
     magcache_budget: float | None = None

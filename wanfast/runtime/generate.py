@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ Result = dict[str, Any]  # metadata's document, or {"error", "exit_code"}
 ProgressFn = Callable[[int, str, int, int], None]  # (job, what is at work, steps done, of all steps)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """The models that jobs share, and where they came from."""
+
+    pipeline: ImageToVideoPipeline
+    files: ModelFiles
+    quantized: dict[str, str]  # keys of the experts' artifacts
+    loading: dict[str, dict[str, float]]  # seconds and bytes of each component; counted for the first job alone
+
+
+# (index, job, models, embeddings of both branches, seconds so far, progress) -> what came of it
+MakeFn = Callable[[int, Job, Loaded, dict[Branch, torch.Tensor], Stopwatch, ProgressFn], Result]
+
+
 def run(
     jobs: list[Job],
     ranks: Ranks,
@@ -49,11 +64,18 @@ def run(
     progress: ProgressFn = lambda index, stage, done, total: None,
 ) -> Iterator[tuple[int, Result]]:
     """(index, result) of each job as it comes; nothing of a job that `claim` refuses, because another gang makes it."""
+    yield from run_with(make_video, jobs, ranks, claim, progress)
+
+
+def run_with(
+    make: MakeFn, jobs: list[Job], ranks: Ranks, claim: Callable[[int], bool] | None, progress: ProgressFn
+) -> Iterator[tuple[int, Result]]:
+    """The same, of jobs that want these models for something else than a video."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, job in enumerate(jobs):
         groups.setdefault(_models_of(job), []).append(index)
     for indices in groups.values():
-        yield from _run_group({index: jobs[index] for index in indices}, ranks, claim, progress)
+        yield from _run_group(make, {index: jobs[index] for index in indices}, ranks, claim, progress)
 
 
 _OF_MODELS = (
@@ -75,7 +97,7 @@ def _models_of(job: Job) -> tuple[Any, ...]:
 
 
 def _run_group(
-    jobs: dict[int, Job], ranks: Ranks, claim: Callable[[int], bool] | None, progress: ProgressFn
+    make: MakeFn, jobs: dict[int, Job], ranks: Ranks, claim: Callable[[int], bool] | None, progress: ProgressFn
 ) -> Iterator[tuple[int, Result]]:
     configs = {index: from_options(EffectiveConfig, job["effective"]) for index, job in jobs.items()}
     claimed = (index for index in configs if claim is None or claim(index))
@@ -102,8 +124,8 @@ def _run_group(
         yield from ((failed, document) for failed in (index, *claimed))
         return
     kept = _kept_experts(files, first)
-    loading = _speeds(loads, files, kept)
     quantized = {expert: folder.name for expert, folder in kept.items()}
+    loaded = Loaded(pipeline, files, quantized, _speeds(loads, files, kept))
     while index is not None:
         config = configs[index]
         text: dict[Branch, torch.Tensor] = {
@@ -111,14 +133,11 @@ def _run_group(
             "negative_prompt": embeds[config.negative_prompt],
         }
         try:
-            yield (
-                index,
-                _run_one(index, jobs[index], config, pipeline, files, text, watch, loading, quantized, progress),
-            )
+            yield index, make(index, jobs[index], loaded, text, watch, progress)
         except (WanFastError, torch.OutOfMemoryError) as error:
             message = f"--size {config.size} --frames {config.frames}: does not fit into this GPU's memory beside the"
             yield index, _failure(error, ranks, f"{message} weights: take less")
-        watch, loading = Stopwatch(ranks.device), {}  # loading counts for the first video alone
+        watch, loaded = Stopwatch(ranks.device), dataclasses.replace(loaded, loading={})
         index = next(claimed, None)
 
 
@@ -185,36 +204,39 @@ def _speeds(loads: Stopwatch, files: ModelFiles, kept: dict[str, Path]) -> dict[
     }
 
 
-def _run_one(
+def planned(job: Job, loaded: Loaded) -> tuple[Plan, torch.Tensor]:
+    """(what runs, the image [3, H, W] in its shape), on every rank."""
+    pipeline, ranks = loaded.pipeline, loaded.pipeline.ranks
+    config = from_options(EffectiveConfig, job["effective"])
+    image = ranks.lead(lambda: _read_image(config))
+    config = dataclasses.replace(config, attention=pipeline.attention.kernel)  # and is to run again
+    curve = ranks.together(lambda: curve_of(config, loaded.files))
+    plan = Plan.of(config, pipeline.spec, image.size, tuple(job["notes"]), job["placement"], curve)
+    return plan, pixels.fit_image(image.pixels, plan.geometry.width, plan.geometry.height)
+
+
+def make_video(
     index: int,
     job: Job,
-    config: EffectiveConfig,
-    pipeline: ImageToVideoPipeline,
-    files: ModelFiles,
+    loaded: Loaded,
     text: dict[Branch, torch.Tensor],
     watch: Stopwatch,
-    loading: dict[str, dict[str, float]],
-    quantized: dict[str, str],
     progress: ProgressFn,
 ) -> Result:
-    ranks = pipeline.ranks
-    image = ranks.lead(lambda: _read_image(config))
-    choice = pipeline.attention
-    config = dataclasses.replace(config, attention=choice.kernel)  # what runs, and is to run again
-    curve = ranks.together(lambda: curve_of(config, files))
-    plan = Plan.of(config, pipeline.spec, image.size, tuple(job["notes"]), job["placement"], curve)
-    g, steps = plan.geometry, len(plan.schedule)
+    """One video and its JSON, written by the leader."""
+    pipeline, ranks = loaded.pipeline, loaded.pipeline.ranks
+    plan, image = planned(job, loaded)
+    config, steps = plan.config, len(plan.schedule)
     compile_cache, compiled = (_warm_start(plan, ranks), compiled_anew()) if config.compile else (None, 0)
     hardware.reset_peak_memory(config.device)
     progress(index, "encoding the image", 0, steps)
-    pixels_CHW = pixels.fit_image(image.pixels, g.width, g.height)
     first_step = FirstStep(ranks.device)
 
     def on_step(done: int, expert: Expert) -> None:
         first_step(done)
         progress(index, expert.replace("_", " "), done, steps)
 
-    video = pipeline(plan, pixels_CHW, text, watch, on_step)
+    video = pipeline(plan, image, text, watch, on_step)
     peaks = ranks.gather(hardware.peak_memory_bytes(config.device))
 
     def write() -> Result:
@@ -229,16 +251,16 @@ def _run_one(
             document = metadata.planned(plan, job["requested"]) | {
                 "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
                 "first_step_s": round(first_step.seconds, 3),
-                "attention": dataclasses.asdict(choice),
+                "attention": dataclasses.asdict(pipeline.attention),
                 "compile_cache": compile_cache,
                 "compiled_anew": compiled_anew() - compiled if config.compile else 0,
-                "loading": loading,
+                "loading": loaded.loading,
                 "output_sha256": hashlib.sha256(mp4.read_bytes()).hexdigest(),
                 "peak_memory_bytes": max(peaks),
                 "peak_memory_bytes_by_rank": peaks,
                 "hardware": hardware.describe(config.device),
-                "weights": files.fingerprints,
-                "quantized": quantized,
+                "weights": loaded.files.fingerprints,
+                "quantized": loaded.quantized,
             }
             write_synced(sidecar, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         return document

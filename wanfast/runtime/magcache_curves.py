@@ -27,6 +27,7 @@ KIND = "magcache"
 RATIOS = "ratios.json"
 _PRESETS = Path(__file__).parents[1] / "assets" / "magcache"
 _BRIDGED = {"steps", "shift"}
+_DEFAULTS = (0.12, 2, 0.2)  # the published matrix's: threshold, skips in a row, share retained
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,19 @@ class Curve:
 
 def settle(request: GenerateConfig, config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
     """`config` with what --magcache asks for: which curve, and when to skip. Raises WanFastError."""
-    name = request.magcache
-    settings: dict[str, Any] = {}
-    if short := magcache_settings(name):
-        name = "preset"
-        settings = dict(zip(("magcache_thresh", "magcache_k", "retention_ratio"), short, strict=True))
-    for option in ("magcache_thresh", "magcache_k", "retention_ratio"):
-        if (value := getattr(request, option)) is not None:
-            settings[option] = value
+    if request.magcache == "off":
+        return config
     same = ("magcache_rule", "magcache_joint", "magcache_budget", "magcache_skip", "magcache_interpolate")
-    config = dataclasses.replace(
-        config, magcache=name, **settings, **{option: getattr(request, option) for option in same}
-    )
-    if name in ("off", "preset"):
+    settings: dict[str, Any] = {option: getattr(request, option) for option in same}
+    short = magcache_settings(request.magcache)
+    name = "preset" if short else request.magcache
+    for option, value in zip(("magcache_thresh", "magcache_k", "retention_ratio"), short or _DEFAULTS, strict=True):
+        given = getattr(request, option)
+        settings[option] = value if given is None else given
+    if request.magcache_budget is not None or request.magcache_skip is not None:
+        settings["magcache_thresh"] = None
+    config = dataclasses.replace(config, magcache=name, **settings)
+    if name == "preset":
         return config
     return dataclasses.replace(config, magcache=_artifact(config, files).name)
 

@@ -117,7 +117,9 @@ class Plan:
         if self.curve is None:
             return [(False, False)] * len(self.schedule)
         c, ratios, guided = self.config, self.curve.ratios, self._guided
-        settings = MagCacheSettings(c.magcache_thresh, c.magcache_k, c.retention_ratio, c.magcache_rule)
+        assert c.magcache_k is not None and c.retention_ratio is not None
+        threshold = c.magcache_thresh or 0.0  # of a budget there is none
+        settings = MagCacheSettings(threshold, c.magcache_k, c.retention_ratio, c.magcache_rule)
         wanted = c.magcache_skip
         if c.magcache_budget is not None:
             wanted = int((1 - c.magcache_budget) * self.num_forwards + 1e-9)
@@ -131,12 +133,11 @@ class Plan:
             return None
         c, skipped = self.config, sum(map(sum, self.skips))
         apart = sum(map(sum, self._skips(joint=False))) if self.is_joint and c.magcache_skip is None else None
-        by_budget = c.magcache_skip is not None or c.magcache_budget is not None
         return {
             "curve": self.curve.name,
             "interpolated_from_steps": self.curve.interpolated_from,
-            "plan": "least error" if by_budget else "greedy",
-            "threshold": None if by_budget else c.magcache_thresh,
+            "plan": "greedy" if c.magcache_thresh is not None else "least error",
+            "threshold": c.magcache_thresh,
             "max_skips": c.magcache_k,
             "retention": c.retention_ratio,
             "rule": c.magcache_rule,

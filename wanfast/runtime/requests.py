@@ -20,6 +20,7 @@ from wanfast.runtime.placement import LAUNCH_OPTIONS, place, placement_notes
 from wanfast.runtime.plan import Plan, resolve
 from wanfast.runtime.quantized_artifacts import EXPERTS, QuantizedExpert, quantized_expert, require_torchao
 
+_HOW_MUCH = {"magcache_thresh", "magcache_budget", "magcache_skip"}  # is skipped: one of them says it
 _OPTIONS = {field.name for field in dataclasses.fields(GenerateConfig)}
 
 
@@ -199,6 +200,10 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     kept = _OPTIONS - {"overwrite", "verify", "artifacts_dir", "nnodes", "node_rank", "rdzv_endpoint", "rank_timeout"}
     if effective["nnodes"] > 1 or "num_gpus" in typed:  # other ranks than then: their mesh says nothing
         kept -= {"cfg_parallel", "ulysses", "dit_fsdp", "t5_fsdp", "expert_offload"}
+    if "magcache" in typed:  # what that run skipped, and by which settings, is then no matter
+        kept = {name for name in kept if "magcache" not in name and name != "retention_ratio"}
+    if typed.keys() & _HOW_MUCH:
+        kept -= _HOW_MUCH
     options = {name: value for name, value in effective.items() if name in kept}
     return Request(options, image_sha256=effective["image_sha256"], weights=weights)
 

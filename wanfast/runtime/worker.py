@@ -7,6 +7,7 @@ removes what a dead rank left half-written.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -73,18 +74,19 @@ def _work(run_folder: Path, replica: int, own_folder: Path) -> None:
             if ranks.is_leader:
                 replace_text(run_folder / PROGRESS / f"{replica}.json", state)
 
-        for index, result in half_of(document["verb"])(
-            jobs, ranks, claim=claim if has_peers else None, progress=progress
-        ):
+        half = worker_half(document["worker"])
+        for index, result in half(jobs, ranks, claim=claim if has_peers else None, progress=progress):
             if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has a run folder of its own
                 write_result(run_folder, index, result)
 
 
-def half_of(verb: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
-    """What does a command's jobs: `run(jobs, ranks, claim=, progress=)`, which yields (index, result) of each."""
-    from wanfast.runtime import generate, warmup
+def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
+    """What does a command's jobs: `run(jobs, ranks, claim=, progress=)`, which yields (index, result) of each.
 
-    return {"generate": generate.run, "warmup": warmup.run}[verb]
+    By the name of its module, since one of them lies above the runtime.
+    """
+    run: Callable[..., Iterator[tuple[int, dict[str, Any]]]] = importlib.import_module(module).run
+    return run
 
 
 def _claim(run_folder: Path, index: int, replica: int) -> bool:
