@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from wanfast import __version__
+from wanfast.commands.calibrate_magcache import calibrate_magcache
 from wanfast.commands.doctor import doctor
 from wanfast.commands.download import download
 from wanfast.commands.generate import generate
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(download)
 app.command()(quantize)
+app.command()(calibrate_magcache)
 app.command()(warmup)
 app.command()(doctor)
 

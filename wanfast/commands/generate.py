@@ -11,7 +11,7 @@ import typer
 from wanfast.commands import dispatch, options
 from wanfast.commands.report import Report
 from wanfast.runtime import metadata, past_runs
-from wanfast.runtime.config import Device, GenerateConfig, Solver
+from wanfast.runtime.config import Device, GenerateConfig
 from wanfast.runtime.requests import Planned, own_share, plan_requests, read_requests
 
 FIELDS = {field.name for field in dataclasses.fields(GenerateConfig)}
@@ -27,17 +27,11 @@ def generate(
     ] = None,
     size: options.Size = None,
     frames: options.Frames = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: 40]")] = None,
-    shift: Annotated[
-        float | None, typer.Option(help="Moves steps to high noise; 3.0 is advised for 480p.  [default: 5.0]")
-    ] = None,
-    guidance_high_noise: Annotated[
-        float | None, typer.Option(help="Guidance scale of the high-noise expert; 1 is none.  [default: 3.5]")
-    ] = None,
-    guidance_low_noise: Annotated[
-        float | None, typer.Option(help="Guidance scale of the low-noise expert; 1 is none.  [default: 3.5]")
-    ] = None,
-    solver: Annotated[Solver, typer.Option(help="Flow-matching solver.")] = "unipc",
+    steps: options.Steps = None,
+    shift: options.Shift = None,
+    guidance_high_noise: options.GuidanceHighNoise = None,
+    guidance_low_noise: options.GuidanceLowNoise = None,
+    solver: options.SolverOption = "unipc",
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same video.  [default: random]")] = None,
     noise_device: Annotated[
         Device, typer.Option(help="Where noise is drawn: cpu is the same everywhere, cuda is as the reference does.")
@@ -55,7 +49,7 @@ def generate(
     magcache_thresh: options.MagCacheThresh = None,
     magcache_k: options.MagCacheK = None,
     retention_ratio: options.RetentionRatio = None,
-    magcache_rule: options.MagCacheRuleOption = "low-noise-only",
+    magcache_rule: options.MagCacheRuleOption = None,
     magcache_joint: options.MagCacheJoint = "auto",
     magcache_budget: options.MagCacheBudget = None,
     magcache_skip: options.MagCacheSkip = None,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wanfast.runtime.config import Attention, CompileMode, Device, MagCacheRule, Precision, Recipe, Switch
+from wanfast.runtime.config import Attention, CompileMode, Device, MagCacheRule, Precision, Recipe, Solver, Switch
 
 Model = Annotated[
     str,
@@ -18,6 +18,17 @@ Size = Annotated[
     str | None, typer.Option(help="The area, as WIDTHxHEIGHT; the image's shape is kept.  [default: 1280x720]")
 ]
 Frames = Annotated[int | None, typer.Option(help="4n+1 of them.  [default: 81]")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.  [default: 40]")]
+Shift = Annotated[
+    float | None, typer.Option(help="Moves steps to high noise; 3.0 is advised for 480p.  [default: 5.0]")
+]
+GuidanceHighNoise = Annotated[
+    float | None, typer.Option(help="Guidance scale of the high-noise expert; 1 is none.  [default: 3.5]")
+]
+GuidanceLowNoise = Annotated[
+    float | None, typer.Option(help="Guidance scale of the low-noise expert; 1 is none.  [default: 3.5]")
+]
+SolverOption = Annotated[Solver, typer.Option("--solver", help="Flow-matching solver.")]
 DeviceOption = Annotated[Device | None, typer.Option(help="Where to run.  [default: cuda where there is a driver]")]
 PrecisionOption = Annotated[Precision, typer.Option(help="Of the matrix products; all that is small stays fp32.")]
 AttentionOption = Annotated[
@@ -66,8 +77,12 @@ RetentionRatio = Annotated[
     float | None, typer.Option(help="Share of an expert's forwards, the first, always computed.  [default: 0.2]")
 ]
 MagCacheRuleOption = Annotated[
-    MagCacheRule,
-    typer.Option("--magcache-rule", help="Where forwards are skipped; the high-noise expert sets motion and layout."),
+    MagCacheRule | None,
+    typer.Option(
+        "--magcache-rule",
+        help="Where forwards are skipped; the high-noise expert sets motion and layout.  [default: low-noise-only, and "
+        "both-experts with --magcache-budget or --magcache-skip]",
+    ),
 ]
 MagCacheJoint = Annotated[
     Switch, typer.Option(help="Both branches of guidance skip together; auto: where they are on different ranks.")

@@ -61,7 +61,7 @@ class GenerateConfig:
     magcache_thresh: float | None = None
     magcache_k: int | None = None
     retention_ratio: float | None = None
-    magcache_rule: MagCacheRule = "low-noise-only"
+    magcache_rule: MagCacheRule | None = None
     magcache_joint: Switch = "auto"
     magcache_budget: float | None = None
     magcache_skip: int | None = None
@@ -166,7 +166,7 @@ class EffectiveConfig:
     magcache_thresh: float | None = None  # by which all but a budget is planned
     magcache_k: int | None = None
     retention_ratio: float | None = None
-    magcache_rule: MagCacheRule = "low-noise-only"
+    magcache_rule: MagCacheRule | None = None
     magcache_joint: Switch = "auto"
     magcache_budget: float | None = None
     magcache_skip: int | None = None
@@ -231,9 +231,9 @@ def _check_magcache(config: GenerateConfig) -> None:
     limits = {"--magcache-k": config.magcache_k, "--retention-ratio": config.retention_ratio}
     sizes = {"--magcache-budget": config.magcache_budget, "--magcache-skip": config.magcache_skip}
     others = {
-        "--magcache-rule": config.magcache_rule != GenerateConfig.magcache_rule,
+        "--magcache-rule": config.magcache_rule,
         "--magcache-joint": config.magcache_joint != "auto",
-        "--magcache-interpolate": config.magcache_interpolate or None,
+        "--magcache-interpolate": config.magcache_interpolate,
     }
     given = [option for option, value in {**greedy, **limits, **sizes}.items() if value is not None]
     if name == "off" and (idle := [*given, *(option for option, value in others.items() if value)]):

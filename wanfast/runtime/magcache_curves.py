@@ -43,15 +43,17 @@ def settle(request: GenerateConfig, config: EffectiveConfig, files: ModelFiles) 
     """`config` with what --magcache asks for: which curve, and when to skip. Raises WanFastError."""
     if request.magcache == "off":
         return config
-    same = ("magcache_rule", "magcache_joint", "magcache_budget", "magcache_skip", "magcache_interpolate")
+    same = ("magcache_joint", "magcache_budget", "magcache_skip", "magcache_interpolate")
     settings: dict[str, Any] = {option: getattr(request, option) for option in same}
     short = magcache_settings(request.magcache)
     name = "preset" if short else request.magcache
     for option, value in zip(("magcache_thresh", "magcache_k", "retention_ratio"), short or _DEFAULTS, strict=True):
         given = getattr(request, option)
         settings[option] = value if given is None else given
-    if request.magcache_budget is not None or request.magcache_skip is not None:
+    by_budget = request.magcache_budget is not None or request.magcache_skip is not None
+    if by_budget:
         settings["magcache_thresh"] = None
+    settings["magcache_rule"] = request.magcache_rule or ("both-experts" if by_budget else "low-noise-only")
     config = dataclasses.replace(config, magcache=name, **settings)
     if name == "preset":
         return config

@@ -97,7 +97,7 @@ def needed(
     recipe: Recipe | None = None,
     num_residuals: int = 0,
 ) -> Need:
-    """Of one video on one rank of `mesh`; `num_residuals`: branches whose residual a rank keeps."""
+    """Of one video on one rank of `mesh`; `num_residuals`: of branches, kept from step to step."""
     own_tokens = -(-geometry.tokens // mesh.ulysses)
     return Need(
         expert=memory.expert_bytes(spec.dit, precision, recipe),
@@ -120,11 +120,9 @@ def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
 
 
 def _num_residuals(plan: Plan, mesh: Mesh) -> int:
-    """Branches of guidance that a rank of `mesh` works on, if their residuals are kept at all."""
-    if plan.curve is None:
-        return 0
+    """On a rank of `mesh`, which works on one branch of guidance or on both."""
     guided = any(needs_unconditional(scale) for scale in plan.guidance.values())
-    return 2 if guided and mesh.cfg == 1 else 1
+    return plan.residuals_a_branch * (2 if guided and mesh.cfg == 1 else 1)
 
 
 def modes(need: Need, ranks: int) -> dict[str, int]:

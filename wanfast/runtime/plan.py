@@ -43,6 +43,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     placement: str = ""  # why the weights lie where they lie
     curve: Curve | None = None  # by which forwards are skipped
+    residuals_a_branch: int = 0  # kept from step to step
 
     @classmethod
     def of(
@@ -62,6 +63,7 @@ class Plan:
             notes=notes,
             placement=placement,
             curve=curve,
+            residuals_a_branch=0 if curve is None else 1,
         )
 
     @property
@@ -117,7 +119,7 @@ class Plan:
         if self.curve is None:
             return [(False, False)] * len(self.schedule)
         c, ratios, guided = self.config, self.curve.ratios, self._guided
-        assert c.magcache_k is not None and c.retention_ratio is not None
+        assert c.magcache_k is not None and c.retention_ratio is not None and c.magcache_rule is not None
         threshold = c.magcache_thresh or 0.0  # of a budget there is none
         settings = MagCacheSettings(threshold, c.magcache_k, c.retention_ratio, c.magcache_rule)
         wanted = c.magcache_skip

@@ -97,8 +97,8 @@ def plan_best(
         most = max(first) + max(second)
         even = " by twos, since the branches skip together" if joint else ""
         raise ConfigError(
-            f"no plan skips {skipped} of the forwards{even}: at most {most} of them with --magcache-k "
-            f"{settings.max_skips} and --retention-ratio {settings.retention:g}"
+            f"no plan skips {skipped} of the forwards{even}: at most {most} of them with --magcache-rule "
+            f"{settings.rule}, --magcache-k {settings.max_skips} and --retention-ratio {settings.retention:g}"
         )
     of_first = min(splits)[1]
     ours = first[of_first][1]

@@ -1,0 +1,69 @@
+"""The calibration set: a folder of images and a `clips.jsonl` that says what each is to become. Torch-free.
+
+Two small sets ship: scenes of the tiny model's world, and photographs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from wanfast.runtime import media_io
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.model_spec import ModelSpec
+
+LIST = "clips.jsonl"
+_SHIPPED = Path(__file__).parents[1] / "assets" / "calibration"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video to make, by its own seed."""
+
+    image: Path
+    image_sha256: str
+    image_size: tuple[int, int]
+    prompt: str
+    seed: int
+
+
+def shipped_set(spec: ModelSpec) -> Path:
+    return _SHIPPED / ("tiny" if spec.name == "tiny" else "photos")
+
+
+def read_set(folder: Path, seed: int) -> list[Clip]:
+    """The clips, numbered from `seed` on. Raises ConfigError."""
+    try:
+        lines = (folder / LIST).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(
+            f"--set {folder}: {LIST} cannot be read ({reason}): "
+            'write a line for each clip, {"image": "cat.jpg", "prompt": "The cat jumps."}'
+        ) from None
+    clips: list[Clip] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+            image, prompt = folder / document["image"], document["prompt"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"--set {folder}: line {number} of {LIST} is not an object with image and prompt"
+            ) from None
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ConfigError(f"--set {folder}: line {number} of {LIST} has no prompt: say what should happen")
+        loaded = media_io.load_image(str(image))
+        clips.append(Clip(image, loaded.sha256, loaded.size, prompt, seed + len(clips)))
+    if not clips:
+        raise ConfigError(f"--set {folder}: {LIST} names no clip: write a line for each")
+    return clips
+
+
+def digest_of(clips: list[Clip]) -> str:
+    """What the clips show, ask for and start from, wherever they lie."""
+    facts = [[clip.image_sha256, clip.prompt, clip.seed] for clip in clips]
+    return hashlib.sha256(json.dumps(facts, ensure_ascii=False).encode()).hexdigest()[:16]

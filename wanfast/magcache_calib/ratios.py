@@ -1,0 +1,119 @@
+"""From the clips' measurements to a curve: means over the set, their scatter, the artifact, its plot. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime.artifacts import ArtifactStore, key_of, replace_text, write_synced
+from wanfast.runtime.config import BRANCHES, EffectiveConfig
+from wanfast.runtime.magcache_curves import KIND, RATIOS, preset, steps_of
+from wanfast.runtime.model_spec import ModelSpec
+
+_DIGITS = 7
+
+
+def clip_file(store: ArtifactStore, inputs: dict[str, Any]) -> Path:
+    """Where one clip's measurements are kept, so that a run that was cut off goes on from them."""
+    return store.root / KIND / "clips" / f"{key_of(inputs)[:12]}.json"
+
+
+def read_clip(store: ArtifactStore, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """What was measured of a clip; None if that was not, or not whole, or is of something else."""
+    try:
+        document = json.loads(clip_file(store, inputs).read_text(encoding="utf-8"))
+        same = document["inputs"] == json.loads(json.dumps(inputs))
+        found: dict[str, Any] = document["measured"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if same else None
+
+
+def write_clip(store: ArtifactStore, inputs: dict[str, Any], measured: dict[str, Any]) -> None:
+    replace_text(clip_file(store, inputs), json.dumps({"inputs": inputs, "measured": measured}))
+
+
+def averaged(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """The curve over all clips, [prompt, negative prompt] of each step.
+
+    ratios: mean over the clips; spread: over a clip's tokens, averaged; scatter: of the clips' means, their standard
+    deviation; cosine_distance: mean. A step without guidance has one branch, whose numbers stand for both; where there
+    is nothing to compare, the ratio is 1.
+    """
+    curve: dict[str, list[list[float]]] = {"ratios": [], "spread": [], "scatter": [], "cosine_distance": []}
+    for of_step in zip(*(clip["steps"] for clip in measured), strict=True):
+        rows: dict[str, list[float]] = {name: [] for name in curve}
+        for branch in BRANCHES:
+            found = [step[branch] or step["prompt"] for step in of_step]
+            found = [each for each in found if each]
+            ratios = [each["ratio"] for each in found]
+            rows["ratios"].append(_mean(ratios, 1.0))
+            rows["spread"].append(_mean([each["spread"] for each in found], 0.0))
+            rows["scatter"].append(round(statistics.stdev(ratios), _DIGITS) if len(ratios) > 1 else 0.0)
+            rows["cosine_distance"].append(_mean([each["cosine_distance"] for each in found], 0.0))
+        for name, row in rows.items():
+            curve[name].append(row)
+    return dict(curve)
+
+
+def _mean(values: list[float], otherwise: float) -> float:
+    return round(math.fsum(values) / len(values), _DIGITS) if values else otherwise
+
+
+def against_preset(curve: dict[str, Any], config: EffectiveConfig, spec: ModelSpec) -> dict[str, Any] | None:
+    """How far the curve is from the model's preset, at worst; None where there is no preset of these steps.
+
+    The first step of each expert is left out, since no plan asks for it.
+    """
+    known = preset(spec)
+    here = steps_of(config.solver, config.steps, config.shift, spec.boundary)
+    if known is None or steps_of(known["solver"], known["steps"], known["shift"], spec.boundary) != here:
+        return None
+    high = sum(expert == "high_noise" for expert, _ in here)
+    difference, step, branch = max(
+        (abs(curve["ratios"][step][branch] - known["ratios"][step][branch]), step, branch)
+        for step in range(len(here))
+        if step not in (0, high)
+        for branch in (0, 1)
+    )
+    spread = curve["spread"][step][branch]
+    return {
+        "largest_difference": round(difference, 5),
+        "step": step,
+        "branch": BRANCHES[branch],
+        "spread_there": round(spread, 5),
+        "differs": difference > spread,
+    }
+
+
+def write_curve(folder: Path, curve: dict[str, Any], config: EffectiveConfig, spec: ModelSpec, num_clips: int) -> None:
+    """ratios.json and ratios.png of the artifact."""
+    steps = steps_of(config.solver, config.steps, config.shift, spec.boundary)
+    timesteps = [timestep for _, timestep in steps]
+    facts = {"clips": num_clips, "experts": [expert for expert, _ in steps], "timesteps": timesteps}
+    write_synced(folder / RATIOS, json.dumps(curve | facts, indent=1) + "\n")
+    _plot(folder / "ratios.png", curve, timesteps, f"{spec.name}: {num_clips} clips, {config.steps} steps")
+
+
+def _plot(file: Path, curve: dict[str, Any], timesteps: list[int], title: str) -> None:
+    """Ratios with their spread over the tokens, and the cosine distance below."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    for branch, name in enumerate(BRANCHES):
+        ratios, spread, distance = (
+            [row[branch] for row in curve[kind]][1:] for kind in ("ratios", "spread", "cosine_distance")
+        )
+        (line,) = above.plot(timesteps[1:], ratios, marker=".", label=name.replace("_", " "))
+        lower, upper = ([r + sign * s for r, s in zip(ratios, spread, strict=True)] for sign in (-1, 1))
+        above.fill_between(timesteps[1:], lower, upper, alpha=0.2, color=line.get_color())
+        below.plot(timesteps[1:], distance, marker=".", color=line.get_color())
+    above.set(title=title, ylabel="residual's norm / that of the step before")
+    below.set(xlabel="timestep", ylabel="cosine distance", ylim=(0, None))
+    above.invert_xaxis()
+    above.legend()
+    figure.savefig(file, dpi=110)

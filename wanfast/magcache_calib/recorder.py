@@ -1,0 +1,70 @@
+"""A step cache that skips nothing and measures how residuals change from step to step.
+
+Of each step and branch, over all tokens: the mean of |r| / |r of the step before| (norms over the channels), its
+spread, and the mean cosine distance of the two. The first step of all has none; the first of the low-noise expert
+compares with the other expert's last, as the published curves do. Source: MagCache (arXiv 2506.09045) section 3.2.
+
+Shapes: L this rank's tokens, d model dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanfast.runtime.config import BRANCHES, Branch
+from wanfast.runtime.distributed.ranks import Ranks
+
+
+class Recorder:
+    """Of one video, on one rank. What is measured stays on the device until it is asked for."""
+
+    def __init__(self, ranks: Ranks, num_tokens: int) -> None:
+        self._ranks = ranks
+        ours = ranks.sequence.shard(torch.ones(1, num_tokens, dtype=torch.bool), 1)[0]
+        self._num_own = int(ours.sum())  # what fills up a rank's share measures nothing
+        self._branches = ranks.guidance.own(BRANCHES)  # of steps without guidance every rank has the prompt's
+        self._before: dict[Branch, Tensor] = {}
+        self._sums: dict[tuple[int, Branch], Tensor] = {}
+
+    def reuse(self, step: int, branch: Branch) -> None:
+        return None
+
+    def wants(self, step: int, branch: Branch) -> bool:
+        return branch in self._branches
+
+    def keep(self, step: int, branch: Branch, residual: Tensor) -> None:
+        """residual: [1, L, d]."""
+        own = residual[0, : self._num_own]
+        before, self._before[branch] = self._before.get(branch), own
+        if before is None:
+            return
+        norm, norm_before = own.norm(dim=-1), before.norm(dim=-1)
+        ratio = (norm / norm_before).double()
+        distance = 1 - ((own * before).sum(-1) / (norm * norm_before)).double()
+        self._sums[step, branch] = torch.stack((ratio.sum(), ratio.square().sum(), distance.sum()))
+
+    def measured(self, num_steps: int) -> list[dict[Branch, dict[str, float] | None]]:
+        """Of each step and branch, over the tokens of all ranks; None where there was nothing to compare."""
+        mine = {key: [*sums.tolist(), self._num_own] for key, sums in self._sums.items()}
+        parts = self._ranks.gather(mine)
+        return [
+            {
+                branch: _statistics([part[step, branch] for part in parts if (step, branch) in part])
+                for branch in BRANCHES
+            }
+            for step in range(num_steps)
+        ]
+
+
+def _statistics(parts: list[list[float]]) -> dict[str, float] | None:
+    ratio, square, distance, count = (math.fsum(values) for values in zip(*parts, strict=True)) if parts else (0,) * 4
+    if not count:
+        return None
+    mean = ratio / count
+    variance = max(0.0, square - count * mean * mean) / max(1, count - 1)
+    found: dict[str, Any] = {"ratio": mean, "spread": math.sqrt(variance), "cosine_distance": distance / count}
+    return found
