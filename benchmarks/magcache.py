@@ -1,0 +1,135 @@
+"""The loop of a generation with MagCache against the same without: does a skipped forward cost anything?
+
+    python benchmarks/magcache.py                          # A14B's 40 layers, 832x480x81, 40 steps, one GPU
+    python benchmarks/magcache.py --steps 20 --rounds 2
+    python benchmarks/magcache.py --tiny                   # to see that it runs, on a CPU too
+
+The pipeline's own loop, over one expert of random weights that stands for both. The plan is that of the published
+curve. What skipping costs is the ratio of the two times over the share of the forwards that are computed, less 1, of the
+medians. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from typing import Any, cast, get_args
+
+import torch
+from random_expert import TINY, random_expert
+from torch import Tensor
+
+from wanfast.runtime import hardware
+from wanfast.runtime.attention_probe import Choice
+from wanfast.runtime.compilation import compile_blocks
+from wanfast.runtime.config import Branch, EffectiveConfig, MagCacheRule, magcache_settings
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.experts import ResidentExperts
+from wanfast.runtime.magcache_curves import Curve, preset, steps_of
+from wanfast.runtime.metadata import versions
+from wanfast.runtime.model_spec import A14B
+from wanfast.runtime.models.attention import attention_by
+from wanfast.runtime.pipeline import ImageToVideoPipeline
+from wanfast.runtime.plan import Plan
+from wanfast.runtime.sampling.magcache import ResidualCache, resample
+from wanfast.runtime.timing import synchronize
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=A14B.dit.num_layers)
+    parser.add_argument("--size", default="832x480")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--settings", default="E012K2R20")
+    parser.add_argument("--rule", choices=get_args(MagCacheRule), default="low-noise-only")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--kernel", default=None, help="attention  [default: fa3 on a GPU, flash on a CPU]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    if options.tiny:
+        options.layers, options.size = 2, "64x48"
+    options.kernel = options.kernel or ("fa3" if options.device == "cuda" else "flash")
+    measure(options)
+
+
+@torch.inference_mode()
+def measure(options: argparse.Namespace) -> None:
+    device = options.device
+    hardware.prepare(device, "bf16", None)
+    dit = replace(TINY if options.tiny else A14B.dit, num_layers=options.layers)
+    model = random_expert(dit, torch.bfloat16, device, attend=attention_by(options.kernel))
+    model.fuse_projections()
+    if device == "cuda":
+        compile_blocks(model, "default")
+    spec = replace(A14B, dit=dit, frames=5 if options.tiny else A14B.frames)
+    full, cached = plans(options, spec)
+    ranks, choice = Ranks(device), Choice(options.kernel, "asked for")
+    pipeline = ImageToVideoPipeline(
+        spec, ResidentExperts({"high_noise": model, "low_noise": model}), None, ranks, choice
+    )
+    generator, g = torch.Generator(device).manual_seed(1), full.geometry
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    noise, condition = (normal(1, c, g.latent_frames, g.latent_height, g.latent_width) for c in (16, 20))
+    text: dict[Branch, Tensor] = {name: normal(dit.text_len // 8, dit.text_dim) for name in get_args(Branch)}
+
+    def seconds(plan: Plan) -> float:
+        synchronize(device)
+        started = time.perf_counter()
+        residuals = ResidualCache(plan.skips)
+        latent = pipeline.denoise(plan, noise, condition, text, residuals, lambda done, expert: None)
+        synchronize(device)
+        assert torch.isfinite(latent).all()
+        return time.perf_counter() - started
+
+    warm = replace(full, schedule=full.schedule[:1])
+    seconds(warm)  # compiles
+    found: dict[str, list[float]] = {"full": [], "cached": []}
+    for _ in range(options.rounds):
+        for name, plan in (("full", full), ("cached", cached)):
+            hardware.reset_peak_memory(device)
+            found[name].append(seconds(plan))
+            print(
+                f"{name}: {found[name][-1]:.2f} s, peak {hardware.peak_memory_bytes(device) / 1e9:.1f} GB", flush=True
+            )
+    times = {name: statistics.median(values) for name, values in found.items()}
+    plan = cast(dict[str, Any], cached.to_json()["magcache"])
+    ratio, share = times["cached"] / times["full"], 1 - plan["skipped_forwards"] / plan["total_forwards"]
+    print(f"{ratio:.4f} of the time for {share:.4f} of the forwards: skipping costs {ratio / share - 1:+.2%}")
+    facts = {"layers": dit.num_layers, "size": f"{g.width}x{g.height}", "frames": g.frames, "tokens": g.tokens}
+    result = {"seconds": found, "ratio": round(ratio, 4), "share": round(share, 4), "cost": round(ratio / share - 1, 4)}
+    machine = {"kernel": options.kernel, "hardware": hardware.describe(device), "versions": versions()}
+    print(json.dumps({**facts, **result, "magcache": plan, **machine}))
+
+
+def plans(options: argparse.Namespace, spec: Any) -> tuple[Plan, Plan]:
+    """Without and with skipping."""
+    threshold, max_skips, retention = magcache_settings(options.settings) or parser_error(options.settings)
+    config = EffectiveConfig(
+        model="a14b", image="", image_sha256="", prompt="", negative_prompt="", size=options.size, frames=spec.frames,
+        steps=options.steps, shift=spec.shift, guidance_high_noise=3.5, guidance_low_noise=3.5, solver="unipc", seed=0,
+        noise_device="cpu", fps=16, precision="bf16", device=options.device, output="out.mp4", overwrite=False,
+        contact_sheet=False, artifacts_dir="", magcache="preset", magcache_thresh=threshold, magcache_k=max_skips,
+        retention_ratio=retention, magcache_rule=options.rule,
+    )  # fmt: skip
+    known = preset(A14B)
+    assert known is not None
+    of, to = (steps_of("unipc", steps, spec.shift, spec.boundary) for steps in (known["steps"], options.steps))
+    ratios = resample([(first, second) for first, second in known["ratios"]], of, to)
+    width, height = map(int, options.size.split("x"))
+    full = Plan.of(config, spec, (width, height))
+    return full, replace(full, curve=Curve("preset", tuple(ratios), None if of == to else known["steps"]))
+
+
+def parser_error(name: str) -> Any:
+    raise SystemExit(f"--settings {name}: write them as E012K2R20")
+
+
+if __name__ == "__main__":
+    main()
