@@ -5,8 +5,8 @@
     python benchmarks/magcache.py --tiny                   # to see that it runs, on a CPU too
 
 The pipeline's own loop, over one expert of random weights that stands for both. The plan is that of the published
-curve. What skipping costs is the ratio of the two times over the share of the forwards that are computed, less 1, of the
-medians. The last line is one JSON document.
+curve. What skipping costs is the ratio of the two times (medians) over the share of the forwards that are computed,
+less 1. The last line is one JSON document.
 """
 
 from __future__ import annotations

@@ -79,14 +79,23 @@ def place(requests: Sequence[GenerateConfig], plans: Sequence[Plan]) -> list[Pla
         "t5_fsdp": t5_fsdp,
         "expert_offload": expert_offload,
     }
-    return [
-        dataclasses.replace(
-            plan,
-            config=dataclasses.replace(plan.config, **chosen),
-            placement=reason,
-        )
-        for plan in plans
+    placed = [
+        dataclasses.replace(plan, config=dataclasses.replace(plan.config, **chosen), placement=reason) for plan in plans
     ]
+    for plan in placed:
+        _check_skips(plan)
+    return placed
+
+
+def _check_skips(plan: Plan) -> None:
+    """What MagCache skips on this mesh. Raises ConfigError if that cannot be."""
+    config = plan.config
+    if plan.curve and config.dit_fsdp == "on" and config.cfg_parallel == 2 and config.magcache_joint == "off":
+        raise ConfigError(
+            "--magcache-joint off: sharded experts gather their weights on all ranks at once, so the branches must skip "
+            "together: drop it, or take --dit-fsdp off or --cfg-parallel 1"
+        )
+    assert plan.skips  # or a budget that cannot be met is refused
 
 
 def needed(

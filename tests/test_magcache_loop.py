@@ -1,0 +1,206 @@
+"""MagCache in the loop: the same plan and latents on every mesh, with sharded, swapped and compiled experts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gang import on_gang
+from tests.parity import relative_error
+from tests.small_model import write_small_model
+from tests.test_gangs import MESHES, final_latents, shown, with_options
+from wanfast.runtime import generate
+from wanfast.runtime.config import GenerateConfig
+from wanfast.runtime.distributed.mesh import Mesh
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.experts import SwappedExperts
+from wanfast.runtime.magcache_curves import Curve
+from wanfast.runtime.model_files import ModelFiles
+from wanfast.runtime.models.dit import Block, WanDiT
+from wanfast.runtime.placement import needed, place
+from wanfast.runtime.plan import Plan, resolve
+from wanfast.runtime.timing import Stopwatch
+
+# Eight steps, three of them with high noise; branches differ, and each expert skips, the high-noise one at its end too.
+RATIOS = ((1.0, 1.0), (0.99, 0.9), (0.98, 0.99), (0.7, 0.7), (0.99, 0.98), (0.97, 0.9), (0.99, 0.99), (0.98, 0.7))
+APART = [tuple(letter == "." for letter in step) for step in ("##", ".#", "..", "##", "..", ".#", "#.", ".#")]
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def planned(small_model: Path, workdir: Path) -> tuple[Plan, ModelFiles]:
+    """Without skipping. 40 tokens."""
+    config = GenerateConfig(
+        model=str(small_model),
+        image="cat.png",
+        prompt="a cat",
+        steps=8,
+        guidance_high_noise=2.0,
+        guidance_low_noise=3.5,
+        seed=7,
+        precision="fp32",
+        device="cpu",
+    )
+    plan, files = resolve(config)
+    assert plan.experts.count("high_noise") == 3
+    return plan, files
+
+
+def skipping(plan: Plan, **options: object) -> Plan:
+    settings = {
+        "magcache": "preset", "magcache_thresh": 0.06, "magcache_k": 2, "retention_ratio": 0.0,
+        "magcache_rule": "both-experts", "magcache_joint": "off",
+    }  # fmt: skip
+    return dataclasses.replace(with_options(plan, **settings | options), curve=Curve("preset", RATIOS))
+
+
+def test_what_is_skipped_does_not_run(planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, files = planned
+    ran: list[int] = []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *a: ran.append(1) or forward(self, *a))
+    whole = final_latents(plan, files, Ranks("cpu"))
+    assert len(ran) == 16 * files.spec.dit.num_layers
+    ran.clear()
+    plan = skipping(plan)
+    assert plan.skips == APART
+    latents = final_latents(plan, files, Ranks("cpu"))
+    assert len(ran) == (16 - sum(map(sum, APART))) * files.spec.dit.num_layers
+    assert 1e-4 < relative_error(latents, whole) < 1
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fsdp", "joint"),
+    [
+        (mesh, fsdp, joint)
+        for mesh in MESHES
+        for fsdp in ("off", "on")
+        for joint in ("on", "off")
+        if mesh.gang_size <= 4 and (mesh.cfg, fsdp, joint) != (2, "on", "off")  # which is refused
+    ],
+    ids=lambda value: shown(value) if isinstance(value, Mesh) else value,
+)
+def test_every_mesh_skips_alike(planned: tuple[Plan, ModelFiles], mesh: Mesh, fsdp: str, joint: str) -> None:
+    plan, files = planned
+    plan = skipping(plan, magcache_joint=joint)
+    expected = final_latents(plan, files, Ranks("cpu"))
+    sharded = with_options(
+        plan,
+        dit_fsdp=fsdp,
+        t5_fsdp=fsdp,
+        artifacts_dir=f"artifacts-{fsdp}",
+        cfg_parallel=mesh.cfg,
+        ulysses=mesh.ulysses,
+    )
+    assert sharded.skips == plan.skips
+    got = on_gang(mesh, lambda ranks: final_latents(sharded, files, ranks))
+    error = max(relative_error(latents, expected) for latents in got)
+    print(f"{shown(mesh)}, FSDP {fsdp}, joint {joint}: relative error of the final latents {error:.1e}")
+    assert error <= 1e-5
+    assert all(torch.equal(latents, got[0]) for latents in got)
+
+
+def test_sharded_experts_cannot_skip_apart(planned: tuple[Plan, ModelFiles]) -> None:
+    """A rank would wait for weights that the others do not gather."""
+    plan, _ = planned
+    request = GenerateConfig(
+        model="tiny", image="cat.png", prompt="a cat", device="cpu", num_gpus=2, dit_fsdp="on", magcache="preset",
+        magcache_joint="off",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="--magcache-joint off: sharded experts"):
+        place([request], [skipping(plan)])
+    alone = dataclasses.replace(request, cfg_parallel=1)
+    assert place([alone], [skipping(plan)])[0].skips == APART
+
+
+def test_branches_on_different_ranks_skip_together_by_default(planned: tuple[Plan, ModelFiles]) -> None:
+    plan, _ = planned
+    both, apart = (skipping(plan, magcache_joint="auto", cfg_parallel=cfg) for cfg in (2, 1))
+    assert all(first == second for first, second in both.skips) and apart.skips == APART
+    document = both.to_json()["magcache"]
+    assert document["joint"] and document["skipped_forwards_apart"] == sum(map(sum, APART))
+    assert document["skipped_forwards"] == sum(map(sum, both.skips)) < document["skipped_forwards_apart"]
+
+
+@torch.inference_mode()
+def test_swapped_experts_skip_too(planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each expert's weights come once, the blocks of the second behind the last call that runs the first one's."""
+    plan, files = planned
+    expected = final_latents(skipping(plan), files, Ranks("cpu"))
+    events: list[str] = []
+    overwrite, forward = SwappedExperts._overwrite, Block.forward
+
+    def copied(self: SwappedExperts, expert: str, chosen: Callable[[str], bool]) -> None:
+        events.extend(f"{expert} {name}" for name in self._parameters if chosen(name))
+        overwrite(self, expert, chosen)
+
+    def ran(self: Block, *arguments: object) -> object:
+        events.append("block")
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(SwappedExperts, "_overwrite", copied)
+    monkeypatch.setattr(Block, "forward", ran)
+    got = final_latents(skipping(plan, expert_offload="on"), files, Ranks("cpu"))
+    assert torch.equal(got, expected)
+    copies = [event for event in events if event != "block"]
+    assert len(copies) == len(set(copies))
+    first = next(k for k, event in enumerate(events) if event.startswith("low_noise blocks.0."))
+    # high noise computes both branches of step 0, and of step 1 the negative prompt's
+    assert events[:first].count("block") == 2 * files.spec.dit.num_layers + 1
+
+
+@torch.inference_mode()
+def test_a_second_video_starts_clean(planned: tuple[Plan, ModelFiles]) -> None:
+    plan, files = planned
+    plan = skipping(plan)
+    pipeline = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    image = torch.zeros(3, plan.geometry.height, plan.geometry.width)
+    text = {name: torch.randn(4, files.spec.dit.text_dim) for name in ("prompt", "negative_prompt")}
+    first = pipeline(plan, image, text, Stopwatch("cpu"))
+    pipeline(plan, image + 1, text, Stopwatch("cpu"))
+    assert torch.equal(pipeline(plan, image, text, Stopwatch("cpu")), first)
+
+
+@torch.inference_mode()
+def test_compiled_blocks_stay_one_graph(planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, files = planned
+    plan = skipping(plan)
+    expected = final_latents(plan, files, Ranks("cpu"))
+
+    def compiled(model: WanDiT, mode: str) -> None:
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False, backend="eager")
+
+    monkeypatch.setattr(generate, "compile_blocks", compiled)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got = final_latents(with_options(plan, compile=True), files, Ranks("cpu"))
+    assert relative_error(got, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("recipe", ["int8-weight-only", "int8-dynamic", "fp8-rowwise"])
+def test_quantized_experts_skip_too(planned: tuple[Plan, ModelFiles], recipe: str) -> None:
+    """By two ranks as by one: what is reused is the same residual."""
+    plan, files = planned
+    plan = skipping(plan, precision="bf16", quantize=recipe, quantize_on_the_fly=True)
+    expected = final_latents(plan, files, Ranks("cpu"))
+    for latents in on_gang(Mesh(cfg=2), lambda ranks: final_latents(plan, files, ranks)):
+        assert torch.equal(latents, expected)
+
+
+def test_residuals_count_in_the_memory_of_a_rank(planned: tuple[Plan, ModelFiles]) -> None:
+    plan, files = planned
+    spec, geometry = files.spec, plan.geometry
+    for mesh, tokens in ((Mesh(), 40), (Mesh(ulysses=4), 10), (Mesh(ulysses=3), 14)):
+        need = needed(spec, "bf16", geometry, mesh, num_residuals=2)
+        assert need.residuals == 2 * 4 * spec.dit.dim * tokens
+        assert needed(spec, "bf16", geometry, mesh).residuals == 0
