@@ -1,6 +1,6 @@
 """The loop of a generation with MagCache against the same without: does a skipped forward cost anything?
 
-    python benchmarks/magcache.py                          # A14B's 40 layers, 832x480x81, 40 steps, one GPU
+    python benchmarks/magcache.py                          # A14B's 40 layers, 40 steps, the area of 832x480, one GPU
     python benchmarks/magcache.py --steps 20 --rounds 2
     python benchmarks/magcache.py --tiny                   # to see that it runs, on a CPU too
 

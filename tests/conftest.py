@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from wanfast.cli import main
-from wanfast.runtime import checkpoint
+from wanfast.runtime import checkpoint, placement
+from wanfast.runtime.gpus import Gpu
 
 if torch.version.cuda is None:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels run on a CPU, slowly
@@ -71,3 +72,19 @@ def wanfast(workdir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
         return Outcome(int(stop.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+Machine = Callable[..., None]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """`machine(count, gigabytes)`: so many GPUs with so much memory free, on a host with enough or as much as said."""
+
+    def set_up(count: int, gigabytes: float, host_gb: float = 500) -> None:
+        monkeypatch.setattr(placement, "available_host_bytes", lambda: int(host_gb * 1e9))
+        free = int(gigabytes * 1e9)
+        found = [Gpu("NVIDIA H100", free, free, "580", (9, 0), 18)] * count
+        monkeypatch.setattr(placement.gpus, "visible_gpus", lambda: found)
+
+    return set_up

@@ -35,7 +35,7 @@ def test_the_surface_is_the_checked_in_one(wanfast: Wanfast, monkeypatch: pytest
     monkeypatch.setenv("COLUMNS", "100")
     pages = [
         wanfast(*command, "--help").out
-        for command in ([], ["generate"], ["download"], ["quantize"], ["warmup"], ["doctor"])
+        for command in ([], ["generate"], ["download"], ["quantize"], ["calibrate-magcache"], ["warmup"], ["doctor"])
     ]
     surface = "\n".join(line.rstrip() for page in pages for line in page.splitlines()) + "\n"
     if os.environ.get("WANFAST_UPDATE_SURFACE"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import Outcome
+from tests.conftest import Machine, Outcome
 from wanfast.runtime import elastic, launch, memory, placement
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.errors import RankFailedError
@@ -22,23 +22,9 @@ from wanfast.runtime.models.umt5 import UMT5Encoder
 NOTHING = dict.fromkeys((f.name for f in dataclasses.fields(EffectiveConfig) if f.default is dataclasses.MISSING), "")
 
 Wanfast = Callable[..., Outcome]
-Machine = Callable[..., None]
 A14B_DRY = ("generate", "--image", "cat.png", "--prompt", "a cat", "--dry-run", "--json")
 TINY_DRY = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--dry-run", "--json")
 MADE = {"replica": 1, "cfg": 1, "ulysses": 1}
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """`machine(count, gigabytes)`: so many GPUs with so much memory free, on a host with enough or as much as said."""
-
-    def set_up(count: int, gigabytes: float, host_gb: float = 500) -> None:
-        monkeypatch.setattr(placement, "available_host_bytes", lambda: int(host_gb * 1e9))
-        free = int(gigabytes * 1e9)
-        found = [Gpu("NVIDIA H100", free, free, "580", (9, 0), 18)] * count
-        monkeypatch.setattr(placement.gpus, "visible_gpus", lambda: found)
-
-    return set_up
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

@@ -140,18 +140,25 @@ def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
     else:
         settings = f"threshold {m['threshold']:g}, at most {m['max_skips']} in a row"
     settings += f", first {m['retention']:.0%} computed, {m['rule']}"
-    bridged = f" of {m['interpolated_from_steps']} steps" if m["interpolated_from_steps"] else ""
+    bridged = f", bridged from {m['interpolated_from_steps']} steps" if m["interpolated_from_steps"] else ""
     share = f"{m['skipped_forwards']} of {m['total_forwards']} forwards skipped ({m['skipped_share']:.1%})"
     if m["skipped_forwards_apart"] is not None:
-        share += f", both branches together; apart it were {m['skipped_forwards_apart']}"
-    lines = [f"{share}; curve {m['curve']}{bridged}: {settings}"]
+        share += f", both branches together; apart {m['skipped_forwards_apart']} would be"
     branches = {"prompt": m["skips_cond"], "negative prompt": m["skips_uncond"]}
     if m["skips_cond"] == m["skips_uncond"]:
         branches = {"both branches": m["skips_cond"]}
     high = plan["steps"]["high_noise"]
-    for name, skips in branches.items():
-        strip = "".join("." if skip else "#" for skip in skips)
-        lines.append(f"{strip[:high]} | {strip[high:]}  {name}: # computed, . skipped; high noise | low noise")
+    strips = [
+        f"{strip[:high]}|{strip[high:]} {name}"
+        for name, skips in branches.items()
+        for strip in ["".join("." if skip else "#" for skip in skips)]
+    ]
+    lines = [
+        share,
+        *strips,
+        "(# computed, . skipped; high noise | low noise)",
+        f"{settings}; curve {m['curve']}{bridged}",
+    ]
     return {"magcache": "\n".join(lines)}
 
 

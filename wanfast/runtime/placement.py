@@ -92,8 +92,8 @@ def _check_skips(plan: Plan) -> None:
     config = plan.config
     if plan.curve and config.dit_fsdp == "on" and config.cfg_parallel == 2 and config.magcache_joint == "off":
         raise ConfigError(
-            "--magcache-joint off: sharded experts gather their weights on all ranks at once, so the branches must skip "
-            "together: drop it, or take --dit-fsdp off or --cfg-parallel 1"
+            "--magcache-joint off: sharded experts gather their weights on all ranks at once, so the branches must "
+            "skip together: drop it, or take --dit-fsdp off or --cfg-parallel 1"
         )
     assert plan.skips  # or a budget that cannot be met is refused
 

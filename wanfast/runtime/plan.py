@@ -118,13 +118,13 @@ class Plan:
     def _skips(self, *, joint: bool) -> list[Skips]:
         if self.curve is None:
             return [(False, False)] * len(self.schedule)
-        c, ratios, guided = self.config, self.curve.ratios, self._guided
-        assert c.magcache_k is not None and c.retention_ratio is not None and c.magcache_rule is not None
-        threshold = c.magcache_thresh or 0.0  # of a budget there is none
-        settings = MagCacheSettings(threshold, c.magcache_k, c.retention_ratio, c.magcache_rule)
-        wanted = c.magcache_skip
-        if c.magcache_budget is not None:
-            wanted = int((1 - c.magcache_budget) * self.num_forwards + 1e-9)
+        config, ratios, guided = self.config, self.curve.ratios, self._guided
+        assert config.magcache_k is not None and config.retention_ratio is not None and config.magcache_rule is not None
+        threshold = config.magcache_thresh or 0.0  # of a budget there is none
+        settings = MagCacheSettings(threshold, config.magcache_k, config.retention_ratio, config.magcache_rule)
+        wanted = config.magcache_skip
+        if config.magcache_budget is not None:
+            wanted = int((1 - config.magcache_budget) * self.num_forwards + 1e-9)
             wanted -= wanted % 2 if joint and all(guided) else 0
         if wanted is None:
             return plan_skips(ratios, self.experts, settings, joint=joint, guided=guided)
@@ -133,16 +133,16 @@ class Plan:
     def _magcache_json(self) -> dict[str, Any] | None:
         if self.curve is None:
             return None
-        c, skipped = self.config, sum(map(sum, self.skips))
-        apart = sum(map(sum, self._skips(joint=False))) if self.is_joint and c.magcache_skip is None else None
+        config, skipped = self.config, sum(map(sum, self.skips))
+        apart = sum(map(sum, self._skips(joint=False))) if self.is_joint and config.magcache_skip is None else None
         return {
             "curve": self.curve.name,
             "interpolated_from_steps": self.curve.interpolated_from,
-            "plan": "greedy" if c.magcache_thresh is not None else "least error",
-            "threshold": c.magcache_thresh,
-            "max_skips": c.magcache_k,
-            "retention": c.retention_ratio,
-            "rule": c.magcache_rule,
+            "plan": "greedy" if config.magcache_thresh is not None else "least error",
+            "threshold": config.magcache_thresh,
+            "max_skips": config.magcache_k,
+            "retention": config.retention_ratio,
+            "rule": config.magcache_rule,
             "joint": self.is_joint,
             "total_forwards": self.num_forwards,
             "skipped_forwards": skipped,

@@ -1,0 +1,375 @@
+"""`wanfast calibrate-magcache`, and the options of `generate` that skip by what it keeps."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Machine, Outcome
+from tests.gang import on_gang
+from wanfast.magcache_calib import clips
+from wanfast.magcache_calib.ratios import averaged
+from wanfast.magcache_calib.recorder import Recorder
+from wanfast.runtime import generate, model_files
+from wanfast.runtime.distributed.mesh import Mesh
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.magcache_curves import preset
+from wanfast.runtime.model_spec import A14B
+
+Wanfast = Callable[..., Outcome]
+SHAPE = ("--model", "tiny", "--device", "cpu", "--size", "64x64", "--frames", "5", "--steps", "6")
+CALIBRATE = ("calibrate-magcache", *SHAPE, "--set", "set", "--json")
+SHOWN = ("generate", *SHAPE, "--image", "cat.png", "--prompt", "a cat", "--seed", "1")
+GENERATE = (*SHOWN, "--json")
+DRY = (*GENERATE, "--dry-run")
+
+
+@pytest.fixture
+def folder(workdir: Path) -> Path:
+    """A set of two clips."""
+    (workdir / "set").mkdir()
+    shutil.copy("cat.png", "set/a.png")
+    lines = [{"image": "a.png", "prompt": "a cat jumps"}, {"image": "a.png", "prompt": "a cat sleeps"}]
+    (workdir / "set/clips.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return workdir / "set"
+
+
+def test_a_curve_is_measured_kept_and_skipped_by(wanfast: Wanfast, folder: Path) -> None:
+    outcome = wanfast(*CALIBRATE)
+    assert outcome.exit_code == 0, outcome.err
+    found = outcome.document
+    artifact = Path(found["output"])
+    assert sorted(file.name for file in artifact.iterdir()) == ["manifest.json", "ratios.json", "ratios.png"]
+    assert (artifact / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    assert found["clips"] == 2 and len(found["ratios"]) == 6 and found["ratios"][0] == [1.0, 1.0]
+    assert all(0.3 < ratio < 1.5 for row in found["ratios"][1:] for ratio in row)
+    assert all(0 < spread < 1 for row in found["spread"][1:] for spread in row)
+    assert found["preset"] is None  # which has other steps
+    assert json.loads((artifact / "ratios.json").read_text())["ratios"] == found["ratios"]
+
+    again = wanfast(*CALIBRATE)
+    assert again.document["was_there"] and again.document["ratios"] == found["ratios"]
+
+    made = wanfast(*GENERATE, "--magcache", "artifact", "--magcache-thresh", "9", "--retention-ratio", "0")
+    plan = made.document["plan"]["magcache"]
+    assert plan["curve"] == made.document["effective"]["magcache"] == artifact.name
+    high = made.document["plan"]["steps"]["high_noise"]
+    skips = [False] * (high + 1) + [True, True, False, True, True][: 5 - high]
+    assert plan["skips_cond"] == plan["skips_uncond"] == skips
+    assert (plan["total_forwards"], plan["skipped_forwards"]) == (12, 2 * sum(skips))
+    repeated = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--json")
+    assert repeated.document["output_sha256"] == made.document["output_sha256"]
+    whole = wanfast("generate", "--from", "out.json", "--magcache", "off", "--output", "whole.mp4", "--json")
+    assert whole.document["plan"]["magcache"] is None
+    assert whole.document["output_sha256"] != made.document["output_sha256"]
+
+
+def test_a_run_that_was_cut_off_goes_on(wanfast: Wanfast, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wanfast.magcache_calib import calibrate
+
+    whole = wanfast(*CALIBRATE, "--artifacts-dir", "other").document["ratios"]
+    made: list[int] = []
+    measure = calibrate.measure
+
+    def interrupted(index: int, *arguments: Any) -> dict[str, Any]:
+        if made:
+            raise KeyboardInterrupt
+        made.append(index)
+        return measure(index, *arguments)
+
+    monkeypatch.setattr(calibrate, "measure", interrupted)
+    assert wanfast(*CALIBRATE).exit_code == 130
+    assert not list(Path("artifacts/magcache").glob("*/manifest.json"))
+    monkeypatch.setattr(calibrate, "measure", lambda index, *a: made.append(index) or measure(index, *a))
+    outcome = wanfast(*CALIBRATE)
+    assert "1 of 2 clips were measured before" in outcome.err
+    assert made == [0, 0]  # one in each run
+    assert outcome.document["ratios"] == whole
+
+
+def test_any_number_of_ranks_measures_the_same(wanfast: Wanfast, folder: Path) -> None:
+    """64 tokens over 4 ranks, and a size whose 40 tokens three ranks would not divide."""
+    curves = []
+    for ranks in (
+        (),
+        ("--num-gpus", "4"),
+        ("--num-gpus", "4", "--cfg-parallel", "1"),
+        ("--num-gpus", "2", "--dit-fsdp", "on"),
+    ):
+        outcome = wanfast(*CALIBRATE, "--precision", "fp32", "--artifacts-dir", f"artifacts{len(curves)}", *ranks)
+        assert outcome.exit_code == 0, outcome.err
+        curves.append([outcome.document[name] for name in ("ratios", "spread", "cosine_distance")])
+    for other in curves[1:]:
+        assert torch.allclose(torch.tensor(other), torch.tensor(curves[0]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(ulysses=4), Mesh(cfg=2, ulysses=2), Mesh(ulysses=8)], ids=str)
+def test_what_is_measured(mesh: Mesh) -> None:
+    """Against the formulas over all tokens; 10 of them, which 4 and 8 ranks fill up with what must not count."""
+    generator = torch.Generator().manual_seed(1)
+    first, second = torch.randn(2, 1, 10, 6, generator=generator)
+
+    def work(ranks: Ranks) -> list[dict[str, Any]]:
+        recorder = Recorder(ranks, 10)
+        for step, residual in enumerate((first, second)):
+            own = ranks.sequence.shard(residual, 1)
+            padding = ranks.sequence.shard(torch.ones(1, 10, 1), 1) == 0
+            for branch in ranks.guidance.own(("prompt", "negative_prompt")):
+                scale = 1 if branch == "prompt" or step == 0 else 3
+                recorder.keep(step, branch, torch.where(padding, torch.inf, own * scale))
+        if ranks.guidance.own(("prompt",)) and mesh.cfg == 2:
+            assert recorder.wants(0, "prompt") != recorder.wants(0, "negative_prompt")
+        return recorder.measured(2)
+
+    for found in on_gang(mesh, work) if mesh.gang_size > 1 else [work(Ranks("cpu"))]:
+        assert found[0] == {"prompt": None, "negative_prompt": None}
+        ratios = second.double().norm(dim=-1) / first.double().norm(dim=-1)
+        cosine = torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=-1)
+        for branch, scale in (("prompt", 1), ("negative_prompt", 3)):
+            assert found[1][branch] == pytest.approx(
+                {
+                    "ratio": scale * float(ratios.mean()),
+                    "spread": scale * float(ratios.std()),
+                    "cosine_distance": 1 - float(cosine.mean()),
+                },
+                rel=1e-5,
+            )
+
+
+def test_the_curve_is_the_mean_of_the_clips() -> None:
+    def step(ratio: float) -> dict[str, float]:
+        return {"ratio": ratio, "spread": 0.1, "cosine_distance": 0.2}
+
+    nothing = {"prompt": None, "negative_prompt": None}
+    unguided = {"prompt": step(0.7), "negative_prompt": None}
+    measured = [
+        {"steps": [nothing, {"prompt": step(0.9), "negative_prompt": step(0.8)}, unguided]},
+        {"steps": [nothing, {"prompt": step(0.7), "negative_prompt": step(0.8)}, unguided]},
+    ]
+    found = averaged(measured)
+    assert found["ratios"] == [[1.0, 1.0], [0.8, 0.8], [0.7, 0.7]]
+    assert found["scatter"] == [[0.0, 0.0], [pytest.approx(math.sqrt(0.02)), 0.0], [0.0, 0.0]]
+    assert found["spread"][1] == [0.1, 0.1] and found["cosine_distance"][2] == [0.2, 0.2]
+
+
+def test_two_seeds_of_the_shipped_set_agree_and_the_preset_with_them(wanfast: Wanfast) -> None:
+    curves = []
+    for seed in ("0", "50"):
+        outcome = wanfast("calibrate-magcache", "--model", "tiny", "--device", "cpu", "--seed", seed, "--json")
+        assert outcome.exit_code == 0, outcome.err
+        assert outcome.document["preset"]["differs"] is False and "the preset agrees" in outcome.err
+        curves.append(outcome.document)
+    first, second = curves
+    assert first["key"] != second["key"]
+    for step in range(1, 40):
+        for branch in (0, 1):
+            apart = abs(first["ratios"][step][branch] - second["ratios"][step][branch])
+            assert apart < first["spread"][step][branch], (step, branch)
+
+
+def test_the_preset_is_of_the_tiny_model_that_ships() -> None:
+    files = model_files.locate("tiny", "artifacts")
+    document = preset(files.spec)
+    assert document is not None
+    assert document["experts"] == {name: files.fingerprint(name) for name in ("high_noise", "low_noise")}
+    assert document["steps"] == files.spec.steps == len(document["ratios"])
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--steps", "7"], 3, "differs in steps (6, here 7)", ),
+        (["--precision", "fp32"], 3, "differs in precision (bf16, here fp32)"),
+        (["--guidance-low-noise", "3"], 3, "differs in guidance"),
+        (["--size", "96x96"], 3, "differs in size"),
+        (["--solver", "euler"], 3, "differs in solver"),
+        (["--steps", "7", "--magcache-interpolate"], 0, ""),
+        (["--shift", "3", "--magcache-interpolate"], 0, ""),
+        (["--precision", "fp32", "--magcache-interpolate"], 3, "differs in precision"),
+        (["--magcache", "0123456789ab"], 3, "no curve is calibrated for this run"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_curve_of_another_run_is_refused(
+    wanfast: Wanfast, folder: Path, options: list[str], code: int, words: str
+) -> None:
+    key = wanfast(*CALIBRATE).document["key"]
+    outcome = wanfast(*DRY, "--magcache", "artifact", *options)
+    assert outcome.exit_code == code and words in outcome.err, outcome.err
+    if code == 0:
+        assert outcome.document["plan"]["magcache"]["interpolated_from_steps"] == 6
+        assert outcome.document["plan"]["magcache"]["curve"] == key
+    else:
+        assert "run `wanfast calibrate-magcache --model tiny" in outcome.err and len(outcome.err.splitlines()) == 1
+    if "differs in steps" in words:
+        assert "or add --magcache-interpolate" in outcome.err
+
+
+def test_the_command_of_a_refusal_mends_it(wanfast: Wanfast, folder: Path) -> None:
+    refused = wanfast(*DRY, "--magcache", "artifact", "--guidance-low-noise", "3")
+    command = refused.err.split("`")[1].split()
+    assert command[0] == "wanfast" and wanfast(*command[1:], "--set", "set").exit_code == 0
+    assert wanfast(*DRY, "--magcache", "artifact", "--guidance-low-noise", "3").exit_code == 0
+
+
+def test_an_edited_curve_is_refused(wanfast: Wanfast, folder: Path) -> None:
+    artifact = Path(wanfast(*CALIBRATE).document["output"])
+    file = artifact / "ratios.json"
+    whole = file.read_text()
+    file.write_text(whole.replace("1.0", "0.5", 1))
+    outcome = wanfast(*DRY, "--magcache", "artifact")
+    assert outcome.exit_code == 4 and f"{artifact} was changed after it was made" in outcome.err
+    file.write_text(whole)
+    assert wanfast(*DRY, "--magcache", "artifact").exit_code == 0
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest["inputs"]["steps"] = 7
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    outcome = wanfast(*DRY, "--magcache", "artifact", "--steps", "7")
+    assert outcome.exit_code == 4 and "was changed after it was made" in outcome.err
+    assert "run `wanfast calibrate-magcache" in outcome.err
+
+
+def test_several_sets_want_a_name(wanfast: Wanfast, folder: Path) -> None:
+    keys = [wanfast(*CALIBRATE, "--seed", seed).document["key"] for seed in ("0", "1")]
+    outcome = wanfast(*DRY, "--magcache", "artifact")
+    assert outcome.exit_code == 2 and all(key in outcome.err for key in keys)
+    chosen = wanfast(*DRY, "--magcache", keys[1]).document
+    assert chosen["plan"]["magcache"]["curve"] == keys[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "clips.jsonl cannot be read (No such file or directory)"),
+        ("\n\n", "names no clip"),
+        ('{"image": "a.png"}', "line 1 of clips.jsonl is not an object with image and prompt"),
+        ('{"image": "a.png", "prompt": " "}', "line 1 of clips.jsonl has no prompt"),
+        ('{"image": "none.png", "prompt": "a cat"}', "none.png"),
+    ],
+)
+def test_a_set_that_cannot_be_read(wanfast: Wanfast, folder: Path, content: str | None, words: str) -> None:
+    (folder / "clips.jsonl").unlink()
+    if content is not None:
+        (folder / "clips.jsonl").write_text(content)
+    outcome = wanfast(*CALIBRATE)
+    assert outcome.exit_code == 2 and words in outcome.err
+    assert not Path("artifacts").exists()
+
+
+def test_the_shipped_sets_are_whole() -> None:
+    tiny = model_files.locate("tiny", "artifacts").spec
+    for spec in (tiny, A14B):
+        found = clips.read_set(clips.shipped_set(spec), 0)
+        assert len(found) == 4 and len({clip.image_sha256 for clip in found}) == 4
+    assert clips.digest_of(found) != clips.digest_of(clips.read_set(clips.shipped_set(A14B), 1))
+
+
+A14B_SHOWN = ("generate", "--image", "cat.png", "--prompt", "a cat", "--seed", "1", "--dry-run")
+A14B_DRY = (*A14B_SHOWN, "--json")
+
+
+def test_a_dry_run_shows_the_plan(wanfast: Wanfast, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(8, 84)
+    spelt = ("--magcache", "preset", "--magcache-thresh", "0.12", "--magcache-k", "2", "--retention-ratio", "0.2")
+    short, long = (wanfast(*A14B_DRY, *options).document for options in (("--magcache", "E012K2R20"), spelt))
+    plan = short["plan"]["magcache"]
+    assert plan == long["plan"]["magcache"]
+    assert (plan["total_forwards"], plan["skipped_forwards"], plan["skipped_share"]) == (80, 22, 0.275)
+    assert "".join(".#"[not skip] for skip in plan["skips_cond"]) == "####################..#..#..#..#.#.#.###"
+    assert short["predicted_s"] is None
+    monkeypatch.setenv("COLUMNS", "120")
+    said = wanfast(*A14B_SHOWN, "--magcache", "E012K2R20", "--magcache-rule", "both-experts", "--num-gpus", "8").out
+    assert "38 of 80 forwards skipped (47.5%), both branches together; apart 38 would be" in said
+    assert "###..#..#..#..#|" in said and "curve preset" in said
+
+
+def test_a_plan_is_timed_by_runs_like_it(wanfast: Wanfast) -> None:
+    options = (*GENERATE[:-1], "--magcache", "preset", "--magcache-interpolate", "--json")
+    made = wanfast(*options).document
+    computed = 12 - made["plan"]["magcache"]["skipped_forwards"]
+    whole = wanfast(*DRY, "--overwrite").document
+    assert whole["predicted_s"] == pytest.approx(made["seconds"]["denoise"] * 12 / computed, abs=2e-3)
+    assert wanfast(*DRY, "--overwrite", "--precision", "fp32").document["predicted_s"] is None
+    assert "by an earlier run like it" in wanfast(*SHOWN, "--dry-run", "--overwrite").out.replace("\n", " ")
+
+
+def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> None:
+    machine(2, 141)
+
+    def plan(*options: str) -> dict[str, Any]:
+        outcome = wanfast(*A14B_DRY, "--magcache", "preset", *options)
+        assert outcome.exit_code == 0, outcome.err
+        found: dict[str, Any] = outcome.document["plan"]["magcache"]
+        return found
+
+    greedy = plan("--magcache-rule", "both-experts")
+    same = plan("--magcache-skip", str(greedy["skipped_forwards"]))
+    assert same["skipped_forwards"] == greedy["skipped_forwards"] == 38 and same["plan"] == "least error"
+    assert same["accumulated_error"] < greedy["accumulated_error"]
+    assert plan("--magcache-budget", "0.6")["skipped_forwards"] == 32
+    assert plan("--magcache-skip", "17")["skipped_forwards"] == 17
+    assert plan("--magcache-budget", "0.59", "--num-gpus", "2")["skipped_forwards"] == 32  # by twos
+    for options, words in (
+        (("--magcache-skip", "60"), "no plan skips 60 of the forwards: at most"),
+        (("--magcache-skip", "17", "--num-gpus", "2"), "no plan skips 17 of the forwards by twos"),
+        (
+            ("--magcache-budget", "0.6", "--magcache-rule", "low-noise-only"),
+            "at most 28 of them with --magcache-rule low",
+        ),
+    ):
+        outcome = wanfast(*A14B_DRY, "--magcache", "preset", *options)
+        assert outcome.exit_code == 2 and words in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--magcache", "on"], "--magcache 'on': take off, preset, artifact"),
+        (["--magcache-k", "2"], "--magcache-k needs --magcache"),
+        (["--magcache-rule", "both-experts"], "--magcache-rule needs --magcache"),
+        (["--magcache-joint", "on"], "--magcache-joint needs --magcache"),
+        (["--magcache-interpolate"], "--magcache-interpolate needs --magcache"),
+        (["--magcache", "E012K2R20", "--magcache-thresh", "0.1"], "says what --magcache-thresh would"),
+        (["--magcache", "E012K2R20", "--magcache-budget", "0.5"], "says what --magcache-budget would"),
+        (["--magcache", "preset", "--magcache-thresh", "0.1", "--magcache-budget", "0.5"], "exclude each other"),
+        (["--magcache", "preset", "--magcache-skip", "3", "--magcache-budget", "0.5"], "exclude each other"),
+        (["--magcache", "preset", "--magcache-thresh", "0"], "--magcache-thresh 0.0: take"),
+        (["--magcache", "preset", "--magcache-k", "0"], "--magcache-k 0: take"),
+        (["--magcache", "preset", "--retention-ratio", "1.5"], "--retention-ratio 1.5: take"),
+        (["--magcache", "preset", "--magcache-budget", "0"], "--magcache-budget 0.0: take"),
+        (["--magcache", "preset", "--magcache-skip", "-1"], "--magcache-skip -1: take"),
+        (
+            ["--magcache", "preset", "--steps", "30"],
+            "that curve is of 40 steps by unipc at shift 5, and this run has 30",
+        ),
+        (["--magcache", "preset", "--shift", "3"], "and this run has 40 by unipc at 3: add --magcache-interpolate"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be(wanfast: Wanfast, options: list[str], words: str) -> None:
+    outcome = wanfast(*A14B_DRY, *options)
+    assert outcome.exit_code == 2 and words in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_a_curve_that_changed_since_the_plan_is_refused_by_the_worker(
+    wanfast: Wanfast, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = Path(wanfast(*CALIBRATE).document["output"])
+    load = generate.load_pipeline
+
+    def meanwhile(*arguments: Any) -> Any:
+        (artifact / "ratios.json").write_text("{}")
+        return load(*arguments)
+
+    monkeypatch.setattr(generate, "load_pipeline", meanwhile)
+    outcome = wanfast(*GENERATE, "--magcache", "artifact")
+    assert outcome.exit_code == 4 and "was changed after it was made" in outcome.err
+    assert not Path("out.mp4").exists()
