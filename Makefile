@@ -4,6 +4,7 @@
 #   make test       the whole suite, on a CPU
 #   make test-gpu   what only a GPU can show
 #   make tiny-quality   every quality figure of the tiny model
+#   make tiny-magcache  what skipping forwards saves and costs on the tiny model
 #   make check      format, lint, types, layers
 #   make clean      remove .venv and what the targets made
 
@@ -24,6 +25,9 @@ test-gpu: .venv/dev
 
 tiny-quality: .venv/dev
 	$(BIN)/python -m wanfast.quality --output benchmarks/results/tiny-quality.json
+
+tiny-magcache: .venv/dev
+	$(BIN)/python -m wanfast.quality.skipping --output benchmarks/results/tiny-magcache.json
 
 check: .venv/dev
 	$(BIN)/ruff format --check .
@@ -46,4 +50,4 @@ clean:
 	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
-.PHONY: generate test test-gpu tiny-quality check clean
+.PHONY: generate test test-gpu tiny-quality tiny-magcache check clean

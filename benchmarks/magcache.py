@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace) -> None:
                 f"{name}: {found[name][-1]:.2f} s, peak {hardware.peak_memory_bytes(device) / 1e9:.1f} GB", flush=True
             )
     times = {name: statistics.median(values) for name, values in found.items()}
-    plan = cast(dict[str, Any], cached.to_json()["magcache"])
+    plan = cast(dict[str, Any], cached.magcache_json())
     ratio, share = times["cached"] / times["full"], 1 - plan["skipped_forwards"] / plan["total_forwards"]
     print(f"{ratio:.4f} of the time for {share:.4f} of the forwards: skipping costs {ratio / share - 1:+.2%}")
     facts = {"layers": dit.num_layers, "size": f"{g.width}x{g.height}", "frames": g.frames, "tokens": g.tokens}
@@ -114,7 +114,7 @@ def plans(options: argparse.Namespace, spec: Any) -> tuple[Plan, Plan]:
     config = EffectiveConfig(
         model="a14b", image="", image_sha256="", prompt="", negative_prompt="", size=options.size, frames=spec.frames,
         steps=options.steps, shift=spec.shift, guidance_high_noise=3.5, guidance_low_noise=3.5, solver="unipc", seed=0,
-        noise_device="cpu", fps=16, precision="bf16", device=options.device, output="out.mp4", overwrite=False,
+        noise_device="cpu", fps=16, precision="bf16", device=options.device, output="", overwrite=False,
         contact_sheet=False, artifacts_dir="", magcache="preset", magcache_thresh=threshold, magcache_k=max_skips,
         retention_ratio=retention, magcache_rule=options.rule,
     )  # fmt: skip

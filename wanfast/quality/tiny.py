@@ -144,18 +144,21 @@ class Judge:
     def video(
         self, pipeline: ImageToVideoPipeline, task: Task, scene: Scene, image: Tensor
     ) -> tuple[Tensor, list[list[float]]]:
-        config = self.config
-        guidance = {} if task.with_prompt else {"guidance_high_noise": 1.0, "guidance_low_noise": 1.0}
-        config = EffectiveConfig(**{**vars(config), "seed": task.index, **guidance})
+        config = dataclasses.replace(self.config, seed=task.index)
+        if not task.with_prompt:
+            config = dataclasses.replace(config, guidance_high_noise=1.0, guidance_low_noise=1.0)
         plan = Plan.of(config, self.files.spec, (SIZE, SIZE))
+        with residual_ratios(pipeline) as ratios:
+            return self.by_plan(pipeline, plan, scene.caption if task.with_prompt else "", image), ratios
+
+    def by_plan(self, pipeline: ImageToVideoPipeline, plan: Plan, prompt: str, image: Tensor) -> Tensor:
         text: dict[Branch, Tensor] = {
-            "prompt": self.embed(scene.caption if task.with_prompt else ""),
+            "prompt": self.embed(prompt),
             "negative_prompt": self.embed(self.files.spec.negative_prompt),
         }
-        with residual_ratios(pipeline) as ratios:
-            video = pipeline(plan, image, text, Stopwatch("cpu"))
+        video = pipeline(plan, image, text, Stopwatch("cpu"))
         assert video is not None
-        return video, ratios
+        return video
 
     def embed(self, text: str) -> Tensor:
         embeds: Tensor = self.umt5(torch.tensor([self.tokenizer.encode(text).ids]))[0]

@@ -130,7 +130,8 @@ class Plan:
             return plan_skips(ratios, self.experts, settings, joint=joint, guided=guided)
         return plan_best(ratios, self.experts, settings, wanted, joint=joint, guided=guided)
 
-    def _magcache_json(self) -> dict[str, Any] | None:
+    def magcache_json(self) -> dict[str, Any] | None:
+        """What is skipped, by what, and how much it is; None if nothing is to be."""
         if self.curve is None:
             return None
         config, skipped = self.config, sum(map(sum, self.skips))
@@ -170,7 +171,7 @@ class Plan:
             "timesteps": self.timesteps,
             "guidance": self.guidance,
             "forwards": self.num_forwards,
-            "magcache": self._magcache_json(),
+            "magcache": self.magcache_json(),
             "precision": config.precision,
             "attention": config.attention,
             "quantize": config.quantize,

@@ -1,0 +1,194 @@
+"""What MagCache saves and costs on the tiny model, by one command: `make tiny-magcache`.
+
+Held-out pairs go through the pipeline without skipping and by every setting: the greedy rule at several thresholds, and
+for each of them the plan of the least accumulated error that skips as many forwards within the same limits. A video is
+compared with the one that skips nothing (PSNR, SSIM) and with the true clip, and followed by the tracker. Writes JSON
+and a plot of quality over the share that is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from wanfast.quality import metrics
+from wanfast.quality.tiny import Judge, Settings, share_right
+from wanfast.quality.tracking import classify
+from wanfast.quality.world import COLOURS, SIZE
+from wanfast.runtime import model_files, pixels
+from wanfast.runtime.config import MagCacheRule, magcache_settings
+from wanfast.runtime.magcache_curves import curve_of
+from wanfast.runtime.metadata import versions
+from wanfast.runtime.plan import Plan
+
+SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
+    ("low-noise-only", "E006K2R20"),
+    ("low-noise-only", "E012K2R20"),
+    ("low-noise-only", "E024K2R10"),
+    ("low-noise-only", "E048K4R10"),
+    ("both-experts", "E004K2R20"),
+    ("both-experts", "E012K2R20"),
+    ("both-experts", "E024K2R20"),
+    ("both-experts", "E024K4R10"),
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One setting's plan of one video."""
+
+    rule: MagCacheRule
+    name: str
+    kind: Literal["greedy", "least error"]
+    plan: Plan
+
+
+def ways(full: Plan, judge: Judge) -> list[Way]:
+    """Each setting greedily, and with the least error at equal cost."""
+    found = []
+    for rule, name in SETTINGS:
+        settings = magcache_settings(name)
+        assert settings is not None
+        threshold, max_skips, retention = settings
+        limits = {"magcache": "preset", "magcache_k": max_skips, "retention_ratio": retention, "magcache_rule": rule}
+        config = dataclasses.replace(full.config, **limits, magcache_thresh=threshold)  # type: ignore[arg-type]
+        greedy = dataclasses.replace(full, config=config, curve=curve_of(config, judge.files))
+        number = sum(map(sum, greedy.skips))
+        best_config = dataclasses.replace(config, magcache_thresh=None, magcache_skip=number)
+        best = dataclasses.replace(greedy, config=best_config)
+        found += [Way(rule, name, "greedy", greedy), Way(rule, name, "least error", best)]
+    return found
+
+
+@torch.inference_mode()
+def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
+    """A row for each way, and the first for none."""
+    scene, truth = judge.held_out(index)
+    full = Plan.of(dataclasses.replace(judge.config, seed=index), judge.files.spec, (SIZE, SIZE))
+    reference = judge.by_plan(judge.pipeline, full, scene.caption, truth[:, 0])
+    made = {tuple(full.skips): reference}  # plans that skip the same make the same video
+    rows = []
+    for way in (None, *ways(full, judge)):
+        plan = way.plan if way else full
+        key = tuple(plan.skips)
+        if key not in made:
+            made[key] = judge.by_plan(judge.pipeline, plan, scene.caption, truth[:, 0])
+        video = made[key]
+        rows.append(
+            {
+                "asked": scene.motion,
+                "shown": classify(pixels.to_uint8(video), COLOURS[scene.subject.colour]).motion,
+                "psnr": metrics.psnr(video, truth),
+                "psnr_unskipped": metrics.psnr(video, reference) if video is not reference else None,
+                "ssim_unskipped": metrics.ssim(video, reference),
+            }
+        )
+    return rows
+
+
+_judge: Judge | None = None
+
+
+def _start(settings: Settings) -> None:
+    global _judge
+    _judge = Judge(settings)
+
+
+def _work(index: int) -> list[dict[str, Any]]:
+    assert _judge is not None
+    return judged(_judge, index)
+
+
+def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[str, Any]]:
+    """A row for each way over all pairs, the first for none."""
+    full = Plan.of(judge.config, judge.files.spec, (SIZE, SIZE))
+    found: list[dict[str, Any]] = []
+    for number, way in enumerate((None, *ways(full, judge))):
+        rows = [result[number] for result in results]
+        plan = (way and way.plan.magcache_json()) or {"skipped_forwards": 0, "skipped_share": 0.0}
+        compared = [row["psnr_unskipped"] for row in rows if row["psnr_unskipped"] is not None]
+        found.append(
+            {
+                "settings": f"{way.name}, {way.rule}" if way else "off",
+                "plan": way.kind if way else None,
+                "skipped_forwards": plan["skipped_forwards"],
+                "skipped_share": plan["skipped_share"],
+                "accumulated_error": plan.get("accumulated_error"),
+                "psnr_unskipped": round(float(np.mean(compared)), 2) if compared else None,
+                "ssim_unskipped": round(float(np.mean([row["ssim_unskipped"] for row in rows])), 4),
+                "psnr": round(float(np.mean([row["psnr"] for row in rows])), 2),
+                "prompt_following": share_right([row["asked"] for row in rows], [row["shown"] for row in rows]),
+            }
+        )
+    return found
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """PSNR and SSIM against the video that skips nothing, and prompts followed, over the share skipped."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, (name, label) in zip(
+        figure.subplots(1, 3),
+        (
+            ("psnr_unskipped", "PSNR to the unskipped video, dB"),
+            ("ssim_unskipped", "SSIM to it"),
+            ("prompt_following", "prompts followed"),
+        ),
+        strict=True,
+    ):
+        for kind in ("greedy", "least error"):
+            chosen = sorted(
+                (row["skipped_share"], row[name]["share"] if name == "prompt_following" else row[name])
+                for row in rows
+                if row["plan"] == kind and row[name] is not None
+            )
+            axes.plot(*zip(*chosen, strict=True), marker="o" if kind == "greedy" else "x", label=kind)
+        axes.set(xlabel="share of the forwards skipped", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=None, help="JSON; a plot goes beside it")
+    options = parser.parse_args()
+    if options.output is not None and find_spec("matplotlib") is None:
+        parser.error("--output draws a plot: pip install 'wanfast[quality]', or leave it out")
+    spec = model_files.locate("tiny", "artifacts").spec
+    settings = Settings("tiny", spec.steps, spec.guidance_high_noise, "bf16")
+    started, results = time.perf_counter(), []
+    with multiprocessing.get_context("spawn").Pool(options.processes, _start, (settings,)) as pool:
+        for result in pool.imap(_work, range(options.pairs)):
+            results.append(result)
+            if len(results) % 5 == 0:
+                print(f"{len(results)} of {options.pairs} pairs, {time.perf_counter() - started:.0f} s", flush=True)
+    rows = summarise(results, Judge(settings))
+    for row in rows:
+        quality = f"PSNR {row['psnr_unskipped'] or 0:5.2f} dB, SSIM {row['ssim_unskipped']:.4f} to the unskipped video"
+        right = f"{row['prompt_following']['right']} of {row['prompt_following']['of']} prompts"
+        print(f"{row['settings']:30} {row['plan'] or '':12} {row['skipped_share']:6.1%} skipped: {quality}; {right}")
+    seconds = round(time.perf_counter() - started, 1)
+    document = {"pairs": options.pairs, "rows": rows, "seconds": seconds, "versions": versions()}
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(document, indent=1) + "\n")
+        plot(rows, options.output.with_suffix(".png"))
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
