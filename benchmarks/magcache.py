@@ -28,7 +28,7 @@ from wanfast.runtime.compilation import compile_blocks
 from wanfast.runtime.config import Branch, EffectiveConfig, MagCacheRule, magcache_settings
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.experts import ResidentExperts
-from wanfast.runtime.magcache_curves import Curve, preset, steps_of
+from wanfast.runtime.magcache_curves import Curve, published_curve, steps_of
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.model_spec import A14B
 from wanfast.runtime.models.attention import attention_by
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=A14B.dit.num_layers)
     parser.add_argument("--size", default="832x480")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--settings", default="E012K2R20")
+    parser.add_argument("--settings", type=settings, default="E012K2R20")
     parser.add_argument("--rule", choices=get_args(MagCacheRule), default="low-noise-only")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--kernel", default=None, help="attention  [default: fa3 on a GPU, flash on a CPU]")
@@ -54,6 +54,13 @@ def main() -> None:
         options.layers, options.size = 2, "64x48"
     options.kernel = options.kernel or ("fa3" if options.device == "cuda" else "flash")
     measure(options)
+
+
+def settings(name: str) -> tuple[float, int, float]:
+    found = magcache_settings(name)
+    if found is None:
+        raise argparse.ArgumentTypeError("write settings as E012K2R20")
+    return found
 
 
 @torch.inference_mode()
@@ -110,7 +117,7 @@ def measure(options: argparse.Namespace) -> None:
 
 def plans(options: argparse.Namespace, spec: Any) -> tuple[Plan, Plan]:
     """Without and with skipping."""
-    threshold, max_skips, retention = magcache_settings(options.settings) or parser_error(options.settings)
+    threshold, max_skips, retention = options.settings
     config = EffectiveConfig(
         model="a14b", image="", image_sha256="", prompt="", negative_prompt="", size=options.size, frames=spec.frames,
         steps=options.steps, shift=spec.shift, guidance_high_noise=3.5, guidance_low_noise=3.5, solver="unipc", seed=0,
@@ -118,17 +125,12 @@ def plans(options: argparse.Namespace, spec: Any) -> tuple[Plan, Plan]:
         contact_sheet=False, artifacts_dir="", magcache="preset", magcache_thresh=threshold, magcache_k=max_skips,
         retention_ratio=retention, magcache_rule=options.rule,
     )  # fmt: skip
-    known = preset(A14B)
-    assert known is not None
+    known = published_curve()
     of, to = (steps_of("unipc", steps, spec.shift, spec.boundary) for steps in (known["steps"], options.steps))
     ratios = resample([(first, second) for first, second in known["ratios"]], of, to)
     width, height = map(int, options.size.split("x"))
     full = Plan.of(config, spec, (width, height))
-    return full, replace(full, curve=Curve("preset", tuple(ratios), None if of == to else known["steps"]))
-
-
-def parser_error(name: str) -> Any:
-    raise SystemExit(f"--settings {name}: write them as E012K2R20")
+    return full, replace(full, curve=Curve("preset", tuple(ratios)))
 
 
 if __name__ == "__main__":

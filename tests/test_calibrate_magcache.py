@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -11,17 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import Machine, Outcome
 from tests.gang import on_gang
 from wanfast.magcache_calib import clips
-from wanfast.magcache_calib.ratios import averaged
+from wanfast.magcache_calib.ratios import against_preset, averaged
 from wanfast.magcache_calib.recorder import Recorder
 from wanfast.runtime import generate, model_files
+from wanfast.runtime.config import GenerateConfig
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.magcache_curves import preset
 from wanfast.runtime.model_spec import A14B
+from wanfast.runtime.plan import effective
 
 Wanfast = Callable[..., Outcome]
 SHAPE = ("--model", "tiny", "--device", "cpu", "--size", "64x64", "--frames", "5", "--steps", "6")
@@ -95,7 +99,8 @@ def test_a_run_that_was_cut_off_goes_on(wanfast: Wanfast, folder: Path, monkeypa
 
 
 def test_any_number_of_ranks_measures_the_same(wanfast: Wanfast, folder: Path) -> None:
-    """64 tokens over 4 ranks, and a size whose 40 tokens three ranks would not divide."""
+    """18 tokens, which 4 ranks do not divide."""
+    Image.linear_gradient("L").resize((48, 48)).convert("RGB").save("set/a.png")
     curves = []
     for ranks in (
         (),
@@ -103,7 +108,9 @@ def test_any_number_of_ranks_measures_the_same(wanfast: Wanfast, folder: Path) -
         ("--num-gpus", "4", "--cfg-parallel", "1"),
         ("--num-gpus", "2", "--dit-fsdp", "on"),
     ):
-        outcome = wanfast(*CALIBRATE, "--precision", "fp32", "--artifacts-dir", f"artifacts{len(curves)}", *ranks)
+        outcome = wanfast(
+            *CALIBRATE, "--size", "48x48", "--precision", "fp32", "--artifacts-dir", f"artifacts{len(curves)}", *ranks
+        )
         assert outcome.exit_code == 0, outcome.err
         curves.append([outcome.document[name] for name in ("ratios", "spread", "cosine_distance")])
     for other in curves[1:]:
@@ -164,7 +171,7 @@ def test_two_seeds_of_the_shipped_set_agree_and_the_preset_with_them(wanfast: Wa
     for seed in ("0", "50"):
         outcome = wanfast("calibrate-magcache", "--model", "tiny", "--device", "cpu", "--seed", seed, "--json")
         assert outcome.exit_code == 0, outcome.err
-        assert outcome.document["preset"]["differs"] is False and "the preset agrees" in outcome.err
+        assert outcome.document["preset"]["steps"] == [] and "the preset agrees" in outcome.err
         curves.append(outcome.document)
     first, second = curves
     assert first["key"] != second["key"]
@@ -176,7 +183,7 @@ def test_two_seeds_of_the_shipped_set_agree_and_the_preset_with_them(wanfast: Wa
 
 def test_the_preset_is_of_the_tiny_model_that_ships() -> None:
     files = model_files.locate("tiny", "artifacts")
-    document = preset(files.spec)
+    document = preset(files)
     assert document is not None
     assert document["experts"] == {name: files.fingerprint(name) for name in ("high_noise", "low_noise")}
     assert document["steps"] == files.spec.steps == len(document["ratios"])
@@ -204,7 +211,7 @@ def test_a_curve_of_another_run_is_refused(
     outcome = wanfast(*DRY, "--magcache", "artifact", *options)
     assert outcome.exit_code == code and words in outcome.err, outcome.err
     if code == 0:
-        assert outcome.document["plan"]["magcache"]["interpolated_from_steps"] == 6
+        assert outcome.document["plan"]["magcache"]["interpolated_from"] == {"steps": 6, "shift": 5.0}
         assert outcome.document["plan"]["magcache"]["curve"] == key
     else:
         assert "run `wanfast calibrate-magcache --model tiny" in outcome.err and len(outcome.err.splitlines()) == 1
@@ -251,7 +258,7 @@ def test_several_sets_want_a_name(wanfast: Wanfast, folder: Path) -> None:
         ("\n\n", "names no clip"),
         ('{"image": "a.png"}', "line 1 of clips.jsonl is not an object with image and prompt"),
         ('{"image": "a.png", "prompt": " "}', "line 1 of clips.jsonl has no prompt"),
-        ('{"image": "none.png", "prompt": "a cat"}', "none.png"),
+        ('{"image": "none.png", "prompt": "a cat"}', "--set set: line 1 of clips.jsonl: set/none.png"),
     ],
 )
 def test_a_set_that_cannot_be_read(wanfast: Wanfast, folder: Path, content: str | None, words: str) -> None:
@@ -293,9 +300,12 @@ def test_a_dry_run_shows_the_plan(wanfast: Wanfast, machine: Machine, monkeypatc
 def test_a_plan_is_timed_by_runs_like_it(wanfast: Wanfast) -> None:
     options = (*GENERATE[:-1], "--magcache", "preset", "--magcache-interpolate", "--json")
     made = wanfast(*options).document
-    computed = 12 - made["plan"]["magcache"]["skipped_forwards"]
+    later = 10 - made["plan"]["magcache"]["skipped_forwards"]  # than the first step, which waited for compilers
     whole = wanfast(*DRY, "--overwrite").document
-    assert whole["predicted_s"] == pytest.approx(made["seconds"]["denoise"] * 12 / computed, abs=2e-3)
+    expected = (made["seconds"]["denoise"] - made["first_step_s"]) / later * 12
+    assert whole["predicted_s"] == pytest.approx(expected, abs=2e-3)
+    pair = wanfast(*DRY, "--overwrite", "--num-gpus", "2").document
+    assert pair["predicted_s"] is None  # of another mesh nothing is known
     assert wanfast(*DRY, "--overwrite", "--precision", "fp32").document["predicted_s"] is None
     assert "by an earlier run like it" in wanfast(*SHOWN, "--dry-run", "--overwrite").out.replace("\n", " ")
 
@@ -316,12 +326,18 @@ def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> N
     assert plan("--magcache-budget", "0.6")["skipped_forwards"] == 32
     assert plan("--magcache-skip", "17")["skipped_forwards"] == 17
     assert plan("--magcache-budget", "0.59", "--num-gpus", "2")["skipped_forwards"] == 32  # by twos
+    unguided = ("--guidance-high-noise", "1", "--magcache-rule", "low-noise-only", "--num-gpus", "2")
+    assert plan("--magcache-budget", "0.61", *unguided)["skipped_forwards"] == 24  # of 65, 25 would be 0.61
     for options, words in (
-        (("--magcache-skip", "60"), "no plan skips 60 of the forwards: at most"),
-        (("--magcache-skip", "17", "--num-gpus", "2"), "no plan skips 17 of the forwards by twos"),
+        (("--magcache-skip", "60"), "--magcache-skip 60: at most 43 forwards can be skipped with --magcache-rule both"),
+        (("--magcache-skip", "17", "--num-gpus", "2"), "--magcache-skip 17: the branches skip together"),
+        (
+            ("--magcache-budget", "0.6375", "--num-gpus", "2", "--magcache-rule", "low-noise-only"),
+            "at most 28 forwards",
+        ),
         (
             ("--magcache-budget", "0.6", "--magcache-rule", "low-noise-only"),
-            "at most 28 of them with --magcache-rule low",
+            "--magcache-budget 0.6: at most 28 forwards",
         ),
     ):
         outcome = wanfast(*A14B_DRY, "--magcache", "preset", *options)
@@ -341,6 +357,9 @@ def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> N
         (["--magcache", "preset", "--magcache-thresh", "0.1", "--magcache-budget", "0.5"], "exclude each other"),
         (["--magcache", "preset", "--magcache-skip", "3", "--magcache-budget", "0.5"], "exclude each other"),
         (["--magcache", "preset", "--magcache-thresh", "0"], "--magcache-thresh 0.0: take"),
+        (["--magcache", "E000K2R20"], "--magcache E000K2R20: --magcache-thresh 0.0: take"),
+        (["--magcache", "E012K0R20"], "--magcache E012K0R20: --magcache-k 0: take"),
+        (["--magcache", "preset", "--solver", "euler"], "and this run has 40 by euler at 5: run `wanfast calibrate"),
         (["--magcache", "preset", "--magcache-k", "0"], "--magcache-k 0: take"),
         (["--magcache", "preset", "--retention-ratio", "1.5"], "--retention-ratio 1.5: take"),
         (["--magcache", "preset", "--magcache-budget", "0"], "--magcache-budget 0.0: take"),
@@ -373,3 +392,102 @@ def test_a_curve_that_changed_since_the_plan_is_refused_by_the_worker(
     outcome = wanfast(*GENERATE, "--magcache", "artifact")
     assert outcome.exit_code == 4 and "was changed after it was made" in outcome.err
     assert not Path("out.mp4").exists()
+
+
+def test_a_preset_is_of_its_weights(wanfast: Wanfast, workdir: Path) -> None:
+    shutil.copytree(model_files.TINY, "copy")
+    asked = ("--image", "cat.png", "--prompt", "a cat", "--dry-run", "--magcache", "E012K2R20")
+    own = ("generate", "--model", "copy", "--device", "cpu", *asked)
+    assert wanfast(*own).exit_code == 0
+    weights = next(Path("copy/transformer").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    outcome = wanfast(*own)
+    assert outcome.exit_code == 2 and "no curve ships for these weights" in outcome.err
+    other = wanfast(*A14B_DRY, "--device", "cpu", "--magcache", "E012K2R20", "--precision", "fp32")
+    assert "its curve is of bf16, not fp32" in other.err
+
+
+def test_how_branches_skip_is_settled_with_the_ranks(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:
+    """So that the run is repeated as it was on other ranks."""
+    machine(2, 141)
+    two = wanfast(*A14B_DRY, "--magcache", "E012K2R20", "--magcache-rule", "both-experts", "--num-gpus", "2").document
+    assert two["effective"]["magcache_joint"] == "on"
+    two["weights"] = {}
+    (workdir / "two.json").write_text(json.dumps(two))
+    again = ("generate", "--from", "two.json", "--dry-run", "--json")
+    one = wanfast(*again, "--num-gpus", "1").document
+    names = ("skips_cond", "skips_uncond")
+    assert [one["plan"]["magcache"][name] for name in names] == [two["plan"]["magcache"][name] for name in names]
+    budget = wanfast(*again, "--magcache-budget", "0.6").document["plan"]["magcache"]
+    assert (budget["plan"], budget["rule"], budget["skipped_forwards"]) == ("least error", "both-experts", 32)
+    alone = wanfast(*A14B_DRY, "--magcache", "E012K2R20").document
+    assert alone["effective"]["magcache_joint"] == "off"
+
+
+def test_lines_of_a_list_skip_as_they_say(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:
+    machine(1, 141)
+    lines = [{}, {"magcache": "off"}, {"magcache": "E006K2R20"}, {"magcache_budget": 0.6}, {"magcache_skip": 70}]
+    (workdir / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    base = ("--magcache", "preset", "--magcache-thresh", "0.12")
+    outcome = wanfast(*A14B_DRY, *base, "--jobs", "jobs.jsonl")
+    assert outcome.exit_code == 6
+    *planned, failed = outcome.document["results"]
+    skipped = [line["plan"]["magcache"] and line["plan"]["magcache"]["skipped_forwards"] for line in planned]
+    assert skipped == [22, None, 18, 32]
+    assert "--magcache-skip 70: at most" in failed["error"]
+
+
+def test_residuals_are_in_the_plan(wanfast: Wanfast, machine: Machine) -> None:
+    machine(8, 84)
+    for ranks, tokens, branches in (((), 1, 2), (("--num-gpus", "8"), 4, 1)):
+        plan = wanfast(*A14B_DRY, "--magcache", "E012K2R20", *ranks).document["plan"]
+        own = -(-plan["tokens"] // tokens)
+        assert plan["magcache"]["residual_bytes"] == branches * own * 5120 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--steps", "1"], 2, "--steps 1: one step has none before it"),
+        (["--quantize", "int8-weight-only"], 3, "run `wanfast quantize --model tiny --recipe int8-weight-only"),
+        (["--verify"], 2, "--verify is of what `wanfast quantize` keeps"),
+    ],
+)
+def test_a_calibration_that_cannot_be(
+    wanfast: Wanfast, folder: Path, options: list[str], code: int, words: str
+) -> None:
+    outcome = wanfast(*CALIBRATE, *options)
+    assert outcome.exit_code == code and words in outcome.err
+    assert not Path("artifacts/runs").exists()
+
+
+def test_a_clip_that_is_not_whole_is_measured_again(wanfast: Wanfast, folder: Path) -> None:
+    first = wanfast(*CALIBRATE).document
+    shutil.rmtree(first["output"])
+    kept = sorted(Path("artifacts/magcache/clips").iterdir())
+    assert len(kept) == 2
+    document = json.loads(kept[0].read_text())
+    document["measured"]["steps"].pop()
+    kept[0].write_text(json.dumps(document))
+    outcome = wanfast(*CALIBRATE)
+    assert "1 of 2 clips were measured before" in outcome.err
+    assert outcome.document["ratios"] == first["ratios"]
+
+
+def test_where_a_curve_and_the_preset_differ(tmp_path: Path) -> None:
+    files = model_files.locate("tiny", "artifacts")
+    request = GenerateConfig(model="tiny", image="cat.png", prompt="a", device="cpu")
+    config, known = effective(request, files, ""), preset(files)
+    assert known is not None
+    curve = {"ratios": [list(row) for row in known["ratios"]], "spread": [[0.01, 0.01] for _ in known["ratios"]]}
+    found = against_preset(curve, config, files)
+    assert found is not None and (found["differs"], found["steps"]) == (False, [])
+    curve["spread"][39] = [0.2, 0.2]
+    curve["ratios"][39][0] += 0.1  # within its spread
+    curve["ratios"][5][1] += 0.02  # not
+    curve["ratios"][15][0] = 0.5  # the first of the low-noise expert
+    found = against_preset(curve, config, files)
+    assert found == {"differs": True, "steps": [5], "worst": {"step": 5, "difference": 0.02, "spread": 0.01}}
+    assert against_preset(curve, dataclasses.replace(config, steps=30), files) is None

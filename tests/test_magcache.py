@@ -10,7 +10,7 @@ import pytest
 
 from wanfast.runtime.config import Expert, MagCacheRule, magcache_settings
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.magcache_curves import preset, steps_of
+from wanfast.runtime.magcache_curves import published_curve, steps_of
 from wanfast.runtime.model_spec import A14B
 from wanfast.runtime.sampling.magcache import (
     MagCacheSettings,
@@ -22,7 +22,7 @@ from wanfast.runtime.sampling.magcache import (
     resample,
 )
 
-RATIOS = [(prompt, negative) for prompt, negative in preset(A14B)["ratios"]]
+RATIOS = [(prompt, negative) for prompt, negative in published_curve()["ratios"]]
 STEPS = steps_of("unipc", 40, 5.0, A14B.boundary)
 EXPERTS = [expert for expert, _ in STEPS]
 LOW_ONLY: list[Expert] = ["low_noise"] * 8
@@ -124,7 +124,7 @@ def test_the_best_plan_is_the_best_of_all(joint: bool) -> None:
             found = plan_best(ratios, experts, limits, skipped, joint=joint)
             assert sum(map(sum, found)) == skipped
             assert accumulated_error(ratios, found) == pytest.approx(error)
-        with pytest.raises(ConfigError, match=f"at most {max(least)} of them"):
+        with pytest.raises(ConfigError, match=f"at most {max(least)} forwards"):
             plan_best(ratios, experts, limits, max(least) + 2, joint=joint)
 
 
@@ -209,7 +209,11 @@ def test_interpolation_is_within_an_expert_and_over_the_timestep() -> None:
     share = (here - middle) / (here - there)
     assert between[21] == pytest.approx([ratio**share for ratio in RATIOS[21]])
     assert math.prod(of[0] for of in between[21:23]) == pytest.approx(RATIOS[21][0])
-    with pytest.raises(ConfigError, match="1 steps of the high_noise expert"):
+    timesteps = (900, 500, 500, 100)  # which are whole numbers, and so can be the same
+    twice: list[tuple[Expert, int]] = [("low_noise", timestep) for timestep in timesteps]
+    found = resample([(1.0, 1.0), (0.9, 0.9), (0.99, 0.99), (0.5, 0.5)], twice, twice[:2])
+    assert found[1] == pytest.approx((0.9 * 0.99, 0.9 * 0.99))
+    with pytest.raises(ConfigError, match="1 steps of an expert, too few"):
         resample(RATIOS[14:], STEPS[14:], STEPS)
 
 

@@ -22,7 +22,7 @@ from wanfast.runtime.experts import SwappedExperts
 from wanfast.runtime.magcache_curves import Curve
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.models.dit import Block, WanDiT
-from wanfast.runtime.placement import needed, place
+from wanfast.runtime.placement import check_skips, needed, place
 from wanfast.runtime.plan import Plan, resolve
 from wanfast.runtime.timing import Stopwatch
 
@@ -116,10 +116,12 @@ def test_sharded_experts_cannot_skip_apart(planned: tuple[Plan, ModelFiles]) -> 
         model="tiny", image="cat.png", prompt="a cat", device="cpu", num_gpus=2, dit_fsdp="on", magcache="preset",
         magcache_joint="off",
     )  # fmt: skip
+    (placed,) = place([request], [skipping(plan)])
     with pytest.raises(ConfigError, match="--magcache-joint off: sharded experts"):
-        place([request], [skipping(plan)])
-    alone = dataclasses.replace(request, cfg_parallel=1)
-    assert place([alone], [skipping(plan)])[0].skips == APART
+        check_skips(placed)
+    (alone,) = place([dataclasses.replace(request, cfg_parallel=1)], [skipping(plan)])
+    check_skips(alone)
+    assert alone.skips == APART
 
 
 def test_branches_on_different_ranks_skip_together_by_default(planned: tuple[Plan, ModelFiles]) -> None:

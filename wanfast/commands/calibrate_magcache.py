@@ -24,6 +24,7 @@ from wanfast.runtime.magcache_curves import KIND, RATIOS, curve_inputs
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.placement import place
 from wanfast.runtime.plan import Plan, effective
+from wanfast.runtime.quantized_artifacts import require_experts
 
 
 def calibrate_magcache(
@@ -64,6 +65,8 @@ def calibrate_magcache(
 
     Each clip is kept as it is done: a run that was cut off goes on where it was.
     """
+    if steps is not None and steps < 2:
+        raise ConfigError(f"--steps {steps}: one step has none before it to compare with: take 2 or more")
     if find_spec("matplotlib") is None:
         raise ConfigError("the plot of the curve needs matplotlib: pip install matplotlib")
     own = {"context", "set_", "seed", "json_"}
@@ -72,6 +75,7 @@ def calibrate_magcache(
     files.require()
     clips = read_set(set_ or shipped_set(files.spec), seed)
     plans = planned(given, clips, files)
+    require_experts(files, plans[0].config)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     result = calibrated(given, plans, clips, files, show_progress=console.is_terminal)
     console.print(said(result), markup=False)
@@ -114,9 +118,9 @@ def calibrated(
         "was_there": was_there,
         "clips": len(clips),
         "requested": given,
-        "effective": {name: value for name, value in dataclasses.asdict(config).items() if name in inputs},
+        "inputs": inputs,
         **{name: curve[name] for name in ("ratios", "spread", "scatter", "cosine_distance", "timesteps", "experts")},
-        "preset": against_preset(curve, config, files.spec),
+        "preset": against_preset(curve, config, files),
         "versions": metadata.versions(),
     }
 
@@ -170,8 +174,8 @@ def said(result: dict[str, Any]) -> str:
     ratios = [ratio for row in result["ratios"][1:] for ratio in row]
     lines = [f"{result['output']}: {how}; ratios {min(ratios):.4f} to {max(ratios):.4f}"]
     if (preset := result["preset"]) is not None:
-        where = f"step {preset['step']}, {preset['branch'].replace('_', ' ')}"
-        far = f"{preset['largest_difference']:.4f} apart at worst, at {where}"
-        spread = f"where tokens spread by {preset['spread_there']:.4f}"
-        lines.append(f"the preset {'differs' if preset['differs'] else 'agrees'}: {far}, {spread}")
+        worst = preset["worst"]
+        far = f"{worst['difference']:.4f} apart at step {worst['step']}, where tokens spread by {worst['spread']:.4f}"
+        steps = f"differs at {len(preset['steps'])} steps" if preset["differs"] else "agrees"
+        lines.append(f"the preset {steps}; at worst {far}")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from wanfast.runtime import past_runs
 from wanfast.runtime.errors import JobsFailedError, from_failure
 from wanfast.runtime.next_step import warmup_command
 from wanfast.runtime.requests import Planned
+from wanfast.runtime.sampling.guidance import needs_unconditional
 
 _WORTH_TELLING_S = 0.5
 
@@ -135,31 +136,28 @@ def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
     m = plan["magcache"]
     if m is None:
         return {}
-    if m["threshold"] is None:
-        settings = f"least error, at most {m['max_skips']} in a row"
-    else:
-        settings = f"threshold {m['threshold']:g}, at most {m['max_skips']} in a row"
-    settings += f", first {m['retention']:.0%} computed, {m['rule']}"
-    bridged = f", bridged from {m['interpolated_from_steps']} steps" if m["interpolated_from_steps"] else ""
+    how = "least error" if m["threshold"] is None else f"threshold {m['threshold']:g}"
+    limits = f"at most {m['max_skips']} in a row, first {m['retention']:.0%} computed, {m['rule']}"
+    curve, of = f"curve {m['curve']}", m["interpolated_from"]
+    if of:
+        curve += f", bridged from {of['steps']} steps at shift {of['shift']:g}"
     share = f"{m['skipped_forwards']} of {m['total_forwards']} forwards skipped ({m['skipped_share']:.1%})"
     if m["skipped_forwards_apart"] is not None:
         share += f", both branches together; apart {m['skipped_forwards_apart']} would be"
-    branches = {"prompt": m["skips_cond"], "negative prompt": m["skips_uncond"]}
-    if m["skips_cond"] == m["skips_uncond"]:
-        branches = {"both branches": m["skips_cond"]}
-    high = plan["steps"]["high_noise"]
-    strips = [
-        f"{strip[:high]}|{strip[high:]} {name}"
-        for name, skips in branches.items()
-        for strip in ["".join("." if skip else "#" for skip in skips)]
-    ]
-    lines = [
-        share,
-        *strips,
-        "(# computed, . skipped; high noise | low noise)",
-        f"{settings}; curve {m['curve']}{bridged}",
-    ]
-    return {"magcache": "\n".join(lines)}
+    kept = f"{m['residual_bytes'] / 1e9:.1f} GB of residuals a rank"
+    legend = "(# computed, . skipped; high noise | low noise)"
+    return {"magcache": "\n".join([share, *_strips(plan), legend, f"{how}, {limits}; {curve}; {kept}"])}
+
+
+def _strips(plan: dict[str, Any]) -> list[str]:
+    """A letter a step; one line where both branches skip alike, and blanks where there is no second one."""
+    m, high, low = plan["magcache"], plan["steps"]["high_noise"], plan["steps"]["low_noise"]
+    scales = [plan["guidance"]["high_noise"]] * high + [plan["guidance"]["low_noise"]] * low
+    guided = [needs_unconditional(scale) for scale in scales]
+    prompt = "".join("#."[skip] for skip in m["skips_cond"])
+    negative = "".join("#."[skip] if both else " " for skip, both in zip(m["skips_uncond"], guided, strict=True))
+    lines = {"both branches": prompt} if prompt == negative else {"prompt": prompt, "negative prompt": negative}
+    return [f"{strip[:high]}|{strip[high:]} {name}" for name, strip in lines.items() if strip.strip()]
 
 
 def _ranks_row(plan: dict[str, Any]) -> dict[str, str]:

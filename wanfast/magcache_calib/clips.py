@@ -56,7 +56,11 @@ def read_set(folder: Path, seed: int) -> list[Clip]:
             ) from None
         if not isinstance(prompt, str) or not prompt.strip():
             raise ConfigError(f"--set {folder}: line {number} of {LIST} has no prompt: say what should happen")
-        loaded = media_io.load_image(str(image))
+        try:
+            loaded = media_io.load_image(str(image))
+        except ConfigError as error:
+            reason = str(error).removeprefix("--image ")
+            raise ConfigError(f"--set {folder}: line {number} of {LIST}: {reason}") from None
         clips.append(Clip(image, loaded.sha256, loaded.size, prompt, seed + len(clips)))
     if not clips:
         raise ConfigError(f"--set {folder}: {LIST} names no clip: write a line for each")

@@ -8,9 +8,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.artifacts import ArtifactStore, key_of, replace_text, write_synced
+from wanfast.runtime.artifacts import ArtifactStore, key_of, replace_text, write_synced, writing_to
 from wanfast.runtime.config import BRANCHES, EffectiveConfig
 from wanfast.runtime.magcache_curves import KIND, RATIOS, preset, steps_of
+from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.model_spec import ModelSpec
 
 _DIGITS = 7
@@ -27,13 +28,15 @@ def read_clip(store: ArtifactStore, inputs: dict[str, Any]) -> dict[str, Any] | 
         document = json.loads(clip_file(store, inputs).read_text(encoding="utf-8"))
         same = document["inputs"] == json.loads(json.dumps(inputs))
         found: dict[str, Any] = document["measured"]
+        whole = len(found["steps"]) == inputs["steps"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if same else None
+    return found if same and whole else None
 
 
 def write_clip(store: ArtifactStore, inputs: dict[str, Any], measured: dict[str, Any]) -> None:
-    replace_text(clip_file(store, inputs), json.dumps({"inputs": inputs, "measured": measured}))
+    with writing_to(store.root):
+        replace_text(clip_file(store, inputs), json.dumps({"inputs": inputs, "measured": measured}))
 
 
 def averaged(measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -63,29 +66,29 @@ def _mean(values: list[float], otherwise: float) -> float:
     return round(math.fsum(values) / len(values), _DIGITS) if values else otherwise
 
 
-def against_preset(curve: dict[str, Any], config: EffectiveConfig, spec: ModelSpec) -> dict[str, Any] | None:
-    """How far the curve is from the model's preset, at worst; None where there is no preset of these steps.
+def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelFiles) -> dict[str, Any] | None:
+    """Where the curve and the model's preset are further apart than tokens spread, and the worst of it by that measure.
 
-    The first step of each expert is left out, since no plan asks for it.
+    None where there is no preset of these steps. An expert's first step is left out, since no plan asks for it.
     """
-    known = preset(spec)
-    here = steps_of(config.solver, config.steps, config.shift, spec.boundary)
-    if known is None or steps_of(known["solver"], known["steps"], known["shift"], spec.boundary) != here:
+    known, boundary = preset(files), files.spec.boundary
+    here = steps_of(config.solver, config.steps, config.shift, boundary)
+    if known is None or steps_of(known["solver"], known["steps"], known["shift"], boundary) != here:
         return None
     high = sum(expert == "high_noise" for expert, _ in here)
-    difference, step, branch = max(
-        (abs(curve["ratios"][step][branch] - known["ratios"][step][branch]), step, branch)
+    found = [
+        (abs(curve["ratios"][step][branch] - known["ratios"][step][branch]), curve["spread"][step][branch], step)
         for step in range(len(here))
         if step not in (0, high)
         for branch in (0, 1)
-    )
-    spread = curve["spread"][step][branch]
+    ]
+    if not found:
+        return None
+    difference, spread, step = max(found, key=lambda each: each[0] / max(each[1], 1e-9))
     return {
-        "largest_difference": round(difference, 5),
-        "step": step,
-        "branch": BRANCHES[branch],
-        "spread_there": round(spread, 5),
         "differs": difference > spread,
+        "steps": sorted({step for difference, spread, step in found if difference > spread}),
+        "worst": {"step": step, "difference": round(difference, 5), "spread": round(spread, 5)},
     }
 
 

@@ -69,7 +69,7 @@ class ArtifactStore:
         `waiting` is called if another is at it. Raises ConfigError if the store cannot be written.
         """
         folder = self.path(kind, inputs)
-        with _writing_to(self.root):
+        with writing_to(self.root):
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder.with_suffix(".lock"))
             try:
@@ -118,7 +118,7 @@ def key_of(inputs: dict[str, Any]) -> str:
 def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
     """A fresh runs/<utc>-<key8> folder; two runs of the same second and inputs get one each. Raises ConfigError."""
     stem = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{key_of(inputs)[:8]}"
-    with _writing_to(root):
+    with writing_to(root):
         (root / "runs").mkdir(parents=True, exist_ok=True)
         for attempt in itertools.count():
             folder = root / "runs" / (f"{stem}-{attempt}" if attempt else stem)
@@ -131,7 +131,8 @@ def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
 
 
 @contextmanager
-def _writing_to(root: Path) -> Iterator[None]:
+def writing_to(root: Path) -> Iterator[None]:
+    """What keeps the store from being written becomes a ConfigError."""
     try:
         yield
     except OSError as error:
@@ -150,7 +151,7 @@ def write_synced(path: Path, text: str) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Put a small text file in place at once: another process sees the old or the new one, whole; a crash may not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

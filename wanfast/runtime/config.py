@@ -222,8 +222,8 @@ def magcache_settings(name: str) -> tuple[float, int, float] | None:
 
 def _check_magcache(config: GenerateConfig) -> None:
     """The options that say which forwards are skipped."""
-    name = config.magcache
-    if name not in ("off", "preset", "artifact") and not _CURVE_KEY.fullmatch(name) and not magcache_settings(name):
+    name, short = config.magcache, magcache_settings(config.magcache)
+    if name not in ("off", "preset", "artifact") and not _CURVE_KEY.fullmatch(name) and not short:
         raise ConfigError(
             f"--magcache {name!r:.40}: take off, preset, artifact, a key of magcache/, or settings such as E012K2R20"
         )
@@ -238,13 +238,15 @@ def _check_magcache(config: GenerateConfig) -> None:
     given = [option for option, value in {**greedy, **limits, **sizes}.items() if value is not None]
     if name == "off" and (idle := [*given, *(option for option, value in others.items() if value)]):
         raise ConfigError(f"{idle[0]} needs --magcache: add it, with preset for example, or drop the option")
-    if magcache_settings(name) and given:
+    if short and given:
         raise ConfigError(f"--magcache {name} says what {given[0]} would: write --magcache preset, or drop {given[0]}")
     if sum(value is not None for value in sizes.values()) + (config.magcache_thresh is not None) > 1:
         raise ConfigError("--magcache-thresh, --magcache-budget and --magcache-skip exclude each other: keep one")
-    _check(config.magcache_thresh, "--magcache-thresh", lambda x: 0 < x <= 10, lambda x: "take 0.01 to 10")
-    _check(config.magcache_k, "--magcache-k", lambda n: 1 <= n <= 1000, lambda n: "take 1 to 1000 skips in a row")
-    _check(config.retention_ratio, "--retention-ratio", lambda x: 0 <= x <= 1, lambda x: "take a share, 0 to 1")
+    spelt = f"--magcache {name}: " if short else ""
+    threshold, max_skips, retention = short or (config.magcache_thresh, config.magcache_k, config.retention_ratio)
+    _check(threshold, f"{spelt}--magcache-thresh", lambda x: 0 < x <= 10, lambda x: "take 0.01 to 10")
+    _check(max_skips, f"{spelt}--magcache-k", lambda n: 1 <= n <= 1000, lambda n: "take 1 to 1000 skips in a row")
+    _check(retention, f"{spelt}--retention-ratio", lambda x: 0 <= x <= 1, lambda x: "take a share, 0 to 1")
     _check(
         config.magcache_budget,
         "--magcache-budget",

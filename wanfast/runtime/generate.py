@@ -210,7 +210,7 @@ def planned(job: Job, loaded: Loaded) -> tuple[Plan, torch.Tensor]:
     config = from_options(EffectiveConfig, job["effective"])
     image = ranks.lead(lambda: _read_image(config))
     config = dataclasses.replace(config, attention=pipeline.attention.kernel)  # and is to run again
-    curve = ranks.together(lambda: curve_of(config, loaded.files))
+    curve = ranks.lead(lambda: curve_of(config, loaded.files))  # machines could hold different ones of one key
     plan = Plan.of(config, pipeline.spec, image.size, tuple(job["notes"]), job["placement"], curve)
     return plan, pixels.fit_image(image.pixels, plan.geometry.width, plan.geometry.height)
 

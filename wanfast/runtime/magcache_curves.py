@@ -36,7 +36,7 @@ class Curve:
 
     name: str  # preset, or the key of an artifact
     ratios: tuple[tuple[float, float], ...]
-    interpolated_from: int | None = None  # steps of the curve, where they are not those of the run
+    interpolated_from: dict[str, Any] | None = None  # steps and shift of the curve, where they are not the run's
 
 
 def settle(request: GenerateConfig, config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
@@ -65,10 +65,10 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
     if config.magcache == "off":
         return None
     if config.magcache == "preset":
-        found = preset(files.spec)
+        found = preset(files)
         if found is None:
             mend = f"run `{calibrate_command(config, files.spec)}`, then take --magcache artifact"
-            raise ConfigError(f"--magcache preset: no curve ships for {files.spec.name}: {mend}")
+            raise ConfigError(f"--magcache preset: no curve ships for these weights ({files.spec.name}): {mend}")
         return _fitted("preset", found, config, files.spec)
     folder = _artifact(config, files)
     document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["inputs"]
@@ -76,30 +76,66 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
     return _fitted(folder.name, document | {"ratios": ratios}, config, files.spec)
 
 
-def preset(spec: ModelSpec) -> dict[str, Any] | None:
-    """The curve that ships for a model: its `ratios`, and of what they are."""
-    published = spec.dit == A14B.dit and spec.boundary == A14B.boundary
+def preset(files: ModelFiles) -> dict[str, Any] | None:
+    """The curve that ships for a model: its `ratios`, and of what they are.
+
+    Where the curve names its weights it is theirs alone. The published one names none: it is taken for every model of
+    the A14B's sizes, and `magcache_notes` says so.
+    """
+    sizes = files.spec.dit, files.spec.boundary
+    if sizes == (A14B.dit, A14B.boundary):
+        return published_curve()
     for file in sorted(_PRESETS.glob("*.json")):
         document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if document["model"] == spec.name or (published and document["model"] == A14B.name):
+        if files.exists and document.get("experts") == _experts(files):
             return document
     return None
+
+
+def published_curve() -> dict[str, Any]:
+    """That of the A14B, by MagCache's makers."""
+    document: dict[str, Any] = json.loads((_PRESETS / "wan2.2-i2v-a14b.json").read_text(encoding="utf-8"))
+    return document
+
+
+def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
+    """What a preset does not quite fit."""
+    if config.magcache != "preset":
+        return []
+    others = [] if files.spec.name in (A14B.name, "tiny") else [f"the weights of {A14B.name}"]
+    kind = config.quantize or config.precision
+    others += [] if kind == "bf16" else [f"bf16, not {kind}"]
+    if not others:
+        return []
+    return [
+        f"--magcache preset: its curve is of {' and '.join(others)}; `wanfast calibrate-magcache` measures your own"
+    ]
+
+
+def _experts(files: ModelFiles) -> dict[str, str]:
+    return {name: files.fingerprint(name) for name in ("high_noise", "low_noise")}
 
 
 def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelSpec) -> Curve:
     ratios = [(float(prompt), float(negative_prompt)) for prompt, negative_prompt in of["ratios"]]
     known = steps_of(of["solver"], of["steps"], of["shift"], spec.boundary)
     wanted = steps_of(config.solver, config.steps, config.shift, spec.boundary)
-    if known == wanted:
+    if known == wanted and of["solver"] == config.solver:
         return Curve(name, tuple(ratios))
-    if not config.magcache_interpolate:
+    if not config.magcache_interpolate or of["solver"] != config.solver:
         there = f"{of['steps']} steps by {of['solver']} at shift {of['shift']:g}"
+        bridge = "add --magcache-interpolate, or " if of["solver"] == config.solver else ""
         here = f"{config.steps} by {config.solver} at {config.shift:g}"
         raise ConfigError(
-            f"--magcache {name}: that curve is of {there}, and this run has {here}: add --magcache-interpolate, or run "
+            f"--magcache {name}: that curve is of {there}, and this run has {here}: {bridge}run "
             f"`{calibrate_command(config, spec)}` and take --magcache artifact"
         )
-    return Curve(name, tuple(resample(ratios, known, wanted)), interpolated_from=of["steps"])
+    try:
+        bridged = resample(ratios, known, wanted)
+    except ConfigError as error:
+        mend = f"run `{calibrate_command(config, spec)}`"
+        raise ConfigError(f"--magcache-interpolate: {error}: {mend}") from None
+    return Curve(name, tuple(bridged), {"steps": of["steps"], "shift": of["shift"]})
 
 
 def steps_of(solver: Any, steps: int, shift: float, boundary: float) -> list[tuple[Expert, int]]:
@@ -110,7 +146,7 @@ def steps_of(solver: Any, steps: int, shift: float, boundary: float) -> list[tup
 def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:
     """All that a calibrated curve depends on. Raises MissingArtifactError without the weights."""
     return {
-        "experts": {name: files.fingerprint(name) for name in ("high_noise", "low_noise")},
+        "experts": _experts(files),
         "boundary": files.spec.boundary,
         "precision": config.precision,
         "quantize": config.quantize,
@@ -144,8 +180,8 @@ def _artifact(config: EffectiveConfig, files: ModelFiles) -> Path:
         said = f" ({nearest[2].name} differs in {_said(nearest[0])})" if nearest else ""
         or_bridge = ", or add --magcache-interpolate" if nearest and set(nearest[0]) <= _BRIDGED else ""
         raise MissingArtifactError(f"{option}: no curve is calibrated for this run{said}: {mend}{or_bridge}")
-    best = [item for item in fitting if item[0] == fitting[0][0]]
-    if len(best) > 1 and not fitting[0][0]:
+    best = [item for item in fitting if (item[0], item[1]["steps"]) == (fitting[0][0], fitting[0][1]["steps"])]
+    if len(best) > 1:
         keys = ", ".join(item[2].name for item in best)
         raise ConfigError(f"{option}: several sets were calibrated for this run: name one by its key, of {keys}")
     _, inputs, folder = best[0]

@@ -7,41 +7,61 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from wanfast.runtime import gpus
 from wanfast.runtime.artifacts import RESULTS
 from wanfast.runtime.plan import Plan
+from wanfast.runtime.sampling.guidance import needs_unconditional
 
-# What a forward's time depends on; the attention kernel is known only once a run has begun.
-_ALIKE = ("model", "width", "height", "frames", "precision", "quantize", "compile", "device", "mesh", "dit_fsdp")
-_MOST_RUNS = 200
+# What a forward's time depends on.
+_ALIKE = (
+    "model", "width", "height", "frames", "precision", "quantize", "compile", "device", "mesh", "dit_fsdp",
+    "expert_offload",
+)  # fmt: skip
+_MOST_RUNS = 50
 
 
 def predicted_seconds(plan: Plan) -> float | None:
-    """Of denoising, by the newest run in the artifacts folder that was alike; None if there is none."""
+    """Of denoising, by the newest run in the artifacts folder that was alike; None if there is none.
+
+    The first step of that run is left out, which waited for compilers.
+    """
     wanted = plan.to_json()
-    for run in _newest(Path(plan.config.artifacts_dir) / "runs"):
-        for result in _results(run):
-            done = result["plan"]
-            if all(done[name] == wanted[name] for name in _ALIKE):
-                return round(float(result["seconds"]["denoise"]) * _computed(wanted) / _computed(done), 3)
+    for result in _results(Path(plan.config.artifacts_dir) / "runs"):
+        done = result["plan"]
+        same_kernel = wanted["attention"] in ("auto", done["attention"])
+        if same_kernel and all(done[name] == wanted[name] for name in _ALIKE) and _same_machine(result, plan):
+            turns = _turns(done)
+            later = sum(turns[1:])
+            seconds = result["seconds"]["denoise"] - (result["first_step_s"] if later else 0)
+            return round(float(seconds) / (later or turns[0]) * sum(_turns(wanted)), 3)
     return None
 
 
-def _computed(plan: dict[str, Any]) -> int:
-    skipped = plan["magcache"]["skipped_forwards"] if plan.get("magcache") else 0
-    return max(1, int(plan["forwards"]) - int(skipped))
+def _same_machine(result: dict[str, Any], plan: Plan) -> bool:
+    found = gpus.visible_gpus() if plan.config.device == "cuda" else []
+    return not found or bool(found[0].name == result["hardware"]["device"])
 
 
-def _newest(runs: Path) -> list[Path]:
-    return sorted(runs.iterdir(), reverse=True)[:_MOST_RUNS] if runs.is_dir() else []
+def _turns(plan: dict[str, Any]) -> list[int]:
+    """Forwards of each step, one after the other: the branches of guidance are at the same time on different ranks."""
+    experts = ["high_noise"] * plan["steps"]["high_noise"] + ["low_noise"] * plan["steps"]["low_noise"]
+    m = plan.get("magcache")
+    skips = zip(m["skips_cond"], m["skips_uncond"], strict=True) if m else ((False, False),) * len(experts)
+    combine = max if plan["mesh"]["cfg"] == 2 else sum
+    return [
+        combine((not prompt, needs_unconditional(plan["guidance"][expert]) and not negative_prompt))
+        for expert, (prompt, negative_prompt) in zip(experts, skips, strict=True)
+    ]
 
 
-def _results(run: Path) -> Iterator[dict[str, Any]]:
-    """The videos of a run; what is no result of ours is passed over."""
-    for file in sorted((run / RESULTS).glob("*.json")):
+def _results(runs: Path) -> Iterator[dict[str, Any]]:
+    """Of the newest runs, the newest first; what is no video of ours is passed over."""
+    newest = sorted(runs.iterdir(), reverse=True)[:_MOST_RUNS] if runs.is_dir() else []
+    for file in (file for run in newest for file in sorted((run / RESULTS).glob("*.json"))):
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
-            complete = result["seconds"]["denoise"] > 0 and all(name in result["plan"] for name in _ALIKE)
+            complete = result["seconds"]["denoise"] > result["first_step_s"] and "device" in result["hardware"]
+            if complete and all(name in result["plan"] for name in _ALIKE):
+                yield result
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if complete:
-            yield result

@@ -79,23 +79,32 @@ def place(requests: Sequence[GenerateConfig], plans: Sequence[Plan]) -> list[Pla
         "t5_fsdp": t5_fsdp,
         "expert_offload": expert_offload,
     }
-    placed = [
-        dataclasses.replace(plan, config=dataclasses.replace(plan.config, **chosen), placement=reason) for plan in plans
+    return [
+        dataclasses.replace(
+            plan,
+            config=dataclasses.replace(plan.config, **chosen, **_joint(own, plan, mesh)),
+            placement=reason,
+        )
+        for own, plan in zip(requests, plans, strict=True)
     ]
-    for plan in placed:
-        _check_skips(plan)
-    return placed
 
 
-def _check_skips(plan: Plan) -> None:
-    """What MagCache skips on this mesh. Raises ConfigError if that cannot be."""
+def _joint(request: GenerateConfig, plan: Plan, mesh: Mesh) -> dict[str, Any]:
+    """Whether the branches skip together, decided, so that the same run on other ranks skips the same."""
+    if plan.curve is None or request.magcache_joint != "auto":
+        return {}
+    return {"magcache_joint": "on" if mesh.cfg == 2 else "off"}
+
+
+def check_skips(plan: Plan) -> None:
+    """Of a plan that has its ranks, whether what MagCache skips can be. Raises ConfigError."""
     config = plan.config
     if plan.curve and config.dit_fsdp == "on" and config.cfg_parallel == 2 and config.magcache_joint == "off":
         raise ConfigError(
             "--magcache-joint off: sharded experts gather their weights on all ranks at once, so the branches must "
             "skip together: drop it, or take --dit-fsdp off or --cfg-parallel 1"
         )
-    assert plan.skips  # or a budget that cannot be met is refused
+    plan.magcache_json()  # raises where a budget cannot be met
 
 
 def needed(
@@ -121,17 +130,11 @@ def needed(
 
 def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
     needs = [
-        needed(plan.spec, plan.config.precision, plan.geometry, mesh, plan.config.quantize, _num_residuals(plan, mesh))
+        needed(plan.spec, plan.config.precision, plan.geometry, mesh, plan.config.quantize, plan.num_residuals(mesh))
         for plan in plans
     ]
     names = [field.name for field in dataclasses.fields(Need)]
     return Need(**{name: max(getattr(need, name) for need in needs) for name in names})
-
-
-def _num_residuals(plan: Plan, mesh: Mesh) -> int:
-    """On a rank of `mesh`, which works on one branch of guidance or on both."""
-    guided = any(needs_unconditional(scale) for scale in plan.guidance.values())
-    return plan.residuals_a_branch * (2 if guided and mesh.cfg == 1 else 1)
 
 
 def modes(need: Need, ranks: int) -> dict[str, int]:

@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime import gpus, media_io, model_files
+from wanfast.runtime import gpus, media_io, memory, model_files
 from wanfast.runtime.config import Device, EffectiveConfig, Expert, GenerateConfig, parse_size
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.magcache_curves import Curve, curve_of, settle
+from wanfast.runtime.magcache_curves import Curve, curve_of, magcache_notes, settle
 from wanfast.runtime.media_io import LoadedImage
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.model_spec import ModelSpec
@@ -122,13 +122,21 @@ class Plan:
         assert config.magcache_k is not None and config.retention_ratio is not None and config.magcache_rule is not None
         threshold = config.magcache_thresh or 0.0  # of a budget there is none
         settings = MagCacheSettings(threshold, config.magcache_k, config.retention_ratio, config.magcache_rule)
-        wanted = config.magcache_skip
-        if config.magcache_budget is not None:
-            wanted = int((1 - config.magcache_budget) * self.num_forwards + 1e-9)
-            wanted -= wanted % 2 if joint and all(guided) else 0
-        if wanted is None:
+        if config.magcache_thresh is not None:
             return plan_skips(ratios, self.experts, settings, joint=joint, guided=guided)
-        return plan_best(ratios, self.experts, settings, wanted, joint=joint, guided=guided)
+        option, wanted = f"--magcache-skip {config.magcache_skip}", config.magcache_skip
+        if wanted is None:
+            budget = config.magcache_budget or 0.0
+            option, wanted = f"--magcache-budget {budget:g}", int((1 - budget) * self.num_forwards + 1e-9)
+        exactly = config.magcache_skip is not None
+        try:
+            return plan_best(ratios, self.experts, settings, wanted, exactly=exactly, joint=joint, guided=guided)
+        except ConfigError as error:
+            raise ConfigError(f"{option}: {error}") from None
+
+    def num_residuals(self, mesh: Mesh) -> int:
+        """That a rank of `mesh` keeps, of the branches that it works on."""
+        return self.residuals_a_branch * (2 if any(self._guided) and mesh.cfg == 1 else 1)
 
     def magcache_json(self) -> dict[str, Any] | None:
         """What is skipped, by what, and how much it is; None if nothing is to be."""
@@ -138,7 +146,7 @@ class Plan:
         apart = sum(map(sum, self._skips(joint=False))) if self.is_joint and config.magcache_skip is None else None
         return {
             "curve": self.curve.name,
-            "interpolated_from_steps": self.curve.interpolated_from,
+            "interpolated_from": self.curve.interpolated_from,
             "plan": "greedy" if config.magcache_thresh is not None else "least error",
             "threshold": config.magcache_thresh,
             "max_skips": config.magcache_k,
@@ -148,6 +156,8 @@ class Plan:
             "total_forwards": self.num_forwards,
             "skipped_forwards": skipped,
             "skipped_forwards_apart": apart,
+            "residual_bytes": self.num_residuals(self.mesh)
+            * memory.residual_bytes(self.spec.dit, -(-self.geometry.tokens // self.mesh.ulysses)),
             "skipped_share": round(skipped / self.num_forwards, 4),
             "accumulated_error": round(accumulated_error(self.curve.ratios, self.skips), 5),
             "skips_cond": [prompt for prompt, _ in self.skips],
@@ -198,7 +208,9 @@ def resolve(request: GenerateConfig) -> tuple[Plan, ModelFiles]:
     config = effective(request, files, image.sha256)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
     _check_outputs(plan, request)
-    notes = (*image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files))
+    notes = (
+        *image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files), *magcache_notes(config, files)
+    )  # fmt: skip
     return dataclasses.replace(plan, notes=(*notes, spec.weights_note) if spec.weights_note else notes), files
 
 

@@ -104,6 +104,24 @@ def quantized_expert(files: ModelFiles, config: EffectiveConfig, expert: Expert)
     return QuantizedExpert(ArtifactStore(Path(config.artifacts_dir)), files, expert, config.quantize, config.model)
 
 
+def require_experts(
+    files: ModelFiles, config: EffectiveConfig, known: set[tuple[QuantizedExpert, bool]] | None = None
+) -> None:
+    """What --quantize asks for is there, or torchao, where it is to be made. Raises WanFastError with the command.
+
+    `known`: what was found already, to which this adds: hashes take a while.
+    """
+    if config.quantize_on_the_fly:
+        require_torchao("--quantize-on-the-fly")
+        return
+    known = set() if known is None else known
+    for name in EXPERTS:
+        expert = quantized_expert(files, config, name)
+        if expert and (expert, config.verify) not in known:
+            expert.require(verify=config.verify)
+            known.add((expert, config.verify))
+
+
 def shards(folder: Path) -> list[Path]:
     """The weight files of an artifact."""
     weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]

@@ -16,11 +16,10 @@ from typing import Any
 from wanfast.runtime.config import EffectiveConfig, GenerateConfig, from_options
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.model_files import ModelFiles
-from wanfast.runtime.placement import LAUNCH_OPTIONS, place, placement_notes
+from wanfast.runtime.placement import LAUNCH_OPTIONS, check_skips, place, placement_notes
 from wanfast.runtime.plan import Plan, resolve
-from wanfast.runtime.quantized_artifacts import EXPERTS, QuantizedExpert, quantized_expert, require_torchao
+from wanfast.runtime.quantized_artifacts import QuantizedExpert, require_experts
 
-_HOW_MUCH = {"magcache_thresh", "magcache_budget", "magcache_skip"}  # is skipped: one of them says it
 _OPTIONS = {field.name for field in dataclasses.fields(GenerateConfig)}
 
 
@@ -73,8 +72,19 @@ def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Plann
         plans = place(configs, [item.plan for item in ready if item.plan])
         plans[0] = dataclasses.replace(plans[0], notes=(*plans[0].notes, *placement_notes(configs[0], plans)))
         placed = iter(plans)
-        planned = [dataclasses.replace(item, plan=next(placed)) if item.plan else item for item in planned]
+        planned = [_checked(item.request, next(placed)) if item.plan else item for item in planned]
     return planned
+
+
+def _checked(request: Request, plan: Plan) -> Planned:
+    """What a line skips, alone possible, may not be on the ranks of the whole list."""
+    try:
+        check_skips(plan)
+    except ConfigError as error:
+        if request.line is None:
+            raise
+        return Planned(request, error=error)
+    return Planned(request, plan)
 
 
 def _like(item: Planned, first: Plan) -> Planned:
@@ -110,6 +120,7 @@ def _plan(
         config = from_options(GenerateConfig, request.options)
         plan, files = resolve(config)
         (plan,) = place([config], [plan])  # alone; all lines together come after
+        check_skips(plan)
         for path in (path.resolve() for path in plan.outputs):
             if path in (source.resolve() for source in (Path(plan.config.image), *request.sources)):
                 raise ConfigError(f"--output: {path} would replace a file that the video is made from: name another")
@@ -119,7 +130,7 @@ def _plan(
             raise ConfigError(f"--from: {plan.config.image} is not the image of that run: put that one back")
         if needs_weights:
             files.require()
-            _require_quantized(plan, files, required)
+            require_experts(files, plan.config, required)
         else:
             plan = dataclasses.replace(plan, notes=(*plan.notes, *_missing_notes(plan, files)))
         if request.weights is not None and files.exists and request.weights != files.fingerprints:
@@ -132,26 +143,11 @@ def _plan(
         return Planned(request, error=error)
 
 
-def _require_quantized(plan: Plan, files: ModelFiles, required: set[tuple[QuantizedExpert, bool]]) -> None:
-    """What --quantize asks for is there, or torchao, where it is to be made. Raises WanFastError with the command.
-
-    Once each: hashes take a while.
-    """
-    if plan.config.quantize_on_the_fly:
-        require_torchao("--quantize-on-the-fly")
-        return
-    for name in EXPERTS:
-        expert, verify = quantized_expert(files, plan.config, name), plan.config.verify
-        if expert and (expert, verify) not in required:
-            expert.require(verify=verify)
-            required.add((expert, verify))
-
-
 def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
     """What a run of this plan would be refused for."""
     try:
         if files.exists:
-            _require_quantized(plan, files, set())
+            require_experts(files, plan.config)
     except WanFastError as error:
         return [str(error)]
     return []
@@ -200,12 +196,22 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     kept = _OPTIONS - {"overwrite", "verify", "artifacts_dir", "nnodes", "node_rank", "rdzv_endpoint", "rank_timeout"}
     if effective["nnodes"] > 1 or "num_gpus" in typed:  # other ranks than then: their mesh says nothing
         kept -= {"cfg_parallel", "ulysses", "dit_fsdp", "t5_fsdp", "expert_offload"}
-    if "magcache" in typed:  # what that run skipped, and by which settings, is then no matter
-        kept = {name for name in kept if "magcache" not in name and name != "retention_ratio"}
-    if typed.keys() & _HOW_MUCH:
-        kept -= _HOW_MUCH
-    options = {name: value for name, value in effective.items() if name in kept}
+    options = _without_overridden({name: value for name, value in effective.items() if name in kept}, typed)
     return Request(options, image_sha256=effective["image_sha256"], weights=weights)
+
+
+_MAGCACHE_OPTIONS = {name for name in _OPTIONS if name.startswith("magcache_")} | {"retention_ratio"}
+_HOW_MUCH = {"magcache_thresh", "magcache_budget", "magcache_skip"}  # is skipped: one of them says it
+
+
+def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
+    """Without what says otherwise than the options nearer to the video: how to skip forwards, and how many."""
+    gone: set[str] = set()
+    if "magcache" in nearer:
+        gone |= _MAGCACHE_OPTIONS
+    if nearer.keys() & _HOW_MUCH:
+        gone |= {*_HOW_MUCH, "magcache_rule"}
+    return {name: value for name, value in options.items() if name not in gone}
 
 
 def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
@@ -226,7 +232,9 @@ def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
             yield Request({}, number, error=_shared_by_all(other[0]))
             continue
         own_name = str(stem.with_stem(f"{stem.stem}-{number:04d}"))
-        yield dataclasses.replace(base, options={**base.options, "output": own_name, **own}, line=number)
+        yield dataclasses.replace(
+            base, options={**_without_overridden(base.options, own), "output": own_name, **own}, line=number
+        )
 
 
 def _read(file: Path, option: str) -> str:

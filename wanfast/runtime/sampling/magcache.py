@@ -13,10 +13,10 @@ Source: MagCache (arXiv 2506.09045), section 3.3; the two rules are its program'
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol
 
 from wanfast.runtime.config import BRANCHES, Branch, Expert, MagCacheRule
@@ -51,20 +51,16 @@ def plan_skips(
     guided: whether a step has a branch of the negative prompt; by default all do.
     """
     may_skip = _allowed(experts, settings.retention, settings.rule)
-    accounts = (_Account(settings), _Account(settings))
+    computed = _Account(settings)
+    accounts = [computed, computed]
     plan: list[Skips] = []
-    for step, of_step in enumerate(ratios):
-        if step == 0 or experts[step] != experts[step - 1]:
-            accounts = (_Account(settings), _Account(settings))  # an expert's first: there is nothing to use again
+    for step, of_step in enumerate(ratios):  # an expert's first is computed, so that no account outlives its expert
+        after = [account.after(ratio) for account, ratio in zip(accounts, of_step, strict=True)]
+        wishes = [may and account.is_sound for may, account in zip(may_skip[step], after, strict=True)]
         negative = guided is None or guided[step]
-        wishes = [
-            may and account.can_skip(ratio)
-            for may, account, ratio in zip(may_skip[step], accounts, of_step, strict=True)
-        ]
         prompt = wishes[0] and (wishes[1] or not (joint and negative))
         skips = (prompt, negative and (prompt if joint else wishes[1]))
-        for account, ratio, skip in zip(accounts, of_step, skips, strict=True):
-            account.book(ratio, skip)
+        accounts = [grown if skip else computed for grown, skip in zip(after, skips, strict=True)]
         plan.append(skips)
     return plan
 
@@ -75,6 +71,7 @@ def plan_best(
     settings: MagCacheSettings,
     skipped: int,
     *,
+    exactly: bool = True,
     joint: bool = False,
     guided: Sequence[bool] | None = None,
 ) -> list[Skips]:
@@ -82,6 +79,7 @@ def plan_best(
 
     The error of a call is that of `plan_skips`, |1 - the product of the ratios since the residual was computed|, added
     up over all calls. `settings.threshold` plays no part; the limits of skips in a row and of retention hold.
+    exactly: or else as many as can be up to that number, since branches that skip together do so by twos.
     Raises ConfigError if no plan skips that many.
     """
     may_skip = _allowed(experts, settings.retention, settings.rule)
@@ -92,15 +90,18 @@ def plan_best(
     together: list[_Call] = [(of, (1 + both) * all(may[: 1 + both])) for of, both, may in steps]
     first = _cheapest(together if joint else prompt, settings.max_skips)
     second = {0: (0.0, ())} if joint else _cheapest(negative, settings.max_skips)
-    splits = [(first[n][0] + second[skipped - n][0], n) for n in first if skipped - n in second]
-    if not splits:
-        most = max(first) + max(second)
-        even = " by twos, since the branches skip together" if joint else ""
+    counts = {n + m for n in first for m in second}
+    most = max(counts)
+    if skipped > most:
+        limits = f"--magcache-rule {settings.rule}, --magcache-k {settings.max_skips}"
         raise ConfigError(
-            f"no plan skips {skipped} of the forwards{even}: at most {most} of them with --magcache-rule "
-            f"{settings.rule}, --magcache-k {settings.max_skips} and --retention-ratio {settings.retention:g}"
+            f"at most {most} forwards can be skipped with {limits} and --retention-ratio {settings.retention:g}, not "
+            f"{skipped}: skip fewer, or widen those"
         )
-    of_first = min(splits)[1]
+    if exactly and skipped not in counts:
+        raise ConfigError(f"the branches skip together, so not {skipped} forwards: take {skipped - 1}")
+    skipped = max(count for count in counts if count <= skipped)
+    of_first = min((first[n][0] + second[skipped - n][0], n) for n in first if skipped - n in second)[1]
     ours = first[of_first][1]
     theirs = [step for step in ours if guided[step]] if joint else second[skipped - of_first][1]
     return [(step in ours, step in theirs) for step in range(len(ratios))]
@@ -163,7 +164,7 @@ def _is_retained(call: int, high_calls: int, calls: int, retention: float, rule:
     return call < int(high_calls * retention) or high_calls <= call <= high_calls + low_calls * retention
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Account:
     """What a branch's skips in a row came to."""
 
@@ -172,17 +173,14 @@ class _Account:
     error: float = 0.0
     skips: int = 0
 
-    def can_skip(self, ratio: float) -> bool:
-        error = self.error + abs(1 - self.product * ratio)
-        return error < self.settings.threshold and self.skips < self.settings.max_skips
+    def after(self, ratio: float) -> _Account:
+        """If this step is skipped too."""
+        product = self.product * ratio
+        return _Account(self.settings, product, self.error + abs(1 - product), self.skips + 1)
 
-    def book(self, ratio: float, skip: bool) -> None:
-        if skip:
-            self.product *= ratio
-            self.error += abs(1 - self.product)
-            self.skips += 1
-        else:
-            self.product, self.error, self.skips = 1.0, 0.0, 0
+    @property
+    def is_sound(self) -> bool:
+        return self.error < self.settings.threshold and self.skips <= self.settings.max_skips
 
 
 def resample(
@@ -195,30 +193,32 @@ def resample(
     """
     if list(of) == list(to):
         return list(ratios)
-    result: list[tuple[float, float]] = [(1.0, 1.0)] * len(to)
+    result: list[tuple[float, float]] = []
     for expert in dict.fromkeys(expert for expert, _ in to):
         known = [index for index, (at_work, _) in enumerate(of) if at_work == expert]
-        wanted = [index for index, (at_work, _) in enumerate(to) if at_work == expert]
-        if len(known) < 2:
-            raise ConfigError(f"the curve has {len(known)} steps of the {expert} expert: too few to interpolate")
-        for branch in (0, 1):
-            levels = [0.0]
-            for index in known[1:]:
-                levels.append(levels[-1] + math.log(ratios[index][branch]))
-            points = [-of[index][1] for index in known]  # rising
-            at = [_on_line(points, levels, -to[index][1]) for index in wanted]
-            for index, (before, here) in zip(wanted[1:], pairwise(at), strict=True):
-                pair = list(result[index])
-                pair[branch] = math.exp(here - before)
-                result[index] = (pair[0], pair[1])
+        timesteps = [timestep for at_work, timestep in to if at_work == expert]
+        by_branch = [
+            _resampled([ratios[index][branch] for index in known], [of[index][1] for index in known], timesteps)
+            for branch in (0, 1)
+        ]
+        result += zip(*by_branch, strict=True)
     return result
 
 
-def _on_line(points: Sequence[float], levels: Sequence[float], x: float) -> float:
-    right = min(max(bisect.bisect_left(points, x), 1), len(points) - 1)
-    left = right - 1
-    share = (x - points[left]) / (points[right] - points[left])
-    return levels[left] + share * (levels[right] - levels[left])
+def _resampled(ratios: Sequence[float], of: Sequence[int], to: Sequence[int]) -> list[float]:
+    """One branch within one expert, whose first ratio plays no part. `of` and `to` fall."""
+    levels = dict(zip(of, itertools.accumulate(math.log(ratio) for ratio in [1.0, *ratios[1:]]), strict=True))
+    points = sorted((-timestep, level) for timestep, level in levels.items())  # each timestep once
+    if len(points) < 2:
+        raise ConfigError(f"the curve has {len(points)} steps of an expert, too few to bridge")
+    at = [_on_line(points, -timestep) for timestep in to]
+    return [1.0, *(math.exp(here - before) for before, here in itertools.pairwise(at))]
+
+
+def _on_line(points: Sequence[tuple[float, float]], x: float) -> float:
+    right = min(max(bisect.bisect_left(points, (x,)), 1), len(points) - 1)
+    (before, low), (after, high) = points[right - 1 : right + 1]
+    return low + (x - before) / (after - before) * (high - low)
 
 
 class StepCache(Protocol):
