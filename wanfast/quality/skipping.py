@@ -147,16 +147,18 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         ),
         strict=True,
     ):
-        for kind in ("greedy", "least error"):
-            chosen = sorted(
-                (row["skipped_share"], row[name]["share"] if name == "prompt_following" else row[name])
-                for row in rows
-                if row["plan"] == kind and row[name] is not None
-            )
-            axes.plot(*zip(*chosen, strict=True), marker="o" if kind == "greedy" else "x", label=kind)
+        for rule, colour in (("low-noise-only", "tab:blue"), ("both-experts", "tab:orange")):
+            for kind, mark in (("greedy", "o-"), ("least error", "x--")):
+                chosen = sorted(
+                    (row["skipped_share"], row[name]["share"] if name == "prompt_following" else row[name])
+                    for row in rows
+                    if row["plan"] == kind and row["settings"].endswith(rule)
+                )
+                if chosen:
+                    axes.plot(*zip(*chosen, strict=True), mark, color=colour, label=f"{rule}, {kind}")
         axes.set(xlabel="share of the forwards skipped", ylabel=label)
         axes.grid(alpha=0.3)
-        axes.legend()
+    axes.legend(fontsize="small")
     figure.savefig(file, dpi=110)
 
 
