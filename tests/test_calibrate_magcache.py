@@ -19,7 +19,7 @@ from tests.gang import on_gang
 from wanfast.magcache_calib import clips
 from wanfast.magcache_calib.ratios import against_preset, averaged
 from wanfast.magcache_calib.recorder import Recorder
-from wanfast.runtime import generate, model_files
+from wanfast.runtime import generate, model_files, past_runs
 from wanfast.runtime.config import GenerateConfig
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks
@@ -310,6 +310,18 @@ def test_a_plan_is_timed_by_runs_like_it(wanfast: Wanfast) -> None:
     assert "by an earlier run like it" in wanfast(*SHOWN, "--dry-run", "--overwrite").out.replace("\n", " ")
 
 
+def test_branches_on_different_ranks_take_their_turns_together() -> None:
+    plan: dict[str, Any] = {
+        "steps": {"high_noise": 1, "low_noise": 3},
+        "guidance": {"high_noise": 1.0, "low_noise": 3.5},
+        "magcache": {"skips_cond": [False, False, True, True], "skips_uncond": [False, False, False, True]},
+        "mesh": {"cfg": 1},
+    }
+    assert past_runs._turns(plan) == [1, 2, 1, 0]
+    assert past_runs._turns(plan | {"mesh": {"cfg": 2}}) == [1, 1, 1, 0]
+    assert past_runs._turns(plan | {"magcache": None}) == [1, 2, 2, 2]
+
+
 def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> None:
     machine(2, 141)
 
@@ -423,7 +435,10 @@ def test_how_branches_skip_is_settled_with_the_ranks(wanfast: Wanfast, machine: 
     budget = wanfast(*again, "--magcache-budget", "0.6").document["plan"]["magcache"]
     assert (budget["plan"], budget["rule"], budget["skipped_forwards"]) == ("least error", "both-experts", 32)
     alone = wanfast(*A14B_DRY, "--magcache", "E012K2R20").document
-    assert alone["effective"]["magcache_joint"] == "off"
+    assert (alone["effective"]["magcache_joint"], alone["effective"]["magcache_rule"]) == ("off", "low-noise-only")
+    alone["weights"] = {}
+    (workdir / "two.json").write_text(json.dumps(alone))
+    assert wanfast(*again, "--magcache-budget", "0.6").document["plan"]["magcache"]["rule"] == "both-experts"
 
 
 def test_lines_of_a_list_skip_as_they_say(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:

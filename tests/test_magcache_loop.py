@@ -14,7 +14,7 @@ from tests.parity import relative_error
 from tests.small_model import write_small_model
 from tests.test_gangs import MESHES, final_latents, shown, with_options
 from wanfast.runtime import generate
-from wanfast.runtime.config import GenerateConfig
+from wanfast.runtime.config import BRANCHES, GenerateConfig
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
@@ -22,8 +22,9 @@ from wanfast.runtime.experts import SwappedExperts
 from wanfast.runtime.magcache_curves import Curve
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.models.dit import Block, WanDiT
-from wanfast.runtime.placement import check_skips, needed, place
+from wanfast.runtime.placement import check_skips, modes, needed, place
 from wanfast.runtime.plan import Plan, resolve
+from wanfast.runtime.sampling.magcache import ResidualCache
 from wanfast.runtime.timing import Stopwatch
 
 # Eight steps, three of them with high noise; branches differ, and each expert skips, the high-noise one at its end too.
@@ -73,7 +74,17 @@ def test_what_is_skipped_does_not_run(planned: tuple[Plan, ModelFiles], monkeypa
     ran.clear()
     plan = skipping(plan)
     assert plan.skips == APART
+    kept: list[tuple[int, str]] = []
+    keep = ResidualCache.keep
+    monkeypatch.setattr(ResidualCache, "keep", lambda self, *a: kept.append(a[:2]) or keep(self, *a))
     latents = final_latents(plan, files, Ranks("cpu"))
+    wanted = [
+        (step, name)
+        for step in range(7)
+        for branch, name in enumerate(BRANCHES)
+        if not APART[step][branch] and APART[step + 1][branch]
+    ]
+    assert kept == wanted  # and no residual that nobody uses
     assert len(ran) == (16 - sum(map(sum, APART))) * files.spec.dit.num_layers
     assert 1e-4 < relative_error(latents, whole) < 1
 
@@ -203,6 +214,8 @@ def test_residuals_count_in_the_memory_of_a_rank(planned: tuple[Plan, ModelFiles
     plan, files = planned
     spec, geometry = files.spec, plan.geometry
     for mesh, tokens in ((Mesh(), 40), (Mesh(ulysses=4), 10), (Mesh(ulysses=3), 14)):
-        need = needed(spec, "bf16", geometry, mesh, num_residuals=2)
-        assert need.residuals == 2 * 4 * spec.dit.dim * tokens
-        assert needed(spec, "bf16", geometry, mesh).residuals == 0
+        need, without = (needed(spec, "bf16", geometry, mesh, num_residuals=number) for number in (2, 0))
+        assert need.residuals == 2 * 4 * spec.dit.dim * tokens and without.residuals == 0
+        need, without = (dataclasses.replace(each, decode=0) for each in (need, without))  # the loop needs the most
+        more, less = modes(need, mesh.gang_size), modes(without, mesh.gang_size)
+        assert {mode: more[mode] - less[mode] for mode in more} == dict.fromkeys(less, need.residuals)
