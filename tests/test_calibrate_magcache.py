@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.conftest import Machine, Outcome
 from tests.gang import on_gang
+from wanfast.commands.calibrate_magcache import planned
 from wanfast.magcache_calib import clips
 from wanfast.magcache_calib.ratios import against_preset, averaged
 from wanfast.magcache_calib.recorder import Recorder
@@ -506,3 +507,10 @@ def test_where_a_curve_and_the_preset_differ(tmp_path: Path) -> None:
     found = against_preset(curve, config, files)
     assert found == {"differs": True, "steps": [5], "worst": {"step": 5, "difference": 0.02, "spread": 0.01}}
     assert against_preset(curve, dataclasses.replace(config, steps=30), files) is None
+
+
+def test_a_calibration_keeps_two_residuals_of_a_branch(folder: Path) -> None:
+    """This step's and that of the step before, in the memory that decides placement."""
+    files = model_files.locate("tiny", "artifacts")
+    (plan, _) = planned({"model": "tiny", "device": "cpu"}, clips.read_set(folder, 0), files)
+    assert plan.num_residuals(Mesh()) == 4 and plan.num_residuals(Mesh(cfg=2)) == 2
