@@ -166,6 +166,23 @@ def test_a_rank_that_raises_is_named_not_its_peers(start: Start, workdir: Path) 
     assert "Traceback" in log.read_text()
 
 
+ENDS = {
+    "TERM": ("os.kill(os.getpid(), 15)", "was killed by SIGTERM"),
+    "ABRT": ("os.abort()", "was killed by SIGABRT"),
+    "_exit": ("os._exit(3)", "ended with exit code 3"),
+    "exit": ("sys.exit(3)", "failed: SystemExit: 3"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_rank_that_ends_in_the_middle_is_named_not_its_peers(start: Start, workdir: Path, end: str) -> None:
+    fault, said = ENDS[end]
+    environment = with_fault(workdir, in_third_step(f"import os, sys; {fault}"), rank=1)
+    code, _, err = start(*ENDLESS, "--num-gpus", "2", environment=environment).end()
+    assert code == 5 and f"error: rank 1 {said}; logs" in err, err
+    assert only_inputs(workdir)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_rank_that_hangs_is_named(start: Start, workdir: Path, ranks: int) -> None:
     environment = with_fault(workdir, in_third_step("import time; time.sleep(1000)"), rank=1)
@@ -299,26 +316,36 @@ def test_ranks_are_waited_for_before_their_files_are_removed(tmp_path: Path, mon
     assert not psutil.pid_exists(rank.pid) and not list(tmp_path.glob(".out.mp4.*"))
 
 
-def test_a_rank_killed_for_outliving_a_peers_error_is_not_the_cause() -> None:
-    first = {"time": 100 * 10**9}
+def test_the_first_rank_that_ends_without_a_word_is_the_cause() -> None:
+    def ended(codes: dict[str, int], stopped: str = "", seconds: int = 100, told: str = "") -> tuple[str, int] | None:
+        known = {"exit_codes": codes, "seconds": dict.fromkeys(codes, seconds), "stopped": list(stopped)}
+        return launch._ended(known, [{"rank": int(rank), "time": 100 * 10**9} for rank in told])
 
-    def killed(code: int, second: float, first: dict[str, Any] | None) -> tuple[str, int] | None:
-        return launch._killed({"exit_codes": {"1": code}, "seconds": {"1": second}}, first)
+    for code in (-signal.SIGTERM, -signal.SIGABRT, -signal.SIGKILL, 3):
+        assert ended({"1": code}) == ended({"0": 1, "1": code}, told="0") == ("1", code)
+        assert ended({"0": 1, "1": code}, told="0", seconds=110) is None  # it outlived rank 0's error
+        assert ended({"1": code, "0": -signal.SIGTERM}, stopped="0") == ("1", code)
+    assert ended({"0": 1, "1": -signal.SIGTERM}, told="0", stopped="1") is None
+    assert ended({"0": 1, "1": 3}, told="0", stopped="1") == ("1", 3)  # it was about to end when it was stopped
+    assert ended({}) is None
 
-    assert killed(-signal.SIGKILL, 101, first) == killed(-signal.SIGKILL, 110, None) == ("1", signal.SIGKILL)
-    assert killed(-signal.SIGKILL, 110, first) is killed(-signal.SIGTERM, 101, None) is None
 
-
-def test_ranks_that_nccls_watchdog_aborts_are_said_to_have_waited(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("idle_s", "said"),
+    [(5, "waited --rank-timeout 5 s for rank 1, which hangs"), (1, "rank 0 was killed by SIGABRT")],
+    ids=["the watchdog", "itself"],
+)
+def test_ranks_that_are_aborted_waited_only_if_that_long_passed(tmp_path: Path, idle_s: int, said: str) -> None:
     for rank, done in ((0, 3), (1, 2)):
         own = tmp_path / f"ranks/0-{rank}"
         own.mkdir(parents=True)
-        (own / "pid").write_text("1")
-        (own / "progress").write_text(json.dumps({"done": done}))
-    known = {"exit_codes": {"0": -signal.SIGABRT}, "seconds": {"0": 100}}
+        for name, text in (("pid", "1"), ("progress", json.dumps({"done": done}))):
+            (own / name).write_text(text)
+            os.utime(own / name, (100 - idle_s, 100 - idle_s))
+    known = {"exit_codes": {"0": -signal.SIGABRT}, "seconds": {"0": 100}, "stopped": []}
     (tmp_path / "ranks/0.json").write_text(json.dumps(known))
     _, error = launch._error_of_gang(tmp_path, 0, SimpleNamespace(rank_timeout=5.0))
-    assert "waited --rank-timeout 5 s for rank 1, which hangs" in str(error)
+    assert said in str(error)
 
 
 def test_a_gang_that_dies_leaves_the_others_at_work(start: Start, workdir: Path) -> None:

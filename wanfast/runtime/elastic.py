@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def main(run_folder: Path, replica: int) -> int:
         local_addr=None if spans_machines else "127.0.0.1",
     )
     failed: dict[str, Any]
+    stopped = _stopped_by_the_agent()
     try:
         elastic_launch(launch, sys.executable)("-u", "-m", "wanfast.runtime.worker", str(run_folder), str(replica))
         return 0
@@ -53,6 +55,7 @@ def main(run_folder: Path, replica: int) -> int:
         failed = {
             "exit_codes": {str(rank): child.exitcode for rank, child in error.failures.items()},
             "seconds": {str(rank): child.timestamp for rank, child in error.failures.items()},
+            "stopped": [str(rank) for rank, child in error.failures.items() if child.pid in stopped],
         }
     except SignalException as stop:
         return 128 + int(stop.sigval)
@@ -60,6 +63,24 @@ def main(run_folder: Path, replica: int) -> int:
         failed = {"rendezvous": str(error).strip().splitlines()[0]}
     replace_text(run_folder / RANKS / f"{replica}.json", json.dumps(failed))
     return 5
+
+
+def _stopped_by_the_agent() -> set[int]:
+    """Grows by the process ids that the agent ends after a failure.
+
+    Its report has their exit codes among the others, and whole seconds do not tell what came first.
+    """
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    stopped: set[int] = set()
+    close = SubprocessHandler.close
+
+    def noted(self: SubprocessHandler, death_sig: signal.Signals | None = None) -> None:
+        stopped.add(self.proc.pid)
+        close(self, death_sig)
+
+    SubprocessHandler.close = noted  # type: ignore[method-assign]  # the launcher takes no other class
+    return stopped
 
 
 def _set_environment(config: EffectiveConfig, replica: int, processes: int) -> None:

@@ -7,6 +7,7 @@ when it failed. So the parent prints what is there, whoever died. Torch-free.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -26,6 +27,8 @@ from wanfast.runtime.signals import PARENT
 
 _PAUSE_S = 0.1
 _GRACE_S = 8.0  # from being asked to stop until being killed
+_OUTLIVED_S = 5.0  # a rank that ends so long after a peer's error is not its cause
+_MOST = 0.8  # of --rank-timeout, without a step: it ran out, for the host runs a little ahead of its GPU
 
 
 def run(
@@ -153,34 +156,47 @@ def _error_of_gang(run_folder: Path, replica: int, config: EffectiveConfig) -> t
         return noticed, ConfigError(f"{message} {within}: start wanfast on each of them")
     left = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob(f"{replica}-*/error.json")]
     first = min(left, key=lambda error: error["time"], default=None)
-    if killed := _killed(known, first):
-        rank, number = killed
-        return noticed, RankFailedError(f"rank {rank} was killed by {signal.Signals(number).name}; {logs}")
-    if first is None or first["kind"] == "timeout":
-        aborted = any(code == -signal.SIGABRT for code in known.get("exit_codes", {}).values())
-        if first or aborted:  # NCCL's watchdog aborts the ranks that wait
-            behind = ", ".join(map(str, _behind(folder, replica)))
-            who = f"rank {behind}, which hangs" if behind else "each other"
-            waited = f"the ranks waited --rank-timeout {config.rank_timeout:g} s for {who}"
-            return (first["time"] if first else noticed), RankFailedError(f"{waited}; {logs}")
-        for rank, code in known.get("exit_codes", {}).items():
-            return noticed, RankFailedError(f"rank {rank} ended with exit code {code}; {logs}")
+    ended = _ended(known, left)
+    aborted = ended is not None and ended[1] == -signal.SIGABRT  # as NCCL's watchdog does to the ranks that wait
+    timed_out = first is not None and first["kind"] == "timeout" and (ended is None or aborted)
+    if timed_out or (aborted and _idle_s(folder, replica, known) > _MOST * config.rank_timeout):
+        behind = ", ".join(map(str, _behind(folder, replica)))
+        who = f"rank {behind}, which hangs" if behind else "each other"
+        message = f"the ranks waited --rank-timeout {config.rank_timeout:g} s for {who}"
+        return (first["time"] if first else noticed), RankFailedError(f"{message}; {logs}")
+    if ended:
+        rank, code = ended
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return noticed, RankFailedError(f"rank {rank} {how}; {logs}")
+    if first is None:
         return noticed, RankFailedError(f"the launcher of gang {replica} failed; {logs}")
     if first["kind"] == "user":
         return first["time"], from_failure(first)
     return first["time"], RankFailedError(f"rank {first['rank']} failed: {first['error']}; {logs}")
 
 
-def _killed(known: dict[str, Any], first: dict[str, Any] | None) -> tuple[str, int] | None:
-    """(rank, signal) of one that was killed outright: it says nothing, and its peers only saw connections close.
+def _ended(known: dict[str, Any], left: list[dict[str, Any]]) -> tuple[str, int] | None:
+    """(rank, exit code) of the first that ended without a word: its peers' errors are echoes, connections that close.
 
-    But not of one that the launcher killed in the end because it outlived a peer's error.
+    But not of one that the agent stopped because a peer had failed, nor of one that outlived a peer's error.
     """
-    for rank, code in known.get("exit_codes", {}).items():
-        outlived = first is not None and known["seconds"][rank] - first["time"] / 1e9 > 5
-        if code < 0 and -code not in (signal.SIGTERM, signal.SIGABRT) and not outlived:
-            return rank, -code
-    return None
+    told = {str(error["rank"]) for error in left}
+    oldest = min((error["time"] / 1e9 for error in left), default=math.inf)
+    by_agent = (-signal.SIGTERM, -signal.SIGKILL)
+    alone = [
+        (known["seconds"][rank], rank, code)
+        for rank, code in known.get("exit_codes", {}).items()
+        if rank not in told and not (rank in known["stopped"] and code in by_agent)
+    ]
+    alone = [found for found in alone if found[0] - oldest <= _OUTLIVED_S]
+    return min(alone, key=lambda found: found[0])[1:] if alone else None
+
+
+def _idle_s(folder: Path, replica: int, known: dict[str, Any]) -> float:
+    """From the gang's last step, or its start, to its end."""
+    signs = (file for name in ("pid", PROGRESS) for file in folder.glob(f"{replica}-*/{name}"))
+    last = max((file.stat().st_mtime for file in signs), default=math.inf)
+    return float(min(known["seconds"].values()) - last)
 
 
 def _behind(folder: Path, replica: int) -> list[int]:

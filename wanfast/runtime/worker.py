@@ -37,7 +37,10 @@ def main(run_folder: Path, replica: int) -> None:
         os._exit(1)  # not by way of destructors, which may wait for peers that are gone
 
     sys.excepthook = leave
-    _work(run_folder, replica, own_folder)
+    try:
+        _work(run_folder, replica, own_folder)
+    except SystemExit as error:  # passes by the hook
+        leave(type(error), error, error.__traceback__)
 
 
 def _told(error: BaseException) -> dict[str, Any]:
