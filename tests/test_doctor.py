@@ -21,7 +21,7 @@ import torch
 from tests.conftest import Outcome
 from wanfast.runtime import attention_probe, gpus, placement
 from wanfast.runtime.gpus import Gpu
-from wanfast.runtime.model_files import A14B_FOLDER, TINY
+from wanfast.runtime.model_files import A14B_DIFFUSERS_FOLDER, A14B_FOLDER, TINY
 
 Wanfast = Callable[..., Outcome]
 Machine = Callable[..., None]
@@ -191,6 +191,16 @@ def test_missing_weights_are_said_with_the_mend(wanfast: Wanfast, workdir: Path,
     document = examine(wanfast, "--model", "gone")
     assert "no such folder" in document["weights"]["trouble"]
     assert document["next"]["command"] == "wanfast doctor --model gone"
+
+
+def test_the_layout_of_which_a_part_is_there_is_the_one_to_fetch(
+    wanfast: Wanfast, workdir: Path, machine: Machine
+) -> None:
+    machine(84.0)
+    (workdir / "artifacts" / A14B_DIFFUSERS_FOLDER / "transformer").mkdir(parents=True)
+    step = examine(wanfast)["next"]
+    assert step["command"] == "wanfast download --layout diffusers"
+    assert "run `wanfast download --layout diffusers` (126 GB)" in step["why"]
 
 
 def test_a_full_disk_is_said_before_the_download(

@@ -454,6 +454,29 @@ def test_generate_finds_what_came(wanfast: Wanfast, workdir: Path, hub: Hub) -> 
     assert workdir / "artifacts" / A14B_FOLDER == folder_of(workdir)
 
 
+def test_generate_finds_the_other_layout_too(
+    wanfast: Wanfast, workdir: Path, hub: Hub, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from tests.public_model import save_diffusers
+    from wanfast.runtime.errors import MissingArtifactError
+    from wanfast.runtime.model_files import locate
+
+    public = tmp_path_factory.mktemp("public")
+    save_diffusers(public)
+    hub.files[DIFFUSERS] = {str(path.relative_to(public)): path.read_bytes() for path in public.rglob("*.*")}
+    folder_of(workdir).mkdir(parents=True)  # as a download that was refused leaves it
+    assert wanfast("download", "--layout", "diffusers").exit_code == 0
+    files = locate("a14b", "artifacts")
+    assert (files.root, files.layout) == (folder_of(workdir, DIFFUSERS), "diffusers")
+    files.require()
+    (files.root / "vae/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(MissingArtifactError, match=r"run `wanfast download --layout diffusers`"):
+        files.require()
+    (folder_of(workdir) / "high_noise_model").mkdir()
+    files = locate("a14b", "artifacts")
+    assert (files.root, files.layout) == (folder_of(workdir), "original")
+
+
 def test_errors_are_json_too(wanfast: Wanfast, hub: Hub) -> None:
     outcome = wanfast("download", "--revision", "gone", "--json")
     assert outcome.document["exit_code"] == outcome.exit_code == 2

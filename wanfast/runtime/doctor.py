@@ -34,7 +34,8 @@ def examine(request: GenerateConfig) -> dict[str, Any]:
     weights, spec = _weights(request)
     fitted = fit(request, spec, found)
     host, torch = _host(Path(request.artifacts_dir)), _torch()
-    step = next_step(request, fitted, no_torch=torch["trouble"], no_weights=_no_weights(request, weights, host))
+    no_weights = _no_weights(request, weights, host)
+    step = next_step(request, fitted, no_torch=torch["trouble"], no_weights=no_weights, layout=weights["layout"])
     return {
         "gpus": [dataclasses.asdict(gpu) for gpu in found],
         "host": host,

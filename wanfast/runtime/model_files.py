@@ -1,6 +1,7 @@
 """Where a model's files are: which of the two public layouts a folder has, and what facts it states. Torch-free.
 
-`tiny` ships with the package; `a14b` is the published repository in the artifacts folder; anything else is a path.
+`tiny` ships with the package; `a14b` is the published repository, of either layout, in the artifacts folder; anything
+else is a path.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from wanfast.runtime.model_spec import A14B, DiTSpec, ModelSpec, UMT5Spec, VAESp
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 A14B_FOLDER = "checkpoints/Wan2.2-I2V-A14B"  # below the artifacts folder
+A14B_DIFFUSERS_FOLDER = f"{A14B_FOLDER}-Diffusers"  # the same in the other layout; taken if the first is not there
 A14B_BYTES = 126 * 10**9  # of its files that are read
 
 Component = Literal["high_noise", "low_noise", "vae", "umt5"]
@@ -106,8 +108,9 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
     if model == "tiny":
         return ModelFiles(TINY, "diffusers", _read_spec(TINY, "diffusers"), "reinstall wanfast")
     if model == "a14b":
-        root = (Path(artifacts_dir) / A14B_FOLDER).absolute()
-        where = "" if artifacts_dir == "artifacts" else f" --artifacts-dir {shlex.quote(artifacts_dir)}"
+        root = _a14b_root(artifacts_dir)
+        where = " --layout diffusers" if root.name == Path(A14B_DIFFUSERS_FOLDER).name else ""
+        where += "" if artifacts_dir == "artifacts" else f" --artifacts-dir {shlex.quote(artifacts_dir)}"
         mend = (
             f"run `wanfast download{where}` ({A14B_BYTES / 1e9:.0f} GB), or give the weights' folder as --model FOLDER"
         )
@@ -128,6 +131,13 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
                 )
             return ModelFiles(root, layout, spec, mend)
     raise ConfigError(f"--model {model}: {root} has neither high_noise_model/ nor transformer/: not a Wan2.2 folder")
+
+
+def _a14b_root(artifacts_dir: str) -> Path:
+    """The first of the two folders that holds experts, or else the original layout's."""
+    roots = [(Path(artifacts_dir) / folder).absolute() for folder in (A14B_FOLDER, A14B_DIFFUSERS_FOLDER)]
+    experts = [places.high_noise for places in _LAYOUTS.values()]
+    return next((root for root in roots if any((root / expert).is_dir() for expert in experts)), roots[0])
 
 
 def _shards(folder: Path) -> list[Path]:

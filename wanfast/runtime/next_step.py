@@ -46,8 +46,10 @@ def example(model: str) -> tuple[str, str]:
     return str(path.relative_to(here) if path.is_relative_to(here) else path), prompt
 
 
-def next_step(request: GenerateConfig, fitted: Fit, *, no_torch: str | None, no_weights: str | None) -> NextStep:
-    """`no_torch`, `no_weights`: what is wrong with them, if anything is."""
+def next_step(
+    request: GenerateConfig, fitted: Fit, *, no_torch: str | None, no_weights: str | None, layout: str | None
+) -> NextStep:
+    """`no_torch`, `no_weights`: what is wrong with them, if anything is; `layout`: of what is there of the weights."""
     if not fitted.found:
         why = f"no GPU is visible here, and the tiny model runs on a CPU; {_wanted(fitted)}"
         return NextStep(_tiny(device="cpu"), why)
@@ -58,7 +60,8 @@ def next_step(request: GenerateConfig, fitted: Fit, *, no_torch: str | None, no_
     if way is None:
         return _what_would_fit(request, fitted)
     if no_weights is not None and request.model == "a14b":
-        return NextStep(_line("download", _changed(request, "artifacts_dir")), no_weights)
+        other = {"layout": layout} if layout == "diffusers" else {}
+        return NextStep(_line("download", other | _changed(request, "artifacts_dir")), no_weights)
     if no_weights is not None:
         return NextStep(_line("doctor", _changed(request, "model")), f"{no_weights}; then ask again")
     return NextStep(_generate(request, way, fitted), f"all is there: {_said(way)}")
