@@ -70,7 +70,9 @@ class Hub:
     )
     commit: str = "c" * 40
     refusal: tuple[int, str] | None = None  # a status and an X-Error-Code for everything
-    damage: dict[str, str] = field(default_factory=dict)  # file -> "cut": its first GET ends in the middle
+    damage: dict[str, str] = field(
+        default_factory=dict
+    )  # file -> "cut": its first GET ends in the middle, "flip": begins with a wrong byte
     slow: float = 0  # seconds for each MiB
     sent: int = 0  # bytes of files, about
     lies: dict[str, int | None] = field(default_factory=dict)  # file -> the size that the listing states
@@ -106,7 +108,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(b"", 404, {"X-Error-Code": "RevisionNotFound"})
         listing = [self.entry(name, data) for name, data in hub.files[repo].items()]
         if action == "revision":
-            siblings = [{"rfilename": each["path"], "size": each["size"], "blobId": each["oid"]} for each in listing]
+            siblings = [
+                {"rfilename": each["path"], "size": each["size"], "blobId": each["oid"], "lfs": each.get("lfs")}
+                for each in listing
+            ]
             return self.answer(json.dumps({"id": repo, "sha": hub.commit, "siblings": siblings}).encode())
         if action == "tree":
             return self.answer(json.dumps(listing).encode())
@@ -114,7 +119,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def entry(self, name: str, data: bytes) -> dict[str, Any]:
         size = self.hub.lies.get(name, len(data))
-        return {"type": "file", "path": name, "size": size, "oid": hashlib.sha1(data).hexdigest()}
+        facts = {"type": "file", "path": name, "size": size, "oid": hashlib.sha1(data).hexdigest()}
+        if name.endswith((".safetensors", ".pth")):
+            digest = hashlib.sha256(data).hexdigest()
+            facts["lfs"] = {"size": size, "oid": digest, "sha256": digest, "pointerSize": 100}
+        return facts
 
     def file(self, name: str, data: bytes) -> None:
         first, _, _ = (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")
@@ -126,6 +135,8 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.starts.setdefault(name, []).append(start)
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if damage == "flip":
+            data = bytes([data[0] ^ 1]) + data[1:]
         self.answer(data[start:], 206 if start else 200, headers, cut=damage == "cut")
 
     def answer(
@@ -319,6 +330,17 @@ def test_sizes_are_compared_in_the_end(wanfast: Wanfast, workdir: Path, hub: Hub
     hub.lies["Wan2.1_VAE.pth"] = 301
     refused(wanfast("download"), 4, "Wan2.1_VAE.pth has 300 bytes, not 301")
     assert not (folder_of(workdir) / "wanfast-download.json").exists()
+
+
+def test_what_came_is_held_against_its_hash(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    hub.damage[BIG] = "flip"
+    refused(wanfast("download"), 4, f"{folder_of(workdir) / BIG}: not the sha256", "removed; run it again")
+    assert contents(folder_of(workdir)) == {name: data for name, data in WANTED[ORIGINAL].items() if name != BIG}
+    assert not (folder_of(workdir) / "wanfast-download.json").exists()
+    hub.requests.clear()
+    assert wanfast("download").exit_code == 0
+    assert contents(folder_of(workdir)) == WANTED[ORIGINAL]
+    assert hub.fetched() == [BIG]
 
 
 def test_too_little_disk_is_known_before(

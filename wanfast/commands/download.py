@@ -34,7 +34,8 @@ def download(
 ) -> None:
     """Fetch the published weights, only the files that are needed.
 
-    They are verified in the end. Run again after a failure, it keeps the files that are whole.
+    They are verified in the end, by size, and what came by its hash. Run again after a failure, it keeps the files
+    that are whole.
     """
     from wanfast.runtime import download as worker  # huggingface_hub begins here: 0.3 s
 

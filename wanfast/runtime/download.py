@@ -5,13 +5,15 @@ the end is compared with that answer. For huggingface_hub's own word is not enou
 without files, and its dry run gives a damaged file's own size as the right one. A manifest, written last, records the
 commit, so that two of them never mix in one folder.
 
-Cost: one request when all is there. Limit: sizes are verified, not hashes (126 GB would have to be read again); a file
-of which a part had come when the process was killed starts from 0, as huggingface_hub names its parts at random.
+Cost: one request when all is there; of what came, each large file is read once more for its sha256. Limits: what was
+there before is verified by size alone (126 GB would have to be read again); a file of which a part had come when the
+process was killed starts from 0, as huggingface_hub names its parts at random.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -106,6 +108,7 @@ class _Listing:
     commit: str
     sizes: dict[str, int]
     hashes: dict[str, str]
+    sha256: dict[str, str]  # of large files; the hash of another is git's
 
     def missing(self, folder: Path) -> list[str]:
         """The files that are not in `folder` at their size."""
@@ -132,8 +135,10 @@ def download(request: Request, *, progress: bool) -> dict[str, Any]:
         _refuse_to_mix(request, listing)
         _remove_orphans(request.folder)
         _require_space(request, listing)
+        missing = listing.missing(request.folder)
         _fetch(request, listing, progress=progress)
         _verify(request, listing)
+        _verify_hashes(request, listing, missing)
         _write_manifest(request, listing)
     return _result(request, listing) | {"seconds": round(time.perf_counter() - started, 3)}
 
@@ -156,7 +161,8 @@ def _list(request: Request) -> _Listing:
             f"{_endpoint()} does not tell the commit and sizes of {request.repo}: see HF_ENDPOINT"
         )
     hashes = {name: (file.lfs.sha256 if file.lfs else file.blob_id) or "" for name, file in sorted(files.items())}
-    return _Listing(info.sha, {name: int(size or 0) for name, size in sizes.items()}, hashes)
+    sha256 = {name: file.lfs.sha256 for name, file in files.items() if file.lfs}
+    return _Listing(info.sha, {name: int(size or 0) for name, size in sizes.items()}, hashes, sha256)
 
 
 def _is_needed(name: str, layout: _Layout) -> bool:
@@ -239,6 +245,22 @@ def _verify(request: Request, listing: _Listing) -> None:
                     f"--repo {request.repo}: no {folder}/{shard} in it at {listing.commit}, which its index names; "
                     "take another --revision"
                 )
+
+
+def _verify_hashes(request: Request, listing: _Listing, names: list[str]) -> None:
+    """Those of `names` whose sha256 the hub tells; a wrong one is removed: next time its size would do."""
+    wrong = []
+    for name in (name for name in names if name in listing.sha256):
+        path = request.folder / name
+        with _hub_errors(request), path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != listing.sha256[name]:
+            path.unlink()
+            wrong.append(str(path))
+    if wrong:
+        raise CorruptArtifactError(
+            f"{', '.join(wrong)}: not the sha256 that the hub tells after the download: removed; run it again"
+        )
 
 
 def _refuse_to_mix(request: Request, listing: _Listing) -> None:
