@@ -49,6 +49,7 @@ def test_true_sizes_load_within_two_gigabytes_of_the_model(true_sizes: Path) -> 
     held = memory.expert_bytes(TRUE_SIZES, "bf16")
     for ranks, options in ((1, []), (4, ["--fsdp"])):
         document = measured(true_sizes, "--ranks", str(ranks), *options)
+        assert document["read_bytes"] == sparse_model.num_bytes(TRUE_SIZES)
         for figures in document["each_rank"]:
             assert figures["wrong_tensors"] == []
             assert figures["peak_rss_bytes"] <= held / ranks + 2e9
