@@ -22,8 +22,11 @@ from safetensors import SafetensorError
 from tests import sparse_model
 from tests.conftest import Outcome
 from wanfast.quality.metrics import psnr
-from wanfast.runtime import checkpoint, quantize, quantized_artifacts
+from wanfast.runtime import checkpoint, model_files, quantize, quantized_artifacts
+from wanfast.runtime.artifacts import ArtifactStore
+from wanfast.runtime.errors import MissingArtifactError
 from wanfast.runtime.model_spec import A14B
+from wanfast.runtime.quantized_artifacts import QuantizedExpert
 
 Wanfast = Callable[..., Outcome]
 ROOT = Path(__file__).parents[1]
@@ -129,6 +132,35 @@ def test_what_was_changed_is_refused(wanfast: Wanfast, workdir: Path, kept: Path
     assert not list(workdir.glob("out*"))
     again = wanfast("quantize", *TINY, *RECIPE)  # verifies what is there
     assert again.exit_code == 4 and str(kept) in again.err
+
+
+def test_without_torchao_the_artifact_of_the_latest_version_is_taken(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = model_files.locate("tiny", "artifacts")
+    store = ArtifactStore(workdir / "artifacts")
+    expert = QuantizedExpert(store, files, "high_noise", "int8-dynamic", "tiny")
+    made = {
+        version: store.publish("quantized", expert.inputs(version), lambda folder: (folder / "file").touch())
+        for version in ("0.9.0", "0.18.0", "0.18.0.dev1", "not a version")
+    }
+    monkeypatch.setattr(quantized_artifacts, "torchao_version", lambda: None)
+    assert expert.find() == made["0.18.0"]
+    monkeypatch.setattr(quantized_artifacts, "torchao_version", lambda: "0.10.0")
+    with pytest.raises(
+        MissingArtifactError, match=r"by torchao 0\.9\.0, 0\.18\.0\.dev1, 0\.18\.0, and here is 0\.10\.0"
+    ):
+        expert.require()
+
+
+@pytest.mark.parametrize("option", ["--model", "--artifacts-dir"])
+@pytest.mark.parametrize("value", ["", " "], ids=["empty", "blank"])
+@pytest.mark.parametrize("command", ["quantize", "generate", "doctor"])
+def test_an_empty_place_is_refused(wanfast: Wanfast, workdir: Path, command: str, option: str, value: str) -> None:
+    own = {"quantize": (*TINY, *RECIPE), "generate": (*TINY, *SMALL), "doctor": ("--model", "tiny")}
+    outcome = wanfast(command, *own[command], option, value)
+    assert outcome.exit_code == 2 and outcome.err.startswith(f"error: {option} is empty"), outcome.err
+    assert outcome.err.count("\n") == 1 and [path.name for path in workdir.iterdir()] == ["cat.png"]
 
 
 def test_another_torchao_is_named(wanfast: Wanfast, workdir: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,8 +85,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_text(field.name, getattr(self, field.name))
-        if not self.model:
-            raise ConfigError("--model is empty: take tiny, a14b or a folder of weights")
+        _check_places(self)
         if not self.image:
             raise ConfigError("--image is missing: give the picture that the video starts from")
         if not (self.prompt or "").strip():
@@ -128,6 +127,11 @@ class QuantizeConfig:
     expert: Literal["both", "high", "low"] = "both"
     device: Device | None = None
     artifacts_dir: str = "artifacts"
+
+    def __post_init__(self) -> None:
+        for name in ("model", "artifacts_dir"):
+            _check_text(name, getattr(self, name))
+        _check_places(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +335,14 @@ def _check(value: T | None, option: str, is_fine: typing.Callable[[T], bool], me
 def _frames_mend(frames: int) -> str:
     near = max(1, (frames + 1) // 4 * 4 + 1)
     return f"a clip has 4n+1 frames: try {near}"
+
+
+def _check_places(config: GenerateConfig | QuantizeConfig) -> None:
+    """An empty path would be the current folder."""
+    if not config.model.strip():
+        raise ConfigError("--model is empty: take tiny, a14b or a folder of weights")
+    if not config.artifacts_dir.strip():
+        raise ConfigError("--artifacts-dir is empty: name a folder, or leave it out")
 
 
 def _check_text(name: str, value: object) -> None:

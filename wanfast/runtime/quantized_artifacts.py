@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from wanfast.runtime.artifacts import MANIFEST, ArtifactStore
 from wanfast.runtime.config import EffectiveConfig, Expert, Recipe, in_8_bits
 from wanfast.runtime.errors import ConfigError, MissingArtifactError
@@ -59,7 +61,7 @@ class QuantizedExpert:
         Raises CorruptArtifactError.
         """
         here = torchao_version() if in_8_bits(self.recipe) else None
-        made_by = here or max(self._versions(), default=None)
+        made_by = here or max(self._versions(), default=None, key=Version)
         if made_by is None and in_8_bits(self.recipe):
             return None
         return self.store.find(KIND, self.inputs(made_by), verify=verify)
@@ -68,7 +70,7 @@ class QuantizedExpert:
         """The same, which must be there. Raises MissingArtifactError with the command that makes it."""
         folder = self.find(verify=verify)
         if folder is None:
-            others = ", ".join(sorted(self._versions()))
+            others = ", ".join(sorted(self._versions(), key=Version))
             by_other = f" (there is one by torchao {others}, and here is {torchao_version()})" if others else ""
             raise MissingArtifactError(
                 f"{self.expert} is not quantized by {self.recipe} yet{by_other}: run `{self.mend}`"
@@ -90,10 +92,11 @@ class QuantizedExpert:
         for manifest in (self.store.root / KIND).glob(f"*/{MANIFEST}"):
             try:
                 inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]
+                Version(inputs["torchao"])  # or it cannot be compared
             except (ValueError, KeyError, TypeError):
                 continue  # not ours to judge: `find` judges what it opens
-            if isinstance(inputs, dict) and inputs == self.inputs(inputs.get("torchao")) and inputs.get("torchao"):
-                found.add(str(inputs["torchao"]))
+            if inputs == self.inputs(inputs["torchao"]):
+                found.add(inputs["torchao"])
         return found
 
 
