@@ -19,9 +19,12 @@ import pytest
 import torch
 
 from tests.conftest import Outcome
-from wanfast.runtime import attention_probe, gpus, placement
+from wanfast.runtime import attention_probe, gpus, metadata, model_files, placement, quantized_artifacts
+from wanfast.runtime.artifacts import ArtifactStore
+from wanfast.runtime.config import Recipe, in_8_bits
 from wanfast.runtime.gpus import Gpu
 from wanfast.runtime.model_files import A14B_DIFFUSERS_FOLDER, A14B_FOLDER, TINY
+from wanfast.runtime.quantized_artifacts import EXPERTS, QuantizedExpert
 
 Wanfast = Callable[..., Outcome]
 Machine = Callable[..., None]
@@ -49,6 +52,15 @@ def pretend_weights(artifacts: Path) -> Path:
         (root / name).touch()
     shutil.copy(TINY / "tokenizer/tokenizer.json", root / "google/umt5-xxl/tokenizer.json")
     return root
+
+
+def pretend_kept(artifacts: Path, recipe: Recipe) -> None:
+    """Both experts of `pretend_weights`, with nothing in them."""
+    store, files = ArtifactStore(artifacts), model_files.locate("a14b", str(artifacts))
+    for expert in EXPERTS:
+        wanted = QuantizedExpert(store, files, expert, recipe, "a14b")
+        made_by = quantized_artifacts.torchao_version() if in_8_bits(recipe) else None
+        store.publish("quantized", wanted.inputs(made_by), lambda folder: (folder / "file").touch())
 
 
 def examine(wanfast: Wanfast, *arguments: str) -> dict[str, Any]:
@@ -149,6 +161,68 @@ def test_the_table_shows_the_sums_that_placement_decides_by(wanfast: Wanfast, ma
     outcome = wanfast("doctor")
     assert "78.1: fits GPUs of 80 GB, 141 GB" in outcome.out
     assert "43.6, and 63.7 on the host: fits GPUs of 48 GB, 80 GB, 141 GB" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sum_", "mode"),
+    [
+        (None, "57.9 both experts + 18.0 decode + 2.1 margin = 78.1: does not fit, 60.0 free", "offloaded"),
+        ("bf16", "57.9 both experts + 18.0 decode + 2.1 margin = 78.1: does not fit, 60.0 free", "offloaded"),
+        ("int8-weight-only", "29.8 both experts + 18.0 decode + 2.1 margin = 50.0: fits, 60.0 free", "resident"),
+        ("int8-dynamic", "29.8 both experts + 21.9 loop + 2.1 margin = 53.9: fits, 60.0 free", "resident"),
+    ],
+)
+def test_quantized_experts_fit_smaller_cards(
+    wanfast: Wanfast, workdir: Path, machine: Machine, recipe: Recipe | None, sum_: str, mode: str
+) -> None:
+    machine(60.0)
+    pretend_weights(workdir / "artifacts")
+    arguments = ["--quantize", recipe] if recipe else []
+    assert sum_ in wanfast("doctor", *arguments).out
+    if recipe:
+        step = examine(wanfast, *arguments)["next"]
+        assert step["command"] == f"wanfast quantize --model a14b --recipe {recipe}"
+        assert f"high_noise is not quantized by {recipe} yet" in step["why"]
+        pretend_kept(workdir / "artifacts", recipe)
+    step = examine(wanfast, *arguments)["next"]
+    assert f"experts {mode}" in step["why"]
+    assert (f"--quantize {recipe}" in step["command"]) == bool(recipe)
+    plan = dry_run(wanfast, step["command"])
+    assert (plan["quantize"], plan["expert_offload"]) == (recipe, "on" if mode == "offloaded" else "off")
+
+
+def test_a_kept_expert_that_was_changed_is_named(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
+    machine(84.0)
+    pretend_weights(workdir / "artifacts")
+    pretend_kept(workdir / "artifacts", "bf16")
+    for file in workdir.glob("artifacts/quantized/*/file"):
+        file.unlink()
+    step = examine(wanfast, "--quantize", "bf16")["next"]
+    assert step["command"] == "wanfast quantize --model a14b --recipe bf16"
+    assert "was changed after it was made: remove it" in step["why"]
+
+
+def test_quantized_experts_are_not_sharded(wanfast: Wanfast, machine: Machine) -> None:
+    machine(47.0, 47.0)
+    for recipe, modes in (("bf16", {"resident", "sharded", "offloaded"}), ("fp8-rowwise", {"resident", "offloaded"})):
+        fit = examine(wanfast, "--quantize", recipe)["fit"]
+        assert {way["mode"] for way in fit["ways"] if way["num_gpus"] == 2} == modes
+        assert fit["quantize"] == recipe and recipe in fit["expert_bytes"]
+    assert "14.9 in fp8-rowwise" in wanfast("doctor", "--quantize", "fp8-rowwise").out
+
+
+def test_torchao_is_told(wanfast: Wanfast, workdir: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(84.0)
+    pretend_weights(workdir / "artifacts")
+    for found, said in (("0.18.0", "torchao  0.18.0"), (None, "torchao  not installed: `wanfast quantize` needs it")):
+        there = {"torchao": found} if found else {}
+        monkeypatch.setattr(
+            metadata, "versions", lambda there=there: dict.fromkeys(("wanfast", "python", "torch", "av"), "1") | there
+        )
+        monkeypatch.setattr(quantized_artifacts, "torchao_version", lambda found=found: found)
+        assert said in wanfast("doctor", "--quantize", "int8-dynamic").out
+    step = examine(wanfast, "--quantize", "int8-dynamic")["next"]
+    assert step["command"].startswith("pip install 'torchao") and "which needs torchao" in step["why"]
 
 
 def test_without_a_gpu_the_tiny_model_is_next_and_its_command_runs(wanfast: Wanfast, machine: Machine) -> None:
@@ -280,7 +354,14 @@ def test_one_document_ends_stdout_and_the_rest_is_for_people(wanfast: Wanfast, m
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--size", "bad"], ["--frames", "80"], ["--model", ""], ["--precision", "fp8"], ["--size", "0x16"]],
+    [
+        ["--size", "bad"],
+        ["--frames", "80"],
+        ["--model", ""],
+        ["--precision", "fp8"],
+        ["--size", "0x16"],
+        ["--quantize", "bf16", "--precision", "fp32"],
+    ],
     ids=" ".join,
 )
 def test_wrong_options_are_refused(wanfast: Wanfast, machine: Machine, arguments: list[str]) -> None:

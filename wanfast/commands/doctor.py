@@ -25,6 +25,7 @@ def doctor(
     ] = None,
     frames: Annotated[int | None, typer.Option(help="Likewise.  [default: the model's own]")] = None,
     precision: options.PrecisionOption = "bf16",
+    quantize: options.Quantize = None,
     artifacts_dir: options.ArtifactsDir = "artifacts",
     json_: options.Json = False,
 ) -> None:
@@ -43,6 +44,7 @@ def doctor(
         size=size,
         frames=frames,
         precision=precision,
+        quantize=quantize,
         artifacts_dir=artifacts_dir,
     )
     document = worker.examine(request)
@@ -63,7 +65,8 @@ def _sections(document: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
     device = document["attention"]["device"]
     yield f"attention on {device}" if device else "attention", _attention(document["attention"]["kernels"])
     yield "files", _files(document)
-    yield f"{fit['model']}, {fit['size']}, {fit['frames']} frames, {fit['precision']}: GB a GPU", _fit(fit)
+    held = fit["quantize"] or fit["precision"]
+    yield f"{fit['model']}, {fit['size']}, {fit['frames']} frames, {held}: GB a GPU", _fit(fit)
     yield f"next: {document['next']['why']}", [("", document["next"]["command"])]
 
 
@@ -92,6 +95,7 @@ def _software(document: dict[str, Any]) -> Rows:
     return [
         ("wanfast", f"{versions['wanfast']}, Python {versions['python']}"),
         ("torch", f"{versions['torch']}, {state}"),
+        ("torchao", versions.get("torchao") or "not installed: `wanfast quantize` needs it; what it made runs without"),
         ("video", f"PyAV {versions['av']}, {libraries}, {x264}"),
         ("ffmpeg", f"{encoder['ffmpeg'] or 'none on PATH'}; PyAV brings its own libraries"),
     ]

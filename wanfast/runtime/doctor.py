@@ -15,14 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime import gpus, metadata, model_files
-from wanfast.runtime.artifacts import MANIFEST
-from wanfast.runtime.config import GenerateConfig
-from wanfast.runtime.errors import WanFastError
+from wanfast.runtime import gpus, metadata, model_files, quantized_artifacts
+from wanfast.runtime.artifacts import MANIFEST, ArtifactStore
+from wanfast.runtime.config import GenerateConfig, in_8_bits
+from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError, WanFastError
 from wanfast.runtime.fit import fit
 from wanfast.runtime.model_files import COMPONENTS, ModelFiles
 from wanfast.runtime.model_spec import A14B, ModelSpec
-from wanfast.runtime.next_step import next_step
+from wanfast.runtime.next_step import NextStep, next_step
+from wanfast.runtime.quantized_artifacts import EXPERTS, TORCHAO_MEND, QuantizedExpert
 
 # The kinds of the store, and what else lies beside them.
 _KINDS = ("checkpoints", "prompt_embeds", "quantized", "magcache", "inductor", "runs")
@@ -35,7 +36,15 @@ def examine(request: GenerateConfig) -> dict[str, Any]:
     fitted = fit(request, spec, found)
     host, torch = _host(Path(request.artifacts_dir)), _torch()
     no_weights = _no_weights(request, weights, host)
-    step = next_step(request, fitted, no_torch=torch["trouble"], no_weights=no_weights, layout=weights["layout"])
+    no_kept = None if no_weights else _no_kept(request)
+    step = next_step(
+        request,
+        fitted,
+        no_torch=torch["trouble"],
+        no_weights=no_weights,
+        layout=weights["layout"],
+        no_kept=no_kept,
+    )
     return {
         "gpus": [dataclasses.asdict(gpu) for gpu in found],
         "host": host,
@@ -77,6 +86,23 @@ def _no_weights(request: GenerateConfig, weights: dict[str, Any], host: dict[str
     if trouble and request.model == "a14b" and free < model_files.A14B_BYTES - weights["bytes"]:
         return f"{trouble}; {host['disk']} has {free / 1e9:.1f} GB free: free some, or name another --artifacts-dir"
     return trouble
+
+
+def _no_kept(request: GenerateConfig) -> NextStep | None:
+    """What makes the experts that --quantize asks for, where one is not there as it was made."""
+    if request.quantize is None:
+        return None
+    store = ArtifactStore(Path(request.artifacts_dir).absolute())
+    files = model_files.locate(request.model, request.artifacts_dir)
+    for expert in EXPERTS:
+        wanted = QuantizedExpert(store, files, expert, request.quantize, request.model)
+        try:
+            wanted.require()
+        except (MissingArtifactError, CorruptArtifactError) as error:
+            if in_8_bits(request.quantize) and quantized_artifacts.torchao_version() is None:
+                return NextStep(TORCHAO_MEND, f"{error}, which needs torchao")
+            return NextStep(wanted.mend, str(error))
+    return None
 
 
 def _host(artifacts: Path) -> dict[str, Any]:

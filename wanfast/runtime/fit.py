@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanfast.runtime import memory, placement
-from wanfast.runtime.config import GenerateConfig, Precision, parse_size
+from wanfast.runtime.config import GenerateConfig, Precision, Recipe, in_8_bits, parse_size
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.gpus import Gpu
 from wanfast.runtime.model_spec import ModelSpec
@@ -61,6 +61,7 @@ class Fit:
     spec: ModelSpec
     geometry: Geometry
     precision: Precision
+    recipe: Recipe | None
     found: tuple[Gpu, ...]
     ways: tuple[Way, ...]
 
@@ -74,16 +75,19 @@ class Fit:
         return max(fitting, key=lambda way: way.num_gpus, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        spec, geometry = self.spec, self.geometry
+        spec, geometry, recipe = self.spec, self.geometry, self.recipe
+        expert_bytes = {name: memory.expert_bytes(spec.dit, name) for name in _PRECISIONS}
+        quantized = {str(recipe): memory.expert_bytes(spec.dit, self.precision, recipe)} if recipe else {}
         return {
             "model": spec.name,
             "size": self.size,
             "frames": geometry.frames,
             "tokens": geometry.tokens,
             "precision": self.precision,
-            "expert_bytes": {name: memory.expert_bytes(spec.dit, name) for name in _PRECISIONS},
+            "quantize": recipe,
+            "expert_bytes": expert_bytes | quantized,
             "umt5_bytes": {name: memory.umt5_bytes(spec.umt5, name) for name in _PRECISIONS},
-            "loop_bytes": memory.loop_bytes(spec, self.precision, geometry.tokens),
+            "loop_bytes": memory.loop_bytes(spec, self.precision, geometry.tokens, recipe),
             "decode_bytes": memory.decode_bytes(spec, geometry),
             "ways": [way.to_json() for way in self.ways],
         }
@@ -103,8 +107,10 @@ def fit(request: GenerateConfig, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
         if mesh.replica > 1 or (found and num_gpus > len(found)):
             continue
         free = {HERE: min(gpu.free_bytes for gpu in found[:num_gpus])} if found else CARDS
-        need = placement.needed(spec, request.precision, geometry, mesh)
+        need = placement.needed(spec, request.precision, geometry, mesh, request.quantize)
         for mode, parts in placement.terms(need, mesh.gang_size).items():
+            if mode == "sharded" and in_8_bits(request.quantize):
+                continue  # quantized experts are not
             way = Way(
                 num_gpus=num_gpus,
                 mesh=mesh,
@@ -115,7 +121,14 @@ def fit(request: GenerateConfig, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
                 host_free=host_free,
             )
             ways.append(way)
-    return Fit(spec=spec, geometry=geometry, precision=request.precision, found=tuple(found), ways=tuple(ways))
+    return Fit(
+        spec=spec,
+        geometry=geometry,
+        precision=request.precision,
+        recipe=request.quantize,
+        found=tuple(found),
+        ways=tuple(ways),
+    )
 
 
 def _is_guided(spec: ModelSpec) -> bool:

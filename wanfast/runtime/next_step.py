@@ -47,9 +47,18 @@ def example(model: str) -> tuple[str, str]:
 
 
 def next_step(
-    request: GenerateConfig, fitted: Fit, *, no_torch: str | None, no_weights: str | None, layout: str | None
+    request: GenerateConfig,
+    fitted: Fit,
+    *,
+    no_torch: str | None,
+    no_weights: str | None,
+    layout: str | None,
+    no_kept: NextStep | None,
 ) -> NextStep:
-    """`no_torch`, `no_weights`: what is wrong with them, if anything is; `layout`: of what is there of the weights."""
+    """`no_torch`, `no_weights`: what is wrong with them, if anything is; `layout`: of what is there of the weights.
+
+    `no_kept`: what is to be done first about the experts that --quantize asks for.
+    """
     if not fitted.found:
         why = f"no GPU is visible here, and the tiny model runs on a CPU; {_wanted(fitted)}"
         return NextStep(_tiny(device="cpu"), why)
@@ -64,6 +73,8 @@ def next_step(
         return NextStep(_line("download", other | _changed(request, "artifacts_dir")), no_weights)
     if no_weights is not None:
         return NextStep(_line("doctor", _changed(request, "model")), f"{no_weights}; then ask again")
+    if no_kept is not None:
+        return no_kept
     return NextStep(_generate(request, way, fitted), f"all is there: {_said(way)}")
 
 

@@ -23,6 +23,7 @@ from wanfast.runtime.packages import version_of
 KIND = "quantized"
 LAYOUT_VERSION = 1
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
+TORCHAO_MEND = "pip install 'torchao>=0.18,<0.19'"
 EXPERTS: tuple[Expert, ...] = ("high_noise", "low_noise")
 
 # The linears of each block, where nearly all weights and all of the work are; nothing else is quantized.
@@ -140,5 +141,5 @@ def require_torchao(option: str) -> str:
     """Raises ConfigError if it is not installed."""
     found = torchao_version()
     if found is None:
-        raise ConfigError(f"{option} needs torchao: pip install 'torchao>=0.18,<0.19'")
+        raise ConfigError(f"{option} needs torchao: {TORCHAO_MEND}")
     return found
