@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the reading, a GPU each")
     parser.add_argument("--fsdp", action="store_true", help="each rank keeps its own rows alone, of several ranks")
     parser.add_argument("--recipe", choices=get_args(Recipe), help="quantize it first, and load what that kept")
+    parser.add_argument("--experts", type=int, choices=(1, 2), default=1, help="2 read the one file twice: of one size")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is or will be; by default it does not stay")
     options = parser.parse_args()
     if options.fsdp and options.recipe:
@@ -88,13 +89,16 @@ def _load(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     start = time.perf_counter()
     store = ArtifactStore(options.folder / "artifacts")
     kept = QuantizedExpert(store, files, "high_noise", options.recipe, str(options.folder)) if options.recipe else None
-    model = builders.build_expert(files, "high_noise", "bf16", ranks, quantized=kept, sharded=options.fsdp)
+    models = [
+        builders.build_expert(files, "high_noise", "bf16", ranks, quantized=kept, sharded=options.fsdp)
+        for _ in range(options.experts)
+    ]
     if options.device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     peak_gpu = hardware.peak_memory_bytes("cuda") if options.device == "cuda" else None
     # The marks are of values as they were published: what a recipe made of them is not looked at.
-    wrong = None if options.recipe else sparse_model.wrong_tensors(model, ranks.rank, ranks.size)
+    wrong = None if options.recipe else sparse_model.wrong_tensors(models[-1], ranks.rank, ranks.size)
     peak_rss = hardware.peak_memory_bytes(
         "cpu"
     )  # after all values were looked at: some might not have been read before
@@ -124,9 +128,10 @@ def _count_reads() -> list[int]:
 def _report(options: argparse.Namespace, figures: list[dict[str, Any]]) -> None:
     spec = dataclasses.replace(A14B.dit, num_layers=options.layers)
     seconds = max(rank["seconds"] for rank in figures)
-    held = memory.expert_bytes(spec, "bf16", options.recipe)
+    held = options.experts * memory.expert_bytes(spec, "bf16", options.recipe)
     read = sum(rank["read_bytes"] for rank in figures)
-    how = f"{options.layers} of {A14B.dit.num_layers} layers on {options.device}, {options.ranks} rank(s)"
+    how = f"{options.experts} expert(s), {options.layers} of {A14B.dit.num_layers} layers on {options.device}, "
+    how += f"{options.ranks} rank(s)"
     how += f", {options.recipe}" if options.recipe else ""
     peaks = [f"peak RSS {gb(max(rank['peak_rss_bytes'] for rank in figures))}"]
     if options.device == "cuda":
@@ -140,6 +145,7 @@ def _report(options: argparse.Namespace, figures: list[dict[str, Any]]) -> None:
             print(f"rank {rank} holds wrong values in {len(found['wrong_tensors'])} tensors")
     document = {
         "layers": options.layers,
+        "experts": options.experts,
         "ranks": options.ranks,
         "fsdp": options.fsdp,
         "recipe": options.recipe,
