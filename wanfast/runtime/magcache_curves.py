@@ -102,7 +102,8 @@ def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
     """What a preset does not quite fit."""
     if config.magcache != "preset":
         return []
-    others = [] if files.spec.name in (A14B.name, "tiny") else [f"the weights of {A14B.name}"]
+    published = (A14B.name, f"{A14B.name}-Diffusers", "tiny")
+    others = [] if files.spec.name in published else [f"the weights of {A14B.name}"]
     kind = config.quantize or config.precision
     others += [] if kind == "bf16" else [f"bf16, not {kind}"]
     if not others:
