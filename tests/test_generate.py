@@ -282,9 +282,9 @@ def test_the_boundary_is_the_models_own(wanfast: Wanfast, tiny_copy: Path, monke
     timesteps: dict[int, list[float]] = {}
     forward = WanDiT.forward
 
-    def recorded(self: WanDiT, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def recorded(self: WanDiT, *arguments: torch.Tensor, **named: object) -> object:
         timesteps.setdefault(id(self), []).append(float(arguments[2]))
-        return forward(self, *arguments)
+        return forward(self, *arguments, **named)
 
     monkeypatch.setattr(WanDiT, "forward", recorded)
     outcome = wanfast(
