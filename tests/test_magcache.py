@@ -91,7 +91,7 @@ def test_errors_add_up_and_skips_in_a_row_are_few() -> None:
 def test_names_of_settings() -> None:
     assert magcache_settings("E012K2R20") == (0.12, 2, 0.2)
     assert magcache_settings("E120K10R05") == (1.2, 10, 0.05)
-    for name in ("E12", "e012k2r20", "E012K2R200", ""):
+    for name in ("E12", "E24K2R10", "e012k2r20", "E012K2R200", ""):
         assert magcache_settings(name) is None
 
 

@@ -178,4 +178,5 @@ def said(result: dict[str, Any]) -> str:
         far = f"{worst['difference']:.4f} apart at step {worst['step']}, where tokens spread by {worst['spread']:.4f}"
         steps = f"differs at {len(preset['steps'])} steps" if preset["differs"] else "agrees"
         lines.append(f"the preset {steps}; at worst {far}")
+    lines.append("`wanfast generate --magcache artifact` skips by it")
     return "\n".join(lines)

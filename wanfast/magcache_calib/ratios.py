@@ -19,7 +19,7 @@ _DIGITS = 7
 
 def clip_file(store: ArtifactStore, inputs: dict[str, Any]) -> Path:
     """Where one clip's measurements are kept, so that a run that was cut off goes on from them."""
-    return store.root / KIND / "clips" / f"{key_of(inputs)[:12]}.json"
+    return store.root / f"{KIND}_clips" / f"{key_of(inputs)[:12]}.json"
 
 
 def read_clip(store: ArtifactStore, inputs: dict[str, Any]) -> dict[str, Any] | None:

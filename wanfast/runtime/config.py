@@ -211,7 +211,7 @@ def _check_quantization(config: GenerateConfig) -> None:
         )
 
 
-_MAGCACHE_NAME = re.compile(r"E(\d)(\d+)K(\d+)R(\d{2})")
+_MAGCACHE_NAME = re.compile(r"E(\d)(\d{2,})K(\d+)R(\d{2})")
 _CURVE_KEY = re.compile(r"[0-9a-f]{12}")
 
 

@@ -167,11 +167,15 @@ def _artifact(config: EffectiveConfig, files: ModelFiles) -> Path:
     wanted = curve_inputs(config, files, "")
     bridged = _BRIDGED if config.magcache_interpolate else set()
     mend = f"run `{calibrate_command(config, files.spec)}`"
+    kept = list(_kept(store))
     found = [
         (_differences(inputs, wanted), inputs, folder)
-        for folder, inputs in _kept(store)
+        for folder, inputs in kept
         if config.magcache in ("artifact", folder.name)
     ]
+    if kept and not found:
+        keys = ", ".join(folder.name for folder, _ in kept)
+        raise MissingArtifactError(f"{option}: there is no such curve, but {keys}: name one, or {mend}")
     fitting = sorted(
         (item for item in found if set(item[0]) <= bridged),
         key=lambda item: (len(item[0]), abs(item[1]["steps"] - config.steps), item[2]),
