@@ -25,6 +25,7 @@ from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.placement import place
 from wanfast.runtime.plan import Plan, effective
 from wanfast.runtime.quantized_artifacts import require_experts
+from wanfast.runtime.requests import Planned, Request
 
 
 def calibrate_magcache(
@@ -147,7 +148,7 @@ def _measured(
     if missing:
         results = dispatch.have_done(
             "calibrate-magcache",
-            [_job(plans[index], given) for index in missing],
+            [Planned(Request(given), plans[index]).job() for index in missing],
             [plans[index] for index in missing],
             str(store.root),
             show_progress=show_progress,
@@ -157,15 +158,6 @@ def _measured(
             raise from_failure(failed)
     found = [read_clip(store, of_clip) for of_clip in inputs]
     return [measured for measured in found if measured is not None]
-
-
-def _job(plan: Plan, given: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "requested": given,
-        "effective": dataclasses.asdict(plan.config),
-        "notes": plan.notes,
-        "placement": plan.placement,
-    }
 
 
 def said(result: dict[str, Any]) -> str:

@@ -13,8 +13,8 @@ from rich.table import Table
 from wanfast.runtime import past_runs
 from wanfast.runtime.errors import JobsFailedError, from_failure
 from wanfast.runtime.next_step import warmup_command
+from wanfast.runtime.plan import guided_steps
 from wanfast.runtime.requests import Planned
-from wanfast.runtime.sampling.guidance import needs_unconditional
 
 _WORTH_TELLING_S = 0.5
 
@@ -151,9 +151,7 @@ def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
 
 def _strips(plan: dict[str, Any]) -> list[str]:
     """A letter a step; one line where both branches skip alike, and blanks where there is no second one."""
-    m, high, low = plan["magcache"], plan["steps"]["high_noise"], plan["steps"]["low_noise"]
-    scales = [plan["guidance"]["high_noise"]] * high + [plan["guidance"]["low_noise"]] * low
-    guided = [needs_unconditional(scale) for scale in scales]
+    m, high, guided = plan["magcache"], plan["steps"]["high_noise"], guided_steps(plan)
     prompt = "".join("#."[skip] for skip in m["skips_cond"])
     negative = "".join("#."[skip] if both else " " for skip, both in zip(m["skips_uncond"], guided, strict=True))
     lines = {"both branches": prompt} if prompt == negative else {"prompt": prompt, "negative prompt": negative}

@@ -9,8 +9,7 @@ from typing import Any
 
 from wanfast.runtime import gpus
 from wanfast.runtime.artifacts import RESULTS
-from wanfast.runtime.plan import Plan
-from wanfast.runtime.sampling.guidance import needs_unconditional
+from wanfast.runtime.plan import Plan, guided_steps
 
 # What a forward's time depends on.
 _ALIKE = (
@@ -44,13 +43,12 @@ def _same_machine(result: dict[str, Any], plan: Plan) -> bool:
 
 def _turns(plan: dict[str, Any]) -> list[int]:
     """Forwards of each step, one after the other: the branches of guidance are at the same time on different ranks."""
-    experts = ["high_noise"] * plan["steps"]["high_noise"] + ["low_noise"] * plan["steps"]["low_noise"]
-    m = plan.get("magcache")
-    skips = zip(m["skips_cond"], m["skips_uncond"], strict=True) if m else ((False, False),) * len(experts)
+    guided, m = guided_steps(plan), plan.get("magcache")
+    skips = zip(m["skips_cond"], m["skips_uncond"], strict=True) if m else ((False, False),) * len(guided)
     combine = max if plan["mesh"]["cfg"] == 2 else sum
     return [
-        combine((not prompt, needs_unconditional(plan["guidance"][expert]) and not negative_prompt))
-        for expert, (prompt, negative_prompt) in zip(experts, skips, strict=True)
+        combine((not prompt, both and not negative_prompt))
+        for both, (prompt, negative_prompt) in zip(guided, skips, strict=True)
     ]
 
 

@@ -198,6 +198,15 @@ class Plan:
         }
 
 
+def guided_steps(document: dict[str, Any]) -> list[bool]:
+    """Of a plan's JSON: whether each step has a branch of the negative prompt."""
+    return [
+        needs_unconditional(document["guidance"][expert])
+        for expert in ("high_noise", "low_noise")
+        for _ in range(document["steps"][expert])
+    ]
+
+
 def resolve(request: GenerateConfig) -> tuple[Plan, ModelFiles]:
     """Answer every open question of a request and check its files. Raises WanFastError; writes nothing."""
     files = model_files.locate(request.model, request.artifacts_dir)
