@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 
 from wanfast.quality import metrics
-from wanfast.quality.tiny import Judge, Settings, share_right
+from wanfast.quality.tiny import Judge, Settings, judge_all, share_right
 from wanfast.quality.tracking import classify
 from wanfast.quality.world import COLOURS, SIZE
 from wanfast.runtime import model_files, pixels
@@ -96,19 +95,6 @@ def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
     return rows
 
 
-_judge: Judge | None = None
-
-
-def _start(settings: Settings) -> None:
-    global _judge
-    _judge = Judge(settings)
-
-
-def _work(index: int) -> list[dict[str, Any]]:
-    assert _judge is not None
-    return judged(_judge, index)
-
-
 def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[str, Any]]:
     """A row for each way over all pairs, the first for none."""
     full = Plan.of(judge.config, judge.files.spec, (SIZE, SIZE))
@@ -172,12 +158,8 @@ def main() -> None:
         parser.error("--output draws a plot: pip install 'wanfast[quality]', or leave it out")
     spec = model_files.locate("tiny", "artifacts").spec
     settings = Settings("tiny", spec.steps, spec.guidance_high_noise, "bf16")
-    started, results = time.perf_counter(), []
-    with multiprocessing.get_context("spawn").Pool(options.processes, _start, (settings,)) as pool:
-        for result in pool.imap(_work, range(options.pairs)):
-            results.append(result)
-            if len(results) % 5 == 0:
-                print(f"{len(results)} of {options.pairs} pairs, {time.perf_counter() - started:.0f} s", flush=True)
+    started = time.perf_counter()
+    results = judge_all(judged, range(options.pairs), settings, options.processes, every=5)
     rows = summarise(results, Judge(settings))
     for row in rows:
         quality = f"PSNR {row['psnr_unskipped'] or 0:5.2f} dB, SSIM {row['ssim_unskipped']:.4f} to the unskipped video"

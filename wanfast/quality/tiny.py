@@ -15,31 +15,34 @@ import math
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wanfast.magcache_calib.recorder import Recorder
 from wanfast.quality import metrics
 from wanfast.quality.motions import MOTIONS
 from wanfast.quality.tracking import classify
 from wanfast.quality.world import COLOURS, FRAMES, SIZE, Renderer, Scene, draw_scene, moments_of_clip
 from wanfast.runtime import generate, model_files, pixels
 from wanfast.runtime.builders import build_umt5
-from wanfast.runtime.config import Branch, EffectiveConfig, Expert, Recipe
+from wanfast.runtime.config import Branch, EffectiveConfig, Recipe
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.metadata import versions
-from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.pipeline import ImageToVideoPipeline
 from wanfast.runtime.plan import Plan
+from wanfast.runtime.sampling.magcache import StepCache
 from wanfast.runtime.timing import Stopwatch
 from wanfast.runtime.tokenizer import PromptTokenizer
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -148,52 +151,34 @@ class Judge:
         if not task.with_prompt:
             config = dataclasses.replace(config, guidance_high_noise=1.0, guidance_low_noise=1.0)
         plan = Plan.of(config, self.files.spec, (SIZE, SIZE))
-        with residual_ratios(pipeline) as ratios:
-            return self.by_plan(pipeline, plan, scene.caption if task.with_prompt else "", image), ratios
+        recorder = Recorder(Ranks("cpu"), plan.geometry.tokens)
+        video = self.by_plan(pipeline, plan, scene.caption if task.with_prompt else "", image, recorder)
+        measured = [of_step["prompt"] for of_step in recorder.measured(len(plan.schedule))]
+        ratios = [
+            [float(step.timestep), found["ratio"] if found else 1.0]
+            for step, found in zip(plan.schedule, measured, strict=True)
+        ]
+        return video, ratios
 
-    def by_plan(self, pipeline: ImageToVideoPipeline, plan: Plan, prompt: str, image: Tensor) -> Tensor:
+    def by_plan(
+        self,
+        pipeline: ImageToVideoPipeline,
+        plan: Plan,
+        prompt: str,
+        image: Tensor,
+        residuals: StepCache | None = None,
+    ) -> Tensor:
         text: dict[Branch, Tensor] = {
             "prompt": self.embed(prompt),
             "negative_prompt": self.embed(self.files.spec.negative_prompt),
         }
-        video = pipeline(plan, image, text, Stopwatch("cpu"))
+        video = pipeline(plan, image, text, Stopwatch("cpu"), residuals=residuals)
         assert video is not None
         return video
 
     def embed(self, text: str) -> Tensor:
         embeds: Tensor = self.umt5(torch.tensor([self.tokenizer.encode(text).ids]))[0]
         return embeds
-
-
-@contextmanager
-def residual_ratios(pipeline: ImageToVideoPipeline) -> Iterator[list[list[float]]]:
-    """[(step's timestep, mean ratio of the residual's norm to that of the step before)] of the first branch.
-
-    The residual is what all blocks of an expert add to the stream (WAN_SPEC 8.2; MagCache, arXiv 2506.09045).
-    """
-    ratios: list[list[float]] = []
-    before: list[Tensor] = []  # of the step before
-
-    def done(_: WanDiT, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor]) -> None:
-        timestep, residual = float(inputs[2]), outputs[1]
-        if ratios and ratios[-1][0] == timestep:
-            return  # the branch of the negative prompt
-        ratio = float((residual.norm(dim=-1) / before.pop().norm(dim=-1)).mean()) if before else 1.0
-        ratios.append([timestep, ratio])
-        before.append(residual)
-
-    names: tuple[Expert, ...] = ("high_noise", "low_noise")
-    handles = []
-    for expert in (pipeline.experts.take(name)[0] for name in names):
-        kept = expert.register_forward_pre_hook(
-            lambda _, inputs, named: (inputs, named | {"keep_residual": True}), with_kwargs=True
-        )
-        handles += [kept, expert.register_forward_hook(done)]
-    try:
-        yield ratios
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 _judge: Judge | None = None
@@ -204,9 +189,23 @@ def _start(settings: Settings) -> None:
     _judge = Judge(settings)
 
 
-def _work(task: Task) -> dict[str, Any]:
+def _work(asked: tuple[Callable[[Judge, T], R], T]) -> R:
+    judged, task = asked
     assert _judge is not None
-    return _judge(task)
+    return judged(_judge, task)
+
+
+def judge_all(
+    judged: Callable[[Judge, T], R], tasks: Sequence[T], settings: Settings, processes: int, *, every: int
+) -> list[R]:
+    """`judged` of each task, in order, by processes that hold a judge each; tells every so many how far it is."""
+    started, results = time.perf_counter(), []
+    with multiprocessing.get_context("spawn").Pool(processes, _start, (settings,)) as pool:
+        for result in pool.imap(_work, [(judged, task) for task in tasks]):
+            results.append(result)
+            if len(results) % every == 0:
+                print(f"{len(results)} of {len(tasks)}, {time.perf_counter() - started:.0f} s", flush=True)
+    return results
 
 
 def share_right(asked: list[str], shown: list[str | None]) -> dict[str, Any]:
@@ -307,12 +306,8 @@ def main() -> None:
     settings = Settings(options.model, options.steps or spec.steps, guidance, options.precision, options.quantize)
     tasks = [Task(index, with_prompt=True) for index in range(options.pairs)]
     tasks += [Task(index, with_prompt=False) for index in range(min(options.empty, options.pairs))]
-    started, results = time.perf_counter(), []
-    with multiprocessing.get_context("spawn").Pool(options.processes, _start, (settings,)) as pool:
-        for result in pool.imap_unordered(_work, tasks):
-            results.append(result)
-            if len(results) % 20 == 0:
-                print(f"{len(results)} of {len(tasks)} videos, {time.perf_counter() - started:.0f} s", flush=True)
+    started = time.perf_counter()
+    results = judge_all(Judge.__call__, tasks, settings, options.processes, every=20)
     summary = summarise(results, settings, time.perf_counter() - started)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -55,14 +55,18 @@ class ImageToVideoPipeline:
         text: dict[Branch, Tensor],
         watch: Stopwatch,
         on_step: StepFn = lambda i, e: None,
+        residuals: StepCache | None = None,
     ) -> Tensor | None:
-        """Video [3, F, H, W] in [-1, 1] on the leader's CPU, from an image [3, H, W] and each branch's text [n, d]."""
+        """Video [3, F, H, W] in [-1, 1] on the leader's CPU, from an image [3, H, W] and each branch's text [n, d].
+
+        `residuals` is asked which forwards run; by default those of the plan do.
+        """
         noise = draw_noise(plan.config.seed, plan.geometry, self.spec.dit.out_channels, plan.config.noise_device)
         with watch.span("encode"):
             condition = self.encode_condition(image, plan.geometry)
         with watch.span("denoise"):
-            residuals = ResidualCache(plan.skips)
-            latent = self.denoise(plan, noise.to(self.device), condition, text, residuals, on_step)
+            cache = residuals or ResidualCache(plan.skips)
+            latent = self.denoise(plan, noise.to(self.device), condition, text, cache, on_step)
         self.experts.leave()
         if self.vae is None:
             return None
