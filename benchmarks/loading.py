@@ -25,6 +25,7 @@ from spawned import on_ranks
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import sparse_model
+from tests.counted_reads import counting
 from wanfast.runtime import builders, checkpoint, hardware, memory, metadata, model_files, quantize
 from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.config import QuantizeConfig, Recipe
@@ -85,7 +86,8 @@ def _load(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     assert files.spec.dit.num_layers == options.layers, f"{options.folder} holds {files.spec.dit.num_layers} layers"
     ranks.share(torch.zeros(1, device=ranks.device))  # all begin together, with contexts and connections made
     hardware.reset_peak_memory(options.device)
-    read = _count_reads()
+    read: list[int] = []
+    checkpoint._SafetensorsReader.rows = counting(read)
     start = time.perf_counter()
     store = ArtifactStore(options.folder / "artifacts")
     kept = QuantizedExpert(store, files, "high_noise", options.recipe, str(options.folder)) if options.recipe else None
@@ -109,20 +111,6 @@ def _load(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         "peak_gpu_bytes": peak_gpu,
         "wrong_tensors": wrong,
     }
-
-
-def _count_reads() -> list[int]:
-    """Grows by the bytes of every piece that this process reads of safetensors."""
-    found: list[int] = []
-    rows = checkpoint._SafetensorsReader.rows
-
-    def counted(self: checkpoint._SafetensorsReader, key: str, first: int, end: int) -> torch.Tensor:
-        piece = rows(self, key, first, end)
-        found.append(piece.nbytes)
-        return piece
-
-    checkpoint._SafetensorsReader.rows = counted
-    return found
 
 
 def _report(options: argparse.Namespace, figures: list[dict[str, Any]]) -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.counted_reads import counting
+from tests.small_model import write_small_model
 from wanfast.cli import main
 from wanfast.runtime import checkpoint, placement
 from wanfast.runtime.gpus import Gpu
@@ -46,18 +48,16 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_model(tmp_path_factory.mktemp("model"))
+
+
 @pytest.fixture
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the bytes of every piece that is read of safetensors, in this process."""
     found: list[int] = []
-    rows = checkpoint._SafetensorsReader.rows
-
-    def counted(self: checkpoint._SafetensorsReader, key: str, first: int, end: int) -> torch.Tensor:
-        piece = rows(self, key, first, end)
-        found.append(piece.nbytes)
-        return piece
-
-    monkeypatch.setattr(checkpoint._SafetensorsReader, "rows", counted)
+    monkeypatch.setattr(checkpoint._SafetensorsReader, "rows", counting(found))
     return found
 
 

@@ -10,11 +10,13 @@ from torch import nn
 
 from tests.parity import randomise
 from wanfast.runtime import checkpoint
-from wanfast.runtime.model_files import TINY
+from wanfast.runtime.config import GenerateConfig
+from wanfast.runtime.model_files import TINY, ModelFiles
 from wanfast.runtime.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.plan import Plan, resolve
 
 SPEC = ModelSpec(
     name="small",
@@ -42,3 +44,19 @@ def write_small_model(folder: Path) -> Path:
     shutil.copy(TINY / "tokenizer/tokenizer.json", folder / "tokenizer")
     (folder / "wanfast.json").write_text(json.dumps(SPEC.to_json()))
     return folder
+
+
+def plan_small_model(folder: Path, **options: object) -> tuple[Plan, ModelFiles]:
+    """Of unequal guidance, in float32 on a CPU."""
+    config = GenerateConfig(
+        model=str(folder),
+        image="cat.png",
+        prompt="a cat",
+        guidance_high_noise=2.0,
+        guidance_low_noise=3.5,
+        seed=7,
+        precision="fp32",
+        device="cpu",
+        **options,
+    )
+    return resolve(config)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.gang import on_gang
 from tests.parity import randomise, relative_error
-from tests.small_model import SPEC, write_small_model
+from tests.small_model import SPEC, plan_small_model
 from wanfast.runtime import generate, media_io, pixels, prompt_embeds
 from wanfast.runtime.config import Expert, GenerateConfig
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
@@ -29,25 +29,10 @@ from wanfast.runtime.sampling.magcache import ResidualCache
 from wanfast.runtime.timing import Stopwatch
 
 
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def planned(small_model: Path, workdir: Path) -> tuple[Plan, ModelFiles]:
     """Two steps of either expert, unequal guidance; 48 tokens."""
-    config = GenerateConfig(
-        model=str(small_model),
-        image="cat.png",
-        prompt="a cat",
-        guidance_high_noise=2.0,
-        guidance_low_noise=3.5,
-        seed=7,
-        precision="fp32",
-        device="cpu",
-    )
-    return resolve(config)
+    return plan_small_model(small_model)
 
 
 @torch.inference_mode()

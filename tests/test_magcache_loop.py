@@ -11,7 +11,7 @@ import torch
 
 from tests.gang import on_gang
 from tests.parity import relative_error
-from tests.small_model import write_small_model
+from tests.small_model import plan_small_model
 from tests.test_gangs import MESHES, final_latents, shown, with_options
 from wanfast.runtime import generate
 from wanfast.runtime.config import BRANCHES, GenerateConfig
@@ -23,7 +23,7 @@ from wanfast.runtime.magcache_curves import Curve
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.models.dit import Block, WanDiT
 from wanfast.runtime.placement import check_skips, modes, needed, place
-from wanfast.runtime.plan import Plan, resolve
+from wanfast.runtime.plan import Plan
 from wanfast.runtime.sampling.magcache import ResidualCache
 from wanfast.runtime.timing import Stopwatch
 
@@ -32,26 +32,10 @@ RATIOS = ((1.0, 1.0), (0.99, 0.9), (0.98, 0.99), (0.7, 0.7), (0.99, 0.98), (0.97
 APART = [tuple(letter == "." for letter in step) for step in ("##", ".#", "..", "##", "..", ".#", "#.", ".#")]
 
 
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def planned(small_model: Path, workdir: Path) -> tuple[Plan, ModelFiles]:
     """Without skipping. 40 tokens."""
-    config = GenerateConfig(
-        model=str(small_model),
-        image="cat.png",
-        prompt="a cat",
-        steps=8,
-        guidance_high_noise=2.0,
-        guidance_low_noise=3.5,
-        seed=7,
-        precision="fp32",
-        device="cpu",
-    )
-    plan, files = resolve(config)
+    plan, files = plan_small_model(small_model, steps=8)
     assert plan.experts.count("high_noise") == 3
     return plan, files
 
