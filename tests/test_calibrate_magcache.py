@@ -295,7 +295,8 @@ def test_a_dry_run_shows_the_plan(wanfast: Wanfast, machine: Machine, monkeypatc
     monkeypatch.setenv("COLUMNS", "120")
     said = wanfast(*A14B_SHOWN, "--magcache", "E012K2R20", "--magcache-rule", "both-experts", "--num-gpus", "8").out
     assert "38 of 80 forwards skipped (47.5%), both branches together; apart 38 would be" in said
-    assert "###..#..#..#..#|" in said and "curve preset" in said
+    assert "###..#..#..#..#|######..#..#..#..#.#.#.## both branches" in said and "curve preset" in said
+    assert "negative prompt" not in said
 
 
 def test_a_plan_is_timed_by_runs_like_it(wanfast: Wanfast) -> None:

@@ -17,7 +17,7 @@ def test_a_pair_by_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (off["skipped_forwards"], off["psnr_unskipped"], off["ssim_unskipped"]) == (0, None, 1.0)
     assert (greedy["plan"], best["plan"]) == ("greedy", "least error")
     assert greedy["skipped_forwards"] == best["skipped_forwards"] > 30
-    assert best["accumulated_error"] <= greedy["accumulated_error"]
+    assert best["accumulated_error"] < greedy["accumulated_error"]
     for row in (greedy, best):
         assert 20 < row["psnr_unskipped"] < 90 and 0.8 < row["ssim_unskipped"] <= 1
     assert all(row["prompt_following"]["of"] == 1 for row in (off, greedy, best))
