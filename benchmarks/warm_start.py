@@ -5,9 +5,11 @@
     python benchmarks/warm_start.py --tiny                            # to see that it runs, on a CPU too
 
 Every start is a fresh process: "cold" finds the caches empty; "second" finds what the cold one left on this machine;
-"received" finds other, empty caches and the artifact, which a `warmup` with caches of its own made. Weights are random
-and made before the clock starts; it stops when the first step is done: loading the artifact, tracing, compiling and the
-step itself. What a step takes by itself is measured after it. The last line is one JSON document.
+"received" finds other, empty caches and the artifact, which a `warmup` with caches of its own made; "eager" compiles
+nothing, and finds its Triton kernels in the cache. Weights are random. As in a generation, attention is probed, and
+torch's compiler imported while the weights are made, before the clock starts; it stops when the first step is done:
+loading the artifact, tracing, compiling and the step itself. What a step takes by itself is measured after it. The
+last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 COMMON = ("layers", "branches", "size", "frames", "attention", "compile_mode")
+STARTS = ("eager", "cold", "second", "received")
 
 
 def main() -> None:
@@ -37,6 +41,7 @@ def main() -> None:
     parser.add_argument("--compile-mode", default="default")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--eager", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.start:
         print(json.dumps(_start(options)))
@@ -54,7 +59,10 @@ def _compare(options: argparse.Namespace, scratch: Path) -> None:
     nothing = scratch / "no-artifacts"
     start = (__file__, "--start", *(f"--{name.replace('_', '-')}={getattr(options, name)}" for name in COMMON))
     start += ("--tiny",) if options.tiny else ()
+    eager = (*start, "--eager")
+    _run(scratch / "d", nothing, *eager)
     found = {
+        "eager": _run(scratch / "d", nothing, *eager),
         "cold": _run(scratch / "a", nothing, *start),
         "second": _run(scratch / "a", nothing, *start),
         "warmup": _run(scratch / "b", scratch / "artifacts", *warmup),
@@ -63,14 +71,14 @@ def _compare(options: argparse.Namespace, scratch: Path) -> None:
     assert found["received"]["compile_cache"] == Path(found["warmup"]["output"]).name, "the artifact was not taken"
     assert found["cold"]["compile_cache"] is None
     cold = found["cold"]
-    for name in ("cold", "second", "received"):
+    for name in STARTS:
         way = found[name]
         way["ratio"] = round(way["first_s"] / cold["first_s"], 4)
         way["ratio_beyond_a_step"] = round((way["first_s"] - way["step_s"]) / (cold["first_s"] - cold["step_s"]), 4)
         print(f"{name:9} {way}", file=sys.stderr)
     facts = {name: getattr(options, name) for name in COMMON}
     kept = {name: found["warmup"][name] for name in ("bytes", "seconds", "hardware", "versions")}
-    print(json.dumps({**facts, **{name: found[name] for name in ("cold", "second", "received")}, "warmup": kept}))
+    print(json.dumps({**facts, **{name: found[name] for name in STARTS}, "warmup": kept}))
 
 
 def _run(caches: Path, artifacts: Path, *arguments: str) -> dict[str, Any]:
@@ -93,10 +101,11 @@ def _start(options: argparse.Namespace) -> dict[str, Any]:
     from random_expert import random_expert, random_inputs
 
     from wanfast.commands.warmup import planned
+    from wanfast.runtime import attention_probe
     from wanfast.runtime.artifacts import ArtifactStore
-    from wanfast.runtime.compilation import cache_inputs, compile_blocks, load_caches
+    from wanfast.runtime.compilation import cache_inputs, compile_blocks, compiler_imported_meanwhile, load_caches
     from wanfast.runtime.distributed.ranks import Ranks
-    from wanfast.runtime.hardware import prepare
+    from wanfast.runtime.hardware import prepare, use_few_threads
     from wanfast.runtime.models.attention import attention_by
     from wanfast.runtime.timing import synchronize
 
@@ -105,6 +114,8 @@ def _start(options: argparse.Namespace) -> dict[str, Any]:
     plan, _ = planned(asked)
     config, spec = plan.config, replace(plan.spec.dit, num_layers=options.layers)
     prepare(config.device, config.precision, config.tf32)
+    use_few_threads(config.device, spec.dim)
+    attention_probe.choose(config.attention, config.device, torch.bfloat16, spec.head_dim)
     ranks, g = Ranks(config.device), plan.geometry
 
     def settle() -> float:
@@ -113,12 +124,15 @@ def _start(options: argparse.Namespace) -> dict[str, Any]:
 
     with torch.inference_mode():
         inputs = random_inputs(spec, (g.latent_frames, g.latent_height, g.latent_width), config.device)
-        model = random_expert(spec, torch.bfloat16, config.device, attend=attention_by(config.attention))
-        model.fuse_projections()
+        with nullcontext() if options.eager else compiler_imported_meanwhile(config):
+            model = random_expert(spec, torch.bfloat16, config.device, attend=attention_by(config.attention))
+            model.fuse_projections()
         began = settle()
         store = ArtifactStore(Path(os.environ["WANFAST_ARTIFACTS"]))
-        key = load_caches(store, cache_inputs(config, spec, g.tokens), ranks)
-        compile_blocks(model, config.compile_mode)
+        key = None
+        if not options.eager:
+            key = load_caches(store, cache_inputs(config, spec, g.tokens), ranks)
+            compile_blocks(model, config.compile_mode)
         ends = [began]
         for _ in range(3):
             for text in inputs.texts[: options.branches]:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parity import relative_error
+from tests.parity import randomise, relative_error
+from wanfast.runtime.model_spec import DiTSpec
 from wanfast.runtime.models import fused
+from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.models.tokens import LARGEST, QuantizedTokens
 
@@ -155,3 +157,19 @@ def test_formulas_are_taken_where_gradients_are_wanted() -> None:
     with torch.no_grad():
         assert fused._by_kernel(x) is (DEVICE == "cuda")
         assert fused._by_kernel(torch.cat((x, x))) is False
+
+
+@torch.no_grad()
+def test_no_kernel_is_compiled_for_what_stands_around_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be compiled anew in every process that has nothing but `wanfast warmup`'s artifact."""
+    monkeypatch.setattr(fused, "_by_kernel", lambda x: True)
+    monkeypatch.setattr(fused, "fused_kernels", None, raising=False)
+    spec = DiTSpec(dim=48, ffn_dim=64, num_heads=2, num_layers=1, freq_dim=16, text_dim=20, text_len=8)
+    model = WanDiT(spec, torch.float32)
+    randomise(model, seed=0)
+    text = model.encode_text(normal(1, 5, 20, seed=1).cpu())
+    inputs = [normal(1, channels, 2, 4, 4, seed=2).cpu() for channels in (16, 20)]
+    with pytest.raises(AttributeError, match="add_layer_norm"):  # of the block
+        model(*inputs, torch.tensor([500]), text, rotary_tables((2, 2, 2), 24, "cpu"))
+    model.blocks = torch.nn.ModuleList()
+    model(*inputs, torch.tensor([500]), [], rotary_tables((2, 2, 2), 24, "cpu"))

@@ -10,16 +10,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 
 from tests.conftest import Outcome
-from wanfast.runtime import compilation, model_files
+from tests.small_model import plan_small_model
+from wanfast.runtime import compilation, generate, model_files
 from wanfast.runtime.compilation import cache_inputs
 from wanfast.runtime.config import EffectiveConfig, from_options
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.next_step import warmup_command
+from wanfast.runtime.timing import Stopwatch
 
 Wanfast = Callable[..., Outcome]
 ROOT = Path(__file__).parents[1]
@@ -92,6 +97,42 @@ def test_the_command_names_the_ranks_that_ran() -> None:
     effective = dataclasses.asdict(config(num_gpus=8, ulysses=2, cfg_parallel=1, dit_fsdp="on", device="cuda"))
     words = warmup_command(effective).split(" --")
     assert {"num-gpus 2", "ulysses 2", "cfg-parallel 1", "dit-fsdp on"} <= set(words)
+
+
+def test_the_compiler_is_imported_while_weights_are_read(
+    small_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, files = plan_small_model(small_model)
+    build, began, reading, imported = generate.build_expert, Event(), Event(), Event()
+
+    def import_compiler(device: str) -> None:
+        began.set()
+        assert reading.wait(10)
+        imported.set()
+
+    def build_expert(*arguments: Any, **options: Any) -> WanDiT:
+        assert began.wait(10)
+        reading.set()
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(compilation, "_import_compiler", import_compiler)
+    monkeypatch.setattr(generate, "build_expert", build_expert)
+    monkeypatch.setattr(generate, "compile_blocks", lambda model, mode: compiled.append(imported.is_set()))
+    compiled: list[bool] = []
+    generate.load_pipeline(files, dataclasses.replace(plan.config, compile=True), Ranks("cpu"), Stopwatch("cpu"))
+    assert compiled == [True, True]
+
+
+def test_the_compiler_is_imported_where_nothing_else_imports_parts_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_compiler(device: str) -> None:
+        raise ImportError("in a thread")
+
+    monkeypatch.setattr(compilation, "_import_compiler", import_compiler)
+    for apart in ({"compile": False}, {"dit_fsdp": "on"}, {"quantize": "int8-dynamic", "quantize_on_the_fly": True}):
+        with compilation.compiler_imported_meanwhile(config(**{"compile": True, **apart})):
+            pass
+    with pytest.raises(ImportError, match="in a thread"), compilation.compiler_imported_meanwhile(config(compile=True)):
+        pass
 
 
 def config(**changes: Any) -> EffectiveConfig:

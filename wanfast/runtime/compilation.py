@@ -15,7 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import platform
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,32 @@ KIND = "inductor"
 _SIZES = 64  # token counts that one process may see: torch gives up at 8, and a list of videos can have more
 # Beside this file: what the graphs are made of, and how they are compiled.
 _SOURCES = ("models/*.py", "distributed/*.py", "compilation.py", "quantization.py", "quantized_artifacts.py")
+
+
+@contextmanager
+def compiler_imported_meanwhile(config: EffectiveConfig) -> Iterator[None]:
+    """By a thread, if blocks are to be compiled: it takes seconds, in which the weights can be read.
+
+    Not where FSDP or torchao come in, which import parts of it themselves: two threads must not.
+    """
+    if not config.compile or config.dit_fsdp == "on" or config.quantize_on_the_fly:
+        yield
+        return
+    with ThreadPoolExecutor(1) as thread:
+        imported = thread.submit(_import_compiler, config.device)
+        yield
+        imported.result()
+
+
+def _import_compiler(device: str) -> None:
+    """And what the first compiled forward would wait for else, the same for all graphs of a process."""
+    importlib.import_module("torch._inductor.compile_fx")
+    torch.compiler.list_backends()  # reads what every installed package has to offer
+    codecache = torch._inductor.codecache
+    codecache.torch_key()  # hashes of torch's and Triton's files, parts of every graph's key
+    codecache.CacheBase.get_system()
+    if device == "cuda":
+        importlib.import_module("triton").runtime.driver.active.get_current_target()  # C++ builds Triton's driver once
 
 
 def compile_blocks(model: WanDiT, mode: CompileMode) -> None:

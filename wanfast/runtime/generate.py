@@ -21,7 +21,13 @@ from wanfast.runtime import attention_probe, hardware, media_io, metadata, model
 from wanfast.runtime.artifacts import ArtifactStore, write_synced
 from wanfast.runtime.atomic import atomic_paths
 from wanfast.runtime.builders import DTYPES, build_expert, build_vae
-from wanfast.runtime.compilation import cache_inputs, compile_blocks, compiled_anew, load_caches
+from wanfast.runtime.compilation import (
+    cache_inputs,
+    compile_blocks,
+    compiled_anew,
+    compiler_imported_meanwhile,
+    load_caches,
+)
 from wanfast.runtime.config import Branch, EffectiveConfig, Expert, from_options
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
@@ -159,7 +165,7 @@ def load_pipeline(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, load
 
     def build(expert: Expert) -> WanDiT:
         with loads.span(expert):
-            model = build_expert(
+            return build_expert(
                 files,
                 expert,
                 config.precision,
@@ -170,14 +176,15 @@ def load_pipeline(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, load
                 sharded=config.dit_fsdp == "on",
                 device=hosted,
             )
-        if config.compile:
-            compile_blocks(model, config.compile_mode)
-        return model
 
-    models: dict[Expert, WanDiT] = {"high_noise": build("high_noise"), "low_noise": build("low_noise")}
-    experts: Experts = SwappedExperts(models, ranks.device) if hosted else ResidentExperts(models)
-    with loads.span("vae"):
-        vae = ranks.together(lambda: build_vae(files, ranks.device) if ranks.is_leader else None)
+    with compiler_imported_meanwhile(config):
+        models: dict[Expert, WanDiT] = {"high_noise": build("high_noise"), "low_noise": build("low_noise")}
+        experts: Experts = SwappedExperts(models, ranks.device) if hosted else ResidentExperts(models)
+        with loads.span("vae"):
+            vae = ranks.together(lambda: build_vae(files, ranks.device) if ranks.is_leader else None)
+    if config.compile:
+        for model in models.values():
+            compile_blocks(model, config.compile_mode)
     return ImageToVideoPipeline(files.spec, experts, vae, ranks, choice)
 
 

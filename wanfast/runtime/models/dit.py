@@ -70,8 +70,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
 
-    def forward(self, x_BLd: Tensor, num_heads: int, rope: RotaryTables | None = None) -> Tensor:
-        return rms_norm_heads(x_BLd, self.weight, self.eps, num_heads, rope)
+    def forward(
+        self, x_BLd: Tensor, num_heads: int, rope: RotaryTables | None = None, *, by_kernel: bool = True
+    ) -> Tensor:
+        return rms_norm_heads(x_BLd, self.weight, self.eps, num_heads, rope, by_kernel=by_kernel)
 
 
 class Attention(nn.Module):
@@ -134,7 +136,8 @@ class CrossAttention(Attention):
     """Queries from the video, keys and values from the text. No rotation and no mask: padding rows take part."""
 
     def encode_text(self, text_BSd: Tensor) -> TextKV:
-        return TextKV(self.norm_k(self.k(text_BSd), self.num_heads), self._heads(self.v(text_BSd)))
+        k = self.norm_k(self.k(text_BSd), self.num_heads, by_kernel=False)  # which few rows are not worth
+        return TextKV(k, self._heads(self.v(text_BSd)))
 
     def forward(self, x_BLd: Tokens, text: TextKV) -> Tensor:
         out: Tensor = self.o(self.attend(self.norm_q(self.q(x_BLd), self.num_heads), *text).flatten(2))
@@ -181,10 +184,13 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, spec.dim, dtype=torch.float32))
 
     def forward(self, stream: Stream, time_Bd: Tensor) -> tuple[Tensor, Tensor]:
-        """(patches of the velocity [B, L, p], the whole stream [B, L, d])."""
+        """(patches of the velocity [B, L, p], the whole stream [B, L, d]).
+
+        By formulas: for one pass a forward no kernel need be compiled beside the blocks'.
+        """
         shift, scale = (self.modulation + time_Bd.unsqueeze(1)).chunk(2, dim=1)
-        x, normed = add_layer_norm(*stream, 1 + scale, shift, self.eps, torch.float32)
-        return self.head(normed), x
+        x = stream.x + stream.gate * stream.added
+        return self.head(F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift), x
 
 
 class WanDiT(nn.Module):

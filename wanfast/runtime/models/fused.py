@@ -59,10 +59,19 @@ def quantize_tokens(x_BLd: Tensor, dtype: torch.dtype, *, gelu: bool = False) ->
 
 
 def rms_norm_heads(
-    x_BLd: Tensor, weight: Tensor, eps: float, num_heads: int, rope: RotaryTables | None = None
+    x_BLd: Tensor,
+    weight: Tensor,
+    eps: float,
+    num_heads: int,
+    rope: RotaryTables | None = None,
+    *,
+    by_kernel: bool = True,
 ) -> Tensor:
-    """x / rms(x) * weight over all heads together, then rotated by `rope` if given: [B, L, H, D] in the dtype of x."""
-    if _by_kernel(x_BLd):
+    """x / rms(x) * weight over all heads together, then rotated by `rope` if given: [B, L, H, D] in the dtype of x.
+
+    `by_kernel`: where one can run; without, none is compiled.
+    """
+    if by_kernel and _by_kernel(x_BLd):
         cos, sin = rope or (None, None)
         return _heads(fused_kernels.rms_norm_rotate(x_BLd, weight, eps, cos, sin), num_heads)
     normed = _heads(F.rms_norm(x_BLd.float(), weight.shape, weight, eps), num_heads)
