@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,14 +79,17 @@ def main() -> None:
     parser.add_argument(
         "--reference", type=int, default=0, metavar="ROUNDS", help="time a block in the reference's style"
     )
+    parser.add_argument(
+        "--by-depth", type=int, default=0, metavar="ROUNDS", help="time blocks of several depths on what reaches them"
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.tiny:
         options.grid, options.kernels, options.diffusers = (3, 6, 10), "flash,math", "math"
-    if options.ranks > 1 and (options.profile or options.reference):
-        parser.error("--profile and --reference are of one GPU: drop them, or --ranks")
+    if options.ranks > 1 and (options.profile or options.reference or options.by_depth):
+        parser.error("--profile, --reference and --by-depth are of one GPU: drop them, or --ranks")
     if options.ranks == 1:
         measure(options, Ranks("cuda" if torch.cuda.is_available() else "cpu"))
         return
@@ -124,6 +128,8 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> None:
         tables = {way.name: profile_table(way.velocity, device) for way in ways if way.rounds == options.rounds}
     if ranks.is_leader and options.reference:
         report["block"] = _block_against_reference(options.reference, model, inputs)
+    if ranks.is_leader and options.by_depth:
+        report["by depth"] = _by_depth(options.by_depth, _twin(model, options.kernels.split(",")[0]), inputs)
     if ranks.is_leader:
         tokens = inputs.rope.cos.shape[0]
         facts = {"layers": spec.num_layers, "tokens": tokens, "ranks": options.ranks, "mode": options.compile_mode}
@@ -314,6 +320,32 @@ def _block_against_reference(rounds: int, model: WanDiT, inputs: Inputs) -> dict
     }
     found = {f"{name}_ms": round(seconds * 1e3, 2) for name, seconds in medians(ways, rounds, device).items()}
     return found | {"ratio": round(found["wanfast_ms"] / found["reference_style_fa2_ms"], 4)}
+
+
+def _by_depth(rounds: int, model: WanDiT, inputs: Inputs) -> dict[str, dict[str, float]]:
+    """Milliseconds of blocks on the streams that reach them, and how alike the tokens there are: their mean cosine.
+
+    At its power limit a GPU is the faster the less its bits change, and random weights make tokens alike.
+    """
+    last = len(model.blocks) - 1
+    kept: dict[int, tuple[Any, ...]] = {}
+    hooks = [
+        model.blocks[depth].register_forward_pre_hook(lambda block, given, depth=depth: kept.update({depth: given}))
+        for depth in sorted({0, min(1, last), last // 8, last // 2, last})
+    ]
+    velocity_of(model, inputs, model.encode_text(inputs.texts[0]))()
+    for hook in hooks:
+        hook.remove()
+    ways = {str(depth): partial(model.blocks[depth], *given) for depth, given in kept.items()}
+    seconds = medians(ways, rounds, inputs.latent.device.type)
+    found = {}
+    for depth, given in kept.items():
+        some = (given[0].x + given[0].gate * given[0].added)[0]
+        some = some[:: max(1, len(some) // 150)].double()
+        directions = nn.functional.normalize(some - some.mean(-1, keepdim=True), dim=-1)
+        cosine = float((directions @ directions.T).mean())
+        found[str(depth)] = {"ms": round(seconds[str(depth)] * 1e3, 2), "cosine": round(cosine, 4)}
+    return found
 
 
 if __name__ == "__main__":

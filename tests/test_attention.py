@@ -17,6 +17,7 @@ import torch
 from tests.conftest import Outcome
 from tests.parity import randomise, relative_error
 from wanfast.runtime import attention_probe, hardware
+from wanfast.runtime.compilation import compile_blocks
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.model_spec import DiTSpec
 from wanfast.runtime.models import attention_kernels
@@ -43,13 +44,54 @@ def test_kernels_equal_the_formula(kernel: str, lengths: tuple[int, int]) -> Non
         assert out.shape == q.shape
 
 
-def velocity(model: WanDiT) -> torch.Tensor:
+def velocity(model: WanDiT, frames: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
-    latent, condition = (torch.randn(1, c, 2, 4, 8, generator=generator) for c in (16, 20))
+    latent, condition = (torch.randn(1, c, frames, 4, 8, generator=generator) for c in (16, 20))
     text = model.encode_text(torch.randn(1, 7, SPEC.text_dim, generator=generator))
-    rope = rotary_tables((2, 2, 4), SPEC.head_dim)
+    rope = rotary_tables((frames, 2, 4), SPEC.head_dim)
     out: torch.Tensor = model(latent, condition, torch.tensor([617]), text, rope)[0]
     return out
+
+
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """Those that blocks are compiled in, now without Inductor."""
+    asked, compile_ = [], torch.nn.Module.compile
+
+    def traced(module: torch.nn.Module, *, mode: str | None, **options: object) -> None:
+        asked.append(mode)
+        compile_(module, backend="eager", **options)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    return asked
+
+
+@torch.no_grad()
+def test_blocks_are_compiled_for_one_shape_in_the_mode_that_is_asked_for(modes: list[str | None]) -> None:
+    model = WanDiT(SPEC, torch.float32, attend=attention_by("math"))
+    randomise(model, seed=1)
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(model, "max-autotune")
+    assert modes == ["max-autotune"] * SPEC.num_layers
+    compile_blocks(model, "default")
+    assert modes[SPEC.num_layers :] == [None] * SPEC.num_layers
+    for shapes, frames in enumerate((2, 3, 4, 3), start=1):
+        velocity(model, frames)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == min(shapes, 3)
+
+
+@torch.no_grad()
+def test_a_break_in_a_block_is_an_error(modes: list[str | None]) -> None:
+    def broken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return attention(q, k, v)
+
+    model = WanDiT(SPEC, torch.float32, attend=broken)
+    randomise(model, seed=1)
+    compile_blocks(model, "default")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        velocity(model)
 
 
 @torch.no_grad()
