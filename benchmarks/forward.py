@@ -8,7 +8,10 @@
 Ways are taken in turn, so that the clock, which sinks under load, sinks for all; the median counts. Prints ms, TFLOP/s,
 the share of the bf16 peak, peak memory beyond the weights, and each one's error: the first layers against the same in
 float32. `diffusers` sends its text through every block's keys and values in every forward, which is how it works; we
-make them once a prompt. With --profile a table of where the time goes. The last line is one JSON document.
+make them once a prompt. With --profile a table of where the time goes; with --reference a block against one in the
+original program's style; with --by-depth eager blocks of several depths on the streams that reach them. With --ranks
+the first kernel alone is timed, compiled, without diffusers and errors. --tiny sets grid, kernels and diffusers. The
+last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -88,6 +91,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.tiny:
         options.grid, options.kernels, options.diffusers = (3, 6, 10), "flash,math", "math"
+    if min(options.ranks, options.rounds, options.other_rounds, options.layers) < 1:
+        parser.error("--ranks, --rounds, --other-rounds and --layers are 1 or more")
     if options.ranks > 1 and (options.profile or options.reference or options.by_depth):
         parser.error("--profile, --reference and --by-depth are of one GPU: drop them, or --ranks")
     if options.ranks == 1:
@@ -257,7 +262,8 @@ def _find_errors(ways: list[Way], model: WanDiT, layers: int, inputs: Inputs) ->
     known = model.state_dict()
     exact.load_state_dict({name: known[name].float() for name in exact.state_dict()}, assign=True)
     exact.requires_grad_(False)
-    with torch.inference_mode(False), torch.enable_grad():  # the formulas, and none of our kernels
+    exact_convolution = torch.backends.cudnn.flags(allow_tf32=False)
+    with torch.inference_mode(False), torch.enable_grad(), exact_convolution:  # the formulas, and none of our kernels
         expected = velocity_of(exact, inputs, exact.encode_text(inputs.texts[0]))().double()
     for way in ways:
         with first_layers(way.blocks, layers):
@@ -323,7 +329,7 @@ def _block_against_reference(rounds: int, model: WanDiT, inputs: Inputs) -> dict
 
 
 def _by_depth(rounds: int, model: WanDiT, inputs: Inputs) -> dict[str, dict[str, float]]:
-    """Milliseconds of blocks on the streams that reach them, and how alike the tokens there are: their mean cosine.
+    """Milliseconds of eager blocks on the streams that reach them, and how alike tokens there are: their mean cosine.
 
     At its power limit a GPU is the faster the less its bits change, and random weights make tokens alike.
     """

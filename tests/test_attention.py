@@ -16,9 +16,12 @@ import pytest
 import torch
 
 from tests.conftest import Outcome
+from tests.gang import on_gang
 from tests.parity import randomise, relative_error
 from wanfast.runtime import attention_probe, hardware
 from wanfast.runtime.compilation import compile_blocks
+from wanfast.runtime.distributed.mesh import Mesh
+from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.model_spec import DiTSpec
 from wanfast.runtime.models import attention_kernels
@@ -151,6 +154,31 @@ def test_numbers_that_are_none_and_other_shapes_are_refused(
     assert found.state == "fails" and re.search(reason, found.reason or "")
 
 
+def test_a_package_beside_versions_that_it_does_not_know_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_kernels, "_is_there", lambda module: module == "flash_attn.flash_attn_interface")
+    for namespace in (SimpleNamespace(), SimpleNamespace(flash_attn_func=lambda q, k, v: {}["scale"])):
+        monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", namespace)
+        assert attention_probe.probe("fa2", "cpu").state == "fails"
+    broken = attention_kernels.Kernel(lambda q, k, v: q.of_an_older_torch, on_cpu=True)  # type: ignore[attr-defined]
+    monkeypatch.setitem(attention_kernels.KERNELS, "math", broken)
+    assert attention_probe.probe("math", "cpu").state == "fails"
+
+
+def test_a_kernel_that_one_rank_lacks_is_refused_on_all() -> None:
+    def agreed(ranks: Ranks) -> str:
+        if ranks.rank == 1:
+            broken = attention_kernels.Kernel(lambda q, k, v: v, on_cpu=True)
+            attention_kernels.KERNELS["flash"] = broken  # of a process of its own
+        try:
+            return attention_probe.agree("auto", ranks, torch.float32, 24).kernel
+        except ConfigError as error:
+            return f"{error.is_agreed}: {error}"
+
+    first, second = on_gang(Mesh(ulysses=2), agreed)
+    assert first == second and first.startswith("True: --attention flash: fails")
+    assert attention_probe.agree("auto", Ranks("cpu"), torch.float32, 24).kernel == "flash"
+
+
 def test_flash_attention_3_may_be_built_by_oneself(monkeypatch: pytest.MonkeyPatch) -> None:
     """The authors' own source makes another module than the package does; older versions of it give a tuple."""
     assert attention_probe.probe("fa3", "cpu").state == "not installed"
@@ -204,6 +232,11 @@ def test_a_kernel_that_is_not_there_is_refused(wanfast: Wanfast, workdir: Path, 
     outcome = wanfast(*GOOD, "--attention", kernel)
     assert outcome.exit_code == 2 and f"--attention {kernel}: {words}" in outcome.err
     assert not (workdir / "out.mp4").exists()
+    planned_alone = wanfast(*GOOD, "--attention", kernel, "--dry-run")
+    assert planned_alone.exit_code == 0
+    if kernel != "cudnn":  # which only a GPU can tell
+        assert f"note: --attention {kernel}: {words}" in planned_alone.err
+        assert not list(workdir.glob("artifacts/prompt_embeds/*"))  # it was known before anything ran
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -144,6 +144,19 @@ def test_lines_may_name_models_of_their_own(wanfast: Wanfast, workdir: Path, tin
     assert outcome.exit_code == 6 and "--model is one for the whole list" in outcome.document["results"][1]["error"]
 
 
+def test_lines_share_models_that_are_loaded_alike(wanfast: Wanfast) -> None:
+    document = wanfast(*GOOD, "--dry-run", "--json").document
+    job = {"effective": document["effective"]}
+    own = {
+        "precision": "fp32", "quantize": "int8-dynamic", "quantize_on_the_fly": True, "attention": "math", "tf32": True,
+        "compile": True, "compile_mode": "max-autotune", "artifacts_dir": "elsewhere",
+    }  # fmt: skip
+    kinds = {generate._models_of({"effective": job["effective"] | {name: value}}) for name, value in own.items()}
+    assert len(kinds | {generate._models_of(job)}) == len(own) + 1
+    for name, value in {"seed": 9, "size": "96x96", "steps": 3, "prompt": "a dog", "output": "b.mp4"}.items():
+        assert generate._models_of({"effective": job["effective"] | {name: value}}) == generate._models_of(job)
+
+
 def test_changed_embeddings_are_refused(wanfast: Wanfast, workdir: Path) -> None:
     assert wanfast(*GOOD).exit_code == 0
     file = next((workdir / "artifacts/prompt_embeds").rglob("embeds.safetensors"))

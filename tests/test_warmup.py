@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,13 @@ import torch
 
 from tests.conftest import Outcome
 from tests.small_model import plan_small_model
+from wanfast.commands.report import Report
 from wanfast.runtime import compilation, generate, model_files
+from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.compilation import cache_inputs
 from wanfast.runtime.config import EffectiveConfig, from_options
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.errors import CorruptArtifactError
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.next_step import warmup_command
 from wanfast.runtime.timing import Stopwatch
@@ -30,7 +34,8 @@ Wanfast = Callable[..., Outcome]
 ROOT = Path(__file__).parents[1]
 SHAPE = ("--model", "tiny", "--device", "cpu", "--size", "64x64", "--frames", "5", "--image", "cat.png")
 GENERATE = ("generate", *SHAPE, "--prompt", "a cat", "--seed", "1", "--steps", "2", "--compile", "--json")
-RANKS = {1: (), 2: ("--num-gpus", "2", "--ulysses", "2", "--cfg-parallel", "1")}
+TWO = ("--num-gpus", "2", "--ulysses", "2", "--cfg-parallel", "1")
+RANKS = {"1": (), "2": TWO, "2, sharded": (*TWO, "--dit-fsdp", "on")}
 
 # What came from the caches and what did not, after the document.
 COUNTED = """
@@ -55,19 +60,20 @@ def in_a_process_of_its_own(folder: Path, *arguments: str) -> Outcome:
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_another_process_starts_from_what_was_kept(workdir: Path, ranks: int) -> None:
+def test_another_process_starts_from_what_was_kept(workdir: Path, ranks: str) -> None:
     warmed = in_a_process_of_its_own(workdir, "warmup", *SHAPE, *RANKS[ranks], "--json")
     assert warmed.exit_code == 0, warmed.err
     folder = Path(warmed.document["output"])
     assert folder.parent == workdir / "artifacts" / "inductor" and not warmed.document["was_there"]
     files = sorted(file.name for file in folder.iterdir())
-    assert files == ["manifest.json", *(f"rank-{rank}.bin" for rank in range(ranks))]
+    assert files == ["manifest.json", *(f"rank-{rank}.bin" for rank in range(int(ranks[0])))]
 
     made = in_a_process_of_its_own(workdir, *GENERATE, *RANKS[ranks])
     assert made.exit_code == 0, made.err
     assert made.document["compile_cache"] == folder.name
+    assert made.document["compiled_anew"] == 0  # on every rank
     assert "wanfast warmup" not in made.err
-    if ranks == 1:  # of several ranks the parent knows no counters
+    if ranks == "1":  # of several ranks the parent knows no counters
         assert "{'hit': 1, 'miss': 0, 'bypass': 0}" in made.err
         again = in_a_process_of_its_own(workdir, "warmup", *SHAPE, "--json")
         assert again.document["was_there"] and again.document["output"] == str(folder)
@@ -92,6 +98,39 @@ def test_a_cold_run_says_what_would_save_its_compiling(wanfast: Wanfast, workdir
     assert command == expected
 
 
+@pytest.mark.parametrize("variable", ["TORCHINDUCTOR_FORCE_DISABLE_CACHES=1", "TORCHINDUCTOR_FX_GRAPH_CACHE=0"])
+def test_a_torch_that_keeps_nothing_is_told_before_it_compiles(
+    workdir: Path, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(*variable.split("="))
+    refused = in_a_process_of_its_own(workdir, "warmup", *SHAPE)
+    assert refused.exit_code == 2 and f"unset {variable.split('=')[0]}" in refused.err.replace("and ", "unset ")
+    assert "'miss': 0" in refused.err
+
+
+def test_an_artifact_without_this_ranks_file_is_refused(tmp_path: Path) -> None:
+    store, inputs = ArtifactStore(tmp_path), cache_inputs(config(), model_files.locate("tiny", "").spec.dit, 32)
+    folder = store.publish(compilation.KIND, inputs, lambda part: (part / "rank-1.bin").write_bytes(b"x") and None)
+    with pytest.raises(CorruptArtifactError, match=f"rank-0.bin is missing: remove {folder}"):
+        compilation.load_caches(store, inputs, Ranks("cpu"))
+
+
+def test_what_compiling_cost_is_counted_by_forwards(
+    wanfast: Wanfast, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Later steps that skip some take less time without any compiler."""
+    steps = ("--steps", "40", "--magcache", "E024K4R10", "--magcache-rule", "both-experts")
+    plan = wanfast(*GENERATE, *steps, "--dry-run").document["plan"]
+    forwards = 80 - plan["magcache"]["skipped_forwards"]
+    assert forwards < 40
+    result = {
+        "plan": plan, "effective": dataclasses.asdict(config(compile=True)), "compiled_anew": 1,
+        "first_step_s": 2 + 5.0, "seconds": {"denoise": forwards + 5.0},
+    }  # fmt: skip
+    Report(as_json=False)._tell_of_warmup(result, "")
+    assert "compiling took 5.0 s of this run" in capsys.readouterr().err
+
+
 def test_the_command_names_the_ranks_that_ran() -> None:
     """Not those that were asked for: what decides anew might decide otherwise."""
     effective = dataclasses.asdict(config(num_gpus=8, ulysses=2, cfg_parallel=1, dit_fsdp="on", device="cuda"))
@@ -105,7 +144,7 @@ def test_the_compiler_is_imported_while_weights_are_read(
     plan, files = plan_small_model(small_model)
     build, began, reading, imported = generate.build_expert, Event(), Event(), Event()
 
-    def import_compiler(device: str) -> None:
+    def import_compiler(gpu: int | None) -> None:
         began.set()
         assert reading.wait(10)
         imported.set()
@@ -124,7 +163,7 @@ def test_the_compiler_is_imported_while_weights_are_read(
 
 
 def test_the_compiler_is_imported_where_nothing_else_imports_parts_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def import_compiler(device: str) -> None:
+    def import_compiler(gpu: int | None) -> None:
         raise ImportError("in a thread")
 
     monkeypatch.setattr(compilation, "_import_compiler", import_compiler)
@@ -170,6 +209,7 @@ def test_all_that_kernels_depend_on_is_in_the_key(change: dict[str, Any], monkey
         (compilation, "version_of", lambda package: "0.0"),
         (torch, "get_num_threads", lambda: 99),
         (torch, "__version__", "0.0"),
+        (platform, "python_version", lambda: "2.7"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(place, part, other)
@@ -186,8 +226,17 @@ def test_other_sources_are_another_key(tmp_path: Path, monkeypatch: pytest.Monke
     runtime = shutil.copytree(Path(compilation.__file__).parent, tmp_path / "runtime")
     monkeypatch.setattr(compilation, "__file__", str(runtime / "compilation.py"))
     assert cache_inputs(config(), spec, 32) == inputs
-    (runtime / "models" / "dit.py").open("a").write("# another\n")
-    assert cache_inputs(config(), spec, 32)["sources"] != inputs["sources"]
+    known = {inputs["sources"]}
+    for file in (
+        "models/dit.py",
+        "distributed/ulysses.py",
+        "compilation.py",
+        "quantization.py",
+        "quantized_artifacts.py",
+    ):
+        (runtime / file).write_text((runtime / file).read_text() + "# another\n")
+        known.add(cache_inputs(config(), spec, 32)["sources"])
+    assert len(known) == 6
 
 
 @pytest.mark.parametrize(

@@ -70,12 +70,13 @@ class Report:
             raise JobsFailedError(f"--jobs: {failed} of {len(planned)} failed, as said above: mend their lines")
 
     def _tell_of_warmup(self, result: dict[str, Any], of_line: str) -> None:
-        """What compiling cost, if it was done anew: the first step beyond what a step takes."""
-        steps, effective = sum(result["plan"]["steps"].values()), result["effective"]
-        if not result["compiled_anew"] or steps < 2 or effective["nnodes"] > 1:
+        """What compiling cost, if it was done anew: the first step beyond what its forwards take in later ones."""
+        in_first, *in_others = past_runs.forwards_in_turn(result["plan"])
+        effective = result["effective"]
+        if not result["compiled_anew"] or not sum(in_others) or effective["nnodes"] > 1:
             return
         first, all_steps = result["first_step_s"], result["seconds"]["denoise"]
-        cost = first - (all_steps - first) / (steps - 1)
+        cost = first - in_first * (all_steps - first) / sum(in_others)
         if cost >= _WORTH_TELLING_S:
             command = warmup_command(effective)
             self._warnings.print(

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from wanfast.runtime.config import Attention
+from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.models.attention_kernels import KERNELS
 
 HEAD_DIM = 128  # the A14B's
 BOUNDS = {torch.bfloat16: 0.01, torch.float32: 1e-5}  # rounding to bf16 alone is 0.002 to 0.004
-# What a kernel says on a machine, or in a version, that it was not made for.
-_FAILURES = (RuntimeError, ImportError, OSError, AssertionError, TypeError, ValueError)
+# What a kernel says on a machine, or beside versions of other packages, that it was not made for.
+_FAILURES = (RuntimeError, ImportError, OSError, AssertionError, TypeError, ValueError, AttributeError, LookupError)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,13 @@ def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> 
     raise ConfigError(
         f"--attention auto: none of {', '.join(_candidates(device))} works on {device}: see `wanfast doctor`"
     )
+
+
+def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> Choice:
+    """The leader's choice, which every rank has tried: another machine may lack it. Raises ConfigError on all."""
+    choice = ranks.lead(lambda: choose(asked, ranks.device, dtype, head_dim))
+    ranks.together(lambda: choice if ranks.is_leader else choose(choice.kernel, ranks.device, dtype, head_dim))
+    return choice
 
 
 def probe_all(device: str) -> dict[str, Finding]:

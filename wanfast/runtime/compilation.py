@@ -3,12 +3,13 @@
 Inductor fuses what stands between the matrix products and attention: norms, modulation, rotation, gates, residuals. A
 block is compiled whole (`fullgraph`: a break is an error, not a slow path) and for one shape (`dynamic=False`); one
 graph serves all blocks of both experts. `default` leaves the products to cuBLAS; the two `max-autotune` modes time
-Triton's products against them, which takes many minutes.
+Triton's products against them, which takes half a minute.
 
-The artifact `inductor/<key>` holds, for each rank of a gang, what Inductor, AOTAutograd, Triton and the autotuner kept:
-about everything but the tracing. Its key names all that the kernels depend on, so that another torch, GPU, size or
-version of this code finds another artifact or none. Ranks have files of their own, because their graphs name their own
-groups. Source: torch.compiler.save_cache_artifacts.
+The artifact `inductor/<key>` holds, for each rank of a gang, what Inductor, AOTAutograd, Triton and the autotuner kept
+of the graph: about everything but the tracing. What operators that the compiler does not look into compile for
+themselves is not in it: int8's product, the quantization of the text, FlashAttention-4. Its key names all that the
+kernels depend on, so that another torch, GPU, size or version of this code finds another artifact or none. Ranks have
+files of their own, because their graphs name their own groups. Source: torch.compiler.save_cache_artifacts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import importlib
 import platform
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.config import CompileMode, EffectiveConfig
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.errors import ConfigError, CorruptArtifactError
 from wanfast.runtime.model_spec import DiTSpec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.packages import version_of
@@ -48,21 +49,27 @@ def compiler_imported_meanwhile(config: EffectiveConfig) -> Iterator[None]:
     if not config.compile or config.dit_fsdp == "on" or config.quantize_on_the_fly:
         yield
         return
+    gpu = torch.cuda.current_device() if config.device == "cuda" else None
     with ThreadPoolExecutor(1) as thread:
-        imported = thread.submit(_import_compiler, config.device)
+        imported = thread.submit(_import_compiler, gpu)
         yield
         imported.result()
 
 
-def _import_compiler(device: str) -> None:
-    """And what the first compiled forward would wait for else, the same for all graphs of a process."""
+def _import_compiler(gpu: int | None) -> None:
+    """And what the first compiled forward would wait for else, the same for all graphs of a process.
+
+    `gpu`: the process's, since a thread's own would be the first.
+    """
     importlib.import_module("torch._inductor.compile_fx")
-    torch.compiler.list_backends()  # reads what every installed package has to offer
-    codecache = torch._inductor.codecache
-    codecache.torch_key()  # hashes of torch's and Triton's files, parts of every graph's key
-    codecache.CacheBase.get_system()
-    if device == "cuda":
-        importlib.import_module("triton").runtime.driver.active.get_current_target()  # C++ builds Triton's driver once
+    on_gpu = nullcontext() if gpu is None else torch.cuda.device(gpu)
+    with on_gpu, suppress(AttributeError):  # names of torch's own, without which it only waits later
+        torch.compiler.list_backends()  # reads what every installed package has to offer
+        codecache = torch._inductor.codecache
+        codecache.torch_key()  # hashes of torch's and Triton's files, parts of every graph's key
+        codecache.CacheBase.get_system()
+        if gpu is not None:
+            importlib.import_module("triton").runtime.driver.active.get_current_target()  # built by a C compiler once
 
 
 def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
@@ -98,6 +105,16 @@ def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[st
     }
 
 
+def check_caches() -> None:
+    """Raises ConfigError if torch is told to keep nothing."""
+    inductor = importlib.import_module("torch._inductor.config")
+    if inductor.force_disable_caches or not inductor.fx_graph_cache:
+        raise ConfigError(
+            "warmup: torch keeps nothing of what it compiles: unset TORCHINDUCTOR_FORCE_DISABLE_CACHES and "
+            "TORCHINDUCTOR_FX_GRAPH_CACHE"
+        )
+
+
 def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> Path:
     """Publish what this process and its peers compiled; the artifact's folder. Raises ConfigError."""
     saved = torch.compiler.save_cache_artifacts()
@@ -119,7 +136,12 @@ def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> s
 
     def read() -> tuple[str, bytes] | None:
         folder = store.find(KIND, inputs, verify=True)
-        return (folder.name, (folder / _file(ranks.rank)).read_bytes()) if folder else None
+        if folder is None:
+            return None
+        try:
+            return folder.name, (folder / _file(ranks.rank)).read_bytes()
+        except FileNotFoundError as error:
+            raise CorruptArtifactError(f"{error.filename} is missing: remove {folder}, and warm up again") from None
 
     found = ranks.together(read)
     if found is None:

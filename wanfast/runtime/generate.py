@@ -159,8 +159,7 @@ def _failure(error: Exception, ranks: Ranks, out_of_memory: str) -> Result:
 def load_pipeline(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch) -> ImageToVideoPipeline:
     """Both experts, and the leader's VAE, where `config` wants them; seconds of each in `loads`."""
     hosted = "cpu" if config.expert_offload == "on" else None
-    dtype, head_dim = DTYPES[config.precision], files.spec.dit.head_dim
-    choice = ranks.lead(lambda: attention_probe.choose(config.attention, config.device, dtype, head_dim))
+    choice = attention_probe.agree(config.attention, ranks, DTYPES[config.precision], files.spec.dit.head_dim)
     attend = attention_by(choice.kernel)
 
     def build(expert: Expert) -> WanDiT:
@@ -245,6 +244,7 @@ def make_video(
 
     video = pipeline(plan, image, text, watch, on_step)
     peaks = ranks.gather(hardware.peak_memory_bytes(config.device))
+    anew = max(ranks.gather(compiled_anew() - compiled if config.compile else 0))
 
     def write() -> Result:
         assert video is not None
@@ -260,7 +260,7 @@ def make_video(
                 "first_step_s": round(first_step.seconds, 3),
                 "attention": dataclasses.asdict(pipeline.attention),
                 "compile_cache": compile_cache,
-                "compiled_anew": compiled_anew() - compiled if config.compile else 0,
+                "compiled_anew": anew,
                 "loading": loaded.loading,
                 "output_sha256": hashlib.sha256(mp4.read_bytes()).hexdigest(),
                 "peak_memory_bytes": max(peaks),

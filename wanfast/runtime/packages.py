@@ -1,8 +1,26 @@
-"""Which versions of packages are installed, without importing them."""
+"""Which packages are installed, and of which version, without importing them."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from wanfast.runtime.errors import ConfigError
+
+# Of attention's kernels: as pip knows them, and the modules any of which holds the kernel.
+ATTENTION_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "fa3": ("fa3-fwd", ("fa3_fwd_interface", "flash_attn_interface")),
+    "fa4": ("flash-attn-4", ("flash_attn.cute",)),
+    "fa2": ("flash-attn", ("flash_attn.flash_attn_interface",)),
+}
+
+
+def require_attention(kernel: str) -> None:
+    """Raises ConfigError if nothing of the kernel's package is there; whether it works a GPU must tell."""
+    if kernel in ATTENTION_PACKAGES:
+        package, modules = ATTENTION_PACKAGES[kernel]
+        if not any(find_spec(module.partition(".")[0]) for module in modules):
+            raise ConfigError(f"--attention {kernel}: not installed (pip install {package}): mend that, or take auto")
 
 
 def version_of(package: str) -> str | None:

@@ -29,10 +29,10 @@ def predicted_seconds(plan: Plan) -> float | None:
         done = result["plan"]
         same_kernel = wanted["attention"] in ("auto", done["attention"])
         if same_kernel and all(done[name] == wanted[name] for name in _ALIKE) and _same_machine(result, plan):
-            turns = _turns(done)
+            turns = forwards_in_turn(done)
             later = sum(turns[1:])
             seconds = result["seconds"]["denoise"] - (result["first_step_s"] if later else 0)
-            return round(float(seconds) / (later or turns[0]) * sum(_turns(wanted)), 3)
+            return round(float(seconds) / (later or turns[0]) * sum(forwards_in_turn(wanted)), 3)
     return None
 
 
@@ -41,7 +41,7 @@ def _same_machine(result: dict[str, Any], plan: Plan) -> bool:
     return not found or bool(found[0].name == result["hardware"]["device"])
 
 
-def _turns(plan: dict[str, Any]) -> list[int]:
+def forwards_in_turn(plan: dict[str, Any]) -> list[int]:
     """Forwards of each step, one after the other: the branches of guidance are at the same time on different ranks."""
     guided, m = guided_steps(plan), plan.get("magcache")
     skips = zip(m["skips_cond"], m["skips_uncond"], strict=True) if m else ((False, False),) * len(guided)

@@ -16,6 +16,7 @@ from typing import Any
 from wanfast.runtime.config import EffectiveConfig, GenerateConfig, from_options
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.model_files import ModelFiles
+from wanfast.runtime.packages import require_attention
 from wanfast.runtime.placement import LAUNCH_OPTIONS, check_skips, place, placement_notes
 from wanfast.runtime.plan import Plan, resolve
 from wanfast.runtime.quantized_artifacts import QuantizedExpert, require_experts
@@ -129,6 +130,7 @@ def _plan(
         if request.image_sha256 not in (None, plan.config.image_sha256):
             raise ConfigError(f"--from: {plan.config.image} is not the image of that run: put that one back")
         if needs_weights:
+            require_attention(plan.config.attention)
             files.require()
             require_experts(files, plan.config, required)
         else:
@@ -145,12 +147,17 @@ def _plan(
 
 def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
     """What a run of this plan would be refused for."""
+    notes = []
+    try:
+        require_attention(plan.config.attention)
+    except ConfigError as error:
+        notes.append(str(error))
     try:
         if files.exists:
             require_experts(files, plan.config)
     except WanFastError as error:
-        return [str(error)]
-    return []
+        notes.append(str(error))
+    return notes
 
 
 def read_requests(

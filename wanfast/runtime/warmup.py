@@ -1,6 +1,7 @@
 """The worker half of `wanfast warmup`: compiles an expert's block as a generation would, and keeps what that left.
 
-One block of random size-true weights is enough, since all blocks of both experts share one graph: no weights are read.
+One block of the true size, whatever its values, is enough, since all blocks of both experts share one graph: no weights
+are read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from wanfast.runtime import attention_probe, hardware, metadata, model_files
 from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.builders import DTYPES, expert_on_meta
-from wanfast.runtime.compilation import cache_inputs, compile_blocks, load_caches, save_caches
+from wanfast.runtime.compilation import cache_inputs, check_caches, compile_blocks, load_caches, save_caches
 from wanfast.runtime.config import EffectiveConfig, from_options
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
@@ -50,11 +51,11 @@ def run(
 
 def _warm(job: dict[str, Any], ranks: Ranks, progress: Callable[[str], None]) -> dict[str, Any]:
     config = from_options(EffectiveConfig, job["effective"])
+    ranks.together(check_caches)
     ranks.together(lambda: hardware.prepare(config.device, config.precision, config.tf32))
     spec = ranks.together(lambda: model_files.locate(config.model, config.artifacts_dir)).spec
     hardware.use_few_threads(ranks.device, spec.dit.dim)
-    dtype = DTYPES[config.precision]
-    choice = ranks.lead(lambda: attention_probe.choose(config.attention, config.device, dtype, spec.dit.head_dim))
+    choice = attention_probe.agree(config.attention, ranks, DTYPES[config.precision], spec.dit.head_dim)
     config = dataclasses.replace(config, attention=choice.kernel)
     plan = Plan.of(config, spec, tuple(job["image_size"]), placement=job["placement"])
     store = ArtifactStore(Path(config.artifacts_dir))

@@ -1,6 +1,6 @@
 """The attention kernels that the program can use, by name: three packages and torch's own back ends.
 
-A package is imported when its kernel first runs, never before: each is optional, and some break other programs.
+A kernel is imported when it first runs, never before: each package is optional, and some break other programs.
 Shapes: B batch, L tokens, H heads, D head dim. Sources: FlashAttention-2 (arXiv 2307.08691), FlashAttention-3 (arXiv
 2407.08608); FlashAttention-4 is its successor in CuTe DSL.
 """
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from wanfast.runtime.packages import ATTENTION_PACKAGES
+
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> out, all [B, L, H, D]
 
 
@@ -24,8 +26,8 @@ class Kernel:
     """An attention kernel; without `modules` it is torch's own."""
 
     run: AttentionFn
-    modules: tuple[str, ...] = ()  # any of which holds the kernel
     package: str | None = None  # as pip knows it
+    modules: tuple[str, ...] = ()  # any of which holds the kernel
     on_cpu: bool = False
 
     @property
@@ -74,12 +76,12 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-# The fastest on Hopper first, at 75,600 tokens (LOG.md has fa3 and cudnn): `auto` takes the first that is right here.
+# The fastest on Hopper first, at 75,600 tokens (LOG.md has the times): `auto` takes the first that is right here.
 KERNELS: dict[str, Kernel] = {
-    "fa3": Kernel(_fa3, modules=("fa3_fwd_interface", "flash_attn_interface"), package="fa3-fwd"),
-    "fa4": Kernel(_fa4, modules=("flash_attn.cute",), package="flash-attn-4"),
+    "fa3": Kernel(_fa3, *ATTENTION_PACKAGES["fa3"]),
+    "fa4": Kernel(_fa4, *ATTENTION_PACKAGES["fa4"]),
     "cudnn": Kernel(partial(_sdpa, SDPBackend.CUDNN_ATTENTION)),
-    "fa2": Kernel(_fa2, modules=("flash_attn.flash_attn_interface",), package="flash-attn"),
+    "fa2": Kernel(_fa2, *ATTENTION_PACKAGES["fa2"]),
     "flash": Kernel(partial(_sdpa, SDPBackend.FLASH_ATTENTION), on_cpu=True),
     "efficient": Kernel(partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION)),
     "math": Kernel(partial(_sdpa, SDPBackend.MATH), on_cpu=True),
