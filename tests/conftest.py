@@ -16,7 +16,7 @@ from PIL import Image
 from tests.counted_reads import counting
 from tests.small_model import write_small_model
 from wanfast.cli import main
-from wanfast.runtime import checkpoint, placement
+from wanfast.runtime import checkpoint, memory, placement
 from wanfast.runtime.gpus import Gpu
 
 if torch.version.cuda is None:
@@ -82,7 +82,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """`machine(count, gigabytes)`: so many GPUs with so much memory free, on a host with enough or as much as said."""
 
     def set_up(count: int, gigabytes: float, host_gb: float = 500) -> None:
-        monkeypatch.setattr(placement, "available_host_bytes", lambda: int(host_gb * 1e9))
+        monkeypatch.setattr(memory, "available_host_bytes", lambda: int(host_gb * 1e9))
         free = int(gigabytes * 1e9)
         found = [Gpu("NVIDIA H100", free, free, "580", (9, 0), 18)] * count
         monkeypatch.setattr(placement.gpus, "visible_gpus", lambda: found)

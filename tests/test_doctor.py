@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests.conftest import Outcome
-from wanfast.runtime import attention_probe, gpus, metadata, model_files, placement, quantized_artifacts
+from wanfast.runtime import attention_probe, gpus, memory, metadata, model_files, quantized_artifacts
 from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.config import Recipe, in_8_bits
 from wanfast.runtime.gpus import Gpu
@@ -37,7 +37,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     def pretend(*free_gb: float, host_gb: float = 100, sees_gpu: bool = True) -> None:
         found = [Gpu("H100", int(gb * 1e9), int(gb * 1e9), "580.82", (9, 0), 18) for gb in free_gb]
         monkeypatch.setattr(gpus, "visible_gpus", lambda: found)
-        monkeypatch.setattr(placement, "available_host_bytes", lambda: int(host_gb * 1e9))
+        monkeypatch.setattr(memory, "available_host_bytes", lambda: int(host_gb * 1e9))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: sees_gpu and bool(found))
 
     return pretend
@@ -150,25 +150,25 @@ def test_the_table_shows_the_sums_that_placement_decides_by(wanfast: Wanfast, ma
     assert (
         "29.0 one expert + 12.5 loop + 2.1 margin = 43.6, and 63.7 on the host: does not fit, 47.0 free" in outcome.out
     )
-    assert "57.9 both experts + 18.0 decode + 2.1 margin = 78.1: does not fit, 47.0 free" in outcome.out
+    assert "57.9 both experts + 12.5 loop + 2.1 margin = 72.6: does not fit, 47.0 free" in outcome.out
     machine(47.0, 47.0, 47.0, 47.0)
     outcome = wanfast("doctor")
-    assert "14.5 share of both + 1.4 two blocks + 18.0 decode + 2.1 margin = 36.1: fits, 47.0 free" in outcome.out
+    assert "14.5 share of both + 1.4 two blocks + 26.5 decode + 2.1 margin = 44.6: fits, 47.0 free" in outcome.out
     assert "43.6, and 127.4 on the host: does not fit, 47.0 free, and 100.0 on the host" in outcome.out  # of 2 ranks
     assert "H100, 47.0 GB of 47.0 GB free, capability 9.0, 18 NVLinks, driver 580.82" in outcome.out
     assert "8 GPUs" not in outcome.out
     machine()
     outcome = wanfast("doctor")
-    assert "78.1: fits GPUs of 80 GB, 141 GB" in outcome.out
+    assert "72.6: fits GPUs of 80 GB, 141 GB" in outcome.out
     assert "43.6, and 63.7 on the host: fits GPUs of 48 GB, 80 GB, 141 GB" in outcome.out
 
 
 @pytest.mark.parametrize(
     ("recipe", "sum_", "mode"),
     [
-        (None, "57.9 both experts + 18.0 decode + 2.1 margin = 78.1: does not fit, 60.0 free", "offloaded"),
-        ("bf16", "57.9 both experts + 18.0 decode + 2.1 margin = 78.1: does not fit, 60.0 free", "offloaded"),
-        ("int8-weight-only", "29.8 both experts + 18.0 decode + 2.1 margin = 50.0: fits, 60.0 free", "resident"),
+        (None, "57.9 both experts + 12.5 loop + 2.1 margin = 72.6: does not fit, 60.0 free", "offloaded"),
+        ("bf16", "57.9 both experts + 12.5 loop + 2.1 margin = 72.6: does not fit, 60.0 free", "offloaded"),
+        ("int8-weight-only", "29.8 both experts + 12.5 loop + 2.1 margin = 44.5: fits, 60.0 free", "resident"),
         ("int8-dynamic", "29.8 both experts + 21.9 loop + 2.1 margin = 53.9: fits, 60.0 free", "resident"),
     ],
 )

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from tests.gang import on_gang
 from tests.parity import randomise, relative_error
 from tests.small_model import SPEC, plan_small_model
-from wanfast.runtime import generate, media_io, pixels, prompt_embeds
+from wanfast.runtime import experts, generate, media_io, pixels, prompt_embeds
 from wanfast.runtime.config import Expert, GenerateConfig
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.distributed.ranks import Ranks
@@ -23,6 +23,7 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.experts import SwappedExperts
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.models.dit import Block, WanDiT
+from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.pipeline import draw_noise
 from wanfast.runtime.plan import Plan, resolve
 from wanfast.runtime.sampling.magcache import ResidualCache
@@ -196,6 +197,57 @@ def test_swapped_experts_leave_the_device_to_the_decoder(
     videos = [pipeline(plan, image, text, Stopwatch("cpu")) for _ in range(2)]
     assert held == [0, 0]
     assert torch.equal(*videos)  # and come back
+
+
+def out_of_memory(times: int, work: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`work`, which fails at first."""
+    failures = iter(range(times))
+
+    def failing(*arguments: object) -> torch.Tensor:
+        if next(failures, None) is not None:
+            raise torch.OutOfMemoryError("a decoder is large")
+        return work(*arguments)
+
+    return failing
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+@pytest.mark.parametrize("times", [1, 2])
+@torch.inference_mode()
+def test_resident_experts_make_room_and_come_back(
+    planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch, method: str, times: int
+) -> None:
+    plan, files = planned
+    pipeline = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    image = torch.zeros(3, plan.geometry.height, plan.geometry.width)
+    text = {name: torch.randn(4, files.spec.dit.text_dim) for name in ("prompt", "negative_prompt")}
+    expected = pipeline(plan, image, text, Stopwatch("cpu"))
+    moved: list[tuple[int, str]] = []
+    monkeypatch.setattr(WanDiT, "to", lambda model, device: moved.append((id(model), device)))
+    pipeline.experts._device = "the GPU"
+    monkeypatch.setattr(experts, "free_memory", lambda device: None)
+    monkeypatch.setattr(type(pipeline.vae), method, out_of_memory(times, getattr(type(pipeline.vae), method)))
+    for _ in range(2):
+        assert torch.equal(pipeline(plan, image, text, Stopwatch("cpu")), expected)
+    away = [model for model, device in moved if device == "cpu"]
+    assert len(set(away)) == len(away) == times
+    assert moved == [(model, device) for device in ("cpu", "the GPU") for model in away]
+
+
+@torch.inference_mode()
+def test_a_decoder_that_does_not_fit_at_all_is_told(
+    planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, files = planned
+    image = torch.zeros(3, plan.geometry.height, plan.geometry.width)
+    text = {name: torch.randn(4, files.spec.dit.text_dim) for name in ("prompt", "negative_prompt")}
+    decode = WanVAE.decode
+    for times, host_bytes in ((3, 10**12), (1, 0)):  # nothing left to move, and nowhere to move it
+        monkeypatch.setattr(experts, "available_host_bytes", lambda host_bytes=host_bytes: host_bytes)
+        monkeypatch.setattr(WanVAE, "decode", out_of_memory(times, decode))
+        pipeline = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+        with pytest.raises(torch.OutOfMemoryError):
+            pipeline(plan, image, text, Stopwatch("cpu"))
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from wanfast.runtime import builders, model_files
 from wanfast.runtime.builders import build_expert, build_umt5, build_vae
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.models.rope import rotary_tables
+from wanfast.runtime.models.vae import WanVAE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -75,3 +76,22 @@ def test_noise_of_the_two_devices_differs(wanfast: Wanfast, workdir: Path) -> No
     for noise_device in ("cpu", "cuda"):
         assert wanfast(*GOOD, "--noise-device", noise_device, "--output", f"{noise_device}.mp4").exit_code == 0
     assert (workdir / "cpu.mp4").read_bytes() != (workdir / "cuda.mp4").read_bytes()
+
+
+def test_experts_make_room_for_a_decoder_that_does_not_fit(
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And come back for the next video."""
+    decode, failures, moved = WanVAE.decode, iter(range(2)), []
+
+    def failing(*arguments: object) -> torch.Tensor:
+        if next(failures, None) is not None:
+            raise torch.OutOfMemoryError("a decoder is large")
+        moved.append(torch.cuda.memory_allocated())
+        return decode(*arguments)
+
+    (workdir / "jobs.jsonl").write_text('{"output": "a.mp4"}\n{"output": "b.mp4"}\n')
+    monkeypatch.setattr(WanVAE, "decode", failing)
+    assert wanfast(*GOOD, "--jobs", "jobs.jsonl").exit_code == 0
+    assert moved[0] < moved[1]  # with the experts, and without
+    assert (workdir / "a.mp4").read_bytes() == (workdir / "b.mp4").read_bytes()

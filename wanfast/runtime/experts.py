@@ -1,4 +1,5 @@
-"""Where the two experts are kept: both on the device, or one there and both in pinned host memory.
+"""Where the two experts are kept: both on the device, until the VAE wants their room, or one there and both in pinned
+host memory.
 
 Only one expert works at a time, and the switch comes once a video, so the idle one need not be on the GPU. The experts
 have the same shapes: the device keeps ONE set of parameters, and while the last high-noise forward runs, each block's
@@ -14,8 +15,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from wanfast.runtime.config import Expert
+from wanfast.runtime.hardware import free_memory
+from wanfast.runtime.memory import available_host_bytes
 from wanfast.runtime.models.dit import WanDiT
 
 AfterBlock = Callable[[int], None]
@@ -38,18 +42,36 @@ class Experts(Protocol):
         """No expert is needed for now: the decoder wants the memory."""
         ...
 
+    def make_room(self) -> bool:
+        """Give back device memory that is held though no expert works, since it does not suffice; False if none is."""
+        ...
+
 
 class ResidentExperts:
-    """Both on the device, always."""
+    """Both on the device; where that is too small for the VAE beside them, they wait in host memory meanwhile."""
 
-    def __init__(self, experts: dict[Expert, WanDiT]) -> None:
-        self._experts = experts
+    def __init__(self, experts: dict[Expert, WanDiT], device: str) -> None:
+        self._experts, self._device = experts, device
+        self._away: set[Expert] = set()
 
     def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
+        if expert in self._away:
+            free_memory(self._device)
+            self._experts[expert].to(self._device)
+            self._away.remove(expert)
         return self._experts[expert], lambda index: None
 
     def leave(self) -> None:
         pass
+
+    def make_room(self) -> bool:
+        for expert, model in self._experts.items():
+            if expert not in self._away and not _is_sharded(model) and _bytes(model) <= available_host_bytes():
+                model.to("cpu")
+                self._away.add(expert)
+                free_memory(self._device)
+                return True
+        return False
 
 
 class SwappedExperts:
@@ -91,6 +113,9 @@ class SwappedExperts:
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=self._device)
         self._resident = self._arriving = None
 
+    def make_room(self) -> bool:
+        return False  # none is on the device but while one works
+
     def _overwrite(self, expert: Expert, chosen: Callable[[str], bool]) -> None:
         """Queue the copy of the chosen parameters behind all work that is queued so far."""
         if self._stream is not None:
@@ -99,6 +124,14 @@ class SwappedExperts:
             for name, parameter in self._parameters.items():
                 if chosen(name):
                     parameter.data.copy_(self._host[expert][name], non_blocking=True)
+
+
+def _bytes(model: WanDiT) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _is_sharded(model: WanDiT) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _hosted(model: WanDiT, device: str) -> dict[str, Tensor]:

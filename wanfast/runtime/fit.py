@@ -100,7 +100,7 @@ def fit(request: GenerateConfig, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
     """
     size = parse_size(request.size or spec.size)
     geometry = fit_geometry(spec, *size, request.frames or spec.frames, size)
-    host_free = placement.available_host_bytes() if found else None
+    host_free = memory.available_host_bytes() if found else None
     ways = []
     for num_gpus in _COUNTS:
         mesh = choose_mesh(num_gpus, spec.dit.num_heads, guided=_is_guided(spec))

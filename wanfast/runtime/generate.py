@@ -178,7 +178,7 @@ def load_pipeline(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, load
 
     with compiler_imported_meanwhile(config):
         models: dict[Expert, WanDiT] = {"high_noise": build("high_noise"), "low_noise": build("low_noise")}
-        experts: Experts = SwappedExperts(models, ranks.device) if hosted else ResidentExperts(models)
+        experts: Experts = SwappedExperts(models, ranks.device) if hosted else ResidentExperts(models, ranks.device)
         with loads.span("vae"):
             vae = ranks.together(lambda: build_vae(files, ranks.device) if ranks.is_leader else None)
     if config.compile:

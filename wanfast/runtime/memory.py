@@ -1,8 +1,9 @@
-"""How many bytes a model and a video take, by arithmetic from their sizes. Torch-free.
+"""How many bytes a model and a video take, by arithmetic from their sizes, and how many a host has. Torch-free.
 
 Parameters are exact. What a forward and a decode hold beside them is an estimate, fitted to what was counted at
-1280x720x81: about seven float32 rows of the model's width a token (11 GB) and the text's keys and values (1.7 GB); 204
-bytes a pixel and VAE base channel (18 GB, half of it the frames that the causal convolutions look back on).
+1280x720x81: about seven float32 rows of the model's width a token (11 GB) and the text's keys and values (1.7 GB); 300
+bytes a pixel and VAE base channel (27 GB: 18 of tensors, half of them the frames that the causal convolutions look back
+on; with what cuDNN takes more than 25 GB were seen to be wanted, and no bound is known).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from wanfast.runtime.shapes import Geometry
 
 _BYTES: dict[Precision, int] = {"bf16": 2, "fp32": 4}
 _LOOP_ROWS = 7
-_DECODE_BYTES = 204
+_DECODE_BYTES = 300
 MARGIN_BYTES = 2 << 30  # CUDA's context, the libraries' workspaces, the allocator's gaps
 
 
@@ -80,6 +81,12 @@ def residual_bytes(spec: DiTSpec, tokens: int) -> int:
 def decode_bytes(spec: ModelSpec, geometry: Geometry) -> int:
     """Of the VAE's decoder, its weights in the noise of it."""
     return _DECODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height
+
+
+def available_host_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def gb(size: float) -> str:

@@ -12,7 +12,7 @@ Source: Wan-Video/Wan2.2, wan/image2video.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,6 +23,8 @@ from wanfast.runtime.attention_probe import Choice
 from wanfast.runtime.config import BRANCHES, Branch, Expert
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.experts import Experts
+from wanfast.runtime.hardware import free_memory
+from wanfast.runtime.memory import decode_bytes
 from wanfast.runtime.model_spec import ModelSpec
 from wanfast.runtime.models.dit import TextKV, WanDiT
 from wanfast.runtime.models.rope import rotary_tables
@@ -68,12 +70,24 @@ class ImageToVideoPipeline:
             cache = residuals or ResidualCache(plan.skips)
             latent = self.denoise(plan, noise.to(self.device), condition, text, cache, on_step)
         self.experts.leave()
-        if self.vae is None:
+        vae = self.vae
+        if vae is None:
             return None
-        if self.device == "cuda":
-            torch.cuda.empty_cache()  # the decoder wants its memory in other pieces than the loop did
+        free_memory(self.device)  # the decoder wants its memory in other pieces than the loop did
         with watch.span("decode"):
-            return self.vae.decode(latent)[0].cpu()
+            wanted = decode_bytes(self.spec, plan.geometry)
+            while self.device == "cuda" and torch.cuda.mem_get_info()[0] < wanted and self.experts.make_room():
+                pass
+            return self._with_room(lambda: vae.decode(latent)[0].cpu())
+
+    def _with_room(self, work: Callable[[], Tensor]) -> Tensor:
+        """What the VAE makes. How much memory it takes is not known well, and a video must not be lost by that."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if not self.experts.make_room():
+                    raise
 
     def encode_condition(self, image: Tensor, geometry: Geometry) -> Tensor:
         """y [1, 20, T, h, w]: four mask channels, 1 on the latent frame that is given, then the latents of the clip
@@ -85,7 +99,9 @@ class ImageToVideoPipeline:
         if self.vae is not None:
             clip = torch.zeros(1, 3, g.frames, g.height, g.width, device=self.device)
             clip[:, :, 0] = image.to(self.device)
-            condition = with_mask(self.vae.encode(clip).float(), self.spec.vae.temporal_stride)
+            vae = self.vae
+            latents = self._with_room(lambda: vae.encode(clip))
+            condition = with_mask(latents.float(), self.spec.vae.temporal_stride)
         return self.ranks.share(condition.contiguous())
 
     def denoise(

@@ -144,13 +144,14 @@ def modes(need: Need, ranks: int) -> dict[str, int]:
 
 def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
     """What the bytes of `modes` are the sum of."""
-    in_loop = _in_loop(need)
-    work = {"decode": need.decode} if need.decode > sum(in_loop.values()) else in_loop
+    in_loop, at_decode = _in_loop(need), {"decode": need.decode}
     margin = {"margin": memory.MARGIN_BYTES}
-    held = {"resident": {"both experts": 2 * need.expert, **work, **margin}}
+    # Where the decoder has no room beside both, one makes room for it.
+    resident = _larger({"both experts": 2 * need.expert, **in_loop}, {"one expert": need.expert, **at_decode})
+    held = {"resident": {**resident, **margin}}
     if ranks > 1:
         shares = {"share of both": 2 * need.expert // ranks, "two blocks": 2 * need.block}
-        held["sharded"] = {**shares, **work, **margin}
+        held["sharded"] = {**shares, **_larger(in_loop, at_decode), **margin}
     return {**held, "offloaded": _offloaded(need)}
 
 
@@ -161,9 +162,12 @@ def _in_loop(need: Need) -> dict[str, int]:
 
 def _offloaded(need: Need) -> dict[str, int]:
     """No expert is on the GPU while the decoder works."""
-    in_loop = {"one expert": need.expert, **_in_loop(need)}
-    worst = in_loop if sum(in_loop.values()) > need.decode else {"decode": need.decode}
+    worst = _larger({"one expert": need.expert, **_in_loop(need)}, {"decode": need.decode})
     return {**worst, "margin": memory.MARGIN_BYTES}
+
+
+def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    return max(one, other, key=lambda parts: sum(parts.values()))
 
 
 def _place_experts(
@@ -217,7 +221,7 @@ def _barred(
         barred["sharded"] = "switched off"
     elif quantized:
         barred["sharded"] = "quantized experts are not sharded"
-    hosted, host_free = need.hosted * ranks_here, available_host_bytes()
+    hosted, host_free = need.hosted * ranks_here, memory.available_host_bytes()
     if config.device == "cpu":
         barred["offloaded"] = "with --device cpu there is no GPU to move experts off"
     elif request.expert_offload == "off":
@@ -258,17 +262,11 @@ def _why_cpu(request: GenerateConfig) -> str:
 def _free_bytes(config: EffectiveConfig, num_gpus: int) -> tuple[int, str]:
     """(bytes that one rank may take, what they are)."""
     if config.device == "cpu":
-        return available_host_bytes() // num_gpus, "of host memory free a process"
+        return memory.available_host_bytes() // num_gpus, "of host memory free a process"
     found = gpus.visible_gpus()[:num_gpus]
     if not found:
         return _UNMEASURED_BYTES, "assumed a GPU, as none could be asked"
     return min(gpu.free_bytes for gpu in found), "free a GPU"
-
-
-def available_host_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def placement_notes(request: GenerateConfig, plans: Sequence[Plan]) -> list[str]:
@@ -281,6 +279,6 @@ def placement_notes(request: GenerateConfig, plans: Sequence[Plan]) -> list[str]
         )
     if request.device is None and plan.config.device == "cpu" and plan.spec.name != "tiny":
         held = modes(_need(plans, mesh), mesh.gang_size)["resident"]
-        short = "" if held <= available_host_bytes() else f", whose memory its {gb(held)} do not fit into"
+        short = "" if held <= memory.available_host_bytes() else f", whose memory its {gb(held)} do not fit into"
         notes.append(f"no GPU was found, so this is planned for the CPU{short}")
     return notes
