@@ -223,7 +223,12 @@ def test_resident_experts_make_room_and_come_back(
     text = {name: torch.randn(4, files.spec.dit.text_dim) for name in ("prompt", "negative_prompt")}
     expected = pipeline(plan, image, text, Stopwatch("cpu"))
     moved: list[tuple[int, str]] = []
-    monkeypatch.setattr(WanDiT, "to", lambda model, device: moved.append((id(model), device)))
+
+    def to(model: WanDiT, device: str) -> None:
+        assert not torch.is_inference_mode_enabled()
+        moved.append((id(model), device))
+
+    monkeypatch.setattr(WanDiT, "to", to)
     pipeline.experts._device = "the GPU"
     monkeypatch.setattr(experts, "free_memory", lambda device: None)
     monkeypatch.setattr(type(pipeline.vae), method, out_of_memory(times, getattr(type(pipeline.vae), method)))

@@ -57,7 +57,7 @@ class ResidentExperts:
     def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
         if expert in self._away:
             free_memory(self._device)
-            self._experts[expert].to(self._device)
+            _move(self._experts[expert], self._device)
             self._away.remove(expert)
         return self._experts[expert], lambda index: None
 
@@ -67,7 +67,7 @@ class ResidentExperts:
     def make_room(self) -> bool:
         for expert, model in self._experts.items():
             if expert not in self._away and not _is_sharded(model) and _bytes(model) <= available_host_bytes():
-                model.to("cpu")
+                _move(model, "cpu")
                 self._away.add(expert)
                 free_memory(self._device)
                 return True
@@ -124,6 +124,11 @@ class SwappedExperts:
             for name, parameter in self._parameters.items():
                 if chosen(name):
                     parameter.data.copy_(self._host[expert][name], non_blocking=True)
+
+
+def _move(model: WanDiT, device: str) -> None:
+    with torch.inference_mode(False):  # tensors born in it are others to the compiler, which would compile anew
+        model.to(device)
 
 
 def _bytes(model: WanDiT) -> int:
