@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> None:
     full, cached = plans(options, spec)
     ranks, choice = Ranks(device), Choice(options.kernel, "asked for")
     pipeline = ImageToVideoPipeline(
-        spec, ResidentExperts({"high_noise": model, "low_noise": model}), None, ranks, choice
+        spec, ResidentExperts({"high_noise": model, "low_noise": model}, device), None, ranks, choice
     )
     generator, g = torch.Generator(device).manual_seed(1), full.geometry
 

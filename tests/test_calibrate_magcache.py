@@ -319,9 +319,9 @@ def test_branches_on_different_ranks_take_their_turns_together() -> None:
         "magcache": {"skips_cond": [False, False, True, True], "skips_uncond": [False, False, False, True]},
         "mesh": {"cfg": 1},
     }
-    assert past_runs._turns(plan) == [1, 2, 1, 0]
-    assert past_runs._turns(plan | {"mesh": {"cfg": 2}}) == [1, 1, 1, 0]
-    assert past_runs._turns(plan | {"magcache": None}) == [1, 2, 2, 2]
+    assert past_runs.forwards_in_turn(plan) == [1, 2, 1, 0]
+    assert past_runs.forwards_in_turn(plan | {"mesh": {"cfg": 2}}) == [1, 1, 1, 0]
+    assert past_runs.forwards_in_turn(plan | {"magcache": None}) == [1, 2, 2, 2]
 
 
 def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> None:

@@ -93,5 +93,5 @@ def test_experts_make_room_for_a_decoder_that_does_not_fit(
     (workdir / "jobs.jsonl").write_text('{"output": "a.mp4"}\n{"output": "b.mp4"}\n')
     monkeypatch.setattr(WanVAE, "decode", failing)
     assert wanfast(*GOOD, "--jobs", "jobs.jsonl").exit_code == 0
-    assert moved[0] < moved[1]  # with the experts, and without
+    assert moved[0] < moved[1]  # without the experts, and with them
     assert (workdir / "a.mp4").read_bytes() == (workdir / "b.mp4").read_bytes()

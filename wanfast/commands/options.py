@@ -62,7 +62,7 @@ Compile = Annotated[
         "--compile/--no-compile", help="Compile the experts' blocks; the first run takes some ten seconds more."
     ),
 ]
-CompileModeOption = Annotated[CompileMode, typer.Option(help="How hard --compile searches.")]
+CompileModeOption = Annotated[CompileMode, typer.Option(help="How hard --compile searches; max-autotune is of CPUs.")]
 MagCache = Annotated[
     str,
     typer.Option(

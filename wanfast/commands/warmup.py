@@ -14,6 +14,7 @@ from wanfast.runtime import media_io, model_files
 from wanfast.runtime.config import GenerateConfig, parse_size
 from wanfast.runtime.errors import from_failure
 from wanfast.runtime.next_step import WARMUP_OPTIONS
+from wanfast.runtime.packages import require_attention
 from wanfast.runtime.placement import place
 from wanfast.runtime.plan import Plan, effective
 
@@ -71,6 +72,7 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
     """What a generation with these options would be, and the shape of its image. Raises WanFastError."""
     request = GenerateConfig(**{**_SHAPE_ALONE, **given, "compile": True})
     files = model_files.locate(request.model, request.artifacts_dir)
+    require_attention(request.attention)
     config = effective(request, files, image_sha256="")
     image_size = media_io.load_image(given["image"]).size if "image" in given else parse_size(config.size)
     (plan,) = place([request], [Plan.of(config, files.spec, image_size)])

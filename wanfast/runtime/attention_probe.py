@@ -69,7 +69,16 @@ def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> 
 def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> Choice:
     """The leader's choice, which every rank has tried: another machine may lack it. Raises ConfigError on all."""
     choice = ranks.lead(lambda: choose(asked, ranks.device, dtype, head_dim))
-    ranks.together(lambda: choice if ranks.is_leader else choose(choice.kernel, ranks.device, dtype, head_dim))
+
+    def tried() -> None:
+        found = Finding("runs") if ranks.is_leader else probe(choice.kernel, ranks.device, dtype, head_dim)
+        if found.state != "runs":
+            raise ConfigError(
+                f"--attention {asked}: the first rank took {choice.kernel}, {found.state} on another ({found.reason}): "
+                "mend that, or name a kernel that all have"
+            )
+
+    ranks.together(tried)
     return choice
 
 

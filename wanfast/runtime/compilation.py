@@ -3,7 +3,8 @@
 Inductor fuses what stands between the matrix products and attention: norms, modulation, rotation, gates, residuals. A
 block is compiled whole (`fullgraph`: a break is an error, not a slow path) and for one shape (`dynamic=False`); one
 graph serves all blocks of both experts. `default` leaves the products to cuBLAS; the two `max-autotune` modes time
-Triton's products against them, which takes half a minute.
+Triton's products against them, which takes half a minute; the one with CUDA graphs is refused on GPUs, where they
+overwrite what a block hands to the next.
 
 The artifact `inductor/<key>` holds, for each rank of a gang, what Inductor, AOTAutograd, Triton and the autotuner kept
 of the graph: about everything but the tracing. What operators that the compiler does not look into compile for

@@ -93,9 +93,10 @@ def _set_environment(config: EffectiveConfig, replica: int, processes: int) -> N
     if config.nnodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name may resolve to an address that is not there
     cores = os.cpu_count() or 1
-    share = str(max(1, cores // min(config.num_gpus, cores)))
-    os.environ.setdefault("OMP_NUM_THREADS", share)
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", share)  # processes, which torch starts for every rank
+    share = max(1, cores // min(config.num_gpus, cores))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+    # Processes, in truth, which torch starts for every rank: 32 at most, if it is not told.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, share)))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class ResidentExperts:
         pass
 
     def make_room(self) -> bool:
-        for expert, model in self._experts.items():
+        for expert, model in reversed(self._experts.items()):  # a video begins with the first
             if expert not in self._away and not _is_sharded(model) and _bytes(model) <= available_host_bytes():
                 _move(model, "cpu")
                 self._away.add(expert)

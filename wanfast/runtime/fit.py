@@ -108,6 +108,7 @@ def fit(request: GenerateConfig, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
             continue
         free = {HERE: min(gpu.free_bytes for gpu in found[:num_gpus])} if found else CARDS
         need = placement.needed(spec, request.precision, geometry, mesh, request.quantize)
+        on_host = {"offloaded": num_gpus * need.hosted, "making room": need.expert}
         for mode, parts in placement.terms(need, mesh.gang_size).items():
             if mode == "sharded" and in_8_bits(request.quantize):
                 continue  # quantized experts are not
@@ -117,7 +118,7 @@ def fit(request: GenerateConfig, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
                 mode=mode,
                 terms=parts,
                 free=free,
-                host_bytes=num_gpus * need.hosted if mode == "offloaded" else 0,
+                host_bytes=on_host.get(mode, 0),
                 host_free=host_free,
             )
             ways.append(way)

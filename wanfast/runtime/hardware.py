@@ -46,6 +46,12 @@ def describe(device: str) -> dict[str, str]:
     }
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Also where cuDNN tried all of its ways and tells that none runs: each wanted memory that was not there."""
+    disguised = ("unable to find an engine", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in disguised)
+
+
 def free_memory(device: str) -> None:
     """Give back what nobody uses: sharded modules are rings of references, and the allocator keeps its pieces."""
     gc.collect()

@@ -23,8 +23,8 @@ from wanfast.runtime.attention_probe import Choice
 from wanfast.runtime.config import BRANCHES, Branch, Expert
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.experts import Experts
-from wanfast.runtime.hardware import free_memory
-from wanfast.runtime.memory import decode_bytes
+from wanfast.runtime.hardware import free_memory, is_out_of_memory
+from wanfast.runtime.memory import MARGIN_BYTES, decode_bytes
 from wanfast.runtime.model_spec import ModelSpec
 from wanfast.runtime.models.dit import TextKV, WanDiT
 from wanfast.runtime.models.rope import rotary_tables
@@ -75,9 +75,9 @@ class ImageToVideoPipeline:
             return None
         free_memory(self.device)  # the decoder wants its memory in other pieces than the loop did
         with watch.span("decode"):
-            wanted = decode_bytes(self.spec, plan.geometry)
-            while self.device == "cuda" and torch.cuda.mem_get_info()[0] < wanted and self.experts.make_room():
-                pass
+            wanted = decode_bytes(self.spec, plan.geometry) + MARGIN_BYTES
+            if self.device == "cuda" and torch.cuda.mem_get_info()[0] < wanted:
+                self.experts.make_room()
             return self._with_room(lambda: vae.decode(latent)[0].cpu())
 
     def _with_room(self, work: Callable[[], Tensor]) -> Tensor:
@@ -85,9 +85,12 @@ class ImageToVideoPipeline:
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError:
-                if not self.experts.make_room():
+            except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+                if not is_out_of_memory(error):
                     raise
+                failure = str(error)  # not the error, whose traceback holds what the VAE had made so far
+            if not self.experts.make_room():
+                raise torch.OutOfMemoryError(failure)
 
     def encode_condition(self, image: Tensor, geometry: Geometry) -> Tensor:
         """y [1, 20, T, h, w]: four mask channels, 1 on the latent frame that is given, then the latents of the clip

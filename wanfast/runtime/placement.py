@@ -145,10 +145,10 @@ def modes(need: Need, ranks: int) -> dict[str, int]:
 def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
     """What the bytes of `modes` are the sum of."""
     in_loop, at_decode = _in_loop(need), {"decode": need.decode}
-    margin = {"margin": memory.MARGIN_BYTES}
-    # Where the decoder has no room beside both, one makes room for it.
-    resident = _larger({"both experts": 2 * need.expert, **in_loop}, {"one expert": need.expert, **at_decode})
-    held = {"resident": {**resident, **margin}}
+    both, margin = {"both experts": 2 * need.expert}, {"margin": memory.MARGIN_BYTES}
+    held = {"resident": {**both, **_larger(in_loop, at_decode), **margin}}
+    if _larger(in_loop, at_decode) is at_decode:
+        held["making room"] = {**_larger({**both, **in_loop}, {"one expert": need.expert, **at_decode}), **margin}
     if ranks > 1:
         shares = {"share of both": 2 * need.expert // ranks, "two blocks": 2 * need.block}
         held["sharded"] = {**shares, **_larger(in_loop, at_decode), **margin}
@@ -205,6 +205,7 @@ def _place_experts(
 
 _SWITCHES: dict[str, tuple[Switch, Switch]] = {
     "resident": ("off", "off"),
+    "making room": ("off", "off"),  # both on the GPU, but for one that waits on the host while the decoder works
     "sharded": ("on", "off"),
     "offloaded": ("off", "on"),
 }
@@ -222,6 +223,11 @@ def _barred(
     elif quantized:
         barred["sharded"] = "quantized experts are not sharded"
     hosted, host_free = need.hosted * ranks_here, memory.available_host_bytes()
+    waiting = need.expert * max(1, ranks_here // ranks)  # of each leader, who alone decodes
+    if config.device == "cpu":
+        barred["making room"] = "with --device cpu there is no GPU to move experts off"
+    elif waiting > host_free:
+        barred["making room"] = f"needs {gb(waiting)} of the host, which has {gb(host_free)} free"
     if config.device == "cpu":
         barred["offloaded"] = "with --device cpu there is no GPU to move experts off"
     elif request.expert_offload == "off":
