@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Outcome
+from tests.conftest import Machine, Outcome
 from tests.gang import on_gang
 from tests.parity import randomise, relative_error
 from wanfast.runtime import attention_probe, hardware
@@ -222,22 +222,26 @@ def test_what_ran_is_recorded_and_runs_again(wanfast: Wanfast, workdir: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("kernel", "words"),
+    ("kernel", "device", "words"),
     [
-        ("fa3", "not installed (pip install fa3-fwd)"),
-        ("fa2", "not installed (pip install flash-attn)"),
-        ("cudnn", "fails"),
+        ("fa3", "cuda", "--attention fa3: not installed (pip install fa3-fwd)"),
+        ("fa2", "cuda", "--attention fa2: not installed (pip install flash-attn)"),
+        ("fa4", "cuda", "--attention fa4: not installed (pip install flash-attn-4)"),
+        ("fa3", "cpu", "--attention fa3 is of GPUs: take auto"),
+        ("cudnn", "cpu", "--attention cudnn is of GPUs: take auto"),
     ],
 )
-def test_a_kernel_that_is_not_there_is_refused(wanfast: Wanfast, workdir: Path, kernel: str, words: str) -> None:
-    outcome = wanfast(*GOOD, "--attention", kernel)
-    assert outcome.exit_code == 2 and f"--attention {kernel}: {words}" in outcome.err
-    assert not (workdir / "out.mp4").exists()
-    planned_alone = wanfast(*GOOD, "--attention", kernel, "--dry-run")
-    assert planned_alone.exit_code == 0
-    if kernel != "cudnn":  # which only a GPU can tell
-        assert f"note: --attention {kernel}: {words}" in planned_alone.err
-        assert not list(workdir.glob("artifacts/prompt_embeds/*"))  # it was known before anything ran
+def test_a_kernel_that_is_not_there_is_refused(
+    wanfast: Wanfast, workdir: Path, machine: Machine, kernel: str, device: str, words: str
+) -> None:
+    """In the plan, before anything runs."""
+    machine(1, 84)
+    asked = (*GOOD, "--attention", kernel, "--device", device)
+    outcome = wanfast(*asked)
+    assert outcome.exit_code == 2 and words in outcome.err
+    assert [file.name for file in workdir.iterdir() if file.suffix != ".png"] == []
+    planned_alone = wanfast(*asked, "--dry-run")
+    assert planned_alone.exit_code == 0 and f"note: {words}" in planned_alone.err
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

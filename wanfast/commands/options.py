@@ -62,7 +62,9 @@ Compile = Annotated[
         "--compile/--no-compile", help="Compile the experts' blocks; the first run takes some ten seconds more."
     ),
 ]
-CompileModeOption = Annotated[CompileMode, typer.Option(help="How hard --compile searches; max-autotune is of CPUs.")]
+CompileModeOption = Annotated[
+    CompileMode, typer.Option(help="How hard --compile searches; max-autotune is refused on GPUs.")
+]
 MagCache = Annotated[
     str,
     typer.Option(

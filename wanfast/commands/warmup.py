@@ -72,8 +72,8 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
     """What a generation with these options would be, and the shape of its image. Raises WanFastError."""
     request = GenerateConfig(**{**_SHAPE_ALONE, **given, "compile": True})
     files = model_files.locate(request.model, request.artifacts_dir)
-    require_attention(request.attention)
     config = effective(request, files, image_sha256="")
+    require_attention(config.attention, config.device)
     image_size = media_io.load_image(given["image"]).size if "image" in given else parse_size(config.size)
     (plan,) = place([request], [Plan.of(config, files.spec, image_size)])
     return plan, image_size

@@ -15,8 +15,16 @@ ATTENTION_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def require_attention(kernel: str) -> None:
-    """Raises ConfigError if nothing of the kernel's package is there; whether it works a GPU must tell."""
+_ON_CPU = ("auto", "flash", "math")
+
+
+def require_attention(kernel: str, device: str) -> None:
+    """Raises ConfigError if nothing of the kernel's package is there, or a CPU is asked for what GPUs have alone.
+
+    Whether it works a GPU must tell.
+    """
+    if device == "cpu" and kernel not in _ON_CPU:
+        raise ConfigError(f"--attention {kernel} is of GPUs: take auto, or --device cuda")
     if kernel in ATTENTION_PACKAGES:
         package, modules = ATTENTION_PACKAGES[kernel]
         if not any(find_spec(module.partition(".")[0]) for module in modules):

@@ -27,7 +27,7 @@ LAUNCH_OPTIONS = (
     "num_gpus", "nnodes", "node_rank", "rdzv_endpoint", "cfg_parallel", "ulysses", "dit_fsdp", "t5_fsdp",
     "expert_offload", "rank_timeout",
 )  # fmt: skip
-_UNMEASURED_BYTES = 80 << 30  # an H100's, where no GPU can be asked
+_UNMEASURED_BYTES = 80 * 10**9  # of an H100, as `doctor` takes it, where no GPU can be asked
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def _num_gpus(request: GenerateConfig, config: EffectiveConfig) -> int:
 
 
 def _why_cpu(request: GenerateConfig) -> str:
-    return "" if request.device else " (no GPU was found, so it is planned for the CPU)"
+    return "" if request.device else " (no GPU was found, so it is planned for the CPU: --device cuda plans for GPUs)"
 
 
 def _free_bytes(config: EffectiveConfig, num_gpus: int) -> tuple[int, str]:

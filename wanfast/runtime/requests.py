@@ -130,7 +130,7 @@ def _plan(
         if request.image_sha256 not in (None, plan.config.image_sha256):
             raise ConfigError(f"--from: {plan.config.image} is not the image of that run: put that one back")
         if needs_weights:
-            require_attention(plan.config.attention)
+            require_attention(plan.config.attention, plan.config.device)
             files.require()
             require_experts(files, plan.config, required)
         else:
@@ -149,7 +149,7 @@ def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
     """What a run of this plan would be refused for."""
     notes = []
     try:
-        require_attention(plan.config.attention)
+        require_attention(plan.config.attention, plan.config.device)
     except ConfigError as error:
         notes.append(str(error))
     try:
