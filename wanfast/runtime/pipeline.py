@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -70,15 +70,14 @@ class ImageToVideoPipeline:
             cache = residuals or ResidualCache(plan.skips)
             latent = self.denoise(plan, noise.to(self.device), condition, text, cache, on_step)
         self.experts.leave()
-        vae = self.vae
-        if vae is None:
+        if self.vae is None:
             return None
         free_memory(self.device)  # the decoder wants its memory in other pieces than the loop did
         with watch.span("decode"):
             wanted = decode_bytes(self.spec, plan.geometry) + MARGIN_BYTES
             if self.device == "cuda" and torch.cuda.mem_get_info()[0] < wanted:
                 self.experts.make_room()
-            return self._with_room(lambda: vae.decode(latent)[0].cpu())
+            return self._with_room(partial(self.vae.decode, latent))[0].cpu()
 
     def _with_room(self, work: Callable[[], Tensor]) -> Tensor:
         """What the VAE makes. How much memory it takes is not known well, and a video must not be lost by that."""
@@ -102,8 +101,7 @@ class ImageToVideoPipeline:
         if self.vae is not None:
             clip = torch.zeros(1, 3, g.frames, g.height, g.width, device=self.device)
             clip[:, :, 0] = image.to(self.device)
-            vae = self.vae
-            latents = self._with_room(lambda: vae.encode(clip))
+            latents = self._with_room(partial(self.vae.encode, clip))
             condition = with_mask(latents.float(), self.spec.vae.temporal_stride)
         return self.ranks.share(condition.contiguous())
 

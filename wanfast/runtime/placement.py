@@ -222,19 +222,20 @@ def _barred(
         barred["sharded"] = "switched off"
     elif quantized:
         barred["sharded"] = "quantized experts are not sharded"
-    hosted, host_free = need.hosted * ranks_here, memory.available_host_bytes()
-    waiting = need.expert * max(1, ranks_here // ranks)  # of each leader, who alone decodes
-    if config.device == "cpu":
-        barred["making room"] = "with --device cpu there is no GPU to move experts off"
-    elif waiting > host_free:
-        barred["making room"] = f"needs {gb(waiting)} of the host, which has {gb(host_free)} free"
-    if config.device == "cpu":
-        barred["offloaded"] = "with --device cpu there is no GPU to move experts off"
-    elif request.expert_offload == "off":
-        barred["offloaded"] = "switched off"
-    elif hosted > host_free:
-        barred["offloaded"] = f"needs {gb(hosted)} of the host, which has {gb(host_free)} free"
+    host_free = memory.available_host_bytes()
+    for mode, size in on_host(need, ranks, ranks_here).items():
+        if config.device == "cpu":
+            barred[mode] = "with --device cpu there is no GPU to move experts off"
+        elif mode == "offloaded" and request.expert_offload == "off":
+            barred[mode] = "switched off"
+        elif size > host_free:
+            barred[mode] = f"needs {gb(size)} of the host, which has {gb(host_free)} free"
     return barred
+
+
+def on_host(need: Need, ranks: int, ranks_here: int) -> dict[str, int]:
+    """Bytes of host memory that the modes with experts there take; room is made by leaders alone, who decode."""
+    return {"making room": need.expert * max(1, ranks_here // ranks), "offloaded": need.hosted * ranks_here}
 
 
 def _shard_umt5(request: GenerateConfig, need: Need, ranks: int, free: int) -> Switch:
