@@ -149,7 +149,7 @@ def test_auto_takes_the_first_that_is_right(monkeypatch: pytest.MonkeyPatch) -> 
 def test_numbers_that_are_none_and_other_shapes_are_refused(
     run: attention_kernels.AttentionFn, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(attention_kernels.KERNELS, "math", attention_kernels.Kernel(run, on_cpu=True))
+    monkeypatch.setitem(attention_kernels.KERNELS, "math", attention_kernels.Kernel(run))
     found = attention_probe.probe("math", "cpu")
     assert found.state == "fails" and re.search(reason, found.reason or "")
 
@@ -159,7 +159,7 @@ def test_a_package_beside_versions_that_it_does_not_know_is_passed_over(monkeypa
     for namespace in (SimpleNamespace(), SimpleNamespace(flash_attn_func=lambda q, k, v: {}["scale"])):
         monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", namespace)
         assert attention_probe.probe("fa2", "cpu").state == "fails"
-    broken = attention_kernels.Kernel(lambda q, k, v: q.of_an_older_torch, on_cpu=True)  # type: ignore[attr-defined]
+    broken = attention_kernels.Kernel(lambda q, k, v: q.of_an_older_torch)  # type: ignore[attr-defined]
     monkeypatch.setitem(attention_kernels.KERNELS, "math", broken)
     assert attention_probe.probe("math", "cpu").state == "fails"
 
@@ -167,7 +167,7 @@ def test_a_package_beside_versions_that_it_does_not_know_is_passed_over(monkeypa
 def test_a_kernel_that_one_rank_lacks_is_refused_on_all() -> None:
     def agreed(ranks: Ranks) -> str:
         if ranks.rank == 1:
-            broken = attention_kernels.Kernel(lambda q, k, v: v, on_cpu=True)
+            broken = attention_kernels.Kernel(lambda q, k, v: v)
             attention_kernels.KERNELS["flash"] = broken  # of a process of its own
         try:
             return attention_probe.agree("auto", ranks, torch.float32, 24).kernel

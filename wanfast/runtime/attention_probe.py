@@ -20,6 +20,7 @@ from wanfast.runtime.config import Attention
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.models.attention_kernels import KERNELS
+from wanfast.runtime.packages import ATTENTION_ON_CPU
 
 HEAD_DIM = 128  # the A14B's
 BOUNDS = {torch.bfloat16: 0.01, torch.float32: 1e-5}  # rounding to bf16 alone is 0.002 to 0.004
@@ -89,7 +90,7 @@ def probe_all(device: str) -> dict[str, Finding]:
 
 
 def _candidates(device: str) -> list[str]:
-    return [name for name, kernel in KERNELS.items() if kernel.on_cpu or device == "cuda"]
+    return [name for name in KERNELS if device == "cuda" or name in ATTENTION_ON_CPU]
 
 
 def probe(name: str, device: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = HEAD_DIM) -> Finding:

@@ -13,9 +13,7 @@ ATTENTION_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "fa4": ("flash-attn-4", ("flash_attn.cute",)),
     "fa2": ("flash-attn", ("flash_attn.flash_attn_interface",)),
 }
-
-
-_ON_CPU = ("auto", "flash", "math")
+ATTENTION_ON_CPU = ("flash", "math")  # the kernels that a CPU has
 
 
 def require_attention(kernel: str, device: str) -> None:
@@ -23,7 +21,7 @@ def require_attention(kernel: str, device: str) -> None:
 
     Whether it works a GPU must tell.
     """
-    if device == "cpu" and kernel not in _ON_CPU:
+    if device == "cpu" and kernel not in ("auto", *ATTENTION_ON_CPU):
         raise ConfigError(f"--attention {kernel} is of GPUs: take auto, or --device cuda")
     if kernel in ATTENTION_PACKAGES:
         package, modules = ATTENTION_PACKAGES[kernel]

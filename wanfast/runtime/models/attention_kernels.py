@@ -28,7 +28,6 @@ class Kernel:
     run: AttentionFn
     package: str | None = None  # as pip knows it
     modules: tuple[str, ...] = ()  # any of which holds the kernel
-    on_cpu: bool = False
 
     @property
     def is_installed(self) -> bool:
@@ -82,7 +81,7 @@ KERNELS: dict[str, Kernel] = {
     "fa4": Kernel(_fa4, *ATTENTION_PACKAGES["fa4"]),
     "cudnn": Kernel(partial(_sdpa, SDPBackend.CUDNN_ATTENTION)),
     "fa2": Kernel(_fa2, *ATTENTION_PACKAGES["fa2"]),
-    "flash": Kernel(partial(_sdpa, SDPBackend.FLASH_ATTENTION), on_cpu=True),
+    "flash": Kernel(partial(_sdpa, SDPBackend.FLASH_ATTENTION)),
     "efficient": Kernel(partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION)),
-    "math": Kernel(partial(_sdpa, SDPBackend.MATH), on_cpu=True),
+    "math": Kernel(partial(_sdpa, SDPBackend.MATH)),
 }
