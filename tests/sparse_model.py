@@ -106,8 +106,17 @@ def _split(shapes: Shapes, shard_bytes: int) -> list[Shapes]:
 
 
 def _write_shard(stream: BinaryIO, shard: Shapes, marks: dict[str, list[tuple[int, int, float]]]) -> None:
-    header, starts, end = {}, {}, 0
+    starts = write_holes(stream, shard)
     for name, shape in shard.items():
+        for row, column, value in marks[name]:
+            stream.seek(starts[name] + (row * shape[1:].numel() + column) * _VALUE_BYTES)
+            stream.write(struct.pack("<f", value))
+
+
+def write_holes(stream: BinaryIO, shapes: Shapes) -> dict[str, int]:
+    """A whole safetensors file in fp32, and where in it each tensor begins."""
+    header, starts, end = {}, {}, 0
+    for name, shape in shapes.items():
         starts[name], end = end, end + _bytes(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [starts[name], end]}
     text = json.dumps(header).encode()
@@ -115,10 +124,7 @@ def _write_shard(stream: BinaryIO, shard: Shapes, marks: dict[str, list[tuple[in
     stream.write(struct.pack("<Q", len(text)) + text)
     values = stream.tell()
     stream.truncate(values + end)
-    for name, shape in shard.items():
-        for row, column, value in marks[name]:
-            stream.seek(values + starts[name] + (row * shape[1:].numel() + column) * _VALUE_BYTES)
-            stream.write(struct.pack("<f", value))
+    return {name: values + start for name, start in starts.items()}
 
 
 def _bytes(shape: torch.Size) -> int:

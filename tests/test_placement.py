@@ -42,6 +42,7 @@ def test_bytes_of_the_models_are_those_of_their_parameters(precision: str) -> No
     [
         (1, 141, [], {}, "off", "off", "off", "experts resident"),
         (1, 84, [], {}, "off", "off", "off", "experts making room: 72.3 GB a rank, not 86.0 GB"),
+        (1, 141, ["--compile", "--compile-mode", "max-autotune"], {}, "off", "off", "off", "resident: 98.3 GB"),
         (1, 48, [], {}, "off", "off", "on", "experts offloaded: 43.4 GB"),
         (1, 84, ["--expert-offload", "on"], {}, "off", "off", "on", "as asked"),
         (8, 84, ["--num-gpus", "8"], {"cfg": 2, "ulysses": 4}, "off", "off", "off", "experts making room"),
@@ -142,7 +143,19 @@ def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.Mo
             "--node-rank 2: number the --nnodes 2",
         ),
         (8, 84, ["--rank-timeout", "0"], "--rank-timeout 0"),
-        (1, 84, ["--compile", "--compile-mode", "max-autotune"], "take max-autotune-no-cudagraphs"),
+        (
+            1,
+            84,
+            ["--compile", "--compile-mode", "max-autotune"],
+            "making room 72.3 GB (--compile-mode max-autotune wants weights that stay: take max-autotune-no-",
+        ),
+        (1, 141, ["--compile", "--compile-mode", "max-autotune", "--expert-offload", "on"], "max-autotune wants"),
+        (
+            8,
+            141,
+            ["--num-gpus", "8", "--compile", "--compile-mode", "max-autotune", "--dit-fsdp", "on"],
+            "max-autotune wants",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(

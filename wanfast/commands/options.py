@@ -63,7 +63,7 @@ Compile = Annotated[
     ),
 ]
 CompileModeOption = Annotated[
-    CompileMode, typer.Option(help="How hard --compile searches; max-autotune is refused on GPUs.")
+    CompileMode, typer.Option(help="How hard --compile searches; max-autotune records CUDA graphs too.")
 ]
 MagCache = Annotated[
     str,

@@ -3,8 +3,8 @@
 Inductor fuses what stands between the matrix products and attention: norms, modulation, rotation, gates, residuals. A
 block is compiled whole (`fullgraph`: a break is an error, not a slow path) and for one shape (`dynamic=False`); one
 graph serves all blocks of both experts. `default` leaves the products to cuBLAS; the two `max-autotune` modes time
-Triton's products against them, which takes half a minute; the one with CUDA graphs is refused on GPUs, where they
-overwrite what a block hands to the next.
+Triton's products against them, which takes half a minute. `max-autotune` itself also records each block as a CUDA
+graph, in the expert's second forward, for the weights where they lie: they had better stay there.
 
 The artifact `inductor/<key>` holds, for each rank of a gang, what Inductor, AOTAutograd, Triton and the autotuner kept
 of the graph: about everything but the tracing. What operators that the compiler does not look into compile for
@@ -78,6 +78,8 @@ def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
     torch._dynamo.config.recompile_limit = _SIZES
     for block in model.blocks:
         block.compile(fullgraph=True, dynamic=False, mode=None if mode == "default" else mode)
+    if mode == "max-autotune":  # its graphs are one chain a forward, in which each keeps what the next one reads
+        model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())  # type: ignore[no-untyped-call]
 
 
 def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[str, Any]:

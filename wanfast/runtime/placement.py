@@ -41,6 +41,7 @@ class Need:
     loop: int
     residuals: int  # that MagCache keeps
     decode: int
+    graphs: int = 0  # that CUDA graphs of the loop go on holding
 
 
 def place(requests: Sequence[GenerateConfig], plans: Sequence[Plan]) -> list[Plan]:
@@ -129,10 +130,12 @@ def needed(
 
 
 def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
-    needs = [
-        needed(plan.spec, plan.config.precision, plan.geometry, mesh, plan.config.quantize, plan.num_residuals(mesh))
-        for plan in plans
-    ]
+    needs = []
+    for plan in plans:
+        config = plan.config
+        need = needed(plan.spec, config.precision, plan.geometry, mesh, config.quantize, plan.num_residuals(mesh))
+        recorded = config.compile_mode == "max-autotune" and config.device == "cuda"
+        needs.append(dataclasses.replace(need, graphs=need.loop) if recorded else need)
     names = [field.name for field in dataclasses.fields(Need)]
     return Need(**{name: max(getattr(need, name) for need in needs) for name in names})
 
@@ -144,7 +147,7 @@ def modes(need: Need, ranks: int) -> dict[str, int]:
 
 def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
     """What the bytes of `modes` are the sum of."""
-    in_loop, at_decode = _in_loop(need), {"decode": need.decode}
+    in_loop, at_decode = _in_loop(need), {"decode": need.decode} | ({"graphs": need.graphs} if need.graphs else {})
     both, margin = {"both experts": 2 * need.expert}, {"margin": memory.MARGIN_BYTES}
     held = {"resident": {**both, **_larger(in_loop, at_decode), **margin}}
     if _larger(in_loop, at_decode) is at_decode:
@@ -182,6 +185,9 @@ def _place_experts(
 ) -> tuple[Switch, Switch, str]:
     """(--dit-fsdp, --expert-offload, why); `ranks` to a video, `ranks_here` on this machine."""
     held, barred = modes(need, ranks), _barred(request, need, ranks, ranks_here, config, quantized)
+    if need.graphs:  # recorded anew wherever weights have moved
+        still = "--compile-mode max-autotune wants weights that stay: take max-autotune-no-cudagraphs"
+        barred |= dict.fromkeys(("making room", "sharded", "offloaded"), still)
     for asked, option, mode in (
         (request.dit_fsdp, "--dit-fsdp", "sharded"),
         (request.expert_offload, "--expert-offload", "offloaded"),

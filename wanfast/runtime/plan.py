@@ -260,11 +260,6 @@ def effective(request: GenerateConfig, files: ModelFiles, image_sha256: str) -> 
         raise ConfigError("--noise-device cuda needs a GPU: drop it, and the noise is drawn on the CPU")
     if config.quantize == "fp8-rowwise" and config.device == "cuda" and (old := _without_float8()):
         raise ConfigError(f"--quantize fp8-rowwise: {old} has no float8 products: take int8-dynamic")
-    if config.compile_mode == "max-autotune" and config.device == "cuda":
-        raise ConfigError(
-            "--compile-mode max-autotune: its CUDA graphs overwrite what one block hands to the next: take "
-            "max-autotune-no-cudagraphs, which searches as much"
-        )
     if config.tf32 and config.device == "cpu":
         raise ConfigError("--tf32 is of GPUs: drop it, or take --device cuda")
     return settle(request, config, files)

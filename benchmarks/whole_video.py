@@ -1,0 +1,146 @@
+"""One whole video at the A14B's size without its weights: does it fit, and what do loading and the VAE take?
+
+    python benchmarks/whole_video.py --steps 2 --size 1280x720                       # what follows goes to `generate`
+    python benchmarks/whole_video.py --steps 2 --size 1280x720 --expert-offload on
+    python benchmarks/whole_video.py --layers 1 --steps 2 --size 64x64 --frames 5 --device cpu   # to see that it runs
+
+The experts and the text encoder are holes, read as zeros from no disk; the VAE is random. So it shows what is held
+where and when, how long reading takes from the page cache at best, and how long the VAE works; not how long a step
+takes, since zeros ask little of a GPU. `gpu_used_bytes` is the most that the driver told in a span, of all that runs on
+the first GPU, asked twice a second. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests import sparse_model
+from wanfast.runtime import checkpoint, metadata, model_files
+from wanfast.runtime.builders import build_vae
+from wanfast.runtime.checkpoint import Component
+from wanfast.runtime.model_files import TINY
+from wanfast.runtime.model_spec import A14B, ModelSpec
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.umt5 import UMT5Encoder
+from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.timing import Stopwatch
+
+FIGURES = ("seconds", "first_step_s", "compiled_anew", "peak_memory_bytes", "loading", "hardware")
+PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/cat.jpg"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=A14B.dit.num_layers, help="of the experts and the text encoder")
+    parser.add_argument("--folder", type=Path, help="where the model is or will be; by default it does not stay")
+    options, others = parser.parse_known_args()
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:  # /tmp may be memory, where holes take room once read
+        folder = options.folder or Path(scratch) / "model"
+        if not folder.exists():
+            write_model(folder, options.layers)
+        made = _generate(folder, Path(scratch), others) | {"layers": options.layers, "options": others}
+        alone = _vae_alone(folder, made["size"]) if torch.cuda.is_available() else None
+        print(json.dumps(made | {"vae_alone": alone}))
+
+
+def write_model(folder: Path, layers: int) -> None:
+    """In the Diffusers layout, as `wanfast generate --model` takes it."""
+    spec = dataclasses.replace(
+        A14B,
+        dit=dataclasses.replace(A14B.dit, num_layers=layers),
+        umt5=dataclasses.replace(A14B.umt5, num_layers=min(layers, A14B.umt5.num_layers)),
+    )
+    with torch.device("meta"):
+        expert, umt5 = WanDiT(spec.dit), UMT5Encoder(spec.umt5)
+    for part in ("transformer", "transformer_2"):
+        _write_holes(folder / part / "diffusion_pytorch_model.safetensors", "dit", expert)
+    _write_holes(folder / "text_encoder/model.safetensors", "umt5", umt5)
+    _write_vae(folder / "vae/diffusion_pytorch_model.safetensors", spec)
+    (folder / "tokenizer").mkdir()
+    shutil.copy(TINY / "tokenizer/tokenizer.json", folder / "tokenizer")
+    (folder / "wanfast.json").write_text(json.dumps(spec.to_json()))
+
+
+def _write_holes(file: Path, component: Component, model: nn.Module) -> None:
+    file.parent.mkdir(parents=True)
+    state = model.state_dict().items()
+    shapes = {checkpoint.rename_back(component, "diffusers", name): tensor.shape for name, tensor in state}
+    with file.open("wb") as stream:
+        sparse_model.write_holes(stream, shapes)
+
+
+def _write_vae(file: Path, spec: ModelSpec) -> None:
+    vae, generator = WanVAE(spec.vae).float(), torch.Generator().manual_seed(0)
+    for parameter in vae.parameters():
+        scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.3
+        parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+    checkpoint.save(vae, file, component="vae", layout="diffusers")
+
+
+def _generate(folder: Path, scratch: Path, options: list[str]) -> dict[str, Any]:
+    places = (f"--model={folder}", f"--image={PICTURE}", f"--artifacts-dir={scratch}", f"--output={scratch}/out.mp4")
+    command = [sys.executable, "-m", "wanfast", "generate", *places, "--prompt=a cat", "--seed=1", "--json", *options]
+    used = 0
+    with (scratch / "printed.json").open("w+") as out:
+        process = subprocess.Popen(command, stdout=out)
+        while process.poll() is None:
+            used = max(used, _gpu_used_bytes())
+            time.sleep(0.5)
+        out.seek(0)
+        made = json.loads(out.read().strip().splitlines()[-1])
+    if process.returncode:
+        raise SystemExit(made["error"])
+    return {name: made[name] for name in FIGURES} | {
+        "placement": made["plan"]["placement"],
+        "size": [made["plan"][name] for name in ("width", "height", "frames")],
+        "gpu_used_bytes": used,
+        "versions": metadata.versions(),
+    }
+
+
+@torch.inference_mode()
+def _vae_alone(folder: Path, size: list[int]) -> dict[str, dict[str, float]]:
+    """Seconds of a first and a second call, and the most that torch held and had reserved beside the weights."""
+    files = model_files.locate(str(folder), "")
+    vae, (width, height, frames) = build_vae(files, "cuda"), size
+    clip = torch.randn(1, 3, frames, height, width, device="cuda").clamp_(-1, 1)
+    latent, found = vae.encode(clip), {}
+    for name, work, x in (("encode", vae.encode, clip), ("decode", vae.decode, latent)):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        watch = Stopwatch("cuda")
+        for span in ("first", "second"):
+            with watch.span(span):
+                work(x)
+        found[name] = watch.seconds | {
+            "held_bytes": torch.cuda.max_memory_allocated() - held,
+            "reserved_bytes": torch.cuda.max_memory_reserved() - reserved,
+        }
+    return found
+
+
+def _gpu_used_bytes() -> int:
+    """0 where there is none."""
+    if not torch.cuda.device_count():
+        return 0
+    query = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0")
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
+
+
+if __name__ == "__main__":
+    main()
