@@ -16,6 +16,7 @@ from tests.gang import on_gang
 from tests.parity import randomise, relative_error
 from tests.small_model import SPEC, plan_small_model
 from wanfast.runtime import experts, generate, media_io, pixels, prompt_embeds
+from wanfast.runtime import pipeline as pipeline_module
 from wanfast.runtime.config import Expert, GenerateConfig
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.distributed.ranks import Ranks
@@ -26,6 +27,7 @@ from wanfast.runtime.models.dit import Block, WanDiT
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.pipeline import draw_noise
 from wanfast.runtime.plan import Plan, resolve
+from wanfast.runtime.quantized_artifacts import EXPERTS
 from wanfast.runtime.sampling.magcache import ResidualCache
 from wanfast.runtime.timing import Stopwatch
 
@@ -214,7 +216,7 @@ def out_of_memory(
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])
-@pytest.mark.parametrize(("times", "kind"), [(1, RuntimeError), (2, torch.OutOfMemoryError)])
+@pytest.mark.parametrize(("times", "kind"), [(1, RuntimeError), (3, torch.OutOfMemoryError)])
 def test_resident_experts_make_room_and_come_back(
     planned: tuple[Plan, ModelFiles],
     monkeypatch: pytest.MonkeyPatch,
@@ -235,22 +237,44 @@ def test_resident_experts_make_room_and_come_back(
     image = torch.zeros(3, plan.geometry.height, plan.geometry.width)
     text = {name: torch.randn(4, files.spec.dit.text_dim) for name in ("prompt", "negative_prompt")}
     expected = pipeline(plan, image, text, Stopwatch("cpu"))
-    moved: list[tuple[int, str]] = []
+    blocks = [block for expert in EXPERTS for block in pipeline.experts._experts[expert].blocks]
+    work, hosted = getattr(type(pipeline.vae), method), experts._hosted
+    held: list[list[bool]] = []
+    copied: list[object] = []
 
-    def to(model: WanDiT, device: str) -> None:
-        moved.append((id(model), device))
-        model._apply(torch.clone)
+    def measured(*arguments: object) -> torch.Tensor:
+        held.append([all(parameter.numel() for parameter in block.parameters()) for block in blocks])
+        return work(*arguments)
 
-    monkeypatch.setattr(WanDiT, "to", to)
-    pipeline.experts._device = "the GPU"
-    monkeypatch.setattr(experts, "free_memory", lambda device: None)
-    monkeypatch.setattr(type(pipeline.vae), method, out_of_memory(times, getattr(type(pipeline.vae), method), kind))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(2):
+    def copy(block: object, device: str) -> dict[str, torch.Tensor]:
+        copied.append(block)
+        return hosted(block, device)
+
+    monkeypatch.setattr(pipeline_module, "_MORE_ROOM_BYTES", 1)  # a block each time
+    monkeypatch.setattr(experts, "_hosted", copy)
+    for _ in range(2):
+        monkeypatch.setattr(type(pipeline.vae), method, out_of_memory(times, measured, kind))
+        with torch._dynamo.config.patch(error_on_recompile=True):
             assert torch.equal(pipeline(plan, image, text, Stopwatch("cpu")), expected)
-    away = [model for model, device in moved if device == "cpu"]
-    assert len(set(away)) == len(away) == times
-    assert moved == [*((model, "cpu") for model in away), *((model, "the GPU") for model in reversed(away))]
+    assert held == [[True] * (len(blocks) - times) + [False] * times] * 2  # those that are needed last
+    assert copied == blocks[: -times - 1 : -1]  # once
+
+
+def test_as_much_room_is_made_as_is_asked_for_and_as_the_host_has(
+    planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, files = planned
+    resident = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu")).experts
+    block_bytes = sum(parameter.nbytes for parameter in resident._experts["low_noise"].blocks[0].parameters())
+    monkeypatch.setattr(experts, "available_host_bytes", lambda: block_bytes)
+    assert not resident.make_room(1) and not resident._away
+    monkeypatch.setattr(experts, "available_host_bytes", lambda: 10**12)
+    assert resident.make_room(block_bytes + 1) and len(resident._away) == 2
+    assert resident.make_room(1) and len(resident._away) == 3
+    resident.take("high_noise")
+    assert resident._away == set(resident._experts["low_noise"].blocks)
+    resident.take("low_noise")
+    assert not resident._away
 
 
 def test_a_decoder_that_does_not_fit_at_all_is_told(

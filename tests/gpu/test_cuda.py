@@ -16,10 +16,10 @@ from wanfast.quality.metrics import psnr
 from wanfast.runtime import builders, model_files
 from wanfast.runtime.builders import build_expert, build_umt5, build_vae
 from wanfast.runtime.compilation import compile_blocks
-from wanfast.runtime.config import EXPERTS
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.quantized_artifacts import EXPERTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -101,7 +101,6 @@ def test_experts_make_room_for_a_decoder_that_does_not_fit(
     assert (workdir / "a.mp4").read_bytes() == (workdir / "b.mp4").read_bytes()
 
 
-@torch.inference_mode()
 def test_cuda_graphs_make_what_the_blocks_do() -> None:
     """Of both experts in turn, with other inputs from forward to forward, and weights that moved."""
     files, ranks = model_files.locate("tiny", "artifacts"), Ranks("cuda")
@@ -118,15 +117,16 @@ def test_cuda_graphs_make_what_the_blocks_do() -> None:
         timestep = torch.tensor([900 - 100 * forward], device="cuda")
         if forward == 6:  # what an expert's way to the host and back does to it
             addresses = [parameter.data_ptr() for parameter in graphed[which].parameters()]
-            held = [torch.empty_like(parameter) for parameter in graphed[which].parameters()]
-            with torch.inference_mode(False):
-                graphed[which].to("cpu").to("cuda")
+            graphed[which].to("cpu")
+            held = [torch.empty_like(parameter, device="cuda") for parameter in graphed[which].parameters()]
+            graphed[which].to("cuda")
             assert addresses != [parameter.data_ptr() for parameter in graphed[which].parameters()]
             del held
-        (expected, kept), (got, own) = (
-            model[which](latent, condition, timestep, model[which].encode_text(text), rope, keep_residual=True)
-            for model in (plain, graphed)
-        )
+        with torch.inference_mode():
+            (expected, kept), (got, own) = (
+                model[which](latent, condition, timestep, model[which].encode_text(text), rope, keep_residual=True)
+                for model in (plain, graphed)
+            )
         assert kept is not None and own is not None
         assert relative_error(got, expected) <= 1e-2 and relative_error(own, kept) <= 1e-2
     counters = torch._dynamo.utils.counters["inductor"]

@@ -1,5 +1,5 @@
-"""Where the two experts are kept: both on the device, until the VAE wants their room, or one there and both in pinned
-host memory.
+"""Where the two experts are kept: both on the device, but for blocks that make room for the VAE, or one there and both
+in pinned host memory.
 
 Only one expert works at a time, and the switch comes once a video, so the idle one need not be on the GPU. The experts
 have the same shapes: the device keeps ONE set of parameters, and while the last high-noise forward runs, each block's
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from wanfast.runtime.config import Expert
@@ -42,36 +42,60 @@ class Experts(Protocol):
         """No expert is needed for now: the decoder wants the memory."""
         ...
 
-    def make_room(self) -> bool:
-        """Give back device memory that is held though no expert works, since it does not suffice; False if none is."""
+    def make_room(self, size: int) -> bool:
+        """Give back `size` bytes of the device's, if as many are held though no expert works; False if none are."""
         ...
 
 
 class ResidentExperts:
-    """Both on the device; where that is too small for the VAE beside them, they wait in host memory meanwhile."""
+    """Both on the device; where too little is left for the VAE, as many blocks as it takes wait in pinned host memory.
+
+    What was copied there stays, since weights do not change: the next time the device's copy need only be let go of.
+    """
 
     def __init__(self, experts: dict[Expert, WanDiT], device: str) -> None:
         self._experts, self._device = experts, device
-        self._away: set[Expert] = set()
+        self._host: dict[nn.Module, dict[str, Tensor]] = {}
+        self._away: set[nn.Module] = set()  # of those blocks
 
     def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
-        if expert in self._away:
+        model = self._experts[expert]
+        if returning := [block for block in model.blocks if block in self._away]:
             free_memory(self._device)
-            _move(self._experts[expert], self._device)
-            self._away.remove(expert)
-        return self._experts[expert], lambda index: None
+            self._fetch(returning)
+        return model, lambda index: None
 
     def leave(self) -> None:
         pass
 
-    def make_room(self) -> bool:
-        for expert, model in reversed(self._experts.items()):  # a video begins with the first
-            if expert not in self._away and not _is_sharded(model) and _bytes(model) <= available_host_bytes():
-                _move(model, "cpu")
-                self._away.add(expert)
-                free_memory(self._device)
-                return True
-        return False
+    def make_room(self, size: int) -> bool:
+        freed = 0
+        for block in reversed([block for model in self._experts.values() for block in model.blocks]):  # needed last
+            if freed < size and block not in self._away and self._let_go(block):
+                freed += sum(tensor.nbytes for tensor in self._host[block].values())
+        free_memory(self._device)
+        return freed > 0
+
+    @torch.inference_mode(False)  # tensors born in it are others to the compiler, which would compile anew
+    def _fetch(self, blocks: list[nn.Module]) -> None:
+        for block in blocks:
+            for name, parameter in block.named_parameters():
+                parameter.data = self._host[block][name].to(self._device, non_blocking=True, copy=True)
+            self._away.remove(block)
+
+    @torch.inference_mode(False)
+    def _let_go(self, block: nn.Module) -> bool:
+        """False if it cannot."""
+        if block not in self._host:
+            parameters = list(block.parameters())
+            size = sum(parameter.nbytes for parameter in parameters)
+            if any(isinstance(parameter, DTensor) for parameter in parameters) or 2 * size > available_host_bytes():
+                return False  # twice: torch may round what it pins up to a power of two
+            self._host[block] = _hosted(block, self._device)
+        else:
+            _empty(block, self._device)
+        self._away.add(block)
+        return True
 
 
 class SwappedExperts:
@@ -109,11 +133,10 @@ class SwappedExperts:
         return self._model, hand_over
 
     def leave(self) -> None:
-        for parameter in self._parameters.values():
-            parameter.data = torch.empty(0, dtype=parameter.dtype, device=self._device)
+        _empty(self._model, self._device)
         self._resident = self._arriving = None
 
-    def make_room(self) -> bool:
+    def make_room(self, size: int) -> bool:
         return False  # none is on the device but while one works
 
     def _overwrite(self, expert: Expert, chosen: Callable[[str], bool]) -> None:
@@ -126,31 +149,30 @@ class SwappedExperts:
                     parameter.data.copy_(self._host[expert][name], non_blocking=True)
 
 
-def _move(model: WanDiT, device: str) -> None:
-    with torch.inference_mode(False):  # tensors born in it are others to the compiler, which would compile anew
-        model.to(device)
+def _empty(module: nn.Module, device: str) -> None:
+    for parameter in module.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=device)
 
 
-def _bytes(model: WanDiT) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
-
-
-def _is_sharded(model: WanDiT) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def _hosted(model: WanDiT, device: str) -> dict[str, Tensor]:
-    """The parameters in host memory; the model's own are given up one by one, so that there is never a second set.
+def _hosted(module: nn.Module, device: str) -> dict[str, Tensor]:
+    """The parameters in host memory; the module's own are given up one by one, so that there is never a second set.
 
     Pinned in slabs: torch rounds each pinned tensor up to a power of two, which would take half as much again.
     """
+    left = sum(map(_aligned, module.parameters()))
     tensors, slab, used = {}, torch.empty(0, dtype=torch.uint8), 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in module.named_parameters():
         size = parameter.nbytes
         if used + size > slab.numel():
-            slab, used = torch.empty(max(_SLAB_BYTES, size), dtype=torch.uint8, pin_memory=device == "cuda"), 0
+            slab_bytes = max(min(_SLAB_BYTES, left), size)
+            slab, used = torch.empty(slab_bytes, dtype=torch.uint8, pin_memory=device == "cuda"), 0
         place = slab[used : used + size].view(parameter.dtype).view(parameter.shape)
         tensors[name] = place.copy_(parameter.data)
-        used += -(-size // _ALIGNMENT) * _ALIGNMENT
-        parameter.data = torch.empty(0, dtype=parameter.dtype)
+        used += _aligned(parameter)
+        left -= _aligned(parameter)
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
     return tensors
+
+
+def _aligned(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT

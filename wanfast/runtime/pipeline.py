@@ -36,6 +36,8 @@ from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.shapes import Geometry
 from wanfast.runtime.timing import Stopwatch
 
+_MORE_ROOM_BYTES = 8 << 30  # for each time that the VAE found too little
+
 
 @dataclass(frozen=True)
 class ImageToVideoPipeline:
@@ -75,8 +77,8 @@ class ImageToVideoPipeline:
         free_memory(self.device)  # the decoder wants its memory in other pieces than the loop did
         with watch.span("decode"):
             wanted = decode_bytes(self.spec, plan.geometry) + MARGIN_BYTES
-            if self.device == "cuda" and torch.cuda.mem_get_info()[0] < wanted:
-                self.experts.make_room()
+            if self.device == "cuda" and (missing := wanted - torch.cuda.mem_get_info()[0]) > 0:
+                self.experts.make_room(missing)
             return self._with_room(partial(self.vae.decode, latent))[0].cpu()
 
     def _with_room(self, work: Callable[[], Tensor]) -> Tensor:
@@ -88,7 +90,7 @@ class ImageToVideoPipeline:
                 if not is_out_of_memory(error):
                     raise
                 failure = str(error)  # not the error, whose traceback holds what the VAE had made so far
-            if not self.experts.make_room():
+            if not self.experts.make_room(_MORE_ROOM_BYTES):
                 raise torch.OutOfMemoryError(failure)
 
     def encode_condition(self, image: Tensor, geometry: Geometry) -> Tensor:
