@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from tests import sparse_model
 from wanfast.runtime import checkpoint, metadata, model_files
 from wanfast.runtime.builders import build_vae
 from wanfast.runtime.checkpoint import Component
+from wanfast.runtime.elastic import ALLOCATOR
 from wanfast.runtime.model_files import TINY
 from wanfast.runtime.model_spec import A14B, ModelSpec
 from wanfast.runtime.models.dit import WanDiT
@@ -48,6 +50,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=A14B.dit.num_layers, help="of the experts and the text encoder")
     parser.add_argument("--folder", type=Path, help="where the model is or will be; by default it does not stay")
     options, others = parser.parse_known_args()
+    os.environ.setdefault(*ALLOCATOR)
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:  # /tmp may be memory, where holes take room once read
         folder = options.folder or Path(scratch) / "model"
         if not folder.exists():

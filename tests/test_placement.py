@@ -251,9 +251,12 @@ def test_each_gang_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     assert elastic.os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         assert elastic.os.environ[name] == "4"  # a fair share of the cores
-    monkeypatch.setattr(elastic.os, "environ", {})
+    assert elastic.os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    own = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}
+    monkeypatch.setattr(elastic.os, "environ", dict(own))
     monkeypatch.setattr(elastic.os, "cpu_count", lambda: 256)
     elastic._set_environment(config, 0, processes=2)
+    assert own.items() <= elastic.os.environ.items() and "PYTORCH_ALLOC_CONF" not in elastic.os.environ
     assert elastic.os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "32"  # no more than torch would take
 
 

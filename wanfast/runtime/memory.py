@@ -1,9 +1,9 @@
 """How many bytes a model and a video take, by arithmetic from their sizes, and how many a host has. Torch-free.
 
 Parameters are exact. What a forward and a decode hold beside them is an estimate, fitted to what was counted at
-1280x720x81: about seven float32 rows of the model's width a token (11 GB) and the text's keys and values (1.7 GB); 320
-bytes a pixel and VAE base channel (28 GB). Of those the decoder's tensors and cuDNN took 244 on an H100, about half of
-them frames that causal convolutions look back on, and the gaps between them the allocator up to 65.
+1280x720x81: about seven float32 rows of the model's width a token (11 GB) and the text's keys and values (1.7 GB); 260
+bytes a pixel and VAE base channel (23 GB). Of those the decoder's tensors and cuDNN took 255 on an H100, about 100 of
+them frames that causal convolutions look back on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from wanfast.runtime.shapes import Geometry
 
 _BYTES: dict[Precision, int] = {"bf16": 2, "fp32": 4}
 _LOOP_ROWS = 7
-_DECODE_BYTES = 320
+_DECODE_BYTES = 260
 MARGIN_BYTES = 2 << 30  # CUDA's context, the libraries' workspaces, the allocator's gaps
 
 

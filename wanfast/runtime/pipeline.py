@@ -24,7 +24,7 @@ from wanfast.runtime.config import BRANCHES, Branch, Expert
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.experts import Experts
 from wanfast.runtime.hardware import free_memory, is_out_of_memory
-from wanfast.runtime.memory import MARGIN_BYTES, decode_bytes
+from wanfast.runtime.memory import decode_bytes
 from wanfast.runtime.model_spec import ModelSpec
 from wanfast.runtime.models.dit import TextKV, WanDiT
 from wanfast.runtime.models.rope import rotary_tables
@@ -76,7 +76,7 @@ class ImageToVideoPipeline:
             return None
         free_memory(self.device)  # the decoder wants its memory in other pieces than the loop did
         with watch.span("decode"):
-            wanted = decode_bytes(self.spec, plan.geometry) + MARGIN_BYTES
+            wanted = decode_bytes(self.spec, plan.geometry)
             if self.device == "cuda" and (missing := wanted - torch.cuda.mem_get_info()[0]) > 0:
                 self.experts.make_room(missing)
             return self._with_room(partial(self.vae.decode, latent))[0].cpu()
