@@ -49,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=A14B.dit.num_layers, help="of the experts and the text encoder")
     parser.add_argument("--folder", type=Path, help="where the model is or will be; by default it does not stay")
+    parser.add_argument("--vae-alone", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     options, others = parser.parse_known_args()
     os.environ.setdefault(*ALLOCATOR)
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:  # /tmp may be memory, where holes take room once read
@@ -56,7 +57,7 @@ def main() -> None:
         if not folder.exists():
             write_model(folder, options.layers)
         made = _generate(folder, Path(scratch), others) | {"layers": options.layers, "options": others}
-        alone = _vae_alone(folder, made["size"]) if torch.cuda.is_available() else None
+        alone = _vae_alone(folder, made["size"]) if options.vae_alone else None
         print(json.dumps(made | {"vae_alone": alone}))
 
 

@@ -39,17 +39,27 @@ def test_swapped_experts_make_the_same_file(wanfast: Wanfast, workdir: Path) -> 
         ["--cfg-parallel", "2"],
         ["--ulysses", "2"],
         ["--dit-fsdp", "on", "--t5-fsdp", "on"],
-        ["--ulysses", "2", "--compile", "--compile-mode", "max-autotune"],
     ],
-    ids=["cfg", "ulysses", "fsdp", "graphs"],
+    ids=["cfg", "ulysses", "fsdp"],
 )
 def test_two_gpus_make_the_video_of_one(wanfast: Wanfast, workdir: Path, options: list[str]) -> None:
     for name, ranks in (("one", []), ("two", ["--num-gpus", "2", *options])):
         outcome = wanfast(*GOOD, "--precision", "fp32", "--output", f"{name}.mp4", *ranks)
         assert outcome.exit_code == 0, outcome.err
+    assert likeness() >= 45  # float32's rounding turns a block of the encoder's here and there
+
+
+@two_gpus
+def test_cuda_graphs_hold_exchanges_and_let_go_of_them(wanfast: Wanfast, workdir: Path) -> None:
+    graphs = ("--num-gpus", "2", "--ulysses", "2", "--compile", "--compile-mode", "max-autotune")
+    for name, options in (("one", ()), ("two", graphs)):
+        assert wanfast(*GOOD, "--output", f"{name}.mp4", *options).exit_code == 0
+    assert likeness() >= 35  # bf16's rounding
+
+
+def likeness() -> float:
+    """PSNR of what two ranks made to what one made, in dB."""
     one, two = (torch.from_numpy(iio.imread(f"{name}.mp4", plugin="pyav")).movedim(-1, 0) for name in ("one", "two"))
-    likeness = psnr(
-        two / 127.5 - 1, one / 127.5 - 1
-    )  # float32's rounding turns a block of the encoder's here and there
-    print({name: json.loads((workdir / f"{name}.json").read_text())["seconds"] for name in ("one", "two")}, likeness)
-    assert likeness >= 45
+    found = psnr(two / 127.5 - 1, one / 127.5 - 1)
+    print({name: json.loads(Path(f"{name}.json").read_text())["seconds"] for name in ("one", "two")}, found)
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -112,4 +113,6 @@ def gang(device: str, mesh: Mesh, timeout_s: float) -> Iterator[Ranks]:
         if getattr(mesh, axis) > 1
     }
     yield Ranks(device, mesh, dist.get_rank(), groups)
+    if "torch._inductor.cudagraph_trees" in sys.modules:
+        torch.compiler.reset()  # NCCL would wait forever for CUDA graphs that hold exchanges of its
     dist.destroy_process_group()  # not after an error: it may wait for peers that are gone
