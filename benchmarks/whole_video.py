@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from tests import sparse_model
 from wanfast.runtime import checkpoint, metadata, model_files
 from wanfast.runtime.builders import build_vae
 from wanfast.runtime.checkpoint import Component
-from wanfast.runtime.elastic import ALLOCATOR
+from wanfast.runtime.gpus import expand_segments
 from wanfast.runtime.model_files import TINY
 from wanfast.runtime.model_spec import A14B, ModelSpec
 from wanfast.runtime.models.dit import WanDiT
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the model is or will be; by default it does not stay")
     parser.add_argument("--vae-alone", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     options, others = parser.parse_known_args()
-    os.environ.setdefault(*ALLOCATOR)
+    expand_segments()  # torch reads it at its first use of a GPU
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:  # /tmp may be memory, where holes take room once read
         folder = options.folder or Path(scratch) / "model"
         if not folder.exists():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wanfast.commands.progress import OnProgress, progress_bars
-from wanfast.runtime import launch
+from wanfast.runtime import gpus, launch
 from wanfast.runtime.artifacts import JOB, RESULT, new_run_folder, write_result, write_synced
 from wanfast.runtime.plan import Plan
 
@@ -50,6 +50,8 @@ def _here(
     verb: Verb, folder: Path, jobs: list[Document], device: str, on_result: OnResult, on_progress: OnProgress
 ) -> list[Document]:
     """One rank needs no other process."""
+    if device == "cuda":
+        gpus.expand_segments()
     from wanfast.runtime.distributed.ranks import Ranks  # torch begins here
     from wanfast.runtime.worker import worker_half
 

@@ -18,8 +18,6 @@ from wanfast.runtime.artifacts import JOB, RANKS, replace_text
 from wanfast.runtime.config import EffectiveConfig, from_options
 from wanfast.runtime.signals import PARENT, end_with_parent
 
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
 
 def main(run_folder: Path, replica: int) -> int:
     """The gang's exit code: 0, 5 if a rank failed, 128 + a signal's number."""
@@ -92,9 +90,7 @@ def _set_environment(config: EffectiveConfig, replica: int, processes: int) -> N
         ids = gpus.device_ids() or [str(index) for index in range(config.num_gpus)]
         os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the driver counts
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids[replica * processes : (replica + 1) * processes])
-        # Pieces of any size then fit into what others left: the loop's gaps alone took 7 GB from the VAE.
-        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its name of old
-            os.environ.setdefault(*ALLOCATOR)
+        gpus.expand_segments()
     if config.nnodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name may resolve to an address that is not there
     cores = os.cpu_count() or 1
