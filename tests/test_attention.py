@@ -20,6 +20,7 @@ from tests.gang import on_gang
 from tests.parity import randomise, relative_error
 from wanfast.runtime import attention_probe, hardware
 from wanfast.runtime.compilation import compile_blocks
+from wanfast.runtime.config import CompileMode
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
@@ -85,6 +86,21 @@ def test_blocks_are_compiled_for_one_shape_in_the_mode_that_is_asked_for(modes: 
         velocity(model, frames)
         velocity(model, frames)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("mode", "marks"), [("max-autotune", 2), ("max-autotune-no-cudagraphs", 0), ("default", 0)])
+def test_each_forward_is_one_step_of_cuda_graphs(
+    modes: list[str | None], monkeypatch: pytest.MonkeyPatch, mode: CompileMode, marks: int
+) -> None:
+    marked: list[int] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marked.append(1))
+    model = WanDiT(SPEC, torch.float32, attend=attention_by("math"))
+    randomise(model, seed=1)
+    compile_blocks(model, mode)
+    for _ in range(2):
+        velocity(model)
+    assert len(marked) == marks
 
 
 @torch.no_grad()

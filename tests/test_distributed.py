@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from tests.gang import on_gang
 from tests.parity import randomise, relative_error
 from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
-from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.distributed.ranks import Ranks, gang
 from wanfast.runtime.distributed.ulysses import Ulysses
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.model_spec import DiTSpec
@@ -126,6 +128,25 @@ def test_a_mesh_that_does_not_fit_lists_what_does() -> None:
 def test_without_guidance_no_mesh_of_its_branches_is_listed() -> None:
     with pytest.raises(ConfigError, match=r"without guidance; these do: (--cfg-parallel 1 --ulysses \d(, )?)+$"):
         choose_mesh(8, 40, guided=False, cfg_parallel=2)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_ranks_let_go_of_cuda_graphs_before_they_part(monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
+    events: list[str] = []
+    for owner, name in (
+        (dist, "init_process_group"),
+        (dist, "new_subgroups_by_enumeration"),
+        (dist, "get_rank"),
+        (dist, "destroy_process_group"),
+        (torch.compiler, "reset"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, name=name, **__: events.append(name) or [None])
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", torch)
+    if not recorded:
+        monkeypatch.delitem(sys.modules, "torch._inductor.cudagraph_trees")
+    with gang("cpu", Mesh(ulysses=2), 60):
+        events.clear()
+    assert events == ["reset"] * recorded + ["destroy_process_group"]
 
 
 def test_ulysses_is_the_fastest_axis_of_a_gang() -> None:
