@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from wanfast.runtime.config import Expert, GenerateConfig
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.experts import SwappedExperts
+from wanfast.runtime.experts import ResidentExperts, SwappedExperts
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.models.dit import Block, WanDiT
 from wanfast.runtime.models.vae import WanVAE
@@ -237,44 +237,91 @@ def test_resident_experts_make_room_and_come_back(
     image = torch.zeros(3, plan.geometry.height, plan.geometry.width)
     text = {name: torch.randn(4, files.spec.dit.text_dim) for name in ("prompt", "negative_prompt")}
     expected = pipeline(plan, image, text, Stopwatch("cpu"))
-    blocks = [block for expert in EXPERTS for block in pipeline.experts._experts[expert].blocks]
+    parameters = [parameter for expert in EXPERTS for parameter in pipeline.experts._experts[expert].parameters()]
+    room = sum(parameter.nbytes for parameter in parameters[-3:])  # three at a time
     work, hosted = getattr(type(pipeline.vae), method), experts._hosted
     held: list[list[bool]] = []
-    copied: list[object] = []
+    copied: list[torch.nn.Parameter] = []
 
     def measured(*arguments: object) -> torch.Tensor:
-        held.append([all(parameter.numel() for parameter in block.parameters()) for block in blocks])
+        held.append([parameter.numel() > 0 for parameter in parameters])
         return work(*arguments)
 
-    def copy(block: object, device: str) -> dict[str, torch.Tensor]:
-        copied.append(block)
-        return hosted(block, device)
+    def copy(new: list[torch.nn.Parameter], device: str) -> Iterator[torch.Tensor]:
+        copied.extend(new)
+        return hosted(new, device)
 
-    monkeypatch.setattr(pipeline_module, "_MORE_ROOM_BYTES", 1)  # a block each time
+    monkeypatch.setattr(pipeline_module, "_MORE_ROOM_BYTES", room)
     monkeypatch.setattr(experts, "_hosted", copy)
     for _ in range(2):
         monkeypatch.setattr(type(pipeline.vae), method, out_of_memory(times, measured, kind))
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert torch.equal(pipeline(plan, image, text, Stopwatch("cpu")), expected)
-    assert held == [[True] * (len(blocks) - times) + [False] * times] * 2  # those that are needed last
-    assert copied == blocks[: -times - 1 : -1]  # once
+    away = held[0].count(False)
+    assert away >= times and held == [[True] * (len(parameters) - away) + [False] * away] * 2  # what is needed last
+    assert list(map(id, copied)) == list(map(id, parameters[: -away - 1 : -1]))  # once
+
+
+@pytest.fixture
+def resident(planned: tuple[Plan, ModelFiles]) -> ResidentExperts:
+    plan, files = planned
+    experts = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu")).experts
+    assert isinstance(experts, ResidentExperts)
+    return experts
 
 
 def test_as_much_room_is_made_as_is_asked_for_and_as_the_host_has(
-    planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
+    resident: ResidentExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, files = planned
-    resident = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu")).experts
-    block_bytes = sum(parameter.nbytes for parameter in resident._experts["low_noise"].blocks[0].parameters())
-    monkeypatch.setattr(experts, "available_host_bytes", lambda: block_bytes)
-    assert not resident.make_room(1) and not resident._away
+    last = list(reversed(list(resident._experts["low_noise"].parameters())))
+    two = last[0].nbytes + last[1].nbytes
+    monkeypatch.setattr(experts, "available_host_bytes", lambda: experts._SLAB_BYTES + last[0].nbytes - 1)
+    assert not resident.make_room(last[0].nbytes) and not resident._away
     monkeypatch.setattr(experts, "available_host_bytes", lambda: 10**12)
-    assert resident.make_room(block_bytes + 1) and len(resident._away) == 2
-    assert resident.make_room(1) and len(resident._away) == 3
+    assert resident.make_room(two) and resident._away == set(last[:2])
+    assert resident.make_room(1) and resident._away == set(last[:3])
+    resident.make_room(10**12)
+    assert not resident.make_room(1)  # nothing is left
     resident.take("high_noise")
-    assert resident._away == set(resident._experts["low_noise"].blocks)
+    assert resident._away == set(last)
     resident.take("low_noise")
     assert not resident._away
+    monkeypatch.setattr(experts, "available_host_bytes", lambda: 0)
+    assert resident.make_room(10**12) and len(resident._away) > len(last)  # the host holds it already
+
+
+def test_a_host_that_pins_less_than_it_tells_loses_no_weight(
+    resident: ResidentExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = resident._experts["low_noise"]
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    empty, slabs = torch.empty, iter(range(3))
+
+    def pinned(*size: int, dtype: torch.dtype, **options: object) -> torch.Tensor:
+        if dtype == torch.uint8 and size[0] and next(slabs, None) is None:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*size, dtype=dtype, **options)
+
+    monkeypatch.setattr(experts, "_SLAB_BYTES", 1)  # one for each
+    monkeypatch.setattr(torch, "empty", pinned)
+    assert resident.make_room(10**12) and len(resident._away) == 3
+    assert not resident.make_room(10**12)
+    resident.take("low_noise")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("mode", "ranks", "moves"), [("max-autotune", 2, False), ("default", 2, True)])
+def test_weights_that_graphs_of_several_ranks_hold_stay(
+    planned: tuple[Plan, ModelFiles], mode: str, ranks: int, moves: bool
+) -> None:
+    plan, files = planned
+    config = dataclasses.replace(plan.config, compile_mode=mode)
+
+    def makes_room(ranks: Ranks) -> bool:
+        return generate.load_pipeline(files, config, ranks, Stopwatch("cpu")).experts.make_room(1)
+
+    assert on_gang(Mesh(cfg=ranks), makes_room) == [moves] * ranks
+    assert makes_room(Ranks("cpu"))
 
 
 def test_a_decoder_that_does_not_fit_at_all_is_told(

@@ -111,6 +111,18 @@ def test_a_list_with_a_quantized_line_is_not_sharded(wanfast: Wanfast, machine: 
     assert plans[0]["dit_fsdp"] == "on"
 
 
+def test_graphs_of_one_line_count_for_its_list_and_on_gpus_alone(
+    wanfast: Wanfast, machine: Machine, workdir: Path
+) -> None:
+    machine(1, 90)
+    graphs = {"compile": True, "compile_mode": "max-autotune"}
+    (workdir / "jobs.jsonl").write_text("{}\n" + json.dumps(graphs) + "\n")
+    assert "resident 94.8 GB" in wanfast(*A14B_DRY, "--jobs", "jobs.jsonl").err
+    machine(0, 0, host_gb=2 * 60)  # a CPU has none, so its experts may be sharded
+    cpu = ("--device", "cpu", "--num-gpus", "2", "--compile", "--compile-mode", "max-autotune")
+    assert wanfast(*A14B_DRY, *cpu).document["plan"]["dit_fsdp"] == "on"
+
+
 def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
     old = Gpu("NVIDIA A100", 85_000_000_000, 85_000_000_000, "580", (8, 0), 12)
     monkeypatch.setattr(placement.gpus, "visible_gpus", lambda: [old])
@@ -186,17 +198,17 @@ def test_a_host_too_small_for_the_idle_expert_is_said(wanfast: Wanfast, machine:
 
 
 def test_room_is_made_on_a_host_that_has_it(wanfast: Wanfast, machine: Machine) -> None:
-    machine(1, 80, host_gb=8)
+    machine(1, 80, host_gb=2)
     refused = wanfast(*A14B_DRY)
     assert refused.exit_code == 2
-    assert "resident 82.5 GB, making room 72.3 GB (needs 29.0 GB of the host, which has 8.0 GB free)" in refused.err
-    machine(1, 90, host_gb=8)
+    assert "resident 82.5 GB, making room 72.3 GB (needs 2.5 GB of the host, which has 2.0 GB free)" in refused.err
+    machine(1, 90, host_gb=2)
     assert "experts resident: 82.5 GB" in wanfast(*A14B_DRY).document["plan"]["placement"]
-    machine(8, 80, host_gb=100)  # of four leaders, who decode at the same time
+    machine(8, 80, host_gb=9)  # of four leaders, who decode at the same time
     gangs = ("--num-gpus", "8", "--cfg-parallel", "2", "--ulysses", "1", "--jobs", "jobs.jsonl")
     Path("jobs.jsonl").write_text("{}\n" * 4)
     assert wanfast(*A14B_DRY, *gangs).document["results"][0]["plan"]["dit_fsdp"] == "on"
-    machine(8, 80, host_gb=130)
+    machine(8, 80, host_gb=11)
     assert wanfast(*A14B_DRY, *gangs).document["results"][0]["plan"]["dit_fsdp"] == "off"
     cpu = ("--device", "cpu", "--num-gpus", "8")  # no room is made there
     machine(0, 0, host_gb=8 * 66)

@@ -1,4 +1,4 @@
-"""Where the two experts are kept: both on the device, but for blocks that make room for the VAE, or one there and both
+"""Where the two experts are kept: both on the device, but for weights that make room for the VAE, or one there and both
 in pinned host memory.
 
 Only one expert works at a time, and the switch comes once a video, so the idle one need not be on the GPU. The experts
@@ -10,7 +10,8 @@ Cost: both experts in pinned host memory, 58 GB and up to a tenth more; one copy
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -43,24 +44,25 @@ class Experts(Protocol):
         ...
 
     def make_room(self, size: int) -> bool:
-        """Give back `size` bytes of the device's, if as many are held though no expert works; False if none are."""
+        """Give back about `size` bytes of the device's, or what can be, since no expert works; False if nothing is."""
         ...
 
 
 class ResidentExperts:
-    """Both on the device; where too little is left for the VAE, as many blocks as it takes wait in pinned host memory.
+    """Both on the device; where too little is left for the VAE, as many weights as it takes wait in pinned host memory.
 
     What was copied there stays, since weights do not change: the next time the device's copy need only be let go of.
+    `may_move`: not where ranks replay CUDA graphs of one exchange, which one of them alone would have to record anew.
     """
 
-    def __init__(self, experts: dict[Expert, WanDiT], device: str) -> None:
-        self._experts, self._device = experts, device
-        self._host: dict[nn.Module, dict[str, Tensor]] = {}
-        self._away: set[nn.Module] = set()  # of those blocks
+    def __init__(self, experts: dict[Expert, WanDiT], device: str, *, may_move: bool = True) -> None:
+        self._experts, self._device, self._may_move = experts, device, may_move
+        self._host: dict[nn.Parameter, Tensor] = {}
+        self._away: set[nn.Parameter] = set()  # of those
 
     def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
         model = self._experts[expert]
-        if returning := [block for block in model.blocks if block in self._away]:
+        if returning := [parameter for parameter in model.parameters() if parameter in self._away]:
             free_memory(self._device)
             self._fetch(returning)
         return model, lambda index: None
@@ -69,33 +71,42 @@ class ResidentExperts:
         pass
 
     def make_room(self, size: int) -> bool:
-        freed = 0
-        for block in reversed([block for model in self._experts.values() for block in model.blocks]):  # needed last
-            if freed < size and block not in self._away and self._let_go(block):
-                freed += sum(tensor.nbytes for tensor in self._host[block].values())
+        moved = self._let_go(self._needed_last(size)) if self._may_move else 0
         free_memory(self._device)
-        return freed > 0
+        return moved > 0
+
+    def _needed_last(self, size: int) -> list[nn.Parameter]:
+        """Of those that are here, `size` bytes of them, if the host has room for what it does not hold yet."""
+        chosen, host_bytes = [], available_host_bytes() - _SLAB_BYTES
+        for parameter in reversed([parameter for model in self._experts.values() for parameter in model.parameters()]):
+            if size <= 0:
+                break
+            new = 0 if parameter in self._host else parameter.nbytes
+            if parameter in self._away or isinstance(parameter, DTensor) or new > max(0, host_bytes):
+                continue
+            host_bytes -= new
+            size -= parameter.nbytes
+            chosen.append(parameter)
+        return chosen
 
     @torch.inference_mode(False)  # tensors born in it are others to the compiler, which would compile anew
-    def _fetch(self, blocks: list[nn.Module]) -> None:
-        for block in blocks:
-            for name, parameter in block.named_parameters():
-                parameter.data = self._host[block][name].to(self._device, non_blocking=True, copy=True)
-            self._away.remove(block)
+    def _fetch(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.data = self._host[parameter].to(self._device, non_blocking=True, copy=True)
+            self._away.remove(parameter)
 
     @torch.inference_mode(False)
-    def _let_go(self, block: nn.Module) -> bool:
-        """False if it cannot."""
-        if block not in self._host:
-            parameters = list(block.parameters())
-            size = sum(parameter.nbytes for parameter in parameters)
-            if any(isinstance(parameter, DTensor) for parameter in parameters) or 2 * size > available_host_bytes():
-                return False  # twice: torch may round what it pins up to a power of two
-            self._host[block] = _hosted(block, self._device)
-        else:
-            _empty(block, self._device)
-        self._away.add(block)
-        return True
+    def _let_go(self, parameters: list[nn.Parameter]) -> int:
+        """The number of them that are in host memory now."""
+        new = [parameter for parameter in parameters if parameter not in self._host]
+        for parameter in self._host.keys() & set(parameters):
+            _empty(parameter, self._device)
+            self._away.add(parameter)
+        with suppress(RuntimeError):  # of pinning: a host may have less than it tells, as in a container
+            for parameter, copy in zip(new, _hosted(new, self._device), strict=True):
+                self._host[parameter] = copy
+                self._away.add(parameter)
+        return len(self._away.intersection(parameters))
 
 
 class SwappedExperts:
@@ -104,7 +115,10 @@ class SwappedExperts:
     def __init__(self, hosted: dict[Expert, WanDiT], device: str) -> None:
         self._device = device
         self._stream = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
-        self._host = {expert: _hosted(model, device) for expert, model in hosted.items()}
+        self._host = {
+            expert: dict(zip(dict(model.named_parameters()), _hosted(list(model.parameters()), device), strict=True))
+            for expert, model in hosted.items()
+        }
         self._model = next(iter(hosted.values()))
         self._parameters = dict(self._model.named_parameters())
         self._resident: Expert | None = None  # whose weights are on the device
@@ -133,7 +147,8 @@ class SwappedExperts:
         return self._model, hand_over
 
     def leave(self) -> None:
-        _empty(self._model, self._device)
+        for parameter in self._parameters.values():
+            _empty(parameter, self._device)
         self._resident = self._arriving = None
 
     def make_room(self, size: int) -> bool:
@@ -149,29 +164,25 @@ class SwappedExperts:
                     parameter.data.copy_(self._host[expert][name], non_blocking=True)
 
 
-def _empty(module: nn.Module, device: str) -> None:
-    for parameter in module.parameters():
-        parameter.data = torch.empty(0, dtype=parameter.dtype, device=device)
-
-
-def _hosted(module: nn.Module, device: str) -> dict[str, Tensor]:
-    """The parameters in host memory; the module's own are given up one by one, so that there is never a second set.
+def _hosted(parameters: list[nn.Parameter], device: str) -> Iterator[Tensor]:
+    """Their values in host memory, one by one as each is emptied, so that there is never a second set.
 
     Pinned in slabs: torch rounds each pinned tensor up to a power of two, which would take half as much again.
     """
-    left = sum(map(_aligned, module.parameters()))
-    tensors, slab, used = {}, torch.empty(0, dtype=torch.uint8), 0
-    for name, parameter in module.named_parameters():
+    left, slab, used = sum(map(_aligned, parameters)), torch.empty(0, dtype=torch.uint8), 0
+    for parameter in parameters:
         size = parameter.nbytes
         if used + size > slab.numel():
             slab_bytes = max(min(_SLAB_BYTES, left), size)
             slab, used = torch.empty(slab_bytes, dtype=torch.uint8, pin_memory=device == "cuda"), 0
-        place = slab[used : used + size].view(parameter.dtype).view(parameter.shape)
-        tensors[name] = place.copy_(parameter.data)
-        used += _aligned(parameter)
-        left -= _aligned(parameter)
-        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-    return tensors
+        copy = slab[used : used + size].view(parameter.dtype).view(parameter.shape).copy_(parameter.data)
+        used, left = used + _aligned(parameter), left - _aligned(parameter)
+        _empty(parameter, parameter.device)
+        yield copy
+
+
+def _empty(parameter: nn.Parameter, device: str | torch.device) -> None:
+    parameter.data = torch.empty(0, dtype=parameter.dtype, device=device)
 
 
 def _aligned(tensor: Tensor) -> int:

@@ -108,7 +108,7 @@ def fit(request: GenerateConfig, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
             continue
         free = {HERE: min(gpu.free_bytes for gpu in found[:num_gpus])} if found else CARDS
         need = placement.needed(spec, request.precision, geometry, mesh, request.quantize)
-        on_host = placement.on_host(need, mesh.gang_size, num_gpus)
+        on_host = placement.on_host(need, mesh.gang_size, num_gpus, free.get(HERE))
         for mode, parts in placement.terms(need, mesh.gang_size).items():
             if mode == "sharded" and in_8_bits(request.quantize):
                 continue  # quantized experts are not

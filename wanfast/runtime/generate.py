@@ -112,7 +112,8 @@ def _run_group(
         return
     first, watch, loads = configs[index], Stopwatch(ranks.device), Stopwatch(ranks.device)
     progress(index, "loading the models", 0, 0)
-    hardware.free_memory(ranks.device)  # of the group before
+    hardware.forget_cuda_graphs()  # of the group before, which keep its memory
+    hardware.free_memory(ranks.device)
     try:
         ranks.together(lambda: hardware.prepare(first.device, first.precision, first.tf32))
         files = ranks.together(lambda: model_files.locate(first.model, first.artifacts_dir))
@@ -178,7 +179,10 @@ def load_pipeline(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, load
 
     with compiler_imported_meanwhile(config):
         models: dict[Expert, WanDiT] = {"high_noise": build("high_noise"), "low_noise": build("low_noise")}
-        experts: Experts = SwappedExperts(models, ranks.device) if hosted else ResidentExperts(models, ranks.device)
+        may_move = config.compile_mode != "max-autotune" or ranks.size == 1
+        experts: Experts = (
+            SwappedExperts(models, ranks.device) if hosted else ResidentExperts(models, ranks.device, may_move=may_move)
+        )
         with loads.span("vae"):
             vae = ranks.together(lambda: build_vae(files, ranks.device) if ranks.is_leader else None)
     if config.compile:

@@ -59,6 +59,12 @@ def free_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def forget_cuda_graphs() -> None:
+    """Those that torch's compiler recorded, if it did; what was compiled is compiled anew, or comes from its caches."""
+    if "torch._inductor.cudagraph_trees" in sys.modules:
+        torch.compiler.reset()
+
+
 def reset_peak_memory(device: str) -> None:
     """From now on. A host's process cannot forget its peak."""
     if device == "cuda":

@@ -184,10 +184,7 @@ def _place_experts(
     quantized: bool,
 ) -> tuple[Switch, Switch, str]:
     """(--dit-fsdp, --expert-offload, why); `ranks` to a video, `ranks_here` on this machine."""
-    held, barred = modes(need, ranks), _barred(request, need, ranks, ranks_here, config, quantized)
-    if need.graphs:  # recorded anew wherever weights have moved
-        still = "--compile-mode max-autotune wants weights that stay: take max-autotune-no-cudagraphs"
-        barred |= dict.fromkeys(("making room", "sharded", "offloaded"), still)
+    held, barred = modes(need, ranks), _barred(request, need, ranks, ranks_here, free, config, quantized)
     for asked, option, mode in (
         (request.dit_fsdp, "--dit-fsdp", "sharded"),
         (request.expert_offload, "--expert-offload", "offloaded"),
@@ -211,17 +208,26 @@ def _place_experts(
 
 _SWITCHES: dict[str, tuple[Switch, Switch]] = {
     "resident": ("off", "off"),
-    "making room": ("off", "off"),  # both on the GPU, but for one that waits on the host while the decoder works
+    "making room": ("off", "off"),  # both on the GPU, but for weights that wait on the host while the decoder works
     "sharded": ("on", "off"),
     "offloaded": ("off", "on"),
 }
 
 
 def _barred(
-    request: GenerateConfig, need: Need, ranks: int, ranks_here: int, config: EffectiveConfig, quantized: bool
+    request: GenerateConfig,
+    need: Need,
+    ranks: int,
+    ranks_here: int,
+    free: int,
+    config: EffectiveConfig,
+    quantized: bool,
 ) -> dict[str, str]:
     """The modes that cannot be, whatever the GPUs' memory, and why."""
     barred = {}
+    if need.graphs:  # recorded anew wherever weights have moved
+        still = "--compile-mode max-autotune wants weights that stay: take max-autotune-no-cudagraphs"
+        barred = dict.fromkeys(("making room", "sharded", "offloaded"), still)
     if ranks == 1:
         barred["sharded"] = "a video has one rank: add --num-gpus, or take --expert-offload on"
     elif request.dit_fsdp == "off":
@@ -229,7 +235,7 @@ def _barred(
     elif quantized:
         barred["sharded"] = "quantized experts are not sharded"
     host_free = memory.available_host_bytes()
-    for mode, size in on_host(need, ranks, ranks_here).items():
+    for mode, size in on_host(need, ranks, ranks_here, free).items():
         if config.device == "cpu":
             barred[mode] = "with --device cpu there is no GPU to move experts off"
         elif mode == "offloaded" and request.expert_offload == "off":
@@ -239,9 +245,13 @@ def _barred(
     return barred
 
 
-def on_host(need: Need, ranks: int, ranks_here: int) -> dict[str, int]:
-    """Bytes of host memory that the modes with experts there take; room is made by leaders alone, who decode."""
-    return {"making room": need.expert * max(1, ranks_here // ranks), "offloaded": need.hosted * ranks_here}
+def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) -> dict[str, int]:
+    """Bytes of host memory that the modes with weights there take. Room is made by leaders alone, who decode:
+
+    as much as is missing, if `free` is known of a GPU; else it is taken for an expert.
+    """
+    missing = need.expert if free is None else max(0, modes(need, ranks)["resident"] - free)
+    return {"making room": missing * max(1, ranks_here // ranks), "offloaded": need.hosted * ranks_here}
 
 
 def _shard_umt5(request: GenerateConfig, need: Need, ranks: int, free: int) -> Switch:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,6 +22,7 @@ from wanfast.runtime.distributed.collectives import all_gather
 from wanfast.runtime.distributed.mesh import Axis, Mesh
 from wanfast.runtime.distributed.ulysses import Ulysses
 from wanfast.runtime.errors import WanFastError, failure, from_failure
+from wanfast.runtime.hardware import forget_cuda_graphs
 from wanfast.runtime.models.attention import Sequence, WholeSequence
 
 T = TypeVar("T")
@@ -113,6 +113,5 @@ def gang(device: str, mesh: Mesh, timeout_s: float) -> Iterator[Ranks]:
         if getattr(mesh, axis) > 1
     }
     yield Ranks(device, mesh, dist.get_rank(), groups)
-    if "torch._inductor.cudagraph_trees" in sys.modules:
-        torch.compiler.reset()  # NCCL would wait forever for CUDA graphs that hold exchanges of its
+    forget_cuda_graphs()  # NCCL would wait forever for those that hold its exchanges
     dist.destroy_process_group()  # not after an error: it may wait for peers that are gone
