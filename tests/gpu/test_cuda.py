@@ -115,7 +115,7 @@ def test_cuda_graphs_make_what_the_blocks_do() -> None:
         latent, condition = (torch.randn(1, c, 5, 16, 16, generator=generator, device="cuda") for c in (16, 20))
         text = torch.randn(1, 9, files.spec.dit.text_dim, generator=generator, device="cuda", dtype=torch.bfloat16)
         timestep = torch.tensor([900 - 100 * forward], device="cuda")
-        if forward == 6:  # what an expert's way to the host and back does to it
+        if forward == 6:  # its weights elsewhere, as after they made room
             addresses = [parameter.data_ptr() for parameter in graphed[which].parameters()]
             graphed[which].to("cpu")
             held = [torch.empty_like(parameter, device="cuda") for parameter in graphed[which].parameters()]
@@ -129,8 +129,7 @@ def test_cuda_graphs_make_what_the_blocks_do() -> None:
             )
         assert kept is not None and own is not None
         assert relative_error(got, expected) <= 1e-2 and relative_error(own, kept) <= 1e-2
-    counters = torch._dynamo.utils.counters["inductor"]
-    assert counters["cudagraph_skips"] == 0 and not counters["cudagraph_partitions"]
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     manager = torch._inductor.cudagraph_trees.get_manager(0, create_if_none_exists=False)
     assert manager is not None and sum(map(len, manager.roots.values())) == 3  # two experts, and one that moved
 

@@ -35,11 +35,7 @@ def test_swapped_experts_make_the_same_file(wanfast: Wanfast, workdir: Path) -> 
 @two_gpus
 @pytest.mark.parametrize(
     "options",
-    [
-        ["--cfg-parallel", "2"],
-        ["--ulysses", "2"],
-        ["--dit-fsdp", "on", "--t5-fsdp", "on"],
-    ],
+    [["--cfg-parallel", "2"], ["--ulysses", "2"], ["--dit-fsdp", "on", "--t5-fsdp", "on"]],
     ids=["cfg", "ulysses", "fsdp"],
 )
 def test_two_gpus_make_the_video_of_one(wanfast: Wanfast, workdir: Path, options: list[str]) -> None:

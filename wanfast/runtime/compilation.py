@@ -4,7 +4,7 @@ Inductor fuses what stands between the matrix products and attention: norms, mod
 block is compiled whole (`fullgraph`: a break is an error, not a slow path) and for one shape (`dynamic=False`); one
 graph serves all blocks of both experts. `default` leaves the products to cuBLAS; the two `max-autotune` modes time
 Triton's products against them, which takes half a minute. `max-autotune` itself also records each block as a CUDA
-graph, in the expert's second forward, for the weights where they lie: they had better stay there.
+graph, from the second forward of a size on, for the weights where they lie: they had better stay there.
 
 The artifact `inductor/<key>` holds, for each rank of a gang, what Inductor, AOTAutograd, Triton and the autotuner kept
 of the graph: about everything but the tracing. What operators that the compiler does not look into compile for

@@ -40,9 +40,9 @@ def device_ids() -> list[str]:
 
 
 def expand_segments() -> None:
-    """Torch's allocator, of this process before it imports torch and of its children, so that no gaps are left.
+    """Torch's allocator, of this process before its first use of a GPU and of its children, so that few gaps are left.
 
-    Between the pieces of the loop 7 GB were lost to the VAE (one H100, 1168x768x81). What a user set stays.
+    In gaps that the loop left 7 GB were lost to the VAE (one H100, 1168x768x81). What a user set stays.
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the same, by its name of old
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -2,7 +2,7 @@
 
 Parameters are exact. What a forward and a decode hold beside them is an estimate, fitted to what was counted at
 1280x720x81: about seven float32 rows of the model's width a token (11 GB) and the text's keys and values (1.7 GB); 260
-bytes a pixel and VAE base channel (23 GB). Of those the decoder's tensors and cuDNN took 255 on an H100, about 100 of
+bytes a pixel and VAE base channel (23 GB). Of those the decoder's tensors and cuDNN took 244 on an H100, about 100 of
 them frames that causal convolutions look back on.
 """
 

@@ -1,0 +1,7 @@
+"""Before any test of this folder uses a GPU in this process: the allocator that a command would take."""
+
+from __future__ import annotations
+
+from wanfast.runtime.gpus import expand_segments
+
+expand_segments()
