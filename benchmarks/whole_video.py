@@ -119,7 +119,7 @@ def _generate(folder: Path, scratch: Path, options: list[str]) -> dict[str, Any]
 
 @torch.inference_mode()
 def _vae_alone(folder: Path, size: list[int]) -> dict[str, dict[str, float]]:
-    """Seconds of two calls, after one that starts cuDNN, and the most that torch held and reserved beside weights and input."""
+    """Seconds of two calls, after one that starts cuDNN, and what torch held and reserved beside weights and input."""
     files = model_files.locate(str(folder), "")
     hardware.prepare("cuda", "bf16", None)
     vae, (width, height, frames) = build_vae(files, "cuda"), size
