@@ -136,10 +136,17 @@ def test_known_prompts_need_no_text_encoder(wanfast: Wanfast, monkeypatch: pytes
         wanfast(*GOOD, "--output", "fp32.mp4", "--precision", "fp32")
 
 
-def test_lines_may_name_models_of_their_own(wanfast: Wanfast, workdir: Path, tiny_copy: Path) -> None:
+def test_lines_may_name_models_of_their_own(
+    wanfast: Wanfast, workdir: Path, tiny_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    for name in ("forget_cuda_graphs", "free_memory", "prepare"):
+        work = getattr(generate.hardware, name)
+        monkeypatch.setattr(generate.hardware, name, lambda *a, name=name, work=work: events.append(name) or work(*a))
     (workdir / "jobs.jsonl").write_text(f'{{"output": "a.mp4"}}\n{{"output": "b.mp4", "model": "{tiny_copy}"}}\n')
     assert wanfast(*GOOD, "--jobs", "jobs.jsonl").exit_code == 0
     assert sha256(workdir / "a.mp4") == sha256(workdir / "b.mp4")
+    assert events == ["forget_cuda_graphs", "free_memory", "prepare"] * 2  # before the models of each
     outcome = wanfast(*GOOD, "--jobs", "jobs.jsonl", "--num-gpus", "2", "--dry-run", "--json", "--overwrite")
     assert outcome.exit_code == 6 and "--model is one for the whole list" in outcome.document["results"][1]["error"]
 

@@ -24,6 +24,7 @@ NOTHING = dict.fromkeys((f.name for f in dataclasses.fields(EffectiveConfig) if 
 
 Wanfast = Callable[..., Outcome]
 A14B_DRY = ("generate", "--image", "cat.png", "--prompt", "a cat", "--dry-run", "--json")
+GRAPHS = ["--compile", "--compile-mode", "max-autotune"]
 TINY_DRY = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--dry-run", "--json")
 MADE = {"replica": 1, "cfg": 1, "ulysses": 1}
 
@@ -44,7 +45,7 @@ def test_bytes_of_the_models_are_those_of_their_parameters(precision: str) -> No
         (1, 141, [], {}, "off", "off", "off", "experts resident"),
         (1, 84, [], {}, "off", "off", "off", "experts resident: 82.5 GB a rank"),
         (1, 80, [], {}, "off", "off", "off", "experts making room: 72.3 GB a rank, not 82.5 GB"),
-        (1, 141, ["--compile", "--compile-mode", "max-autotune"], {}, "off", "off", "off", "resident: 94.8 GB"),
+        (1, 141, GRAPHS, {}, "off", "off", "off", "resident: 94.8 GB"),
         (1, 48, [], {}, "off", "off", "on", "experts offloaded: 43.4 GB"),
         (1, 84, ["--expert-offload", "on"], {}, "off", "off", "on", "as asked"),
         (8, 80, ["--num-gpus", "8"], {"cfg": 2, "ulysses": 4}, "off", "off", "off", "experts making room"),
@@ -119,8 +120,8 @@ def test_graphs_of_one_line_count_for_its_list_and_on_gpus_alone(
     (workdir / "jobs.jsonl").write_text("{}\n" + json.dumps(graphs) + "\n")
     assert "resident 94.8 GB" in wanfast(*A14B_DRY, "--jobs", "jobs.jsonl").err
     machine(0, 0, host_gb=2 * 60)  # a CPU has none, so its experts may be sharded
-    cpu = ("--device", "cpu", "--num-gpus", "2", "--compile", "--compile-mode", "max-autotune")
-    assert wanfast(*A14B_DRY, *cpu).document["plan"]["dit_fsdp"] == "on"
+    cpu = ("--device", "cpu", "--num-gpus", "2")
+    assert wanfast(*A14B_DRY, *cpu, *GRAPHS).document["plan"]["dit_fsdp"] == "on"
 
 
 def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,16 +161,12 @@ def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.Mo
         (
             1,
             84,
-            ["--compile", "--compile-mode", "max-autotune"],
+            GRAPHS,
             "making room 72.3 GB (--compile-mode max-autotune wants weights that stay: take max-autotune-no-",
         ),
-        (1, 141, ["--compile", "--compile-mode", "max-autotune", "--expert-offload", "on"], "max-autotune wants"),
-        (
-            8,
-            141,
-            ["--num-gpus", "8", "--compile", "--compile-mode", "max-autotune", "--dit-fsdp", "on"],
-            "max-autotune wants",
-        ),
+        (1, 141, [*GRAPHS, "--expert-offload", "on"], "max-autotune wants weights that stay"),
+        (8, 141, [*GRAPHS, "--num-gpus", "8", "--dit-fsdp", "on"], "max-autotune wants weights that stay"),
+        (1, 141, [*GRAPHS, "--dit-fsdp", "on"], "a video has one rank: add --num-gpus"),
     ],
 )
 def test_what_cannot_be_is_refused(
