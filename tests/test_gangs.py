@@ -277,6 +277,9 @@ def test_as_much_room_is_made_as_is_asked_for_and_as_the_host_has(
     two = last[0].nbytes + last[1].nbytes
     monkeypatch.setattr(experts, "available_host_bytes", lambda: experts._SLAB_BYTES + last[0].nbytes - 1)
     assert not resident.make_room(last[0].nbytes) and not resident._away
+    monkeypatch.setattr(experts, "available_host_bytes", lambda: experts._SLAB_BYTES + two)
+    assert resident.make_room(10**12) and resident._away == set(last[:2])
+    resident.take("low_noise")
     monkeypatch.setattr(experts, "available_host_bytes", lambda: 10**12)
     assert resident.make_room(two) and resident._away == set(last[:2])
     assert resident.make_room(1) and resident._away == set(last[:3])
@@ -310,18 +313,23 @@ def test_a_host_that_pins_less_than_it_tells_loses_no_weight(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("mode", "ranks", "moves"), [("max-autotune", 2, False), ("default", 2, True)])
-def test_weights_that_graphs_of_several_ranks_hold_stay(
-    planned: tuple[Plan, ModelFiles], mode: str, ranks: int, moves: bool
+@pytest.mark.parametrize(
+    ("options", "moves"),
+    [({}, True), ({"compile_mode": "max-autotune"}, False), ({"dit_fsdp": "on"}, False)],
+    ids=["plain", "graphs", "sharded"],
+)
+def test_weights_that_other_ranks_count_on_stay(
+    planned: tuple[Plan, ModelFiles], options: dict[str, str], moves: bool
 ) -> None:
     plan, files = planned
-    config = dataclasses.replace(plan.config, compile_mode=mode)
+    config = dataclasses.replace(plan.config, **options)
 
     def makes_room(ranks: Ranks) -> bool:
         return generate.load_pipeline(files, config, ranks, Stopwatch("cpu")).experts.make_room(1)
 
-    assert on_gang(Mesh(cfg=ranks), makes_room) == [moves] * ranks
-    assert makes_room(Ranks("cpu"))
+    assert on_gang(Mesh(cfg=2), makes_room) == [moves] * 2
+    if "compile_mode" in options:
+        assert makes_room(Ranks("cpu"))  # whose graphs can be recorded anew
 
 
 def test_a_decoder_that_does_not_fit_at_all_is_told(
