@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the model is or will be; by default it does not stay")
     parser.add_argument("--vae-alone", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     options, others = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what is to be tidied up
     expand_segments()  # torch reads it at its first use of a GPU
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:  # /tmp may be memory, where holes take room once read
         folder = options.folder or Path(scratch) / "model"
@@ -101,9 +103,13 @@ def _generate(folder: Path, scratch: Path, options: list[str]) -> dict[str, Any]
     used = 0
     with (scratch / "printed.json").open("w+") as out:
         process = subprocess.Popen(command, stdout=out)
-        while process.poll() is None:
-            used = max(used, _gpu_used_bytes())
-            time.sleep(0.5)
+        try:
+            while process.poll() is None:
+                used = max(used, _gpu_used_bytes())
+                time.sleep(0.5)
+        finally:
+            process.terminate()
+            process.wait()
         out.seek(0)
         lines = out.read().strip().splitlines()
     if process.returncode:

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -63,8 +64,10 @@ def in_a_process_of_its_own(folder: Path, *arguments: str) -> Outcome:
 def test_another_process_starts_from_what_was_kept(workdir: Path, ranks: str) -> None:
     warmed = in_a_process_of_its_own(workdir, "warmup", *SHAPE, *RANKS[ranks], "--json")
     assert warmed.exit_code == 0, warmed.err
+    assert any("compiling" in file.read_text() for file in workdir.glob("artifacts/runs/*/progress/*.json"))
     folder = Path(warmed.document["output"])
     assert folder.parent == workdir / "artifacts" / "inductor" and not warmed.document["was_there"]
+    assert warmed.document["compiled_anew"] == 1
     files = sorted(file.name for file in folder.iterdir())
     assert files == ["manifest.json", *(f"rank-{rank}.bin" for rank in range(int(ranks[0])))]
 
@@ -77,7 +80,7 @@ def test_another_process_starts_from_what_was_kept(workdir: Path, ranks: str) ->
         assert "{'hit': 1, 'miss': 0, 'bypass': 0}" in made.err
         again = in_a_process_of_its_own(workdir, "warmup", *SHAPE, "--json")
         assert again.document["was_there"] and again.document["output"] == str(folder)
-        assert "{'hit': 1, 'miss': 0, 'bypass': 0}" in again.err
+        assert again.document["compiled_anew"] == 0
 
         kept = folder / "rank-0.bin"
         kept.write_bytes(kept.read_bytes()[:-1] + b"!")  # of the same size
@@ -105,7 +108,8 @@ def test_a_torch_that_keeps_nothing_is_told_before_it_compiles(
     monkeypatch.setenv(*variable.split("="))
     refused = in_a_process_of_its_own(workdir, "warmup", *SHAPE)
     assert refused.exit_code == 2 and f"unset {variable.split('=')[0]}" in refused.err.replace("and ", "unset ")
-    assert "'miss': 0" in refused.err
+    told = [file.read_text() for file in workdir.glob("artifacts/runs/*/progress/*.json")]
+    assert not any("compiling" in text for text in told)
 
 
 def test_an_artifact_without_this_ranks_file_is_refused(tmp_path: Path) -> None:
@@ -254,3 +258,16 @@ def test_what_cannot_be_warmed_is_refused(wanfast: Wanfast, workdir: Path, optio
     outcome = wanfast("warmup", *SHAPE, *options)
     assert outcome.exit_code == 2 and words in outcome.err, outcome.err
     assert not (workdir / "artifacts" / "inductor").exists()
+
+
+def test_a_signal_ends_a_warmup_whatever_it_computes(workdir: Path) -> None:
+    command = [sys.executable, "-m", "wanfast", "warmup", "--model", "a14b", "--size", "640x352", "--frames", "17"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(command, cwd=workdir, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while not list(workdir.glob("artifacts/runs/*/progress/*.json")):
+            time.sleep(0.1)
+        process.terminate()
+        started = time.monotonic()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and time.monotonic() - started < 20
+    assert "no GPU was found" in err and "terminated" in err

@@ -116,7 +116,7 @@ def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str
     kind = plan["quantize"] or plan["precision"]
     return {
         "model": f"{plan['model']}, {kind} on {plan['device']}, {plan['attention']} attention"
-        + (", compiled" if plan["compile"] else ""),
+        + (f", compiled ({plan['compile']})" if plan["compile"] else ""),
         "video": f"{plan['width']}x{plan['height']}, {plan['frames']} frames at {plan['fps']} fps "
         f"({plan['duration_s']} s)",
         "latent": f"{latent}, {plan['tokens']:,} tokens",

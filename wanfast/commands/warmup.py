@@ -52,6 +52,9 @@ def warmup(
     given = options.given(context, set(WARMUP_OPTIONS))
     plan, image_size = planned(given)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
+    if device is None and plan.config.device == "cpu" and plan.spec.name != "tiny":
+        note = "no GPU was found, so a block is compiled and run on the CPU, which takes long at this size"
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {note}")
     job = {
         "requested": given,
         "effective": dataclasses.asdict(plan.config),

@@ -27,6 +27,7 @@ LAUNCH_OPTIONS = (
     "num_gpus", "nnodes", "node_rank", "rdzv_endpoint", "cfg_parallel", "ulysses", "dit_fsdp", "t5_fsdp",
     "expert_offload", "rank_timeout",
 )  # fmt: skip
+_GRAPHS, _NO_GRAPHS = "--compile-mode max-autotune", "take max-autotune-no-cudagraphs"
 _UNMEASURED_BYTES = 80 * 10**9  # of an H100, as `doctor` takes it, where no GPU can be asked
 
 
@@ -197,6 +198,11 @@ def _place_experts(
         if mode not in barred and (size <= free or (config.device == "cpu" and ranks == 1)):
             rather = f", not {gb(held['resident'])}" if mode != "resident" else ""
             return *_SWITCHES[mode], f"experts {mode}: {gb(size)} a rank{rather}"
+    if need.graphs:
+        raise ConfigError(
+            f"{_GRAPHS}: a rank would hold {gb(held['resident'])}, {gb(need.graphs)} of them CUDA graphs, "
+            f"and {gb(free)} are free: {_NO_GRAPHS}, or a smaller --size"
+        )
     ways = ", ".join(
         f"{mode} {gb(size)}" + (f" ({barred[mode]})" if mode in barred else "") for mode, size in held.items()
     )
@@ -226,8 +232,9 @@ def _barred(
     """The modes that cannot be, whatever the GPUs' memory, and why."""
     barred = {}
     if need.graphs:  # recorded anew wherever weights have moved
-        still = "--compile-mode max-autotune wants weights that stay: take max-autotune-no-cudagraphs"
-        barred = dict.fromkeys(("making room", "sharded", "offloaded"), still)
+        barred = dict.fromkeys(
+            ("making room", "sharded", "offloaded"), f"{_GRAPHS} wants weights that stay: {_NO_GRAPHS}"
+        )
     if ranks == 1:
         barred["sharded"] = "a video has one rank: add --num-gpus, or take --expert-offload on"
     elif request.dit_fsdp == "off":
@@ -237,10 +244,10 @@ def _barred(
     host_free = memory.available_host_bytes()
     for mode, size in on_host(need, ranks, ranks_here, free).items():
         if config.device == "cpu":
-            barred[mode] = "with --device cpu there is no GPU to move experts off"
+            barred[mode] = f"with --device cpu there is no GPU to move experts off: drop it{_why_cpu(request)}"
         elif mode == "offloaded" and request.expert_offload == "off":
             barred[mode] = "switched off"
-        elif size > host_free:
+        elif mode not in barred and size > host_free:
             barred[mode] = f"needs {gb(size)} of the host, which has {gb(host_free)} free"
     return barred
 
@@ -297,9 +304,8 @@ def placement_notes(request: GenerateConfig, plans: Sequence[Plan]) -> list[str]
     plan, notes = plans[0], []
     mesh, num_videos = plan.mesh, len(plans)
     if idle := max(0, mesh.replica - num_videos) * mesh.gang_size:
-        notes.append(
-            f"{idle} of {mesh.size} ranks have nothing to do: {num_videos} to make, {mesh.gang_size} ranks each"
-        )
+        ranks = "1 rank" if mesh.gang_size == 1 else f"{mesh.gang_size} ranks"
+        notes.append(f"{idle} of {mesh.size} ranks have nothing to do: {num_videos} to make, {ranks} each")
     if request.device is None and plan.config.device == "cpu" and plan.spec.name != "tiny":
         held = modes(_need(plans, mesh), mesh.gang_size)["resident"]
         short = "" if held <= memory.available_host_bytes() else f", whose memory its {gb(held)} do not fit into"

@@ -17,7 +17,14 @@ from torch import Tensor
 from wanfast.runtime import attention_probe, hardware, metadata, model_files
 from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.builders import DTYPES, expert_on_meta
-from wanfast.runtime.compilation import cache_inputs, check_caches, compile_blocks, load_caches, save_caches
+from wanfast.runtime.compilation import (
+    cache_inputs,
+    check_caches,
+    compile_blocks,
+    compiled_anew,
+    load_caches,
+    save_caches,
+)
 from wanfast.runtime.config import EffectiveConfig, from_options
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
@@ -71,6 +78,7 @@ def _warm(job: dict[str, Any], ranks: Ranks, progress: Callable[[str], None]) ->
         "requested": job["requested"],
         "versions": metadata.versions(),
         "was_there": was_there,
+        "compiled_anew": max(ranks.gather(compiled_anew())),
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
         "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
         "hardware": hardware.describe(config.device),
