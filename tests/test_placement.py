@@ -270,6 +270,9 @@ def test_each_gang_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     elastic._set_environment(config, 0, processes=2)
     assert own.items() <= elastic.os.environ.items() and "PYTORCH_ALLOC_CONF" not in elastic.os.environ
     assert elastic.os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "32"  # no more than torch would take
+    monkeypatch.setattr(elastic.os, "environ", {})
+    elastic._set_environment(dataclasses.replace(config, num_gpus=1, cfg_parallel=1), 0, processes=1)
+    assert "OMP_NUM_THREADS" not in elastic.os.environ
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cuda", "expandable_segments:True"), ("cpu", None)])

@@ -54,7 +54,7 @@ def in_a_process_of_its_own(folder: Path, *arguments: str) -> Outcome:
     """With Inductor's caches empty, as on a machine that never compiled."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
     shutil.rmtree(folder / "inductor", ignore_errors=True)
-    environment = os.environ | caches | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | caches | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", COUNTED, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     return Outcome(done.returncode, done.stdout, done.stderr)
@@ -262,7 +262,7 @@ def test_what_cannot_be_warmed_is_refused(wanfast: Wanfast, workdir: Path, optio
 
 def test_a_signal_ends_a_warmup_whatever_it_computes(workdir: Path) -> None:
     command = [sys.executable, "-m", "wanfast", "warmup", "--model", "a14b", "--size", "640x352", "--frames", "17"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(command, cwd=workdir, stderr=subprocess.PIPE, text=True, env=environment) as process:
         while not list(workdir.glob("artifacts/runs/*/progress/*.json")):
             time.sleep(0.1)

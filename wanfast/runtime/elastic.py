@@ -95,7 +95,8 @@ def _set_environment(config: EffectiveConfig, replica: int, processes: int) -> N
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name may resolve to an address that is not there
     cores = os.cpu_count() or 1
     share = max(1, cores // min(config.num_gpus, cores))
-    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+    if config.num_gpus > 1:  # else as many as torch takes where it is not told: kept code is of one number
+        os.environ.setdefault("OMP_NUM_THREADS", str(share))
     # Processes, in truth, which torch starts for every rank: 32 at most, if it is not told.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, share)))
 
