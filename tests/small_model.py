@@ -6,11 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tests.parity import randomise
 from wanfast.runtime import checkpoint
-from wanfast.runtime.config import GenerateConfig
+from wanfast.runtime.config import BRANCHES, Branch, GenerateConfig
 from wanfast.runtime.model_files import TINY, ModelFiles
 from wanfast.runtime.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
 from wanfast.runtime.models.dit import WanDiT
@@ -60,3 +61,9 @@ def plan_small_model(folder: Path, **options: object) -> tuple[Plan, ModelFiles]
         **options,
     )
     return resolve(config)
+
+
+def blank_inputs(plan: Plan, files: ModelFiles) -> tuple[Tensor, dict[Branch, Tensor]]:
+    """A pipeline's image and text: grey, and random."""
+    image = torch.zeros(3, plan.geometry.height, plan.geometry.width)
+    return image, {branch: torch.randn(4, files.spec.dit.text_dim) for branch in BRANCHES}

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.gang import on_gang
 from tests.parity import randomise, relative_error
-from tests.small_model import SPEC, plan_small_model
+from tests.small_model import SPEC, blank_inputs, plan_small_model
 from wanfast.runtime import experts, generate, media_io, pixels, prompt_embeds
 from wanfast.runtime import pipeline as pipeline_module
 from wanfast.runtime.config import Expert, GenerateConfig
@@ -194,8 +194,7 @@ def test_swapped_experts_leave_the_device_to_the_decoder(
         return decode(self, latents)
 
     monkeypatch.setattr(type(pipeline.vae), "decode", measured)
-    image = torch.zeros(3, plan.geometry.height, plan.geometry.width)
-    text = {name: torch.randn(4, files.spec.dit.text_dim) for name in ("prompt", "negative_prompt")}
+    image, text = blank_inputs(plan, files)
     videos = [pipeline(plan, image, text, Stopwatch("cpu")) for _ in range(2)]
     assert held == [0, 0]
     assert torch.equal(*videos)  # and come back
@@ -234,8 +233,7 @@ def test_resident_experts_make_room_and_come_back(
     monkeypatch.setattr(generate, "compile_blocks", compiled)
     plan = with_options(plan, compile=True)
     pipeline = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
-    image = torch.zeros(3, plan.geometry.height, plan.geometry.width)
-    text = {name: torch.randn(4, files.spec.dit.text_dim) for name in ("prompt", "negative_prompt")}
+    image, text = blank_inputs(plan, files)
     expected = pipeline(plan, image, text, Stopwatch("cpu"))
     parameters = [parameter for expert in EXPERTS for parameter in pipeline.experts._experts[expert].parameters()]
     room = sum(parameter.nbytes for parameter in parameters[-3:])  # three at a time
@@ -336,8 +334,7 @@ def test_a_decoder_that_does_not_fit_at_all_is_told(
     planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, files = planned
-    image = torch.zeros(3, plan.geometry.height, plan.geometry.width)
-    text = {name: torch.randn(4, files.spec.dit.text_dim) for name in ("prompt", "negative_prompt")}
+    image, text = blank_inputs(plan, files)
     decode = WanVAE.decode
     for times, host_bytes in ((3, 10**12), (1, 0)):  # nothing left to move, and nowhere to move it
         monkeypatch.setattr(experts, "available_host_bytes", lambda host_bytes=host_bytes: host_bytes)

@@ -11,7 +11,7 @@ import torch
 
 from tests.gang import on_gang
 from tests.parity import relative_error
-from tests.small_model import plan_small_model
+from tests.small_model import blank_inputs, plan_small_model
 from tests.test_gangs import MESHES, final_latents, shown, with_options
 from wanfast.runtime import generate
 from wanfast.runtime.config import BRANCHES, GenerateConfig
@@ -160,8 +160,7 @@ def test_a_second_video_starts_clean(planned: tuple[Plan, ModelFiles]) -> None:
     plan, files = planned
     plan = skipping(plan)
     pipeline = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
-    image = torch.zeros(3, plan.geometry.height, plan.geometry.width)
-    text = {name: torch.randn(4, files.spec.dit.text_dim) for name in ("prompt", "negative_prompt")}
+    image, text = blank_inputs(plan, files)
     first = pipeline(plan, image, text, Stopwatch("cpu"))
     pipeline(plan, image + 1, text, Stopwatch("cpu"))
     assert torch.equal(pipeline(plan, image, text, Stopwatch("cpu")), first)

@@ -166,7 +166,6 @@ def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.Mo
         ),
         (1, 141, [*GRAPHS, "--expert-offload", "on"], "max-autotune wants weights that stay"),
         (8, 141, [*GRAPHS, "--num-gpus", "8", "--dit-fsdp", "on"], "max-autotune wants weights that stay"),
-        (1, 141, [*GRAPHS, "--expert-offload", "on"], "max-autotune wants weights that stay"),
         (1, 141, [*GRAPHS, "--dit-fsdp", "on"], "a video has one rank: add --num-gpus"),
     ],
 )

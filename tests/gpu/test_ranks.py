@@ -6,12 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import imageio.v3 as iio
 import pytest
 import torch
 
 from tests.conftest import Outcome
-from wanfast.quality.metrics import psnr
+from tests.parity import likeness
 
 Wanfast = Callable[..., Outcome]
 GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--seed", "1", "--device", "cuda")
@@ -42,7 +41,7 @@ def test_two_gpus_make_the_video_of_one(wanfast: Wanfast, workdir: Path, options
     for name, ranks in (("one", []), ("two", ["--num-gpus", "2", *options])):
         outcome = wanfast(*GOOD, "--precision", "fp32", "--output", f"{name}.mp4", *ranks)
         assert outcome.exit_code == 0, outcome.err
-    assert likeness() >= 45  # float32's rounding turns a block of the encoder's here and there
+    assert printed_likeness() >= 45  # float32's rounding turns a block of the encoder's here and there
 
 
 @two_gpus
@@ -50,12 +49,11 @@ def test_cuda_graphs_hold_exchanges_and_let_go_of_them(wanfast: Wanfast, workdir
     graphs = ("--num-gpus", "2", "--ulysses", "2", "--compile", "--compile-mode", "max-autotune")
     for name, options in (("one", ()), ("two", graphs)):
         assert wanfast(*GOOD, "--output", f"{name}.mp4", *options).exit_code == 0
-    assert likeness() >= 35  # bf16's rounding
+    assert printed_likeness() >= 35  # bf16's rounding
 
 
-def likeness() -> float:
+def printed_likeness() -> float:
     """PSNR of what two ranks made to what one made, in dB."""
-    one, two = (torch.from_numpy(iio.imread(f"{name}.mp4", plugin="pyav")).movedim(-1, 0) for name in ("one", "two"))
-    found = psnr(two / 127.5 - 1, one / 127.5 - 1)
+    found = likeness("two.mp4", "one.mp4")
     print({name: json.loads(Path(f"{name}.json").read_text())["seconds"] for name in ("one", "two")}, found)
     return found
