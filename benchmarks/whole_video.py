@@ -31,12 +31,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import sparse_model
+from tests.parity import randomise
 from wanfast.runtime import checkpoint, hardware, metadata, model_files
 from wanfast.runtime.builders import build_vae
 from wanfast.runtime.checkpoint import Component
-from wanfast.runtime.gpus import expand_segments
+from wanfast.runtime.gpus import expand_segments, visible_gpus
 from wanfast.runtime.model_files import TINY
-from wanfast.runtime.model_spec import A14B, ModelSpec
+from wanfast.runtime.model_spec import A14B
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
@@ -75,7 +76,9 @@ def write_model(folder: Path, layers: int) -> None:
     for part in ("transformer", "transformer_2"):
         _write_holes(folder / part / "diffusion_pytorch_model.safetensors", "dit", expert)
     _write_holes(folder / "text_encoder/model.safetensors", "umt5", umt5)
-    _write_vae(folder / "vae/diffusion_pytorch_model.safetensors", spec)
+    vae = WanVAE(spec.vae)
+    randomise(vae, 0)
+    checkpoint.save(vae, folder / "vae/diffusion_pytorch_model.safetensors", component="vae", layout="diffusers")
     (folder / "tokenizer").mkdir()
     shutil.copy(TINY / "tokenizer/tokenizer.json", folder / "tokenizer")
     (folder / "wanfast.json").write_text(json.dumps(spec.to_json()))
@@ -87,14 +90,6 @@ def _write_holes(file: Path, component: Component, model: nn.Module) -> None:
     shapes = {checkpoint.rename_back(component, "diffusers", name): tensor.shape for name, tensor in state}
     with file.open("wb") as stream:
         sparse_model.write_holes(stream, shapes)
-
-
-def _write_vae(file: Path, spec: ModelSpec) -> None:
-    vae, generator = WanVAE(spec.vae).float(), torch.Generator().manual_seed(0)
-    for parameter in vae.parameters():
-        scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.3
-        parameter.data = torch.randn(parameter.shape, generator=generator) * scale
-    checkpoint.save(vae, file, component="vae", layout="diffusers")
 
 
 def _generate(folder: Path, scratch: Path, options: list[str]) -> dict[str, Any]:
@@ -149,10 +144,7 @@ def _vae_alone(folder: Path, size: list[int]) -> dict[str, dict[str, float]]:
 
 def _gpu_used_bytes() -> int:
     """0 where there is none."""
-    if not torch.cuda.device_count():
-        return 0
-    query = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0")
-    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
+    return sum(gpu.total_bytes - gpu.free_bytes for gpu in visible_gpus()[:1])
 
 
 if __name__ == "__main__":
