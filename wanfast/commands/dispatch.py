@@ -37,9 +37,8 @@ def have_done(
     document = {"verb": verb, "worker": _WORKERS[verb], "jobs": jobs}
     write_synced(folder / JOB, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     with progress_bars(enabled=show_progress) as on_progress:
-        if (
-            plans[0].mesh.size == 1 and verb != "warmup"
-        ):  # which compiles, or on a CPU works, too long to be uninterrupted
+        # A warmup has a process of its own: on a CPU one product may take minutes, in which no signal is handled.
+        if plans[0].mesh.size == 1 and verb != "warmup":
             results = _here(verb, folder, jobs, config.device, on_result, on_progress)
         else:
             outputs = [output for plan in plans for output in plan.outputs] if verb == "generate" else []

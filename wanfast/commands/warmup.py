@@ -15,7 +15,7 @@ from wanfast.runtime.config import GenerateConfig, parse_size
 from wanfast.runtime.errors import from_failure
 from wanfast.runtime.next_step import WARMUP_OPTIONS
 from wanfast.runtime.packages import require_attention
-from wanfast.runtime.placement import place
+from wanfast.runtime.placement import is_cpu_for_want_of_a_gpu, place
 from wanfast.runtime.plan import Plan, effective
 
 _SHAPE_ALONE = {"image": "of no picture", "prompt": "none"}  # what a request needs and a warmup does not
@@ -52,7 +52,7 @@ def warmup(
     given = options.given(context, set(WARMUP_OPTIONS))
     plan, image_size = planned(given)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
-    if device is None and plan.config.device == "cpu" and plan.spec.name != "tiny":
+    if is_cpu_for_want_of_a_gpu(device, plan):
         note = "no GPU was found, so a block is compiled and run on the CPU, which takes long at this size"
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {note}")
     job = {

@@ -62,7 +62,7 @@ class ResidentExperts:
 
     def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
         model = self._experts[expert]
-        if returning := [parameter for parameter in model.parameters() if parameter in self._away]:
+        if self._away and (returning := self._away.intersection(model.parameters())):
             free_memory(self._device)
             self._fetch(returning)
         return model, lambda index: None
@@ -90,10 +90,10 @@ class ResidentExperts:
         return chosen
 
     @torch.inference_mode(False)  # tensors born in it are others to the compiler, which would compile anew
-    def _fetch(self, parameters: list[nn.Parameter]) -> None:
+    def _fetch(self, parameters: set[nn.Parameter]) -> None:
         for parameter in parameters:
             parameter.data = self._host[parameter].to(self._device, non_blocking=True, copy=True)
-            self._away.remove(parameter)
+        self._away -= parameters
 
     @torch.inference_mode(False)
     def _let_go(self, parameters: list[nn.Parameter]) -> int:

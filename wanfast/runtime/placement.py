@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanfast.runtime import gpus, memory
-from wanfast.runtime.config import EffectiveConfig, GenerateConfig, Precision, Recipe, Switch, in_8_bits
+from wanfast.runtime.config import Device, EffectiveConfig, GenerateConfig, Precision, Recipe, Switch, in_8_bits
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.memory import gb
@@ -61,15 +61,9 @@ def place(requests: Sequence[GenerateConfig], plans: Sequence[Plan]) -> list[Pla
     free, said = _free_bytes(plans[0].config, num_gpus)
     need = _need(plans, mesh)
     here = min(num_gpus, mesh.gang_size * len(plans))  # ranks that this machine starts
-    dit_fsdp, expert_offload, why = _place_experts(
-        request,
-        need,
-        mesh.gang_size,
-        here,
-        free,
-        plans[0].config,
-        quantized=any(in_8_bits(plan.config.quantize) for plan in plans),
-    )
+    on_hosts = on_host(need, mesh.gang_size, here, free)
+    barred = _barred(request, plans, need, mesh.gang_size, on_hosts)
+    dit_fsdp, expert_offload, why = _place_experts(request, plans[0].config, need, mesh.gang_size, free, barred)
     t5_fsdp = _shard_umt5(request, need, mesh.gang_size, free)
     reason = f"{why}, {gb(free)} {said}"
     chosen: dict[str, Any] = {
@@ -175,23 +169,16 @@ def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
 
 
 def _place_experts(
-    request: GenerateConfig,
-    need: Need,
-    ranks: int,
-    ranks_here: int,
-    free: int,
-    config: EffectiveConfig,
-    *,
-    quantized: bool,
+    request: GenerateConfig, config: EffectiveConfig, need: Need, ranks: int, free: int, barred: dict[str, str]
 ) -> tuple[Switch, Switch, str]:
-    """(--dit-fsdp, --expert-offload, why); `ranks` to a video, `ranks_here` on this machine."""
-    held, barred = modes(need, ranks), _barred(request, need, ranks, ranks_here, free, config, quantized)
+    """(--dit-fsdp, --expert-offload, why); `ranks` to a video."""
+    held, why_cpu = modes(need, ranks), _why_cpu(request) if config.device == "cpu" else ""
     for asked, option, mode in (
         (request.dit_fsdp, "--dit-fsdp", "sharded"),
         (request.expert_offload, "--expert-offload", "offloaded"),
     ):
         if asked == "on" and mode in barred:
-            raise ConfigError(f"{option} on: {barred[mode]}")
+            raise ConfigError(f"{option} on: {barred[mode]}{why_cpu}")
         if asked == "on":
             return *_SWITCHES[mode], f"experts {mode} as asked: {gb(held[mode])}"
     for mode, size in held.items():
@@ -208,7 +195,7 @@ def _place_experts(
     )
     raise ConfigError(
         f"--model {request.model} --precision {config.precision}: a rank would hold {ways}, and {gb(free)} are free: "
-        f"take more or larger GPUs, or a smaller --size{_why_cpu(request) if config.device == 'cpu' else ''}"
+        f"take more or larger GPUs, or a smaller --size{why_cpu}"
     )
 
 
@@ -221,13 +208,7 @@ _SWITCHES: dict[str, tuple[Switch, Switch]] = {
 
 
 def _barred(
-    request: GenerateConfig,
-    need: Need,
-    ranks: int,
-    ranks_here: int,
-    free: int,
-    config: EffectiveConfig,
-    quantized: bool,
+    request: GenerateConfig, plans: Sequence[Plan], need: Need, ranks: int, on_hosts: dict[str, int]
 ) -> dict[str, str]:
     """The modes that cannot be, whatever the GPUs' memory, and why."""
     barred = {}
@@ -239,12 +220,12 @@ def _barred(
         barred["sharded"] = "a video has one rank: add --num-gpus, or take --expert-offload on"
     elif request.dit_fsdp == "off":
         barred["sharded"] = "switched off"
-    elif quantized:
+    elif any(in_8_bits(plan.config.quantize) for plan in plans):
         barred["sharded"] = "quantized experts are not sharded"
     host_free = memory.available_host_bytes()
-    for mode, size in on_host(need, ranks, ranks_here, free).items():
-        if config.device == "cpu":
-            barred[mode] = f"with --device cpu there is no GPU to move experts off: drop it{_why_cpu(request)}"
+    for mode, size in on_hosts.items():
+        if plans[0].config.device == "cpu":
+            barred[mode] = "with --device cpu there is no GPU to move experts off"
         elif mode == "offloaded" and request.expert_offload == "off":
             barred[mode] = "switched off"
         elif mode not in barred and size > host_free:
@@ -299,6 +280,11 @@ def _free_bytes(config: EffectiveConfig, num_gpus: int) -> tuple[int, str]:
     return min(gpu.free_bytes for gpu in found), "free a GPU"
 
 
+def is_cpu_for_want_of_a_gpu(asked: Device | None, plan: Plan) -> bool:
+    """Whether one would have expected a GPU: the tiny model is at home on a CPU."""
+    return asked is None and plan.config.device == "cpu" and plan.spec.name != "tiny"
+
+
 def placement_notes(request: GenerateConfig, plans: Sequence[Plan]) -> list[str]:
     """What a person could not guess of where it runs."""
     plan, notes = plans[0], []
@@ -306,7 +292,7 @@ def placement_notes(request: GenerateConfig, plans: Sequence[Plan]) -> list[str]
     if idle := max(0, mesh.replica - num_videos) * mesh.gang_size:
         ranks = "1 rank" if mesh.gang_size == 1 else f"{mesh.gang_size} ranks"
         notes.append(f"{idle} of {mesh.size} ranks have nothing to do: {num_videos} to make, {ranks} each")
-    if request.device is None and plan.config.device == "cpu" and plan.spec.name != "tiny":
+    if is_cpu_for_want_of_a_gpu(request.device, plan):
         held = modes(_need(plans, mesh), mesh.gang_size)["resident"]
         short = "" if held <= memory.available_host_bytes() else f", whose memory its {gb(held)} do not fit into"
         notes.append(f"no GPU was found, so this is planned for the CPU{short}")
