@@ -39,7 +39,7 @@ from wanfast.runtime import hardware
 from wanfast.runtime.checkpoint import rename_back
 from wanfast.runtime.compilation import compile_blocks
 from wanfast.runtime.distributed.mesh import Mesh
-from wanfast.runtime.distributed.ranks import Ranks, gang
+from wanfast.runtime.distributed.ranks import Ranks, rank_group
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.model_spec import A14B, DiTSpec
 from wanfast.runtime.models.attention import WholeSequence, attention_by
@@ -102,7 +102,9 @@ def main() -> None:
 
 
 def _shared(options: argparse.Namespace) -> None:
-    with gang("cuda" if torch.cuda.is_available() else "cpu", Mesh(ulysses=options.ranks), timeout_s=300) as ranks:
+    with rank_group(
+        "cuda" if torch.cuda.is_available() else "cpu", Mesh(ulysses=options.ranks), timeout_s=300
+    ) as ranks:
         measure(options, ranks)
 
 

@@ -2,7 +2,7 @@
 
 The checkpoint is tests/sparse_model.py's: its values are holes, so no disk is read and no download is needed, while
 everything after the disk is the real thing: page cache, copies, casts, exchanges. Each rank is a fresh process, so that
-its peak memory is its own; what it holds is compared with the checkpoint's marks, but for what a recipe made of them.
+its peak memory is its own; what it holds is compared with the checkpoint's marks, but for what a scheme made of them.
 The last line is one JSON document.
 """
 
@@ -28,9 +28,9 @@ from tests import sparse_model
 from tests.counted_reads import counting
 from wanfast.runtime import builders, checkpoint, hardware, memory, metadata, model_files, quantize
 from wanfast.runtime.artifacts import ArtifactStore
-from wanfast.runtime.config import QuantizeConfig, Recipe
+from wanfast.runtime.config import QuantizeConfig, Scheme
 from wanfast.runtime.distributed.mesh import Mesh
-from wanfast.runtime.distributed.ranks import Ranks, gang
+from wanfast.runtime.distributed.ranks import Ranks, rank_group
 from wanfast.runtime.memory import gb
 from wanfast.runtime.model_spec import A14B
 from wanfast.runtime.quantized_artifacts import QuantizedExpert
@@ -42,11 +42,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the reading, a GPU each")
     parser.add_argument("--fsdp", action="store_true", help="each rank keeps its own rows alone, of several ranks")
-    parser.add_argument("--recipe", choices=get_args(Recipe), help="quantize it first, and load what that kept")
+    parser.add_argument("--scheme", choices=get_args(Scheme), help="quantize it first, and load what that kept")
     parser.add_argument("--experts", type=int, choices=(1, 2), default=1, help="2 read the one file twice: of one size")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is or will be; by default it does not stay")
     options = parser.parse_args()
-    if options.fsdp and options.recipe:
+    if options.fsdp and options.scheme:
         parser.error("--fsdp is of experts that are not quantized: drop one of the two")
     if options.fsdp and options.ranks == 1:
         parser.error("--fsdp shards among several ranks: add --ranks")
@@ -54,10 +54,10 @@ def main() -> None:
         options.folder = options.folder or Path(scratch)
         if not (options.folder / "high_noise_model").exists():
             sparse_model.write(options.folder, dataclasses.replace(A14B.dit, num_layers=options.layers))
-        if options.recipe:
+        if options.scheme:
             wanted = QuantizeConfig(
                 model=str(options.folder),
-                recipe=options.recipe,
+                scheme=options.scheme,
                 expert="high",
                 device=options.device,
                 artifacts_dir=str(options.folder / "artifacts"),
@@ -75,7 +75,7 @@ def _quantize(_: int, wanted: QuantizeConfig) -> None:
 def _measure(options: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
     hardware.prepare(options.device, "bf16", None)
-    with gang(options.device, Mesh(ulysses=options.ranks), timeout_s=300) as ranks:
+    with rank_group(options.device, Mesh(ulysses=options.ranks), timeout_s=300) as ranks:
         figures = ranks.gather(_load(options, ranks))
         if ranks.is_leader:
             _report(options, figures)
@@ -90,7 +90,7 @@ def _load(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     checkpoint._SafetensorsReader.rows = counting(read)
     start = time.perf_counter()
     store = ArtifactStore(options.folder / "artifacts")
-    kept = QuantizedExpert(store, files, "high_noise", options.recipe, str(options.folder)) if options.recipe else None
+    kept = QuantizedExpert(store, files, "high_noise", options.scheme, str(options.folder)) if options.scheme else None
     models = [
         builders.build_expert(files, "high_noise", "bf16", ranks, quantized=kept, sharded=options.fsdp)
         for _ in range(options.experts)
@@ -99,8 +99,8 @@ def _load(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     peak_gpu = hardware.peak_memory_bytes("cuda") if options.device == "cuda" else None
-    # The marks are of values as they were published: what a recipe made of them is not looked at.
-    wrong = None if options.recipe else sparse_model.wrong_tensors(models[-1], ranks.rank, ranks.size)
+    # The marks are of values as they were published: what a scheme made of them is not looked at.
+    wrong = None if options.scheme else sparse_model.wrong_tensors(models[-1], ranks.rank, ranks.size)
     peak_rss = hardware.peak_memory_bytes(
         "cpu"
     )  # after all values were looked at: some might not have been read before
@@ -116,18 +116,18 @@ def _load(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 def _report(options: argparse.Namespace, figures: list[dict[str, Any]]) -> None:
     spec = dataclasses.replace(A14B.dit, num_layers=options.layers)
     seconds = max(rank["seconds"] for rank in figures)
-    held = options.experts * memory.expert_bytes(spec, "bf16", options.recipe)
+    held = options.experts * memory.expert_bytes(spec, "bf16", options.scheme)
     read = sum(rank["read_bytes"] for rank in figures)
     how = f"{options.experts} expert(s), {options.layers} of {A14B.dit.num_layers} layers on {options.device}, "
     how += f"{options.ranks} rank(s)"
-    how += f", {options.recipe}" if options.recipe else ""
+    how += f", {options.scheme}" if options.scheme else ""
     peaks = [f"peak RSS {gb(max(rank['peak_rss_bytes'] for rank in figures))}"]
     if options.device == "cuda":
         peaks.append(f"peak GPU {gb(max(rank['peak_gpu_bytes'] for rank in figures))}")
     print(f"{how}{', FSDP' if options.fsdp else ''}: {gb(read)} in {seconds:.1f} s, {read / 1e9 / seconds:.2f} GB/s")
     print(f"{' and '.join(peaks)} a rank; the model is {gb(held)}")
-    if options.recipe:
-        print("what a recipe made is not looked at: null in wrong_tensors")
+    if options.scheme:
+        print("what a scheme made is not looked at: null in wrong_tensors")
     for rank, found in enumerate(figures):
         if found["wrong_tensors"]:
             print(f"rank {rank} holds wrong values in {len(found['wrong_tensors'])} tensors")
@@ -136,7 +136,7 @@ def _report(options: argparse.Namespace, figures: list[dict[str, Any]]) -> None:
         "experts": options.experts,
         "ranks": options.ranks,
         "fsdp": options.fsdp,
-        "recipe": options.recipe,
+        "scheme": options.scheme,
         "read_bytes": read,
         "model_bytes": held,
         "seconds": seconds,

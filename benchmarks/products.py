@@ -79,14 +79,14 @@ def measure(spec: DiTSpec, num_tokens: int, rounds: int, with_torchao: bool) -> 
 
 def torchao_linears(weight: Tensor, bias: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     """Quantizing the tokens and the product, as torchao would have a model do it."""
-    recipes = {"torchao int8": Int8DynamicActivationInt8WeightConfig()}
+    schemes = {"torchao int8": Int8DynamicActivationInt8WeightConfig()}
     if weight.is_cuda:  # its float8 refuses CPUs
-        recipes["torchao float8"] = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+        schemes["torchao float8"] = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     found = {}
-    for name, recipe in recipes.items():
+    for name, scheme in schemes.items():
         linear = torch.nn.Linear(*reversed(weight.shape), device=weight.device, dtype=weight.dtype)
         linear.weight.data, linear.bias.data = weight, bias
-        quantize_(linear, recipe)
+        quantize_(linear, scheme)
         found[name] = torch.compile(linear, fullgraph=True, dynamic=False)
     return found
 

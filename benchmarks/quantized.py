@@ -1,10 +1,10 @@
-"""One forward of one expert by each recipe of `wanfast quantize`, against our own in bf16, in the same run.
+"""One forward of one expert by each scheme of `wanfast quantize`, against our own in bf16, in the same run.
 
     python benchmarks/quantized.py                                  # A14B's 40 layers at 1280x720x81, one GPU
     python benchmarks/quantized.py --layers 3 --grid 2 32 32 --device cpu     # the errors alone, on any machine
     python benchmarks/quantized.py --tiny                           # to see that it runs
 
-All recipes quantize the same random weights; ways are taken in turn and the median counts. The error of a layer is that
+All schemes quantize the same random weights; ways are taken in turn and the median counts. The error of a layer is that
 of what it adds to the stream, against the same layer in float32 with the weights that were quantized, both given the
 stream of the bf16 model. The last line is one JSON document.
 """
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from wanfast.runtime import hardware
 from wanfast.runtime.compilation import compile_blocks
-from wanfast.runtime.config import Recipe
+from wanfast.runtime.config import Scheme
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.model_spec import A14B, DiTSpec
@@ -34,7 +34,7 @@ from wanfast.runtime.models.dit import Stream, WanDiT
 from wanfast.runtime.models.quantized import QuantizedLinear
 from wanfast.runtime.quantization import quantize, quantize_linears, scale_of
 
-RECIPES = [recipe for recipe in get_args(Recipe) if recipe != "bf16"]
+SCHEMES = [scheme for scheme in get_args(Scheme) if scheme != "bf16"]
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=A14B.dit.num_layers)
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 90, 160), help="latent frames, height, width")
     parser.add_argument("--kernel", default=None, help="attention  [default: fa3 on a GPU, flash on a CPU]")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--error-layers", type=int, default=3, help="their streams are kept, 1.5 GB each")
     parser.add_argument("--profile", action="store_true")
@@ -61,7 +61,7 @@ def measure(options: argparse.Namespace) -> None:
     hardware.prepare(options.device, "bf16", None)
     inputs = random_inputs(spec, tuple(options.grid), options.device)
     exact = random_expert(spec, torch.bfloat16, options.device, attend=attention_by(options.kernel))
-    models = {"bf16": exact, **{recipe: quantized(exact, recipe, options.kernel) for recipe in options.recipes}}
+    models = {"bf16": exact, **{scheme: quantized(exact, scheme, options.kernel) for scheme in options.schemes}}
     errors = dict(_errors(models, inputs, min(options.error_layers, spec.num_layers)))
     ways = []
     for name, model in models.items():
@@ -91,16 +91,16 @@ def measure(options: argparse.Namespace) -> None:
     print(json.dumps({**facts, "ways": rows, "profiles": tables, **found}), flush=True)
 
 
-def quantized(exact: WanDiT, recipe: Recipe, kernel: str) -> WanDiT:
+def quantized(exact: WanDiT, scheme: Scheme, kernel: str) -> WanDiT:
     """The model with its linears quantized, all else its own."""
     with torch.device("meta"):
         model = WanDiT(exact.spec, torch.bfloat16, attend=attention_by(kernel))
-        quantize_linears(model, recipe, torch.bfloat16)
+        quantize_linears(model, scheme, torch.bfloat16)
     held = exact.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             weight = f"{name}.weight"
-            held[weight], held[scale_of(weight)] = quantize(exact.state_dict()[weight], recipe)
+            held[weight], held[scale_of(weight)] = quantize(exact.state_dict()[weight], scheme)
     model.load_state_dict(held, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 

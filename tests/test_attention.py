@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.conftest import Machine, Outcome
-from tests.gang import on_gang
+from tests.on_ranks import on_ranks
 from tests.parity import randomise, relative_error
 from wanfast.runtime import attention_probe, hardware
 from wanfast.runtime.compilation import compile_blocks
@@ -190,7 +190,7 @@ def test_a_kernel_that_one_rank_lacks_is_refused_on_all() -> None:
         except ConfigError as error:
             return f"{error.is_agreed}: {error}"
 
-    first, second = on_gang(Mesh(ulysses=2), agreed)
+    first, second = on_ranks(Mesh(ulysses=2), agreed)
     assert first == second and "--attention auto: the first rank took flash, fails on another" in first
     assert first.startswith("True: ")
     assert attention_probe.agree("auto", Ranks("cpu"), torch.float32, 24).kernel == "flash"

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import Machine, Outcome
-from tests.gang import on_gang
+from tests.on_ranks import on_ranks
 from wanfast.commands.calibrate_magcache import planned
 from wanfast.magcache_calib import clips
 from wanfast.magcache_calib.ratios import against_preset, averaged
@@ -67,7 +67,7 @@ def test_a_curve_is_measured_kept_and_skipped_by(wanfast: Wanfast, folder: Path)
     assert plan["curve"] == made.document["effective"]["magcache"] == artifact.name
     high = made.document["plan"]["steps"]["high_noise"]
     skips = [False] * (high + 1) + [True, True, False, True, True][: 5 - high]
-    assert plan["skips_cond"] == plan["skips_uncond"] == skips
+    assert plan["skips_prompt"] == plan["skips_negative_prompt"] == skips
     assert (plan["total_forwards"], plan["skipped_forwards"]) == (12, 2 * sum(skips))
     repeated = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--json")
     assert repeated.document["output_sha256"] == made.document["output_sha256"]
@@ -136,7 +136,7 @@ def test_what_is_measured(mesh: Mesh) -> None:
             assert recorder.wants(0, "prompt") != recorder.wants(0, "negative_prompt")
         return recorder.measured(2)
 
-    for found in on_gang(mesh, work) if mesh.gang_size > 1 else [work(Ranks("cpu"))]:
+    for found in on_ranks(mesh, work) if mesh.group_size > 1 else [work(Ranks("cpu"))]:
         assert found[0] == {"prompt": None, "negative_prompt": None}
         ratios = second.double().norm(dim=-1) / first.double().norm(dim=-1)
         cosine = torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=-1)
@@ -220,7 +220,7 @@ def test_a_curve_of_another_run_is_refused(
         assert "or add --magcache-interpolate" in outcome.err
 
 
-def test_the_command_of_a_refusal_mends_it(wanfast: Wanfast, folder: Path) -> None:
+def test_the_command_of_a_refusal_fixes_it(wanfast: Wanfast, folder: Path) -> None:
     refused = wanfast(*DRY, "--magcache", "artifact", "--guidance-low-noise", "3")
     command = refused.err.split("`")[1].split()
     assert command[0] == "wanfast" and wanfast(*command[1:], "--set", "set").exit_code == 0
@@ -290,7 +290,7 @@ def test_a_dry_run_shows_the_plan(wanfast: Wanfast, machine: Machine, monkeypatc
     plan = short["plan"]["magcache"]
     assert plan == long["plan"]["magcache"]
     assert (plan["total_forwards"], plan["skipped_forwards"], plan["skipped_share"]) == (80, 22, 0.275)
-    assert "".join(".#"[not skip] for skip in plan["skips_cond"]) == "####################..#..#..#..#.#.#.###"
+    assert "".join(".#"[not skip] for skip in plan["skips_prompt"]) == "####################..#..#..#..#.#.#.###"
     assert short["predicted_s"] is None
     monkeypatch.setenv("COLUMNS", "120")
     said = wanfast(*A14B_SHOWN, "--magcache", "E012K2R20", "--magcache-rule", "both-experts", "--num-gpus", "8").out
@@ -316,12 +316,15 @@ def test_branches_on_different_ranks_take_their_turns_together() -> None:
     plan: dict[str, Any] = {
         "steps": {"high_noise": 1, "low_noise": 3},
         "guidance": {"high_noise": 1.0, "low_noise": 3.5},
-        "magcache": {"skips_cond": [False, False, True, True], "skips_uncond": [False, False, False, True]},
+        "magcache": {"skips_prompt": [False, False, True, True], "skips_negative_prompt": [False, False, False, True]},
         "mesh": {"cfg": 1},
     }
     assert past_runs.forwards_in_turn(plan) == [1, 2, 1, 0]
     assert past_runs.forwards_in_turn(plan | {"mesh": {"cfg": 2}}) == [1, 1, 1, 0]
     assert past_runs.forwards_in_turn(plan | {"magcache": None}) == [1, 2, 2, 2]
+    skips = plan["magcache"]
+    older = {"skips_cond": skips["skips_prompt"], "skips_uncond": skips["skips_negative_prompt"]}
+    assert past_runs.forwards_in_turn(plan | {"magcache": older}) == [1, 2, 1, 0]
 
 
 def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> None:
@@ -432,7 +435,7 @@ def test_how_branches_skip_is_settled_with_the_ranks(wanfast: Wanfast, machine: 
     (workdir / "two.json").write_text(json.dumps(two))
     again = ("generate", "--from", "two.json", "--dry-run", "--json")
     one = wanfast(*again, "--num-gpus", "1").document
-    names = ("skips_cond", "skips_uncond")
+    names = ("skips_prompt", "skips_negative_prompt")
     assert [one["plan"]["magcache"][name] for name in names] == [two["plan"]["magcache"][name] for name in names]
     budget = wanfast(*again, "--magcache-budget", "0.6").document["plan"]["magcache"]
     assert (budget["plan"], budget["rule"], budget["skipped_forwards"]) == ("least error", "both-experts", 32)
@@ -468,7 +471,7 @@ def test_residuals_are_in_the_plan(wanfast: Wanfast, machine: Machine) -> None:
     ("options", "code", "words"),
     [
         (["--steps", "1"], 2, "--steps 1: one step has none before it"),
-        (["--quantize", "int8-weight-only"], 3, "run `wanfast quantize --model tiny --recipe int8-weight-only"),
+        (["--quantize", "int8-weight-only"], 3, "run `wanfast quantize --model tiny --scheme int8-weight-only"),
         (["--verify"], 2, "--verify is of what `wanfast quantize` keeps"),
     ],
 )

@@ -68,10 +68,15 @@ def test_options_of_quantize_are_the_fields_of_its_config() -> None:
     parameters = {
         name: inspect.Parameter.empty if parameter.default is inspect.Parameter.empty else parameter.default
         for name, parameter in inspect.signature(quantize_command.quantize).parameters.items()
-        if name != "json_"
+        if name not in ("json_", "recipe")
     }
     fields = {field.name: field.default for field in dataclasses.fields(QuantizeConfig)}
-    assert parameters == fields | {"recipe": inspect.Parameter.empty}
+    assert parameters == fields | {"scheme": inspect.Parameter.empty}
+
+
+def test_the_old_spelling_of_a_scheme_is_refused_with_the_new_one(wanfast: Wanfast) -> None:
+    outcome = wanfast("quantize", "--recipe", "int8-dynamic")
+    assert (outcome.exit_code, outcome.err) == (2, "error: --recipe is now --scheme: write --scheme int8-dynamic\n")
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EffectiveConfig)])

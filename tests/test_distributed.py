@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from tests.gang import on_gang
+from tests.on_ranks import on_ranks
 from tests.parity import randomise, relative_error
 from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
-from wanfast.runtime.distributed.ranks import Ranks, gang
+from wanfast.runtime.distributed.ranks import Ranks, rank_group
 from wanfast.runtime.distributed.ulysses import Ulysses
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.model_spec import DiTSpec
@@ -41,7 +41,7 @@ def velocity(sequence: Sequence, grid: tuple[int, int, int]) -> torch.Tensor:
 def test_ulysses_equals_one_rank(ranks: int, grid: tuple[int, int, int]) -> None:
     with torch.no_grad():
         expected = velocity(WholeSequence(), grid)
-    for rank, got in enumerate(on_gang(Mesh(ulysses=ranks), lambda own: velocity(own.sequence, grid))):
+    for rank, got in enumerate(on_ranks(Mesh(ulysses=ranks), lambda own: velocity(own.sequence, grid))):
         error = relative_error(got, expected)
         print(f"ulysses {ranks}, {grid}, rank {rank}: relative error {error:.1e}")
         assert error <= 1e-5
@@ -60,7 +60,7 @@ def test_padded_keys_are_not_attended_to() -> None:
 
     with torch.no_grad():
         expected = velocity(WholeSequence(), grid)
-    assert relative_error(on_gang(Mesh(ulysses=4), attending_to_padding)[0], expected) > 1e-3
+    assert relative_error(on_ranks(Mesh(ulysses=4), attending_to_padding)[0], expected) > 1e-3
 
 
 def test_a_block_stays_one_graph_under_ulysses() -> None:
@@ -81,7 +81,7 @@ def test_a_block_stays_one_graph_under_ulysses() -> None:
 
     with torch.no_grad():
         expected = velocity(WholeSequence(), grid)
-    assert relative_error(on_gang(Mesh(ulysses=2), compiled)[1], expected) <= 1e-5
+    assert relative_error(on_ranks(Mesh(ulysses=2), compiled)[1], expected) <= 1e-5
 
 
 def test_each_block_is_gathered_by_itself() -> None:
@@ -91,7 +91,7 @@ def test_each_block_is_gathered_by_itself() -> None:
         fsdp.shard(model, "cpu")
         return [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
 
-    assert on_gang(Mesh(ulysses=2), units) == [["", "blocks.0", "blocks.1"]] * 2
+    assert on_ranks(Mesh(ulysses=2), units) == [["", "blocks.0", "blocks.1"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -144,12 +144,12 @@ def test_ranks_let_go_of_cuda_graphs_before_they_part(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", torch)
     if not recorded:
         monkeypatch.delitem(sys.modules, "torch._inductor.cudagraph_trees")
-    with gang("cpu", Mesh(ulysses=2), 60):
+    with rank_group("cpu", Mesh(ulysses=2), 60):
         events.clear()
     assert events == ["reset"] * recorded + ["destroy_process_group"]
 
 
-def test_ulysses_is_the_fastest_axis_of_a_gang() -> None:
+def test_ulysses_is_the_fastest_axis_of_a_rank_group() -> None:
     mesh = Mesh(replica=2, cfg=2, ulysses=4)
     assert mesh.lines("ulysses") == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert mesh.lines("cfg") == [[0, 4], [1, 5], [2, 6], [3, 7]]

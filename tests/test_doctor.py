@@ -21,7 +21,7 @@ import torch
 from tests.conftest import Outcome
 from wanfast.runtime import attention_probe, gpus, memory, metadata, model_files, quantized_artifacts
 from wanfast.runtime.artifacts import ArtifactStore
-from wanfast.runtime.config import Recipe, in_8_bits
+from wanfast.runtime.config import Scheme, in_8_bits
 from wanfast.runtime.gpus import Gpu
 from wanfast.runtime.model_files import A14B_DIFFUSERS_FOLDER, A14B_FOLDER, TINY
 from wanfast.runtime.quantized_artifacts import EXPERTS, QuantizedExpert
@@ -54,12 +54,12 @@ def pretend_weights(artifacts: Path) -> Path:
     return root
 
 
-def pretend_kept(artifacts: Path, recipe: Recipe) -> None:
+def pretend_kept(artifacts: Path, scheme: Scheme) -> None:
     """Both experts of `pretend_weights`, with nothing in them."""
     store, files = ArtifactStore(artifacts), model_files.locate("a14b", str(artifacts))
     for expert in EXPERTS:
-        wanted = QuantizedExpert(store, files, expert, recipe, "a14b")
-        made_by = quantized_artifacts.torchao_version() if in_8_bits(recipe) else None
+        wanted = QuantizedExpert(store, files, expert, scheme, "a14b")
+        made_by = quantized_artifacts.torchao_version() if in_8_bits(scheme) else None
         store.publish("quantized", wanted.inputs(made_by), lambda folder: (folder / "file").touch())
 
 
@@ -151,8 +151,8 @@ def test_the_table_shows_the_sums_that_placement_decides_by(wanfast: Wanfast, ma
         "29.0 one expert + 12.5 loop + 2.1 margin = 43.6, and 63.7 on the host: does not fit, 47.0 free" in outcome.out
     )
     assert "57.9 both experts + 23.0 decode + 2.1 margin = 83.1: does not fit, 47.0 free" in outcome.out
-    making_room = "57.9 both experts + 12.5 loop + 2.1 margin = 72.6, and {} on the host"
-    assert f"{making_room.format(36.1)}: does not fit, 47.0 free" in outcome.out  # what is missing
+    evicting = "57.9 both experts + 12.5 loop + 2.1 margin = 72.6, and {} on the host"
+    assert f"{evicting.format(36.1)}: does not fit, 47.0 free" in outcome.out  # what is missing
     machine(47.0, 47.0, 47.0, 47.0)
     outcome = wanfast("doctor")
     assert "14.5 share of both + 1.4 two blocks + 23.0 decode + 2.1 margin = 41.0: fits, 47.0 free" in outcome.out
@@ -161,13 +161,13 @@ def test_the_table_shows_the_sums_that_placement_decides_by(wanfast: Wanfast, ma
     assert "8 GPUs" not in outcome.out
     machine()
     outcome = wanfast("doctor")
-    assert f"{making_room.format('29.0')}: fits GPUs of 80 GB, 141 GB" in outcome.out
+    assert f"{evicting.format('29.0')}: fits GPUs of 80 GB, 141 GB" in outcome.out
     assert "83.1: fits GPUs of 141 GB" in outcome.out
     assert "43.6, and 63.7 on the host: fits GPUs of 48 GB, 80 GB, 141 GB" in outcome.out
 
 
 @pytest.mark.parametrize(
-    ("recipe", "sum_", "mode"),
+    ("scheme", "sum_", "mode"),
     [
         (None, "57.9 both experts + 23.0 decode + 2.1 margin = 83.1: does not fit, 56.0 free", "offloaded"),
         ("bf16", "57.9 both experts + 23.0 decode + 2.1 margin = 83.1: does not fit, 56.0 free", "offloaded"),
@@ -176,22 +176,22 @@ def test_the_table_shows_the_sums_that_placement_decides_by(wanfast: Wanfast, ma
     ],
 )
 def test_quantized_experts_fit_smaller_cards(
-    wanfast: Wanfast, workdir: Path, machine: Machine, recipe: Recipe | None, sum_: str, mode: str
+    wanfast: Wanfast, workdir: Path, machine: Machine, scheme: Scheme | None, sum_: str, mode: str
 ) -> None:
     machine(56.0)
     pretend_weights(workdir / "artifacts")
-    arguments = ["--quantize", recipe] if recipe else []
+    arguments = ["--quantize", scheme] if scheme else []
     assert sum_ in wanfast("doctor", *arguments).out
-    if recipe:
+    if scheme:
         step = examine(wanfast, *arguments)["next"]
-        assert step["command"] == f"wanfast quantize --model a14b --recipe {recipe}"
-        assert f"high_noise is not quantized by {recipe} yet" in step["why"]
-        pretend_kept(workdir / "artifacts", recipe)
+        assert step["command"] == f"wanfast quantize --model a14b --scheme {scheme}"
+        assert f"high_noise is not quantized by {scheme} yet" in step["why"]
+        pretend_kept(workdir / "artifacts", scheme)
     step = examine(wanfast, *arguments)["next"]
     assert f"experts {mode}" in step["why"]
-    assert (f"--quantize {recipe}" in step["command"]) == bool(recipe)
+    assert (f"--quantize {scheme}" in step["command"]) == bool(scheme)
     plan = dry_run(wanfast, step["command"])
-    assert (plan["quantize"], plan["expert_offload"]) == (recipe, "on" if mode == "offloaded" else "off")
+    assert (plan["quantize"], plan["expert_offload"]) == (scheme, "on" if mode == "offloaded" else "off")
 
 
 def test_a_kept_expert_that_was_changed_is_named(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
@@ -201,17 +201,17 @@ def test_a_kept_expert_that_was_changed_is_named(wanfast: Wanfast, workdir: Path
     for file in workdir.glob("artifacts/quantized/*/file"):
         file.unlink()
     step = examine(wanfast, "--quantize", "bf16")["next"]
-    assert step["command"] == "wanfast quantize --model a14b --recipe bf16"
+    assert step["command"] == "wanfast quantize --model a14b --scheme bf16"
     assert "was changed after it was made: remove it" in step["why"]
 
 
 def test_quantized_experts_are_not_sharded(wanfast: Wanfast, machine: Machine) -> None:
     machine(47.0, 47.0)
-    whole = {"resident", "making room", "offloaded"}
-    for recipe, modes in (("bf16", {*whole, "sharded"}), ("fp8-rowwise", whole)):
-        fit = examine(wanfast, "--quantize", recipe)["fit"]
+    whole = {"resident", "evicting", "offloaded"}
+    for scheme, modes in (("bf16", {*whole, "sharded"}), ("fp8-rowwise", whole)):
+        fit = examine(wanfast, "--quantize", scheme)["fit"]
         assert {way["mode"] for way in fit["ways"] if way["num_gpus"] == 2} == modes
-        assert fit["quantize"] == recipe and recipe in fit["expert_bytes"]
+        assert fit["quantize"] == scheme and scheme in fit["expert_bytes"]
     assert "14.9 in fp8-rowwise" in wanfast("doctor", "--quantize", "fp8-rowwise").out
 
 
@@ -248,7 +248,7 @@ def test_a_torch_that_cannot_use_the_gpu_comes_first(
     assert document["attention"]["kernels"] == {}
 
 
-def test_missing_weights_are_said_with_the_mend(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
+def test_missing_weights_are_said_with_the_fix(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
     machine(84.0)
     assert examine(wanfast)["next"]["command"] == "wanfast download"
     step = examine(wanfast, "--artifacts-dir", "my kept")["next"]

@@ -266,7 +266,7 @@ def test_files_that_are_whole_are_kept_and_a_short_one_comes_anew(wanfast: Wanfa
 REFUSALS: dict[str, tuple[tuple[int, str], int, str]] = {
     "401": ((401, ""), 2, "HF_TOKEN"),
     "403": ((403, ""), 2, "HF_TOKEN"),
-    "404": ((404, ""), 2, "mend the name"),
+    "404": ((404, ""), 2, "fix the name"),
     "gated": ((403, "GatedRepo"), 2, "is gated: accept its terms"),
     "500": ((500, ""), 3, "answers 500"),
 }

@@ -58,7 +58,7 @@ class Run:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def wait_for_steps(self, done: int = 1, replica: int = 0) -> dict[int, int]:
-        """Once a gang is in the middle of denoising: {rank: its process id}."""
+        """Once a rank group is in the middle of denoising: {rank: its process id}."""
         runs = self.folder / "artifacts/runs"
         for _ in range(600):
             time.sleep(0.1)
@@ -250,7 +250,7 @@ def test_ranks_die_with_a_launcher_that_is_killed(start: Start, workdir: Path) -
     rank, children = run.wait_for_steps()[0], run.children()
     psutil.Process(rank).parent().kill()
     code, _, err = run.end(20)
-    assert code == 5 and "the launcher of gang 0 failed" in err
+    assert code == 5 and "the launcher of rank group 0 failed" in err
     assert gone(children, 5) and only_inputs(workdir)
 
 
@@ -292,13 +292,15 @@ def test_progress_is_told_when_it_changes(tmp_path: Path) -> None:
     assert told == [(0, "low noise", 1, 4), (0, "low noise", 2, 4)]
 
 
-def test_results_that_come_with_the_launchers_end_are_told_and_no_gang_lacks_a_job(
+def test_results_that_come_with_the_launchers_end_are_told_and_no_rank_group_lacks_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "results/0.json").write_text('{"output": "out.mp4"}')
     started, told = [], []
-    monkeypatch.setattr(launch, "_launchers", lambda folder, gangs: started.append(gangs) or contextlib.nullcontext([]))
+    monkeypatch.setattr(
+        launch, "_launchers", lambda folder, groups: started.append(groups) or contextlib.nullcontext([])
+    )
     config = SimpleNamespace(num_gpus=8, cfg_parallel=2, ulysses=1, rdzv_endpoint=None)
     launch.run(tmp_path, config, 1, [], on_result=lambda *result: told.append(result), on_progress=lambda *state: None)
     assert (started, told) == ([1], [(0, {"output": "out.mp4"})])
@@ -309,7 +311,7 @@ def test_ranks_are_waited_for_before_their_files_are_removed(tmp_path: Path, mon
     threading.Thread(target=rank.wait).start()
     (tmp_path / "ranks/0-0").mkdir(parents=True)
     (tmp_path / "ranks/0-0/pid").write_text(str(rank.pid))
-    monkeypatch.setattr(launch, "_launchers", lambda folder, gangs: contextlib.nullcontext([]))
+    monkeypatch.setattr(launch, "_launchers", lambda folder, groups: contextlib.nullcontext([]))
     config = SimpleNamespace(num_gpus=1, cfg_parallel=1, ulysses=1, rdzv_endpoint=None)
     ignored = {"on_result": lambda *result: None, "on_progress": lambda *state: None}
     launch.run(tmp_path, config, 0, [tmp_path / "out.mp4"], **ignored)
@@ -344,16 +346,16 @@ def test_ranks_that_are_aborted_waited_only_if_that_long_passed(tmp_path: Path, 
             os.utime(own / name, (100 - idle_s, 100 - idle_s))
     known = {"exit_codes": {"0": -signal.SIGABRT}, "seconds": {"0": 100}, "stopped": []}
     (tmp_path / "ranks/0.json").write_text(json.dumps(known))
-    _, error = launch._error_of_gang(tmp_path, 0, SimpleNamespace(rank_timeout=5.0))
+    _, error = launch._error_of_group(tmp_path, 0, SimpleNamespace(rank_timeout=5.0))
     assert said in str(error)
 
 
-def test_a_gang_that_dies_leaves_the_others_at_work(start: Start, workdir: Path) -> None:
-    """Two gangs of two and three jobs: the one that is killed loses the video it was at, and no other."""
+def test_a_rank_group_that_dies_leaves_the_others_at_work(start: Start, workdir: Path) -> None:
+    """Two rank groups of two and three jobs: the one that is killed loses the video it was at, and no other."""
     lines = [{"steps": 1000, "output": "lost.mp4"}, {"steps": 3, "output": "a.mp4"}, {"steps": 3, "output": "b.mp4"}]
     (workdir / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     run = start(*SMALL, "--jobs", "jobs.jsonl", "--num-gpus", "4", "--cfg-parallel", "1", "--json")
-    for _ in range(600):  # the gang that took the first line
+    for _ in range(600):  # the rank group that took the first line
         time.sleep(0.1)
         at_work = {file.stem: json.loads(file.read_text()) for file in workdir.glob("artifacts/runs/*/progress/*.json")}
         if lost := [replica for replica, state in at_work.items() if state["job"] == 0 and state["done"] > 0]:
@@ -367,7 +369,7 @@ def test_a_gang_that_dies_leaves_the_others_at_work(start: Start, workdir: Path)
     assert (workdir / "a.mp4").exists() and (workdir / "b.mp4").exists() and not (workdir / "lost.mp4").exists()
 
 
-def test_a_gang_outlives_an_error_that_all_its_ranks_know_of(start: Start, workdir: Path) -> None:
+def test_a_rank_group_outlives_an_error_that_all_its_ranks_know_of(start: Start, workdir: Path) -> None:
     fault = """
 from wanfast.runtime import media_io
 from wanfast.runtime.errors import ConfigError
@@ -386,7 +388,7 @@ media_io.write_mp4 = full
     assert code == 6 and results[0]["error"] == "--output: no space left" and "error" not in results[1]
 
 
-def test_a_gang_that_cannot_load_leaves_the_list_to_the_others(start: Start, workdir: Path) -> None:
+def test_a_rank_group_that_cannot_load_leaves_the_list_to_the_others(start: Start, workdir: Path) -> None:
     fault = """
 import torch
 from wanfast.runtime import generate

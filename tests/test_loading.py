@@ -1,4 +1,4 @@
-"""Weights of true size in little memory, and the ranks of a gang that share their reading."""
+"""Weights of true size in little memory, and the ranks of a rank group that share their reading."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tests import sparse_model
-from tests.gang import on_gang
+from tests.on_ranks import on_ranks
 from wanfast.runtime import builders, checkpoint, memory, model_files
 from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.mesh import Mesh
@@ -65,7 +65,7 @@ def measured(folder: Path, *options: str) -> dict[str, Any]:
     return document
 
 
-def test_a_gang_reads_each_byte_about_once(tmp_path: Path, bytes_read: list[int]) -> None:
+def test_a_rank_group_reads_each_byte_about_once(tmp_path: Path, bytes_read: list[int]) -> None:
     sparse_model.write(tmp_path, SMALL, shard_bytes=50_000_000)
     files = model_files.locate(str(tmp_path), "artifacts")
     assert files.spec.dit == SMALL and len(files.weights("high_noise")) > 2
@@ -78,7 +78,7 @@ def test_a_gang_reads_each_byte_about_once(tmp_path: Path, bytes_read: list[int]
     assert work(Ranks("cpu"), sharded=False) == (total, [])
     bytes_read.clear()
     for sharded in (False, True):
-        for read, wrong in on_gang(Mesh(ulysses=2), lambda ranks: work(ranks, sharded)):  # noqa: B023 - run at once
+        for read, wrong in on_ranks(Mesh(ulysses=2), lambda ranks: work(ranks, sharded)):  # noqa: B023 - run at once
             print(f"2 ranks, FSDP {sharded}: {read / total:.3f} of {total / 1e6:.0f} MB read by one")
             assert not wrong
             assert total / 2 * 0.99 < read < total / 2 * 1.05  # what is small is read by all
@@ -115,7 +115,7 @@ def test_rows_that_the_ranks_do_not_divide(tmp_path: Path, ranks: int, sharded: 
         held = {name: whole(tensor) for name, tensor in module.state_dict().items()}
         return [name for name, tensor in held.items() if not torch.equal(tensor, stored[name].to(tensor.dtype))]
 
-    results = [work(Ranks("cpu"))] if ranks == 1 else on_gang(Mesh(ulysses=ranks), work)
+    results = [work(Ranks("cpu"))] if ranks == 1 else on_ranks(Mesh(ulysses=ranks), work)
     assert results == [[]] * ranks
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gang import on_gang
+from tests.on_ranks import on_ranks
 from tests.parity import relative_error
 from tests.small_model import blank_inputs, plan_small_model
-from tests.test_gangs import MESHES, final_latents, shown, with_options
+from tests.test_rank_groups import MESHES, final_latents, shown, with_options
 from wanfast.runtime import generate
 from wanfast.runtime.config import BRANCHES, GenerateConfig
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.experts import SwappedExperts
+from wanfast.runtime.experts import OffloadedExperts
 from wanfast.runtime.magcache_curves import Curve
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.models.dit import Block, WanDiT
@@ -80,7 +80,7 @@ def test_what_is_skipped_does_not_run(planned: tuple[Plan, ModelFiles], monkeypa
         for mesh in MESHES
         for fsdp in ("off", "on")
         for joint in ("on", "off")
-        if mesh.gang_size <= 4 and (mesh.cfg, fsdp, joint) != (2, "on", "off")  # which is refused
+        if mesh.group_size <= 4 and (mesh.cfg, fsdp, joint) != (2, "on", "off")  # which is refused
     ],
     ids=lambda value: shown(value) if isinstance(value, Mesh) else value,
 )
@@ -97,7 +97,7 @@ def test_every_mesh_skips_alike(planned: tuple[Plan, ModelFiles], mesh: Mesh, fs
         ulysses=mesh.ulysses,
     )
     assert sharded.skips == plan.skips
-    got = on_gang(mesh, lambda ranks: final_latents(sharded, files, ranks))
+    got = on_ranks(mesh, lambda ranks: final_latents(sharded, files, ranks))
     error = max(relative_error(latents, expected) for latents in got)
     print(f"{shown(mesh)}, FSDP {fsdp}, joint {joint}: relative error of the final latents {error:.1e}")
     assert error <= 1e-5
@@ -129,14 +129,14 @@ def test_branches_on_different_ranks_skip_together_by_default(planned: tuple[Pla
 
 
 @torch.inference_mode()
-def test_swapped_experts_skip_too(planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_experts_skip_too(planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each expert's weights come once, the blocks of the second behind the last call that runs the first one's."""
     plan, files = planned
     expected = final_latents(skipping(plan), files, Ranks("cpu"))
     events: list[str] = []
-    overwrite, forward = SwappedExperts._overwrite, Block.forward
+    overwrite, forward = OffloadedExperts._overwrite, Block.forward
 
-    def copied(self: SwappedExperts, expert: str, chosen: Callable[[str], bool]) -> None:
+    def copied(self: OffloadedExperts, expert: str, chosen: Callable[[str], bool]) -> None:
         events.extend(f"{expert} {name}" for name in self._parameters if chosen(name))
         overwrite(self, expert, chosen)
 
@@ -144,7 +144,7 @@ def test_swapped_experts_skip_too(planned: tuple[Plan, ModelFiles], monkeypatch:
         events.append("block")
         return forward(self, *arguments)
 
-    monkeypatch.setattr(SwappedExperts, "_overwrite", copied)
+    monkeypatch.setattr(OffloadedExperts, "_overwrite", copied)
     monkeypatch.setattr(Block, "forward", ran)
     got = final_latents(skipping(plan, expert_offload="on"), files, Ranks("cpu"))
     assert torch.equal(got, expected)
@@ -183,13 +183,13 @@ def test_compiled_blocks_stay_one_graph(planned: tuple[Plan, ModelFiles], monkey
     assert relative_error(got, expected) <= 1e-6
 
 
-@pytest.mark.parametrize("recipe", ["int8-weight-only", "int8-dynamic", "fp8-rowwise"])
-def test_quantized_experts_skip_too(planned: tuple[Plan, ModelFiles], recipe: str) -> None:
+@pytest.mark.parametrize("scheme", ["int8-weight-only", "int8-dynamic", "fp8-rowwise"])
+def test_quantized_experts_skip_too(planned: tuple[Plan, ModelFiles], scheme: str) -> None:
     """By two ranks as by one: what is reused is the same residual."""
     plan, files = planned
-    plan = skipping(plan, precision="bf16", quantize=recipe, quantize_on_the_fly=True)
+    plan = skipping(plan, precision="bf16", quantize=scheme, quantize_on_the_fly=True)
     expected = final_latents(plan, files, Ranks("cpu"))
-    for latents in on_gang(Mesh(cfg=2), lambda ranks: final_latents(plan, files, ranks)):
+    for latents in on_ranks(Mesh(cfg=2), lambda ranks: final_latents(plan, files, ranks)):
         assert torch.equal(latents, expected)
 
 
@@ -200,5 +200,5 @@ def test_residuals_count_in_the_memory_of_a_rank(planned: tuple[Plan, ModelFiles
         need, without = (needed(spec, "bf16", geometry, mesh, num_residuals=number) for number in (2, 0))
         assert need.residuals == 2 * 4 * spec.dit.dim * tokens and without.residuals == 0
         need, without = (dataclasses.replace(each, decode=0) for each in (need, without))  # the loop needs the most
-        more, less = modes(need, mesh.gang_size), modes(without, mesh.gang_size)
+        more, less = modes(need, mesh.group_size), modes(without, mesh.group_size)
         assert {mode: more[mode] - less[mode] for mode in more} == dict.fromkeys(less, need.residuals)

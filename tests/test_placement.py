@@ -44,18 +44,18 @@ def test_bytes_of_the_models_are_those_of_their_parameters(precision: str) -> No
     [
         (1, 141, [], {}, "off", "off", "off", "experts resident"),
         (1, 84, [], {}, "off", "off", "off", "experts resident: 82.5 GB a rank"),
-        (1, 80, [], {}, "off", "off", "off", "experts making room: 72.3 GB a rank, not 82.5 GB"),
+        (1, 80, [], {}, "off", "off", "off", "experts evicting: 72.3 GB a rank, not 82.5 GB"),
         (1, 141, GRAPHS, {}, "off", "off", "off", "resident: 94.8 GB"),
         (1, 48, [], {}, "off", "off", "on", "experts offloaded: 43.4 GB"),
         (1, 84, ["--expert-offload", "on"], {}, "off", "off", "on", "as asked"),
-        (8, 80, ["--num-gpus", "8"], {"cfg": 2, "ulysses": 4}, "off", "off", "off", "experts making room"),
-        (8, 80, ["--num-gpus", "auto"], {"cfg": 2, "ulysses": 4}, "off", "off", "off", "experts making room"),
+        (8, 80, ["--num-gpus", "8"], {"cfg": 2, "ulysses": 4}, "off", "off", "off", "experts evicting"),
+        (8, 80, ["--num-gpus", "auto"], {"cfg": 2, "ulysses": 4}, "off", "off", "off", "experts evicting"),
         (8, 48, ["--num-gpus", "8"], {"cfg": 2, "ulysses": 4}, "on", "off", "off", "experts sharded"),
         (8, 84, ["--num-gpus", "8", "--dit-fsdp", "on"], {"cfg": 2, "ulysses": 4}, "on", "off", "off", "as asked"),
-        (8, 80, ["--num-gpus", "8", "--t5-fsdp", "on"], {"cfg": 2, "ulysses": 4}, "off", "on", "off", "making room"),
+        (8, 80, ["--num-gpus", "8", "--t5-fsdp", "on"], {"cfg": 2, "ulysses": 4}, "off", "on", "off", "evicting"),
         (2, 48, ["--num-gpus", "2", "--expert-offload", "on"], {"cfg": 2}, "off", "off", "on", "as asked"),
         (8, 13, ["--num-gpus", "8", "--size", "320x176"], {"cfg": 2, "ulysses": 4}, "on", "on", "off", "sharded"),
-        (8, 80, ["--num-gpus", "8", "--ulysses", "8"], {"ulysses": 8}, "off", "off", "off", "experts making room"),
+        (8, 80, ["--num-gpus", "8", "--ulysses", "8"], {"ulysses": 8}, "off", "off", "off", "experts evicting"),
         (1, 60, ["--quantize", "int8-dynamic"], {}, "off", "off", "off", "experts resident: 54.5 GB"),
         (1, 60, ["--quantize", "fp8-rowwise"], {}, "off", "off", "off", "experts resident: 54.5 GB"),
         (1, 32, ["--quantize", "fp8-rowwise", "--size", "832x480"], {}, "off", "off", "on", "experts offloaded"),
@@ -67,16 +67,16 @@ def test_bytes_of_the_models_are_those_of_their_parameters(precision: str) -> No
             "off",
             "off",
             "off",
-            "experts making room",
+            "experts evicting",
         ),
         (8, 48, ["--num-gpus", "8", "--quantize", "bf16"], {"cfg": 2, "ulysses": 4}, "on", "off", "off", "sharded"),
-        (8, 80, ["--num-gpus", "4", "--cfg-parallel", "1"], {"ulysses": 4}, "off", "off", "off", "making room"),
+        (8, 80, ["--num-gpus", "4", "--cfg-parallel", "1"], {"ulysses": 4}, "off", "off", "off", "evicting"),
         (
             8,
             80,
             ["--num-gpus", "8", "--guidance-high-noise", "1", "--guidance-low-noise", "1"],
             {"ulysses": 8},
-            *("off", "off", "off", "making room"),
+            *("off", "off", "off", "evicting"),
         ),
     ],
 )
@@ -135,7 +135,7 @@ def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("gpus", "gigabytes", "options", "words"),
     [
-        (1, 24, [], "a rank would hold resident 82.5 GB, making room 72.3 GB, offloaded 43.4 GB, and 24.0 GB are free"),
+        (1, 24, [], "a rank would hold resident 82.5 GB, evicting 72.3 GB, offloaded 43.4 GB, and 24.0 GB are free"),
         (1, 48, ["--expert-offload", "off"], "offloaded 43.4 GB (switched off)"),
         (8, 48, ["--num-gpus", "8", "--dit-fsdp", "off"], "(switched off)"),
         (1, 84, ["--dit-fsdp", "on"], "--dit-fsdp on: a video has one rank"),
@@ -198,21 +198,21 @@ def test_room_is_made_on_a_host_that_has_it(wanfast: Wanfast, machine: Machine) 
     machine(1, 80, host_gb=2)
     refused = wanfast(*A14B_DRY)
     assert refused.exit_code == 2
-    assert "resident 82.5 GB, making room 72.3 GB (needs 2.5 GB of the host, which has 2.0 GB free)" in refused.err
+    assert "resident 82.5 GB, evicting 72.3 GB (needs 2.5 GB of the host, which has 2.0 GB free)" in refused.err
     machine(1, 90, host_gb=2)
     assert "experts resident: 82.5 GB" in wanfast(*A14B_DRY).document["plan"]["placement"]
     machine(8, 80, host_gb=9)  # of four leaders, who decode at the same time
-    gangs = ("--num-gpus", "8", "--cfg-parallel", "2", "--ulysses", "1", "--jobs", "jobs.jsonl")
+    groups = ("--num-gpus", "8", "--cfg-parallel", "2", "--ulysses", "1", "--jobs", "jobs.jsonl")
     Path("jobs.jsonl").write_text("{}\n" * 4)
-    assert wanfast(*A14B_DRY, *gangs).document["results"][0]["plan"]["dit_fsdp"] == "on"
+    assert wanfast(*A14B_DRY, *groups).document["results"][0]["plan"]["dit_fsdp"] == "on"
     machine(8, 80, host_gb=11)
-    assert wanfast(*A14B_DRY, *gangs).document["results"][0]["plan"]["dit_fsdp"] == "off"
+    assert wanfast(*A14B_DRY, *groups).document["results"][0]["plan"]["dit_fsdp"] == "off"
     cpu = ("--device", "cpu", "--num-gpus", "8")  # no room is made there
     machine(0, 0, host_gb=8 * 66)
     assert "experts sharded" in wanfast(*A14B_DRY, *cpu).document["plan"]["placement"]
 
 
-def test_a_gang_may_keep_its_idle_experts_on_the_host(wanfast: Wanfast, machine: Machine) -> None:
+def test_a_rank_group_may_keep_its_idle_experts_on_the_host(wanfast: Wanfast, machine: Machine) -> None:
     """Two GPUs that half of both experts does not fit into beside the decoder."""
     machine(2, 46)
     plan = wanfast(*A14B_DRY, "--num-gpus", "2").document["plan"]
@@ -229,7 +229,7 @@ def test_the_fullest_gpu_decides(wanfast: Wanfast, machine: Machine, monkeypatch
 
 
 def test_only_ranks_that_start_take_of_the_host(wanfast: Wanfast, machine: Machine) -> None:
-    """Seven of eight gangs of one have no video, so nothing of them is pinned."""
+    """Seven of eight rank groups of one have no video, so nothing of them is pinned."""
     machine(8, 48, host_gb=100)
     plan = wanfast(*A14B_DRY, "--num-gpus", "8", "--cfg-parallel", "1", "--ulysses", "1").document["plan"]
     assert plan["expert_offload"] == "on"
@@ -251,7 +251,7 @@ def test_the_largest_video_of_a_list_decides(wanfast: Wanfast, machine: Machine,
     assert [result["plan"]["expert_offload"] for result in results] == ["on", "on"]
 
 
-def test_each_gang_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_group_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elastic.os, "environ", {})
     monkeypatch.setattr(elastic.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(elastic.gpus, "device_ids", lambda: ["4", "5", "6", "7"])
@@ -379,7 +379,7 @@ def test_who_hangs(tmp_path: Path, done: dict[int, int], gave_up: tuple[int, ...
     assert launch._behind(tmp_path, 0) == expected
 
 
-def test_a_job_gets_the_error_of_the_gang_that_took_it(tmp_path: Path) -> None:
+def test_a_job_gets_the_error_of_the_rank_group_that_took_it(tmp_path: Path) -> None:
     (tmp_path / "claims").mkdir()
     (tmp_path / "claims/0").write_text("0")
     errors = {0: (2, RankFailedError("second")), 1: (1, RankFailedError("first"))}

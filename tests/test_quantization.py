@@ -18,16 +18,16 @@ from torchao.quantization import (
 )
 
 from tests.conftest import Outcome
-from tests.gang import on_gang
+from tests.on_ranks import on_ranks
 from tests.one_expert import velocity, write_expert
 from tests.parity import relative_error
 from wanfast.runtime import checkpoint, memory, model_files, quantize
 from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.builders import build_expert
-from wanfast.runtime.config import QuantizeConfig, Recipe
+from wanfast.runtime.config import QuantizeConfig, Scheme
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.experts import SwappedExperts
+from wanfast.runtime.experts import OffloadedExperts
 from wanfast.runtime.model_spec import A14B, DiTSpec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.fused import quantize_tokens
@@ -38,7 +38,7 @@ from wanfast.runtime.quantization import quantize as quantize_weight
 from wanfast.runtime.quantized_artifacts import KEPT, QUANTIZED, QuantizedExpert
 
 Wanfast = Callable[..., Outcome]
-RECIPES: tuple[Recipe, ...] = ("int8-weight-only", "int8-dynamic", "fp8-rowwise")
+SCHEMES: tuple[Scheme, ...] = ("int8-weight-only", "int8-dynamic", "fp8-rowwise")
 TORCHAO = {
     "int8-weight-only": Int8WeightOnlyConfig(set_inductor_config=False),
     "int8-dynamic": Int8DynamicActivationInt8WeightConfig(set_inductor_config=False),
@@ -47,27 +47,27 @@ TORCHAO = {
 SPEC = DiTSpec(dim=64, ffn_dim=80, num_heads=4, num_layers=3, freq_dim=32, text_dim=24, text_len=16)
 
 
-def linear(recipe: Recipe, dtype: torch.dtype, *, gelu: bool = False) -> tuple[QuantizedLinear, nn.Linear]:
+def linear(scheme: Scheme, dtype: torch.dtype, *, gelu: bool = False) -> tuple[QuantizedLinear, nn.Linear]:
     """A quantized linear, and the one that it stands for."""
     torch.manual_seed(0)
     exact = nn.Linear(96, 40).requires_grad_(False)
-    made = QuantizedLinear(recipe, 96, 40, dtype, gelu=gelu)
-    made.weight.data, made.scale.data = quantize_weight(exact.weight.data, recipe)
+    made = QuantizedLinear(scheme, 96, 40, dtype, gelu=gelu)
+    made.weight.data, made.scale.data = quantize_weight(exact.weight.data, scheme)
     made.bias.data = exact.bias.data.to(dtype)
     return made, exact
 
 
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
 @torch.no_grad()
-def test_products_are_those_of_the_values(recipe: Recipe, dtype: torch.dtype, gelu: bool) -> None:
-    made, _ = linear(recipe, dtype, gelu=gelu)
+def test_products_are_those_of_the_values(scheme: Scheme, dtype: torch.dtype, gelu: bool) -> None:
+    made, _ = linear(scheme, dtype, gelu=gelu)
     x = torch.randn(2, 33, 96).to(dtype)
     out = made(x)
     tokens = x.double()
-    if recipe != "int8-weight-only":
-        values, scale = quantize_tokens(x, PRODUCTS[recipe][0])
+    if scheme != "int8-weight-only":
+        values, scale = quantize_tokens(x, PRODUCTS[scheme][0])
         tokens = values.double() * scale.double().unsqueeze(-1)
     expected = tokens @ dequantize(made.weight, made.scale).double().T + made.bias.double()
     if gelu:
@@ -88,20 +88,20 @@ def test_products_are_those_of_the_values(recipe: Recipe, dtype: torch.dtype, ge
     assert relative_error(out, expected) <= bound
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
 @torch.no_grad()
-def test_products_are_near_torchaos_and_near_the_exact_one(recipe: Recipe) -> None:
-    made, exact = linear(recipe, torch.float32)
+def test_products_are_near_torchaos_and_near_the_exact_one(scheme: Scheme) -> None:
+    made, exact = linear(scheme, torch.float32)
     x = torch.randn(33, 96)
     theirs = nn.Linear(96, 40).requires_grad_(False)
     theirs.load_state_dict(exact.state_dict())
-    quantize_(theirs, TORCHAO[recipe])
+    quantize_(theirs, TORCHAO[scheme])
     assert torch.equal(made.weight, theirs.weight.qdata)
     assert torch.equal(made.scale, theirs.weight.scale.flatten())
     errors = [relative_error(out, exact(x).double()) for out in (made(x), theirs(x))]
-    print(f"{recipe}: relative error {errors[0]:.4f}, torchao's {errors[1]:.4f}")
-    assert 1e-3 < errors[0] < {"int8-weight-only": 0.006, "int8-dynamic": 0.012, "fp8-rowwise": 0.05}[recipe]
-    if recipe != "fp8-rowwise":  # there it quantizes no tokens on a CPU
+    print(f"{scheme}: relative error {errors[0]:.4f}, torchao's {errors[1]:.4f}")
+    assert 1e-3 < errors[0] < {"int8-weight-only": 0.006, "int8-dynamic": 0.012, "fp8-rowwise": 0.05}[scheme]
+    if scheme != "fp8-rowwise":  # there it quantizes no tokens on a CPU
         assert errors[0] < 1.2 * errors[1]
 
 
@@ -115,11 +115,11 @@ def test_rows_are_quantized_by_their_largest_value(dtype: torch.dtype) -> None:
     assert values[1].float().tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_weight_may_be_quantized_some_rows_at_a_time(recipe: Recipe) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_weight_may_be_quantized_some_rows_at_a_time(scheme: Scheme) -> None:
     weight = torch.randn(40, 96)
-    values, scale = quantize_weight(weight, recipe)
-    parts = [quantize_weight(rows, recipe) for rows in weight.split(7)]
+    values, scale = quantize_weight(weight, scheme)
+    parts = [quantize_weight(rows, scheme) for rows in weight.split(7)]
     assert torch.equal(values.float(), torch.cat([part for part, _ in parts]).float())
     assert torch.equal(scale, torch.cat([part for _, part in parts]))
 
@@ -137,12 +137,12 @@ def test_what_is_quantized_is_the_linears_of_the_blocks() -> None:
     assert memory.expert_bytes(A14B.dit, "bf16", "fp8-rowwise") < 0.52 * memory.expert_bytes(A14B.dit, "bf16")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
 @torch.no_grad()
 def test_norms_and_the_activation_quantize_for_the_products_after_them(
-    source: model_files.ModelFiles, recipe: Recipe, tmp_path: Path
+    source: model_files.ModelFiles, scheme: Scheme, tmp_path: Path
 ) -> None:
-    expert, _ = make(source, recipe, tmp_path / "store")
+    expert, _ = make(source, scheme, tmp_path / "store")
     model = build_expert(source, "high_noise", "bf16", Ranks("cpu"), quantized=expert)
     read: dict[str, type] = {}
     for name, module in model.blocks[1].named_modules():
@@ -152,7 +152,7 @@ def test_norms_and_the_activation_quantize_for_the_products_after_them(
     in_8_bits = {"self_attn.qkv", "cross_attn.q", "ffn.0", "ffn.2"}
     assert read.keys() == in_8_bits | {"self_attn.o", "cross_attn.k", "cross_attn.v", "cross_attn.o"}
     assert {name for name, kind in read.items() if kind is QuantizedTokens} == (
-        set() if recipe == "int8-weight-only" else in_8_bits
+        set() if scheme == "int8-weight-only" else in_8_bits
     )
 
 
@@ -170,26 +170,26 @@ def source(tmp_path: Path) -> model_files.ModelFiles:
     return write_expert(tmp_path / "source", SPEC)
 
 
-def make(source: model_files.ModelFiles, recipe: Recipe, store: Path) -> tuple[QuantizedExpert, dict[str, Any]]:
+def make(source: model_files.ModelFiles, scheme: Scheme, store: Path) -> tuple[QuantizedExpert, dict[str, Any]]:
     config = QuantizeConfig(
-        model=str(source.root), recipe=recipe, expert="high", device="cpu", artifacts_dir=str(store)
+        model=str(source.root), scheme=scheme, expert="high", device="cpu", artifacts_dir=str(store)
     )
     (result,) = quantize.run(config)
-    return QuantizedExpert(ArtifactStore(store), source, "high_noise", recipe, str(source.root)), result
+    return QuantizedExpert(ArtifactStore(store), source, "high_noise", scheme, str(source.root)), result
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, "bf16"])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "bf16"])
 @torch.no_grad()
 def test_kept_and_loaded_is_bit_for_bit_what_is_quantized_while_loading(
-    source: model_files.ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+    source: model_files.ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: Scheme
 ) -> None:
     monkeypatch.setattr(quantize, "SHARD_BYTES", 40_000)  # several shards
     monkeypatch.setattr(quantize, "_CHUNK_VALUES", 64 * 7)  # and weights in pieces
-    expert, result = make(source, recipe, tmp_path / "store")
+    expert, result = make(source, scheme, tmp_path / "store")
     assert len(list(Path(result["output"]).glob("*.safetensors"))) > 2
 
     def build(ranks: Ranks, on_the_fly: bool) -> Tensor:
-        quantized = None if recipe == "bf16" and on_the_fly else expert
+        quantized = None if scheme == "bf16" and on_the_fly else expert
         fly = on_the_fly and quantized is not None
         return velocity(build_expert(source, "high_noise", "bf16", ranks, quantized=quantized, on_the_fly=fly))
 
@@ -197,12 +197,12 @@ def test_kept_and_loaded_is_bit_for_bit_what_is_quantized_while_loading(
     assert torch.equal(build(Ranks("cpu"), on_the_fly=True), kept)
     exact = velocity(build_expert(source, "high_noise", "fp32", Ranks("cpu")))
     error = relative_error(kept, exact.double())
-    print(f"{recipe}: relative error of the velocity {error:.4f}")
-    assert 1e-4 < error < {"bf16": 0.02, "fp8-rowwise": 0.2}.get(recipe, 0.06)
+    print(f"{scheme}: relative error of the velocity {error:.4f}")
+    assert 1e-4 < error < {"bf16": 0.02, "fp8-rowwise": 0.2}.get(scheme, 0.06)
     monkeypatch.setattr(checkpoint, "_WORTH_SHARING", 1)  # small weights are shared too
     for on_the_fly in (False, True):
-        for got in on_gang(Mesh(ulysses=2), lambda ranks: build(ranks, on_the_fly)):  # noqa: B023 - run at once
-            assert relative_error(got, kept.double()) <= (2e-2 if recipe != "bf16" else 5e-3)
+        for got in on_ranks(Mesh(ulysses=2), lambda ranks: build(ranks, on_the_fly)):  # noqa: B023 - run at once
+            assert relative_error(got, kept.double()) <= (2e-2 if scheme != "bf16" else 5e-3)
 
 
 def test_of_what_is_kept_only_its_own_bytes_are_read(
@@ -219,7 +219,7 @@ def test_of_what_is_kept_only_its_own_bytes_are_read(
 
 
 @torch.no_grad()
-def test_quantized_experts_are_swapped_like_others(source: model_files.ModelFiles, tmp_path: Path) -> None:
+def test_quantized_experts_are_offloaded_like_others(source: model_files.ModelFiles, tmp_path: Path) -> None:
     expert, _ = make(source, "fp8-rowwise", tmp_path / "store")
 
     def build() -> WanDiT:
@@ -229,20 +229,20 @@ def test_quantized_experts_are_swapped_like_others(source: model_files.ModelFile
     for parameter in low.parameters():
         parameter.data = parameter.data.flip(0).contiguous()
     expected = {"high_noise": velocity(high), "low_noise": velocity(low)}
-    swapped = SwappedExperts({"high_noise": high, "low_noise": low}, "cpu")
+    swapped = OffloadedExperts({"high_noise": high, "low_noise": low}, "cpu")
     for name in ("high_noise", "low_noise", "high_noise"):
         model, _ = swapped.take(name)
         assert torch.equal(velocity(model), expected[name])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_block_stays_one_graph(recipe: Recipe) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_block_stays_one_graph(scheme: Scheme) -> None:
     """Alone and over two ranks, with weights of 8 bits."""
 
     def compiled(ranks: Ranks) -> Tensor:
         with torch.device("meta"):
             model = WanDiT(SPEC, torch.bfloat16, ranks.sequence)
-            quantize_linears(model, recipe, torch.bfloat16)
+            quantize_linears(model, scheme, torch.bfloat16)
         model.to_empty(device="cpu").requires_grad_(False)
         generator = torch.Generator().manual_seed(1)
         for name, parameter in model.named_parameters():
@@ -258,7 +258,7 @@ def test_a_block_stays_one_graph(recipe: Recipe) -> None:
             return torch.stack((velocity(model), eager))
 
     with torch.no_grad():
-        for got, eager in (compiled(Ranks("cpu")), *on_gang(Mesh(ulysses=2), compiled)):
+        for got, eager in (compiled(Ranks("cpu")), *on_ranks(Mesh(ulysses=2), compiled)):
             assert torch.isfinite(got).all() and relative_error(got, eager.double()) <= 1e-3
 
 

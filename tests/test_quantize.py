@@ -29,7 +29,7 @@ from wanfast.runtime.quantized_artifacts import QuantizedExpert
 Wanfast = Callable[..., Outcome]
 ROOT = Path(__file__).parents[1]
 TINY = ("--model", "tiny", "--device", "cpu")
-RECIPE = ("--recipe", "int8-dynamic")
+SCHEME = ("--scheme", "int8-dynamic")
 SMALL = ("--image", "cat.png", "--prompt", "a cat", "--seed", "1", "--size", "64x64", "--frames", "5", "--steps", "2")
 GENERATE = ("generate", *TINY, *SMALL, "--quantize", "int8-dynamic", "--json")
 
@@ -38,7 +38,7 @@ GENERATE = ("generate", *TINY, *SMALL, "--quantize", "int8-dynamic", "--json")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifacts folder that `quantize` filled."""
     folder = tmp_path_factory.mktemp("made")
-    done = run("quantize", *TINY, *RECIPE, "--json", cwd=folder)
+    done = run("quantize", *TINY, *SCHEME, "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "artifacts"
 
@@ -92,7 +92,7 @@ def test_two_ranks_share_what_is_kept(wanfast: Wanfast, workdir: Path, kept: Pat
 
 def test_goes_on_with_the_expert_that_is_missing(wanfast: Wanfast, workdir: Path, kept: Path) -> None:
     shutil.rmtree(kept)
-    outcome = wanfast("quantize", *TINY, *RECIPE, "--json")
+    outcome = wanfast("quantize", *TINY, *SCHEME, "--json")
     assert [result["was_there"] for result in outcome.document["results"]] == [False, True]
     lines = outcome.err.strip().splitlines()  # no bars in a pipe
     assert len(lines) == 2 and all("relative error of the weights 0.00" in line for line in lines)
@@ -103,7 +103,7 @@ def test_goes_on_with_the_expert_that_is_missing(wanfast: Wanfast, workdir: Path
 def test_without_it_the_command_is_named(wanfast: Wanfast, workdir: Path) -> None:
     outcome = wanfast(*GENERATE)
     assert outcome.exit_code == 3
-    assert "run `wanfast quantize --model tiny --recipe int8-dynamic`" in outcome.err
+    assert "run `wanfast quantize --model tiny --scheme int8-dynamic`" in outcome.err
     assert not list(workdir.glob("out*"))
     dry = wanfast(*GENERATE, "--dry-run")
     assert dry.exit_code == 0 and any("run `wanfast quantize" in note for note in dry.document["plan"]["notes"])
@@ -127,7 +127,7 @@ def test_what_was_changed_is_refused(wanfast: Wanfast, workdir: Path, kept: Path
     outcome = wanfast(*GENERATE, *(["--verify"] if damage == "flipped" else []))
     assert outcome.exit_code == 4 and f"{kept} was changed after it was made" in outcome.err, outcome.err
     assert not list(workdir.glob("out*"))
-    again = wanfast("quantize", *TINY, *RECIPE)  # verifies what is there
+    again = wanfast("quantize", *TINY, *SCHEME)  # verifies what is there
     assert again.exit_code == 4 and str(kept) in again.err
 
 
@@ -154,7 +154,7 @@ def test_without_torchao_the_artifact_of_the_latest_version_is_taken(
 @pytest.mark.parametrize("value", ["", " "], ids=["empty", "blank"])
 @pytest.mark.parametrize("command", ["quantize", "generate", "doctor"])
 def test_an_empty_place_is_refused(wanfast: Wanfast, workdir: Path, command: str, option: str, value: str) -> None:
-    own = {"quantize": (*TINY, *RECIPE), "generate": (*TINY, *SMALL), "doctor": ("--model", "tiny")}
+    own = {"quantize": (*TINY, *SCHEME), "generate": (*TINY, *SMALL), "doctor": ("--model", "tiny")}
     outcome = wanfast(command, *own[command], option, value)
     assert outcome.exit_code == 2 and outcome.err.startswith(f"error: {option} is empty"), outcome.err
     assert outcome.err.count("\n") == 1 and [path.name for path in workdir.iterdir()] == ["cat.png"]
@@ -167,7 +167,7 @@ def test_another_torchao_is_named(wanfast: Wanfast, workdir: Path, kept: Path, m
     assert outcome.exit_code == 3 and f"there is one by torchao {made_by}, and here is 9.9.9" in outcome.err
     monkeypatch.setattr(quantized_artifacts, "torchao_version", lambda: None)
     assert wanfast(*GENERATE).exit_code == 0  # what is kept runs without torchao
-    for arguments in (("quantize", *TINY, *RECIPE), (*GENERATE, "--quantize-on-the-fly", "--output", "fly.mp4")):
+    for arguments in (("quantize", *TINY, *SCHEME), (*GENERATE, "--quantize-on-the-fly", "--output", "fly.mp4")):
         outcome = wanfast(*arguments)
         assert outcome.exit_code == 2 and "pip install 'torchao" in outcome.err
 
@@ -175,32 +175,32 @@ def test_another_torchao_is_named(wanfast: Wanfast, workdir: Path, kept: Path, m
 def test_a_full_disk_leaves_nothing(wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(quantize.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
-        outcome = wanfast("quantize", *TINY, *RECIPE)
+        outcome = wanfast("quantize", *TINY, *SCHEME)
         assert outcome.exit_code == 2 and "are needed and 0.0 GB free" in outcome.err
 
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(quantize, "save_file", full)
-    outcome = wanfast("quantize", *TINY, *RECIPE)
+    outcome = wanfast("quantize", *TINY, *SCHEME)
     assert outcome.exit_code == 2 and "No space left on device" in outcome.err and "--artifacts-dir" in outcome.err
     assert [path.suffix for path in (workdir / "artifacts" / "quantized").iterdir()] == [".lock"]
 
 
 def test_what_stops_it_is_one_line(wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (workdir / "file").write_text("not a folder")
-    outcome = wanfast("quantize", *TINY, *RECIPE, "--artifacts-dir", str(workdir / "file"))
+    outcome = wanfast("quantize", *TINY, *SCHEME, "--artifacts-dir", str(workdir / "file"))
     assert outcome.exit_code == 2 and "--artifacts-dir" in outcome.err and outcome.err.count("\n") < 4
     with monkeypatch.context() as patched:
         patched.setattr(quantize, "find_spec", lambda name: None)
-        outcome = wanfast("quantize", *TINY, *RECIPE)
+        outcome = wanfast("quantize", *TINY, *SCHEME)
         assert outcome.exit_code == 2 and "needs matplotlib" in outcome.err and not (workdir / "artifacts").exists()
 
     def fails(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(checkpoint._SafetensorsReader, "rows", fails)
-    outcome = wanfast("quantize", *TINY, *RECIPE)
+    outcome = wanfast("quantize", *TINY, *SCHEME)
     assert outcome.exit_code == 4 and "model.safetensors: " in outcome.err and "cannot be read" in outcome.err
 
 
@@ -222,7 +222,7 @@ def test_what_excludes_each_other(wanfast: Wanfast, workdir: Path, options: list
 
 
 def test_two_at_once_make_one(workdir: Path) -> None:
-    command = [sys.executable, "-m", "wanfast", "quantize", *TINY, *RECIPE, "--expert", "high", "--json"]
+    command = [sys.executable, "-m", "wanfast", "quantize", *TINY, *SCHEME, "--expert", "high", "--json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     both = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -247,7 +247,7 @@ def true_sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_interrupt_leaves_nothing_half_done(true_sizes: Path, workdir: Path) -> None:
-    command = [sys.executable, "-m", "wanfast", "quantize", "--model", str(true_sizes), *RECIPE, "--expert", "high"]
+    command = [sys.executable, "-m", "wanfast", "quantize", "--model", str(true_sizes), *SCHEME, "--expert", "high"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, "--device", "cpu"], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -272,7 +272,7 @@ try:
 finally:
     print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
 """
-    command = ["quantize", "--model", str(true_sizes), "--recipe", "int8-weight-only", "--expert", "high"]
+    command = ["quantize", "--model", str(true_sizes), "--scheme", "int8-weight-only", "--expert", "high"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, *command, "--device", "cpu", "--json"],

@@ -80,7 +80,7 @@ def test_noise_of_the_two_devices_differs(wanfast: Wanfast, workdir: Path) -> No
     assert (workdir / "cpu.mp4").read_bytes() != (workdir / "cuda.mp4").read_bytes()
 
 
-def test_experts_make_room_for_a_decoder_that_does_not_fit(
+def test_experts_are_evicted_for_a_decoder_that_does_not_fit(
     wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And come back for the next video."""

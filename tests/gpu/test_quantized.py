@@ -15,7 +15,7 @@ from wanfast.runtime import model_files, quantize
 from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.builders import build_expert
 from wanfast.runtime.compilation import compile_blocks
-from wanfast.runtime.config import QuantizeConfig, Recipe
+from wanfast.runtime.config import QuantizeConfig, Scheme
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.model_spec import A14B
 from wanfast.runtime.models.dit import WanDiT
@@ -34,14 +34,14 @@ def on_gpu(model: WanDiT) -> Tensor:
     return velocity(model, (2, 32, 32), "cuda")
 
 
-@pytest.mark.parametrize("recipe", ["int8-weight-only", "int8-dynamic", "fp8-rowwise"])
+@pytest.mark.parametrize("scheme", ["int8-weight-only", "int8-dynamic", "fp8-rowwise"])
 @torch.inference_mode()
-def test_round_trip_and_compiled(source: model_files.ModelFiles, tmp_path: Path, recipe: Recipe) -> None:
+def test_round_trip_and_compiled(source: model_files.ModelFiles, tmp_path: Path, scheme: Scheme) -> None:
     config = QuantizeConfig(
-        model=str(source.root), recipe=recipe, expert="high", device="cuda", artifacts_dir=str(tmp_path)
+        model=str(source.root), scheme=scheme, expert="high", device="cuda", artifacts_dir=str(tmp_path)
     )
     list(quantize.run(config))
-    expert = QuantizedExpert(ArtifactStore(tmp_path), source, "high_noise", recipe, str(source.root))
+    expert = QuantizedExpert(ArtifactStore(tmp_path), source, "high_noise", scheme, str(source.root))
     kept, on_the_fly = (
         build_expert(source, "high_noise", "bf16", Ranks("cuda"), quantized=expert, on_the_fly=fly)
         for fly in (False, True)
@@ -52,5 +52,5 @@ def test_round_trip_and_compiled(source: model_files.ModelFiles, tmp_path: Path,
     assert 1e-4 < relative_error(expected, exact.double()) < 0.1
     compile_blocks(kept, "default")
     error = relative_error(on_gpu(kept), expected.double())
-    print(f"{recipe}: {relative_error(expected, exact.double()):.4f}; compiled {error:.5f}")
+    print(f"{scheme}: {relative_error(expected, exact.double()):.4f}; compiled {error:.5f}")
     assert error < 0.01

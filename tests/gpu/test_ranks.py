@@ -20,7 +20,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 
 
 @one_gpu
-def test_swapped_experts_make_the_same_file(wanfast: Wanfast, workdir: Path) -> None:
+def test_offloaded_experts_make_the_same_file(wanfast: Wanfast, workdir: Path) -> None:
     (workdir / "jobs.jsonl").write_text('{"output": "a.mp4"}\n{"output": "b.mp4"}\n')  # the second swaps back first
     made = {}
     for offload in ("off", "on"):

@@ -146,7 +146,7 @@ def _measured(
             write_clip(store, inputs[missing[index]], result)
 
     if missing:
-        results = dispatch.have_done(
+        results = dispatch.run_jobs(
             "calibrate-magcache",
             [Planned(Request(given), plans[index]).job() for index in missing],
             [plans[index] for index in missing],

@@ -22,7 +22,7 @@ Document = dict[str, Any]
 OnResult = Callable[[int, Document], None]
 
 
-def have_done(
+def run_jobs(
     verb: Verb,
     jobs: list[Document],
     plans: list[Plan],

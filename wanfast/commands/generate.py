@@ -104,7 +104,7 @@ def run(planned: list[Planned], report: Report, artifacts_dir: str) -> list[dict
     ready = [item for item in planned if item.plan is not None]
     worked: list[dict[str, Any]] = []
     if ready:
-        worked = dispatch.have_done(
+        worked = dispatch.run_jobs(
             "generate",
             [item.job() for item in ready],
             [item.plan for item in ready if item.plan],

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wanfast.runtime.config import Attention, CompileMode, Device, MagCacheRule, Precision, Recipe, Solver, Switch
+from wanfast.runtime.config import Attention, CompileMode, Device, MagCacheRule, Precision, Scheme, Solver, Switch
 
 Model = Annotated[
     str,
@@ -38,8 +38,8 @@ AttentionOption = Annotated[
     ),
 ]
 Quantize = Annotated[
-    Recipe | None,
-    typer.Option(help="Experts quantized by this recipe, as `wanfast quantize` keeps them; bf16 is them cast alone."),
+    Scheme | None,
+    typer.Option(help="Experts quantized by this scheme, as `wanfast quantize` keeps them; bf16 is them cast alone."),
 ]
 QuantizeOnTheFly = Annotated[
     bool,

@@ -1,4 +1,4 @@
-"""`wanfast quantize`: the experts once through a recipe, kept for every later run."""
+"""`wanfast quantize`: the experts once through a scheme, kept for every later run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from rich.console import Console
 
 from wanfast.commands import options
 from wanfast.commands.progress import byte_bars
-from wanfast.runtime.config import Device, QuantizeConfig, Recipe
+from wanfast.runtime.config import Device, QuantizeConfig, Scheme
+from wanfast.runtime.errors import ConfigError
+
+
+def _refuse_recipe(value: str | None) -> None:
+    if value is not None:
+        raise ConfigError(f"--recipe is now --scheme: write --scheme {value}")
 
 
 def quantize(
-    recipe: Annotated[
-        Recipe,
+    scheme: Annotated[
+        Scheme,
         typer.Option(help="int8-dynamic and fp8-rowwise also multiply in 8 bits; bf16 casts and quantizes nothing."),
     ],
     model: options.Model = "a14b",
@@ -25,6 +31,7 @@ def quantize(
         Device | None, typer.Option(help="Where the values are worked out.  [default: cuda where there is a driver]")
     ] = None,
     artifacts_dir: options.ArtifactsDir = "artifacts",
+    recipe: Annotated[str | None, typer.Option(hidden=True, is_eager=True, callback=_refuse_recipe)] = None,
     json_: options.Json = False,
 ) -> None:
     """Quantize the experts and keep them: `generate --quantize` then reads a quarter of the published float32's bytes.
@@ -33,7 +40,7 @@ def quantize(
     """
     from wanfast.runtime import quantize as worker  # torch begins here
 
-    config = QuantizeConfig(recipe=recipe, model=model, expert=expert, device=device, artifacts_dir=artifacts_dir)
+    config = QuantizeConfig(scheme=scheme, model=model, expert=expert, device=device, artifacts_dir=artifacts_dir)
     with byte_bars() as progress:
         results = worker.run(config, progress, say=lambda line: print(line, file=sys.stderr))
     console = Console(stderr=json_, highlight=False, soft_wrap=True)

@@ -67,7 +67,7 @@ class Report:
             lines = [{"line": item.request.line, **result} for item, result in zip(planned, results, strict=True)]
             print(json.dumps({"results": lines, "failed": failed} if many else results[0]))
         if failed:
-            raise JobsFailedError(f"--jobs: {failed} of {len(planned)} failed, as said above: mend their lines")
+            raise JobsFailedError(f"--jobs: {failed} of {len(planned)} failed, as said above: fix their lines")
 
     def _tell_of_warmup(self, result: dict[str, Any], of_line: str) -> None:
         """What compiling cost, if it was done anew: the first step beyond what its forwards take in later ones."""
@@ -153,8 +153,10 @@ def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
 def _strips(plan: dict[str, Any]) -> list[str]:
     """A letter a step; one line where both branches skip alike, and blanks where there is no second one."""
     m, high, guided = plan["magcache"], plan["steps"]["high_noise"], guided_steps(plan)
-    prompt = "".join("#."[skip] for skip in m["skips_cond"])
-    negative = "".join("#."[skip] if both else " " for skip, both in zip(m["skips_uncond"], guided, strict=True))
+    prompt = "".join("#."[skip] for skip in m["skips_prompt"])
+    negative = "".join(
+        "#."[skip] if both else " " for skip, both in zip(m["skips_negative_prompt"], guided, strict=True)
+    )
     lines = {"both branches": prompt} if prompt == negative else {"prompt": prompt, "negative prompt": negative}
     return [f"{strip[:high]}|{strip[high:]} {name}" for name, strip in lines.items() if strip.strip()]
 

@@ -61,7 +61,7 @@ def warmup(
         "image_size": image_size,
         "placement": plan.placement,
     }
-    (result,) = dispatch.have_done(
+    (result,) = dispatch.run_jobs(
         "warmup", [job], [plan], artifacts_dir, show_progress=console.is_terminal, on_result=lambda index, result: None
     )
     if "error" in result:

@@ -32,7 +32,7 @@ from wanfast.quality.tracking import classify
 from wanfast.quality.world import COLOURS, FRAMES, SIZE, Renderer, Scene, draw_scene, moments_of_clip
 from wanfast.runtime import generate, model_files, pixels
 from wanfast.runtime.builders import build_umt5
-from wanfast.runtime.config import Branch, EffectiveConfig, Recipe
+from wanfast.runtime.config import Branch, EffectiveConfig, Scheme
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.pipeline import ImageToVideoPipeline
@@ -61,7 +61,7 @@ class Settings:
     steps: int
     guidance: float
     precision: str
-    quantize: Recipe | None = None  # then each video is also compared with the one by no recipe
+    quantize: Scheme | None = None  # then each video is also compared with the one by no scheme
 
 
 class Judge:
@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--guidance", type=float, default=None, help="of both experts; the model's own by default")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--quantize", choices=get_args(Recipe), help="the experts by this recipe")
+    parser.add_argument("--quantize", choices=get_args(Scheme), help="the experts by this scheme")
     parser.add_argument("--empty", type=int, default=50, help="how many of the pairs are tried with no prompt too")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=None, help="JSON; a plot goes beside it")

@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError
 
 MANIFEST = "manifest.json"
-# In a run folder: what to do; what came of all, and of each; which gang took which; how far each is; what ranks left.
+# In a run folder: what to do; what came of all, and of each; which rank group took which;
+# how far each is; what ranks left.
 JOB, RESULT, RESULTS, CLAIMS, PROGRESS, RANKS = "job.json", "result.json", "results", "claims", "progress", "ranks"
 
 

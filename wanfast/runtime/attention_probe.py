@@ -48,12 +48,12 @@ class Choice:
 def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> Choice:
     """The kernel that is asked for, or the fastest that is right here.
 
-    Raises ConfigError with the mend if the one asked for is not there, or not right.
+    Raises ConfigError with the fix if the one asked for is not there, or not right.
     """
     if asked != "auto":
         found = probe(asked, device, dtype, head_dim)
         if found.state != "runs":
-            raise ConfigError(f"--attention {asked}: {found.state} ({found.reason}): mend that, or take auto")
+            raise ConfigError(f"--attention {asked}: {found.state} ({found.reason}): fix that, or take auto")
         return Choice(asked, f"as asked, relative error {found.relative_error:.1e}")
     passed_over: list[str] = []
     for name in _candidates(device):
@@ -76,7 +76,7 @@ def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> 
         if found.state != "runs":
             raise ConfigError(
                 f"--attention {asked}: the first rank took {choice.kernel}, {found.state} on another ({found.reason}): "
-                "mend that, or name a kernel that all have"
+                "fix that, or name a kernel that all have"
             )
 
     ranks.together(tried)

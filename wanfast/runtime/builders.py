@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from wanfast.runtime import checkpoint
-from wanfast.runtime.config import Expert, Precision, Recipe, in_8_bits
+from wanfast.runtime.config import Expert, Precision, Scheme, in_8_bits
 from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.model_files import ModelFiles
@@ -40,10 +40,10 @@ def build_expert(
 ) -> WanDiT:
     """An expert that shares tokens among `ranks`; on another `device` than theirs if one is named.
 
-    `quantized`: by its recipe, from its artifact or, `on_the_fly`, from the files. Raises MissingArtifactError.
+    `quantized`: by its scheme, from its artifact or, `on_the_fly`, from the files. Raises MissingArtifactError.
     """
-    layout, recipe = files.layout, quantized.recipe if quantized else None
-    model = expert_on_meta(files.spec.dit, precision, ranks, attend=attend, recipe=recipe, sharded=sharded)
+    layout, scheme = files.layout, quantized.scheme if quantized else None
+    model = expert_on_meta(files.spec.dit, precision, ranks, attend=attend, scheme=scheme, sharded=sharded)
     if quantized and not on_the_fly:
         weights, layout = shards(ranks.together(quantized.require)), "original"
     else:
@@ -55,14 +55,14 @@ def build_expert(
 
 
 def expert_on_meta(
-    spec: DiTSpec, precision: Precision, ranks: Ranks, *, attend: AttentionFn, recipe: Recipe | None, sharded: bool
+    spec: DiTSpec, precision: Precision, ranks: Ranks, *, attend: AttentionFn, scheme: Scheme | None, sharded: bool
 ) -> WanDiT:
     """An expert that holds nothing yet, in the form in which it will run: what `wanfast warmup` compiles too."""
     dtype = DTYPES[precision]
     with torch.device("meta"):
         model = WanDiT(spec, dtype, ranks.sequence, attend)
-        if in_8_bits(recipe):
-            quantize_linears(model, recipe, dtype)
+        if in_8_bits(scheme):
+            quantize_linears(model, scheme, dtype)
     if sharded:
         fsdp.shard(model, ranks.device)
     return model

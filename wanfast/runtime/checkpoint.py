@@ -2,8 +2,8 @@
 
 A module is built on the meta device, where its parameters state names, shapes and dtypes but hold nothing; `load` fills
 it tensor by tensor: read (memory-mapped), move, cast, done. So an fp32 file becomes a bf16 model without a second copy.
-A gang reads each byte about once: of a sharded parameter a rank reads its own rows, of one that all hold a part, and
-the parts are exchanged between the devices.
+A rank group reads each byte about once: of a sharded parameter a rank reads its own rows, of one that all hold a part,
+and the parts are exchanged between the devices.
 Strict: a tensor that is missing, unexpected, misshapen or there twice is an error that names the tensor and the file.
 
 The key maps are tables of (their module path, our module path), read in either direction; `{i}` is any index. Our names
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from wanfast.runtime.config import Recipe
+from wanfast.runtime.config import Scheme
 from wanfast.runtime.distributed.fsdp import from_own_rows, own_rows
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import CorruptArtifactError
@@ -57,7 +57,7 @@ def load(
     All `ranks` call it, on their device or on the one named. `on_the_fly`: what the module holds quantized the files do
     not, and it is quantized as it comes. Raises CorruptArtifactError.
     """
-    wanted, quantizing = module.state_dict(), _recipes(module) if on_the_fly else {}
+    wanted, quantizing = module.state_dict(), _schemes(module) if on_the_fly else {}
     places = ranks.together(lambda: _match(_without_scales(wanted, quantizing), files, component, layout))
     found: dict[str, Tensor] = {}
     for name, rows in _in_order_of_files(places):
@@ -116,12 +116,12 @@ def _own_part(wanted: Tensor, ranks: Ranks) -> _Part:
     return _Part(wanted, (ranks.rank * end // ranks.size, (ranks.rank + 1) * end // ranks.size), is_shared=True)
 
 
-def _recipes(module: nn.Module) -> dict[str, Recipe]:
-    """{weight: recipe} of the linears that the module holds quantized."""
-    return {f"{name}.weight": m.recipe for name, m in module.named_modules() if isinstance(m, QuantizedLinear)}
+def _schemes(module: nn.Module) -> dict[str, Scheme]:
+    """{weight: scheme} of the linears that the module holds quantized."""
+    return {f"{name}.weight": m.scheme for name, m in module.named_modules() if isinstance(m, QuantizedLinear)}
 
 
-def _without_scales(wanted: Mapping[str, Tensor], quantizing: Mapping[str, Recipe]) -> Mapping[str, Tensor]:
+def _without_scales(wanted: Mapping[str, Tensor], quantizing: Mapping[str, Scheme]) -> Mapping[str, Tensor]:
     scales = {scale_of(name) for name in quantizing}
     return {name: tensor for name, tensor in wanted.items() if name not in scales}
 

@@ -6,7 +6,7 @@ graph serves all blocks of both experts. `default` leaves the products to cuBLAS
 Triton's products against them, which takes half a minute. `max-autotune` itself also records each block as a CUDA
 graph, from the second forward of a size on, for the weights where they lie: they had better stay there.
 
-The artifact `inductor/<key>` holds, for each rank of a gang, what Inductor, AOTAutograd, Triton and the autotuner kept
+The artifact `inductor/<key>` holds, for each rank of a group, what Inductor, AOTAutograd, Triton and the autotuner kept
 of the graph: about everything but the tracing. What operators that the compiler does not look into compile for
 themselves is not in it: int8's product, the quantization of the text, FlashAttention-4. Its key names all that the
 kernels depend on, so that another torch, GPU, size or version of this code finds another artifact or none. Ranks have

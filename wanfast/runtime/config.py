@@ -25,7 +25,7 @@ BRANCHES: tuple[Branch, ...] = ("prompt", "negative_prompt")
 MagCacheRule = Literal["low-noise-only", "both-experts"]
 Switch = Literal["on", "off", "auto"]
 CompileMode = Literal["default", "max-autotune-no-cudagraphs", "max-autotune"]
-Recipe = Literal["int8-weight-only", "int8-dynamic", "fp8-rowwise", "bf16"]
+Scheme = Literal["int8-weight-only", "int8-dynamic", "fp8-rowwise", "bf16"]
 Attention = Literal["auto", "fa3", "fa4", "fa2", "cudnn", "flash", "efficient", "math"]
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class GenerateConfig:
     fps: int | None = None
     precision: Precision = "bf16"
     attention: Attention = "auto"
-    quantize: Recipe | None = None
+    quantize: Scheme | None = None
     quantize_on_the_fly: bool = False
     verify: bool = False
     tf32: bool | None = None
@@ -92,7 +92,7 @@ class GenerateConfig:
             raise ConfigError("--prompt is empty: say what should happen in the video")
         if self.size is not None:
             parse_size(self.size)
-        _check(self.frames, "--frames", lambda n: n >= 1 and n % 4 == 1, _frames_mend)
+        _check(self.frames, "--frames", lambda n: n >= 1 and n % 4 == 1, _frames_fix)
         _check(self.steps, "--steps", lambda n: 1 <= n <= 1000, lambda n: "take 1 to 1000; 40 is the model's own")
         _check(
             self.shift, "--shift", lambda x: 0.001 <= x <= 1000, lambda x: "take 0.001 to 1000; 5.0 is the model's own"
@@ -122,7 +122,7 @@ class GenerateConfig:
 class QuantizeConfig:
     """What `wanfast quantize` is to do: its options."""
 
-    recipe: Recipe
+    scheme: Scheme
     model: str = "a14b"
     expert: Literal["both", "high", "low"] = "both"
     device: Device | None = None
@@ -160,7 +160,7 @@ class EffectiveConfig:
     contact_sheet: bool
     artifacts_dir: str
     attention: Attention = "auto"  # the worker writes the one that it took
-    quantize: Recipe | None = None
+    quantize: Scheme | None = None
     quantize_on_the_fly: bool = False
     verify: bool = False  # by hashes, what is kept quantized
     tf32: bool | None = None  # None: as the reference, in the convolutions of a bf16 run alone
@@ -188,14 +188,14 @@ class EffectiveConfig:
     rank_timeout: float = 600.0
 
 
-def in_8_bits(recipe: Recipe | None) -> TypeGuard[Recipe]:
-    """Whether a recipe quantizes anything: `bf16` only casts."""
-    return recipe not in (None, "bf16")
+def in_8_bits(scheme: Scheme | None) -> TypeGuard[Scheme]:
+    """Whether a scheme quantizes anything: `bf16` only casts."""
+    return scheme not in (None, "bf16")
 
 
 def _check_quantization(config: GenerateConfig) -> None:
     if config.quantize_on_the_fly and not in_8_bits(config.quantize):
-        raise ConfigError("--quantize-on-the-fly needs --quantize with a recipe of 8 bits: add one, or drop it")
+        raise ConfigError("--quantize-on-the-fly needs --quantize with a scheme of 8 bits: add one, or drop it")
     if config.verify and config.quantize is None:
         raise ConfigError("--verify is of what `wanfast quantize` keeps: add --quantize, or drop it")
     if config.verify and config.quantize_on_the_fly:
@@ -327,12 +327,12 @@ def _describe(hint: Any) -> str:
     return " or ".join(_describe(choice) for choice in choices if choice is not types.NoneType) or names[hint]
 
 
-def _check(value: T | None, option: str, is_fine: typing.Callable[[T], bool], mend: typing.Callable[[T], str]) -> None:
+def _check(value: T | None, option: str, is_fine: typing.Callable[[T], bool], fix: typing.Callable[[T], str]) -> None:
     if value is not None and not is_fine(value):
-        raise ConfigError(f"{option} {value!s:.20}: {mend(value)}")
+        raise ConfigError(f"{option} {value!s:.20}: {fix(value)}")
 
 
-def _frames_mend(frames: int) -> str:
+def _frames_fix(frames: int) -> str:
     near = max(1, (frames + 1) // 4 * 4 + 1)
     return f"a clip has 4n+1 frames: try {near}"
 

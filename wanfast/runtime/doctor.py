@@ -23,7 +23,7 @@ from wanfast.runtime.fit import fit
 from wanfast.runtime.model_files import COMPONENTS, ModelFiles
 from wanfast.runtime.model_spec import A14B, ModelSpec
 from wanfast.runtime.next_step import NextStep, next_step
-from wanfast.runtime.quantized_artifacts import EXPERTS, TORCHAO_MEND, QuantizedExpert
+from wanfast.runtime.quantized_artifacts import EXPERTS, TORCHAO_FIX, QuantizedExpert
 
 # The kinds of the store, and what else lies beside them.
 _KINDS = ("checkpoints", "prompt_embeds", "quantized", "magcache", "inductor", "runs")
@@ -100,8 +100,8 @@ def _no_kept(request: GenerateConfig) -> NextStep | None:
             wanted.require()
         except (MissingArtifactError, CorruptArtifactError) as error:
             if in_8_bits(request.quantize) and quantized_artifacts.torchao_version() is None:
-                return NextStep(TORCHAO_MEND, f"{error}, which needs torchao")
-            return NextStep(wanted.mend, str(error))
+                return NextStep(TORCHAO_FIX, f"{error}, which needs torchao")
+            return NextStep(wanted.fix, str(error))
     return None
 
 
@@ -182,8 +182,8 @@ def _holds(kind: str, artifact: Path) -> str | None:
         if kind == "quantized":
             return f"{inputs['expert']} by {inputs['recipe']}"
         if kind == "inductor":
-            recipe = inputs["quantize"] or inputs["precision"]
-            return f"{inputs['tokens']} tokens, {recipe}, {inputs['mode']}, for {inputs['device']}"
+            scheme = inputs["quantize"] or inputs["precision"]
+            return f"{inputs['tokens']} tokens, {scheme}, {inputs['mode']}, for {inputs['device']}"
     return None
 
 

@@ -375,7 +375,7 @@ def _in_one_line(error: BaseException, request: Request) -> WanFastError:
         if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
             return ConfigError(
                 f"--repo {repo}: {_endpoint()} answers {status}: no such repository, or it is private: "
-                "mend the name, or set HF_TOKEN to a valid token"
+                "fix the name, or set HF_TOKEN to a valid token"
             )
         return MissingArtifactError(f"{_endpoint()} answers {status} for {repo}: wait a little and {again}")
     if isinstance(error, OfflineModeIsEnabled):
@@ -383,7 +383,7 @@ def _in_one_line(error: BaseException, request: Request) -> WanFastError:
     if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.InvalidURL, httpx2.UnsupportedProtocol)):
         reason = _first_line(error)
         return MissingArtifactError(
-            f"{_endpoint()} cannot be reached ({reason}): mend the network, proxy or HF_ENDPOINT and {again}"
+            f"{_endpoint()} cannot be reached ({reason}): fix the network, proxy or HF_ENDPOINT and {again}"
         )
     if isinstance(error, (httpx2.HTTPError, ConnectionError, TimeoutError)):
         return MissingArtifactError(f"the connection to {_endpoint()} broke ({_first_line(error)}): {again}")

@@ -1,7 +1,7 @@
-"""One gang under torchrun's own launcher: `python -m wanfast.runtime.elastic RUN REPLICA`, started by `launch`.
+"""One rank group under torchrun's own launcher: `python -m wanfast.runtime.elastic RUN REPLICA`, started by `launch`.
 
-A process of its own for each gang, so that gangs fail apart, and so that the parent needs no torch and keeps its main
-thread for the terminal. What the agent knows of a failure goes to RUN/ranks/REPLICA.json.
+A process of its own for each rank group, so that rank groups fail apart, and so that the parent needs no torch and
+keeps its main thread for the terminal. What the agent knows of a failure goes to RUN/ranks/REPLICA.json.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from wanfast.runtime.signals import PARENT, end_with_parent
 
 
 def main(run_folder: Path, replica: int) -> int:
-    """The gang's exit code: 0, 5 if a rank failed, 128 + a signal's number."""
+    """The rank group's exit code: 0, 5 if a rank failed, 128 + a signal's number."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -28,9 +28,9 @@ def main(run_folder: Path, replica: int) -> int:
 
     document = json.loads((run_folder / JOB).read_text(encoding="utf-8"))
     config = from_options(EffectiveConfig, document["jobs"][0]["effective"])
-    gang_size = config.cfg_parallel * config.ulysses
-    spans_machines = gang_size > config.num_gpus
-    processes = config.num_gpus if spans_machines else gang_size
+    group_size = config.cfg_parallel * config.ulysses
+    spans_machines = group_size > config.num_gpus
+    processes = config.num_gpus if spans_machines else group_size
     _set_environment(config, replica, processes)
     # Between machines the rank of each is given, so that the first one leads; on one machine any free port does.
     launch = LaunchConfig(

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Each carries its exit code; its text is one line that names the option and the mend.
+"""Errors that a user can fix. Each carries its exit code; its text is one line that names the option and the fix.
 
 Only `cli.py` turns them into an exit code. Anything else that escapes is a bug and keeps its traceback.
 """
@@ -12,7 +12,7 @@ class WanFastError(Exception):
     """The root of all errors that are not bugs."""
 
     exit_code = 1
-    is_agreed = False  # all ranks of a gang raised it, so that they may go on together
+    is_agreed = False  # all ranks of a rank group raised it, so that they may go on together
 
 
 class ConfigError(WanFastError):

@@ -43,7 +43,7 @@ class Experts(Protocol):
         """No expert is needed for now: the decoder wants the memory."""
         ...
 
-    def make_room(self, size: int) -> bool:
+    def evict(self, size: int) -> bool:
         """Give back about `size` bytes of the device's, or what can be, since no expert works; False if nothing is."""
         ...
 
@@ -70,7 +70,7 @@ class ResidentExperts:
     def leave(self) -> None:
         pass
 
-    def make_room(self, size: int) -> bool:
+    def evict(self, size: int) -> bool:
         moved = self._let_go(self._needed_last(size)) if self._may_move else 0
         free_memory(self._device)
         return moved > 0
@@ -103,20 +103,20 @@ class ResidentExperts:
             _empty(parameter, self._device)
             self._away.add(parameter)
         with suppress(RuntimeError):  # of pinning: a host may have less than it tells, as in a container
-            for parameter, copy in zip(new, _hosted(new, self._device), strict=True):
+            for parameter, copy in zip(new, _to_host(new, self._device), strict=True):
                 self._host[parameter] = copy
                 self._away.add(parameter)
         return len(self._away.intersection(parameters))
 
 
-class SwappedExperts:
+class OffloadedExperts:
     """One on the device. `hosted`: both, filled on the CPU; the first of them becomes the one that moves."""
 
     def __init__(self, hosted: dict[Expert, WanDiT], device: str) -> None:
         self._device = device
         self._stream = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
         self._host = {
-            expert: dict(zip(dict(model.named_parameters()), _hosted(list(model.parameters()), device), strict=True))
+            expert: dict(zip(dict(model.named_parameters()), _to_host(list(model.parameters()), device), strict=True))
             for expert, model in hosted.items()
         }
         self._model = next(iter(hosted.values()))
@@ -151,7 +151,7 @@ class SwappedExperts:
             _empty(parameter, self._device)
         self._resident = self._arriving = None
 
-    def make_room(self, size: int) -> bool:
+    def evict(self, size: int) -> bool:
         return False  # none is on the device but while one works
 
     def _overwrite(self, expert: Expert, chosen: Callable[[str], bool]) -> None:
@@ -164,7 +164,7 @@ class SwappedExperts:
                     parameter.data.copy_(self._host[expert][name], non_blocking=True)
 
 
-def _hosted(parameters: list[nn.Parameter], device: str) -> Iterator[Tensor]:
+def _to_host(parameters: list[nn.Parameter], device: str) -> Iterator[Tensor]:
     """Their values in host memory, one by one as each is emptied, so that there is never a second set.
 
     Pinned in slabs: torch rounds each pinned tensor up to a power of two, which would take half as much again.

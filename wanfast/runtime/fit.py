@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanfast.runtime import memory, placement
-from wanfast.runtime.config import GenerateConfig, Precision, Recipe, in_8_bits, parse_size
+from wanfast.runtime.config import GenerateConfig, Precision, Scheme, in_8_bits, parse_size
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.gpus import Gpu
 from wanfast.runtime.model_spec import ModelSpec
@@ -61,7 +61,7 @@ class Fit:
     spec: ModelSpec
     geometry: Geometry
     precision: Precision
-    recipe: Recipe | None
+    scheme: Scheme | None
     found: tuple[Gpu, ...]
     ways: tuple[Way, ...]
 
@@ -75,19 +75,19 @@ class Fit:
         return max(fitting, key=lambda way: way.num_gpus, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        spec, geometry, recipe = self.spec, self.geometry, self.recipe
+        spec, geometry, scheme = self.spec, self.geometry, self.scheme
         expert_bytes = {name: memory.expert_bytes(spec.dit, name) for name in _PRECISIONS}
-        quantized = {str(recipe): memory.expert_bytes(spec.dit, self.precision, recipe)} if recipe else {}
+        quantized = {str(scheme): memory.expert_bytes(spec.dit, self.precision, scheme)} if scheme else {}
         return {
             "model": spec.name,
             "size": self.size,
             "frames": geometry.frames,
             "tokens": geometry.tokens,
             "precision": self.precision,
-            "quantize": recipe,
+            "quantize": scheme,
             "expert_bytes": expert_bytes | quantized,
             "umt5_bytes": {name: memory.umt5_bytes(spec.umt5, name) for name in _PRECISIONS},
-            "loop_bytes": memory.loop_bytes(spec, self.precision, geometry.tokens, recipe),
+            "loop_bytes": memory.loop_bytes(spec, self.precision, geometry.tokens, scheme),
             "decode_bytes": memory.decode_bytes(spec, geometry),
             "ways": [way.to_json() for way in self.ways],
         }
@@ -108,8 +108,8 @@ def fit(request: GenerateConfig, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
             continue
         free = {HERE: min(gpu.free_bytes for gpu in found[:num_gpus])} if found else CARDS
         need = placement.needed(spec, request.precision, geometry, mesh, request.quantize)
-        on_host = placement.on_host(need, mesh.gang_size, num_gpus, free.get(HERE))
-        for mode, parts in placement.terms(need, mesh.gang_size).items():
+        on_host = placement.on_host(need, mesh.group_size, num_gpus, free.get(HERE))
+        for mode, parts in placement.terms(need, mesh.group_size).items():
             if mode == "sharded" and in_8_bits(request.quantize):
                 continue  # quantized experts are not
             way = Way(
@@ -126,7 +126,7 @@ def fit(request: GenerateConfig, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
         spec=spec,
         geometry=geometry,
         precision=request.precision,
-        recipe=request.quantize,
+        scheme=request.quantize,
         found=tuple(found),
         ways=tuple(ways),
     )

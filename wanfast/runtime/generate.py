@@ -1,8 +1,8 @@
 """The worker half of `wanfast generate`: reads job.json, makes each video, leaves a result for each.
 
 All prompts are encoded first, so that UMT5 is gone before the experts come; models are loaded once for all jobs that
-share them. A job that fails with a user's error is recorded and the rest still run. Every rank of a gang runs this, in
-step; the leader alone writes.
+share them. A job that fails with a user's error is recorded and the rest still run. Every rank of a group runs this,
+in step; the leader alone writes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from wanfast.runtime.compilation import (
 from wanfast.runtime.config import Branch, EffectiveConfig, Expert, from_options
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
-from wanfast.runtime.experts import Experts, ResidentExperts, SwappedExperts
+from wanfast.runtime.experts import Experts, OffloadedExperts, ResidentExperts
 from wanfast.runtime.magcache_curves import curve_of
 from wanfast.runtime.media_io import LoadedImage
 from wanfast.runtime.model_files import COMPONENTS, Component, ModelFiles
@@ -69,7 +69,7 @@ def run(
     claim: Callable[[int], bool] | None = None,
     progress: ProgressFn = lambda index, stage, done, total: None,
 ) -> Iterator[tuple[int, Result]]:
-    """(index, result) of each job as it comes; nothing of a job that `claim` refuses, because another gang makes it."""
+    """(index, result) of each job as it comes; nothing of a job that `claim` refuses, as another group makes it."""
     yield from run_with(make_video, jobs, ranks, claim, progress)
 
 
@@ -126,7 +126,7 @@ def _run_group(
     except (WanFastError, torch.OutOfMemoryError) as error:
         message = f"--model {first.model} --precision {first.precision}: the weights do not fit into this GPU's memory"
         if claim is not None and not isinstance(error, MissingArtifactError | CorruptArtifactError):
-            raise  # other gangs may fare better: they take the rest
+            raise  # other rank groups may fare better: they take the rest
         document = _failure(error, ranks, f"{message}: take a larger GPU, several of them, or --expert-offload on")
         yield from ((failed, document) for failed in (index, *claimed))
         return
@@ -149,7 +149,7 @@ def _run_group(
 
 
 def _failure(error: Exception, ranks: Ranks, out_of_memory: str) -> Result:
-    """The result of a job that failed; what only one rank met ends its gang, since the peers wait in an exchange."""
+    """The result of a job that failed; what only one rank met ends its group, since the peers wait in an exchange."""
     if ranks.size > 1 and not (isinstance(error, WanFastError) and error.is_agreed):
         raise error
     if isinstance(error, WanFastError):
@@ -181,7 +181,9 @@ def load_pipeline(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, load
         models: dict[Expert, WanDiT] = {"high_noise": build("high_noise"), "low_noise": build("low_noise")}
         may_move = config.compile_mode != "max-autotune" or ranks.size == 1
         experts: Experts = (
-            SwappedExperts(models, ranks.device) if hosted else ResidentExperts(models, ranks.device, may_move=may_move)
+            OffloadedExperts(models, ranks.device)
+            if hosted
+            else ResidentExperts(models, ranks.device, may_move=may_move)
         )
         with loads.span("vae"):
             vae = ranks.together(lambda: build_vae(files, ranks.device) if ranks.is_leader else None)
@@ -199,7 +201,7 @@ def _kept_experts(files: ModelFiles, config: EffectiveConfig) -> dict[str, Path]
 
 
 def _speeds(loads: Stopwatch, files: ModelFiles, kept: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """Seconds and bytes of each component that was loaded: the gang reads them about once."""
+    """Seconds and bytes of each component that was loaded: the rank group reads them about once."""
 
     def sources(component: Component) -> list[Path]:
         return shards(kept[component]) if component in kept else files.weights(component)

@@ -1,4 +1,4 @@
-"""The parent's side of several ranks: starts a launcher for each gang, watches, and says what came of every job.
+"""The parent's side of several ranks: starts a launcher for each rank group, watches, and says what came of every job.
 
 Everything that crosses between the processes is a small file in the run folder: results, progress, and what a rank left
 when it failed. So the parent prints what is there, whoever died. Torch-free.
@@ -42,37 +42,37 @@ def run(
 ) -> list[dict[str, Any]]:
     """The result of every job of `run_folder`/job.json, in order, each told as it comes.
 
-    A job that no gang finished gets the error of the gang that failed. Interrupted, it leaves no process behind.
+    A job that no rank group finished gets the error of the rank group that failed. Interrupted, it leaves no process.
     """
-    gangs = min(num_jobs, max(1, config.num_gpus // (config.cfg_parallel * config.ulysses)))
+    groups = min(num_jobs, max(1, config.num_gpus // (config.cfg_parallel * config.ulysses)))
     _check_endpoint(config)
     results: dict[int, dict[str, Any]] = {}
     seen: dict[int, dict[str, Any]] = {}
     try:
-        with _launchers(run_folder, gangs) as launchers:
+        with _launchers(run_folder, groups) as launchers:
             running = True
             while running:
                 running = any(launcher.poll() is None for launcher in launchers)
                 _collect(run_folder, results, on_result)
-                _follow(run_folder, gangs, seen, on_progress)
+                _follow(run_folder, groups, seen, on_progress)
                 time.sleep(_PAUSE_S if running else 0)
     finally:
         remove_partials(outputs, _gone(_pids(run_folder)))
     errors: dict[int, tuple[int, WanFastError]] = {}
     for index in (index for index in range(num_jobs) if index not in results):
-        errors = errors or {replica: _error_of_gang(run_folder, replica, config) for replica in range(gangs)}
+        errors = errors or {replica: _error_of_group(run_folder, replica, config) for replica in range(groups)}
         results[index] = failure(_error_of_job(run_folder, index, errors))
         on_result(index, results[index])
     return [results[index] for index in range(num_jobs)]
 
 
 @contextmanager
-def _launchers(run_folder: Path, gangs: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """A launcher process for each gang; when the block ends, none of them is left, nor a rank."""
+def _launchers(run_folder: Path, groups: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A launcher process for each rank group; when the block ends, none of them is left, nor a rank."""
     launchers = []
     (run_folder / "logs").mkdir(exist_ok=True)
     try:
-        for replica in range(gangs):
+        for replica in range(groups):
             command = [sys.executable, "-m", "wanfast.runtime.elastic", str(run_folder), str(replica)]
             with (run_folder / "logs" / f"launcher-{replica}.log").open("wb") as log:
                 # A session of its own: Ctrl-C reaches this process alone, which then stops all.
@@ -111,12 +111,12 @@ def _collect(
 
 def _follow(
     run_folder: Path,
-    gangs: int,
+    groups: int,
     seen: dict[int, dict[str, Any]],
     on_progress: Callable[[int, str, int, int], None],
 ) -> None:
     """Tell what changed since it was `seen`."""
-    for replica in range(gangs):
+    for replica in range(groups):
         file = run_folder / PROGRESS / f"{replica}.json"
         state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         if state and state != seen.get(replica):
@@ -137,14 +137,14 @@ def _gone(pids: list[int]) -> list[int]:
 
 
 def _error_of_job(run_folder: Path, index: int, errors: dict[int, tuple[int, WanFastError]]) -> WanFastError:
-    """Of the gang that took the job; if none did, because all had failed by then, of the first."""
+    """Of the rank group that took the job; if none did, because all had failed by then, of the first."""
     claim = run_folder / CLAIMS / str(index)
     if claim.exists() and (replica := claim.read_text()):
         return errors[int(replica)][1]
     return min(errors.values(), key=lambda found: found[0])[1]
 
 
-def _error_of_gang(run_folder: Path, replica: int, config: EffectiveConfig) -> tuple[int, WanFastError]:
+def _error_of_group(run_folder: Path, replica: int, config: EffectiveConfig) -> tuple[int, WanFastError]:
     """(nanoseconds since the epoch, the rank's own error and not the echoes of its peers)."""
     folder, logs = run_folder / RANKS, f"logs of all ranks in {run_folder / 'logs'}"
     agent = folder / f"{replica}.json"
@@ -169,7 +169,7 @@ def _error_of_gang(run_folder: Path, replica: int, config: EffectiveConfig) -> t
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return noticed, RankFailedError(f"rank {rank} {how}; {logs}")
     if first is None:
-        return noticed, RankFailedError(f"the launcher of gang {replica} failed; {logs}")
+        return noticed, RankFailedError(f"the launcher of rank group {replica} failed; {logs}")
     if first["kind"] == "user":
         return first["time"], from_failure(first)
     return first["time"], RankFailedError(f"rank {first['rank']} failed: {first['error']}; {logs}")
@@ -193,7 +193,7 @@ def _ended(known: dict[str, Any], left: list[dict[str, Any]]) -> tuple[str, int]
 
 
 def _idle_s(folder: Path, replica: int, known: dict[str, Any]) -> float:
-    """From the gang's last step, or its start, to its end."""
+    """From the rank group's last step, or its start, to its end."""
     signs = (file for name in ("pid", PROGRESS) for file in folder.glob(f"{replica}-*/{name}"))
     last = max((file.stat().st_mtime for file in signs), default=math.inf)
     return float(min(known["seconds"].values()) - last)

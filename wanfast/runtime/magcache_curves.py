@@ -67,8 +67,8 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
     if config.magcache == "preset":
         found = preset(files)
         if found is None:
-            mend = f"run `{calibrate_command(config, files.spec)}`, then take --magcache artifact"
-            raise ConfigError(f"--magcache preset: no curve ships for these weights ({files.spec.name}): {mend}")
+            fix = f"run `{calibrate_command(config, files.spec)}`, then take --magcache artifact"
+            raise ConfigError(f"--magcache preset: no curve ships for these weights ({files.spec.name}): {fix}")
         return _fitted("preset", found, config, files.spec)
     folder = _artifact(config, files)
     document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["inputs"]
@@ -134,8 +134,8 @@ def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelS
     try:
         bridged = resample(ratios, known, wanted)
     except ConfigError as error:
-        mend = f"run `{calibrate_command(config, spec)}`"
-        raise ConfigError(f"--magcache-interpolate: {error}: {mend}") from None
+        fix = f"run `{calibrate_command(config, spec)}`"
+        raise ConfigError(f"--magcache-interpolate: {error}: {fix}") from None
     return Curve(name, tuple(bridged), {"steps": of["steps"], "shift": of["shift"]})
 
 
@@ -166,7 +166,7 @@ def _artifact(config: EffectiveConfig, files: ModelFiles) -> Path:
     store, option = ArtifactStore(Path(config.artifacts_dir)), f"--magcache {config.magcache}"
     wanted = curve_inputs(config, files, "")
     bridged = _BRIDGED if config.magcache_interpolate else set()
-    mend = f"run `{calibrate_command(config, files.spec)}`"
+    fix = f"run `{calibrate_command(config, files.spec)}`"
     kept = list(_kept(store))
     found = [
         (_differences(inputs, wanted), inputs, folder)
@@ -175,7 +175,7 @@ def _artifact(config: EffectiveConfig, files: ModelFiles) -> Path:
     ]
     if kept and not found:
         keys = ", ".join(folder.name for folder, _ in kept)
-        raise MissingArtifactError(f"{option}: there is no such curve, but {keys}: name one, or {mend}")
+        raise MissingArtifactError(f"{option}: there is no such curve, but {keys}: name one, or {fix}")
     fitting = sorted(
         (item for item in found if set(item[0]) <= bridged),
         key=lambda item: (len(item[0]), abs(item[1]["steps"] - config.steps), item[2]),
@@ -184,7 +184,7 @@ def _artifact(config: EffectiveConfig, files: ModelFiles) -> Path:
         nearest = min(found, key=lambda item: len(item[0]), default=None)
         said = f" ({nearest[2].name} differs in {_said(nearest[0])})" if nearest else ""
         or_bridge = ", or add --magcache-interpolate" if nearest and set(nearest[0]) <= _BRIDGED else ""
-        raise MissingArtifactError(f"{option}: no curve is calibrated for this run{said}: {mend}{or_bridge}")
+        raise MissingArtifactError(f"{option}: no curve is calibrated for this run{said}: {fix}{or_bridge}")
     best = [item for item in fitting if (item[0], item[1]["steps"]) == (fitting[0][0], fitting[0][1]["steps"])]
     if len(best) > 1:
         keys = ", ".join(item[2].name for item in best)
@@ -195,7 +195,7 @@ def _artifact(config: EffectiveConfig, files: ModelFiles) -> Path:
     except CorruptArtifactError:
         sound = False
     if not sound:
-        raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove it, and {mend}")
+        raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove it, and {fix}")
     return folder
 
 

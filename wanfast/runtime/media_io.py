@@ -49,7 +49,7 @@ class LoadedImage:
 def load_image(path: str, option: str = "--image") -> LoadedImage:
     """Read, check and fully decode an image file; the first frame if it has several.
 
-    Raises ConfigError, one line with `option`, the file and the mend: not a readable file, not a whole image, a side
+    Raises ConfigError, one line with `option`, the file and the fix: not a readable file, not a whole image, a side
     below 16 pixels, sides further apart than 4:1, or more pixels than Pillow thinks safe to decode (178 million).
     """
     subject = f"{option} {path}"
@@ -74,7 +74,7 @@ def load_image(path: str, option: str = "--image") -> LoadedImage:
 def check_output(path: str, *, overwrite: bool, needed_bytes: int, option: str = "--output") -> Path:
     """The path, once it is sure that an mp4 of `needed_bytes` can be written there: called before any work is done.
 
-    Raises ConfigError, one line with `option`, the path and the mend.
+    Raises ConfigError, one line with `option`, the path and the fix.
     """
     target, subject = Path(path), f"{option} {path}"
     if target.suffix.lower() != ".mp4":

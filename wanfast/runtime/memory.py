@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from wanfast.runtime.config import Precision, Recipe, in_8_bits
+from wanfast.runtime.config import Precision, Scheme, in_8_bits
 from wanfast.runtime.model_spec import DiTSpec, ModelSpec, UMT5Spec
 from wanfast.runtime.shapes import Geometry
 
@@ -32,10 +32,10 @@ def dit_parameters(spec: DiTSpec) -> tuple[int, int]:
     return products, spec.num_layers * block_norms + time + head
 
 
-def expert_bytes(spec: DiTSpec, precision: Precision, recipe: Recipe | None = None) -> int:
+def expert_bytes(spec: DiTSpec, precision: Precision, scheme: Scheme | None = None) -> int:
     """Quantized, the blocks' weights are a byte a value, and each of their rows has a scale in float32."""
     products, small = dit_parameters(spec)
-    if not in_8_bits(recipe):
+    if not in_8_bits(scheme):
         return products * _BYTES[precision] + small * 4
     weights, rows = spec.num_layers * _block_weights(spec), spec.num_layers * (9 * spec.dim + spec.ffn_dim)
     return weights + (products - weights) * _BYTES[precision] + (small + rows) * 4
@@ -50,9 +50,9 @@ def _block_weights(spec: DiTSpec) -> int:
     return 8 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim
 
 
-def hosted_bytes(spec: DiTSpec, precision: Precision, recipe: Recipe | None = None) -> int:
+def offloaded_bytes(spec: DiTSpec, precision: Precision, scheme: Scheme | None = None) -> int:
     """Both experts in host memory, with the ends of the slabs that they are pinned in."""
-    return int(2 * expert_bytes(spec, precision, recipe) * 1.1)
+    return int(2 * expert_bytes(spec, precision, scheme) * 1.1)
 
 
 def umt5_bytes(spec: UMT5Spec, precision: Precision) -> int:
@@ -62,13 +62,13 @@ def umt5_bytes(spec: UMT5Spec, precision: Precision) -> int:
     return parameters * _BYTES[precision]
 
 
-def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, recipe: Recipe | None = None) -> int:
+def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, scheme: Scheme | None = None) -> int:
     """Beside the weights in a forward over `tokens` of a rank's own; with the text's keys and values, made once.
 
     Where tokens are quantized too, without compiling, the widest ones are held in float32 twice and in 8 bits.
     """
     dit = spec.dit
-    quantizing = 9 * dit.ffn_dim * tokens if recipe in ("int8-dynamic", "fp8-rowwise") else 0
+    quantizing = 9 * dit.ffn_dim * tokens if scheme in ("int8-dynamic", "fp8-rowwise") else 0
     text = 2 * dit.num_layers * dit.text_len * dit.dim * _BYTES[precision]  # of one expert and branch
     return _LOOP_ROWS * 4 * dit.dim * tokens + 4 * text + quantizing
 

@@ -65,7 +65,7 @@ class ModelFiles:
     root: Path
     layout: Literal["original", "diffusers"]
     spec: ModelSpec
-    mend: str  # the command that gets the files
+    fix: str  # the command that gets the files
 
     @property
     def exists(self) -> bool:
@@ -81,17 +81,17 @@ class ModelFiles:
         files = [place] if place.suffix == ".pth" else _shards(place)
         for file in files or [place / "*.safetensors"]:
             if not file.is_file():
-                raise MissingArtifactError(f"{file} is missing: {self.mend}")
+                raise MissingArtifactError(f"{file} is missing: {self.fix}")
         return files
 
     def require(self) -> None:
         """Every file that a generation reads is there. Raises MissingArtifactError."""
         if not self.exists:
-            raise MissingArtifactError(f"{self.root} is missing: {self.mend}")
+            raise MissingArtifactError(f"{self.root} is missing: {self.fix}")
         for component in COMPONENTS:
             self.weights(component)
         if not self.tokenizer.is_file():
-            raise MissingArtifactError(f"{self.tokenizer} is missing: {self.mend}")
+            raise MissingArtifactError(f"{self.tokenizer} is missing: {self.fix}")
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -111,13 +111,13 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
         root = _a14b_root(artifacts_dir)
         where = " --layout diffusers" if root.name == Path(A14B_DIFFUSERS_FOLDER).name else ""
         where += "" if artifacts_dir == "artifacts" else f" --artifacts-dir {shlex.quote(artifacts_dir)}"
-        mend = (
+        fix = (
             f"run `wanfast download{where}` ({A14B_BYTES / 1e9:.0f} GB), or give the weights' folder as --model FOLDER"
         )
         if not root.is_dir():
-            return ModelFiles(root, "original", A14B, mend)
+            return ModelFiles(root, "original", A14B, fix)
     else:
-        root, mend = Path(model).expanduser().absolute(), "copy the whole folder anew"
+        root, fix = Path(model).expanduser().absolute(), "copy the whole folder anew"
         if not root.is_dir():
             raise MissingArtifactError(f"--model {model!r}: no such folder; take tiny, a14b or a folder of weights")
     for layout in ("original", "diffusers"):
@@ -129,7 +129,7 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
                     f"--model {model}: its transformer reads {spec.dit.in_channels} channels, image-to-video {needed}: "
                     "take an I2V model"
                 )
-            return ModelFiles(root, layout, spec, mend)
+            return ModelFiles(root, layout, spec, fix)
     raise ConfigError(f"--model {model}: {root} has neither high_noise_model/ nor transformer/: not a Wan2.2 folder")
 
 

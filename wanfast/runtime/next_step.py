@@ -26,7 +26,7 @@ WARMUP_OPTIONS = (
 )  # fmt: skip
 _HELD: dict[str, dict[str, str]] = {
     "resident": {},
-    "making room": {},
+    "evicting": {},
     "sharded": {"dit_fsdp": "on"},
     "offloaded": {"expert_offload": "on"},
 }

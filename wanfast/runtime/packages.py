@@ -26,7 +26,7 @@ def require_attention(kernel: str, device: str) -> None:
     if kernel in ATTENTION_PACKAGES:
         package, modules = ATTENTION_PACKAGES[kernel]
         if not any(find_spec(module.partition(".")[0]) for module in modules):
-            raise ConfigError(f"--attention {kernel}: not installed (pip install {package}): mend that, or take auto")
+            raise ConfigError(f"--attention {kernel}: not installed (pip install {package}): fix that, or take auto")
 
 
 def version_of(package: str) -> str | None:

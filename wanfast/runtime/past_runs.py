@@ -43,13 +43,19 @@ def _same_machine(result: dict[str, Any], plan: Plan) -> bool:
 
 def forwards_in_turn(plan: dict[str, Any]) -> list[int]:
     """Forwards of each step, one after the other: the branches of guidance are at the same time on different ranks."""
-    guided, m = guided_steps(plan), plan.get("magcache")
-    skips = zip(m["skips_cond"], m["skips_uncond"], strict=True) if m else ((False, False),) * len(guided)
+    guided = guided_steps(plan)
+    skips = _skips(plan["magcache"]) if plan.get("magcache") else [(False, False)] * len(guided)
     combine = max if plan["mesh"]["cfg"] == 2 else sum
     return [
         combine((not prompt, both and not negative_prompt))
         for both, (prompt, negative_prompt) in zip(guided, skips, strict=True)
     ]
+
+
+def _skips(magcache: dict[str, Any]) -> list[tuple[bool, bool]]:
+    """The skips of each step and branch; older runs have other names for them."""
+    names = ("skips_prompt", "skips_negative_prompt") if "skips_prompt" in magcache else ("skips_cond", "skips_uncond")
+    return list(zip(*(magcache[name] for name in names), strict=True))
 
 
 def _results(runs: Path) -> Iterator[dict[str, Any]]:

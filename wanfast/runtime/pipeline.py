@@ -1,6 +1,6 @@
 """Image-to-video, whole: first frame and text in, pixels out. Holds the two experts and the VAE; owns no options.
 
-Every rank of a gang runs it on the same arguments. The leader alone encodes the image and decodes the video; the loop
+Every rank of a group runs it on the same arguments. The leader alone encodes the image and decodes the video; the loop
 is everybody's.
 
 image [3, H, W] -> VAE -> condition y [20, T, h, w] (mask, then latents) -> `denoise`, which asks the expert of the step
@@ -36,7 +36,7 @@ from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.shapes import Geometry
 from wanfast.runtime.timing import Stopwatch
 
-_MORE_ROOM_BYTES = 8 << 30  # for each time that the VAE found too little
+_EVICT_BYTES = 8 << 30  # for each time that the VAE found too little
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class ImageToVideoPipeline:
         with watch.span("decode"):
             wanted = decode_bytes(self.spec, plan.geometry)
             if self.device == "cuda" and (missing := wanted - torch.cuda.mem_get_info()[0]) > 0:
-                self.experts.make_room(missing)
-            return self._with_room(partial(self.vae.decode, latent))[0].cpu()
+                self.experts.evict(missing)
+            return self._evicting(partial(self.vae.decode, latent))[0].cpu()
 
-    def _with_room(self, work: Callable[[], Tensor]) -> Tensor:
+    def _evicting(self, work: Callable[[], Tensor]) -> Tensor:
         """What the VAE makes. How much memory it takes is not known well, and a video must not be lost by that."""
         while True:
             try:
@@ -90,7 +90,7 @@ class ImageToVideoPipeline:
                 if not is_out_of_memory(error):
                     raise
                 failure = str(error)  # not the error, whose traceback holds what the VAE had made so far
-            if not self.experts.make_room(_MORE_ROOM_BYTES):
+            if not self.experts.evict(_EVICT_BYTES):
                 raise torch.OutOfMemoryError(failure)
 
     def encode_condition(self, image: Tensor, geometry: Geometry) -> Tensor:
@@ -103,7 +103,7 @@ class ImageToVideoPipeline:
         if self.vae is not None:
             clip = torch.zeros(1, 3, g.frames, g.height, g.width, device=self.device)
             clip[:, :, 0] = image.to(self.device)
-            latents = self._with_room(partial(self.vae.encode, clip))
+            latents = self._evicting(partial(self.vae.encode, clip))
             condition = with_mask(latents.float(), self.spec.vae.temporal_stride)
         return self.ranks.share(condition.contiguous())
 

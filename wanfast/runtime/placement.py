@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanfast.runtime import gpus, memory
-from wanfast.runtime.config import Device, EffectiveConfig, GenerateConfig, Precision, Recipe, Switch, in_8_bits
+from wanfast.runtime.config import Device, EffectiveConfig, GenerateConfig, Precision, Scheme, Switch, in_8_bits
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.memory import gb
@@ -38,7 +38,7 @@ class Need:
     expert: int
     block: int
     umt5: int
-    hosted: int  # of the host, if the idle expert is kept there
+    offloaded: int  # of the host, if the idle expert is kept there
     loop: int
     residuals: int  # that MagCache keeps
     decode: int
@@ -60,11 +60,11 @@ def place(requests: Sequence[GenerateConfig], plans: Sequence[Plan]) -> list[Pla
     )
     free, said = _free_bytes(plans[0].config, num_gpus)
     need = _need(plans, mesh)
-    here = min(num_gpus, mesh.gang_size * len(plans))  # ranks that this machine starts
-    on_hosts = on_host(need, mesh.gang_size, here, free)
-    barred = _barred(request, plans, need, mesh.gang_size, on_hosts)
-    dit_fsdp, expert_offload, why = _place_experts(request, plans[0].config, need, mesh.gang_size, free, barred)
-    t5_fsdp = _shard_umt5(request, need, mesh.gang_size, free)
+    here = min(num_gpus, mesh.group_size * len(plans))  # ranks that this machine starts
+    on_hosts = on_host(need, mesh.group_size, here, free)
+    barred = _barred(request, plans, need, mesh.group_size, on_hosts)
+    dit_fsdp, expert_offload, why = _place_experts(request, plans[0].config, need, mesh.group_size, free, barred)
+    t5_fsdp = _shard_umt5(request, need, mesh.group_size, free)
     reason = f"{why}, {gb(free)} {said}"
     chosen: dict[str, Any] = {
         "num_gpus": num_gpus,
@@ -108,17 +108,17 @@ def needed(
     precision: Precision,
     geometry: Geometry,
     mesh: Mesh,
-    recipe: Recipe | None = None,
+    scheme: Scheme | None = None,
     num_residuals: int = 0,
 ) -> Need:
     """Of one video on one rank of `mesh`; `num_residuals`: of branches, kept from step to step."""
     own_tokens = -(-geometry.tokens // mesh.ulysses)
     return Need(
-        expert=memory.expert_bytes(spec.dit, precision, recipe),
+        expert=memory.expert_bytes(spec.dit, precision, scheme),
         block=memory.block_bytes(spec.dit, precision),
         umt5=memory.umt5_bytes(spec.umt5, precision),
-        hosted=memory.hosted_bytes(spec.dit, precision, recipe),
-        loop=memory.loop_bytes(spec, precision, own_tokens, recipe),
+        offloaded=memory.offloaded_bytes(spec.dit, precision, scheme),
+        loop=memory.loop_bytes(spec, precision, own_tokens, scheme),
         residuals=num_residuals * memory.residual_bytes(spec.dit, own_tokens),
         decode=memory.decode_bytes(spec, geometry),
     )
@@ -146,7 +146,7 @@ def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
     both, margin = {"both experts": 2 * need.expert}, {"margin": memory.MARGIN_BYTES}
     held = {"resident": {**both, **_larger(in_loop, at_decode), **margin}}
     if _larger(in_loop, at_decode) is at_decode:
-        held["making room"] = {**_larger({**both, **in_loop}, {"one expert": need.expert, **at_decode}), **margin}
+        held["evicting"] = {**_larger({**both, **in_loop}, {"one expert": need.expert, **at_decode}), **margin}
     if ranks > 1:
         shares = {"share of both": 2 * need.expert // ranks, "two blocks": 2 * need.block}
         held["sharded"] = {**shares, **_larger(in_loop, at_decode), **margin}
@@ -201,7 +201,7 @@ def _place_experts(
 
 _SWITCHES: dict[str, tuple[Switch, Switch]] = {
     "resident": ("off", "off"),
-    "making room": ("off", "off"),  # both on the GPU, but for weights that wait on the host while the decoder works
+    "evicting": ("off", "off"),  # both on the GPU, but for weights that wait on the host while the decoder works
     "sharded": ("on", "off"),
     "offloaded": ("off", "on"),
 }
@@ -213,9 +213,7 @@ def _barred(
     """The modes that cannot be, whatever the GPUs' memory, and why."""
     barred = {}
     if need.graphs:  # recorded anew wherever weights have moved
-        barred = dict.fromkeys(
-            ("making room", "sharded", "offloaded"), f"{_GRAPHS} wants weights that stay: {_NO_GRAPHS}"
-        )
+        barred = dict.fromkeys(("evicting", "sharded", "offloaded"), f"{_GRAPHS} wants weights that stay: {_NO_GRAPHS}")
     if ranks == 1:
         barred["sharded"] = "a video has one rank: add --num-gpus, or take --expert-offload on"
     elif request.dit_fsdp == "off":
@@ -239,7 +237,7 @@ def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) ->
     as much as is missing, if `free` is known of a GPU; else it is taken for an expert.
     """
     missing = need.expert if free is None else max(0, modes(need, ranks)["resident"] - free)
-    return {"making room": missing * max(1, ranks_here // ranks), "offloaded": need.hosted * ranks_here}
+    return {"evicting": missing * max(1, ranks_here // ranks), "offloaded": need.offloaded * ranks_here}
 
 
 def _shard_umt5(request: GenerateConfig, need: Need, ranks: int, free: int) -> Switch:
@@ -289,11 +287,11 @@ def placement_notes(request: GenerateConfig, plans: Sequence[Plan]) -> list[str]
     """What a person could not guess of where it runs."""
     plan, notes = plans[0], []
     mesh, num_videos = plan.mesh, len(plans)
-    if idle := max(0, mesh.replica - num_videos) * mesh.gang_size:
-        ranks = "1 rank" if mesh.gang_size == 1 else f"{mesh.gang_size} ranks"
+    if idle := max(0, mesh.replica - num_videos) * mesh.group_size:
+        ranks = "1 rank" if mesh.group_size == 1 else f"{mesh.group_size} ranks"
         notes.append(f"{idle} of {mesh.size} ranks have nothing to do: {num_videos} to make, {ranks} each")
     if is_cpu_for_want_of_a_gpu(request.device, plan):
-        held = modes(_need(plans, mesh), mesh.gang_size)["resident"]
+        held = modes(_need(plans, mesh), mesh.group_size)["resident"]
         short = "" if held <= memory.available_host_bytes() else f", whose memory its {gb(held)} do not fit into"
         notes.append(f"no GPU was found, so this is planned for the CPU{short}")
     return notes

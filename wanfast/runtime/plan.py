@@ -75,7 +75,7 @@ class Plan:
     def mesh(self) -> Mesh:
         config = self.config
         mesh = Mesh(cfg=config.cfg_parallel, ulysses=config.ulysses)
-        return dataclasses.replace(mesh, replica=config.num_gpus * config.nnodes // mesh.gang_size)
+        return dataclasses.replace(mesh, replica=config.num_gpus * config.nnodes // mesh.group_size)
 
     @property
     def guidance(self) -> dict[Expert, float]:
@@ -160,8 +160,8 @@ class Plan:
             * memory.residual_bytes(self.spec.dit, -(-self.geometry.tokens // self.mesh.ulysses)),
             "skipped_share": round(skipped / self.num_forwards, 4),
             "accumulated_error": round(accumulated_error(self.curve.ratios, self.skips), 5),
-            "skips_cond": [prompt for prompt, _ in self.skips],
-            "skips_uncond": [negative_prompt for _, negative_prompt in self.skips],
+            "skips_prompt": [prompt for prompt, _ in self.skips],
+            "skips_negative_prompt": [negative_prompt for _, negative_prompt in self.skips],
         }
 
     def to_json(self) -> dict[str, Any]:

@@ -15,26 +15,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wanfast.runtime.config import Recipe
+from wanfast.runtime.config import Scheme
 from wanfast.runtime.models.dit import Block, Linear, LinearGELU, WanDiT
 from wanfast.runtime.models.quantized import PRODUCTS, QuantizedLinear
 from wanfast.runtime.quantized_artifacts import QUANTIZED, require_torchao
 
 
 def is_quantized(name: str) -> bool:
-    """Whether a parameter of an expert is the weight of a linear that recipes quantize."""
+    """Whether a parameter of an expert is the weight of a linear that schemes quantize."""
     block, _, rest = name.removeprefix("blocks.").partition(".")
     return name.startswith("blocks.") and block.isdigit() and rest.removesuffix(".weight") in QUANTIZED
 
 
-def quantize_linears(model: WanDiT, recipe: Recipe, dtype: torch.dtype) -> None:
-    """Give a model on the meta device the quantized linears of a recipe of 8 bits."""
+def quantize_linears(model: WanDiT, scheme: Scheme, dtype: torch.dtype) -> None:
+    """Give a model on the meta device the quantized linears of a scheme of 8 bits."""
     for name, linear in list(_linears(model)):
         owner, _, last = name.rpartition(".")
         n, k = linear.weight.shape
-        quantized = QuantizedLinear(recipe, k, n, dtype, gelu=isinstance(linear, LinearGELU))
+        quantized = QuantizedLinear(scheme, k, n, dtype, gelu=isinstance(linear, LinearGELU))
         model.get_submodule(owner).add_module(last, quantized)
-    weight_dtype, reads_8_bits = PRODUCTS[recipe]
+    weight_dtype, reads_8_bits = PRODUCTS[scheme]
     if reads_8_bits:
         for block in model.blocks:
             cast("Block", block).dtype = weight_dtype  # its norms quantize for the products after them
@@ -46,13 +46,13 @@ def _linears(model: WanDiT) -> Iterator[tuple[str, Linear]]:
             yield name, module
 
 
-def quantize(rows: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def quantize(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """(8-bit values [n, K], scale [n] float32) of some rows of a weight, on their device. Raises ConfigError."""
     linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(rows.float(), requires_grad=False)
-    _torchao().quantize_(linear, _config(recipe))
+    _torchao().quantize_(linear, _config(scheme))
     weight = cast("Any", linear.weight)
-    assert weight.qdata.dtype == PRODUCTS[recipe][0]
+    assert weight.qdata.dtype == PRODUCTS[scheme][0]
     return weight.qdata, weight.scale.float().flatten()
 
 
@@ -72,8 +72,8 @@ def _torchao() -> Any:
     return torchao.quantization
 
 
-def _config(recipe: Recipe) -> Any:
-    """torchao's own of the recipe. Of the weights alone: how tokens are quantized is `models.quantized`'s to know."""
-    if recipe == "fp8-rowwise":
+def _config(scheme: Scheme) -> Any:
+    """torchao's own of the scheme. Of the weights alone: how tokens are quantized is `models.quantized`'s to know."""
+    if scheme == "fp8-rowwise":
         return _torchao().Float8WeightOnlyConfig(set_inductor_config=False)
     return _torchao().Int8WeightOnlyConfig(set_inductor_config=False)

@@ -1,4 +1,4 @@
-"""The worker half of `wanfast quantize`: streams an expert through a recipe into an artifact, a few rows at a time.
+"""The worker half of `wanfast quantize`: streams an expert through a scheme into an artifact, a few rows at a time.
 
 Neither the source nor the result is ever in memory whole: source pages are read and let go, results are written in
 shards of a gigabyte. Every shard is read back and compared before it counts. Each expert is an artifact of its own, so
@@ -53,7 +53,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Quantize each expert that is not there yet; a document for each. Raises WanFastError."""
     files = model_files.locate(config.model, config.artifacts_dir)
-    torchao = require_torchao(f"--recipe {config.recipe}") if in_8_bits(config.recipe) else None
+    torchao = require_torchao(f"--scheme {config.scheme}") if in_8_bits(config.scheme) else None
     if find_spec("matplotlib") is None:
         raise ConfigError("the plot of the errors needs matplotlib: pip install matplotlib")
     if not files.exists:
@@ -62,7 +62,7 @@ def run(
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here: take --device cpu")
     store = ArtifactStore(Path(config.artifacts_dir).absolute())
-    wanted = [QuantizedExpert(store, files, expert, config.recipe, config.model) for expert in _EXPERTS[config.expert]]
+    wanted = [QuantizedExpert(store, files, expert, config.scheme, config.model) for expert in _EXPERTS[config.expert]]
     return [_quantize_expert(expert, torchao, device, progress, say) for expert in wanted]
 
 
@@ -77,12 +77,12 @@ def _quantize_expert(
     source_bytes = sum(file.stat().st_size for file in source)
     if folder is None:
         job = _Job(wanted, source, source_bytes, device, progress)
-        note = f"note: another process is making {wanted.expert} by {wanted.recipe}: waiting for it"
+        note = f"note: another process is making {wanted.expert} by {wanted.scheme}: waiting for it"
         folder = wanted.store.publish(KIND, inputs, job.write, metadata.versions(), waiting=lambda: say(note))
     errors = json.loads((folder / "errors.json").read_text(encoding="utf-8"))
     return {
         "expert": wanted.expert,
-        "recipe": wanted.recipe,
+        "scheme": wanted.scheme,
         "output": str(folder),
         "was_there": was_there,
         "source_bytes": source_bytes,
@@ -94,7 +94,7 @@ def _quantize_expert(
 
 
 def _check_disk(wanted: QuantizedExpert) -> None:
-    needed = int(memory.expert_bytes(wanted.files.spec.dit, "bf16", wanted.recipe) * 1.01)
+    needed = int(memory.expert_bytes(wanted.files.spec.dit, "bf16", wanted.scheme) * 1.01)
     root = wanted.store.root
     if (free := shutil.disk_usage(root).free) < needed:
         raise ConfigError(f"--artifacts-dir {root}: {gb(needed)} are needed and {gb(free)} free: name another")
@@ -118,7 +118,7 @@ class _Job:
         layout = self.wanted.files.layout
         for name, rows in checkpoint.stream(model, self.source, component="dit", layout=layout):
             like = held[name]
-            if in_8_bits(self.wanted.recipe) and is_quantized(name):
+            if in_8_bits(self.wanted.scheme) and is_quantized(name):
                 values, scale = self._quantized(name, rows, like, errors)
                 writer.add(name, values)
                 writer.add(scale_of(name), scale)
@@ -132,7 +132,7 @@ class _Job:
             self.progress(self.wanted.expert, min(read, self.source_bytes), self.source_bytes)
         writer.close()
         self.progress(self.wanted.expert, self.source_bytes, self.source_bytes)
-        errors.write(folder, f"{self.wanted.expert}, {self.wanted.recipe}")
+        errors.write(folder, f"{self.wanted.expert}, {self.wanted.scheme}")
 
     def _quantized(self, name: str, rows: RowsFn, like: Tensor, errors: _Errors) -> tuple[Tensor, Tensor]:
         """A weight's values and scales, worked out a few rows at a time."""
@@ -140,7 +140,7 @@ class _Job:
         step = max(1, _CHUNK_VALUES // like.shape[1])
         for first in range(0, like.shape[0], step):
             exact = rows(first, min(first + step, like.shape[0])).to(self.device)
-            values, scale = quantize(exact, self.wanted.recipe)
+            values, scale = quantize(exact, self.wanted.scheme)
             errors.add(name, exact.float(), dequantize(values, scale))
             parts.append((values.cpu(), scale.cpu()))
         return torch.cat([values for values, _ in parts]), torch.cat([scale for _, scale in parts])
@@ -244,7 +244,7 @@ def describe(results: list[dict[str, Any]]) -> Iterator[str]:
         size = f"{_size(result['source_bytes'])} -> {_size(result['bytes'])}"
         how = "was there already" if result["was_there"] else f"{size} in {result['seconds']:.0f} s"
         error = f"relative error of the weights {result['relative_error']:.2g}"
-        yield f"{result['output']}: {result['expert']} by {result['recipe']}, {how}; {error}, by layer in errors.png"
+        yield f"{result['output']}: {result['expert']} by {result['scheme']}, {how}; {error}, by layer in errors.png"
 
 
 def _size(num_bytes: int) -> str:

@@ -1,6 +1,6 @@
-"""Where quantized experts are kept and what their key says: source, recipe, what was quantized, torchao. Torch-free.
+"""Where quantized experts are kept and what their key says: source, scheme, what was quantized, torchao. Torch-free.
 
-An artifact `quantized/<key>` is one expert by one recipe: safetensors in shards with an index, under the original
+An artifact `quantized/<key>` is one expert by one scheme: safetensors in shards with an index, under the original
 layout's names, the error of every tensor (`errors.json`, `errors.png`) and the manifest.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from packaging.version import Version
 
 from wanfast.runtime.artifacts import MANIFEST, ArtifactStore
-from wanfast.runtime.config import EffectiveConfig, Expert, Recipe, in_8_bits
+from wanfast.runtime.config import EffectiveConfig, Expert, Scheme, in_8_bits
 from wanfast.runtime.errors import ConfigError, MissingArtifactError
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.packages import version_of
@@ -23,7 +23,7 @@ from wanfast.runtime.packages import version_of
 KIND = "quantized"
 LAYOUT_VERSION = 1
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-TORCHAO_MEND = "pip install 'torchao>=0.18,<0.19'"
+TORCHAO_FIX = "pip install 'torchao>=0.18,<0.19'"
 EXPERTS: tuple[Expert, ...] = ("high_noise", "low_noise")
 
 # The linears of each block, where nearly all weights and all of the work are; nothing else is quantized.
@@ -37,20 +37,20 @@ KEPT = ("patch_embedding", "head", "text_embedding", "time_embedding", "time_pro
 
 @dataclass(frozen=True)
 class QuantizedExpert:
-    """One expert by one recipe, whether it is there or not."""
+    """One expert by one scheme, whether it is there or not."""
 
     store: ArtifactStore
     files: ModelFiles  # what it is made from
     expert: Expert
-    recipe: Recipe
+    scheme: Scheme
     model: str  # as `--model` names it
 
     def inputs(self, torchao: str | None) -> dict[str, Any]:
         return {
             "source": self.files.fingerprint(self.expert),
             "expert": self.expert,
-            "recipe": self.recipe,
-            "quantized": list(QUANTIZED) if in_8_bits(self.recipe) else [],
+            "recipe": self.scheme,  # the word of the first keys: another would make every kept artifact a miss
+            "quantized": list(QUANTIZED) if in_8_bits(self.scheme) else [],
             "kept": list(KEPT),
             "torchao": torchao,
             "layout": LAYOUT_VERSION,
@@ -61,9 +61,9 @@ class QuantizedExpert:
 
         Raises CorruptArtifactError.
         """
-        here = torchao_version() if in_8_bits(self.recipe) else None
+        here = torchao_version() if in_8_bits(self.scheme) else None
         made_by = here or max(self._versions(), default=None, key=Version)
-        if made_by is None and in_8_bits(self.recipe):
+        if made_by is None and in_8_bits(self.scheme):
             return None
         return self.store.find(KIND, self.inputs(made_by), verify=verify)
 
@@ -74,18 +74,18 @@ class QuantizedExpert:
             others = ", ".join(sorted(self._versions(), key=Version))
             by_other = f" (there is one by torchao {others}, and here is {torchao_version()})" if others else ""
             raise MissingArtifactError(
-                f"{self.expert} is not quantized by {self.recipe} yet{by_other}: run `{self.mend}`"
+                f"{self.expert} is not quantized by {self.scheme} yet{by_other}: run `{self.fix}`"
             )
         return folder
 
     @property
-    def mend(self) -> str:
+    def fix(self) -> str:
         root = (
             []
             if str(self.store.root) == str(Path("artifacts").absolute())
             else ["--artifacts-dir", str(self.store.root)]
         )
-        return shlex.join(["wanfast", "quantize", "--model", self.model, "--recipe", self.recipe, *root])
+        return shlex.join(["wanfast", "quantize", "--model", self.model, "--scheme", self.scheme, *root])
 
     def _versions(self) -> set[str]:
         """torchao's, of artifacts that differ in nothing else."""
@@ -141,5 +141,5 @@ def require_torchao(option: str) -> str:
     """Raises ConfigError if it is not installed."""
     found = torchao_version()
     if found is None:
-        raise ConfigError(f"{option} needs torchao: {TORCHAO_MEND}")
+        raise ConfigError(f"{option} needs torchao: {TORCHAO_FIX}")
     return found

@@ -104,7 +104,7 @@ def _forward(plan: Plan, ranks: Ranks, watch: Stopwatch) -> None:
 def _block(spec: DiTSpec, config: EffectiveConfig, ranks: Ranks) -> WanDiT:
     """An expert of one block, held as `builders` would hold it. Its values decide nothing."""
     sharded, attend = config.dit_fsdp == "on", attention_by(config.attention)
-    model = expert_on_meta(spec, config.precision, ranks, attend=attend, recipe=config.quantize, sharded=sharded)
+    model = expert_on_meta(spec, config.precision, ranks, attend=attend, scheme=config.quantize, sharded=sharded)
     model.to_empty(device=ranks.device).requires_grad_(False).eval()
     for parameter in model.parameters():
         parameter.zero_()

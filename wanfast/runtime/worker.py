@@ -1,8 +1,8 @@
-"""One rank of a gang: `python -m wanfast.runtime.worker RUN REPLICA`, started by `elastic` with torchrun's environment.
+"""One rank of a group: `python -m wanfast.runtime.worker RUN REPLICA`, started by `elastic` with torchrun's variables.
 
-Reads RUN/job.json, joins the gang, works, and leaves what the parent watches: a result for each video, how far the gang
-is, and, if this rank fails, why. It ends at once on any signal: nothing here needs an orderly end, since the parent
-removes what a dead rank left half-written.
+Reads RUN/job.json, joins the group, works, and leaves what the parent watches: a result for each video, how far the
+group is, and, if this rank fails, why. It ends at once on any signal: nothing here needs an orderly end, since the
+parent removes what a dead rank left half-written.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def _told(error: BaseException) -> dict[str, Any]:
 
 
 def _work(run_folder: Path, replica: int, own_folder: Path) -> None:
-    from wanfast.runtime.distributed.ranks import gang  # torch begins here
+    from wanfast.runtime.distributed.ranks import rank_group  # torch begins here
 
     document = json.loads((run_folder / JOB).read_text(encoding="utf-8"))
     config = from_options(EffectiveConfig, document["jobs"][0]["effective"])
     mesh = Mesh(cfg=config.cfg_parallel, ulysses=config.ulysses)
-    has_peers = config.num_gpus >= 2 * mesh.gang_size and len(document["jobs"]) > 1
-    with gang(config.device, mesh, config.rank_timeout) as ranks:
+    has_peers = config.num_gpus >= 2 * mesh.group_size and len(document["jobs"]) > 1
+    with rank_group(config.device, mesh, config.rank_timeout) as ranks:
         # Of several machines the first one's jobs hold, down to the seed.
         jobs = ranks.lead(lambda: document["jobs"])
 
@@ -93,7 +93,7 @@ def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]
 
 
 def _claim(run_folder: Path, index: int, replica: int) -> bool:
-    """True for the first gang that asks for a job."""
+    """True for the first rank group that asks for a job."""
     (run_folder / CLAIMS).mkdir(exist_ok=True)
     try:
         with (run_folder / CLAIMS / str(index)).open("x") as claim:

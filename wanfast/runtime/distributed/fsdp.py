@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def shard(model: nn.Module, device: str) -> None:
-    """Shard a model that has `blocks` over all ranks of the gang: one unit a block, the rest one more."""
+    """Shard a model that has `blocks` over all ranks of the rank group: one unit a block, the rest one more."""
     world = dist.group.WORLD
     assert world is not None
     mesh = DeviceMesh.from_group(world, device)

@@ -4,8 +4,9 @@
 * cfg: the two branches of guidance, each on half of a video's ranks;
 * ulysses: the tokens of one branch, exchanged for heads around attention.
 
-A replica is a *gang*: ranks that make one video together, and fail together. Gangs share nothing but the list of jobs,
-so one that dies leaves the others at work. A gang lies within one machine, or is all ranks of all machines.
+A replica is a *rank group*: ranks that make one video together, and fail together. Rank groups share
+nothing but the list of jobs, so one that dies leaves the others at work. A rank group lies within one machine, or is
+all ranks of all machines.
 Ulysses is the fastest axis, so the ranks that talk most are neighbours. Torch-free: the parent chooses and checks the
 mesh before any process starts.
 """
@@ -17,7 +18,7 @@ from typing import Literal
 
 from wanfast.runtime.errors import ConfigError
 
-Axis = Literal["cfg", "ulysses"]  # of a gang
+Axis = Literal["cfg", "ulysses"]  # of a rank group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +30,16 @@ class Mesh:
     ulysses: int = 1
 
     @property
-    def gang_size(self) -> int:
+    def group_size(self) -> int:
         return self.cfg * self.ulysses
 
     @property
     def size(self) -> int:
-        return self.replica * self.gang_size
+        return self.replica * self.group_size
 
     def lines(self, axis: Axis) -> list[list[int]]:
-        """The ranks of a gang along an axis, for every place on the other one."""
-        ranks = range(self.gang_size)
+        """The ranks of a rank group along an axis, for every place on the other one."""
+        ranks = range(self.group_size)
         if axis == "ulysses":
             return [list(ranks[first : first + self.ulysses]) for first in ranks[:: self.ulysses]]
         return [list(ranks[first :: self.ulysses]) for first in range(self.ulysses)]
@@ -69,7 +70,7 @@ def choose_mesh(
         unguided = "" if guided else " without guidance"
         ranks = f"{num_gpus * nnodes} ranks" + (f" of {nnodes} machines" if nnodes > 1 else "")
         raise ConfigError(f"{wanted} does not fit {ranks} and {num_heads} heads{unguided}; these do: {options}")
-    apart = [mesh for mesh in asked if mesh.gang_size <= num_gpus]
+    apart = [mesh for mesh in asked if mesh.group_size <= num_gpus]
     return min(apart if num_videos > 1 and apart else asked, key=lambda mesh: (mesh.replica, -mesh.cfg))
 
 

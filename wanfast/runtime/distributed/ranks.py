@@ -1,4 +1,4 @@
-"""The ranks of one gang, from the inside: who this one is, and the few things that all must do together.
+"""The ranks of one rank group, from the inside: who this one is, and the few things that all must do together.
 
 Every rank runs the same program. What only one can do (read the image, write the video) the leader does; what can fail
 on one alone goes through `together`, so that no rank waits for a peer that gave up.
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """A gang of one by default: nothing to exchange, nobody to wait for."""
+    """A rank group of one by default: nothing to exchange, nobody to wait for."""
 
     device: str
     mesh: Mesh = field(default_factory=Mesh)
@@ -39,7 +39,7 @@ class Ranks:
 
     @property
     def size(self) -> int:
-        return self.mesh.gang_size
+        return self.mesh.group_size
 
     @property
     def is_leader(self) -> bool:
@@ -97,9 +97,9 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def gang(device: str, mesh: Mesh, timeout_s: float) -> Iterator[Ranks]:
+def rank_group(device: str, mesh: Mesh, timeout_s: float) -> Iterator[Ranks]:
     """The ranks that torchrun's environment variables speak of, connected; exchanges wait for `timeout_s` at most."""
-    if mesh.gang_size == 1:
+    if mesh.group_size == 1:
         yield Ranks(device)
         return
     if device == "cuda":

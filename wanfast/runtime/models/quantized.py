@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanfast.runtime.config import Recipe
+from wanfast.runtime.config import Scheme
 from wanfast.runtime.models.fused import HAS_KERNELS, linear_gelu, quantize_tokens
 from wanfast.runtime.models.tokens import QuantizedTokens, Tokens
 
@@ -29,12 +29,12 @@ ProductFn = Callable[[QuantizedTokens, Tensor, Tensor, Tensor], Tensor]  # x, we
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer by a recipe of 8 bits. `gelu`: the tanh GELU comes after it, and then another such layer."""
+    """A linear layer by a scheme of 8 bits. `gelu`: the tanh GELU comes after it, and then another such layer."""
 
-    def __init__(self, recipe: Recipe, dim_in: int, dim_out: int, dtype: torch.dtype, *, gelu: bool = False) -> None:
+    def __init__(self, scheme: Scheme, dim_in: int, dim_out: int, dtype: torch.dtype, *, gelu: bool = False) -> None:
         super().__init__()
-        weight_dtype, self.multiply = PRODUCTS[recipe]
-        self.recipe, self.gelu = recipe, gelu
+        weight_dtype, self.multiply = PRODUCTS[scheme]
+        self.scheme, self.gelu = scheme, gelu
         values = torch.empty(dim_out, dim_in, dtype=weight_dtype)
         self.weight = nn.Parameter(values, requires_grad=False)
         self.scale = nn.Parameter(torch.empty(dim_out, dtype=torch.float32), requires_grad=False)
@@ -76,7 +76,7 @@ def _scaled(sums: Tensor, x: QuantizedTokens, scale: Tensor, bias: Tensor) -> Te
 
 
 # The weight's dtype, and how tokens in that dtype are multiplied; none: the weight becomes what it stands for.
-PRODUCTS: dict[Recipe, tuple[torch.dtype, ProductFn | None]] = {
+PRODUCTS: dict[Scheme, tuple[torch.dtype, ProductFn | None]] = {
     "int8-weight-only": (torch.int8, None),
     "int8-dynamic": (torch.int8, int8_product),
     "fp8-rowwise": (torch.float8_e4m3fn, fp8_product),

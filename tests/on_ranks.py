@@ -1,4 +1,4 @@
-"""Work on the ranks of a gang: real processes over gloo, forked, which takes a tenth of a second."""
+"""Work on the ranks of a rank group: real processes over gloo, forked, which takes a tenth of a second."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 import torch.multiprocessing as mp
 
 from wanfast.runtime.distributed.mesh import Mesh
-from wanfast.runtime.distributed.ranks import Ranks, gang
+from wanfast.runtime.distributed.ranks import Ranks, rank_group
 
 T = TypeVar("T")
 
 
-def on_gang(mesh: Mesh, work: Callable[[Ranks], T], timeout_s: float = 60) -> list[T]:
+def on_ranks(mesh: Mesh, work: Callable[[Ranks], T], timeout_s: float = 60) -> list[T]:
     """What `work` returns on each rank."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -28,11 +28,11 @@ def on_gang(mesh: Mesh, work: Callable[[Ranks], T], timeout_s: float = 60) -> li
         def rank_main(rank: int) -> None:
             torch.set_num_threads(1)
             os.environ |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(mesh.gang_size),
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(mesh.group_size),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
             }  # fmt: skip
-            with gang("cpu", mesh, timeout_s) as ranks:
+            with rank_group("cpu", mesh, timeout_s) as ranks:
                 torch.save(work(ranks), Path(folder) / str(rank))
 
-        mp.start_processes(rank_main, nprocs=mesh.gang_size, start_method="fork")
-        return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(mesh.gang_size)]
+        mp.start_processes(rank_main, nprocs=mesh.group_size, start_method="fork")
+        return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(mesh.group_size)]

@@ -1,4 +1,4 @@
-"""Whole generations by gangs of gloo ranks: final latents and files equal those of one rank."""
+"""Whole generations by rank groups of gloo ranks: final latents and files equal those of one rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
-from tests.gang import on_gang
+from tests.on_ranks import on_ranks
 from tests.parity import randomise, relative_error
 from tests.small_model import SPEC, blank_inputs, plan_small_model
 from wanfast.runtime import experts, generate, media_io, pixels, prompt_embeds
@@ -21,7 +21,7 @@ from wanfast.runtime.config import Expert, GenerateConfig
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.experts import ResidentExperts, SwappedExperts
+from wanfast.runtime.experts import OffloadedExperts, ResidentExperts
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.models.dit import Block, WanDiT
 from wanfast.runtime.models.vae import WanVAE
@@ -72,7 +72,7 @@ def test_every_mesh_gives_the_latents_of_one_rank(planned: tuple[Plan, ModelFile
     plan, files = planned
     expected = final_latents(plan, files, Ranks("cpu"))
     plan = with_options(plan, dit_fsdp=fsdp, t5_fsdp=fsdp, artifacts_dir=f"artifacts-{fsdp}")
-    got = on_gang(mesh, lambda ranks: final_latents(plan, files, ranks))
+    got = on_ranks(mesh, lambda ranks: final_latents(plan, files, ranks))
     error = max(relative_error(latents, expected) for latents in got)
     print(f"{shown(mesh)}, FSDP {fsdp}: relative error of the final latents {error:.1e}")
     assert error <= 1e-5
@@ -86,9 +86,9 @@ def test_sharded_weights_of_two_precisions_give_what_whole_ones_give(
     """In bf16 a block's products are bf16 and its norms float32: one unit of FSDP2 holds both."""
     plan, files = planned
     plan = with_options(plan, precision="bf16")
-    whole = on_gang(mesh, lambda ranks: final_latents(plan, files, ranks))
+    whole = on_ranks(mesh, lambda ranks: final_latents(plan, files, ranks))
     plan = with_options(plan, dit_fsdp="on", t5_fsdp="on", artifacts_dir="artifacts-sharded")
-    sharded = on_gang(mesh, lambda ranks: final_latents(plan, files, ranks))
+    sharded = on_ranks(mesh, lambda ranks: final_latents(plan, files, ranks))
     assert torch.equal(sharded[0], whole[0])
 
 
@@ -103,7 +103,7 @@ def test_tokens_that_the_ranks_do_not_divide(
     assert plan.geometry.tokens % mesh.ulysses
     expected = final_latents(plan, files, Ranks("cpu"))
     plan = with_options(plan, dit_fsdp=fsdp)
-    for latents in on_gang(mesh, lambda ranks: final_latents(plan, files, ranks)):
+    for latents in on_ranks(mesh, lambda ranks: final_latents(plan, files, ranks)):
         assert relative_error(latents, expected) <= 1e-5
 
 
@@ -112,7 +112,7 @@ def test_branches_are_not_mixed_up(planned: tuple[Plan, ModelFiles]) -> None:
     plan, files = planned
     expected = final_latents(plan, files, Ranks("cpu"))
     exchanged = with_options(plan, prompt=plan.config.negative_prompt, negative_prompt=plan.config.prompt)
-    got = on_gang(Mesh(cfg=2), lambda ranks: final_latents(exchanged, files, ranks))
+    got = on_ranks(Mesh(cfg=2), lambda ranks: final_latents(exchanged, files, ranks))
     assert relative_error(got[0], expected) > 1e-3
 
 
@@ -120,7 +120,7 @@ def test_steps_without_guidance_work_in_parallel_too(planned: tuple[Plan, ModelF
     plan, files = planned
     plan = with_options(plan, guidance_high_noise=1.0)
     expected = final_latents(plan, files, Ranks("cpu"))
-    assert relative_error(on_gang(Mesh(cfg=2), lambda ranks: final_latents(plan, files, ranks))[1], expected) <= 1e-5
+    assert relative_error(on_ranks(Mesh(cfg=2), lambda ranks: final_latents(plan, files, ranks))[1], expected) <= 1e-5
 
 
 def test_an_error_of_one_rank_is_raised_on_all() -> None:
@@ -135,7 +135,7 @@ def test_an_error_of_one_rank_is_raised_on_all() -> None:
             return str(error)
         return "no error"
 
-    assert on_gang(Mesh(cfg=2, ulysses=2), work) == ["--output: the disk is full"] * 4
+    assert on_ranks(Mesh(cfg=2, ulysses=2), work) == ["--output: the disk is full"] * 4
 
 
 def test_prompts_are_dealt_to_the_ranks(planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_prompts_are_dealt_to_the_ranks(planned: tuple[Plan, ModelFiles], monkey
         found = prompt_embeds.prompt_embeds(texts, files, config, ranks, Stopwatch("cpu"))
         return encoded[-1], [float(found[text].sum()) for text in texts]
 
-    dealt = on_gang(Mesh(ulysses=2), work)
+    dealt = on_ranks(Mesh(ulysses=2), work)
     assert [count for count, _ in dealt] == [2, 1]
     assert dealt[0][1] == dealt[1][1]
     encoded.clear()
@@ -175,12 +175,12 @@ def test_umt5_is_sharded_where_asked(planned: tuple[Plan, ModelFiles], monkeypat
         prompt_embeds.prompt_embeds(["one", "two"], files, config, ranks, Stopwatch("cpu"))
         return built
 
-    assert on_gang(Mesh(cfg=2), lambda ranks: work(ranks, "on")) == [[True]] * 2
-    assert on_gang(Mesh(cfg=2), lambda ranks: work(ranks, "off")) == [[False]] * 2
+    assert on_ranks(Mesh(cfg=2), lambda ranks: work(ranks, "on")) == [[True]] * 2
+    assert on_ranks(Mesh(cfg=2), lambda ranks: work(ranks, "off")) == [[False]] * 2
 
 
 @torch.inference_mode()
-def test_swapped_experts_leave_the_device_to_the_decoder(
+def test_offloaded_experts_leave_the_device_to_the_decoder(
     planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, files = planned
@@ -216,7 +216,7 @@ def out_of_memory(
 
 @pytest.mark.parametrize("method", ["encode", "decode"])
 @pytest.mark.parametrize(("times", "kind"), [(1, RuntimeError), (3, torch.OutOfMemoryError)])
-def test_resident_experts_make_room_and_come_back(
+def test_resident_experts_are_evicted_and_come_back(
     planned: tuple[Plan, ModelFiles],
     monkeypatch: pytest.MonkeyPatch,
     method: str,
@@ -237,7 +237,7 @@ def test_resident_experts_make_room_and_come_back(
     expected = pipeline(plan, image, text, Stopwatch("cpu"))
     parameters = [parameter for expert in EXPERTS for parameter in pipeline.experts._experts[expert].parameters()]
     room = sum(parameter.nbytes for parameter in parameters[-3:])  # three at a time
-    work, hosted = getattr(type(pipeline.vae), method), experts._hosted
+    work, hosted = getattr(type(pipeline.vae), method), experts._to_host
     held: list[list[bool]] = []
     copied: list[torch.nn.Parameter] = []
 
@@ -249,8 +249,8 @@ def test_resident_experts_make_room_and_come_back(
         copied.extend(new)
         return hosted(new, device)
 
-    monkeypatch.setattr(pipeline_module, "_MORE_ROOM_BYTES", room)
-    monkeypatch.setattr(experts, "_hosted", copy)
+    monkeypatch.setattr(pipeline_module, "_EVICT_BYTES", room)
+    monkeypatch.setattr(experts, "_to_host", copy)
     for _ in range(2):
         monkeypatch.setattr(type(pipeline.vae), method, out_of_memory(times, measured, kind))
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -274,21 +274,21 @@ def test_as_much_room_is_made_as_is_asked_for_and_as_the_host_has(
     last = list(reversed(list(resident._experts["low_noise"].parameters())))
     two = last[0].nbytes + last[1].nbytes
     monkeypatch.setattr(experts, "available_host_bytes", lambda: experts._SLAB_BYTES + last[0].nbytes - 1)
-    assert not resident.make_room(last[0].nbytes) and not resident._away
+    assert not resident.evict(last[0].nbytes) and not resident._away
     monkeypatch.setattr(experts, "available_host_bytes", lambda: experts._SLAB_BYTES + two)
-    assert resident.make_room(10**12) and resident._away == set(last[:2])
+    assert resident.evict(10**12) and resident._away == set(last[:2])
     resident.take("low_noise")
     monkeypatch.setattr(experts, "available_host_bytes", lambda: 10**12)
-    assert resident.make_room(two) and resident._away == set(last[:2])
-    assert resident.make_room(1) and resident._away == set(last[:3])
-    resident.make_room(10**12)
-    assert not resident.make_room(1)  # nothing is left
+    assert resident.evict(two) and resident._away == set(last[:2])
+    assert resident.evict(1) and resident._away == set(last[:3])
+    resident.evict(10**12)
+    assert not resident.evict(1)  # nothing is left
     resident.take("high_noise")
     assert resident._away == set(last)
     resident.take("low_noise")
     assert not resident._away
     monkeypatch.setattr(experts, "available_host_bytes", lambda: 0)
-    assert resident.make_room(10**12) and len(resident._away) > len(last)  # the host holds it already
+    assert resident.evict(10**12) and len(resident._away) > len(last)  # the host holds it already
 
 
 def test_a_host_that_pins_less_than_it_tells_loses_no_weight(
@@ -305,8 +305,8 @@ def test_a_host_that_pins_less_than_it_tells_loses_no_weight(
 
     monkeypatch.setattr(experts, "_SLAB_BYTES", 1)  # one for each
     monkeypatch.setattr(torch, "empty", pinned)
-    assert resident.make_room(10**12) and len(resident._away) == 3
-    assert not resident.make_room(10**12)
+    assert resident.evict(10**12) and len(resident._away) == 3
+    assert not resident.evict(10**12)
     resident.take("low_noise")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
@@ -322,12 +322,12 @@ def test_weights_that_other_ranks_count_on_stay(
     plan, files = planned
     config = dataclasses.replace(plan.config, **options)
 
-    def makes_room(ranks: Ranks) -> bool:
-        return generate.load_pipeline(files, config, ranks, Stopwatch("cpu")).experts.make_room(1)
+    def evicts(ranks: Ranks) -> bool:
+        return generate.load_pipeline(files, config, ranks, Stopwatch("cpu")).experts.evict(1)
 
-    assert on_gang(Mesh(cfg=2), makes_room) == [moves] * 2
+    assert on_ranks(Mesh(cfg=2), evicts) == [moves] * 2
     if "compile_mode" in options:
-        assert makes_room(Ranks("cpu"))  # whose graphs can be recorded anew
+        assert evicts(Ranks("cpu"))  # whose graphs can be recorded anew
 
 
 def test_a_decoder_that_does_not_fit_at_all_is_told(
@@ -345,15 +345,15 @@ def test_a_decoder_that_does_not_fit_at_all_is_told(
 
 
 @torch.inference_mode()
-def test_swapped_experts_give_what_resident_ones_give(
+def test_offloaded_experts_give_what_resident_ones_give(
     planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, files = planned
     expected = final_latents(plan, files, Ranks("cpu"))
     events: list[str] = []
-    overwrite, forward = SwappedExperts._overwrite, Block.forward
+    overwrite, forward = OffloadedExperts._overwrite, Block.forward
 
-    def copied(self: SwappedExperts, expert: str, chosen: Callable[[str], bool]) -> None:
+    def copied(self: OffloadedExperts, expert: str, chosen: Callable[[str], bool]) -> None:
         events.extend(f"{expert} {name}" for name in self._parameters if chosen(name))
         overwrite(self, expert, chosen)
 
@@ -361,7 +361,7 @@ def test_swapped_experts_give_what_resident_ones_give(
         events.append("block")
         return forward(self, *arguments)
 
-    monkeypatch.setattr(SwappedExperts, "_overwrite", copied)
+    monkeypatch.setattr(OffloadedExperts, "_overwrite", copied)
     monkeypatch.setattr(Block, "forward", ran)
     plan = with_options(plan, expert_offload="on")
     assert torch.equal(final_latents(plan, files, Ranks("cpu")), expected)
@@ -399,7 +399,7 @@ def eleven_blocks() -> dict[Expert, WanDiT]:
 
 
 def test_a_block_hands_over_its_own_weights_alone() -> None:
-    model, hand_over = SwappedExperts(eleven_blocks(), "cpu").take("high_noise", "low_noise")
+    model, hand_over = OffloadedExperts(eleven_blocks(), "cpu").take("high_noise", "low_noise")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     hand_over(1)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
@@ -408,7 +408,7 @@ def test_a_block_hands_over_its_own_weights_alone() -> None:
 
 def test_the_host_holds_each_expert_once() -> None:
     experts = eleven_blocks()
-    SwappedExperts(experts, "cpu")
+    OffloadedExperts(experts, "cpu")
     assert not any(parameter.numel() for model in experts.values() for parameter in model.parameters())
 
 
@@ -422,4 +422,4 @@ def test_no_exchange_of_all_ranks_waits_longer_than_asked() -> None:
                 ranks.gather(None)
         return time.monotonic() - began
 
-    assert on_gang(Mesh(cfg=2), work, timeout_s=1)[0] < 4
+    assert on_ranks(Mesh(cfg=2), work, timeout_s=1)[0] < 4
