@@ -20,10 +20,11 @@ from wanfast.commands.calibrate_magcache import planned
 from wanfast.magcache_calib import clips
 from wanfast.magcache_calib.ratios import against_preset, averaged
 from wanfast.magcache_calib.recorder import Recorder
-from wanfast.runtime import generate, model_files, past_runs
+from wanfast.runtime import model_files, past_runs
 from wanfast.runtime.config import GenerateConfig
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine import session
 from wanfast.runtime.magcache_curves import preset
 from wanfast.runtime.model_spec import A14B
 from wanfast.runtime.plan import effective
@@ -399,13 +400,13 @@ def test_a_curve_that_changed_since_the_plan_is_refused_by_the_worker(
     wanfast: Wanfast, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = Path(wanfast(*CALIBRATE).document["output"])
-    load = generate.load_pipeline
+    load = session.load_models
 
     def meanwhile(*arguments: Any) -> Any:
         (artifact / "ratios.json").write_text("{}")
         return load(*arguments)
 
-    monkeypatch.setattr(generate, "load_pipeline", meanwhile)
+    monkeypatch.setattr(session, "load_models", meanwhile)
     outcome = wanfast(*GENERATE, "--magcache", "artifact")
     assert outcome.exit_code == 4 and "was changed after it was made" in outcome.err
     assert not Path("out.mp4").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import Outcome
 from wanfast.commands import progress
 from wanfast.runtime import generate, media_io, model_files, pipeline, pixels, plan, prompt_embeds
+from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.engine import session
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.models.dit import WanDiT
 
@@ -104,8 +107,8 @@ def test_jobs_load_the_models_once_and_outlive_bad_lines(
     wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads = []
-    load_pipeline = generate.load_pipeline
-    monkeypatch.setattr(generate, "load_pipeline", lambda *a: loads.append(1) or load_pipeline(*a))
+    load_models = session.load_models
+    monkeypatch.setattr(session, "load_models", lambda *a: loads.append(1) or load_models(*a))
     write_mp4 = media_io.write_mp4
 
     def write_but_no_full(frames: object, path: Path, fps: int) -> None:
@@ -141,27 +144,27 @@ def test_lines_may_name_models_of_their_own(
 ) -> None:
     events: list[str] = []
     for name in ("forget_cuda_graphs", "free_memory", "prepare"):
-        work = getattr(generate.hardware, name)
-        monkeypatch.setattr(generate.hardware, name, lambda *a, name=name, work=work: events.append(name) or work(*a))
+        work = getattr(session.hardware, name)
+        monkeypatch.setattr(session.hardware, name, lambda *a, name=name, work=work: events.append(name) or work(*a))
     (workdir / "jobs.jsonl").write_text(f'{{"output": "a.mp4"}}\n{{"output": "b.mp4", "model": "{tiny_copy}"}}\n')
     assert wanfast(*GOOD, "--jobs", "jobs.jsonl").exit_code == 0
     assert sha256(workdir / "a.mp4") == sha256(workdir / "b.mp4")
-    assert events == ["forget_cuda_graphs", "free_memory", "prepare"] * 2  # before the models of each
+    assert events == ["prepare", "forget_cuda_graphs", "free_memory", "prepare"]  # the first models are freed first
     outcome = wanfast(*GOOD, "--jobs", "jobs.jsonl", "--num-gpus", "2", "--dry-run", "--json", "--overwrite")
     assert outcome.exit_code == 6 and "--model is one for the whole list" in outcome.document["results"][1]["error"]
 
 
 def test_lines_share_models_that_are_loaded_alike(wanfast: Wanfast) -> None:
     document = wanfast(*GOOD, "--dry-run", "--json").document
-    job = {"effective": document["effective"]}
+    config = EffectiveConfig(**document["effective"])
     own = {
         "precision": "fp32", "quantize": "int8-dynamic", "quantize_on_the_fly": True, "attention": "math", "tf32": True,
         "compile": True, "compile_mode": "max-autotune", "artifacts_dir": "elsewhere",
     }  # fmt: skip
-    kinds = {generate._models_of({"effective": job["effective"] | {name: value}}) for name, value in own.items()}
-    assert len(kinds | {generate._models_of(job)}) == len(own) + 1
+    kinds = {session.models_of(dataclasses.replace(config, **{name: value})) for name, value in own.items()}
+    assert len(kinds | {session.models_of(config)}) == len(own) + 1
     for name, value in {"seed": 9, "size": "96x96", "steps": 3, "prompt": "a dog", "output": "b.mp4"}.items():
-        assert generate._models_of({"effective": job["effective"] | {name: value}}) == generate._models_of(job)
+        assert session.models_of(dataclasses.replace(config, **{name: value})) == session.models_of(config)
 
 
 def test_changed_embeddings_are_refused(wanfast: Wanfast, workdir: Path) -> None:
@@ -208,13 +211,13 @@ def test_other_weights_than_those_of_the_run_are_said(wanfast: Wanfast, tiny_cop
 def test_an_image_that_changes_after_the_plan_is_refused(
     wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load_pipeline = generate.load_pipeline
+    load_models = session.load_models
 
     def load_and_change(*arguments: object) -> object:
         Image.new("RGB", (64, 48)).save("cat.png")
-        return load_pipeline(*arguments)
+        return load_models(*arguments)
 
-    monkeypatch.setattr(generate, "load_pipeline", load_and_change)
+    monkeypatch.setattr(session, "load_models", load_and_change)
     outcome = wanfast(*GOOD)
     assert outcome.exit_code == 2 and "changed since the plan" in outcome.err
     assert visible(workdir) == ["cat.png"]
@@ -253,14 +256,14 @@ def test_weights_that_do_not_fit_are_said(wanfast: Wanfast, monkeypatch: pytest.
     def too_large(*arguments: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(generate, "load_pipeline", too_large)
+    monkeypatch.setattr(session, "load_models", too_large)
     outcome = wanfast(*GOOD)
     assert outcome.exit_code == 2 and "--precision bf16: the weights do not fit" in outcome.err
 
 
 def test_the_text_encoder_is_gone_before_the_experts_come(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
     encoders = []
-    build_umt5, load_pipeline = prompt_embeds.build_umt5, generate.load_pipeline
+    build_umt5, load_models = prompt_embeds.build_umt5, session.load_models
 
     def build(*arguments: object, **options: object) -> object:
         encoder = build_umt5(*arguments, **options)
@@ -269,10 +272,10 @@ def test_the_text_encoder_is_gone_before_the_experts_come(wanfast: Wanfast, monk
 
     def load(*arguments: object) -> object:
         assert len(encoders) == 1 and encoders[0]() is None
-        return load_pipeline(*arguments)
+        return load_models(*arguments)
 
     monkeypatch.setattr(prompt_embeds, "build_umt5", build)
-    monkeypatch.setattr(generate, "load_pipeline", load)
+    monkeypatch.setattr(session, "load_models", load)
     assert wanfast(*GOOD).exit_code == 0
 
 
@@ -288,7 +291,7 @@ def test_noise_is_drawn_where_asked(wanfast: Wanfast, monkeypatch: pytest.Monkey
     devices = []
     draw = pipeline.draw_noise
     monkeypatch.setattr(pipeline, "draw_noise", lambda *a: devices.append(a[3]) or draw(*a[:3], "cpu"))
-    monkeypatch.setattr(generate.hardware, "prepare", lambda *a: None)
+    monkeypatch.setattr(session.hardware, "prepare", lambda *a: None)
     monkeypatch.setattr(plan, "default_device", lambda: "cuda")
     assert wanfast(*GOOD).exit_code == 0
     config = json.loads(Path("out.json").read_text())["effective"]

@@ -391,10 +391,10 @@ media_io.write_mp4 = full
 def test_a_rank_group_that_cannot_load_leaves_the_list_to_the_others(start: Start, workdir: Path) -> None:
     fault = """
 import torch
-from wanfast.runtime import generate
+from wanfast.runtime.engine import session
 def too_large(*arguments):
     raise torch.OutOfMemoryError
-generate.load_pipeline = too_large
+session.load_models = too_large
 """
     (workdir / "jobs.jsonl").write_text("\n".join(json.dumps({"output": f"{k}.mp4", "steps": 2}) for k in range(4)))
     environment = with_fault(workdir, fault, rank=0, replica=1)

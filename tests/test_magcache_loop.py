@@ -13,10 +13,10 @@ from tests.on_ranks import on_ranks
 from tests.parity import relative_error
 from tests.small_model import blank_inputs, plan_small_model
 from tests.test_rank_groups import MESHES, final_latents, shown, with_options
-from wanfast.runtime import generate
 from wanfast.runtime.config import BRANCHES, GenerateConfig
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine import session
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.experts import OffloadedExperts
 from wanfast.runtime.magcache_curves import Curve
@@ -159,7 +159,7 @@ def test_offloaded_experts_skip_too(planned: tuple[Plan, ModelFiles], monkeypatc
 def test_a_second_video_starts_clean(planned: tuple[Plan, ModelFiles]) -> None:
     plan, files = planned
     plan = skipping(plan)
-    pipeline = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     image, text = blank_inputs(plan, files)
     first = pipeline(plan, image, text, Stopwatch("cpu"))
     pipeline(plan, image + 1, text, Stopwatch("cpu"))
@@ -176,7 +176,7 @@ def test_compiled_blocks_stay_one_graph(planned: tuple[Plan, ModelFiles], monkey
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False, backend="eager")
 
-    monkeypatch.setattr(generate, "compile_blocks", compiled)
+    monkeypatch.setattr(session, "compile_blocks", compiled)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         got = final_latents(with_options(plan, compile=True), files, Ranks("cpu"))

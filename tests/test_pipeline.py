@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.parity import relative_error
 from tests.public_model import save_diffusers
-from wanfast.runtime import checkpoint, generate, media_io, model_files, pixels
+from wanfast.runtime import checkpoint, media_io, model_files, pixels
 from wanfast.runtime.builders import build_expert, build_umt5, build_vae
 from wanfast.runtime.config import GenerateConfig
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine import session
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.model_spec import ModelSpec
 from wanfast.runtime.pipeline import draw_noise
@@ -119,7 +120,7 @@ def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
     config = plan.config
     ranks = Ranks("cpu")
     embeds = prompt_embeds([config.prompt, config.negative_prompt], files, config, ranks, Stopwatch("cpu"))
-    pipeline = generate.load_pipeline(files, config, ranks, Stopwatch("cpu"))
+    pipeline = session.load_models(files, config, ranks, Stopwatch("cpu"))
     image = pixels.fit_image(media_io.load_image(config.image).pixels, plan.geometry.width, plan.geometry.height)
     condition = pipeline.encode_condition(image, plan.geometry)
     noise = draw_noise(config.seed, plan.geometry, 16, "cpu")
@@ -201,7 +202,7 @@ def test_spec_is_read_from_the_public_config_files(public) -> None:
 
 def test_calls_do_not_touch_each_other(public, plan_for) -> None:
     plan, files = plan_for(public[1], steps=2)
-    pipeline = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(3, plan.geometry.height, plan.geometry.width, generator=generator)
     text = {name: torch.randn(4, 24, generator=generator) for name in ("prompt", "negative_prompt")}

@@ -15,11 +15,12 @@ from torch.distributed.tensor import DTensor
 from tests.on_ranks import on_ranks
 from tests.parity import randomise, relative_error
 from tests.small_model import SPEC, blank_inputs, plan_small_model
-from wanfast.runtime import experts, generate, media_io, pixels, prompt_embeds
+from wanfast.runtime import experts, media_io, pixels, prompt_embeds
 from wanfast.runtime import pipeline as pipeline_module
 from wanfast.runtime.config import Expert, GenerateConfig
 from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine import session
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.experts import OffloadedExperts, ResidentExperts
 from wanfast.runtime.model_files import ModelFiles
@@ -44,7 +45,7 @@ def final_latents(plan: Plan, files: ModelFiles, ranks: Ranks) -> torch.Tensor:
     embeds = prompt_embeds.prompt_embeds(
         [config.prompt, config.negative_prompt], files, config, ranks, Stopwatch("cpu")
     )
-    pipeline = generate.load_pipeline(files, config, ranks, Stopwatch("cpu"))
+    pipeline = session.load_models(files, config, ranks, Stopwatch("cpu"))
     assert (pipeline.vae is not None) == ranks.is_leader
     held = pipeline.experts.take("high_noise")[0].parameters()
     assert {isinstance(parameter, DTensor) for parameter in held} == {config.dit_fsdp == "on"}
@@ -185,7 +186,7 @@ def test_offloaded_experts_leave_the_device_to_the_decoder(
 ) -> None:
     plan, files = planned
     plan = with_options(plan, expert_offload="on")
-    pipeline = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     decode = type(pipeline.vae).decode
     held: list[int] = []
 
@@ -230,9 +231,9 @@ def test_resident_experts_are_evicted_and_come_back(
             block.compile(fullgraph=True, dynamic=False, backend="eager")
 
     torch._dynamo.reset()
-    monkeypatch.setattr(generate, "compile_blocks", compiled)
+    monkeypatch.setattr(session, "compile_blocks", compiled)
     plan = with_options(plan, compile=True)
-    pipeline = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     image, text = blank_inputs(plan, files)
     expected = pipeline(plan, image, text, Stopwatch("cpu"))
     parameters = [parameter for expert in EXPERTS for parameter in pipeline.experts._experts[expert].parameters()]
@@ -263,7 +264,7 @@ def test_resident_experts_are_evicted_and_come_back(
 @pytest.fixture
 def resident(planned: tuple[Plan, ModelFiles]) -> ResidentExperts:
     plan, files = planned
-    experts = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu")).experts
+    experts = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu")).experts
     assert isinstance(experts, ResidentExperts)
     return experts
 
@@ -323,7 +324,7 @@ def test_weights_that_other_ranks_count_on_stay(
     config = dataclasses.replace(plan.config, **options)
 
     def evicts(ranks: Ranks) -> bool:
-        return generate.load_pipeline(files, config, ranks, Stopwatch("cpu")).experts.evict(1)
+        return session.load_models(files, config, ranks, Stopwatch("cpu")).experts.evict(1)
 
     assert on_ranks(Mesh(cfg=2), evicts) == [moves] * 2
     if "compile_mode" in options:
@@ -339,7 +340,7 @@ def test_a_decoder_that_does_not_fit_at_all_is_told(
     for times, host_bytes in ((3, 10**12), (1, 0)):  # nothing left to move, and nowhere to move it
         monkeypatch.setattr(experts, "available_host_bytes", lambda host_bytes=host_bytes: host_bytes)
         monkeypatch.setattr(WanVAE, "decode", out_of_memory(times, decode))
-        pipeline = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+        pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
         with pytest.raises(torch.OutOfMemoryError):
             pipeline(plan, image, text, Stopwatch("cpu"))
 
@@ -382,7 +383,7 @@ def test_an_expert_is_whole_again_after_a_step_that_broke_off(planned: tuple[Pla
     """While the other one took its place."""
     plan, files = planned
     plan = with_options(plan, expert_offload="on")
-    experts = generate.load_pipeline(files, plan.config, Ranks("cpu"), Stopwatch("cpu")).experts
+    experts = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu")).experts
     model, hand_over = experts.take("high_noise", "low_noise")
     expected = [parameter.clone() for parameter in model.parameters()]
     hand_over(0)

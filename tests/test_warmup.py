@@ -21,11 +21,12 @@ import torch
 from tests.conftest import Outcome
 from tests.small_model import plan_small_model
 from wanfast.commands.report import Report
-from wanfast.runtime import compilation, generate, model_files
+from wanfast.runtime import compilation, model_files
 from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.compilation import cache_inputs
 from wanfast.runtime.config import EffectiveConfig, from_options
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine import session
 from wanfast.runtime.errors import CorruptArtifactError
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.next_step import warmup_command
@@ -146,7 +147,7 @@ def test_the_compiler_is_imported_while_weights_are_read(
     small_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, files = plan_small_model(small_model)
-    build, began, reading, imported = generate.build_expert, Event(), Event(), Event()
+    build, began, reading, imported = session.build_expert, Event(), Event(), Event()
 
     def import_compiler(gpu: int | None) -> None:
         began.set()
@@ -159,10 +160,10 @@ def test_the_compiler_is_imported_while_weights_are_read(
         return build(*arguments, **options)
 
     monkeypatch.setattr(compilation, "_import_compiler", import_compiler)
-    monkeypatch.setattr(generate, "build_expert", build_expert)
-    monkeypatch.setattr(generate, "compile_blocks", lambda model, mode: compiled.append(imported.is_set()))
+    monkeypatch.setattr(session, "build_expert", build_expert)
+    monkeypatch.setattr(session, "compile_blocks", lambda model, mode: compiled.append(imported.is_set()))
     compiled: list[bool] = []
-    generate.load_pipeline(files, dataclasses.replace(plan.config, compile=True), Ranks("cpu"), Stopwatch("cpu"))
+    session.load_models(files, dataclasses.replace(plan.config, compile=True), Ranks("cpu"), Stopwatch("cpu"))
     assert compiled == [True, True]
 
 

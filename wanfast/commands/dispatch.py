@@ -10,7 +10,7 @@ from typing import Any, Literal
 from wanfast.commands.progress import OnProgress, progress_bars
 from wanfast.runtime import gpus, launch
 from wanfast.runtime.artifacts import JOB, RESULT, new_run_folder, write_result, write_synced
-from wanfast.runtime.plan import Plan
+from wanfast.runtime.plan import Job, Plan
 
 Verb = Literal["generate", "warmup", "calibrate-magcache"]
 _WORKERS: dict[Verb, str] = {
@@ -24,7 +24,7 @@ OnResult = Callable[[int, Document], None]
 
 def run_jobs(
     verb: Verb,
-    jobs: list[Document],
+    jobs: list[Job],
     plans: list[Plan],
     artifacts_dir: str,
     *,
@@ -33,8 +33,9 @@ def run_jobs(
 ) -> list[Document]:
     """The result of every job, each told as it comes. The ranks of the first plan are those of all."""
     config = plans[0].config
-    folder = new_run_folder(Path(artifacts_dir).absolute(), {"verb": verb, "jobs": jobs})
-    document = {"verb": verb, "worker": _WORKERS[verb], "jobs": jobs}
+    documents = [job.to_json() for job in jobs]
+    folder = new_run_folder(Path(artifacts_dir).absolute(), {"verb": verb, "jobs": documents})
+    document = {"verb": verb, "worker": _WORKERS[verb], "jobs": documents}
     write_synced(folder / JOB, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     with progress_bars(enabled=show_progress) as on_progress:
         # A warmup has a process of its own: on a CPU one product may take minutes, in which no signal is handled.
@@ -48,16 +49,17 @@ def run_jobs(
 
 
 def _here(
-    verb: Verb, folder: Path, jobs: list[Document], device: str, on_result: OnResult, on_progress: OnProgress
+    verb: Verb, folder: Path, jobs: list[Job], device: str, on_result: OnResult, on_progress: OnProgress
 ) -> list[Document]:
     """One rank needs no other process."""
     if device == "cuda":
         gpus.expand_segments()
     from wanfast.runtime.distributed.ranks import Ranks  # torch begins here
+    from wanfast.runtime.engine.session import Sessions
     from wanfast.runtime.worker import worker_half
 
     results: dict[int, Document] = {}
-    for index, result in worker_half(_WORKERS[verb])(jobs, Ranks(device), progress=on_progress):
+    for index, result in worker_half(_WORKERS[verb])(jobs, Sessions(Ranks(device)), progress=on_progress):
         results[index] = result
         write_result(folder, index, result)
         on_result(index, result)

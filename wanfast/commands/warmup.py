@@ -55,12 +55,7 @@ def warmup(
     if is_cpu_for_want_of_a_gpu(device, plan):
         note = "no GPU was found, so a block is compiled and run on the CPU, which takes long at this size"
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {note}")
-    job = {
-        "requested": given,
-        "effective": dataclasses.asdict(plan.config),
-        "image_size": image_size,
-        "placement": plan.placement,
-    }
+    job = dataclasses.replace(plan.job(given), image_size=image_size)
     (result,) = dispatch.run_jobs(
         "warmup", [job], [plan], artifacts_dir, show_progress=console.is_terminal, on_result=lambda index, result: None
     )

@@ -1,47 +1,36 @@
-"""The worker half of `wanfast calibrate-magcache`: the loop of a generation for each clip, measured, not decoded."""
+"""The worker half of `wanfast calibrate-magcache`: denoises each clip and measures it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from wanfast.magcache_calib.recorder import Recorder
-from wanfast.runtime.config import Branch, Expert
-from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.generate import Job, Loaded, ProgressFn, planned, run_with
-from wanfast.runtime.pipeline import draw_noise
-from wanfast.runtime.timing import Stopwatch
+from wanfast.runtime.config import Expert
+from wanfast.runtime.engine.session import Session, Sessions
+from wanfast.runtime.generate import ClaimFn, ProgressFn, run_jobs
+from wanfast.runtime.plan import Job
 
 
 def run(
     jobs: list[Job],
-    ranks: Ranks,
+    sessions: Sessions,
     *,
-    claim: Callable[[int], bool] | None = None,
+    claim: ClaimFn | None = None,
     progress: ProgressFn = lambda index, stage, done, total: None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(index, measurements) of each clip as it comes."""
-    yield from run_with(measure, jobs, ranks, claim, progress)
+    """Yields (index, measurements) of each clip as it is done."""
+    yield from run_jobs(measure, jobs, sessions, claim, progress)
 
 
-@torch.inference_mode()
-def measure(
-    index: int, job: Job, loaded: Loaded, text: dict[Branch, Tensor], watch: Stopwatch, progress: ProgressFn
-) -> dict[str, Any]:
+def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
     """Ratios, spread and cosine distance of every step and branch of one clip."""
-    pipeline, (plan, image) = loaded.pipeline, planned(job, loaded)
+    plan, image = session.plan(job)
     steps = len(plan.schedule)
-    recorder = Recorder(pipeline.ranks, plan.geometry.tokens)
+    recorder = Recorder(session.ranks, plan.geometry.tokens)
 
     def on_step(done: int, expert: Expert) -> None:
         progress(index, expert.replace("_", " "), done, steps)
 
-    noise = draw_noise(plan.config.seed, plan.geometry, pipeline.spec.dit.out_channels, plan.config.noise_device)
-    condition = pipeline.encode_condition(image, plan.geometry)
-    with watch.span("denoise"):
-        pipeline.denoise(plan, noise.to(pipeline.device), condition, text, recorder, on_step)
-    pipeline.experts.leave()
-    return {"steps": recorder.measured(steps), "seconds": round(watch.seconds["denoise"], 3)}
+    session.latent(plan, image, on_step, recorder)
+    return {"steps": recorder.measured(steps), "seconds": round(session.watch.seconds["denoise"], 3)}

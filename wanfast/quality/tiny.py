@@ -30,10 +30,11 @@ from wanfast.quality import metrics
 from wanfast.quality.motions import MOTIONS
 from wanfast.quality.tracking import classify
 from wanfast.quality.world import COLOURS, FRAMES, SIZE, Renderer, Scene, draw_scene, moments_of_clip
-from wanfast.runtime import generate, model_files, pixels
+from wanfast.runtime import model_files, pixels
 from wanfast.runtime.builders import build_umt5
 from wanfast.runtime.config import Branch, EffectiveConfig, Scheme
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine.session import load_models
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.pipeline import ImageToVideoPipeline
 from wanfast.runtime.plan import Plan
@@ -104,7 +105,7 @@ class Judge:
         self.renderer = Renderer("cpu")
 
     def load(self, config: EffectiveConfig) -> ImageToVideoPipeline:
-        return generate.load_pipeline(self.files, config, Ranks("cpu"), Stopwatch("cpu"))
+        return load_models(self.files, config, Ranks("cpu"), Stopwatch("cpu"))
 
     @torch.inference_mode()
     def __call__(self, task: Task) -> dict[str, Any]:

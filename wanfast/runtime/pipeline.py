@@ -65,18 +65,36 @@ class ImageToVideoPipeline:
 
         `residuals` is asked which forwards run; by default those of the plan do.
         """
+        latent = self.latent(plan, image, text, watch, on_step, residuals or ResidualCache(plan.skips))
+        return self.decode(latent, plan.geometry, watch)
+
+    @torch.inference_mode()
+    def latent(
+        self,
+        plan: Plan,
+        image: Tensor,
+        text: dict[Branch, Tensor],
+        watch: Stopwatch,
+        on_step: StepFn,
+        residuals: StepCache,
+    ) -> Tensor:
+        """The clean latent [1, 16, T, h, w], on every rank; afterwards no expert is needed."""
         noise = draw_noise(plan.config.seed, plan.geometry, self.spec.dit.out_channels, plan.config.noise_device)
         with watch.span("encode"):
             condition = self.encode_condition(image, plan.geometry)
         with watch.span("denoise"):
-            cache = residuals or ResidualCache(plan.skips)
-            latent = self.denoise(plan, noise.to(self.device), condition, text, cache, on_step)
+            latent = self.denoise(plan, noise.to(self.device), condition, text, residuals, on_step)
         self.experts.leave()
+        return latent
+
+    @torch.inference_mode()
+    def decode(self, latent: Tensor, geometry: Geometry, watch: Stopwatch) -> Tensor | None:
+        """Video [3, F, H, W] in [-1, 1] on the leader's CPU."""
         if self.vae is None:
             return None
-        free_memory(self.device)  # the decoder wants its memory in other pieces than the loop did
+        free_memory(self.device)  # the decoder allocates other sizes than the loop did
         with watch.span("decode"):
-            wanted = decode_bytes(self.spec, plan.geometry)
+            wanted = decode_bytes(self.spec, geometry)
             if self.device == "cuda" and (missing := wanted - torch.cuda.mem_get_info()[0]) > 0:
                 self.experts.evict(missing)
             return self._evicting(partial(self.vae.decode, latent))[0].cpu()

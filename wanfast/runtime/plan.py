@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime import gpus, media_io, memory, model_files
-from wanfast.runtime.config import Device, EffectiveConfig, Expert, GenerateConfig, parse_size
+from wanfast.runtime.config import Device, EffectiveConfig, Expert, GenerateConfig, from_options, parse_size
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.magcache_curves import Curve, curve_of, magcache_notes, settle
@@ -65,6 +65,10 @@ class Plan:
             curve=curve,
             residuals_a_branch=0 if curve is None else 1,
         )
+
+    def job(self, requested: dict[str, Any]) -> Job:
+        """What the ranks need to know; `requested`: the options that were given."""
+        return Job(config=self.config, requested=requested, notes=self.notes, placement=self.placement)
 
     @property
     def outputs(self) -> tuple[Path, ...]:
@@ -196,6 +200,37 @@ class Plan:
             "outputs": [str(path) for path in self.outputs],
             "notes": list(self.notes),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One planned video, in the form in which it goes from the parent to the ranks."""
+
+    config: EffectiveConfig
+    requested: dict[str, Any]  # the options that were given
+    notes: tuple[str, ...] = ()
+    placement: str = ""
+    image_size: tuple[int, int] = (0, 0)  # (width, height) for a warmup, which reads no image
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "requested": self.requested,
+            "effective": dataclasses.asdict(self.config),
+            "notes": list(self.notes),
+            "placement": self.placement,
+            "image_size": list(self.image_size),
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Job:
+        """The inverse of `to_json`. Raises ConfigError."""
+        return cls(
+            config=from_options(EffectiveConfig, document["effective"]),
+            requested=document["requested"],
+            notes=tuple(document["notes"]),
+            placement=document["placement"],
+            image_size=tuple(document["image_size"]),
+        )
 
 
 def guided_steps(document: dict[str, Any]) -> list[bool]:

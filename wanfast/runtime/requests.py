@@ -18,7 +18,7 @@ from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.model_files import ModelFiles
 from wanfast.runtime.packages import require_attention
 from wanfast.runtime.placement import LAUNCH_OPTIONS, check_skips, place, placement_notes
-from wanfast.runtime.plan import Plan, resolve
+from wanfast.runtime.plan import Job, Plan, resolve
 from wanfast.runtime.quantized_artifacts import QuantizedExpert, require_experts
 
 _OPTIONS = {field.name for field in dataclasses.fields(GenerateConfig)}
@@ -44,16 +44,10 @@ class Planned:
     plan: Plan | None = None
     error: WanFastError | None = None
 
-    def job(self) -> dict[str, Any]:
-        """What the worker needs of a request that has a plan."""
+    def job(self) -> Job:
+        """The job of a request that has a plan."""
         assert self.plan is not None
-        effective = dataclasses.asdict(self.plan.config)
-        return {
-            "requested": self.request.options,
-            "effective": effective,
-            "notes": self.plan.notes,
-            "placement": self.plan.placement,
-        }
+        return self.plan.job(self.request.options)
 
     def failure(self) -> dict[str, Any]:
         """The result document of a request without a plan."""

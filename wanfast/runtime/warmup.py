@@ -25,14 +25,15 @@ from wanfast.runtime.compilation import (
     load_caches,
     save_caches,
 )
-from wanfast.runtime.config import EffectiveConfig, from_options
+from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine.session import Sessions
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.model_spec import DiTSpec
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables
-from wanfast.runtime.plan import Plan
+from wanfast.runtime.plan import Job, Plan
 from wanfast.runtime.shapes import Geometry
 from wanfast.runtime.timing import Stopwatch
 
@@ -40,14 +41,14 @@ _TOO_LARGE = "--size: a block's work does not fit into this GPU's memory: take a
 
 
 def run(
-    jobs: list[dict[str, Any]],
-    ranks: Ranks,
+    jobs: list[Job],
+    sessions: Sessions,
     *,
     claim: Callable[[int], bool] | None = None,
     progress: Callable[[int, str, int, int], None] = lambda index, stage, done, total: None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(0, result) of the one job: the artifact, and what a block cost with nothing kept and with everything."""
-    (job,) = jobs
+    (job,), ranks = jobs, sessions.ranks
     try:
         yield 0, _warm(job, ranks, lambda stage: progress(0, stage, 0, 0))
     except (WanFastError, torch.OutOfMemoryError) as error:
@@ -56,15 +57,15 @@ def run(
         yield 0, failure(error if isinstance(error, WanFastError) else ConfigError(_TOO_LARGE))
 
 
-def _warm(job: dict[str, Any], ranks: Ranks, progress: Callable[[str], None]) -> dict[str, Any]:
-    config = from_options(EffectiveConfig, job["effective"])
+def _warm(job: Job, ranks: Ranks, progress: Callable[[str], None]) -> dict[str, Any]:
+    config = job.config
     ranks.together(check_caches)
     ranks.together(lambda: hardware.prepare(config.device, config.precision, config.tf32))
     spec = ranks.together(lambda: model_files.locate(config.model, config.artifacts_dir)).spec
     hardware.use_few_threads(ranks.device, spec.dit.dim)
     choice = attention_probe.agree(config.attention, ranks, DTYPES[config.precision], spec.dit.head_dim)
     config = dataclasses.replace(config, attention=choice.kernel)
-    plan = Plan.of(config, spec, tuple(job["image_size"]), placement=job["placement"])
+    plan = Plan.of(config, spec, job.image_size, placement=job.placement)
     store = ArtifactStore(Path(config.artifacts_dir))
     inputs = cache_inputs(config, spec.dit, plan.geometry.tokens)
     was_there = load_caches(store, inputs, ranks) is not None
@@ -75,7 +76,7 @@ def _warm(job: dict[str, Any], ranks: Ranks, progress: Callable[[str], None]) ->
     shape = ("width", "height", "frames", "tokens", "precision", "quantize", "attention", "compile", "device", "mesh")
     return {name: value for name, value in plan.to_json().items() if name in shape} | {
         "output": str(folder),
-        "requested": job["requested"],
+        "requested": job.requested,
         "versions": metadata.versions(),
         "was_there": was_there,
         "compiled_anew": max(ranks.gather(compiled_anew())),

@@ -19,9 +19,9 @@ from types import TracebackType
 from typing import Any
 
 from wanfast.runtime.artifacts import CLAIMS, JOB, PROGRESS, RANKS, replace_text, write_result
-from wanfast.runtime.config import EffectiveConfig, from_options
 from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
+from wanfast.runtime.plan import Job
 from wanfast.runtime.signals import end_with_parent
 
 
@@ -59,9 +59,10 @@ def _told(error: BaseException) -> dict[str, Any]:
 
 def _work(run_folder: Path, replica: int, own_folder: Path) -> None:
     from wanfast.runtime.distributed.ranks import rank_group  # torch begins here
+    from wanfast.runtime.engine.session import Sessions
 
     document = json.loads((run_folder / JOB).read_text(encoding="utf-8"))
-    config = from_options(EffectiveConfig, document["jobs"][0]["effective"])
+    config = Job.from_json(document["jobs"][0]).config
     mesh = Mesh(cfg=config.cfg_parallel, ulysses=config.ulysses)
     has_peers = config.num_gpus >= 2 * mesh.group_size and len(document["jobs"]) > 1
     with rank_group(config.device, mesh, config.rank_timeout) as ranks:
@@ -77,14 +78,14 @@ def _work(run_folder: Path, replica: int, own_folder: Path) -> None:
             if ranks.is_leader:
                 replace_text(run_folder / PROGRESS / f"{replica}.json", state)
 
-        half = worker_half(document["worker"])
-        for index, result in half(jobs, ranks, claim=claim if has_peers else None, progress=progress):
+        half, parsed = worker_half(document["worker"]), [Job.from_json(job) for job in jobs]
+        for index, result in half(parsed, Sessions(ranks), claim=claim if has_peers else None, progress=progress):
             if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has a run folder of its own
                 write_result(run_folder, index, result)
 
 
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
-    """What does a command's jobs: `run(jobs, ranks, claim=, progress=)`, which yields (index, result) of each.
+    """What does a command's jobs: `run(jobs, sessions, claim=, progress=)`, which yields (index, result) of each.
 
     By the name of its module, since one of them lies above the runtime.
     """

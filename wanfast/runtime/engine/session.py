@@ -1,0 +1,287 @@
+"""The models of one rank: opened once, they make any number of videos.
+
+    session = Session.open(config, ranks)   # prepares the process, finds the files, chooses the attention kernel
+    session.encode(texts)                   # UMT5 comes and goes before the experts need its memory
+    session.make(job)                       # the first call loads the experts and the VAE
+    session.close()
+
+Every rank of a group calls the same methods in the same order. The leader alone holds the VAE, reads images and gets
+frames. `load_models` states in which order a model becomes ready to run, and why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from wanfast.runtime import attention_probe, hardware, media_io, memory, model_files, pixels
+from wanfast.runtime.artifacts import ArtifactStore
+from wanfast.runtime.builders import DTYPES, build_expert, build_vae
+from wanfast.runtime.compilation import (
+    cache_inputs,
+    compile_blocks,
+    compiled_anew,
+    compiler_imported_meanwhile,
+    load_caches,
+)
+from wanfast.runtime.config import Branch, EffectiveConfig, Expert
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.experts import Experts, OffloadedExperts, ResidentExperts
+from wanfast.runtime.magcache_curves import curve_of
+from wanfast.runtime.media_io import LoadedImage
+from wanfast.runtime.model_files import COMPONENTS, Component, ModelFiles
+from wanfast.runtime.models.attention import attention_by
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.pipeline import ImageToVideoPipeline
+from wanfast.runtime.plan import Job, Plan
+from wanfast.runtime.prompt_embeds import prompt_embeds
+from wanfast.runtime.quantized_artifacts import EXPERTS, quantized_expert, shards
+from wanfast.runtime.sampling.denoise import StepFn
+from wanfast.runtime.sampling.magcache import StepCache
+from wanfast.runtime.timing import FirstStep, Stopwatch
+
+
+@dataclass(frozen=True)
+class Made:
+    """A video and the facts of its making."""
+
+    plan: Plan
+    frames: npt.NDArray[np.uint8] | None  # [F, H, W, 3] on the leader
+    facts: dict[str, Any]  # for the JSON beside the video
+
+
+_OF_MODELS = (
+    "model", "precision", "quantize", "quantize_on_the_fly", "attention", "tf32", "compile", "compile_mode",
+    "artifacts_dir",
+)  # fmt: skip
+
+
+def models_of(config: EffectiveConfig) -> tuple[Any, ...]:
+    """Jobs with the same answer share a session."""
+    return tuple(getattr(config, name) for name in _OF_MODELS)
+
+
+class Session:
+    """Loaded models of one `config`; every video of a session shares them."""
+
+    def __init__(self, config: EffectiveConfig, ranks: Ranks, files: ModelFiles) -> None:
+        """Use `open`."""
+        self.config, self.ranks, self.files = config, ranks, files
+        self.watch = Stopwatch(ranks.device)  # seconds of each stage since the last video
+        self._loads = Stopwatch(ranks.device)  # seconds of each component since the last video
+        self._embeds: dict[str, Tensor] = {}
+        self._pipeline: ImageToVideoPipeline | None = None
+
+    @classmethod
+    def open(cls, config: EffectiveConfig, ranks: Ranks) -> Session:
+        """Prepares the process and finds the model. Raises WanFastError on all ranks."""
+        ranks.together(lambda: hardware.prepare(config.device, config.precision, config.tf32))
+        files = ranks.together(lambda: model_files.locate(config.model, config.artifacts_dir))
+        hardware.use_few_threads(ranks.device, files.spec.dit.dim)
+        return cls(config, ranks, files)
+
+    def encode(self, texts: Iterable[str]) -> None:
+        """Makes the embeddings of `texts`; loads UMT5 only for texts that the store does not know."""
+        new = list(dict.fromkeys(text for text in texts if text not in self._embeds))
+        if not new:
+            return
+        with self.watch.span("text"):
+            if self._pipeline is not None:
+                self._pipeline.experts.leave()
+                self._evict_for(memory.umt5_bytes(self.files.spec.umt5, self.config.precision))
+            self._embeds |= prompt_embeds(new, self.files, self.config, self.ranks, self._loads)
+
+    def load(self) -> ImageToVideoPipeline:
+        """Loads the experts and the VAE, once."""
+        if self._pipeline is None:
+            with self.watch.span("load"):
+                self._pipeline = load_models(self.files, self.config, self.ranks, self._loads)
+        return self._pipeline
+
+    def plan(self, job: Job) -> tuple[Plan, Tensor]:
+        """(what runs on these ranks, the image [3, H, W] at its size), the same on every rank."""
+        pipeline, ranks = self.load(), self.ranks
+        image = ranks.lead(lambda: _read_image(job.config))
+        config = dataclasses.replace(job.config, attention=pipeline.attention.kernel)  # so that a repetition takes it
+        curve = ranks.lead(lambda: curve_of(config, self.files))  # machines may hold different ones under one key
+        plan = Plan.of(config, self.files.spec, image.size, job.notes, job.placement, curve)
+        return plan, pixels.fit_image(image.pixels, plan.geometry.width, plan.geometry.height)
+
+    def text_of(self, config: EffectiveConfig) -> dict[Branch, Tensor]:
+        """The embeddings [n, text_dim] of both branches."""
+        self.encode((config.prompt, config.negative_prompt))
+        return {"prompt": self._embeds[config.prompt], "negative_prompt": self._embeds[config.negative_prompt]}
+
+    def latent(self, plan: Plan, image: Tensor, on_step: StepFn, residuals: StepCache) -> Tensor:
+        """The clean latent [1, 16, T, h, w], not decoded; `residuals` says which forwards run."""
+        text = self.text_of(plan.config)
+        return self.load().latent(plan, image, text, self.watch, on_step, residuals)
+
+    def make(self, job: Job, on_step: StepFn = lambda done, expert: None, residuals: StepCache | None = None) -> Made:
+        """Makes one video. `on_step(done, expert)` is called before and after each step.
+
+        Raises WanFastError, and torch.OutOfMemoryError where the device's memory does not suffice.
+        """
+        pipeline, ranks = self.load(), self.ranks
+        plan, image = self.plan(job)
+        text, config = self.text_of(plan.config), plan.config
+        compile_cache, compiled = (_warm_start(plan, ranks), compiled_anew()) if config.compile else (None, 0)
+        hardware.reset_peak_memory(config.device)
+        first_step = FirstStep(ranks.device)
+
+        def stepped(done: int, expert: Expert) -> None:
+            first_step(done)
+            on_step(done, expert)
+
+        video = pipeline(plan, image, text, self.watch, stepped, residuals)
+        with self.watch.span("decode"):
+            frames = None if video is None else pixels.to_uint8(video)
+        peaks = ranks.gather(hardware.peak_memory_bytes(config.device))
+        recompiled = max(ranks.gather(compiled_anew() - compiled if config.compile else 0))
+        facts = {
+            "seconds": dict(self.watch.seconds),
+            "first_step_s": round(first_step.seconds, 3),
+            "attention": dataclasses.asdict(pipeline.attention),
+            "compile_cache": compile_cache,
+            "compiled_anew": recompiled,
+            "loading": self._loading(),
+            "peak_memory_bytes": max(peaks),
+            "peak_memory_bytes_by_rank": peaks,
+            "hardware": hardware.describe(config.device),
+            "weights": self.files.fingerprints,
+            "quantized": {expert: folder.name for expert, folder in _kept_experts(self.files, self.config).items()},
+        }
+        self.forget_seconds()
+        return Made(plan, frames, facts)
+
+    def forget_seconds(self) -> None:
+        """Starts the clocks of the next video; what was loaded is not loaded again."""
+        self.watch, self._loads = Stopwatch(self.ranks.device), Stopwatch(self.ranks.device)
+
+    def close(self) -> None:
+        """Frees the models and captured graphs."""
+        self._pipeline = None
+        self._embeds = {}
+        hardware.forget_cuda_graphs()
+        hardware.free_memory(self.ranks.device)
+
+    def _evict_for(self, wanted: int) -> None:
+        if self.ranks.device == "cuda" and self._pipeline is not None:
+            missing = wanted + memory.MARGIN_BYTES - torch.cuda.mem_get_info()[0]
+            if missing > 0:
+                self._pipeline.experts.evict(missing)
+
+    def _loading(self) -> dict[str, dict[str, float]]:
+        """Seconds and bytes of each component that was loaded: a rank group reads them about once."""
+        kept = _kept_experts(self.files, self.config)
+
+        def sources(component: Component) -> list[Path]:
+            return shards(kept[component]) if component in kept else self.files.weights(component)
+
+        return {
+            component: {
+                "seconds": round(self._loads.seconds[component], 3),
+                "bytes": sum(file.stat().st_size for file in sources(component)),
+            }
+            for component in COMPONENTS
+            if component in self._loads.seconds
+        }
+
+
+class Sessions:
+    """The session that a rank has open: the next job takes it if it wants the same models, else another is opened."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._open: Session | None = None
+
+    def of(self, config: EffectiveConfig) -> Session:
+        """A session for `config`. Raises WanFastError on all ranks."""
+        if self._open is None or models_of(self._open.config) != models_of(config):
+            self.close()
+            self._open = Session.open(config, self.ranks)
+        return self._open
+
+    def close(self) -> None:
+        """Frees what is open."""
+        if self._open is not None:
+            self._open.close()
+        self._open = None
+
+
+def load_models(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch) -> ImageToVideoPipeline:
+    """Both experts, and the leader's VAE, ready to run; the seconds of each in `loads`. Raises WanFastError.
+
+    The order, of which `build_expert` does the first five for one expert after the other:
+
+    1. build on the meta device: nothing is allocated twice;
+    2. quantize: the linears become 8-bit ones while they are empty, so that only 8-bit values are read;
+    3. shard: parameters become a rank's rows while they are empty, so that a rank reads its own rows only;
+    4. fill from the files, each tensor straight to where it stays;
+    5. fuse q, k and v: needs values, and weights that are whole;
+    6. host: resident or offloaded, when both experts are filled, because offloading keeps one set for both;
+    7. compile: last, because the compiler looks at the parameters as they will stay.
+    """
+    offloaded = config.expert_offload == "on"
+    choice = attention_probe.agree(config.attention, ranks, DTYPES[config.precision], files.spec.dit.head_dim)
+    attend = attention_by(choice.kernel)
+
+    def build(expert: Expert) -> WanDiT:
+        with loads.span(expert):
+            return build_expert(
+                files,
+                expert,
+                config.precision,
+                ranks,
+                attend=attend,
+                quantized=quantized_expert(files, config, expert),
+                on_the_fly=config.quantize_on_the_fly,
+                sharded=config.dit_fsdp == "on",
+                device="cpu" if offloaded else None,
+            )
+
+    with compiler_imported_meanwhile(config):
+        models: dict[Expert, WanDiT] = {"high_noise": build("high_noise"), "low_noise": build("low_noise")}
+        experts = _host(models, config, ranks)
+        with loads.span("vae"):
+            vae = ranks.together(lambda: build_vae(files, ranks.device) if ranks.is_leader else None)
+    if config.compile:
+        for model in models.values():
+            compile_blocks(model, config.compile_mode)
+    return ImageToVideoPipeline(files.spec, experts, vae, ranks, choice)
+
+
+def _host(models: dict[Expert, WanDiT], config: EffectiveConfig, ranks: Ranks) -> Experts:
+    if config.expert_offload == "on":
+        return OffloadedExperts(models, ranks.device)
+    may_move = config.compile_mode != "max-autotune" or ranks.size == 1
+    return ResidentExperts(models, ranks.device, may_move=may_move)
+
+
+def _kept_experts(files: ModelFiles, config: EffectiveConfig) -> dict[str, Path]:
+    """The artifacts that quantized experts came from."""
+    if config.quantize_on_the_fly:
+        return {}
+    return {name: expert.require() for name in EXPERTS if (expert := quantized_expert(files, config, name))}
+
+
+def _warm_start(plan: Plan, ranks: Ranks) -> str | None:
+    """The key of the caches that `wanfast warmup` stored for this plan, now loaded; None if there are none."""
+    inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens)
+    return load_caches(ArtifactStore(Path(plan.config.artifacts_dir)), inputs, ranks)
+
+
+def _read_image(config: EffectiveConfig) -> LoadedImage:
+    image = media_io.load_image(config.image)
+    if image.sha256 != config.image_sha256:
+        raise ConfigError(f"--image {config.image} changed since the plan was made: start again")
+    return image
