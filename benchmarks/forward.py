@@ -35,16 +35,16 @@ from reference_style import ReferenceStyleBlock
 from spawned import on_ranks
 from torch import Tensor, nn
 
-from wanfast.runtime import hardware
-from wanfast.runtime.checkpoint import rename_back
-from wanfast.runtime.compilation import compile_blocks
-from wanfast.runtime.distributed.mesh import Mesh
+from wanfast.runtime.device import hardware
+from wanfast.runtime.device.timing import synchronize
 from wanfast.runtime.distributed.ranks import Ranks, rank_group
-from wanfast.runtime.metadata import versions
-from wanfast.runtime.model_spec import A14B, DiTSpec
+from wanfast.runtime.engine.compilation import compile_blocks
+from wanfast.runtime.facts.mesh import Mesh
+from wanfast.runtime.facts.model_spec import A14B, DiTSpec
+from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.models.attention import WholeSequence, attention_by
 from wanfast.runtime.models.dit import Stream, TextKV, WanDiT
-from wanfast.runtime.timing import synchronize
+from wanfast.runtime.weights.checkpoint import rename_back
 
 if TYPE_CHECKING:  # it is not needed with --diffusers none, nor with --ranks
     from diffusers import WanTransformer3DModel

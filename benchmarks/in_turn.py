@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-from wanfast.runtime.timing import synchronize
+from wanfast.runtime.device.timing import synchronize
 
 
 def medians(ways: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:

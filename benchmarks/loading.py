@@ -26,14 +26,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import sparse_model
 from tests.counted_reads import counting
-from wanfast.runtime import builders, checkpoint, hardware, memory, metadata, model_files, quantize
-from wanfast.runtime.artifacts import ArtifactStore
-from wanfast.runtime.config import QuantizeConfig, Scheme
-from wanfast.runtime.distributed.mesh import Mesh
+from wanfast.runtime.config import QuantizeConfig
+from wanfast.runtime.device import hardware
 from wanfast.runtime.distributed.ranks import Ranks, rank_group
-from wanfast.runtime.memory import gb
-from wanfast.runtime.model_spec import A14B
-from wanfast.runtime.quantized_artifacts import QuantizedExpert
+from wanfast.runtime.facts import memory
+from wanfast.runtime.facts.choices import Scheme
+from wanfast.runtime.facts.memory import gb
+from wanfast.runtime.facts.mesh import Mesh
+from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.jobs import quantize
+from wanfast.runtime.machine import packages
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.quantized import QuantizedExpert
+from wanfast.runtime.weights import builders, checkpoint
 
 
 def main() -> None:
@@ -142,7 +148,7 @@ def _report(options: argparse.Namespace, figures: list[dict[str, Any]]) -> None:
         "seconds": seconds,
         "gb_per_s": read / 1e9 / seconds,
         "each_rank": figures,
-        "versions": metadata.versions(),
+        "versions": packages.versions(),
         "hardware": hardware.describe(options.device),
     }
     print(json.dumps(document), flush=True)

@@ -22,20 +22,21 @@ import torch
 from random_expert import TINY, random_expert
 from torch import Tensor
 
-from wanfast.runtime import hardware
-from wanfast.runtime.attention_probe import Choice
-from wanfast.runtime.compilation import compile_blocks
-from wanfast.runtime.config import Branch, EffectiveConfig, MagCacheRule, magcache_settings
+from wanfast.runtime.config import EffectiveConfig, magcache_settings
+from wanfast.runtime.device import hardware
+from wanfast.runtime.device.timing import synchronize
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.experts import ResidentExperts
-from wanfast.runtime.magcache_curves import Curve, published_curve, steps_of
-from wanfast.runtime.metadata import versions
-from wanfast.runtime.model_spec import A14B
+from wanfast.runtime.engine.attention_probe import Choice
+from wanfast.runtime.engine.compilation import compile_blocks
+from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
+from wanfast.runtime.facts.choices import Branch, MagCacheRule
+from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.models.attention import attention_by
-from wanfast.runtime.pipeline import ImageToVideoPipeline
-from wanfast.runtime.plan import Plan
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.sampling.magcache import ResidualCache, resample
-from wanfast.runtime.timing import synchronize
+from wanfast.runtime.store.curves import Curve, published_curve, steps_of
+from wanfast.runtime.weights.experts import ResidentExperts
 
 
 def main() -> None:
@@ -118,13 +119,12 @@ def measure(options: argparse.Namespace) -> None:
 def plans(options: argparse.Namespace, spec: Any) -> tuple[Plan, Plan]:
     """Without and with skipping."""
     threshold, max_skips, retention = options.settings
-    config = EffectiveConfig(
-        model="a14b", image="", image_sha256="", prompt="", negative_prompt="", size=options.size, frames=spec.frames,
-        steps=options.steps, shift=spec.shift, guidance_high_noise=3.5, guidance_low_noise=3.5, solver="unipc", seed=0,
-        noise_device="cpu", fps=16, precision="bf16", device=options.device, output="", overwrite=False,
-        contact_sheet=False, artifacts_dir="", magcache="preset", magcache_thresh=threshold, magcache_k=max_skips,
-        retention_ratio=retention, magcache_rule=options.rule,
-    )  # fmt: skip
+    given = {
+        "image": "none", "prompt": "none", "size": options.size, "steps": options.steps, "device": options.device,
+        "magcache": "preset", "magcache_thresh": threshold, "magcache_k": max_skips, "retention_ratio": retention,
+        "magcache_rule": options.rule, "cfg_parallel": 1, "ulysses": 1,
+    }  # fmt: skip
+    config = EffectiveConfig.of(given, spec)
     known = published_curve()
     of, to = (steps_of("unipc", steps, spec.shift, spec.boundary) for steps in (known["steps"], options.steps))
     ratios = resample([(first, second) for first, second in known["ratios"]], of, to)

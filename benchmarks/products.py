@@ -25,9 +25,9 @@ from torchao.quantization import (
     quantize_,
 )
 
-from wanfast.runtime import hardware
-from wanfast.runtime.metadata import versions
-from wanfast.runtime.model_spec import A14B, DiTSpec
+from wanfast.runtime.device import hardware
+from wanfast.runtime.facts.model_spec import A14B, DiTSpec
+from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.models.fused import quantize_tokens
 from wanfast.runtime.models.quantized import fp8_product, int8_product
 

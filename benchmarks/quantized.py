@@ -23,16 +23,16 @@ from forward import Way
 from random_expert import TINY, Inputs, random_expert, random_inputs
 from torch import Tensor, nn
 
-from wanfast.runtime import hardware
-from wanfast.runtime.compilation import compile_blocks
-from wanfast.runtime.config import Scheme
+from wanfast.runtime.device import hardware
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.metadata import versions
-from wanfast.runtime.model_spec import A14B, DiTSpec
+from wanfast.runtime.engine.compilation import compile_blocks
+from wanfast.runtime.facts.choices import Scheme
+from wanfast.runtime.facts.model_spec import A14B, DiTSpec
+from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.dit import Stream, WanDiT
 from wanfast.runtime.models.quantized import QuantizedLinear
-from wanfast.runtime.quantization import quantize, quantize_linears, scale_of
+from wanfast.runtime.weights.quantization import quantize, quantize_linears, scale_of
 
 SCHEMES = [scheme for scheme in get_args(Scheme) if scheme != "bf16"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wanfast.runtime.model_spec import DiTSpec
+from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.attention import Sequence, WholeSequence, attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.dit import TextKV, WanDiT

@@ -24,11 +24,11 @@ from einops import rearrange
 from random_expert import TINY, random_expert, random_inputs
 from torch import Tensor
 
-from wanfast.runtime import hardware
+from wanfast.runtime.device import hardware
 from wanfast.runtime.distributed.cfg_parallel import BothBranches, CfgParallel
 from wanfast.runtime.distributed.ulysses import Ulysses
-from wanfast.runtime.metadata import versions
-from wanfast.runtime.model_spec import A14B, DiTSpec
+from wanfast.runtime.facts.model_spec import A14B, DiTSpec
+from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.models.attention import ProjectFn, Sequence, WholeSequence
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.dit import SelfAttention

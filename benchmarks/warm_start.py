@@ -102,32 +102,39 @@ def _start(options: argparse.Namespace) -> dict[str, Any]:
     from random_expert import random_expert, random_inputs
 
     from wanfast.commands.warmup import planned
-    from wanfast.runtime import attention_probe
-    from wanfast.runtime.artifacts import ArtifactStore
-    from wanfast.runtime.compilation import cache_inputs, compile_blocks, compiler_imported_meanwhile, load_caches
+    from wanfast.runtime.device.hardware import prepare, use_few_threads
+    from wanfast.runtime.device.timing import synchronize
     from wanfast.runtime.distributed.ranks import Ranks
-    from wanfast.runtime.hardware import prepare, use_few_threads
+    from wanfast.runtime.engine import attention_probe
+    from wanfast.runtime.engine.compilation import (
+        cache_inputs,
+        compile_blocks,
+        compiler_imported_meanwhile,
+        load_caches,
+    )
     from wanfast.runtime.models.attention import attention_by
-    from wanfast.runtime.timing import synchronize
+    from wanfast.runtime.store.artifacts import ArtifactStore
 
     names = ("size", "frames", "attention", "compile_mode")
     asked = {"model": "tiny" if options.tiny else "a14b", **{name: getattr(options, name) for name in names}}
     plan, _ = planned(asked)
     config, spec = plan.config, replace(plan.spec.dit, num_layers=options.layers)
-    prepare(config.device, config.precision, config.tf32)
-    use_few_threads(config.device, spec.dim)
-    kernel = attention_probe.choose(config.attention, config.device, torch.bfloat16, spec.head_dim).kernel
+    prepare(config.ranks.device, config.models.precision, config.models.tf32)
+    use_few_threads(config.ranks.device, spec.dim)
+    kernel = attention_probe.choose(config.models.attention, config.ranks.device, torch.bfloat16, spec.head_dim).kernel
     config = replace(config, attention=kernel)
-    ranks, g = Ranks(config.device), plan.geometry
+    ranks, g = Ranks(config.ranks.device), plan.geometry
 
     def settle() -> float:
-        synchronize(config.device)
+        synchronize(config.ranks.device)
         return time.perf_counter()
 
     with torch.inference_mode():
-        inputs = random_inputs(spec, (g.latent_frames, g.latent_height, g.latent_width), config.device)
+        inputs = random_inputs(spec, (g.latent_frames, g.latent_height, g.latent_width), config.ranks.device)
         with nullcontext() if options.eager else compiler_imported_meanwhile(config):
-            model = random_expert(spec, torch.bfloat16, config.device, attend=attention_by(config.attention))
+            model = random_expert(
+                spec, torch.bfloat16, config.ranks.device, attend=attention_by(config.models.attention)
+            )
             model.fuse_projections()
             made = settle()
         began = settle()
@@ -135,7 +142,7 @@ def _start(options: argparse.Namespace) -> dict[str, Any]:
         key = None
         if not options.eager:
             key = load_caches(store, cache_inputs(config, spec, g.tokens), ranks)
-            compile_blocks(model, config.compile_mode)
+            compile_blocks(model, config.models.compile_mode)
         ends = [began]
         for _ in range(3):
             for text in inputs.texts[: options.branches]:

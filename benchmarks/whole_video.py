@@ -32,16 +32,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import sparse_model
 from tests.parity import randomise
-from wanfast.runtime import checkpoint, hardware, metadata, model_files
-from wanfast.runtime.builders import build_vae
-from wanfast.runtime.checkpoint import Component
-from wanfast.runtime.gpus import expand_segments, visible_gpus
-from wanfast.runtime.model_files import TINY
-from wanfast.runtime.model_spec import A14B
+from wanfast.runtime.device import hardware
+from wanfast.runtime.device.timing import Stopwatch
+from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.machine import packages
+from wanfast.runtime.machine.gpus import expand_segments, visible_gpus
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
-from wanfast.runtime.timing import Stopwatch
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.model_files import TINY
+from wanfast.runtime.weights import checkpoint
+from wanfast.runtime.weights.builders import build_vae
+from wanfast.runtime.weights.checkpoint import Component
 
 FIGURES = ("seconds", "first_step_s", "compiled_anew", "peak_memory_bytes", "loading", "hardware")
 PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/cat.jpg"
@@ -114,7 +117,7 @@ def _generate(folder: Path, scratch: Path, options: list[str]) -> dict[str, Any]
         "placement": made["plan"]["placement"],
         "size": [made["plan"][name] for name in ("width", "height", "frames")],
         "gpu_used_bytes": used,
-        "versions": metadata.versions(),
+        "versions": packages.versions(),
     }
 
 

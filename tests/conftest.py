@@ -16,8 +16,10 @@ from PIL import Image
 from tests.counted_reads import counting
 from tests.small_model import write_small_model
 from wanfast.cli import main
-from wanfast.runtime import checkpoint, memory, placement
-from wanfast.runtime.gpus import Gpu
+from wanfast.runtime.machine import host
+from wanfast.runtime.machine.gpus import Gpu
+from wanfast.runtime.planning import placement
+from wanfast.runtime.weights import checkpoint
 
 if torch.version.cuda is None:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels run on a CPU, slowly
@@ -82,7 +84,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """`machine(count, gigabytes)`: so many GPUs with so much memory free, on a host with enough or as much as said."""
 
     def set_up(count: int, gigabytes: float, host_gb: float = 500) -> None:
-        monkeypatch.setattr(memory, "available_host_bytes", lambda: int(host_gb * 1e9))
+        monkeypatch.setattr(host, "available_host_bytes", lambda: int(host_gb * 1e9))
         free = int(gigabytes * 1e9)
         found = [Gpu("NVIDIA H100", free, free, "580", (9, 0), 18)] * count
         monkeypatch.setattr(placement.gpus, "visible_gpus", lambda: found)

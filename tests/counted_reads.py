@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from wanfast.runtime.checkpoint import _SafetensorsReader
+from wanfast.runtime.weights.checkpoint import _SafetensorsReader
 
 RowsFn = Callable[[_SafetensorsReader, str, int, int], Tensor]
 

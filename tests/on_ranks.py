@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 import torch.multiprocessing as mp
 
-from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks, rank_group
+from wanfast.runtime.facts.mesh import Mesh
 
 T = TypeVar("T")
 

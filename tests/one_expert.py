@@ -10,10 +10,11 @@ from torch import Tensor
 
 from tests import sparse_model
 from tests.parity import randomise
-from wanfast.runtime import checkpoint, model_files
-from wanfast.runtime.model_spec import DiTSpec
+from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables
+from wanfast.runtime.store import model_files
+from wanfast.runtime.weights import checkpoint
 
 
 def write_expert(root: Path, spec: DiTSpec) -> model_files.ModelFiles:

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideo
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tests.parity import randomise
-from wanfast.runtime.model_files import TINY
+from wanfast.runtime.store.model_files import TINY
 
 
 def transformer(seed: int) -> WanTransformer3DModel:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.parity import randomise
-from wanfast.runtime import checkpoint
-from wanfast.runtime.config import BRANCHES, Branch, GenerateConfig
-from wanfast.runtime.model_files import TINY, ModelFiles
-from wanfast.runtime.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
+from wanfast.runtime.facts.choices import BRANCHES, Branch
+from wanfast.runtime.facts.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
-from wanfast.runtime.plan import Plan, resolve
+from wanfast.runtime.planning.plan import Plan, resolve
+from wanfast.runtime.store.model_files import TINY, ModelFiles
+from wanfast.runtime.weights import checkpoint
 
 SPEC = ModelSpec(
     name="small",
@@ -49,18 +49,9 @@ def write_small_model(folder: Path) -> Path:
 
 def plan_small_model(folder: Path, **options: object) -> tuple[Plan, ModelFiles]:
     """Of unequal guidance, in float32 on a CPU."""
-    config = GenerateConfig(
-        model=str(folder),
-        image="cat.png",
-        prompt="a cat",
-        guidance_high_noise=2.0,
-        guidance_low_noise=3.5,
-        seed=7,
-        precision="fp32",
-        device="cpu",
-        **options,
-    )
-    return resolve(config)
+    own = {"image": "cat.png", "prompt": "a cat", "seed": 7, "precision": "fp32", "device": "cpu"}
+    guidance = {"guidance_high_noise": 2.0, "guidance_low_noise": 3.5}
+    return resolve({"model": str(folder), **own, **guidance, **options})
 
 
 def blank_inputs(plan: Plan, files: ModelFiles) -> tuple[Tensor, dict[Branch, Tensor]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from wanfast.runtime.model_spec import DiTSpec
+from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.dit import WanDiT
 
 _SHARD_BYTES = 9_900_000_000  # the published shards are smaller than 10 GB

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from wanfast.runtime.artifacts import ArtifactStore, key_of, new_run_folder
 from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.store.artifacts import ArtifactStore, key_of, new_run_folder
 
 INPUTS = {"text": "Grüße", "n": 3}
 

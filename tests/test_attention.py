@@ -18,13 +18,14 @@ import torch
 from tests.conftest import Machine, Outcome
 from tests.on_ranks import on_ranks
 from tests.parity import randomise, relative_error
-from wanfast.runtime import attention_probe, hardware
-from wanfast.runtime.compilation import compile_blocks
-from wanfast.runtime.config import CompileMode
-from wanfast.runtime.distributed.mesh import Mesh
+from wanfast.runtime.device import hardware
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine import attention_probe
+from wanfast.runtime.engine.compilation import compile_blocks
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.model_spec import DiTSpec
+from wanfast.runtime.facts.choices import CompileMode
+from wanfast.runtime.facts.mesh import Mesh
+from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models import attention_kernels
 from wanfast.runtime.models.attention import attention, attention_by
 from wanfast.runtime.models.dit import WanDiT
@@ -226,12 +227,12 @@ def test_flash_attention_4_gives_sums_too_and_errors_of_its_own(monkeypatch: pyt
 
 def test_what_ran_is_recorded_and_runs_again(wanfast: Wanfast, workdir: Path) -> None:
     assert wanfast(*GOOD).exit_code == 0
-    assert json.loads((workdir / "out.json").read_text())["effective"]["attention"] == "flash"
+    assert json.loads((workdir / "out.json").read_text())["effective"]["models"]["attention"] == "flash"
     assert json.loads((workdir / "out.json").read_text())["attention"]["why"].startswith("the first of fa3, fa4, cudnn")
     outcome = wanfast(*GOOD, "--attention", "math", "--output", "b.mp4")
     assert outcome.exit_code == 0, outcome.err
     document = json.loads((workdir / "b.json").read_text())
-    assert document["effective"]["attention"] == document["plan"]["attention"] == "math"
+    assert document["effective"]["models"]["attention"] == document["plan"]["attention"] == "math"
     assert (
         wanfast("generate", "--from", "b.json", "--output", "c.mp4", "--json").document["plan"]["attention"] == "math"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
@@ -20,14 +19,14 @@ from wanfast.commands.calibrate_magcache import planned
 from wanfast.magcache_calib import clips
 from wanfast.magcache_calib.ratios import against_preset, averaged
 from wanfast.magcache_calib.recorder import Recorder
-from wanfast.runtime import model_files, past_runs
-from wanfast.runtime.config import GenerateConfig
-from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import session
-from wanfast.runtime.magcache_curves import preset
-from wanfast.runtime.model_spec import A14B
-from wanfast.runtime.plan import effective
+from wanfast.runtime.facts.mesh import Mesh
+from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.planning import past_runs
+from wanfast.runtime.planning.plan import effective
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.curves import preset
 
 Wanfast = Callable[..., Outcome]
 SHAPE = ("--model", "tiny", "--device", "cpu", "--size", "64x64", "--frames", "5", "--steps", "6")
@@ -65,7 +64,7 @@ def test_a_curve_is_measured_kept_and_skipped_by(wanfast: Wanfast, folder: Path)
 
     made = wanfast(*GENERATE, "--magcache", "artifact", "--magcache-thresh", "9", "--retention-ratio", "0")
     plan = made.document["plan"]["magcache"]
-    assert plan["curve"] == made.document["effective"]["magcache"] == artifact.name
+    assert plan["curve"] == made.document["effective"]["skipping"]["magcache"] == artifact.name
     high = made.document["plan"]["steps"]["high_noise"]
     skips = [False] * (high + 1) + [True, True, False, True, True][: 5 - high]
     assert plan["skips_prompt"] == plan["skips_negative_prompt"] == skips
@@ -431,7 +430,7 @@ def test_how_branches_skip_is_settled_with_the_ranks(wanfast: Wanfast, machine: 
     """So that the run is repeated as it was on other ranks."""
     machine(2, 141)
     two = wanfast(*A14B_DRY, "--magcache", "E012K2R20", "--magcache-rule", "both-experts", "--num-gpus", "2").document
-    assert two["effective"]["magcache_joint"] == "on"
+    assert two["effective"]["skipping"]["magcache_joint"] == "on"
     two["weights"] = {}
     (workdir / "two.json").write_text(json.dumps(two))
     again = ("generate", "--from", "two.json", "--dry-run", "--json")
@@ -441,7 +440,10 @@ def test_how_branches_skip_is_settled_with_the_ranks(wanfast: Wanfast, machine: 
     budget = wanfast(*again, "--magcache-budget", "0.6").document["plan"]["magcache"]
     assert (budget["plan"], budget["rule"], budget["skipped_forwards"]) == ("least error", "both-experts", 32)
     alone = wanfast(*A14B_DRY, "--magcache", "E012K2R20").document
-    assert (alone["effective"]["magcache_joint"], alone["effective"]["magcache_rule"]) == ("off", "low-noise-only")
+    assert (alone["effective"]["skipping"]["magcache_joint"], alone["effective"]["skipping"]["magcache_rule"]) == (
+        "off",
+        "low-noise-only",
+    )
     alone["weights"] = {}
     (workdir / "two.json").write_text(json.dumps(alone))
     assert wanfast(*again, "--magcache-budget", "0.6").document["plan"]["magcache"]["rule"] == "both-experts"
@@ -499,8 +501,8 @@ def test_a_clip_that_is_not_whole_is_measured_again(wanfast: Wanfast, folder: Pa
 
 def test_where_a_curve_and_the_preset_differ(tmp_path: Path) -> None:
     files = model_files.locate("tiny", "artifacts")
-    request = GenerateConfig(model="tiny", image="cat.png", prompt="a", device="cpu")
-    config, known = effective(request, files, ""), preset(files)
+    config = effective({"model": "tiny", "image": "cat.png", "prompt": "a", "device": "cpu"}, files, "")
+    known = preset(files)
     assert known is not None
     curve = {"ratios": [list(row) for row in known["ratios"]], "spread": [[0.01, 0.01] for _ in known["ratios"]]}
     found = against_preset(curve, config, files)
@@ -511,7 +513,7 @@ def test_where_a_curve_and_the_preset_differ(tmp_path: Path) -> None:
     curve["ratios"][15][0] = 0.5  # the first of the low-noise expert
     found = against_preset(curve, config, files)
     assert found == {"differs": True, "steps": [5], "worst": {"step": 5, "difference": 0.02, "spread": 0.01}}
-    assert against_preset(curve, dataclasses.replace(config, steps=30), files) is None
+    assert against_preset(curve, config.replace(steps=30), files) is None
 
 
 def test_a_calibration_keeps_two_residuals_of_a_branch(folder: Path) -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wanfast.runtime import checkpoint
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import CorruptArtifactError
-from wanfast.runtime.model_spec import DiTSpec, UMT5Spec, VAESpec
+from wanfast.runtime.facts.model_spec import DiTSpec, UMT5Spec, VAESpec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.weights import checkpoint
 
 SPEC = UMT5Spec(vocab_size=20, dim=16, attention_dim=8, ffn_dim=24, num_heads=2, num_layers=2)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -17,11 +17,13 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Outcome
+from wanfast.commands import calibrate_magcache as calibrate_command
+from wanfast.commands import doctor as doctor_command
 from wanfast.commands import generate as generate_command
 from wanfast.commands import quantize as quantize_command
 from wanfast.commands import warmup as warmup_command
-from wanfast.runtime.config import EffectiveConfig, GenerateConfig, QuantizeConfig
-from wanfast.runtime.next_step import WARMUP_OPTIONS
+from wanfast.runtime.config import OPTIONS, QuantizeConfig
+from wanfast.runtime.config.effective import PARTS
 
 Wanfast = Callable[..., Outcome]
 GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat")
@@ -43,25 +45,34 @@ def test_the_surface_is_the_checked_in_one(wanfast: Wanfast, monkeypatch: pytest
     assert surface == SURFACE.read_text()
 
 
-def test_options_are_the_fields_of_the_config() -> None:
-    parent_only = {"context", "prompt_file", "from_", "jobs", "dry_run", "json_"}
-    parameters = {
-        name: parameter.default
-        for name, parameter in inspect.signature(generate_command.generate).parameters.items()
-        if name not in parent_only
-    }
-    assert parameters == {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
-    assert {field.name for field in dataclasses.fields(EffectiveConfig)} - set(parameters) == {"image_sha256"}
+def options_of_command(function: Callable[..., None]) -> dict[str, object]:
+    """The defaults of a command's options, without what only the parent reads."""
+    parent_only = {"context", "prompt_file", "from_", "jobs", "dry_run", "json_", "set_"}
+    parameters = inspect.signature(function).parameters.items()
+    return {name: parameter.default for name, parameter in parameters if name not in parent_only}
 
 
-def test_options_of_warmup_are_those_of_generate() -> None:
-    fields = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
-    parameters = {
-        name: parameter.default
-        for name, parameter in inspect.signature(warmup_command.warmup).parameters.items()
-        if name not in ("context", "json_")
+@pytest.mark.parametrize(
+    ("command", "function", "own"),
+    [
+        ("generate", generate_command.generate, set()),
+        ("warmup", warmup_command.warmup, set()),
+        ("calibrate-magcache", calibrate_command.calibrate_magcache, {"seed"}),
+        ("doctor", doctor_command.doctor, set()),
+    ],
+)
+def test_a_command_takes_the_options_that_name_it(command: str, function: Callable[..., None], own: set[str]) -> None:
+    named = {
+        name: None if option.default is dataclasses.MISSING else option.default
+        for name, option in OPTIONS.items()
+        if command == "generate" or command in option.option.also
     }
-    assert parameters == {name: fields[name] for name in WARMUP_OPTIONS}
+    assert {name: value for name, value in options_of_command(function).items() if name not in own} == named
+
+
+def test_an_option_is_a_field_of_one_part() -> None:
+    fields = [field.name for part in PARTS.values() for field in dataclasses.fields(part)]
+    assert len(fields) == len(set(fields)) and set(fields) - set(OPTIONS) == {"image_sha256"}
 
 
 def test_options_of_quantize_are_the_fields_of_its_config() -> None:
@@ -79,12 +90,27 @@ def test_the_old_spelling_of_a_scheme_is_refused_with_the_new_one(wanfast: Wanfa
     assert (outcome.exit_code, outcome.err) == (2, "error: --recipe is now --scheme: write --scheme int8-dynamic\n")
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EffectiveConfig)])
-def test_every_field_is_read_by_the_program(field: str) -> None:
-    """No flag that silently does nothing: each is read outside of the place that defines and fills it."""
-    sources = {path.name: path.read_text() for path in (PACKAGE / "runtime").rglob("*.py")}
-    reads = {name for name, source in sources.items() if re.search(rf"\b(config|first)\.{field}\b", source)}
-    assert reads - {"config.py"}, f"{field} is never read from an effective config"
+def reads() -> set[tuple[str, str]]:
+    """(part, field) of every field that the program reads of a part, outside of the folder that defines parts."""
+    short = {"asked": PARTS, "wanted": ["models"], "s": ["skipping"], "settings": ["skipping"], "config": PARTS}
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name == "config":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                owner = node.value
+                name = (
+                    owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
+                )
+                found |= {(part, node.attr) for part in short.get(name, [name])}
+    return found
+
+
+def test_every_field_is_read_by_the_program() -> None:
+    """No flag that silently does nothing."""
+    fields = {(name, field.name) for name, part in PARTS.items() for field in dataclasses.fields(part)}
+    assert fields - reads() == set()
 
 
 def python(code: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -227,8 +253,13 @@ def test_dry_run_is_the_plan_and_writes_nothing(wanfast: Wanfast, workdir: Path)
     assert (plan["width"], plan["height"], plan["latent"]) == (1104, 816, [21, 102, 138])
     assert document["requested"] == {"model": "a14b", "image": "cat.png", "prompt": "x"}
     effective = document["effective"]
-    assert (effective["steps"], effective["shift"], effective["fps"], effective["frames"]) == (40, 5.0, 16, 81)
-    assert (effective["guidance_high_noise"], effective["guidance_low_noise"]) == (3.5, 3.5)
+    assert (
+        effective["video"]["steps"],
+        effective["video"]["shift"],
+        effective["video"]["fps"],
+        effective["video"]["frames"],
+    ) == (40, 5.0, 16, 81)
+    assert (effective["video"]["guidance_high_noise"], effective["video"]["guidance_low_noise"]) == (3.5, 3.5)
     assert sorted(path.name for path in workdir.iterdir()) == ["cat.png"]
 
 
@@ -266,19 +297,19 @@ def test_guidance_of_one_needs_no_negative_prompt(wanfast: Wanfast) -> None:
 
 
 def test_seeds_are_drawn_anew_and_said(wanfast: Wanfast) -> None:
-    seeds = {wanfast(*DRY).document["effective"]["seed"] for _ in range(3)}
+    seeds = {wanfast(*DRY).document["effective"]["video"]["seed"] for _ in range(3)}
     assert len(seeds) == 3
 
 
 def test_artifacts_dir_comes_from_the_environment_too(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANFAST_ARTIFACTS", "/elsewhere")
-    assert wanfast(*DRY).document["effective"]["artifacts_dir"] == "/elsewhere"
+    assert wanfast(*DRY).document["effective"]["models"]["artifacts_dir"] == "/elsewhere"
 
 
 def test_prompt_file(wanfast: Wanfast, workdir: Path) -> None:
     (workdir / "prompt.txt").write_text("a dog\n", encoding="utf-8")
     arguments = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt-file", "prompt.txt")
-    assert wanfast(*arguments, "--dry-run", "--json").document["effective"]["prompt"] == "a dog"
+    assert wanfast(*arguments, "--dry-run", "--json").document["effective"]["video"]["prompt"] == "a dog"
     (workdir / "prompt.txt").write_bytes(b"\xff\xfe\x00")
     outcome = wanfast(*arguments, "--dry-run")
     assert outcome.exit_code == 2 and "UTF-8" in outcome.err
@@ -308,7 +339,7 @@ def test_job_lines_override_options_and_bad_ones_are_numbered(wanfast: Wanfast, 
     assert outcome.document["failed"] == 10
     assert [line for line, result in results.items() if "error" not in result] == [1, 8, 10]
     assert results[1]["output"].endswith("out-0001.mp4")
-    assert (results[8]["effective"]["prompt"], results[8]["effective"]["steps"]) == ("a dog", 4)
+    assert (results[8]["effective"]["video"]["prompt"], results[8]["effective"]["video"]["steps"]) == ("a dog", 4)
     for line, words in {
         3: "--seed",
         4: "not JSON",
@@ -330,11 +361,26 @@ def test_from_restores_every_option_and_checks_the_image(wanfast: Wanfast, workd
     first = wanfast(*DRY, *options).document
     (workdir / "run.json").write_text(json.dumps(first | {"weights": None}))
     again = wanfast("generate", "--from", "run.json", "--dry-run", "--json", "--steps", "8").document
-    assert again["effective"] == first["effective"] | {"steps": 8}
+    first["effective"]["video"]["steps"] = 8
+    assert again["effective"] == first["effective"]
     Image.new("RGB", (64, 48)).save("cat.png")
     outcome = wanfast("generate", "--from", "run.json", "--dry-run")
     assert outcome.exit_code == 2 and "not the image of that run" in outcome.err
     assert wanfast("generate", "--from", "run.json", "--image", "cat.png", "--dry-run").exit_code == 0
+
+
+def test_sidecars_of_older_versions_run_again(wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their effective options were one flat object, with null and "off" for what was not to be."""
+    options = ("--seed", "9", "--steps", "7", "--magcache", "E012K2R20", "--magcache-interpolate", "--contact-sheet")
+    for given in (options, options[:4]):
+        new = wanfast(*DRY, *given).document
+        parts = new["effective"]
+        flat = {name: value for part in parts.values() if part for name, value in part.items()}
+        flat |= {} if parts["skipping"] else {"magcache": "off", "magcache_k": None, "magcache_joint": "auto"}
+        (workdir / "old.json").write_text(json.dumps(new | {"effective": flat, "weights": None}))
+        again = wanfast("generate", "--from", "old.json", "--dry-run", "--json")
+        assert again.exit_code == 0, again.err
+        assert again.document["effective"] == parts
 
 
 def test_usage_errors_are_json_too(wanfast: Wanfast) -> None:
@@ -346,4 +392,4 @@ def test_from_keeps_its_own_artifacts_folder(wanfast: Wanfast, workdir: Path) ->
     first = wanfast(*DRY, "--artifacts-dir", "/elsewhere").document
     (workdir / "run.json").write_text(json.dumps(first | {"weights": None}))
     again = wanfast("generate", "--from", "run.json", "--dry-run", "--json").document
-    assert again["effective"]["artifacts_dir"] == str(workdir / "artifacts")
+    assert again["effective"]["models"]["artifacts_dir"] == str(workdir / "artifacts")

@@ -12,11 +12,11 @@ from torch.distributed.fsdp import FSDPModule
 from tests.on_ranks import on_ranks
 from tests.parity import randomise, relative_error
 from wanfast.runtime.distributed import fsdp
-from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
 from wanfast.runtime.distributed.ranks import Ranks, rank_group
 from wanfast.runtime.distributed.ulysses import Ulysses
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.model_spec import DiTSpec
+from wanfast.runtime.facts.mesh import Mesh, choose_mesh
+from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.attention import Sequence, WholeSequence
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables

@@ -8,10 +8,10 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from tests.parity import randomise, relative_error
-from wanfast.runtime.checkpoint import rename
-from wanfast.runtime.model_spec import DiTSpec
+from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.dit import Stream, TextKV, WanDiT, sinusoid
 from wanfast.runtime.models.rope import rotary_tables
+from wanfast.runtime.weights.checkpoint import rename
 
 SPECS = {
     "tiny": DiTSpec(dim=96, ffn_dim=160, num_heads=4, num_layers=3, freq_dim=32, text_dim=24, text_len=16),

@@ -19,12 +19,14 @@ import pytest
 import torch
 
 from tests.conftest import Outcome
-from wanfast.runtime import attention_probe, gpus, memory, metadata, model_files, quantized_artifacts
-from wanfast.runtime.artifacts import ArtifactStore
-from wanfast.runtime.config import Scheme, in_8_bits
-from wanfast.runtime.gpus import Gpu
-from wanfast.runtime.model_files import A14B_DIFFUSERS_FOLDER, A14B_FOLDER, TINY
-from wanfast.runtime.quantized_artifacts import EXPERTS, QuantizedExpert
+from wanfast.runtime.engine import attention_probe
+from wanfast.runtime.facts.choices import Scheme, in_8_bits
+from wanfast.runtime.machine import gpus, host, packages
+from wanfast.runtime.machine.gpus import Gpu
+from wanfast.runtime.store import model_files, quantized
+from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.model_files import A14B_DIFFUSERS_FOLDER, A14B_FOLDER, TINY
+from wanfast.runtime.store.quantized import EXPERTS, QuantizedExpert
 
 Wanfast = Callable[..., Outcome]
 Machine = Callable[..., None]
@@ -37,7 +39,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     def pretend(*free_gb: float, host_gb: float = 100, sees_gpu: bool = True) -> None:
         found = [Gpu("H100", int(gb * 1e9), int(gb * 1e9), "580.82", (9, 0), 18) for gb in free_gb]
         monkeypatch.setattr(gpus, "visible_gpus", lambda: found)
-        monkeypatch.setattr(memory, "available_host_bytes", lambda: int(host_gb * 1e9))
+        monkeypatch.setattr(host, "available_host_bytes", lambda: int(host_gb * 1e9))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: sees_gpu and bool(found))
 
     return pretend
@@ -59,7 +61,7 @@ def pretend_kept(artifacts: Path, scheme: Scheme) -> None:
     store, files = ArtifactStore(artifacts), model_files.locate("a14b", str(artifacts))
     for expert in EXPERTS:
         wanted = QuantizedExpert(store, files, expert, scheme, "a14b")
-        made_by = quantized_artifacts.torchao_version() if in_8_bits(scheme) else None
+        made_by = quantized.torchao_version() if in_8_bits(scheme) else None
         store.publish("quantized", wanted.inputs(made_by), lambda folder: (folder / "file").touch())
 
 
@@ -221,9 +223,9 @@ def test_torchao_is_told(wanfast: Wanfast, workdir: Path, machine: Machine, monk
     for found, said in (("0.18.0", "torchao  0.18.0"), (None, "torchao  not installed: `wanfast quantize` needs it")):
         there = {"torchao": found} if found else {}
         monkeypatch.setattr(
-            metadata, "versions", lambda there=there: dict.fromkeys(("wanfast", "python", "torch", "av"), "1") | there
+            packages, "versions", lambda there=there: dict.fromkeys(("wanfast", "python", "torch", "av"), "1") | there
         )
-        monkeypatch.setattr(quantized_artifacts, "torchao_version", lambda found=found: found)
+        monkeypatch.setattr(quantized, "torchao_version", lambda found=found: found)
         assert said in wanfast("doctor", "--quantize", "int8-dynamic").out
     step = examine(wanfast, "--quantize", "int8-dynamic")["next"]
     assert step["command"].startswith("pip install 'torchao") and "which needs torchao" in step["why"]

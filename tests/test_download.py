@@ -25,7 +25,7 @@ import pytest
 from huggingface_hub import constants
 
 from tests.conftest import Outcome
-from wanfast.runtime.download import PINNED
+from wanfast.runtime.store.hub import PINNED
 
 Wanfast = Callable[..., Outcome]
 ORIGINAL = "Wan-AI/Wan2.2-I2V-A14B"
@@ -310,7 +310,7 @@ def test_offline_by_choice(wanfast: Wanfast, hub: Hub, monkeypatch: pytest.Monke
 def test_the_library_may_return_without_the_files(
     wanfast: Wanfast, workdir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wanfast.runtime.download.snapshot_download", lambda *_, local_dir, **__: str(local_dir))
+    monkeypatch.setattr("wanfast.runtime.store.hub.snapshot_download", lambda *_, local_dir, **__: str(local_dir))
     refused(wanfast("download"), 4, "Wan2.1_VAE.pth", "is missing after the download")
     assert not (folder_of(workdir) / "wanfast-download.json").exists()
 
@@ -413,7 +413,7 @@ def test_an_interrupted_download_stops_at_once(workdir: Path, hub: Hub, number: 
 
 
 def test_signals_are_handled_as_before_a_download() -> None:
-    from wanfast.runtime.download import _prompt_to_stop
+    from wanfast.runtime.store.hub import _prompt_to_stop
 
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with _prompt_to_stop():
@@ -471,14 +471,14 @@ def test_a_hub_that_tells_no_sizes(wanfast: Wanfast, workdir: Path, hub: Hub) ->
 
 
 def test_one_download_at_a_time(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
-    from wanfast.runtime.download import _only_writer
+    from wanfast.runtime.store.hub import _only_writer
 
     with _only_writer(folder_of(workdir)):
         refused(wanfast("download"), 2, "another download")
 
 
 def test_generate_finds_what_came(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
-    from wanfast.runtime.model_files import A14B_FOLDER
+    from wanfast.runtime.store.model_files import A14B_FOLDER
 
     assert wanfast("download").exit_code == 0
     assert workdir / "artifacts" / A14B_FOLDER == folder_of(workdir)
@@ -489,7 +489,7 @@ def test_generate_finds_the_other_layout_too(
 ) -> None:
     from tests.public_model import save_diffusers
     from wanfast.runtime.errors import MissingArtifactError
-    from wanfast.runtime.model_files import locate
+    from wanfast.runtime.store.model_files import locate
 
     public = tmp_path_factory.mktemp("public")
     save_diffusers(public)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.parity import randomise, relative_error
-from wanfast.runtime.model_spec import DiTSpec
+from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models import fused
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -23,11 +22,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import Outcome
 from wanfast.commands import progress
-from wanfast.runtime import generate, media_io, model_files, pipeline, pixels, plan, prompt_embeds
 from wanfast.runtime.config import EffectiveConfig
-from wanfast.runtime.engine import session
+from wanfast.runtime.engine import pipeline, pixels, prompt_embeds, session
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.jobs import generate
+from wanfast.runtime.media import media_io
 from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.planning import plan
+from wanfast.runtime.store import model_files
 
 Wanfast = Callable[..., Outcome]
 SMALL = ("--size", "64x64", "--frames", "5", "--steps", "4", "--device", "cpu")
@@ -55,7 +57,7 @@ def test_a_video_its_json_and_its_contact_sheet(wanfast: Wanfast, workdir: Path)
     document = json.loads((workdir / "out.json").read_text(encoding="utf-8"))
     assert document == outcome.document
     assert document["output_sha256"] == sha256(workdir / "out.mp4")
-    assert document["effective"]["image_sha256"] == sha256(workdir / "cat.png")
+    assert document["effective"]["video"]["image_sha256"] == sha256(workdir / "cat.png")
     assert set(document["seconds"]) == {"text", "load", "encode", "denoise", "decode", "write", "total"}
     assert document["peak_memory_bytes"] > 1e6
     assert document["versions"]["torch"]
@@ -63,7 +65,8 @@ def test_a_video_its_json_and_its_contact_sheet(wanfast: Wanfast, workdir: Path)
 
     (run,) = (workdir / "artifacts" / "runs").iterdir()
     asked = json.loads((run / "job.json").read_text())["jobs"][0]["effective"]
-    assert asked | {"attention": "flash"} == document["effective"]
+    asked["models"]["attention"] = "flash"
+    assert asked == document["effective"]
     assert json.loads((run / "result.json").read_text()) == [document]
     assert json.loads((run / "results/0.json").read_text()) == document
 
@@ -156,15 +159,16 @@ def test_lines_may_name_models_of_their_own(
 
 def test_lines_share_models_that_are_loaded_alike(wanfast: Wanfast) -> None:
     document = wanfast(*GOOD, "--dry-run", "--json").document
-    config = EffectiveConfig(**document["effective"])
-    own = {
-        "precision": "fp32", "quantize": "int8-dynamic", "quantize_on_the_fly": True, "attention": "math", "tf32": True,
-        "compile": True, "compile_mode": "max-autotune", "artifacts_dir": "elsewhere",
-    }  # fmt: skip
-    kinds = {session.models_of(dataclasses.replace(config, **{name: value})) for name, value in own.items()}
-    assert len(kinds | {session.models_of(config)}) == len(own) + 1
+    config = EffectiveConfig.from_json(document["effective"])
+    own = (
+        {"precision": "fp32"}, {"quantize": "int8-dynamic"}, {"quantize": "int8-dynamic", "quantize_on_the_fly": True},
+        {"attention": "math"}, {"tf32": True}, {"compile": True}, {"compile": True, "compile_mode": "max-autotune"},
+        {"artifacts_dir": "elsewhere"}, {"model": "a14b"},
+    )  # fmt: skip
+    kinds = {config.replace(**options).models for options in own}
+    assert len(kinds | {config.models}) == len(own) + 1
     for name, value in {"seed": 9, "size": "96x96", "steps": 3, "prompt": "a dog", "output": "b.mp4"}.items():
-        assert session.models_of(dataclasses.replace(config, **{name: value})) == session.models_of(config)
+        assert config.replace(**{name: value}).models == config.models
 
 
 def test_changed_embeddings_are_refused(wanfast: Wanfast, workdir: Path) -> None:
@@ -240,7 +244,7 @@ def test_terminated_leaves_nothing_and_exits_143(workdir: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "wanfast", *GOOD, "--steps", "1000"],
         cwd=workdir,
-        env=os.environ | {"PYTHONPATH": str(Path(generate.__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(Path(generate.__file__).parents[3])},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -396,7 +400,7 @@ def test_a_pipe_gets_one_line(wanfast: Wanfast) -> None:
 def test_a_terminal_gets_plan_progress_and_summary(workdir: Path) -> None:
     controller, terminal = pty.openpty()
     environment = os.environ | {
-        "PYTHONPATH": str(Path(generate.__file__).parents[2]),
+        "PYTHONPATH": str(Path(generate.__file__).parents[3]),
         "TERM": "xterm",
         "COLUMNS": "120",
     }

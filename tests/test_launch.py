@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import pytest
 
-from wanfast.runtime import launch
+from wanfast.runtime.processes import launch
 
 PACKAGE = Path(__file__).parents[1]
 TINY = ("--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--device", "cpu", "--precision", "fp32")
@@ -209,7 +209,7 @@ def test_a_rank_that_is_killed_while_it_writes_leaves_no_half_of_a_file(start: S
     fault = """
 import signal
 from pathlib import Path
-from wanfast.runtime import media_io
+from wanfast.runtime.media import media_io
 def killed(frames, path, fps):
     path.write_bytes(b"half")
     Path("written").touch()
@@ -256,7 +256,7 @@ def test_ranks_die_with_a_launcher_that_is_killed(start: Start, workdir: Path) -
 
 @pytest.mark.parametrize(("parent", "alive"), [(os.getpid(), True), (1, False)], ids=["there", "gone"])
 def test_a_process_whose_parent_is_gone_ends_at_once(parent: int, alive: bool) -> None:
-    code = "from wanfast.runtime.signals import end_with_parent; end_with_parent(); print('alive')"
+    code = "from wanfast.runtime.machine.signals import end_with_parent; end_with_parent(); print('alive')"
     own = str(os.getpid()) if alive else str(parent)
     environment = os.environ | {"PYTHONPATH": str(PACKAGE), "WANFAST_PARENT": own}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -265,7 +265,7 @@ def test_a_process_whose_parent_is_gone_ends_at_once(parent: int, alive: bool) -
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
 def test_a_process_ends_on_a_signal_that_its_parent_ignores(number: signal.Signals) -> None:
-    code = "import os; from wanfast.runtime.signals import end_with_parent; end_with_parent(); os.kill(os.getpid(), "
+    code = "import os; from wanfast.runtime.machine.signals import end_with_parent as end; end(); os.kill(os.getpid(), "
     ignoring = ["sh", "-c", "trap '' INT TERM; exec \"$@\"", "sh"]
     program = [*ignoring, sys.executable, "-c", f"{code}{number:d})"]
     assert subprocess.run(program, env=os.environ | {"PYTHONPATH": str(PACKAGE)}).returncode == -number
@@ -371,7 +371,7 @@ def test_a_rank_group_that_dies_leaves_the_others_at_work(start: Start, workdir:
 
 def test_a_rank_group_outlives_an_error_that_all_its_ranks_know_of(start: Start, workdir: Path) -> None:
     fault = """
-from wanfast.runtime import media_io
+from wanfast.runtime.media import media_io
 from wanfast.runtime.errors import ConfigError
 write = media_io.write_mp4
 def full(frames, path, fps):
@@ -439,7 +439,7 @@ def test_two_machines_make_one_video(start: Start, workdir: Path) -> None:
     documents = [json.loads(text.strip().splitlines()[-1]) for text in (out, out2)]
     assert documents[0] == documents[1]  # the seed too, which nobody gave
     assert documents[0]["plan"]["mesh"] == {"replica": 1, "cfg": 2, "ulysses": 1}
-    assert documents[0]["effective"]["node_rank"] == 0
+    assert documents[0]["effective"]["ranks"]["node_rank"] == 0
     assert [(machine / "out.mp4").exists() for machine in machines] == [True, False]
     assert start("--from", "out.json", "--output", "alone.mp4", folder=machines[0]).end()[0] == 0  # by one rank
     two, one = (iio.imread(machines[0] / name, plugin="pyav").astype(int) for name in ("out.mp4", "alone.mp4"))

@@ -19,11 +19,13 @@ from torch.distributed.tensor import DTensor
 
 from tests import sparse_model
 from tests.on_ranks import on_ranks
-from wanfast.runtime import builders, checkpoint, memory, model_files
 from wanfast.runtime.distributed import fsdp
-from wanfast.runtime.distributed.mesh import Mesh
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.model_spec import A14B, DiTSpec
+from wanfast.runtime.facts import memory
+from wanfast.runtime.facts.mesh import Mesh
+from wanfast.runtime.facts.model_spec import A14B, DiTSpec
+from wanfast.runtime.store import model_files
+from wanfast.runtime.weights import builders, checkpoint
 
 ROOT = Path(__file__).parents[1]
 TRUE_SIZES = dataclasses.replace(A14B.dit, num_layers=12)

@@ -8,10 +8,10 @@ import random
 
 import pytest
 
-from wanfast.runtime.config import Expert, MagCacheRule, magcache_settings
+from wanfast.runtime.config import magcache_settings
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.magcache_curves import published_curve, steps_of
-from wanfast.runtime.model_spec import A14B
+from wanfast.runtime.facts.choices import Expert, MagCacheRule
+from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.sampling.magcache import (
     MagCacheSettings,
     ResidualCache,
@@ -21,6 +21,7 @@ from wanfast.runtime.sampling.magcache import (
     plan_skips,
     resample,
 )
+from wanfast.runtime.store.curves import published_curve, steps_of
 
 RATIOS = [(prompt, negative) for prompt, negative in published_curve()["ratios"]]
 STEPS = steps_of("unipc", 40, 5.0, A14B.boundary)

@@ -13,19 +13,19 @@ from tests.on_ranks import on_ranks
 from tests.parity import relative_error
 from tests.small_model import blank_inputs, plan_small_model
 from tests.test_rank_groups import MESHES, final_latents, shown, with_options
-from wanfast.runtime.config import BRANCHES, GenerateConfig
-from wanfast.runtime.distributed.mesh import Mesh
+from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import session
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.experts import OffloadedExperts
-from wanfast.runtime.magcache_curves import Curve
-from wanfast.runtime.model_files import ModelFiles
+from wanfast.runtime.facts.choices import BRANCHES
+from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.models.dit import Block, WanDiT
-from wanfast.runtime.placement import check_skips, modes, needed, place
-from wanfast.runtime.plan import Plan
+from wanfast.runtime.planning.placement import check_skips, modes, needed, place
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.sampling.magcache import ResidualCache
-from wanfast.runtime.timing import Stopwatch
+from wanfast.runtime.store.curves import Curve
+from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.weights.experts import OffloadedExperts
 
 # Eight steps, three of them with high noise; branches differ, and each expert skips, the high-noise one at its end too.
 RATIOS = ((1.0, 1.0), (0.99, 0.9), (0.98, 0.99), (0.7, 0.7), (0.99, 0.98), (0.97, 0.9), (0.99, 0.99), (0.98, 0.7))
@@ -107,14 +107,11 @@ def test_every_mesh_skips_alike(planned: tuple[Plan, ModelFiles], mesh: Mesh, fs
 def test_sharded_experts_cannot_skip_apart(planned: tuple[Plan, ModelFiles]) -> None:
     """A rank would wait for weights that the others do not gather."""
     plan, _ = planned
-    request = GenerateConfig(
-        model="tiny", image="cat.png", prompt="a cat", device="cpu", num_gpus=2, dit_fsdp="on", magcache="preset",
-        magcache_joint="off",
-    )  # fmt: skip
-    (placed,) = place([request], [skipping(plan)])
+    plan = skipping(with_options(plan, num_gpus=2, dit_fsdp="on"))
+    (placed,) = place([plan])
     with pytest.raises(ConfigError, match="--magcache-joint off: sharded experts"):
         check_skips(placed)
-    (alone,) = place([dataclasses.replace(request, cfg_parallel=1)], [skipping(plan)])
+    (alone,) = place([with_options(plan, cfg_parallel=1)])
     check_skips(alone)
     assert alone.skips == APART
 

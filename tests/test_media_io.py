@@ -20,17 +20,17 @@ import pytest
 import torch
 from PIL import Image
 
-from wanfast.runtime import media_io
-from wanfast.runtime.atomic import atomic_paths
+from wanfast.runtime.engine.pixels import fit_image, to_uint8
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.media_io import (
+from wanfast.runtime.media import media_io
+from wanfast.runtime.media.media_io import (
     LoadedImage,
     check_output,
     load_image,
     write_contact_sheet,
     write_mp4,
 )
-from wanfast.runtime.pixels import fit_image, to_uint8
+from wanfast.runtime.store.atomic import atomic_paths
 
 RNG = np.random.default_rng(0)
 
@@ -321,11 +321,11 @@ def test_mp4_is_deterministic(tmp_path: Path) -> None:
     clip = smooth_clip(9, 480, 832) + RNG.integers(0, 20, (9, 480, 832, 3), dtype=np.uint8)
     np.save(tmp_path / "clip.npy", clip)
     script = (
-        "import os, sys, numpy, pathlib; from wanfast.runtime.media_io import write_mp4;"
+        "import os, sys, numpy, pathlib; from wanfast.runtime.media.media_io import write_mp4;"
         "os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[1])]);"
         "write_mp4(numpy.load('clip.npy'), pathlib.Path(sys.argv[2]), fps=16)"
     )
-    root = str(Path(media_io.__file__).parents[2])
+    root = str(Path(media_io.__file__).parents[3])
     for cores, heap_fill in [("1", "85"), ("2", "85"), ("2", "170")]:
         environment = os.environ | {"PYTHONPATH": root, "MALLOC_PERTURB_": heap_fill}
         command = [sys.executable, "-c", script, cores, f"{cores}-{heap_fill}.mp4"]
@@ -481,10 +481,10 @@ def test_check_output_needs_room(tmp_path: Path) -> None:
 
 def test_reading_and_checking_import_no_torch(tmp_path: Path) -> None:
     script = (
-        "import sys; from wanfast.runtime import media_io as m;"
+        "import sys; from wanfast.runtime.media import media_io as m;"
         "assert not {'PIL', 'numpy', 'av', 'torch'} & set(sys.modules);"
         f"m.load_image({saved(tmp_path, Image.new('I;16', (32, 32)))!r});"
         f"m.check_output({str(tmp_path / 'out.mp4')!r}, overwrite=False, needed_bytes=0);"
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(media_io.__file__).parents[2])
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(media_io.__file__).parents[3])

@@ -17,10 +17,10 @@ from wanfast.quality import metrics, tiny
 from wanfast.quality.motions import MOTIONS
 from wanfast.quality.tracking import classify, track
 from wanfast.quality.world import COLOURS, Renderer, draw_scene, is_held_out, moments_of_clip
-from wanfast.runtime import model_files
-from wanfast.runtime.model_files import TINY
-from wanfast.runtime.pixels import to_uint8
+from wanfast.runtime.engine.pixels import to_uint8
 from wanfast.runtime.sampling.scheduler import schedule
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.model_files import TINY
 
 
 def videos() -> tuple[torch.Tensor, torch.Tensor]:

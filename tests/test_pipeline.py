@@ -20,18 +20,19 @@ from safetensors.torch import load_file, save_file
 
 from tests.parity import relative_error
 from tests.public_model import save_diffusers
-from wanfast.runtime import checkpoint, media_io, model_files, pixels
-from wanfast.runtime.builders import build_expert, build_umt5, build_vae
-from wanfast.runtime.config import GenerateConfig
+from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import session
-from wanfast.runtime.model_files import ModelFiles
-from wanfast.runtime.model_spec import ModelSpec
-from wanfast.runtime.pipeline import draw_noise
-from wanfast.runtime.plan import Plan, resolve
-from wanfast.runtime.prompt_embeds import prompt_embeds
+from wanfast.runtime.engine import pixels, session
+from wanfast.runtime.engine.conditioning import draw_noise
+from wanfast.runtime.engine.prompt_embeds import prompt_embeds
+from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.media import media_io
+from wanfast.runtime.planning.plan import Plan, resolve
 from wanfast.runtime.sampling.magcache import ResidualCache
-from wanfast.runtime.timing import Stopwatch
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.weights import checkpoint
+from wanfast.runtime.weights.builders import build_expert, build_umt5, build_vae
 
 PROMPT = "A red circle moves right，“slowly” &amp; stops.  La fin…"
 NEGATIVE = "静态，模糊, still"
@@ -91,26 +92,23 @@ def plan_for(tmp_path: Path):
     Image.fromarray(noise).resize((97, 61), Image.Resampling.BICUBIC).save(picture)
 
     def make(model: Path, **options: object) -> tuple[Plan, ModelFiles]:
-        config = GenerateConfig(
-            **{
-                "model": str(model),
-                "image": str(picture),
-                "prompt": PROMPT,
-                "negative_prompt": NEGATIVE,
-                "size": "96x64",
-                "frames": 9,
-                "steps": 6,
-                "guidance_high_noise": 2.0,
-                "guidance_low_noise": 3.5,
-                "seed": 7,
-                "precision": "fp32",
-                "device": "cpu",
-                "output": str(tmp_path / "out.mp4"),
-                "artifacts_dir": str(tmp_path / "artifacts"),
-            }
-            | options
-        )
-        return resolve(config)
+        given = {
+            "model": str(model),
+            "image": str(picture),
+            "prompt": PROMPT,
+            "negative_prompt": NEGATIVE,
+            "size": "96x64",
+            "frames": 9,
+            "steps": 6,
+            "guidance_high_noise": 2.0,
+            "guidance_low_noise": 3.5,
+            "seed": 7,
+            "precision": "fp32",
+            "device": "cpu",
+            "output": str(tmp_path / "out.mp4"),
+            "artifacts_dir": str(tmp_path / "artifacts"),
+        } | options
+        return resolve(given)
 
     return make
 
@@ -119,12 +117,12 @@ def plan_for(tmp_path: Path):
 def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
     config = plan.config
     ranks = Ranks("cpu")
-    embeds = prompt_embeds([config.prompt, config.negative_prompt], files, config, ranks, Stopwatch("cpu"))
+    embeds = prompt_embeds([config.video.prompt, config.video.negative_prompt], files, config, ranks, Stopwatch("cpu"))
     pipeline = session.load_models(files, config, ranks, Stopwatch("cpu"))
-    image = pixels.fit_image(media_io.load_image(config.image).pixels, plan.geometry.width, plan.geometry.height)
+    image = pixels.fit_image(media_io.load_image(config.video.image).pixels, plan.geometry.width, plan.geometry.height)
     condition = pipeline.encode_condition(image, plan.geometry)
-    noise = draw_noise(config.seed, plan.geometry, 16, "cpu")
-    text = {"prompt": embeds[config.prompt], "negative_prompt": embeds[config.negative_prompt]}
+    noise = draw_noise(config.video.seed, plan.geometry, 16, "cpu")
+    text = {"prompt": embeds[config.video.prompt], "negative_prompt": embeds[config.video.negative_prompt]}
     return pipeline.denoise(plan, noise, condition, text, ResidualCache(plan.skips), lambda index, expert: None)
 
 
@@ -132,23 +130,23 @@ def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
 def their_latents(public: WanImageToVideoPipeline, plan: Plan) -> torch.Tensor:
     config, g = plan.config, plan.geometry
     set_timesteps = type(public.scheduler).set_timesteps
-    levels = np.linspace(float(np.float32(0.999)), 0, config.steps + 1)[:-1]
+    levels = np.linspace(float(np.float32(0.999)), 0, config.video.steps + 1)[:-1]
     public.scheduler.set_timesteps = lambda num_inference_steps, device=None: set_timesteps(
         public.scheduler, sigmas=levels, device=device
     )
-    image = pixels.fit_image(media_io.load_image(config.image).pixels, g.width, g.height)
+    image = pixels.fit_image(media_io.load_image(config.video.image).pixels, g.width, g.height)
     public.set_progress_bar_config(disable=True)
     return public(
         image=image[None],
-        prompt=config.prompt,
-        negative_prompt=config.negative_prompt,
+        prompt=config.video.prompt,
+        negative_prompt=config.video.negative_prompt,
         height=g.height,
         width=g.width,
         num_frames=g.frames,
-        num_inference_steps=config.steps,
-        guidance_scale=config.guidance_high_noise,
-        guidance_scale_2=config.guidance_low_noise,
-        latents=draw_noise(config.seed, g, 16, "cpu"),
+        num_inference_steps=config.video.steps,
+        guidance_scale=config.video.guidance_high_noise,
+        guidance_scale_2=config.video.guidance_low_noise,
+        latents=draw_noise(config.video.seed, g, 16, "cpu"),
         output_type="latent",
     ).frames
 

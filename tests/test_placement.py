@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.configs import effective_config
 from tests.conftest import Machine, Outcome
 from wanfast.commands import dispatch
-from wanfast.runtime import elastic, launch, memory, placement, worker
-from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.errors import RankFailedError
-from wanfast.runtime.gpus import Gpu
-from wanfast.runtime.model_spec import A14B, UMT5Spec
+from wanfast.runtime.facts import memory
+from wanfast.runtime.facts.model_spec import A14B, UMT5Spec
+from wanfast.runtime.machine.gpus import Gpu
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
-
-NOTHING = dict.fromkeys((f.name for f in dataclasses.fields(EffectiveConfig) if f.default is dataclasses.MISSING), "")
+from wanfast.runtime.planning import placement
+from wanfast.runtime.processes import elastic, launch, worker
 
 Wanfast = Callable[..., Outcome]
 A14B_DRY = ("generate", "--image", "cat.png", "--prompt", "a cat", "--dry-run", "--json")
@@ -255,7 +255,7 @@ def test_each_rank_group_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(elastic.os, "environ", {})
     monkeypatch.setattr(elastic.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(elastic.gpus, "device_ids", lambda: ["4", "5", "6", "7"])
-    config = dataclasses.replace(EffectiveConfig(**NOTHING), device="cuda", num_gpus=4, cfg_parallel=2)
+    config = effective_config(device="cuda", num_gpus=4, cfg_parallel=2).ranks
     for replica, expected in enumerate(("4,5", "6,7")):
         elastic._set_environment(config, replica, processes=2)
         assert elastic.os.environ["CUDA_VISIBLE_DEVICES"] == expected
@@ -289,7 +289,9 @@ def test_ranks_of_one_machine_meet_within_it(
     monkeypatch: pytest.MonkeyPatch, machines: int, interface: str | None
 ) -> None:
     monkeypatch.setattr(elastic.os, "environ", {})
-    elastic._set_environment(dataclasses.replace(EffectiveConfig(**NOTHING), nnodes=machines), 0, processes=2)
+    elastic._set_environment(
+        effective_config(nnodes=machines, rdzv_endpoint="a:1" if machines > 1 else None).ranks, 0, processes=2
+    )
     assert elastic.os.environ.get("GLOO_SOCKET_IFNAME") == interface
 
 
@@ -350,14 +352,13 @@ def test_an_earlier_run_is_repeated_on_other_gpus_if_asked(wanfast: Wanfast, mac
     assert "this machine shows 1" in wanfast(*again).err
     assert wanfast(*again, "--num-gpus", "1").document["plan"]["mesh"] == MADE
     machine(8, 84)
-    spread = plan | {
-        "effective": plan["effective"] | {"nnodes": 2, "node_rank": 1, "rdzv_endpoint": "a:1", "ulysses": 8}
-    }
+    spread = json.loads(json.dumps(plan))
+    spread["effective"]["ranks"] |= {"nnodes": 2, "node_rank": 1, "rdzv_endpoint": "a:1", "ulysses": 8}
     (workdir / "spread.json").write_text(json.dumps(spread))  # of two machines: here one makes what it can
     of_two = ("generate", "--from", "spread.json", "--dry-run", "--json")
     assert wanfast(*of_two).document["plan"]["mesh"] == MADE | {"cfg": 2, "ulysses": 4}
     for name in ("num_gpus", "cfg_parallel", "ulysses", "dit_fsdp"):  # of before there were ranks
-        del plan["effective"][name]
+        del plan["effective"]["ranks"][name]
     (workdir / "old.json").write_text(json.dumps(plan))
     assert wanfast(*again).document["plan"]["mesh"] == MADE
 
@@ -384,8 +385,3 @@ def test_a_job_gets_the_error_of_the_rank_group_that_took_it(tmp_path: Path) -> 
     (tmp_path / "claims/0").write_text("0")
     errors = {0: (2, RankFailedError("second")), 1: (1, RankFailedError("first"))}
     assert [str(launch._error_of_job(tmp_path, index, errors)) for index in (0, 1)] == ["second", "first"]
-
-
-def test_launch_options_are_options() -> None:
-    fields = {field.name for field in dataclasses.fields(placement.EffectiveConfig)}
-    assert set(placement.LAUNCH_OPTIONS) <= fields

@@ -21,21 +21,25 @@ from tests.conftest import Outcome
 from tests.on_ranks import on_ranks
 from tests.one_expert import velocity, write_expert
 from tests.parity import relative_error
-from wanfast.runtime import checkpoint, memory, model_files, quantize
-from wanfast.runtime.artifacts import ArtifactStore
-from wanfast.runtime.builders import build_expert
-from wanfast.runtime.config import QuantizeConfig, Scheme
-from wanfast.runtime.distributed.mesh import Mesh
+from wanfast.runtime.config import QuantizeConfig
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.experts import OffloadedExperts
-from wanfast.runtime.model_spec import A14B, DiTSpec
+from wanfast.runtime.facts import memory
+from wanfast.runtime.facts.choices import Scheme
+from wanfast.runtime.facts.mesh import Mesh
+from wanfast.runtime.facts.model_spec import A14B, DiTSpec
+from wanfast.runtime.jobs import quantize
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.fused import quantize_tokens
 from wanfast.runtime.models.quantized import PRODUCTS, QuantizedLinear, dequantize
 from wanfast.runtime.models.tokens import QuantizedTokens
-from wanfast.runtime.quantization import is_quantized, quantize_linears, scale_of
-from wanfast.runtime.quantization import quantize as quantize_weight
-from wanfast.runtime.quantized_artifacts import KEPT, QUANTIZED, QuantizedExpert
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.quantized import KEPT, QUANTIZED, QuantizedExpert
+from wanfast.runtime.weights import checkpoint
+from wanfast.runtime.weights.builders import build_expert
+from wanfast.runtime.weights.experts import OffloadedExperts
+from wanfast.runtime.weights.quantization import is_quantized, quantize_linears, scale_of
+from wanfast.runtime.weights.quantization import quantize as quantize_weight
 
 Wanfast = Callable[..., Outcome]
 SCHEMES: tuple[Scheme, ...] = ("int8-weight-only", "int8-dynamic", "fp8-rowwise")

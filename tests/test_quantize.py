@@ -20,11 +20,13 @@ from safetensors import SafetensorError
 from tests import sparse_model
 from tests.conftest import Outcome
 from tests.parity import likeness
-from wanfast.runtime import checkpoint, model_files, quantize, quantized_artifacts
-from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.errors import MissingArtifactError
-from wanfast.runtime.model_spec import A14B
-from wanfast.runtime.quantized_artifacts import QuantizedExpert
+from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.jobs import quantize
+from wanfast.runtime.store import model_files, quantized
+from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.quantized import QuantizedExpert
+from wanfast.runtime.weights import checkpoint
 
 Wanfast = Callable[..., Outcome]
 ROOT = Path(__file__).parents[1]
@@ -68,7 +70,7 @@ def test_what_is_kept_makes_the_video_of_what_is_quantized_while_loading(
     outcome = wanfast(*GENERATE, "--verify")
     assert outcome.exit_code == 0, outcome.err
     document = outcome.document
-    assert document["effective"]["quantize"] == document["plan"]["quantize"] == "int8-dynamic"
+    assert document["effective"]["models"]["quantize"] == document["plan"]["quantize"] == "int8-dynamic"
     shards = sum(file.stat().st_size for file in kept.glob("*.safetensors"))
     assert document["loading"]["high_noise"]["bytes"] == shards
     assert wanfast("generate", "--from", "out.json", "--output", "again.mp4").exit_code == 0
@@ -85,7 +87,7 @@ def test_two_ranks_share_what_is_kept(wanfast: Wanfast, workdir: Path, kept: Pat
     assert wanfast(*GENERATE, "--output", "one.mp4").exit_code == 0
     outcome = wanfast(*GENERATE, "--num-gpus", "2", "--ulysses", "2", "--cfg-parallel", "1", "--output", "two.mp4")
     assert outcome.exit_code == 0, outcome.err
-    assert outcome.document["effective"]["dit_fsdp"] == "off"
+    assert outcome.document["effective"]["ranks"]["dit_fsdp"] == "off"
     assert outcome.document["quantized"]["high_noise"] == kept.name
     assert likeness("two.mp4", "one.mp4") >= 45
 
@@ -141,9 +143,9 @@ def test_without_torchao_the_artifact_of_the_latest_version_is_taken(
         version: store.publish("quantized", expert.inputs(version), lambda folder: (folder / "file").touch())
         for version in ("0.9.0", "0.18.0", "0.18.0.dev1", "not a version")
     }
-    monkeypatch.setattr(quantized_artifacts, "torchao_version", lambda: None)
+    monkeypatch.setattr(quantized, "torchao_version", lambda: None)
     assert expert.find() == made["0.18.0"]
-    monkeypatch.setattr(quantized_artifacts, "torchao_version", lambda: "0.10.0")
+    monkeypatch.setattr(quantized, "torchao_version", lambda: "0.10.0")
     with pytest.raises(
         MissingArtifactError, match=r"by torchao 0\.9\.0, 0\.18\.0\.dev1, 0\.18\.0, and here is 0\.10\.0"
     ):
@@ -161,11 +163,11 @@ def test_an_empty_place_is_refused(wanfast: Wanfast, workdir: Path, command: str
 
 
 def test_another_torchao_is_named(wanfast: Wanfast, workdir: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made_by = quantized_artifacts.torchao_version()
-    monkeypatch.setattr(quantized_artifacts, "torchao_version", lambda: "9.9.9")
+    made_by = quantized.torchao_version()
+    monkeypatch.setattr(quantized, "torchao_version", lambda: "9.9.9")
     outcome = wanfast(*GENERATE)
     assert outcome.exit_code == 3 and f"there is one by torchao {made_by}, and here is 9.9.9" in outcome.err
-    monkeypatch.setattr(quantized_artifacts, "torchao_version", lambda: None)
+    monkeypatch.setattr(quantized, "torchao_version", lambda: None)
     assert wanfast(*GENERATE).exit_code == 0  # what is kept runs without torchao
     for arguments in (("quantize", *TINY, *SCHEME), (*GENERATE, "--quantize-on-the-fly", "--output", "fly.mp4")):
         outcome = wanfast(*arguments)
@@ -209,7 +211,7 @@ def test_what_stops_it_is_one_line(wanfast: Wanfast, workdir: Path, monkeypatch:
     [
         (["--quantize", "bf16", "--quantize-on-the-fly"], "--quantize-on-the-fly needs --quantize"),
         (["--quantize-on-the-fly"], "--quantize-on-the-fly needs --quantize"),
-        (["--verify"], "--verify is of what"),
+        (["--verify"], "--verify reads what"),
         (["--verify", "--quantize", "fp8-rowwise", "--quantize-on-the-fly"], "exclude each other"),
         (["--quantize", "fp8-rowwise", "--precision", "fp32"], "needs --precision bf16"),
         (["--quantize", "fp8-rowwise", "--num-gpus", "2", "--dit-fsdp", "on"], "--dit-fsdp on with --quantize"),

@@ -15,22 +15,23 @@ from torch.distributed.tensor import DTensor
 from tests.on_ranks import on_ranks
 from tests.parity import randomise, relative_error
 from tests.small_model import SPEC, blank_inputs, plan_small_model
-from wanfast.runtime import experts, media_io, pixels, prompt_embeds
-from wanfast.runtime import pipeline as pipeline_module
-from wanfast.runtime.config import Expert, GenerateConfig
-from wanfast.runtime.distributed.mesh import Mesh, choose_mesh
+from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import session
+from wanfast.runtime.engine import pipeline as pipeline_module
+from wanfast.runtime.engine import pixels, prompt_embeds, session
+from wanfast.runtime.engine.conditioning import draw_noise
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.experts import OffloadedExperts, ResidentExperts
-from wanfast.runtime.model_files import ModelFiles
+from wanfast.runtime.facts.choices import Expert
+from wanfast.runtime.facts.mesh import Mesh, choose_mesh
+from wanfast.runtime.media import media_io
 from wanfast.runtime.models.dit import Block, WanDiT
 from wanfast.runtime.models.vae import WanVAE
-from wanfast.runtime.pipeline import draw_noise
-from wanfast.runtime.plan import Plan, resolve
-from wanfast.runtime.quantized_artifacts import EXPERTS
+from wanfast.runtime.planning.plan import Plan, resolve
 from wanfast.runtime.sampling.magcache import ResidualCache
-from wanfast.runtime.timing import Stopwatch
+from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.store.quantized import EXPERTS
+from wanfast.runtime.weights import experts
+from wanfast.runtime.weights.experts import OffloadedExperts, ResidentExperts
 
 
 @pytest.fixture
@@ -43,21 +44,21 @@ def planned(small_model: Path, workdir: Path) -> tuple[Plan, ModelFiles]:
 def final_latents(plan: Plan, files: ModelFiles, ranks: Ranks) -> torch.Tensor:
     config = plan.config
     embeds = prompt_embeds.prompt_embeds(
-        [config.prompt, config.negative_prompt], files, config, ranks, Stopwatch("cpu")
+        [config.video.prompt, config.video.negative_prompt], files, config, ranks, Stopwatch("cpu")
     )
     pipeline = session.load_models(files, config, ranks, Stopwatch("cpu"))
     assert (pipeline.vae is not None) == ranks.is_leader
     held = pipeline.experts.take("high_noise")[0].parameters()
-    assert {isinstance(parameter, DTensor) for parameter in held} == {config.dit_fsdp == "on"}
-    image = pixels.fit_image(media_io.load_image(config.image).pixels, plan.geometry.width, plan.geometry.height)
+    assert {isinstance(parameter, DTensor) for parameter in held} == {config.ranks.dit_fsdp == "on"}
+    image = pixels.fit_image(media_io.load_image(config.video.image).pixels, plan.geometry.width, plan.geometry.height)
     condition = pipeline.encode_condition(image, plan.geometry)
-    noise = draw_noise(config.seed, plan.geometry, 16, "cpu")
-    text = {"prompt": embeds[config.prompt], "negative_prompt": embeds[config.negative_prompt]}
+    noise = draw_noise(config.video.seed, plan.geometry, 16, "cpu")
+    text = {"prompt": embeds[config.video.prompt], "negative_prompt": embeds[config.video.negative_prompt]}
     return pipeline.denoise(plan, noise, condition, text, ResidualCache(plan.skips), lambda index, expert: None).clone()
 
 
 def with_options(plan: Plan, **options: object) -> Plan:
-    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, **options))
+    return dataclasses.replace(plan, config=plan.config.replace(**options))
 
 
 MESHES = [Mesh(cfg=cfg, ulysses=ulysses) for cfg in (1, 2) for ulysses in (1, 2, 4, 8) if 1 < cfg * ulysses <= 8]
@@ -100,7 +101,7 @@ def test_tokens_that_the_ranks_do_not_divide(
 ) -> None:
     Image.linear_gradient("L").resize((61, 97)).convert("RGB").save("tall.png")
     options = {"image": "tall.png", "size": "96x48", "prompt": "a", "seed": 1, "precision": "fp32", "device": "cpu"}
-    plan, files = resolve(GenerateConfig(model=str(small_model), **options))
+    plan, files = resolve({"model": str(small_model), **options})
     assert plan.geometry.tokens % mesh.ulysses
     expected = final_latents(plan, files, Ranks("cpu"))
     plan = with_options(plan, dit_fsdp=fsdp)
@@ -112,7 +113,7 @@ def test_branches_are_not_mixed_up(planned: tuple[Plan, ModelFiles]) -> None:
     """With the prompts exchanged the parallel result differs, as the bound of the other tests can see."""
     plan, files = planned
     expected = final_latents(plan, files, Ranks("cpu"))
-    exchanged = with_options(plan, prompt=plan.config.negative_prompt, negative_prompt=plan.config.prompt)
+    exchanged = with_options(plan, prompt=plan.config.video.negative_prompt, negative_prompt=plan.config.video.prompt)
     got = on_ranks(Mesh(cfg=2), lambda ranks: final_latents(exchanged, files, ranks))
     assert relative_error(got[0], expected) > 1e-3
 
@@ -172,7 +173,7 @@ def test_umt5_is_sharded_where_asked(planned: tuple[Plan, ModelFiles], monkeypat
     monkeypatch.setattr(prompt_embeds, "build_umt5", spied)
 
     def work(ranks: Ranks, t5_fsdp: str) -> list[bool]:
-        config = dataclasses.replace(plan.config, t5_fsdp=t5_fsdp, artifacts_dir=f"artifacts-{t5_fsdp}")
+        config = plan.config.replace(t5_fsdp=t5_fsdp, artifacts_dir=f"artifacts-{t5_fsdp}")
         prompt_embeds.prompt_embeds(["one", "two"], files, config, ranks, Stopwatch("cpu"))
         return built
 
@@ -321,7 +322,7 @@ def test_weights_that_other_ranks_count_on_stay(
     planned: tuple[Plan, ModelFiles], options: dict[str, str], moves: bool
 ) -> None:
     plan, files = planned
-    config = dataclasses.replace(plan.config, **options)
+    config = plan.config.replace(**options)
 
     def evicts(ranks: Ranks) -> bool:
         return session.load_models(files, config, ranks, Stopwatch("cpu")).experts.evict(1)

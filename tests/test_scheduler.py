@@ -10,7 +10,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from tests.parity import relative_error
-from wanfast.runtime.config import Solver
+from wanfast.runtime.facts.choices import Solver
 from wanfast.runtime.sampling.scheduler import Integrator, is_high_noise, schedule
 
 SHIFT = 5.0

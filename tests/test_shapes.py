@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from wanfast.runtime.model_spec import A14B
-from wanfast.runtime.shapes import fit_geometry
+from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.facts.shapes import fit_geometry
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError
-from wanfast.runtime.model_spec import DEFAULT_NEGATIVE_PROMPT
-from wanfast.runtime.tokenizer import PromptTokenizer, TokenizedPrompt, clean_prompt
+from wanfast.runtime.facts.model_spec import DEFAULT_NEGATIVE_PROMPT
+from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt, clean_prompt
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "wanfast/assets/tiny/tokenizer/tokenizer.json"
@@ -159,6 +159,6 @@ def test_tiny_tokenizer_is_what_the_script_makes() -> None:
 
 def test_importing_is_cheap() -> None:
     heavy = "{'torch', 'transformers', 'tokenizers', 'ftfy'}"
-    script = f"import sys, wanfast.runtime.tokenizer; print({heavy} & set(sys.modules))"
+    script = f"import sys, wanfast.runtime.media.tokenizer; print({heavy} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"

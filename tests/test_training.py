@@ -17,10 +17,10 @@ from training.export import export
 from training.loop import Schedule, load_ema, train
 from training.spec import SPEC
 from wanfast.quality.world import Renderer
-from wanfast.runtime import model_files
-from wanfast.runtime.builders import build_expert, build_umt5, build_vae
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
+from wanfast.runtime.facts.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
+from wanfast.runtime.store import model_files
+from wanfast.runtime.weights.builders import build_expert, build_umt5, build_vae
 
 SMALL = ModelSpec(
     dit=DiTSpec(dim=48, ffn_dim=64, num_heads=2, num_layers=1, freq_dim=16, text_dim=16, text_len=64),

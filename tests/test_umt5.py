@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from wanfast.runtime.checkpoint import rename
-from wanfast.runtime.model_spec import UMT5Spec
+from wanfast.runtime.facts.model_spec import UMT5Spec
 from wanfast.runtime.models.umt5 import UMT5Encoder, relative_position_buckets
+from wanfast.runtime.weights.checkpoint import rename
 
 # dim differs from the attention width, so that swapping the two cannot pass.
 TINY = UMT5Spec(vocab_size=200, dim=48, attention_dim=64, ffn_dim=80, num_heads=4, num_layers=3)

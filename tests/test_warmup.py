@@ -18,19 +18,20 @@ from typing import Any
 import pytest
 import torch
 
+from tests.configs import effective_config
 from tests.conftest import Outcome
 from tests.small_model import plan_small_model
 from wanfast.commands.report import Report
-from wanfast.runtime import compilation, model_files
-from wanfast.runtime.artifacts import ArtifactStore
-from wanfast.runtime.compilation import cache_inputs
-from wanfast.runtime.config import EffectiveConfig, from_options
+from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import session
+from wanfast.runtime.engine import compilation, session
+from wanfast.runtime.engine.compilation import cache_inputs
 from wanfast.runtime.errors import CorruptArtifactError
 from wanfast.runtime.models.dit import WanDiT
-from wanfast.runtime.next_step import warmup_command
-from wanfast.runtime.timing import Stopwatch
+from wanfast.runtime.planning.next_step import warmup_command
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.artifacts import ArtifactStore
 
 Wanfast = Callable[..., Outcome]
 ROOT = Path(__file__).parents[1]
@@ -98,7 +99,7 @@ def test_a_cold_run_says_what_would_save_its_compiling(wanfast: Wanfast, workdir
     assert 0.5 <= seconds <= cold.document["first_step_s"] + 0.05  # it is told to a tenth
     command = line.split("`")[1]
     image = workdir / "cat.png"
-    expected = f"wanfast warmup --model tiny --image {image} --size 64x64 --frames 5 --attention flash --device cpu"
+    expected = f"wanfast warmup --model tiny --attention flash --image {image} --size 64x64 --frames 5 --device cpu"
     assert command == expected
 
 
@@ -129,7 +130,7 @@ def test_what_compiling_cost_is_counted_by_forwards(
     forwards = 80 - plan["magcache"]["skipped_forwards"]
     assert forwards < 40
     result = {
-        "plan": plan, "effective": dataclasses.asdict(config(compile=True)), "compiled_anew": 1,
+        "plan": plan, "effective": config(compile=True).to_json(), "compiled_anew": 1,
         "first_step_s": 2 + 5.0, "seconds": {"denoise": forwards + 5.0},
     }  # fmt: skip
     Report(as_json=False)._tell_of_warmup(result, "")
@@ -138,7 +139,7 @@ def test_what_compiling_cost_is_counted_by_forwards(
 
 def test_the_command_names_the_ranks_that_ran() -> None:
     """Not those that were asked for: what decides anew might decide otherwise."""
-    effective = dataclasses.asdict(config(num_gpus=8, ulysses=2, cfg_parallel=1, dit_fsdp="on", device="cuda"))
+    effective = config(num_gpus=8, ulysses=2, cfg_parallel=1, dit_fsdp="on", device="cuda")
     words = warmup_command(effective).split(" --")
     assert {"num-gpus 2", "ulysses 2", "cfg-parallel 1", "dit-fsdp on"} <= set(words)
 
@@ -163,7 +164,7 @@ def test_the_compiler_is_imported_while_weights_are_read(
     monkeypatch.setattr(session, "build_expert", build_expert)
     monkeypatch.setattr(session, "compile_blocks", lambda model, mode: compiled.append(imported.is_set()))
     compiled: list[bool] = []
-    session.load_models(files, dataclasses.replace(plan.config, compile=True), Ranks("cpu"), Stopwatch("cpu"))
+    session.load_models(files, plan.config.replace(compile=True), Ranks("cpu"), Stopwatch("cpu"))
     assert compiled == [True, True]
 
 
@@ -180,14 +181,7 @@ def test_the_compiler_is_imported_where_nothing_else_imports_parts_of_it(monkeyp
 
 
 def config(**changes: Any) -> EffectiveConfig:
-    sidecar = {field.name: field.default for field in dataclasses.fields(EffectiveConfig)}
-    own = {
-        "model": "tiny", "image": "", "image_sha256": "", "prompt": "", "negative_prompt": "", "size": "64x64",
-        "frames": 5, "steps": 2, "shift": 5.0, "guidance_high_noise": 2.0, "guidance_low_noise": 2.0,
-        "solver": "unipc", "seed": 1, "noise_device": "cpu", "fps": 16, "precision": "bf16", "device": "cpu",
-        "output": "", "overwrite": False, "contact_sheet": False, "artifacts_dir": "", "attention": "flash",
-    }  # fmt: skip
-    return from_options(EffectiveConfig, {**sidecar, **own, **changes})
+    return effective_config(**{"attention": "flash", "compile": True, **changes})
 
 
 @pytest.mark.parametrize(
@@ -228,16 +222,16 @@ def test_all_that_kernels_depend_on_is_in_the_key(change: dict[str, Any], monkey
 def test_other_sources_are_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = model_files.locate("tiny", "").spec.dit
     inputs = cache_inputs(config(), spec, 32)
-    runtime = shutil.copytree(Path(compilation.__file__).parent, tmp_path / "runtime")
-    monkeypatch.setattr(compilation, "__file__", str(runtime / "compilation.py"))
+    runtime = shutil.copytree(Path(compilation.__file__).parents[1], tmp_path / "runtime")
+    monkeypatch.setattr(compilation, "__file__", str(runtime / "engine/compilation.py"))
     assert cache_inputs(config(), spec, 32) == inputs
     known = {inputs["sources"]}
     for file in (
         "models/dit.py",
         "distributed/ulysses.py",
-        "compilation.py",
-        "quantization.py",
-        "quantized_artifacts.py",
+        "engine/compilation.py",
+        "weights/quantization.py",
+        "store/quantized.py",
     ):
         (runtime / file).write_text((runtime / file).read_text() + "# another\n")
         known.add(cache_inputs(config(), spec, 32)["sources"])
@@ -251,7 +245,7 @@ def test_other_sources_are_another_key(tmp_path: Path, monkeypatch: pytest.Monke
         (["--frames", "6"], "--frames 6"),
         (["--num-gpus", "4", "--ulysses", "3"], "--ulysses 3 does not fit"),
         (["--attention", "fa3"], "--attention fa3 is of GPUs"),
-        (["--tf32"], "--tf32 is of GPUs"),
+        (["--tf32"], "--tf32 needs a GPU"),
     ],
     ids=str,
 )

@@ -25,7 +25,7 @@ from training.export import export
 from training.loop import Schedule, load_ema, make_deterministic, steps_made
 from training.spec import SPEC
 from wanfast.quality.world import Renderer
-from wanfast.runtime.model_spec import ModelSpec
+from wanfast.runtime.facts.model_spec import ModelSpec
 
 
 def main() -> None:

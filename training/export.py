@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from training.train_experts import TinyModel
-from wanfast.runtime import checkpoint
-from wanfast.runtime.model_files import TINY
-from wanfast.runtime.model_spec import ModelSpec
+from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.store.model_files import TINY
+from wanfast.runtime.weights import checkpoint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

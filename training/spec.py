@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wanfast.runtime.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
+from wanfast.runtime.facts.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
 
 SPEC = ModelSpec(
     name="tiny",

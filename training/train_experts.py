@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from training.loop import Batch, DrawFn, LossFn, Schedule, initialise, train
 from training.train_vae import encode
 from wanfast.quality.world import Renderer, draw_scene, moments_of_clip
-from wanfast.runtime.model_files import TINY
-from wanfast.runtime.model_spec import ModelSpec
+from wanfast.runtime.engine.conditioning import with_mask
+from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.media.tokenizer import PromptTokenizer
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
-from wanfast.runtime.pipeline import with_mask
-from wanfast.runtime.tokenizer import PromptTokenizer
+from wanfast.runtime.store.model_files import TINY
 
 _DROP = 0.125
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from training.loop import Batch, DrawFn, LossFn, Schedule, initialise, load_ema, train
 from wanfast.quality.world import FRAMES, SIZE, Renderer, draw_scene, moments_of_clip
-from wanfast.runtime.model_spec import VAESpec
+from wanfast.runtime.facts.model_spec import VAESpec
 from wanfast.runtime.models.vae import WanVAE
 
 # While training, latents are as they come; `measure_latents` then states their mean and standard deviation.

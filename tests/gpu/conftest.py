@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from wanfast.runtime.gpus import expand_segments
+from wanfast.runtime.machine.gpus import expand_segments
 
 expand_segments()

@@ -11,13 +11,14 @@ import torch
 
 from tests.conftest import Outcome
 from tests.parity import likeness, relative_error
-from wanfast.runtime import builders, model_files
-from wanfast.runtime.builders import build_expert, build_umt5, build_vae
-from wanfast.runtime.compilation import compile_blocks
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine.compilation import compile_blocks
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.models.vae import WanVAE
-from wanfast.runtime.quantized_artifacts import EXPERTS
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.quantized import EXPERTS
+from wanfast.runtime.weights import builders
+from wanfast.runtime.weights.builders import build_expert, build_umt5, build_vae
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from tests.one_expert import velocity, write_expert
 from tests.parity import relative_error
-from wanfast.runtime import model_files, quantize
-from wanfast.runtime.artifacts import ArtifactStore
-from wanfast.runtime.builders import build_expert
-from wanfast.runtime.compilation import compile_blocks
-from wanfast.runtime.config import QuantizeConfig, Scheme
+from wanfast.runtime.config import QuantizeConfig
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.model_spec import A14B
+from wanfast.runtime.engine.compilation import compile_blocks
+from wanfast.runtime.facts.choices import Scheme
+from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.jobs import quantize
 from wanfast.runtime.models.dit import WanDiT
-from wanfast.runtime.quantized_artifacts import QuantizedExpert
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.quantized import QuantizedExpert
+from wanfast.runtime.weights.builders import build_expert
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SPEC = dataclasses.replace(A14B.dit, num_layers=1)

@@ -28,7 +28,7 @@ def test_offloaded_experts_make_the_same_file(wanfast: Wanfast, workdir: Path) -
         assert outcome.exit_code == 0, outcome.err
         made[offload] = [(workdir / name).read_bytes() for name in ("a.mp4", "b.mp4")]
     assert made["on"] == made["off"]
-    assert json.loads((workdir / "b.json").read_text())["effective"]["expert_offload"] == "on"
+    assert json.loads((workdir / "b.json").read_text())["effective"]["ranks"]["expert_offload"] == "on"
 
 
 @two_gpus

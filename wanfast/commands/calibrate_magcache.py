@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import sys
 from importlib.util import find_spec
@@ -16,67 +15,54 @@ from rich.console import Console
 from wanfast.commands import dispatch, options
 from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
 from wanfast.magcache_calib.ratios import against_preset, averaged, read_clip, write_clip, write_curve
-from wanfast.runtime import metadata, model_files
-from wanfast.runtime.artifacts import ArtifactStore
-from wanfast.runtime.config import GenerateConfig
+from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.config.option import MAKE
 from wanfast.runtime.errors import ConfigError, from_failure
-from wanfast.runtime.magcache_curves import KIND, RATIOS, curve_inputs
-from wanfast.runtime.model_files import ModelFiles
-from wanfast.runtime.placement import place
-from wanfast.runtime.plan import Plan, effective
-from wanfast.runtime.quantized_artifacts import require_experts
-from wanfast.runtime.requests import Planned, Request
+from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.machine import packages
+from wanfast.runtime.planning.placement import place
+from wanfast.runtime.planning.plan import Plan, effective
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.curves import KIND, RATIOS, curve_inputs
+from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.store.quantized import require_experts
+
+_NO_CLIP = {"image": "none", "prompt": "none"}  # to check the other options before the clips are read
 
 
+@options.takes_options("calibrate-magcache")
 def calibrate_magcache(
     context: typer.Context,
-    model: options.Model = "a14b",
     set_: Annotated[
         Path | None,
-        typer.Option("--set", help="A folder of images with a clips.jsonl.  [default: the one that ships]"),
+        typer.Option(
+            "--set",
+            help="A folder of images with a clips.jsonl.",
+            show_default="the one that ships",
+            rich_help_panel=MAKE,
+        ),
     ] = None,
-    size: options.Size = None,
-    frames: options.Frames = None,
-    steps: options.Steps = None,
-    shift: options.Shift = None,
-    guidance_high_noise: options.GuidanceHighNoise = None,
-    guidance_low_noise: options.GuidanceLowNoise = None,
-    solver: options.SolverOption = "unipc",
-    seed: Annotated[int, typer.Option(help="Of the first clip; the others count up from it.")] = 0,
-    precision: options.PrecisionOption = "bf16",
-    attention: options.AttentionOption = "auto",
-    quantize: options.Quantize = None,
-    quantize_on_the_fly: options.QuantizeOnTheFly = False,
-    verify: options.Verify = False,
-    tf32: options.Tf32 = None,
-    compile: options.Compile = False,
-    compile_mode: options.CompileModeOption = "default",
-    device: options.DeviceOption = None,
-    num_gpus: options.NumGpus = 1,
-    cfg_parallel: options.CfgParallel = None,
-    ulysses: options.Ulysses = None,
-    dit_fsdp: options.DitFsdp = "auto",
-    t5_fsdp: options.T5Fsdp = "auto",
-    expert_offload: options.ExpertOffload = "auto",
-    rank_timeout: options.RankTimeout = 600.0,
-    artifacts_dir: options.ArtifactsDir = "artifacts",
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first clip; the others count up from it.", rich_help_panel=MAKE)
+    ] = 0,
     json_: options.Json = False,
 ) -> None:
     """Make every clip of a set without skipping, and keep the ratios that --magcache artifact plans by.
 
     Each clip is kept as it is done: a run that was cut off goes on where it was.
     """
-    if steps is not None and steps < 2:
-        raise ConfigError(f"--steps {steps}: one step has none before it to compare with: take 2 or more")
+    given = {name: value for name, value in options.given(context).items() if name != "seed"}
+    if given.get("steps", 2) < 2:
+        raise ConfigError(f"--steps {given['steps']}: one step has none before it to compare with: take 2 or more")
     if find_spec("matplotlib") is None:
         raise ConfigError("the plot of the curve needs matplotlib: pip install matplotlib")
-    own = {"context", "set_", "seed", "json_"}
-    given = options.given(context, set(inspect.signature(calibrate_magcache).parameters) - own)
-    files = model_files.locate(model, artifacts_dir)
+    models = EffectiveConfig.of({**_NO_CLIP, **given}, A14B).models
+    files = model_files.locate(models.model, models.artifacts_dir)
     files.require()
     clips = read_set(set_ or shipped_set(files.spec), seed)
     plans = planned(given, clips, files)
-    require_experts(files, plans[0].config)
+    require_experts(files, plans[0].config.models)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     result = calibrated(given, plans, clips, files, show_progress=console.is_terminal)
     console.print(said(result), markup=False)
@@ -86,13 +72,12 @@ def calibrate_magcache(
 
 def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list[Plan]:
     """A generation for each clip. Raises WanFastError."""
-    requests, plans = [], []
+    plans = []
     for clip in clips:
-        request = GenerateConfig(**given, image=str(clip.image), prompt=clip.prompt, seed=clip.seed)
-        plan = Plan.of(effective(request, files, clip.image_sha256), files.spec, clip.image_size)
-        requests.append(request)
-        plans.append(dataclasses.replace(plan, residuals_a_branch=2))  # this step's and that of the one before
-    return place(requests, plans)
+        of_clip = {**given, "image": str(clip.image), "prompt": clip.prompt, "seed": clip.seed}
+        plan = Plan.of(effective(of_clip, files, clip.image_sha256), files.spec, clip.image_size)
+        plans.append(dataclasses.replace(plan, requested=given, residuals_a_branch=2))  # this step's and the last one's
+    return place(plans)
 
 
 def calibrated(
@@ -100,7 +85,7 @@ def calibrated(
 ) -> dict[str, Any]:
     """The curve of the set, measured if it is not there yet, and how it compares. Raises WanFastError."""
     config = plans[0].config
-    store, inputs = ArtifactStore(Path(config.artifacts_dir)), curve_inputs(config, files, digest_of(clips))
+    store, inputs = ArtifactStore(Path(config.models.artifacts_dir)), curve_inputs(config, files, digest_of(clips))
     folder = store.find(KIND, inputs, verify=True)
     was_there = folder is not None
     if folder is None:
@@ -110,7 +95,7 @@ def calibrated(
             KIND,
             inputs,
             lambda partial: write_curve(partial, averages, config, files.spec, len(clips)),
-            metadata.versions(),
+            packages.versions(),
         )
     curve = json.loads((folder / RATIOS).read_text(encoding="utf-8"))
     return {
@@ -122,7 +107,7 @@ def calibrated(
         "inputs": inputs,
         **{name: curve[name] for name in ("ratios", "spread", "scatter", "cosine_distance", "timesteps", "experts")},
         "preset": against_preset(curve, config, files),
-        "versions": metadata.versions(),
+        "versions": packages.versions(),
     }
 
 
@@ -148,9 +133,8 @@ def _measured(
     if missing:
         results = dispatch.run_jobs(
             "calibrate-magcache",
-            [Planned(Request(given), plans[index]).job() for index in missing],
+            [plans[index].job() for index in missing],
             [plans[index] for index in missing],
-            str(store.root),
             show_progress=show_progress,
             on_result=keep,
         )

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wanfast.commands.progress import OnProgress, progress_bars
-from wanfast.runtime import gpus, launch
-from wanfast.runtime.artifacts import JOB, RESULT, new_run_folder, write_result, write_synced
-from wanfast.runtime.plan import Job, Plan
+from wanfast.runtime.machine import gpus
+from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.processes import launch
+from wanfast.runtime.store.artifacts import JOB, RESULT, new_run_folder, write_result, write_synced
 
 Verb = Literal["generate", "warmup", "calibrate-magcache"]
 _WORKERS: dict[Verb, str] = {
-    "generate": "wanfast.runtime.generate",
-    "warmup": "wanfast.runtime.warmup",
+    "generate": "wanfast.runtime.jobs.generate",
+    "warmup": "wanfast.runtime.jobs.warmup",
     "calibrate-magcache": "wanfast.magcache_calib.calibrate",
 }
 Document = dict[str, Any]
@@ -26,7 +27,6 @@ def run_jobs(
     verb: Verb,
     jobs: list[Job],
     plans: list[Plan],
-    artifacts_dir: str,
     *,
     show_progress: bool,
     on_result: OnResult,
@@ -34,16 +34,16 @@ def run_jobs(
     """The result of every job, each told as it comes. The ranks of the first plan are those of all."""
     config = plans[0].config
     documents = [job.to_json() for job in jobs]
-    folder = new_run_folder(Path(artifacts_dir).absolute(), {"verb": verb, "jobs": documents})
+    folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": verb, "jobs": documents})
     document = {"verb": verb, "worker": _WORKERS[verb], "jobs": documents}
     write_synced(folder / JOB, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     with progress_bars(enabled=show_progress) as on_progress:
         # A warmup has a process of its own: on a CPU one product may take minutes, in which no signal is handled.
         if plans[0].mesh.size == 1 and verb != "warmup":
-            results = _here(verb, folder, jobs, config.device, on_result, on_progress)
+            results = _here(verb, folder, jobs, config.ranks.device, on_result, on_progress)
         else:
             outputs = [output for plan in plans for output in plan.outputs] if verb == "generate" else []
-            results = launch.run(folder, config, len(jobs), outputs, on_result=on_result, on_progress=on_progress)
+            results = launch.run(folder, config.ranks, len(jobs), outputs, on_result=on_result, on_progress=on_progress)
     write_synced(folder / RESULT, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
 
@@ -56,7 +56,7 @@ def _here(
         gpus.expand_segments()
     from wanfast.runtime.distributed.ranks import Ranks  # torch begins here
     from wanfast.runtime.engine.session import Sessions
-    from wanfast.runtime.worker import worker_half
+    from wanfast.runtime.processes.worker import worker_half
 
     results: dict[int, Document] = {}
     for index, result in worker_half(_WORKERS[verb])(jobs, Sessions(Ranks(device)), progress=on_progress):

@@ -4,50 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from wanfast.commands import options
-from wanfast.runtime.config import GenerateConfig
-from wanfast.runtime.memory import gb
+from wanfast.runtime.config import ModelsConfig
+from wanfast.runtime.facts.memory import gb
 
 _KEYS_SHOWN = 4
 
 Rows = list[tuple[str, str]]
 
 
+@options.takes_options("doctor")
 def doctor(
-    model: options.Model = "a14b",
-    size: Annotated[
-        str | None, typer.Option(help="Of the video that should fit, as WIDTHxHEIGHT.  [default: the model's own]")
-    ] = None,
-    frames: Annotated[int | None, typer.Option(help="Likewise.  [default: the model's own]")] = None,
-    precision: options.PrecisionOption = "bf16",
-    quantize: options.Quantize = None,
-    artifacts_dir: options.ArtifactsDir = "artifacts",
+    context: typer.Context,
     json_: options.Json = False,
 ) -> None:
     """Say what is there, what fits, and what to type next.
 
     It writes nothing and loads no weights. The exit code is 0 whatever it finds, and 2 for a wrong option.
     """
-    from wanfast.runtime import doctor as worker  # torch begins in it, and may be broken
-    from wanfast.runtime.next_step import example
+    from wanfast.runtime.jobs import doctor as worker  # imports torch, which may be broken
+    from wanfast.runtime.planning.next_step import example
 
-    image, prompt = example(model)
-    request = GenerateConfig(
-        model=model,
-        image=image,
-        prompt=prompt,
-        size=size,
-        frames=frames,
-        precision=precision,
-        quantize=quantize,
-        artifacts_dir=artifacts_dir,
-    )
-    document = worker.examine(request)
+    given = options.given(context)
+    image, prompt = example(given.get("model", ModelsConfig.model))
+    document = worker.examine({**given, "image": image, "prompt": prompt})
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     for heading, rows in _sections(document):
         console.print(heading, style="bold", markup=False)

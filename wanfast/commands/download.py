@@ -37,7 +37,7 @@ def download(
     They are verified in the end, by size, and what came by its hash. Run again after a failure, it keeps the files
     that are whole.
     """
-    from wanfast.runtime import download as worker  # huggingface_hub begins here: 0.3 s
+    from wanfast.runtime.store import hub as worker  # huggingface_hub begins here: 0.3 s
 
     request = worker.Request.of(repo, revision, layout, artifacts_dir)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from wanfast.commands import options
 from wanfast.commands.progress import byte_bars
-from wanfast.runtime.config import Device, QuantizeConfig, Scheme
+from wanfast.runtime.config import QuantizeConfig
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.choices import Device, Scheme
 
 
 def _refuse_recipe(value: str | None) -> None:
@@ -38,7 +39,7 @@ def quantize(
 
     Run again after a failure, it goes on with the expert that is missing.
     """
-    from wanfast.runtime import quantize as worker  # torch begins here
+    from wanfast.runtime.jobs import quantize as worker  # torch begins here
 
     config = QuantizeConfig(scheme=scheme, model=model, expert=expert, device=device, artifacts_dir=artifacts_dir)
     with byte_bars() as progress:

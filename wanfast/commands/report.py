@@ -10,11 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from wanfast.runtime import past_runs
+from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.errors import JobsFailedError, from_failure
-from wanfast.runtime.next_step import warmup_command
-from wanfast.runtime.plan import guided_steps
-from wanfast.runtime.requests import Planned
+from wanfast.runtime.planning import past_runs
+from wanfast.runtime.planning.next_step import warmup_command
+from wanfast.runtime.planning.plan import guided_steps
+from wanfast.runtime.planning.requests import Planned
 
 _WORTH_TELLING_S = 0.5
 
@@ -72,13 +73,13 @@ class Report:
     def _tell_of_warmup(self, result: dict[str, Any], of_line: str) -> None:
         """What compiling cost, if it was done anew: the first step beyond what its forwards take in later ones."""
         in_first, *in_others = past_runs.forwards_in_turn(result["plan"])
-        effective = result["effective"]
-        if not result["compiled_anew"] or not sum(in_others) or effective["nnodes"] > 1:
+        config = EffectiveConfig.from_json(result["effective"])
+        if not result["compiled_anew"] or not sum(in_others) or config.ranks.nnodes > 1:
             return
         first, all_steps = result["first_step_s"], result["seconds"]["denoise"]
         cost = first - in_first * (all_steps - first) / sum(in_others)
         if cost >= _WORTH_TELLING_S:
-            command = warmup_command(effective)
+            command = warmup_command(config)
             self._warnings.print(
                 f"note{of_line}: compiling took {cost:.1f} s of this run; once `{command}` has run, others start warm",
                 markup=False,
@@ -94,7 +95,7 @@ class Report:
         for name, read in result["loading"].items():
             speed = f"{read['bytes'] / 1e9 / max(read['seconds'], 1e-3):.2f} GB/s"
             rows[f"  {name.replace('_', ' ')}"] = f"{read['seconds']:.1f} s, {read['bytes'] / 1e9:.2f} GB, {speed}"
-        if result["effective"]["compile"]:
+        if result["effective"]["models"]["compile"]:
             key = result["compile_cache"]
             rows["compiled"] = (
                 "anew" if result["compiled_anew"] else f"kept in inductor/{key}" if key else "torch had it"

@@ -4,44 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from wanfast.commands import dispatch, options
-from wanfast.runtime import media_io, model_files
-from wanfast.runtime.config import GenerateConfig, parse_size
+from wanfast.runtime.config import EffectiveConfig, parse_size
 from wanfast.runtime.errors import from_failure
-from wanfast.runtime.next_step import WARMUP_OPTIONS
-from wanfast.runtime.packages import require_attention
-from wanfast.runtime.placement import is_cpu_for_want_of_a_gpu, place
-from wanfast.runtime.plan import Plan, effective
+from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.machine.packages import require_attention
+from wanfast.runtime.media import media_io
+from wanfast.runtime.planning.placement import is_cpu_for_want_of_a_gpu, place
+from wanfast.runtime.planning.plan import Plan, effective
+from wanfast.runtime.store import model_files
 
-_SHAPE_ALONE = {"image": "of no picture", "prompt": "none"}  # what a request needs and a warmup does not
+_SHAPE_ONLY = {"image": "none", "prompt": "none"}  # what a video needs and a warmup does not
 
 
+@options.takes_options("warmup")
 def warmup(
     context: typer.Context,
-    model: options.Model = "a14b",
-    image: Annotated[
-        str | None, typer.Option(help="A picture of the shape that the videos will have.  [default: that of --size]")
-    ] = None,
-    size: options.Size = None,
-    frames: options.Frames = None,
-    precision: options.PrecisionOption = "bf16",
-    attention: options.AttentionOption = "auto",
-    quantize: options.Quantize = None,
-    tf32: options.Tf32 = None,
-    compile_mode: options.CompileModeOption = "default",
-    device: options.DeviceOption = None,
-    num_gpus: options.NumGpus = 1,
-    cfg_parallel: options.CfgParallel = None,
-    ulysses: options.Ulysses = None,
-    dit_fsdp: options.DitFsdp = "auto",
-    expert_offload: options.ExpertOffload = "auto",
-    rank_timeout: options.RankTimeout = 600.0,
-    artifacts_dir: options.ArtifactsDir = "artifacts",
     json_: options.Json = False,
 ) -> None:
     """Compile an expert's block for a size and a number of GPUs, and keep it: `generate --compile` then starts warm.
@@ -49,15 +32,15 @@ def warmup(
     It needs no weights. Copy `inductor/` of the artifacts folder to other machines of the same kind. On a CPU it
     saves little, since its C++ is built anew.
     """
-    given = options.given(context, set(WARMUP_OPTIONS))
+    given = options.given(context)
     plan, image_size = planned(given)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
-    if is_cpu_for_want_of_a_gpu(device, plan):
+    if is_cpu_for_want_of_a_gpu(plan):
         note = "no GPU was found, so a block is compiled and run on the CPU, which takes long at this size"
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {note}")
-    job = dataclasses.replace(plan.job(given), image_size=image_size)
+    job = dataclasses.replace(plan.job(), image_size=image_size)
     (result,) = dispatch.run_jobs(
-        "warmup", [job], [plan], artifacts_dir, show_progress=console.is_terminal, on_result=lambda index, result: None
+        "warmup", [job], [plan], show_progress=console.is_terminal, on_result=lambda index, result: None
     )
     if "error" in result:
         raise from_failure(result)
@@ -68,12 +51,13 @@ def warmup(
 
 def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
     """What a generation with these options would be, and the shape of its image. Raises WanFastError."""
-    request = GenerateConfig(**{**_SHAPE_ALONE, **given, "compile": True})
-    files = model_files.locate(request.model, request.artifacts_dir)
-    config = effective(request, files, image_sha256="")
-    require_attention(config.attention, config.device)
-    image_size = media_io.load_image(given["image"]).size if "image" in given else parse_size(config.size)
-    (plan,) = place([request], [Plan.of(config, files.spec, image_size)])
+    wanted = {**_SHAPE_ONLY, **given, "compile": True}
+    models = EffectiveConfig.of(wanted, A14B).models
+    files = model_files.locate(models.model, models.artifacts_dir)
+    config = effective(wanted, files, image_sha256="")
+    require_attention(config.models.attention, config.ranks.device)
+    image_size = media_io.load_image(given["image"]).size if "image" in given else parse_size(config.video.size)
+    (plan,) = place([dataclasses.replace(Plan.of(config, files.spec, image_size), requested=given)])
     return plan, image_size
 
 

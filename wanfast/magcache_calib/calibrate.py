@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from wanfast.magcache_calib.recorder import Recorder
-from wanfast.runtime.config import Expert
 from wanfast.runtime.engine.session import Session, Sessions
-from wanfast.runtime.generate import ClaimFn, ProgressFn, run_jobs
-from wanfast.runtime.plan import Job
+from wanfast.runtime.facts.choices import Expert
+from wanfast.runtime.jobs.generate import ClaimFn, ProgressFn, run_jobs
+from wanfast.runtime.planning.plan import Job
 
 
 def run(

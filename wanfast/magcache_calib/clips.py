@@ -10,9 +10,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanfast.runtime import media_io
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.model_spec import ModelSpec
+from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.media import media_io
 
 LIST = "clips.jsonl"
 _SHIPPED = Path(__file__).parents[1] / "assets" / "calibration"

@@ -8,11 +8,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.artifacts import ArtifactStore, key_of, replace_text, write_synced, writing_to
-from wanfast.runtime.config import BRANCHES, EffectiveConfig
-from wanfast.runtime.magcache_curves import KIND, RATIOS, preset, steps_of
-from wanfast.runtime.model_files import ModelFiles
-from wanfast.runtime.model_spec import ModelSpec
+from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.facts.choices import BRANCHES
+from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.store.artifacts import ArtifactStore, key_of, replace_text, write_synced, writing_to
+from wanfast.runtime.store.curves import KIND, RATIOS, preset, steps_of
+from wanfast.runtime.store.model_files import ModelFiles
 
 _DIGITS = 7
 
@@ -72,7 +73,7 @@ def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelF
     None where there is no preset of these steps. An expert's first step is left out, since no plan asks for it.
     """
     known, boundary = preset(files), files.spec.boundary
-    here = steps_of(config.solver, config.steps, config.shift, boundary)
+    here = steps_of(config.video.solver, config.video.steps, config.video.shift, boundary)
     if known is None or steps_of(known["solver"], known["steps"], known["shift"], boundary) != here:
         return None
     high = sum(expert == "high_noise" for expert, _ in here)
@@ -94,11 +95,11 @@ def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelF
 
 def write_curve(folder: Path, curve: dict[str, Any], config: EffectiveConfig, spec: ModelSpec, num_clips: int) -> None:
     """ratios.json and ratios.png of the artifact."""
-    steps = steps_of(config.solver, config.steps, config.shift, spec.boundary)
+    steps = steps_of(config.video.solver, config.video.steps, config.video.shift, spec.boundary)
     timesteps = [timestep for _, timestep in steps]
     facts = {"clips": num_clips, "experts": [expert for expert, _ in steps], "timesteps": timesteps}
     write_synced(folder / RATIOS, json.dumps(curve | facts, indent=1) + "\n")
-    _plot(folder / "ratios.png", curve, timesteps, f"{spec.name}: {num_clips} clips, {config.steps} steps")
+    _plot(folder / "ratios.png", curve, timesteps, f"{spec.name}: {num_clips} clips, {config.video.steps} steps")
 
 
 def _plot(file: Path, curve: dict[str, Any], timesteps: list[int], title: str) -> None:

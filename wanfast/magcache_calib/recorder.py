@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanfast.runtime.config import BRANCHES, Branch
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.facts.choices import BRANCHES, Branch
 
 
 class Recorder:

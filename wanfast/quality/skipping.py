@@ -24,11 +24,13 @@ from wanfast.quality import metrics
 from wanfast.quality.tiny import Judge, Settings, judge_all, share_right
 from wanfast.quality.tracking import classify
 from wanfast.quality.world import COLOURS, SIZE
-from wanfast.runtime import model_files, pixels
-from wanfast.runtime.config import MagCacheRule, magcache_settings
-from wanfast.runtime.magcache_curves import curve_of
-from wanfast.runtime.metadata import versions
-from wanfast.runtime.plan import Plan
+from wanfast.runtime.config import magcache_settings
+from wanfast.runtime.engine import pixels
+from wanfast.runtime.facts.choices import MagCacheRule
+from wanfast.runtime.machine.packages import versions
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.curves import curve_of
 
 SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
     ("low-noise-only", "E006K2R20"),
@@ -60,10 +62,10 @@ def ways(full: Plan, judge: Judge) -> list[Way]:
         assert settings is not None
         threshold, max_skips, retention = settings
         limits = {"magcache": "preset", "magcache_k": max_skips, "retention_ratio": retention, "magcache_rule": rule}
-        config = dataclasses.replace(full.config, **limits, magcache_thresh=threshold)  # type: ignore[arg-type]
+        config = full.config.replace(**limits, magcache_thresh=threshold)
         greedy = dataclasses.replace(full, config=config, curve=curve_of(config, judge.files))
         number = sum(map(sum, greedy.skips))
-        best_config = dataclasses.replace(config, magcache_thresh=None, magcache_skip=number)
+        best_config = config.replace(magcache_thresh=None, magcache_skip=number)
         best = dataclasses.replace(greedy, config=best_config)
         found += [Way(rule, name, "greedy", greedy), Way(rule, name, "least error", best)]
     return found
@@ -73,7 +75,7 @@ def ways(full: Plan, judge: Judge) -> list[Way]:
 def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
     """A row for each way, and the first for none."""
     scene, truth = judge.held_out(index)
-    full = Plan.of(dataclasses.replace(judge.config, seed=index), judge.files.spec, (SIZE, SIZE))
+    full = Plan.of(judge.config.replace(seed=index), judge.files.spec, (SIZE, SIZE))
     reference = judge.by_plan(judge.pipeline, full, scene.caption, truth[:, 0])
     made = {tuple(full.skips): reference}  # plans that skip the same make the same video
     rows = []

@@ -9,7 +9,6 @@ residuals' magnitude ratios.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import multiprocessing
@@ -30,17 +29,19 @@ from wanfast.quality import metrics
 from wanfast.quality.motions import MOTIONS
 from wanfast.quality.tracking import classify
 from wanfast.quality.world import COLOURS, FRAMES, SIZE, Renderer, Scene, draw_scene, moments_of_clip
-from wanfast.runtime import model_files, pixels
-from wanfast.runtime.builders import build_umt5
-from wanfast.runtime.config import Branch, EffectiveConfig, Scheme
+from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine import pixels
+from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
 from wanfast.runtime.engine.session import load_models
-from wanfast.runtime.metadata import versions
-from wanfast.runtime.pipeline import ImageToVideoPipeline
-from wanfast.runtime.plan import Plan
+from wanfast.runtime.facts.choices import Branch, Scheme
+from wanfast.runtime.machine.packages import versions
+from wanfast.runtime.media.tokenizer import PromptTokenizer
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.sampling.magcache import StepCache
-from wanfast.runtime.timing import Stopwatch
-from wanfast.runtime.tokenizer import PromptTokenizer
+from wanfast.runtime.store import model_files
+from wanfast.runtime.weights.builders import build_umt5
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -72,35 +73,25 @@ class Judge:
         torch.set_num_threads(1)
         self.files = model_files.locate(settings.model, "artifacts")
         spec = self.files.spec
-        self.config = EffectiveConfig(
-            model=settings.model,
-            image="",
-            image_sha256="",
-            prompt="",
-            negative_prompt="",
-            size=spec.size,
-            frames=spec.frames,
-            steps=settings.steps,
-            shift=spec.shift,
-            guidance_high_noise=settings.guidance,
-            guidance_low_noise=settings.guidance,
-            solver="unipc",
-            seed=0,
-            noise_device="cpu",
-            fps=spec.fps,
-            precision="bf16" if settings.precision == "bf16" else "fp32",
-            device="cpu",
-            output="",
-            overwrite=False,
-            contact_sheet=False,
-            artifacts_dir="",
-            quantize=settings.quantize,
-            quantize_on_the_fly=settings.quantize is not None,
-        )
+        given = {
+            "model": settings.model,
+            "image": "none",
+            "prompt": "none",
+            "steps": settings.steps,
+            "guidance_high_noise": settings.guidance,
+            "guidance_low_noise": settings.guidance,
+            "precision": "bf16" if settings.precision == "bf16" else "fp32",
+            "device": "cpu",
+            "cfg_parallel": 1,
+            "ulysses": 1,
+            "quantize": settings.quantize,
+            "quantize_on_the_fly": settings.quantize is not None,
+        }
+        self.config = EffectiveConfig.of(given, spec)
         self.pipeline = self.load(self.config)
-        unquantized = dataclasses.replace(self.config, quantize=None, quantize_on_the_fly=False)
+        unquantized = self.config.replace(quantize=None, quantize_on_the_fly=False)
         self.unquantized = self.load(unquantized) if settings.quantize else None
-        self.umt5 = build_umt5(self.files, self.config.precision, Ranks("cpu"))
+        self.umt5 = build_umt5(self.files, self.config.models.precision, Ranks("cpu"))
         self.tokenizer = PromptTokenizer(self.files.tokenizer, spec.dit.text_len)
         self.renderer = Renderer("cpu")
 
@@ -148,9 +139,9 @@ class Judge:
     def video(
         self, pipeline: ImageToVideoPipeline, task: Task, scene: Scene, image: Tensor
     ) -> tuple[Tensor, list[list[float]]]:
-        config = dataclasses.replace(self.config, seed=task.index)
+        config = self.config.replace(seed=task.index)
         if not task.with_prompt:
-            config = dataclasses.replace(config, guidance_high_noise=1.0, guidance_low_noise=1.0)
+            config = config.replace(guidance_high_noise=1.0, guidance_low_noise=1.0)
         plan = Plan.of(config, self.files.spec, (SIZE, SIZE))
         recorder = Recorder(Ranks("cpu"), plan.geometry.tokens)
         video = self.by_plan(pipeline, plan, scene.caption if task.with_prompt else "", image, recorder)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from wanfast.runtime.config import Branch
 from wanfast.runtime.distributed.collectives import all_gather
+from wanfast.runtime.facts.choices import Branch
 
 
 class BothBranches:

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from wanfast.runtime.device.hardware import forget_cuda_graphs
 from wanfast.runtime.distributed.cfg_parallel import BothBranches, CfgParallel
 from wanfast.runtime.distributed.collectives import all_gather
-from wanfast.runtime.distributed.mesh import Axis, Mesh
 from wanfast.runtime.distributed.ulysses import Ulysses
 from wanfast.runtime.errors import WanFastError, failure, from_failure
-from wanfast.runtime.hardware import forget_cuda_graphs
+from wanfast.runtime.facts.mesh import Axis, Mesh
 from wanfast.runtime.models.attention import Sequence, WholeSequence
 
 T = TypeVar("T")

@@ -22,32 +22,37 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from wanfast.runtime import attention_probe, hardware, media_io, memory, model_files, pixels
-from wanfast.runtime.artifacts import ArtifactStore
-from wanfast.runtime.builders import DTYPES, build_expert, build_vae
-from wanfast.runtime.compilation import (
+from wanfast.runtime.config import EffectiveConfig, ModelsConfig, VideoConfig
+from wanfast.runtime.device import hardware
+from wanfast.runtime.device.timing import FirstStep, Stopwatch
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine import attention_probe, pixels
+from wanfast.runtime.engine.compilation import (
     cache_inputs,
     compile_blocks,
     compiled_anew,
     compiler_imported_meanwhile,
     load_caches,
 )
-from wanfast.runtime.config import Branch, EffectiveConfig, Expert
-from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine.denoise import StepFn
+from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
+from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.experts import Experts, OffloadedExperts, ResidentExperts
-from wanfast.runtime.magcache_curves import curve_of
-from wanfast.runtime.media_io import LoadedImage
-from wanfast.runtime.model_files import COMPONENTS, Component, ModelFiles
+from wanfast.runtime.facts import memory
+from wanfast.runtime.facts.choices import Branch, Expert
+from wanfast.runtime.media import media_io
+from wanfast.runtime.media.media_io import LoadedImage
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.dit import WanDiT
-from wanfast.runtime.pipeline import ImageToVideoPipeline
-from wanfast.runtime.plan import Job, Plan
-from wanfast.runtime.prompt_embeds import prompt_embeds
-from wanfast.runtime.quantized_artifacts import EXPERTS, quantized_expert, shards
-from wanfast.runtime.sampling.denoise import StepFn
+from wanfast.runtime.planning.plan import Job, Plan
 from wanfast.runtime.sampling.magcache import StepCache
-from wanfast.runtime.timing import FirstStep, Stopwatch
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.curves import curve_of
+from wanfast.runtime.store.model_files import COMPONENTS, Component, ModelFiles
+from wanfast.runtime.store.quantized import EXPERTS, quantized_expert, shards
+from wanfast.runtime.weights.builders import DTYPES, build_expert, build_vae
+from wanfast.runtime.weights.experts import Experts, OffloadedExperts, ResidentExperts
 
 
 @dataclass(frozen=True)
@@ -57,17 +62,6 @@ class Made:
     plan: Plan
     frames: npt.NDArray[np.uint8] | None  # [F, H, W, 3] on the leader
     facts: dict[str, Any]  # for the JSON beside the video
-
-
-_OF_MODELS = (
-    "model", "precision", "quantize", "quantize_on_the_fly", "attention", "tf32", "compile", "compile_mode",
-    "artifacts_dir",
-)  # fmt: skip
-
-
-def models_of(config: EffectiveConfig) -> tuple[Any, ...]:
-    """Jobs with the same answer share a session."""
-    return tuple(getattr(config, name) for name in _OF_MODELS)
 
 
 class Session:
@@ -84,8 +78,8 @@ class Session:
     @classmethod
     def open(cls, config: EffectiveConfig, ranks: Ranks) -> Session:
         """Prepares the process and finds the model. Raises WanFastError on all ranks."""
-        ranks.together(lambda: hardware.prepare(config.device, config.precision, config.tf32))
-        files = ranks.together(lambda: model_files.locate(config.model, config.artifacts_dir))
+        ranks.together(lambda: hardware.prepare(config.ranks.device, config.models.precision, config.models.tf32))
+        files = ranks.together(lambda: model_files.locate(config.models.model, config.models.artifacts_dir))
         hardware.use_few_threads(ranks.device, files.spec.dit.dim)
         return cls(config, ranks, files)
 
@@ -97,7 +91,7 @@ class Session:
         with self.watch.span("text"):
             if self._pipeline is not None:
                 self._pipeline.experts.leave()
-                self._evict_for(memory.umt5_bytes(self.files.spec.umt5, self.config.precision))
+                self._evict_for(memory.umt5_bytes(self.files.spec.umt5, self.config.models.precision))
             self._embeds |= prompt_embeds(new, self.files, self.config, self.ranks, self._loads)
 
     def load(self) -> ImageToVideoPipeline:
@@ -110,16 +104,18 @@ class Session:
     def plan(self, job: Job) -> tuple[Plan, Tensor]:
         """(what runs on these ranks, the image [3, H, W] at its size), the same on every rank."""
         pipeline, ranks = self.load(), self.ranks
-        image = ranks.lead(lambda: _read_image(job.config))
-        config = dataclasses.replace(job.config, attention=pipeline.attention.kernel)  # so that a repetition takes it
+        image = ranks.lead(lambda: _read_image(job.config.video))
+        config = job.config.replace(attention=pipeline.attention.kernel)  # so that a repetition takes it
         curve = ranks.lead(lambda: curve_of(config, self.files))  # machines may hold different ones under one key
         plan = Plan.of(config, self.files.spec, image.size, job.notes, job.placement, curve)
+        plan = dataclasses.replace(plan, requested=job.requested)
         return plan, pixels.fit_image(image.pixels, plan.geometry.width, plan.geometry.height)
 
     def text_of(self, config: EffectiveConfig) -> dict[Branch, Tensor]:
         """The embeddings [n, text_dim] of both branches."""
-        self.encode((config.prompt, config.negative_prompt))
-        return {"prompt": self._embeds[config.prompt], "negative_prompt": self._embeds[config.negative_prompt]}
+        prompt, negative_prompt = config.video.prompt, config.video.negative_prompt
+        self.encode((prompt, negative_prompt))
+        return {"prompt": self._embeds[prompt], "negative_prompt": self._embeds[negative_prompt]}
 
     def latent(self, plan: Plan, image: Tensor, on_step: StepFn, residuals: StepCache) -> Tensor:
         """The clean latent [1, 16, T, h, w], not decoded; `residuals` says which forwards run."""
@@ -134,8 +130,8 @@ class Session:
         pipeline, ranks = self.load(), self.ranks
         plan, image = self.plan(job)
         text, config = self.text_of(plan.config), plan.config
-        compile_cache, compiled = (_warm_start(plan, ranks), compiled_anew()) if config.compile else (None, 0)
-        hardware.reset_peak_memory(config.device)
+        compile_cache, compiled = (_warm_start(plan, ranks), compiled_anew()) if config.models.compile else (None, 0)
+        hardware.reset_peak_memory(config.ranks.device)
         first_step = FirstStep(ranks.device)
 
         def stepped(done: int, expert: Expert) -> None:
@@ -145,8 +141,8 @@ class Session:
         video = pipeline(plan, image, text, self.watch, stepped, residuals)
         with self.watch.span("decode"):
             frames = None if video is None else pixels.to_uint8(video)
-        peaks = ranks.gather(hardware.peak_memory_bytes(config.device))
-        recompiled = max(ranks.gather(compiled_anew() - compiled if config.compile else 0))
+        peaks = ranks.gather(hardware.peak_memory_bytes(config.ranks.device))
+        recompiled = max(ranks.gather(compiled_anew() - compiled if config.models.compile else 0))
         facts = {
             "seconds": dict(self.watch.seconds),
             "first_step_s": round(first_step.seconds, 3),
@@ -156,9 +152,11 @@ class Session:
             "loading": self._loading(),
             "peak_memory_bytes": max(peaks),
             "peak_memory_bytes_by_rank": peaks,
-            "hardware": hardware.describe(config.device),
+            "hardware": hardware.describe(config.ranks.device),
             "weights": self.files.fingerprints,
-            "quantized": {expert: folder.name for expert, folder in _kept_experts(self.files, self.config).items()},
+            "quantized": {
+                expert: folder.name for expert, folder in _kept_experts(self.files, self.config.models).items()
+            },
         }
         self.forget_seconds()
         return Made(plan, frames, facts)
@@ -182,7 +180,7 @@ class Session:
 
     def _loading(self) -> dict[str, dict[str, float]]:
         """Seconds and bytes of each component that was loaded: a rank group reads them about once."""
-        kept = _kept_experts(self.files, self.config)
+        kept = _kept_experts(self.files, self.config.models)
 
         def sources(component: Component) -> list[Path]:
             return shards(kept[component]) if component in kept else self.files.weights(component)
@@ -206,7 +204,7 @@ class Sessions:
 
     def of(self, config: EffectiveConfig) -> Session:
         """A session for `config`. Raises WanFastError on all ranks."""
-        if self._open is None or models_of(self._open.config) != models_of(config):
+        if self._open is None or self._open.config.models != config.models:
             self.close()
             self._open = Session.open(config, self.ranks)
         return self._open
@@ -231,8 +229,9 @@ def load_models(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads:
     6. host: resident or offloaded, when both experts are filled, because offloading keeps one set for both;
     7. compile: last, because the compiler looks at the parameters as they will stay.
     """
-    offloaded = config.expert_offload == "on"
-    choice = attention_probe.agree(config.attention, ranks, DTYPES[config.precision], files.spec.dit.head_dim)
+    wanted, offloaded = config.models, config.ranks.expert_offload == "on"
+    dtype = DTYPES[wanted.precision]
+    choice = attention_probe.agree(wanted.attention, ranks, dtype, files.spec.dit.head_dim)
     attend = attention_by(choice.kernel)
 
     def build(expert: Expert) -> WanDiT:
@@ -240,12 +239,12 @@ def load_models(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads:
             return build_expert(
                 files,
                 expert,
-                config.precision,
+                wanted.precision,
                 ranks,
                 attend=attend,
-                quantized=quantized_expert(files, config, expert),
-                on_the_fly=config.quantize_on_the_fly,
-                sharded=config.dit_fsdp == "on",
+                quantized=quantized_expert(files, wanted, expert),
+                on_the_fly=wanted.quantize_on_the_fly,
+                sharded=config.ranks.dit_fsdp == "on",
                 device="cpu" if offloaded else None,
             )
 
@@ -254,34 +253,34 @@ def load_models(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads:
         experts = _host(models, config, ranks)
         with loads.span("vae"):
             vae = ranks.together(lambda: build_vae(files, ranks.device) if ranks.is_leader else None)
-    if config.compile:
+    if wanted.compile:
         for model in models.values():
-            compile_blocks(model, config.compile_mode)
+            compile_blocks(model, wanted.compile_mode)
     return ImageToVideoPipeline(files.spec, experts, vae, ranks, choice)
 
 
 def _host(models: dict[Expert, WanDiT], config: EffectiveConfig, ranks: Ranks) -> Experts:
-    if config.expert_offload == "on":
+    if config.ranks.expert_offload == "on":
         return OffloadedExperts(models, ranks.device)
-    may_move = config.compile_mode != "max-autotune" or ranks.size == 1
+    may_move = config.models.compile_mode != "max-autotune" or ranks.size == 1
     return ResidentExperts(models, ranks.device, may_move=may_move)
 
 
-def _kept_experts(files: ModelFiles, config: EffectiveConfig) -> dict[str, Path]:
+def _kept_experts(files: ModelFiles, models: ModelsConfig) -> dict[str, Path]:
     """The artifacts that quantized experts came from."""
-    if config.quantize_on_the_fly:
+    if models.quantize_on_the_fly:
         return {}
-    return {name: expert.require() for name in EXPERTS if (expert := quantized_expert(files, config, name))}
+    return {name: expert.require() for name in EXPERTS if (expert := quantized_expert(files, models, name))}
 
 
 def _warm_start(plan: Plan, ranks: Ranks) -> str | None:
     """The key of the caches that `wanfast warmup` stored for this plan, now loaded; None if there are none."""
     inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens)
-    return load_caches(ArtifactStore(Path(plan.config.artifacts_dir)), inputs, ranks)
+    return load_caches(ArtifactStore(Path(plan.config.models.artifacts_dir)), inputs, ranks)
 
 
-def _read_image(config: EffectiveConfig) -> LoadedImage:
-    image = media_io.load_image(config.image)
-    if image.sha256 != config.image_sha256:
-        raise ConfigError(f"--image {config.image} changed since the plan was made: start again")
+def _read_image(video: VideoConfig) -> LoadedImage:
+    image = media_io.load_image(video.image)
+    if image.sha256 != video.image_sha256:
+        raise ConfigError(f"--image {video.image} changed since the plan was made: start again")
     return image

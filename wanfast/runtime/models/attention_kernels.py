@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wanfast.runtime.packages import ATTENTION_PACKAGES
+from wanfast.runtime.machine.packages import ATTENTION_PACKAGES
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> out, all [B, L, H, D]
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from wanfast.runtime.model_spec import DiTSpec
+from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.attention import Sequence, WholeSequence, attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.fused import add_layer_norm, linear_gelu, rms_norm_heads

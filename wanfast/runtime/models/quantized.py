@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanfast.runtime.config import Scheme
+from wanfast.runtime.facts.choices import Scheme
 from wanfast.runtime.models.fused import HAS_KERNELS, linear_gelu, quantize_tokens
 from wanfast.runtime.models.tokens import QuantizedTokens, Tokens
 

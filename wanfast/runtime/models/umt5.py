@@ -25,7 +25,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from wanfast.runtime.model_spec import UMT5Spec
+from wanfast.runtime.facts.model_spec import UMT5Spec
 
 
 class UMT5Encoder(nn.Module):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from wanfast.runtime.model_spec import VAESpec
+from wanfast.runtime.facts.model_spec import VAESpec
 
 Past: TypeAlias = list[Tensor | None]  # one entry for each convolution over time, in the order in which they run
 # The same while a chunk runs: each convolution takes its entry from the front and puts the next one at the back.

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from wanfast.runtime.config import BRANCHES, Branch, Expert, MagCacheRule
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert, MagCacheRule
 
 Ratios = Sequence[tuple[float, float]]  # of each step and branch: the residual's norm over that of the step before
 Skips = tuple[bool, bool]  # of one step: the prompt's branch, the negative prompt's

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from wanfast.runtime.config import Expert, Solver
+from wanfast.runtime.facts.choices import Expert, Solver
 
 NUM_TRAIN_TIMESTEPS = 1000
 

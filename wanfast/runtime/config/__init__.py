@@ -1,0 +1,21 @@
+"""What was asked for, as a mapping of options, and what will run, as five frozen parts."""
+
+from wanfast.runtime.config.effective import OPTIONS, EffectiveConfig, Options
+from wanfast.runtime.config.models import ModelsConfig, QuantizeConfig
+from wanfast.runtime.config.ranks import RanksConfig
+from wanfast.runtime.config.skipping import SkippingConfig, magcache_settings
+from wanfast.runtime.config.video import OutputConfig, VideoConfig, parse_size
+
+__all__ = [
+    "OPTIONS",
+    "EffectiveConfig",
+    "ModelsConfig",
+    "Options",
+    "OutputConfig",
+    "QuantizeConfig",
+    "RanksConfig",
+    "SkippingConfig",
+    "VideoConfig",
+    "magcache_settings",
+    "parse_size",
+]

@@ -1,0 +1,99 @@
+"""What was asked for, as a mapping, and what will run, as five frozen parts. An option is entered once: in its part.
+
+`Options` holds the values that were given, by option name. `EffectiveConfig.of` adds the model's own defaults and
+refuses, whatever the model, a value that cannot be right, naming the option. An effective config is what the ranks
+read, what the JSON beside a video records, and what `--from` runs again. Two parts may be open at first: `planning`
+closes `skipping` (which curve, which limits) and `ranks` (which mesh, which weights are sharded or offloaded).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from wanfast.runtime.config.models import ModelsConfig
+from wanfast.runtime.config.option import OptionField, options_of, refuse_unknown
+from wanfast.runtime.config.ranks import RanksConfig
+from wanfast.runtime.config.skipping import SkippingConfig
+from wanfast.runtime.config.video import OutputConfig, VideoConfig
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.choices import in_8_bits
+from wanfast.runtime.facts.model_spec import ModelSpec
+
+Options = Mapping[str, Any]  # option name -> the value that was given
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectiveConfig:
+    """One video, every question answered."""
+
+    video: VideoConfig
+    models: ModelsConfig
+    skipping: SkippingConfig | None
+    ranks: RanksConfig
+    output: OutputConfig
+
+    def __post_init__(self) -> None:
+        if self.video.noise_device == "cuda" and self.ranks.device == "cpu":
+            raise ConfigError("--noise-device cuda needs --device cuda and a GPU: drop it to draw the noise on the CPU")
+        if in_8_bits(self.models.quantize) and self.ranks.dit_fsdp == "on":
+            raise ConfigError(
+                f"--dit-fsdp on with --quantize {self.models.quantize}: quantized experts are not sharded, because "
+                "they fit whole: drop one of the two"
+            )
+
+    @classmethod
+    def of(cls, given: Options, own: ModelSpec, **answers: Any) -> EffectiveConfig:
+        """Completes `given` by `answers` and the model's `own` defaults. Raises ConfigError, naming the option."""
+        refuse_unknown(given, OPTIONS)
+        accepted = {name: OPTIONS[name].accept(value) for name, value in given.items()}
+        values = {name: getattr(own, name) for name, option in OPTIONS.items() if option.option.own}
+        values |= (
+            {"image": "", "prompt": "", "device": "cuda", "seed": 0}
+            | answers
+            | {name: value for name, value in accepted.items() if value is not None}
+        )
+        return cls._from_flat(values)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> EffectiveConfig:
+        """Reads `to_json`, or the flat form of older versions. Raises ConfigError, KeyError or TypeError."""
+        if "video" not in document:
+            return cls._from_flat(dict(document))
+        parts = {name: PARTS[name](**document[name]) for name in PARTS if document[name] is not None}
+        return cls(**{"skipping": None, **parts})
+
+    @classmethod
+    def _from_flat(cls, values: Mapping[str, Any]) -> EffectiveConfig:
+        parts: dict[str, Any] = {}
+        for name, part in PARTS.items():
+            fields = {field.name for field in dataclasses.fields(part)}
+            parts[name] = part(**{field: value for field, value in values.items() if field in fields})
+        if parts["skipping"].magcache == "off":
+            parts["skipping"] = None
+        return cls(**parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """One object a part."""
+        return dataclasses.asdict(self)
+
+    def options(self) -> dict[str, Any]:
+        """The value of every option, by its name; what `of` takes."""
+        parts = [getattr(self, name) or SkippingConfig() for name in PARTS]
+        return {name: getattr(part, name) for part in parts for name in options_of(type(part))}
+
+    def replace(self, **values: Any) -> EffectiveConfig:
+        """A copy with other values of some fields, in whatever part they are."""
+        return self._from_flat(self.options() | {"image_sha256": self.video.image_sha256} | values)
+
+
+PARTS: dict[str, Any] = {
+    "models": ModelsConfig,
+    "video": VideoConfig,
+    "skipping": SkippingConfig,
+    "ranks": RanksConfig,
+    "output": OutputConfig,
+}
+OPTIONS: dict[str, OptionField] = {name: option for part in PARTS.values() for name, option in options_of(part).items()}

@@ -1,0 +1,114 @@
+"""Which models run, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from wanfast.runtime.config.option import ALL, CALIBRATE, COMPILED, EXACT, FILES, LOSSY, MAKE, Option, Part, options_of
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.choices import Attention, CompileMode, Device, Precision, Scheme, in_8_bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsConfig(Part):
+    """Which models run, and how. Jobs whose parts are equal share loaded models."""
+
+    model: Annotated[
+        str,
+        Option(
+            "tiny (ships with the package), a14b (the published weights), or a folder in either public layout.",
+            MAKE,
+            also=ALL,
+        ),
+    ] = "a14b"
+    attention: Annotated[
+        Attention,
+        Option(
+            "Attention kernel: FlashAttention 3, 4 or 2, or one of torch's. auto takes the fastest that gives right "
+            "results here.",
+            EXACT,
+            also=COMPILED,
+        ),
+    ] = "auto"
+    compile: Annotated[
+        bool,
+        Option("Compile the experts' blocks. The first run takes some ten seconds more.", EXACT, also=CALIBRATE),
+    ] = False
+    compile_mode: Annotated[
+        CompileMode,
+        Option("How hard --compile searches. max-autotune also captures CUDA graphs.", EXACT, also=COMPILED),
+    ] = "default"
+    precision: Annotated[
+        Precision, Option("Precision of the matrix products. Norms, sums and small layers stay fp32.", LOSSY, also=ALL)
+    ] = "bf16"
+    tf32: Annotated[
+        bool | None,
+        Option(
+            "TF32 in float32 products and convolutions.",
+            LOSSY,
+            also=COMPILED,
+            default="only in the VAE's convolutions",
+        ),
+    ] = None
+    quantize: Annotated[
+        Scheme | None,
+        Option(
+            "Take experts quantized by this scheme, as `wanfast quantize` stores them. bf16 only casts the weights.",
+            LOSSY,
+            also=ALL,
+        ),
+    ] = None
+    quantize_on_the_fly: Annotated[
+        bool, Option("Quantize while loading, instead of reading stored experts.", LOSSY, also=CALIBRATE)
+    ] = False
+    verify: Annotated[
+        bool,
+        Option("Verify the hashes of stored experts first. Takes about a second a GB.", FILES, also=CALIBRATE),
+    ] = False
+    artifacts_dir: Annotated[
+        str,
+        Option(
+            "Folder of weights, embeddings, quantized experts and runs.", FILES, also=ALL, envvar="WANFAST_ARTIFACTS"
+        ),
+    ] = "artifacts"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_places(self.model, self.artifacts_dir)
+        if self.compile_mode != "default" and not self.compile:
+            raise ConfigError(f"--compile-mode {self.compile_mode} needs --compile: add it, or drop the mode")
+        if self.quantize_on_the_fly and not in_8_bits(self.quantize):
+            raise ConfigError("--quantize-on-the-fly needs --quantize with a scheme of 8 bits: add one, or drop it")
+        if self.verify and self.quantize is None:
+            raise ConfigError("--verify reads what `wanfast quantize` stored: add --quantize, or drop it")
+        if self.verify and self.quantize_on_the_fly:
+            raise ConfigError(
+                "--verify and --quantize-on-the-fly exclude each other: no stored expert is read; drop one of them"
+            )
+        if self.quantize and self.precision != "bf16":
+            raise ConfigError(f"--quantize {self.quantize} needs --precision bf16: drop one of the two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """What `wanfast quantize` does: its options."""
+
+    scheme: Scheme
+    model: str = "a14b"
+    expert: Literal["both", "high", "low"] = "both"
+    device: Device | None = None
+    artifacts_dir: str = "artifacts"
+
+    def __post_init__(self) -> None:
+        for name in ("model", "artifacts_dir"):
+            options_of(ModelsConfig)[name].check_range(getattr(self, name))
+        check_places(self.model, self.artifacts_dir)
+
+
+def check_places(model: str, artifacts_dir: str) -> None:
+    """Refuses an empty path, which would be the current folder."""
+    if not model.strip():
+        raise ConfigError("--model is empty: take tiny, a14b or a folder of weights")
+    if not artifacts_dir.strip():
+        raise ConfigError("--artifacts-dir is empty: name a folder, or leave it out")

@@ -1,0 +1,154 @@
+"""An option of the command line, as a field of a config: its help, its checks and the commands that take it.
+
+    steps: Annotated[int, Option("Denoising steps.", SAMPLING, own=True, check=between(1, 1000))]
+
+The field's type is the type of the answer; `asked` names a wider one that may be typed, such as a number or "auto".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.choices import Command
+
+MAKE, SAMPLING, EXACT, LOSSY, GPUS, FILES = (
+    "What to make", "Sampling", "Exact speed", "Lossy speed", "Several GPUs", "Files and output"
+)  # fmt: skip
+
+CALIBRATE: tuple[Command, ...] = ("calibrate-magcache",)
+COMPILED: tuple[Command, ...] = ("calibrate-magcache", "warmup")  # for what a compiled block depends on
+ALL: tuple[Command, ...] = (*COMPILED, "doctor")
+
+Check = Callable[[Any], str | None]  # None, or how to fix the value
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    own: bool = False  # the default is the model's own
+    default: str | None = None  # what --help shows instead of the field's default
+    also: tuple[Command, ...] = ()  # commands that take it, beside generate
+    asked: Any = None
+    metavar: str | None = None
+    envvar: str | None = None
+    check: Check | None = None
+
+
+@dataclass(frozen=True)
+class Option(_Facts):
+    """The facts of an option beside its name, type and default."""
+
+    help: str
+    panel: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionField:
+    """An option with the facts of its field."""
+
+    name: str
+    option: Option
+    asked: Any  # the type that may be typed
+    default: Any  # dataclasses.MISSING if there is none
+
+    @property
+    def flag(self) -> str:
+        return flag(self.name)
+
+    def accept(self, value: Any) -> Any:
+        """The value that was given, a whole number as the float it stands for; None asks for the default.
+
+        Raises ConfigError for a value of another type or out of range.
+        """
+        if value is not None and not _is_instance(value, self.asked):
+            raise ConfigError(f"{self.flag} {value!r:.60}: {_describe(self.asked)} is needed")
+        self.check_range(value)
+        return float(value) if isinstance(value, int) and float in (self.asked, *typing.get_args(self.asked)) else value
+
+    def check_range(self, value: Any) -> None:
+        """Raises ConfigError for a value out of range."""
+        if isinstance(value, str):
+            _check_text(self.name, value)
+        if value is not None and self.option.check is not None and (fix := self.option.check(value)):
+            raise ConfigError(f"{self.flag} {value!s:.20}: {fix}")
+
+
+def options_of(part: Any) -> dict[str, OptionField]:
+    """The options among the fields of a config's part, in order."""
+    return _options_of(part)
+
+
+@functools.cache
+def _options_of(part: Any) -> dict[str, OptionField]:
+    hints = typing.get_type_hints(part, include_extras=True)
+    found = {}
+    for field in dataclasses.fields(part):
+        hint = hints[field.name]
+        option = next((extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Option)), None)
+        if option is not None:
+            asked = option.asked or hint.__origin__
+            found[field.name] = OptionField(name=field.name, option=option, asked=asked, default=field.default)
+    return found
+
+
+def flag(name: str) -> str:
+    """The spelling of an option on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def at_least(low: int, fix: str) -> Check:
+    """A check that accepts `low` and more."""
+    return lambda value: None if value >= low else fix
+
+
+def between(low: float, high: float, fix: str) -> Check:
+    """A check that accepts low to high."""
+    return lambda value: None if low <= value <= high else fix
+
+
+def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a name that is no option."""
+    if unknown := sorted(given.keys() - known.keys()):
+        raise ConfigError(f"there is no option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+
+
+def _is_instance(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_is_instance(value, choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _describe(hint: Any) -> str:
+    choices = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(choices)
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "nothing"}
+    return " or ".join(_describe(choice) for choice in choices if choice is not types.NoneType) or names[hint]
+
+
+def _check_text(name: str, value: str) -> None:
+    """Refuses a text that no file and no path can hold."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"{flag(name)} {value!a:.60} is not valid text: write it as UTF-8") from None
+    if "\0" in value and "prompt" not in name:
+        raise ConfigError(f"{flag(name)} {value!a:.60} holds a NUL character: name it without")
+
+
+class Part:
+    """Checks the range of each option on construction. Raises ConfigError."""
+
+    def __post_init__(self) -> None:
+        for option in options_of(type(self)).values():
+            option.check_range(getattr(self, option.name))

@@ -1,0 +1,130 @@
+"""What a video shows, how it is sampled, and which files are written."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+from wanfast.runtime.config.option import ALL, CALIBRATE, FILES, MAKE, SAMPLING, Option, Part, between
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.choices import Device, Solver
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """(width, height) of '1280x720' (or the reference's '1280*720'): the area for a video of the image's shape."""
+    match = re.fullmatch(r"(\d{1,4})[xX*](\d{1,4})", size.strip())
+    if match is None:
+        raise ConfigError(f"--size {size!r} is not WIDTHxHEIGHT, up to 9999 each: write 1280x720 or 832x480")
+    width, height = int(match[1]), int(match[2])
+    if width % 16 or height % 16 or not (width and height):
+        near = "x".join(str(max(16, round(n / 16) * 16)) for n in (width, height))
+        raise ConfigError(f"--size {size} must be multiples of 16: try {near}")
+    return width, height
+
+
+def _frames_fix(frames: int) -> str | None:
+    near = max(1, (frames + 1) // 4 * 4 + 1)
+    return None if frames >= 1 and frames % 4 == 1 else f"a clip has 4n+1 frames: try {near}"
+
+
+def _size_fix(size: str) -> str | None:
+    parse_size(size)  # raises
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig(Part):
+    """What the video shows, and how it is sampled."""
+
+    image: Annotated[str, Option("The image that the video starts from.", MAKE, also=("warmup",))]
+    image_sha256: str = ""
+    prompt: Annotated[str, Option("What happens in the video.", MAKE)]
+    negative_prompt: Annotated[str, Option("What the video must not show.", MAKE, own=True)]
+    size: Annotated[
+        str,
+        Option(
+            "The video's area, as WIDTHxHEIGHT. The image's aspect ratio is kept.",
+            MAKE,
+            own=True,
+            also=ALL,
+            check=_size_fix,
+        ),
+    ]
+    frames: Annotated[int, Option("Number of frames, 4n+1.", MAKE, own=True, also=ALL, check=_frames_fix)]
+    fps: Annotated[
+        int,
+        Option(
+            "Frames per second of the file.",
+            MAKE,
+            own=True,
+            check=between(1, 240, "take 1 to 240; 16 is the model's own"),
+        ),
+    ]
+    seed: Annotated[
+        int,
+        Option(
+            "Seed of the noise. The same seed gives the same noise on every machine.",
+            MAKE,
+            default="a random one",
+            check=between(0, 2**63 - 1, "take 0 to 2^63 - 1, or leave it out for a random one"),
+        ),
+    ]
+    steps: Annotated[
+        int,
+        Option(
+            "Number of denoising steps.",
+            SAMPLING,
+            own=True,
+            also=CALIBRATE,
+            check=between(1, 1000, "take 1 to 1000; 40 is the model's own"),
+        ),
+    ]
+    shift: Annotated[
+        float,
+        Option(
+            "Moves steps toward high noise. 3.0 is advised for 480p.",
+            SAMPLING,
+            own=True,
+            also=CALIBRATE,
+            check=between(0.001, 1000, "take 0.001 to 1000; 5.0 is the model's own"),
+        ),
+    ]
+    guidance_high_noise: Annotated[
+        float,
+        Option(
+            "Guidance scale of the high-noise expert. 1 turns guidance off.",
+            SAMPLING,
+            own=True,
+            also=CALIBRATE,
+            check=between(0, 100, "take 0 to 100; 1 is no guidance"),
+        ),
+    ]
+    guidance_low_noise: Annotated[
+        float,
+        Option(
+            "Guidance scale of the low-noise expert. 1 turns guidance off.",
+            SAMPLING,
+            own=True,
+            also=CALIBRATE,
+            check=between(0, 100, "take 0 to 100; 1 is no guidance"),
+        ),
+    ]
+    solver: Annotated[Solver, Option("Flow-matching solver.", SAMPLING, also=CALIBRATE)] = "unipc"
+    noise_device: Annotated[Device, Option("Where noise is drawn; cuda draws as the reference does.", SAMPLING)] = "cpu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.image:
+            raise ConfigError("--image is missing: give the picture that the video starts from")
+        if not self.prompt.strip():
+            raise ConfigError("--prompt is empty: say what should happen in the video")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig(Part):
+    """Which files are written."""
+
+    output: Annotated[str, Option("The .mp4 to write; its .json is written beside it.", FILES)] = "out.mp4"
+    overwrite: Annotated[bool, Option("Replace existing files.", FILES)] = False
+    contact_sheet: Annotated[bool, Option("Also write a .png of evenly spaced frames.", FILES)] = False

@@ -1,0 +1,1 @@
+"""Torch's device: its setup, its memory, its clock."""

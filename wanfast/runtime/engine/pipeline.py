@@ -1,0 +1,181 @@
+"""Image-to-video, whole: first frame and text in, pixels out. Holds the two experts and the VAE; owns no options.
+
+Every rank of a group runs it on the same arguments. The leader alone encodes the image and decodes the video; the loop
+is everybody's.
+
+image [3, H, W] -> VAE -> condition y [20, T, h, w] (mask, then latents) -> `denoise`, which asks the expert of the step
+for the velocity of each guidance branch -> clean latent [16, T, h, w] -> VAE -> video [3, F, H, W].
+
+Shapes: F frames of H x W pixels; T latent frames of h x w, T = (F-1)/4 + 1, h = H/8, w = W/8; n text tokens.
+Source: Wan-Video/Wan2.2, wan/image2video.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from wanfast.runtime.device.hardware import free_memory, is_out_of_memory
+from wanfast.runtime.device.timing import Stopwatch
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine.attention_probe import Choice
+from wanfast.runtime.engine.conditioning import draw_noise, first_frame_clip, with_mask
+from wanfast.runtime.engine.denoise import StepFn, denoise
+from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert
+from wanfast.runtime.facts.memory import decode_bytes
+from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.facts.shapes import Geometry
+from wanfast.runtime.models.dit import TextKV, WanDiT
+from wanfast.runtime.models.rope import rotary_tables
+from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.sampling.guidance import needs_unconditional
+from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
+from wanfast.runtime.weights.experts import Experts
+
+_EVICT_BYTES = 8 << 30  # for each time that the VAE found too little
+
+
+@dataclass(frozen=True)
+class ImageToVideoPipeline:
+    spec: ModelSpec
+    experts: Experts
+    vae: WanVAE | None  # the leader's
+    ranks: Ranks
+    attention: Choice  # the experts' kernel
+
+    @property
+    def device(self) -> str:
+        return self.ranks.device
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        plan: Plan,
+        image: Tensor,
+        text: dict[Branch, Tensor],
+        watch: Stopwatch,
+        on_step: StepFn = lambda i, e: None,
+        residuals: StepCache | None = None,
+    ) -> Tensor | None:
+        """Video [3, F, H, W] in [-1, 1] on the leader's CPU, from an image [3, H, W] and each branch's text [n, d].
+
+        `residuals` is asked which forwards run; by default those of the plan do.
+        """
+        latent = self.latent(plan, image, text, watch, on_step, residuals or ResidualCache(plan.skips))
+        return self.decode(latent, plan.geometry, watch)
+
+    @torch.inference_mode()
+    def latent(
+        self,
+        plan: Plan,
+        image: Tensor,
+        text: dict[Branch, Tensor],
+        watch: Stopwatch,
+        on_step: StepFn,
+        residuals: StepCache,
+    ) -> Tensor:
+        """The clean latent [1, 16, T, h, w], on every rank; afterwards no expert is needed."""
+        noise = draw_noise(
+            plan.config.video.seed, plan.geometry, self.spec.dit.out_channels, plan.config.video.noise_device
+        )
+        with watch.span("encode"):
+            condition = self.encode_condition(image, plan.geometry)
+        with watch.span("denoise"):
+            latent = self.denoise(plan, noise.to(self.device), condition, text, residuals, on_step)
+        self.experts.leave()
+        return latent
+
+    @torch.inference_mode()
+    def decode(self, latent: Tensor, geometry: Geometry, watch: Stopwatch) -> Tensor | None:
+        """Video [3, F, H, W] in [-1, 1] on the leader's CPU."""
+        if self.vae is None:
+            return None
+        free_memory(self.device)  # the decoder allocates other sizes than the loop did
+        with watch.span("decode"):
+            wanted = decode_bytes(self.spec, geometry)
+            if self.device == "cuda" and (missing := wanted - torch.cuda.mem_get_info()[0]) > 0:
+                self.experts.evict(missing)
+            return self._evicting(partial(self.vae.decode, latent))[0].cpu()
+
+    def _evicting(self, work: Callable[[], Tensor]) -> Tensor:
+        """What the VAE makes. How much memory it takes is not known well, and a video must not be lost by that."""
+        while True:
+            try:
+                return work()
+            except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+                if not is_out_of_memory(error):
+                    raise
+                failure = str(error)  # not the error, whose traceback holds what the VAE had made so far
+            if not self.experts.evict(_EVICT_BYTES):
+                raise torch.OutOfMemoryError(failure)
+
+    def encode_condition(self, image: Tensor, geometry: Geometry) -> Tensor:
+        """y [1, 20, T, h, w]: four mask channels, 1 on the latent frame that is given, then the latents of the clip
+
+        that holds the image and after it mid-grey.
+        """
+        g, channels = geometry, self.spec.vae.temporal_stride + self.spec.vae.latent_channels
+        condition = torch.empty(1, channels, g.latent_frames, g.latent_height, g.latent_width, device=self.device)
+        if self.vae is not None:
+            clip = first_frame_clip(image.to(self.device), g.frames)
+            latents = self._evicting(partial(self.vae.encode, clip))
+            condition = with_mask(latents.float(), self.spec.vae.temporal_stride)
+        return self.ranks.share(condition.contiguous())
+
+    def denoise(
+        self,
+        plan: Plan,
+        noise: Tensor,
+        condition: Tensor,
+        text: dict[Branch, Tensor],
+        residuals: StepCache,
+        on_step: StepFn,
+    ) -> Tensor:
+        """Clean latent [1, 16, T, h, w] from noise of that shape; `residuals` says which forwards run."""
+        rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
+
+        handover = _handover(plan, self.ranks)
+
+        @cache  # once a prompt and expert, not every step
+        def text_kv(model: WanDiT, expert: Expert, branch: Branch) -> list[TextKV]:
+            return model.encode_text(text[branch].unsqueeze(0).to(self.device))
+
+        def velocities(
+            index: int, expert: Expert, branches: Sequence[Branch], sample: Tensor, timestep: int
+        ) -> list[Tensor]:
+            t = torch.full((1,), timestep, device=self.device)  # filled there: no copy to wait for
+
+            def velocity(branch: Branch) -> Tensor:
+                reused, wanted = residuals.reuse(index, branch), residuals.wants(index, branch)
+                then: Expert | None = "low_noise" if (index, branch) == handover else None
+                model, after_block = self.experts.take(expert, then, blocks=reused is None)
+                kv = text_kv(model, expert, branch) if reused is None else []
+                keeps = wanted and reused is None
+                prediction, residual = model(
+                    sample, condition, t, kv, rope, after_block, cached_residual=reused, keep_residual=keeps
+                )
+                if keeps:
+                    residuals.keep(index, branch, residual)
+                return prediction  # type: ignore[no-any-return]
+
+            return self.ranks.guidance.velocities(branches, velocity)
+
+        boundary = self.spec.boundary
+        return denoise(noise, plan.schedule, velocities, boundary=boundary, guidance=plan.guidance, on_step=on_step)
+
+
+def _handover(plan: Plan, ranks: Ranks) -> tuple[int, Branch] | None:
+    """The last call of this rank that runs the high-noise blocks: meanwhile the low-noise ones come, if they do."""
+    calls = [
+        (index, branch)
+        for index, (expert, skips) in enumerate(zip(plan.experts, plan.skips, strict=True))
+        if expert == "high_noise"
+        for branch in ranks.guidance.own(BRANCHES if needs_unconditional(plan.guidance[expert]) else BRANCHES[:1])
+        if not skips[BRANCHES.index(branch)]
+    ]
+    return calls[-1] if calls and plan.experts[-1] == "low_noise" else None

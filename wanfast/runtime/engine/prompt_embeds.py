@@ -1,0 +1,106 @@
+"""Prompt -> text embeddings, remembered as artifacts: where all texts are known, the 11 GB encoder is never loaded.
+
+A text is encoded at its true length; its embeddings depend on nothing else, so they are the same in any video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.device.hardware import free_memory
+from wanfast.runtime.device.timing import Stopwatch
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.facts.choices import Precision
+from wanfast.runtime.machine.packages import versions
+from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
+from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.weights.builders import build_umt5
+
+KIND = "prompt_embeds"
+_FILE = "embeds.safetensors"
+
+
+def prompt_embeds(
+    texts: Iterable[str], files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch
+) -> dict[str, Tensor]:
+    """{text: [n, text_dim]} on the CPU of every rank, n the text's tokens.
+
+    What the store does not hold is encoded and put there: texts are dealt to the ranks, each of which loads UMT5 if it
+    got one (seconds in `loads`) and drops it after; under `--t5-fsdp on` all ranks hold a share of UMT5 and encode all
+    texts together.
+    """
+    store = ArtifactStore(Path(config.models.artifacts_dir))
+    tokenizer = ranks.together(lambda: PromptTokenizer(files.tokenizer, files.spec.dit.text_len))
+    tokens = {text: tokenizer.encode(text) for text in texts}
+    inputs = {text: _inputs(tokens[text], files, config.models.precision, config.ranks.device) for text in tokens}
+    known = ranks.lead(lambda: {text: _load(found) for text in tokens if (found := store.find(KIND, inputs[text]))})
+    unknown = {text: tokens[text] for text in tokens if text not in known}
+    if not unknown:
+        return known
+    if config.ranks.t5_fsdp == "on":
+        encoded = _encode(unknown, files, config.models.precision, ranks, loads, sharded=True)
+    else:
+        own = dict(list(unknown.items())[ranks.rank :: ranks.size])
+        parts = ranks.gather(
+            ranks.together(lambda: _encode(own, files, config.models.precision, Ranks(ranks.device), loads))
+        )
+        encoded = {text: embeds for part in parts for text, embeds in part.items()}
+
+    def publish() -> None:
+        for text, embeds in encoded.items():
+            store.publish(KIND, inputs[text], partial(_save, embeds), versions())
+
+    ranks.lead(publish)
+    return known | encoded
+
+
+@torch.inference_mode()
+def _encode(
+    tokens: dict[str, TokenizedPrompt],
+    files: ModelFiles,
+    precision: Precision,
+    ranks: Ranks,
+    loads: Stopwatch,
+    *,
+    sharded: bool = False,
+) -> dict[str, Tensor]:
+    if not tokens:
+        return {}
+    with loads.span("umt5"):
+        umt5 = build_umt5(files, precision, ranks, sharded=sharded)
+    device = ranks.device
+    encoded = {
+        text: umt5(torch.tensor([prompt.ids], device=device))[0].cpu().contiguous() for text, prompt in tokens.items()
+    }
+    del umt5
+    free_memory(device)  # 11 GB in pieces of UMT5's sizes, which the experts would not fit into
+    return encoded
+
+
+def _save(embeds: Tensor, folder: Path) -> None:
+    save_file({"embeds": embeds}, folder / _FILE)
+
+
+def _load(folder: Path) -> Tensor:
+    return load_file(folder / _FILE)["embeds"]
+
+
+def _inputs(tokens: TokenizedPrompt, files: ModelFiles, precision: Precision, device: str) -> dict[str, Any]:
+    return {
+        "umt5": files.fingerprints["umt5"],
+        "tokenizer": files.fingerprints["tokenizer"],
+        "text": tokens.text,
+        "text_len": files.spec.dit.text_len,
+        "precision": precision,
+        "device": device,
+        "torch": versions()["torch"],
+    }

@@ -1,0 +1,1 @@
+"""What a model, a mesh and an option are: facts and integers, torch-free."""

@@ -1,0 +1,24 @@
+"""The words that options choose from, and those of the model's parts."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeGuard
+
+Command = Literal["generate", "calibrate-magcache", "warmup", "doctor"]  # those that take the options of a config
+
+Solver = Literal["unipc", "dpm++", "euler"]
+Precision = Literal["bf16", "fp32"]
+Device = Literal["cpu", "cuda"]
+Expert = Literal["high_noise", "low_noise"]
+Branch = Literal["prompt", "negative_prompt"]  # of guidance
+BRANCHES: tuple[Branch, ...] = ("prompt", "negative_prompt")
+MagCacheRule = Literal["low-noise-only", "both-experts"]
+Switch = Literal["on", "off", "auto"]
+CompileMode = Literal["default", "max-autotune-no-cudagraphs", "max-autotune"]
+Scheme = Literal["int8-weight-only", "int8-dynamic", "fp8-rowwise", "bf16"]
+Attention = Literal["auto", "fa3", "fa4", "fa2", "cudnn", "flash", "efficient", "math"]
+
+
+def in_8_bits(scheme: Scheme | None) -> TypeGuard[Scheme]:
+    """Whether a scheme quantizes: `bf16` only casts."""
+    return scheme not in (None, "bf16")

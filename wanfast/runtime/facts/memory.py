@@ -1,0 +1,87 @@
+"""How many bytes a model and a video take, by arithmetic from their sizes.
+
+Parameters are exact. What a forward and a decode hold beside them is an estimate, fitted to what was counted at
+1280x720x81: about seven float32 rows of the model's width a token (11 GB) and the text's keys and values (1.7 GB); 260
+bytes a pixel and VAE base channel (23 GB). Of those the decoder's tensors and cuDNN took 244 on an H100, about 100 of
+them frames that causal convolutions look back on.
+"""
+
+from __future__ import annotations
+
+import math
+
+from wanfast.runtime.facts.choices import Precision, Scheme, in_8_bits
+from wanfast.runtime.facts.model_spec import DiTSpec, ModelSpec, UMT5Spec
+from wanfast.runtime.facts.shapes import Geometry
+
+_BYTES: dict[Precision, int] = {"bf16": 2, "fp32": 4}
+_LOOP_ROWS = 7
+_DECODE_BYTES = 260
+MARGIN_BYTES = 2 << 30  # CUDA's context, the libraries' workspaces, the allocator's gaps
+
+
+def dit_parameters(spec: DiTSpec) -> tuple[int, int]:
+    """(in the precision of the matrix products, always float32) of one expert."""
+    d, patch = spec.dim, math.prod(spec.patch_size)
+    block = 8 * (d * d + d) + 2 * d * spec.ffn_dim + spec.ffn_dim + d
+    text = spec.text_dim * d + d + d * d + d
+    products = spec.num_layers * block + text + d * spec.in_channels * patch + d
+    block_norms = 4 * d + 2 * d + 6 * d  # q and k of two attentions, the norm with weights, the modulation
+    time = spec.freq_dim * d + d + d * d + d + 6 * d * d + 6 * d
+    head = d * patch * spec.out_channels + patch * spec.out_channels + 2 * d
+    return products, spec.num_layers * block_norms + time + head
+
+
+def expert_bytes(spec: DiTSpec, precision: Precision, scheme: Scheme | None = None) -> int:
+    """Quantized, the blocks' weights are a byte a value, and each of their rows has a scale in float32."""
+    products, small = dit_parameters(spec)
+    if not in_8_bits(scheme):
+        return products * _BYTES[precision] + small * 4
+    weights, rows = spec.num_layers * _block_weights(spec), spec.num_layers * (9 * spec.dim + spec.ffn_dim)
+    return weights + (products - weights) * _BYTES[precision] + (small + rows) * 4
+
+
+def block_bytes(spec: DiTSpec, precision: Precision) -> int:
+    """One block's weights: what sharding gathers at a time."""
+    return _block_weights(spec) * _BYTES[precision]
+
+
+def _block_weights(spec: DiTSpec) -> int:
+    return 8 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim
+
+
+def offloaded_bytes(spec: DiTSpec, precision: Precision, scheme: Scheme | None = None) -> int:
+    """Both experts in host memory, with the ends of the slabs that they are pinned in."""
+    return int(2 * expert_bytes(spec, precision, scheme) * 1.1)
+
+
+def umt5_bytes(spec: UMT5Spec, precision: Precision) -> int:
+    block = 4 * spec.dim * spec.attention_dim + 3 * spec.dim * spec.ffn_dim + 2 * spec.dim
+    bias = spec.num_buckets * spec.num_heads
+    parameters = spec.vocab_size * spec.dim + spec.num_layers * (block + bias) + spec.dim
+    return parameters * _BYTES[precision]
+
+
+def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, scheme: Scheme | None = None) -> int:
+    """Beside the weights in a forward over `tokens` of a rank's own; with the text's keys and values, made once.
+
+    Where tokens are quantized too, without compiling, the widest ones are held in float32 twice and in 8 bits.
+    """
+    dit = spec.dit
+    quantizing = 9 * dit.ffn_dim * tokens if scheme in ("int8-dynamic", "fp8-rowwise") else 0
+    text = 2 * dit.num_layers * dit.text_len * dit.dim * _BYTES[precision]  # of one expert and branch
+    return _LOOP_ROWS * 4 * dit.dim * tokens + 4 * text + quantizing
+
+
+def residual_bytes(spec: DiTSpec, tokens: int) -> int:
+    """What one branch of guidance keeps of `tokens` for a forward that MagCache skips."""
+    return 4 * spec.dim * tokens
+
+
+def decode_bytes(spec: ModelSpec, geometry: Geometry) -> int:
+    """Of the VAE's decoder, its weights in the noise of it."""
+    return _DECODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,65 @@
+"""Pixel <-> latent <-> token geometry, in pure integers.
+
+A clip of F = 4n+1 frames of H x W pixels becomes T = (F-1)/4 + 1 latent frames of H/8 x W/8, and
+T * (H/16) * (W/16) tokens. 1280x720, 81 frames: 21 x 90 x 160, 75,600 tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.model_spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """The three grids of one clip."""
+
+    width: int
+    height: int
+    frames: int
+    latent_frames: int
+    latent_height: int
+    latent_width: int
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+
+    @property
+    def token_grid(self) -> tuple[int, int, int]:
+        """(T, Y, X): the rotary positions of the tokens."""
+        pt, py, px = self.patch_size
+        return self.latent_frames // pt, self.latent_height // py, self.latent_width // px
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.token_grid)
+
+
+def fit_geometry(
+    spec: ModelSpec, area_width: int, area_height: int, frames: int, image_size: tuple[int, int]
+) -> Geometry:
+    """The clip that keeps the aspect ratio of `image_size` = (width, height) within area_width * area_height pixels.
+
+    The expression is the reference's own, left to right in float64: its rounding is part of the model's contract. So an
+    832x480 image asked for at 832x480 becomes 832x464, while 480x832 stays 480x832.
+    Raises ConfigError if nothing is left of a side. Source: Wan-Video/Wan2.2, wan/image2video.py.
+    """
+    image_width, image_height = image_size
+    area, aspect = area_width * area_height, image_height / image_width
+    stride, (_, patch_y, patch_x) = spec.vae.spatial_stride, spec.dit.patch_size
+    latent_height = round(math.sqrt(area * aspect) // stride // patch_y * patch_y)
+    latent_width = round(math.sqrt(area / aspect) // stride // patch_x * patch_x)
+    if not (latent_height and latent_width):
+        raise ConfigError(
+            f"--size {area_width}x{area_height} is too small for an image of {image_width}x{image_height}: take more"
+        )
+    return Geometry(
+        width=latent_width * stride,
+        height=latent_height * stride,
+        frames=frames,
+        latent_frames=(frames - 1) // spec.vae.temporal_stride + 1,
+        latent_height=latent_height,
+        latent_width=latent_width,
+        patch_size=spec.dit.patch_size,
+    )

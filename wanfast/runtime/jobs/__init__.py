@@ -1,0 +1,1 @@
+"""The worker halves of the commands, one module a verb."""

@@ -1,0 +1,200 @@
+"""What this machine has and lacks for making a video: the facts behind `wanfast doctor`, as one document.
+
+It looks and writes nothing. Torch is imported for two of the facts, and may be what is broken: then that is a fact too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime.config import EffectiveConfig, ModelsConfig, Options
+from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError, WanFastError
+from wanfast.runtime.facts.choices import in_8_bits
+from wanfast.runtime.facts.model_spec import A14B, ModelSpec
+from wanfast.runtime.machine import gpus, packages
+from wanfast.runtime.planning.fit import fit
+from wanfast.runtime.planning.next_step import NextStep, next_step
+from wanfast.runtime.store import model_files, quantized
+from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
+from wanfast.runtime.store.model_files import COMPONENTS, ModelFiles
+from wanfast.runtime.store.quantized import EXPERTS, TORCHAO_FIX, QuantizedExpert
+
+# The kinds of the store, and what else lies beside them.
+_KINDS = ("checkpoints", "prompt_embeds", "quantized", "magcache", "inductor", "runs")
+
+
+def examine(given: Options) -> dict[str, Any]:
+    """All that a generation with these options depends on here, and the command to type next. Raises ConfigError."""
+    models = EffectiveConfig.of(given, A14B).models
+    found = gpus.visible_gpus()
+    weights, spec = _weights(models)
+    fitted = fit(given, spec, found)
+    host, torch = _host(Path(models.artifacts_dir)), _torch()
+    no_weights = _no_weights(models, weights, host)
+    no_kept = None if no_weights else _no_kept(models)
+    step = next_step(
+        given,
+        fitted,
+        no_torch=torch["trouble"],
+        no_weights=no_weights,
+        layout=weights["layout"],
+        no_kept=no_kept,
+    )
+    return {
+        "gpus": [dataclasses.asdict(gpu) for gpu in found],
+        "host": host,
+        "torch": torch,
+        "attention": _attention(torch),
+        "encoder": _encoder(),
+        "weights": weights,
+        "artifacts": _artifacts(Path(models.artifacts_dir)),
+        "fit": fitted.to_json(),
+        "next": dataclasses.asdict(step),
+        "versions": packages.versions(),
+    }
+
+
+def _weights(models: ModelsConfig) -> tuple[dict[str, Any], ModelSpec]:
+    """Where the model's files are and what is wrong with them; and its facts, A14B's if it has none to read."""
+    facts: dict[str, Any] = {"model": models.model, "folder": None, "layout": None, "bytes": 0, "trouble": None}
+    spec = A14B
+    try:
+        files = model_files.locate(models.model, models.artifacts_dir)
+        spec = files.spec
+        facts |= {"folder": str(files.root), "layout": files.layout, "bytes": sum(_sizes(files))}
+        files.require()
+    except WanFastError as error:
+        facts["trouble"] = str(error)
+    return facts, spec
+
+
+def _sizes(files: ModelFiles) -> Iterator[int]:
+    """Bytes of each weight file that is there."""
+    for component in COMPONENTS:
+        with suppress(WanFastError):
+            yield from (file.stat().st_size for file in files.weights(component))
+
+
+def _no_weights(models: ModelsConfig, weights: dict[str, Any], host: dict[str, Any]) -> str | None:
+    trouble: str | None = weights["trouble"]
+    free = host["disk_free_bytes"]
+    if trouble and models.model == "a14b" and free < model_files.A14B_BYTES - weights["bytes"]:
+        return f"{trouble}; {host['disk']} has {free / 1e9:.1f} GB free: free some, or name another --artifacts-dir"
+    return trouble
+
+
+def _no_kept(models: ModelsConfig) -> NextStep | None:
+    """What makes the experts that --quantize asks for, where one is not there as it was made."""
+    if models.quantize is None:
+        return None
+    store = ArtifactStore(Path(models.artifacts_dir).absolute())
+    files = model_files.locate(models.model, models.artifacts_dir)
+    for expert in EXPERTS:
+        wanted = QuantizedExpert(store, files, expert, models.quantize, models.model)
+        try:
+            wanted.require()
+        except (MissingArtifactError, CorruptArtifactError) as error:
+            if in_8_bits(models.quantize) and quantized.torchao_version() is None:
+                return NextStep(TORCHAO_FIX, f"{error}, which needs torchao")
+            return NextStep(wanted.fix, str(error))
+    return None
+
+
+def _host(artifacts: Path) -> dict[str, Any]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    there = next(path for path in (artifacts.absolute(), *artifacts.absolute().parents) if path.is_dir())
+    return {
+        "cores": os.cpu_count(),
+        "memory_bytes": memory.total,
+        "available_bytes": memory.available,
+        "disk": str(there),
+        "disk_free_bytes": shutil.disk_usage(there).free,
+    }
+
+
+def _torch() -> dict[str, Any]:
+    """`trouble`: why it sees no GPU, or why it cannot be imported."""
+    facts: dict[str, Any] = {"cuda": None, "cudnn": None, "imports": False, "sees_gpu": False, "trouble": None}
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return {**facts, "trouble": f"not to be imported ({error})"}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        sees_gpu = torch.cuda.is_available()
+    facts |= {"cuda": torch.version.cuda, "imports": True, "sees_gpu": sees_gpu}
+    facts["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    if not sees_gpu:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        facts["trouble"] = ": ".join([built, *(str(warning.message).splitlines()[0] for warning in said[:1])])
+    return facts
+
+
+def _attention(torch: dict[str, Any]) -> dict[str, Any]:
+    """What each kernel does on the device that a video would run on."""
+    if not torch["imports"]:
+        return {"device": None, "kernels": {}}
+    from wanfast.runtime.engine import attention_probe
+
+    device = "cuda" if torch["sees_gpu"] else "cpu"
+    findings = attention_probe.probe_all(device)
+    return {"device": device, "kernels": {name: dataclasses.asdict(found) for name, found in findings.items()}}
+
+
+def _encoder() -> dict[str, Any]:
+    """The video encoder is in PyAV's wheel; an ffmpeg on PATH is not used."""
+    facts: dict[str, Any] = {"libraries": {}, "libx264": False, "ffmpeg": shutil.which("ffmpeg"), "trouble": None}
+    try:
+        import av
+
+        facts["libraries"] = {name: ".".join(map(str, number)) for name, number in av.library_versions.items()}
+        av.codec.Codec("libx264", "w")
+    except (ImportError, OSError, ValueError) as error:  # a codec that is not there is a ValueError
+        return {**facts, "trouble": str(error)}
+    return {**facts, "libx264": True}
+
+
+def _artifacts(root: Path) -> dict[str, Any]:
+    """The keys of each kind that is there; unfinished ones are passed over."""
+    kinds = {}
+    for kind in _KINDS:
+        if (root / kind).is_dir():
+            keys = sorted(path for path in (root / kind).iterdir() if path.is_dir() and path.suffix != ".partial")
+            kinds[kind] = {
+                "keys": [path.name for path in keys],
+                "holds": {path.name: said for path in keys if (said := _holds(kind, path))},
+                "bytes": sum(map(_bytes_below, keys)),
+            }
+    return {"root": str(root.absolute()), "kinds": kinds}
+
+
+def _holds(kind: str, artifact: Path) -> str | None:
+    """What a key alone does not say, from the manifest; nothing of one that cannot be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        inputs = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))["inputs"]
+        if kind == "quantized":
+            return f"{inputs['expert']} by {inputs['recipe']}"
+        if kind == "inductor":
+            scheme = inputs["quantize"] or inputs["precision"]
+            return f"{inputs['tokens']} tokens, {scheme}, {inputs['mode']}, for {inputs['device']}"
+    return None
+
+
+def _bytes_below(folder: Path) -> int:
+    """Of all files, as they are now: another process may be at work there."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += Path(parent, name).stat().st_size
+    return total

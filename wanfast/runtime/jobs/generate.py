@@ -1,0 +1,130 @@
+"""The worker half of `wanfast generate`: a loop over sessions that makes each video and writes it with its JSON.
+
+`run_jobs` is the loop of every job that needs loaded models. All prompts of the jobs that share models are encoded
+first, so that UMT5 is freed before the experts are loaded. A job that fails with a user's error is recorded and the
+rest still run. Every rank of a group runs this, in step; the leader alone writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from wanfast.runtime.config import ModelsConfig
+from wanfast.runtime.device.timing import Stopwatch
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine.session import Made, Session, Sessions
+from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
+from wanfast.runtime.facts.choices import Expert
+from wanfast.runtime.media import media_io
+from wanfast.runtime.planning import sidecar
+from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.store.artifacts import write_synced
+from wanfast.runtime.store.atomic import atomic_paths
+
+Result = dict[str, Any]  # metadata's document, or {"error", "exit_code"}
+ProgressFn = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
+ClaimFn = Callable[[int], bool]  # whether this rank group takes a job that others may take
+WorkFn = Callable[[int, Job, Session, ProgressFn], Result]
+
+
+def run(
+    jobs: list[Job],
+    sessions: Sessions,
+    *,
+    claim: ClaimFn | None = None,
+    progress: ProgressFn = lambda index, stage, done, total: None,
+) -> Iterator[tuple[int, Result]]:
+    """Yields (index, result) of each job as it is done, except of jobs that `claim` leaves to another rank group."""
+    yield from run_jobs(make_video, jobs, sessions, claim, progress)
+
+
+def run_jobs(
+    work: WorkFn, jobs: list[Job], sessions: Sessions, claim: ClaimFn | None, progress: ProgressFn
+) -> Iterator[tuple[int, Result]]:
+    """Does `work` on every job, those that share models one after the other."""
+    groups: dict[ModelsConfig, list[int]] = {}
+    for index, job in enumerate(jobs):
+        groups.setdefault(job.config.models, []).append(index)
+    for indices in groups.values():
+        yield from _run_alike(work, {index: jobs[index] for index in indices}, sessions, claim, progress)
+
+
+def _run_alike(
+    work: WorkFn, jobs: dict[int, Job], sessions: Sessions, claim: ClaimFn | None, progress: ProgressFn
+) -> Iterator[tuple[int, Result]]:
+    """Jobs that share models."""
+    claimed = (index for index in jobs if claim is None or claim(index))
+    index = next(claimed, None)
+    if index is None:
+        return
+    config = jobs[index].config
+    progress(index, "loading the models", 0, 0)
+    try:
+        session = sessions.of(config)
+        videos = [job.config.video for job in jobs.values()]
+        session.encode(text for video in videos for text in (video.prompt, video.negative_prompt))
+        session.load()
+    except (WanFastError, torch.OutOfMemoryError) as error:
+        sessions.close()
+        models = f"--model {config.models.model} --precision {config.models.precision}"
+        message = f"{models}: the weights do not fit into this GPU's memory: take a larger GPU, several of them, or"
+        if claim is not None and not isinstance(error, MissingArtifactError | CorruptArtifactError):
+            raise  # other rank groups may have more memory: they take the rest
+        document = _failure(error, sessions.ranks, f"{message} --expert-offload on")
+        yield from ((failed, document) for failed in (index, *claimed))
+        return
+    while index is not None:
+        job = jobs[index]
+        try:
+            yield index, work(index, job, session, progress)
+        except (WanFastError, torch.OutOfMemoryError) as error:
+            video = job.config.video
+            size = f"--size {video.size} --frames {video.frames}"
+            message = f"{size}: does not fit into this GPU's memory beside the weights: take less"
+            yield index, _failure(error, sessions.ranks, message)
+        session.forget_seconds()
+        index = next(claimed, None)
+
+
+def _failure(error: Exception, ranks: Ranks, out_of_memory: str) -> Result:
+    """The result of a job that failed; an error of one rank only ends its group, because its peers wait for it."""
+    if ranks.size > 1 and not (isinstance(error, WanFastError) and error.is_agreed):
+        raise error
+    if isinstance(error, WanFastError):
+        return failure(error)
+    return failure(ConfigError(out_of_memory))
+
+
+def make_video(index: int, job: Job, session: Session, progress: ProgressFn) -> Result:
+    """Makes one video; the leader writes it and its JSON."""
+    steps = job.config.video.steps
+    progress(index, "encoding the image", 0, steps)
+
+    def on_step(done: int, expert: Expert) -> None:
+        progress(index, expert.replace("_", " "), done, steps)
+
+    made = session.make(job, on_step)
+    return session.ranks.lead(lambda: _write(made))
+
+
+def _write(made: Made) -> Result:
+    assert made.frames is not None
+    plan, config, facts = made.plan, made.plan.config, made.facts
+    with atomic_paths(*plan.outputs, overwrite=config.output.overwrite) as (mp4, json_file, *sheet):
+        watch = Stopwatch("cpu")
+        with watch.span("write"):
+            media_io.write_mp4(made.frames, mp4, config.video.fps)
+            for path in sheet:
+                media_io.write_contact_sheet(made.frames, path)
+        seconds = facts["seconds"] | watch.seconds
+        seconds["total"] = sum(seconds.values())
+        document = sidecar.planned(plan) | facts
+        document["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
+        document["output_sha256"] = hashlib.sha256(mp4.read_bytes()).hexdigest()
+        write_synced(json_file, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    return document

@@ -1,0 +1,255 @@
+"""The worker half of `wanfast quantize`: streams an expert through a scheme into an artifact, a few rows at a time.
+
+Neither the source nor the result is ever in memory whole: source pages are read and let go, results are written in
+shards of a gigabyte. Every shard is read back and compared before it counts. Each expert is an artifact of its own, so
+that a run that was cut goes on with the experts that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wanfast.runtime.config import QuantizeConfig
+from wanfast.runtime.errors import ConfigError, CorruptArtifactError
+from wanfast.runtime.facts import memory
+from wanfast.runtime.facts.choices import Expert, in_8_bits
+from wanfast.runtime.facts.memory import gb
+from wanfast.runtime.machine import packages
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.quantized import dequantize
+from wanfast.runtime.planning.plan import default_device
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.artifacts import ArtifactStore, write_synced
+from wanfast.runtime.store.quantized import EXPERTS, INDEX, KIND, QuantizedExpert, require_torchao, shards
+from wanfast.runtime.weights import checkpoint
+from wanfast.runtime.weights.checkpoint import RowsFn
+from wanfast.runtime.weights.quantization import is_quantized, quantize, scale_of
+
+SHARD_BYTES = 1 << 30
+_CHUNK_VALUES = 16 << 20  # of a weight at a time: 64 MB in float32
+_WORST = 10
+
+_EXPERTS: dict[str, tuple[Expert, ...]] = {
+    "both": EXPERTS,
+    "high": EXPERTS[:1],
+    "low": EXPERTS[1:],
+}
+
+ProgressFn = Callable[[Expert, int, int], None]  # (expert, bytes of the source that are read, of all)
+
+
+def run(
+    config: QuantizeConfig,
+    progress: ProgressFn = lambda expert, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Quantize each expert that is not there yet; a document for each. Raises WanFastError."""
+    files = model_files.locate(config.model, config.artifacts_dir)
+    torchao = require_torchao(f"--scheme {config.scheme}") if in_8_bits(config.scheme) else None
+    if find_spec("matplotlib") is None:
+        raise ConfigError("the plot of the errors needs matplotlib: pip install matplotlib")
+    if not files.exists:
+        files.require()
+    device = config.device or default_device()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here: take --device cpu")
+    store = ArtifactStore(Path(config.artifacts_dir).absolute())
+    wanted = [QuantizedExpert(store, files, expert, config.scheme, config.model) for expert in _EXPERTS[config.expert]]
+    return [_quantize_expert(expert, torchao, device, progress, say) for expert in wanted]
+
+
+def _quantize_expert(
+    wanted: QuantizedExpert, torchao: str | None, device: str, progress: ProgressFn, say: Callable[[str], None]
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    inputs = wanted.inputs(torchao)
+    folder = wanted.store.find(KIND, inputs, verify=True)
+    was_there = folder is not None
+    source = wanted.files.weights(wanted.expert)
+    source_bytes = sum(file.stat().st_size for file in source)
+    if folder is None:
+        job = _Job(wanted, source, source_bytes, device, progress)
+        note = f"note: another process is making {wanted.expert} by {wanted.scheme}: waiting for it"
+        folder = wanted.store.publish(KIND, inputs, job.write, packages.versions(), waiting=lambda: say(note))
+    errors = json.loads((folder / "errors.json").read_text(encoding="utf-8"))
+    return {
+        "expert": wanted.expert,
+        "scheme": wanted.scheme,
+        "output": str(folder),
+        "was_there": was_there,
+        "source_bytes": source_bytes,
+        "bytes": sum(file.stat().st_size for file in shards(folder)),
+        "seconds": round(time.perf_counter() - started, 3),
+        "worst": errors["worst"],
+        "relative_error": errors["relative_error"],
+    }
+
+
+def _check_disk(wanted: QuantizedExpert) -> None:
+    needed = int(memory.expert_bytes(wanted.files.spec.dit, "bf16", wanted.scheme) * 1.01)
+    root = wanted.store.root
+    if (free := shutil.disk_usage(root).free) < needed:
+        raise ConfigError(f"--artifacts-dir {root}: {gb(needed)} are needed and {gb(free)} free: name another")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One expert on its way."""
+
+    wanted: QuantizedExpert
+    source: list[Path]
+    source_bytes: int
+    device: str
+    progress: ProgressFn
+
+    def write(self, folder: Path) -> None:
+        _check_disk(self.wanted)
+        with torch.device("meta"):
+            model = WanDiT(self.wanted.files.spec.dit, torch.bfloat16)
+        held, writer, errors, read = model.state_dict(), _Shards(folder), _Errors(), 0
+        layout = self.wanted.files.layout
+        for name, rows in checkpoint.stream(model, self.source, component="dit", layout=layout):
+            like = held[name]
+            if in_8_bits(self.wanted.scheme) and is_quantized(name):
+                values, scale = self._quantized(name, rows, like, errors)
+                writer.add(name, values)
+                writer.add(scale_of(name), scale)
+            else:
+                exact = rows(0, like.shape[0] if like.dim() else 1)
+                cast = exact.to(like.dtype, copy=True)
+                writer.add(name, cast)
+                if is_quantized(name):
+                    errors.add(name, exact.float(), cast.float())
+            read += like.numel() * self.source_bytes // sum(tensor.numel() for tensor in held.values())
+            self.progress(self.wanted.expert, min(read, self.source_bytes), self.source_bytes)
+        writer.close()
+        self.progress(self.wanted.expert, self.source_bytes, self.source_bytes)
+        errors.write(folder, f"{self.wanted.expert}, {self.wanted.scheme}")
+
+    def _quantized(self, name: str, rows: RowsFn, like: Tensor, errors: _Errors) -> tuple[Tensor, Tensor]:
+        """A weight's values and scales, worked out a few rows at a time."""
+        parts = []
+        step = max(1, _CHUNK_VALUES // like.shape[1])
+        for first in range(0, like.shape[0], step):
+            exact = rows(first, min(first + step, like.shape[0])).to(self.device)
+            values, scale = quantize(exact, self.wanted.scheme)
+            errors.add(name, exact.float(), dequantize(values, scale))
+            parts.append((values.cpu(), scale.cpu()))
+        return torch.cat([values for values, _ in parts]), torch.cat([scale for _, scale in parts])
+
+
+@dataclass
+class _Shards:
+    """Writes tensors as they come, in safetensors of about SHARD_BYTES, and their index in the end."""
+
+    folder: Path
+    pending: dict[str, Tensor] = field(default_factory=dict)
+    weight_map: dict[str, str] = field(default_factory=dict)
+    written: int = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.pending[name] = tensor.contiguous()
+        if sum(tensor.nbytes for tensor in self.pending.values()) >= SHARD_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        if self.pending:
+            self._flush()
+        index = {"metadata": {"total_size": self.written}, "weight_map": self.weight_map}
+        write_synced(self.folder / INDEX, json.dumps(index, indent=1) + "\n")
+
+    def _flush(self) -> None:
+        file = self.folder / f"diffusion_pytorch_model-{len(set(self.weight_map.values())) + 1:05d}.safetensors"
+        try:
+            save_file(self.pending, file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            if "I/O error" not in str(error):
+                raise
+            raise OSError(None, str(error)) from error  # its writer's name for what the disk says
+        file.chmod(0o644)
+        self._verify(file)
+        self.weight_map |= dict.fromkeys(self.pending, file.name)
+        self.written += sum(tensor.nbytes for tensor in self.pending.values())
+        self.pending = {}
+
+    def _verify(self, file: Path) -> None:
+        """What was written is what there is to read."""
+        with safe_open(file, framework="pt") as handle:
+            for name, tensor in self.pending.items():
+                if not torch.equal(_bytes(handle.get_tensor(name)), _bytes(tensor)):
+                    raise CorruptArtifactError(f"{file}: {name} reads otherwise than it was written: check the disk")
+
+
+@dataclass
+class _Errors:
+    """||exact - quantized|| / ||exact|| of every quantized tensor."""
+
+    squares: dict[str, list[float]] = field(default_factory=dict)  # of the error, of the tensor
+
+    def add(self, name: str, exact: Tensor, quantized: Tensor) -> None:
+        sums = self.squares.setdefault(name, [0.0, 0.0])
+        sums[0] += _sum_of_squares(exact - quantized)
+        sums[1] += _sum_of_squares(exact)
+
+    def write(self, folder: Path, title: str) -> None:
+        found = {name: _ratio(*sums) for name, sums in self.squares.items()}
+        worst = dict(sorted(found.items(), key=lambda item: -item[1])[:_WORST])
+        whole = _ratio(*(sum(sums[i] for sums in self.squares.values()) for i in (0, 1)))
+        document = {"relative_error": whole, "worst": worst, "tensors": found}
+        write_synced(folder / "errors.json", json.dumps(document, indent=1) + "\n")
+        _plot(found, folder / "errors.png", title)
+
+
+def _sum_of_squares(rows: Tensor) -> float:
+    """Of a row in float32, of the rows in float64: a sixth of the time, and exact enough."""
+    return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+
+
+def _ratio(error: float, whole: float) -> float:
+    return (error / whole) ** 0.5 if whole else 0.0
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _plot(found: dict[str, float], file: Path, title: str) -> None:
+    """A line for each kind of linear, over the blocks."""
+    from matplotlib.figure import Figure
+
+    lines: dict[str, dict[int, float]] = {}
+    for name, error in found.items():
+        _, block, kind = name.removesuffix(".weight").split(".", 2)
+        lines.setdefault(kind, {})[int(block)] = error
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for kind, errors in lines.items():
+        axes.plot(list(errors), list(errors.values()), marker=".", label=kind)
+    axes.set(title=title, xlabel="block", ylabel="relative error of the weight", ylim=(0, None))
+    axes.legend(ncols=2, fontsize="small")
+    figure.savefig(file, dpi=110)
+
+
+def describe(results: list[dict[str, Any]]) -> Iterator[str]:
+    """A line for each expert, for a person."""
+    for result in results:
+        size = f"{_size(result['source_bytes'])} -> {_size(result['bytes'])}"
+        how = "was there already" if result["was_there"] else f"{size} in {result['seconds']:.0f} s"
+        error = f"relative error of the weights {result['relative_error']:.2g}"
+        yield f"{result['output']}: {result['expert']} by {result['scheme']}, {how}; {error}, by layer in errors.png"
+
+
+def _size(num_bytes: int) -> str:
+    return gb(num_bytes) if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,124 @@
+"""The worker half of `wanfast warmup`: compiles an expert's block as a generation would, and keeps what that left.
+
+One block of the true size, whatever its values, is enough, since all blocks of both experts share one graph: no weights
+are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.device import hardware
+from wanfast.runtime.device.timing import Stopwatch
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine import attention_probe
+from wanfast.runtime.engine.compilation import (
+    cache_inputs,
+    check_caches,
+    compile_blocks,
+    compiled_anew,
+    load_caches,
+    save_caches,
+)
+from wanfast.runtime.engine.session import Sessions
+from wanfast.runtime.errors import ConfigError, WanFastError, failure
+from wanfast.runtime.facts.model_spec import DiTSpec
+from wanfast.runtime.facts.shapes import Geometry
+from wanfast.runtime.machine import packages
+from wanfast.runtime.models.attention import attention_by
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.rope import rotary_tables
+from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.weights.builders import DTYPES, expert_on_meta
+
+_TOO_LARGE = "--size: a block's work does not fit into this GPU's memory: take a smaller --size, or fewer --frames"
+
+
+def run(
+    jobs: list[Job],
+    sessions: Sessions,
+    *,
+    claim: Callable[[int], bool] | None = None,
+    progress: Callable[[int, str, int, int], None] = lambda index, stage, done, total: None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(0, result) of the one job: the artifact, and what a block cost with nothing kept and with everything."""
+    (job,), ranks = jobs, sessions.ranks
+    try:
+        yield 0, _warm(job, ranks, lambda stage: progress(0, stage, 0, 0))
+    except (WanFastError, torch.OutOfMemoryError) as error:
+        if ranks.size > 1 and not (isinstance(error, WanFastError) and error.is_agreed):
+            raise
+        yield 0, failure(error if isinstance(error, WanFastError) else ConfigError(_TOO_LARGE))
+
+
+def _warm(job: Job, ranks: Ranks, progress: Callable[[str], None]) -> dict[str, Any]:
+    config = job.config
+    ranks.together(check_caches)
+    ranks.together(lambda: hardware.prepare(config.ranks.device, config.models.precision, config.models.tf32))
+    spec = ranks.together(lambda: model_files.locate(config.models.model, config.models.artifacts_dir)).spec
+    hardware.use_few_threads(ranks.device, spec.dit.dim)
+    choice = attention_probe.agree(config.models.attention, ranks, DTYPES[config.models.precision], spec.dit.head_dim)
+    config = config.replace(attention=choice.kernel)
+    plan = Plan.of(config, spec, job.image_size, placement=job.placement)
+    store = ArtifactStore(Path(config.models.artifacts_dir))
+    inputs = cache_inputs(config, spec.dit, plan.geometry.tokens)
+    was_there = load_caches(store, inputs, ranks) is not None
+    watch = Stopwatch(ranks.device)
+    progress("loading what is kept" if was_there else "compiling")
+    _forward(plan, ranks, watch)
+    folder = save_caches(store, inputs, ranks)
+    shape = ("width", "height", "frames", "tokens", "precision", "quantize", "attention", "compile", "device", "mesh")
+    return {name: value for name, value in plan.to_json().items() if name in shape} | {
+        "output": str(folder),
+        "requested": job.requested,
+        "versions": packages.versions(),
+        "was_there": was_there,
+        "compiled_anew": max(ranks.gather(compiled_anew())),
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+        "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
+        "hardware": hardware.describe(config.ranks.device),
+    }
+
+
+@torch.inference_mode()
+def _forward(plan: Plan, ranks: Ranks, watch: Stopwatch) -> None:
+    """The first forward of one block, which compiles it, and the second."""
+    config, spec = plan.config, dataclasses.replace(plan.spec.dit, num_layers=1)
+    model = _block(spec, config, ranks)
+    compile_blocks(model, config.models.compile_mode)
+    text = model.encode_text(torch.zeros(1, spec.text_len, spec.text_dim, device=ranks.device))
+    rope = rotary_tables(plan.geometry.token_grid, spec.head_dim, ranks.device)
+    latent = _latent(plan.geometry, spec.out_channels, ranks.device)
+    condition = _latent(plan.geometry, spec.in_channels - spec.out_channels, ranks.device)
+    timestep = torch.full((1,), plan.schedule[0].timestep, device=ranks.device)
+    for name in ("first", "second"):
+        with watch.span(name):
+            model(latent, condition, timestep, text, rope)
+
+
+def _block(spec: DiTSpec, config: EffectiveConfig, ranks: Ranks) -> WanDiT:
+    """An expert of one block, held as `builders` would hold it. Its values decide nothing."""
+    sharded, attend = config.ranks.dit_fsdp == "on", attention_by(config.models.attention)
+    model = expert_on_meta(
+        spec, config.models.precision, ranks, attend=attend, scheme=config.models.quantize, sharded=sharded
+    )
+    model.to_empty(device=ranks.device).requires_grad_(False).eval()
+    for parameter in model.parameters():
+        parameter.zero_()
+    if not sharded:
+        model.fuse_projections()
+    return model
+
+
+def _latent(geometry: Geometry, channels: int, device: str) -> Tensor:
+    shape = (1, channels, geometry.latent_frames, geometry.latent_height, geometry.latent_width)
+    return torch.zeros(shape, device=device)

@@ -1,0 +1,1 @@
+"""What this machine shows: GPUs, memory, packages, signals. Torch-free."""

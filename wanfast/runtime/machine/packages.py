@@ -1,0 +1,73 @@
+"""Which packages are installed, and of which version, without importing them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from wanfast.runtime.errors import ConfigError
+
+# Of attention's kernels: as pip knows them, and the modules any of which holds the kernel.
+ATTENTION_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "fa3": ("fa3-fwd", ("fa3_fwd_interface", "flash_attn_interface")),
+    "fa4": ("flash-attn-4", ("flash_attn.cute",)),
+    "fa2": ("flash-attn", ("flash_attn.flash_attn_interface",)),
+}
+ATTENTION_ON_CPU = ("flash", "math")  # the kernels that a CPU has
+_PACKAGES = ("wanfast", "torch", "numpy", "safetensors", "tokenizers", "ftfy", "pillow", "av")
+_OPTIONAL = (
+    "triton",
+    "torchao",
+    "fa3-fwd",
+    "flash-attn-4",
+    "flash-attn",
+    "diffusers",
+)  # listed where they are installed
+
+
+def require_attention(kernel: str, device: str) -> None:
+    """Raises ConfigError if nothing of the kernel's package is there, or a CPU is asked for what GPUs have alone.
+
+    Whether it works a GPU must tell.
+    """
+    if device == "cpu" and kernel not in ("auto", *ATTENTION_ON_CPU):
+        raise ConfigError(f"--attention {kernel} is of GPUs: take auto, or --device cuda")
+    if kernel in ATTENTION_PACKAGES:
+        package, modules = ATTENTION_PACKAGES[kernel]
+        if not any(find_spec(module.partition(".")[0]) for module in modules):
+            raise ConfigError(f"--attention {kernel}: not installed (pip install {package}): fix that, or take auto")
+
+
+def version_of(package: str) -> str | None:
+    """None if it is not installed as a package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a pixel, without importing any of it."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "commit": commit() or "unknown"}
+    found |= {package: version_of(package) or "not installed as a package" for package in _PACKAGES}
+    return found | {package: version for package in _OPTIONAL if (version := version_of(package))}
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, with -dirty if files are changed.
+
+    Without a checkout, WANFAST_COMMIT or None.
+    """
+    root = Path(__file__).parents[3]
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        with suppress(OSError, subprocess.CalledProcessError):
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return os.environ.get("WANFAST_COMMIT")

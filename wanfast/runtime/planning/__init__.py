@@ -1,0 +1,1 @@
+"""What will run, decided before it starts. Torch-free."""

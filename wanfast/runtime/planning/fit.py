@@ -1,0 +1,140 @@
+"""Whether a model fits here, for each number of GPUs and each way of holding its experts, with the sums. Torch-free.
+
+The sums are those of `placement`, which decides a run by them. Where there is no GPU they are held against the cards
+that one can rent; a card's GB are taken as 10^9 bytes, a little less than it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wanfast.runtime.config import EffectiveConfig, Options, parse_size
+from wanfast.runtime.facts import memory
+from wanfast.runtime.facts.choices import Precision, Scheme, in_8_bits
+from wanfast.runtime.facts.mesh import Mesh, choose_mesh
+from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.facts.shapes import Geometry, fit_geometry
+from wanfast.runtime.machine import host
+from wanfast.runtime.machine.gpus import Gpu
+from wanfast.runtime.planning import placement
+from wanfast.runtime.sampling.guidance import needs_unconditional
+
+HERE = "here"
+CARDS = {f"{size} GB": size * 10**9 for size in (24, 48, 80, 141)}
+_COUNTS = (1, 2, 4, 8)
+_PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way of holding the experts on a number of GPUs."""
+
+    num_gpus: int
+    mesh: Mesh
+    mode: str
+    terms: dict[str, int]  # bytes of one GPU at its worst moment
+    free: dict[str, int]  # bytes of a GPU here, or of each of CARDS
+    host_bytes: int
+    host_free: int | None  # not known of the machine that a card would be in
+
+    @property
+    def gpu_bytes(self) -> int:
+        return sum(self.terms.values())
+
+    @property
+    def fits_host(self) -> bool:
+        return self.host_free is None or self.host_bytes <= self.host_free
+
+    @property
+    def fits(self) -> dict[str, bool]:
+        return {card: self.fits_host and self.gpu_bytes <= free for card, free in self.free.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        sums = {"gpu_bytes": self.gpu_bytes, "fits_host": self.fits_host, "fits": self.fits}
+        return dataclasses.asdict(self) | sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """All ways, those of few GPUs first, and among them the preferred first."""
+
+    spec: ModelSpec
+    geometry: Geometry
+    precision: Precision
+    scheme: Scheme | None
+    found: tuple[Gpu, ...]
+    ways: tuple[Way, ...]
+
+    @property
+    def size(self) -> str:
+        return f"{self.geometry.width}x{self.geometry.height}"
+
+    def best(self) -> Way | None:
+        """With the most of the GPUs here, the preferred way that fits."""
+        fitting = [way for way in self.ways if way.fits.get(HERE)]
+        return max(fitting, key=lambda way: way.num_gpus, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        spec, geometry, scheme = self.spec, self.geometry, self.scheme
+        expert_bytes = {name: memory.expert_bytes(spec.dit, name) for name in _PRECISIONS}
+        quantized = {str(scheme): memory.expert_bytes(spec.dit, self.precision, scheme)} if scheme else {}
+        return {
+            "model": spec.name,
+            "size": self.size,
+            "frames": geometry.frames,
+            "tokens": geometry.tokens,
+            "precision": self.precision,
+            "quantize": scheme,
+            "expert_bytes": expert_bytes | quantized,
+            "umt5_bytes": {name: memory.umt5_bytes(spec.umt5, name) for name in _PRECISIONS},
+            "loop_bytes": memory.loop_bytes(spec, self.precision, geometry.tokens, scheme),
+            "decode_bytes": memory.decode_bytes(spec, geometry),
+            "ways": [way.to_json() for way in self.ways],
+        }
+
+
+def fit(given: Options, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
+    """On `found`, as much as is free of these GPUs and of the host; on CARDS if there are none.
+
+    Of an image in the shape of --size: of another shape a video has no more pixels. Raises ConfigError.
+    """
+    config = EffectiveConfig.of({"image": "none", "prompt": "none", **given}, spec)
+    precision, scheme, size = config.models.precision, config.models.quantize, parse_size(config.video.size)
+    geometry = fit_geometry(spec, *size, config.video.frames, size)
+    host_free = host.available_host_bytes() if found else None
+    ways = []
+    for num_gpus in _COUNTS:
+        mesh = choose_mesh(num_gpus, spec.dit.num_heads, guided=_is_guided(spec))
+        if mesh.replica > 1 or (found and num_gpus > len(found)):
+            continue
+        free = {HERE: min(gpu.free_bytes for gpu in found[:num_gpus])} if found else CARDS
+        need = placement.needed(spec, precision, geometry, mesh, scheme)
+        on_host = placement.on_host(need, mesh.group_size, num_gpus, free.get(HERE))
+        for mode, parts in placement.terms(need, mesh.group_size).items():
+            if mode == "sharded" and in_8_bits(scheme):
+                continue  # quantized experts are not
+            way = Way(
+                num_gpus=num_gpus,
+                mesh=mesh,
+                mode=mode,
+                terms=parts,
+                free=free,
+                host_bytes=on_host.get(mode, 0),
+                host_free=host_free,
+            )
+            ways.append(way)
+    return Fit(
+        spec=spec,
+        geometry=geometry,
+        precision=precision,
+        scheme=scheme,
+        found=tuple(found),
+        ways=tuple(ways),
+    )
+
+
+def _is_guided(spec: ModelSpec) -> bool:
+    return needs_unconditional(spec.guidance_high_noise) or needs_unconditional(spec.guidance_low_noise)

@@ -1,0 +1,150 @@
+"""The one command to type next, and why: the first thing that stands between this machine and a video. Torch-free.
+
+Its image and prompt ship with the package, so that the line runs as it stands.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime.config import OPTIONS, EffectiveConfig, ModelsConfig, Options
+from wanfast.runtime.config.option import flag
+from wanfast.runtime.facts.memory import gb
+from wanfast.runtime.planning.fit import CARDS, Fit, Way, fit
+from wanfast.runtime.store.model_files import TINY
+
+_EXAMPLES = TINY.parent / "examples"
+_SHOWN = {"tiny": ("star.png", "The big orange star goes right on a wavy background.")}
+_SHOWN_ELSE = ("cat.jpg", "The cat looks up and blinks.")
+_SMALLER = "832x480"
+_HELD: dict[str, dict[str, str]] = {
+    "resident": {},
+    "evicting": {},
+    "sharded": {"dit_fsdp": "on"},
+    "offloaded": {"expert_offload": "on"},
+}
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """A command line and its reason."""
+
+    command: str
+    why: str
+
+
+def example(model: str) -> tuple[str, str]:
+    """An image and a prompt that suit a model."""
+    image, prompt = _SHOWN.get(model, _SHOWN_ELSE)
+    path, here = _EXAMPLES / image, Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path), prompt
+
+
+def next_step(
+    given: Options,
+    fitted: Fit,
+    *,
+    no_torch: str | None,
+    no_weights: str | None,
+    layout: str | None,
+    no_kept: NextStep | None,
+) -> NextStep:
+    """`no_torch`, `no_weights`: what is wrong with them, if anything is; `layout`: of what is there of the weights.
+
+    `no_kept`: what is to be done first about the experts that --quantize asks for.
+    """
+    if not fitted.found:
+        why = f"no GPU is visible here, and the tiny model runs on a CPU; {_wanted(fitted)}"
+        return NextStep(_tiny(device="cpu"), why)
+    if no_torch is not None:
+        why = f"the driver shows a GPU that torch cannot use: it is {no_torch}"
+        return NextStep("pip install --force-reinstall torch", why)
+    way = fitted.best()
+    if way is None:
+        return _what_would_fit(given, fitted)
+    if no_weights is not None and given.get("model", ModelsConfig.model) == "a14b":
+        other = {"layout": layout} if layout == "diffusers" else {}
+        return NextStep(_line("download", other | _changed(given, "artifacts_dir")), no_weights)
+    if no_weights is not None:
+        return NextStep(_line("doctor", _changed(given, "model")), f"{no_weights}; then ask again")
+    if no_kept is not None:
+        return no_kept
+    return NextStep(_generate(given, way, fitted), f"all is there: {_said(way)}")
+
+
+def warmup_command(config: EffectiveConfig) -> str:
+    """`wanfast warmup` for a generation that ran: its own ranks, and nothing left to be decided again."""
+    ranks = config.ranks.mesh.group_size
+    chosen = config.options() | {"num_gpus": ranks}
+    if ranks == 1:
+        chosen |= {"cfg_parallel": None, "ulysses": None, "dit_fsdp": "auto"}
+    if chosen["expert_offload"] == "off":
+        chosen["expert_offload"] = "auto"
+    root = str(Path(ModelsConfig.artifacts_dir).absolute())
+    names = [name for name, option in OPTIONS.items() if "warmup" in option.option.also]
+    return _line("warmup", {name: chosen[name] for name in names if chosen[name] not in (OPTIONS[name].default, root)})
+
+
+def _what_would_fit(given: Options, fitted: Fit) -> NextStep:
+    """In bf16, or smaller, on these GPUs; or else on which others, and the tiny model here."""
+    short = f"{fitted.spec.name} does not fit here"
+    trials: tuple[dict[str, Any], ...] = (
+        {"precision": "bf16"},
+        {"size": _SMALLER},
+        {"precision": "bf16", "size": _SMALLER},
+    )
+    for changes in trials:
+        smaller = {**given, **changes}
+        if way := fit(smaller, fitted.spec, fitted.found).best():
+            options = " ".join(f"--{name} {value}" for name, value in changes.items())
+            return NextStep(_generate(smaller, way, fitted), f"{short}; with {options} it does: {_said(way)}")
+    why = f"{short}; {_wanted(fit(given, fitted.spec, []))}"
+    return NextStep(_tiny(), why)
+
+
+def _wanted(on_cards: Fit) -> str:
+    """The fewest and smallest cards that would do."""
+    best = min(
+        ((way.num_gpus, CARDS[card], way) for way in on_cards.ways for card, fits in way.fits.items() if fits),
+        key=lambda found: found[:2],
+        default=None,
+    )
+    subject = f"{on_cards.spec.name} at {on_cards.size}"
+    if best is None:
+        return f"{subject} fits on none of the cards that are known here: take a smaller --size or fewer --frames"
+    count, card, way = best
+    return f"{subject} needs {count} GPU{'s'[: count - 1]} of {card / 1e9:.0f} GB: {_said(way)}"
+
+
+def _said(way: Way) -> str:
+    host = f" and {gb(way.host_bytes)} of host memory" if way.host_bytes else ""
+    return f"experts {way.mode}, {gb(way.gpu_bytes)} a GPU{host}"
+
+
+def _tiny(**options: str) -> str:
+    image, prompt = example("tiny")
+    return _line("generate", {"model": "tiny", **options, "image": image, "prompt": prompt})
+
+
+def _generate(given: Options, way: Way, fitted: Fit) -> str:
+    count = "auto" if way.num_gpus == len(fitted.found) else way.num_gpus
+    ranks = {} if way.num_gpus == 1 else {"num_gpus": count}
+    return _line("generate", {**_changed(given, *given), **ranks, **_HELD[way.mode]})
+
+
+def _changed(given: Options, *names: str) -> dict[str, Any]:
+    """The options among `names` that differ from the defaults."""
+    return {name: given[name] for name in names if name in given and given[name] != OPTIONS[name].default}
+
+
+def _line(verb: str, options: dict[str, Any]) -> str:
+    return shlex.join(["wanfast", verb, *(word for name, value in options.items() for word in _words(name, value))])
+
+
+def _words(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, bool):
+        return (flag(name) if value else flag(f"no_{name}"),)
+    return flag(name), str(value)

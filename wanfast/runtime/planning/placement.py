@@ -1,0 +1,269 @@
+"""Who does it and where the weights lie: the mesh of ranks, sharding, offload; decided before anything starts.
+
+`auto` decides from the memory that is free now and says why. Weights that fit are replicated: sharding gathers a block
+in every layer of every step. Where they do not, several ranks shard them; one rank keeps the idle expert on the host.
+All videos of a list share one placement, that of the largest. Torch-free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wanfast.runtime.config import RanksConfig, SkippingConfig
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts import memory
+from wanfast.runtime.facts.choices import Precision, Scheme, Switch, in_8_bits
+from wanfast.runtime.facts.memory import gb
+from wanfast.runtime.facts.mesh import Mesh, choose_mesh
+from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.facts.shapes import Geometry
+from wanfast.runtime.machine import gpus, host
+from wanfast.runtime.planning.plan import Plan, why_cpu
+from wanfast.runtime.sampling.guidance import needs_unconditional
+
+_GRAPHS, _NO_GRAPHS = "--compile-mode max-autotune", "take max-autotune-no-cudagraphs"
+_UNMEASURED_BYTES = 80 * 10**9  # of an H100, as `doctor` takes it, where no GPU can be asked
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of the largest video of a list, on one rank."""
+
+    expert: int
+    block: int
+    umt5: int
+    offloaded: int  # of the host, if the idle expert is kept there
+    loop: int
+    residuals: int  # that MagCache keeps
+    decode: int
+    graphs: int = 0  # that CUDA graphs of the loop go on holding
+
+
+def place(plans: Sequence[Plan]) -> list[Plan]:
+    """The plans with their ranks and memory decided, one placement for all. Raises ConfigError."""
+    asked = plans[0].config.ranks
+    mesh = choose_mesh(
+        asked.num_gpus,
+        plans[0].spec.dit.num_heads,
+        nnodes=asked.nnodes,
+        guided=any(needs_unconditional(scale) for plan in plans for scale in plan.guidance.values()),
+        num_videos=len(plans),
+        cfg_parallel=asked.cfg_parallel,
+        ulysses=asked.ulysses,
+    )
+    free, what = _free_bytes(asked)
+    need = _need(plans, mesh)
+    here = min(asked.num_gpus, mesh.group_size * len(plans))  # ranks that this machine starts
+    on_hosts = on_host(need, mesh.group_size, here, free)
+    barred = _barred(plans, need, mesh.group_size, on_hosts)
+    dit_fsdp, expert_offload, why = _place_experts(plans[0], need, mesh.group_size, free, barred)
+    ranks = dataclasses.replace(
+        asked,
+        cfg_parallel=mesh.cfg,
+        ulysses=mesh.ulysses,
+        dit_fsdp=dit_fsdp,
+        t5_fsdp=_shard_umt5(asked, need, mesh.group_size, free),
+        expert_offload=expert_offload,
+    )
+    return [
+        dataclasses.replace(
+            plan,
+            config=dataclasses.replace(plan.config, ranks=ranks, skipping=_joint(plan.config.skipping, mesh)),
+            placement=f"{why}, {gb(free)} {what}",
+        )
+        for plan in plans
+    ]
+
+
+def _joint(skipping: SkippingConfig | None, mesh: Mesh) -> SkippingConfig | None:
+    """Decides whether the branches skip together, so that the same run on other ranks skips the same forwards."""
+    if skipping is None or skipping.magcache_joint != "auto":
+        return skipping
+    return dataclasses.replace(skipping, magcache_joint="on" if mesh.cfg == 2 else "off")
+
+
+def check_skips(plan: Plan) -> None:
+    """Of a plan that has its ranks, whether what MagCache skips can be. Raises ConfigError."""
+    ranks, skipping = plan.config.ranks, plan.config.skipping
+    apart = skipping is not None and skipping.magcache_joint == "off"
+    if apart and ranks.dit_fsdp == "on" and ranks.cfg_parallel == 2:
+        raise ConfigError(
+            "--magcache-joint off: sharded experts gather their weights on all ranks at once, so the branches must "
+            "skip together: drop it, or take --dit-fsdp off or --cfg-parallel 1"
+        )
+    plan.magcache_json()  # raises where a budget cannot be met
+
+
+def needed(
+    spec: ModelSpec,
+    precision: Precision,
+    geometry: Geometry,
+    mesh: Mesh,
+    scheme: Scheme | None = None,
+    num_residuals: int = 0,
+) -> Need:
+    """Of one video on one rank of `mesh`; `num_residuals`: of branches, kept from step to step."""
+    own_tokens = -(-geometry.tokens // mesh.ulysses)
+    return Need(
+        expert=memory.expert_bytes(spec.dit, precision, scheme),
+        block=memory.block_bytes(spec.dit, precision),
+        umt5=memory.umt5_bytes(spec.umt5, precision),
+        offloaded=memory.offloaded_bytes(spec.dit, precision, scheme),
+        loop=memory.loop_bytes(spec, precision, own_tokens, scheme),
+        residuals=num_residuals * memory.residual_bytes(spec.dit, own_tokens),
+        decode=memory.decode_bytes(spec, geometry),
+    )
+
+
+def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
+    needs = []
+    for plan in plans:
+        config = plan.config
+        need = needed(
+            plan.spec, config.models.precision, plan.geometry, mesh, config.models.quantize, plan.num_residuals(mesh)
+        )
+        recorded = config.models.compile_mode == "max-autotune" and config.ranks.device == "cuda"
+        needs.append(dataclasses.replace(need, graphs=need.loop) if recorded else need)
+    names = [field.name for field in dataclasses.fields(Need)]
+    return Need(**{name: max(getattr(need, name) for need in needs) for name in names})
+
+
+def modes(need: Need, ranks: int) -> dict[str, int]:
+    """Bytes that each way of holding the experts takes of a GPU at its worst moment, the preferred way first."""
+    return {mode: sum(parts.values()) for mode, parts in terms(need, ranks).items()}
+
+
+def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
+    """What the bytes of `modes` are the sum of."""
+    in_loop, at_decode = _in_loop(need), {"decode": need.decode} | ({"graphs": need.graphs} if need.graphs else {})
+    both, margin = {"both experts": 2 * need.expert}, {"margin": memory.MARGIN_BYTES}
+    held = {"resident": {**both, **_larger(in_loop, at_decode), **margin}}
+    if _larger(in_loop, at_decode) is at_decode:
+        held["evicting"] = {**_larger({**both, **in_loop}, {"one expert": need.expert, **at_decode}), **margin}
+    if ranks > 1:
+        shares = {"share of both": 2 * need.expert // ranks, "two blocks": 2 * need.block}
+        held["sharded"] = {**shares, **_larger(in_loop, at_decode), **margin}
+    return {**held, "offloaded": _offloaded(need)}
+
+
+def _in_loop(need: Need) -> dict[str, int]:
+    """Of a forward, beside the weights."""
+    return {"loop": need.loop} | ({"residuals": need.residuals} if need.residuals else {})
+
+
+def _offloaded(need: Need) -> dict[str, int]:
+    """No expert is on the GPU while the decoder works."""
+    worst = _larger({"one expert": need.expert, **_in_loop(need)}, {"decode": need.decode})
+    return {**worst, "margin": memory.MARGIN_BYTES}
+
+
+def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    return max(one, other, key=lambda parts: sum(parts.values()))
+
+
+def _place_experts(plan: Plan, need: Need, ranks: int, free: int, barred: dict[str, str]) -> tuple[Switch, Switch, str]:
+    """(--dit-fsdp, --expert-offload, why); `ranks` to a video."""
+    config, held = plan.config, modes(need, ranks)
+    why = why_cpu(asked="device" in plan.requested) if config.ranks.device == "cpu" else ""
+    for asked, option, mode in (
+        (config.ranks.dit_fsdp, "--dit-fsdp", "sharded"),
+        (config.ranks.expert_offload, "--expert-offload", "offloaded"),
+    ):
+        if asked == "on" and mode in barred:
+            raise ConfigError(f"{option} on: {barred[mode]}{why}")
+        if asked == "on":
+            return *_SWITCHES[mode], f"experts {mode} as asked: {gb(held[mode])}"
+    for mode, size in held.items():
+        if mode not in barred and (size <= free or (config.ranks.device == "cpu" and ranks == 1)):
+            rather = f", not {gb(held['resident'])}" if mode != "resident" else ""
+            return *_SWITCHES[mode], f"experts {mode}: {gb(size)} a rank{rather}"
+    if need.graphs:
+        raise ConfigError(
+            f"{_GRAPHS}: a rank would hold {gb(held['resident'])}, {gb(need.graphs)} of them CUDA graphs, "
+            f"and {gb(free)} are free: {_NO_GRAPHS}, or a smaller --size"
+        )
+    ways = ", ".join(
+        f"{mode} {gb(size)}" + (f" ({barred[mode]})" if mode in barred else "") for mode, size in held.items()
+    )
+    raise ConfigError(
+        f"--model {config.models.model} --precision {config.models.precision}: a rank would hold {ways}, "
+        f"and {gb(free)} are free: take more or larger GPUs, or a smaller --size{why}"
+    )
+
+
+_SWITCHES: dict[str, tuple[Switch, Switch]] = {
+    "resident": ("off", "off"),
+    "evicting": ("off", "off"),  # both on the GPU, but for weights that wait on the host while the decoder works
+    "sharded": ("on", "off"),
+    "offloaded": ("off", "on"),
+}
+
+
+def _barred(plans: Sequence[Plan], need: Need, ranks: int, on_hosts: dict[str, int]) -> dict[str, str]:
+    """The modes that cannot be, whatever the GPUs' memory, and why."""
+    asked, barred = plans[0].config.ranks, {}
+    if need.graphs:  # recorded anew wherever weights have moved
+        barred = dict.fromkeys(("evicting", "sharded", "offloaded"), f"{_GRAPHS} wants weights that stay: {_NO_GRAPHS}")
+    if ranks == 1:
+        barred["sharded"] = "a video has one rank: add --num-gpus, or take --expert-offload on"
+    elif asked.dit_fsdp == "off":
+        barred["sharded"] = "switched off"
+    elif any(in_8_bits(plan.config.models.quantize) for plan in plans):
+        barred["sharded"] = "quantized experts are not sharded"
+    host_free = host.available_host_bytes()
+    for mode, size in on_hosts.items():
+        if asked.device == "cpu":
+            barred[mode] = "with --device cpu there is no GPU to move experts off"
+        elif mode == "offloaded" and asked.expert_offload == "off":
+            barred[mode] = "switched off"
+        elif mode not in barred and size > host_free:
+            barred[mode] = f"needs {gb(size)} of the host, which has {gb(host_free)} free"
+    return barred
+
+
+def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) -> dict[str, int]:
+    """Bytes of host memory that the modes with weights there take. Room is made by leaders alone, who decode:
+
+    as much as is missing, if `free` is known of a GPU; else it is taken for an expert.
+    """
+    missing = need.expert if free is None else max(0, modes(need, ranks)["resident"] - free)
+    return {"evicting": missing * max(1, ranks_here // ranks), "offloaded": need.offloaded * ranks_here}
+
+
+def _shard_umt5(asked: RanksConfig, need: Need, ranks: int, free: int) -> Switch:
+    if asked.t5_fsdp == "on" and ranks == 1:
+        raise ConfigError("--t5-fsdp on needs several ranks to a video: add --num-gpus")
+    if asked.t5_fsdp == "auto":
+        return "on" if ranks > 1 and need.umt5 + memory.MARGIN_BYTES > free else "off"
+    return asked.t5_fsdp
+
+
+def _free_bytes(asked: RanksConfig) -> tuple[int, str]:
+    """(bytes that one rank may take, what they are)."""
+    if asked.device == "cpu":
+        return host.available_host_bytes() // asked.num_gpus, "of host memory free a process"
+    found = gpus.visible_gpus()[: asked.num_gpus]
+    if not found:
+        return _UNMEASURED_BYTES, "assumed a GPU, as none could be asked"
+    return min(gpu.free_bytes for gpu in found), "free a GPU"
+
+
+def is_cpu_for_want_of_a_gpu(plan: Plan) -> bool:
+    """Whether a user expects a GPU, and there is none: the tiny model is made for a CPU."""
+    return "device" not in plan.requested and plan.config.ranks.device == "cpu" and plan.spec.name != "tiny"
+
+
+def placement_notes(plans: Sequence[Plan]) -> list[str]:
+    """What a person could not guess of where it runs."""
+    plan, notes = plans[0], []
+    mesh, num_videos = plan.mesh, len(plans)
+    if idle := max(0, mesh.replica - num_videos) * mesh.group_size:
+        ranks = "1 rank" if mesh.group_size == 1 else f"{mesh.group_size} ranks"
+        notes.append(f"{idle} of {mesh.size} ranks have nothing to do: {num_videos} to make, {ranks} each")
+    if is_cpu_for_want_of_a_gpu(plan):
+        held = modes(_need(plans, mesh), mesh.group_size)["resident"]
+        short = "" if held <= host.available_host_bytes() else f", whose memory its {gb(held)} do not fit into"
+        notes.append(f"no GPU was found, so this is planned for the CPU{short}")
+    return notes

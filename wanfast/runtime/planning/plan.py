@@ -1,0 +1,384 @@
+"""From a request to a plan: every question answered, every file checked, nothing computed yet. Torch-free.
+
+`resolve` turns what was asked into what will run; `Plan.of` derives from that, and from the model's facts alone, the
+grids, the schedule and the share of each expert. Parent and worker derive the same plan from the same effective config,
+so what was printed is what runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from wanfast.runtime.config import EffectiveConfig, ModelsConfig, Options, OutputConfig, parse_size
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts import memory
+from wanfast.runtime.facts.choices import Device, Expert
+from wanfast.runtime.facts.mesh import Mesh
+from wanfast.runtime.facts.model_spec import A14B, ModelSpec
+from wanfast.runtime.facts.shapes import Geometry, fit_geometry
+from wanfast.runtime.machine import gpus
+from wanfast.runtime.media import media_io
+from wanfast.runtime.media.media_io import LoadedImage
+from wanfast.runtime.media.tokenizer import PromptTokenizer, clean_prompt
+from wanfast.runtime.sampling.guidance import needs_unconditional
+from wanfast.runtime.sampling.magcache import MagCacheSettings, Skips, accumulated_error, plan_best, plan_skips
+from wanfast.runtime.sampling.scheduler import Step, expert_of, schedule
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.curves import Curve, curve_of, magcache_notes, settle
+from wanfast.runtime.store.model_files import ModelFiles
+
+_FLOAT8_CAPABILITY = (8, 9)
+_MP4_BYTES_PER_PIXEL = 0.25  # generous at CRF 10: a rough video takes about half
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will run, in full."""
+
+    config: EffectiveConfig
+    requested: Options = field(default_factory=dict)  # the options that were given
+    spec: ModelSpec
+    geometry: Geometry
+    schedule: tuple[Step, ...]
+    notes: tuple[str, ...] = ()
+    placement: str = ""  # why the weights lie where they lie
+    curve: Curve | None = None  # by which forwards are skipped
+    residuals_a_branch: int = 0  # kept from step to step
+
+    @classmethod
+    def of(
+        cls,
+        config: EffectiveConfig,
+        spec: ModelSpec,
+        image_size: tuple[int, int],
+        notes: tuple[str, ...] = (),
+        placement: str = "",
+        curve: Curve | None = None,
+    ) -> Plan:
+        return cls(
+            config=config,
+            spec=spec,
+            geometry=fit_geometry(spec, *parse_size(config.video.size), config.video.frames, image_size),
+            schedule=schedule(config.video.solver, config.video.steps, config.video.shift),
+            notes=notes,
+            placement=placement,
+            curve=curve,
+            residuals_a_branch=0 if curve is None else 1,
+        )
+
+    def job(self) -> Job:
+        """The part of the plan that goes to the ranks, which derive the rest from it."""
+        return Job(config=self.config, requested=dict(self.requested), notes=self.notes, placement=self.placement)
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The video, its JSON and, if asked for, its contact sheet."""
+        return output_paths(self.config.output.output, self.config.output.contact_sheet)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks of all machines."""
+        return self.config.ranks.mesh
+
+    @property
+    def guidance(self) -> dict[Expert, float]:
+        return {"high_noise": self.config.video.guidance_high_noise, "low_noise": self.config.video.guidance_low_noise}
+
+    @property
+    def timesteps(self) -> dict[Expert, list[int]]:
+        """The timesteps of each expert, in order."""
+        split: dict[Expert, list[int]] = {"high_noise": [], "low_noise": []}
+        for expert, step in zip(self.experts, self.schedule, strict=True):
+            split[expert].append(step.timestep)
+        return split
+
+    @property
+    def num_forwards(self) -> int:
+        """Passes through an expert: two a step where guidance needs the negative prompt."""
+        return sum(1 + both for both in self._guided)
+
+    @property
+    def experts(self) -> list[Expert]:
+        """At work in each step."""
+        return [expert_of(step.timestep, self.spec.boundary) for step in self.schedule]
+
+    @property
+    def _guided(self) -> list[bool]:
+        """Whether a step has a branch of the negative prompt."""
+        return [needs_unconditional(self.guidance[expert]) for expert in self.experts]
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether both branches skip together: if either waited for the other, half of the ranks would idle."""
+        asked = self.config.skipping.magcache_joint if self.config.skipping else "off"
+        return asked == "on" or (asked == "auto" and self.config.ranks.cfg_parallel == 2)
+
+    @cached_property
+    def skips(self) -> list[Skips]:
+        """The forwards that MagCache skips, of each step and branch. Raises ConfigError if a budget cannot be met."""
+        return self._skips(joint=self.is_joint)
+
+    def _skips(self, *, joint: bool) -> list[Skips]:
+        if self.curve is None:
+            return [(False, False)] * len(self.schedule)
+        s, ratios, guided = self.config.skipping, self.curve.ratios, self._guided
+        assert s and s.magcache_k is not None and s.retention_ratio is not None and s.magcache_rule is not None
+        threshold = s.magcache_thresh or 0.0  # a budget has none
+        settings = MagCacheSettings(threshold, s.magcache_k, s.retention_ratio, s.magcache_rule)
+        if s.magcache_thresh is not None:
+            return plan_skips(ratios, self.experts, settings, joint=joint, guided=guided)
+        option, wanted = f"--magcache-skip {s.magcache_skip}", s.magcache_skip
+        if wanted is None:
+            budget = s.magcache_budget or 0.0
+            option, wanted = f"--magcache-budget {budget:g}", int((1 - budget) * self.num_forwards + 1e-9)
+        exactly = s.magcache_skip is not None
+        try:
+            return plan_best(ratios, self.experts, settings, wanted, exactly=exactly, joint=joint, guided=guided)
+        except ConfigError as error:
+            raise ConfigError(f"{option}: {error}") from None
+
+    def num_residuals(self, mesh: Mesh) -> int:
+        """That a rank of `mesh` keeps, of the branches that it works on."""
+        return self.residuals_a_branch * (2 if any(self._guided) and mesh.cfg == 1 else 1)
+
+    def magcache_json(self) -> dict[str, Any] | None:
+        """What is skipped, by what, and how much it is; None if nothing is to be."""
+        if self.curve is None:
+            return None
+        settings, skipped = self.config.skipping, sum(map(sum, self.skips))
+        assert settings is not None
+        apart = sum(map(sum, self._skips(joint=False))) if self.is_joint and settings.magcache_skip is None else None
+        return {
+            "curve": self.curve.name,
+            "interpolated_from": self.curve.interpolated_from,
+            "plan": "greedy" if settings.magcache_thresh is not None else "least error",
+            "threshold": settings.magcache_thresh,
+            "max_skips": settings.magcache_k,
+            "retention": settings.retention_ratio,
+            "rule": settings.magcache_rule,
+            "joint": self.is_joint,
+            "total_forwards": self.num_forwards,
+            "skipped_forwards": skipped,
+            "skipped_forwards_apart": apart,
+            "residual_bytes": self.num_residuals(self.mesh)
+            * memory.residual_bytes(self.spec.dit, -(-self.geometry.tokens // self.mesh.ulysses)),
+            "skipped_share": round(skipped / self.num_forwards, 4),
+            "accumulated_error": round(accumulated_error(self.curve.ratios, self.skips), 5),
+            "skips_prompt": [prompt for prompt, _ in self.skips],
+            "skips_negative_prompt": [negative_prompt for _, negative_prompt in self.skips],
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        g, config = self.geometry, self.config
+        return {
+            "model": self.spec.name,
+            "width": g.width,
+            "height": g.height,
+            "frames": g.frames,
+            "fps": config.video.fps,
+            "duration_s": round(g.frames / config.video.fps, 3),
+            "latent": [g.latent_frames, g.latent_height, g.latent_width],
+            "tokens": g.tokens,
+            "solver": config.video.solver,
+            "shift": config.video.shift,
+            "steps": {expert: len(steps) for expert, steps in self.timesteps.items()},
+            "timesteps": self.timesteps,
+            "guidance": self.guidance,
+            "forwards": self.num_forwards,
+            "magcache": self.magcache_json(),
+            "precision": config.models.precision,
+            "attention": config.models.attention,
+            "quantize": config.models.quantize,
+            "compile": config.models.compile_mode if config.models.compile else None,
+            "device": config.ranks.device,
+            "mesh": dataclasses.asdict(self.mesh),
+            "dit_fsdp": config.ranks.dit_fsdp,
+            "t5_fsdp": config.ranks.t5_fsdp,
+            "expert_offload": config.ranks.expert_offload,
+            "placement": self.placement,
+            "seed": config.video.seed,
+            "outputs": [str(path) for path in self.outputs],
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One planned video, in the form in which it goes from the parent to the ranks."""
+
+    config: EffectiveConfig
+    requested: dict[str, Any]  # the options that were given
+    notes: tuple[str, ...] = ()
+    placement: str = ""
+    image_size: tuple[int, int] = (0, 0)  # (width, height) for a warmup, which reads no image
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "requested": self.requested,
+            "effective": self.config.to_json(),
+            "notes": list(self.notes),
+            "placement": self.placement,
+            "image_size": list(self.image_size),
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Job:
+        """The inverse of `to_json`. Raises ConfigError."""
+        return cls(
+            config=EffectiveConfig.from_json(document["effective"]),
+            requested=document["requested"],
+            notes=tuple(document["notes"]),
+            placement=document["placement"],
+            image_size=tuple(document["image_size"]),
+        )
+
+
+def guided_steps(document: dict[str, Any]) -> list[bool]:
+    """Of a plan's JSON: whether each step has a branch of the negative prompt."""
+    return [
+        needs_unconditional(document["guidance"][expert])
+        for expert in ("high_noise", "low_noise")
+        for _ in range(document["steps"][expert])
+    ]
+
+
+def resolve(given: Options) -> tuple[Plan, ModelFiles]:
+    """Answers every open question of a request and checks its files. Raises WanFastError; writes nothing."""
+    EffectiveConfig.of(given, A14B)  # refuses what cannot be right whatever the model, before any file is looked at
+    files = model_files.locate(**_places(given))
+    spec = files.spec
+    if not clean_prompt(given["prompt"]):
+        raise ConfigError("--prompt holds only control characters or spaces: say what should happen in the video")
+    image = media_io.load_image(given["image"])
+    config = effective(given, files, image.sha256)
+    plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
+    _check_outputs(plan, given.get("output", OutputConfig.output))
+    notes = (
+        *image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files), *magcache_notes(config, files)
+    )  # fmt: skip
+    notes = (*notes, spec.weights_note) if spec.weights_note else notes
+    return dataclasses.replace(plan, requested=given, notes=notes), files
+
+
+def effective(given: Options, files: ModelFiles, image_sha256: str) -> EffectiveConfig:
+    """Completes a request by the model's own defaults; `place` decides what it leaves open. Raises ConfigError."""
+    device = given.get("device") or default_device()
+    answers: dict[str, Any] = {"device": device, "seed": secrets.randbelow(2**31), "image_sha256": image_sha256}
+    given = {**given, "num_gpus": _num_gpus(given.get("num_gpus", 1), device, asked="device" in given)}
+    config = EffectiveConfig.of(given, files.spec, **answers)
+    video, models, output = config.video, config.models, config.output
+    config = dataclasses.replace(
+        config,
+        video=dataclasses.replace(
+            video, image=str(Path(video.image).absolute()), size="{}x{}".format(*parse_size(video.size))
+        ),
+        models=dataclasses.replace(
+            models,
+            model=models.model if models.model in ("tiny", "a14b") else str(files.root),
+            artifacts_dir=str(Path(models.artifacts_dir).absolute()),
+        ),
+        output=dataclasses.replace(output, output=str(Path(output.output).absolute())),
+    )
+    if models.quantize == "fp8-rowwise" and device == "cuda" and (old := _without_float8()):
+        raise ConfigError(f"--quantize fp8-rowwise: {old} has no float8 products: take int8-dynamic")
+    if models.tf32 and device == "cpu":
+        raise ConfigError("--tf32 needs a GPU: drop it, or take --device cuda")
+    return settle(config, files)
+
+
+def _places(given: Options) -> dict[str, str]:
+    """Where the model is."""
+    return {name: given.get(name, getattr(ModelsConfig, name)) for name in ("model", "artifacts_dir")}
+
+
+def _num_gpus(asked_for: int | Literal["auto"], device: Device, *, asked: bool) -> int:
+    """--num-gpus as a number. Raises ConfigError if this machine is known to have fewer."""
+    if device == "cpu":
+        if asked_for == "auto":
+            raise ConfigError(f"--num-gpus auto counts GPUs: name the number of processes{why_cpu(asked=asked)}")
+        return asked_for
+    found = len(gpus.visible_gpus())
+    if asked_for == "auto":
+        if not found:
+            raise ConfigError("--num-gpus auto: no GPU is visible here: name the number")
+        return found
+    if 0 < found < asked_for:
+        raise ConfigError(f"--num-gpus {asked_for}: this machine shows {found}: take {found}, or auto")
+    return asked_for
+
+
+def why_cpu(*, asked: bool) -> str:
+    """The reason why a request is planned for the CPU, unless that was asked for."""
+    return "" if asked else " (no GPU was found, so it is planned for the CPU: --device cuda plans for GPUs)"
+
+
+def _without_float8() -> str | None:
+    """The name of a GPU that is too old for it, if there is one."""
+    return next((gpu.name for gpu in gpus.visible_gpus() if gpu.capability < _FLOAT8_CAPABILITY), None)
+
+
+def default_device() -> Device:
+    """cuda where the driver shows a GPU, without asking torch; the worker refuses if torch then sees none."""
+    return "cuda" if gpus.visible_gpus() else "cpu"
+
+
+def output_paths(output: str, contact_sheet: bool) -> tuple[Path, ...]:
+    video = Path(output)
+    suffixes = (".json", ".png") if contact_sheet else (".json",)
+    return (video, *(video.with_suffix(suffix) for suffix in suffixes))
+
+
+def _check_outputs(plan: Plan, output: str) -> None:
+    """Raises ConfigError, with `output` as it was typed, if a file cannot be written."""
+    g = plan.geometry
+    needed_bytes = (1 << 20) + int(g.width * g.height * g.frames * _MP4_BYTES_PER_PIXEL)
+    overwrite = plan.config.output.overwrite
+    media_io.check_output(output, overwrite=overwrite, needed_bytes=needed_bytes)
+    for path in plan.outputs[1:]:
+        if path.exists() and not overwrite:
+            raise ConfigError(
+                f"--output: {path}, which goes beside the video, exists: add --overwrite, or name another"
+            )
+
+
+def _geometry_notes(plan: Plan, image: LoadedImage) -> list[str]:
+    g, spec, (image_width, image_height) = plan.geometry, plan.spec, image.size
+    width, height = parse_size(plan.config.video.size)
+    notes = []
+    if (g.width, g.height) != (width, height):
+        notes.append(
+            f"{g.width}x{g.height}, not {width}x{height}: --size gives the area, and the image's shape ({image_width}x"
+            f"{image_height}) is kept within it, rounded down to multiples of 16 as the model's makers do"
+        )
+    if image_width * image_height > 16 * g.width * g.height:
+        notes.append(
+            "the image is over four times the video's size and is sampled as it is: shrink it first if it shimmers"
+        )
+    if spec.shift_480p and width * height <= 832 * 480 and plan.config.video.shift == spec.shift:
+        notes.append(
+            f"at 480p the model's makers advise --shift {spec.shift_480p}; this run takes {plan.config.video.shift}"
+        )
+    return notes
+
+
+def _prompt_notes(plan: Plan, files: ModelFiles) -> list[str]:
+    if not files.exists:
+        return ["the weights are not there yet, so the prompt's tokens were not counted"]
+    tokenizer = PromptTokenizer(files.tokenizer, plan.spec.dit.text_len)
+    notes = []
+    for option, text in (
+        ("--prompt", plan.config.video.prompt),
+        ("--negative-prompt", plan.config.video.negative_prompt),
+    ):
+        tokens = tokenizer.encode(text)
+        if tokens.truncated:
+            notes.append(
+                f"{option} is {tokens.num_tokens_before_truncation} tokens long: "
+                f"the model reads the first {plan.spec.dit.text_len}, the rest has no effect"
+            )
+    return notes

@@ -1,0 +1,254 @@
+"""What a person typed, and the files of options behind it, as requests and their plans: one video each. Torch-free.
+
+Three files may stand behind the command line: a prompt (--prompt-file), an earlier video's JSON (--from), and a list of
+videos (--jobs). The nearer to the video wins: a line of the list over what was typed, that over the earlier run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime.config import OPTIONS, EffectiveConfig, OutputConfig, RanksConfig, SkippingConfig
+from wanfast.runtime.config.option import flag, options_of
+from wanfast.runtime.errors import ConfigError, WanFastError, failure
+from wanfast.runtime.machine.packages import require_attention
+from wanfast.runtime.planning.placement import check_skips, place, placement_notes
+from wanfast.runtime.planning.plan import Job, Plan, resolve
+from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
+
+# The options that are the same for all lines of a list, because one mesh makes all of them.
+_LAUNCH_OPTIONS = [name for name in options_of(RanksConfig) if name != "device"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of one video, and where they came from."""
+
+    options: dict[str, Any]
+    line: int | None = None  # of the jobs file
+    sources: tuple[Path, ...] = ()  # files that the options came from: never to be overwritten
+    image_sha256: str | None = None  # what the image must be, when an earlier run is repeated
+    weights: dict[str, str] | None = None  # what the weights were then
+    error: ConfigError | None = None  # the line could not be read
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A request with its plan, or with the error for which it has none."""
+
+    request: Request
+    plan: Plan | None = None
+    error: WanFastError | None = None
+
+    def job(self) -> Job:
+        """The job of a request that has a plan."""
+        assert self.plan is not None
+        return self.plan.job()
+
+    def failure(self) -> dict[str, Any]:
+        """The result document of a request without a plan."""
+        assert self.error is not None
+        return failure(self.error)
+
+
+def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Planned]:
+    """A bad line of a jobs file keeps its error, so that the rest still run; a bad single request raises it."""
+    taken: dict[Path, int | None] = {}
+    required: set[tuple[QuantizedExpert, bool]] = set()
+    planned = [_plan(request, taken, required, needs_weights) for request in requests]
+    if first := next((item.plan for item in planned if item.plan), None):
+        planned = [_like(item, first) for item in planned]
+        ready = [item for item in planned if item.plan]
+        plans = place([item.plan for item in ready if item.plan])
+        plans[0] = dataclasses.replace(plans[0], notes=(*plans[0].notes, *placement_notes(plans)))
+        placed = iter(plans)
+        planned = [_checked(item.request, next(placed)) if item.plan else item for item in planned]
+    return planned
+
+
+def _checked(request: Request, plan: Plan) -> Planned:
+    """What a line skips, alone possible, may not be on the ranks of the whole list."""
+    try:
+        check_skips(plan)
+    except ConfigError as error:
+        if request.line is None:
+            raise
+        return Planned(request, error=error)
+    return Planned(request, plan)
+
+
+def _like(item: Planned, first: Plan) -> Planned:
+    """Unchanged, or with an error where its line wants another device, or other weights on several ranks."""
+    if item.plan is None:
+        return item
+    own, shared = item.plan.config, first.config
+    if own.ranks.device != shared.ranks.device:
+        return Planned(item.request, error=_shared_by_all("device"))
+    if shared.ranks.mesh.size > 1 and own.models.model != shared.models.model:
+        return Planned(item.request, error=_shared_by_all("model"))
+    return item
+
+
+def _shared_by_all(name: str) -> ConfigError:
+    return ConfigError(
+        f"{flag(name)} is one for the whole list: give it on the command line, or make a list of its own"
+    )
+
+
+def own_share(planned: list[Planned]) -> list[Planned]:
+    """What this machine makes of a list, where machines do not work on one video together: every nnodes-th of it."""
+    ready = [item for item in planned if item.plan]
+    config = ready[0].plan.config if ready and ready[0].plan else None
+    if config is None or config.ranks.mesh.group_size > config.ranks.num_gpus:
+        return planned
+    return planned[config.ranks.node_rank :: config.ranks.nnodes]
+
+
+def _plan(
+    request: Request, taken: dict[Path, int | None], required: set[tuple[QuantizedExpert, bool]], needs_weights: bool
+) -> Planned:
+    """`taken`, `required`: outputs and quantized experts of the lines before, to which this one's are added."""
+    try:
+        if request.error is not None:
+            raise request.error
+        plan, files = resolve(request.options)
+        (by_itself,) = place([plan])  # all lines together are placed later
+        check_skips(by_itself)
+        for path in (path.resolve() for path in plan.outputs):
+            if path in (source.resolve() for source in (Path(plan.config.video.image), *request.sources)):
+                raise ConfigError(f"--output: {path} would replace a file that the video is made from: name another")
+            if path in taken:
+                raise ConfigError(f"--output: {path} is written by line {taken[path]} too: name another")
+        if request.image_sha256 not in (None, plan.config.video.image_sha256):
+            raise ConfigError(f"--from: {plan.config.video.image} is not the image of that run: put that one back")
+        if needs_weights:
+            require_attention(plan.config.models.attention, plan.config.ranks.device)
+            files.require()
+            require_experts(files, plan.config.models, required)
+        else:
+            plan = dataclasses.replace(plan, notes=(*plan.notes, *_missing_notes(plan, files)))
+        if request.weights is not None and files.exists and request.weights != files.fingerprints:
+            plan = dataclasses.replace(plan, notes=(*plan.notes, "--from: the weights changed since that run"))
+        taken.update(dict.fromkeys((path.resolve() for path in plan.outputs), request.line))
+        return Planned(request, plan)
+    except WanFastError as error:
+        if request.line is None:
+            raise
+        return Planned(request, error=error)
+
+
+def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
+    """What a run of this plan would be refused for."""
+    notes = []
+    try:
+        require_attention(plan.config.models.attention, plan.config.ranks.device)
+    except ConfigError as error:
+        notes.append(str(error))
+    try:
+        if files.exists:
+            require_experts(files, plan.config.models)
+    except WanFastError as error:
+        notes.append(str(error))
+    return notes
+
+
+def read_requests(
+    typed: dict[str, Any], prompt_file: Path | None, from_file: Path | None, jobs_file: Path | None
+) -> list[Request]:
+    """One request, or one for each line of `jobs_file`; a bad line is kept as such, all else raises ConfigError."""
+    if prompt_file is not None:
+        if "prompt" in typed:
+            raise ConfigError("--prompt and --prompt-file both give the prompt: drop one of the two")
+        typed = {**typed, "prompt": _read(prompt_file, "--prompt-file").strip()}
+    earlier = Request({}) if from_file is None else _read_earlier(from_file, typed)
+    base = dataclasses.replace(
+        earlier,
+        options={**earlier.options, **typed},
+        sources=tuple(file for file in (prompt_file, jobs_file) if file is not None),
+        image_sha256=None if "image" in typed else earlier.image_sha256,
+        weights=None if "model" in typed else earlier.weights,
+    )
+    if jobs_file is None:
+        return [base]
+    if from_file is not None:
+        raise ConfigError("--from and --jobs cannot be combined: put the options of the earlier run into the lines")
+    requests = list(_read_jobs(jobs_file, base))
+    if not requests:
+        raise ConfigError(f"--jobs {jobs_file} holds no line: write a JSON object of options on each")
+    return requests
+
+
+def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
+    """The effective options of an earlier run, so that nothing is left to a default or to chance."""
+    try:
+        document = json.loads(_read(file, "--from"))
+        effective = EffectiveConfig.from_json(document["effective"])
+        weights = document["weights"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError):
+        raise ConfigError(f"--from {file} is not the .json that wanfast writes beside a video: name that one") from None
+    # where things are kept, and what may be replaced, is this run's own affair
+    kept = OPTIONS.keys() - {
+        "overwrite",
+        "verify",
+        "artifacts_dir",
+        "nnodes",
+        "node_rank",
+        "rdzv_endpoint",
+        "rank_timeout",
+    }
+    if effective.ranks.nnodes > 1 or "num_gpus" in typed:  # other ranks than then: their mesh says nothing
+        kept -= {"cfg_parallel", "ulysses", "dit_fsdp", "t5_fsdp", "expert_offload"}
+    options = _without_overridden({name: value for name, value in effective.options().items() if name in kept}, typed)
+    return Request(options, image_sha256=effective.video.image_sha256, weights=weights)
+
+
+_SKIPPING_OPTIONS = options_of(SkippingConfig).keys() - {"magcache"}
+_HOW_MUCH = {"magcache_thresh", "magcache_budget", "magcache_skip"}  # is skipped: one of them says it
+
+
+def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
+    """Without what says otherwise than the options nearer to the video: how to skip forwards, and how many."""
+    gone: set[str] = set()
+    if "magcache" in nearer:
+        gone |= _SKIPPING_OPTIONS
+    if nearer.keys() & _HOW_MUCH:
+        gone |= {*_HOW_MUCH, "magcache_rule"}
+    return {name: value for name, value in options.items() if name not in gone}
+
+
+def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
+    """Blank lines and # lines are passed over. Without an output of its own, line 7 writes out-0007.mp4."""
+    stem = Path(base.options.get("output", OutputConfig.output))
+    for number, line in enumerate(_read(file, "--jobs").split("\n"), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        try:
+            own = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield Request({}, number, error=ConfigError(f"not JSON: {error!s:.80}"))
+            continue
+        if not isinstance(own, dict):
+            yield Request({}, number, error=ConfigError('not a JSON object of options, such as {"prompt": ...}'))
+            continue
+        if other := [name for name in _LAUNCH_OPTIONS if name in own and own[name] != base.options.get(name)]:
+            yield Request({}, number, error=_shared_by_all(other[0]))
+            continue
+        own_name = str(stem.with_stem(f"{stem.stem}-{number:04d}"))
+        yield dataclasses.replace(
+            base, options={**_without_overridden(base.options, own), "output": own_name, **own}, line=number
+        )
+
+
+def _read(file: Path, option: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{option} {file} is not UTF-8 text: save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{option} {file}: {error.strerror}: name a text file that can be read") from None

@@ -1,0 +1,108 @@
+"""Runs one rank group under torchrun's own launcher: `python -m wanfast.runtime.processes.elastic RUN REPLICA`.
+
+A process of its own for each rank group, so that rank groups fail apart, and so that the parent needs no torch and
+keeps its main thread for the terminal. What the agent knows of a failure goes to RUN/ranks/REPLICA.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime.config import EffectiveConfig, RanksConfig
+from wanfast.runtime.machine import gpus
+from wanfast.runtime.machine.signals import PARENT, end_with_parent
+from wanfast.runtime.store.artifacts import JOB, RANKS, replace_text
+
+
+def main(run_folder: Path, replica: int) -> int:
+    """The rank group's exit code: 0, 5 if a rank failed, 128 + a signal's number."""
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    document = json.loads((run_folder / JOB).read_text(encoding="utf-8"))
+    config = EffectiveConfig.from_json(document["jobs"][0]["effective"]).ranks
+    group_size = config.mesh.group_size
+    spans_machines = group_size > config.num_gpus
+    processes = config.num_gpus if spans_machines else group_size
+    _set_environment(config, replica, processes)
+    # Between machines the rank of each is given, so that the first one leads; on one machine any free port does.
+    launch = LaunchConfig(
+        min_nodes=config.nnodes if spans_machines else 1,
+        max_nodes=config.nnodes if spans_machines else 1,
+        nproc_per_node=processes,
+        run_id="wanfast" if spans_machines else f"{run_folder.name}-{replica}",
+        rdzv_backend="static" if spans_machines else "c10d",
+        rdzv_endpoint=config.rdzv_endpoint or "" if spans_machines else "localhost:0",
+        rdzv_configs={"rank": config.node_rank, "timeout": int(config.rank_timeout)} if spans_machines else {},
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=str(run_folder / "logs"), redirects=Std.ALL),
+        local_addr=None if spans_machines else "127.0.0.1",
+    )
+    failed: dict[str, Any]
+    stopped = _stopped_by_the_agent()
+    try:
+        elastic_launch(launch, sys.executable)(
+            "-u", "-m", "wanfast.runtime.processes.worker", str(run_folder), str(replica)
+        )
+        return 0
+    except ChildFailedError as error:
+        failed = {
+            "exit_codes": {str(rank): child.exitcode for rank, child in error.failures.items()},
+            "seconds": {str(rank): child.timestamp for rank, child in error.failures.items()},
+            "stopped": [str(rank) for rank, child in error.failures.items() if child.pid in stopped],
+        }
+    except SignalException as stop:
+        return 128 + int(stop.sigval)
+    except (DistError, TimeoutError) as error:
+        failed = {"rendezvous": str(error).strip().splitlines()[0]}
+    replace_text(run_folder / RANKS / f"{replica}.json", json.dumps(failed))
+    return 5
+
+
+def _stopped_by_the_agent() -> set[int]:
+    """Grows by the process ids that the agent ends after a failure.
+
+    Its report has their exit codes among the others, and whole seconds do not tell what came first.
+    """
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    stopped: set[int] = set()
+    close = SubprocessHandler.close
+
+    def noted(self: SubprocessHandler, death_sig: signal.Signals | None = None) -> None:
+        stopped.add(self.proc.pid)
+        close(self, death_sig)
+
+    SubprocessHandler.close = noted  # type: ignore[method-assign]  # the launcher takes no other class
+    return stopped
+
+
+def _set_environment(config: RanksConfig, replica: int, processes: int) -> None:
+    """For the ranks: their parent, their GPUs, and a fair share of the cores, which torchrun's API does not set."""
+    os.environ[PARENT] = str(os.getpid())
+    if config.device == "cuda":
+        ids = gpus.device_ids() or [str(index) for index in range(config.num_gpus)]
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the driver counts
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids[replica * processes : (replica + 1) * processes])
+        gpus.expand_segments()
+    if config.nnodes == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name may resolve to an address that is not there
+    cores = os.cpu_count() or 1
+    share = max(1, cores // min(config.num_gpus, cores))
+    if config.num_gpus > 1:  # else as many as torch takes where it is not told: kept code is of one number
+        os.environ.setdefault("OMP_NUM_THREADS", str(share))
+    # Processes, in truth, which torch starts for every rank: 32 at most, if it is not told.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, share)))
+
+
+if __name__ == "__main__":
+    end_with_parent()  # until the launcher handles signals itself
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

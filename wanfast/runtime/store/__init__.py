@@ -1,0 +1,1 @@
+"""What lies on disk, and under which key. Torch-free."""

@@ -1,0 +1,253 @@
+"""Where MagCache's ratios come from: a model's preset, or a curve that `wanfast calibrate-magcache` kept. Torch-free.
+
+A curve holds for what it was measured on, and its key says what that is: both experts and their precision, steps,
+shift, solver, guidance, size, frames, and the set of clips. For another run it is refused, with the command that
+measures a new one; steps and shift alone can be bridged (`--magcache-interpolate`): the ratios are of a smooth curve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from wanfast.runtime.config import EffectiveConfig, ModelsConfig, SkippingConfig, VideoConfig, magcache_settings
+from wanfast.runtime.config.option import flag
+from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
+from wanfast.runtime.facts.choices import Expert
+from wanfast.runtime.facts.model_spec import A14B, ModelSpec
+from wanfast.runtime.sampling.magcache import resample
+from wanfast.runtime.sampling.scheduler import expert_of, schedule
+from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
+from wanfast.runtime.store.model_files import ModelFiles
+
+T = TypeVar("T")
+
+KIND = "magcache"
+RATIOS = "ratios.json"
+_PRESETS = Path(__file__).parents[2] / "assets" / "magcache"
+_BRIDGED = {"steps", "shift"}
+_DEFAULTS = (0.12, 2, 0.2)  # the published matrix's: threshold, skips in a row, share retained
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The ratios of each step of a run, and whose they are."""
+
+    name: str  # preset, or the key of an artifact
+    ratios: tuple[tuple[float, float], ...]
+    interpolated_from: dict[str, Any] | None = None  # steps and shift of the curve, where they are not the run's
+
+
+def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
+    """Answers what --magcache leaves open: which curve, and the limits. Raises WanFastError."""
+    asked = config.skipping
+    if asked is None:
+        return config
+    short = magcache_settings(asked.magcache)
+    threshold, max_skips, retention = short or _DEFAULTS
+    by_budget = asked.magcache_budget is not None or asked.magcache_skip is not None
+    answered = dataclasses.replace(
+        asked,
+        magcache="preset" if short else asked.magcache,
+        magcache_thresh=None if by_budget else _or(asked.magcache_thresh, threshold),
+        magcache_k=_or(asked.magcache_k, max_skips),
+        retention_ratio=_or(asked.retention_ratio, retention),
+        magcache_rule=asked.magcache_rule or ("both-experts" if by_budget else "low-noise-only"),
+    )
+    config = dataclasses.replace(config, skipping=answered)
+    if answered.magcache == "preset":
+        return config
+    key = _artifact(config, answered, files).name
+    return dataclasses.replace(config, skipping=dataclasses.replace(answered, magcache=key))
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
+    """For the steps of this run; None if nothing is to be skipped. Raises WanFastError."""
+    if config.skipping is None:
+        return None
+    if config.skipping.magcache == "preset":
+        found = preset(files)
+        if found is None:
+            fix = f"run `{calibrate_command(config, files.spec)}`, then take --magcache artifact"
+            raise ConfigError(f"--magcache preset: no curve ships for these weights ({files.spec.name}): {fix}")
+        return _fitted("preset", found, config, files.spec)
+    folder = _artifact(config, config.skipping, files)
+    document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["inputs"]
+    ratios = json.loads((folder / RATIOS).read_text(encoding="utf-8"))["ratios"]
+    return _fitted(folder.name, document | {"ratios": ratios}, config, files.spec)
+
+
+def preset(files: ModelFiles) -> dict[str, Any] | None:
+    """The curve that ships for a model: its `ratios`, and of what they are.
+
+    Where the curve names its weights it is theirs alone. The published one names none: it is taken for every model of
+    the A14B's sizes, and `magcache_notes` says so.
+    """
+    sizes = files.spec.dit, files.spec.boundary
+    if sizes == (A14B.dit, A14B.boundary):
+        return published_curve()
+    for file in sorted(_PRESETS.glob("*.json")):
+        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if files.exists and document.get("experts") == _experts(files):
+            return document
+    return None
+
+
+def published_curve() -> dict[str, Any]:
+    """That of the A14B, by MagCache's makers."""
+    document: dict[str, Any] = json.loads((_PRESETS / "wan2.2-i2v-a14b.json").read_text(encoding="utf-8"))
+    return document
+
+
+def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
+    """What a preset does not quite fit."""
+    if config.skipping is None or config.skipping.magcache != "preset":
+        return []
+    published = (A14B.name, f"{A14B.name}-Diffusers", "tiny")
+    others = [] if files.spec.name in published else [f"the weights of {A14B.name}"]
+    kind = config.models.quantize or config.models.precision
+    others += [] if kind == "bf16" else [f"bf16, not {kind}"]
+    if not others:
+        return []
+    return [
+        f"--magcache preset: its curve is of {' and '.join(others)}; `wanfast calibrate-magcache` measures your own"
+    ]
+
+
+def _experts(files: ModelFiles) -> dict[str, str]:
+    return {name: files.fingerprint(name) for name in ("high_noise", "low_noise")}
+
+
+def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelSpec) -> Curve:
+    ratios = [(float(prompt), float(negative_prompt)) for prompt, negative_prompt in of["ratios"]]
+    known = steps_of(of["solver"], of["steps"], of["shift"], spec.boundary)
+    wanted = steps_of(config.video.solver, config.video.steps, config.video.shift, spec.boundary)
+    if known == wanted and of["solver"] == config.video.solver:
+        return Curve(name, tuple(ratios))
+    if not (config.skipping and config.skipping.magcache_interpolate) or of["solver"] != config.video.solver:
+        there = f"{of['steps']} steps by {of['solver']} at shift {of['shift']:g}"
+        bridge = "add --magcache-interpolate, or " if of["solver"] == config.video.solver else ""
+        here = f"{config.video.steps} by {config.video.solver} at {config.video.shift:g}"
+        raise ConfigError(
+            f"--magcache {name}: that curve is of {there}, and this run has {here}: {bridge}run "
+            f"`{calibrate_command(config, spec)}` and take --magcache artifact"
+        )
+    try:
+        bridged = resample(ratios, known, wanted)
+    except ConfigError as error:
+        fix = f"run `{calibrate_command(config, spec)}`"
+        raise ConfigError(f"--magcache-interpolate: {error}: {fix}") from None
+    return Curve(name, tuple(bridged), {"steps": of["steps"], "shift": of["shift"]})
+
+
+def steps_of(solver: Any, steps: int, shift: float, boundary: float) -> list[tuple[Expert, int]]:
+    """(expert at work, timestep) of each step."""
+    return [(expert_of(step.timestep, boundary), step.timestep) for step in schedule(solver, steps, shift)]
+
+
+def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:
+    """All that a calibrated curve depends on. Raises MissingArtifactError without the weights."""
+    return {
+        "experts": _experts(files),
+        "boundary": files.spec.boundary,
+        "precision": config.models.precision,
+        "quantize": config.models.quantize,
+        "solver": config.video.solver,
+        "steps": config.video.steps,
+        "shift": config.video.shift,
+        "guidance": {"high_noise": config.video.guidance_high_noise, "low_noise": config.video.guidance_low_noise},
+        "size": config.video.size,
+        "frames": config.video.frames,
+        "set": set_digest,
+    }
+
+
+def _artifact(config: EffectiveConfig, asked: SkippingConfig, files: ModelFiles) -> Path:
+    """The folder of the curve that was calibrated for this run, or that `asked.magcache` names by its key."""
+    store, option = ArtifactStore(Path(config.models.artifacts_dir)), f"--magcache {asked.magcache}"
+    wanted = curve_inputs(config, files, "")
+    bridged = _BRIDGED if asked.magcache_interpolate else set()
+    fix = f"run `{calibrate_command(config, files.spec)}`"
+    kept = list(_kept(store))
+    found = [
+        (_differences(inputs, wanted), inputs, folder)
+        for folder, inputs in kept
+        if asked.magcache in ("artifact", folder.name)
+    ]
+    if kept and not found:
+        keys = ", ".join(folder.name for folder, _ in kept)
+        raise MissingArtifactError(f"{option}: there is no such curve, but {keys}: name one, or {fix}")
+    fitting = sorted(
+        (item for item in found if set(item[0]) <= bridged),
+        key=lambda item: (len(item[0]), abs(item[1]["steps"] - config.video.steps), item[2]),
+    )
+    if not fitting:
+        nearest = min(found, key=lambda item: len(item[0]), default=None)
+        said = f" ({nearest[2].name} differs in {_said(nearest[0])})" if nearest else ""
+        or_bridge = ", or add --magcache-interpolate" if nearest and set(nearest[0]) <= _BRIDGED else ""
+        raise MissingArtifactError(f"{option}: no curve is calibrated for this run{said}: {fix}{or_bridge}")
+    best = [item for item in fitting if (item[0], item[1]["steps"]) == (fitting[0][0], fitting[0][1]["steps"])]
+    if len(best) > 1:
+        keys = ", ".join(item[2].name for item in best)
+        raise ConfigError(f"{option}: several sets were calibrated for this run: name one by its key, of {keys}")
+    _, inputs, folder = best[0]
+    try:
+        sound = store.find(KIND, inputs, verify=True) == folder
+    except CorruptArtifactError:
+        sound = False
+    if not sound:
+        raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove it, and {fix}")
+    return folder
+
+
+def _kept(store: ArtifactStore) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for manifest in sorted((store.root / KIND).glob(f"*/{MANIFEST}")):
+        try:
+            inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]
+        except (ValueError, KeyError, TypeError):
+            continue  # no curve of ours
+        if isinstance(inputs, dict) and isinstance(inputs.get("steps"), int):
+            yield manifest.parent, inputs
+
+
+def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What a curve is of and what is wanted, where they differ; the set of clips is free."""
+    return {
+        name: (inputs.get(name), value)
+        for name, value in wanted.items()
+        if name != "set" and inputs.get(name) != json.loads(json.dumps(value))
+    }
+
+
+def _said(differences: dict[str, tuple[Any, Any]]) -> str:
+    plain = {name: f" ({there}, here {here})" for name, (there, here) in differences.items() if name != "experts"}
+    return ", ".join(f"{name}{plain.get(name, '')}" for name in differences)
+
+
+def calibrate_command(config: EffectiveConfig, spec: ModelSpec) -> str:
+    """`wanfast calibrate-magcache` for a run's curve."""
+    own = {
+        "model": ModelsConfig.model,
+        "artifacts_dir": str(Path(ModelsConfig.artifacts_dir).absolute()),
+        "solver": VideoConfig.solver,
+        "precision": ModelsConfig.precision,
+        "quantize": None,
+        "device": config.ranks.device if config.ranks.device == "cuda" else None,
+        **{name: getattr(spec, name) for name in ("size", "frames", "steps", "shift")},
+        **{name: getattr(spec, name) for name in ("guidance_high_noise", "guidance_low_noise")},
+    }
+    values = config.options()
+    words = ["wanfast", "calibrate-magcache"]
+    for name, default in own.items():
+        if (value := values[name]) != default:
+            words += [flag(name), f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join(words)

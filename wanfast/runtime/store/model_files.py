@@ -1,0 +1,258 @@
+"""Where a model's files are: which of the two public layouts a folder has, and what facts it states. Torch-free.
+
+`tiny` ships with the package; `a14b` is the published repository, of either layout, in the artifacts folder; anything
+else is a path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shlex
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
+from wanfast.runtime.facts.model_spec import A14B, DiTSpec, ModelSpec, UMT5Spec, VAESpec
+
+TINY = Path(__file__).parents[2] / "assets" / "tiny"
+A14B_FOLDER = "checkpoints/Wan2.2-I2V-A14B"  # below the artifacts folder
+A14B_DIFFUSERS_FOLDER = f"{A14B_FOLDER}-Diffusers"  # the same in the other layout; taken if the first is not there
+A14B_BYTES = 126 * 10**9  # of its files that are read
+
+Component = Literal["high_noise", "low_noise", "vae", "umt5"]
+COMPONENTS: tuple[Component, ...] = ("high_noise", "low_noise", "vae", "umt5")
+
+_FACTS_FILE = "wanfast.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Places:
+    """Where one layout keeps its components: a folder of shards, or a file."""
+
+    high_noise: str
+    low_noise: str
+    vae: str
+    umt5: str
+    tokenizer: str
+
+
+_LAYOUTS = {
+    "original": _Places(
+        high_noise="high_noise_model",
+        low_noise="low_noise_model",
+        vae="Wan2.1_VAE.pth",
+        umt5="models_t5_umt5-xxl-enc-bf16.pth",
+        tokenizer="google/umt5-xxl/tokenizer.json",
+    ),
+    "diffusers": _Places(
+        high_noise="transformer",
+        low_noise="transformer_2",
+        vae="vae",
+        umt5="text_encoder",
+        tokenizer="tokenizer/tokenizer.json",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk, or, where `exists` is false, the facts of one that is not there yet."""
+
+    root: Path
+    layout: Literal["original", "diffusers"]
+    spec: ModelSpec
+    fix: str  # the command that gets the files
+
+    @property
+    def exists(self) -> bool:
+        return self.root.is_dir()
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / _LAYOUTS[self.layout].tokenizer
+
+    def weights(self, component: Component) -> list[Path]:
+        """The weight files of a component, all of them there. Raises MissingArtifactError."""
+        place = self.root / getattr(_LAYOUTS[self.layout], component)
+        files = [place] if place.suffix == ".pth" else _shards(place)
+        for file in files or [place / "*.safetensors"]:
+            if not file.is_file():
+                raise MissingArtifactError(f"{file} is missing: {self.fix}")
+        return files
+
+    def require(self) -> None:
+        """Every file that a generation reads is there. Raises MissingArtifactError."""
+        if not self.exists:
+            raise MissingArtifactError(f"{self.root} is missing: {self.fix}")
+        for component in COMPONENTS:
+            self.weights(component)
+        if not self.tokenizer.is_file():
+            raise MissingArtifactError(f"{self.tokenizer} is missing: {self.fix}")
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies each component's content, the same for a copy elsewhere; sampled, so 57 GB take a moment."""
+        return {**{name: self.fingerprint(name) for name in COMPONENTS}, "tokenizer": _fingerprint([self.tokenizer])}
+
+    def fingerprint(self, component: Component) -> str:
+        """Of one component. Raises MissingArtifactError."""
+        return _fingerprint(self.weights(component))
+
+
+def locate(model: str, artifacts_dir: str) -> ModelFiles:
+    """The files of `--model`. Raises MissingArtifactError, ConfigError (no model), CorruptArtifactError."""
+    if model == "tiny":
+        return ModelFiles(TINY, "diffusers", _read_spec(TINY, "diffusers"), "reinstall wanfast")
+    if model == "a14b":
+        root = _a14b_root(artifacts_dir)
+        where = " --layout diffusers" if root.name == Path(A14B_DIFFUSERS_FOLDER).name else ""
+        where += "" if artifacts_dir == "artifacts" else f" --artifacts-dir {shlex.quote(artifacts_dir)}"
+        fix = (
+            f"run `wanfast download{where}` ({A14B_BYTES / 1e9:.0f} GB), or give the weights' folder as --model FOLDER"
+        )
+        if not root.is_dir():
+            return ModelFiles(root, "original", A14B, fix)
+    else:
+        root, fix = Path(model).expanduser().absolute(), "copy the whole folder anew"
+        if not root.is_dir():
+            raise MissingArtifactError(f"--model {model!r}: no such folder; take tiny, a14b or a folder of weights")
+    for layout in ("original", "diffusers"):
+        if (root / _LAYOUTS[layout].high_noise).is_dir():
+            spec = _read_spec(root, layout)
+            needed = spec.dit.out_channels + spec.vae.temporal_stride + spec.vae.latent_channels
+            if spec.dit.in_channels != needed:
+                raise ConfigError(
+                    f"--model {model}: its transformer reads {spec.dit.in_channels} channels, image-to-video {needed}: "
+                    "take an I2V model"
+                )
+            return ModelFiles(root, layout, spec, fix)
+    raise ConfigError(f"--model {model}: {root} has neither high_noise_model/ nor transformer/: not a Wan2.2 folder")
+
+
+def _a14b_root(artifacts_dir: str) -> Path:
+    """The first of the two folders that holds experts, or else the original layout's."""
+    roots = [(Path(artifacts_dir) / folder).absolute() for folder in (A14B_FOLDER, A14B_DIFFUSERS_FOLDER)]
+    experts = [places.high_noise for places in _LAYOUTS.values()]
+    return next((root for root in roots if any((root / expert).is_dir() for expert in experts)), roots[0])
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors of a folder: those its index names, or all."""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CorruptArtifactError(f"{index}: no weight_map in it; download it anew")
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _fingerprint(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        block, samples = 1 << 16, 64
+        offsets = (
+            range(0, size, block) if size <= block * samples else [i * (size - block) // 63 for i in range(samples)]
+        )
+        with file.open("rb") as stream:
+            for offset in offsets:
+                stream.seek(offset)
+                digest.update(stream.read(block))
+    return digest.hexdigest()[:16]
+
+
+def _read_spec(root: Path, layout: str) -> ModelSpec:
+    """The facts that the folder states: all in wanfast.json, or the networks' sizes in the layout's config files."""
+    facts = root / _FACTS_FILE
+    if facts.is_file():
+        try:
+            return ModelSpec.from_json(_read_json(facts))
+        except TypeError as error:
+            raise CorruptArtifactError(f"{facts}: {error}") from None
+    spec = dataclasses.replace(A14B, name=root.name, repo_id=None)
+    places = _LAYOUTS[layout]
+    readers: tuple[tuple[str, str, Any], ...] = (
+        ("dit", places.high_noise, _dit_spec),
+        ("vae", places.vae, _vae_spec),
+        ("umt5", places.umt5, _umt5_spec),
+    )
+    for part, folder, read in readers:
+        config = root / folder / "config.json"
+        if config.is_file():
+            try:
+                spec = dataclasses.replace(spec, **{part: read(_read_json(config))})
+            except KeyError as error:
+                raise CorruptArtifactError(f"{config}: {error} is missing; download it anew") from None
+    index = root / "model_index.json"
+    if index.is_file() and (boundary := _read_json(index).get("boundary_ratio")) is not None:
+        spec = dataclasses.replace(spec, boundary=boundary)
+    return spec
+
+
+def _dit_spec(config: dict[str, Any]) -> DiTSpec:
+    if "dim" in config:  # the original layout
+        return DiTSpec(
+            dim=config["dim"],
+            ffn_dim=config["ffn_dim"],
+            freq_dim=config["freq_dim"],
+            in_channels=config["in_dim"],
+            out_channels=config["out_dim"],
+            num_heads=config["num_heads"],
+            num_layers=config["num_layers"],
+            text_dim=config.get("text_dim", A14B.dit.text_dim),
+            text_len=config["text_len"],
+            eps=config["eps"],
+        )
+    return DiTSpec(
+        dim=config["num_attention_heads"] * config["attention_head_dim"],
+        ffn_dim=config["ffn_dim"],
+        freq_dim=config["freq_dim"],
+        in_channels=config["in_channels"],
+        out_channels=config["out_channels"],
+        num_heads=config["num_attention_heads"],
+        num_layers=config["num_layers"],
+        text_dim=config["text_dim"],
+        patch_size=tuple(config["patch_size"]),
+        eps=config["eps"],
+    )
+
+
+def _vae_spec(config: dict[str, Any]) -> VAESpec:
+    return VAESpec(
+        base_dim=config["base_dim"],
+        latent_channels=config["z_dim"],
+        dim_mult=tuple(config["dim_mult"]),
+        num_res_blocks=config["num_res_blocks"],
+        temporal_downsample=tuple(config["temperal_downsample"]),  # their spelling
+        latents_mean=tuple(config["latents_mean"]),
+        latents_std=tuple(config["latents_std"]),
+    )
+
+
+def _umt5_spec(config: dict[str, Any]) -> UMT5Spec:
+    return UMT5Spec(
+        vocab_size=config["vocab_size"],
+        dim=config["d_model"],
+        attention_dim=config["num_heads"] * config["d_kv"],
+        ffn_dim=config["d_ff"],
+        num_heads=config["num_heads"],
+        num_layers=config["num_layers"],
+        num_buckets=config["relative_attention_num_buckets"],
+        max_distance=config["relative_attention_max_distance"],
+        eps=config["layer_norm_epsilon"],
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptArtifactError(f"{path}: not JSON ({error}); download it anew") from None
+    if not isinstance(document, dict):
+        raise CorruptArtifactError(f"{path}: not a JSON object; download it anew")
+    return document

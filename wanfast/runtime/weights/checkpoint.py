@@ -1,0 +1,352 @@
+"""Weights in and out of safetensors (and the two public `.pth` files), through one strict key map.
+
+A module is built on the meta device, where its parameters state names, shapes and dtypes but hold nothing; `load` fills
+it tensor by tensor: read (memory-mapped), move, cast, done. So an fp32 file becomes a bf16 model without a second copy.
+A rank group reads each byte about once: of a sharded parameter a rank reads its own rows, of one that all hold a part,
+and the parts are exchanged between the devices.
+Strict: a tensor that is missing, unexpected, misshapen or there twice is an error that names the tensor and the file.
+
+The key maps are tables of (their module path, our module path), read in either direction; `{i}` is any index. Our names
+are the original checkpoint's, but for the VAE, whose original names are positions in nested lists.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from wanfast.runtime.distributed.fsdp import from_own_rows, own_rows
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.facts.choices import Scheme
+from wanfast.runtime.models.quantized import QuantizedLinear
+from wanfast.runtime.weights.quantization import quantize, scale_of
+
+Component = Literal["dit", "vae", "umt5"]
+Layout = Literal["original", "diffusers"]
+_Pairs = list[tuple[str, str]]
+
+RowsFn = Callable[[int, int], Tensor]  # first and end along dim 0
+
+_WORTH_SHARING = 1 << 20  # values: below, an exchange costs more than the reading
+
+
+def load(
+    module: nn.Module,
+    files: Sequence[Path],
+    *,
+    component: Component,
+    layout: Layout,
+    ranks: Ranks,
+    device: str | None = None,
+    on_the_fly: bool = False,
+) -> None:
+    """Fill the meta `module` from `files`, each tensor in the dtype that the module states; ready for inference.
+
+    All `ranks` call it, on their device or on the one named. `on_the_fly`: what the module holds quantized the files do
+    not, and it is quantized as it comes. Raises CorruptArtifactError.
+    """
+    wanted, quantizing = module.state_dict(), _schemes(module) if on_the_fly else {}
+    places = ranks.together(lambda: _match(_without_scales(wanted, quantizing), files, component, layout))
+    found: dict[str, Tensor] = {}
+    for name, rows in _in_order_of_files(places):
+        part = _own_part(wanted[name], ranks)
+        read = rows(*part.rows).to(device or ranks.device)
+        if name in quantizing:
+            values, scale = quantize(read, quantizing[name])
+            found[name], found[scale_of(name)] = part.whole(values, ranks), part.whole(scale, ranks)
+        else:  # cast where it is fast; a view would keep the file mapped
+            found[name] = part.whole(read.to(wanted[name].dtype, copy=read.device.type == "cpu"), ranks)
+    module.load_state_dict(found, strict=True, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def stream(
+    module: nn.Module, files: Sequence[Path], *, component: Component, layout: Layout
+) -> Iterator[tuple[str, RowsFn]]:
+    """(name, what reads rows of it) of every tensor that the meta `module` wants. Raises CorruptArtifactError."""
+    return _in_order_of_files(_match(module.state_dict(), files, component, layout))
+
+
+def _in_order_of_files(places: dict[Path, dict[str, str]]) -> Iterator[tuple[str, RowsFn]]:
+    for file, names in places.items():
+        reader = _PthReader(file) if file.suffix == ".pth" else _SafetensorsReader(file)
+        for name, key in names.items():
+            yield name, partial(_rows, file, reader, key)
+
+
+def _rows(file: Path, reader: _Reader, key: str, first: int, end: int) -> Tensor:
+    try:
+        return reader.rows(key, first, end)
+    except (OSError, SafetensorError) as error:
+        raise CorruptArtifactError(
+            f"{file}: {key!r} cannot be read ({error}): check the disk, or get it anew"
+        ) from None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of a parameter that this rank reads."""
+
+    wanted: Tensor
+    rows: tuple[int, int]
+    is_shared: bool  # every rank reads a part, and all hold the whole
+
+    def whole(self, rows: Tensor, ranks: Ranks) -> Tensor:
+        """What this rank holds, of its rows."""
+        return ranks.gather_rows(rows) if self.is_shared else from_own_rows(rows, self.wanted)
+
+
+def _own_part(wanted: Tensor, ranks: Ranks) -> _Part:
+    """Read by as few ranks as possible."""
+    first, end = own_rows(wanted)
+    if isinstance(wanted, DTensor) or wanted.numel() < _WORTH_SHARING or end % ranks.size:
+        return _Part(wanted, (first, end), is_shared=False)
+    return _Part(wanted, (ranks.rank * end // ranks.size, (ranks.rank + 1) * end // ranks.size), is_shared=True)
+
+
+def _schemes(module: nn.Module) -> dict[str, Scheme]:
+    """{weight: scheme} of the linears that the module holds quantized."""
+    return {f"{name}.weight": m.scheme for name, m in module.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def _without_scales(wanted: Mapping[str, Tensor], quantizing: Mapping[str, Scheme]) -> Mapping[str, Tensor]:
+    scales = {scale_of(name) for name in quantizing}
+    return {name: tensor for name, tensor in wanted.items() if name not in scales}
+
+
+def _match(
+    wanted: Mapping[str, Tensor], files: Sequence[Path], component: Component, layout: Layout
+) -> dict[Path, dict[str, str]]:
+    """{file: {our name: its key}} for every tensor of the module. Raises CorruptArtifactError; reads headers alone."""
+    places: dict[Path, dict[str, str]] = {}
+    found: set[str] = set()
+    for file in files:
+        places[file] = {}
+        for key, shape in _shapes(file).items():
+            name = rename(component, layout, key)
+            if (component, layout, key) == ("umt5", "diffusers", "encoder.embed_tokens.weight"):
+                continue  # the same tensor as shared.weight, written twice by some versions of transformers
+            if name not in wanted:
+                raise CorruptArtifactError(f"{file}: unexpected tensor {key!r}: not the weights of this model")
+            if name in found:
+                raise CorruptArtifactError(f"{file}: tensor {key!r} is there twice; download the folder anew")
+            if shape != list(wanted[name].shape):
+                shapes = f"{shape}, not {list(wanted[name].shape)}"
+                raise CorruptArtifactError(f"{file}: tensor {key!r} has the shape {shapes}: weights of another model")
+            found.add(name)
+            places[file][name] = key
+    if missing := sorted(wanted.keys() - found):
+        where = files[0] if len(files) == 1 else files[0].parent
+        key = rename_back(component, layout, missing[0])
+        raise CorruptArtifactError(f"{where}: missing tensor {key!r} ({len(missing)} in all); download it anew")
+    return places
+
+
+def save(
+    module: nn.Module, file: Path, *, component: Component, layout: Layout, dtype: torch.dtype | None = None
+) -> None:
+    """Write the module under the names of `layout`, in `dtype` or each tensor's own; `.pth` or `.safetensors`."""
+    tensors = {
+        rename_back(component, layout, name): tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in module.state_dict().items()
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".pth":
+        torch.save(tensors, file)
+    else:
+        save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # it comes out readable by its owner alone
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """The shape of every tensor of one file, from its header."""
+    if file.suffix == ".pth":
+        return {key: list(tensor.shape) for key, tensor in _read_pth(file).items()}
+    with _open(file) as handle:
+        return {key: handle.get_slice(key).get_shape() for key in handle.keys()}  # noqa: SIM118 - not a mapping
+
+
+_REMAP_BYTES = 1 << 30
+
+
+class _Reader(Protocol):
+    def rows(self, key: str, first: int, end: int) -> Tensor:
+        """Rows first..end along dim 0 of a tensor, on the CPU; a scalar has none and comes whole."""
+        ...
+
+
+class _SafetensorsReader:
+    """Memory-maps the file, and anew after each gigabyte: pages that were read stay resident while they are mapped."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._handle: Any = None
+        self._bytes_read = 0
+
+    def rows(self, key: str, first: int, end: int) -> Tensor:
+        if self._handle is None or self._bytes_read > _REMAP_BYTES:
+            self._handle, self._bytes_read = _open(self._file), 0
+        part = self._handle.get_slice(key)
+        rows: Tensor = part[first:end] if part.get_shape() else self._handle.get_tensor(key)
+        self._bytes_read += rows.nbytes
+        return rows
+
+
+class _PthReader:
+    """Likewise."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._tensors: dict[str, Tensor] = {}
+        self._bytes_read = 0
+
+    def rows(self, key: str, first: int, end: int) -> Tensor:
+        if not self._tensors or self._bytes_read > _REMAP_BYTES:
+            self._tensors, self._bytes_read = _read_pth(self._file), 0
+        tensor = self._tensors[key]
+        rows = tensor[first:end] if tensor.dim() else tensor
+        self._bytes_read += rows.nbytes
+        return rows
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise CorruptArtifactError(f"{file}: truncated or not safetensors; download it anew ({error})") from None
+
+
+def _read_pth(file: Path) -> dict[str, Tensor]:
+    """A pickle, but only of tensors: nothing in it is run."""
+    try:
+        state = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise CorruptArtifactError(f"{file}: truncated, or not a file of plain tensors ({reason:.80})") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise CorruptArtifactError(f"{file}: not a dictionary of tensors; download it anew")
+    return state
+
+
+def rename(component: Component, layout: Layout, key: str) -> str:
+    """Our name for the tensor that `layout` calls `key`; a name that the map does not know stays as it is."""
+    return _substitute(key, key_map(component, layout))
+
+
+def rename_back(component: Component, layout: Layout, name: str) -> str:
+    """The inverse of `rename`."""
+    return _substitute(name, [(ours, theirs) for theirs, ours in key_map(component, layout)])
+
+
+def _substitute(key: str, pairs: _Pairs) -> str:
+    for source, target in pairs:
+        if match := _pattern(source).match(key):
+            head, *rest = target.split("{i}")
+            indexed = head + "".join(index + part for index, part in zip(match.groups(), rest, strict=True))
+            return indexed + key[match.end() :]
+    return key
+
+
+@cache
+def _pattern(path: str) -> re.Pattern[str]:
+    return re.compile(re.escape(path).replace(r"\{i\}", r"(\d+)") + r"(?=\.|$)")
+
+
+@cache
+def key_map(component: Component, layout: Layout) -> _Pairs:
+    """(their module path, our module path) for every path that differs."""
+    tables: Mapping[tuple[Component, Layout], Callable[[], _Pairs]] = {
+        ("dit", "diffusers"): _dit_diffusers,
+        ("umt5", "diffusers"): _umt5_diffusers,
+        ("vae", "original"): _vae_original,
+        ("vae", "diffusers"): _vae_diffusers,
+    }
+    return tables.get((component, layout), list)()
+
+
+def _dit_diffusers() -> _Pairs:
+    attentions = [
+        (f"blocks.{{i}}.{theirs}.{their_part}", f"blocks.{{i}}.{ours}.{our_part}")
+        for theirs, ours in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for their_part, our_part in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
+    ] + [
+        (f"blocks.{{i}}.{theirs}.{norm}", f"blocks.{{i}}.{ours}.{norm}")
+        for theirs, ours in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for norm in ("norm_q", "norm_k")
+    ]
+    return [
+        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+        ("condition_embedder.time_proj", "time_projection.1"),
+        ("proj_out", "head.head"),
+        ("scale_shift_table", "head.modulation"),
+        ("blocks.{i}.scale_shift_table", "blocks.{i}.modulation"),
+        ("blocks.{i}.norm2", "blocks.{i}.norm3"),  # the norm before cross-attention: the only one with weights
+        ("blocks.{i}.ffn.net.0.proj", "blocks.{i}.ffn.0"),
+        ("blocks.{i}.ffn.net.2", "blocks.{i}.ffn.2"),
+        *attentions,
+    ]
+
+
+def _umt5_diffusers() -> _Pairs:
+    attention, feed_forward = "encoder.block.{i}.layer.0", "encoder.block.{i}.layer.1"
+    return [
+        ("shared", "token_embedding"),
+        ("encoder.final_layer_norm", "norm"),
+        (f"{attention}.layer_norm", "blocks.{i}.norm1"),
+        *((f"{attention}.SelfAttention.{part}", f"blocks.{{i}}.attn.{part}") for part in "qkvo"),
+        (f"{attention}.SelfAttention.relative_attention_bias", "blocks.{i}.pos_embedding.embedding"),
+        (f"{feed_forward}.layer_norm", "blocks.{i}.norm2"),
+        (f"{feed_forward}.DenseReluDense.wi_0", "blocks.{i}.ffn.gate.0"),
+        (f"{feed_forward}.DenseReluDense.wi_1", "blocks.{i}.ffn.fc1"),
+        (f"{feed_forward}.DenseReluDense.wo", "blocks.{i}.ffn.fc2"),
+    ]
+
+
+_VAE_SEQUENCES = ("encoder.downsamples.{i}", "encoder.middle.{i}", "decoder.middle.{i}", "decoder.upsamples.{i}")
+
+
+def _vae_original() -> _Pairs:
+    residual = (("residual.0", "norm1"), ("residual.2", "conv1"), ("residual.3", "norm2"), ("residual.6", "conv2"))
+    return [
+        ("conv1", "quant_conv"),
+        ("conv2", "post_quant_conv"),
+        *(
+            (f"{half}.{theirs}", f"{half}.{ours}")
+            for half in ("encoder", "decoder")
+            for theirs, ours in (("conv1", "conv_in"), ("head.0", "norm_out"), ("head.2", "conv_out"))
+        ),
+        *((f"{block}.{theirs}", f"{block}.{ours}") for block in _VAE_SEQUENCES for theirs, ours in residual),
+        *((f"{block}.resample.1", f"{block}.resample") for block in (_VAE_SEQUENCES[0], _VAE_SEQUENCES[3])),
+    ]
+
+
+def _vae_diffusers() -> _Pairs:
+    sequences = [("encoder.down_blocks.{i}", "encoder.downsamples.{i}")]
+    for half in ("encoder", "decoder"):
+        sequences += [
+            (f"{half}.mid_block.resnets.0", f"{half}.middle.0"),
+            (f"{half}.mid_block.attentions.0", f"{half}.middle.1"),
+            (f"{half}.mid_block.resnets.1", f"{half}.middle.2"),
+        ]
+    for n in range(16):  # a level is three residual blocks and, but for the last, an upsampling
+        level, j = divmod(n, 4)
+        part = f"resnets.{j}" if j < 3 else "upsamplers.0"
+        sequences.append((f"decoder.up_blocks.{level}.{part}", f"decoder.upsamples.{n}"))
+    parts = [("conv_shortcut", "shortcut"), ("resample.1", "resample")]
+    # the longer path first: `_substitute` takes the first that matches
+    return [(f"{theirs}.{t}", f"{ours}.{o}") for theirs, ours in sequences for t, o in parts] + sequences
