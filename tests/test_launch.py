@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 
+from tests.configs import effective_config
 from wanfast.runtime.processes import launch
 
 PACKAGE = Path(__file__).parents[1]
@@ -288,34 +288,72 @@ def test_progress_is_told_when_it_changes(tmp_path: Path) -> None:
     told, seen = [], {}
     for done in (1, 1, 2):
         file.write_text(json.dumps({"job": 0, "stage": "low noise", "done": done, "total": 4}))
-        launch._follow(tmp_path, 1, seen, lambda *state: told.append(state))
+        launch._follow(tmp_path, [0], 0, seen, lambda *state: told.append(state))
     assert told == [(0, "low noise", 1, 4), (0, "low noise", 2, 4)]
 
 
-def test_results_that_come_with_the_launchers_end_are_told_and_no_rank_group_lacks_a_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Ended:
+    """A launcher that has ended."""
+
+    returncode = 0
+
+    def poll(self) -> int:
+        return 0
+
+    def wait(self, timeout: float | None = None) -> int:
+        return 0
+
+
+@pytest.fixture
+def ended_launchers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(number of the group, its first batch) of each launcher that is started."""
+    started: list[tuple[int, int]] = []
+    monkeypatch.setattr(launch, "_start", lambda folder, number, batch: started.append((number, batch)) or Ended())
+    return started
+
+
+IGNORED = {"on_result": lambda *result: None, "on_progress": lambda *state: None}
+
+
+def test_results_that_come_with_the_launchers_end_are_told(
+    tmp_path: Path, ended_launchers: list[tuple[int, int]]
 ) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "results/0.json").write_text('{"output": "out.mp4"}')
-    started, told = [], []
-    monkeypatch.setattr(
-        launch, "_launchers", lambda folder, groups: started.append(groups) or contextlib.nullcontext([])
-    )
-    config = SimpleNamespace(num_gpus=8, cfg_parallel=2, ulysses=1, rdzv_endpoint=None)
-    launch.run(tmp_path, config, 1, [], on_result=lambda *result: told.append(result), on_progress=lambda *state: None)
-    assert (started, told) == ([1], [(0, {"output": "out.mp4"})])
+    told: list[tuple[int, object]] = []
+    with launch.RankGroups(tmp_path, effective_config(num_gpus=2).ranks, 1) as ranks:
+        ranks.run("v", "w", [{}], [], on_result=lambda *result: told.append(result), on_progress=lambda *state: None)
+    assert told == [(0, {"output": "out.mp4"})]
 
 
-def test_ranks_are_waited_for_before_their_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rank = subprocess.Popen(["sh", "-c", "sleep 0.5; touch .out.mp4.$$.part"], cwd=tmp_path)
-    threading.Thread(target=rank.wait).start()
-    (tmp_path / "ranks/0-0").mkdir(parents=True)
-    (tmp_path / "ranks/0-0/pid").write_text(str(rank.pid))
-    monkeypatch.setattr(launch, "_launchers", lambda folder, groups: contextlib.nullcontext([]))
-    config = SimpleNamespace(num_gpus=1, cfg_parallel=1, ulysses=1, rdzv_endpoint=None)
-    ignored = {"on_result": lambda *result: None, "on_progress": lambda *state: None}
-    launch.run(tmp_path, config, 0, [tmp_path / "out.mp4"], **ignored)
-    assert not psutil.pid_exists(rank.pid) and not list(tmp_path.glob(".out.mp4.*"))
+def test_no_rank_group_lacks_a_job() -> None:
+    config = effective_config(num_gpus=8, cfg_parallel=2).ranks
+    assert [launch.num_groups(config, jobs) for jobs in (1, 3, 9)] == [1, 3, 4]
+    assert launch.num_groups(effective_config(num_gpus=1, ulysses=2).ranks, 3) == 1  # a group of two machines
+
+
+def test_groups_that_died_are_started_again_for_the_next_batch(
+    tmp_path: Path, ended_launchers: list[tuple[int, int]]
+) -> None:
+    """Under numbers of their own, so that what the dead ones left is not taken for theirs, but in the same place."""
+    with launch.RankGroups(tmp_path, effective_config(num_gpus=2).ranks, 2) as ranks:
+        for _ in range(2):
+            (result,) = ranks.run("v", "w", [{}], [], **IGNORED)
+            assert result["exit_code"] == 5
+    assert ended_launchers == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 1)]
+    assert [json.loads((tmp_path / name).read_text())["first"] for name in ("job.json", "job-0001.json")] == [0, 1]
+
+
+def test_ranks_are_waited_for_before_their_files_are_removed(
+    tmp_path: Path, ended_launchers: list[tuple[int, int]]
+) -> None:
+    with launch.RankGroups(tmp_path, effective_config(num_gpus=2).ranks, 1) as ranks:
+        rank = subprocess.Popen(["sh", "-c", "sleep 0.5; touch .out.mp4.$$.part"], cwd=tmp_path)
+        threading.Thread(target=rank.wait).start()
+        (tmp_path / "ranks/1-0").mkdir(parents=True)
+        (tmp_path / "ranks/1-0/pid").write_text(str(rank.pid))
+        ranks.run("v", "w", [{}], [tmp_path / "out.mp4"], **IGNORED)
+        assert not psutil.pid_exists(rank.pid) and not list(tmp_path.glob(".out.mp4.*"))
 
 
 def test_the_first_rank_that_ends_without_a_word_is_the_cause() -> None:
@@ -477,8 +515,8 @@ def test_a_port_in_use_is_said(start: Start) -> None:
 def test_a_port_that_is_not_opened_here_may_be_in_use(node_rank: int, num_gpus: int) -> None:
     with socket.create_server(("", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
-        config = {"rdzv_endpoint": endpoint, "node_rank": node_rank, "num_gpus": num_gpus}
-        launch._check_endpoint(SimpleNamespace(**config, cfg_parallel=2, ulysses=1))
+        own = {"rdzv_endpoint": endpoint, "nnodes": 2, "node_rank": node_rank, "num_gpus": num_gpus}
+        launch._check_endpoint(effective_config(**own, cfg_parallel=2).ranks)
 
 
 def test_machines_that_do_not_meet_are_said(start: Start) -> None:

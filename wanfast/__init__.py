@@ -1,3 +1,23 @@
-"""wanfast: the fastest trustworthy way to run Wan2.2-I2V-A14B (image + prompt -> video)."""
+"""wanfast: the fastest trustworthy way to run Wan2.2-I2V-A14B (image + prompt -> video).
+
+    with wanfast.open(model="a14b", num_gpus=8) as handle:
+        handle.make(image="cat.jpg", prompt="The cat blinks.").save("cat.mp4")
+
+`wanfast.make(...)` is open, make, close. Both import no torch: the work is done by processes of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
 
 __version__ = "0.1.0"
+__all__ = ["Handle", "Video", "make", "open"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the API on first use, so that `import wanfast` costs nothing."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from wanfast.runtime.processes import handle
+
+    return handle.Handle if name == "open" else getattr(handle, name)

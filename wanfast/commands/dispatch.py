@@ -10,7 +10,7 @@ from typing import Any, Literal
 from wanfast.commands.progress import OnProgress, progress_bars
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.planning.plan import Job, Plan
-from wanfast.runtime.processes import launch
+from wanfast.runtime.processes.launch import RankGroups, num_groups
 from wanfast.runtime.store.artifacts import JOB, RESULT, new_run_folder, write_result, write_synced
 
 Verb = Literal["generate", "warmup", "calibrate-magcache"]
@@ -35,15 +35,18 @@ def run_jobs(
     config = plans[0].config
     documents = [job.to_json() for job in jobs]
     folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": verb, "jobs": documents})
-    document = {"verb": verb, "worker": _WORKERS[verb], "jobs": documents}
-    write_synced(folder / JOB, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     with progress_bars(enabled=show_progress) as on_progress:
         # A warmup has a process of its own: on a CPU one product may take minutes, in which no signal is handled.
         if plans[0].mesh.size == 1 and verb != "warmup":
+            document = {"verb": verb, "worker": _WORKERS[verb], "first": 0, "jobs": documents}
+            write_synced(folder / JOB, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
             results = _here(verb, folder, jobs, config.ranks.device, on_result, on_progress)
         else:
             outputs = [output for plan in plans for output in plan.outputs] if verb == "generate" else []
-            results = launch.run(folder, config.ranks, len(jobs), outputs, on_result=on_result, on_progress=on_progress)
+            with RankGroups(folder, config.ranks, num_groups(config.ranks, len(jobs))) as ranks:
+                results = ranks.run(
+                    verb, _WORKERS[verb], documents, outputs, on_result=on_result, on_progress=on_progress
+                )
     write_synced(folder / RESULT, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
 
@@ -59,7 +62,9 @@ def _here(
     from wanfast.runtime.processes.worker import worker_half
 
     results: dict[int, Document] = {}
-    for index, result in worker_half(_WORKERS[verb])(jobs, Sessions(Ranks(device)), progress=on_progress):
+    for index, result in worker_half(_WORKERS[verb])(
+        jobs, Sessions(Ranks(device)), progress=on_progress, folder=folder
+    ):
         results[index] = result
         write_result(folder, index, result)
         on_result(index, result)

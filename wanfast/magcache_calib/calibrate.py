@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from wanfast.magcache_calib.recorder import Recorder
@@ -18,6 +19,8 @@ def run(
     *,
     claim: ClaimFn | None = None,
     progress: ProgressFn = lambda index, stage, done, total: None,
+    folder: Path | None = None,
+    first: int = 0,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (index, measurements) of each clip as it is done."""
     yield from run_jobs(measure, jobs, sessions, claim, progress)

@@ -45,6 +45,16 @@ class JobsFailedError(WanFastError):
     exit_code = 6
 
 
+class CancelledError(WanFastError):
+    """A job was cancelled between two steps."""
+
+    exit_code = 130
+    is_agreed = True  # every rank asks the leader
+
+    def __init__(self, message: str = "cancelled") -> None:
+        super().__init__(message)
+
+
 def failure(error: WanFastError) -> dict[str, Any]:
     """An error as a result document, the form in which it crosses to another process."""
     return {"error": str(error), "exit_code": error.exit_code}
@@ -52,6 +62,6 @@ def failure(error: WanFastError) -> dict[str, Any]:
 
 def from_failure(document: dict[str, Any]) -> WanFastError:
     """The inverse of `failure`."""
-    kinds = (ConfigError, MissingArtifactError, CorruptArtifactError, RankFailedError)
+    kinds = (ConfigError, MissingArtifactError, CorruptArtifactError, RankFailedError, CancelledError)
     message = document["error"]
     return next((kind(message) for kind in kinds if kind.exit_code == document["exit_code"]), WanFastError(message))

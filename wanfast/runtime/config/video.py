@@ -125,6 +125,8 @@ class VideoConfig(Part):
 class OutputConfig(Part):
     """Which files are written."""
 
-    output: Annotated[str, Option("The .mp4 to write; its .json is written beside it.", FILES)] = "out.mp4"
+    output: Annotated[str | None, Option("The .mp4 to write; its .json is written beside it.", FILES, asked=str)] = (
+        "out.mp4"  # None: frames are handed back instead
+    )
     overwrite: Annotated[bool, Option("Replace existing files.", FILES)] = False
     contact_sheet: Annotated[bool, Option("Also write a .png of evenly spaced frames.", FILES)] = False

@@ -7,28 +7,27 @@ rest still run. Every rank of a group runs this, in step; the leader alone write
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from wanfast.runtime.config import ModelsConfig
-from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.session import Made, Session, Sessions
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
 from wanfast.runtime.facts.choices import Expert
-from wanfast.runtime.media import media_io
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job
-from wanfast.runtime.store.artifacts import write_synced
-from wanfast.runtime.store.atomic import atomic_paths
+from wanfast.runtime.store.artifacts import writing_to
 
 Result = dict[str, Any]  # metadata's document, or {"error", "exit_code"}
 ProgressFn = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
 ClaimFn = Callable[[int], bool]  # whether this rank group takes a job that others may take
+FrameFileFn = Callable[[int], Path]
 WorkFn = Callable[[int, Job, Session, ProgressFn], Result]
 
 
@@ -38,9 +37,15 @@ def run(
     *,
     claim: ClaimFn | None = None,
     progress: ProgressFn = lambda index, stage, done, total: None,
+    folder: Path,
+    first: int = 0,
 ) -> Iterator[tuple[int, Result]]:
-    """Yields (index, result) of each job as it is done, except of jobs that `claim` leaves to another rank group."""
-    yield from run_jobs(make_video, jobs, sessions, claim, progress)
+    """Yields (index, result) of each job as it is done, except of jobs that `claim` leaves to another rank group.
+
+    `folder`: the run's, which gets the frames of jobs that write no file, numbered from `first` on.
+    """
+    work = partial(make_video, frames_file=lambda index: folder / "frames" / f"{first + index}.npy")
+    yield from run_jobs(work, jobs, sessions, claim, progress)
 
 
 def run_jobs(
@@ -100,8 +105,8 @@ def _failure(error: Exception, ranks: Ranks, out_of_memory: str) -> Result:
     return failure(ConfigError(out_of_memory))
 
 
-def make_video(index: int, job: Job, session: Session, progress: ProgressFn) -> Result:
-    """Makes one video; the leader writes it and its JSON."""
+def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, frames_file: FrameFileFn) -> Result:
+    """Makes one video; the leader writes it and its JSON, or its frames where they are handed back."""
     steps = job.config.video.steps
     progress(index, "encoding the image", 0, steps)
 
@@ -109,22 +114,17 @@ def make_video(index: int, job: Job, session: Session, progress: ProgressFn) -> 
         progress(index, expert.replace("_", " "), done, steps)
 
     made = session.make(job, on_step)
-    return session.ranks.lead(lambda: _write(made))
+    return session.ranks.lead(lambda: _write(made, lambda: frames_file(index)))
 
 
-def _write(made: Made) -> Result:
+def _write(made: Made, frames_file: Callable[[], Path]) -> Result:
     assert made.frames is not None
-    plan, config, facts = made.plan, made.plan.config, made.facts
-    with atomic_paths(*plan.outputs, overwrite=config.output.overwrite) as (mp4, json_file, *sheet):
-        watch = Stopwatch("cpu")
-        with watch.span("write"):
-            media_io.write_mp4(made.frames, mp4, config.video.fps)
-            for path in sheet:
-                media_io.write_contact_sheet(made.frames, path)
-        seconds = facts["seconds"] | watch.seconds
-        seconds["total"] = sum(seconds.values())
-        document = sidecar.planned(plan) | facts
-        document["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
-        document["output_sha256"] = hashlib.sha256(mp4.read_bytes()).hexdigest()
-        write_synced(json_file, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    return document
+    plan, seconds = made.plan, made.facts["seconds"]
+    document = sidecar.with_seconds(sidecar.planned(plan), made.facts, seconds)
+    if plan.outputs:
+        return sidecar.write_video(made.frames, document, plan.outputs, overwrite=plan.config.output.overwrite)
+    with writing_to(Path(plan.config.models.artifacts_dir)):
+        file = frames_file()
+        file.parent.mkdir(exist_ok=True)
+        np.save(file, made.frames)
+    return document | {"frames": str(file)}

@@ -49,6 +49,8 @@ def run(
     *,
     claim: Callable[[int], bool] | None = None,
     progress: Callable[[int, str, int, int], None] = lambda index, stage, done, total: None,
+    folder: Path | None = None,
+    first: int = 0,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(0, result) of the one job: the artifact, and what a block cost with nothing kept and with everything."""
     (job,), ranks = jobs, sessions.ranks

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 
-PARENT = "WANFAST_PARENT"  # in the environment of a process: the id of the one that started it
+# In the environment of a process: the id of the one that started it, and the first batch of jobs that it does.
+PARENT, FIRST_BATCH = "WANFAST_PARENT", "WANFAST_FIRST_BATCH"
 
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 

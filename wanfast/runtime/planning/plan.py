@@ -77,8 +77,9 @@ class Plan:
 
     @property
     def outputs(self) -> tuple[Path, ...]:
-        """The video, its JSON and, if asked for, its contact sheet."""
-        return output_paths(self.config.output.output, self.config.output.contact_sheet)
+        """The video, its JSON and, if asked for, its contact sheet; none where frames are handed back."""
+        output = self.config.output
+        return () if output.output is None else output_paths(output.output, output.contact_sheet)
 
     @property
     def mesh(self) -> Mesh:
@@ -247,8 +248,11 @@ def guided_steps(document: dict[str, Any]) -> list[bool]:
     ]
 
 
-def resolve(given: Options) -> tuple[Plan, ModelFiles]:
-    """Answers every open question of a request and checks its files. Raises WanFastError; writes nothing."""
+def resolve(given: Options, *, writes: bool = True) -> tuple[Plan, ModelFiles]:
+    """Answers every open question of a request and checks its files. Raises WanFastError; writes nothing.
+
+    Without `writes` the plan has no outputs: its frames are handed back.
+    """
     EffectiveConfig.of(given, A14B)  # refuses what cannot be right whatever the model, before any file is looked at
     files = model_files.locate(**_places(given))
     spec = files.spec
@@ -257,7 +261,10 @@ def resolve(given: Options) -> tuple[Plan, ModelFiles]:
     image = media_io.load_image(given["image"])
     config = effective(given, files, image.sha256)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
-    _check_outputs(plan, given.get("output", OutputConfig.output))
+    if writes:
+        _check_outputs(plan, given.get("output", "out.mp4"))
+    else:
+        plan = dataclasses.replace(plan, config=dataclasses.replace(config, output=OutputConfig(output=None)))
     notes = (
         *image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files), *magcache_notes(config, files)
     )  # fmt: skip
@@ -282,7 +289,7 @@ def effective(given: Options, files: ModelFiles, image_sha256: str) -> Effective
             model=models.model if models.model in ("tiny", "a14b") else str(files.root),
             artifacts_dir=str(Path(models.artifacts_dir).absolute()),
         ),
-        output=dataclasses.replace(output, output=str(Path(output.output).absolute())),
+        output=dataclasses.replace(output, output=str(Path(output.output or "").absolute())),
     )
     if models.quantize == "fp8-rowwise" and device == "cuda" and (old := _without_float8()):
         raise ConfigError(f"--quantize fp8-rowwise: {old} has no float8 products: take int8-dynamic")

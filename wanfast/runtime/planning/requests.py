@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.config import OPTIONS, EffectiveConfig, OutputConfig, RanksConfig, SkippingConfig
+from wanfast.runtime.config import OPTIONS, EffectiveConfig, RanksConfig, SkippingConfig
 from wanfast.runtime.config.option import flag, options_of
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.machine.packages import require_attention
@@ -224,7 +224,7 @@ def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict
 
 def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
     """Blank lines and # lines are passed over. Without an output of its own, line 7 writes out-0007.mp4."""
-    stem = Path(base.options.get("output", OutputConfig.output))
+    stem = Path(base.options.get("output") or "out.mp4")
     for number, line in enumerate(_read(file, "--jobs").split("\n"), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue

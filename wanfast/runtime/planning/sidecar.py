@@ -1,11 +1,25 @@
-"""The JSON beside every video: what was asked, what ran, with which versions, how long; enough to run it again."""
+"""The JSON beside every video: what was asked, what ran, with which versions, how long; enough to run it again.
+
+A video, its JSON and its contact sheet are written together or not at all.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from wanfast.runtime.machine.packages import versions
+from wanfast.runtime.media import media_io
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.store.artifacts import write_synced
+from wanfast.runtime.store.atomic import atomic_paths
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 def planned(plan: Plan) -> dict[str, Any]:
@@ -18,3 +32,28 @@ def planned(plan: Plan) -> dict[str, Any]:
         "seconds": {},
         "versions": versions(),
     }
+
+
+def with_seconds(document: dict[str, Any], facts: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """The document with the facts of a run and the seconds of its stages, rounded, and their total."""
+    rounded = {name: round(value, 3) for name, value in seconds.items()}
+    return document | facts | {"seconds": rounded | {"total": round(sum(seconds.values()), 3)}}
+
+
+def write_video(
+    frames: npt.NDArray[np.uint8], document: dict[str, Any], outputs: tuple[Path, ...], *, overwrite: bool
+) -> dict[str, Any]:
+    """Writes frames [F, H, W, 3] as `outputs` = (mp4, JSON, perhaps a contact sheet); the JSON that was written.
+
+    `document`: from `with_seconds`; the time to write and the file's hash are added. Raises ConfigError.
+    """
+    with atomic_paths(*outputs, overwrite=overwrite) as (mp4, json_file, *sheet):
+        started = time.perf_counter()
+        media_io.write_mp4(frames, mp4, document["plan"]["fps"])
+        for path in sheet:
+            media_io.write_contact_sheet(frames, path)
+        stages = {name: value for name, value in document["seconds"].items() if name != "total"}
+        document = with_seconds(document, {}, stages | {"write": time.perf_counter() - started})
+        document["output_sha256"] = hashlib.sha256(mp4.read_bytes()).hexdigest()
+        write_synced(json_file, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    return document

@@ -1,7 +1,7 @@
-"""Runs one rank group under torchrun's own launcher: `python -m wanfast.runtime.processes.elastic RUN REPLICA`.
+"""Runs one rank group under torchrun's own launcher: `python -m wanfast.runtime.processes.elastic RUN NUMBER`.
 
 A process of its own for each rank group, so that rank groups fail apart, and so that the parent needs no torch and
-keeps its main thread for the terminal. What the agent knows of a failure goes to RUN/ranks/REPLICA.json.
+keeps its main thread for the terminal. What the agent knows of a failure goes to RUN/ranks/NUMBER.json.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.config import EffectiveConfig, RanksConfig
+from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.machine.signals import PARENT, end_with_parent
-from wanfast.runtime.store.artifacts import JOB, RANKS, replace_text
+from wanfast.runtime.store.artifacts import RANKS, SETUP, replace_text
 
 
-def main(run_folder: Path, replica: int) -> int:
+def main(run_folder: Path, number: int) -> int:
     """The rank group's exit code: 0, 5 if a rank failed, 128 + a signal's number."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    document = json.loads((run_folder / JOB).read_text(encoding="utf-8"))
-    config = EffectiveConfig.from_json(document["jobs"][0]["effective"]).ranks
+    document = json.loads((run_folder / SETUP).read_text(encoding="utf-8"))
+    config, place = RanksConfig(**document["ranks"]), number % document["groups"]  # a restarted group has its place
     group_size = config.mesh.group_size
     spans_machines = group_size > config.num_gpus
     processes = config.num_gpus if spans_machines else group_size
-    _set_environment(config, replica, processes)
+    _set_environment(config, place, processes)
     # Between machines the rank of each is given, so that the first one leads; on one machine any free port does.
     launch = LaunchConfig(
         min_nodes=config.nnodes if spans_machines else 1,
         max_nodes=config.nnodes if spans_machines else 1,
         nproc_per_node=processes,
-        run_id="wanfast" if spans_machines else f"{run_folder.name}-{replica}",
+        run_id="wanfast" if spans_machines else f"{run_folder.name}-{number}",
         rdzv_backend="static" if spans_machines else "c10d",
         rdzv_endpoint=config.rdzv_endpoint or "" if spans_machines else "localhost:0",
         rdzv_configs={"rank": config.node_rank, "timeout": int(config.rank_timeout)} if spans_machines else {},
@@ -50,7 +50,7 @@ def main(run_folder: Path, replica: int) -> int:
     stopped = _stopped_by_the_agent()
     try:
         elastic_launch(launch, sys.executable)(
-            "-u", "-m", "wanfast.runtime.processes.worker", str(run_folder), str(replica)
+            "-u", "-m", "wanfast.runtime.processes.worker", str(run_folder), str(number)
         )
         return 0
     except ChildFailedError as error:
@@ -63,7 +63,7 @@ def main(run_folder: Path, replica: int) -> int:
         return 128 + int(stop.sigval)
     except (DistError, TimeoutError) as error:
         failed = {"rendezvous": str(error).strip().splitlines()[0]}
-    replace_text(run_folder / RANKS / f"{replica}.json", json.dumps(failed))
+    replace_text(run_folder / RANKS / f"{number}.json", json.dumps(failed))
     return 5
 
 
@@ -85,13 +85,13 @@ def _stopped_by_the_agent() -> set[int]:
     return stopped
 
 
-def _set_environment(config: RanksConfig, replica: int, processes: int) -> None:
+def _set_environment(config: RanksConfig, place: int, processes: int) -> None:
     """For the ranks: their parent, their GPUs, and a fair share of the cores, which torchrun's API does not set."""
     os.environ[PARENT] = str(os.getpid())
     if config.device == "cuda":
         ids = gpus.device_ids() or [str(index) for index in range(config.num_gpus)]
         os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the driver counts
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids[replica * processes : (replica + 1) * processes])
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids[place * processes : (place + 1) * processes])
         gpus.expand_segments()
     if config.nnodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name may resolve to an address that is not there

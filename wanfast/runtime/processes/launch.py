@@ -6,6 +6,7 @@ when it failed. So the parent prints what is there, whoever died. Torch-free.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -14,15 +15,26 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, failure, from_failure
-from wanfast.runtime.machine.signals import PARENT
-from wanfast.runtime.store.artifacts import CLAIMS, PROGRESS, RANKS, RESULTS
+from wanfast.runtime.machine.signals import FIRST_BATCH, PARENT
+from wanfast.runtime.store.artifacts import (
+    CANCEL,
+    CLAIMS,
+    CLOSE,
+    PROGRESS,
+    RANKS,
+    RESULTS,
+    SETUP,
+    batch_file,
+    replace_text,
+    write_synced,
+)
 from wanfast.runtime.store.atomic import remove_partials
 
 _PAUSE_S = 0.1
@@ -31,101 +43,169 @@ _OUTLIVED_S = 5.0  # a rank that ends so long after a peer's error is not its ca
 _MOST = 0.8  # of --rank-timeout, without a step: it ran out, for the host runs a little ahead of its GPU
 
 
-def run(
-    run_folder: Path,
-    config: RanksConfig,
-    num_jobs: int,
-    outputs: list[Path],
-    *,
-    on_result: Callable[[int, dict[str, Any]], None],
-    on_progress: Callable[[int, str, int, int], None],
-) -> list[dict[str, Any]]:
-    """The result of every job of `run_folder`/job.json, in order, each told as it comes.
+def num_groups(ranks: RanksConfig, num_jobs: int) -> int:
+    """The rank groups that this machine starts for a list of jobs, none of them without one."""
+    return min(num_jobs, max(1, ranks.num_gpus // ranks.mesh.group_size))
 
-    A job that no rank group finished gets the error of the rank group that failed. Interrupted, it leaves no process.
+
+class RankGroups:
+    """The rank groups of a run, each under a launcher process, kept for any number of batches of jobs.
+
+    `run` may be called from any thread, one at a time. When the block ends, no launcher and no rank is left.
     """
-    groups = min(num_jobs, max(1, config.num_gpus // config.mesh.group_size))
-    _check_endpoint(config)
-    results: dict[int, dict[str, Any]] = {}
-    seen: dict[int, dict[str, Any]] = {}
-    try:
-        with _launchers(run_folder, groups) as launchers:
-            running = True
-            while running:
-                running = any(launcher.poll() is None for launcher in launchers)
-                _collect(run_folder, results, on_result)
-                _follow(run_folder, groups, seen, on_progress)
-                time.sleep(_PAUSE_S if running else 0)
-    finally:
-        remove_partials(outputs, _gone(_pids(run_folder)))
-    errors: dict[int, tuple[int, WanFastError]] = {}
-    for index in (index for index in range(num_jobs) if index not in results):
-        errors = errors or {replica: _error_of_group(run_folder, replica, config) for replica in range(groups)}
-        results[index] = failure(_error_of_job(run_folder, index, errors))
-        on_result(index, results[index])
-    return [results[index] for index in range(num_jobs)]
 
+    def __init__(self, run_folder: Path, ranks: RanksConfig, groups: int) -> None:
+        """Starts the launchers; the ranks become ready meanwhile. Raises ConfigError."""
+        _check_endpoint(ranks)
+        self._folder, self._ranks, self._groups = run_folder, ranks, groups
+        self._launchers: dict[int, subprocess.Popen[bytes]] = {}  # of each place, the newest
+        self._numbers: dict[int, int] = {}  # of each place, the number of its group: places, then restarts
+        self._batches = self._jobs = 0  # so far
+        # A process dies with the thread that started it, and a caller's thread may end before the ranks do.
+        self._starter = ThreadPoolExecutor(1)
+        document = {"ranks": dataclasses.asdict(ranks), "groups": groups}
+        write_synced(run_folder / SETUP, json.dumps(document, indent=2) + "\n")
+        (run_folder / "logs").mkdir(exist_ok=True)
+        self._start_missing()
 
-@contextmanager
-def _launchers(run_folder: Path, groups: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """A launcher process for each rank group; when the block ends, none of them is left, nor a rank."""
-    launchers = []
-    (run_folder / "logs").mkdir(exist_ok=True)
-    try:
-        for replica in range(groups):
-            command = [sys.executable, "-m", "wanfast.runtime.processes.elastic", str(run_folder), str(replica)]
-            with (run_folder / "logs" / f"launcher-{replica}.log").open("wb") as log:
-                # A session of its own: Ctrl-C reaches this process alone, which then stops all.
-                launchers.append(
-                    subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                        env=os.environ | {PARENT: str(os.getpid())},
-                    )
-                )
-        yield launchers
-    finally:
-        for launcher in launchers:
+    def __enter__(self) -> RankGroups:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close()
+
+    def run(
+        self,
+        verb: str,
+        worker: str,
+        jobs: list[dict[str, Any]],
+        outputs: list[Path],
+        *,
+        on_result: Callable[[int, dict[str, Any]], None],
+        on_progress: Callable[[int, str, int, int], None],
+    ) -> list[dict[str, Any]]:
+        """The result of every job, in order, each reported as it comes; dead groups are started again first.
+
+        A job that no rank group finished gets the error of the group that failed. An exception, such as
+        KeyboardInterrupt, ends all ranks and leaves no half-written file.
+        """
+        self._start_missing()
+        first, number = self._jobs, self._batches
+        self._jobs, self._batches = first + len(jobs), number + 1
+        document = {"verb": verb, "worker": worker, "first": first, "jobs": jobs}
+        replace_text(self._folder / batch_file(number), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        results: dict[int, dict[str, Any]] = {}
+        seen: dict[int, dict[str, Any]] = {}
+        indices = range(first, self._jobs)
+        try:
+            while True:
+                dead = self._dead()
+                for index in _collect(self._folder, indices, results):
+                    on_result(index - first, results[index])
+                _follow(self._folder, self._numbers.values(), first, seen, on_progress)
+                for index, error in self._lost([index for index in indices if index not in results], dead):
+                    results[index] = failure(error)
+                    on_result(index - first, results[index])
+                if len(results) == len(jobs):
+                    break
+                time.sleep(_PAUSE_S)
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            remove_partials(outputs, _gone(_pids(self._folder, self._dead())))
+        return [results[index] for index in indices]
+
+    def cancel(self) -> None:
+        """Ends the jobs of the batch that runs, each between two steps, with CancelledError; ranks stay."""
+        replace_text(self._folder / CANCEL / str(self._batches - 1), "")
+
+    def close(self) -> None:
+        """Lets the ranks end, and stops those that do not."""
+        replace_text(self._folder / CLOSE, "")
+        ends = time.monotonic() + _GRACE_S
+        while time.monotonic() < ends and any(launcher.poll() is None for launcher in self._launchers.values()):
+            time.sleep(_PAUSE_S / 5)
+        self.stop()
+        self._starter.shutdown()
+
+    def stop(self) -> None:
+        """Ends all launchers, and their ranks with them, at once."""
+        for launcher in self._launchers.values():
             if launcher.poll() is None:
                 launcher.terminate()
         ends = time.monotonic() + _GRACE_S
-        for launcher in launchers:
+        for launcher in self._launchers.values():
             try:
                 launcher.wait(max(0.0, ends - time.monotonic()))
             except subprocess.TimeoutExpired:
                 launcher.kill()  # and its ranks with it: they die with their parent
                 launcher.wait()
 
+    def _start_missing(self) -> None:
+        for place in range(self._groups):
+            launcher = self._launchers.get(place)
+            if launcher is None or launcher.poll() is not None:
+                number = place if launcher is None else self._numbers[place] + self._groups
+                self._numbers[place] = number
+                self._launchers[place] = self._starter.submit(_start, self._folder, number, self._batches).result()
 
-def _collect(
-    run_folder: Path, results: dict[int, dict[str, Any]], on_result: Callable[[int, dict[str, Any]], None]
-) -> None:
-    for file in sorted((run_folder / RESULTS).glob("*.json")):
-        if (index := int(file.stem)) not in results:
-            results[index] = json.loads(file.read_text(encoding="utf-8"))
-            on_result(index, results[index])
+    def _dead(self) -> set[int]:
+        """The numbers of the groups whose launcher ended."""
+        return {self._numbers[place] for place, launcher in self._launchers.items() if launcher.poll() is not None}
+
+    def _lost(self, missing: list[int], dead: set[int]) -> Iterator[tuple[int, WanFastError]]:
+        """The jobs without a result that no living group will do, each with the error of its group."""
+        errors: dict[int, tuple[int, WanFastError]] = {}
+        none_lives = len(dead) == self._groups
+        for index in missing if dead else ():
+            if none_lives or claimed_by(self._folder, index) in dead:
+                errors = errors or {number: _error_of_group(self._folder, number, self._ranks) for number in dead}
+                yield index, _error_of_job(self._folder, index, errors)
+
+
+def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]:
+    """The launcher of a group, whose first batch will be the one of that number."""
+    command = [sys.executable, "-m", "wanfast.runtime.processes.elastic", str(run_folder), str(number)]
+    with (run_folder / "logs" / f"launcher-{number}.log").open("wb") as log:
+        # A session of its own: Ctrl-C reaches this process only, which then stops all.
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=os.environ | {PARENT: str(os.getpid()), FIRST_BATCH: str(batch)},
+        )
+
+
+def _collect(run_folder: Path, indices: range, results: dict[int, dict[str, Any]]) -> list[int]:
+    """Reads the results that are new; their indices."""
+    files = {int(file.stem): file for file in (run_folder / RESULTS).glob("*.json")}
+    new = [index for index in indices if index in files and index not in results]
+    results |= {index: json.loads(files[index].read_text(encoding="utf-8")) for index in new}
+    return new
 
 
 def _follow(
     run_folder: Path,
-    groups: int,
+    numbers: Iterable[int],
+    first: int,
     seen: dict[int, dict[str, Any]],
     on_progress: Callable[[int, str, int, int], None],
 ) -> None:
-    """Tell what changed since it was `seen`."""
-    for replica in range(groups):
-        file = run_folder / PROGRESS / f"{replica}.json"
+    """Reports the progress of each group that changed since it was `seen`, if it is of jobs from `first` on."""
+    for number in numbers:
+        file = run_folder / PROGRESS / f"{number}.json"
         state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        if state and state != seen.get(replica):
-            seen[replica] = state
-            on_progress(state["job"], state["stage"], state["done"], state["total"])
+        if state and state != seen.get(number) and state["job"] >= first:
+            seen[number] = state
+            on_progress(state["job"] - first, state["stage"], state["done"], state["total"])
 
 
-def _pids(run_folder: Path) -> list[int]:
-    return [int(file.read_text()) for file in (run_folder / RANKS).glob("*/pid")]
+def _pids(run_folder: Path, numbers: Iterable[int]) -> list[int]:
+    files = (file for number in numbers for file in (run_folder / RANKS).glob(f"{number}-*/pid"))
+    return [int(file.read_text()) for file in files]
 
 
 def _gone(pids: list[int]) -> list[int]:
@@ -136,11 +216,18 @@ def _gone(pids: list[int]) -> list[int]:
     return pids
 
 
+def claimed_by(run_folder: Path, index: int) -> int | None:
+    """The number of the rank group that took a job; None if none claimed it."""
+    claim = run_folder / CLAIMS / str(index)
+    taken = claim.read_text() if claim.exists() else ""
+    return int(taken) if taken else None
+
+
 def _error_of_job(run_folder: Path, index: int, errors: dict[int, tuple[int, WanFastError]]) -> WanFastError:
     """Of the rank group that took the job; if none did, because all had failed by then, of the first."""
-    claim = run_folder / CLAIMS / str(index)
-    if claim.exists() and (replica := claim.read_text()):
-        return errors[int(replica)][1]
+    number = claimed_by(run_folder, index)
+    if number in errors:
+        return errors[number][1]
     return min(errors.values(), key=lambda found: found[0])[1]
 
 

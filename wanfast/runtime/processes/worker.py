@@ -1,14 +1,15 @@
-"""Runs one rank of a group: `python -m wanfast.runtime.processes.worker RUN REPLICA`, which `elastic` starts.
+"""Runs one rank of a group: `python -m wanfast.runtime.processes.worker RUN NUMBER`, which `elastic` starts.
 
-Reads RUN/job.json, joins the group, works, and leaves what the parent watches: a result for each video, how far the
-group is, and, if this rank fails, why. It ends at once on any signal: nothing here needs an orderly end, since the
-parent removes what a dead rank left half-written.
+Joins the group, does the batches of jobs that the parent writes to RUN, one after the other, and leaves what the parent
+watches: a result for each video, how far the group is, and, if this rank fails, why. It ends at once on any signal:
+nothing here needs an orderly end, because the parent removes what a dead rank left half-written.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -17,17 +18,33 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from wanfast.runtime.errors import ConfigError, WanFastError, failure
-from wanfast.runtime.machine.signals import end_with_parent
+from wanfast.runtime.config import RanksConfig
+from wanfast.runtime.errors import CancelledError, ConfigError, WanFastError, failure
+from wanfast.runtime.machine.signals import FIRST_BATCH, end_with_parent
 from wanfast.runtime.planning.plan import Job
-from wanfast.runtime.store.artifacts import CLAIMS, JOB, PROGRESS, RANKS, replace_text, write_result
+from wanfast.runtime.store.artifacts import (
+    CANCEL,
+    CLAIMS,
+    CLOSE,
+    PROGRESS,
+    RANKS,
+    SETUP,
+    batch_file,
+    replace_text,
+    write_result,
+)
+
+if TYPE_CHECKING:
+    from wanfast.runtime.engine.session import Sessions
+
+_PAUSE_S = 0.02  # between two looks for the next batch
 
 
-def main(run_folder: Path, replica: int) -> None:
+def main(run_folder: Path, number: int) -> None:
     end_with_parent()  # before torch, whose import takes seconds
-    own_folder = run_folder / RANKS / f"{replica}-{os.environ['RANK']}"
+    own_folder = run_folder / RANKS / f"{number}-{os.environ['RANK']}"
     replace_text(own_folder / "pid", str(os.getpid()))
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -38,7 +55,7 @@ def main(run_folder: Path, replica: int) -> None:
 
     sys.excepthook = leave
     try:
-        _work(run_folder, replica, own_folder)
+        _work(run_folder, number, own_folder)
     except SystemExit as error:  # passes by the hook
         leave(type(error), error, error.__traceback__)
 
@@ -57,48 +74,86 @@ def _told(error: BaseException) -> dict[str, Any]:
     return {**known, "kind": "timeout" if waited else "bug", "error": line}
 
 
-def _work(run_folder: Path, replica: int, own_folder: Path) -> None:
+def _work(run_folder: Path, number: int, own_folder: Path) -> None:
     from wanfast.runtime.distributed.ranks import rank_group  # torch begins here
     from wanfast.runtime.engine.session import Sessions
 
-    document = json.loads((run_folder / JOB).read_text(encoding="utf-8"))
-    config = Job.from_json(document["jobs"][0]).config.ranks
+    setup = json.loads((run_folder / SETUP).read_text(encoding="utf-8"))
+    config = RanksConfig(**setup["ranks"])
     mesh = dataclasses.replace(config.mesh, replica=1)  # this rank's group
-    has_peers = config.num_gpus >= 2 * mesh.group_size and len(document["jobs"]) > 1
     with rank_group(config.device, mesh, config.rank_timeout) as ranks:
-        # Of several machines the first one's jobs hold, down to the seed.
-        jobs = ranks.lead(lambda: document["jobs"])
+        sessions = Sessions(ranks)
+        for batch, document in _batches(run_folder):
+            has_peers = setup["groups"] > 1 and len(document["jobs"]) > 1
+            _do_batch(run_folder, number, own_folder, batch, document, sessions, has_peers=has_peers)
+        sessions.close()
 
-        def claim(index: int) -> bool:
-            return ranks.lead(lambda: _claim(run_folder, index, replica))
 
-        def progress(index: int, stage: str, done: int, total: int) -> None:
-            state = json.dumps({"job": index, "stage": stage, "done": done, "total": total})
-            replace_text(own_folder / PROGRESS, state)
-            if ranks.is_leader:
-                replace_text(run_folder / PROGRESS / f"{replica}.json", state)
+def _batches(run_folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, document) of each batch as the parent writes it, until it writes that there are no more."""
+    for number in itertools.count(int(os.environ.get(FIRST_BATCH, "0"))):
+        file = run_folder / batch_file(number)
+        while True:
+            closed = (run_folder / CLOSE).exists()  # asked first: a batch is written before that
+            if file.exists():
+                break
+            if closed:
+                return
+            time.sleep(_PAUSE_S)
+        yield number, json.loads(file.read_text(encoding="utf-8"))
 
-        half, parsed = worker_half(document["worker"]), [Job.from_json(job) for job in jobs]
-        for index, result in half(parsed, Sessions(ranks), claim=claim if has_peers else None, progress=progress):
-            if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has a run folder of its own
-                write_result(run_folder, index, result)
+
+def _do_batch(
+    run_folder: Path,
+    number: int,
+    own_folder: Path,
+    batch: int,
+    document: dict[str, Any],
+    sessions: Sessions,
+    *,
+    has_peers: bool,
+) -> None:
+    ranks, first = sessions.ranks, document["first"]
+    # On several machines the jobs of the first one are done, down to the seed.
+    jobs = ranks.lead(lambda: document["jobs"])
+    last: tuple[int, int] | None = None
+
+    def claim(index: int) -> bool:
+        return ranks.lead(lambda: _claim(run_folder, first + index, number))
+
+    def progress(index: int, stage: str, done: int, total: int) -> None:
+        nonlocal last
+        state = json.dumps({"job": first + index, "stage": stage, "done": done, "total": total})
+        replace_text(own_folder / PROGRESS, state)
+        if ranks.is_leader:
+            replace_text(run_folder / PROGRESS / f"{number}.json", state)
+        if total and last != (index, done):  # between two steps; a step is reported when it ends and the next begins
+            last = (index, done)
+            if ranks.lead(lambda: (run_folder / CANCEL / str(batch)).exists()):
+                raise CancelledError
+
+    run, parsed = worker_half(document["worker"]), [Job.from_json(job) for job in jobs]
+    options = {"claim": claim if has_peers else None, "progress": progress, "folder": run_folder, "first": first}
+    for index, result in run(parsed, sessions, **options):
+        if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has a run folder of its own
+            write_result(run_folder, first + index, result)
 
 
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
-    """What does a command's jobs: `run(jobs, sessions, claim=, progress=)`, which yields (index, result) of each.
+    """The function that does a command's jobs: `run(jobs, sessions, claim=, progress=, folder=, first=)`.
 
-    By the name of its module, since one of them lies above the runtime.
+    It yields (index, result) of each job. Its module is named, because one of them lies above the runtime.
     """
     run: Callable[..., Iterator[tuple[int, dict[str, Any]]]] = importlib.import_module(module).run
     return run
 
 
-def _claim(run_folder: Path, index: int, replica: int) -> bool:
+def _claim(run_folder: Path, index: int, number: int) -> bool:
     """True for the first rank group that asks for a job."""
     (run_folder / CLAIMS).mkdir(exist_ok=True)
     try:
         with (run_folder / CLAIMS / str(index)).open("x") as claim:
-            claim.write(str(replica))
+            claim.write(str(number))
     except FileExistsError:
         return False
     return True

@@ -24,9 +24,15 @@ from filelock import FileLock, Timeout
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError
 
 MANIFEST = "manifest.json"
-# In a run folder: what to do; what came of all, and of each; which rank group took which;
-# how far each is; what ranks left.
+# In a run folder: the first batch of jobs; the results, of all and of each; which rank group took which; how far each
+# is; what ranks left; how ranks are set up; which batches are cancelled; that no batch will follow.
 JOB, RESULT, RESULTS, CLAIMS, PROGRESS, RANKS = "job.json", "result.json", "results", "claims", "progress", "ranks"
+SETUP, CANCEL, CLOSE = "setup.json", "cancel", "close"
+
+
+def batch_file(number: int) -> str:
+    """The file of a run folder that holds a batch of jobs."""
+    return JOB if number == 0 else f"job-{number:04d}.json"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,179 @@
+"""The Python API: a handle that starts ranks, keeps them, cancels, and starts dead ones again."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+import wanfast
+from wanfast.runtime.errors import CancelledError, ConfigError, RankFailedError
+from wanfast.runtime.processes.handle import Handle
+from wanfast.runtime.store.model_files import TINY
+
+ROOT = Path(wanfast.__file__).parents[1]
+SMALL = {"image": "star.png", "prompt": "The star goes right.", "size": "64x64", "frames": 5, "steps": 2, "seed": 1}
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python-api.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture
+def star(workdir: Path) -> Path:
+    """A working folder with the example's picture in it."""
+    (workdir / "star.png").write_bytes((TINY.parent / "examples/star.png").read_bytes())
+    return workdir
+
+
+def python(code: str, folder: Path) -> str:
+    """What a program of its own prints."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_example_of_one_video_runs_and_repeats(star: Path, wanfast: object) -> None:
+    out = python(EXAMPLES[0] + "import sys\nprint('torch' in sys.modules)", star)
+    assert out.splitlines() == ["(5, 128, 128, 3)", "8", "False"]
+    first = (star / "star.mp4").read_bytes()
+    outcome = wanfast("generate", "--from", "star.json", "--output", "again.mp4")  # type: ignore[operator]
+    assert outcome.exit_code == 0, outcome.err
+    assert (star / "again.mp4").read_bytes() == first
+
+
+def test_the_example_of_three_prompts_loads_the_models_once(star: Path) -> None:
+    python(EXAMPLES[1] + "import sys\nassert 'torch' not in sys.modules", star)
+    assert sorted(path.name for path in star.glob("*.mp4")) == ["left.mp4", "right.mp4", "up.mp4"]
+    import json
+
+    loads = [json.loads((star / f"{name}.json").read_text())["loading"].keys() for name in ("right", "left", "up")]
+    assert "high_noise" in loads[0] and all("high_noise" not in of_later for of_later in loads[1:])
+
+
+def test_the_example_of_a_session_runs(star: Path) -> None:
+    assert python(EXAMPLES[2], star).startswith("(5, 128, 128, 3)")
+
+
+@pytest.fixture(scope="module")
+def handle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Handle]:
+    """Two CPU ranks, opened by a thread that ends at once: they must not end with it."""
+    folder, opened = tmp_path_factory.mktemp("handle"), []
+    options = {"model": "tiny", "device": "cpu", "num_gpus": 2, "artifacts_dir": str(folder)}
+    thread = threading.Thread(target=lambda: opened.append(wanfast.open(**options)))
+    thread.start()
+    thread.join()
+    with opened[0] as made:
+        yield made
+
+
+def ranks_of(handle: Handle) -> list[psutil.Process]:
+    found = []
+    for launcher in handle._ranks._launchers.values():
+        found += psutil.Process(launcher.pid).children()
+    return found
+
+
+def test_any_thread_makes_videos_and_hears_of_steps(star: Path, handle: Handle) -> None:
+    stages: list[tuple[str, int, int]] = []
+    videos = [handle.make(**SMALL, on_progress=lambda *state: stages.append(state))]
+    thread = threading.Thread(target=lambda: videos.append(handle.make(**SMALL)))
+    thread.start()
+    thread.join()
+    first, second = (video.frames for video in videos)
+    assert first.shape == (5, 64, 64, 3) and first.dtype == np.uint8 and np.array_equal(first, second)
+    assert stages and all(done <= total for _, done, total in stages)
+    assert not list(handle._folder.glob("frames/*"))
+    assert videos[0].plan["mesh"]["ulysses"] * videos[0].plan["mesh"]["cfg"] == 2
+
+
+def test_a_video_is_cancelled_between_two_steps_and_the_ranks_stay(star: Path, handle: Handle) -> None:
+    errors: list[Exception] = []
+    begun = threading.Event()
+
+    def endless() -> None:
+        try:
+            handle.make(**SMALL | {"steps": 1000}, on_progress=lambda stage, done, total: done > 1 and begun.set())
+        except CancelledError as error:
+            errors.append(error)
+
+    before = {process.pid for process in ranks_of(handle)} if handle._ranks else set()
+    thread = threading.Thread(target=endless)
+    thread.start()
+    assert begun.wait(60)
+    handle.cancel()
+    thread.join(30)
+    assert [str(error) for error in errors] == ["cancelled"]
+    assert {process.pid for process in ranks_of(handle)} == before
+    assert handle.make(**SMALL).frames.shape == (5, 64, 64, 3)
+
+
+def test_dead_ranks_are_started_again(star: Path, handle: Handle) -> None:
+    errors: list[Exception] = []
+    begun = threading.Event()
+
+    def doomed() -> None:
+        try:
+            handle.make(**SMALL | {"steps": 1000}, on_progress=lambda stage, done, total: done > 1 and begun.set())
+        except RankFailedError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=doomed)
+    thread.start()
+    assert begun.wait(60)
+    victim = ranks_of(handle)[0]
+    victim.send_signal(signal.SIGKILL)
+    thread.join(60)
+    (error,) = errors
+    assert "was killed by SIGKILL" in str(error)
+    assert handle.make(**SMALL).frames.shape == (5, 64, 64, 3)
+    assert victim.pid not in {process.pid for process in ranks_of(handle)}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "--steps 0: take 1 to 1000"),
+        ({"precision": "fp32"}, "precision is an option of the handle: give it to wanfast.open"),
+        ({"output": "a.mp4"}, "output is an option of a file: give it to save"),
+        ({"colour": "red"}, "there is no option 'colour'"),
+        ({"prompt": " "}, "--prompt is empty"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_errors_of_one_line(
+    star: Path, handle: Handle, options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        handle.make(**SMALL | options)
+
+
+def test_a_handle_is_refused_what_it_cannot_keep(star: Path, handle: Handle) -> None:
+    with pytest.raises(ConfigError, match="prompt is an option of a video"):
+        wanfast.open(model="tiny", prompt="a")
+    with pytest.raises(ConfigError, match="one video at a time: take --num-gpus 1"):
+        wanfast.open(model="tiny", device="cpu", num_gpus=2, cfg_parallel=1, ulysses=1)
+    video = handle.make(**SMALL)
+    video.save("a.mp4")
+    with pytest.raises(ConfigError, match=r"a\.mp4 exists"):
+        video.save("a.mp4")
+
+
+def test_a_closed_handle_leaves_no_process(star: Path) -> None:
+    opened = wanfast.open(model="tiny", device="cpu", artifacts_dir=str(star / "artifacts"))
+    while not ranks_of(opened):
+        time.sleep(0.05)
+    ranks = ranks_of(opened)
+    opened.close()
+    assert not psutil.wait_procs(ranks, timeout=5)[1]
+    with pytest.raises(ConfigError, match="closed"):
+        opened.make(**SMALL)
+    opened.close()

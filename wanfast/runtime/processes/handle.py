@@ -1,0 +1,180 @@
+"""The Python API's handle: it starts ranks, keeps them with their models loaded, and sends them videos to make.
+
+Torch-free: the work is done by other processes. Every method may be called from any thread; videos are made one at a
+time. A rank that dies ends the video it was at, and is started again for the next one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from wanfast.runtime.config import EffectiveConfig, ModelsConfig, OutputConfig, RanksConfig, parse_size
+from wanfast.runtime.config.option import options_of
+from wanfast.runtime.errors import ConfigError, from_failure
+from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.machine.packages import require_attention
+from wanfast.runtime.planning import sidecar
+from wanfast.runtime.planning.placement import check_skips, place
+from wanfast.runtime.planning.plan import Plan, effective, output_paths, resolve
+from wanfast.runtime.processes.launch import RankGroups
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.artifacts import new_run_folder
+from wanfast.runtime.store.quantized import require_experts
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+ProgressFn = Callable[[str, int, int], None]  # (stage, steps done, of all steps)
+
+_WORKER = "wanfast.runtime.jobs.generate"
+_NO_VIDEO = {"image": "none", "prompt": "none"}  # to place the ranks before the first video is known
+_OF_HANDLE = {*options_of(ModelsConfig), *options_of(RanksConfig)}
+_OF_A_VIDEO = ("frames", "size")  # what `open` takes of one: the largest that will be made
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A video that was made."""
+
+    frames: npt.NDArray[np.uint8]
+    """[F, H, W, 3], 0..255."""
+    document: dict[str, Any]
+    """What was asked, what ran, seconds, versions: the JSON beside a saved video."""
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What ran: sizes, steps, guidance, skips, mesh, notes."""
+        plan: dict[str, Any] = self.document["plan"]
+        return plan
+
+    def save(self, path: str | Path, *, overwrite: bool = False, contact_sheet: bool = False) -> None:
+        """Writes the mp4 and its JSON, from which `wanfast generate --from` makes it again. Raises ConfigError."""
+        from wanfast.runtime.media import media_io
+
+        output = OutputConfig(output=str(Path(path).absolute()), overwrite=overwrite, contact_sheet=contact_sheet)
+        outputs = output_paths(str(output.output), contact_sheet)
+        for target in outputs:
+            if target.exists() and not overwrite:
+                raise ConfigError(f"{target} exists: choose another name, or save with overwrite=True")
+        media_io.check_output(str(path), overwrite=overwrite, needed_bytes=self.frames.nbytes // 4, option="save")
+        document = self.document | {
+            "output": output.output,
+            "effective": self.document["effective"] | {"output": dataclasses.asdict(output)},
+            "plan": self.plan | {"outputs": [str(target) for target in outputs]},
+        }
+        sidecar.write_video(self.frames, document, outputs, overwrite=overwrite)
+
+
+class Handle:
+    """Loaded models on ranks of their own. Use `wanfast.open`; `close` it, or use it in a `with` block."""
+
+    def __init__(self, **options: Any) -> None:
+        """Starts the ranks; they become ready while the first video is planned. Raises WanFastError.
+
+        `options`: those of `wanfast generate` that say which models run, and on which ranks, by their Python names, and
+        `size` and `frames` of the largest video.
+        """
+        _refuse(options, options.keys() - _OF_HANDLE - set(_OF_A_VIDEO), "a video: give it to make")
+        self._placement = _placed({**_NO_VIDEO, **options})
+        ranks = self._placement.config.ranks
+        self._asked, self._options = options, {**options, **_fixed(ranks)}
+        self._lock, self._groups = threading.Lock(), 1
+        self._folder = new_run_folder(Path(self._placement.config.models.artifacts_dir), {"verb": "open", **options})
+        self._ranks: RankGroups | None = RankGroups(self._folder, ranks, self._groups)
+
+    def make(self, *, on_progress: ProgressFn = lambda stage, done, total: None, **options: Any) -> Video:
+        """Makes one video and waits for it.
+
+        `options`: `image`, `prompt` and the others of `wanfast generate` that shape a video or skip forwards, by their
+        Python names. Raises ConfigError, other WanFastErrors, RankFailedError if a rank died, and CancelledError.
+        """
+        _refuse(options, options.keys() & _OF_HANDLE, "the handle: give it to wanfast.open")
+        _refuse(options, options.keys() & options_of(OutputConfig).keys(), "a file: give it to save")
+        plan, files = resolve({**self._options, **options}, writes=False)
+        (plan,) = place([dataclasses.replace(plan, requested={**self._asked, **options})])
+        check_skips(plan)
+        files.require()
+        require_experts(files, plan.config.models)
+        with self._lock:
+            if self._ranks is None:
+                raise ConfigError("this handle is closed: open another")
+            (result,) = self._ranks.run(
+                "generate",
+                _WORKER,
+                [plan.job().to_json()],
+                [],
+                on_result=lambda index, result: None,
+                on_progress=lambda index, stage, done, total: on_progress(stage, done, total),
+            )
+        if "error" in result:
+            raise from_failure(result)
+        return _read(result)
+
+    def cancel(self) -> None:
+        """Ends the video that is being made, between two steps: its `make` raises CancelledError."""
+        if self._ranks is not None and self._lock.locked():
+            self._ranks.cancel()
+
+    def close(self) -> None:
+        """Ends the ranks; waits for a video that is being made."""
+        with self._lock:
+            if self._ranks is not None:
+                self._ranks.close()
+            self._ranks = None
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def make(**options: Any) -> Video:
+    """Opens a handle, makes one video and closes it: `open` and `make` take their options from it."""
+    opened = {name: value for name, value in options.items() if name in {*_OF_HANDLE, *_OF_A_VIDEO}}
+    with Handle(**opened) as handle:
+        return handle.make(
+            **{name: value for name, value in options.items() if name not in opened or name in _OF_A_VIDEO}
+        )
+
+
+def _placed(given: dict[str, Any]) -> Plan:
+    """A plan of a video of the model's own size, or of the one that is named, with its ranks decided."""
+    models = EffectiveConfig.of(given, A14B).models
+    files = model_files.locate(models.model, models.artifacts_dir)
+    config = effective(given, files, image_sha256="")
+    require_attention(config.models.attention, config.ranks.device)
+    files.require()
+    require_experts(files, config.models)
+    plan = Plan.of(config, files.spec, parse_size(config.video.size))
+    (plan,) = place([dataclasses.replace(plan, requested=given)])
+    if plan.mesh.replica > 1:
+        raise ConfigError(f"a handle makes one video at a time: take --num-gpus {plan.mesh.group_size}")
+    return plan
+
+
+def _fixed(ranks: RanksConfig) -> dict[str, Any]:
+    """The options of the ranks as they were decided, which every video of a handle has."""
+    return {name: getattr(ranks, name) for name in options_of(RanksConfig)}
+
+
+def _refuse(options: dict[str, Any], refused: set[str], belongs_to: str) -> None:
+    if refused:
+        raise ConfigError(f"{next(name for name in options if name in refused)} is an option of {belongs_to}")
+
+
+def _read(result: dict[str, Any]) -> Video:
+    import numpy as np
+
+    file = Path(result["frames"])
+    frames = np.load(file)
+    file.unlink()
+    return Video(frames, {name: value for name, value in result.items() if name != "frames"})
