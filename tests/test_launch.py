@@ -276,7 +276,8 @@ def test_a_launcher_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: py
     (tmp_path / "deaf").chmod(0o755)
     monkeypatch.setattr(launch.sys, "executable", str(tmp_path / "deaf"))
     monkeypatch.setattr(launch, "_GRACE_S", 0.1)
-    with launch._launchers(tmp_path, 1) as (launcher,):
+    with launch.RankGroups(tmp_path, effective_config(num_gpus=2).ranks, 1) as ranks:
+        launcher = ranks._launchers[0]
         while not (tmp_path / "logs/launcher-0.log").read_text():
             time.sleep(0.01)
     assert launcher.returncode == -signal.SIGKILL

@@ -279,7 +279,7 @@ def test_one_rank_has_the_allocator_of_several(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, expected: str | None
 ) -> None:
     monkeypatch.setattr(elastic.os, "environ", {})
-    monkeypatch.setattr(worker, "worker_half", lambda module: lambda jobs, ranks, progress: iter(()))
+    monkeypatch.setattr(worker, "worker_half", lambda module: lambda *jobs, **options: iter(()))
     dispatch._here("generate", tmp_path, [], device, lambda *_: None, lambda *_: None)
     assert elastic.os.environ.get("PYTORCH_ALLOC_CONF") == expected
 

@@ -1,0 +1,247 @@
+"""Every command, file and figure of README.md, CONTRIBUTING.md and docs/ is checked, so that the words follow the code.
+
+Commands stand in ```sh blocks and in code spans. `wanfast generate` is planned without weights on eight GPUs that are
+not there; every other program only parses its options. A figure is a number with a unit or with three decimals, and
+each one is declared in an HTML comment:
+
+    <!-- figures of benchmarks/results/forward-h100.json:
+    9.41 s = ways/wanfast compiled fa3/ms / 1000; 70 % = ways/wanfast compiled fa3/mfu * 100 -->
+    <!-- figures by the publisher: 250.7 s; 195.1 s -->
+
+The first form names a file, and after each `=` a path into it: keys joined by `/`, then operators between spaces, from
+left to right. A .jsonl file is a list. The second form names another source and has no file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import operator
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from tests.conftest import Machine, Outcome
+from wanfast.cli import app
+
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands
+OPTIONS = {name for command in COMMANDS.values() for option in command.params for name in option.opts}
+TO_COME = {"bench", "test-long"}  # targets that CONTRIBUTING.md names before the Makefile has them
+VIDEO = ["--image", "wanfast/assets/examples/cat.jpg", "--prompt", "The cat blinks."]  # that code spans leave out
+Wanfast = Callable[..., Outcome]
+
+COMMENT = re.compile(r"<!--(.*?)-->", re.DOTALL)
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+SPAN = re.compile(r"`([^`]+)`")
+LINK = re.compile(r"\]\(([^)#\s]+)")
+UNIT = "GB/s|TFLOP/s|TOPS|GB|MB|ms|s|dB|%"
+FIGURE = re.compile(rf"(?<![\w.,-])(?:\d[\d,]*(?:\.\d+)? ?(?:{UNIT})(?![\w/])|\d\.\d{{3,}}(?![\w.]*\d))")
+OPERATORS = {"*": operator.mul, "/": operator.truediv, "+": operator.add, "-": operator.sub}
+STORED = ("wanfast", "benchmarks", "tests", "training", "docs", "constraints", ".ci")  # folders of the repository
+
+
+class Page:
+    """One document, taken apart."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.text = path.read_text(encoding="utf-8")
+        without_comments = COMMENT.sub("", self.text)
+        self.blocks = FENCE.findall(without_comments)  # (language, lines)
+        prose = FENCE.sub("", without_comments)
+        self.spans = [" ".join(span.split()) for span in SPAN.findall(prose)]
+        self.links = [link for link in LINK.findall(prose) if "://" not in link]
+        remarks = re.findall(r"#.*", "\n".join(body for _, body in self.blocks))
+        self.words = " ".join(" ".join([SPAN.sub("", prose), *remarks]).split())  # what is read as text
+
+    def figures(self) -> Iterator[tuple[str, str, str]]:
+        """(figure as written, its source, its path in that file or nothing) of each declaration."""
+        for comment in COMMENT.findall(self.text):
+            match = re.fullmatch(r"\s*figures (?:of|by) ([^:]+):(.*)", comment, re.DOTALL)
+            assert match or "figure" not in comment, comment
+            for item in filter(None, map(str.strip, re.split(r"[;\n]", match[2] if match else ""))):
+                figure, _, path = item.partition(" = ")
+                yield figure, match[1], path
+
+    def commands(self) -> Iterator[list[str]]:
+        """The words of each command; a code span of `wanfast generate` may leave out the image and the prompt."""
+        for line in (line for language, body in self.blocks if language == "sh" for line in _lines(body)):
+            yield from _split(line)
+        for span in self.spans:
+            if re.match(r"(wanfast|torchrun|make) |python (benchmarks/|-m )|[A-Z_]+=\S+ ", span):
+                for words in _split(span):
+                    has_video = words[:2] != ["wanfast", "generate"] or {"--image", "--jobs", "--from"} & {*words}
+                    yield words if has_video or len(words) == 2 else words + VIDEO
+
+
+def _lines(body: str) -> list[str]:
+    return [line for line in body.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def _split(line: str) -> Iterator[list[str]]:
+    for joins, words in itertools.groupby(shlex.split(line, comments=True), key="&&".__eq__):
+        if not joins:
+            yield list(itertools.dropwhile(re.compile(r"[A-Z_]+=").match, words))  # variables of the environment
+
+
+PAGES = [Page(path) for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))]
+CASES = {f"{page.path.name}: {shlex.join(words)}": words for page in PAGES for words in page.commands()}
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.path.name)
+
+
+@pytest.mark.parametrize("words", CASES.values(), ids=CASES)
+def test_a_command_is_one_that_its_program_takes(
+    words: list[str], wanfast: Wanfast, workdir: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, *arguments = words
+    if program == "wanfast" and arguments[0] == "generate" and arguments[1:]:
+        machine(8, 85)
+        _files_of_examples(workdir, wanfast)
+        outcome = wanfast(*arguments, "--dry-run")
+        assert outcome.exit_code == 0, outcome.err
+    elif program == "wanfast":
+        _parse_wanfast(*arguments)
+    elif program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in arguments if "=" not in word} <= {*targets, *TO_COME}
+    elif program == "torchrun":
+        assert arguments[0] == "--nproc-per-node"
+        _parse_script(monkeypatch, arguments[2:])
+    elif program == "python" and (arguments[0].startswith("benchmarks/") or arguments[1].startswith("wanfast")):
+        _parse_script(monkeypatch, arguments)
+    else:
+        assert program in ("pip", "python3", "."), f"nothing checks {program}"
+
+
+def _files_of_examples(workdir: Path, wanfast: Wanfast) -> None:
+    """The files that examples name: the repository's, a list of jobs, and the .json of an earlier video."""
+    (workdir / "wanfast").symlink_to(ROOT / "wanfast")
+    (workdir / "out").mkdir()
+    shutil.copy(ROOT / "wanfast/assets/examples/jobs.jsonl", "jobs.jsonl")
+    outcome = wanfast("generate", "--model", "tiny", *VIDEO, "--dry-run", "--json")
+    Path("cat.json").write_text(json.dumps(outcome.document | {"weights": None}))
+
+
+def _parse_wanfast(name: str, *arguments: str) -> None:
+    """Raises an error of Typer's. A name without options is a mention of the command."""
+    assert name in COMMANDS
+    if arguments:
+        COMMANDS[name].make_context(name, list(arguments))
+
+
+class _Parsed(Exception):  # noqa: N818  # no error: it ends the script once its options are parsed
+    """Holds the arguments that the script leaves to another program."""
+
+
+def _parse_script(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    """Runs a script up to its parser, which is argparse's."""
+    known = argparse.ArgumentParser.parse_known_args
+
+    def parse_known_args(self: argparse.ArgumentParser) -> None:
+        raise _Parsed(known(self)[1])
+
+    def parse_args(self: argparse.ArgumentParser) -> None:
+        if rest := known(self)[1]:
+            self.error(f"unrecognized arguments: {rest}")
+        raise _Parsed([])
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    is_module = arguments[0] == "-m"
+    monkeypatch.setattr(sys, "argv", arguments[is_module:])
+    with pytest.raises(_Parsed) as parsed:
+        if is_module:
+            runpy.run_module(arguments[1], run_name="__main__")
+        else:
+            runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+    if rest := parsed.value.args[0]:
+        _parse_wanfast("generate", *rest)
+
+
+@every_page
+def test_options_in_code_spans_exist(page: Page) -> None:
+    for span in page.spans:
+        if span.startswith("--"):
+            words = shlex.split(span)
+            assert set(words) <= OPTIONS or any(_takes(name, words) for name in COMMANDS), span
+
+
+def _takes(name: str, words: list[str]) -> bool:
+    try:
+        COMMANDS[name].make_context(name, list(words))  # which it empties
+    except typer.BadParameter.__base__ as error:  # Typer does not export it by name
+        return type(error).__name__ == "MissingParameter"  # the span says nothing of other options
+    return True
+
+
+@every_page
+def test_a_cited_file_exists(page: Page) -> None:
+    """Paths that begin with `+` are files to be made: only their folder, or the one above it, must be there."""
+    trees = [line.split()[0] for language, body in page.blocks if language != "sh" for line in _lines(body)]
+    has_rooms = (ROOT / "wanfast/runtime/facts").is_dir()
+    for cited in (*page.spans, *trees):
+        path = cited.removeprefix("+ ")
+        inside = path.partition("/")[0] in STORED and "/" in path and " " not in path
+        if (inside or re.fullmatch(r"[A-Z]+\.md|Makefile|pyproject\.toml", path)) and (
+            has_rooms or not path.startswith("wanfast/runtime/")
+        ):
+            is_new = cited.startswith("+ ")
+            assert any(ROOT.glob(path.rstrip("/"))) or (is_new and (ROOT / path).parents[1].is_dir()), cited
+    for link in page.links:
+        assert (page.path.parent / link).exists(), link
+
+
+@every_page
+def test_a_figure_is_in_its_file(page: Page) -> None:
+    for figure, source, path in page.figures():
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\w/]|\.\d)", page.words), f"{figure} is not in the text"
+        if path:
+            number = re.match(r"([\d,]+(?:\.(\d+))?)", figure)
+            assert number, figure
+            difference = abs(_value(source, path) - float(number[1].replace(",", "")))
+            assert difference <= 0.501 * 10.0 ** -len(number[2] or ""), (figure, _value(source, path))
+
+
+@every_page
+def test_a_number_with_a_unit_has_a_source(page: Page) -> None:
+    declared = {figure for figure, _, _ in page.figures()}
+    assert [figure for figure in FIGURE.findall(page.words) if figure not in declared] == []
+
+
+def _value(source: str, expression: str) -> float:
+    text = (ROOT / source).read_text()
+    document = [json.loads(line) for line in text.splitlines()] if source.endswith("l") else json.loads(text)
+    first, *rest = re.split(r" ([*/+-]) ", expression)
+    value = _operand(document, first)
+    for sign, other in zip(rest[::2], rest[1::2], strict=True):
+        value = OPERATORS[sign](value, _operand(document, other))
+    return value
+
+
+def _operand(document: Any, path: str) -> float:
+    if re.fullmatch(r"[\d.e]+", path):
+        return float(path)
+    return float(reduce(lambda at, key: at[int(key) if isinstance(at, list) else key], path.split("/"), document))
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
+def test_the_picture_is_drawn_from_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import waterfall
+
+    assert waterfall.picture() == (ROOT / "docs/waterfall.svg").read_text()
