@@ -475,7 +475,7 @@ def test_residuals_are_in_the_plan(wanfast: Wanfast, machine: Machine) -> None:
     [
         (["--steps", "1"], 2, "--steps 1: one step has none before it"),
         (["--quantize", "int8-weight-only"], 3, "run `wanfast quantize --model tiny --scheme int8-weight-only"),
-        (["--verify"], 2, "--verify is of what `wanfast quantize` keeps"),
+        (["--verify"], 2, "--verify reads what `wanfast quantize` stored"),
     ],
 )
 def test_a_calibration_that_cannot_be(

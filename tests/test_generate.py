@@ -299,7 +299,7 @@ def test_noise_is_drawn_where_asked(wanfast: Wanfast, monkeypatch: pytest.Monkey
     monkeypatch.setattr(plan, "default_device", lambda: "cuda")
     assert wanfast(*GOOD).exit_code == 0
     config = json.loads(Path("out.json").read_text())["effective"]
-    assert (devices, config["noise_device"]) == (["cpu"], "cpu")
+    assert (devices, config["video"]["noise_device"]) == (["cpu"], "cpu")
     # and on a GPU, tests/gpu makes a video with either
 
 

@@ -315,7 +315,7 @@ def test_a_host_that_pins_less_than_it_tells_loses_no_weight(
 
 @pytest.mark.parametrize(
     ("options", "moves"),
-    [({}, True), ({"compile_mode": "max-autotune"}, False), ({"dit_fsdp": "on"}, False)],
+    [({}, True), ({"compile": True, "compile_mode": "max-autotune"}, False), ({"dit_fsdp": "on"}, False)],
     ids=["plain", "graphs", "sharded"],
 )
 def test_weights_that_other_ranks_count_on_stay(
