@@ -1,9 +1,9 @@
-"""What MagCache saves and costs on the tiny model, by one command: `make tiny-magcache`.
+"""Measures what MagCache saves and costs on the tiny model, by one command: `make tiny-magcache`.
 
-Held-out pairs go through the pipeline without skipping and by every setting: the greedy rule at several thresholds, and
-for each of them the plan of the least accumulated error that skips as many forwards within the same limits. A video is
-compared with the one that skips nothing (PSNR, SSIM) and with the true clip, and followed by the tracker. Writes JSON
-and a plot of quality over the share that is skipped.
+Held-out pairs go through the pipeline without skipping and with every setting. A setting is the greedy rule at one
+threshold, or the least-error plan: it skips as many forwards within the same limits, with the least accumulated error.
+Each video is compared with the unskipped video (PSNR, SSIM) and with the true clip (PSNR), and the tracker classifies
+its motion. The command writes JSON and a plot of quality over the share of skipped forwards.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
 
 @dataclass(frozen=True)
 class Way:
-    """One setting's plan of one video."""
+    """Holds the plan of one setting for one video."""
 
     rule: MagCacheRule
     name: str
@@ -53,7 +53,7 @@ class Way:
 
 
 def ways(full: Plan, judge: Judge) -> list[Way]:
-    """Each setting greedily, and with the least error at equal cost."""
+    """Returns two ways for each setting: the greedy plan, and the least-error plan of equal cost."""
     found = []
     for rule, name in SETTINGS:
         settings = magcache_settings(name)
@@ -71,11 +71,11 @@ def ways(full: Plan, judge: Judge) -> list[Way]:
 
 @torch.inference_mode()
 def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
-    """A row for each way, and the first for none."""
+    """Returns the metrics of one held-out pair: first without skipping, then for each way."""
     scene, truth = judge.held_out(index)
     full = Plan.of(dataclasses.replace(judge.config, seed=index), judge.files.spec, (SIZE, SIZE))
     reference = judge.by_plan(judge.pipeline, full, scene.caption, truth[:, 0])
-    made = {tuple(full.skips): reference}  # plans that skip the same make the same video
+    made = {tuple(full.skips): reference}  # plans that skip the same forwards make the same video
     rows = []
     for way in (None, *ways(full, judge)):
         plan = way.plan if way else full
@@ -96,7 +96,7 @@ def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
 
 
 def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[str, Any]]:
-    """A row for each way over all pairs, the first for none."""
+    """Averages the rows of all pairs: first without skipping, then for each way."""
     full = Plan.of(judge.config, judge.files.spec, (SIZE, SIZE))
     found: list[dict[str, Any]] = []
     for number, way in enumerate((None, *ways(full, judge))):
@@ -120,7 +120,7 @@ def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[st
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """PSNR and SSIM against the video that skips nothing, and prompts followed, over the share skipped."""
+    """Plots PSNR and SSIM against the unskipped video, and prompt following, over the share of skipped forwards."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -128,7 +128,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         figure.subplots(1, 3),
         (
             ("psnr_unskipped", "PSNR to the unskipped video, dB"),
-            ("ssim_unskipped", "SSIM to it"),
+            ("ssim_unskipped", "SSIM to the unskipped video"),
             ("prompt_following", "prompts followed"),
         ),
         strict=True,
@@ -142,7 +142,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
                 )
                 if chosen:
                     axes.plot(*zip(*chosen, strict=True), mark, color=colour, label=f"{rule}, {kind}")
-        axes.set(xlabel="share of the forwards skipped", ylabel=label)
+        axes.set(xlabel="share of skipped forwards", ylabel=label)
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=110)
@@ -152,10 +152,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=None, help="JSON; a plot goes beside it")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
     options = parser.parse_args()
     if options.output is not None and find_spec("matplotlib") is None:
-        parser.error("--output draws a plot: pip install 'wanfast[quality]', or leave it out")
+        parser.error("--output draws a plot, which needs matplotlib: pip install 'wanfast[quality]', or omit --output")
     spec = model_files.locate("tiny", "artifacts").spec
     settings = Settings("tiny", spec.steps, spec.guidance_high_noise, "bf16")
     started = time.perf_counter()
