@@ -1,12 +1,12 @@
-"""The loop of a generation with MagCache against the same without: does a skipped forward cost anything?
+"""Measures what a skipped forward costs: times the loop of a generation with MagCache and without.
 
     python benchmarks/magcache.py                          # A14B's 40 layers, 40 steps, the area of 832x480, one GPU
     python benchmarks/magcache.py --steps 20 --rounds 2
-    python benchmarks/magcache.py --tiny                   # to see that it runs, on a CPU too
+    python benchmarks/magcache.py --tiny                   # a quick check, also on a CPU
 
-The pipeline's own loop, over one expert of random weights that stands for both. The plan is that of the published
-curve. What skipping costs is the ratio of the two times (medians) over the share of the forwards that are computed,
-less 1. The last line is one JSON document.
+The loop is the pipeline's own. One expert of random weights stands for both experts. The plan comes from the published
+curve. The cost of skipping is (ratio of the two median times) / (share of computed forwards) - 1. The last line is one
+JSON document.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def plans(options: argparse.Namespace, spec: Any) -> tuple[Plan, Plan]:
-    """Without and with skipping."""
+    """Returns the plan without skipping and the plan with skipping."""
     threshold, max_skips, retention = options.settings
     config = EffectiveConfig(
         model="a14b", image="", image_sha256="", prompt="", negative_prompt="", size=options.size, frames=spec.frames,

@@ -1,10 +1,10 @@
-"""The four products of a block by each way that multiplies 8 bits, and what quantizing its tokens takes.
+"""Times the four products of a block in bf16 and 8 bits, and the quantization of the block's tokens.
 
-    python benchmarks/products.py                 # A14B's at 75,600 tokens, one GPU
-    python benchmarks/products.py --torchao       # beside them torchao's own dynamic linears, compiled
-    python benchmarks/products.py --tiny          # to see that it runs, on a CPU too
+    python benchmarks/products.py                 # A14B's products at 75,600 tokens, one GPU
+    python benchmarks/products.py --torchao       # also torchao's own dynamic linears, compiled
+    python benchmarks/products.py --tiny          # a quick check, also on a CPU
 
-Ways are taken in turn and the median counts. Values are random. The last line is one JSON document.
+The ways run in turn, and the median is reported. Values are random. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def measure(spec: DiTSpec, num_tokens: int, rounds: int, with_torchao: bool) -> 
 
 
 def torchao_linears(weight: Tensor, bias: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Quantizing the tokens and the product, as torchao would have a model do it."""
+    """Returns torchao's compiled dynamic linears, which quantize the tokens and multiply."""
     schemes = {"torchao int8": Int8DynamicActivationInt8WeightConfig()}
-    if weight.is_cuda:  # its float8 refuses CPUs
+    if weight.is_cuda:  # torchao's float8 needs a GPU
         schemes["torchao float8"] = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     found = {}
     for name, scheme in schemes.items():
