@@ -35,6 +35,7 @@ from reference_style import ReferenceStyleBlock
 from spawned import on_ranks
 from torch import Tensor, nn
 
+from wanfast.quality.commit import commit
 from wanfast.runtime import hardware
 from wanfast.runtime.checkpoint import rename_back
 from wanfast.runtime.compilation import compile_blocks
@@ -142,7 +143,7 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.is_leader:
         tokens = inputs.rope.cos.shape[0]
         facts = {"layers": spec.num_layers, "tokens": tokens, "ranks": options.ranks, "mode": options.compile_mode}
-        found = {"hardware": hardware.describe(device), "versions": versions()}
+        found = {"commit": commit(), "hardware": hardware.describe(device), "versions": versions()}
         print(json.dumps({**facts, "ways": report, "profiles": tables, **found}), flush=True)
 
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import sparse_model
 from tests.counted_reads import counting
+from wanfast.quality.commit import commit
 from wanfast.runtime import builders, checkpoint, hardware, memory, metadata, model_files, quantize
 from wanfast.runtime.artifacts import ArtifactStore
 from wanfast.runtime.config import QuantizeConfig, Scheme
@@ -140,6 +141,7 @@ def _report(options: argparse.Namespace, figures: list[dict[str, Any]]) -> None:
         "seconds": seconds,
         "gb_per_s": read / 1e9 / seconds,
         "each_rank": figures,
+        "commit": commit(),
         "versions": metadata.versions(),
         "hardware": hardware.describe(options.device),
     }

@@ -22,6 +22,7 @@ import torch
 from random_expert import TINY, random_expert
 from torch import Tensor
 
+from wanfast.quality.commit import commit
 from wanfast.runtime import hardware
 from wanfast.runtime.attention_probe import Choice
 from wanfast.runtime.compilation import compile_blocks
@@ -111,8 +112,8 @@ def measure(options: argparse.Namespace) -> None:
     print(f"{ratio:.4f} of the time for {share:.4f} of the forwards: skipping costs {ratio / share - 1:+.2%}")
     facts = {"layers": dit.num_layers, "size": f"{g.width}x{g.height}", "frames": g.frames, "tokens": g.tokens}
     result = {"seconds": found, "ratio": round(ratio, 4), "share": round(share, 4), "cost": round(ratio / share - 1, 4)}
-    machine = {"kernel": options.kernel, "hardware": hardware.describe(device), "versions": versions()}
-    print(json.dumps({**facts, **result, "magcache": plan, **machine}))
+    machine = {"commit": commit(), "hardware": hardware.describe(device), "versions": versions()}
+    print(json.dumps({**facts, **result, "magcache": plan, "kernel": options.kernel, **machine}))
 
 
 def plans(options: argparse.Namespace, spec: Any) -> tuple[Plan, Plan]:

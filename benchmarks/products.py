@@ -25,6 +25,7 @@ from torchao.quantization import (
     quantize_,
 )
 
+from wanfast.quality.commit import commit
 from wanfast.runtime import hardware
 from wanfast.runtime.metadata import versions
 from wanfast.runtime.model_spec import A14B, DiTSpec
@@ -72,9 +73,8 @@ def measure(spec: DiTSpec, num_tokens: int, rounds: int, with_torchao: bool) -> 
                     row["difference_from_bf16"] = round(float((out.float() - exact).norm() / exact.norm()), 5)
             found[f"{name} {way}"] = row
             print(f"{name:6} {way:32} {row}", flush=True)
-    print(
-        json.dumps({"tokens": num_tokens, "ways": found, "hardware": hardware.describe(device), "versions": versions()})
-    )
+    machine = {"commit": commit(), "hardware": hardware.describe(device), "versions": versions()}
+    print(json.dumps({"tokens": num_tokens, "ways": found, **machine}))
 
 
 def torchao_linears(weight: Tensor, bias: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:

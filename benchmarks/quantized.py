@@ -23,6 +23,7 @@ from forward import Way
 from random_expert import TINY, Inputs, random_expert, random_inputs
 from torch import Tensor, nn
 
+from wanfast.quality.commit import commit
 from wanfast.runtime import hardware
 from wanfast.runtime.compilation import compile_blocks
 from wanfast.runtime.config import Scheme
@@ -87,7 +88,7 @@ def measure(options: argparse.Namespace) -> None:
     if options.profile:
         tables = {way.name: forward.profile_table(way.velocity, options.device) for way in ways}
     facts = {"layers": spec.num_layers, "tokens": inputs.rope.cos.shape[0], "kernel": options.kernel}
-    found = {"hardware": hardware.describe(options.device), "versions": versions()}
+    found = {"commit": commit(), "hardware": hardware.describe(options.device), "versions": versions()}
     print(json.dumps({**facts, "ways": rows, "profiles": tables, **found}), flush=True)
 
 

@@ -24,6 +24,7 @@ from einops import rearrange
 from random_expert import TINY, random_expert, random_inputs
 from torch import Tensor
 
+from wanfast.quality.commit import commit
 from wanfast.runtime import hardware
 from wanfast.runtime.distributed.cfg_parallel import BothBranches, CfgParallel
 from wanfast.runtime.distributed.ulysses import Ulysses
@@ -109,7 +110,7 @@ def measure(spec: DiTSpec, grid: tuple[int, int, int], device: str, rounds: int)
         print(name, report[name], flush=True)
     tokens = inputs.rope.cos.shape[0]
     facts = {"layers": spec.num_layers, "tokens": tokens, "rounds": rounds, "hardware": hardware.describe(device)}
-    print(json.dumps({**facts, "ways": report, "versions": versions()}), flush=True)
+    print(json.dumps({**facts, "ways": report, "commit": commit(), "versions": versions()}), flush=True)
 
 
 def timed(way: Callable[[], list[Tensor]], device: str) -> float:

@@ -29,6 +29,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from wanfast.quality.commit import commit
+
 COMMON = ("layers", "branches", "size", "frames", "attention", "compile_mode")
 STARTS = ("eager", "cold", "second", "received")
 
@@ -78,7 +82,7 @@ def _compare(options: argparse.Namespace, scratch: Path) -> None:
         way["ratio"] = round(way["first_s"] / cold["first_s"], 4)
         way["ratio_beyond_a_step"] = round((way["first_s"] - way["step_s"]) / (cold["first_s"] - cold["step_s"]), 4)
         print(f"{name:9} {way}", file=sys.stderr)
-    facts = {name: getattr(options, name) for name in COMMON}
+    facts = {name: getattr(options, name) for name in COMMON} | {"commit": commit()}
     kept = {name: found["warmup"][name] for name in ("bytes", "seconds", "hardware", "versions")}
     print(json.dumps({**facts, **{name: found[name] for name in STARTS}, "warmup": kept}))
 

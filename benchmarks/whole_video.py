@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import sparse_model
 from tests.parity import randomise
+from wanfast.quality.commit import commit
 from wanfast.runtime import checkpoint, hardware, metadata, model_files
 from wanfast.runtime.builders import build_vae
 from wanfast.runtime.checkpoint import Component
@@ -114,6 +115,7 @@ def _generate(folder: Path, scratch: Path, options: list[str]) -> dict[str, Any]
         "placement": made["plan"]["placement"],
         "size": [made["plan"][name] for name in ("width", "height", "frames")],
         "gpu_used_bytes": used,
+        "commit": commit(),
         "versions": metadata.versions(),
     }
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from wanfast.quality import metrics
+from wanfast.quality.commit import commit
 from wanfast.quality.tiny import Judge, Settings, judge_all, share_right
 from wanfast.quality.tracking import classify
 from wanfast.quality.world import COLOURS, SIZE
@@ -166,7 +167,7 @@ def main() -> None:
         right = f"{row['prompt_following']['right']} of {row['prompt_following']['of']} prompts"
         print(f"{row['settings']:30} {row['plan'] or '':12} {row['skipped_share']:6.1%} skipped: {quality}; {right}")
     seconds = round(time.perf_counter() - started, 1)
-    document = {"pairs": options.pairs, "rows": rows, "seconds": seconds, "versions": versions()}
+    document = {"pairs": options.pairs, "rows": rows, "seconds": seconds, "commit": commit(), "versions": versions()}
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(document, indent=1) + "\n")

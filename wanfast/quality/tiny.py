@@ -27,6 +27,7 @@ from torch import Tensor
 
 from wanfast.magcache_calib.recorder import Recorder
 from wanfast.quality import metrics
+from wanfast.quality.commit import commit
 from wanfast.quality.motions import MOTIONS
 from wanfast.quality.tracking import classify
 from wanfast.quality.world import COLOURS, FRAMES, SIZE, Renderer, Scene, draw_scene, moments_of_clip
@@ -266,6 +267,7 @@ def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float)
             if row["asked"] != row["shown"]
         ],
         "seconds": round(seconds, 1),
+        "commit": commit(),
         "versions": versions(),
     }
 
