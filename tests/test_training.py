@@ -114,8 +114,8 @@ def test_all_stages_run_and_a_stage_waits_for_those_before(
         except SystemExit as stop:
             return stop.code
 
-    assert "needs the whole of --stage vae" in str(call("--stage", "experts"))
-    assert "vae is not done yet" in str(call("--minutes", "0"))
+    assert "needs the finished --stage vae" in str(call("--stage", "experts"))
+    assert "--stage vae is not finished" in str(call("--minutes", "0"))
     assert call() is None
     assert model_files.locate(str(tmp_path / "tiny"), "artifacts").exists
 

@@ -1,4 +1,4 @@
-"""The tiny model's sizes: head dim 128 as in A14B, so that every kernel of the real model runs on it."""
+"""Defines the tiny model's sizes; head dim 128 equals A14B's, so that every kernel of the real model runs on it."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ SPEC = ModelSpec(
     shift_480p=None,
     guidance_high_noise=2.0,
     guidance_low_noise=2.0,
-    negative_prompt="",  # what captions are dropped to in training
+    negative_prompt="",  # in training, dropped captions become this text
 )
