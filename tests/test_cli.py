@@ -1,4 +1,4 @@
-"""The command line as a contract: its surface, its speed, its refusals. No video is made here."""
+"""Tests the command line as a contract: its surface, its speed, its refusals. No test here makes a video."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PACKAGE = Path(generate_command.__file__).parents[1]
 
 
 def test_the_surface_is_the_checked_in_one(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new flag is a conscious act: WANFAST_UPDATE_SURFACE=1 writes the file anew."""
+    """A new flag must be a conscious decision: WANFAST_UPDATE_SURFACE=1 writes the file again."""
     monkeypatch.setenv("COLUMNS", "100")
     pages = [
         wanfast(*command, "--help").out
@@ -81,7 +81,7 @@ def test_the_old_spelling_of_a_scheme_is_refused_with_the_new_one(wanfast: Wanfa
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EffectiveConfig)])
 def test_every_field_is_read_by_the_program(field: str) -> None:
-    """No flag that silently does nothing: each is read outside of the place that defines and fills it."""
+    """No flag is silently ignored: code outside the config reads each field."""
     sources = {path.name: path.read_text() for path in (PACKAGE / "runtime").rglob("*.py")}
     reads = {name for name, source in sources.items() if re.search(rf"\b(config|first)\.{field}\b", source)}
     assert reads - {"config.py"}, f"{field} is never read from an effective config"
@@ -125,7 +125,7 @@ assert not heavy, heavy
 
 
 def test_help_takes_less_than_half_a_second(workdir: Path) -> None:
-    """Of processor time: on a machine of its own that is the wall time, and here others run beside."""
+    """The limit is on processor time, because other processes share this machine."""
 
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -265,7 +265,7 @@ def test_guidance_of_one_needs_no_negative_prompt(wanfast: Wanfast) -> None:
     assert outcome.document["plan"]["forwards"] == 15 * 2 + 25
 
 
-def test_seeds_are_drawn_anew_and_said(wanfast: Wanfast) -> None:
+def test_every_run_draws_a_new_seed_and_reports_it(wanfast: Wanfast) -> None:
     seeds = {wanfast(*DRY).document["effective"]["seed"] for _ in range(3)}
     assert len(seeds) == 3
 

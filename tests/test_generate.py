@@ -1,4 +1,4 @@
-"""`wanfast generate` with the tiny model, all the way to the file: the same code path as A14B, on a CPU."""
+"""Tests `wanfast generate` with the tiny model up to the file: the same code path as A14B, on a CPU."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_from_reproduces_the_video_bit_for_bit(wanfast: Wanfast, workdir: Path) 
 
 
 def test_every_number_reaches_the_video(wanfast: Wanfast, workdir: Path) -> None:
-    """Each option that shapes the video, changed alone, changes it."""
+    """Each option that shapes the video changes it when only that option changes."""
     changes = {
         "plain": [],
         "prompt": ["--prompt", "a dog"],
@@ -131,7 +131,7 @@ def test_known_prompts_need_no_text_encoder(wanfast: Wanfast, monkeypatch: pytes
     assert wanfast(*GOOD).exit_code == 0
     monkeypatch.setattr(prompt_embeds, "build_umt5", lambda *a, **k: pytest.fail("UMT5 was loaded"))
     assert wanfast(*GOOD, "--output", "again.mp4").exit_code == 0
-    # in bf16 the embeddings differ from those in fp32: another key
+    # bf16 embeddings differ from fp32 ones, so the key is another one
     with pytest.raises(pytest.fail.Exception):
         wanfast(*GOOD, "--output", "fp32.mp4", "--precision", "fp32")
 
@@ -146,7 +146,7 @@ def test_lines_may_name_models_of_their_own(
     (workdir / "jobs.jsonl").write_text(f'{{"output": "a.mp4"}}\n{{"output": "b.mp4", "model": "{tiny_copy}"}}\n')
     assert wanfast(*GOOD, "--jobs", "jobs.jsonl").exit_code == 0
     assert sha256(workdir / "a.mp4") == sha256(workdir / "b.mp4")
-    assert events == ["forget_cuda_graphs", "free_memory", "prepare"] * 2  # before the models of each
+    assert events == ["forget_cuda_graphs", "free_memory", "prepare"] * 2  # before each job's models are loaded
     outcome = wanfast(*GOOD, "--jobs", "jobs.jsonl", "--num-gpus", "2", "--dry-run", "--json", "--overwrite")
     assert outcome.exit_code == 6 and "--model is one for the whole list" in outcome.document["results"][1]["error"]
 
@@ -241,7 +241,7 @@ def test_terminated_leaves_nothing_and_exits_143(workdir: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not list(workdir.glob("artifacts/runs/*/job.json")):  # the run has begun
+    while not list(workdir.glob("artifacts/runs/*/job.json")):  # until the run has begun
         time.sleep(0.05)
     process.terminate()
     _, err = process.communicate(timeout=30)
@@ -293,7 +293,7 @@ def test_noise_is_drawn_where_asked(wanfast: Wanfast, monkeypatch: pytest.Monkey
     assert wanfast(*GOOD).exit_code == 0
     config = json.loads(Path("out.json").read_text())["effective"]
     assert (devices, config["noise_device"]) == (["cpu"], "cpu")
-    # and on a GPU, tests/gpu makes a video with either
+    # on a GPU, tests/gpu makes a video with the noise of either device
 
 
 def test_the_boundary_is_the_models_own(wanfast: Wanfast, tiny_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +364,7 @@ def test_another_program_may_write_the_output_meanwhile(
     assert visible(workdir) == ["cat.png", "out.mp4"]
 
 
-def test_progress_tells_pace_and_time_left_however_slow_a_step(
+def test_progress_reports_pace_and_time_left_however_slow_a_step(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 100_000, 40))
