@@ -9,7 +9,7 @@ Every start is a fresh process. "cold" starts with empty caches. "second" finds 
 finds its Triton kernels in the cache. Weights are random.
 As in a generation, attention is probed and torch's compiler is imported while the weights are made. Then the clock
 starts. It stops when the first step is done, so that it covers loading the artifact, tracing, compiling and the step.
-Two more steps give the time of a step alone. `import_s` is the rest of the import after the weights were made. True
+Two more steps give the time of a single step. `import_s` is the rest of the import after the weights were made. True
 weights are read in seconds, which may hide the import. --tiny sets size, frames, attention and layers. The last line is
 one JSON document.
 """

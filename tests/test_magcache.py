@@ -140,8 +140,8 @@ def test_the_best_plan_is_no_worse_than_the_greedy_one(name: str, rule: MagCache
         assert better < -0.01  # so the two plans are not always the same
 
 
-# E012K2R20 with the published curve, interpolated: high noise | low noise; c computed, . skipped, p or n: only this
-# alone is computed. By low-noise-only, and by both-experts.
+# E012K2R20 with the published curve, interpolated: high noise | low noise. c: computed; .: skipped; p, n: only this
+# branch is computed. First by low-noise-only, then by both-experts.
 GOLDEN = {
     (20, 3.0): ("ccccc|ccc..c..c.c.ccc", "c..c.|cccp.np.c.c.ccc"),
     (20, 5.0): ("cccccccc|cc..c..c.ccc", "cp.np.np|ccp.np.c.ccc"),

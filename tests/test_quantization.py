@@ -229,9 +229,9 @@ def test_quantized_experts_are_offloaded_like_others(source: model_files.ModelFi
     for parameter in low.parameters():
         parameter.data = parameter.data.flip(0).contiguous()
     expected = {"high_noise": velocity(high), "low_noise": velocity(low)}
-    swapped = OffloadedExperts({"high_noise": high, "low_noise": low}, "cpu")
+    offloaded = OffloadedExperts({"high_noise": high, "low_noise": low}, "cpu")
     for name in ("high_noise", "low_noise", "high_noise"):
-        model, _ = swapped.take(name)
+        model, _ = offloaded.take(name)
         assert torch.equal(velocity(model), expected[name])
 
 
