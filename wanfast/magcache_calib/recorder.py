@@ -1,7 +1,7 @@
 """Defines a step cache that skips nothing and measures how residuals change from step to step.
 
-For each step and branch it measures, over all tokens, the mean of |r| / |r of the step before| (norms over the
-channels), the standard deviation ("spread") of this ratio, and the mean cosine distance of the two residuals. The first
+For each step, branch and token, the ratio is |r| / |r of the step before|, with norms over the channels. Measured are
+its mean and standard deviation ("spread") over all tokens, and the mean cosine distance of the two residuals. The first
 step has no measurement. The low-noise expert's first step is compared with the high-noise expert's last step, as in the
 published curves. Source: MagCache (arXiv 2506.09045) section 3.2.
 
