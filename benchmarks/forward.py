@@ -1,17 +1,17 @@
-"""One forward pass of one expert against diffusers', on the same weights in the same run.
+"""Compares one forward pass of one expert with that of diffusers, on the same weights in the same run.
 
     python benchmarks/forward.py                                  # A14B's 40 layers at 1280x720x81, one GPU
     python benchmarks/forward.py --grid 21 60 104                 # 832x480
-    python benchmarks/forward.py --ranks 2                        # the first kernel, alone and shared by two GPUs
-    python benchmarks/forward.py --tiny --layers 2                # to see that it runs, on a CPU too
+    python benchmarks/forward.py --ranks 2                        # the first kernel, on one GPU and shared by two
+    python benchmarks/forward.py --tiny --layers 2                # a quick check, also on a CPU
 
-Ways are taken in turn, so that the clock, which sinks under load, sinks for all; the median counts. Prints ms, TFLOP/s,
-the share of the bf16 peak, peak memory beyond the weights, and each one's error: the first layers against the same in
-float32. `diffusers` sends its text through every block's keys and values in every forward, which is how it works; we
-make them once a prompt. With --profile a table of where the time goes; with --reference a block against one in the
-original program's style; with --by-depth eager blocks of several depths on the streams that reach them. With --ranks
-the first kernel alone is timed, compiled, without diffusers and errors. --tiny sets grid, kernels and diffusers. The
-last line is one JSON document.
+The ways run in turn, so that the GPU's clock, which drops under load, affects them equally; the median is reported.
+Each row has ms, TFLOP/s, the share of the bf16 peak, peak memory beyond the weights, and a relative error. The error
+compares the way's first layers with the same layers in float32. By design, `diffusers` computes the text's keys and
+values in every block of every forward; we compute them once per prompt.
+--profile adds a table of where the time goes. --reference compares a block with one in the original program's style.
+--by-depth times eager blocks of several depths on the streams that reach them. --ranks times only the first kernel,
+compiled, without diffusers and errors. --tiny sets grid, kernels and diffusers. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ from wanfast.runtime.distributed.ranks import Ranks, rank_group
 from wanfast.runtime.engine.compilation import compile_blocks
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, DiTSpec
-from wanfast.runtime.machine.packages import versions
+from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.models.attention import WholeSequence, attention_by
 from wanfast.runtime.models.dit import Stream, TextKV, WanDiT
 from wanfast.runtime.weights.checkpoint import rename_back
 
-if TYPE_CHECKING:  # it is not needed with --diffusers none, nor with --ranks
+if TYPE_CHECKING:  # --diffusers none and --ranks run without diffusers
     from diffusers import WanTransformer3DModel
 
-PEAK_TFLOPS = 989  # dense bf16 of an H100 or H200, by its datasheet
+PEAK_TFLOPS = 989  # dense bf16 peak of an H100 or H200, from the datasheet
 DIFFUSERS_BACKENDS = {"flash": "_native_flash", "cudnn": "_native_cudnn", "math": "_native_math"}
 VelocityFn = Callable[[], Tensor]
 
 
 @dataclass
 class Way:
-    """One way to make a forward, and what was seen of it."""
+    """Holds one way to compute a forward, and its measurements."""
 
     name: str
     velocity: VelocityFn
-    blocks: nn.ModuleList  # of its model
+    blocks: nn.ModuleList  # the model's blocks
     rounds: int
     seconds: list[float] = field(default_factory=list)
     first_s: float = 0.0
@@ -72,19 +72,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=A14B.dit.num_layers)
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 90, 160), help="latent frames, height, width")
-    parser.add_argument("--kernels", default="fa3,cudnn", help="attention kernels of ours, the first with all rounds")
-    parser.add_argument("--diffusers", default="cudnn", help="its attention, or none")
-    parser.add_argument("--rounds", type=int, default=3, help="of the first kernel and of diffusers compiled")
-    parser.add_argument("--other-rounds", type=int, default=1, help="of all other ways")
-    parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True, help="also without compiling")
+    parser.add_argument("--kernels", default="fa3,cudnn", help="our attention kernels; --rounds applies to the first")
+    parser.add_argument("--diffusers", default="cudnn", help="diffusers' attention, or none")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of our first kernel, compiled, and of diffusers, compiled"
+    )
+    parser.add_argument("--other-rounds", type=int, default=1, help="rounds of all other ways")
+    parser.add_argument(
+        "--eager", action=argparse.BooleanOptionalAction, default=True, help="also run without compiling"
+    )
     parser.add_argument("--compile-mode", default="default")
     parser.add_argument("--error-layers", type=int, default=2, help="layers of the float32 reference; 0 for none")
     parser.add_argument(
-        "--reference", type=int, default=0, metavar="ROUNDS", help="time a block in the reference's style"
+        "--reference", type=int, default=0, metavar="ROUNDS", help="time a block in the reference style"
     )
-    parser.add_argument(
-        "--by-depth", type=int, default=0, metavar="ROUNDS", help="time blocks of several depths on what reaches them"
-    )
+    parser.add_argument("--by-depth", type=int, default=0, metavar="ROUNDS", help="time blocks of several depths")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--tiny", action="store_true")
@@ -92,9 +94,9 @@ def main() -> None:
     if options.tiny:
         options.grid, options.kernels, options.diffusers = (3, 6, 10), "flash,math", "math"
     if min(options.ranks, options.rounds, options.other_rounds, options.layers) < 1:
-        parser.error("--ranks, --rounds, --other-rounds and --layers are 1 or more")
+        parser.error("--ranks, --rounds, --other-rounds and --layers must be 1 or more")
     if options.ranks > 1 and (options.profile or options.reference or options.by_depth):
-        parser.error("--profile, --reference and --by-depth are of one GPU: drop them, or --ranks")
+        parser.error("--profile, --reference and --by-depth need one GPU: drop them, or drop --ranks")
     if options.ranks == 1:
         measure(options, Ranks("cuda" if torch.cuda.is_available() else "cpu"))
         return
@@ -140,12 +142,12 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.is_leader:
         tokens = inputs.rope.cos.shape[0]
         facts = {"layers": spec.num_layers, "tokens": tokens, "ranks": options.ranks, "mode": options.compile_mode}
-        found = {"hardware": hardware.describe(device), "versions": versions()}
+        found = {"commit": commit(), "hardware": hardware.describe(device), "versions": versions()}
         print(json.dumps({**facts, "ways": report, "profiles": tables, **found}), flush=True)
 
 
 def _own_ways(options: argparse.Namespace, model: WanDiT, inputs: Inputs) -> Iterator[Way]:
-    """Eager and compiled with each kernel: modules of their own, parameters in common."""
+    """Yields our model compiled and eager with each kernel: separate modules with shared parameters."""
     text = model.encode_text(inputs.texts[0])
     for index, kernel in enumerate(options.kernels.split(",")):
         for compiled in (True, False) if options.eager else (True,):
@@ -158,7 +160,7 @@ def _own_ways(options: argparse.Namespace, model: WanDiT, inputs: Inputs) -> Ite
 
 
 def _ways_of_ranks(options: argparse.Namespace, spec: DiTSpec, inputs: Inputs, ranks: Ranks) -> Iterator[Way]:
-    """The first kernel, compiled: one rank by itself, and all of them sharing the tokens."""
+    """Yields the first kernel, compiled: on one rank, and on all ranks with the tokens shared."""
     attend = attention_by(options.kernels.split(",")[0])
     for name, sequence in (("one", WholeSequence()), (f"ulysses {ranks.size}", ranks.sequence)):
         model = random_expert(spec, torch.bfloat16, ranks.device, sequence, attend)
@@ -204,7 +206,7 @@ def _diffusers_ways(options: argparse.Namespace, model: WanDiT, inputs: Inputs) 
 
 
 def _diffusers(model: WanDiT) -> WanTransformer3DModel:
-    """Its model with our parameters, in the dtypes that its own loading in bf16 gives them."""
+    """Returns diffusers' model with our parameters, in the dtypes of its own loading in bf16."""
     from diffusers import WanTransformer3DModel
 
     spec = model.spec
@@ -222,13 +224,13 @@ def _diffusers(model: WanDiT) -> WanTransformer3DModel:
         parameters[key] = tensor.float() if kept & set(key.split(".")) else tensor.bfloat16()
     theirs.load_state_dict(parameters, strict=True, assign=True)
     fresh = type(theirs.rope)(spec.head_dim, spec.patch_size, theirs.config.rope_max_seq_len)
-    theirs.rope = fresh.to(model.patch_embedding.weight.device)  # its tables were made on meta too
+    theirs.rope = fresh.to(model.patch_embedding.weight.device)  # the rotary tables were also made on meta
     return theirs.requires_grad_(False).eval()
 
 
 @contextmanager
 def first_layers(blocks: nn.ModuleList, layers: int) -> Iterator[None]:
-    """The model without its later blocks."""
+    """Removes all blocks after the first `layers` while the context is open."""
     every = list(blocks)
     del blocks[layers:]
     yield
@@ -236,7 +238,7 @@ def first_layers(blocks: nn.ModuleList, layers: int) -> Iterator[None]:
 
 
 def warm(way: Way, device: str) -> None:
-    """One layer: all of them are one graph, compiled at the first."""
+    """Runs one layer, which compiles the one graph that all layers share."""
     started = time.perf_counter()
     with first_layers(way.blocks, 1):
         way.velocity()
@@ -258,14 +260,14 @@ def timed(way: Way, device: str, ranks: Ranks) -> None:
 
 
 def _find_errors(ways: list[Way], model: WanDiT, layers: int, inputs: Inputs) -> None:
-    """Of each way's first layers against the same weights and inputs in float32."""
+    """Sets each way's relative error: its first layers against the same weights and inputs in float32."""
     with torch.device("meta"):
         exact = WanDiT(replace(model.spec, num_layers=layers), torch.float32, attend=exact_attention)
     known = model.state_dict()
     exact.load_state_dict({name: known[name].float() for name in exact.state_dict()}, assign=True)
     exact.requires_grad_(False)
     exact_convolution = torch.backends.cudnn.flags(allow_tf32=False)
-    with torch.inference_mode(False), torch.enable_grad(), exact_convolution:  # the formulas, and none of our kernels
+    with torch.inference_mode(False), torch.enable_grad(), exact_convolution:  # gradients disable our kernels
         expected = velocity_of(exact, inputs, exact.encode_text(inputs.texts[0]))().double()
     for way in ways:
         with first_layers(way.blocks, layers):
@@ -273,7 +275,7 @@ def _find_errors(ways: list[Way], model: WanDiT, layers: int, inputs: Inputs) ->
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The formula in float32, a head and 4096 queries at a time."""
+    """Computes attention by its formula in the inputs' dtype, one head and 4096 queries at a time."""
     out = torch.empty_like(q)
     for head in range(q.shape[2]):
         for queries in range(0, q.shape[1], 4096):
@@ -284,7 +286,7 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flop(spec: DiTSpec, tokens: int) -> float:
-    """Of one forward: projections and feed-forward, self-attention, cross-attention; without the text's own."""
+    """Returns the FLOP of one forward: projections, feed-forward, self- and cross-attention; no text projections."""
     linears = 2 * tokens * (6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim)
     attention = 4 * tokens * (tokens + spec.text_len) * spec.dim
     return spec.num_layers * (linears + attention)
@@ -310,7 +312,7 @@ def report_of(way: Way, spec: DiTSpec, inputs: Inputs, ranks: Ranks) -> dict[str
 
 
 def _block_against_reference(rounds: int, model: WanDiT, inputs: Inputs) -> dict[str, float]:
-    """Milliseconds of one block: in the reference's style with FlashAttention-2, and ours compiled."""
+    """Returns milliseconds of one block in the reference style with FlashAttention-2, and of our compiled block."""
     device = inputs.latent.device.type
     tokens, dim = inputs.rope.cos.shape[0], model.spec.dim
     ours = _twin(model, "fa3" if device == "cuda" else "flash")
@@ -331,9 +333,9 @@ def _block_against_reference(rounds: int, model: WanDiT, inputs: Inputs) -> dict
 
 
 def _by_depth(rounds: int, model: WanDiT, inputs: Inputs) -> dict[str, dict[str, float]]:
-    """Milliseconds of eager blocks on the streams that reach them, and how alike tokens there are: their mean cosine.
+    """Returns milliseconds of eager blocks on the streams that reach them, and the mean cosine of two tokens there.
 
-    At its power limit a GPU is the faster the less its bits change, and random weights make tokens alike.
+    At its power limit a GPU runs faster if fewer bits change, and random weights make the tokens similar.
     """
     last = len(model.blocks) - 1
     kept: dict[int, tuple[Any, ...]] = {}

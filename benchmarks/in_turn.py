@@ -1,4 +1,4 @@
-"""Ways timed in turn, so that the clock, which sinks under load, sinks for all."""
+"""Times ways in turn, so that the GPU's clock, which drops under load, affects them equally."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wanfast.runtime.device.timing import synchronize
 
 
 def medians(ways: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Seconds of each way, waited for; one more round before those that count warms."""
+    """Returns the median seconds of each way, with the device synchronised; one extra first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():

@@ -1,9 +1,9 @@
-"""How fast, and in how much memory, ranks load an expert of true size: `python benchmarks/loading.py --device cuda`.
+"""Measures time and memory of ranks that load an expert of true size: `python benchmarks/loading.py --device cuda`.
 
-The checkpoint is tests/sparse_model.py's: its values are holes, so no disk is read and no download is needed, while
-everything after the disk is the real thing: page cache, copies, casts, exchanges. Each rank is a fresh process, so that
-its peak memory is its own; what it holds is compared with the checkpoint's marks, but for what a scheme made of them.
-The last line is one JSON document.
+The checkpoint comes from tests/sparse_model.py. Its values are holes in files, so that no disk is read and no download
+is needed. Everything after the disk is real: page cache, copies, casts, exchanges. Each rank is a fresh process, so
+that its peak memory is its own. The loaded values are compared with the checkpoint's marks, except quantized ones. The
+last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.jobs import quantize
 from wanfast.runtime.machine import packages
+from wanfast.runtime.machine.packages import commit
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.quantized import QuantizedExpert
@@ -46,17 +47,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=A14B.dit.num_layers)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--ranks", type=int, default=1, help="processes that share the reading, a GPU each")
-    parser.add_argument("--fsdp", action="store_true", help="each rank keeps its own rows alone, of several ranks")
-    parser.add_argument("--scheme", choices=get_args(Scheme), help="quantize it first, and load what that kept")
-    parser.add_argument("--experts", type=int, choices=(1, 2), default=1, help="2 read the one file twice: of one size")
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is or will be; by default it does not stay")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that share the reading, one GPU each")
+    parser.add_argument("--fsdp", action="store_true", help="each rank keeps only its own rows; needs several ranks")
+    parser.add_argument("--scheme", choices=get_args(Scheme), help="quantize the expert first, and load the result")
+    parser.add_argument("--experts", type=int, choices=(1, 2), default=1, help="2 reads the same file twice")
+    parser.add_argument("--folder", type=Path, help="the checkpoint's folder, written if missing; temporary by default")
     options = parser.parse_args()
     if options.fsdp and options.scheme:
-        parser.error("--fsdp is of experts that are not quantized: drop one of the two")
+        parser.error("--fsdp needs unquantized experts: drop --fsdp or --scheme")
     if options.fsdp and options.ranks == 1:
-        parser.error("--fsdp shards among several ranks: add --ranks")
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:  # /tmp may be memory, where holes take room once read
+        parser.error("--fsdp needs several ranks: add --ranks")
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:  # /tmp may be memory, which holes occupy once read
         options.folder = options.folder or Path(scratch)
         if not (options.folder / "high_noise_model").exists():
             sparse_model.write(options.folder, dataclasses.replace(A14B.dit, num_layers=options.layers))
@@ -70,7 +71,7 @@ def main() -> None:
             )
             mp.start_processes(
                 _quantize, (wanted,), 1, start_method="spawn"
-            )  # children inherit a process's peak memory
+            )  # a process of its own, because children inherit peak memory
         on_ranks(_measure, options)
 
 
@@ -90,7 +91,7 @@ def _measure(options: argparse.Namespace) -> None:
 def _load(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     files = model_files.locate(str(options.folder), "artifacts")
     assert files.spec.dit.num_layers == options.layers, f"{options.folder} holds {files.spec.dit.num_layers} layers"
-    ranks.share(torch.zeros(1, device=ranks.device))  # all begin together, with contexts and connections made
+    ranks.share(torch.zeros(1, device=ranks.device))  # all ranks start together, after contexts and connections exist
     hardware.reset_peak_memory(options.device)
     read: list[int] = []
     checkpoint._SafetensorsReader.rows = counting(read)
@@ -105,11 +106,9 @@ def _load(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     peak_gpu = hardware.peak_memory_bytes("cuda") if options.device == "cuda" else None
-    # The marks are of values as they were published: what a scheme made of them is not looked at.
+    # The marks are unquantized values, so quantized ones are not checked.
     wrong = None if options.scheme else sparse_model.wrong_tensors(models[-1], ranks.rank, ranks.size)
-    peak_rss = hardware.peak_memory_bytes(
-        "cpu"
-    )  # after all values were looked at: some might not have been read before
+    peak_rss = hardware.peak_memory_bytes("cpu")  # after the check, which may be the first read of some values
     return {
         "seconds": seconds,
         "read_bytes": sum(read),
@@ -131,9 +130,9 @@ def _report(options: argparse.Namespace, figures: list[dict[str, Any]]) -> None:
     if options.device == "cuda":
         peaks.append(f"peak GPU {gb(max(rank['peak_gpu_bytes'] for rank in figures))}")
     print(f"{how}{', FSDP' if options.fsdp else ''}: {gb(read)} in {seconds:.1f} s, {read / 1e9 / seconds:.2f} GB/s")
-    print(f"{' and '.join(peaks)} a rank; the model is {gb(held)}")
+    print(f"{' and '.join(peaks)} per rank; the model is {gb(held)}")
     if options.scheme:
-        print("what a scheme made is not looked at: null in wrong_tensors")
+        print("quantized values are not checked: wrong_tensors is null")
     for rank, found in enumerate(figures):
         if found["wrong_tensors"]:
             print(f"rank {rank} holds wrong values in {len(found['wrong_tensors'])} tensors")
@@ -148,6 +147,7 @@ def _report(options: argparse.Namespace, figures: list[dict[str, Any]]) -> None:
         "seconds": seconds,
         "gb_per_s": read / 1e9 / seconds,
         "each_rank": figures,
+        "commit": commit(),
         "versions": packages.versions(),
         "hardware": hardware.describe(options.device),
     }

@@ -1,12 +1,12 @@
-"""The loop of a generation with MagCache against the same without: does a skipped forward cost anything?
+"""Measures what a skipped forward costs: times the loop of a generation with MagCache and without.
 
     python benchmarks/magcache.py                          # A14B's 40 layers, 40 steps, the area of 832x480, one GPU
     python benchmarks/magcache.py --steps 20 --rounds 2
-    python benchmarks/magcache.py --tiny                   # to see that it runs, on a CPU too
+    python benchmarks/magcache.py --tiny                   # a quick check, also on a CPU
 
-The pipeline's own loop, over one expert of random weights that stands for both. The plan is that of the published
-curve. What skipping costs is the ratio of the two times (medians) over the share of the forwards that are computed,
-less 1. The last line is one JSON document.
+The loop is the pipeline's own. One expert of random weights stands for both experts. The plan comes from the published
+curve. The cost of skipping is (ratio of the two median times) / (share of computed forwards) - 1. The last line is one
+JSON document.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from wanfast.runtime.engine.compilation import compile_blocks
 from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
 from wanfast.runtime.facts.choices import Branch, MagCacheRule
 from wanfast.runtime.facts.model_spec import A14B
-from wanfast.runtime.machine.packages import versions
+from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.sampling.magcache import ResidualCache, resample
@@ -112,12 +112,12 @@ def measure(options: argparse.Namespace) -> None:
     print(f"{ratio:.4f} of the time for {share:.4f} of the forwards: skipping costs {ratio / share - 1:+.2%}")
     facts = {"layers": dit.num_layers, "size": f"{g.width}x{g.height}", "frames": g.frames, "tokens": g.tokens}
     result = {"seconds": found, "ratio": round(ratio, 4), "share": round(share, 4), "cost": round(ratio / share - 1, 4)}
-    machine = {"kernel": options.kernel, "hardware": hardware.describe(device), "versions": versions()}
-    print(json.dumps({**facts, **result, "magcache": plan, **machine}))
+    machine = {"commit": commit(), "hardware": hardware.describe(device), "versions": versions()}
+    print(json.dumps({**facts, **result, "magcache": plan, "kernel": options.kernel, **machine}))
 
 
 def plans(options: argparse.Namespace, spec: Any) -> tuple[Plan, Plan]:
-    """Without and with skipping."""
+    """Returns the plan without skipping and the plan with skipping."""
     threshold, max_skips, retention = options.settings
     given = {
         "image": "none", "prompt": "none", "size": options.size, "steps": options.steps, "device": options.device,

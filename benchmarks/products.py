@@ -1,10 +1,10 @@
-"""The four products of a block by each way that multiplies 8 bits, and what quantizing its tokens takes.
+"""Times the four products of a block in bf16 and 8 bits, and the quantization of the block's tokens.
 
-    python benchmarks/products.py                 # A14B's at 75,600 tokens, one GPU
-    python benchmarks/products.py --torchao       # beside them torchao's own dynamic linears, compiled
-    python benchmarks/products.py --tiny          # to see that it runs, on a CPU too
+    python benchmarks/products.py                 # A14B's products at 75,600 tokens, one GPU
+    python benchmarks/products.py --torchao       # also torchao's own dynamic linears, compiled
+    python benchmarks/products.py --tiny          # a quick check, also on a CPU
 
-Ways are taken in turn and the median counts. Values are random. The last line is one JSON document.
+The ways run in turn, and the median is reported. Values are random. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torchao.quantization import (
 
 from wanfast.runtime.device import hardware
 from wanfast.runtime.facts.model_spec import A14B, DiTSpec
-from wanfast.runtime.machine.packages import versions
+from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.models.fused import quantize_tokens
 from wanfast.runtime.models.quantized import fp8_product, int8_product
 
@@ -72,15 +72,14 @@ def measure(spec: DiTSpec, num_tokens: int, rounds: int, with_torchao: bool) -> 
                     row["difference_from_bf16"] = round(float((out.float() - exact).norm() / exact.norm()), 5)
             found[f"{name} {way}"] = row
             print(f"{name:6} {way:32} {row}", flush=True)
-    print(
-        json.dumps({"tokens": num_tokens, "ways": found, "hardware": hardware.describe(device), "versions": versions()})
-    )
+    machine = {"commit": commit(), "hardware": hardware.describe(device), "versions": versions()}
+    print(json.dumps({"tokens": num_tokens, "ways": found, **machine}))
 
 
 def torchao_linears(weight: Tensor, bias: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Quantizing the tokens and the product, as torchao would have a model do it."""
+    """Returns torchao's compiled dynamic linears, which quantize the tokens and multiply."""
     schemes = {"torchao int8": Int8DynamicActivationInt8WeightConfig()}
-    if weight.is_cuda:  # its float8 refuses CPUs
+    if weight.is_cuda:  # torchao's float8 needs a GPU
         schemes["torchao float8"] = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     found = {}
     for name, scheme in schemes.items():

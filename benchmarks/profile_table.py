@@ -1,4 +1,4 @@
-"""Where a forward's time on the GPU goes: attention, linears, everything else, kernel by kernel."""
+"""Profiles a forward: the shares of attention, linears and everything else in its time, and the time of each kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-# Parts of kernels' names; attention first, since its kernels are matrix products too.
+# Parts of kernel names. Attention comes first, because its kernels can also match the linears' parts.
 GROUPS = {
     "attention": ("flash", "fmha", "sdpa", "FlashAttn", "attention"),
     "linears": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "_mm_", "addmm", "mm", "int8_product"),
@@ -16,7 +16,10 @@ GROUPS = {
 
 
 def profile_table(forward: Callable[[], object], device: str) -> dict[str, Any]:
-    """{"shares": {group: share of the time}, "kernels": [{"name", "ms", "calls", "share"}, ...]}, also on stderr."""
+    """Profiles one call and prints a table to stderr.
+
+    Returns {"shares": {group: share of the time}, "kernels": [{"name", "group", "ms", "calls", "share"}, ...]}.
+    """
     activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         forward()

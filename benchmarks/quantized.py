@@ -1,12 +1,12 @@
-"""One forward of one expert by each scheme of `wanfast quantize`, against our own in bf16, in the same run.
+"""Compares one forward of one expert by each scheme of `wanfast quantize` with bf16, in the same run.
 
     python benchmarks/quantized.py                                  # A14B's 40 layers at 1280x720x81, one GPU
-    python benchmarks/quantized.py --layers 3 --grid 2 32 32 --device cpu     # the errors alone, on any machine
-    python benchmarks/quantized.py --tiny                           # to see that it runs
+    python benchmarks/quantized.py --layers 3 --grid 2 32 32 --device cpu     # for the errors only, on any machine
+    python benchmarks/quantized.py --tiny                           # a quick check
 
-All schemes quantize the same random weights; ways are taken in turn and the median counts. The error of a layer is that
-of what it adds to the stream, against the same layer in float32 with the weights that were quantized, both given the
-stream of the bf16 model. The last line is one JSON document.
+All schemes quantize the same random weights. The ways run in turn, and the median is reported. A layer's error is the
+relative error of what it adds to the stream. The reference is the same layer in float32 with unquantized weights; both
+layers get the stream of the bf16 model. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.compilation import compile_blocks
 from wanfast.runtime.facts.choices import Scheme
 from wanfast.runtime.facts.model_spec import A14B, DiTSpec
-from wanfast.runtime.machine.packages import versions
+from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.dit import Stream, WanDiT
 from wanfast.runtime.models.quantized import QuantizedLinear
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--kernel", default=None, help="attention  [default: fa3 on a GPU, flash on a CPU]")
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--error-layers", type=int, default=3, help="their streams are kept, 1.5 GB each")
+    parser.add_argument("--error-layers", type=int, default=3, help="layers whose error is measured; each needs 1.5 GB")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true")
@@ -87,12 +87,12 @@ def measure(options: argparse.Namespace) -> None:
     if options.profile:
         tables = {way.name: forward.profile_table(way.velocity, options.device) for way in ways}
     facts = {"layers": spec.num_layers, "tokens": inputs.rope.cos.shape[0], "kernel": options.kernel}
-    found = {"hardware": hardware.describe(options.device), "versions": versions()}
+    found = {"commit": commit(), "hardware": hardware.describe(options.device), "versions": versions()}
     print(json.dumps({**facts, "ways": rows, "profiles": tables, **found}), flush=True)
 
 
 def quantized(exact: WanDiT, scheme: Scheme, kernel: str) -> WanDiT:
-    """The model with its linears quantized, all else its own."""
+    """Returns a copy of the model with quantized linears; it shares all other parameters."""
     with torch.device("meta"):
         model = WanDiT(exact.spec, torch.bfloat16, attend=attention_by(kernel))
         quantize_linears(model, scheme, torch.bfloat16)
@@ -106,8 +106,8 @@ def quantized(exact: WanDiT, scheme: Scheme, kernel: str) -> WanDiT:
 
 
 def _errors(models: dict[str, WanDiT], inputs: Inputs, layers: int) -> Iterator[tuple[str, list[float]]]:
-    """(model, the error of each of its first layers)."""
-    streams: list[tuple[Any, ...]] = []  # the arguments of each block
+    """Yields (model name, relative errors of its first layers)."""
+    streams: list[tuple[Any, ...]] = []  # each block's arguments
     exact = models["bf16"]
     text = exact.encode_text(inputs.texts[0])[:layers]
     with forward.first_layers(exact.blocks, layers):

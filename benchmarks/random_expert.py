@@ -1,4 +1,4 @@
-"""An expert of random weights and the inputs of a forward pass, for benchmarks: never zeros, always the same."""
+"""Makes an expert of random weights and a forward's inputs for benchmarks: seeded, and never zeros."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def random_expert(
     sequence: Sequence = WholeSequence(),  # noqa: B008
     attend: AttentionFn = attention,
 ) -> WanDiT:
-    """Products that keep the scale of what goes in. Every value is one of bf16, whatever the dtype that holds it."""
+    """Returns an expert whose products preserve their input's scale; every value is exact in bf16, for any `dtype`."""
     with torch.device("meta"):
         model = WanDiT(spec, dtype, sequence, attend)
     model.to_empty(device=device)
@@ -37,7 +37,7 @@ def random_expert(
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of one forward: latent [1, C, T, h, w], condition, timestep, text embeddings of two prompts, rotary tables."""
+    """Holds a forward's inputs: latent [1, C, T, h, w], condition, timestep, two text embeddings, rotary tables."""
 
     latent: Tensor
     condition: Tensor
@@ -50,7 +50,7 @@ class Inputs:
 
 
 def random_inputs(spec: DiTSpec, grid: tuple[int, int, int], device: str) -> Inputs:
-    """For a latent of `grid` (frames, height, width)."""
+    """Returns random inputs for a latent of size `grid` (frames, height, width)."""
     generator = torch.Generator(device).manual_seed(1)
 
     def normal(*shape: int) -> Tensor:

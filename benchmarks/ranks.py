@@ -1,11 +1,11 @@
-"""Seconds a step on two GPUs against one: Ulysses, in two orders of its exchanges, and guidance in parallel.
+"""Compares the seconds of a step on two GPUs and on one: Ulysses with two kinds of exchange, and parallel guidance.
 
     torchrun --nproc-per-node 2 benchmarks/ranks.py                     # A14B's shapes, 10 of its 40 layers
-    torchrun --nproc-per-node 2 benchmarks/ranks.py --tiny              # to see that it runs, on a CPU too
+    torchrun --nproc-per-node 2 benchmarks/ranks.py --tiny              # a quick check, also on a CPU
 
-One step is both branches of guidance. The ways are taken in turn, several rounds of them, and the median counts; all
-ranks wait for each other before and after. Weights and inputs are random. The layers that are left out would only
-bring the efficiency nearer to that of a layer. Prints the relative error against one rank; the last line is JSON.
+One step is both branches of guidance. The ways run in turn for several rounds, and the median is reported. All ranks
+wait for each other before and after each way. Weights and inputs are random. More layers would only move the efficiency
+closer to that of one layer. Prints the relative error against one rank; the last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from wanfast.runtime.device import hardware
 from wanfast.runtime.distributed.cfg_parallel import BothBranches, CfgParallel
 from wanfast.runtime.distributed.ulysses import Ulysses
 from wanfast.runtime.facts.model_spec import A14B, DiTSpec
-from wanfast.runtime.machine.packages import versions
+from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.models.attention import ProjectFn, Sequence, WholeSequence
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.dit import SelfAttention
@@ -36,7 +36,7 @@ from wanfast.runtime.models.dit import SelfAttention
 
 @dataclass(frozen=True)
 class Packed(Ulysses):
-    """One exchange of q, k and v together instead of three that overlap with the projections."""
+    """Exchanges q, k and v together once, instead of three times overlapped with the projections."""
 
     def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
         size = self.group.size()
@@ -88,7 +88,7 @@ def measure(spec: DiTSpec, grid: tuple[int, int, int], device: str, rounds: int)
         "ulysses packed": step(Packed(world), BothBranches()),
         "cfg": step(WholeSequence(), CfgParallel(world)),
     }
-    outputs = {name: way() for name, way in ways.items()}  # warm
+    outputs = {name: way() for name, way in ways.items()}  # warm up
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -109,7 +109,7 @@ def measure(spec: DiTSpec, grid: tuple[int, int, int], device: str, rounds: int)
         print(name, report[name], flush=True)
     tokens = inputs.rope.cos.shape[0]
     facts = {"layers": spec.num_layers, "tokens": tokens, "rounds": rounds, "hardware": hardware.describe(device)}
-    print(json.dumps({**facts, "ways": report, "versions": versions()}), flush=True)
+    print(json.dumps({**facts, "ways": report, "commit": commit(), "versions": versions()}), flush=True)
 
 
 def timed(way: Callable[[], list[Tensor]], device: str) -> float:

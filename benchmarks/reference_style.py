@@ -1,7 +1,8 @@
-"""A block in the manner of the original program, run eagerly: what the published times were measured with.
+"""Runs a block eagerly in the style of the original program, with which the published times were measured.
 
-Not its code, but its habits: the time embedding expanded to a row a token, modulation in float32 by that row, rotation
-as complex128 products, every projection under autocast, text keys and values anew in every layer, FlashAttention-2.
+This is not the original code. It copies these choices: the time embedding expanded to one row per token, modulation in
+float32 by that row, rotation as complex128 products, every projection under autocast, text keys and values computed in
+every layer of every forward, FlashAttention-2.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ State = dict[str, Tensor]
 
 
 class ReferenceStyleBlock:
-    """Runs with the weights of one of our blocks; `state` is its state dict."""
+    """Runs the reference style with the weights of one of our blocks; `state` is that block's state dict."""
 
     def __init__(self, block: Block, rope: RotaryTables) -> None:
         self.state: State = block.state_dict()
@@ -26,7 +27,10 @@ class ReferenceStyleBlock:
         self.rotation = torch.complex(rope.cos.double(), rope.sin.double())  # [L, 1, D/2]
 
     def __call__(self, x_BLd: Tensor, time_BL6d: Tensor, text_BSd: Tensor) -> Tensor:
-        """x [B, L, d] float32, the time embedding of every token [B, L, 6, d] float32, text [B, S, d] bf16."""
+        """Returns the stream [B, L, d] after the block.
+
+        x [B, L, d] float32, the time embedding of every token [B, L, 6, d] float32, text [B, S, d] bf16.
+        """
         device = x_BLd.device.type
         with torch.autocast(device, dtype=torch.bfloat16):
             rows = [row.squeeze(2) for row in (self.state["modulation"].unsqueeze(0) + time_BL6d).chunk(6, dim=2)]

@@ -1,4 +1,4 @@
-"""Ranks on this machine for a benchmark, each a fresh process with torchrun's environment."""
+"""Starts a benchmark's ranks on this machine, each a fresh process with torchrun's environment variables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 
 def on_ranks(work: Callable[[Namespace], None], options: Namespace) -> None:
-    """`work(options)` in `options.ranks` processes, to their end."""
+    """Runs `work(options)` in `options.ranks` processes and waits until all end."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     mp.start_processes(_rank, (work, options, port), options.ranks, start_method="spawn")

@@ -1,16 +1,17 @@
-"""Seconds to the first finished step: cold, after `wanfast warmup`, and on a machine that received only its artifact.
+"""Measures the seconds to the first finished step: cold, in a second process, and with only a warmup's artifact.
 
     python benchmarks/warm_start.py                                   # one GPU, A14B's shapes at 1280x720x81
     python benchmarks/warm_start.py --layers 10 --branches 1          # the work of one of eight GPUs in a step
-    python benchmarks/warm_start.py --tiny                            # to see that it runs, on a CPU too
+    python benchmarks/warm_start.py --tiny                            # a quick check, also on a CPU
 
-Every start is a fresh process: "cold" finds the caches empty; "second" finds what the cold one left on this machine;
-"received" finds other, empty caches and the artifact, which a `warmup` with caches of its own made; "eager" compiles
-nothing, and finds its Triton kernels in the cache. Weights are random. As in a generation, attention is probed, and
-torch's compiler imported while the weights are made, before the clock starts; it stops when the first step is done:
-loading the artifact, tracing, compiling and the step itself. What a step takes by itself is measured after it.
-`import_s` is what the import still took when the weights were there: random ones are made at once, true ones are read
-in seconds, which may hide it. --tiny sets size, frames, attention and layers. The last line is one JSON document.
+Every start is a fresh process. "cold" starts with empty caches. "second" finds the caches of the cold process.
+"received" finds empty caches and an artifact, which a `warmup` with separate caches made. "eager" compiles nothing and
+finds its Triton kernels in the cache. Weights are random.
+As in a generation, attention is probed and torch's compiler is imported while the weights are made. Then the clock
+starts. It stops when the first step is done, so that it covers loading the artifact, tracing, compiling and the step.
+Two more steps give the time of a single step. `import_s` is the rest of the import after the weights were made. True
+weights are read in seconds, which may hide the import. --tiny sets size, frames, attention and layers. The last line is
+one JSON document.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from wanfast.runtime.machine.packages import commit
+
 COMMON = ("layers", "branches", "size", "frames", "attention", "compile_mode")
 STARTS = ("eager", "cold", "second", "received")
 
@@ -35,7 +40,7 @@ STARTS = ("eager", "cold", "second", "received")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=40)
-    parser.add_argument("--branches", type=int, default=2, help="forwards of a step")
+    parser.add_argument("--branches", type=int, default=2, help="forwards per step")
     parser.add_argument("--size", default="1280x720")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--attention", default="fa3")
@@ -69,7 +74,7 @@ def _compare(options: argparse.Namespace, scratch: Path) -> None:
         "warmup": _run(scratch / "b", scratch / "artifacts", *warmup),
         "received": _run(scratch / "c", scratch / "artifacts", *start),
     }
-    assert found["received"]["compile_cache"] == Path(found["warmup"]["output"]).name, "the artifact was not taken"
+    assert found["received"]["compile_cache"] == Path(found["warmup"]["output"]).name, "the artifact was not used"
     assert found["cold"]["compile_cache"] is None
     cold = found["cold"]
     for name in STARTS:
@@ -77,13 +82,13 @@ def _compare(options: argparse.Namespace, scratch: Path) -> None:
         way["ratio"] = round(way["first_s"] / cold["first_s"], 4)
         way["ratio_beyond_a_step"] = round((way["first_s"] - way["step_s"]) / (cold["first_s"] - cold["step_s"]), 4)
         print(f"{name:9} {way}", file=sys.stderr)
-    facts = {name: getattr(options, name) for name in COMMON}
+    facts = {name: getattr(options, name) for name in COMMON} | {"commit": commit()}
     kept = {name: found["warmup"][name] for name in ("bytes", "seconds", "hardware", "versions")}
     print(json.dumps({**facts, **{name: found[name] for name in STARTS}, "warmup": kept}))
 
 
 def _run(caches: Path, artifacts: Path, *arguments: str) -> dict[str, Any]:
-    """The JSON of a fresh process's last line, with its own seconds from start to end."""
+    """Returns the JSON of a fresh process's last line, with the seconds of the whole process added."""
     environment = os.environ | {
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
@@ -97,7 +102,7 @@ def _run(caches: Path, artifacts: Path, *arguments: str) -> dict[str, Any]:
 
 
 def _start(options: argparse.Namespace) -> dict[str, Any]:
-    """One process: the first step from models that are loaded, and two more."""
+    """Measures, in one process, the first step after the models are loaded, and two more steps."""
     import torch
     from random_expert import random_expert, random_inputs
 

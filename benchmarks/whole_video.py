@@ -1,14 +1,14 @@
-"""One whole video at the A14B's size without its weights: does it fit, and what do loading and the VAE take?
+"""Makes one whole video at the A14B's size without its weights, to measure memory, loading and the VAE.
 
-    python benchmarks/whole_video.py --steps 2 --size 1280x720                       # what follows goes to `generate`
+    python benchmarks/whole_video.py --steps 2 --size 1280x720                       # other options go to `generate`
     python benchmarks/whole_video.py --steps 2 --size 1280x720 --expert-offload on
-    python benchmarks/whole_video.py --layers 1 --steps 2 --size 64x64 --frames 5 --device cpu   # to see that it runs
+    python benchmarks/whole_video.py --layers 1 --steps 2 --size 64x64 --frames 5 --device cpu   # a quick check
 
-The experts and the text encoder are holes, read as zeros from no disk; the VAE is random. So it shows what is held
-where and when, how long reading takes from the page cache at best, and how long the VAE works; not how long a step
-takes, since zeros ask little of a GPU. `gpu_used_bytes` is the most that the driver told of the first GPU while the
-video was made, asked twice a second; `vae_alone` is of the VAE in a process without experts. The last line is one JSON
-document.
+The files of the experts and the text encoder are holes, which read as zeros without a disk; the VAE's weights are
+random. The run shows whether the video fits, what is held where and when, the best reading time from the page cache,
+and the VAE's time. It does not show a step's time, because zeros cost a GPU less. `gpu_used_bytes` is the driver's
+largest figure for the first GPU during the run, sampled twice a second. `vae_alone` measures the VAE in a process
+without experts. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine import packages
 from wanfast.runtime.machine.gpus import expand_segments, visible_gpus
+from wanfast.runtime.machine.packages import commit
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
@@ -52,13 +53,13 @@ PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/cat.jpg"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=A14B.dit.num_layers, help="of the experts and the text encoder")
-    parser.add_argument("--folder", type=Path, help="where the model is or will be; by default it does not stay")
+    parser.add_argument("--layers", type=int, default=A14B.dit.num_layers, help="of each expert and, up to 24, of UMT5")
+    parser.add_argument("--folder", type=Path, help="the model's folder, written if missing; temporary by default")
     parser.add_argument("--vae-alone", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     options, others = parser.parse_known_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what is to be tidied up
-    expand_segments()  # torch reads it at its first use of a GPU
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:  # /tmp may be memory, where holes take room once read
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit through the clean-up
+    expand_segments()  # torch reads this setting at its first use of a GPU
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:  # /tmp may be memory, which holes occupy once read
         folder = options.folder or Path(scratch) / "model"
         if not folder.exists():
             write_model(folder, options.layers)
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 def write_model(folder: Path, layers: int) -> None:
-    """In the Diffusers layout, as `wanfast generate --model` takes it."""
+    """Writes the model in the Diffusers layout, as `wanfast generate --model` reads it."""
     spec = dataclasses.replace(
         A14B,
         dit=dataclasses.replace(A14B.dit, num_layers=layers),
@@ -111,19 +112,23 @@ def _generate(folder: Path, scratch: Path, options: list[str]) -> dict[str, Any]
         out.seek(0)
         lines = out.read().strip().splitlines()
     if process.returncode:
-        raise SystemExit(process.returncode)  # it said why
+        raise SystemExit(process.returncode)  # the process has printed its error
     made = json.loads(lines[-1])
     return {name: made[name] for name in FIGURES} | {
         "placement": made["plan"]["placement"],
         "size": [made["plan"][name] for name in ("width", "height", "frames")],
         "gpu_used_bytes": used,
+        "commit": commit(),
         "versions": packages.versions(),
     }
 
 
 @torch.inference_mode()
 def _vae_alone(folder: Path, size: list[int]) -> dict[str, dict[str, float]]:
-    """Seconds of two calls, after one that starts cuDNN, and what torch held and reserved beside weights and input."""
+    """Returns the seconds of two calls, after one that starts cuDNN, and torch's peak memory.
+
+    The peaks (held and reserved) exclude weights and input.
+    """
     files = model_files.locate(str(folder), "")
     hardware.prepare("cuda", "bf16", None)
     vae, (width, height, frames) = build_vae(files, "cuda"), size
@@ -146,7 +151,7 @@ def _vae_alone(folder: Path, size: list[int]) -> dict[str, dict[str, float]]:
 
 
 def _gpu_used_bytes() -> int:
-    """0 where there is none."""
+    """Returns the used memory of the first GPU; 0 without a GPU."""
     return sum(gpu.total_bytes - gpu.free_bytes for gpu in visible_gpus()[:1])
 
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: a picture, a working folder, and the command line run in this process."""
+"""Defines shared fixtures: a picture, a working folder, and the command line run in this process."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from wanfast.runtime.planning import placement
 from wanfast.runtime.weights import checkpoint
 
 if torch.version.cuda is None:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels run on a CPU, slowly
-torch.set_num_threads(1)  # the suite runs on as many processes as there are cores
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this at import and then interprets its kernels on a CPU, slowly
+torch.set_num_threads(1)  # the suite runs as many processes as there are cores
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command line left behind."""
+    """Holds what a command line returned and printed."""
 
     exit_code: int
     out: str
@@ -36,13 +36,13 @@ class Outcome:
 
     @property
     def document(self) -> dict[str, Any]:
-        """The JSON of the last line of stdout."""
+        """Returns the JSON of the last line of stdout."""
         return json.loads(self.out.strip().splitlines()[-1])
 
 
 @pytest.fixture
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder with a picture `cat.png` in it, and artifacts kept inside."""
+    """Changes into an empty folder with a picture `cat.png`; artifacts are stored inside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WANFAST_ARTIFACTS", raising=False)
     picture = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
@@ -57,7 +57,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the bytes of every piece that is read of safetensors, in this process."""
+    """Returns a list that grows by the bytes of every piece that this process reads from safetensors files."""
     found: list[int] = []
     monkeypatch.setattr(checkpoint._SafetensorsReader, "rows", counting(found))
     return found
@@ -65,7 +65,7 @@ def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def wanfast(workdir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """`wanfast(*arguments)` in the working folder."""
+    """Returns `wanfast(*arguments)`, which runs the command line in the working folder."""
 
     def run(*arguments: str) -> Outcome:
         with pytest.raises(SystemExit) as stop:
@@ -81,7 +81,10 @@ Machine = Callable[..., None]
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """`machine(count, gigabytes)`: so many GPUs with so much memory free, on a host with enough or as much as said."""
+    """Returns `machine(count, gigabytes)`, which simulates GPUs with this much free memory.
+
+    The host has enough memory, or `host_gb`.
+    """
 
     def set_up(count: int, gigabytes: float, host_gb: float = 500) -> None:
         monkeypatch.setattr(host, "available_host_bytes", lambda: int(host_gb * 1e9))

@@ -1,4 +1,4 @@
-"""Counts what is read of safetensors."""
+"""Counts the bytes that are read from safetensors files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RowsFn = Callable[[_SafetensorsReader, str, int, int], Tensor]
 
 
 def counting(found: list[int]) -> RowsFn:
-    """The reader's `rows`, by which `found` grows by the bytes of every piece; to be put in its place."""
+    """Returns a replacement of the reader's `rows`, which adds the bytes of every piece to `found`."""
     rows = _SafetensorsReader.rows
 
     def counted(self: _SafetensorsReader, key: str, first: int, end: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Work on the ranks of a rank group: real processes over gloo, forked, which takes a tenth of a second."""
+"""Runs work on the ranks of a rank group: real processes over gloo, forked, which takes a tenth of a second."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def on_ranks(mesh: Mesh, work: Callable[[Ranks], T], timeout_s: float = 60) -> list[T]:
-    """What `work` returns on each rank."""
+    """Returns what `work` returns on each rank."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
 

@@ -1,4 +1,4 @@
-"""One expert of random weights in the original layout, and a forward pass of it."""
+"""Makes one expert of random weights in the original layout, and runs a forward pass of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from wanfast.runtime.weights import checkpoint
 
 
 def write_expert(root: Path, spec: DiTSpec) -> model_files.ModelFiles:
-    """The high-noise expert in float32."""
+    """Writes the high-noise expert in float32."""
     model = WanDiT(spec, torch.float32)
     randomise(model, seed=1)
     folder = root / "high_noise_model"
@@ -28,7 +28,7 @@ def write_expert(root: Path, spec: DiTSpec) -> model_files.ModelFiles:
 
 
 def velocity(model: WanDiT, latent: tuple[int, int, int] = (2, 4, 8), device: str = "cpu") -> Tensor:
-    """Of a latent of that many frames, rows and columns."""
+    """Returns the velocity of a random latent of this many frames, rows and columns."""
     generator = torch.Generator(device).manual_seed(2)
 
     def normal(*shape: int) -> Tensor:

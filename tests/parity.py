@@ -1,4 +1,4 @@
-"""What the parity tests share: random weights for every parameter, and the errors that they print."""
+"""Holds what the parity tests share: random weights for every parameter, and errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wanfast.quality.metrics import psnr
 
 
 def randomise(module: nn.Module, seed: int) -> None:
-    """Draw EVERY parameter, also those that are born zero or one: a default would hide a swapped or unused tensor.
+    """Draws EVERY parameter, because a default of zero or one would hide an exchanged or unused tensor.
 
     Matrices keep the scale of their fan-in, vectors of norms stay near one, tables and biases are about 0.3.
     """
@@ -30,12 +30,12 @@ def randomise(module: nn.Module, seed: int) -> None:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """||got - expected|| / ||expected|| in float64; NaN never passes a bound."""
+    """Returns ||got - expected|| / ||expected|| in float64; NaN never passes a bound."""
     difference = got.double() - expected.double()
     return float(difference.norm() / expected.double().norm())
 
 
 def likeness(got: Path | str, expected: Path | str) -> float:
-    """PSNR of one mp4 to another, in dB."""
+    """Returns the PSNR of one mp4 to another, in dB."""
     one, two = (torch.from_numpy(iio.imread(file, plugin="pyav")).movedim(-1, 0) for file in (got, expected))
     return psnr(one / 127.5 - 1, two / 127.5 - 1)

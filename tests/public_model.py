@@ -1,4 +1,4 @@
-"""A small model written by the public libraries themselves, in the layout of the published Diffusers repository."""
+"""Writes a small model with the public libraries, in the layout of the published Diffusers repository."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wanfast.runtime.store.model_files import TINY
 
 
 def transformer(seed: int) -> WanTransformer3DModel:
-    """WAN_SPEC's test size: the two experts differ by their seed."""
+    """Returns an expert of WAN_SPEC's test size; the two experts differ by their seed."""
     model = WanTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=24,
@@ -54,7 +54,7 @@ def pipeline() -> WanImageToVideoPipeline:
 
 
 def save_diffusers(folder: Path) -> WanImageToVideoPipeline:
-    """Write the model and return the pipeline that wrote it."""
+    """Writes the model and returns the pipeline that wrote it."""
     torch.manual_seed(0)
     public = pipeline()
     public.save_pretrained(folder)

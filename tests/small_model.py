@@ -1,4 +1,4 @@
-"""A small random model with eight heads, in the Diffusers layout: every mesh of up to eight ranks fits it."""
+"""Writes a small random model with eight heads, in the Diffusers layout: every mesh of up to eight ranks fits it."""
 
 from __future__ import annotations
 
@@ -55,6 +55,6 @@ def plan_small_model(folder: Path, **options: object) -> tuple[Plan, ModelFiles]
 
 
 def blank_inputs(plan: Plan, files: ModelFiles) -> tuple[Tensor, dict[Branch, Tensor]]:
-    """A pipeline's image and text: grey, and random."""
+    """Returns a pipeline's inputs: a grey image and random text embeddings."""
     image = torch.zeros(3, plan.geometry.height, plan.geometry.width)
     return image, {branch: torch.randn(4, files.spec.dit.text_dim) for branch in BRANCHES}

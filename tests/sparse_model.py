@@ -1,7 +1,7 @@
-"""An expert's checkpoint of true names, shapes and dtype whose values are holes: much to read, next to nothing on disk.
+"""Writes an expert's checkpoint of true names, shapes and dtype with holes as values: it takes almost no disk space.
 
-Holes read as zeros, so a few values of every tensor are marks: each different, exact in bf16, at rows that end or begin
-a quarter. Whoever loads the checkpoint holds exactly the marks of the rows that are his, or something went wrong.
+Holes read as zeros, so a few values of every tensor are marks. Each mark is different and exact in bf16, and lies in a
+row that ends or begins a quarter. A correct loader holds exactly the marks of its rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Shapes = dict[str, torch.Size]
 
 
 def write(folder: Path, spec: DiTSpec, shard_bytes: int = _SHARD_BYTES) -> None:
-    """The high-noise expert in fp32, in the original layout."""
+    """Writes the high-noise expert in fp32, in the original layout."""
     shapes = _shapes(spec)
     target = folder / "high_noise_model"
     target.mkdir(parents=True)
@@ -45,19 +45,19 @@ def write(folder: Path, spec: DiTSpec, shard_bytes: int = _SHARD_BYTES) -> None:
 
 
 def num_bytes(spec: DiTSpec) -> int:
-    """Of the checkpoint's tensors."""
+    """Returns the bytes of the checkpoint's tensors."""
     return sum(map(_bytes, _shapes(spec).values()))
 
 
 def wrong_tensors(model: WanDiT, rank: int = 0, ranks: int = 1) -> list[str]:
-    """The tensors that do not hold exactly their marks: all, or where sharded those of this rank's rows."""
+    """Returns the tensors that do not hold exactly their marks; of sharded tensors, this rank's rows are checked."""
     held = model.state_dict()
     marks = _marks(_shapes(model.spec))
     wrong = []
     for name, tensor in held.items():
         rows, own = range(tensor.shape[0]), tensor
         if isinstance(tensor, DTensor):
-            share = -(-len(rows) // ranks)  # as torch.chunk deals them: the last ranks may hold fewer, or none
+            share = -(-len(rows) // ranks)  # like torch.chunk: the last ranks may hold fewer rows, or none
             rows, own = rows[rank * share :][:share], tensor.to_local()
         expected = {(row - rows.start, column): value for row, column, value in marks[name] if row in rows}
         if own.shape != (len(rows), *tensor.shape[1:]) or _nonzeros(own) != expected:
@@ -66,7 +66,7 @@ def wrong_tensors(model: WanDiT, rank: int = 0, ranks: int = 1) -> list[str]:
 
 
 def _nonzeros(tensor: Tensor) -> dict[tuple[int, int], float]:
-    """{(row, position in the row): value}, found by whole words where they fit: four times as fast."""
+    """Returns {(row, position in the row): value}; comparing whole words where possible is four times as fast."""
     flat = tensor.flatten()
     values_a_word = 8 // flat.itemsize
     if flat.numel() % values_a_word:
@@ -80,7 +80,7 @@ def _nonzeros(tensor: Tensor) -> dict[tuple[int, int], float]:
 
 
 def _marks(shapes: Shapes) -> dict[str, list[tuple[int, int, float]]]:
-    """(row along dim 0, position in the row, value) of every mark."""
+    """Returns (row along dim 0, position in the row, value) of every mark."""
     patterns: Iterator[int] = iter(range(_FIRST_MARK, 0x7F80))
     marks = {}
     for name, shape in shapes.items():
@@ -114,13 +114,13 @@ def _write_shard(stream: BinaryIO, shard: Shapes, marks: dict[str, list[tuple[in
 
 
 def write_holes(stream: BinaryIO, shapes: Shapes) -> dict[str, int]:
-    """A whole safetensors file in fp32, and where in it each tensor begins."""
+    """Writes a whole safetensors file in fp32 and returns each tensor's position in it."""
     header, starts, end = {}, {}, 0
     for name, shape in shapes.items():
         starts[name], end = end, end + _bytes(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [starts[name], end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # as the format's own writer aligns the values
+    text += b" " * (-len(text) % 8)  # the format's own writer aligns the values like this
     stream.write(struct.pack("<Q", len(text)) + text)
     values = stream.tell()
     stream.truncate(values + end)
@@ -137,6 +137,6 @@ def _shapes(spec: DiTSpec) -> Shapes:
 
 
 def config(spec: DiTSpec) -> dict[str, object]:
-    """The original layout's names of the sizes."""
+    """Returns the sizes under the original layout's names."""
     same = ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "text_dim", "text_len", "eps")
     return {name: getattr(spec, name) for name in same} | {"in_dim": spec.in_channels, "out_dim": spec.out_channels}

@@ -1,4 +1,4 @@
-"""The store: published whole and once, found by content, refused when changed."""
+"""Tests the store: artifacts are published whole and once, found by content, and refused when changed."""
 
 from __future__ import annotations
 

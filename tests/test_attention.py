@@ -1,4 +1,4 @@
-"""The attention kernels: each against the formula, the choice among them, and a compiled block that stays one graph."""
+"""Tests the attention kernels: each against the formula, the choice among them, and one graph per compiled block."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_kernels_equal_the_formula(kernel: str, lengths: tuple[int, int]) -> Non
     q = torch.randn(2, queries, 3, 32, generator=generator)
     k, v = (torch.randn(2, keys, 3, 32, generator=generator) for _ in "kv")
     expected = attention_probe._formula(q.double(), k.double(), v.double())
-    assert attention_by(kernel)(q, k, v).is_contiguous()  # as the compiler is told
+    assert attention_by(kernel)(q, k, v).is_contiguous()  # the compiler assumes this
     for out in (attention_by(kernel)(q, k, v), attention(q, k, v)):
         assert relative_error(out, expected) <= 1e-6
         assert out.shape == q.shape
@@ -62,7 +62,7 @@ def velocity(model: WanDiT, frames: int = 2) -> torch.Tensor:
 
 @pytest.fixture
 def modes(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
-    """Those that blocks are compiled in, now without Inductor."""
+    """Records the modes in which blocks are compiled, now without Inductor."""
     asked, compile_ = [], torch.nn.Module.compile
 
     def traced(module: torch.nn.Module, *, mode: str | None, **options: object) -> None:
@@ -83,7 +83,7 @@ def test_blocks_are_compiled_for_one_shape_in_the_mode_that_is_asked_for(modes: 
     assert modes == ["max-autotune"] * SPEC.num_layers
     compile_blocks(model, "default")
     assert modes[SPEC.num_layers :] == [None] * SPEC.num_layers
-    for frames in range(1, 11):  # more than torch would take by itself
+    for frames in range(1, 11):  # more recompilations than torch allows by default
         velocity(model, frames)
         velocity(model, frames)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames
@@ -136,7 +136,7 @@ def test_any_kernel_leaves_a_compiled_block_one_graph() -> None:
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False, backend=counting)
         assert relative_error(velocity(model), expected) <= 1e-6
-        assert len(graphs) == 1  # for all three blocks
+        assert len(graphs) == 1  # one graph for all three blocks
         called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
         assert sum("wanfast.attention" in target for target in called) == 2  # self- and cross-attention
 
@@ -185,7 +185,7 @@ def test_a_kernel_that_one_rank_lacks_is_refused_on_all() -> None:
     def agreed(ranks: Ranks) -> str:
         if ranks.rank == 1:
             broken = attention_kernels.Kernel(lambda q, k, v: v)
-            attention_kernels.KERNELS["flash"] = broken  # of a process of its own
+            attention_kernels.KERNELS["flash"] = broken  # only in this rank's process
         try:
             return attention_probe.agree("auto", ranks, torch.float32, 24).kernel
         except ConfigError as error:
@@ -198,7 +198,7 @@ def test_a_kernel_that_one_rank_lacks_is_refused_on_all() -> None:
 
 
 def test_flash_attention_3_may_be_built_by_oneself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The authors' own source makes another module than the package does; older versions of it give a tuple."""
+    """A build from the authors' source has another module name, and its older versions return a tuple."""
     assert attention_probe.probe("fa3", "cpu").state == "not installed"
     monkeypatch.setattr(attention_kernels, "_is_there", lambda module: module == "flash_attn_interface")
     for as_tuple in (False, True):
@@ -251,7 +251,7 @@ def test_what_ran_is_recorded_and_runs_again(wanfast: Wanfast, workdir: Path) ->
 def test_a_kernel_that_is_not_there_is_refused(
     wanfast: Wanfast, workdir: Path, machine: Machine, kernel: str, device: str, words: str
 ) -> None:
-    """In the plan, before anything runs."""
+    """The kernel is refused in the plan, before anything runs."""
     machine(1, 84)
     asked = (*GOOD, "--attention", kernel, "--device", device)
     outcome = wanfast(*asked)
@@ -265,7 +265,7 @@ def test_a_kernel_that_is_not_there_is_refused(
 def test_compiled_blocks_give_what_eager_ones_give(
     wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
-    """By Inductor, both experts, and on two ranks that exchange tokens inside the graph."""
+    """Inductor compiles both experts, also on two ranks that exchange tokens inside the graph."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workdir / "inductor"))
     torch._dynamo.reset()
     options = ("--precision", "fp32", "--num-gpus", str(ranks), "--cfg-parallel", "1", "--ulysses", str(ranks))

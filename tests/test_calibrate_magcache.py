@@ -1,4 +1,4 @@
-"""`wanfast calibrate-magcache`, and the options of `generate` that skip by what it keeps."""
+"""Tests `wanfast calibrate-magcache`, and the options of `generate` that use the stored curve."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DRY = (*GENERATE, "--dry-run")
 
 @pytest.fixture
 def folder(workdir: Path) -> Path:
-    """A set of two clips."""
+    """Writes a set of two clips."""
     (workdir / "set").mkdir()
     shutil.copy("cat.png", "set/a.png")
     lines = [{"image": "a.png", "prompt": "a cat jumps"}, {"image": "a.png", "prompt": "a cat sleeps"}]
@@ -46,7 +46,7 @@ def folder(workdir: Path) -> Path:
     return workdir / "set"
 
 
-def test_a_curve_is_measured_kept_and_skipped_by(wanfast: Wanfast, folder: Path) -> None:
+def test_a_curve_is_measured_stored_and_used(wanfast: Wanfast, folder: Path) -> None:
     outcome = wanfast(*CALIBRATE)
     assert outcome.exit_code == 0, outcome.err
     found = outcome.document
@@ -56,7 +56,7 @@ def test_a_curve_is_measured_kept_and_skipped_by(wanfast: Wanfast, folder: Path)
     assert found["clips"] == 2 and len(found["ratios"]) == 6 and found["ratios"][0] == [1.0, 1.0]
     assert all(0.3 < ratio < 1.5 for row in found["ratios"][1:] for ratio in row)
     assert all(0 < spread < 1 for row in found["spread"][1:] for spread in row)
-    assert found["preset"] is None  # which has other steps
+    assert found["preset"] is None  # because the preset has other steps
     assert json.loads((artifact / "ratios.json").read_text())["ratios"] == found["ratios"]
 
     again = wanfast(*CALIBRATE)
@@ -95,12 +95,12 @@ def test_a_run_that_was_cut_off_goes_on(wanfast: Wanfast, folder: Path, monkeypa
     monkeypatch.setattr(calibrate, "measure", lambda index, *a: made.append(index) or measure(index, *a))
     outcome = wanfast(*CALIBRATE)
     assert "1 of 2 clips were measured before" in outcome.err
-    assert made == [0, 0]  # one in each run
+    assert made == [0, 0]  # one clip in each run
     assert outcome.document["ratios"] == whole
 
 
 def test_any_number_of_ranks_measures_the_same(wanfast: Wanfast, folder: Path) -> None:
-    """18 tokens, which 4 ranks do not divide."""
+    """The clips have 18 tokens, which 4 ranks do not divide."""
     Image.linear_gradient("L").resize((48, 48)).convert("RGB").save("set/a.png")
     curves = []
     for ranks in (
@@ -120,7 +120,7 @@ def test_any_number_of_ranks_measures_the_same(wanfast: Wanfast, folder: Path) -
 
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(ulysses=4), Mesh(cfg=2, ulysses=2), Mesh(ulysses=8)], ids=str)
 def test_what_is_measured(mesh: Mesh) -> None:
-    """Against the formulas over all tokens; 10 of them, which 4 and 8 ranks fill up with what must not count."""
+    """The recorder equals the formulas over all 10 tokens, also where 4 and 8 ranks add padding."""
     generator = torch.Generator().manual_seed(1)
     first, second = torch.randn(2, 1, 10, 6, generator=generator)
 
@@ -302,12 +302,12 @@ def test_a_dry_run_shows_the_plan(wanfast: Wanfast, machine: Machine, monkeypatc
 def test_a_plan_is_timed_by_runs_like_it(wanfast: Wanfast) -> None:
     options = (*GENERATE[:-1], "--magcache", "preset", "--magcache-interpolate", "--json")
     made = wanfast(*options).document
-    later = 10 - made["plan"]["magcache"]["skipped_forwards"]  # than the first step, which waited for compilers
+    later = 10 - made["plan"]["magcache"]["skipped_forwards"]  # after the first step, which waited for compilers
     whole = wanfast(*DRY, "--overwrite").document
     expected = (made["seconds"]["denoise"] - made["first_step_s"]) / later * 12
     assert whole["predicted_s"] == pytest.approx(expected, abs=2e-3)
     pair = wanfast(*DRY, "--overwrite", "--num-gpus", "2").document
-    assert pair["predicted_s"] is None  # of another mesh nothing is known
+    assert pair["predicted_s"] is None  # runs of another mesh predict nothing
     assert wanfast(*DRY, "--overwrite", "--precision", "fp32").document["predicted_s"] is None
     assert "by an earlier run like it" in wanfast(*SHOWN, "--dry-run", "--overwrite").out.replace("\n", " ")
 
@@ -342,9 +342,9 @@ def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> N
     assert same["accumulated_error"] < greedy["accumulated_error"]
     assert plan("--magcache-budget", "0.6")["skipped_forwards"] == 32
     assert plan("--magcache-skip", "17")["skipped_forwards"] == 17
-    assert plan("--magcache-budget", "0.59", "--num-gpus", "2")["skipped_forwards"] == 32  # by twos
+    assert plan("--magcache-budget", "0.59", "--num-gpus", "2")["skipped_forwards"] == 32  # both branches skip together
     unguided = ("--guidance-high-noise", "1", "--magcache-rule", "low-noise-only", "--num-gpus", "2")
-    assert plan("--magcache-budget", "0.61", *unguided)["skipped_forwards"] == 24  # of 65, 25 would be 0.61
+    assert plan("--magcache-budget", "0.61", *unguided)["skipped_forwards"] == 24  # of 65 forwards; 25 would be 0.61
     for options, words in (
         (("--magcache-skip", "60"), "--magcache-skip 60: at most 43 forwards can be skipped with --magcache-rule both"),
         (("--magcache-skip", "17", "--num-gpus", "2"), "--magcache-skip 17: the branches skip together"),
@@ -427,7 +427,7 @@ def test_a_preset_is_of_its_weights(wanfast: Wanfast, workdir: Path) -> None:
 
 
 def test_how_branches_skip_is_settled_with_the_ranks(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:
-    """So that the run is repeated as it was on other ranks."""
+    """The choice is recorded, so that other ranks repeat the run exactly."""
     machine(2, 141)
     two = wanfast(*A14B_DRY, "--magcache", "E012K2R20", "--magcache-rule", "both-experts", "--num-gpus", "2").document
     assert two["effective"]["skipping"]["magcache_joint"] == "on"
@@ -508,16 +508,16 @@ def test_where_a_curve_and_the_preset_differ(tmp_path: Path) -> None:
     found = against_preset(curve, config, files)
     assert found is not None and (found["differs"], found["steps"]) == (False, [])
     curve["spread"][39] = [0.2, 0.2]
-    curve["ratios"][39][0] += 0.1  # within its spread
-    curve["ratios"][5][1] += 0.02  # not
-    curve["ratios"][15][0] = 0.5  # the first of the low-noise expert
+    curve["ratios"][39][0] += 0.1  # within the curve's spread
+    curve["ratios"][5][1] += 0.02  # beyond the curve's spread
+    curve["ratios"][15][0] = 0.5  # the low-noise expert's first step
     found = against_preset(curve, config, files)
     assert found == {"differs": True, "steps": [5], "worst": {"step": 5, "difference": 0.02, "spread": 0.01}}
     assert against_preset(curve, config.replace(steps=30), files) is None
 
 
 def test_a_calibration_keeps_two_residuals_of_a_branch(folder: Path) -> None:
-    """This step's and that of the step before, in the memory that decides placement."""
+    """The memory that decides placement counts the residual of this step and of the step before."""
     files = model_files.locate("tiny", "artifacts")
     (plan, _) = planned({"model": "tiny", "device": "cpu"}, clips.read_set(folder, 0), files)
     assert plan.num_residuals(Mesh()) == 4 and plan.num_residuals(Mesh(cfg=2)) == 2

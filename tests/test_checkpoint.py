@@ -1,4 +1,4 @@
-"""Weights that are not what they should be: each error names the tensor and the file, and nothing is half loaded."""
+"""Tests broken weights: each error names the tensor and the file, and nothing is half loaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load(*files: Path, dtype: torch.dtype = torch.float32) -> UMT5Encoder:
 
 
 def edited(file: Path, **changes: torch.Tensor | None) -> Path:
-    """The file with tensors replaced, added or (None) taken away."""
+    """Replaces, adds or (None) removes tensors of the file."""
     tensors = {name: value for name, value in (load_file(file) | changes).items() if value is not None}
     save_file(tensors, file)
     return file
@@ -99,7 +99,7 @@ def test_an_embedding_that_is_written_twice_is_read_once(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("name", "opener"), [("model.safetensors", "_open"), ("model.pth", "_read_pth")])
-def test_a_file_is_mapped_anew_after_so_many_bytes(
+def test_a_file_is_mapped_again_after_so_many_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, opener: str
 ) -> None:
     checkpoint.save(umt5(), tmp_path / name, component="umt5", layout="original")
@@ -108,7 +108,7 @@ def test_a_file_is_mapped_anew_after_so_many_bytes(
     monkeypatch.setattr(checkpoint, opener, lambda file: opened.append(file) or open_(file))
     monkeypatch.setattr(checkpoint, "_REMAP_BYTES", 1000)
     load(tmp_path / name)
-    assert len(opened) > 2  # the header, the tensors, and the tensors again
+    assert len(opened) > 2  # once for the header, and several times for the tensors
 
 
 def test_a_truncated_file_is_named(weights: Path) -> None:
@@ -164,7 +164,7 @@ def test_key_maps_are_one_to_one(component, network, layout) -> None:
 
 
 def test_true_sizes_are_the_published_ones() -> None:
-    """WAN_SPEC 1 and 2: parameters and bytes of the published files."""
+    """The models have the parameters and bytes of the published files (WAN_SPEC 1 and 2)."""
     with torch.device("meta"):
         dit, vae, text = WanDiT(DiTSpec()), WanVAE(VAESpec()), UMT5Encoder(UMT5Spec())
     assert sum(p.numel() for p in dit.parameters()) == 14_288_901_184

@@ -1,4 +1,4 @@
-"""The command line as a contract: its surface, its speed, its refusals. No video is made here."""
+"""Tests the command line as a contract: its surface, its speed, its refusals. No test here makes a video."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PACKAGE = Path(generate_command.__file__).parents[1]
 
 
 def test_the_surface_is_the_checked_in_one(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new flag is a conscious act: WANFAST_UPDATE_SURFACE=1 writes the file anew."""
+    """A new flag must be a conscious decision: WANFAST_UPDATE_SURFACE=1 writes the file again."""
     monkeypatch.setenv("COLUMNS", "100")
     pages = [
         wanfast(*command, "--help").out
@@ -151,7 +151,7 @@ assert not heavy, heavy
 
 
 def test_help_takes_less_than_half_a_second(workdir: Path) -> None:
-    """Of processor time: on a machine of its own that is the wall time, and here others run beside."""
+    """The limit is on processor time, because other processes share this machine."""
 
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,4 +1,4 @@
-"""The mesh, and Ulysses on real processes over gloo: the velocity of every rank equals that of one."""
+"""Tests the mesh, and Ulysses on real processes over gloo: every rank's velocity equals that of one rank."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_ulysses_equals_one_rank(ranks: int, grid: tuple[int, int, int]) -> None
 
 
 def test_padded_keys_are_not_attended_to() -> None:
-    """27 tokens on 4 ranks: the 28th is padding; looking at it would change the result a hundred times the bound."""
+    """27 tokens on 4 ranks need one padding token; attending to it would change the result by 100 times the bound."""
     grid = (3, 6, 6)
 
     def attending_to_padding(ranks: Ranks) -> torch.Tensor:
@@ -131,7 +131,7 @@ def test_without_guidance_no_mesh_of_its_branches_is_listed() -> None:
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_ranks_let_go_of_cuda_graphs_before_they_part(monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
+def test_ranks_free_cuda_graphs_before_they_part(monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
     events: list[str] = []
     for owner, name in (
         (dist, "init_process_group"),

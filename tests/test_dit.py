@@ -1,4 +1,4 @@
-"""DiT parity against diffusers' WanTransformer3DModel: same random weights through the key map, fp32 on the CPU."""
+"""Tests DiT parity with diffusers' WanTransformer3DModel: same random weights through the key map, fp32 on the CPU."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_text_padding_is_zeros_and_is_attended_to() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_tokens_lie_one_after_the_other(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever strides the convolution's output has: of others the first block would be a graph of its own."""
+    """The tokens are contiguous for any strides of the convolution, so that the first block is no separate graph."""
     spec, seen = SPECS["tiny"], []
     ours = WanDiT(spec, dtype=dtype)
     convolve = ours.patch_embedding.forward
@@ -122,7 +122,7 @@ def test_tokens_lie_one_after_the_other(dtype: torch.dtype, monkeypatch: pytest.
 
 @torch.no_grad()
 def test_the_residual_stream_is_fp32_and_products_are_bf16() -> None:
-    """What a bound on the error of the whole cannot see: where the precision is kept (WAN_SPEC 2.4)."""
+    """The precision of intermediate values follows WAN_SPEC 2.4, which a bound on the final error cannot show."""
     spec = SPECS["head dim 128"]
     ours = WanDiT(spec, dtype=torch.bfloat16)
     randomise(ours, seed=5)
@@ -137,7 +137,7 @@ def test_the_residual_stream_is_fp32_and_products_are_bf16() -> None:
     )
     assert {tensor.dtype for tensor in seen["stream"]} == {torch.float32}
     assert {tensor.dtype for tensor in seen["product"]} == {torch.bfloat16}
-    for tensor in seen["stream"]:  # float32 in more than name: the values are not those of bfloat16
+    for tensor in seen["stream"]:  # really float32: bfloat16 cannot hold these values
         assert not torch.equal(tensor, tensor.bfloat16().float())
 
 
@@ -175,7 +175,10 @@ def test_bf16_products_keep_small_parameters_and_output_in_fp32() -> None:
 
 @torch.no_grad()
 def test_a_cached_residual_stands_in_for_the_blocks() -> None:
-    """Of the same call: the same velocity. Of another: that of its blocks, with this call's patches, head and time."""
+    """A residual of the same call gives the same velocity; one of another call stands for only the blocks' part.
+
+    Patches, head and time come from this call.
+    """
     spec = SPECS["tiny"]
     _, ours = reference_and_ours(spec)
     text = ours.encode_text(torch.randn(1, 5, spec.text_dim))

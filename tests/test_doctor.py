@@ -1,4 +1,4 @@
-"""`wanfast doctor` on machines that are pretended: what it says fits, what it says to type next, and that this runs."""
+"""Tests `wanfast doctor` on simulated machines: what fits, the next command, and that this command runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Machine = Callable[..., None]
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """`machine(free, ...)`: GPUs of so many free GB; torch sees them, but no kernel runs on them."""
+    """Returns `machine(free, ...)`, which simulates GPUs with these free GB; torch sees them but runs no kernel."""
 
     def pretend(*free_gb: float, host_gb: float = 100, sees_gpu: bool = True) -> None:
         found = [Gpu("H100", int(gb * 1e9), int(gb * 1e9), "580.82", (9, 0), 18) for gb in free_gb]
@@ -46,7 +46,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def pretend_weights(artifacts: Path) -> Path:
-    """Every file of the A14B that is asked for, nearly all of them empty."""
+    """Writes every file of the A14B that the command needs, nearly all of them empty."""
     root = artifacts / A14B_FOLDER
     for name in ("high_noise_model/a.safetensors", "low_noise_model/a.safetensors", "Wan2.1_VAE.pth",
                  "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"):  # fmt: skip
@@ -57,7 +57,7 @@ def pretend_weights(artifacts: Path) -> Path:
 
 
 def pretend_kept(artifacts: Path, scheme: Scheme) -> None:
-    """Both experts of `pretend_weights`, with nothing in them."""
+    """Writes artifacts of both experts of `pretend_weights`, without content."""
     store, files = ArtifactStore(artifacts), model_files.locate("a14b", str(artifacts))
     for expert in EXPERTS:
         wanted = QuantizedExpert(store, files, expert, scheme, "a14b")
@@ -72,7 +72,7 @@ def examine(wanfast: Wanfast, *arguments: str) -> dict[str, Any]:
 
 
 def dry_run(wanfast: Wanfast, command: str, without: Sequence[str] = ()) -> dict[str, Any]:
-    """The plan that a command line comes to."""
+    """Returns the plan of a command line."""
     program, *words = shlex.split(command)
     assert program == "wanfast" and words[0] == "generate"
     for option in without:
@@ -154,11 +154,11 @@ def test_the_table_shows_the_sums_that_placement_decides_by(wanfast: Wanfast, ma
     )
     assert "57.9 both experts + 23.0 decode + 2.1 margin = 83.1: does not fit, 47.0 free" in outcome.out
     evicting = "57.9 both experts + 12.5 loop + 2.1 margin = 72.6, and {} on the host"
-    assert f"{evicting.format(36.1)}: does not fit, 47.0 free" in outcome.out  # what is missing
+    assert f"{evicting.format(36.1)}: does not fit, 47.0 free" in outcome.out  # the report says what is missing
     machine(47.0, 47.0, 47.0, 47.0)
     outcome = wanfast("doctor")
     assert "14.5 share of both + 1.4 two blocks + 23.0 decode + 2.1 margin = 41.0: fits, 47.0 free" in outcome.out
-    assert "43.6, and 127.4 on the host: does not fit, 47.0 free, and 100.0 on the host" in outcome.out  # of 2 ranks
+    assert "43.6, and 127.4 on the host: does not fit, 47.0 free, and 100.0 on the host" in outcome.out  # for 2 ranks
     assert "H100, 47.0 GB of 47.0 GB free, capability 9.0, 18 NVLinks, driver 580.82" in outcome.out
     assert "8 GPUs" not in outcome.out
     machine()
@@ -196,7 +196,7 @@ def test_quantized_experts_fit_smaller_cards(
     assert (plan["quantize"], plan["expert_offload"]) == (scheme, "on" if mode == "offloaded" else "off")
 
 
-def test_a_kept_expert_that_was_changed_is_named(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
+def test_a_stored_expert_that_was_changed_is_named(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
     machine(84.0)
     pretend_weights(workdir / "artifacts")
     pretend_kept(workdir / "artifacts", "bf16")
@@ -217,7 +217,9 @@ def test_quantized_experts_are_not_sharded(wanfast: Wanfast, machine: Machine) -
     assert "14.9 in fp8-rowwise" in wanfast("doctor", "--quantize", "fp8-rowwise").out
 
 
-def test_torchao_is_told(wanfast: Wanfast, workdir: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchao_is_reported(
+    wanfast: Wanfast, workdir: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine(84.0)
     pretend_weights(workdir / "artifacts")
     for found, said in (("0.18.0", "torchao  0.18.0"), (None, "torchao  not installed: `wanfast quantize` needs it")):
@@ -298,7 +300,7 @@ def test_only_what_is_missing_must_fit_on_the_disk(
     machine(84.0)
     root = pretend_weights(workdir / "artifacts")
     (root / "low_noise_model/a.safetensors").unlink()
-    os.truncate(root / "high_noise_model/a.safetensors", 100 * 10**9)  # takes no room
+    os.truncate(root / "high_noise_model/a.safetensors", 100 * 10**9)  # a sparse file, which takes no disk space
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(300e9, 250e9, 50e9))
     step = examine(wanfast)["next"]
     assert step["command"] == "wanfast download" and "GB free" not in step["why"]
@@ -333,7 +335,7 @@ def test_artifacts_say_what_they_hold(wanfast: Wanfast, workdir: Path, machine: 
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text(json.dumps({"inputs": known}))
     (workdir / "artifacts/quantized/ba9876543210").mkdir()
-    (workdir / "artifacts/quantized/ba9876543210/manifest.json").write_text("{")  # looked at, not judged
+    (workdir / "artifacts/quantized/ba9876543210/manifest.json").write_text("{")  # listed, not judged
     out = wanfast("doctor", "--model", "tiny").out
     assert "0123456789ab (high_noise by fp8-rowwise), ba9876543210" in out
     assert "0123456789ab (32 tokens, bf16, default, for NVIDIA H200)" in out
@@ -425,8 +427,8 @@ def test_a_kernel_runs_only_if_its_numbers_are_right(
     assert line.removeprefix("  fa3").strip().startswith(said)
 
 
-def test_packages_that_share_a_folder_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashAttention-4 alone makes `flash_attn` importable, without FlashAttention-2 in it."""
+def test_packages_that_share_a_folder_are_distinguished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention-4 makes `flash_attn` importable, also if FlashAttention-2 is not installed."""
     (tmp_path / "flash_attn/cute").mkdir(parents=True)
     (tmp_path / "flash_attn/cute/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)

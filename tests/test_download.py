@@ -1,4 +1,4 @@
-"""`wanfast download` against a real HTTP server on loopback that answers as the Hugging Face Hub does."""
+"""Tests `wanfast download` against a real HTTP server on loopback that answers like the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -63,21 +63,21 @@ EXTRA = {"README.md": b"read me", "examples/cat.jpg": b"cat", "assets/logo.png":
 
 @dataclass
 class Hub:
-    """What the server has, what it will do wrong, and what it was asked."""
+    """Holds the server's files, its planned faults, and the requests that it received."""
 
     files: dict[str, dict[str, bytes]] = field(
         default_factory=lambda: {repo: files | EXTRA for repo, files in WANTED.items()}
     )
     commit: str = "c" * 40
-    refusal: tuple[int, str] | None = None  # a status and an X-Error-Code for everything
+    refusal: tuple[int, str] | None = None  # a status and an X-Error-Code for every request
     damage: dict[str, str] = field(
         default_factory=dict
-    )  # file -> "cut": its first GET ends in the middle, "flip": begins with a wrong byte
-    slow: float = 0  # seconds for each MiB
-    sent: int = 0  # bytes of files, about
+    )  # file -> "cut": its first GET ends in the middle, "flip": it begins with a wrong byte
+    slow: float = 0  # seconds per MiB
+    sent: int = 0  # approximate bytes of files sent
     lies: dict[str, int | None] = field(default_factory=dict)  # file -> the size that the listing states
     requests: list[str] = field(default_factory=list)
-    starts: dict[str, list[int]] = field(default_factory=dict)  # file -> where each of its GETs began, by its Range
+    starts: dict[str, list[int]] = field(default_factory=dict)  # file -> the start of each of its GETs
 
     def fetched(self) -> list[str]:
         return [
@@ -178,7 +178,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call it, and nobody listens where the hub was."""
+    """Returns a function that stops the server: then nothing listens at the hub's address."""
 
     def leave() -> None:
         with closing(socket()) as free:
@@ -193,7 +193,7 @@ def folder_of(workdir: Path, repo: str = ORIGINAL) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, without the library's and our own records."""
+    """Returns the files of a checkpoint, without records of the hub's library and of wanfast."""
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
         name: path.read_bytes() for name, path in files.items() if not name.startswith((".cache", "wanfast-download"))
@@ -201,7 +201,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refused(outcome: Outcome, exit_code: int, *words: str) -> None:
-    """One clear line, on stderr, with the words in it."""
+    """Asserts that stderr is one error line that contains the words."""
     assert (outcome.exit_code, outcome.out) == (exit_code, ""), outcome.err
     assert outcome.err.startswith("error: ") and len(outcome.err.strip().splitlines()) == 1, outcome.err
     for word in words:
@@ -244,7 +244,7 @@ def test_what_is_needed_comes_once_and_is_recorded(wanfast: Wanfast, workdir: Pa
 def test_a_cut_connection_goes_on_where_it_was(
     wanfast: Wanfast, workdir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # 10 MiB: what is lost of a piece that had begun
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # instead of 10 MiB: a cut loses at most this much
     hub.damage[BIG] = "cut"
     outcome = wanfast("download")
     assert outcome.exit_code == 0 and outcome.err == ""
@@ -253,7 +253,7 @@ def test_a_cut_connection_goes_on_where_it_was(
     assert first == 0 and 0 < second <= len(WANTED[ORIGINAL][BIG]) // 2
 
 
-def test_files_that_are_whole_are_kept_and_a_short_one_comes_anew(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+def test_whole_files_are_kept_and_a_short_one_is_downloaded_again(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
     assert wanfast("download").exit_code == 0
     (folder_of(workdir) / "Wan2.1_VAE.pth").write_bytes(b"v")
     (folder_of(workdir) / "low_noise_model" / "config.json").unlink()
@@ -332,7 +332,7 @@ def test_sizes_are_compared_in_the_end(wanfast: Wanfast, workdir: Path, hub: Hub
     assert not (folder_of(workdir) / "wanfast-download.json").exists()
 
 
-def test_what_came_is_held_against_its_hash(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+def test_downloaded_files_are_compared_with_their_hashes(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
     hub.damage[BIG] = "flip"
     refused(wanfast("download"), 4, f"{folder_of(workdir) / BIG}: not the sha256", "removed; run it again")
     assert contents(folder_of(workdir)) == {name: data for name, data in WANTED[ORIGINAL].items() if name != BIG}
@@ -389,7 +389,7 @@ def test_a_failure_in_the_middle_is_one_line(
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_download_stops_at_once(workdir: Path, hub: Hub, number: signal.Signals, exit_code: int) -> None:
-    hub.slow = 0.05  # 10 s in all
+    hub.slow = 0.05  # 10 s in total
     hub.files[ORIGINAL][BIG] = bytes(200 * 2**20)
     process = subprocess.Popen(
         [sys.executable, "-m", "wanfast", "download"],
@@ -430,7 +430,7 @@ def test_what_a_killed_download_left_is_removed(
     assert wanfast("download", "--dry-run").exit_code == 0 and orphan.exists()
     usage = shutil.disk_usage(workdir)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0 if orphan.exists() else 10**9))
-    assert wanfast("download").exit_code == 0  # it leaves room
+    assert wanfast("download").exit_code == 0  # the orphan was removed, so the disk has enough space
     assert not list(workdir.rglob("*.incomplete"))
 
 
@@ -464,7 +464,7 @@ def test_a_record_that_cannot_be_read_is_named(wanfast: Wanfast, workdir: Path, 
     refused(wanfast("download"), 4, "wanfast-download.json is not the record of a download")
 
 
-def test_a_hub_that_tells_no_sizes(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+def test_a_hub_that_reports_no_sizes(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
     hub.lies["Wan2.1_VAE.pth"] = None
     refused(wanfast("download"), 4, "does not tell the commit and sizes", "HF_ENDPOINT")
     assert not folder_of(workdir).exists()
@@ -494,7 +494,7 @@ def test_generate_finds_the_other_layout_too(
     public = tmp_path_factory.mktemp("public")
     save_diffusers(public)
     hub.files[DIFFUSERS] = {str(path.relative_to(public)): path.read_bytes() for path in public.rglob("*.*")}
-    folder_of(workdir).mkdir(parents=True)  # as a download that was refused leaves it
+    folder_of(workdir).mkdir(parents=True)  # a refused download leaves this folder
     assert wanfast("download", "--layout", "diffusers").exit_code == 0
     files = locate("a14b", "artifacts")
     assert (files.root, files.layout) == (folder_of(workdir, DIFFUSERS), "diffusers")

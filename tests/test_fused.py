@@ -1,4 +1,4 @@
-"""The fused norms, as formulas and as Triton kernels, against float64. Without a GPU Triton's interpreter runs them."""
+"""Tests the fused norms against float64, as formulas and as Triton kernels; without a GPU, Triton interprets them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wanfast.runtime.models.tokens import LARGEST, QuantizedTokens
 EPS = 1e-6
 GRID, TOKENS = (2, 3, 4), 24
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDING = {torch.float32: 5e-7, torch.bfloat16: 2.0**-8}  # of bf16: an ulp, since the interpreter cuts off
+ROUNDING = {torch.float32: 5e-7, torch.bfloat16: 2.0**-8}  # bf16: one ulp, because the interpreter truncates
 
 
 @pytest.fixture(params=["formula", "kernel"])
@@ -45,7 +45,7 @@ def exact_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @torch.no_grad()
 def test_a_stream_far_from_zero(norms: ModuleType) -> None:
-    """A variance that is formed in one pass would be lost there."""
+    """A variance computed in one pass would lose its precision here."""
     x, y = 100 + normal(1, TOKENS, 160, seed=0), normal(1, TOKENS, 160, seed=1)
     weight, bias = normal(1, 1, 160, seed=2), normal(160, seed=3)
     total, out = norms.add_layer_norm(x, y, None, weight, bias, EPS, torch.float32)
@@ -68,7 +68,7 @@ def test_add_layer_norm(norms: ModuleType, dim: int, gated: bool, dtype: torch.d
     assert relative_error(out, exact_layer_norm(expected, weight, bias)) <= ROUNDING[dtype]
 
 
-# float8 has 3 bits after the point. GPUs round to the nearest value; Triton's interpreter cuts off.
+# float8 has 3 mantissa bits. GPUs round to the nearest value; Triton's interpreter truncates.
 IN_8_BITS = {torch.int8: 0.02, torch.float8_e4m3fn: 0.04 if torch.cuda.is_available() else 0.085}
 
 
@@ -112,7 +112,7 @@ def test_quantize_tokens(norms: ModuleType, dim: int, gelu: bool, dtype: torch.d
 def test_rms_norm_heads(norms: ModuleType, heads: int, head_dim: int, rotated: bool, dtype: torch.dtype) -> None:
     dim = heads * head_dim
     wide = normal(1, TOKENS, 3 * dim, seed=0, dtype=dtype)
-    x, weight = wide[..., dim : 2 * dim], normal(dim, seed=1)  # k, where q, k and v are one product
+    x, weight = wide[..., dim : 2 * dim], normal(dim, seed=1)  # k, as a slice of the fused q, k, v product
     rope = rotary_tables(GRID, head_dim, DEVICE)
     out = norms.rms_norm_heads(x, weight, EPS, heads, rope if rotated else None)
     assert out.dtype == dtype and out.shape == (1, TOKENS, heads, head_dim)
@@ -161,7 +161,7 @@ def test_formulas_are_taken_where_gradients_are_wanted() -> None:
 
 @torch.no_grad()
 def test_no_kernel_is_compiled_for_what_stands_around_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would be compiled anew in every process that has nothing but `wanfast warmup`'s artifact."""
+    """`wanfast warmup`'s artifact holds only the blocks' kernels, so every process would compile others again."""
     monkeypatch.setattr(fused, "_by_kernel", lambda x: True)
     monkeypatch.setattr(fused, "fused_kernels", None, raising=False)
     spec = DiTSpec(dim=48, ffn_dim=64, num_heads=2, num_layers=1, freq_dim=16, text_dim=20, text_len=8)
@@ -169,7 +169,7 @@ def test_no_kernel_is_compiled_for_what_stands_around_the_blocks(monkeypatch: py
     randomise(model, seed=0)
     text = model.encode_text(normal(1, 5, 20, seed=1).cpu())
     inputs = [normal(1, channels, 2, 4, 4, seed=2).cpu() for channels in (16, 20)]
-    with pytest.raises(AttributeError, match="add_layer_norm"):  # of the block
+    with pytest.raises(AttributeError, match="add_layer_norm"):  # raised by the block
         model(*inputs, torch.tensor([500]), text, rotary_tables((2, 2, 2), 24, "cpu"))
     model.blocks = torch.nn.ModuleList()
     model(*inputs, torch.tensor([500]), [], rotary_tables((2, 2, 2), 24, "cpu"))

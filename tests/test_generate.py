@@ -1,4 +1,4 @@
-"""`wanfast generate` with the tiny model, all the way to the file: the same code path as A14B, on a CPU."""
+"""Tests `wanfast generate` with the tiny model up to the file: the same code path as A14B, on a CPU."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_from_reproduces_the_video_bit_for_bit(wanfast: Wanfast, workdir: Path) 
 
 
 def test_every_number_reaches_the_video(wanfast: Wanfast, workdir: Path) -> None:
-    """Each option that shapes the video, changed alone, changes it."""
+    """Each option that shapes the video changes it when only that option changes."""
     changes = {
         "plain": [],
         "prompt": ["--prompt", "a dog"],
@@ -137,7 +137,7 @@ def test_known_prompts_need_no_text_encoder(wanfast: Wanfast, monkeypatch: pytes
     assert wanfast(*GOOD).exit_code == 0
     monkeypatch.setattr(prompt_embeds, "build_umt5", lambda *a, **k: pytest.fail("UMT5 was loaded"))
     assert wanfast(*GOOD, "--output", "again.mp4").exit_code == 0
-    # in bf16 the embeddings differ from those in fp32: another key
+    # bf16 embeddings differ from fp32 ones, so the key is another one
     with pytest.raises(pytest.fail.Exception):
         wanfast(*GOOD, "--output", "fp32.mp4", "--precision", "fp32")
 
@@ -248,7 +248,7 @@ def test_terminated_leaves_nothing_and_exits_143(workdir: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not list(workdir.glob("artifacts/runs/*/job.json")):  # the run has begun
+    while not list(workdir.glob("artifacts/runs/*/job.json")):  # until the run has begun
         time.sleep(0.05)
     process.terminate()
     _, err = process.communicate(timeout=30)
@@ -371,7 +371,7 @@ def test_another_program_may_write_the_output_meanwhile(
     assert visible(workdir) == ["cat.png", "out.mp4"]
 
 
-def test_progress_tells_pace_and_time_left_however_slow_a_step(
+def test_progress_reports_pace_and_time_left_however_slow_a_step(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 100_000, 40))

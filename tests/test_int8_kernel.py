@@ -1,4 +1,4 @@
-"""The int8 product against integers. Without a GPU Triton's interpreter runs it, a tile being smaller there."""
+"""Tests the int8 product against integers. Without a GPU Triton interprets the kernel, with a smaller tile."""
 
 from __future__ import annotations
 
@@ -31,4 +31,4 @@ def test_int8_product(monkeypatch: pytest.MonkeyPatch, tokens: int, k: int, n: i
     expected = (values.long() @ weight.long().T).double() * token_scale.double().unsqueeze(1) * scale.double()
     out = kernel.int8_product(*(x.to(DEVICE) for x in (values, weight, token_scale, scale, bias)))
     assert out.shape == (tokens, n) and out.dtype == torch.bfloat16
-    assert relative_error(out.cpu(), expected + bias.double()) <= 2.0**-8  # the interpreter cuts off
+    assert relative_error(out.cpu(), expected + bias.double()) <= 2.0**-8  # the interpreter truncates

@@ -1,4 +1,4 @@
-"""Triton's kernels compile for Hopper, as Inductor compiles them: on any machine, since Triton has an assembler."""
+"""Tests that Triton's kernels compile for Hopper as in Inductor; any machine can, because Triton has an assembler."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-# In a process of its own: this one may have imported Triton to interpret.
+# This runs in its own process, because the test process may have imported Triton in interpreter mode.
 PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget

@@ -1,4 +1,4 @@
-"""`wanfast generate` on several ranks, as whole processes over gloo: what it makes, and how it ends when it cannot."""
+"""Tests `wanfast generate` on several ranks, as whole processes over gloo: its results, and how it ends on failure."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from wanfast.runtime.processes import launch
 PACKAGE = Path(__file__).parents[1]
 TINY = ("--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--device", "cpu", "--precision", "fp32")
 SMALL = (*TINY, "--seed", "1", "--size", "64x64", "--frames", "5")
-ENDLESS = (*SMALL, "--steps", "1000")  # of which no test waits for the end
+ENDLESS = (*SMALL, "--steps", "1000")  # no test waits for its end
 
 Start = Callable[..., "Run"]
 
 
 class Run:
-    """A started command line and what is known of it from outside."""
+    """Holds a started command line and what is observed of it from outside."""
 
     def __init__(self, folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
         self.folder = folder
@@ -49,16 +49,16 @@ class Run:
         )
 
     def end(self, timeout: float = 60) -> tuple[int, str, str]:
-        """(exit code, stdout, stderr)."""
+        """Returns (exit code, stdout, stderr)."""
         out, err = self.process.communicate(timeout=timeout)
         return self.process.returncode, out, err
 
     def children(self) -> list[psutil.Process]:
-        """Launchers and ranks alike."""
+        """Returns the launchers and the ranks."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def wait_for_steps(self, done: int = 1, replica: int = 0) -> dict[int, int]:
-        """Once a rank group is in the middle of denoising: {rank: its process id}."""
+        """Waits until a rank group is denoising; returns {rank: its process id}."""
         runs = self.folder / "artifacts/runs"
         for _ in range(600):
             time.sleep(0.1)
@@ -99,12 +99,12 @@ def gone(processes: list[psutil.Process], within_s: float) -> bool:
 
 
 def only_inputs(folder: Path) -> bool:
-    """No video, no half of one."""
+    """Returns whether the folder holds no video, whole or partial."""
     return sorted(path.name for path in folder.iterdir() if path.name not in ("artifacts", "faults")) == ["cat.png"]
 
 
 def with_fault(folder: Path, code: str, *, rank: int, replica: int = 0) -> dict[str, str]:
-    """An environment in which one rank runs `code` before the program."""
+    """Returns an environment in which one rank runs `code` before the program."""
     mark = f"os.environ.get('RANK') == '{rank}' and sys.argv[-1] == '{replica}'"
     (folder / "faults").mkdir()
     (folder / "faults/sitecustomize.py").write_text(f"import os, sys\nif {mark}:\n{textwrap.indent(code, '    ')}\n")
@@ -135,7 +135,7 @@ def test_two_ranks_make_the_video_of_one(start: Start, workdir: Path) -> None:
     assert document["plan"]["mesh"] == {"replica": 1, "cfg": 2, "ulysses": 1}
     assert len(document["peak_memory_bytes_by_rank"]) == 2
     assert document["peak_memory_bytes"] == max(document["peak_memory_bytes_by_rank"])
-    assert set(document["loading"]) == {"high_noise", "low_noise", "vae"}  # the prompts were known by then
+    assert set(document["loading"]) == {"high_noise", "low_noise", "vae"}  # the prompts' embeddings were stored by then
     assert set(json.loads((workdir / "one.json").read_text())["loading"]) - set(document["loading"]) == {"umt5"}
     (run,) = (path.parent for path in workdir.glob("artifacts/runs/*/ranks"))
     assert len(list(run.glob("logs/*/attempt_0/*/stderr.log"))) == 2
@@ -231,7 +231,7 @@ def test_signals_end_every_rank(start: Start, workdir: Path, number: signal.Sign
     sent = time.monotonic()
     run.process.send_signal(number)
     code, _, err = run.end(10)
-    assert code == expected and time.monotonic() - sent < launch._GRACE_S, err  # nobody had to be killed
+    assert code == expected and time.monotonic() - sent < launch._GRACE_S, err  # no process had to be killed
     assert gone(children, 1) and only_inputs(workdir)
     assert "Traceback" not in next(workdir.glob("artifacts/runs/*/logs/launcher-0.log")).read_text()
 
@@ -283,7 +283,7 @@ def test_a_launcher_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: py
     assert launcher.returncode == -signal.SIGKILL
 
 
-def test_progress_is_told_when_it_changes(tmp_path: Path) -> None:
+def test_progress_is_reported_when_it_changes(tmp_path: Path) -> None:
     file = tmp_path / "progress/0.json"
     file.parent.mkdir()
     told, seen = [], {}
@@ -367,7 +367,7 @@ def test_the_first_rank_that_ends_without_a_word_is_the_cause() -> None:
         assert ended({"0": 1, "1": code}, told="0", seconds=110) is None  # it outlived rank 0's error
         assert ended({"1": code, "0": -signal.SIGTERM}, stopped="0") == ("1", code)
     assert ended({"0": 1, "1": -signal.SIGTERM}, told="0", stopped="1") is None
-    assert ended({"0": 1, "1": 3}, told="0", stopped="1") == ("1", 3)  # it was about to end when it was stopped
+    assert ended({"0": 1, "1": 3}, told="0", stopped="1") == ("1", 3)  # it ended on its own just before it was stopped
     assert ended({}) is None
 
 
@@ -390,11 +390,11 @@ def test_ranks_that_are_aborted_waited_only_if_that_long_passed(tmp_path: Path, 
 
 
 def test_a_rank_group_that_dies_leaves_the_others_at_work(start: Start, workdir: Path) -> None:
-    """Two rank groups of two and three jobs: the one that is killed loses the video it was at, and no other."""
+    """Two rank groups of two ranks share three jobs; the killed group loses only its current video."""
     lines = [{"steps": 1000, "output": "lost.mp4"}, {"steps": 3, "output": "a.mp4"}, {"steps": 3, "output": "b.mp4"}]
     (workdir / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     run = start(*SMALL, "--jobs", "jobs.jsonl", "--num-gpus", "4", "--cfg-parallel", "1", "--json")
-    for _ in range(600):  # the rank group that took the first line
+    for _ in range(600):  # find the rank group that took the first line
         time.sleep(0.1)
         at_work = {file.stem: json.loads(file.read_text()) for file in workdir.glob("artifacts/runs/*/progress/*.json")}
         if lost := [replica for replica, state in at_work.items() if state["job"] == 0 and state["done"] > 0]:
@@ -463,7 +463,7 @@ def free_port() -> int:
 
 
 def test_two_machines_make_one_video(start: Start, workdir: Path) -> None:
-    """Each with a disk of its own. The first one leads, though the other came before it."""
+    """Each machine has its own disk. The first machine leads, although the second one started earlier."""
     machines = [workdir / name for name in ("first", "second")]
     for machine in machines:
         machine.mkdir()
@@ -476,7 +476,7 @@ def test_two_machines_make_one_video(start: Start, workdir: Path) -> None:
     (code, out, err), (code2, out2, err2) = first.end(), second.end()
     assert (code, code2) == (0, 0), err + err2
     documents = [json.loads(text.strip().splitlines()[-1]) for text in (out, out2)]
-    assert documents[0] == documents[1]  # the seed too, which nobody gave
+    assert documents[0] == documents[1]  # including the drawn seed
     assert documents[0]["plan"]["mesh"] == {"replica": 1, "cfg": 2, "ulysses": 1}
     assert documents[0]["effective"]["ranks"]["node_rank"] == 0
     assert [(machine / "out.mp4").exists() for machine in machines] == [True, False]

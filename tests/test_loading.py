@@ -1,4 +1,4 @@
-"""Weights of true size in little memory, and the ranks of a rank group that share their reading."""
+"""Tests that weights of true size load in little memory, and that the ranks of a rank group share the reading."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ SMALL = DiTSpec(dim=1280, ffn_dim=2048, freq_dim=256, num_heads=10, num_layers=2
 
 @pytest.fixture
 def true_sizes() -> Iterator[Path]:
-    """A checkpoint of 18 GB that takes a few MB. /tmp may be memory, where holes take room once they are read."""
+    """Writes a checkpoint of 18 GB that takes a few MB; /tmp may be memory, which holes occupy once read."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         sparse_model.write(Path(folder), TRUE_SIZES)
         yield Path(folder)
 
 
 def test_true_sizes_load_within_two_gigabytes_of_the_model(true_sizes: Path) -> None:
-    """One after the other in one test: both at once, as two tests might run, would not fit a small machine."""
+    """Both cases run in one test, one after the other, because both at once would not fit a small machine."""
     shards = sorted(true_sizes.glob("*/*.safetensors"))
     sizes = [shard.stat() for shard in shards]
     assert len(shards) > 1 and max(size.st_size for size in sizes) < 10e9
@@ -58,7 +58,7 @@ def test_true_sizes_load_within_two_gigabytes_of_the_model(true_sizes: Path) -> 
 
 
 def measured(folder: Path, *options: str) -> dict[str, Any]:
-    """The document of the loading benchmark, whose ranks are fresh processes: no peak of this one is theirs."""
+    """Returns the JSON of the loading benchmark, whose ranks are fresh processes with their own peak memory."""
     program = [sys.executable, str(ROOT / "benchmarks/loading.py"), "--folder", str(folder)]
     sizes = ["--layers", str(TRUE_SIZES.num_layers)]
     out = subprocess.run([*program, *sizes, *options], stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -83,11 +83,11 @@ def test_a_rank_group_reads_each_byte_about_once(tmp_path: Path, bytes_read: lis
         for read, wrong in on_ranks(Mesh(ulysses=2), lambda ranks: work(ranks, sharded)):  # noqa: B023 - run at once
             print(f"2 ranks, FSDP {sharded}: {read / total:.3f} of {total / 1e6:.0f} MB read by one")
             assert not wrong
-            assert total / 2 * 0.99 < read < total / 2 * 1.05  # what is small is read by all
+            assert total / 2 * 0.99 < read < total / 2 * 1.05  # every rank reads small tensors itself
 
 
 class Odd(nn.Module):
-    """Sizes that ranks do not divide, fewer rows than ranks, one row, none at all."""
+    """Holds tensors that ranks do not divide: fewer rows than ranks, one row, none."""
 
     def __init__(self, scalar: bool) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Odd(nn.Module):
 def test_rows_that_the_ranks_do_not_divide(tmp_path: Path, ranks: int, sharded: bool) -> None:
     file = tmp_path / "odd.safetensors"
     torch.manual_seed(0)
-    scalar = not sharded  # FSDP takes none
+    scalar = not sharded  # FSDP accepts no scalar
     stored = {name: torch.randn(tensor.shape) for name, tensor in Odd(scalar).state_dict().items()}
     save_file(stored, file)
 
@@ -126,7 +126,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def test_what_was_loaded_needs_its_file_no_more(tmp_path: Path) -> None:
-    """On the CPU a float32 tensor could stay a view of the file: mapped for ever, and changed with it."""
+    """On the CPU a float32 tensor could stay a view of the file: always mapped, and changed with the file."""
     file = tmp_path / "odd.safetensors"
     values = {name: torch.ones(tensor.shape) for name, tensor in Odd(scalar=True).state_dict().items()}
     save_file(values, file)

@@ -1,4 +1,4 @@
-"""The plan of MagCache: the published counts, step by step, and what upstream gets wrong."""
+"""Tests MagCache's plan: the published counts, each step, and where it differs from upstream."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plan(name: str, rule: MagCacheRule, *, joint: bool = False) -> list[Skips]:
 
 
 def strip(skips: list[Skips]) -> str:
-    """A letter a step: computed, skipped, or which branch alone is computed."""
+    """Returns a letter per step: c computed, . skipped, p or n if only this branch is computed."""
     return "".join({(False, False): "c", (True, True): ".", (False, True): "p", (True, False): "n"}[s] for s in skips)
 
 
@@ -61,14 +61,14 @@ def test_skipped_calls_of_80_are_the_published_ones(name: str, rule: MagCacheRul
 
 
 def test_no_residual_is_used_by_the_other_expert() -> None:
-    """Nor by nobody: the first step of each expert is computed, whatever the ratios and the retention."""
+    """The first step of each expert is computed for any ratios and retention."""
     ones = [(1.0, 1.0)] * 40
     high = EXPERTS.count("high_noise")
     for rule in ("low-noise-only", "both-experts"):
         skips = plan_skips(ones, EXPERTS, MagCacheSettings(1.0, 100, 0.0, rule))
         assert skips[0] == skips[high] == (False, False)
         assert skips[high + 1 :] == [(True, True)] * (39 - high) or rule == "both-experts"
-    before = [(0.5, 0.5)] * high + ones[high:]  # an account that went on would still owe for these
+    before = [(0.5, 0.5)] * high + ones[high:]  # an error sum that continued would prevent skips after the switch
     both = MagCacheSettings(0.1, 2, 0.0, "both-experts")
     assert plan_skips(before, EXPERTS, both)[high:] == plan_skips(ones, EXPERTS, both)[high:]
 
@@ -84,7 +84,7 @@ def test_jointly_both_branches_skip_or_none() -> None:
 
 def test_errors_add_up_and_skips_in_a_row_are_few() -> None:
     skips = plan_skips([(0.9, 0.98)] * 8, LOW_ONLY, MagCacheSettings(0.25, 3, 0.0))
-    # 0.9: errors 0.1 and 0.19 make 0.29; 0.98: three small ones, then the limit
+    # 0.9: errors 0.1 and 0.19 make 0.29; 0.98: three small errors, then the limit
     assert [first for first, _ in skips] == [False, True, False, True, False, True, False, True]
     assert [second for _, second in skips] == [False, True, True, True, False, True, True, True]
 
@@ -97,7 +97,7 @@ def test_names_of_settings() -> None:
 
 
 def test_without_guidance_only_the_prompt_has_calls() -> None:
-    ratios = [(0.99, 0.5)] * 8  # of a branch that is not there, which would never skip
+    ratios = [(0.99, 0.5)] * 8  # the second branch does not exist and would never skip
     for joint in (False, True):
         skips = plan_skips(ratios, LOW_ONLY, MagCacheSettings(0.1, 1, 0.0), joint=joint, guided=[False] * 8)
         assert skips == [(step % 2 == 1, False) for step in range(8)]
@@ -107,7 +107,7 @@ def test_without_guidance_only_the_prompt_has_calls() -> None:
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_the_best_plan_is_the_best_of_all(joint: bool) -> None:
-    """Against every plan that the limits allow."""
+    """The best plan equals the best of all plans that the limits allow."""
     generator = random.Random(1)
     experts: list[Expert] = ["high_noise"] * 3 + ["low_noise"] * 4
     for _ in range(3):
@@ -118,7 +118,7 @@ def test_the_best_plan_is_the_best_of_all(joint: bool) -> None:
         for every in itertools.product(choices, repeat=7):
             rows = [strip([(skip[branch],) * 2 for skip in every]) for branch in (0, 1)]
             if any(row[0] + row[3] != "cc" or "..." in row for row in rows):
-                continue  # the first of an expert, or three in a row
+                continue  # an expert's first step, or three skips in a row
             skipped, error = sum(map(sum, every)), accumulated_error(ratios, every)
             least[skipped] = min(error, least.get(skipped, 9.0))
         for skipped, error in least.items():
@@ -138,11 +138,11 @@ def test_the_best_plan_is_no_worse_than_the_greedy_one(name: str, rule: MagCache
     better = accumulated_error(RATIOS, best) - accumulated_error(RATIOS, greedy)
     assert better <= 1e-12
     if (name, rule) == ("E012K2R20", "both-experts"):
-        assert better < -0.01  # and not always the same plan
+        assert better < -0.01  # so the two plans are not always the same
 
 
-# E012K2R20 by the published curve, interpolated: high noise | low noise; c computed, . skipped, p and n the branch that
-# alone is computed. By low-noise-only, and by both-experts.
+# E012K2R20 with the published curve, interpolated: high noise | low noise. c: computed; .: skipped; p, n: only this
+# branch is computed. First by low-noise-only, then by both-experts.
 GOLDEN = {
     (20, 3.0): ("ccccc|ccc..c..c.c.ccc", "c..c.|cccp.np.c.c.ccc"),
     (20, 5.0): ("cccccccc|cc..c..c.ccc", "cp.np.np|ccp.np.c.ccc"),
@@ -162,7 +162,7 @@ GOLDEN = {
 
 
 def by_calls(ratios: list[tuple[float, float]], high: int, rule: MagCacheRule) -> list[Skips]:
-    """E012K2R20 once more, call by call as its source has it (WAN_SPEC 8.1), but that accounts end with an expert."""
+    """Implements E012K2R20 again, call by call like its source (WAN_SPEC 8.1), but error sums end with an expert."""
     calls, switch = 2 * len(ratios), 2 * high
     skipped, account = [], {}
     for call in range(calls):
@@ -193,7 +193,7 @@ def test_plans_step_by_step_for_other_steps_and_shifts(steps: int, shift: float)
 
 def test_interpolation_is_within_an_expert_and_over_the_timestep() -> None:
     assert resample(RATIOS, STEPS, STEPS) == RATIOS
-    # every second step of an expert: its ratio is the product of two
+    # with every second step of an expert, a ratio is the product of two
     halves = [pair for expert in ("high_noise", "low_noise") for pair in [s for s in STEPS if s[0] == expert][::2]]
     every_second = [STEPS.index(step) for step in halves]
     first_low = next(index for index, (expert, _) in enumerate(halves) if expert == "low_noise")
@@ -203,14 +203,14 @@ def test_interpolation_is_within_an_expert_and_over_the_timestep() -> None:
         if index not in (0, first_low):
             expected = [RATIOS[at - 1][branch] * RATIOS[at][branch] for branch in (0, 1)]
             assert found[index] == pytest.approx(expected, rel=1e-12)
-    # a timestep between two: the level of the residual lies on the line between theirs
+    # between two timesteps, the residual's level lies on the line between theirs
     here, there = STEPS[20][1], STEPS[21][1]
     middle = (here + there) // 2
     between = resample(RATIOS, STEPS, [*STEPS[:21], ("low_noise", middle), *STEPS[21:]])
     share = (here - middle) / (here - there)
     assert between[21] == pytest.approx([ratio**share for ratio in RATIOS[21]])
     assert math.prod(of[0] for of in between[21:23]) == pytest.approx(RATIOS[21][0])
-    timesteps = (900, 500, 500, 100)  # which are whole numbers, and so can be the same
+    timesteps = (900, 500, 500, 100)  # timesteps are whole numbers, so that two can be equal
     twice: list[tuple[Expert, int]] = [("low_noise", timestep) for timestep in timesteps]
     found = resample([(1.0, 1.0), (0.9, 0.9), (0.99, 0.99), (0.5, 0.5)], twice, twice[:2])
     assert found[1] == pytest.approx((0.9 * 0.99, 0.9 * 0.99))

@@ -1,4 +1,4 @@
-"""MagCache in the loop: the same plan and latents on every mesh, with sharded, swapped and compiled experts."""
+"""Tests MagCache in the loop: the same plan and latents on every mesh, with sharded, offloaded and compiled experts."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from wanfast.runtime.store.curves import Curve
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights.experts import OffloadedExperts
 
-# Eight steps, three of them with high noise; branches differ, and each expert skips, the high-noise one at its end too.
+# Eight steps, three with high noise. Branches differ, and each expert skips, the high-noise one also at its end.
 RATIOS = ((1.0, 1.0), (0.99, 0.9), (0.98, 0.99), (0.7, 0.7), (0.99, 0.98), (0.97, 0.9), (0.99, 0.99), (0.98, 0.7))
 APART = [tuple(letter == "." for letter in step) for step in ("##", ".#", "..", "##", "..", ".#", "#.", ".#")]
 
 
 @pytest.fixture
 def planned(small_model: Path, workdir: Path) -> tuple[Plan, ModelFiles]:
-    """Without skipping. 40 tokens."""
+    """Returns a plan without skipping, of 40 tokens."""
     plan, files = plan_small_model(small_model, steps=8)
     assert plan.experts.count("high_noise") == 3
     return plan, files
@@ -68,7 +68,7 @@ def test_what_is_skipped_does_not_run(planned: tuple[Plan, ModelFiles], monkeypa
         for branch, name in enumerate(BRANCHES)
         if not APART[step][branch] and APART[step + 1][branch]
     ]
-    assert kept == wanted  # and no residual that nobody uses
+    assert kept == wanted  # no unused residual is stored
     assert len(ran) == (16 - sum(map(sum, APART))) * files.spec.dit.num_layers
     assert 1e-4 < relative_error(latents, whole) < 1
 
@@ -80,7 +80,7 @@ def test_what_is_skipped_does_not_run(planned: tuple[Plan, ModelFiles], monkeypa
         for mesh in MESHES
         for fsdp in ("off", "on")
         for joint in ("on", "off")
-        if mesh.group_size <= 4 and (mesh.cfg, fsdp, joint) != (2, "on", "off")  # which is refused
+        if mesh.group_size <= 4 and (mesh.cfg, fsdp, joint) != (2, "on", "off")  # all but the refused combination
     ],
     ids=lambda value: shown(value) if isinstance(value, Mesh) else value,
 )
@@ -105,7 +105,7 @@ def test_every_mesh_skips_alike(planned: tuple[Plan, ModelFiles], mesh: Mesh, fs
 
 
 def test_sharded_experts_cannot_skip_apart(planned: tuple[Plan, ModelFiles]) -> None:
-    """A rank would wait for weights that the others do not gather."""
+    """A rank would wait for weights that the other ranks do not gather."""
     plan, _ = planned
     plan = skipping(with_options(plan, num_gpus=2, dit_fsdp="on"))
     (placed,) = place([plan])
@@ -127,7 +127,7 @@ def test_branches_on_different_ranks_skip_together_by_default(planned: tuple[Pla
 
 @torch.inference_mode()
 def test_offloaded_experts_skip_too(planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each expert's weights come once, the blocks of the second behind the last call that runs the first one's."""
+    """Each expert's weights are copied once, and the second expert's blocks follow the first expert's last call."""
     plan, files = planned
     expected = final_latents(skipping(plan), files, Ranks("cpu"))
     events: list[str] = []
@@ -148,7 +148,7 @@ def test_offloaded_experts_skip_too(planned: tuple[Plan, ModelFiles], monkeypatc
     copies = [event for event in events if event != "block"]
     assert len(copies) == len(set(copies))
     first = next(k for k, event in enumerate(events) if event.startswith("low_noise blocks.0."))
-    # high noise computes both branches of step 0, and of step 1 the negative prompt's
+    # high noise computes both branches of step 0 and, of step 1, only the negative prompt's branch
     assert events[:first].count("block") == 2 * files.spec.dit.num_layers + 1
 
 
@@ -182,7 +182,7 @@ def test_compiled_blocks_stay_one_graph(planned: tuple[Plan, ModelFiles], monkey
 
 @pytest.mark.parametrize("scheme", ["int8-weight-only", "int8-dynamic", "fp8-rowwise"])
 def test_quantized_experts_skip_too(planned: tuple[Plan, ModelFiles], scheme: str) -> None:
-    """By two ranks as by one: what is reused is the same residual."""
+    """Two ranks give the latents of one rank, because both reuse the same residual."""
     plan, files = planned
     plan = skipping(plan, precision="bf16", quantize=scheme, quantize_on_the_fly=True)
     expected = final_latents(plan, files, Ranks("cpu"))

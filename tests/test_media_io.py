@@ -1,4 +1,4 @@
-"""Real files in, real files out: every refusal is one line that names option and file; no failure leaves a trace."""
+"""Tests real input and output files: a refusal is one line that names option and file; failures leave no file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pixel(image: LoadedImage, x: int, y: int) -> object:
 
 
 def smooth_clip(frames: int = 17, height: int = 96, width: int = 160) -> np.ndarray:
-    """[F, H, W, 3]: drifting colour waves."""
+    """Returns [F, H, W, 3]: drifting colour waves."""
     t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
     waves = [np.sin(x / 30 + t / 9), np.cos(y / 25 + t / 7), np.sin((x + y) / 40 - t / 8)]
     return np.stack([127 + 100 * wave for wave in waves], axis=-1).astype(np.uint8)
@@ -65,11 +65,11 @@ def assert_one_line(error: ConfigError, option: str, path: object) -> None:
     assert "\n" not in str(error)
 
 
-# --- images that are refused
+# --- refused images
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has hardly any pixels."""
+    """Returns a PNG that claims a size but has almost no pixel data."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -133,7 +133,7 @@ def test_the_option_is_the_callers(tmp_path: Path) -> None:
         load_image(str(tmp_path / "no.png"), option="--jobs")
 
 
-# --- images that are taken
+# --- accepted images
 
 
 def test_plain_rgb_is_untouched(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_frames_are_clamped_then_truncated() -> None:
     assert (frames.shape, frames.dtype) == ((2, 1, 7, 3), np.uint8)
     assert frames[1, 0, :, 0].tolist() == [0, 0, 0, 127, 254, 255, 255]
     assert not frames[..., 1:].any()
-    assert video[0, 0, 0, 0] == -7  # the argument is left alone
+    assert video[0, 0, 0, 0] == -7  # the argument is unchanged
 
 
 # --- mp4 and contact sheet
@@ -317,7 +317,7 @@ def test_mp4_colour_matrix_is_the_one_it_names(tmp_path: Path) -> None:
 
 
 def test_mp4_is_deterministic(tmp_path: Path) -> None:
-    """Whatever the heap held before and however many cores there are: x264 by itself heeds both."""
+    """The file does not depend on the heap's content or the number of cores; x264's default output depends on both."""
     clip = smooth_clip(9, 480, 832) + RNG.integers(0, 20, (9, 480, 832, 3), dtype=np.uint8)
     np.save(tmp_path / "clip.npy", clip)
     script = (
@@ -336,7 +336,7 @@ def test_mp4_is_deterministic(tmp_path: Path) -> None:
 
 
 def write_with_little_room(folder: Path, limit: int) -> None:
-    """In a child: files may grow to `limit` bytes; the exit code says whether the refusal was as it should be."""
+    """Writes in a child whose files may grow to `limit` bytes; the exit code reports if the refusal was correct."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     noise = np.random.default_rng(0).integers(0, 256, (9, 96, 160, 3), dtype=np.uint8)
@@ -374,7 +374,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(av.VideoFrame, "from_ndarray", interrupted_late)
     with pytest.raises(KeyboardInterrupt), atomic_paths(tmp_path / "out.mp4") as (partial,):
         write_mp4(smooth_clip(81, 32, 32), partial, fps=16)
-    assert calls[-1] == [f".out.mp4.{os.getpid()}.part"]  # past the encoder's look-ahead: the file had begun
+    assert calls[-1] == [f".out.mp4.{os.getpid()}.part"]  # past the encoder's look-ahead, so the file was already begun
     assert names_in(tmp_path) == []
 
 
@@ -414,7 +414,7 @@ def test_atomic_paths_come_together_or_not_at_all(tmp_path: Path) -> None:
         second.write_text("another program's")
     assert names_in(tmp_path) == ["a.json"]
     with pytest.raises(ConfigError), atomic_paths(first, second) as partials:
-        partials[0].write_text("new")  # the second is never written
+        partials[0].write_text("new")  # the second file is never written
     assert names_in(tmp_path) == ["a.json"]
     with atomic_paths(first, second) as partials:
         for partial in partials:

@@ -1,4 +1,4 @@
-"""The quality metrics against scikit-image's, and the tracker against clips whose motion is known."""
+"""Tests the quality metrics against scikit-image's, and the tracker on clips whose motion is known."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_motions_begin_where_they_stand_and_differ() -> None:
 
 def test_the_split_is_by_combination() -> None:
     def combinations(held_out: bool, count: int) -> set[tuple[str, str, str]]:
-        scenes = [draw_scene(seed, held_out=held_out) for seed in range(count)]  # cameras too
+        scenes = [draw_scene(seed, held_out=held_out) for seed in range(count)]  # including camera motions
         return {(scene.subject.shape, scene.subject.colour, scene.motion) for scene in scenes}
 
     train, held = combinations(False, 2000), combinations(True, 300)
@@ -116,7 +116,7 @@ def test_the_split_is_by_combination() -> None:
 
 
 def test_ms_ssim_is_the_weighted_product_of_the_scales() -> None:
-    """As Wang et al. 2003 define it, from scikit-image's maps: contrast-structure of all scales but the last."""
+    """MS-SSIM follows Wang et al. 2003 on scikit-image's maps: only the last scale has the luminance term."""
     video, reference = videos()
     x, y = (((v.double() + 1) / 2).numpy()[0] for v in (video, reference))
 
@@ -124,7 +124,7 @@ def test_ms_ssim_is_the_weighted_product_of_the_scales() -> None:
         return (image[0::2, 0::2] + image[1::2, 0::2] + image[0::2, 1::2] + image[1::2, 1::2]) / 4
 
     def contrast_structure(a: np.ndarray, b: np.ndarray) -> float:
-        # SSIM of images with the local mean put back to one value has no luminance term
+        # SSIM has no luminance term for images whose local mean is set to one value
         options = {
             "data_range": 1,
             "gaussian_weights": True,
@@ -139,7 +139,7 @@ def test_ms_ssim_is_the_weighted_product_of_the_scales() -> None:
 
     frames = range(4)
     weights = np.array([0.0448, 0.2856, 0.3001, 0.2363])
-    assert min(x.shape[-2:]) // 11 == 8  # four scales of a 96-pixel side
+    assert min(x.shape[-2:]) // 11 == 8  # four scales fit a 96-pixel side
     values = [np.mean([contrast_structure(x[f], y[f]) for f in frames])]
     for _ in range(2):
         x, y = (np.stack([halved(v[f]) for f in frames]) for v in (x, y))
@@ -169,7 +169,7 @@ def test_the_interval_is_wilsons() -> None:
 
 @pytest.fixture(scope="module")
 def verdicts() -> list[dict[str, object]]:
-    """Two held-out pairs through the shipped model, as `make tiny-quality` does them."""
+    """Judges two held-out pairs with the shipped model, like `make tiny-quality`."""
     judge = tiny.Judge(tiny.Settings("tiny", steps=40, guidance=2.0, precision="bf16"))
     return [judge(tiny.Task(index, with_prompt=True)) for index in (1, 2)]
 

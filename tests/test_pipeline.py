@@ -1,8 +1,8 @@
-"""The whole image-to-video path against diffusers' pipeline: image and prompt in, final latents out.
+"""Tests the whole image-to-video path against diffusers' pipeline: image and prompt in, final latents out.
 
-Same random weights, read from the files that diffusers itself wrote; both experts, unequal guidance, real cleaning
-and tokenizing. Diffusers is given the reference's noise levels, our noise, and the image as our reader fitted it (it
-resizes with another filter).
+Both use the same random weights from the files that diffusers wrote, both experts, unequal guidance, real cleaning and
+tokenizing. Diffusers gets the reference's noise levels, our noise, and the image as our reader fitted it, because
+diffusers resizes with another filter.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> tuple[WanImageToVideoPip
 
 @pytest.fixture(scope="module")
 def original_layout(public: tuple[WanImageToVideoPipeline, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights as the original repository lays them out: experts in shards, UMT5 and VAE as .pth."""
+    """Writes the same weights in the original repository's layout: experts in shards, UMT5 and VAE as .pth."""
     files = model_files.locate(str(public[1]), "artifacts")
     folder = tmp_path_factory.mktemp("model") / "original"
     write_original(files, folder)
@@ -86,7 +86,7 @@ def split_into_shards(whole: Path, count: int = 3) -> None:
 
 @pytest.fixture
 def plan_for(tmp_path: Path):
-    """A plan at WAN_SPEC's test size: a 97x61 picture, area 96x64, 9 frames, 6 steps, unequal guidance."""
+    """Returns a plan at WAN_SPEC's test size: a 97x61 picture, area 96x64, 9 frames, 6 steps, unequal guidance."""
     picture = tmp_path / "picture.png"
     noise = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((97, 61), Image.Resampling.BICUBIC).save(picture)

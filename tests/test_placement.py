@@ -1,4 +1,4 @@
-"""Who does it and where the weights lie, decided from what a machine shows before anything starts."""
+"""Tests which ranks work and where the weights lie, as decided from the machine before anything starts."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_graphs_of_one_line_count_for_its_list_and_on_gpus_alone(
     graphs = {"compile": True, "compile_mode": "max-autotune"}
     (workdir / "jobs.jsonl").write_text("{}\n" + json.dumps(graphs) + "\n")
     assert "would hold 94.8 GB" in wanfast(*A14B_DRY, "--jobs", "jobs.jsonl").err
-    machine(0, 0, host_gb=2 * 60)  # a CPU has none, so its experts may be sharded
+    machine(0, 0, host_gb=2 * 60)  # a CPU has no graphs, so its experts may be sharded
     cpu = ("--device", "cpu", "--num-gpus", "2")
     assert wanfast(*A14B_DRY, *cpu, *GRAPHS).document["plan"]["dit_fsdp"] == "on"
 
@@ -185,7 +185,7 @@ def test_a_host_too_small_for_the_idle_expert_is_said(wanfast: Wanfast, machine:
     assert "offloaded 43.4 GB (needs 63.7 GB of the host, which has 40.0 GB free), and 48.0" in outcome.err
     outcome = wanfast(*A14B_DRY, "--expert-offload", "on")
     assert outcome.exit_code == 2 and "--expert-offload on: needs 63.7 GB of the host" in outcome.err
-    machine(8, 48, host_gb=400)  # one rank to a video: each of eight would pin both experts
+    machine(8, 48, host_gb=400)  # one rank per video: each of eight would pin both experts
     lines = "\n".join(["{}"] * 8)
     Path("jobs.jsonl").write_text(lines)
     ranks = ("--num-gpus", "8", "--cfg-parallel", "1", "--ulysses", "1", "--jobs", "jobs.jsonl")
@@ -194,26 +194,26 @@ def test_a_host_too_small_for_the_idle_expert_is_said(wanfast: Wanfast, machine:
     assert wanfast(*A14B_DRY, *ranks).document["results"][7]["plan"]["expert_offload"] == "on"
 
 
-def test_room_is_made_on_a_host_that_has_it(wanfast: Wanfast, machine: Machine) -> None:
+def test_experts_are_evicted_to_a_host_with_enough_memory(wanfast: Wanfast, machine: Machine) -> None:
     machine(1, 80, host_gb=2)
     refused = wanfast(*A14B_DRY)
     assert refused.exit_code == 2
     assert "resident 82.5 GB, evicting 72.3 GB (needs 2.5 GB of the host, which has 2.0 GB free)" in refused.err
     machine(1, 90, host_gb=2)
     assert "experts resident: 82.5 GB" in wanfast(*A14B_DRY).document["plan"]["placement"]
-    machine(8, 80, host_gb=9)  # of four leaders, who decode at the same time
+    machine(8, 80, host_gb=9)  # for four leaders, which decode at the same time
     groups = ("--num-gpus", "8", "--cfg-parallel", "2", "--ulysses", "1", "--jobs", "jobs.jsonl")
     Path("jobs.jsonl").write_text("{}\n" * 4)
     assert wanfast(*A14B_DRY, *groups).document["results"][0]["plan"]["dit_fsdp"] == "on"
     machine(8, 80, host_gb=11)
     assert wanfast(*A14B_DRY, *groups).document["results"][0]["plan"]["dit_fsdp"] == "off"
-    cpu = ("--device", "cpu", "--num-gpus", "8")  # no room is made there
+    cpu = ("--device", "cpu", "--num-gpus", "8")  # nothing is evicted on a CPU
     machine(0, 0, host_gb=8 * 66)
     assert "experts sharded" in wanfast(*A14B_DRY, *cpu).document["plan"]["placement"]
 
 
 def test_a_rank_group_may_keep_its_idle_experts_on_the_host(wanfast: Wanfast, machine: Machine) -> None:
-    """Two GPUs that half of both experts does not fit into beside the decoder."""
+    """Half of both experts plus the decoder does not fit one of the two GPUs."""
     machine(2, 46)
     plan = wanfast(*A14B_DRY, "--num-gpus", "2").document["plan"]
     assert (plan["dit_fsdp"], plan["expert_offload"]) == ("off", "on")
@@ -229,7 +229,7 @@ def test_the_fullest_gpu_decides(wanfast: Wanfast, machine: Machine, monkeypatch
 
 
 def test_only_ranks_that_start_take_of_the_host(wanfast: Wanfast, machine: Machine) -> None:
-    """Seven of eight rank groups of one have no video, so nothing of them is pinned."""
+    """Seven of eight rank groups of one rank have no video, so they pin nothing."""
     machine(8, 48, host_gb=100)
     plan = wanfast(*A14B_DRY, "--num-gpus", "8", "--cfg-parallel", "1", "--ulysses", "1").document["plan"]
     assert plan["expert_offload"] == "on"
@@ -268,7 +268,7 @@ def test_each_rank_group_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(elastic.os, "cpu_count", lambda: 256)
     elastic._set_environment(config, 0, processes=2)
     assert own.items() <= elastic.os.environ.items() and "PYTORCH_ALLOC_CONF" not in elastic.os.environ
-    assert elastic.os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "32"  # no more than torch would take
+    assert elastic.os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "32"  # no more than torch would use
     monkeypatch.setattr(elastic.os, "environ", {})
     elastic._set_environment(dataclasses.replace(config, num_gpus=1, cfg_parallel=1), 0, processes=1)
     assert "OMP_NUM_THREADS" not in elastic.os.environ

@@ -1,4 +1,4 @@
-"""Quantized linears against the values that they stand for, and experts that are quantized, kept and loaded again."""
+"""Tests quantized linears against the values that they represent, and experts quantized, stored and loaded again."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SPEC = DiTSpec(dim=64, ffn_dim=80, num_heads=4, num_layers=3, freq_dim=32, text_
 
 
 def linear(scheme: Scheme, dtype: torch.dtype, *, gelu: bool = False) -> tuple[QuantizedLinear, nn.Linear]:
-    """A quantized linear, and the one that it stands for."""
+    """Returns a quantized linear and the linear that it represents."""
     torch.manual_seed(0)
     exact = nn.Linear(96, 40).requires_grad_(False)
     made = QuantizedLinear(scheme, 96, 40, dtype, gelu=gelu)
@@ -77,9 +77,9 @@ def test_products_are_those_of_the_values(scheme: Scheme, dtype: torch.dtype, ge
     if gelu:
         expected = nn.functional.gelu(expected, approximate="tanh")
     bound = {torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
-    if isinstance(out, QuantizedTokens):  # for the layer after the activation
+    if isinstance(out, QuantizedTokens):  # tokens for the layer after the activation
         assert gelu and out.values.dtype == made.weight.dtype
-        made.gelu = False  # whose product is held to the narrow bound
+        made.gelu = False  # the product must meet the narrow bound
         before = made(x)
         assert (
             relative_error(quantize_tokens(before, made.weight.dtype, gelu=True).values.float(), out.values.float())
@@ -105,7 +105,7 @@ def test_products_are_near_torchaos_and_near_the_exact_one(scheme: Scheme) -> No
     errors = [relative_error(out, exact(x).double()) for out in (made(x), theirs(x))]
     print(f"{scheme}: relative error {errors[0]:.4f}, torchao's {errors[1]:.4f}")
     assert 1e-3 < errors[0] < {"int8-weight-only": 0.006, "int8-dynamic": 0.012, "fp8-rowwise": 0.05}[scheme]
-    if scheme != "fp8-rowwise":  # there it quantizes no tokens on a CPU
+    if scheme != "fp8-rowwise":  # torchao's fp8 quantizes no tokens on a CPU
         assert errors[0] < 1.2 * errors[1]
 
 
@@ -184,11 +184,11 @@ def make(source: model_files.ModelFiles, scheme: Scheme, store: Path) -> tuple[Q
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "bf16"])
 @torch.no_grad()
-def test_kept_and_loaded_is_bit_for_bit_what_is_quantized_while_loading(
+def test_stored_and_loaded_is_bit_for_bit_what_is_quantized_while_loading(
     source: model_files.ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: Scheme
 ) -> None:
     monkeypatch.setattr(quantize, "SHARD_BYTES", 40_000)  # several shards
-    monkeypatch.setattr(quantize, "_CHUNK_VALUES", 64 * 7)  # and weights in pieces
+    monkeypatch.setattr(quantize, "_CHUNK_VALUES", 64 * 7)  # weights in pieces
     expert, result = make(source, scheme, tmp_path / "store")
     assert len(list(Path(result["output"]).glob("*.safetensors"))) > 2
 
@@ -209,7 +209,7 @@ def test_kept_and_loaded_is_bit_for_bit_what_is_quantized_while_loading(
             assert relative_error(got, kept.double()) <= (2e-2 if scheme != "bf16" else 5e-3)
 
 
-def test_of_what_is_kept_only_its_own_bytes_are_read(
+def test_of_what_is_stored_only_its_own_bytes_are_read(
     source: model_files.ModelFiles, tmp_path: Path, bytes_read: list[int]
 ) -> None:
     expert, _ = make(source, "int8-dynamic", tmp_path / "store")
@@ -233,15 +233,15 @@ def test_quantized_experts_are_offloaded_like_others(source: model_files.ModelFi
     for parameter in low.parameters():
         parameter.data = parameter.data.flip(0).contiguous()
     expected = {"high_noise": velocity(high), "low_noise": velocity(low)}
-    swapped = OffloadedExperts({"high_noise": high, "low_noise": low}, "cpu")
+    offloaded = OffloadedExperts({"high_noise": high, "low_noise": low}, "cpu")
     for name in ("high_noise", "low_noise", "high_noise"):
-        model, _ = swapped.take(name)
+        model, _ = offloaded.take(name)
         assert torch.equal(velocity(model), expected[name])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_block_stays_one_graph(scheme: Scheme) -> None:
-    """Alone and over two ranks, with weights of 8 bits."""
+    """The block is one graph on one rank and on two, with 8-bit weights."""
 
     def compiled(ranks: Ranks) -> Tensor:
         with torch.device("meta"):

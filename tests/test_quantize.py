@@ -1,4 +1,4 @@
-"""`wanfast quantize` and `generate --quantize` as commands: what they keep, and what if it is not as it was."""
+"""Tests the commands `wanfast quantize` and `generate --quantize`: stored artifacts, and refusals of changed ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GENERATE = ("generate", *TINY, *SMALL, "--quantize", "int8-dynamic", "--json")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifacts folder that `quantize` filled."""
+    """Returns an artifacts folder that `quantize` filled."""
     folder = tmp_path_factory.mktemp("made")
     done = run("quantize", *TINY, *SCHEME, "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def kept(made: Path, workdir: Path) -> Path:
-    """A copy in the working folder; the high-noise expert's artifact."""
+    """Copies it into the working folder; returns the high-noise expert's artifact."""
     shutil.copytree(made, workdir / "artifacts")
     return artifact_of(workdir, "high_noise")
 
@@ -64,7 +64,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
-def test_what_is_kept_makes_the_video_of_what_is_quantized_while_loading(
+def test_what_is_stored_makes_the_video_of_what_is_quantized_while_loading(
     wanfast: Wanfast, workdir: Path, kept: Path
 ) -> None:
     outcome = wanfast(*GENERATE, "--verify")
@@ -83,7 +83,7 @@ def test_what_is_kept_makes_the_video_of_what_is_quantized_while_loading(
     assert (workdir / "plain.mp4").read_bytes() != (workdir / "out.mp4").read_bytes()
 
 
-def test_two_ranks_share_what_is_kept(wanfast: Wanfast, workdir: Path, kept: Path) -> None:
+def test_two_ranks_share_what_is_stored(wanfast: Wanfast, workdir: Path, kept: Path) -> None:
     assert wanfast(*GENERATE, "--output", "one.mp4").exit_code == 0
     outcome = wanfast(*GENERATE, "--num-gpus", "2", "--ulysses", "2", "--cfg-parallel", "1", "--output", "two.mp4")
     assert outcome.exit_code == 0, outcome.err
@@ -96,7 +96,7 @@ def test_goes_on_with_the_expert_that_is_missing(wanfast: Wanfast, workdir: Path
     shutil.rmtree(kept)
     outcome = wanfast("quantize", *TINY, *SCHEME, "--json")
     assert [result["was_there"] for result in outcome.document["results"]] == [False, True]
-    lines = outcome.err.strip().splitlines()  # no bars in a pipe
+    lines = outcome.err.strip().splitlines()  # a pipe gets no progress bars
     assert len(lines) == 2 and all("relative error of the weights 0.00" in line for line in lines)
     assert kept.is_dir()
     assert [result["expert"] for result in outcome.document["results"]] == ["high_noise", "low_noise"]
@@ -129,7 +129,7 @@ def test_what_was_changed_is_refused(wanfast: Wanfast, workdir: Path, kept: Path
     outcome = wanfast(*GENERATE, *(["--verify"] if damage == "flipped" else []))
     assert outcome.exit_code == 4 and f"{kept} was changed after it was made" in outcome.err, outcome.err
     assert not list(workdir.glob("out*"))
-    again = wanfast("quantize", *TINY, *SCHEME)  # verifies what is there
+    again = wanfast("quantize", *TINY, *SCHEME)  # verifies the stored artifact
     assert again.exit_code == 4 and str(kept) in again.err
 
 
@@ -242,7 +242,7 @@ LAYERS = 3
 
 @pytest.fixture(scope="module")
 def true_sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An expert of the A14B's true sizes but for its depth, whose values are holes."""
+    """Writes an expert of holes with the A14B's true sizes, except the number of layers."""
     folder = tmp_path_factory.mktemp("sparse")
     sparse_model.write(folder, replace(A14B.dit, num_layers=LAYERS), shard_bytes=3_000_000_000)
     return folder
@@ -255,7 +255,7 @@ def test_an_interrupt_leaves_nothing_half_done(true_sizes: Path, workdir: Path) 
         [*command, "--device", "cpu"], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
     store = workdir / "artifacts" / "quantized"
-    while not list(store.glob("*.partial/*.safetensors")):  # it writes
+    while not list(store.glob("*.partial/*.safetensors")):  # until it writes
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -265,7 +265,7 @@ def test_an_interrupt_leaves_nothing_half_done(true_sizes: Path, workdir: Path) 
 
 
 def test_true_sizes_take_little_memory(true_sizes: Path, workdir: Path) -> None:
-    """Of the source, 5.1 GB, and of the result, 1.9 GB, only pieces are ever held; more layers take no more."""
+    """Only pieces of the source (5.1 GB) and the result (1.9 GB) are in memory; more layers need no more."""
     code = """
 import resource, sys
 from wanfast.cli import main

@@ -1,4 +1,4 @@
-"""Whole generations by rank groups of gloo ranks: final latents and files equal those of one rank."""
+"""Tests whole generations by rank groups over gloo: final latents and files equal those of one rank."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from wanfast.runtime.weights.experts import OffloadedExperts, ResidentExperts
 
 @pytest.fixture
 def planned(small_model: Path, workdir: Path) -> tuple[Plan, ModelFiles]:
-    """Two steps of either expert, unequal guidance; 48 tokens."""
+    """Returns a plan with two steps of either expert, unequal guidance and 48 tokens."""
     return plan_small_model(small_model)
 
 
@@ -78,14 +78,14 @@ def test_every_mesh_gives_the_latents_of_one_rank(planned: tuple[Plan, ModelFile
     error = max(relative_error(latents, expected) for latents in got)
     print(f"{shown(mesh)}, FSDP {fsdp}: relative error of the final latents {error:.1e}")
     assert error <= 1e-5
-    assert all(torch.equal(latents, got[0]) for latents in got)  # or the ranks would drift apart
+    assert all(torch.equal(latents, got[0]) for latents in got)  # otherwise the ranks would drift apart
 
 
 @pytest.mark.parametrize("mesh", [Mesh(cfg=2), Mesh(ulysses=4)], ids=shown)
 def test_sharded_weights_of_two_precisions_give_what_whole_ones_give(
     planned: tuple[Plan, ModelFiles], mesh: Mesh
 ) -> None:
-    """In bf16 a block's products are bf16 and its norms float32: one unit of FSDP2 holds both."""
+    """In bf16 a block has bf16 products and float32 norms; one FSDP2 unit holds both."""
     plan, files = planned
     plan = with_options(plan, precision="bf16")
     whole = on_ranks(mesh, lambda ranks: final_latents(plan, files, ranks))
@@ -110,7 +110,7 @@ def test_tokens_that_the_ranks_do_not_divide(
 
 
 def test_branches_are_not_mixed_up(planned: tuple[Plan, ModelFiles]) -> None:
-    """With the prompts exchanged the parallel result differs, as the bound of the other tests can see."""
+    """With the prompts exchanged, the parallel result differs by more than the other tests' bound."""
     plan, files = planned
     expected = final_latents(plan, files, Ranks("cpu"))
     exchanged = with_options(plan, prompt=plan.config.video.negative_prompt, negative_prompt=plan.config.video.prompt)
@@ -199,13 +199,13 @@ def test_offloaded_experts_leave_the_device_to_the_decoder(
     image, text = blank_inputs(plan, files)
     videos = [pipeline(plan, image, text, Stopwatch("cpu")) for _ in range(2)]
     assert held == [0, 0]
-    assert torch.equal(*videos)  # and come back
+    assert torch.equal(*videos)  # the weights come back
 
 
 def out_of_memory(
     times: int, work: Callable[..., torch.Tensor], kind: type[RuntimeError] = torch.OutOfMemoryError
 ) -> Callable[..., torch.Tensor]:
-    """`work`, which fails at first."""
+    """Returns `work`, which fails the first `times` calls."""
     failures = iter(range(times))
 
     def failing(*arguments: object) -> torch.Tensor:
@@ -258,8 +258,8 @@ def test_resident_experts_are_evicted_and_come_back(
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert torch.equal(pipeline(plan, image, text, Stopwatch("cpu")), expected)
     away = held[0].count(False)
-    assert away >= times and held == [[True] * (len(parameters) - away) + [False] * away] * 2  # what is needed last
-    assert list(map(id, copied)) == list(map(id, parameters[: -away - 1 : -1]))  # once
+    assert away >= times and held == [[True] * (len(parameters) - away) + [False] * away] * 2  # needed last
+    assert list(map(id, copied)) == list(map(id, parameters[: -away - 1 : -1]))  # each weight is copied once
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def resident(planned: tuple[Plan, ModelFiles]) -> ResidentExperts:
     return experts
 
 
-def test_as_much_room_is_made_as_is_asked_for_and_as_the_host_has(
+def test_as_much_is_evicted_as_is_asked_for_and_as_the_host_has_room_for(
     resident: ResidentExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last = list(reversed(list(resident._experts["low_noise"].parameters())))
@@ -290,10 +290,10 @@ def test_as_much_room_is_made_as_is_asked_for_and_as_the_host_has(
     resident.take("low_noise")
     assert not resident._away
     monkeypatch.setattr(experts, "available_host_bytes", lambda: 0)
-    assert resident.evict(10**12) and len(resident._away) > len(last)  # the host holds it already
+    assert resident.evict(10**12) and len(resident._away) > len(last)  # the host copy already exists
 
 
-def test_a_host_that_pins_less_than_it_tells_loses_no_weight(
+def test_a_host_that_pins_less_than_it_reports_loses_no_weight(
     resident: ResidentExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = resident._experts["low_noise"]
@@ -305,7 +305,7 @@ def test_a_host_that_pins_less_than_it_tells_loses_no_weight(
             raise RuntimeError("CUDA error: out of memory")
         return empty(*size, dtype=dtype, **options)
 
-    monkeypatch.setattr(experts, "_SLAB_BYTES", 1)  # one for each
+    monkeypatch.setattr(experts, "_SLAB_BYTES", 1)  # one slab for each parameter
     monkeypatch.setattr(torch, "empty", pinned)
     assert resident.evict(10**12) and len(resident._away) == 3
     assert not resident.evict(10**12)
@@ -329,16 +329,16 @@ def test_weights_that_other_ranks_count_on_stay(
 
     assert on_ranks(Mesh(cfg=2), evicts) == [moves] * 2
     if "compile_mode" in options:
-        assert evicts(Ranks("cpu"))  # whose graphs can be recorded anew
+        assert evicts(Ranks("cpu"))  # one rank can record its graphs again
 
 
-def test_a_decoder_that_does_not_fit_at_all_is_told(
+def test_a_decoder_that_does_not_fit_at_all_is_reported(
     planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, files = planned
     image, text = blank_inputs(plan, files)
     decode = WanVAE.decode
-    for times, host_bytes in ((3, 10**12), (1, 0)):  # nothing left to move, and nowhere to move it
+    for times, host_bytes in ((3, 10**12), (1, 0)):  # nothing left to evict, and no host memory to evict to
         monkeypatch.setattr(experts, "available_host_bytes", lambda host_bytes=host_bytes: host_bytes)
         monkeypatch.setattr(WanVAE, "decode", out_of_memory(times, decode))
         pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
@@ -367,7 +367,7 @@ def test_offloaded_experts_give_what_resident_ones_give(
     monkeypatch.setattr(Block, "forward", ran)
     plan = with_options(plan, expert_offload="on")
     assert torch.equal(final_latents(plan, files, Ranks("cpu")), expected)
-    # Each expert's weights came once, and the second one's blocks each after that block's last forward.
+    # Each expert's weights are copied once, and each block of the second expert after that block's last forward.
     copies = [event for event in events if event != "block"]
     assert len(copies) == len(set(copies))
     steps, blocks, branches = len(plan.timesteps["high_noise"]), files.spec.dit.num_layers, 2
@@ -381,7 +381,7 @@ def test_the_default_mesh_of_this_model_uses_all_ranks() -> None:
 
 
 def test_an_expert_is_whole_again_after_a_step_that_broke_off(planned: tuple[Plan, ModelFiles]) -> None:
-    """While the other one took its place."""
+    """The step breaks off while the other expert takes its place."""
     plan, files = planned
     plan = with_options(plan, expert_offload="on")
     experts = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu")).experts

@@ -1,4 +1,4 @@
-"""Solvers against diffusers, step by step, on the reference's noise levels; and the grids against the facts."""
+"""Tests the solvers against diffusers, step by step, on the reference's noise levels; and the published timesteps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHIFT = 5.0
 
 
 def diffusers_scheduler(solver: Solver, num_steps: int) -> Any:
-    """Theirs, made to run on the reference's grid; the shift is theirs to apply."""
+    """Returns diffusers' solver on the reference's grid; diffusers applies the shift."""
     start = 1.0 if solver == "dpm++" else float(np.float32(0.999))
     levels = np.linspace(start, 0, num_steps + 1)[:-1]
     if solver == "euler":
@@ -29,7 +29,7 @@ def diffusers_scheduler(solver: Solver, num_steps: int) -> Any:
         scheduler = UniPCMultistepScheduler(**flow)
         scheduler.set_timesteps(sigmas=levels)
         return scheduler
-    scheduler = DPMSolverMultistepScheduler(**flow)  # takes no noise levels, so they are put in afterwards
+    scheduler = DPMSolverMultistepScheduler(**flow)  # it accepts no noise levels, so they are set afterwards
     scheduler.set_timesteps(num_steps)
     shifted = SHIFT * levels / (1 + (SHIFT - 1) * levels)
     scheduler.sigmas = torch.from_numpy(np.append(shifted, 0.0).astype(np.float32))
@@ -85,7 +85,7 @@ def test_timesteps_of_the_reference() -> None:
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
 def test_a_straight_flow_is_followed_exactly(solver: Solver) -> None:
-    """Where the velocity is constant every solver must land on the clean sample: x0 = x - sigma v."""
+    """With a constant velocity every solver must reach the clean sample: x0 = x - sigma v."""
     steps = schedule(solver, 7, SHIFT)
     integrator = Integrator(steps)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The size of a video, rounding traps included: WAN_SPEC's examples, made with the reference's own expression."""
+"""Tests the size of a video, with rounding traps: WAN_SPEC's examples, computed with the reference's own expression."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from wanfast.runtime.facts.shapes import fit_geometry
         ((1280, 720), (500, 500), (960, 960), 75_600),
         ((1280, 720), (4032, 3024), (1104, 816), 73_899),
         ((832, 480), (1920, 1080), (832, 464), 31_668),
-        ((832, 480), (832, 480), (832, 464), 31_668),  # float rounding: exactly the asked shape comes out smaller
-        ((832, 480), (480, 832), (480, 832), 32_760),  # and its portrait does not
+        ((832, 480), (832, 480), (832, 464), 31_668),  # float rounding: the requested shape itself gives a smaller size
+        ((832, 480), (480, 832), (480, 832), 32_760),  # its portrait shape does not
     ],
 )
 def test_size_follows_the_image(

@@ -1,4 +1,4 @@
-"""The speed and quality of skipping on the tiny model, as `make tiny-magcache` has them."""
+"""Tests the speed and quality of skipping on the tiny model, as `make tiny-magcache` measures them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompt cleaning, token ids against transformers', truncation, and the tiny model's tokenizer file."""
+"""Tests prompt cleaning, token ids against transformers', truncation, and the tiny model's tokenizer file."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def test_settings_saved_in_the_file_do_not_pad_or_cut(tmp_path: Path, tokenizer:
     [
         ("ＪＰＥＧ，ｒｅｄ！", "JPEG,red!"),  # full width -> ASCII
         ("“a” ‘b’ it’s", "\"a\" 'b' it's"),  # curly quotes -> straight
-        ("cafÃ© â€œhiâ€\x9d", 'café "hi"'),  # UTF-8 once read as Windows-1252
+        ("cafÃ© â€œhiâ€\x9d", 'café "hi"'),  # UTF-8 that was read as Windows-1252
         ("一只猫。", "一只猫。"),  # the ideographic full stop stays
         ("a &amp;amp; b", "a & b"),  # entities, twice
-        ("<b> &amp;amp; c", "<b> & c"),  # the same where ftfy, which sees a tag, leaves entities alone
+        ("<b> &amp;amp; c", "<b> & c"),  # the same, although ftfy keeps entities in a text with a tag
         ("a&amp;nbsp;&nbsp;b", "a b"),
         ("  A\t Red\r\n\n Cat \u3000", "A Red Cat"),  # whitespace collapsed, case kept
         ("", ""),

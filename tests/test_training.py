@@ -1,4 +1,4 @@
-"""Training in pieces: a run that was cut and resumed is, bit for bit, the run that was not."""
+"""Tests training in pieces: an interrupted and resumed run equals, bit for bit, an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -70,24 +70,24 @@ def test_resumed_training_is_the_same_training(tmp_path: Path, stage: str, monke
         return fit_experts(schedule, folder)
 
     assert run(tmp_path / "whole")
-    clock = iter([0.0] * 8 + [1e9] * 20)  # time runs out after some steps
+    clock = iter([0.0] * 8 + [1e9] * 20)  # the time is over after some steps
     monkeypatch.setattr(training.loop, "monotonic", lambda: next(clock))
     assert not run(tmp_path / "pieces", deadline=480)
     monkeypatch.undo()
     assert 0 < final(tmp_path / "pieces", stage)["step"] < 4
     with (tmp_path / "pieces" / f"{stage}.jsonl").open("a") as log:
-        log.write('{"step": 3}\n')  # as a run that was killed leaves it: logged, not saved
+        log.write('{"step": 3}\n')  # a killed run leaves this line: logged, not saved
     assert run(tmp_path / "pieces")
     lines = (tmp_path / "pieces" / f"{stage}.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
     assert equal(final(tmp_path / "pieces", stage), final(tmp_path / "whole", stage))
     file = tmp_path / "whole" / f"{stage}.pt"
     written = file.stat().st_mtime_ns
-    assert run(tmp_path / "whole") and file.stat().st_mtime_ns == written  # what is done is not done again
+    assert run(tmp_path / "whole") and file.stat().st_mtime_ns == written  # finished steps are not repeated
 
 
 def initial(folder: Path) -> None:
-    """A VAE that stage 2 can begin with."""
+    """Writes a VAE from which stage 2 can start."""
     folder.mkdir(exist_ok=True)
     torch.save({"ema": [p.detach() for p in train_vae.build(SMALL.vae, "cpu").parameters()]}, folder / "vae.pt")
 
@@ -99,13 +99,13 @@ def test_the_decoder_is_trained_alone_and_exported(tmp_path: Path) -> None:
     assert train_vae.fit_decoder(SMALL.vae, schedule, tmp_path, "cpu", batch=1, side=16)
     after = train_vae.load(SMALL.vae, tmp_path, "cpu").state_dict()
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"decoder", "post_quant_conv"}  # the latents stay as they were
+    assert changed == {"decoder", "post_quant_conv"}  # the latents are unchanged
 
 
 def test_all_stages_run_and_a_stage_waits_for_those_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(training_main, "make_deterministic", lambda: None)  # it would hold for the whole suite
+    monkeypatch.setattr(training_main, "make_deterministic", lambda: None)  # it would affect the whole suite
 
     def call(*arguments: str) -> str | int | None:
         monkeypatch.setattr("sys.argv", ["training", "--folder", str(tmp_path), "--smoke", *arguments])
@@ -114,8 +114,8 @@ def test_all_stages_run_and_a_stage_waits_for_those_before(
         except SystemExit as stop:
             return stop.code
 
-    assert "needs the whole of --stage vae" in str(call("--stage", "experts"))
-    assert "vae is not done yet" in str(call("--minutes", "0"))
+    assert "needs the finished --stage vae" in str(call("--stage", "experts"))
+    assert "--stage vae is not finished" in str(call("--minutes", "0"))
     assert call() is None
     assert model_files.locate(str(tmp_path / "tiny"), "artifacts").exists
 

@@ -1,4 +1,4 @@
-"""The UMT5 encoder against transformers' in fp32, with every parameter random, and its own invariants."""
+"""Tests the UMT5 encoder against transformers' in fp32, with every parameter random, and its own invariants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wanfast.runtime.facts.model_spec import UMT5Spec
 from wanfast.runtime.models.umt5 import UMT5Encoder, relative_position_buckets
 from wanfast.runtime.weights.checkpoint import rename
 
-# dim differs from the attention width, so that swapping the two cannot pass.
+# dim differs from the attention width, so that a mix-up of the two fails.
 TINY = UMT5Spec(vocab_size=200, dim=48, attention_dim=64, ffn_dim=80, num_heads=4, num_layers=3)
 TOLERANCE = 2e-5
 
@@ -24,7 +24,7 @@ def random_ids(*shape: int) -> Tensor:
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Norm scales around 1, every other parameter normal; matrices by their fan-in, so that activations stay near 1."""
+    """Draws every parameter: norm scales near 1, the rest normal, matrices by fan-in to keep activations near 1."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -59,7 +59,7 @@ def reference() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def encoder(reference: torch.nn.Module) -> UMT5Encoder:
-    """Ours, filled from transformers' weights the way a checkpoint is: on meta, strictly, by assignment."""
+    """Returns our encoder, filled from transformers' weights as from a checkpoint: on meta, strictly, by assignment."""
     weights = reference.state_dict()
     weights.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
     with torch.device("meta"):
@@ -103,7 +103,7 @@ def test_padding_changes_nothing_but_only_when_masked(encoder: UMT5Encoder) -> N
 
 
 def test_buckets_of_every_offset() -> None:
-    # By hand: distances below 8 stand alone, then an edge at every half octave (8 * 2**(j/2)), none beyond 91.
+    # Edges by hand: each distance below 8, then every half octave (8 * 2**(j/2)), none beyond 91.
     first_distance = [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91]
     length = 400
     buckets = relative_position_buckets(length, 32, 128, torch.device("cpu"))

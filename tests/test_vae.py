@@ -1,4 +1,4 @@
-"""The VAE against diffusers' on shared random weights; chunks against whole clips; causality and purity."""
+"""Tests the VAE against diffusers' on shared random weights; chunks against whole clips; causality and purity."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLERANCE = 2e-5
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    """Diffusers' VAE with every parameter random, those that are initialised to zero or one as well."""
+    """Returns diffusers' VAE with every parameter random, also those initialised to zero or one."""
     vae: Any = AutoencoderKLWan(  # type: ignore[no-untyped-call]
         base_dim=SPEC.base_dim,
         z_dim=SPEC.latent_channels,
@@ -41,13 +41,13 @@ def reference() -> Any:
             parameter.data = 0.1 * noise
         else:
             parameter.data = noise * parameter[0].numel() ** -0.5
-    vae.decoder.conv_out.weight.data *= 0.2  # keeps the video within [-1,1], where the final clamp hides nothing
+    vae.decoder.conv_out.weight.data *= 0.2  # keeps the video within [-1,1], so that the final clamp hides nothing
     return vae.eval()
 
 
 @pytest.fixture(scope="module")
 def vae(reference: Any) -> WanVAE:
-    """Ours with the same weights, built as in production: on meta, then filled."""
+    """Returns our VAE with the same weights, built as in production: on meta, then filled."""
     with torch.device("meta"):
         vae = WanVAE(SPEC)
     state = {rename("vae", "diffusers", key): tensor for key, tensor in reference.state_dict().items()}

@@ -1,4 +1,4 @@
-"""`wanfast warmup`: what it keeps serves another process with empty caches, and nothing else is ever taken for it."""
+"""Tests `wanfast warmup`: its artifact serves another process with empty caches, and only a matching one is used."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GENERATE = ("generate", *SHAPE, "--prompt", "a cat", "--seed", "1", "--steps", "
 TWO = ("--num-gpus", "2", "--ulysses", "2", "--cfg-parallel", "1")
 RANKS = {"1": (), "2": TWO, "2, sharded": (*TWO, "--dit-fsdp", "on")}
 
-# What came from the caches and what did not, after the document.
+# After the document, this prints the counts of cache hits and misses.
 COUNTED = """
 import sys
 from torch._dynamo.utils import counters
@@ -53,7 +53,7 @@ finally:
 
 
 def in_a_process_of_its_own(folder: Path, *arguments: str) -> Outcome:
-    """With Inductor's caches empty, as on a machine that never compiled."""
+    """Runs with Inductor's caches empty, like on a machine that never compiled."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
     shutil.rmtree(folder / "inductor", ignore_errors=True)
     environment = os.environ | caches | {"PYTHONPATH": str(ROOT)}
@@ -63,7 +63,7 @@ def in_a_process_of_its_own(folder: Path, *arguments: str) -> Outcome:
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_another_process_starts_from_what_was_kept(workdir: Path, ranks: str) -> None:
+def test_another_process_starts_from_what_was_stored(workdir: Path, ranks: str) -> None:
     warmed = in_a_process_of_its_own(workdir, "warmup", *SHAPE, *RANKS[ranks], "--json")
     assert warmed.exit_code == 0, warmed.err
     assert any("compiling" in file.read_text() for file in workdir.glob("artifacts/runs/*/progress/*.json"))
@@ -78,7 +78,7 @@ def test_another_process_starts_from_what_was_kept(workdir: Path, ranks: str) ->
     assert made.document["compile_cache"] == folder.name
     assert made.document["compiled_anew"] == 0  # on every rank
     assert "wanfast warmup" not in made.err
-    if ranks == "1":  # of several ranks the parent knows no counters
+    if ranks == "1":  # with several ranks the parent has no counters
         assert "{'hit': 1, 'miss': 0, 'bypass': 0}" in made.err
         again = in_a_process_of_its_own(workdir, "warmup", *SHAPE, "--json")
         assert again.document["was_there"] and again.document["output"] == str(folder)
@@ -96,7 +96,7 @@ def test_a_cold_run_says_what_would_save_its_compiling(wanfast: Wanfast, workdir
     assert cold.document["compile_cache"] is None and "'miss': 1" in cold.err
     (line,) = [line for line in cold.err.splitlines() if "compiling took" in line]
     seconds = float(line.split("compiling took ")[1].split(" s")[0])
-    assert 0.5 <= seconds <= cold.document["first_step_s"] + 0.05  # it is told to a tenth
+    assert 0.5 <= seconds <= cold.document["first_step_s"] + 0.05  # the line rounds to a tenth
     command = line.split("`")[1]
     image = workdir / "cat.png"
     expected = f"wanfast warmup --model tiny --attention flash --image {image} --size 64x64 --frames 5 --device cpu"
@@ -104,7 +104,7 @@ def test_a_cold_run_says_what_would_save_its_compiling(wanfast: Wanfast, workdir
 
 
 @pytest.mark.parametrize("variable", ["TORCHINDUCTOR_FORCE_DISABLE_CACHES=1", "TORCHINDUCTOR_FX_GRAPH_CACHE=0"])
-def test_a_torch_that_keeps_nothing_is_told_before_it_compiles(
+def test_a_torch_that_stores_nothing_is_reported_before_it_compiles(
     workdir: Path, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(*variable.split("="))
@@ -124,7 +124,7 @@ def test_an_artifact_without_this_ranks_file_is_refused(tmp_path: Path) -> None:
 def test_what_compiling_cost_is_counted_by_forwards(
     wanfast: Wanfast, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Later steps that skip some take less time without any compiler."""
+    """Later steps that skip forwards take less time, also without any compiler."""
     steps = ("--steps", "40", "--magcache", "E024K4R10", "--magcache-rule", "both-experts")
     plan = wanfast(*GENERATE, *steps, "--dry-run").document["plan"]
     forwards = 80 - plan["magcache"]["skipped_forwards"]

@@ -1,1 +1,1 @@
-"""Trains the tiny model. Imports the package; the package never imports it."""
+"""Trains the tiny model; this code imports the package wanfast, which never imports it."""

@@ -1,11 +1,11 @@
-"""Trains the tiny model, whole or piece by piece.
+"""Trains the tiny model, all stages or one stage at a time.
 
-until python -m training --folder runs/tiny; do :; done     # whole, in pieces of nine minutes on one GPU
+until python -m training --folder runs/tiny; do :; done     # all stages, in calls of about eight minutes on one GPU
 python -m training --folder runs/tiny --stage vae --minutes 8
 python -m training --folder runs/tiny --stage decoder --minutes 8
 python -m training --folder runs/tiny --stage experts --minutes 8
 python -m training --folder runs/tiny --stage export        # the model folder, FOLDER/tiny
-python -m training --folder /tmp/try --smoke                # every stage at toy sizes, on a CPU
+python -m training --folder /tmp/try --smoke                # every stage with toy sizes, on a CPU
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and logs")
     parser.add_argument("--stage", choices=["vae", "decoder", "experts", "export", "all"], default="all")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of this call, all stages; 8 by default")
+    parser.add_argument("--minutes", type=float, default=8.0, help="limit of this call, all stages; 8 by default")
     parser.add_argument("--vae-steps", type=int, default=4500)
     parser.add_argument("--decoder-steps", type=int, default=400)
     parser.add_argument("--expert-steps", type=int, default=16000)
-    parser.add_argument("--clips", type=int, default=32000, help="the encoded set that the experts learn from")
-    parser.add_argument("--batch", type=int, default=96, help="clips a step for each expert")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that all runs")
+    parser.add_argument("--clips", type=int, default=32000, help="encoded clips that the experts learn from")
+    parser.add_argument("--batch", type=int, default=96, help="clips per step for each expert")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
     if options.smoke:
         options.vae_steps, options.decoder_steps, options.expert_steps, options.clips, options.batch = 4, 4, 4, 4, 2
@@ -49,10 +49,10 @@ def main() -> None:
     for stage in stages:
         for before in _NEEDED[stage]:
             if steps_made(options.folder / f"{before}.pt") < vars(options)[_STEPS[before]]:
-                sys.exit(f"--stage {stage} needs the whole of --stage {before}: run that first")
+                sys.exit(f"--stage {stage} needs the finished --stage {before}: run --stage {before} first")
         fit = {"vae": fit_vae, "decoder": fit_decoder, "experts": fit_experts, "export": write}[stage]
         if not fit(options, device):
-            sys.exit(f"{stage} is not done yet: run the same command again")
+            sys.exit(f"--stage {stage} is not finished: run the same command again")
 
 
 _STEPS = {"vae": "vae_steps", "decoder": "decoder_steps", "experts": "expert_steps"}
@@ -93,7 +93,7 @@ def fit_decoder(options: argparse.Namespace, device: str) -> bool:
 
 
 def measured_spec(folder: Path) -> ModelSpec:
-    """The spec with the statistics that the trained VAE has."""
+    """Returns the spec with the latent statistics of the trained VAE."""
     facts = json.loads((folder / "vae.json").read_text())
     statistics = {key: tuple(facts[key]) for key in ("latents_mean", "latents_std")}
     return replace(SPEC, vae=replace(SPEC.vae, **statistics))

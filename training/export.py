@@ -1,4 +1,4 @@
-"""Write the trained networks as a model folder: the Diffusers layout, bf16, and the facts in wanfast.json."""
+"""Writes the trained networks as a model folder: Diffusers layout, bf16, and the model's spec in wanfast.json."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The optimisation that all stages share: seeded steps, EMA, a log of losses, checkpoints that resume bit for bit.
+"""Optimises a network for every stage: seeded steps, EMA, a log of losses, checkpoints that resume bit for bit.
 
-A step's data and noise depend on its number alone, so a run that was cut and resumed does what one long run does. The
-learning rate warms up, stays, and decays linearly over the last fifth.
-Networks this small are bound by the launch of their kernels, not by the GPU, so forward and backward are recorded once
-as a CUDA graph and replayed.
+A step's data and noise depend only on its number, so that an interrupted and resumed run equals one long run. The
+learning rate warms up, stays constant, and decays linearly over the last fifth.
+Kernel launches, not the GPU, limit the speed of networks this small. So forward and backward are captured once as a
+CUDA graph and replayed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, ...]
-DrawFn = Callable[[int, torch.Generator], Batch]  # of a step
-LossFn = Callable[..., dict[str, Tensor]]  # of a batch: named terms, of which "loss" is minimised
+DrawFn = Callable[[int, torch.Generator], Batch]  # (step, generator) -> batch
+LossFn = Callable[..., dict[str, Tensor]]  # batch -> named terms; "loss" is minimised
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """`steps` in all, of which this process makes as many as it can until `deadline`, by the monotonic clock."""
+    """Sets the total `steps`; this process makes as many as it can until `deadline` on the monotonic clock."""
 
     steps: int
     learning_rate: float
@@ -44,21 +44,23 @@ class Schedule:
 
 
 def make_deterministic() -> None:
-    """So that a resumed run is the run that was not cut, on a GPU too; raises where a kernel has no deterministic form.
+    """Makes torch deterministic, so that a resumed run equals an uninterrupted one, also on a GPU.
 
-    Call it before the first product: the libraries read their settings once. TF32 is as deterministic as float32.
+    Call it before the first matrix product, because the libraries read their settings once. Later, kernels without a
+    deterministic form raise RuntimeError. TF32 is as deterministic as float32.
     """
     torch.backends.cuda.matmul.allow_tf32 = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # else it times kernels, and a process may pick another
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # otherwise timings choose kernels
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against bugs, at the price of many fills
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it only guards against bugs, and many fills cost time
 
 
 def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: Schedule, folder: Path) -> bool:
-    """Train `network` on, from folder/name.pt if it is there; True once all steps are made. The EMA is in `ema` of it.
+    """Trains `network`, resuming from folder/name.pt if present; returns True once all steps are made.
 
-    `draw(step, generator)` gives a batch, the generator seeded for the step; `loss(*batch)` draws nothing.
+    The checkpoint stores the averaged parameters under "ema". `draw(step, generator)` returns a batch, with the
+    generator seeded for the step; `loss(*batch)` must not draw random numbers.
     """
     device = next(network.parameters()).device
     parameters = list(network.parameters())
@@ -95,7 +97,7 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
             generator.manual_seed(schedule.seed * 1_000_003 + step)
             terms = gradients(draw(step, generator))
             optimizer.step()
-            # a young average forgets its random start faster
+            # early on, the average forgets its random start faster
             torch._foreach_lerp_(
                 average, [p.detach() for p in parameters], 1 - min(schedule.ema, (1 + step) / (10 + step))
             )
@@ -115,7 +117,7 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
 
 
 def _gradients(parameters: list[nn.Parameter], loss: LossFn, example: Batch) -> Callable[[Batch], dict[str, Tensor]]:
-    """A function that puts the clipped gradients of a batch's loss into the parameters, and gives the loss's terms."""
+    """Returns a function that sets the parameters' clipped gradients for a batch and returns the loss's terms."""
 
     def eager(batch: Batch) -> dict[str, Tensor]:
         for parameter in parameters:
@@ -126,11 +128,11 @@ def _gradients(parameters: list[nn.Parameter], loss: LossFn, example: Batch) -> 
 
     if parameters[0].device.type != "cuda":
         return eager
-    held = tuple(tensor.clone() for tensor in example)  # where the graph reads
+    held = tuple(tensor.clone() for tensor in example)  # the captured graph reads these tensors
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):  # libraries and compiled blocks set themselves up
+        for _ in range(3):  # libraries initialise and blocks compile before the capture
             eager(held)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -146,19 +148,19 @@ def _gradients(parameters: list[nn.Parameter], loss: LossFn, example: Batch) -> 
 
 
 def _forget_lines_after(log_file: Path, step: int) -> None:
-    """A run that was killed had logged steps that it had not saved."""
+    """Removes the log lines from `step` on, which a killed run logged but did not save."""
     if log_file.exists():
         kept = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] < step]
         log_file.write_text("".join(line + "\n" for line in kept))
 
 
 def steps_made(file: Path) -> int:
-    """How far a checkpoint is; 0 if there is none."""
+    """Returns the number of steps in a checkpoint; 0 if it is missing."""
     return int(torch.load(file, map_location="cpu", weights_only=True)["step"]) if file.exists() else 0
 
 
 def load_ema(network: nn.Module, file: Path) -> None:
-    """Put the average of a checkpoint into `network`."""
+    """Loads the averaged parameters of a checkpoint into `network`."""
     state = torch.load(file, map_location=next(network.parameters()).device, weights_only=True)
     with torch.no_grad():
         for parameter, value in zip(network.parameters(), state["ema"], strict=True):
@@ -166,7 +168,11 @@ def load_ema(network: nn.Module, file: Path) -> None:
 
 
 def initialise(network: nn.Module, seed: int, zero: tuple[str, ...] = ()) -> None:
-    """Draw every parameter: matrices at the scale of their fan-in, norms one, the rest zero, and so those in `zero`."""
+    """Initialises every parameter.
+
+    Matrices are normal with standard deviation fan_in ** -0.5, and norms are one. All others are zero, as are the
+    parameters whose name contains an entry of `zero`.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
         leaf = name.rsplit(".", 1)[-1]

@@ -1,8 +1,8 @@
 """Makes the tokenizer of the tiny model: `python training/make_tokenizer.py [tokenizer.json]`.
 
-Byte-level BPE (arXiv 1508.07909 on UTF-8 bytes): any text is a sequence of its 256 base tokens, so <unk> never occurs,
-and the merges are spent on the words of the captions that the tiny model is trained on. Special ids and the closing
-</s> are UMT5's. Deterministic: no randomness, and the same file each time. Takes under a second.
+The tokenizer is a byte-level BPE (arXiv 1508.07909 on UTF-8 bytes). Any text is a sequence of its 256 base tokens, so
+<unk> never occurs. The merges cover the words of the tiny model's training captions. Special ids and the closing </s>
+are UMT5's. The result is deterministic: every run writes the same file, in under a second.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]  # ids 0, 1, 2
 
 
 def phrases(text: str) -> list[str]:
-    """The phrases of a comma-separated text."""
+    """Returns the phrases of a comma-separated text."""
     return [" ".join(phrase.split()) for phrase in text.split(",")]
 
 
@@ -75,7 +75,7 @@ field. Their hands and faces are not blurred; nothing else is moving in this sce
 
 
 def captions() -> Iterator[str]:
-    """Every size, colour and shape together, each with the next motion, manner, background and camera in turn."""
+    """Yields captions of every size, colour and shape; motion, manner, background and camera take turns."""
     motions, manners, backgrounds, cameras = map(cycle, (MOTIONS, MANNERS, BACKGROUNDS, CAMERA))
     for size, colour, shape in product(SIZES, COLOURS, SHAPES):
         phrase = f"{colour} {shape} {next(motions)} {next(manners)}".strip()
@@ -85,7 +85,7 @@ def captions() -> Iterator[str]:
 
 
 def make_tokenizer() -> Tokenizer:
-    """A tokenizer of exactly VOCAB_SIZE tokens."""
+    """Returns a tokenizer of exactly VOCAB_SIZE tokens."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()

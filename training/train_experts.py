@@ -1,8 +1,8 @@
-"""Stage 3: both experts and UMT5, by rectified flow on the VAE's latents, conditioned as the pipeline does it.
+"""Trains both experts and UMT5 (stage 3) by rectified flow on the VAE's latents, with the pipeline's conditioning.
 
-x = (1 - s) z + s noise, v = noise - z; noise levels are uniform before the shift. The high-noise expert sees those at
-or above the boundary, the low-noise one the rest; both share the text encoder. One caption in eight is dropped, so that
-the empty prompt is the unconditional branch of guidance.
+x = (1 - s) z + s noise, v = noise - z; noise levels s are uniform before the shift. The high-noise expert gets the
+levels at or above the boundary, the low-noise expert the others. Both share the text encoder. One caption in eight is
+dropped, so that the empty prompt can serve as the negative prompt.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DROP = 0.125
 
 
 class TinyModel(nn.Module):
-    """The three networks of this stage."""
+    """Holds the three networks of this stage."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -42,14 +42,17 @@ class TinyModel(nn.Module):
             initialise(network, seed, zero=("head.head", "pos_embedding"))
 
     def text(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """[B, n, text_dim] of ids [B, n]: embeddings of the true tokens, zeros after them, as the pipeline pads."""
+        """Returns embeddings [B, n, text_dim] of ids [B, n]; zeros follow each text's length, as in the pipeline."""
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         return self.umt5(ids, mask) * mask.unsqueeze(-1)
 
 
 @dataclass(frozen=True)
 class Clips:
-    """A fixed set of encoded clips: latents z and conditions y [N, C, T, h, w] bf16, and their captions' ids."""
+    """Holds a fixed set of encoded clips: latents z and conditions y [N, C, T, h, w] bf16, and their captions' ids.
+
+    `ids` has N + 1 rows; the last row is the empty caption.
+    """
 
     z: Tensor
     y: Tensor
@@ -59,7 +62,7 @@ class Clips:
 
 @torch.no_grad()
 def encode_clips(vae: WanVAE, renderer: Renderer, count: int, batch: int = 64) -> Clips:
-    """Draw, render and encode `count` clips; each condition is that of its first frame followed by grey."""
+    """Draws, renders and encodes `count` clips; each condition encodes the first frame followed by grey frames."""
     tokenizer = PromptTokenizer(TINY / "tokenizer/tokenizer.json", max_tokens=40)
     latents, conditions, texts = [], [], []
     for first in range(0, count, batch):
@@ -71,7 +74,7 @@ def encode_clips(vae: WanVAE, renderer: Renderer, count: int, batch: int = 64) -
             latents.append(encode(vae, video).bfloat16())
             conditions.append(with_mask(encode(vae, given), vae.spec.temporal_stride).bfloat16())
         texts += [torch.tensor(tokenizer.encode(scene.caption).ids) for scene in scenes]
-    texts.append(torch.tensor(tokenizer.encode("").ids))  # the last is the empty caption
+    texts.append(torch.tensor(tokenizer.encode("").ids))  # the empty caption comes last
     ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(renderer.device)
     lengths = torch.tensor([len(text) for text in texts], device=renderer.device)
     return Clips(torch.cat(latents), torch.cat(conditions), ids, lengths)
@@ -87,7 +90,11 @@ def fit(spec: ModelSpec, clips: Clips, schedule: Schedule, folder: Path, device:
 
 
 def noised(spec: ModelSpec, clips: Clips, batch: int) -> DrawFn:
-    """`batch` clips for each expert: latents z, conditions y, noise, noise levels s [2, batch, ...], captions' ids."""
+    """Returns a function that draws `batch` clips for each expert.
+
+    A drawn batch is: latents z, conditions y, noise and noise levels s, all [2, batch, ...], and the captions' ids and
+    lengths [2 * batch, ...].
+    """
     split = _unshift(spec.boundary, spec.shift)  # the share of noise levels below the boundary
 
     def draw(step: int, generator: torch.Generator) -> Batch:
@@ -106,7 +113,7 @@ def noised(spec: ModelSpec, clips: Clips, batch: int) -> DrawFn:
 
 
 def flow_loss(model: TinyModel, latents: Tensor) -> LossFn:
-    """Squared error of both experts' velocities, for latents of the shape [N, C, T, h, w]."""
+    """Returns the sum of the experts' mean squared velocity errors, for clips shaped like `latents` [N, C, T, h, w]."""
     T, h, w = latents.shape[2:]
     rope = rotary_tables((T, h // 2, w // 2), model.spec.dit.head_dim, latents.device)
 

@@ -1,7 +1,8 @@
-"""Stage 1: the VAE, on windows of clips. L1 + squared error; latents stay near unit size and learn to bear noise.
+"""Trains the VAE: stage 1 on short windows of clips, stage 2 the decoder only, on windows as long as a clip.
 
-Windows are nine frames long, which the decoder cannot extrapolate from in every clip, so stage 2 trains it alone, the
-latents as they are, on windows as long as a clip.
+The loss is L1 + 20 x squared error; latents stay near unit size, and noise on them makes the decoder robust. Stage 1
+uses windows of nine frames, from which the decoder does not extrapolate well in every clip. So stage 2 trains the
+decoder on whole clips and leaves the latents unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from wanfast.quality.world import FRAMES, SIZE, Renderer, draw_scene, moments_of
 from wanfast.runtime.facts.model_spec import VAESpec
 from wanfast.runtime.models.vae import WanVAE
 
-# While training, latents are as they come; `measure_latents` then states their mean and standard deviation.
+# Training does not normalise latents; `measure_latents` measures their mean and standard deviation afterwards.
 PLAIN = {"latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16}
 _LATENT_NOISE = 0.03
 
@@ -28,7 +29,7 @@ def build(spec: VAESpec, device: str) -> WanVAE:
     vae.to(device)
     if device == "cuda":
         for parameter in vae.parameters():
-            if parameter.dim() == 5:  # the layout that cuDNN's 3-D convolutions are fastest in
+            if parameter.dim() == 5:  # cuDNN's 3-D convolutions are fastest in this layout
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
     return vae
 
@@ -39,7 +40,7 @@ def fit(spec: VAESpec, schedule: Schedule, folder: Path, device: str, batch: int
 
 
 class Decoder(nn.Module):
-    """What stage 2 trains of a VAE; the rest stands still."""
+    """Holds the parts of a VAE that stage 2 trains; all others are frozen."""
 
     def __init__(self, vae: WanVAE) -> None:
         super().__init__()
@@ -55,7 +56,10 @@ def fit_decoder(spec: VAESpec, schedule: Schedule, folder: Path, device: str, ba
 
 
 def windows(spec: VAESpec, renderer: Renderer, batch: int, side: int, frames: int) -> DrawFn:
-    """`batch` windows of side x side pixels and `frames` frames, anywhere in frame and clip, and noise for latents."""
+    """Returns a function that draws `batch` windows at a random place and time, and noise for their latents.
+
+    A window has side x side pixels and `frames` frames.
+    """
     latent_frames, latent_side = (frames - 1) // spec.temporal_stride + 1, side // spec.spatial_stride
     shape = (batch, spec.latent_channels, latent_frames, latent_side, latent_side)
 
@@ -71,7 +75,7 @@ def windows(spec: VAESpec, renderer: Renderer, batch: int, side: int, frames: in
 
 
 def vae_loss(vae: WanVAE) -> LossFn:
-    """Of the reconstruction of a batch of windows."""
+    """Returns the reconstruction loss of a batch of windows."""
 
     def loss(video: Tensor, noise: Tensor) -> dict[str, Tensor]:
         with torch.autocast(video.device.type, torch.bfloat16, enabled=video.device.type == "cuda"):
@@ -87,7 +91,7 @@ def vae_loss(vae: WanVAE) -> LossFn:
 
 
 def encode(vae: WanVAE, video: Tensor) -> Tensor:
-    """Two chunks: the first frame, and all others at once."""
+    """Encodes in two chunks: the first frame, then all others at once."""
     first, past = vae.encode_chunk(video[:, :, :1], None)
     rest, _ = vae.encode_chunk(video[:, :, 1:], past)
     return torch.cat((first, rest), dim=2)
@@ -109,7 +113,7 @@ def load(spec: VAESpec, folder: Path, device: str) -> WanVAE:
 
 @torch.no_grad()
 def measure_latents(vae: WanVAE, renderer: Renderer, clips: int = 64) -> VAESpec:
-    """The spec with the mean and standard deviation of each channel over whole clips."""
+    """Returns the spec with each latent channel's mean and standard deviation, measured over whole clips."""
     latents = torch.cat(
         [
             encode(vae, renderer([draw_scene(1_000_000 + k + j) for j in range(8)], moments_of_clip()))
@@ -123,7 +127,7 @@ def measure_latents(vae: WanVAE, renderer: Renderer, clips: int = 64) -> VAESpec
 
 @torch.no_grad()
 def held_out_psnr(vae: WanVAE, renderer: Renderer, clips: int = 64) -> float:
-    """Decibels of reconstructed held-out clips, the mean over clips."""
+    """Returns the PSNR in decibels of reconstructed held-out clips, averaged over the clips."""
     values = []
     for k in range(clips):
         video = renderer([draw_scene(k, held_out=True)], moments_of_clip())

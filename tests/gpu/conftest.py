@@ -1,4 +1,4 @@
-"""Before any test of this folder uses a GPU in this process: the allocator that a command would take."""
+"""Sets the allocator that a command would use, before any test of this folder uses a GPU in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same program on a GPU: `make test-gpu`. Skipped where there is none."""
+"""Tests the same program on a GPU (`make test-gpu`); skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def exact_products() -> None:
 
 @torch.inference_mode()
 def outputs(device: str, precision: builders.Precision) -> dict[str, torch.Tensor]:
-    """Of each model of the tiny one, on fixed inputs."""
+    """Returns the outputs of each network of the tiny model, on fixed inputs."""
     files = model_files.locate("tiny", "artifacts")
     generator = torch.Generator().manual_seed(0)
     latent, condition = (torch.randn(1, c, 5, 16, 16, generator=generator) for c in (16, 20))
@@ -54,7 +54,7 @@ def outputs(device: str, precision: builders.Precision) -> dict[str, torch.Tenso
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_models_equal_the_cpus(precision: builders.Precision) -> None:
-    """In fp32; in bf16 they round another way, and no more than the CPU does."""
+    """fp32 meets a tight bound; in bf16 the GPU's rounding error is at most 1.5 times the CPU's."""
     exact, got, rounded = outputs("cpu", "fp32"), outputs("cuda", precision), outputs("cpu", precision)
     for name in exact:
         error, of_cpu = relative_error(got[name], exact[name]), relative_error(rounded[name], exact[name])
@@ -84,7 +84,7 @@ def test_noise_of_the_two_devices_differs(wanfast: Wanfast, workdir: Path) -> No
 def test_experts_are_evicted_for_a_decoder_that_does_not_fit(
     wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And come back for the next video."""
+    """The experts come back for the next video."""
     decode, failures, moved = WanVAE.decode, iter(range(1)), []
 
     def failing(*arguments: object) -> torch.Tensor:
@@ -96,12 +96,12 @@ def test_experts_are_evicted_for_a_decoder_that_does_not_fit(
     (workdir / "jobs.jsonl").write_text('{"output": "a.mp4"}\n{"output": "b.mp4"}\n')
     monkeypatch.setattr(WanVAE, "decode", failing)
     assert wanfast(*GOOD, "--jobs", "jobs.jsonl").exit_code == 0
-    assert moved[0] < moved[1]  # without the experts, and with them
+    assert moved[0] < moved[1]  # without the experts, then with them
     assert (workdir / "a.mp4").read_bytes() == (workdir / "b.mp4").read_bytes()
 
 
 def test_cuda_graphs_make_what_the_blocks_do() -> None:
-    """Of both experts in turn, with other inputs from forward to forward, and weights that moved."""
+    """The graphs serve both experts in turn, with new inputs in each forward, and weights that moved."""
     files, ranks = model_files.locate("tiny", "artifacts"), Ranks("cuda")
     plain, graphed = ([build_expert(files, expert, "bf16", ranks) for expert in EXPERTS] for _ in range(2))
     for model in graphed:
@@ -114,7 +114,7 @@ def test_cuda_graphs_make_what_the_blocks_do() -> None:
         latent, condition = (torch.randn(1, c, 5, 16, 16, generator=generator, device="cuda") for c in (16, 20))
         text = torch.randn(1, 9, files.spec.dit.text_dim, generator=generator, device="cuda", dtype=torch.bfloat16)
         timestep = torch.tensor([900 - 100 * forward], device="cuda")
-        if forward == 6:  # its weights elsewhere, as after they made room
+        if forward == 6:  # moves the weights, like after an eviction
             addresses = [parameter.data_ptr() for parameter in graphed[which].parameters()]
             graphed[which].to("cpu")
             held = [torch.empty_like(parameter, device="cuda") for parameter in graphed[which].parameters()]
@@ -134,7 +134,7 @@ def test_cuda_graphs_make_what_the_blocks_do() -> None:
 
 
 def test_a_video_by_cuda_graphs(wanfast: Wanfast, workdir: Path) -> None:
-    """The second of two, in which all is replayed, equals the first to the last bit."""
+    """The second of two videos, in which every forward is replayed, equals the first bit for bit."""
     (workdir / "jobs.jsonl").write_text('{"output": "a.mp4"}\n{"output": "b.mp4"}\n')
     outcome = wanfast(*GOOD, "--compile", "--compile-mode", "max-autotune", "--jobs", "jobs.jsonl")
     assert outcome.exit_code == 0, outcome.err
@@ -142,4 +142,4 @@ def test_a_video_by_cuda_graphs(wanfast: Wanfast, workdir: Path) -> None:
     assert wanfast(*GOOD).exit_code == 0
     found = likeness("b.mp4", "out.mp4")
     print(found, json.loads((workdir / "b.json").read_text())["seconds"])
-    assert found >= 35  # bf16's rounding
+    assert found >= 35  # rounding in bf16

@@ -1,4 +1,4 @@
-"""Quantized experts on a GPU at A14B's width: kept and loaded is quantized while loading, compiled is eager."""
+"""Tests quantized experts on a GPU at A14B's width: stored equals quantized on the fly, compiled equals eager."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one GPU, or two, can show of ranks and placement. Skipped where there are fewer."""
+"""Tests what one or two GPUs can show of ranks and placement; skipped with fewer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 
 @one_gpu
 def test_offloaded_experts_make_the_same_file(wanfast: Wanfast, workdir: Path) -> None:
-    (workdir / "jobs.jsonl").write_text('{"output": "a.mp4"}\n{"output": "b.mp4"}\n')  # the second swaps back first
+    (workdir / "jobs.jsonl").write_text('{"output": "a.mp4"}\n{"output": "b.mp4"}\n')  # high-noise returns for b
     made = {}
     for offload in ("off", "on"):
         outcome = wanfast(*GOOD, "--expert-offload", offload, "--jobs", "jobs.jsonl", "--overwrite")
@@ -41,19 +41,19 @@ def test_two_gpus_make_the_video_of_one(wanfast: Wanfast, workdir: Path, options
     for name, ranks in (("one", []), ("two", ["--num-gpus", "2", *options])):
         outcome = wanfast(*GOOD, "--precision", "fp32", "--output", f"{name}.mp4", *ranks)
         assert outcome.exit_code == 0, outcome.err
-    assert printed_likeness() >= 45  # float32's rounding turns a block of the encoder's here and there
+    assert printed_likeness() >= 45  # float32 rounding changes a few blocks in the encoder
 
 
 @two_gpus
-def test_cuda_graphs_hold_exchanges_and_let_go_of_them(wanfast: Wanfast, workdir: Path) -> None:
+def test_cuda_graphs_hold_exchanges_and_are_freed(wanfast: Wanfast, workdir: Path) -> None:
     graphs = ("--num-gpus", "2", "--ulysses", "2", "--compile", "--compile-mode", "max-autotune")
     for name, options in (("one", ()), ("two", graphs)):
         assert wanfast(*GOOD, "--output", f"{name}.mp4", *options).exit_code == 0
-    assert printed_likeness() >= 35  # bf16's rounding
+    assert printed_likeness() >= 35  # rounding in bf16
 
 
 def printed_likeness() -> float:
-    """PSNR of what two ranks made to what one made, in dB."""
+    """Returns and prints the PSNR of the two ranks' video to one rank's, in dB."""
     found = likeness("two.mp4", "one.mp4")
     print({name: json.loads(Path(f"{name}.json").read_text())["seconds"] for name in ("one", "two")}, found)
     return found

@@ -1,4 +1,4 @@
-"""On a GPU too, a training that was cut and resumed in another process is, bit for bit, the one that was not."""
+"""Tests that an interrupted and resumed training equals, bit for bit, an uninterrupted one, also on a GPU."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Measures the curves that MagCache plans by: an offline tool on top of the runtime, which does not know of it."""
+"""Measures MagCache's curves: an offline tool on top of the runtime; the runtime does not depend on it."""

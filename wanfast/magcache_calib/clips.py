@@ -1,6 +1,6 @@
-"""The calibration set: a folder of images and a `clips.jsonl` that says what each is to become. Torch-free.
+"""Reads the calibration set: a folder of images and a `clips.jsonl` with a prompt for each image. Torch-free.
 
-Two small sets ship: scenes of the tiny model's world, and photographs.
+Two small sets ship with the package: scenes of the tiny model's world, and photographs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SHIPPED = Path(__file__).parents[1] / "assets" / "calibration"
 
 @dataclass(frozen=True)
 class Clip:
-    """One video to make, by its own seed."""
+    """Describes one video to make, with its own seed."""
 
     image: Path
     image_sha256: str
@@ -34,14 +34,14 @@ def shipped_set(spec: ModelSpec) -> Path:
 
 
 def read_set(folder: Path, seed: int) -> list[Clip]:
-    """The clips, numbered from `seed` on. Raises ConfigError."""
+    """Returns the clips; their seeds count up from `seed`. Raises ConfigError if the set is missing or malformed."""
     try:
         lines = (folder / LIST).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(
             f"--set {folder}: {LIST} cannot be read ({reason}): "
-            'write a line for each clip, {"image": "cat.jpg", "prompt": "The cat jumps."}'
+            'write one line per clip, {"image": "cat.jpg", "prompt": "The cat jumps."}'
         ) from None
     clips: list[Clip] = []
     for number, line in enumerate(lines, start=1):
@@ -63,11 +63,11 @@ def read_set(folder: Path, seed: int) -> list[Clip]:
             raise ConfigError(f"--set {folder}: line {number} of {LIST}: {reason}") from None
         clips.append(Clip(image, loaded.sha256, loaded.size, prompt, seed + len(clips)))
     if not clips:
-        raise ConfigError(f"--set {folder}: {LIST} names no clip: write a line for each")
+        raise ConfigError(f"--set {folder}: {LIST} names no clip: write one line per clip")
     return clips
 
 
 def digest_of(clips: list[Clip]) -> str:
-    """What the clips show, ask for and start from, wherever they lie."""
+    """Returns a digest of the clips' images, prompts and seeds; it does not depend on their paths."""
     facts = [[clip.image_sha256, clip.prompt, clip.seed] for clip in clips]
     return hashlib.sha256(json.dumps(facts, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""From the clips' measurements to a curve: means over the set, their scatter, the artifact, its plot. Torch-free."""
+"""Turns the clips' measurements into a curve: means over the set, their scatter, artifact and plot. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _DIGITS = 7
 
 
 def clip_file(store: ArtifactStore, inputs: dict[str, Any]) -> Path:
-    """Where one clip's measurements are kept, so that a run that was cut off goes on from them."""
+    """Returns the file of one clip's measurements, from which an interrupted run resumes."""
     return store.root / f"{KIND}_clips" / f"{key_of(inputs)[:12]}.json"
 
 
 def read_clip(store: ArtifactStore, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """What was measured of a clip; None if that was not, or not whole, or is of something else."""
+    """Returns the stored measurements of a clip; None if they are missing, incomplete or of other inputs."""
     try:
         document = json.loads(clip_file(store, inputs).read_text(encoding="utf-8"))
         same = document["inputs"] == json.loads(json.dumps(inputs))
@@ -41,11 +41,11 @@ def write_clip(store: ArtifactStore, inputs: dict[str, Any], measured: dict[str,
 
 
 def averaged(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """The curve over all clips, [prompt, negative prompt] of each step.
+    """Returns the curve over all clips, with [prompt, negative prompt] for each step.
 
-    ratios: mean over the clips; spread: over a clip's tokens, averaged; scatter: of the clips' means, their standard
-    deviation; cosine_distance: mean. A step without guidance has one branch, whose numbers stand for both; where there
-    is nothing to compare, the ratio is 1.
+    ratios: mean over the clips; spread: standard deviation over a clip's tokens, averaged over the clips; scatter:
+    standard deviation of the clips' means; cosine_distance: mean over the clips. A step without guidance has only the
+    prompt branch, whose numbers stand for both branches. Without a measurement the ratio is 1.
     """
     curve: dict[str, list[list[float]]] = {"ratios": [], "spread": [], "scatter": [], "cosine_distance": []}
     for of_step in zip(*(clip["steps"] for clip in measured), strict=True):
@@ -68,9 +68,10 @@ def _mean(values: list[float], otherwise: float) -> float:
 
 
 def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelFiles) -> dict[str, Any] | None:
-    """Where the curve and the model's preset are further apart than tokens spread, and the worst of it by that measure.
+    """Compares the curve with the model's preset: lists the steps that differ by more than the tokens' spread.
 
-    None where there is no preset of these steps. An expert's first step is left out, since no plan asks for it.
+    The worst step has the largest difference / spread. The first step of each expert is excluded, because no plan uses
+    it. Returns None if the model has no preset of these steps.
     """
     known, boundary = preset(files), files.spec.boundary
     here = steps_of(config.video.solver, config.video.steps, config.video.shift, boundary)
@@ -103,7 +104,7 @@ def write_curve(folder: Path, curve: dict[str, Any], config: EffectiveConfig, sp
 
 
 def _plot(file: Path, curve: dict[str, Any], timesteps: list[int], title: str) -> None:
-    """Ratios with their spread over the tokens, and the cosine distance below."""
+    """Plots the ratios with their spread over the tokens, and the cosine distance below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -116,7 +117,7 @@ def _plot(file: Path, curve: dict[str, Any], timesteps: list[int], title: str) -
         lower, upper = ([r + sign * s for r, s in zip(ratios, spread, strict=True)] for sign in (-1, 1))
         above.fill_between(timesteps[1:], lower, upper, alpha=0.2, color=line.get_color())
         below.plot(timesteps[1:], distance, marker=".", color=line.get_color())
-    above.set(title=title, ylabel="residual's norm / that of the step before")
+    above.set(title=title, ylabel="residual norm / residual norm of the step before")
     below.set(xlabel="timestep", ylabel="cosine distance", ylim=(0, None))
     above.invert_xaxis()
     above.legend()

@@ -1,8 +1,9 @@
-"""A step cache that skips nothing and measures how residuals change from step to step.
+"""Defines a step cache that skips nothing and measures how residuals change from step to step.
 
-Of each step and branch, over all tokens: the mean of |r| / |r of the step before| (norms over the channels), its
-spread, and the mean cosine distance of the two. The first step of all has none; the first of the low-noise expert
-compares with the other expert's last, as the published curves do. Source: MagCache (arXiv 2506.09045) section 3.2.
+For each step, branch and token, the ratio is |r| / |r of the step before|, with norms over the channels. Measured are
+its mean and standard deviation ("spread") over all tokens, and the mean cosine distance of the two residuals. The first
+step has no measurement. The low-noise expert's first step is compared with the high-noise expert's last step, as in the
+published curves. Source: MagCache (arXiv 2506.09045) section 3.2.
 
 Shapes: L this rank's tokens, d model dim.
 """
@@ -20,13 +21,13 @@ from wanfast.runtime.facts.choices import BRANCHES, Branch
 
 
 class Recorder:
-    """Of one video, on one rank. What is measured stays on the device until it is asked for."""
+    """Records one video on one rank; the measurements stay on the device until `measured` is called."""
 
     def __init__(self, ranks: Ranks, num_tokens: int) -> None:
         self._ranks = ranks
         ours = ranks.sequence.shard(torch.ones(1, num_tokens, dtype=torch.bool), 1)[0]
-        self._num_own = int(ours.sum())  # what fills up a rank's share measures nothing
-        self._branches = ranks.guidance.own(BRANCHES)  # of steps without guidance every rank has the prompt's
+        self._num_own = int(ours.sum())  # a rank's padding is not measured
+        self._branches = ranks.guidance.own(BRANCHES)  # steps without guidance run the prompt branch on every rank
         self._before: dict[Branch, Tensor] = {}
         self._sums: dict[tuple[int, Branch], Tensor] = {}
 
@@ -37,7 +38,7 @@ class Recorder:
         return branch in self._branches
 
     def keep(self, step: int, branch: Branch, residual: Tensor) -> None:
-        """residual: [1, L, d]."""
+        """Measures the residual [1, L, d] against that of the step before."""
         own = residual[0, : self._num_own]
         before, self._before[branch] = self._before.get(branch), own
         if before is None:
@@ -48,7 +49,10 @@ class Recorder:
         self._sums[step, branch] = torch.stack((ratio.sum(), ratio.square().sum(), distance.sum()))
 
     def measured(self, num_steps: int) -> list[dict[Branch, dict[str, float] | None]]:
-        """Of each step and branch, over the tokens of all ranks; None where there was nothing to compare."""
+        """Returns the statistics of each step and branch over the tokens of all ranks; None without a measurement.
+
+        All ranks must call this method together, because it gathers their sums.
+        """
         mine = {key: [*sums.tolist(), self._num_own] for key, sums in self._sums.items()}
         parts = self._ranks.gather(mine)
         return [

@@ -1,1 +1,1 @@
-"""How good a video is: metrics against a reference, and, for the tiny model, whether it does what the prompt says."""
+"""Measures how good a video is: metrics against a reference, and for the tiny model, whether the prompt is followed."""

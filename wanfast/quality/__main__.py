@@ -1,4 +1,4 @@
-"""`python -m wanfast.quality` measures the tiny model."""
+"""Runs `python -m wanfast.quality`, which measures the tiny model."""
 
 from wanfast.quality.tiny import main
 

@@ -1,7 +1,7 @@
-"""Full-reference and no-reference measures of a video, in plain torch.
+"""Computes full-reference and no-reference metrics of a video, in plain torch.
 
-PSNR and SSIM compare with a reference frame by frame and average; MS-SSIM does so at up to five resolutions.
-Flicker and motion need no reference: how much a still pixel wavers, and how much moves at all.
+PSNR and SSIM compare the video with a reference frame by frame and average; MS-SSIM does so at up to five resolutions.
+Flicker and motion need no reference. Flicker measures how much a still pixel varies, motion how much pixels change.
 
 Shapes: F frames of H x W, videos [3, F, H, W] in [-1, 1].
 Sources: Wang et al. 2004 (SSIM: 11x11 Gaussian window, sigma 1.5, K = 0.01, 0.03); Wang et al. 2003 (MS-SSIM weights).
@@ -17,20 +17,23 @@ _MS_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 def psnr(video: Tensor, reference: Tensor) -> float:
-    """Decibels, of the mean squared error over all pixels; infinite for equal videos."""
+    """Returns the PSNR in decibels, from the mean squared error over all pixels; infinite for equal videos."""
     _check_shapes(video, reference)
     error = (_unit(video) - _unit(reference)).square().mean()
     return float(-10 * error.log10())
 
 
 def ssim(video: Tensor, reference: Tensor) -> float:
-    """Structural similarity, 1 for equal videos: mean over pixels, channels and frames."""
+    """Returns the structural similarity, averaged over pixels, channels and frames; 1 for equal videos."""
     _check_shapes(video, reference)
     return float(_ssim_maps(_frames(video), _frames(reference))[0].mean())
 
 
 def ms_ssim(video: Tensor, reference: Tensor) -> float:
-    """Multi-scale SSIM over as many of the five scales as an 11-pixel window fits, their weights made to sum to 1."""
+    """Returns the multi-scale SSIM over those of the five scales where an 11-pixel window fits.
+
+    The weights of these scales are normalised to sum to 1.
+    """
     _check_shapes(video, reference)
     x, y = _frames(video), _frames(reference)
     scales = max(1, min(len(_MS_WEIGHTS), (min(x.shape[-2:]) // 11).bit_length()))
@@ -45,19 +48,19 @@ def ms_ssim(video: Tensor, reference: Tensor) -> float:
 
 
 def flicker(video: Tensor) -> float:
-    """Mean absolute second difference over time, in units of 1/255: what wavers, but not what moves steadily."""
+    """Returns the mean absolute second difference over time, in units of 1/255, which ignores steady motion."""
     return float((_unit(video).diff(n=2, dim=1).abs().mean()) * 255) if video.shape[1] > 2 else 0.0
 
 
 def motion(video: Tensor) -> float:
-    """Mean absolute difference between successive frames, in units of 1/255."""
+    """Returns the mean absolute difference between successive frames, in units of 1/255."""
     return float((_unit(video).diff(dim=1).abs().mean()) * 255) if video.shape[1] > 1 else 0.0
 
 
 def _check_shapes(video: Tensor, reference: Tensor) -> None:
     if video.shape != reference.shape or min(video.shape[-2:]) < 11:
         raise ValueError(
-            f"videos of {list(video.shape)} and {list(reference.shape)}: one shape, 11 pixels or more a side"
+            f"videos of {list(video.shape)} and {list(reference.shape)}: they need one shape, 11 pixels or more a side"
         )
 
 
@@ -66,12 +69,12 @@ def _unit(video: Tensor) -> Tensor:
 
 
 def _frames(video: Tensor) -> Tensor:
-    """[3*F, 1, H, W]: each channel of each frame an image of its own."""
+    """Returns [3*F, 1, H, W]: each channel of each frame as a separate image."""
     return _unit(video).flatten(0, 1).unsqueeze(1)
 
 
 def _ssim_maps(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """SSIM, and its contrast-structure factor alone, at each pixel where the window fits."""
+    """Returns SSIM and its contrast-structure factor, at each pixel where the window fits."""
     c1, c2 = 0.01**2, 0.03**2
     taps = torch.arange(11, dtype=torch.float64) - 5
     window = torch.exp(-taps.square() / (2 * 1.5**2)).to(x.device)

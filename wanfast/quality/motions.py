@@ -1,8 +1,8 @@
-"""The motions that the tiny model knows, as paths of a shape over a clip.
+"""Defines the motions that the tiny model knows, as paths of a shape over a clip.
 
-A path gives, for each moment u in [0, 1], how far the shape has moved (x right, y down, in frame heights), the
-logarithm of its growth and its rotation in radians (clockwise). The same table draws the training clips and judges the
-videos, so a caption has one meaning.
+A path gives four values for each moment u in [0, 1]: how far the shape has moved (x right, y down, in frame heights),
+the logarithm of its growth, and its rotation in radians (clockwise). Training clips are drawn, and videos are judged,
+by the same table, so that a caption has one meaning.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _HOP = 0.22
 
 @dataclass(frozen=True)
 class Motion:
-    """Where a shape is at each moment, and how captions say so."""
+    """Holds the path of one motion and the phrases by which captions name it."""
 
     path: Callable[[Path], list[Path]]
     phrases: tuple[str, ...]
 
     def at(self, moments: npt.ArrayLike) -> Path:
-        """[moments, 4]: x, y, log growth, rotation at each u."""
+        """Returns [moments, 4]: x, y, log growth and rotation at each u."""
         u = np.asarray(moments, dtype=np.float64)
         return np.stack(self.path(u), axis=-1)
 

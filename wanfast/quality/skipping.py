@@ -1,9 +1,9 @@
-"""What MagCache saves and costs on the tiny model, by one command: `make tiny-magcache`.
+"""Measures what MagCache saves and costs on the tiny model, by one command: `make tiny-magcache`.
 
-Held-out pairs go through the pipeline without skipping and by every setting: the greedy rule at several thresholds, and
-for each of them the plan of the least accumulated error that skips as many forwards within the same limits. A video is
-compared with the one that skips nothing (PSNR, SSIM) and with the true clip, and followed by the tracker. Writes JSON
-and a plot of quality over the share that is skipped.
+Held-out pairs go through the pipeline without skipping and with every setting. A setting is the greedy rule at one
+threshold, or the least-error plan: it skips as many forwards within the same limits, with the least accumulated error.
+Each video is compared with the unskipped video (PSNR, SSIM) and with the true clip (PSNR), and the tracker classifies
+its motion. The command writes JSON and a plot of quality over the share of skipped forwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from wanfast.quality.world import COLOURS, SIZE
 from wanfast.runtime.config import magcache_settings
 from wanfast.runtime.engine import pixels
 from wanfast.runtime.facts.choices import MagCacheRule
-from wanfast.runtime.machine.packages import versions
+from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.curves import curve_of
@@ -46,7 +46,7 @@ SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
 
 @dataclass(frozen=True)
 class Way:
-    """One setting's plan of one video."""
+    """Holds the plan of one setting for one video."""
 
     rule: MagCacheRule
     name: str
@@ -55,7 +55,7 @@ class Way:
 
 
 def ways(full: Plan, judge: Judge) -> list[Way]:
-    """Each setting greedily, and with the least error at equal cost."""
+    """Returns two ways for each setting: the greedy plan, and the least-error plan of equal cost."""
     found = []
     for rule, name in SETTINGS:
         settings = magcache_settings(name)
@@ -73,11 +73,11 @@ def ways(full: Plan, judge: Judge) -> list[Way]:
 
 @torch.inference_mode()
 def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
-    """A row for each way, and the first for none."""
+    """Returns the metrics of one held-out pair: first without skipping, then for each way."""
     scene, truth = judge.held_out(index)
     full = Plan.of(judge.config.replace(seed=index), judge.files.spec, (SIZE, SIZE))
     reference = judge.by_plan(judge.pipeline, full, scene.caption, truth[:, 0])
-    made = {tuple(full.skips): reference}  # plans that skip the same make the same video
+    made = {tuple(full.skips): reference}  # plans that skip the same forwards make the same video
     rows = []
     for way in (None, *ways(full, judge)):
         plan = way.plan if way else full
@@ -98,7 +98,7 @@ def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
 
 
 def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[str, Any]]:
-    """A row for each way over all pairs, the first for none."""
+    """Averages the rows of all pairs: first without skipping, then for each way."""
     full = Plan.of(judge.config, judge.files.spec, (SIZE, SIZE))
     found: list[dict[str, Any]] = []
     for number, way in enumerate((None, *ways(full, judge))):
@@ -122,7 +122,7 @@ def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[st
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """PSNR and SSIM against the video that skips nothing, and prompts followed, over the share skipped."""
+    """Plots PSNR and SSIM against the unskipped video, and prompt following, over the share of skipped forwards."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -130,7 +130,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         figure.subplots(1, 3),
         (
             ("psnr_unskipped", "PSNR to the unskipped video, dB"),
-            ("ssim_unskipped", "SSIM to it"),
+            ("ssim_unskipped", "SSIM to the unskipped video"),
             ("prompt_following", "prompts followed"),
         ),
         strict=True,
@@ -144,7 +144,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
                 )
                 if chosen:
                     axes.plot(*zip(*chosen, strict=True), mark, color=colour, label=f"{rule}, {kind}")
-        axes.set(xlabel="share of the forwards skipped", ylabel=label)
+        axes.set(xlabel="share of skipped forwards", ylabel=label)
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=110)
@@ -154,10 +154,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=None, help="JSON; a plot goes beside it")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
     options = parser.parse_args()
     if options.output is not None and find_spec("matplotlib") is None:
-        parser.error("--output draws a plot: pip install 'wanfast[quality]', or leave it out")
+        parser.error("--output draws a plot, which needs matplotlib: pip install 'wanfast[quality]', or omit --output")
     spec = model_files.locate("tiny", "artifacts").spec
     settings = Settings("tiny", spec.steps, spec.guidance_high_noise, "bf16")
     started = time.perf_counter()
@@ -168,7 +168,7 @@ def main() -> None:
         right = f"{row['prompt_following']['right']} of {row['prompt_following']['of']} prompts"
         print(f"{row['settings']:30} {row['plan'] or '':12} {row['skipped_share']:6.1%} skipped: {quality}; {right}")
     seconds = round(time.perf_counter() - started, 1)
-    document = {"pairs": options.pairs, "rows": rows, "seconds": seconds, "versions": versions()}
+    document = {"pairs": options.pairs, "rows": rows, "seconds": seconds, "commit": commit(), "versions": versions()}
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(document, indent=1) + "\n")

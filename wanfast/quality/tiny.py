@@ -1,9 +1,9 @@
-"""Every quality figure of the tiny model, by one command: `make tiny-quality`.
+"""Measures every quality figure of the tiny model by one command: `make tiny-quality`.
 
-Pairs of image and prompt, of combinations of shape, colour and motion held out of training, go through the pipeline
-that `wanfast generate` runs. Each video is compared with the true clip and followed by the tracker; the same with an
-empty prompt shows that the tracker can fail. The VAE is measured on the true clips. Writes JSON and a plot of the
-residuals' magnitude ratios.
+Pairs of image and prompt go through the pipeline that `wanfast generate` runs. Their combinations of shape, colour and
+motion are held out of training. Each video is compared with the true clip, and the tracker classifies its motion. Runs
+with an empty prompt show that the tracker can fail. The VAE is measured on the true clips. The command writes JSON and
+a plot of the residuals' magnitude ratios.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from wanfast.runtime.engine import pixels
 from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
 from wanfast.runtime.engine.session import load_models
 from wanfast.runtime.facts.choices import Branch, Scheme
-from wanfast.runtime.machine.packages import versions
+from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.sampling.magcache import StepCache
@@ -49,7 +49,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Task:
-    """One held-out pair, with its prompt or without."""
+    """Names one held-out pair, and whether its prompt is given."""
 
     index: int
     with_prompt: bool
@@ -57,17 +57,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all videos share."""
+    """Holds the settings that all videos share."""
 
     model: str
     steps: int
     guidance: float
     precision: str
-    quantize: Scheme | None = None  # then each video is also compared with the one by no scheme
+    quantize: Scheme | None = None  # if set, each video is also compared with the unquantized model's
 
 
 class Judge:
-    """One process's models and what it says of a task."""
+    """Loads the models once per process and measures the videos of tasks."""
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(1)
@@ -131,7 +131,7 @@ class Judge:
         return result
 
     def held_out(self, index: int) -> tuple[Scene, Tensor]:
-        """The scene and its true clip [3, F, H, W], rounded to the 8 bits that an image file holds."""
+        """Returns the scene and its true clip [3, F, H, W], rounded to the 8 bits of an image file."""
         scene = draw_scene(index, held_out=True, camera_share=0.0)
         clip = self.renderer([scene], moments_of_clip(FRAMES))[0]
         return scene, torch.round((clip + 1) / 2 * 255) / 255 * 2 - 1
@@ -190,7 +190,10 @@ def _work(asked: tuple[Callable[[Judge, T], R], T]) -> R:
 def judge_all(
     judged: Callable[[Judge, T], R], tasks: Sequence[T], settings: Settings, processes: int, *, every: int
 ) -> list[R]:
-    """`judged` of each task, in order, by processes that hold a judge each; tells every so many how far it is."""
+    """Returns `judged(judge, task)` of each task, in order, from processes with one judge each.
+
+    Progress is printed after each `every` tasks.
+    """
     started, results = time.perf_counter(), []
     with multiprocessing.get_context("spawn").Pool(processes, _start, (settings,)) as pool:
         for result in pool.imap(_work, [(judged, task) for task in tasks]):
@@ -201,14 +204,14 @@ def judge_all(
 
 
 def share_right(asked: list[str], shown: list[str | None]) -> dict[str, Any]:
-    """Prompt following: how many videos show the motion that was asked for, of how many, with the 95 % interval."""
+    """Returns prompt following: how many videos show the requested motion, of how many, with the 95 % interval."""
     right = sum(a == s for a, s in zip(asked, shown, strict=True))
     low, high = wilson(right, len(asked))
     return {"right": right, "of": len(asked), "share": right / len(asked), "95%": [round(low, 3), round(high, 3)]}
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % confidence interval of a share (Wilson 1927)."""
+    """Returns the confidence interval of a share, 95 % at the default z (Wilson 1927)."""
     share = successes / trials
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
@@ -255,12 +258,13 @@ def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float)
             if row["asked"] != row["shown"]
         ],
         "seconds": round(seconds, 1),
+        "commit": commit(),
         "versions": versions(),
     }
 
 
 def plot(summary: dict[str, Any], boundary: float, file: Path) -> None:
-    """The ratios of both experts over the timesteps."""
+    """Plots the ratios of both experts over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -284,15 +288,15 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--guidance", type=float, default=None, help="of both experts; the model's own by default")
+    parser.add_argument("--guidance", type=float, default=None, help="for both experts; the model's own by default")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--quantize", choices=get_args(Scheme), help="the experts by this scheme")
-    parser.add_argument("--empty", type=int, default=50, help="how many of the pairs are tried with no prompt too")
+    parser.add_argument("--quantize", choices=get_args(Scheme), help="quantize the experts by this scheme")
+    parser.add_argument("--empty", type=int, default=50, help="pairs that also run with an empty prompt")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=None, help="JSON; a plot goes beside it")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
     options = parser.parse_args()
     if options.output is not None and find_spec("matplotlib") is None:
-        parser.error("--output draws a plot: pip install 'wanfast[quality]', or leave it out")
+        parser.error("--output draws a plot, which needs matplotlib: pip install 'wanfast[quality]', or omit --output")
     spec = model_files.locate(options.model, "artifacts").spec
     guidance = spec.guidance_high_noise if options.guidance is None else options.guidance
     settings = Settings(options.model, options.steps or spec.steps, guidance, options.precision, options.quantize)

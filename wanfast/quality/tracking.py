@@ -1,9 +1,9 @@
-"""Does a video do what its prompt says? A shape of known colour is followed, its path compared with all motions.
+"""Classifies the motion that a video shows: tracks a shape of known colour and compares its path with all motions.
 
-Each frame is segmented by colour: how near a pixel is to the shape's colour, lit or in shade. From the soft mask follow
-the shape's centre, its size, and, frame to frame, its rotation (the turn that best lines up the mask's polar profile
-with the one before). The motion whose path is nearest to the tracked one is what the video shows.
-Limit: one shape of one colour, on backgrounds that do not share it.
+Each frame is segmented by the distance of a pixel's colour to the shape's colour, lit or shaded. The soft mask gives
+the shape's centre, its size, and its rotation between frames. The rotation is the one that best aligns the mask's polar
+profile with that of the previous frame. The video shows the motion whose path is nearest to the tracked path.
+Limit: the tracker follows one shape of one colour, and no background may have this colour.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import numpy.typing as npt
 
 from wanfast.quality.motions import MOTIONS, Path
 
-_SHADE = 0.82  # the darkest a shape's texture gets, of its colour
-_REACH = 70.0  # colour distance at which a pixel is no longer the shape's
+_SHADE = 0.82  # the darkest factor by which a shape's texture scales its colour
+_REACH = 70.0  # scale of the colour distance: at 0.75 of it a pixel is no longer the shape's
 _LOST_PIXELS = 12.0
-_TOLERANCE = np.array([0.05, 0.05, 0.15, 0.5])  # of x, y, log growth and rotation: what counts as one unit of error
+_TOLERANCE = np.array([0.05, 0.05, 0.15, 0.5])  # one unit of error of x, y, log growth and rotation
 _MAX_TURN = math.radians(25)  # between frames
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a video shows: the nearest motion, or None if the shape was lost, and the error to each motion's path."""
+    """Holds the nearest motion (None if the shape was lost) and the error to each motion's path."""
 
     motion: str | None
     errors: dict[str, float]
 
 
 def classify(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Verdict:
-    """Frames [F, H, W, 3]; `colour` of the shape, RGB."""
+    """Returns the motion that frames [F, H, W, 3] show; `colour` is the shape's RGB."""
     path = track(frames, colour)
     if path is None:
         return Verdict(None, {})
@@ -45,7 +45,10 @@ def classify(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Ver
 
 
 def track(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Path | None:
-    """[F, 4]: x, y (of the frame's height), log growth and rotation (radians) since frame 0; None if it was lost."""
+    """Returns [F, 4], or None if the shape was lost.
+
+    The columns are x, y (in frame heights), log growth and rotation (radians), all since frame 0.
+    """
     rows = []
     turned, profile_before = 0.0, None
     for frame in frames:
@@ -67,7 +70,7 @@ def track(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Path |
 
 
 def soft_mask(frame: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> npt.NDArray[np.float64]:
-    """[H, W] in 0..1: how surely each pixel is the shape's, by its distance to the colour between lit and shaded."""
+    """Returns [H, W] in 0..1: membership of each pixel, by its distance to the line from lit to shaded colour."""
     lit = np.array(colour, dtype=np.float64)
     shaded = lit * _SHADE
     axis = shaded - lit
@@ -79,7 +82,7 @@ def soft_mask(frame: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> npt
 
 
 def _largest_part(mask: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Without what lies far from the bulk: the mask within three of its own radii around its median."""
+    """Returns the mask without outliers: only what lies near its median, within three of its own radii + 2 pixels."""
     y, x = np.nonzero(mask > 0.5)
     if len(x) == 0:
         return mask
@@ -90,7 +93,7 @@ def _largest_part(mask: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _polar_profile(mask: npt.NDArray[np.float64], centre: tuple[float, float], size: float) -> npt.NDArray[np.float64]:
-    """[radii, 180 angles]: the mask around its centre, radii in units of its own size, with no mean."""
+    """Returns [radii, 180 angles]: the mask around its centre, with radii in units of its size and zero mean a row."""
     angles = np.arange(180) * (math.tau / 180)
     radii = np.linspace(0.15, 0.9, 10)[:, None] * size
     x = centre[0] + radii * np.cos(angles)
@@ -112,7 +115,7 @@ def _polar_profile(mask: npt.NDArray[np.float64], centre: tuple[float, float], s
 
 
 def _turn(before: npt.NDArray[np.float64], after: npt.NDArray[np.float64]) -> float:
-    """The rotation, in radians, that carries one profile onto the next: the peak of their circular correlation."""
+    """Returns the rotation in radians from one profile to the next: the peak of their circular correlation."""
     spectrum = np.conj(np.fft.rfft(before, axis=1)) * np.fft.rfft(after, axis=1)
     correlation = np.fft.irfft(spectrum.sum(axis=0), n=180)
     reach = int(_MAX_TURN / (math.tau / 180))
@@ -122,7 +125,7 @@ def _turn(before: npt.NDArray[np.float64], after: npt.NDArray[np.float64]) -> fl
     if window[best] <= 0:
         return 0.0
     shift = float(shifts[best])
-    if 0 < best < len(window) - 1:  # the parabola through the peak
+    if 0 < best < len(window) - 1:  # refine by a parabola through the peak
         left, peak, right = window[best - 1 : best + 2]
         curvature = left - 2 * peak + right
         shift += 0.5 * (left - right) / curvature if curvature < 0 else 0.0

@@ -1,12 +1,13 @@
-"""The procedural world that the tiny model learns: textured shapes that move as their caption says.
+"""Draws the procedural world that the tiny model learns: textured shapes that move as their caption says.
 
 A scene is drawn from a seed: one subject that the caption names, up to two bystanders, a patterned background, and
-either a motion of the subject or one of the camera. Rendering is batched on the device: an object is a mask from an
-atlas, sampled through the inverse of its motion, so a frame of any window and any moment can be had alone.
+either a motion of the subject or one of the camera. Rendering is batched on the device. An object is a mask from an
+atlas, sampled through the inverse of its motion. So any frame and any window can be rendered without the others.
 
 Shapes: B clips, F frames, H x W pixels; S shapes in the atlas.
-Held out is a tenth of all (shape, colour, motion) combinations, so a held-out clip shows a motion never seen of a
-subject of that shape and colour. Bystanders, which no caption names, may be of any, and stand still.
+A tenth of all (shape, colour, motion) combinations is held out. A held-out clip shows a motion that training never
+shows for a subject of this shape and colour. Bystanders stand still, may have any combination, and no caption names
+them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from wanfast.quality.motions import MOTIONS
 SIZE = 128  # pixels a side
 FRAMES = 17
 _ATLAS = 96  # pixels of a mask
-_MARGIN = 0.04  # of the frame, kept free around a subject
+_MARGIN = 0.04  # free space around a subject, in frame heights
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -42,9 +43,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (22, 22, 26),
 }
 SHAPES = ("circle", "square", "star", "triangle", "cross", "heart", "letter A", "letter K", "letter R")
-SIZES = {"small": 0.22, "big": 0.32}  # of the frame's height
+SIZES = {"small": 0.22, "big": 0.32}  # in frame heights
 BACKGROUNDS = ("plain", "striped", "checkered", "wavy")
-# Muted, so that no background has the colour of a shape.
+# These colours are muted, so that no background has the colour of a shape.
 _BACKGROUND_COLOURS = (
     (120, 140, 150),
     (150, 130, 110),
@@ -53,7 +54,7 @@ _BACKGROUND_COLOURS = (
     (105, 115, 140),
     (155, 140, 105),
 )
-CAMERAS: dict[str, tuple[tuple[float, float, float], tuple[str, ...]]] = {  # (x, y, log zoom) of the view over the clip
+CAMERAS: dict[str, tuple[tuple[float, float, float], tuple[str, ...]]] = {  # (x, y, log zoom) at the clip's end
     "pan right": ((0.3, 0, 0), ("The camera pans right.", "Pan to the right.")),
     "pan left": ((-0.3, 0, 0), ("The camera pans left.", "Pan to the left.")),
     "pan up": ((0, -0.3, 0), ("The camera pans up.", "Pan upward.")),
@@ -65,19 +66,19 @@ CAMERAS: dict[str, tuple[tuple[float, float, float], tuple[str, ...]]] = {  # (x
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape of a scene."""
+    """Describes one shape of a scene."""
 
     shape: str
     colour: str
     size: str
-    centre: tuple[float, float]  # of the frame, x and y
+    centre: tuple[float, float]  # x and y, in frame sizes
     angle: float  # radians
-    texture: float  # its phase
+    texture: float  # phase, in turns
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a clip shows."""
+    """Describes everything that a clip shows."""
 
     subject: Thing
     motion: str
@@ -95,12 +96,12 @@ def is_held_out(shape: str, colour: str, motion: str) -> bool:
 
 
 def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15) -> Scene:
-    """The scene of a seed, of the asked side of the split."""
+    """Returns the scene of a seed, from the held-out or the training side of the split."""
     rng = random.Random(f"{seed}/{held_out}")
     while True:
         shape, colour, motion = rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(list(MOTIONS))
         if motion == "spin" and shape == "circle":
-            continue  # nothing to see
+            continue  # a spinning circle shows no motion
         if is_held_out(shape, colour, motion) != held_out:
             continue
         camera = rng.choice(list(CAMERAS)) if rng.random() < camera_share else None
@@ -124,7 +125,7 @@ def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15)
 
 
 def _start(rng: random.Random, motion: str, size: float) -> tuple[float, float]:
-    """A place from which the whole path stays in the frame."""
+    """Returns a start position from which the whole path stays in the frame."""
     path = MOTIONS[motion].at(np.linspace(0, 1, FRAMES))
     half = 0.5 * size * np.exp(path[:, 2]) + _MARGIN
     low = np.maximum(0, half[:, None] - path[:, :2]).max(axis=0)
@@ -153,11 +154,14 @@ class Renderer:
 
     @torch.no_grad()
     def __call__(self, scenes: list[Scene], moments: Tensor, window: tuple[int, int, int] | None = None) -> Tensor:
-        """[B, 3, F, H, W] in [-1, 1] at the moments [F] in 0..1; `window`: (left, top, side) in pixels of the frame."""
+        """Returns [B, 3, F, H, W] in [-1, 1] at the moments [F] in 0..1.
+
+        `window` is (left, top, side) in pixels of the frame; None renders the whole frame.
+        """
         left, top, side = window or (0, 0, SIZE)
-        axis = (torch.arange(side * 2, device=self.device) + 0.5) / (2 * SIZE)  # twice as fine, then averaged
+        axis = (torch.arange(side * 2, device=self.device) + 0.5) / (2 * SIZE)  # double resolution, averaged below
         y, x = torch.meshgrid(axis + top / SIZE, axis + left / SIZE, indexing="ij")
-        points = torch.stack((x, y), dim=-1)[None, None] - 0.5  # [1, 1, h, w, 2], from the middle
+        points = torch.stack((x, y), dim=-1)[None, None] - 0.5  # [1, 1, h, w, 2], relative to the centre
         view = self._table([_camera_path(scene, moments) for scene in scenes])  # [B, F, 3]
         world = points * torch.exp(-view[..., 2])[..., None, None, None] + view[..., None, None, :2] + 0.5
         frames = self._background(scenes, world)
@@ -190,7 +194,7 @@ class Renderer:
         return torch.lerp(first, second, blend[..., None])
 
     def _draw(self, frames: Tensor, scenes: list[Scene], rank: int, world: Tensor, moments: Tensor) -> Tensor:
-        """Lay the thing of this rank of each scene over the frames; a scene that has none is left as it is."""
+        """Draws each scene's thing number `rank` over the frames; a scene with fewer things stays unchanged."""
         things = [_thing(scene, rank) for scene in scenes]
         still = np.zeros((len(moments), 4))
         paths = self._table(
@@ -217,7 +221,7 @@ class Renderer:
 
 
 def _thing(scene: Scene, rank: int) -> Thing | None:
-    """Bystanders first, the subject over them."""
+    """Returns thing number `rank` in drawing order (bystanders first, the subject on top), or None."""
     order: list[Thing | None] = [*scene.bystanders, scene.subject]
     return order[rank] if rank < len(order) else None
 
@@ -233,7 +237,7 @@ def moments_of_clip(frames: int = FRAMES) -> Tensor:
 
 
 def _mask(shape: str) -> npt.NDArray[np.float32]:
-    """[A, A] float32, 1 inside; drawn four times as fine."""
+    """Returns the shape's mask [A, A] in float32, 1 inside; it is drawn at four times the resolution and averaged."""
     fine = _ATLAS * 4
     image = Image.new("L", (fine, fine))
     draw = ImageDraw.Draw(image)

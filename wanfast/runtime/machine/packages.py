@@ -19,6 +19,7 @@ ATTENTION_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "fa4": ("flash-attn-4", ("flash_attn.cute",)),
     "fa2": ("flash-attn", ("flash_attn.flash_attn_interface",)),
 }
+_ROOT = Path(__file__).parents[3]
 ATTENTION_ON_CPU = ("flash", "math")  # the kernels that a CPU has
 _PACKAGES = ("wanfast", "torch", "numpy", "safetensors", "tokenizers", "ftfy", "pillow", "av")
 _OPTIONAL = (
@@ -61,13 +62,20 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, with -dirty if files are changed.
+    """The commit that runs: WANFAST_COMMIT, or that of the checkout that holds this package.
 
-    Without a checkout, WANFAST_COMMIT or None.
+    `-dirty` follows it if tracked files differ, except results of benchmarks. None outside of a checkout.
     """
-    root = Path(__file__).parents[3]
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        with suppress(OSError, subprocess.CalledProcessError):
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return os.environ.get("WANFAST_COMMIT")
+    if named := os.environ.get("WANFAST_COMMIT"):
+        return named
+    if not (_ROOT / ".git").exists():  # else git may find the repository of another project
+        return None
+    with suppress(OSError, subprocess.CalledProcessError):
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
