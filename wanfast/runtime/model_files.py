@@ -174,7 +174,7 @@ def _read_spec(root: Path, layout: str) -> ModelSpec:
             return ModelSpec.from_json(_read_json(facts))
         except TypeError as error:
             raise CorruptArtifactError(f"{facts}: {error}") from None
-    spec = dataclasses.replace(A14B, name=root.name, repo_id=None)
+    spec = dataclasses.replace(A14B, name=root.name)
     places = _LAYOUTS[layout]
     readers: tuple[tuple[str, str, Any], ...] = (
         ("dit", places.high_noise, _dit_spec),

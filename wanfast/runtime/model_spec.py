@@ -93,7 +93,6 @@ class ModelSpec:
     """A whole image-to-video model and the defaults that its makers gave it."""
 
     name: str = "Wan2.2-I2V-A14B"
-    repo_id: str | None = "Wan-AI/Wan2.2-I2V-A14B"
     weights_note: str | None = None  # said with every result, e.g. that the weights were never trained
     dit: DiTSpec = field(default_factory=DiTSpec)
     vae: VAESpec = field(default_factory=VAESpec)
@@ -114,9 +113,13 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> ModelSpec:
-        """The inverse of `to_json`; absent facts are A14B's. Raises TypeError for a fact that it does not know."""
+        """Builds a spec from a document that `to_json` made; absent facts are A14B's.
+
+        Raises TypeError for an unknown fact.
+        """
         parts = {"dit": DiTSpec, "vae": VAESpec, "umt5": UMT5Spec}
-        facts = {k: parts[k](**_tuples(v)) if k in parts else v for k, v in document.items()}
+        known = {k: v for k, v in document.items() if k != "repo_id"}  # older files have this key, and nothing reads it
+        facts = {k: parts[k](**_tuples(v)) if k in parts else v for k, v in known.items()}
         return cls(**facts)
 
 
