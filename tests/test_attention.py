@@ -241,11 +241,11 @@ def test_what_ran_is_recorded_and_runs_again(wanfast: Wanfast, workdir: Path) ->
 @pytest.mark.parametrize(
     ("kernel", "device", "words"),
     [
-        ("fa3", "cuda", "--attention fa3: not installed (pip install fa3-fwd)"),
-        ("fa2", "cuda", "--attention fa2: not installed (pip install flash-attn)"),
-        ("fa4", "cuda", "--attention fa4: not installed (pip install flash-attn-4)"),
-        ("fa3", "cpu", "--attention fa3 is of GPUs: take auto"),
-        ("cudnn", "cpu", "--attention cudnn is of GPUs: take auto"),
+        ("fa3", "cuda", "--attention fa3: fa3-fwd is not installed: run `pip install fa3-fwd`"),
+        ("fa2", "cuda", "--attention fa2: flash-attn is not installed: run `pip install flash-attn`"),
+        ("fa4", "cuda", "--attention fa4: flash-attn-4 is not installed: run `pip install flash-attn-4`"),
+        ("fa3", "cpu", "--attention fa3 needs a GPU: use --attention auto"),
+        ("cudnn", "cpu", "--attention cudnn needs a GPU: use --attention auto"),
     ],
 )
 def test_a_kernel_that_is_not_there_is_refused(

@@ -193,15 +193,15 @@ def test_the_preset_is_of_the_tiny_model_that_ships() -> None:
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--steps", "7"], 3, "differs in steps (6, here 7)", ),
-        (["--precision", "fp32"], 3, "differs in precision (bf16, here fp32)"),
+        (["--steps", "7"], 3, "differs in steps (6, this run 7)", ),
+        (["--precision", "fp32"], 3, "differs in precision (bf16, this run fp32)"),
         (["--guidance-low-noise", "3"], 3, "differs in guidance"),
         (["--size", "96x96"], 3, "differs in size"),
         (["--solver", "euler"], 3, "differs in solver"),
         (["--steps", "7", "--magcache-interpolate"], 0, ""),
         (["--shift", "3", "--magcache-interpolate"], 0, ""),
         (["--precision", "fp32", "--magcache-interpolate"], 3, "differs in precision"),
-        (["--magcache", "0123456789ab"], 3, "there is no such curve, but KEY"),
+        (["--magcache", "0123456789ab"], 3, "no curve has this key; use one of KEY"),
     ],
     ids=str,
 )  # fmt: skip
@@ -376,16 +376,19 @@ def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> N
         (["--magcache", "preset", "--magcache-thresh", "0"], "--magcache-thresh 0.0: take"),
         (["--magcache", "E000K2R20"], "--magcache E000K2R20: --magcache-thresh 0.0: take"),
         (["--magcache", "E012K0R20"], "--magcache E012K0R20: --magcache-k 0: take"),
-        (["--magcache", "preset", "--solver", "euler"], "and this run has 40 by euler at 5: run `wanfast calibrate"),
+        (["--magcache", "preset", "--solver", "euler"], "but this run has 40 steps with euler at shift 5: run `"),
         (["--magcache", "preset", "--magcache-k", "0"], "--magcache-k 0: take"),
         (["--magcache", "preset", "--retention-ratio", "1.5"], "--retention-ratio 1.5: take"),
         (["--magcache", "preset", "--magcache-budget", "0"], "--magcache-budget 0.0: take"),
         (["--magcache", "preset", "--magcache-skip", "-1"], "--magcache-skip -1: take"),
         (
             ["--magcache", "preset", "--steps", "30"],
-            "that curve is of 40 steps by unipc at shift 5, and this run has 30",
+            "this curve has 40 steps with unipc at shift 5, but this run has 30",
         ),
-        (["--magcache", "preset", "--shift", "3"], "and this run has 40 by unipc at 3: add --magcache-interpolate"),
+        (
+            ["--magcache", "preset", "--shift", "3"],
+            "but this run has 40 steps with unipc at shift 3: add --magcache-interpolate",
+        ),
     ],
     ids=str,
 )
@@ -423,7 +426,7 @@ def test_a_preset_is_of_its_weights(wanfast: Wanfast, workdir: Path) -> None:
     outcome = wanfast(*own)
     assert outcome.exit_code == 2 and "no curve ships for these weights" in outcome.err
     other = wanfast(*A14B_DRY, "--device", "cpu", "--magcache", "E012K2R20", "--precision", "fp32")
-    assert "its curve is of bf16, not fp32" in other.err
+    assert "its curve was measured with bf16, not fp32" in other.err
 
 
 def test_how_branches_skip_is_settled_with_the_ranks(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:

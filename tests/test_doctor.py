@@ -116,12 +116,12 @@ def test_the_next_command_is_what_auto_would_choose(
 @pytest.mark.parametrize(
     ("free", "host", "arguments", "words", "option"),
     [
-        ([40.0], 100, [], "with --size 832x480 it does", "--size 832x480"),
-        ([84.0], 100, ["--precision", "fp32", "--frames", "77"], "with --precision bf16 it does", "--frames 77"),
-        ([40.0], 100, ["--precision", "fp32"], "with --precision bf16 --size 832x480 it does", "--size 832x480"),
+        ([40.0], 100, [], "it fits with --size 832x480:", "--size 832x480"),
+        ([84.0], 100, ["--precision", "fp32", "--frames", "77"], "it fits with --precision bf16:", "--frames 77"),
+        ([40.0], 100, ["--precision", "fp32"], "it fits with --precision bf16 --size 832x480:", "--size 832x480"),
         ([22.0], 100, [], "needs 1 GPU of 48 GB: experts offloaded, 43.6 GB a GPU and 63.7", "--model tiny"),
         ([47.0], 40, [], "63.7 GB of host memory", "--model tiny"),
-        ([22.0], 100, ["--size", "4096x4096"], "fits on none of the cards", "--model tiny"),
+        ([22.0], 100, ["--size", "4096x4096"], "fits on none of the known cards", "--model tiny"),
     ],
     ids=["40", "fp32", "40 and fp32", "22", "little host memory", "huge"],
 )
@@ -187,7 +187,7 @@ def test_quantized_experts_fit_smaller_cards(
     if scheme:
         step = examine(wanfast, *arguments)["next"]
         assert step["command"] == f"wanfast quantize --model a14b --scheme {scheme}"
-        assert f"high_noise is not quantized by {scheme} yet" in step["why"]
+        assert f"high_noise is not quantized with {scheme} yet" in step["why"]
         pretend_kept(workdir / "artifacts", scheme)
     step = examine(wanfast, *arguments)["next"]
     assert f"experts {mode}" in step["why"]
@@ -248,7 +248,7 @@ def test_a_torch_that_cannot_use_the_gpu_comes_first(
     monkeypatch.setitem(sys.modules, "torch", None)
     document = examine(wanfast)
     assert document["next"]["command"].startswith("pip install")
-    assert "not to be imported" in document["torch"]["trouble"]
+    assert "cannot be imported" in document["torch"]["trouble"]
     assert document["attention"]["kernels"] == {}
 
 
@@ -337,7 +337,7 @@ def test_artifacts_say_what_they_hold(wanfast: Wanfast, workdir: Path, machine: 
     (workdir / "artifacts/quantized/ba9876543210").mkdir()
     (workdir / "artifacts/quantized/ba9876543210/manifest.json").write_text("{")  # listed, not judged
     out = wanfast("doctor", "--model", "tiny").out
-    assert "0123456789ab (high_noise by fp8-rowwise), ba9876543210" in out
+    assert "0123456789ab (high_noise with fp8-rowwise), ba9876543210" in out
     assert "0123456789ab (32 tokens, bf16, default, for NVIDIA H200)" in out
 
 

@@ -334,7 +334,7 @@ def test_sizes_are_compared_in_the_end(wanfast: Wanfast, workdir: Path, hub: Hub
 
 def test_downloaded_files_are_compared_with_their_hashes(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
     hub.damage[BIG] = "flip"
-    refused(wanfast("download"), 4, f"{folder_of(workdir) / BIG}: not the sha256", "removed; run it again")
+    refused(wanfast("download"), 4, f"{folder_of(workdir) / BIG}: removed", "the sha256 is not the hub's")
     assert contents(folder_of(workdir)) == {name: data for name, data in WANTED[ORIGINAL].items() if name != BIG}
     assert not (folder_of(workdir) / "wanfast-download.json").exists()
     hub.requests.clear()
@@ -367,9 +367,9 @@ def test_what_is_there_needs_no_room(
 MEANWHILE: dict[str, tuple[Exception, int, str]] = {
     "disk full": (OSError(28, "No space left on device"), 2, "is full"),
     "disk read-only": (OSError(30, "Read-only file system"), 2, "Read-only"),
-    "connection reset": (httpx2.ReadError("reset by peer"), 3, "broke (reset by peer)"),
-    "connection silent": (httpx2.ReadTimeout("timed out"), 3, "broke (timed out)"),
-    "connection of hf_xet": (RuntimeError("network"), 3, "broke (network)"),
+    "connection reset": (httpx2.ReadError("reset by peer"), 3, "was lost (reset by peer)"),
+    "connection silent": (httpx2.ReadTimeout("timed out"), 3, "was lost (timed out)"),
+    "connection of hf_xet": (RuntimeError("network"), 3, "was lost (network)"),
 }
 
 
@@ -413,10 +413,10 @@ def test_an_interrupted_download_stops_at_once(workdir: Path, hub: Hub, number: 
 
 
 def test_signals_are_handled_as_before_a_download() -> None:
-    from wanfast.runtime.store.hub import _prompt_to_stop
+    from wanfast.runtime.store.hub import _stoppable_bar
 
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with _prompt_to_stop():
+    with _stoppable_bar():
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -461,12 +461,12 @@ def test_two_commits_do_not_mix(wanfast: Wanfast, workdir: Path, hub: Hub) -> No
 def test_a_record_that_cannot_be_read_is_named(wanfast: Wanfast, workdir: Path, hub: Hub, record: str) -> None:
     folder_of(workdir).mkdir(parents=True)
     (folder_of(workdir) / "wanfast-download.json").write_text(record)
-    refused(wanfast("download"), 4, "wanfast-download.json is not the record of a download")
+    refused(wanfast("download"), 4, "wanfast-download.json is not the manifest of a download")
 
 
 def test_a_hub_that_reports_no_sizes(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
     hub.lies["Wan2.1_VAE.pth"] = None
-    refused(wanfast("download"), 4, "does not tell the commit and sizes", "HF_ENDPOINT")
+    refused(wanfast("download"), 4, "does not report the commit and sizes", "HF_ENDPOINT")
     assert not folder_of(workdir).exists()
 
 

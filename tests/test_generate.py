@@ -344,7 +344,7 @@ def test_models_of_another_kind_are_refused(wanfast: Wanfast, tiny_copy: Path) -
     facts["dit"]["in_channels"] = 16
     (tiny_copy / "wanfast.json").write_text(json.dumps(facts))
     outcome = wanfast(*here)
-    assert outcome.exit_code == 2 and "take an I2V model" in outcome.err
+    assert outcome.exit_code == 2 and "use an I2V model" in outcome.err
     facts["dit"]["in_channels"] = 36
     (tiny_copy / "wanfast.json").write_text(json.dumps(facts))
     (tiny_copy / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text("{}")

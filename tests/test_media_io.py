@@ -185,7 +185,7 @@ def test_palette(tmp_path: Path) -> None:
     assert load_image(saved(tmp_path, palette)).notes == ("converted from P to RGB",)
     assert pixel(load_image(saved(tmp_path, palette)), 3, 3) == (200, 10, 30)
     image = load_image(saved(tmp_path, palette, transparency=palette.getpixel((0, 0))))
-    assert image.notes == ("transparency laid on white",)
+    assert image.notes == ("transparent pixels are blended with white",)
     assert pixel(image, 3, 3) == (255, 255, 255)
 
 
@@ -193,10 +193,10 @@ def test_palette(tmp_path: Path) -> None:
     ("mode", "fill", "expected"),
     [("RGBA", (255, 0, 0, 51), (255, 204, 204)), ("LA", (0, 51), (204, 204, 204)), ("RGBA", (9, 9, 9, 0), (255,) * 3)],
 )
-def test_alpha_is_laid_on_white(mode: str, fill: tuple[int, ...], expected: object, tmp_path: Path) -> None:
+def test_alpha_is_blended_with_white(mode: str, fill: tuple[int, ...], expected: object, tmp_path: Path) -> None:
     image = load_image(saved(tmp_path, Image.new(mode, (32, 32), fill)))
     assert pixel(image, 3, 3) == expected
-    assert image.notes == ("transparency laid on white",)
+    assert image.notes == ("transparent pixels are blended with white",)
 
 
 def test_opaque_alpha_changes_nothing(tmp_path: Path) -> None:
@@ -443,7 +443,7 @@ def test_check_output_takes_a_good_path(tmp_path: Path) -> None:
     [
         ("out.avi", "must end in .mp4"),
         ("out", "must end in .mp4"),
-        ("no/such/out.mp4", "make it: mkdir -p {folder}/no/such"),
+        ("no/such/out.mp4", "make it with `mkdir -p {folder}/no/such`"),
         ("file/out.mp4", "Not a directory"),
         ("x" * 250 + ".mp4", "File name too long"),
         ("/proc/out.mp4", "cannot be written"),

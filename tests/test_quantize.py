@@ -147,7 +147,7 @@ def test_without_torchao_the_artifact_of_the_latest_version_is_taken(
     assert expert.find() == made["0.18.0"]
     monkeypatch.setattr(quantized, "torchao_version", lambda: "0.10.0")
     with pytest.raises(
-        MissingArtifactError, match=r"by torchao 0\.9\.0, 0\.18\.0\.dev1, 0\.18\.0, and here is 0\.10\.0"
+        MissingArtifactError, match=r"only with torchao 0\.9\.0, 0\.18\.0\.dev1, 0\.18\.0, but 0\.10\.0 is installed"
     ):
         expert.require()
 
@@ -166,7 +166,7 @@ def test_another_torchao_is_named(wanfast: Wanfast, workdir: Path, kept: Path, m
     made_by = quantized.torchao_version()
     monkeypatch.setattr(quantized, "torchao_version", lambda: "9.9.9")
     outcome = wanfast(*GENERATE)
-    assert outcome.exit_code == 3 and f"there is one by torchao {made_by}, and here is 9.9.9" in outcome.err
+    assert outcome.exit_code == 3 and f"only with torchao {made_by}, but 9.9.9 is installed" in outcome.err
     monkeypatch.setattr(quantized, "torchao_version", lambda: None)
     assert wanfast(*GENERATE).exit_code == 0  # what is kept runs without torchao
     for arguments in (("quantize", *TINY, *SCHEME), (*GENERATE, "--quantize-on-the-fly", "--output", "fly.mp4")):
@@ -178,7 +178,7 @@ def test_a_full_disk_leaves_nothing(wanfast: Wanfast, workdir: Path, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(quantize.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
         outcome = wanfast("quantize", *TINY, *SCHEME)
-        assert outcome.exit_code == 2 and "are needed and 0.0 GB free" in outcome.err
+        assert outcome.exit_code == 2 and "are needed, but 0.0 GB are free" in outcome.err
 
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

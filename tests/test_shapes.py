@@ -1,10 +1,13 @@
-"""Tests the size of a video, with rounding traps: WAN_SPEC's examples, computed with the reference's own expression."""
+"""Tests the size of a video, with rounding traps (WAN_SPEC's examples, made with the reference's own expression).
+
+Also tests which documents `ModelSpec.from_json` accepts.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.facts.shapes import fit_geometry
 
 
@@ -27,3 +30,12 @@ def test_size_follows_the_image(
     assert ((geometry.width, geometry.height), geometry.tokens) == (size, tokens)
     assert geometry.latent_frames == 21
     assert geometry.token_grid == (21, geometry.height // 16, geometry.width // 16)
+
+
+def test_an_older_repo_id_is_ignored_and_other_unknown_facts_are_refused() -> None:
+    document = A14B.to_json()
+    assert "repo_id" not in document
+    assert ModelSpec.from_json(document | {"repo_id": "Wan-AI/Wan2.2-I2V-A14B"}) == A14B
+    assert ModelSpec.from_json(document | {"repo_id": None}) == A14B
+    with pytest.raises(TypeError, match="repo"):
+        ModelSpec.from_json(document | {"repo": "Wan-AI/Wan2.2-I2V-A14B"})

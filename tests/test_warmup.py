@@ -244,7 +244,7 @@ def test_other_sources_are_another_key(tmp_path: Path, monkeypatch: pytest.Monke
         (["--image", "gone.png"], "--image"),
         (["--frames", "6"], "--frames 6"),
         (["--num-gpus", "4", "--ulysses", "3"], "--ulysses 3 does not fit"),
-        (["--attention", "fa3"], "--attention fa3 is of GPUs"),
+        (["--attention", "fa3"], "--attention fa3 needs a GPU"),
         (["--tf32"], "--tf32 needs a GPU"),
     ],
     ids=str,

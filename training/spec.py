@@ -6,7 +6,6 @@ from wanfast.runtime.facts.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESp
 
 SPEC = ModelSpec(
     name="tiny",
-    repo_id=None,
     weights_note="the tiny model knows textured shapes on patterns only: it turns a photograph into a pattern",
     dit=DiTSpec(dim=256, ffn_dim=640, num_heads=2, num_layers=5, freq_dim=64, text_dim=96, text_len=64),
     vae=VAESpec(base_dim=16),

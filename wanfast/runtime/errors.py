@@ -1,6 +1,7 @@
-"""Errors that a user can fix. Each carries its exit code; its text is one line that names the option and the fix.
+"""Defines the errors that a user can fix.
 
-Only `cli.py` turns them into an exit code. Anything else that escapes is a bug and keeps its traceback.
+Each error has an exit code, and its text is one line that names the option and the fix. Only `cli.py` turns an error
+into an exit code. Any other exception that escapes is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -9,38 +10,38 @@ from typing import Any
 
 
 class WanFastError(Exception):
-    """The root of all errors that are not bugs."""
+    """This class is the base of all errors that are not bugs."""
 
     exit_code = 1
-    is_agreed = False  # all ranks of a rank group raised it, so that they may go on together
+    is_agreed = False  # True if all ranks of a rank group raised the error, so that they may continue
 
 
 class ConfigError(WanFastError):
-    """An option, or the file that an option names, is wrong."""
+    """This error means that an option, or the file that an option names, is wrong."""
 
     exit_code = 2
 
 
 class MissingArtifactError(WanFastError):
-    """Weights or another artifact are not there; the text holds the command that makes them."""
+    """This error means that weights or another artifact are missing; its text has the command that makes them."""
 
     exit_code = 3
 
 
 class CorruptArtifactError(WanFastError):
-    """A file is there but does not hold what it should: a missing, unexpected or misshapen tensor, a wrong hash."""
+    """This error means that a file has wrong content: a missing, unexpected or misshapen tensor, or a wrong hash."""
 
     exit_code = 4
 
 
 class RankFailedError(WanFastError):
-    """A worker process died; the text is the error of the first that failed."""
+    """This error means that a worker process died; its text is the error of the first rank that failed."""
 
     exit_code = 5
 
 
 class JobsFailedError(WanFastError):
-    """Some lines of a `--jobs` file failed; the others were done."""
+    """This error means that some lines of a `--jobs` file failed; the other lines were completed."""
 
     exit_code = 6
 
@@ -56,12 +57,12 @@ class CancelledError(WanFastError):
 
 
 def failure(error: WanFastError) -> dict[str, Any]:
-    """An error as a result document, the form in which it crosses to another process."""
+    """Returns an error as a result document, which can be sent to another process."""
     return {"error": str(error), "exit_code": error.exit_code}
 
 
 def from_failure(document: dict[str, Any]) -> WanFastError:
-    """The inverse of `failure`."""
+    """Returns the error of a document that `failure` made."""
     kinds = (ConfigError, MissingArtifactError, CorruptArtifactError, RankFailedError, CancelledError)
     message = document["error"]
     return next((kind(message) for kind in kinds if kind.exit_code == document["exit_code"]), WanFastError(message))

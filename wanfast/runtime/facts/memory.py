@@ -1,9 +1,9 @@
-"""How many bytes a model and a video take, by arithmetic from their sizes.
+"""Computes the bytes that a model and a video need from their sizes, and reports the host's free bytes. Torch-free.
 
-Parameters are exact. What a forward and a decode hold beside them is an estimate, fitted to what was counted at
-1280x720x81: about seven float32 rows of the model's width a token (11 GB) and the text's keys and values (1.7 GB); 260
-bytes a pixel and VAE base channel (23 GB). Of those the decoder's tensors and cuDNN took 244 on an H100, about 100 of
-them frames that causal convolutions look back on.
+Parameters are exact. The other bytes of a forward and of a decode are an estimate, fitted to a count at 1280x720x81.
+A forward holds about seven float32 rows of the model's width a token (11 GB), and the text's keys and values (1.7 GB).
+A decode holds 260 bytes a pixel and VAE base channel (23 GB). On an H100 the decoder's tensors and cuDNN took 244 of
+the 260; about 100 of the 244 were earlier frames that causal convolutions read.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from wanfast.runtime.facts.shapes import Geometry
 _BYTES: dict[Precision, int] = {"bf16": 2, "fp32": 4}
 _LOOP_ROWS = 7
 _DECODE_BYTES = 260
-MARGIN_BYTES = 2 << 30  # CUDA's context, the libraries' workspaces, the allocator's gaps
+MARGIN_BYTES = 2 << 30  # CUDA's context, the libraries' workspaces, the allocator's fragmentation
 
 
 def dit_parameters(spec: DiTSpec) -> tuple[int, int]:
-    """(in the precision of the matrix products, always float32) of one expert."""
+    """Returns one expert's parameter counts: (in the precision of the matrix products, always in float32)."""
     d, patch = spec.dim, math.prod(spec.patch_size)
     block = 8 * (d * d + d) + 2 * d * spec.ffn_dim + spec.ffn_dim + d
     text = spec.text_dim * d + d + d * d + d
@@ -33,7 +33,10 @@ def dit_parameters(spec: DiTSpec) -> tuple[int, int]:
 
 
 def expert_bytes(spec: DiTSpec, precision: Precision, scheme: Scheme | None = None) -> int:
-    """Quantized, the blocks' weights are a byte a value, and each of their rows has a scale in float32."""
+    """Returns the bytes of one expert's weights.
+
+    If they are quantized, the blocks' weights take one byte a value, and each of their rows has a float32 scale.
+    """
     products, small = dit_parameters(spec)
     if not in_8_bits(scheme):
         return products * _BYTES[precision] + small * 4
@@ -42,7 +45,7 @@ def expert_bytes(spec: DiTSpec, precision: Precision, scheme: Scheme | None = No
 
 
 def block_bytes(spec: DiTSpec, precision: Precision) -> int:
-    """One block's weights: what sharding gathers at a time."""
+    """Returns the bytes of one block's weights, which sharding gathers block by block."""
     return _block_weights(spec) * _BYTES[precision]
 
 
@@ -51,7 +54,7 @@ def _block_weights(spec: DiTSpec) -> int:
 
 
 def offloaded_bytes(spec: DiTSpec, precision: Precision, scheme: Scheme | None = None) -> int:
-    """Both experts in host memory, with the ends of the slabs that they are pinned in."""
+    """Returns the bytes of both experts in pinned host memory, with 10 % for the unused ends of the pinned slabs."""
     return int(2 * expert_bytes(spec, precision, scheme) * 1.1)
 
 
@@ -63,23 +66,24 @@ def umt5_bytes(spec: UMT5Spec, precision: Precision) -> int:
 
 
 def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, scheme: Scheme | None = None) -> int:
-    """Beside the weights in a forward over `tokens` of a rank's own; with the text's keys and values, made once.
+    """Returns the bytes, without the weights, of a forward over the `tokens` of one rank.
 
-    Where tokens are quantized too, without compiling, the widest ones are held in float32 twice and in 8 bits.
+    The sum includes the text's keys and values, which are computed once. If a scheme quantizes tokens too, without
+    compiling, the widest ones are held twice in float32 and once in 8 bits.
     """
     dit = spec.dit
     quantizing = 9 * dit.ffn_dim * tokens if scheme in ("int8-dynamic", "fp8-rowwise") else 0
-    text = 2 * dit.num_layers * dit.text_len * dit.dim * _BYTES[precision]  # of one expert and branch
+    text = 2 * dit.num_layers * dit.text_len * dit.dim * _BYTES[precision]  # of one expert and one branch
     return _LOOP_ROWS * 4 * dit.dim * tokens + 4 * text + quantizing
 
 
 def residual_bytes(spec: DiTSpec, tokens: int) -> int:
-    """What one branch of guidance keeps of `tokens` for a forward that MagCache skips."""
+    """Returns the bytes that one branch of guidance holds for `tokens`, so that MagCache can skip a forward."""
     return 4 * spec.dim * tokens
 
 
 def decode_bytes(spec: ModelSpec, geometry: Geometry) -> int:
-    """Of the VAE's decoder, its weights in the noise of it."""
+    """Returns the bytes that the VAE's decoder needs; its weights are smaller than the estimate's error."""
     return _DECODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height
 
 

@@ -1,7 +1,7 @@
-"""The facts of a model: sizes of its four networks, expert boundary, the reference's defaults, where its weights live.
+"""Holds the facts of a model: the sizes of its four networks, the expert boundary and the reference's defaults.
 
 `A14B` is Wan2.2-I2V-A14B as published. Any other model states its facts in a `wanfast.json` beside its weights
-(`ModelSpec.to_json`), or only its transformer's in the `config.json` that both public layouts carry.
+(`ModelSpec.to_json`), or only its networks' sizes in `config.json`. Both public layouts have the transformer's.
 Source: the configuration files and code of Wan-Video/Wan2.2 (42bf4cf).
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class DiTSpec:
-    """One expert: a diffusion transformer over a latent video."""
+    """This class holds the sizes of one expert, which is a diffusion transformer over a latent video."""
 
     dim: int = 5120
     ffn_dim: int = 13824
@@ -46,7 +46,7 @@ _LATENTS_STD = (
 
 @dataclass(frozen=True, kw_only=True)
 class VAESpec:
-    """The causal video VAE: 4x8x8 compression into 16 channels."""
+    """This class holds the sizes of the causal video VAE, which compresses 4x8x8 (T, H, W) into 16 channels."""
 
     base_dim: int = 96
     latent_channels: int = 16
@@ -67,7 +67,7 @@ class VAESpec:
 
 @dataclass(frozen=True, kw_only=True)
 class UMT5Spec:
-    """The text encoder: the encoder half of UMT5-XXL."""
+    """This class holds the sizes of the text encoder, which is the encoder half of UMT5-XXL."""
 
     vocab_size: int = 256384
     dim: int = 4096
@@ -80,7 +80,7 @@ class UMT5Spec:
     eps: float = 1e-6
 
 
-# What the model's makers steer away from: garish, overexposed, still, blurred, subtitled, badly drawn, malformed.
+# The makers' own, against videos that are garish, overexposed, still, blurred, subtitled, badly drawn, malformed.
 DEFAULT_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
@@ -90,11 +90,10 @@ DEFAULT_NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A whole image-to-video model and the defaults that its makers gave it."""
+    """This class holds the facts of an image-to-video model and the defaults that its makers chose."""
 
     name: str = "Wan2.2-I2V-A14B"
-    repo_id: str | None = "Wan-AI/Wan2.2-I2V-A14B"
-    weights_note: str | None = None  # said with every result, e.g. that the weights were never trained
+    weights_note: str | None = None  # reported with every result, e.g. that the weights were never trained
     dit: DiTSpec = field(default_factory=DiTSpec)
     vae: VAESpec = field(default_factory=VAESpec)
     umt5: UMT5Spec = field(default_factory=UMT5Spec)
@@ -103,7 +102,7 @@ class ModelSpec:
     frames: int = 81
     steps: int = 40
     shift: float = 5.0
-    shift_480p: float | None = 3.0  # the makers' advice for 832x480; the default stays `shift`
+    shift_480p: float | None = 3.0  # the makers' advice for 832x480; the default is `shift` at every size
     guidance_high_noise: float = 3.5
     guidance_low_noise: float = 3.5
     fps: int = 16
@@ -114,9 +113,13 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> ModelSpec:
-        """The inverse of `to_json`; absent facts are A14B's. Raises TypeError for a fact that it does not know."""
+        """Builds a spec from a document that `to_json` made; absent facts are A14B's.
+
+        Raises TypeError for an unknown fact.
+        """
         parts = {"dit": DiTSpec, "vae": VAESpec, "umt5": UMT5Spec}
-        facts = {k: parts[k](**_tuples(v)) if k in parts else v for k, v in document.items()}
+        known = {k: v for k, v in document.items() if k != "repo_id"}  # older files have this key, and nothing reads it
+        facts = {k: parts[k](**_tuples(v)) if k in parts else v for k, v in known.items()}
         return cls(**facts)
 
 

@@ -1,4 +1,4 @@
-"""Pixel <-> latent <-> token geometry, in pure integers.
+"""Computes the sizes of a clip in pixels, latents and tokens, in pure integers.
 
 A clip of F = 4n+1 frames of H x W pixels becomes T = (F-1)/4 + 1 latent frames of H/8 x W/8, and
 T * (H/16) * (W/16) tokens. 1280x720, 81 frames: 21 x 90 x 160, 75,600 tokens.
@@ -15,7 +15,7 @@ from wanfast.runtime.facts.model_spec import ModelSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """The three grids of one clip."""
+    """This class holds the three grids of one clip: pixels, latents and tokens."""
 
     width: int
     height: int
@@ -27,7 +27,7 @@ class Geometry:
 
     @property
     def token_grid(self) -> tuple[int, int, int]:
-        """(T, Y, X): the rotary positions of the tokens."""
+        """Returns the grid (T, Y, X) of the tokens, which gives their rotary positions."""
         pt, py, px = self.patch_size
         return self.latent_frames // pt, self.latent_height // py, self.latent_width // px
 
@@ -39,11 +39,11 @@ class Geometry:
 def fit_geometry(
     spec: ModelSpec, area_width: int, area_height: int, frames: int, image_size: tuple[int, int]
 ) -> Geometry:
-    """The clip that keeps the aspect ratio of `image_size` = (width, height) within area_width * area_height pixels.
+    """Returns the clip with the aspect ratio of `image_size` = (width, height) in area_width * area_height pixels.
 
-    The expression is the reference's own, left to right in float64: its rounding is part of the model's contract. So an
-    832x480 image asked for at 832x480 becomes 832x464, while 480x832 stays 480x832.
-    Raises ConfigError if nothing is left of a side. Source: Wan-Video/Wan2.2, wan/image2video.py.
+    The expression is the reference's own, left to right in float64, because its rounding is part of the model's
+    contract. For example, an 832x480 image at --size 832x480 becomes 832x464, but 480x832 stays 480x832.
+    Raises ConfigError if a side becomes 0. Source: Wan-Video/Wan2.2, wan/image2video.py.
     """
     image_width, image_height = image_size
     area, aspect = area_width * area_height, image_height / image_width
@@ -52,7 +52,8 @@ def fit_geometry(
     latent_width = round(math.sqrt(area / aspect) // stride // patch_x * patch_x)
     if not (latent_height and latent_width):
         raise ConfigError(
-            f"--size {area_width}x{area_height} is too small for an image of {image_width}x{image_height}: take more"
+            f"--size {area_width}x{area_height} is too small for an image of {image_width}x{image_height}: "
+            "use a larger --size"
         )
     return Geometry(
         width=latent_width * stride,

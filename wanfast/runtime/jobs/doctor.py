@@ -1,6 +1,6 @@
-"""What this machine has and lacks for making a video: the facts behind `wanfast doctor`, as one document.
+"""Collects what this machine has and lacks for making a video, as the one document of `wanfast doctor`.
 
-It looks and writes nothing. Torch is imported for two of the facts, and may be what is broken: then that is a fact too.
+This module only reads. Two of the facts need torch; if torch cannot be imported, the document reports that too.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
 from wanfast.runtime.store.model_files import COMPONENTS, ModelFiles
 from wanfast.runtime.store.quantized import EXPERTS, TORCHAO_FIX, QuantizedExpert
 
-# The kinds of the store, and what else lies beside them.
+# The kinds of artifacts, and the other folders beside them.
 _KINDS = ("checkpoints", "prompt_embeds", "quantized", "magcache", "inductor", "runs")
 
 
 def examine(given: Options) -> dict[str, Any]:
-    """All that a generation with these options depends on here, and the command to type next. Raises ConfigError."""
+    """Returns what a generation depends on here, and the command to type next; raises ConfigError for a wrong option."""
     models = EffectiveConfig.of(given, A14B).models
     found = gpus.visible_gpus()
     weights, spec = _weights(models)
     fitted = fit(given, spec, found)
     host, torch = _host(Path(models.artifacts_dir)), _torch()
     no_weights = _no_weights(models, weights, host)
-    no_kept = None if no_weights else _no_kept(models)
+    no_kept = None if no_weights else _quantize_step(models)
     step = next_step(
         given,
         fitted,
@@ -63,7 +63,7 @@ def examine(given: Options) -> dict[str, Any]:
 
 
 def _weights(models: ModelsConfig) -> tuple[dict[str, Any], ModelSpec]:
-    """Where the model's files are and what is wrong with them; and its facts, A14B's if it has none to read."""
+    """Returns the place and state of the model's files, and the model's facts (A14B's if they cannot be read)."""
     facts: dict[str, Any] = {"model": models.model, "folder": None, "layout": None, "bytes": 0, "trouble": None}
     spec = A14B
     try:
@@ -77,7 +77,7 @@ def _weights(models: ModelsConfig) -> tuple[dict[str, Any], ModelSpec]:
 
 
 def _sizes(files: ModelFiles) -> Iterator[int]:
-    """Bytes of each weight file that is there."""
+    """Yields the bytes of each weight file of the complete components."""
     for component in COMPONENTS:
         with suppress(WanFastError):
             yield from (file.stat().st_size for file in files.weights(component))
@@ -91,8 +91,8 @@ def _no_weights(models: ModelsConfig, weights: dict[str, Any], host: dict[str, A
     return trouble
 
 
-def _no_kept(models: ModelsConfig) -> NextStep | None:
-    """What makes the experts that --quantize asks for, where one is not there as it was made."""
+def _quantize_step(models: ModelsConfig) -> NextStep | None:
+    """Returns the step that makes the experts that --quantize needs, if one is missing or was changed."""
     if models.quantize is None:
         return None
     store = ArtifactStore(Path(models.artifacts_dir).absolute())
@@ -112,23 +112,23 @@ def _host(artifacts: Path) -> dict[str, Any]:
     import psutil
 
     memory = psutil.virtual_memory()
-    there = next(path for path in (artifacts.absolute(), *artifacts.absolute().parents) if path.is_dir())
+    existing = next(path for path in (artifacts.absolute(), *artifacts.absolute().parents) if path.is_dir())
     return {
         "cores": os.cpu_count(),
         "memory_bytes": memory.total,
         "available_bytes": memory.available,
-        "disk": str(there),
-        "disk_free_bytes": shutil.disk_usage(there).free,
+        "disk": str(existing),
+        "disk_free_bytes": shutil.disk_usage(existing).free,
     }
 
 
 def _torch() -> dict[str, Any]:
-    """`trouble`: why it sees no GPU, or why it cannot be imported."""
+    """Returns the facts of torch; `trouble` says why torch sees no GPU, or why it cannot be imported."""
     facts: dict[str, Any] = {"cuda": None, "cudnn": None, "imports": False, "sees_gpu": False, "trouble": None}
     try:
         import torch
     except (ImportError, OSError) as error:
-        return {**facts, "trouble": f"not to be imported ({error})"}
+        return {**facts, "trouble": f"cannot be imported ({error})"}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         sees_gpu = torch.cuda.is_available()
@@ -141,7 +141,7 @@ def _torch() -> dict[str, Any]:
 
 
 def _attention(torch: dict[str, Any]) -> dict[str, Any]:
-    """What each kernel does on the device that a video would run on."""
+    """Returns whether each kernel runs on the device that a video would use."""
     if not torch["imports"]:
         return {"device": None, "kernels": {}}
     from wanfast.runtime.engine import attention_probe
@@ -152,20 +152,20 @@ def _attention(torch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encoder() -> dict[str, Any]:
-    """The video encoder is in PyAV's wheel; an ffmpeg on PATH is not used."""
+    """Returns the facts of the video encoder, which is in PyAV's wheel; an ffmpeg on PATH is not used."""
     facts: dict[str, Any] = {"libraries": {}, "libx264": False, "ffmpeg": shutil.which("ffmpeg"), "trouble": None}
     try:
         import av
 
         facts["libraries"] = {name: ".".join(map(str, number)) for name, number in av.library_versions.items()}
         av.codec.Codec("libx264", "w")
-    except (ImportError, OSError, ValueError) as error:  # a codec that is not there is a ValueError
+    except (ImportError, OSError, ValueError) as error:  # a missing codec is a ValueError
         return {**facts, "trouble": str(error)}
     return {**facts, "libx264": True}
 
 
 def _artifacts(root: Path) -> dict[str, Any]:
-    """The keys of each kind that is there; unfinished ones are passed over."""
+    """Returns the keys of each kind that is present; unfinished artifacts are skipped."""
     kinds = {}
     for kind in _KINDS:
         if (root / kind).is_dir():
@@ -179,11 +179,11 @@ def _artifacts(root: Path) -> dict[str, Any]:
 
 
 def _holds(kind: str, artifact: Path) -> str | None:
-    """What a key alone does not say, from the manifest; nothing of one that cannot be read."""
+    """Returns what a key does not say, from the manifest; returns None if the manifest cannot be read."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         inputs = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))["inputs"]
         if kind == "quantized":
-            return f"{inputs['expert']} by {inputs['recipe']}"
+            return f"{inputs['expert']} with {inputs['recipe']}"
         if kind == "inductor":
             scheme = inputs["quantize"] or inputs["precision"]
             return f"{inputs['tokens']} tokens, {scheme}, {inputs['mode']}, for {inputs['device']}"
@@ -191,7 +191,7 @@ def _holds(kind: str, artifact: Path) -> str | None:
 
 
 def _bytes_below(folder: Path) -> int:
-    """Of all files, as they are now: another process may be at work there."""
+    """Returns the bytes of all files; a file that another process removes meanwhile is skipped."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:

@@ -1,8 +1,8 @@
-"""The worker half of `wanfast quantize`: streams an expert through a scheme into an artifact, a few rows at a time.
+"""Streams an expert through a scheme into an artifact, a few rows at a time (the worker half of `wanfast quantize`).
 
-Neither the source nor the result is ever in memory whole: source pages are read and let go, results are written in
-shards of a gigabyte. Every shard is read back and compared before it counts. Each expert is an artifact of its own, so
-that a run that was cut goes on with the experts that are missing.
+Neither the source nor the result is ever completely in memory: source pages are read and freed, and results are written
+in shards of a gigabyte. Every shard is read back and compared before it is accepted. Each expert is an artifact of its
+own, so that an interrupted run continues with the missing experts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from wanfast.runtime.weights.checkpoint import RowsFn
 from wanfast.runtime.weights.quantization import is_quantized, quantize, scale_of
 
 SHARD_BYTES = 1 << 30
-_CHUNK_VALUES = 16 << 20  # of a weight at a time: 64 MB in float32
+_CHUNK_VALUES = 16 << 20  # values of a weight that are quantized at a time: 64 MB in float32
 _WORST = 10
 
 _EXPERTS: dict[str, tuple[Expert, ...]] = {
@@ -47,7 +47,7 @@ _EXPERTS: dict[str, tuple[Expert, ...]] = {
     "low": EXPERTS[1:],
 }
 
-ProgressFn = Callable[[Expert, int, int], None]  # (expert, bytes of the source that are read, of all)
+ProgressFn = Callable[[Expert, int, int], None]  # (expert, bytes of the source that are read, all its bytes)
 
 
 def run(
@@ -55,16 +55,16 @@ def run(
     progress: ProgressFn = lambda expert, done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Quantize each expert that is not there yet; a document for each. Raises WanFastError."""
+    """Quantizes each expert that is still missing, and returns a document for each; raises WanFastError."""
     files = model_files.locate(config.model, config.artifacts_dir)
     torchao = require_torchao(f"--scheme {config.scheme}") if in_8_bits(config.scheme) else None
     if find_spec("matplotlib") is None:
-        raise ConfigError("the plot of the errors needs matplotlib: pip install matplotlib")
+        raise ConfigError("the plot of the errors needs matplotlib: run `pip install matplotlib`")
     if not files.exists:
         files.require()
     device = config.device or default_device()
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU here: take --device cpu")
+        raise ConfigError("--device cuda: torch sees no GPU here: use --device cpu")
     store = ArtifactStore(Path(config.artifacts_dir).absolute())
     wanted = [QuantizedExpert(store, files, expert, config.scheme, config.model) for expert in _EXPERTS[config.expert]]
     return [_quantize_expert(expert, torchao, device, progress, say) for expert in wanted]
@@ -101,12 +101,13 @@ def _check_disk(wanted: QuantizedExpert) -> None:
     needed = int(memory.expert_bytes(wanted.files.spec.dit, "bf16", wanted.scheme) * 1.01)
     root = wanted.store.root
     if (free := shutil.disk_usage(root).free) < needed:
-        raise ConfigError(f"--artifacts-dir {root}: {gb(needed)} are needed and {gb(free)} free: name another")
+        fix = "free some space or choose another folder"
+        raise ConfigError(f"--artifacts-dir {root}: {gb(needed)} are needed, but {gb(free)} are free: {fix}")
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One expert on its way."""
+    """This class quantizes one expert into a folder."""
 
     wanted: QuantizedExpert
     source: list[Path]
@@ -139,7 +140,7 @@ class _Job:
         errors.write(folder, f"{self.wanted.expert}, {self.wanted.scheme}")
 
     def _quantized(self, name: str, rows: RowsFn, like: Tensor, errors: _Errors) -> tuple[Tensor, Tensor]:
-        """A weight's values and scales, worked out a few rows at a time."""
+        """Returns a weight's values and scales, computed a few rows at a time."""
         parts = []
         step = max(1, _CHUNK_VALUES // like.shape[1])
         for first in range(0, like.shape[0], step):
@@ -152,7 +153,7 @@ class _Job:
 
 @dataclass
 class _Shards:
-    """Writes tensors as they come, in safetensors of about SHARD_BYTES, and their index in the end."""
+    """Writes tensors in safetensors files of about SHARD_BYTES as the tensors come, and their index at the end."""
 
     folder: Path
     pending: dict[str, Tensor] = field(default_factory=dict)
@@ -177,7 +178,7 @@ class _Shards:
         except SafetensorError as error:
             if "I/O error" not in str(error):
                 raise
-            raise OSError(None, str(error)) from error  # its writer's name for what the disk says
+            raise OSError(None, str(error)) from error  # an error of the disk, in the words of safetensors
         file.chmod(0o644)
         self._verify(file)
         self.weight_map |= dict.fromkeys(self.pending, file.name)
@@ -185,16 +186,16 @@ class _Shards:
         self.pending = {}
 
     def _verify(self, file: Path) -> None:
-        """What was written is what there is to read."""
+        """Raises CorruptArtifactError if the file does not read back as it was written."""
         with safe_open(file, framework="pt") as handle:
             for name, tensor in self.pending.items():
                 if not torch.equal(_bytes(handle.get_tensor(name)), _bytes(tensor)):
-                    raise CorruptArtifactError(f"{file}: {name} reads otherwise than it was written: check the disk")
+                    raise CorruptArtifactError(f"{file}: {name} does not read back as it was written: check the disk")
 
 
 @dataclass
 class _Errors:
-    """||exact - quantized|| / ||exact|| of every quantized tensor."""
+    """Collects the relative error ||exact - quantized|| / ||exact|| of every quantized tensor."""
 
     squares: dict[str, list[float]] = field(default_factory=dict)  # of the error, of the tensor
 
@@ -213,7 +214,10 @@ class _Errors:
 
 
 def _sum_of_squares(rows: Tensor) -> float:
-    """Of a row in float32, of the rows in float64: a sixth of the time, and exact enough."""
+    """Returns the sum of squares: in float32 within a row, in float64 over the rows.
+
+    This takes a sixth of the time of float64 and is exact enough.
+    """
     return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
 
 
@@ -226,7 +230,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _plot(found: dict[str, float], file: Path, title: str) -> None:
-    """A line for each kind of linear, over the blocks."""
+    """Plots the errors over the blocks, one line for each kind of linear."""
     from matplotlib.figure import Figure
 
     lines: dict[str, dict[int, float]] = {}
@@ -243,12 +247,12 @@ def _plot(found: dict[str, float], file: Path, title: str) -> None:
 
 
 def describe(results: list[dict[str, Any]]) -> Iterator[str]:
-    """A line for each expert, for a person."""
+    """Yields a line of text for each expert."""
     for result in results:
         size = f"{_size(result['source_bytes'])} -> {_size(result['bytes'])}"
-        how = "was there already" if result["was_there"] else f"{size} in {result['seconds']:.0f} s"
+        how = "was made already" if result["was_there"] else f"{size} in {result['seconds']:.0f} s"
         error = f"relative error of the weights {result['relative_error']:.2g}"
-        yield f"{result['output']}: {result['expert']} by {result['scheme']}, {how}; {error}, by layer in errors.png"
+        yield f"{result['output']}: {result['expert']} with {result['scheme']}, {how}; {error} (by layer: errors.png)"
 
 
 def _size(num_bytes: int) -> str:

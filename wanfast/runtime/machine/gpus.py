@@ -1,4 +1,4 @@
-"""The GPUs that this process may use, by NVIDIA's management library: names, memory, links. Torch-free."""
+"""Lists the GPUs that this process may use, with NVIDIA's management library: names, memory, links. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, as the driver describes it."""
+    """This class describes one GPU, as the driver reports it."""
 
     name: str
     total_bytes: int
@@ -19,7 +19,7 @@ class Gpu:
 
 
 def visible_gpus() -> list[Gpu]:
-    """In the order of CUDA_VISIBLE_DEVICES, if it is set; none where there is no driver."""
+    """Returns the GPUs, in the order of CUDA_VISIBLE_DEVICES if that is set; returns none if there is no driver."""
     import pynvml
 
     try:
@@ -33,18 +33,19 @@ def visible_gpus() -> list[Gpu]:
 
 
 def device_ids() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may hold for each of `visible_gpus`."""
+    """Returns for each of `visible_gpus` the name that CUDA_VISIBLE_DEVICES may hold."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [item.strip() for item in named.split(",") if item.strip()]
     return [str(index) for index in range(len(visible_gpus()))]
 
 
 def expand_segments() -> None:
-    """Torch's allocator, of this process before its first use of a GPU and of its children, so that few gaps are left.
+    """Makes torch's allocator use expandable segments, so that GPU memory does not fragment.
 
-    In gaps that the loop left 7 GB were lost to the VAE (one H100, 1168x768x81). What a user set stays.
+    This applies to this process before its first use of a GPU, and to its children. Without it, 7 GB of fragments from
+    the loop were lost to the VAE (one H100, 1168x768x81). A user's own setting stays.
     """
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the same, by its name of old
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of this setting
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
@@ -61,7 +62,7 @@ def _handles() -> list[object]:
                 pynvml.nvmlDeviceGetHandleByIndex(int(item)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(item)
             )
         except pynvml.NVMLError:
-            break  # as CUDA does: nothing after a name that is not there
+            break  # as in CUDA: an unknown name ends the list
     return handles
 
 

@@ -1,4 +1,4 @@
-"""Which packages are installed, and of which version, without importing them."""
+"""Reports which packages are installed, and their versions, without importing them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from wanfast.runtime.errors import ConfigError
 
-# Of attention's kernels: as pip knows them, and the modules any of which holds the kernel.
+# The packages of attention kernels: pip's name, and the modules, any of which holds the kernel.
 ATTENTION_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "fa3": ("fa3-fwd", ("fa3_fwd_interface", "flash_attn_interface")),
     "fa4": ("flash-attn-4", ("flash_attn.cute",)),
@@ -33,20 +33,21 @@ _OPTIONAL = (
 
 
 def require_attention(kernel: str, device: str) -> None:
-    """Raises ConfigError if nothing of the kernel's package is there, or a CPU is asked for what GPUs have alone.
+    """Raises ConfigError if the kernel's package is not installed, or if the kernel needs a GPU and `device` is a CPU.
 
-    Whether it works a GPU must tell.
+    Only a run on the GPU shows whether the kernel works.
     """
     if device == "cpu" and kernel not in ("auto", *ATTENTION_ON_CPU):
-        raise ConfigError(f"--attention {kernel} is of GPUs: take auto, or --device cuda")
+        raise ConfigError(f"--attention {kernel} needs a GPU: use --attention auto, or --device cuda")
     if kernel in ATTENTION_PACKAGES:
         package, modules = ATTENTION_PACKAGES[kernel]
         if not any(find_spec(module.partition(".")[0]) for module in modules):
-            raise ConfigError(f"--attention {kernel}: not installed (pip install {package}): fix that, or take auto")
+            fix = f"run `pip install {package}`, or use --attention auto"
+            raise ConfigError(f"--attention {kernel}: {package} is not installed: {fix}")
 
 
 def version_of(package: str) -> str | None:
-    """None if it is not installed as a package."""
+    """Returns a package's version, or None if the package is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""How a process of a run ends: with its parent, and at once."""
+"""Makes a process of a run end with its parent, and immediately on a signal."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 def end_with_parent() -> None:
-    """This process dies with the one that started it, and at once on a signal, wherever it is stuck."""
+    """Makes this process end with its parent, and immediately on SIGINT or SIGTERM, even if it hangs."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     if os.environ.get(PARENT) not in (None, str(os.getppid())):
-        sys.exit("the process that started this one is gone")
+        sys.exit("the parent process is gone")

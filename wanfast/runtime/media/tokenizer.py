@@ -1,12 +1,12 @@
-"""Prompt -> token ids, as UMT5 was trained to read them: clean the text, split it, end it with </s>.
+"""Turns a prompt into token ids, as UMT5 was trained to read them: clean the text, split it, end it with </s>.
 
-The idea: `tokenizer.json` holds the whole tokenizer, so the small `tokenizers` library reads it alone, in a tenth of a
-second, without torch or transformers. Ids come at their true length: UMT5 gives the same vectors with or without
-padding. Cleaning belongs to the model, not to taste: it rewrites full-width punctuation, so that skipping it changes
-the ids of the default negative prompt.
+`tokenizer.json` holds the whole tokenizer. The small `tokenizers` library reads this file in a tenth of a second,
+without torch or transformers. Ids are not padded, because UMT5 gives the same vectors with or without padding.
+Cleaning is part of the model: it rewrites full-width punctuation, so that skipping it changes the ids of the default
+negative prompt.
 
-Limit: a prompt longer than `max_tokens` loses its end (never its </s>); `TokenizedPrompt.truncated` says so.
-Torch-free, and heavy imports wait until they are needed: the parent process imports this module.
+Limit: a prompt longer than `max_tokens` loses its end (never its </s>); `TokenizedPrompt.truncated` reports this.
+Torch-free. Heavy imports wait until they are needed, because the parent process imports this module.
 
 Source: the text tokenizer and the shared configuration of Wan-Video/Wan2.2 (42bf4cf).
 """
@@ -28,7 +28,7 @@ END_TOKEN = "</s>"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedPrompt:
-    """A cleaned prompt and its ids, which end in </s>."""
+    """This class holds a cleaned prompt and its ids, which end in </s>."""
 
     text: str
     ids: tuple[int, ...]
@@ -40,14 +40,14 @@ class TokenizedPrompt:
 
 
 class PromptTokenizer:
-    """The tokenizer of one `tokenizer.json`, cut at `max_tokens` ids, </s> included."""
+    """This class tokenizes by one `tokenizer.json` and truncates to `max_tokens` ids, </s> included."""
 
     def __init__(self, tokenizer_json: Path, max_tokens: int) -> None:
         self._tokenizer = _load(tokenizer_json)
         self._max_tokens = max_tokens
 
     def encode(self, text: str) -> TokenizedPrompt:
-        """Cleans and tokenizes. A special token spelt out in the text becomes its id, as in the reference."""
+        """Cleans and tokenizes `text`; a special token spelled out in it becomes its id, as in the reference."""
         cleaned = clean_prompt(text)
         *ids, end = self._tokenizer.encode(cleaned).ids
         kept = (*ids[: self._max_tokens - 1], end)
@@ -55,7 +55,7 @@ class PromptTokenizer:
 
 
 def clean_prompt(text: str) -> str:
-    """Repairs mojibake and full-width or curly characters, resolves HTML entities (twice), collapses whitespace."""
+    """Repairs mojibake and full-width or curly characters, resolves HTML entities (twice), and collapses whitespace."""
     import ftfy
 
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
@@ -65,13 +65,13 @@ def _load(tokenizer_json: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     if not tokenizer_json.is_file():
-        raise MissingArtifactError(f"{tokenizer_json} is missing: copy the model folder anew")
+        raise MissingArtifactError(f"{tokenizer_json} is missing: copy the model folder again")
     try:
         tokenizer = Tokenizer.from_buffer(tokenizer_json.read_bytes())
     except ValueError as error:
-        raise CorruptArtifactError(f"{tokenizer_json} is not a tokenizer file: {error}") from error
-    tokenizer.no_padding()  # a file may carry settings of its own
+        raise CorruptArtifactError(f"{tokenizer_json} is not a tokenizer file ({error}): copy it again") from error
+    tokenizer.no_padding()  # the file may have such settings
     tokenizer.no_truncation()
     if tokenizer.encode("").ids[-1:] != [tokenizer.token_to_id(END_TOKEN)]:
-        raise CorruptArtifactError(f"{tokenizer_json} does not end a text with {END_TOKEN}")
+        raise CorruptArtifactError(f"{tokenizer_json} does not end a text with {END_TOKEN}: copy UMT5's file")
     return tokenizer

@@ -1,7 +1,7 @@
-"""Whether a model fits here, for each number of GPUs and each way of holding its experts, with the sums. Torch-free.
+"""Computes whether a model fits here, for each number of GPUs and each placement of its experts. Torch-free.
 
-The sums are those of `placement`, which decides a run by them. Where there is no GPU they are held against the cards
-that one can rent; a card's GB are taken as 10^9 bytes, a little less than it has.
+The sums of bytes are those of `placement`, which also decides a run by them. If there is no GPU, the sums are compared
+with the cards that one can rent. A card's GB count as 10^9 bytes, a little less than the card has.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One way of holding the experts on a number of GPUs."""
+    """This class holds one way to place the experts on a number of GPUs, with its sums."""
 
     num_gpus: int
     mesh: Mesh
     mode: str
-    terms: dict[str, int]  # bytes of one GPU at its worst moment
-    free: dict[str, int]  # bytes of a GPU here, or of each of CARDS
+    terms: dict[str, int]  # bytes of one GPU at its peak
+    free: dict[str, int]  # free bytes of a GPU here, or of each of CARDS
     host_bytes: int
-    host_free: int | None  # not known of the machine that a card would be in
+    host_free: int | None  # None for CARDS, because their host is unknown
 
     @property
     def gpu_bytes(self) -> int:
@@ -59,7 +59,7 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """All ways, those of few GPUs first, and among them the preferred first."""
+    """This class holds all ways, sorted by the number of GPUs and then by preference."""
 
     spec: ModelSpec
     geometry: Geometry
@@ -73,7 +73,7 @@ class Fit:
         return f"{self.geometry.width}x{self.geometry.height}"
 
     def best(self) -> Way | None:
-        """With the most of the GPUs here, the preferred way that fits."""
+        """Returns the preferred way among those that fit with the most GPUs here, or None if no way fits."""
         fitting = [way for way in self.ways if way.fits.get(HERE)]
         return max(fitting, key=lambda way: way.num_gpus, default=None)
 
@@ -97,9 +97,9 @@ class Fit:
 
 
 def fit(given: Options, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
-    """On `found`, as much as is free of these GPUs and of the host; on CARDS if there are none.
+    """Computes all ways for the free memory of the GPUs in `found` and of the host, or for CARDS if `found` is empty.
 
-    Of an image in the shape of --size: of another shape a video has no more pixels. Raises ConfigError.
+    The image is assumed to have the shape of --size; another shape gives no more pixels. Raises ConfigError.
     """
     config = EffectiveConfig.of({"image": "none", "prompt": "none", **given}, spec)
     precision, scheme, size = config.models.precision, config.models.quantize, parse_size(config.video.size)

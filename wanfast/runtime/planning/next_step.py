@@ -1,6 +1,6 @@
-"""The one command to type next, and why: the first thing that stands between this machine and a video. Torch-free.
+"""Finds the command to type next, which removes the first obstacle between this machine and a video. Torch-free.
 
-Its image and prompt ship with the package, so that the line runs as it stands.
+The command's image and prompt ship with the package, so that the command runs unchanged.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from wanfast.runtime.planning.fit import CARDS, Fit, Way, fit
 from wanfast.runtime.store.model_files import TINY
 
 _EXAMPLES = TINY.parent / "examples"
-_SHOWN = {"tiny": ("star.png", "The big orange star goes right on a wavy background.")}
-_SHOWN_ELSE = ("cat.jpg", "The cat looks up and blinks.")
+_EXAMPLE_OF = {"tiny": ("star.png", "The big orange star goes right on a wavy background.")}
+_OTHER_EXAMPLE = ("cat.jpg", "The cat looks up and blinks.")
 _SMALLER = "832x480"
-_HELD: dict[str, dict[str, str]] = {
+_OPTIONS_OF_MODE: dict[str, dict[str, str]] = {
     "resident": {},
     "evicting": {},
     "sharded": {"dit_fsdp": "on"},
@@ -30,15 +30,15 @@ _HELD: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class NextStep:
-    """A command line and its reason."""
+    """This class holds a command line and its reason."""
 
     command: str
     why: str
 
 
 def example(model: str) -> tuple[str, str]:
-    """An image and a prompt that suit a model."""
-    image, prompt = _SHOWN.get(model, _SHOWN_ELSE)
+    """Returns an image and a prompt that suit a model."""
+    image, prompt = _EXAMPLE_OF.get(model, _OTHER_EXAMPLE)
     path, here = _EXAMPLES / image, Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path), prompt
 
@@ -52,15 +52,16 @@ def next_step(
     layout: str | None,
     no_kept: NextStep | None,
 ) -> NextStep:
-    """`no_torch`, `no_weights`: what is wrong with them, if anything is; `layout`: of what is there of the weights.
+    """Returns the command to type next and its reason.
 
-    `no_kept`: what is to be done first about the experts that --quantize asks for.
+    `no_torch` and `no_weights` say what is wrong with torch and the weights, or are None. `layout` is the layout of the
+    weights that are present. `no_kept` is the step that makes the experts that --quantize needs, if one is missing.
     """
     if not fitted.found:
-        why = f"no GPU is visible here, and the tiny model runs on a CPU; {_wanted(fitted)}"
+        why = f"no GPU is visible here, but the tiny model runs on a CPU; {_smallest_cards(fitted)}"
         return NextStep(_tiny(device="cpu"), why)
     if no_torch is not None:
-        why = f"the driver shows a GPU that torch cannot use: it is {no_torch}"
+        why = f"torch cannot use the GPU that the driver shows ({no_torch})"
         return NextStep("pip install --force-reinstall torch", why)
     way = fitted.best()
     if way is None:
@@ -69,14 +70,14 @@ def next_step(
         other = {"layout": layout} if layout == "diffusers" else {}
         return NextStep(_line("download", other | _changed(given, "artifacts_dir")), no_weights)
     if no_weights is not None:
-        return NextStep(_line("doctor", _changed(given, "model")), f"{no_weights}; then ask again")
+        return NextStep(_line("doctor", _changed(given, "model")), f"{no_weights}; then run this command again")
     if no_kept is not None:
         return no_kept
-    return NextStep(_generate(given, way, fitted), f"all is there: {_said(way)}")
+    return NextStep(_generate(given, way, fitted), f"nothing is missing: {_in_words(way)}")
 
 
 def warmup_command(config: EffectiveConfig) -> str:
-    """`wanfast warmup` for a generation that ran: its own ranks, and nothing left to be decided again."""
+    """Returns the `wanfast warmup` command for a generation's ranks, with every choice fixed as in the generation."""
     ranks = config.ranks.mesh.group_size
     chosen = config.options() | {"num_gpus": ranks}
     if ranks == 1:
@@ -89,7 +90,10 @@ def warmup_command(config: EffectiveConfig) -> str:
 
 
 def _what_would_fit(given: Options, fitted: Fit) -> NextStep:
-    """In bf16, or smaller, on these GPUs; or else on which others, and the tiny model here."""
+    """Returns a command that fits on these GPUs in bf16 or at a smaller size, or else runs the tiny model.
+
+    For the tiny model, the reason names the GPUs that would be needed.
+    """
     short = f"{fitted.spec.name} does not fit here"
     trials: tuple[dict[str, Any], ...] = (
         {"precision": "bf16"},
@@ -100,13 +104,13 @@ def _what_would_fit(given: Options, fitted: Fit) -> NextStep:
         smaller = {**given, **changes}
         if way := fit(smaller, fitted.spec, fitted.found).best():
             options = " ".join(f"--{name} {value}" for name, value in changes.items())
-            return NextStep(_generate(smaller, way, fitted), f"{short}; with {options} it does: {_said(way)}")
-    why = f"{short}; {_wanted(fit(given, fitted.spec, []))}"
+            return NextStep(_generate(smaller, way, fitted), f"{short}; it fits with {options}: {_in_words(way)}")
+    why = f"{short}; {_smallest_cards(fit(given, fitted.spec, []))}"
     return NextStep(_tiny(), why)
 
 
-def _wanted(on_cards: Fit) -> str:
-    """The fewest and smallest cards that would do."""
+def _smallest_cards(on_cards: Fit) -> str:
+    """Returns in words the fewest and smallest cards on which the model fits."""
     best = min(
         ((way.num_gpus, CARDS[card], way) for way in on_cards.ways for card, fits in way.fits.items() if fits),
         key=lambda found: found[:2],
@@ -114,12 +118,12 @@ def _wanted(on_cards: Fit) -> str:
     )
     subject = f"{on_cards.spec.name} at {on_cards.size}"
     if best is None:
-        return f"{subject} fits on none of the cards that are known here: take a smaller --size or fewer --frames"
+        return f"{subject} fits on none of the known cards: use a smaller --size or fewer --frames"
     count, card, way = best
-    return f"{subject} needs {count} GPU{'s'[: count - 1]} of {card / 1e9:.0f} GB: {_said(way)}"
+    return f"{subject} needs {count} GPU{'s'[: count - 1]} of {card / 1e9:.0f} GB: {_in_words(way)}"
 
 
-def _said(way: Way) -> str:
+def _in_words(way: Way) -> str:
     host = f" and {gb(way.host_bytes)} of host memory" if way.host_bytes else ""
     return f"experts {way.mode}, {gb(way.gpu_bytes)} a GPU{host}"
 
@@ -132,11 +136,11 @@ def _tiny(**options: str) -> str:
 def _generate(given: Options, way: Way, fitted: Fit) -> str:
     count = "auto" if way.num_gpus == len(fitted.found) else way.num_gpus
     ranks = {} if way.num_gpus == 1 else {"num_gpus": count}
-    return _line("generate", {**_changed(given, *given), **ranks, **_HELD[way.mode]})
+    return _line("generate", {**_changed(given, *given), **ranks, **_OPTIONS_OF_MODE[way.mode]})
 
 
 def _changed(given: Options, *names: str) -> dict[str, Any]:
-    """The options among `names` that differ from the defaults."""
+    """Returns the options among `names` whose values are not the defaults."""
     return {name: given[name] for name in names if name in given and given[name] != OPTIONS[name].default}
 
 

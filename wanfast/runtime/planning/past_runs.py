@@ -1,4 +1,4 @@
-"""How long a plan will take, by what runs like it took here: seconds a forward, times the forwards. Torch-free."""
+"""Predicts how long a plan takes from similar earlier runs here: seconds a forward, times the forwards. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from wanfast.runtime.machine import gpus
 from wanfast.runtime.planning.plan import Plan, guided_steps
 from wanfast.runtime.store.artifacts import RESULTS
 
-# What a forward's time depends on.
+# The plan's fields on which a forward's time depends.
 _ALIKE = (
     "model", "width", "height", "frames", "precision", "quantize", "compile", "device", "mesh", "dit_fsdp",
     "expert_offload",
@@ -20,9 +20,9 @@ _MOST_RUNS = 50
 
 
 def predicted_seconds(plan: Plan) -> float | None:
-    """Of denoising, by the newest run in the artifacts folder that was alike; None if there is none.
+    """Returns the seconds of denoising, by the newest similar run in the artifacts folder, or None without one.
 
-    The first step of that run is left out, which waited for compilers.
+    The first step of that run is not counted, because it waited for compilers.
     """
     wanted = plan.to_json()
     for result in _results(Path(plan.config.models.artifacts_dir) / "runs"):
@@ -42,7 +42,10 @@ def _same_machine(result: dict[str, Any], plan: Plan) -> bool:
 
 
 def forwards_in_turn(plan: dict[str, Any]) -> list[int]:
-    """Forwards of each step, one after the other: the branches of guidance are at the same time on different ranks."""
+    """Returns the forwards of each step that run one after the other.
+
+    With cfg parallelism the two branches of guidance run at the same time on different ranks.
+    """
     guided = guided_steps(plan)
     skips = _skips(plan["magcache"]) if plan.get("magcache") else [(False, False)] * len(guided)
     combine = max if plan["mesh"]["cfg"] == 2 else sum
@@ -53,13 +56,13 @@ def forwards_in_turn(plan: dict[str, Any]) -> list[int]:
 
 
 def _skips(magcache: dict[str, Any]) -> list[tuple[bool, bool]]:
-    """The skips of each step and branch; older runs have other names for them."""
+    """Returns the skips of each step and branch; older runs have other names for the skips."""
     names = ("skips_prompt", "skips_negative_prompt") if "skips_prompt" in magcache else ("skips_cond", "skips_uncond")
     return list(zip(*(magcache[name] for name in names), strict=True))
 
 
 def _results(runs: Path) -> Iterator[dict[str, Any]]:
-    """Of the newest runs, the newest first; what is no video of ours is passed over."""
+    """Yields the results of the newest runs, the newest first, and skips a file that is no complete result."""
     newest = sorted(runs.iterdir(), reverse=True)[:_MOST_RUNS] if runs.is_dir() else []
     for file in (file for run in newest for file in sorted((run / RESULTS).glob("*.json"))):
         try:

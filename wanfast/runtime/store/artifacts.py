@@ -1,8 +1,8 @@
-"""The content-addressed store: a folder per artifact, named by the hash of everything that went into it.
+"""Stores each artifact in a folder that is named by the hash of all its inputs (a content-addressed store).
 
-key = sha256 of the canonical JSON of ALL inputs. A writer fills a temporary sibling under a file lock, writes the
-manifest last, and renames; a reader compares the manifest's inputs and file sizes with today's. Nothing is ever
-overwritten. The store knows nothing of what it stores.
+key = sha256 of the canonical JSON of ALL inputs. A writer takes a file lock, fills a temporary folder beside the
+target, writes the manifest last, and renames the folder. A reader compares the manifest with its own inputs and with
+the file sizes on disk. Nothing is ever overwritten. The store does not know what an artifact contains.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ class ArtifactStore:
         return self.root / kind / key_of(inputs)[:12]
 
     def find(self, kind: str, inputs: dict[str, Any], *, verify: bool = False) -> Path | None:
-        """The artifact's folder, or None. Raises CorruptArtifactError if what lies there is not what its key says.
+        """Returns the artifact's folder, or None if the artifact is missing.
 
-        Files are known by their sizes, or with `verify` by their hashes.
+        Compares the inputs and the files' sizes with the manifest, and with `verify` also the files' hashes.
+        Raises CorruptArtifactError if they differ, or if the manifest cannot be read.
         """
         folder = self.path(kind, inputs)
         if not (folder / MANIFEST).is_file():
@@ -71,9 +72,10 @@ class ArtifactStore:
         versions: dict[str, str] | None = None,
         waiting: Callable[[], None] = lambda: None,
     ) -> Path:
-        """Let `write` fill a folder and publish it whole, once: if another writer was first, theirs is the artifact.
+        """Lets `write` fill a folder, publishes it completely, and returns it.
 
-        `waiting` is called if another is at it. Raises ConfigError if the store cannot be written.
+        If another writer was first, returns that writer's folder. Calls `waiting` if another writer holds the lock.
+        Raises ConfigError if the store cannot be written.
         """
         folder = self.path(kind, inputs)
         with writing_to(self.root):
@@ -92,11 +94,11 @@ class ArtifactStore:
     def _publish(
         self, folder: Path, kind: str, inputs: dict[str, Any], write: Callable[[Path], None], versions: dict[str, str]
     ) -> Path:
-        """By the one writer that holds the lock."""
+        """Publishes the folder; the caller holds the lock."""
         if (found := self.find(kind, inputs)) is not None:
             return found
         partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # a writer that died held the lock: nobody else is in there
+        shutil.rmtree(partial, ignore_errors=True)  # left by a writer that died: nobody else holds the lock
         partial.mkdir()
         try:
             started = time.perf_counter()
@@ -118,12 +120,15 @@ class ArtifactStore:
 
 
 def key_of(inputs: dict[str, Any]) -> str:
-    """sha256 (hex) of the canonical JSON of `inputs`: sorted keys, no spaces, UTF-8."""
+    """Returns the sha256 (hex) of the canonical JSON of `inputs`: sorted keys, no spaces, UTF-8."""
     return hashlib.sha256(_canonical(inputs).encode()).hexdigest()
 
 
 def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
-    """A fresh runs/<utc>-<key8> folder; two runs of the same second and inputs get one each. Raises ConfigError."""
+    """Makes a new folder runs/<utc>-<key8>, with a number appended if another run has that name.
+
+    Raises ConfigError if the folder cannot be made.
+    """
     stem = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{key_of(inputs)[:8]}"
     with writing_to(root):
         (root / "runs").mkdir(parents=True, exist_ok=True)
@@ -134,21 +139,23 @@ def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
             except FileExistsError:
                 continue
             return folder
-    raise AssertionError("unreachable: counting has no end")
+    raise AssertionError("unreachable: itertools.count never ends")
 
 
 @contextmanager
 def writing_to(root: Path) -> Iterator[None]:
-    """What keeps the store from being written becomes a ConfigError."""
+    """Turns an OSError, raised while the store is written, into a ConfigError that names --artifacts-dir."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(f"--artifacts-dir {root}: cannot be written ({reason}); name a folder that can") from error
+        raise ConfigError(
+            f"--artifacts-dir {root}: cannot be written ({reason}); choose a folder that can be written"
+        ) from error
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Write a small text file so that it is on disk when this returns."""
+    """Writes a small text file and syncs it, so that the text is on disk when this function returns."""
     with path.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
@@ -156,7 +163,10 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Put a small text file in place at once: another process sees the old or the new one, whole; a crash may not."""
+    """Replaces a small text file in one step: another process sees the complete old text or the complete new text.
+
+    The file is not synced, so that a crash of the machine may leave it incomplete.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
@@ -164,7 +174,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_result(run_folder: Path, index: int, result: dict[str, Any]) -> None:
-    """What came of one job of a run."""
+    """Writes the result of one job into its run folder."""
     replace_text(run_folder / RESULTS / f"{index}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 

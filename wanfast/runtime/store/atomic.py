@@ -1,6 +1,6 @@
-"""Files that appear whole and together, or not at all: written beside their targets under hidden names, then renamed.
+"""Writes a set of files completely or not at all: first under hidden names beside their targets, then renamed.
 
-A process that is killed outright leaves its hidden `.part` files; the targets are still untouched.
+A process that is killed (SIGKILL) leaves its hidden `.part` files; the targets stay unchanged.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from wanfast.runtime.errors import ConfigError
 
 @contextmanager
 def atomic_paths(*targets: Path, overwrite: bool = True, option: str = "--output") -> Iterator[list[Path]]:
-    """Yield a path to write for each target; they become the targets when the block ends, or vanish if it fails.
+    """Yields a temporary path for each target, and renames the files to the targets when the block ends.
 
-    The yielded names end in `.part`: name the format yourself. Any failure counts, KeyboardInterrupt too.
-    Raises ConfigError naming `option`: for an OSError (a full disk, a folder that went away), and, without
-    `overwrite`, for a target that has appeared meanwhile.
+    If the block fails (KeyboardInterrupt too), the temporary files are removed. The yielded names end in `.part`, so
+    the caller must name the file format itself. Raises ConfigError naming `option` for an OSError (a full disk, a
+    removed folder). Without `overwrite`, also raises ConfigError if a target has appeared meanwhile.
     """
     partials = [partial_path(target) for target in targets]
     try:
@@ -31,7 +31,7 @@ def atomic_paths(*targets: Path, overwrite: bool = True, option: str = "--output
                 os.fsync(file.fileno())
         for target in targets:
             if target.exists() and not overwrite:
-                raise ConfigError(f"{option} {target}: another program wrote it meanwhile; choose another name")
+                raise ConfigError(f"{option} {target}: another program wrote this file meanwhile; choose another name")
         for partial, target in zip(partials, targets, strict=True):
             partial.replace(target)
     except OSError as error:
@@ -47,12 +47,15 @@ def atomic_paths(*targets: Path, overwrite: bool = True, option: str = "--output
 
 
 def partial_path(target: Path, pid: int | None = None) -> Path:
-    """The hidden sibling that a process (this one) writes before it renames: same folder, so the rename is atomic."""
+    """Returns the hidden path beside `target` that a process (default: this one) writes before the rename.
+
+    Both paths are in one folder, so that the rename is atomic.
+    """
     return target.with_name(f".{target.name}.{pid or os.getpid()}.part")
 
 
 def remove_partials(targets: Iterable[Path], pids: Iterable[int]) -> None:
-    """What processes that are gone left of `targets`, killed before they could tidy up."""
+    """Removes the hidden files of `targets` that killed processes (`pids`) left."""
     for target, pid in itertools.product(targets, pids):
         partial_path(target, pid).unlink(missing_ok=True)
 

@@ -1,8 +1,9 @@
-"""Where MagCache's ratios come from: a model's preset, or a curve that `wanfast calibrate-magcache` kept. Torch-free.
+"""Finds MagCache's ratios: a model's preset, or a curve that `wanfast calibrate-magcache` stored. Torch-free.
 
-A curve holds for what it was measured on, and its key says what that is: both experts and their precision, steps,
-shift, solver, guidance, size, frames, and the set of clips. For another run it is refused, with the command that
-measures a new one; steps and shift alone can be bridged (`--magcache-interpolate`): the ratios are of a smooth curve.
+A curve is valid only for the settings of its measurement, which its key holds: both experts and their precision, steps,
+shift, solver, guidance, size, frames, and the set of clips. Another run refuses the curve, and the error has the
+command that measures a new one. Only steps and shift can be interpolated (`--magcache-interpolate`), because the ratios
+follow a smooth curve.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ KIND = "magcache"
 RATIOS = "ratios.json"
 _PRESETS = Path(__file__).parents[2] / "assets" / "magcache"
 _BRIDGED = {"steps", "shift"}
-_DEFAULTS = (0.12, 2, 0.2)  # the published matrix's: threshold, skips in a row, share retained
+_DEFAULTS = (0.12, 2, 0.2)  # of the published matrix: threshold, skips in a row, share retained
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The ratios of each step of a run, and whose they are."""
+    """This class holds the ratios of each step of a run, and the name of their source."""
 
-    name: str  # preset, or the key of an artifact
+    name: str  # "preset", or the key of an artifact
     ratios: tuple[tuple[float, float], ...]
-    interpolated_from: dict[str, Any] | None = None  # steps and shift of the curve, where they are not the run's
+    interpolated_from: dict[str, Any] | None = None  # the curve's steps and shift, if not the run's
 
 
 def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
-    """Answers what --magcache leaves open: which curve, and the limits. Raises WanFastError."""
+    """Returns `config` with --magcache resolved into a curve and the rules of skipping; raises WanFastError."""
     asked = config.skipping
     if asked is None:
         return config
@@ -71,13 +72,13 @@ def _or(value: T | None, default: T) -> T:
 
 
 def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
-    """For the steps of this run; None if nothing is to be skipped. Raises WanFastError."""
+    """Returns the curve for the steps of this run, or None with --magcache off; raises WanFastError."""
     if config.skipping is None:
         return None
     if config.skipping.magcache == "preset":
         found = preset(files)
         if found is None:
-            fix = f"run `{calibrate_command(config, files.spec)}`, then take --magcache artifact"
+            fix = f"run `{calibrate_command(config, files.spec)}`, then use --magcache artifact"
             raise ConfigError(f"--magcache preset: no curve ships for these weights ({files.spec.name}): {fix}")
         return _fitted("preset", found, config, files.spec)
     folder = _artifact(config, config.skipping, files)
@@ -87,10 +88,10 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
 
 
 def preset(files: ModelFiles) -> dict[str, Any] | None:
-    """The curve that ships for a model: its `ratios`, and of what they are.
+    """Returns the curve that ships for a model, with its `ratios` and their settings, or None if none ships.
 
-    Where the curve names its weights it is theirs alone. The published one names none: it is taken for every model of
-    the A14B's sizes, and `magcache_notes` says so.
+    A curve that names its weights is only for those weights. The published curve names none: it is used for every model
+    of the A14B's sizes, and `magcache_notes` reports this.
     """
     sizes = files.spec.dit, files.spec.boundary
     if sizes == (A14B.dit, A14B.boundary):
@@ -103,13 +104,13 @@ def preset(files: ModelFiles) -> dict[str, Any] | None:
 
 
 def published_curve() -> dict[str, Any]:
-    """That of the A14B, by MagCache's makers."""
+    """Returns the A14B's curve by MagCache's makers."""
     document: dict[str, Any] = json.loads((_PRESETS / "wan2.2-i2v-a14b.json").read_text(encoding="utf-8"))
     return document
 
 
 def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
-    """What a preset does not quite fit."""
+    """Returns a note if the preset's curve was measured on other weights or in another precision."""
     if config.skipping is None or config.skipping.magcache != "preset":
         return []
     published = (A14B.name, f"{A14B.name}-Diffusers", "tiny")
@@ -119,7 +120,8 @@ def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
     if not others:
         return []
     return [
-        f"--magcache preset: its curve is of {' and '.join(others)}; `wanfast calibrate-magcache` measures your own"
+        f"--magcache preset: its curve was measured with {' and '.join(others)}; "
+        "run `wanfast calibrate-magcache` to measure your own"
     ]
 
 
@@ -134,12 +136,12 @@ def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelS
     if known == wanted and of["solver"] == config.video.solver:
         return Curve(name, tuple(ratios))
     if not (config.skipping and config.skipping.magcache_interpolate) or of["solver"] != config.video.solver:
-        there = f"{of['steps']} steps by {of['solver']} at shift {of['shift']:g}"
+        measured = f"{of['steps']} steps with {of['solver']} at shift {of['shift']:g}"
         bridge = "add --magcache-interpolate, or " if of["solver"] == config.video.solver else ""
-        here = f"{config.video.steps} by {config.video.solver} at {config.video.shift:g}"
+        asked = f"{config.video.steps} steps with {config.video.solver} at shift {config.video.shift:g}"
         raise ConfigError(
-            f"--magcache {name}: that curve is of {there}, and this run has {here}: {bridge}run "
-            f"`{calibrate_command(config, spec)}` and take --magcache artifact"
+            f"--magcache {name}: this curve has {measured}, but this run has {asked}: {bridge}run "
+            f"`{calibrate_command(config, spec)}` and use --magcache artifact"
         )
     try:
         bridged = resample(ratios, known, wanted)
@@ -150,12 +152,12 @@ def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelS
 
 
 def steps_of(solver: Any, steps: int, shift: float, boundary: float) -> list[tuple[Expert, int]]:
-    """(expert at work, timestep) of each step."""
+    """Returns (active expert, timestep) of each step."""
     return [(expert_of(step.timestep, boundary), step.timestep) for step in schedule(solver, steps, shift)]
 
 
 def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:
-    """All that a calibrated curve depends on. Raises MissingArtifactError without the weights."""
+    """Returns everything that a calibrated curve depends on; raises MissingArtifactError if weights are missing."""
     return {
         "experts": _experts(files),
         "boundary": files.spec.boundary,
@@ -172,33 +174,33 @@ def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) ->
 
 
 def _artifact(config: EffectiveConfig, asked: SkippingConfig, files: ModelFiles) -> Path:
-    """The folder of the curve that was calibrated for this run, or that `asked.magcache` names by its key."""
+    """Returns the folder of the curve that was calibrated for this run, or whose key `asked.magcache` names."""
     store, option = ArtifactStore(Path(config.models.artifacts_dir)), f"--magcache {asked.magcache}"
     wanted = curve_inputs(config, files, "")
     bridged = _BRIDGED if asked.magcache_interpolate else set()
     fix = f"run `{calibrate_command(config, files.spec)}`"
-    kept = list(_kept(store))
+    stored = list(_stored_curves(store))
     found = [
         (_differences(inputs, wanted), inputs, folder)
-        for folder, inputs in kept
+        for folder, inputs in stored
         if asked.magcache in ("artifact", folder.name)
     ]
-    if kept and not found:
-        keys = ", ".join(folder.name for folder, _ in kept)
-        raise MissingArtifactError(f"{option}: there is no such curve, but {keys}: name one, or {fix}")
+    if stored and not found:
+        keys = ", ".join(folder.name for folder, _ in stored)
+        raise MissingArtifactError(f"{option}: no curve has this key; use one of {keys}, or {fix}")
     fitting = sorted(
         (item for item in found if set(item[0]) <= bridged),
         key=lambda item: (len(item[0]), abs(item[1]["steps"] - config.video.steps), item[2]),
     )
     if not fitting:
         nearest = min(found, key=lambda item: len(item[0]), default=None)
-        said = f" ({nearest[2].name} differs in {_said(nearest[0])})" if nearest else ""
+        difference = f" ({nearest[2].name} differs in {_in_words(nearest[0])})" if nearest else ""
         or_bridge = ", or add --magcache-interpolate" if nearest and set(nearest[0]) <= _BRIDGED else ""
-        raise MissingArtifactError(f"{option}: no curve is calibrated for this run{said}: {fix}{or_bridge}")
+        raise MissingArtifactError(f"{option}: no curve is calibrated for this run{difference}: {fix}{or_bridge}")
     best = [item for item in fitting if (item[0], item[1]["steps"]) == (fitting[0][0], fitting[0][1]["steps"])]
     if len(best) > 1:
         keys = ", ".join(item[2].name for item in best)
-        raise ConfigError(f"{option}: several sets were calibrated for this run: name one by its key, of {keys}")
+        raise ConfigError(f"{option}: several curves fit this run: use --magcache with one of {keys}")
     _, inputs, folder = best[0]
     try:
         sound = store.find(KIND, inputs, verify=True) == folder
@@ -209,18 +211,18 @@ def _artifact(config: EffectiveConfig, asked: SkippingConfig, files: ModelFiles)
     return folder
 
 
-def _kept(store: ArtifactStore) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _stored_curves(store: ArtifactStore) -> Iterator[tuple[Path, dict[str, Any]]]:
     for manifest in sorted((store.root / KIND).glob(f"*/{MANIFEST}")):
         try:
             inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]
         except (ValueError, KeyError, TypeError):
-            continue  # no curve of ours
+            continue  # not one of our curves
         if isinstance(inputs, dict) and isinstance(inputs.get("steps"), int):
             yield manifest.parent, inputs
 
 
 def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What a curve is of and what is wanted, where they differ; the set of clips is free."""
+    """Returns (the curve's value, the wanted value) of each input that differs; the set of clips may differ."""
     return {
         name: (inputs.get(name), value)
         for name, value in wanted.items()
@@ -228,13 +230,13 @@ def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tu
     }
 
 
-def _said(differences: dict[str, tuple[Any, Any]]) -> str:
-    plain = {name: f" ({there}, here {here})" for name, (there, here) in differences.items() if name != "experts"}
+def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
+    plain = {name: f" ({old}, this run {new})" for name, (old, new) in differences.items() if name != "experts"}
     return ", ".join(f"{name}{plain.get(name, '')}" for name in differences)
 
 
 def calibrate_command(config: EffectiveConfig, spec: ModelSpec) -> str:
-    """`wanfast calibrate-magcache` for a run's curve."""
+    """Returns the `wanfast calibrate-magcache` command that measures a curve for this run."""
     own = {
         "model": ModelsConfig.model,
         "artifacts_dir": str(Path(ModelsConfig.artifacts_dir).absolute()),

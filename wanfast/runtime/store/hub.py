@@ -1,13 +1,13 @@
-"""The published weights from the Hugging Face Hub into <artifacts>/checkpoints/<repo name>.
+"""Downloads the published weights from the Hugging Face Hub into <artifacts>/checkpoints/<repo name>.
 
-The hub is asked once what the revision is and holds; what follows is pinned to that commit, and what lies on disk in
-the end is compared with that answer. For huggingface_hub's own word is not enough: it can return without an error and
-without files, and its dry run gives a damaged file's own size as the right one. A manifest, written last, records the
-commit, so that two of them never mix in one folder.
+The hub is asked once for the commit and the files of a revision. The download is pinned to that commit, and at the end
+the files on disk are compared with the hub's answer. huggingface_hub's own result is not enough: it can return without
+an error and without files, and its dry run reports a damaged file's own size as the right one. A manifest, written
+last, records the commit, so that two commits never mix in one folder.
 
-Cost: one request when all is there; of what came, each large file is read once more for its sha256. Limits: what was
-there before is verified by size alone (126 GB would have to be read again); a file of which a part had come when the
-process was killed starts from 0, as huggingface_hub names its parts at random.
+Cost: one request if no file is missing. Each large file that was downloaded is read once more for its sha256.
+Limits: a file that was present before is verified by its size only (126 GB would have to be read again). If the process
+is killed, an incomplete file starts from 0, because huggingface_hub names partial files at random.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ _REPOS: dict[_Layout, str] = {
     "original": "Wan-AI/Wan2.2-I2V-A14B",
     "diffusers": "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
 }
-# The published state that this program is made for; another is a choice.
+# The published commits that this program was made for; --revision selects another.
 PINNED = {
     "Wan-AI/Wan2.2-I2V-A14B": "206a9ee1b7bfaaf8f7e4d81335650533490646a3",
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "596658fd9ca6b7b71d5057529bbf319ecbc61d74",
 }
-_NEEDED: dict[_Layout, tuple[str, ...]] = {  # at least one file of each
+_NEEDED: dict[_Layout, tuple[str, ...]] = {  # each pattern must match a file
     "original": (
         "high_noise_model/config.json",
         "high_noise_model/*.safetensors",
@@ -77,12 +77,13 @@ _NEEDED: dict[_Layout, tuple[str, ...]] = {  # at least one file of each
         "tokenizer/tokenizer.json",
     ),
 }
-_INDEX = "*.safetensors.index.json"  # where there is more than one shard
+_AGAIN = "run the download again"
+_INDEX = "*.safetensors.index.json"  # present if there is more than one shard
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to fetch, and where it goes."""
+    """This class says what to download, and into which folder."""
 
     repo: str
     revision: str
@@ -91,32 +92,32 @@ class Request:
 
     @classmethod
     def of(cls, repo: str | None, revision: str | None, layout: _Layout, artifacts_dir: str) -> Request:
-        """Raises ConfigError for an empty value."""
+        """Makes a request, with defaults for what is None; raises ConfigError for an empty value."""
         repo = _REPOS[layout] if repo is None else repo
         revision = PINNED.get(repo, "main") if revision is None else revision
         for option, value in (("--repo", repo), ("--revision", revision), ("--artifacts-dir", artifacts_dir)):
             if not value.strip() or "\0" in value:
-                raise ConfigError(f"{option} {value!r}: give a value, or leave it out")
+                raise ConfigError(f"{option} {value!r}: give a value, or leave out the option")
         folder = Path(artifacts_dir).expanduser().absolute() / "checkpoints" / repo.rpartition("/")[2]
         return cls(repo, revision, layout, folder)
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """What the hub says that a commit holds of the needed files: name -> bytes, and name -> hash."""
+    """This class holds the hub's answer on the needed files of a commit: name -> bytes, and name -> hash."""
 
     commit: str
     sizes: dict[str, int]
     hashes: dict[str, str]
-    sha256: dict[str, str]  # of large files; the hash of another is git's
+    sha256: dict[str, str]  # of large files only; the hash of a small file is git's
 
     def missing(self, folder: Path) -> list[str]:
-        """The files that are not in `folder` at their size."""
+        """Returns the files that are missing in `folder`, or have a wrong size there."""
         return [name for name, size in self.sizes.items() if _size(folder / name) != size]
 
 
 def plan(request: Request) -> dict[str, Any]:
-    """What `download` would fetch, with nothing written. Raises as `download` does."""
+    """Returns what `download` would fetch, and writes nothing; raises the errors of `download`."""
     listing = _list(request)
     _refuse_to_mix(request, listing)
     missing_bytes = _require_space(request, listing)
@@ -124,10 +125,10 @@ def plan(request: Request) -> dict[str, Any]:
 
 
 def download(request: Request, *, progress: bool) -> dict[str, Any]:
-    """Fetch what is missing and verify it; returns what is there now.
+    """Downloads and verifies the missing files, and returns what is present now.
 
-    Raises ConfigError (a wrong option, no access, no space, another commit there), MissingArtifactError (the hub cannot
-    be reached) and CorruptArtifactError (the repository, or what came of it, is not whole).
+    Raises ConfigError (a wrong option, no access, no space, another commit in the folder), MissingArtifactError (the
+    hub cannot be reached) and CorruptArtifactError (the repository, or the download, is incomplete or damaged).
     """
     started = time.perf_counter()
     listing = _list(request)
@@ -152,13 +153,13 @@ def _list(request: Request) -> _Listing:
     for pattern in _NEEDED[request.layout]:
         if not any(fnmatchcase(name, pattern) for name in files):
             raise CorruptArtifactError(
-                f"--repo {request.repo}: no {pattern} in it at {info.sha}: it has not --layout {request.layout}, "
-                "or is not whole; take another --repo or --revision"
+                f"--repo {request.repo} has no {pattern} at {info.sha}: it is incomplete, or has another layout than "
+                f"--layout {request.layout}; use another --repo, --revision or --layout"
             )
     sizes = {name: file.size for name, file in sorted(files.items())}
     if info.sha is None or None in sizes.values():
         raise CorruptArtifactError(
-            f"{_endpoint()} does not tell the commit and sizes of {request.repo}: see HF_ENDPOINT"
+            f"{_endpoint()} does not report the commit and sizes of {request.repo}: check HF_ENDPOINT"
         )
     hashes = {name: (file.lfs.sha256 if file.lfs else file.blob_id) or "" for name, file in sorted(files.items())}
     sha256 = {name: file.lfs.sha256 for name, file in files.items() if file.lfs}
@@ -173,11 +174,11 @@ def _is_needed(name: str, layout: _Layout) -> bool:
 
 def _fetch(request: Request, listing: _Listing, *, progress: bool) -> None:
     (enable_progress_bars if progress else disable_progress_bars)()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings are our errors
-    with _hub_errors(request), warnings.catch_warnings(), _prompt_to_stop() as bar:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns about, we raise as an error
+    with _hub_errors(request), warnings.catch_warnings(), _stoppable_bar() as bar:
         warnings.simplefilter("ignore")
         for name in listing.missing(request.folder):
-            (request.folder / name).unlink(missing_ok=True)  # of a wrong size: the library may take it for whole
+            (request.folder / name).unlink(missing_ok=True)  # of a wrong size: the library may accept it as complete
         try:
             snapshot_download(
                 request.repo,
@@ -187,13 +188,16 @@ def _fetch(request: Request, listing: _Listing, *, progress: bool) -> None:
                 endpoint=_endpoint(),
                 tqdm_class=bar,
             )
-        except RuntimeError as error:  # what hf_xet raises for a network that fails
+        except RuntimeError as error:  # raised by hf_xet if the network fails
             raise ConnectionError(_first_line(error)) from error
 
 
 @contextmanager
-def _prompt_to_stop() -> Iterator[type[tqdm]]:
-    """A class of progress bars through which Ctrl-C and SIGTERM end the files in flight, not after 10 GB of each."""
+def _stoppable_bar() -> Iterator[type[tqdm]]:
+    """Yields a class of progress bars with which Ctrl-C and SIGTERM stop the running downloads immediately.
+
+    Without this class, each running download continues to the end of its file (10 GB).
+    """
     stopped = threading.Event()
 
     class Bar(tqdm):
@@ -203,7 +207,7 @@ def _prompt_to_stop() -> Iterator[type[tqdm]]:
             return bool(super().update(n))
 
     def stop(number: int, frame: FrameType | None) -> Any:
-        stopped.set()  # plain HTTP
+        stopped.set()  # stops plain HTTP
         abort_xet_session()  # type: ignore[no-untyped-call]
         return handlers[number](number, frame)
 
@@ -219,17 +223,17 @@ def _prompt_to_stop() -> Iterator[type[tqdm]]:
 
 
 def _endpoint() -> str:
-    """Passed to every call: huggingface_hub reads the variable once, at import."""
+    """Returns the hub's address, which every call gets, because huggingface_hub reads HF_ENDPOINT only at import."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def _verify(request: Request, listing: _Listing) -> None:
-    """All is there at its size, and so is every shard that an index names."""
+    """Checks that no file is missing or of a wrong size, and that no shard is missing that an index names."""
     for name in listing.missing(request.folder):
         size, wanted = _size(request.folder / name), listing.sizes[name]
         found = "is missing" if size is None else f"has {size} bytes, not {wanted}"
         raise CorruptArtifactError(
-            f"{request.folder / name} {found} after the download: remove what is there of it and run it again"
+            f"{request.folder / name} {found} after the download: remove this file if it exists, and {_AGAIN}"
         )
     for index in (name for name in listing.sizes if fnmatchcase(name, _INDEX)):
         folder = index.rpartition("/")[0]
@@ -237,18 +241,21 @@ def _verify(request: Request, listing: _Listing) -> None:
             shards = set(json.loads((request.folder / index).read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CorruptArtifactError(
-                f"{request.folder / index}: not an index of shards; take another --revision"
+                f"{request.folder / index} is not an index of shards; use another --revision"
             ) from None
         for shard in sorted(shards):
             if f"{folder}/{shard}" not in listing.sizes:
                 raise CorruptArtifactError(
-                    f"--repo {request.repo}: no {folder}/{shard} in it at {listing.commit}, which its index names; "
-                    "take another --revision"
+                    f"--repo {request.repo} has no {folder}/{shard} at {listing.commit}, but its index names this "
+                    "file; use another --revision"
                 )
 
 
 def _verify_hashes(request: Request, listing: _Listing, names: list[str]) -> None:
-    """Those of `names` whose sha256 the hub tells; a wrong one is removed: next time its size would do."""
+    """Checks those of `names` whose sha256 the hub reports.
+
+    A wrong file is removed, because the next download would accept the file by its size.
+    """
     wrong = []
     for name in (name for name in names if name in listing.sha256):
         path = request.folder / name
@@ -259,24 +266,24 @@ def _verify_hashes(request: Request, listing: _Listing, names: list[str]) -> Non
             wrong.append(str(path))
     if wrong:
         raise CorruptArtifactError(
-            f"{', '.join(wrong)}: not the sha256 that the hub tells after the download: removed; run it again"
+            f"{', '.join(wrong)}: removed after the download, because the sha256 is not the hub's: {_AGAIN}"
         )
 
 
 def _refuse_to_mix(request: Request, listing: _Listing) -> None:
-    """Another commit may follow only if its files are the same."""
+    """Raises ConfigError if the folder holds another commit whose files differ."""
     path = request.folder / MANIFEST
     if not path.is_file():
         return
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        same, what = there["files"] == _manifest_files(listing), f"{there['repo']} at {there['commit']}"
+        held = json.loads(path.read_text(encoding="utf-8"))
+        same, what = held["files"] == _manifest_files(listing), f"{held['repo']} at {held['commit']}"
     except (ValueError, KeyError, TypeError):
-        raise CorruptArtifactError(f"{path} is not the record of a download: remove it and run it again") from None
+        raise CorruptArtifactError(f"{path} is not the manifest of a download: remove this file and {_AGAIN}") from None
     if not same:
         raise ConfigError(
-            f"--revision {request.revision}: {request.folder} holds {what}, and {request.repo} at {listing.commit} has "
-            "other files: remove that folder, or take another --artifacts-dir"
+            f"--revision {request.revision}: {request.folder} holds {what}, but {request.repo} at {listing.commit} has "
+            "other files: remove that folder, or use another --artifacts-dir"
         )
 
 
@@ -298,20 +305,20 @@ def _manifest_files(listing: _Listing) -> dict[str, Any]:
 
 
 def _require_space(request: Request, listing: _Listing) -> int:
-    """The bytes that are missing, for which there is room. Raises ConfigError."""
+    """Returns the bytes of the missing files; raises ConfigError if the disk has less free space."""
     needed = sum(listing.sizes[name] for name in listing.missing(request.folder))
-    there = next(path for path in (request.folder, *request.folder.parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (request.folder, *request.folder.parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise ConfigError(
-            f"--artifacts-dir: the download needs {needed / 1e9:.1f} GB and {there} has {free / 1e9:.1f} GB free: "
+            f"--artifacts-dir: the download needs {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free: "
             "free some space or choose another folder"
         )
     return needed
 
 
 def _remove_orphans(folder: Path) -> None:
-    """What a killed download left: its name is random, so that no later one goes on with it."""
+    """Removes the partial files of killed downloads; their names are random, so that no later download resumes them."""
     for orphan in (folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"):
         orphan.unlink(missing_ok=True)
 
@@ -323,9 +330,13 @@ def _only_writer(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise ConfigError(f"--artifacts-dir: another download writes to {folder}; wait for it, or stop it") from None
+        raise ConfigError(
+            f"--artifacts-dir: another download writes to {folder}; wait until it ends, or stop it"
+        ) from None
     except OSError as error:
-        raise ConfigError(f"--artifacts-dir: {folder} cannot be written ({error.strerror}); choose another") from error
+        raise ConfigError(
+            f"--artifacts-dir: {folder} cannot be written ({error.strerror}); choose another folder"
+        ) from error
     try:
         yield
     finally:
@@ -352,16 +363,21 @@ def _hub_errors(request: Request) -> Iterator[None]:
     try:
         yield
     except HFValidationError:
-        raise ConfigError(f"--repo {request.repo!r} is no OWNER/NAME of the Hugging Face Hub") from None
+        raise ConfigError(
+            f"--repo {request.repo!r} is not a repository name: give OWNER/NAME, as on the Hugging Face Hub"
+        ) from None
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
         wraps = isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, (httpx2.HTTPError, OSError))
         raise _in_one_line(error.__cause__ if wraps and error.__cause__ else error, request) from error
 
 
 def _in_one_line(error: BaseException, request: Request) -> WanFastError:
-    """The library's error as ours. The order matters: a gated repository is a kind of missing one to the library."""
+    """Turns an error of huggingface_hub into one of ours, in one line.
+
+    The order matters, because huggingface_hub's error for a gated repository is also one for a missing repository.
+    """
     repo, page = request.repo, f"{_endpoint()}/{request.repo}"
-    again = "run it again: files that are whole are kept"
+    again = f"{_AGAIN} (complete files are not downloaded twice)"
     if isinstance(error, GatedRepoError):
         return ConfigError(
             f"--repo {repo} is gated: accept its terms at {page}, and set HF_TOKEN or run `hf auth login`"
@@ -374,7 +390,7 @@ def _in_one_line(error: BaseException, request: Request) -> WanFastError:
         status = error.response.status_code
         if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
             return ConfigError(
-                f"--repo {repo}: {_endpoint()} answers {status}: no such repository, or it is private: "
+                f"--repo {repo} does not exist or is private ({_endpoint()} answers {status}): "
                 "fix the name, or set HF_TOKEN to a valid token"
             )
         return MissingArtifactError(f"{_endpoint()} answers {status} for {repo}: wait a little and {again}")
@@ -383,14 +399,16 @@ def _in_one_line(error: BaseException, request: Request) -> WanFastError:
     if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.InvalidURL, httpx2.UnsupportedProtocol)):
         reason = _first_line(error)
         return MissingArtifactError(
-            f"{_endpoint()} cannot be reached ({reason}): fix the network, proxy or HF_ENDPOINT and {again}"
+            f"{_endpoint()} cannot be reached ({reason}): check the network, the proxy and HF_ENDPOINT, and {again}"
         )
     if isinstance(error, (httpx2.HTTPError, ConnectionError, TimeoutError)):
-        return MissingArtifactError(f"the connection to {_endpoint()} broke ({_first_line(error)}): {again}")
+        return MissingArtifactError(f"the connection to {_endpoint()} was lost ({_first_line(error)}): {again}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return ConfigError(f"--artifacts-dir: the disk of {request.folder} is full: free some space and {again}")
     if isinstance(error, OSError) and error.errno is not None:
-        return ConfigError(f"--artifacts-dir: {request.folder} cannot be written ({error.strerror}): choose another")
+        return ConfigError(
+            f"--artifacts-dir: {request.folder} cannot be written ({error.strerror}): choose another folder"
+        )
     return CorruptArtifactError(f"the download of {repo} failed ({_first_line(error)}): {again}")
 
 

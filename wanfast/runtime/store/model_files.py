@@ -1,7 +1,7 @@
-"""Where a model's files are: which of the two public layouts a folder has, and what facts it states. Torch-free.
+"""Locates a model's files and reads its facts from a folder in either of the two public layouts. Torch-free.
 
-`tiny` ships with the package; `a14b` is the published repository, of either layout, in the artifacts folder; anything
-else is a path.
+`tiny` ships with the package. `a14b` is the published repository, in either layout, in the artifacts folder. Any other
+name is a path.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from wanfast.runtime.facts.model_spec import A14B, DiTSpec, ModelSpec, UMT5Spec,
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny"
 A14B_FOLDER = "checkpoints/Wan2.2-I2V-A14B"  # below the artifacts folder
-A14B_DIFFUSERS_FOLDER = f"{A14B_FOLDER}-Diffusers"  # the same in the other layout; taken if the first is not there
-A14B_BYTES = 126 * 10**9  # of its files that are read
+A14B_DIFFUSERS_FOLDER = f"{A14B_FOLDER}-Diffusers"  # the other layout: used if the first folder is missing
+A14B_BYTES = 126 * 10**9  # the total size of the files that are read
 
 Component = Literal["high_noise", "low_noise", "vae", "umt5"]
 COMPONENTS: tuple[Component, ...] = ("high_noise", "low_noise", "vae", "umt5")
@@ -31,7 +31,7 @@ _FACTS_FILE = "wanfast.json"
 
 @dataclass(frozen=True, kw_only=True)
 class _Places:
-    """Where one layout keeps its components: a folder of shards, or a file."""
+    """This class names the place of each component in one layout: a folder of shards, or a file."""
 
     high_noise: str
     low_noise: str
@@ -60,7 +60,7 @@ _LAYOUTS = {
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on disk, or, where `exists` is false, the facts of one that is not there yet."""
+    """This class holds a model's folder and facts; if `exists` is false, the folder is still missing."""
 
     root: Path
     layout: Literal["original", "diffusers"]
@@ -76,7 +76,7 @@ class ModelFiles:
         return self.root / _LAYOUTS[self.layout].tokenizer
 
     def weights(self, component: Component) -> list[Path]:
-        """The weight files of a component, all of them there. Raises MissingArtifactError."""
+        """Returns the weight files of a component; raises MissingArtifactError if one of the files is missing."""
         place = self.root / getattr(_LAYOUTS[self.layout], component)
         files = [place] if place.suffix == ".pth" else _shards(place)
         for file in files or [place / "*.safetensors"]:
@@ -85,7 +85,7 @@ class ModelFiles:
         return files
 
     def require(self) -> None:
-        """Every file that a generation reads is there. Raises MissingArtifactError."""
+        """Raises MissingArtifactError if a file that a generation reads is missing."""
         if not self.exists:
             raise MissingArtifactError(f"{self.root} is missing: {self.fix}")
         for component in COMPONENTS:
@@ -95,16 +95,23 @@ class ModelFiles:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """What identifies each component's content, the same for a copy elsewhere; sampled, so 57 GB take a moment."""
+        """Returns a hash of each component's content, which is the same for a copy in another folder.
+
+        Only samples of large files are hashed, so that 57 GB take a moment.
+        """
         return {**{name: self.fingerprint(name) for name in COMPONENTS}, "tokenizer": _fingerprint([self.tokenizer])}
 
     def fingerprint(self, component: Component) -> str:
-        """Of one component. Raises MissingArtifactError."""
+        """Returns the hash of one component; raises MissingArtifactError if a file is missing."""
         return _fingerprint(self.weights(component))
 
 
 def locate(model: str, artifacts_dir: str) -> ModelFiles:
-    """The files of `--model`. Raises MissingArtifactError, ConfigError (no model), CorruptArtifactError."""
+    """Returns the files of `--model`.
+
+    Raises MissingArtifactError (no such folder), ConfigError (no image-to-video model in it) and CorruptArtifactError
+    (a damaged file of facts).
+    """
     if model == "tiny":
         return ModelFiles(TINY, "diffusers", _read_spec(TINY, "diffusers"), "reinstall wanfast")
     if model == "a14b":
@@ -117,35 +124,35 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
         if not root.is_dir():
             return ModelFiles(root, "original", A14B, fix)
     else:
-        root, fix = Path(model).expanduser().absolute(), "copy the whole folder anew"
+        root, fix = Path(model).expanduser().absolute(), "copy the whole folder again"
         if not root.is_dir():
-            raise MissingArtifactError(f"--model {model!r}: no such folder; take tiny, a14b or a folder of weights")
+            raise MissingArtifactError(f"--model {model!r}: no such folder; use tiny, a14b or a folder of weights")
     for layout in ("original", "diffusers"):
         if (root / _LAYOUTS[layout].high_noise).is_dir():
             spec = _read_spec(root, layout)
             needed = spec.dit.out_channels + spec.vae.temporal_stride + spec.vae.latent_channels
             if spec.dit.in_channels != needed:
                 raise ConfigError(
-                    f"--model {model}: its transformer reads {spec.dit.in_channels} channels, image-to-video {needed}: "
-                    "take an I2V model"
+                    f"--model {model}: its transformer reads {spec.dit.in_channels} channels, but image-to-video needs "
+                    f"{needed}: use an I2V model"
                 )
             return ModelFiles(root, layout, spec, fix)
-    raise ConfigError(f"--model {model}: {root} has neither high_noise_model/ nor transformer/: not a Wan2.2 folder")
+    raise ConfigError(f"--model {model}: {root} has neither high_noise_model/ nor transformer/; name a Wan2.2 folder")
 
 
 def _a14b_root(artifacts_dir: str) -> Path:
-    """The first of the two folders that holds experts, or else the original layout's."""
+    """Returns the first of the two folders that holds experts; if neither does, the original layout's folder."""
     roots = [(Path(artifacts_dir) / folder).absolute() for folder in (A14B_FOLDER, A14B_DIFFUSERS_FOLDER)]
     experts = [places.high_noise for places in _LAYOUTS.values()]
     return next((root for root in roots if any((root / expert).is_dir() for expert in experts)), roots[0])
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The safetensors of a folder: those its index names, or all."""
+    """Returns the safetensors files of a folder: those that its index names, or all if it has no index."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise CorruptArtifactError(f"{index}: no weight_map in it; download it anew")
+            raise CorruptArtifactError(f"{index} has no weight_map: download this file again")
         return [folder / name for name in sorted(set(weight_map.values()))]
     return sorted(folder.glob("*.safetensors"))
 
@@ -167,14 +174,14 @@ def _fingerprint(files: list[Path]) -> str:
 
 
 def _read_spec(root: Path, layout: str) -> ModelSpec:
-    """The facts that the folder states: all in wanfast.json, or the networks' sizes in the layout's config files."""
+    """Reads all facts from wanfast.json, or only the networks' sizes from the layout's config files."""
     facts = root / _FACTS_FILE
     if facts.is_file():
         try:
             return ModelSpec.from_json(_read_json(facts))
         except TypeError as error:
-            raise CorruptArtifactError(f"{facts}: {error}") from None
-    spec = dataclasses.replace(A14B, name=root.name, repo_id=None)
+            raise CorruptArtifactError(f"{facts}: {error}: fix this file, or copy it again") from None
+    spec = dataclasses.replace(A14B, name=root.name)
     places = _LAYOUTS[layout]
     readers: tuple[tuple[str, str, Any], ...] = (
         ("dit", places.high_noise, _dit_spec),
@@ -187,7 +194,7 @@ def _read_spec(root: Path, layout: str) -> ModelSpec:
             try:
                 spec = dataclasses.replace(spec, **{part: read(_read_json(config))})
             except KeyError as error:
-                raise CorruptArtifactError(f"{config}: {error} is missing; download it anew") from None
+                raise CorruptArtifactError(f"{config}: the key {error} is missing: download this file again") from None
     index = root / "model_index.json"
     if index.is_file() and (boundary := _read_json(index).get("boundary_ratio")) is not None:
         spec = dataclasses.replace(spec, boundary=boundary)
@@ -228,7 +235,7 @@ def _vae_spec(config: dict[str, Any]) -> VAESpec:
         latent_channels=config["z_dim"],
         dim_mult=tuple(config["dim_mult"]),
         num_res_blocks=config["num_res_blocks"],
-        temporal_downsample=tuple(config["temperal_downsample"]),  # their spelling
+        temporal_downsample=tuple(config["temperal_downsample"]),  # spelled this way in the file
         latents_mean=tuple(config["latents_mean"]),
         latents_std=tuple(config["latents_std"]),
     )
@@ -252,7 +259,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CorruptArtifactError(f"{path}: not JSON ({error}); download it anew") from None
+        raise CorruptArtifactError(f"{path} is not JSON ({error}): download this file again") from None
     if not isinstance(document, dict):
-        raise CorruptArtifactError(f"{path}: not a JSON object; download it anew")
+        raise CorruptArtifactError(f"{path} is not a JSON object: download this file again")
     return document

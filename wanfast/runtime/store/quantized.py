@@ -1,7 +1,7 @@
-"""Where quantized experts are kept and what their key says: source, scheme, what was quantized, torchao. Torch-free.
+"""Finds stored quantized experts by a key of source, scheme, what was quantized, and torchao's version. Torch-free.
 
-An artifact `quantized/<key>` is one expert by one scheme: safetensors in shards with an index, under the original
-layout's names, the error of every tensor (`errors.json`, `errors.png`) and the manifest.
+An artifact `quantized/<key>` is one expert, quantized with one scheme: safetensors in shards with an index, under the
+original layout's names, the error of every tensor (`errors.json`, `errors.png`) and the manifest.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 TORCHAO_FIX = "pip install 'torchao>=0.18,<0.19'"
 EXPERTS: tuple[Expert, ...] = ("high_noise", "low_noise")
 
-# The linears of each block, where nearly all weights and all of the work are; nothing else is quantized.
+# Only the linears of each block are quantized: they have nearly all weights, and nearly all products with weights.
 QUANTIZED = (
     "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
     "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "ffn.0", "ffn.2",
 )  # fmt: skip
-# The first and the last layer, all that conditions, and all that is small.
+# Not quantized: the first and the last layer, the conditioning layers, and the small tensors.
 KEPT = ("patch_embedding", "head", "text_embedding", "time_embedding", "time_projection", "modulation", "norms", "bias")
 
 
 @dataclass(frozen=True)
 class QuantizedExpert:
-    """One expert by one scheme, whether it is there or not."""
+    """This class names one expert quantized with one scheme, whether its artifact exists or is missing."""
 
     store: ArtifactStore
     files: ModelFiles  # what it is made from
@@ -50,7 +50,7 @@ class QuantizedExpert:
         return {
             "source": self.files.fingerprint(self.expert),
             "expert": self.expert,
-            "recipe": self.scheme,  # the word of the first keys: another would make every kept artifact a miss
+            "recipe": self.scheme,  # the name in stored keys: another name would miss every stored artifact
             "quantized": list(QUANTIZED) if in_8_bits(self.scheme) else [],
             "kept": list(KEPT),
             "torchao": torchao,
@@ -58,24 +58,25 @@ class QuantizedExpert:
         }
 
     def find(self, *, verify: bool = False) -> Path | None:
-        """The artifact's folder, or None. Without torchao here, one made by any version of it does.
+        """Returns the artifact's folder, or None if the artifact is missing.
 
+        If torchao is not installed here, an artifact of any version of torchao is accepted, the newest first.
         Raises CorruptArtifactError.
         """
-        here = torchao_version() if in_8_bits(self.scheme) else None
-        made_by = here or max(self._versions(), default=None, key=Version)
+        installed = torchao_version() if in_8_bits(self.scheme) else None
+        made_by = installed or max(self._versions(), default=None, key=Version)
         if made_by is None and in_8_bits(self.scheme):
             return None
         return self.store.find(KIND, self.inputs(made_by), verify=verify)
 
     def require(self, *, verify: bool = False) -> Path:
-        """The same, which must be there. Raises MissingArtifactError with the command that makes it."""
+        """Returns the artifact's folder; raises MissingArtifactError with the command that makes it, if missing."""
         folder = self.find(verify=verify)
         if folder is None:
             others = ", ".join(sorted(self._versions(), key=Version))
-            by_other = f" (there is one by torchao {others}, and here is {torchao_version()})" if others else ""
+            by_other = f" (only with torchao {others}, but {torchao_version()} is installed)" if others else ""
             raise MissingArtifactError(
-                f"{self.expert} is not quantized by {self.scheme} yet{by_other}: run `{self.fix}`"
+                f"{self.expert} is not quantized with {self.scheme} yet{by_other}: run `{self.fix}`"
             )
         return folder
 
@@ -89,21 +90,21 @@ class QuantizedExpert:
         return shlex.join(["wanfast", "quantize", "--model", self.model, "--scheme", self.scheme, *root])
 
     def _versions(self) -> set[str]:
-        """torchao's, of artifacts that differ in nothing else."""
+        """Returns the torchao versions of the artifacts that differ from this one in nothing else."""
         found = set()
         for manifest in (self.store.root / KIND).glob(f"*/{MANIFEST}"):
             try:
                 inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]
-                Version(inputs["torchao"])  # or it cannot be compared
+                Version(inputs["torchao"])  # raises if it cannot be compared
             except (ValueError, KeyError, TypeError):
-                continue  # not ours to judge: `find` judges what it opens
+                continue  # skipped here: `find` checks what it opens
             if inputs == self.inputs(inputs["torchao"]):
                 found.add(inputs["torchao"])
         return found
 
 
 def quantized_expert(files: ModelFiles, models: ModelsConfig, expert: Expert) -> QuantizedExpert | None:
-    """What `--quantize` asks for of an expert, or None."""
+    """Returns the artifact that `--quantize` needs for an expert, or None without `--quantize`."""
     if models.quantize is None:
         return None
     return QuantizedExpert(ArtifactStore(Path(models.artifacts_dir)), files, expert, models.quantize, models.model)
@@ -112,9 +113,10 @@ def quantized_expert(files: ModelFiles, models: ModelsConfig, expert: Expert) ->
 def require_experts(
     files: ModelFiles, models: ModelsConfig, known: set[tuple[QuantizedExpert, bool]] | None = None
 ) -> None:
-    """What --quantize asks for is there, or torchao, where it is to be made. Raises WanFastError with the command.
+    """Raises WanFastError, with the command that fixes it, if the experts that --quantize needs are missing.
 
-    `known`: what was found already, to which this adds: hashes take a while.
+    If they are quantized on the fly, only torchao is required. `known` holds the artifacts that earlier calls verified;
+    this function adds to `known`, because hashes take a while.
     """
     if models.quantize_on_the_fly:
         require_torchao("--quantize-on-the-fly")
@@ -128,19 +130,19 @@ def require_experts(
 
 
 def shards(folder: Path) -> list[Path]:
-    """The weight files of an artifact."""
+    """Returns the weight files of an artifact."""
     weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 
 def torchao_version() -> str | None:
-    """What is installed here, without importing it."""
+    """Returns the installed version of torchao without importing it, or None if torchao is not installed."""
     return version_of("torchao")
 
 
 def require_torchao(option: str) -> str:
-    """Raises ConfigError if it is not installed."""
+    """Returns the installed version of torchao; raises ConfigError if torchao is not installed."""
     found = torchao_version()
     if found is None:
-        raise ConfigError(f"{option} needs torchao: {TORCHAO_FIX}")
+        raise ConfigError(f"{option} needs torchao: run `{TORCHAO_FIX}`")
     return found
