@@ -32,7 +32,7 @@ _KINDS = ("checkpoints", "prompt_embeds", "quantized", "magcache", "inductor", "
 
 
 def examine(given: Options) -> dict[str, Any]:
-    """Returns what a generation depends on here, and the command to type next; raises ConfigError for a wrong option."""
+    """Returns what a generation depends on here, and the command to type next. Raises ConfigError."""
     models = EffectiveConfig.of(given, A14B).models
     found = gpus.visible_gpus()
     weights, spec = _weights(models)
