@@ -84,7 +84,7 @@ def test_a_missing_tensor_is_named_as_the_files_name_theirs(tmp_path: Path) -> N
 def test_a_tensor_in_two_shards_is_an_error(weights: Path, tmp_path: Path) -> None:
     second = tmp_path / "second.safetensors"
     save_file({"norm.weight": torch.ones(16)}, second)
-    with pytest.raises(CorruptArtifactError, match=r"second.safetensors: tensor 'norm.weight' is there twice"):
+    with pytest.raises(CorruptArtifactError, match=r"second.safetensors: tensor 'norm.weight' is present twice"):
         load(weights, second)
 
 

@@ -276,21 +276,21 @@ def test_as_much_is_evicted_as_is_asked_for_and_as_the_host_has_room_for(
     last = list(reversed(list(resident._experts["low_noise"].parameters())))
     two = last[0].nbytes + last[1].nbytes
     monkeypatch.setattr(experts, "available_host_bytes", lambda: experts._SLAB_BYTES + last[0].nbytes - 1)
-    assert not resident.evict(last[0].nbytes) and not resident._away
+    assert not resident.evict(last[0].nbytes) and not resident._evicted
     monkeypatch.setattr(experts, "available_host_bytes", lambda: experts._SLAB_BYTES + two)
-    assert resident.evict(10**12) and resident._away == set(last[:2])
+    assert resident.evict(10**12) and resident._evicted == set(last[:2])
     resident.take("low_noise")
     monkeypatch.setattr(experts, "available_host_bytes", lambda: 10**12)
-    assert resident.evict(two) and resident._away == set(last[:2])
-    assert resident.evict(1) and resident._away == set(last[:3])
+    assert resident.evict(two) and resident._evicted == set(last[:2])
+    assert resident.evict(1) and resident._evicted == set(last[:3])
     resident.evict(10**12)
     assert not resident.evict(1)  # nothing is left
     resident.take("high_noise")
-    assert resident._away == set(last)
+    assert resident._evicted == set(last)
     resident.take("low_noise")
-    assert not resident._away
+    assert not resident._evicted
     monkeypatch.setattr(experts, "available_host_bytes", lambda: 0)
-    assert resident.evict(10**12) and len(resident._away) > len(last)  # the host copy already exists
+    assert resident.evict(10**12) and len(resident._evicted) > len(last)  # the host copy already exists
 
 
 def test_a_host_that_pins_less_than_it_reports_loses_no_weight(
@@ -307,7 +307,7 @@ def test_a_host_that_pins_less_than_it_reports_loses_no_weight(
 
     monkeypatch.setattr(experts, "_SLAB_BYTES", 1)  # one slab for each parameter
     monkeypatch.setattr(torch, "empty", pinned)
-    assert resident.evict(10**12) and len(resident._away) == 3
+    assert resident.evict(10**12) and len(resident._evicted) == 3
     assert not resident.evict(10**12)
     resident.take("low_noise")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
@@ -385,9 +385,9 @@ def test_an_expert_is_whole_again_after_a_step_that_broke_off(planned: tuple[Pla
     plan, files = planned
     plan = with_options(plan, expert_offload="on")
     experts = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu")).experts
-    model, hand_over = experts.take("high_noise", "low_noise")
+    model, overwrite_block = experts.take("high_noise", "low_noise")
     expected = [parameter.clone() for parameter in model.parameters()]
-    hand_over(0)
+    overwrite_block(0)
     experts.take("high_noise")
     assert all(map(torch.equal, model.parameters(), expected))
 
@@ -401,9 +401,9 @@ def eleven_blocks() -> dict[Expert, WanDiT]:
 
 
 def test_a_block_hands_over_its_own_weights_alone() -> None:
-    model, hand_over = OffloadedExperts(eleven_blocks(), "cpu").take("high_noise", "low_noise")
+    model, overwrite_block = OffloadedExperts(eleven_blocks(), "cpu").take("high_noise", "low_noise")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    hand_over(1)
+    overwrite_block(1)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {name for name in before if name.startswith("blocks.1.")}
 

@@ -1,4 +1,4 @@
-"""The machine that a worker runs on: its device's name, the most memory it held, whether it is there at all."""
+"""This module describes a worker's machine: its device's name, its peak memory, and whether the device is present."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from wanfast.runtime.errors import ConfigError
 
 
 def prepare(device: str, precision: str, tf32: bool | None) -> None:
-    """Set the process up for these options. Raises ConfigError if torch cannot use the device.
+    """Sets the process up for these options. Raises ConfigError if torch cannot use the device.
 
-    Without `--tf32` or `--no-tf32`, cuDNN's convolutions, so the VAE's, take TF32 inputs as the reference's do, but not
-    where fp32 is asked for; float32 products never do.
+    Without `--tf32` or `--no-tf32`, cuDNN's convolutions (so the VAE's) take TF32 inputs as the reference's do, except
+    if fp32 is requested. Without them float32 matrix products never do.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -28,12 +28,16 @@ def prepare(device: str, precision: str, tf32: bool | None) -> None:
 
 
 def use_few_threads(device: str, dim: int) -> None:
-    """A small model's products are too short to share: where others use the cores too, threads wait for each other."""
+    """Uses one CPU thread for a small model: its products are too short to share.
+
+    If other programs use the cores too, threads wait for each other.
+    """
     if device == "cpu" and dim < 1024 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 
 def describe(device: str) -> dict[str, str]:
+    """Returns the name and the settings of the device, for the record of a run."""
     if device != "cuda":
         return {"device": platform.processor() or platform.machine(), "threads": str(torch.get_num_threads())}
     major, minor = torch.cuda.get_device_capability()
@@ -47,33 +51,33 @@ def describe(device: str) -> dict[str, str]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Also where cuDNN tried all of its ways and tells that none runs: each wanted memory that was not there."""
+    """Returns whether memory ran out; cuDNN may then report that no engine runs, because each needs more."""
     disguised = ("unable to find an engine", "CUDNN_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in disguised)
 
 
 def free_memory(device: str) -> None:
-    """Give back what nobody uses: sharded modules are rings of references, and the allocator keeps its pieces."""
+    """Frees unused memory: sharded modules are reference cycles, and the allocator caches its blocks."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def forget_cuda_graphs() -> None:
-    """Those that torch's compiler recorded, if it did; what was compiled is compiled anew, or comes from its caches."""
+    """Frees all captured graphs of torch's compiler, if any; blocks are then recompiled, or come from its caches."""
     if "torch._inductor.cudagraph_trees" in sys.modules:
         torch.compiler.reset()
 
 
 def reset_peak_memory(device: str) -> None:
-    """From now on. A host's process cannot forget its peak."""
+    """Restarts the peak measurement of GPU memory; a process cannot reset its peak of host memory."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_bytes(device: str) -> int:
-    """The most memory this process held: the GPU's by tensors, or the host's resident."""
+    """Returns the most bytes that this process held: in tensors on the GPU, or resident on the host."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere

@@ -1,4 +1,4 @@
-"""Named spans -> seconds per stage. On a GPU a span ends when its work is done, not queued."""
+"""This module measures seconds per named stage; on a GPU a span ends when its work is done, not when it is queued."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Stopwatch:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
+        """Adds the seconds of the `with` block to the stage `name`, also if the block raises."""
         synchronize(self._device)
         started = time.perf_counter()
         try:
@@ -28,7 +29,7 @@ class Stopwatch:
 
 
 class FirstStep:
-    """Told of every step as it begins and ends, the seconds of the first: it waits for compilers, the others do not."""
+    """Measures the seconds of the first step, which waits for compilers; it is called as each step begins and ends."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -45,6 +46,6 @@ class FirstStep:
 
 
 def synchronize(device: str) -> None:
-    """Wait until what was queued on the device is done."""
+    """Waits until all work that was queued on the device is done."""
     if device == "cuda":
         torch.cuda.synchronize()

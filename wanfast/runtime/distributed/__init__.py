@@ -1,1 +1,1 @@
-"""Who holds what: the mesh of ranks and the exchanges between them."""
+"""This package holds the mesh of ranks and the exchanges between ranks."""

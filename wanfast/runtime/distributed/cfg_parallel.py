@@ -1,7 +1,7 @@
-"""Guidance in parallel: the prompt's branch on one half of the ranks, the negative prompt's on the other.
+"""Parallel guidance runs the prompt's branch on one half of the ranks, and the negative prompt's on the other.
 
-The branches of one step do not depend on each other, so nothing is exchanged inside a forward: only the two velocities
-at its end, 16 T h w float32 values each, 19 MB at 1280x720x81. A step without guidance is done by both halves alike.
+The branches of one step do not depend on each other, so a forward exchanges only the two velocities, at its end. Each
+velocity is 16 T h w float32 values, 19 MB at 1280x720x81. Without guidance both halves compute the same step.
 Source: classifier-free guidance (arXiv 2207.12598); the split as in xDiT (arXiv 2411.01738) section 4.1.3.
 
 Shapes: B batch, C latent channels, T/h/w latent grid.
@@ -26,22 +26,22 @@ class BothBranches:
         return list(branches)
 
     def velocities(self, branches: Sequence[Branch], velocity: Callable[[Branch], Tensor]) -> list[Tensor]:
-        """The velocity [B, C, T, h, w] of each branch."""
+        """Returns the velocity [B, C, T, h, w] of each branch."""
         return [velocity(branch) for branch in branches]
 
 
 @dataclass(frozen=True)
 class CfgParallel:
-    """Each rank of `group`, which has two, evaluates one of two branches."""
+    """Each of the two ranks of `group` evaluates one of the two branches."""
 
     group: dist.ProcessGroup
 
     def own(self, branches: Sequence[Branch]) -> list[Branch]:
-        """The branches that this rank evaluates."""
+        """Returns the branches that this rank evaluates."""
         return [branches[self.group.rank() % len(branches)]]
 
     def velocities(self, branches: Sequence[Branch], velocity: Callable[[Branch], Tensor]) -> list[Tensor]:
-        """The velocity [B, C, T, h, w] of each branch, on every rank."""
+        """Returns the velocity [B, C, T, h, w] of each branch, on every rank."""
         (branch,) = self.own(branches)
         own = velocity(branch)
         if len(branches) == 1:

@@ -1,8 +1,8 @@
-"""Fully sharded weights (FSDP2), for GPUs that a whole model does not fit into.
+"""Fully sharded weights (FSDP2) let GPUs run a model that does not fit into one of them.
 
-Each rank keeps 1/P of every parameter (rows along dim 0) and gathers a block's weights while the block before it runs:
-P-1 of P parts of the model cross the links in every forward, which is why weights that fit are replicated instead.
-A model is sharded while it is on the meta device; `checkpoint` then reads each rank's rows alone.
+Each rank holds 1/P of every parameter (rows along dim 0), and gathers a block's weights while the block before it runs.
+Every forward moves P-1 of P parts of the model over the links, so weights that fit are replicated instead.
+A model is sharded while it is on the meta device; `checkpoint` then reads only the rows of each rank.
 Source: PyTorch FSDP (arXiv 2304.11277); torch.distributed.fsdp.fully_shard.
 """
 
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def shard(model: nn.Module, device: str) -> None:
-    """Shard a model that has `blocks` over all ranks of the rank group: one unit a block, the rest one more."""
+    """Shards a model with `blocks` over all ranks of the rank group: one unit for each block, and one for the rest."""
     world = dist.group.WORLD
     assert world is not None
     mesh = DeviceMesh.from_group(world, device)
@@ -27,7 +27,7 @@ def shard(model: nn.Module, device: str) -> None:
 
 
 def own_rows(parameter: Tensor) -> tuple[int, int]:
-    """The rows (first, end) along dim 0 that this rank keeps of a sharded parameter; all of one that is not."""
+    """Returns the rows (first, end) along dim 0 of a parameter that this rank holds: all, if it is not sharded."""
     rows = parameter.shape[0] if parameter.dim() else 1  # a scalar is read whole
     if not isinstance(parameter, DTensor):
         return 0, rows
@@ -37,7 +37,7 @@ def own_rows(parameter: Tensor) -> tuple[int, int]:
 
 
 def from_own_rows(rows: Tensor, parameter: Tensor) -> Tensor:
-    """`rows` of this rank as the sharded parameter that they are part of."""
+    """Returns the sharded parameter whose part on this rank is `rows`; an unsharded parameter is `rows`."""
     if not isinstance(parameter, DTensor):
         return rows
     assert parameter.placements == (Shard(0),)

@@ -1,7 +1,7 @@
-"""The ranks of one rank group, from the inside: who this one is, and the few things that all must do together.
+"""This module gives a rank its place in the rank group, and the few operations that all ranks must do together.
 
-Every rank runs the same program. What only one can do (read the image, write the video) the leader does; what can fail
-on one alone goes through `together`, so that no rank waits for a peer that gave up.
+Every rank runs the same program. The leader does what only one rank can do (read the image, write the video). Work that
+can fail on one rank goes through `together`, so that no rank waits for a peer that stopped.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """A rank group of one by default: nothing to exchange, nobody to wait for."""
+    """Describes a rank and its rank group; the default group has one rank, which exchanges nothing."""
 
     device: str
     mesh: Mesh = field(default_factory=Mesh)
     rank: int = 0
-    groups: Mapping[Axis, dist.ProcessGroup] = field(default_factory=dict)  # this rank's; of axes longer than one
+    groups: Mapping[Axis, dist.ProcessGroup] = field(default_factory=dict)  # this rank's, for axes longer than one
 
     @property
     def size(self) -> int:
+        """Returns the number of ranks in the rank group."""
         return self.mesh.group_size
 
     @property
@@ -47,18 +48,18 @@ class Ranks:
 
     @property
     def sequence(self) -> Sequence:
-        """How the experts share tokens."""
+        """Returns how the experts share tokens among ranks."""
         group = self.groups.get("ulysses")
         return Ulysses(group) if group else WholeSequence()
 
     @property
     def guidance(self) -> BothBranches | CfgParallel:
-        """How the branches of guidance are shared."""
+        """Returns how ranks share the branches of guidance."""
         group = self.groups.get("cfg")
         return CfgParallel(group) if group else BothBranches()
 
     def together(self, work: Callable[[], T]) -> T:
-        """Every rank's own `work()`, without collectives in it; an error of one is raised on all."""
+        """Returns each rank's own `work()`, which must not use collectives; raises a WanFastError of one on all."""
         error, result = None, None
         try:
             result = work()
@@ -69,14 +70,14 @@ class Ranks:
             agreed = error or from_failure(failures[0])
             agreed.is_agreed = True
             raise agreed
-        return result  # type: ignore[return-value]  # set where there is no error
+        return result  # type: ignore[return-value]  # set if there is no error
 
     def lead(self, work: Callable[[], T]) -> T:
-        """The leader's `work()` alone, and its result (a plain object) on all ranks."""
+        """Runs `work()` only on the leader, and returns its result (a plain object) on all ranks."""
         return self.gather(self.together(lambda: work() if self.is_leader else None))[0]  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in order, on all of them."""
+        """Returns the values of all ranks, in order, on all of them."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -84,13 +85,13 @@ class Ranks:
         return values
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """Every rank's rows along dim 0, equally many, one after the other."""
+        """Returns the rows of all ranks, joined along dim 0; every rank must give equally many."""
         if self.size == 1:
             return rows
         return all_gather(rows).flatten(0, 1)
 
     def share(self, tensor: Tensor) -> Tensor:
-        """The leader's tensor on all ranks; the others give one of the same shape to write into."""
+        """Returns the leader's tensor on all ranks; the others give a tensor of the same shape to write into."""
         if self.size > 1:
             dist.broadcast(tensor, src=0)
         return tensor
@@ -98,7 +99,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def rank_group(device: str, mesh: Mesh, timeout_s: float) -> Iterator[Ranks]:
-    """The ranks that torchrun's environment variables speak of, connected; exchanges wait for `timeout_s` at most."""
+    """Connects the ranks that torchrun's environment variables describe; exchanges wait `timeout_s` at most."""
     if mesh.group_size == 1:
         yield Ranks(device)
         return
@@ -107,11 +108,11 @@ def rank_group(device: str, mesh: Mesh, timeout_s: float) -> Iterator[Ranks]:
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timeout)
     axes: tuple[Axis, ...] = ("cfg", "ulysses")
-    groups = {  # with our timeout: a group made for a DeviceMesh has torch's own
+    groups = {  # with our timeout: a group made for a DeviceMesh has torch's default
         axis: dist.new_subgroups_by_enumeration(mesh.lines(axis), timeout=timeout)[0]  # type: ignore[no-untyped-call]
         for axis in axes
         if getattr(mesh, axis) > 1
     }
     yield Ranks(device, mesh, dist.get_rank(), groups)
-    forget_cuda_graphs()  # NCCL would wait forever for those that hold its exchanges
-    dist.destroy_process_group()  # not after an error: it may wait for peers that are gone
+    forget_cuda_graphs()  # NCCL would wait forever for captured graphs that hold its exchanges
+    dist.destroy_process_group()  # not after an error, because it may wait for peers that ended

@@ -1,10 +1,10 @@
-"""Which attention kernels work here: each is run once on a small problem and compared with the formula in float64.
+"""This module runs each attention kernel once on a small problem, and compares it with the formula in float64.
 
-That a package imports says little: it may lack this GPU's kernels, or expect another layout or CUDA. What "runs" gave
-the right numbers. Shapes: B batch, L tokens, H heads, D head dim.
+A package that imports may still lack this GPU's kernels, or expect another layout or CUDA version. A kernel that
+"runs" gave the right numbers. Shapes: B batch, L tokens, H heads, D head dim.
 
-Cost: a forward each; FlashAttention-4 compiles first, some ten seconds. Limit: a kernel that breaks the process's CUDA
-context takes those after it along.
+Cost: a forward for each kernel; FlashAttention-4 compiles first, about ten seconds. Limit: if a kernel breaks the
+process's CUDA context, all later kernels fail too.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from wanfast.runtime.machine.packages import ATTENTION_ON_CPU
 from wanfast.runtime.models.attention_kernels import KERNELS
 
 HEAD_DIM = 128  # the A14B's
-BOUNDS = {torch.bfloat16: 0.01, torch.float32: 1e-5}  # rounding to bf16 alone is 0.002 to 0.004
-# What a kernel says on a machine, or beside versions of other packages, that it was not made for.
+BOUNDS = {torch.bfloat16: 0.01, torch.float32: 1e-5}  # relative errors; only rounding to bf16 gives 0.002 to 0.004
+# A kernel raises these on a machine, or beside package versions, that it does not support.
 _FAILURES = (RuntimeError, ImportError, OSError, AssertionError, TypeError, ValueError, AttributeError, LookupError)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of a kernel, and why it did not run."""
+    """Holds the result of probing a kernel, and the reason if it did not run."""
 
     state: Literal["runs", "not installed", "fails"]
     relative_error: float | None = None
@@ -39,44 +39,47 @@ class Finding:
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that runs, and why it is that one."""
+    """Holds the kernel that runs, and the reason for it."""
 
     kernel: Attention
     why: str
 
 
 def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> Choice:
-    """The kernel that is asked for, or the fastest that is right here.
+    """Returns the requested kernel, or for `auto` the fastest one that is correct here.
 
-    Raises ConfigError with the fix if the one asked for is not there, or not right.
+    Raises ConfigError with the fix if the requested kernel is not installed or not correct.
     """
     if asked != "auto":
         found = probe(asked, device, dtype, head_dim)
         if found.state != "runs":
             raise ConfigError(f"--attention {asked}: {found.state} ({found.reason}): fix that, or take auto")
         return Choice(asked, f"as asked, relative error {found.relative_error:.1e}")
-    passed_over: list[str] = []
+    rejected: list[str] = []
     for name in _candidates(device):
         found = probe(name, device, dtype, head_dim)
         if found.state == "runs":
             first = f"the first of {', '.join(KERNELS)} that runs here, relative error {found.relative_error:.1e}"
-            return Choice(cast("Attention", name), "; ".join([first, *passed_over]))
-        passed_over.append(f"{name} {found.state}")
+            return Choice(cast("Attention", name), "; ".join([first, *rejected]))
+        rejected.append(f"{name} {found.state}")
     raise ConfigError(
         f"--attention auto: none of {', '.join(_candidates(device))} works on {device}: see `wanfast doctor`"
     )
 
 
 def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> Choice:
-    """The leader's choice, which every rank has tried: another machine may lack it. Raises ConfigError on all."""
+    """Returns the leader's choice after every rank tried it, because another machine may lack that kernel.
+
+    Raises ConfigError on all ranks.
+    """
     choice = ranks.lead(lambda: choose(asked, ranks.device, dtype, head_dim))
 
     def tried() -> None:
         found = Finding("runs") if ranks.is_leader else probe(choice.kernel, ranks.device, dtype, head_dim)
         if found.state != "runs":
             raise ConfigError(
-                f"--attention {asked}: the first rank took {choice.kernel}, {found.state} on another ({found.reason}): "
-                "fix that, or name a kernel that all have"
+                f"--attention {asked}: the leader took {choice.kernel}, but another rank reports: {found.state} "
+                f"({found.reason}): fix that, or name a kernel that all ranks have"
             )
 
     ranks.together(tried)
@@ -84,7 +87,7 @@ def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> 
 
 
 def probe_all(device: str) -> dict[str, Finding]:
-    """Every kernel that could run on `device`; a package for GPUs that is installed is tried on a CPU too."""
+    """Probes every kernel that could run on `device`; installed packages for GPUs are tried on a CPU too."""
     names = [name for name, kernel in KERNELS.items() if kernel.modules or name in _candidates(device)]
     return {name: probe(name, device) for name in names}
 
@@ -94,7 +97,7 @@ def _candidates(device: str) -> list[str]:
 
 
 def probe(name: str, device: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = HEAD_DIM) -> Finding:
-    """Run one kernel. Packages that are not there are not imported."""
+    """Runs one kernel and returns the result; packages that are not installed are not imported."""
     kernel = KERNELS[name]
     q, k, v = _problem(dtype, head_dim)
     expected = _formula(q.double(), k.double(), v.double())
@@ -102,14 +105,14 @@ def probe(name: str, device: str, dtype: torch.dtype = torch.bfloat16, head_dim:
         if not kernel.is_installed:
             return Finding("not installed", reason=f"pip install {kernel.package}")
         with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch explains each back end that it does not take
+            warnings.simplefilter("ignore")  # torch explains each back end that it rejects
             got = kernel.run(q.to(device), k.to(device), v.to(device)).cpu()
     except _FAILURES as error:
         return Finding("fails", reason=(str(error).strip().splitlines() or [type(error).__name__])[0])
     if got.shape != expected.shape:
         return Finding("fails", reason=f"its result is {list(got.shape)}, not {list(expected.shape)}")
     relative_error = float((got.double() - expected).norm() / expected.norm())
-    if not relative_error <= BOUNDS[dtype]:  # NaN too
+    if not relative_error <= BOUNDS[dtype]:  # also for NaN
         return Finding(
             "fails", reason=f"its result is wrong: relative error {relative_error:.1g}, over {BOUNDS[dtype]}"
         )

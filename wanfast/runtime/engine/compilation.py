@@ -1,16 +1,17 @@
-"""torch.compile of the experts, a block at a time, and its caches as an artifact that other processes start from.
+"""This module compiles the experts block by block, and stores torch.compile's caches for other processes to load.
 
-Inductor fuses what stands between the matrix products and attention: norms, modulation, rotation, gates, residuals. A
-block is compiled whole (`fullgraph`: a break is an error, not a slow path) and for one shape (`dynamic=False`); one
-graph serves all blocks of both experts. `default` leaves the products to cuBLAS; the two `max-autotune` modes time
-Triton's products against them, which takes half a minute. `max-autotune` itself also records each block as a CUDA
-graph, from the second forward of a size on, for the weights where they lie: they had better stay there.
+Inductor fuses the steps between matrix products and attention: norms, modulation, rotation, gates, residuals. A block
+is compiled whole (`fullgraph`: a graph break is an error, not a slow path) and for one shape (`dynamic=False`). One
+graph serves all blocks of both experts. `default` leaves the products to cuBLAS. The two `max-autotune` modes time
+Triton's products against cuBLAS's, which takes half a minute. `max-autotune` itself also captures each block as a CUDA
+graph, from the second forward of a size on. A captured graph uses the weights at their addresses, so weights should not
+move.
 
-The artifact `inductor/<key>` holds, for each rank of a group, what Inductor, AOTAutograd, Triton and the autotuner kept
-of the graph: about everything but the tracing. What operators that the compiler does not look into compile for
-themselves is not in it: int8's product, the quantization of the text, FlashAttention-4. Its key names all that the
-kernels depend on, so that another torch, GPU, size or version of this code finds another artifact or none. Ranks have
-files of their own, because their graphs name their own groups. Source: torch.compiler.save_cache_artifacts.
+The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached for the graph of each
+rank. That is about everything except the tracing. The artifact lacks what opaque operators compile themselves: int8's
+product, the quantization of the text, FlashAttention-4. The key names all that the kernels depend on, so that another
+torch, GPU, size or version of this code finds another artifact or none. Each rank has its own file, because its graphs
+name its own process groups. Source: torch.compiler.save_cache_artifacts.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.store.artifacts import ArtifactStore
 
 KIND = "inductor"
-_SIZES = 64  # token counts that one process may see: torch gives up at 8, and a list of videos can have more
-# Below runtime/: what the graphs are made of, and how they are compiled.
+_SIZES = 64  # token counts that one process may compile for: a list of videos can have more than 8, torch's limit
+# Below runtime/: the code that becomes the graphs, and the code that compiles them.
 _SOURCES = ("models/*.py", "distributed/*.py", "engine/compilation.py", "weights/quantization.py", "store/quantized.py")
 
 
 @contextmanager
 def compiler_imported_meanwhile(config: EffectiveConfig) -> Iterator[None]:
-    """By a thread, if blocks are to be compiled: it takes seconds, in which the weights can be read.
+    """Imports the compiler in a thread, if blocks are to be compiled, so that weights can be read in those seconds.
 
-    Not where FSDP or torchao come in, which import parts of it themselves: two threads must not.
+    With FSDP or torchao it does not, because they import parts of the compiler, and two threads must not do so.
     """
     if not config.models.compile or config.ranks.dit_fsdp == "on" or config.models.quantize_on_the_fly:
         yield
@@ -59,32 +60,32 @@ def compiler_imported_meanwhile(config: EffectiveConfig) -> Iterator[None]:
 
 
 def _import_compiler(gpu: int | None) -> None:
-    """And what the first compiled forward would wait for else, the same for all graphs of a process.
+    """Imports the compiler, and does other work that all graphs share and the first compiled forward would wait for.
 
-    `gpu`: the process's, since a thread's own would be the first.
+    `gpu`: the GPU of the process, because a new thread starts with GPU 0.
     """
     importlib.import_module("torch._inductor.compile_fx")
     on_gpu = nullcontext() if gpu is None else torch.cuda.device(gpu)
-    with on_gpu, suppress(AttributeError):  # names of torch's own, without which it only waits later
-        torch.compiler.list_backends()  # reads what every installed package has to offer
+    with on_gpu, suppress(AttributeError):  # private names of torch: without them the first forward only waits longer
+        torch.compiler.list_backends()  # reads the entry points of every installed package
         codecache = torch._inductor.codecache
         codecache.torch_key()  # hashes of torch's and Triton's files, parts of every graph's key
         codecache.CacheBase.get_system()
         if gpu is not None:
-            importlib.import_module("triton").runtime.driver.active.get_current_target()  # built by a C compiler once
+            importlib.import_module("triton").runtime.driver.active.get_current_target()  # a C compiler builds it once
 
 
 def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
-    """From now on every block of the model runs compiled; the first forward compiles."""
+    """Makes every block of the model run compiled from now on; the first forward compiles."""
     torch._dynamo.config.recompile_limit = _SIZES
     for block in model.blocks:
         block.compile(fullgraph=True, dynamic=False, mode=None if mode == "default" else mode)
-    if mode == "max-autotune":  # its graphs are one chain a forward, in which each keeps what the next one reads
+    if mode == "max-autotune":  # a forward's graphs form one chain: each holds what the next one reads
         model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())  # type: ignore[no-untyped-call]
 
 
 def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[str, Any]:
-    """All that the kernels of a block depend on; `config.models.attention` is the kernel that runs."""
+    """Returns all that the kernels of a block depend on; `config.models.attention` must be the kernel that runs."""
     on_gpu = config.ranks.device == "cuda"
     return {
         "block": {name: size for name, size in dataclasses.asdict(spec).items() if name != "num_layers"},
@@ -110,17 +111,17 @@ def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[st
 
 
 def check_caches() -> None:
-    """Raises ConfigError if torch is told to keep nothing."""
+    """Raises ConfigError if torch is set to cache nothing."""
     inductor = importlib.import_module("torch._inductor.config")
     if inductor.force_disable_caches or not inductor.fx_graph_cache:
         raise ConfigError(
-            "warmup: torch keeps nothing of what it compiles: unset TORCHINDUCTOR_FORCE_DISABLE_CACHES and "
+            "warmup: torch caches nothing that it compiles: unset TORCHINDUCTOR_FORCE_DISABLE_CACHES and "
             "TORCHINDUCTOR_FX_GRAPH_CACHE"
         )
 
 
 def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> Path:
-    """Publish what this process and its peers compiled; the artifact's folder. Raises ConfigError."""
+    """Publishes what this process and its peers compiled, and returns the artifact's folder. Raises ConfigError."""
     saved = torch.compiler.save_cache_artifacts()
     assert saved is not None, "nothing was compiled"
     parts = ranks.gather(saved[0])
@@ -133,9 +134,9 @@ def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> P
 
 
 def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> str | None:
-    """Fill this process's caches from the artifact of `inputs`; its key, or None if there is none.
+    """Fills this process's caches from the artifact of `inputs`, and returns its key, or None if it is missing.
 
-    Raises CorruptArtifactError: what is loaded is run, so its bytes are held against the manifest's hash first.
+    Loaded code is run, so its bytes are first compared with the manifest's hash. Raises CorruptArtifactError.
     """
 
     def read() -> tuple[str, bytes] | None:
@@ -157,13 +158,13 @@ def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> s
 
 
 def compiled_anew() -> int:
-    """Graphs that this process compiled so far, because no cache held them."""
+    """Returns how many graphs this process compiled so far because no cache held them."""
     counters = torch._dynamo.utils.counters["inductor"]
     return int(counters["fxgraph_cache_miss"] + counters["fxgraph_cache_bypass"])
 
 
 def _processor() -> str:
-    """With its vector instructions: Inductor's C++ is made for them, and its cache does not tell them apart."""
+    """Names the CPU and its vector instructions: Inductor's C++ depends on them, and its cache ignores them."""
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     return f"{platform.machine()} {pick_vec_isa()}"

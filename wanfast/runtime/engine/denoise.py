@@ -1,8 +1,8 @@
-"""The sampling loop: from noise to a clean latent, one expert and up to two guidance branches a step.
+"""The sampling loop turns noise into a clean latent, with one expert and up to two guidance branches a step.
 
-The loop knows no model: it asks `velocities(step's index, expert, branches, sample, timestep)`. Two experts share the
-work by noise level: timesteps at or above the boundary belong to the high-noise expert, which lays out motion and
-composition, the others to the low-noise one, which refines; each has its own guidance scale.
+The loop knows no model: it calls `velocities(step's index, expert, branches, sample, timestep)`. Two experts share the
+steps by noise level. Timesteps at or above the boundary belong to the high-noise expert, which lays out motion and
+composition. The others belong to the low-noise expert, which refines. Each expert has its own guidance scale.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from wanfast.runtime.sampling.guidance import guide, needs_unconditional
 from wanfast.runtime.sampling.scheduler import Integrator, Step, expert_of
 
 VelocitiesFn = Callable[[int, Expert, Sequence[Branch], Tensor, int], list[Tensor]]  # one for each branch
-StepFn = Callable[[int, Expert], None]  # (steps done, expert at work)
+StepFn = Callable[[int, Expert], None]  # (steps done, running expert)
 
 
 def denoise(
@@ -28,7 +28,7 @@ def denoise(
     guidance: Mapping[Expert, float],
     on_step: StepFn = lambda index, expert: None,
 ) -> Tensor:
-    """The clean latent, float32, shaped as `noise`; `on_step(done, expert)` is called before and after each step."""
+    """Returns the clean float32 latent in the shape of `noise`; calls `on_step(done, expert)` around each step."""
     integrator = Integrator(steps)
     sample = noise
     for index, step in enumerate(steps):

@@ -1,14 +1,14 @@
-"""The mesh of ranks, every axis by name: replica x cfg x ulysses.
+"""The mesh arranges the ranks along three named axes: replica x cfg x ulysses.
 
-* replica: whole videos side by side, for a list of jobs;
+* replica: whole videos in parallel, for a list of jobs;
 * cfg: the two branches of guidance, each on half of a video's ranks;
 * ulysses: the tokens of one branch, exchanged for heads around attention.
 
-A replica is a *rank group*: ranks that make one video together, and fail together. Rank groups share
-nothing but the list of jobs, so one that dies leaves the others at work. A rank group lies within one machine, or is
-all ranks of all machines.
-Ulysses is the fastest axis, so the ranks that talk most are neighbours. Torch-free: the parent chooses and checks the
-mesh before any process starts.
+A replica is a *rank group*: ranks that make one video together, and fail together. Rank groups share only the list of
+jobs, so if one rank group fails, the others continue. A rank group lies within one machine, or is all ranks of all
+machines.
+Ulysses is the fastest axis, so that the ranks that exchange most are neighbours. Torch-free: the parent chooses and
+checks the mesh before any process starts.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Literal
 
 from wanfast.runtime.errors import ConfigError
 
-Axis = Literal["cfg", "ulysses"]  # of a rank group
+Axis = Literal["cfg", "ulysses"]  # the axes of a rank group
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Degrees of the three axes."""
+    """Holds the degrees of the three axes."""
 
     replica: int = 1
     cfg: int = 1
@@ -31,14 +31,16 @@ class Mesh:
 
     @property
     def group_size(self) -> int:
+        """Returns the number of ranks in a rank group."""
         return self.cfg * self.ulysses
 
     @property
     def size(self) -> int:
+        """Returns the number of ranks in all rank groups."""
         return self.replica * self.group_size
 
     def lines(self, axis: Axis) -> list[list[int]]:
-        """The ranks of a rank group along an axis, for every place on the other one."""
+        """Returns the ranks of a rank group along an axis, one list for each position on the other axis."""
         ranks = range(self.group_size)
         if axis == "ulysses":
             return [list(ranks[first : first + self.ulysses]) for first in ranks[:: self.ulysses]]
@@ -55,12 +57,12 @@ def choose_mesh(
     cfg_parallel: int | None = None,
     ulysses: int | None = None,
 ) -> Mesh:
-    """The mesh for `nnodes` machines of `num_gpus` ranks: what is asked for, and for the rest the fewest exchanges.
+    """Returns the mesh for `nnodes` machines of `num_gpus` ranks: what is requested, then the fewest exchanges.
 
-    One video takes as many ranks as it can. Guidance splits in two without an exchange inside a forward, so it comes
-    first; tokens take the largest degree that divides heads and ranks; ranks beyond that are replicas. With more
-    videos than one, machines do not exchange tokens: each makes videos of its own.
-    Raises ConfigError, listing what fits.
+    One video takes as many ranks as it can. Guidance comes first, because its two branches exchange nothing inside a
+    forward. Tokens take the largest degree that divides heads and ranks; the remaining ranks are replicas. With more
+    videos than one, machines do not exchange tokens: each makes its own videos.
+    Raises ConfigError with a list of what fits.
     """
     fitting = [mesh for mesh in _all_meshes(num_gpus, nnodes, num_heads) if guided or mesh.cfg == 1]
     asked = [mesh for mesh in fitting if cfg_parallel in (None, mesh.cfg) and ulysses in (None, mesh.ulysses)]

@@ -1,1 +1,1 @@
-"""Pure `nn.Module`s: a forward pass depends on its arguments alone."""
+"""The models are pure `nn.Module`s: a forward pass depends only on its arguments."""

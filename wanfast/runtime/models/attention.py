@@ -1,8 +1,8 @@
-"""Scaled dot-product attention behind one function, so that the models never name a kernel, nor where tokens are.
+"""One function computes scaled dot-product attention, so that models know neither the kernel nor where tokens are.
 
-At 75,600 tokens self-attention is 72 % of all work (4 L^2 d a layer against 45 TFLOP of linears): the choice of the
-kernel here decides the speed of the program. Every kernel is called through one custom operator, whose shape the
-compiler knows and whose inside it does not ask about, so that a compiled block stays one graph with any of them.
+At 75,600 tokens self-attention is 72 % of all work (4 L^2 d a block, beside 45 TFLOP of linears). So the kernel decides
+the speed of the program. Every kernel is called through one custom operator. The compiler knows the shape of the
+operator's output and does not trace into the operator. So a compiled block stays one graph with any kernel.
 Shapes: B batch, L tokens, H heads, D head dim.
 """
 
@@ -18,20 +18,20 @@ from torch import Tensor
 
 from wanfast.runtime.models.attention_kernels import KERNELS, AttentionFn
 
-ProjectFn = Callable[[str], list[Tensor]]  # "qkv", or "v" alone -> as many tensors [B, L, H, D] of this rank's tokens
+ProjectFn = Callable[[str], list[Tensor]]  # "qkv" or one letter -> a tensor [B, L, H, D] for each letter
 
 
 def attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over all keys, unmasked; [B, Lq, H, D] in the dtype of q. Torch chooses the kernel.
+    """Returns softmax(q k^T / sqrt(D)) v over all keys, unmasked: [B, Lq, H, D] in the dtype of q.
 
-    Differentiable: training goes through here.
+    Torch chooses the kernel. The function is differentiable: training uses it.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def attention_by(kernel: str) -> AttentionFn:
-    """The same by one of KERNELS, for inference."""
+    """Returns attention as computed by one of KERNELS; it is for inference, because it has no gradient."""
     return partial(_attention, kernel=kernel)
 
 
@@ -46,28 +46,28 @@ def _(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
 
 
 class Sequence(Protocol):
-    """Where the tokens of one forward pass are, and how self-attention sees all of them."""
+    """Describes how ranks share the tokens of one forward pass, and how self-attention sees all of them."""
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's part of the tokens along `dim`; every rank's part has the same length."""
+        """Returns this rank's part of the tokens along `dim`; every rank's part has the same length."""
         ...
 
     @property
     def overlaps(self) -> bool:
-        """q, k and v are asked for one by one, each while another is on its way."""
+        """Returns whether `attention` projects q, k and v one by one, each during the exchange of another."""
         ...
 
     def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
-        """Self-attention by `attend` of this rank's queries over all `num_tokens` tokens, [B, L, H, D]."""
+        """Returns self-attention by `attend` of this rank's queries over all `num_tokens` tokens: [B, L, H, D]."""
         ...
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
-        """All `num_tokens` tokens along `dim`, from every rank's part."""
+        """Returns all `num_tokens` tokens along `dim`, joined from every rank's part."""
         ...
 
 
 class WholeSequence:
-    """One rank holds all tokens: nothing to exchange."""
+    """One rank holds all tokens, so nothing is exchanged."""
 
     @property
     def overlaps(self) -> bool:

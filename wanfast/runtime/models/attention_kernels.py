@@ -1,6 +1,6 @@
-"""The attention kernels that the program can use, by name: three packages and torch's own back ends.
+"""This module names the attention kernels that the program can use: three packages and torch's own back ends.
 
-A kernel is imported when it first runs, never before: each package is optional, and some break other programs.
+A kernel is imported only when it first runs, because each package is optional and some break other programs.
 Shapes: B batch, L tokens, H heads, D head dim. Sources: FlashAttention-2 (arXiv 2307.08691), FlashAttention-3 (arXiv
 2407.08608); FlashAttention-4 is its successor in CuTe DSL.
 """
@@ -23,28 +23,28 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> out, all 
 
 @dataclass(frozen=True)
 class Kernel:
-    """An attention kernel; without `modules` it is torch's own."""
+    """Describes an attention kernel; one without `modules` is torch's own."""
 
     run: AttentionFn
-    package: str | None = None  # as pip knows it
-    modules: tuple[str, ...] = ()  # any of which holds the kernel
+    package: str | None = None  # the package's name for pip
+    modules: tuple[str, ...] = ()  # any one of them holds the kernel
 
     @property
     def is_installed(self) -> bool:
-        return not self.modules or any(map(_is_there, self.modules))
+        return not self.modules or any(map(_is_importable, self.modules))
 
 
-def _is_there(module: str) -> bool:
+def _is_importable(module: str) -> bool:
     top, _, _ = module.partition(".")
     return find_spec(top) is not None and find_spec(module) is not None
 
 
 def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if not _is_there("fa3_fwd_interface"):
-        from flash_attn_interface import flash_attn_func  # built from the authors' own source
+    if not _is_importable("fa3_fwd_interface"):
+        from flash_attn_interface import flash_attn_func  # the build from the authors' source
 
-        own = flash_attn_func(q, k, v)
-        return own[0] if isinstance(own, tuple) else own  # type: ignore[no-any-return]  # older ones give the sums too
+        result = flash_attn_func(q, k, v)  # older versions also return the log-sum-exp
+        return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
     from fa3_fwd_interface import _flash_attn_forward
 
     out: Tensor = _flash_attn_forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5, causal=False, num_splits=1)[0]
@@ -57,7 +57,7 @@ def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     try:
         out: Tensor = flash_attn_func(q, k, v)[0]
-    except DSLBaseError as error:  # its compiler's errors have no kind but their own
+    except DSLBaseError as error:  # the CuTe compiler's own class, which no caller catches
         raise RuntimeError(str(error)) from error
     return out
 
@@ -75,7 +75,7 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-# The fastest on Hopper first, at 75,600 tokens (LOG.md has the times): `auto` takes the first that is right here.
+# Sorted by speed on Hopper at 75,600 tokens, fastest first (times: LOG.md): `auto` takes the first that is right here.
 KERNELS: dict[str, Kernel] = {
     "fa3": Kernel(_fa3, *ATTENTION_PACKAGES["fa3"]),
     "fa4": Kernel(_fa4, *ATTENTION_PACKAGES["fa4"]),

@@ -1,13 +1,14 @@
-"""The diffusion transformer of one expert: noisy latent, condition, timestep and text in; flow velocity out.
+"""The diffusion transformer of one expert maps noisy latent, condition, timestep and text to the flow velocity.
 
-A token is a 1x2x2 patch of the latent video. Forty blocks of self-attention over all tokens, cross-attention to the
-text and a feed-forward network, each reading a normalised copy of one residual stream and adding to it. The timestep
-acts only through shifts, scales and gates (adaLN). All tokens share one timestep, so its MLP is evaluated on ONE row
-and broadcast; the text's keys and values do not depend on the step, so `encode_text` makes them once a prompt.
+A token is a 1x2x2 patch of the latent video. Each of the forty blocks has three sublayers: self-attention over all
+tokens, cross-attention to the text, and a feed-forward network. Each sublayer reads a normalised copy of one residual
+stream and adds its result to that stream. The timestep acts only through shifts, scales and gates (adaLN). All tokens
+share one timestep, so its MLP is evaluated on ONE row, which is broadcast. The text's keys and values do not depend on
+the step, so `encode_text` computes them once a prompt.
 
-Precision: matrix products in the linears' dtype (bf16), everything that is small or accumulates stays float32: residual
-stream, norms, modulation, time MLP, head. Parameters say which is which by their own dtype.
-Cost at 1280x720x81 (L = 75,600): 163 TFLOP a layer, 72 % of it self-attention; 6.5 PFLOP a forward.
+Precision: matrix products run in the linears' dtype (bf16). All that is small or accumulates stays float32: residual
+stream, norms, modulation, time MLP, head. The dtype of each parameter states its precision.
+Cost at 1280x720x81 (L = 75,600): 163 TFLOP a block, 72 % of it self-attention; 6.5 PFLOP a forward.
 
 Shapes: B batch, L tokens, d model dim, H heads, D head dim, S text tokens, T/Y/X token grid, C latent channels.
 Source: Wan (arXiv 2503.20314) section 4.2; DiT (arXiv 2212.09748) for adaLN. Parameter names are the original
@@ -34,14 +35,14 @@ from wanfast.runtime.models.tokens import Tokens, packed
 
 
 class TextKV(NamedTuple):
-    """One block's cross-attention keys and values of the text, each [B, S, H, D]."""
+    """Holds one block's cross-attention keys and values of the text, each [B, S, H, D]."""
 
     k: Tensor
     v: Tensor
 
 
 class Stream(NamedTuple):
-    """The residual stream x + gate * added of this rank's tokens: the norm that reads it makes the sum on its way."""
+    """Holds the residual stream x + gate * added of this rank's tokens as parts; the next norm computes the sum."""
 
     x: Tensor  # [B, L, d], float32
     added: Tensor  # [B, L, d]
@@ -49,21 +50,21 @@ class Stream(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """A linear layer whose weight decides the precision of the product: the input is cast to it."""
+    """Casts its input to the dtype of the weight, which decides the precision of the product."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 class LinearGELU(Linear):
-    """A linear layer and the activation after it, by its tanh formula."""
+    """Applies a linear layer and then GELU by its tanh formula."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_gelu(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
-    """The norm of q and k, over all heads together, not each: [B, L, H, D], rotated or not, in the dtype of x."""
+    """Normalises q or k over all heads together, and rotates it by `rope` if given: [B, L, H, D] in the dtype of x."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The four projections and the two norms that self- and cross-attention have alike."""
+    """Holds the four projections and the two norms that self- and cross-attention have in common."""
 
     def __init__(self, spec: DiTSpec, dtype: torch.dtype, attend: AttentionFn) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Every token attends to all `num_tokens`, wherever `sequence` keeps them."""
+    """Every token attends to all `num_tokens` tokens, on whichever ranks `sequence` holds them."""
 
     def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence, attend: AttentionFn) -> None:
         super().__init__(spec, dtype, attend)
@@ -99,17 +100,17 @@ class SelfAttention(Attention):
         self.qkv: Linear | None = None
 
     def fuse_projections(self) -> None:
-        """From now on q, k and v are one product of the tokens, which are read once; for weights that are loaded.
+        """Fuses q, k and v into one product, which reads the tokens once; the weights must be loaded.
 
-        The state dict goes on naming the three.
+        The state dict still names the three projections.
         """
-        three = (self.q, self.k, self.v)
-        self.qkv = self.q  # whatever kind it is of: all that it holds has a row for each output
+        projections = (self.q, self.k, self.v)
+        self.qkv = self.q  # of any class: each of its parameters has one row for each output
         for name in [name for name, _ in self.q.named_parameters()]:
-            joined = torch.cat([getattr(linear, name).data for linear in three])
+            joined = torch.cat([getattr(linear, name).data for linear in projections])
             setattr(self.qkv, name, nn.Parameter(joined, requires_grad=False))
         del self.q, self.k, self.v
-        self.register_state_dict_post_hook(_name_the_three)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_split_fused_keys)  # type: ignore[no-untyped-call]
 
     def forward(self, x_BLd: Tokens, rope: RotaryTables, num_tokens: int) -> Tensor:
         def project(names: str) -> list[Tensor]:
@@ -120,23 +121,24 @@ class SelfAttention(Attention):
         return out
 
     def _finish(self, name: str, product_BLd: Tensor, rope: RotaryTables) -> Tensor:
-        """q and k normalised and rotated; v as it is."""
+        """Returns q or k normalised and rotated, or v as it is, split into heads."""
         if name == "v":
             return self._heads(product_BLd)
         return (self.norm_q if name == "q" else self.norm_k)(product_BLd, self.num_heads, rope)  # type: ignore[no-any-return]
 
 
-def _name_the_three(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+def _split_fused_keys(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
     for key in [key for key in state if key.startswith(f"{prefix}qkv.")]:
         kind, parts = key.rpartition(".")[2], state.pop(key).chunk(3)
         state.update({f"{prefix}{name}.{kind}": part for name, part in zip("qkv", parts, strict=True)})
 
 
 class CrossAttention(Attention):
-    """Queries from the video, keys and values from the text. No rotation and no mask: padding rows take part."""
+    """Queries come from the video, keys and values from the text, without rotation or mask: padding rows take part."""
 
     def encode_text(self, text_BSd: Tensor) -> TextKV:
-        k = self.norm_k(self.k(text_BSd), self.num_heads, by_kernel=False)  # which few rows are not worth
+        """Returns the keys and values of the embedded text [B, S, d]."""
+        k = self.norm_k(self.k(text_BSd), self.num_heads, by_kernel=False)  # few rows are not worth compiling a kernel
         return TextKV(k, self._heads(self.v(text_BSd)))
 
     def forward(self, x_BLd: Tokens, text: TextKV) -> Tensor:
@@ -145,22 +147,24 @@ class CrossAttention(Attention):
 
 
 class Block(nn.Module):
+    """Applies self-attention, cross-attention to the text and a feed-forward network to the residual stream."""
+
     def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence, attend: AttentionFn) -> None:
         super().__init__()
-        self.dtype = dtype  # that the products after the norms read; one of 8 bits where they are quantized
+        self.dtype = dtype  # of the norms' output, which products read; 8-bit if those products quantize
         self.eps = spec.eps
         self.self_attn = SelfAttention(spec, dtype, sequence, attend)
         self.norm3 = nn.LayerNorm(spec.dim, spec.eps, dtype=torch.float32)
         self.cross_attn = CrossAttention(spec, dtype, attend)
         self.ffn = nn.Sequential(
             LinearGELU(spec.dim, spec.ffn_dim, dtype=dtype),
-            nn.Identity(),  # the original's activation has a place, and so a number, of its own
+            nn.Identity(),  # takes the index of the activation in the original
             Linear(spec.ffn_dim, spec.dim, dtype=dtype),
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, spec.dim, dtype=torch.float32))
 
     def forward(self, stream: Stream, time_B6d: Tensor, text: TextKV, rope: RotaryTables, num_tokens: int) -> Stream:
-        """`num_tokens`: those of all ranks."""
+        """Returns the residual stream after this block; `num_tokens` counts the tokens of all ranks."""
         rows = (self.modulation + time_B6d).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
         norm3, eps, dtype = self.norm3, self.eps, self.dtype
@@ -171,11 +175,12 @@ class Block(nn.Module):
         return Stream(x, self.ffn(normed), packed(gate_ffn))
 
     def encode_text(self, text_BSd: Tensor) -> TextKV:
+        """Returns this block's keys and values of the embedded text [B, S, d]."""
         return self.cross_attn.encode_text(text_BSd)
 
 
 class Head(nn.Module):
-    """The last norm, modulated by the time embedding itself, and the projection of a token to its patch. Float32."""
+    """Applies the last norm, modulated by the time embedding itself, and projects tokens to patches, in float32."""
 
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
@@ -184,9 +189,9 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, spec.dim, dtype=torch.float32))
 
     def forward(self, stream: Stream, time_Bd: Tensor) -> tuple[Tensor, Tensor]:
-        """(patches of the velocity [B, L, p], the whole stream [B, L, d]).
+        """Returns (patches of the velocity [B, L, p], the whole stream [B, L, d]).
 
-        By formulas: for one pass a forward no kernel need be compiled beside the blocks'.
+        The formulas run here, because one pass a forward is not worth compiling a kernel beside the blocks'.
         """
         shift, scale = (self.modulation + time_Bd.unsqueeze(1)).chunk(2, dim=1)
         x = stream.x + stream.gate * stream.added
@@ -194,9 +199,9 @@ class Head(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """One expert. `dtype` is that of the matrix products' weights; all other parameters are float32.
+    """This class is one expert; `dtype` is that of the matrix products' weights, and all other parameters are float32.
 
-    `sequence` says how tokens are shared among ranks; the forward pass takes and returns whole latents on each.
+    `sequence` says how ranks share tokens; the forward pass takes and returns whole latents on each rank.
     `attend` is the kernel of self- and cross-attention.
     """
 
@@ -226,9 +231,9 @@ class WanDiT(nn.Module):
         self.head = Head(spec)
 
     def encode_text(self, text_BSc: Tensor) -> list[TextKV]:
-        """Keys and values of every block for text embeddings [B, n <= text_len, text_dim].
+        """Returns the keys and values of every block for text embeddings [B, n <= text_len, text_dim].
 
-        The text is padded with zero rows to `text_len`, and those rows are attended to: the model was trained so.
+        Zero rows pad the text to `text_len`. Those rows are attended to, because the model was trained so.
         """
         padding = self.spec.text_len - text_BSc.shape[1]
         text = self.text_embedding(F.pad(text_BSc, (0, 0, 0, padding)))
@@ -245,13 +250,13 @@ class WanDiT(nn.Module):
         cached_residual: Tensor | None = None,
         keep_residual: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(flow velocity [B, C, T, h, w], the residual), float32.
+        """Returns (flow velocity [B, C, T, h, w], the residual or None), in float32.
 
         latent: [B, C, T, h, w]; condition: [B, 20, T, h, w] (4 mask channels, then the encoded first frame);
         timestep: [B] in 0..1000; text: from `encode_text`; rope: tables of this token grid.
-        after_block: told the index of each block whose work is queued, so that its weights can make room for others.
-        cached_residual: that of an earlier call, which stands in for the blocks.
-        keep_residual: whether to return what the blocks added to this rank's tokens, [B, L, d].
+        after_block: gets the index of each block whose work is queued, so that its weights can be overwritten.
+        cached_residual: the residual of an earlier call, which replaces the blocks.
+        keep_residual: whether to return the residual: what the blocks added to this rank's tokens, [B, L, d].
         """
         video = torch.cat((latent, condition), dim=1).to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(video)
@@ -259,10 +264,10 @@ class WanDiT(nn.Module):
         num_tokens = math.prod(token_grid)
         tokens = packed(self.sequence.shard(rearrange(patches, "B d T Y X -> B (T Y X) d"), 1))
         time_Bd = self.time_embedding(sinusoid(timestep, self.spec.freq_dim))
-        begun = torch.zeros(tokens.shape, device=tokens.device) if cached_residual is None else cached_residual
-        stream = Stream(begun, tokens, torch.ones(tokens.shape[0], 1, self.spec.dim, device=tokens.device))
+        start = torch.zeros(tokens.shape, device=tokens.device) if cached_residual is None else cached_residual
+        stream = Stream(start, tokens, torch.ones(tokens.shape[0], 1, self.spec.dim, device=tokens.device))
         first = tokens if keep_residual else None
-        del begun, tokens  # the blocks want the memory
+        del start, tokens  # the blocks need the memory
         if cached_residual is None:
             own_rope = RotaryTables(*(self.sequence.shard(table, 0) for table in rope))
             time_B6d = self.time_projection(time_Bd).unflatten(1, (6, -1))
@@ -274,7 +279,10 @@ class WanDiT(nn.Module):
         return velocity, None if first is None else x.sub_(first)
 
     def fuse_projections(self) -> None:
-        """Of every block whose q, k and v are needed at the same time; for weights that are loaded and whole."""
+        """Fuses q, k and v of every block, unless `sequence` needs them one by one.
+
+        The weights must be loaded, and not sharded.
+        """
         if not self.sequence.overlaps:
             for block in self._blocks():
                 block.self_attn.fuse_projections()
@@ -297,7 +305,7 @@ class WanDiT(nn.Module):
 
 
 def sinusoid(timestep_B: Tensor, dim: int) -> Tensor:
-    """[B, dim] float32: cosines then sines of timestep * 10000^(-2j/dim), formed in float64."""
+    """Returns cosines, then sines, of timestep * 10000^(-2j/dim): [B, dim] float32, computed in float64."""
     frequencies = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=timestep_B.device) / dim)
     angles = torch.outer(timestep_B.double(), frequencies)
     return torch.cat((angles.cos(), angles.sin()), dim=1).float()

@@ -1,13 +1,13 @@
-"""What a block does beside products and attention, each with what stands around it: one pass over the tokens, inside
-in float32, whatever goes in and out.
+"""Each function here fuses the steps between matrix products and attention into one pass over the tokens.
 
-Between the matrix products and attention a block only moves bytes, and most of them are the residual stream: [L, d] in
-float32, 1.5 GB at 75,600 tokens. Written as formulas, Inductor works a stream out anew for every reader of it and reads
-rotated pairs twice; the Triton kernels of `fused_kernels` read and write each value once. On a GPU, in inference, those
-run; anywhere else the formulas do, which are what they are tested against.
+A pass computes in float32, whatever the dtypes of its inputs and outputs. Between products and attention a block only
+moves bytes, most of them for the residual stream: [L, d] in float32, 1.5 GB at 75,600 tokens. From the formulas,
+Inductor computes the stream again for every reader and reads rotated pairs twice. The Triton kernels of `fused_kernels`
+read and write each value once. They run on a GPU, in inference. The formulas run everywhere else, and the tests compare
+the kernels with the formulas.
 
-Where the product that follows is one of 8-bit values, the pass quantizes too: each token by its own largest value. That
-writes half the bytes that bf16 would take, and rounds once, from float32.
+If the next product multiplies 8-bit values, the pass quantizes too: each token by its own largest value. That writes
+half of bf16's bytes, and rounds once, from float32.
 
 Shapes: B batch, L tokens, d model dim, H heads, D head dim. Weights, biases and gates are [d] or [B, 1, d], float32.
 """
@@ -28,15 +28,15 @@ HAS_KERNELS = torch.version.cuda is not None and find_spec("triton") is not None
 if HAS_KERNELS:
     from wanfast.runtime.models import fused_kernels
 
-_TINIEST = 1e-12  # a token of zeros has a scale too
+_TINIEST = 1e-12  # so that a token of zeros has a scale
 
 
 def add_layer_norm(
     x_BLd: Tensor, y_BLd: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tokens]:
-    """(x + gate * y, its layer norm): what a branch adds to the residual stream, and what the next one reads.
+    """Returns (x + gate * y, its layer norm): the residual stream after one sublayer, and the input of the next.
 
-    The norm, (x - mean) / std * weight + bias over d, is rounded to `dtype`, or quantized to it.
+    The norm, (x - mean) / std * weight + bias over d, is rounded or quantized to `dtype`.
     """
     if _by_kernel(x_BLd):
         x, out, scale = fused_kernels.add_layer_norm(x_BLd, y_BLd, gate, weight, bias, eps, dtype)
@@ -47,7 +47,7 @@ def add_layer_norm(
 
 
 def quantize_tokens(x_BLd: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> QuantizedTokens:
-    """x, or its tanh GELU, in 8 bits: the largest value of a token becomes the largest of `dtype`."""
+    """Returns x, or its tanh GELU, in 8 bits: the largest value of a token becomes the largest of `dtype`."""
     if _by_kernel(x_BLd):
         return QuantizedTokens(*fused_kernels.quantize_tokens(x_BLd, dtype, gelu))
     x = x_BLd.float()
@@ -67,9 +67,9 @@ def rms_norm_heads(
     *,
     by_kernel: bool = True,
 ) -> Tensor:
-    """x / rms(x) * weight over all heads together, then rotated by `rope` if given: [B, L, H, D] in the dtype of x.
+    """Returns x / rms(x) * weight over all heads together, rotated by `rope` if given, [B, L, H, D].
 
-    `by_kernel`: where one can run; without, none is compiled.
+    The result has the dtype of x. `by_kernel`: whether to use the Triton kernel if it can run; False compiles none.
     """
     if by_kernel and _by_kernel(x_BLd):
         cos, sin = rope or (None, None)
@@ -83,14 +83,17 @@ def _heads(x_BLd: Tensor, num_heads: int) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x W^T + b) by its tanh formula, [..., out]; x in the dtype of the weight. On a GPU part of the product."""
+    """Returns gelu(x W^T + b) by the tanh formula, [..., out], for x in the dtype of the weight.
+
+    In inference on a GPU the activation is part of the product.
+    """
     if x.is_cuda and not torch.is_grad_enabled():
         out: Tensor = _linear_gelu(x, weight, bias)
         return out
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
-# Opaque to the compiler, which would take it apart into a product and a pass over [L, ffn_dim] for the activation.
+# Opaque to the compiler, which would split it into a product and a pass over [L, ffn_dim] for the activation.
 @torch.library.custom_op("wanfast::linear_gelu", mutates_args=())
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)  # cuBLAS's epilogue: tanh on GPUs
@@ -103,5 +106,5 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _by_kernel(x_BLd: Tensor) -> bool:
-    """They know no gradients, and one row of modulation for all tokens."""
+    """Returns whether the kernels can run: they give no gradients, and take one row of modulation for all tokens."""
     return HAS_KERNELS and x_BLd.is_cuda and x_BLd.shape[0] == 1 and not torch.is_grad_enabled()

@@ -1,11 +1,11 @@
-"""The Triton kernels behind `fused`: a program takes a whole row of d values into registers, so each is read once.
+"""These Triton kernels implement `fused`: a program loads a row of d values into registers, so each is read once.
 
-At d = 5120 a row is padded to 8192 lanes, of which those beyond d read and write nothing. The kernels wait for memory:
-2.7 of an H100's 3.35 TB/s (LOG.md). Each is a Triton operator of torch, so that a compiled block stays one graph and
-the kernels lie in the same caches as Inductor's own. Floats are constants of a kernel: Inductor passes others as
-float64, which everything after them would become.
+At d = 5120 a row is padded to 8192 lanes; the lanes beyond d read and write nothing. The kernels are memory-bound: 2.7
+of an H100's 3.35 TB/s (LOG.md). Each is a Triton operator of torch. So a compiled block stays one graph, and the
+kernels are in the same caches as Inductor's own. Floats are constants of a kernel, because Inductor passes other floats
+as float64, and every later value would become float64.
 
-Shapes: B batch, of one, L tokens, d model dim, D head dim.
+Shapes: B batch (1), L tokens, d model dim, D head dim.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from wanfast.runtime.models.tokens import LARGEST
 def add_layer_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(the sum, its norm in `dtype`, the tokens' scales, which are empty unless `dtype` has 8 bits)."""
+    """Returns (the sum, its norm in `dtype`, the tokens' scales, which are empty unless `dtype` has 8 bits)."""
     _check_rows(x, y, weight, bias)
     total, (out, scale) = torch.empty_like(x), _output(x, dtype)
     factor = weight if gate is None else gate
@@ -37,6 +37,7 @@ def add_layer_norm(
 
 @triton_op("wanfast::quantize_tokens", mutates_args={})
 def quantize_tokens(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
+    """Returns (x, or its tanh GELU, in the 8-bit `dtype`; the tokens' scales in float32)."""
     _check_rows(x)
     out, scale = _output(x, dtype)
     wrap_triton(_quantize_tokens)[_grid(x)](x, out, scale, GELU=gelu, **_launch(x, dtype))
@@ -59,9 +60,9 @@ def _launch(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 
 @triton_op("wanfast::rms_norm_rotate", mutates_args={})
 def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """x may be a part of wider rows; cos and sin are [L, 1, D/2], or neither is given."""
+    """Returns x / rms(x) * weight, rotated by cos and sin [L, 1, D/2] if given; x may be part of wider rows."""
     d = x.shape[-1]
-    assert x.stride(-1) == 1, "the values of a row lie side by side"
+    assert x.stride(-1) == 1, "the values of a row must be adjacent"
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     wrap_triton(_rms_norm_rotate)[_grid(x)](
         x,
@@ -82,7 +83,7 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, s
 
 def _check_rows(*tensors: Tensor) -> None:
     for tensor in tensors:
-        assert tensor.is_contiguous(), f"rows lie one after the other, not {tensor.stride()}"
+        assert tensor.is_contiguous(), f"rows must be contiguous, not of strides {tensor.stride()}"
 
 
 @triton.jit
@@ -108,14 +109,14 @@ def _quantize_tokens(
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * d + lanes, lanes < d, 0.0).to(tl.float32)
-    if GELU:  # its tanh formula; 1 + tanh(y) is 2 sigmoid(2 y)
+    if GELU:  # the tanh formula; 1 + tanh(y) is 2 sigmoid(2 y)
         x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     _store(x, row, out_ptr, scale_ptr, d, LARGEST, BLOCK)
 
 
 @triton.jit
 def _normed(x, weight_ptr, bias_ptr, eps: tl.constexpr, d: tl.constexpr, BLOCK: tl.constexpr):
-    """Two passes over registers, as variances of values far from zero want it."""
+    """Computes the norm in two passes over registers, so that variances of values far from zero are accurate."""
     lanes = tl.arange(0, BLOCK)
     mask = lanes < d
     centred = tl.where(mask, x - tl.sum(x, 0) / d, 0.0)
@@ -125,13 +126,13 @@ def _normed(x, weight_ptr, bias_ptr, eps: tl.constexpr, d: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _store(x, row, out_ptr, scale_ptr, d: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
-    """A row in the dtype of `out_ptr`; if that has 8 bits, LARGEST is its largest value, and else 0."""
+    """Stores a row in the dtype of `out_ptr`; LARGEST is the largest value of an 8-bit dtype, or 0 for other dtypes."""
     lanes = tl.arange(0, BLOCK)
     if LARGEST > 0:
         scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / LARGEST
         tl.store(scale_ptr + row, scale)
         x *= 1 / scale
-        if out_ptr.dtype.element_ty == tl.int8:  # a cast to it cuts off
+        if out_ptr.dtype.element_ty == tl.int8:  # a cast to int8 truncates
             x = tl.where(x < 0, x - 0.5, x + 0.5)
     tl.store(out_ptr + row * d + lanes, x.to(out_ptr.dtype.element_ty), lanes < d)
 

@@ -1,9 +1,9 @@
-"""The product of int8 tokens and int8 weights on Hopper, scaled as it leaves the registers.
+"""This kernel multiplies int8 tokens and int8 weights on Hopper, and scales the sums in registers.
 
-cuBLAS's int8 product writes int32, four bytes a value that another pass must read again, and at 780 to 810 TOPS it is
-no faster than bf16's. This one scales the sums where they are, adds the bias and writes two bytes: 1108 TOPS over a
-forward on an H200 (LOG.md). As many programs as there are multiprocessors take tiles in turn, so that one
-tile is written while the next is read; a tile leaves in two halves, which frees the memory of a fourth stage.
+cuBLAS's int8 product writes int32: four bytes a value, which another pass must read again. At 780 to 810 TOPS it is no
+faster than bf16's. This kernel scales the sums, adds the bias and writes two bytes a value: 1108 TOPS over a forward on
+an H200 (LOG.md). There are as many programs as multiprocessors, and the programs take tiles in turn, so that one tile
+is written while the next is read. A tile is written in two halves, which frees the memory for a fourth stage.
 
 Shapes: L tokens, K in, N out.
 """
@@ -20,12 +20,12 @@ _TILE = {"BLOCK_L": 128, "BLOCK_N": 256, "BLOCK_K": 128}
 _NUM_STAGES, _NUM_WARPS, _BAND = 4, 8, 8
 
 
-# Opaque to the compiler: descriptors of tensors are not values of its graphs.
+# Opaque to the compiler, because its graphs cannot hold tensor descriptors.
 @torch.library.custom_op("wanfast::int8_product", mutates_args=())
 def int8_product(values: Tensor, weight: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """(values * token_scale) (weight * scale)^T + bias, [L, N]; K a multiple of 16 and N of 8."""
+    """Returns (values * token_scale) (weight * scale)^T + bias, [L, N]; K must be a multiple of 16, and N of 8."""
     (tokens, k), n = values.shape, weight.shape[0]
-    assert values.is_contiguous() and weight.is_contiguous(), "rows lie one after the other"
+    assert values.is_contiguous() and weight.is_contiguous(), "values and weight must be contiguous"
     out = torch.empty(tokens, n, dtype=bias.dtype, device=values.device)
     block_l, block_n, block_k = _TILE.values()
     tiles = triton.cdiv(tokens, block_l) * triton.cdiv(n, block_n)
@@ -52,7 +52,7 @@ def _int8_product(
 ):  # fmt: skip
     down, across = tl.cdiv(L, BLOCK_L), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), down * across, programs, flatten=True):
-        # Bands of BAND tiles of tokens, each through all columns: programs at work share what lies in the L2 cache.
+        # A band of BAND tiles of tokens goes through all columns, so that running programs share data in the L2 cache.
         first = tile // (BAND * across) * BAND
         height = min(down - first, BAND)
         row = (first + tile % (BAND * across) % height) * BLOCK_L

@@ -1,10 +1,10 @@
-"""Linear layers whose weights are 8 bits a value, with a float32 scale for each output channel.
+"""These linear layers hold weights of 8 bits a value, with a float32 scale for each output channel.
 
-Three ways to make the product. Weight-only undoes the quantization first and so saves memory alone. The other two also
-quantize the tokens as they come, each token by its own largest value, and multiply in 8 bits: int8 and float8 tensor
-cores do twice the work of bf16's. Where a norm or the activation stands before the product, that pass quantizes
-(`fused`). A CPU has no float8 product: there it is that of the same 8-bit values in float32, which differs in rounding
-alone; GPUs need capability 8.9.
+There are three ways to compute the product. Weight-only dequantizes the weight first, so it saves only memory. The
+other two also quantize the tokens at run time, each token by its own largest value, and multiply in 8 bits. Int8 and
+float8 tensor cores do twice the work of bf16's. If a norm or the activation comes before the product, that pass
+quantizes (`fused`). The float8 product needs a GPU of capability 8.9 or higher. A CPU multiplies the same 8-bit values
+in float32, which differs only in rounding.
 
 Shapes: B batch, L tokens, K in, N out; weight [N, K], scale [N], bias [N].
 Sources: LLM.int8() (arXiv 2208.07339) for scales by row and column; FP8 formats (arXiv 2209.05433).
@@ -29,7 +29,7 @@ ProductFn = Callable[[QuantizedTokens, Tensor, Tensor, Tensor], Tensor]  # x, we
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer by a scheme of 8 bits. `gelu`: the tanh GELU comes after it, and then another such layer."""
+    """Applies a linear layer by an 8-bit scheme; with `gelu`, the tanh GELU and then another such layer follow it."""
 
     def __init__(self, scheme: Scheme, dim_in: int, dim_out: int, dtype: torch.dtype, *, gelu: bool = False) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim_out, dtype=dtype), requires_grad=False)
 
     def forward(self, x: Tokens) -> Tokens:
-        """In the dtype of the bias; what another layer reads after the activation is quantized, if that quantizes."""
+        """Returns the result in the dtype of the bias, or in 8 bits after `gelu` if the scheme quantizes tokens."""
         if self.multiply is None:
             assert isinstance(x, Tensor)
             weight = dequantize(self.weight, self.scale).to(self.bias.dtype)
@@ -52,7 +52,7 @@ class QuantizedLinear(nn.Module):
 
 
 def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """[B, L, N] in the dtype of the bias, from int8 values."""
+    """Returns the product [B, L, N] of int8 values, in the dtype of the bias."""
     if not (HAS_KERNELS and x.values.is_cuda):
         sums = torch._int_mm(x.values.flatten(0, -2), weight.t()).view(*x.values.shape[:-1], -1)
         return _scaled(sums, x, scale, bias)
@@ -61,7 +61,7 @@ def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor
 
 
 def fp8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """[B, L, N] in the dtype of the bias, from values in float8 e4m3."""
+    """Returns the product [B, L, N] of float8 e4m3 values, in the dtype of the bias."""
     if not x.values.is_cuda:
         return _scaled(F.linear(x.values.float(), weight.float()), x, scale, bias)
     product: Tensor = torch._scaled_mm(
@@ -75,7 +75,7 @@ def _scaled(sums: Tensor, x: QuantizedTokens, scale: Tensor, bias: Tensor) -> Te
     return (sums.float() * x.scale.unsqueeze(-1) * scale + bias.float()).to(bias.dtype)
 
 
-# The weight's dtype, and how tokens in that dtype are multiplied; none: the weight becomes what it stands for.
+# The weight's dtype, and the product with tokens of that dtype; None dequantizes the weight.
 PRODUCTS: dict[Scheme, tuple[torch.dtype, ProductFn | None]] = {
     "int8-weight-only": (torch.int8, None),
     "int8-dynamic": (torch.int8, int8_product),
@@ -84,5 +84,5 @@ PRODUCTS: dict[Scheme, tuple[torch.dtype, ProductFn | None]] = {
 
 
 def dequantize(values: Tensor, scale: Tensor) -> Tensor:
-    """What 8-bit values stand for, float32."""
+    """Returns the float32 weight [N, K] that 8-bit values and their scales [N] represent."""
     return values.float() * scale.unsqueeze(1)

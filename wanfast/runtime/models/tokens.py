@@ -1,4 +1,4 @@
-"""What products and exchanges read: tokens as they are, or in 8 bits with a scale for each, densely packed."""
+"""Products and exchanges read tokens as they are, or in 8 bits with a scale for each token; both are dense."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest value of each dtype of 8 bits
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest value of each 8-bit dtype
 
 
 class QuantizedTokens(NamedTuple):
-    """values * scale stands for the tokens; the largest value of each token is that of the dtype."""
+    """Represents tokens as values * scale; the largest value of each token is the largest of the dtype."""
 
     values: Tensor  # [..., L, d], int8 or float8
     scale: Tensor  # [..., L], float32
@@ -21,5 +21,5 @@ Tokens = Tensor | QuantizedTokens
 
 
 def packed(x: Tensor) -> Tensor:
-    """A copy: `contiguous` may return a view, whose strides of size-1 dims make torch.compile compile anew."""
+    """Returns a copy: `contiguous` may return a view, and strides of size-1 dims make torch.compile recompile."""
     return x.clone(memory_format=torch.contiguous_format)

@@ -1,14 +1,14 @@
-"""UMT5 encoder: a prompt's token ids -> one vector per token, which the DiT reads through cross-attention.
+"""The UMT5 encoder maps a prompt's token ids to one vector per token, which the DiT reads through cross-attention.
 
-The idea: a pre-norm transformer that knows positions only through a learnt bias on its attention scores. The bias
-depends on key position minus query position, sorted into a few buckets (exact when near, logarithmic when far, one
-for all that is at `max_distance` or beyond), so nothing depends on absolute position. Unlike T5, each block learns its
-own table. A prompt encoded at its true length therefore equals the same prompt padded and masked.
+The encoder is a pre-norm transformer that knows positions only through a learnt bias on its attention scores. The bias
+depends on key position minus query position, sorted into a few buckets. They are exact when near, logarithmic when far,
+and one holds all that is at `max_distance` or beyond. Nothing depends on absolute position. So a prompt encoded at its
+true length equals the same prompt padded and masked. Unlike in T5, each block learns its own table.
 
-Cost: XXL holds 5.68 G parameters, 11.4 GB in bf16; a pass is 9 GFLOP a token, so reading the weights dominates.
+Cost: XXL holds 5.68 G parameters, 11.4 GB in bf16. A pass is 9 GFLOP a token, so reading the weights dominates.
 Limit: scores are materialised, O(B H L^2), which is small for the L <= 512 of prompts.
-In bf16, RMS and softmax are computed in fp32 and all else in bf16, in the reference's order except for a fused GELU;
-two bf16 implementations differ by some per cent, so parity is judged in fp32.
+In bf16, RMS and softmax are computed in fp32 and all else in bf16, in the reference's order except for a fused GELU.
+Two bf16 implementations differ by a few per cent, so parity is judged in fp32.
 
 Source: the T5 encoder of Wan-Video/Wan2.2 (42bf4cf), whose parameter names are kept. T5: arXiv 1910.10683;
 gated GELU: arXiv 2002.05202; UMT5: arXiv 2304.09151.
@@ -29,7 +29,7 @@ from wanfast.runtime.facts.model_spec import UMT5Spec
 
 
 class UMT5Encoder(nn.Module):
-    """The encoder half of UMT5. May be built on the meta device: all of its state is parameters."""
+    """This class is the encoder half of UMT5; all of its state is parameters, so it can be built on the meta device."""
 
     def __init__(self, spec: UMT5Spec, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
@@ -39,9 +39,9 @@ class UMT5Encoder(nn.Module):
         self.norm = RMSNorm(spec.dim, spec.eps, dtype)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """ids [B, L] int64, mask [B, L] (nonzero = a token, zero = padding; None = no padding) -> [B, L, d].
+        """Returns one vector per token, [B, L, d]; the rows of padding have no meaning.
 
-        Rows of padding come out with values that mean nothing.
+        ids: [B, L] int64; mask: [B, L], nonzero = a token, zero = padding, or None = no padding.
         """
         buckets = relative_position_buckets(ids.shape[1], self.spec.num_buckets, self.spec.max_distance, ids.device)
         is_padding = None if mask is None else rearrange(mask == 0, "B K -> B 1 1 K")
@@ -53,7 +53,7 @@ class UMT5Encoder(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Attention and a gated feed-forward net, each on a normalised copy of the residual stream."""
+    """Applies attention and a gated feed-forward net, each to a normalised copy of the residual stream."""
 
     def __init__(self, spec: UMT5Spec, dtype: torch.dtype) -> None:
         super().__init__()
@@ -64,14 +64,14 @@ class EncoderBlock(nn.Module):
         self.ffn = GatedFeedForward(spec.dim, spec.ffn_dim, dtype)
 
     def forward(self, x: Tensor, buckets: Tensor, is_padding: Tensor | None) -> Tensor:
-        """x [B, L, d], buckets [Q, K], is_padding [B, 1, 1, K] or None -> [B, L, d]."""
+        """Maps x [B, L, d], buckets [Q, K] and is_padding ([B, 1, 1, K] or None) to [B, L, d]."""
         x = x + self.attn(self.norm1(x), self.pos_embedding(buckets), is_padding)
         out: Tensor = x + self.ffn(self.norm2(x))
         return out
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with additive position bias; unscaled, since T5 folds 1/sqrt(D) into q's weights."""
+    """Applies multi-head self-attention with additive position bias, unscaled: T5 folds 1/sqrt(D) into q's weights."""
 
     def __init__(self, dim: int, attention_dim: int, num_heads: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(attention_dim, dim, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor, bias: Tensor, is_padding: Tensor | None) -> Tensor:
-        """x [B, L, d], bias [1, H, Q, K], is_padding [B, 1, 1, K] or None -> [B, L, d]."""
+        """Maps x [B, L, d], bias [1, H, Q, K] and is_padding ([B, 1, 1, K] or None) to [B, L, d]."""
         q, k, v = (rearrange(proj(x), "B L (H D) -> B H L D", H=self.num_heads) for proj in (self.q, self.k, self.v))
         scores = q @ k.mT + bias
         if is_padding is not None:
@@ -93,20 +93,20 @@ class Attention(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """A learnt number per bucket of relative position and head."""
+    """Holds a learnt number per bucket of relative position and head."""
 
     def __init__(self, num_buckets: int, num_heads: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_buckets, num_heads, dtype=dtype)
 
     def forward(self, buckets: Tensor) -> Tensor:
-        """buckets [Q, K] -> [1, H, Q, K]."""
+        """Maps buckets [Q, K] to biases [1, H, Q, K]."""
         bias: Tensor = self.embedding(buckets)
         return rearrange(bias, "Q K H -> 1 H Q K")
 
 
 class GatedFeedForward(nn.Module):
-    """fc2(fc1(x) * gelu(gate(x)))."""
+    """Computes fc2(fc1(x) * gelu(gate(x)))."""
 
     def __init__(self, dim: int, ffn_dim: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -115,13 +115,13 @@ class GatedFeedForward(nn.Module):
         self.fc2 = nn.Linear(ffn_dim, dim, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, d] -> [B, L, d]."""
+        """Maps [B, L, d] to [B, L, d]."""
         out: Tensor = self.fc2(self.fc1(x) * self.gate(x))
         return out
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, rounded to x's dtype before it is scaled by the weight."""
+    """Computes x / rms(x) in fp32 and rounds it to x's dtype before the weight scales it."""
 
     def __init__(self, dim: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -129,18 +129,18 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., d]."""
+        """Maps [..., d] to [..., d]."""
         return nn.functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 @cache
-@torch.inference_mode(False)  # so that they serve training too
+@torch.inference_mode(False)  # so that training can use the tensor too
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
-    """The bucket of every (query, key) pair: [Q, K] int64, Q = K = length.
+    """Returns the bucket of every (query, key) pair: [Q, K] int64, Q = K = length.
 
-    Half of the buckets are for keys after the query. Of each half, half again hold one distance each, and the rest
-    divide the distances up to `max_distance` logarithmically (arXiv 1910.10683, section 2.1).
-    Worked out on the host in fp64: 16, 32 and 64 lie exactly on an edge, and must fall on one side on every device.
+    Half of the buckets are for keys after the query. In each half, the first half of the buckets hold one distance
+    each. The rest divide the distances up to `max_distance` logarithmically (arXiv 1910.10683, section 2.1).
+    The host computes them in fp64: 16, 32 and 64 lie exactly on an edge, and must get one bucket on every device.
     """
     num_per_side = num_buckets // 2
     num_exact = num_per_side // 2

@@ -1,13 +1,14 @@
-"""The causal video VAE of Wan 2.1: pixels <-> latents, 4x8x8 smaller, a few frames at a time.
+"""The causal video VAE of Wan 2.1 maps pixels to latents, 4x8x8 smaller, and back, a few frames at a time.
 
-Every convolution over time looks only backwards, so a clip is coded in chunks that hand on the frames which those
-convolutions will look back on. The first frame is a chunk of its own and makes a latent frame of its own; each latent
-frame after it stands for four frames of video. No module holds state: the *past* is a list of one tensor for each
-convolution over time, in the order in which they run. A chunk takes one such list and returns the next.
+Every convolution over time looks only backwards. So a clip is coded in chunks, and each chunk passes on the frames that
+the next chunk's convolutions need. The first frame is its own chunk and makes one latent frame; each later latent frame
+represents four frames of video. No module holds state: the *past* is a list of one tensor for each convolution over
+time, in the order in which the convolutions run. A chunk takes one such list and returns the next.
 
 Cost at 720x1280, 81 frames: encode 382 TFLOP, decode 639. A full-resolution chunk of 4 frames with 96 channels is
 1.4 GB in float32, the past of the decoder 8.7 GB. `encode` and `decode_stream` free each past as they replace it.
-Limit: float32 is the reference; FastVideo reports bfloat16 harmless in decoding (MS-SSIM 0.9999), not in encoding.
+Limit: float32 is the reference; FastVideo reports that bfloat16 is harmless in decoding (MS-SSIM 0.9999), not in
+encoding.
 Source: Wan technical report (arXiv 2503.20314); Wan-Video/Wan2.2 `wan/modules/vae2_1.py` (42bf4cf).
 
 B batch, C channels, F frames of video, T frames (of any rate), H W pixels, Y X latent grid, h w any grid
@@ -28,13 +29,13 @@ from torch import Tensor, nn
 
 from wanfast.runtime.facts.model_spec import VAESpec
 
-Past: TypeAlias = list[Tensor | None]  # one entry for each convolution over time, in the order in which they run
-# The same while a chunk runs: each convolution takes its entry from the front and puts the next one at the back.
+Past: TypeAlias = list[Tensor | None]  # one entry for each convolution over time, in running order
+# The past while a chunk runs: each convolution takes its entry from the front and appends the next one.
 PastQueue: TypeAlias = deque[Tensor | None]
 
 
 class WanVAE(nn.Module):
-    """Video [B,3,F,H,W] in [-1,1] <-> normalised latents [B,16,T,Y,X], with F = 4(T-1)+1, H = 8Y, W = 8X."""
+    """Maps video [B,3,F,H,W] in [-1,1] to normalised latents [B,16,T,Y,X] and back; F = 4(T-1)+1, H = 8Y, W = 8X."""
 
     def __init__(self, spec: VAESpec, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -46,7 +47,10 @@ class WanVAE(nn.Module):
         self.decoder = Decoder(spec, dtype)
 
     def encode(self, video: Tensor) -> Tensor:
-        """Video [B,3,F,H,W] -> float32 latents [B,16,T,Y,X]: the mean of the posterior, normalised, never a sample."""
+        """Encodes video [B,3,F,H,W] as float32 latents [B,16,T,Y,X]: the posterior's normalised mean, never a sample.
+
+        Raises ValueError for a size that the strides do not fit.
+        """
         frames, height, width = video.shape[2:]
         stride = self.spec.spatial_stride
         if frames % self.spec.temporal_stride != 1 or height % stride or width % stride:
@@ -59,17 +63,20 @@ class WanVAE(nn.Module):
         return torch.cat([self._encode(x, queue) for x in chunks], dim=2)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B,16,T,Y,X] -> video [B,3,F,H,W] in [-1,1]."""
+        """Decodes latents [B,16,T,Y,X] to video [B,3,F,H,W] in [-1,1]."""
         return torch.cat(list(self.decode_stream(latents)), dim=2)
 
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
-        """Latents [B,16,T,Y,X] -> T pieces of the video: [B,3,1,H,W], then [B,3,4,H,W] each."""
+        """Decodes latents [B,16,T,Y,X] and yields T pieces of the video: [B,3,1,H,W], then [B,3,4,H,W] each."""
         queue = _start(self.decoder)
         for z in torch.split(latents, 1, dim=2):
             yield self._decode(z, queue)
 
     def encode_chunk(self, video: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """Encode the next frames: 1 at a clip's start, where `past` is None; then 4n -> 1 or n latents, next past."""
+        """Encodes the next frames of a clip and returns (1 or n latent frames, the next past).
+
+        The first chunk has 1 frame, and its `past` is None; later chunks have 4n frames. Raises ValueError otherwise.
+        """
         frames, stride = video.shape[2], self.spec.temporal_stride
         fits = frames == 1 if past is None else frames % stride == 0
         if not fits:
@@ -78,9 +85,12 @@ class WanVAE(nn.Module):
         return self._encode(video, queue), list(queue)
 
     def decode_chunk(self, latents: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """Decode the next latents: 1 at a clip's start, where `past` is None; then n -> 1 or 4n frames, next past."""
+        """Decodes the next latents of a clip and returns (1 or 4n frames, the next past).
+
+        The first chunk has 1 latent frame, and its `past` is None; later chunks have n. Raises ValueError otherwise.
+        """
         if past is None and latents.shape[2] != 1:
-            raise ValueError(f"a first chunk of {latents.shape[2]} latent frames: it has 1")
+            raise ValueError(f"the first chunk has {latents.shape[2]} latent frames: it must have 1")
         queue = _start(self.decoder) if past is None else deque(past)
         return self._decode(latents, queue), list(queue)
 
@@ -97,16 +107,16 @@ class WanVAE(nn.Module):
 
 
 @cache
-@torch.inference_mode(False)  # so that they serve training too
+@torch.inference_mode(False)  # so that training can use the tensors too
 def latent_statistics(spec: VAESpec, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and 1/std [C,1,1,1] in float32. No buffers: those would be lost in a module built on meta."""
+    """Returns mean and 1/std, [C,1,1,1] in float32; a module built on meta would lose them as buffers."""
     mean = torch.tensor(spec.latents_mean, dtype=torch.float32, device=device)
     std = torch.tensor(spec.latents_std, dtype=torch.float32, device=device)
     return mean.view(-1, 1, 1, 1), std.reciprocal().view(-1, 1, 1, 1)
 
 
 class Encoder(nn.Module):
-    """Video [B,3,T,H,W] -> moments [B,2*16,T',Y,X]: the mean, then the log-variance."""
+    """Maps video [B,3,T,H,W] to moments [B,2*16,T',Y,X]: the mean, then the log-variance."""
 
     def __init__(self, spec: VAESpec, dtype: torch.dtype) -> None:
         super().__init__()
@@ -132,7 +142,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B,16,T,Y,X] -> video [B,3,T',H,W]."""
+    """Maps latents [B,16,T,Y,X] to video [B,3,T',H,W]."""
 
     def __init__(self, spec: VAESpec, dtype: torch.dtype) -> None:
         super().__init__()
@@ -160,7 +170,7 @@ class Decoder(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; [B,C,T,h,w] -> [B,C',T,h,w]."""
+    """Applies norm, SiLU and convolution twice, and adds the input: [B,C,T,h,w] -> [B,C',T,h,w]."""
 
     def __init__(self, in_channels: int, out_channels: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -177,7 +187,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention among the positions of each frame, one head as wide as the channels; [B,C,T,h,w] unchanged."""
+    """Applies self-attention among the positions of each frame, with one head of all channels; keeps [B,C,T,h,w]."""
 
     def __init__(self, channels: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -195,7 +205,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """[B,C,T,h,w] -> [B,C,T,h/2,w/2]; if `temporal`, T/2 frames, the first frame of a clip passing as it is."""
+    """Maps [B,C,T,h,w] to [B,C,T,h/2,w/2]; `temporal` also halves T, except for the first frame of a clip."""
 
     def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -213,7 +223,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """[B,C,T,h,w] -> [B,C/2,T,2h,2w]; if `temporal`, 2T frames, the first frame of a clip passing alone and unseen."""
+    """Maps [B,C,T,h,w] to [B,C/2,T,2h,2w]; `temporal` also doubles T, except for the first frame of a clip.
+
+    The convolution over time does not see that first frame: later frames see zeros in its place.
+    """
 
     def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -233,7 +246,7 @@ class Upsample(nn.Module):
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution of 3 frames, the present and two past (zeros before the clip); [B,C,T,h,w] -> [B,C',T,h,w]."""
+    """Convolves each frame with the two before it (zeros before the clip): [B,C,T,h,w] -> [B,C',T,h,w]."""
 
     def __init__(
         self,
@@ -252,7 +265,7 @@ class CausalConv3d(nn.Conv3d):
         return super().forward(x)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """On a CPU torch takes its slow path for one small clip (8 times slower at 16 channels): ask for oneDNN's."""
+        """Calls oneDNN on a CPU, because torch takes a slow path for one small clip (8 times slower at 16 channels)."""
         has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
         if x.device.type == "cpu" and has_onednn():
             padding = cast("tuple[int, ...]", self.padding)
@@ -261,7 +274,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square over channels, times gamma; [B,C,...] with `grid_dims` trailing dimensions."""
+    """Divides [B,C,...] by the root mean square over channels, times gamma; `...` are `grid_dims` dimensions."""
 
     def __init__(self, channels: int, grid_dims: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -279,5 +292,5 @@ def _middle(channels: int, dtype: torch.dtype) -> nn.ModuleList:
 
 
 def _start(network: nn.Module) -> PastQueue:
-    """The past before the first frame: None for each convolution over time."""
+    """Returns the past before the first frame: None for each convolution over time."""
     return deque(None for m in network.modules() if isinstance(m, nn.Conv3d) and m.kernel_size[0] > 1)

@@ -1,1 +1,1 @@
-"""The mathematics of the loop: no weights, no files."""
+"""This package holds the mathematics of the sampling loop, without weights or files."""

@@ -1,6 +1,6 @@
-"""Classifier-free guidance: push the prediction away from the negative prompt's.
+"""Classifier-free guidance pushes the prediction away from the negative prompt's.
 
-Source: Ho & Salimans (arXiv 2207.12598) eq. 6, with the weight written as a scale: 1 means the prompt alone.
+Source: Ho & Salimans (arXiv 2207.12598) eq. 6, with the weight written as a scale: 1 means only the prompt.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def guide(conditional: Any, unconditional: Any, scale: float) -> Any:
-    """unconditional + scale (conditional - unconditional), elementwise."""
+    """Returns unconditional + scale (conditional - unconditional), elementwise."""
     return unconditional + scale * (conditional - unconditional)
 
 
 def needs_unconditional(scale: float) -> bool:
-    """At scale 1 the unconditional branch cancels out, and half of the work with it."""
+    """Returns whether the unconditional branch must run; at scale 1 it cancels out, which saves half of the work."""
     return scale != 1.0

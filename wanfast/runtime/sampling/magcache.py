@@ -1,13 +1,13 @@
-"""MagCache: which forwards of a generation are skipped, worked out before it begins, and the residuals that stand in.
+"""MagCache plans which forwards to skip before a generation begins, and holds the residuals that replace them.
 
-What the blocks of an expert add to the stream, its residual, changes little from step to step over most of the
-schedule: its norm falls by a ratio near one. A call is skipped, and the residual of the last computed call used again,
-while the error that the ratios foretell stays under a threshold. The ratios are measured once (a curve), so that the
-decisions follow from numbers known beforehand: the plan is one pure function, the same on every rank.
+A residual is what the blocks of an expert add to the stream. Over most of the schedule it changes little from step to
+step: its norm falls by a ratio near one. A call is skipped while the error that the ratios predict stays under a
+threshold; the residual of the last computed call is then used again. The ratios are measured once (a curve), so all
+decisions follow from known numbers: the plan is one pure function, the same on every rank.
 
-Each branch of guidance has calls, residuals and an account of its own. A residual never outlives its expert.
-Cost: a residual of each branch, [L, d] in float32. Limit: the curve is that of a model, its steps and its shift.
-Source: MagCache (arXiv 2506.09045), section 3.3; the two rules are its program's for Wan2.2. Torch-free.
+Each branch of guidance has its own calls, residuals and accumulated error. A residual is used only by its own expert.
+Cost: a residual of each branch, [L, d] in float32. Limit: a curve is valid for one model, its steps and its shift.
+Source: MagCache (arXiv 2506.09045), section 3.3; the two rules are those of its code for Wan2.2. Torch-free.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from typing import Any, Protocol
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert, MagCacheRule
 
-Ratios = Sequence[tuple[float, float]]  # of each step and branch: the residual's norm over that of the step before
-Skips = tuple[bool, bool]  # of one step: the prompt's branch, the negative prompt's
+Ratios = Sequence[tuple[float, float]]  # [step][branch]: the residual's norm over that of the step before
+Skips = tuple[bool, bool]  # of one step: (the prompt's branch, the negative prompt's)
 
 
 @dataclass(frozen=True)
 class MagCacheSettings:
-    """When to stop skipping, and where not to begin."""
+    """Holds the limits that end a row of skips, and the share of calls that are always computed."""
 
     threshold: float  # of the accumulated error
     max_skips: int  # of one branch in a row
-    retention: float  # share of an expert's calls, the first ones, that are always computed
+    retention: float  # share of an expert's calls, from the first on, that are always computed
     rule: MagCacheRule = "low-noise-only"
 
 
@@ -44,23 +44,23 @@ def plan_skips(
     joint: bool = False,
     guided: Sequence[bool] | None = None,
 ) -> list[Skips]:
-    """Of each step, whether each branch is skipped: greedily, as long as the account of its error allows.
+    """Returns for each step whether each branch is skipped: greedily, while its accumulated error allows.
 
-    experts: at work in each step.
-    joint: both branches or none, where two halves of the ranks would else wait for each other.
-    guided: whether a step has a branch of the negative prompt; by default all do.
+    experts: the running expert of each step.
+    joint: both branches skip or neither does, because branches on different ranks would otherwise wait for each other.
+    guided: whether a step has the negative prompt's branch; by default all do.
     """
     may_skip = _allowed(experts, settings.retention, settings.rule)
-    computed = _Account(settings)
-    accounts = [computed, computed]
+    computed = _SkipRow(settings)
+    rows = [computed, computed]
     plan: list[Skips] = []
-    for step, of_step in enumerate(ratios):  # an expert's first is computed, so that no account outlives its expert
-        after = [account.after(ratio) for account, ratio in zip(accounts, of_step, strict=True)]
-        wishes = [may and account.is_sound for may, account in zip(may_skip[step], after, strict=True)]
+    for step, of_step in enumerate(ratios):  # an expert's first step is computed, so a row of skips ends there
+        after = [row.after(ratio) for row, ratio in zip(rows, of_step, strict=True)]
+        allowed = [may and row.is_within_limits for may, row in zip(may_skip[step], after, strict=True)]
         negative = guided is None or guided[step]
-        prompt = wishes[0] and (wishes[1] or not (joint and negative))
-        skips = (prompt, negative and (prompt if joint else wishes[1]))
-        accounts = [grown if skip else computed for grown, skip in zip(after, skips, strict=True)]
+        prompt = allowed[0] and (allowed[1] or not (joint and negative))
+        skips = (prompt, negative and (prompt if joint else allowed[1]))
+        rows = [longer if skip else computed for longer, skip in zip(after, skips, strict=True)]
         plan.append(skips)
     return plan
 
@@ -75,11 +75,11 @@ def plan_best(
     joint: bool = False,
     guided: Sequence[bool] | None = None,
 ) -> list[Skips]:
-    """The plan that skips `skipped` calls with the least accumulated error, by dynamic programming.
+    """Returns the plan that skips `skipped` calls with the least accumulated error, by dynamic programming.
 
-    The error of a call is that of `plan_skips`, |1 - the product of the ratios since the residual was computed|, added
-    up over all calls. `settings.threshold` plays no part; the limits of skips in a row and of retention hold.
-    exactly: or else as many as can be up to that number, since branches that skip together do so by twos.
+    The error of a call is that of `plan_skips`: |1 - the product of the ratios since the residual was computed|. The
+    plan's error is their sum. The limits of skips in a row and of retention apply; `settings.threshold` does not.
+    exactly: if False, skips as many calls as possible up to that number, because joint skips come in pairs.
     Raises ConfigError if no plan skips that many.
     """
     may_skip = _allowed(experts, settings.retention, settings.rule)
@@ -96,10 +96,10 @@ def plan_best(
         limits = f"--magcache-rule {settings.rule}, --magcache-k {settings.max_skips}"
         raise ConfigError(
             f"at most {most} forwards can be skipped with {limits} and --retention-ratio {settings.retention:g}, not "
-            f"{skipped}: skip fewer, or widen those"
+            f"{skipped}: skip fewer, or relax those limits"
         )
     if exactly and skipped not in counts:
-        raise ConfigError(f"the branches skip together, so not {skipped} forwards: take {skipped - 1}")
+        raise ConfigError(f"the branches skip together, so the plan cannot skip {skipped} forwards: take {skipped - 1}")
     skipped = max(count for count in counts if count <= skipped)
     of_first = min((first[n][0] + second[skipped - n][0], n) for n in first if skipped - n in second)[1]
     ours = first[of_first][1]
@@ -108,7 +108,7 @@ def plan_best(
 
 
 def accumulated_error(ratios: Ratios, plan: Sequence[Skips]) -> float:
-    """What the ratios foretell of a plan: the errors of its skipped calls, added up."""
+    """Returns the error that the ratios predict for a plan: the sum of the errors of its skipped calls."""
     total = 0.0
     for branch in (0, 1):
         product = 1.0
@@ -118,14 +118,14 @@ def accumulated_error(ratios: Ratios, plan: Sequence[Skips]) -> float:
     return total
 
 
-_Call = tuple[tuple[float, ...], int]  # a step of one account: its ratios, and calls that a skip saves; 0: no skip
+_Call = tuple[tuple[float, ...], int]  # a step: its ratios, and the calls that a skip saves (0: no skip is allowed)
 _State = tuple[float, tuple[int, ...], tuple[float, ...]]  # error, steps skipped, products of the ratios in this row
 
 
 def _cheapest(line: Sequence[_Call], max_skips: int) -> dict[int, tuple[float, tuple[int, ...]]]:
-    """For each number of calls that can be skipped the least error, and at which steps.
+    """Returns {number of calls skipped: (the least error, the skipped steps)}.
 
-    What a skip costs depends on how many came before it in a row, so that is what a state is, beside the calls so far.
+    The cost of a skip depends on the skips before it in the row, so a state's key is (calls, skips in the row).
     """
     ones = (1.0,) * len(line[0][0])
     states: dict[tuple[int, int], _State] = {(0, 0): (0.0, (), ones)}  # by (calls skipped, skips in a row)
@@ -137,13 +137,13 @@ def _cheapest(line: Sequence[_Call], max_skips: int) -> dict[int, tuple[float, t
                 grown = tuple(product * ratio for product, ratio in zip(products, ratios, strict=True))
                 cost = sum(abs(1 - product) for product in grown[:calls])
                 reached.append(((skipped + calls, row + 1), (error + cost, (*steps, step), grown)))
-        states = dict(sorted(reached, reverse=True))  # of a key the last one stays: the cheapest
+        states = dict(sorted(reached, reverse=True))  # the last entry of a key stays: the cheapest
     ends = [(skipped, (error, steps)) for (skipped, _), (error, steps, _) in states.items()]
     return dict(sorted(ends, reverse=True))
 
 
 def _allowed(experts: Sequence[Expert], retention: float, rule: MagCacheRule) -> list[Skips]:
-    """Of each step and branch, whether a skip may be thought of: not an expert's first, nor what is retained."""
+    """Returns for each step and branch whether it may be skipped: not an expert's first, nor a retained one."""
     high = sum(expert == "high_noise" for expert in experts)
     return [
         (False, False)
@@ -157,7 +157,7 @@ def _allowed(experts: Sequence[Expert], retention: float, rule: MagCacheRule) ->
 
 
 def _is_retained(call: int, high_calls: int, calls: int, retention: float, rule: MagCacheRule) -> bool:
-    """Whether a call, counted over both branches, is among the first ones that are always computed."""
+    """Returns whether a call, counted over both branches, is among the first ones, which are always computed."""
     low_calls = calls - high_calls
     if rule == "low-noise-only":
         return call < int(high_calls + low_calls * retention)
@@ -165,38 +165,39 @@ def _is_retained(call: int, high_calls: int, calls: int, retention: float, rule:
 
 
 @dataclass(frozen=True)
-class _Account:
-    """What a branch's skips in a row came to."""
+class _SkipRow:
+    """Holds a branch's skips in a row and their accumulated error."""
 
     settings: MagCacheSettings
     product: float = 1.0  # of the ratios since the residual was computed
     error: float = 0.0
     skips: int = 0
 
-    def after(self, ratio: float) -> _Account:
-        """If this step is skipped too."""
+    def after(self, ratio: float) -> _SkipRow:
+        """Returns the row if this step is skipped too."""
         product = self.product * ratio
-        return _Account(self.settings, product, self.error + abs(1 - product), self.skips + 1)
+        return _SkipRow(self.settings, product, self.error + abs(1 - product), self.skips + 1)
 
     @property
-    def is_sound(self) -> bool:
+    def is_within_limits(self) -> bool:
         return self.error < self.settings.threshold and self.skips <= self.settings.max_skips
 
 
 def resample(
     ratios: Ratios, of: Sequence[tuple[Expert, int]], to: Sequence[tuple[Expert, int]]
 ) -> list[tuple[float, float]]:
-    """The ratios for other steps, each (expert at work, timestep); within each expert, never across.
+    """Returns the ratios for the steps `to`, interpolated within each expert, never across experts.
 
-    What is interpolated is the logarithm of the residual's norm over the timestep, linearly, and beyond either end by
-    the slope there: steps twice as long have the ratios of two.
+    `of`, `to`: (running expert, timestep) of each known step and of each wanted step. The logarithm of the residual's
+    norm is interpolated linearly over the timestep, and extrapolated by the slope at either end. So a step twice as
+    long has the product of two ratios. Raises ConfigError for an expert with one known step.
     """
     if list(of) == list(to):
         return list(ratios)
     result: list[tuple[float, float]] = []
     for expert in dict.fromkeys(expert for expert, _ in to):
-        known = [index for index, (at_work, _) in enumerate(of) if at_work == expert]
-        timesteps = [timestep for at_work, timestep in to if at_work == expert]
+        known = [index for index, (running, _) in enumerate(of) if running == expert]
+        timesteps = [timestep for running, timestep in to if running == expert]
         by_branch = [
             _resampled([ratios[index][branch] for index in known], [of[index][1] for index in known], timesteps)
             for branch in (0, 1)
@@ -206,11 +207,11 @@ def resample(
 
 
 def _resampled(ratios: Sequence[float], of: Sequence[int], to: Sequence[int]) -> list[float]:
-    """One branch within one expert, whose first ratio plays no part. `of` and `to` fall."""
+    """Returns the ratios of one branch and one expert, whose first ratio is ignored; `of` and `to` decrease."""
     levels = dict(zip(of, itertools.accumulate(math.log(ratio) for ratio in [1.0, *ratios[1:]]), strict=True))
     points = sorted((-timestep, level) for timestep, level in levels.items())  # each timestep once
     if len(points) < 2:
-        raise ConfigError(f"the curve has {len(points)} steps of an expert, too few to bridge")
+        raise ConfigError(f"the curve has {len(points)} steps of an expert, too few to interpolate")
     at = [_on_line(points, -timestep) for timestep in to]
     return [1.0, *(math.exp(here - before) for before, here in itertools.pairwise(at))]
 
@@ -222,21 +223,23 @@ def _on_line(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 class StepCache(Protocol):
-    """What a loop asks before and after each call of an expert."""
+    """A loop calls these methods before and after each call of an expert."""
 
     def reuse(self, step: int, branch: Branch) -> Any | None:
-        """The residual that stands in for the blocks, or None: they run."""
+        """Returns the residual that replaces the blocks, or None if the blocks run."""
         ...
 
     def wants(self, step: int, branch: Branch) -> bool:
-        """Whether the residual of this computed call is wanted."""
+        """Returns whether the residual of this computed call is needed."""
         ...
 
-    def keep(self, step: int, branch: Branch, residual: Any) -> None: ...
+    def keep(self, step: int, branch: Branch, residual: Any) -> None:
+        """Holds the residual of this computed call for later steps."""
+        ...
 
 
 class ResidualCache:
-    """The residuals of one video, each kept as long as a later step of the plan uses it."""
+    """Holds the residuals of one video, each as long as a later step of the plan uses it."""
 
     def __init__(self, plan: Sequence[Skips]) -> None:
         self._plan = plan

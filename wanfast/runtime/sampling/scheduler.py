@@ -1,15 +1,15 @@
-"""Flow-matching solvers in closed form: noise levels, timesteps, and every step as weights of what is already known.
+"""This module gives flow-matching solvers in closed form: noise levels, timesteps, and steps as weighted sums.
 
-A flow model at noise level sigma sees x = (1 - sigma) x0 + sigma noise and predicts the velocity v = noise - x0, so
+A flow model at noise level sigma sees x = (1 - sigma) x0 + sigma noise and predicts the velocity v = noise - x0. So
 m = x - sigma v is its estimate of the clean x0. All solvers here are linear in x and in the m of the last steps, with
-weights that follow from the noise levels alone. So the weights of all steps are computed once, on the host, in float64,
-and a step is one sum; the loop never asks the device for a number.
+weights that depend only on the noise levels. So the host computes the weights of all steps once, in float64, and a step
+is one sum. The loop never reads a number from the device.
 
 With a = 1 - sigma and lambda = ln a - ln sigma, the first-order step from i to i+1 is
-(sigma'/sigma) x + (1 - sigma'/sigma) m, which is Euler; second order adds a multiple of the slope of m over lambda.
+(sigma'/sigma) x + (1 - sigma'/sigma) m, which is Euler. Second order adds a multiple of the slope of m over lambda.
 Torch-free: samples may be any arrays.
 Sources: DPM-Solver++ (arXiv 2211.01095) eq. 12; UniPC (arXiv 2302.04867) algorithms 5 and 7 with B(h) = e^h - 1;
-the grids and orders are those of Wan-Video/Wan2.2 (wan/utils/fm_solvers*.py): the model was tuned with them.
+the grids and orders are those of Wan-Video/Wan2.2 (wan/utils/fm_solvers*.py): the model was tuned with both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """x~_i = sample_prev x~_{i-1} + clean_prev m_{i-1} + clean_prev2 m_{i-2} + clean m_i."""
+    """Holds the weights of x~_i = sample_prev x~_{i-1} + clean_prev m_{i-1} + clean_prev2 m_{i-2} + clean m_i."""
 
     sample_prev: float
     clean_prev: float
@@ -37,7 +37,7 @@ class Correction:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step: x_{i+1} = sample x~_i + clean m_i + clean_prev m_{i-1}, after the correction of x_i to x~_i, if any."""
+    """Holds the weights of x_{i+1} = sample x~_i + clean m_i + clean_prev m_{i-1}; x~_i is x_i after any correction."""
 
     sigma: float
     timestep: int
@@ -48,7 +48,7 @@ class Step:
 
 
 def schedule(solver: Solver, num_steps: int, shift: float) -> tuple[Step, ...]:
-    """All steps of `solver`; the shift moves noise levels up: s -> shift s / (1 + (shift - 1) s), applied once."""
+    """Returns all steps of `solver`; the shift raises each noise level s once, to shift s / (1 + (shift - 1) s)."""
     sigmas, timesteps = _grid(solver, num_steps, shift)
     order = 1 if solver == "euler" else 2
     steps = []
@@ -66,7 +66,7 @@ def schedule(solver: Solver, num_steps: int, shift: float) -> tuple[Step, ...]:
 
 
 class Integrator:
-    """Carries one video's sample from noise to clean along a schedule, remembering the last clean estimates."""
+    """Carries one video's sample from noise to clean along a schedule, and holds the last clean estimates."""
 
     def __init__(self, steps: tuple[Step, ...]) -> None:
         self._steps = iter(steps)
@@ -75,7 +75,7 @@ class Integrator:
         self._clean_prev2: Any = None  # m_{i-2}
 
     def advance(self, sample: Any, velocity: Any) -> Any:
-        """The sample of the next noise level, from that of this one and the velocity there; both float32 arrays."""
+        """Returns the sample at the next noise level, from the sample and the velocity at this one, all in float32."""
         step = next(self._steps)
         clean = sample - step.sigma * velocity
         if (c := step.correction) is not None:
@@ -90,8 +90,8 @@ class Integrator:
 
 
 def _grid(solver: Solver, num_steps: int, shift: float) -> tuple[list[float], list[int]]:
-    """Noise levels of N+1 points (the last is 0), as float32 values, and the N integer timesteps, truncated."""
-    # UniPC's grid starts one training step below pure noise, at 0.999 as float32 has it; DPM++'s at pure noise.
+    """Returns the noise levels of N+1 points (the last is 0) as float32 values, and N timesteps cut off to integers."""
+    # DPM++'s grid starts at pure noise. The others start one training step below it, at the float32 value of 0.999.
     start = 1.0 if solver == "dpm++" else float(np.float32(0.999))
     levels = np.linspace(start, 0.0, num_steps + 1)[:-1]
     levels = shift * levels / (1 + (shift - 1) * levels)
@@ -100,7 +100,7 @@ def _grid(solver: Solver, num_steps: int, shift: float) -> tuple[list[float], li
 
 
 def _log_snr(sigma: float) -> float:
-    """lambda, half the log signal-to-noise ratio; infinite at either end."""
+    """Returns lambda, half the log signal-to-noise ratio, which is infinite at either end."""
     if sigma >= 1.0:
         return -math.inf
     return math.inf if sigma <= 0.0 else math.log1p(-sigma) - math.log(sigma)
@@ -116,7 +116,7 @@ def _prediction(sigmas: list[float], i: int, second_order: bool) -> dict[str, fl
 
 
 def _correction(sigmas: list[float], i: int) -> Correction:
-    """UniC after the step from i-1 to i, of the order that the prediction of that step had."""
+    """Returns UniC's correction after the step from i-1 to i, of the order of that step's prediction."""
     ratio = sigmas[i] / sigmas[i - 1]
     if i == 1:
         return Correction(sample_prev=ratio, clean_prev=0.5 * (1 - ratio), clean_prev2=0.0, clean=0.5 * (1 - ratio))
@@ -141,5 +141,5 @@ def expert_of(timestep: int, boundary: float) -> Expert:
 
 
 def is_high_noise(timestep: int, boundary: float) -> bool:
-    """Whether the high-noise expert takes this timestep: `boundary` is a share of the 1000 of training."""
+    """Returns whether the high-noise expert takes this timestep; `boundary` is a share of the 1000 training steps."""
     return timestep >= boundary * NUM_TRAIN_TIMESTEPS

@@ -1,13 +1,13 @@
-"""Weights in and out of safetensors (and the two public `.pth` files), through one strict key map.
+"""This module loads and saves weights as safetensors (and the two public `.pth` files), through one strict key map.
 
-A module is built on the meta device, where its parameters state names, shapes and dtypes but hold nothing; `load` fills
-it tensor by tensor: read (memory-mapped), move, cast, done. So an fp32 file becomes a bf16 model without a second copy.
-A rank group reads each byte about once: of a sharded parameter a rank reads its own rows, of one that all hold a part,
-and the parts are exchanged between the devices.
-Strict: a tensor that is missing, unexpected, misshapen or there twice is an error that names the tensor and the file.
+A module is built on the meta device, where its parameters state names, shapes and dtypes but hold no values. `load`
+fills it tensor by tensor: read (memory-mapped), move, cast. So an fp32 file becomes a bf16 model without a second copy.
+A rank group reads each byte about once. Of a sharded parameter a rank reads its own rows. Of a parameter that all ranks
+hold, each rank reads a part, and the devices exchange the parts.
+Strict: a missing, unexpected, misshapen or duplicate tensor is an error that names the tensor and the file.
 
 The key maps are tables of (their module path, our module path), read in either direction; `{i}` is any index. Our names
-are the original checkpoint's, but for the VAE, whose original names are positions in nested lists.
+are the original checkpoint's, except for the VAE, whose original names are positions in nested lists.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _Pairs = list[tuple[str, str]]
 
 RowsFn = Callable[[int, int], Tensor]  # first and end along dim 0
 
-_WORTH_SHARING = 1 << 20  # values: below, an exchange costs more than the reading
+_WORTH_SHARING = 1 << 20  # values: for fewer, an exchange costs more than reading
 
 
 def load(
@@ -52,10 +52,10 @@ def load(
     device: str | None = None,
     on_the_fly: bool = False,
 ) -> None:
-    """Fill the meta `module` from `files`, each tensor in the dtype that the module states; ready for inference.
+    """Fills the meta `module` from `files`, each tensor in the dtype that the module states, ready for inference.
 
-    All `ranks` call it, on their device or on the one named. `on_the_fly`: what the module holds quantized the files do
-    not, and it is quantized as it comes. Raises CorruptArtifactError.
+    All `ranks` call it, on their device or on `device`. `on_the_fly`: the files are not quantized, and the weights that
+    the module holds quantized are quantized after reading. Raises CorruptArtifactError.
     """
     wanted, quantizing = module.state_dict(), _schemes(module) if on_the_fly else {}
     places = ranks.together(lambda: _match(_without_scales(wanted, quantizing), files, component, layout))
@@ -66,7 +66,7 @@ def load(
         if name in quantizing:
             values, scale = quantize(read, quantizing[name])
             found[name], found[scale_of(name)] = part.whole(values, ranks), part.whole(scale, ranks)
-        else:  # cast where it is fast; a view would keep the file mapped
+        else:  # cast where it is fast; copy, because a view keeps the file mapped
             found[name] = part.whole(read.to(wanted[name].dtype, copy=read.device.type == "cpu"), ranks)
     module.load_state_dict(found, strict=True, assign=True)
     module.requires_grad_(False).eval()
@@ -75,7 +75,7 @@ def load(
 def stream(
     module: nn.Module, files: Sequence[Path], *, component: Component, layout: Layout
 ) -> Iterator[tuple[str, RowsFn]]:
-    """(name, what reads rows of it) of every tensor that the meta `module` wants. Raises CorruptArtifactError."""
+    """Yields (name, reader of its rows) for every tensor of the meta `module`. Raises CorruptArtifactError."""
     return _in_order_of_files(_match(module.state_dict(), files, component, layout))
 
 
@@ -91,25 +91,25 @@ def _rows(file: Path, reader: _Reader, key: str, first: int, end: int) -> Tensor
         return reader.rows(key, first, end)
     except (OSError, SafetensorError) as error:
         raise CorruptArtifactError(
-            f"{file}: {key!r} cannot be read ({error}): check the disk, or get it anew"
+            f"{file}: {key!r} cannot be read ({error}): check the disk, or get the file again"
         ) from None
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The rows of a parameter that this rank reads."""
+    """Describes the rows of a parameter that this rank reads."""
 
     wanted: Tensor
     rows: tuple[int, int]
     is_shared: bool  # every rank reads a part, and all hold the whole
 
     def whole(self, rows: Tensor, ranks: Ranks) -> Tensor:
-        """What this rank holds, of its rows."""
+        """Returns what this rank holds of the parameter, from the rows that it read."""
         return ranks.gather_rows(rows) if self.is_shared else from_own_rows(rows, self.wanted)
 
 
 def _own_part(wanted: Tensor, ranks: Ranks) -> _Part:
-    """Read by as few ranks as possible."""
+    """Returns the part that this rank reads, so that as few ranks as possible read the same bytes."""
     first, end = own_rows(wanted)
     if isinstance(wanted, DTensor) or wanted.numel() < _WORTH_SHARING or end % ranks.size:
         return _Part(wanted, (first, end), is_shared=False)
@@ -117,7 +117,7 @@ def _own_part(wanted: Tensor, ranks: Ranks) -> _Part:
 
 
 def _schemes(module: nn.Module) -> dict[str, Scheme]:
-    """{weight: scheme} of the linears that the module holds quantized."""
+    """Returns {weight: scheme} of the linears that the module holds quantized."""
     return {f"{name}.weight": m.scheme for name, m in module.named_modules() if isinstance(m, QuantizedLinear)}
 
 
@@ -129,7 +129,7 @@ def _without_scales(wanted: Mapping[str, Tensor], quantizing: Mapping[str, Schem
 def _match(
     wanted: Mapping[str, Tensor], files: Sequence[Path], component: Component, layout: Layout
 ) -> dict[Path, dict[str, str]]:
-    """{file: {our name: its key}} for every tensor of the module. Raises CorruptArtifactError; reads headers alone."""
+    """Returns {file: {our name: its key}} for every tensor, from headers only. Raises CorruptArtifactError."""
     places: dict[Path, dict[str, str]] = {}
     found: set[str] = set()
     for file in files:
@@ -141,7 +141,7 @@ def _match(
             if name not in wanted:
                 raise CorruptArtifactError(f"{file}: unexpected tensor {key!r}: not the weights of this model")
             if name in found:
-                raise CorruptArtifactError(f"{file}: tensor {key!r} is there twice; download the folder anew")
+                raise CorruptArtifactError(f"{file}: tensor {key!r} is present twice; download the folder again")
             if shape != list(wanted[name].shape):
                 shapes = f"{shape}, not {list(wanted[name].shape)}"
                 raise CorruptArtifactError(f"{file}: tensor {key!r} has the shape {shapes}: weights of another model")
@@ -150,14 +150,14 @@ def _match(
     if missing := sorted(wanted.keys() - found):
         where = files[0] if len(files) == 1 else files[0].parent
         key = rename_back(component, layout, missing[0])
-        raise CorruptArtifactError(f"{where}: missing tensor {key!r} ({len(missing)} in all); download it anew")
+        raise CorruptArtifactError(f"{where}: missing tensor {key!r} ({len(missing)} in all); download it again")
     return places
 
 
 def save(
     module: nn.Module, file: Path, *, component: Component, layout: Layout, dtype: torch.dtype | None = None
 ) -> None:
-    """Write the module under the names of `layout`, in `dtype` or each tensor's own; `.pth` or `.safetensors`."""
+    """Writes the module under the names of `layout`, in `dtype` or each tensor's own, as `.pth` or `.safetensors`."""
     tensors = {
         rename_back(component, layout, name): tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in module.state_dict().items()
@@ -167,11 +167,11 @@ def save(
         torch.save(tensors, file)
     else:
         save_file(tensors, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # it comes out readable by its owner alone
+        file.chmod(0o644)  # save_file makes it readable only by its owner
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:
-    """The shape of every tensor of one file, from its header."""
+    """Returns the shape of every tensor of one file, from its header."""
     if file.suffix == ".pth":
         return {key: list(tensor.shape) for key, tensor in _read_pth(file).items()}
     with _open(file) as handle:
@@ -183,12 +183,12 @@ _REMAP_BYTES = 1 << 30
 
 class _Reader(Protocol):
     def rows(self, key: str, first: int, end: int) -> Tensor:
-        """Rows first..end along dim 0 of a tensor, on the CPU; a scalar has none and comes whole."""
+        """Returns rows first..end along dim 0 of a tensor, on the CPU; a scalar has no rows and is returned whole."""
         ...
 
 
 class _SafetensorsReader:
-    """Memory-maps the file, and anew after each gigabyte: pages that were read stay resident while they are mapped."""
+    """Memory-maps the file, and maps it again after each gigabyte, because read pages stay resident while mapped."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -205,7 +205,7 @@ class _SafetensorsReader:
 
 
 class _PthReader:
-    """Likewise."""
+    """Reads a `.pth` file in the same way as _SafetensorsReader, with a new mapping after each gigabyte."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -225,28 +225,28 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise CorruptArtifactError(f"{file}: truncated or not safetensors; download it anew ({error})") from None
+        raise CorruptArtifactError(f"{file}: truncated or not safetensors; download it again ({error})") from None
 
 
 def _read_pth(file: Path) -> dict[str, Tensor]:
-    """A pickle, but only of tensors: nothing in it is run."""
+    """Reads a pickle of tensors only: nothing in the pickle is run."""
     try:
         state = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).split("\n", 1)[0]
         raise CorruptArtifactError(f"{file}: truncated, or not a file of plain tensors ({reason:.80})") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CorruptArtifactError(f"{file}: not a dictionary of tensors; download it anew")
+        raise CorruptArtifactError(f"{file}: not a dictionary of tensors; download it again")
     return state
 
 
 def rename(component: Component, layout: Layout, key: str) -> str:
-    """Our name for the tensor that `layout` calls `key`; a name that the map does not know stays as it is."""
+    """Returns our name for the tensor that `layout` calls `key`; a name that the map does not know stays as it is."""
     return _substitute(key, key_map(component, layout))
 
 
 def rename_back(component: Component, layout: Layout, name: str) -> str:
-    """The inverse of `rename`."""
+    """Returns the key in `layout` of our tensor `name`: the inverse of `rename`."""
     return _substitute(name, [(ours, theirs) for theirs, ours in key_map(component, layout)])
 
 
@@ -266,7 +266,7 @@ def _pattern(path: str) -> re.Pattern[str]:
 
 @cache
 def key_map(component: Component, layout: Layout) -> _Pairs:
-    """(their module path, our module path) for every path that differs."""
+    """Returns (their module path, our module path) for every path that differs."""
     tables: Mapping[tuple[Component, Layout], Callable[[], _Pairs]] = {
         ("dit", "diffusers"): _dit_diffusers,
         ("umt5", "diffusers"): _umt5_diffusers,
@@ -343,10 +343,10 @@ def _vae_diffusers() -> _Pairs:
             (f"{half}.mid_block.attentions.0", f"{half}.middle.1"),
             (f"{half}.mid_block.resnets.1", f"{half}.middle.2"),
         ]
-    for n in range(16):  # a level is three residual blocks and, but for the last, an upsampling
+    for n in range(16):  # a level is three residual blocks and, except in the last level, an upsampling
         level, j = divmod(n, 4)
         part = f"resnets.{j}" if j < 3 else "upsamplers.0"
         sequences.append((f"decoder.up_blocks.{level}.{part}", f"decoder.upsamples.{n}"))
     parts = [("conv_shortcut", "shortcut"), ("resample.1", "resample")]
-    # the longer path first: `_substitute` takes the first that matches
+    # longer paths come first, because `_substitute` takes the first match
     return [(f"{theirs}.{t}", f"{ours}.{o}") for theirs, ours in sequences for t, o in parts] + sequences

@@ -1,11 +1,12 @@
-"""Where the two experts are kept: both on the device, but for weights that make room for the VAE, or one there and both
-in pinned host memory.
+"""This module places the two experts: both on the device, or one on the device and both in pinned host memory.
 
-Only one expert works at a time, and the switch comes once a video, so the idle one need not be on the GPU. The experts
-have the same shapes: the device keeps ONE set of parameters, and while the last high-noise forward runs, each block's
-weights are overwritten by the other expert's as soon as the block is done. The copy (28.6 GB in bf16, about a second)
-hides behind that forward and takes no memory of its own.
-Cost: both experts in pinned host memory, 58 GB and up to a tenth more; one copy before a video's first step.
+If both are on the device, they evict weights while the VAE needs the memory. The other way is to offload. Only one
+expert works at a time, and the switch comes once a video, so the idle one need not be on the GPU. The experts have the
+same shapes, so the device holds ONE set of parameters. While the last high-noise forward runs, each block's weights are
+overwritten by the other expert's as soon as the block is done. The copy (28.6 GB in bf16, about a second) runs during
+that forward and takes no memory of its own.
+Cost of offloading: both experts in pinned host memory, 58 GB and up to a tenth more; one copy before a video's first
+step.
 """
 
 from __future__ import annotations
@@ -29,40 +30,40 @@ _SLAB_BYTES, _ALIGNMENT = 1 << 30, 256
 
 
 class Experts(Protocol):
-    """What the pipeline asks for."""
+    """The pipeline uses the experts through these methods."""
 
     def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
-        """The expert, ready, and what its forward must tell of each block.
+        """Returns the expert, ready to run, and a function that its forward must call with the index of each block.
 
-        `then`: this forward is the last to run the expert's blocks before that one is taken.
-        `blocks`: whether this forward runs them, and not only what stands around them.
+        `then`: the expert that is taken next, if this forward is the last to run this expert's blocks.
+        `blocks`: whether this forward runs the blocks, and not only the layers around them.
         """
         ...
 
     def leave(self) -> None:
-        """No expert is needed for now: the decoder wants the memory."""
+        """Releases the experts for now, because the decoder needs the memory."""
         ...
 
     def evict(self, size: int) -> bool:
-        """Give back about `size` bytes of the device's, or what can be, since no expert works; False if nothing is."""
+        """Evicts about `size` bytes, or as many as possible, while no expert works; returns False if none."""
         ...
 
 
 class ResidentExperts:
-    """Both on the device; where too little is left for the VAE, as many weights as it takes wait in pinned host memory.
+    """Holds both experts on the device, and evicts as many weights to pinned host memory as the VAE needs.
 
-    What was copied there stays, since weights do not change: the next time the device's copy need only be let go of.
-    `may_move`: not where ranks replay CUDA graphs of one exchange, which one of them alone would have to record anew.
+    The host copies stay, because weights do not change: later evictions only free the GPU copy.
+    `may_move`: False if ranks replay captured graphs of one exchange, because only the evicting rank would recapture.
     """
 
     def __init__(self, experts: dict[Expert, WanDiT], device: str, *, may_move: bool = True) -> None:
         self._experts, self._device, self._may_move = experts, device, may_move
         self._host: dict[nn.Parameter, Tensor] = {}
-        self._away: set[nn.Parameter] = set()  # of those
+        self._evicted: set[nn.Parameter] = set()  # the keys of _host that are not on the device
 
     def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
         model = self._experts[expert]
-        if self._away and (returning := self._away.intersection(model.parameters())):
+        if self._evicted and (returning := self._evicted.intersection(model.parameters())):
             free_memory(self._device)
             self._fetch(returning)
         return model, lambda index: None
@@ -71,46 +72,49 @@ class ResidentExperts:
         pass
 
     def evict(self, size: int) -> bool:
-        moved = self._let_go(self._needed_last(size)) if self._may_move else 0
+        moved = self._move_to_host(self._needed_last(size)) if self._may_move else 0
         free_memory(self._device)
         return moved > 0
 
     def _needed_last(self, size: int) -> list[nn.Parameter]:
-        """Of those that are here, `size` bytes of them, if the host has room for what it does not hold yet."""
+        """Returns the last-needed parameters on the device, about `size` bytes, for which the host has memory."""
         chosen, host_bytes = [], available_host_bytes() - _SLAB_BYTES
         for parameter in reversed([parameter for model in self._experts.values() for parameter in model.parameters()]):
             if size <= 0:
                 break
             new = 0 if parameter in self._host else parameter.nbytes
-            if parameter in self._away or isinstance(parameter, DTensor) or new > max(0, host_bytes):
+            if parameter in self._evicted or isinstance(parameter, DTensor) or new > max(0, host_bytes):
                 continue
             host_bytes -= new
             size -= parameter.nbytes
             chosen.append(parameter)
         return chosen
 
-    @torch.inference_mode(False)  # tensors born in it are others to the compiler, which would compile anew
+    @torch.inference_mode(False)  # the compiler would recompile for inference tensors
     def _fetch(self, parameters: set[nn.Parameter]) -> None:
         for parameter in parameters:
             parameter.data = self._host[parameter].to(self._device, non_blocking=True, copy=True)
-        self._away -= parameters
+        self._evicted -= parameters
 
     @torch.inference_mode(False)
-    def _let_go(self, parameters: list[nn.Parameter]) -> int:
-        """The number of them that are in host memory now."""
+    def _move_to_host(self, parameters: list[nn.Parameter]) -> int:
+        """Evicts the parameters, and returns how many of them are in host memory now."""
         new = [parameter for parameter in parameters if parameter not in self._host]
         for parameter in self._host.keys() & set(parameters):
             _empty(parameter, self._device)
-            self._away.add(parameter)
-        with suppress(RuntimeError):  # of pinning: a host may have less than it tells, as in a container
+            self._evicted.add(parameter)
+        with suppress(RuntimeError):  # if pinning fails: a host may have less memory than it reports, as in a container
             for parameter, copy in zip(new, _to_host(new, self._device), strict=True):
                 self._host[parameter] = copy
-                self._away.add(parameter)
-        return len(self._away.intersection(parameters))
+                self._evicted.add(parameter)
+        return len(self._evicted.intersection(parameters))
 
 
 class OffloadedExperts:
-    """One on the device. `hosted`: both, filled on the CPU; the first of them becomes the one that moves."""
+    """Holds one expert on the device and both in host memory.
+
+    `hosted`: both experts, filled on the CPU; the first one's module then runs on the device for both.
+    """
 
     def __init__(self, hosted: dict[Expert, WanDiT], device: str) -> None:
         self._device = device
@@ -121,13 +125,13 @@ class OffloadedExperts:
         }
         self._model = next(iter(hosted.values()))
         self._parameters = dict(self._model.named_parameters())
-        self._resident: Expert | None = None  # whose weights are on the device
-        self._arriving: Expert | None = None  # whose blocks are taking their place
+        self._resident: Expert | None = None  # its weights are on the device
+        self._arriving: Expert | None = None  # its blocks are overwriting the resident ones
         self.leave()
 
     def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
         if not blocks and self._resident == expert:
-            return self._model, lambda index: None  # its blocks may be making way; what stands around them stays
+            return self._model, lambda index: None  # its blocks may be overwritten; the layers around them are not
         if self._arriving == expert:
             self._overwrite(expert, lambda name: not name.startswith("blocks."))
         elif self._resident != expert or self._arriving is not None:
@@ -139,12 +143,12 @@ class OffloadedExperts:
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
-        def hand_over(index: int) -> None:
+        def overwrite_block(index: int) -> None:
             if then is not None:
                 self._arriving = then
                 self._overwrite(then, lambda name: name.startswith(f"blocks.{index}."))
 
-        return self._model, hand_over
+        return self._model, overwrite_block
 
     def leave(self) -> None:
         for parameter in self._parameters.values():
@@ -152,22 +156,22 @@ class OffloadedExperts:
         self._resident = self._arriving = None
 
     def evict(self, size: int) -> bool:
-        return False  # none is on the device but while one works
+        return False  # the device holds an expert only while it works
 
     def _overwrite(self, expert: Expert, chosen: Callable[[str], bool]) -> None:
-        """Queue the copy of the chosen parameters behind all work that is queued so far."""
+        """Queues the copy of the chosen parameters behind all work that is queued so far."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):  # of None: does nothing
+        with torch.cuda.stream(self._stream):  # does nothing for None
             for name, parameter in self._parameters.items():
                 if chosen(name):
                     parameter.data.copy_(self._host[expert][name], non_blocking=True)
 
 
 def _to_host(parameters: list[nn.Parameter], device: str) -> Iterator[Tensor]:
-    """Their values in host memory, one by one as each is emptied, so that there is never a second set.
+    """Yields the parameters' values in host memory and empties each parameter, so that no second set exists.
 
-    Pinned in slabs: torch rounds each pinned tensor up to a power of two, which would take half as much again.
+    The memory is pinned in slabs, because torch rounds each pinned tensor up to a power of two, which takes 50 % more.
     """
     left, slab, used = sum(map(_aligned, parameters)), torch.empty(0, dtype=torch.uint8), 0
     for parameter in parameters:

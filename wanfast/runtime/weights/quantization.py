@@ -1,8 +1,8 @@
-"""How linears are quantized, and a model given quantized ones; `quantized_artifacts` says which they are.
+"""This module quantizes linears and gives a model quantized ones; `quantized_artifacts` lists the linears.
 
-torchao works out the values; what it leaves, 8-bit values and a scale a row, is kept as
-plain tensors and run by `models.quantized`, whose products compile in seconds and shard into one graph (LOG.md holds
-torchao's own against it). Rows are independent of each other, so that a weight can be quantized a few rows at a time.
+torchao computes 8-bit values and one scale a row. Both are plain tensors, which `models.quantized` runs: its products
+compile in seconds and shard into one graph (LOG.md compares them with torchao's own). Rows are independent of each
+other, so a weight can be quantized a few rows at a time.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from wanfast.runtime.store.quantized import QUANTIZED, require_torchao
 
 
 def is_quantized(name: str) -> bool:
-    """Whether a parameter of an expert is the weight of a linear that schemes quantize."""
+    """Returns whether a parameter of an expert is the weight of a linear that schemes quantize."""
     block, _, rest = name.removeprefix("blocks.").partition(".")
     return name.startswith("blocks.") and block.isdigit() and rest.removesuffix(".weight") in QUANTIZED
 
 
 def quantize_linears(model: WanDiT, scheme: Scheme, dtype: torch.dtype) -> None:
-    """Give a model on the meta device the quantized linears of a scheme of 8 bits."""
+    """Replaces the linears of a model on the meta device with the quantized linears of an 8-bit scheme."""
     for name, linear in list(_linears(model)):
         owner, _, last = name.rpartition(".")
         n, k = linear.weight.shape
@@ -37,7 +37,7 @@ def quantize_linears(model: WanDiT, scheme: Scheme, dtype: torch.dtype) -> None:
     weight_dtype, reads_8_bits = PRODUCTS[scheme]
     if reads_8_bits:
         for block in model.blocks:
-            cast("Block", block).dtype = weight_dtype  # its norms quantize for the products after them
+            cast("Block", block).dtype = weight_dtype  # its norms quantize for the products that follow
 
 
 def _linears(model: WanDiT) -> Iterator[tuple[str, Linear]]:
@@ -47,7 +47,10 @@ def _linears(model: WanDiT) -> Iterator[tuple[str, Linear]]:
 
 
 def quantize(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """(8-bit values [n, K], scale [n] float32) of some rows of a weight, on their device. Raises ConfigError."""
+    """Returns (8-bit values [n, K], float32 scale [n]) of some rows of a weight, on their device.
+
+    Raises ConfigError if torchao is not installed.
+    """
     linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(rows.float(), requires_grad=False)
     _torchao().quantize_(linear, _config(scheme))
@@ -57,14 +60,14 @@ def quantize(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def scale_of(weight: str) -> str:
-    """The name of a quantized weight's scales."""
+    """Returns the name of a quantized weight's scales."""
     return f"{weight.removesuffix('weight')}scale"
 
 
 def _torchao() -> Any:
     require_torchao("quantizing")
-    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # its own kernels, which nothing here calls
-    logging.disable(logging.WARNING)  # it warns of that, and of its own registrations
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # torchao's own kernels, which nothing here calls
+    logging.disable(logging.WARNING)  # torchao warns about that, and about its own registrations
     try:
         import torchao.quantization
     finally:
@@ -73,7 +76,7 @@ def _torchao() -> Any:
 
 
 def _config(scheme: Scheme) -> Any:
-    """torchao's own of the scheme. Of the weights alone: how tokens are quantized is `models.quantized`'s to know."""
+    """Returns torchao's configuration of the scheme, for weights only: `models.quantized` quantizes the tokens."""
     if scheme == "fp8-rowwise":
         return _torchao().Float8WeightOnlyConfig(set_inductor_config=False)
     return _torchao().Int8WeightOnlyConfig(set_inductor_config=False)
