@@ -44,7 +44,7 @@ from wanfast.runtime.facts.model_spec import A14B, DiTSpec
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.models.attention import WholeSequence, attention_by
 from wanfast.runtime.models.dit import Stream, TextKV, WanDiT
-from wanfast.runtime.weights.checkpoint import rename_back
+from wanfast.runtime.weights.key_maps import rename_back
 
 if TYPE_CHECKING:  # --diffusers none and --ranks run without diffusers
     from diffusers import WanTransformer3DModel

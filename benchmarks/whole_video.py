@@ -45,7 +45,7 @@ from wanfast.runtime.store import model_files
 from wanfast.runtime.store.model_files import TINY
 from wanfast.runtime.weights import checkpoint
 from wanfast.runtime.weights.builders import build_vae
-from wanfast.runtime.weights.checkpoint import Component
+from wanfast.runtime.weights.key_maps import Component, rename_back
 
 FIGURES = ("seconds", "first_step_s", "compiled_anew", "peak_memory_bytes", "loading", "hardware")
 PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/cat.jpg"
@@ -91,7 +91,7 @@ def write_model(folder: Path, layers: int) -> None:
 def _write_holes(file: Path, component: Component, model: nn.Module) -> None:
     file.parent.mkdir(parents=True)
     state = model.state_dict().items()
-    shapes = {checkpoint.rename_back(component, "diffusers", name): tensor.shape for name, tensor in state}
+    shapes = {rename_back(component, "diffusers", name): tensor.shape for name, tensor in state}
     with file.open("wb") as stream:
         sparse_model.write_holes(stream, shapes)
 

@@ -15,7 +15,7 @@ from wanfast.runtime.facts.model_spec import DiTSpec, UMT5Spec, VAESpec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
-from wanfast.runtime.weights import checkpoint
+from wanfast.runtime.weights import checkpoint, key_maps
 
 SPEC = UMT5Spec(vocab_size=20, dim=16, attention_dim=8, ffn_dim=24, num_heads=2, num_layers=2)
 
@@ -158,9 +158,9 @@ def test_pth_is_read_without_running_it(tmp_path: Path) -> None:
 def test_key_maps_are_one_to_one(component, network, layout) -> None:
     with torch.device("meta"):
         names = list(network().state_dict())
-    theirs = [checkpoint.rename_back(component, layout, name) for name in names]
+    theirs = [key_maps.rename_back(component, layout, name) for name in names]
     assert len(set(theirs)) == len(names)
-    assert [checkpoint.rename(component, layout, key) for key in theirs] == names
+    assert [key_maps.rename(component, layout, key) for key in theirs] == names
 
 
 def test_true_sizes_are_the_published_ones() -> None:

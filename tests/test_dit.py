@@ -11,7 +11,7 @@ from tests.parity import randomise, relative_error
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.dit import Stream, TextKV, WanDiT, sinusoid
 from wanfast.runtime.models.rope import rotary_tables
-from wanfast.runtime.weights.checkpoint import rename
+from wanfast.runtime.weights.key_maps import rename
 
 SPECS = {
     "tiny": DiTSpec(dim=96, ffn_dim=160, num_heads=4, num_layers=3, freq_dim=32, text_dim=24, text_len=16),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wanfast.runtime.facts.model_spec import UMT5Spec
 from wanfast.runtime.models.umt5 import UMT5Encoder, relative_position_buckets
-from wanfast.runtime.weights.checkpoint import rename
+from wanfast.runtime.weights.key_maps import rename
 
 # dim differs from the attention width, so that a mix-up of the two fails.
 TINY = UMT5Spec(vocab_size=200, dim=48, attention_dim=64, ffn_dim=80, num_heads=4, num_layers=3)

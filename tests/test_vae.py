@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wanfast.runtime.facts.model_spec import VAESpec
 from wanfast.runtime.models.vae import Past, WanVAE
-from wanfast.runtime.weights.checkpoint import rename
+from wanfast.runtime.weights.key_maps import rename
 
 SPEC = VAESpec(base_dim=8)
 # frames, height, width: 1 to 5 latent frames, square and not

@@ -7,12 +7,11 @@ original layout's names, the error of every tensor (`errors.json`, `errors.png`)
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from packaging.version import Version
 
 from wanfast.runtime.config import ModelsConfig
 from wanfast.runtime.errors import ConfigError, MissingArtifactError
@@ -64,7 +63,7 @@ class QuantizedExpert:
         Raises CorruptArtifactError.
         """
         installed = torchao_version() if in_8_bits(self.scheme) else None
-        made_by = installed or max(self._versions(), default=None, key=Version)
+        made_by = installed or max(self._versions(), default=None, key=_release)
         if made_by is None and in_8_bits(self.scheme):
             return None
         return self.store.find(KIND, self.inputs(made_by), verify=verify)
@@ -73,7 +72,7 @@ class QuantizedExpert:
         """Returns the artifact's folder; raises MissingArtifactError with the command that makes it, if missing."""
         folder = self.find(verify=verify)
         if folder is None:
-            others = ", ".join(sorted(self._versions(), key=Version))
+            others = ", ".join(sorted(self._versions(), key=_release))
             by_other = f" (only with torchao {others}, but {torchao_version()} is installed)" if others else ""
             raise MissingArtifactError(
                 f"{self.expert} is not quantized with {self.scheme} yet{by_other}: run `{self.fix}`"
@@ -95,12 +94,21 @@ class QuantizedExpert:
         for manifest in (self.store.root / KIND).glob(f"*/{MANIFEST}"):
             try:
                 inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]
-                Version(inputs["torchao"])  # raises if it cannot be compared
+                _release(inputs["torchao"])  # raises if it is no version
             except (ValueError, KeyError, TypeError):
                 continue  # skipped here: `find` checks what it opens
             if inputs == self.inputs(inputs["torchao"]):
                 found.add(inputs["torchao"])
         return found
+
+
+def _release(version: str) -> tuple[int, int, int, bool, str]:
+    """Returns a key that sorts versions: 0.9.0, 0.18.0.dev1, 0.18.0. Raises ValueError for another text."""
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)(.*)", version)
+    if match is None:
+        raise ValueError(version)
+    major, minor, patch, suffix = match.groups()
+    return int(major), int(minor), int(patch), not suffix, suffix
 
 
 def quantized_expert(files: ModelFiles, models: ModelsConfig, expert: Expert) -> QuantizedExpert | None:

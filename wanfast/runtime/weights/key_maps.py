@@ -1,0 +1,128 @@
+"""Maps the tensor names of the two public layouts to ours, by one strict table a model and layout.
+
+A table is a list of (their module path, our module path), and can be read in either direction; `{i}` is any index. Our
+names are the original checkpoint's, except the VAE's, whose original names are positions in nested lists.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Literal
+
+Component = Literal["dit", "vae", "umt5"]
+Layout = Literal["original", "diffusers"]
+_Pairs = list[tuple[str, str]]
+
+
+def rename(component: Component, layout: Layout, key: str) -> str:
+    """Returns our name for the tensor that `layout` calls `key`; a name that the map does not know stays as it is."""
+    return _substitute(key, key_map(component, layout))
+
+
+def rename_back(component: Component, layout: Layout, name: str) -> str:
+    """Returns the key in `layout` of our tensor `name`: the inverse of `rename`."""
+    return _substitute(name, [(ours, theirs) for theirs, ours in key_map(component, layout)])
+
+
+def _substitute(key: str, pairs: _Pairs) -> str:
+    for source, target in pairs:
+        if match := _pattern(source).match(key):
+            head, *rest = target.split("{i}")
+            indexed = head + "".join(index + part for index, part in zip(match.groups(), rest, strict=True))
+            return indexed + key[match.end() :]
+    return key
+
+
+@cache
+def _pattern(path: str) -> re.Pattern[str]:
+    return re.compile(re.escape(path).replace(r"\{i\}", r"(\d+)") + r"(?=\.|$)")
+
+
+@cache
+def key_map(component: Component, layout: Layout) -> _Pairs:
+    """Returns (their module path, our module path) for every path that differs."""
+    tables: Mapping[tuple[Component, Layout], Callable[[], _Pairs]] = {
+        ("dit", "diffusers"): _dit_diffusers,
+        ("umt5", "diffusers"): _umt5_diffusers,
+        ("vae", "original"): _vae_original,
+        ("vae", "diffusers"): _vae_diffusers,
+    }
+    return tables.get((component, layout), list)()
+
+
+def _dit_diffusers() -> _Pairs:
+    attentions = [
+        (f"blocks.{{i}}.{theirs}.{their_part}", f"blocks.{{i}}.{ours}.{our_part}")
+        for theirs, ours in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for their_part, our_part in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
+    ] + [
+        (f"blocks.{{i}}.{theirs}.{norm}", f"blocks.{{i}}.{ours}.{norm}")
+        for theirs, ours in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for norm in ("norm_q", "norm_k")
+    ]
+    return [
+        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+        ("condition_embedder.time_proj", "time_projection.1"),
+        ("proj_out", "head.head"),
+        ("scale_shift_table", "head.modulation"),
+        ("blocks.{i}.scale_shift_table", "blocks.{i}.modulation"),
+        ("blocks.{i}.norm2", "blocks.{i}.norm3"),  # the norm before cross-attention: the only one with weights
+        ("blocks.{i}.ffn.net.0.proj", "blocks.{i}.ffn.0"),
+        ("blocks.{i}.ffn.net.2", "blocks.{i}.ffn.2"),
+        *attentions,
+    ]
+
+
+def _umt5_diffusers() -> _Pairs:
+    attention, feed_forward = "encoder.block.{i}.layer.0", "encoder.block.{i}.layer.1"
+    return [
+        ("shared", "token_embedding"),
+        ("encoder.final_layer_norm", "norm"),
+        (f"{attention}.layer_norm", "blocks.{i}.norm1"),
+        *((f"{attention}.SelfAttention.{part}", f"blocks.{{i}}.attn.{part}") for part in "qkvo"),
+        (f"{attention}.SelfAttention.relative_attention_bias", "blocks.{i}.pos_embedding.embedding"),
+        (f"{feed_forward}.layer_norm", "blocks.{i}.norm2"),
+        (f"{feed_forward}.DenseReluDense.wi_0", "blocks.{i}.ffn.gate.0"),
+        (f"{feed_forward}.DenseReluDense.wi_1", "blocks.{i}.ffn.fc1"),
+        (f"{feed_forward}.DenseReluDense.wo", "blocks.{i}.ffn.fc2"),
+    ]
+
+
+_VAE_SEQUENCES = ("encoder.downsamples.{i}", "encoder.middle.{i}", "decoder.middle.{i}", "decoder.upsamples.{i}")
+
+
+def _vae_original() -> _Pairs:
+    residual = (("residual.0", "norm1"), ("residual.2", "conv1"), ("residual.3", "norm2"), ("residual.6", "conv2"))
+    return [
+        ("conv1", "quant_conv"),
+        ("conv2", "post_quant_conv"),
+        *(
+            (f"{half}.{theirs}", f"{half}.{ours}")
+            for half in ("encoder", "decoder")
+            for theirs, ours in (("conv1", "conv_in"), ("head.0", "norm_out"), ("head.2", "conv_out"))
+        ),
+        *((f"{block}.{theirs}", f"{block}.{ours}") for block in _VAE_SEQUENCES for theirs, ours in residual),
+        *((f"{block}.resample.1", f"{block}.resample") for block in (_VAE_SEQUENCES[0], _VAE_SEQUENCES[3])),
+    ]
+
+
+def _vae_diffusers() -> _Pairs:
+    sequences = [("encoder.down_blocks.{i}", "encoder.downsamples.{i}")]
+    for half in ("encoder", "decoder"):
+        sequences += [
+            (f"{half}.mid_block.resnets.0", f"{half}.middle.0"),
+            (f"{half}.mid_block.attentions.0", f"{half}.middle.1"),
+            (f"{half}.mid_block.resnets.1", f"{half}.middle.2"),
+        ]
+    for n in range(16):  # a level is three residual blocks and, except in the last level, an upsampling
+        level, j = divmod(n, 4)
+        part = f"resnets.{j}" if j < 3 else "upsamplers.0"
+        sequences.append((f"decoder.up_blocks.{level}.{part}", f"decoder.upsamples.{n}"))
+    parts = [("conv_shortcut", "shortcut"), ("resample.1", "resample")]
+    # longer paths come first, because `_substitute` takes the first match
+    return [(f"{theirs}.{t}", f"{ours}.{o}") for theirs, ours in sequences for t, o in parts] + sequences
