@@ -393,7 +393,7 @@ def test_an_interrupted_download_stops_at_once(workdir: Path, hub: Hub, number: 
     hub.files[ORIGINAL][BIG] = bytes(200 * 2**20)
     process = subprocess.Popen(
         [sys.executable, "-m", "wanfast", "download"],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -27,7 +27,7 @@ from wanfast.runtime.facts.model_spec import A14B, DiTSpec
 from wanfast.runtime.store import model_files
 from wanfast.runtime.weights import builders, checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRUE_SIZES = dataclasses.replace(A14B.dit, num_layers=12)
 SMALL = DiTSpec(dim=1280, ffn_dim=2048, freq_dim=256, num_heads=10, num_layers=2, text_dim=1024)
 

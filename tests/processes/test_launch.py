@@ -24,7 +24,7 @@ import pytest
 from tests.configs import effective_config
 from wanfast.runtime.processes import launch
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[2]
 TINY = ("--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--device", "cpu", "--precision", "fp32")
 SMALL = (*TINY, "--seed", "1", "--size", "64x64", "--frames", "5")
 ENDLESS = (*SMALL, "--steps", "1000")  # no test waits for its end

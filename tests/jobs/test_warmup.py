@@ -34,7 +34,7 @@ from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 
 Wanfast = Callable[..., Outcome]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHAPE = ("--model", "tiny", "--device", "cpu", "--size", "64x64", "--frames", "5", "--image", "cat.png")
 GENERATE = ("generate", *SHAPE, "--prompt", "a cat", "--seed", "1", "--steps", "2", "--compile", "--json")
 TWO = ("--num-gpus", "2", "--ulysses", "2", "--cfg-parallel", "1")

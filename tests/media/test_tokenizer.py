@@ -15,7 +15,7 @@ from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.model_spec import DEFAULT_NEGATIVE_PROMPT
 from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt, clean_prompt
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ROOT / "wanfast/assets/tiny/tokenizer/tokenizer.json"
 MAX_TOKENS = 32
 PAD, END, UNK = 0, 1, 2

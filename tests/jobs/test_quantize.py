@@ -29,7 +29,7 @@ from wanfast.runtime.store.quantized import QuantizedExpert
 from wanfast.runtime.weights import checkpoint
 
 Wanfast = Callable[..., Outcome]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ("--model", "tiny", "--device", "cpu")
 SCHEME = ("--scheme", "int8-dynamic")
 SMALL = ("--image", "cat.png", "--prompt", "a cat", "--seed", "1", "--size", "64x64", "--frames", "5", "--steps", "2")
