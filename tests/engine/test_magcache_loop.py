@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.engine.test_rank_groups import MESHES, final_latents, shown, with_options
 from tests.on_ranks import on_ranks
 from tests.parity import relative_error
 from tests.small_model import blank_inputs, plan_small_model
-from tests.engine.test_rank_groups import MESHES, final_latents, shown, with_options
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import session
