@@ -93,6 +93,7 @@ def test_any_thread_makes_videos_and_hears_of_steps(star: Path, handle: Handle) 
     assert stages and all(done <= total for _, done, total in stages)
     assert not list(handle._folder.glob("frames/*"))
     assert videos[0].plan["mesh"]["ulysses"] * videos[0].plan["mesh"]["cfg"] == 2
+    assert handle._ranks._numbers == {0: 0}  # no group died with the thread that opened the handle
 
 
 def test_a_video_is_cancelled_between_two_steps_and_the_ranks_stay(star: Path, handle: Handle) -> None:
