@@ -63,23 +63,29 @@ def test_the_example_of_a_session_runs(star: Path) -> None:
     assert python(EXAMPLES[2], star).startswith("(5, 128, 128, 3)")
 
 
-@pytest.fixture(scope="module")
-def handle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Handle]:
-    """Two CPU ranks, opened by a thread that ends at once: they must not end with it."""
-    folder, opened = tmp_path_factory.mktemp("handle"), []
-    options = {"model": "tiny", "device": "cpu", "num_gpus": 2, "artifacts_dir": str(folder)}
-    thread = threading.Thread(target=lambda: opened.append(wanfast.open(**options)))
-    thread.start()
-    thread.join()
-    with opened[0] as made:
-        yield made
-
-
 def ranks_of(handle: Handle) -> list[psutil.Process]:
     found = []
     for launcher in handle._ranks._launchers.values():
         found += psutil.Process(launcher.pid).children()
     return found
+
+
+@pytest.fixture(scope="module")
+def handle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Handle]:
+    """Two CPU ranks, opened by a thread that ends: they must not end with it."""
+    folder, opened = tmp_path_factory.mktemp("handle"), []
+    options = {"model": "tiny", "device": "cpu", "num_gpus": 2, "artifacts_dir": str(folder)}
+
+    def open_and_leave() -> None:
+        opened.append(wanfast.open(**options))
+        while not ranks_of(opened[0]):
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=open_and_leave)
+    thread.start()
+    thread.join()
+    with opened[0] as made:
+        yield made
 
 
 def test_any_thread_makes_videos_and_hears_of_steps(star: Path, handle: Handle) -> None:
