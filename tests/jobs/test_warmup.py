@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import torch
 
 from tests.configs import effective_config
 from tests.conftest import Outcome
+from tests.forked import ForkedPopen
 from tests.small_model import plan_small_model
 from wanfast.commands.report import Report
 from wanfast.runtime.config import EffectiveConfig
@@ -42,9 +44,11 @@ RANKS = {"1": (), "2": TWO, "2, sharded": (*TWO, "--dit-fsdp", "on")}
 
 # After the document, this prints the counts of cache hits and misses.
 COUNTED = """
-import sys
+import sys, torch
 from torch._dynamo.utils import counters
 from wanfast.cli import main
+torch._dynamo.reset()
+counters.clear()
 try:
     main(sys.argv[1:])
 finally:
@@ -52,19 +56,26 @@ finally:
 """
 
 
-def in_a_process_of_its_own(folder: Path, *arguments: str) -> Outcome:
+def in_a_process_of_its_own(folder: Path, *arguments: str, forked: bool = True) -> Outcome:
     """Runs with Inductor's caches empty, like on a machine that never compiled."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
     shutil.rmtree(folder / "inductor", ignore_errors=True)
     environment = os.environ | caches | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", COUNTED, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    if forked:
+        importlib.import_module("torch._inductor.compile_fx")  # once, for all processes to come
+    popen = ForkedPopen if forked else subprocess.Popen
+    with popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment
+    ) as process:
+        out, err = process.communicate()
+    return Outcome(process.returncode, out, err)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_another_process_starts_from_what_was_stored(workdir: Path, ranks: str) -> None:
-    warmed = in_a_process_of_its_own(workdir, "warmup", *SHAPE, *RANKS[ranks], "--json")
+    forked = ranks != "1"
+    warmed = in_a_process_of_its_own(workdir, "warmup", *SHAPE, *RANKS[ranks], "--json", forked=forked)
     assert warmed.exit_code == 0, warmed.err
     assert any("compiling" in file.read_text() for file in workdir.glob("artifacts/runs/*/progress/*.json"))
     folder = Path(warmed.document["output"])
@@ -73,7 +84,7 @@ def test_another_process_starts_from_what_was_stored(workdir: Path, ranks: str) 
     files = sorted(file.name for file in folder.iterdir())
     assert files == ["manifest.json", *(f"rank-{rank}.bin" for rank in range(int(ranks[0])))]
 
-    made = in_a_process_of_its_own(workdir, *GENERATE, *RANKS[ranks])
+    made = in_a_process_of_its_own(workdir, *GENERATE, *RANKS[ranks], forked=forked)
     assert made.exit_code == 0, made.err
     assert made.document["compile_cache"] == folder.name
     assert made.document["compiled_anew"] == 0  # on every rank
@@ -108,7 +119,7 @@ def test_a_torch_that_stores_nothing_is_reported_before_it_compiles(
     workdir: Path, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(*variable.split("="))
-    refused = in_a_process_of_its_own(workdir, "warmup", *SHAPE)
+    refused = in_a_process_of_its_own(workdir, "warmup", *SHAPE, forked=False)
     assert refused.exit_code == 2 and f"unset {variable.split('=')[0]}" in refused.err.replace("and ", "unset ")
     told = [file.read_text() for file in workdir.glob("artifacts/runs/*/progress/*.json")]
     assert not any("compiling" in text for text in told)

@@ -17,7 +17,9 @@ import psutil
 import pytest
 
 import wanfast
+from tests.forked import ForkedPopen
 from wanfast.runtime.errors import CancelledError, ConfigError, RankFailedError
+from wanfast.runtime.processes import launch
 from wanfast.runtime.processes.handle import Handle
 from wanfast.runtime.store.model_files import TINY
 
@@ -73,6 +75,8 @@ def ranks_of(handle: Handle) -> list[psutil.Process]:
 @pytest.fixture(scope="module")
 def handle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Handle]:
     """Two CPU ranks, opened by a thread that ends: they must not end with it."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(launch.subprocess, "Popen", ForkedPopen)
     folder, opened = tmp_path_factory.mktemp("handle"), []
     options = {"model": "tiny", "device": "cpu", "num_gpus": 2, "artifacts_dir": str(folder)}
 
@@ -86,6 +90,7 @@ def handle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Handle]:
     thread.join()
     with opened[0] as made:
         yield made
+    patch.undo()
 
 
 def test_any_thread_makes_videos_and_hears_of_steps(star: Path, handle: Handle) -> None:

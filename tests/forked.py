@@ -1,0 +1,123 @@
+"""Runs `python -m MODULE` and `python -c CODE` as forks of this process, which has imported torch already.
+
+Such a process has an id, a session, an environment, pipes, signals and an exit code of its own, and the processes that
+it starts are forked too. So commands, launchers and ranks talk and die as they do when installed, and each starts in a
+tenth of a second instead of seconds. Tests of the start itself use `subprocess.Popen`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import inspect
+import logging
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+for name in (
+    "ftfy",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.launcher.api",
+    "wanfast.cli",
+    "wanfast.runtime.engine.session",
+    "wanfast.runtime.jobs.generate",
+):
+    importlib.import_module(name)  # once, for all processes to come
+
+_RealPopen = subprocess.Popen
+_SIGNATURE = inspect.signature(_RealPopen._execute_child)
+
+
+class ForkedPopen(_RealPopen):  # type: ignore[type-arg]
+    """Replaces `subprocess.Popen`; programs other than this Python are started as always."""
+
+    def _execute_child(self, *arguments: Any, **named: Any) -> None:
+        asked = _SIGNATURE.bind(self, *arguments, **named).arguments
+        words = asked["args"]
+        if isinstance(words, str) or words[0] != sys.executable or not {"-m", "-c"} & set(words[1:3]):
+            super()._execute_child(*arguments, **named)
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 70
+            try:
+                _prepare(asked)
+                code = _run(list(words[1:]))
+            finally:
+                os._exit(code)
+        self._child_created = True
+        ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(asked[end] for end in ends))
+
+
+def _prepare(asked: dict[str, Any]) -> None:
+    """Sets what `exec` and a new interpreter set: descriptors, session, folder, environment, signals, seeds."""
+    faulthandler.disable()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    given = (asked["p2cread"], asked["c2pwrite"], asked["errwrite"])
+    for target, descriptor in enumerate(given):
+        if descriptor != -1:
+            os.dup2(descriptor, target)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    if asked["start_new_session"]:
+        os.setsid()
+    if asked["cwd"]:
+        os.chdir(asked["cwd"])
+    if asked["env"] is not None:
+        os.environ.clear()
+        os.environ.update(asked["env"])
+    random.seed()
+    inspect.stack = lambda context=1: []  # by which the launcher names its callers in a log: seconds, with many modules
+    subprocess.Popen = ForkedPopen  # type: ignore[misc]
+    subprocess_handler.Popen = ForkedPopen  # type: ignore[attr-defined]
+
+
+def _run(words: Sequence[str]) -> int:
+    """Returns the exit code of `python WORDS`."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = open(descriptor, "w", buffering=1, closefd=False)  # noqa: SIM115 - for as long as this process lives
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):
+            if type(handler) is logging.StreamHandler:
+                handler.stream = sys.stderr
+    sys.excepthook = lambda kind, error, trace: traceback.print_exception(kind, error, trace)
+    kind, program, *arguments = words[1:] if words[0] == "-u" else words
+    sys.argv = [kind, *arguments]
+    try:
+        try:
+            for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+                if (Path(folder) / "sitecustomize.py").exists():
+                    runpy.run_path(str(Path(folder) / "sitecustomize.py"))
+            if kind == "-c":
+                exec(program, {"__name__": "__main__"})
+            else:
+                sys.modules.pop(program, None)  # `runpy` would warn of it
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
+            return 0
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:  # noqa: BLE001 - a process ends with whatever ended it
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
