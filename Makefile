@@ -2,6 +2,7 @@
 #
 #   make generate   two videos from the pictures that ship with the package, on any machine
 #   make test       the whole suite, on a CPU
+#   make test-long  tests that take too long for every change, on a CPU
 #   make test-gpu   what only a GPU can show
 #   make tiny-quality   every quality figure of the tiny model
 #   make tiny-magcache  what skipping forwards saves and costs on the tiny model
@@ -18,7 +19,10 @@ generate: .venv/runtime
 		--contact-sheet --overwrite
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --ignore tests/gpu
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/gpu
+
+test-long: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/gpu -m long || test $$? -eq 5 # there may be none
 
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -s tests/gpu
@@ -50,4 +54,4 @@ clean:
 	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
-.PHONY: generate test test-gpu tiny-quality tiny-magcache check clean
+.PHONY: generate test test-long test-gpu tiny-quality tiny-magcache check clean
