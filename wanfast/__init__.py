@@ -1,9 +1,10 @@
-"""wanfast: the fastest trustworthy way to run Wan2.2-I2V-A14B (image + prompt -> video).
+"""This package runs Wan2.2-I2V-A14B (image + prompt -> video) as fast as can be trusted.
 
     with wanfast.open(model="a14b", num_gpus=8) as handle:
         handle.make(image="cat.jpg", prompt="The cat blinks.").save("cat.mp4")
 
-`wanfast.make(...)` is open, make, close. Both import no torch: the work is done by processes of their own.
+`wanfast.make(...)` opens a handle, makes one video and closes the handle. Neither imports torch: other processes do
+the work.
 """
 
 from __future__ import annotations

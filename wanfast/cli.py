@@ -1,7 +1,7 @@
-"""The Typer app: registers the commands, and is the only place that turns an error into an exit code.
+"""This module is the Typer app: it registers the commands, and only it turns an error into an exit code.
 
-Exit codes: 0 done, 2 a wrong option, 3 a missing artifact, 4 a corrupt one, 5 a worker died, 6 some jobs failed,
-130 interrupted, 143 terminated; 1 is a bug, with its traceback.
+Exit codes: 0 done, 2 a wrong option, 3 a missing artifact, 4 a corrupt artifact, 5 a worker died, 6 some jobs failed,
+130 interrupted, 143 terminated; 1 is a bug and comes with its traceback.
 """
 
 from __future__ import annotations
@@ -37,42 +37,42 @@ app.command()(calibrate_magcache)
 app.command()(warmup)
 app.command()(doctor)
 
-_SAID_BY_CODE = {
-    2: "wrong usage, as said on stderr",
-    130: "interrupted: nothing half-written is left",
-    143: "terminated: nothing half-written is left",
+_MESSAGES = {
+    2: "wrong usage, as reported on stderr",
+    130: "interrupted: no half-written file is left",
+    143: "terminated: no half-written file is left",
 }
 
 
 @app.callback(invoke_without_command=True)
 def wanfast(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
-    """Wan2.2-I2V-A14B, fast and exact: an image and a prompt to a video."""
+    """Make a video from an image and a prompt with Wan2.2-I2V-A14B, fast and exactly."""
     if version:
         print(f"wanfast {__version__}")
         raise typer.Exit
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command line (that of the process by default) and exits."""
+    """Runs a command line (by default the one of this process) and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter still gets the rest
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of every `finally`
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character still gets the rest
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every `finally` runs
     try:
         app(arguments, prog_name="wanfast")
     except WanFastError as error:
         print(f"error: {error}", file=sys.stderr)
-        if not isinstance(error, JobsFailedError):  # those have printed their document
+        if not isinstance(error, JobsFailedError):  # the command has printed the document of failed jobs
             _last_line(as_json, failure(error))
         sys.exit(error.exit_code)
     except SystemExit as stop:
-        if stop.code in _SAID_BY_CODE:
-            said = _SAID_BY_CODE[int(stop.code or 0)]
+        if stop.code in _MESSAGES:
+            message = _MESSAGES[int(stop.code or 0)]
             if stop.code != 2:
-                print(f"error: {said}", file=sys.stderr)
-            _last_line(as_json, {"error": said, "exit_code": stop.code})
+                print(f"error: {message}", file=sys.stderr)
+            _last_line(as_json, {"error": message, "exit_code": stop.code})
         raise
 
 

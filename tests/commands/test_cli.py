@@ -184,7 +184,7 @@ REFUSALS = {
     "output with a NUL": (["--output", "a\0b.mp4"], "--output"),
     "contact sheet over the image": (
         ["--output", "cat.mp4", "--contact-sheet", "--overwrite"],
-        "cat.png would replace",
+        "cat.png would overwrite",
     ),
     "json over the prompt file": (
         ["--prompt-file", "prompt.json", "--prompt", "", "--output", "prompt.mp4", "--overwrite"],

@@ -222,7 +222,10 @@ def test_torchao_is_reported(
 ) -> None:
     machine(84.0)
     pretend_weights(workdir / "artifacts")
-    for found, said in (("0.18.0", "torchao  0.18.0"), (None, "torchao  not installed: `wanfast quantize` needs it")):
+    for found, said in (
+        ("0.18.0", "torchao  0.18.0"),
+        (None, "torchao  not installed; only `wanfast quantize` needs it"),
+    ):
         there = {"torchao": found} if found else {}
         monkeypatch.setattr(
             packages, "versions", lambda there=there: dict.fromkeys(("wanfast", "python", "torch", "av"), "1") | there

@@ -154,7 +154,9 @@ def test_lines_may_name_models_of_their_own(
     assert sha256(workdir / "a.mp4") == sha256(workdir / "b.mp4")
     assert events == ["prepare", "forget_cuda_graphs", "free_memory", "prepare"]  # the first models are freed first
     outcome = wanfast(*GOOD, "--jobs", "jobs.jsonl", "--num-gpus", "2", "--dry-run", "--json", "--overwrite")
-    assert outcome.exit_code == 6 and "--model is one for the whole list" in outcome.document["results"][1]["error"]
+    assert (
+        outcome.exit_code == 6 and "--model is the same for the whole list" in outcome.document["results"][1]["error"]
+    )
 
 
 def test_lines_share_models_that_are_loaded_alike(wanfast: Wanfast) -> None:

@@ -259,7 +259,7 @@ def test_an_interrupt_leaves_nothing_half_done(true_sizes: Path, workdir: Path) 
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert "interrupted: nothing half-written is left" in process.communicate()[1]
+    assert "interrupted: no half-written file is left" in process.communicate()[1]
     assert process.returncode == 130
     assert [path.suffix for path in store.iterdir()] == [".lock"]
 

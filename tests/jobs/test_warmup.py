@@ -144,7 +144,7 @@ def test_what_compiling_cost_is_counted_by_forwards(
         "plan": plan, "effective": config(compile=True).to_json(), "compiled_anew": 1,
         "first_step_s": 2 + 5.0, "seconds": {"denoise": forwards + 5.0},
     }  # fmt: skip
-    Report(as_json=False)._tell_of_warmup(result, "")
+    Report(as_json=False)._note_compile_time(result, "")
     assert "compiling took 5.0 s of this run" in capsys.readouterr().err
 
 

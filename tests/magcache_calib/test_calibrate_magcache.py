@@ -94,7 +94,7 @@ def test_a_run_that_was_cut_off_goes_on(wanfast: Wanfast, folder: Path, monkeypa
     assert not list(Path("artifacts/magcache").glob("*/manifest.json"))
     monkeypatch.setattr(calibrate, "measure", lambda index, *a: made.append(index) or measure(index, *a))
     outcome = wanfast(*CALIBRATE)
-    assert "1 of 2 clips were measured before" in outcome.err
+    assert "1 of 2 clips were measured in an earlier run" in outcome.err
     assert made == [0, 0]  # one clip in each run
     assert outcome.document["ratios"] == whole
 
@@ -294,7 +294,7 @@ def test_a_dry_run_shows_the_plan(wanfast: Wanfast, machine: Machine, monkeypatc
     assert short["predicted_s"] is None
     monkeypatch.setenv("COLUMNS", "120")
     said = wanfast(*A14B_SHOWN, "--magcache", "E012K2R20", "--magcache-rule", "both-experts", "--num-gpus", "8").out
-    assert "38 of 80 forwards skipped (47.5%), both branches together; apart 38 would be" in said
+    assert "38 of 80 forwards skipped (47.5%); both branches skip together: separate skips would be 38" in said
     assert "###..#..#..#..#|######..#..#..#..#.#.#.## both branches" in said and "curve preset" in said
     assert "negative prompt" not in said
 
@@ -309,7 +309,7 @@ def test_a_plan_is_timed_by_runs_like_it(wanfast: Wanfast) -> None:
     pair = wanfast(*DRY, "--overwrite", "--num-gpus", "2").document
     assert pair["predicted_s"] is None  # runs of another mesh predict nothing
     assert wanfast(*DRY, "--overwrite", "--precision", "fp32").document["predicted_s"] is None
-    assert "by an earlier run like it" in wanfast(*SHOWN, "--dry-run", "--overwrite").out.replace("\n", " ")
+    assert "as in an earlier run like this" in wanfast(*SHOWN, "--dry-run", "--overwrite").out.replace("\n", " ")
 
 
 def test_branches_on_different_ranks_take_their_turns_together() -> None:
@@ -364,7 +364,7 @@ def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> N
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--magcache", "on"], "--magcache 'on': take off, preset, artifact"),
+        (["--magcache", "on"], "--magcache 'on': use off, preset, artifact"),
         (["--magcache-k", "2"], "--magcache-k needs --magcache"),
         (["--magcache-rule", "both-experts"], "--magcache-rule needs --magcache"),
         (["--magcache-joint", "on"], "--magcache-joint needs --magcache"),
@@ -373,14 +373,14 @@ def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> N
         (["--magcache", "E012K2R20", "--magcache-budget", "0.5"], "says what --magcache-budget would"),
         (["--magcache", "preset", "--magcache-thresh", "0.1", "--magcache-budget", "0.5"], "exclude each other"),
         (["--magcache", "preset", "--magcache-skip", "3", "--magcache-budget", "0.5"], "exclude each other"),
-        (["--magcache", "preset", "--magcache-thresh", "0"], "--magcache-thresh 0.0: take"),
-        (["--magcache", "E000K2R20"], "--magcache E000K2R20: --magcache-thresh 0.0: take"),
-        (["--magcache", "E012K0R20"], "--magcache E012K0R20: --magcache-k 0: take"),
+        (["--magcache", "preset", "--magcache-thresh", "0"], "--magcache-thresh 0.0: use"),
+        (["--magcache", "E000K2R20"], "--magcache E000K2R20: --magcache-thresh 0.0: use"),
+        (["--magcache", "E012K0R20"], "--magcache E012K0R20: --magcache-k 0: use"),
         (["--magcache", "preset", "--solver", "euler"], "but this run has 40 steps with euler at shift 5: run `"),
-        (["--magcache", "preset", "--magcache-k", "0"], "--magcache-k 0: take"),
-        (["--magcache", "preset", "--retention-ratio", "1.5"], "--retention-ratio 1.5: take"),
-        (["--magcache", "preset", "--magcache-budget", "0"], "--magcache-budget 0.0: take"),
-        (["--magcache", "preset", "--magcache-skip", "-1"], "--magcache-skip -1: take"),
+        (["--magcache", "preset", "--magcache-k", "0"], "--magcache-k 0: use"),
+        (["--magcache", "preset", "--retention-ratio", "1.5"], "--retention-ratio 1.5: use"),
+        (["--magcache", "preset", "--magcache-budget", "0"], "--magcache-budget 0.0: use"),
+        (["--magcache", "preset", "--magcache-skip", "-1"], "--magcache-skip -1: use"),
         (
             ["--magcache", "preset", "--steps", "30"],
             "this curve has 40 steps with unipc at shift 5, but this run has 30",
@@ -476,7 +476,7 @@ def test_residuals_are_in_the_plan(wanfast: Wanfast, machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--steps", "1"], 2, "--steps 1: one step has none before it"),
+        (["--steps", "1"], 2, "--steps 1: one step has no earlier step"),
         (["--quantize", "int8-weight-only"], 3, "run `wanfast quantize --model tiny --scheme int8-weight-only"),
         (["--verify"], 2, "--verify reads what `wanfast quantize` stored"),
     ],
@@ -498,7 +498,7 @@ def test_a_clip_that_is_not_whole_is_measured_again(wanfast: Wanfast, folder: Pa
     document["measured"]["steps"].pop()
     kept[0].write_text(json.dumps(document))
     outcome = wanfast(*CALIBRATE)
-    assert "1 of 2 clips were measured before" in outcome.err
+    assert "1 of 2 clips were measured in an earlier run" in outcome.err
     assert outcome.document["ratios"] == first["ratios"]
 
 

@@ -44,7 +44,7 @@ def test_bytes_of_the_models_are_those_of_their_parameters(precision: str) -> No
     [
         (1, 141, [], {}, "off", "off", "off", "experts resident"),
         (1, 84, [], {}, "off", "off", "off", "experts resident: 82.5 GB a rank"),
-        (1, 80, [], {}, "off", "off", "off", "experts evicting: 72.3 GB a rank, not 82.5 GB"),
+        (1, 80, [], {}, "off", "off", "off", "experts evicting: 72.3 GB a rank instead of 82.5 GB"),
         (1, 141, GRAPHS, {}, "off", "off", "off", "resident: 94.8 GB"),
         (1, 48, [], {}, "off", "off", "on", "experts offloaded: 43.4 GB"),
         (1, 84, ["--expert-offload", "on"], {}, "off", "off", "on", "as asked"),
@@ -98,7 +98,7 @@ def test_auto_decides_from_free_memory(
     plan = outcome.document["plan"]
     assert plan["mesh"] == MADE | mesh
     assert (plan["dit_fsdp"], plan["t5_fsdp"], plan["expert_offload"]) == (dit_fsdp, t5_fsdp, offload)
-    assert words in plan["placement"] and f"{gigabytes:.1f} GB free a GPU" in plan["placement"]
+    assert words in plan["placement"] and f"{gigabytes:.1f} GB free on each GPU" in plan["placement"]
 
 
 def test_a_list_with_a_quantized_line_is_not_sharded(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:
@@ -140,14 +140,14 @@ def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.Mo
         (8, 48, ["--num-gpus", "8", "--dit-fsdp", "off"], "(switched off)"),
         (1, 84, ["--dit-fsdp", "on"], "--dit-fsdp on: a video has one rank"),
         (1, 84, ["--t5-fsdp", "on"], "--t5-fsdp on needs several ranks"),
-        (4, 84, ["--num-gpus", "8"], "--num-gpus 8: this machine shows 4: take 4"),
+        (4, 84, ["--num-gpus", "8"], "--num-gpus 8: this machine shows 4: use 4"),
         (8, 84, ["--num-gpus", "8", "--ulysses", "3"], "these do: --cfg-parallel 1 --ulysses 1, "),
         (8, 84, ["--num-gpus", "8", "--dit-fsdp", "on", "--expert-offload", "on"], "exclude each other"),
         (1, 84, ["--device", "cpu", "--expert-offload", "on"], "--expert-offload on: with --device cpu"),
         (1, 84, ["--device", "cpu", "--num-gpus", "auto"], "--num-gpus auto counts GPUs"),
         (0, 0, ["--device", "cuda", "--num-gpus", "auto"], "no GPU is visible"),
-        (8, 84, ["--num-gpus", "0"], "--num-gpus 0: take 1 to 1024, or auto"),
-        (8, 84, ["--num-gpus", "8", "--cfg-parallel", "0"], "--cfg-parallel 0: take 1 or more"),
+        (8, 84, ["--num-gpus", "0"], "--num-gpus 0: use 1 to 1024, or auto"),
+        (8, 84, ["--num-gpus", "8", "--cfg-parallel", "0"], "--cfg-parallel 0: use 1 or more"),
         (8, 84, ["--nnodes", "2"], "--nnodes needs --rdzv-endpoint"),
         (8, 84, ["--rdzv-endpoint", "a:1"], "--rdzv-endpoint is for several machines"),
         (8, 84, ["--nnodes", "2", "--rdzv-endpoint", "a"], "is not HOST:PORT"),
@@ -162,10 +162,10 @@ def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.Mo
             1,
             84,
             GRAPHS,
-            "a rank would hold 94.8 GB, 12.3 GB of them CUDA graphs, and 84.0 GB are free: take max-autotune-no-cud",
+            "a rank would hold 94.8 GB, 12.3 GB of them CUDA graphs, and 84.0 GB are free: use max-autotune-no-cud",
         ),
-        (1, 141, [*GRAPHS, "--expert-offload", "on"], "max-autotune wants weights that stay"),
-        (8, 141, [*GRAPHS, "--num-gpus", "8", "--dit-fsdp", "on"], "max-autotune wants weights that stay"),
+        (1, 141, [*GRAPHS, "--expert-offload", "on"], "max-autotune needs weights that do not move"),
+        (8, 141, [*GRAPHS, "--num-gpus", "8", "--dit-fsdp", "on"], "max-autotune needs weights that do not move"),
         (1, 141, [*GRAPHS, "--dit-fsdp", "on"], "a video has one rank: add --num-gpus"),
     ],
 )
@@ -182,7 +182,7 @@ def test_a_host_too_small_for_the_idle_expert_is_said(wanfast: Wanfast, machine:
     machine(1, 48, host_gb=40)
     outcome = wanfast(*A14B_DRY)
     assert outcome.exit_code == 2
-    assert "offloaded 43.4 GB (needs 63.7 GB of the host, which has 40.0 GB free), and 48.0" in outcome.err
+    assert "offloaded 43.4 GB (needs 63.7 GB of host memory, of which 40.0 GB are free), and 48.0" in outcome.err
     outcome = wanfast(*A14B_DRY, "--expert-offload", "on")
     assert outcome.exit_code == 2 and "--expert-offload on: needs 63.7 GB of the host" in outcome.err
     machine(8, 48, host_gb=400)  # one rank per video: each of eight would pin both experts
@@ -198,7 +198,7 @@ def test_experts_are_evicted_to_a_host_with_enough_memory(wanfast: Wanfast, mach
     machine(1, 80, host_gb=2)
     refused = wanfast(*A14B_DRY)
     assert refused.exit_code == 2
-    assert "resident 82.5 GB, evicting 72.3 GB (needs 2.5 GB of the host, which has 2.0 GB free)" in refused.err
+    assert "resident 82.5 GB, evicting 72.3 GB (needs 2.5 GB of host memory, of which 2.0 GB are free)" in refused.err
     machine(1, 90, host_gb=2)
     assert "experts resident: 82.5 GB" in wanfast(*A14B_DRY).document["plan"]["placement"]
     machine(8, 80, host_gb=9)  # for four leaders, which decode at the same time
@@ -238,7 +238,7 @@ def test_only_ranks_that_start_take_of_the_host(wanfast: Wanfast, machine: Machi
 def test_processes_on_a_cpu_share_the_host(wanfast: Wanfast, machine: Machine) -> None:
     machine(0, 0, host_gb=100)
     plan = wanfast(*TINY_DRY, "--num-gpus", "4").document["plan"]
-    assert "25.0 GB of host memory free a process" in plan["placement"]
+    assert "25.0 GB of host memory free for each process" in plan["placement"]
     machine(0, 0, host_gb=200)
     assert wanfast(*A14B_DRY, "--num-gpus", "4").document["plan"]["dit_fsdp"] == "on"
 
@@ -298,7 +298,7 @@ def test_ranks_of_one_machine_meet_within_it(
 def test_without_a_gpu_to_ask_80_gb_are_assumed_and_said(wanfast: Wanfast, machine: Machine) -> None:
     machine(0, 0)
     plan = wanfast(*A14B_DRY, "--device", "cuda", "--num-gpus", "8").document["plan"]
-    assert "80.0 GB assumed a GPU" in plan["placement"] and plan["mesh"] == MADE | {"cfg": 2, "ulysses": 4}
+    assert "80.0 GB assumed for each GPU" in plan["placement"] and plan["mesh"] == MADE | {"cfg": 2, "ulysses": 4}
 
 
 @pytest.mark.parametrize(("host_gb", "is_short"), [(500, False), (50, True)])
@@ -314,7 +314,7 @@ def test_idle_ranks_are_said(wanfast: Wanfast, machine: Machine, workdir: Path) 
     machine(0, 0, host_gb=100)
     outcome = wanfast(*TINY_DRY, "--device", "cpu", "--num-gpus", "8")
     assert outcome.document["plan"]["mesh"] == MADE | {"replica": 2, "cfg": 2, "ulysses": 2}
-    assert "4 of 8 ranks have nothing to do: 1 to make, 4 ranks each" in outcome.err
+    assert "4 of 8 ranks have nothing to do: videos to make: 1, 4 ranks for each" in outcome.err
     (workdir / "jobs.jsonl").write_text("{}\n{}\n")
     assert "nothing to do" not in wanfast(*TINY_DRY, "--device", "cpu", "--num-gpus", "8", "--jobs", "jobs.jsonl").err
 
@@ -327,7 +327,7 @@ def test_one_placement_for_a_list(wanfast: Wanfast, machine: Machine, workdir: P
     assert outcome.exit_code == 6
     first, second, third = outcome.document["results"]
     assert first["plan"]["mesh"] == second["plan"]["mesh"] == MADE | {"cfg": 2, "ulysses": 2}
-    assert "--num-gpus is one for the whole list" in third["error"]
+    assert "--num-gpus is the same for the whole list" in third["error"]
 
 
 def test_a_line_that_does_not_fit_is_refused_alone(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:
@@ -338,7 +338,7 @@ def test_a_line_that_does_not_fit_is_refused_alone(wanfast: Wanfast, machine: Ma
     assert outcome.exit_code == 6
     errors = [result.get("error", "") for result in outcome.document["results"]]
     assert [bool(error) for error in errors] == [False, True, True, False]
-    assert "84.0 GB are free" in errors[1] and "--device is one for the whole list" in errors[2]
+    assert "84.0 GB are free" in errors[1] and "--device is the same for the whole list" in errors[2]
 
 
 def test_an_earlier_run_is_repeated_on_other_gpus_if_asked(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:

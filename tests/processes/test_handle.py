@@ -153,7 +153,7 @@ def test_dead_ranks_are_started_again(star: Path, handle: Handle) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"steps": 0}, "--steps 0: take 1 to 1000"),
+        ({"steps": 0}, "--steps 0: use 1 to 1000"),
         ({"precision": "fp32"}, "precision is an option of the handle: give it to wanfast.open"),
         ({"output": "a.mp4"}, "output is an option of a file: give it to save"),
         ({"colour": "red"}, "there is no option 'colour'"),
@@ -171,7 +171,7 @@ def test_wrong_options_are_errors_of_one_line(
 def test_a_handle_is_refused_what_it_cannot_keep(star: Path, handle: Handle) -> None:
     with pytest.raises(ConfigError, match="prompt is an option of a video"):
         wanfast.open(model="tiny", prompt="a")
-    with pytest.raises(ConfigError, match="one video at a time: take --num-gpus 1"):
+    with pytest.raises(ConfigError, match="one video at a time: use --num-gpus 1"):
         wanfast.open(model="tiny", device="cpu", num_gpus=2, cfg_parallel=1, ulysses=1)
     video = handle.make(**SMALL)
     video.save("a.mp4")

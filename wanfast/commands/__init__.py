@@ -1,1 +1,1 @@
-"""Parent halves of the commands: options -> frozen config -> run -> print. No torch here."""
+"""This package holds the parent halves of the commands: options -> frozen config -> run -> print. Torch-free."""

@@ -1,4 +1,4 @@
-"""`wanfast calibrate-magcache`: measures how residuals change over a set of clips, and keeps the curve."""
+"""`wanfast calibrate-magcache`: measures how residuals change over a set of clips, and stores the curve."""
 
 from __future__ import annotations
 
@@ -39,22 +39,20 @@ def calibrate_magcache(
         typer.Option(
             "--set",
             help="A folder of images with a clips.jsonl.",
-            show_default="the one that ships",
+            show_default="the set that ships",
             rich_help_panel=MAKE,
         ),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the first clip; the others count up from it.", rich_help_panel=MAKE)
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first clip; each next clip adds 1.", rich_help_panel=MAKE)] = 0,
     json_: options.Json = False,
 ) -> None:
-    """Make every clip of a set without skipping, and keep the ratios that --magcache artifact plans by.
+    """Make every clip of a set without skipping, and store the ratios that --magcache artifact uses.
 
-    Each clip is kept as it is done: a run that was cut off goes on where it was.
+    The measurements of each clip are stored when it is done, so that an interrupted run continues with the next clip.
     """
     given = {name: value for name, value in options.given(context).items() if name != "seed"}
     if given.get("steps", 2) < 2:
-        raise ConfigError(f"--steps {given['steps']}: one step has none before it to compare with: take 2 or more")
+        raise ConfigError(f"--steps {given['steps']}: one step has no earlier step to compare with: use 2 or more")
     if find_spec("matplotlib") is None:
         raise ConfigError("the plot of the curve needs matplotlib: pip install matplotlib")
     models = EffectiveConfig.of({**_NO_CLIP, **given}, A14B).models
@@ -65,25 +63,25 @@ def calibrate_magcache(
     require_experts(files, plans[0].config.models)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     result = calibrated(given, plans, clips, files, show_progress=console.is_terminal)
-    console.print(said(result), markup=False)
+    console.print(describe(result), markup=False)
     if json_:
         print(json.dumps(result))
 
 
 def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list[Plan]:
-    """A generation for each clip. Raises WanFastError."""
+    """Returns the plan of a generation for each clip. Raises WanFastError."""
     plans = []
     for clip in clips:
         of_clip = {**given, "image": str(clip.image), "prompt": clip.prompt, "seed": clip.seed}
         plan = Plan.of(effective(of_clip, files, clip.image_sha256), files.spec, clip.image_size)
-        plans.append(dataclasses.replace(plan, requested=given, residuals_a_branch=2))  # this step's and the last one's
+        plans.append(dataclasses.replace(plan, requested=given, residuals_a_branch=2))  # of this step and of the last
     return place(plans)
 
 
 def calibrated(
     given: dict[str, Any], plans: list[Plan], clips: list[Clip], files: ModelFiles, *, show_progress: bool
 ) -> dict[str, Any]:
-    """The curve of the set, measured if it is not there yet, and how it compares. Raises WanFastError."""
+    """Returns the curve of the set, measured if missing, and its comparison with the preset. Raises WanFastError."""
     config = plans[0].config
     store, inputs = ArtifactStore(Path(config.models.artifacts_dir)), curve_inputs(config, files, digest_of(clips))
     folder = store.find(KIND, inputs, verify=True)
@@ -120,11 +118,13 @@ def _measured(
     *,
     show_progress: bool,
 ) -> list[dict[str, Any]]:
-    """The measurements of every clip; each is kept as it comes, and those of an earlier run are not made again."""
+    """Returns the measurements of every clip. Each is stored when it is done; an earlier run's are not made again."""
     inputs = [curve_inputs(plan.config, files, digest_of([clip])) for plan, clip in zip(plans, clips, strict=True)]
     missing = [index for index, of_clip in enumerate(inputs) if read_clip(store, of_clip) is None]
     if len(missing) < len(clips):
-        print(f"note: {len(clips) - len(missing)} of {len(clips)} clips were measured before", file=sys.stderr)
+        print(
+            f"note: {len(clips) - len(missing)} of {len(clips)} clips were measured in an earlier run", file=sys.stderr
+        )
 
     def keep(index: int, result: dict[str, Any]) -> None:
         if "error" not in result:
@@ -144,15 +144,17 @@ def _measured(
     return [measured for measured in found if measured is not None]
 
 
-def said(result: dict[str, Any]) -> str:
-    """For a person: where it is, the range of the ratios, and whether the preset says otherwise."""
-    how = "was there already" if result["was_there"] else f"{result['clips']} clips"
+def describe(result: dict[str, Any]) -> str:
+    """Returns in words where the curve is, the range of its ratios, and whether the preset differs."""
+    how = "was made already" if result["was_there"] else f"{result['clips']} clips"
     ratios = [ratio for row in result["ratios"][1:] for ratio in row]
     lines = [f"{result['output']}: {how}; ratios {min(ratios):.4f} to {max(ratios):.4f}"]
     if (preset := result["preset"]) is not None:
         worst = preset["worst"]
-        far = f"{worst['difference']:.4f} apart at step {worst['step']}, where tokens spread by {worst['spread']:.4f}"
+        far = (
+            f"{worst['difference']:.4f} apart at step {worst['step']}, where the tokens spread by {worst['spread']:.4f}"
+        )
         steps = f"differs at {len(preset['steps'])} steps" if preset["differs"] else "agrees"
         lines.append(f"the preset {steps}; at worst {far}")
-    lines.append("`wanfast generate --magcache artifact` skips by it")
+    lines.append("`wanfast generate --magcache artifact` skips forwards with this curve")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How a command has its worker half do jobs: a run folder, then here if one rank suffices, or on ranks of its own."""
+"""Runs the jobs of a command in its worker half: in this process if one rank suffices, else on other ranks."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def run_jobs(
     show_progress: bool,
     on_result: OnResult,
 ) -> list[Document]:
-    """The result of every job, each told as it comes. The ranks of the first plan are those of all."""
+    """Returns the result of every job; `on_result` gets each when it comes. All use the ranks of the first plan."""
     config = plans[0].config
     documents = [job.to_json() for job in jobs]
     folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": verb, "jobs": documents})
     with progress_bars(enabled=show_progress) as on_progress:
-        # A warmup has a process of its own: on a CPU one product may take minutes, in which no signal is handled.
+        # A warmup needs a separate process: on a CPU one product may take minutes, during which no signal is handled.
         if plans[0].mesh.size == 1 and verb != "warmup":
             document = {"verb": verb, "worker": _WORKERS[verb], "first": 0, "jobs": documents}
             write_synced(folder / JOB, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
@@ -54,7 +54,7 @@ def run_jobs(
 def _here(
     verb: Verb, folder: Path, jobs: list[Job], device: str, on_result: OnResult, on_progress: OnProgress
 ) -> list[Document]:
-    """One rank needs no other process."""
+    """Runs the jobs on one rank in this process."""
     if device == "cuda":
         gpus.expand_segments()
     from wanfast.runtime.distributed.ranks import Ranks  # torch begins here

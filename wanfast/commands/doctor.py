@@ -1,4 +1,4 @@
-"""`wanfast doctor`: what this machine has and lacks for making a video, and the command to type next."""
+"""`wanfast doctor`: reports what this machine has and lacks to make a video, and the command to type next."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def doctor(
     context: typer.Context,
     json_: options.Json = False,
 ) -> None:
-    """Say what is there, what fits, and what to type next.
+    """Report what is installed, what fits, and what to type next.
 
-    It writes nothing and loads no weights. The exit code is 0 whatever it finds, and 2 for a wrong option.
+    This command writes nothing and loads no weights. The exit code is 0 whatever it finds, and 2 for a wrong option.
     """
     from wanfast.runtime.jobs import doctor as worker  # imports torch, which may be broken
     from wanfast.runtime.planning.next_step import example
@@ -66,7 +66,7 @@ def _machine(document: dict[str, Any]) -> Rows:
         for index, gpu in enumerate(document["gpus"])
     ]
     return [
-        *(rows or [("GPUs", "none that NVIDIA's driver shows")]),
+        *(rows or [("GPUs", "NVIDIA's driver shows none")]),
         ("memory", f"{gb(host['available_bytes'])} of {gb(host['memory_bytes'])} free, {host['cores']} cores"),
         ("disk", f"{gb(host['disk_free_bytes'])} free at {host['disk']}"),
     ]
@@ -76,11 +76,15 @@ def _software(document: dict[str, Any]) -> Rows:
     versions, torch, encoder = document["versions"], document["torch"], document["encoder"]
     state = torch["trouble"] or f"CUDA {torch['cuda']}, cuDNN {torch['cudnn']}, sees the GPU"
     libraries = ", ".join(f"{name} {encoder['libraries'].get(name)}" for name in ("libavcodec", "libswscale"))
-    x264 = "libx264 is there" if encoder["libx264"] else f"no libx264: {encoder['trouble']}"
+    x264 = "libx264 works" if encoder["libx264"] else f"no libx264: {encoder['trouble']}"
     return [
         ("wanfast", f"{versions['wanfast']}, Python {versions['python']}"),
         ("torch", f"{versions['torch']}, {state}"),
-        ("torchao", versions.get("torchao") or "not installed: `wanfast quantize` needs it; what it made runs without"),
+        (
+            "torchao",
+            versions.get("torchao")
+            or "not installed; only `wanfast quantize` needs it, not the experts that it stored",
+        ),
         ("video", f"PyAV {versions['av']}, {libraries}, {x264}"),
         ("ffmpeg", f"{encoder['ffmpeg'] or 'none on PATH'}; PyAV brings its own libraries"),
     ]
@@ -100,9 +104,9 @@ def _attention(kernels: dict[str, Any]) -> Rows:
 
 def _files(document: dict[str, Any]) -> Rows:
     weights, artifacts = document["weights"], document["artifacts"]
-    there = f"{weights['folder']}, {weights['layout']} layout, {gb(weights['bytes'])}"
-    nothing = "" if artifacts["kinds"] else ": nothing yet"
-    rows = [("weights", weights["trouble"] or there), ("artifacts", artifacts["root"] + nothing)]
+    present = f"{weights['folder']}, {weights['layout']} layout, {gb(weights['bytes'])}"
+    nothing = "" if artifacts["kinds"] else ": empty"
+    rows = [("weights", weights["trouble"] or present), ("artifacts", artifacts["root"] + nothing)]
     for kind, found in artifacts["kinds"].items():
         shown = [f"{key} ({held})" if (held := found["holds"].get(key)) else key for key in found["keys"][:_KEYS_SHOWN]]
         keys = ", ".join(shown) + (", ..." if len(found["keys"]) > _KEYS_SHOWN else "")

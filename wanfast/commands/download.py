@@ -1,4 +1,4 @@
-"""`wanfast download`: the published weights into the artifacts folder, where `--model a14b` looks for them."""
+"""`wanfast download`: fetches the published weights into the artifacts folder, where `--model a14b` finds them."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ def download(
     repo: Annotated[
         str | None,
         typer.Option(
-            help="Where from, on the Hugging Face Hub.  "
+            help="Repository on the Hugging Face Hub.  "
             "[default: Wan-AI/Wan2.2-I2V-A14B, with --layout diffusers Wan-AI/Wan2.2-I2V-A14B-Diffusers]"
         ),
     ] = None,
     revision: Annotated[
         str | None,
         typer.Option(
-            help="A commit, branch or tag; the commit that came is recorded beside the files.  "
-            "[default: the commit that wanfast was made for, main of another --repo]"
+            help="A commit, branch or tag; the fetched commit is recorded beside the files.  "
+            "[default: the commit that wanfast was made for; with another --repo main]"
         ),
     ] = None,
-    layout: Annotated[Literal["original", "diffusers"], typer.Option(help="How the files of --repo lie.")] = "original",
+    layout: Annotated[
+        Literal["original", "diffusers"], typer.Option(help="Layout of the files of --repo.")
+    ] = "original",
     artifacts_dir: options.ArtifactsDir = "artifacts",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files with their sizes and stop.")] = False,
     json_: options.Json = False,
 ) -> None:
     """Fetch the published weights, only the files that are needed.
 
-    They are verified in the end, by size, and what came by its hash. Run again after a failure, it keeps the files
-    that are whole.
+    At the end the size of every file is verified, and the hash of every fetched file. Run the command again after a
+    failure: complete files are not fetched again.
     """
     from wanfast.runtime.store import hub as worker  # huggingface_hub begins here: 0.3 s
 

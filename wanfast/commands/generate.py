@@ -1,4 +1,4 @@
-"""`wanfast generate`: one video, or with --jobs many with the models loaded once."""
+"""`wanfast generate`: makes one video, or with --jobs many videos, and loads the models once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def dry_result(item: Planned) -> dict[str, Any]:
 
 
 def run(planned: list[Planned], report: Report) -> list[dict[str, Any]]:
-    """Have done what has a plan; a result for each item."""
+    """Runs the items that have a plan and returns a result for every item."""
     ready = [item for item in planned if item.plan is not None]
     worked: list[dict[str, Any]] = []
     if ready:

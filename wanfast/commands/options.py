@@ -1,4 +1,4 @@
-"""The command line of a config: each command gets its options from the fields of the config's parts."""
+"""Builds the command line of a config: each command gets its options from the fields of the config's parts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DryRun = Annotated[
 def takes_options(
     command: Command, without: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Adds the options that `command` takes to a function; it reads those that were given by `given(context)`."""
+    """Adds the options of `command` to a function, which calls `given(context)` for the options that the user gave."""
     chosen = [
         option
         for name, option in OPTIONS.items()
@@ -66,7 +66,7 @@ def _parameter(option: OptionField) -> inspect.Parameter:
     )
     default = None if option.default is dataclasses.MISSING else option.default
     choices: dict[str, Any] = {}
-    if option.name == "num_gpus":  # typer knows no choice between a number and a word
+    if option.name == "num_gpus":  # typer has no type for "a number or a word"
         asked, choices = Any, {"parser": _number_or_auto}
     shown: str | bool = True
     if facts.own:
@@ -106,7 +106,7 @@ def _number_or_auto(value: int | str) -> int | str:
 
 
 def given(context: typer.Context) -> dict[str, Any]:
-    """The options of a config that the user gave, on the command line or by environment: defaults are left out."""
+    """Returns the options that the user gave on the command line or in the environment, without defaults."""
     return {
         name: value
         for name, value in context.params.items()

@@ -1,4 +1,4 @@
-"""Bars on stderr, which stay when they are done: a video's stage, steps, pace and time left; of bytes the same."""
+"""Shows progress bars on stderr, for the steps of a video and for bytes. A bar stays on the screen when it is full."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def progress_bars(*, enabled: bool) -> Iterator[OnProgress]:
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bars:
         tasks: dict[int, TaskID] = {}
-        started: dict[int, tuple[float, int]] = {}  # when, and at which step, a job's pace began to be measured
+        started: dict[int, tuple[float, int]] = {}  # time and step at which the pace of a job began to be measured
 
         def on_progress(job: int, stage: str, done: int, total: int) -> None:
             now = time.perf_counter()
@@ -35,7 +35,7 @@ def progress_bars(*, enabled: bool) -> Iterator[OnProgress]:
             known = ""
             if done:
                 since, first = started.setdefault(job, (now, done))
-                pace = (now - since) / max(done - first, 1)  # rich forgets paces over 30 s
+                pace = (now - since) / max(done - first, 1)  # rich drops samples older than 30 s
                 known = f", {pace:.2f} s/step, {_clock(pace * (total - done))} left" if done > first else ""
             bars.update(tasks[job], completed=done, total=total or None, description=f"{stage}{known}")
 
@@ -44,7 +44,7 @@ def progress_bars(*, enabled: bool) -> Iterator[OnProgress]:
 
 @contextmanager
 def byte_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each name that `progress(name, bytes done, of all)` is told: GB, GB/s, time left."""
+    """Yields `progress(name, bytes done, total bytes)`, which shows one bar for each name: GB, GB/s, time left."""
     columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     bars = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
@@ -52,7 +52,7 @@ def byte_bars() -> Iterator[Callable[[str, int, int], None]]:
 
     def progress(name: str, done: int, total: int) -> None:
         if name not in tasks:
-            bars.start()  # not before: even no bar leaves a line
+            bars.start()  # only now, because a display without bars leaves an empty line
             tasks[name] = bars.add_task(name.replace("_", " "), total=total)
         bars.update(tasks[name], completed=done)
 

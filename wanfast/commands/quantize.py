@@ -1,4 +1,4 @@
-"""`wanfast quantize`: the experts once through a scheme, kept for every later run."""
+"""`wanfast quantize`: quantizes the experts once with a scheme and stores them for every later run."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def _refuse_recipe(value: str | None) -> None:
 def quantize(
     scheme: Annotated[
         Scheme,
-        typer.Option(help="int8-dynamic and fp8-rowwise also multiply in 8 bits; bf16 casts and quantizes nothing."),
+        typer.Option(help="int8-dynamic and fp8-rowwise also multiply in 8 bits; bf16 only casts the weights."),
     ],
     model: options.Model = "a14b",
-    expert: Annotated[Literal["both", "high", "low"], typer.Option(help="Which of the two.")] = "both",
+    expert: Annotated[Literal["both", "high", "low"], typer.Option(help="Which expert to quantize.")] = "both",
     device: Annotated[
-        Device | None, typer.Option(help="Where the values are worked out.  [default: cuda where there is a driver]")
+        Device | None, typer.Option(help="Where the values are computed.  [default: cuda if there is a driver]")
     ] = None,
     artifacts_dir: options.ArtifactsDir = "artifacts",
     recipe: Annotated[str | None, typer.Option(hidden=True, is_eager=True, callback=_refuse_recipe)] = None,
     json_: options.Json = False,
 ) -> None:
-    """Quantize the experts and keep them: `generate --quantize` then reads a quarter of the published float32's bytes.
+    """Quantize the experts and store them: `generate --quantize` then reads a quarter of the published float32 bytes.
 
-    Run again after a failure, it goes on with the expert that is missing.
+    Run the command again after a failure: only the missing expert is quantized.
     """
     from wanfast.runtime.jobs import quantize as worker  # torch begins here
 

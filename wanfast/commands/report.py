@@ -1,4 +1,4 @@
-"""What a person sees: the plan before, the summary after. Plain words on a terminal, one line where nobody watches."""
+"""Prints the plan before a run and the summary after: tables on a terminal, one line a video elsewhere."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from wanfast.runtime.planning.next_step import warmup_command
 from wanfast.runtime.planning.plan import guided_steps
 from wanfast.runtime.planning.requests import Planned
 
-_WORTH_TELLING_S = 0.5
+_WORTH_A_NOTE_S = 0.5
 
 
 class Report:
-    """Writes for a person on stdout, or, with `as_json`, on stderr, and one JSON document as the last line of stdout.
+    """Writes for a person on stdout; with `as_json` on stderr, and one JSON document as the last line of stdout.
 
-    `brief`: stdout is not a terminal, so there is no plan and no progress, only what came of it.
+    `brief` means that stdout is not a terminal: neither plan nor progress is shown, only the results.
     """
 
     def __init__(self, *, as_json: bool) -> None:
@@ -33,7 +33,7 @@ class Report:
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def plans(self, planned: list[Planned], *, always: bool) -> None:
-        """What will run, what cannot, and what a person could not guess: the last two are said even to a pipe."""
+        """Prints the plans, the errors and the notes. Errors and notes are printed even if stdout is a pipe."""
         for item in planned:
             if item.plan is None:
                 self.result(item, item.failure())
@@ -45,21 +45,21 @@ class Report:
                 self._warnings.print(f"note{_of_line(item)}: {note}", markup=False)
 
     def result(self, item: Planned, result: dict[str, Any]) -> None:
-        """One video or one failed line, as it comes; a single request's failure is left to `close`."""
+        """Prints one video or one failed line. `close` raises the error of a single request."""
         if "error" not in result:
             self._summary(result, _of_line(item))
-            self._tell_of_warmup(result, _of_line(item))
+            self._note_compile_time(result, _of_line(item))
         elif item.request.line is not None:
             self._warnings.print(f"error{_of_line(item)}: {result['error']}", markup=False)
 
     def no_share(self) -> None:
-        """The list is shorter than there are machines."""
-        self._warnings.print("note: no line of the list falls to this machine")
+        """Reports that the list has fewer lines than there are machines, so that this machine gets none."""
+        self._warnings.print("note: this machine gets no line of the list")
         if self.as_json:
             print(json.dumps({"results": [], "failed": 0}))
 
     def close(self, planned: list[Planned], results: list[dict[str, Any]]) -> None:
-        """Print the JSON document. Raises the error of a single request, or JobsFailedError if any line failed."""
+        """Prints the JSON document. Raises the error of a single request, or JobsFailedError if any line failed."""
         many = planned[0].request.line is not None
         failed = sum("error" in result for result in results)
         if failed and not many:
@@ -68,20 +68,23 @@ class Report:
             lines = [{"line": item.request.line, **result} for item, result in zip(planned, results, strict=True)]
             print(json.dumps({"results": lines, "failed": failed} if many else results[0]))
         if failed:
-            raise JobsFailedError(f"--jobs: {failed} of {len(planned)} failed, as said above: fix their lines")
+            raise JobsFailedError(f"--jobs: {failed} of {len(planned)} failed, as reported above: fix their lines")
 
-    def _tell_of_warmup(self, result: dict[str, Any], of_line: str) -> None:
-        """What compiling cost, if it was done anew: the first step beyond what its forwards take in later ones."""
+    def _note_compile_time(self, result: dict[str, Any], of_line: str) -> None:
+        """Prints what compilation cost, if anything was compiled.
+
+        The cost is the first step's time, less the time that as many forwards take in later steps.
+        """
         in_first, *in_others = past_runs.forwards_in_turn(result["plan"])
         config = EffectiveConfig.from_json(result["effective"])
         if not result["compiled_anew"] or not sum(in_others) or config.ranks.nnodes > 1:
             return
         first, all_steps = result["first_step_s"], result["seconds"]["denoise"]
         cost = first - in_first * (all_steps - first) / sum(in_others)
-        if cost >= _WORTH_TELLING_S:
+        if cost >= _WORTH_A_NOTE_S:
             command = warmup_command(config)
             self._warnings.print(
-                f"note{of_line}: compiling took {cost:.1f} s of this run; once `{command}` has run, others start warm",
+                f"note{of_line}: compiling took {cost:.1f} s of this run; after `{command}`, later runs start warm",
                 markup=False,
             )
 
@@ -98,7 +101,11 @@ class Report:
         if result["effective"]["models"]["compile"]:
             key = result["compile_cache"]
             rows["compiled"] = (
-                "anew" if result["compiled_anew"] else f"kept in inductor/{key}" if key else "torch had it"
+                "in this run"
+                if result["compiled_anew"]
+                else f"cache hit: inductor/{key}"
+                if key
+                else "torch's own cache"
             )
         rows["attention"] = f"{result['attention']['kernel']}: {result['attention']['why']}"
         rows["peak memory"] = f"{result['peak_memory_bytes'] / 1e9:.2f} GB"
@@ -127,14 +134,14 @@ def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str
         "guidance": f"{guidance['high_noise']:g} high noise, {guidance['low_noise']:g} low noise",
         **_ranks_row(plan),
         "memory": plan["placement"],
-        **({"time": f"about {predicted_s:.1f} s of denoising, by an earlier run like it"} if predicted_s else {}),
+        **({"time": f"about {predicted_s:.1f} s of denoising, as in an earlier run like this"} if predicted_s else {}),
         "seed": str(plan["seed"]),
         "writes": "\n".join(_shown(path) for path in plan["outputs"]),
     }
 
 
 def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
-    """How much is skipped, and a strip of each expert: a letter a step, or a line a branch where they differ."""
+    """Returns the row that shows how much is skipped, and strips of the steps of both experts."""
     m = plan["magcache"]
     if m is None:
         return {}
@@ -142,17 +149,17 @@ def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
     limits = f"at most {m['max_skips']} in a row, first {m['retention']:.0%} computed, {m['rule']}"
     curve, of = f"curve {m['curve']}", m["interpolated_from"]
     if of:
-        curve += f", bridged from {of['steps']} steps at shift {of['shift']:g}"
+        curve += f", interpolated from {of['steps']} steps at shift {of['shift']:g}"
     share = f"{m['skipped_forwards']} of {m['total_forwards']} forwards skipped ({m['skipped_share']:.1%})"
     if m["skipped_forwards_apart"] is not None:
-        share += f", both branches together; apart {m['skipped_forwards_apart']} would be"
-    kept = f"{m['residual_bytes'] / 1e9:.1f} GB of residuals a rank"
+        share += f"; both branches skip together: separate skips would be {m['skipped_forwards_apart']}"
+    stored = f"{m['residual_bytes'] / 1e9:.1f} GB of residuals a rank"
     legend = "(# computed, . skipped; high noise | low noise)"
-    return {"magcache": "\n".join([share, *_strips(plan), legend, f"{how}, {limits}; {curve}; {kept}"])}
+    return {"magcache": "\n".join([share, *_strips(plan), legend, f"{how}, {limits}; {curve}; {stored}"])}
 
 
 def _strips(plan: dict[str, Any]) -> list[str]:
-    """A letter a step; one line where both branches skip alike, and blanks where there is no second one."""
+    """Returns one character a step; one line if both branches skip alike. A blank means that guidance is off."""
     m, high, guided = plan["magcache"], plan["steps"]["high_noise"], guided_steps(plan)
     prompt = "".join("#."[skip] for skip in m["skips_prompt"])
     negative = "".join(
@@ -175,6 +182,6 @@ def _of_line(item: Planned) -> str:
 
 
 def _shown(path: str) -> str:
-    """Relative where that is shorter to read."""
+    """Returns a path relative to the current folder if it lies within, else unchanged."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

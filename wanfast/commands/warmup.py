@@ -1,4 +1,4 @@
-"""`wanfast warmup`: compile once what `generate --compile` would, and keep it for every later process."""
+"""`wanfast warmup`: compiles once what `generate --compile` would, and stores it for every later process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wanfast.runtime.planning.placement import is_cpu_for_want_of_a_gpu, place
 from wanfast.runtime.planning.plan import Plan, effective
 from wanfast.runtime.store import model_files
 
-_SHAPE_ONLY = {"image": "none", "prompt": "none"}  # what a video needs and a warmup does not
+_SHAPE_ONLY = {"image": "none", "prompt": "none"}  # a video needs them, a warmup does not
 
 
 @options.takes_options("warmup")
@@ -27,16 +27,16 @@ def warmup(
     context: typer.Context,
     json_: options.Json = False,
 ) -> None:
-    """Compile an expert's block for a size and a number of GPUs, and keep it: `generate --compile` then starts warm.
+    """Compile an expert's block for a size and a number of GPUs: `generate --compile` then starts warm.
 
-    It needs no weights. Copy `inductor/` of the artifacts folder to other machines of the same kind. On a CPU it
-    saves little, since its C++ is built anew.
+    The compiled code is stored in `inductor/` of the artifacts folder: copy it to other machines of the same kind. No
+    weights are needed. On a CPU this saves little, because the C++ code is built again.
     """
     given = options.given(context)
     plan, image_size = planned(given)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     if is_cpu_for_want_of_a_gpu(plan):
-        note = "no GPU was found, so a block is compiled and run on the CPU, which takes long at this size"
+        note = "no GPU was found, so a block is compiled and run on the CPU, which is slow at this size"
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {note}")
     job = dataclasses.replace(plan.job(), image_size=image_size)
     (result,) = dispatch.run_jobs(
@@ -44,13 +44,13 @@ def warmup(
     )
     if "error" in result:
         raise from_failure(result)
-    console.print(said(result), markup=False)
+    console.print(describe(result), markup=False)
     if json_:
         print(json.dumps(result))
 
 
 def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
-    """What a generation with these options would be, and the shape of its image. Raises WanFastError."""
+    """Returns the plan of a generation with these options, and the size of its image. Raises WanFastError."""
     wanted = {**_SHAPE_ONLY, **given, "compile": True}
     models = EffectiveConfig.of(wanted, A14B).models
     files = model_files.locate(models.model, models.artifacts_dir)
@@ -61,9 +61,10 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
     return plan, image_size
 
 
-def said(result: dict[str, Any]) -> str:
+def describe(result: dict[str, Any]) -> str:
+    """Returns in words where the compiled code is, and the seconds of the first two forwards."""
     seconds = result["seconds"]
     shape = f"{result['width']}x{result['height']}, {result['frames']} frames, {result['attention']} attention"
     first, second = (f"{seconds[name]:.1f} s" for name in ("first", "second"))
-    what = "was there already, and loads" if result["was_there"] else f"{result['bytes'] / 1e6:.1f} MB"
+    what = "was made already, and loads" if result["was_there"] else f"{result['bytes'] / 1e6:.1f} MB"
     return f"{result['output']}: {what}; {shape}; first forward of a block {first}, second {second}"

@@ -1,4 +1,4 @@
-"""The worker half of `wanfast calibrate-magcache`: denoises each clip and measures it."""
+"""The worker half of `wanfast calibrate-magcache` denoises and measures each clip."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
-    """Ratios, spread and cosine distance of every step and branch of one clip."""
+    """Returns the ratios, spread and cosine distance of every step and branch of one clip."""
     plan, image = session.plan(job)
     steps = len(plan.schedule)
     recorder = Recorder(session.ranks, plan.geometry.tokens)

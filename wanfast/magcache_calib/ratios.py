@@ -95,7 +95,7 @@ def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelF
 
 
 def write_curve(folder: Path, curve: dict[str, Any], config: EffectiveConfig, spec: ModelSpec, num_clips: int) -> None:
-    """ratios.json and ratios.png of the artifact."""
+    """Writes ratios.json and ratios.png of the artifact."""
     steps = steps_of(config.video.solver, config.video.steps, config.video.shift, spec.boundary)
     timesteps = [timestep for _, timestep in steps]
     facts = {"clips": num_clips, "experts": [expert for expert, _ in steps], "timesteps": timesteps}

@@ -1,4 +1,4 @@
-"""What was asked for, as a mapping of options, and what will run, as five frozen parts."""
+"""This package holds the options of a request, as a mapping, and the effective config, as five frozen parts."""
 
 from wanfast.runtime.config.effective import OPTIONS, EffectiveConfig, Options
 from wanfast.runtime.config.models import ModelsConfig, QuantizeConfig

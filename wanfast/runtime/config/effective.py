@@ -1,9 +1,10 @@
-"""What was asked for, as a mapping, and what will run, as five frozen parts. An option is entered once: in its part.
+"""Turns the options of a request, a mapping, into an effective config of five frozen parts.
 
-`Options` holds the values that were given, by option name. `EffectiveConfig.of` adds the model's own defaults and
-refuses, whatever the model, a value that cannot be right, naming the option. An effective config is what the ranks
-read, what the JSON beside a video records, and what `--from` runs again. Two parts may be open at first: `planning`
-closes `skipping` (which curve, which limits) and `ranks` (which mesh, which weights are sharded or offloaded).
+Each option is defined once, as a field of its part. `Options` maps option names to the values that were given.
+`EffectiveConfig.of` adds the model's own defaults and refuses values that are wrong for every model, naming the option.
+The ranks read an effective config, the JSON beside a video records it, and `--from` runs it again. Two parts may have
+open fields at first. `planning` decides those of `skipping` (which curve, which limits) and of `ranks` (which mesh,
+which weights are sharded or offloaded).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Options = Mapping[str, Any]  # option name -> the value that was given
 
 @dataclass(frozen=True, kw_only=True)
 class EffectiveConfig:
-    """One video, every question answered."""
+    """This class holds every choice that makes one video."""
 
     video: VideoConfig
     models: ModelsConfig
@@ -46,7 +47,7 @@ class EffectiveConfig:
 
     @classmethod
     def of(cls, given: Options, own: ModelSpec, **answers: Any) -> EffectiveConfig:
-        """Completes `given` by `answers` and the model's `own` defaults. Raises ConfigError, naming the option."""
+        """Completes `given` with `answers` and the model's `own` defaults. Raises ConfigError, naming the option."""
         refuse_unknown(given, OPTIONS)
         accepted = {name: OPTIONS[name].accept(value) for name, value in given.items()}
         values = {name: getattr(own, name) for name, option in OPTIONS.items() if option.option.own}
@@ -59,7 +60,7 @@ class EffectiveConfig:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> EffectiveConfig:
-        """Reads `to_json`, or the flat form of older versions. Raises ConfigError, KeyError or TypeError."""
+        """Inverts `to_json`; also reads the flat form of older versions. Raises ConfigError, KeyError or TypeError."""
         if "video" not in document:
             return cls._from_flat(dict(document))
         parts = {name: PARTS[name](**document[name]) for name in PARTS if document[name] is not None}
@@ -76,16 +77,16 @@ class EffectiveConfig:
         return cls(**parts)
 
     def to_json(self) -> dict[str, Any]:
-        """One object a part."""
+        """Returns one JSON object for each part."""
         return dataclasses.asdict(self)
 
     def options(self) -> dict[str, Any]:
-        """The value of every option, by its name; what `of` takes."""
+        """Returns the value of every option by its name, as `of` accepts it."""
         parts = [getattr(self, name) or SkippingConfig() for name in PARTS]
         return {name: getattr(part, name) for part in parts for name in options_of(type(part))}
 
     def replace(self, **values: Any) -> EffectiveConfig:
-        """A copy with other values of some fields, in whatever part they are."""
+        """Returns a copy with new `values` of some fields, whichever part has them."""
         return self._from_flat(self.options() | {"image_sha256": self.video.image_sha256} | values)
 
 

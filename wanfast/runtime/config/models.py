@@ -1,4 +1,4 @@
-"""Which models run, and how."""
+"""Defines which models run, and how."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wanfast.runtime.facts.choices import Attention, CompileMode, Device, Precis
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsConfig(Part):
-    """Which models run, and how. Jobs whose parts are equal share loaded models."""
+    """This part says which models run, and how. Jobs whose `models` parts are equal share loaded models."""
 
     model: Annotated[
         str,
@@ -25,7 +25,7 @@ class ModelsConfig(Part):
     attention: Annotated[
         Attention,
         Option(
-            "Attention kernel: FlashAttention 3, 4 or 2, or one of torch's. auto takes the fastest that gives right "
+            "Attention kernel: FlashAttention 3, 4 or 2, or one of torch's. auto uses the fastest that gives right "
             "results here.",
             EXACT,
             also=COMPILED,
@@ -33,11 +33,15 @@ class ModelsConfig(Part):
     ] = "auto"
     compile: Annotated[
         bool,
-        Option("Compile the experts' blocks. The first run takes some ten seconds more.", EXACT, also=CALIBRATE),
+        Option("Compile the experts' blocks. The first run takes about ten seconds more.", EXACT, also=CALIBRATE),
     ] = False
     compile_mode: Annotated[
         CompileMode,
-        Option("How hard --compile searches. max-autotune also captures CUDA graphs.", EXACT, also=COMPILED),
+        Option(
+            "How long --compile searches for fast kernels. max-autotune also captures CUDA graphs.",
+            EXACT,
+            also=COMPILED,
+        ),
     ] = "default"
     precision: Annotated[
         Precision, Option("Precision of the matrix products. Norms, sums and small layers stay fp32.", LOSSY, also=ALL)
@@ -54,7 +58,7 @@ class ModelsConfig(Part):
     quantize: Annotated[
         Scheme | None,
         Option(
-            "Take experts quantized by this scheme, as `wanfast quantize` stores them. bf16 only casts the weights.",
+            "Use experts quantized with this scheme, as `wanfast quantize` stores them. bf16 only casts the weights.",
             LOSSY,
             also=ALL,
         ),
@@ -64,7 +68,7 @@ class ModelsConfig(Part):
     ] = False
     verify: Annotated[
         bool,
-        Option("Verify the hashes of stored experts first. Takes about a second a GB.", FILES, also=CALIBRATE),
+        Option("Verify the hashes of stored experts first, which takes about a second a GB.", FILES, also=CALIBRATE),
     ] = False
     artifacts_dir: Annotated[
         str,
@@ -92,7 +96,7 @@ class ModelsConfig(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
-    """What `wanfast quantize` does: its options."""
+    """This class holds the options of `wanfast quantize`."""
 
     scheme: Scheme
     model: str = "a14b"
@@ -107,8 +111,8 @@ class QuantizeConfig:
 
 
 def check_places(model: str, artifacts_dir: str) -> None:
-    """Refuses an empty path, which would be the current folder."""
+    """Raises ConfigError for an empty path, which would mean the current folder."""
     if not model.strip():
-        raise ConfigError("--model is empty: take tiny, a14b or a folder of weights")
+        raise ConfigError("--model is empty: use tiny, a14b or a folder of weights")
     if not artifacts_dir.strip():
         raise ConfigError("--artifacts-dir is empty: name a folder, or leave it out")

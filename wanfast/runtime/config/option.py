@@ -1,8 +1,9 @@
-"""An option of the command line, as a field of a config: its help, its checks and the commands that take it.
+"""Describes an option of the command line as a field of a config: its help, its checks and its commands.
 
     steps: Annotated[int, Option("Denoising steps.", SAMPLING, own=True, check=between(1, 1000))]
 
-The field's type is the type of the answer; `asked` names a wider one that may be typed, such as a number or "auto".
+The field's type is the type of the final value; `asked` names a wider type that may be typed, such as a number or
+"auto".
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ MAKE, SAMPLING, EXACT, LOSSY, GPUS, FILES = (
 )  # fmt: skip
 
 CALIBRATE: tuple[Command, ...] = ("calibrate-magcache",)
-COMPILED: tuple[Command, ...] = ("calibrate-magcache", "warmup")  # for what a compiled block depends on
+COMPILED: tuple[Command, ...] = ("calibrate-magcache", "warmup")  # these compile blocks
 ALL: tuple[Command, ...] = (*COMPILED, "doctor")
 
-Check = Callable[[Any], str | None]  # None, or how to fix the value
+Check = Callable[[Any], str | None]  # value -> None, or how to fix the value
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Facts:
-    own: bool = False  # the default is the model's own
+    own: bool = False  # the model has its own default
     default: str | None = None  # what --help shows instead of the field's default
-    also: tuple[Command, ...] = ()  # commands that take it, beside generate
+    also: tuple[Command, ...] = ()  # commands that have it, beside generate
     asked: Any = None
     metavar: str | None = None
     envvar: str | None = None
@@ -42,7 +43,7 @@ class _Facts:
 
 @dataclass(frozen=True)
 class Option(_Facts):
-    """The facts of an option beside its name, type and default."""
+    """This class holds the facts of an option beside its name, type and default."""
 
     help: str
     panel: str
@@ -50,7 +51,7 @@ class Option(_Facts):
 
 @dataclass(frozen=True, kw_only=True)
 class OptionField:
-    """An option with the facts of its field."""
+    """This class holds an option with its name, type and default."""
 
     name: str
     option: Option
@@ -62,7 +63,7 @@ class OptionField:
         return flag(self.name)
 
     def accept(self, value: Any) -> Any:
-        """The value that was given, a whole number as the float it stands for; None asks for the default.
+        """Returns a checked value; None means the default. A whole number becomes a float if a float is asked for.
 
         Raises ConfigError for a value of another type or out of range.
         """
@@ -80,7 +81,7 @@ class OptionField:
 
 
 def options_of(part: Any) -> dict[str, OptionField]:
-    """The options among the fields of a config's part, in order."""
+    """Returns the options among the fields of a config's part, in order."""
     return _options_of(part)
 
 
@@ -98,22 +99,22 @@ def _options_of(part: Any) -> dict[str, OptionField]:
 
 
 def flag(name: str) -> str:
-    """The spelling of an option on the command line."""
+    """Returns the spelling of an option on the command line."""
     return "--" + name.replace("_", "-")
 
 
 def at_least(low: int, fix: str) -> Check:
-    """A check that accepts `low` and more."""
+    """Returns a check that accepts `low` and more."""
     return lambda value: None if value >= low else fix
 
 
 def between(low: float, high: float, fix: str) -> Check:
-    """A check that accepts low to high."""
+    """Returns a check that accepts `low` to `high`, inclusive."""
     return lambda value: None if low <= value <= high else fix
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a name that is no option."""
+    """Raises ConfigError for a name that is not an option."""
     if unknown := sorted(given.keys() - known.keys()):
         raise ConfigError(f"there is no option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
 
@@ -137,17 +138,17 @@ def _describe(hint: Any) -> str:
 
 
 def _check_text(name: str, value: str) -> None:
-    """Refuses a text that no file and no path can hold."""
+    """Raises ConfigError for a text that no file and no path can hold."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise ConfigError(f"{flag(name)} {value!a:.60} is not valid text: write it as UTF-8") from None
     if "\0" in value and "prompt" not in name:
-        raise ConfigError(f"{flag(name)} {value!a:.60} holds a NUL character: name it without")
+        raise ConfigError(f"{flag(name)} {value!a:.60} holds a NUL character: remove it")
 
 
 class Part:
-    """Checks the range of each option on construction. Raises ConfigError."""
+    """A part checks the range of each option on construction. Raises ConfigError."""
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)).values():

@@ -1,4 +1,4 @@
-"""Which processes work on a video, on what device, and where they keep the weights."""
+"""Defines which processes make a video, on what device, and where they hold the weights."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from wanfast.runtime.facts.mesh import Mesh
 
 @dataclass(frozen=True, kw_only=True)
 class RanksConfig(Part):
-    """Which processes work, on what device, and where they keep the weights."""
+    """This part says which processes work, on what device, and where they hold the weights."""
 
-    device: Annotated[Device, Option("Where to run.", GPUS, also=COMPILED, default="cuda where there is a driver")]
+    device: Annotated[Device, Option("Where to run.", GPUS, also=COMPILED, default="cuda if there is a driver")]
     num_gpus: Annotated[
         int,
         Option(
-            "Ranks on this machine, one a GPU; with --device cpu processes. auto takes all GPUs.",
+            "Ranks on this machine: one a GPU, or processes with --device cpu. auto uses all GPUs.",
             GPUS,
             also=COMPILED,
             asked=int | Literal["auto"],
             metavar="<int|auto>",
-            check=lambda n: None if n == "auto" or 1 <= n <= 1024 else "take 1 to 1024, or auto",
+            check=lambda n: None if n == "auto" or 1 <= n <= 1024 else "use 1 to 1024, or auto",
         ),
     ] = 1
     nnodes: Annotated[
@@ -33,7 +33,7 @@ class RanksConfig(Part):
         Option(
             "Number of machines. Start wanfast on each, with the same options.",
             GPUS,
-            check=between(1, 1024, "take the number of machines, 1 to 1024"),
+            check=between(1, 1024, "use the number of machines, 1 to 1024"),
         ),
     ] = 1
     node_rank: Annotated[int, Option("Which of --nnodes this machine is, from 0.", GPUS)] = 0
@@ -44,8 +44,8 @@ class RanksConfig(Part):
             "Ranks that share the branches of guidance, 1 or 2.",
             GPUS,
             also=COMPILED,
-            default="2 if there are enough",
-            check=at_least(1, "take 1 or more, or leave it out"),
+            default="2 if there are enough ranks",
+            check=at_least(1, "use 1 or more, or leave it out"),
         ),
     ] = None
     ulysses: Annotated[
@@ -55,19 +55,19 @@ class RanksConfig(Part):
             GPUS,
             also=COMPILED,
             default="as many as fit",
-            check=at_least(1, "take 1 or more, or leave it out"),
+            check=at_least(1, "use 1 or more, or leave it out"),
         ),
     ] = None
     dit_fsdp: Annotated[
-        Switch, Option("Shard the experts over a video's ranks; auto: if they do not fit.", GPUS, also=COMPILED)
+        Switch, Option("Shard the experts over a video's ranks; auto: if the experts do not fit.", GPUS, also=COMPILED)
     ] = "auto"
     t5_fsdp: Annotated[
-        Switch, Option("Shard UMT5 over a video's ranks; auto: if it does not fit.", GPUS, also=CALIBRATE)
+        Switch, Option("Shard UMT5 over a video's ranks; auto: if UMT5 does not fit.", GPUS, also=CALIBRATE)
     ] = "auto"
     expert_offload: Annotated[
         Switch,
         Option(
-            "Keep the idle expert in host memory; auto: if both do not fit and there are few ranks.",
+            "Hold the idle expert in host memory; auto: if the GPUs cannot hold both experts, not even sharded.",
             GPUS,
             also=COMPILED,
         ),
@@ -75,10 +75,10 @@ class RanksConfig(Part):
     rank_timeout: Annotated[
         float,
         Option(
-            "Seconds that ranks wait for each other before the run is ended.",
+            "Seconds that ranks wait for each other before the run ends.",
             GPUS,
             also=COMPILED,
-            check=between(1, 86400, "take 1 to 86400 seconds"),
+            check=between(1, 86400, "use 1 to 86400 seconds"),
         ),
     ] = 600.0
 
@@ -94,10 +94,12 @@ class RanksConfig(Part):
             if not re.fullmatch(r"[^\s:]+:\d{1,5}", self.rdzv_endpoint):
                 raise ConfigError(f"--rdzv-endpoint {self.rdzv_endpoint!r} is not HOST:PORT: write it as node0:29500")
         if self.dit_fsdp == "on" and self.expert_offload == "on":
-            raise ConfigError("--dit-fsdp on and --expert-offload on exclude each other: shards stay on their GPUs")
+            raise ConfigError(
+                "--dit-fsdp on and --expert-offload on exclude each other: drop one, because shards stay on their GPUs"
+            )
 
     @property
     def mesh(self) -> Mesh:
-        """The ranks of all machines; a degree that is not decided yet counts as 1."""
+        """The mesh of the ranks of all machines; a degree that is not decided yet counts as 1."""
         cfg, ulysses = self.cfg_parallel or 1, self.ulysses or 1
         return Mesh(replica=self.num_gpus * self.nnodes // (cfg * ulysses), cfg=cfg, ulysses=ulysses)

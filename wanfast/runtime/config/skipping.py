@@ -1,4 +1,4 @@
-"""Which forwards MagCache skips: the options, and the short names of settings."""
+"""Defines the options of MagCache, which skips forwards, and the short names of its settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CURVE_KEY = re.compile(r"[0-9a-f]{12}")
 
 
 def magcache_settings(name: str) -> tuple[float, int, float] | None:
-    """(threshold, skips in a row, share retained) of a short name: E012K2R20 is 0.12, 2, 0.2."""
+    """Returns (threshold, skips in a row, share retained) of a short name: E012K2R20 is 0.12, 2, 0.2; else None."""
     match = _MAGCACHE_NAME.fullmatch(name)
     if match is None:
         return None
@@ -25,12 +25,12 @@ def magcache_settings(name: str) -> tuple[float, int, float] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class SkippingConfig(Part):
-    """Which forwards MagCache skips. Source: MagCache (arXiv 2506.09045)."""
+    """This part says which forwards MagCache skips. Source: MagCache (arXiv 2506.09045)."""
 
     magcache: Annotated[
         str,
         Option(
-            "Skip forwards whose residual hardly changes, by the model's preset curve or a calibrated one. E012K2R20 "
+            "Skip forwards whose residual hardly changes, with the model's preset curve or a calibrated one. E012K2R20 "
             "is the preset with threshold 0.12, at most 2 skips in a row and the first 20 % computed.",
             LOSSY,
             metavar="<off|preset|artifact|KEY|E012K2R20>",
@@ -42,25 +42,25 @@ class SkippingConfig(Part):
             "Error that may accumulate before a forward is computed.",
             LOSSY,
             default="0.12",
-            check=lambda x: None if 0 < x <= 10 else "take 0.01 to 10",
+            check=lambda x: None if 0 < x <= 10 else "use 0.01 to 10",
         ),
     ] = None
     magcache_k: Annotated[
         int | None,
         Option(
-            "Most skips in a row of one branch.",
+            "Largest number of skips in a row in one branch.",
             LOSSY,
             default="2",
-            check=between(1, 1000, "take 1 to 1000 skips in a row"),
+            check=between(1, 1000, "use 1 to 1000 skips in a row"),
         ),
     ] = None
     retention_ratio: Annotated[
         float | None,
         Option(
-            "Share of each expert's forwards, from its first on, that is always computed.",
+            "Share of each expert's forwards, from the first on, that is always computed.",
             LOSSY,
             default="0.2",
-            check=between(0, 1, "take a share, 0 to 1"),
+            check=between(0, 1, "use a share, 0 to 1"),
         ),
     ] = None
     magcache_rule: Annotated[
@@ -72,33 +72,34 @@ class SkippingConfig(Part):
         ),
     ] = None
     magcache_joint: Annotated[
-        Switch, Option("Skip only where both branches skip; auto: if they are on different ranks.", LOSSY)
+        Switch,
+        Option("Skip only in steps in which both branches skip; auto: if the branches are on different ranks.", LOSSY),
     ] = "auto"
     magcache_budget: Annotated[
         float | None,
         Option(
-            "Share of forwards to compute, chosen for the least error instead of by threshold.",
+            "Share of forwards to compute. The skips are chosen for the least error, without a threshold.",
             LOSSY,
-            check=lambda x: None if 0 < x <= 1 else "take the share of forwards to compute, over 0 to 1",
+            check=lambda x: None if 0 < x <= 1 else "use the share of forwards to compute, over 0 to 1",
         ),
     ] = None
     magcache_skip: Annotated[
         int | None,
         Option(
-            "Number of forwards to skip, chosen for the least error.",
+            "Number of forwards to skip. The skips are chosen for the least error.",
             LOSSY,
-            check=at_least(0, "take the forwards to skip, from 0"),
+            check=at_least(0, "use a number of forwards, 0 or more"),
         ),
     ] = None
     magcache_interpolate: Annotated[
-        bool, Option("Interpolate a curve of other --steps or --shift to this run's.", LOSSY)
+        bool, Option("Interpolate a curve that was measured with other --steps or --shift.", LOSSY)
     ] = False
 
     def __post_init__(self) -> None:
         name, short = self.magcache, magcache_settings(self.magcache)
         if name not in ("off", "preset", "artifact") and not _CURVE_KEY.fullmatch(name) and not short:
             raise ConfigError(
-                f"--magcache {name!r:.40}: take off, preset, artifact, a key of magcache/, or settings like E012K2R20"
+                f"--magcache {name!r:.40}: use off, preset, artifact, a key of magcache/, or settings like E012K2R20"
             )
         limits = {"--magcache-k": self.magcache_k, "--retention-ratio": self.retention_ratio}
         amounts = {
@@ -111,18 +112,16 @@ class SkippingConfig(Part):
         if name == "off" and idle:
             raise ConfigError(f"{idle[0]} needs --magcache: add it, with preset for example, or drop the option")
         if short and given:
-            raise ConfigError(
-                f"--magcache {name} says what {given[0]} would: write --magcache preset, or drop {given[0]}"
-            )
+            raise ConfigError(f"--magcache {name} already sets {given[0]}: write --magcache preset, or drop {given[0]}")
         if sum(value is not None for value in amounts.values()) > 1:
-            raise ConfigError("--magcache-thresh, --magcache-budget and --magcache-skip exclude each other: keep one")
+            raise ConfigError("--magcache-thresh, --magcache-budget and --magcache-skip exclude each other: use one")
         if short:
             _check_short(name, short)
         super().__post_init__()
 
 
 def _check_short(name: str, settings: tuple[float, int, float]) -> None:
-    """Checks the settings that a short name spells."""
+    """Checks the settings in a short name. Raises ConfigError."""
     for option, value in zip(("magcache_thresh", "magcache_k", "retention_ratio"), settings, strict=True):
         try:
             options_of(SkippingConfig)[option].check_range(value)
@@ -131,6 +130,6 @@ def _check_short(name: str, settings: tuple[float, int, float]) -> None:
 
 
 def _set(part: SkippingConfig) -> list[OptionField]:
-    """The options that differ from their defaults, except the first, which switches all of them on."""
+    """Returns the options that differ from their defaults, except the first, --magcache, which enables the others."""
     _, *others = options_of(SkippingConfig).values()
     return [option for option in others if getattr(part, option.name) != option.default]

@@ -1,4 +1,4 @@
-"""What a video shows, how it is sampled, and which files are written."""
+"""Defines what a video shows, how it is sampled, and which files are written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from wanfast.runtime.facts.choices import Device, Solver
 
 
 def parse_size(size: str) -> tuple[int, int]:
-    """(width, height) of '1280x720' (or the reference's '1280*720'): the area for a video of the image's shape."""
+    """Returns (width, height) of '1280x720', or of the reference's '1280*720'; the video gets this area at most.
+
+    Raises ConfigError."""
     match = re.fullmatch(r"(\d{1,4})[xX*](\d{1,4})", size.strip())
     if match is None:
         raise ConfigError(f"--size {size!r} is not WIDTHxHEIGHT, up to 9999 each: write 1280x720 or 832x480")
@@ -29,13 +31,13 @@ def _frames_fix(frames: int) -> str | None:
 
 
 def _size_fix(size: str) -> str | None:
-    parse_size(size)  # raises
+    parse_size(size)  # raises ConfigError
     return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig(Part):
-    """What the video shows, and how it is sampled."""
+    """This part says what the video shows, and how it is sampled."""
 
     image: Annotated[str, Option("The image that the video starts from.", MAKE, also=("warmup",))]
     image_sha256: str = ""
@@ -44,7 +46,7 @@ class VideoConfig(Part):
     size: Annotated[
         str,
         Option(
-            "The video's area, as WIDTHxHEIGHT. The image's aspect ratio is kept.",
+            "The video's area, as WIDTHxHEIGHT. The video keeps the image's aspect ratio.",
             MAKE,
             own=True,
             also=ALL,
@@ -58,7 +60,7 @@ class VideoConfig(Part):
             "Frames per second of the file.",
             MAKE,
             own=True,
-            check=between(1, 240, "take 1 to 240; 16 is the model's own"),
+            check=between(1, 240, "use 1 to 240; 16 is the model's own"),
         ),
     ]
     seed: Annotated[
@@ -67,7 +69,7 @@ class VideoConfig(Part):
             "Seed of the noise. The same seed gives the same noise on every machine.",
             MAKE,
             default="a random one",
-            check=between(0, 2**63 - 1, "take 0 to 2^63 - 1, or leave it out for a random one"),
+            check=between(0, 2**63 - 1, "use 0 to 2^63 - 1, or leave it out for a random one"),
         ),
     ]
     steps: Annotated[
@@ -77,17 +79,17 @@ class VideoConfig(Part):
             SAMPLING,
             own=True,
             also=CALIBRATE,
-            check=between(1, 1000, "take 1 to 1000; 40 is the model's own"),
+            check=between(1, 1000, "use 1 to 1000; 40 is the model's own"),
         ),
     ]
     shift: Annotated[
         float,
         Option(
-            "Moves steps toward high noise. 3.0 is advised for 480p.",
+            "Moves steps toward high noise. The model's makers advise 3.0 for 480p.",
             SAMPLING,
             own=True,
             also=CALIBRATE,
-            check=between(0.001, 1000, "take 0.001 to 1000; 5.0 is the model's own"),
+            check=between(0.001, 1000, "use 0.001 to 1000; 5.0 is the model's own"),
         ),
     ]
     guidance_high_noise: Annotated[
@@ -97,7 +99,7 @@ class VideoConfig(Part):
             SAMPLING,
             own=True,
             also=CALIBRATE,
-            check=between(0, 100, "take 0 to 100; 1 is no guidance"),
+            check=between(0, 100, "use 0 to 100; 1 is no guidance"),
         ),
     ]
     guidance_low_noise: Annotated[
@@ -107,26 +109,26 @@ class VideoConfig(Part):
             SAMPLING,
             own=True,
             also=CALIBRATE,
-            check=between(0, 100, "take 0 to 100; 1 is no guidance"),
+            check=between(0, 100, "use 0 to 100; 1 is no guidance"),
         ),
     ]
     solver: Annotated[Solver, Option("Flow-matching solver.", SAMPLING, also=CALIBRATE)] = "unipc"
-    noise_device: Annotated[Device, Option("Where noise is drawn; cuda draws as the reference does.", SAMPLING)] = "cpu"
+    noise_device: Annotated[Device, Option("Where noise is drawn; the reference draws it on cuda.", SAMPLING)] = "cpu"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.image:
             raise ConfigError("--image is missing: give the picture that the video starts from")
         if not self.prompt.strip():
-            raise ConfigError("--prompt is empty: say what should happen in the video")
+            raise ConfigError("--prompt is empty: describe what should happen in the video")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig(Part):
-    """Which files are written."""
+    """This part says which files are written."""
 
     output: Annotated[str | None, Option("The .mp4 to write; its .json is written beside it.", FILES, asked=str)] = (
-        "out.mp4"  # None: frames are handed back instead
+        "out.mp4"  # None: the frames are returned instead
     )
     overwrite: Annotated[bool, Option("Replace existing files.", FILES)] = False
     contact_sheet: Annotated[bool, Option("Also write a .png of evenly spaced frames.", FILES)] = False

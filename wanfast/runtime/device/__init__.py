@@ -1,1 +1,1 @@
-"""Torch's device: its setup, its memory, its clock."""
+"""This package holds the setup, the memory and the clock of torch's device."""

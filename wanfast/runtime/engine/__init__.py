@@ -1,1 +1,1 @@
-"""What a rank does with loaded models: it encodes texts and the image, denoises, and decodes."""
+"""This package does the work of a rank with loaded models: it encodes texts and the image, denoises, and decodes."""

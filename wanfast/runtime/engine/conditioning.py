@@ -1,4 +1,4 @@
-"""What the loop starts from: the noise, and the condition that holds the first frame.
+"""Makes the inputs of the loop: the noise, and the condition that holds the first frame.
 
 Shapes: F frames of H x W pixels; T latent frames of h x w; C latent channels.
 Source: Wan-Video/Wan2.2, wan/image2video.py.
@@ -13,21 +13,24 @@ from wanfast.runtime.facts.shapes import Geometry
 
 
 def first_frame_clip(image: Tensor, frames: int) -> Tensor:
-    """The clip [1, 3, F, H, W] that the VAE encodes: the image [3, H, W], and mid-grey (0) after it."""
+    """Returns the clip [1, 3, F, H, W] that the VAE encodes: the image [3, H, W], then mid-grey (0) frames."""
     clip = image.new_zeros(1, image.shape[0], frames, *image.shape[1:])
     clip[:, :, 0] = image
     return clip
 
 
 def with_mask(latents: Tensor, num_mask_channels: int) -> Tensor:
-    """The condition y: mask channels, 1 on the latent frame that is given and 0 after it, before the latents' own."""
+    """Returns y: mask channels, 1 on the given latent frame and 0 after it, then the channels of the latents."""
     mask = torch.zeros_like(latents[:, :num_mask_channels])
     mask[:, :, 0] = 1
     return torch.cat((mask, latents), dim=1)
 
 
 def draw_noise(seed: int, geometry: Geometry, channels: int, device: str) -> Tensor:
-    """Standard normal [1, C, T, h, w] float32. Drawn on the CPU it is the same on every machine and number of ranks."""
+    """Returns standard normal noise [1, C, T, h, w] in float32.
+
+    Noise that is drawn on the CPU is the same on every machine and for every number of ranks.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     shape = (channels, geometry.latent_frames, geometry.latent_height, geometry.latent_width)
     return torch.randn(shape, generator=generator, device=device).unsqueeze(0)

@@ -1,6 +1,6 @@
 """The sampling loop turns noise into a clean latent, with one expert and up to two guidance branches a step.
 
-The loop knows no model: it calls `velocities(step's index, expert, branches, sample, timestep)`. Two experts share the
+The loop knows no model: it calls `velocities(step index, expert, branches, sample, timestep)`. Two experts share the
 steps by noise level. Timesteps at or above the boundary belong to the high-noise expert, which lays out motion and
 composition. The others belong to the low-noise expert, which refines. Each expert has its own guidance scale.
 """
@@ -15,7 +15,7 @@ from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert
 from wanfast.runtime.sampling.guidance import guide, needs_unconditional
 from wanfast.runtime.sampling.scheduler import Integrator, Step, expert_of
 
-VelocitiesFn = Callable[[int, Expert, Sequence[Branch], Tensor, int], list[Tensor]]  # one for each branch
+VelocitiesFn = Callable[[int, Expert, Sequence[Branch], Tensor, int], list[Tensor]]  # one velocity for each branch
 StepFn = Callable[[int, Expert], None]  # (steps done, running expert)
 
 

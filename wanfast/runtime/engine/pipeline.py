@@ -1,10 +1,10 @@
-"""Image-to-video, whole: first frame and text in, pixels out. Holds the two experts and the VAE; owns no options.
+"""The pipeline makes a video from an image and text embeddings, with two experts and the VAE; it has no options.
 
-Every rank of a group runs it on the same arguments. The leader alone encodes the image and decodes the video; the loop
-is everybody's.
+Every rank of a group runs the pipeline with the same arguments. Only the leader encodes the image and decodes the
+video; all ranks run the loop.
 
-image [3, H, W] -> VAE -> condition y [20, T, h, w] (mask, then latents) -> `denoise`, which asks the expert of the step
-for the velocity of each guidance branch -> clean latent [16, T, h, w] -> VAE -> video [3, F, H, W].
+image [3, H, W] -> VAE -> condition y [20, T, h, w] (mask, then latents) -> `denoise`, which calls the step's
+expert for the velocity of each guidance branch -> clean latent [16, T, h, w] -> VAE -> video [3, F, H, W].
 
 Shapes: F frames of H x W pixels; T latent frames of h x w, T = (F-1)/4 + 1, h = H/8, w = W/8; n text tokens.
 Source: Wan-Video/Wan2.2, wan/image2video.py.
@@ -37,16 +37,18 @@ from wanfast.runtime.sampling.guidance import needs_unconditional
 from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.weights.experts import Experts
 
-_EVICT_BYTES = 8 << 30  # for each time that the VAE found too little
+_EVICT_BYTES = 8 << 30  # evicted each time that the VAE runs out of memory
 
 
 @dataclass(frozen=True)
 class ImageToVideoPipeline:
+    """This class holds the models of a rank, and the parts of the way from an image to a video."""
+
     spec: ModelSpec
     experts: Experts
-    vae: WanVAE | None  # the leader's
+    vae: WanVAE | None  # only on the leader
     ranks: Ranks
-    attention: Choice  # the experts' kernel
+    attention: Choice  # the attention kernel of the experts
 
     @property
     def device(self) -> str:
@@ -62,9 +64,10 @@ class ImageToVideoPipeline:
         on_step: StepFn = lambda i, e: None,
         residuals: StepCache | None = None,
     ) -> Tensor | None:
-        """Video [3, F, H, W] in [-1, 1] on the leader's CPU, from an image [3, H, W] and each branch's text [n, d].
+        """Returns the video [3, F, H, W] in [-1, 1] on the leader's CPU, None on other ranks.
 
-        `residuals` is asked which forwards run; by default those of the plan do.
+        It is made from an image [3, H, W] and each branch's `text` [n, d]. `residuals` decides which forwards run; by
+        default the plan decides.
         """
         latent = self.latent(plan, image, text, watch, on_step, residuals or ResidualCache(plan.skips))
         return self.decode(latent, plan.geometry, watch)
@@ -79,7 +82,7 @@ class ImageToVideoPipeline:
         on_step: StepFn,
         residuals: StepCache,
     ) -> Tensor:
-        """The clean latent [1, 16, T, h, w], on every rank; afterwards no expert is needed."""
+        """Returns the clean latent [1, 16, T, h, w] on every rank; no expert is needed afterwards."""
         noise = draw_noise(
             plan.config.video.seed, plan.geometry, self.spec.dit.out_channels, plan.config.video.noise_device
         )
@@ -92,10 +95,10 @@ class ImageToVideoPipeline:
 
     @torch.inference_mode()
     def decode(self, latent: Tensor, geometry: Geometry, watch: Stopwatch) -> Tensor | None:
-        """Video [3, F, H, W] in [-1, 1] on the leader's CPU."""
+        """Returns the video [3, F, H, W] in [-1, 1] on the leader's CPU, None on other ranks."""
         if self.vae is None:
             return None
-        free_memory(self.device)  # the decoder allocates other sizes than the loop did
+        free_memory(self.device)  # the decoder allocates blocks of other sizes than the loop
         with watch.span("decode"):
             wanted = decode_bytes(self.spec, geometry)
             if self.device == "cuda" and (missing := wanted - torch.cuda.mem_get_info()[0]) > 0:
@@ -103,21 +106,24 @@ class ImageToVideoPipeline:
             return self._evicting(partial(self.vae.decode, latent))[0].cpu()
 
     def _evicting(self, work: Callable[[], Tensor]) -> Tensor:
-        """What the VAE makes. How much memory it takes is not known well, and a video must not be lost by that."""
+        """Returns the result of the VAE's `work`; evicts weights and retries when memory is out.
+
+        The memory that the VAE needs is only an estimate, and a wrong estimate must not lose a video.
+        """
         while True:
             try:
                 return work()
-            except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+            except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
                 if not is_out_of_memory(error):
                     raise
-                failure = str(error)  # not the error, whose traceback holds what the VAE had made so far
+                failure = str(error)  # not the error: its traceback holds the VAE's tensors
             if not self.experts.evict(_EVICT_BYTES):
                 raise torch.OutOfMemoryError(failure)
 
     def encode_condition(self, image: Tensor, geometry: Geometry) -> Tensor:
-        """y [1, 20, T, h, w]: four mask channels, 1 on the latent frame that is given, then the latents of the clip
+        """Returns the condition y [1, 20, T, h, w]: four mask channels, then the latents of a clip.
 
-        that holds the image and after it mid-grey.
+        The mask is 1 on the latent frame that is given. The clip is the image followed by mid-grey frames.
         """
         g, channels = geometry, self.spec.vae.temporal_stride + self.spec.vae.latent_channels
         condition = torch.empty(1, channels, g.latent_frames, g.latent_height, g.latent_width, device=self.device)
@@ -136,19 +142,19 @@ class ImageToVideoPipeline:
         residuals: StepCache,
         on_step: StepFn,
     ) -> Tensor:
-        """Clean latent [1, 16, T, h, w] from noise of that shape; `residuals` says which forwards run."""
+        """Returns the clean latent [1, 16, T, h, w] from noise of its shape; `residuals` decides which forwards run."""
         rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
 
         handover = _handover(plan, self.ranks)
 
-        @cache  # once a prompt and expert, not every step
+        @cache  # once for each prompt and expert, not in every step
         def text_kv(model: WanDiT, expert: Expert, branch: Branch) -> list[TextKV]:
             return model.encode_text(text[branch].unsqueeze(0).to(self.device))
 
         def velocities(
             index: int, expert: Expert, branches: Sequence[Branch], sample: Tensor, timestep: int
         ) -> list[Tensor]:
-            t = torch.full((1,), timestep, device=self.device)  # filled there: no copy to wait for
+            t = torch.full((1,), timestep, device=self.device)  # filled on the device, so that no copy delays the step
 
             def velocity(branch: Branch) -> Tensor:
                 reused, wanted = residuals.reuse(index, branch), residuals.wants(index, branch)
@@ -170,7 +176,10 @@ class ImageToVideoPipeline:
 
 
 def _handover(plan: Plan, ranks: Ranks) -> tuple[int, Branch] | None:
-    """The last call of this rank that runs the high-noise blocks: meanwhile the low-noise ones come, if they do."""
+    """Returns the last call on this rank that runs high-noise blocks; offloaded low-noise blocks load during it.
+
+    Returns None if no such call exists, or if no low-noise step follows.
+    """
     calls = [
         (index, branch)
         for index, (expert, skips) in enumerate(zip(plan.experts, plan.skips, strict=True))

@@ -1,6 +1,7 @@
-"""Prompt -> text embeddings, remembered as artifacts: where all texts are known, the 11 GB encoder is never loaded.
+"""Turns prompts into text embeddings, stored as artifacts: stored texts never load the 11 GB encoder again.
 
-A text is encoded at its true length; its embeddings depend on nothing else, so they are the same in any video.
+A text is encoded at its true length. Its embeddings depend on no other text or option of the video, so that any video
+can use them.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ _FILE = "embeds.safetensors"
 def prompt_embeds(
     texts: Iterable[str], files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch
 ) -> dict[str, Tensor]:
-    """{text: [n, text_dim]} on the CPU of every rank, n the text's tokens.
+    """Returns {text: [n, text_dim]} on the CPU of every rank, where n is the number of the text's tokens.
 
-    What the store does not hold is encoded and put there: texts are dealt to the ranks, each of which loads UMT5 if it
-    got one (seconds in `loads`) and drops it after; under `--t5-fsdp on` all ranks hold a share of UMT5 and encode all
-    texts together.
+    Texts that are not stored are encoded and then stored. They are distributed over the ranks. A rank that gets texts
+    loads UMT5, adds the seconds to `loads`, and frees UMT5 afterwards. With `--t5-fsdp on`, all ranks hold a share of
+    UMT5 and encode all texts together.
     """
     store = ArtifactStore(Path(config.models.artifacts_dir))
     tokenizer = ranks.together(lambda: PromptTokenizer(files.tokenizer, files.spec.dit.text_len))
@@ -82,7 +83,7 @@ def _encode(
         text: umt5(torch.tensor([prompt.ids], device=device))[0].cpu().contiguous() for text, prompt in tokens.items()
     }
     del umt5
-    free_memory(device)  # 11 GB in pieces of UMT5's sizes, which the experts would not fit into
+    free_memory(device)  # 11 GB in blocks of UMT5's sizes, which the experts cannot reuse
     return encoded
 
 

@@ -1,11 +1,11 @@
-"""The models of one rank: opened once, they make any number of videos.
+"""Holds the loaded models of one rank, which make any number of videos.
 
     session = Session.open(config, ranks)   # prepares the process, finds the files, chooses the attention kernel
-    session.encode(texts)                   # UMT5 comes and goes before the experts need its memory
+    session.encode(texts)                   # loads and frees UMT5 before the experts need its memory
     session.make(job)                       # the first call loads the experts and the VAE
     session.close()
 
-Every rank of a group calls the same methods in the same order. The leader alone holds the VAE, reads images and gets
+Every rank of a group calls the same methods in the same order. Only the leader holds the VAE, reads images and gets
 frames. `load_models` states in which order a model becomes ready to run, and why.
 """
 
@@ -57,7 +57,7 @@ from wanfast.runtime.weights.experts import Experts, OffloadedExperts, ResidentE
 
 @dataclass(frozen=True)
 class Made:
-    """A video and the facts of its making."""
+    """This class holds a video and the facts of the run that made it."""
 
     plan: Plan
     frames: npt.NDArray[np.uint8] | None  # [F, H, W, 3] on the leader
@@ -65,10 +65,10 @@ class Made:
 
 
 class Session:
-    """Loaded models of one `config`; every video of a session shares them."""
+    """A session holds the loaded models of one `config`; all its videos share them."""
 
     def __init__(self, config: EffectiveConfig, ranks: Ranks, files: ModelFiles) -> None:
-        """Use `open`."""
+        """Stores the arguments and loads nothing; call `open` instead."""
         self.config, self.ranks, self.files = config, ranks, files
         self.watch = Stopwatch(ranks.device)  # seconds of each stage since the last video
         self._loads = Stopwatch(ranks.device)  # seconds of each component since the last video
@@ -84,7 +84,7 @@ class Session:
         return cls(config, ranks, files)
 
     def encode(self, texts: Iterable[str]) -> None:
-        """Makes the embeddings of `texts`; loads UMT5 only for texts that the store does not know."""
+        """Makes the embeddings of `texts`; loads UMT5 only for texts whose embeddings are not stored."""
         new = list(dict.fromkeys(text for text in texts if text not in self._embeds))
         if not new:
             return
@@ -102,30 +102,30 @@ class Session:
         return self._pipeline
 
     def plan(self, job: Job) -> tuple[Plan, Tensor]:
-        """(what runs on these ranks, the image [3, H, W] at its size), the same on every rank."""
+        """Returns the plan for these ranks and the image [3, H, W] at the plan's size, the same on every rank."""
         pipeline, ranks = self.load(), self.ranks
         image = ranks.lead(lambda: _read_image(job.config.video))
-        config = job.config.replace(attention=pipeline.attention.kernel)  # so that a repetition takes it
-        curve = ranks.lead(lambda: curve_of(config, self.files))  # machines may hold different ones under one key
+        config = job.config.replace(attention=pipeline.attention.kernel)  # so that `--from` uses it too
+        curve = ranks.lead(lambda: curve_of(config, self.files))  # under one key, machines may hold different curves
         plan = Plan.of(config, self.files.spec, image.size, job.notes, job.placement, curve)
         plan = dataclasses.replace(plan, requested=job.requested)
         return plan, pixels.fit_image(image.pixels, plan.geometry.width, plan.geometry.height)
 
     def text_of(self, config: EffectiveConfig) -> dict[Branch, Tensor]:
-        """The embeddings [n, text_dim] of both branches."""
+        """Returns the embeddings [n, text_dim] of both branches, n tokens each."""
         prompt, negative_prompt = config.video.prompt, config.video.negative_prompt
         self.encode((prompt, negative_prompt))
         return {"prompt": self._embeds[prompt], "negative_prompt": self._embeds[negative_prompt]}
 
     def latent(self, plan: Plan, image: Tensor, on_step: StepFn, residuals: StepCache) -> Tensor:
-        """The clean latent [1, 16, T, h, w], not decoded; `residuals` says which forwards run."""
+        """Returns the clean latent [1, 16, T, h, w], not decoded; `residuals` decides which forwards run."""
         text = self.text_of(plan.config)
         return self.load().latent(plan, image, text, self.watch, on_step, residuals)
 
     def make(self, job: Job, on_step: StepFn = lambda done, expert: None, residuals: StepCache | None = None) -> Made:
         """Makes one video. `on_step(done, expert)` is called before and after each step.
 
-        Raises WanFastError, and torch.OutOfMemoryError where the device's memory does not suffice.
+        Raises WanFastError, and torch.OutOfMemoryError if the device's memory does not suffice.
         """
         pipeline, ranks = self.load(), self.ranks
         plan, image = self.plan(job)
@@ -155,14 +155,14 @@ class Session:
             "hardware": hardware.describe(config.ranks.device),
             "weights": self.files.fingerprints,
             "quantized": {
-                expert: folder.name for expert, folder in _kept_experts(self.files, self.config.models).items()
+                expert: folder.name for expert, folder in _stored_experts(self.files, self.config.models).items()
             },
         }
         self.forget_seconds()
         return Made(plan, frames, facts)
 
     def forget_seconds(self) -> None:
-        """Starts the clocks of the next video; what was loaded is not loaded again."""
+        """Starts the clocks of the next video. The models stay loaded."""
         self.watch, self._loads = Stopwatch(self.ranks.device), Stopwatch(self.ranks.device)
 
     def close(self) -> None:
@@ -179,11 +179,11 @@ class Session:
                 self._pipeline.experts.evict(missing)
 
     def _loading(self) -> dict[str, dict[str, float]]:
-        """Seconds and bytes of each component that was loaded: a rank group reads them about once."""
-        kept = _kept_experts(self.files, self.config.models)
+        """Returns the seconds and bytes of each component that was loaded; a rank group reads the bytes about once."""
+        stored = _stored_experts(self.files, self.config.models)
 
         def sources(component: Component) -> list[Path]:
-            return shards(kept[component]) if component in kept else self.files.weights(component)
+            return shards(stored[component]) if component in stored else self.files.weights(component)
 
         return {
             component: {
@@ -196,38 +196,39 @@ class Session:
 
 
 class Sessions:
-    """The session that a rank has open: the next job takes it if it wants the same models, else another is opened."""
+    """This class holds the open session of a rank. A job that needs other models gets a new session instead."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._open: Session | None = None
 
     def of(self, config: EffectiveConfig) -> Session:
-        """A session for `config`. Raises WanFastError on all ranks."""
+        """Returns a session for `config`. Raises WanFastError on all ranks."""
         if self._open is None or self._open.config.models != config.models:
             self.close()
             self._open = Session.open(config, self.ranks)
         return self._open
 
     def close(self) -> None:
-        """Frees what is open."""
+        """Closes the open session, if there is one."""
         if self._open is not None:
             self._open.close()
         self._open = None
 
 
 def load_models(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch) -> ImageToVideoPipeline:
-    """Both experts, and the leader's VAE, ready to run; the seconds of each in `loads`. Raises WanFastError.
+    """Returns both experts and the leader's VAE, ready to run; adds the seconds of each to `loads`.
 
-    The order, of which `build_expert` does the first five for one expert after the other:
+    Raises WanFastError. The steps have this order; `build_expert` does the first five, for one expert after the other:
 
-    1. build on the meta device: nothing is allocated twice;
-    2. quantize: the linears become 8-bit ones while they are empty, so that only 8-bit values are read;
-    3. shard: parameters become a rank's rows while they are empty, so that a rank reads its own rows only;
-    4. fill from the files, each tensor straight to where it stays;
-    5. fuse q, k and v: needs values, and weights that are whole;
-    6. host: resident or offloaded, when both experts are filled, because offloading keeps one set for both;
-    7. compile: last, because the compiler looks at the parameters as they will stay.
+    1. build on the meta device, so that nothing is allocated twice;
+    2. quantize: the linears become 8-bit linears while they are empty, so that only 8-bit values are read;
+    3. shard: parameters become a rank's rows while they are empty, so that a rank reads only its own rows;
+    4. fill from the files, each tensor directly into its final place;
+    5. fuse q, k and v, which needs values and unsharded weights;
+    6. place the experts, resident or offloaded, after both are filled, because offloading has one set of GPU weights
+       for both;
+    7. compile, last, because the compiler needs the final parameters.
     """
     wanted, offloaded = config.models, config.ranks.expert_offload == "on"
     dtype = DTYPES[wanted.precision]
@@ -250,7 +251,7 @@ def load_models(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads:
 
     with compiler_imported_meanwhile(config):
         models: dict[Expert, WanDiT] = {"high_noise": build("high_noise"), "low_noise": build("low_noise")}
-        experts = _host(models, config, ranks)
+        experts = _place(models, config, ranks)
         with loads.span("vae"):
             vae = ranks.together(lambda: build_vae(files, ranks.device) if ranks.is_leader else None)
     if wanted.compile:
@@ -259,22 +260,22 @@ def load_models(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads:
     return ImageToVideoPipeline(files.spec, experts, vae, ranks, choice)
 
 
-def _host(models: dict[Expert, WanDiT], config: EffectiveConfig, ranks: Ranks) -> Experts:
+def _place(models: dict[Expert, WanDiT], config: EffectiveConfig, ranks: Ranks) -> Experts:
     if config.ranks.expert_offload == "on":
         return OffloadedExperts(models, ranks.device)
     may_move = config.models.compile_mode != "max-autotune" or ranks.size == 1
     return ResidentExperts(models, ranks.device, may_move=may_move)
 
 
-def _kept_experts(files: ModelFiles, models: ModelsConfig) -> dict[str, Path]:
-    """The artifacts that quantized experts came from."""
+def _stored_experts(files: ModelFiles, models: ModelsConfig) -> dict[str, Path]:
+    """Returns the artifacts from which quantized experts are read."""
     if models.quantize_on_the_fly:
         return {}
     return {name: expert.require() for name in EXPERTS if (expert := quantized_expert(files, models, name))}
 
 
 def _warm_start(plan: Plan, ranks: Ranks) -> str | None:
-    """The key of the caches that `wanfast warmup` stored for this plan, now loaded; None if there are none."""
+    """Loads the caches that `wanfast warmup` stored for this plan and returns their key; None if there are none."""
     inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens)
     return load_caches(ArtifactStore(Path(plan.config.models.artifacts_dir)), inputs, ranks)
 

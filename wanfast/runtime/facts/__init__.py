@@ -1,1 +1,1 @@
-"""What a model, a mesh and an option are: facts and integers, torch-free."""
+"""This package holds the facts of models, meshes and options. Torch-free."""

@@ -1,10 +1,10 @@
-"""The words that options choose from, and those of the model's parts."""
+"""Defines the words that options choose from, and the names of the model's parts."""
 
 from __future__ import annotations
 
 from typing import Literal, TypeGuard
 
-Command = Literal["generate", "calibrate-magcache", "warmup", "doctor"]  # those that take the options of a config
+Command = Literal["generate", "calibrate-magcache", "warmup", "doctor"]  # they have the options of a config
 
 Solver = Literal["unipc", "dpm++", "euler"]
 Precision = Literal["bf16", "fp32"]
@@ -20,5 +20,5 @@ Attention = Literal["auto", "fa3", "fa4", "fa2", "cudnn", "flash", "efficient", 
 
 
 def in_8_bits(scheme: Scheme | None) -> TypeGuard[Scheme]:
-    """Whether a scheme quantizes: `bf16` only casts."""
+    """Returns whether a scheme quantizes: `bf16` only casts."""
     return scheme not in (None, "bf16")

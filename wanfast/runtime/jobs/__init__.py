@@ -1,1 +1,1 @@
-"""The worker halves of the commands, one module a verb."""
+"""This package holds the worker halves of the commands, one module for each verb."""

@@ -39,14 +39,14 @@ def examine(given: Options) -> dict[str, Any]:
     fitted = fit(given, spec, found)
     host, torch = _host(Path(models.artifacts_dir)), _torch()
     no_weights = _no_weights(models, weights, host)
-    no_kept = None if no_weights else _quantize_step(models)
+    quantize_step = None if no_weights else _quantize_step(models)
     step = next_step(
         given,
         fitted,
         no_torch=torch["trouble"],
         no_weights=no_weights,
         layout=weights["layout"],
-        no_kept=no_kept,
+        quantize_step=quantize_step,
     )
     return {
         "gpus": [dataclasses.asdict(gpu) for gpu in found],

@@ -1,8 +1,8 @@
-"""The worker half of `wanfast generate`: a loop over sessions that makes each video and writes it with its JSON.
+"""The worker half of `wanfast generate` makes each video and writes it with its JSON.
 
-`run_jobs` is the loop of every job that needs loaded models. All prompts of the jobs that share models are encoded
-first, so that UMT5 is freed before the experts are loaded. A job that fails with a user's error is recorded and the
-rest still run. Every rank of a group runs this, in step; the leader alone writes.
+`run_jobs` is the loop for all jobs that need loaded models. All prompts of the jobs that share models are encoded
+first, so that UMT5 is freed before the experts are loaded. If a job fails with a user's error, the error is recorded
+and the other jobs still run. Every rank of a group runs this loop in lockstep; only the leader writes files.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job
 from wanfast.runtime.store.artifacts import writing_to
 
-Result = dict[str, Any]  # metadata's document, or {"error", "exit_code"}
+Result = dict[str, Any]  # the document of `sidecar`, or {"error", "exit_code"}
 ProgressFn = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
-ClaimFn = Callable[[int], bool]  # whether this rank group takes a job that others may take
+ClaimFn = Callable[[int], bool]  # whether this rank group gets a job that others may claim
 FrameFileFn = Callable[[int], Path]
 WorkFn = Callable[[int, Job, Session, ProgressFn], Result]
 
@@ -40,9 +40,9 @@ def run(
     folder: Path,
     first: int = 0,
 ) -> Iterator[tuple[int, Result]]:
-    """Yields (index, result) of each job as it is done, except of jobs that `claim` leaves to another rank group.
+    """Yields (index, result) of each job when it is done, except jobs that `claim` leaves to another rank group.
 
-    `folder`: the run's, which gets the frames of jobs that write no file, numbered from `first` on.
+    `folder` is the run folder. It gets the frames of jobs that write no video, numbered from `first` on.
     """
     work = partial(make_video, frames_file=lambda index: folder / "frames" / f"{first + index}.npy")
     yield from run_jobs(work, jobs, sessions, claim, progress)
@@ -51,7 +51,7 @@ def run(
 def run_jobs(
     work: WorkFn, jobs: list[Job], sessions: Sessions, claim: ClaimFn | None, progress: ProgressFn
 ) -> Iterator[tuple[int, Result]]:
-    """Does `work` on every job, those that share models one after the other."""
+    """Runs `work` on every job; jobs that share models run one after the other."""
     groups: dict[ModelsConfig, list[int]] = {}
     for index, job in enumerate(jobs):
         groups.setdefault(job.config.models, []).append(index)
@@ -62,7 +62,7 @@ def run_jobs(
 def _run_alike(
     work: WorkFn, jobs: dict[int, Job], sessions: Sessions, claim: ClaimFn | None, progress: ProgressFn
 ) -> Iterator[tuple[int, Result]]:
-    """Jobs that share models."""
+    """Runs `work` on jobs that share models."""
     claimed = (index for index in jobs if claim is None or claim(index))
     index = next(claimed, None)
     if index is None:
@@ -77,9 +77,9 @@ def _run_alike(
     except (WanFastError, torch.OutOfMemoryError) as error:
         sessions.close()
         models = f"--model {config.models.model} --precision {config.models.precision}"
-        message = f"{models}: the weights do not fit into this GPU's memory: take a larger GPU, several of them, or"
+        message = f"{models}: the weights do not fit into this GPU's memory: use a larger GPU, several GPUs, or"
         if claim is not None and not isinstance(error, MissingArtifactError | CorruptArtifactError):
-            raise  # other rank groups may have more memory: they take the rest
+            raise  # other rank groups may have more memory and run the remaining jobs
         document = _failure(error, sessions.ranks, f"{message} --expert-offload on")
         yield from ((failed, document) for failed in (index, *claimed))
         return
@@ -90,14 +90,14 @@ def _run_alike(
         except (WanFastError, torch.OutOfMemoryError) as error:
             video = job.config.video
             size = f"--size {video.size} --frames {video.frames}"
-            message = f"{size}: does not fit into this GPU's memory beside the weights: take less"
+            message = f"{size}: does not fit into this GPU's memory beside the weights: use smaller values"
             yield index, _failure(error, sessions.ranks, message)
         session.forget_seconds()
         index = next(claimed, None)
 
 
 def _failure(error: Exception, ranks: Ranks, out_of_memory: str) -> Result:
-    """The result of a job that failed; an error of one rank only ends its group, because its peers wait for it."""
+    """Returns the result of a failed job; raises an error of one rank only, which must end the waiting group."""
     if ranks.size > 1 and not (isinstance(error, WanFastError) and error.is_agreed):
         raise error
     if isinstance(error, WanFastError):
@@ -106,7 +106,7 @@ def _failure(error: Exception, ranks: Ranks, out_of_memory: str) -> Result:
 
 
 def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, frames_file: FrameFileFn) -> Result:
-    """Makes one video; the leader writes it and its JSON, or its frames where they are handed back."""
+    """Makes one video; the leader writes the video and its JSON, or only its frames if the job has no outputs."""
     steps = job.config.video.steps
     progress(index, "encoding the image", 0, steps)
 

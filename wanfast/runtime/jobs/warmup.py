@@ -1,7 +1,7 @@
-"""The worker half of `wanfast warmup`: compiles an expert's block as a generation would, and keeps what that left.
+"""The worker half of `wanfast warmup` compiles an expert's block as a generation would, and stores the caches.
 
-One block of the true size, whatever its values, is enough, since all blocks of both experts share one graph: no weights
-are read.
+One block of the true size is enough, whatever its values, because all blocks of both experts share one graph. So no
+weights are read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.weights.builders import DTYPES, expert_on_meta
 
-_TOO_LARGE = "--size: a block's work does not fit into this GPU's memory: take a smaller --size, or fewer --frames"
+_TOO_LARGE = "--size: a block's work does not fit into this GPU's memory: use a smaller --size or fewer --frames"
 
 
 def run(
@@ -52,7 +52,7 @@ def run(
     folder: Path | None = None,
     first: int = 0,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(0, result) of the one job: the artifact, and what a block cost with nothing kept and with everything."""
+    """Yields (0, result) of the one job: the artifact, and the seconds of a block's first and second forward."""
     (job,), ranks = jobs, sessions.ranks
     try:
         yield 0, _warm(job, ranks, lambda stage: progress(0, stage, 0, 0))
@@ -75,7 +75,7 @@ def _warm(job: Job, ranks: Ranks, progress: Callable[[str], None]) -> dict[str, 
     inputs = cache_inputs(config, spec.dit, plan.geometry.tokens)
     was_there = load_caches(store, inputs, ranks) is not None
     watch = Stopwatch(ranks.device)
-    progress("loading what is kept" if was_there else "compiling")
+    progress("loading the stored caches" if was_there else "compiling")
     _forward(plan, ranks, watch)
     folder = save_caches(store, inputs, ranks)
     shape = ("width", "height", "frames", "tokens", "precision", "quantize", "attention", "compile", "device", "mesh")
@@ -93,7 +93,7 @@ def _warm(job: Job, ranks: Ranks, progress: Callable[[str], None]) -> dict[str, 
 
 @torch.inference_mode()
 def _forward(plan: Plan, ranks: Ranks, watch: Stopwatch) -> None:
-    """The first forward of one block, which compiles it, and the second."""
+    """Runs one block twice; the first forward compiles the block, unless the caches hold it."""
     config, spec = plan.config, dataclasses.replace(plan.spec.dit, num_layers=1)
     model = _block(spec, config, ranks)
     compile_blocks(model, config.models.compile_mode)
@@ -108,7 +108,7 @@ def _forward(plan: Plan, ranks: Ranks, watch: Stopwatch) -> None:
 
 
 def _block(spec: DiTSpec, config: EffectiveConfig, ranks: Ranks) -> WanDiT:
-    """An expert of one block, held as `builders` would hold it. Its values decide nothing."""
+    """Returns an expert of one block, laid out as `builders` does. Its values are zeros, which do not matter."""
     sharded, attend = config.ranks.dit_fsdp == "on", attention_by(config.models.attention)
     model = expert_on_meta(
         spec, config.models.precision, ranks, attend=attend, scheme=config.models.quantize, sharded=sharded

@@ -1,1 +1,1 @@
-"""What this machine shows: GPUs, memory, packages, signals. Torch-free."""
+"""This package inspects the machine: GPUs, memory, packages, signals. Torch-free."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from wanfast.runtime.errors import ConfigError
 
-# The packages of attention kernels: pip's name, and the modules, any of which holds the kernel.
+# The packages of attention kernels: pip's name, and the modules, any one of which has the kernel.
 ATTENTION_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "fa3": ("fa3-fwd", ("fa3_fwd_interface", "flash_attn_interface")),
     "fa4": ("flash-attn-4", ("flash_attn.cute",)),
@@ -29,7 +29,7 @@ _OPTIONAL = (
     "flash-attn-4",
     "flash-attn",
     "diffusers",
-)  # listed where they are installed
+)  # listed only if they are installed
 
 
 def require_attention(kernel: str, device: str) -> None:
@@ -55,7 +55,7 @@ def version_of(package: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that can change a pixel, without importing any of it."""
+    """Returns the versions of everything that can change a pixel, without importing any package."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "commit": commit() or "unknown"}
     found |= {package: version_of(package) or "not installed as a package" for package in _PACKAGES}
     return found | {package: version for package in _OPTIONAL if (version := version_of(package))}
@@ -63,9 +63,9 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit that runs: WANFAST_COMMIT, or that of the checkout that holds this package.
+    """Returns the commit that runs: WANFAST_COMMIT, or the commit of the checkout that holds this package.
 
-    `-dirty` follows it if tracked files differ, except results of benchmarks. None outside of a checkout.
+    `-dirty` follows the commit if tracked files differ, except results of benchmarks. None outside of a checkout.
     """
     if named := os.environ.get("WANFAST_COMMIT"):
         return named

@@ -1,1 +1,1 @@
-"""Images and text in, video out. Torch-free."""
+"""This package reads images and prompts, and writes videos. Torch-free."""

@@ -1,1 +1,1 @@
-"""What will run, decided before it starts. Torch-free."""
+"""This package decides what will run, before anything starts. Torch-free."""

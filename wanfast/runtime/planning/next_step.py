@@ -50,12 +50,12 @@ def next_step(
     no_torch: str | None,
     no_weights: str | None,
     layout: str | None,
-    no_kept: NextStep | None,
+    quantize_step: NextStep | None,
 ) -> NextStep:
     """Returns the command to type next and its reason.
 
     `no_torch` and `no_weights` say what is wrong with torch and the weights, or are None. `layout` is the layout of the
-    weights that are present. `no_kept` is the step that makes the experts that --quantize needs, if one is missing.
+    weights that are present. `quantize_step` makes the experts that --quantize needs, if one is missing.
     """
     if not fitted.found:
         why = f"no GPU is visible here, but the tiny model runs on a CPU; {_smallest_cards(fitted)}"
@@ -71,8 +71,8 @@ def next_step(
         return NextStep(_line("download", other | _changed(given, "artifacts_dir")), no_weights)
     if no_weights is not None:
         return NextStep(_line("doctor", _changed(given, "model")), f"{no_weights}; then run this command again")
-    if no_kept is not None:
-        return no_kept
+    if quantize_step is not None:
+        return quantize_step
     return NextStep(_generate(given, way, fitted), f"nothing is missing: {_in_words(way)}")
 
 

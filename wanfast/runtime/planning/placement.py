@@ -1,8 +1,8 @@
-"""Who does it and where the weights lie: the mesh of ranks, sharding, offload; decided before anything starts.
+"""Decides the mesh of ranks, and where the weights lie (sharding, offload), before anything starts.
 
-`auto` decides from the memory that is free now and says why. Weights that fit are replicated: sharding gathers a block
-in every layer of every step. Where they do not, several ranks shard them; one rank keeps the idle expert on the host.
-All videos of a list share one placement, that of the largest. Torch-free.
+`auto` decides from the memory that is free now and states the reason. Weights that fit are replicated, because sharding
+gathers a block in every layer of every step. If the weights do not fit, several ranks shard them; one rank offloads the
+idle expert. All videos of a list share the placement of the largest video. Torch-free.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.planning.plan import Plan, why_cpu
 from wanfast.runtime.sampling.guidance import needs_unconditional
 
-_GRAPHS, _NO_GRAPHS = "--compile-mode max-autotune", "take max-autotune-no-cudagraphs"
-_UNMEASURED_BYTES = 80 * 10**9  # of an H100, as `doctor` takes it, where no GPU can be asked
+_GRAPHS, _NO_GRAPHS = "--compile-mode max-autotune", "use max-autotune-no-cudagraphs"
+_UNMEASURED_BYTES = 80 * 10**9  # an H100, as in `doctor`, if no GPU is visible
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of the largest video of a list, on one rank."""
+    """This class holds the bytes that the largest video of a list needs on one rank."""
 
     expert: int
     block: int
     umt5: int
-    offloaded: int  # of the host, if the idle expert is kept there
+    offloaded: int  # in host memory, if the idle expert is offloaded
     loop: int
-    residuals: int  # that MagCache keeps
+    residuals: int  # that MagCache holds from step to step
     decode: int
-    graphs: int = 0  # that CUDA graphs of the loop go on holding
+    graphs: int = 0  # that the captured CUDA graphs of the loop hold after it
 
 
 def place(plans: Sequence[Plan]) -> list[Plan]:
-    """The plans with their ranks and memory decided, one placement for all. Raises ConfigError."""
+    """Returns the plans with their ranks and memory decided, one placement for all. Raises ConfigError."""
     asked = plans[0].config.ranks
     mesh = choose_mesh(
         asked.num_gpus,
@@ -56,8 +56,8 @@ def place(plans: Sequence[Plan]) -> list[Plan]:
     free, what = _free_bytes(asked)
     need = _need(plans, mesh)
     here = min(asked.num_gpus, mesh.group_size * len(plans))  # ranks that this machine starts
-    on_hosts = on_host(need, mesh.group_size, here, free)
-    barred = _barred(plans, need, mesh.group_size, on_hosts)
+    host_bytes = on_host(need, mesh.group_size, here, free)
+    barred = _barred(plans, need, mesh.group_size, host_bytes)
     dit_fsdp, expert_offload, why = _place_experts(plans[0], need, mesh.group_size, free, barred)
     ranks = dataclasses.replace(
         asked,
@@ -85,15 +85,15 @@ def _joint(skipping: SkippingConfig | None, mesh: Mesh) -> SkippingConfig | None
 
 
 def check_skips(plan: Plan) -> None:
-    """Of a plan that has its ranks, whether what MagCache skips can be. Raises ConfigError."""
+    """Raises ConfigError if MagCache cannot skip as asked on the ranks of a placed plan."""
     ranks, skipping = plan.config.ranks, plan.config.skipping
     apart = skipping is not None and skipping.magcache_joint == "off"
     if apart and ranks.dit_fsdp == "on" and ranks.cfg_parallel == 2:
         raise ConfigError(
             "--magcache-joint off: sharded experts gather their weights on all ranks at once, so the branches must "
-            "skip together: drop it, or take --dit-fsdp off or --cfg-parallel 1"
+            "skip together: drop it, or use --dit-fsdp off or --cfg-parallel 1"
         )
-    plan.magcache_json()  # raises where a budget cannot be met
+    plan.magcache_json()  # raises if a budget cannot be met
 
 
 def needed(
@@ -104,7 +104,7 @@ def needed(
     scheme: Scheme | None = None,
     num_residuals: int = 0,
 ) -> Need:
-    """Of one video on one rank of `mesh`; `num_residuals`: of branches, kept from step to step."""
+    """Returns the need of one video on one rank of `mesh`, which holds `num_residuals` from step to step."""
     own_tokens = -(-geometry.tokens // mesh.ulysses)
     return Need(
         expert=memory.expert_bytes(spec.dit, precision, scheme),
@@ -124,19 +124,19 @@ def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
         need = needed(
             plan.spec, config.models.precision, plan.geometry, mesh, config.models.quantize, plan.num_residuals(mesh)
         )
-        recorded = config.models.compile_mode == "max-autotune" and config.ranks.device == "cuda"
-        needs.append(dataclasses.replace(need, graphs=need.loop) if recorded else need)
+        captured = config.models.compile_mode == "max-autotune" and config.ranks.device == "cuda"
+        needs.append(dataclasses.replace(need, graphs=need.loop) if captured else need)
     names = [field.name for field in dataclasses.fields(Need)]
     return Need(**{name: max(getattr(need, name) for need in needs) for name in names})
 
 
 def modes(need: Need, ranks: int) -> dict[str, int]:
-    """Bytes that each way of holding the experts takes of a GPU at its worst moment, the preferred way first."""
+    """Returns the peak bytes of GPU memory in each mode of holding the experts, the preferred mode first."""
     return {mode: sum(parts.values()) for mode, parts in terms(need, ranks).items()}
 
 
 def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
-    """What the bytes of `modes` are the sum of."""
+    """Returns the terms of the sums of `modes`, with their names."""
     in_loop, at_decode = _in_loop(need), {"decode": need.decode} | ({"graphs": need.graphs} if need.graphs else {})
     both, margin = {"both experts": 2 * need.expert}, {"margin": memory.MARGIN_BYTES}
     held = {"resident": {**both, **_larger(in_loop, at_decode), **margin}}
@@ -149,12 +149,12 @@ def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
 
 
 def _in_loop(need: Need) -> dict[str, int]:
-    """Of a forward, beside the weights."""
+    """Returns the bytes that a forward needs beside the weights."""
     return {"loop": need.loop} | ({"residuals": need.residuals} if need.residuals else {})
 
 
 def _offloaded(need: Need) -> dict[str, int]:
-    """No expert is on the GPU while the decoder works."""
+    """Returns the terms of the offloaded mode, in which no expert is on the GPU while the decoder works."""
     worst = _larger({"one expert": need.expert, **_in_loop(need)}, {"decode": need.decode})
     return {**worst, "margin": memory.MARGIN_BYTES}
 
@@ -164,7 +164,7 @@ def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
 
 
 def _place_experts(plan: Plan, need: Need, ranks: int, free: int, barred: dict[str, str]) -> tuple[Switch, Switch, str]:
-    """(--dit-fsdp, --expert-offload, why); `ranks` to a video."""
+    """Returns (--dit-fsdp, --expert-offload, reason), where `ranks` make one video. Raises ConfigError."""
     config, held = plan.config, modes(need, ranks)
     why = why_cpu(asked="device" in plan.requested) if config.ranks.device == "cpu" else ""
     for asked, option, mode in (
@@ -177,7 +177,7 @@ def _place_experts(plan: Plan, need: Need, ranks: int, free: int, barred: dict[s
             return *_SWITCHES[mode], f"experts {mode} as asked: {gb(held[mode])}"
     for mode, size in held.items():
         if mode not in barred and (size <= free or (config.ranks.device == "cpu" and ranks == 1)):
-            rather = f", not {gb(held['resident'])}" if mode != "resident" else ""
+            rather = f" instead of {gb(held['resident'])}" if mode != "resident" else ""
             return *_SWITCHES[mode], f"experts {mode}: {gb(size)} a rank{rather}"
     if need.graphs:
         raise ConfigError(
@@ -189,44 +189,47 @@ def _place_experts(plan: Plan, need: Need, ranks: int, free: int, barred: dict[s
     )
     raise ConfigError(
         f"--model {config.models.model} --precision {config.models.precision}: a rank would hold {ways}, "
-        f"and {gb(free)} are free: take more or larger GPUs, or a smaller --size{why}"
+        f"and {gb(free)} are free: use more or larger GPUs, or a smaller --size{why}"
     )
 
 
 _SWITCHES: dict[str, tuple[Switch, Switch]] = {
     "resident": ("off", "off"),
-    "evicting": ("off", "off"),  # both on the GPU, but for weights that wait on the host while the decoder works
+    "evicting": ("off", "off"),  # both on the GPU; some weights are evicted while the decoder works
     "sharded": ("on", "off"),
     "offloaded": ("off", "on"),
 }
 
 
-def _barred(plans: Sequence[Plan], need: Need, ranks: int, on_hosts: dict[str, int]) -> dict[str, str]:
-    """The modes that cannot be, whatever the GPUs' memory, and why."""
+def _barred(plans: Sequence[Plan], need: Need, ranks: int, host_bytes: dict[str, int]) -> dict[str, str]:
+    """Returns the modes that are impossible, whatever the GPUs' memory, and why."""
     asked, barred = plans[0].config.ranks, {}
-    if need.graphs:  # recorded anew wherever weights have moved
-        barred = dict.fromkeys(("evicting", "sharded", "offloaded"), f"{_GRAPHS} wants weights that stay: {_NO_GRAPHS}")
+    if need.graphs:  # graphs are captured again after weights have moved
+        barred = dict.fromkeys(
+            ("evicting", "sharded", "offloaded"), f"{_GRAPHS} needs weights that do not move: {_NO_GRAPHS}"
+        )
     if ranks == 1:
-        barred["sharded"] = "a video has one rank: add --num-gpus, or take --expert-offload on"
+        barred["sharded"] = "a video has one rank: add --num-gpus, or use --expert-offload on"
     elif asked.dit_fsdp == "off":
         barred["sharded"] = "switched off"
     elif any(in_8_bits(plan.config.models.quantize) for plan in plans):
         barred["sharded"] = "quantized experts are not sharded"
     host_free = host.available_host_bytes()
-    for mode, size in on_hosts.items():
+    for mode, size in host_bytes.items():
         if asked.device == "cpu":
-            barred[mode] = "with --device cpu there is no GPU to move experts off"
+            barred[mode] = "with --device cpu there is no GPU memory to free"
         elif mode == "offloaded" and asked.expert_offload == "off":
             barred[mode] = "switched off"
         elif mode not in barred and size > host_free:
-            barred[mode] = f"needs {gb(size)} of the host, which has {gb(host_free)} free"
+            barred[mode] = f"needs {gb(size)} of host memory, of which {gb(host_free)} are free"
     return barred
 
 
 def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) -> dict[str, int]:
-    """Bytes of host memory that the modes with weights there take. Room is made by leaders alone, who decode:
+    """Returns the bytes of host memory for each mode that puts weights there.
 
-    as much as is missing, if `free` is known of a GPU; else it is taken for an expert.
+    Only leaders evict weights, because they decode. A leader evicts the missing bytes if a GPU's `free` bytes are
+    known, else one expert.
     """
     missing = need.expert if free is None else max(0, modes(need, ranks)["resident"] - free)
     return {"evicting": missing * max(1, ranks_here // ranks), "offloaded": need.offloaded * ranks_here}
@@ -234,36 +237,36 @@ def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) ->
 
 def _shard_umt5(asked: RanksConfig, need: Need, ranks: int, free: int) -> Switch:
     if asked.t5_fsdp == "on" and ranks == 1:
-        raise ConfigError("--t5-fsdp on needs several ranks to a video: add --num-gpus")
+        raise ConfigError("--t5-fsdp on needs several ranks for a video: add --num-gpus")
     if asked.t5_fsdp == "auto":
         return "on" if ranks > 1 and need.umt5 + memory.MARGIN_BYTES > free else "off"
     return asked.t5_fsdp
 
 
 def _free_bytes(asked: RanksConfig) -> tuple[int, str]:
-    """(bytes that one rank may take, what they are)."""
+    """Returns the bytes that one rank may use, and their description."""
     if asked.device == "cpu":
-        return host.available_host_bytes() // asked.num_gpus, "of host memory free a process"
+        return host.available_host_bytes() // asked.num_gpus, "of host memory free for each process"
     found = gpus.visible_gpus()[: asked.num_gpus]
     if not found:
-        return _UNMEASURED_BYTES, "assumed a GPU, as none could be asked"
-    return min(gpu.free_bytes for gpu in found), "free a GPU"
+        return _UNMEASURED_BYTES, "assumed for each GPU, because none is visible"
+    return min(gpu.free_bytes for gpu in found), "free on each GPU"
 
 
 def is_cpu_for_want_of_a_gpu(plan: Plan) -> bool:
-    """Whether a user expects a GPU, and there is none: the tiny model is made for a CPU."""
+    """Returns whether the CPU is used only because no GPU was found; the tiny model is made for a CPU."""
     return "device" not in plan.requested and plan.config.ranks.device == "cpu" and plan.spec.name != "tiny"
 
 
 def placement_notes(plans: Sequence[Plan]) -> list[str]:
-    """What a person could not guess of where it runs."""
+    """Returns notes on where the videos run that a person could not guess."""
     plan, notes = plans[0], []
     mesh, num_videos = plan.mesh, len(plans)
     if idle := max(0, mesh.replica - num_videos) * mesh.group_size:
         ranks = "1 rank" if mesh.group_size == 1 else f"{mesh.group_size} ranks"
-        notes.append(f"{idle} of {mesh.size} ranks have nothing to do: {num_videos} to make, {ranks} each")
+        notes.append(f"{idle} of {mesh.size} ranks have nothing to do: videos to make: {num_videos}, {ranks} for each")
     if is_cpu_for_want_of_a_gpu(plan):
         held = modes(_need(plans, mesh), mesh.group_size)["resident"]
-        short = "" if held <= host.available_host_bytes() else f", whose memory its {gb(held)} do not fit into"
+        short = "" if held <= host.available_host_bytes() else f", and its {gb(held)} do not fit into host memory"
         notes.append(f"no GPU was found, so this is planned for the CPU{short}")
     return notes

@@ -1,8 +1,8 @@
-"""From a request to a plan: every question answered, every file checked, nothing computed yet. Torch-free.
+"""Turns a request into a plan: every option has a value and every file is checked, but nothing is computed. Torch-free.
 
-`resolve` turns what was asked into what will run; `Plan.of` derives from that, and from the model's facts alone, the
-grids, the schedule and the share of each expert. Parent and worker derive the same plan from the same effective config,
-so what was printed is what runs.
+`resolve` makes an effective config from the options that were given. From this config and the facts of the model,
+`Plan.of` derives the grids, the schedule and the steps of each expert. Parent and worker derive the same plan from the
+same config, so that the printed plan is the plan that runs.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from wanfast.runtime.store.curves import Curve, curve_of, magcache_notes, settle
 from wanfast.runtime.store.model_files import ModelFiles
 
 _FLOAT8_CAPABILITY = (8, 9)
-_MP4_BYTES_PER_PIXEL = 0.25  # generous at CRF 10: a rough video takes about half
+_MP4_BYTES_PER_PIXEL = 0.25  # an upper estimate at CRF 10: a video with much detail needs about half
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will run, in full."""
+    """A plan describes completely what will run for one video."""
 
     config: EffectiveConfig
     requested: Options = field(default_factory=dict)  # the options that were given
@@ -46,9 +46,9 @@ class Plan:
     geometry: Geometry
     schedule: tuple[Step, ...]
     notes: tuple[str, ...] = ()
-    placement: str = ""  # why the weights lie where they lie
-    curve: Curve | None = None  # by which forwards are skipped
-    residuals_a_branch: int = 0  # kept from step to step
+    placement: str = ""  # where the weights lie, and why
+    curve: Curve | None = None  # decides which forwards are skipped
+    residuals_a_branch: int = 0  # held from step to step
 
     @classmethod
     def of(
@@ -60,6 +60,7 @@ class Plan:
         placement: str = "",
         curve: Curve | None = None,
     ) -> Plan:
+        """Derives a plan from an effective config, a model and the (width, height) of the image."""
         return cls(
             config=config,
             spec=spec,
@@ -72,18 +73,18 @@ class Plan:
         )
 
     def job(self) -> Job:
-        """The part of the plan that goes to the ranks, which derive the rest from it."""
+        """Returns the part of the plan that goes to the ranks; they derive the rest from this part."""
         return Job(config=self.config, requested=dict(self.requested), notes=self.notes, placement=self.placement)
 
     @property
     def outputs(self) -> tuple[Path, ...]:
-        """The video, its JSON and, if asked for, its contact sheet; none where frames are handed back."""
+        """The paths of the video, its JSON and, if asked for, its contact sheet; none if frames are returned."""
         output = self.config.output
         return () if output.output is None else output_paths(output.output, output.contact_sheet)
 
     @property
     def mesh(self) -> Mesh:
-        """The ranks of all machines."""
+        """The mesh of the ranks of all machines."""
         return self.config.ranks.mesh
 
     @property
@@ -100,28 +101,28 @@ class Plan:
 
     @property
     def num_forwards(self) -> int:
-        """Passes through an expert: two a step where guidance needs the negative prompt."""
+        """The number of passes through an expert: two in a step whose guidance needs the negative prompt."""
         return sum(1 + both for both in self._guided)
 
     @property
     def experts(self) -> list[Expert]:
-        """At work in each step."""
+        """The expert of each step."""
         return [expert_of(step.timestep, self.spec.boundary) for step in self.schedule]
 
     @property
     def _guided(self) -> list[bool]:
-        """Whether a step has a branch of the negative prompt."""
+        """Whether each step has a branch of the negative prompt."""
         return [needs_unconditional(self.guidance[expert]) for expert in self.experts]
 
     @property
     def is_joint(self) -> bool:
-        """Whether both branches skip together: if either waited for the other, half of the ranks would idle."""
+        """Whether only joint skips are planned: on separate ranks, a branch that skips only waits for the other."""
         asked = self.config.skipping.magcache_joint if self.config.skipping else "off"
         return asked == "on" or (asked == "auto" and self.config.ranks.cfg_parallel == 2)
 
     @cached_property
     def skips(self) -> list[Skips]:
-        """The forwards that MagCache skips, of each step and branch. Raises ConfigError if a budget cannot be met."""
+        """Whether MagCache skips, for each step and branch. Raises ConfigError if a budget cannot be met."""
         return self._skips(joint=self.is_joint)
 
     def _skips(self, *, joint: bool) -> list[Skips]:
@@ -129,7 +130,7 @@ class Plan:
             return [(False, False)] * len(self.schedule)
         s, ratios, guided = self.config.skipping, self.curve.ratios, self._guided
         assert s and s.magcache_k is not None and s.retention_ratio is not None and s.magcache_rule is not None
-        threshold = s.magcache_thresh or 0.0  # a budget has none
+        threshold = s.magcache_thresh or 0.0  # a budget has no threshold
         settings = MagCacheSettings(threshold, s.magcache_k, s.retention_ratio, s.magcache_rule)
         if s.magcache_thresh is not None:
             return plan_skips(ratios, self.experts, settings, joint=joint, guided=guided)
@@ -144,11 +145,11 @@ class Plan:
             raise ConfigError(f"{option}: {error}") from None
 
     def num_residuals(self, mesh: Mesh) -> int:
-        """That a rank of `mesh` keeps, of the branches that it works on."""
+        """Returns how many residuals a rank of `mesh` holds for the branches that it computes."""
         return self.residuals_a_branch * (2 if any(self._guided) and mesh.cfg == 1 else 1)
 
     def magcache_json(self) -> dict[str, Any] | None:
-        """What is skipped, by what, and how much it is; None if nothing is to be."""
+        """Returns the skips, their settings and their curve as JSON; None if MagCache is off."""
         if self.curve is None:
             return None
         settings, skipped = self.config.skipping, sum(map(sum, self.skips))
@@ -175,6 +176,7 @@ class Plan:
         }
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the plan as the JSON beside a video records it."""
         g, config = self.geometry, self.config
         return {
             "model": self.spec.name,
@@ -210,7 +212,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One planned video, in the form in which it goes from the parent to the ranks."""
+    """A job is one planned video in the form that the parent sends to the ranks."""
 
     config: EffectiveConfig
     requested: dict[str, Any]  # the options that were given
@@ -229,7 +231,7 @@ class Job:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Job:
-        """The inverse of `to_json`. Raises ConfigError."""
+        """Inverts `to_json`. Raises ConfigError."""
         return cls(
             config=EffectiveConfig.from_json(document["effective"]),
             requested=document["requested"],
@@ -240,7 +242,7 @@ class Job:
 
 
 def guided_steps(document: dict[str, Any]) -> list[bool]:
-    """Of a plan's JSON: whether each step has a branch of the negative prompt."""
+    """Returns for each step whether it has a branch of the negative prompt, from a plan's JSON."""
     return [
         needs_unconditional(document["guidance"][expert])
         for expert in ("high_noise", "low_noise")
@@ -249,15 +251,15 @@ def guided_steps(document: dict[str, Any]) -> list[bool]:
 
 
 def resolve(given: Options, *, writes: bool = True) -> tuple[Plan, ModelFiles]:
-    """Answers every open question of a request and checks its files. Raises WanFastError; writes nothing.
+    """Decides every option of a request and checks its files. Raises WanFastError; writes nothing.
 
-    Without `writes` the plan has no outputs: its frames are handed back.
+    Without `writes` the plan has no outputs, and its frames are returned.
     """
-    EffectiveConfig.of(given, A14B)  # refuses what cannot be right whatever the model, before any file is looked at
+    EffectiveConfig.of(given, A14B)  # refuses values that are wrong for every model, before any file is read
     files = model_files.locate(**_places(given))
     spec = files.spec
     if not clean_prompt(given["prompt"]):
-        raise ConfigError("--prompt holds only control characters or spaces: say what should happen in the video")
+        raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
     image = media_io.load_image(given["image"])
     config = effective(given, files, image.sha256)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
@@ -273,7 +275,7 @@ def resolve(given: Options, *, writes: bool = True) -> tuple[Plan, ModelFiles]:
 
 
 def effective(given: Options, files: ModelFiles, image_sha256: str) -> EffectiveConfig:
-    """Completes a request by the model's own defaults; `place` decides what it leaves open. Raises ConfigError."""
+    """Completes a request with the model's own defaults; `place` decides the ranks later. Raises ConfigError."""
     device = given.get("device") or default_device()
     answers: dict[str, Any] = {"device": device, "seed": secrets.randbelow(2**31), "image_sha256": image_sha256}
     given = {**given, "num_gpus": _num_gpus(given.get("num_gpus", 1), device, asked="device" in given)}
@@ -292,19 +294,19 @@ def effective(given: Options, files: ModelFiles, image_sha256: str) -> Effective
         output=dataclasses.replace(output, output=str(Path(output.output or "").absolute())),
     )
     if models.quantize == "fp8-rowwise" and device == "cuda" and (old := _without_float8()):
-        raise ConfigError(f"--quantize fp8-rowwise: {old} has no float8 products: take int8-dynamic")
+        raise ConfigError(f"--quantize fp8-rowwise: {old} has no float8 products: use int8-dynamic")
     if models.tf32 and device == "cpu":
-        raise ConfigError("--tf32 needs a GPU: drop it, or take --device cuda")
+        raise ConfigError("--tf32 needs a GPU: drop it, or use --device cuda")
     return settle(config, files)
 
 
 def _places(given: Options) -> dict[str, str]:
-    """Where the model is."""
+    """Returns the options that say where the model is."""
     return {name: given.get(name, getattr(ModelsConfig, name)) for name in ("model", "artifacts_dir")}
 
 
 def _num_gpus(asked_for: int | Literal["auto"], device: Device, *, asked: bool) -> int:
-    """--num-gpus as a number. Raises ConfigError if this machine is known to have fewer."""
+    """Returns --num-gpus as a number. Raises ConfigError if this machine is known to have fewer GPUs."""
     if device == "cpu":
         if asked_for == "auto":
             raise ConfigError(f"--num-gpus auto counts GPUs: name the number of processes{why_cpu(asked=asked)}")
@@ -315,26 +317,27 @@ def _num_gpus(asked_for: int | Literal["auto"], device: Device, *, asked: bool) 
             raise ConfigError("--num-gpus auto: no GPU is visible here: name the number")
         return found
     if 0 < found < asked_for:
-        raise ConfigError(f"--num-gpus {asked_for}: this machine shows {found}: take {found}, or auto")
+        raise ConfigError(f"--num-gpus {asked_for}: this machine shows {found}: use {found}, or auto")
     return asked_for
 
 
 def why_cpu(*, asked: bool) -> str:
-    """The reason why a request is planned for the CPU, unless that was asked for."""
+    """Returns the reason why a request is planned for the CPU, or "" if the user asked for the CPU."""
     return "" if asked else " (no GPU was found, so it is planned for the CPU: --device cuda plans for GPUs)"
 
 
 def _without_float8() -> str | None:
-    """The name of a GPU that is too old for it, if there is one."""
+    """Returns the name of a GPU that is too old for float8, if there is one."""
     return next((gpu.name for gpu in gpus.visible_gpus() if gpu.capability < _FLOAT8_CAPABILITY), None)
 
 
 def default_device() -> Device:
-    """cuda where the driver shows a GPU, without asking torch; the worker refuses if torch then sees none."""
+    """Returns cuda if the driver shows a GPU, else cpu, without torch; the worker raises if torch finds no GPU."""
     return "cuda" if gpus.visible_gpus() else "cpu"
 
 
 def output_paths(output: str, contact_sheet: bool) -> tuple[Path, ...]:
+    """Returns the paths of a video, its JSON and, if wanted, its contact sheet."""
     video = Path(output)
     suffixes = (".json", ".png") if contact_sheet else (".json",)
     return (video, *(video.with_suffix(suffix) for suffix in suffixes))
@@ -348,9 +351,7 @@ def _check_outputs(plan: Plan, output: str) -> None:
     media_io.check_output(output, overwrite=overwrite, needed_bytes=needed_bytes)
     for path in plan.outputs[1:]:
         if path.exists() and not overwrite:
-            raise ConfigError(
-                f"--output: {path}, which goes beside the video, exists: add --overwrite, or name another"
-            )
+            raise ConfigError(f"--output: {path}, written beside the video, exists: add --overwrite, or name another")
 
 
 def _geometry_notes(plan: Plan, image: LoadedImage) -> list[str]:
@@ -359,23 +360,23 @@ def _geometry_notes(plan: Plan, image: LoadedImage) -> list[str]:
     notes = []
     if (g.width, g.height) != (width, height):
         notes.append(
-            f"{g.width}x{g.height}, not {width}x{height}: --size gives the area, and the image's shape ({image_width}x"
-            f"{image_height}) is kept within it, rounded down to multiples of 16 as the model's makers do"
+            f"{g.width}x{g.height}, not {width}x{height}: --size gives the area, and the video keeps the image's "
+            f"aspect ratio ({image_width}x{image_height}), rounded down to multiples of 16 as the model's makers do"
         )
     if image_width * image_height > 16 * g.width * g.height:
         notes.append(
-            "the image is over four times the video's size and is sampled as it is: shrink it first if it shimmers"
+            "the image is over four times as wide and high as the video: shrink the image first if the video shimmers"
         )
     if spec.shift_480p and width * height <= 832 * 480 and plan.config.video.shift == spec.shift:
         notes.append(
-            f"at 480p the model's makers advise --shift {spec.shift_480p}; this run takes {plan.config.video.shift}"
+            f"at 480p the model's makers advise --shift {spec.shift_480p}; this run uses {plan.config.video.shift}"
         )
     return notes
 
 
 def _prompt_notes(plan: Plan, files: ModelFiles) -> list[str]:
     if not files.exists:
-        return ["the weights are not there yet, so the prompt's tokens were not counted"]
+        return ["the weights are missing, so the prompt's tokens were not counted"]
     tokenizer = PromptTokenizer(files.tokenizer, plan.spec.dit.text_len)
     notes = []
     for option, text in (
@@ -386,6 +387,6 @@ def _prompt_notes(plan: Plan, files: ModelFiles) -> list[str]:
         if tokens.truncated:
             notes.append(
                 f"{option} is {tokens.num_tokens_before_truncation} tokens long: "
-                f"the model reads the first {plan.spec.dit.text_len}, the rest has no effect"
+                f"the model reads the first {plan.spec.dit.text_len}; the rest has no effect"
             )
     return notes

@@ -1,7 +1,7 @@
-"""What a person typed, and the files of options behind it, as requests and their plans: one video each. Torch-free.
+"""Reads the command line and its files of options into requests, and plans them: one video each. Torch-free.
 
-Three files may stand behind the command line: a prompt (--prompt-file), an earlier video's JSON (--from), and a list of
-videos (--jobs). The nearer to the video wins: a line of the list over what was typed, that over the earlier run.
+The command line may name three files: a prompt (--prompt-file), an earlier video's JSON (--from), and a list of videos
+(--jobs). A line of the list overrides the command line, and the command line overrides the earlier run.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ _LAUNCH_OPTIONS = [name for name in options_of(RanksConfig) if name != "device"]
 
 @dataclass(frozen=True)
 class Request:
-    """The options of one video, and where they came from."""
+    """A request holds the options of one video, and the files that they came from."""
 
     options: dict[str, Any]
-    line: int | None = None  # of the jobs file
-    sources: tuple[Path, ...] = ()  # files that the options came from: never to be overwritten
-    image_sha256: str | None = None  # what the image must be, when an earlier run is repeated
-    weights: dict[str, str] | None = None  # what the weights were then
+    line: int | None = None  # its number in the jobs file
+    sources: tuple[Path, ...] = ()  # files that the options came from; never overwritten
+    image_sha256: str | None = None  # the image that --from needs
+    weights: dict[str, str] | None = None  # fingerprints of the weights of the run that --from names
     error: ConfigError | None = None  # the line could not be read
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A request with its plan, or with the error for which it has none."""
+    """This class holds a request with its plan, or with the error that prevented the plan."""
 
     request: Request
     plan: Plan | None = None
     error: WanFastError | None = None
 
     def job(self) -> Job:
-        """The job of a request that has a plan."""
+        """Returns the job of a request that has a plan."""
         assert self.plan is not None
         return self.plan.job()
 
     def failure(self) -> dict[str, Any]:
-        """The result document of a request without a plan."""
+        """Returns the result document of a request without a plan."""
         assert self.error is not None
         return failure(self.error)
 
 
 def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Planned]:
-    """A bad line of a jobs file keeps its error, so that the rest still run; a bad single request raises it."""
+    """Plans all requests. A bad line of a list gets an error, and the others still run; a single request raises it."""
     taken: dict[Path, int | None] = {}
     required: set[tuple[QuantizedExpert, bool]] = set()
     planned = [_plan(request, taken, required, needs_weights) for request in requests]
@@ -73,7 +73,7 @@ def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Plann
 
 
 def _checked(request: Request, plan: Plan) -> Planned:
-    """What a line skips, alone possible, may not be on the ranks of the whole list."""
+    """Checks the skips of a line again, because they may be impossible on the ranks of the whole list."""
     try:
         check_skips(plan)
     except ConfigError as error:
@@ -84,7 +84,7 @@ def _checked(request: Request, plan: Plan) -> Planned:
 
 
 def _like(item: Planned, first: Plan) -> Planned:
-    """Unchanged, or with an error where its line wants another device, or other weights on several ranks."""
+    """Adds an error if a line needs another device than the first, or on several ranks another model."""
     if item.plan is None:
         return item
     own, shared = item.plan.config, first.config
@@ -97,12 +97,12 @@ def _like(item: Planned, first: Plan) -> Planned:
 
 def _shared_by_all(name: str) -> ConfigError:
     return ConfigError(
-        f"{flag(name)} is one for the whole list: give it on the command line, or make a list of its own"
+        f"{flag(name)} is the same for the whole list: give it on the command line, or make a second list"
     )
 
 
 def own_share(planned: list[Planned]) -> list[Planned]:
-    """What this machine makes of a list, where machines do not work on one video together: every nnodes-th of it."""
+    """Returns the lines that this machine makes: every nnodes-th, or all if the machines make each video together."""
     ready = [item for item in planned if item.plan]
     config = ready[0].plan.config if ready and ready[0].plan else None
     if config is None or config.ranks.mesh.group_size > config.ranks.num_gpus:
@@ -113,20 +113,22 @@ def own_share(planned: list[Planned]) -> list[Planned]:
 def _plan(
     request: Request, taken: dict[Path, int | None], required: set[tuple[QuantizedExpert, bool]], needs_weights: bool
 ) -> Planned:
-    """`taken`, `required`: outputs and quantized experts of the lines before, to which this one's are added."""
+    """Plans one request. `taken` and `required` hold earlier lines' outputs and quantized experts; adds its own."""
     try:
         if request.error is not None:
             raise request.error
         plan, files = resolve(request.options)
-        (by_itself,) = place([plan])  # all lines together are placed later
-        check_skips(by_itself)
+        (separate,) = place([plan])  # `plan_requests` places all lines together
+        check_skips(separate)
         for path in (path.resolve() for path in plan.outputs):
             if path in (source.resolve() for source in (Path(plan.config.video.image), *request.sources)):
-                raise ConfigError(f"--output: {path} would replace a file that the video is made from: name another")
+                raise ConfigError(f"--output: {path} would overwrite a file that the video is made from: name another")
             if path in taken:
                 raise ConfigError(f"--output: {path} is written by line {taken[path]} too: name another")
         if request.image_sha256 not in (None, plan.config.video.image_sha256):
-            raise ConfigError(f"--from: {plan.config.video.image} is not the image of that run: put that one back")
+            raise ConfigError(
+                f"--from: {plan.config.video.image} is not the image of that run: restore that image, or give --image"
+            )
         if needs_weights:
             require_attention(plan.config.models.attention, plan.config.ranks.device)
             files.require()
@@ -144,7 +146,7 @@ def _plan(
 
 
 def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
-    """What a run of this plan would be refused for."""
+    """Returns the errors that a run of this plan would raise because something is missing."""
     notes = []
     try:
         require_attention(plan.config.models.attention, plan.config.ranks.device)
@@ -161,7 +163,10 @@ def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
 def read_requests(
     typed: dict[str, Any], prompt_file: Path | None, from_file: Path | None, jobs_file: Path | None
 ) -> list[Request]:
-    """One request, or one for each line of `jobs_file`; a bad line is kept as such, all else raises ConfigError."""
+    """Returns one request, or one for each line of `jobs_file`.
+
+    A bad line becomes a request with an error; any other fault raises ConfigError.
+    """
     if prompt_file is not None:
         if "prompt" in typed:
             raise ConfigError("--prompt and --prompt-file both give the prompt: drop one of the two")
@@ -177,23 +182,23 @@ def read_requests(
     if jobs_file is None:
         return [base]
     if from_file is not None:
-        raise ConfigError("--from and --jobs cannot be combined: put the options of the earlier run into the lines")
+        raise ConfigError("--from and --jobs exclude each other: put the options of the earlier run into the lines")
     requests = list(_read_jobs(jobs_file, base))
     if not requests:
-        raise ConfigError(f"--jobs {jobs_file} holds no line: write a JSON object of options on each")
+        raise ConfigError(f"--jobs {jobs_file} has no lines: write a JSON object of options on each line")
     return requests
 
 
 def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
-    """The effective options of an earlier run, so that nothing is left to a default or to chance."""
+    """Reads the effective options of an earlier run, so that no default and no random seed changes the video."""
     try:
         document = json.loads(_read(file, "--from"))
         effective = EffectiveConfig.from_json(document["effective"])
         weights = document["weights"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError):
         raise ConfigError(f"--from {file} is not the .json that wanfast writes beside a video: name that one") from None
-    # where things are kept, and what may be replaced, is this run's own affair
-    kept = OPTIONS.keys() - {
+    # this run decides where files lie and which may be replaced
+    reused = OPTIONS.keys() - {
         "overwrite",
         "verify",
         "artifacts_dir",
@@ -202,28 +207,28 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
         "rdzv_endpoint",
         "rank_timeout",
     }
-    if effective.ranks.nnodes > 1 or "num_gpus" in typed:  # other ranks than then: their mesh says nothing
-        kept -= {"cfg_parallel", "ulysses", "dit_fsdp", "t5_fsdp", "expert_offload"}
-    options = _without_overridden({name: value for name, value in effective.options().items() if name in kept}, typed)
+    if effective.ranks.nnodes > 1 or "num_gpus" in typed:  # the ranks differ, so the old mesh does not apply
+        reused -= {"cfg_parallel", "ulysses", "dit_fsdp", "t5_fsdp", "expert_offload"}
+    options = _without_overridden({name: value for name, value in effective.options().items() if name in reused}, typed)
     return Request(options, image_sha256=effective.video.image_sha256, weights=weights)
 
 
 _SKIPPING_OPTIONS = options_of(SkippingConfig).keys() - {"magcache"}
-_HOW_MUCH = {"magcache_thresh", "magcache_budget", "magcache_skip"}  # is skipped: one of them says it
+_AMOUNTS = {"magcache_thresh", "magcache_budget", "magcache_skip"}  # at most one of them is given
 
 
 def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
-    """Without what says otherwise than the options nearer to the video: how to skip forwards, and how many."""
+    """Removes the skipping options that conflict with those of the `nearer` source, which overrides `options`."""
     gone: set[str] = set()
     if "magcache" in nearer:
         gone |= _SKIPPING_OPTIONS
-    if nearer.keys() & _HOW_MUCH:
-        gone |= {*_HOW_MUCH, "magcache_rule"}
+    if nearer.keys() & _AMOUNTS:
+        gone |= {*_AMOUNTS, "magcache_rule"}
     return {name: value for name, value in options.items() if name not in gone}
 
 
 def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
-    """Blank lines and # lines are passed over. Without an output of its own, line 7 writes out-0007.mp4."""
+    """Yields a request for each line, except blank lines and # lines. Line 7 writes out-0007.mp4 by default."""
     stem = Path(base.options.get("output") or "out.mp4")
     for number, line in enumerate(_read(file, "--jobs").split("\n"), start=1):
         if not line.strip() or line.lstrip().startswith("#"):

@@ -1,6 +1,6 @@
-"""The JSON beside every video: what was asked, what ran, with which versions, how long; enough to run it again.
+"""Writes the JSON beside every video: options, plan, versions and seconds, from which the run can be repeated.
 
-A video, its JSON and its contact sheet are written together or not at all.
+The video, its JSON and its contact sheet are written together or not at all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def planned(plan: Plan) -> dict[str, Any]:
-    """The result document before any work: a dry run's; a run adds its seconds, memory, hardware and weights."""
+    """Returns the document of a dry run; a run adds its seconds, memory, hardware and weights."""
     return {
         "output": plan.config.output.output,
         "plan": plan.to_json(),
@@ -35,7 +35,7 @@ def planned(plan: Plan) -> dict[str, Any]:
 
 
 def with_seconds(document: dict[str, Any], facts: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """The document with the facts of a run and the seconds of its stages, rounded, and their total."""
+    """Returns the document with the facts of a run, the rounded seconds of its stages, and their total."""
     rounded = {name: round(value, 3) for name, value in seconds.items()}
     return document | facts | {"seconds": rounded | {"total": round(sum(seconds.values()), 3)}}
 
@@ -43,9 +43,9 @@ def with_seconds(document: dict[str, Any], facts: dict[str, Any], seconds: dict[
 def write_video(
     frames: npt.NDArray[np.uint8], document: dict[str, Any], outputs: tuple[Path, ...], *, overwrite: bool
 ) -> dict[str, Any]:
-    """Writes frames [F, H, W, 3] as `outputs` = (mp4, JSON, perhaps a contact sheet); the JSON that was written.
+    """Writes frames [F, H, W, 3] as `outputs` = (mp4, JSON, perhaps a contact sheet) and returns the JSON.
 
-    `document`: from `with_seconds`; the time to write and the file's hash are added. Raises ConfigError.
+    The time to write and the file's hash are added to `document`, which comes from `with_seconds`. Raises ConfigError.
     """
     with atomic_paths(*outputs, overwrite=overwrite) as (mp4, json_file, *sheet):
         started = time.perf_counter()

@@ -1,1 +1,1 @@
-"""The processes of a run: the launcher, the ranks, and how the parent watches them."""
+"""This package holds the processes of a run: the launcher, the ranks, and the parent that watches them."""

@@ -1,7 +1,8 @@
 """Runs one rank group under torchrun's own launcher: `python -m wanfast.runtime.processes.elastic RUN NUMBER`.
 
-A process of its own for each rank group, so that rank groups fail apart, and so that the parent needs no torch and
-keeps its main thread for the terminal. What the agent knows of a failure goes to RUN/ranks/NUMBER.json.
+Each rank group has a separate launcher process, so that one group's failure does not end the others. It also lets the
+parent run without torch and use its main thread for the terminal. The facts of a failure that torchrun's agent knows
+are written to RUN/ranks/NUMBER.json.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ from wanfast.runtime.store.artifacts import RANKS, SETUP, replace_text
 
 
 def main(run_folder: Path, number: int) -> int:
-    """The rank group's exit code: 0, 5 if a rank failed, 128 + a signal's number."""
+    """Runs the rank group and returns its exit code: 0, 5 if a rank failed, 128 + a signal's number."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     document = json.loads((run_folder / SETUP).read_text(encoding="utf-8"))
-    config, place = RanksConfig(**document["ranks"]), number % document["groups"]  # a restarted group has its place
+    config, place = (
+        RanksConfig(**document["ranks"]),
+        number % document["groups"],
+    )  # a restarted group has the same place
     group_size = config.mesh.group_size
     spans_machines = group_size > config.num_gpus
     processes = config.num_gpus if spans_machines else group_size
     _set_environment(config, place, processes)
-    # Between machines the rank of each is given, so that the first one leads; on one machine any free port does.
+    # Several machines have given ranks, so that the first one has the leader; on one machine any free port will do.
     launch = LaunchConfig(
         min_nodes=config.nnodes if spans_machines else 1,
         max_nodes=config.nnodes if spans_machines else 1,
@@ -68,9 +72,9 @@ def main(run_folder: Path, number: int) -> int:
 
 
 def _stopped_by_the_agent() -> set[int]:
-    """Grows by the process ids that the agent ends after a failure.
+    """Returns a set to which the process ids are added that the agent ends after a failure.
 
-    Its report has their exit codes among the others, and whole seconds do not tell what came first.
+    The agent's report mixes their exit codes with the others, and its whole seconds do not show which rank ended first.
     """
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
@@ -81,28 +85,28 @@ def _stopped_by_the_agent() -> set[int]:
         stopped.add(self.proc.pid)
         close(self, death_sig)
 
-    SubprocessHandler.close = noted  # type: ignore[method-assign]  # the launcher takes no other class
+    SubprocessHandler.close = noted  # type: ignore[method-assign]  # the launcher accepts no other class
     return stopped
 
 
 def _set_environment(config: RanksConfig, place: int, processes: int) -> None:
-    """For the ranks: their parent, their GPUs, and a fair share of the cores, which torchrun's API does not set."""
+    """Sets the ranks' parent, GPUs and fair share of the cores, none of which torchrun's API sets."""
     os.environ[PARENT] = str(os.getpid())
     if config.device == "cuda":
         ids = gpus.device_ids() or [str(index) for index in range(config.num_gpus)]
-        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as the driver counts
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the driver's order
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids[place * processes : (place + 1) * processes])
         gpus.expand_segments()
     if config.nnodes == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name may resolve to an address that is not there
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name may resolve to an address that does not exist
     cores = os.cpu_count() or 1
     share = max(1, cores // min(config.num_gpus, cores))
-    if config.num_gpus > 1:  # else as many as torch takes where it is not told: kept code is of one number
+    if config.num_gpus > 1:  # else torch's own default: compiled code is stored for one number of threads
         os.environ.setdefault("OMP_NUM_THREADS", str(share))
-    # Processes, in truth, which torch starts for every rank: 32 at most, if it is not told.
+    # These "threads" are processes, which torch starts for every rank; its default is 32 at most.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, share)))
 
 
 if __name__ == "__main__":
-    end_with_parent()  # until the launcher handles signals itself
+    end_with_parent()  # effective until the launcher handles signals itself
     sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

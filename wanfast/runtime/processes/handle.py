@@ -1,7 +1,7 @@
-"""The Python API's handle: it starts ranks, keeps them with their models loaded, and sends them videos to make.
+"""The Python API's handle starts ranks, which hold loaded models, and sends them videos to make.
 
-Torch-free: the work is done by other processes. Every method may be called from any thread; videos are made one at a
-time. A rank that dies ends the video it was at, and is started again for the next one.
+Torch-free, because other processes do the work. Any thread may call every method; videos are made one at a time. If a
+rank dies, the video that it was making fails, and the ranks are started again for the next video.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ProgressFn = Callable[[str, int, int], None]  # (stage, steps done, of all steps
 _WORKER = "wanfast.runtime.jobs.generate"
 _NO_VIDEO = {"image": "none", "prompt": "none"}  # to place the ranks before the first video is known
 _OF_HANDLE = {*options_of(ModelsConfig), *options_of(RanksConfig)}
-_OF_A_VIDEO = ("frames", "size")  # what `open` takes of one: the largest that will be made
+_OF_A_VIDEO = ("frames", "size")  # `open` accepts these too, for the largest video that will be made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +45,16 @@ class Video:
     frames: npt.NDArray[np.uint8]
     """[F, H, W, 3], 0..255."""
     document: dict[str, Any]
-    """What was asked, what ran, seconds, versions: the JSON beside a saved video."""
+    """The JSON that is written beside a saved video: options, plan, seconds, versions."""
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What ran: sizes, steps, guidance, skips, mesh, notes."""
+        """The plan that ran: sizes, steps, guidance, skips, mesh, notes."""
         plan: dict[str, Any] = self.document["plan"]
         return plan
 
     def save(self, path: str | Path, *, overwrite: bool = False, contact_sheet: bool = False) -> None:
-        """Writes the mp4 and its JSON, from which `wanfast generate --from` makes it again. Raises ConfigError."""
+        """Writes the mp4 and its JSON, which `wanfast generate --from` can run again. Raises ConfigError."""
         from wanfast.runtime.media import media_io
 
         output = OutputConfig(output=str(Path(path).absolute()), overwrite=overwrite, contact_sheet=contact_sheet)
@@ -72,13 +72,13 @@ class Video:
 
 
 class Handle:
-    """Loaded models on ranks of their own. Use `wanfast.open`; `close` it, or use it in a `with` block."""
+    """A handle owns ranks with loaded models. `wanfast.open` makes one; `close` it, or use it in a `with` block."""
 
     def __init__(self, **options: Any) -> None:
         """Starts the ranks; they become ready while the first video is planned. Raises WanFastError.
 
-        `options`: those of `wanfast generate` that say which models run, and on which ranks, by their Python names, and
-        `size` and `frames` of the largest video.
+        `options`: the options of `wanfast generate` for models and ranks, by their Python names, and the `size` and
+        `frames` of the largest video.
         """
         _refuse(options, options.keys() - _OF_HANDLE - set(_OF_A_VIDEO), "a video: give it to make")
         self._placement = _placed({**_NO_VIDEO, **options})
@@ -91,8 +91,9 @@ class Handle:
     def make(self, *, on_progress: ProgressFn = lambda stage, done, total: None, **options: Any) -> Video:
         """Makes one video and waits for it.
 
-        `options`: `image`, `prompt` and the others of `wanfast generate` that shape a video or skip forwards, by their
-        Python names. Raises ConfigError, other WanFastErrors, RankFailedError if a rank died, and CancelledError.
+        `options`: `image`, `prompt` and the other options of `wanfast generate` for a video or for skips, by their
+        Python names. Raises ConfigError and other WanFastErrors: RankFailedError if a rank died, CancelledError after
+        `cancel`.
         """
         _refuse(options, options.keys() & _OF_HANDLE, "the handle: give it to wanfast.open")
         _refuse(options, options.keys() & options_of(OutputConfig).keys(), "a file: give it to save")
@@ -117,12 +118,12 @@ class Handle:
         return _read(result)
 
     def cancel(self) -> None:
-        """Ends the video that is being made, between two steps: its `make` raises CancelledError."""
+        """Ends the current video between two steps; its `make` raises CancelledError."""
         if self._ranks is not None and self._lock.locked():
             self._ranks.cancel()
 
     def close(self) -> None:
-        """Ends the ranks; waits for a video that is being made."""
+        """Ends the ranks, after the current video."""
         with self._lock:
             if self._ranks is not None:
                 self._ranks.close()
@@ -138,7 +139,7 @@ class Handle:
 
 
 def make(**options: Any) -> Video:
-    """Opens a handle, makes one video and closes it: `open` and `make` take their options from it."""
+    """Opens a handle, makes one video and closes the handle; accepts the options of both `open` and `make`."""
     opened = {name: value for name, value in options.items() if name in {*_OF_HANDLE, *_OF_A_VIDEO}}
     with Handle(**opened) as handle:
         return handle.make(
@@ -147,7 +148,7 @@ def make(**options: Any) -> Video:
 
 
 def _placed(given: dict[str, Any]) -> Plan:
-    """A plan of a video of the model's own size, or of the one that is named, with its ranks decided."""
+    """Returns a placed plan of a video of the given size, or of the model's own size. Raises WanFastError."""
     models = EffectiveConfig.of(given, A14B).models
     files = model_files.locate(models.model, models.artifacts_dir)
     config = effective(given, files, image_sha256="")
@@ -157,12 +158,12 @@ def _placed(given: dict[str, Any]) -> Plan:
     plan = Plan.of(config, files.spec, parse_size(config.video.size))
     (plan,) = place([dataclasses.replace(plan, requested=given)])
     if plan.mesh.replica > 1:
-        raise ConfigError(f"a handle makes one video at a time: take --num-gpus {plan.mesh.group_size}")
+        raise ConfigError(f"a handle makes one video at a time: use --num-gpus {plan.mesh.group_size}")
     return plan
 
 
 def _fixed(ranks: RanksConfig) -> dict[str, Any]:
-    """The options of the ranks as they were decided, which every video of a handle has."""
+    """Returns the ranks' options as they were decided; every video of a handle has them."""
     return {name: getattr(ranks, name) for name in options_of(RanksConfig)}
 
 

@@ -1,7 +1,7 @@
-"""The parent's side of several ranks: starts a launcher for each rank group, watches, and says what came of every job.
+"""Starts a launcher for each rank group, watches the groups, and returns the result or the error of every job.
 
-Everything that crosses between the processes is a small file in the run folder: results, progress, and what a rank left
-when it failed. So the parent prints what is there, whoever died. Torch-free.
+The processes communicate only by small files in the run folder: results, progress, and the error of a failed rank. So
+the parent can print the existing results whichever process died. Torch-free.
 """
 
 from __future__ import annotations
@@ -38,30 +38,32 @@ from wanfast.runtime.store.artifacts import (
 from wanfast.runtime.store.atomic import remove_partials
 
 _PAUSE_S = 0.1
-_GRACE_S = 8.0  # from being asked to stop until being killed
-_OUTLIVED_S = 5.0  # a rank that ends so long after a peer's error is not its cause
-_MOST = 0.8  # of --rank-timeout, without a step: it ran out, for the host runs a little ahead of its GPU
+_GRACE_S = 8.0  # between the request to stop and the kill
+_OUTLIVED_S = 5.0  # a rank that ends this long after a peer's error did not cause it
+_MOST = 0.8  # share of --rank-timeout without a step that counts as a timeout, because the host runs ahead of its GPU
 
 
 def num_groups(ranks: RanksConfig, num_jobs: int) -> int:
-    """The rank groups that this machine starts for a list of jobs, none of them without one."""
+    """Returns the number of rank groups that this machine starts for a list of jobs: at most one for each job."""
     return min(num_jobs, max(1, ranks.num_gpus // ranks.mesh.group_size))
 
 
 class RankGroups:
-    """The rank groups of a run, each under a launcher process, kept for any number of batches of jobs.
+    """This class owns the rank groups of a run, each under a launcher process, for any number of batches of jobs.
 
-    `run` may be called from any thread, one at a time. When the block ends, no launcher and no rank is left.
+    Any thread may call `run`, one at a time. When the `with` block ends, no launcher and no rank is left.
     """
 
     def __init__(self, run_folder: Path, ranks: RanksConfig, groups: int) -> None:
         """Starts the launchers; the ranks become ready meanwhile. Raises ConfigError."""
         _check_endpoint(ranks)
         self._folder, self._ranks, self._groups = run_folder, ranks, groups
-        self._launchers: dict[int, subprocess.Popen[bytes]] = {}  # of each place, the newest
-        self._numbers: dict[int, int] = {}  # of each place, the number of its group: places, then restarts
+        self._launchers: dict[int, subprocess.Popen[bytes]] = {}  # place -> its newest launcher
+        self._numbers: dict[
+            int, int
+        ] = {}  # place -> the number of its group: the place, plus the number of groups a restart
         self._batches = self._jobs = 0  # so far
-        # A process dies with the thread that started it, and a caller's thread may end before the ranks do.
+        # A launcher dies with the thread that started it, and a caller's thread may end before the ranks.
         self._starter = ThreadPoolExecutor(1)
         document = {"ranks": dataclasses.asdict(ranks), "groups": groups}
         write_synced(run_folder / SETUP, json.dumps(document, indent=2) + "\n")
@@ -84,9 +86,9 @@ class RankGroups:
         on_result: Callable[[int, dict[str, Any]], None],
         on_progress: Callable[[int, str, int, int], None],
     ) -> list[dict[str, Any]]:
-        """The result of every job, in order, each reported as it comes; dead groups are started again first.
+        """Returns the result of every job, in order; starts dead groups again first. `on_result` gets each as it comes.
 
-        A job that no rank group finished gets the error of the group that failed. An exception, such as
+        A job that no rank group finished gets the error of a group that failed. An exception, such as
         KeyboardInterrupt, ends all ranks and leaves no half-written file.
         """
         self._start_missing()
@@ -113,15 +115,15 @@ class RankGroups:
             self.stop()
             raise
         finally:
-            remove_partials(outputs, _gone(_pids(self._folder, self._dead())))
+            remove_partials(outputs, _ended_pids(_pids(self._folder, self._dead())))
         return [results[index] for index in indices]
 
     def cancel(self) -> None:
-        """Ends the jobs of the batch that runs, each between two steps, with CancelledError; ranks stay."""
+        """Ends each job of the current batch between two steps with CancelledError; the ranks keep running."""
         replace_text(self._folder / CANCEL / str(self._batches - 1), "")
 
     def close(self) -> None:
-        """Lets the ranks end, and stops those that do not."""
+        """Asks the ranks to end, and stops ranks that do not."""
         replace_text(self._folder / CLOSE, "")
         ends = time.monotonic() + _GRACE_S
         while time.monotonic() < ends and any(launcher.poll() is None for launcher in self._launchers.values()):
@@ -130,7 +132,7 @@ class RankGroups:
         self._starter.shutdown()
 
     def stop(self) -> None:
-        """Ends all launchers, and their ranks with them, at once."""
+        """Ends all launchers and their ranks at once."""
         for launcher in self._launchers.values():
             if launcher.poll() is None:
                 launcher.terminate()
@@ -139,7 +141,7 @@ class RankGroups:
             try:
                 launcher.wait(max(0.0, ends - time.monotonic()))
             except subprocess.TimeoutExpired:
-                launcher.kill()  # and its ranks with it: they die with their parent
+                launcher.kill()  # its ranks die with it
                 launcher.wait()
 
     def _start_missing(self) -> None:
@@ -151,11 +153,11 @@ class RankGroups:
                 self._launchers[place] = self._starter.submit(_start, self._folder, number, self._batches).result()
 
     def _dead(self) -> set[int]:
-        """The numbers of the groups whose launcher ended."""
+        """Returns the numbers of the groups whose launcher ended."""
         return {self._numbers[place] for place, launcher in self._launchers.items() if launcher.poll() is not None}
 
     def _lost(self, missing: list[int], dead: set[int]) -> Iterator[tuple[int, WanFastError]]:
-        """The jobs without a result that no living group will do, each with the error of its group."""
+        """Yields the missing jobs that no living group will do, each with the error of its group."""
         errors: dict[int, tuple[int, WanFastError]] = {}
         none_lives = len(dead) == self._groups
         for index in missing if dead else ():
@@ -165,10 +167,10 @@ class RankGroups:
 
 
 def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]:
-    """The launcher of a group, whose first batch will be the one of that number."""
+    """Starts the launcher of group `number`, whose ranks begin with batch `batch`."""
     command = [sys.executable, "-m", "wanfast.runtime.processes.elastic", str(run_folder), str(number)]
     with (run_folder / "logs" / f"launcher-{number}.log").open("wb") as log:
-        # A session of its own: Ctrl-C reaches this process only, which then stops all.
+        # In a new session Ctrl-C does not reach the launcher: only this process gets Ctrl-C and then stops all.
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -180,7 +182,7 @@ def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]
 
 
 def _collect(run_folder: Path, indices: range, results: dict[int, dict[str, Any]]) -> list[int]:
-    """Reads the results that are new; their indices."""
+    """Adds the new results to `results` and returns their indices."""
     files = {int(file.stem): file for file in (run_folder / RESULTS).glob("*.json")}
     new = [index for index in indices if index in files and index not in results]
     results |= {index: json.loads(files[index].read_text(encoding="utf-8")) for index in new}
@@ -194,7 +196,7 @@ def _follow(
     seen: dict[int, dict[str, Any]],
     on_progress: Callable[[int, str, int, int], None],
 ) -> None:
-    """Reports the progress of each group that changed since it was `seen`, if it is of jobs from `first` on."""
+    """Reports the progress of each group that differs from `seen`, for jobs from `first` on."""
     for number in numbers:
         file = run_folder / PROGRESS / f"{number}.json"
         state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
@@ -208,8 +210,8 @@ def _pids(run_folder: Path, numbers: Iterable[int]) -> list[int]:
     return [int(file.read_text()) for file in files]
 
 
-def _gone(pids: list[int]) -> list[int]:
-    """Once they are: ranks whose launcher was killed outlive it by a moment."""
+def _ended_pids(pids: list[int]) -> list[int]:
+    """Returns `pids` when they have ended, or after 2 s: ranks live a little longer than a killed launcher."""
     ends = time.monotonic() + 2
     while time.monotonic() < ends and any(Path("/proc", str(pid)).exists() for pid in pids):
         time.sleep(0.02)
@@ -217,14 +219,14 @@ def _gone(pids: list[int]) -> list[int]:
 
 
 def claimed_by(run_folder: Path, index: int) -> int | None:
-    """The number of the rank group that took a job; None if none claimed it."""
+    """Returns the number of the rank group that claimed a job; None if no group did."""
     claim = run_folder / CLAIMS / str(index)
-    taken = claim.read_text() if claim.exists() else ""
-    return int(taken) if taken else None
+    number = claim.read_text() if claim.exists() else ""
+    return int(number) if number else None
 
 
 def _error_of_job(run_folder: Path, index: int, errors: dict[int, tuple[int, WanFastError]]) -> WanFastError:
-    """Of the rank group that took the job; if none did, because all had failed by then, of the first."""
+    """Returns the error of the group that claimed a job, or the earliest error if no group claimed it."""
     number = claimed_by(run_folder, index)
     if number in errors:
         return errors[number][1]
@@ -232,7 +234,7 @@ def _error_of_job(run_folder: Path, index: int, errors: dict[int, tuple[int, Wan
 
 
 def _error_of_group(run_folder: Path, replica: int, config: RanksConfig) -> tuple[int, WanFastError]:
-    """(nanoseconds since the epoch, the rank's own error and not the echoes of its peers)."""
+    """Returns (nanoseconds since the epoch, the first cause of a group's failure), not the errors that it caused."""
     folder, logs = run_folder / RANKS, f"logs of all ranks in {run_folder / 'logs'}"
     agent = folder / f"{replica}.json"
     known = json.loads(agent.read_text()) if agent.exists() else {}
@@ -244,7 +246,7 @@ def _error_of_group(run_folder: Path, replica: int, config: RanksConfig) -> tupl
     left = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob(f"{replica}-*/error.json")]
     first = min(left, key=lambda error: error["time"], default=None)
     ended = _ended(known, left)
-    aborted = ended is not None and ended[1] == -signal.SIGABRT  # as NCCL's watchdog does to the ranks that wait
+    aborted = ended is not None and ended[1] == -signal.SIGABRT  # NCCL's watchdog aborts ranks that wait
     timed_out = first is not None and first["kind"] == "timeout" and (ended is None or aborted)
     if timed_out or (aborted and _idle_s(folder, replica, known) > _MOST * config.rank_timeout):
         behind = ", ".join(map(str, _behind(folder, replica)))
@@ -263,31 +265,32 @@ def _error_of_group(run_folder: Path, replica: int, config: RanksConfig) -> tupl
 
 
 def _ended(known: dict[str, Any], left: list[dict[str, Any]]) -> tuple[str, int] | None:
-    """(rank, exit code) of the first that ended without a word: its peers' errors are echoes, connections that close.
+    """Returns (rank, exit code) of the first rank that ended without an error file; None if there is none.
 
-    But not of one that the agent stopped because a peer had failed, nor of one that outlived a peer's error.
+    Such a rank closes its connections, which causes its peers' errors. Ranks that the agent stopped after a peer's
+    failure do not count, nor ranks that ended over _OUTLIVED_S after a peer's error.
     """
-    told = {str(error["rank"]) for error in left}
+    reported = {str(error["rank"]) for error in left}
     oldest = min((error["time"] / 1e9 for error in left), default=math.inf)
     by_agent = (-signal.SIGTERM, -signal.SIGKILL)
-    alone = [
+    silent = [
         (known["seconds"][rank], rank, code)
         for rank, code in known.get("exit_codes", {}).items()
-        if rank not in told and not (rank in known["stopped"] and code in by_agent)
+        if rank not in reported and not (rank in known["stopped"] and code in by_agent)
     ]
-    alone = [found for found in alone if found[0] - oldest <= _OUTLIVED_S]
-    return min(alone, key=lambda found: found[0])[1:] if alone else None
+    silent = [found for found in silent if found[0] - oldest <= _OUTLIVED_S]
+    return min(silent, key=lambda found: found[0])[1:] if silent else None
 
 
 def _idle_s(folder: Path, replica: int, known: dict[str, Any]) -> float:
-    """From the rank group's last step, or its start, to its end."""
+    """Returns the seconds from the rank group's last step, or from its start, to its end."""
     signs = (file for name in ("pid", PROGRESS) for file in folder.glob(f"{replica}-*/{name}"))
     last = max((file.stat().st_mtime for file in signs), default=math.inf)
     return float(min(known["seconds"].values()) - last)
 
 
 def _behind(folder: Path, replica: int) -> list[int]:
-    """The ranks that did fewer steps than others, or, where all did as many, said nothing when the others gave up."""
+    """Returns the ranks with fewer steps than others; if all are equal, the ranks without an error file."""
     ranks = {int(pid.parent.name.split("-")[1]): pid.parent for pid in folder.glob(f"{replica}-*/pid")}
     done = {
         rank: json.loads(file.read_text())["done"] for rank, own in ranks.items() if (file := own / PROGRESS).exists()
@@ -297,11 +300,11 @@ def _behind(folder: Path, replica: int) -> list[int]:
 
 
 def _check_endpoint(config: RanksConfig) -> None:
-    """Where machines meet, the first one's port must be free: the others would wait for their timeout."""
+    """Raises ConfigError if the port of machine 0 is taken, because the other machines would wait for their timeout."""
     if config.rdzv_endpoint is None or config.node_rank != 0:
         return
     if config.mesh.group_size <= config.num_gpus:
-        return  # each makes videos of its own
+        return  # each machine makes separate videos
     host, port = config.rdzv_endpoint.rsplit(":", 1)
     try:
         with socket.create_server(("", int(port))):

@@ -1,8 +1,8 @@
 """Runs one rank of a group: `python -m wanfast.runtime.processes.worker RUN NUMBER`, which `elastic` starts.
 
-Joins the group, does the batches of jobs that the parent writes to RUN, one after the other, and leaves what the parent
-watches: a result for each video, how far the group is, and, if this rank fails, why. It ends at once on any signal:
-nothing here needs an orderly end, because the parent removes what a dead rank left half-written.
+The rank joins the group and runs the batches of jobs that the parent writes to RUN, one after the other. For the parent
+it writes a result for each video, the group's progress, and the error if this rank fails. A signal ends the rank at
+once. This is safe, because the parent removes the half-written files of a dead rank.
 """
 
 from __future__ import annotations
@@ -39,34 +39,35 @@ from wanfast.runtime.store.artifacts import (
 if TYPE_CHECKING:
     from wanfast.runtime.engine.session import Sessions
 
-_PAUSE_S = 0.02  # between two looks for the next batch
+_PAUSE_S = 0.02  # between two checks for the next batch
 
 
 def main(run_folder: Path, number: int) -> None:
+    """Runs this rank of group `number` until there are no more batches; an error ends the process with exit code 1."""
     end_with_parent()  # before torch, whose import takes seconds
     own_folder = run_folder / RANKS / f"{number}-{os.environ['RANK']}"
     replace_text(own_folder / "pid", str(os.getpid()))
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Say why, and end before this process lets go of its connections: peers' echoes are younger than this."""
-        replace_text(own_folder / "error.json", json.dumps(_told(error)))
-        traceback.print_exception(kind, error, trace, file=sys.__stderr__)  # torch may hold sys.stderr back
-        os._exit(1)  # not by way of destructors, which may wait for peers that are gone
+        """Writes the error, then ends the process, so that this error is older than those of peers that lose it."""
+        replace_text(own_folder / "error.json", json.dumps(_error_document(error)))
+        traceback.print_exception(kind, error, trace, file=sys.__stderr__)  # torch may buffer sys.stderr
+        os._exit(1)  # skips destructors, which may wait for dead peers
 
     sys.excepthook = leave
     try:
         _work(run_folder, number, own_folder)
-    except SystemExit as error:  # passes by the hook
+    except SystemExit as error:  # does not reach the hook
         leave(type(error), error, error.__traceback__)
 
 
-def _told(error: BaseException) -> dict[str, Any]:
-    """The error for the parent: one line, and whether it is a user's, a wait in vain, or a bug."""
+def _error_document(error: BaseException) -> dict[str, Any]:
+    """Returns an error for the parent: one line, and its kind: a user's error, a timeout or a bug."""
     import torch
 
     known = {"rank": int(os.environ["RANK"]), "time": time.time_ns()}
     if isinstance(error, torch.OutOfMemoryError):
-        error = ConfigError("a GPU's memory does not suffice: take more GPUs, --dit-fsdp on, or a smaller --size")
+        error = ConfigError("a GPU's memory does not suffice: use more GPUs, --dit-fsdp on, or a smaller --size")
     if isinstance(error, WanFastError):
         return {**known, "kind": "user", **failure(error)}
     line = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
@@ -80,7 +81,7 @@ def _work(run_folder: Path, number: int, own_folder: Path) -> None:
 
     setup = json.loads((run_folder / SETUP).read_text(encoding="utf-8"))
     config = RanksConfig(**setup["ranks"])
-    mesh = dataclasses.replace(config.mesh, replica=1)  # this rank's group
+    mesh = dataclasses.replace(config.mesh, replica=1)  # of this rank's group
     with rank_group(config.device, mesh, config.rank_timeout) as ranks:
         sessions = Sessions(ranks)
         for batch, document in _batches(run_folder):
@@ -90,11 +91,11 @@ def _work(run_folder: Path, number: int, own_folder: Path) -> None:
 
 
 def _batches(run_folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, document) of each batch as the parent writes it, until it writes that there are no more."""
+    """Yields (number, document) of each batch when the parent has written it, until the parent closes the run."""
     for number in itertools.count(int(os.environ.get(FIRST_BATCH, "0"))):
         file = run_folder / batch_file(number)
         while True:
-            closed = (run_folder / CLOSE).exists()  # asked first: a batch is written before that
+            closed = (run_folder / CLOSE).exists()  # checked first, because the parent writes every batch before CLOSE
             if file.exists():
                 break
             if closed:
@@ -114,7 +115,7 @@ def _do_batch(
     has_peers: bool,
 ) -> None:
     ranks, first = sessions.ranks, document["first"]
-    # On several machines the jobs of the first one are done, down to the seed.
+    # All machines run the jobs of the first machine, including its seeds.
     jobs = ranks.lead(lambda: document["jobs"])
     last: tuple[int, int] | None = None
 
@@ -135,21 +136,21 @@ def _do_batch(
     run, parsed = worker_half(document["worker"]), [Job.from_json(job) for job in jobs]
     options = {"claim": claim if has_peers else None, "progress": progress, "folder": run_folder, "first": first}
     for index, result in run(parsed, sessions, **options):
-        if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has a run folder of its own
+        if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has its own run folder
             write_result(run_folder, first + index, result)
 
 
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
-    """The function that does a command's jobs: `run(jobs, sessions, claim=, progress=, folder=, first=)`.
+    """Returns the function that runs a command's jobs: `run(jobs, sessions, claim=, progress=, folder=, first=)`.
 
-    It yields (index, result) of each job. Its module is named, because one of them lies above the runtime.
+    The function yields (index, result) of each job. `module` is a name, because one such module is outside the runtime.
     """
     run: Callable[..., Iterator[tuple[int, dict[str, Any]]]] = importlib.import_module(module).run
     return run
 
 
 def _claim(run_folder: Path, index: int, number: int) -> bool:
-    """True for the first rank group that asks for a job."""
+    """Returns True for the first rank group that claims a job."""
     (run_folder / CLAIMS).mkdir(exist_ok=True)
     try:
         with (run_folder / CLAIMS / str(index)).open("x") as claim:

@@ -1,1 +1,1 @@
-"""What lies on disk, and under which key. Torch-free."""
+"""This package finds and writes the files on disk, under their keys. Torch-free."""

@@ -1,1 +1,1 @@
-"""From a file to a module on a device."""
+"""This package loads weights from files into modules on a device."""
