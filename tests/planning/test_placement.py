@@ -184,7 +184,7 @@ def test_a_host_too_small_for_the_idle_expert_is_said(wanfast: Wanfast, machine:
     assert outcome.exit_code == 2
     assert "offloaded 43.4 GB (needs 63.7 GB of host memory, of which 40.0 GB are free), and 48.0" in outcome.err
     outcome = wanfast(*A14B_DRY, "--expert-offload", "on")
-    assert outcome.exit_code == 2 and "--expert-offload on: needs 63.7 GB of the host" in outcome.err
+    assert outcome.exit_code == 2 and "--expert-offload on: needs 63.7 GB of host memory" in outcome.err
     machine(8, 48, host_gb=400)  # one rank per video: each of eight would pin both experts
     lines = "\n".join(["{}"] * 8)
     Path("jobs.jsonl").write_text(lines)
