@@ -189,7 +189,7 @@ def test_a_host_too_small_for_the_idle_expert_is_said(wanfast: Wanfast, machine:
     lines = "\n".join(["{}"] * 8)
     Path("jobs.jsonl").write_text(lines)
     ranks = ("--num-gpus", "8", "--cfg-parallel", "1", "--ulysses", "1", "--jobs", "jobs.jsonl")
-    assert "needs 509.6 GB of the host" in wanfast(*A14B_DRY, *ranks).err
+    assert "needs 509.6 GB of host memory" in wanfast(*A14B_DRY, *ranks).err
     machine(8, 48, host_gb=600)
     assert wanfast(*A14B_DRY, *ranks).document["results"][7]["plan"]["expert_offload"] == "on"
 

@@ -112,7 +112,9 @@ class SkippingConfig(Part):
         if name == "off" and idle:
             raise ConfigError(f"{idle[0]} needs --magcache: add it, with preset for example, or drop the option")
         if short and given:
-            raise ConfigError(f"--magcache {name} already sets {given[0]}: write --magcache preset, or drop {given[0]}")
+            raise ConfigError(
+                f"--magcache {name} and {given[0]} exclude each other: write --magcache preset, or drop {given[0]}"
+            )
         if sum(value is not None for value in amounts.values()) > 1:
             raise ConfigError("--magcache-thresh, --magcache-budget and --magcache-skip exclude each other: use one")
         if short:
