@@ -21,7 +21,7 @@ def prepare(device: str, precision: str, tf32: bool | None) -> None:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f"--device cuda: torch {torch.__version__} sees no GPU: take --device cpu, or a CUDA build of torch"
+            f"--device cuda: torch {torch.__version__} sees no GPU: use --device cpu, or install a CUDA build of torch"
         )
     torch.backends.cudnn.allow_tf32 = precision == "bf16" if tf32 is None else tf32
     torch.backends.cuda.matmul.allow_tf32 = bool(tf32)

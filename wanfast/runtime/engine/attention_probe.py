@@ -53,7 +53,7 @@ def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> 
     if asked != "auto":
         found = probe(asked, device, dtype, head_dim)
         if found.state != "runs":
-            raise ConfigError(f"--attention {asked}: {found.state} ({found.reason}): fix that, or take auto")
+            raise ConfigError(f"--attention {asked}: {found.state} ({found.reason}): fix that, or use auto")
         return Choice(asked, f"as asked, relative error {found.relative_error:.1e}")
     rejected: list[str] = []
     for name in _candidates(device):
