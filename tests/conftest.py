@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 
 from tests import compiler_cache
 from tests.counted_reads import counting
+from tests.forked import ForkedPopen
 from tests.small_model import write_small_model
 from wanfast.cli import main
 from wanfast.runtime.machine import host
@@ -83,6 +85,12 @@ def wanfast(workdir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
         return Outcome(int(stop.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a command start its processes, its ranks above all, as forks of this one."""
+    monkeypatch.setattr(subprocess, "Popen", ForkedPopen)
 
 
 Machine = Callable[..., None]

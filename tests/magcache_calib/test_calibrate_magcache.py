@@ -99,7 +99,7 @@ def test_a_run_that_was_cut_off_goes_on(wanfast: Wanfast, folder: Path, monkeypa
     assert outcome.document["ratios"] == whole
 
 
-def test_any_number_of_ranks_measures_the_same(wanfast: Wanfast, folder: Path) -> None:
+def test_any_number_of_ranks_measures_the_same(wanfast: Wanfast, folder: Path, forked: None) -> None:
     """The clips have 18 tokens, which 4 ranks do not divide."""
     Image.linear_gradient("L").resize((48, 48)).convert("RGB").save("set/a.png")
     curves = []
