@@ -1,8 +1,9 @@
 """Runs `python -m MODULE` and `python -c CODE` as forks of this process, which has imported torch already.
 
 Such a process has an id, a session, an environment, pipes, signals and an exit code of its own, and the processes that
-it starts are forked too. So commands, launchers and ranks talk and die as they do when installed, and each starts in a
-tenth of a second instead of seconds. Tests of the start itself use `subprocess.Popen`.
+it starts are forked too, so that commands and launchers talk and die as they do when installed, and start in a tenth of
+a second instead of seconds. The ranks under torchrun's agent are not forked, because the agent has threads: a fork may
+inherit a lock that one of them holds. Tests of the start itself use `subprocess.Popen`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 for name in (
     "ftfy",
@@ -84,7 +83,6 @@ def _prepare(asked: dict[str, Any]) -> None:
     random.seed()
     inspect.stack = lambda context=1: []  # by which the launcher names its callers in a log: seconds, with many modules
     subprocess.Popen = ForkedPopen  # type: ignore[misc]
-    subprocess_handler.Popen = ForkedPopen  # type: ignore[attr-defined]
 
 
 def _run(words: Sequence[str]) -> int:
