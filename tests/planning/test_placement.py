@@ -13,13 +13,14 @@ import torch
 from tests.configs import effective_config
 from tests.conftest import Machine, Outcome
 from wanfast.commands import dispatch
-from wanfast.runtime.errors import RankFailedError
+from wanfast.runtime.errors import ConfigError, RankFailedError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.model_spec import A14B, UMT5Spec
 from wanfast.runtime.machine.gpus import Gpu
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.planning import placement
+from wanfast.runtime.planning.plan import resolve
 from wanfast.runtime.processes import elastic, launch, worker
 
 Wanfast = Callable[..., Outcome]
@@ -385,3 +386,16 @@ def test_a_job_gets_the_error_of_the_rank_group_that_took_it(tmp_path: Path) -> 
     (tmp_path / "claims/0").write_text("0")
     errors = {0: (2, RankFailedError("second")), 1: (1, RankFailedError("first"))}
     assert [str(launch._error_of_job(tmp_path, index, errors)) for index in (0, 1)] == ["second", "first"]
+
+
+def test_memory_that_ranks_hold_already_is_not_counted_against_them(workdir: Path, machine: Machine) -> None:
+    """A handle plans its second video with the memory that was free before its ranks loaded models."""
+    given = {"image": "cat.png", "prompt": "a cat", "device": "cuda", "num_gpus": 1}
+    machine(1, 84)
+    plan, _ = resolve(given, writes=False)
+    before = placement.measure(plan.config.ranks)
+    machine(1, 25)
+    (placed,) = placement.place([plan], before)
+    assert placed.config.ranks.expert_offload == "off"
+    with pytest.raises(ConfigError, match="25.0 GB are free"):
+        placement.place([plan])

@@ -170,6 +170,8 @@ def test_wrong_options_are_errors_of_one_line(
 def test_a_handle_is_refused_what_it_cannot_keep(star: Path, handle: Handle) -> None:
     with pytest.raises(ConfigError, match="prompt is an option of a video"):
         wanfast.open(model="tiny", prompt="a")
+    with pytest.raises(ConfigError, match="a handle uses one machine"):
+        wanfast.open(model="tiny", device="cpu", nnodes=2, rdzv_endpoint="a:1")
     with pytest.raises(ConfigError, match="one video at a time: use --num-gpus 1"):
         wanfast.open(model="tiny", device="cpu", num_gpus=2, cfg_parallel=1, ulysses=1)
     video = handle.make(**SMALL)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from wanfast.runtime.config.option import ALL, CALIBRATE, COMPILED, EXACT, FILES, LOSSY, MAKE, Option, Part, options_of
@@ -69,7 +69,7 @@ class ModelsConfig(Part):
     verify: Annotated[
         bool,
         Option("Verify the hashes of stored experts first, which takes about a second a GB.", FILES, also=CALIBRATE),
-    ] = False
+    ] = field(default=False, compare=False)  # the same models, verified or not
     artifacts_dir: Annotated[
         str,
         Option(

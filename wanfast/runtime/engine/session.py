@@ -127,6 +127,7 @@ class Session:
 
         Raises WanFastError, and torch.OutOfMemoryError if the device's memory does not suffice.
         """
+        self.text_of(job.config)  # before the experts need the memory
         pipeline, ranks = self.load(), self.ranks
         plan, image = self.plan(job)
         text, config = self.text_of(plan.config), plan.config

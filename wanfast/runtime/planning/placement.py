@@ -41,8 +41,20 @@ class Need:
     graphs: int = 0  # that the captured CUDA graphs of the loop hold after it
 
 
-def place(plans: Sequence[Plan]) -> list[Plan]:
-    """Returns the plans with their ranks and memory decided, one placement for all. Raises ConfigError."""
+@dataclass(frozen=True)
+class FreeMemory:
+    """The memory that a run may use, measured before it starts."""
+
+    rank_bytes: int
+    what: str  # the description of rank_bytes
+    host_bytes: int
+
+
+def place(plans: Sequence[Plan], free_memory: FreeMemory | None = None) -> list[Plan]:
+    """Returns the plans with their ranks and memory decided, one placement for all. Raises ConfigError.
+
+    `free_memory`: measured now, unless ranks that hold models already make that measurement useless.
+    """
     asked = plans[0].config.ranks
     mesh = choose_mesh(
         asked.num_gpus,
@@ -53,11 +65,12 @@ def place(plans: Sequence[Plan]) -> list[Plan]:
         cfg_parallel=asked.cfg_parallel,
         ulysses=asked.ulysses,
     )
-    free, what = _free_bytes(asked)
+    measured = free_memory or measure(asked)
+    free, what = measured.rank_bytes, measured.what
     need = _need(plans, mesh)
     here = min(asked.num_gpus, mesh.group_size * len(plans))  # ranks that this machine starts
     host_bytes = on_host(need, mesh.group_size, here, free)
-    barred = _barred(plans, need, mesh.group_size, host_bytes)
+    barred = _barred(plans, need, mesh.group_size, host_bytes, measured.host_bytes)
     dit_fsdp, expert_offload, why = _place_experts(plans[0], need, mesh.group_size, free, barred)
     ranks = dataclasses.replace(
         asked,
@@ -201,7 +214,9 @@ _SWITCHES: dict[str, tuple[Switch, Switch]] = {
 }
 
 
-def _barred(plans: Sequence[Plan], need: Need, ranks: int, host_bytes: dict[str, int]) -> dict[str, str]:
+def _barred(
+    plans: Sequence[Plan], need: Need, ranks: int, host_bytes: dict[str, int], host_free: int
+) -> dict[str, str]:
     """Returns the modes that are impossible, whatever the GPUs' memory, and why."""
     asked, barred = plans[0].config.ranks, {}
     if need.graphs:  # graphs are captured again after weights have moved
@@ -214,7 +229,6 @@ def _barred(plans: Sequence[Plan], need: Need, ranks: int, host_bytes: dict[str,
         barred["sharded"] = "switched off"
     elif any(in_8_bits(plan.config.models.quantize) for plan in plans):
         barred["sharded"] = "quantized experts are not sharded"
-    host_free = host.available_host_bytes()
     for mode, size in host_bytes.items():
         if asked.device == "cpu":
             barred[mode] = "with --device cpu there is no GPU memory to free"
@@ -241,6 +255,11 @@ def _shard_umt5(asked: RanksConfig, need: Need, ranks: int, free: int) -> Switch
     if asked.t5_fsdp == "auto":
         return "on" if ranks > 1 and need.umt5 + memory.MARGIN_BYTES > free else "off"
     return asked.t5_fsdp
+
+
+def measure(asked: RanksConfig) -> FreeMemory:
+    """Measures the memory that the ranks may use now."""
+    return FreeMemory(*_free_bytes(asked), host.available_host_bytes())
 
 
 def _free_bytes(asked: RanksConfig) -> tuple[int, str]:

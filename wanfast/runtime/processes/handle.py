@@ -19,7 +19,7 @@ from wanfast.runtime.errors import ConfigError, from_failure
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning import sidecar
-from wanfast.runtime.planning.placement import check_skips, place
+from wanfast.runtime.planning.placement import FreeMemory, check_skips, measure, place
 from wanfast.runtime.planning.plan import Plan, effective, output_paths, resolve
 from wanfast.runtime.processes.launch import RankGroups
 from wanfast.runtime.store import model_files
@@ -81,7 +81,9 @@ class Handle:
         `frames` of the largest video.
         """
         _refuse(options, options.keys() - _OF_HANDLE - set(_OF_A_VIDEO), "a video: give it to make")
-        self._placement = _placed({**_NO_VIDEO, **options})
+        if options.get("nnodes", 1) != 1:
+            raise ConfigError("a handle uses one machine: drop nnodes")
+        self._placement, self._free_memory = _placed({**_NO_VIDEO, **options})
         ranks = self._placement.config.ranks
         self._asked, self._options = options, {**options, **_fixed(ranks)}
         self._lock, self._groups = threading.Lock(), 1
@@ -98,7 +100,8 @@ class Handle:
         _refuse(options, options.keys() & _OF_HANDLE, "the handle: give it to wanfast.open")
         _refuse(options, options.keys() & options_of(OutputConfig).keys(), "a file: give it to save")
         plan, files = resolve({**self._options, **options}, writes=False)
-        (plan,) = place([dataclasses.replace(plan, requested={**self._asked, **options})])
+        plan = dataclasses.replace(plan, requested={**self._asked, **options})
+        (plan,) = place([plan], self._free_memory)  # the models that the ranks hold now are part of the sum
         check_skips(plan)
         files.require()
         require_experts(files, plan.config.models)
@@ -147,7 +150,7 @@ def make(**options: Any) -> Video:
         )
 
 
-def _placed(given: dict[str, Any]) -> Plan:
+def _placed(given: dict[str, Any]) -> tuple[Plan, FreeMemory]:
     """Returns a placed plan of a video of the given size, or of the model's own size. Raises WanFastError."""
     models = EffectiveConfig.of(given, A14B).models
     files = model_files.locate(models.model, models.artifacts_dir)
@@ -156,10 +159,11 @@ def _placed(given: dict[str, Any]) -> Plan:
     files.require()
     require_experts(files, config.models)
     plan = Plan.of(config, files.spec, parse_size(config.video.size))
-    (plan,) = place([dataclasses.replace(plan, requested=given)])
+    free_memory = measure(config.ranks)
+    (plan,) = place([dataclasses.replace(plan, requested=given)], free_memory)
     if plan.mesh.replica > 1:
         raise ConfigError(f"a handle makes one video at a time: use --num-gpus {plan.mesh.group_size}")
-    return plan
+    return plan, free_memory
 
 
 def _fixed(ranks: RanksConfig) -> dict[str, Any]:

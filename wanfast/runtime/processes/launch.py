@@ -34,6 +34,7 @@ from wanfast.runtime.store.artifacts import (
     batch_file,
     replace_text,
     write_synced,
+    writing_to,
 )
 from wanfast.runtime.store.atomic import remove_partials
 
@@ -93,9 +94,10 @@ class RankGroups:
         """
         self._start_missing()
         first, number = self._jobs, self._batches
-        self._jobs, self._batches = first + len(jobs), number + 1
         document = {"verb": verb, "worker": worker, "first": first, "jobs": jobs}
-        replace_text(self._folder / batch_file(number), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        with writing_to(self._folder.parents[1]):  # a batch that is not written has no number
+            replace_text(self._folder / batch_file(number), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        self._jobs, self._batches = first + len(jobs), number + 1
         results: dict[int, dict[str, Any]] = {}
         seen: dict[int, dict[str, Any]] = {}
         indices = range(first, self._jobs)

@@ -85,7 +85,7 @@ def _work(run_folder: Path, number: int, own_folder: Path) -> None:
     with rank_group(config.device, mesh, config.rank_timeout) as ranks:
         sessions = Sessions(ranks)
         for batch, document in _batches(run_folder):
-            has_peers = setup["groups"] > 1 and len(document["jobs"]) > 1
+            has_peers = setup["groups"] > 1
             _do_batch(run_folder, number, own_folder, batch, document, sessions, has_peers=has_peers)
         sessions.close()
 
@@ -152,11 +152,14 @@ def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]
 def _claim(run_folder: Path, index: int, number: int) -> bool:
     """Returns True for the first rank group that claims a job."""
     (run_folder / CLAIMS).mkdir(exist_ok=True)
+    own = run_folder / CLAIMS / f".{index}.{number}"
+    own.write_text(str(number))
     try:
-        with (run_folder / CLAIMS / str(index)).open("x") as claim:
-            claim.write(str(number))
+        os.link(own, run_folder / CLAIMS / str(index))  # with its content: a rank that is killed leaves no empty claim
     except FileExistsError:
         return False
+    finally:
+        own.unlink()
     return True
 
 
