@@ -19,7 +19,7 @@ import pytest
 
 import wanfast
 from tests.forked import ForkedPopen
-from wanfast.runtime.errors import CancelledError, ConfigError, RankFailedError
+from wanfast.runtime.errors import CancelledError, ConfigError, RankFailedError, WanFastError
 from wanfast.runtime.processes import launch
 from wanfast.runtime.processes.handle import Handle
 from wanfast.runtime.store.model_files import TINY
@@ -106,45 +106,40 @@ def test_any_thread_makes_videos_and_hears_of_steps(star: Path, handle: Handle) 
     assert handle._ranks._numbers == {0: 0}  # no group died with the thread that opened the handle
 
 
-def test_a_video_is_cancelled_between_two_steps_and_the_ranks_stay(star: Path, handle: Handle) -> None:
-    errors: list[Exception] = []
+def in_the_middle(handle: Handle) -> tuple[threading.Thread, list[WanFastError]]:
+    """Lets a thread make a long video, waits for its second step, and returns the thread and its error to come."""
+    errors: list[WanFastError] = []
     begun = threading.Event()
 
     def endless() -> None:
         try:
             handle.make(**SMALL | {"steps": 1000}, on_progress=lambda stage, done, total: done > 1 and begun.set())
-        except CancelledError as error:
+        except WanFastError as error:
             errors.append(error)
 
-    before = {process.pid for process in ranks_of(handle)} if handle._ranks else set()
     thread = threading.Thread(target=endless)
     thread.start()
     assert begun.wait(60)
+    return thread, errors
+
+
+def test_a_video_is_cancelled_between_two_steps_and_the_ranks_stay(star: Path, handle: Handle) -> None:
+    before = {process.pid for process in ranks_of(handle)}
+    thread, errors = in_the_middle(handle)
     handle.cancel()
     thread.join(30)
-    assert [str(error) for error in errors] == ["cancelled"]
+    assert [(type(error), str(error)) for error in errors] == [(CancelledError, "cancelled")]
     assert {process.pid for process in ranks_of(handle)} == before
     assert handle.make(**SMALL).frames.shape == (5, 64, 64, 3)
 
 
 def test_dead_ranks_are_started_again(star: Path, handle: Handle) -> None:
-    errors: list[Exception] = []
-    begun = threading.Event()
-
-    def doomed() -> None:
-        try:
-            handle.make(**SMALL | {"steps": 1000}, on_progress=lambda stage, done, total: done > 1 and begun.set())
-        except RankFailedError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=doomed)
-    thread.start()
-    assert begun.wait(60)
+    thread, errors = in_the_middle(handle)
     victim = ranks_of(handle)[0]
     victim.send_signal(signal.SIGKILL)
     thread.join(60)
     (error,) = errors
-    assert "was killed by SIGKILL" in str(error)
+    assert isinstance(error, RankFailedError) and "was killed by SIGKILL" in str(error)
     assert handle.make(**SMALL).frames.shape == (5, 64, 64, 3)
     assert victim.pid not in {process.pid for process in ranks_of(handle)}
 

@@ -15,20 +15,16 @@ from rich.console import Console
 from wanfast.commands import dispatch, options
 from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
 from wanfast.magcache_calib.ratios import against_preset, averaged, read_clip, write_clip, write_curve
-from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.config import NO_VIDEO
 from wanfast.runtime.config.option import MAKE
 from wanfast.runtime.errors import ConfigError, from_failure
-from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine import packages
 from wanfast.runtime.planning.placement import place
-from wanfast.runtime.planning.plan import Plan, effective
-from wanfast.runtime.store import model_files
+from wanfast.runtime.planning.plan import Plan, effective, model_of
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.curves import KIND, RATIOS, curve_inputs
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import require_experts
-
-_NO_CLIP = {"image": "none", "prompt": "none"}  # to check the other options before the clips are read
 
 
 @options.takes_options("calibrate-magcache")
@@ -55,8 +51,7 @@ def calibrate_magcache(
         raise ConfigError(f"--steps {given['steps']}: one step has no earlier step to compare with: use 2 or more")
     if find_spec("matplotlib") is None:
         raise ConfigError("the plot of the curve needs matplotlib: pip install matplotlib")
-    models = EffectiveConfig.of({**_NO_CLIP, **given}, A14B).models
-    files = model_files.locate(models.model, models.artifacts_dir)
+    files = model_of({**NO_VIDEO, **given})  # before the clips are read
     files.require()
     clips = read_set(set_ or shipped_set(files.spec), seed)
     plans = planned(given, clips, files)

@@ -30,15 +30,9 @@ DryRun = Annotated[
 ]
 
 
-def takes_options(
-    command: Command, without: tuple[str, ...] = ()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Adds the options of `command` to a function, which calls `given(context)` for the options that the user gave."""
-    chosen = [
-        option
-        for name, option in OPTIONS.items()
-        if name not in without and (command == "generate" or command in option.option.also)
-    ]
+    chosen = [option for option in OPTIONS.values() if command == "generate" or command in option.option.also]
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         hints = typing.get_type_hints(function, include_extras=True)
@@ -46,7 +40,7 @@ def takes_options(
             parameter.replace(annotation=hints[name])
             for name, parameter in inspect.signature(function).parameters.items()
         ]
-        added = sorted(map(_parameter, chosen), key=lambda parameter: _panel(parameter))
+        added = sorted(map(_parameter, chosen), key=_panel)
 
         def run(context: typer.Context, **values: Any) -> None:
             function(context, **{parameter.name: values[parameter.name] for parameter in own[1:]})

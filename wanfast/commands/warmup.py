@@ -10,16 +10,12 @@ import typer
 from rich.console import Console
 
 from wanfast.commands import dispatch, options
-from wanfast.runtime.config import EffectiveConfig, parse_size
+from wanfast.runtime.config import NO_VIDEO, parse_size
 from wanfast.runtime.errors import from_failure
-from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.media import media_io
 from wanfast.runtime.planning.placement import is_cpu_for_want_of_a_gpu, place
-from wanfast.runtime.planning.plan import Plan, effective
-from wanfast.runtime.store import model_files
-
-_SHAPE_ONLY = {"image": "none", "prompt": "none"}  # a video needs them, a warmup does not
+from wanfast.runtime.planning.plan import Plan, effective, model_of
 
 
 @options.takes_options("warmup")
@@ -51,9 +47,8 @@ def warmup(
 
 def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
     """Returns the plan of a generation with these options, and the size of its image. Raises WanFastError."""
-    wanted = {**_SHAPE_ONLY, **given, "compile": True}
-    models = EffectiveConfig.of(wanted, A14B).models
-    files = model_files.locate(models.model, models.artifacts_dir)
+    wanted = {**NO_VIDEO, **given, "compile": True}
+    files = model_of(wanted)
     config = effective(wanted, files, image_sha256="")
     require_attention(config.models.attention, config.ranks.device)
     image_size = media_io.load_image(given["image"]).size if "image" in given else parse_size(config.video.size)

@@ -1,12 +1,13 @@
 """This package holds the options of a request, as a mapping, and the effective config, as five frozen parts."""
 
-from wanfast.runtime.config.effective import OPTIONS, EffectiveConfig, Options
+from wanfast.runtime.config.effective import NO_VIDEO, OPTIONS, EffectiveConfig, Options
 from wanfast.runtime.config.models import ModelsConfig, QuantizeConfig
 from wanfast.runtime.config.ranks import RanksConfig
 from wanfast.runtime.config.skipping import SkippingConfig, magcache_settings
 from wanfast.runtime.config.video import OutputConfig, VideoConfig, parse_size
 
 __all__ = [
+    "NO_VIDEO",
     "OPTIONS",
     "EffectiveConfig",
     "ModelsConfig",

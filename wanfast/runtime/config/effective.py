@@ -24,6 +24,7 @@ from wanfast.runtime.facts.choices import in_8_bits
 from wanfast.runtime.facts.model_spec import ModelSpec
 
 Options = Mapping[str, Any]  # option name -> the value that was given
+NO_VIDEO: Options = {"image": "none", "prompt": "none"}  # required of a video, but not to place ranks or to compile
 
 
 @dataclass(frozen=True, kw_only=True)

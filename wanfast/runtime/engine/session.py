@@ -74,6 +74,7 @@ class Session:
         self._loads = Stopwatch(ranks.device)  # seconds of each component since the last video
         self._embeds: dict[str, Tensor] = {}
         self._pipeline: ImageToVideoPipeline | None = None
+        self._stored: dict[str, Path] = {}  # the artifacts of loaded quantized experts
 
     @classmethod
     def open(cls, config: EffectiveConfig, ranks: Ranks) -> Session:
@@ -99,6 +100,7 @@ class Session:
         if self._pipeline is None:
             with self.watch.span("load"):
                 self._pipeline = load_models(self.files, self.config, self.ranks, self._loads)
+            self._stored = _stored_experts(self.files, self.config.models)
         return self._pipeline
 
     def plan(self, job: Job) -> tuple[Plan, Tensor]:
@@ -127,10 +129,10 @@ class Session:
 
         Raises WanFastError, and torch.OutOfMemoryError if the device's memory does not suffice.
         """
-        self.text_of(job.config)  # before the experts need the memory
+        text = self.text_of(job.config)  # before the experts need the memory
         pipeline, ranks = self.load(), self.ranks
         plan, image = self.plan(job)
-        text, config = self.text_of(plan.config), plan.config
+        config = plan.config
         compile_cache, compiled = (_warm_start(plan, ranks), compiled_anew()) if config.models.compile else (None, 0)
         hardware.reset_peak_memory(config.ranks.device)
         first_step = FirstStep(ranks.device)
@@ -155,9 +157,7 @@ class Session:
             "peak_memory_bytes_by_rank": peaks,
             "hardware": hardware.describe(config.ranks.device),
             "weights": self.files.fingerprints,
-            "quantized": {
-                expert: folder.name for expert, folder in _stored_experts(self.files, self.config.models).items()
-            },
+            "quantized": {expert: folder.name for expert, folder in self._stored.items()},
         }
         self.forget_seconds()
         return Made(plan, frames, facts)
@@ -181,7 +181,7 @@ class Session:
 
     def _loading(self) -> dict[str, dict[str, float]]:
         """Returns the seconds and bytes of each component that was loaded; a rank group reads the bytes about once."""
-        stored = _stored_experts(self.files, self.config.models)
+        stored = self._stored
 
         def sources(component: Component) -> list[Path]:
             return shards(stored[component]) if component in stored else self.files.weights(component)

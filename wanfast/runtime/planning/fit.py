@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wanfast.runtime.config import EffectiveConfig, Options, parse_size
+from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, Options, parse_size
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import Precision, Scheme, in_8_bits
 from wanfast.runtime.facts.mesh import Mesh, choose_mesh
@@ -101,7 +101,7 @@ def fit(given: Options, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
 
     The image is assumed to have the shape of --size; another shape gives no more pixels. Raises ConfigError.
     """
-    config = EffectiveConfig.of({"image": "none", "prompt": "none", **given}, spec)
+    config = EffectiveConfig.of({**NO_VIDEO, **given}, spec)
     precision, scheme, size = config.models.precision, config.models.quantize, parse_size(config.video.size)
     geometry = fit_geometry(spec, *size, config.video.frames, size)
     host_free = host.available_host_bytes() if found else None

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from wanfast.runtime.config import EffectiveConfig, ModelsConfig, Options, OutputConfig, parse_size
+from wanfast.runtime.config import EffectiveConfig, Options, OutputConfig, parse_size
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import Device, Expert
@@ -255,8 +255,7 @@ def resolve(given: Options, *, writes: bool = True) -> tuple[Plan, ModelFiles]:
 
     Without `writes` the plan has no outputs, and its frames are returned.
     """
-    EffectiveConfig.of(given, A14B)  # refuses values that are wrong for every model, before any file is read
-    files = model_files.locate(**_places(given))
+    files = model_of(given)
     spec = files.spec
     if not clean_prompt(given["prompt"]):
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
@@ -300,9 +299,10 @@ def effective(given: Options, files: ModelFiles, image_sha256: str) -> Effective
     return settle(config, files)
 
 
-def _places(given: Options) -> dict[str, str]:
-    """Returns the options that say where the model is."""
-    return {name: given.get(name, getattr(ModelsConfig, name)) for name in ("model", "artifacts_dir")}
+def model_of(given: Options) -> ModelFiles:
+    """Finds the model of a request; first refuses values that are wrong for every model. Raises WanFastError."""
+    models = EffectiveConfig.of(given, A14B).models
+    return model_files.locate(models.model, models.artifacts_dir)
 
 
 def _num_gpus(asked_for: int | Literal["auto"], device: Device, *, asked: bool) -> int:

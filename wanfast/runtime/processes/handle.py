@@ -13,16 +13,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from wanfast.runtime.config import EffectiveConfig, ModelsConfig, OutputConfig, RanksConfig, parse_size
+from wanfast.runtime.config import NO_VIDEO, ModelsConfig, OutputConfig, RanksConfig, parse_size
 from wanfast.runtime.config.option import options_of
 from wanfast.runtime.errors import ConfigError, from_failure
-from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.placement import FreeMemory, check_skips, measure, place
-from wanfast.runtime.planning.plan import Plan, effective, output_paths, resolve
+from wanfast.runtime.planning.plan import Plan, effective, model_of, output_paths, resolve
 from wanfast.runtime.processes.launch import RankGroups
-from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import new_run_folder
 from wanfast.runtime.store.quantized import require_experts
 
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 ProgressFn = Callable[[str, int, int], None]  # (stage, steps done, of all steps)
 
 _WORKER = "wanfast.runtime.jobs.generate"
-_NO_VIDEO = {"image": "none", "prompt": "none"}  # to place the ranks before the first video is known
 _OF_HANDLE = {*options_of(ModelsConfig), *options_of(RanksConfig)}
 _OF_A_VIDEO = ("frames", "size")  # `open` accepts these too, for the largest video that will be made
 
@@ -83,12 +80,11 @@ class Handle:
         _refuse(options, options.keys() - _OF_HANDLE - set(_OF_A_VIDEO), "a video: give it to make")
         if options.get("nnodes", 1) != 1:
             raise ConfigError("a handle uses one machine: drop nnodes")
-        self._placement, self._free_memory = _placed({**_NO_VIDEO, **options})
-        ranks = self._placement.config.ranks
-        self._asked, self._options = options, {**options, **_fixed(ranks)}
-        self._lock, self._groups = threading.Lock(), 1
-        self._folder = new_run_folder(Path(self._placement.config.models.artifacts_dir), {"verb": "open", **options})
-        self._ranks: RankGroups | None = RankGroups(self._folder, ranks, self._groups)
+        placed, self._free_memory = _placed({**NO_VIDEO, **options})
+        ranks = placed.config.ranks
+        self._asked, self._options, self._lock = options, {**options, **_fixed(ranks)}, threading.Lock()
+        self._folder = new_run_folder(Path(placed.config.models.artifacts_dir), {"verb": "open", **options})
+        self._ranks: RankGroups | None = RankGroups(self._folder, ranks, groups=1)
 
     def make(self, *, on_progress: ProgressFn = lambda stage, done, total: None, **options: Any) -> Video:
         """Makes one video and waits for it.
@@ -152,8 +148,7 @@ def make(**options: Any) -> Video:
 
 def _placed(given: dict[str, Any]) -> tuple[Plan, FreeMemory]:
     """Returns a placed plan of a video of the given size, or of the model's own size. Raises WanFastError."""
-    models = EffectiveConfig.of(given, A14B).models
-    files = model_files.locate(models.model, models.artifacts_dir)
+    files = model_of(given)
     config = effective(given, files, image_sha256="")
     require_attention(config.models.attention, config.ranks.device)
     files.require()

@@ -60,9 +60,7 @@ class RankGroups:
         _check_endpoint(ranks)
         self._folder, self._ranks, self._groups = run_folder, ranks, groups
         self._launchers: dict[int, subprocess.Popen[bytes]] = {}  # place -> its newest launcher
-        self._numbers: dict[
-            int, int
-        ] = {}  # place -> the number of its group: the place, plus the number of groups a restart
+        self._numbers: dict[int, int] = {}  # place -> the number of its group, which grows with each restart
         self._batches = self._jobs = 0  # so far
         # A launcher dies with the thread that started it, and a caller's thread may end before the ranks.
         self._starter = ThreadPoolExecutor(1)
@@ -223,8 +221,7 @@ def _ended_pids(pids: list[int]) -> list[int]:
 def claimed_by(run_folder: Path, index: int) -> int | None:
     """Returns the number of the rank group that claimed a job; None if no group did."""
     claim = run_folder / CLAIMS / str(index)
-    number = claim.read_text() if claim.exists() else ""
-    return int(number) if number else None
+    return int(claim.read_text()) if claim.exists() else None
 
 
 def _error_of_job(run_folder: Path, index: int, errors: dict[int, tuple[int, WanFastError]]) -> WanFastError:

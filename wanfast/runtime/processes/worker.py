@@ -85,8 +85,7 @@ def _work(run_folder: Path, number: int, own_folder: Path) -> None:
     with rank_group(config.device, mesh, config.rank_timeout) as ranks:
         sessions = Sessions(ranks)
         for batch, document in _batches(run_folder):
-            has_peers = setup["groups"] > 1
-            _do_batch(run_folder, number, own_folder, batch, document, sessions, has_peers=has_peers)
+            _do_batch(run_folder, number, own_folder, batch, document, sessions, has_peers=setup["groups"] > 1)
         sessions.close()
 
 
