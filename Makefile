@@ -4,6 +4,7 @@
 #   make test       the whole suite, on a CPU
 #   make test-long  tests that take too long for every change, on a CPU
 #   make test-gpu   what only a GPU can show
+#   make bench      speed on one GPU: a forward, quantized, with skips; each prints its JSON
 #   make tiny-quality   every quality figure of the tiny model
 #   make tiny-magcache  what skipping forwards saves and costs on the tiny model
 #   make check      format, lint, types, layers
@@ -33,6 +34,11 @@ tiny-quality: .venv/dev
 tiny-magcache: .venv/dev
 	$(BIN)/python -m wanfast.quality.skipping --output benchmarks/results/tiny-magcache.json
 
+bench: .venv/dev
+	$(BIN)/python benchmarks/forward.py
+	$(BIN)/python benchmarks/quantized.py
+	$(BIN)/python benchmarks/magcache.py
+
 check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -54,4 +60,4 @@ clean:
 	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
-.PHONY: generate test test-long test-gpu tiny-quality tiny-magcache check clean
+.PHONY: generate test test-long test-gpu bench tiny-quality tiny-magcache check clean

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import json
@@ -23,7 +22,6 @@ from wanfast.commands import generate as generate_command
 from wanfast.commands import quantize as quantize_command
 from wanfast.commands import warmup as warmup_command
 from wanfast.runtime.config import OPTIONS, QuantizeConfig
-from wanfast.runtime.config.effective import PARTS
 
 Wanfast = Callable[..., Outcome]
 GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat")
@@ -70,11 +68,6 @@ def test_a_command_takes_the_options_that_name_it(command: str, function: Callab
     assert {name: value for name, value in options_of_command(function).items() if name not in own} == named
 
 
-def test_an_option_is_a_field_of_one_part() -> None:
-    fields = [field.name for part in PARTS.values() for field in dataclasses.fields(part)]
-    assert len(fields) == len(set(fields)) and set(fields) - set(OPTIONS) == {"image_sha256"}
-
-
 def test_options_of_quantize_are_the_fields_of_its_config() -> None:
     parameters = {
         name: inspect.Parameter.empty if parameter.default is inspect.Parameter.empty else parameter.default
@@ -88,29 +81,6 @@ def test_options_of_quantize_are_the_fields_of_its_config() -> None:
 def test_the_old_spelling_of_a_scheme_is_refused_with_the_new_one(wanfast: Wanfast) -> None:
     outcome = wanfast("quantize", "--recipe", "int8-dynamic")
     assert (outcome.exit_code, outcome.err) == (2, "error: --recipe is now --scheme: write --scheme int8-dynamic\n")
-
-
-def reads() -> set[tuple[str, str]]:
-    """(part, field) of every field that the program reads of a part, outside of the folder that defines parts."""
-    short = {"asked": PARTS, "wanted": ["models"], "s": ["skipping"], "settings": ["skipping"], "config": PARTS}
-    found = set()
-    for path in PACKAGE.rglob("*.py"):
-        if path.parent.name == "config":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute):
-                owner = node.value
-                name = (
-                    owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
-                )
-                found |= {(part, node.attr) for part in short.get(name, [name])}
-    return found
-
-
-def test_every_field_is_read_by_the_program() -> None:
-    """No flag that silently does nothing."""
-    fields = {(name, field.name) for name, part in PARTS.items() for field in dataclasses.fields(part)}
-    assert fields - reads() == set()
 
 
 def python(code: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:

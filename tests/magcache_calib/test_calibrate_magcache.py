@@ -257,7 +257,7 @@ def test_several_sets_want_a_name(wanfast: Wanfast, folder: Path) -> None:
     [
         (None, "clips.jsonl cannot be read (No such file or directory)"),
         ("\n\n", "names no clip"),
-        ('{"image": "a.png"}', "line 1 of clips.jsonl is not an object with image and prompt"),
+        ('{"image": "a.png"}', 'line 1 of clips.jsonl needs the keys image and prompt, such as {"image": "cat.jpg"'),
         ('{"image": "a.png", "prompt": " "}', "line 1 of clips.jsonl has no prompt"),
         ('{"image": "none.png", "prompt": "a cat"}', "--set set: line 1 of clips.jsonl: set/none.png"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 from wanfast.magcache_calib.recorder import Recorder
 from wanfast.runtime.engine.session import Session, Sessions
 from wanfast.runtime.facts.choices import Expert
-from wanfast.runtime.jobs.generate import ClaimFn, ProgressFn, run_jobs
+from wanfast.runtime.jobs.loop import ClaimFn, ProgressFn, run_jobs
 from wanfast.runtime.planning.plan import Job
 
 

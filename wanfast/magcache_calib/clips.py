@@ -15,6 +15,7 @@ from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.media import media_io
 
 LIST = "clips.jsonl"
+_EXAMPLE = '{"image": "cat.jpg", "prompt": "The cat jumps."}'
 _SHIPPED = Path(__file__).parents[1] / "assets" / "calibration"
 
 
@@ -40,8 +41,7 @@ def read_set(folder: Path, seed: int) -> list[Clip]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(
-            f"--set {folder}: {LIST} cannot be read ({reason}): "
-            'write one line per clip, {"image": "cat.jpg", "prompt": "The cat jumps."}'
+            f"--set {folder}: {LIST} cannot be read ({reason}): write one line per clip, such as {_EXAMPLE}"
         ) from None
     clips: list[Clip] = []
     for number, line in enumerate(lines, start=1):
@@ -52,7 +52,7 @@ def read_set(folder: Path, seed: int) -> list[Clip]:
             image, prompt = folder / document["image"], document["prompt"]
         except (ValueError, KeyError, TypeError):
             raise ConfigError(
-                f"--set {folder}: line {number} of {LIST} is not an object with image and prompt"
+                f"--set {folder}: line {number} of {LIST} needs the keys image and prompt, such as {_EXAMPLE}"
             ) from None
         if not isinstance(prompt, str) or not prompt.strip():
             raise ConfigError(f"--set {folder}: line {number} of {LIST} has no prompt: say what should happen")

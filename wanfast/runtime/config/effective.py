@@ -78,11 +78,11 @@ class EffectiveConfig:
         return cls(**parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns one JSON object for each part."""
+        """Returns a JSON object with the five parts by name; `skipping` is None if no forward is skipped."""
         return dataclasses.asdict(self)
 
     def options(self) -> dict[str, Any]:
-        """Returns the value of every option by its name, as `of` accepts it."""
+        """Returns a flat mapping from the name of each option to its value; `of` accepts this mapping."""
         parts = [getattr(self, name) or SkippingConfig() for name in PARTS]
         return {name: getattr(part, name) for part in parts for name in options_of(type(part))}
 

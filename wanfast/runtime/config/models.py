@@ -68,12 +68,21 @@ class ModelsConfig(Part):
     ] = False
     verify: Annotated[
         bool,
-        Option("Verify the hashes of stored experts first, which takes about a second a GB.", FILES, also=CALIBRATE),
+        Option(
+            "Verify the hashes of stored experts first, which takes about a second a GB.",
+            FILES,
+            also=CALIBRATE,
+            of_this_run=True,
+        ),
     ] = field(default=False, compare=False)  # the same models, verified or not
     artifacts_dir: Annotated[
         str,
         Option(
-            "Folder of weights, embeddings, quantized experts and runs.", FILES, also=ALL, envvar="WANFAST_ARTIFACTS"
+            "Folder of weights, embeddings, quantized experts and runs.",
+            FILES,
+            also=ALL,
+            of_this_run=True,
+            envvar="WANFAST_ARTIFACTS",
         ),
     ] = "artifacts"
 

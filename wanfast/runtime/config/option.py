@@ -39,6 +39,9 @@ class _Facts:
     metavar: str | None = None
     envvar: str | None = None
     check: Check | None = None
+    of_this_run: bool = False  # `--from` never repeats it: where files lie, and how ranks meet
+    of_these_ranks: bool = False  # `--from` repeats it only on as many ranks
+    choice: str | None = None  # at most one option of a choice may be given
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,13 @@ def _options_of(part: Any) -> dict[str, OptionField]:
 def flag(name: str) -> str:
     """Returns the spelling of an option on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def words(name: str, value: Any) -> tuple[str, ...]:
+    """Returns the words that give this value on a command line."""
+    if isinstance(value, bool):
+        return (flag(name) if value else flag(f"no_{name}"),)
+    return flag(name), f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def at_least(low: int, fix: str) -> Check:

@@ -33,16 +33,20 @@ class RanksConfig(Part):
         Option(
             "Number of machines. Start wanfast on each, with the same options.",
             GPUS,
+            of_this_run=True,
             check=between(1, 1024, "use the number of machines, 1 to 1024"),
         ),
     ] = 1
-    node_rank: Annotated[int, Option("Which of --nnodes this machine is, from 0.", GPUS)] = 0
-    rdzv_endpoint: Annotated[str | None, Option("HOST:PORT of machine 0, where several machines meet.", GPUS)] = None
+    node_rank: Annotated[int, Option("Which of --nnodes this machine is, from 0.", GPUS, of_this_run=True)] = 0
+    rdzv_endpoint: Annotated[
+        str | None, Option("HOST:PORT of machine 0, where several machines meet.", GPUS, of_this_run=True)
+    ] = None
     cfg_parallel: Annotated[
         int | None,
         Option(
             "Ranks that share the branches of guidance, 1 or 2.",
             GPUS,
+            of_these_ranks=True,
             also=COMPILED,
             default="2 if there are enough ranks",
             check=at_least(1, "use 1 or more, or leave it out"),
@@ -53,22 +57,33 @@ class RanksConfig(Part):
         Option(
             "Ranks that share the tokens of a branch.",
             GPUS,
+            of_these_ranks=True,
             also=COMPILED,
             default="as many as fit",
             check=at_least(1, "use 1 or more, or leave it out"),
         ),
     ] = None
     dit_fsdp: Annotated[
-        Switch, Option("Shard the experts over a video's ranks; auto: if the experts do not fit.", GPUS, also=COMPILED)
+        Switch,
+        Option(
+            "Shard the experts over a video's ranks; auto: if the experts do not fit.",
+            GPUS,
+            also=COMPILED,
+            of_these_ranks=True,
+        ),
     ] = "auto"
     t5_fsdp: Annotated[
-        Switch, Option("Shard UMT5 over a video's ranks; auto: if UMT5 does not fit.", GPUS, also=CALIBRATE)
+        Switch,
+        Option(
+            "Shard UMT5 over a video's ranks; auto: if UMT5 does not fit.", GPUS, also=CALIBRATE, of_these_ranks=True
+        ),
     ] = "auto"
     expert_offload: Annotated[
         Switch,
         Option(
             "Hold the idle expert in host memory; auto: if the GPUs cannot hold both experts, not even sharded.",
             GPUS,
+            of_these_ranks=True,
             also=COMPILED,
         ),
     ] = "auto"
@@ -77,6 +92,7 @@ class RanksConfig(Part):
         Option(
             "Seconds that ranks wait for each other before the run ends.",
             GPUS,
+            of_this_run=True,
             also=COMPILED,
             check=between(1, 86400, "use 1 to 86400 seconds"),
         ),

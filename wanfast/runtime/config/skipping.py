@@ -6,11 +6,13 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from wanfast.runtime.config.option import LOSSY, Option, OptionField, Part, at_least, between, options_of
+from wanfast.runtime.config.option import LOSSY, Option, Part, at_least, between, options_of
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import MagCacheRule, Switch
 
 _MAGCACHE_NAME = re.compile(r"E(\d)(\d{2,})K(\d+)R(\d{2})")
+_SHORT = ("magcache_thresh", "magcache_k", "retention_ratio")  # the settings in a short name, in order
+_AMOUNT = "how much is skipped"
 _CURVE_KEY = re.compile(r"[0-9a-f]{12}")
 
 
@@ -41,6 +43,7 @@ class SkippingConfig(Part):
         Option(
             "Error that may accumulate before a forward is computed.",
             LOSSY,
+            choice=_AMOUNT,
             default="0.12",
             check=lambda x: None if 0 < x <= 10 else "use 0.01 to 10",
         ),
@@ -80,6 +83,7 @@ class SkippingConfig(Part):
         Option(
             "Share of forwards to compute. The skips are chosen for the least error, without a threshold.",
             LOSSY,
+            choice=_AMOUNT,
             check=lambda x: None if 0 < x <= 1 else "use the share of forwards to compute, over 0 to 1",
         ),
     ] = None
@@ -88,6 +92,7 @@ class SkippingConfig(Part):
         Option(
             "Number of forwards to skip. The skips are chosen for the least error.",
             LOSSY,
+            choice=_AMOUNT,
             check=at_least(0, "use a number of forwards, 0 or more"),
         ),
     ] = None
@@ -101,22 +106,18 @@ class SkippingConfig(Part):
             raise ConfigError(
                 f"--magcache {name!r:.40}: use off, preset, artifact, a key of magcache/, or settings like E012K2R20"
             )
-        limits = {"--magcache-k": self.magcache_k, "--retention-ratio": self.retention_ratio}
-        amounts = {
-            "--magcache-thresh": self.magcache_thresh,
-            "--magcache-budget": self.magcache_budget,
-            "--magcache-skip": self.magcache_skip,
-        }
-        given = [option for option, value in (amounts | limits).items() if value is not None]
-        idle = [*given, *(option.flag for option in _set(self) if option.flag not in given)]
-        if name == "off" and idle:
-            raise ConfigError(f"{idle[0]} needs --magcache: add it, with preset for example, or drop the option")
-        if short and given:
+        _, *others = options_of(SkippingConfig).values()  # the first, --magcache, enables the others
+        given = [option for option in others if getattr(self, option.name) != option.default]
+        if name == "off" and given:
+            raise ConfigError(f"{given[0].flag} needs --magcache: add it, with preset for example, or drop the option")
+        twice = [option.flag for option in given if option.name in _SHORT or option.option.choice == _AMOUNT]
+        if short and twice:
             raise ConfigError(
-                f"--magcache {name} and {given[0]} exclude each other: write --magcache preset, or drop {given[0]}"
+                f"--magcache {name} and {twice[0]} exclude each other: write --magcache preset, or drop {twice[0]}"
             )
-        if sum(value is not None for value in amounts.values()) > 1:
-            raise ConfigError("--magcache-thresh, --magcache-budget and --magcache-skip exclude each other: use one")
+        amounts = [option.flag for option in others if option.option.choice == _AMOUNT]
+        if sum(option.flag in amounts for option in given) > 1:
+            raise ConfigError(f"{', '.join(amounts[:-1])} and {amounts[-1]} exclude each other: use one")
         if short:
             _check_short(name, short)
         super().__post_init__()
@@ -124,14 +125,8 @@ class SkippingConfig(Part):
 
 def _check_short(name: str, settings: tuple[float, int, float]) -> None:
     """Checks the settings in a short name. Raises ConfigError."""
-    for option, value in zip(("magcache_thresh", "magcache_k", "retention_ratio"), settings, strict=True):
+    for option, value in zip(_SHORT, settings, strict=True):
         try:
             options_of(SkippingConfig)[option].check_range(value)
         except ConfigError as error:
             raise ConfigError(f"--magcache {name}: {error}") from None
-
-
-def _set(part: SkippingConfig) -> list[OptionField]:
-    """Returns the options that differ from their defaults, except the first, --magcache, which enables the others."""
-    _, *others = options_of(SkippingConfig).values()
-    return [option for option in others if getattr(part, option.name) != option.default]

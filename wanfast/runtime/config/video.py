@@ -130,5 +130,5 @@ class OutputConfig(Part):
     output: Annotated[str | None, Option("The .mp4 to write; its .json is written beside it.", FILES, asked=str)] = (
         "out.mp4"  # None: the frames are returned instead
     )
-    overwrite: Annotated[bool, Option("Replace existing files.", FILES)] = False
+    overwrite: Annotated[bool, Option("Replace existing files.", FILES, of_this_run=True)] = False
     contact_sheet: Annotated[bool, Option("Also write a .png of evenly spaced frames.", FILES)] = False

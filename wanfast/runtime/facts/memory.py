@@ -21,7 +21,7 @@ MARGIN_BYTES = 2 << 30  # CUDA's context, the libraries' workspaces, the allocat
 
 
 def dit_parameters(spec: DiTSpec) -> tuple[int, int]:
-    """Returns one expert's parameter counts: (in the precision of the matrix products, always in float32)."""
+    """Returns two parameter counts of one expert: those stored in the run's precision, and those always in float32."""
     d, patch = spec.dim, math.prod(spec.patch_size)
     block = 8 * (d * d + d) + 2 * d * spec.ffn_dim + spec.ffn_dim + d
     text = spec.text_dim * d + d + d * d + d
@@ -83,7 +83,7 @@ def residual_bytes(spec: DiTSpec, tokens: int) -> int:
 
 
 def decode_bytes(spec: ModelSpec, geometry: Geometry) -> int:
-    """Returns the bytes that the VAE's decoder needs; its weights are smaller than the estimate's error."""
+    """Returns an estimate of the bytes that decoding needs beside the VAE's weights, which are small."""
     return _DECODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height
 
 

@@ -1,34 +1,21 @@
-"""The worker half of `wanfast generate` makes each video and writes it with its JSON.
-
-`run_jobs` is the loop for all jobs that need loaded models. All prompts of the jobs that share models are encoded
-first, so that UMT5 is freed before the experts are loaded. If a job fails with a user's error, the error is recorded
-and the other jobs still run. Every rank of a group runs this loop in lockstep; only the leader writes files.
-"""
+"""The worker half of `wanfast generate` makes each video; the leader writes it with its JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
-from wanfast.runtime.config import ModelsConfig
-from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.session import Made, Session, Sessions
-from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
 from wanfast.runtime.facts.choices import Expert
+from wanfast.runtime.jobs.loop import ClaimFn, ProgressFn, Result, run_jobs
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job
 from wanfast.runtime.store.artifacts import writing_to
 
-Result = dict[str, Any]  # the document of `sidecar`, or {"error", "exit_code"}
-ProgressFn = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
-ClaimFn = Callable[[int], bool]  # whether this rank group gets a job that others may claim
 FrameFileFn = Callable[[int], Path]
-WorkFn = Callable[[int, Job, Session, ProgressFn], Result]
 
 
 def run(
@@ -46,63 +33,6 @@ def run(
     """
     work = partial(make_video, frames_file=lambda index: folder / "frames" / f"{first + index}.npy")
     yield from run_jobs(work, jobs, sessions, claim, progress)
-
-
-def run_jobs(
-    work: WorkFn, jobs: list[Job], sessions: Sessions, claim: ClaimFn | None, progress: ProgressFn
-) -> Iterator[tuple[int, Result]]:
-    """Runs `work` on every job; jobs that share models run one after the other."""
-    groups: dict[ModelsConfig, list[int]] = {}
-    for index, job in enumerate(jobs):
-        groups.setdefault(job.config.models, []).append(index)
-    for indices in groups.values():
-        yield from _run_alike(work, {index: jobs[index] for index in indices}, sessions, claim, progress)
-
-
-def _run_alike(
-    work: WorkFn, jobs: dict[int, Job], sessions: Sessions, claim: ClaimFn | None, progress: ProgressFn
-) -> Iterator[tuple[int, Result]]:
-    """Runs `work` on jobs that share models."""
-    claimed = (index for index in jobs if claim is None or claim(index))
-    index = next(claimed, None)
-    if index is None:
-        return
-    config = jobs[index].config
-    progress(index, "loading the models", 0, 0)
-    try:
-        session = sessions.of(config)
-        videos = [job.config.video for job in jobs.values()]
-        session.encode(text for video in videos for text in (video.prompt, video.negative_prompt))
-        session.load()
-    except (WanFastError, torch.OutOfMemoryError) as error:
-        sessions.close()
-        models = f"--model {config.models.model} --precision {config.models.precision}"
-        message = f"{models}: the weights do not fit into this GPU's memory: use a larger GPU, several GPUs, or"
-        if claim is not None and not isinstance(error, MissingArtifactError | CorruptArtifactError):
-            raise  # other rank groups may have more memory and run the remaining jobs
-        document = _failure(error, sessions.ranks, f"{message} --expert-offload on")
-        yield from ((failed, document) for failed in (index, *claimed))
-        return
-    while index is not None:
-        job = jobs[index]
-        try:
-            yield index, work(index, job, session, progress)
-        except (WanFastError, torch.OutOfMemoryError) as error:
-            video = job.config.video
-            size = f"--size {video.size} --frames {video.frames}"
-            message = f"{size}: does not fit into this GPU's memory beside the weights: use smaller values"
-            yield index, _failure(error, sessions.ranks, message)
-        session.forget_seconds()
-        index = next(claimed, None)
-
-
-def _failure(error: Exception, ranks: Ranks, out_of_memory: str) -> Result:
-    """Returns the result of a failed job; raises an error of one rank only, which must end the waiting group."""
-    if ranks.size > 1 and not (isinstance(error, WanFastError) and error.is_agreed):
-        raise error
-    if isinstance(error, WanFastError):
-        return failure(error)
-    return failure(ConfigError(out_of_memory))
 
 
 def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, frames_file: FrameFileFn) -> Result:

@@ -140,7 +140,8 @@ def relative_position_buckets(length: int, num_buckets: int, max_distance: int, 
 
     Half of the buckets are for keys after the query. In each half, the first half of the buckets hold one distance
     each. The rest divide the distances up to `max_distance` logarithmically (arXiv 1910.10683, section 2.1).
-    The host computes them in fp64: 16, 32 and 64 lie exactly on an edge, and must get one bucket on every device.
+    The host computes the buckets in float64. The distances 16, 32 and 64 lie exactly between two buckets, and rounding
+    that differs from device to device would change their bucket.
     """
     num_per_side = num_buckets // 2
     num_exact = num_per_side // 2

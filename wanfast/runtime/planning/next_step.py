@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import OPTIONS, EffectiveConfig, ModelsConfig, Options
-from wanfast.runtime.config.option import flag
+from wanfast.runtime.config.option import words
 from wanfast.runtime.facts.memory import gb
 from wanfast.runtime.planning.fit import CARDS, Fit, Way, fit
 from wanfast.runtime.store.model_files import TINY
@@ -145,10 +145,4 @@ def _changed(given: Options, *names: str) -> dict[str, Any]:
 
 
 def _line(verb: str, options: dict[str, Any]) -> str:
-    return shlex.join(["wanfast", verb, *(word for name, value in options.items() for word in _words(name, value))])
-
-
-def _words(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, bool):
-        return (flag(name) if value else flag(f"no_{name}"),)
-    return flag(name), str(value)
+    return shlex.join(["wanfast", verb, *(word for name, value in options.items() for word in words(name, value))])

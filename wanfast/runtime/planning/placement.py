@@ -1,8 +1,9 @@
-"""Decides the mesh of ranks, and where the weights lie (sharding, offload), before anything starts.
+"""Decides the mesh of ranks, and whether the weights are sharded or offloaded, before any rank starts.
 
-`auto` decides from the memory that is free now and states the reason. Weights that fit are replicated, because sharding
-gathers a block in every layer of every step. If the weights do not fit, several ranks shard them; one rank offloads the
-idle expert. All videos of a list share the placement of the largest video. Torch-free.
+An option with the value `auto` is decided from the memory that is free now, and the plan states the reason. Every rank
+holds all weights if they fit, because sharded weights must be gathered for each layer of each step. If they do not fit,
+several ranks shard them, and a single rank offloads the idle expert. All videos of a list share one placement, which
+the largest video decides. Torch-free.
 """
 
 from __future__ import annotations
@@ -103,8 +104,9 @@ def check_skips(plan: Plan) -> None:
     apart = skipping is not None and skipping.magcache_joint == "off"
     if apart and ranks.dit_fsdp == "on" and ranks.cfg_parallel == 2:
         raise ConfigError(
-            "--magcache-joint off: sharded experts gather their weights on all ranks at once, so the branches must "
-            "skip together: drop it, or use --dit-fsdp off or --cfg-parallel 1"
+            "--magcache-joint off with sharded experts and --cfg-parallel 2: all ranks gather weights together, so "
+            "both branches must skip the same forwards: drop --magcache-joint, or use --dit-fsdp off or "
+            "--cfg-parallel 1"
         )
     plan.magcache_json()  # raises if a budget cannot be met
 
@@ -117,7 +119,10 @@ def needed(
     scheme: Scheme | None = None,
     num_residuals: int = 0,
 ) -> Need:
-    """Returns the need of one video on one rank of `mesh`, which holds `num_residuals` from step to step."""
+    """Returns the bytes that one video needs on one rank of `mesh`.
+
+    `num_residuals`: how many of MagCache's residuals the rank keeps between steps.
+    """
     own_tokens = -(-geometry.tokens // mesh.ulysses)
     return Need(
         expert=memory.expert_bytes(spec.dit, precision, scheme),

@@ -332,7 +332,7 @@ def _without_float8() -> str | None:
 
 
 def default_device() -> Device:
-    """Returns cuda if the driver shows a GPU, else cpu, without torch; the worker raises if torch finds no GPU."""
+    """Returns cuda if the driver shows a GPU, else cpu. It does not ask torch; a rank raises if torch finds no GPU."""
     return "cuda" if gpus.visible_gpus() else "cpu"
 
 

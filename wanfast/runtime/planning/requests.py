@@ -197,33 +197,25 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
         weights = document["weights"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError):
         raise ConfigError(f"--from {file} is not the .json that wanfast writes beside a video: name that one") from None
-    # this run decides where files lie and which may be replaced
-    reused = OPTIONS.keys() - {
-        "overwrite",
-        "verify",
-        "artifacts_dir",
-        "nnodes",
-        "node_rank",
-        "rdzv_endpoint",
-        "rank_timeout",
+    same_ranks = effective.ranks.nnodes == 1 and "num_gpus" not in typed
+    reused = {
+        name
+        for name, field in OPTIONS.items()
+        if not field.option.of_this_run and (same_ranks or not field.option.of_these_ranks)
     }
-    if effective.ranks.nnodes > 1 or "num_gpus" in typed:  # the ranks differ, so the old mesh does not apply
-        reused -= {"cfg_parallel", "ulysses", "dit_fsdp", "t5_fsdp", "expert_offload"}
     options = _without_overridden({name: value for name, value in effective.options().items() if name in reused}, typed)
     return Request(options, image_sha256=effective.video.image_sha256, weights=weights)
 
 
-_SKIPPING_OPTIONS = options_of(SkippingConfig).keys() - {"magcache"}
-_AMOUNTS = {"magcache_thresh", "magcache_budget", "magcache_skip"}  # at most one of them is given
-
-
 def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
     """Removes the skipping options that conflict with those of the `nearer` source, which overrides `options`."""
+    skipping = options_of(SkippingConfig)
+    amounts = {name for name, field in skipping.items() if field.option.choice}
     gone: set[str] = set()
     if "magcache" in nearer:
-        gone |= _SKIPPING_OPTIONS
-    if nearer.keys() & _AMOUNTS:
-        gone |= {*_AMOUNTS, "magcache_rule"}
+        gone |= skipping.keys() - {"magcache"}
+    if nearer.keys() & amounts:
+        gone |= {*amounts, "magcache_rule"}  # the rule's default follows from the amount
     return {name: value for name, value in options.items() if name not in gone}
 
 

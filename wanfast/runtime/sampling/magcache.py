@@ -1,13 +1,14 @@
 """MagCache plans which forwards to skip before a generation begins, and holds the residuals that replace them.
 
-A residual is what the blocks of an expert add to the stream. Over most of the schedule it changes little from step to
-step: its norm falls by a ratio near one. A call is skipped while the error that the ratios predict stays under a
-threshold; the residual of the last computed call is then used again. The ratios are measured once (a curve), so all
-decisions follow from known numbers: the plan is one pure function, the same on every rank.
+A residual is the sum that the blocks of an expert add to their input. Over most of the schedule it changes little from
+step to step, and its norm falls by a ratio near one. A forward is skipped while the error that the ratios predict stays
+under a threshold. A skipped forward uses the residual of the last forward that ran. The ratios are measured once, and
+are called a curve. All decisions follow from the curve, so the plan is one pure function, the same on every rank.
 
-Each branch of guidance has its own calls, residuals and accumulated error. A residual is used only by its own expert.
-Cost: a residual of each branch, [L, d] in float32. Limit: a curve is valid for one model, its steps and its shift.
-Source: MagCache (arXiv 2506.09045), section 3.3; the two rules are those of its code for Wan2.2. Torch-free.
+Each branch of guidance has its own forwards, residuals and accumulated error. An expert uses only its own residuals.
+Cost: one residual for each branch, [L, d] in float32. Limit: a curve is valid for one model, its steps and its shift.
+Source: MagCache (arXiv 2506.09045), section 3.3. Both rules of `MagCacheSettings.rule` come from its code for Wan2.2.
+Torch-free.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ Skips = tuple[bool, bool]  # of one step: (the prompt's branch, the negative pro
 
 @dataclass(frozen=True)
 class MagCacheSettings:
-    """Holds the limits that end a row of skips, and the share of calls that are always computed."""
+    """Holds the limits that end a row of skips, and the share of forwards that always run."""
 
     threshold: float  # of the accumulated error
     max_skips: int  # of one branch in a row
-    retention: float  # share of an expert's calls, from the first on, that are always computed
+    retention: float  # share of an expert's forwards, from the first on, that always run
     rule: MagCacheRule = "low-noise-only"
 
 
@@ -143,7 +144,7 @@ def _cheapest(line: Sequence[_Call], max_skips: int) -> dict[int, tuple[float, t
 
 
 def _allowed(experts: Sequence[Expert], retention: float, rule: MagCacheRule) -> list[Skips]:
-    """Returns for each step and branch whether it may be skipped: not an expert's first, nor a retained one."""
+    """Returns which forwards may be skipped, for each step: not the first ones of an expert, nor the retained ones."""
     high = sum(expert == "high_noise" for expert in experts)
     return [
         (False, False)
@@ -157,7 +158,7 @@ def _allowed(experts: Sequence[Expert], retention: float, rule: MagCacheRule) ->
 
 
 def _is_retained(call: int, high_calls: int, calls: int, retention: float, rule: MagCacheRule) -> bool:
-    """Returns whether a call, counted over both branches, is among the first ones, which are always computed."""
+    """Returns whether a forward, counted over both branches, is among the first ones, which always run."""
     low_calls = calls - high_calls
     if rule == "low-noise-only":
         return call < int(high_calls + low_calls * retention)

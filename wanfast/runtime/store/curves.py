@@ -1,9 +1,9 @@
 """Finds MagCache's ratios: a model's preset, or a curve that `wanfast calibrate-magcache` stored. Torch-free.
 
-A curve is valid only for the settings of its measurement, which its key holds: both experts and their precision, steps,
-shift, solver, guidance, size, frames, and the set of clips. Another run refuses the curve, and the error has the
-command that measures a new one. Only steps and shift can be interpolated (`--magcache-interpolate`), because the ratios
-follow a smooth curve.
+A curve's key holds the settings of its measurement: both experts and their precision, steps, shift, solver, guidance,
+size, frames, and the set of clips. A run may use any set of clips. If another setting differs, the run refuses the
+curve, and the error has the command that measures a new one. Steps and shift may differ with `--magcache-interpolate`,
+because the ratios change smoothly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wanfast.runtime.config import EffectiveConfig, ModelsConfig, SkippingConfig, VideoConfig, magcache_settings
-from wanfast.runtime.config.option import flag
+from wanfast.runtime.config.option import options_of, words
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.choices import Expert
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
@@ -237,19 +237,12 @@ def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
 
 def calibrate_command(config: EffectiveConfig, spec: ModelSpec) -> str:
     """Returns the `wanfast calibrate-magcache` command that measures a curve for this run."""
-    own = {
-        "model": ModelsConfig.model,
-        "artifacts_dir": str(Path(ModelsConfig.artifacts_dir).absolute()),
-        "solver": VideoConfig.solver,
-        "precision": ModelsConfig.precision,
-        "quantize": None,
-        "device": config.ranks.device if config.ranks.device == "cuda" else None,
-        **{name: getattr(spec, name) for name in ("size", "frames", "steps", "shift")},
-        **{name: getattr(spec, name) for name in ("guidance_high_noise", "guidance_low_noise")},
-    }
     values = config.options()
-    words = ["wanfast", "calibrate-magcache"]
-    for name, default in own.items():
-        if (value := values[name]) != default:
-            words += [flag(name), f"{value:g}" if isinstance(value, float) else str(value)]
-    return shlex.join(words)
+    if Path(config.models.artifacts_dir) == Path(ModelsConfig.artifacts_dir).absolute():
+        values["artifacts_dir"] = ModelsConfig.artifacts_dir
+    given = ["wanfast", "calibrate-magcache"]
+    for name, field in {**options_of(ModelsConfig), **options_of(VideoConfig)}.items():
+        default = getattr(spec, name) if field.option.own else field.default
+        if "calibrate-magcache" in field.option.also and values[name] != default:
+            given += words(name, values[name])
+    return shlex.join([*given, *(words("device", "cuda") if config.ranks.device == "cuda" else ())])

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from wanfast.runtime.device import hardware
+from wanfast.runtime.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def flags() -> Iterator[None]:
+    kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
+
+
+@pytest.mark.parametrize(
+    ("precision", "tf32", "convolutions", "products"),
+    [
+        ("bf16", None, True, False),
+        ("fp32", None, False, False),
+        ("fp32", True, True, True),
+        ("bf16", False, False, False),
+    ],
+)
+def test_tf32_is_as_asked_and_as_the_reference_has_it_otherwise(
+    precision: str, tf32: bool | None, convolutions: bool, products: bool
+) -> None:
+    hardware.prepare("cpu", precision, tf32)
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (convolutions, products)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_torch_does_not_see_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--device cuda: torch .* sees no GPU"):
+        hardware.prepare("cuda", "bf16", None)
