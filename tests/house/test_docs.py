@@ -37,7 +37,6 @@ from wanfast.cli import app
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands
 OPTIONS = {name for command in COMMANDS.values() for option in command.params for name in option.opts}
-TO_COME = {"bench"}  # a target that CONTRIBUTING.md names before the Makefile has it
 VIDEO = ["--image", "wanfast/assets/examples/cat.jpg", "--prompt", "The cat blinks."]  # that code spans leave out
 Wanfast = Callable[..., Outcome]
 
@@ -114,7 +113,7 @@ def test_a_command_is_one_that_its_program_takes(
         _parse_wanfast(*arguments)
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert {word for word in arguments if "=" not in word} <= {*targets, *TO_COME}
+        assert {word for word in arguments if "=" not in word} <= set(targets)
     elif program == "torchrun":
         assert arguments[0] == "--nproc-per-node"
         _parse_script(monkeypatch, arguments[2:])
@@ -234,6 +233,17 @@ def _operand(document: Any, path: str) -> float:
     if re.fullmatch(r"[\d.e]+", path):
         return float(path)
     return float(reduce(lambda at, key: at[int(key) if isinstance(at, list) else key], path.split("/"), document))
+
+
+def test_figures_by_doctor_are_what_it_prints(wanfast: Wanfast) -> None:
+    sums = wanfast("doctor").out.partition("GB a GPU")[2]
+    printed = [float(number) for number in re.findall(r"(?<![\w.])\d+\.\d", sums)]
+    figures = [figure for page in PAGES for figure, source, _ in page.figures() if source == "wanfast doctor"]
+    assert figures
+    for figure in figures:
+        number = figure.removesuffix(" GB")
+        places = len(number.partition(".")[2])
+        assert any(f"{value:.{places}f}" == number for value in printed), figure
 
 
 def test_the_readme_is_short() -> None:

@@ -10,28 +10,33 @@ import typer
 from rich.console import Console
 
 from wanfast.commands import options
+from wanfast.runtime.config.option import FILES, MAKE
 
 
 def download(
     repo: Annotated[
         str | None,
         typer.Option(
-            help="Repository on the Hugging Face Hub.  "
-            "[default: Wan-AI/Wan2.2-I2V-A14B, with --layout diffusers Wan-AI/Wan2.2-I2V-A14B-Diffusers]"
+            help="Repository on the Hugging Face Hub.",
+            show_default="Wan-AI/Wan2.2-I2V-A14B, with --layout diffusers Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+            rich_help_panel=MAKE,
         ),
     ] = None,
     revision: Annotated[
         str | None,
         typer.Option(
-            help="A commit, branch or tag; the fetched commit is recorded beside the files.  "
-            "[default: the commit that wanfast was made for; with another --repo main]"
+            help="A commit, branch or tag; the fetched commit is recorded beside the files.",
+            show_default="the commit that wanfast was made for; with another --repo main",
+            rich_help_panel=MAKE,
         ),
     ] = None,
     layout: Annotated[
-        Literal["original", "diffusers"], typer.Option(help="Layout of the files of --repo.")
+        Literal["original", "diffusers"], typer.Option(help="Layout of the files of --repo.", rich_help_panel=MAKE)
     ] = "original",
     artifacts_dir: options.ArtifactsDir = "artifacts",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files with their sizes and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files with their sizes and stop.", rich_help_panel=FILES)
+    ] = False,
     json_: options.Json = False,
 ) -> None:
     """Fetch the published weights, only the files that are needed.

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from wanfast.commands import options
 from wanfast.commands.progress import byte_bars
-from wanfast.runtime.config import QuantizeConfig
+from wanfast.runtime.config import OPTIONS, QuantizeConfig
+from wanfast.runtime.config.option import GPUS, LOSSY, MAKE
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Device, Scheme
 
@@ -24,12 +25,22 @@ def _refuse_recipe(value: str | None) -> None:
 def quantize(
     scheme: Annotated[
         Scheme,
-        typer.Option(help="int8-dynamic and fp8-rowwise also multiply in 8 bits; bf16 only casts the weights."),
+        typer.Option(
+            help="int8-dynamic and fp8-rowwise also multiply in 8 bits; bf16 only casts the weights.",
+            rich_help_panel=LOSSY,
+        ),
     ],
     model: options.Model = "a14b",
-    expert: Annotated[Literal["both", "high", "low"], typer.Option(help="Which expert to quantize.")] = "both",
+    expert: Annotated[
+        Literal["both", "high", "low"], typer.Option(help="Which expert to quantize.", rich_help_panel=MAKE)
+    ] = "both",
     device: Annotated[
-        Device | None, typer.Option(help="Where the values are computed.  [default: cuda if there is a driver]")
+        Device | None,
+        typer.Option(
+            help="Where the values are computed.",
+            rich_help_panel=GPUS,
+            show_default=str(OPTIONS["device"].option.default),
+        ),
     ] = None,
     artifacts_dir: options.ArtifactsDir = "artifacts",
     recipe: Annotated[str | None, typer.Option(hidden=True, is_eager=True, callback=_refuse_recipe)] = None,
