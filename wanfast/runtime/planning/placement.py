@@ -92,7 +92,10 @@ def place(plans: Sequence[Plan], free_memory: FreeMemory | None = None) -> list[
 
 
 def _joint(skipping: SkippingConfig | None, mesh: Mesh) -> SkippingConfig | None:
-    """Decides whether the branches skip together, so that the same run on other ranks skips the same forwards."""
+    """Settles `magcache_joint`: `auto` becomes `on` if the mesh puts the branches on different ranks, else `off`.
+
+    A later run of the recorded config then skips the same forwards, even on another number of ranks.
+    """
     if skipping is None or skipping.magcache_joint != "auto":
         return skipping
     return dataclasses.replace(skipping, magcache_joint="on" if mesh.cfg == 2 else "off")

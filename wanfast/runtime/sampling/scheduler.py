@@ -27,7 +27,10 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """Holds the weights of x~_i = sample_prev x~_{i-1} + clean_prev m_{i-1} + clean_prev2 m_{i-2} + clean m_i."""
+    """Holds the four weights of UniC's corrected sample x~_i; m is the estimate of the clean sample at each step.
+
+    x~_i = sample_prev * x~_{i-1} + clean_prev * m_{i-1} + clean_prev2 * m_{i-2} + clean * m_i
+    """
 
     sample_prev: float
     clean_prev: float
@@ -37,7 +40,10 @@ class Correction:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Holds the weights of x_{i+1} = sample x~_i + clean m_i + clean_prev m_{i-1}; x~_i is x_i after any correction."""
+    """Holds the weights of one step: x_{i+1} = sample * x~_i + clean * m_i + clean_prev * m_{i-1}.
+
+    x~_i is x_i after its correction, if it has one.
+    """
 
     sigma: float
     timestep: int

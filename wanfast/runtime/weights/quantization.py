@@ -1,8 +1,8 @@
-"""This module quantizes linears and gives a model quantized ones; `quantized_artifacts` lists the linears.
+"""Quantizes the weights of linears, and replaces a model's linears by quantized ones.
 
-torchao computes 8-bit values and one scale a row. Both are plain tensors, which `models.quantized` runs: its products
-compile in seconds and shard into one graph (LOG.md compares them with torchao's own). Rows are independent of each
-other, so a weight can be quantized a few rows at a time.
+torchao computes 8-bit values and one scale a row. Both are plain tensors, which can be sharded. `models.quantized`
+multiplies by them. This multiplication compiles in seconds, and a compiled block stays one graph. LOG.md compares it
+with torchao's own. Rows are independent of each other, so a weight can be quantized a few rows at a time.
 """
 
 from __future__ import annotations
