@@ -1,11 +1,14 @@
 """Defines the errors that a user can fix.
 
 Each error has an exit code, and its text is one line that names the option and the fix. Only `cli.py` turns an error
-into an exit code. Any other exception that escapes is a bug and keeps its traceback.
+into an exit code. Any other exception that escapes is a bug and keeps its traceback. `foreign` is the one gate for
+files of users: it bounds what parsers and the file system raise about them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -54,6 +57,33 @@ class CancelledError(WanFastError):
 
     def __init__(self, message: str = "cancelled") -> None:
         super().__init__(message)
+
+
+@contextmanager
+def foreign(subject: str, fix: str, kind: type[WanFastError] = ConfigError) -> Iterator[None]:
+    """Turns everything that a parser or the file system raises about a user's file into one line.
+
+    The line is "SUBJECT: REASON: FIX"; the subject names the option and the file. The block must hold only the foreign
+    call, so that our own bugs keep their traceback. Errors of this module and requests to stop pass through.
+    """
+    try:
+        yield
+    except (WanFastError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a Rust library derives from BaseException alone
+        raise kind(f"{subject}: {reason(error)}: {fix}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Returns the reason of a foreign error in a few words, on one line."""
+    if isinstance(error, UnicodeDecodeError):
+        return "is not UTF-8 text"
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    words = " ".join(str(error).split())
+    return f"{words:.100}" if words else type(error).__name__
 
 
 def failure(error: WanFastError) -> dict[str, Any]:
