@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import RanksConfig
-from wanfast.runtime.machine import gpus
+from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.signals import PARENT, end_with_parent
 from wanfast.runtime.store.artifacts import RANKS, SETUP, replace_text
 
@@ -99,7 +99,7 @@ def _set_environment(config: RanksConfig, place: int, processes: int) -> None:
         gpus.expand_segments()
     if config.nnodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name may resolve to an address that does not exist
-    cores = os.cpu_count() or 1
+    cores = host.cores()
     share = max(1, cores // min(config.num_gpus, cores))
     if config.num_gpus > 1:  # else torch's own default: compiled code is stored for one number of threads
         os.environ.setdefault("OMP_NUM_THREADS", str(share))
