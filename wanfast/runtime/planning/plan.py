@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,14 @@ from wanfast.runtime.media import media_io
 from wanfast.runtime.media.media_io import LoadedImage
 from wanfast.runtime.media.tokenizer import PromptTokenizer, clean_prompt
 from wanfast.runtime.sampling.guidance import needs_unconditional
-from wanfast.runtime.sampling.magcache import MagCacheSettings, Skips, accumulated_error, plan_best, plan_skips
+from wanfast.runtime.sampling.magcache import (
+    MagCacheSettings,
+    Ratios,
+    Skips,
+    accumulated_error,
+    plan_best,
+    plan_skips,
+)
 from wanfast.runtime.sampling.scheduler import Step, expert_of, schedule
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.curves import Curve, curve_of, magcache_notes, settle
@@ -133,14 +141,14 @@ class Plan:
         threshold = s.magcache_thresh or 0.0  # a budget has no threshold
         settings = MagCacheSettings(threshold, s.magcache_k, s.retention_ratio, s.magcache_rule)
         if s.magcache_thresh is not None:
-            return plan_skips(ratios, self.experts, settings, joint=joint, guided=guided)
+            return list(_planned_skips(ratios, tuple(self.experts), settings, None, True, joint, tuple(guided)))
         option, wanted = f"--magcache-skip {s.magcache_skip}", s.magcache_skip
         if wanted is None:
             budget = s.magcache_budget or 0.0
             option, wanted = f"--magcache-budget {budget:g}", int((1 - budget) * self.num_forwards + 1e-9)
         exactly = s.magcache_skip is not None
         try:
-            return plan_best(ratios, self.experts, settings, wanted, exactly=exactly, joint=joint, guided=guided)
+            return list(_planned_skips(ratios, tuple(self.experts), settings, wanted, exactly, joint, tuple(guided)))
         except ConfigError as error:
             raise ConfigError(f"{option}: {error}") from None
 
@@ -208,6 +216,22 @@ class Plan:
             "outputs": [str(path) for path in self.outputs],
             "notes": list(self.notes),
         }
+
+
+@lru_cache(maxsize=64)
+def _planned_skips(
+    ratios: Ratios,
+    experts: Sequence[Expert],
+    settings: MagCacheSettings,
+    wanted: int | None,
+    exactly: bool,
+    joint: bool,
+    guided: Sequence[bool],
+) -> Sequence[Skips]:
+    """Returns the skips by the threshold, or the `wanted` number of skips; planned once for all lines of a list."""
+    if wanted is None:
+        return plan_skips(ratios, experts, settings, joint=joint, guided=guided)
+    return plan_best(ratios, experts, settings, wanted, exactly=exactly, joint=joint, guided=guided)
 
 
 @dataclass(frozen=True, kw_only=True)
