@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wanfast.runtime.config import RanksConfig, SkippingConfig
+from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import Precision, Scheme, Switch, in_8_bits
@@ -84,21 +84,11 @@ def place(plans: Sequence[Plan], free_memory: FreeMemory | None = None) -> list[
     return [
         dataclasses.replace(
             plan,
-            config=dataclasses.replace(plan.config, ranks=ranks, skipping=_joint(plan.config.skipping, mesh)),
+            config=dataclasses.replace(plan.config, ranks=ranks),
             placement=f"{why}, {gb(free)} {what}",
         )
         for plan in plans
     ]
-
-
-def _joint(skipping: SkippingConfig | None, mesh: Mesh) -> SkippingConfig | None:
-    """Settles `magcache_joint`: `auto` becomes `on` if the mesh puts the branches on different ranks, else `off`.
-
-    A later run of the recorded config then skips the same forwards, even on another number of ranks.
-    """
-    if skipping is None or skipping.magcache_joint != "auto":
-        return skipping
-    return dataclasses.replace(skipping, magcache_joint="on" if mesh.cfg == 2 else "off")
 
 
 def check_skips(plan: Plan) -> None:

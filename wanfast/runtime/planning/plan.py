@@ -124,9 +124,8 @@ class Plan:
 
     @property
     def is_joint(self) -> bool:
-        """Whether only joint skips are planned: on separate ranks, a branch that skips only waits for the other."""
-        asked = self.config.skipping.magcache_joint if self.config.skipping else "off"
-        return asked == "on" or (asked == "auto" and self.config.ranks.cfg_parallel == 2)
+        """Whether the branches skip only together: on separate ranks, a branch that skips only waits for the other."""
+        return self.config.skipping is not None and self.config.skipping.magcache_joint == "on"
 
     @cached_property
     def skips(self) -> list[Skips]:
