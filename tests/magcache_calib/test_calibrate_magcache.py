@@ -347,7 +347,10 @@ def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> N
     unguided = ("--guidance-high-noise", "1", "--magcache-rule", "low-noise-only", "--num-gpus", "2")
     assert plan("--magcache-budget", "0.61", *unguided)["skipped_forwards"] == 24  # of 65 forwards; 25 would be 0.61
     for options, words in (
-        (("--magcache-skip", "60", *apart), "--magcache-skip 60: at most 43 forwards can be skipped with --magcache-rule both"),
+        (
+            ("--magcache-skip", "60", *apart),
+            "--magcache-skip 60: at most 43 forwards can be skipped with --magcache-rule",
+        ),
         (("--magcache-skip", "17"), "--magcache-skip 17: the branches skip together"),
         (
             ("--magcache-budget", "0.6375", "--num-gpus", "2", "--magcache-rule", "low-noise-only"),

@@ -10,6 +10,7 @@ import typer
 from wanfast.commands import dispatch, options
 from wanfast.commands.report import Report
 from wanfast.runtime.config.option import MAKE
+from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.planning import past_runs, sidecar
 from wanfast.runtime.planning.requests import Planned, own_share, plan_requests, read_requests
 
@@ -38,14 +39,15 @@ def generate(
 ) -> None:
     """Make a video from an image and a prompt."""
     report = Report(as_json=json_)
-    requests = read_requests(options.given(context), prompt_file, from_, jobs)
-    planned = own_share(plan_requests(requests, needs_weights=not dry_run))
-    if not planned:
-        report.no_share()
-        return
-    report.plans(planned, always=dry_run and not json_)
-    results = [dry_result(item) for item in planned] if dry_run else run(planned, report)
-    report.close(planned, results)
+    with asked_once():
+        requests = read_requests(options.given(context), prompt_file, from_, jobs)
+        planned = own_share(plan_requests(requests, needs_weights=not dry_run))
+        if not planned:
+            report.no_share()
+            return
+        report.plans(planned, always=dry_run and not json_)
+        dry = [dry_result(item) for item in planned] if dry_run else []
+    report.close(planned, dry or run(planned, report))
 
 
 def dry_result(item: Planned) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from wanfast.runtime.machine.once import remembered
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -18,6 +20,7 @@ class Gpu:
     nvlinks: int  # active
 
 
+@remembered
 def visible_gpus() -> list[Gpu]:
     """Returns the GPUs, in the order of CUDA_VISIBLE_DEVICES if that is set; returns none if there is no driver."""
     import pynvml

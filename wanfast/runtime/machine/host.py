@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from wanfast.runtime.machine.once import remembered
+
 _ROOT = Path("/sys/fs/cgroup")
 _OF_PROCESS = Path("/proc/self/cgroup")
 # (limit, bytes in use, the key in memory.stat of file pages that the kernel frees first), of version 2 and 1
@@ -31,6 +33,7 @@ class HostMemory:
     is_limited: bool  # by a control group
 
 
+@remembered
 def memory() -> HostMemory:
     """Returns the host's memory, or the memory that the tightest control group leaves."""
     import psutil

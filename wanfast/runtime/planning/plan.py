@@ -23,8 +23,8 @@ from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.facts.shapes import Geometry, fit_geometry
 from wanfast.runtime.machine import gpus
+from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.media import media_io
-from wanfast.runtime.media.media_io import LoadedImage
 from wanfast.runtime.media.tokenizer import PromptTokenizer, clean_prompt
 from wanfast.runtime.sampling.guidance import needs_unconditional
 from wanfast.runtime.sampling.magcache import (
@@ -282,7 +282,7 @@ def resolve(given: Options, *, writes: bool = True) -> tuple[Plan, ModelFiles]:
     spec = files.spec
     if not clean_prompt(given["prompt"]):
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
-    image = media_io.load_image(given["image"])
+    image = _image_facts(given["image"])
     config = effective(given, files, image.sha256)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
     if writes:
@@ -294,6 +294,25 @@ def resolve(given: Options, *, writes: bool = True) -> tuple[Plan, ModelFiles]:
     )  # fmt: skip
     notes = (*notes, spec.weights_note) if spec.weights_note else notes
     return dataclasses.replace(plan, requested=given, notes=notes), files
+
+
+@dataclass(frozen=True)
+class _ImageFacts:
+    sha256: str
+    size: tuple[int, int]
+    notes: tuple[str, ...]
+
+
+@remembered
+def _image_facts(path: str) -> _ImageFacts:
+    """Returns what a plan needs of an image; a list may name one image a thousand times."""
+    image = media_io.load_image(path)
+    return _ImageFacts(image.sha256, image.size, image.notes)
+
+
+@remembered
+def _tokenizer(file: Path, max_tokens: int) -> PromptTokenizer:
+    return PromptTokenizer(file, max_tokens)
 
 
 def effective(given: Options, files: ModelFiles, image_sha256: str) -> EffectiveConfig:
@@ -377,7 +396,7 @@ def _check_outputs(plan: Plan, output: str) -> None:
             raise ConfigError(f"--output: {path}, written beside the video, exists: add --overwrite, or name another")
 
 
-def _geometry_notes(plan: Plan, image: LoadedImage) -> list[str]:
+def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:
     g, spec, (image_width, image_height) = plan.geometry, plan.spec, image.size
     width, height = parse_size(plan.config.video.size)
     notes = []
@@ -400,7 +419,7 @@ def _geometry_notes(plan: Plan, image: LoadedImage) -> list[str]:
 def _prompt_notes(plan: Plan, files: ModelFiles) -> list[str]:
     if not files.exists:
         return ["the weights are missing, so the prompt's tokens were not counted"]
-    tokenizer = PromptTokenizer(files.tokenizer, plan.spec.dit.text_len)
+    tokenizer = _tokenizer(files.tokenizer, plan.spec.dit.text_len)
     notes = []
     for option, text in (
         ("--prompt", plan.config.video.prompt),
