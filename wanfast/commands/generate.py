@@ -30,7 +30,8 @@ def generate(
     jobs: Annotated[
         Path | None,
         typer.Option(
-            help="Make many videos: each line is a JSON object of options, which override those given here.",
+            help="Make many videos: each line is a JSON object of options, which override those given here. A line's "
+            "image is relative to the folder of this file.",
             rich_help_panel=MAKE,
         ),
     ] = None,
@@ -52,7 +53,7 @@ def generate(
 
 def dry_result(item: Planned) -> dict[str, Any]:
     if item.plan is None:
-        return item.failure()
+        return item.outcome()
     return sidecar.planned(item.plan) | {"predicted_s": past_runs.predicted_seconds(item.plan)}
 
 
@@ -69,4 +70,4 @@ def run(planned: list[Planned], report: Report) -> list[dict[str, Any]]:
             on_result=lambda index, result: report.result(ready[index], result),
         )
     done = iter(worked)
-    return [next(done) if item.plan else item.failure() for item in planned]
+    return [next(done) if item.plan else item.outcome() for item in planned]

@@ -40,7 +40,7 @@ class Report:
         """Prints the plans, the errors and the notes. Errors and notes are printed even if stdout is a pipe."""
         for item in planned:
             if item.plan is None:
-                self.result(item, item.failure())
+                self.result(item, item.outcome())
                 continue
             if always or not self.brief:
                 seconds = past_runs.predicted_seconds(item.plan)
@@ -50,7 +50,9 @@ class Report:
 
     def result(self, item: Planned, result: dict[str, Any]) -> None:
         """Prints one video or one failed line. `close` raises the error of a single request."""
-        if "error" not in result:
+        if "skipped" in result:
+            self._console.print(f"{_shown(result['output'])}: {result['skipped']}, skipped", markup=False)
+        elif "error" not in result:
             self._summary(result, _of_line(item))
             self._note_compile_time(result, _of_line(item))
         elif item.request.line is not None:

@@ -54,7 +54,7 @@ def _entries(index: Path) -> Sequence[dict[str, Any]]:
     """Returns the index's entries, the oldest first; none if there is no index."""
     try:
         facts = index.stat()
-    except FileNotFoundError:
+    except OSError:
         return ()
     return _read(index, facts.st_mtime_ns, facts.st_size)
 

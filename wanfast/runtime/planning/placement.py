@@ -9,6 +9,7 @@ the largest video decides. Torch-free.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ def place(plans: Sequence[Plan], free_memory: FreeMemory | None = None) -> list[
     asked = plans[0].config.ranks
     mesh = choose_mesh(
         asked.num_gpus,
-        plans[0].spec.dit.num_heads,
+        math.gcd(*(plan.spec.dit.num_heads for plan in plans)),  # every line's model must fit the mesh
         nnodes=asked.nnodes,
         guided=any(needs_unconditional(scale) for plan in plans for scale in plan.guidance.values()),
         num_videos=len(plans),
