@@ -296,10 +296,10 @@ def test_ranks_of_one_machine_meet_within_it(
     assert elastic.os.environ.get("GLOO_SOCKET_IFNAME") == interface
 
 
-def test_without_a_gpu_to_ask_80_gb_are_assumed_and_said(wanfast: Wanfast, machine: Machine) -> None:
+def test_without_a_gpu_to_ask_an_h100_is_assumed_and_said(wanfast: Wanfast, machine: Machine) -> None:
     machine(0, 0)
     plan = wanfast(*A14B_DRY, "--device", "cuda", "--num-gpus", "8").document["plan"]
-    assert "80.0 GB assumed for each GPU" in plan["placement"] and plan["mesh"] == MADE | {"cfg": 2, "ulysses": 4}
+    assert "85.0 GB assumed for each GPU" in plan["placement"] and plan["mesh"] == MADE | {"cfg": 2, "ulysses": 4}
 
 
 @pytest.mark.parametrize(("host_gb", "is_short"), [(500, False), (50, True)])

@@ -59,7 +59,7 @@ def _here(
 ) -> list[Document]:
     """Runs the jobs on one rank in this process."""
     if device == "cuda":
-        gpus.expand_segments()
+        gpus.set_environment()
     from wanfast.runtime.distributed.ranks import Ranks  # torch begins here
     from wanfast.runtime.engine.session import Sessions
     from wanfast.runtime.processes.worker import worker_half

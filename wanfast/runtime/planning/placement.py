@@ -26,7 +26,7 @@ from wanfast.runtime.planning.plan import Plan, why_cpu
 from wanfast.runtime.sampling.guidance import needs_unconditional
 
 _GRAPHS, _NO_GRAPHS = "--compile-mode max-autotune", "use max-autotune-no-cudagraphs"
-_UNMEASURED_BYTES = 80 * 10**9  # an H100, as in `doctor`, if no GPU is visible
+_UNMEASURED_BYTES = memory.CARDS["80 GB"]  # an H100, as in `doctor`, if no GPU is visible
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,8 @@ def _set_environment(config: RanksConfig, place: int, processes: int) -> None:
     os.environ[PARENT] = str(os.getpid())
     if config.device == "cuda":
         ids = gpus.device_ids() or [str(index) for index in range(config.num_gpus)]
-        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the driver's order
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids[place * processes : (place + 1) * processes])
-        gpus.expand_segments()
+        gpus.set_environment()
     if config.nnodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name may resolve to an address that does not exist
     cores = host.cores()
