@@ -39,7 +39,7 @@ def _size_fix(size: str) -> str | None:
 class VideoConfig(Part):
     """This part says what the video shows, and how it is sampled."""
 
-    image: Annotated[str, Option("The image that the video starts from.", MAKE, also=("warmup",))]
+    image: Annotated[str, Option("The image that the video starts from.", MAKE, also=("warmup",), path=True)]
     image_sha256: str = ""
     prompt: Annotated[str, Option("What happens in the video.", MAKE)]
     negative_prompt: Annotated[str, Option("What the video must not show.", MAKE, own=True)]
@@ -127,8 +127,8 @@ class VideoConfig(Part):
 class OutputConfig(Part):
     """This part says which files are written."""
 
-    output: Annotated[str | None, Option("The .mp4 to write; its .json is written beside it.", FILES, asked=str)] = (
-        "out.mp4"  # None: the frames are returned instead
-    )
+    output: Annotated[
+        str | None, Option("The .mp4 to write; its .json is written beside it.", FILES, asked=str, path=True)
+    ] = "out.mp4"  # None: the frames are returned instead
     overwrite: Annotated[bool, Option("Replace existing files.", FILES)] = False
     contact_sheet: Annotated[bool, Option("Also write a .png of evenly spaced frames.", FILES)] = False

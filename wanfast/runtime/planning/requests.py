@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import OPTIONS, EffectiveConfig, RanksConfig, SkippingConfig
-from wanfast.runtime.config.option import flag, options_of
+from wanfast.runtime.config.option import absolute, flag, options_of
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
@@ -167,6 +167,8 @@ def read_requests(
 
     A bad line becomes a request with an error; any other fault raises ConfigError.
     """
+    prompt_file, from_file = _whole(prompt_file, "--prompt-file"), _whole(from_file, "--from")
+    jobs_file = _whole(jobs_file, "--jobs")
     if prompt_file is not None:
         if "prompt" in typed:
             raise ConfigError("--prompt and --prompt-file both give the prompt: drop one of the two")
@@ -248,6 +250,10 @@ def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
         yield dataclasses.replace(
             base, options={**_without_overridden(base.options, own), "output": own_name, **own}, line=number
         )
+
+
+def _whole(file: Path | None, option: str) -> Path | None:
+    return None if file is None else Path(absolute(str(file), option))
 
 
 def _read(file: Path, option: str) -> str:

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wanfast.runtime.config import EffectiveConfig, ModelsConfig, SkippingConfig, VideoConfig, magcache_settings
+from wanfast.runtime.config import (
+    EffectiveConfig,
+    ModelsConfig,
+    SkippingConfig,
+    VideoConfig,
+    default_artifacts_dir,
+    magcache_settings,
+)
 from wanfast.runtime.config.option import flag
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.choices import Expert
@@ -239,7 +246,7 @@ def calibrate_command(config: EffectiveConfig, spec: ModelSpec) -> str:
     """Returns the `wanfast calibrate-magcache` command that measures a curve for this run."""
     own = {
         "model": ModelsConfig.model,
-        "artifacts_dir": str(Path(ModelsConfig.artifacts_dir).absolute()),
+        "artifacts_dir": default_artifacts_dir(),
         "solver": VideoConfig.solver,
         "precision": ModelsConfig.precision,
         "quantize": None,
