@@ -18,11 +18,19 @@ import torch
 from wanfast.runtime.config import ModelsConfig
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.session import Made, Session, Sessions
-from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
+from wanfast.runtime.errors import (
+    CancelledError,
+    ConfigError,
+    CorruptArtifactError,
+    MissingArtifactError,
+    WanFastError,
+    failure,
+)
 from wanfast.runtime.facts.choices import Expert
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job
-from wanfast.runtime.store.artifacts import writing_to
+from wanfast.runtime.store.artifacts import frames_file, writing_to
+from wanfast.runtime.store.atomic import atomic_paths
 
 Result = dict[str, Any]  # the document of `sidecar`, or {"error", "exit_code"}
 ProgressFn = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
@@ -44,7 +52,7 @@ def run(
 
     `folder` is the run folder. It gets the frames of jobs that write no video, numbered from `first` on.
     """
-    work = partial(make_video, frames_file=lambda index: folder / "frames" / f"{first + index}.npy")
+    work = partial(make_video, frames_of=lambda index: frames_file(folder, first + index))
     yield from run_jobs(work, jobs, sessions, claim, progress)
 
 
@@ -68,12 +76,16 @@ def _run_alike(
     if index is None:
         return
     config = jobs[index].config
-    progress(index, "loading the models", 0, 0)
+    loading = partial(progress, index, "loading the models", 0, 0)
     try:
+        loading()
         session = sessions.of(config)
         videos = [job.config.video for job in jobs.values()]
         session.encode(text for video in videos for text in (video.prompt, video.negative_prompt))
-        session.load()
+        session.load(loading)
+    except CancelledError as error:  # models that are loaded stay
+        yield from ((cancelled, failure(error)) for cancelled in (index, *claimed))
+        return
     except (WanFastError, torch.OutOfMemoryError) as error:
         sessions.close()
         models = f"--model {config.models.model} --precision {config.models.precision}"
@@ -105,7 +117,7 @@ def _failure(error: Exception, ranks: Ranks, out_of_memory: str) -> Result:
     return failure(ConfigError(out_of_memory))
 
 
-def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, frames_file: FrameFileFn) -> Result:
+def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, frames_of: FrameFileFn) -> Result:
     """Makes one video; the leader writes the video and its JSON, or only its frames if the job has no outputs."""
     steps = job.config.video.steps
     progress(index, "encoding the image", 0, steps)
@@ -114,17 +126,17 @@ def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, 
         progress(index, expert.replace("_", " "), done, steps)
 
     made = session.make(job, on_step)
-    return session.ranks.lead(lambda: _write(made, lambda: frames_file(index)))
+    return session.ranks.lead(lambda: _write(made, frames_of(index)))
 
 
-def _write(made: Made, frames_file: Callable[[], Path]) -> Result:
+def _write(made: Made, file: Path) -> Result:
     assert made.frames is not None
     plan, seconds = made.plan, made.facts["seconds"]
     document = sidecar.with_seconds(sidecar.planned(plan), made.facts, seconds)
     if plan.outputs:
         return sidecar.write_video(made.frames, document, plan.outputs, overwrite=plan.config.output.overwrite)
     with writing_to(Path(plan.config.models.artifacts_dir)):
-        file = frames_file()
         file.parent.mkdir(exist_ok=True)
-        np.save(file, made.frames)
+    with atomic_paths(file, option="--artifacts-dir", synced=False) as (unfinished,), unfinished.open("wb") as stream:
+        np.save(stream, made.frames)
     return document | {"frames": str(file)}
