@@ -277,6 +277,31 @@ def test_artifacts_dir_comes_from_the_environment_too(wanfast: Wanfast, monkeypa
     assert wanfast(*DRY).document["effective"]["models"]["artifacts_dir"] == "/elsewhere"
 
 
+def test_a_path_of_the_home_folder_is_the_same_for_every_reader(
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = workdir / "home"
+    home.mkdir()
+    for name in ("cat.png", "prompt.txt", "jobs.jsonl"):
+        (home / name).write_bytes((workdir / "cat.png").read_bytes() if name == "cat.png" else b'{"output": "~/y.mp4"}')
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("WANFAST_ARTIFACTS", "~/w")
+    outcome = wanfast(*DRY, "--image", "~/cat.png", "--output", "~/x.mp4")
+    effective = outcome.document["effective"]
+    assert effective["models"]["artifacts_dir"] == str(home / "w")
+    assert (effective["video"]["image"], effective["output"]["output"]) == (str(home / "cat.png"), str(home / "x.mp4"))
+    (home / "x.json").write_text(json.dumps(outcome.document | {"weights": None}))
+    again = wanfast("generate", "--from", "~/x.json", "--output", "~/z.mp4", "--dry-run", "--json")
+    assert again.document["output"] == str(home / "z.mp4"), again.err
+    lines = wanfast(*DRY, "--jobs", "~/jobs.jsonl").document["results"]
+    assert [line["output"] for line in lines] == [str(home / "y.mp4")]
+    assert wanfast(*DRY, "--prompt", "", "--prompt-file", "~/prompt.txt").exit_code == 2
+    outcome = wanfast(*DRY, "--output", "~nobody-here/x.mp4")
+    assert outcome.exit_code == 2 and "--output ~nobody-here/x.mp4: there is no such user" in outcome.err
+    outcome = wanfast("quantize", "--scheme", "bf16", "--artifacts-dir", "~/v")
+    assert outcome.exit_code == 3 and str(home / "v") in outcome.err
+
+
 def test_prompt_file(wanfast: Wanfast, workdir: Path) -> None:
     (workdir / "prompt.txt").write_text("a dog\n", encoding="utf-8")
     arguments = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt-file", "prompt.txt")

@@ -61,7 +61,11 @@ def test_existing_videos_are_left_out(wanfast: Wanfast, workdir: Path) -> None:
     (workdir / "out-0001.json").touch()
     outcome = wanfast("generate", "--model", "tiny", *VIDEO, "--skip-existing")
     first, *others = outcome.document["results"]
-    assert outcome.exit_code == 0 and first == {"line": 1, "output": "out-0001.mp4", "skipped": "the video exists"}
+    assert outcome.exit_code == 0 and first == {
+        "line": 1,
+        "output": str(workdir / "out-0001.mp4"),
+        "skipped": "the video exists",
+    }
     assert [result["plan"]["seed"] for result in others] == [1, 2]
     contact = wanfast("generate", "--model", "tiny", *VIDEO, "--skip-existing", "--contact-sheet")
     assert contact.exit_code == 6 and "out-0001.mp4: already exists" in contact.err  # the sheet is missing

@@ -16,7 +16,7 @@ from wanfast.commands import dispatch, options
 from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
 from wanfast.magcache_calib.ratios import against_preset, averaged, read_clip, write_clip, write_curve
 from wanfast.runtime.config import NO_VIDEO
-from wanfast.runtime.config.option import MAKE
+from wanfast.runtime.config.option import MAKE, absolute
 from wanfast.runtime.errors import ConfigError, from_failure
 from wanfast.runtime.machine import packages
 from wanfast.runtime.planning.placement import place
@@ -53,7 +53,8 @@ def calibrate_magcache(
         raise ConfigError("the plot of the curve needs matplotlib: pip install matplotlib")
     files = model_of({**NO_VIDEO, **given})  # before the clips are read
     files.require()
-    clips = read_set(set_ or shipped_set(files.spec), seed)
+    folder = shipped_set(files.spec) if set_ is None else Path(absolute(str(set_), "--set"))
+    clips = read_set(folder, seed)
     plans = planned(given, clips, files)
     require_experts(files, plans[0].config.models)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)

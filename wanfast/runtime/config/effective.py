@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wanfast.runtime.config.models import ModelsConfig
+from wanfast.runtime.config.models import ModelsConfig, default_artifacts_dir
 from wanfast.runtime.config.option import OptionField, options_of, refuse_unknown
 from wanfast.runtime.config.ranks import RanksConfig
 from wanfast.runtime.config.skipping import SkippingConfig
@@ -49,13 +49,11 @@ class EffectiveConfig:
     @classmethod
     def of(cls, given: Options, own: ModelSpec, **answers: Any) -> EffectiveConfig:
         """Completes `given` with `answers` and the model's `own` defaults. Raises ConfigError, naming the option."""
-        refuse_unknown(given, OPTIONS)
-        accepted = {name: OPTIONS[name].accept(value) for name, value in given.items()}
         values = {name: getattr(own, name) for name, option in OPTIONS.items() if option.option.own}
         values |= (
-            {"image": "", "prompt": "", "device": "cuda", "seed": 0}
+            {"image": "", "prompt": "", "device": "cuda", "seed": 0, "artifacts_dir": default_artifacts_dir()}
             | answers
-            | {name: value for name, value in accepted.items() if value is not None}
+            | {name: value for name, value in accepted(given).items() if value is not None}
         )
         return cls._from_flat(values)
 
@@ -99,4 +97,12 @@ PARTS: dict[str, Any] = {
     "ranks": RanksConfig,
     "output": OutputConfig,
 }
+
+
+def accepted(given: Options) -> dict[str, Any]:
+    """Returns the checked values of options, with paths as texts. Raises ConfigError, naming the option."""
+    refuse_unknown(given, OPTIONS)
+    return {name: OPTIONS[name].accept(value) for name, value in given.items()}
+
+
 OPTIONS: dict[str, OptionField] = {name: option for part in PARTS.values() for name, option in options_of(part).items()}

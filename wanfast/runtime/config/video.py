@@ -39,7 +39,7 @@ def _size_fix(size: str) -> str | None:
 class VideoConfig(Part):
     """This part says what the video shows, and how it is sampled."""
 
-    image: Annotated[str, Option("The image that the video starts from.", MAKE, also=("warmup",))]
+    image: Annotated[str, Option("The image that the video starts from.", MAKE, also=("warmup",), path=True)]
     image_sha256: str = ""
     prompt: Annotated[str, Option("What happens in the video.", MAKE)]
     negative_prompt: Annotated[str, Option("What the video must not show.", MAKE, own=True)]
@@ -133,6 +133,7 @@ class OutputConfig(Part):
             "The .mp4 to write; its .json is written beside it.",
             FILES,
             asked=str,
+            path=True,
             check=lambda path: None if path.strip() else "is empty: name an .mp4 file",
         ),
     ] = "out.mp4"  # None: the frames are returned instead

@@ -6,7 +6,7 @@ can use them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,18 @@ _FILE = "embeds.safetensors"
 
 
 def prompt_embeds(
-    texts: Iterable[str], files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch
+    texts: Iterable[str],
+    files: ModelFiles,
+    config: EffectiveConfig,
+    ranks: Ranks,
+    loads: Stopwatch,
+    before_load: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Returns {text: [n, text_dim]} on the CPU of every rank, where n is the number of the text's tokens.
 
     Texts that are not stored are encoded and then stored. They are distributed over the ranks. A rank that gets texts
-    loads UMT5, adds the seconds to `loads`, and frees UMT5 afterwards. With `--t5-fsdp on`, all ranks hold a share of
-    UMT5 and encode all texts together.
+    calls `before_load`, loads UMT5, adds the seconds to `loads`, and frees UMT5 afterwards. With `--t5-fsdp on`, all
+    ranks hold a share of UMT5 and encode all texts together.
     """
     store = ArtifactStore(Path(config.models.artifacts_dir))
     tokenizer = ranks.together(lambda: PromptTokenizer(files.tokenizer, files.spec.dit.text_len))
@@ -48,11 +53,13 @@ def prompt_embeds(
     if not unknown:
         return known
     if config.ranks.t5_fsdp == "on":
-        encoded = _encode(unknown, files, config.models.precision, ranks, loads, sharded=True)
+        encoded = _encode(unknown, files, config.models.precision, ranks, loads, before_load, sharded=True)
     else:
         own = dict(list(unknown.items())[ranks.rank :: ranks.size])
         parts = ranks.gather(
-            ranks.together(lambda: _encode(own, files, config.models.precision, Ranks(ranks.device), loads))
+            ranks.together(
+                lambda: _encode(own, files, config.models.precision, Ranks(ranks.device), loads, before_load)
+            )
         )
         encoded = {text: embeds for part in parts for text, embeds in part.items()}
 
@@ -71,11 +78,13 @@ def _encode(
     precision: Precision,
     ranks: Ranks,
     loads: Stopwatch,
+    before_load: Callable[[], None],
     *,
     sharded: bool = False,
 ) -> dict[str, Tensor]:
     if not tokens:
         return {}
+    before_load()
     with loads.span("umt5"):
         umt5 = build_umt5(files, precision, ranks, sharded=sharded)
     device = ranks.device

@@ -11,6 +11,7 @@ Precision = Literal["bf16", "fp32"]
 Device = Literal["cpu", "cuda"]
 Expert = Literal["high_noise", "low_noise"]
 Branch = Literal["prompt", "negative_prompt"]  # of guidance
+NAMED_MODELS = ("tiny", "a14b")  # any other model is a folder
 BRANCHES: tuple[Branch, ...] = ("prompt", "negative_prompt")
 MagCacheRule = Literal["low-noise-only", "both-experts"]
 Switch = Literal["on", "off", "auto"]

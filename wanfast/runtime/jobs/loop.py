@@ -8,6 +8,7 @@ in lockstep.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,14 @@ import torch
 from wanfast.runtime.config import ModelsConfig
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.session import Session, Sessions
-from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
+from wanfast.runtime.errors import (
+    CancelledError,
+    ConfigError,
+    CorruptArtifactError,
+    MissingArtifactError,
+    WanFastError,
+    failure,
+)
 from wanfast.runtime.planning.plan import Job
 
 Result = dict[str, Any]  # the verb's document, or {"error", "exit_code"}
@@ -44,12 +52,16 @@ def _run_alike(
     if index is None:
         return
     config = jobs[index].config
-    progress(index, "loading the models", 0, 0)
+    loading = partial(progress, index, "loading the models", 0, 0)
     try:
+        loading()
         session = sessions.of(config)
         videos = [job.config.video for job in jobs.values()]
         session.encode(text for video in videos for text in (video.prompt, video.negative_prompt))
-        session.load()
+        session.load(loading)
+    except CancelledError as error:  # models that are loaded stay
+        yield from ((cancelled, failure(error)) for cancelled in (index, *claimed))
+        return
     except (WanFastError, torch.OutOfMemoryError) as error:
         sessions.close()
         models = f"--model {config.models.model} --precision {config.models.precision}"

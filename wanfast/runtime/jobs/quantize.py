@@ -65,7 +65,7 @@ def run(
     device = config.device or default_device()
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here: use --device cpu")
-    store = ArtifactStore(Path(config.artifacts_dir).absolute())
+    store = ArtifactStore(Path(config.artifacts_dir))
     wanted = [QuantizedExpert(store, files, expert, config.scheme, config.model) for expert in _EXPERTS[config.expert]]
     return [_quantize_expert(expert, torchao, device, progress, say) for expert in wanted]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import OPTIONS, EffectiveConfig, OutputConfig, RanksConfig, SkippingConfig
-from wanfast.runtime.config.option import flag, options_of
+from wanfast.runtime.config.option import absolute, flag, options_of
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
@@ -189,6 +189,8 @@ def read_requests(
 
     A bad line becomes a request with an error; any other fault raises ConfigError.
     """
+    prompt_file, from_file = _whole(prompt_file, "--prompt-file"), _whole(from_file, "--from")
+    jobs_file = _whole(jobs_file, "--jobs")
     if prompt_file is not None:
         if "prompt" in typed:
             raise ConfigError("--prompt and --prompt-file both give the prompt: drop one of the two")
@@ -263,12 +265,16 @@ def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
         if other := [name for name in _LAUNCH_OPTIONS if name in own and own[name] != base.options.get(name)]:
             yield Request({}, number, error=_shared_by_all(other[0]))
             continue
-        if isinstance(own.get("image"), str):
-            own["image"] = str(file.parent / Path(own["image"]).expanduser())
+        if isinstance(image := own.get("image"), str) and not image.startswith("~"):
+            own["image"] = str(file.parent / image)
         own_name = str(stem.with_stem(f"{stem.stem}-{number:04d}"))
         yield dataclasses.replace(
             base, options={**_without_overridden(base.options, own), "output": own_name, **own}, line=number
         )
+
+
+def _whole(file: Path | None, option: str) -> Path | None:
+    return None if file is None else Path(absolute(str(file), option))
 
 
 def _read(file: Path, option: str) -> str:

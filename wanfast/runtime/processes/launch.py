@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import RanksConfig
-from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, failure, from_failure
+from wanfast.runtime.errors import (
+    CancelledError,
+    ConfigError,
+    RankFailedError,
+    WanFastError,
+    failure,
+    from_failure,
+)
 from wanfast.runtime.machine.signals import FIRST_BATCH, PARENT
 from wanfast.runtime.store.artifacts import (
     CANCEL,
@@ -32,11 +39,15 @@ from wanfast.runtime.store.artifacts import (
     RESULTS,
     SETUP,
     batch_file,
+    frames_file,
     replace_text,
     write_synced,
     writing_to,
 )
 from wanfast.runtime.store.atomic import remove_partials
+
+OnResult = Callable[[int, dict[str, Any]], None]  # (job, its result)
+OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
 
 _PAUSE_S = 0.1
 _GRACE_S = 8.0  # between the request to stop and the kill
@@ -47,6 +58,23 @@ _MOST = 0.8  # share of --rank-timeout without a step that counts as a timeout, 
 def num_groups(ranks: RanksConfig, num_jobs: int) -> int:
     """Returns the number of rank groups that this machine starts for a list of jobs: at most one for each job."""
     return min(num_jobs, max(1, ranks.num_gpus // ranks.mesh.group_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """This class names a batch of jobs, whose indices count on from batch to batch."""
+
+    number: int
+    indices: range
+
+    def files(self, run_folder: Path) -> Iterator[Path]:
+        """Yields the files that belong to this batch alone."""
+        yield run_folder / batch_file(self.number)
+        yield run_folder / CANCEL / str(self.number)
+        for index in self.indices:
+            yield run_folder / RESULTS / f"{index}.json"
+            yield run_folder / CLAIMS / str(index)
+            yield frames_file(run_folder, index)
 
 
 class RankGroups:
@@ -62,6 +90,7 @@ class RankGroups:
         self._launchers: dict[int, subprocess.Popen[bytes]] = {}  # place -> its newest launcher
         self._numbers: dict[int, int] = {}  # place -> the number of its group, which grows with each restart
         self._batches = self._jobs = 0  # so far
+        self._sent: list[_Batch] = []  # those whose files exist
         # A launcher dies with the thread that started it, and a caller's thread may end before the ranks.
         self._starter = ThreadPoolExecutor(1)
         document = {"ranks": dataclasses.asdict(ranks), "groups": groups}
@@ -82,75 +111,115 @@ class RankGroups:
         jobs: list[dict[str, Any]],
         outputs: list[Path],
         *,
-        on_result: Callable[[int, dict[str, Any]], None],
-        on_progress: Callable[[int, str, int, int], None],
+        on_result: OnResult,
+        on_progress: OnProgress,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> list[dict[str, Any]]:
         """Returns the result of every job, in order; starts dead groups again first. `on_result` gets each as it comes.
 
-        A job that no rank group finished gets the error of a group that failed. An exception, such as
-        KeyboardInterrupt, ends all ranks and leaves no half-written file.
+        A job that no rank group finished gets the error of a group that failed. When `cancelled` becomes true, the jobs
+        end and CancelledError is raised; so they do when a callback raises an Exception. The ranks stay. Any other
+        exception, such as KeyboardInterrupt, ends all ranks at once. No half-written file is left.
         """
         self._start_missing()
-        first, number = self._jobs, self._batches
-        document = {"verb": verb, "worker": worker, "first": first, "jobs": jobs}
-        with writing_to(self._folder.parents[1]):  # a batch that is not written has no number
-            replace_text(self._folder / batch_file(number), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-        self._jobs, self._batches = first + len(jobs), number + 1
-        results: dict[int, dict[str, Any]] = {}
-        seen: dict[int, dict[str, Any]] = {}
-        indices = range(first, self._jobs)
+        if cancelled():
+            raise CancelledError
+        batch = self._send({"verb": verb, "worker": worker, "jobs": jobs})
+        frames = [frames_file(self._folder, index) for index in batch.indices]
         try:
-            while True:
-                dead = self._dead()
-                for index in _collect(self._folder, indices, results):
-                    on_result(index - first, results[index])
-                _follow(self._folder, self._numbers.values(), first, seen, on_progress)
-                for index, error in self._lost([index for index in indices if index not in results], dead):
-                    results[index] = failure(error)
-                    on_result(index - first, results[index])
-                if len(results) == len(jobs):
-                    break
-                time.sleep(_PAUSE_S)
+            results = self._watch(batch, on_result, on_progress, cancelled)
+            if cancelled():  # perhaps too late for the ranks
+                raise CancelledError
+        except Exception:
+            self._end(batch)
+            _remove(frames)
+            raise
         except BaseException:
             self.stop()
             raise
         finally:
-            remove_partials(outputs, _ended_pids(_pids(self._folder, self._dead())))
-        return [results[index] for index in indices]
-
-    def cancel(self) -> None:
-        """Ends each job of the current batch between two steps with CancelledError; the ranks keep running."""
-        replace_text(self._folder / CANCEL / str(self._batches - 1), "")
+            remove_partials([*outputs, *frames], _ended_pids(_pids(self._folder, self._dead())))
+        return results
 
     def close(self) -> None:
         """Asks the ranks to end, and stops ranks that do not."""
-        replace_text(self._folder / CLOSE, "")
-        ends = time.monotonic() + _GRACE_S
-        while time.monotonic() < ends and any(launcher.poll() is None for launcher in self._launchers.values()):
-            time.sleep(_PAUSE_S / 5)
-        self.stop()
-        self._starter.shutdown()
+        try:
+            replace_text(self._folder / CLOSE, "")
+            ends = time.monotonic() + _GRACE_S
+            while time.monotonic() < ends and any(launcher.poll() is None for launcher in self._launchers.values()):
+                time.sleep(_PAUSE_S / 5)
+        finally:
+            self.stop()
+            self._starter.shutdown()
 
     def stop(self) -> None:
         """Ends all launchers and their ranks at once."""
-        for launcher in self._launchers.values():
-            if launcher.poll() is None:
-                launcher.terminate()
-        ends = time.monotonic() + _GRACE_S
-        for launcher in self._launchers.values():
-            try:
-                launcher.wait(max(0.0, ends - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                launcher.kill()  # its ranks die with it
-                launcher.wait()
+        _stop(self._launchers.values())
+
+    def _send(self, document: dict[str, Any]) -> _Batch:
+        """Writes a batch for the ranks, and removes the files of the batch before."""
+        number, first = self._batches, self._jobs
+        batch = _Batch(number, range(first, first + len(document["jobs"])))
+        text = json.dumps({**document, "first": first}, indent=2, ensure_ascii=False) + "\n"
+        with writing_to(self._folder.parents[1]):  # a batch that is not written has no number
+            replace_text(self._folder / batch_file(number), text)
+        if self._groups == 1:  # of several groups, one may not have read a batch that is complete
+            _remove(file for old in self._sent for file in old.files(self._folder))
+            self._sent = []
+        self._sent.append(batch)
+        self._batches, self._jobs = number + 1, batch.indices.stop
+        return batch
+
+    def _watch(
+        self, batch: _Batch, on_result: OnResult, on_progress: OnProgress, cancelled: Callable[[], bool]
+    ) -> list[dict[str, Any]]:
+        """Waits for a batch and returns the result of every job, in order; `run` has the details."""
+        results: dict[int, dict[str, Any]] = {}
+        seen: dict[int, dict[str, Any]] = {}
+        first = batch.indices.start
+        while True:
+            if cancelled() and not (sign := self._folder / CANCEL / str(batch.number)).exists():
+                replace_text(sign, "")
+            dead = self._dead()
+            for index in _collect(self._folder, batch.indices, results):
+                on_result(index - first, results[index])
+            _follow(self._folder, self._numbers.values(), first, seen, on_progress)
+            for index, error in self._lost([index for index in batch.indices if index not in results], dead):
+                results[index] = failure(error)
+                on_result(index - first, results[index])
+            if len(results) == len(batch.indices):
+                return [results[index] for index in batch.indices]
+            time.sleep(_PAUSE_S)
+
+    def _end(self, batch: _Batch) -> None:
+        """Cancels a batch and waits for its end, so that the ranks are ready for the next; else stops the ranks."""
+        try:
+            self._watch(batch, lambda *result: None, lambda *state: None, cancelled=lambda: True)
+        except BaseException:
+            self.stop()
+            raise
 
     def _start_missing(self) -> None:
+        """Starts the groups that have no launcher, or lost a rank."""
+        _stop(self._broken())
         for place in range(self._groups):
             launcher = self._launchers.get(place)
             if launcher is None or launcher.poll() is not None:
                 number = place if launcher is None else self._numbers[place] + self._groups
-                self._numbers[place] = number
-                self._launchers[place] = self._starter.submit(_start, self._folder, number, self._batches).result()
+                self._starter.submit(self._start, place, number).result()
+
+    def _start(self, place: int, number: int) -> None:
+        """Starts a launcher and notes it, even if the thread that asked for it is interrupted."""
+        self._launchers[place] = _start(self._folder, number, self._batches)
+        self._numbers[place] = number
+
+    def _broken(self) -> list[subprocess.Popen[bytes]]:
+        """Returns the launchers that did not notice yet that a rank ended."""
+        return [
+            launcher
+            for place, launcher in self._launchers.items()
+            if launcher.poll() is None and any(map(_has_ended, _pids(self._folder, [self._numbers[place]])))
+        ]
 
     def _dead(self) -> set[int]:
         """Returns the numbers of the groups whose launcher ended."""
@@ -169,7 +238,9 @@ class RankGroups:
 def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]:
     """Starts the launcher of group `number`, whose ranks begin with batch `batch`."""
     command = [sys.executable, "-m", "wanfast.runtime.processes.elastic", str(run_folder), str(number)]
-    with (run_folder / "logs" / f"launcher-{number}.log").open("wb") as log:
+    with writing_to(run_folder.parents[1]):
+        log = (run_folder / "logs" / f"launcher-{number}.log").open("wb")
+    with log:
         # In a new session Ctrl-C does not reach the launcher: only this process gets Ctrl-C and then stops all.
         return subprocess.Popen(
             command,
@@ -179,6 +250,25 @@ def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]
             start_new_session=True,
             env=os.environ | {PARENT: str(os.getpid()), FIRST_BATCH: str(batch)},
         )
+
+
+def _stop(launchers: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Ends launchers and their ranks, and waits for their end."""
+    living = [launcher for launcher in launchers if launcher.poll() is None]
+    for launcher in living:
+        launcher.terminate()
+    ends = time.monotonic() + _GRACE_S
+    for launcher in living:
+        try:
+            launcher.wait(max(0.0, ends - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            launcher.kill()  # its ranks die with it
+            launcher.wait()
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _collect(run_folder: Path, indices: range, results: dict[int, dict[str, Any]]) -> list[int]:
@@ -194,7 +284,7 @@ def _follow(
     numbers: Iterable[int],
     first: int,
     seen: dict[int, dict[str, Any]],
-    on_progress: Callable[[int, str, int, int], None],
+    on_progress: OnProgress,
 ) -> None:
     """Reports the progress of each group that differs from `seen`, for jobs from `first` on."""
     for number in numbers:
@@ -208,6 +298,15 @@ def _follow(
 def _pids(run_folder: Path, numbers: Iterable[int]) -> list[int]:
     files = (file for number in numbers for file in (run_folder / RANKS).glob(f"{number}-*/pid"))
     return [int(file.read_text()) for file in files]
+
+
+def _has_ended(pid: int) -> bool:
+    """Returns whether a process is gone, or waits only for its parent to notice its end."""
+    try:
+        state = Path("/proc", str(pid), "stat").read_text().rpartition(") ")[2][:1]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in "ZX"
 
 
 def _ended_pids(pids: list[int]) -> list[int]:

@@ -116,7 +116,7 @@ def _do_batch(
     ranks, first = sessions.ranks, document["first"]
     # All machines run the jobs of the first machine, including its seeds.
     jobs = ranks.lead(lambda: document["jobs"])
-    last: tuple[int, int] | None = None
+    last: tuple[int, str, int] | None = None
 
     def claim(index: int) -> bool:
         return ranks.lead(lambda: _claim(run_folder, first + index, number))
@@ -127,8 +127,8 @@ def _do_batch(
         replace_text(own_folder / PROGRESS, state)
         if ranks.is_leader:
             replace_text(run_folder / PROGRESS / f"{number}.json", state)
-        if total and last != (index, done):  # between two steps; a step is reported when it ends and the next begins
-            last = (index, done)
+        if not total or last != (index, stage, done):  # the end of a step and the start of the next are reported alike
+            last = (index, stage, done)
             if ranks.lead(lambda: (run_folder / CANCEL / str(batch)).exists()):
                 raise CancelledError
 

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,11 @@ SETUP, CANCEL, CLOSE = "setup.json", "cancel", "close"
 def batch_file(number: int) -> str:
     """The file of a run folder that holds a batch of jobs."""
     return JOB if number == 0 else f"job-{number:04d}.json"
+
+
+def frames_file(run_folder: Path, index: int) -> Path:
+    """Returns the file for the frames of a job that writes no video."""
+    return run_folder / "frames" / f"{index}.npy"
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ def replace_text(path: Path, text: str) -> None:
     The file is not synced, so that a crash of the machine may leave it incomplete.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")  # threads may write at once
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

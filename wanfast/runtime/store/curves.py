@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wanfast.runtime.config import EffectiveConfig, ModelsConfig, SkippingConfig, VideoConfig, magcache_settings
+from wanfast.runtime.config import (
+    EffectiveConfig,
+    ModelsConfig,
+    SkippingConfig,
+    VideoConfig,
+    default_artifacts_dir,
+    magcache_settings,
+)
 from wanfast.runtime.config.option import options_of, words
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.choices import Expert
@@ -238,7 +245,7 @@ def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
 def calibrate_command(config: EffectiveConfig, spec: ModelSpec) -> str:
     """Returns the `wanfast calibrate-magcache` command that measures a curve for this run."""
     values = config.options()
-    if Path(config.models.artifacts_dir) == Path(ModelsConfig.artifacts_dir).absolute():
+    if values["artifacts_dir"] == default_artifacts_dir():
         values["artifacts_dir"] = ModelsConfig.artifacts_dir
     given = ["wanfast", "calibrate-magcache"]
     for name, field in {**options_of(ModelsConfig), **options_of(VideoConfig)}.items():

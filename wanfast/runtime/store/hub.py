@@ -45,6 +45,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils._xet import abort_xet_session
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars, tqdm
 
+from wanfast.runtime.config.option import absolute
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError
 from wanfast.runtime.store.artifacts import write_synced
 
@@ -98,7 +99,7 @@ class Request:
         for option, value in (("--repo", repo), ("--revision", revision), ("--artifacts-dir", artifacts_dir)):
             if not value.strip() or "\0" in value:
                 raise ConfigError(f"{option} {value!r}: give a value, or leave out the option")
-        folder = Path(artifacts_dir).expanduser().absolute() / "checkpoints" / repo.rpartition("/")[2]
+        folder = Path(absolute(artifacts_dir, "--artifacts-dir")) / "checkpoints" / repo.rpartition("/")[2]
         return cls(repo, revision, layout, folder)
 
 

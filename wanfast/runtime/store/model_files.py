@@ -7,6 +7,7 @@ name is a path.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shlex
@@ -15,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from wanfast.runtime.config import default_artifacts_dir
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.model_spec import A14B, DiTSpec, ModelSpec, UMT5Spec, VAESpec
 from wanfast.runtime.machine.once import remembered
@@ -119,14 +121,15 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
     if model == "a14b":
         root = _a14b_root(artifacts_dir)
         where = " --layout diffusers" if root.name == Path(A14B_DIFFUSERS_FOLDER).name else ""
-        where += "" if artifacts_dir == "artifacts" else f" --artifacts-dir {shlex.quote(artifacts_dir)}"
+        is_default = str(Path(artifacts_dir).absolute()) == default_artifacts_dir()
+        where += "" if is_default else f" --artifacts-dir {shlex.quote(artifacts_dir)}"
         fix = (
             f"run `wanfast download{where}` ({A14B_BYTES / 1e9:.0f} GB), or give the weights' folder as --model FOLDER"
         )
         if not root.is_dir():
             return ModelFiles(root, "original", A14B, fix)
     else:
-        root, fix = Path(model).expanduser().absolute(), "copy the whole folder again"
+        root, fix = Path(model).absolute(), "copy the whole folder again"
         if not root.is_dir():
             raise MissingArtifactError(f"--model {model!r}: no such folder; use tiny, a14b or a folder of weights")
     for layout in ("original", "diffusers"):
@@ -160,9 +163,14 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _fingerprint(files: list[Path]) -> str:
+    return _hash_of_samples(tuple((file, (state := file.stat()).st_size, state.st_mtime_ns) for file in files))
+
+
+@functools.lru_cache(maxsize=64)  # a process that makes many videos reads files again only if they changed
+def _hash_of_samples(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Returns a hash of the names, sizes and samples of `files`: (path, bytes, nanoseconds of the last change)."""
     digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
+    for file, size, _ in files:
         digest.update(f"{file.name} {size}\n".encode())
         block, samples = 1 << 16, 64
         offsets = (

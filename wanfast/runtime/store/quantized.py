@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.config import ModelsConfig
+from wanfast.runtime.config import ModelsConfig, default_artifacts_dir
 from wanfast.runtime.errors import ConfigError, MissingArtifactError
 from wanfast.runtime.facts.choices import Expert, Scheme, in_8_bits
 from wanfast.runtime.machine.packages import version_of
@@ -81,11 +81,7 @@ class QuantizedExpert:
 
     @property
     def fix(self) -> str:
-        root = (
-            []
-            if str(self.store.root) == str(Path("artifacts").absolute())
-            else ["--artifacts-dir", str(self.store.root)]
-        )
+        root = [] if str(self.store.root) == default_artifacts_dir() else ["--artifacts-dir", str(self.store.root)]
         return shlex.join(["wanfast", "quantize", "--model", self.model, "--scheme", self.scheme, *root])
 
     def _versions(self) -> set[str]:
