@@ -32,6 +32,9 @@ from typing import Any, NoReturn
 
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+from tests import compiler_cache
+
+compiler_cache.install()  # before the imports below, some of which import Inductor
 for name in (
     "ftfy",
     "torch._dynamo",
