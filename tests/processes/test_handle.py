@@ -66,10 +66,9 @@ def test_the_example_of_a_session_runs(star: Path) -> None:
 
 
 def ranks_of(handle: Handle) -> list[psutil.Process]:
-    found = []
-    for launcher in handle._ranks._launchers.values():
-        found += psutil.Process(launcher.pid).children()
-    return found
+    """Torchrun's agent starts each rank in a new session, unlike other children of a launcher."""
+    launchers = [psutil.Process(launcher.pid) for launcher in handle._ranks._launchers.values()]
+    return [child for launcher in launchers for child in launcher.children() if os.getsid(child.pid) == child.pid]
 
 
 @pytest.fixture(scope="module")
