@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.device.finite import all_finite
 from wanfast.runtime.device.hardware import free_memory
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine.finite import require_finite
 from wanfast.runtime.facts.choices import Precision
 from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
@@ -49,6 +51,7 @@ def prompt_embeds(
     tokens = {text: tokenizer.encode(text) for text in texts}
     inputs = {text: _inputs(tokens[text], files, config.models.precision, config.ranks.device) for text in tokens}
     known = ranks.lead(lambda: {text: _load(found) for text in tokens if (found := store.find(KIND, inputs[text]))})
+    known = {text: embeds for text, embeds in known.items() if all_finite(embeds)}
     unknown = {text: tokens[text] for text in tokens if text not in known}
     if not unknown:
         return known
@@ -62,6 +65,9 @@ def prompt_embeds(
             )
         )
         encoded = {text: embeds for part in parts for text, embeds in part.items()}
+
+    for text, embeds in encoded.items():
+        _check(text, embeds, ranks)
 
     def publish() -> None:
         for text, embeds in encoded.items():
@@ -94,6 +100,12 @@ def _encode(
     del umt5
     free_memory(device)  # 11 GB in blocks of UMT5's sizes, which the experts cannot reuse
     return encoded
+
+
+def _check(text: str, embeds: Tensor, ranks: Ranks) -> None:
+    """Raises WanFastError on all ranks if an embedding is not finite; every rank holds the same."""
+    if not all_finite(embeds):
+        ranks.together(lambda: require_finite(f"UMT5's embedding of the text {text!r:.60}", finite=False))
 
 
 def _save(embeds: Tensor, folder: Path) -> None:
