@@ -23,7 +23,7 @@ import pytest
 
 from tests.configs import effective_config
 from tests.forked import ForkedPopen
-from wanfast.runtime.processes import launch
+from wanfast.runtime.processes import failures, launch
 
 PACKAGE = Path(__file__).parents[2]
 TINY = ("--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--device", "cpu", "--precision", "fp32")
@@ -464,7 +464,7 @@ def test_the_half_of_a_frames_file_of_a_dead_rank_is_removed(
 def test_the_first_rank_that_ends_without_a_word_is_the_cause() -> None:
     def ended(codes: dict[str, int], stopped: str = "", seconds: int = 100, told: str = "") -> tuple[str, int] | None:
         known = {"exit_codes": codes, "seconds": dict.fromkeys(codes, seconds), "stopped": list(stopped)}
-        return launch._ended(known, [{"rank": int(rank), "time": 100 * 10**9} for rank in told])
+        return failures._ended(known, [{"rank": int(rank), "time": 100 * 10**9} for rank in told])
 
     for code in (-signal.SIGTERM, -signal.SIGABRT, -signal.SIGKILL, 3):
         assert ended({"1": code}) == ended({"0": 1, "1": code}, told="0") == ("1", code)
@@ -489,7 +489,7 @@ def test_ranks_that_are_aborted_waited_only_if_that_long_passed(tmp_path: Path, 
             os.utime(own / name, (100 - idle_s, 100 - idle_s))
     known = {"exit_codes": {"0": -signal.SIGABRT}, "seconds": {"0": 100}, "stopped": []}
     (tmp_path / "ranks/0.json").write_text(json.dumps(known))
-    _, error = launch._error_of_group(tmp_path, 0, SimpleNamespace(rank_timeout=5.0))
+    _, error = failures.error_of_group(tmp_path, 0, SimpleNamespace(rank_timeout=5.0))
     assert said in str(error)
 
 
@@ -629,3 +629,25 @@ def test_machines_that_do_not_meet_are_said(start: Start) -> None:
     run = start(*SMALL, "--nnodes", "2", "--rdzv-endpoint", endpoint, "--rank-timeout", "2")
     code, _, err = run.end(60)
     assert code == 2 and f"--rdzv-endpoint {endpoint}: the 2 machines did not meet" in err
+
+
+def test_ranks_import_nothing_from_the_working_folder(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (workdir / "dataclasses.py").write_text("raise SystemExit('imported from the working folder')")
+    started = []
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda command, **options: started.append(options["env"]))
+    monkeypatch.setattr(sys, "path", [str(workdir), *sys.path])
+    (workdir / "artifacts/runs/one/logs").mkdir(parents=True)
+    launch._start(workdir / "artifacts/runs/one", 0, 0)
+    monkeypatch.undo()
+    environment = started[0] | {"PYTHONPATH": str(PACKAGE)}
+    command = [sys.executable, "-m", "wanfast.runtime.facts.mesh"]
+    done = subprocess.run(command, cwd=workdir, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_rank_that_gives_up_waiting_is_the_cause_of_its_peers_errors() -> None:
+    timeout = {"rank": 0, "kind": "timeout", "time": 1_000_000_500}
+    closed, later = ({"rank": 2, "kind": "bug", "time": time_ns} for time_ns in (1_000_000_000, 3_000_000_000))
+    assert failures._first([closed, timeout]) == failures._first([later, timeout]) == timeout
+    assert failures._first([{**timeout, "time": 3_000_000_000}, closed]) == closed  # it waited for the rank that failed
+    assert failures._first([]) is None

@@ -27,6 +27,7 @@ from wanfast.runtime.engine.attention_probe import Choice
 from wanfast.runtime.engine.conditioning import draw_noise, first_frame_clip, noise_shape, with_mask
 from wanfast.runtime.engine.denoise import StepFn, denoise
 from wanfast.runtime.engine.finite import FiniteWatch, require_finite
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert
 from wanfast.runtime.facts.memory import decode_bytes
 from wanfast.runtime.facts.model_spec import ModelSpec
@@ -39,6 +40,7 @@ from wanfast.runtime.sampling.guidance import needs_unconditional
 from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.weights.experts import Experts
 
+DOES_NOT_FIT = "does not fit into this GPU's memory beside the weights: use smaller values"
 _EVICT_BYTES = 8 << 30  # evicted each time that the VAE runs out of memory
 
 
@@ -96,26 +98,25 @@ class ImageToVideoPipeline:
     @torch.inference_mode()
     def decode(self, latent: Tensor, geometry: Geometry, watch: Stopwatch) -> Tensor | None:
         """Returns the video [3, F, H, W] in [-1, 1] on the leader's CPU, None on other ranks."""
-        video, finite = None, True
-        if self.vae is not None:
-            video, finite = self._decode(self.vae, latent, geometry, watch)
-        self.ranks.together(lambda: require_finite("the decoded video", finite))
-        return video
+        vae = self.vae
+        return self.ranks.together(lambda: None if vae is None else self._decode(vae, latent, geometry, watch))
 
-    def _decode(self, vae: WanVAE, latent: Tensor, geometry: Geometry, watch: Stopwatch) -> tuple[Tensor, bool]:
-        """Returns the video on the CPU, and whether all its values are finite."""
+    def _decode(self, vae: WanVAE, latent: Tensor, geometry: Geometry, watch: Stopwatch) -> Tensor:
+        """Returns the video on the CPU."""
         free_memory(self.device)  # the decoder allocates blocks of other sizes than the loop
         with watch.span("decode"):
             wanted = decode_bytes(self.spec, geometry)
             if self.device == "cuda" and (missing := wanted - torch.cuda.mem_get_info()[0]) > 0:
                 self.experts.evict(missing)
-            video = self._evicting(partial(vae.decode, latent))[0]
-            return video.cpu(), bool(all_finite(video))
+            video = self._evicting(partial(vae.decode, latent), geometry)[0]
+            require_finite("the decoded video", bool(all_finite(video)))
+            return video.cpu()
 
-    def _evicting(self, work: Callable[[], Tensor]) -> Tensor:
+    def _evicting(self, work: Callable[[], Tensor], geometry: Geometry) -> Tensor:
         """Returns the result of the VAE's `work`; evicts weights and retries when memory is out.
 
-        The memory that the VAE needs is only an estimate, and a wrong estimate must not lose a video.
+        The memory that the VAE needs is only an estimate, and a wrong estimate must not lose a video. Raises
+        ConfigError if there is nothing left to evict.
         """
         while True:
             try:
@@ -125,7 +126,8 @@ class ImageToVideoPipeline:
                     raise
                 failure = str(error)  # not the error: its traceback holds the VAE's tensors
             if not self.experts.evict(_EVICT_BYTES):
-                raise torch.OutOfMemoryError(failure)
+                size = f"--size {geometry.width}x{geometry.height} --frames {geometry.frames}"
+                raise ConfigError(f"{size}: {DOES_NOT_FIT} ({failure.splitlines()[0]:.120})")
 
     def noise(self, plan: Plan) -> Tensor:
         """Returns the leader's noise [1, 16, T, h, w] on every rank, because unlike GPUs draw unlike noise."""
@@ -142,11 +144,14 @@ class ImageToVideoPipeline:
         """
         g, channels = geometry, self.spec.vae.temporal_stride + self.spec.vae.latent_channels
         condition = torch.empty(1, channels, g.latent_frames, g.latent_height, g.latent_width, device=self.device)
-        if self.vae is not None:
+
+        def encoded(vae: WanVAE) -> Tensor:
             clip = first_frame_clip(image.to(self.device), g.frames)
-            latents = self._evicting(partial(self.vae.encode, clip))
-            condition = with_mask(latents.float(), self.spec.vae.temporal_stride)
-        return self.ranks.share(condition.contiguous())
+            latents = self._evicting(partial(vae.encode, clip), g)
+            return with_mask(latents.float(), self.spec.vae.temporal_stride)
+
+        vae = self.vae
+        return self.ranks.share(self.ranks.together(lambda: condition if vae is None else encoded(vae)).contiguous())
 
     def denoise(
         self,

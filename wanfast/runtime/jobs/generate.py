@@ -10,9 +10,10 @@ import numpy as np
 
 from wanfast.runtime.engine.session import Made, Session, Sessions
 from wanfast.runtime.facts.choices import Expert
-from wanfast.runtime.jobs.loop import ClaimFn, ProgressFn, Result, run_jobs
+from wanfast.runtime.jobs.loop import ProgressFn, Result, run_jobs
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.share import Share
 from wanfast.runtime.store.artifacts import frames_file, writing_to
 from wanfast.runtime.store.atomic import atomic_paths
 
@@ -23,17 +24,17 @@ def run(
     jobs: list[Job],
     sessions: Sessions,
     *,
-    claim: ClaimFn | None = None,
+    share: Share = Share(),  # noqa: B008 - frozen
     progress: ProgressFn = lambda index, stage, done, total: None,
     folder: Path,
     first: int = 0,
 ) -> Iterator[tuple[int, Result]]:
-    """Yields (index, result) of each job when it is done, except jobs that `claim` leaves to another rank group.
+    """Yields (index, result) of each job when it is done, except jobs that another rank group claims.
 
     `folder` is the run folder. It gets the frames of jobs that write no video, numbered from `first` on.
     """
     work = partial(make_video, frames_of=lambda index: frames_file(folder, first + index))
-    yield from run_jobs(work, jobs, sessions, claim, progress)
+    yield from run_jobs(work, jobs, sessions, share, progress)
 
 
 def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, frames_of: FrameFileFn) -> Result:

@@ -36,6 +36,7 @@ from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.share import Share
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.weights.builders import DTYPES, expert_on_meta
@@ -47,7 +48,7 @@ def run(
     jobs: list[Job],
     sessions: Sessions,
     *,
-    claim: Callable[[int], bool] | None = None,
+    share: Share = Share(),  # noqa: B008 - frozen; a warmup is one job of one group
     progress: Callable[[int, str, int, int], None] = lambda index, stage, done, total: None,
     folder: Path | None = None,
     first: int = 0,

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,11 @@ from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import (
     CancelledError,
     ConfigError,
-    RankFailedError,
     WanFastError,
     failure,
-    from_failure,
 )
 from wanfast.runtime.machine.signals import FIRST_BATCH, PARENT
+from wanfast.runtime.processes.failures import error_of_group, was_loading
 from wanfast.runtime.store.artifacts import (
     CANCEL,
     CLAIMS,
@@ -51,8 +49,7 @@ OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of
 
 _PAUSE_S = 0.1
 _GRACE_S = 8.0  # between the request to stop and the kill
-_OUTLIVED_S = 5.0  # a rank that ends this long after a peer's error did not cause it
-_MOST = 0.8  # share of --rank-timeout without a step that counts as a timeout, because the host runs ahead of its GPU
+_MOST_FAILED_LOADS = 2  # one after the other: then the models, and not a job, are at fault
 
 
 def num_groups(ranks: RanksConfig, num_jobs: int) -> int:
@@ -66,6 +63,7 @@ class _Batch:
 
     number: int
     indices: range
+    outputs: tuple[Path, ...] = ()  # that its jobs write
 
     def files(self, run_folder: Path) -> Iterator[Path]:
         """Yields the files that belong to this batch alone."""
@@ -89,6 +87,8 @@ class RankGroups:
         self._folder, self._ranks, self._groups = run_folder, ranks, groups
         self._launchers: dict[int, subprocess.Popen[bytes]] = {}  # place -> its newest launcher
         self._numbers: dict[int, int] = {}  # place -> the number of its group, which grows with each restart
+        self._failed_loads: Counter[int] = Counter()  # place -> groups that died one after the other while loading
+        self._given_up: set[int] = set()  # numbers of dead groups that were looked at
         self._batches = self._jobs = 0  # so far
         self._sent: list[_Batch] = []  # those whose files exist
         # A launcher dies with the thread that started it, and a caller's thread may end before the ranks.
@@ -117,28 +117,28 @@ class RankGroups:
     ) -> list[dict[str, Any]]:
         """Returns the result of every job, in order; starts dead groups again first. `on_result` gets each as it comes.
 
-        A job that no rank group finished gets the error of a group that failed. When `cancelled` becomes true, the jobs
-        end and CancelledError is raised; so they do when a callback raises an Exception. The ranks stay. Any other
+        If a group dies, the job that it was doing gets its error, and the group is started again for the other jobs. A
+        group that cannot load its models is not started again while others live. When `cancelled` becomes true, the
+        jobs end and CancelledError is raised; so they do when a callback raises an Exception. The ranks stay. Any other
         exception, such as KeyboardInterrupt, ends all ranks at once. No half-written file is left.
         """
         self._start_missing()
         if cancelled():
             raise CancelledError
-        batch = self._send({"verb": verb, "worker": worker, "jobs": jobs})
-        frames = [frames_file(self._folder, index) for index in batch.indices]
+        batch = self._send({"verb": verb, "worker": worker, "jobs": jobs}, outputs)
         try:
             results = self._watch(batch, on_result, on_progress, cancelled)
             if cancelled():  # perhaps too late for the ranks
                 raise CancelledError
         except Exception:
             self._end(batch)
-            _remove(frames)
+            _remove(frames_file(self._folder, index) for index in batch.indices)
             raise
         except BaseException:
             self.stop()
             raise
         finally:
-            remove_partials([*outputs, *frames], _ended_pids(_pids(self._folder, self._dead())))
+            self._remove_partials(batch, self._dead())
         return results
 
     def close(self) -> None:
@@ -156,10 +156,11 @@ class RankGroups:
         """Ends all launchers and their ranks at once."""
         _stop(self._launchers.values())
 
-    def _send(self, document: dict[str, Any]) -> _Batch:
+    def _send(self, document: dict[str, Any], outputs: list[Path]) -> _Batch:
         """Writes a batch for the ranks, and removes the files of the batch before."""
         number, first = self._batches, self._jobs
-        batch = _Batch(number, range(first, first + len(document["jobs"])))
+        indices = range(first, first + len(document["jobs"]))
+        batch = _Batch(number, indices, (*outputs, *(frames_file(self._folder, index) for index in indices)))
         text = json.dumps({**document, "first": first}, indent=2, ensure_ascii=False) + "\n"
         with writing_to(self._folder.parents[1]):  # a batch that is not written has no number
             replace_text(self._folder / batch_file(number), text)
@@ -184,7 +185,7 @@ class RankGroups:
             for index in _collect(self._folder, batch.indices, results):
                 on_result(index - first, results[index])
             _follow(self._folder, self._numbers.values(), first, seen, on_progress)
-            for index, error in self._lost([index for index in batch.indices if index not in results], dead):
+            for index, error in self._lost(batch, results.keys(), dead, may_restart=not cancelled()):
                 results[index] = failure(error)
                 on_result(index - first, results[index])
             if len(results) == len(batch.indices):
@@ -202,16 +203,21 @@ class RankGroups:
     def _start_missing(self) -> None:
         """Starts the groups that have no launcher, or lost a rank."""
         _stop(self._broken())
+        self._failed_loads.clear()
         for place in range(self._groups):
             launcher = self._launchers.get(place)
             if launcher is None or launcher.poll() is not None:
-                number = place if launcher is None else self._numbers[place] + self._groups
-                self._starter.submit(self._start, place, number).result()
+                self._start(place, self._batches)
 
-    def _start(self, place: int, number: int) -> None:
-        """Starts a launcher and notes it, even if the thread that asked for it is interrupted."""
-        self._launchers[place] = _start(self._folder, number, self._batches)
-        self._numbers[place] = number
+    def _start(self, place: int, batch: int) -> None:
+        """Starts a group at its place, whose ranks begin with `batch`."""
+
+        def start() -> None:  # and notes it, even if the thread that asked for it is interrupted
+            number = self._numbers[place] + self._groups if place in self._numbers else place
+            self._launchers[place] = _start(self._folder, number, batch)
+            self._numbers[place] = number
+
+        self._starter.submit(start).result()
 
     def _broken(self) -> list[subprocess.Popen[bytes]]:
         """Returns the launchers that did not notice yet that a rank ended."""
@@ -225,14 +231,46 @@ class RankGroups:
         """Returns the numbers of the groups whose launcher ended."""
         return {self._numbers[place] for place, launcher in self._launchers.items() if launcher.poll() is not None}
 
-    def _lost(self, missing: list[int], dead: set[int]) -> Iterator[tuple[int, WanFastError]]:
-        """Yields the missing jobs that no living group will do, each with the error of its group."""
-        errors: dict[int, tuple[int, WanFastError]] = {}
-        none_lives = len(dead) == self._groups
-        for index in missing if dead else ():
-            if none_lives or claimed_by(self._folder, index) in dead:
-                errors = errors or {number: _error_of_group(self._folder, number, self._ranks) for number in dead}
-                yield index, _error_of_job(self._folder, index, errors)
+    def _lost(
+        self, batch: _Batch, done: Collection[int], dead: set[int], *, may_restart: bool
+    ) -> Iterator[tuple[int, WanFastError]]:
+        """Yields the jobs that the dead groups claimed, with their errors, and starts groups again for those left.
+
+        If no group lives then, yields all jobs that are left.
+        """
+        if not dead:
+            return
+        claims = {index: claimed_by(self._folder, index) for index in batch.indices if index not in done}
+        errors = {number: error_of_group(self._folder, number, self._ranks) for number in dead} if claims else {}
+        yield from ((index, errors[number][1]) for index, number in claims.items() if number in errors)
+        left = [index for index, number in claims.items() if number is None]
+        if left and may_restart:
+            self._replace(batch, dead)
+        if self._dead() == set(self._numbers.values()):
+            first = min(errors.values(), key=lambda found: found[0], default=None)
+            yield from ((index, first[1]) for index in left if first)
+
+    def _replace(self, batch: _Batch, dead: set[int]) -> None:
+        """Starts each dead group again, once, if its error belongs to the job that it was doing.
+
+        A group that spans machines is not, because the other machines would have to start it too.
+        """
+        if self._ranks.mesh.group_size > self._ranks.num_gpus:
+            return
+        new = [place for place, number in self._numbers.items() if number in dead - self._given_up]
+        claimed = {claimed_by(self._folder, index) for index in batch.indices} if new else set()
+        others_live = len(dead) < self._groups
+        for place in new:
+            number = self._numbers[place]
+            self._given_up.add(number)
+            self._failed_loads[place] = self._failed_loads[place] + 1 if was_loading(self._folder, number) else 0
+            if number in claimed and self._failed_loads[place] <= (0 if others_live else _MOST_FAILED_LOADS):
+                self._remove_partials(batch, {number})
+                self._start(place, batch.number)
+
+    def _remove_partials(self, batch: _Batch, dead: set[int]) -> None:
+        """Removes the half-written files of dead groups."""
+        remove_partials(batch.outputs, _ended_pids(_pids(self._folder, dead)))
 
 
 def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]:
@@ -248,8 +286,16 @@ def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env=os.environ | {PARENT: str(os.getpid()), FIRST_BATCH: str(batch)},
+            env=_environment() | {PARENT: str(os.getpid()), FIRST_BATCH: str(batch)},
         )
+
+
+def _environment() -> dict[str, str]:
+    """Returns this process's environment, in which a child imports no module from the working folder."""
+    package = Path(__file__).parents[3]
+    path = [str(package)] if str(package) == str(Path(sys.path[0] or ".").absolute()) else []  # a checkout
+    path += filter(None, [os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(path)} if path else {})}
 
 
 def _stop(launchers: Iterable[subprocess.Popen[bytes]]) -> None:
@@ -321,80 +367,6 @@ def claimed_by(run_folder: Path, index: int) -> int | None:
     """Returns the number of the rank group that claimed a job; None if no group did."""
     claim = run_folder / CLAIMS / str(index)
     return int(claim.read_text()) if claim.exists() else None
-
-
-def _error_of_job(run_folder: Path, index: int, errors: dict[int, tuple[int, WanFastError]]) -> WanFastError:
-    """Returns the error of the group that claimed a job, or the earliest error if no group claimed it."""
-    number = claimed_by(run_folder, index)
-    if number in errors:
-        return errors[number][1]
-    return min(errors.values(), key=lambda found: found[0])[1]
-
-
-def _error_of_group(run_folder: Path, replica: int, config: RanksConfig) -> tuple[int, WanFastError]:
-    """Returns (nanoseconds since the epoch, the first cause of a group's failure), not the errors that it caused."""
-    folder, logs = run_folder / RANKS, f"logs of all ranks in {run_folder / 'logs'}"
-    agent = folder / f"{replica}.json"
-    known = json.loads(agent.read_text()) if agent.exists() else {}
-    noticed = agent.stat().st_mtime_ns if agent.exists() else sys.maxsize
-    if "rendezvous" in known:
-        message = f"--rdzv-endpoint {config.rdzv_endpoint}: the {config.nnodes} machines did not meet within"
-        within = f"--rank-timeout {config.rank_timeout:g} s ({known['rendezvous']:.200})"
-        return noticed, ConfigError(f"{message} {within}: start wanfast on each of them")
-    left = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob(f"{replica}-*/error.json")]
-    first = min(left, key=lambda error: error["time"], default=None)
-    ended = _ended(known, left)
-    aborted = ended is not None and ended[1] == -signal.SIGABRT  # NCCL's watchdog aborts ranks that wait
-    timed_out = first is not None and first["kind"] == "timeout" and (ended is None or aborted)
-    if timed_out or (aborted and _idle_s(folder, replica, known) > _MOST * config.rank_timeout):
-        behind = ", ".join(map(str, _behind(folder, replica)))
-        who = f"rank {behind}, which hangs" if behind else "each other"
-        message = f"the ranks waited --rank-timeout {config.rank_timeout:g} s for {who}"
-        return (first["time"] if first else noticed), RankFailedError(f"{message}; {logs}")
-    if ended:
-        rank, code = ended
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return noticed, RankFailedError(f"rank {rank} {how}; {logs}")
-    if first is None:
-        return noticed, RankFailedError(f"the launcher of rank group {replica} failed; {logs}")
-    if first["kind"] == "user":
-        return first["time"], from_failure(first)
-    return first["time"], RankFailedError(f"rank {first['rank']} failed: {first['error']}; {logs}")
-
-
-def _ended(known: dict[str, Any], left: list[dict[str, Any]]) -> tuple[str, int] | None:
-    """Returns (rank, exit code) of the first rank that ended without an error file; None if there is none.
-
-    Such a rank closes its connections, which causes its peers' errors. Ranks that the agent stopped after a peer's
-    failure do not count, nor ranks that ended over _OUTLIVED_S after a peer's error.
-    """
-    reported = {str(error["rank"]) for error in left}
-    oldest = min((error["time"] / 1e9 for error in left), default=math.inf)
-    by_agent = (-signal.SIGTERM, -signal.SIGKILL)
-    silent = [
-        (known["seconds"][rank], rank, code)
-        for rank, code in known.get("exit_codes", {}).items()
-        if rank not in reported and not (rank in known["stopped"] and code in by_agent)
-    ]
-    silent = [found for found in silent if found[0] - oldest <= _OUTLIVED_S]
-    return min(silent, key=lambda found: found[0])[1:] if silent else None
-
-
-def _idle_s(folder: Path, replica: int, known: dict[str, Any]) -> float:
-    """Returns the seconds from the rank group's last step, or from its start, to its end."""
-    signs = (file for name in ("pid", PROGRESS) for file in folder.glob(f"{replica}-*/{name}"))
-    last = max((file.stat().st_mtime for file in signs), default=math.inf)
-    return float(min(known["seconds"].values()) - last)
-
-
-def _behind(folder: Path, replica: int) -> list[int]:
-    """Returns the ranks with fewer steps than others; if all are equal, the ranks without an error file."""
-    ranks = {int(pid.parent.name.split("-")[1]): pid.parent for pid in folder.glob(f"{replica}-*/pid")}
-    done = {
-        rank: json.loads(file.read_text())["done"] for rank, own in ranks.items() if (file := own / PROGRESS).exists()
-    }
-    slowest = sorted(rank for rank, steps in done.items() if steps < max(done.values()))
-    return slowest or sorted(rank for rank, own in ranks.items() if not (own / "error.json").exists())
 
 
 def _check_endpoint(config: RanksConfig) -> None:

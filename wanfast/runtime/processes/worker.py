@@ -24,6 +24,7 @@ from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import CancelledError, ConfigError, WanFastError, failure
 from wanfast.runtime.machine.signals import FIRST_BATCH, end_with_parent
 from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.share import Share
 from wanfast.runtime.store.artifacts import (
     CANCEL,
     CLAIMS,
@@ -85,7 +86,7 @@ def _work(run_folder: Path, number: int, own_folder: Path) -> None:
     with rank_group(config.device, mesh, config.rank_timeout) as ranks:
         sessions = Sessions(ranks)
         for batch, document in _batches(run_folder):
-            _do_batch(run_folder, number, own_folder, batch, document, sessions, has_peers=setup["groups"] > 1)
+            _do_batch(run_folder, number, own_folder, batch, document, sessions, setup["groups"])
         sessions.close()
 
 
@@ -110,8 +111,7 @@ def _do_batch(
     batch: int,
     document: dict[str, Any],
     sessions: Sessions,
-    *,
-    has_peers: bool,
+    groups: int,
 ) -> None:
     ranks, first = sessions.ranks, document["first"]
     # All machines run the jobs of the first machine, including its seeds.
@@ -133,14 +133,14 @@ def _do_batch(
                 raise CancelledError
 
     run, parsed = worker_half(document["worker"]), [Job.from_json(job) for job in jobs]
-    options = {"claim": claim if has_peers else None, "progress": progress, "folder": run_folder, "first": first}
-    for index, result in run(parsed, sessions, **options):
+    share = Share(number % groups, groups, claim)
+    for index, result in run(parsed, sessions, share=share, progress=progress, folder=run_folder, first=first):
         if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has its own run folder
             write_result(run_folder, first + index, result)
 
 
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
-    """Returns the function that runs a command's jobs: `run(jobs, sessions, claim=, progress=, folder=, first=)`.
+    """Returns the function that runs a command's jobs: `run(jobs, sessions, share=, progress=, folder=, first=)`.
 
     The function yields (index, result) of each job. `module` is a name, because one such module is outside the runtime.
     """

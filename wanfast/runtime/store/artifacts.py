@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 # is; what ranks left; how ranks are set up; which batches are cancelled; that no batch will follow.
 JOB, RESULT, RESULTS, CLAIMS, PROGRESS, RANKS = "job.json", "result.json", "results", "claims", "progress", "ranks"
 SETUP, CANCEL, CLOSE = "setup.json", "cancel", "close"
+LOADING = "loading the models"  # the stage of a rank group's progress before it can make a video
 
 
 def batch_file(number: int) -> str:
