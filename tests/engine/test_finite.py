@@ -21,7 +21,7 @@ from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import pipeline as pipeline_module
 from wanfast.runtime.engine import session
-from wanfast.runtime.errors import WanFastError
+from wanfast.runtime.errors import NotFiniteError
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
@@ -75,7 +75,7 @@ def test_the_error_says_where(
 ) -> None:
     monkeypatch.setattr(owner, method, spoiled(getattr(owner, method), call))
     outcome = wanfast(*GOOD)
-    assert (outcome.exit_code, outcome.out) == (1, "")
+    assert (outcome.exit_code, outcome.out) == (7, "")
     assert f"{where} holds NaN or an infinity" in outcome.err.replace("\n", " "), outcome.err
     assert not (workdir / "out.mp4").exists()
     monkeypatch.undo()
@@ -120,7 +120,7 @@ def test_all_ranks_raise_what_one_computed(small_model: Path, workdir: Path, mon
         for spoil_forward, spoil_decode in ((ranks.rank == 1, False), (False, True)):
             monkeypatch.setattr(WanDiT, "forward", spoiled(forward, 1) if spoil_forward else forward)
             monkeypatch.setattr(WanVAE, "decode", spoiled(decode, 0) if spoil_decode else decode)
-            with pytest.raises(WanFastError) as error:
+            with pytest.raises(NotFiniteError) as error:
                 own(plan, image, text, Stopwatch("cpu"))
             found.append((str(error.value).split(":")[0], error.value.is_agreed))
         monkeypatch.setattr(WanVAE, "decode", decode)

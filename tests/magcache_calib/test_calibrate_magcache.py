@@ -255,7 +255,7 @@ def test_several_sets_want_a_name(wanfast: Wanfast, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "clips.jsonl cannot be read (No such file or directory)"),
+        (None, "clips.jsonl: No such file or directory: write one line per clip"),
         ("\n\n", "names no clip"),
         ('{"image": "a.png"}', 'line 1 of clips.jsonl needs the keys image and prompt, such as {"image": "cat.jpg"'),
         ('{"image": "a.png", "prompt": " "}', "line 1 of clips.jsonl has no prompt"),

@@ -39,7 +39,7 @@ def test_a_list_asks_each_question_once(wanfast: Wanfast, small_model: Path, mon
 
     monkeypatch.setattr(plan, "PromptTokenizer", counted("tokenizer", plan.PromptTokenizer))
     monkeypatch.setattr(plan.media_io, "load_image", counted("image", plan.media_io.load_image))
-    monkeypatch.setattr(model_files, "_read_spec", counted("model", model_files._read_spec))
+    monkeypatch.setattr(model_files, "read_spec", counted("model", model_files.read_spec))
     monkeypatch.setattr(pynvml, "nvmlInit", counted("driver", pynvml.nvmlInit))
     write_list(20)
     outcome = wanfast("generate", "--model", str(small_model), *VIDEO)

@@ -29,10 +29,15 @@ def read_clip(store: ArtifactStore, inputs: dict[str, Any]) -> dict[str, Any] | 
         document = json.loads(clip_file(store, inputs).read_text(encoding="utf-8"))
         same = document["inputs"] == json.loads(json.dumps(inputs))
         found: dict[str, Any] = document["measured"]
-        whole = len(found["steps"]) == inputs["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = len(found["steps"]) == inputs["steps"] and all(map(_is_measured, found["steps"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return found if same and whole else None
+
+
+def _is_measured(step: dict[str, dict[str, float] | None]) -> bool:
+    """Returns whether all numbers of a step are finite; older versions stored others."""
+    return all(math.isfinite(number) for branch in BRANCHES for number in (step[branch] or {}).values())
 
 
 def write_clip(store: ArtifactStore, inputs: dict[str, Any], measured: dict[str, Any]) -> None:

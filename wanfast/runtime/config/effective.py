@@ -18,7 +18,7 @@ from wanfast.runtime.config.models import ModelsConfig, default_artifacts_dir
 from wanfast.runtime.config.option import OptionField, options_of, refuse_unknown
 from wanfast.runtime.config.ranks import RanksConfig
 from wanfast.runtime.config.skipping import SkippingConfig
-from wanfast.runtime.config.video import OutputConfig, VideoConfig
+from wanfast.runtime.config.video import CPU_SEEDS, OutputConfig, VideoConfig
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import in_8_bits
 from wanfast.runtime.facts.model_spec import ModelSpec
@@ -62,7 +62,8 @@ class EffectiveConfig:
         """Inverts `to_json`; also reads the flat form of older versions. Raises ConfigError, KeyError or TypeError."""
         if "video" not in document:
             unsettled = ("magcache_joint", "auto")  # a default of older versions, which skipped nothing then
-            return cls._from_flat(dict(item for item in document.items() if item != unsettled))
+            return cls._from_flat(_with_seed_that_acts(dict(item for item in document.items() if item != unsettled)))
+        document = {**document, "video": _with_seed_that_acts(document["video"])}
         parts = {name: PARTS[name](**document[name]) for name in PARTS if document[name] is not None}
         return cls(**{"skipping": None, **parts})
 
@@ -88,6 +89,13 @@ class EffectiveConfig:
     def replace(self, **values: Any) -> EffectiveConfig:
         """Returns a copy with new `values` of some fields, whichever part has them."""
         return self._from_flat(self.options() | {"image_sha256": self.video.image_sha256} | values)
+
+
+def _with_seed_that_acts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options with the seed that acted, because older versions accepted seeds of 63 bits."""
+    seed = values["seed"]
+    acts = isinstance(seed, int) and seed >= 0 and values.get("noise_device", "cpu") == "cpu"
+    return {**values, "seed": seed % CPU_SEEDS if acts else seed}
 
 
 PARTS: dict[str, Any] = {

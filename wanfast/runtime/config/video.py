@@ -10,6 +10,8 @@ from wanfast.runtime.config.option import ALL, CALIBRATE, FILES, MAKE, SAMPLING,
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Device, Solver
 
+CPU_SEEDS = 1 << 32  # torch's generator on the CPU ignores the higher bits of a seed; a GPU's takes all
+
 
 def parse_size(size: str) -> tuple[int, int]:
     """Returns (width, height) of '1280x720', or of the reference's '1280*720'; the video gets this area at most.
@@ -121,6 +123,11 @@ class VideoConfig(Part):
             raise ConfigError("--image is missing: give the picture that the video starts from")
         if not self.prompt.strip():
             raise ConfigError("--prompt is empty: describe what should happen in the video")
+        if self.noise_device == "cpu" and self.seed >= CPU_SEEDS:
+            raise ConfigError(
+                f"--seed {self.seed}: the CPU's noise depends on 32 bits of a seed: use 0 to {CPU_SEEDS - 1} "
+                f"({self.seed % CPU_SEEDS} gives the same noise), or --noise-device cuda"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

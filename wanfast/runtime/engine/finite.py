@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wanfast.runtime.device.finite import all_finite
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.errors import WanFastError
+from wanfast.runtime.errors import NotFiniteError
 
 _FIX = (
     "the weights are finite, so a product or a kernel is wrong: use --attention math without --compile, --quantize and "
@@ -23,9 +23,9 @@ _FIX = (
 
 
 def require_finite(where: str, finite: bool) -> None:
-    """Raises WanFastError if the tensor, which `where` names, is not finite."""
+    """Raises NotFiniteError if the tensor, which `where` names, is not finite."""
     if not finite:
-        raise WanFastError(f"{where} holds NaN or an infinity: {_FIX}")
+        raise NotFiniteError(f"{where} holds NaN or an infinity: {_FIX}")
 
 
 class FiniteWatch:
@@ -36,13 +36,13 @@ class FiniteWatch:
         self._before: _Flag | None = None
 
     def look(self, where: str, x: Tensor) -> None:
-        """Looks at `x`, and raises WanFastError on all ranks if the tensor before it was not finite."""
+        """Looks at `x`, and raises NotFiniteError on all ranks if the tensor before it was not finite."""
         flag = _Flag.of(where, x)
         self.finish()
         self._before = flag
 
     def finish(self) -> None:
-        """Raises WanFastError on all ranks if the last tensor was not finite."""
+        """Raises NotFiniteError on all ranks if the last tensor was not finite."""
         before, self._before = self._before, None
         if before is not None and not before.read():
             self._ranks.together(lambda: require_finite(before.where, finite=False))

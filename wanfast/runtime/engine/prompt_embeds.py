@@ -21,6 +21,7 @@ from wanfast.runtime.device.hardware import free_memory
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.finite import require_finite
+from wanfast.runtime.errors import CorruptArtifactError
 from wanfast.runtime.facts.choices import Precision
 from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
@@ -49,6 +50,7 @@ def prompt_embeds(
     store = ArtifactStore(Path(config.models.artifacts_dir))
     tokenizer = ranks.together(lambda: PromptTokenizer(files.tokenizer, files.spec.dit.text_len))
     tokens = {text: tokenizer.encode(text) for text in texts}
+    ranks.together(lambda: _check_ids(tokens.values(), files))
     inputs = {text: _inputs(tokens[text], files, config.models.precision, config.ranks.device) for text in tokens}
     known = ranks.lead(lambda: {text: _load(found) for text in tokens if (found := store.find(KIND, inputs[text]))})
     known = {text: embeds for text, embeds in known.items() if all_finite(embeds)}
@@ -102,8 +104,17 @@ def _encode(
     return encoded
 
 
+def _check_ids(tokens: Iterable[TokenizedPrompt], files: ModelFiles) -> None:
+    """Raises CorruptArtifactError if UMT5 lacks an id."""
+    most, size = max(max(each.ids) for each in tokens), files.spec.umt5.vocab_size
+    if most >= size:
+        raise CorruptArtifactError(
+            f"{files.tokenizer} gives the id {most}, but UMT5 has {size}: copy both from one model"
+        )
+
+
 def _check(text: str, embeds: Tensor, ranks: Ranks) -> None:
-    """Raises WanFastError on all ranks if an embedding is not finite; every rank holds the same."""
+    """Raises NotFiniteError on all ranks if an embedding is not finite; every rank holds the same."""
     if not all_finite(embeds):
         ranks.together(lambda: require_finite(f"UMT5's embedding of the text {text!r:.60}", finite=False))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from wanfast.runtime.config import OPTIONS, EffectiveConfig, OutputConfig, RanksConfig, SkippingConfig
 from wanfast.runtime.config.option import absolute, flag, options_of
-from wanfast.runtime.errors import ConfigError, WanFastError, failure
+from wanfast.runtime.errors import ConfigError, WanFastError, failure, foreign
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
 from wanfast.runtime.planning.plan import Job, Plan, output_paths, resolve
@@ -217,12 +217,15 @@ def read_requests(
 
 def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     """Reads the effective options of an earlier run, so that no default and no random seed changes the video."""
+    text, fix = _read(file, "--from"), "name the .json that wanfast writes beside a video"
     try:
-        document = json.loads(_read(file, "--from"))
+        document = json.loads(text)
         effective = EffectiveConfig.from_json(document["effective"])
         weights = document["weights"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError):
-        raise ConfigError(f"--from {file} is not the .json that wanfast writes beside a video: name that one") from None
+    except ConfigError as error:
+        raise ConfigError(f"--from {file}: {error}; or {fix}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError(f"--from {file} is not the .json of a video: {fix}") from None
     same_ranks = effective.ranks.nnodes == 1 and "num_gpus" not in typed
     reused = {
         name
@@ -278,9 +281,5 @@ def _whole(file: Path | None, option: str) -> Path | None:
 
 
 def _read(file: Path, option: str) -> str:
-    try:
+    with foreign(f"{option} {file}", "name a UTF-8 text file that can be read"):
         return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{option} {file} is not UTF-8 text: save it as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{option} {file}: {error.strerror}: name a text file that can be read") from None

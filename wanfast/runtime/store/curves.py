@@ -137,7 +137,7 @@ def _experts(files: ModelFiles) -> dict[str, str]:
 
 
 def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelSpec) -> Curve:
-    ratios = [(float(prompt), float(negative_prompt)) for prompt, negative_prompt in of["ratios"]]
+    ratios = _pairs(name, of)
     known = steps_of(of["solver"], of["steps"], of["shift"], spec.boundary)
     wanted = steps_of(config.video.solver, config.video.steps, config.video.shift, spec.boundary)
     if known == wanted and of["solver"] == config.video.solver:
@@ -156,6 +156,22 @@ def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelS
         fix = f"run `{calibrate_command(config, spec)}`"
         raise ConfigError(f"--magcache-interpolate: {error}: {fix}") from None
     return Curve(name, tuple(bridged), {"steps": of["steps"], "shift": of["shift"]})
+
+
+def _pairs(name: str, of: dict[str, Any]) -> list[tuple[float, float]]:
+    """Returns a curve's ratios of each step. Raises CorruptArtifactError if one cannot be a ratio of norms."""
+    rows = of["ratios"] if isinstance(of["ratios"], list) else []
+    pairs = [tuple(row) for row in rows if isinstance(row, list) and len(row) == 2 and all(map(_is_ratio, row))]
+    if len(pairs) != of["steps"] or len(rows) != of["steps"]:
+        raise CorruptArtifactError(
+            f"--magcache {name}: its curve does not hold two numbers over 0 for each of {of['steps']} steps: remove "
+            "it, and calibrate again"
+        )
+    return [(float(prompt), float(negative_prompt)) for prompt, negative_prompt in pairs]
+
+
+def _is_ratio(value: object) -> bool:
+    return type(value) in (int, float) and 1e-6 <= value <= 1e6  # type: ignore[operator]  # false for NaN
 
 
 def steps_of(solver: Any, steps: int, shift: float, boundary: float) -> list[tuple[Expert, int]]:
@@ -222,7 +238,7 @@ def _stored_curves(store: ArtifactStore) -> Iterator[tuple[Path, dict[str, Any]]
     for manifest in sorted((store.root / KIND).glob(f"*/{MANIFEST}")):
         try:
             inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # not one of our curves
         if isinstance(inputs, dict) and isinstance(inputs.get("steps"), int):
             yield manifest.parent, inputs

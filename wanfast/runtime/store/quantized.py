@@ -18,7 +18,7 @@ from wanfast.runtime.errors import ConfigError, MissingArtifactError
 from wanfast.runtime.facts.choices import Expert, Scheme, in_8_bits
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
-from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.store.model_files import ModelFiles, indexed_shards
 
 KIND = "quantized"
 LAYOUT_VERSION = 1
@@ -135,8 +135,7 @@ def require_experts(
 
 def shards(folder: Path) -> list[Path]:
     """Returns the weight files of an artifact."""
-    weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    return [folder / name for name in sorted(set(weight_map.values()))]
+    return indexed_shards(folder / INDEX)
 
 
 def torchao_version() -> str | None:
