@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import platform
@@ -63,7 +62,7 @@ def in_a_process_of_its_own(folder: Path, *arguments: str, forked: bool = True) 
     environment = os.environ | caches | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", COUNTED, *arguments]
     if forked:
-        importlib.import_module("torch._inductor.compile_fx")  # once, for all processes to come
+        compilation._import_compiler(None)  # once, for all processes to come
     popen = ForkedPopen if forked else subprocess.Popen
     with popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment

@@ -61,7 +61,7 @@ def test_the_example_of_three_prompts_loads_the_models_once(star: Path, forked: 
     assert "high_noise" in loads[0] and all("high_noise" not in of_later for of_later in loads[1:])
 
 
-def test_the_example_of_a_session_runs(star: Path) -> None:
+def test_the_example_of_a_session_runs(star: Path, forked: None) -> None:
     assert python(EXAMPLES[2], star).startswith("(5, 128, 128, 3)")
 
 
