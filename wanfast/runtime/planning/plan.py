@@ -22,8 +22,8 @@ from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.facts.shapes import Geometry, fit_geometry
 from wanfast.runtime.machine import gpus
-from wanfast.runtime.media import media_io
-from wanfast.runtime.media.media_io import LoadedImage
+from wanfast.runtime.media import images, video_file
+from wanfast.runtime.media.images import LoadedImage
 from wanfast.runtime.media.tokenizer import PromptTokenizer, clean_prompt
 from wanfast.runtime.sampling.guidance import needs_unconditional
 from wanfast.runtime.sampling.magcache import MagCacheSettings, Skips, accumulated_error, plan_best, plan_skips
@@ -259,7 +259,7 @@ def resolve(given: Options, *, writes: bool = True) -> tuple[Plan, ModelFiles]:
     spec = files.spec
     if not clean_prompt(given["prompt"]):
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
-    image = media_io.load_image(given["image"])
+    image = images.load_image(given["image"])
     config = effective(given, files, image.sha256)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
     if writes:
@@ -348,7 +348,7 @@ def _check_outputs(plan: Plan, output: str) -> None:
     g = plan.geometry
     needed_bytes = (1 << 20) + int(g.width * g.height * g.frames * _MP4_BYTES_PER_PIXEL)
     overwrite = plan.config.output.overwrite
-    media_io.check_output(output, overwrite=overwrite, needed_bytes=needed_bytes)
+    video_file.check_output(output, overwrite=overwrite, needed_bytes=needed_bytes)
     for path in plan.outputs[1:]:
         if path.exists() and not overwrite:
             raise ConfigError(f"--output: {path}, written beside the video, exists: add --overwrite, or name another")

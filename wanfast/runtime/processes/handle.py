@@ -52,14 +52,14 @@ class Video:
 
     def save(self, path: str | Path, *, overwrite: bool = False, contact_sheet: bool = False) -> None:
         """Writes the mp4 and its JSON, which `wanfast generate --from` can run again. Raises ConfigError."""
-        from wanfast.runtime.media import media_io
+        from wanfast.runtime.media import video_file
 
         output = OutputConfig(output=str(Path(path).absolute()), overwrite=overwrite, contact_sheet=contact_sheet)
         outputs = output_paths(str(output.output), contact_sheet)
         for target in outputs:
             if target.exists() and not overwrite:
                 raise ConfigError(f"{target} exists: choose another name, or save with overwrite=True")
-        media_io.check_output(str(path), overwrite=overwrite, needed_bytes=self.frames.nbytes // 4, option="save")
+        video_file.check_output(str(path), overwrite=overwrite, needed_bytes=self.frames.nbytes // 4, option="save")
         document = self.document | {
             "output": output.output,
             "effective": self.document["effective"] | {"output": dataclasses.asdict(output)},
