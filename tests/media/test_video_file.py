@@ -6,11 +6,14 @@ import multiprocessing
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
@@ -52,15 +55,52 @@ def test_mp4_encoder_settings(tmp_path: Path) -> None:
     assert data.index(b"moov") < data.index(b"mdat")
 
 
-def test_mp4_colour_matrix_is_the_one_it_names(tmp_path: Path) -> None:
-    import av
+FLAT = [
+    (255, 0, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+    (0, 0, 0),
+    (255, 255, 255),
+    (200, 60, 60),
+    (13, 97, 210),
+    (240, 200, 170),
+]
+SIZES = [(64, 64), (480, 832), (720, 1280)]
 
-    write_mp4(np.full((2, 64, 64, 3), (255, 0, 0), np.uint8), tmp_path / "red.mp4", fps=16)
-    with av.open(str(tmp_path / "red.mp4")) as container:
-        frame = next(container.decode(video=0))
-        luma = np.frombuffer(frame.planes[0], np.uint8)[0]
-    assert luma == pytest.approx(16 + 219 * 0.299, abs=1.5)  # BT.601; BT.709 would give 62.6
-    assert (frame.colorspace, frame.color_range) == (6, 1)  # SMPTE 170M, limited
+
+def boxes(data: bytes) -> dict[str, bytes]:
+    """Returns the body of each innermost box of an mp4, by its path; a sample entry has 78 bytes before its boxes."""
+    before = {"moov": 0, "trak": 0, "mdia": 0, "minf": 0, "stbl": 0, "stsd": 8, "avc1": 78}
+    found: dict[str, bytes] = {}
+    while len(data) >= 8:
+        size, name = int.from_bytes(data[:4], "big"), data[4:8].decode("latin-1")
+        body, data = data[8:size], data[size:]
+        inner = boxes(body[before[name] :]) if name in before else {"": body}
+        found |= {f"{name}/{path}".rstrip("/"): value for path, value in inner.items()}
+    return found
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_mp4_names_its_colours_at_every_size(height: int, width: int, tmp_path: Path) -> None:
+    write_mp4(np.zeros((2, height, width, 3), np.uint8), tmp_path / "a.mp4", fps=16)
+    colr = boxes((tmp_path / "a.mp4").read_bytes())["moov/trak/mdia/minf/stbl/stsd/avc1/colr"]
+    assert colr == b"nclx" + struct.pack(">HHHB", 1, 1, 1, 0)  # primaries, transfer and matrix BT.709, limited range
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        codec = container.streams.video[0].codec_context  # these come from the H.264 stream itself
+        next(container.decode(video=0))
+        tags = (codec.color_primaries, codec.color_trc, codec.colorspace, codec.color_range)
+    assert tags == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_another_program_shows_the_same_colours(height: int, width: int, tmp_path: Path) -> None:
+    """The program is another build of ffmpeg, told nothing; to round, not to cut off, is asked of its conversion."""
+    clip = np.broadcast_to(np.array(FLAT, np.uint8)[:, None, None], (len(FLAT), height, width, 3))
+    write_mp4(np.ascontiguousarray(clip), tmp_path / "flat.mp4", fps=16)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", tmp_path / "flat.mp4"]
+    command += ["-sws_flags", "accurate_rnd+full_chroma_int", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
+    shown = np.frombuffer(subprocess.run(command, check=True, capture_output=True).stdout, np.uint8)
+    assert np.abs(shown.reshape(clip.shape).astype(int) - clip).max() <= 2
 
 
 def test_mp4_is_deterministic(tmp_path: Path) -> None:
@@ -107,9 +147,20 @@ def test_disk_full(limit: int, tmp_path: Path) -> None:
     assert (tmp_path / "out.mp4").read_bytes() == b"old"
 
 
-def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import av
+@pytest.mark.parametrize("kind", [av.error.MemoryError, av.error.ExternalError, av.error.UnknownError])
+def test_what_libav_reports_is_one_line(
+    kind: type[av.FFmpegError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(array: np.ndarray, format: str) -> av.VideoFrame:
+        raise kind(1, "no more room")
 
+    monkeypatch.setattr(av.VideoFrame, "from_ndarray", fails)
+    with pytest.raises(ConfigError, match="no more room") as caught, atomic_paths(tmp_path / "out.mp4") as (partial,):
+        write_mp4(smooth_clip(1), partial, fps=16)
+    assert_one_line(caught.value, "--output", tmp_path / "out.mp4")
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_frame, calls = av.VideoFrame.from_ndarray, []
 
     def interrupted_late(array: np.ndarray, format: str) -> av.VideoFrame:

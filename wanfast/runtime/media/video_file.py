@@ -47,26 +47,41 @@ def check_output(path: str, *, overwrite: bool, needed_bytes: int, option: str =
 
 
 def write_mp4(frames: npt.NDArray[np.uint8], path: Path, fps: int) -> None:
-    """Writes frames [F, H, W, 3], with even H and W, as H.264: CRF 10, yuv420p.
+    """Writes frames [F, H, W, 3], with even H and W, as H.264: CRF 10, yuv420p. Raises OSError.
 
     The index comes first, so that the video plays while it loads. The same frames give the same bytes, because of two
     settings. The thread count is fixed, because it changes the stream. `cpu-independent` turns off x264's assembly for
     macroblock-tree, which reads uninitialized memory. (AVX-512 machine, PyAV 18.1: the bytes differed for every
     MALLOC_PERTURB_, and from run to run in one process.)
-    The file names its colour matrix, because players guess another one from 720 lines up.
+    The pixels are BT.709 in limited range at every size. Stream and container say so, because players guess.
     This function uses PyAV itself, because imageio's plugin drops encoder options (asked for CRF 10, the stream said
-    23). Raises OSError if the disk cannot be written; the caller publishes the file completely or not at all.
+    23). The caller publishes the file completely or not at all.
     """
     import av
 
+    try:
+        _encode(frames, path, fps)
+    except av.FFmpegError as error:  # not each is an OSError: too little memory, and what x264 reports
+        raise OSError(error.errno, error.strerror) from error
+
+
+def _encode(frames: npt.NDArray[np.uint8], path: Path, fps: int) -> None:
+    import av
+    from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+
     same_bytes = {"threads": "8", "thread_type": "frame", "x264-params": "cpu-independent=1"}
-    colours = {"colorspace": "smpte170m", "color_range": "tv"}  # what swscale converts RGB to
+    colours = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709", "color_range": "tv"}
+    reformatter, full, limited = VideoReformatter(), ColorRange.JPEG, ColorRange.MPEG
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "10", **same_bytes, **colours})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            yuv = reformatter.reformat(
+                rgb, format="yuv420p", src_color_range=full, dst_colorspace=Colorspace.ITU709, dst_color_range=limited
+            )
+            container.mux(stream.encode(yuv))
         container.mux(stream.encode())
 
 
