@@ -16,11 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.media.profiles import DISPLAY_P3, rgb_profile
 from tests.small_files import assert_one_line, rgb, saved
 from wanfast.runtime.engine.pixels import fit_image, to_uint8
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.media import images
 from wanfast.runtime.media.images import LoadedImage, load_image
+
+P3 = rgb_profile(DISPLAY_P3)
 
 
 def pixel(image: LoadedImage, x: int, y: int) -> object:
@@ -47,6 +50,15 @@ def cut(folder: Path, name: str) -> str:
     return str(path)
 
 
+def without_pixels(folder: Path, name: str) -> str:
+    """Saves a picture whose compressed pixels are all zeros; its headers are whole."""
+    path = Path(saved(folder, rgb(64, 64), name))
+    data = path.read_bytes()
+    start = data.index(b"mdat") + 4
+    path.write_bytes(data[:start].ljust(len(data), b"\0"))
+    return str(path)
+
+
 def file_of(folder: Path, data: bytes) -> str:
     (folder / "file.png").write_bytes(data)
     return str(folder / "file.png")
@@ -69,12 +81,16 @@ REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
     "cut jpeg": (lambda d: cut(d, "cut.jpg"), "truncated or damaged"),
     "cut gif": (lambda d: cut(d, "cut.gif"), "truncated or damaged"),
     "cut webp": (lambda d: cut(d, "cut.webp"), "truncated or damaged"),
+    "avif without pixels": (lambda d: without_pixels(d, "zeros.avif"), "truncated or damaged"),
     "1x1": (lambda d: saved(d, rgb(1, 1)), "1x1 pixels; use an image of at least 16x16"),
     "15 high": (lambda d: saved(d, rgb(40, 15)), "40x15 pixels"),
     "wide": (lambda d: saved(d, rgb(65, 16)), "65x16 is longer than 4:1; crop it"),
     "tall": (lambda d: saved(d, rgb(16, 65)), "16x65 is longer than 4:1; crop it"),
-    "bomb": (lambda d: file_of(d, png_header(15000, 12500)), "megapixels; scale it down"),
-    "large and cut": (lambda d: file_of(d, png_header(10000, 9500)), "truncated or damaged"),
+    "bomb": (
+        lambda d: file_of(d, png_header(15000, 12500)),
+        "has too many pixels; at most 64 megapixels are read; scale it down",
+    ),
+    "large and cut": (lambda d: file_of(d, png_header(9000, 7000)), "truncated or damaged"),
     "not finite": (lambda d: saved(d, Image.new("F", (32, 32), float("nan")), "nan.tif"), "not finite"),
 }
 
@@ -112,13 +128,35 @@ def test_the_limits_themselves_are_taken(size: tuple[int, int], tmp_path: Path) 
     assert load_image(saved(tmp_path, rgb(*size))).size == size
 
 
-def test_20000_pixels_wide(tmp_path: Path) -> None:
-    path = saved(tmp_path, Image.new("1", (20000, 5000), 1), compress_level=1)
-    with warnings.catch_warnings():
+def peak_of(code: str) -> int:
+    """Returns how many bytes a fresh process holds at most while it runs `code`."""
+    script = f"import resource\n{code}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    root = Path(images.__file__).parents[3]
+    return int(subprocess.check_output([sys.executable, "-c", script], cwd=root)) * 1024
+
+
+def test_the_largest_images_are_read_in_little_memory(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.new("RGBA", (16000, 4000), (9, 9, 9, 99)), compress_level=1, icc_profile=P3)
+    load = f"from wanfast.runtime.media.images import load_image; assert load_image({path!r}).size == (16000, 4000)"
+    assert peak_of(load) < 2.2e9
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.new("1", (16000, 4001), 1), compress_level=1)
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(ConfigError, match="has 16000x4001 pixels; at most 64 megapixels") as caught,
+    ):
         warnings.simplefilter("error")
-        image = load_image(path)
-    assert image.size == (20000, 5000)
-    assert pixel(image, 19999, 4999) == (255, 255, 255)
+        load_image(path)
+    assert_one_line(caught.value, "--image", path)
+
+
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "film.mkv").open("wb") as file:
+        file.truncate(41 * 10**9)
+    with pytest.raises(ConfigError, match=r"has 41.0 GB, which no image needs; name an image file"):
+        load_image(str(tmp_path / "film.mkv"))
 
 
 @pytest.mark.parametrize(
