@@ -122,7 +122,7 @@ def plans(options: argparse.Namespace, spec: Any) -> tuple[Plan, Plan]:
     given = {
         "image": "none", "prompt": "none", "size": options.size, "steps": options.steps, "device": options.device,
         "magcache": "preset", "magcache_thresh": threshold, "magcache_k": max_skips, "retention_ratio": retention,
-        "magcache_rule": options.rule, "cfg_parallel": 1, "ulysses": 1,
+        "magcache_rule": options.rule, "magcache_joint": "off", "cfg_parallel": 1, "ulysses": 1,
     }  # fmt: skip
     config = EffectiveConfig.of(given, spec)
     known = published_curve()

@@ -36,7 +36,7 @@ from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine import packages
-from wanfast.runtime.machine.gpus import expand_segments, visible_gpus
+from wanfast.runtime.machine.gpus import set_environment, visible_gpus
 from wanfast.runtime.machine.packages import commit
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--vae-alone", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     options, others = parser.parse_known_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit through the clean-up
-    expand_segments()  # torch reads this setting at its first use of a GPU
+    set_environment()  # torch reads this setting at its first use of a GPU
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:  # /tmp may be memory, which holes occupy once read
         folder = options.folder or Path(scratch) / "model"
         if not folder.exists():

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shlex
 import signal
 import sys
 from typing import Any
@@ -22,6 +24,7 @@ from wanfast.commands.generate import generate
 from wanfast.commands.quantize import quantize
 from wanfast.commands.warmup import warmup
 from wanfast.runtime.errors import JobsFailedError, WanFastError, failure
+from wanfast.runtime.machine.launchers import refuse_launchers
 
 app = typer.Typer(
     name="wanfast",
@@ -54,13 +57,15 @@ def wanfast(version: bool = typer.Option(False, "--version", help="Print the ver
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command line (by default the one of this process) and exits."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    _open_missing_streams()
+    arguments = [_as_utf8(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     as_json = "--json" in arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character still gets the rest
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every `finally` runs
     try:
+        refuse_launchers(shlex.join(["wanfast", *arguments]))
         app(arguments, prog_name="wanfast")
     except WanFastError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -74,6 +79,21 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"error: {message}", file=sys.stderr)
             _last_line(as_json, {"error": message, "exit_code": stop.code})
         raise
+
+
+def _open_missing_streams() -> None:
+    """Opens the standard streams that the caller closed, so that no file that is opened later gets their numbers."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
+
+
+def _as_utf8(argument: str) -> str:
+    """Returns an argument that the locale could not decode, if its bytes are UTF-8; else returns it unchanged."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        return argument
 
 
 def _last_line(as_json: bool, document: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -363,3 +364,51 @@ def test_from_keeps_its_own_artifacts_folder(wanfast: Wanfast, workdir: Path) ->
     (workdir / "run.json").write_text(json.dumps(first | {"weights": None}))
     again = wanfast("generate", "--from", "run.json", "--dry-run", "--json").document
     assert again["effective"]["models"]["artifacts_dir"] == str(workdir / "artifacts")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environment"),
+    [
+        ("torchrun", {"WORLD_SIZE": "2", "RANK": "1"}),
+        ("srun", {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}),
+        ("mpirun", {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}),
+    ],
+)
+def test_a_command_that_is_started_once_a_rank_is_refused(
+    wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch, launcher: str, environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    outcome = wanfast(*DRY)
+    assert outcome.exit_code == 2 and len(outcome.err.splitlines()) == 1
+    assert f"{launcher} started this command 2 times" in outcome.err and "`wanfast generate --model" in outcome.err
+    for name in environment:
+        monkeypatch.setenv(name, "1" if "RANK" not in name else "0")
+    assert wanfast(*DRY).exit_code == 0
+
+
+def test_a_prompt_that_the_locale_cannot_decode_is_read_as_utf_8(workdir: Path) -> None:
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "wanfast", *GOOD, "--prompt", "schön 星", "--dry-run", "--json"]
+    done = subprocess.run(command, capture_output=True, env=environment | {"PYTHONPATH": str(PACKAGE.parent)})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["requested"]["prompt"] == "schön 星"
+
+
+def test_closed_standard_streams_are_no_error(workdir: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    command = shlex.join([sys.executable, "-m", "wanfast", *GOOD, "--dry-run"])
+    done = subprocess.run(f"{command} >&- <&- 2>&-", shell=True, env=environment)
+    assert done.returncode == 0
+
+
+def test_an_empty_output_is_refused_in_a_list_too(wanfast: Wanfast, workdir: Path) -> None:
+    (workdir / "jobs.jsonl").write_text("{}\n")
+    outcome = wanfast(*GOOD, "--jobs", "jobs.jsonl", "--output", "", "--dry-run")
+    assert outcome.exit_code == 2 and "--output : is empty: name an .mp4 file" in outcome.err
+
+
+def test_the_plan_shows_a_path_as_it_is(wanfast: Wanfast) -> None:
+    """Brackets are no markup, and nothing is cut in a pipe."""
+    path = f"a[final]-{'x' * 90}.mp4"
+    assert path in wanfast(*GOOD, "--output", path, "--dry-run").out

@@ -14,7 +14,7 @@ from tests.parity import randomise, relative_error
 from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.ranks import Ranks, rank_group
 from wanfast.runtime.distributed.ulysses import Ulysses
-from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.errors import ConfigError, MissingArtifactError
 from wanfast.runtime.facts.mesh import Mesh, choose_mesh
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.attention import Sequence, WholeSequence
@@ -154,3 +154,22 @@ def test_ulysses_is_the_fastest_axis_of_a_rank_group() -> None:
     mesh = Mesh(replica=2, cfg=2, ulysses=4)
     assert mesh.lines("ulysses") == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert mesh.lines("cfg") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+def test_what_the_leader_has_goes_to_each_rank_once() -> None:
+    """A picture of the leader must not be gathered from every rank."""
+
+    def work(ranks: Ranks) -> tuple[object, str, int]:
+        gathered = []
+        gather = dist.all_gather_object
+        dist.all_gather_object = lambda *args, **named: gathered.append(1) or gather(*args, **named)  # type: ignore[func-returns-value]
+        shared = ranks.lead(lambda: {"rank": ranks.rank})
+
+        def fail() -> None:
+            raise MissingArtifactError(f"rank {ranks.rank} misses it")
+
+        with pytest.raises(MissingArtifactError) as caught:
+            ranks.lead(fail)
+        return shared, f"{caught.value} {caught.value.is_agreed}", len(gathered)
+
+    assert on_ranks(Mesh(ulysses=2), work) == [({"rank": 0}, "rank 0 misses it True", 0)] * 2

@@ -13,6 +13,7 @@ from tests.engine.test_rank_groups import MESHES, final_latents, shown, with_opt
 from tests.on_ranks import on_ranks
 from tests.parity import relative_error
 from tests.small_model import blank_inputs, plan_small_model
+from wanfast.runtime.config import SkippingConfig
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import session
@@ -116,10 +117,11 @@ def test_sharded_experts_cannot_skip_apart(planned: tuple[Plan, ModelFiles]) -> 
     assert alone.skips == APART
 
 
-def test_branches_on_different_ranks_skip_together_by_default(planned: tuple[Plan, ModelFiles]) -> None:
+@pytest.mark.parametrize("cfg", [1, 2])
+def test_branches_skip_together_on_every_mesh_by_default(planned: tuple[Plan, ModelFiles], cfg: int) -> None:
     plan, _ = planned
-    both, apart = (skipping(plan, magcache_joint="auto", cfg_parallel=cfg) for cfg in (2, 1))
-    assert all(first == second for first, second in both.skips) and apart.skips == APART
+    both = skipping(plan, magcache_joint=SkippingConfig.magcache_joint, cfg_parallel=cfg)
+    assert all(first == second for first, second in both.skips)
     document = both.to_json()["magcache"]
     assert document["joint"] and document["skipped_forwards_apart"] == sum(map(sum, APART))
     assert document["skipped_forwards"] == sum(map(sum, both.skips)) < document["skipped_forwards_apart"]

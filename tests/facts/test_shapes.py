@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
-from wanfast.runtime.facts.shapes import fit_geometry
+from wanfast.runtime.facts.shapes import fit_geometry, largest_geometry
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,11 @@ def test_an_older_repo_id_is_ignored_and_other_unknown_facts_are_refused() -> No
     assert ModelSpec.from_json(document | {"repo_id": None}) == A14B
     with pytest.raises(TypeError, match="repo"):
         ModelSpec.from_json(document | {"repo": "Wan-AI/Wan2.2-I2V-A14B"})
+
+
+@pytest.mark.parametrize(("size", "tokens"), [((832, 480), 32_760), ((480, 832), 32_760), ((1280, 720), 75_600)])
+def test_no_image_gives_more_tokens_than_the_largest_geometry(size: tuple[int, int], tokens: int) -> None:
+    largest = largest_geometry(A14B, *size, 81)
+    assert largest.tokens == tokens and (largest.width > largest.height) == (size[0] > size[1])
+    found = {fit_geometry(A14B, *size, 81, (width, 1000)).tokens for width in range(250, 4001)}
+    assert max(found) <= tokens and max(found) >= 0.99 * tokens

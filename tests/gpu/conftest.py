@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from wanfast.runtime.machine.gpus import expand_segments
+from wanfast.runtime.machine.gpus import set_environment
 
-expand_segments()
+set_environment()

@@ -127,7 +127,8 @@ def _files_of_examples(workdir: Path, wanfast: Wanfast) -> None:
     """The files that examples name: the repository's, a list of jobs, and the .json of an earlier video."""
     (workdir / "wanfast").symlink_to(ROOT / "wanfast")
     (workdir / "out").mkdir()
-    shutil.copy(ROOT / "wanfast/assets/examples/jobs.jsonl", "jobs.jsonl")
+    for example in (ROOT / "wanfast/assets/examples").iterdir():
+        shutil.copy(example, workdir)
     outcome = wanfast("generate", "--model", "tiny", *VIDEO, "--dry-run", "--json")
     Path("cat.json").write_text(json.dumps(outcome.document | {"weights": None}))
 

@@ -164,7 +164,7 @@ def test_the_table_shows_the_sums_that_placement_decides_by(wanfast: Wanfast, ma
     machine()
     outcome = wanfast("doctor")
     assert f"{evicting.format('29.0')}: fits GPUs of 80 GB, 141 GB" in outcome.out
-    assert "83.1: fits GPUs of 141 GB" in outcome.out
+    assert "83.1: fits GPUs of 80 GB, 141 GB" in outcome.out
     assert "43.6, and 63.7 on the host: fits GPUs of 48 GB, 80 GB, 141 GB" in outcome.out
 
 

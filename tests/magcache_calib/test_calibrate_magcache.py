@@ -336,18 +336,22 @@ def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> N
         found: dict[str, Any] = outcome.document["plan"]["magcache"]
         return found
 
-    greedy = plan("--magcache-rule", "both-experts")
-    same = plan("--magcache-skip", str(greedy["skipped_forwards"]))
+    apart = ("--magcache-joint", "off")
+    greedy = plan("--magcache-rule", "both-experts", *apart)
+    same = plan("--magcache-skip", str(greedy["skipped_forwards"]), *apart)
     assert same["skipped_forwards"] == greedy["skipped_forwards"] == 38 and same["plan"] == "least error"
     assert same["accumulated_error"] < greedy["accumulated_error"]
     assert plan("--magcache-budget", "0.6")["skipped_forwards"] == 32
-    assert plan("--magcache-skip", "17")["skipped_forwards"] == 17
-    assert plan("--magcache-budget", "0.59", "--num-gpus", "2")["skipped_forwards"] == 32  # both branches skip together
+    assert plan("--magcache-skip", "17", *apart)["skipped_forwards"] == 17
+    assert plan("--magcache-budget", "0.59")["skipped_forwards"] == 32  # both branches skip together
     unguided = ("--guidance-high-noise", "1", "--magcache-rule", "low-noise-only", "--num-gpus", "2")
     assert plan("--magcache-budget", "0.61", *unguided)["skipped_forwards"] == 24  # of 65 forwards; 25 would be 0.61
     for options, words in (
-        (("--magcache-skip", "60"), "--magcache-skip 60: at most 43 forwards can be skipped with --magcache-rule both"),
-        (("--magcache-skip", "17", "--num-gpus", "2"), "--magcache-skip 17: the branches skip together"),
+        (
+            ("--magcache-skip", "60", *apart),
+            "--magcache-skip 60: at most 43 forwards can be skipped with --magcache-rule",
+        ),
+        (("--magcache-skip", "17"), "--magcache-skip 17: the branches skip together"),
         (
             ("--magcache-budget", "0.6375", "--num-gpus", "2", "--magcache-rule", "low-noise-only"),
             "at most 28 forwards",
@@ -367,7 +371,7 @@ def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> N
         (["--magcache", "on"], "--magcache 'on': use off, preset, artifact"),
         (["--magcache-k", "2"], "--magcache-k needs --magcache"),
         (["--magcache-rule", "both-experts"], "--magcache-rule needs --magcache"),
-        (["--magcache-joint", "on"], "--magcache-joint needs --magcache"),
+        (["--magcache-joint", "off"], "--magcache-joint needs --magcache"),
         (["--magcache-interpolate"], "--magcache-interpolate needs --magcache"),
         (["--magcache", "E012K2R20", "--magcache-thresh", "0.1"], "and --magcache-thresh exclude each other"),
         (["--magcache", "E012K2R20", "--magcache-budget", "0.5"], "and --magcache-budget exclude each other"),
@@ -429,8 +433,18 @@ def test_a_preset_is_of_its_weights(wanfast: Wanfast, workdir: Path) -> None:
     assert "its curve was measured with bf16, not fp32" in other.err
 
 
-def test_how_branches_skip_is_settled_with_the_ranks(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:
-    """The choice is recorded, so that other ranks repeat the run exactly."""
+def test_any_number_of_gpus_skips_alike(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:
+    machine(2, 141)
+    skips = ("--magcache", "E024K2R10", "--magcache-rule", "both-experts")
+    one, two = (wanfast(*A14B_DRY, *skips, "--num-gpus", count).document for count in ("1", "2"))
+    assert two["plan"]["mesh"]["cfg"] == 2 and one["plan"]["magcache"]["skipped_forwards"] > 0
+    names = ("skips_prompt", "skips_negative_prompt")
+    assert [one["plan"]["magcache"][name] for name in names] == [two["plan"]["magcache"][name] for name in names]
+    apart = wanfast(*A14B_DRY, *skips, "--magcache-joint", "off").document
+    assert apart["plan"]["magcache"]["skipped_forwards"] > one["plan"]["magcache"]["skipped_forwards"]
+
+
+def test_an_earlier_run_is_repeated_with_its_skips(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:
     machine(2, 141)
     two = wanfast(*A14B_DRY, "--magcache", "E012K2R20", "--magcache-rule", "both-experts", "--num-gpus", "2").document
     assert two["effective"]["skipping"]["magcache_joint"] == "on"
@@ -444,7 +458,7 @@ def test_how_branches_skip_is_settled_with_the_ranks(wanfast: Wanfast, machine: 
     assert (budget["plan"], budget["rule"], budget["skipped_forwards"]) == ("least error", "both-experts", 32)
     alone = wanfast(*A14B_DRY, "--magcache", "E012K2R20").document
     assert (alone["effective"]["skipping"]["magcache_joint"], alone["effective"]["skipping"]["magcache_rule"]) == (
-        "off",
+        "on",
         "low-noise-only",
     )
     alone["weights"] = {}

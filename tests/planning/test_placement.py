@@ -254,7 +254,7 @@ def test_the_largest_video_of_a_list_decides(wanfast: Wanfast, machine: Machine,
 
 def test_each_rank_group_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elastic.os, "environ", {})
-    monkeypatch.setattr(elastic.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(elastic.host, "cores", lambda: 16)
     monkeypatch.setattr(elastic.gpus, "device_ids", lambda: ["4", "5", "6", "7"])
     config = effective_config(device="cuda", num_gpus=4, cfg_parallel=2).ranks
     for replica, expected in enumerate(("4,5", "6,7")):
@@ -266,7 +266,7 @@ def test_each_rank_group_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert elastic.os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     own = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}
     monkeypatch.setattr(elastic.os, "environ", dict(own))
-    monkeypatch.setattr(elastic.os, "cpu_count", lambda: 256)
+    monkeypatch.setattr(elastic.host, "cores", lambda: 256)
     elastic._set_environment(config, 0, processes=2)
     assert own.items() <= elastic.os.environ.items() and "PYTORCH_ALLOC_CONF" not in elastic.os.environ
     assert elastic.os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "32"  # no more than torch would use
@@ -296,10 +296,10 @@ def test_ranks_of_one_machine_meet_within_it(
     assert elastic.os.environ.get("GLOO_SOCKET_IFNAME") == interface
 
 
-def test_without_a_gpu_to_ask_80_gb_are_assumed_and_said(wanfast: Wanfast, machine: Machine) -> None:
+def test_without_a_gpu_to_ask_an_h100_is_assumed_and_said(wanfast: Wanfast, machine: Machine) -> None:
     machine(0, 0)
     plan = wanfast(*A14B_DRY, "--device", "cuda", "--num-gpus", "8").document["plan"]
-    assert "80.0 GB assumed for each GPU" in plan["placement"] and plan["mesh"] == MADE | {"cfg": 2, "ulysses": 4}
+    assert "85.0 GB assumed for each GPU" in plan["placement"] and plan["mesh"] == MADE | {"cfg": 2, "ulysses": 4}
 
 
 @pytest.mark.parametrize(("host_gb", "is_short"), [(500, False), (50, True)])

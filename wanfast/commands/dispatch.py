@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from wanfast.commands.progress import OnProgress, progress_bars
 from wanfast.runtime.machine import gpus
+from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.plan import Job, Plan
 from wanfast.runtime.processes.launch import RankGroups, num_groups
 from wanfast.runtime.store.artifacts import JOB, RESULT, new_run_folder, write_result, write_synced
@@ -47,6 +48,8 @@ def run_jobs(
                 results = ranks.run(
                     verb, _WORKERS[verb], documents, outputs, on_result=on_result, on_progress=on_progress
                 )
+    for result in results if verb == "generate" else ():
+        past_runs.record(config.models.artifacts_dir, result)
     write_synced(folder / RESULT, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
 
@@ -56,7 +59,7 @@ def _here(
 ) -> list[Document]:
     """Runs the jobs on one rank in this process."""
     if device == "cuda":
-        gpus.expand_segments()
+        gpus.set_environment()
     from wanfast.runtime.distributed.ranks import Ranks  # torch begins here
     from wanfast.runtime.engine.session import Sessions
     from wanfast.runtime.processes.worker import worker_half

@@ -65,9 +65,10 @@ def _machine(document: dict[str, Any]) -> Rows:
         )
         for index, gpu in enumerate(document["gpus"])
     ]
+    limit = " of this control group" if host["memory_is_limited"] else ""
     return [
         *(rows or [("GPUs", "NVIDIA's driver shows none")]),
-        ("memory", f"{gb(host['available_bytes'])} of {gb(host['memory_bytes'])} free, {host['cores']} cores"),
+        ("memory", f"{gb(host['available_bytes'])} of {gb(host['memory_bytes'])} free{limit}, {host['cores']} cores"),
         ("disk", f"{gb(host['disk_free_bytes'])} free at {host['disk']}"),
     ]
 

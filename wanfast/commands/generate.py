@@ -10,6 +10,7 @@ import typer
 from wanfast.commands import dispatch, options
 from wanfast.commands.report import Report
 from wanfast.runtime.config.option import MAKE
+from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.planning import past_runs, sidecar
 from wanfast.runtime.planning.requests import Planned, own_share, plan_requests, read_requests
 
@@ -29,7 +30,8 @@ def generate(
     jobs: Annotated[
         Path | None,
         typer.Option(
-            help="Make many videos: each line is a JSON object of options, which override those given here.",
+            help="Make many videos: each line is a JSON object of options, which override those given here. A line's "
+            "image is relative to the folder of this file.",
             rich_help_panel=MAKE,
         ),
     ] = None,
@@ -38,19 +40,20 @@ def generate(
 ) -> None:
     """Make a video from an image and a prompt."""
     report = Report(as_json=json_)
-    requests = read_requests(options.given(context), prompt_file, from_, jobs)
-    planned = own_share(plan_requests(requests, needs_weights=not dry_run))
-    if not planned:
-        report.no_share()
-        return
-    report.plans(planned, always=dry_run and not json_)
-    results = [dry_result(item) for item in planned] if dry_run else run(planned, report)
-    report.close(planned, results)
+    with asked_once():
+        requests = read_requests(options.given(context), prompt_file, from_, jobs)
+        planned = own_share(plan_requests(requests, needs_weights=not dry_run))
+        if not planned:
+            report.no_share()
+            return
+        report.plans(planned, always=dry_run and not json_)
+        dry = [dry_result(item) for item in planned] if dry_run else []
+    report.close(planned, dry or run(planned, report))
 
 
 def dry_result(item: Planned) -> dict[str, Any]:
     if item.plan is None:
-        return item.failure()
+        return item.outcome()
     return sidecar.planned(item.plan) | {"predicted_s": past_runs.predicted_seconds(item.plan)}
 
 
@@ -67,4 +70,4 @@ def run(planned: list[Planned], report: Report) -> list[dict[str, Any]]:
             on_result=lambda index, result: report.result(ready[index], result),
         )
     done = iter(worked)
-    return [next(done) if item.plan else item.failure() for item in planned]
+    return [next(done) if item.plan else item.outcome() for item in planned]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.errors import JobsFailedError, from_failure
@@ -17,6 +19,7 @@ from wanfast.runtime.planning.next_step import warmup_command
 from wanfast.runtime.planning.plan import guided_steps
 from wanfast.runtime.planning.requests import Planned
 
+_ANY_WIDTH = 10_000
 _WORTH_A_NOTE_S = 0.5
 
 
@@ -29,24 +32,27 @@ class Report:
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         self.brief = not sys.stdout.isatty()
-        self._console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+        width = _ANY_WIDTH if self.brief and "COLUMNS" not in os.environ else None  # a pipe breaks no path
+        self._console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def plans(self, planned: list[Planned], *, always: bool) -> None:
         """Prints the plans, the errors and the notes. Errors and notes are printed even if stdout is a pipe."""
         for item in planned:
             if item.plan is None:
-                self.result(item, item.failure())
+                self.result(item, item.outcome())
                 continue
             if always or not self.brief:
                 seconds = past_runs.predicted_seconds(item.plan)
                 self._table("plan" + _of_line(item), _plan_rows(item.plan.to_json(), seconds))
-            for note in item.plan.notes:
-                self._warnings.print(f"note{_of_line(item)}: {note}", markup=False)
+        for note, lines in _notes(planned).items():
+            self._warnings.print(f"note{lines}: {note}", markup=False)
 
     def result(self, item: Planned, result: dict[str, Any]) -> None:
         """Prints one video or one failed line. `close` raises the error of a single request."""
-        if "error" not in result:
+        if "skipped" in result:
+            self._console.print(f"{_shown(result['output'])}: {result['skipped']}, skipped", markup=False)
+        elif "error" not in result:
             self._summary(result, _of_line(item))
             self._note_compile_time(result, _of_line(item))
         elif item.request.line is not None:
@@ -115,8 +121,20 @@ class Report:
     def _table(self, heading: str, rows: dict[str, str]) -> None:
         table = Table(title=heading, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in rows.items():
-            table.add_row(name, value)
+            table.add_row(name, Text(value, overflow="fold"))  # no markup, and nothing is cut: a path may be long
         self._console.print(table)
+
+
+def _notes(planned: list[Planned]) -> dict[str, str]:
+    """Returns each note once, with the lines that have it: "", " (line 2)" or " (line 2 and 7 others)"."""
+    lines: dict[str, list[Planned]] = {}
+    for item in planned:
+        for note in item.plan.notes if item.plan else ():
+            lines.setdefault(note, []).append(item)
+    return {
+        note: _of_line(items[0]) if len(items) == 1 else f"{_of_line(items[0])[:-1]} and {len(items) - 1} others)"
+        for note, items in lines.items()
+    }
 
 
 def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str]:

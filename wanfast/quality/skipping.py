@@ -62,6 +62,7 @@ def ways(full: Plan, judge: Judge) -> list[Way]:
         assert settings is not None
         threshold, max_skips, retention = settings
         limits = {"magcache": "preset", "magcache_k": max_skips, "retention_ratio": retention, "magcache_rule": rule}
+        limits["magcache_joint"] = "off"  # as published
         config = full.config.replace(**limits, magcache_thresh=threshold)
         greedy = dataclasses.replace(full, config=config, curve=curve_of(config, judge.files))
         number = sum(map(sum, greedy.skips))

@@ -63,7 +63,8 @@ class EffectiveConfig:
     def from_json(cls, document: Mapping[str, Any]) -> EffectiveConfig:
         """Inverts `to_json`; also reads the flat form of older versions. Raises ConfigError, KeyError or TypeError."""
         if "video" not in document:
-            return cls._from_flat(dict(document))
+            unsettled = ("magcache_joint", "auto")  # a default of older versions, which skipped nothing then
+            return cls._from_flat(dict(item for item in document.items() if item != unsettled))
         parts = {name: PARTS[name](**document[name]) for name in PARTS if document[name] is not None}
         return cls(**{"skipping": None, **parts})
 

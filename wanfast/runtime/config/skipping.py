@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from wanfast.runtime.config.option import LOSSY, Option, Part, at_least, between, options_of
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import MagCacheRule, Switch
+from wanfast.runtime.facts.choices import MagCacheRule
 
 _MAGCACHE_NAME = re.compile(r"E(\d)(\d{2,})K(\d+)R(\d{2})")
 _SHORT = ("magcache_thresh", "magcache_k", "retention_ratio")  # the settings in a short name, in order
@@ -75,9 +75,13 @@ class SkippingConfig(Part):
         ),
     ] = None
     magcache_joint: Annotated[
-        Switch,
-        Option("Skip only in steps in which both branches skip; auto: if the branches are on different ranks.", LOSSY),
-    ] = "auto"
+        Literal["on", "off"],
+        Option(
+            "Skip only in steps in which both branches skip, so that every mesh skips the same forwards. off gives the "
+            "published numbers of skips.",
+            LOSSY,
+        ),
+    ] = "on"
     magcache_budget: Annotated[
         float | None,
         Option(

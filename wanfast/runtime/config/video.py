@@ -127,8 +127,23 @@ class VideoConfig(Part):
 class OutputConfig(Part):
     """This part says which files are written."""
 
-    output: Annotated[str | None, Option("The .mp4 to write; its .json is written beside it.", FILES, asked=str)] = (
-        "out.mp4"  # None: the frames are returned instead
-    )
+    output: Annotated[
+        str | None,
+        Option(
+            "The .mp4 to write; its .json is written beside it.",
+            FILES,
+            asked=str,
+            check=lambda path: None if path.strip() else "is empty: name an .mp4 file",
+        ),
+    ] = "out.mp4"  # None: the frames are returned instead
     overwrite: Annotated[bool, Option("Replace existing files.", FILES, of_this_run=True)] = False
+    skip_existing: Annotated[
+        bool,
+        Option("Leave out videos whose files exist, so that a list of --jobs is resumed.", FILES, of_this_run=True),
+    ] = False
     contact_sheet: Annotated[bool, Option("Also write a .png of evenly spaced frames.", FILES)] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.overwrite and self.skip_existing:
+            raise ConfigError("--overwrite and --skip-existing exclude each other: drop one of the two")

@@ -11,6 +11,7 @@ import sys
 import torch
 
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.machine import host
 
 
 def prepare(device: str, precision: str, tf32: bool | None) -> None:
@@ -28,12 +29,12 @@ def prepare(device: str, precision: str, tf32: bool | None) -> None:
 
 
 def use_few_threads(device: str, dim: int) -> None:
-    """Uses one CPU thread for a small model: its products are too short to share.
+    """Uses one CPU thread for a small model, whose products are too short to share, and else no more than the cores.
 
-    If other programs use the cores too, threads wait for each other.
+    If threads have fewer cores than torch believes, they wait for each other.
     """
-    if device == "cpu" and dim < 1024 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1 if dim < 1024 else min(torch.get_num_threads(), host.cores()))
 
 
 def describe(device: str) -> dict[str, str]:

@@ -73,8 +73,24 @@ class Ranks:
         return result  # type: ignore[return-value]  # set if there is no error
 
     def lead(self, work: Callable[[], T]) -> T:
-        """Runs `work()` only on the leader, and returns its result (a plain object) on all ranks."""
-        return self.gather(self.together(lambda: work() if self.is_leader else None))[0]  # type: ignore[return-value]
+        """Runs `work()` only on the leader, and returns its result (a plain object) on all ranks.
+
+        The result is sent to each rank once, so it should be small. Raises the leader's WanFastError on all ranks.
+        """
+        outcome: list[Any] = [None, None]  # (result, the document of an error)
+        error = None
+        try:
+            outcome[0] = work() if self.is_leader else None
+        except WanFastError as own:
+            error, outcome[1] = own, failure(own)
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        if outcome[1]:
+            agreed = error or from_failure(outcome[1])
+            agreed.is_agreed = True
+            raise agreed
+        result: T = outcome[0]
+        return result
 
     def gather(self, value: T) -> list[T]:
         """Returns the values of all ranks, in order, on all of them."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.model_spec import ModelSpec
 
+MAX_ASPECT = 4  # long side : short side of an image
+
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
@@ -55,9 +57,26 @@ def fit_geometry(
             f"--size {area_width}x{area_height} is too small for an image of {image_width}x{image_height}: "
             "use a larger --size"
         )
+    return _geometry(spec, latent_width, latent_height, frames)
+
+
+def largest_geometry(spec: ModelSpec, area_width: int, area_height: int, frames: int) -> Geometry:
+    """Returns the clip with the most tokens that any image gives at this --size: 32,760 at 832x480, 81 frames.
+
+    Of all grids with as many tokens, the one nearest to the size's own aspect ratio is returned.
+    """
+    _, patch_y, patch_x = spec.dit.patch_size
+    token_area = spec.vae.spatial_stride**2 * patch_y * patch_x
+    cells, aspect = area_width * area_height // token_area, area_height / area_width
+    rows = range(max(1, math.isqrt(cells // MAX_ASPECT)), math.isqrt(cells * MAX_ASPECT) + 1)
+    best = max(rows, key=lambda y: (y * (cells // y), -abs(math.log(y / (cells // y or 1) / aspect))))
+    return _geometry(spec, cells // best * patch_x, best * patch_y, frames)
+
+
+def _geometry(spec: ModelSpec, latent_width: int, latent_height: int, frames: int) -> Geometry:
     return Geometry(
-        width=latent_width * stride,
-        height=latent_height * stride,
+        width=latent_width * spec.vae.spatial_stride,
+        height=latent_height * spec.vae.spatial_stride,
         frames=frames,
         latent_frames=(frames - 1) // spec.vae.temporal_stride + 1,
         latent_height=latent_height,

@@ -19,7 +19,7 @@ from wanfast.runtime.config import EffectiveConfig, ModelsConfig, Options
 from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError, WanFastError
 from wanfast.runtime.facts.choices import in_8_bits
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
-from wanfast.runtime.machine import gpus, packages
+from wanfast.runtime.machine import gpus, host, packages
 from wanfast.runtime.planning.fit import fit
 from wanfast.runtime.planning.next_step import NextStep, next_step
 from wanfast.runtime.store import model_files, quantized
@@ -109,14 +109,13 @@ def _quantize_step(models: ModelsConfig) -> NextStep | None:
 
 
 def _host(artifacts: Path) -> dict[str, Any]:
-    import psutil
-
-    memory = psutil.virtual_memory()
+    memory = host.memory()
     existing = next(path for path in (artifacts.absolute(), *artifacts.absolute().parents) if path.is_dir())
     return {
-        "cores": os.cpu_count(),
-        "memory_bytes": memory.total,
-        "available_bytes": memory.available,
+        "cores": host.cores(),
+        "memory_bytes": memory.total_bytes,
+        "available_bytes": memory.free_bytes,
+        "memory_is_limited": memory.is_limited,
         "disk": str(existing),
         "disk_free_bytes": shutil.disk_usage(existing).free,
     }

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from wanfast.runtime.machine import host
+from wanfast.runtime.machine.once import remembered
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -18,6 +21,7 @@ class Gpu:
     nvlinks: int  # active
 
 
+@remembered
 def visible_gpus() -> list[Gpu]:
     """Returns the GPUs, in the order of CUDA_VISIBLE_DEVICES if that is set; returns none if there is no driver."""
     import pynvml
@@ -39,12 +43,13 @@ def device_ids() -> list[str]:
     return [str(index) for index in range(len(visible_gpus()))]
 
 
-def expand_segments() -> None:
-    """Makes torch's allocator use expandable segments, so that GPU memory does not fragment.
+def set_environment() -> None:
+    """Makes CUDA number the GPUs as the driver does, and torch's allocator use expandable segments.
 
-    This applies to this process before its first use of a GPU, and to its children. Without it, 7 GB of fragments from
-    the loop were lost to the VAE (one H100, 1168x768x81). A user's own setting stays.
+    This applies to this process before its first use of a GPU, and to its children. Without expandable segments, 7 GB
+    of fragments from the loop were lost to the VAE (one H100, 1168x768x81). A user's own allocator setting stays.
     """
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of this setting
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -69,15 +74,27 @@ def _handles() -> list[object]:
 def _describe(handle: object) -> Gpu:
     import pynvml
 
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    total, free = _memory(handle)
     return Gpu(
         name=_text(pynvml.nvmlDeviceGetName(handle)),
-        total_bytes=int(memory.total),
-        free_bytes=int(memory.free),
+        total_bytes=total,
+        free_bytes=free,
         driver=_text(pynvml.nvmlSystemGetDriverVersion()),
         capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
         nvlinks=sum(_link_is_active(handle, link) for link in range(pynvml.NVML_NVLINK_MAX_LINKS)),
     )
+
+
+def _memory(handle: object) -> tuple[int, int]:
+    """Returns (total, free) bytes; a GPU that shares the host's memory has no figures of its own."""
+    import pynvml
+
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    except pynvml.NVMLError_NotSupported:
+        shared = host.memory()
+        return shared.total_bytes, shared.free_bytes
+    return int(memory.total), int(memory.free)
 
 
 def _link_is_active(handle: object, link: int) -> bool:

@@ -1,10 +1,99 @@
-"""Reports the free memory of this host."""
+"""Reports the memory and the cores that this process may use: the host's, or fewer if a control group limits them.
+
+A container has such limits. The host's own figures do not show them, and a process beyond its memory limit is killed
+without a word. Both versions of Linux's control groups are read (kernel documentation, admin-guide/cgroup-v2.rst and
+admin-guide/cgroup-v1/memory.rst). A group's limit also holds for the groups inside it, so that the smallest counts.
+"""
 
 from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from wanfast.runtime.machine.once import remembered
+
+_ROOT = Path("/sys/fs/cgroup")
+_OF_PROCESS = Path("/proc/self/cgroup")
+# (limit, bytes in use, the key in memory.stat of file pages that the kernel frees first), of version 2 and 1
+_MEMORY = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """This class holds the bytes of memory that this process may use."""
+
+    total_bytes: int
+    free_bytes: int
+    is_limited: bool  # by a control group
+
+
+@remembered
+def memory() -> HostMemory:
+    """Returns the host's memory, or the memory that the tightest control group leaves."""
+    import psutil
+
+    host = psutil.virtual_memory()
+    limits = [found for group in _groups("memory") if (found := _memory_of(group)) is not None]
+    total = min([host.total, *(limit for limit, _ in limits)])
+    free = min([host.available, *(limit - used for limit, used in limits)])
+    return HostMemory(total, max(0, free), is_limited=total < host.total)
 
 
 def available_host_bytes() -> int:
     """Returns the bytes of host memory that a process can allocate."""
-    import psutil
+    return memory().free_bytes
 
-    return int(psutil.virtual_memory().available)
+
+def cores() -> int:
+    """Returns the cores that this process may use: those of its affinity, or fewer if a control group has a quota."""
+    quotas = [quota for group in _groups("cpu") if (quota := _quota_of(group)) is not None]
+    return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """Yields the folder of this process's group and of each group above it, for both versions."""
+    lines = _OF_PROCESS.read_text().splitlines() if _OF_PROCESS.is_file() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = _ROOT / controller if controllers else _ROOT
+        inside = Path(path.lstrip("/"))  # a container may not show the groups above its own: then the top is its own
+        yield from (top / group for group in (inside, *inside.parents) if (top / group).is_dir())
+
+
+def _memory_of(group: Path) -> tuple[int, int] | None:
+    """Returns (limit, bytes in use that cannot be reclaimed) of a group, or None if the group has no limit."""
+    for limit_file, used_file, reclaimable in _MEMORY:
+        limit, used = _number(group / limit_file), _number(group / used_file)
+        if limit is not None and used is not None:
+            return limit, used - _statistics(group / "memory.stat").get(reclaimable, 0)
+    return None
+
+
+def _quota_of(group: Path) -> int | None:
+    """Returns the cores of a group's quota, rounded up, or None if the group has no quota."""
+    if (file := group / "cpu.max").is_file():
+        quota, period = file.read_text().split()
+    elif (file := group / "cpu.cfs_quota_us").is_file():
+        quota, period = file.read_text().strip(), (group / "cpu.cfs_period_us").read_text()
+    else:
+        return None
+    return None if quota in ("max", "-1") else math.ceil(int(quota) / int(period))
+
+
+def _number(file: Path) -> int | None:
+    """Returns the number in a file, or None if the file is missing or says "max"."""
+    text = file.read_text().strip() if file.is_file() else "max"
+    return int(text) if text.isdecimal() else None
+
+
+def _statistics(file: Path) -> dict[str, int]:
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return {name: int(value) for name, value in map(str.split, lines)}

@@ -46,6 +46,7 @@ def require_attention(kernel: str, device: str) -> None:
             raise ConfigError(f"--attention {kernel}: {package} is not installed: {fix}")
 
 
+@functools.cache
 def version_of(package: str) -> str | None:
     """Returns a package's version, or None if the package is not installed."""
     try:

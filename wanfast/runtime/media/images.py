@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanfast.runtime.errors import ConfigError, foreign
+from wanfast.runtime.facts.shapes import MAX_ASPECT
 from wanfast.runtime.media.colours import to_rgb
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
 
 MIN_SIDE = 16  # pixels: one token
-MAX_ASPECT = 4  # long side : short side
 MAX_MEGAPIXELS = 64  # a phone's 50 fit; converting them takes up to 2 GB
 MAX_FILE_BYTES = 1 << 30  # 64 megapixels of four 32-bit channels, uncompressed
 _UPRIGHT = {  # EXIF orientation -> the turn that undoes it

@@ -1,7 +1,7 @@
 """Computes whether a model fits here, for each number of GPUs and each placement of its experts. Torch-free.
 
 The sums of bytes are those of `placement`, which also decides a run by them. If there is no GPU, the sums are compared
-with the cards that one can rent. A card's GB count as 10^9 bytes, a little less than the card has.
+with the cards that one can rent.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import Precision, Scheme, in_8_bits
 from wanfast.runtime.facts.mesh import Mesh, choose_mesh
 from wanfast.runtime.facts.model_spec import ModelSpec
-from wanfast.runtime.facts.shapes import Geometry, fit_geometry
+from wanfast.runtime.facts.shapes import Geometry, largest_geometry
 from wanfast.runtime.machine import host
 from wanfast.runtime.machine.gpus import Gpu
 from wanfast.runtime.planning import placement
 from wanfast.runtime.sampling.guidance import needs_unconditional
 
 HERE = "here"
-CARDS = {f"{size} GB": size * 10**9 for size in (24, 48, 80, 141)}
 _COUNTS = (1, 2, 4, 8)
 _PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
 
@@ -36,9 +35,9 @@ class Way:
     mesh: Mesh
     mode: str
     terms: dict[str, int]  # bytes of one GPU at its peak
-    free: dict[str, int]  # free bytes of a GPU here, or of each of CARDS
+    free: dict[str, int]  # free bytes of a GPU here, or of each known card
     host_bytes: int
-    host_free: int | None  # None for CARDS, because their host is unknown
+    host_free: int | None  # None for known cards, because their host is unknown
 
     @property
     def gpu_bytes(self) -> int:
@@ -97,20 +96,21 @@ class Fit:
 
 
 def fit(given: Options, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
-    """Computes all ways for the free memory of the GPUs in `found` and of the host, or for CARDS if `found` is empty.
+    """Computes all ways for the free memory of the GPUs in `found` and of the host.
 
-    The image is assumed to have the shape of --size; another shape gives no more pixels. Raises ConfigError.
+    If `found` is empty, the ways are compared with the cards that one can rent. The image is assumed to have the shape
+    that gives the most tokens at --size. Raises ConfigError.
     """
     config = EffectiveConfig.of({**NO_VIDEO, **given}, spec)
     precision, scheme, size = config.models.precision, config.models.quantize, parse_size(config.video.size)
-    geometry = fit_geometry(spec, *size, config.video.frames, size)
+    geometry = largest_geometry(spec, *size, config.video.frames)
     host_free = host.available_host_bytes() if found else None
     ways = []
     for num_gpus in _COUNTS:
         mesh = choose_mesh(num_gpus, spec.dit.num_heads, guided=_is_guided(spec))
         if mesh.replica > 1 or (found and num_gpus > len(found)):
             continue
-        free = {HERE: min(gpu.free_bytes for gpu in found[:num_gpus])} if found else CARDS
+        free = {HERE: min(gpu.free_bytes for gpu in found[:num_gpus])} if found else memory.CARDS
         need = placement.needed(spec, precision, geometry, mesh, scheme)
         on_host = placement.on_host(need, mesh.group_size, num_gpus, free.get(HERE))
         for mode, parts in placement.terms(need, mesh.group_size).items():

@@ -12,8 +12,8 @@ from typing import Any
 
 from wanfast.runtime.config import OPTIONS, EffectiveConfig, ModelsConfig, Options
 from wanfast.runtime.config.option import words
-from wanfast.runtime.facts.memory import gb
-from wanfast.runtime.planning.fit import CARDS, Fit, Way, fit
+from wanfast.runtime.facts.memory import CARDS, gb
+from wanfast.runtime.planning.fit import Fit, Way, fit
 from wanfast.runtime.store.model_files import TINY
 
 _EXAMPLES = TINY.parent / "examples"
@@ -112,15 +112,15 @@ def _what_would_fit(given: Options, fitted: Fit) -> NextStep:
 def _smallest_cards(on_cards: Fit) -> str:
     """Returns in words the fewest and smallest cards on which the model fits."""
     best = min(
-        ((way.num_gpus, CARDS[card], way) for way in on_cards.ways for card, fits in way.fits.items() if fits),
+        ((way.num_gpus, CARDS[card], card, way) for way in on_cards.ways for card, fits in way.fits.items() if fits),
         key=lambda found: found[:2],
         default=None,
     )
     subject = f"{on_cards.spec.name} at {on_cards.size}"
     if best is None:
         return f"{subject} fits on none of the known cards: use a smaller --size or fewer --frames"
-    count, card, way = best
-    return f"{subject} needs {count} GPU{'s'[: count - 1]} of {card / 1e9:.0f} GB: {_in_words(way)}"
+    count, _, card, way = best
+    return f"{subject} needs {count} GPU{'s'[: count - 1]} of {card}: {_in_words(way)}"
 
 
 def _in_words(way: Way) -> str:

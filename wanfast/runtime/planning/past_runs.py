@@ -3,42 +3,74 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.planning.plan import Plan, guided_steps
-from wanfast.runtime.store.artifacts import RESULTS
+from wanfast.runtime.store.artifacts import replace_text, writing_to
 
 # The plan's fields on which a forward's time depends.
 _ALIKE = (
     "model", "width", "height", "frames", "precision", "quantize", "compile", "device", "mesh", "dit_fsdp",
     "expert_offload",
 )  # fmt: skip
-_MOST_RUNS = 50
+_INDEX = "runs/past.jsonl"  # a line for each video that was made: its shape, and the seconds of a forward
+_MOST = 500  # videos that the index keeps
+
+
+def record(artifacts_dir: str, result: dict[str, Any]) -> None:
+    """Adds a finished video to the index, which later runs predict by. Raises ConfigError if it cannot be written."""
+    if "error" in result or not result["seconds"]["denoise"] > result["first_step_s"]:
+        return
+    plan, turns = result["plan"], forwards_in_turn(result["plan"])
+    later = sum(turns[1:])  # the first step is not counted, because it waited for compilers
+    seconds = result["seconds"]["denoise"] - (result["first_step_s"] if later else 0)
+    entry = {name: plan[name] for name in (*_ALIKE, "attention")}
+    entry |= {"machine": result["hardware"]["device"], "seconds_a_forward": seconds / (later or turns[0])}
+    index = Path(artifacts_dir) / _INDEX
+    with writing_to(Path(artifacts_dir)):
+        if len(_entries(index)) >= 2 * _MOST:
+            replace_text(index, "".join(json.dumps(entry) + "\n" for entry in _entries(index)[-_MOST:]))
+        with index.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
 
 
 def predicted_seconds(plan: Plan) -> float | None:
-    """Returns the seconds of denoising, by the newest similar run in the artifacts folder, or None without one.
-
-    The first step of that run is not counted, because it waited for compilers.
-    """
+    """Returns the seconds of denoising, by the newest similar run in the artifacts folder, or None without one."""
     wanted = plan.to_json()
-    for result in _results(Path(plan.config.models.artifacts_dir) / "runs"):
-        done = result["plan"]
-        same_kernel = wanted["attention"] in ("auto", done["attention"])
-        if same_kernel and all(done[name] == wanted[name] for name in _ALIKE) and _same_machine(result, plan):
-            turns = forwards_in_turn(done)
-            later = sum(turns[1:])
-            seconds = result["seconds"]["denoise"] - (result["first_step_s"] if later else 0)
-            return round(float(seconds) / (later or turns[0]) * sum(forwards_in_turn(wanted)), 3)
+    found = gpus.visible_gpus() if plan.config.ranks.device == "cuda" else []
+    for entry in reversed(_entries(Path(plan.config.models.artifacts_dir) / _INDEX)):
+        same_kernel = wanted["attention"] in ("auto", entry["attention"])
+        same_machine = not found or found[0].name == entry["machine"]
+        if same_kernel and same_machine and all(entry[name] == wanted[name] for name in _ALIKE):
+            return round(float(entry["seconds_a_forward"]) * sum(forwards_in_turn(wanted)), 3)
     return None
 
 
-def _same_machine(result: dict[str, Any], plan: Plan) -> bool:
-    found = gpus.visible_gpus() if plan.config.ranks.device == "cuda" else []
-    return not found or bool(found[0].name == result["hardware"]["device"])
+def _entries(index: Path) -> Sequence[dict[str, Any]]:
+    """Returns the index's entries, the oldest first; none if there is no index."""
+    try:
+        facts = index.stat()
+    except OSError:
+        return ()
+    return _read(index, facts.st_mtime_ns, facts.st_size)
+
+
+@lru_cache(maxsize=2)
+def _read(index: Path, mtime_ns: int, size: int) -> Sequence[dict[str, Any]]:
+    """Reads the index once for all lines of a list; skips a line that is no complete entry."""
+    entries = []
+    for line in index.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and {*_ALIKE, "attention", "machine", "seconds_a_forward"} <= entry.keys():
+            entries.append(entry)
+    return entries
 
 
 def forwards_in_turn(plan: dict[str, Any]) -> list[int]:
@@ -59,16 +91,3 @@ def _skips(magcache: dict[str, Any]) -> list[tuple[bool, bool]]:
     """Returns the skips of each step and branch; older runs have other names for the skips."""
     names = ("skips_prompt", "skips_negative_prompt") if "skips_prompt" in magcache else ("skips_cond", "skips_uncond")
     return list(zip(*(magcache[name] for name in names), strict=True))
-
-
-def _results(runs: Path) -> Iterator[dict[str, Any]]:
-    """Yields the results of the newest runs, the newest first, and skips a file that is no complete result."""
-    newest = sorted(runs.iterdir(), reverse=True)[:_MOST_RUNS] if runs.is_dir() else []
-    for file in (file for run in newest for file in sorted((run / RESULTS).glob("*.json"))):
-        try:
-            result = json.loads(file.read_text(encoding="utf-8"))
-            complete = result["seconds"]["denoise"] > result["first_step_s"] and "device" in result["hardware"]
-            if complete and all(name in result["plan"] for name in _ALIKE):
-                yield result
-        except (OSError, ValueError, KeyError, TypeError):
-            continue

@@ -9,10 +9,11 @@ the largest video decides. Torch-free.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wanfast.runtime.config import RanksConfig, SkippingConfig
+from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import Precision, Scheme, Switch, in_8_bits
@@ -25,7 +26,7 @@ from wanfast.runtime.planning.plan import Plan, why_cpu
 from wanfast.runtime.sampling.guidance import needs_unconditional
 
 _GRAPHS, _NO_GRAPHS = "--compile-mode max-autotune", "use max-autotune-no-cudagraphs"
-_UNMEASURED_BYTES = 80 * 10**9  # an H100, as in `doctor`, if no GPU is visible
+_UNMEASURED_BYTES = memory.CARDS["80 GB"]  # an H100, as in `doctor`, if no GPU is visible
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def place(plans: Sequence[Plan], free_memory: FreeMemory | None = None) -> list[
     asked = plans[0].config.ranks
     mesh = choose_mesh(
         asked.num_gpus,
-        plans[0].spec.dit.num_heads,
+        math.gcd(*(plan.spec.dit.num_heads for plan in plans)),  # every line's model must fit the mesh
         nnodes=asked.nnodes,
         guided=any(needs_unconditional(scale) for plan in plans for scale in plan.guidance.values()),
         num_videos=len(plans),
@@ -84,21 +85,11 @@ def place(plans: Sequence[Plan], free_memory: FreeMemory | None = None) -> list[
     return [
         dataclasses.replace(
             plan,
-            config=dataclasses.replace(plan.config, ranks=ranks, skipping=_joint(plan.config.skipping, mesh)),
+            config=dataclasses.replace(plan.config, ranks=ranks),
             placement=f"{why}, {gb(free)} {what}",
         )
         for plan in plans
     ]
-
-
-def _joint(skipping: SkippingConfig | None, mesh: Mesh) -> SkippingConfig | None:
-    """Settles `magcache_joint`: `auto` becomes `on` if the mesh puts the branches on different ranks, else `off`.
-
-    A later run of the recorded config then skips the same forwards, even on another number of ranks.
-    """
-    if skipping is None or skipping.magcache_joint != "auto":
-        return skipping
-    return dataclasses.replace(skipping, magcache_joint="on" if mesh.cfg == 2 else "off")
 
 
 def check_skips(plan: Plan) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +23,18 @@ from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.facts.shapes import Geometry, fit_geometry
 from wanfast.runtime.machine import gpus
+from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.media import images, video_file
-from wanfast.runtime.media.images import LoadedImage
 from wanfast.runtime.media.tokenizer import PromptTokenizer, clean_prompt
 from wanfast.runtime.sampling.guidance import needs_unconditional
-from wanfast.runtime.sampling.magcache import MagCacheSettings, Skips, accumulated_error, plan_best, plan_skips
+from wanfast.runtime.sampling.magcache import (
+    MagCacheSettings,
+    Ratios,
+    Skips,
+    accumulated_error,
+    plan_best,
+    plan_skips,
+)
 from wanfast.runtime.sampling.scheduler import Step, expert_of, schedule
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.curves import Curve, curve_of, magcache_notes, settle
@@ -116,9 +124,8 @@ class Plan:
 
     @property
     def is_joint(self) -> bool:
-        """Whether only joint skips are planned: on separate ranks, a branch that skips only waits for the other."""
-        asked = self.config.skipping.magcache_joint if self.config.skipping else "off"
-        return asked == "on" or (asked == "auto" and self.config.ranks.cfg_parallel == 2)
+        """Whether the branches skip only together: on separate ranks, a branch that skips only waits for the other."""
+        return self.config.skipping is not None and self.config.skipping.magcache_joint == "on"
 
     @cached_property
     def skips(self) -> list[Skips]:
@@ -133,14 +140,14 @@ class Plan:
         threshold = s.magcache_thresh or 0.0  # a budget has no threshold
         settings = MagCacheSettings(threshold, s.magcache_k, s.retention_ratio, s.magcache_rule)
         if s.magcache_thresh is not None:
-            return plan_skips(ratios, self.experts, settings, joint=joint, guided=guided)
+            return list(_planned_skips(ratios, tuple(self.experts), settings, None, True, joint, tuple(guided)))
         option, wanted = f"--magcache-skip {s.magcache_skip}", s.magcache_skip
         if wanted is None:
             budget = s.magcache_budget or 0.0
             option, wanted = f"--magcache-budget {budget:g}", int((1 - budget) * self.num_forwards + 1e-9)
         exactly = s.magcache_skip is not None
         try:
-            return plan_best(ratios, self.experts, settings, wanted, exactly=exactly, joint=joint, guided=guided)
+            return list(_planned_skips(ratios, tuple(self.experts), settings, wanted, exactly, joint, tuple(guided)))
         except ConfigError as error:
             raise ConfigError(f"{option}: {error}") from None
 
@@ -210,6 +217,22 @@ class Plan:
         }
 
 
+@lru_cache(maxsize=64)
+def _planned_skips(
+    ratios: Ratios,
+    experts: Sequence[Expert],
+    settings: MagCacheSettings,
+    wanted: int | None,
+    exactly: bool,
+    joint: bool,
+    guided: Sequence[bool],
+) -> Sequence[Skips]:
+    """Returns the skips by the threshold, or the `wanted` number of skips; planned once for all lines of a list."""
+    if wanted is None:
+        return plan_skips(ratios, experts, settings, joint=joint, guided=guided)
+    return plan_best(ratios, experts, settings, wanted, exactly=exactly, joint=joint, guided=guided)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A job is one planned video in the form that the parent sends to the ranks."""
@@ -259,7 +282,7 @@ def resolve(given: Options, *, writes: bool = True) -> tuple[Plan, ModelFiles]:
     spec = files.spec
     if not clean_prompt(given["prompt"]):
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
-    image = images.load_image(given["image"])
+    image = _image_facts(given["image"])
     config = effective(given, files, image.sha256)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
     if writes:
@@ -271,6 +294,25 @@ def resolve(given: Options, *, writes: bool = True) -> tuple[Plan, ModelFiles]:
     )  # fmt: skip
     notes = (*notes, spec.weights_note) if spec.weights_note else notes
     return dataclasses.replace(plan, requested=given, notes=notes), files
+
+
+@dataclass(frozen=True)
+class _ImageFacts:
+    sha256: str
+    size: tuple[int, int]
+    notes: tuple[str, ...]
+
+
+@remembered
+def _image_facts(path: str) -> _ImageFacts:
+    """Returns what a plan needs of an image; a list may name one image a thousand times."""
+    image = images.load_image(path)
+    return _ImageFacts(image.sha256, image.size, image.notes)
+
+
+@remembered
+def _tokenizer(file: Path, max_tokens: int) -> PromptTokenizer:
+    return PromptTokenizer(file, max_tokens)
 
 
 def effective(given: Options, files: ModelFiles, image_sha256: str) -> EffectiveConfig:
@@ -354,7 +396,7 @@ def _check_outputs(plan: Plan, output: str) -> None:
             raise ConfigError(f"--output: {path}, written beside the video, exists: add --overwrite, or name another")
 
 
-def _geometry_notes(plan: Plan, image: LoadedImage) -> list[str]:
+def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:
     g, spec, (image_width, image_height) = plan.geometry, plan.spec, image.size
     width, height = parse_size(plan.config.video.size)
     notes = []
@@ -377,7 +419,7 @@ def _geometry_notes(plan: Plan, image: LoadedImage) -> list[str]:
 def _prompt_notes(plan: Plan, files: ModelFiles) -> list[str]:
     if not files.exists:
         return ["the weights are missing, so the prompt's tokens were not counted"]
-    tokenizer = PromptTokenizer(files.tokenizer, plan.spec.dit.text_len)
+    tokenizer = _tokenizer(files.tokenizer, plan.spec.dit.text_len)
     notes = []
     for option, text in (
         ("--prompt", plan.config.video.prompt),

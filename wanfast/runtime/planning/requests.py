@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.config import OPTIONS, EffectiveConfig, RanksConfig, SkippingConfig
+from wanfast.runtime.config import OPTIONS, EffectiveConfig, OutputConfig, RanksConfig, SkippingConfig
 from wanfast.runtime.config.option import flag, options_of
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
-from wanfast.runtime.planning.plan import Job, Plan, resolve
+from wanfast.runtime.planning.plan import Job, Plan, output_paths, resolve
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
 
@@ -40,20 +40,22 @@ class Request:
 
 @dataclass(frozen=True)
 class Planned:
-    """This class holds a request with its plan, or with the error that prevented the plan."""
+    """This class holds a request with its plan, with the error that prevented the plan, or with its existing files."""
 
     request: Request
     plan: Plan | None = None
     error: WanFastError | None = None
+    existing: tuple[Path, ...] = ()  # all files of the video, which `--skip-existing` leaves as they are
 
     def job(self) -> Job:
         """Returns the job of a request that has a plan."""
         assert self.plan is not None
         return self.plan.job()
 
-    def failure(self) -> dict[str, Any]:
+    def outcome(self) -> dict[str, Any]:
         """Returns the result document of a request without a plan."""
-        assert self.error is not None
+        if self.error is None:
+            return {"output": str(self.existing[0]), "skipped": "the video exists"}
         return failure(self.error)
 
 
@@ -62,6 +64,7 @@ def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Plann
     taken: dict[Path, int | None] = {}
     required: set[tuple[QuantizedExpert, bool]] = set()
     planned = [_plan(request, taken, required, needs_weights) for request in requests]
+    planned = _refuse_lost_sources(planned)
     if first := next((item.plan for item in planned if item.plan), None):
         planned = [_like(item, first) for item in planned]
         ready = [item for item in planned if item.plan]
@@ -84,14 +87,11 @@ def _checked(request: Request, plan: Plan) -> Planned:
 
 
 def _like(item: Planned, first: Plan) -> Planned:
-    """Adds an error if a line needs another device than the first, or on several ranks another model."""
+    """Adds an error if a line needs another device than the first."""
     if item.plan is None:
         return item
-    own, shared = item.plan.config, first.config
-    if own.ranks.device != shared.ranks.device:
+    if item.plan.config.ranks.device != first.config.ranks.device:
         return Planned(item.request, error=_shared_by_all("device"))
-    if shared.ranks.mesh.size > 1 and own.models.model != shared.models.model:
-        return Planned(item.request, error=_shared_by_all("model"))
     return item
 
 
@@ -117,12 +117,14 @@ def _plan(
     try:
         if request.error is not None:
             raise request.error
+        output = _output_of(request)
+        written = output_paths(output.output, output.contact_sheet) if output.output else ()
+        if output.skip_existing and all(path.exists() for path in written):
+            return Planned(request, existing=written)
         plan, files = resolve(request.options)
         (separate,) = place([plan])  # `plan_requests` places all lines together
         check_skips(separate)
         for path in (path.resolve() for path in plan.outputs):
-            if path in (source.resolve() for source in (Path(plan.config.video.image), *request.sources)):
-                raise ConfigError(f"--output: {path} would overwrite a file that the video is made from: name another")
             if path in taken:
                 raise ConfigError(f"--output: {path} is written by line {taken[path]} too: name another")
         if request.image_sha256 not in (None, plan.config.video.image_sha256):
@@ -143,6 +145,26 @@ def _plan(
         if request.line is None:
             raise
         return Planned(request, error=error)
+
+
+def _output_of(request: Request) -> OutputConfig:
+    own = {name: value for name, value in request.options.items() if name in options_of(OutputConfig)}
+    return OutputConfig(**{name: value for name, value in own.items() if OPTIONS[name].accept(value) is not None})
+
+
+def _refuse_lost_sources(planned: list[Planned]) -> list[Planned]:
+    """Replaces the plans that would overwrite a file that any line of the list is made from, by errors."""
+    plans = [(item.request, item.plan) for item in planned if item.plan]
+    sources = {Path(plan.config.video.image).resolve() for _, plan in plans}
+    sources |= {source.resolve() for request, _ in plans for source in request.sources}
+    checked = []
+    for item in planned:
+        lost = next((path for path in (item.plan.outputs if item.plan else ()) if path.resolve() in sources), None)
+        error = ConfigError(f"--output: {lost} would overwrite a file that a video is made from: name another")
+        if lost is not None and item.request.line is None:
+            raise error
+        checked.append(item if lost is None else Planned(item.request, error=error))
+    return checked
 
 
 def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
@@ -171,6 +193,8 @@ def read_requests(
         if "prompt" in typed:
             raise ConfigError("--prompt and --prompt-file both give the prompt: drop one of the two")
         typed = {**typed, "prompt": _read(prompt_file, "--prompt-file").strip()}
+    for name, value in typed.items():  # before they are given to each line
+        OPTIONS[name].accept(value)
     earlier = Request({}) if from_file is None else _read_earlier(from_file, typed)
     base = dataclasses.replace(
         earlier,
@@ -220,8 +244,11 @@ def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict
 
 
 def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
-    """Yields a request for each line, except blank lines and # lines. Line 7 writes out-0007.mp4 by default."""
-    stem = Path(base.options.get("output") or "out.mp4")
+    """Yields a request for each line, except blank lines and # lines. Line 7 writes out-0007.mp4 by default.
+
+    The path of a line's image is relative to the list's own folder, because list and images move together.
+    """
+    stem = Path(base.options.get("output", "out.mp4"))
     for number, line in enumerate(_read(file, "--jobs").split("\n"), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -236,6 +263,8 @@ def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
         if other := [name for name in _LAUNCH_OPTIONS if name in own and own[name] != base.options.get(name)]:
             yield Request({}, number, error=_shared_by_all(other[0]))
             continue
+        if isinstance(own.get("image"), str):
+            own["image"] = str(file.parent / Path(own["image"]).expanduser())
         own_name = str(stem.with_stem(f"{stem.stem}-{number:04d}"))
         yield dataclasses.replace(
             base, options={**_without_overridden(base.options, own), "output": own_name, **own}, line=number

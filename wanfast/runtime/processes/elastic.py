@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import RanksConfig
-from wanfast.runtime.machine import gpus
+from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.signals import PARENT, end_with_parent
 from wanfast.runtime.store.artifacts import RANKS, SETUP, replace_text
 
@@ -94,12 +94,11 @@ def _set_environment(config: RanksConfig, place: int, processes: int) -> None:
     os.environ[PARENT] = str(os.getpid())
     if config.device == "cuda":
         ids = gpus.device_ids() or [str(index) for index in range(config.num_gpus)]
-        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the driver's order
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids[place * processes : (place + 1) * processes])
-        gpus.expand_segments()
+        gpus.set_environment()
     if config.nnodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name may resolve to an address that does not exist
-    cores = os.cpu_count() or 1
+    cores = host.cores()
     share = max(1, cores // min(config.num_gpus, cores))
     if config.num_gpus > 1:  # else torch's own default: compiled code is stored for one number of threads
         os.environ.setdefault("OMP_NUM_THREADS", str(share))

@@ -20,6 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert, MagCacheRule
 
@@ -89,9 +92,10 @@ def plan_best(
     prompt: list[_Call] = [((of[0],), int(may[0])) for of, _, may in steps]
     negative: list[_Call] = [((of[1],), int(may[1] and both)) for of, both, may in steps]
     together: list[_Call] = [(of, (1 + both) * all(may[: 1 + both])) for of, both, may in steps]
-    first = _cheapest(together if joint else prompt, settings.max_skips)
-    second = {0: (0.0, ())} if joint else _cheapest(negative, settings.max_skips)
-    counts = {n + m for n in first for m in second}
+    first = _Cheapest(together if joint else prompt, settings.max_skips)
+    second = None if joint else _Cheapest(negative, settings.max_skips)
+    others = {0: 0.0} if second is None else second.errors
+    counts = {n + m for n in first.errors for m in others}
     most = max(counts)
     if skipped > most:
         limits = f"--magcache-rule {settings.rule}, --magcache-k {settings.max_skips}"
@@ -102,9 +106,9 @@ def plan_best(
     if exactly and skipped not in counts:
         raise ConfigError(f"the branches skip together, so the plan cannot skip {skipped} forwards: take {skipped - 1}")
     skipped = max(count for count in counts if count <= skipped)
-    of_first = min((first[n][0] + second[skipped - n][0], n) for n in first if skipped - n in second)[1]
-    ours = first[of_first][1]
-    theirs = [step for step in ours if guided[step]] if joint else second[skipped - of_first][1]
+    _, of_first = min((error + others[skipped - n], n) for n, error in first.errors.items() if skipped - n in others)
+    ours = first.steps(of_first)
+    theirs = {step for step in ours if guided[step]} if second is None else second.steps(skipped - of_first)
     return [(step in ours, step in theirs) for step in range(len(ratios))]
 
 
@@ -120,27 +124,44 @@ def accumulated_error(ratios: Ratios, plan: Sequence[Skips]) -> float:
 
 
 _Call = tuple[tuple[float, ...], int]  # a step: its ratios, and the calls that a skip saves (0: no skip is allowed)
-_State = tuple[float, tuple[int, ...], tuple[float, ...]]  # error, steps skipped, products of the ratios in this row
 
 
-def _cheapest(line: Sequence[_Call], max_skips: int) -> dict[int, tuple[float, tuple[int, ...]]]:
-    """Returns {number of calls skipped: (the least error, the skipped steps)}.
+class _Cheapest:
+    """Finds for every number of skipped calls the steps to skip with the least error, by dynamic programming.
 
-    The cost of a skip depends on the skips before it in the row, so a state's key is (calls, skips in the row).
+    The cost of a skip depends only on the step and on the skips before it in the row. So the state after a step is
+    (skips in the row, calls skipped), and an array over the second holds the least errors.
     """
-    ones = (1.0,) * len(line[0][0])
-    states: dict[tuple[int, int], _State] = {(0, 0): (0.0, (), ones)}  # by (calls skipped, skips in a row)
-    for step, (ratios, calls) in enumerate(line):
-        reached: list[tuple[tuple[int, int], _State]] = []
-        for (skipped, row), (error, steps, products) in states.items():
-            reached.append(((skipped, 0), (error, steps, ones)))
-            if calls and row < max_skips:
-                grown = tuple(product * ratio for product, ratio in zip(products, ratios, strict=True))
-                cost = sum(abs(1 - product) for product in grown[:calls])
-                reached.append(((skipped + calls, row + 1), (error + cost, (*steps, step), grown)))
-        states = dict(sorted(reached, reverse=True))  # the last entry of a key stays: the cheapest
-    ends = [(skipped, (error, steps)) for (skipped, _), (error, steps, _) in states.items()]
-    return dict(sorted(ends, reverse=True))
+
+    def __init__(self, line: Sequence[_Call], max_skips: int) -> None:
+        self._line = line
+        most, longest = sum(calls for _, calls in line), min(max_skips, len(line))
+        errors = np.full((longest + 1, most + 1), np.inf)
+        errors[0, 0] = 0.0
+        products = [(1.0,) * len(line[0][0])]  # of the ratios in a row of that many skips
+        self._rows: list[npt.NDArray[np.intp]] = []  # before each step: the row in which the least error is
+        for ratios, calls in line:
+            self._rows.append(errors.argmin(axis=0))
+            after = np.full_like(errors, np.inf)
+            after[0] = errors.min(axis=0)
+            grown = [tuple(a * b for a, b in zip(product, ratios, strict=True)) for product in products[:longest]]
+            for row, product in enumerate(grown if calls else ()):
+                after[row + 1, calls:] = errors[row, : most + 1 - calls] + sum(abs(1 - p) for p in product[:calls])
+            errors, products = after, [products[0], *grown]
+        self._rows.append(errors.argmin(axis=0))
+        self.errors = {n: float(error) for n, error in enumerate(errors.min(axis=0)) if error < np.inf}
+
+    def steps(self, skipped: int) -> set[int]:
+        """Returns the steps to skip, so that `skipped` calls are saved."""
+        steps = set()
+        row = self._rows[-1][skipped]
+        for step in range(len(self._line) - 1, -1, -1):
+            if row:
+                steps.add(step)
+                skipped, row = skipped - self._line[step][1], row - 1
+            else:
+                row = self._rows[step][skipped]
+        return steps
 
 
 def _allowed(experts: Sequence[Expert], retention: float, rule: MagCacheRule) -> list[Skips]:

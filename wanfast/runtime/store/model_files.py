@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.model_spec import A14B, DiTSpec, ModelSpec, UMT5Spec, VAESpec
+from wanfast.runtime.machine.once import remembered
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny"
 A14B_FOLDER = "checkpoints/Wan2.2-I2V-A14B"  # below the artifacts folder
@@ -106,6 +107,7 @@ class ModelFiles:
         return _fingerprint(self.weights(component))
 
 
+@remembered
 def locate(model: str, artifacts_dir: str) -> ModelFiles:
     """Returns the files of `--model`.
 

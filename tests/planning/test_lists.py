@@ -1,0 +1,121 @@
+"""Plans whole lists."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pynvml
+import pytest
+
+from tests.conftest import Machine, Outcome
+from wanfast.runtime.planning import plan
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.model_files import TINY
+
+Wanfast = Callable[..., Outcome]
+VIDEO = ("--device", "cpu", "--image", "cat.png", "--prompt", "A cat.", "--jobs", "jobs.jsonl", "--dry-run", "--json")
+
+
+def write_list(lines: int) -> None:
+    Path("jobs.jsonl").write_text("".join(json.dumps({"seed": seed}) + "\n" for seed in range(lines)))
+
+
+def test_a_list_asks_each_question_once(wanfast: Wanfast, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many lines must not read the tokenizer, the image, the model's facts and the driver's list each."""
+    asked: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **named: Any) -> Any:
+            asked[name] += 1
+            return function(*args, **named)
+
+        return count
+
+    monkeypatch.setattr(plan, "PromptTokenizer", counted("tokenizer", plan.PromptTokenizer))
+    monkeypatch.setattr(plan.images, "load_image", counted("image", plan.images.load_image))
+    monkeypatch.setattr(model_files, "_read_spec", counted("model", model_files._read_spec))
+    monkeypatch.setattr(pynvml, "nvmlInit", counted("driver", pynvml.nvmlInit))
+    write_list(20)
+    outcome = wanfast("generate", "--model", str(small_model), *VIDEO)
+    assert outcome.exit_code == 0, outcome.err
+    assert asked["driver"] <= 1
+    assert {name: asked[name] for name in ("tokenizer", "image", "model")} == {"tokenizer": 1, "image": 1, "model": 1}
+
+
+def test_a_note_of_many_lines_is_printed_once(wanfast: Wanfast) -> None:
+    write_list(20)
+    notes = [line for line in wanfast("generate", "--model", "tiny", *VIDEO).err.splitlines() if "note" in line]
+    assert notes and all(line.startswith("note (line 1 and 19 others): ") for line in notes)
+
+
+def test_existing_videos_are_left_out(wanfast: Wanfast, workdir: Path) -> None:
+    write_list(3)
+    (workdir / "out-0001.mp4").touch()
+    assert "already exists" in wanfast("generate", "--model", "tiny", *VIDEO).err
+    (workdir / "out-0001.json").touch()
+    outcome = wanfast("generate", "--model", "tiny", *VIDEO, "--skip-existing")
+    first, *others = outcome.document["results"]
+    assert outcome.exit_code == 0 and first == {"line": 1, "output": "out-0001.mp4", "skipped": "the video exists"}
+    assert [result["plan"]["seed"] for result in others] == [1, 2]
+    contact = wanfast("generate", "--model", "tiny", *VIDEO, "--skip-existing", "--contact-sheet")
+    assert contact.exit_code == 6 and "out-0001.mp4: already exists" in contact.err  # the sheet is missing
+    both = wanfast("generate", "--model", "tiny", *VIDEO, "--skip-existing", "--overwrite")
+    assert both.exit_code == 6 and "--overwrite and --skip-existing exclude each other" in both.err
+
+
+def test_no_line_overwrites_what_another_is_made_from(wanfast: Wanfast, workdir: Path) -> None:
+    """The contact sheet of line 1 has the name of the image of line 2."""
+    shutil.copy("cat.png", "b.png")
+    lines = [{"output": "b.mp4", "contact_sheet": True}, {"image": "b.png", "output": "c.mp4"}]
+    Path("jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    outcome = wanfast("generate", "--model", "tiny", *VIDEO, "--overwrite")
+    first, second = outcome.document["results"]
+    assert outcome.exit_code == 6 and "b.png would overwrite a file that a video is made from" in first["error"]
+    assert "error" not in second
+
+
+def test_the_images_of_a_list_lie_beside_it(wanfast: Wanfast, workdir: Path) -> None:
+    (workdir / "sets/a").mkdir(parents=True)
+    shutil.copy("cat.png", "sets/a/dog.png")
+    Path("sets/jobs.jsonl").write_text('{"image": "a/dog.png"}\n{}\n{"image": "cat.png"}\n')
+    options = ("generate", "--model", "tiny", *VIDEO[:6], "--jobs", "sets/jobs.jsonl", "--dry-run", "--json")
+    beside, typed, wrong = wanfast(*options).document["results"]
+    assert "plan" in beside and "plan" in typed and "sets/cat.png: no such file" in wrong["error"]
+
+
+def test_a_line_may_name_a_model_of_its_own_on_several_ranks(
+    wanfast: Wanfast, small_model: Path, machine: Machine
+) -> None:
+    """The mesh fits the heads of every model: the tiny one has two, the small one eight."""
+    machine(0, 0)
+    Path("jobs.jsonl").write_text(json.dumps({"model": str(small_model)}) + "\n{}\n")
+    outcome = wanfast("generate", "--model", "tiny", *VIDEO, "--num-gpus", "4", "--cfg-parallel", "1")
+    assert outcome.exit_code == 0, outcome.err
+    plans = [result["plan"] for result in outcome.document["results"]]
+    assert [plan["model"] for plan in plans] == ["small", "tiny"]
+    assert [plan["mesh"] for plan in plans] == [{"replica": 2, "cfg": 1, "ulysses": 2}] * 2
+
+
+@pytest.mark.long
+def test_a_thousand_lines_are_planned_in_20_s(wanfast: Wanfast, small_model: Path, workdir: Path) -> None:
+    """The model's tokenizer has 256,000 pieces, as the published one has."""
+    folder = workdir / "model"
+    shutil.copytree(small_model, folder)
+    file = folder / "tokenizer/tokenizer.json"
+    document = json.loads((TINY / "tokenizer/tokenizer.json").read_text())
+    pieces = document["model"]["vocab"]
+    pieces |= {f"▁piece{number}": number for number in range(len(pieces), 256_000)}
+    file.write_text(json.dumps(document))
+    write_list(1000)
+    started = time.monotonic()
+    outcome = wanfast("generate", "--model", str(folder), *VIDEO)
+    seconds = time.monotonic() - started
+    print(f"1000 lines: {seconds:.1f} s")
+    assert outcome.exit_code == 0 and len(outcome.document["results"]) == 1000
+    assert seconds < 20

@@ -1,0 +1,29 @@
+"""Notices that another launcher, such as torchrun, started this command once for each rank."""
+
+from __future__ import annotations
+
+import os
+
+from wanfast.runtime.errors import ConfigError
+
+# (launcher, variable with the number of its processes, variable with the number of this one)
+_LAUNCHERS = (
+    ("torchrun", "WORLD_SIZE", "RANK"),
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("mpirun", "PMI_SIZE", "PMI_RANK"),
+)
+
+
+def refuse_launchers(command: str) -> None:
+    """Raises ConfigError if this process is one of several that another launcher started; each would do all the work.
+
+    `command`: what to type instead, without the launcher.
+    """
+    for launcher, size, rank in _LAUNCHERS:
+        count = os.environ.get(size, "1")
+        if count.isdecimal() and int(count) > 1 and os.environ.get(rank, "").isdecimal():
+            raise ConfigError(
+                f"{launcher} started this command {count} times ({size}={count}), but wanfast starts its own ranks: "
+                f"type `{command}` without {launcher}, with --num-gpus {count} for as many ranks"
+            )
