@@ -290,7 +290,7 @@ def test_reading_and_checking_import_no_torch(tmp_path: Path) -> None:
         "import sys; from wanfast.runtime.media import images, video_file;"
         "assert not {'PIL', 'numpy', 'av', 'torch'} & set(sys.modules);"
         f"images.load_image({saved(tmp_path, Image.new('I;16', (32, 32)))!r});"
-        f"video_file.check_output({str(tmp_path / 'out.mp4')!r}, overwrite=False, needed_bytes=0);"
+        f"video_file.check_outputs({str(tmp_path / 'out.mp4')!r}, overwrite=False, needed_bytes=0);"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(images.__file__).parents[3])

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import imageio.v3 as iio
@@ -21,7 +22,7 @@ from PIL import Image
 from tests.small_files import RNG, assert_one_line, names_in
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.media import video_file
-from wanfast.runtime.media.video_file import check_output, write_contact_sheet, write_mp4
+from wanfast.runtime.media.video_file import check_outputs, write_contact_sheet, write_mp4
 from wanfast.runtime.store.atomic import atomic_paths
 
 
@@ -187,15 +188,15 @@ def test_contact_sheet(num_frames: int, shown: list[int], tmp_path: Path) -> Non
     assert names_in(tmp_path) == ["sheet.png"]
 
 
-# --- check_output
+# --- check_outputs
 
 
 def test_check_output_takes_a_good_path(tmp_path: Path) -> None:
     target = tmp_path / "out.mp4"
-    assert check_output(str(target), overwrite=False, needed_bytes=1000) == target
+    check_outputs(str(target), overwrite=False, needed_bytes=1000)
     assert names_in(tmp_path) == []
     target.write_bytes(b"old")
-    assert check_output(str(target), overwrite=True, needed_bytes=1000) == target
+    check_outputs(str(target), overwrite=True, needed_bytes=1000)
     assert target.read_bytes() == b"old"
 
 
@@ -208,7 +209,9 @@ def test_check_output_takes_a_good_path(tmp_path: Path) -> None:
         ("file/out.mp4", "Not a directory"),
         ("x" * 250 + ".mp4", "File name too long"),
         ("/proc/out.mp4", "cannot be written"),
+        ("no/my dir/out.mp4", "make it with `mkdir -p '{folder}/no/my dir'`"),
         ("old.mp4", "exists; choose another name or add --overwrite"),
+        ("dangling.mp4", "exists; choose another name or add --overwrite"),
         ("folder.mp4", "is a folder"),
     ],
 )
@@ -216,9 +219,10 @@ def test_check_output_refuses(name: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "old.mp4").touch()
     (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "dangling.mp4").symlink_to(tmp_path / "nothing")
     before, path = names_in(tmp_path), str(tmp_path / name)
     with pytest.raises(ConfigError) as caught:
-        check_output(path, overwrite=False, needed_bytes=0)
+        check_outputs(path, overwrite=False, needed_bytes=0)
     assert_one_line(caught.value, "--output", path)
     assert words.format(folder=tmp_path) in str(caught.value)
     assert names_in(tmp_path) == before
@@ -227,11 +231,31 @@ def test_check_output_refuses(name: str, words: str, tmp_path: Path) -> None:
 def test_check_output_folder_is_refused_even_with_overwrite(tmp_path: Path) -> None:
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(ConfigError, match="is a folder"):
-        check_output(str(tmp_path / "folder.mp4"), overwrite=True, needed_bytes=0)
+        check_outputs(str(tmp_path / "folder.mp4"), overwrite=True, needed_bytes=0)
 
 
-def test_check_output_needs_room(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("suffix", [".json", ".png"])
+def test_files_beside_the_video_are_checked_too(suffix: str, overwrite: bool, tmp_path: Path) -> None:
+    video, beside = tmp_path / "out.mp4", [tmp_path / "out.json", tmp_path / "out.png"]
+    video.with_suffix(suffix).mkdir()
+    with pytest.raises(ConfigError, match=rf"out{suffix}, written beside the video, is a folder") as caught:
+        check_outputs(str(video), *beside, overwrite=overwrite, needed_bytes=0)
+    assert_one_line(caught.value, "--output", video)
+    video.with_suffix(suffix).rmdir()
+    video.with_suffix(suffix).touch()
+    if overwrite:
+        check_outputs(str(video), *beside, overwrite=True, needed_bytes=0)
+    else:
+        with pytest.raises(ConfigError, match=rf"out{suffix}, written beside the video, already exists"):
+            check_outputs(str(video), *beside, overwrite=False, needed_bytes=0)
+
+
+def test_check_outputs_needs_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "out.mp4")
     with pytest.raises(ConfigError, match=r"needs 1000000000.0 GB and .* free some space") as caught:
-        check_output(path, overwrite=False, needed_bytes=10**18)
+        check_outputs(path, overwrite=False, needed_bytes=10**18)
     assert_one_line(caught.value, "--output", path)
+    monkeypatch.setattr(video_file.shutil, "disk_usage", lambda _: SimpleNamespace(free=3_400))
+    with pytest.raises(ConfigError, match=r"needs 5.6 MB and .* has 3.4 kB free"):
+        check_outputs(path, overwrite=False, needed_bytes=5_600_000)

@@ -5,11 +5,14 @@ Nothing here imports torch. The caller publishes files completely or not at all 
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.memory import gb
 from wanfast.runtime.store.atomic import partial_path
 
 if TYPE_CHECKING:
@@ -17,33 +20,42 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-def check_output(path: str, *, overwrite: bool, needed_bytes: int, option: str = "--output") -> Path:
-    """Checks before any work is done that an mp4 of `needed_bytes` can be written to `path`, and returns the path.
+def check_outputs(path: str, *beside: Path, overwrite: bool, needed_bytes: int, option: str = "--output") -> None:
+    """Checks before any work is done that an mp4 of `needed_bytes` can be written to `path`, and the files `beside` it.
 
     Raises ConfigError, one line with `option`, the path and the fix.
     """
     target, subject = Path(path), f"{option} {path}"
     if target.suffix.lower() != ".mp4":
         raise ConfigError(f"{subject}: the name must end in .mp4")
-    folder, probe = target.parent, partial_path(target)
+    folder = target.parent
     try:
         if not folder.exists():
-            raise ConfigError(f"{subject}: its folder does not exist; make it with `mkdir -p {folder}`")
-        probe.touch()  # os.access does not help: it says yes to root, and on a read-only mount
-        probe.unlink()
-        exists, is_folder, free_bytes = target.exists(), target.is_dir(), shutil.disk_usage(folder).free
+            raise ConfigError(
+                f"{subject}: its folder does not exist; make it with `mkdir -p {shlex.quote(str(folder))}`"
+            )
+        _check_file(target, f"{subject}:", overwrite=overwrite)
+        for other in beside:
+            _check_file(other, f"{subject}: {other.name}, written beside the video,", overwrite=overwrite)
+        free_bytes = shutil.disk_usage(folder).free
     except OSError as error:
         raise ConfigError(f"{subject}: cannot be written ({error.strerror}); choose another folder or name") from error
-    if is_folder:
-        raise ConfigError(f"{subject}: is a folder; name a file in it, such as {target / 'video.mp4'}")
-    if exists and not overwrite:
-        raise ConfigError(f"{subject}: already exists; choose another name or add --overwrite")
     if free_bytes < needed_bytes:
         raise ConfigError(
-            f"{subject}: needs {needed_bytes / 1e9:.1f} GB and {folder} has {free_bytes / 1e9:.1f} GB free; "
+            f"{subject}: needs {gb(needed_bytes)} and {folder} has {gb(free_bytes)} free; "
             "free some space or choose another folder"
         )
-    return target
+
+
+def _check_file(target: Path, subject: str, *, overwrite: bool) -> None:
+    """Raises ConfigError if `target` cannot be replaced, and OSError if no file can be written beside it."""
+    probe = partial_path(target)
+    probe.touch()  # os.access does not help: it says yes to root, and on a read-only mount
+    probe.unlink()
+    if target.is_dir():
+        raise ConfigError(f"{subject} is a folder; remove it or choose another name")
+    if os.path.lexists(target) and not overwrite:  # a link that leads nowhere exists too
+        raise ConfigError(f"{subject} already exists; choose another name or add --overwrite")
 
 
 def write_mp4(frames: npt.NDArray[np.uint8], path: Path, fps: int) -> None:

@@ -390,10 +390,7 @@ def _check_outputs(plan: Plan, output: str) -> None:
     g = plan.geometry
     needed_bytes = (1 << 20) + int(g.width * g.height * g.frames * _MP4_BYTES_PER_PIXEL)
     overwrite = plan.config.output.overwrite
-    video_file.check_output(output, overwrite=overwrite, needed_bytes=needed_bytes)
-    for path in plan.outputs[1:]:
-        if path.exists() and not overwrite:
-            raise ConfigError(f"--output: {path}, written beside the video, exists: add --overwrite, or name another")
+    video_file.check_outputs(output, *plan.outputs[1:], overwrite=overwrite, needed_bytes=needed_bytes)
 
 
 def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:

@@ -59,7 +59,8 @@ class Video:
         for target in outputs:
             if target.exists() and not overwrite:
                 raise ConfigError(f"{target} exists: choose another name, or save with overwrite=True")
-        video_file.check_output(str(path), overwrite=overwrite, needed_bytes=self.frames.nbytes // 4, option="save")
+        needed_bytes = self.frames.nbytes // 4
+        video_file.check_outputs(str(path), *outputs[1:], overwrite=overwrite, needed_bytes=needed_bytes, option="save")
         document = self.document | {
             "output": output.output,
             "effective": self.document["effective"] | {"output": dataclasses.asdict(output)},
