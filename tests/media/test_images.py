@@ -271,6 +271,21 @@ def test_fit_image_keeps_the_overshoot(tmp_path: Path) -> None:
     assert fitted.min() < -1.05
 
 
+def test_crop_scales_the_middle() -> None:
+    image = rgb(100, 40)
+    expected = fit_image(image.crop((30, 0, 70, 40)), width=64, height=64)
+    assert torch.equal(fit_image(image, width=64, height=64, fit="crop"), expected)
+
+
+def test_pad_scales_the_whole_and_adds_black() -> None:
+    image = rgb(100, 40)
+    padded = fit_image(image, width=64, height=48, fit="pad")
+    assert padded.shape == (3, 48, 64)
+    assert torch.equal(padded[:, 11:37], fit_image(image, width=64, height=26))
+    assert (padded[:, :11] == -1).all() and (padded[:, 37:] == -1).all()
+    assert torch.equal(fit_image(image.rotate(90, expand=True), 48, 64, "pad")[:, :, :11], -torch.ones(3, 64, 11))
+
+
 def test_frames_are_clamped_then_truncated() -> None:
     values = torch.tensor([-7.0, -1.0, -1 + 2 * 0.999 / 255, 0.0, 1 - 2 * 0.001 / 255, 1.0, 7.0])
     video = values.expand(3, 2, 1, 7).clone()

@@ -111,7 +111,8 @@ class Session:
         curve = ranks.lead(lambda: curve_of(config, self.files))  # under one key, machines may hold different curves
         plan = Plan.of(config, self.files.spec, image.size, job.notes, job.placement, curve)
         plan = dataclasses.replace(plan, requested=job.requested)
-        return plan, pixels.fit_image(image.pixels, plan.geometry.width, plan.geometry.height)
+        g = plan.geometry
+        return plan, pixels.fit_image(image.pixels, g.width, g.height, config.video.fit)
 
     def text_of(self, config: EffectiveConfig) -> dict[Branch, Tensor]:
         """Returns the embeddings [n, text_dim] of both branches, n tokens each."""
