@@ -13,6 +13,7 @@ SPEC = ModelSpec(
     size="128x128",
     frames=17,
     shift_480p=None,
+    trained_frames=None,
     guidance_high_noise=2.0,
     guidance_low_noise=2.0,
     negative_prompt="",  # in training, dropped captions become this text

@@ -22,7 +22,7 @@ from wanfast.commands import doctor as doctor_command
 from wanfast.commands import generate as generate_command
 from wanfast.commands import quantize as quantize_command
 from wanfast.commands import warmup as warmup_command
-from wanfast.runtime.config import OPTIONS, QuantizeConfig
+from wanfast.runtime.config import OPTIONS, EffectiveConfig, QuantizeConfig
 
 Wanfast = Callable[..., Outcome]
 GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat")
@@ -248,12 +248,32 @@ def notes(wanfast: Wanfast, *arguments: str) -> str:
     return " / ".join(outcome.document["plan"]["notes"])
 
 
+def test_crop_and_pad_give_exactly_the_size(wanfast: Wanfast, workdir: Path) -> None:
+    Image.new("RGB", (300, 200)).save("wide.png")
+    wide = ("--image", "wide.png", "--model", "a14b", "--size", "1280x720")
+    assert "the middle 300x169 of 300x200" in notes(wanfast, *wide, "--fit", "crop")
+    assert "the image fills 1080x720 of 1280x720, and the rest is black" in notes(wanfast, *wide, "--fit", "pad")
+    for fit, size in (("crop", (1280, 720)), ("pad", (1280, 720)), ("area", (1168, 768))):
+        document = wanfast(*DRY, *wide, "--fit", fit).document
+        assert (document["plan"]["width"], document["plan"]["height"]) == size
+        assert document["effective"]["video"]["fit"] == fit
+    assert "try 1920x1088" in wanfast(*DRY, *wide, "--fit", "crop", "--size", "1920x1080").err
+
+
+def test_a_sidecar_without_a_fit_is_of_the_area(wanfast: Wanfast) -> None:
+    effective = wanfast(*DRY).document["effective"]
+    del effective["video"]["fit"]
+    assert EffectiveConfig.from_json(effective).video.fit == "area"
+
+
 def test_what_a_person_could_not_guess_is_said(wanfast: Wanfast, workdir: Path) -> None:
     assert "knows textured shapes" in notes(wanfast)
     assert "not 128x128: --size gives the area" in notes(wanfast)
     assert "advise --shift 3.0" in notes(wanfast, "--model", "a14b", "--size", "832x480")
     assert "advise --shift" not in notes(wanfast, "--model", "a14b", "--size", "832x480", "--shift", "3")
     assert "advise --shift" not in notes(wanfast, "--model", "a14b")
+    assert "trained on 81 frames" in notes(wanfast, "--model", "a14b", "--frames", "85")
+    assert "trained on" not in notes(wanfast, "--model", "a14b") + notes(wanfast, "--frames", "85")
     assert "first 64" in notes(wanfast, "--prompt", "a cat " * 1700)
     assert "--prompt is" not in notes(wanfast, "--model", "a14b", "--prompt", "a cat " * 1700)
     assert "not counted" in notes(wanfast, "--model", "a14b")

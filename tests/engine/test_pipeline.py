@@ -26,7 +26,7 @@ from wanfast.runtime.engine import pixels, session
 from wanfast.runtime.engine.conditioning import draw_noise
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.facts.model_spec import ModelSpec
-from wanfast.runtime.media import media_io
+from wanfast.runtime.media import images
 from wanfast.runtime.planning.plan import Plan, resolve
 from wanfast.runtime.sampling.magcache import ResidualCache
 from wanfast.runtime.store import model_files
@@ -119,7 +119,7 @@ def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
     ranks = Ranks("cpu")
     embeds = prompt_embeds([config.video.prompt, config.video.negative_prompt], files, config, ranks, Stopwatch("cpu"))
     pipeline = session.load_models(files, config, ranks, Stopwatch("cpu"))
-    image = pixels.fit_image(media_io.load_image(config.video.image).pixels, plan.geometry.width, plan.geometry.height)
+    image = pixels.fit_image(images.load_image(config.video.image).pixels, plan.geometry.width, plan.geometry.height)
     condition = pipeline.encode_condition(image, plan.geometry)
     noise = draw_noise(config.video.seed, plan.geometry, 16, "cpu")
     text = {"prompt": embeds[config.video.prompt], "negative_prompt": embeds[config.video.negative_prompt]}
@@ -134,7 +134,7 @@ def their_latents(public: WanImageToVideoPipeline, plan: Plan) -> torch.Tensor:
     public.scheduler.set_timesteps = lambda num_inference_steps, device=None: set_timesteps(
         public.scheduler, sigmas=levels, device=device
     )
-    image = pixels.fit_image(media_io.load_image(config.video.image).pixels, g.width, g.height)
+    image = pixels.fit_image(images.load_image(config.video.image).pixels, g.width, g.height)
     public.set_progress_bar_config(disable=True)
     return public(
         image=image[None],

@@ -23,7 +23,7 @@ from wanfast.runtime.engine.conditioning import draw_noise
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Expert
 from wanfast.runtime.facts.mesh import Mesh, choose_mesh
-from wanfast.runtime.media import media_io
+from wanfast.runtime.media import images
 from wanfast.runtime.models.dit import Block, WanDiT
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.planning.plan import Plan, resolve
@@ -50,7 +50,7 @@ def final_latents(plan: Plan, files: ModelFiles, ranks: Ranks) -> torch.Tensor:
     assert (pipeline.vae is not None) == ranks.is_leader
     held = pipeline.experts.take("high_noise")[0].parameters()
     assert {isinstance(parameter, DTensor) for parameter in held} == {config.ranks.dit_fsdp == "on"}
-    image = pixels.fit_image(media_io.load_image(config.video.image).pixels, plan.geometry.width, plan.geometry.height)
+    image = pixels.fit_image(images.load_image(config.video.image).pixels, plan.geometry.width, plan.geometry.height)
     condition = pipeline.encode_condition(image, plan.geometry)
     noise = draw_noise(config.video.seed, plan.geometry, 16, "cpu")
     text = {"prompt": embeds[config.video.prompt], "negative_prompt": embeds[config.video.negative_prompt]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
-from wanfast.runtime.facts.shapes import fit_geometry, largest_geometry
+from wanfast.runtime.facts.shapes import fit_geometry, geometry_of, inner_size, largest_geometry, middle_box
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,31 @@ def test_size_follows_the_image(
     assert ((geometry.width, geometry.height), geometry.tokens) == (size, tokens)
     assert geometry.latent_frames == 21
     assert geometry.token_grid == (21, geometry.height // 16, geometry.width // 16)
+
+
+@pytest.mark.parametrize("image", [(1920, 1080), (1080, 1920), (500, 500), (4032, 3024)])
+def test_crop_and_pad_give_exactly_the_size(image: tuple[int, int]) -> None:
+    for fit in ("crop", "pad"):
+        geometry = geometry_of(A14B, fit, (832, 480), 81, image)
+        assert ((geometry.width, geometry.height), geometry.tokens) == ((832, 480), 32_760)
+        assert (geometry.latent_width, geometry.latent_height) == (104, 60)
+    assert geometry_of(A14B, "area", (832, 480), 81, image) == fit_geometry(A14B, 832, 480, 81, image)
+
+
+@pytest.mark.parametrize(
+    ("image", "size", "middle", "inner"),
+    [
+        ((1600, 900), (1280, 720), (0, 0, 1600, 900), (1280, 720)),
+        ((1000, 1000), (1280, 720), (0, 219, 1000, 781), (720, 720)),
+        ((3000, 1000), (480, 832), (1211, 0, 1788, 1000), (480, 160)),
+        ((64, 16), (16, 9984), (31, 0, 32, 16), (16, 4)),  # a part is never empty
+    ],
+)
+def test_the_middle_and_the_inner_size(
+    image: tuple[int, int], size: tuple[int, int], middle: tuple[int, ...], inner: tuple[int, int]
+) -> None:
+    assert middle_box(image, *size) == middle
+    assert inner_size(image, *size) == inner
 
 
 def test_an_older_repo_id_is_ignored_and_other_unknown_facts_are_refused() -> None:

@@ -26,7 +26,7 @@ from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.engine import pipeline, pixels, prompt_embeds, session
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.jobs import generate
-from wanfast.runtime.media import media_io
+from wanfast.runtime.media import video_file
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning import plan
 from wanfast.runtime.store import model_files
@@ -112,14 +112,14 @@ def test_jobs_load_the_models_once_and_outlive_bad_lines(
     loads = []
     load_models = session.load_models
     monkeypatch.setattr(session, "load_models", lambda *a: loads.append(1) or load_models(*a))
-    write_mp4 = media_io.write_mp4
+    write_mp4 = video_file.write_mp4
 
     def write_but_no_full(frames: object, path: Path, fps: int) -> None:
         if "full.mp4" in path.name:
             raise ConfigError("--output full.mp4: no space left on the disk: free some")
         write_mp4(frames, path, fps)
 
-    monkeypatch.setattr(media_io, "write_mp4", write_but_no_full)
+    monkeypatch.setattr(video_file, "write_mp4", write_but_no_full)
     lines = ['{"seed": 1}', '{"frames": 6}', '{"output": "full.mp4"}', '{"seed": 2}']
     (workdir / "jobs.jsonl").write_text("\n".join(lines))
     outcome = wanfast(*GOOD, "--jobs", "jobs.jsonl", "--json")

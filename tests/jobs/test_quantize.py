@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_nothing(wanfast: Wanfast, workdir: Path, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(quantize.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
         outcome = wanfast("quantize", *TINY, *SCHEME)
-        assert outcome.exit_code == 2 and "are needed, but 0.0 GB are free" in outcome.err
+        assert outcome.exit_code == 2 and "are needed, but 10.0 kB are free" in outcome.err
 
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

@@ -38,7 +38,7 @@ def test_a_list_asks_each_question_once(wanfast: Wanfast, small_model: Path, mon
         return count
 
     monkeypatch.setattr(plan, "PromptTokenizer", counted("tokenizer", plan.PromptTokenizer))
-    monkeypatch.setattr(plan.media_io, "load_image", counted("image", plan.media_io.load_image))
+    monkeypatch.setattr(plan.images, "load_image", counted("image", plan.images.load_image))
     monkeypatch.setattr(model_files, "read_spec", counted("model", model_files.read_spec))
     monkeypatch.setattr(pynvml, "nvmlInit", counted("driver", pynvml.nvmlInit))
     write_list(20)

@@ -216,12 +216,12 @@ def test_a_rank_that_is_killed_while_it_writes_leaves_no_half_of_a_file(start: S
     fault = """
 import signal
 from pathlib import Path
-from wanfast.runtime.media import media_io
+from wanfast.runtime.media import video_file
 def killed(frames, path, fps):
     path.write_bytes(b"half")
     Path("written").touch()
     os.kill(os.getpid(), signal.SIGKILL)
-media_io.write_mp4 = killed
+video_file.write_mp4 = killed
 """
     run = start(*SMALL, "--steps", "1", "--num-gpus", "2", environment=with_fault(workdir, fault, rank=0))
     code, _, err = run.end()
@@ -514,14 +514,14 @@ def test_a_rank_group_that_dies_leaves_the_others_at_work(start: Start, workdir:
 
 def test_a_rank_group_outlives_an_error_that_all_its_ranks_know_of(start: Start, workdir: Path) -> None:
     fault = """
-from wanfast.runtime.media import media_io
+from wanfast.runtime.media import video_file
 from wanfast.runtime.errors import ConfigError
-write = media_io.write_mp4
+write = video_file.write_mp4
 def full(frames, path, fps):
     if "full" in path.name:
         raise ConfigError("--output: no space left")
     write(frames, path, fps)
-media_io.write_mp4 = full
+video_file.write_mp4 = full
 """
     lines = [{"output": "full.mp4", "steps": 1}, {"output": "good.mp4", "steps": 1}]
     (workdir / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))

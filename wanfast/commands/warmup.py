@@ -13,7 +13,7 @@ from wanfast.commands import dispatch, options
 from wanfast.runtime.config import NO_VIDEO, parse_size
 from wanfast.runtime.errors import from_failure
 from wanfast.runtime.machine.packages import require_attention
-from wanfast.runtime.media import media_io
+from wanfast.runtime.media import images
 from wanfast.runtime.planning.placement import is_cpu_for_want_of_a_gpu, place
 from wanfast.runtime.planning.plan import Plan, effective, model_of
 
@@ -51,7 +51,7 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
     files = model_of(wanted)
     config = effective(wanted, files, image_sha256="")
     require_attention(config.models.attention, config.ranks.device)
-    image_size = media_io.load_image(given["image"]).size if "image" in given else parse_size(config.video.size)
+    image_size = images.load_image(given["image"]).size if "image" in given else parse_size(config.video.size)
     (plan,) = place([dataclasses.replace(Plan.of(config, files.spec, image_size), requested=given)])
     return plan, image_size
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from wanfast.runtime.errors import ConfigError, foreign
 from wanfast.runtime.facts.model_spec import ModelSpec
-from wanfast.runtime.media import media_io
+from wanfast.runtime.media import images
 
 LIST = "clips.jsonl"
 _EXAMPLE = '{"image": "cat.jpg", "prompt": "The cat jumps."}'
@@ -52,7 +52,7 @@ def read_set(folder: Path, seed: int) -> list[Clip]:
         if not isinstance(prompt, str) or not prompt.strip():
             raise ConfigError(f"--set {folder}: line {number} of {LIST} has no prompt: say what should happen")
         try:
-            loaded = media_io.load_image(str(image))
+            loaded = images.load_image(str(image))
         except ConfigError as error:
             reason = str(error).removeprefix("--image ")
             raise ConfigError(f"--set {folder}: line {number} of {LIST}: {reason}") from None

@@ -8,15 +8,13 @@ from typing import Annotated
 
 from wanfast.runtime.config.option import ALL, CALIBRATE, FILES, MAKE, SAMPLING, Option, Part, between
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import Device, Solver
+from wanfast.runtime.facts.choices import Device, ImageFit, Solver
 
 CPU_SEEDS = 1 << 32  # torch's generator on the CPU ignores the higher bits of a seed; a GPU's takes all
 
 
 def parse_size(size: str) -> tuple[int, int]:
-    """Returns (width, height) of '1280x720', or of the reference's '1280*720'; the video gets this area at most.
-
-    Raises ConfigError."""
+    """Returns (width, height) of '1280x720', or of the reference's '1280*720'. Raises ConfigError."""
     match = re.fullmatch(r"(\d{1,4})[xX*](\d{1,4})", size.strip())
     if match is None:
         raise ConfigError(f"--size {size!r} is not WIDTHxHEIGHT, up to 9999 each: write 1280x720 or 832x480")
@@ -48,13 +46,21 @@ class VideoConfig(Part):
     size: Annotated[
         str,
         Option(
-            "The video's area, as WIDTHxHEIGHT. The video keeps the image's aspect ratio.",
+            "The video's area, as WIDTHxHEIGHT; with --fit crop or pad its exact size.",
             MAKE,
             own=True,
             also=ALL,
             check=_size_fix,
         ),
     ]
+    fit: Annotated[
+        ImageFit,
+        Option(
+            "How the image fits --size: area keeps its aspect ratio, crop cuts its longer side, pad adds black bars.",
+            MAKE,
+            also=("warmup",),
+        ),
+    ] = "area"
     frames: Annotated[int, Option("Number of frames, 4n+1.", MAKE, own=True, also=ALL, check=_frames_fix)]
     fps: Annotated[
         int,

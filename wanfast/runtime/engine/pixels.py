@@ -13,12 +13,33 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from wanfast.runtime.facts.choices import ImageFit
+from wanfast.runtime.facts.shapes import inner_size, middle_box
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_BLACK = -1.0
 
-def fit_image(image: Image, width: int, height: int) -> Tensor:
-    """Resizes to [3, height, width] fp32 on the CPU, with 0..255 mapped to -1..1; keeps bicubic overshoot."""
+
+def fit_image(image: Image, width: int, height: int, fit: ImageFit = "area") -> Tensor:
+    """Returns an image as [3, height, width] fp32 on the CPU, with 0..255 mapped to -1..1.
+
+    `area` scales the whole image, whose shape the size has already. `crop` scales the middle part that has the size's
+    shape. `pad` scales the whole image to fit inside, with black around it.
+    """
+    if fit == "crop":
+        image = image.crop(middle_box(image.size, width, height))
+    if fit != "pad":
+        return _resized(image, width, height)
+    inner_width, inner_height = inner_size(image.size, width, height)
+    left, top = (width - inner_width) // 2, (height - inner_height) // 2
+    around = (left, width - inner_width - left, top, height - inner_height - top)
+    return torch.nn.functional.pad(_resized(image, inner_width, inner_height), around, value=_BLACK)
+
+
+def _resized(image: Image, width: int, height: int) -> Tensor:
+    """Resizes to [3, height, width], and keeps bicubic overshoot."""
     pixels_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255).sub_(0.5).div_(0.5)
     return torch.nn.functional.interpolate(pixels_CHW[None], size=(height, width), mode="bicubic")[0]
 

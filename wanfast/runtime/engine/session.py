@@ -40,8 +40,8 @@ from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import Branch, Expert
-from wanfast.runtime.media import media_io
-from wanfast.runtime.media.media_io import LoadedImage
+from wanfast.runtime.media import images
+from wanfast.runtime.media.images import LoadedImage
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning.plan import Job, Plan
@@ -115,7 +115,8 @@ class Session:
         curve = ranks.lead(lambda: curve_of(config, self.files))  # under one key, machines may hold different curves
         plan = Plan.of(config, self.files.spec, image.size, job.notes, job.placement, curve)
         plan = dataclasses.replace(plan, requested=job.requested)
-        return plan, pixels.fit_image(image.pixels, plan.geometry.width, plan.geometry.height)
+        g = plan.geometry
+        return plan, pixels.fit_image(image.pixels, g.width, g.height, config.video.fit)
 
     def text_of(self, config: EffectiveConfig) -> dict[Branch, Tensor]:
         """Returns the embeddings [n, text_dim] of both branches, n tokens each."""
@@ -301,7 +302,7 @@ def _warm_start(plan: Plan, ranks: Ranks) -> str | None:
 
 
 def _read_image(video: VideoConfig) -> LoadedImage:
-    image = media_io.load_image(video.image)
+    image = images.load_image(video.image)
     if image.sha256 != video.image_sha256:
         raise ConfigError(f"--image {video.image} changed since the plan was made: start again")
     return image

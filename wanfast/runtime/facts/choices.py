@@ -9,6 +9,7 @@ Command = Literal["generate", "calibrate-magcache", "warmup", "doctor"]  # they 
 Solver = Literal["unipc", "dpm++", "euler"]
 Precision = Literal["bf16", "fp32"]
 Device = Literal["cpu", "cuda"]
+ImageFit = Literal["area", "crop", "pad"]  # how an image becomes a video of another shape
 Expert = Literal["high_noise", "low_noise"]
 Branch = Literal["prompt", "negative_prompt"]  # of guidance
 NAMED_MODELS = ("tiny", "a14b")  # any other model is a folder

@@ -90,4 +90,6 @@ def decode_bytes(spec: ModelSpec, geometry: Geometry) -> int:
 
 
 def gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
+    """Returns a number of bytes in GB, or in MB or kB if it is below 1 GB."""
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if size >= unit), (1e3, "kB"))
+    return f"{size / unit:.1f} {name}"

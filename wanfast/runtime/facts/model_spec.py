@@ -189,6 +189,7 @@ class ModelSpec(_Facts):
     shift_480p: float | None = 3.0  # the makers' advice for 832x480; the default is `shift` at every size
     guidance_high_noise: float = 3.5
     guidance_low_noise: float = 3.5
+    trained_frames: int | None = 81  # the longest clips that the model has seen
     fps: int = 16
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
 

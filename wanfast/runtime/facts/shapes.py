@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.choices import ImageFit
 from wanfast.runtime.facts.model_spec import ModelSpec
 
 MAX_ASPECT = 4  # long side : short side of an image
@@ -36,6 +37,32 @@ class Geometry:
     @property
     def tokens(self) -> int:
         return math.prod(self.token_grid)
+
+
+def geometry_of(
+    spec: ModelSpec, fit: ImageFit, size: tuple[int, int], frames: int, image_size: tuple[int, int]
+) -> Geometry:
+    """Returns the clip for an image of (width, height): exactly `size`, or for `area` the image's shape in its area.
+
+    The sides of `size` are multiples of 16. Raises ConfigError if a side becomes 0.
+    """
+    if fit == "area":
+        return fit_geometry(spec, *size, frames, image_size)
+    width, height = (side // spec.vae.spatial_stride for side in size)
+    return _geometry(spec, width, height, frames)
+
+
+def middle_box(image_size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
+    """Returns (left, top, right, bottom) of the largest part of an image that has the shape of width x height."""
+    shown = inner_size((width, height), *image_size)
+    left, top = ((whole - part) // 2 for whole, part in zip(image_size, shown, strict=True))
+    return left, top, left + shown[0], top + shown[1]
+
+
+def inner_size(shape: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+    """Returns the largest (width, height) with the aspect ratio of `shape` that fits into width x height."""
+    scale = min(width / shape[0], height / shape[1])
+    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
 
 def fit_geometry(

@@ -249,11 +249,7 @@ def _plot(found: dict[str, float], file: Path, title: str) -> None:
 def describe(results: list[dict[str, Any]]) -> Iterator[str]:
     """Yields a line of text for each expert."""
     for result in results:
-        size = f"{_size(result['source_bytes'])} -> {_size(result['bytes'])}"
+        size = f"{gb(result['source_bytes'])} -> {gb(result['bytes'])}"
         how = "was made already" if result["was_there"] else f"{size} in {result['seconds']:.0f} s"
         error = f"relative error of the weights {result['relative_error']:.2g}"
         yield f"{result['output']}: {result['expert']} with {result['scheme']}, {how}; {error} (by layer: errors.png)"
-
-
-def _size(num_bytes: int) -> str:
-    return gb(num_bytes) if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -18,13 +18,13 @@ from typing import Any, Literal
 from wanfast.runtime.config import EffectiveConfig, Options, OutputConfig, parse_size
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
-from wanfast.runtime.facts.choices import Device, Expert
+from wanfast.runtime.facts.choices import Device, Expert, ImageFit
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
-from wanfast.runtime.facts.shapes import Geometry, fit_geometry
+from wanfast.runtime.facts.shapes import Geometry, geometry_of, inner_size, middle_box
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.machine.once import remembered
-from wanfast.runtime.media import media_io
+from wanfast.runtime.media import images, video_file
 from wanfast.runtime.media.tokenizer import PromptTokenizer, clean_prompt
 from wanfast.runtime.sampling.guidance import needs_unconditional
 from wanfast.runtime.sampling.magcache import (
@@ -72,7 +72,9 @@ class Plan:
         return cls(
             config=config,
             spec=spec,
-            geometry=fit_geometry(spec, *parse_size(config.video.size), config.video.frames, image_size),
+            geometry=geometry_of(
+                spec, config.video.fit, parse_size(config.video.size), config.video.frames, image_size
+            ),
             schedule=schedule(config.video.solver, config.video.steps, config.video.shift),
             notes=notes,
             placement=placement,
@@ -307,7 +309,7 @@ class _ImageFacts:
 @remembered
 def _image_facts(path: str) -> _ImageFacts:
     """Returns what a plan needs of an image; a list may name one image a thousand times."""
-    image = media_io.load_image(path)
+    image = images.load_image(path)
     return _ImageFacts(image.sha256, image.size, image.notes)
 
 
@@ -380,21 +382,14 @@ def _check_outputs(plan: Plan) -> None:
     g = plan.geometry
     needed_bytes = (1 << 20) + int(g.width * g.height * g.frames * _MP4_BYTES_PER_PIXEL)
     overwrite = plan.config.output.overwrite
-    media_io.check_output(str(plan.config.output.output), overwrite=overwrite, needed_bytes=needed_bytes)
-    for path in plan.outputs[1:]:
-        if path.exists() and not overwrite:
-            raise ConfigError(f"--output: {path}, written beside the video, exists: add --overwrite, or name another")
+    output = str(plan.config.output.output)
+    video_file.check_outputs(output, *plan.outputs[1:], overwrite=overwrite, needed_bytes=needed_bytes)
 
 
 def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:
     g, spec, (image_width, image_height) = plan.geometry, plan.spec, image.size
     width, height = parse_size(plan.config.video.size)
-    notes = []
-    if (g.width, g.height) != (width, height):
-        notes.append(
-            f"{g.width}x{g.height}, not {width}x{height}: --size gives the area, and the video keeps the image's "
-            f"aspect ratio ({image_width}x{image_height}), rounded down to multiples of 16 as the model's makers do"
-        )
+    notes = _fit_notes(plan.config.video.fit, g, image.size, (width, height))
     if image_width * image_height > 16 * g.width * g.height:
         notes.append(
             "the image is over four times as wide and high as the video: shrink the image first if the video shimmers"
@@ -403,7 +398,26 @@ def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:
         notes.append(
             f"at 480p the model's makers advise --shift {spec.shift_480p}; this run uses {plan.config.video.shift}"
         )
+    if spec.trained_frames and g.frames > spec.trained_frames:
+        notes.append(f"the model was trained on {spec.trained_frames} frames: longer videos may repeat or fall apart")
     return notes
+
+
+def _fit_notes(fit: ImageFit, g: Geometry, image_size: tuple[int, int], size: tuple[int, int]) -> list[str]:
+    (image_width, image_height), (width, height) = image_size, size
+    if fit == "area" and (g.width, g.height) != size:
+        return [
+            f"{g.width}x{g.height}, not {width}x{height}: --size gives the area, and the video keeps the image's "
+            f"aspect ratio ({image_width}x{image_height}), rounded down to multiples of 16 as the model's makers do; "
+            "--fit crop or pad gives exactly --size"
+        ]
+    left, top, right, bottom = middle_box(image_size, width, height)
+    if fit == "crop" and (right - left, bottom - top) != image_size:
+        return [f"--fit crop: the video shows the middle {right - left}x{bottom - top} of {image_width}x{image_height}"]
+    inner_width, inner_height = inner_size(image_size, width, height)
+    if fit == "pad" and (inner_width, inner_height) != size:
+        return [f"--fit pad: the image fills {inner_width}x{inner_height} of {width}x{height}, and the rest is black"]
+    return []
 
 
 def _prompt_notes(plan: Plan, files: ModelFiles) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanfast.runtime.machine.packages import versions
-from wanfast.runtime.media import media_io
+from wanfast.runtime.media import video_file
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store.artifacts import write_synced
 from wanfast.runtime.store.atomic import atomic_paths
@@ -49,9 +49,9 @@ def write_video(
     """
     with atomic_paths(*outputs, overwrite=overwrite) as (mp4, json_file, *sheet):
         started = time.perf_counter()
-        media_io.write_mp4(frames, mp4, document["plan"]["fps"])
+        video_file.write_mp4(frames, mp4, document["plan"]["fps"])
         for path in sheet:
-            media_io.write_contact_sheet(frames, path)
+            video_file.write_contact_sheet(frames, path)
         stages = {name: value for name, value in document["seconds"].items() if name != "total"}
         document = with_seconds(document, {}, stages | {"write": time.perf_counter() - started})
         document["output_sha256"] = hashlib.sha256(mp4.read_bytes()).hexdigest()

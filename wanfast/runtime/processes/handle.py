@@ -58,12 +58,15 @@ class Video:
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False, contact_sheet: bool = False) -> None:
         """Writes the mp4 and its JSON, which `wanfast generate --from` can run again. Raises ConfigError."""
-        from wanfast.runtime.media import media_io
+        from wanfast.runtime.media import video_file
 
         output = OutputConfig(output=os.fspath(path), overwrite=overwrite, contact_sheet=contact_sheet)
         outputs = output_paths(str(output.output), contact_sheet)
         self._check_outputs(outputs, overwrite=overwrite)
-        media_io.check_output(str(outputs[0]), overwrite=overwrite, needed_bytes=self.frames.nbytes // 4, option="save")
+        needed_bytes = self.frames.nbytes // 4
+        video_file.check_outputs(
+            str(outputs[0]), *outputs[1:], overwrite=overwrite, needed_bytes=needed_bytes, option="save"
+        )
         document = self.document | {
             "output": output.output,
             "effective": self.document["effective"] | {"output": dataclasses.asdict(output)},

@@ -8,11 +8,12 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.memory import gb
 
 
 @contextmanager
@@ -21,10 +22,11 @@ def atomic_paths(
 ) -> Iterator[list[Path]]:
     """Yields a temporary path for each target, and renames the files to the targets when the block ends.
 
-    If the block fails (KeyboardInterrupt too), the temporary files are removed. The yielded names end in `.part`, so
-    the caller must name the file format itself. Raises ConfigError naming `option` for an OSError (a full disk, a
-    removed folder). Without `overwrite`, also raises ConfigError if a target has appeared meanwhile. Files that
-    need not outlive a crash of the machine are not `synced`.
+    If the block fails (KeyboardInterrupt too), the temporary files are removed. If a rename fails, the targets that
+    were already renamed get their old files back. The yielded names end in `.part`, so the caller must name the file
+    format itself. Raises ConfigError naming `option` for an OSError (a full disk, a removed folder). Without
+    `overwrite`, also raises ConfigError if a target has appeared meanwhile. Files that need not outlive a crash of the
+    machine are not `synced`.
     """
     partials = [partial_path(target) for target in targets]
     try:
@@ -33,10 +35,9 @@ def atomic_paths(
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
         for target in targets:
-            if target.exists() and not overwrite:
+            if os.path.lexists(target) and not overwrite:
                 raise ConfigError(f"{option} {target}: another program wrote this file meanwhile; choose another name")
-        for partial, target in zip(partials, targets, strict=True):
-            partial.replace(target)
+        _publish(partials, targets)
     except OSError as error:
         folder, reason = targets[0].parent, error.strerror or str(error)
         raise ConfigError(
@@ -44,9 +45,30 @@ def atomic_paths(
             "free some space or choose another folder"
         ) from error
     finally:
-        for partial in partials:
+        for left in (*partials, *map(_old_path, targets)):
             with suppress(OSError):
-                partial.unlink()
+                left.unlink()
+
+
+def _publish(partials: Sequence[Path], targets: Sequence[Path]) -> None:
+    """Renames all files or none. An old file keeps a second name until all are renamed, where links exist."""
+    with ExitStack() as undo:
+        for partial, target in zip(partials, targets, strict=True):
+            old = _old_path(target)
+            old.unlink(missing_ok=True)
+            if len(targets) > 1 and os.path.lexists(target):
+                with suppress(OSError, NotImplementedError):  # a folder, or a file system without hard links
+                    os.link(target, old, follow_symlinks=False)
+            partial.replace(target)
+            undo.callback(_restore, target, old)
+        undo.pop_all()
+
+
+def _restore(target: Path, old: Path) -> None:
+    if os.path.lexists(old):
+        old.replace(target)
+    else:
+        target.unlink()
 
 
 def partial_path(target: Path, pid: int | None = None) -> Path:
@@ -57,14 +79,20 @@ def partial_path(target: Path, pid: int | None = None) -> Path:
     return target.with_name(f".{target.name}.{pid or os.getpid()}.part")
 
 
+def _old_path(target: Path, pid: int | None = None) -> Path:
+    """Returns the second name of an old file while the files of its set are renamed."""
+    return partial_path(target, pid).with_suffix(".old")
+
+
 def remove_partials(targets: Iterable[Path], pids: Iterable[int]) -> None:
     """Removes the hidden files of `targets` that killed processes (`pids`) left."""
     for target, pid in itertools.product(targets, pids):
-        partial_path(target, pid).unlink(missing_ok=True)
+        for path in (partial_path(target, pid), _old_path(target, pid)):
+            path.unlink(missing_ok=True)
 
 
 def _free_space(folder: Path) -> str:
     try:
-        return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free"
+        return f"{gb(shutil.disk_usage(folder).free)} free"
     except OSError:
         return "free space unknown"

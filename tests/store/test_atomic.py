@@ -1,0 +1,80 @@
+"""Tests that a set of files is written completely or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.small_files import assert_one_line, names_in
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.store.atomic import atomic_paths
+
+
+def test_atomic_paths_replaces_at_the_end_only(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    target.write_text("old")
+    with atomic_paths(target) as (partial,):
+        partial.write_text("new")
+        assert (target.read_text(), partial.parent, partial.name[0]) == ("old", tmp_path, ".")
+    assert target.read_text() == "new"
+    with pytest.raises(ZeroDivisionError), atomic_paths(target) as (partial,):
+        partial.write_text("never")
+        raise ZeroDivisionError
+    assert target.read_text() == "new"
+    assert names_in(tmp_path) == ["a.json"]
+
+
+def test_atomic_paths_come_together_or_not_at_all(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.mp4", tmp_path / "a.json"
+    with pytest.raises(ConfigError, match="meanwhile"), atomic_paths(first, second, overwrite=False) as partials:
+        for partial in partials:
+            partial.write_text("new")
+        second.write_text("another program's")
+    assert names_in(tmp_path) == ["a.json"]
+    with pytest.raises(ConfigError), atomic_paths(first, second) as partials:
+        partials[0].write_text("new")  # the second file is never written
+    assert names_in(tmp_path) == ["a.json"]
+    with atomic_paths(first, second) as partials:
+        for partial in partials:
+            partial.write_text("new")
+    assert (first.read_text(), second.read_text(), names_in(tmp_path)) == ("new", "new", ["a.json", "a.mp4"])
+
+
+def test_a_rename_that_fails_is_undone(tmp_path: Path) -> None:
+    first, second, third = tmp_path / "a.mp4", tmp_path / "a.json", tmp_path / "a.png"
+    first.write_text("old")
+    third.mkdir()
+    with pytest.raises(ConfigError, match="Is a directory"), atomic_paths(first, second, third) as partials:
+        for partial in partials:
+            partial.write_text("new")
+    assert first.read_text() == "old"
+    assert names_in(tmp_path) == ["a.mp4", "a.png"]  # the second had no file before
+
+
+def test_old_files_of_a_set_leave_no_second_name(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.mp4", tmp_path / "a.json"
+    for number in range(2):
+        with atomic_paths(first, second) as partials:
+            for partial in partials:
+                partial.write_text(str(number))
+        assert (first.read_text(), second.read_text(), names_in(tmp_path)) == (str(number),) * 2 + (
+            ["a.json", "a.mp4"],
+        )
+
+
+def test_a_link_that_leads_nowhere_is_not_replaced_unasked(tmp_path: Path) -> None:
+    (tmp_path / "a.json").symlink_to(tmp_path / "nothing")
+    with (
+        pytest.raises(ConfigError, match="meanwhile"),
+        atomic_paths(tmp_path / "a.json", overwrite=False) as (partial,),
+    ):
+        partial.write_text("new")
+    assert (tmp_path / "a.json").is_symlink()
+
+
+def test_atomic_paths_when_the_folder_went_away(tmp_path: Path) -> None:
+    target = tmp_path / "gone" / "a.json"
+    with pytest.raises(ConfigError) as caught, atomic_paths(target, option="--report") as (partial,):
+        partial.write_text("x")
+    assert_one_line(caught.value, "--report", target)

@@ -1,0 +1,144 @@
+"""Reads and checks the image that a clip starts from.
+
+The parent process reads and validates; the worker computes. `load_image` runs before any GPU is used and never imports
+torch, so that a bad file costs one second and one line. Nothing is cropped or resized here (`pixels` does that).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanfast.runtime.errors import ConfigError, foreign
+from wanfast.runtime.facts.shapes import MAX_ASPECT
+from wanfast.runtime.media.colours import to_rgb
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
+
+MIN_SIDE = 16  # pixels: one token
+MAX_MEGAPIXELS = 64  # a phone's 50 fit; converting them takes up to 2 GB
+MAX_FILE_BYTES = 1 << 30  # 64 megapixels of four 32-bit channels, uncompressed
+_UPRIGHT = {  # EXIF orientation -> the turn that undoes it
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedImage:
+    """This class holds an image as the model sees it, before it is resized."""
+
+    pixels: Image
+    """8-bit RGB, upright."""
+    sha256: str
+    """The hash of the file's bytes."""
+    notes: tuple[str, ...]
+    """The steps of the conversion, in words for the plan; empty for an RGB file."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Returns (width, height) in pixels."""
+        return self.pixels.size
+
+
+def load_image(path: str, option: str = "--image") -> LoadedImage:
+    """Reads, checks and fully decodes an image file; uses the first frame if the file has several.
+
+    Raises ConfigError, one line with `option`, the file and the fix, for: an unreadable file, an incomplete image, a
+    side below 16 pixels, an aspect ratio above 4:1, or more than 64 megapixels.
+    """
+    subject = f"{option} {path}"
+    data = _read_bytes(path, subject)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on large or odd files: refused here, or harmless
+        image, notes = _decoded(data, subject)
+        pixels, colour_notes = to_rgb(image, subject)
+    return LoadedImage(pixels=pixels, sha256=hashlib.sha256(data).hexdigest(), notes=(*notes, *colour_notes))
+
+
+def _decoded(data: bytes, subject: str) -> tuple[Image, list[str]]:
+    """Decodes the first frame and turns it upright; returns it with notes on these steps. Raises ConfigError."""
+    from PIL import Image
+
+    notes = []
+    with foreign(f"{subject}: is truncated or damaged", "copy it again or save it as PNG"):
+        opened = _opened(data, subject)
+        _check_size(*opened.size, subject)
+        num_frames = getattr(opened, "n_frames", 1)
+        orientation = _orientation(opened)  # asked before `load`, where Pillow turns a TIFF itself
+        opened.load()
+    image: Image.Image = opened
+    if num_frames > 1:
+        notes.append(f"the first of {num_frames} frames is used")
+    if orientation is None:
+        notes.append("its EXIF data is damaged: the picture may not be upright")
+    if orientation in _UPRIGHT:
+        notes.append(f"turned upright (EXIF orientation {orientation})")
+        if _orientation(opened) == orientation:
+            image = opened.transpose(Image.Transpose[_UPRIGHT[orientation]])
+    return image, notes
+
+
+def _opened(data: bytes, subject: str) -> ImageFile:
+    """Reads the header of an image. Raises ConfigError, and whatever Pillow raises."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise _too_large(subject, "too many") from error
+    except UnidentifiedImageError as error:
+        raise ConfigError(f"{subject}: is not an image that Pillow can read; convert it to PNG or JPEG") from error
+
+
+def _orientation(image: Image) -> int | None:
+    """Returns the EXIF orientation, 1 if the image has none; None if its EXIF data is damaged."""
+    from PIL import ExifTags
+
+    try:
+        with foreign("EXIF", "ignored"):
+            value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except ConfigError:
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _read_bytes(path: str, subject: str) -> bytes:
+    file = Path(path)
+    try:
+        if file.is_dir():
+            raise ConfigError(f"{subject}: is a folder; name an image file in it")
+        if not file.exists():
+            raise ConfigError(f"{subject}: no such file; check the path")
+        if not file.is_file():
+            raise ConfigError(f"{subject}: is a pipe or a device; name an image file")
+        if (size := file.stat().st_size) > MAX_FILE_BYTES:
+            raise ConfigError(f"{subject}: has {size / 1e9:.1f} GB, which no image needs; name an image file")
+        data = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{subject}: cannot be read ({error.strerror}); check its permissions") from error
+    if not data:
+        raise ConfigError(f"{subject}: is empty; copy it again")
+    return data
+
+
+def _check_size(width: int, height: int, subject: str) -> None:
+    short, long = sorted((width, height))
+    if short < MIN_SIDE:
+        raise ConfigError(f"{subject}: has {width}x{height} pixels; use an image of at least {MIN_SIDE}x{MIN_SIDE}")
+    if long > MAX_ASPECT * short:
+        raise ConfigError(f"{subject}: {width}x{height} is longer than {MAX_ASPECT}:1; crop it")
+    if width * height > MAX_MEGAPIXELS * 1_000_000:
+        raise _too_large(subject, f"{width}x{height}")
+
+
+def _too_large(subject: str, pixels: str) -> ConfigError:
+    return ConfigError(
+        f"{subject}: has {pixels} pixels; at most {MAX_MEGAPIXELS} megapixels are read; scale it down (4 are enough)"
+    )

@@ -1,0 +1,115 @@
+"""Writes the frames of a clip as a video and as a contact sheet, and checks beforehand that both can be written.
+
+Nothing here imports torch. The caller publishes files completely or not at all (`store.atomic`).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.memory import gb
+from wanfast.runtime.store.atomic import partial_path
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+def check_outputs(path: str, *beside: Path, overwrite: bool, needed_bytes: int, option: str = "--output") -> None:
+    """Checks before any work is done that an mp4 of `needed_bytes` can be written to `path`, and the files `beside` it.
+
+    Raises ConfigError, one line with `option`, the path and the fix.
+    """
+    target, subject = Path(path), f"{option} {path}"
+    if target.suffix.lower() != ".mp4":
+        raise ConfigError(f"{subject}: the name must end in .mp4")
+    folder = target.parent
+    try:
+        if not folder.exists():
+            raise ConfigError(
+                f"{subject}: its folder does not exist; make it with `mkdir -p {shlex.quote(str(folder))}`"
+            )
+        _check_file(target, f"{subject}:", overwrite=overwrite)
+        for other in beside:
+            _check_file(other, f"{subject}: {other.name}, written beside the video,", overwrite=overwrite)
+        free_bytes = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ConfigError(f"{subject}: cannot be written ({error.strerror}); choose another folder or name") from error
+    if free_bytes < needed_bytes:
+        raise ConfigError(
+            f"{subject}: needs {gb(needed_bytes)} and {folder} has {gb(free_bytes)} free; "
+            "free some space or choose another folder"
+        )
+
+
+def _check_file(target: Path, subject: str, *, overwrite: bool) -> None:
+    """Raises ConfigError if `target` cannot be replaced, and OSError if no file can be written beside it."""
+    probe = partial_path(target)
+    probe.touch()  # os.access does not help: it says yes to root, and on a read-only mount
+    probe.unlink()
+    if target.is_dir():
+        raise ConfigError(f"{subject} is a folder; remove it or choose another name")
+    if os.path.lexists(target) and not overwrite:  # a link that leads nowhere exists too
+        raise ConfigError(f"{subject} already exists; choose another name or add --overwrite")
+
+
+def write_mp4(frames: npt.NDArray[np.uint8], path: Path, fps: int) -> None:
+    """Writes frames [F, H, W, 3], with even H and W, as H.264: CRF 10, yuv420p. Raises OSError.
+
+    The index comes first, so that the video plays while it loads. The same frames give the same bytes, because of two
+    settings. The thread count is fixed, because it changes the stream. `cpu-independent` turns off x264's assembly for
+    macroblock-tree, which reads uninitialized memory. (AVX-512 machine, PyAV 18.1: the bytes differed for every
+    MALLOC_PERTURB_, and from run to run in one process.)
+    The pixels are BT.709 in limited range at every size. Stream and container say so, because players guess.
+    This function uses PyAV itself, because imageio's plugin drops encoder options (asked for CRF 10, the stream said
+    23). The caller publishes the file completely or not at all.
+    """
+    import av
+
+    try:
+        _encode(frames, path, fps)
+    except av.FFmpegError as error:  # not each is an OSError: too little memory, and what x264 reports
+        raise OSError(error.errno, error.strerror) from error
+
+
+def _encode(frames: npt.NDArray[np.uint8], path: Path, fps: int) -> None:
+    import av
+    from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+
+    same_bytes = {"threads": "8", "thread_type": "frame", "x264-params": "cpu-independent=1"}
+    colours = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709", "color_range": "tv"}
+    reformatter, full, limited = VideoReformatter(), ColorRange.JPEG, ColorRange.MPEG
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "10", **same_bytes, **colours})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            yuv = reformatter.reformat(
+                rgb, format="yuv420p", src_color_range=full, dst_colorspace=Colorspace.ITU709, dst_color_range=limited
+            )
+            container.mux(stream.encode(yuv))
+        container.mux(stream.encode())
+
+
+def write_contact_sheet(frames: npt.NDArray[np.uint8], path: Path, columns: int = 4, count: int = 8) -> None:
+    """Writes a PNG of `count` evenly spaced frames of [F, H, W, 3], row by row, with the first and the last frame.
+
+    If the clip has fewer frames, all are shown. Raises OSError if the disk cannot be written.
+    """
+    import numpy as np
+    from PIL import Image
+
+    num_frames, height, width, _ = frames.shape
+    count = min(count, num_frames)
+    columns = min(columns, count)
+    sheet = np.zeros((-(-count // columns) * height, columns * width, 3), dtype=np.uint8)
+    for cell in range(count):
+        top, left = cell // columns * height, cell % columns * width
+        sheet[top : top + height, left : left + width] = frames[cell * (num_frames - 1) // max(count - 1, 1)]
+    Image.fromarray(sheet).save(path, format="PNG")
