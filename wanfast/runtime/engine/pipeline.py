@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from wanfast.runtime.device.finite import all_finite
-from wanfast.runtime.device.hardware import free_memory, is_out_of_memory
+from wanfast.runtime.device.hardware import free_bytes, free_memory, is_out_of_memory
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.attention_probe import Choice
@@ -122,7 +122,7 @@ class ImageToVideoPipeline:
             try:
                 return work()
             except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error, free_bytes(self.device)):
                     raise
                 failure = str(error)  # not the error: its traceback holds the VAE's tensors
             if not self.experts.evict(_EVICT_BYTES):

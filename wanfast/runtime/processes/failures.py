@@ -11,11 +11,11 @@ from typing import Any
 
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, from_failure
+from wanfast.runtime.processes.worker import MOST_OF_TIMEOUT
 from wanfast.runtime.store.artifacts import LOADING, PROGRESS, RANKS
 
 _OUTLIVED_S = 5.0  # a rank that ends this long after a peer's error did not cause it
 _TOGETHER_S = 1.0  # errors this close to each other may be written in another order than they arose
-_MOST = 0.8  # share of --rank-timeout without a step that counts as a timeout, because the host runs ahead of its GPU
 
 
 def error_of_group(run_folder: Path, replica: int, config: RanksConfig) -> tuple[int, WanFastError]:
@@ -33,7 +33,7 @@ def error_of_group(run_folder: Path, replica: int, config: RanksConfig) -> tuple
     ended = _ended(known, left)
     aborted = ended is not None and ended[1] == -signal.SIGABRT  # NCCL's watchdog aborts ranks that wait
     timed_out = first is not None and first["kind"] == "timeout" and (ended is None or aborted)
-    if timed_out or (aborted and _idle_s(folder, replica, known) > _MOST * config.rank_timeout):
+    if timed_out or (aborted and _idle_s(folder, replica, known) > MOST_OF_TIMEOUT * config.rank_timeout):
         behind = ", ".join(map(str, _behind(folder, replica)))
         who = f"rank {behind}, which hangs" if behind else "each other"
         message = f"the ranks waited --rank-timeout {config.rank_timeout:g} s for {who}"

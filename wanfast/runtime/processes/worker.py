@@ -40,6 +40,7 @@ from wanfast.runtime.store.artifacts import (
 if TYPE_CHECKING:
     from wanfast.runtime.engine.session import Sessions
 
+MOST_OF_TIMEOUT = 0.8  # without a step, this counts as a timeout, because the host runs ahead of its GPU
 _PAUSE_S = 0.02  # between two checks for the next batch
 
 
@@ -51,7 +52,8 @@ def main(run_folder: Path, number: int) -> None:
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Writes the error, then ends the process, so that this error is older than those of peers that lose it."""
-        replace_text(own_folder / "error.json", json.dumps(_error_document(error)))
+        document = _error_document(error, _silent_s(own_folder), _timeout_s(run_folder))
+        replace_text(own_folder / "error.json", json.dumps(document))
         traceback.print_exception(kind, error, trace, file=sys.__stderr__)  # torch may buffer sys.stderr
         os._exit(1)  # skips destructors, which may wait for dead peers
 
@@ -62,8 +64,12 @@ def main(run_folder: Path, number: int) -> None:
         leave(type(error), error, error.__traceback__)
 
 
-def _error_document(error: BaseException) -> dict[str, Any]:
-    """Returns an error for the parent: one line, and its kind: a user's error, a timeout or a bug."""
+def _error_document(error: BaseException, silent_s: float, timeout_s: float) -> dict[str, Any]:
+    """Returns an error for the parent: one line, and its kind: a user's error, a timeout or a bug.
+
+    `silent_s`: seconds since this rank's last step. An exchange that fails after most of `--rank-timeout` waited for a
+    peer; one that fails earlier lost its peer, or was wrong.
+    """
     import torch
 
     known = {"rank": int(os.environ["RANK"]), "time": time.time_ns()}
@@ -72,8 +78,24 @@ def _error_document(error: BaseException) -> dict[str, Any]:
     if isinstance(error, WanFastError):
         return {**known, "kind": "user", **failure(error)}
     line = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
-    waited = isinstance(error, RuntimeError) and any(word in line.lower() for word in ("timed out", "timeout"))
+    waited = _is_of_an_exchange(error) and silent_s >= MOST_OF_TIMEOUT * timeout_s
     return {**known, "kind": "timeout" if waited else "bug", "error": line}
+
+
+def _is_of_an_exchange(error: BaseException) -> bool:
+    """Returns whether an exchange between ranks raised the error; gloo's errors have no class of their own."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, RuntimeError) and any(name.startswith("torch.distributed") for name in modules)
+
+
+def _silent_s(own_folder: Path) -> float:
+    """Returns the seconds since the last step of this rank, or since its start."""
+    signs = (own_folder / name for name in ("pid", PROGRESS))
+    return time.time() - max(file.stat().st_mtime for file in signs if file.exists())
+
+
+def _timeout_s(run_folder: Path) -> float:
+    return float(json.loads((run_folder / SETUP).read_text(encoding="utf-8"))["ranks"]["rank_timeout"])
 
 
 def _work(run_folder: Path, number: int, own_folder: Path) -> None:
