@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import pytest
@@ -173,13 +174,37 @@ def test_lines_share_models_that_are_loaded_alike(wanfast: Wanfast) -> None:
         assert config.replace(**{name: value}).models == config.models
 
 
-def test_changed_embeddings_are_refused(wanfast: Wanfast, workdir: Path) -> None:
+@pytest.mark.parametrize("damaged", [lambda data: data[:10], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_changed_embeddings_are_made_again(wanfast: Wanfast, workdir: Path, damaged: Callable[[bytes], bytes]) -> None:
     assert wanfast(*GOOD).exit_code == 0
     file = next((workdir / "artifacts/prompt_embeds").rglob("embeds.safetensors"))
-    file.write_bytes(file.read_bytes() + b"x")
+    whole = file.read_bytes()
+    file.write_bytes(damaged(whole))
     outcome = wanfast(*GOOD, "--output", "again.mp4")
-    assert outcome.exit_code == 4 and str(file.parent) in outcome.err
-    assert not (workdir / "again.mp4").exists()
+    assert outcome.exit_code == 0
+    assert f"note: {file.parent} was changed after it was made: it is made again" in outcome.err
+    assert file.read_bytes() == whole
+    assert (workdir / "again.mp4").read_bytes() == (workdir / "out.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["job.json", "result.json", "0.json"])
+def test_a_disk_that_fills_up_is_one_line(
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The disk of the artifacts is full from the file `name` of the run folder on."""
+    open_ = Path.open
+
+    def full(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if path.name.strip(".").startswith(name) and "w" in mode:
+            raise OSError(28, "No space left on device")
+        return open_(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    outcome = wanfast(*GOOD)
+    assert outcome.exit_code == 2
+    said = outcome.err.strip().splitlines()[-1]
+    assert said.startswith(f"error: --artifacts-dir {workdir}/artifacts/runs/") and name in said
+    assert "cannot be written (No space left on device); free some space" in said
 
 
 @pytest.fixture

@@ -30,12 +30,12 @@ import torch
 
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.errors import ConfigError, CorruptArtifactError
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import CompileMode
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.models.dit import WanDiT
-from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.artifacts import ArtifactStore, Published, note
 
 KIND = "inductor"
 _SIZES = 64  # token counts that one process may compile for: a list of videos can have more than 8, torch's limit
@@ -120,8 +120,8 @@ def check_caches() -> None:
         )
 
 
-def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> Path:
-    """Publishes what this process and its peers compiled, and returns the artifact's folder. Raises ConfigError."""
+def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> Published:
+    """Publishes what this process and its peers compiled; a damaged artifact is replaced. Raises ConfigError."""
     saved = torch.compiler.save_cache_artifacts()
     assert saved is not None, "nothing was compiled"
     parts = ranks.gather(saved[0])
@@ -130,31 +130,26 @@ def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> P
         for rank, part in enumerate(parts):
             (folder / _file(rank)).write_bytes(part)
 
-    return ranks.lead(lambda: store.publish(KIND, inputs, write, inputs["versions"]))
+    return ranks.lead(lambda: store.publish(KIND, inputs, write, inputs["versions"], damaged="miss"))
 
 
 def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> str | None:
-    """Fills this process's caches from the artifact of `inputs`, and returns its key, or None if it is missing.
+    """Fills this process's caches from the artifact of `inputs`, and returns its key, or None if there is none to use.
 
-    Loaded code is run, so its bytes are first compared with the manifest's hash. Raises CorruptArtifactError.
+    Loaded code is run, so its bytes are first compared with the manifest's hash. A damaged artifact is a cache miss
+    with a note, because compiling takes less than a minute.
     """
 
-    def read() -> tuple[str, bytes] | None:
-        folder = store.find(KIND, inputs, verify=True)
-        if folder is None:
-            return None
-        try:
-            return folder.name, (folder / _file(ranks.rank)).read_bytes()
-        except FileNotFoundError as error:
-            raise CorruptArtifactError(f"{error.filename} is missing: remove {folder}, and warm up again") from None
-
-    found = ranks.together(read)
-    if found is None:
+    folder = ranks.together(lambda: store.find(KIND, inputs, verify=True, damaged="miss"))
+    if not all(ranks.gather(folder is not None)):
         return None
-    key, saved = found
-    if torch.compiler.load_cache_artifacts(saved) is None:
-        raise CorruptArtifactError(f"{store.path(KIND, inputs)}: torch cannot read it: remove it, and warm up again")
-    return key
+    assert folder is not None
+    file = folder / _file(ranks.rank)
+    if all(ranks.gather(file.is_file() and torch.compiler.load_cache_artifacts(file.read_bytes()) is not None)):
+        return folder.name
+    note(f"{folder}: torch cannot use it: it is made again")
+    ranks.lead(lambda: store.discard(KIND, inputs))
+    return None
 
 
 def compiled_anew() -> int:

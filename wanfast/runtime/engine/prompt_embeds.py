@@ -19,6 +19,7 @@ from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.device.hardware import free_memory
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.errors import CorruptArtifactError, foreign
 from wanfast.runtime.facts.choices import Precision
 from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
@@ -43,7 +44,7 @@ def prompt_embeds(
     tokenizer = ranks.together(lambda: PromptTokenizer(files.tokenizer, files.spec.dit.text_len))
     tokens = {text: tokenizer.encode(text) for text in texts}
     inputs = {text: _inputs(tokens[text], files, config.models.precision, config.ranks.device) for text in tokens}
-    known = ranks.lead(lambda: {text: _load(found) for text in tokens if (found := store.find(KIND, inputs[text]))})
+    known = ranks.lead(lambda: _stored(store, inputs))
     unknown = {text: tokens[text] for text in tokens if text not in known}
     if not unknown:
         return known
@@ -58,7 +59,7 @@ def prompt_embeds(
 
     def publish() -> None:
         for text, embeds in encoded.items():
-            store.publish(KIND, inputs[text], partial(_save, embeds), versions())
+            store.publish(KIND, inputs[text], partial(_save, embeds), versions(), damaged="miss")
 
     ranks.lead(publish)
     return known | encoded
@@ -91,8 +92,15 @@ def _save(embeds: Tensor, folder: Path) -> None:
     save_file({"embeds": embeds}, folder / _FILE)
 
 
+def _stored(store: ArtifactStore, inputs: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """Returns the embeddings of the stored texts. A damaged artifact is a cache miss, because a text takes seconds."""
+    folders = {text: store.find(KIND, inputs[text], verify=True, damaged="miss") for text in inputs}
+    return {text: _load(folder) for text, folder in folders.items() if folder is not None}
+
+
 def _load(folder: Path) -> Tensor:
-    return load_file(folder / _FILE)["embeds"]
+    with foreign(str(folder / _FILE), "remove its folder, and have it made again", CorruptArtifactError):
+        return load_file(folder / _FILE)["embeds"]
 
 
 def _inputs(tokens: TokenizedPrompt, files: ModelFiles, precision: Precision, device: str) -> dict[str, Any]:

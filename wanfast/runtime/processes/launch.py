@@ -66,7 +66,8 @@ class RankGroups:
         self._starter = ThreadPoolExecutor(1)
         document = {"ranks": dataclasses.asdict(ranks), "groups": groups}
         write_synced(run_folder / SETUP, json.dumps(document, indent=2) + "\n")
-        (run_folder / "logs").mkdir(exist_ok=True)
+        with writing_to(run_folder):
+            (run_folder / "logs").mkdir(exist_ok=True)
         self._start_missing()
 
     def __enter__(self) -> RankGroups:
@@ -93,8 +94,8 @@ class RankGroups:
         self._start_missing()
         first, number = self._jobs, self._batches
         document = {"verb": verb, "worker": worker, "first": first, "jobs": jobs}
-        with writing_to(self._folder.parents[1]):  # a batch that is not written has no number
-            replace_text(self._folder / batch_file(number), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        # A batch that is not written has no number.
+        replace_text(self._folder / batch_file(number), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         self._jobs, self._batches = first + len(jobs), number + 1
         results: dict[int, dict[str, Any]] = {}
         seen: dict[int, dict[str, Any]] = {}
@@ -124,12 +125,14 @@ class RankGroups:
 
     def close(self) -> None:
         """Asks the ranks to end, and stops ranks that do not."""
-        replace_text(self._folder / CLOSE, "")
-        ends = time.monotonic() + _GRACE_S
-        while time.monotonic() < ends and any(launcher.poll() is None for launcher in self._launchers.values()):
-            time.sleep(_PAUSE_S / 5)
-        self.stop()
-        self._starter.shutdown()
+        try:
+            replace_text(self._folder / CLOSE, "")
+            ends = time.monotonic() + _GRACE_S
+            while time.monotonic() < ends and any(launcher.poll() is None for launcher in self._launchers.values()):
+                time.sleep(_PAUSE_S / 5)
+        finally:
+            self.stop()
+            self._starter.shutdown()
 
     def stop(self) -> None:
         """Ends all launchers and their ranks at once."""
@@ -169,7 +172,10 @@ class RankGroups:
 def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]:
     """Starts the launcher of group `number`, whose ranks begin with batch `batch`."""
     command = [sys.executable, "-m", "wanfast.runtime.processes.elastic", str(run_folder), str(number)]
-    with (run_folder / "logs" / f"launcher-{number}.log").open("wb") as log:
+    file = run_folder / "logs" / f"launcher-{number}.log"
+    with writing_to(file):
+        log = file.open("wb")
+    with log:
         # In a new session Ctrl-C does not reach the launcher: only this process gets Ctrl-C and then stops all.
         return subprocess.Popen(
             command,

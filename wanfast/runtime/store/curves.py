@@ -202,12 +202,9 @@ def _artifact(config: EffectiveConfig, asked: SkippingConfig, files: ModelFiles)
         keys = ", ".join(item[2].name for item in best)
         raise ConfigError(f"{option}: several curves fit this run: use --magcache with one of {keys}")
     _, inputs, folder = best[0]
-    try:
-        sound = store.find(KIND, inputs, verify=True) == folder
-    except CorruptArtifactError:
-        sound = False
-    if not sound:
-        raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove it, and {fix}")
+    if store.path(KIND, inputs) != folder:
+        raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove this folder, and {fix}")
+    store.find(KIND, inputs, verify=True, again=fix)
     return folder
 
 

@@ -1,15 +1,16 @@
 """Locates a model's files and reads its facts from a folder in either of the two public layouts. Torch-free.
 
-`tiny` ships with the package. `a14b` is the published repository, in either layout, in the artifacts folder. Any other
-name is a path.
+`tiny` ships with the package. `a14b` is the published repository, in either layout: in the artifacts folder, or else in
+the cache of the Hugging Face Hub, where another program may have put it. Any other name is a path.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shlex
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, Literal
 
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.model_spec import A14B, DiTSpec, ModelSpec, UMT5Spec, VAESpec
+from wanfast.runtime.store.hub_cache import REPOS, Layout, name_of, snapshots
+from wanfast.runtime.store.identity import identity
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny"
 A14B_FOLDER = "checkpoints/Wan2.2-I2V-A14B"  # below the artifacts folder
@@ -40,7 +43,7 @@ class _Places:
     tokenizer: str
 
 
-_LAYOUTS = {
+_LAYOUTS: dict[Layout, _Places] = {
     "original": _Places(
         high_noise="high_noise_model",
         low_noise="low_noise_model",
@@ -63,9 +66,10 @@ class ModelFiles:
     """This class holds a model's folder and facts; if `exists` is false, the folder is still missing."""
 
     root: Path
-    layout: Literal["original", "diffusers"]
+    layout: Layout
     spec: ModelSpec
     fix: str  # the command that gets the files
+    artifacts: Path  # the folder that remembers hashes of files
 
     @property
     def exists(self) -> bool:
@@ -95,15 +99,16 @@ class ModelFiles:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Returns a hash of each component's content, which is the same for a copy in another folder.
+        """Returns the identity of each component's content, which is the same for a copy in another folder.
 
-        Only samples of large files are hashed, so that 57 GB take a moment.
+        The first process that asks reads all files, which takes about a second a GB; later ones remember.
         """
-        return {**{name: self.fingerprint(name) for name in COMPONENTS}, "tokenizer": _fingerprint([self.tokenizer])}
+        tokenizer = identity([self.tokenizer], self.artifacts)
+        return {**{name: self.fingerprint(name) for name in COMPONENTS}, "tokenizer": tokenizer}
 
     def fingerprint(self, component: Component) -> str:
-        """Returns the hash of one component; raises MissingArtifactError if a file is missing."""
-        return _fingerprint(self.weights(component))
+        """Returns the identity of one component; raises MissingArtifactError if a file is missing."""
+        return identity(self.weights(component), self.artifacts)
 
 
 def locate(model: str, artifacts_dir: str) -> ModelFiles:
@@ -112,22 +117,23 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
     Raises MissingArtifactError (no such folder), ConfigError (no image-to-video model in it) and CorruptArtifactError
     (a damaged file of facts).
     """
+    artifacts = Path(artifacts_dir).absolute()
     if model == "tiny":
-        return ModelFiles(TINY, "diffusers", _read_spec(TINY, "diffusers"), "reinstall wanfast")
+        return ModelFiles(TINY, "diffusers", _read_spec(TINY, "diffusers"), "reinstall wanfast", artifacts)
     if model == "a14b":
-        root = _a14b_root(artifacts_dir)
+        root = _a14b_root(artifacts)
         where = " --layout diffusers" if root.name == Path(A14B_DIFFUSERS_FOLDER).name else ""
         where += "" if artifacts_dir == "artifacts" else f" --artifacts-dir {shlex.quote(artifacts_dir)}"
         fix = (
             f"run `wanfast download{where}` ({A14B_BYTES / 1e9:.0f} GB), or give the weights' folder as --model FOLDER"
         )
         if not root.is_dir():
-            return ModelFiles(root, "original", A14B, fix)
+            return ModelFiles(root, "original", A14B, fix, artifacts)
     else:
         root, fix = Path(model).expanduser().absolute(), "copy the whole folder again"
         if not root.is_dir():
             raise MissingArtifactError(f"--model {model!r}: no such folder; use tiny, a14b or a folder of weights")
-    for layout in ("original", "diffusers"):
+    for layout in _LAYOUTS:
         if (root / _LAYOUTS[layout].high_noise).is_dir():
             spec = _read_spec(root, layout)
             needed = spec.dit.out_channels + spec.vae.temporal_stride + spec.vae.latent_channels
@@ -136,15 +142,24 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
                     f"--model {model}: its transformer reads {spec.dit.in_channels} channels, but image-to-video needs "
                     f"{needed}: use an I2V model"
                 )
-            return ModelFiles(root, layout, spec, fix)
+            return ModelFiles(root, layout, spec, fix, artifacts)
     raise ConfigError(f"--model {model}: {root} has neither high_noise_model/ nor transformer/; name a Wan2.2 folder")
 
 
-def _a14b_root(artifacts_dir: str) -> Path:
-    """Returns the first of the two folders that holds experts; if neither does, the original layout's folder."""
-    roots = [(Path(artifacts_dir) / folder).absolute() for folder in (A14B_FOLDER, A14B_DIFFUSERS_FOLDER)]
+def _a14b_root(artifacts: Path) -> Path:
+    """Returns the first folder that holds experts; if there is none, the original layout's in the artifacts folder."""
+    own = [artifacts / folder for folder in (A14B_FOLDER, A14B_DIFFUSERS_FOLDER)]
     experts = [places.high_noise for places in _LAYOUTS.values()]
-    return next((root for root in roots if any((root / expert).is_dir() for expert in experts)), roots[0])
+    found = (root for root in own if any((root / expert).is_dir() for expert in experts))
+    return next(found, None) or next((root for layout in REPOS for root in cached(layout)), own[0])
+
+
+def cached(layout: Layout) -> Iterator[Path]:
+    """Yields the folders of the Hugging Face cache that hold all files of the published weights."""
+    for root in snapshots(layout):
+        with suppress(MissingArtifactError, CorruptArtifactError):
+            ModelFiles(root, layout, A14B, "", root).require()
+            yield root
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -157,23 +172,7 @@ def _shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _fingerprint(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        block, samples = 1 << 16, 64
-        offsets = (
-            range(0, size, block) if size <= block * samples else [i * (size - block) // 63 for i in range(samples)]
-        )
-        with file.open("rb") as stream:
-            for offset in offsets:
-                stream.seek(offset)
-                digest.update(stream.read(block))
-    return digest.hexdigest()[:16]
-
-
-def _read_spec(root: Path, layout: str) -> ModelSpec:
+def _read_spec(root: Path, layout: Layout) -> ModelSpec:
     """Reads all facts from wanfast.json, or only the networks' sizes from the layout's config files."""
     facts = root / _FACTS_FILE
     if facts.is_file():
@@ -181,7 +180,7 @@ def _read_spec(root: Path, layout: str) -> ModelSpec:
             return ModelSpec.from_json(_read_json(facts))
         except TypeError as error:
             raise CorruptArtifactError(f"{facts}: {error}: fix this file, or copy it again") from None
-    spec = dataclasses.replace(A14B, name=root.name)
+    spec = dataclasses.replace(A14B, name=name_of(root))
     places = _LAYOUTS[layout]
     readers: tuple[tuple[str, str, Any], ...] = (
         ("dit", places.high_noise, _dit_spec),

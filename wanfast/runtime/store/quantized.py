@@ -66,7 +66,7 @@ class QuantizedExpert:
         made_by = installed or max(self._versions(), default=None, key=_release)
         if made_by is None and in_8_bits(self.scheme):
             return None
-        return self.store.find(KIND, self.inputs(made_by), verify=verify)
+        return self.store.find(KIND, self.inputs(made_by), verify=verify, again=f"run `{self.fix}`")
 
     def require(self, *, verify: bool = False) -> Path:
         """Returns the artifact's folder; raises MissingArtifactError with the command that makes it, if missing."""
