@@ -132,7 +132,7 @@ def test_an_artifact_that_is_of_no_use_is_discarded(
     """Its hashes are right, but it lacks this rank's file, or torch cannot read the file."""
     store, inputs = ArtifactStore(tmp_path), cache_inputs(config(), model_files.locate("tiny", "").spec.dit, 32)
     folder = store.publish(compilation.KIND, inputs, lambda part: (part / name).write_bytes(b"x") and None).folder
-    assert compilation.load_caches(store, inputs, Ranks("cpu")) is None
+    assert compilation.load_caches(store, inputs, Ranks("cpu"), is_named=True) is None
     assert f"note: {folder}: torch cannot use it" in capsys.readouterr().err and not folder.exists()
 
 
@@ -281,3 +281,29 @@ def test_a_signal_ends_a_warmup_whatever_it_computes(workdir: Path) -> None:
         _, err = process.communicate(timeout=60)
     assert process.returncode == 143 and time.monotonic() - started < 20
     assert "no GPU was found" in err and "terminated" in err
+
+
+def test_code_that_others_could_have_written_is_loaded_only_from_a_named_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, inputs = ArtifactStore(tmp_path / "artifacts"), {"versions": {}, "n": 1}
+    loaded: list[bytes] = []
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda data: loaded.append(data) or "info")
+    folder = store.publish(
+        compilation.KIND, inputs, lambda part: (part / "rank-0.bin").write_bytes(b"x") and None
+    ).folder
+
+    def load(*, is_named: bool) -> str | None:
+        return compilation.load_caches(store, inputs, Ranks("cpu"), is_named=is_named)
+
+    for path in (folder / "rank-0.bin", folder / "manifest.json", folder, folder.parent, store.root):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o002)
+        assert load(is_named=False) is None and not loaded
+        assert f"note: other users can write {path}: compiled code is not loaded" in capsys.readouterr().err
+        assert load(is_named=True) == folder.name and loaded.pop() == b"x"
+        path.chmod(mode)
+    assert load(is_named=False) == folder.name and loaded.pop() == b"x"
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    if os.getuid():
+        assert load(is_named=False) is None and "belongs to another user" in capsys.readouterr().err

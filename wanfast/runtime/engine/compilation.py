@@ -17,7 +17,6 @@ name its own process groups. Source: torch.compiler.save_cache_artifacts.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import platform
 from collections.abc import Iterator
@@ -36,11 +35,17 @@ from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.store.artifacts import ArtifactStore, Published, note
+from wanfast.runtime.store.code import digest_of_code
+from wanfast.runtime.store.sharing import who_can_write
 
 KIND = "inductor"
 _SIZES = 64  # token counts that one process may compile for: a list of videos can have more than 8, torch's limit
-# Below runtime/: the code that becomes the graphs, and the code that compiles them.
-_SOURCES = ("models/*.py", "distributed/*.py", "engine/compilation.py", "weights/quantization.py", "store/quantized.py")
+# The code that becomes the graphs, and the code that compiles them.
+_CODE = (
+    "runtime/models/*.py", "runtime/distributed/*.py", "runtime/engine/compilation.py", "runtime/jobs/warmup.py",
+    "runtime/weights/builders.py", "runtime/weights/quantization.py", "runtime/store/quantized.py",
+    "runtime/device/hardware.py",
+)  # fmt: skip
 
 
 @contextmanager
@@ -106,7 +111,7 @@ def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[st
             "triton": version_of("triton"),
             "cuda": torch.version.cuda,
         },
-        "sources": _digest_of_sources(),
+        "sources": digest_of_code(*_CODE),
     }
 
 
@@ -133,17 +138,22 @@ def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> P
     return ranks.lead(lambda: store.publish(KIND, inputs, write, inputs["versions"], damaged="miss"))
 
 
-def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> str | None:
+def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, is_named: bool) -> str | None:
     """Fills this process's caches from the artifact of `inputs`, and returns its key, or None if there is none to use.
 
     Loaded code is run, so its bytes are first compared with the manifest's hash. A damaged artifact is a cache miss
-    with a note, because compiling takes less than a minute.
+    with a note, because compiling takes less than a minute. So is an artifact that other users could have written,
+    except if the user named the store's folder (`is_named`).
     """
-
     folder = ranks.together(lambda: store.find(KIND, inputs, verify=True, damaged="miss"))
     if not all(ranks.gather(folder is not None)):
         return None
     assert folder is not None
+    stranger = None if is_named else who_can_write([store.root, folder.parent, folder, *folder.iterdir()])
+    if any(ranks.gather(stranger)):
+        fix = "name the folder by --artifacts-dir if you trust it"
+        note(f"{stranger or folder}: compiled code is not loaded from there: {fix}")
+        return None
     file = folder / _file(ranks.rank)
     if all(ranks.gather(file.is_file() and torch.compiler.load_cache_artifacts(file.read_bytes()) is not None)):
         return folder.name
@@ -167,9 +177,3 @@ def _processor() -> str:
 
 def _file(rank: int) -> str:
     return f"rank-{rank}.bin"
-
-
-def _digest_of_sources() -> str:
-    here = Path(__file__).parents[1]
-    files = sorted(file for pattern in _SOURCES for file in here.glob(pattern))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wanfast.runtime.config import EffectiveConfig
-from wanfast.runtime.device.hardware import free_memory
+from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import CorruptArtifactError, foreign
@@ -24,11 +24,17 @@ from wanfast.runtime.facts.choices import Precision
 from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
 from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights.builders import build_umt5
 
 KIND = "prompt_embeds"
 _FILE = "embeds.safetensors"
+_CODE = (
+    "runtime/models/umt5.py", "runtime/media/tokenizer.py", "runtime/weights/builders.py",
+    "runtime/weights/checkpoint.py", "runtime/weights/key_maps.py", "runtime/device/hardware.py",
+    "runtime/engine/prompt_embeds.py",
+)  # fmt: skip
 
 
 def prompt_embeds(
@@ -43,7 +49,7 @@ def prompt_embeds(
     store = ArtifactStore(Path(config.models.artifacts_dir))
     tokenizer = ranks.together(lambda: PromptTokenizer(files.tokenizer, files.spec.dit.text_len))
     tokens = {text: tokenizer.encode(text) for text in texts}
-    inputs = {text: _inputs(tokens[text], files, config.models.precision, config.ranks.device) for text in tokens}
+    inputs = {text: _inputs(tokens[text], files, config) for text in tokens}
     known = ranks.lead(lambda: _stored(store, inputs))
     unknown = {text: tokens[text] for text in tokens if text not in known}
     if not unknown:
@@ -84,7 +90,7 @@ def _encode(
         text: umt5(torch.tensor([prompt.ids], device=device))[0].cpu().contiguous() for text, prompt in tokens.items()
     }
     del umt5
-    free_memory(device)  # 11 GB in blocks of UMT5's sizes, which the experts cannot reuse
+    hardware.free_memory(device)  # 11 GB in blocks of UMT5's sizes, which the experts cannot reuse
     return encoded
 
 
@@ -103,13 +109,15 @@ def _load(folder: Path) -> Tensor:
         return load_file(folder / _FILE)["embeds"]
 
 
-def _inputs(tokens: TokenizedPrompt, files: ModelFiles, precision: Precision, device: str) -> dict[str, Any]:
+def _inputs(tokens: TokenizedPrompt, files: ModelFiles, config: EffectiveConfig) -> dict[str, Any]:
+    """Returns everything that an embedding depends on; the ids hold all that the tokenizer decides."""
     return {
-        "umt5": files.fingerprints["umt5"],
-        "tokenizer": files.fingerprints["tokenizer"],
+        "umt5": files.fingerprint("umt5"),
         "text": tokens.text,
-        "text_len": files.spec.dit.text_len,
-        "precision": precision,
-        "device": device,
+        "ids": list(tokens.ids),
+        "precision": config.models.precision,
+        "tf32": bool(config.models.tf32),
+        "device": hardware.describe(config.ranks.device)["device"],
         "torch": versions()["torch"],
+        "code": digest_of_code(*_CODE),
     }

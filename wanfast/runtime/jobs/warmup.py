@@ -73,7 +73,7 @@ def _warm(job: Job, ranks: Ranks, progress: Callable[[str], None]) -> dict[str, 
     plan = Plan.of(config, spec, job.image_size, placement=job.placement)
     store = ArtifactStore(Path(config.models.artifacts_dir))
     inputs = cache_inputs(config, spec.dit, plan.geometry.tokens)
-    found = load_caches(store, inputs, ranks) is not None
+    found = load_caches(store, inputs, ranks, is_named="artifacts_dir" in job.requested) is not None
     watch = Stopwatch(ranks.device)
     progress("loading the stored caches" if found else "compiling")
     _forward(plan, ranks, watch)

@@ -19,6 +19,7 @@ from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
 from wanfast.runtime.planning.plan import Job, Plan, resolve
+from wanfast.runtime.store.identity import is_old
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
 
@@ -132,17 +133,26 @@ def _plan(
         if needs_weights:
             require_attention(plan.config.models.attention, plan.config.ranks.device)
             files.require()
+            files.identify()
             require_experts(files, plan.config.models, required)
         else:
             plan = dataclasses.replace(plan, notes=(*plan.notes, *_missing_notes(plan, files)))
-        if request.weights is not None and files.exists and request.weights != files.fingerprints:
-            plan = dataclasses.replace(plan, notes=(*plan.notes, "--from: the weights changed since that run"))
+        plan = dataclasses.replace(plan, notes=(*plan.notes, *_weights_notes(request, files)))
         taken.update(dict.fromkeys((path.resolve() for path in plan.outputs), request.line))
         return Planned(request, plan)
     except WanFastError as error:
         if request.line is None:
             raise
         return Planned(request, error=error)
+
+
+def _weights_notes(request: Request, files: ModelFiles) -> list[str]:
+    """Returns a note if the weights are not those of the run that --from names, or if that cannot be known."""
+    if request.weights is None or not files.exists or request.weights == files.fingerprints:
+        return []
+    if any(map(is_old, request.weights.values())):
+        return ["--from: that run did not hash all of its weights, so whether they changed since is unknown"]
+    return ["--from: the weights changed since that run"]
 
 
 def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
@@ -194,7 +204,7 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     try:
         document = json.loads(_read(file, "--from"))
         effective = EffectiveConfig.from_json(document["effective"])
-        weights = document["weights"]
+        weights = dict(document["weights"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError):
         raise ConfigError(f"--from {file} is not the .json that wanfast writes beside a video: name that one") from None
     same_ranks = effective.ranks.nnodes == 1 and "num_gpus" not in typed

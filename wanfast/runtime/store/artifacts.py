@@ -21,7 +21,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +85,15 @@ class ArtifactStore:
             note(str(error))
             return None
         return folder
+
+    def manifests(self, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yields (folder, inputs) of each artifact that says its inputs; `find` checks what a caller opens."""
+        for manifest in sorted((self.root / kind).glob(f"*/{MANIFEST}")):
+            with suppress(OSError, ValueError, RecursionError):
+                document = json.loads(manifest.read_text(encoding="utf-8"))
+                inputs = document.get("inputs") if isinstance(document, dict) else None
+                if isinstance(inputs, dict) and not manifest.parent.suffix:  # else half written, or set aside
+                    yield manifest.parent, inputs
 
     def publish(
         self,

@@ -97,6 +97,10 @@ class ModelFiles:
         if not self.tokenizer.is_file():
             raise MissingArtifactError(f"{self.tokenizer} is missing: {self.fix}")
 
+    def identify(self) -> None:
+        """Hashes what is not hashed yet, so that the user sees why it takes a minute, and no rank waits for it."""
+        assert self.fingerprints
+
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Returns the identity of each component's content, which is the same for a copy in another folder.
