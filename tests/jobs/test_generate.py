@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -185,6 +186,16 @@ def test_changed_embeddings_are_made_again(wanfast: Wanfast, workdir: Path, dama
     assert f"note: {file.parent} was changed after it was made: it is made again" in outcome.err
     assert file.read_bytes() == whole
     assert (workdir / "again.mp4").read_bytes() == (workdir / "out.mp4").read_bytes()
+
+
+def test_a_group_can_share_all_that_a_run_writes(wanfast: Wanfast, workdir: Path) -> None:
+    there, before = set(workdir.rglob("*")), os.umask(0o002)
+    try:
+        assert wanfast(*GOOD, "--contact-sheet").exit_code == 0
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in set(workdir.rglob("*")) - there}
+    assert len(modes) > 10 and modes == {path: 0o775 if path.is_dir() else 0o664 for path in modes}
 
 
 @pytest.mark.parametrize("name", ["job.json", "result.json", "0.json"])

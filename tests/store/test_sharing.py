@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from wanfast.runtime.engine import compilation, prompt_embeds
-from wanfast.runtime.store import curves, quantized
+from wanfast.runtime.store import curves, hub, identity, quantized
 from wanfast.runtime.store.artifacts import ArtifactStore, new_run_folder, replace_text, write_result
 from wanfast.runtime.store.sharing import lock_of, locked, share, who_can_write
 
@@ -178,3 +178,47 @@ def test_two_users_share_runs_and_locks(shared: Path) -> None:
 
     as_user(FIRST, run)
     as_user(SECOND, read)
+
+
+def test_two_users_share_what_is_known_of_weights(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "_SMALL_BYTES", 0)
+    weights, artifacts = shared / "weights", shared / "artifacts"
+    weights.write_text("weights")
+    weights.chmod(0o644)
+
+    def use() -> None:
+        identity._hash = lambda *_: pytest.fail("hashed again")
+        assert len(identity.sha256_of([weights], artifacts)[weights]) == 64
+
+    def hash_again() -> None:
+        (record,) = (artifacts / "hashes").glob("*.json")
+        record.write_text("")  # damaged: the second user replaces it
+        assert len(identity.sha256_of([weights], artifacts)[weights]) == 64
+
+    as_user(FIRST, lambda: identity.sha256_of([weights], artifacts) and None)
+    as_user(SECOND, use)
+    as_user(SECOND, hash_again)
+    as_user(FIRST, use)
+
+
+def test_two_users_share_the_folder_of_a_download(shared: Path) -> None:
+    request = hub.Request.of(None, "main", "original", str(shared / "artifacts"))
+    listing = hub._Listing("c" * 40, {"vae.pth": 3}, {"vae.pth": "0" * 64}, {})
+
+    def fetch() -> None:
+        with hub._only_writer(request.folder):
+            (request.folder / "vae.pth").write_text("vae")
+            (request.folder / "vae.pth").chmod(0o600)
+            share(request.folder)
+            hub._write_manifest(request, listing)
+
+    def fetch_too() -> None:
+        with hub._only_writer(request.folder):
+            hub._refuse_to_mix(request, listing)
+            hub._verify(request, listing)
+            assert (request.folder / "vae.pth").read_text() == "vae"
+            hub._write_manifest(request, listing)
+
+    as_user(FIRST, fetch)
+    as_user(SECOND, fetch_too)
+    as_user(FIRST, fetch_too)
