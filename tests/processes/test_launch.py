@@ -23,6 +23,8 @@ import pytest
 
 from tests.configs import effective_config
 from tests.forked import ForkedPopen
+from wanfast.runtime.config import RanksConfig
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.processes import launch
 
 PACKAGE = Path(__file__).parents[2]
@@ -532,3 +534,18 @@ def test_machines_that_do_not_meet_are_said(start: Start) -> None:
     run = start(*SMALL, "--nnodes", "2", "--rdzv-endpoint", endpoint, "--rank-timeout", "2")
     code, _, err = run.end(60)
     assert code == 2 and f"--rdzv-endpoint {endpoint}: the 2 machines did not meet" in err
+
+
+def test_a_full_disk_does_not_keep_the_ranks_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request to end cannot be written, so the ranks are stopped."""
+    stopped: list[bool] = []
+    groups = launch.RankGroups(tmp_path, RanksConfig(device="cpu"), groups=0)
+    monkeypatch.setattr(groups, "stop", lambda: stopped.append(True))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ConfigError, match=r"--artifacts-dir .*close: cannot be written .No space left on device."):
+        groups.close()
+    assert stopped == [True]
