@@ -363,3 +363,27 @@ def test_from_keeps_its_own_artifacts_folder(wanfast: Wanfast, workdir: Path) ->
     (workdir / "run.json").write_text(json.dumps(first | {"weights": None}))
     again = wanfast("generate", "--from", "run.json", "--dry-run", "--json").document
     assert again["effective"]["models"]["artifacts_dir"] == str(workdir / "artifacts")
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"vae": "0d0275e9101b9f83"}, "--from: that run did not hash all of its weights"),
+        ({"vae": "0" * 64}, "--from: the weights changed since that run"),
+        (None, ""),
+    ],
+)
+def test_weights_of_an_earlier_run_are_compared(
+    wanfast: Wanfast, workdir: Path, weights: dict[str, str] | None, words: str
+) -> None:
+    first = wanfast(*DRY).document
+    (workdir / "run.json").write_text(json.dumps(first | {"weights": weights}))
+    notes = wanfast("generate", "--from", "run.json", "--dry-run", "--json").document["plan"]["notes"]
+    assert [note for note in notes if note.startswith("--from")] == [note for note in notes if words and words in note]
+    assert any(words in note for note in notes)
+
+
+def test_a_record_without_weights_is_no_sidecar(wanfast: Wanfast, workdir: Path) -> None:
+    (workdir / "run.json").write_text(json.dumps(wanfast(*DRY).document | {"weights": ["a"]}))
+    outcome = wanfast("generate", "--from", "run.json", "--dry-run")
+    assert outcome.exit_code == 2 and "is not the .json that wanfast writes" in outcome.err

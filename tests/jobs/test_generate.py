@@ -373,7 +373,16 @@ def test_embeddings_are_those_of_this_text_encoder(wanfast: Wanfast, tiny_copy: 
     tokenizer = tiny_copy / "tokenizer/tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
     assert wanfast(*here, "--output", "c.mp4").exit_code == 0
-    assert embeddings() == 6
+    assert embeddings() == 4  # the same ids
+    document = json.loads(tokenizer.read_text())
+    document["normalizer"] = {"type": "Lowercase"}
+    tokenizer.write_text(json.dumps(document))
+    assert wanfast(*here, "--output", "d.mp4", "--prompt", "A CAT").exit_code == 0
+    made = embeddings()
+    document["normalizer"] = None
+    tokenizer.write_text(json.dumps(document))
+    assert wanfast(*here, "--output", "e.mp4", "--prompt", "A CAT").exit_code == 0
+    assert embeddings() > made
 
 
 def test_models_of_another_kind_are_refused(wanfast: Wanfast, tiny_copy: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from tests.configs import effective_config
 from wanfast.runtime.config import EffectiveConfig
-from wanfast.runtime.device import hardware
 from wanfast.runtime.engine import compilation, prompt_embeds
 from wanfast.runtime.errors import MissingArtifactError
 from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
@@ -120,7 +119,7 @@ def test_the_ids_the_machine_and_torch_belong_to_an_embedding(
     config = effective_config()
     keys = {embeds_key(files, config), embeds_key(files, config, ids=(5, 6, 1))}
     with monkeypatch.context() as patched:
-        patched.setattr(hardware, "describe", lambda device: {"device": "NVIDIA H200"})
+        patched.setattr(prompt_embeds, "describe", lambda device: {"device": "NVIDIA H200"})
         keys.add(embeds_key(files, config))
     monkeypatch.setattr(prompt_embeds, "versions", lambda: {"torch": "9.9"})
     assert len({*keys, embeds_key(files, config)}) == 4

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wanfast.runtime.config import EffectiveConfig
-from wanfast.runtime.device import hardware
+from wanfast.runtime.device.hardware import describe, free_memory
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import CorruptArtifactError, foreign
@@ -90,7 +90,7 @@ def _encode(
         text: umt5(torch.tensor([prompt.ids], device=device))[0].cpu().contiguous() for text, prompt in tokens.items()
     }
     del umt5
-    hardware.free_memory(device)  # 11 GB in blocks of UMT5's sizes, which the experts cannot reuse
+    free_memory(device)  # 11 GB in blocks of UMT5's sizes, which the experts cannot reuse
     return encoded
 
 
@@ -117,7 +117,7 @@ def _inputs(tokens: TokenizedPrompt, files: ModelFiles, config: EffectiveConfig)
         "ids": list(tokens.ids),
         "precision": config.models.precision,
         "tf32": bool(config.models.tf32),
-        "device": hardware.describe(config.ranks.device)["device"],
+        "device": describe(config.ranks.device)["device"],
         "torch": versions()["torch"],
         "code": digest_of_code(*_CODE),
     }

@@ -204,7 +204,9 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     try:
         document = json.loads(_read(file, "--from"))
         effective = EffectiveConfig.from_json(document["effective"])
-        weights = dict(document["weights"])
+        weights = document["weights"]
+        if not isinstance(weights, dict | None):
+            raise TypeError(weights)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError):
         raise ConfigError(f"--from {file} is not the .json that wanfast writes beside a video: name that one") from None
     same_ranks = effective.ranks.nnodes == 1 and "num_gpus" not in typed
