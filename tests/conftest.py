@@ -54,6 +54,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Changes into an empty folder with a picture `cat.png`; artifacts are stored inside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WANFAST_ARTIFACTS", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no-hub-cache"))  # the machine's own may hold weights
     picture = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
     picture.save("cat.png")
     return tmp_path

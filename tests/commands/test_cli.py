@@ -457,3 +457,27 @@ def test_the_plan_shows_a_path_as_it_is(wanfast: Wanfast) -> None:
     """Brackets are no markup, and nothing is cut in a pipe."""
     path = f"a[final]-{'x' * 90}.mp4"
     assert path in wanfast(*GOOD, "--output", path, "--dry-run").out
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"vae": "0d0275e9101b9f83"}, "--from: that run did not hash all of its weights"),
+        ({"vae": "0" * 64}, "--from: the weights changed since that run"),
+        (None, ""),
+    ],
+)
+def test_weights_of_an_earlier_run_are_compared(
+    wanfast: Wanfast, workdir: Path, weights: dict[str, str] | None, words: str
+) -> None:
+    first = wanfast(*DRY).document
+    (workdir / "run.json").write_text(json.dumps(first | {"weights": weights}))
+    notes = wanfast("generate", "--from", "run.json", "--dry-run", "--json").document["plan"]["notes"]
+    assert [note for note in notes if note.startswith("--from")] == [note for note in notes if words and words in note]
+    assert any(words in note for note in notes)
+
+
+def test_a_record_without_weights_is_no_sidecar(wanfast: Wanfast, workdir: Path) -> None:
+    (workdir / "run.json").write_text(json.dumps(wanfast(*DRY).document | {"weights": ["a"]}))
+    outcome = wanfast("generate", "--from", "run.json", "--dry-run")
+    assert outcome.exit_code == 2 and "is not the .json that wanfast writes" in outcome.err

@@ -103,6 +103,15 @@ def test_goes_on_with_the_expert_that_is_missing(wanfast: Wanfast, workdir: Path
     assert [result["expert"] for result in outcome.document["results"]] == ["high_noise", "low_noise"]
 
 
+def test_who_waited_for_another_process_is_not_its_maker(
+    wanfast: Wanfast, workdir: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifact appears between the first look and the lock."""
+    monkeypatch.setattr(ArtifactStore, "find", lambda *arguments, **options: None)
+    outcome = wanfast("quantize", *TINY, *SCHEME, "--json")
+    assert [result["was_there"] for result in outcome.document["results"]] == [True, True]
+
+
 def test_without_it_the_command_is_named(wanfast: Wanfast, workdir: Path) -> None:
     outcome = wanfast(*GENERATE)
     assert outcome.exit_code == 3
@@ -141,7 +150,7 @@ def test_without_torchao_the_artifact_of_the_latest_version_is_taken(
     store = ArtifactStore(workdir / "artifacts")
     expert = QuantizedExpert(store, files, "high_noise", "int8-dynamic", "tiny")
     made = {
-        version: store.publish("quantized", expert.inputs(version), lambda folder: (folder / "file").touch())
+        version: store.publish("quantized", expert.inputs(version), lambda folder: (folder / "file").touch()).folder
         for version in ("0.9.0", "0.18.0", "0.18.0.dev1", "not a version")
     }
     monkeypatch.setattr(quantized, "torchao_version", lambda: None)

@@ -23,6 +23,8 @@ import pytest
 
 from tests.configs import effective_config
 from tests.forked import ForkedPopen
+from wanfast.runtime.config import RanksConfig
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.processes import failures, launch
 
 PACKAGE = Path(__file__).parents[2]
@@ -651,3 +653,18 @@ def test_a_rank_that_gives_up_waiting_is_the_cause_of_its_peers_errors() -> None
     assert failures._first([closed, timeout]) == failures._first([later, timeout]) == timeout
     assert failures._first([{**timeout, "time": 3_000_000_000}, closed]) == closed  # it waited for the rank that failed
     assert failures._first([]) is None
+
+
+def test_a_full_disk_does_not_keep_the_ranks_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request to end cannot be written, so the ranks are stopped."""
+    stopped: list[bool] = []
+    groups = launch.RankGroups(tmp_path, RanksConfig(device="cpu"), groups=0)
+    monkeypatch.setattr(groups, "stop", lambda: stopped.append(True))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ConfigError, match=r"--artifacts-dir .*close: cannot be written .No space left on device."):
+        groups.close()
+    assert stopped == [True]

@@ -80,22 +80,22 @@ def calibrated(
     """Returns the curve of the set, measured if missing, and its comparison with the preset. Raises WanFastError."""
     config = plans[0].config
     store, inputs = ArtifactStore(Path(config.models.artifacts_dir)), curve_inputs(config, files, digest_of(clips))
-    folder = store.find(KIND, inputs, verify=True)
-    was_there = folder is not None
+    folder, made_here = store.find(KIND, inputs, verify=True), False
     if folder is None:
         measured = _measured(given, plans, clips, files, store, show_progress=show_progress)
         averages = averaged(measured)
-        folder = store.publish(
+        published = store.publish(
             KIND,
             inputs,
             lambda partial: write_curve(partial, averages, config, files.spec, len(clips)),
             packages.versions(),
         )
+        folder, made_here = published.folder, published.made_here
     curve = json.loads((folder / RATIOS).read_text(encoding="utf-8"))
     return {
         "output": str(folder),
         "key": folder.name,
-        "was_there": was_there,
+        "was_there": not made_here,
         "clips": len(clips),
         "requested": given,
         "inputs": inputs,

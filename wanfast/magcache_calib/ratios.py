@@ -11,7 +11,7 @@ from typing import Any
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.facts.choices import BRANCHES
 from wanfast.runtime.facts.model_spec import ModelSpec
-from wanfast.runtime.store.artifacts import ArtifactStore, key_of, replace_text, write_synced, writing_to
+from wanfast.runtime.store.artifacts import ArtifactStore, key_of, replace_text, write_synced
 from wanfast.runtime.store.curves import KIND, RATIOS, preset, steps_of
 from wanfast.runtime.store.model_files import ModelFiles
 
@@ -41,8 +41,7 @@ def _is_measured(step: dict[str, dict[str, float] | None]) -> bool:
 
 
 def write_clip(store: ArtifactStore, inputs: dict[str, Any], measured: dict[str, Any]) -> None:
-    with writing_to(store.root):
-        replace_text(clip_file(store, inputs), json.dumps({"inputs": inputs, "measured": measured}))
+    replace_text(clip_file(store, inputs), json.dumps({"inputs": inputs, "measured": measured}))
 
 
 def averaged(measured: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,20 +17,26 @@ from torch import Tensor
 
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.device.finite import all_finite
-from wanfast.runtime.device.hardware import free_memory
+from wanfast.runtime.device.hardware import describe, free_memory
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.finite import require_finite
-from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.errors import CorruptArtifactError, foreign
 from wanfast.runtime.facts.choices import Precision
 from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
 from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights.builders import build_umt5
 
 KIND = "prompt_embeds"
 _FILE = "embeds.safetensors"
+_CODE = (
+    "runtime/models/umt5.py", "runtime/media/tokenizer.py", "runtime/weights/builders.py",
+    "runtime/weights/checkpoint.py", "runtime/weights/key_maps.py", "runtime/device/hardware.py",
+    "runtime/engine/prompt_embeds.py",
+)  # fmt: skip
 
 
 def prompt_embeds(
@@ -51,9 +57,8 @@ def prompt_embeds(
     tokenizer = ranks.together(lambda: PromptTokenizer(files.tokenizer, files.spec.dit.text_len))
     tokens = {text: tokenizer.encode(text) for text in texts}
     ranks.together(lambda: _check_ids(tokens.values(), files))
-    inputs = {text: _inputs(tokens[text], files, config.models.precision, config.ranks.device) for text in tokens}
-    known = ranks.lead(lambda: {text: _load(found) for text in tokens if (found := store.find(KIND, inputs[text]))})
-    known = {text: embeds for text, embeds in known.items() if all_finite(embeds)}
+    inputs = {text: _inputs(tokens[text], files, config) for text in tokens}
+    known = ranks.lead(lambda: _stored(store, inputs))
     unknown = {text: tokens[text] for text in tokens if text not in known}
     if not unknown:
         return known
@@ -73,7 +78,7 @@ def prompt_embeds(
 
     def publish() -> None:
         for text, embeds in encoded.items():
-            store.publish(KIND, inputs[text], partial(_save, embeds), versions())
+            store.publish(KIND, inputs[text], partial(_save, embeds), versions(), damaged="miss")
 
     ranks.lead(publish)
     return known | encoded
@@ -123,17 +128,26 @@ def _save(embeds: Tensor, folder: Path) -> None:
     save_file({"embeds": embeds}, folder / _FILE)
 
 
+def _stored(store: ArtifactStore, inputs: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """Returns the embeddings of the stored texts. A damaged artifact is a cache miss, because a text takes seconds."""
+    folders = {text: store.find(KIND, inputs[text], verify=True, damaged="miss") for text in inputs}
+    return {text: _load(folder) for text, folder in folders.items() if folder is not None}
+
+
 def _load(folder: Path) -> Tensor:
-    return load_file(folder / _FILE)["embeds"]
+    with foreign(str(folder / _FILE), "remove its folder, and have it made again", CorruptArtifactError):
+        return load_file(folder / _FILE)["embeds"]
 
 
-def _inputs(tokens: TokenizedPrompt, files: ModelFiles, precision: Precision, device: str) -> dict[str, Any]:
+def _inputs(tokens: TokenizedPrompt, files: ModelFiles, config: EffectiveConfig) -> dict[str, Any]:
+    """Returns everything that an embedding depends on; the ids hold all that the tokenizer decides."""
     return {
-        "umt5": files.fingerprints["umt5"],
-        "tokenizer": files.fingerprints["tokenizer"],
+        "umt5": files.fingerprint("umt5"),
         "text": tokens.text,
-        "text_len": files.spec.dit.text_len,
-        "precision": precision,
-        "device": device,
+        "ids": list(tokens.ids),
+        "precision": config.models.precision,
+        "tf32": bool(config.models.tf32),
+        "device": describe(config.ranks.device)["device"],
         "torch": versions()["torch"],
+        "code": digest_of_code(*_CODE),
     }

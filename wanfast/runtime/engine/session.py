@@ -298,7 +298,8 @@ def _stored_experts(files: ModelFiles, models: ModelsConfig) -> dict[str, Path]:
 def _warm_start(plan: Plan, ranks: Ranks) -> str | None:
     """Loads the caches that `wanfast warmup` stored for this plan and returns their key; None if there are none."""
     inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens)
-    return load_caches(ArtifactStore(Path(plan.config.models.artifacts_dir)), inputs, ranks)
+    store = ArtifactStore(Path(plan.config.models.artifacts_dir))
+    return load_caches(store, inputs, ranks, is_named="artifacts_dir" in plan.requested)
 
 
 def _read_image(video: VideoConfig) -> LoadedImage:

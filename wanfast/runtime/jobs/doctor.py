@@ -168,7 +168,7 @@ def _artifacts(root: Path) -> dict[str, Any]:
     kinds = {}
     for kind in _KINDS:
         if (root / kind).is_dir():
-            keys = sorted(path for path in (root / kind).iterdir() if path.is_dir() and path.suffix != ".partial")
+            keys = sorted(path for path in (root / kind).iterdir() if path.is_dir() and not path.suffix)
             kinds[kind] = {
                 "keys": [path.name for path in keys],
                 "holds": {path.name: said for path in keys if (said := _holds(kind, path))},

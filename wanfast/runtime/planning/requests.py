@@ -19,6 +19,7 @@ from wanfast.runtime.errors import ConfigError, WanFastError, failure, foreign
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
 from wanfast.runtime.planning.plan import Job, Plan, output_paths, resolve
+from wanfast.runtime.store.identity import is_old
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
 
@@ -134,11 +135,11 @@ def _plan(
         if needs_weights:
             require_attention(plan.config.models.attention, plan.config.ranks.device)
             files.require()
+            files.identify()
             require_experts(files, plan.config.models, required)
         else:
             plan = dataclasses.replace(plan, notes=(*plan.notes, *_missing_notes(plan, files)))
-        if request.weights is not None and files.exists and request.weights != files.fingerprints:
-            plan = dataclasses.replace(plan, notes=(*plan.notes, "--from: the weights changed since that run"))
+        plan = dataclasses.replace(plan, notes=(*plan.notes, *_weights_notes(request, files)))
         taken.update(dict.fromkeys((path.resolve() for path in plan.outputs), request.line))
         return Planned(request, plan)
     except WanFastError as error:
@@ -165,6 +166,15 @@ def _refuse_lost_sources(planned: list[Planned]) -> list[Planned]:
             raise error
         checked.append(item if lost is None else Planned(item.request, error=error))
     return checked
+
+
+def _weights_notes(request: Request, files: ModelFiles) -> list[str]:
+    """Returns a note if the weights are not those of the run that --from names, or if that cannot be known."""
+    if request.weights is None or not files.exists or request.weights == files.fingerprints:
+        return []
+    if any(map(is_old, request.weights.values())):
+        return ["--from: that run did not hash all of its weights, so whether they changed since is unknown"]
+    return ["--from: the weights changed since that run"]
 
 
 def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
@@ -222,6 +232,8 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
         document = json.loads(text)
         effective = EffectiveConfig.from_json(document["effective"])
         weights = document["weights"]
+        if not isinstance(weights, dict | None):
+            raise TypeError(weights)
     except ConfigError as error:
         raise ConfigError(f"--from {file}: {error}; or {fix}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

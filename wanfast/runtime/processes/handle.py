@@ -106,6 +106,7 @@ class _Opened:
         config = effective(given, files, image_sha256="")
         require_attention(config.models.attention, config.ranks.device)
         files.require()
+        files.identify()
         require_experts(files, config.models)
         plan = Plan.of(config, files.spec, parse_size(config.video.size))
         free_memory = measure(config.ranks)

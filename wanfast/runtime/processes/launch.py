@@ -95,7 +95,8 @@ class RankGroups:
         self._starter = ThreadPoolExecutor(1)
         document = {"ranks": dataclasses.asdict(ranks), "groups": groups}
         write_synced(run_folder / SETUP, json.dumps(document, indent=2) + "\n")
-        (run_folder / "logs").mkdir(exist_ok=True)
+        with writing_to(run_folder):
+            (run_folder / "logs").mkdir(exist_ok=True)
         self._start_missing()
 
     def __enter__(self) -> RankGroups:
@@ -276,8 +277,9 @@ class RankGroups:
 def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]:
     """Starts the launcher of group `number`, whose ranks begin with batch `batch`."""
     command = [sys.executable, "-m", "wanfast.runtime.processes.elastic", str(run_folder), str(number)]
-    with writing_to(run_folder.parents[1]):
-        log = (run_folder / "logs" / f"launcher-{number}.log").open("wb")
+    file = run_folder / "logs" / f"launcher-{number}.log"
+    with writing_to(file):
+        log = file.open("wb")
     with log:
         # In a new session Ctrl-C does not reach the launcher: only this process gets Ctrl-C and then stops all.
         return subprocess.Popen(

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from wanfast.runtime.store.artifacts import (
     batch_file,
     replace_text,
     write_result,
+    writing_to,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ def main(run_folder: Path, number: int) -> None:
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Writes the error, then ends the process, so that this error is older than those of peers that lose it."""
         document = _error_document(error, _silent_s(own_folder), _timeout_s(run_folder))
-        replace_text(own_folder / "error.json", json.dumps(document))
+        with suppress(ConfigError):  # without the file the parent still sees that this rank ended
+            replace_text(own_folder / "error.json", json.dumps(document))
         traceback.print_exception(kind, error, trace, file=sys.__stderr__)  # torch may buffer sys.stderr
         os._exit(1)  # skips destructors, which may wait for dead peers
 
@@ -172,15 +175,17 @@ def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]
 
 def _claim(run_folder: Path, index: int, number: int) -> bool:
     """Returns True for the first rank group that claims a job."""
-    (run_folder / CLAIMS).mkdir(exist_ok=True)
     own = run_folder / CLAIMS / f".{index}.{number}"
-    own.write_text(str(number))
-    try:
-        os.link(own, run_folder / CLAIMS / str(index))  # with its content: a rank that is killed leaves no empty claim
-    except FileExistsError:
-        return False
-    finally:
-        own.unlink()
+    replace_text(own, str(number))
+    with writing_to(own):
+        try:
+            os.link(
+                own, run_folder / CLAIMS / str(index)
+            )  # with its content: a rank that is killed leaves no empty claim
+        except FileExistsError:
+            return False
+        finally:
+            own.unlink()
     return True
 
 

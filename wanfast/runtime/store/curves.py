@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,19 +25,31 @@ from wanfast.runtime.config import (
 )
 from wanfast.runtime.config.option import options_of, words
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
-from wanfast.runtime.facts.choices import Expert
+from wanfast.runtime.facts.choices import Expert, in_8_bits
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
+from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.sampling.magcache import resample
 from wanfast.runtime.sampling.scheduler import expert_of, schedule
 from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
+from wanfast.runtime.store.code import digest_of_code
+from wanfast.runtime.store.identity import is_old
 from wanfast.runtime.store.model_files import ModelFiles
 
 T = TypeVar("T")
+_Found = tuple[
+    dict[str, tuple[Any, Any]], dict[str, Any], Path
+]  # what differs from the run, the curve's inputs, folder
 
 KIND = "magcache"
 RATIOS = "ratios.json"
 _PRESETS = Path(__file__).parents[2] / "assets" / "magcache"
 _BRIDGED = {"steps", "shift"}
+_NOT_COMPARED = ("set", "measured_by")
+_CODE = (
+    "runtime/models/*.py", "runtime/sampling/*.py", "runtime/engine/denoise.py", "runtime/engine/pipeline.py",
+    "runtime/engine/conditioning.py", "runtime/weights/quantization.py", "magcache_calib/ratios.py",
+    "magcache_calib/recorder.py",
+)  # fmt: skip
 _DEFAULTS = (0.12, 2, 0.2)  # of the published matrix: threshold, skips in a row, share retained
 
 
@@ -192,7 +203,26 @@ def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) ->
         "guidance": {"high_noise": config.video.guidance_high_noise, "low_noise": config.video.guidance_low_noise},
         "size": config.video.size,
         "frames": config.video.frames,
+        "tf32": bool(config.models.tf32),
         "set": set_digest,
+        "measured_by": _measured_by(config, files),
+    }
+
+
+def _measured_by(config: EffectiveConfig, files: ModelFiles) -> dict[str, Any]:
+    """Returns the inputs whose change moves a ratio less than the ratios of two tokens differ.
+
+    They belong to the key, so that a new measurement is stored beside the old one. A run may use either.
+    """
+    return {
+        "conditioning": {name: files.fingerprints[name] for name in ("vae", "umt5", "tokenizer")},
+        "negative_prompt": config.video.negative_prompt,
+        "attention": config.models.attention,
+        "compile": config.models.compile,
+        "device": config.ranks.device,
+        "torch": version_of("torch"),
+        "torchao": version_of("torchao") if in_8_bits(config.models.quantize) else None,
+        "code": digest_of_code(*_CODE),
     }
 
 
@@ -202,54 +232,46 @@ def _artifact(config: EffectiveConfig, asked: SkippingConfig, files: ModelFiles)
     wanted = curve_inputs(config, files, "")
     bridged = _BRIDGED if asked.magcache_interpolate else set()
     fix = f"run `{calibrate_command(config, files.spec)}`"
-    stored = list(_stored_curves(store))
+    stored = [(folder, inputs) for folder, inputs in store.manifests(KIND) if isinstance(inputs.get("steps"), int)]
     found = [
         (_differences(inputs, wanted), inputs, folder)
         for folder, inputs in stored
         if asked.magcache in ("artifact", folder.name)
     ]
+
+    def distance(item: _Found) -> tuple[int, int, bool]:
+        differences, inputs, _ = item
+        other_measure = inputs.get("measured_by") != wanted["measured_by"]
+        return len(differences), abs(inputs["steps"] - config.video.steps), other_measure
+
     if stored and not found:
         keys = ", ".join(folder.name for folder, _ in stored)
         raise MissingArtifactError(f"{option}: no curve has this key; use one of {keys}, or {fix}")
-    fitting = sorted(
-        (item for item in found if set(item[0]) <= bridged),
-        key=lambda item: (len(item[0]), abs(item[1]["steps"] - config.video.steps), item[2]),
-    )
+    fitting = sorted((item for item in found if set(item[0]) <= bridged), key=lambda item: (distance(item), item[2]))
     if not fitting:
         nearest = min(found, key=lambda item: len(item[0]), default=None)
         difference = f" ({nearest[2].name} differs in {_in_words(nearest[0])})" if nearest else ""
+        if nearest and any(map(is_old, (nearest[1].get("experts") or {}).values())):
+            difference = f" ({nearest[2].name} is of an earlier version of wanfast, which did not hash all weights)"
         or_bridge = ", or add --magcache-interpolate" if nearest and set(nearest[0]) <= _BRIDGED else ""
         raise MissingArtifactError(f"{option}: no curve is calibrated for this run{difference}: {fix}{or_bridge}")
-    best = [item for item in fitting if (item[0], item[1]["steps"]) == (fitting[0][0], fitting[0][1]["steps"])]
+    best = [item for item in fitting if distance(item) == distance(fitting[0])]
     if len(best) > 1:
         keys = ", ".join(item[2].name for item in best)
         raise ConfigError(f"{option}: several curves fit this run: use --magcache with one of {keys}")
     _, inputs, folder = best[0]
-    try:
-        sound = store.find(KIND, inputs, verify=True) == folder
-    except CorruptArtifactError:
-        sound = False
-    if not sound:
-        raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove it, and {fix}")
+    if store.path(KIND, inputs) != folder:
+        raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove this folder, and {fix}")
+    store.find(KIND, inputs, verify=True, again=fix)
     return folder
 
 
-def _stored_curves(store: ArtifactStore) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for manifest in sorted((store.root / KIND).glob(f"*/{MANIFEST}")):
-        try:
-            inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue  # not one of our curves
-        if isinstance(inputs, dict) and isinstance(inputs.get("steps"), int):
-            yield manifest.parent, inputs
-
-
 def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns (the curve's value, the wanted value) of each input that differs; the set of clips may differ."""
+    """Returns (the curve's value, the wanted value) of each input that differs, except those that may."""
     return {
         name: (inputs.get(name), value)
         for name, value in wanted.items()
-        if name != "set" and inputs.get(name) != json.loads(json.dumps(value))
+        if name not in _NOT_COMPARED and inputs.get(name) != json.loads(json.dumps(value))
     }
 
 

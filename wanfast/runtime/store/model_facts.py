@@ -25,6 +25,7 @@ from wanfast.runtime.facts.model_spec import (
     as_tuple,
     is_size,
 )
+from wanfast.runtime.store.hub_cache import name_of
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ def read_spec(root: Path, places: Places) -> ModelSpec:
     """Reads all facts from wanfast.json, or only the networks' sizes from the layout's config files."""
     if document := _read_facts(root / _FACTS_FILE):
         return _checked(root / _FACTS_FILE, document, lambda facts: _with_defaults(ModelSpec.from_json(facts)))
-    found: dict[str, Any] = {"name": root.name}
+    found: dict[str, Any] = {"name": name_of(root)}
     readers: tuple[tuple[str, str, Any], ...] = (
         ("dit", places.high_noise, _dit_spec),
         ("vae", places.vae, _vae_spec),

@@ -1,15 +1,15 @@
 """Locates a model's files in a folder in either of the two public layouts. Torch-free.
 
-`tiny` ships with the package. `a14b` is the published repository, in either layout, in the artifacts folder. Any other
-name is a path.
+`tiny` ships with the package. `a14b` is the published repository, in either layout: in the artifacts folder, or else in
+the cache of the Hugging Face Hub, where another program may have put it. Any other name is a path.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -19,6 +19,8 @@ from wanfast.runtime.config import default_artifacts_dir
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, foreign
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.machine.once import remembered
+from wanfast.runtime.store.hub_cache import REPOS, Layout, snapshots
+from wanfast.runtime.store.identity import identity
 from wanfast.runtime.store.model_facts import Places, read_json, read_spec
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny"
@@ -32,7 +34,7 @@ COMPONENTS: tuple[Component, ...] = ("high_noise", "low_noise", "vae", "umt5")
 _NAME_ANOTHER = "use tiny, a14b or a folder of weights"
 
 
-_LAYOUTS = {
+_LAYOUTS: dict[Layout, Places] = {
     "original": Places(
         high_noise="high_noise_model",
         low_noise="low_noise_model",
@@ -55,9 +57,10 @@ class ModelFiles:
     """This class holds a model's folder and facts; if `exists` is false, the folder is still missing."""
 
     root: Path
-    layout: Literal["original", "diffusers"]
+    layout: Layout
     spec: ModelSpec
     fix: str  # the command that gets the files
+    artifacts: Path  # the folder that remembers hashes of files
 
     @property
     def exists(self) -> bool:
@@ -86,17 +89,22 @@ class ModelFiles:
             sizes = f"texts of {self.spec.dit.text_dim} numbers a token, but UMT5 gives {self.spec.umt5.dim}"
             raise CorruptArtifactError(f"{self.root}: the transformer reads {sizes}: {self.fix}")
 
+    def identify(self) -> None:
+        """Hashes what is not hashed yet, so that the user sees why it takes a minute, and no rank waits for it."""
+        assert self.fingerprints
+
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Returns a hash of each component's content, which is the same for a copy in another folder.
+        """Returns the identity of each component's content, which is the same for a copy in another folder.
 
-        Only samples of large files are hashed, so that 57 GB take a moment.
+        The first process that asks reads all files, which takes about a second a GB; later ones remember.
         """
-        return {**{name: self.fingerprint(name) for name in COMPONENTS}, "tokenizer": _fingerprint([self.tokenizer])}
+        tokenizer = identity([self.tokenizer], self.artifacts)
+        return {**{name: self.fingerprint(name) for name in COMPONENTS}, "tokenizer": tokenizer}
 
     def fingerprint(self, component: Component) -> str:
-        """Returns the hash of one component; raises MissingArtifactError if a file is missing."""
-        return _fingerprint(self.weights(component))
+        """Returns the identity of one component; raises MissingArtifactError if a file is missing."""
+        return identity(self.weights(component), self.artifacts)
 
 
 @remembered
@@ -106,10 +114,11 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
     Raises MissingArtifactError (no such folder), ConfigError (no image-to-video model in it) and CorruptArtifactError
     (a damaged file of facts).
     """
+    artifacts = Path(artifacts_dir).absolute()
     if model == "tiny":
-        return ModelFiles(TINY, "diffusers", read_spec(TINY, _LAYOUTS["diffusers"]), "reinstall wanfast")
+        return ModelFiles(TINY, "diffusers", read_spec(TINY, _LAYOUTS["diffusers"]), "reinstall wanfast", artifacts)
     if model == "a14b":
-        root = _a14b_root(artifacts_dir)
+        root = _a14b_root(artifacts)
         where = " --layout diffusers" if root.name == Path(A14B_DIFFUSERS_FOLDER).name else ""
         is_default = str(Path(artifacts_dir).absolute()) == default_artifacts_dir()
         where += "" if is_default else f" --artifacts-dir {shlex.quote(artifacts_dir)}"
@@ -117,15 +126,17 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
             f"run `wanfast download{where}` ({A14B_BYTES / 1e9:.0f} GB), or give the weights' folder as --model FOLDER"
         )
         if not root.is_dir():
-            return ModelFiles(root, "original", A14B, fix)
+            return ModelFiles(root, "original", A14B, fix, artifacts)
     else:
         fix = "copy the whole folder again"
         with foreign(f"--model {model!r:.60}", _NAME_ANOTHER):
             root = Path(model).absolute()
-            is_missing = not root.is_dir()
+            is_missing, is_file = not root.is_dir(), root.is_file()
+        if is_file:
+            raise ConfigError(f"--model {model!r} is a file: name the folder that holds all of the model")
         if is_missing:
             raise MissingArtifactError(f"--model {model!r}: no such folder; {_NAME_ANOTHER}")
-    for layout in ("original", "diffusers"):
+    for layout in _LAYOUTS:
         with foreign(f"--model {model!r:.60}", "make the folder readable"):
             is_here = (root / _LAYOUTS[layout].high_noise).is_dir()
         if is_here:
@@ -139,16 +150,25 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
                     f"--model {model}: its transformer reads {spec.dit.in_channels} channels, but image-to-video needs "
                     f"{needed}: use an I2V model"
                 )
-            return ModelFiles(root, layout, spec, fix)
+            return ModelFiles(root, layout, spec, fix, artifacts)
     raise ConfigError(f"--model {model}: {root} has neither high_noise_model/ nor transformer/; name a Wan2.2 folder")
 
 
-def _a14b_root(artifacts_dir: str) -> Path:
-    """Returns the first of the two folders that holds experts; if neither does, the original layout's folder."""
-    roots = [(Path(artifacts_dir) / folder).absolute() for folder in (A14B_FOLDER, A14B_DIFFUSERS_FOLDER)]
+def _a14b_root(artifacts: Path) -> Path:
+    """Returns the first folder that holds experts; if there is none, the original layout's in the artifacts folder."""
+    own = [artifacts / folder for folder in (A14B_FOLDER, A14B_DIFFUSERS_FOLDER)]
     experts = [places.high_noise for places in _LAYOUTS.values()]
-    with foreign(f"--artifacts-dir {artifacts_dir!r:.60}", "name a folder that can be read"):
-        return next((root for root in roots if any((root / expert).is_dir() for expert in experts)), roots[0])
+    with foreign(f"--artifacts-dir {str(artifacts)!r:.60}", "name a folder that can be read"):
+        found = next((root for root in own if any((root / expert).is_dir() for expert in experts)), None)
+    return found or next((root for layout in REPOS for root in cached(layout)), own[0])
+
+
+def cached(layout: Layout) -> Iterator[Path]:
+    """Yields the folders of the Hugging Face cache that hold all files of the published weights."""
+    for root in snapshots(layout):
+        with suppress(MissingArtifactError, CorruptArtifactError):
+            ModelFiles(root, layout, A14B, "", root).require()
+            yield root
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -179,24 +199,3 @@ def _require_file(file: Path, fix: str) -> None:
         raise MissingArtifactError(f"{file} is missing: {fix}")
     if is_closed:
         raise CorruptArtifactError(f"{file} may not be read by this user: change its mode, or {fix}")
-
-
-def _fingerprint(files: list[Path]) -> str:
-    return _hash_of_samples(tuple((file, (state := file.stat()).st_size, state.st_mtime_ns) for file in files))
-
-
-@functools.lru_cache(maxsize=64)  # a process that makes many videos reads files again only if they changed
-def _hash_of_samples(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Returns a hash of the names, sizes and samples of `files`: (path, bytes, nanoseconds of the last change)."""
-    digest = hashlib.sha256()
-    for file, size, _ in files:
-        digest.update(f"{file.name} {size}\n".encode())
-        block, samples = 1 << 16, 64
-        offsets = (
-            range(0, size, block) if size <= block * samples else [i * (size - block) // 63 for i in range(samples)]
-        )
-        with file.open("rb") as stream:
-            for offset in offsets:
-                stream.seek(offset)
-                digest.update(stream.read(block))
-    return digest.hexdigest()[:16]
