@@ -175,7 +175,8 @@ REFUSALS = {
     "jobs missing": (["--jobs", "gone.jsonl"], "--jobs"),
     "jobs empty": (["--jobs", "empty.jsonl"], "--jobs"),
     "noise on a GPU that is not used": (["--noise-device", "cuda", "--device", "cpu"], "--noise-device"),
-    "model": (["--model", "cat.png"], "--model"),
+    "model is a file": (["--model", "cat.png"], "--model"),
+    "model": (["--model", "gone"], "--model"),
 }
 
 
@@ -480,4 +481,4 @@ def test_weights_of_an_earlier_run_are_compared(
 def test_a_record_without_weights_is_no_sidecar(wanfast: Wanfast, workdir: Path) -> None:
     (workdir / "run.json").write_text(json.dumps(wanfast(*DRY).document | {"weights": ["a"]}))
     outcome = wanfast("generate", "--from", "run.json", "--dry-run")
-    assert outcome.exit_code == 2 and "is not the .json that wanfast writes" in outcome.err
+    assert outcome.exit_code == 2 and "is not the .json of a video" in outcome.err
