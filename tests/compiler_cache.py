@@ -23,6 +23,8 @@ done
 case "$out" in *.so) ;; *) exec REAL "$@";; esac
 [ -f "$source" ] || exec REAL "$@"
 known="$(dirname "$0")/$( (printf %s "$key"; cat "$source") | sha256sum | cut -c1-40)"
+exec 9>"$known.lock"
+flock 9 2>/dev/null # so that ranks that want the same file at once do not compile it twice
 if [ ! -f "$known" ]; then
     REAL "$@" || exit
     cp "$out" "$known.$$" && mv "$known.$$" "$known"

@@ -50,6 +50,7 @@ for name in (
 _RealPopen = subprocess.Popen
 _SIGNATURE = inspect.signature(_RealPopen._execute_child)
 _STREAMS = ("p2cread", "c2pwrite", "errwrite")  # the new process's stdin, stdout and stderr; -1 is the parent's own
+REAL_RANKS = "WANFAST_TESTS_REAL_RANKS"  # in the environment: ranks import torch themselves, and read its variables
 _PR_SET_CHILD_SUBREAPER = 36  # <sys/prctl.h>
 
 
@@ -193,7 +194,8 @@ def _run(words: Sequence[str]) -> int:
                 exec(program, {"__name__": "__main__"})
             else:
                 sys.modules.pop(program, None)  # `runpy` would warn of it
-                with _starter() if program == "wanfast.runtime.processes.elastic" else nullcontext():
+                forks_ranks = program == "wanfast.runtime.processes.elastic" and REAL_RANKS not in os.environ
+                with _starter() if forks_ranks else nullcontext():
                     runpy.run_module(program, run_name="__main__", alter_sys=True)
             return 0
         except SystemExit as stop:
