@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests import compiler_cache
 from tests.counted_reads import counting
 from tests.forked import ForkedPopen
 from tests.small_model import write_small_model
@@ -25,7 +24,6 @@ from wanfast.runtime.machine.gpus import Gpu
 from wanfast.runtime.planning import placement
 from wanfast.runtime.weights import checkpoint
 
-compiler_cache.install()
 if torch.version.cuda is None:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this at import and then interprets its kernels on a CPU, slowly
 torch.set_num_threads(1)  # the suite runs as many processes as there are cores
@@ -56,6 +54,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Changes into an empty folder with a picture `cat.png`; artifacts are stored inside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WANFAST_ARTIFACTS", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no-hub-cache"))  # the machine's own may hold weights
     picture = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
     picture.save("cat.png")
     return tmp_path

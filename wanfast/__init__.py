@@ -21,4 +21,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from wanfast.runtime.processes import handle
 
-    return handle.Handle if name == "open" else getattr(handle, name)
+    return getattr(handle, name)

@@ -175,7 +175,8 @@ REFUSALS = {
     "jobs missing": (["--jobs", "gone.jsonl"], "--jobs"),
     "jobs empty": (["--jobs", "empty.jsonl"], "--jobs"),
     "noise on a GPU that is not used": (["--noise-device", "cuda", "--device", "cpu"], "--noise-device"),
-    "model": (["--model", "cat.png"], "--model"),
+    "model is a file": (["--model", "cat.png"], "--model"),
+    "model": (["--model", "gone"], "--model"),
 }
 
 
@@ -295,6 +296,31 @@ def test_seeds_are_drawn_anew_and_said(wanfast: Wanfast) -> None:
 def test_artifacts_dir_comes_from_the_environment_too(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANFAST_ARTIFACTS", "/elsewhere")
     assert wanfast(*DRY).document["effective"]["models"]["artifacts_dir"] == "/elsewhere"
+
+
+def test_a_path_of_the_home_folder_is_the_same_for_every_reader(
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = workdir / "home"
+    home.mkdir()
+    for name in ("cat.png", "prompt.txt", "jobs.jsonl"):
+        (home / name).write_bytes((workdir / "cat.png").read_bytes() if name == "cat.png" else b'{"output": "~/y.mp4"}')
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("WANFAST_ARTIFACTS", "~/w")
+    outcome = wanfast(*DRY, "--image", "~/cat.png", "--output", "~/x.mp4")
+    effective = outcome.document["effective"]
+    assert effective["models"]["artifacts_dir"] == str(home / "w")
+    assert (effective["video"]["image"], effective["output"]["output"]) == (str(home / "cat.png"), str(home / "x.mp4"))
+    (home / "x.json").write_text(json.dumps(outcome.document | {"weights": None}))
+    again = wanfast("generate", "--from", "~/x.json", "--output", "~/z.mp4", "--dry-run", "--json")
+    assert again.document["output"] == str(home / "z.mp4"), again.err
+    lines = wanfast(*DRY, "--jobs", "~/jobs.jsonl").document["results"]
+    assert [line["output"] for line in lines] == [str(home / "y.mp4")]
+    assert wanfast(*DRY, "--prompt", "", "--prompt-file", "~/prompt.txt").exit_code == 2
+    outcome = wanfast(*DRY, "--output", "~nobody-here/x.mp4")
+    assert outcome.exit_code == 2 and "--output ~nobody-here/x.mp4: there is no such user" in outcome.err
+    outcome = wanfast("quantize", "--scheme", "bf16", "--artifacts-dir", "~/v")
+    assert outcome.exit_code == 3 and str(home / "v") in outcome.err
 
 
 def test_prompt_file(wanfast: Wanfast, workdir: Path) -> None:
@@ -432,3 +458,27 @@ def test_the_plan_shows_a_path_as_it_is(wanfast: Wanfast) -> None:
     """Brackets are no markup, and nothing is cut in a pipe."""
     path = f"a[final]-{'x' * 90}.mp4"
     assert path in wanfast(*GOOD, "--output", path, "--dry-run").out
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"vae": "0d0275e9101b9f83"}, "--from: that run did not hash all of its weights"),
+        ({"vae": "0" * 64}, "--from: the weights changed since that run"),
+        (None, ""),
+    ],
+)
+def test_weights_of_an_earlier_run_are_compared(
+    wanfast: Wanfast, workdir: Path, weights: dict[str, str] | None, words: str
+) -> None:
+    first = wanfast(*DRY).document
+    (workdir / "run.json").write_text(json.dumps(first | {"weights": weights}))
+    notes = wanfast("generate", "--from", "run.json", "--dry-run", "--json").document["plan"]["notes"]
+    assert [note for note in notes if note.startswith("--from")] == [note for note in notes if words and words in note]
+    assert any(words in note for note in notes)
+
+
+def test_a_record_without_weights_is_no_sidecar(wanfast: Wanfast, workdir: Path) -> None:
+    (workdir / "run.json").write_text(json.dumps(wanfast(*DRY).document | {"weights": ["a"]}))
+    outcome = wanfast("generate", "--from", "run.json", "--dry-run")
+    assert outcome.exit_code == 2 and "is not the .json of a video" in outcome.err

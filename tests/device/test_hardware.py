@@ -36,3 +36,28 @@ def test_tf32_is_as_asked_and_as_the_reference_has_it_otherwise(
 def test_a_gpu_that_torch_does_not_see_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--device cuda: torch .* sees no GPU"):
         hardware.prepare("cuda", "bf16", None)
+
+
+class AcceleratorError(RuntimeError):
+    """Stands for torch's error of a CUDA call."""
+
+    error_code = 2
+
+
+@pytest.mark.parametrize(
+    ("error", "free", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), 60 << 30, True),
+        (AcceleratorError("CUDA error"), 60 << 30, True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), 1 << 30, True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), 60 << 30, False),
+        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), 60 << 30, False),
+        (NotImplementedError("out of memory"), 1 << 30, False),  # a subclass of RuntimeError
+    ],
+)
+def test_memory_ran_out_by_class_and_state(error: RuntimeError, free: int, expected: bool) -> None:
+    assert hardware.is_out_of_memory(error, free) == expected
+
+
+def test_the_memory_of_a_cpu_is_never_scarce() -> None:
+    assert not hardware.is_out_of_memory(RuntimeError("wrong shape"), hardware.free_bytes("cpu"))

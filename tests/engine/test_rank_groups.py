@@ -253,6 +253,7 @@ def test_resident_experts_are_evicted_and_come_back(
 
     monkeypatch.setattr(pipeline_module, "_EVICT_BYTES", room)
     monkeypatch.setattr(experts, "_to_host", copy)
+    monkeypatch.setattr(pipeline_module, "free_bytes", lambda device: 1 << 30)
     for _ in range(2):
         monkeypatch.setattr(type(pipeline.vae), method, out_of_memory(times, measured, kind))
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -330,6 +331,21 @@ def test_weights_that_other_ranks_count_on_stay(
     assert on_ranks(Mesh(cfg=2), evicts) == [moves] * 2
     if "compile_mode" in options:
         assert evicts(Ranks("cpu"))  # one rank can record its graphs again
+
+
+def test_an_error_that_is_not_of_memory_is_not_tried_again(
+    planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN also finds no engine for a product that it does not know; this was retried until nothing was left."""
+    plan, files = planned
+    image, text = blank_inputs(plan, files)
+    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    monkeypatch.setattr(WanVAE, "decode", out_of_memory(1, WanVAE.decode, RuntimeError))
+    monkeypatch.setattr(ResidentExperts, "evict", lambda self, size: pytest.fail("evicted"))
+    monkeypatch.setattr(pipeline_module, "free_bytes", lambda device: 60 << 30)
+    with pytest.raises(RuntimeError, match="unable to find an engine") as error:
+        pipeline(plan, image, text, Stopwatch("cpu"))
+    assert type(error.value) is RuntimeError
 
 
 def test_a_decoder_that_does_not_fit_at_all_is_reported(

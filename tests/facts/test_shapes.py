@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from wanfast.runtime.facts.model_spec import A14B, ModelSpec
+from wanfast.runtime.facts.model_spec import A14B, FactError, ModelSpec
 from wanfast.runtime.facts.shapes import fit_geometry, geometry_of, inner_size, largest_geometry, middle_box
 
 
@@ -62,7 +62,7 @@ def test_an_older_repo_id_is_ignored_and_other_unknown_facts_are_refused() -> No
     assert "repo_id" not in document
     assert ModelSpec.from_json(document | {"repo_id": "Wan-AI/Wan2.2-I2V-A14B"}) == A14B
     assert ModelSpec.from_json(document | {"repo_id": None}) == A14B
-    with pytest.raises(TypeError, match="repo"):
+    with pytest.raises(FactError, match="repo"):
         ModelSpec.from_json(document | {"repo": "Wan-AI/Wan2.2-I2V-A14B"})
 
 

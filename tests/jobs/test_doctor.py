@@ -204,7 +204,7 @@ def test_a_stored_expert_that_was_changed_is_named(wanfast: Wanfast, workdir: Pa
         file.unlink()
     step = examine(wanfast, "--quantize", "bf16")["next"]
     assert step["command"] == "wanfast quantize --model a14b --scheme bf16"
-    assert "was changed after it was made: remove it" in step["why"]
+    assert "was changed after it was made: remove this folder, and run `wanfast quantize" in step["why"]
 
 
 def test_quantized_experts_are_not_sharded(wanfast: Wanfast, machine: Machine) -> None:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from tests import sparse_model
 from tests.conftest import Outcome
+from tests.forked import ForkedPopen
 from tests.parity import likeness
 from wanfast.runtime.errors import MissingArtifactError
 from wanfast.runtime.facts.model_spec import A14B
@@ -40,8 +41,9 @@ GENERATE = ("generate", *TINY, *SMALL, "--quantize", "int8-dynamic", "--json")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns an artifacts folder that `quantize` filled."""
     folder = tmp_path_factory.mktemp("made")
-    done = run("quantize", *TINY, *SCHEME, "--json", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    process = start("quantize", *TINY, *SCHEME, "--json", cwd=folder)
+    err = process.communicate()[1]
+    assert process.returncode == 0, err
     return folder / "artifacts"
 
 
@@ -58,10 +60,9 @@ def artifact_of(folder: Path, expert: str) -> Path:
     return found.parent
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def start(*arguments: str, cwd: Path) -> ForkedPopen:
     command = [sys.executable, "-m", "wanfast", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    return ForkedPopen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
 
 
 def test_what_is_stored_makes_the_video_of_what_is_quantized_while_loading(
@@ -102,6 +103,15 @@ def test_goes_on_with_the_expert_that_is_missing(wanfast: Wanfast, workdir: Path
     assert [result["expert"] for result in outcome.document["results"]] == ["high_noise", "low_noise"]
 
 
+def test_who_waited_for_another_process_is_not_its_maker(
+    wanfast: Wanfast, workdir: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifact appears between the first look and the lock."""
+    monkeypatch.setattr(ArtifactStore, "find", lambda *arguments, **options: None)
+    outcome = wanfast("quantize", *TINY, *SCHEME, "--json")
+    assert [result["was_there"] for result in outcome.document["results"]] == [True, True]
+
+
 def test_without_it_the_command_is_named(wanfast: Wanfast, workdir: Path) -> None:
     outcome = wanfast(*GENERATE)
     assert outcome.exit_code == 3
@@ -140,7 +150,7 @@ def test_without_torchao_the_artifact_of_the_latest_version_is_taken(
     store = ArtifactStore(workdir / "artifacts")
     expert = QuantizedExpert(store, files, "high_noise", "int8-dynamic", "tiny")
     made = {
-        version: store.publish("quantized", expert.inputs(version), lambda folder: (folder / "file").touch())
+        version: store.publish("quantized", expert.inputs(version), lambda folder: (folder / "file").touch()).folder
         for version in ("0.9.0", "0.18.0", "0.18.0.dev1", "not a version")
     }
     monkeypatch.setattr(quantized, "torchao_version", lambda: None)
@@ -224,12 +234,7 @@ def test_what_excludes_each_other(wanfast: Wanfast, workdir: Path, options: list
 
 
 def test_two_at_once_make_one(workdir: Path) -> None:
-    command = [sys.executable, "-m", "wanfast", "quantize", *TINY, *SCHEME, "--expert", "high", "--json"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    both = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        for _ in "ab"
-    ]
+    both = [start("quantize", *TINY, *SCHEME, "--expert", "high", "--json", cwd=workdir) for _ in "ab"]
     results = [json.loads(process.communicate()[0].splitlines()[-1])["results"][0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert results[0]["output"] == results[1]["output"]
@@ -237,19 +242,16 @@ def test_two_at_once_make_one(workdir: Path) -> None:
     assert not list((workdir / "artifacts" / "quantized").glob("*.partial"))
 
 
-LAYERS = 3
-
-
-@pytest.fixture(scope="module")
-def true_sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_true_sizes(folder: Path, layers: int) -> Path:
     """Writes an expert of holes with the A14B's true sizes, except the number of layers."""
-    folder = tmp_path_factory.mktemp("sparse")
-    sparse_model.write(folder, replace(A14B.dit, num_layers=LAYERS), shard_bytes=3_000_000_000)
-    return folder
+    sparse_model.write(folder / "sparse", replace(A14B.dit, num_layers=layers), shard_bytes=3_000_000_000)
+    return folder / "sparse"
 
 
-def test_an_interrupt_leaves_nothing_half_done(true_sizes: Path, workdir: Path) -> None:
-    command = [sys.executable, "-m", "wanfast", "quantize", "--model", str(true_sizes), *SCHEME, "--expert", "high"]
+def test_an_interrupt_leaves_nothing_half_done(workdir: Path) -> None:
+    """One layer makes more than one file, so that the interrupt comes between the first file and the last."""
+    folder = write_true_sizes(workdir, layers=1)
+    command = [sys.executable, "-m", "wanfast", "quantize", "--model", str(folder), *SCHEME, "--expert", "high"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, "--device", "cpu"], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -264,8 +266,9 @@ def test_an_interrupt_leaves_nothing_half_done(true_sizes: Path, workdir: Path) 
     assert [path.suffix for path in store.iterdir()] == [".lock"]
 
 
-def test_true_sizes_take_little_memory(true_sizes: Path, workdir: Path) -> None:
+def test_true_sizes_take_little_memory(workdir: Path) -> None:
     """Only pieces of the source (5.1 GB) and the result (1.9 GB) are in memory; more layers need no more."""
+    folder = write_true_sizes(workdir, layers=3)
     code = """
 import resource, sys
 from wanfast.cli import main
@@ -274,7 +277,7 @@ try:
 finally:
     print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
 """
-    command = ["quantize", "--model", str(true_sizes), "--scheme", "int8-weight-only", "--expert", "high"]
+    command = ["quantize", "--model", str(folder), "--scheme", "int8-weight-only", "--expert", "high"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, *command, "--device", "cpu", "--json"],

@@ -255,11 +255,11 @@ def test_several_sets_want_a_name(wanfast: Wanfast, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "clips.jsonl cannot be read (No such file or directory)"),
+        (None, "clips.jsonl: No such file or directory: write one line per clip"),
         ("\n\n", "names no clip"),
         ('{"image": "a.png"}', 'line 1 of clips.jsonl needs the keys image and prompt, such as {"image": "cat.jpg"'),
         ('{"image": "a.png", "prompt": " "}', "line 1 of clips.jsonl has no prompt"),
-        ('{"image": "none.png", "prompt": "a cat"}', "--set set: line 1 of clips.jsonl: set/none.png"),
+        ('{"image": "none.png", "prompt": "a cat"}', "set/none.png: no such file; check the path"),
     ],
 )
 def test_a_set_that_cannot_be_read(wanfast: Wanfast, folder: Path, content: str | None, words: str) -> None:
@@ -267,7 +267,7 @@ def test_a_set_that_cannot_be_read(wanfast: Wanfast, folder: Path, content: str 
     if content is not None:
         (folder / "clips.jsonl").write_text(content)
     outcome = wanfast(*CALIBRATE)
-    assert outcome.exit_code == 2 and words in outcome.err
+    assert outcome.exit_code == 2 and words in outcome.err and f"--set {folder.absolute()}" in outcome.err
     assert not Path("artifacts").exists()
 
 

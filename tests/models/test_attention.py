@@ -21,7 +21,7 @@ from tests.on_ranks import on_ranks
 from tests.parity import randomise, relative_error
 from wanfast.runtime.device import hardware
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import attention_probe
+from wanfast.runtime.engine import attention_probe, compilation
 from wanfast.runtime.engine.compilation import compile_blocks
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import CompileMode
@@ -276,6 +276,7 @@ def test_compiled_blocks_give_what_eager_ones_give(
     wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch, forked: None, ranks: int
 ) -> None:
     """Inductor compiles both experts, also on two ranks that exchange tokens inside the graph."""
+    compilation._import_compiler(None)  # once, for all processes to come
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workdir / "inductor"))
     options = ("--precision", "fp32", "--num-gpus", str(ranks), "--cfg-parallel", "1", "--ulysses", str(ranks))
     assert wanfast(*GOOD, *options, "--output", "eager.mp4").exit_code == 0

@@ -39,7 +39,7 @@ def test_a_list_asks_each_question_once(wanfast: Wanfast, small_model: Path, mon
 
     monkeypatch.setattr(plan, "PromptTokenizer", counted("tokenizer", plan.PromptTokenizer))
     monkeypatch.setattr(plan.images, "load_image", counted("image", plan.images.load_image))
-    monkeypatch.setattr(model_files, "_read_spec", counted("model", model_files._read_spec))
+    monkeypatch.setattr(model_files, "read_spec", counted("model", model_files.read_spec))
     monkeypatch.setattr(pynvml, "nvmlInit", counted("driver", pynvml.nvmlInit))
     write_list(20)
     outcome = wanfast("generate", "--model", str(small_model), *VIDEO)
@@ -61,7 +61,11 @@ def test_existing_videos_are_left_out(wanfast: Wanfast, workdir: Path) -> None:
     (workdir / "out-0001.json").touch()
     outcome = wanfast("generate", "--model", "tiny", *VIDEO, "--skip-existing")
     first, *others = outcome.document["results"]
-    assert outcome.exit_code == 0 and first == {"line": 1, "output": "out-0001.mp4", "skipped": "the video exists"}
+    assert outcome.exit_code == 0 and first == {
+        "line": 1,
+        "output": str(workdir / "out-0001.mp4"),
+        "skipped": "the video exists",
+    }
     assert [result["plan"]["seed"] for result in others] == [1, 2]
     contact = wanfast("generate", "--model", "tiny", *VIDEO, "--skip-existing", "--contact-sheet")
     assert contact.exit_code == 6 and "out-0001.mp4: already exists" in contact.err  # the sheet is missing

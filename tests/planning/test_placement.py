@@ -13,7 +13,7 @@ import torch
 from tests.configs import effective_config
 from tests.conftest import Machine, Outcome
 from wanfast.commands import dispatch
-from wanfast.runtime.errors import ConfigError, RankFailedError
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.model_spec import A14B, UMT5Spec
 from wanfast.runtime.machine.gpus import Gpu
@@ -21,7 +21,7 @@ from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.planning import placement
 from wanfast.runtime.planning.plan import resolve
-from wanfast.runtime.processes import elastic, launch, worker
+from wanfast.runtime.processes import elastic, failures, worker
 
 Wanfast = Callable[..., Outcome]
 A14B_DRY = ("generate", "--image", "cat.png", "--prompt", "a cat", "--dry-run", "--json")
@@ -378,14 +378,7 @@ def test_who_hangs(tmp_path: Path, done: dict[int, int], gave_up: tuple[int, ...
             (own / "progress").write_text(json.dumps({"done": done[rank]}))
         if rank in gave_up:
             (own / "error.json").write_text("{}")
-    assert launch._behind(tmp_path, 0) == expected
-
-
-def test_a_job_gets_the_error_of_the_rank_group_that_took_it(tmp_path: Path) -> None:
-    (tmp_path / "claims").mkdir()
-    (tmp_path / "claims/0").write_text("0")
-    errors = {0: (2, RankFailedError("second")), 1: (1, RankFailedError("first"))}
-    assert [str(launch._error_of_job(tmp_path, index, errors)) for index in (0, 1)] == ["second", "first"]
+    assert failures._behind(tmp_path, 0) == expected
 
 
 def test_memory_that_ranks_hold_already_is_not_counted_against_them(workdir: Path, machine: Machine) -> None:

@@ -20,6 +20,7 @@ import pytest
 import wanfast
 from tests.forked import ForkedPopen
 from wanfast.runtime.errors import CancelledError, ConfigError, RankFailedError, WanFastError
+from wanfast.runtime.processes import handle as handle_module
 from wanfast.runtime.processes import launch
 from wanfast.runtime.processes.handle import Handle
 from wanfast.runtime.store.model_files import TINY
@@ -60,15 +61,14 @@ def test_the_example_of_three_prompts_loads_the_models_once(star: Path, forked: 
     assert "high_noise" in loads[0] and all("high_noise" not in of_later for of_later in loads[1:])
 
 
-def test_the_example_of_a_session_runs(star: Path) -> None:
+def test_the_example_of_a_session_runs(star: Path, forked: None) -> None:
     assert python(EXAMPLES[2], star).startswith("(5, 128, 128, 3)")
 
 
 def ranks_of(handle: Handle) -> list[psutil.Process]:
-    found = []
-    for launcher in handle._ranks._launchers.values():
-        found += psutil.Process(launcher.pid).children()
-    return found
+    """Torchrun's agent starts each rank in a new session, unlike other children of a launcher."""
+    launchers = [psutil.Process(launcher.pid) for launcher in handle._ranks._launchers.values()]
+    return [child for launcher in launchers for child in launcher.children() if os.getsid(child.pid) == child.pid]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,60 @@ def test_a_video_is_cancelled_between_two_steps_and_the_ranks_stay(star: Path, h
     assert handle.make(**SMALL).frames.shape == (5, 64, 64, 3)
 
 
+def test_a_cancel_while_a_video_is_planned_ends_that_video_alone(
+    star: Path, handle: Handle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cancelled_meanwhile(*arguments: object, **named: object) -> object:
+        handle.cancel()
+        return resolve(*arguments, **named)
+
+    resolve = handle_module.resolve
+    handle.cancel()  # nothing runs
+    with monkeypatch.context() as patch:
+        patch.setattr(handle_module, "resolve", cancelled_meanwhile)
+        with pytest.raises(CancelledError):
+            handle.make(**SMALL)
+    assert handle.make(**SMALL).frames.shape == (5, 64, 64, 3)
+
+
+def test_a_cancel_that_comes_too_late_for_the_ranks_still_ends_the_video(star: Path, handle: Handle) -> None:
+    with pytest.raises(CancelledError):
+        handle.make(**SMALL, on_progress=lambda stage, done, total: done == total != 0 and handle.cancel())
+    assert not list(handle._folder.glob("frames/*"))
+
+
+def test_an_exception_of_on_progress_ends_the_video_and_the_ranks_stay(star: Path, handle: Handle) -> None:
+    def broken(stage: str, done: int, total: int) -> None:
+        raise ZeroDivisionError(stage)
+
+    before = {process.pid for process in ranks_of(handle)}
+    with pytest.raises(ZeroDivisionError):
+        handle.make(**SMALL | {"steps": 1000}, on_progress=broken)
+    assert handle.make(**SMALL).frames.shape == (5, 64, 64, 3)
+    assert {process.pid for process in ranks_of(handle)} == before
+
+
+def test_on_progress_cannot_wait_for_its_own_video(star: Path, handle: Handle) -> None:
+    for forbidden in (handle.close, lambda: handle.make(**SMALL)):
+        with pytest.raises(ConfigError, match="on_progress cannot"):
+            handle.make(**SMALL, on_progress=lambda *state, forbidden=forbidden: forbidden())
+
+
+def test_a_video_without_guidance_runs_on_the_ranks_of_a_guided_one(star: Path, handle: Handle) -> None:
+    assert handle.make(**SMALL).plan["mesh"]["cfg"] == 2
+    video = handle.make(**SMALL, guidance_high_noise=1, guidance_low_noise=1)
+    assert (video.plan["forwards"], video.plan["mesh"]["cfg"]) == (SMALL["steps"], 2)
+
+
+def test_ranks_that_died_idle_cost_no_video(star: Path, handle: Handle) -> None:
+    handle.make(**SMALL)
+    victim = ranks_of(handle)[0]
+    victim.send_signal(signal.SIGKILL)
+    while victim.is_running() and victim.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.001)
+    assert handle.make(**SMALL).frames.shape == (5, 64, 64, 3)
+
+
 def test_dead_ranks_are_started_again(star: Path, handle: Handle) -> None:
     thread, errors = in_the_middle(handle)
     victim = ranks_of(handle)[0]
@@ -150,7 +204,8 @@ def test_dead_ranks_are_started_again(star: Path, handle: Handle) -> None:
         ({"steps": 0}, "--steps 0: use 1 to 1000"),
         ({"precision": "fp32"}, "precision is an option of the handle: give it to wanfast.open"),
         ({"output": "a.mp4"}, "output is an option of a file: give it to save"),
-        ({"colour": "red"}, "there is no option 'colour'"),
+        ({"colour": "red"}, "unknown option 'colour': the options are artifacts_dir"),
+        ({"sed": 3}, "unknown option 'sed': did you mean seed"),
         ({"prompt": " "}, "--prompt is empty"),
     ],
     ids=str,

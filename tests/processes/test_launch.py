@@ -23,7 +23,9 @@ import pytest
 
 from tests.configs import effective_config
 from tests.forked import ForkedPopen
-from wanfast.runtime.processes import launch
+from wanfast.runtime.config import RanksConfig
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.processes import failures, launch
 
 PACKAGE = Path(__file__).parents[2]
 TINY = ("--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--device", "cpu", "--precision", "fp32")
@@ -364,10 +366,107 @@ def test_ranks_are_waited_for_before_their_files_are_removed(
         assert not psutil.pid_exists(rank.pid) and not list(tmp_path.glob(".out.mp4.*"))
 
 
+class Living(Ended):
+    """A launcher that has not ended."""
+
+    def __init__(self) -> None:
+        self.signals: list[str] = []
+
+    def poll(self) -> int | None:  # type: ignore[override]
+        return 0 if self.signals else None
+
+    def terminate(self) -> None:
+        self.signals.append("terminate")
+
+
+@pytest.fixture
+def living_launchers(monkeypatch: pytest.MonkeyPatch) -> list[Living]:
+    started: list[Living] = []
+    monkeypatch.setattr(launch, "_start", lambda *arguments: started.append(Living()) or started[-1])
+    monkeypatch.setattr(launch, "_GRACE_S", 0.1)
+    return started
+
+
+def with_result(folder: Path, index: int) -> None:
+    for name in (f"results/{index}.json", f"claims/{index}", f"frames/{index}.npy"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+
+
+def test_a_long_run_keeps_only_the_files_of_its_last_batch(tmp_path: Path, living_launchers: list[Living]) -> None:
+    with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
+        for number in range(4):
+            with_result(tmp_path, number)
+            ranks.run("v", "w", [{}], [], **IGNORED)
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"setup.json", "job-0003.json", "results/3.json", "claims/3", "frames/3.npy"}
+
+
+@pytest.mark.parametrize(("error", "ends"), [(ZeroDivisionError, False), (KeyboardInterrupt, True)])
+def test_an_exception_of_a_callback_cancels_and_an_interrupt_stops(
+    tmp_path: Path, living_launchers: list[Living], error: type[BaseException], ends: bool
+) -> None:
+    def fails(*state: object) -> None:
+        with_result(tmp_path, 0)  # as the ranks do when they are cancelled
+        raise error
+
+    (tmp_path / "progress").mkdir()
+    (tmp_path / "progress/0.json").write_text(json.dumps({"job": 0, "stage": "a", "done": 0, "total": 2}))
+    with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
+        with pytest.raises(error):
+            ranks.run("v", "w", [{}], [], on_result=lambda *result: None, on_progress=fails)
+        assert (tmp_path / "cancel/0").exists() != ends
+        assert bool(living_launchers[0].signals) == ends
+        with_result(tmp_path, 1)
+        assert ranks.run("v", "w", [{}], [], **IGNORED) == [{}]
+        assert len(living_launchers) == (2 if ends else 1)
+
+
+def test_a_rank_that_died_between_two_batches_is_noticed(tmp_path: Path, living_launchers: list[Living]) -> None:
+    rank = subprocess.Popen(["true"])  # not waited for: a zombie, as below a launcher that has not noticed
+    with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
+        (tmp_path / "ranks/0-0").mkdir(parents=True)
+        (tmp_path / "ranks/0-0/pid").write_text(str(rank.pid))
+        while psutil.Process(rank.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        with_result(tmp_path, 0)
+        assert ranks.run("v", "w", [{}], [], **IGNORED) == [{}]
+    rank.wait()
+    assert len(living_launchers) == 2 and living_launchers[0].signals == ["terminate"]
+
+
+def test_a_start_that_fails_can_be_tried_again(
+    tmp_path: Path, living_launchers: list[Living], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise OSError("no process is left")
+
+    with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
+        ranks.stop()
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "_start", fails)
+            with pytest.raises(OSError, match="no process"):
+                ranks.run("v", "w", [{}], [], **IGNORED)
+        with_result(tmp_path, 0)
+        assert ranks.run("v", "w", [{}], [], **IGNORED) == [{}] and ranks._numbers == {0: 1}
+
+
+def test_the_half_of_a_frames_file_of_a_dead_rank_is_removed(
+    tmp_path: Path, ended_launchers: list[tuple[int, int]]
+) -> None:
+    with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
+        for name in ("ranks/1-0", "frames"):
+            (tmp_path / name).mkdir(parents=True)
+        (tmp_path / "ranks/1-0/pid").write_text("123456789")
+        (tmp_path / "frames/.0.npy.123456789.part").write_text("half")
+        ranks.run("v", "w", [{}], [], **IGNORED)
+    assert not list((tmp_path / "frames").iterdir())
+
+
 def test_the_first_rank_that_ends_without_a_word_is_the_cause() -> None:
     def ended(codes: dict[str, int], stopped: str = "", seconds: int = 100, told: str = "") -> tuple[str, int] | None:
         known = {"exit_codes": codes, "seconds": dict.fromkeys(codes, seconds), "stopped": list(stopped)}
-        return launch._ended(known, [{"rank": int(rank), "time": 100 * 10**9} for rank in told])
+        return failures._ended(known, [{"rank": int(rank), "time": 100 * 10**9} for rank in told])
 
     for code in (-signal.SIGTERM, -signal.SIGABRT, -signal.SIGKILL, 3):
         assert ended({"1": code}) == ended({"0": 1, "1": code}, told="0") == ("1", code)
@@ -392,7 +491,7 @@ def test_ranks_that_are_aborted_waited_only_if_that_long_passed(tmp_path: Path, 
             os.utime(own / name, (100 - idle_s, 100 - idle_s))
     known = {"exit_codes": {"0": -signal.SIGABRT}, "seconds": {"0": 100}, "stopped": []}
     (tmp_path / "ranks/0.json").write_text(json.dumps(known))
-    _, error = launch._error_of_group(tmp_path, 0, SimpleNamespace(rank_timeout=5.0))
+    _, error = failures.error_of_group(tmp_path, 0, SimpleNamespace(rank_timeout=5.0))
     assert said in str(error)
 
 
@@ -532,3 +631,40 @@ def test_machines_that_do_not_meet_are_said(start: Start) -> None:
     run = start(*SMALL, "--nnodes", "2", "--rdzv-endpoint", endpoint, "--rank-timeout", "2")
     code, _, err = run.end(60)
     assert code == 2 and f"--rdzv-endpoint {endpoint}: the 2 machines did not meet" in err
+
+
+def test_ranks_import_nothing_from_the_working_folder(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (workdir / "dataclasses.py").write_text("raise SystemExit('imported from the working folder')")
+    started = []
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda command, **options: started.append(options["env"]))
+    monkeypatch.setattr(sys, "path", [str(workdir), *sys.path])
+    (workdir / "artifacts/runs/one/logs").mkdir(parents=True)
+    launch._start(workdir / "artifacts/runs/one", 0, 0)
+    monkeypatch.undo()
+    environment = started[0] | {"PYTHONPATH": str(PACKAGE)}
+    command = [sys.executable, "-m", "wanfast.runtime.facts.mesh"]
+    done = subprocess.run(command, cwd=workdir, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_rank_that_gives_up_waiting_is_the_cause_of_its_peers_errors() -> None:
+    timeout = {"rank": 0, "kind": "timeout", "time": 1_000_000_500}
+    closed, later = ({"rank": 2, "kind": "bug", "time": time_ns} for time_ns in (1_000_000_000, 3_000_000_000))
+    assert failures._first([closed, timeout]) == failures._first([later, timeout]) == timeout
+    assert failures._first([{**timeout, "time": 3_000_000_000}, closed]) == closed  # it waited for the rank that failed
+    assert failures._first([]) is None
+
+
+def test_a_full_disk_does_not_keep_the_ranks_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request to end cannot be written, so the ranks are stopped."""
+    stopped: list[bool] = []
+    groups = launch.RankGroups(tmp_path, RanksConfig(device="cpu"), groups=0)
+    monkeypatch.setattr(groups, "stop", lambda: stopped.append(True))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ConfigError, match=r"--artifacts-dir .*close: cannot be written .No space left on device."):
+        groups.close()
+    assert stopped == [True]

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -25,7 +26,8 @@ import pytest
 from huggingface_hub import constants
 
 from tests.conftest import Outcome
-from wanfast.runtime.store.hub import PINNED
+from wanfast.runtime.store import identity
+from wanfast.runtime.store.hub_cache import PINNED, snapshot_of
 
 Wanfast = Callable[..., Outcome]
 ORIGINAL = "Wan-AI/Wan2.2-I2V-A14B"
@@ -170,7 +172,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub-cache")))
+    cache = str(tmp_path_factory.mktemp("hub-cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
+    monkeypatch.setenv("HF_HUB_CACHE", cache)
     yield hub
     server.shutdown()
     server.server_close()
@@ -341,6 +345,73 @@ def test_downloaded_files_are_compared_with_their_hashes(wanfast: Wanfast, workd
     assert wanfast("download").exit_code == 0
     assert contents(folder_of(workdir)) == WANTED[ORIGINAL]
     assert hub.fetched() == [BIG]
+
+
+def test_a_file_that_was_there_is_compared_too_and_stays(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    assert wanfast("download").exit_code == 0
+    file = folder_of(workdir) / BIG
+    mine = bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]
+    file.write_bytes(mine)
+    refused(wanfast("download"), 4, f"{file}: the sha256 is not the hub's: remove")
+    assert file.read_bytes() == mine
+    file.unlink()
+    assert wanfast("download").exit_code == 0 and contents(folder_of(workdir)) == WANTED[ORIGINAL]
+
+
+def test_what_was_verified_is_not_hashed_again(
+    wanfast: Wanfast, workdir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "_SMALL_BYTES", 1000)
+    outcome = wanfast("download")
+    assert outcome.exit_code == 0 and outcome.err.startswith("note: hashing 0.0 GB of weights in")
+    monkeypatch.setattr(identity, "_hash", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr(identity, "_SMALL_BYTES", 0)
+    (record,) = (workdir / "artifacts" / "hashes").glob("*.json")
+    assert json.loads(record.read_text())["sha256"] == hashlib.sha256(WANTED[ORIGINAL][BIG]).hexdigest()
+    file = folder_of(workdir) / BIG
+    assert identity.sha256_of([file], workdir / "artifacts")[file] == json.loads(record.read_text())["sha256"]
+
+
+def test_a_group_can_share_a_download(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    before = os.umask(0o002)
+    try:
+        assert wanfast("download").exit_code == 0
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (workdir / "artifacts").rglob("*")}
+    assert modes == {0o775, 0o664}
+
+
+def in_the_cache(hub: Hub, commit: str, files: dict[str, bytes]) -> Path:
+    """Puts files into the cache of the hub's library, and returns their folder."""
+    snapshot = snapshot_of(ORIGINAL, commit)
+    for name, data in files.items():
+        blob = snapshot.parents[1] / "blobs" / hashlib.sha256(data).hexdigest()
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(data)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blob)
+    return snapshot
+
+
+def test_what_the_cache_holds_is_read_in_place(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    hub.commit = PINNED[ORIGINAL]
+    snapshot = in_the_cache(hub, hub.commit, WANTED[ORIGINAL])
+    assert wanfast("download", "--dry-run", "--json").document["missing_bytes"] == 0
+    document = wanfast("download", "--json").document
+    assert document["folder"] == str(snapshot) and hub.fetched() == []
+    assert not folder_of(workdir).exists()
+
+    blob = (snapshot / BIG).resolve()
+    blob.write_bytes(b"!" + blob.read_bytes()[1:])
+    refused(wanfast("download"), 4, "the sha256 is not the hub's")
+
+
+def test_a_cache_that_lacks_a_file_is_not_used(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    hub.commit = PINNED[ORIGINAL]
+    in_the_cache(hub, hub.commit, {name: data for name, data in WANTED[ORIGINAL].items() if name != BIG})
+    assert wanfast("download", "--json").document["folder"] == str(folder_of(workdir))
+    assert contents(folder_of(workdir)) == WANTED[ORIGINAL]
 
 
 def test_too_little_disk_is_known_before(

@@ -106,6 +106,7 @@ def test_all_stages_run_and_a_stage_waits_for_those_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(training_main, "make_deterministic", lambda: None)  # it would affect the whole suite
+    monkeypatch.setattr(training_main, "SPEC", SMALL)
 
     def call(*arguments: str) -> str | int | None:
         monkeypatch.setattr("sys.argv", ["training", "--folder", str(tmp_path), "--smoke", *arguments])

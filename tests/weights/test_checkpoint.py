@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.on_ranks import on_ranks
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import DiTSpec, UMT5Spec, VAESpec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
@@ -113,7 +115,7 @@ def test_a_file_is_mapped_again_after_so_many_bytes(
 
 def test_a_truncated_file_is_named(weights: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CorruptArtifactError, match=r"model.safetensors: truncated"):
+    with pytest.raises(CorruptArtifactError, match=r"model.safetensors: .*: it is truncated"):
         load(weights)
 
 
@@ -172,3 +174,71 @@ def test_true_sizes_are_the_published_ones() -> None:
     assert sum(p.numel() for p in vae.parameters()) == 126_892_531
     assert len(vae.state_dict()) == 194
     assert sum(p.numel() for p in text.parameters()) == 5_680_910_336
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_value_that_is_not_finite_is_named(tmp_path: Path, name: str, value: float) -> None:
+    """One NaN once gave an all-black video without a word."""
+    model = umt5()
+    with torch.no_grad():
+        model.blocks[1].ffn.fc1.weight[3, 5] = value
+    checkpoint.save(model, tmp_path / name, component="umt5", layout="diffusers")
+    blank = umt5("meta")
+    with pytest.raises(CorruptArtifactError) as error:
+        checkpoint.load(blank, [tmp_path / name], component="umt5", layout="diffusers", ranks=Ranks("cpu"))
+    key = "encoder.block.1.layer.1.DenseReluDense.wi_1.weight"
+    assert f"{tmp_path / name}: tensor '{key}' holds NaN or an infinity" in str(error.value)
+    readers = checkpoint.stream(umt5("meta"), [tmp_path / name], component="umt5", layout="diffusers")
+    with pytest.raises(CorruptArtifactError, match="holds NaN or an infinity"):
+        for own, rows in readers:
+            rows(0, len(blank.state_dict()[own]))
+
+
+def test_all_ranks_raise_what_one_read(tmp_path: Path) -> None:
+    """Each rank of two reads half of a large tensor."""
+    values = torch.zeros(4, checkpoint._WORTH_SHARING)
+    values[3, 7] = torch.nan
+    save_file({"weight": values}, tmp_path / "large.safetensors")
+
+    def work(ranks: Ranks) -> tuple[str, bool]:
+        with torch.device("meta"):
+            module = torch.nn.Linear(checkpoint._WORTH_SHARING, 4, bias=False)
+        files = [tmp_path / "large.safetensors"]
+        with pytest.raises(CorruptArtifactError) as error:
+            checkpoint.load(module, files, component="dit", layout="original", ranks=ranks)
+        return str(error.value), error.value.is_agreed
+
+    first, second = on_ranks(Mesh(ulysses=2), work)
+    assert first == second and first[1] and "tensor 'weight'" in first[0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.int64, torch.float64, torch.bool])
+def test_weights_of_another_kind_of_numbers_are_refused(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """Such values mean nothing without their scales."""
+    tensors = umt5().state_dict()
+    tensors["blocks.0.attn.q.weight"] = tensors["blocks.0.attn.q.weight"].to(dtype)
+    write = torch.save if name.endswith(".pth") else save_file
+    write(dict(tensors), tmp_path / name)
+    with pytest.raises(CorruptArtifactError) as error:
+        load(tmp_path / name)
+    assert "tensor 'blocks.0.attn.q.weight' is stored as " in str(error.value)
+    assert "not BF16 or F16 or F32: use the published weights" in str(error.value)
+
+
+def test_a_pickle_of_tensors_without_values_is_refused(tmp_path: Path) -> None:
+    torch.save({"norm.weight": torch.empty(16, device="meta")}, tmp_path / "model.pth")
+    with pytest.raises(CorruptArtifactError, match="not a dictionary of plain tensors"):
+        load(tmp_path / "model.pth")
+
+
+def test_a_damaged_pickle_is_one_line(tmp_path: Path) -> None:
+    """A name that is no UTF-8 once gave a traceback."""
+    file = tmp_path / "model.pth"
+    checkpoint.save(umt5(), file, component="umt5", layout="original")
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"norm.weight", b"\x85orm.weight"))
+    with pytest.raises(CorruptArtifactError, match=r"model.pth") as error:
+        load(file)
+    assert "\n" not in str(error.value)

@@ -16,7 +16,7 @@ from wanfast.commands import dispatch, options
 from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
 from wanfast.magcache_calib.ratios import against_preset, averaged, read_clip, write_clip, write_curve
 from wanfast.runtime.config import NO_VIDEO
-from wanfast.runtime.config.option import MAKE
+from wanfast.runtime.config.option import MAKE, absolute
 from wanfast.runtime.errors import ConfigError, from_failure
 from wanfast.runtime.machine import packages
 from wanfast.runtime.planning.placement import place
@@ -53,7 +53,8 @@ def calibrate_magcache(
         raise ConfigError("the plot of the curve needs matplotlib: pip install matplotlib")
     files = model_of({**NO_VIDEO, **given})  # before the clips are read
     files.require()
-    clips = read_set(set_ or shipped_set(files.spec), seed)
+    folder = shipped_set(files.spec) if set_ is None else Path(absolute(str(set_), "--set"))
+    clips = read_set(folder, seed)
     plans = planned(given, clips, files)
     require_experts(files, plans[0].config.models)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
@@ -79,22 +80,22 @@ def calibrated(
     """Returns the curve of the set, measured if missing, and its comparison with the preset. Raises WanFastError."""
     config = plans[0].config
     store, inputs = ArtifactStore(Path(config.models.artifacts_dir)), curve_inputs(config, files, digest_of(clips))
-    folder = store.find(KIND, inputs, verify=True)
-    was_there = folder is not None
+    folder, made_here = store.find(KIND, inputs, verify=True), False
     if folder is None:
         measured = _measured(given, plans, clips, files, store, show_progress=show_progress)
         averages = averaged(measured)
-        folder = store.publish(
+        published = store.publish(
             KIND,
             inputs,
             lambda partial: write_curve(partial, averages, config, files.spec, len(clips)),
             packages.versions(),
         )
+        folder, made_here = published.folder, published.made_here
     curve = json.loads((folder / RATIOS).read_text(encoding="utf-8"))
     return {
         "output": str(folder),
         "key": folder.name,
-        "was_there": was_there,
+        "was_there": not made_here,
         "clips": len(clips),
         "requested": given,
         "inputs": inputs,

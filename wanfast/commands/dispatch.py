@@ -37,8 +37,7 @@ def run_jobs(
     documents = [job.to_json() for job in jobs]
     folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": verb, "jobs": documents})
     with progress_bars(enabled=show_progress) as on_progress:
-        # A warmup needs a separate process: on a CPU one product may take minutes, during which no signal is handled.
-        if plans[0].mesh.size == 1 and verb != "warmup":
+        if plans[0].mesh.size == 1 and not _needs_a_process(verb, config.ranks.device, len(jobs)):
             document = {"verb": verb, "worker": _WORKERS[verb], "first": 0, "jobs": documents}
             write_synced(folder / JOB, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
             results = _here(verb, folder, jobs, config.ranks.device, on_result, on_progress)
@@ -52,6 +51,15 @@ def run_jobs(
         past_runs.record(config.models.artifacts_dir, result)
     write_synced(folder / RESULT, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
+
+
+def _needs_a_process(verb: Verb, device: str, num_jobs: int) -> bool:
+    """Returns whether one rank runs in a separate process.
+
+    A warmup does, because on a CPU one product may take minutes, during which no signal is handled. A list on a GPU
+    does, because after an error of the GPU a process cannot use it for the other lines.
+    """
+    return verb == "warmup" or (device == "cuda" and num_jobs > 1)
 
 
 def _here(

@@ -19,7 +19,12 @@ PANELS = (MAKE, SAMPLING, EXACT, LOSSY, GPUS, FILES)
 
 Model = Annotated[str, typer.Option(help=OPTIONS["model"].option.help, rich_help_panel=MAKE)]
 ArtifactsDir = Annotated[
-    str, typer.Option(envvar="WANFAST_ARTIFACTS", help=OPTIONS["artifacts_dir"].option.help, rich_help_panel=FILES)
+    str,
+    typer.Option(
+        envvar=OPTIONS["artifacts_dir"].option.envvar,
+        help=OPTIONS["artifacts_dir"].option.help,
+        rich_help_panel=FILES,
+    ),
 ]
 Json = Annotated[
     bool,
@@ -100,9 +105,9 @@ def _number_or_auto(value: int | str) -> int | str:
 
 
 def given(context: typer.Context) -> dict[str, Any]:
-    """Returns the options that the user gave on the command line or in the environment, without defaults."""
+    """Returns the options that the user gave on the command line; the config adds those of the environment."""
     return {
         name: value
         for name, value in context.params.items()
-        if name in OPTIONS and (source := context.get_parameter_source(name)) is not None and source.name != "DEFAULT"
+        if name in OPTIONS and (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
     }

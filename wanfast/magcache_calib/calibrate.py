@@ -9,21 +9,22 @@ from typing import Any
 from wanfast.magcache_calib.recorder import Recorder
 from wanfast.runtime.engine.session import Session, Sessions
 from wanfast.runtime.facts.choices import Expert
-from wanfast.runtime.jobs.loop import ClaimFn, ProgressFn, run_jobs
+from wanfast.runtime.jobs.loop import ProgressFn, run_jobs
 from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.share import Share
 
 
 def run(
     jobs: list[Job],
     sessions: Sessions,
     *,
-    claim: ClaimFn | None = None,
+    share: Share = Share(),  # noqa: B008 - frozen
     progress: ProgressFn = lambda index, stage, done, total: None,
     folder: Path | None = None,
     first: int = 0,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (index, measurements) of each clip as it is done."""
-    yield from run_jobs(measure, jobs, sessions, claim, progress)
+    yield from run_jobs(measure, jobs, sessions, share, progress)
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.errors import ConfigError, foreign
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.media import images
 
@@ -36,13 +36,8 @@ def shipped_set(spec: ModelSpec) -> Path:
 
 def read_set(folder: Path, seed: int) -> list[Clip]:
     """Returns the clips; their seeds count up from `seed`. Raises ConfigError if the set is missing or malformed."""
-    try:
+    with foreign(f"--set {folder}: {LIST}", f"write one line per clip, such as {_EXAMPLE}"):
         lines = (folder / LIST).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(
-            f"--set {folder}: {LIST} cannot be read ({reason}): write one line per clip, such as {_EXAMPLE}"
-        ) from None
     clips: list[Clip] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -50,7 +45,7 @@ def read_set(folder: Path, seed: int) -> list[Clip]:
         try:
             document = json.loads(line)
             image, prompt = folder / document["image"], document["prompt"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(
                 f"--set {folder}: line {number} of {LIST} needs the keys image and prompt, such as {_EXAMPLE}"
             ) from None

@@ -11,7 +11,7 @@ from typing import Any
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.facts.choices import BRANCHES
 from wanfast.runtime.facts.model_spec import ModelSpec
-from wanfast.runtime.store.artifacts import ArtifactStore, key_of, replace_text, write_synced, writing_to
+from wanfast.runtime.store.artifacts import ArtifactStore, key_of, replace_text, write_synced
 from wanfast.runtime.store.curves import KIND, RATIOS, preset, steps_of
 from wanfast.runtime.store.model_files import ModelFiles
 
@@ -29,15 +29,19 @@ def read_clip(store: ArtifactStore, inputs: dict[str, Any]) -> dict[str, Any] | 
         document = json.loads(clip_file(store, inputs).read_text(encoding="utf-8"))
         same = document["inputs"] == json.loads(json.dumps(inputs))
         found: dict[str, Any] = document["measured"]
-        whole = len(found["steps"]) == inputs["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = len(found["steps"]) == inputs["steps"] and all(map(_is_measured, found["steps"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return found if same and whole else None
 
 
+def _is_measured(step: dict[str, dict[str, float] | None]) -> bool:
+    """Returns whether all numbers of a step are finite; older versions stored others."""
+    return all(math.isfinite(number) for branch in BRANCHES for number in (step[branch] or {}).values())
+
+
 def write_clip(store: ArtifactStore, inputs: dict[str, Any], measured: dict[str, Any]) -> None:
-    with writing_to(store.root):
-        replace_text(clip_file(store, inputs), json.dumps({"inputs": inputs, "measured": measured}))
+    replace_text(clip_file(store, inputs), json.dumps({"inputs": inputs, "measured": measured}))
 
 
 def averaged(measured: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,12 +11,14 @@ Shapes: L this rank's tokens, d model dim.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine.finite import require_finite
 from wanfast.runtime.facts.choices import BRANCHES, Branch
 
 
@@ -51,10 +53,15 @@ class Recorder:
     def measured(self, num_steps: int) -> list[dict[Branch, dict[str, float] | None]]:
         """Returns the statistics of each step and branch over the tokens of all ranks; None without a measurement.
 
-        All ranks must call this method together, because it gathers their sums.
+        All ranks must call this method together, because it gathers their sums. Raises NotFiniteError on all ranks if a
+        number is not finite, as the ratio to a residual of zero is.
         """
         mine = {key: [*sums.tolist(), self._num_own] for key, sums in self._sums.items()}
         parts = self._ranks.gather(mine)
+        for (step, branch), sums in sorted((key, sums) for part in parts for key, sums in part.items()):
+            if not all(map(math.isfinite, sums)):
+                where = f"the ratio of residuals at step {step + 1} of {num_steps}, branch {branch},"
+                self._ranks.together(partial(require_finite, where, finite=False))
         return [
             {
                 branch: _statistics([part[step, branch] for part in parts if (step, branch) in part])

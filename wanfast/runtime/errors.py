@@ -49,6 +49,12 @@ class JobsFailedError(WanFastError):
     exit_code = 6
 
 
+class NotFiniteError(WanFastError):
+    """This error means that a computed value is NaN or an infinity; its text says where this was first seen."""
+
+    exit_code = 7
+
+
 class CancelledError(WanFastError):
     """A job was cancelled between two steps."""
 
@@ -93,6 +99,6 @@ def failure(error: WanFastError) -> dict[str, Any]:
 
 def from_failure(document: dict[str, Any]) -> WanFastError:
     """Returns the error of a document that `failure` made."""
-    kinds = (ConfigError, MissingArtifactError, CorruptArtifactError, RankFailedError, CancelledError)
+    kinds = (ConfigError, MissingArtifactError, CorruptArtifactError, RankFailedError, NotFiniteError, CancelledError)
     message = document["error"]
     return next((kind(message) for kind in kinds if kind.exit_code == document["exit_code"]), WanFastError(message))

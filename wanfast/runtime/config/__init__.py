@@ -1,7 +1,7 @@
 """This package holds the options of a request, as a mapping, and the effective config, as five frozen parts."""
 
-from wanfast.runtime.config.effective import NO_VIDEO, OPTIONS, EffectiveConfig, Options
-from wanfast.runtime.config.models import ModelsConfig, QuantizeConfig
+from wanfast.runtime.config.effective import NO_VIDEO, OPTIONS, EffectiveConfig, Options, accepted
+from wanfast.runtime.config.models import ModelsConfig, QuantizeConfig, default_artifacts_dir
 from wanfast.runtime.config.ranks import RanksConfig
 from wanfast.runtime.config.skipping import SkippingConfig, magcache_settings
 from wanfast.runtime.config.video import OutputConfig, VideoConfig, parse_size
@@ -17,6 +17,8 @@ __all__ = [
     "RanksConfig",
     "SkippingConfig",
     "VideoConfig",
+    "accepted",
+    "default_artifacts_dir",
     "magcache_settings",
     "parse_size",
 ]

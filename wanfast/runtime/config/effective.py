@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wanfast.runtime.config.models import ModelsConfig
+from wanfast.runtime.config.models import ModelsConfig, default_artifacts_dir
 from wanfast.runtime.config.option import OptionField, options_of, refuse_unknown
 from wanfast.runtime.config.ranks import RanksConfig
 from wanfast.runtime.config.skipping import SkippingConfig
-from wanfast.runtime.config.video import OutputConfig, VideoConfig
+from wanfast.runtime.config.video import CPU_SEEDS, OutputConfig, VideoConfig
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import in_8_bits
 from wanfast.runtime.facts.model_spec import ModelSpec
@@ -49,13 +49,11 @@ class EffectiveConfig:
     @classmethod
     def of(cls, given: Options, own: ModelSpec, **answers: Any) -> EffectiveConfig:
         """Completes `given` with `answers` and the model's `own` defaults. Raises ConfigError, naming the option."""
-        refuse_unknown(given, OPTIONS)
-        accepted = {name: OPTIONS[name].accept(value) for name, value in given.items()}
         values = {name: getattr(own, name) for name, option in OPTIONS.items() if option.option.own}
         values |= (
-            {"image": "", "prompt": "", "device": "cuda", "seed": 0}
+            {"image": "", "prompt": "", "device": "cuda", "seed": 0, "artifacts_dir": default_artifacts_dir()}
             | answers
-            | {name: value for name, value in accepted.items() if value is not None}
+            | {name: value for name, value in accepted(given).items() if value is not None}
         )
         return cls._from_flat(values)
 
@@ -64,7 +62,8 @@ class EffectiveConfig:
         """Inverts `to_json`; also reads the flat form of older versions. Raises ConfigError, KeyError or TypeError."""
         if "video" not in document:
             unsettled = ("magcache_joint", "auto")  # a default of older versions, which skipped nothing then
-            return cls._from_flat(dict(item for item in document.items() if item != unsettled))
+            return cls._from_flat(_with_seed_that_acts(dict(item for item in document.items() if item != unsettled)))
+        document = {**document, "video": _with_seed_that_acts(document["video"])}
         parts = {name: PARTS[name](**document[name]) for name in PARTS if document[name] is not None}
         return cls(**{"skipping": None, **parts})
 
@@ -92,6 +91,13 @@ class EffectiveConfig:
         return self._from_flat(self.options() | {"image_sha256": self.video.image_sha256} | values)
 
 
+def _with_seed_that_acts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options with the seed that acted, because older versions accepted seeds of 63 bits."""
+    seed = values["seed"]
+    acts = isinstance(seed, int) and seed >= 0 and values.get("noise_device", "cpu") == "cpu"
+    return {**values, "seed": seed % CPU_SEEDS if acts else seed}
+
+
 PARTS: dict[str, Any] = {
     "models": ModelsConfig,
     "video": VideoConfig,
@@ -99,4 +105,12 @@ PARTS: dict[str, Any] = {
     "ranks": RanksConfig,
     "output": OutputConfig,
 }
+
+
+def accepted(given: Options) -> dict[str, Any]:
+    """Returns the checked values of options, with paths as texts. Raises ConfigError, naming the option."""
+    refuse_unknown(given, OPTIONS)
+    return {name: OPTIONS[name].accept(value) for name, value in given.items()}
+
+
 OPTIONS: dict[str, OptionField] = {name: option for part in PARTS.values() for name, option in options_of(part).items()}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from wanfast.runtime.config.option import ALL, CALIBRATE, COMPILED, EXACT, FILES, LOSSY, MAKE, Option, Part, options_of
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import Attention, CompileMode, Device, Precision, Scheme, in_8_bits
+from wanfast.runtime.facts.choices import NAMED_MODELS, Attention, CompileMode, Device, Precision, Scheme, in_8_bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,8 @@ class ModelsConfig(Part):
             "tiny (ships with the package), a14b (the published weights), or a folder in either public layout.",
             MAKE,
             also=ALL,
+            path=True,
+            names=NAMED_MODELS,
         ),
     ] = "a14b"
     attention: Annotated[
@@ -83,6 +86,7 @@ class ModelsConfig(Part):
             also=ALL,
             of_this_run=True,
             envvar="WANFAST_ARTIFACTS",
+            path=True,
         ),
     ] = "artifacts"
 
@@ -115,8 +119,14 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         for name in ("model", "artifacts_dir"):
-            options_of(ModelsConfig)[name].check_range(getattr(self, name))
+            object.__setattr__(self, name, options_of(ModelsConfig)[name].complete(getattr(self, name)))
         check_places(self.model, self.artifacts_dir)
+
+
+def default_artifacts_dir() -> str:
+    """Returns the folder of artifacts if no option names it: that of the environment's variable, or ./artifacts."""
+    option = options_of(ModelsConfig)["artifacts_dir"]
+    return str(option.complete(os.environ.get(option.option.envvar or "") or option.default))
 
 
 def check_places(model: str, artifacts_dir: str) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from wanfast.runtime.errors import ConfigError
@@ -42,6 +44,8 @@ class _Facts:
     of_this_run: bool = False  # `--from` never repeats it: where files lie, and how ranks meet
     of_these_ranks: bool = False  # `--from` repeats it only on as many ranks
     choice: str | None = None  # at most one option of a choice may be given
+    path: bool = False
+    names: tuple[str, ...] = ()  # of a path option: values that are no path
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,20 @@ class OptionField:
     def accept(self, value: Any) -> Any:
         """Returns a checked value; None means the default. A whole number becomes a float if a float is asked for.
 
-        Raises ConfigError for a value of another type or out of range.
+        A path becomes a text. Raises ConfigError for a value of another type or out of range.
         """
+        if self.option.path and isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if value is not None and not _is_instance(value, self.asked):
             raise ConfigError(f"{self.flag} {value!r:.60}: {_describe(self.asked)} is needed")
         self.check_range(value)
         return float(value) if isinstance(value, int) and float in (self.asked, *typing.get_args(self.asked)) else value
+
+    def complete(self, value: Any) -> Any:
+        """Returns a checked value; a path becomes absolute, so that no change of the working folder changes it."""
+        self.check_range(value)
+        is_path = self.option.path and value and value.strip() and value not in self.option.names
+        return absolute(value, self.flag) if is_path else value
 
     def check_range(self, value: Any) -> None:
         """Raises ConfigError for a value out of range."""
@@ -113,6 +125,14 @@ def words(name: str, value: Any) -> tuple[str, ...]:
     return flag(name), f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
+def absolute(path: str, option: str) -> str:
+    """Returns an absolute path, with `~` replaced by the home folder. Raises ConfigError for an unknown user."""
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError:
+        raise ConfigError(f"{option} {path}: there is no such user here: write the whole path") from None
+
+
 def at_least(low: int, fix: str) -> Check:
     """Returns a check that accepts `low` and more."""
     return lambda value: None if value >= low else fix
@@ -124,9 +144,13 @@ def between(low: float, high: float, fix: str) -> Check:
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a name that is not an option."""
+    """Raises ConfigError, with names that are near, for a name that is not an option."""
     if unknown := sorted(given.keys() - known.keys()):
-        raise ConfigError(f"there is no option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+        from difflib import get_close_matches
+
+        near = get_close_matches(unknown[0], known)
+        fix = f"did you mean {' or '.join(near)}?" if near else f"the options are {', '.join(sorted(known))}"
+        raise ConfigError(f"unknown option {unknown[0]!r}: {fix}")
 
 
 def _is_instance(value: Any, hint: Any) -> bool:
@@ -158,8 +182,8 @@ def _check_text(name: str, value: str) -> None:
 
 
 class Part:
-    """A part checks the range of each option on construction. Raises ConfigError."""
+    """A part checks the range of each option on construction, and makes paths absolute. Raises ConfigError."""
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)).values():
-            option.check_range(getattr(self, option.name))
+            object.__setattr__(self, option.name, option.complete(getattr(self, option.name)))

@@ -10,6 +10,8 @@ from wanfast.runtime.config.option import ALL, CALIBRATE, FILES, MAKE, SAMPLING,
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Device, ImageFit, Solver
 
+CPU_SEEDS = 1 << 32  # torch's generator on the CPU ignores the higher bits of a seed; a GPU's takes all
+
 
 def parse_size(size: str) -> tuple[int, int]:
     """Returns (width, height) of '1280x720', or of the reference's '1280*720'. Raises ConfigError."""
@@ -37,7 +39,7 @@ def _size_fix(size: str) -> str | None:
 class VideoConfig(Part):
     """This part says what the video shows, and how it is sampled."""
 
-    image: Annotated[str, Option("The image that the video starts from.", MAKE, also=("warmup",))]
+    image: Annotated[str, Option("The image that the video starts from.", MAKE, also=("warmup",), path=True)]
     image_sha256: str = ""
     prompt: Annotated[str, Option("What happens in the video.", MAKE)]
     negative_prompt: Annotated[str, Option("What the video must not show.", MAKE, own=True)]
@@ -127,6 +129,11 @@ class VideoConfig(Part):
             raise ConfigError("--image is missing: give the picture that the video starts from")
         if not self.prompt.strip():
             raise ConfigError("--prompt is empty: describe what should happen in the video")
+        if self.noise_device == "cpu" and self.seed >= CPU_SEEDS:
+            raise ConfigError(
+                f"--seed {self.seed}: the CPU's noise depends on 32 bits of a seed: use 0 to {CPU_SEEDS - 1} "
+                f"({self.seed % CPU_SEEDS} gives the same noise), or --noise-device cuda"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +146,7 @@ class OutputConfig(Part):
             "The .mp4 to write; its .json is written beside it.",
             FILES,
             asked=str,
+            path=True,
             check=lambda path: None if path.strip() else "is empty: name an .mp4 file",
         ),
     ] = "out.mp4"  # None: the frames are returned instead

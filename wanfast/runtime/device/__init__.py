@@ -1,1 +1,1 @@
-"""This package holds the setup, the memory and the clock of torch's device."""
+"""This package holds the setup, the memory, the clock and the numbers of torch's device."""

@@ -17,7 +17,6 @@ name its own process groups. Source: torch.compiler.save_cache_artifacts.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import platform
 from collections.abc import Iterator
@@ -30,17 +29,23 @@ import torch
 
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.errors import ConfigError, CorruptArtifactError
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import CompileMode
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.models.dit import WanDiT
-from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.artifacts import ArtifactStore, Published, note
+from wanfast.runtime.store.code import digest_of_code
+from wanfast.runtime.store.sharing import who_can_write
 
 KIND = "inductor"
 _SIZES = 64  # token counts that one process may compile for: a list of videos can have more than 8, torch's limit
-# Below runtime/: the code that becomes the graphs, and the code that compiles them.
-_SOURCES = ("models/*.py", "distributed/*.py", "engine/compilation.py", "weights/quantization.py", "store/quantized.py")
+# The code that becomes the graphs, and the code that compiles them.
+_CODE = (
+    "runtime/models/*.py", "runtime/distributed/*.py", "runtime/engine/compilation.py", "runtime/jobs/warmup.py",
+    "runtime/weights/builders.py", "runtime/weights/quantization.py", "runtime/store/quantized.py",
+    "runtime/device/hardware.py",
+)  # fmt: skip
 
 
 @contextmanager
@@ -106,7 +111,7 @@ def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[st
             "triton": version_of("triton"),
             "cuda": torch.version.cuda,
         },
-        "sources": _digest_of_sources(),
+        "sources": digest_of_code(*_CODE),
     }
 
 
@@ -120,8 +125,8 @@ def check_caches() -> None:
         )
 
 
-def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> Path:
-    """Publishes what this process and its peers compiled, and returns the artifact's folder. Raises ConfigError."""
+def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> Published:
+    """Publishes what this process and its peers compiled; a damaged artifact is replaced. Raises ConfigError."""
     saved = torch.compiler.save_cache_artifacts()
     assert saved is not None, "nothing was compiled"
     parts = ranks.gather(saved[0])
@@ -130,31 +135,31 @@ def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> P
         for rank, part in enumerate(parts):
             (folder / _file(rank)).write_bytes(part)
 
-    return ranks.lead(lambda: store.publish(KIND, inputs, write, inputs["versions"]))
+    return ranks.lead(lambda: store.publish(KIND, inputs, write, inputs["versions"], damaged="miss"))
 
 
-def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> str | None:
-    """Fills this process's caches from the artifact of `inputs`, and returns its key, or None if it is missing.
+def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, is_named: bool) -> str | None:
+    """Fills this process's caches from the artifact of `inputs`, and returns its key, or None if there is none to use.
 
-    Loaded code is run, so its bytes are first compared with the manifest's hash. Raises CorruptArtifactError.
+    Loaded code is run, so its bytes are first compared with the manifest's hash. A damaged artifact is a cache miss
+    with a note, because compiling takes less than a minute. So is an artifact that other users could have written,
+    except if the user named the store's folder (`is_named`).
     """
-
-    def read() -> tuple[str, bytes] | None:
-        folder = store.find(KIND, inputs, verify=True)
-        if folder is None:
-            return None
-        try:
-            return folder.name, (folder / _file(ranks.rank)).read_bytes()
-        except FileNotFoundError as error:
-            raise CorruptArtifactError(f"{error.filename} is missing: remove {folder}, and warm up again") from None
-
-    found = ranks.together(read)
-    if found is None:
+    folder = ranks.together(lambda: store.find(KIND, inputs, verify=True, damaged="miss"))
+    if not all(ranks.gather(folder is not None)):
         return None
-    key, saved = found
-    if torch.compiler.load_cache_artifacts(saved) is None:
-        raise CorruptArtifactError(f"{store.path(KIND, inputs)}: torch cannot read it: remove it, and warm up again")
-    return key
+    assert folder is not None
+    stranger = None if is_named else who_can_write([store.root, folder.parent, folder, *folder.iterdir()])
+    if any(ranks.gather(stranger)):
+        fix = "name the folder by --artifacts-dir if you trust it"
+        note(f"{stranger or folder}: compiled code is not loaded from there: {fix}")
+        return None
+    file = folder / _file(ranks.rank)
+    if all(ranks.gather(file.is_file() and torch.compiler.load_cache_artifacts(file.read_bytes()) is not None)):
+        return folder.name
+    note(f"{folder}: torch cannot use it: it is made again")
+    ranks.lead(lambda: store.discard(KIND, inputs))
+    return None
 
 
 def compiled_anew() -> int:
@@ -172,9 +177,3 @@ def _processor() -> str:
 
 def _file(rank: int) -> str:
     return f"rank-{rank}.bin"
-
-
-def _digest_of_sources() -> str:
-    here = Path(__file__).parents[1]
-    files = sorted(file for pattern in _SOURCES for file in here.glob(pattern))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

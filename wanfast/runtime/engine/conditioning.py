@@ -32,5 +32,10 @@ def draw_noise(seed: int, geometry: Geometry, channels: int, device: str) -> Ten
     Noise that is drawn on the CPU is the same on every machine and for every number of ranks.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    shape = (channels, geometry.latent_frames, geometry.latent_height, geometry.latent_width)
+    _, *shape = noise_shape(geometry, channels)
     return torch.randn(shape, generator=generator, device=device).unsqueeze(0)
+
+
+def noise_shape(geometry: Geometry, channels: int) -> tuple[int, int, int, int, int]:
+    """Returns the shape [1, C, T, h, w] of the noise, and of every latent after it."""
+    return 1, channels, geometry.latent_frames, geometry.latent_height, geometry.latent_width

@@ -17,6 +17,7 @@ from wanfast.runtime.sampling.scheduler import Integrator, Step, expert_of
 
 VelocitiesFn = Callable[[int, Expert, Sequence[Branch], Tensor, int], list[Tensor]]  # one velocity for each branch
 StepFn = Callable[[int, Expert], None]  # (steps done, running expert)
+SampleFn = Callable[[int, Expert, Tensor], None]  # (step index, expert, the sample that the step made)
 
 
 def denoise(
@@ -27,8 +28,12 @@ def denoise(
     boundary: float,
     guidance: Mapping[Expert, float],
     on_step: StepFn = lambda index, expert: None,
+    on_sample: SampleFn = lambda index, expert, sample: None,
 ) -> Tensor:
-    """Returns the clean float32 latent in the shape of `noise`; calls `on_step(done, expert)` around each step."""
+    """Returns the clean float32 latent in the shape of `noise`.
+
+    Calls `on_step(done, expert)` around each step, and `on_sample` with what each step made.
+    """
     integrator = Integrator(steps)
     sample = noise
     for index, step in enumerate(steps):
@@ -40,5 +45,6 @@ def denoise(
         else:
             (prediction,) = velocities(index, expert, BRANCHES[:1], sample, step.timestep)
         sample = integrator.advance(sample, prediction)
+        on_sample(index, expert, sample)
         on_step(index + 1, expert)
     return sample

@@ -14,17 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from wanfast.runtime.device.hardware import free_memory, is_out_of_memory
+from wanfast.runtime.device.finite import all_finite
+from wanfast.runtime.device.hardware import free_bytes, free_memory, is_out_of_memory
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.attention_probe import Choice
-from wanfast.runtime.engine.conditioning import draw_noise, first_frame_clip, with_mask
+from wanfast.runtime.engine.conditioning import draw_noise, first_frame_clip, noise_shape, with_mask
 from wanfast.runtime.engine.denoise import StepFn, denoise
+from wanfast.runtime.engine.finite import FiniteWatch, require_finite
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert
 from wanfast.runtime.facts.memory import decode_bytes
 from wanfast.runtime.facts.model_spec import ModelSpec
@@ -37,6 +40,7 @@ from wanfast.runtime.sampling.guidance import needs_unconditional
 from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.weights.experts import Experts
 
+DOES_NOT_FIT = "does not fit into this GPU's memory beside the weights: use smaller values"
 _EVICT_BYTES = 8 << 30  # evicted each time that the VAE runs out of memory
 
 
@@ -83,42 +87,55 @@ class ImageToVideoPipeline:
         residuals: StepCache,
     ) -> Tensor:
         """Returns the clean latent [1, 16, T, h, w] on every rank; no expert is needed afterwards."""
-        noise = draw_noise(
-            plan.config.video.seed, plan.geometry, self.spec.dit.out_channels, plan.config.video.noise_device
-        )
+        noise = self.noise(plan)
         with watch.span("encode"):
             condition = self.encode_condition(image, plan.geometry)
         with watch.span("denoise"):
-            latent = self.denoise(plan, noise.to(self.device), condition, text, residuals, on_step)
+            latent = self.denoise(plan, noise, condition, text, residuals, on_step)
         self.experts.leave()
         return latent
 
     @torch.inference_mode()
     def decode(self, latent: Tensor, geometry: Geometry, watch: Stopwatch) -> Tensor | None:
         """Returns the video [3, F, H, W] in [-1, 1] on the leader's CPU, None on other ranks."""
-        if self.vae is None:
-            return None
+        vae = self.vae
+        return self.ranks.together(lambda: None if vae is None else self._decode(vae, latent, geometry, watch))
+
+    def _decode(self, vae: WanVAE, latent: Tensor, geometry: Geometry, watch: Stopwatch) -> Tensor:
+        """Returns the video on the CPU."""
         free_memory(self.device)  # the decoder allocates blocks of other sizes than the loop
         with watch.span("decode"):
             wanted = decode_bytes(self.spec, geometry)
             if self.device == "cuda" and (missing := wanted - torch.cuda.mem_get_info()[0]) > 0:
                 self.experts.evict(missing)
-            return self._evicting(partial(self.vae.decode, latent))[0].cpu()
+            video = self._evicting(partial(vae.decode, latent), geometry)[0]
+            require_finite("the decoded video", bool(all_finite(video)))
+            return video.cpu()
 
-    def _evicting(self, work: Callable[[], Tensor]) -> Tensor:
+    def _evicting(self, work: Callable[[], Tensor], geometry: Geometry) -> Tensor:
         """Returns the result of the VAE's `work`; evicts weights and retries when memory is out.
 
-        The memory that the VAE needs is only an estimate, and a wrong estimate must not lose a video.
+        The memory that the VAE needs is only an estimate, and a wrong estimate must not lose a video. Raises
+        ConfigError if there is nothing left to evict.
         """
         while True:
             try:
                 return work()
             except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error, free_bytes(self.device)):
                     raise
                 failure = str(error)  # not the error: its traceback holds the VAE's tensors
             if not self.experts.evict(_EVICT_BYTES):
-                raise torch.OutOfMemoryError(failure)
+                size = f"--size {geometry.width}x{geometry.height} --frames {geometry.frames}"
+                raise ConfigError(f"{size}: {DOES_NOT_FIT} ({failure.splitlines()[0]:.120})")
+
+    def noise(self, plan: Plan) -> Tensor:
+        """Returns the leader's noise [1, 16, T, h, w] on every rank, because unlike GPUs draw unlike noise."""
+        video, channels = plan.config.video, self.spec.dit.out_channels
+        noise = torch.empty(noise_shape(plan.geometry, channels), device=self.device)
+        if self.ranks.is_leader:
+            noise = draw_noise(video.seed, plan.geometry, channels, video.noise_device).to(self.device)
+        return self.ranks.share(noise)
 
     def encode_condition(self, image: Tensor, geometry: Geometry) -> Tensor:
         """Returns the condition y [1, 20, T, h, w]: four mask channels, then the latents of a clip.
@@ -127,11 +144,14 @@ class ImageToVideoPipeline:
         """
         g, channels = geometry, self.spec.vae.temporal_stride + self.spec.vae.latent_channels
         condition = torch.empty(1, channels, g.latent_frames, g.latent_height, g.latent_width, device=self.device)
-        if self.vae is not None:
+
+        def encoded(vae: WanVAE) -> Tensor:
             clip = first_frame_clip(image.to(self.device), g.frames)
-            latents = self._evicting(partial(self.vae.encode, clip))
-            condition = with_mask(latents.float(), self.spec.vae.temporal_stride)
-        return self.ranks.share(condition.contiguous())
+            latents = self._evicting(partial(vae.encode, clip), g)
+            return with_mask(latents.float(), self.spec.vae.temporal_stride)
+
+        vae = self.vae
+        return self.ranks.share(self.ranks.together(lambda: condition if vae is None else encoded(vae)).contiguous())
 
     def denoise(
         self,
@@ -146,10 +166,16 @@ class ImageToVideoPipeline:
         rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
 
         handover = _handover(plan, self.ranks)
+        encoded: dict[tuple[Expert, Branch], list[TextKV]] = {}  # once for each prompt and expert, not in every step
+        finite = FiniteWatch(self.ranks)
+        finite.look("the image as the VAE encodes it", condition)
 
-        @cache  # once for each prompt and expert, not in every step
         def text_kv(model: WanDiT, expert: Expert, branch: Branch) -> list[TextKV]:
-            return model.encode_text(text[branch].unsqueeze(0).to(self.device))
+            if any(other != expert for other, _ in encoded):
+                encoded.clear()  # the other expert has done its steps, and its keys and values take 0.8 GB
+            if (expert, branch) not in encoded:
+                encoded[expert, branch] = model.encode_text(text[branch].unsqueeze(0).to(self.device))
+            return encoded[expert, branch]
 
         def velocities(
             index: int, expert: Expert, branches: Sequence[Branch], sample: Tensor, timestep: int
@@ -171,8 +197,21 @@ class ImageToVideoPipeline:
 
             return self.ranks.guidance.velocities(branches, velocity)
 
-        boundary = self.spec.boundary
-        return denoise(noise, plan.schedule, velocities, boundary=boundary, guidance=plan.guidance, on_step=on_step)
+        def on_sample(index: int, expert: Expert, sample: Tensor) -> None:
+            name = expert.replace("_", "-")
+            finite.look(f"the latent after step {index + 1} of {len(plan.schedule)}, by the {name} expert,", sample)
+
+        latent = denoise(
+            noise,
+            plan.schedule,
+            velocities,
+            boundary=self.spec.boundary,
+            guidance=plan.guidance,
+            on_step=on_step,
+            on_sample=on_sample,
+        )
+        finite.finish()
+        return latent
 
 
 def _handover(plan: Plan, ranks: Ranks) -> tuple[int, Branch] | None:

@@ -6,7 +6,7 @@ can use them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,49 +16,69 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wanfast.runtime.config import EffectiveConfig
-from wanfast.runtime.device.hardware import free_memory
+from wanfast.runtime.device.finite import all_finite
+from wanfast.runtime.device.hardware import describe, free_memory
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine.finite import require_finite
+from wanfast.runtime.errors import CorruptArtifactError, foreign
 from wanfast.runtime.facts.choices import Precision
 from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
 from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights.builders import build_umt5
 
 KIND = "prompt_embeds"
 _FILE = "embeds.safetensors"
+_CODE = (
+    "runtime/models/umt5.py", "runtime/media/tokenizer.py", "runtime/weights/builders.py",
+    "runtime/weights/checkpoint.py", "runtime/weights/key_maps.py", "runtime/device/hardware.py",
+    "runtime/engine/prompt_embeds.py",
+)  # fmt: skip
 
 
 def prompt_embeds(
-    texts: Iterable[str], files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch
+    texts: Iterable[str],
+    files: ModelFiles,
+    config: EffectiveConfig,
+    ranks: Ranks,
+    loads: Stopwatch,
+    before_load: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Returns {text: [n, text_dim]} on the CPU of every rank, where n is the number of the text's tokens.
 
     Texts that are not stored are encoded and then stored. They are distributed over the ranks. A rank that gets texts
-    loads UMT5, adds the seconds to `loads`, and frees UMT5 afterwards. With `--t5-fsdp on`, all ranks hold a share of
-    UMT5 and encode all texts together.
+    calls `before_load`, loads UMT5, adds the seconds to `loads`, and frees UMT5 afterwards. With `--t5-fsdp on`, all
+    ranks hold a share of UMT5 and encode all texts together.
     """
     store = ArtifactStore(Path(config.models.artifacts_dir))
     tokenizer = ranks.together(lambda: PromptTokenizer(files.tokenizer, files.spec.dit.text_len))
     tokens = {text: tokenizer.encode(text) for text in texts}
-    inputs = {text: _inputs(tokens[text], files, config.models.precision, config.ranks.device) for text in tokens}
-    known = ranks.lead(lambda: {text: _load(found) for text in tokens if (found := store.find(KIND, inputs[text]))})
+    ranks.together(lambda: _check_ids(tokens.values(), files))
+    inputs = {text: _inputs(tokens[text], files, config) for text in tokens}
+    known = ranks.lead(lambda: _stored(store, inputs))
     unknown = {text: tokens[text] for text in tokens if text not in known}
     if not unknown:
         return known
     if config.ranks.t5_fsdp == "on":
-        encoded = _encode(unknown, files, config.models.precision, ranks, loads, sharded=True)
+        encoded = _encode(unknown, files, config.models.precision, ranks, loads, before_load, sharded=True)
     else:
         own = dict(list(unknown.items())[ranks.rank :: ranks.size])
         parts = ranks.gather(
-            ranks.together(lambda: _encode(own, files, config.models.precision, Ranks(ranks.device), loads))
+            ranks.together(
+                lambda: _encode(own, files, config.models.precision, Ranks(ranks.device), loads, before_load)
+            )
         )
         encoded = {text: embeds for part in parts for text, embeds in part.items()}
 
+    for text, embeds in encoded.items():
+        _check(text, embeds, ranks)
+
     def publish() -> None:
         for text, embeds in encoded.items():
-            store.publish(KIND, inputs[text], partial(_save, embeds), versions())
+            store.publish(KIND, inputs[text], partial(_save, embeds), versions(), damaged="miss")
 
     ranks.lead(publish)
     return known | encoded
@@ -71,11 +91,13 @@ def _encode(
     precision: Precision,
     ranks: Ranks,
     loads: Stopwatch,
+    before_load: Callable[[], None],
     *,
     sharded: bool = False,
 ) -> dict[str, Tensor]:
     if not tokens:
         return {}
+    before_load()
     with loads.span("umt5"):
         umt5 = build_umt5(files, precision, ranks, sharded=sharded)
     device = ranks.device
@@ -87,21 +109,45 @@ def _encode(
     return encoded
 
 
+def _check_ids(tokens: Iterable[TokenizedPrompt], files: ModelFiles) -> None:
+    """Raises CorruptArtifactError if UMT5 lacks an id."""
+    most, size = max(max(each.ids) for each in tokens), files.spec.umt5.vocab_size
+    if most >= size:
+        raise CorruptArtifactError(
+            f"{files.tokenizer} gives the id {most}, but UMT5 has {size}: copy both from one model"
+        )
+
+
+def _check(text: str, embeds: Tensor, ranks: Ranks) -> None:
+    """Raises NotFiniteError on all ranks if an embedding is not finite; every rank holds the same."""
+    if not all_finite(embeds):
+        ranks.together(lambda: require_finite(f"UMT5's embedding of the text {text!r:.60}", finite=False))
+
+
 def _save(embeds: Tensor, folder: Path) -> None:
     save_file({"embeds": embeds}, folder / _FILE)
 
 
+def _stored(store: ArtifactStore, inputs: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """Returns the embeddings of the stored texts. A damaged artifact is a cache miss, because a text takes seconds."""
+    folders = {text: store.find(KIND, inputs[text], verify=True, damaged="miss") for text in inputs}
+    return {text: _load(folder) for text, folder in folders.items() if folder is not None}
+
+
 def _load(folder: Path) -> Tensor:
-    return load_file(folder / _FILE)["embeds"]
+    with foreign(str(folder / _FILE), "remove its folder, and have it made again", CorruptArtifactError):
+        return load_file(folder / _FILE)["embeds"]
 
 
-def _inputs(tokens: TokenizedPrompt, files: ModelFiles, precision: Precision, device: str) -> dict[str, Any]:
+def _inputs(tokens: TokenizedPrompt, files: ModelFiles, config: EffectiveConfig) -> dict[str, Any]:
+    """Returns everything that an embedding depends on; the ids hold all that the tokenizer decides."""
     return {
-        "umt5": files.fingerprints["umt5"],
-        "tokenizer": files.fingerprints["tokenizer"],
+        "umt5": files.fingerprint("umt5"),
         "text": tokens.text,
-        "text_len": files.spec.dit.text_len,
-        "precision": precision,
-        "device": device,
+        "ids": list(tokens.ids),
+        "precision": config.models.precision,
+        "tf32": bool(config.models.tf32),
+        "device": describe(config.ranks.device)["device"],
         "torch": versions()["torch"],
+        "code": digest_of_code(*_CODE),
     }

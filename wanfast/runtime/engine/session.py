@@ -12,7 +12,7 @@ frames. `load_models` states in which order a model becomes ready to run, and wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ from wanfast.runtime.store.quantized import EXPERTS, quantized_expert, shards
 from wanfast.runtime.weights.builders import DTYPES, build_expert, build_vae
 from wanfast.runtime.weights.experts import Experts, OffloadedExperts, ResidentExperts
 
+_KEPT_TEXTS = 32  # embeddings that a session keeps, 8 MB each at most; the store has the others
+
 
 @dataclass(frozen=True)
 class Made:
@@ -86,20 +88,22 @@ class Session:
 
     def encode(self, texts: Iterable[str]) -> None:
         """Makes the embeddings of `texts`; loads UMT5 only for texts whose embeddings are not stored."""
-        new = list(dict.fromkeys(text for text in texts if text not in self._embeds))
-        if not new:
-            return
-        with self.watch.span("text"):
-            if self._pipeline is not None:
-                self._pipeline.experts.leave()
-                self._evict_for(memory.umt5_bytes(self.files.spec.umt5, self.config.models.precision))
-            self._embeds |= prompt_embeds(new, self.files, self.config, self.ranks, self._loads)
+        wanted = list(dict.fromkeys(texts))
+        new = [text for text in wanted if text not in self._embeds]
+        if new:
+            with self.watch.span("text"):
+                found = prompt_embeds(new, self.files, self.config, self.ranks, self._loads, self._free_for_umt5)
+            self._embeds |= found
+        used = {text: self._embeds.pop(text) for text in wanted}
+        self._embeds |= used  # the last used come last
+        for text in list(self._embeds)[: -max(_KEPT_TEXTS, len(used))]:
+            del self._embeds[text]
 
-    def load(self) -> ImageToVideoPipeline:
-        """Loads the experts and the VAE, once."""
+    def load(self, before_each: Callable[[], None] = lambda: None) -> ImageToVideoPipeline:
+        """Loads the experts and the VAE, once. `before_each`: called before each of them; it may raise to end this."""
         if self._pipeline is None:
             with self.watch.span("load"):
-                self._pipeline = load_models(self.files, self.config, self.ranks, self._loads)
+                self._pipeline = load_models(self.files, self.config, self.ranks, self._loads, before_each)
             self._stored = _stored_experts(self.files, self.config.models)
         return self._pipeline
 
@@ -174,6 +178,12 @@ class Session:
         hardware.forget_cuda_graphs()
         hardware.free_memory(self.ranks.device)
 
+    def _free_for_umt5(self) -> None:
+        """Frees memory of the experts; only a rank that is about to load UMT5 calls this."""
+        if self._pipeline is not None:
+            self._pipeline.experts.leave()
+            self._evict_for(memory.umt5_bytes(self.files.spec.umt5, self.config.models.precision))
+
     def _evict_for(self, wanted: int) -> None:
         if self.ranks.device == "cuda" and self._pipeline is not None:
             missing = wanted + memory.MARGIN_BYTES - torch.cuda.mem_get_info()[0]
@@ -218,10 +228,17 @@ class Sessions:
         self._open = None
 
 
-def load_models(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch) -> ImageToVideoPipeline:
+def load_models(
+    files: ModelFiles,
+    config: EffectiveConfig,
+    ranks: Ranks,
+    loads: Stopwatch,
+    before_each: Callable[[], None] = lambda: None,
+) -> ImageToVideoPipeline:
     """Returns both experts and the leader's VAE, ready to run; adds the seconds of each to `loads`.
 
-    Raises WanFastError. The steps have this order; `build_expert` does the first five, for one expert after the other:
+    Every rank calls `before_each` before each of the three. Raises WanFastError. The steps have this order;
+    `build_expert` does the first five, for one expert after the other:
 
     1. build on the meta device, so that nothing is allocated twice;
     2. quantize: the linears become 8-bit linears while they are empty, so that only 8-bit values are read;
@@ -238,6 +255,7 @@ def load_models(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads:
     attend = attention_by(choice.kernel)
 
     def build(expert: Expert) -> WanDiT:
+        before_each()
         with loads.span(expert):
             return build_expert(
                 files,
@@ -254,6 +272,7 @@ def load_models(files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads:
     with compiler_imported_meanwhile(config):
         models: dict[Expert, WanDiT] = {"high_noise": build("high_noise"), "low_noise": build("low_noise")}
         experts = _place(models, config, ranks)
+        before_each()
         with loads.span("vae"):
             vae = ranks.together(lambda: build_vae(files, ranks.device) if ranks.is_leader else None)
     if wanted.compile:
@@ -279,7 +298,8 @@ def _stored_experts(files: ModelFiles, models: ModelsConfig) -> dict[str, Path]:
 def _warm_start(plan: Plan, ranks: Ranks) -> str | None:
     """Loads the caches that `wanfast warmup` stored for this plan and returns their key; None if there are none."""
     inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens)
-    return load_caches(ArtifactStore(Path(plan.config.models.artifacts_dir)), inputs, ranks)
+    store = ArtifactStore(Path(plan.config.models.artifacts_dir))
+    return load_caches(store, inputs, ranks, is_named="artifacts_dir" in plan.requested)
 
 
 def _read_image(video: VideoConfig) -> LoadedImage:

@@ -12,6 +12,7 @@ Device = Literal["cpu", "cuda"]
 ImageFit = Literal["area", "crop", "pad"]  # how an image becomes a video of another shape
 Expert = Literal["high_noise", "low_noise"]
 Branch = Literal["prompt", "negative_prompt"]  # of guidance
+NAMED_MODELS = ("tiny", "a14b")  # any other model is a folder
 BRANCHES: tuple[Branch, ...] = ("prompt", "negative_prompt")
 MagCacheRule = Literal["low-noise-only", "both-experts"]
 Switch = Literal["on", "off", "auto"]

@@ -8,12 +8,69 @@ Source: the configuration files and code of Wan-Video/Wan2.2 (42bf4cf).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 
+class FactError(ValueError):
+    """This error means that a fact has a wrong type or a value that no model can have."""
+
+    def __init__(self, name: str, value: object, needed: str) -> None:
+        super().__init__(f"{name} {value!r:.60}: {needed}")
+        self.name, self.value, self.needed = name, value, needed
+
+
+class _Facts:
+    """Checks each fact by the type of its field, and then what belongs together. Raises FactError."""
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            fits, needed = _KINDS.get(str(each.type), (lambda value: True, ""))
+            if not fits(getattr(self, each.name)):
+                raise FactError(each.name, getattr(self, each.name), needed)
+        self._check()
+
+    def _check(self) -> None:
+        """Checks what belongs together."""
+
+    def _require(self, name: str, fits: bool, needed: str) -> None:
+        if not fits:
+            raise FactError(name, getattr(self, name), needed)
+
+
+def is_size(value: object) -> bool:
+    """Returns whether a value counts something in a model; true and false do not."""
+    return type(value) is int and 1 <= value <= _MOST
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and -1e6 <= value <= 1e6  # type: ignore[operator]  # false for NaN
+
+
+def _all(fits: Callable[[object], bool], value: object) -> bool:
+    return isinstance(value, tuple) and 1 <= len(value) <= 1024 and all(map(fits, value))
+
+
+_MOST = 1 << 24
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (is_size, f"a whole number, 1 to {_MOST}, is needed"),
+    "float": (_is_number, "a number is needed"),
+    "float | None": (lambda value: value is None or _is_number(value), "a number or null is needed"),
+    "str": (lambda value: isinstance(value, str), "a text is needed"),
+    "str | None": (lambda value: value is None or isinstance(value, str), "a text or null is needed"),
+    "tuple[int, int, int]": (lambda value: _all(is_size, value) and len(value) == 3, "three whole numbers are needed"),
+    "tuple[int, ...]": (lambda value: _all(is_size, value), "a list of whole numbers is needed"),
+    "tuple[float, ...]": (lambda value: _all(_is_number, value), "a list of numbers is needed"),
+    "tuple[bool, ...]": (
+        lambda value: _all(lambda each: type(each) is bool, value),
+        "a list of true and false is needed",
+    ),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
-class DiTSpec:
+class DiTSpec(_Facts):
     """This class holds the sizes of one expert, which is a diffusion transformer over a latent video."""
 
     dim: int = 5120
@@ -32,6 +89,14 @@ class DiTSpec:
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
+    def _check(self) -> None:
+        self._require("num_heads", self.dim % (2 * self.num_heads) == 0, f"heads of even size must fill dim {self.dim}")
+        self._require("freq_dim", self.freq_dim % 2 == 0, "an even number is needed")
+        self._require("num_layers", self.num_layers <= 1000, "at most 1000 are possible")
+        self._require("text_len", self.text_len <= 65536, "at most 65536 tokens are possible")
+        self._require("patch_size", self.patch_size[0] == 1 and max(self.patch_size) <= 16, "use 1 frame, 16 at most")
+        self._require("eps", 0 < self.eps < 1, "a number between 0 and 1 is needed")
+
 
 # Per-channel statistics of the latents of the Wan 2.1 VAE: normalised latent = (latent - mean) / std.
 _LATENTS_MEAN = (
@@ -45,7 +110,7 @@ _LATENTS_STD = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAESpec:
+class VAESpec(_Facts):
     """This class holds the sizes of the causal video VAE, which compresses 4x8x8 (T, H, W) into 16 channels."""
 
     base_dim: int = 96
@@ -64,9 +129,18 @@ class VAESpec:
     def spatial_stride(self) -> int:
         return 1 << len(self.temporal_downsample)
 
+    def _check(self) -> None:
+        levels, channels = len(self.temporal_downsample), self.latent_channels
+        self._require("temporal_downsample", self.temporal_stride in (2, 4) and levels <= 8, "one or two must be true")
+        self._require("dim_mult", len(self.dim_mult) == levels + 1, f"{levels + 1} numbers are needed")
+        self._require("latents_mean", len(self.latents_mean) == channels, f"{channels} numbers are needed")
+        self._require("latents_std", len(self.latents_std) == channels, f"{channels} numbers are needed")
+        self._require("latents_std", min(self.latents_std) > 0, "numbers over 0 are needed")
+        self._require("num_res_blocks", self.num_res_blocks <= 100, "at most 100 are possible")
+
 
 @dataclass(frozen=True, kw_only=True)
-class UMT5Spec:
+class UMT5Spec(_Facts):
     """This class holds the sizes of the text encoder, which is the encoder half of UMT5-XXL."""
 
     vocab_size: int = 256384
@@ -79,6 +153,16 @@ class UMT5Spec:
     max_distance: int = 128
     eps: float = 1e-6
 
+    def _check(self) -> None:
+        fits = self.attention_dim % self.num_heads == 0
+        self._require("num_heads", fits, f"heads must fill the attention's {self.attention_dim}")
+        self._require("num_layers", self.num_layers <= 1000, "at most 1000 are possible")
+        self._require("num_buckets", 4 <= self.num_buckets <= 65536, "4 to 65536 are possible")
+        self._require(
+            "max_distance", self.max_distance > self.num_buckets // 4, "it must exceed a fourth of the buckets"
+        )
+        self._require("eps", 0 < self.eps < 1, "a number between 0 and 1 is needed")
+
 
 # The makers' own, against videos that are garish, overexposed, still, blurred, subtitled, badly drawn, malformed.
 DEFAULT_NEGATIVE_PROMPT = (
@@ -89,7 +173,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec:
+class ModelSpec(_Facts):
     """This class holds the facts of an image-to-video model and the defaults that its makers chose."""
 
     name: str = "Wan2.2-I2V-A14B"
@@ -112,20 +196,37 @@ class ModelSpec:
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def _check(self) -> None:
+        self._require("boundary", 0 <= self.boundary <= 1, "a share of the noise, 0 to 1, is needed")
+
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> ModelSpec:
         """Builds a spec from a document that `to_json` made; absent facts are A14B's.
 
-        Raises TypeError for an unknown fact.
+        Raises FactError for a fact that is unknown or wrong.
         """
         parts = {"dit": DiTSpec, "vae": VAESpec, "umt5": UMT5Spec}
         known = {k: v for k, v in document.items() if k != "repo_id"}  # older files have this key, and nothing reads it
-        facts = {k: parts[k](**_tuples(v)) if k in parts else v for k, v in known.items()}
-        return cls(**facts)
+        facts = {k: _built(parts[k], v, f"{k}.") if k in parts else v for k, v in known.items()}
+        spec: ModelSpec = _built(cls, facts)
+        return spec
 
 
-def _tuples(facts: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+def _built(kind: Any, facts: Any, prefix: str = "") -> Any:
+    """Returns a spec of `kind` with these facts, whose names get `prefix` in an error. Raises FactError."""
+    if not isinstance(facts, dict):
+        raise FactError(prefix.removesuffix("."), facts, "an object of facts is needed")
+    if unknown := sorted(facts.keys() - {each.name for each in dataclasses.fields(kind)}):
+        raise FactError(prefix + unknown[0], facts[unknown[0]], "there is no fact of this name")
+    try:
+        return kind(**{name: as_tuple(value) for name, value in facts.items()})
+    except FactError as error:
+        raise FactError(prefix + error.name, error.value, error.needed) from None
+
+
+def as_tuple(value: Any) -> Any:
+    """Returns a list as a tuple, and anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 A14B = ModelSpec()

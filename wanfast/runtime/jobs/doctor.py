@@ -95,7 +95,7 @@ def _quantize_step(models: ModelsConfig) -> NextStep | None:
     """Returns the step that makes the experts that --quantize needs, if one is missing or was changed."""
     if models.quantize is None:
         return None
-    store = ArtifactStore(Path(models.artifacts_dir).absolute())
+    store = ArtifactStore(Path(models.artifacts_dir))
     files = model_files.locate(models.model, models.artifacts_dir)
     for expert in EXPERTS:
         wanted = QuantizedExpert(store, files, expert, models.quantize, models.model)
@@ -110,7 +110,7 @@ def _quantize_step(models: ModelsConfig) -> NextStep | None:
 
 def _host(artifacts: Path) -> dict[str, Any]:
     memory = host.memory()
-    existing = next(path for path in (artifacts.absolute(), *artifacts.absolute().parents) if path.is_dir())
+    existing = next(path for path in (artifacts, *artifacts.parents) if path.is_dir())
     return {
         "cores": host.cores(),
         "memory_bytes": memory.total_bytes,
@@ -168,13 +168,13 @@ def _artifacts(root: Path) -> dict[str, Any]:
     kinds = {}
     for kind in _KINDS:
         if (root / kind).is_dir():
-            keys = sorted(path for path in (root / kind).iterdir() if path.is_dir() and path.suffix != ".partial")
+            keys = sorted(path for path in (root / kind).iterdir() if path.is_dir() and not path.suffix)
             kinds[kind] = {
                 "keys": [path.name for path in keys],
                 "holds": {path.name: said for path in keys if (said := _holds(kind, path))},
                 "bytes": sum(map(_bytes_below, keys)),
             }
-    return {"root": str(root.absolute()), "kinds": kinds}
+    return {"root": str(root), "kinds": kinds}
 
 
 def _holds(kind: str, artifact: Path) -> str | None:

@@ -10,10 +10,12 @@ import numpy as np
 
 from wanfast.runtime.engine.session import Made, Session, Sessions
 from wanfast.runtime.facts.choices import Expert
-from wanfast.runtime.jobs.loop import ClaimFn, ProgressFn, Result, run_jobs
+from wanfast.runtime.jobs.loop import ProgressFn, Result, run_jobs
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job
-from wanfast.runtime.store.artifacts import writing_to
+from wanfast.runtime.planning.share import Share
+from wanfast.runtime.store.artifacts import frames_file, writing_to
+from wanfast.runtime.store.atomic import atomic_paths
 
 FrameFileFn = Callable[[int], Path]
 
@@ -22,20 +24,20 @@ def run(
     jobs: list[Job],
     sessions: Sessions,
     *,
-    claim: ClaimFn | None = None,
+    share: Share = Share(),  # noqa: B008 - frozen
     progress: ProgressFn = lambda index, stage, done, total: None,
     folder: Path,
     first: int = 0,
 ) -> Iterator[tuple[int, Result]]:
-    """Yields (index, result) of each job when it is done, except jobs that `claim` leaves to another rank group.
+    """Yields (index, result) of each job when it is done, except jobs that another rank group claims.
 
     `folder` is the run folder. It gets the frames of jobs that write no video, numbered from `first` on.
     """
-    work = partial(make_video, frames_file=lambda index: folder / "frames" / f"{first + index}.npy")
-    yield from run_jobs(work, jobs, sessions, claim, progress)
+    work = partial(make_video, frames_of=lambda index: frames_file(folder, first + index))
+    yield from run_jobs(work, jobs, sessions, share, progress)
 
 
-def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, frames_file: FrameFileFn) -> Result:
+def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, frames_of: FrameFileFn) -> Result:
     """Makes one video; the leader writes the video and its JSON, or only its frames if the job has no outputs."""
     steps = job.config.video.steps
     progress(index, "encoding the image", 0, steps)
@@ -44,17 +46,17 @@ def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, 
         progress(index, expert.replace("_", " "), done, steps)
 
     made = session.make(job, on_step)
-    return session.ranks.lead(lambda: _write(made, lambda: frames_file(index)))
+    return session.ranks.lead(lambda: _write(made, frames_of(index)))
 
 
-def _write(made: Made, frames_file: Callable[[], Path]) -> Result:
+def _write(made: Made, file: Path) -> Result:
     assert made.frames is not None
     plan, seconds = made.plan, made.facts["seconds"]
     document = sidecar.with_seconds(sidecar.planned(plan), made.facts, seconds)
     if plan.outputs:
         return sidecar.write_video(made.frames, document, plan.outputs, overwrite=plan.config.output.overwrite)
     with writing_to(Path(plan.config.models.artifacts_dir)):
-        file = frames_file()
         file.parent.mkdir(exist_ok=True)
-        np.save(file, made.frames)
+    with atomic_paths(file, option="--artifacts-dir", synced=False) as (unfinished,), unfinished.open("wb") as stream:
+        np.save(stream, made.frames)
     return document | {"frames": str(file)}

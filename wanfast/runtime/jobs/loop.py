@@ -1,60 +1,74 @@
 """Runs the jobs that need loaded models, one after the other; every verb that makes videos or measures them uses it.
 
-All prompts of the jobs that share models are encoded first, so that UMT5 is freed before the experts are loaded. If a
-job fails with a user's error, the error is recorded and the other jobs still run. Every rank of a group runs this loop
-in lockstep.
+All prompts of a rank group's own jobs that share models are encoded first, so that UMT5 is freed before the experts are
+loaded. If a job fails with a user's error, the error is recorded and the other jobs still run. Every rank of a group
+runs this loop in lockstep.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from wanfast.runtime.config import ModelsConfig
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine.pipeline import DOES_NOT_FIT
 from wanfast.runtime.engine.session import Session, Sessions
-from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError, failure
+from wanfast.runtime.errors import (
+    CancelledError,
+    ConfigError,
+    CorruptArtifactError,
+    MissingArtifactError,
+    WanFastError,
+    failure,
+)
 from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.share import Share
+from wanfast.runtime.store.artifacts import LOADING
 
 Result = dict[str, Any]  # the verb's document, or {"error", "exit_code"}
 ProgressFn = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
-ClaimFn = Callable[[int], bool]  # whether this rank group gets a job that others may claim
 WorkFn = Callable[[int, Job, Session, ProgressFn], Result]
 
 
 def run_jobs(
-    work: WorkFn, jobs: list[Job], sessions: Sessions, claim: ClaimFn | None, progress: ProgressFn
+    work: WorkFn, jobs: list[Job], sessions: Sessions, share: Share, progress: ProgressFn
 ) -> Iterator[tuple[int, Result]]:
-    """Runs `work` on every job; jobs that share models run one after the other."""
+    """Runs `work` on every job of the group's share; jobs that share models run one after the other."""
     groups: dict[ModelsConfig, list[int]] = {}
     for index, job in enumerate(jobs):
         groups.setdefault(job.config.models, []).append(index)
     for indices in groups.values():
-        yield from _run_alike(work, {index: jobs[index] for index in indices}, sessions, claim, progress)
+        yield from _run_alike(work, {index: jobs[index] for index in indices}, sessions, share, progress)
 
 
 def _run_alike(
-    work: WorkFn, jobs: dict[int, Job], sessions: Sessions, claim: ClaimFn | None, progress: ProgressFn
+    work: WorkFn, jobs: dict[int, Job], sessions: Sessions, share: Share, progress: ProgressFn
 ) -> Iterator[tuple[int, Result]]:
     """Runs `work` on jobs that share models."""
-    claimed = (index for index in jobs if claim is None or claim(index))
+    claimed = share.claimed(list(jobs))
     index = next(claimed, None)
     if index is None:
         return
     config = jobs[index].config
-    progress(index, "loading the models", 0, 0)
+    loading = partial(progress, index, LOADING, 0, 0)
     try:
+        loading()
         session = sessions.of(config)
-        videos = [job.config.video for job in jobs.values()]
+        videos = [jobs[own].config.video for own in (index, *share.own(list(jobs)))]
         session.encode(text for video in videos for text in (video.prompt, video.negative_prompt))
-        session.load()
+        session.load(loading)
+    except CancelledError as error:  # models that are loaded stay
+        yield from ((cancelled, failure(error)) for cancelled in (index, *claimed))
+        return
     except (WanFastError, torch.OutOfMemoryError) as error:
         sessions.close()
         models = f"--model {config.models.model} --precision {config.models.precision}"
         message = f"{models}: the weights do not fit into this GPU's memory: use a larger GPU, several GPUs, or"
-        if claim is not None and not isinstance(error, MissingArtifactError | CorruptArtifactError):
+        if share.groups > 1 and not isinstance(error, MissingArtifactError | CorruptArtifactError):
             raise  # other rank groups may have more memory and run the remaining jobs
         document = _failure(error, sessions.ranks, f"{message} --expert-offload on")
         yield from ((failed, document) for failed in (index, *claimed))
@@ -65,8 +79,7 @@ def _run_alike(
             yield index, work(index, job, session, progress)
         except (WanFastError, torch.OutOfMemoryError) as error:
             video = job.config.video
-            size = f"--size {video.size} --frames {video.frames}"
-            message = f"{size}: does not fit into this GPU's memory beside the weights: use smaller values"
+            message = f"--size {video.size} --frames {video.frames}: {DOES_NOT_FIT}"
             yield index, _failure(error, sessions.ranks, message)
         session.forget_seconds()
         index = next(claimed, None)

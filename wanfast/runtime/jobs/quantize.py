@@ -65,7 +65,7 @@ def run(
     device = config.device or default_device()
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here: use --device cpu")
-    store = ArtifactStore(Path(config.artifacts_dir).absolute())
+    store = ArtifactStore(Path(config.artifacts_dir))
     wanted = [QuantizedExpert(store, files, expert, config.scheme, config.model) for expert in _EXPERTS[config.expert]]
     return [_quantize_expert(expert, torchao, device, progress, say) for expert in wanted]
 
@@ -75,20 +75,20 @@ def _quantize_expert(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     inputs = wanted.inputs(torchao)
-    folder = wanted.store.find(KIND, inputs, verify=True)
-    was_there = folder is not None
+    folder, made_here = wanted.store.find(KIND, inputs, verify=True, again="run this command again"), False
     source = wanted.files.weights(wanted.expert)
     source_bytes = sum(file.stat().st_size for file in source)
     if folder is None:
         job = _Job(wanted, source, source_bytes, device, progress)
         note = f"note: another process is making {wanted.expert} by {wanted.scheme}: waiting for it"
-        folder = wanted.store.publish(KIND, inputs, job.write, packages.versions(), waiting=lambda: say(note))
+        published = wanted.store.publish(KIND, inputs, job.write, packages.versions(), waiting=lambda: say(note))
+        folder, made_here = published.folder, published.made_here
     errors = json.loads((folder / "errors.json").read_text(encoding="utf-8"))
     return {
         "expert": wanted.expert,
         "scheme": wanted.scheme,
         "output": str(folder),
-        "was_there": was_there,
+        "was_there": not made_here,
         "source_bytes": source_bytes,
         "bytes": sum(file.stat().st_size for file in shards(folder)),
         "seconds": round(time.perf_counter() - started, 3),
@@ -179,7 +179,6 @@ class _Shards:
             if "I/O error" not in str(error):
                 raise
             raise OSError(None, str(error)) from error  # an error of the disk, in the words of safetensors
-        file.chmod(0o644)
         self._verify(file)
         self.weight_map |= dict.fromkeys(self.pending, file.name)
         self.written += sum(tensor.nbytes for tensor in self.pending.values())

@@ -36,6 +36,7 @@ from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.share import Share
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.weights.builders import DTYPES, expert_on_meta
@@ -47,7 +48,7 @@ def run(
     jobs: list[Job],
     sessions: Sessions,
     *,
-    claim: Callable[[int], bool] | None = None,
+    share: Share = Share(),  # noqa: B008 - frozen; a warmup is one job of one group
     progress: Callable[[int, str, int, int], None] = lambda index, stage, done, total: None,
     folder: Path | None = None,
     first: int = 0,
@@ -73,19 +74,19 @@ def _warm(job: Job, ranks: Ranks, progress: Callable[[str], None]) -> dict[str, 
     plan = Plan.of(config, spec, job.image_size, placement=job.placement)
     store = ArtifactStore(Path(config.models.artifacts_dir))
     inputs = cache_inputs(config, spec.dit, plan.geometry.tokens)
-    was_there = load_caches(store, inputs, ranks) is not None
+    found = load_caches(store, inputs, ranks, is_named="artifacts_dir" in job.requested) is not None
     watch = Stopwatch(ranks.device)
-    progress("loading the stored caches" if was_there else "compiling")
+    progress("loading the stored caches" if found else "compiling")
     _forward(plan, ranks, watch)
-    folder = save_caches(store, inputs, ranks)
+    saved = save_caches(store, inputs, ranks)
     shape = ("width", "height", "frames", "tokens", "precision", "quantize", "attention", "compile", "device", "mesh")
     return {name: value for name, value in plan.to_json().items() if name in shape} | {
-        "output": str(folder),
+        "output": str(saved.folder),
         "requested": job.requested,
         "versions": packages.versions(),
-        "was_there": was_there,
+        "was_there": not saved.made_here,
         "compiled_anew": max(ranks.gather(compiled_anew())),
-        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+        "bytes": sum(file.stat().st_size for file in saved.folder.iterdir()),
         "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
         "hardware": hardware.describe(config.ranks.device),
     }

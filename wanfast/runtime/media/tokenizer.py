@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError
+from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError, foreign
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_TOKEN = "</s>"
+_AGAIN = "it is not a tokenizer file that can be read; copy it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +44,14 @@ class PromptTokenizer:
     """This class tokenizes by one `tokenizer.json` and truncates to `max_tokens` ids, </s> included."""
 
     def __init__(self, tokenizer_json: Path, max_tokens: int) -> None:
+        self._file, self._max_tokens = tokenizer_json, max_tokens
         self._tokenizer = _load(tokenizer_json)
-        self._max_tokens = max_tokens
 
     def encode(self, text: str) -> TokenizedPrompt:
         """Cleans and tokenizes `text`; a special token spelled out in it becomes its id, as in the reference."""
         cleaned = clean_prompt(text)
-        *ids, end = self._tokenizer.encode(cleaned).ids
+        with foreign(str(self._file), _AGAIN, CorruptArtifactError):
+            *ids, end = self._tokenizer.encode(cleaned).ids
         kept = (*ids[: self._max_tokens - 1], end)
         return TokenizedPrompt(text=cleaned, ids=kept, num_tokens_before_truncation=len(ids) + 1)
 
@@ -64,14 +66,15 @@ def clean_prompt(text: str) -> str:
 def _load(tokenizer_json: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    if not tokenizer_json.is_file():
+    with foreign(str(tokenizer_json), _AGAIN, CorruptArtifactError):
+        is_missing = not tokenizer_json.is_file()
+    if is_missing:
         raise MissingArtifactError(f"{tokenizer_json} is missing: copy the model folder again")
-    try:
+    with foreign(str(tokenizer_json), _AGAIN, CorruptArtifactError):
         tokenizer = Tokenizer.from_buffer(tokenizer_json.read_bytes())
-    except ValueError as error:
-        raise CorruptArtifactError(f"{tokenizer_json} is not a tokenizer file ({error}): copy it again") from error
-    tokenizer.no_padding()  # the file may have such settings
-    tokenizer.no_truncation()
-    if tokenizer.encode("").ids[-1:] != [tokenizer.token_to_id(END_TOKEN)]:
+        tokenizer.no_padding()  # the file may have such settings
+        tokenizer.no_truncation()
+        ends, end = tokenizer.encode("").ids[-1:], tokenizer.token_to_id(END_TOKEN)
+    if ends != [end]:
         raise CorruptArtifactError(f"{tokenizer_json} does not end a text with {END_TOKEN}: copy UMT5's file")
     return tokenizer

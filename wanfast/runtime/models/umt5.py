@@ -19,7 +19,6 @@ Shapes: B batch, L tokens, d model dim, H heads, D head dim, Q query tokens, K k
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from einops import rearrange
@@ -133,15 +132,13 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
-@cache
-@torch.inference_mode(False)  # so that training can use the tensor too
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
     """Returns the bucket of every (query, key) pair: [Q, K] int64, Q = K = length.
 
     Half of the buckets are for keys after the query. In each half, the first half of the buckets hold one distance
     each. The rest divide the distances up to `max_distance` logarithmically (arXiv 1910.10683, section 2.1).
-    The host computes the buckets in float64. The distances 16, 32 and 64 lie exactly between two buckets, and rounding
-    that differs from device to device would change their bucket.
+    The host computes the buckets in float64, in a millisecond. The distances 16, 32 and 64 lie exactly between two
+    buckets, and rounding that differs from device to device would change their bucket.
     """
     num_per_side = num_buckets // 2
     num_exact = num_per_side // 2

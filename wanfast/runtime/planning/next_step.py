@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.config import OPTIONS, EffectiveConfig, ModelsConfig, Options
+from wanfast.runtime.config import OPTIONS, EffectiveConfig, ModelsConfig, Options, default_artifacts_dir
 from wanfast.runtime.config.option import words
 from wanfast.runtime.facts.memory import CARDS, gb
 from wanfast.runtime.planning.fit import Fit, Way, fit
@@ -84,9 +84,9 @@ def warmup_command(config: EffectiveConfig) -> str:
         chosen |= {"cfg_parallel": None, "ulysses": None, "dit_fsdp": "auto"}
     if chosen["expert_offload"] == "off":
         chosen["expert_offload"] = "auto"
-    root = str(Path(ModelsConfig.artifacts_dir).absolute())
     names = [name for name, option in OPTIONS.items() if "warmup" in option.option.also]
-    return _line("warmup", {name: chosen[name] for name in names if chosen[name] not in (OPTIONS[name].default, root)})
+    chosen |= {"artifacts_dir": None} if chosen["artifacts_dir"] == default_artifacts_dir() else {}
+    return _line("warmup", {name: chosen[name] for name in names if chosen[name] not in (OPTIONS[name].default, None)})
 
 
 def _what_would_fit(given: Options, fitted: Fit) -> NextStep:

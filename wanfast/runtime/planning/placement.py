@@ -52,13 +52,17 @@ class FreeMemory:
     host_bytes: int
 
 
-def place(plans: Sequence[Plan], free_memory: FreeMemory | None = None) -> list[Plan]:
+def place(
+    plans: Sequence[Plan],
+    free_memory: FreeMemory | None = None,
+    mesh: Mesh | None = None,  # of ranks that run already
+) -> list[Plan]:
     """Returns the plans with their ranks and memory decided, one placement for all. Raises ConfigError.
 
     `free_memory`: measured now, unless ranks that hold models already make that measurement useless.
     """
     asked = plans[0].config.ranks
-    mesh = choose_mesh(
+    mesh = mesh or choose_mesh(
         asked.num_gpus,
         math.gcd(*(plan.spec.dit.num_heads for plan in plans)),  # every line's model must fit the mesh
         nnodes=asked.nnodes,

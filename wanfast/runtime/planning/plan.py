@@ -275,20 +275,21 @@ def guided_steps(document: dict[str, Any]) -> list[bool]:
     ]
 
 
-def resolve(given: Options, *, writes: bool = True) -> tuple[Plan, ModelFiles]:
+def resolve(given: Options, *, writes: bool = True, files: ModelFiles | None = None) -> tuple[Plan, ModelFiles]:
     """Decides every option of a request and checks its files. Raises WanFastError; writes nothing.
 
-    Without `writes` the plan has no outputs, and its frames are returned.
+    Without `writes` the plan has no outputs, and its frames are returned. `files`: those of the model, if known.
     """
-    files = model_of(given)
+    asked = EffectiveConfig.of(given, A14B)  # refuses values that are wrong for every model
+    files = files or model_files.locate(asked.models.model, asked.models.artifacts_dir)
     spec = files.spec
-    if not clean_prompt(given["prompt"]):
+    if not clean_prompt(asked.video.prompt):
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
-    image = _image_facts(given["image"])
+    image = _image_facts(asked.video.image)
     config = effective(given, files, image.sha256)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
     if writes:
-        _check_outputs(plan, given.get("output", "out.mp4"))
+        _check_outputs(plan)
     else:
         plan = dataclasses.replace(plan, config=dataclasses.replace(config, output=OutputConfig(output=None)))
     notes = (
@@ -323,19 +324,8 @@ def effective(given: Options, files: ModelFiles, image_sha256: str) -> Effective
     answers: dict[str, Any] = {"device": device, "seed": secrets.randbelow(2**31), "image_sha256": image_sha256}
     given = {**given, "num_gpus": _num_gpus(given.get("num_gpus", 1), device, asked="device" in given)}
     config = EffectiveConfig.of(given, files.spec, **answers)
-    video, models, output = config.video, config.models, config.output
-    config = dataclasses.replace(
-        config,
-        video=dataclasses.replace(
-            video, image=str(Path(video.image).absolute()), size="{}x{}".format(*parse_size(video.size))
-        ),
-        models=dataclasses.replace(
-            models,
-            model=models.model if models.model in ("tiny", "a14b") else str(files.root),
-            artifacts_dir=str(Path(models.artifacts_dir).absolute()),
-        ),
-        output=dataclasses.replace(output, output=str(Path(output.output or "").absolute())),
-    )
+    models, size = config.models, "{}x{}".format(*parse_size(config.video.size))
+    config = dataclasses.replace(config, video=dataclasses.replace(config.video, size=size))
     if models.quantize == "fp8-rowwise" and device == "cuda" and (old := _without_float8()):
         raise ConfigError(f"--quantize fp8-rowwise: {old} has no float8 products: use int8-dynamic")
     if models.tf32 and device == "cpu":
@@ -387,11 +377,12 @@ def output_paths(output: str, contact_sheet: bool) -> tuple[Path, ...]:
     return (video, *(video.with_suffix(suffix) for suffix in suffixes))
 
 
-def _check_outputs(plan: Plan, output: str) -> None:
-    """Raises ConfigError, with `output` as it was typed, if a file cannot be written."""
+def _check_outputs(plan: Plan) -> None:
+    """Raises ConfigError if a file cannot be written."""
     g = plan.geometry
     needed_bytes = (1 << 20) + int(g.width * g.height * g.frames * _MP4_BYTES_PER_PIXEL)
     overwrite = plan.config.output.overwrite
+    output = str(plan.config.output.output)
     video_file.check_outputs(output, *plan.outputs[1:], overwrite=overwrite, needed_bytes=needed_bytes)
 
 

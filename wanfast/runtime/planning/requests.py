@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import OPTIONS, EffectiveConfig, OutputConfig, RanksConfig, SkippingConfig
-from wanfast.runtime.config.option import flag, options_of
-from wanfast.runtime.errors import ConfigError, WanFastError, failure
+from wanfast.runtime.config.option import absolute, flag, options_of
+from wanfast.runtime.errors import ConfigError, WanFastError, failure, foreign
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
 from wanfast.runtime.planning.plan import Job, Plan, output_paths, resolve
+from wanfast.runtime.store.identity import is_old
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
 
@@ -134,11 +135,11 @@ def _plan(
         if needs_weights:
             require_attention(plan.config.models.attention, plan.config.ranks.device)
             files.require()
+            files.identify()
             require_experts(files, plan.config.models, required)
         else:
             plan = dataclasses.replace(plan, notes=(*plan.notes, *_missing_notes(plan, files)))
-        if request.weights is not None and files.exists and request.weights != files.fingerprints:
-            plan = dataclasses.replace(plan, notes=(*plan.notes, "--from: the weights changed since that run"))
+        plan = dataclasses.replace(plan, notes=(*plan.notes, *_weights_notes(request, files)))
         taken.update(dict.fromkeys((path.resolve() for path in plan.outputs), request.line))
         return Planned(request, plan)
     except WanFastError as error:
@@ -167,6 +168,15 @@ def _refuse_lost_sources(planned: list[Planned]) -> list[Planned]:
     return checked
 
 
+def _weights_notes(request: Request, files: ModelFiles) -> list[str]:
+    """Returns a note if the weights are not those of the run that --from names, or if that cannot be known."""
+    if request.weights is None or not files.exists or request.weights == files.fingerprints:
+        return []
+    if any(map(is_old, request.weights.values())):
+        return ["--from: that run did not hash all of its weights, so whether they changed since is unknown"]
+    return ["--from: the weights changed since that run"]
+
+
 def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
     """Returns the errors that a run of this plan would raise because something is missing."""
     notes = []
@@ -189,6 +199,8 @@ def read_requests(
 
     A bad line becomes a request with an error; any other fault raises ConfigError.
     """
+    prompt_file, from_file = _whole(prompt_file, "--prompt-file"), _whole(from_file, "--from")
+    jobs_file = _whole(jobs_file, "--jobs")
     if prompt_file is not None:
         if "prompt" in typed:
             raise ConfigError("--prompt and --prompt-file both give the prompt: drop one of the two")
@@ -215,12 +227,17 @@ def read_requests(
 
 def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     """Reads the effective options of an earlier run, so that no default and no random seed changes the video."""
+    text, fix = _read(file, "--from"), "name the .json that wanfast writes beside a video"
     try:
-        document = json.loads(_read(file, "--from"))
+        document = json.loads(text)
         effective = EffectiveConfig.from_json(document["effective"])
         weights = document["weights"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError):
-        raise ConfigError(f"--from {file} is not the .json that wanfast writes beside a video: name that one") from None
+        if not isinstance(weights, dict | None):
+            raise TypeError(weights)
+    except ConfigError as error:
+        raise ConfigError(f"--from {file}: {error}; or {fix}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError(f"--from {file} is not the .json of a video: {fix}") from None
     same_ranks = effective.ranks.nnodes == 1 and "num_gpus" not in typed
     reused = {
         name
@@ -263,18 +280,18 @@ def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
         if other := [name for name in _LAUNCH_OPTIONS if name in own and own[name] != base.options.get(name)]:
             yield Request({}, number, error=_shared_by_all(other[0]))
             continue
-        if isinstance(own.get("image"), str):
-            own["image"] = str(file.parent / Path(own["image"]).expanduser())
+        if isinstance(image := own.get("image"), str) and not image.startswith("~"):
+            own["image"] = str(file.parent / image)
         own_name = str(stem.with_stem(f"{stem.stem}-{number:04d}"))
         yield dataclasses.replace(
             base, options={**_without_overridden(base.options, own), "output": own_name, **own}, line=number
         )
 
 
+def _whole(file: Path | None, option: str) -> Path | None:
+    return None if file is None else Path(absolute(str(file), option))
+
+
 def _read(file: Path, option: str) -> str:
-    try:
+    with foreign(f"{option} {file}", "name a UTF-8 text file that can be read"):
         return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{option} {file} is not UTF-8 text: save it as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{option} {file}: {error.strerror}: name a text file that can be read") from None

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.media import video_file
 from wanfast.runtime.planning.plan import Plan
-from wanfast.runtime.store.artifacts import write_synced
 from wanfast.runtime.store.atomic import atomic_paths
 
 if TYPE_CHECKING:
@@ -55,5 +54,5 @@ def write_video(
         stages = {name: value for name, value in document["seconds"].items() if name != "total"}
         document = with_seconds(document, {}, stages | {"write": time.perf_counter() - started})
         document["output_sha256"] = hashlib.sha256(mp4.read_bytes()).hexdigest()
-        write_synced(json_file, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        json_file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return document

@@ -1,27 +1,32 @@
 """The Python API's handle starts ranks, which hold loaded models, and sends them videos to make.
 
 Torch-free, because other processes do the work. Any thread may call every method; videos are made one at a time. If a
-rank dies, the video that it was making fails, and the ranks are started again for the next video.
+rank dies, the video that it was making fails, and the ranks are started again for the next video. If an idle rank dies,
+no video fails.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from wanfast.runtime.config import NO_VIDEO, ModelsConfig, OutputConfig, RanksConfig, parse_size
-from wanfast.runtime.config.option import options_of
-from wanfast.runtime.errors import ConfigError, from_failure
+from wanfast.runtime.config import NO_VIDEO, OPTIONS, ModelsConfig, OutputConfig, RanksConfig, accepted, parse_size
+from wanfast.runtime.config.option import options_of, refuse_unknown
+from wanfast.runtime.errors import CancelledError, ConfigError, from_failure
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.placement import FreeMemory, check_skips, measure, place
 from wanfast.runtime.planning.plan import Plan, effective, model_of, output_paths, resolve
 from wanfast.runtime.processes.launch import RankGroups
 from wanfast.runtime.store.artifacts import new_run_folder
+from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import require_experts
 
 if TYPE_CHECKING:
@@ -32,7 +37,8 @@ ProgressFn = Callable[[str, int, int], None]  # (stage, steps done, of all steps
 
 _WORKER = "wanfast.runtime.jobs.generate"
 _OF_HANDLE = {*options_of(ModelsConfig), *options_of(RanksConfig)}
-_OF_A_VIDEO = ("frames", "size")  # `open` accepts these too, for the largest video that will be made
+_OF_A_VIDEO = {"frames", "size"}  # `open` accepts these too, for the largest video that will be made
+_PAUSE_S = 0.1  # between two looks whether a waiting `make` is cancelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +56,17 @@ class Video:
         plan: dict[str, Any] = self.document["plan"]
         return plan
 
-    def save(self, path: str | Path, *, overwrite: bool = False, contact_sheet: bool = False) -> None:
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False, contact_sheet: bool = False) -> None:
         """Writes the mp4 and its JSON, which `wanfast generate --from` can run again. Raises ConfigError."""
         from wanfast.runtime.media import video_file
 
-        output = OutputConfig(output=str(Path(path).absolute()), overwrite=overwrite, contact_sheet=contact_sheet)
+        output = OutputConfig(output=os.fspath(path), overwrite=overwrite, contact_sheet=contact_sheet)
         outputs = output_paths(str(output.output), contact_sheet)
-        for target in outputs:
-            if target.exists() and not overwrite:
-                raise ConfigError(f"{target} exists: choose another name, or save with overwrite=True")
+        self._check_outputs(outputs, overwrite=overwrite)
         needed_bytes = self.frames.nbytes // 4
-        video_file.check_outputs(str(path), *outputs[1:], overwrite=overwrite, needed_bytes=needed_bytes, option="save")
+        video_file.check_outputs(
+            str(outputs[0]), *outputs[1:], overwrite=overwrite, needed_bytes=needed_bytes, option="save"
+        )
         document = self.document | {
             "output": output.output,
             "effective": self.document["effective"] | {"output": dataclasses.asdict(output)},
@@ -68,66 +74,98 @@ class Video:
         }
         sidecar.write_video(self.frames, document, outputs, overwrite=overwrite)
 
+    def _check_outputs(self, outputs: tuple[Path, ...], *, overwrite: bool) -> None:
+        """Raises ConfigError for a file that exists, and for the image that the video starts from."""
+        image = Path(self.document["effective"]["video"]["image"])
+        for target in outputs:
+            if target.resolve() == image.resolve():
+                raise ConfigError(f"save {target} would overwrite the image of this video: choose another name")
+            if target.exists() and not overwrite:
+                raise ConfigError(f"{target} exists: choose another name, or save with overwrite=True")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """This class holds what `open` decided, once for all videos of a handle: models, ranks, and their memory."""
+
+    asked: dict[str, Any]  # the options that were given
+    options: dict[str, Any]  # those of every video, with models and ranks as decided
+    placed: Plan  # of the largest video
+    files: ModelFiles  # verified, and so not verified again for each video
+    free_memory: FreeMemory  # before the ranks load models
+
+    @classmethod
+    def of(cls, asked: dict[str, Any]) -> _Opened:
+        """Plans a video of the given size, or of the model's own size, for one rank group. Raises WanFastError."""
+        asked = accepted(asked)
+        _refuse(asked, asked.keys() - _OF_HANDLE - _OF_A_VIDEO, "a video: give it to make")
+        if asked.get("nnodes", 1) != 1:
+            raise ConfigError("a handle uses one machine: drop nnodes")
+        given = {**NO_VIDEO, **asked}
+        files = model_of(given)
+        config = effective(given, files, image_sha256="")
+        require_attention(config.models.attention, config.ranks.device)
+        files.require()
+        files.identify()
+        require_experts(files, config.models)
+        plan = Plan.of(config, files.spec, parse_size(config.video.size))
+        free_memory = measure(config.ranks)
+        (plan,) = place([dataclasses.replace(plan, requested=given)], free_memory)
+        if plan.mesh.replica > 1:
+            raise ConfigError(f"a handle makes one video at a time: use --num-gpus {plan.mesh.group_size}")
+        decided = plan.config.options()
+        options = {**asked, **{name: decided[name] for name in _OF_HANDLE}}
+        return cls(asked, options, plan, files, free_memory)
+
+    def plan(self, options: dict[str, Any]) -> Plan:
+        """Plans one video for these models and ranks. Raises WanFastError."""
+        options = accepted(options)
+        _refuse(options, options.keys() & _OF_HANDLE, "the handle: give it to wanfast.open")
+        _refuse(options, options.keys() & options_of(OutputConfig).keys(), "a file: give it to save")
+        plan, _ = resolve({**self.options, **options}, writes=False, files=self.files)
+        plan = dataclasses.replace(plan, requested={**self.asked, **options})
+        # The models that the ranks hold now are part of the sum, and the ranks keep their mesh.
+        (plan,) = place([plan], self.free_memory, self.placed.mesh)
+        check_skips(plan)
+        return plan
+
 
 class Handle:
     """A handle owns ranks with loaded models. `wanfast.open` makes one; `close` it, or use it in a `with` block."""
 
-    def __init__(self, **options: Any) -> None:
-        """Starts the ranks; they become ready while the first video is planned. Raises WanFastError.
-
-        `options`: the options of `wanfast generate` for models and ranks, by their Python names, and the `size` and
-        `frames` of the largest video.
-        """
-        _refuse(options, options.keys() - _OF_HANDLE - set(_OF_A_VIDEO), "a video: give it to make")
-        if options.get("nnodes", 1) != 1:
-            raise ConfigError("a handle uses one machine: drop nnodes")
-        placed, self._free_memory = _placed({**NO_VIDEO, **options})
-        ranks = placed.config.ranks
-        self._asked, self._options, self._lock = options, {**options, **_fixed(ranks)}, threading.Lock()
-        self._folder = new_run_folder(Path(placed.config.models.artifacts_dir), {"verb": "open", **options})
-        self._ranks: RankGroups | None = RankGroups(self._folder, ranks, groups=1)
+    def __init__(self, opened: _Opened) -> None:
+        """Starts the ranks; they become ready while the first video is planned. Raises ConfigError."""
+        config = opened.placed.config
+        self._opened, self._lock = opened, threading.Lock()
+        self._calls: set[threading.Event] = set()  # one for each `make` that has begun; set: it is cancelled
+        self._owner: int | None = None  # the thread that holds the lock
+        self._folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": "open", **opened.asked})
+        self._ranks: RankGroups | None = RankGroups(self._folder, config.ranks, groups=1)
+        self._unclosed = weakref.finalize(self, self._ranks.stop)  # if nobody closes the handle
 
     def make(self, *, on_progress: ProgressFn = lambda stage, done, total: None, **options: Any) -> Video:
         """Makes one video and waits for it.
 
         `options`: `image`, `prompt` and the other options of `wanfast generate` for a video or for skips, by their
-        Python names. Raises ConfigError and other WanFastErrors: RankFailedError if a rank died, CancelledError after
-        `cancel`.
+        Python names. This thread calls `on_progress`; an exception that it raises cancels the video and is raised here.
+        Raises ConfigError and other WanFastErrors: RankFailedError if a rank died, CancelledError after `cancel`.
         """
-        _refuse(options, options.keys() & _OF_HANDLE, "the handle: give it to wanfast.open")
-        _refuse(options, options.keys() & options_of(OutputConfig).keys(), "a file: give it to save")
-        plan, files = resolve({**self._options, **options}, writes=False)
-        plan = dataclasses.replace(plan, requested={**self._asked, **options})
-        (plan,) = place([plan], self._free_memory)  # the models that the ranks hold now are part of the sum
-        check_skips(plan)
-        files.require()
-        require_experts(files, plan.config.models)
-        with self._lock:
-            if self._ranks is None:
-                raise ConfigError("this handle is closed: open another")
-            (result,) = self._ranks.run(
-                "generate",
-                _WORKER,
-                [plan.job().to_json()],
-                [],
-                on_result=lambda index, result: None,
-                on_progress=lambda index, stage, done, total: on_progress(stage, done, total),
-            )
-        if "error" in result:
-            raise from_failure(result)
-        return _read(result)
+        with self._call() as cancelled:
+            self._living()  # before the work of a plan
+            return self._run(self._opened.plan(options), on_progress, cancelled)
 
     def cancel(self) -> None:
-        """Ends the current video between two steps; its `make` raises CancelledError."""
-        if self._ranks is not None and self._lock.locked():
-            self._ranks.cancel()
+        """Ends every `make` that has begun, at its next step or component; each raises CancelledError."""
+        for cancelled in list(self._calls):
+            cancelled.set()
 
     def close(self) -> None:
-        """Ends the ranks, after the current video."""
-        with self._lock:
-            if self._ranks is not None:
-                self._ranks.close()
-            self._ranks = None
+        """Ends the ranks, after the current video; call `cancel` first to end the video too."""
+        with self._turn(threading.Event()):
+            ranks, self._ranks = self._ranks, None
+            self._unclosed.detach()
+            if ranks is not None:
+                ranks.close()
 
     def __enter__(self) -> Handle:
         return self
@@ -137,34 +175,74 @@ class Handle:
     ) -> None:
         self.close()
 
+    def _run(self, plan: Plan, on_progress: ProgressFn, cancelled: threading.Event) -> Video:
+        """Lets the ranks make a planned video, and returns it."""
+        with self._turn(cancelled):
+            (result,) = self._living().run(
+                "generate",
+                _WORKER,
+                [plan.job().to_json()],
+                [],
+                on_result=lambda index, result: None,
+                on_progress=lambda index, stage, done, total: on_progress(stage, done, total),
+                cancelled=cancelled.is_set,
+            )
+            if "error" in result:
+                raise from_failure(result)
+            return _read(result)
 
-def make(**options: Any) -> Video:
-    """Opens a handle, makes one video and closes the handle; accepts the options of both `open` and `make`."""
-    opened = {name: value for name, value in options.items() if name in {*_OF_HANDLE, *_OF_A_VIDEO}}
-    with Handle(**opened) as handle:
-        return handle.make(
-            **{name: value for name, value in options.items() if name not in opened or name in _OF_A_VIDEO}
-        )
+    @contextmanager
+    def _call(self) -> Iterator[threading.Event]:
+        """Yields an event that `cancel` sets until the block ends."""
+        cancelled = threading.Event()
+        self._calls.add(cancelled)
+        try:
+            yield cancelled
+        finally:
+            self._calls.remove(cancelled)
+
+    @contextmanager
+    def _turn(self, cancelled: threading.Event) -> Iterator[None]:
+        """Holds the lock on the ranks for a block. Raises CancelledError while it waits, if `cancelled` is set."""
+        if self._owner == threading.get_ident():
+            raise ConfigError("on_progress cannot make a video or close the handle: call cancel, or return first")
+        while not self._lock.acquire(timeout=_PAUSE_S):
+            if cancelled.is_set():
+                raise CancelledError
+        try:
+            self._owner = threading.get_ident()
+            yield
+        finally:
+            self._owner = None
+            self._lock.release()
+
+    def _living(self) -> RankGroups:
+        if self._ranks is None:
+            raise ConfigError("this handle is closed: open another")
+        return self._ranks
 
 
-def _placed(given: dict[str, Any]) -> tuple[Plan, FreeMemory]:
-    """Returns a placed plan of a video of the given size, or of the model's own size. Raises WanFastError."""
-    files = model_of(given)
-    config = effective(given, files, image_sha256="")
-    require_attention(config.models.attention, config.ranks.device)
-    files.require()
-    require_experts(files, config.models)
-    plan = Plan.of(config, files.spec, parse_size(config.video.size))
-    free_memory = measure(config.ranks)
-    (plan,) = place([dataclasses.replace(plan, requested=given)], free_memory)
-    if plan.mesh.replica > 1:
-        raise ConfigError(f"a handle makes one video at a time: use --num-gpus {plan.mesh.group_size}")
-    return plan, free_memory
+def open(**options: Any) -> Handle:
+    """Returns a handle whose ranks are starting. Raises WanFastError.
+
+    `options`: the options of `wanfast generate` for models and ranks, by their Python names, and the `size` and
+    `frames` of the largest video.
+    """
+    return Handle(_Opened.of(options))
 
 
-def _fixed(ranks: RanksConfig) -> dict[str, Any]:
-    """Returns the ranks' options as they were decided; every video of a handle has them."""
-    return {name: getattr(ranks, name) for name in options_of(RanksConfig)}
+def make(*, on_progress: ProgressFn = lambda stage, done, total: None, **options: Any) -> Video:
+    """Opens a handle, makes one video and closes the handle; accepts the options of both `open` and `make`.
+
+    The request is planned before the ranks are started, so that a wrong option costs no start.
+    """
+    refuse_unknown(options, OPTIONS)
+    of_handle = {name: value for name, value in options.items() if name in _OF_HANDLE}
+    of_video = {name: value for name, value in options.items() if name not in _OF_HANDLE}
+    opened = _Opened.of({**of_handle, **{name: options[name] for name in _OF_A_VIDEO & options.keys()}})
+    plan = opened.plan(of_video)
+    with Handle(opened) as handle:
+        return handle._run(plan, on_progress, threading.Event())
 
 
 def _refuse(options: dict[str, Any], refused: set[str], belongs_to: str) -> None:

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import RanksConfig
-from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, failure, from_failure
+from wanfast.runtime.errors import (
+    CancelledError,
+    ConfigError,
+    WanFastError,
+    failure,
+)
 from wanfast.runtime.machine.signals import FIRST_BATCH, PARENT
+from wanfast.runtime.processes.failures import error_of_group, was_loading
 from wanfast.runtime.store.artifacts import (
     CANCEL,
     CLAIMS,
@@ -32,21 +37,42 @@ from wanfast.runtime.store.artifacts import (
     RESULTS,
     SETUP,
     batch_file,
+    frames_file,
     replace_text,
     write_synced,
     writing_to,
 )
 from wanfast.runtime.store.atomic import remove_partials
 
+OnResult = Callable[[int, dict[str, Any]], None]  # (job, its result)
+OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
+
 _PAUSE_S = 0.1
 _GRACE_S = 8.0  # between the request to stop and the kill
-_OUTLIVED_S = 5.0  # a rank that ends this long after a peer's error did not cause it
-_MOST = 0.8  # share of --rank-timeout without a step that counts as a timeout, because the host runs ahead of its GPU
+_MOST_FAILED_LOADS = 2  # one after the other: then the models, and not a job, are at fault
 
 
 def num_groups(ranks: RanksConfig, num_jobs: int) -> int:
     """Returns the number of rank groups that this machine starts for a list of jobs: at most one for each job."""
     return min(num_jobs, max(1, ranks.num_gpus // ranks.mesh.group_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """This class names a batch of jobs, whose indices count on from batch to batch."""
+
+    number: int
+    indices: range
+    outputs: tuple[Path, ...] = ()  # that its jobs write
+
+    def files(self, run_folder: Path) -> Iterator[Path]:
+        """Yields the files that belong to this batch alone."""
+        yield run_folder / batch_file(self.number)
+        yield run_folder / CANCEL / str(self.number)
+        for index in self.indices:
+            yield run_folder / RESULTS / f"{index}.json"
+            yield run_folder / CLAIMS / str(index)
+            yield frames_file(run_folder, index)
 
 
 class RankGroups:
@@ -61,12 +87,16 @@ class RankGroups:
         self._folder, self._ranks, self._groups = run_folder, ranks, groups
         self._launchers: dict[int, subprocess.Popen[bytes]] = {}  # place -> its newest launcher
         self._numbers: dict[int, int] = {}  # place -> the number of its group, which grows with each restart
+        self._failed_loads: Counter[int] = Counter()  # place -> groups that died one after the other while loading
+        self._given_up: set[int] = set()  # numbers of dead groups that were looked at
         self._batches = self._jobs = 0  # so far
+        self._sent: list[_Batch] = []  # those whose files exist
         # A launcher dies with the thread that started it, and a caller's thread may end before the ranks.
         self._starter = ThreadPoolExecutor(1)
         document = {"ranks": dataclasses.asdict(ranks), "groups": groups}
         write_synced(run_folder / SETUP, json.dumps(document, indent=2) + "\n")
-        (run_folder / "logs").mkdir(exist_ok=True)
+        with writing_to(run_folder):
+            (run_folder / "logs").mkdir(exist_ok=True)
         self._start_missing()
 
     def __enter__(self) -> RankGroups:
@@ -82,94 +112,175 @@ class RankGroups:
         jobs: list[dict[str, Any]],
         outputs: list[Path],
         *,
-        on_result: Callable[[int, dict[str, Any]], None],
-        on_progress: Callable[[int, str, int, int], None],
+        on_result: OnResult,
+        on_progress: OnProgress,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> list[dict[str, Any]]:
         """Returns the result of every job, in order; starts dead groups again first. `on_result` gets each as it comes.
 
-        A job that no rank group finished gets the error of a group that failed. An exception, such as
-        KeyboardInterrupt, ends all ranks and leaves no half-written file.
+        If a group dies, the job that it was doing gets its error, and the group is started again for the other jobs. A
+        group that cannot load its models is not started again while others live. When `cancelled` becomes true, the
+        jobs end and CancelledError is raised; so they do when a callback raises an Exception. The ranks stay. Any other
+        exception, such as KeyboardInterrupt, ends all ranks at once. No half-written file is left.
         """
         self._start_missing()
-        first, number = self._jobs, self._batches
-        document = {"verb": verb, "worker": worker, "first": first, "jobs": jobs}
-        with writing_to(self._folder.parents[1]):  # a batch that is not written has no number
-            replace_text(self._folder / batch_file(number), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-        self._jobs, self._batches = first + len(jobs), number + 1
-        results: dict[int, dict[str, Any]] = {}
-        seen: dict[int, dict[str, Any]] = {}
-        indices = range(first, self._jobs)
+        if cancelled():
+            raise CancelledError
+        batch = self._send({"verb": verb, "worker": worker, "jobs": jobs}, outputs)
         try:
-            while True:
-                dead = self._dead()
-                for index in _collect(self._folder, indices, results):
-                    on_result(index - first, results[index])
-                _follow(self._folder, self._numbers.values(), first, seen, on_progress)
-                for index, error in self._lost([index for index in indices if index not in results], dead):
-                    results[index] = failure(error)
-                    on_result(index - first, results[index])
-                if len(results) == len(jobs):
-                    break
-                time.sleep(_PAUSE_S)
+            results = self._watch(batch, on_result, on_progress, cancelled)
+            if cancelled():  # perhaps too late for the ranks
+                raise CancelledError
+        except Exception:
+            self._end(batch)
+            _remove(frames_file(self._folder, index) for index in batch.indices)
+            raise
         except BaseException:
             self.stop()
             raise
         finally:
-            remove_partials(outputs, _ended_pids(_pids(self._folder, self._dead())))
-        return [results[index] for index in indices]
-
-    def cancel(self) -> None:
-        """Ends each job of the current batch between two steps with CancelledError; the ranks keep running."""
-        replace_text(self._folder / CANCEL / str(self._batches - 1), "")
+            self._remove_partials(batch, self._dead())
+        return results
 
     def close(self) -> None:
         """Asks the ranks to end, and stops ranks that do not."""
-        replace_text(self._folder / CLOSE, "")
-        ends = time.monotonic() + _GRACE_S
-        while time.monotonic() < ends and any(launcher.poll() is None for launcher in self._launchers.values()):
-            time.sleep(_PAUSE_S / 5)
-        self.stop()
-        self._starter.shutdown()
+        try:
+            replace_text(self._folder / CLOSE, "")
+            ends = time.monotonic() + _GRACE_S
+            while time.monotonic() < ends and any(launcher.poll() is None for launcher in self._launchers.values()):
+                time.sleep(_PAUSE_S / 5)
+        finally:
+            self.stop()
+            self._starter.shutdown()
 
     def stop(self) -> None:
         """Ends all launchers and their ranks at once."""
-        for launcher in self._launchers.values():
-            if launcher.poll() is None:
-                launcher.terminate()
-        ends = time.monotonic() + _GRACE_S
-        for launcher in self._launchers.values():
-            try:
-                launcher.wait(max(0.0, ends - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                launcher.kill()  # its ranks die with it
-                launcher.wait()
+        _stop(self._launchers.values())
+
+    def _send(self, document: dict[str, Any], outputs: list[Path]) -> _Batch:
+        """Writes a batch for the ranks, and removes the files of the batch before."""
+        number, first = self._batches, self._jobs
+        indices = range(first, first + len(document["jobs"]))
+        batch = _Batch(number, indices, (*outputs, *(frames_file(self._folder, index) for index in indices)))
+        text = json.dumps({**document, "first": first}, indent=2, ensure_ascii=False) + "\n"
+        with writing_to(self._folder.parents[1]):  # a batch that is not written has no number
+            replace_text(self._folder / batch_file(number), text)
+        if self._groups == 1:  # of several groups, one may not have read a batch that is complete
+            _remove(file for old in self._sent for file in old.files(self._folder))
+            self._sent = []
+        self._sent.append(batch)
+        self._batches, self._jobs = number + 1, batch.indices.stop
+        return batch
+
+    def _watch(
+        self, batch: _Batch, on_result: OnResult, on_progress: OnProgress, cancelled: Callable[[], bool]
+    ) -> list[dict[str, Any]]:
+        """Waits for a batch and returns the result of every job, in order; `run` has the details."""
+        results: dict[int, dict[str, Any]] = {}
+        seen: dict[int, dict[str, Any]] = {}
+        first = batch.indices.start
+        while True:
+            if cancelled() and not (sign := self._folder / CANCEL / str(batch.number)).exists():
+                replace_text(sign, "")
+            dead = self._dead()
+            for index in _collect(self._folder, batch.indices, results):
+                on_result(index - first, results[index])
+            _follow(self._folder, self._numbers.values(), first, seen, on_progress)
+            for index, error in self._lost(batch, results.keys(), dead, may_restart=not cancelled()):
+                results[index] = failure(error)
+                on_result(index - first, results[index])
+            if len(results) == len(batch.indices):
+                return [results[index] for index in batch.indices]
+            time.sleep(_PAUSE_S)
+
+    def _end(self, batch: _Batch) -> None:
+        """Cancels a batch and waits for its end, so that the ranks are ready for the next; else stops the ranks."""
+        try:
+            self._watch(batch, lambda *result: None, lambda *state: None, cancelled=lambda: True)
+        except BaseException:
+            self.stop()
+            raise
 
     def _start_missing(self) -> None:
+        """Starts the groups that have no launcher, or lost a rank."""
+        _stop(self._broken())
+        self._failed_loads.clear()
         for place in range(self._groups):
             launcher = self._launchers.get(place)
             if launcher is None or launcher.poll() is not None:
-                number = place if launcher is None else self._numbers[place] + self._groups
-                self._numbers[place] = number
-                self._launchers[place] = self._starter.submit(_start, self._folder, number, self._batches).result()
+                self._start(place, self._batches)
+
+    def _start(self, place: int, batch: int) -> None:
+        """Starts a group at its place, whose ranks begin with `batch`."""
+
+        def start() -> None:  # and notes it, even if the thread that asked for it is interrupted
+            number = self._numbers[place] + self._groups if place in self._numbers else place
+            self._launchers[place] = _start(self._folder, number, batch)
+            self._numbers[place] = number
+
+        self._starter.submit(start).result()
+
+    def _broken(self) -> list[subprocess.Popen[bytes]]:
+        """Returns the launchers that did not notice yet that a rank ended."""
+        return [
+            launcher
+            for place, launcher in self._launchers.items()
+            if launcher.poll() is None and any(map(_has_ended, _pids(self._folder, [self._numbers[place]])))
+        ]
 
     def _dead(self) -> set[int]:
         """Returns the numbers of the groups whose launcher ended."""
         return {self._numbers[place] for place, launcher in self._launchers.items() if launcher.poll() is not None}
 
-    def _lost(self, missing: list[int], dead: set[int]) -> Iterator[tuple[int, WanFastError]]:
-        """Yields the missing jobs that no living group will do, each with the error of its group."""
-        errors: dict[int, tuple[int, WanFastError]] = {}
-        none_lives = len(dead) == self._groups
-        for index in missing if dead else ():
-            if none_lives or claimed_by(self._folder, index) in dead:
-                errors = errors or {number: _error_of_group(self._folder, number, self._ranks) for number in dead}
-                yield index, _error_of_job(self._folder, index, errors)
+    def _lost(
+        self, batch: _Batch, done: Collection[int], dead: set[int], *, may_restart: bool
+    ) -> Iterator[tuple[int, WanFastError]]:
+        """Yields the jobs that the dead groups claimed, with their errors, and starts groups again for those left.
+
+        If no group lives then, yields all jobs that are left.
+        """
+        if not dead:
+            return
+        claims = {index: claimed_by(self._folder, index) for index in batch.indices if index not in done}
+        errors = {number: error_of_group(self._folder, number, self._ranks) for number in dead} if claims else {}
+        yield from ((index, errors[number][1]) for index, number in claims.items() if number in errors)
+        left = [index for index, number in claims.items() if number is None]
+        if left and may_restart:
+            self._replace(batch, dead)
+        if self._dead() == set(self._numbers.values()):
+            first = min(errors.values(), key=lambda found: found[0], default=None)
+            yield from ((index, first[1]) for index in left if first)
+
+    def _replace(self, batch: _Batch, dead: set[int]) -> None:
+        """Starts each dead group again, once, if its error belongs to the job that it was doing.
+
+        A group that spans machines is not, because the other machines would have to start it too.
+        """
+        if self._ranks.mesh.group_size > self._ranks.num_gpus:
+            return
+        new = [place for place, number in self._numbers.items() if number in dead - self._given_up]
+        claimed = {claimed_by(self._folder, index) for index in batch.indices} if new else set()
+        others_live = len(dead) < self._groups
+        for place in new:
+            number = self._numbers[place]
+            self._given_up.add(number)
+            self._failed_loads[place] = self._failed_loads[place] + 1 if was_loading(self._folder, number) else 0
+            if number in claimed and self._failed_loads[place] <= (0 if others_live else _MOST_FAILED_LOADS):
+                self._remove_partials(batch, {number})
+                self._start(place, batch.number)
+
+    def _remove_partials(self, batch: _Batch, dead: set[int]) -> None:
+        """Removes the half-written files of dead groups."""
+        remove_partials(batch.outputs, _ended_pids(_pids(self._folder, dead)))
 
 
 def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]:
     """Starts the launcher of group `number`, whose ranks begin with batch `batch`."""
     command = [sys.executable, "-m", "wanfast.runtime.processes.elastic", str(run_folder), str(number)]
-    with (run_folder / "logs" / f"launcher-{number}.log").open("wb") as log:
+    file = run_folder / "logs" / f"launcher-{number}.log"
+    with writing_to(file):
+        log = file.open("wb")
+    with log:
         # In a new session Ctrl-C does not reach the launcher: only this process gets Ctrl-C and then stops all.
         return subprocess.Popen(
             command,
@@ -177,8 +288,35 @@ def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env=os.environ | {PARENT: str(os.getpid()), FIRST_BATCH: str(batch)},
+            env=_environment() | {PARENT: str(os.getpid()), FIRST_BATCH: str(batch)},
         )
+
+
+def _environment() -> dict[str, str]:
+    """Returns this process's environment, in which a child imports no module from the working folder."""
+    package = Path(__file__).parents[3]
+    path = [str(package)] if str(package) == str(Path(sys.path[0] or ".").absolute()) else []  # a checkout
+    path += filter(None, [os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(path)} if path else {})}
+
+
+def _stop(launchers: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Ends launchers and their ranks, and waits for their end."""
+    living = [launcher for launcher in launchers if launcher.poll() is None]
+    for launcher in living:
+        launcher.terminate()
+    ends = time.monotonic() + _GRACE_S
+    for launcher in living:
+        try:
+            launcher.wait(max(0.0, ends - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            launcher.kill()  # its ranks die with it
+            launcher.wait()
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _collect(run_folder: Path, indices: range, results: dict[int, dict[str, Any]]) -> list[int]:
@@ -194,7 +332,7 @@ def _follow(
     numbers: Iterable[int],
     first: int,
     seen: dict[int, dict[str, Any]],
-    on_progress: Callable[[int, str, int, int], None],
+    on_progress: OnProgress,
 ) -> None:
     """Reports the progress of each group that differs from `seen`, for jobs from `first` on."""
     for number in numbers:
@@ -210,6 +348,15 @@ def _pids(run_folder: Path, numbers: Iterable[int]) -> list[int]:
     return [int(file.read_text()) for file in files]
 
 
+def _has_ended(pid: int) -> bool:
+    """Returns whether a process is gone, or waits only for its parent to notice its end."""
+    try:
+        state = Path("/proc", str(pid), "stat").read_text().rpartition(") ")[2][:1]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in "ZX"
+
+
 def _ended_pids(pids: list[int]) -> list[int]:
     """Returns `pids` when they have ended, or after 2 s: ranks live a little longer than a killed launcher."""
     ends = time.monotonic() + 2
@@ -222,80 +369,6 @@ def claimed_by(run_folder: Path, index: int) -> int | None:
     """Returns the number of the rank group that claimed a job; None if no group did."""
     claim = run_folder / CLAIMS / str(index)
     return int(claim.read_text()) if claim.exists() else None
-
-
-def _error_of_job(run_folder: Path, index: int, errors: dict[int, tuple[int, WanFastError]]) -> WanFastError:
-    """Returns the error of the group that claimed a job, or the earliest error if no group claimed it."""
-    number = claimed_by(run_folder, index)
-    if number in errors:
-        return errors[number][1]
-    return min(errors.values(), key=lambda found: found[0])[1]
-
-
-def _error_of_group(run_folder: Path, replica: int, config: RanksConfig) -> tuple[int, WanFastError]:
-    """Returns (nanoseconds since the epoch, the first cause of a group's failure), not the errors that it caused."""
-    folder, logs = run_folder / RANKS, f"logs of all ranks in {run_folder / 'logs'}"
-    agent = folder / f"{replica}.json"
-    known = json.loads(agent.read_text()) if agent.exists() else {}
-    noticed = agent.stat().st_mtime_ns if agent.exists() else sys.maxsize
-    if "rendezvous" in known:
-        message = f"--rdzv-endpoint {config.rdzv_endpoint}: the {config.nnodes} machines did not meet within"
-        within = f"--rank-timeout {config.rank_timeout:g} s ({known['rendezvous']:.200})"
-        return noticed, ConfigError(f"{message} {within}: start wanfast on each of them")
-    left = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob(f"{replica}-*/error.json")]
-    first = min(left, key=lambda error: error["time"], default=None)
-    ended = _ended(known, left)
-    aborted = ended is not None and ended[1] == -signal.SIGABRT  # NCCL's watchdog aborts ranks that wait
-    timed_out = first is not None and first["kind"] == "timeout" and (ended is None or aborted)
-    if timed_out or (aborted and _idle_s(folder, replica, known) > _MOST * config.rank_timeout):
-        behind = ", ".join(map(str, _behind(folder, replica)))
-        who = f"rank {behind}, which hangs" if behind else "each other"
-        message = f"the ranks waited --rank-timeout {config.rank_timeout:g} s for {who}"
-        return (first["time"] if first else noticed), RankFailedError(f"{message}; {logs}")
-    if ended:
-        rank, code = ended
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return noticed, RankFailedError(f"rank {rank} {how}; {logs}")
-    if first is None:
-        return noticed, RankFailedError(f"the launcher of rank group {replica} failed; {logs}")
-    if first["kind"] == "user":
-        return first["time"], from_failure(first)
-    return first["time"], RankFailedError(f"rank {first['rank']} failed: {first['error']}; {logs}")
-
-
-def _ended(known: dict[str, Any], left: list[dict[str, Any]]) -> tuple[str, int] | None:
-    """Returns (rank, exit code) of the first rank that ended without an error file; None if there is none.
-
-    Such a rank closes its connections, which causes its peers' errors. Ranks that the agent stopped after a peer's
-    failure do not count, nor ranks that ended over _OUTLIVED_S after a peer's error.
-    """
-    reported = {str(error["rank"]) for error in left}
-    oldest = min((error["time"] / 1e9 for error in left), default=math.inf)
-    by_agent = (-signal.SIGTERM, -signal.SIGKILL)
-    silent = [
-        (known["seconds"][rank], rank, code)
-        for rank, code in known.get("exit_codes", {}).items()
-        if rank not in reported and not (rank in known["stopped"] and code in by_agent)
-    ]
-    silent = [found for found in silent if found[0] - oldest <= _OUTLIVED_S]
-    return min(silent, key=lambda found: found[0])[1:] if silent else None
-
-
-def _idle_s(folder: Path, replica: int, known: dict[str, Any]) -> float:
-    """Returns the seconds from the rank group's last step, or from its start, to its end."""
-    signs = (file for name in ("pid", PROGRESS) for file in folder.glob(f"{replica}-*/{name}"))
-    last = max((file.stat().st_mtime for file in signs), default=math.inf)
-    return float(min(known["seconds"].values()) - last)
-
-
-def _behind(folder: Path, replica: int) -> list[int]:
-    """Returns the ranks with fewer steps than others; if all are equal, the ranks without an error file."""
-    ranks = {int(pid.parent.name.split("-")[1]): pid.parent for pid in folder.glob(f"{replica}-*/pid")}
-    done = {
-        rank: json.loads(file.read_text())["done"] for rank, own in ranks.items() if (file := own / PROGRESS).exists()
-    }
-    slowest = sorted(rank for rank, steps in done.items() if steps < max(done.values()))
-    return slowest or sorted(rank for rank, own in ranks.items() if not (own / "error.json").exists())
 
 
 def _check_endpoint(config: RanksConfig) -> None:

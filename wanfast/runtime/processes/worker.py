@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import CancelledError, ConfigError, WanFastError, failure
 from wanfast.runtime.machine.signals import FIRST_BATCH, end_with_parent
 from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.share import Share
 from wanfast.runtime.store.artifacts import (
     CANCEL,
     CLAIMS,
@@ -34,11 +36,13 @@ from wanfast.runtime.store.artifacts import (
     batch_file,
     replace_text,
     write_result,
+    writing_to,
 )
 
 if TYPE_CHECKING:
     from wanfast.runtime.engine.session import Sessions
 
+MOST_OF_TIMEOUT = 0.8  # without a step, this counts as a timeout, because the host runs ahead of its GPU
 _PAUSE_S = 0.02  # between two checks for the next batch
 
 
@@ -50,7 +54,9 @@ def main(run_folder: Path, number: int) -> None:
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Writes the error, then ends the process, so that this error is older than those of peers that lose it."""
-        replace_text(own_folder / "error.json", json.dumps(_error_document(error)))
+        document = _error_document(error, _silent_s(own_folder), _timeout_s(run_folder))
+        with suppress(ConfigError):  # without the file the parent still sees that this rank ended
+            replace_text(own_folder / "error.json", json.dumps(document))
         traceback.print_exception(kind, error, trace, file=sys.__stderr__)  # torch may buffer sys.stderr
         os._exit(1)  # skips destructors, which may wait for dead peers
 
@@ -61,8 +67,12 @@ def main(run_folder: Path, number: int) -> None:
         leave(type(error), error, error.__traceback__)
 
 
-def _error_document(error: BaseException) -> dict[str, Any]:
-    """Returns an error for the parent: one line, and its kind: a user's error, a timeout or a bug."""
+def _error_document(error: BaseException, silent_s: float, timeout_s: float) -> dict[str, Any]:
+    """Returns an error for the parent: one line, and its kind: a user's error, a timeout or a bug.
+
+    `silent_s`: seconds since this rank's last step. An exchange that fails after most of `--rank-timeout` waited for a
+    peer; one that fails earlier lost its peer, or was wrong.
+    """
     import torch
 
     known = {"rank": int(os.environ["RANK"]), "time": time.time_ns()}
@@ -71,8 +81,24 @@ def _error_document(error: BaseException) -> dict[str, Any]:
     if isinstance(error, WanFastError):
         return {**known, "kind": "user", **failure(error)}
     line = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
-    waited = isinstance(error, RuntimeError) and any(word in line.lower() for word in ("timed out", "timeout"))
+    waited = _is_of_an_exchange(error) and silent_s >= MOST_OF_TIMEOUT * timeout_s
     return {**known, "kind": "timeout" if waited else "bug", "error": line}
+
+
+def _is_of_an_exchange(error: BaseException) -> bool:
+    """Returns whether an exchange between ranks raised the error; gloo's errors have no class of their own."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, RuntimeError) and any(name.startswith("torch.distributed") for name in modules)
+
+
+def _silent_s(own_folder: Path) -> float:
+    """Returns the seconds since the last step of this rank, or since its start."""
+    signs = (own_folder / name for name in ("pid", PROGRESS))
+    return time.time() - max(file.stat().st_mtime for file in signs if file.exists())
+
+
+def _timeout_s(run_folder: Path) -> float:
+    return float(json.loads((run_folder / SETUP).read_text(encoding="utf-8"))["ranks"]["rank_timeout"])
 
 
 def _work(run_folder: Path, number: int, own_folder: Path) -> None:
@@ -85,7 +111,7 @@ def _work(run_folder: Path, number: int, own_folder: Path) -> None:
     with rank_group(config.device, mesh, config.rank_timeout) as ranks:
         sessions = Sessions(ranks)
         for batch, document in _batches(run_folder):
-            _do_batch(run_folder, number, own_folder, batch, document, sessions, has_peers=setup["groups"] > 1)
+            _do_batch(run_folder, number, own_folder, batch, document, sessions, setup["groups"])
         sessions.close()
 
 
@@ -110,13 +136,12 @@ def _do_batch(
     batch: int,
     document: dict[str, Any],
     sessions: Sessions,
-    *,
-    has_peers: bool,
+    groups: int,
 ) -> None:
     ranks, first = sessions.ranks, document["first"]
     # All machines run the jobs of the first machine, including its seeds.
     jobs = ranks.lead(lambda: document["jobs"])
-    last: tuple[int, int] | None = None
+    last: tuple[int, str, int] | None = None
 
     def claim(index: int) -> bool:
         return ranks.lead(lambda: _claim(run_folder, first + index, number))
@@ -127,20 +152,20 @@ def _do_batch(
         replace_text(own_folder / PROGRESS, state)
         if ranks.is_leader:
             replace_text(run_folder / PROGRESS / f"{number}.json", state)
-        if total and last != (index, done):  # between two steps; a step is reported when it ends and the next begins
-            last = (index, done)
+        if not total or last != (index, stage, done):  # the end of a step and the start of the next are reported alike
+            last = (index, stage, done)
             if ranks.lead(lambda: (run_folder / CANCEL / str(batch)).exists()):
                 raise CancelledError
 
     run, parsed = worker_half(document["worker"]), [Job.from_json(job) for job in jobs]
-    options = {"claim": claim if has_peers else None, "progress": progress, "folder": run_folder, "first": first}
-    for index, result in run(parsed, sessions, **options):
+    share = Share(number % groups, groups, claim)
+    for index, result in run(parsed, sessions, share=share, progress=progress, folder=run_folder, first=first):
         if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has its own run folder
             write_result(run_folder, first + index, result)
 
 
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
-    """Returns the function that runs a command's jobs: `run(jobs, sessions, claim=, progress=, folder=, first=)`.
+    """Returns the function that runs a command's jobs: `run(jobs, sessions, share=, progress=, folder=, first=)`.
 
     The function yields (index, result) of each job. `module` is a name, because one such module is outside the runtime.
     """
@@ -150,15 +175,17 @@ def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]
 
 def _claim(run_folder: Path, index: int, number: int) -> bool:
     """Returns True for the first rank group that claims a job."""
-    (run_folder / CLAIMS).mkdir(exist_ok=True)
     own = run_folder / CLAIMS / f".{index}.{number}"
-    own.write_text(str(number))
-    try:
-        os.link(own, run_folder / CLAIMS / str(index))  # with its content: a rank that is killed leaves no empty claim
-    except FileExistsError:
-        return False
-    finally:
-        own.unlink()
+    replace_text(own, str(number))
+    with writing_to(own):
+        try:
+            os.link(
+                own, run_folder / CLAIMS / str(index)
+            )  # with its content: a rank that is killed leaves no empty claim
+        except FileExistsError:
+            return False
+        finally:
+            own.unlink()
     return True
 
 

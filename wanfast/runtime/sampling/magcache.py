@@ -26,6 +26,7 @@ import numpy.typing as npt
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert, MagCacheRule
 
+_MOST_CHANGE = 100.0  # of a residual's logarithm in one step; no measured curve comes near
 Ratios = Sequence[tuple[float, float]]  # [step][branch]: the residual's norm over that of the step before
 Skips = tuple[bool, bool]  # of one step: (the prompt's branch, the negative prompt's)
 
@@ -212,7 +213,7 @@ def resample(
 
     `of`, `to`: (running expert, timestep) of each known step and of each wanted step. The logarithm of the residual's
     norm is interpolated linearly over the timestep, and extrapolated by the slope at either end. So a step twice as
-    long has the product of two ratios. Raises ConfigError for an expert with one known step.
+    long has the product of two ratios. Raises ConfigError for an expert with fewer than two known steps.
     """
     if list(of) == list(to):
         return list(ratios)
@@ -220,6 +221,9 @@ def resample(
     for expert in dict.fromkeys(expert for expert, _ in to):
         known = [index for index, (running, _) in enumerate(of) if running == expert]
         timesteps = [timestep for running, timestep in to if running == expert]
+        if len({of[index][1] for index in known}) < 2:
+            here, words = len(timesteps), f"{expert.replace('_', '-')} expert"
+            raise ConfigError(f"the curve has {len(known)} steps of the {words}, too few to interpolate {here} steps")
         by_branch = [
             _resampled([ratios[index][branch] for index in known], [of[index][1] for index in known], timesteps)
             for branch in (0, 1)
@@ -232,10 +236,11 @@ def _resampled(ratios: Sequence[float], of: Sequence[int], to: Sequence[int]) ->
     """Returns the ratios of one branch and one expert, whose first ratio is ignored; `of` and `to` decrease."""
     levels = dict(zip(of, itertools.accumulate(math.log(ratio) for ratio in [1.0, *ratios[1:]]), strict=True))
     points = sorted((-timestep, level) for timestep, level in levels.items())  # each timestep once
-    if len(points) < 2:
-        raise ConfigError(f"the curve has {len(points)} steps of an expert, too few to interpolate")
     at = [_on_line(points, -timestep) for timestep in to]
-    return [1.0, *(math.exp(here - before) for before, here in itertools.pairwise(at))]
+    changes = [here - before for before, here in itertools.pairwise(at)]
+    if max(map(abs, changes), default=0.0) > _MOST_CHANGE:
+        raise ConfigError("the curve's steps are too far from this run's to extrapolate")
+    return [1.0, *map(math.exp, changes)]
 
 
 def _on_line(points: Sequence[tuple[float, float]], x: float) -> float:

@@ -2,37 +2,61 @@
 
 key = sha256 of the canonical JSON of ALL inputs. A writer takes a file lock, fills a temporary folder beside the
 target, writes the manifest last, and renames the folder. A reader compares the manifest with its own inputs and with
-the file sizes on disk. Nothing is ever overwritten. The store does not know what an artifact contains.
+all that lies in the folder: a file that the manifest does not list is as wrong as a missing one. A sound artifact is
+never overwritten. The store does not know what an artifact contains.
+
+A caller says what a damaged artifact means. "refuse": it took long to make, so that the user decides. "miss": it is
+made again, and the new one replaces it.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import stat
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from filelock import FileLock, Timeout
+from wanfast.runtime.errors import ConfigError, CorruptArtifactError, foreign
+from wanfast.runtime.store.sharing import locked, remove, share
 
-from wanfast.runtime.errors import ConfigError, CorruptArtifactError
+Damaged = Literal["refuse", "miss"]
 
 MANIFEST = "manifest.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # In a run folder: the first batch of jobs; the results, of all and of each; which rank group took which; how far each
 # is; what ranks left; how ranks are set up; which batches are cancelled; that no batch will follow.
 JOB, RESULT, RESULTS, CLAIMS, PROGRESS, RANKS = "job.json", "result.json", "results", "claims", "progress", "ranks"
 SETUP, CANCEL, CLOSE = "setup.json", "cancel", "close"
+LOADING = "loading the models"  # the stage of a rank group's progress before it can make a video
 
 
 def batch_file(number: int) -> str:
     """The file of a run folder that holds a batch of jobs."""
     return JOB if number == 0 else f"job-{number:04d}.json"
+
+
+def frames_file(run_folder: Path, index: int) -> Path:
+    """Returns the file for the frames of a job that writes no video."""
+    return run_folder / "frames" / f"{index}.npy"
+
+
+@dataclass(frozen=True)
+class Published:
+    """This class names the folder of an artifact, and says whether this call made it or another process did."""
+
+    folder: Path
+    made_here: bool
 
 
 @dataclass(frozen=True)
@@ -42,27 +66,41 @@ class ArtifactStore:
     def path(self, kind: str, inputs: dict[str, Any]) -> Path:
         return self.root / kind / key_of(inputs)[:12]
 
-    def find(self, kind: str, inputs: dict[str, Any], *, verify: bool = False) -> Path | None:
+    def find(
+        self,
+        kind: str,
+        inputs: dict[str, Any],
+        *,
+        verify: bool = False,
+        damaged: Damaged = "refuse",
+        again: str = "have it made again",
+    ) -> Path | None:
         """Returns the artifact's folder, or None if the artifact is missing.
 
-        Compares the inputs and the files' sizes with the manifest, and with `verify` also the files' hashes.
-        Raises CorruptArtifactError if they differ, or if the manifest cannot be read.
+        Compares the manifest with the inputs and with the files in the folder: their names and sizes, and with `verify`
+        also their hashes. Raises CorruptArtifactError if they differ, which says to remove the folder and `again`; with
+        `damaged="miss"` prints a note and returns None instead.
         """
         folder = self.path(kind, inputs)
-        if not (folder / MANIFEST).is_file():
+        if not os.path.lexists(folder):
             return None
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            same = manifest["inputs"] == json.loads(_canonical(inputs)) and all(
-                (folder / name).stat().st_size == facts["bytes"]
-                and not (verify and _sha256(folder / name) != facts["sha256"])
-                for name, facts in manifest["files"].items()
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):
-            same = False
-        if not same:
-            raise CorruptArtifactError(f"{folder} was changed after it was made: remove it, and have it made again")
+            _check(folder, kind, inputs, _fix(damaged, again), verify=verify)
+        except CorruptArtifactError as error:
+            if damaged == "refuse":
+                raise
+            note(str(error))
+            return None
         return folder
+
+    def manifests(self, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yields (folder, inputs) of each artifact that says its inputs; `find` checks what a caller opens."""
+        for manifest in sorted((self.root / kind).glob(f"*/{MANIFEST}")):
+            with suppress(OSError, ValueError, RecursionError):
+                document = json.loads(manifest.read_text(encoding="utf-8"))
+                inputs = document.get("inputs") if isinstance(document, dict) else None
+                if isinstance(inputs, dict) and not manifest.parent.suffix:  # else half written, or set aside
+                    yield manifest.parent, inputs
 
     def publish(
         self,
@@ -70,53 +108,96 @@ class ArtifactStore:
         inputs: dict[str, Any],
         write: Callable[[Path], None],
         versions: dict[str, str] | None = None,
+        *,
         waiting: Callable[[], None] = lambda: None,
-    ) -> Path:
-        """Lets `write` fill a folder, publishes it completely, and returns it.
+        damaged: Damaged = "refuse",
+    ) -> Published:
+        """Lets `write` fill a folder and publishes it completely, readable for all whom the store's folder admits.
 
-        If another writer was first, returns that writer's folder. Calls `waiting` if another writer holds the lock.
-        Raises ConfigError if the store cannot be written.
+        If another writer was first, returns that writer's folder; with `damaged="miss"` a damaged one is replaced.
+        Calls `waiting` if another writer holds the lock. Raises CorruptArtifactError, and ConfigError if the store
+        cannot be written.
         """
         folder = self.path(kind, inputs)
         with writing_to(self.root):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder.with_suffix(".lock"))
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                waiting()
-                lock.acquire()
-            try:
-                return self._publish(folder, kind, inputs, write, versions or {})
-            finally:
-                lock.release()
+            with locked(folder.with_suffix(".lock"), waiting):
+                if os.path.lexists(folder):
+                    try:
+                        _check(folder, kind, inputs, _fix(damaged), verify=damaged == "miss")
+                        return Published(folder, made_here=False)
+                    except CorruptArtifactError:
+                        if damaged == "refuse":
+                            raise
+                        remove(folder)
+                _fill(folder, kind, inputs, write, versions or {})
+        return Published(folder, made_here=True)
 
-    def _publish(
-        self, folder: Path, kind: str, inputs: dict[str, Any], write: Callable[[Path], None], versions: dict[str, str]
-    ) -> Path:
-        """Publishes the folder; the caller holds the lock."""
-        if (found := self.find(kind, inputs)) is not None:
-            return found
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # left by a writer that died: nobody else holds the lock
-        partial.mkdir()
-        try:
-            started = time.perf_counter()
-            write(partial)
-            files = {str(f.relative_to(partial)): _facts(f) for f in sorted(partial.rglob("*")) if f.is_file()}
-            manifest = {
-                "kind": kind,
-                "key": key_of(inputs),
-                "inputs": inputs,
-                "files": files,
-                "versions": versions,
-                "seconds": round(time.perf_counter() - started, 3),
-            }
-            write_synced(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-            partial.replace(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        return folder
+    def discard(self, kind: str, inputs: dict[str, Any]) -> None:
+        """Removes an artifact that is whole and yet of no use. Raises ConfigError if the store cannot be written."""
+        folder = self.path(kind, inputs)
+        with writing_to(self.root), locked(folder.with_suffix(".lock")):
+            if os.path.lexists(folder):
+                remove(folder)
+
+
+def _fill(
+    folder: Path, kind: str, inputs: dict[str, Any], write: Callable[[Path], None], versions: dict[str, str]
+) -> None:
+    """Makes the folder of an artifact; the caller holds the lock."""
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a writer that died: nobody else holds the lock
+    partial.mkdir()
+    try:
+        started = time.perf_counter()
+        write(partial)
+        manifest = {
+            "kind": kind,
+            "key": key_of(inputs),
+            "inputs": inputs,
+            "files": {name: _facts(partial / name) for name in sorted(_sizes_below(partial))},
+            "versions": versions,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        write_synced(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        share(partial)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fix(damaged: Damaged, again: str = "have it made again") -> str:
+    return "it is made again" if damaged == "miss" else f"remove this folder, and {again}"
+
+
+def _check(folder: Path, kind: str, inputs: dict[str, Any], fix: str, *, verify: bool) -> None:
+    """Raises CorruptArtifactError if a folder is not the artifact of `inputs`, completely and with nothing else."""
+    with foreign(str(folder / MANIFEST), fix, CorruptArtifactError):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        ours = (manifest["kind"], manifest["key"]) == (kind, key_of(inputs))
+        same_inputs = _canonical(manifest["inputs"]) == _canonical(inputs)
+        listed = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+    with foreign(str(folder), fix, CorruptArtifactError):
+        sizes = {name: size for name, size in _sizes_below(folder).items() if name != MANIFEST}
+    # A name of the manifest is only compared, never opened: it cannot lead out of the folder.
+    same_files = bool(listed) and sizes == {name: size for name, (size, _) in listed.items()}
+    if same_files and verify:
+        with foreign(str(folder), fix, CorruptArtifactError):
+            same_files = all(_sha256(folder / name) == listed[name][1] for name in sizes)
+    if not (ours and same_inputs and same_files):
+        raise CorruptArtifactError(f"{folder} was changed after it was made: {fix}")
+
+
+def _sizes_below(folder: Path) -> dict[str, int]:
+    """Returns {name: bytes} of the files below a folder; raises ValueError for a link or another thing."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        found = path.lstat()
+        if stat.S_ISREG(found.st_mode):
+            sizes[path.relative_to(folder).as_posix()] = found.st_size
+        elif not stat.S_ISDIR(found.st_mode):
+            raise ValueError(f"{path.relative_to(folder)} is neither a file nor a folder")
+    return sizes
 
 
 def key_of(inputs: dict[str, Any]) -> str:
@@ -143,20 +224,26 @@ def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
 
 
 @contextmanager
-def writing_to(root: Path) -> Iterator[None]:
-    """Turns an OSError, raised while the store is written, into a ConfigError that names --artifacts-dir."""
+def writing_to(place: Path) -> Iterator[None]:
+    """Turns an OSError, raised while the store or a file of it is written, into one that names --artifacts-dir."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(
-            f"--artifacts-dir {root}: cannot be written ({reason}); choose a folder that can be written"
-        ) from error
+        fix = "free some space, or choose another folder" if error.errno in _FULL else "choose another folder"
+        raise ConfigError(f"--artifacts-dir {place}: cannot be written ({error.strerror or error}); {fix}") from error
+
+
+def note(line: str) -> None:
+    """Prints a note for the user on stderr."""
+    print(f"note: {line}", file=sys.stderr)
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Writes a small text file and syncs it, so that the text is on disk when this function returns."""
-    with path.open("w", encoding="utf-8") as stream:
+    """Writes a small text file and syncs it, so that the text is on disk when this function returns.
+
+    Raises ConfigError.
+    """
+    with writing_to(path), path.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -165,12 +252,16 @@ def write_synced(path: Path, text: str) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replaces a small text file in one step: another process sees the complete old text or the complete new text.
 
-    The file is not synced, so that a crash of the machine may leave it incomplete.
+    The file is not synced, so that a crash of the machine may leave it incomplete. Raises ConfigError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")  # threads may write at once
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_result(run_folder: Path, index: int, result: dict[str, Any]) -> None:

@@ -17,18 +17,21 @@ from wanfast.runtime.facts.memory import gb
 
 
 @contextmanager
-def atomic_paths(*targets: Path, overwrite: bool = True, option: str = "--output") -> Iterator[list[Path]]:
+def atomic_paths(
+    *targets: Path, overwrite: bool = True, option: str = "--output", synced: bool = True
+) -> Iterator[list[Path]]:
     """Yields a temporary path for each target, and renames the files to the targets when the block ends.
 
     If the block fails (KeyboardInterrupt too), the temporary files are removed. If a rename fails, the targets that
     were already renamed get their old files back. The yielded names end in `.part`, so the caller must name the file
     format itself. Raises ConfigError naming `option` for an OSError (a full disk, a removed folder). Without
-    `overwrite`, also raises ConfigError if a target has appeared meanwhile.
+    `overwrite`, also raises ConfigError if a target has appeared meanwhile. Files that need not outlive a crash of the
+    machine are not `synced`.
     """
     partials = [partial_path(target) for target in targets]
     try:
         yield partials
-        for partial in partials:
+        for partial in partials if synced else ():
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
         for target in targets:

@@ -11,27 +11,45 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wanfast.runtime.config import EffectiveConfig, ModelsConfig, SkippingConfig, VideoConfig, magcache_settings
+from wanfast.runtime.config import (
+    EffectiveConfig,
+    ModelsConfig,
+    SkippingConfig,
+    VideoConfig,
+    default_artifacts_dir,
+    magcache_settings,
+)
 from wanfast.runtime.config.option import options_of, words
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
-from wanfast.runtime.facts.choices import Expert
+from wanfast.runtime.facts.choices import Expert, in_8_bits
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
+from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.sampling.magcache import resample
 from wanfast.runtime.sampling.scheduler import expert_of, schedule
 from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
+from wanfast.runtime.store.code import digest_of_code
+from wanfast.runtime.store.identity import is_old
 from wanfast.runtime.store.model_files import ModelFiles
 
 T = TypeVar("T")
+_Found = tuple[
+    dict[str, tuple[Any, Any]], dict[str, Any], Path
+]  # what differs from the run, the curve's inputs, folder
 
 KIND = "magcache"
 RATIOS = "ratios.json"
 _PRESETS = Path(__file__).parents[2] / "assets" / "magcache"
 _BRIDGED = {"steps", "shift"}
+_NOT_COMPARED = ("set", "measured_by")
+_CODE = (
+    "runtime/models/*.py", "runtime/sampling/*.py", "runtime/engine/denoise.py", "runtime/engine/pipeline.py",
+    "runtime/engine/conditioning.py", "runtime/weights/quantization.py", "magcache_calib/ratios.py",
+    "magcache_calib/recorder.py",
+)  # fmt: skip
 _DEFAULTS = (0.12, 2, 0.2)  # of the published matrix: threshold, skips in a row, share retained
 
 
@@ -130,7 +148,7 @@ def _experts(files: ModelFiles) -> dict[str, str]:
 
 
 def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelSpec) -> Curve:
-    ratios = [(float(prompt), float(negative_prompt)) for prompt, negative_prompt in of["ratios"]]
+    ratios = _pairs(name, of)
     known = steps_of(of["solver"], of["steps"], of["shift"], spec.boundary)
     wanted = steps_of(config.video.solver, config.video.steps, config.video.shift, spec.boundary)
     if known == wanted and of["solver"] == config.video.solver:
@@ -151,6 +169,22 @@ def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelS
     return Curve(name, tuple(bridged), {"steps": of["steps"], "shift": of["shift"]})
 
 
+def _pairs(name: str, of: dict[str, Any]) -> list[tuple[float, float]]:
+    """Returns a curve's ratios of each step. Raises CorruptArtifactError if one cannot be a ratio of norms."""
+    rows = of["ratios"] if isinstance(of["ratios"], list) else []
+    pairs = [tuple(row) for row in rows if isinstance(row, list) and len(row) == 2 and all(map(_is_ratio, row))]
+    if len(pairs) != of["steps"] or len(rows) != of["steps"]:
+        raise CorruptArtifactError(
+            f"--magcache {name}: its curve does not hold two numbers over 0 for each of {of['steps']} steps: remove "
+            "it, and calibrate again"
+        )
+    return [(float(prompt), float(negative_prompt)) for prompt, negative_prompt in pairs]
+
+
+def _is_ratio(value: object) -> bool:
+    return type(value) in (int, float) and 1e-6 <= value <= 1e6  # type: ignore[operator]  # false for NaN
+
+
 def steps_of(solver: Any, steps: int, shift: float, boundary: float) -> list[tuple[Expert, int]]:
     """Returns (active expert, timestep) of each step."""
     return [(expert_of(step.timestep, boundary), step.timestep) for step in schedule(solver, steps, shift)]
@@ -169,7 +203,26 @@ def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) ->
         "guidance": {"high_noise": config.video.guidance_high_noise, "low_noise": config.video.guidance_low_noise},
         "size": config.video.size,
         "frames": config.video.frames,
+        "tf32": bool(config.models.tf32),
         "set": set_digest,
+        "measured_by": _measured_by(config, files),
+    }
+
+
+def _measured_by(config: EffectiveConfig, files: ModelFiles) -> dict[str, Any]:
+    """Returns the inputs whose change moves a ratio less than the ratios of two tokens differ.
+
+    They belong to the key, so that a new measurement is stored beside the old one. A run may use either.
+    """
+    return {
+        "conditioning": {name: files.fingerprints[name] for name in ("vae", "umt5", "tokenizer")},
+        "negative_prompt": config.video.negative_prompt,
+        "attention": config.models.attention,
+        "compile": config.models.compile,
+        "device": config.ranks.device,
+        "torch": version_of("torch"),
+        "torchao": version_of("torchao") if in_8_bits(config.models.quantize) else None,
+        "code": digest_of_code(*_CODE),
     }
 
 
@@ -179,54 +232,46 @@ def _artifact(config: EffectiveConfig, asked: SkippingConfig, files: ModelFiles)
     wanted = curve_inputs(config, files, "")
     bridged = _BRIDGED if asked.magcache_interpolate else set()
     fix = f"run `{calibrate_command(config, files.spec)}`"
-    stored = list(_stored_curves(store))
+    stored = [(folder, inputs) for folder, inputs in store.manifests(KIND) if isinstance(inputs.get("steps"), int)]
     found = [
         (_differences(inputs, wanted), inputs, folder)
         for folder, inputs in stored
         if asked.magcache in ("artifact", folder.name)
     ]
+
+    def distance(item: _Found) -> tuple[int, int, bool]:
+        differences, inputs, _ = item
+        other_measure = inputs.get("measured_by") != wanted["measured_by"]
+        return len(differences), abs(inputs["steps"] - config.video.steps), other_measure
+
     if stored and not found:
         keys = ", ".join(folder.name for folder, _ in stored)
         raise MissingArtifactError(f"{option}: no curve has this key; use one of {keys}, or {fix}")
-    fitting = sorted(
-        (item for item in found if set(item[0]) <= bridged),
-        key=lambda item: (len(item[0]), abs(item[1]["steps"] - config.video.steps), item[2]),
-    )
+    fitting = sorted((item for item in found if set(item[0]) <= bridged), key=lambda item: (distance(item), item[2]))
     if not fitting:
         nearest = min(found, key=lambda item: len(item[0]), default=None)
         difference = f" ({nearest[2].name} differs in {_in_words(nearest[0])})" if nearest else ""
+        if nearest and any(map(is_old, (nearest[1].get("experts") or {}).values())):
+            difference = f" ({nearest[2].name} is of an earlier version of wanfast, which did not hash all weights)"
         or_bridge = ", or add --magcache-interpolate" if nearest and set(nearest[0]) <= _BRIDGED else ""
         raise MissingArtifactError(f"{option}: no curve is calibrated for this run{difference}: {fix}{or_bridge}")
-    best = [item for item in fitting if (item[0], item[1]["steps"]) == (fitting[0][0], fitting[0][1]["steps"])]
+    best = [item for item in fitting if distance(item) == distance(fitting[0])]
     if len(best) > 1:
         keys = ", ".join(item[2].name for item in best)
         raise ConfigError(f"{option}: several curves fit this run: use --magcache with one of {keys}")
     _, inputs, folder = best[0]
-    try:
-        sound = store.find(KIND, inputs, verify=True) == folder
-    except CorruptArtifactError:
-        sound = False
-    if not sound:
-        raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove it, and {fix}")
+    if store.path(KIND, inputs) != folder:
+        raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove this folder, and {fix}")
+    store.find(KIND, inputs, verify=True, again=fix)
     return folder
 
 
-def _stored_curves(store: ArtifactStore) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for manifest in sorted((store.root / KIND).glob(f"*/{MANIFEST}")):
-        try:
-            inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]
-        except (ValueError, KeyError, TypeError):
-            continue  # not one of our curves
-        if isinstance(inputs, dict) and isinstance(inputs.get("steps"), int):
-            yield manifest.parent, inputs
-
-
 def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns (the curve's value, the wanted value) of each input that differs; the set of clips may differ."""
+    """Returns (the curve's value, the wanted value) of each input that differs, except those that may."""
     return {
         name: (inputs.get(name), value)
         for name, value in wanted.items()
-        if name != "set" and inputs.get(name) != json.loads(json.dumps(value))
+        if name not in _NOT_COMPARED and inputs.get(name) != json.loads(json.dumps(value))
     }
 
 
@@ -238,7 +283,7 @@ def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
 def calibrate_command(config: EffectiveConfig, spec: ModelSpec) -> str:
     """Returns the `wanfast calibrate-magcache` command that measures a curve for this run."""
     values = config.options()
-    if Path(config.models.artifacts_dir) == Path(ModelsConfig.artifacts_dir).absolute():
+    if values["artifacts_dir"] == default_artifacts_dir():
         values["artifacts_dir"] = ModelsConfig.artifacts_dir
     given = ["wanfast", "calibrate-magcache"]
     for name, field in {**options_of(ModelsConfig), **options_of(VideoConfig)}.items():

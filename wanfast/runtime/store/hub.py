@@ -5,15 +5,17 @@ the files on disk are compared with the hub's answer. huggingface_hub's own resu
 an error and without files, and its dry run reports a damaged file's own size as the right one. A manifest, written
 last, records the commit, so that two commits never mix in one folder.
 
-Cost: one request if no file is missing. Each large file that was downloaded is read once more for its sha256.
-Limits: a file that was present before is verified by its size only (126 GB would have to be read again). If the process
-is killed, an incomplete file starts from 0, because huggingface_hub names partial files at random.
+If the cache of the Hugging Face Hub holds the whole commit, nothing is downloaded: `--model a14b` reads it in place.
+
+Cost: one request if no file is missing. The sha256 of each large file is compared once, and remembered as the file's
+identity (`identity.py`). Limit: if the process is killed, an incomplete file starts from 0, because huggingface_hub
+names partial files at random.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -28,10 +30,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import httpx2
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -45,22 +47,16 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils._xet import abort_xet_session
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars, tqdm
 
+from wanfast.runtime.config.option import absolute
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError
 from wanfast.runtime.store.artifacts import write_synced
+from wanfast.runtime.store.hub_cache import PINNED, REPOS, Layout, snapshots
+from wanfast.runtime.store.identity import sha256_of
+from wanfast.runtime.store.sharing import lock_of, share
 
 MANIFEST = "wanfast-download.json"
 
-_Layout = Literal["original", "diffusers"]
-_REPOS: dict[_Layout, str] = {
-    "original": "Wan-AI/Wan2.2-I2V-A14B",
-    "diffusers": "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
-}
-# The published commits that this program was made for; --revision selects another.
-PINNED = {
-    "Wan-AI/Wan2.2-I2V-A14B": "206a9ee1b7bfaaf8f7e4d81335650533490646a3",
-    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "596658fd9ca6b7b71d5057529bbf319ecbc61d74",
-}
-_NEEDED: dict[_Layout, tuple[str, ...]] = {  # each pattern must match a file
+_NEEDED: dict[Layout, tuple[str, ...]] = {  # each pattern must match a file
     "original": (
         "high_noise_model/config.json",
         "high_noise_model/*.safetensors",
@@ -87,19 +83,20 @@ class Request:
 
     repo: str
     revision: str
-    layout: _Layout
+    layout: Layout
     folder: Path
+    artifacts: Path
 
     @classmethod
-    def of(cls, repo: str | None, revision: str | None, layout: _Layout, artifacts_dir: str) -> Request:
+    def of(cls, repo: str | None, revision: str | None, layout: Layout, artifacts_dir: str) -> Request:
         """Makes a request, with defaults for what is None; raises ConfigError for an empty value."""
-        repo = _REPOS[layout] if repo is None else repo
+        repo = REPOS[layout] if repo is None else repo
         revision = PINNED.get(repo, "main") if revision is None else revision
         for option, value in (("--repo", repo), ("--revision", revision), ("--artifacts-dir", artifacts_dir)):
             if not value.strip() or "\0" in value:
                 raise ConfigError(f"{option} {value!r}: give a value, or leave out the option")
-        folder = Path(artifacts_dir).expanduser().absolute() / "checkpoints" / repo.rpartition("/")[2]
-        return cls(repo, revision, layout, folder)
+        artifacts = Path(absolute(artifacts_dir, "--artifacts-dir"))
+        return cls(repo, revision, layout, artifacts / "checkpoints" / repo.rpartition("/")[2], artifacts)
 
 
 @dataclass(frozen=True)
@@ -119,6 +116,7 @@ class _Listing:
 def plan(request: Request) -> dict[str, Any]:
     """Returns what `download` would fetch, and writes nothing; raises the errors of `download`."""
     listing = _list(request)
+    request = _from_cache(request, listing) or request
     _refuse_to_mix(request, listing)
     missing_bytes = _require_space(request, listing)
     return _result(request, listing) | {"missing_bytes": missing_bytes}
@@ -132,16 +130,32 @@ def download(request: Request, *, progress: bool) -> dict[str, Any]:
     """
     started = time.perf_counter()
     listing = _list(request)
+    if cached := _from_cache(request, listing):
+        _verify_hashes(cached, listing, [])
+        return _result(cached, listing) | {"seconds": round(time.perf_counter() - started, 3)}
     with _only_writer(request.folder):
         _refuse_to_mix(request, listing)
         _remove_orphans(request.folder)
         _require_space(request, listing)
         missing = listing.missing(request.folder)
-        _fetch(request, listing, progress=progress)
+        try:
+            _fetch(request, listing, progress=progress)
+        finally:
+            with _hub_errors(request):
+                share(request.folder)
         _verify(request, listing)
         _verify_hashes(request, listing, missing)
         _write_manifest(request, listing)
     return _result(request, listing) | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+def _from_cache(request: Request, listing: _Listing) -> Request | None:
+    """Returns the request with the folder of the Hugging Face cache, if that folder is complete and ours is empty."""
+    if request.repo != REPOS[request.layout] or len(listing.missing(request.folder)) < len(listing.sizes):
+        return None
+    found = (folder for folder in snapshots(request.layout) if folder.name == listing.commit)
+    folder = next((folder for folder in found if not listing.missing(folder)), None)
+    return None if folder is None else dataclasses.replace(request, folder=folder)
 
 
 def _list(request: Request) -> _Listing:
@@ -166,7 +180,7 @@ def _list(request: Request) -> _Listing:
     return _Listing(info.sha, {name: int(size or 0) for name, size in sizes.items()}, hashes, sha256)
 
 
-def _is_needed(name: str, layout: _Layout) -> bool:
+def _is_needed(name: str, layout: Layout) -> bool:
     shards = [pattern for pattern in _NEEDED[layout] if pattern.endswith("/*.safetensors")]
     indices = [pattern.replace("*.safetensors", _INDEX) for pattern in shards]
     return any(fnmatchcase(name, pattern) for pattern in (*_NEEDED[layout], *indices))
@@ -251,23 +265,25 @@ def _verify(request: Request, listing: _Listing) -> None:
                 )
 
 
-def _verify_hashes(request: Request, listing: _Listing, names: list[str]) -> None:
-    """Checks those of `names` whose sha256 the hub reports.
+def _verify_hashes(request: Request, listing: _Listing, fetched: list[str]) -> None:
+    """Compares the files with the sha256 that the hub reports; they are remembered as the files' identities.
 
-    A wrong file is removed, because the next download would accept the file by its size.
+    A wrong file that was `fetched` now is removed. A file that was there before may be a user's own, and stays.
     """
-    wrong = []
-    for name in (name for name in names if name in listing.sha256):
-        path = request.folder / name
-        with _hub_errors(request), path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != listing.sha256[name]:
+    paths = {request.folder / name: name for name in listing.sha256}
+    found = sha256_of(paths, request.artifacts)
+    wrong = {path: name for path, name in paths.items() if found[path] != listing.sha256[name]}
+    for path, name in wrong.items():
+        if name in fetched:
             path.unlink()
-            wrong.append(str(path))
-    if wrong:
+    if not wrong:
+        return
+    where = ", ".join(map(str, wrong))
+    if set(wrong.values()) <= set(fetched):
         raise CorruptArtifactError(
-            f"{', '.join(wrong)}: removed after the download, because the sha256 is not the hub's: {_AGAIN}"
+            f"{where}: removed after the download, because the sha256 is not the hub's: {_AGAIN}"
         )
+    raise CorruptArtifactError(f"{where}: the sha256 is not the hub's: remove what you do not need, and {_AGAIN}")
 
 
 def _refuse_to_mix(request: Request, listing: _Listing) -> None:
@@ -325,9 +341,9 @@ def _remove_orphans(folder: Path) -> None:
 
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_of(folder.parent / f".{folder.name}.lock", timeout=0)
         lock.acquire()
     except Timeout:
         raise ConfigError(

@@ -6,22 +6,24 @@ original layout's names, the error of every tensor (`errors.json`, `errors.png`)
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.config import ModelsConfig
+from wanfast.runtime.config import ModelsConfig, default_artifacts_dir
 from wanfast.runtime.errors import ConfigError, MissingArtifactError
 from wanfast.runtime.facts.choices import Expert, Scheme, in_8_bits
 from wanfast.runtime.machine.packages import version_of
-from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
-from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.code import digest_of_code
+from wanfast.runtime.store.identity import is_old
+from wanfast.runtime.store.model_files import ModelFiles, indexed_shards
 
 KIND = "quantized"
 LAYOUT_VERSION = 1
+_RELEASE = re.compile(r"(\d+)\.(\d+)\.(\d+)(.*)")
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 TORCHAO_FIX = "pip install 'torchao>=0.18,<0.19'"
 EXPERTS: tuple[Expert, ...] = ("high_noise", "low_noise")
@@ -54,6 +56,7 @@ class QuantizedExpert:
             "kept": list(KEPT),
             "torchao": torchao,
             "layout": LAYOUT_VERSION,
+            "code": digest_of_code("runtime/weights/quantization.py", "runtime/weights/key_maps.py"),
         }
 
     def find(self, *, verify: bool = False) -> Path | None:
@@ -66,45 +69,49 @@ class QuantizedExpert:
         made_by = installed or max(self._versions(), default=None, key=_release)
         if made_by is None and in_8_bits(self.scheme):
             return None
-        return self.store.find(KIND, self.inputs(made_by), verify=verify)
+        return self.store.find(KIND, self.inputs(made_by), verify=verify, again=f"run `{self.fix}`")
 
     def require(self, *, verify: bool = False) -> Path:
         """Returns the artifact's folder; raises MissingArtifactError with the command that makes it, if missing."""
         folder = self.find(verify=verify)
         if folder is None:
             others = ", ".join(sorted(self._versions(), key=_release))
-            by_other = f" (only with torchao {others}, but {torchao_version()} is installed)" if others else ""
-            raise MissingArtifactError(
-                f"{self.expert} is not quantized with {self.scheme} yet{by_other}: run `{self.fix}`"
-            )
+            why = f" (only with torchao {others}, but {torchao_version()} is installed)" if others else ""
+            if older := self._of_another_wanfast():
+                why = f" by this version of wanfast (remove {', '.join(older)}, made by another)"
+            raise MissingArtifactError(f"{self.expert} is not quantized with {self.scheme} yet{why}: run `{self.fix}`")
         return folder
 
     @property
     def fix(self) -> str:
-        root = (
-            []
-            if str(self.store.root) == str(Path("artifacts").absolute())
-            else ["--artifacts-dir", str(self.store.root)]
-        )
+        root = [] if str(self.store.root) == default_artifacts_dir() else ["--artifacts-dir", str(self.store.root)]
         return shlex.join(["wanfast", "quantize", "--model", self.model, "--scheme", self.scheme, *root])
 
     def _versions(self) -> set[str]:
         """Returns the torchao versions of the artifacts that differ from this one in nothing else."""
-        found = set()
-        for manifest in (self.store.root / KIND).glob(f"*/{MANIFEST}"):
-            try:
-                inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]
-                _release(inputs["torchao"])  # raises if it is no version
-            except (ValueError, KeyError, TypeError):
-                continue  # skipped here: `find` checks what it opens
-            if inputs == self.inputs(inputs["torchao"]):
-                found.add(inputs["torchao"])
-        return found
+        stored = [inputs for _, inputs in self.store.manifests(KIND)]
+        versions = {str(inputs.get("torchao")) for inputs in stored if inputs == self.inputs(inputs.get("torchao"))}
+        return {version for version in versions if _RELEASE.match(version)}
+
+    def _of_another_wanfast(self) -> list[str]:
+        """Returns the artifacts of this expert and scheme that earlier code made, or that have an old identity."""
+        wanted = self.inputs(None)
+        alike = [
+            (folder, inputs)
+            for folder, inputs in self.store.manifests(KIND)
+            if all(inputs.get(name) == wanted[name] for name in ("expert", "recipe"))
+        ]
+        return [
+            str(folder)
+            for folder, inputs in alike
+            if is_old(inputs.get("source"))
+            or (inputs.get("source") == wanted["source"] and inputs.get("code") != wanted["code"])
+        ]
 
 
 def _release(version: str) -> tuple[int, int, int, bool, str]:
     """Returns a key that sorts versions: 0.9.0, 0.18.0.dev1, 0.18.0. Raises ValueError for another text."""
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)(.*)", version)
+    match = _RELEASE.match(version)
     if match is None:
         raise ValueError(version)
     major, minor, patch, suffix = match.groups()
@@ -139,8 +146,7 @@ def require_experts(
 
 def shards(folder: Path) -> list[Path]:
     """Returns the weight files of an artifact."""
-    weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    return [folder / name for name in sorted(set(weight_map.values()))]
+    return indexed_shards(folder / INDEX)
 
 
 def torchao_version() -> str | None:

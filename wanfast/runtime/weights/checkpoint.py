@@ -4,27 +4,28 @@ A module is built on the meta device, where its parameters state names, shapes a
 fills it tensor by tensor: read (memory-mapped), move, cast. So an fp32 file becomes a bf16 model without a second copy.
 A rank group reads each byte about once. Of a sharded parameter a rank reads its own rows. Of a parameter that all ranks
 hold, each rank reads a part, and the devices exchange the parts.
-Strict: a missing, unexpected, misshapen or duplicate tensor is an error that names the tensor and the file.
+Strict: a missing, unexpected, misshapen or duplicate tensor is an error that names the tensor and the file. So is a
+tensor of another kind of numbers, and a value that is not finite.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from wanfast.runtime.device.finite import all_finite
 from wanfast.runtime.distributed.fsdp import from_own_rows, own_rows
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.errors import CorruptArtifactError, foreign
 from wanfast.runtime.facts.choices import Scheme
 from wanfast.runtime.models.quantized import QuantizedLinear
 from wanfast.runtime.weights.key_maps import Component, Layout, rename, rename_back
@@ -32,6 +33,9 @@ from wanfast.runtime.weights.quantization import quantize, scale_of
 
 RowsFn = Callable[[int, int], Tensor]  # first and end along dim 0
 
+# A file may hold weights in these dtypes, and they are cast to the module's. Others mean nothing without their scales.
+_PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NAMES = _PLAIN | {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}  # what safetensors calls them
 _WORTH_SHARING = 1 << 20  # values: for fewer, an exchange costs more than reading
 
 
@@ -51,16 +55,20 @@ def load(
     the module holds quantized are quantized after reading. Raises CorruptArtifactError.
     """
     wanted, quantizing = module.state_dict(), _schemes(module) if on_the_fly else {}
-    places = ranks.together(lambda: _match(_without_scales(wanted, quantizing), files, component, layout))
+    places = ranks.together(lambda: _match(_to_read(wanted, quantizing), files, component, layout))
     found: dict[str, Tensor] = {}
-    for name, rows in _in_order_of_files(places):
+    finite: dict[tuple[Path, str], Tensor] = {}
+    for file, key, name, rows in _in_order_of_files(places):
         part = _own_part(wanted[name], ranks)
         read = rows(*part.rows).to(device or ranks.device)
         if name in quantizing:
             values, scale = quantize(read, quantizing[name])
             found[name], found[scale_of(name)] = part.whole(values, ranks), part.whole(scale, ranks)
         else:  # cast where it is fast; copy, because a view keeps the file mapped
-            found[name] = part.whole(read.to(wanted[name].dtype, copy=read.device.type == "cpu"), ranks)
+            read = read.to(wanted[name].dtype, copy=read.device.type == "cpu")
+            found[name] = part.whole(read, ranks)
+        finite[file, key] = all_finite(read)
+    ranks.together(lambda: _require_finite(finite))
     module.load_state_dict(found, strict=True, assign=True)
     module.requires_grad_(False).eval()
 
@@ -68,24 +76,41 @@ def load(
 def stream(
     module: nn.Module, files: Sequence[Path], *, component: Component, layout: Layout
 ) -> Iterator[tuple[str, RowsFn]]:
-    """Yields (name, reader of its rows) for every tensor of the meta `module`. Raises CorruptArtifactError."""
-    return _in_order_of_files(_match(module.state_dict(), files, component, layout))
+    """Yields (name, reader of its rows) for every tensor of the meta `module`.
+
+    The readers refuse values that are not finite. Raises CorruptArtifactError.
+    """
+    for file, key, name, rows in _in_order_of_files(
+        _match(_to_read(module.state_dict(), {}), files, component, layout)
+    ):
+        yield name, partial(_finite_rows, file, key, rows)
 
 
-def _in_order_of_files(places: dict[Path, dict[str, str]]) -> Iterator[tuple[str, RowsFn]]:
+def _finite_rows(file: Path, key: str, rows: RowsFn, first: int, end: int) -> Tensor:
+    read = rows(first, end)
+    _require_finite({(file, key): all_finite(read)})
+    return read
+
+
+def _require_finite(finite: Mapping[tuple[Path, str], Tensor]) -> None:
+    """Raises CorruptArtifactError for the first (file, key) whose flag is false; waits once for all flags."""
+    if bool(torch.stack(list(finite.values())).all()):
+        return
+    file, key = next(place for place, flag in finite.items() if not flag)
+    raise CorruptArtifactError(f"{file}: tensor {key!r} holds NaN or an infinity: get the file again, or make it again")
+
+
+def _in_order_of_files(places: dict[Path, dict[str, str]]) -> Iterator[tuple[Path, str, str, RowsFn]]:
+    """Yields (file, its key, our name, reader of its rows)."""
     for file, names in places.items():
         reader = _PthReader(file) if file.suffix == ".pth" else _SafetensorsReader(file)
         for name, key in names.items():
-            yield name, partial(_rows, file, reader, key)
+            yield file, key, name, partial(_rows, file, reader, key)
 
 
 def _rows(file: Path, reader: _Reader, key: str, first: int, end: int) -> Tensor:
-    try:
+    with foreign(f"{file}: tensor {key!r}", "check the disk, or get the file again", CorruptArtifactError):
         return reader.rows(key, first, end)
-    except (OSError, SafetensorError) as error:
-        raise CorruptArtifactError(
-            f"{file}: {key!r} cannot be read ({error}): check the disk, or get the file again"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -114,20 +139,37 @@ def _schemes(module: nn.Module) -> dict[str, Scheme]:
     return {f"{name}.weight": m.scheme for name, m in module.named_modules() if isinstance(m, QuantizedLinear)}
 
 
-def _without_scales(wanted: Mapping[str, Tensor], quantizing: Mapping[str, Scheme]) -> Mapping[str, Tensor]:
-    scales = {scale_of(name) for name in quantizing}
-    return {name: tensor for name, tensor in wanted.items() if name not in scales}
+@dataclass(frozen=True)
+class _Wanted:
+    """Describes a tensor that the files must hold."""
+
+    shape: list[int]
+    dtypes: Set[str]  # the names that safetensors has for them
+
+
+def _to_read(wanted: Mapping[str, Tensor], quantizing: Mapping[str, Scheme]) -> dict[str, _Wanted]:
+    """Returns the tensors that are read: weights to be quantized are plain in the files, and have no scales there."""
+    scales, plain = {scale_of(name) for name in quantizing}, set(_PLAIN.values())
+    return {
+        name: _Wanted(list(tensor.shape), plain if _is_plain(name, tensor, quantizing) else {_NAMES[tensor.dtype]})
+        for name, tensor in wanted.items()
+        if name not in scales
+    }
+
+
+def _is_plain(name: str, tensor: Tensor, quantizing: Mapping[str, Scheme]) -> bool:
+    return name in quantizing or tensor.dtype in _PLAIN
 
 
 def _match(
-    wanted: Mapping[str, Tensor], files: Sequence[Path], component: Component, layout: Layout
+    wanted: Mapping[str, _Wanted], files: Sequence[Path], component: Component, layout: Layout
 ) -> dict[Path, dict[str, str]]:
     """Returns {file: {our name: its key}} for every tensor, from headers only. Raises CorruptArtifactError."""
     places: dict[Path, dict[str, str]] = {}
     found: set[str] = set()
     for file in files:
         places[file] = {}
-        for key, shape in _shapes(file).items():
+        for key, (shape, dtype) in _header(file).items():
             name = rename(component, layout, key)
             if (component, layout, key) == ("umt5", "diffusers", "encoder.embed_tokens.weight"):
                 continue  # the same tensor as shared.weight, written twice by some versions of transformers
@@ -135,9 +177,14 @@ def _match(
                 raise CorruptArtifactError(f"{file}: unexpected tensor {key!r}: not the weights of this model")
             if name in found:
                 raise CorruptArtifactError(f"{file}: tensor {key!r} is present twice; download the folder again")
-            if shape != list(wanted[name].shape):
-                shapes = f"{shape}, not {list(wanted[name].shape)}"
+            if shape != wanted[name].shape:
+                shapes = f"{shape}, not {wanted[name].shape}"
                 raise CorruptArtifactError(f"{file}: tensor {key!r} has the shape {shapes}: weights of another model")
+            if dtype not in wanted[name].dtypes:
+                raise CorruptArtifactError(
+                    f"{file}: tensor {key!r} is stored as {dtype}, not {' or '.join(sorted(wanted[name].dtypes))}: use "
+                    "the published weights, and quantize them with `wanfast quantize`"
+                )
             found.add(name)
             places[file][name] = key
     if missing := sorted(wanted.keys() - found):
@@ -163,14 +210,19 @@ def save(
         file.chmod(0o644)  # save_file makes it readable only by its owner
 
 
-def _shapes(file: Path) -> dict[str, list[int]]:
-    """Returns the shape of every tensor of one file, from its header."""
+def _header(file: Path) -> dict[str, tuple[list[int], str]]:
+    """Returns {key: (shape, dtype as safetensors names it)} of one file, from its header."""
     if file.suffix == ".pth":
-        return {key: list(tensor.shape) for key, tensor in _read_pth(file).items()}
-    with _open(file) as handle:
-        return {key: handle.get_slice(key).get_shape() for key in handle.keys()}  # noqa: SIM118 - not a mapping
+        return {
+            key: (list(tensor.shape), _NAMES.get(tensor.dtype, str(tensor.dtype)))
+            for key, tensor in _read_pth(file).items()
+        }
+    with _open(file) as handle, foreign(str(file), _AGAIN, CorruptArtifactError):
+        slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
+        return {key: (each.get_shape(), each.get_dtype()) for key, each in slices.items()}
 
 
+_AGAIN = "it is truncated, damaged or may not be read; download it again"
 _REMAP_BYTES = 1 << 30
 
 
@@ -215,19 +267,21 @@ class _PthReader:
 
 
 def _open(file: Path) -> Any:
-    try:
+    with foreign(str(file), _AGAIN, CorruptArtifactError):
         return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise CorruptArtifactError(f"{file}: truncated or not safetensors; download it again ({error})") from None
 
 
 def _read_pth(file: Path) -> dict[str, Tensor]:
     """Reads a pickle of tensors only: nothing in the pickle is run."""
-    try:
+    with foreign(str(file), _AGAIN, CorruptArtifactError):
         state = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise CorruptArtifactError(f"{file}: truncated, or not a file of plain tensors ({reason:.80})") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CorruptArtifactError(f"{file}: not a dictionary of tensors; download it again")
+    if not isinstance(state, dict) or not all(_is_stored(key, tensor) for key, tensor in state.items()):
+        raise CorruptArtifactError(f"{file}: not a dictionary of plain tensors: download it again")
     return state
+
+
+def _is_stored(key: Any, tensor: Any) -> bool:
+    """Returns whether a pickle's entry is a plain tensor with its values in the file."""
+    if not (isinstance(key, str) and isinstance(tensor, Tensor)):
+        return False
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized

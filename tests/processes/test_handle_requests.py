@@ -1,0 +1,233 @@
+"""What a handle asks of its ranks, and when: options, paths, threads and the end, with ranks that do nothing."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+import wanfast
+from wanfast.runtime.errors import CancelledError, ConfigError, RankFailedError
+from wanfast.runtime.processes import handle as handle_module
+from wanfast.runtime.processes.handle import Video
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.model_files import TINY
+
+TINY_ON_CPU = {"model": "tiny", "device": "cpu"}
+VIDEO = {"image": "cat.png", "prompt": "a cat", "size": "64x64", "frames": 5, "steps": 2}
+
+
+class Ranks:
+    """Ranks that record their jobs and fail each of them, after `work`."""
+
+    started: ClassVar[list[Ranks]] = []
+    work: Callable[[], object] = staticmethod(lambda: None)
+
+    def __init__(self, *arguments: object, **named: object) -> None:
+        self.jobs: list[dict[str, Any]] = []
+        self.ended: list[str] = []
+        self.started.append(self)
+
+    def run(self, verb: str, worker: str, jobs: list[dict[str, Any]], *rest: object, **named: object) -> list[Any]:
+        self.jobs += jobs
+        type(self).work()
+        return [{"error": "as these ranks do", "exit_code": 5}]
+
+    def cancel(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.ended.append("stop")
+
+    def close(self) -> None:
+        self.ended.append("close")
+
+
+@pytest.fixture(autouse=True)
+def ranks(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> list[Ranks]:
+    """The ranks that were started, all in a working folder with a picture."""
+    monkeypatch.setattr(Ranks, "started", [])
+    monkeypatch.setattr(handle_module, "RankGroups", Ranks)
+    return Ranks.started
+
+
+def effective_of(ranks: list[Ranks]) -> dict[str, Any]:
+    effective: dict[str, Any] = ranks[-1].jobs[-1]["effective"]
+    return effective
+
+
+def test_a_new_working_folder_changes_neither_model_nor_artifacts(
+    ranks: list[Ranks], workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(TINY, "own")
+    with wanfast.open(model="own", device="cpu", artifacts_dir="kept") as handle:
+        (workdir / "elsewhere").mkdir()
+        shutil.move("cat.png", "elsewhere")
+        monkeypatch.chdir("elsewhere")
+        with pytest.raises(RankFailedError):
+            handle.make(**VIDEO)
+    models = effective_of(ranks)["models"]
+    assert (models["model"], models["artifacts_dir"]) == (str(workdir / "own"), str(workdir / "kept"))
+    assert effective_of(ranks)["video"]["image"] == str(workdir / "elsewhere/cat.png")
+
+
+def test_the_variable_of_the_artifacts_folder_is_read(
+    ranks: list[Ranks], workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(workdir / "home"))
+    monkeypatch.setenv("WANFAST_ARTIFACTS", "~/kept")
+    with wanfast.open(**TINY_ON_CPU) as handle, pytest.raises(RankFailedError):
+        handle.make(**VIDEO)
+    assert effective_of(ranks)["models"]["artifacts_dir"] == str(workdir / "home/kept")
+    with wanfast.open(**TINY_ON_CPU, artifacts_dir="near") as handle, pytest.raises(RankFailedError):
+        handle.make(**VIDEO)
+    assert effective_of(ranks)["models"]["artifacts_dir"] == str(workdir / "near")
+
+
+def test_a_path_is_a_text_or_a_path_object(ranks: list[Ranks], workdir: Path) -> None:
+    with wanfast.open(model=TINY, device="cpu", artifacts_dir=Path("kept")) as handle:
+        with pytest.raises(RankFailedError):
+            handle.make(**VIDEO | {"image": Path("cat.png")})
+        with pytest.raises(ConfigError, match=r"--prompt .* a text is needed"):
+            handle.make(**VIDEO | {"prompt": Path("cat.png")})
+    assert ranks[-1].jobs[-1]["requested"]["image"] == "cat.png"
+    assert effective_of(ranks)["models"]["model"] == str(TINY)
+
+
+def test_unknown_options_are_named_with_near_ones() -> None:
+    with pytest.raises(ConfigError, match="unknown option 'colour': the options are"):
+        wanfast.open(colour=1)
+    with pytest.raises(ConfigError, match=r"unknown option 'num_gpu': did you mean num_gpus\?"):
+        wanfast.open(num_gpu=1)
+    with pytest.raises(ConfigError, match="unknown option 'promt': did you mean prompt"):
+        wanfast.make(**TINY_ON_CPU, promt="a cat")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"image": "nope.png"}, {"prompt": " "}, {"size": "16x16"}, {"steps": 0}, {"output": "a.mp4"}], ids=str
+)
+def test_a_wrong_request_starts_no_ranks(ranks: list[Ranks], wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        wanfast.make(**TINY_ON_CPU, **VIDEO | wrong)
+    assert not ranks and not Path("artifacts").exists()
+
+
+def test_files_are_verified_once_for_all_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for owner, name in ((handle_module, "require_experts"), (model_files.ModelFiles, "require")):
+        work = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, name=name, work=work: calls.append(name) or work(*a))
+    with wanfast.open(**TINY_ON_CPU) as handle:
+        for _ in range(2):
+            with pytest.raises(RankFailedError):
+                handle.make(**VIDEO)
+    assert sorted(calls) == ["require", "require_experts"]
+
+
+def test_weights_are_hashed_again_only_if_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(TINY, "own")
+    opened: list[Path] = []
+    open_file = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *a, **k: opened.append(self) or open_file(self, *a, **k))
+    first, again = (model_files.locate(str(Path("own").absolute()), "artifacts").fingerprint("vae") for _ in range(2))
+    weights = [path for path in opened if path.suffix == ".safetensors"]
+    assert first == again and len(weights) == len(set(weights)) > 0
+    weights[0].write_bytes(weights[0].read_bytes() + b" ")
+    assert model_files.locate(str(Path("own").absolute()), "artifacts").fingerprint("vae") != first
+
+
+def test_videos_of_several_threads_are_made_one_at_a_time(ranks: list[Ranks], monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work: list[int] = []
+
+    def work() -> None:
+        assert not at_work
+        at_work.append(1)
+        time.sleep(0.05)
+        at_work.clear()
+
+    monkeypatch.setattr(Ranks, "work", staticmethod(work))
+    errors: list[BaseException] = []
+
+    def make() -> None:
+        try:
+            handle.make(**VIDEO)
+        except (RankFailedError, AssertionError) as error:
+            errors.append(error)
+
+    with wanfast.open(**TINY_ON_CPU) as handle:
+        threads = [threading.Thread(target=make) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [type(error) for error in errors] == [RankFailedError] * 3
+
+
+def test_a_video_that_waits_for_its_turn_is_cancelled_at_once(
+    ranks: list[Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ends = threading.Event(), threading.Event()
+    monkeypatch.setattr(Ranks, "work", staticmethod(lambda: (begun.set(), ends.wait(20))))
+    errors: list[BaseException] = []
+
+    def make() -> None:
+        try:
+            handle.make(**VIDEO)
+        except (RankFailedError, CancelledError) as error:
+            errors.append(error)
+
+    with wanfast.open(**TINY_ON_CPU) as handle:
+        threads = [threading.Thread(target=make) for _ in range(2)]
+        threads[0].start()
+        assert begun.wait(20)
+        threads[1].start()
+        time.sleep(0.5)
+        handle.cancel()
+        threads[1].join(5)
+        assert [type(error) for error in errors] == [CancelledError]
+        ends.set()
+        threads[0].join(5)
+    assert len(ranks[-1].jobs) == 1
+
+
+def test_a_handle_that_another_thread_closed_makes_no_video(ranks: list[Ranks]) -> None:
+    handle = wanfast.open(**TINY_ON_CPU)
+    thread = threading.Thread(target=handle.close)
+    thread.start()
+    thread.join()
+    with pytest.raises(ConfigError, match="this handle is closed: open another"):
+        handle.make(**VIDEO)
+    handle.cancel()
+    handle.close()
+    assert ranks[-1].ended == ["close"] and not ranks[-1].jobs
+
+
+def test_a_handle_that_nobody_closes_stops_its_ranks(ranks: list[Ranks]) -> None:
+    wanfast.open(**TINY_ON_CPU)
+    gc.collect()
+    assert ranks[-1].ended == ["stop"]
+
+
+def test_a_video_is_saved_where_it_is_asked_for(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(workdir))
+    image = {"image": str(workdir / "cat.png")}
+    document = {"effective": {"video": image}, "plan": {"fps": 16}, "seconds": {}}
+    video = Video(np.zeros((5, 64, 64, 3), np.uint8), document)
+    video.save(Path("a.mp4"))
+    video.save("~/b.mp4")
+    assert Path("a.mp4").exists() and Path("b.json").exists()
+    video.save("a.mp4", overwrite=True)
+    for path, sheet, words in (
+        ("a.mp4", False, "exists: choose another name"),
+        ("no/a.mp4", False, "its folder does not exist"),
+        ("cat.mp4", True, "would overwrite the image"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            video.save(path, contact_sheet=sheet, overwrite=sheet)

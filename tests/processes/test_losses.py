@@ -1,0 +1,110 @@
+"""Tests that a list loses only its bad lines on several ranks, which are real processes over gloo."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.processes.test_launch import SMALL, Start, start
+from wanfast.runtime.store.model_files import TINY
+
+__all__ = ["start"]
+
+# On rank 1, in the second step, by the prompt of the line.
+FAULTS = """
+import os, signal, sys, time
+if os.environ.get("RANK") == "1":
+    import torch
+    from wanfast.runtime.engine import session
+    make = session.Session.make
+
+    def fail(prompt):
+        if "memory" in prompt:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if "killed" in prompt:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "hangs" in prompt:
+            time.sleep(1000)
+        if "disk" in prompt:
+            with open("full/filler", "wb", buffering=0) as filler:
+                try:
+                    while True:
+                        filler.write(bytes(4096))
+                except OSError:
+                    pass
+
+    def faulty(self, job, on_step, *others):
+        def stepped(done, expert):
+            if done == 1:
+                fail(job.config.video.prompt)
+            on_step(done, expert)
+
+        return make(self, job, stepped, *others)
+
+    session.Session.make = faulty
+"""
+
+
+@pytest.fixture
+def small_disk(workdir: Path) -> Iterator[bool]:
+    """Mounts a disk of 8 MB at `full`, and yields whether it is one."""
+    (workdir / "full").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(workdir / "full")]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    yield mounted
+    if mounted:
+        subprocess.run(["umount", "--lazy", workdir / "full"], check=True)
+
+
+def write_model_with_nan(folder: Path) -> None:
+    shutil.copytree(TINY, folder)
+    (file,) = (folder / "transformer_2").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["blocks.1.attn1.to_q.weight"].view(-1)[5] = torch.nan
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("ranks", [2, 4], ids=["one group of two ranks", "two groups of two ranks"])
+def test_each_bad_line_has_its_own_reason_and_the_others_are_made(
+    start: Start, workdir: Path, small_disk: bool, ranks: int
+) -> None:
+    bad: dict[int, tuple[dict[str, str], str]] = {
+        2: ({"prompt": "memory runs out"}, "a GPU's memory does not suffice"),
+        4: ({"prompt": "a rank is killed"}, "rank 1 was killed by SIGKILL"),
+        6: ({"prompt": "a rank hangs"}, "waited --rank-timeout 6 s for rank 1, which hangs"),
+        8: ({"image": "damaged.png"}, "damaged.png: is truncated or damaged"),
+        10: ({"model": "nan"}, "blocks.1.attn1.to_q.weight"),
+    }
+    if small_disk:
+        bad[11] = ({"prompt": "the disk is full", "output": "full/11.mp4"}, "No space left on device")
+    (workdir / "damaged.png").write_bytes((workdir / "cat.png").read_bytes()[:100])
+    write_model_with_nan(workdir / "nan")
+    lines = [{"output": f"{line}.mp4", "steps": 3} | bad.get(line, ({}, ""))[0] for line in range(1, 13)]
+    (workdir / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (workdir / "faults").mkdir()
+    (workdir / "faults/sitecustomize.py").write_text(FAULTS)
+    mesh = ("--num-gpus", str(ranks), "--cfg-parallel", "2", "--ulysses", "1", "--rank-timeout", "6")
+    environment = {"PYTHONPATH": str(workdir / "faults")}
+    run = start(*SMALL, *mesh, "--jobs", "jobs.jsonl", "--json", environment=environment)
+    run.wait_for_launcher()
+    code, out, err = run.end(220)
+    assert code == 6, err
+    results = {result["line"]: result for result in json.loads(out.strip().splitlines()[-1])["results"]}
+    for line, result in results.items():
+        reason = bad.get(line, ({}, ""))[1]
+        assert reason in result.get("error", "") and ("error" in result) == bool(reason), (line, result)
+        if not reason:
+            assert len(iio.imread(workdir / f"{line}.mp4", plugin="pyav")) == 5
+    assert len(results) == 12
+    assert [path for path in workdir.rglob(".*") if path.suffix in (".part", ".partial")] == []
+    assert not (workdir / "full/11.mp4").exists() and not (workdir / "full/11.json").exists()
+    pids = {int(file.read_text()) for file in workdir.glob("artifacts/runs/*/ranks/*/pid")}
+    assert len(pids) > ranks and not any(Path("/proc", str(pid)).exists() for pid in pids)

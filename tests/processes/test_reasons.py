@@ -1,0 +1,48 @@
+"""Tests how a rank tells a timeout from a bug: by where the error comes from and how long the rank was silent."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from tests.on_ranks import on_ranks
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.facts.mesh import Mesh
+from wanfast.runtime.processes.worker import _error_document
+
+
+def kind_of(error: BaseException, silent_s: float) -> str:
+    kind: str = _error_document(error, silent_s, 10.0)["kind"]
+    return kind
+
+
+def test_words_do_not_make_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler's time limit has nothing to do with ranks."""
+    monkeypatch.setenv("RANK", "0")
+    error = RuntimeError("the kernel's compilation timed out: timeout of 60 s")
+    assert kind_of(error, 100) == "bug"
+    try:
+        raise error
+    except RuntimeError as raised:
+        assert kind_of(raised, 100) == "bug"
+
+
+def test_other_errors_keep_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert kind_of(CorruptArtifactError("timeout"), 100) == kind_of(torch.OutOfMemoryError("x"), 100) == "user"
+    assert kind_of(TimeoutError("timed out"), 100) == "bug"
+
+
+def test_an_exchange_that_failed_late_waited_for_a_peer() -> None:
+    def work(ranks: Ranks) -> tuple[str, str]:
+        if ranks.rank == 1:
+            time.sleep(4)
+            return "", ""
+        with pytest.raises(RuntimeError) as error:
+            ranks.gather(None)
+        return kind_of(error.value, 10), kind_of(error.value, 1)
+
+    assert on_ranks(Mesh(cfg=2), work, timeout_s=1)[0] == ("timeout", "bug")

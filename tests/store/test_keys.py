@@ -1,0 +1,174 @@
+"""Tests that the key of every kind of artifact holds all its inputs: each of them changes the key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.configs import effective_config
+from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.engine import compilation, prompt_embeds
+from wanfast.runtime.errors import MissingArtifactError
+from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
+from wanfast.runtime.store import code, curves, model_files, quantized
+from wanfast.runtime.store.artifacts import ArtifactStore, key_of
+from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.store.quantized import QuantizedExpert
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> ModelFiles:
+    return model_files.locate("tiny", str(tmp_path / "artifacts"))
+
+
+def embeds_key(files: ModelFiles, config: EffectiveConfig, ids: tuple[int, ...] = (5, 1)) -> str:
+    return key_of(
+        prompt_embeds._inputs(TokenizedPrompt(text="a", ids=ids, num_tokens_before_truncation=2), files, config)
+    )
+
+
+def curve_key(files: ModelFiles, config: EffectiveConfig) -> str:
+    return key_of(curves.curve_inputs(config, files, "set"))
+
+
+def compiled_key(files: ModelFiles, config: EffectiveConfig) -> str:
+    return key_of(compilation.cache_inputs(config, files.spec.dit, 32))
+
+
+def expert_key(files: ModelFiles, config: EffectiveConfig) -> str:
+    store = ArtifactStore(Path("artifacts"))
+    return key_of(QuantizedExpert(store, files, "high_noise", "int8-dynamic", "tiny").inputs("0.18.0"))
+
+
+KEYS: dict[str, tuple[Callable[[ModelFiles, EffectiveConfig], str], list[dict[str, Any]]]] = {
+    "prompt_embeds": (embeds_key, [{"precision": "fp32"}, {"tf32": True}]),
+    "magcache": (
+        curve_key,
+        [
+            {"precision": "fp32"}, {"tf32": True}, {"quantize": "int8-dynamic"}, {"attention": "math"}, {"steps": 7},
+            {"solver": "euler"}, {"shift": 3.0}, {"guidance_low_noise": 9.0}, {"guidance_high_noise": 9.0},
+            {"size": "96x96"}, {"frames": 9}, {"negative_prompt": "dull"}, {"compile": True}, {"device": "cuda"},
+        ],
+    ),
+    "inductor": (
+        compiled_key,
+        [
+            {"precision": "fp32"}, {"tf32": True}, {"quantize": "int8-dynamic"}, {"attention": "math"},
+            {"compile": True, "compile_mode": "max-autotune"}, {"cfg_parallel": 2, "num_gpus": 2},
+        ],
+    ),
+    "quantized": (expert_key, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_each_option_that_changes_the_payload_changes_the_key(files: ModelFiles, kind: str) -> None:
+    key, options = KEYS[kind]
+    keys = {key(files, effective_config(**own)) for own in ({}, *options)}
+    assert len(keys) == 1 + len(options)
+    assert key(files, effective_config(seed=9, prompt="other", output="b.mp4")) == key(files, effective_config())
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_each_file_of_the_code_changes_the_key(
+    files: ModelFiles, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, _ = KEYS[kind]
+    asked: list[str] = []
+    for module in (prompt_embeds, curves, compilation, quantized):
+        monkeypatch.setattr(module, "digest_of_code", lambda *patterns: asked.extend(patterns) or "digest")
+    key(files, effective_config())
+    wanted = {
+        "prompt_embeds": ("runtime/models/umt5.py", "runtime/media/tokenizer.py", "runtime/weights/checkpoint.py"),
+        "magcache": ("runtime/models/*.py", "magcache_calib/recorder.py", "runtime/sampling/*.py"),
+        "inductor": ("runtime/models/*.py", "runtime/engine/compilation.py"),
+        "quantized": ("runtime/weights/quantization.py", "runtime/weights/key_maps.py"),
+    }
+    assert set(wanted[kind]) <= set(asked)
+
+
+def test_the_digest_of_code_sees_content_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code, "_PACKAGE", tmp_path)
+    digest = code.digest_of_code.__wrapped__
+    (tmp_path / "a.py").write_text("one")
+    (tmp_path / "b.py").write_text("two")
+    first = digest("*.py")
+    assert digest("*.py") == first == digest("a.py", "b.py")
+    (tmp_path / "a.py").write_text("onet")
+    (tmp_path / "b.py").write_text("wo")
+    assert digest("*.py") != first
+    with pytest.raises(AssertionError, match=r"no file is named gone\.py"):
+        digest("gone.py")
+
+
+@pytest.mark.parametrize("kind", ["prompt_embeds", "magcache", "quantized"])
+def test_other_weights_change_the_key(files: ModelFiles, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, _ = KEYS[kind]
+    before = key(files, effective_config())
+    monkeypatch.setattr(ModelFiles, "fingerprint", lambda self, component: f"other {component}")
+    assert key(files, effective_config()) != before
+
+
+def test_the_ids_the_machine_and_torch_belong_to_an_embedding(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = effective_config()
+    keys = {embeds_key(files, config), embeds_key(files, config, ids=(5, 6, 1))}
+    with monkeypatch.context() as patched:
+        patched.setattr(prompt_embeds, "describe", lambda device: {"device": "NVIDIA H200"})
+        keys.add(embeds_key(files, config))
+    monkeypatch.setattr(prompt_embeds, "versions", lambda: {"torch": "9.9"})
+    assert len({*keys, embeds_key(files, config)}) == 4
+
+
+def test_tf32_embeddings_are_not_taken_for_exact_ones(files: ModelFiles) -> None:
+    tokens = PromptTokenizer(files.tokenizer, 512).encode("a cat")
+    exact, fast = (effective_config(precision="fp32", tf32=tf32) for tf32 in (None, True))
+    assert prompt_embeds._inputs(tokens, files, exact) != prompt_embeds._inputs(tokens, files, fast)
+
+
+def write_old(store: ArtifactStore, kind: str, inputs: dict[str, Any]) -> Path:
+    return store.publish(
+        kind, inputs, lambda folder: (folder / "ratios.json").write_text('{"ratios": []}') and None
+    ).folder
+
+
+def test_an_expert_of_an_earlier_version_is_named(files: ModelFiles, tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "artifacts")
+    expert = QuantizedExpert(store, files, "high_noise", "bf16", "tiny")
+    now = expert.inputs(None)
+    old = {name: value for name, value in now.items() if name != "code"} | {"source": "0d0275e9101b9f83"}
+    folder = write_old(store, quantized.KIND, old)
+    with pytest.raises(MissingArtifactError, match=f"by this version of wanfast .remove {folder}, made by another"):
+        expert.require()
+    write_old(store, quantized.KIND, now)
+    assert expert.require() == store.path(quantized.KIND, now)
+
+
+def test_a_curve_of_an_earlier_version_is_named(files: ModelFiles, tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "artifacts")
+    config = effective_config(magcache="artifact", artifacts_dir=str(store.root))
+    assert config.skipping is not None
+    old = curves.curve_inputs(config, files, "set") | {
+        "experts": {"high_noise": "0d0275e9101b9f83", "low_noise": "1" * 16}
+    }
+    folder = write_old(store, curves.KIND, old)
+    with pytest.raises(MissingArtifactError, match=f"{folder.name} is of an earlier version of wanfast"):
+        curves._artifact(config, config.skipping, files)
+
+
+def test_of_two_curves_the_one_that_was_measured_like_this_run_is_taken(files: ModelFiles, tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "artifacts")
+    config = effective_config(magcache="artifact", artifacts_dir=str(store.root))
+    assert config.skipping is not None
+    like = curves.curve_inputs(config, files, "set")
+    unlike = json.loads(json.dumps(like)) | {"measured_by": {"attention": "fa3"}}
+    other = write_old(store, curves.KIND, unlike)
+    assert curves._artifact(config, config.skipping, files) == other
+    own = write_old(store, curves.KIND, like)
+    assert curves._artifact(config, config.skipping, files) == own
+    assert other != own

@@ -1,0 +1,72 @@
+"""Finds the first tensor of a video that holds a value which is not finite, without delaying the device.
+
+A flag is computed where the tensor is, and read when the next tensor is looked at. By then the device has the work of
+a whole step in its queue, so that the host's waiting costs nothing. All ranks look at the same tensors in the same
+order, so that all of them raise the same error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wanfast.runtime.device.finite import all_finite
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.errors import NotFiniteError
+
+_FIX = (
+    "the weights are finite, so a product or a kernel is wrong: use --attention math without --compile, --quantize and "
+    "--magcache, or --precision fp32"
+)
+
+
+def require_finite(where: str, finite: bool) -> None:
+    """Raises NotFiniteError if the tensor, which `where` names, is not finite."""
+    if not finite:
+        raise NotFiniteError(f"{where} holds NaN or an infinity: {_FIX}")
+
+
+class FiniteWatch:
+    """Looks at the tensors of one video, one step behind."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._before: _Flag | None = None
+
+    def look(self, where: str, x: Tensor) -> None:
+        """Looks at `x`, and raises NotFiniteError on all ranks if the tensor before it was not finite."""
+        flag = _Flag.of(where, x)
+        self.finish()
+        self._before = flag
+
+    def finish(self) -> None:
+        """Raises NotFiniteError on all ranks if the last tensor was not finite."""
+        before, self._before = self._before, None
+        if before is not None and not before.read():
+            self._ranks.together(lambda: require_finite(before.where, finite=False))
+
+
+@dataclass(frozen=True)
+class _Flag:
+    """Holds a flag that is on its way to the host."""
+
+    where: str
+    flag: Tensor
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, where: str, x: Tensor) -> _Flag:
+        flag = all_finite(x)
+        if not flag.is_cuda:
+            return cls(where, flag, None)
+        host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # the stream holds the next step too
+        arrived.record()
+        return cls(where, host, arrived)
+
+    def read(self) -> bool:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return bool(self.flag)

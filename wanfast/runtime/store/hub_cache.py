@@ -1,0 +1,57 @@
+"""Finds published weights that another program fetched into the cache of the Hugging Face Hub; reads them in place.
+
+The cache holds <root>/models--OWNER--NAME/snapshots/<commit>, whose files are links to blobs; <root> is named by the
+same environment variables as in huggingface_hub. That library is not imported, because its import takes 0.3 s.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+Layout = Literal["original", "diffusers"]
+REPOS: dict[Layout, str] = {
+    "original": "Wan-AI/Wan2.2-I2V-A14B",
+    "diffusers": "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+}
+# The published commits that this program was made for; --revision selects another.
+PINNED = {
+    "Wan-AI/Wan2.2-I2V-A14B": "206a9ee1b7bfaaf8f7e4d81335650533490646a3",
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "596658fd9ca6b7b71d5057529bbf319ecbc61d74",
+}
+
+
+def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
+    """Returns the folder of the cache, which may be missing."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if environment.get(name):
+            return Path(environment[name]).expanduser()
+    user = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(environment.get("HF_HOME") or f"{user}/huggingface").expanduser() / "hub"
+
+
+def snapshots(layout: Layout) -> Iterator[Path]:
+    """Yields the cached folders of the published weights: the pinned commit, then the newest that the cache knows."""
+    repo = REPOS[layout]
+    yield snapshot_of(repo, PINNED[repo])
+    with suppress(OSError, ValueError):
+        main = _folder(repo) / "refs" / "main"
+        yield snapshot_of(repo, main.read_text(encoding="utf-8").strip())
+
+
+def snapshot_of(repo: str, commit: str) -> Path:
+    """Returns the cached folder of one commit, which may be missing."""
+    return _folder(repo) / "snapshots" / commit
+
+
+def name_of(folder: Path) -> str:
+    """Returns the name of a model's folder; that of a commit in the cache is its repository's name."""
+    in_cache = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+    return folder.parents[1].name.rpartition("--")[2] if in_cache else folder.name
+
+
+def _folder(repo: str) -> Path:
+    return cache_root() / f"models--{repo.replace('/', '--')}"

@@ -1,0 +1,126 @@
+"""Computes the identity of weights: the sha256 of every byte of every file, computed once and remembered.
+
+A record `hashes/<key>.json` of the artifacts folder remembers the sha256 of one large file, together with the file's
+path, size, inode and times of change. If one of those differs, the file is hashed again. Many processes may ask at
+once: one of them hashes a file under a lock, and the others wait for its record.
+
+A file of the Hugging Face cache is stored under its sha256. That name counts when the file is first seen; a later
+change of the file is noticed like that of any other file. Torch-free.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime.errors import ConfigError, foreign
+from wanfast.runtime.store.artifacts import note, replace_text
+from wanfast.runtime.store.sharing import locked
+
+KIND = "hashes"
+_SMALL_BYTES = 64 << 20  # hashed in a tenth of a second, so that a record is not worth it
+_THREADS = 4  # hashlib lets other threads run
+_BLOB = re.compile(r"[0-9a-f]{64}")
+
+State = dict[str, Any]  # what changes if a file's content changes
+
+
+def identity(files: list[Path], artifacts: Path) -> str:
+    """Returns a hash of the names and contents of files, which is the same for a copy in another folder."""
+    digest = hashlib.sha256()
+    for file, sha256 in sha256_of(files, artifacts).items():
+        digest.update(f"{file.name} {sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def is_old(identity: object) -> bool:
+    """Returns whether an identity has the form of earlier versions, which hashed only samples of large files."""
+    return isinstance(identity, str) and re.fullmatch(r"[0-9a-f]{16}", identity) is not None
+
+
+def sha256_of(files: Iterable[Path], artifacts: Path) -> dict[Path, str]:
+    """Returns the sha256 of each file, in order; says on stderr if that takes seconds. Raises ConfigError.
+
+    If the artifacts folder cannot be written, the next process hashes the files again.
+    """
+    states = {file: _state(file) for file in files}
+    known = {file: _known(file, state, artifacts) for file, state in states.items()}
+    unknown = [file for file in states if known[file] is None]
+    if unknown:
+        size = sum(states[file]["bytes"] for file in unknown) / 1e9
+        note(f"hashing {size:.1f} GB of weights in {unknown[0].parent}, once: about {size + 1:.0f} s at most")
+    with ThreadPoolExecutor(_THREADS) as threads:
+        hashed = threads.map(lambda file: _hashed(file, states[file], artifacts), unknown)
+        known |= dict(zip(unknown, hashed, strict=True))
+    return {file: known[file] or "" for file in states}
+
+
+def _state(file: Path) -> State:
+    """Returns what changes if a file's content changes; the time of change is one that no program can set."""
+    with foreign(f"--model: {file}", "make this file readable, or get it again"):
+        real = file.resolve(strict=True)
+        found = real.stat()
+    return {
+        "path": str(real),
+        "bytes": found.st_size,
+        "mtime_ns": found.st_mtime_ns,
+        "ctime_ns": found.st_ctime_ns,
+        "inode": found.st_ino,
+    }
+
+
+def _record(state: State, artifacts: Path) -> Path:
+    return artifacts / KIND / f"{hashlib.sha256(state['path'].encode(errors='surrogateescape')).hexdigest()[:12]}.json"
+
+
+def _known(file: Path, state: State, artifacts: Path) -> str | None:
+    """Returns the sha256 of a file if a record, or the file's name in the Hugging Face cache, tells it."""
+    if state["bytes"] < _SMALL_BYTES:
+        return _hash(file, tuple(state.items()))
+    record = _record(state, artifacts)
+    with suppress(OSError, ValueError, RecursionError):
+        document = json.loads(record.read_text(encoding="utf-8"))
+        if isinstance(document, dict) and _BLOB.fullmatch(str(sha256 := document.pop("sha256", None))):
+            return sha256 if document == state else None
+    real = Path(state["path"])
+    if real.parent.name == "blobs" and _BLOB.fullmatch(real.name) and not record.exists():
+        _remember(state, real.name, artifacts)
+        return real.name
+    return None
+
+
+def _hashed(file: Path, state: State, artifacts: Path) -> str:
+    """Hashes a file and remembers the result, or waits for another process that does."""
+    record = _record(state, artifacts)
+    with ExitStack() as stack:
+        with suppress(OSError):  # a folder that cannot be written: every process hashes for itself
+            record.parent.mkdir(parents=True, exist_ok=True)
+            wait = functools.partial(note, f"another process hashes {file}: waiting for it")
+            stack.enter_context(locked(record.with_suffix(".lock"), wait))
+        if (known := _known(file, state, artifacts)) is not None:
+            return known
+        sha256 = _hash(file, tuple(state.items()))
+        _remember(state, sha256, artifacts)
+    return sha256
+
+
+def _remember(state: State, sha256: str, artifacts: Path) -> None:
+    with suppress(ConfigError):
+        replace_text(_record(state, artifacts), json.dumps({**state, "sha256": sha256}) + "\n")
+
+
+@functools.lru_cache(maxsize=256)
+def _hash(file: Path, state: tuple[tuple[str, Any], ...]) -> str:
+    """Returns the sha256 of a file in this state. Raises ConfigError, also if the file changes meanwhile."""
+    with foreign(f"--model: {file}", "make this file readable, or get it again"), file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if tuple(_state(file).items()) != state:
+        raise ConfigError(f"--model: {file} changes while it is read: wait until it is complete")
+    return found
