@@ -46,7 +46,7 @@ check: .venv/dev
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv out artifacts/runs artifacts/prompt_embeds artifacts/inductor build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv out artifacts/runs artifacts/prompt_embeds artifacts/inductor build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 .venv/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit("wanfast needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 from PIL import Image
 
 from wanfast.runtime.errors import ConfigError
 
+pillow_heif.register_heif_opener()  # so that `saved` writes HEIC
 RNG = np.random.default_rng(0)
 
 

@@ -26,7 +26,7 @@ def first_pixel(image: LoadedImage) -> np.ndarray:
     return np.array(image.pixels)[0, 0].astype(int)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.webp", "a.avif"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.webp", "a.avif", "a.heic"])
 def test_display_p3_becomes_srgb(name: str, tmp_path: Path) -> None:
     path = saved(tmp_path, Image.new("RGB", (32, 32), RED), name, icc_profile=P3, quality=100)
     image = load_image(path)

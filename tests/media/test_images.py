@@ -135,6 +135,7 @@ def peak_of(code: str) -> int:
     return int(subprocess.check_output([sys.executable, "-c", script], cwd=root)) * 1024
 
 
+@pytest.mark.long
 def test_the_largest_images_are_read_in_little_memory(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.new("RGBA", (16000, 4000), (9, 9, 9, 99)), compress_level=1, icc_profile=P3)
     load = f"from wanfast.runtime.media.images import load_image; assert load_image({path!r}).size == (16000, 4000)"
@@ -245,6 +246,20 @@ def test_first_frame_of_a_gif(tmp_path: Path) -> None:
     image = load_image(saved(tmp_path, first, "a.gif", save_all=True, append_images=others))
     assert pixel(image, 3, 3) == (255, 0, 0)
     assert image.notes[0] == "the first of 3 frames is used"
+
+
+def test_heic_without_the_extra_names_the_extra(tmp_path: Path) -> None:
+    """A fresh process is asked, because an opener stays registered."""
+    path = saved(tmp_path, rgb(64, 64), "a.heic")
+    script = (
+        "import sys; sys.modules['pillow_heif'] = None; from wanfast.runtime.media.images import load_image;"
+        f"load_image({path!r})"
+    )
+    root = Path(images.__file__).parents[3]
+    refused = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert refused.stderr.splitlines()[-1].endswith(
+        f"--image {path}: is a HEIC image; `pip install 'wanfast[heic]'`, or save it as JPEG"
+    )
 
 
 # --- tensors

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MIN_SIDE = 16  # pixels: one token
 MAX_MEGAPIXELS = 64  # a phone's 50 fit; converting them takes up to 2 GB
 MAX_FILE_BYTES = 1 << 30  # 64 megapixels of four 32-bit channels, uncompressed
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # of its first box
 _UPRIGHT = {  # EXIF orientation -> the turn that undoes it
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
     8: "ROTATE_90",
@@ -89,12 +90,27 @@ def _opened(data: bytes, subject: str) -> ImageFile:
     """Reads the header of an image. Raises ConfigError, and whatever Pillow raises."""
     from PIL import Image, UnidentifiedImageError
 
+    reads_heic = _register_heic()
     try:
         return Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise _too_large(subject, "too many") from error
     except UnidentifiedImageError as error:
+        if not reads_heic and data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
+            raise ConfigError(
+                f"{subject}: is a HEIC image; `pip install 'wanfast[heic]'`, or save it as JPEG"
+            ) from error
         raise ConfigError(f"{subject}: is not an image that Pillow can read; convert it to PNG or JPEG") from error
+
+
+def _register_heic() -> bool:
+    """Lets Pillow read HEIC images, if the extra `heic` is installed, and returns whether it is."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def _orientation(image: Image) -> int | None:
