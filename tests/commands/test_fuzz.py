@@ -15,41 +15,9 @@ from wanfast.runtime.config import OPTIONS
 from wanfast.runtime.config.option import OptionField
 
 GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--device", "cpu", "--dry-run")
-EDGES = [
-    "0",
-    "1",
-    "-1",
-    "2",
-    "4",
-    "5",
-    "17",
-    "80",
-    "81",
-    "4294967296",
-    "999999999999999999999999999999",
-    "1e9",
-    "0.5",
-    "nan",
-    "inf",
-    "1e-9",
-]
-KNOWN = [
-    "cat.png",
-    "none",
-    "tiny",
-    "a14b",
-    "auto",
-    "on",
-    "off",
-    "artifact",
-    "preset",
-    "E012K2R20",
-    "E999K9R99",
-    "64x64",
-    "1280*720",
-    "16x16",
-]
-WORDS = [*KNOWN, "", " ", "~x", "/", "..", "a" * 300, "x.mp4", "a/b.mp4", "[red]", "é", "node0:29500"]
+EDGES = ["0", "1", "-1", "2", "4", "5", "17", "80", "81", "4294967296", "9" * 30, "1e9", "0.5", "nan", "inf", "1e-9"]
+MODES = ["none", "tiny", "a14b", "auto", "on", "off", "artifact", "preset", "E012K2R20", "E999K9R99"]
+WORDS = [*MODES, "64x64", "1280*720", "16x16", "cat.png", "", " ", "~x", "/", "..", "a" * 300, "x.mp4", "a/b.mp4", "é"]
 
 
 def values_of(option: OptionField) -> st.SearchStrategy[str]:
