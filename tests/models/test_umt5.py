@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -111,6 +113,12 @@ def test_buckets_of_every_offset() -> None:
         expected = sum(abs(offset) >= d for d in first_distance) - 1 + (16 if offset > 0 else 0)
         diagonal = buckets.diagonal(offset)  # entries [q, k] with k - q = offset
         assert (diagonal == expected).all(), offset
+
+
+def test_no_length_stays_in_memory() -> None:
+    """A list of many texts has many lengths, and each table takes 2 MB of a GPU at 512 tokens."""
+    table = weakref.ref(relative_position_buckets(40, 32, 128, torch.device("cpu")))
+    assert table() is None
 
 
 @torch.inference_mode()

@@ -253,11 +253,11 @@ def _verify(request: Request, listing: _Listing) -> None:
         folder = index.rpartition("/")[0]
         try:
             shards = set(json.loads((request.folder / index).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise CorruptArtifactError(
                 f"{request.folder / index} is not an index of shards; use another --revision"
             ) from None
-        for shard in sorted(shards):
+        for shard in sorted(shards, key=str):
             if f"{folder}/{shard}" not in listing.sizes:
                 raise CorruptArtifactError(
                     f"--repo {request.repo} has no {folder}/{shard} at {listing.commit}, but its index names this "

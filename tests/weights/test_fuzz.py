@@ -1,0 +1,156 @@
+"""Damages weights and model files: each is read, or refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from tests.damage import VALUES, changed, counts, damage, damaged
+from tests.store.test_model_facts import DIFFUSERS
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.facts.model_spec import UMT5Spec
+from wanfast.runtime.models.umt5 import UMT5Encoder
+from wanfast.runtime.planning.placement import place
+from wanfast.runtime.planning.plan import resolve
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.model_files import TINY
+from wanfast.runtime.weights import checkpoint
+
+SPEC = UMT5Spec(vocab_size=3, dim=2, attention_dim=2, ffn_dim=2, num_heads=1, num_layers=1)
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {name: tensor.detach().clone() for name, tensor in UMT5Encoder(SPEC, torch.float32).state_dict().items()}
+
+
+def load(file: Path) -> None:
+    with torch.device("meta"):
+        model = UMT5Encoder(SPEC, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint.load(model, [file], component="umt5", layout="original", ranks=Ranks("cpu"))
+    assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+
+
+@counts(300)
+def test_headers_of_safetensors(tmp_path: Path, examples: int) -> None:
+    content, file = save(tensors()), tmp_path / "model.safetensors"
+    header = 8 + int.from_bytes(content[:8], "little")
+
+    def check(new: bytes) -> None:
+        file.write_bytes(new)
+        load(file)
+
+    damage(damaged(content, header), check, examples)
+
+
+@counts(300)
+def test_facts_in_headers_of_safetensors(tmp_path: Path, examples: int) -> None:
+    content, file = save(tensors()), tmp_path / "model.safetensors"
+    size = int.from_bytes(content[:8], "little")
+    facts = json.loads(content[8 : 8 + size])
+
+    def check(new: object) -> None:
+        header = json.dumps(new).encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+        load(file)
+
+    damage(changed(facts), check, examples)
+
+
+@counts(200)
+def test_pth_files(tmp_path: Path, examples: int) -> None:
+    stream, file = io.BytesIO(), tmp_path / "model.pth"
+    torch.save(tensors(), stream)
+
+    def check(new: bytes) -> None:
+        file.write_bytes(new)
+        load(file)
+
+    damage(damaged(stream.getvalue()), check, examples)
+
+
+@counts(300)
+def test_pickles_in_pth_files(tmp_path: Path, examples: int) -> None:
+    stream, file = io.BytesIO(), tmp_path / "model.pth"
+    torch.save(tensors(), stream)
+    with zipfile.ZipFile(stream) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    pickle = next(name for name in parts if name.endswith("data.pkl"))
+
+    def check(new: bytes) -> None:
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in (parts | {pickle: new}).items():
+                archive.writestr(name, content)
+        load(file)
+
+    damage(damaged(parts[pickle]), check, examples)
+
+
+OPTIONS = {"image": "cat.png", "prompt": "a cat", "device": "cpu"}
+
+
+@counts(400)
+def test_facts_of_a_model(workdir: Path, examples: int) -> None:
+    """A model whose facts are accepted is planned too."""
+    Image.new("RGB", (64, 48)).save("cat.png")
+    folder = workdir / "model"
+    for place_ in ("transformer", "tokenizer"):
+        (folder / place_).mkdir(parents=True)
+    (folder / "tokenizer/tokenizer.json").write_bytes((TINY / "tokenizer/tokenizer.json").read_bytes())
+
+    def check(facts: object) -> None:
+        (folder / "wanfast.json").write_text(json.dumps(facts))
+        plan, _ = resolve(OPTIONS | {"model": str(folder)})
+        (placed,) = place([plan])
+        json.dumps(placed.to_json())
+
+    facts = dataclasses.asdict(model_files.locate("tiny", "artifacts").spec)
+    damage(changed(json.loads(json.dumps(facts))), check, examples)
+
+
+@counts(300)
+def test_configs_of_the_public_layouts(tmp_path: Path, examples: int) -> None:
+    for folder in DIFFUSERS:
+        (tmp_path / folder).mkdir()
+
+    def check(configs: dict[str, object]) -> None:
+        for folder in DIFFUSERS:
+            (tmp_path / folder / "config.json").write_text(json.dumps(configs.get(folder, {})))
+        model_files.locate(str(tmp_path), "artifacts").require()
+
+    damage(changed(DIFFUSERS), check, examples)
+
+
+@counts(800)
+def test_bytes_of_a_models_json(tmp_path: Path, examples: int) -> None:
+    (tmp_path / "transformer").mkdir()
+    content = (TINY / "wanfast.json").read_bytes()
+
+    def check(new: bytes) -> None:
+        (tmp_path / "wanfast.json").write_bytes(new)
+        model_files.locate(str(tmp_path), "artifacts")
+
+    damage(damaged(content), check, examples)
+
+
+@counts(300)
+def test_indices_of_shards(tmp_path: Path, examples: int) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+
+    def check(weight_map: object) -> None:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        for file in model_files.indexed_shards(index):
+            assert tmp_path in file.parents and ".." not in file.parts
+
+    damage(VALUES, check, examples)
+    damage(changed({"a": "x.safetensors", "b": "y/../z", "c": "/etc/x"}), check, examples)
