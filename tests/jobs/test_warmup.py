@@ -30,7 +30,7 @@ from wanfast.runtime.engine import compilation, session
 from wanfast.runtime.engine.compilation import cache_inputs
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning.next_step import warmup_command
-from wanfast.runtime.store import model_files
+from wanfast.runtime.store import code, model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 
 Wanfast = Callable[..., Outcome]
@@ -238,7 +238,8 @@ def test_other_sources_are_another_key(tmp_path: Path, monkeypatch: pytest.Monke
     spec = model_files.locate("tiny", "").spec.dit
     inputs = cache_inputs(config(), spec, 32)
     runtime = shutil.copytree(Path(compilation.__file__).parents[1], tmp_path / "runtime")
-    monkeypatch.setattr(compilation, "__file__", str(runtime / "engine/compilation.py"))
+    monkeypatch.setattr(code, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(compilation, "digest_of_code", code.digest_of_code.__wrapped__)  # remembers nothing
     assert cache_inputs(config(), spec, 32) == inputs
     known = {inputs["sources"]}
     for file in (
