@@ -106,6 +106,13 @@ def test_a_line_may_name_a_model_of_its_own_on_several_ranks(
     assert [plan["mesh"] for plan in plans] == [{"replica": 2, "cfg": 1, "ulysses": 2}] * 2
 
 
+def test_null_leaves_an_option_as_it_is_and_no_key_stands_twice(wanfast: Wanfast, workdir: Path) -> None:
+    Path("jobs.jsonl").write_text('{"seed": null, "image": null, "prompt": null}\n{"seed": 1, "seed": 2}\n')
+    null, twice = wanfast("generate", "--model", "tiny", *VIDEO, "--seed", "7").document["results"]
+    assert null["plan"]["seed"] == 7 and null["effective"]["video"]["prompt"] == "A cat."
+    assert twice["error"] == "'seed' is given twice in the line: keep one"
+
+
 @pytest.mark.long
 def test_a_thousand_lines_are_planned_in_20_s(wanfast: Wanfast, small_model: Path, workdir: Path) -> None:
     """The model's tokenizer has 256,000 pieces, as the published one has."""

@@ -261,31 +261,47 @@ def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict
 
 
 def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
-    """Yields a request for each line, except blank lines and # lines. Line 7 writes out-0007.mp4 by default.
-
-    The path of a line's image is relative to the list's own folder, because list and images move together.
-    """
+    """Yields a request for each line, except blank lines and # lines. Line 7 writes out-0007.mp4 by default."""
     stem = Path(base.options.get("output", "out.mp4"))
     for number, line in enumerate(_read(file, "--jobs").split("\n"), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
-            own = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield Request({}, number, error=ConfigError(f"not JSON: {error!s:.80}"))
+            own = _read_line(line, file.parent, base)
+        except ConfigError as error:
+            yield Request({}, number, error=error)
             continue
-        if not isinstance(own, dict):
-            yield Request({}, number, error=ConfigError('not a JSON object of options, such as {"prompt": ...}'))
-            continue
-        if other := [name for name in _LAUNCH_OPTIONS if name in own and own[name] != base.options.get(name)]:
-            yield Request({}, number, error=_shared_by_all(other[0]))
-            continue
-        if isinstance(image := own.get("image"), str) and not image.startswith("~"):
-            own["image"] = str(file.parent / image)
         own_name = str(stem.with_stem(f"{stem.stem}-{number:04d}"))
         yield dataclasses.replace(
             base, options={**_without_overridden(base.options, own), "output": own_name, **own}, line=number
         )
+
+
+def _read_line(line: str, folder: Path, base: Request) -> dict[str, Any]:
+    """Returns the options of a line; null leaves an option as the command line has it. Raises ConfigError.
+
+    The path of a line's image is relative to the list's own folder, because list and images move together.
+    """
+    try:
+        own = json.loads(line, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not JSON: {error!s:.80}") from None
+    if not isinstance(own, dict):
+        raise ConfigError('not a JSON object of options, such as {"prompt": ...}')
+    own = {name: value for name, value in own.items() if value is not None}
+    if other := [name for name in _LAUNCH_OPTIONS if name in own and own[name] != base.options.get(name)]:
+        raise _shared_by_all(other[0])
+    if isinstance(image := own.get("image"), str) and not image.startswith("~"):
+        own["image"] = str(folder / image)
+    return own
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON. Raises ConfigError if it has one key twice, of which one would be lost."""
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"{twice!r:.60} is given twice in the line: keep one")
+    return dict(pairs)
 
 
 def _whole(file: Path | None, option: str) -> Path | None:
