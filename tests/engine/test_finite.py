@@ -88,6 +88,19 @@ def test_a_tensor_of_an_expert_is_named(wanfast: Wanfast, workdir: Path, tiny_wi
     assert not (workdir / "out.mp4").exists()
 
 
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "bf16"])
+def test_what_is_quantized_is_finite(wanfast: Wanfast, workdir: Path, tiny_with_nan: Path, scheme: str) -> None:
+    """A NaN in a row would give a scale that is NaN."""
+    model = ("--model", str(tiny_with_nan), "--device", "cpu")
+    outcome = wanfast("quantize", *model, "--scheme", scheme, "--expert", "low")
+    assert outcome.exit_code == 4
+    assert "tensor 'blocks.2.attn1.to_v.weight' holds NaN or an infinity" in outcome.err.replace("\n", " ")
+    assert not list((workdir / "artifacts").rglob("*.safetensors"))
+    if scheme != "bf16":
+        loading = wanfast(*GOOD, "--model", str(tiny_with_nan), "--quantize", scheme, "--quantize-on-the-fly")
+        assert loading.exit_code == 4 and "blocks.2.attn1.to_v.weight" in loading.err.replace("\n", " ")
+
+
 @pytest.fixture
 def tiny_with_nan(tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(TINY, tmp_path / "broken"))

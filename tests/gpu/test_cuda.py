@@ -13,6 +13,8 @@ from tests.conftest import Outcome
 from tests.parity import likeness, relative_error
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.compilation import compile_blocks
+from wanfast.runtime.engine.finite import FiniteWatch
+from wanfast.runtime.errors import NotFiniteError
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.store import model_files
@@ -143,3 +145,19 @@ def test_a_video_by_cuda_graphs(wanfast: Wanfast, workdir: Path) -> None:
     found = likeness("b.mp4", "out.mp4")
     print(found, json.loads((workdir / "b.json").read_text())["seconds"])
     assert found >= 35  # rounding in bf16
+
+
+def test_looking_for_nan_never_waits_for_the_queue() -> None:
+    torch.empty(1, pin_memory=True)  # the first pinned block waits
+    latent, watch = torch.randn(1, 16, 5, 30, 52, device="cuda"), FiniteWatch(Ranks("cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(5):
+            watch.look(f"step {step}", latent)
+        watch.finish()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    latent[0, 3, 2, 1, 0] = torch.nan
+    watch.look("the spoilt one", latent)
+    with pytest.raises(NotFiniteError, match="the spoilt one"):
+        watch.look("the next", torch.ones(1, device="cuda"))
