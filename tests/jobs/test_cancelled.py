@@ -87,7 +87,7 @@ def test_a_rank_looks_for_the_cancel_file_at_every_report(
     monkeypatch.setattr(worker, "worker_half", lambda name: reporting)
     document = {"first": 0, "jobs": [], "worker": "any"}
     with pytest.raises(CancelledError):
-        worker._do_batch(tmp_path, 0, tmp_path / "ranks/0-0", 7, document, Sessions(Ranks("cpu")), has_peers=False)
+        worker._do_batch(tmp_path, 0, tmp_path / "ranks/0-0", 7, document, Sessions(Ranks("cpu")), groups=1)
 
 
 def test_experts_are_evicted_only_where_the_text_encoder_is_about_to_load(

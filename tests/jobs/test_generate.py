@@ -65,7 +65,7 @@ def test_a_video_its_json_and_its_contact_sheet(wanfast: Wanfast, workdir: Path)
     assert document["versions"]["torch"]
     assert "knows textured shapes" in outcome.err
 
-    (run,) = (workdir / "artifacts" / "runs").iterdir()
+    (run,) = (workdir / "artifacts" / "runs").glob("*/")
     asked = json.loads((run / "job.json").read_text())["jobs"][0]["effective"]
     asked["models"]["attention"] = "flash"
     assert asked == document["effective"]
@@ -156,9 +156,7 @@ def test_lines_may_name_models_of_their_own(
     assert sha256(workdir / "a.mp4") == sha256(workdir / "b.mp4")
     assert events == ["prepare", "forget_cuda_graphs", "free_memory", "prepare"]  # the first models are freed first
     outcome = wanfast(*GOOD, "--jobs", "jobs.jsonl", "--num-gpus", "2", "--dry-run", "--json", "--overwrite")
-    assert (
-        outcome.exit_code == 6 and "--model is the same for the whole list" in outcome.document["results"][1]["error"]
-    )
+    assert outcome.exit_code == 0  # on several ranks too
 
 
 def test_lines_share_models_that_are_loaded_alike(wanfast: Wanfast) -> None:
