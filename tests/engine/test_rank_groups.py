@@ -358,7 +358,7 @@ def test_a_decoder_that_does_not_fit_at_all_is_reported(
         monkeypatch.setattr(experts, "available_host_bytes", lambda host_bytes=host_bytes: host_bytes)
         monkeypatch.setattr(WanVAE, "decode", out_of_memory(times, decode))
         pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
-        with pytest.raises(ConfigError, match="--size 80x64 --frames 5: does not fit") as caught:
+        with pytest.raises(ConfigError, match=r"--size 80x64 --frames 5: does not fit") as caught:
             pipeline(plan, image, text, Stopwatch("cpu"))
         assert caught.value.is_agreed  # so that only this video is lost
 

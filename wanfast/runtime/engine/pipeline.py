@@ -166,16 +166,9 @@ class ImageToVideoPipeline:
         rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
 
         handover = _handover(plan, self.ranks)
-        encoded: dict[tuple[Expert, Branch], list[TextKV]] = {}  # once for each prompt and expert, not in every step
+        encoded = _EncodedText(text, self.device)
         finite = FiniteWatch(self.ranks)
         finite.look("the image as the VAE encodes it", condition)
-
-        def text_kv(model: WanDiT, expert: Expert, branch: Branch) -> list[TextKV]:
-            if any(other != expert for other, _ in encoded):
-                encoded.clear()  # the other expert has done its steps, and its keys and values take 0.8 GB
-            if (expert, branch) not in encoded:
-                encoded[expert, branch] = model.encode_text(text[branch].unsqueeze(0).to(self.device))
-            return encoded[expert, branch]
 
         def velocities(
             index: int, expert: Expert, branches: Sequence[Branch], sample: Tensor, timestep: int
@@ -186,7 +179,7 @@ class ImageToVideoPipeline:
                 reused, wanted = residuals.reuse(index, branch), residuals.wants(index, branch)
                 then: Expert | None = "low_noise" if (index, branch) == handover else None
                 model, after_block = self.experts.take(expert, then, blocks=reused is None)
-                kv = text_kv(model, expert, branch) if reused is None else []
+                kv = encoded.by(model, expert, branch) if reused is None else []
                 keeps = wanted and reused is None
                 prediction, residual = model(
                     sample, condition, t, kv, rope, after_block, cached_residual=reused, keep_residual=keeps
@@ -212,6 +205,21 @@ class ImageToVideoPipeline:
         )
         finite.finish()
         return latent
+
+
+class _EncodedText:
+    """Holds the text's keys and values of the running expert, computed once for each prompt and not in every step."""
+
+    def __init__(self, text: dict[Branch, Tensor], device: str) -> None:
+        self._text, self._device = text, device
+        self._held: dict[tuple[Expert, Branch], list[TextKV]] = {}
+
+    def by(self, model: WanDiT, expert: Expert, branch: Branch) -> list[TextKV]:
+        if any(other != expert for other, _ in self._held):
+            self._held.clear()  # the other expert has done its steps, and its keys and values take 0.8 GB
+        if (expert, branch) not in self._held:
+            self._held[expert, branch] = model.encode_text(self._text[branch].unsqueeze(0).to(self._device))
+        return self._held[expert, branch]
 
 
 def _handover(plan: Plan, ranks: Ranks) -> tuple[int, Branch] | None:
