@@ -5,7 +5,14 @@ import json
 
 import pytest
 
-from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, foreign
+from wanfast.runtime.errors import (
+    ConfigError,
+    CorruptArtifactError,
+    MissingArtifactError,
+    failure,
+    foreign,
+    from_failure,
+)
 
 
 class Panic(BaseException):
@@ -40,3 +47,10 @@ def test_a_parsers_error_is_the_users() -> None:
     message = r"^--jobs a.jsonl: Expecting value: line 1 column 1 \(char 0\): fix it$"
     with pytest.raises(ConfigError, match=message), foreign("--jobs a.jsonl", "fix it"):
         json.loads("x")
+
+
+def test_an_error_is_one_line_whatever_a_user_wrote() -> None:
+    """A key of a JSON file, a path and a prompt may hold any character."""
+    error = ConfigError("--model 'a\nb\r\x1b[31m\x85': no such folder; use tiny")
+    assert str(error) == "--model 'a\\nb\\r\\x1b[31m\\x85': no such folder; use tiny"
+    assert failure(error)["error"] == str(error) and str(from_failure(failure(error))) == str(error)

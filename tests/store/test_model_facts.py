@@ -84,6 +84,7 @@ def test_a_size_is_a_whole_number(model: Path, name: str, value: object, shown: 
         ("guidance_low_noise", float("nan")),
         ("negative_prompt", None),
         ("name", 3),
+        ("trained_frames", [None]),
         ("vae", None),
         ("unknown", 1),
     ],

@@ -11,12 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_ESCAPES = {code: repr(chr(code))[1:-1] for code in (*range(32), 127, 0x85, 0x2028, 0x2029)}
+
 
 class WanFastError(Exception):
     """This class is the base of all errors that are not bugs."""
 
     exit_code = 1
     is_agreed = False  # True if all ranks of a rank group raised the error, so that they may continue
+
+    def __str__(self) -> str:
+        """Returns one line: a user's name or value may hold control characters."""
+        return super().__str__().translate(_ESCAPES)
 
 
 class ConfigError(WanFastError):

@@ -26,7 +26,7 @@ class _Facts:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
-            fits, needed = _KINDS.get(str(each.type), (lambda value: True, ""))
+            fits, needed = _KINDS[str(each.type)]
             if not fits(getattr(self, each.name)):
                 raise FactError(each.name, getattr(self, each.name), needed)
         self._check()
@@ -53,8 +53,10 @@ def _all(fits: Callable[[object], bool], value: object) -> bool:
 
 
 _MOST = 1 << 24
+_PARTS = ("DiTSpec", "VAESpec", "UMT5Spec")
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (is_size, f"a whole number, 1 to {_MOST}, is needed"),
+    "int | None": (lambda value: value is None or is_size(value), "a whole number or null is needed"),
     "float": (_is_number, "a number is needed"),
     "float | None": (lambda value: value is None or _is_number(value), "a number or null is needed"),
     "str": (lambda value: isinstance(value, str), "a text is needed"),
@@ -66,6 +68,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: _all(lambda each: type(each) is bool, value),
         "a list of true and false is needed",
     ),
+    **{name: (lambda value: isinstance(value, _Facts), "an object is needed") for name in _PARTS},
 }
 
 
