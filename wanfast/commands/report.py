@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ class Report:
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         self.brief = not sys.stdout.isatty()
-        width = _ANY_WIDTH if self.brief and "COLUMNS" not in os.environ else None  # a pipe breaks no path
+        width = _ANY_WIDTH if self.brief else None  # a pipe breaks no path
         self._console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
