@@ -66,7 +66,7 @@ def test_the_example_of_a_session_runs(star: Path, forked: None) -> None:
 
 
 def ranks_of(handle: Handle) -> list[psutil.Process]:
-    """Torchrun's agent starts each rank in a new session, unlike other children of a launcher."""
+    """Returns the ranks: torchrun's agent starts each in a session of its own, unlike a launcher's other children."""
     launchers = [psutil.Process(launcher.pid) for launcher in handle._ranks._launchers.values()]
     return [child for launcher in launchers for child in launcher.children() if os.getsid(child.pid) == child.pid]
 

@@ -460,8 +460,8 @@ def test_a_failure_in_the_middle_is_one_line(
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_download_stops_at_once(workdir: Path, hub: Hub, number: signal.Signals, exit_code: int) -> None:
-    hub.slow = 0.05  # 10 s in total
-    hub.files[ORIGINAL][BIG] = bytes(200 * 2**20)
+    hub.slow = 0.2  # 12 s in total
+    hub.files[ORIGINAL][BIG] = bytes(60 * 2**20)
     process = subprocess.Popen(
         [sys.executable, "-m", "wanfast", "download"],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},

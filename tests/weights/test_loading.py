@@ -36,19 +36,18 @@ SMALL = DiTSpec(dim=1280, ffn_dim=2048, freq_dim=256, num_heads=10, num_layers=2
 def true_sizes() -> Iterator[Path]:
     """Writes a checkpoint of 7 GB that takes a few MB; /tmp may be memory, which holes occupy once read."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
-        sparse_model.write(Path(folder), TRUE_SIZES, shard_bytes=2_000_000_000)
+        sparse_model.write(Path(folder), TRUE_SIZES, shard_bytes=3_000_000_000)
         yield Path(folder)
 
 
-def test_true_sizes_load_in_little_more_memory_than_the_model(true_sizes: Path) -> None:
-    """Checks that no rank holds 1.7 GB more than its weights: not a whole shard, not both precisions, not all weights.
+def test_true_sizes_load_within_two_gigabytes_of_the_model(true_sizes: Path) -> None:
+    """Checks that no rank holds 2 GB more than its weights: no whole shard, no second precision, no peer's weights.
 
-    Python and torch take 0.8 to 1.2 GB of it. Both cases run in one test, because both at once would not fit a small
-    machine.
+    Both cases run in one test, one after the other, because both at once would not fit a small machine.
     """
     shards = sorted(true_sizes.glob("*/*.safetensors"))
     sizes = [shard.stat() for shard in shards]
-    assert len(shards) > 1 and max(size.st_size for size in sizes) > 1.7e9
+    assert len(shards) > 1 and min(size.st_size for size in sizes[:2]) > 2.5e9
     assert sum(size.st_size for size in sizes) > 6.5e9
     assert sum(size.st_blocks * 512 for size in sizes) < 20e6
 
@@ -58,7 +57,7 @@ def test_true_sizes_load_in_little_more_memory_than_the_model(true_sizes: Path) 
         assert document["read_bytes"] == sparse_model.num_bytes(TRUE_SIZES)
         for figures in document["each_rank"]:
             assert figures["wrong_tensors"] == []
-            assert figures["peak_rss_bytes"] <= held / ranks + 1.7e9
+            assert figures["peak_rss_bytes"] <= held / ranks + 2e9
 
 
 def measured(folder: Path, *options: str) -> dict[str, Any]:
