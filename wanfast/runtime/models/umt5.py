@@ -19,6 +19,7 @@ Shapes: B batch, L tokens, d model dim, H heads, D head dim, Q query tokens, K k
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from einops import rearrange
@@ -137,19 +138,27 @@ def relative_position_buckets(length: int, num_buckets: int, max_distance: int, 
 
     Half of the buckets are for keys after the query. In each half, the first half of the buckets hold one distance
     each. The rest divide the distances up to `max_distance` logarithmically (arXiv 1910.10683, section 2.1).
-    The host computes the buckets in float64, in a millisecond. The distances 16, 32 and 64 lie exactly between two
-    buckets, and rounding that differs from device to device would change their bucket.
+    The host computes in float64 where a bucket begins. The distances 16, 32 and 64 lie exactly between two buckets, and
+    rounding that differs from device to device would change their bucket. The device gets these distances as arguments
+    of kernels, so that nothing is copied, and a CUDA graph can hold it all.
     """
     num_per_side = num_buckets // 2
-    num_exact = num_per_side // 2
-
-    def bucket(offset: int) -> int:
-        side, distance = (num_per_side if offset > 0 else 0), abs(offset)
-        if distance < num_exact:
-            return side + distance
-        octave = math.log(distance / num_exact) / math.log(max_distance / num_exact)
-        return side + min(num_exact + int(octave * (num_per_side - num_exact)), num_per_side - 1)
-
-    bucket_of_offset = torch.tensor([bucket(offset) for offset in range(1 - length, length)], device=device)
     position = torch.arange(length, device=device)
-    return bucket_of_offset[position[None, :] - position[:, None] + length - 1]
+    offset = position[None, :] - position[:, None]
+    distance = offset.abs()
+    buckets = distance.clamp(max=num_per_side // 2) + num_per_side * (offset > 0)
+    for first in _first_distances(num_per_side, max_distance):
+        buckets += distance >= first
+    return buckets
+
+
+@lru_cache(maxsize=4)
+def _first_distances(num_per_side: int, max_distance: int) -> list[int]:
+    """Returns the smallest distance of each bucket that is logarithmic, without the first of them."""
+    num_exact = num_per_side // 2
+    found: list[int] = []
+    for distance in range(num_exact, max_distance + 1):
+        octave = math.log(distance / num_exact) / math.log(max_distance / num_exact)
+        bucket = min(num_exact + int(octave * (num_per_side - num_exact)), num_per_side - 1)
+        found += [distance] * (bucket - num_exact - len(found))
+    return found
