@@ -57,3 +57,12 @@ def run(arguments: list[str], capsys: Any) -> tuple[int, str]:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     return int(stop.value.code or 0), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("output", ["/", "."])
+def test_an_output_without_a_name(workdir: Path, capsys: pytest.CaptureFixture[str], output: str, listed: bool) -> None:
+    """Ten thousand command lines found this one."""
+    (workdir / "jobs.jsonl").write_text("{}")
+    code, said = run([*GOOD, "--output", output, *(["--jobs", "jobs.jsonl"] if listed else [])], capsys)
+    assert code == 2 and f"--output {output}: is a folder" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Annotated
 
 from wanfast.runtime.config.option import ALL, CALIBRATE, FILES, MAKE, SAMPLING, Option, Part, between
@@ -28,6 +29,12 @@ def parse_size(size: str) -> tuple[int, int]:
 def _frames_fix(frames: int) -> str | None:
     near = max(1, (frames + 1) // 4 * 4 + 1)
     return None if frames >= 1 and frames % 4 == 1 else f"a clip has 4n+1 frames: try {near}"
+
+
+def _output_fix(path: str) -> str | None:
+    if not path.strip():
+        return "is empty: name an .mp4 file"
+    return None if PurePath(path).name else "is a folder: name an .mp4 file"
 
 
 def _size_fix(size: str) -> str | None:
@@ -147,7 +154,7 @@ class OutputConfig(Part):
             FILES,
             asked=str,
             path=True,
-            check=lambda path: None if path.strip() else "is empty: name an .mp4 file",
+            check=_output_fix,
         ),
     ] = "out.mp4"  # None: the frames are returned instead
     overwrite: Annotated[bool, Option("Replace existing files.", FILES, of_this_run=True)] = False
