@@ -40,6 +40,7 @@ app.command()(calibrate_magcache)
 app.command()(warmup)
 app.command()(doctor)
 
+_ON_RANKS = ("generate", "warmup", "calibrate-magcache")
 _MESSAGES = {
     2: "wrong usage, as reported on stderr",
     130: "interrupted: no half-written file is left",
@@ -65,7 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character still gets the rest
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every `finally` runs
     try:
-        refuse_launchers(shlex.join(["wanfast", *arguments]))
+        if arguments[:1] and arguments[0] in _ON_RANKS and not any(word.startswith("--nnodes") for word in arguments):
+            refuse_launchers(shlex.join(["wanfast", *arguments]))
         app(arguments, prog_name="wanfast")
     except WanFastError as error:
         print(f"error: {error}", file=sys.stderr)

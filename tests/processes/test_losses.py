@@ -50,6 +50,14 @@ if os.environ.get("RANK") == "1":
         return make(self, job, stepped, *others)
 
     session.Session.make = faulty
+    load = session.load_models
+
+    def faulty_load(files, *others):
+        if files.root.name == "deadly":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(files, *others)
+
+    session.load_models = faulty_load
 """
 
 
@@ -108,3 +116,19 @@ def test_each_bad_line_has_its_own_reason_and_the_others_are_made(
     assert not (workdir / "full/11.mp4").exists() and not (workdir / "full/11.json").exists()
     pids = {int(file.read_text()) for file in workdir.glob("artifacts/runs/*/ranks/*/pid")}
     assert len(pids) > ranks and not any(Path("/proc", str(pid)).exists() for pid in pids)
+
+
+def test_models_that_kill_their_ranks_lose_only_their_lines(start: Start, workdir: Path) -> None:
+    """The third group that dies while it loads the same models shows that these are at fault."""
+    shutil.copytree(TINY, workdir / "deadly")
+    lines = [{"output": f"{line}.mp4", "steps": 1} | ({"model": "deadly"} if line < 5 else {}) for line in range(1, 7)]
+    (workdir / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (workdir / "faults").mkdir()
+    (workdir / "faults/sitecustomize.py").write_text(FAULTS)
+    environment = {"PYTHONPATH": str(workdir / "faults")}
+    run = start(*SMALL, "--num-gpus", "2", "--jobs", "jobs.jsonl", "--json", environment=environment)
+    code, out, err = run.end(100)
+    results = json.loads(out.strip().splitlines()[-1])["results"]
+    assert code == 6, err
+    assert ["rank 1 was killed by SIGKILL" in result.get("error", "") for result in results] == [True] * 4 + [False] * 2
+    assert len(list(workdir.glob("artifacts/runs/*/ranks/*-1/pid"))) == 4  # three that died, and one that made the rest

@@ -37,7 +37,7 @@ def shipped_set(spec: ModelSpec) -> Path:
 def read_set(folder: Path, seed: int) -> list[Clip]:
     """Returns the clips; their seeds count up from `seed`. Raises ConfigError if the set is missing or malformed."""
     with foreign(f"--set {folder}: {LIST}", f"write one line per clip, such as {_EXAMPLE}"):
-        lines = (folder / LIST).read_text(encoding="utf-8-sig").splitlines()
+        lines = (folder / LIST).read_text(encoding="utf-8-sig").split("\n")
     clips: list[Clip] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from wanfast.runtime.config.option import ALL, CALIBRATE, COMPILED, EXACT, FILES, LOSSY, MAKE, Option, Part, options_of
 from wanfast.runtime.errors import ConfigError
@@ -127,6 +128,12 @@ def default_artifacts_dir() -> str:
     """Returns the folder of artifacts if no option names it: that of the environment's variable, or ./artifacts."""
     option = options_of(ModelsConfig)["artifacts_dir"]
     return str(option.complete(os.environ.get(option.option.envvar or "") or option.default))
+
+
+def is_artifacts_dir_named(given: Mapping[str, Any]) -> bool:
+    """Returns whether the user named the folder of artifacts, by the option or in the environment."""
+    variable = options_of(ModelsConfig)["artifacts_dir"].option.envvar or ""
+    return "artifacts_dir" in given or bool(os.environ.get(variable))
 
 
 def check_places(model: str, artifacts_dir: str) -> None:

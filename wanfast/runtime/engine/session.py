@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from wanfast.runtime.config import EffectiveConfig, ModelsConfig, VideoConfig
+from wanfast.runtime.config.models import is_artifacts_dir_named
 from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import FirstStep, Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
@@ -299,7 +300,7 @@ def _warm_start(plan: Plan, ranks: Ranks) -> str | None:
     """Loads the caches that `wanfast warmup` stored for this plan and returns their key; None if there are none."""
     inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens)
     store = ArtifactStore(Path(plan.config.models.artifacts_dir))
-    return load_caches(store, inputs, ranks, is_named="artifacts_dir" in plan.requested)
+    return load_caches(store, inputs, ranks, is_named=is_artifacts_dir_named(plan.requested))
 
 
 def _read_image(video: VideoConfig) -> LoadedImage:

@@ -22,6 +22,7 @@ from wanfast.runtime.errors import (
     ConfigError,
     CorruptArtifactError,
     MissingArtifactError,
+    NotFiniteError,
     WanFastError,
     failure,
 )
@@ -59,7 +60,7 @@ def _run_alike(
         loading()
         session = sessions.of(config)
         videos = [jobs[own].config.video for own in (index, *share.own(list(jobs)))]
-        session.encode(text for video in videos for text in (video.prompt, video.negative_prompt))
+        _encode(session, [text for video in videos for text in (video.prompt, video.negative_prompt)])
         session.load(loading)
     except CancelledError as error:  # models that are loaded stay
         yield from ((cancelled, failure(error)) for cancelled in (index, *claimed))
@@ -83,6 +84,15 @@ def _run_alike(
             yield index, _failure(error, sessions.ranks, message)
         session.forget_seconds()
         index = next(claimed, None)
+
+
+def _encode(session: Session, texts: list[str]) -> None:
+    """Encodes the texts of several jobs. An error of one text is left to its own job, which encodes it again."""
+    try:
+        session.encode(texts)
+    except NotFiniteError as error:
+        if not error.is_agreed and session.ranks.size > 1:
+            raise
 
 
 def _failure(error: Exception, ranks: Ranks, out_of_memory: str) -> Result:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.config.models import is_artifacts_dir_named
 from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
@@ -74,7 +75,7 @@ def _warm(job: Job, ranks: Ranks, progress: Callable[[str], None]) -> dict[str, 
     plan = Plan.of(config, spec, job.image_size, placement=job.placement)
     store = ArtifactStore(Path(config.models.artifacts_dir))
     inputs = cache_inputs(config, spec.dit, plan.geometry.tokens)
-    found = load_caches(store, inputs, ranks, is_named="artifacts_dir" in job.requested) is not None
+    found = load_caches(store, inputs, ranks, is_named=is_artifacts_dir_named(job.requested)) is not None
     watch = Stopwatch(ranks.device)
     progress("loading the stored caches" if found else "compiling")
     _forward(plan, ranks, watch)

@@ -79,21 +79,25 @@ def _memory_of(group: Path) -> tuple[int, int] | None:
 
 def _quota_of(group: Path) -> int | None:
     """Returns the cores of a group's quota, rounded up, or None if the group has no quota."""
-    if (file := group / "cpu.max").is_file():
-        quota, period = file.read_text().split()
-    elif (file := group / "cpu.cfs_quota_us").is_file():
-        quota, period = file.read_text().strip(), (group / "cpu.cfs_period_us").read_text()
-    else:
-        return None
-    return None if quota in ("max", "-1") else math.ceil(int(quota) / int(period))
+    quota, period = (_text(group / "cpu.max").split() or ["", ""])[:2]
+    if not quota:
+        quota, period = _text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")
+    return None if quota in ("", "max", "-1") or not period else math.ceil(int(quota) / int(period))
 
 
 def _number(file: Path) -> int | None:
-    """Returns the number in a file, or None if the file is missing or says "max"."""
-    text = file.read_text().strip() if file.is_file() else "max"
+    """Returns the number in a file, or None if the file is missing, may not be read, or says "max"."""
+    text = _text(file) or "max"
     return int(text) if text.isdecimal() else None
 
 
 def _statistics(file: Path) -> dict[str, int]:
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return {name: int(value) for name, value in map(str.split, lines)}
+    return {name: int(value) for name, value in map(str.split, _text(file).splitlines())}
+
+
+def _text(file: Path) -> str:
+    """Returns the text of a file, or "" if the file is missing or may not be read."""
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""

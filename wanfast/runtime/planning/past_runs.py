@@ -8,9 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.planning.plan import Plan, guided_steps
-from wanfast.runtime.store.artifacts import replace_text, writing_to
+from wanfast.runtime.store.artifacts import note, replace_text, writing_to
 
 # The plan's fields on which a forward's time depends.
 _ALIKE = (
@@ -22,7 +23,7 @@ _MOST = 500  # videos that the index keeps
 
 
 def record(artifacts_dir: str, result: dict[str, Any]) -> None:
-    """Adds a finished video to the index, which later runs predict by. Raises ConfigError if it cannot be written."""
+    """Adds a finished video to the index, which later runs predict by. An index that cannot be written gets a note."""
     if "error" in result or not result["seconds"]["denoise"] > result["first_step_s"]:
         return
     plan, turns = result["plan"], forwards_in_turn(result["plan"])
@@ -30,12 +31,17 @@ def record(artifacts_dir: str, result: dict[str, Any]) -> None:
     seconds = result["seconds"]["denoise"] - (result["first_step_s"] if later else 0)
     entry = {name: plan[name] for name in (*_ALIKE, "attention")}
     entry |= {"machine": result["hardware"]["device"], "seconds_a_forward": seconds / (later or turns[0])}
-    index = Path(artifacts_dir) / _INDEX
-    with writing_to(Path(artifacts_dir)):
-        if len(_entries(index)) >= 2 * _MOST:
-            replace_text(index, "".join(json.dumps(entry) + "\n" for entry in _entries(index)[-_MOST:]))
-        with index.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
+    try:
+        _append(Path(artifacts_dir) / _INDEX, entry)
+    except ConfigError as error:  # the video is made all the same
+        note(str(error))
+
+
+def _append(index: Path, entry: dict[str, Any]) -> None:
+    if len(_entries(index)) >= 2 * _MOST:
+        replace_text(index, "".join(json.dumps(entry) + "\n" for entry in _entries(index)[-_MOST:]))
+    with writing_to(index), index.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(entry) + "\n")
 
 
 def predicted_seconds(plan: Plan) -> float | None:
@@ -54,9 +60,9 @@ def _entries(index: Path) -> Sequence[dict[str, Any]]:
     """Returns the index's entries, the oldest first; none if there is no index."""
     try:
         facts = index.stat()
+        return _read(index, facts.st_mtime_ns, facts.st_size)
     except OSError:
         return ()
-    return _read(index, facts.st_mtime_ns, facts.st_size)
 
 
 @lru_cache(maxsize=2)
@@ -66,9 +72,10 @@ def _read(index: Path, mtime_ns: int, size: int) -> Sequence[dict[str, Any]]:
     for line in index.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict) and {*_ALIKE, "attention", "machine", "seconds_a_forward"} <= entry.keys():
+        is_whole = isinstance(entry, dict) and {*_ALIKE, "attention", "machine", "seconds_a_forward"} <= entry.keys()
+        if is_whole and isinstance(entry["seconds_a_forward"], int | float):
             entries.append(entry)
     return entries
 

@@ -291,7 +291,7 @@ def _read_line(line: str, folder: Path, base: Request) -> dict[str, Any]:
     own = {name: value for name, value in own.items() if value is not None}
     if other := [name for name in _LAUNCH_OPTIONS if name in own and own[name] != base.options.get(name)]:
         raise _shared_by_all(other[0])
-    if isinstance(image := own.get("image"), str) and not image.startswith("~"):
+    if isinstance(image := own.get("image"), str) and image and not image.startswith("~"):
         own["image"] = str(folder / image)
     return own
 

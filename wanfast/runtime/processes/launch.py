@@ -64,6 +64,11 @@ class _Batch:
     number: int
     indices: range
     outputs: tuple[Path, ...] = ()  # that its jobs write
+    models: tuple[str, ...] = ()  # what each job loads: jobs with the same text share models
+
+    def loads(self, index: int) -> str:
+        """Returns what a job loads."""
+        return self.models[index - self.indices.start]
 
     def files(self, run_folder: Path) -> Iterator[Path]:
         """Yields the files that belong to this batch alone."""
@@ -87,7 +92,7 @@ class RankGroups:
         self._folder, self._ranks, self._groups = run_folder, ranks, groups
         self._launchers: dict[int, subprocess.Popen[bytes]] = {}  # place -> its newest launcher
         self._numbers: dict[int, int] = {}  # place -> the number of its group, which grows with each restart
-        self._failed_loads: Counter[int] = Counter()  # place -> groups that died one after the other while loading
+        self._failed_loads: Counter[str] = Counter()  # models -> groups that died while loading them
         self._given_up: set[int] = set()  # numbers of dead groups that were looked at
         self._batches = self._jobs = 0  # so far
         self._sent: list[_Batch] = []  # those whose files exist
@@ -161,7 +166,9 @@ class RankGroups:
         """Writes a batch for the ranks, and removes the files of the batch before."""
         number, first = self._batches, self._jobs
         indices = range(first, first + len(document["jobs"]))
-        batch = _Batch(number, indices, (*outputs, *(frames_file(self._folder, index) for index in indices)))
+        outputs = [*outputs, *(frames_file(self._folder, index) for index in indices)]
+        models = (json.dumps(job.get("effective", {}).get("models")) for job in document["jobs"])
+        batch = _Batch(number, indices, tuple(outputs), tuple(models))
         text = json.dumps({**document, "first": first}, indent=2, ensure_ascii=False) + "\n"
         with writing_to(self._folder.parents[1]):  # a batch that is not written has no number
             replace_text(self._folder / batch_file(number), text)
@@ -246,28 +253,41 @@ class RankGroups:
         yield from ((index, errors[number][1]) for index, number in claims.items() if number in errors)
         left = [index for index, number in claims.items() if number is None]
         if left and may_restart:
-            self._replace(batch, dead)
-        if self._dead() == set(self._numbers.values()):
+            hopeless = self._replace(batch, dead, claims)
+            yield from (
+                (index, errors[hopeless[models]][1]) for index in left if (models := batch.loads(index)) in hopeless
+            )
+            left = [index for index in left if batch.loads(index) not in hopeless]
+        if dead >= set(self._numbers.values()):  # by the same look, so that a group that died since is not lost
             first = min(errors.values(), key=lambda found: found[0], default=None)
             yield from ((index, first[1]) for index in left if first)
 
-    def _replace(self, batch: _Batch, dead: set[int]) -> None:
-        """Starts each dead group again, once, if its error belongs to the job that it was doing.
+    def _replace(self, batch: _Batch, dead: set[int], claims: dict[int, int | None]) -> dict[str, int]:
+        """Starts each dead group again, once, if it had claimed a job; `claims` are those of the jobs without a result.
 
-        A group that spans machines is not, because the other machines would have to start it too.
+        A group that died while it loaded leaves the list to the others, if others live. Returns the models that killed
+        one group after the other, each with the last group's number. A group that spans machines is not started again,
+        because the other machines would have to start it too.
         """
+        hopeless: dict[str, int] = {}
         if self._ranks.mesh.group_size > self._ranks.num_gpus:
-            return
+            return hopeless
         new = [place for place, number in self._numbers.items() if number in dead - self._given_up]
         claimed = {claimed_by(self._folder, index) for index in batch.indices} if new else set()
-        others_live = len(dead) < self._groups
         for place in new:
             number = self._numbers[place]
             self._given_up.add(number)
-            self._failed_loads[place] = self._failed_loads[place] + 1 if was_loading(self._folder, number) else 0
-            if number in claimed and self._failed_loads[place] <= (0 if others_live else _MOST_FAILED_LOADS):
+            if was_loading(self._folder, number):
+                if len(dead) < self._groups:
+                    continue
+                for models in {batch.loads(index) for index, owner in claims.items() if owner == number}:
+                    self._failed_loads[models] += 1
+                    if self._failed_loads[models] > _MOST_FAILED_LOADS:
+                        hopeless[models] = number
+            if number in claimed:
                 self._remove_partials(batch, {number})
                 self._start(place, batch.number)
+        return hopeless
 
     def _remove_partials(self, batch: _Batch, dead: set[int]) -> None:
         """Removes the half-written files of dead groups."""
@@ -368,7 +388,8 @@ def _ended_pids(pids: list[int]) -> list[int]:
 def claimed_by(run_folder: Path, index: int) -> int | None:
     """Returns the number of the rank group that claimed a job; None if no group did."""
     claim = run_folder / CLAIMS / str(index)
-    return int(claim.read_text()) if claim.exists() else None
+    text = claim.read_text() if claim.exists() else ""
+    return int(text) if text else None  # a claim without links may be empty for a moment
 
 
 def _check_endpoint(config: RanksConfig) -> None:

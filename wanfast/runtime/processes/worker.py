@@ -8,6 +8,7 @@ once. This is safe, because the parent removes the half-written files of a dead 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import itertools
 import json
@@ -179,14 +180,23 @@ def _claim(run_folder: Path, index: int, number: int) -> bool:
     replace_text(own, str(number))
     with writing_to(own):
         try:
-            os.link(
-                own, run_folder / CLAIMS / str(index)
-            )  # with its content: a rank that is killed leaves no empty claim
+            _link(own, run_folder / CLAIMS / str(index))
         except FileExistsError:
             return False
         finally:
             own.unlink()
     return True
+
+
+def _link(own: Path, claim: Path) -> None:
+    """Makes the claim with its content, so that a rank that is killed leaves no empty claim. Raises FileExistsError."""
+    try:
+        os.link(own, claim)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        with claim.open("x", encoding="utf-8") as stream:  # a file system without links
+            stream.write(own.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
