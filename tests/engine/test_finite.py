@@ -194,3 +194,21 @@ def test_the_texts_keys_of_an_expert_go_with_its_steps(
     own(plan, *blank_inputs(plan, files), Stopwatch("cpu"))
     blocks = files.spec.dit.num_layers
     assert alive == [0, blocks, 0, blocks]  # the prompt and the negative prompt of one expert, then of the other
+
+
+def test_a_text_that_is_not_finite_costs_its_line(
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = UMT5Encoder.forward
+
+    def spoil(self: UMT5Encoder, ids: torch.Tensor, *others: object) -> torch.Tensor:
+        return forward(self, ids, *others) * (torch.nan if ids.shape[1] > 8 else 1)
+
+    monkeypatch.setattr(UMT5Encoder, "forward", spoil)
+    prompts = ["a cat", "a star goes right on a wavy background and then it goes left again", "a dog"]
+    lines = [{"prompt": prompt, "negative_prompt": "red", "output": f"{n}.mp4"} for n, prompt in enumerate(prompts)]
+    (workdir / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    outcome = wanfast(*GOOD, "--jobs", "jobs.jsonl", "--json")
+    results = outcome.document["results"]
+    assert outcome.exit_code == 6 and ["error" in result for result in results] == [False, True, False]
+    assert "UMT5's embedding of the text" in results[1]["error"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from wanfast.runtime.config import ModelsConfig
+from wanfast.runtime.config import ModelsConfig, VideoConfig
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.pipeline import DOES_NOT_FIT
 from wanfast.runtime.engine.session import Session, Sessions
@@ -59,8 +59,7 @@ def _run_alike(
     try:
         loading()
         session = sessions.of(config)
-        videos = [jobs[own].config.video for own in (index, *share.own(list(jobs)))]
-        _encode(session, [text for video in videos for text in (video.prompt, video.negative_prompt)])
+        _encode(session, [jobs[own].config.video for own in {index, *share.own(list(jobs))}])
         session.load(loading)
     except CancelledError as error:  # models that are loaded stay
         yield from ((cancelled, failure(error)) for cancelled in (index, *claimed))
@@ -86,12 +85,12 @@ def _run_alike(
         index = next(claimed, None)
 
 
-def _encode(session: Session, texts: list[str]) -> None:
-    """Encodes the texts of several jobs. An error of one text is left to its own job, which encodes it again."""
+def _encode(session: Session, videos: list[VideoConfig]) -> None:
+    """Encodes the texts of videos. If they are several, an error of one is left to its job, which encodes it again."""
     try:
-        session.encode(texts)
+        session.encode(text for video in videos for text in (video.prompt, video.negative_prompt))
     except NotFiniteError as error:
-        if not error.is_agreed and session.ranks.size > 1:
+        if len(videos) == 1 or not (error.is_agreed or session.ranks.size == 1):
             raise
 
 

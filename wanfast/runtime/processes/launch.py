@@ -254,10 +254,9 @@ class RankGroups:
         left = [index for index, number in claims.items() if number is None]
         if left and may_restart:
             hopeless = self._replace(batch, dead, claims)
-            yield from (
-                (index, errors[hopeless[models]][1]) for index in left if (models := batch.loads(index)) in hopeless
-            )
-            left = [index for index in left if batch.loads(index) not in hopeless]
+            lost = {index: hopeless[models] for index in left if (models := batch.loads(index)) in hopeless}
+            yield from ((index, errors[number][1]) for index, number in lost.items())
+            left = [index for index in left if index not in lost]
         if dead >= set(self._numbers.values()):  # by the same look, so that a group that died since is not lost
             first = min(errors.values(), key=lambda found: found[0], default=None)
             yield from ((index, first[1]) for index in left if first)
@@ -284,6 +283,9 @@ class RankGroups:
                     self._failed_loads[models] += 1
                     if self._failed_loads[models] > _MOST_FAILED_LOADS:
                         hopeless[models] = number
+            for index, owner in claims.items():  # so that no group tries them
+                if owner is None and batch.loads(index) in hopeless:
+                    replace_text(self._folder / CLAIMS / str(index), str(number))
             if number in claimed:
                 self._remove_partials(batch, {number})
                 self._start(place, batch.number)
