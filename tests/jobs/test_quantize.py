@@ -24,7 +24,7 @@ from tests.parity import likeness
 from wanfast.runtime.errors import MissingArtifactError
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.jobs import quantize
-from wanfast.runtime.store import model_files, quantized
+from wanfast.runtime.store import identity, model_files, quantized
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.quantized import QuantizedExpert
 from wanfast.runtime.weights import checkpoint
@@ -243,8 +243,10 @@ def test_two_at_once_make_one(workdir: Path) -> None:
 
 
 def write_true_sizes(folder: Path, layers: int) -> Path:
-    """Writes an expert of holes with the A14B's true sizes, except the number of layers."""
+    """Writes an expert of holes with the A14B's true sizes, except the number of layers; its hashes are on record."""
     sparse_model.write(folder / "sparse", replace(A14B.dit, num_layers=layers), shard_bytes=3_000_000_000)
+    for number, file in enumerate(sorted((folder / "sparse").rglob("*.safetensors"))):
+        identity._remember(identity._state(file), f"{number:064x}", folder / "artifacts")
     return folder / "sparse"
 
 
