@@ -18,6 +18,7 @@ import typer
 
 from wanfast import __version__
 from wanfast.commands.calibrate_magcache import calibrate_magcache
+from wanfast.commands.dispatch import VERBS
 from wanfast.commands.doctor import doctor
 from wanfast.commands.download import download
 from wanfast.commands.generate import generate
@@ -40,7 +41,6 @@ app.command()(calibrate_magcache)
 app.command()(warmup)
 app.command()(doctor)
 
-_ON_RANKS = ("generate", "warmup", "calibrate-magcache")
 _MESSAGES = {
     2: "wrong usage, as reported on stderr",
     130: "interrupted: no half-written file is left",
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character still gets the rest
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every `finally` runs
     try:
-        if arguments[:1] and arguments[0] in _ON_RANKS and not any(word.startswith("--nnodes") for word in arguments):
+        if arguments[:1] and arguments[0] in VERBS and not any(word.startswith("--nnodes") for word in arguments):
             refuse_launchers(shlex.join(["wanfast", *arguments]))
         app(arguments, prog_name="wanfast")
     except WanFastError as error:

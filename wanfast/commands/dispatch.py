@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from wanfast.commands.progress import OnProgress, progress_bars
 from wanfast.runtime.machine import gpus
@@ -15,6 +15,7 @@ from wanfast.runtime.processes.launch import RankGroups, num_groups
 from wanfast.runtime.store.artifacts import JOB, RESULT, new_run_folder, write_result, write_synced
 
 Verb = Literal["generate", "warmup", "calibrate-magcache"]
+VERBS = get_args(Verb)
 _WORKERS: dict[Verb, str] = {
     "generate": "wanfast.runtime.jobs.generate",
     "warmup": "wanfast.runtime.jobs.warmup",
@@ -47,8 +48,8 @@ def run_jobs(
                 results = ranks.run(
                     verb, _WORKERS[verb], documents, outputs, on_result=on_result, on_progress=on_progress
                 )
-    for result in results if verb == "generate" else ():
-        past_runs.record(config.models.artifacts_dir, result)
+    if verb == "generate":
+        past_runs.record(config.models.artifacts_dir, results)
     write_synced(folder / RESULT, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
 

@@ -24,7 +24,7 @@ def run(
     jobs: list[Job],
     sessions: Sessions,
     *,
-    share: Share = Share(),  # noqa: B008 - frozen
+    share: Share = Share(),
     progress: ProgressFn = lambda index, stage, done, total: None,
     folder: Path,
     first: int = 0,

@@ -49,7 +49,7 @@ def run(
     jobs: list[Job],
     sessions: Sessions,
     *,
-    share: Share = Share(),  # noqa: B008 - frozen; a warmup is one job of one group
+    share: Share = Share(),  # a warmup is one job of one group
     progress: Callable[[int, str, int, int], None] = lambda index, stage, done, total: None,
     folder: Path | None = None,
     first: int = 0,

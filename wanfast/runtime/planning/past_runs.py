@@ -22,26 +22,29 @@ _INDEX = "runs/past.jsonl"  # a line for each video that was made: its shape, an
 _MOST = 500  # videos that the index keeps
 
 
-def record(artifacts_dir: str, result: dict[str, Any]) -> None:
-    """Adds a finished video to the index, which later runs predict by. An index that cannot be written gets a note."""
-    if "error" in result or not result["seconds"]["denoise"] > result["first_step_s"]:
-        return
+def record(artifacts_dir: str, results: list[dict[str, Any]]) -> None:
+    """Adds finished videos to the index, which later runs predict by. An index that cannot be written gets a note."""
+    done = [result for result in results if "error" not in result]
+    entries = [_entry(result) for result in done if result["seconds"]["denoise"] > result["first_step_s"]]
+    try:
+        _append(Path(artifacts_dir) / _INDEX, entries)
+    except ConfigError as error:  # the videos are made all the same
+        note(str(error))
+
+
+def _entry(result: dict[str, Any]) -> dict[str, Any]:
     plan, turns = result["plan"], forwards_in_turn(result["plan"])
     later = sum(turns[1:])  # the first step is not counted, because it waited for compilers
     seconds = result["seconds"]["denoise"] - (result["first_step_s"] if later else 0)
     entry = {name: plan[name] for name in (*_ALIKE, "attention")}
-    entry |= {"machine": result["hardware"]["device"], "seconds_a_forward": seconds / (later or turns[0])}
-    try:
-        _append(Path(artifacts_dir) / _INDEX, entry)
-    except ConfigError as error:  # the video is made all the same
-        note(str(error))
+    return entry | {"machine": result["hardware"]["device"], "seconds_a_forward": seconds / (later or turns[0])}
 
 
-def _append(index: Path, entry: dict[str, Any]) -> None:
+def _append(index: Path, entries: list[dict[str, Any]]) -> None:
     if len(_entries(index)) >= 2 * _MOST:
         replace_text(index, "".join(json.dumps(entry) + "\n" for entry in _entries(index)[-_MOST:]))
     with writing_to(index), index.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(entry) + "\n")
+        stream.write("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def predicted_seconds(plan: Plan) -> float | None:

@@ -170,8 +170,7 @@ class RankGroups:
         models = (json.dumps(job.get("effective", {}).get("models")) for job in document["jobs"])
         batch = _Batch(number, indices, tuple(outputs), tuple(models))
         text = json.dumps({**document, "first": first}, indent=2, ensure_ascii=False) + "\n"
-        with writing_to(self._folder.parents[1]):  # a batch that is not written has no number
-            replace_text(self._folder / batch_file(number), text)
+        replace_text(self._folder / batch_file(number), text)  # a batch that is not written has no number
         if self._groups == 1:  # of several groups, one may not have read a batch that is complete
             _remove(file for old in self._sent for file in old.files(self._folder))
             self._sent = []
@@ -253,24 +252,23 @@ class RankGroups:
         yield from ((index, errors[number][1]) for index, number in claims.items() if number in errors)
         left = [index for index, number in claims.items() if number is None]
         if left and may_restart:
-            hopeless = self._replace(batch, dead, claims)
-            lost = {index: hopeless[models] for index in left if (models := batch.loads(index)) in hopeless}
+            lost = self._replace(batch, dead, claims)
             yield from ((index, errors[number][1]) for index, number in lost.items())
             left = [index for index in left if index not in lost]
         if dead >= set(self._numbers.values()):  # by the same look, so that a group that died since is not lost
             first = min(errors.values(), key=lambda found: found[0], default=None)
             yield from ((index, first[1]) for index in left if first)
 
-    def _replace(self, batch: _Batch, dead: set[int], claims: dict[int, int | None]) -> dict[str, int]:
+    def _replace(self, batch: _Batch, dead: set[int], claims: dict[int, int | None]) -> dict[int, int]:
         """Starts each dead group again, once, if it had claimed a job; `claims` are those of the jobs without a result.
 
-        A group that died while it loaded leaves the list to the others, if others live. Returns the models that killed
-        one group after the other, each with the last group's number. A group that spans machines is not started again,
-        because the other machines would have to start it too.
+        A group that died while it loaded leaves the list to the others, if others live. Returns the jobs whose models
+        killed one group after the other, each with the last group's number. A group that spans machines is not started
+        again, because the other machines would have to start it too.
         """
-        hopeless: dict[str, int] = {}
+        lost: dict[int, int] = {}
         if self._ranks.mesh.group_size > self._ranks.num_gpus:
-            return hopeless
+            return lost
         new = [place for place, number in self._numbers.items() if number in dead - self._given_up]
         claimed = {claimed_by(self._folder, index) for index in batch.indices} if new else set()
         for place in new:
@@ -282,14 +280,16 @@ class RankGroups:
                 for models in {batch.loads(index) for index, owner in claims.items() if owner == number}:
                     self._failed_loads[models] += 1
                     if self._failed_loads[models] > _MOST_FAILED_LOADS:
-                        hopeless[models] = number
-            for index, owner in claims.items():  # so that no group tries them
-                if owner is None and batch.loads(index) in hopeless:
-                    replace_text(self._folder / CLAIMS / str(index), str(number))
+                        alike = [
+                            index for index, owner in claims.items() if owner is None and batch.loads(index) == models
+                        ]
+                        lost |= dict.fromkeys(alike, number)
+            for index in lost:  # claimed, so that no group tries it
+                replace_text(self._folder / CLAIMS / str(index), str(number))
             if number in claimed:
                 self._remove_partials(batch, {number})
                 self._start(place, batch.number)
-        return hopeless
+        return lost
 
     def _remove_partials(self, batch: _Batch, dead: set[int]) -> None:
         """Removes the half-written files of dead groups."""
