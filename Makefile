@@ -20,7 +20,7 @@ generate: .venv/runtime
 		--contact-sheet --overwrite
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 3 --dist worksteal --ignore tests/gpu # on two cores: some tests only wait
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/gpu
 
 test-long: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/gpu -m long

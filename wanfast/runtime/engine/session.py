@@ -109,15 +109,25 @@ class Session:
         return self._pipeline
 
     def plan(self, job: Job) -> tuple[Plan, Tensor]:
-        """Returns the plan for these ranks and the image [3, H, W] at the plan's size, the same on every rank."""
+        """Returns the plan for these ranks, and the image [3, H, W] at the plan's size.
+
+        Only the leader encodes the image, so that other ranks get an empty one, and the pixels go nowhere.
+        """
         pipeline, ranks = self.load(), self.ranks
-        image = ranks.lead(lambda: _read_image(job.config.video))
+        read: list[LoadedImage] = []
+
+        def read_here() -> tuple[int, int]:
+            read.append(_read_image(job.config.video))
+            return read[0].size
+
+        size = ranks.lead(read_here)
         config = job.config.replace(attention=pipeline.attention.kernel)  # so that `--from` uses it too
         curve = ranks.lead(lambda: curve_of(config, self.files))  # under one key, machines may hold different curves
-        plan = Plan.of(config, self.files.spec, image.size, job.notes, job.placement, curve)
+        plan = Plan.of(config, self.files.spec, size, job.notes, job.placement, curve)
         plan = dataclasses.replace(plan, requested=job.requested)
         g = plan.geometry
-        return plan, pixels.fit_image(image.pixels, g.width, g.height, config.video.fit)
+        fitted = [pixels.fit_image(image.pixels, g.width, g.height, config.video.fit) for image in read]
+        return plan, fitted[0] if fitted else torch.empty(3, 0, 0)
 
     def text_of(self, config: EffectiveConfig) -> dict[Branch, Tensor]:
         """Returns the embeddings [n, text_dim] of both branches, n tokens each."""
