@@ -269,10 +269,10 @@ def test_a_sidecar_without_a_fit_is_of_the_area(wanfast: Wanfast) -> None:
 
 def test_what_a_person_could_not_guess_is_said(wanfast: Wanfast, workdir: Path) -> None:
     assert "knows textured shapes" in notes(wanfast)
-    assert "not 128x128: --size gives the area" in notes(wanfast)
-    assert "advise --shift 3.0" in notes(wanfast, "--model", "a14b", "--size", "832x480")
-    assert "advise --shift" not in notes(wanfast, "--model", "a14b", "--size", "832x480", "--shift", "3")
-    assert "advise --shift" not in notes(wanfast, "--model", "a14b")
+    assert "the video is 144x96, not 128x128: --size gives only the area" in notes(wanfast)
+    assert "advises --shift 3.0" in notes(wanfast, "--model", "a14b", "--size", "832x480")
+    assert "advises --shift" not in notes(wanfast, "--model", "a14b", "--size", "832x480", "--shift", "3")
+    assert "advises --shift" not in notes(wanfast, "--model", "a14b")
     assert "trained on 81 frames" in notes(wanfast, "--model", "a14b", "--frames", "85")
     assert "trained on" not in notes(wanfast, "--model", "a14b") + notes(wanfast, "--frames", "85")
     assert "first 64" in notes(wanfast, "--prompt", "a cat " * 1700)

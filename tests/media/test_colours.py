@@ -120,4 +120,4 @@ def test_a_pngs_gamma_is_named(gamma: float, notes: int, tmp_path: Path) -> None
 def test_damaged_exif_does_not_refuse_a_picture(exif: bytes, tmp_path: Path) -> None:
     image = load_image(saved(tmp_path, rgb(), "a.jpg", exif=b"Exif\0\0" + exif))
     assert image.size == (32, 24)
-    assert set(image.notes) <= {"its EXIF data is damaged: the picture may not be upright"}
+    assert set(image.notes) <= {"the image's EXIF data is damaged: it may not be upright"}

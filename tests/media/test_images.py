@@ -237,7 +237,7 @@ def test_exif_orientation_turns_the_pixels(name: str, tmp_path: Path) -> None:
     assert image.size == (32, 48)
     corners = [np.mean(pixel(image, x, y)) > 128 for x, y in [(4, 4), (27, 4), (4, 43), (27, 43)]]
     assert corners == [False, True, False, False]  # top right when upright
-    assert image.notes == ("turned upright (EXIF orientation 6)",)
+    assert image.notes == ("the image was turned upright (EXIF orientation 6)",)
 
 
 def test_first_frame_of_a_gif(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class SkippingConfig(Part):
     retention_ratio: Annotated[
         float | None,
         Option(
-            "Share of each expert's forwards, from the first on, that is always computed.",
+            "Share of each expert's forwards, counted from the first, that are never skipped.",
             LOSSY,
             default="0.2",
             check=between(0, 1, "use a share, 0 to 1"),

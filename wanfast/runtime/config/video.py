@@ -133,7 +133,7 @@ class VideoConfig(Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.image:
-            raise ConfigError("--image is missing: give the picture that the video starts from")
+            raise ConfigError("--image is missing: give the image that the video starts from")
         if not self.prompt.strip():
             raise ConfigError("--prompt is empty: describe what should happen in the video")
         if self.noise_device == "cpu" and self.seed >= CPU_SEEDS:
@@ -160,7 +160,7 @@ class OutputConfig(Part):
     overwrite: Annotated[bool, Option("Replace existing files.", FILES, of_this_run=True)] = False
     skip_existing: Annotated[
         bool,
-        Option("Leave out videos whose files exist, so that a list of --jobs is resumed.", FILES, of_this_run=True),
+        Option("Leave out videos whose files exist, to resume a --jobs list.", FILES, of_this_run=True),
     ] = False
     contact_sheet: Annotated[bool, Option("Also write a .png of evenly spaced frames.", FILES)] = False
 

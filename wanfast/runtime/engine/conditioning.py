@@ -1,4 +1,4 @@
-"""Makes the inputs of the loop: the noise, and the condition that holds the first frame.
+"""Makes the inputs of the denoising loop: the noise, and the condition that holds the first frame.
 
 Shapes: F frames of H x W pixels; T latent frames of h x w; C latent channels.
 Source: Wan-Video/Wan2.2, wan/image2video.py.

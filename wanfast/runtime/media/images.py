@@ -78,9 +78,9 @@ def _decoded(data: bytes, subject: str) -> tuple[Image, list[str]]:
     if num_frames > 1:
         notes.append(f"the first of {num_frames} frames is used")
     if orientation is None:
-        notes.append("its EXIF data is damaged: the picture may not be upright")
+        notes.append("the image's EXIF data is damaged: it may not be upright")
     if orientation in _UPRIGHT:
-        notes.append(f"turned upright (EXIF orientation {orientation})")
+        notes.append(f"the image was turned upright (EXIF orientation {orientation})")
         if _orientation(opened) == orientation:
             image = opened.transpose(Image.Transpose[_UPRIGHT[orientation]])
     return image, notes

@@ -1,10 +1,10 @@
 """Each function here fuses the steps between matrix products and attention into one pass over the tokens.
 
 A pass computes in float32, whatever the dtypes of its inputs and outputs. Between products and attention a block only
-moves bytes, most of them for the residual stream: [L, d] in float32, 1.5 GB at 75,600 tokens. From the formulas,
-Inductor computes the stream again for every reader and reads rotated pairs twice. The Triton kernels of `fused_kernels`
-read and write each value once. They run on a GPU, in inference. The formulas run everywhere else, and the tests compare
-the kernels with the formulas.
+moves bytes, most of them for the residual stream: [L, d] in float32, 1.5 GB at 75,600 tokens. Each function has its
+formula in plain PyTorch, and a Triton kernel in `fused_kernels` that reads and writes each value once. (Inductor's code
+for the formula computes the residual stream again for each consumer and reads each RoPE pair twice.) The kernels run
+on a GPU, in inference. Elsewhere the formulas run, and the tests compare the two.
 
 If the next product multiplies 8-bit values, the pass quantizes too: each token by its own largest value. That writes
 half of bf16's bytes, and rounds once, from float32.

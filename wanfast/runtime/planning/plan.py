@@ -396,7 +396,7 @@ def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:
         )
     if spec.shift_480p and width * height <= 832 * 480 and plan.config.video.shift == spec.shift:
         notes.append(
-            f"at 480p the model's makers advise --shift {spec.shift_480p}; this run uses {plan.config.video.shift}"
+            f"at 480p the model's publisher advises --shift {spec.shift_480p}; this run uses {plan.config.video.shift}"
         )
     if spec.trained_frames and g.frames > spec.trained_frames:
         notes.append(f"the model was trained on {spec.trained_frames} frames: longer videos may repeat or fall apart")
@@ -407,9 +407,9 @@ def _fit_notes(fit: ImageFit, g: Geometry, image_size: tuple[int, int], size: tu
     (image_width, image_height), (width, height) = image_size, size
     if fit == "area" and (g.width, g.height) != size:
         return [
-            f"{g.width}x{g.height}, not {width}x{height}: --size gives the area, and the video keeps the image's "
-            f"aspect ratio ({image_width}x{image_height}), rounded down to multiples of 16 as the model's makers do; "
-            "--fit crop or pad gives exactly --size"
+            f"the video is {g.width}x{g.height}, not {width}x{height}: --size gives only the area, and the shape "
+            f"follows the {image_width}x{image_height} image, in multiples of 16; for exactly {width}x{height} add "
+            "--fit crop or --fit pad"
         ]
     left, top, right, bottom = middle_box(image_size, width, height)
     if fit == "crop" and (right - left, bottom - top) != image_size:

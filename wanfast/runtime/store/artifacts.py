@@ -78,8 +78,8 @@ class ArtifactStore:
         """Returns the artifact's folder, or None if the artifact is missing.
 
         Compares the manifest with the inputs and with the files in the folder: their names and sizes, and with `verify`
-        also their hashes. Raises CorruptArtifactError if they differ, which says to remove the folder and `again`; with
-        `damaged="miss"` prints a note and returns None instead.
+        also their hashes. If they differ, raises CorruptArtifactError with the text "remove this folder and {again}";
+        with `damaged="miss"` prints a note and returns None instead.
         """
         folder = self.path(kind, inputs)
         if not os.path.lexists(folder):

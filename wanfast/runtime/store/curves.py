@@ -106,7 +106,9 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
 
 
 def preset(files: ModelFiles) -> dict[str, Any] | None:
-    """Returns the curve that ships for a model, with its `ratios` and their settings, or None if none ships.
+    """Returns the document of the curve that ships for a model, or None if none ships.
+
+    It holds the `ratios`, and the steps, shift, solver and boundary with which they were measured.
 
     A curve that names its weights is only for those weights. The published curve names none: it is used for every model
     of the A14B's sizes, and `magcache_notes` reports this.

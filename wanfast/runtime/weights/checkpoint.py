@@ -51,8 +51,9 @@ def load(
 ) -> None:
     """Fills the meta `module` from `files`, each tensor in the dtype that the module states, ready for inference.
 
-    All `ranks` call it, on their device or on `device`. `on_the_fly`: the files are not quantized, and the weights that
-    the module holds quantized are quantized after reading. Raises CorruptArtifactError.
+    All `ranks` must call it. The tensors go to `device`, by default to the rank's own device. With `on_the_fly` the
+    files are unquantized, and each weight that `module` holds quantized is quantized as it is read. Raises
+    CorruptArtifactError.
     """
     wanted, quantizing = module.state_dict(), _schemes(module) if on_the_fly else {}
     places = ranks.together(lambda: _match(_to_read(wanted, quantizing), files, component, layout))
