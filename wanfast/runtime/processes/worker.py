@@ -69,10 +69,10 @@ def main(run_folder: Path, number: int) -> None:
 
 
 def _error_document(error: BaseException, silent_s: float, timeout_s: float) -> dict[str, Any]:
-    """Returns an error for the parent: one line, and its kind: a user's error, a timeout or a bug.
+    """Returns an error for the parent: one line, and its kind: "user", "timeout", "exchange" or "bug".
 
     `silent_s`: seconds since this rank's last step. An exchange that fails after most of `--rank-timeout` waited for a
-    peer; one that fails earlier lost its peer, or was wrong.
+    peer, which is a timeout; one that fails earlier lost its peer, or was wrong.
     """
     import torch
 
@@ -82,8 +82,8 @@ def _error_document(error: BaseException, silent_s: float, timeout_s: float) -> 
     if isinstance(error, WanFastError):
         return {**known, "kind": "user", **failure(error)}
     line = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
-    waited = _is_of_an_exchange(error) and silent_s >= MOST_OF_TIMEOUT * timeout_s
-    return {**known, "kind": "timeout" if waited else "bug", "error": line}
+    of_exchange = "timeout" if silent_s >= MOST_OF_TIMEOUT * timeout_s else "exchange"
+    return {**known, "kind": of_exchange if _is_of_an_exchange(error) else "bug", "error": line}
 
 
 def _is_of_an_exchange(error: BaseException) -> bool:
