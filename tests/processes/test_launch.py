@@ -350,7 +350,8 @@ def test_groups_that_died_are_started_again_for_the_next_batch(
         for _ in range(2):
             (result,) = ranks.run("v", "w", [{}], [], **IGNORED)
             assert result["exit_code"] == 5
-    assert ended_launchers == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 1)]
+    each_twice = [(2, 0), (3, 0), (4, 0), (5, 0)], [(6, 1), (7, 1), (8, 1), (9, 1)]  # no group claimed a job
+    assert ended_launchers == [(0, 0), (1, 0), *each_twice[0], *each_twice[1]]
     assert [json.loads((tmp_path / name).read_text())["first"] for name in ("job.json", "job-0001.json")] == [0, 1]
 
 
@@ -385,6 +386,55 @@ def living_launchers(monkeypatch: pytest.MonkeyPatch) -> list[Living]:
     monkeypatch.setattr(launch, "_start", lambda *arguments: started.append(Living()) or started[-1])
     monkeypatch.setattr(launch, "_GRACE_S", 0.1)
     return started
+
+
+def start_numbered(monkeypatch: pytest.MonkeyPatch, on_second: Callable[[], None]) -> list[Living]:
+    """Returns the launchers that will be started; calls `on_second` when the second one starts."""
+    started: list[Living] = []
+
+    def begin(folder: Path, number: int, batch: int) -> Living:
+        started.append(Living())
+        if number == 1:
+            on_second()
+        return started[-1]
+
+    monkeypatch.setattr(launch, "_start", begin)
+    monkeypatch.setattr(launch, "_GRACE_S", 0.1)
+    return started
+
+
+def test_a_group_that_dies_before_its_first_job_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = start_numbered(monkeypatch, lambda: with_result(tmp_path, 0))
+
+    def dies() -> bool:
+        started[0].signals.append("died")
+        return False
+
+    with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
+        assert ranks.run("v", "w", [{}], [], **IGNORED, cancelled=dies) == [{}]
+    assert len(started) == 2
+
+
+def test_a_job_that_a_rank_claims_after_its_group_was_started_again_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank lives a little longer than its launcher that was killed."""
+    started = start_numbered(monkeypatch, lambda: (tmp_path / "claims/1").write_text("0"))
+    ends = time.monotonic() + 3
+
+    def dies() -> bool:
+        (tmp_path / "claims").mkdir(exist_ok=True)
+        (tmp_path / "claims/0").write_text("0")
+        started[0].signals.append("died")
+        if time.monotonic() > ends:
+            pytest.fail("the job belongs to no living group, and nobody noticed")
+        return False
+
+    with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
+        results = ranks.run("v", "w", [{}, {}], [], **IGNORED, cancelled=dies)
+    assert [result["exit_code"] for result in results] == [5, 5] and len(started) == 2
 
 
 def with_result(folder: Path, index: int) -> None:

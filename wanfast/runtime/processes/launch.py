@@ -50,6 +50,7 @@ OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of
 _PAUSE_S = 0.1
 _GRACE_S = 8.0  # between the request to stop and the kill
 _MOST_FAILED_LOADS = 2  # one after the other: then the models, and not a job, are at fault
+_MOST_FAILED_STARTS = 1  # one after the other at one place, of groups that claimed no job: then no rank can start
 
 
 def num_groups(ranks: RanksConfig, num_jobs: int) -> int:
@@ -93,6 +94,7 @@ class RankGroups:
         self._launchers: dict[int, subprocess.Popen[bytes]] = {}  # place -> its newest launcher
         self._numbers: dict[int, int] = {}  # place -> the number of its group, which grows with each restart
         self._failed_loads: Counter[str] = Counter()  # models -> groups that died while loading them
+        self._failed_starts: Counter[int] = Counter()  # place -> groups that died one after the other without a job
         self._given_up: set[int] = set()  # numbers of dead groups that were looked at
         self._batches = self._jobs = 0  # so far
         self._sent: list[_Batch] = []  # those whose files exist
@@ -211,6 +213,8 @@ class RankGroups:
         """Starts the groups that have no launcher, or lost a rank."""
         _stop(self._broken())
         self._failed_loads.clear()
+        self._failed_starts.clear()
+        self._given_up.clear()
         for place in range(self._groups):
             launcher = self._launchers.get(place)
             if launcher is None or launcher.poll() is not None:
@@ -243,28 +247,34 @@ class RankGroups:
     ) -> Iterator[tuple[int, WanFastError]]:
         """Yields the jobs that the dead groups claimed, with their errors, and starts groups again for those left.
 
-        If no group lives then, yields all jobs that are left.
+        A rank may outlive its launcher and claim a job after its group was started again, so a job can also belong to
+        a group that was replaced. If no group lives then, yields all jobs that are left.
         """
-        if not dead:
+        current = set(self._numbers.values())
+        if not dead and not self._given_up:
             return
         claims = {index: claimed_by(self._folder, index) for index in batch.indices if index not in done}
-        errors = {number: error_of_group(self._folder, number, self._ranks) for number in dead} if claims else {}
+        if not claims:
+            return
+        ended = dead | {number for number in claims.values() if number is not None and number not in current}
+        errors = {number: error_of_group(self._folder, number, self._ranks) for number in ended}
         yield from ((index, errors[number][1]) for index, number in claims.items() if number in errors)
         left = [index for index, number in claims.items() if number is None]
-        if left and may_restart:
+        if dead and left and may_restart:
             lost = self._replace(batch, dead, claims)
             yield from ((index, errors[number][1]) for index, number in lost.items())
             left = [index for index in left if index not in lost]
         if dead >= set(self._numbers.values()):  # by the same look, so that a group that died since is not lost
-            first = min(errors.values(), key=lambda found: found[0], default=None)
-            yield from ((index, first[1]) for index in left if first)
+            _, error = min((errors[number] for number in dead), key=lambda found: found[0])
+            yield from ((index, error) for index in left)
 
     def _replace(self, batch: _Batch, dead: set[int], claims: dict[int, int | None]) -> dict[int, int]:
-        """Starts each dead group again, once, if it had claimed a job; `claims` are those of the jobs without a result.
+        """Starts each dead group again, once; `claims` are those of the jobs without a result.
 
-        A group that died while it loaded leaves the list to the others, if others live. Returns the jobs whose models
-        killed one group after the other, each with the last group's number. A group that spans machines is not started
-        again, because the other machines would have to start it too.
+        A group that died while it loaded leaves the list to the others, if others live. A place where one group after
+        the other claimed no job stays empty. Returns the jobs whose models killed one group after the other, each with
+        the last group's number. A group that spans machines is not started again, because the other machines would
+        have to start it too.
         """
         lost: dict[int, int] = {}
         if self._ranks.mesh.group_size > self._ranks.num_gpus:
@@ -274,7 +284,8 @@ class RankGroups:
         for place in new:
             number = self._numbers[place]
             self._given_up.add(number)
-            if was_loading(self._folder, number):
+            self._failed_starts[place] = 0 if number in claimed else self._failed_starts[place] + 1
+            if number in claimed and was_loading(self._folder, number):
                 if len(dead) < self._groups:
                     continue
                 for models in {batch.loads(index) for index, owner in claims.items() if owner == number}:
@@ -286,7 +297,7 @@ class RankGroups:
                         lost |= dict.fromkeys(alike, number)
             for index in lost:  # claimed, so that no group tries it
                 replace_text(self._folder / CLAIMS / str(index), str(number))
-            if number in claimed:
+            if self._failed_starts[place] <= _MOST_FAILED_STARTS:
                 self._remove_partials(batch, {number})
                 self._start(place, batch.number)
         return lost
