@@ -207,6 +207,20 @@ def test_a_rank_that_hangs_is_named(start: Start, workdir: Path, ranks: int) -> 
     assert done == {f"0-{rank}": 2 if rank == 1 else 3 for rank in range(ranks)}
 
 
+def test_a_rank_that_hangs_without_peers_costs_its_video(start: Start, workdir: Path) -> None:
+    """Two groups of one rank, which exchange nothing."""
+    (workdir / "jobs.jsonl").write_text(
+        "".join(json.dumps({"output": f"{k}.mp4", "steps": 4}) + "\n" for k in range(3))
+    )
+    environment = with_fault(workdir, in_third_step("import time; time.sleep(1000)"), rank=0)
+    ranks = ("--num-gpus", "2", "--cfg-parallel", "1", "--ulysses", "1", "--rank-timeout", "1")
+    code, out, err = start(*SMALL, *ranks, "--jobs", "jobs.jsonl", "--json", environment=environment).end()
+    assert code == 6, err
+    (error,) = (result for result in json.loads(out.strip().splitlines()[-1])["results"] if "error" in result)
+    assert error["exit_code"] == 5 and "rank 0 hangs: step 3 of 4 (low noise)" in error["error"]
+    assert "--rank-timeout 1 s" in error["error"] and len(list(workdir.glob("*.mp4"))) == 2
+
+
 def test_a_users_error_of_a_rank_keeps_its_code(start: Start, workdir: Path) -> None:
     fault = "from wanfast.runtime.errors import ConfigError; raise ConfigError('--size: too large')"
     run = start(*ENDLESS, "--num-gpus", "2", environment=with_fault(workdir, in_third_step(fault), rank=1))
@@ -290,16 +304,6 @@ def test_a_launcher_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: py
         while not (tmp_path / "logs/launcher-0.log").read_text():
             time.sleep(0.01)
     assert launcher.returncode == -signal.SIGKILL
-
-
-def test_progress_is_reported_when_it_changes(tmp_path: Path) -> None:
-    file = tmp_path / "progress/0.json"
-    file.parent.mkdir()
-    told, seen = [], {}
-    for done in (1, 1, 2):
-        file.write_text(json.dumps({"job": 0, "stage": "low noise", "done": done, "total": 4}))
-        launch._follow(tmp_path, [0], 0, seen, lambda *state: told.append(state))
-    assert told == [(0, "low noise", 1, 4), (0, "low noise", 2, 4)]
 
 
 class Ended:

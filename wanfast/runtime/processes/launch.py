@@ -23,16 +23,17 @@ from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import (
     CancelledError,
     ConfigError,
+    RankFailedError,
     WanFastError,
     failure,
 )
 from wanfast.runtime.machine.signals import FIRST_BATCH, PARENT
 from wanfast.runtime.processes.failures import error_of_group, was_loading
+from wanfast.runtime.processes.pace import OnProgress, Pace, follow
 from wanfast.runtime.store.artifacts import (
     CANCEL,
     CLAIMS,
     CLOSE,
-    PROGRESS,
     RANKS,
     RESULTS,
     SETUP,
@@ -45,7 +46,6 @@ from wanfast.runtime.store.artifacts import (
 from wanfast.runtime.store.atomic import remove_partials
 
 OnResult = Callable[[int, dict[str, Any]], None]  # (job, its result)
-OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
 
 _PAUSE_S = 0.1
 _GRACE_S = 8.0  # between the request to stop and the kill
@@ -96,6 +96,7 @@ class RankGroups:
         self._failed_loads: Counter[str] = Counter()  # models -> groups that died while loading them
         self._failed_starts: Counter[int] = Counter()  # place -> groups that died one after the other without a job
         self._given_up: set[int] = set()  # numbers of dead groups that were looked at
+        self._hung: dict[int, tuple[int, WanFastError]] = {}  # number -> (nanoseconds since the epoch, its error)
         self._batches = self._jobs = 0  # so far
         self._sent: list[_Batch] = []  # those whose files exist
         # A launcher dies with the thread that started it, and a caller's thread may end before the ranks.
@@ -185,7 +186,7 @@ class RankGroups:
     ) -> list[dict[str, Any]]:
         """Waits for a batch and returns the result of every job, in order; `run` has the details."""
         results: dict[int, dict[str, Any]] = {}
-        seen: dict[int, dict[str, Any]] = {}
+        paces: dict[int, Pace] = {}
         first = batch.indices.start
         while True:
             if cancelled() and not (sign := self._folder / CANCEL / str(batch.number)).exists():
@@ -193,7 +194,8 @@ class RankGroups:
             dead = self._dead()
             for index in _collect(self._folder, batch.indices, results):
                 on_result(index - first, results[index])
-            _follow(self._folder, self._numbers.values(), first, seen, on_progress)
+            follow(self._folder, self._numbers.values(), first, paces, on_progress)
+            self._stop_hanging({number: pace for number, pace in paces.items() if pace.state["job"] not in results})
             for index, error in self._lost(batch, results.keys(), dead, may_restart=not cancelled()):
                 results[index] = failure(error)
                 on_result(index - first, results[index])
@@ -242,6 +244,21 @@ class RankGroups:
         """Returns the numbers of the groups whose launcher ended."""
         return {self._numbers[place] for place, launcher in self._launchers.items() if launcher.poll() is not None}
 
+    def _stop_hanging(self, at_work: dict[int, Pace]) -> None:
+        """Stops the groups of one rank that hang in a step; in a larger group, the other ranks notice a hang."""
+        if self._ranks.mesh.group_size > 1:
+            return
+        hangs = {number: reason for number, pace in at_work.items() if (reason := pace.hang(self._ranks.rank_timeout))}
+        for place, number in self._numbers.items():
+            if number in hangs and self._launchers[place].poll() is None:
+                _stop([self._launchers[place]])
+                message = f"rank 0 {hangs[number]}; logs of all ranks in {self._folder / 'logs'}"
+                self._hung[number] = time.time_ns(), RankFailedError(message)
+
+    def _error_of(self, number: int) -> tuple[int, WanFastError]:
+        """Returns (nanoseconds since the epoch, why a group died)."""
+        return self._hung.get(number) or error_of_group(self._folder, number, self._ranks)
+
     def _lost(
         self, batch: _Batch, done: Collection[int], dead: set[int], *, may_restart: bool
     ) -> Iterator[tuple[int, WanFastError]]:
@@ -257,7 +274,7 @@ class RankGroups:
         if not claims:
             return
         ended = dead | {number for number in claims.values() if number is not None and number not in current}
-        errors = {number: error_of_group(self._folder, number, self._ranks) for number in ended}
+        errors = {number: self._error_of(number) for number in ended}
         yield from ((index, errors[number][1]) for index, number in claims.items() if number in errors)
         left = [index for index, number in claims.items() if number is None]
         if dead and left and may_restart:
@@ -358,22 +375,6 @@ def _collect(run_folder: Path, indices: range, results: dict[int, dict[str, Any]
     new = [index for index in indices if index in files and index not in results]
     results |= {index: json.loads(files[index].read_text(encoding="utf-8")) for index in new}
     return new
-
-
-def _follow(
-    run_folder: Path,
-    numbers: Iterable[int],
-    first: int,
-    seen: dict[int, dict[str, Any]],
-    on_progress: OnProgress,
-) -> None:
-    """Reports the progress of each group that differs from `seen`, for jobs from `first` on."""
-    for number in numbers:
-        file = run_folder / PROGRESS / f"{number}.json"
-        state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        if state and state != seen.get(number) and state["job"] >= first:
-            seen[number] = state
-            on_progress(state["job"] - first, state["stage"], state["done"], state["total"])
 
 
 def _pids(run_folder: Path, numbers: Iterable[int]) -> list[int]:
