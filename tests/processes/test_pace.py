@@ -26,9 +26,9 @@ def test_progress_is_reported_when_it_changes(tmp_path: Path) -> None:
 
 def paced(*reports: tuple[float, int, int]) -> Pace:
     """Returns the pace after (second, steps done, job) of each look."""
-    pace = Pace(state(0), 0.0)
+    pace = Pace(state(0), 0, 0.0)
     for second, done, job in reports:
-        pace.look(state(done, job), second)
+        pace.look(state(done, job), 0, second)
     return pace
 
 
@@ -37,6 +37,12 @@ def test_a_step_hangs_after_the_time_limit_and_ten_steps() -> None:
     assert "step 2 of 4 (low noise)" in str(paced((3, 1, 0), (34, 1, 0)).hang(10))
     assert paced((3, 1, 0), (34, 1, 0)).hang(600) is None
     assert paced((3, 1, 0), (34, 2, 0), (100, 2, 0)).hang(10) is None  # the slowest step took 31 s
+
+
+def test_a_rank_that_cannot_write_its_progress_does_not_hang() -> None:
+    pace = paced((3, 1, 0))
+    assert not pace.look(state(1), 5, 100)  # only the time of the file changed
+    assert pace.hang(10) is None
 
 
 def test_what_is_no_step_has_no_time_limit() -> None:

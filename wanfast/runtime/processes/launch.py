@@ -39,6 +39,7 @@ from wanfast.runtime.store.artifacts import (
     SETUP,
     batch_file,
     frames_file,
+    noting,
     replace_text,
     write_synced,
     writing_to,
@@ -312,11 +313,12 @@ class RankGroups:
                             index for index, owner in claims.items() if owner is None and batch.loads(index) == models
                         ]
                         lost |= dict.fromkeys(alike, number)
-            for index in lost:  # claimed, so that no group tries it
-                replace_text(self._folder / CLAIMS / str(index), str(number))
-            if self._failed_starts[place] <= _MOST_FAILED_STARTS:
-                self._remove_partials(batch, {number})
-                self._start(place, batch.number)
+            with noting():  # if the disk is full, this place stays empty
+                for index in lost:  # claimed, so that no group tries it
+                    replace_text(self._folder / CLAIMS / str(index), str(number))
+                if self._failed_starts[place] <= _MOST_FAILED_STARTS:
+                    self._remove_partials(batch, {number})
+                    self._start(place, batch.number)
         return lost
 
     def _remove_partials(self, batch: _Batch, dead: set[int]) -> None:
@@ -373,8 +375,17 @@ def _collect(run_folder: Path, indices: range, results: dict[int, dict[str, Any]
     """Adds the new results to `results` and returns their indices."""
     files = {int(file.stem): file for file in (run_folder / RESULTS).glob("*.json")}
     new = [index for index in indices if index in files and index not in results]
-    results |= {index: json.loads(files[index].read_text(encoding="utf-8")) for index in new}
+    results |= {index: _result(files[index]) for index in new}
     return new
+
+
+def _result(file: Path) -> dict[str, Any]:
+    """Returns the result of a job, or its failure if the rank could not write the result into its file."""
+    if text := file.read_text(encoding="utf-8"):
+        document: dict[str, Any] = json.loads(text)
+        return document
+    reason = "the result of this job could not be written: free some space, or choose another folder"
+    return failure(ConfigError(f"--artifacts-dir {file}: {reason}"))
 
 
 def _pids(run_folder: Path, numbers: Iterable[int]) -> list[int]:

@@ -25,21 +25,23 @@ class Pace:
     """This class holds the last progress of a rank group, and the seconds that its steps take."""
 
     state: dict[str, Any]
-    since: float  # when the group last wrote its progress
+    written_ns: int  # the time of the progress file
+    since: float  # when this was seen
     idle_s: float = 0.0  # from then to the last look
     slowest_s: float = 0.0  # of the steps of this job
 
-    def look(self, state: dict[str, Any], now: float) -> bool:
+    def look(self, state: dict[str, Any], written_ns: int, now: float) -> bool:
         """Notes what the group reports now, and returns whether it is new."""
         self.idle_s = now - self.since
-        if state == self.state:
+        if (state, written_ns) == (self.state, self.written_ns):
             return False
+        is_new = state != self.state
         if state["job"] != self.state["job"]:
             self.slowest_s = 0.0
         elif state["done"] > self.state["done"]:
             self.slowest_s = max(self.slowest_s, self.idle_s)
-        self.state, self.since, self.idle_s = state, now, 0.0
-        return True
+        self.state, self.written_ns, self.since, self.idle_s = state, written_ns, now, 0.0
+        return is_new
 
     def hang(self, timeout_s: float) -> str | None:
         """Returns in words that a step lasts too long; None if no step does."""
@@ -57,9 +59,11 @@ def follow(
     """Adds the progress of each group to `paces`, and reports what is new, for jobs from `first` on."""
     for number in numbers:
         now, file = time.monotonic(), run_folder / PROGRESS / f"{number}.json"
-        state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        if state is None or state["job"] < first:
+        if not file.exists():
+            continue
+        written_ns, state = file.stat().st_mtime_ns, json.loads(file.read_text(encoding="utf-8"))
+        if state["job"] < first:
             continue
         is_new = number not in paces
-        if paces.setdefault(number, Pace(state, now)).look(state, now) or is_new:
+        if paces.setdefault(number, Pace(state, written_ns, now)).look(state, written_ns, now) or is_new:
             on_progress(state["job"] - first, state["stage"], state["done"], state["total"])

@@ -33,6 +33,7 @@ from wanfast.runtime.store.artifacts import (
     CLOSE,
     PROGRESS,
     RANKS,
+    RESULTS,
     SETUP,
     batch_file,
     replace_text,
@@ -150,9 +151,9 @@ def _do_batch(
     def progress(index: int, stage: str, done: int, total: int) -> None:
         nonlocal last
         state = json.dumps({"job": first + index, "stage": stage, "done": done, "total": total})
-        replace_text(own_folder / PROGRESS, state)
+        _report(own_folder / PROGRESS, state)
         if ranks.is_leader:
-            replace_text(run_folder / PROGRESS / f"{number}.json", state)
+            _report(run_folder / PROGRESS / f"{number}.json", state)
         if not total or last != (index, stage, done):  # the end of a step and the start of the next are reported alike
             last = (index, stage, done)
             if ranks.lead(lambda: (run_folder / CANCEL / str(batch)).exists()):
@@ -162,7 +163,19 @@ def _do_batch(
     share = Share(number % groups, groups, claim)
     for index, result in run(parsed, sessions, share=share, progress=progress, folder=run_folder, first=first):
         if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has its own run folder
-            write_result(run_folder, first + index, result)
+            try:
+                write_result(run_folder, first + index, result)
+            except ConfigError:  # an empty file needs no space, and tells the parent
+                (run_folder / RESULTS / f"{first + index}.json").touch()
+
+
+def _report(file: Path, state: str) -> None:
+    """Replaces a progress file. If the disk is full, only changes its time, so that this rank does not seem to hang."""
+    try:
+        replace_text(file, state)
+    except ConfigError:
+        with suppress(OSError):
+            os.utime(file)
 
 
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
