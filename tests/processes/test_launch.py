@@ -701,6 +701,21 @@ def test_ranks_import_nothing_from_the_working_folder(workdir: Path, monkeypatch
     assert done.returncode == 0, done.stderr
 
 
+def test_ranks_import_the_package_of_their_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another wanfast may be installed; a program may find its own by any entry of sys.path."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    command = [sys.executable, "-c", "import wanfast; print(wanfast.__file__)"]
+    done = subprocess.run(command, cwd=tmp_path, env=launch._environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == str(PACKAGE / "wanfast/__init__.py"), done.stderr
+
+
+def test_the_installed_packages_of_ranks_hide_no_standard_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(launch, "_IMPORTED_FROM", Path(pytest.__file__).parents[1])
+    assert "PYTHONPATH" not in launch._environment()
+
+
 def test_a_rank_that_gives_up_waiting_is_the_cause_of_its_peers_errors() -> None:
     timeout = {"rank": 0, "kind": "timeout", "time": 1_000_000_500}
     closed, later = ({"rank": 2, "kind": "bug", "time": time_ns} for time_ns in (1_000_000_000, 3_000_000_000))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import site
 import socket
 import subprocess
 import sys
@@ -48,6 +49,7 @@ from wanfast.runtime.store.atomic import remove_partials
 
 OnResult = Callable[[int, dict[str, Any]], None]  # (job, its result)
 
+_IMPORTED_FROM = Path(__file__).absolute().parents[3]  # at import, because the working folder may change
 _PAUSE_S = 0.1
 _GRACE_S = 8.0  # between the request to stop and the kill
 _MOST_FAILED_LOADS = 2  # one after the other: then the models, and not a job, are at fault
@@ -345,9 +347,9 @@ def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]
 
 
 def _environment() -> dict[str, str]:
-    """Returns this process's environment, in which a child imports no module from the working folder."""
-    package = Path(__file__).parents[3]
-    path = [str(package)] if str(package) == str(Path(sys.path[0] or ".").absolute()) else []  # a checkout
+    """Returns this process's environment, in which a child imports this package, and none from the working folder."""
+    installed = {Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages())}
+    path = [] if _IMPORTED_FROM.resolve() in installed else [str(_IMPORTED_FROM)]  # a checkout
     path += filter(None, [os.environ.get("PYTHONPATH")])
     return {**os.environ, "PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(path)} if path else {})}
 
