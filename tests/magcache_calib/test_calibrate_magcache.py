@@ -15,6 +15,7 @@ from PIL import Image
 
 from tests.conftest import Machine, Outcome
 from tests.on_ranks import on_ranks
+from wanfast.commands import calibrate_magcache
 from wanfast.commands.calibrate_magcache import planned
 from wanfast.magcache_calib import clips
 from wanfast.magcache_calib.ratios import against_preset, averaged
@@ -26,6 +27,7 @@ from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.plan import effective
 from wanfast.runtime.store import model_files
+from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.curves import preset
 
 Wanfast = Callable[..., Outcome]
@@ -242,6 +244,47 @@ def test_an_edited_curve_is_refused(wanfast: Wanfast, folder: Path) -> None:
     outcome = wanfast(*DRY, "--magcache", "artifact", "--steps", "7")
     assert outcome.exit_code == 4 and "was changed after it was made" in outcome.err
     assert "run `wanfast calibrate-magcache" in outcome.err
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[object]:
+    """Returns a list that grows with each call of a function."""
+    function, calls = getattr(owner, name), []
+
+    def count(*arguments: Any, **named: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, count)
+    return calls
+
+
+def test_a_list_looks_for_each_curve_once(
+    wanfast: Wanfast, folder: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert wanfast(*CALIBRATE).exit_code == 0
+    verified = counted(monkeypatch, ArtifactStore, "find")
+    listed = counted(monkeypatch, ArtifactStore, "manifests")
+    hashed = counted(monkeypatch, model_files, "identity")
+    asked = []
+    for lines in (1, 4):
+        rows = [{"prompt": f"cat {line}", "seed": line, "output": f"{line}.mp4"} for line in range(lines)]
+        (workdir / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert wanfast(*DRY, "--magcache", "artifact", "--jobs", "jobs.jsonl").exit_code == 0
+        asked.append([len(calls) for calls in (verified, listed, hashed)])
+        for calls in (verified, listed, hashed):
+            calls.clear()
+    assert asked[0] == asked[1] and all(asked[0])
+
+
+def test_a_calibration_asks_for_the_gpus_once(wanfast: Wanfast, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    asked = counted(monkeypatch, pynvml, "nvmlInit")
+    monkeypatch.setattr(calibrate_magcache, "calibrated", lambda *arguments, **named: {})
+    monkeypatch.setattr(calibrate_magcache, "describe", lambda result: "")
+    without_device = [word for word in CALIBRATE if word not in ("--device", "cpu")]
+    assert wanfast(*without_device).exit_code == 0
+    assert len(asked) == 1
 
 
 def test_several_sets_want_a_name(wanfast: Wanfast, folder: Path) -> None:

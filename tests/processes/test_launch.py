@@ -207,6 +207,20 @@ def test_a_rank_that_hangs_is_named(start: Start, workdir: Path, ranks: int) -> 
     assert done == {f"0-{rank}": 2 if rank == 1 else 3 for rank in range(ranks)}
 
 
+def test_a_rank_that_hangs_without_peers_costs_its_video(start: Start, workdir: Path) -> None:
+    """Two groups of one rank, which exchange nothing."""
+    (workdir / "jobs.jsonl").write_text(
+        "".join(json.dumps({"output": f"{k}.mp4", "steps": 4}) + "\n" for k in range(3))
+    )
+    environment = with_fault(workdir, in_third_step("import time; time.sleep(1000)"), rank=0)
+    ranks = ("--num-gpus", "2", "--cfg-parallel", "1", "--ulysses", "1", "--rank-timeout", "1")
+    code, out, err = start(*SMALL, *ranks, "--jobs", "jobs.jsonl", "--json", environment=environment).end()
+    assert code == 6, err
+    (error,) = (result for result in json.loads(out.strip().splitlines()[-1])["results"] if "error" in result)
+    assert error["exit_code"] == 5 and "rank 0 hangs: step 3 of 4 (low noise)" in error["error"]
+    assert "--rank-timeout 1 s" in error["error"] and len(list(workdir.glob("*.mp4"))) == 2
+
+
 def test_a_users_error_of_a_rank_keeps_its_code(start: Start, workdir: Path) -> None:
     fault = "from wanfast.runtime.errors import ConfigError; raise ConfigError('--size: too large')"
     run = start(*ENDLESS, "--num-gpus", "2", environment=with_fault(workdir, in_third_step(fault), rank=1))
@@ -292,16 +306,6 @@ def test_a_launcher_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: py
     assert launcher.returncode == -signal.SIGKILL
 
 
-def test_progress_is_reported_when_it_changes(tmp_path: Path) -> None:
-    file = tmp_path / "progress/0.json"
-    file.parent.mkdir()
-    told, seen = [], {}
-    for done in (1, 1, 2):
-        file.write_text(json.dumps({"job": 0, "stage": "low noise", "done": done, "total": 4}))
-        launch._follow(tmp_path, [0], 0, seen, lambda *state: told.append(state))
-    assert told == [(0, "low noise", 1, 4), (0, "low noise", 2, 4)]
-
-
 class Ended:
     """A launcher that has ended."""
 
@@ -350,7 +354,8 @@ def test_groups_that_died_are_started_again_for_the_next_batch(
         for _ in range(2):
             (result,) = ranks.run("v", "w", [{}], [], **IGNORED)
             assert result["exit_code"] == 5
-    assert ended_launchers == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 1)]
+    each_twice = [(2, 0), (3, 0), (4, 0), (5, 0)], [(6, 1), (7, 1), (8, 1), (9, 1)]  # no group claimed a job
+    assert ended_launchers == [(0, 0), (1, 0), *each_twice[0], *each_twice[1]]
     assert [json.loads((tmp_path / name).read_text())["first"] for name in ("job.json", "job-0001.json")] == [0, 1]
 
 
@@ -385,6 +390,55 @@ def living_launchers(monkeypatch: pytest.MonkeyPatch) -> list[Living]:
     monkeypatch.setattr(launch, "_start", lambda *arguments: started.append(Living()) or started[-1])
     monkeypatch.setattr(launch, "_GRACE_S", 0.1)
     return started
+
+
+def start_numbered(monkeypatch: pytest.MonkeyPatch, on_second: Callable[[], None]) -> list[Living]:
+    """Returns the launchers that will be started; calls `on_second` when the second one starts."""
+    started: list[Living] = []
+
+    def begin(folder: Path, number: int, batch: int) -> Living:
+        started.append(Living())
+        if number == 1:
+            on_second()
+        return started[-1]
+
+    monkeypatch.setattr(launch, "_start", begin)
+    monkeypatch.setattr(launch, "_GRACE_S", 0.1)
+    return started
+
+
+def test_a_group_that_dies_before_its_first_job_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = start_numbered(monkeypatch, lambda: with_result(tmp_path, 0))
+
+    def dies() -> bool:
+        started[0].signals.append("died")
+        return False
+
+    with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
+        assert ranks.run("v", "w", [{}], [], **IGNORED, cancelled=dies) == [{}]
+    assert len(started) == 2
+
+
+def test_a_job_that_a_rank_claims_after_its_group_was_started_again_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank lives a little longer than its launcher that was killed."""
+    started = start_numbered(monkeypatch, lambda: (tmp_path / "claims/1").write_text("0"))
+    ends = time.monotonic() + 3
+
+    def dies() -> bool:
+        (tmp_path / "claims").mkdir(exist_ok=True)
+        (tmp_path / "claims/0").write_text("0")
+        started[0].signals.append("died")
+        if time.monotonic() > ends:
+            pytest.fail("the job belongs to no living group, and nobody noticed")
+        return False
+
+    with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
+        results = ranks.run("v", "w", [{}, {}], [], **IGNORED, cancelled=dies)
+    assert [result["exit_code"] for result in results] == [5, 5] and len(started) == 2
 
 
 def with_result(folder: Path, index: int) -> None:
@@ -645,6 +699,21 @@ def test_ranks_import_nothing_from_the_working_folder(workdir: Path, monkeypatch
     command = [sys.executable, "-m", "wanfast.runtime.facts.mesh"]
     done = subprocess.run(command, cwd=workdir, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_ranks_import_the_package_of_their_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another wanfast may be installed; a program may find its own by any entry of sys.path."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    command = [sys.executable, "-c", "import wanfast; print(wanfast.__file__)"]
+    done = subprocess.run(command, cwd=tmp_path, env=launch._environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == str(PACKAGE / "wanfast/__init__.py"), done.stderr
+
+
+def test_the_installed_packages_of_ranks_hide_no_standard_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(launch, "_IMPORTED_FROM", Path(pytest.__file__).parents[1])
+    assert "PYTHONPATH" not in launch._environment()
 
 
 def test_a_rank_that_gives_up_waiting_is_the_cause_of_its_peers_errors() -> None:

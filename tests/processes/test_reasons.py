@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.configs import effective_config
 from tests.on_ranks import on_ranks
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import CorruptArtifactError
 from wanfast.runtime.facts.mesh import Mesh
+from wanfast.runtime.processes.failures import error_of_group
 from wanfast.runtime.processes.worker import _error_document
 
 
@@ -45,4 +49,25 @@ def test_an_exchange_that_failed_late_waited_for_a_peer() -> None:
             ranks.gather(None)
         return kind_of(error.value, 10), kind_of(error.value, 1)
 
-    assert on_ranks(Mesh(cfg=2), work, timeout_s=1)[0] == ("timeout", "bug")
+    assert on_ranks(Mesh(cfg=2), work, timeout_s=1)[0] == ("timeout", "exchange")
+
+
+@pytest.mark.parametrize(
+    ("kind", "killed", "said"),
+    [
+        ("exchange", True, "the launcher of rank group 0 failed"),
+        ("bug", True, "rank 0 failed: boom"),
+        ("exchange", False, "rank 0 failed: boom"),
+    ],
+)
+def test_a_launcher_that_is_killed_is_the_cause_of_lost_connections(
+    tmp_path: Path, kind: str, killed: bool, said: str
+) -> None:
+    """A launcher that is killed writes nothing, and a rank may see its lost connection before it is ended too."""
+    (tmp_path / "ranks/0-0").mkdir(parents=True)
+    document = {"rank": 0, "time": time.time_ns(), "kind": kind, "error": "boom"}
+    (tmp_path / "ranks/0-0/error.json").write_text(json.dumps(document))
+    if not killed:
+        failed = {"exit_codes": {"0": 1}, "seconds": {"0": time.time()}, "stopped": []}
+        (tmp_path / "ranks/0.json").write_text(json.dumps(failed))
+    assert said in str(error_of_group(tmp_path, 0, effective_config().ranks)[1])

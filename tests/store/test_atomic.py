@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.small_files import assert_one_line, names_in
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.store.atomic import atomic_paths
+from wanfast.runtime.store.atomic import atomic_paths, partial_path, remove_partials
 
 
 def test_atomic_paths_replaces_at_the_end_only(tmp_path: Path) -> None:
@@ -78,3 +80,35 @@ def test_atomic_paths_when_the_folder_went_away(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught, atomic_paths(target, option="--report") as (partial,):
         partial.write_text("x")
     assert_one_line(caught.value, "--report", target)
+
+
+@pytest.mark.parametrize(("renames", "left"), [(0, "old"), (1, "old"), (2, "new")])
+def test_a_set_whose_process_was_killed_between_two_renames_is_the_old_one(
+    tmp_path: Path, renames: int, left: str
+) -> None:
+    targets = [tmp_path / "a.mp4", tmp_path / "a.json"]
+    for target in targets:
+        target.write_text("old")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            replace, done = Path.replace, []
+
+            def killed(path: Path, target: Path) -> None:
+                if len(done) < renames:
+                    replace(path, target)
+                    done.append(target)
+                if len(done) == renames:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            Path.replace = killed  # type: ignore[method-assign, assignment]
+            with atomic_paths(*targets) as partials:
+                for partial in partials:
+                    partial.write_text("new")
+        finally:
+            os._exit(1)
+    os.waitpid(pid, 0)
+    assert partial_path(targets[1], pid).exists() == (renames < 2)
+    remove_partials([tmp_path / "other.mp4", *targets], [1, pid])
+    assert [target.read_text() for target in targets] == [left, left]
+    assert names_in(tmp_path) == ["a.json", "a.mp4"]

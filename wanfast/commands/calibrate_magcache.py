@@ -19,6 +19,7 @@ from wanfast.runtime.config import NO_VIDEO
 from wanfast.runtime.config.option import MAKE, absolute
 from wanfast.runtime.errors import ConfigError, from_failure
 from wanfast.runtime.machine import packages
+from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.planning.placement import place
 from wanfast.runtime.planning.plan import Plan, effective, model_of
 from wanfast.runtime.store.artifacts import ArtifactStore
@@ -51,12 +52,13 @@ def calibrate_magcache(
         raise ConfigError(f"--steps {given['steps']}: one step has no earlier step to compare with: use 2 or more")
     if find_spec("matplotlib") is None:
         raise ConfigError("the plot of the curve needs matplotlib: pip install matplotlib")
-    files = model_of({**NO_VIDEO, **given})  # before the clips are read
-    files.require()
-    folder = shipped_set(files.spec) if set_ is None else Path(absolute(str(set_), "--set"))
-    clips = read_set(folder, seed)
-    plans = planned(given, clips, files)
-    require_experts(files, plans[0].config.models)
+    with asked_once():
+        files = model_of({**NO_VIDEO, **given})  # before the clips are read
+        files.require()
+        folder = shipped_set(files.spec) if set_ is None else Path(absolute(str(set_), "--set"))
+        clips = read_set(folder, seed)
+        plans = planned(given, clips, files)
+        require_experts(files, plans[0].config.models)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     result = calibrated(given, plans, clips, files, show_progress=console.is_terminal)
     console.print(describe(result), markup=False)

@@ -12,7 +12,7 @@ from wanfast.runtime.machine import gpus
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.plan import Job, Plan
 from wanfast.runtime.processes.launch import RankGroups, num_groups
-from wanfast.runtime.store.artifacts import JOB, RESULT, new_run_folder, write_result, write_synced
+from wanfast.runtime.store.artifacts import JOB, RESULT, new_run_folder, noting, write_result, write_synced
 
 Verb = Literal["generate", "warmup", "calibrate-magcache"]
 VERBS = get_args(Verb)
@@ -50,7 +50,8 @@ def run_jobs(
                 )
     if verb == "generate":
         past_runs.record(config.models.artifacts_dir, results)
-    write_synced(folder / RESULT, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    with noting():
+        write_synced(folder / RESULT, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
 
 
@@ -78,6 +79,7 @@ def _here(
         jobs, Sessions(Ranks(device)), progress=on_progress, folder=folder
     ):
         results[index] = result
-        write_result(folder, index, result)
+        with noting():  # this process has the result
+            write_result(folder, index, result)
         on_result(index, result)
     return [results[index] for index in range(len(jobs))]

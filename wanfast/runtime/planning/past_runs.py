@@ -8,10 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.planning.plan import Plan, guided_steps
-from wanfast.runtime.store.artifacts import note, replace_text, writing_to
+from wanfast.runtime.store.artifacts import noting, replace_text, writing_to
 
 # The plan's fields on which a forward's time depends.
 _ALIKE = (
@@ -26,10 +25,8 @@ def record(artifacts_dir: str, results: list[dict[str, Any]]) -> None:
     """Adds finished videos to the index, which later runs predict by. An index that cannot be written gets a note."""
     done = [result for result in results if "error" not in result]
     entries = [_entry(result) for result in done if result["seconds"]["denoise"] > result["first_step_s"]]
-    try:
+    with noting():
         _append(Path(artifacts_dir) / _INDEX, entries)
-    except ConfigError as error:  # the videos are made all the same
-        note(str(error))
 
 
 def _entry(result: dict[str, Any]) -> dict[str, Any]:

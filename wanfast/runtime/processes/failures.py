@@ -29,6 +29,8 @@ def error_of_group(run_folder: Path, replica: int, config: RanksConfig) -> tuple
         within = f"--rank-timeout {config.rank_timeout:g} s ({known['rendezvous']:.200})"
         return noticed, ConfigError(f"{message} {within}: start wanfast on each of them")
     left = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob(f"{replica}-*/error.json")]
+    if not known:  # the launcher was killed, which also ends the exchanges of its ranks
+        left = [error for error in left if error["kind"] != "exchange"]
     first = _first(left)
     ended = _ended(known, left)
     aborted = ended is not None and ended[1] == -signal.SIGABRT  # NCCL's watchdog aborts ranks that wait

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import site
 import socket
 import subprocess
 import sys
@@ -23,21 +24,23 @@ from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import (
     CancelledError,
     ConfigError,
+    RankFailedError,
     WanFastError,
     failure,
 )
 from wanfast.runtime.machine.signals import FIRST_BATCH, PARENT
 from wanfast.runtime.processes.failures import error_of_group, was_loading
+from wanfast.runtime.processes.pace import OnProgress, Pace, follow
 from wanfast.runtime.store.artifacts import (
     CANCEL,
     CLAIMS,
     CLOSE,
-    PROGRESS,
     RANKS,
     RESULTS,
     SETUP,
     batch_file,
     frames_file,
+    noting,
     replace_text,
     write_synced,
     writing_to,
@@ -45,11 +48,12 @@ from wanfast.runtime.store.artifacts import (
 from wanfast.runtime.store.atomic import remove_partials
 
 OnResult = Callable[[int, dict[str, Any]], None]  # (job, its result)
-OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
 
+_IMPORTED_FROM = Path(__file__).absolute().parents[3]  # at import, because the working folder may change
 _PAUSE_S = 0.1
 _GRACE_S = 8.0  # between the request to stop and the kill
 _MOST_FAILED_LOADS = 2  # one after the other: then the models, and not a job, are at fault
+_MOST_FAILED_STARTS = 1  # one after the other at one place, of groups that claimed no job: then no rank can start
 
 
 def num_groups(ranks: RanksConfig, num_jobs: int) -> int:
@@ -93,7 +97,9 @@ class RankGroups:
         self._launchers: dict[int, subprocess.Popen[bytes]] = {}  # place -> its newest launcher
         self._numbers: dict[int, int] = {}  # place -> the number of its group, which grows with each restart
         self._failed_loads: Counter[str] = Counter()  # models -> groups that died while loading them
+        self._failed_starts: Counter[int] = Counter()  # place -> groups that died one after the other without a job
         self._given_up: set[int] = set()  # numbers of dead groups that were looked at
+        self._hung: dict[int, tuple[int, WanFastError]] = {}  # number -> (nanoseconds since the epoch, its error)
         self._batches = self._jobs = 0  # so far
         self._sent: list[_Batch] = []  # those whose files exist
         # A launcher dies with the thread that started it, and a caller's thread may end before the ranks.
@@ -183,7 +189,7 @@ class RankGroups:
     ) -> list[dict[str, Any]]:
         """Waits for a batch and returns the result of every job, in order; `run` has the details."""
         results: dict[int, dict[str, Any]] = {}
-        seen: dict[int, dict[str, Any]] = {}
+        paces: dict[int, Pace] = {}
         first = batch.indices.start
         while True:
             if cancelled() and not (sign := self._folder / CANCEL / str(batch.number)).exists():
@@ -191,7 +197,8 @@ class RankGroups:
             dead = self._dead()
             for index in _collect(self._folder, batch.indices, results):
                 on_result(index - first, results[index])
-            _follow(self._folder, self._numbers.values(), first, seen, on_progress)
+            follow(self._folder, self._numbers.values(), first, paces, on_progress)
+            self._stop_hanging({number: pace for number, pace in paces.items() if pace.state["job"] not in results})
             for index, error in self._lost(batch, results.keys(), dead, may_restart=not cancelled()):
                 results[index] = failure(error)
                 on_result(index - first, results[index])
@@ -211,6 +218,8 @@ class RankGroups:
         """Starts the groups that have no launcher, or lost a rank."""
         _stop(self._broken())
         self._failed_loads.clear()
+        self._failed_starts.clear()
+        self._given_up.clear()
         for place in range(self._groups):
             launcher = self._launchers.get(place)
             if launcher is None or launcher.poll() is not None:
@@ -238,33 +247,54 @@ class RankGroups:
         """Returns the numbers of the groups whose launcher ended."""
         return {self._numbers[place] for place, launcher in self._launchers.items() if launcher.poll() is not None}
 
+    def _stop_hanging(self, at_work: dict[int, Pace]) -> None:
+        """Stops the groups of one rank that hang in a step; in a larger group, the other ranks notice a hang."""
+        if self._ranks.mesh.group_size > 1:
+            return
+        hangs = {number: reason for number, pace in at_work.items() if (reason := pace.hang(self._ranks.rank_timeout))}
+        for place, number in self._numbers.items():
+            if number in hangs and self._launchers[place].poll() is None:
+                _stop([self._launchers[place]])
+                message = f"rank 0 {hangs[number]}; logs of all ranks in {self._folder / 'logs'}"
+                self._hung[number] = time.time_ns(), RankFailedError(message)
+
+    def _error_of(self, number: int) -> tuple[int, WanFastError]:
+        """Returns (nanoseconds since the epoch, why a group died)."""
+        return self._hung.get(number) or error_of_group(self._folder, number, self._ranks)
+
     def _lost(
         self, batch: _Batch, done: Collection[int], dead: set[int], *, may_restart: bool
     ) -> Iterator[tuple[int, WanFastError]]:
         """Yields the jobs that the dead groups claimed, with their errors, and starts groups again for those left.
 
-        If no group lives then, yields all jobs that are left.
+        A rank may outlive its launcher and claim a job after its group was started again, so a job can also belong to
+        a group that was replaced. If no group lives then, yields all jobs that are left.
         """
-        if not dead:
+        current = set(self._numbers.values())
+        if not dead and not self._given_up:
             return
         claims = {index: claimed_by(self._folder, index) for index in batch.indices if index not in done}
-        errors = {number: error_of_group(self._folder, number, self._ranks) for number in dead} if claims else {}
+        if not claims:
+            return
+        ended = dead | {number for number in claims.values() if number is not None and number not in current}
+        errors = {number: self._error_of(number) for number in ended}
         yield from ((index, errors[number][1]) for index, number in claims.items() if number in errors)
         left = [index for index, number in claims.items() if number is None]
-        if left and may_restart:
+        if dead and left and may_restart:
             lost = self._replace(batch, dead, claims)
             yield from ((index, errors[number][1]) for index, number in lost.items())
             left = [index for index in left if index not in lost]
         if dead >= set(self._numbers.values()):  # by the same look, so that a group that died since is not lost
-            first = min(errors.values(), key=lambda found: found[0], default=None)
-            yield from ((index, first[1]) for index in left if first)
+            _, error = min((errors[number] for number in dead), key=lambda found: found[0])
+            yield from ((index, error) for index in left)
 
     def _replace(self, batch: _Batch, dead: set[int], claims: dict[int, int | None]) -> dict[int, int]:
-        """Starts each dead group again, once, if it had claimed a job; `claims` are those of the jobs without a result.
+        """Starts each dead group again, once; `claims` are those of the jobs without a result.
 
-        A group that died while it loaded leaves the list to the others, if others live. Returns the jobs whose models
-        killed one group after the other, each with the last group's number. A group that spans machines is not started
-        again, because the other machines would have to start it too.
+        A group that died while it loaded leaves the list to the others, if others live. A place where one group after
+        the other claimed no job stays empty. Returns the jobs whose models killed one group after the other, each with
+        the last group's number. A group that spans machines is not started again, because the other machines would
+        have to start it too.
         """
         lost: dict[int, int] = {}
         if self._ranks.mesh.group_size > self._ranks.num_gpus:
@@ -274,7 +304,8 @@ class RankGroups:
         for place in new:
             number = self._numbers[place]
             self._given_up.add(number)
-            if was_loading(self._folder, number):
+            self._failed_starts[place] = 0 if number in claimed else self._failed_starts[place] + 1
+            if number in claimed and was_loading(self._folder, number):
                 if len(dead) < self._groups:
                     continue
                 for models in {batch.loads(index) for index, owner in claims.items() if owner == number}:
@@ -284,11 +315,12 @@ class RankGroups:
                             index for index, owner in claims.items() if owner is None and batch.loads(index) == models
                         ]
                         lost |= dict.fromkeys(alike, number)
-            for index in lost:  # claimed, so that no group tries it
-                replace_text(self._folder / CLAIMS / str(index), str(number))
-            if number in claimed:
-                self._remove_partials(batch, {number})
-                self._start(place, batch.number)
+            with noting():  # if the disk is full, this place stays empty
+                for index in lost:  # claimed, so that no group tries it
+                    replace_text(self._folder / CLAIMS / str(index), str(number))
+                if self._failed_starts[place] <= _MOST_FAILED_STARTS:
+                    self._remove_partials(batch, {number})
+                    self._start(place, batch.number)
         return lost
 
     def _remove_partials(self, batch: _Batch, dead: set[int]) -> None:
@@ -315,9 +347,9 @@ def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]
 
 
 def _environment() -> dict[str, str]:
-    """Returns this process's environment, in which a child imports no module from the working folder."""
-    package = Path(__file__).parents[3]
-    path = [str(package)] if str(package) == str(Path(sys.path[0] or ".").absolute()) else []  # a checkout
+    """Returns this process's environment, in which a child imports this package, and none from the working folder."""
+    installed = {Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages())}
+    path = [] if _IMPORTED_FROM.resolve() in installed else [str(_IMPORTED_FROM)]  # a checkout
     path += filter(None, [os.environ.get("PYTHONPATH")])
     return {**os.environ, "PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(path)} if path else {})}
 
@@ -345,24 +377,17 @@ def _collect(run_folder: Path, indices: range, results: dict[int, dict[str, Any]
     """Adds the new results to `results` and returns their indices."""
     files = {int(file.stem): file for file in (run_folder / RESULTS).glob("*.json")}
     new = [index for index in indices if index in files and index not in results]
-    results |= {index: json.loads(files[index].read_text(encoding="utf-8")) for index in new}
+    results |= {index: _result(files[index]) for index in new}
     return new
 
 
-def _follow(
-    run_folder: Path,
-    numbers: Iterable[int],
-    first: int,
-    seen: dict[int, dict[str, Any]],
-    on_progress: OnProgress,
-) -> None:
-    """Reports the progress of each group that differs from `seen`, for jobs from `first` on."""
-    for number in numbers:
-        file = run_folder / PROGRESS / f"{number}.json"
-        state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        if state and state != seen.get(number) and state["job"] >= first:
-            seen[number] = state
-            on_progress(state["job"] - first, state["stage"], state["done"], state["total"])
+def _result(file: Path) -> dict[str, Any]:
+    """Returns the result of a job, or its failure if the rank could not write the result into its file."""
+    if text := file.read_text(encoding="utf-8"):
+        document: dict[str, Any] = json.loads(text)
+        return document
+    reason = "the result of this job could not be written: free some space, or choose another folder"
+    return failure(ConfigError(f"--artifacts-dir {file}: {reason}"))
 
 
 def _pids(run_folder: Path, numbers: Iterable[int]) -> list[int]:

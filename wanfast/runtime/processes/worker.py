@@ -33,6 +33,7 @@ from wanfast.runtime.store.artifacts import (
     CLOSE,
     PROGRESS,
     RANKS,
+    RESULTS,
     SETUP,
     batch_file,
     replace_text,
@@ -69,10 +70,10 @@ def main(run_folder: Path, number: int) -> None:
 
 
 def _error_document(error: BaseException, silent_s: float, timeout_s: float) -> dict[str, Any]:
-    """Returns an error for the parent: one line, and its kind: a user's error, a timeout or a bug.
+    """Returns an error for the parent: one line, and its kind: "user", "timeout", "exchange" or "bug".
 
     `silent_s`: seconds since this rank's last step. An exchange that fails after most of `--rank-timeout` waited for a
-    peer; one that fails earlier lost its peer, or was wrong.
+    peer, which is a timeout; one that fails earlier lost its peer, or was wrong.
     """
     import torch
 
@@ -82,8 +83,8 @@ def _error_document(error: BaseException, silent_s: float, timeout_s: float) -> 
     if isinstance(error, WanFastError):
         return {**known, "kind": "user", **failure(error)}
     line = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
-    waited = _is_of_an_exchange(error) and silent_s >= MOST_OF_TIMEOUT * timeout_s
-    return {**known, "kind": "timeout" if waited else "bug", "error": line}
+    of_exchange = "timeout" if silent_s >= MOST_OF_TIMEOUT * timeout_s else "exchange"
+    return {**known, "kind": of_exchange if _is_of_an_exchange(error) else "bug", "error": line}
 
 
 def _is_of_an_exchange(error: BaseException) -> bool:
@@ -150,9 +151,9 @@ def _do_batch(
     def progress(index: int, stage: str, done: int, total: int) -> None:
         nonlocal last
         state = json.dumps({"job": first + index, "stage": stage, "done": done, "total": total})
-        replace_text(own_folder / PROGRESS, state)
+        _report(own_folder / PROGRESS, state)
         if ranks.is_leader:
-            replace_text(run_folder / PROGRESS / f"{number}.json", state)
+            _report(run_folder / PROGRESS / f"{number}.json", state)
         if not total or last != (index, stage, done):  # the end of a step and the start of the next are reported alike
             last = (index, stage, done)
             if ranks.lead(lambda: (run_folder / CANCEL / str(batch)).exists()):
@@ -162,7 +163,19 @@ def _do_batch(
     share = Share(number % groups, groups, claim)
     for index, result in run(parsed, sessions, share=share, progress=progress, folder=run_folder, first=first):
         if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has its own run folder
-            write_result(run_folder, first + index, result)
+            try:
+                write_result(run_folder, first + index, result)
+            except ConfigError:  # an empty file needs no space, and tells the parent
+                (run_folder / RESULTS / f"{first + index}.json").touch()
+
+
+def _report(file: Path, state: str) -> None:
+    """Replaces a progress file. If the disk is full, only changes its time, so that this rank does not seem to hang."""
+    try:
+        replace_text(file, state)
+    except ConfigError:
+        with suppress(OSError):
+            os.utime(file)
 
 
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:

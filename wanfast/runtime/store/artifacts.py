@@ -238,6 +238,15 @@ def note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr)
 
 
+@contextmanager
+def noting() -> Iterator[None]:
+    """Turns a ConfigError into a note: what cannot be written then is a record that no video needs."""
+    try:
+        yield
+    except ConfigError as error:
+        note(str(error))
+
+
 def write_synced(path: Path, text: str) -> None:
     """Writes a small text file and syncs it, so that the text is on disk when this function returns.
 

@@ -1,11 +1,10 @@
 """Writes a set of files completely or not at all: first under hidden names beside their targets, then renamed.
 
-A process that is killed (SIGKILL) leaves its hidden `.part` files; the targets stay unchanged.
+A process that is killed (SIGKILL) leaves its hidden files, which `remove_partials` removes.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -85,10 +84,20 @@ def _old_path(target: Path, pid: int | None = None) -> Path:
 
 
 def remove_partials(targets: Iterable[Path], pids: Iterable[int]) -> None:
-    """Removes the hidden files of `targets` that killed processes (`pids`) left."""
-    for target, pid in itertools.product(targets, pids):
-        for path in (partial_path(target, pid), _old_path(target, pid)):
-            path.unlink(missing_ok=True)
+    """Removes the hidden files of `targets` that killed processes (`pids`) left.
+
+    A process writes one set of files at a time. If it was killed between the renames of a set, some of its partial
+    files are left, and the targets that it had replaced get their old files back.
+    """
+    files = list(targets)
+    for pid in pids:
+        is_half = any(os.path.lexists(partial_path(target, pid)) for target in files)
+        for target in files:
+            old = _old_path(target, pid)
+            if is_half and os.path.lexists(old):
+                old.replace(target)
+            for path in (partial_path(target, pid), old):
+                path.unlink(missing_ok=True)
 
 
 def _free_space(folder: Path) -> str:

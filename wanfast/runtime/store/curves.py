@@ -27,6 +27,7 @@ from wanfast.runtime.config.option import options_of, words
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.choices import Expert, in_8_bits
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
+from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.sampling.magcache import resample
 from wanfast.runtime.sampling.scheduler import expert_of, schedule
@@ -230,21 +231,28 @@ def _measured_by(config: EffectiveConfig, files: ModelFiles) -> dict[str, Any]:
 
 def _artifact(config: EffectiveConfig, asked: SkippingConfig, files: ModelFiles) -> Path:
     """Returns the folder of the curve that was calibrated for this run, or whose key `asked.magcache` names."""
-    store, option = ArtifactStore(Path(config.models.artifacts_dir)), f"--magcache {asked.magcache}"
-    wanted = curve_inputs(config, files, "")
-    bridged = _BRIDGED if asked.magcache_interpolate else set()
+    wanted = json.dumps(curve_inputs(config, files, ""))
     fix = f"run `{calibrate_command(config, files.spec)}`"
+    return _found(config.models.artifacts_dir, asked.magcache, asked.magcache_interpolate, wanted, fix)
+
+
+@remembered
+def _found(artifacts_dir: str, magcache: str, interpolate: bool, inputs_json: str, fix: str) -> Path:
+    """Returns the folder of a curve, verified; the lines of a list that need the same curve ask for it once."""
+    store, option = ArtifactStore(Path(artifacts_dir)), f"--magcache {magcache}"
+    wanted: dict[str, Any] = json.loads(inputs_json)
+    bridged = _BRIDGED if interpolate else set()
     stored = [(folder, inputs) for folder, inputs in store.manifests(KIND) if isinstance(inputs.get("steps"), int)]
     found = [
         (_differences(inputs, wanted), inputs, folder)
         for folder, inputs in stored
-        if asked.magcache in ("artifact", folder.name)
+        if magcache in ("artifact", folder.name)
     ]
 
     def distance(item: _Found) -> tuple[int, int, bool]:
         differences, inputs, _ = item
         other_measure = inputs.get("measured_by") != wanted["measured_by"]
-        return len(differences), abs(inputs["steps"] - config.video.steps), other_measure
+        return len(differences), abs(inputs["steps"] - wanted["steps"]), other_measure
 
     if stored and not found:
         keys = ", ".join(folder.name for folder, _ in stored)
@@ -273,7 +281,7 @@ def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tu
     return {
         name: (inputs.get(name), value)
         for name, value in wanted.items()
-        if name not in _NOT_COMPARED and inputs.get(name) != json.loads(json.dumps(value))
+        if name not in _NOT_COMPARED and inputs.get(name) != value
     }
 
 

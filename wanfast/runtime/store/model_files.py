@@ -102,6 +102,7 @@ class ModelFiles:
         tokenizer = identity([self.tokenizer], self.artifacts)
         return {**{name: self.fingerprint(name) for name in COMPONENTS}, "tokenizer": tokenizer}
 
+    @remembered
     def fingerprint(self, component: Component) -> str:
         """Returns the identity of one component; raises MissingArtifactError if a file is missing."""
         return identity(self.weights(component), self.artifacts)
