@@ -62,7 +62,7 @@ def pretend_kept(artifacts: Path, scheme: Scheme) -> None:
     for expert in EXPERTS:
         wanted = QuantizedExpert(store, files, expert, scheme, "a14b")
         made_by = quantized.torchao_version() if in_8_bits(scheme) else None
-        store.publish("quantized", wanted.inputs(made_by), lambda folder: (folder / "file").touch())
+        store.publish("quantized", wanted.inputs(made_by, "cuda"), lambda folder: (folder / "file").touch())
 
 
 def examine(wanfast: Wanfast, *arguments: str) -> dict[str, Any]:

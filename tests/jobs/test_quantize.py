@@ -150,7 +150,9 @@ def test_without_torchao_the_artifact_of_the_latest_version_is_taken(
     store = ArtifactStore(workdir / "artifacts")
     expert = QuantizedExpert(store, files, "high_noise", "int8-dynamic", "tiny")
     made = {
-        version: store.publish("quantized", expert.inputs(version), lambda folder: (folder / "file").touch()).folder
+        version: store.publish(
+            "quantized", expert.inputs(version, "cpu"), lambda folder: (folder / "file").touch()
+        ).folder
         for version in ("0.9.0", "0.18.0", "0.18.0.dev1", "not a version")
     }
     monkeypatch.setattr(quantized, "torchao_version", lambda: None)

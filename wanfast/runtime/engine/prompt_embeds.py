@@ -6,7 +6,6 @@ can use them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -144,7 +143,7 @@ def _inputs(tokens: TokenizedPrompt, files: ModelFiles, config: EffectiveConfig)
     """Returns everything that an embedding depends on; the ids hold all that the tokenizer decides."""
     return {
         "umt5": files.fingerprint("umt5"),
-        "facts": dataclasses.asdict(files.spec.umt5),
+        "facts": files.spec.umt5.to_json(),
         "text": tokens.text,
         "ids": list(tokens.ids),
         "precision": config.models.precision,

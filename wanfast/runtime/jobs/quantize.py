@@ -74,7 +74,7 @@ def _quantize_expert(
     wanted: QuantizedExpert, torchao: str | None, device: str, progress: ProgressFn, say: Callable[[str], None]
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    inputs = wanted.inputs(torchao)
+    inputs = wanted.inputs(torchao, device)
     folder, made_here = wanted.store.find(KIND, inputs, verify=True, again="run this command again"), False
     source = wanted.files.weights(wanted.expert)
     source_bytes = sum(file.stat().st_size for file in source)

@@ -1,9 +1,9 @@
 """Finds MagCache's ratios: a model's preset, or a curve that `wanfast calibrate-magcache` stored. Torch-free.
 
-A curve's key holds the settings of its measurement: both experts and their precision, steps, shift, solver, guidance,
-size, frames, and the set of clips. A run may use any set of clips. If another setting differs, the run refuses the
-curve, and the error has the command that measures a new one. Steps and shift may differ with `--magcache-interpolate`,
-because the ratios change smoothly.
+A curve's key holds the settings of its measurement: both experts, their facts and precision, steps, shift, solver,
+guidance, size, frames, the set of clips, and what measured it. A run may differ in the last two. If another setting
+differs, the run refuses the curve, and the error has the command that measures a new one. Steps and shift may differ
+with `--magcache-interpolate`, because the ratios change smoothly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from wanfast.runtime.sampling.magcache import resample
 from wanfast.runtime.sampling.scheduler import expert_of, schedule
 from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
 from wanfast.runtime.store.code import digest_of_code
-from wanfast.runtime.store.identity import is_old
 from wanfast.runtime.store.model_files import ModelFiles
 
 T = TypeVar("T")
@@ -45,10 +44,10 @@ RATIOS = "ratios.json"
 _PRESETS = Path(__file__).parents[2] / "assets" / "magcache"
 _BRIDGED = {"steps", "shift"}
 _NOT_COMPARED = ("set", "measured_by")
+# From the picture and the weights to a residual, and from residuals to ratios.
 _CODE = (
-    "runtime/models/*.py", "runtime/sampling/*.py", "runtime/engine/denoise.py", "runtime/engine/pipeline.py",
-    "runtime/engine/conditioning.py", "runtime/weights/quantization.py", "magcache_calib/ratios.py",
-    "magcache_calib/recorder.py",
+    "runtime/media/*.py", "runtime/weights/*.py", "runtime/models/*.py", "runtime/sampling/*.py",
+    "runtime/engine/*.py", "runtime/device/*.py", "runtime/distributed/*.py", "magcache_calib/*.py",
 )  # fmt: skip
 _DEFAULTS = (0.12, 2, 0.2)  # of the published matrix: threshold, skips in a row, share retained
 
@@ -194,6 +193,7 @@ def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) ->
     """Returns everything that a calibrated curve depends on; raises MissingArtifactError if weights are missing."""
     return {
         "experts": _experts(files),
+        "facts": files.spec.dit.to_json(),
         "boundary": files.spec.boundary,
         "precision": config.models.precision,
         "quantize": config.models.quantize,
@@ -212,10 +212,13 @@ def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) ->
 def _measured_by(config: EffectiveConfig, files: ModelFiles) -> dict[str, Any]:
     """Returns the inputs whose change moves a ratio less than the ratios of two tokens differ.
 
-    They belong to the key, so that a new measurement is stored beside the old one. A run may use either.
+    They belong to the key, so that a new measurement is stored beside the old one. A run may use either. The GPU's name
+    and the mesh are no inputs: they only round a ratio otherwise.
     """
+    spec = files.spec
     return {
         "conditioning": {name: files.fingerprints[name] for name in ("vae", "umt5", "tokenizer")},
+        "facts": {"vae": spec.vae.to_json(), "umt5": spec.umt5.to_json()},
         "negative_prompt": config.video.negative_prompt,
         "attention": config.models.attention,
         "compile": config.models.compile,
@@ -251,8 +254,8 @@ def _artifact(config: EffectiveConfig, asked: SkippingConfig, files: ModelFiles)
     if not fitting:
         nearest = min(found, key=lambda item: len(item[0]), default=None)
         difference = f" ({nearest[2].name} differs in {_in_words(nearest[0])})" if nearest else ""
-        if nearest and any(map(is_old, (nearest[1].get("experts") or {}).values())):
-            difference = f" ({nearest[2].name} is of an earlier version of wanfast, which did not hash all weights)"
+        if nearest and "facts" not in nearest[1]:
+            difference = f" ({nearest[2].name} is of an earlier version of wanfast, which recorded less)"
         or_bridge = ", or add --magcache-interpolate" if nearest and set(nearest[0]) <= _BRIDGED else ""
         raise MissingArtifactError(f"{option}: no curve is calibrated for this run{difference}: {fix}{or_bridge}")
     best = [item for item in fitting if distance(item) == distance(fitting[0])]
@@ -276,7 +279,8 @@ def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tu
 
 
 def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
-    plain = {name: f" ({old}, this run {new})" for name, (old, new) in differences.items() if name != "experts"}
+    long = ("experts", "facts")
+    plain = {name: f" ({old}, this run {new})" for name, (old, new) in differences.items() if name not in long}
     return ", ".join(f"{name}{plain.get(name, '')}" for name in differences)
 
 
