@@ -210,10 +210,13 @@ def test_what_stops_it_is_one_line(wanfast: Wanfast, workdir: Path, monkeypatch:
         outcome = wanfast("quantize", *TINY, *SCHEME)
         assert outcome.exit_code == 2 and "needs matplotlib" in outcome.err and not (workdir / "artifacts").exists()
 
-    def fails(*_: object) -> None:
-        raise OSError(5, "Input/output error")
+    class Failing:
+        def get_slice(self, key: str) -> None:
+            raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint._SafetensorsReader, "rows", fails)
+    monkeypatch.setattr(checkpoint._SafetensorsReader, "__init__", lambda self, file: vars(self).update(_file=file))
+    for name, value in {"_handle": Failing(), "_bytes_read": 0}.items():
+        monkeypatch.setattr(checkpoint._SafetensorsReader, name, value, raising=False)
     outcome = wanfast("quantize", *TINY, *SCHEME)
     assert outcome.exit_code == 4 and "model.safetensors: " in outcome.err and "Input/output error" in outcome.err
 

@@ -14,7 +14,7 @@ import pytest
 from tests.configs import effective_config
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.engine import compilation, prompt_embeds
-from wanfast.runtime.errors import MissingArtifactError
+from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
 from wanfast.runtime.store import code, curves, model_files, quantized
 from wanfast.runtime.store.artifacts import ArtifactStore, key_of
@@ -217,6 +217,22 @@ def test_a_curve_of_an_earlier_version_is_named(files: ModelFiles, tmp_path: Pat
         curves._artifact(config, config.skipping, files)
 
 
+def test_a_curve_that_is_damaged_after_it_was_found_is_one_line(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ArtifactStore(tmp_path / "artifacts")
+    config = effective_config(magcache="artifact", artifacts_dir=str(store.root))
+    folder = write_old(store, curves.KIND, curves.curve_inputs(config, files, "set"))
+    monkeypatch.setattr(ArtifactStore, "find", lambda *arguments, **options: folder)
+    for damage in ("[" * 100_000, "{", "{}", '{"ratios": 3}'):
+        (folder / curves.RATIOS).write_text(damage)
+        with pytest.raises(CorruptArtifactError, match="calibrate again"):
+            curves.curve_of(config, files)
+    (folder / curves.RATIOS).unlink()
+    with pytest.raises(CorruptArtifactError, match="No such file or directory: remove its folder"):
+        curves.curve_of(config, files)
+
+
 def test_of_two_curves_the_one_that_was_measured_like_this_run_is_taken(files: ModelFiles, tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path / "artifacts")
     config = effective_config(magcache="artifact", artifacts_dir=str(store.root))
@@ -224,7 +240,7 @@ def test_of_two_curves_the_one_that_was_measured_like_this_run_is_taken(files: M
     like = curves.curve_inputs(config, files, "set")
     unlike = json.loads(json.dumps(like)) | {"measured_by": {"attention": "fa3"}}
     other = write_old(store, curves.KIND, unlike)
-    assert curves._artifact(config, config.skipping, files) == other
+    assert curves._artifact(config, config.skipping, files)[0] == other
     own = write_old(store, curves.KIND, like)
-    assert curves._artifact(config, config.skipping, files) == own
+    assert curves._artifact(config, config.skipping, files)[0] == own
     assert other != own

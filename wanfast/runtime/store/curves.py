@@ -30,8 +30,9 @@ from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.sampling.magcache import resample
 from wanfast.runtime.sampling.scheduler import expert_of, schedule
-from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
+from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.code import digest_of_code
+from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.model_files import ModelFiles
 
 T = TypeVar("T")
@@ -80,8 +81,8 @@ def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
     config = dataclasses.replace(config, skipping=answered)
     if answered.magcache == "preset":
         return config
-    key = _artifact(config, answered, files).name
-    return dataclasses.replace(config, skipping=dataclasses.replace(answered, magcache=key))
+    folder, _ = _artifact(config, answered, files)
+    return dataclasses.replace(config, skipping=dataclasses.replace(answered, magcache=folder.name))
 
 
 def _or(value: T | None, default: T) -> T:
@@ -98,10 +99,9 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
             fix = f"run `{calibrate_command(config, files.spec)}`, then use --magcache artifact"
             raise ConfigError(f"--magcache preset: no curve ships for these weights ({files.spec.name}): {fix}")
         return _fitted("preset", found, config, files.spec)
-    folder = _artifact(config, config.skipping, files)
-    document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["inputs"]
-    ratios = json.loads((folder / RATIOS).read_text(encoding="utf-8"))["ratios"]
-    return _fitted(folder.name, document | {"ratios": ratios}, config, files.spec)
+    folder, inputs = _artifact(config, config.skipping, files)
+    ratios = read_object(folder / RATIOS, "remove its folder, and calibrate again").get("ratios")
+    return _fitted(folder.name, inputs | {"ratios": ratios}, config, files.spec)
 
 
 def preset(files: ModelFiles) -> dict[str, Any] | None:
@@ -229,8 +229,8 @@ def _measured_by(config: EffectiveConfig, files: ModelFiles) -> dict[str, Any]:
     }
 
 
-def _artifact(config: EffectiveConfig, asked: SkippingConfig, files: ModelFiles) -> Path:
-    """Returns the folder of the curve that was calibrated for this run, or whose key `asked.magcache` names."""
+def _artifact(config: EffectiveConfig, asked: SkippingConfig, files: ModelFiles) -> tuple[Path, dict[str, Any]]:
+    """Returns the folder and inputs of the curve that was calibrated for this run, or whose key `asked` names."""
     store, option = ArtifactStore(Path(config.models.artifacts_dir)), f"--magcache {asked.magcache}"
     wanted = curve_inputs(config, files, "")
     bridged = _BRIDGED if asked.magcache_interpolate else set()
@@ -266,7 +266,7 @@ def _artifact(config: EffectiveConfig, asked: SkippingConfig, files: ModelFiles)
     if store.path(KIND, inputs) != folder:
         raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove this folder, and {fix}")
     store.find(KIND, inputs, verify=True, again=fix)
-    return folder
+    return folder, inputs
 
 
 def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

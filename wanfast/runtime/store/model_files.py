@@ -21,7 +21,8 @@ from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.store.hub_cache import REPOS, Layout, snapshots
 from wanfast.runtime.store.identity import identity
-from wanfast.runtime.store.model_facts import Places, read_json, read_spec
+from wanfast.runtime.store.json_files import read_object
+from wanfast.runtime.store.model_facts import AGAIN, Places, read_spec
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny"
 A14B_FOLDER = "checkpoints/Wan2.2-I2V-A14B"  # below the artifacts folder
@@ -180,7 +181,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def indexed_shards(index: Path) -> list[Path]:
     """Returns the files that an index of shards names, all beside it or below. Raises CorruptArtifactError."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index, AGAIN).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise CorruptArtifactError(f"{index} has no weight_map of names: download this file again")
