@@ -178,9 +178,10 @@ def _check(folder: Path, kind: str, inputs: dict[str, Any], fix: str, *, verify:
         listed = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
     with foreign(str(folder), fix, CorruptArtifactError):
         stats = {path: path.lstat() for path in folder.rglob("*")}
-    sizes = {name: size for name, size in _sizes(folder, stats).items() if name != MANIFEST}
+    sizes = _sizes(folder, stats)
+    is_file = sizes.pop(MANIFEST, None) is not None
     # A name of the manifest is only compared, never opened: it cannot lead out of the folder.
-    is_whole = bool(listed) and sizes == {name: size for name, (size, _) in listed.items()}
+    is_whole = is_file and bool(listed) and sizes == {name: size for name, (size, _) in listed.items()}
     is_ours = made == (kind, key_of(inputs), json.loads(_canonical(inputs)))
     if not (is_ours and _canonical(made[2]) == _canonical(inputs) and is_whole):  # true is equal to 1, but no 1
         raise CorruptArtifactError(f"{folder} was changed after it was made: {fix}")
