@@ -85,8 +85,8 @@ def _sizes(files: ModelFiles) -> Iterator[int]:
 
 def _no_weights(models: ModelsConfig, weights: dict[str, Any], host: dict[str, Any]) -> str | None:
     trouble: str | None = weights["trouble"]
-    free = host["disk_free_bytes"]
-    if trouble and models.model == "a14b" and free < model_files.A14B_BYTES - weights["bytes"]:
+    free, needed = host["disk_free_bytes"], model_files.DOWNLOADED.get(models.model, 0)
+    if trouble and free < needed - weights["bytes"]:
         return f"{trouble}; {host['disk']} has {free / 1e9:.1f} GB free: free some, or name another --artifacts-dir"
     return trouble
 
