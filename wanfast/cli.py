@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every `finally` runs
     try:
         if arguments[:1] and arguments[0] in VERBS and not any(word.startswith("--nnodes") for word in arguments):
-            refuse_launchers(shlex.join(["wanfast", *arguments]))
+            refuse_launchers("this command", f"type `{shlex.join(['wanfast', *arguments])}`", "--num-gpus ")
         app(arguments, prog_name="wanfast")
     except WanFastError as error:
         print(f"error: {error}", file=sys.stderr)

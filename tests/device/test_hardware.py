@@ -51,13 +51,18 @@ class AcceleratorError(RuntimeError):
         (AcceleratorError("CUDA error"), 60 << 30, True),
         (RuntimeError("GET was unable to find an engine to execute this computation"), 1 << 30, True),
         (RuntimeError("GET was unable to find an engine to execute this computation"), 60 << 30, False),
-        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), 60 << 30, False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 60 << 30, True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), 60 << 30, True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 60 << 30, True),
+        (RuntimeError("CUDA error: out of memory"), 60 << 30, True),
+        (RuntimeError("The size of tensor a (4) must match the size of tensor b (5)"), 1 << 30, False),
         (NotImplementedError("out of memory"), 1 << 30, False),  # a subclass of RuntimeError
     ],
 )
-def test_memory_ran_out_by_class_and_state(error: RuntimeError, free: int, expected: bool) -> None:
+def test_memory_ran_out_by_class_words_and_state(error: RuntimeError, free: int, expected: bool) -> None:
     assert hardware.is_out_of_memory(error, free) == expected
 
 
 def test_the_memory_of_a_cpu_is_never_scarce() -> None:
-    assert not hardware.is_out_of_memory(RuntimeError("wrong shape"), hardware.free_bytes("cpu"))
+    no_engine = RuntimeError("GET was unable to find an engine to execute this computation")
+    assert not hardware.is_out_of_memory(no_engine, hardware.free_bytes("cpu"))

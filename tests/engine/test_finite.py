@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import weakref
@@ -145,15 +146,19 @@ def test_all_ranks_raise_what_one_computed(small_model: Path, workdir: Path, mon
 
 
 def test_a_stored_embedding_that_is_not_finite_is_made_again(wanfast: Wanfast, workdir: Path) -> None:
-    """Older versions stored such embeddings."""
+    """Older versions stored such embeddings, whose manifests fit them."""
     assert wanfast(*GOOD).exit_code == 0
     first = (workdir / "out.mp4").read_bytes()
-    for file in (workdir / "artifacts/prompt_embeds").rglob("embeds.safetensors"):
-        embeds = load_file(file)["embeds"]
-        save_file({"embeds": torch.full_like(embeds, torch.nan)}, file)
+    files = sorted((workdir / "artifacts/prompt_embeds").rglob("embeds.safetensors"))
+    for file in files:
+        save_file({"embeds": torch.full_like(load_file(file)["embeds"], torch.nan)}, file)
+        manifest = file.with_name("manifest.json")
+        facts = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"files": {file.name: facts}}))
     outcome = wanfast(*GOOD, "--overwrite")
-    assert outcome.exit_code == 0, outcome.err
+    assert outcome.exit_code == 0 and "changed after it was made" not in outcome.err, outcome.err
     assert (workdir / "out.mp4").read_bytes() == first
+    assert len(files) == 2 and all(all_finite(load_file(file)["embeds"]) for file in files)
 
 
 def test_unlike_ranks_get_the_leaders_noise(small_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def pretend_kept(artifacts: Path, scheme: Scheme) -> None:
     for expert in EXPERTS:
         wanted = QuantizedExpert(store, files, expert, scheme, "a14b")
         made_by = quantized.torchao_version() if in_8_bits(scheme) else None
-        store.publish("quantized", wanted.inputs(made_by), lambda folder: (folder / "file").touch())
+        store.publish("quantized", wanted.inputs(made_by, "cuda"), lambda folder: (folder / "file").touch())
 
 
 def examine(wanfast: Wanfast, *arguments: str) -> dict[str, Any]:
@@ -276,6 +276,17 @@ def test_missing_weights_are_said_with_the_fix(wanfast: Wanfast, workdir: Path, 
     document = examine(wanfast, "--model", "gone")
     assert "no such folder" in document["weights"]["trouble"]
     assert document["next"]["command"] == "wanfast doctor --model gone"
+
+
+def test_whatever_download_fetches_is_to_be_downloaded(
+    wanfast: Wanfast, workdir: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The doctor knows no model's name."""
+    machine(84.0)
+    model = str(workdir / "b14b")
+    monkeypatch.setitem(model_files.DOWNLOADED, model, 10**18)
+    step = examine(wanfast, "--model", model)["next"]
+    assert step["command"] == "wanfast download" and "GB free: free some" in step["why"]
 
 
 def test_the_layout_of_which_a_part_is_there_is_the_one_to_fetch(

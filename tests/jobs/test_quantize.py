@@ -150,7 +150,9 @@ def test_without_torchao_the_artifact_of_the_latest_version_is_taken(
     store = ArtifactStore(workdir / "artifacts")
     expert = QuantizedExpert(store, files, "high_noise", "int8-dynamic", "tiny")
     made = {
-        version: store.publish("quantized", expert.inputs(version), lambda folder: (folder / "file").touch()).folder
+        version: store.publish(
+            "quantized", expert.inputs(version, "cpu"), lambda folder: (folder / "file").touch()
+        ).folder
         for version in ("0.9.0", "0.18.0", "0.18.0.dev1", "not a version")
     }
     monkeypatch.setattr(quantized, "torchao_version", lambda: None)
@@ -208,10 +210,13 @@ def test_what_stops_it_is_one_line(wanfast: Wanfast, workdir: Path, monkeypatch:
         outcome = wanfast("quantize", *TINY, *SCHEME)
         assert outcome.exit_code == 2 and "needs matplotlib" in outcome.err and not (workdir / "artifacts").exists()
 
-    def fails(*_: object) -> None:
-        raise OSError(5, "Input/output error")
+    class Failing:
+        def get_slice(self, key: str) -> None:
+            raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint._SafetensorsReader, "rows", fails)
+    monkeypatch.setattr(checkpoint._SafetensorsReader, "__init__", lambda self, file: vars(self).update(_file=file))
+    for name, value in {"_handle": Failing(), "_bytes_read": 0}.items():
+        monkeypatch.setattr(checkpoint._SafetensorsReader, name, value, raising=False)
     outcome = wanfast("quantize", *TINY, *SCHEME)
     assert outcome.exit_code == 4 and "model.safetensors: " in outcome.err and "Input/output error" in outcome.err
 

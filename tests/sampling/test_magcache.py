@@ -111,15 +111,15 @@ def test_the_best_plan_is_the_best_of_all(joint: bool) -> None:
     """The best plan equals the best of all plans that the limits allow."""
     generator = random.Random(1)
     experts: list[Expert] = ["high_noise"] * 3 + ["low_noise"] * 4
-    for _ in range(3):
+    for in_a_row in (1, 2, 9):
         ratios = [(generator.uniform(0.8, 1.05), generator.uniform(0.8, 1.05)) for _ in experts]
-        limits = MagCacheSettings(9.0, 2, 0.0, "both-experts")
+        limits = MagCacheSettings(9.0, in_a_row, 0.0, "both-experts")
         choices = [(False, False), (True, True)] if joint else list(itertools.product((False, True), repeat=2))
         least: dict[int, float] = {}
         for every in itertools.product(choices, repeat=7):
             rows = [strip([(skip[branch],) * 2 for skip in every]) for branch in (0, 1)]
-            if any(row[0] + row[3] != "cc" or "..." in row for row in rows):
-                continue  # an expert's first step, or three skips in a row
+            if any(row[0] + row[3] != "cc" or "." * (in_a_row + 1) in row for row in rows):
+                continue  # an expert's first step, or too many skips in a row
             skipped, error = sum(map(sum, every)), accumulated_error(ratios, every)
             least[skipped] = min(error, least.get(skipped, 9.0))
         for skipped, error in least.items():
@@ -241,6 +241,6 @@ def test_a_thousand_steps_are_planned_at_once() -> None:
     ratios = [(0.98 + 0.0001 * (step % 7), 0.985) for step in range(1000)]
     experts: list[Expert] = ["high_noise"] * 400 + ["low_noise"] * 600
     started = time.process_time()
-    skips = plan_best(ratios, experts, MagCacheSettings(0.1, 4, 0.2, "both-experts"), 900)
+    skips = plan_best(ratios, experts, MagCacheSettings(0.1, 100, 0.2, "both-experts"), 900)
     assert sum(map(sum, skips)) == 900
-    assert time.process_time() - started < 3  # tuples of steps took 22 s
+    assert time.process_time() - started < 0.3  # 0.09 s; a loop over the rows took 0.5 s

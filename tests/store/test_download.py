@@ -528,11 +528,11 @@ def test_two_commits_do_not_mix(wanfast: Wanfast, workdir: Path, hub: Hub) -> No
     assert old not in (folder_of(workdir) / "wanfast-download.json").read_text()
 
 
-@pytest.mark.parametrize("record", ["{", "[]", "{}"])
+@pytest.mark.parametrize("record", ["{", "[]", "{}", "[" * 100_000], ids=["cut off", "list", "empty", "deep"])
 def test_a_record_that_cannot_be_read_is_named(wanfast: Wanfast, workdir: Path, hub: Hub, record: str) -> None:
     folder_of(workdir).mkdir(parents=True)
     (folder_of(workdir) / "wanfast-download.json").write_text(record)
-    refused(wanfast("download"), 4, "wanfast-download.json is not the manifest of a download")
+    refused(wanfast("download"), 4, "wanfast-download.json", "remove this file and run the download again")
 
 
 def test_a_hub_that_reports_no_sizes(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from tests.configs import effective_config
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.engine import compilation, prompt_embeds
-from wanfast.runtime.errors import MissingArtifactError
+from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
 from wanfast.runtime.store import code, curves, model_files, quantized
 from wanfast.runtime.store.artifacts import ArtifactStore, key_of
@@ -39,9 +41,9 @@ def compiled_key(files: ModelFiles, config: EffectiveConfig) -> str:
     return key_of(compilation.cache_inputs(config, files.spec.dit, 32))
 
 
-def expert_key(files: ModelFiles, config: EffectiveConfig) -> str:
+def expert_key(files: ModelFiles, config: EffectiveConfig, torchao: str = "0.18.0", device: str = "cpu") -> str:
     store = ArtifactStore(Path("artifacts"))
-    return key_of(QuantizedExpert(store, files, "high_noise", "int8-dynamic", "tiny").inputs("0.18.0"))
+    return key_of(QuantizedExpert(store, files, "high_noise", "int8-dynamic", "tiny").inputs(torchao, device))
 
 
 KEYS: dict[str, tuple[Callable[[ModelFiles, EffectiveConfig], str], list[dict[str, Any]]]] = {
@@ -73,22 +75,77 @@ def test_each_option_that_changes_the_payload_changes_the_key(files: ModelFiles,
     assert key(files, effective_config(seed=9, prompt="other", output="b.mp4")) == key(files, effective_config())
 
 
-@pytest.mark.parametrize("kind", KEYS)
+CODE = {
+    "prompt_embeds": (
+        "runtime/models/umt5.py", "runtime/media/tokenizer.py", "runtime/weights/checkpoint.py",
+        "runtime/weights/key_maps.py", "runtime/engine/prompt_embeds.py",
+    ),
+    "magcache": (
+        "runtime/models/dit.py", "runtime/models/vae.py", "runtime/media/images.py", "runtime/sampling/scheduler.py",
+        "runtime/weights/checkpoint.py", "runtime/engine/prompt_embeds.py", "runtime/engine/session.py",
+        "runtime/distributed/ulysses.py", "magcache_calib/recorder.py", "magcache_calib/calibrate.py",
+    ),
+    "inductor": ("runtime/models/dit.py", "runtime/engine/compilation.py", "runtime/weights/quantization.py"),
+    "quantized": (
+        "runtime/jobs/quantize.py", "runtime/weights/checkpoint.py", "runtime/weights/quantization.py",
+        "runtime/weights/key_maps.py", "runtime/models/quantized.py", "runtime/models/dit.py",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "file"), [(kind, file) for kind, files in CODE.items() for file in files])
 def test_each_file_of_the_code_changes_the_key(
-    files: ModelFiles, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: ModelFiles, kind: str, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, _ = KEYS[kind]
-    asked: list[str] = []
-    for module in (prompt_embeds, curves, compilation, quantized):
-        monkeypatch.setattr(module, "digest_of_code", lambda *patterns: asked.extend(patterns) or "digest")
-    key(files, effective_config())
-    wanted = {
-        "prompt_embeds": ("runtime/models/umt5.py", "runtime/media/tokenizer.py", "runtime/weights/checkpoint.py"),
-        "magcache": ("runtime/models/*.py", "magcache_calib/recorder.py", "runtime/sampling/*.py"),
-        "inductor": ("runtime/models/*.py", "runtime/engine/compilation.py"),
-        "quantized": ("runtime/weights/quantization.py", "runtime/weights/key_maps.py"),
-    }
-    assert set(wanted[kind]) <= set(asked)
+    keys = set()
+    for changed in (None, file):
+        for module in (prompt_embeds, curves, compilation, quantized):
+            fake = partial(digest_after_a_change, changed)
+            monkeypatch.setattr(module, "digest_of_code", fake)
+        keys.add(key(files, effective_config()))
+    assert len(keys) == 2
+
+
+def digest_after_a_change(changed: str | None, *patterns: str) -> str:
+    is_changed = changed is not None and any(map(PurePath(changed).match, patterns))
+    return "changed" if is_changed else "digest"
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [("prompt_embeds", "umt5"), ("magcache", "dit"), ("magcache", "vae"), ("magcache", "umt5"),
+     ("inductor", "dit"), ("quantized", "dit")],
+)  # fmt: skip
+def test_each_json_fact_of_the_model_changes_the_key(files: ModelFiles, kind: str, part: str) -> None:
+    """The weights stay the same."""
+    key, _ = KEYS[kind]
+    old = getattr(files.spec, part)
+    new = replace(old, latents_std=(9.0,) * 16) if part == "vae" else replace(old, eps=0.01)
+    other = replace(files, spec=replace(files.spec, **{part: new}))
+    assert key(other, effective_config()) != key(files, effective_config())
+
+
+@pytest.mark.parametrize("kind", ["magcache", "quantized"])
+def test_another_torch_changes_the_key(files: ModelFiles, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, _ = KEYS[kind]
+    before = key(files, effective_config())
+    for module in (curves, quantized):
+        monkeypatch.setattr(module, "version_of", lambda package: "9.9")
+    assert key(files, effective_config()) != before
+
+
+def test_the_kind_of_device_belongs_to_8_bit_values(files: ModelFiles, tmp_path: Path) -> None:
+    """A run accepts what either device computed."""
+    config = effective_config()
+    assert len({expert_key(files, config, device=device) for device in ("cpu", "cuda")}) == 2
+    expert = QuantizedExpert(ArtifactStore(tmp_path), files, "high_noise", "int8-dynamic", "tiny")
+    made_by = quantized.torchao_version()
+    for device in ("cpu", "cuda"):
+        made = write_old(expert.store, quantized.KIND, expert.inputs(made_by, device))
+        assert expert.find() == made
+    cast = replace(expert, scheme="bf16")
+    assert cast.inputs(None, "cpu") == cast.inputs(None, "cuda")
 
 
 def test_the_digest_of_code_sees_content_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,10 +197,10 @@ def write_old(store: ArtifactStore, kind: str, inputs: dict[str, Any]) -> Path:
 def test_an_expert_of_an_earlier_version_is_named(files: ModelFiles, tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path / "artifacts")
     expert = QuantizedExpert(store, files, "high_noise", "bf16", "tiny")
-    now = expert.inputs(None)
+    now = expert.inputs(None, "cpu")
     old = {name: value for name, value in now.items() if name != "code"} | {"source": "0d0275e9101b9f83"}
     folder = write_old(store, quantized.KIND, old)
-    with pytest.raises(MissingArtifactError, match=f"by this version of wanfast .remove {folder}, made by another"):
+    with pytest.raises(MissingArtifactError, match=f"by this version of wanfast and torch .remove {folder}, made by"):
         expert.require()
     write_old(store, quantized.KIND, now)
     assert expert.require() == store.path(quantized.KIND, now)
@@ -153,12 +210,27 @@ def test_a_curve_of_an_earlier_version_is_named(files: ModelFiles, tmp_path: Pat
     store = ArtifactStore(tmp_path / "artifacts")
     config = effective_config(magcache="artifact", artifacts_dir=str(store.root))
     assert config.skipping is not None
-    old = curves.curve_inputs(config, files, "set") | {
-        "experts": {"high_noise": "0d0275e9101b9f83", "low_noise": "1" * 16}
-    }
+    old = curves.curve_inputs(config, files, "set") | {"experts": {"high_noise": "0d0275e9101b9f83", "low_noise": "1"}}
+    del old["facts"]
     folder = write_old(store, curves.KIND, old)
     with pytest.raises(MissingArtifactError, match=f"{folder.name} is of an earlier version of wanfast"):
         curves._artifact(config, config.skipping, files)
+
+
+def test_a_curve_that_is_damaged_after_it_was_found_is_one_line(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ArtifactStore(tmp_path / "artifacts")
+    config = effective_config(magcache="artifact", artifacts_dir=str(store.root))
+    folder = write_old(store, curves.KIND, curves.curve_inputs(config, files, "set"))
+    monkeypatch.setattr(ArtifactStore, "find", lambda *arguments, **options: folder)
+    for damage in ("[" * 100_000, "{", "{}", '{"ratios": 3}'):
+        (folder / curves.RATIOS).write_text(damage)
+        with pytest.raises(CorruptArtifactError, match="calibrate again"):
+            curves.curve_of(config, files)
+    (folder / curves.RATIOS).unlink()
+    with pytest.raises(CorruptArtifactError, match="No such file or directory: remove its folder"):
+        curves.curve_of(config, files)
 
 
 def test_of_two_curves_the_one_that_was_measured_like_this_run_is_taken(files: ModelFiles, tmp_path: Path) -> None:
@@ -168,7 +240,7 @@ def test_of_two_curves_the_one_that_was_measured_like_this_run_is_taken(files: M
     like = curves.curve_inputs(config, files, "set")
     unlike = json.loads(json.dumps(like)) | {"measured_by": {"attention": "fa3"}}
     other = write_old(store, curves.KIND, unlike)
-    assert curves._artifact(config, config.skipping, files) == other
+    assert curves._artifact(config, config.skipping, files)[0] == other
     own = write_old(store, curves.KIND, like)
-    assert curves._artifact(config, config.skipping, files) == own
+    assert curves._artifact(config, config.skipping, files)[0] == own
     assert other != own

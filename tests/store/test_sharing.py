@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from wanfast.magcache_calib.ratios import clip_file, read_clip, write_clip
 from wanfast.runtime.engine import compilation, prompt_embeds
+from wanfast.runtime.planning import past_runs
 from wanfast.runtime.store import curves, hub, identity, quantized
 from wanfast.runtime.store.artifacts import ArtifactStore, new_run_folder, replace_text, write_result
 from wanfast.runtime.store.sharing import lock_of, locked, share, who_can_write
@@ -178,6 +180,46 @@ def test_two_users_share_runs_and_locks(shared: Path) -> None:
 
     as_user(FIRST, run)
     as_user(SECOND, read)
+
+
+def test_two_users_share_the_index_of_past_runs(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user appends to another's index, and replaces it when it is long."""
+    monkeypatch.setattr(past_runs, "_MOST", 1)
+    root = shared / "artifacts"
+    entry = dict.fromkeys((*past_runs._ALIKE, "attention", "machine")) | {"seconds_a_forward": 1.5}
+    monkeypatch.setattr(past_runs, "_entry", lambda result: entry)
+    result = {"seconds": {"denoise": 2}, "first_step_s": 1}
+
+    def run(before: int, after: int) -> Callable[[], None]:
+        def work() -> None:
+            new_run_folder(root, INPUTS)
+            assert len(past_runs._entries(root / past_runs._INDEX)) == before
+            past_runs.record(str(root), [result])
+            assert len(past_runs._entries(root / past_runs._INDEX)) == after
+
+        return work
+
+    as_user(FIRST, run(0, 1))
+    as_user(SECOND, run(1, 2))
+    as_user(FIRST, run(2, 2))  # the last one before, and this one
+    as_user(SECOND, run(2, 2))
+
+
+def test_two_users_share_the_measurements_of_clips(shared: Path) -> None:
+    store, inputs = ArtifactStore(shared / "artifacts"), {"steps": 1}
+    measured = {"steps": [{"prompt": {"ratio": 1.0}, "negative_prompt": None}]}
+
+    def use() -> None:
+        assert read_clip(store, inputs) == measured
+        clip_file(store, inputs).write_text("")  # damaged: it is measured again
+        assert read_clip(store, inputs) is None
+        write_clip(store, inputs, measured)
+        write_clip(store, {"steps": 2}, measured)
+
+    as_user(FIRST, lambda: write_clip(store, inputs, measured))
+    as_user(SECOND, use)
+    as_user(FIRST, lambda: write_clip(store, {"steps": 2}, measured))
+    as_user(FIRST, use)
 
 
 def test_two_users_share_what_is_known_of_weights(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:

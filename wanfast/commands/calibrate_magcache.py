@@ -24,6 +24,7 @@ from wanfast.runtime.planning.placement import place
 from wanfast.runtime.planning.plan import Plan, effective, model_of
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.curves import KIND, RATIOS, curve_inputs
+from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import require_experts
 
@@ -93,7 +94,7 @@ def calibrated(
             packages.versions(),
         )
         folder, made_here = published.folder, published.made_here
-    curve = json.loads((folder / RATIOS).read_text(encoding="utf-8"))
+    curve = read_object(folder / RATIOS, "remove its folder, and run this command again")
     return {
         "output": str(folder),
         "key": folder.name,

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.errors import CorruptArtifactError
 from wanfast.runtime.facts.choices import BRANCHES
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.store.artifacts import ArtifactStore, key_of, replace_text, write_synced
 from wanfast.runtime.store.curves import KIND, RATIOS, preset, steps_of
+from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.model_files import ModelFiles
 
 _DIGITS = 7
@@ -26,11 +28,11 @@ def clip_file(store: ArtifactStore, inputs: dict[str, Any]) -> Path:
 def read_clip(store: ArtifactStore, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """Returns the stored measurements of a clip; None if they are missing, incomplete or of other inputs."""
     try:
-        document = json.loads(clip_file(store, inputs).read_text(encoding="utf-8"))
+        document = read_object(clip_file(store, inputs), "it is measured again")
         same = document["inputs"] == json.loads(json.dumps(inputs))
         found: dict[str, Any] = document["measured"]
         whole = len(found["steps"]) == inputs["steps"] and all(map(_is_measured, found["steps"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (CorruptArtifactError, KeyError, TypeError, AttributeError):
         return None
     return found if same and whole else None
 

@@ -14,6 +14,15 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine import host
 
 _CUDA_ALLOCATION_FAILED = 2  # cudaErrorMemoryAllocation
+# What CUDA, cuBLAS and cuDNN say if they get no memory, in errors of no class of their own.
+_NO_MEMORY = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+)
+_NO_ENGINE = "unable to find an engine to execute this computation"
 _SCARCE_BYTES = 4 << 30  # three times the largest tensor of a decoder at 1280x720; at most 1.9 GiB were left in tests
 
 
@@ -57,14 +66,15 @@ def describe(device: str) -> dict[str, str]:
 def is_out_of_memory(error: RuntimeError, free: int) -> bool:
     """Returns whether an error means that memory ran out; `free` bytes were left where it was raised.
 
-    The error may be of another class: cuDNN says that it finds no engine, because each needs more memory. So a plain
-    RuntimeError counts if little is left, and then either memory or the next try shows what it was.
+    Libraries below torch report it in words. cuDNN also says that it finds no engine, because each needs more memory:
+    this counts only if little is left, because it has other causes too.
     """
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == _CUDA_ALLOCATION_FAILED:
         return True
-    if getattr(error, "error_code", None) == _CUDA_ALLOCATION_FAILED:
-        return True
-    return type(error) is RuntimeError and free < _SCARCE_BYTES
+    if type(error) is not RuntimeError:
+        return False
+    words = str(error)
+    return any(each in words for each in _NO_MEMORY) or (_NO_ENGINE in words and free < _SCARCE_BYTES)
 
 
 def free_bytes(device: str) -> int:

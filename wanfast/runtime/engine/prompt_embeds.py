@@ -6,7 +6,6 @@ can use them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -59,7 +58,8 @@ def prompt_embeds(
     tokens = {text: tokenizer.encode(text) for text in texts}
     ranks.together(lambda: _check_ids(tokens.values(), files))
     inputs = {text: _inputs(tokens[text], files, config) for text in tokens}
-    known = {text: embeds for text, embeds in ranks.lead(lambda: _stored(store, inputs)).items() if all_finite(embeds)}
+    stored = ranks.lead(lambda: _stored(store, inputs))
+    known = {text: embeds for text, embeds in stored.items() if all_finite(embeds)}
     unknown = {text: tokens[text] for text in tokens if text not in known}
     if not unknown:
         return known
@@ -79,6 +79,8 @@ def prompt_embeds(
 
     def publish() -> None:
         for text, embeds in encoded.items():
+            if text in stored:  # not finite; the store does not replace what fits its manifest
+                store.discard(KIND, inputs[text])
             store.publish(KIND, inputs[text], partial(_save, embeds), versions(), damaged="miss")
 
     ranks.lead(publish)
@@ -144,7 +146,7 @@ def _inputs(tokens: TokenizedPrompt, files: ModelFiles, config: EffectiveConfig)
     """Returns everything that an embedding depends on; the ids hold all that the tokenizer decides."""
     return {
         "umt5": files.fingerprint("umt5"),
-        "facts": dataclasses.asdict(files.spec.umt5),
+        "facts": files.spec.umt5.to_json(),
         "text": tokens.text,
         "ids": list(tokens.ids),
         "precision": config.models.precision,

@@ -8,6 +8,7 @@ Source: the configuration files and code of Wan-Video/Wan2.2 (42bf4cf).
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,11 @@ class _Facts:
 
     def _check(self) -> None:
         """Checks what belongs together."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the facts as a document, which is equal to the one that is read back from a file."""
+        document: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
+        return document
 
     def _require(self, name: str, fits: bool, needed: str) -> None:
         if not fits:
@@ -195,9 +201,6 @@ class ModelSpec(_Facts):
     trained_frames: int | None = 81  # the longest clips that the model has seen
     fps: int = 16
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
     def _check(self) -> None:
         self._require("boundary", 0 <= self.boundary <= 1, "a share of the noise, 0 to 1, is needed")

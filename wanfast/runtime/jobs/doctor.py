@@ -6,7 +6,6 @@ This module only reads. Two of the facts need torch; if torch cannot be imported
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import warnings
@@ -24,6 +23,7 @@ from wanfast.runtime.planning.fit import fit
 from wanfast.runtime.planning.next_step import NextStep, next_step
 from wanfast.runtime.store import model_files, quantized
 from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
+from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.model_files import COMPONENTS, ModelFiles
 from wanfast.runtime.store.quantized import EXPERTS, TORCHAO_FIX, QuantizedExpert
 
@@ -85,8 +85,8 @@ def _sizes(files: ModelFiles) -> Iterator[int]:
 
 def _no_weights(models: ModelsConfig, weights: dict[str, Any], host: dict[str, Any]) -> str | None:
     trouble: str | None = weights["trouble"]
-    free = host["disk_free_bytes"]
-    if trouble and models.model == "a14b" and free < model_files.A14B_BYTES - weights["bytes"]:
+    free, needed = host["disk_free_bytes"], model_files.DOWNLOADED.get(models.model, 0)
+    if trouble and free < needed - weights["bytes"]:
         return f"{trouble}; {host['disk']} has {free / 1e9:.1f} GB free: free some, or name another --artifacts-dir"
     return trouble
 
@@ -179,8 +179,8 @@ def _artifacts(root: Path) -> dict[str, Any]:
 
 def _holds(kind: str, artifact: Path) -> str | None:
     """Returns what a key does not say, from the manifest; returns None if the manifest cannot be read."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        inputs = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))["inputs"]
+    with suppress(CorruptArtifactError, KeyError, TypeError):
+        inputs = read_object(artifact / MANIFEST, "remove its folder")["inputs"]
         if kind == "quantized":
             return f"{inputs['expert']} with {inputs['recipe']}"
         if kind == "inductor":

@@ -32,6 +32,7 @@ from wanfast.runtime.models.quantized import dequantize
 from wanfast.runtime.planning.plan import default_device
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore, write_synced
+from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.quantized import EXPERTS, INDEX, KIND, QuantizedExpert, require_torchao, shards
 from wanfast.runtime.weights import checkpoint
 from wanfast.runtime.weights.checkpoint import RowsFn
@@ -74,7 +75,7 @@ def _quantize_expert(
     wanted: QuantizedExpert, torchao: str | None, device: str, progress: ProgressFn, say: Callable[[str], None]
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    inputs = wanted.inputs(torchao)
+    inputs = wanted.inputs(torchao, device)
     folder, made_here = wanted.store.find(KIND, inputs, verify=True, again="run this command again"), False
     source = wanted.files.weights(wanted.expert)
     source_bytes = sum(file.stat().st_size for file in source)
@@ -83,7 +84,7 @@ def _quantize_expert(
         note = f"note: another process is making {wanted.expert} by {wanted.scheme}: waiting for it"
         published = wanted.store.publish(KIND, inputs, job.write, packages.versions(), waiting=lambda: say(note))
         folder, made_here = published.folder, published.made_here
-    errors = json.loads((folder / "errors.json").read_text(encoding="utf-8"))
+    errors = read_object(folder / "errors.json", "remove its folder, and run this command again")
     return {
         "expert": wanted.expert,
         "scheme": wanted.scheme,

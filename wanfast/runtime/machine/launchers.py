@@ -1,4 +1,4 @@
-"""Notices that another launcher, such as torchrun, started this command once for each rank."""
+"""Notices that another launcher, such as torchrun, started this process once for each rank."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _LAUNCHERS = (
 )
 
 
-def refuse_launchers(command: str) -> None:
+def refuse_launchers(what: str, instead: str, num_gpus: str) -> None:
     """Raises ConfigError if this process is one of several that another launcher started; each would do all the work.
 
-    `command`: what to type instead, without the launcher.
+    `what` was started; `instead` says what to do without the launcher; `num_gpus` is the option for as many ranks.
     """
     for launcher, size, rank in _LAUNCHERS:
         count = os.environ.get(size, "1")
         if count.isdecimal() and int(count) > 1 and os.environ.get(rank, "").isdecimal():
             raise ConfigError(
-                f"{launcher} started this command {count} times ({size}={count}), but wanfast starts its own ranks: "
-                f"type `{command}` without {launcher}, with --num-gpus {count} for as many ranks"
+                f"{launcher} started {what} {count} times ({size}={count}), but wanfast starts its own ranks: "
+                f"{instead} without {launcher}, with {num_gpus}{count} for as many ranks"
             )

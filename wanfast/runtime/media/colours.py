@@ -67,7 +67,8 @@ def _by_profile(image: Image, rgb: Image, data: bytes) -> tuple[Image, str]:
 
     with foreign("its colour profile", "it is ignored"):
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        space, name = _shown(profile.profile.xcolor_space), _shown(profile.profile.profile_description or "")
+        described = profile.profile.xcolor_space, profile.profile.profile_description or ""
+    space, name = map(_shown, described)
     source = _described_by(space, image, rgb)
     if source is None:
         raise ConfigError(f"its colour profile describes {space} pixels, and it has {image.mode}: it is ignored")

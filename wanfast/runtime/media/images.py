@@ -68,11 +68,12 @@ def _decoded(data: bytes, subject: str) -> tuple[Image, list[str]]:
     from PIL import Image
 
     notes = []
-    with foreign(f"{subject}: is truncated or damaged", "copy it again or save it as PNG"):
-        opened = _opened(data, subject)
-        _check_size(*opened.size, subject)
+    opened = _opened(data, subject)
+    _check_size(*opened.size, subject)
+    with foreign(*_damaged(subject)):
         num_frames = getattr(opened, "n_frames", 1)
-        orientation = _orientation(opened)  # asked before `load`, where Pillow turns a TIFF itself
+    orientation = _orientation(opened)  # asked before `load`, where Pillow turns a TIFF itself
+    with foreign(*_damaged(subject)):
         opened.load()
     image: Image.Image = opened
     if num_frames > 1:
@@ -86,16 +87,24 @@ def _decoded(data: bytes, subject: str) -> tuple[Image, list[str]]:
     return image, notes
 
 
+def _damaged(subject: str) -> tuple[str, str]:
+    """Returns the subject and the fix of an image that Pillow cannot decode."""
+    return f"{subject}: is truncated or damaged", "copy it again or save it as PNG"
+
+
 def _opened(data: bytes, subject: str) -> ImageFile:
-    """Reads the header of an image. Raises ConfigError, and whatever Pillow raises."""
+    """Reads the header of an image. Raises ConfigError."""
     from PIL import Image, UnidentifiedImageError
 
     reads_heic = _register_heic()
     try:
-        return Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        raise _too_large(subject, "too many") from error
-    except UnidentifiedImageError as error:
+        with foreign(*_damaged(subject)):
+            return Image.open(io.BytesIO(data))
+    except ConfigError as error:
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            raise _too_large(subject, "too many") from error
+        if not isinstance(error.__cause__, UnidentifiedImageError):
+            raise
         if not reads_heic and data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
             raise ConfigError(
                 f"{subject}: is a HEIC image; `pip install 'wanfast[heic]'`, or save it as JPEG"

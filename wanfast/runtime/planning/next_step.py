@@ -14,7 +14,7 @@ from wanfast.runtime.config import OPTIONS, EffectiveConfig, ModelsConfig, Optio
 from wanfast.runtime.config.option import words
 from wanfast.runtime.facts.memory import CARDS, gb
 from wanfast.runtime.planning.fit import Fit, Way, fit
-from wanfast.runtime.store.model_files import TINY
+from wanfast.runtime.store.model_files import DOWNLOADED, TINY
 
 _EXAMPLES = TINY.parent / "examples"
 _EXAMPLE_OF = {"tiny": ("star.png", "The big orange star goes right on a wavy background.")}
@@ -66,7 +66,7 @@ def next_step(
     way = fitted.best()
     if way is None:
         return _what_would_fit(given, fitted)
-    if no_weights is not None and given.get("model", ModelsConfig.model) == "a14b":
+    if no_weights is not None and given.get("model", ModelsConfig.model) in DOWNLOADED:
         other = {"layout": layout} if layout == "diffusers" else {}
         return NextStep(_line("download", other | _changed(given, "artifacts_dir")), no_weights)
     if no_weights is not None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from wanfast.runtime.config import NO_VIDEO, OPTIONS, ModelsConfig, OutputConfig, RanksConfig, accepted, parse_size
 from wanfast.runtime.config.option import options_of, refuse_unknown
 from wanfast.runtime.errors import CancelledError, ConfigError, from_failure
+from wanfast.runtime.machine.launchers import refuse_launchers
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.placement import FreeMemory, check_skips, measure, place
@@ -101,6 +102,7 @@ class _Opened:
         _refuse(asked, asked.keys() - _OF_HANDLE - _OF_A_VIDEO, "a video: give it to make")
         if asked.get("nnodes", 1) != 1:
             raise ConfigError("a handle uses one machine: drop nnodes")
+        refuse_launchers("this program", "run it", "num_gpus=")
         given = {**NO_VIDEO, **asked}
         files = model_of(given)
         config = effective(given, files, image_sha256="")

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert, MagCacheRule
@@ -131,38 +130,54 @@ class _Cheapest:
     """Finds for every number of skipped calls the steps to skip with the least error, by dynamic programming.
 
     The cost of a skip depends only on the step and on the skips before it in the row. So the state after a step is
-    (skips in the row, calls skipped), and an array over the second holds the least errors.
+    (skips in the row, calls skipped), and an array holds the least error of each state that is possible by then.
     """
 
     def __init__(self, line: Sequence[_Call], max_skips: int) -> None:
         self._line = line
         most, longest = sum(calls for _, calls in line), min(max_skips, len(line))
-        errors = np.full((longest + 1, most + 1), np.inf)
-        errors[0, 0] = 0.0
-        products = [(1.0,) * len(line[0][0])]  # of the ratios in a row of that many skips
-        self._rows: list[npt.NDArray[np.intp]] = []  # before each step: the row in which the least error is
-        for ratios, calls in line:
-            self._rows.append(errors.argmin(axis=0))
-            after = np.full_like(errors, np.inf)
-            after[0] = errors.min(axis=0)
-            grown = [tuple(a * b for a, b in zip(product, ratios, strict=True)) for product in products[:longest]]
-            for row, product in enumerate(grown if calls else ()):
-                after[row + 1, calls:] = errors[row, : most + 1 - calls] + sum(abs(1 - p) for p in product[:calls])
-            errors, products = after, [products[0], *grown]
-        self._rows.append(errors.argmin(axis=0))
-        self.errors = {n: float(error) for n, error in enumerate(errors.min(axis=0)) if error < np.inf}
+        self._least = np.full((len(line) + 1, most + 1), np.inf)  # [step, calls skipped before the step]
+        self._costs: list[list[float]] = []  # of each step: as the first skip of a row, as the second, ...
+        before, after = np.empty((2, longest + 1, most + 1))
+        self._least[0, 0] = before[0, 0] = 0.0
+        products = np.ones((1, len(line[0][0])))  # of the ratios in a row of that many skips
+        width = 1
+        for step, (ratios, calls) in enumerate(line):
+            grown = products[: longest if calls else 0] * ratios
+            rows, costs = len(grown), np.abs(1 - grown)[:, :calls].sum(axis=1)
+            after[: rows + 1, :calls] = after[: rows + 1, width : width + calls] = np.inf
+            after[0, :width] = self._least[step, :width]
+            np.add(before[:rows, :width], costs[:, np.newaxis], out=after[1 : rows + 1, calls : width + calls])
+            before, after, width = after, before, width + calls
+            before[: rows + 1, :width].min(axis=0, out=self._least[step + 1, :width])
+            products = np.concatenate((np.ones_like(products[:1]), grown))
+            self._costs.append(costs.tolist())
+        self.errors = {n: float(error) for n, error in enumerate(self._least[-1]) if error < np.inf}
 
     def steps(self, skipped: int) -> set[int]:
         """Returns the steps to skip, so that `skipped` calls are saved."""
-        steps = set()
-        row = self._rows[-1][skipped]
-        for step in range(len(self._line) - 1, -1, -1):
-            if row:
-                steps.add(step)
-                skipped, row = skipped - self._line[step][1], row - 1
-            else:
-                row = self._rows[step][skipped]
+        steps: set[int] = set()
+        end = len(self._line)
+        while end > 0:
+            row = self._last_row(end, skipped)
+            steps.update(row)
+            skipped -= self._calls(row)
+            end = row.start - 1  # the step before a row is computed
         return steps
+
+    def _last_row(self, end: int, skipped: int) -> range:
+        """Returns the row of skips that ends before the step `end`: the shortest one with the least error."""
+        for start in range(end, -1, -1):
+            row = range(start, end)
+            error = self._least[max(start - 1, 0), skipped - self._calls(row)]
+            for length, step in enumerate(row):
+                error += self._costs[step][length]
+            if error == self._least[end, skipped]:
+                return row
+        raise AssertionError("unreachable: one of the rows has the least error")
+
+    def _calls(self, row: range) -> int:
+        return sum(self._line[step][1] for step in row)
 
 
 def _allowed(experts: Sequence[Expert], retention: float, rule: MagCacheRule) -> list[Skips]:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, foreign
+from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.sharing import locked, remove, share
 
 Damaged = Literal["refuse", "miss"]
@@ -96,9 +97,8 @@ class ArtifactStore:
     def manifests(self, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Yields (folder, inputs) of each artifact that says its inputs; `find` checks what a caller opens."""
         for manifest in sorted((self.root / kind).glob(f"*/{MANIFEST}")):
-            with suppress(OSError, ValueError, RecursionError):
-                document = json.loads(manifest.read_text(encoding="utf-8"))
-                inputs = document.get("inputs") if isinstance(document, dict) else None
+            with suppress(CorruptArtifactError):
+                inputs = read_object(manifest, _fix("refuse")).get("inputs")
                 if isinstance(inputs, dict) and not manifest.parent.suffix:  # else half written, or set aside
                     yield manifest.parent, inputs
 
@@ -155,7 +155,7 @@ def _fill(
             "kind": kind,
             "key": key_of(inputs),
             "inputs": inputs,
-            "files": {name: _facts(partial / name) for name in sorted(_sizes_below(partial))},
+            "files": _files_below(partial),
             "versions": versions,
             "seconds": round(time.perf_counter() - started, 3),
         }
@@ -172,32 +172,33 @@ def _fix(damaged: Damaged, again: str = "have it made again") -> str:
 
 def _check(folder: Path, kind: str, inputs: dict[str, Any], fix: str, *, verify: bool) -> None:
     """Raises CorruptArtifactError if a folder is not the artifact of `inputs`, completely and with nothing else."""
+    manifest = read_object(folder / MANIFEST, fix)
     with foreign(str(folder / MANIFEST), fix, CorruptArtifactError):
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        ours = (manifest["kind"], manifest["key"]) == (kind, key_of(inputs))
-        same_inputs = _canonical(manifest["inputs"]) == _canonical(inputs)
+        made = manifest["kind"], manifest["key"], manifest["inputs"]
         listed = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
     with foreign(str(folder), fix, CorruptArtifactError):
-        sizes = {name: size for name, size in _sizes_below(folder).items() if name != MANIFEST}
+        stats = {path: path.lstat() for path in folder.rglob("*")}
+    sizes = _sizes(folder, stats)
+    is_file = sizes.pop(MANIFEST, None) is not None
     # A name of the manifest is only compared, never opened: it cannot lead out of the folder.
-    same_files = bool(listed) and sizes == {name: size for name, (size, _) in listed.items()}
-    if same_files and verify:
-        with foreign(str(folder), fix, CorruptArtifactError):
-            same_files = all(_sha256(folder / name) == listed[name][1] for name in sizes)
-    if not (ours and same_inputs and same_files):
+    is_whole = is_file and bool(listed) and sizes == {name: size for name, (size, _) in listed.items()}
+    is_ours = made == (kind, key_of(inputs), json.loads(_canonical(inputs)))
+    if not (is_ours and _canonical(made[2]) == _canonical(inputs) and is_whole):  # true is equal to 1, but no 1
         raise CorruptArtifactError(f"{folder} was changed after it was made: {fix}")
+    for name in sizes if verify else ():
+        with foreign(str(folder), fix, CorruptArtifactError), (folder / name).open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        if sha256 != listed[name][1]:
+            raise CorruptArtifactError(f"{folder} was changed after it was made: {fix}")
 
 
-def _sizes_below(folder: Path) -> dict[str, int]:
-    """Returns {name: bytes} of the files below a folder; raises ValueError for a link or another thing."""
-    sizes = {}
-    for path in folder.rglob("*"):
-        found = path.lstat()
-        if stat.S_ISREG(found.st_mode):
-            sizes[path.relative_to(folder).as_posix()] = found.st_size
-        elif not stat.S_ISDIR(found.st_mode):
-            raise ValueError(f"{path.relative_to(folder)} is neither a file nor a folder")
-    return sizes
+def _sizes(folder: Path, stats: dict[Path, os.stat_result]) -> dict[str, int | None]:
+    """Returns {name: bytes} of the files below a folder; None stands for a link or another thing."""
+    return {
+        path.relative_to(folder).as_posix(): found.st_size if stat.S_ISREG(found.st_mode) else None
+        for path, found in stats.items()
+        if not stat.S_ISDIR(found.st_mode)
+    }
 
 
 def key_of(inputs: dict[str, Any]) -> str:
@@ -278,15 +279,16 @@ def write_result(run_folder: Path, index: int, result: dict[str, Any]) -> None:
     replace_text(run_folder / RESULTS / f"{index}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
-def _facts(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _files_below(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns the facts of each file below a folder, synced; raises ValueError for a link or another thing."""
+    files = {}
+    for name, size in sorted(_sizes(folder, {path: path.lstat() for path in folder.rglob("*")}).items()):
+        if size is None:
+            raise ValueError(f"{name} is neither a file nor a folder")
+        with (folder / name).open("rb") as stream:
+            os.fsync(stream.fileno())
+            files[name] = {"bytes": size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return files
 
 
 def _canonical(inputs: dict[str, Any]) -> str:

@@ -1,9 +1,9 @@
 """Finds MagCache's ratios: a model's preset, or a curve that `wanfast calibrate-magcache` stored. Torch-free.
 
-A curve's key holds the settings of its measurement: both experts and their precision, steps, shift, solver, guidance,
-size, frames, and the set of clips. A run may use any set of clips. If another setting differs, the run refuses the
-curve, and the error has the command that measures a new one. Steps and shift may differ with `--magcache-interpolate`,
-because the ratios change smoothly.
+A curve's key holds the settings of its measurement: both experts, their facts and precision, steps, shift, solver,
+guidance, size, frames, the set of clips, and what measured it. A run may differ in the last two. If another setting
+differs, the run refuses the curve, and the error has the command that measures a new one. Steps and shift may differ
+with `--magcache-interpolate`, because the ratios change smoothly.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.sampling.magcache import resample
 from wanfast.runtime.sampling.scheduler import expert_of, schedule
-from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
+from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.code import digest_of_code
-from wanfast.runtime.store.identity import is_old
+from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.model_files import ModelFiles
 
 T = TypeVar("T")
@@ -46,10 +46,10 @@ RATIOS = "ratios.json"
 _PRESETS = Path(__file__).parents[2] / "assets" / "magcache"
 _BRIDGED = {"steps", "shift"}
 _NOT_COMPARED = ("set", "measured_by")
+# From the picture and the weights to a residual, and from residuals to ratios.
 _CODE = (
-    "runtime/models/*.py", "runtime/sampling/*.py", "runtime/engine/denoise.py", "runtime/engine/pipeline.py",
-    "runtime/engine/conditioning.py", "runtime/weights/quantization.py", "magcache_calib/ratios.py",
-    "magcache_calib/recorder.py",
+    "runtime/media/*.py", "runtime/weights/*.py", "runtime/models/*.py", "runtime/sampling/*.py",
+    "runtime/engine/*.py", "runtime/device/*.py", "runtime/distributed/*.py", "magcache_calib/*.py",
 )  # fmt: skip
 _DEFAULTS = (0.12, 2, 0.2)  # of the published matrix: threshold, skips in a row, share retained
 
@@ -82,8 +82,8 @@ def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
     config = dataclasses.replace(config, skipping=answered)
     if answered.magcache == "preset":
         return config
-    key = _artifact(config, answered, files).name
-    return dataclasses.replace(config, skipping=dataclasses.replace(answered, magcache=key))
+    folder, _ = _artifact(config, answered, files)
+    return dataclasses.replace(config, skipping=dataclasses.replace(answered, magcache=folder.name))
 
 
 def _or(value: T | None, default: T) -> T:
@@ -100,10 +100,9 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
             fix = f"run `{calibrate_command(config, files.spec)}`, then use --magcache artifact"
             raise ConfigError(f"--magcache preset: no curve ships for these weights ({files.spec.name}): {fix}")
         return _fitted("preset", found, config, files.spec)
-    folder = _artifact(config, config.skipping, files)
-    document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["inputs"]
-    ratios = json.loads((folder / RATIOS).read_text(encoding="utf-8"))["ratios"]
-    return _fitted(folder.name, document | {"ratios": ratios}, config, files.spec)
+    folder, inputs = _artifact(config, config.skipping, files)
+    ratios = read_object(folder / RATIOS, "remove its folder, and calibrate again").get("ratios")
+    return _fitted(folder.name, inputs | {"ratios": ratios}, config, files.spec)
 
 
 def preset(files: ModelFiles) -> dict[str, Any] | None:
@@ -197,6 +196,7 @@ def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) ->
     """Returns everything that a calibrated curve depends on; raises MissingArtifactError if weights are missing."""
     return {
         "experts": _experts(files),
+        "facts": files.spec.dit.to_json(),
         "boundary": files.spec.boundary,
         "precision": config.models.precision,
         "quantize": config.models.quantize,
@@ -215,10 +215,13 @@ def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) ->
 def _measured_by(config: EffectiveConfig, files: ModelFiles) -> dict[str, Any]:
     """Returns the inputs whose change moves a ratio less than the ratios of two tokens differ.
 
-    They belong to the key, so that a new measurement is stored beside the old one. A run may use either.
+    They belong to the key, so that a new measurement is stored beside the old one. A run may use either. The GPU's name
+    and the mesh are no inputs: they only round a ratio otherwise.
     """
+    spec = files.spec
     return {
         "conditioning": {name: files.fingerprints[name] for name in ("vae", "umt5", "tokenizer")},
+        "facts": {"vae": spec.vae.to_json(), "umt5": spec.umt5.to_json()},
         "negative_prompt": config.video.negative_prompt,
         "attention": config.models.attention,
         "compile": config.models.compile,
@@ -229,16 +232,18 @@ def _measured_by(config: EffectiveConfig, files: ModelFiles) -> dict[str, Any]:
     }
 
 
-def _artifact(config: EffectiveConfig, asked: SkippingConfig, files: ModelFiles) -> Path:
-    """Returns the folder of the curve that was calibrated for this run, or whose key `asked.magcache` names."""
+def _artifact(config: EffectiveConfig, asked: SkippingConfig, files: ModelFiles) -> tuple[Path, dict[str, Any]]:
+    """Returns the folder and inputs of the curve that was calibrated for this run, or whose key `asked` names."""
     wanted = json.dumps(curve_inputs(config, files, ""))
     fix = f"run `{calibrate_command(config, files.spec)}`"
     return _found(config.models.artifacts_dir, asked.magcache, asked.magcache_interpolate, wanted, fix)
 
 
 @remembered
-def _found(artifacts_dir: str, magcache: str, interpolate: bool, inputs_json: str, fix: str) -> Path:
-    """Returns the folder of a curve, verified; the lines of a list that need the same curve ask for it once."""
+def _found(
+    artifacts_dir: str, magcache: str, interpolate: bool, inputs_json: str, fix: str
+) -> tuple[Path, dict[str, Any]]:
+    """Returns the folder and inputs of a curve, verified; a list asks once for each curve that its lines need."""
     store, option = ArtifactStore(Path(artifacts_dir)), f"--magcache {magcache}"
     wanted: dict[str, Any] = json.loads(inputs_json)
     bridged = _BRIDGED if interpolate else set()
@@ -261,8 +266,8 @@ def _found(artifacts_dir: str, magcache: str, interpolate: bool, inputs_json: st
     if not fitting:
         nearest = min(found, key=lambda item: len(item[0]), default=None)
         difference = f" ({nearest[2].name} differs in {_in_words(nearest[0])})" if nearest else ""
-        if nearest and any(map(is_old, (nearest[1].get("experts") or {}).values())):
-            difference = f" ({nearest[2].name} is of an earlier version of wanfast, which did not hash all weights)"
+        if nearest and "facts" not in nearest[1]:
+            difference = f" ({nearest[2].name} is of an earlier version of wanfast, which recorded less)"
         or_bridge = ", or add --magcache-interpolate" if nearest and set(nearest[0]) <= _BRIDGED else ""
         raise MissingArtifactError(f"{option}: no curve is calibrated for this run{difference}: {fix}{or_bridge}")
     best = [item for item in fitting if distance(item) == distance(fitting[0])]
@@ -273,7 +278,7 @@ def _found(artifacts_dir: str, magcache: str, interpolate: bool, inputs_json: st
     if store.path(KIND, inputs) != folder:
         raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove this folder, and {fix}")
     store.find(KIND, inputs, verify=True, again=fix)
-    return folder
+    return folder, inputs
 
 
 def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -286,7 +291,8 @@ def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tu
 
 
 def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
-    plain = {name: f" ({old}, this run {new})" for name, (old, new) in differences.items() if name != "experts"}
+    long = ("experts", "facts")
+    plain = {name: f" ({old}, this run {new})" for name, (old, new) in differences.items() if name not in long}
     return ", ".join(f"{name}{plain.get(name, '')}" for name in differences)
 
 

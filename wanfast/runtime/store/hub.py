@@ -52,6 +52,7 @@ from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArt
 from wanfast.runtime.store.artifacts import write_synced
 from wanfast.runtime.store.hub_cache import PINNED, REPOS, Layout, snapshots
 from wanfast.runtime.store.identity import sha256_of
+from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.sharing import lock_of, share
 
 MANIFEST = "wanfast-download.json"
@@ -251,13 +252,10 @@ def _verify(request: Request, listing: _Listing) -> None:
         )
     for index in (name for name in listing.sizes if fnmatchcase(name, _INDEX)):
         folder = index.rpartition("/")[0]
-        try:
-            shards = set(json.loads((request.folder / index).read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise CorruptArtifactError(
-                f"{request.folder / index} is not an index of shards; use another --revision"
-            ) from None
-        for shard in sorted(shards, key=str):
+        weight_map = read_object(request.folder / index, "use another --revision").get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CorruptArtifactError(f"{request.folder / index} is not an index of shards; use another --revision")
+        for shard in sorted(set(map(str, weight_map.values()))):
             if f"{folder}/{shard}" not in listing.sizes:
                 raise CorruptArtifactError(
                     f"--repo {request.repo} has no {folder}/{shard} at {listing.commit}, but its index names this "
@@ -288,18 +286,16 @@ def _verify_hashes(request: Request, listing: _Listing, fetched: list[str]) -> N
 
 def _refuse_to_mix(request: Request, listing: _Listing) -> None:
     """Raises ConfigError if the folder holds another commit whose files differ."""
-    path = request.folder / MANIFEST
+    path, fix = request.folder / MANIFEST, f"remove this file and {_AGAIN}"
     if not path.is_file():
         return
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        same, what = held["files"] == _manifest_files(listing), f"{held['repo']} at {held['commit']}"
-    except (ValueError, KeyError, TypeError):
-        raise CorruptArtifactError(f"{path} is not the manifest of a download: remove this file and {_AGAIN}") from None
-    if not same:
+    held = read_object(path, fix)
+    if not {"files", "repo", "commit"} <= held.keys():
+        raise CorruptArtifactError(f"{path} is not the manifest of a download: {fix}")
+    if held["files"] != _manifest_files(listing):
         raise ConfigError(
-            f"--revision {request.revision}: {request.folder} holds {what}, but {request.repo} at {listing.commit} has "
-            "other files: remove that folder, or use another --artifacts-dir"
+            f"--revision {request.revision}: {request.folder} holds {held['repo']} at {held['commit']}, but "
+            f"{request.repo} at {listing.commit} has other files: remove that folder, or use another --artifacts-dir"
         )
 
 

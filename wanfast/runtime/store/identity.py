@@ -20,8 +20,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.errors import ConfigError, foreign
+from wanfast.runtime.errors import ConfigError, CorruptArtifactError, foreign
 from wanfast.runtime.store.artifacts import note, replace_text
+from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.sharing import locked
 
 KIND = "hashes"
@@ -85,9 +86,9 @@ def _known(file: Path, state: State, artifacts: Path) -> str | None:
     if state["bytes"] < _SMALL_BYTES:
         return _hash(file, tuple(state.items()))
     record = _record(state, artifacts)
-    with suppress(OSError, ValueError, RecursionError):
-        document = json.loads(record.read_text(encoding="utf-8"))
-        if isinstance(document, dict) and _BLOB.fullmatch(str(sha256 := document.pop("sha256", None))):
+    with suppress(CorruptArtifactError):
+        document = read_object(record, "it is made again")
+        if _BLOB.fullmatch(str(sha256 := document.pop("sha256", None))):
             return sha256 if document == state else None
     real = Path(state["path"])
     if real.parent.name == "blobs" and _BLOB.fullmatch(real.name) and not record.exists():

@@ -7,7 +7,6 @@ layout those of the other networks too. An error names the file and the key.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,12 @@ from wanfast.runtime.facts.model_spec import (
     is_size,
 )
 from wanfast.runtime.store.hub_cache import name_of
+from wanfast.runtime.store.json_files import read_object
 
 T = TypeVar("T")
 
 _FACTS_FILE = "wanfast.json"
+AGAIN = "it is not a JSON file that can be read; download it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +91,7 @@ def _read_facts(file: Path) -> dict[str, Any] | None:
     with foreign(str(file), "make it readable", CorruptArtifactError):
         if not file.is_file():
             return None
-    return read_json(file)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    with foreign(str(path), "it is not a JSON file that can be read; download it again", CorruptArtifactError):
-        document = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(document, dict):
-        raise CorruptArtifactError(f"{path} is not a JSON object: download this file again")
-    return document
+    return read_object(file, AGAIN)
 
 
 def _dit_spec(config: dict[str, Any]) -> DiTSpec:

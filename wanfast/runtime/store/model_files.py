@@ -21,12 +21,14 @@ from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.store.hub_cache import REPOS, Layout, snapshots
 from wanfast.runtime.store.identity import identity
-from wanfast.runtime.store.model_facts import Places, read_json, read_spec
+from wanfast.runtime.store.json_files import read_object
+from wanfast.runtime.store.model_facts import AGAIN, Places, read_spec
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny"
 A14B_FOLDER = "checkpoints/Wan2.2-I2V-A14B"  # below the artifacts folder
 A14B_DIFFUSERS_FOLDER = f"{A14B_FOLDER}-Diffusers"  # the other layout: used if the first folder is missing
-A14B_BYTES = 126 * 10**9  # the total size of the files that are read
+# The models that `wanfast download` fetches, and the bytes of their files.
+DOWNLOADED = {"a14b": 126 * 10**9}
 
 Component = Literal["high_noise", "low_noise", "vae", "umt5"]
 COMPONENTS: tuple[Component, ...] = ("high_noise", "low_noise", "vae", "umt5")
@@ -124,7 +126,8 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
         is_default = str(Path(artifacts_dir).absolute()) == default_artifacts_dir()
         where += "" if is_default else f" --artifacts-dir {shlex.quote(artifacts_dir)}"
         fix = (
-            f"run `wanfast download{where}` ({A14B_BYTES / 1e9:.0f} GB), or give the weights' folder as --model FOLDER"
+            f"run `wanfast download{where}` ({DOWNLOADED[model] / 1e9:.0f} GB), or give the weights' folder as "
+            "--model FOLDER"
         )
         if not root.is_dir():
             return ModelFiles(root, "original", A14B, fix, artifacts)
@@ -181,7 +184,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def indexed_shards(index: Path) -> list[Path]:
     """Returns the files that an index of shards names, all beside it or below. Raises CorruptArtifactError."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index, AGAIN).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise CorruptArtifactError(f"{index} has no weight_map of names: download this file again")

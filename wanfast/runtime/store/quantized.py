@@ -1,4 +1,4 @@
-"""Finds stored quantized experts by a key of source, scheme, what was quantized, and torchao's version. Torch-free.
+"""Finds stored quantized experts by a key of the source, the scheme and all that computes the values. Torch-free.
 
 An artifact `quantized/<key>` is one expert, quantized with one scheme: safetensors in shards with an index, under the
 original layout's names, the error of every tensor (`errors.json`, `errors.png`) and the manifest.
@@ -14,7 +14,7 @@ from typing import Any
 
 from wanfast.runtime.config import ModelsConfig, default_artifacts_dir
 from wanfast.runtime.errors import ConfigError, MissingArtifactError
-from wanfast.runtime.facts.choices import Expert, Scheme, in_8_bits
+from wanfast.runtime.facts.choices import Device, Expert, Scheme, in_8_bits
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.code import digest_of_code
@@ -35,6 +35,12 @@ QUANTIZED = (
 )  # fmt: skip
 # Not quantized: the first and the last layer, the conditioning layers, and the small tensors.
 KEPT = ("patch_embedding", "head", "text_embedding", "time_embedding", "time_projection", "modulation", "norms", "bias")
+_DEVICES: tuple[Device, ...] = ("cuda", "cpu")
+# The code that reads the source, computes the values and writes the shards; `dit` states names and dtypes.
+_CODE = (
+    "runtime/jobs/quantize.py", "runtime/weights/checkpoint.py", "runtime/weights/key_maps.py",
+    "runtime/weights/quantization.py", "runtime/models/quantized.py", "runtime/models/dit.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,29 +53,37 @@ class QuantizedExpert:
     scheme: Scheme
     model: str  # as `--model` names it
 
-    def inputs(self, torchao: str | None) -> dict[str, Any]:
+    def inputs(self, torchao: str | None, device: str | None) -> dict[str, Any]:
+        """Returns everything that the artifact depends on. On every `device` a cast gives the same values."""
         return {
             "source": self.files.fingerprint(self.expert),
+            "facts": self.files.spec.dit.to_json(),
             "expert": self.expert,
             "recipe": self.scheme,  # the name in stored keys: another name would miss every stored artifact
             "quantized": list(QUANTIZED) if in_8_bits(self.scheme) else [],
             "kept": list(KEPT),
             "torchao": torchao,
+            "torch": version_of("torch"),
+            "device": device if in_8_bits(self.scheme) else None,
             "layout": LAYOUT_VERSION,
-            "code": digest_of_code("runtime/weights/quantization.py", "runtime/weights/key_maps.py"),
+            "code": digest_of_code(*_CODE),
         }
 
     def find(self, *, verify: bool = False) -> Path | None:
         """Returns the artifact's folder, or None if the artifact is missing.
 
-        If torchao is not installed here, an artifact of any version of torchao is accepted, the newest first.
-        Raises CorruptArtifactError.
+        If torchao is not installed here, an artifact of any version of torchao is accepted, the newest first. A run on
+        any device accepts what any device computed, the GPU first. Raises CorruptArtifactError.
         """
         installed = torchao_version() if in_8_bits(self.scheme) else None
         made_by = installed or max(self._versions(), default=None, key=_release)
         if made_by is None and in_8_bits(self.scheme):
             return None
-        return self.store.find(KIND, self.inputs(made_by), verify=verify, again=f"run `{self.fix}`")
+        found = (
+            self.store.find(KIND, self.inputs(made_by, device), verify=verify, again=f"run `{self.fix}`")
+            for device in _DEVICES
+        )
+        return next(filter(None, found), None)
 
     def require(self, *, verify: bool = False) -> Path:
         """Returns the artifact's folder; raises MissingArtifactError with the command that makes it, if missing."""
@@ -78,7 +92,7 @@ class QuantizedExpert:
             others = ", ".join(sorted(self._versions(), key=_release))
             why = f" (only with torchao {others}, but {torchao_version()} is installed)" if others else ""
             if older := self._of_another_wanfast():
-                why = f" by this version of wanfast (remove {', '.join(older)}, made by another)"
+                why = f" by this version of wanfast and torch (remove {', '.join(older)}, made by another)"
             raise MissingArtifactError(f"{self.expert} is not quantized with {self.scheme} yet{why}: run `{self.fix}`")
         return folder
 
@@ -88,24 +102,23 @@ class QuantizedExpert:
         return shlex.join(["wanfast", "quantize", "--model", self.model, "--scheme", self.scheme, *root])
 
     def _versions(self) -> set[str]:
-        """Returns the torchao versions of the artifacts that differ from this one in nothing else."""
-        stored = [inputs for _, inputs in self.store.manifests(KIND)]
-        versions = {str(inputs.get("torchao")) for inputs in stored if inputs == self.inputs(inputs.get("torchao"))}
+        """Returns the torchao versions of the artifacts that differ from this one only in them and in the device."""
+        versions = {
+            str(inputs.get("torchao"))
+            for _, inputs in self.store.manifests(KIND)
+            if inputs == self.inputs(inputs.get("torchao"), inputs.get("device"))
+        }
         return {version for version in versions if _RELEASE.match(version)}
 
     def _of_another_wanfast(self) -> list[str]:
-        """Returns the artifacts of this expert and scheme that earlier code made, or that have an old identity."""
-        wanted = self.inputs(None)
-        alike = [
-            (folder, inputs)
-            for folder, inputs in self.store.manifests(KIND)
-            if all(inputs.get(name) == wanted[name] for name in ("expert", "recipe"))
-        ]
+        """Returns the artifacts of this expert and scheme that other code or another torch made."""
+        wanted = self.inputs(None, None)
         return [
             str(folder)
-            for folder, inputs in alike
-            if is_old(inputs.get("source"))
-            or (inputs.get("source") == wanted["source"] and inputs.get("code") != wanted["code"])
+            for folder, inputs in self.store.manifests(KIND)
+            if all(inputs.get(name) == wanted[name] for name in ("expert", "recipe"))
+            and (inputs.get("source") == wanted["source"] or is_old(inputs.get("source")))
+            and any(inputs.get(name) != wanted[name] for name in ("torch", "code"))
         ]
 
 

@@ -104,14 +104,9 @@ def _require_finite(finite: Mapping[tuple[Path, str], Tensor]) -> None:
 def _in_order_of_files(places: dict[Path, dict[str, str]]) -> Iterator[tuple[Path, str, str, RowsFn]]:
     """Yields (file, its key, our name, reader of its rows)."""
     for file, names in places.items():
-        reader = _PthReader(file) if file.suffix == ".pth" else _SafetensorsReader(file)
+        reader: _Reader = _PthReader(file) if file.suffix == ".pth" else _SafetensorsReader(file)
         for name, key in names.items():
-            yield file, key, name, partial(_rows, file, reader, key)
-
-
-def _rows(file: Path, reader: _Reader, key: str, first: int, end: int) -> Tensor:
-    with foreign(f"{file}: tensor {key!r}", "check the disk, or get the file again", CorruptArtifactError):
-        return reader.rows(key, first, end)
+            yield file, key, name, partial(reader.rows, key)
 
 
 @dataclass(frozen=True)
@@ -244,8 +239,9 @@ class _SafetensorsReader:
     def rows(self, key: str, first: int, end: int) -> Tensor:
         if self._handle is None or self._bytes_read > _REMAP_BYTES:
             self._handle, self._bytes_read = _open(self._file), 0
-        part = self._handle.get_slice(key)
-        rows: Tensor = part[first:end] if part.get_shape() else self._handle.get_tensor(key)
+        with foreign(f"{self._file}: tensor {key!r}", "check the disk, or get the file again", CorruptArtifactError):
+            part = self._handle.get_slice(key)
+            rows: Tensor = part[first:end] if part.get_shape() else self._handle.get_tensor(key)
         self._bytes_read += rows.nbytes
         return rows
 

@@ -1,0 +1,18 @@
+"""Reads JSON files that a user, another program or a full disk may have changed. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime.errors import CorruptArtifactError, foreign
+
+
+def read_object(file: Path, fix: str) -> dict[str, Any]:
+    """Returns the object in a JSON file. Raises CorruptArtifactError, which names the file and the fix."""
+    with foreign(str(file), fix, CorruptArtifactError):
+        document = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(document, dict):
+        raise CorruptArtifactError(f"{file}: is not a JSON object: {fix}")
+    return document
