@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import Outcome
+from tests.conftest import Machine, Outcome
 from wanfast.commands import calibrate_magcache as calibrate_command
 from wanfast.commands import doctor as doctor_command
 from wanfast.commands import generate as generate_command
@@ -201,7 +201,8 @@ def test_values_of_the_wrong_type_are_usage_errors(wanfast: Wanfast) -> None:
         assert wanfast(*GOOD, *arguments).exit_code == 2
 
 
-def test_weights_that_are_not_there_name_the_command(wanfast: Wanfast, workdir: Path) -> None:
+def test_weights_that_are_not_there_name_the_command(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
+    machine(0, 0)
     outcome = wanfast("generate", "--image", "cat.png", "--prompt", "a cat")
     assert outcome.exit_code == 3
     assert "run `wanfast download` (126 GB)" in outcome.err

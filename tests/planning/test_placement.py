@@ -308,7 +308,26 @@ def test_a_model_planned_for_the_cpu_is_said(
 ) -> None:
     machine(0, 0, host_gb)
     err = wanfast(*A14B_DRY).err
-    assert "no GPU was found, so this is planned for the CPU" in err and ("do not fit into" in err) == is_short
+    assert "no GPU was found, so this is planned for the CPU: --device cuda plans for GPUs" in err
+    assert ("a run would be refused: no GPU was found: use a machine with one" in err) == is_short
+
+
+@pytest.mark.parametrize("ranks", [[], ["--num-gpus", "2", "--cfg-parallel", "2"]], ids=["one rank", "two ranks"])
+def test_a_video_that_does_not_fit_a_cpu_is_planned_but_not_made(
+    wanfast: Wanfast, machine: Machine, ranks: list[str]
+) -> None:
+    machine(0, 0, host_gb=24)
+    large = (*TINY_DRY[:-2], "--device", "cpu", "--size", "4000x4000", "--fit", "crop", *ranks)
+    planned = wanfast(*large, "--dry-run", "--json")
+    assert planned.exit_code == 0
+    (note,) = (note for note in planned.document["plan"]["notes"] if "refused" in note)
+    words = "--device cpu: a process would hold resident 68.7 GB"
+    assert note.startswith(f"a run would be refused: {words}") and note.endswith("use a smaller --size")
+    made = wanfast(*large)
+    assert made.exit_code == 2 and words in made.err and "GPUs" not in made.err, made.err
+    assert len(made.err.strip().splitlines()) == 1
+    machine(0, 0, host_gb=160)
+    assert "refused" not in wanfast(*large, "--dry-run").err
 
 
 def test_idle_ranks_are_said(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:

@@ -69,7 +69,7 @@ def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Plann
     if first := next((item.plan for item in planned if item.plan), None):
         planned = [_like(item, first) for item in planned]
         ready = [item for item in planned if item.plan]
-        plans = place([item.plan for item in ready if item.plan])
+        plans = place([item.plan for item in ready if item.plan], must_fit=needs_weights)
         plans[0] = dataclasses.replace(plans[0], notes=(*plans[0].notes, *placement_notes(plans)))
         placed = iter(plans)
         planned = [_checked(item.request, next(placed)) if item.plan else item for item in planned]
@@ -123,7 +123,7 @@ def _plan(
         if output.skip_existing and all(path.exists() for path in written):
             return Planned(request, existing=written)
         plan, files = resolve(request.options)
-        (separate,) = place([plan])  # `plan_requests` places all lines together
+        (separate,) = place([plan], must_fit=needs_weights)  # `plan_requests` places all lines together
         check_skips(separate)
         for path in (path.resolve() for path in plan.outputs):
             if path in taken:
