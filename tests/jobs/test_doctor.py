@@ -78,6 +78,7 @@ def dry_run(wanfast: Wanfast, command: str, without: Sequence[str] = ()) -> dict
     for option in without:
         if option in words:
             del words[words.index(option) : words.index(option) + 2]
+    assert words[words.index("--output") + 1] in ("star.mp4", "cat.mp4")
     outcome = wanfast(*words, "--dry-run", "--json")
     assert outcome.exit_code == 0, outcome.err
     return outcome.document["plan"]

@@ -122,7 +122,7 @@ def _plan(
         written = output_paths(output.output, output.contact_sheet) if output.output else ()
         if output.skip_existing and all(path.exists() for path in written):
             return Planned(request, existing=written)
-        plan, files = resolve(request.options)
+        plan, files = resolve(request.options, runs=needs_weights)
         (separate,) = place([plan], must_fit=needs_weights)  # `plan_requests` places all lines together
         check_skips(separate)
         for path in (path.resolve() for path in plan.outputs):
