@@ -57,6 +57,8 @@ def next_step(
     `no_torch` and `no_weights` say what is wrong with torch and the weights, or are None. `layout` is the layout of the
     weights that are present. `quantize_step` makes the experts that --quantize needs, if one is missing.
     """
+    if not fitted.found and not fitted.spec.needs_gpu:
+        return NextStep(_tiny(device="cpu"), "nothing is missing: this model runs on a CPU")
     if not fitted.found:
         why = f"no GPU is visible here, but the tiny model runs on a CPU; {_smallest_cards(fitted)}"
         return NextStep(_tiny(device="cpu"), why)

@@ -297,8 +297,8 @@ def _free_bytes(asked: RanksConfig) -> tuple[int, str]:
 
 
 def is_cpu_for_want_of_a_gpu(plan: Plan) -> bool:
-    """Returns whether the CPU is used only because no GPU was found; the tiny model is made for a CPU."""
-    return "device" not in plan.requested and plan.config.ranks.device == "cpu" and plan.spec.name != "tiny"
+    """Returns whether the CPU is used only because no GPU was found, for a model that needs one."""
+    return "device" not in plan.requested and plan.config.ranks.device == "cpu" and plan.spec.needs_gpu
 
 
 def placement_notes(plans: Sequence[Plan]) -> list[str]:
