@@ -196,9 +196,34 @@ def test_refusals_are_one_line_and_leave_nothing(wanfast: Wanfast, workdir: Path
     assert sorted(workdir.rglob("*")) == before
 
 
-def test_values_of_the_wrong_type_are_usage_errors(wanfast: Wanfast) -> None:
-    for arguments in (["--steps", "many"], ["--solver", "heun"], ["--precision", "fp8"], ["--device", "tpu"], ["--x"]):
-        assert wanfast(*GOOD, *arguments).exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*GOOD, "--steps", "many"], "--steps 'many': a whole number is needed"),
+        ([*GOOD, "--shift=x"], "--shift 'x': a number is needed"),
+        ([*GOOD, "--solver", "heun"], "--solver 'heun': one of unipc, dpm++, euler is needed"),
+        ([*GOOD, "--stepz", "4"], "unknown option --stepz: did you mean --steps?"),
+        ([*GOOD, "--cfg", "4"], "unknown option --cfg: did you mean --cfg-parallel?"),
+        ([*GOOD, "--x"], "unknown option --x: see `wanfast generate --help`"),
+        ([*GOOD, "--steps"], "option '--steps' requires an argument: see `wanfast generate --help`"),
+        ([*GOOD, "word"], "got unexpected extra argument(s) (word): see `wanfast generate --help`"),
+        (["quantize", "--scheme", "x"], "--scheme: 'x' is not one of 'int8-weight-only', 'int8-dynamic', "),
+        (["quantize"], "--scheme is missing: see `wanfast quantize --help`"),
+        (["quantize", "--recip"], "unknown option --recip: see `wanfast quantize --help`"),
+        (["calibrate-magcache", "--seed", "x"], "--seed 'x': a whole number is needed"),
+        (["doctor", "--num-gpu", "2"], "unknown option --num-gpu: "),
+        (["paint"], "no such command 'paint': see `wanfast --help`"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_is_one_line(wanfast: Wanfast, arguments: list[str], message: str) -> None:
+    outcome = wanfast(*arguments)
+    assert outcome.exit_code == 2 and outcome.out == ""
+    assert len(outcome.err.splitlines()) == 1 and outcome.err.startswith(f"error: {message}"), outcome.err
+
+
+def test_no_arguments_print_the_help(wanfast: Wanfast) -> None:
+    assert wanfast().out == wanfast("--help").out
 
 
 def test_weights_that_are_not_there_name_the_command(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
