@@ -138,14 +138,15 @@ def test_help_takes_less_than_half_a_second(workdir: Path) -> None:
 REFUSALS = {
     "no image": (["--image", ""], "--image"),
     "image missing": (["--image", "dog.png"], "--image"),
-    "prompt empty": (["--prompt", "  "], "--prompt"),
+    "prompt missing": (["--prompt", ""], "--prompt is missing"),
+    "prompt empty": (["--prompt", "  "], "--prompt is empty"),
     "prompt of control characters": (["--prompt", "\x07\x00"], "--prompt"),
     "frames not 4n+1": (["--frames", "80"], "--frames 80: a clip has 4n+1 frames: try 81"),
     "no frames": (["--frames", "0"], "--frames"),
     "no steps": (["--steps", "0"], "--steps"),
-    "size not divisible": (["--size", "1000x700"], "--size 1000x700 must be multiples of 16: try 992x704"),
+    "size not divisible": (["--size", "1000x700"], "--size 1000x700: width and height must be positive"),
     "size no size": (["--size", "big"], "--size 'big' is not WIDTHxHEIGHT"),
-    "size zero": (["--size", "0x16"], "--size"),
+    "size zero": (["--size", "0x128"], "0x128: width and height must be positive multiples of 16: try 16x128"),
     "shift": (["--shift", "0"], "--shift"),
     "shift nan": (["--shift", "nan"], "--shift"),
     "size that leaves nothing": (["--size", "16x16"], "--size 16x16 is too small"),
@@ -176,6 +177,7 @@ REFUSALS = {
     "jobs empty": (["--jobs", "empty.jsonl"], "--jobs"),
     "noise on a GPU that is not used": (["--noise-device", "cuda", "--device", "cpu"], "--noise-device"),
     "model is a file": (["--model", "cat.png"], "--model"),
+    "model in other letters": (["--model", "Tiny"], "--model Tiny: no such folder: did you mean tiny?"),
     "model": (["--model", "gone"], "--model"),
 }
 

@@ -46,13 +46,17 @@ def folder(workdir: Path) -> Path:
     return workdir / "set"
 
 
-def test_a_curve_is_measured_stored_and_used(wanfast: Wanfast, folder: Path) -> None:
+def test_a_curve_is_measured_stored_and_used(wanfast: Wanfast, folder: Path, figures: list[Any]) -> None:
     outcome = wanfast(*CALIBRATE)
     assert outcome.exit_code == 0, outcome.err
     found = outcome.document
     artifact = Path(found["output"])
     assert sorted(file.name for file in artifact.iterdir()) == ["manifest.json", "ratios.json", "ratios.png"]
     assert (artifact / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{artifact / 'ratios.png'}: the curve" in outcome.err
+    legend = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    of_branch = ["prompt", "prompt, spread between tokens"]
+    assert legend == [*of_branch, *(f"negative {words}" for words in of_branch), "the low-noise expert begins"]
     assert found["clips"] == 2 and len(found["ratios"]) == 6 and found["ratios"][0] == [1.0, 1.0]
     assert all(0.3 < ratio < 1.5 for row in found["ratios"][1:] for ratio in row)
     assert all(0 < spread < 1 for row in found["spread"][1:] for spread in row)
