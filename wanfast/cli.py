@@ -1,6 +1,6 @@
 """This module is the Typer app: it registers the commands, and only it turns an error into an exit code.
 
-Exit codes: 0 done, 2 a wrong option, 3 a missing artifact, 4 a corrupt artifact, 5 a worker died, 6 some jobs failed,
+Exit codes: 0 done, 2 a wrong option, 3 a missing artifact, 4 a damaged artifact, 5 a worker died, 6 some jobs failed,
 7 a computed value is not finite, 130 interrupted, 143 terminated; 1 is a bug and comes with its traceback.
 """
 

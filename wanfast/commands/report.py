@@ -167,7 +167,7 @@ def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
         curve += f", interpolated from {of['steps']} steps at shift {of['shift']:g}"
     share = f"{m['skipped_forwards']} of {m['total_forwards']} forwards skipped ({m['skipped_share']:.1%})"
     if m["skipped_forwards_apart"] is not None:
-        share += f"; both branches skip together: separate skips would be {m['skipped_forwards_apart']}"
+        share += f"; both branches skip together: {m['skipped_forwards_apart']} if each skipped alone"
     stored = f"{m['residual_bytes'] / 1e9:.1f} GB of residuals a rank"
     legend = "(# computed, . skipped; high noise | low noise)"
     return {"magcache": "\n".join([share, *_strips(plan), legend, f"{how}, {limits}; {curve}; {stored}"])}

@@ -100,7 +100,7 @@ class VideoConfig(Part):
     shift: Annotated[
         float,
         Option(
-            "Moves steps toward high noise. The model's makers advise 3.0 for 480p.",
+            "Moves steps toward high noise. The model's publisher advises 3.0 for 480p.",
             SAMPLING,
             own=True,
             also=CALIBRATE,
