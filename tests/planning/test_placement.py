@@ -312,16 +312,24 @@ def test_a_model_planned_for_the_cpu_is_said(
     assert ("a run would be refused: no GPU was found: use a machine with one" in err) == is_short
 
 
-@pytest.mark.parametrize("ranks", [[], ["--num-gpus", "2", "--cfg-parallel", "2"]], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize(
+    ("ranks", "mode"),
+    [
+        ([], "resident"),
+        (["--num-gpus", "2", "--cfg-parallel", "2"], "resident"),
+        (["--num-gpus", "2", "--cfg-parallel", "2", "--dit-fsdp", "on"], "sharded"),
+    ],
+    ids=["one rank", "two ranks", "sharded as asked"],
+)
 def test_a_video_that_does_not_fit_a_cpu_is_planned_but_not_made(
-    wanfast: Wanfast, machine: Machine, ranks: list[str]
+    wanfast: Wanfast, machine: Machine, ranks: list[str], mode: str
 ) -> None:
     machine(0, 0, host_gb=24)
     large = (*TINY_DRY[:-2], "--device", "cpu", "--size", "4000x4000", "--fit", "crop", *ranks)
     planned = wanfast(*large, "--dry-run", "--json")
     assert planned.exit_code == 0
     (note,) = (note for note in planned.document["plan"]["notes"] if "refused" in note)
-    words = "--device cpu: a process would hold resident 68.7 GB"
+    words = f"--device cpu: a process would hold {mode} 68.7 GB"
     assert note.startswith(f"a run would be refused: {words}") and note.endswith("use a smaller --size")
     made = wanfast(*large)
     assert made.exit_code == 2 and words in made.err and "GPUs" not in made.err, made.err

@@ -196,8 +196,10 @@ def _place_experts(
     ):
         if asked == "on" and mode in barred:
             raise ConfigError(f"{option} on: {barred[mode]}{why_cpu(asked=asked_cpu) if on_cpu else ''}")
-        if asked == "on":
+        if asked == "on" and (held[mode] <= free or not on_cpu):
             return mode, f"experts {mode} as asked: {gb(held[mode])}", ()
+        if asked == "on":
+            held = {mode: held[mode]}  # no other mode may be taken
     for mode, size in held.items():
         if mode not in barred and size <= free:
             rather = f" instead of {gb(held['resident'])}" if mode != "resident" else ""
@@ -206,7 +208,8 @@ def _place_experts(
         refusal = _refusal_on_cpu(plan, {mode: size for mode, size in held.items() if mode not in barred}, free)
         if must_fit:
             raise ConfigError(refusal)
-        return "resident", f"experts resident: {gb(held['resident'])} a rank", (f"a run would be refused: {refusal}",)
+        mode, size = next(iter(held.items()))
+        return mode, f"experts {mode}: {gb(size)} a rank", (f"a run would be refused: {refusal}",)
     if need.graphs:
         raise ConfigError(
             f"{_GRAPHS}: a rank would hold {gb(held['resident'])}, {gb(need.graphs)} of them CUDA graphs, "
@@ -225,9 +228,9 @@ def _refusal_on_cpu(plan: Plan, held: dict[str, int], free: int) -> str:
     """Returns the reason and the remedy if none of the modes in `held` fits into host memory."""
     ways = ", ".join(f"{mode} {gb(size)}" for mode, size in held.items())
     short = f"a process would hold {ways}, and {gb(free)} of host memory are free for each"
-    if "device" in plan.requested:
-        return f"--device cpu: {short}: use a smaller --size"
-    return f"no GPU was found: use a machine with one, or a smaller --size (on this CPU {short})"
+    if is_cpu_for_want_of_a_gpu(plan):
+        return f"no GPU was found: use a machine with one, or a smaller --size (on this CPU {short})"
+    return f"--device cpu: {short}: use a smaller --size"
 
 
 _SWITCHES: dict[str, tuple[Switch, Switch]] = {
