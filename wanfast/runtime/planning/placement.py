@@ -40,6 +40,7 @@ class Need:
     loop: int
     residuals: int  # that MagCache holds from step to step
     decode: int
+    margin: int = memory.MARGIN_BYTES
     graphs: int = 0  # that the captured CUDA graphs of the loop hold after it
 
 
@@ -145,8 +146,11 @@ def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
         need = needed(
             plan.spec, config.models.precision, plan.geometry, mesh, config.models.quantize, plan.num_residuals(mesh)
         )
-        captured = config.models.compile_mode == "max-autotune" and config.ranks.device == "cuda"
-        needs.append(dataclasses.replace(need, graphs=need.loop) if captured else need)
+        if config.ranks.device == "cpu":
+            need = dataclasses.replace(need, margin=memory.CPU_MARGIN_BYTES)
+        elif config.models.compile_mode == "max-autotune":
+            need = dataclasses.replace(need, graphs=need.loop)
+        needs.append(need)
     names = [field.name for field in dataclasses.fields(Need)]
     return Need(**{name: max(getattr(need, name) for need in needs) for name in names})
 
@@ -159,7 +163,7 @@ def modes(need: Need, ranks: int) -> dict[str, int]:
 def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
     """Returns the terms of the sums of `modes`, with their names."""
     in_loop, at_decode = _in_loop(need), {"decode": need.decode} | ({"graphs": need.graphs} if need.graphs else {})
-    both, margin = {"both experts": 2 * need.expert}, {"margin": memory.MARGIN_BYTES}
+    both, margin = {"both experts": 2 * need.expert}, {"margin": need.margin}
     held = {"resident": {**both, **_larger(in_loop, at_decode), **margin}}
     if _larger(in_loop, at_decode) is at_decode:
         held["evicting"] = {**_larger({**both, **in_loop}, {"one expert": need.expert, **at_decode}), **margin}
@@ -177,7 +181,7 @@ def _in_loop(need: Need) -> dict[str, int]:
 def _offloaded(need: Need) -> dict[str, int]:
     """Returns the terms of the offloaded mode, in which no expert is on the GPU while the decoder works."""
     worst = _larger({"one expert": need.expert, **_in_loop(need)}, {"decode": need.decode})
-    return {**worst, "margin": memory.MARGIN_BYTES}
+    return {**worst, "margin": need.margin}
 
 
 def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
@@ -280,7 +284,7 @@ def _shard_umt5(asked: RanksConfig, need: Need, ranks: int, free: int) -> Switch
     if asked.t5_fsdp == "on" and ranks == 1:
         raise ConfigError("--t5-fsdp on needs several ranks for a video: add --num-gpus")
     if asked.t5_fsdp == "auto":
-        return "on" if ranks > 1 and need.umt5 + memory.MARGIN_BYTES > free else "off"
+        return "on" if ranks > 1 and need.umt5 + need.margin > free else "off"
     return asked.t5_fsdp
 
 
