@@ -1,6 +1,6 @@
 # Each target does all its own set-up in .venv.
 #
-#   make generate   two videos from the pictures that ship with the package, on any machine
+#   make generate   two videos from the images that ship with the package, on any machine
 #   make test       the whole suite, on a CPU
 #   make test-long  tests that take too long for every change, on a CPU
 #   make test-gpu   what only a GPU can show

@@ -90,6 +90,22 @@ def wanfast(workdir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
 
 
 @pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Returns a list of the figures of matplotlib that are saved."""
+    from matplotlib.figure import Figure
+
+    saved: list[Any] = []
+    savefig = Figure.savefig
+
+    def save(figure: Figure, *arguments: Any, **options: Any) -> None:
+        saved.append(figure)
+        savefig(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return saved
+
+
+@pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a command start its processes, its ranks above all, as forks of this one."""
     monkeypatch.setattr(subprocess, "Popen", ForkedPopen)

@@ -1,6 +1,6 @@
 """This module is the Typer app: it registers the commands, and only it turns an error into an exit code.
 
-Exit codes: 0 done, 2 a wrong option, 3 a missing artifact, 4 a corrupt artifact, 5 a worker died, 6 some jobs failed,
+Exit codes: 0 done, 2 a wrong option, 3 a missing artifact, 4 a damaged artifact, 5 a worker died, 6 some jobs failed,
 7 a computed value is not finite, 130 interrupted, 143 terminated; 1 is a bug and comes with its traceback.
 """
 
@@ -22,6 +22,7 @@ from wanfast.commands.dispatch import VERBS
 from wanfast.commands.doctor import doctor
 from wanfast.commands.download import download
 from wanfast.commands.generate import generate
+from wanfast.commands.options import UsageError, one_line
 from wanfast.commands.quantize import quantize
 from wanfast.commands.warmup import warmup
 from wanfast.runtime.errors import JobsFailedError, WanFastError, failure
@@ -29,7 +30,6 @@ from wanfast.runtime.machine.launchers import refuse_launchers
 
 app = typer.Typer(
     name="wanfast",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -42,7 +42,6 @@ app.command()(warmup)
 app.command()(doctor)
 
 _MESSAGES = {
-    2: "wrong usage, as reported on stderr",
     130: "interrupted: no half-written file is left",
     143: "terminated: no half-written file is left",
 }
@@ -59,7 +58,7 @@ def wanfast(version: bool = typer.Option(False, "--version", help="Print the ver
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command line (by default the one of this process) and exits."""
     _open_missing_streams()
-    arguments = [_as_utf8(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    arguments = [_as_utf8(argument) for argument in (sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     as_json = "--json" in arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -68,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if arguments[:1] and arguments[0] in VERBS and not any(word.startswith("--nnodes") for word in arguments):
             refuse_launchers("this command", f"type `{shlex.join(['wanfast', *arguments])}`", "--num-gpus ")
-        app(arguments, prog_name="wanfast")
+        sys.exit(_run(arguments))
     except WanFastError as error:
         print(f"error: {error}", file=sys.stderr)
         if not isinstance(error, JobsFailedError):  # the command has printed the document of failed jobs
@@ -77,10 +76,17 @@ def main(arguments: list[str] | None = None) -> None:
     except SystemExit as stop:
         if stop.code in _MESSAGES:
             message = _MESSAGES[int(stop.code or 0)]
-            if stop.code != 2:
-                print(f"error: {message}", file=sys.stderr)
+            print(f"error: {message}", file=sys.stderr)
             _last_line(as_json, {"error": message, "exit_code": stop.code})
         raise
+
+
+def _run(arguments: list[str]) -> int:
+    """Runs a command line and returns its exit code. Raises WanFastError, also for wrong usage."""
+    try:
+        return app(arguments, prog_name="wanfast", standalone_mode=False) or 0
+    except UsageError as error:
+        raise one_line(error, arguments) from None
 
 
 def _open_missing_streams() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import Outcome
+from tests.conftest import Machine, Outcome
 from wanfast.commands import calibrate_magcache as calibrate_command
 from wanfast.commands import doctor as doctor_command
 from wanfast.commands import generate as generate_command
@@ -138,14 +138,15 @@ def test_help_takes_less_than_half_a_second(workdir: Path) -> None:
 REFUSALS = {
     "no image": (["--image", ""], "--image"),
     "image missing": (["--image", "dog.png"], "--image"),
-    "prompt empty": (["--prompt", "  "], "--prompt"),
+    "prompt missing": (["--prompt", ""], "--prompt is missing"),
+    "prompt empty": (["--prompt", "  "], "--prompt is empty"),
     "prompt of control characters": (["--prompt", "\x07\x00"], "--prompt"),
     "frames not 4n+1": (["--frames", "80"], "--frames 80: a clip has 4n+1 frames: try 81"),
     "no frames": (["--frames", "0"], "--frames"),
     "no steps": (["--steps", "0"], "--steps"),
-    "size not divisible": (["--size", "1000x700"], "--size 1000x700 must be multiples of 16: try 992x704"),
+    "size not divisible": (["--size", "1000x700"], "--size 1000x700: width and height must be positive"),
     "size no size": (["--size", "big"], "--size 'big' is not WIDTHxHEIGHT"),
-    "size zero": (["--size", "0x16"], "--size"),
+    "size zero": (["--size", "0x128"], "0x128: width and height must be positive multiples of 16: try 16x128"),
     "shift": (["--shift", "0"], "--shift"),
     "shift nan": (["--shift", "nan"], "--shift"),
     "size that leaves nothing": (["--size", "16x16"], "--size 16x16 is too small"),
@@ -176,6 +177,7 @@ REFUSALS = {
     "jobs empty": (["--jobs", "empty.jsonl"], "--jobs"),
     "noise on a GPU that is not used": (["--noise-device", "cuda", "--device", "cpu"], "--noise-device"),
     "model is a file": (["--model", "cat.png"], "--model"),
+    "model in other letters": (["--model", "Tiny"], "--model Tiny: no such folder: did you mean tiny?"),
     "model": (["--model", "gone"], "--model"),
 }
 
@@ -196,12 +198,38 @@ def test_refusals_are_one_line_and_leave_nothing(wanfast: Wanfast, workdir: Path
     assert sorted(workdir.rglob("*")) == before
 
 
-def test_values_of_the_wrong_type_are_usage_errors(wanfast: Wanfast) -> None:
-    for arguments in (["--steps", "many"], ["--solver", "heun"], ["--precision", "fp8"], ["--device", "tpu"], ["--x"]):
-        assert wanfast(*GOOD, *arguments).exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*GOOD, "--steps", "many"], "--steps 'many': a whole number is needed"),
+        ([*GOOD, "--shift=x"], "--shift 'x': a number is needed"),
+        ([*GOOD, "--solver", "heun"], "--solver 'heun': one of unipc, dpm++, euler is needed"),
+        ([*GOOD, "--stepz", "4"], "unknown option --stepz: did you mean --steps?"),
+        ([*GOOD, "--cfg", "4"], "unknown option --cfg: did you mean --cfg-parallel?"),
+        ([*GOOD, "--x"], "unknown option --x: see `wanfast generate --help`"),
+        ([*GOOD, "--steps"], "option '--steps' requires an argument: see `wanfast generate --help`"),
+        ([*GOOD, "word"], "got unexpected extra argument(s) (word): see `wanfast generate --help`"),
+        (["quantize", "--scheme", "x"], "--scheme: 'x' is not one of 'int8-weight-only', 'int8-dynamic', "),
+        (["quantize"], "--scheme is missing: see `wanfast quantize --help`"),
+        (["quantize", "--recip"], "unknown option --recip: see `wanfast quantize --help`"),
+        (["calibrate-magcache", "--seed", "x"], "--seed 'x': a whole number is needed"),
+        (["doctor", "--num-gpu", "2"], "unknown option --num-gpu: "),
+        (["paint"], "no such command 'paint': see `wanfast --help`"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_is_one_line(wanfast: Wanfast, arguments: list[str], message: str) -> None:
+    outcome = wanfast(*arguments)
+    assert outcome.exit_code == 2 and outcome.out == ""
+    assert len(outcome.err.splitlines()) == 1 and outcome.err.startswith(f"error: {message}"), outcome.err
 
 
-def test_weights_that_are_not_there_name_the_command(wanfast: Wanfast, workdir: Path) -> None:
+def test_no_arguments_print_the_help(wanfast: Wanfast) -> None:
+    assert wanfast().out == wanfast("--help").out
+
+
+def test_weights_that_are_not_there_name_the_command(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
+    machine(0, 0)
     outcome = wanfast("generate", "--image", "cat.png", "--prompt", "a cat")
     assert outcome.exit_code == 3
     assert "run `wanfast download` (126 GB)" in outcome.err

@@ -123,6 +123,15 @@ def test_a_command_is_one_that_its_program_takes(
         assert program in ("pip", "python3", "."), f"nothing checks {program}"
 
 
+@every_page
+def test_each_example_writes_a_video_of_its_own(page: Page) -> None:
+    """Two examples with one output would make the second one fail."""
+    blocks = [line for language, body in page.blocks if language == "sh" for line in _lines(body)]
+    commands = [words for line in blocks for words in _split(line) if words[:2] == ["wanfast", "generate"]]
+    outputs = [words[words.index("--output") + 1] for words in commands if not {"--jobs", "--dry-run"} & {*words}]
+    assert len(outputs) == len(set(outputs))
+
+
 def _files_of_examples(workdir: Path, wanfast: Wanfast) -> None:
     """The files that examples name: the repository's, a list of jobs, and the .json of an earlier video."""
     (workdir / "wanfast").symlink_to(ROOT / "wanfast")

@@ -78,6 +78,7 @@ def dry_run(wanfast: Wanfast, command: str, without: Sequence[str] = ()) -> dict
     for option in without:
         if option in words:
             del words[words.index(option) : words.index(option) + 2]
+    assert words[words.index("--output") + 1] in ("star.mp4", "cat.mp4")
     outcome = wanfast(*words, "--dry-run", "--json")
     assert outcome.exit_code == 0, outcome.err
     return outcome.document["plan"]
@@ -367,11 +368,17 @@ def test_one_document_ends_stdout_and_the_rest_is_for_people(wanfast: Wanfast, m
     assert plain.err == ""
     headings = [line for line in plain.out.splitlines() if not line.startswith(" ")]
     for heading, start in zip(
-        headings, ("machine", "software", "attention on cpu", "files", "tiny", "next"), strict=True
+        headings, ("machine", "software", "attention on cpu", "files", "next: nothing is missing"), strict=True
     ):
         assert heading.startswith(start)
         assert heading in outcome.err
     assert plain.out.splitlines()[-1].strip() == json.loads(line)["next"]["command"]
+    assert "fa3, fa4, fa2  only on a GPU" in plain.out and "fa3-fwd" not in plain.out
+    out = wanfast("doctor").out
+    assert "resident: both experts stay on the GPU; evicting: " in out
+    assert "a card of 80 GB has 85.0 GB by the driver" in out
+    machine(84.0)
+    assert "by the driver" not in wanfast("doctor").out  # this machine's own bytes are shown
 
 
 @pytest.mark.parametrize(

@@ -294,13 +294,18 @@ def test_terminated_leaves_nothing_and_exits_143(workdir: Path) -> None:
     assert visible(workdir) == ["cat.png"]
 
 
-def test_weights_that_do_not_fit_are_said(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(*arguments: object) -> None:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(session, "load_models", too_large)
+@pytest.mark.parametrize("where", ["load_models", "prompt_embeds"])
+def test_weights_that_do_not_fit_are_said(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.setattr(session, where, lambda *arguments: torch.empty(1 << 60))
     outcome = wanfast(*GOOD)
-    assert outcome.exit_code == 2 and "--precision bf16: the weights do not fit" in outcome.err
+    assert outcome.exit_code == 2 and "--precision bf16: the weights do not fit into memory: end other" in outcome.err
+
+
+def test_a_video_that_a_cpu_cannot_allocate_is_one_line(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.pixels, "to_uint8", lambda video: torch.empty(1 << 60))
+    outcome = wanfast(*GOOD)
+    assert outcome.exit_code == 2 and len(outcome.err.strip().splitlines()) <= 3, outcome.err
+    assert "does not fit into memory beside the weights" in outcome.err
 
 
 def test_the_text_encoder_is_gone_before_the_experts_come(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:

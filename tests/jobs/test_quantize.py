@@ -98,7 +98,8 @@ def test_goes_on_with_the_expert_that_is_missing(wanfast: Wanfast, workdir: Path
     outcome = wanfast("quantize", *TINY, *SCHEME, "--json")
     assert [result["was_there"] for result in outcome.document["results"]] == [False, True]
     lines = outcome.err.strip().splitlines()  # a pipe gets no progress bars
-    assert len(lines) == 2 and all("relative error of the weights 0.00" in line for line in lines)
+    assert len(lines) == 4 and all("relative error of the weights 0.00" in line for line in lines[::2])
+    assert all(Path(line.split(": ")[0]).is_file() for line in lines[1::2])  # the plots of the errors
     assert kept.is_dir()
     assert [result["expert"] for result in outcome.document["results"]] == ["high_noise", "low_noise"]
 

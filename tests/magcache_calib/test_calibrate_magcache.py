@@ -48,13 +48,17 @@ def folder(workdir: Path) -> Path:
     return workdir / "set"
 
 
-def test_a_curve_is_measured_stored_and_used(wanfast: Wanfast, folder: Path) -> None:
+def test_a_curve_is_measured_stored_and_used(wanfast: Wanfast, folder: Path, figures: list[Any]) -> None:
     outcome = wanfast(*CALIBRATE)
     assert outcome.exit_code == 0, outcome.err
     found = outcome.document
     artifact = Path(found["output"])
     assert sorted(file.name for file in artifact.iterdir()) == ["manifest.json", "ratios.json", "ratios.png"]
     assert (artifact / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{artifact / 'ratios.png'}: the curve" in outcome.err
+    legend = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    of_branch = ["prompt", "prompt, spread between tokens"]
+    assert legend == [*of_branch, *(f"negative {words}" for words in of_branch), "the low-noise expert begins"]
     assert found["clips"] == 2 and len(found["ratios"]) == 6 and found["ratios"][0] == [1.0, 1.0]
     assert all(0.3 < ratio < 1.5 for row in found["ratios"][1:] for ratio in row)
     assert all(0 < spread < 1 for row in found["spread"][1:] for spread in row)
@@ -195,14 +199,14 @@ def test_the_preset_is_of_the_tiny_model_that_ships() -> None:
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--steps", "7"], 3, "differs in steps (6, this run 7)", ),
-        (["--precision", "fp32"], 3, "differs in precision (bf16, this run fp32)"),
-        (["--guidance-low-noise", "3"], 3, "differs in guidance"),
-        (["--size", "96x96"], 3, "differs in size"),
-        (["--solver", "euler"], 3, "differs in solver"),
+        (["--steps", "7"], 3, "KEY has steps 6, this run has 7"),
+        (["--precision", "fp32"], 3, "KEY has precision bf16, this run has fp32"),
+        (["--guidance-low-noise", "3"], 3, "KEY has guidance "),
+        (["--size", "96x96"], 3, "KEY has size "),
+        (["--solver", "euler"], 3, "KEY has solver "),
         (["--steps", "7", "--magcache-interpolate"], 0, ""),
         (["--shift", "3", "--magcache-interpolate"], 0, ""),
-        (["--precision", "fp32", "--magcache-interpolate"], 3, "differs in precision"),
+        (["--precision", "fp32", "--magcache-interpolate"], 3, "KEY has precision "),
         (["--magcache", "0123456789ab"], 3, "no curve has this key; use one of KEY"),
     ],
     ids=str,
@@ -218,7 +222,7 @@ def test_a_curve_of_another_run_is_refused(
         assert outcome.document["plan"]["magcache"]["curve"] == key
     else:
         assert "run `wanfast calibrate-magcache --model tiny" in outcome.err and len(outcome.err.splitlines()) == 1
-    if "differs in steps" in words:
+    if "KEY has steps" in words:
         assert "or add --magcache-interpolate" in outcome.err
 
 
@@ -337,7 +341,7 @@ def test_a_dry_run_shows_the_plan(wanfast: Wanfast, machine: Machine, monkeypatc
     assert short["predicted_s"] is None
     monkeypatch.setenv("COLUMNS", "120")
     said = wanfast(*A14B_SHOWN, "--magcache", "E012K2R20", "--magcache-rule", "both-experts", "--num-gpus", "8").out
-    assert "38 of 80 forwards skipped (47.5%); both branches skip together: separate skips would be 38" in said
+    assert "38 of 80 forwards skipped (47.5%); both branches skip together: 38 if each skipped alone" in said
     assert "###..#..#..#..#|######..#..#..#..#.#.#.## both branches" in said and "curve preset" in said
     assert "negative prompt" not in said
 

@@ -54,10 +54,35 @@ def test_a_note_of_many_lines_is_printed_once(wanfast: Wanfast) -> None:
     assert notes and all(line.startswith("note (line 1 and 19 others): ") for line in notes)
 
 
+def test_a_note_of_two_lines_names_both(wanfast: Wanfast) -> None:
+    write_list(2)
+    assert "note (lines 1 and 2): " in wanfast("generate", "--model", "tiny", *VIDEO).err
+
+
+def test_a_file_that_is_no_list_is_one_line(wanfast: Wanfast) -> None:
+    Path("jobs.jsonl").write_text(json.dumps({"plan": {}, "seeds": [1, 2, 3]}, indent=2))
+    outcome = wanfast("generate", "--model", "tiny", *VIDEO)
+    assert outcome.exit_code == 2 and len(outcome.err.splitlines()) == 1
+    assert "none of its 8 lines is a JSON object of options (line 1: not JSON: " in outcome.err
+    assert "is this a list of jobs?" in outcome.err
+
+
+def test_a_list_with_bad_lines_says_how_many_succeeded(wanfast: Wanfast) -> None:
+    Path("jobs.jsonl").write_text("{}\n" + "{'steps': 4}\n" * 6)
+    outcome = wanfast("generate", "--model", "tiny", *VIDEO)
+    assert outcome.exit_code == 6 and outcome.document["failed"] == 6
+    name = "Expecting property name enclosed in double quotes"
+    assert f"error (line 2): not JSON: {name} at column 2\n" in outcome.err
+    assert outcome.err.endswith("--jobs: 1 succeeded, 6 of 7 failed, as reported above: fix their lines\n")
+
+
 def test_existing_videos_are_left_out(wanfast: Wanfast, workdir: Path) -> None:
     write_list(3)
     (workdir / "out-0001.mp4").touch()
-    assert "already exists" in wanfast("generate", "--model", "tiny", *VIDEO).err
+    refused = f"note (line 1): a run would be refused: {workdir / 'out-0001.mp4'} exists: add --overwrite"
+    planned = wanfast("generate", "--model", "tiny", *VIDEO)
+    assert planned.exit_code == 0 and refused in planned.err
+    assert "a run would" not in wanfast("generate", "--model", "tiny", *VIDEO, "--overwrite").err
     (workdir / "out-0001.json").touch()
     outcome = wanfast("generate", "--model", "tiny", *VIDEO, "--skip-existing")
     first, *others = outcome.document["results"]
@@ -68,7 +93,7 @@ def test_existing_videos_are_left_out(wanfast: Wanfast, workdir: Path) -> None:
     }
     assert [result["plan"]["seed"] for result in others] == [1, 2]
     contact = wanfast("generate", "--model", "tiny", *VIDEO, "--skip-existing", "--contact-sheet")
-    assert contact.exit_code == 6 and "out-0001.mp4: already exists" in contact.err  # the sheet is missing
+    assert contact.exit_code == 0 and refused in contact.err  # the sheet is missing
     both = wanfast("generate", "--model", "tiny", *VIDEO, "--skip-existing", "--overwrite")
     assert both.exit_code == 6 and "--overwrite and --skip-existing exclude each other" in both.err
 

@@ -302,13 +302,47 @@ def test_without_a_gpu_to_ask_an_h100_is_assumed_and_said(wanfast: Wanfast, mach
     assert "85.0 GB assumed for each GPU" in plan["placement"] and plan["mesh"] == MADE | {"cfg": 2, "ulysses": 4}
 
 
+def test_the_tiny_model_fits_a_cpu_with_a_gigabyte(wanfast: Wanfast, machine: Machine) -> None:
+    """A process had 0.61 GB at its peak; the margin of a GPU, 2.1 GB, would refuse it."""
+    for host_gb, is_refused in ((1.0, False), (0.5, True)):
+        machine(0, 0, host_gb=host_gb)
+        assert ("a run would be refused" in wanfast(*TINY_DRY).err) == is_refused
+
+
 @pytest.mark.parametrize(("host_gb", "is_short"), [(500, False), (50, True)])
 def test_a_model_planned_for_the_cpu_is_said(
     wanfast: Wanfast, machine: Machine, host_gb: float, is_short: bool
 ) -> None:
     machine(0, 0, host_gb)
     err = wanfast(*A14B_DRY).err
-    assert "no GPU was found, so this is planned for the CPU" in err and ("do not fit into" in err) == is_short
+    assert "no GPU was found, so this is planned for the CPU: --device cuda plans for GPUs" in err
+    assert ("a run would be refused: no GPU was found: use a machine with one" in err) == is_short
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mode"),
+    [
+        ([], "resident"),
+        (["--num-gpus", "2", "--cfg-parallel", "2"], "resident"),
+        (["--num-gpus", "2", "--cfg-parallel", "2", "--dit-fsdp", "on"], "sharded"),
+    ],
+    ids=["one rank", "two ranks", "sharded as asked"],
+)
+def test_a_video_that_does_not_fit_a_cpu_is_planned_but_not_made(
+    wanfast: Wanfast, machine: Machine, ranks: list[str], mode: str
+) -> None:
+    machine(0, 0, host_gb=24)
+    large = (*TINY_DRY[:-2], "--device", "cpu", "--size", "4000x4000", "--fit", "crop", *ranks)
+    planned = wanfast(*large, "--dry-run", "--json")
+    assert planned.exit_code == 0
+    (note,) = (note for note in planned.document["plan"]["notes"] if "refused" in note)
+    words = f"--device cpu: a process would hold {mode} 67.4 GB"
+    assert note.startswith(f"a run would be refused: {words}") and note.endswith("use a smaller --size")
+    made = wanfast(*large)
+    assert made.exit_code == 2 and words in made.err and "GPUs" not in made.err, made.err
+    assert len(made.err.strip().splitlines()) == 1
+    machine(0, 0, host_gb=160)
+    assert "refused" not in wanfast(*large, "--dry-run").err
 
 
 def test_idle_ranks_are_said(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:

@@ -228,8 +228,9 @@ def test_a_handle_that_nobody_closes_stops_its_ranks(ranks: list[Ranks]) -> None
 def test_a_video_is_saved_where_it_is_asked_for(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(workdir))
     image = {"image": str(workdir / "cat.png")}
-    document = {"effective": {"video": image}, "plan": {"fps": 16}, "seconds": {}}
-    video = Video(np.zeros((5, 64, 64, 3), np.uint8), document)
+    document = {"effective": {"video": image}, "plan": {"fps": 16, "seed": 7}, "seconds": {}}
+    video = Video(np.zeros((5, 64, 48, 3), np.uint8), document)
+    assert repr(video) == "Video(5 frames, 48x64, seed 7)"
     video.save(Path("a.mp4"))
     video.save("~/b.mp4")
     assert Path("a.mp4").exists() and Path("b.json").exists()

@@ -303,7 +303,7 @@ def test_no_network_is_an_error_even_where_files_lie(
         assert wanfast("download").exit_code == 0
     nobody()
     refused(wanfast("download"), 3, "cannot be reached", "HF_ENDPOINT")
-    refused(wanfast("download", "--dry-run"), 3, "cannot be reached")
+    refused(wanfast("download", "--dry-run"), 3, "cannot be reached", "and run this command again\n")
 
 
 def test_offline_by_choice(wanfast: Wanfast, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,7 +266,9 @@ def test_a_block_stays_one_graph(scheme: Scheme) -> None:
             assert torch.isfinite(got).all() and relative_error(got, eager.double()) <= 1e-3
 
 
-def test_the_manifest_and_the_errors_say_what_was_done(source: model_files.ModelFiles, tmp_path: Path) -> None:
+def test_the_manifest_and_the_errors_say_what_was_done(
+    source: model_files.ModelFiles, tmp_path: Path, figures: list[Any]
+) -> None:
     expert, result = make(source, "fp8-rowwise", tmp_path / "store")
     folder = Path(result["output"])
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -276,6 +278,7 @@ def test_the_manifest_and_the_errors_say_what_was_done(source: model_files.Model
     assert len(errors["tensors"]) == 3 * len(QUANTIZED) and len(errors["worst"]) == 10
     assert list(errors["worst"].values()) == sorted(errors["tensors"].values(), reverse=True)[:10]
     assert (folder / "errors.png").read_bytes().startswith(b"\x89PNG")
+    assert all(block == int(block) for block in figures[0].axes[0].get_xticks())
     with torch.device("meta"):
         wanted = WanDiT(SPEC, torch.float32).state_dict()
     exact = {name: rows(0, len(wanted[name])) for name, rows in checkpoint.stream(

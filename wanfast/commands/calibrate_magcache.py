@@ -14,7 +14,7 @@ from rich.console import Console
 
 from wanfast.commands import dispatch, options
 from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
-from wanfast.magcache_calib.ratios import against_preset, averaged, read_clip, write_clip, write_curve
+from wanfast.magcache_calib.ratios import PLOT, against_preset, averaged, read_clip, write_clip, write_curve
 from wanfast.runtime.config import NO_VIDEO
 from wanfast.runtime.config.option import MAKE, absolute
 from wanfast.runtime.errors import ConfigError, from_failure
@@ -150,10 +150,9 @@ def describe(result: dict[str, Any]) -> str:
     lines = [f"{result['output']}: {how}; ratios {min(ratios):.4f} to {max(ratios):.4f}"]
     if (preset := result["preset"]) is not None:
         worst = preset["worst"]
-        far = (
-            f"{worst['difference']:.4f} apart at step {worst['step']}, where the tokens spread by {worst['spread']:.4f}"
-        )
+        far = f"{worst['difference']:.4f} at step {worst['step']}, the spread between tokens {worst['spread']:.4f}"
         steps = f"differs at {len(preset['steps'])} steps" if preset["differs"] else "agrees"
-        lines.append(f"the preset {steps}; at worst {far}")
+        lines.append(f"the preset {steps}: the largest difference is {far}")
+    lines.append(f"{result['output']}/{PLOT}: the curve")
     lines.append("`wanfast generate --magcache artifact` skips forwards with this curve")
     return "\n".join(lines)

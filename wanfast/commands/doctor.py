@@ -11,9 +11,14 @@ from rich.console import Console
 
 from wanfast.commands import options
 from wanfast.runtime.config import ModelsConfig
-from wanfast.runtime.facts.memory import gb
+from wanfast.runtime.facts.memory import CARDS, gb
 
 _KEYS_SHOWN = 4
+_MODES = (
+    "resident: both experts stay on the GPU; evicting: a part is in host memory while the decoder works; "
+    "sharded: each GPU holds a share; offloaded: the idle expert is in host memory"
+)
+_CARDS = f"a card of 80 GB has {gb(CARDS['80 GB'])} by the driver"
 
 Rows = list[tuple[str, str]]
 
@@ -49,10 +54,11 @@ def _sections(document: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
     yield "machine", _machine(document)
     yield "software", _software(document)
     device = document["attention"]["device"]
-    yield f"attention on {device}" if device else "attention", _attention(document["attention"]["kernels"])
+    yield f"attention on {device}" if device else "attention", _attention(document["attention"]["kernels"], device)
     yield "files", _files(document)
     held = fit["quantize"] or fit["precision"]
-    yield f"{fit['model']}, {fit['size']}, {fit['frames']} frames, {held}: GB a GPU", _fit(fit)
+    if fit["needs_gpu"]:
+        yield f"{fit['model']}, {fit['size']}, {fit['frames']} frames, {held}: GB a GPU", _fit(fit)
     yield f"next: {document['next']['why']}", [("", document["next"]["command"])]
 
 
@@ -92,8 +98,9 @@ def _software(document: dict[str, Any]) -> Rows:
     ]
 
 
-def _attention(kernels: dict[str, Any]) -> Rows:
-    return [
+def _attention(kernels: dict[str, Any], device: str | None) -> Rows:
+    for_gpus = [name for name, found in kernels.items() if device == "cpu" and found["state"] == "not installed"]
+    rows = [
         (
             name,
             f"runs, relative error {found['relative_error']:.1e}"
@@ -101,7 +108,10 @@ def _attention(kernels: dict[str, Any]) -> Rows:
             else f"{found['state']}: {found['reason']}",
         )
         for name, found in kernels.items()
-    ] or [("none", "torch cannot be imported")]
+        if name not in for_gpus
+    ]
+    rows += [(", ".join(for_gpus), "only on a GPU")] if for_gpus else []
+    return rows or [("none", "torch cannot be imported")]
 
 
 def _files(document: dict[str, Any]) -> Rows:
@@ -124,9 +134,9 @@ def _fit(fit: dict[str, Any]) -> Rows:
         )
         for name, key in (("one expert", "expert"), ("UMT5, before the experts", "umt5"))
     ]
-    return rows + [
-        (f"{way['num_gpus']} GPU{'s' * (way['num_gpus'] > 1)}, {way['mode']}", _sum(way)) for way in fit["ways"]
-    ]
+    ways = [(f"{way['num_gpus']} GPU{'s' * (way['num_gpus'] > 1)}, {way['mode']}", _sum(way)) for way in fit["ways"]]
+    cards = [("cards", _CARDS)] if fit["ways"][0]["host_free"] is None else []
+    return [*rows, *ways, ("words", _MODES), *cards]
 
 
 def _sum(way: dict[str, Any]) -> str:

@@ -11,9 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from wanfast.runtime.config import OPTIONS
-from wanfast.runtime.config.option import EXACT, FILES, GPUS, LOSSY, MAKE, SAMPLING, OptionField
+from wanfast.runtime.config.option import EXACT, FILES, GPUS, LOSSY, MAKE, SAMPLING, OptionField, near_names
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Command
 from wanfast.runtime.facts.model_spec import A14B
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Typer does not export it by name
 
 PANELS = (MAKE, SAMPLING, EXACT, LOSSY, GPUS, FILES)
 
@@ -111,3 +114,36 @@ def given(context: typer.Context) -> dict[str, Any]:
         for name, value in context.params.items()
         if name in OPTIONS and (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
     }
+
+
+def one_line(error: Any, arguments: list[str]) -> ConfigError:
+    """Returns a usage error of Typer's as an error that names the option and the fix, as for a line of a list."""
+    help_ = f"see `{error.ctx.command_path if error.ctx else f'wanfast {arguments[0]}'} --help`"
+    kind, param = type(error).__name__, typing.cast("Any", getattr(error, "param", None))
+    if kind == "NoSuchOption":
+        visible = [option for option in error.ctx.command.params if not getattr(option, "hidden", False)]
+        known = [word.lstrip("-") for option in visible for word in (*option.opts, *option.secondary_opts)]
+        near = [f"--{name}" for name in near_names(error.option_name.lstrip("-"), known)]
+        fix = f"did you mean {' or '.join(near)}?" if near else help_
+        return ConfigError(f"unknown option {error.option_name}: {fix}")
+    if kind == "MissingParameter":
+        return ConfigError(f"{param.opts[0]} is missing: {help_}")
+    if param is None:
+        words = " ".join(error.format_message().split()).rstrip(".")
+        return ConfigError(f"{words[:1].lower()}{words[1:]}: {help_}")
+    if param.name in OPTIONS:
+        try:
+            OPTIONS[param.name].accept(_typed(param.opts, arguments))
+        except ConfigError as refusal:
+            return refusal
+    return ConfigError(f"{param.opts[0]}: {error.message.removeprefix('Value error, ').rstrip('.')}")
+
+
+def _typed(spellings: list[str], arguments: list[str]) -> str:
+    """Returns the last value of an option on the command line."""
+    typed = ""
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in spellings:
+            typed = value if equals else following
+    return typed

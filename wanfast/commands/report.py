@@ -73,7 +73,8 @@ class Report:
             lines = [{"line": item.request.line, **result} for item, result in zip(planned, results, strict=True)]
             print(json.dumps({"results": lines, "failed": failed} if many else results[0]))
         if failed:
-            raise JobsFailedError(f"--jobs: {failed} of {len(planned)} failed, as reported above: fix their lines")
+            done, of_all = len(planned) - failed, f"{failed} of {len(planned)} failed"
+            raise JobsFailedError(f"--jobs: {done} succeeded, {of_all}, as reported above: fix their lines")
 
     def _note_compile_time(self, result: dict[str, Any], of_line: str) -> None:
         """Prints what compilation cost, if anything was compiled.
@@ -125,15 +126,12 @@ class Report:
 
 
 def _notes(planned: list[Planned]) -> dict[str, str]:
-    """Returns each note once, with the lines that have it: "", " (line 2)" or " (line 2 and 7 others)"."""
+    """Returns each note once, with the lines that have it, such as " (line 2)" or " (line 2 and 7 others)"."""
     lines: dict[str, list[Planned]] = {}
     for item in planned:
         for note in item.plan.notes if item.plan else ():
             lines.setdefault(note, []).append(item)
-    return {
-        note: _of_line(items[0]) if len(items) == 1 else f"{_of_line(items[0])[:-1]} and {len(items) - 1} others)"
-        for note, items in lines.items()
-    }
+    return {note: _of_lines([item.request.line for item in items]) for note, items in lines.items()}
 
 
 def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str]:
@@ -169,7 +167,7 @@ def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
         curve += f", interpolated from {of['steps']} steps at shift {of['shift']:g}"
     share = f"{m['skipped_forwards']} of {m['total_forwards']} forwards skipped ({m['skipped_share']:.1%})"
     if m["skipped_forwards_apart"] is not None:
-        share += f"; both branches skip together: separate skips would be {m['skipped_forwards_apart']}"
+        share += f"; both branches skip together: {m['skipped_forwards_apart']} if each skipped alone"
     stored = f"{m['residual_bytes'] / 1e9:.1f} GB of residuals a rank"
     legend = "(# computed, . skipped; high noise | low noise)"
     return {"magcache": "\n".join([share, *_strips(plan), legend, f"{how}, {limits}; {curve}; {stored}"])}
@@ -195,7 +193,15 @@ def _ranks_row(plan: dict[str, Any]) -> dict[str, str]:
 
 
 def _of_line(item: Planned) -> str:
-    return "" if item.request.line is None else f" (line {item.request.line})"
+    return _of_lines([item.request.line])
+
+
+def _of_lines(lines: list[int | None]) -> str:
+    if lines[0] is None:
+        return ""
+    if len(lines) == 2:
+        return f" (lines {lines[0]} and {lines[1]})"
+    return f" (line {lines[0]})" if len(lines) == 1 else f" (line {lines[0]} and {len(lines) - 1} others)"
 
 
 def _shown(path: str) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from wanfast.commands import dispatch, options
 from wanfast.runtime.config import NO_VIDEO, parse_size
-from wanfast.runtime.errors import from_failure
+from wanfast.runtime.errors import ConfigError, from_failure
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.media import images
 from wanfast.runtime.planning.placement import is_cpu_for_want_of_a_gpu, place
@@ -31,9 +31,6 @@ def warmup(
     given = options.given(context)
     plan, image_size = planned(given)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
-    if is_cpu_for_want_of_a_gpu(plan):
-        note = "no GPU was found, so a block is compiled and run on the CPU, which is slow at this size"
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {note}")
     job = dataclasses.replace(plan.job(), image_size=image_size)
     (result,) = dispatch.run_jobs(
         "warmup", [job], [plan], show_progress=console.is_terminal, on_result=lambda index, result: None
@@ -52,7 +49,10 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
     config = effective(wanted, files, image_sha256="")
     require_attention(config.models.attention, config.ranks.device)
     image_size = images.load_image(given["image"]).size if "image" in given else parse_size(config.video.size)
-    (plan,) = place([dataclasses.replace(Plan.of(config, files.spec, image_size), requested=given)])
+    plan = dataclasses.replace(Plan.of(config, files.spec, image_size), requested=given)
+    if is_cpu_for_want_of_a_gpu(plan):
+        raise ConfigError("no GPU was found: run this command where the videos are made, or add --device cpu (slow)")
+    (plan,) = place([plan], must_fit=False)  # one block fits where the experts do not
     return plan, image_size
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from wanfast.runtime.store.curves import KIND, RATIOS, preset, steps_of
 from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.model_files import ModelFiles
 
+PLOT = "ratios.png"
 _DIGITS = 7
 
 
@@ -101,16 +103,22 @@ def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelF
 
 
 def write_curve(folder: Path, curve: dict[str, Any], config: EffectiveConfig, spec: ModelSpec, num_clips: int) -> None:
-    """Writes ratios.json and ratios.png of the artifact."""
+    """Writes the ratios of the artifact and their plot."""
     steps = steps_of(config.video.solver, config.video.steps, config.video.shift, spec.boundary)
     timesteps = [timestep for _, timestep in steps]
-    facts = {"clips": num_clips, "experts": [expert for expert, _ in steps], "timesteps": timesteps}
+    experts = [expert for expert, _ in steps]
+    facts = {"clips": num_clips, "experts": experts, "timesteps": timesteps}
     write_synced(folder / RATIOS, json.dumps(curve | facts, indent=1) + "\n")
-    _plot(folder / "ratios.png", curve, timesteps, f"{spec.name}: {num_clips} clips, {config.video.steps} steps")
+    changes = [timestep for (one, _), (other, timestep) in pairwise(steps) if one != other]
+    title = f"{spec.name}: {num_clips} clips, {config.video.steps} steps"
+    _plot(folder / PLOT, curve, timesteps, changes, title)
 
 
-def _plot(file: Path, curve: dict[str, Any], timesteps: list[int], title: str) -> None:
-    """Plots the ratios with their spread over the tokens, and the cosine distance below."""
+def _plot(file: Path, curve: dict[str, Any], timesteps: list[int], changes: list[int], title: str) -> None:
+    """Plots the ratios with their spread between tokens, and the cosine distance below.
+
+    `changes`: the timestep at which the other expert begins, if both work.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -121,8 +129,11 @@ def _plot(file: Path, curve: dict[str, Any], timesteps: list[int], title: str) -
         )
         (line,) = above.plot(timesteps[1:], ratios, marker=".", label=name.replace("_", " "))
         lower, upper = ([r + sign * s for r, s in zip(ratios, spread, strict=True)] for sign in (-1, 1))
-        above.fill_between(timesteps[1:], lower, upper, alpha=0.2, color=line.get_color())
+        band = f"{line.get_label()}, spread between tokens"
+        above.fill_between(timesteps[1:], lower, upper, alpha=0.2, color=line.get_color(), label=band)
         below.plot(timesteps[1:], distance, marker=".", color=line.get_color())
+    for timestep in changes:  # the other expert's residuals have other norms, so that the ratio jumps
+        above.axvline(timestep, color="grey", linestyle=":", label="the low-noise expert begins")
     above.set(title=title, ylabel="residual norm / residual norm of the step before")
     below.set(xlabel="timestep", ylabel="cosine distance", ylim=(0, None))
     above.invert_xaxis()

@@ -102,7 +102,8 @@ class ModelsConfig(Part):
             raise ConfigError("--verify reads what `wanfast quantize` stored: add --quantize, or drop it")
         if self.verify and self.quantize_on_the_fly:
             raise ConfigError(
-                "--verify and --quantize-on-the-fly exclude each other: no stored expert is read; drop one of them"
+                "--verify and --quantize-on-the-fly exclude each other, because no stored expert is read: drop one of "
+                "the two"
             )
         if self.quantize and self.precision != "bf16":
             raise ConfigError(f"--quantize {self.quantize} needs --precision bf16: drop one of the two")

@@ -13,7 +13,7 @@ import functools
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -146,11 +146,17 @@ def between(low: float, high: float, fix: str) -> Check:
 def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Raises ConfigError, with names that are near, for a name that is not an option."""
     if unknown := sorted(given.keys() - known.keys()):
-        from difflib import get_close_matches
-
-        near = get_close_matches(unknown[0], known)
+        near = near_names(unknown[0], known)
         fix = f"did you mean {' or '.join(near)}?" if near else f"the options are {', '.join(sorted(known))}"
         raise ConfigError(f"unknown option {unknown[0]!r}: {fix}")
+
+
+def near_names(unknown: str, known: Iterable[str]) -> list[str]:
+    """Returns up to three names that begin with an unknown one, or else resemble it."""
+    from difflib import get_close_matches
+
+    known = sorted(known)
+    return [name for name in known if name.startswith(unknown)][:3] or get_close_matches(unknown, known)
 
 
 def _is_instance(value: Any, hint: Any) -> bool:

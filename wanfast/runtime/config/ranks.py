@@ -111,7 +111,8 @@ class RanksConfig(Part):
                 raise ConfigError(f"--rdzv-endpoint {self.rdzv_endpoint!r} is not HOST:PORT: write it as node0:29500")
         if self.dit_fsdp == "on" and self.expert_offload == "on":
             raise ConfigError(
-                "--dit-fsdp on and --expert-offload on exclude each other: drop one, because shards stay on their GPUs"
+                "--dit-fsdp on and --expert-offload on exclude each other, because shards stay on their GPUs: drop one "
+                "of the two"
             )
 
     @property

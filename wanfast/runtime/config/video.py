@@ -22,7 +22,7 @@ def parse_size(size: str) -> tuple[int, int]:
     width, height = int(match[1]), int(match[2])
     if width % 16 or height % 16 or not (width and height):
         near = "x".join(str(max(16, round(n / 16) * 16)) for n in (width, height))
-        raise ConfigError(f"--size {size} must be multiples of 16: try {near}")
+        raise ConfigError(f"--size {size}: width and height must be positive multiples of 16: try {near}")
     return width, height
 
 
@@ -100,7 +100,7 @@ class VideoConfig(Part):
     shift: Annotated[
         float,
         Option(
-            "Moves steps toward high noise. The model's makers advise 3.0 for 480p.",
+            "Moves steps toward high noise. The model's publisher advises 3.0 for 480p.",
             SAMPLING,
             own=True,
             also=CALIBRATE,
@@ -134,6 +134,8 @@ class VideoConfig(Part):
         super().__post_init__()
         if not self.image:
             raise ConfigError("--image is missing: give the image that the video starts from")
+        if not self.prompt:
+            raise ConfigError("--prompt is missing: describe what should happen in the video")
         if not self.prompt.strip():
             raise ConfigError("--prompt is empty: describe what should happen in the video")
         if self.noise_device == "cpu" and self.seed >= CPU_SEEDS:

@@ -7,6 +7,8 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -61,6 +63,17 @@ def describe(device: str) -> dict[str, str]:
         "cudnn_tf32": str(torch.backends.cudnn.allow_tf32),
         "matmul_tf32": str(torch.backends.cuda.matmul.allow_tf32),
     }
+
+
+@contextmanager
+def one_out_of_memory_error() -> Iterator[None]:
+    """Turns the plain RuntimeError of a CPU's allocator into torch.OutOfMemoryError, which a GPU's raises."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 def is_out_of_memory(error: RuntimeError, free: int) -> bool:

@@ -40,7 +40,7 @@ from wanfast.runtime.sampling.guidance import needs_unconditional
 from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.weights.experts import Experts
 
-DOES_NOT_FIT = "does not fit into this GPU's memory beside the weights: use smaller values"
+DOES_NOT_FIT = "does not fit into memory beside the weights: use smaller values"
 _EVICT_BYTES = 8 << 30  # evicted each time that the VAE runs out of memory
 
 

@@ -87,6 +87,7 @@ class Session:
         hardware.use_few_threads(ranks.device, files.spec.dit.dim)
         return cls(config, ranks, files)
 
+    @hardware.one_out_of_memory_error()
     def encode(self, texts: Iterable[str]) -> None:
         """Makes the embeddings of `texts`; loads UMT5 only for texts whose embeddings are not stored."""
         wanted = list(dict.fromkeys(texts))
@@ -100,6 +101,7 @@ class Session:
         for text in list(self._embeds)[: -max(_KEPT_TEXTS, len(used))]:
             del self._embeds[text]
 
+    @hardware.one_out_of_memory_error()
     def load(self, before_each: Callable[[], None] = lambda: None) -> ImageToVideoPipeline:
         """Loads the experts and the VAE, once. `before_each`: called before each of them; it may raise to end this."""
         if self._pipeline is None:
@@ -135,11 +137,13 @@ class Session:
         self.encode((prompt, negative_prompt))
         return {"prompt": self._embeds[prompt], "negative_prompt": self._embeds[negative_prompt]}
 
+    @hardware.one_out_of_memory_error()
     def latent(self, plan: Plan, image: Tensor, on_step: StepFn, residuals: StepCache) -> Tensor:
         """Returns the clean latent [1, 16, T, h, w], not decoded; `residuals` decides which forwards run."""
         text = self.text_of(plan.config)
         return self.load().latent(plan, image, text, self.watch, on_step, residuals)
 
+    @hardware.one_out_of_memory_error()
     def make(self, job: Job, on_step: StepFn = lambda done, expert: None, residuals: StepCache | None = None) -> Made:
         """Makes one video. `on_step(done, expert)` is called before and after each step.
 

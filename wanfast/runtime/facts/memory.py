@@ -20,6 +20,7 @@ _DECODE_BYTES = 260
 # Free bytes of an idle card: measured for 80 GB (an H100), else 10^9 bytes a GB.
 CARDS = {"24 GB": 24 * 10**9, "48 GB": 48 * 10**9, "80 GB": 85 * 10**9, "141 GB": 141 * 10**9}
 MARGIN_BYTES = 2 << 30  # CUDA's context, the libraries' workspaces, the allocator's fragmentation
+CPU_MARGIN_BYTES = 3 << 28  # Python and torch: a process of the tiny model had 0.61 GB at its peak
 
 
 def dit_parameters(spec: DiTSpec) -> tuple[int, int]:

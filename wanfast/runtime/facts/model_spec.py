@@ -173,7 +173,7 @@ class UMT5Spec(_Facts):
         self._require("eps", 0 < self.eps < 1, "a number between 0 and 1 is needed")
 
 
-# The makers' own, against videos that are garish, overexposed, still, blurred, subtitled, badly drawn, malformed.
+# The publisher's own, against videos that are garish, overexposed, still, blurred, subtitled, badly drawn, malformed.
 DEFAULT_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
@@ -183,7 +183,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec(_Facts):
-    """This class holds the facts of an image-to-video model and the defaults that its makers chose."""
+    """This class holds the facts of an image-to-video model and the defaults that its publisher chose."""
 
     name: str = "Wan2.2-I2V-A14B"
     weights_note: str | None = None  # reported with every result, e.g. that the weights were never trained
@@ -195,12 +195,17 @@ class ModelSpec(_Facts):
     frames: int = 81
     steps: int = 40
     shift: float = 5.0
-    shift_480p: float | None = 3.0  # the makers' advice for 832x480; the default is `shift` at every size
+    shift_480p: float | None = 3.0  # the publisher's advice for 832x480; the default is `shift` at every size
     guidance_high_noise: float = 3.5
     guidance_low_noise: float = 3.5
     trained_frames: int | None = 81  # the longest clips that the model has seen
     fps: int = 16
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether a CPU is too slow for it; the tiny model is made for a CPU."""
+        return self.name != "tiny"
 
     def _check(self) -> None:
         self._require("boundary", 0 <= self.boundary <= 1, "a share of the noise, 0 to 1, is needed")

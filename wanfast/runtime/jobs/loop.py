@@ -67,10 +67,11 @@ def _run_alike(
     except (WanFastError, torch.OutOfMemoryError) as error:
         sessions.close()
         models = f"--model {config.models.model} --precision {config.models.precision}"
-        message = f"{models}: the weights do not fit into this GPU's memory: use a larger GPU, several GPUs, or"
+        on_gpu = sessions.ranks.device == "cuda"
+        fix = "use a larger GPU, several GPUs, or --expert-offload on" if on_gpu else "end other programs, or use a GPU"
         if share.groups > 1 and not isinstance(error, MissingArtifactError | CorruptArtifactError):
             raise  # other rank groups may have more memory and run the remaining jobs
-        document = _failure(error, sessions.ranks, f"{message} --expert-offload on")
+        document = _failure(error, sessions.ranks, f"{models}: the weights do not fit into memory: {fix}")
         yield from ((failed, document) for failed in (index, *claimed))
         return
     while index is not None:

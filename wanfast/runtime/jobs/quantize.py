@@ -232,6 +232,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _plot(found: dict[str, float], file: Path, title: str) -> None:
     """Plots the errors over the blocks, one line for each kind of linear."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     lines: dict[str, dict[int, float]] = {}
     for name, error in found.items():
@@ -242,6 +243,7 @@ def _plot(found: dict[str, float], file: Path, title: str) -> None:
     for kind, errors in lines.items():
         axes.plot(list(errors), list(errors.values()), marker=".", label=kind)
     axes.set(title=title, xlabel="block", ylabel="relative error of the weight", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(ncols=2, fontsize="small")
     figure.savefig(file, dpi=110)
 
@@ -252,4 +254,5 @@ def describe(results: list[dict[str, Any]]) -> Iterator[str]:
         size = f"{gb(result['source_bytes'])} -> {gb(result['bytes'])}"
         how = "was made already" if result["was_there"] else f"{size} in {result['seconds']:.0f} s"
         error = f"relative error of the weights {result['relative_error']:.2g}"
-        yield f"{result['output']}: {result['expert']} with {result['scheme']}, {how}; {error} (by layer: errors.png)"
+        yield f"{result['output']}: {result['expert']} with {result['scheme']}, {how}; {error}"
+        yield f"{result['output']}/errors.png: the error of each layer"

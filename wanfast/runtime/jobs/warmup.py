@@ -42,7 +42,7 @@ from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.weights.builders import DTYPES, expert_on_meta
 
-_TOO_LARGE = "--size: a block's work does not fit into this GPU's memory: use a smaller --size or fewer --frames"
+_TOO_LARGE = "--size: a block's work does not fit into memory: use a smaller --size or fewer --frames"
 
 
 def run(
@@ -64,6 +64,7 @@ def run(
         yield 0, failure(error if isinstance(error, WanFastError) else ConfigError(_TOO_LARGE))
 
 
+@hardware.one_out_of_memory_error()
 def _warm(job: Job, ranks: Ranks, progress: Callable[[str], None]) -> dict[str, Any]:
     config = job.config
     ranks.together(check_caches)

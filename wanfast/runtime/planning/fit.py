@@ -82,6 +82,7 @@ class Fit:
         quantized = {str(scheme): memory.expert_bytes(spec.dit, self.precision, scheme)} if scheme else {}
         return {
             "model": spec.name,
+            "needs_gpu": spec.needs_gpu,
             "size": self.size,
             "frames": geometry.frames,
             "tokens": geometry.tokens,

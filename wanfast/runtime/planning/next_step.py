@@ -57,6 +57,8 @@ def next_step(
     `no_torch` and `no_weights` say what is wrong with torch and the weights, or are None. `layout` is the layout of the
     weights that are present. `quantize_step` makes the experts that --quantize needs, if one is missing.
     """
+    if not fitted.found and not fitted.spec.needs_gpu:
+        return NextStep(_tiny(device="cpu"), "nothing is missing: this model runs on a CPU")
     if not fitted.found:
         why = f"no GPU is visible here, but the tiny model runs on a CPU; {_smallest_cards(fitted)}"
         return NextStep(_tiny(device="cpu"), why)
@@ -130,13 +132,19 @@ def _in_words(way: Way) -> str:
 
 def _tiny(**options: str) -> str:
     image, prompt = example("tiny")
-    return _line("generate", {"model": "tiny", **options, "image": image, "prompt": prompt})
+    video = {"image": image, "prompt": prompt, "output": _output(image)}
+    return _line("generate", {"model": "tiny", **options, **video})
 
 
 def _generate(given: Options, way: Way, fitted: Fit) -> str:
     count = "auto" if way.num_gpus == len(fitted.found) else way.num_gpus
     ranks = {} if way.num_gpus == 1 else {"num_gpus": count}
-    return _line("generate", {**_changed(given, *given), **ranks, **_OPTIONS_OF_MODE[way.mode]})
+    output = {"output": _output(given["image"])}
+    return _line("generate", {**_changed(given, *given), **ranks, **_OPTIONS_OF_MODE[way.mode], **output})
+
+
+def _output(image: str) -> str:
+    return f"{Path(image).stem}.mp4"
 
 
 def _changed(given: Options, *names: str) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Need:
     loop: int
     residuals: int  # that MagCache holds from step to step
     decode: int
+    margin: int = memory.MARGIN_BYTES
     graphs: int = 0  # that the captured CUDA graphs of the loop hold after it
 
 
@@ -56,10 +57,13 @@ def place(
     plans: Sequence[Plan],
     free_memory: FreeMemory | None = None,
     mesh: Mesh | None = None,  # of ranks that run already
+    *,
+    must_fit: bool = True,
 ) -> list[Plan]:
     """Returns the plans with their ranks and memory decided, one placement for all. Raises ConfigError.
 
-    `free_memory`: measured now, unless ranks that hold models already make that measurement useless.
+    `free_memory`: measured now, unless ranks that hold models already make that measurement useless. Without
+    `must_fit`, a note says that a plan does not fit into the host memory of a CPU, and the plan is returned.
     """
     asked = plans[0].config.ranks
     mesh = mesh or choose_mesh(
@@ -77,7 +81,8 @@ def place(
     here = min(asked.num_gpus, mesh.group_size * len(plans))  # ranks that this machine starts
     host_bytes = on_host(need, mesh.group_size, here, free)
     barred = _barred(plans, need, mesh.group_size, host_bytes, measured.host_bytes)
-    dit_fsdp, expert_offload, why = _place_experts(plans[0], need, mesh.group_size, free, barred)
+    mode, why, notes = _place_experts(plans[0], need, mesh.group_size, free, barred, must_fit)
+    dit_fsdp, expert_offload = _SWITCHES[mode]
     ranks = dataclasses.replace(
         asked,
         cfg_parallel=mesh.cfg,
@@ -91,6 +96,7 @@ def place(
             plan,
             config=dataclasses.replace(plan.config, ranks=ranks),
             placement=f"{why}, {gb(free)} {what}",
+            notes=(*plan.notes, *notes),
         )
         for plan in plans
     ]
@@ -140,8 +146,11 @@ def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
         need = needed(
             plan.spec, config.models.precision, plan.geometry, mesh, config.models.quantize, plan.num_residuals(mesh)
         )
-        captured = config.models.compile_mode == "max-autotune" and config.ranks.device == "cuda"
-        needs.append(dataclasses.replace(need, graphs=need.loop) if captured else need)
+        if config.ranks.device == "cpu":
+            need = dataclasses.replace(need, margin=memory.CPU_MARGIN_BYTES)
+        elif config.models.compile_mode == "max-autotune":
+            need = dataclasses.replace(need, graphs=need.loop)
+        needs.append(need)
     names = [field.name for field in dataclasses.fields(Need)]
     return Need(**{name: max(getattr(need, name) for need in needs) for name in names})
 
@@ -154,7 +163,7 @@ def modes(need: Need, ranks: int) -> dict[str, int]:
 def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
     """Returns the terms of the sums of `modes`, with their names."""
     in_loop, at_decode = _in_loop(need), {"decode": need.decode} | ({"graphs": need.graphs} if need.graphs else {})
-    both, margin = {"both experts": 2 * need.expert}, {"margin": memory.MARGIN_BYTES}
+    both, margin = {"both experts": 2 * need.expert}, {"margin": need.margin}
     held = {"resident": {**both, **_larger(in_loop, at_decode), **margin}}
     if _larger(in_loop, at_decode) is at_decode:
         held["evicting"] = {**_larger({**both, **in_loop}, {"one expert": need.expert, **at_decode}), **margin}
@@ -172,29 +181,39 @@ def _in_loop(need: Need) -> dict[str, int]:
 def _offloaded(need: Need) -> dict[str, int]:
     """Returns the terms of the offloaded mode, in which no expert is on the GPU while the decoder works."""
     worst = _larger({"one expert": need.expert, **_in_loop(need)}, {"decode": need.decode})
-    return {**worst, "margin": memory.MARGIN_BYTES}
+    return {**worst, "margin": need.margin}
 
 
 def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
     return max(one, other, key=lambda parts: sum(parts.values()))
 
 
-def _place_experts(plan: Plan, need: Need, ranks: int, free: int, barred: dict[str, str]) -> tuple[Switch, Switch, str]:
-    """Returns (--dit-fsdp, --expert-offload, reason), where `ranks` make one video. Raises ConfigError."""
+def _place_experts(
+    plan: Plan, need: Need, ranks: int, free: int, barred: dict[str, str], must_fit: bool
+) -> tuple[str, str, tuple[str, ...]]:
+    """Returns (mode, reason, notes), where `ranks` make one video. Raises ConfigError."""
     config, held = plan.config, modes(need, ranks)
-    why = why_cpu(asked="device" in plan.requested) if config.ranks.device == "cpu" else ""
+    on_cpu, asked_cpu = config.ranks.device == "cpu", "device" in plan.requested
     for asked, option, mode in (
         (config.ranks.dit_fsdp, "--dit-fsdp", "sharded"),
         (config.ranks.expert_offload, "--expert-offload", "offloaded"),
     ):
         if asked == "on" and mode in barred:
-            raise ConfigError(f"{option} on: {barred[mode]}{why}")
+            raise ConfigError(f"{option} on: {barred[mode]}{why_cpu(asked=asked_cpu) if on_cpu else ''}")
+        if asked == "on" and (held[mode] <= free or not on_cpu):
+            return mode, f"experts {mode} as asked: {gb(held[mode])}", ()
         if asked == "on":
-            return *_SWITCHES[mode], f"experts {mode} as asked: {gb(held[mode])}"
+            held = {mode: held[mode]}  # no other mode may be taken
     for mode, size in held.items():
-        if mode not in barred and (size <= free or (config.ranks.device == "cpu" and ranks == 1)):
+        if mode not in barred and size <= free:
             rather = f" instead of {gb(held['resident'])}" if mode != "resident" else ""
-            return *_SWITCHES[mode], f"experts {mode}: {gb(size)} a rank{rather}"
+            return mode, f"experts {mode}: {gb(size)} a rank{rather}", ()
+    if on_cpu:
+        refusal = _refusal_on_cpu(plan, {mode: size for mode, size in held.items() if mode not in barred}, free)
+        if must_fit:
+            raise ConfigError(refusal)
+        mode, size = next(iter(held.items()))
+        return mode, f"experts {mode}: {gb(size)} a rank", (f"a run would be refused: {refusal}",)
     if need.graphs:
         raise ConfigError(
             f"{_GRAPHS}: a rank would hold {gb(held['resident'])}, {gb(need.graphs)} of them CUDA graphs, "
@@ -205,8 +224,17 @@ def _place_experts(plan: Plan, need: Need, ranks: int, free: int, barred: dict[s
     )
     raise ConfigError(
         f"--model {config.models.model} --precision {config.models.precision}: a rank would hold {ways}, "
-        f"and {gb(free)} are free: use more or larger GPUs, or a smaller --size{why}"
+        f"and {gb(free)} are free: use more or larger GPUs, or a smaller --size"
     )
+
+
+def _refusal_on_cpu(plan: Plan, held: dict[str, int], free: int) -> str:
+    """Returns the reason and the remedy if none of the modes in `held` fits into host memory."""
+    ways = ", ".join(f"{mode} {gb(size)}" for mode, size in held.items())
+    short = f"a process would hold {ways}, and {gb(free)} of host memory are free for each"
+    if is_cpu_for_want_of_a_gpu(plan):
+        return f"no GPU was found: use a machine with one, or a smaller --size (on this CPU {short})"
+    return f"--device cpu: {short}: use a smaller --size"
 
 
 _SWITCHES: dict[str, tuple[Switch, Switch]] = {
@@ -256,7 +284,7 @@ def _shard_umt5(asked: RanksConfig, need: Need, ranks: int, free: int) -> Switch
     if asked.t5_fsdp == "on" and ranks == 1:
         raise ConfigError("--t5-fsdp on needs several ranks for a video: add --num-gpus")
     if asked.t5_fsdp == "auto":
-        return "on" if ranks > 1 and need.umt5 + memory.MARGIN_BYTES > free else "off"
+        return "on" if ranks > 1 and need.umt5 + need.margin > free else "off"
     return asked.t5_fsdp
 
 
@@ -276,8 +304,8 @@ def _free_bytes(asked: RanksConfig) -> tuple[int, str]:
 
 
 def is_cpu_for_want_of_a_gpu(plan: Plan) -> bool:
-    """Returns whether the CPU is used only because no GPU was found; the tiny model is made for a CPU."""
-    return "device" not in plan.requested and plan.config.ranks.device == "cpu" and plan.spec.name != "tiny"
+    """Returns whether the CPU is used only because no GPU was found, for a model that needs one."""
+    return "device" not in plan.requested and plan.config.ranks.device == "cpu" and plan.spec.needs_gpu
 
 
 def placement_notes(plans: Sequence[Plan]) -> list[str]:
@@ -288,7 +316,5 @@ def placement_notes(plans: Sequence[Plan]) -> list[str]:
         ranks = "1 rank" if mesh.group_size == 1 else f"{mesh.group_size} ranks"
         notes.append(f"{idle} of {mesh.size} ranks have nothing to do: videos to make: {num_videos}, {ranks} for each")
     if is_cpu_for_want_of_a_gpu(plan):
-        held = modes(_need(plans, mesh), mesh.group_size)["resident"]
-        short = "" if held <= host.available_host_bytes() else f", and its {gb(held)} do not fit into host memory"
-        notes.append(f"no GPU was found, so this is planned for the CPU{short}")
+        notes.append("no GPU was found, so this is planned for the CPU: --device cuda plans for GPUs")
     return notes

@@ -8,6 +8,7 @@ same config, so that the printed plan is the plan that runs.
 from __future__ import annotations
 
 import dataclasses
+import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -275,10 +276,13 @@ def guided_steps(document: dict[str, Any]) -> list[bool]:
     ]
 
 
-def resolve(given: Options, *, writes: bool = True, files: ModelFiles | None = None) -> tuple[Plan, ModelFiles]:
+def resolve(
+    given: Options, *, writes: bool = True, runs: bool = True, files: ModelFiles | None = None
+) -> tuple[Plan, ModelFiles]:
     """Decides every option of a request and checks its files. Raises WanFastError; writes nothing.
 
-    Without `writes` the plan has no outputs, and its frames are returned. `files`: those of the model, if known.
+    Without `writes` the plan has no outputs, and its frames are returned. Unless the plan `runs`, files that exist are
+    a note, not an error. `files`: those of the model, if known.
     """
     asked = EffectiveConfig.of(given, A14B)  # refuses values that are wrong for every model
     files = files or model_files.locate(asked.models.model, asked.models.artifacts_dir)
@@ -289,11 +293,12 @@ def resolve(given: Options, *, writes: bool = True, files: ModelFiles | None = N
     config = effective(given, files, image.sha256)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
     if writes:
-        _check_outputs(plan)
+        _check_outputs(plan, overwrite=config.output.overwrite or not runs)
     else:
         plan = dataclasses.replace(plan, config=dataclasses.replace(config, output=OutputConfig(output=None)))
     notes = (
-        *image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files), *magcache_notes(config, files)
+        *image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files), *magcache_notes(config, files),
+        *_output_notes(plan),
     )  # fmt: skip
     notes = (*notes, spec.weights_note) if spec.weights_note else notes
     return dataclasses.replace(plan, requested=given, notes=notes), files
@@ -377,13 +382,18 @@ def output_paths(output: str, contact_sheet: bool) -> tuple[Path, ...]:
     return (video, *(video.with_suffix(suffix) for suffix in suffixes))
 
 
-def _check_outputs(plan: Plan) -> None:
+def _check_outputs(plan: Plan, *, overwrite: bool) -> None:
     """Raises ConfigError if a file cannot be written."""
     g = plan.geometry
     needed_bytes = (1 << 20) + int(g.width * g.height * g.frames * _MP4_BYTES_PER_PIXEL)
-    overwrite = plan.config.output.overwrite
     output = str(plan.config.output.output)
     video_file.check_outputs(output, *plan.outputs[1:], overwrite=overwrite, needed_bytes=needed_bytes)
+
+
+def _output_notes(plan: Plan) -> list[str]:
+    """Returns a note if a run of the plan would be refused because a file exists."""
+    existing = [] if plan.config.output.overwrite else [path for path in plan.outputs if os.path.lexists(path)]
+    return [f"a run would be refused: {path} exists: add --overwrite" for path in existing[:1]]
 
 
 def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:

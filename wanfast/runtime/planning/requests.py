@@ -23,8 +23,13 @@ from wanfast.runtime.store.identity import is_old
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
 
+_FEW_LINES = 5  # more bad lines than these are reported together, if no line is good
 # The options that are the same for all lines of a list, because one mesh makes all of them.
 _LAUNCH_OPTIONS = [name for name in options_of(RanksConfig) if name != "device"]
+
+
+class _NotAnObjectError(ConfigError):
+    """This error means that a line of a list is no JSON object."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Plann
     if first := next((item.plan for item in planned if item.plan), None):
         planned = [_like(item, first) for item in planned]
         ready = [item for item in planned if item.plan]
-        plans = place([item.plan for item in ready if item.plan])
+        plans = place([item.plan for item in ready if item.plan], must_fit=needs_weights)
         plans[0] = dataclasses.replace(plans[0], notes=(*plans[0].notes, *placement_notes(plans)))
         placed = iter(plans)
         planned = [_checked(item.request, next(placed)) if item.plan else item for item in planned]
@@ -122,8 +127,8 @@ def _plan(
         written = output_paths(output.output, output.contact_sheet) if output.output else ()
         if output.skip_existing and all(path.exists() for path in written):
             return Planned(request, existing=written)
-        plan, files = resolve(request.options)
-        (separate,) = place([plan])  # `plan_requests` places all lines together
+        plan, files = resolve(request.options, runs=needs_weights)
+        (separate,) = place([plan], must_fit=needs_weights)  # `plan_requests` places all lines together
         check_skips(separate)
         for path in (path.resolve() for path in plan.outputs):
             if path in taken:
@@ -222,6 +227,12 @@ def read_requests(
     requests = list(_read_jobs(jobs_file, base))
     if not requests:
         raise ConfigError(f"--jobs {jobs_file} has no lines: write a JSON object of options on each line")
+    first = requests[0]
+    if len(requests) > _FEW_LINES and all(isinstance(request.error, _NotAnObjectError) for request in requests):
+        raise ConfigError(
+            f"--jobs {jobs_file}: none of its {len(requests)} lines is a JSON object of options (line {first.line}: "
+            f"{first.error}): is this a list of jobs?"
+        )
     return requests
 
 
@@ -284,10 +295,12 @@ def _read_line(line: str, folder: Path, base: Request) -> dict[str, Any]:
     """
     try:
         own = json.loads(line, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        raise _NotAnObjectError(f"not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"not JSON: {error!s:.80}") from None
+        raise _NotAnObjectError(f"not JSON: {error!s:.80}") from None
     if not isinstance(own, dict):
-        raise ConfigError('not a JSON object of options, such as {"prompt": ...}')
+        raise _NotAnObjectError('not a JSON object of options, such as {"prompt": ...}')
     own = {name: value for name, value in own.items() if value is not None}
     if other := [name for name in _LAUNCH_OPTIONS if name in own and own[name] != base.options.get(name)]:
         raise _shared_by_all(other[0])

@@ -42,7 +42,7 @@ _OF_A_VIDEO = {"frames", "size"}  # `open` accepts these too, for the largest vi
 _PAUSE_S = 0.1  # between two looks whether a waiting `make` is cancelled
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Video:
     """A video that was made."""
 
@@ -50,6 +50,10 @@ class Video:
     """[F, H, W, 3], 0..255."""
     document: dict[str, Any]
     """The JSON that is written beside a saved video: options, plan, seconds, versions."""
+
+    def __repr__(self) -> str:
+        num_frames, height, width, _ = self.frames.shape
+        return f"Video({num_frames} frames, {width}x{height}, seed {self.plan['seed']})"
 
     @property
     def plan(self) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _error_document(error: BaseException, silent_s: float, timeout_s: float) -> 
 
     known = {"rank": int(os.environ["RANK"]), "time": time.time_ns()}
     if isinstance(error, torch.OutOfMemoryError):
-        error = ConfigError("a GPU's memory does not suffice: use more GPUs, --dit-fsdp on, or a smaller --size")
+        error = ConfigError("a rank's memory does not suffice: use more GPUs, --dit-fsdp on, or a smaller --size")
     if isinstance(error, WanFastError):
         return {**known, "kind": "user", **failure(error)}
     line = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]

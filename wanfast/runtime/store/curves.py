@@ -124,7 +124,7 @@ def preset(files: ModelFiles) -> dict[str, Any] | None:
 
 
 def published_curve() -> dict[str, Any]:
-    """Returns the A14B's curve by MagCache's makers."""
+    """Returns the A14B's curve by MagCache's authors."""
     document: dict[str, Any] = json.loads((_PRESETS / "wan2.2-i2v-a14b.json").read_text(encoding="utf-8"))
     return document
 
@@ -265,7 +265,7 @@ def _found(
     fitting = sorted((item for item in found if set(item[0]) <= bridged), key=lambda item: (distance(item), item[2]))
     if not fitting:
         nearest = min(found, key=lambda item: len(item[0]), default=None)
-        difference = f" ({nearest[2].name} differs in {_in_words(nearest[0])})" if nearest else ""
+        difference = f" (the curve {nearest[2].name} has {_in_words(nearest[0])})" if nearest else ""
         if nearest and "facts" not in nearest[1]:
             difference = f" ({nearest[2].name} is of an earlier version of wanfast, which recorded less)"
         or_bridge = ", or add --magcache-interpolate" if nearest and set(nearest[0]) <= _BRIDGED else ""
@@ -291,9 +291,8 @@ def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tu
 
 
 def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
-    long = ("experts", "facts")
-    plain = {name: f" ({old}, this run {new})" for name, (old, new) in differences.items() if name not in long}
-    return ", ".join(f"{name}{plain.get(name, '')}" for name in differences)
+    words = {"experts": "other experts", "facts": "other facts of the model"}
+    return "; ".join(words.get(name, f"{name} {old}, this run has {new}") for name, (old, new) in differences.items())
 
 
 def calibrate_command(config: EffectiveConfig, spec: ModelSpec) -> str:

@@ -160,7 +160,7 @@ def _from_cache(request: Request, listing: _Listing) -> Request | None:
 
 
 def _list(request: Request) -> _Listing:
-    with _hub_errors(request):
+    with _hub_errors(request, "run this command again"):  # nothing was fetched yet
         info = HfApi(endpoint=_endpoint()).model_info(
             request.repo, revision=request.revision, files_metadata=True, timeout=30
         )
@@ -371,7 +371,7 @@ def _size(path: Path) -> int | None:
 
 
 @contextmanager
-def _hub_errors(request: Request) -> Iterator[None]:
+def _hub_errors(request: Request, again: str = f"{_AGAIN} (complete files are not downloaded twice)") -> Iterator[None]:
     try:
         yield
     except HFValidationError:
@@ -380,16 +380,15 @@ def _hub_errors(request: Request) -> Iterator[None]:
         ) from None
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
         wraps = isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, (httpx2.HTTPError, OSError))
-        raise _in_one_line(error.__cause__ if wraps and error.__cause__ else error, request) from error
+        raise _in_one_line(error.__cause__ if wraps and error.__cause__ else error, request, again) from error
 
 
-def _in_one_line(error: BaseException, request: Request) -> WanFastError:
-    """Turns an error of huggingface_hub into one of ours, in one line.
+def _in_one_line(error: BaseException, request: Request, again: str) -> WanFastError:
+    """Turns an error of huggingface_hub into one of ours, in one line that may end with what to do `again`.
 
     The order matters, because huggingface_hub's error for a gated repository is also one for a missing repository.
     """
     repo, page = request.repo, f"{_endpoint()}/{request.repo}"
-    again = f"{_AGAIN} (complete files are not downloaded twice)"
     if isinstance(error, GatedRepoError):
         return ConfigError(
             f"--repo {repo} is gated: accept its terms at {page}, and set HF_TOKEN or run `hf auth login`"

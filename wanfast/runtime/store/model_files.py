@@ -16,7 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from wanfast.runtime.config import default_artifacts_dir
+from wanfast.runtime.config.option import near_names
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, foreign
+from wanfast.runtime.facts.choices import NAMED_MODELS
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.store.hub_cache import REPOS, Layout, snapshots
@@ -138,6 +140,8 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
             is_missing, is_file = not root.is_dir(), root.is_file()
         if is_file:
             raise ConfigError(f"--model {model!r} is a file: name the folder that holds all of the model")
+        if is_missing and root.parent == Path.cwd() and (near := near_names(root.name.lower(), NAMED_MODELS)):
+            raise ConfigError(f"--model {root.name}: no such folder: did you mean {near[0]}?")
         if is_missing:
             raise MissingArtifactError(f"--model {model!r}: no such folder; {_NAME_ANOTHER}")
     for layout in _LAYOUTS:
