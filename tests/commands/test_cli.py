@@ -289,6 +289,14 @@ def test_crop_and_pad_give_exactly_the_size(wanfast: Wanfast, workdir: Path) -> 
     assert "try 1920x1088" in wanfast(*DRY, *wide, "--fit", "crop", "--size", "1920x1080").err
 
 
+def test_a_sidecar_without_a_vae_precision_is_decoded_in_float32(wanfast: Wanfast) -> None:
+    effective = wanfast(*DRY).document["effective"]
+    assert effective["models"]["vae_precision"] == "bf16"
+    assert wanfast(*DRY, "--precision", "fp32").document["effective"]["models"]["vae_precision"] == "fp32"
+    del effective["models"]["vae_precision"]
+    assert EffectiveConfig.from_json(effective).models.vae_precision == "fp32"
+
+
 def test_a_sidecar_without_a_fit_is_of_the_area(wanfast: Wanfast) -> None:
     effective = wanfast(*DRY).document["effective"]
     del effective["video"]["fit"]

@@ -17,14 +17,19 @@ def test_an_option_is_a_field_of_one_part() -> None:
 
 
 def reads() -> set[tuple[str, str]]:
-    """(part, field) of every field that the program reads of a part, outside of the folder that defines parts."""
+    """(part, field) of every field that the program reads of a part; in the parts themselves only properties count."""
     short = {"asked": PARTS, "wanted": ["models"], "s": ["skipping"], "settings": ["skipping"], "config": PARTS}
     found = set()
     for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        nodes = list(ast.walk(tree))
         if path.parent.name == "config":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute):
+            properties = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.decorator_list]
+            nodes = [node for function in properties for node in ast.walk(function)]
+        for node in nodes:
+            if path.parent.name == "config" and isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self":
+                found |= {(part, node.attr) for part in PARTS}
+            elif isinstance(node, ast.Attribute):
                 owner = node.value
                 name = (
                     owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""

@@ -196,8 +196,8 @@ def test_residuals_count_in_the_memory_of_a_rank(planned: tuple[Plan, ModelFiles
     plan, files = planned
     spec, geometry = files.spec, plan.geometry
     for mesh, tokens in ((Mesh(), 40), (Mesh(ulysses=4), 10), (Mesh(ulysses=3), 14)):
-        need, without = (needed(spec, "bf16", geometry, mesh, num_residuals=number) for number in (2, 0))
+        need, without = (needed(spec, plan.config.models, geometry, mesh, num_residuals=number) for number in (2, 0))
         assert need.residuals == 2 * 4 * spec.dit.dim * tokens and without.residuals == 0
-        need, without = (dataclasses.replace(each, decode=0) for each in (need, without))  # the loop needs the most
+        need, without = (dataclasses.replace(each, vae=0) for each in (need, without))  # the loop needs the most
         more, less = modes(need, mesh.group_size), modes(without, mesh.group_size)
         assert {mode: more[mode] - less[mode] for mode in more} == dict.fromkeys(less, need.residuals)

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,6 @@ def final_latents(plan: Plan, files: ModelFiles, ranks: Ranks) -> torch.Tensor:
         [config.video.prompt, config.video.negative_prompt], files, config, ranks, Stopwatch("cpu")
     )
     pipeline = session.load_models(files, config, ranks, Stopwatch("cpu"))
-    assert (pipeline.vae is not None) == ranks.is_leader
     held = pipeline.experts.take("high_noise")[0].parameters()
     assert {isinstance(parameter, DTensor) for parameter in held} == {config.ranks.dit_fsdp == "on"}
     image = pixels.fit_image(images.load_image(config.video.image).pixels, plan.geometry.width, plan.geometry.height)
@@ -188,17 +188,17 @@ def test_offloaded_experts_leave_the_device_to_the_decoder(
     plan, files = planned
     plan = with_options(plan, expert_offload="on")
     pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
-    decode = type(pipeline.vae).decode
+    decode = WanVAE._decode
     held: list[int] = []
 
-    def measured(self: object, latents: torch.Tensor) -> torch.Tensor:
+    def measured(self: WanVAE, *arguments: Any) -> torch.Tensor:
         held.append(sum(parameter.numel() for parameter in pipeline.experts._parameters.values()))
-        return decode(self, latents)
+        return decode(self, *arguments)
 
-    monkeypatch.setattr(type(pipeline.vae), "decode", measured)
+    monkeypatch.setattr(WanVAE, "_decode", measured)
     image, text = blank_inputs(plan, files)
     videos = [pipeline(plan, image, text, Stopwatch("cpu")) for _ in range(2)]
-    assert held == [0, 0]
+    assert held == [0] * 4  # two pieces of two videos
     assert torch.equal(*videos)  # the weights come back
 
 
@@ -208,15 +208,15 @@ def out_of_memory(
     """Returns `work`, which fails the first `times` calls."""
     failures = iter(range(times))
 
-    def failing(*arguments: object) -> torch.Tensor:
+    def failing(*arguments: object, **options: object) -> torch.Tensor:
         if next(failures, None) is not None:
             raise kind("a decoder is large: unable to find an engine to execute this computation")
-        return work(*arguments)
+        return work(*arguments, **options)
 
     return failing
 
 
-@pytest.mark.parametrize("method", ["encode", "decode"])
+@pytest.mark.parametrize("method", ["encode", "_decode"])
 @pytest.mark.parametrize(("times", "kind"), [(1, RuntimeError), (3, torch.OutOfMemoryError)])
 def test_resident_experts_are_evicted_and_come_back(
     planned: tuple[Plan, ModelFiles],
@@ -243,9 +243,9 @@ def test_resident_experts_are_evicted_and_come_back(
     held: list[list[bool]] = []
     copied: list[torch.nn.Parameter] = []
 
-    def measured(*arguments: object) -> torch.Tensor:
+    def measured(*arguments: object, **options: object) -> torch.Tensor:
         held.append([parameter.numel() > 0 for parameter in parameters])
-        return work(*arguments)
+        return work(*arguments, **options)
 
     def copy(new: list[torch.nn.Parameter], device: str) -> Iterator[torch.Tensor]:
         copied.extend(new)
@@ -259,7 +259,8 @@ def test_resident_experts_are_evicted_and_come_back(
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert torch.equal(pipeline(plan, image, text, Stopwatch("cpu")), expected)
     away = held[0].count(False)
-    assert away >= times and held == [[True] * (len(parameters) - away) + [False] * away] * 2  # needed last
+    calls = 2 * (2 if method == "_decode" else 1)  # a video is decoded in two pieces
+    assert away >= times and held == [[True] * (len(parameters) - away) + [False] * away] * calls  # needed last
     assert list(map(id, copied)) == list(map(id, parameters[: -away - 1 : -1]))  # each weight is copied once
 
 
@@ -340,7 +341,7 @@ def test_an_error_that_is_not_of_memory_is_not_tried_again(
     plan, files = planned
     image, text = blank_inputs(plan, files)
     pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
-    monkeypatch.setattr(WanVAE, "decode", out_of_memory(1, WanVAE.decode, RuntimeError))
+    monkeypatch.setattr(WanVAE, "_decode", out_of_memory(1, WanVAE._decode, RuntimeError))
     monkeypatch.setattr(ResidentExperts, "evict", lambda self, size: pytest.fail("evicted"))
     monkeypatch.setattr(pipeline_module, "free_bytes", lambda device: 60 << 30)
     with pytest.raises(RuntimeError, match="unable to find an engine") as error:
@@ -353,10 +354,10 @@ def test_a_decoder_that_does_not_fit_at_all_is_reported(
 ) -> None:
     plan, files = planned
     image, text = blank_inputs(plan, files)
-    decode = WanVAE.decode
+    decode = WanVAE._decode
     for times, host_bytes in ((3, 10**12), (1, 0)):  # nothing left to evict, and no host memory to evict to
         monkeypatch.setattr(experts, "available_host_bytes", lambda host_bytes=host_bytes: host_bytes)
-        monkeypatch.setattr(WanVAE, "decode", out_of_memory(times, decode))
+        monkeypatch.setattr(WanVAE, "_decode", out_of_memory(times, decode))
         pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
         with pytest.raises(ConfigError, match=r"--size 80x64 --frames 5: does not fit") as caught:
             pipeline(plan, image, text, Stopwatch("cpu"))

@@ -20,6 +20,7 @@ import torch
 
 from tests.conftest import Outcome
 from wanfast.runtime.engine import attention_probe
+from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import Scheme, in_8_bits
 from wanfast.runtime.machine import gpus, host, packages
 from wanfast.runtime.machine.gpus import Gpu
@@ -30,6 +31,12 @@ from wanfast.runtime.store.quantized import EXPERTS, QuantizedExpert
 
 Wanfast = Callable[..., Outcome]
 Machine = Callable[..., None]
+
+
+@pytest.fixture
+def _vae_of_23_gb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the VAE need more than the loop, 23.0 GB at 720p, so that each way of holding the experts has its case."""
+    monkeypatch.setattr(memory, "_ENCODE_BYTES", 260)
 
 
 @pytest.fixture
@@ -122,7 +129,7 @@ def test_the_next_command_is_what_auto_would_choose(
         ([40.0], 100, ["--precision", "fp32"], "it fits with --precision bf16 --size 832x480:", "--size 832x480"),
         ([22.0], 100, [], "needs 1 GPU of 48 GB: experts offloaded, 43.6 GB a GPU and 63.7", "--model tiny"),
         ([47.0], 40, [], "63.7 GB of host memory", "--model tiny"),
-        ([22.0], 100, ["--size", "4096x4096"], "fits on none of the known cards", "--model tiny"),
+        ([22.0], 100, ["--size", "8192x8192"], "fits on none of the known cards", "--model tiny"),
     ],
     ids=["40", "fp32", "40 and fp32", "22", "little host memory", "huge"],
 )
@@ -147,18 +154,19 @@ def test_what_does_not_fit_is_said_with_what_would(
     dry_run(wanfast, step["command"])
 
 
+@pytest.mark.usefixtures("_vae_of_23_gb")
 def test_the_table_shows_the_sums_that_placement_decides_by(wanfast: Wanfast, machine: Machine) -> None:
     machine(47.0, host_gb=40)
     outcome = wanfast("doctor")
     assert (
         "29.0 one expert + 12.5 loop + 2.1 margin = 43.6, and 63.7 on the host: does not fit, 47.0 free" in outcome.out
     )
-    assert "57.9 both experts + 23.0 decode + 2.1 margin = 83.1: does not fit, 47.0 free" in outcome.out
+    assert "57.9 both experts + 23.0 VAE + 2.1 margin = 83.1: does not fit, 47.0 free" in outcome.out
     evicting = "57.9 both experts + 12.5 loop + 2.1 margin = 72.6, and {} on the host"
     assert f"{evicting.format(36.1)}: does not fit, 47.0 free" in outcome.out  # the report says what is missing
     machine(47.0, 47.0, 47.0, 47.0)
     outcome = wanfast("doctor")
-    assert "14.5 share of both + 1.4 two blocks + 23.0 decode + 2.1 margin = 41.0: fits, 47.0 free" in outcome.out
+    assert "14.5 share of both + 1.4 two blocks + 7.1 loop + 2.1 margin = 25.1: fits, 47.0 free" in outcome.out
     assert "43.6, and 127.4 on the host: does not fit, 47.0 free, and 100.0 on the host" in outcome.out  # for 2 ranks
     assert "H100, 47.0 GB of 47.0 GB free, capability 9.0, 18 NVLinks, driver 580.82" in outcome.out
     assert "8 GPUs" not in outcome.out
@@ -169,13 +177,14 @@ def test_the_table_shows_the_sums_that_placement_decides_by(wanfast: Wanfast, ma
     assert "43.6, and 63.7 on the host: fits GPUs of 48 GB, 80 GB, 141 GB" in outcome.out
 
 
+@pytest.mark.usefixtures("_vae_of_23_gb")
 @pytest.mark.parametrize(
     ("scheme", "sum_", "mode"),
     [
-        (None, "57.9 both experts + 23.0 decode + 2.1 margin = 83.1: does not fit, 56.0 free", "offloaded"),
-        ("bf16", "57.9 both experts + 23.0 decode + 2.1 margin = 83.1: does not fit, 56.0 free", "offloaded"),
-        ("int8-weight-only", "29.8 both experts + 23.0 decode + 2.1 margin = 55.0: fits, 56.0 free", "resident"),
-        ("int8-dynamic", "29.8 both experts + 23.0 decode + 2.1 margin = 55.0: fits, 56.0 free", "resident"),
+        (None, "57.9 both experts + 23.0 VAE + 2.1 margin = 83.1: does not fit, 56.0 free", "offloaded"),
+        ("bf16", "57.9 both experts + 23.0 VAE + 2.1 margin = 83.1: does not fit, 56.0 free", "offloaded"),
+        ("int8-weight-only", "29.8 both experts + 23.0 VAE + 2.1 margin = 55.0: fits, 56.0 free", "resident"),
+        ("int8-dynamic", "29.8 both experts + 23.0 VAE + 2.1 margin = 55.0: fits, 56.0 free", "resident"),
     ],
 )
 def test_quantized_experts_fit_smaller_cards(
@@ -208,9 +217,10 @@ def test_a_stored_expert_that_was_changed_is_named(wanfast: Wanfast, workdir: Pa
     assert "was changed after it was made: remove this folder, and run `wanfast quantize" in step["why"]
 
 
+@pytest.mark.usefixtures("_vae_of_23_gb")
 def test_quantized_experts_are_not_sharded(wanfast: Wanfast, machine: Machine) -> None:
     machine(47.0, 47.0)
-    whole = {"resident", "evicting", "offloaded"}
+    whole = {"resident", "offloaded"}
     for scheme, modes in (("bf16", {*whole, "sharded"}), ("fp8-rowwise", whole)):
         fit = examine(wanfast, "--quantize", scheme)["fit"]
         assert {way["mode"] for way in fit["ways"] if way["num_gpus"] == 2} == modes

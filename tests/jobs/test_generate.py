@@ -114,14 +114,14 @@ def test_jobs_load_the_models_once_and_outlive_bad_lines(
     loads = []
     load_models = session.load_models
     monkeypatch.setattr(session, "load_models", lambda *a: loads.append(1) or load_models(*a))
-    write_mp4 = video_file.write_mp4
 
-    def write_but_no_full(frames: object, path: Path, fps: int) -> None:
-        if "full.mp4" in path.name:
-            raise ConfigError("--output full.mp4: no space left on the disk: free some")
-        write_mp4(frames, path, fps)
+    class NotFull(video_file.Mp4Writer):
+        def __init__(self, path: Path, fps: int) -> None:
+            if "full.mp4" in path.name:
+                raise ConfigError("--output full.mp4: no space left on the disk: free some")
+            super().__init__(path, fps)
 
-    monkeypatch.setattr(video_file, "write_mp4", write_but_no_full)
+    monkeypatch.setattr(video_file, "Mp4Writer", NotFull)
     lines = ['{"seed": 1}', '{"frames": 6}', '{"output": "full.mp4"}', '{"seed": 2}']
     (workdir / "jobs.jsonl").write_text("\n".join(lines))
     outcome = wanfast(*GOOD, "--jobs", "jobs.jsonl", "--json")
@@ -271,7 +271,7 @@ def test_interrupted_leaves_nothing_and_exits_130(
     def interrupt(video: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pixels, "to_uint8", interrupt)
+    monkeypatch.setattr(pixels, "_as_bytes", interrupt)
     outcome = wanfast(*GOOD, "--json")
     assert outcome.exit_code == outcome.document["exit_code"] == 130
     assert "interrupted" in outcome.err
@@ -302,7 +302,7 @@ def test_weights_that_do_not_fit_are_said(wanfast: Wanfast, monkeypatch: pytest.
 
 
 def test_a_video_that_a_cpu_cannot_allocate_is_one_line(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session.pixels, "to_uint8", lambda video: torch.empty(1 << 60))
+    monkeypatch.setattr(pixels, "_as_bytes", lambda video: torch.empty(1 << 60))
     outcome = wanfast(*GOOD)
     assert outcome.exit_code == 2 and len(outcome.err.strip().splitlines()) <= 3, outcome.err
     assert "does not fit into memory beside the weights" in outcome.err
@@ -415,8 +415,8 @@ def test_a_store_that_cannot_be_written_is_said(wanfast: Wanfast, workdir: Path)
 def test_another_program_may_write_the_output_meanwhile(
     wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    to_uint8 = pixels.to_uint8
-    monkeypatch.setattr(pixels, "to_uint8", lambda v: Path("out.mp4").write_text("theirs") and to_uint8(v))
+    as_bytes = pixels._as_bytes
+    monkeypatch.setattr(pixels, "_as_bytes", lambda v: Path("out.mp4").write_text("theirs") and as_bytes(v))
     outcome = wanfast(*GOOD)
     assert outcome.exit_code == 2 and "meanwhile" in outcome.err
     assert Path("out.mp4").read_text() == "theirs"

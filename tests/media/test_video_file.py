@@ -9,6 +9,8 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +24,7 @@ from PIL import Image
 from tests.small_files import RNG, assert_one_line, names_in
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.media import video_file
-from wanfast.runtime.media.video_file import check_outputs, write_contact_sheet, write_mp4
+from wanfast.runtime.media.video_file import Mp4Writer, check_outputs, write_contact_sheet, write_mp4
 from wanfast.runtime.store.atomic import atomic_paths
 
 
@@ -47,6 +49,41 @@ def test_mp4_round_trip(tmp_path: Path) -> None:
     assert (meta["fps"], meta["codec"], meta["video_format"]) == (16, "h264", "yuv420p")
     assert meta["duration"] == pytest.approx(17 / 16)
     assert names_in(tmp_path) == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("sizes", [[1, 4, 4, 4, 4], [17], [5, 12]], ids=str)
+def test_frames_that_come_a_few_at_a_time_give_the_same_bytes(tmp_path: Path, sizes: list[int]) -> None:
+    clip = smooth_clip()
+    write_mp4(clip, tmp_path / "whole.mp4", fps=16)
+    with Mp4Writer(tmp_path / "parts.mp4", fps=16) as writer:
+        for part in np.split(clip, np.cumsum(sizes)[:-1]):
+            writer.add(part)
+    assert (tmp_path / "parts.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_frames_are_encoded_while_the_next_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded, make_frame = threading.Event(), av.VideoFrame.from_ndarray
+
+    def make(array: np.ndarray, format: str) -> av.VideoFrame:
+        encoded.set()
+        return make_frame(array, format=format)
+
+    monkeypatch.setattr(av.VideoFrame, "from_ndarray", make)
+    with Mp4Writer(tmp_path / "a.mp4", fps=16) as writer:
+        writer.add(smooth_clip(1))
+        assert encoded.wait(10)  # before the end, and without another frame
+
+
+def test_an_encoder_that_fails_is_told_with_the_next_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(array: np.ndarray, format: str) -> av.VideoFrame:
+        raise av.error.MemoryError(12, "no memory")
+
+    monkeypatch.setattr(av.VideoFrame, "from_ndarray", fails)
+    with pytest.raises(OSError, match="no memory"), Mp4Writer(tmp_path / "a.mp4", fps=16) as writer:
+        for _ in range(200):
+            writer.add(smooth_clip(1))
+            time.sleep(0.01)
+        pytest.fail("all frames were accepted")
 
 
 def test_mp4_encoder_settings(tmp_path: Path) -> None:

@@ -195,12 +195,15 @@ def test_the_past_is_two_frames_and_holds_no_more_memory(vae: WanVAE) -> None:
         assert entry.untyped_storage().nbytes() == entry.nbytes
 
 
-def test_half_precision_weights_take_float32_latents() -> None:
-    torch.manual_seed(0)
-    vae = WanVAE(SPEC, dtype=torch.bfloat16)
-    assert {p.dtype for p in vae.parameters()} == {torch.bfloat16}
-    assert vae.encode(video_of(5, 16, 16)).dtype == torch.float32
-    assert vae.decode(latents_of(5, 16, 16)).dtype == torch.bfloat16
+def test_only_the_decoder_is_in_half_precision(vae: WanVAE) -> None:
+    half = WanVAE(SPEC, torch.bfloat16)
+    half.load_state_dict(vae.state_dict())
+    assert {p.dtype for p in half.decoder.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.encoder.parameters()} == {torch.float32}
+    video, latents = video_of(5, 16, 16), latents_of(5, 16, 16)
+    assert torch.equal(half.encode(video), vae.encode(video))
+    assert half.decode(latents).dtype == torch.float32
+    assert 1e-5 < relative_error(half.decode(latents), vae.decode(latents)) < 0.02
 
 
 def test_full_size_parameters() -> None:
@@ -231,3 +234,28 @@ def test_a_chunk_off_the_grid_is_refused(vae: WanVAE) -> None:
         vae.encode_chunk(video_of(3, 16, 16), past)
     with pytest.raises(ValueError, match="first chunk"):
         vae.decode_chunk(latents_of(5, 16, 16), None)
+
+
+@pytest.mark.parametrize("still_from", [1, 2, 6])
+def test_a_still_clip_is_encoded_by_less_work_to_the_same_bits(vae: WanVAE, still_from: int) -> None:
+    video = video_of(81, 16, 16)
+    video[:, :, still_from:] = 0.25
+    runs: list[int] = []
+    hooks = [layer.register_forward_hook(lambda *_: runs.append(1)) for layer in vae.encoder.downsamples]
+    try:
+        whole = vae.encode(video)
+        every = len(runs)
+        shorter = vae.encode(video, still_from=still_from)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert torch.equal(shorter, whole)
+    assert len(runs) - every < 0.6 * every
+    if still_from == 1:  # by hand from the kernels and strides
+        assert vae.encoder.settles(1, 4) == [3, 4, 5, 5, 6, 7, 7, 9, 11, 12, 16, 20]
+
+
+def test_a_clip_that_moves_again_is_not_still(vae: WanVAE) -> None:
+    video = video_of(81, 16, 16)
+    video[:, :, 1:40] = 0.25
+    assert not torch.equal(vae.encode(video), vae.encode(video, still_from=1))

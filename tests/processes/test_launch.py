@@ -233,11 +233,12 @@ def test_a_rank_that_is_killed_while_it_writes_leaves_no_half_of_a_file(start: S
 import signal
 from pathlib import Path
 from wanfast.runtime.media import video_file
-def killed(frames, path, fps):
-    path.write_bytes(b"half")
-    Path("written").touch()
-    os.kill(os.getpid(), signal.SIGKILL)
-video_file.write_mp4 = killed
+class Killed(video_file.Mp4Writer):
+    def add(self, frames):
+        self._path.write_bytes(b"half")
+        Path("written").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+video_file.Mp4Writer = Killed
 """
     run = start(*SMALL, "--steps", "1", "--num-gpus", "2", environment=with_fault(workdir, fault, rank=0))
     code, _, err = run.end()
@@ -572,12 +573,12 @@ def test_a_rank_group_outlives_an_error_that_all_its_ranks_know_of(start: Start,
     fault = """
 from wanfast.runtime.media import video_file
 from wanfast.runtime.errors import ConfigError
-write = video_file.write_mp4
-def full(frames, path, fps):
-    if "full" in path.name:
-        raise ConfigError("--output: no space left")
-    write(frames, path, fps)
-video_file.write_mp4 = full
+class Full(video_file.Mp4Writer):
+    def add(self, frames):
+        if "full" in self._path.name:
+            raise ConfigError("--output: no space left")
+        super().add(frames)
+video_file.Mp4Writer = Full
 """
     lines = [{"output": "full.mp4", "steps": 1}, {"output": "good.mp4", "steps": 1}]
     (workdir / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -15,7 +15,7 @@ from wanfast.runtime.facts.memory import CARDS, gb
 
 _KEYS_SHOWN = 4
 _MODES = (
-    "resident: both experts stay on the GPU; evicting: a part is in host memory while the decoder works; "
+    "resident: both experts stay on the GPU; evicting: a part is in host memory while the VAE works; "
     "sharded: each GPU holds a share; offloaded: the idle expert is in host memory"
 )
 _CARDS = f"a card of 80 GB has {gb(CARDS['80 GB'])} by the driver"

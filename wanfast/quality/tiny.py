@@ -119,7 +119,6 @@ class Judge:
         }
         if task.with_prompt:
             vae = self.pipeline.vae
-            assert vae is not None
             result["true_flicker"], result["true_motion"] = metrics.flicker(truth), metrics.motion(truth)
             result["vae_psnr"] = metrics.psnr(vae.decode(vae.encode(truth.unsqueeze(0)))[0], truth)
         if self.unquantized:

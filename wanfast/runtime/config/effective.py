@@ -24,6 +24,7 @@ from wanfast.runtime.facts.choices import in_8_bits
 from wanfast.runtime.facts.model_spec import ModelSpec
 
 Options = Mapping[str, Any]  # option name -> the value that was given
+_OLDER_MODELS = {"vae_precision": "fp32"}  # what versions did whose sidecars lack a field
 NO_VIDEO: Options = {"image": "none", "prompt": "none"}  # required of a video, but not to place ranks or to compile
 
 
@@ -62,8 +63,10 @@ class EffectiveConfig:
         """Inverts `to_json`; also reads the flat form of older versions. Raises ConfigError, KeyError or TypeError."""
         if "video" not in document:
             unsettled = ("magcache_joint", "auto")  # a default of older versions, which skipped nothing then
-            return cls._from_flat(_with_seed_that_acts(dict(item for item in document.items() if item != unsettled)))
-        document = {**document, "video": _with_seed_that_acts(document["video"])}
+            given = dict(item for item in document.items() if item != unsettled)
+            return cls._from_flat(_OLDER_MODELS | _with_seed_that_acts(given))
+        models = {**_OLDER_MODELS, **document["models"]}
+        document = {**document, "models": models, "video": _with_seed_that_acts(document["video"])}
         parts = {name: PARTS[name](**document[name]) for name in PARTS if document[name] is not None}
         return cls(**{"skipping": None, **parts})
 

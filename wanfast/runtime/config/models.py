@@ -50,6 +50,15 @@ class ModelsConfig(Part):
     precision: Annotated[
         Precision, Option("Precision of the matrix products. Norms, sums and small layers stay fp32.", LOSSY, also=ALL)
     ] = "bf16"
+    vae_precision: Annotated[
+        Precision | None,
+        Option(
+            "Precision of the VAE's decoder. The encoder is always in fp32.",
+            LOSSY,
+            also=("doctor",),
+            default="bf16, or fp32 with --precision fp32",
+        ),
+    ] = None
     tf32: Annotated[
         bool | None,
         Option(
@@ -93,6 +102,8 @@ class ModelsConfig(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.vae_precision is None:
+            object.__setattr__(self, "vae_precision", self.precision)
         check_places(self.model, self.artifacts_dir)
         if self.compile_mode != "default" and not self.compile:
             raise ConfigError(f"--compile-mode {self.compile_mode} needs --compile: add it, or drop the mode")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Annotated
 
 from wanfast.runtime.config.option import ALL, CALIBRATE, FILES, MAKE, SAMPLING, Option, Part, between
@@ -170,3 +170,12 @@ class OutputConfig(Part):
         super().__post_init__()
         if self.overwrite and self.skip_existing:
             raise ConfigError("--overwrite and --skip-existing exclude each other: drop one of the two")
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The paths of the video, its JSON and, if asked for, its contact sheet; none if frames are returned."""
+        if self.output is None:
+            return ()
+        video = Path(self.output)
+        suffixes = (".json", ".png") if self.contact_sheet else (".json",)
+        return video, *(video.with_suffix(suffix) for suffix in suffixes)

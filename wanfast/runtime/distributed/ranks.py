@@ -21,9 +21,11 @@ from wanfast.runtime.device.hardware import forget_cuda_graphs
 from wanfast.runtime.distributed.cfg_parallel import BothBranches, CfgParallel
 from wanfast.runtime.distributed.collectives import all_gather
 from wanfast.runtime.distributed.ulysses import Ulysses
+from wanfast.runtime.distributed.vae_parallel import SplitRows
 from wanfast.runtime.errors import WanFastError, failure, from_failure
 from wanfast.runtime.facts.mesh import Axis, Mesh
 from wanfast.runtime.models.attention import Sequence, WholeSequence
+from wanfast.runtime.models.vae import WHOLE_FRAME, Rows
 
 T = TypeVar("T")
 
@@ -51,6 +53,10 @@ class Ranks:
         """Returns how the experts share tokens among ranks."""
         group = self.groups.get("ulysses")
         return Ulysses(group) if group else WholeSequence()
+
+    def rows(self, latent_rows: int) -> Rows:
+        """Returns how the VAE shares the rows of a frame among ranks; `latent_rows`: of the latent grid."""
+        return SplitRows.of(self.rank, self.size, latent_rows) if self.size > 1 else WHOLE_FRAME
 
     @property
     def guidance(self) -> BothBranches | CfgParallel:

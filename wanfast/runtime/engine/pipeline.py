@@ -1,7 +1,7 @@
 """The pipeline makes a video from an image and text embeddings, with two experts and the VAE; it has no options.
 
-Every rank of a group runs the pipeline with the same arguments. Only the leader encodes the image and decodes the
-video; all ranks run the loop.
+Every rank of a group runs the pipeline with the same arguments, except that only the leader needs the image. In the VAE
+each rank has some rows of the frame; the leader gets the video.
 
 image [3, H, W] -> VAE -> condition y [20, T, h, w] (mask, then latents) -> `denoise`, which calls the step's
 expert for the velocity of each guidance branch -> clean latent [16, T, h, w] -> VAE -> video [3, F, H, W].
@@ -12,7 +12,7 @@ Source: Wan-Video/Wan2.2, wan/image2video.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,18 +23,20 @@ from wanfast.runtime.device.finite import all_finite
 from wanfast.runtime.device.hardware import free_bytes, free_memory, is_out_of_memory
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine import pixels
 from wanfast.runtime.engine.attention_probe import Choice
 from wanfast.runtime.engine.conditioning import draw_noise, first_frame_clip, noise_shape, with_mask
 from wanfast.runtime.engine.denoise import StepFn, denoise
 from wanfast.runtime.engine.finite import FiniteWatch, require_finite
+from wanfast.runtime.engine.pixels import Frames, FramesFn
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert
+from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert, Precision
 from wanfast.runtime.facts.memory import decode_bytes
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.facts.shapes import Geometry
 from wanfast.runtime.models.dit import TextKV, WanDiT
 from wanfast.runtime.models.rope import rotary_tables
-from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.models.vae import Rows, WanVAE
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.sampling.guidance import needs_unconditional
 from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
@@ -50,7 +52,7 @@ class ImageToVideoPipeline:
 
     spec: ModelSpec
     experts: Experts
-    vae: WanVAE | None  # only on the leader
+    vae: WanVAE
     ranks: Ranks
     attention: Choice  # the attention kernel of the experts
 
@@ -98,36 +100,89 @@ class ImageToVideoPipeline:
     @torch.inference_mode()
     def decode(self, latent: Tensor, geometry: Geometry, watch: Stopwatch) -> Tensor | None:
         """Returns the video [3, F, H, W] in [-1, 1] on the leader's CPU, None on other ranks."""
-        vae = self.vae
-        return self.ranks.together(lambda: None if vae is None else self._decode(vae, latent, geometry, watch))
+        rows = self.ranks.rows(geometry.latent_height)
 
-    def _decode(self, vae: WanVAE, latent: Tensor, geometry: Geometry, watch: Stopwatch) -> Tensor:
-        """Returns the video on the CPU."""
-        free_memory(self.device)  # the decoder allocates blocks of other sizes than the loop
-        with watch.span("decode"):
-            wanted = decode_bytes(self.spec, geometry)
-            if self.device == "cuda" and (missing := wanted - torch.cuda.mem_get_info()[0]) > 0:
-                self.experts.evict(missing)
-            video = self._evicting(partial(vae.decode, latent), geometry)[0]
+        def decoded() -> Tensor | None:
+            with watch.span("decode"):
+                pieces = [rows.collect(piece, 2) for piece in self._pieces(latent, geometry, rows)]
+                if not self.ranks.is_leader:
+                    return None
+                video = torch.cat([piece.cpu() for piece in pieces if piece is not None], dim=1)
             require_finite("the decoded video", bool(all_finite(video)))
-            return video.cpu()
+            return video
+
+        return self.ranks.together(decoded)
+
+    @torch.inference_mode()
+    def frames(
+        self, latent: Tensor, geometry: Geometry, watch: Stopwatch, on_frames: FramesFn = lambda frames: None
+    ) -> Frames | None:
+        """Returns the video as frames [F, H, W, 3] of 0..255 on the leader, None on other ranks.
+
+        `on_frames` gets the frames in order, a few at a time, while the GPU decodes the next ones.
+        """
+        rows = self.ranks.rows(geometry.latent_height)
+
+        def decoded() -> Frames | None:
+            with watch.span("decode"):
+                pieces = self._pieces(latent, geometry, rows)
+                return pixels.arrived(pieces, geometry, self.device, rows, on_frames)
+
+        return self.ranks.together(decoded)
+
+    def _pieces(self, latent: Tensor, geometry: Geometry, rows: Rows) -> Iterator[Tensor]:
+        """Yields this rank's rows of the video, [3, f, h, W] in [-1, 1], a few frames at a time.
+
+        If memory runs out, evicts weights and decodes again from the start; no piece is yielded twice.
+        """
+        if not rows.has_part:
+            return
+        free_memory(self.device)  # the decoder allocates blocks of other sizes than the loop
+        precision: Precision = "bf16" if self.vae.decoder_dtype == torch.bfloat16 else "fp32"
+        wanted = decode_bytes(self.spec, geometry, precision) // self.ranks.size
+        if self.device == "cuda" and (missing := wanted - torch.cuda.mem_get_info()[0]) > 0:
+            self.experts.evict(missing)
+        yielded = 0
+        while True:
+            stream = self.vae.decode_stream(rows.own(latent, 3), rows)
+            try:
+                for _ in range(yielded):
+                    next(stream)
+                while (piece := next(stream, None)) is not None:
+                    yielded += 1
+                    yield piece[0]
+                return
+            except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
+                failure = self._out_of_memory(error)
+            del stream
+            self._evict(failure, geometry)
 
     def _evicting(self, work: Callable[[], Tensor], geometry: Geometry) -> Tensor:
-        """Returns the result of the VAE's `work`; evicts weights and retries when memory is out.
-
-        The memory that the VAE needs is only an estimate, and a wrong estimate must not lose a video. Raises
-        ConfigError if there is nothing left to evict.
-        """
+        """Returns the result of the VAE's `work`; evicts weights and retries when memory is out."""
         while True:
             try:
                 return work()
             except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
-                if not is_out_of_memory(error, free_bytes(self.device)):
-                    raise
-                failure = str(error)  # not the error: its traceback holds the VAE's tensors
-            if not self.experts.evict(_EVICT_BYTES):
-                size = f"--size {geometry.width}x{geometry.height} --frames {geometry.frames}"
-                raise ConfigError(f"{size}: {DOES_NOT_FIT} ({failure.splitlines()[0]:.120})")
+                failure = self._out_of_memory(error)
+            self._evict(failure, geometry)
+
+    def _out_of_memory(self, error: RuntimeError) -> str:
+        """Returns the text of an out-of-memory error, not the error: its traceback holds the VAE's tensors.
+
+        Ranks that share a frame cannot begin again, because their peers would not; each needs little memory, though.
+        """
+        if self.ranks.size > 1 or not is_out_of_memory(error, free_bytes(self.device)):
+            raise error
+        return str(error)
+
+    def _evict(self, failure: str, geometry: Geometry) -> None:
+        """Evicts weights, because the estimate of the VAE's memory was wrong, which must not lose a video.
+
+        Raises ConfigError if there is nothing left to evict.
+        """
+        if not self.experts.evict(_EVICT_BYTES):
+            size = f"--size {geometry.width}x{geometry.height} --frames {geometry.frames}"
+            raise ConfigError(f"{size}: {DOES_NOT_FIT} ({failure.splitlines()[0]:.120})")
 
     def noise(self, plan: Plan) -> Tensor:
         """Returns the leader's noise [1, 16, T, h, w] on every rank, because unlike GPUs draw unlike noise."""
@@ -144,14 +199,16 @@ class ImageToVideoPipeline:
         """
         g, channels = geometry, self.spec.vae.temporal_stride + self.spec.vae.latent_channels
         condition = torch.empty(1, channels, g.latent_frames, g.latent_height, g.latent_width, device=self.device)
+        whole = image.to(self.device) if self.ranks.is_leader else torch.empty(3, g.height, g.width, device=self.device)
+        pixels_CHW, rows = self.ranks.share(whole.contiguous()), self.ranks.rows(g.latent_height)
 
-        def encoded(vae: WanVAE) -> Tensor:
-            clip = first_frame_clip(image.to(self.device), g.frames)
-            latents = self._evicting(partial(vae.encode, clip), g)
-            return with_mask(latents.float(), self.spec.vae.temporal_stride)
+        def encoded() -> Tensor:
+            clip = first_frame_clip(rows.own(pixels_CHW, 1), g.frames)
+            own = self._evicting(partial(self.vae.encode, clip, still_from=1, rows=rows), g)
+            latents = rows.collect(own, 3)
+            return condition if latents is None else with_mask(latents.float(), self.spec.vae.temporal_stride)
 
-        vae = self.vae
-        return self.ranks.share(self.ranks.together(lambda: condition if vae is None else encoded(vae)).contiguous())
+        return self.ranks.share(self.ranks.together(lambda: encoded() if rows.has_part else condition).contiguous())
 
     def denoise(
         self,

@@ -6,19 +6,28 @@ wan/utils/utils.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from wanfast.runtime.device.finite import all_finite
+from wanfast.runtime.engine.finite import require_finite
+from wanfast.runtime.errors import WanFastError
 from wanfast.runtime.facts.choices import ImageFit
-from wanfast.runtime.facts.shapes import inner_size, middle_box
+from wanfast.runtime.facts.shapes import Geometry, inner_size, middle_box
+from wanfast.runtime.models.vae import Rows
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Frames: TypeAlias = npt.NDArray[np.uint8]  # [F, H, W, 3]
+FramesFn = Callable[[Frames], None]
 _BLACK = -1.0
 
 
@@ -44,8 +53,75 @@ def _resized(image: Image, width: int, height: int) -> Tensor:
     return torch.nn.functional.interpolate(pixels_CHW[None], size=(height, width), mode="bicubic")[0]
 
 
-def to_uint8(video: Tensor) -> npt.NDArray[np.uint8]:
+def to_uint8(video: Tensor) -> Frames:
     """Maps video [3, F, H, W], clamped to [-1, 1], to [F, H, W, 3] of 0..255, truncated and not rounded."""
-    frames = video.float().clamp(-1, 1).add_(1).div_(2).mul_(255).to(torch.uint8)
-    array: npt.NDArray[np.uint8] = frames.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    array: Frames = _as_bytes(video).cpu().numpy()
     return array
+
+
+def _as_bytes(video: Tensor) -> Tensor:
+    """Returns video [3, F, H, W] as [F, H, W, 3] of 0..255 on its device."""
+    values = video.float().clamp(-1, 1).add_(1).div_(2).mul_(255).to(torch.uint8)
+    return values.permute(1, 2, 3, 0).contiguous()
+
+
+def arrived(
+    pieces: Iterable[Tensor], geometry: Geometry, device: str, rows: Rows, on_frames: FramesFn
+) -> Frames | None:
+    """Returns all frames [F, H, W, 3] of 0..255 on the leader's CPU, from pieces [3, f, h, W] of the ranks' `rows`.
+
+    A piece becomes bytes on the device and is copied into pinned memory while the next one is computed. `on_frames`
+    gets the frames of each piece when they are there. An error of it, and NotFiniteError for a piece with NaN or an
+    infinity, are raised after the last piece, because the other ranks go on.
+    """
+    on_gpu = device == "cuda"
+    finite = torch.empty(geometry.frames, dtype=torch.bool, pin_memory=on_gpu)  # of the piece that a frame begins
+    video: Tensor | None = None  # on the leader
+    on_its_way: deque[_Arrival] = deque()
+    errors: list[WanFastError] = []
+
+    def deliver(arrival: _Arrival) -> None:
+        arrival.wait()
+        try:
+            require_finite("the decoded video", bool(finite[arrival.first]))
+            if video is not None and not errors:
+                on_frames(video[arrival.first : arrival.end].numpy())
+        except WanFastError as error:
+            errors.append(error)
+
+    first = 0
+    for piece in pieces:
+        arrival = _Arrival(first, first + piece.shape[1], torch.cuda.Event() if on_gpu else None)  # type: ignore[no-untyped-call]
+        whole = rows.collect(_as_bytes(piece), 1)
+        if whole is not None:
+            if video is None:
+                video = torch.empty((geometry.frames, *whole.shape[1:]), dtype=torch.uint8, pin_memory=on_gpu)
+            video[arrival.first : arrival.end].copy_(whole, non_blocking=on_gpu)
+        finite[first].copy_(all_finite(piece), non_blocking=on_gpu)
+        arrival.record()
+        on_its_way.append(arrival)
+        first = arrival.end
+        if len(on_its_way) > 1:
+            deliver(on_its_way.popleft())
+    while on_its_way:
+        deliver(on_its_way.popleft())
+    if errors:
+        raise errors[0]
+    return None if video is None else video.numpy()
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """Names frames that are being copied from the device; `copied` comes after their copy, None on a CPU."""
+
+    first: int
+    end: int
+    copied: torch.cuda.Event | None
+
+    def record(self) -> None:
+        if self.copied:
+            self.copied.record()
+
+    def wait(self) -> None:
+        if self.copied:
+            self.copied.synchronize()

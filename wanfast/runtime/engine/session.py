@@ -5,8 +5,8 @@
     session.make(job)                       # the first call loads the experts and the VAE
     session.close()
 
-Every rank of a group calls the same methods in the same order. Only the leader holds the VAE, reads images and gets
-frames. `load_models` states in which order a model becomes ready to run, and why.
+Every rank of a group calls the same methods in the same order. Only the leader reads images and gets frames.
+`load_models` states in which order a model becomes ready to run, and why.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,7 +25,7 @@ from wanfast.runtime.config.models import is_artifacts_dir_named
 from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import FirstStep, Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import attention_probe, pixels
+from wanfast.runtime.engine import attention_probe, cudnn_engines, pixels
 from wanfast.runtime.engine.compilation import (
     cache_inputs,
     compile_blocks,
@@ -37,6 +35,7 @@ from wanfast.runtime.engine.compilation import (
 )
 from wanfast.runtime.engine.denoise import StepFn
 from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
+from wanfast.runtime.engine.pixels import Frames, FramesFn
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
@@ -46,7 +45,7 @@ from wanfast.runtime.media.images import LoadedImage
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning.plan import Job, Plan
-from wanfast.runtime.sampling.magcache import StepCache
+from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.curves import curve_of
@@ -63,7 +62,7 @@ class Made:
     """This class holds a video and the facts of the run that made it."""
 
     plan: Plan
-    frames: npt.NDArray[np.uint8] | None  # [F, H, W, 3] on the leader
+    frames: Frames | None  # on the leader
     facts: dict[str, Any]  # for the JSON beside the video
 
 
@@ -113,7 +112,7 @@ class Session:
     def plan(self, job: Job) -> tuple[Plan, Tensor]:
         """Returns the plan for these ranks, and the image [3, H, W] at the plan's size.
 
-        Only the leader encodes the image, so that other ranks get an empty one, and the pixels go nowhere.
+        Only the leader reads the image; other ranks get an empty one.
         """
         pipeline, ranks = self.load(), self.ranks
         read: list[LoadedImage] = []
@@ -144,10 +143,17 @@ class Session:
         return self.load().latent(plan, image, text, self.watch, on_step, residuals)
 
     @hardware.one_out_of_memory_error()
-    def make(self, job: Job, on_step: StepFn = lambda done, expert: None, residuals: StepCache | None = None) -> Made:
+    def make(
+        self,
+        job: Job,
+        on_step: StepFn = lambda done, expert: None,
+        residuals: StepCache | None = None,
+        on_frames: FramesFn = lambda frames: None,
+    ) -> Made:
         """Makes one video. `on_step(done, expert)` is called before and after each step.
 
-        Raises WanFastError, and torch.OutOfMemoryError if the device's memory does not suffice.
+        `on_frames` gets the frames on the leader, a few at a time, while later ones are decoded. Raises WanFastError,
+        and torch.OutOfMemoryError if the device's memory does not suffice.
         """
         text = self.text_of(job.config)  # before the experts need the memory
         pipeline, ranks = self.load(), self.ranks
@@ -161,15 +167,17 @@ class Session:
             first_step(done)
             on_step(done, expert)
 
-        video = pipeline(plan, image, text, self.watch, stepped, residuals)
-        with self.watch.span("decode"):
-            frames = None if video is None else pixels.to_uint8(video)
+        with cudnn_engines.kept_engines(plan, ranks) as engines:
+            cache = residuals or ResidualCache(plan.skips)
+            latent = pipeline.latent(plan, image, text, self.watch, stepped, cache)
+            frames = pipeline.frames(latent, plan.geometry, self.watch, on_frames)
         peaks = ranks.gather(hardware.peak_memory_bytes(config.ranks.device))
         recompiled = max(ranks.gather(compiled_anew() - compiled if config.models.compile else 0))
         facts = {
             "seconds": dict(self.watch.seconds),
             "first_step_s": round(first_step.seconds, 3),
             "attention": dataclasses.asdict(pipeline.attention),
+            "cudnn_engines": cudnn_engines.digest(engines),
             "compile_cache": compile_cache,
             "compiled_anew": recompiled,
             "loading": self._loading(),
@@ -250,7 +258,7 @@ def load_models(
     loads: Stopwatch,
     before_each: Callable[[], None] = lambda: None,
 ) -> ImageToVideoPipeline:
-    """Returns both experts and the leader's VAE, ready to run; adds the seconds of each to `loads`.
+    """Returns both experts and the VAE, ready to run; adds the seconds of each to `loads`.
 
     Every rank calls `before_each` before each of the three. Raises WanFastError. The steps have this order;
     `build_expert` does the first five, for one expert after the other:
@@ -289,7 +297,8 @@ def load_models(
         experts = _place(models, config, ranks)
         before_each()
         with loads.span("vae"):
-            vae = ranks.together(lambda: build_vae(files, ranks.device) if ranks.is_leader else None)
+            decoder = wanted.vae_precision or wanted.precision
+            vae = ranks.together(lambda: build_vae(files, ranks.device, decoder))
     if wanted.compile:
         for model in models.values():
             compile_blocks(model, wanted.compile_mode)

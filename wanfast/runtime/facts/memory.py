@@ -2,8 +2,8 @@
 
 Parameters are exact. The other bytes of a forward and of a decode are an estimate, fitted to a count at 1280x720x81.
 A forward holds about seven float32 rows of the model's width a token (11 GB), and the text's keys and values (1.7 GB).
-A decode holds 260 bytes a pixel and VAE base channel (23 GB). On an H100 the decoder's tensors and cuDNN took 244 of
-the 260; about 100 of the 244 were earlier frames that causal convolutions read.
+The VAE holds, a pixel and base channel, 145 bytes to encode (12.8 GB), to decode 90 in bf16 (8.0 GB) or 175 in float32.
+About half of them are earlier frames that causal convolutions read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from wanfast.runtime.facts.shapes import Geometry
 
 _BYTES: dict[Precision, int] = {"bf16": 2, "fp32": 4}
 _LOOP_ROWS = 7
-_DECODE_BYTES = 260
+_ENCODE_BYTES = 145
+_DECODE_BYTES: dict[Precision, int] = {"bf16": 90, "fp32": 175}
 # Free bytes of an idle card: measured for 80 GB (an H100), else 10^9 bytes a GB.
 CARDS = {"24 GB": 24 * 10**9, "48 GB": 48 * 10**9, "80 GB": 85 * 10**9, "141 GB": 141 * 10**9}
 MARGIN_BYTES = 2 << 30  # CUDA's context, the libraries' workspaces, the allocator's fragmentation
@@ -85,9 +86,15 @@ def residual_bytes(spec: DiTSpec, tokens: int) -> int:
     return 4 * spec.dim * tokens
 
 
-def decode_bytes(spec: ModelSpec, geometry: Geometry) -> int:
+def decode_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) -> int:
     """Returns an estimate of the bytes that decoding needs beside the VAE's weights, which are small."""
-    return _DECODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height
+    return _DECODE_BYTES[vae_precision] * spec.vae.base_dim * geometry.width * geometry.height
+
+
+def vae_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) -> int:
+    """Returns an estimate of the bytes that the VAE needs at most, to encode an image's clip or to decode a video."""
+    encode = _ENCODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height
+    return max(encode, decode_bytes(spec, geometry, vae_precision))
 
 
 def gb(size: float) -> str:

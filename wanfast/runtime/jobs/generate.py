@@ -45,16 +45,18 @@ def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, 
     def on_step(done: int, expert: Expert) -> None:
         progress(index, expert.replace("_", " "), done, steps)
 
-    made = session.make(job, on_step)
-    return session.ranks.lead(lambda: _write(made, frames_of(index)))
+    output, fps = job.config.output, job.config.video.fps
+    with sidecar.Recording(output.paths, fps, overwrite=output.overwrite) as recording:
+        made = session.make(job, on_step, on_frames=recording.add)
+        return session.ranks.lead(lambda: _write(made, recording, frames_of(index)))
 
 
-def _write(made: Made, file: Path) -> Result:
+def _write(made: Made, recording: sidecar.Recording, file: Path) -> Result:
     assert made.frames is not None
     plan, seconds = made.plan, made.facts["seconds"]
     document = sidecar.with_seconds(sidecar.planned(plan), made.facts, seconds)
     if plan.outputs:
-        return sidecar.write_video(made.frames, document, plan.outputs, overwrite=plan.config.output.overwrite)
+        return recording.finish(made.frames, document)
     with writing_to(Path(plan.config.models.artifacts_dir)):
         file.parent.mkdir(exist_ok=True)
     with atomic_paths(file, option="--artifacts-dir", synced=False) as (unfinished,), unfinished.open("wb") as stream:

@@ -28,6 +28,7 @@ _OPTIONAL = (
     "fa3-fwd",
     "flash-attn-4",
     "flash-attn",
+    "nvidia-cudnn-frontend",
     "diffusers",
 )  # listed only if they are installed
 

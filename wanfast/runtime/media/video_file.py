@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.memory import gb
@@ -59,42 +62,88 @@ def _check_file(target: Path, subject: str, *, overwrite: bool) -> None:
 
 
 def write_mp4(frames: npt.NDArray[np.uint8], path: Path, fps: int) -> None:
-    """Writes frames [F, H, W, 3], with even H and W, as H.264: CRF 10, yuv420p. Raises OSError.
+    """Writes frames [F, H, W, 3] as `Mp4Writer` does. Raises OSError."""
+    with Mp4Writer(path, fps) as writer:
+        writer.add(frames)
 
-    The index comes first, so that the video plays while it loads. The same frames give the same bytes, because of two
-    settings. The thread count is fixed, because it changes the stream. `cpu-independent` turns off x264's assembly for
-    macroblock-tree, which reads uninitialized memory. (AVX-512 machine, PyAV 18.1: the bytes differed for every
-    MALLOC_PERTURB_, and from run to run in one process.)
-    The pixels are BT.709 in limited range at every size. Stream and container say so, because players guess.
-    This function uses PyAV itself, because imageio's plugin drops encoder options (asked for CRF 10, the stream said
-    23). The caller publishes the file completely or not at all.
+
+class Mp4Writer:
+    """Encodes frames [F, H, W, 3], with even H and W, in a thread of its own while others are made.
+
+    The video is H.264: CRF 10, yuv420p. Its index comes first, so that it plays while it loads. The same frames give
+    the same bytes, added at once or a few at a time, because of two settings. The thread count is fixed, because it
+    changes the stream. `cpu-independent` turns off x264's assembly for macroblock-tree, which reads uninitialized
+    memory. (AVX-512 machine, PyAV 18.1: the bytes differed for every MALLOC_PERTURB_, and from run to run in one
+    process.) The pixels are BT.709 in limited range at every size. Stream and container say so, because players guess.
+    PyAV is used itself, because imageio's plugin drops encoder options (asked for CRF 10, the stream said 23).
+    The caller publishes the file completely or not at all.
+
+    `add` and the end of the `with` block raise OSError; frames that were added must not change before the end.
     """
-    import av
 
-    try:
-        _encode(frames, path, fps)
-    except av.FFmpegError as error:  # not each is an OSError: too little memory, and what x264 reports
-        raise OSError(error.errno, error.strerror) from error
+    def __init__(self, path: Path, fps: int) -> None:
+        self._path, self._fps = path, fps
+        self._thread = ThreadPoolExecutor(1)
+        self._encoding: list[Future[None]] = []
+        self._container: Any = None
+        self._stream: Any = None
 
+    def __enter__(self) -> Mp4Writer:
+        return self
 
-def _encode(frames: npt.NDArray[np.uint8], path: Path, fps: int) -> None:
-    import av
-    from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self._encoding.append(self._thread.submit(self._end))
+                self._raise_failures(self._encoding)
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+            if self._container is not None:
+                with suppress(OSError, ValueError):  # the block failed, and its caller removes the file
+                    self._container.close()
 
-    same_bytes = {"threads": "8", "thread_type": "frame", "x264-params": "cpu-independent=1"}
-    colours = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709", "color_range": "tv"}
-    reformatter, full, limited = VideoReformatter(), ColorRange.JPEG, ColorRange.MPEG
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "10", **same_bytes, **colours})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+    def add(self, frames: npt.NDArray[np.uint8]) -> None:
+        """Takes the next frames and returns at once; raises the error of frames before them."""
+        self._encoding.append(self._thread.submit(self._encode, frames))
+        self._raise_failures(future for future in self._encoding if future.done())
+
+    def _raise_failures(self, encoding: Iterable[Future[None]]) -> None:
+        import av
+
+        try:
+            for future in encoding:
+                future.result()
+        except av.FFmpegError as error:  # not each is an OSError: too little memory, and what x264 reports
+            raise OSError(error.errno, error.strerror) from error
+
+    def _open(self, height: int, width: int) -> None:
+        import av
+
+        same_bytes = {"threads": "8", "thread_type": "frame", "x264-params": "cpu-independent=1"}
+        colours = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709", "color_range": "tv"}
+        self._container = av.open(str(self._path), "w", format="mp4", options={"movflags": "faststart"})
+        options = {"crf": "10", **same_bytes, **colours}
+        self._stream = self._container.add_stream("libx264", rate=self._fps, options=options)
+        self._stream.height, self._stream.width = height, width
+        self._stream.pix_fmt = "yuv420p"
+
+    def _encode(self, frames: npt.NDArray[np.uint8]) -> None:
+        import av
+        from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+
+        if self._container is None:
+            self._open(*frames.shape[1:3])
+        reformatter, full, limited = VideoReformatter(), ColorRange.JPEG, ColorRange.MPEG
         for frame in frames:
             rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
             yuv = reformatter.reformat(
                 rgb, format="yuv420p", src_color_range=full, dst_colorspace=Colorspace.ITU709, dst_color_range=limited
             )
-            container.mux(stream.encode(yuv))
-        container.mux(stream.encode())
+            self._container.mux(self._stream.encode(yuv))
+
+    def _end(self) -> None:
+        self._container.mux(self._stream.encode())
+        self._container.close()
 
 
 def write_contact_sheet(frames: npt.NDArray[np.uint8], path: Path, columns: int = 4, count: int = 8) -> None:

@@ -11,16 +11,18 @@ Limit: float32 is the reference; FastVideo reports that bfloat16 is harmless in 
 encoding.
 Source: Wan technical report (arXiv 2503.20314); Wan-Video/Wan2.2 `wan/modules/vae2_1.py` (42bf4cf).
 
+Ranks may share the rows of each frame (`Rows`). Then a rank gives and gets its own rows, and a convolution also reads
+the row above and the row below them, which the neighbours hold.
+
 B batch, C channels, F frames of video, T frames (of any rate), H W pixels, Y X latent grid, h w any grid
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
-from typing import TypeAlias, cast
+from typing import Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,28 +30,92 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wanfast.runtime.facts.model_spec import VAESpec
+from wanfast.runtime.models import vae_fused
+from wanfast.runtime.models.convolution import Triple, convolve, padded_channels
 
 Past: TypeAlias = list[Tensor | None]  # one entry for each convolution over time, in running order
 # The past while a chunk runs: each convolution takes its entry from the front and appends the next one.
 PastQueue: TypeAlias = deque[Tensor | None]
+Pair: TypeAlias = tuple[int, int]
+
+
+class Rows(Protocol):
+    """Describes how ranks share the rows of each frame."""
+
+    @property
+    def halo(self) -> int:
+        """Returns the rows that a clip gets above and below a rank's own: 1, or 0 if the rank has all rows."""
+        ...
+
+    @property
+    def has_part(self) -> bool:
+        """Returns whether this rank has rows."""
+        ...
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """Returns this rank's part of `dim`, whose length is a multiple of the latent grid's rows."""
+        ...
+
+    def fill(self, clip: Tensor) -> None:
+        """Writes the neighbours' rows, or zeros at the frame's edges, into the halo of a clip [B,C,T,h+2,w]."""
+        ...
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """Returns the parts of all ranks along `dim`, joined, on every rank that has a part."""
+        ...
+
+    def collect(self, x: Tensor, dim: int) -> Tensor | None:
+        """Returns the parts of all ranks along `dim`, joined, on the leader; None on other ranks."""
+        ...
+
+
+class WholeFrame:
+    """One rank has all rows, so nothing is exchanged."""
+
+    halo, has_part = 0, True
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        return x
+
+    def fill(self, clip: Tensor) -> None:
+        pass
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        return x
+
+    def collect(self, x: Tensor, dim: int) -> Tensor | None:
+        return x
+
+
+WHOLE_FRAME = WholeFrame()
 
 
 class WanVAE(nn.Module):
     """Maps video [B,3,F,H,W] in [-1,1] to normalised latents [B,16,T,Y,X] and back; F = 4(T-1)+1, H = 8Y, W = 8X."""
 
-    def __init__(self, spec: VAESpec, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, spec: VAESpec, decoder_dtype: torch.dtype = torch.float32) -> None:
+        """The encoder is always in float32: the latents of the first frame steer the whole video."""
         super().__init__()
         self.spec = spec
-        self.dtype = dtype
-        self.encoder = Encoder(spec, dtype)
-        self.quant_conv = nn.Conv3d(2 * spec.latent_channels, 2 * spec.latent_channels, 1, dtype=dtype)
-        self.post_quant_conv = nn.Conv3d(spec.latent_channels, spec.latent_channels, 1, dtype=dtype)
-        self.decoder = Decoder(spec, dtype)
+        self.decoder_dtype = decoder_dtype
+        self.encoder = Encoder(spec, torch.float32)
+        self.quant_conv = nn.Conv3d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
+        self.post_quant_conv = nn.Conv3d(spec.latent_channels, spec.latent_channels, 1, dtype=decoder_dtype)
+        self.decoder = Decoder(spec, decoder_dtype)
 
-    def encode(self, video: Tensor) -> Tensor:
+    def lay_out(self) -> None:
+        """Lays the filters out channels-last, as clips are, so that no convolution copies them first."""
+        layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+        for parameter in self.parameters():
+            if layout := layouts.get(parameter.dim()):
+                parameter.data = parameter.data.contiguous(memory_format=layout)
+
+    def encode(self, video: Tensor, still_from: int | None = None, rows: Rows = WHOLE_FRAME) -> Tensor:
         """Encodes video [B,3,F,H,W] as float32 latents [B,16,T,Y,X]: the posterior's normalised mean, never a sample.
 
-        Raises ValueError for a size that the strides do not fit.
+        If all frames from `still_from` on are alike, layers soon repeat their outputs. These are not computed again,
+        and the latents are the same to the last bit: an image and 80 grey frames are a third of the work. Raises
+        ValueError for a size that the strides do not fit.
         """
         frames, height, width = video.shape[2:]
         stride = self.spec.spatial_stride
@@ -60,17 +126,18 @@ class WanVAE(nn.Module):
             )
         queue = _start(self.encoder)
         chunks = torch.split(video, [1] + [self.spec.temporal_stride] * (frames // self.spec.temporal_stride), dim=2)
-        return torch.cat([self._encode(x, queue) for x in chunks], dim=2)
+        repeats = _Repeats(self.encoder.settles(still_from or frames, self.spec.temporal_stride))
+        return torch.cat([self._encode(x, queue, rows, repeats) for x in chunks], dim=2)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents [B,16,T,Y,X] to video [B,3,F,H,W] in [-1,1]."""
         return torch.cat(list(self.decode_stream(latents)), dim=2)
 
-    def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
+    def decode_stream(self, latents: Tensor, rows: Rows = WHOLE_FRAME) -> Iterator[Tensor]:
         """Decodes latents [B,16,T,Y,X] and yields T pieces of the video: [B,3,1,H,W], then [B,3,4,H,W] each."""
         queue = _start(self.decoder)
         for z in torch.split(latents, 1, dim=2):
-            yield self._decode(z, queue)
+            yield self._decode(z, queue, rows)
 
     def encode_chunk(self, video: Tensor, past: Past | None) -> tuple[Tensor, Past]:
         """Encodes the next frames of a clip and returns (1 or n latent frames, the next past).
@@ -82,7 +149,7 @@ class WanVAE(nn.Module):
         if not fits:
             raise ValueError(f"a chunk of {frames} frames: the first chunk has 1, the others a multiple of {stride}")
         queue = _start(self.encoder) if past is None else deque(past)
-        return self._encode(video, queue), list(queue)
+        return self._encode(video, queue, WHOLE_FRAME), list(queue)
 
     def decode_chunk(self, latents: Tensor, past: Past | None) -> tuple[Tensor, Past]:
         """Decodes the next latents of a clip and returns (1 or 4n frames, the next past).
@@ -92,18 +159,18 @@ class WanVAE(nn.Module):
         if past is None and latents.shape[2] != 1:
             raise ValueError(f"the first chunk has {latents.shape[2]} latent frames: it must have 1")
         queue = _start(self.decoder) if past is None else deque(past)
-        return self._decode(latents, queue), list(queue)
+        return self._decode(latents, queue, WHOLE_FRAME), list(queue)
 
-    def _encode(self, video: Tensor, queue: PastQueue) -> Tensor:
-        moments: Tensor = self.quant_conv(self.encoder(video.to(self.dtype), queue))
+    def _encode(self, video: Tensor, queue: PastQueue, rows: Rows, repeats: _Repeats | None = None) -> Tensor:
+        moments: Tensor = self.quant_conv(self.encoder(video.float(), queue, rows, repeats or _Repeats([])))
         mean, inverse_std = latent_statistics(self.spec, video.device)
         return (moments.chunk(2, dim=1)[0] - mean) * inverse_std
 
-    def _decode(self, latents: Tensor, queue: PastQueue) -> Tensor:
+    def _decode(self, latents: Tensor, queue: PastQueue, rows: Rows) -> Tensor:
         mean, inverse_std = latent_statistics(self.spec, latents.device)
-        z = self.post_quant_conv((latents / inverse_std + mean).to(self.dtype))
-        video: Tensor = self.decoder(z, queue)
-        return video.clamp_(-1, 1)
+        z = self.post_quant_conv((latents / inverse_std + mean).to(self.decoder_dtype))
+        video: Tensor = self.decoder(z, queue, rows)
+        return video.float().clamp_(-1, 1)
 
 
 @cache
@@ -133,12 +200,53 @@ class Encoder(nn.Module):
         self.norm_out = RMSNorm(channels, 3, dtype)
         self.conv_out = CausalConv3d(channels, 2 * spec.latent_channels, dtype=dtype)
 
-    def forward(self, x: Tensor, past: PastQueue) -> Tensor:
-        x = self.conv_in(x, past)
-        for layer in (*self.downsamples, *self.middle):
-            x = layer(x, past)
-        moments: Tensor = self.conv_out(F.silu(self.norm_out(x), inplace=True), past)
+    def forward(self, x: Tensor, past: PastQueue, rows: Rows, repeats: _Repeats) -> Tensor:
+        layers = (self.conv_in, *self.downsamples, *self.middle)
+        x, done = repeats.start(x)
+        past.rotate(-sum(map(_count_past, layers[:done])))  # what is not computed again keeps its past
+        for number, layer in enumerate(layers[done:], done + 1):
+            x = layer(x, past, rows)
+            repeats.keep(x, number)
+        moments: Tensor = self.conv_out(x, past, rows, self.norm_out)
         return moments
+
+    def settles(self, still_from: int, frames: int) -> list[int]:
+        """Returns, for each layer up to the middle, the first chunk of `frames` whose output the chunk before has too.
+
+        All frames of the clip from `still_from` on are alike. A convolution over time looks back two frames, so after
+        it the frames are alike from two later on; where time is halved, so is their number.
+        """
+        still, chunks = still_from + 2, []
+        chunks.append(_settled_chunk(still, frames))
+        for layer in self.downsamples:
+            if isinstance(layer, ResidualBlock):
+                still += 4
+            elif layer.time_conv is not None:
+                still, frames = -(-still // 2) + 1, frames // 2
+            chunks.append(_settled_chunk(still, frames))
+        return chunks
+
+
+class _Repeats:
+    """Holds the output of the deepest layer of the encoder that repeats itself, while a still clip is encoded."""
+
+    def __init__(self, settles: list[int]) -> None:
+        """Takes, for each layer, the first chunk whose output the chunk before has too."""
+        self._settles, self._chunk = settles, -1
+        self._kept: Tensor | None = None
+
+    def start(self, x: Tensor) -> tuple[Tensor, int]:
+        """Begins the next chunk: returns its input, or the output of the layers that repeat, and their number."""
+        self._chunk += 1
+        return (x, 0) if self._kept is None else (self._kept, self._layers(self._chunk))
+
+    def keep(self, x: Tensor, layers: int) -> None:
+        """Takes the output of the first `layers` layers; holds it if the next chunk begins after them."""
+        if layers == self._layers(self._chunk + 1):
+            self._kept = x
+
+    def _layers(self, chunk: int) -> int:
+        return sum(settled <= chunk for settled in self._settles)
 
 
 class Decoder(nn.Module):
@@ -161,11 +269,11 @@ class Decoder(nn.Module):
         self.norm_out = RMSNorm(channels, 3, dtype)
         self.conv_out = CausalConv3d(channels, 3, dtype=dtype)
 
-    def forward(self, x: Tensor, past: PastQueue) -> Tensor:
-        x = self.conv_in(x, past)
+    def forward(self, x: Tensor, past: PastQueue, rows: Rows) -> Tensor:
+        x = self.conv_in(x, past, rows)
         for layer in (*self.middle, *self.upsamples):
-            x = layer(x, past)
-        video: Tensor = self.conv_out(F.silu(self.norm_out(x), inplace=True), past)
+            x = layer(x, past, rows)
+        video: Tensor = self.conv_out(x, past, rows, self.norm_out)
         return video
 
 
@@ -178,11 +286,12 @@ class ResidualBlock(nn.Module):
         self.conv1 = CausalConv3d(in_channels, out_channels, dtype=dtype)
         self.norm2 = RMSNorm(out_channels, 3, dtype)
         self.conv2 = CausalConv3d(out_channels, out_channels, dtype=dtype)
-        self.shortcut = nn.Conv3d(in_channels, out_channels, 1, dtype=dtype) if in_channels != out_channels else None
+        self.shortcut = Conv3d(in_channels, out_channels, 1, dtype=dtype) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, past: PastQueue) -> Tensor:
-        h: Tensor = self.conv1(F.silu(self.norm1(x), inplace=True), past)
-        h = self.conv2(F.silu(self.norm2(h), inplace=True), past)
+    def forward(self, x: Tensor, past: PastQueue, rows: Rows) -> Tensor:
+        clip = self.conv2.extended(self.conv1(x, past, rows, self.norm1), past, rows, self.norm2)
+        h = self.conv2.convolved(clip, rows)  # the output of conv1 is free by now
+        del clip
         return h.add_(x if self.shortcut is None else self.shortcut(x))
 
 
@@ -195,13 +304,25 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1, dtype=dtype)
         self.proj = nn.Conv2d(channels, channels, 1, dtype=dtype)
 
-    def forward(self, x: Tensor, _past: PastQueue) -> Tensor:
+    def forward(self, x: Tensor, _past: PastQueue, rows: Rows) -> Tensor:
         batch, height = x.shape[0], x.shape[3]
-        frames = rearrange(x, "b c t h w -> (b t) c h w")
-        q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (qkv c) h w -> qkv n 1 (h w) c", qkv=3)
-        mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=height)
-        out: Tensor = self.proj(mixed)
-        return x + rearrange(out, "(b t) c h w -> b c t h w", b=batch)
+        tokens = rearrange(self.norm(_frames(x)), "n c h w -> n (h w) c")
+        q, k, v = F.linear(tokens, self.to_qkv.weight.flatten(1), self.to_qkv.bias).chunk(3, dim=-1)
+        mixed = F.linear(
+            _attention(q, rows.gather(k, 1), rows.gather(v, 1)), self.proj.weight.flatten(1), self.proj.bias
+        )
+        return x + rearrange(mixed, "(b t) (h w) c -> b c t h w", b=batch, h=height)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Returns softmax(q k^T / sqrt(C)) v for q [n, l, C] and k, v [n, L, C]; no flash kernel takes so wide a head."""
+    if not q.is_cuda or torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+    out = torch.empty_like(q)
+    for one, keys, values, mixed in zip(q, k, v, out, strict=True):  # frame by frame: the scores are L^2 values
+        scores = torch.mm(one * one.shape[-1] ** -0.5, keys.t(), out_dtype=torch.float32)
+        torch.mm(torch.softmax(scores, -1).to(v.dtype), values, out=mixed)
+    return out
 
 
 class Downsample(nn.Module):
@@ -210,11 +331,11 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.resample = nn.Conv2d(channels, channels, 3, stride=2, dtype=dtype)
-        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), (2, 1, 1), dtype=dtype) if temporal else None
+        self.time_conv = Conv3d(channels, channels, (3, 1, 1), (2, 1, 1), dtype=dtype) if temporal else None
 
-    def forward(self, x: Tensor, past: PastQueue) -> Tensor:
-        frames = F.pad(rearrange(x, "b c t h w -> (b t) c h w"), (0, 1, 0, 1))
-        x = rearrange(self.resample(frames), "(b t) c h w -> b c t h w", b=x.shape[0])
+    def forward(self, x: Tensor, past: PastQueue, rows: Rows) -> Tensor:
+        below = _with_halo(x, rows)[:, :, :, 1:] if rows.halo else F.pad(x, (0, 0, 0, 1))
+        x = _convolve_frames(F.pad(below, (0, 1)), self.resample)
         if self.time_conv is None:
             return x
         before = past.popleft()
@@ -233,44 +354,72 @@ class Upsample(nn.Module):
         self.resample = nn.Conv2d(channels, channels // 2, 3, padding=1, dtype=dtype)
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1), dtype) if temporal else None
 
-    def forward(self, x: Tensor, past: PastQueue) -> Tensor:
-        batch, rate = x.shape[0], 1
+    def forward(self, x: Tensor, past: PastQueue, rows: Rows) -> Tensor:
+        rate = 1
         if self.time_conv is not None and past[0] is None:
             past.popleft()
             past.append(torch.zeros_like(x).expand(-1, -1, 2, -1, -1))
         elif self.time_conv is not None:
-            x, rate = self.time_conv(x, past), 2
-        frames = rearrange(x, "b (r c) t h w -> (b t r) c h w", r=rate)
-        out: Tensor = self.resample(F.interpolate(frames, scale_factor=2, mode="nearest-exact"))
-        return rearrange(out, "(b t) c h w -> b c t h w", b=batch)
+            x, rate = self.time_conv(x, past, rows), 2
+        frames = vae_fused.upsample(x, rate, rows.halo)
+        rows.fill(frames)
+        return _convolve_frames(frames, self.resample, rows.halo)
 
 
-class CausalConv3d(nn.Conv3d):
+class Conv3d(nn.Conv3d):
+    """Convolves [B,C,T,h,w], as `convolve` does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride, padding = cast(Triple, self.stride), cast(Triple, self.padding)
+        return convolve(x, self.weight, cast(Tensor, self.bias), stride=stride, padding=padding)
+
+
+class CausalConv3d(Conv3d):
     """Convolves each frame with the two before it (zeros before the clip): [B,C,T,h,w] -> [B,C',T,h,w]."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: tuple[int, int, int] = (3, 3, 3),
+        kernel_size: Triple = (3, 3, 3),
         dtype: torch.dtype = torch.float32,
     ) -> None:
         padding = (0, kernel_size[1] // 2, kernel_size[2] // 2)
         super().__init__(in_channels, out_channels, kernel_size, padding=padding, dtype=dtype)
 
-    def forward(self, x: Tensor, past: PastQueue) -> Tensor:  # type: ignore[override]
-        before = past.popleft()
-        x = F.pad(x, (0, 0, 0, 0, 2, 0)) if before is None else torch.cat((before, x), dim=2)
-        past.append(x[:, :, -2:].clone())  # a copy: a view would keep all of x alive
-        return super().forward(x)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, past: PastQueue, rows: Rows, norm: RMSNorm | None = None
+    ) -> Tensor:
+        """Convolves `x`, or SiLU of its `norm`."""
+        return self.convolved(self.extended(x, past, rows, norm), rows)
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Calls oneDNN on a CPU, because torch takes a slow path for one small clip (8 times slower at 16 channels)."""
-        has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
-        if x.device.type == "cpu" and has_onednn():
-            padding = cast("tuple[int, ...]", self.padding)
-            return torch.mkldnn_convolution(x, weight, bias, padding, self.stride, self.dilation, self.groups)
-        return cast(Tensor, super()._conv_forward(x, weight, bias))
+    def extended(self, x: Tensor, past: PastQueue, rows: Rows, norm: RMSNorm | None = None) -> Tensor:
+        """Returns `x`, or SiLU of its `norm`, after the two frames before it and with its halo; updates the past."""
+        batch, channels, frames, height, width = x.shape
+        before, halo = past.popleft(), self._halo(rows)
+        padded = padded_channels(channels, x.dtype, x.device)
+        shape, layout = (batch, padded, 2 + frames, height + 2 * halo, width), torch.channels_last_3d
+        clip = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        clip[:, channels:] = 0
+        clip[:, :, :2] = 0 if before is None else before
+        own = clip[:, :, 2:, halo : halo + height]
+        if norm is None:
+            own[:, :channels] = x
+        else:
+            norm.into(own, x)
+        if halo:
+            rows.fill(clip[:, :, 2:])
+        past.append(clip[:, :, -2:].clone())  # a copy: a view would keep all of the clip alive
+        return clip
+
+    def convolved(self, clip: Tensor, rows: Rows) -> Tensor:
+        """Returns the convolution of what `extended` returns."""
+        stride, (time, top, left) = cast(Triple, self.stride), cast(Triple, self.padding)
+        padding = time, top - self._halo(rows), left
+        return convolve(clip, self.weight, cast(Tensor, self.bias), stride=stride, padding=padding)
+
+    def _halo(self, rows: Rows) -> int:
+        return rows.halo if self.kernel_size[1] > 1 else 0
 
 
 class RMSNorm(nn.Module):
@@ -281,9 +430,11 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * grid_dims, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        rms = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12) / math.sqrt(x.shape[1])
-        normed: Tensor = x / rms
-        return normed.mul_(self.gamma)
+        return vae_fused.rms_norm(x, self.gamma)
+
+    def into(self, out: Tensor, x: Tensor) -> None:
+        """Writes SiLU of the norm into the first channels of `out`."""
+        vae_fused.rms_norm_silu_into(out, x, self.gamma)
 
 
 def _middle(channels: int, dtype: torch.dtype) -> nn.ModuleList:
@@ -291,6 +442,35 @@ def _middle(channels: int, dtype: torch.dtype) -> nn.ModuleList:
     return nn.ModuleList([res1, AttentionBlock(channels, dtype), res2])
 
 
+def _frames(x: Tensor) -> Tensor:
+    """Returns the frames of a clip, [B*T,C,h,w]; of a channels-last clip without a copy."""
+    return rearrange(x, "b c t h w -> (b t) c h w")
+
+
+def _with_halo(x: Tensor, rows: Rows) -> Tensor:
+    """Returns x [B,C,T,h,w] with the rows above and below it."""
+    extended = F.pad(x, (0, 0, rows.halo, rows.halo))
+    rows.fill(extended)
+    return extended
+
+
+def _convolve_frames(x: Tensor, conv: nn.Conv2d, halo: int = 0) -> Tensor:
+    """Convolves each frame of [B,C,T,h,w], which has `halo` of the padding's rows already."""
+    (down, right), (top, left) = cast(Pair, conv.stride), cast(Pair, conv.padding)
+    weight = conv.weight.unsqueeze(2)
+    return convolve(x, weight, cast(Tensor, conv.bias), stride=(1, down, right), padding=(0, top - halo, left))
+
+
 def _start(network: nn.Module) -> PastQueue:
     """Returns the past before the first frame: None for each convolution over time."""
-    return deque(None for m in network.modules() if isinstance(m, nn.Conv3d) and m.kernel_size[0] > 1)
+    return deque([None] * _count_past(network))
+
+
+def _count_past(network: nn.Module) -> int:
+    """Returns the number of convolutions over time."""
+    return sum(isinstance(module, nn.Conv3d) and module.kernel_size[0] > 1 for module in network.modules())
+
+
+def _settled_chunk(still: int, frames: int) -> int:
+    """Returns the first chunk equal to the one before; frames from `still` on are alike, `frames` to a chunk."""
+    return -(-(still - 1) // frames) + 2

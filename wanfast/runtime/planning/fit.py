@@ -63,6 +63,7 @@ class Fit:
     spec: ModelSpec
     geometry: Geometry
     precision: Precision
+    vae_precision: Precision
     scheme: Scheme | None
     found: tuple[Gpu, ...]
     ways: tuple[Way, ...]
@@ -91,7 +92,8 @@ class Fit:
             "expert_bytes": expert_bytes | quantized,
             "umt5_bytes": {name: memory.umt5_bytes(spec.umt5, name) for name in _PRECISIONS},
             "loop_bytes": memory.loop_bytes(spec, self.precision, geometry.tokens, scheme),
-            "decode_bytes": memory.decode_bytes(spec, geometry),
+            "vae_precision": self.vae_precision,
+            "vae_bytes": memory.vae_bytes(spec, geometry, self.vae_precision),
             "ways": [way.to_json() for way in self.ways],
         }
 
@@ -112,7 +114,7 @@ def fit(given: Options, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
         if mesh.replica > 1 or (found and num_gpus > len(found)):
             continue
         free = {HERE: min(gpu.free_bytes for gpu in found[:num_gpus])} if found else memory.CARDS
-        need = placement.needed(spec, precision, geometry, mesh, scheme)
+        need = placement.needed(spec, config.models, geometry, mesh)
         on_host = placement.on_host(need, mesh.group_size, num_gpus, free.get(HERE))
         for mode, parts in placement.terms(need, mesh.group_size).items():
             if mode == "sharded" and in_8_bits(scheme):
@@ -131,6 +133,7 @@ def fit(given: Options, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
         spec=spec,
         geometry=geometry,
         precision=precision,
+        vae_precision=config.models.vae_precision or precision,
         scheme=scheme,
         found=tuple(found),
         ways=tuple(ways),

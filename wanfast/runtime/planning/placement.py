@@ -13,10 +13,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wanfast.runtime.config import RanksConfig
+from wanfast.runtime.config import ModelsConfig, RanksConfig
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
-from wanfast.runtime.facts.choices import Precision, Scheme, Switch, in_8_bits
+from wanfast.runtime.facts.choices import Switch, in_8_bits
 from wanfast.runtime.facts.memory import gb
 from wanfast.runtime.facts.mesh import Mesh, choose_mesh
 from wanfast.runtime.facts.model_spec import ModelSpec
@@ -39,7 +39,7 @@ class Need:
     offloaded: int  # in host memory, if the idle expert is offloaded
     loop: int
     residuals: int  # that MagCache holds from step to step
-    decode: int
+    vae: int
     margin: int = memory.MARGIN_BYTES
     graphs: int = 0  # that the captured CUDA graphs of the loop hold after it
 
@@ -115,19 +115,12 @@ def check_skips(plan: Plan) -> None:
     plan.magcache_json()  # raises if a budget cannot be met
 
 
-def needed(
-    spec: ModelSpec,
-    precision: Precision,
-    geometry: Geometry,
-    mesh: Mesh,
-    scheme: Scheme | None = None,
-    num_residuals: int = 0,
-) -> Need:
+def needed(spec: ModelSpec, models: ModelsConfig, geometry: Geometry, mesh: Mesh, num_residuals: int = 0) -> Need:
     """Returns the bytes that one video needs on one rank of `mesh`.
 
     `num_residuals`: how many of MagCache's residuals the rank keeps between steps.
     """
-    own_tokens = -(-geometry.tokens // mesh.ulysses)
+    own_tokens, precision, scheme = -(-geometry.tokens // mesh.ulysses), models.precision, models.quantize
     return Need(
         expert=memory.expert_bytes(spec.dit, precision, scheme),
         block=memory.block_bytes(spec.dit, precision),
@@ -135,7 +128,7 @@ def needed(
         offloaded=memory.offloaded_bytes(spec.dit, precision, scheme),
         loop=memory.loop_bytes(spec, precision, own_tokens, scheme),
         residuals=num_residuals * memory.residual_bytes(spec.dit, own_tokens),
-        decode=memory.decode_bytes(spec, geometry),
+        vae=memory.vae_bytes(spec, geometry, models.vae_precision or precision) // mesh.group_size,
     )
 
 
@@ -143,9 +136,7 @@ def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
     needs = []
     for plan in plans:
         config = plan.config
-        need = needed(
-            plan.spec, config.models.precision, plan.geometry, mesh, config.models.quantize, plan.num_residuals(mesh)
-        )
+        need = needed(plan.spec, config.models, plan.geometry, mesh, plan.num_residuals(mesh))
         if config.ranks.device == "cpu":
             need = dataclasses.replace(need, margin=memory.CPU_MARGIN_BYTES)
         elif config.models.compile_mode == "max-autotune":
@@ -162,14 +153,14 @@ def modes(need: Need, ranks: int) -> dict[str, int]:
 
 def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
     """Returns the terms of the sums of `modes`, with their names."""
-    in_loop, at_decode = _in_loop(need), {"decode": need.decode} | ({"graphs": need.graphs} if need.graphs else {})
+    in_loop, in_vae = _in_loop(need), {"VAE": need.vae} | ({"graphs": need.graphs} if need.graphs else {})
     both, margin = {"both experts": 2 * need.expert}, {"margin": need.margin}
-    held = {"resident": {**both, **_larger(in_loop, at_decode), **margin}}
-    if _larger(in_loop, at_decode) is at_decode:
-        held["evicting"] = {**_larger({**both, **in_loop}, {"one expert": need.expert, **at_decode}), **margin}
+    held = {"resident": {**both, **_larger(in_loop, in_vae), **margin}}
+    if _larger(in_loop, in_vae) is in_vae:
+        held["evicting"] = {**_larger({**both, **in_loop}, {"one expert": need.expert, **in_vae}), **margin}
     if ranks > 1:
         shares = {"share of both": 2 * need.expert // ranks, "two blocks": 2 * need.block}
-        held["sharded"] = {**shares, **_larger(in_loop, at_decode), **margin}
+        held["sharded"] = {**shares, **_larger(in_loop, in_vae), **margin}
     return {**held, "offloaded": _offloaded(need)}
 
 
@@ -179,8 +170,8 @@ def _in_loop(need: Need) -> dict[str, int]:
 
 
 def _offloaded(need: Need) -> dict[str, int]:
-    """Returns the terms of the offloaded mode, in which no expert is on the GPU while the decoder works."""
-    worst = _larger({"one expert": need.expert, **_in_loop(need)}, {"decode": need.decode})
+    """Returns the terms of the offloaded mode, in which no expert is on the GPU while the VAE works."""
+    worst = _larger({"one expert": need.expert, **_in_loop(need)}, {"VAE": need.vae})
     return {**worst, "margin": need.margin}
 
 
@@ -239,7 +230,7 @@ def _refusal_on_cpu(plan: Plan, held: dict[str, int], free: int) -> str:
 
 _SWITCHES: dict[str, tuple[Switch, Switch]] = {
     "resident": ("off", "off"),
-    "evicting": ("off", "off"),  # both on the GPU; some weights are evicted while the decoder works
+    "evicting": ("off", "off"),  # both on the GPU; some weights are evicted while the VAE works
     "sharded": ("on", "off"),
     "offloaded": ("off", "on"),
 }
@@ -273,11 +264,10 @@ def _barred(
 def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) -> dict[str, int]:
     """Returns the bytes of host memory for each mode that puts weights there.
 
-    Only leaders evict weights, because they decode. A leader evicts the missing bytes if a GPU's `free` bytes are
-    known, else one expert.
+    A rank evicts the missing bytes if a GPU's `free` bytes are known, else one expert.
     """
     missing = need.expert if free is None else max(0, modes(need, ranks)["resident"] - free)
-    return {"evicting": missing * max(1, ranks_here // ranks), "offloaded": need.offloaded * ranks_here}
+    return {"evicting": missing * ranks_here, "offloaded": need.offloaded * ranks_here}
 
 
 def _shard_umt5(asked: RanksConfig, need: Need, ranks: int, free: int) -> Switch:

@@ -89,9 +89,7 @@ class Plan:
 
     @property
     def outputs(self) -> tuple[Path, ...]:
-        """The paths of the video, its JSON and, if asked for, its contact sheet; none if frames are returned."""
-        output = self.config.output
-        return () if output.output is None else output_paths(output.output, output.contact_sheet)
+        return self.config.output.paths
 
     @property
     def mesh(self) -> Mesh:
@@ -373,13 +371,6 @@ def _without_float8() -> str | None:
 def default_device() -> Device:
     """Returns cuda if the driver shows a GPU, else cpu. It does not ask torch; a rank raises if torch finds no GPU."""
     return "cuda" if gpus.visible_gpus() else "cpu"
-
-
-def output_paths(output: str, contact_sheet: bool) -> tuple[Path, ...]:
-    """Returns the paths of a video, its JSON and, if wanted, its contact sheet."""
-    video = Path(output)
-    suffixes = (".json", ".png") if contact_sheet else (".json",)
-    return (video, *(video.with_suffix(suffix) for suffix in suffixes))
 
 
 def _check_outputs(plan: Plan, *, overwrite: bool) -> None:

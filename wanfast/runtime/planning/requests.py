@@ -18,7 +18,7 @@ from wanfast.runtime.config.option import absolute, flag, options_of
 from wanfast.runtime.errors import ConfigError, WanFastError, failure, foreign
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
-from wanfast.runtime.planning.plan import Job, Plan, output_paths, resolve
+from wanfast.runtime.planning.plan import Job, Plan, resolve
 from wanfast.runtime.store.identity import is_old
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
@@ -124,9 +124,8 @@ def _plan(
         if request.error is not None:
             raise request.error
         output = _output_of(request)
-        written = output_paths(output.output, output.contact_sheet) if output.output else ()
-        if output.skip_existing and all(path.exists() for path in written):
-            return Planned(request, existing=written)
+        if output.skip_existing and all(path.exists() for path in output.paths):
+            return Planned(request, existing=output.paths)
         plan, files = resolve(request.options, runs=needs_weights)
         (separate,) = place([plan], must_fit=needs_weights)  # `plan_requests` places all lines together
         check_skips(separate)

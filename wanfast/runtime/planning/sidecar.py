@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.media import video_file
 from wanfast.runtime.planning.plan import Plan
-from wanfast.runtime.store.atomic import atomic_paths
+from wanfast.runtime.store.atomic import atomic_paths, not_written
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +41,59 @@ def with_seconds(document: dict[str, Any], facts: dict[str, Any], seconds: dict[
     return document | facts | {"seconds": rounded | {"total": round(sum(seconds.values()), 3)}}
 
 
+class Recording:
+    """Receives the frames of a video while they are decoded, and writes it as (mp4, JSON, perhaps a contact sheet).
+
+    All files appear together in `finish`, or none do. Without `outputs` nothing is written. Raises ConfigError for what
+    cannot be written.
+    """
+
+    def __init__(self, outputs: tuple[Path, ...], fps: int, *, overwrite: bool) -> None:
+        self._outputs, self._fps, self._overwrite = outputs, fps, overwrite
+        self._files, self._encoder = ExitStack(), ExitStack()
+        self._paths: list[Path] = []
+        self._writer: video_file.Mp4Writer | None = None
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Removes what `finish` has not published."""
+        kind = kind or InterruptedError
+        self._encoder.__exit__(kind, error, trace)
+        with suppress(InterruptedError, ConfigError):
+            self._files.__exit__(kind, error or InterruptedError(), trace)
+
+    def add(self, frames: npt.NDArray[np.uint8]) -> None:
+        """Takes the next frames [f, H, W, 3], and returns while they are encoded."""
+        if not self._outputs:
+            return
+        if self._writer is None:
+            self._paths = self._files.enter_context(atomic_paths(*self._outputs, overwrite=self._overwrite))
+            self._writer = self._encoder.enter_context(video_file.Mp4Writer(self._paths[0], self._fps))
+        try:
+            self._writer.add(frames)
+        except OSError as error:
+            raise not_written(self._outputs[0], error) from error
+
+    def finish(self, frames: npt.NDArray[np.uint8], document: dict[str, Any]) -> dict[str, Any]:
+        """Publishes the files and returns the JSON: `document` with the rest of the writing's time and the hash.
+
+        `frames`: all that were added; `document` comes from `with_seconds`.
+        """
+        mp4, json_file, *sheet = self._paths
+        with self._files:
+            started = time.perf_counter()
+            self._encoder.close()
+            for path in sheet:
+                video_file.write_contact_sheet(frames, path)
+            stages = {name: value for name, value in document["seconds"].items() if name != "total"}
+            document = with_seconds(document, {}, stages | {"write": time.perf_counter() - started})
+            document["output_sha256"] = hashlib.sha256(mp4.read_bytes()).hexdigest()
+            json_file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return document
+
+
 def write_video(
     frames: npt.NDArray[np.uint8], document: dict[str, Any], outputs: tuple[Path, ...], *, overwrite: bool
 ) -> dict[str, Any]:
@@ -46,13 +101,6 @@ def write_video(
 
     The time to write and the file's hash are added to `document`, which comes from `with_seconds`. Raises ConfigError.
     """
-    with atomic_paths(*outputs, overwrite=overwrite) as (mp4, json_file, *sheet):
-        started = time.perf_counter()
-        video_file.write_mp4(frames, mp4, document["plan"]["fps"])
-        for path in sheet:
-            video_file.write_contact_sheet(frames, path)
-        stages = {name: value for name, value in document["seconds"].items() if name != "total"}
-        document = with_seconds(document, {}, stages | {"write": time.perf_counter() - started})
-        document["output_sha256"] = hashlib.sha256(mp4.read_bytes()).hexdigest()
-        json_file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return document
+    with Recording(outputs, document["plan"]["fps"], overwrite=overwrite) as recording:
+        recording.add(frames)
+        return recording.finish(frames, document)

@@ -24,7 +24,7 @@ from wanfast.runtime.machine.launchers import refuse_launchers
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.placement import FreeMemory, check_skips, measure, place
-from wanfast.runtime.planning.plan import Plan, effective, model_of, output_paths, resolve
+from wanfast.runtime.planning.plan import Plan, effective, model_of, resolve
 from wanfast.runtime.processes.launch import RankGroups
 from wanfast.runtime.store.artifacts import new_run_folder
 from wanfast.runtime.store.model_files import ModelFiles
@@ -66,7 +66,7 @@ class Video:
         from wanfast.runtime.media import video_file
 
         output = OutputConfig(output=os.fspath(path), overwrite=overwrite, contact_sheet=contact_sheet)
-        outputs = output_paths(str(output.output), contact_sheet)
+        outputs = output.paths
         self._check_outputs(outputs, overwrite=overwrite)
         needed_bytes = self.frames.nbytes // 4
         video_file.check_outputs(

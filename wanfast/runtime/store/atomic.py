@@ -38,15 +38,20 @@ def atomic_paths(
                 raise ConfigError(f"{option} {target}: another program wrote this file meanwhile; choose another name")
         _publish(partials, targets)
     except OSError as error:
-        folder, reason = targets[0].parent, error.strerror or str(error)
-        raise ConfigError(
-            f"{option} {targets[0]}: cannot be written ({reason}; {_free_space(folder)}); "
-            "free some space or choose another folder"
-        ) from error
+        raise not_written(targets[0], error, option) from error
     finally:
         for left in (*partials, *map(_old_path, targets)):
             with suppress(OSError):
                 left.unlink()
+
+
+def not_written(target: Path, error: OSError, option: str = "--output") -> ConfigError:
+    """Returns the error of a file that could not be written."""
+    reason = error.strerror or str(error)
+    return ConfigError(
+        f"{option} {target}: cannot be written ({reason}; {_free_space(target.parent)}); "
+        "free some space or choose another folder"
+    )
 
 
 def _publish(partials: Sequence[Path], targets: Sequence[Path]) -> None:

@@ -68,10 +68,12 @@ def expert_on_meta(
     return model
 
 
-def build_vae(files: ModelFiles, device: str) -> WanVAE:
+def build_vae(files: ModelFiles, device: str, precision: Precision = "fp32") -> WanVAE:
+    """Returns the VAE; `precision` is the decoder's."""
     with torch.device("meta"):
-        model = WanVAE(files.spec.vae, dtype=torch.float32)
+        model = WanVAE(files.spec.vae, DTYPES[precision])
     checkpoint.load(model, files.weights("vae"), component="vae", layout=files.layout, ranks=Ranks(device))
+    model.lay_out()
     return model
 
 

@@ -1,0 +1,96 @@
+"""Shares the rows of each frame among the ranks of a video, for the VAE.
+
+Each rank has some rows of the latent grid, and the pixels that they stand for. Before each convolution in space, ranks
+exchange the row above and the row below their own, so that the result is that of one rank: nothing overlaps or blends.
+The one attention layer sees the whole frame: each rank computes its own queries for the keys and values of all.
+Any number of ranks can share; ranks beyond the number of latent rows have no part. A share may be a row larger than
+another. Sends are point to point, because shares differ.
+
+Shapes: B batch, C channels, T frames, h own rows, w columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """Describes how ranks share rows; the VAE takes it as its `rows`. `counts`: each rank's rows of the latent grid."""
+
+    rank: int
+    counts: tuple[int, ...]
+    halo = 1
+
+    @classmethod
+    def of(cls, rank: int, num_ranks: int, latent_rows: int) -> SplitRows:
+        """Returns shares that differ by one row at most."""
+        sharing = min(num_ranks, latent_rows)
+        least, larger = divmod(latent_rows, sharing)
+        return cls(rank, tuple(least + (index < larger) for index in range(sharing)))
+
+    @property
+    def has_part(self) -> bool:
+        return self.rank < len(self.counts)
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """Returns this rank's part of `dim`, whose length is a multiple of the latent grid's rows."""
+        scale = x.shape[dim] // sum(self.counts)
+        return x.narrow(dim, scale * sum(self.counts[: self.rank]), scale * self.counts[self.rank])
+
+    def fill(self, clip: Tensor) -> None:
+        """Writes the neighbours' rows, or zeros at the frame's edges, into the first and last row of [B,C,T,h+2,w]."""
+        edges = {self.rank - 1: (clip[..., 1, :], clip[..., 0, :]), self.rank + 1: (clip[..., -2, :], clip[..., -1, :])}
+        neighbours = {peer: rows for peer, rows in edges.items() if 0 <= peer < len(self.counts)}
+        sent = {peer: own for peer, (own, _) in neighbours.items()}
+        received = _exchange(sent, {peer: own.shape for peer, own in sent.items()}, clip)
+        for peer, (_, halo) in edges.items():
+            if peer in received:
+                halo.copy_(received[peer])
+            else:
+                halo.zero_()
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """Returns the parts of all ranks along `dim`, joined, on every rank that has a part."""
+        peers = [peer for peer in range(len(self.counts)) if peer != self.rank]
+        return self._joined(_exchange(dict.fromkeys(peers, x), self._shapes(x, dim, peers), x), x, dim)
+
+    def collect(self, x: Tensor, dim: int) -> Tensor | None:
+        """Returns the parts of all ranks along `dim`, joined, on the leader; None on other ranks."""
+        if self.rank:
+            _exchange({0: x}, {}, x)
+            return None
+        peers = range(1, len(self.counts))
+        return self._joined(_exchange({}, self._shapes(x, dim, peers), x), x, dim)
+
+    def _shapes(self, x: Tensor, dim: int, peers: range | list[int]) -> dict[int, torch.Size]:
+        scale = x.shape[dim] // self.counts[self.rank]
+        shapes = {}
+        for peer in peers:
+            sizes = list(x.shape)
+            sizes[dim] = scale * self.counts[peer]
+            shapes[peer] = torch.Size(sizes)
+        return shapes
+
+    def _joined(self, others: Mapping[int, Tensor], x: Tensor, dim: int) -> Tensor:
+        return torch.cat([x if peer == self.rank else others[peer] for peer in range(len(self.counts))], dim)
+
+
+def _exchange(sent: Mapping[int, Tensor], shapes: Mapping[int, torch.Size], like: Tensor) -> dict[int, Tensor]:
+    """Sends a tensor to each peer in `sent`; returns what each peer in `shapes` sends, in the dtype of `like`."""
+    received = {peer: like.new_empty(shape) for peer, shape in shapes.items()}
+    operations = [dist.P2POp(dist.isend, _bytes(x.contiguous()), peer) for peer, x in sent.items()]
+    operations += [dist.P2POp(dist.irecv, _bytes(x), peer) for peer, x in received.items()]
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    return received
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Returns a view of the memory as bytes, because gloo supports few dtypes."""
+    return x.view(-1).view(torch.uint8)

@@ -1,0 +1,88 @@
+"""Stores which cuDNN engines the VAE's convolutions use, so that a video made again has the same bits.
+
+The engines are searched while the first video of a size is made. The artifact `cudnn/<key>` keeps the choice, and later
+runs take it. The key names all that the choice depends on: GPU, cuDNN and its front end, size, precision, the code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.machine.packages import version_of
+from wanfast.runtime.models import convolution
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.store.artifacts import ArtifactStore, note
+from wanfast.runtime.store.code import digest_of_code
+from wanfast.runtime.store.json_files import read_object
+
+KIND = "cudnn"
+_FILE = "engines.json"
+_CODE = ("runtime/models/vae.py", "runtime/models/convolution.py")
+
+
+@contextmanager
+def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
+    """Uses the stored engines inside of the block; if there are none, stores those that the block chooses.
+
+    Each rank has its own. Yields them by shape; they are complete after the block, and empty where cuDNN's front end
+    does not run.
+    """
+    used: dict[str, str] = {}
+    if ranks.device != "cuda" or not convolution.HAS_FRONT_END:
+        yield used
+        return
+    store, inputs = ArtifactStore(Path(plan.config.models.artifacts_dir)), _inputs(plan, ranks)
+    stored = ranks.together(lambda: _stored(store, inputs))
+    convolution.choose(stored[str(ranks.rank)] if stored else {})
+    before = convolution.chosen()
+    yield used
+    new = {name: engine for name, engine in convolution.chosen().items() if name not in before}
+    used |= stored[str(ranks.rank)] if stored else new
+    if not all(ranks.gather(stored is not None)):
+        of_all = {str(rank): engines for rank, engines in enumerate(ranks.gather(new))}
+        ranks.lead(lambda: _store(store, inputs, of_all))
+
+
+def digest(engines: dict[str, str]) -> str | None:
+    """Returns a name for a choice of engines, for the record of a video; None for an empty one."""
+    text = json.dumps(engines, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12] if engines else None
+
+
+def _stored(store: ArtifactStore, inputs: dict[str, Any]) -> dict[str, dict[str, str]] | None:
+    folder = store.find(KIND, inputs, verify=True, damaged="miss")
+    return read_object(folder / _FILE, f"remove {folder}") if folder else None
+
+
+def _store(store: ArtifactStore, inputs: dict[str, Any], engines: dict[str, dict[str, str]]) -> None:
+    """Stores the engines; a video that is made is not lost because they cannot be stored."""
+    text = json.dumps(engines, indent=2, sort_keys=True) + "\n"
+    try:
+        store.publish(KIND, inputs, lambda new: cast(None, (new / _FILE).write_text(text)), {}, damaged="miss")
+    except ConfigError as error:
+        note(f"{error}: the next video searches for cuDNN's engines again, and may differ in last bits")
+
+
+def _inputs(plan: Plan, ranks: Ranks) -> dict[str, Any]:
+    geometry, models = plan.geometry, plan.config.models
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "front_end": version_of("nvidia-cudnn-frontend"),
+        "size": [geometry.width, geometry.height],
+        "one_frame": geometry.frames == 1,
+        "ranks": ranks.size,
+        "vae": plan.spec.vae.to_json(),
+        "vae_precision": models.vae_precision,
+        "tf32": torch.backends.cudnn.allow_tf32,
+        "code": digest_of_code(*_CODE),
+    }

@@ -1,0 +1,243 @@
+"""Convolves channels-last clips; on a GPU by the cuDNN engine that is fastest for each shape, with the bias fused.
+
+torch takes the first engine that cuDNN's heuristics name. For the VAE's shapes on Hopper another engine takes half the
+time, and torch adds the bias in a pass of its own. So a convolution here is a graph of cuDNN's own front end: product
+and bias in one kernel, rounded once. The engine is searched when a shape is first used: each engine runs on these very
+tensors, and the fastest stays. Left out are engines that are not deterministic, those that compile themselves at run
+time (seconds for each), and those that need much workspace.
+
+Engines sum in different orders, so another engine may change last bits. A caller who wants the same bits again keeps
+`chosen()` and gives it to `choose()` later. torch convolves on a CPU, in strict float32 (without TF32), with gradients,
+and where the front end is not installed or has no engine.
+
+Shapes: B batch, C channels, T frames, h w any grid; the memory of a clip is [B, T, h, w, C].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HAS_FRONT_END = torch.version.cuda is not None and find_spec("cudnn") is not None
+Triple: TypeAlias = tuple[int, int, int]
+
+_ALIGNED_BYTES = 16  # of a position's channels; engines copy what has fewer
+_RUNS = 3  # of each engine in a search; the fastest run counts
+_HOPELESS = 1.5  # an engine this much slower than the best so far runs only once
+_MOST_WORKSPACE_BYTES = 256 << 20
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, stride: Triple = (1, 1, 1), padding: Triple) -> Tensor:
+    """Returns the convolution of x [B,C,T,h,w] with `weight` [C',C,kt,kh,kw], plus `bias` [C'].
+
+    `x` may have more channels than `weight` reads; they must be zeros.
+    """
+    if x.is_cuda and HAS_FRONT_END and not torch.is_grad_enabled() and _may_use_tensor_cores(x.dtype):
+        return _by_cudnn(x, weight, bias, stride, padding)
+    return _by_torch(x, weight, bias, stride, padding)
+
+
+def padded_channels(channels: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Returns how many channels a convolution's input should have, so that no engine copies it first."""
+    if device.type != "cuda" or not HAS_FRONT_END:
+        return channels
+    aligned = _ALIGNED_BYTES // dtype.itemsize
+    return -(-channels // aligned) * aligned
+
+
+def chosen() -> dict[str, str]:
+    """Returns the engine of each shape that this process used or was given."""
+    return dict(_chosen)
+
+
+def choose(engines: Mapping[str, str]) -> None:
+    """Sets the engine of each shape in `engines`, except of shapes that have one."""
+    _chosen.update({shape: name for shape, name in engines.items() if shape not in _chosen})
+
+
+def _may_use_tensor_cores(dtype: torch.dtype) -> bool:
+    return dtype != torch.float32 or bool(torch.backends.cudnn.allow_tf32)
+
+
+def _by_torch(x: Tensor, weight: Tensor, bias: Tensor, stride: Triple, padding: Triple) -> Tensor:
+    """Calls oneDNN on a CPU, because torch takes a slow path for one small clip (8 times slower at 16 channels)."""
+    x = x[:, : weight.shape[1]]
+    has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
+    if x.device.type == "cpu" and has_onednn():
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
+    return F.conv3d(x, weight, bias, stride, padding)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Describes a convolution: all that decides which engines can compute it, and how fast they are."""
+
+    device: int
+    dtype: torch.dtype
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: Triple
+    padding: Triple
+
+    @property
+    def name(self) -> str:
+        sizes = (self.x, self.weight, self.stride, self.padding)
+        x, weight, stride, padding = ("x".join(map(str, each)) for each in sizes)
+        return f"{str(self.dtype).removeprefix('torch.')} {x} by {weight}, stride {stride}, padding {padding}"
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        sizes = zip(self.x[2:], self.weight[2:], self.stride, self.padding, strict=True)
+        grid = ((size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes)
+        return self.x[0], self.weight[0], *grid
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """Holds a convolution that cuDNN can run: graph, tensors by role, and the engine with its workspace."""
+
+    graph: Any
+    roles: dict[str, Any]
+    engine: int
+    workspace_bytes: int
+
+    def run(self, tensors: Mapping[str, Tensor]) -> None:
+        device = tensors["x"].device
+        workspace = torch.empty(max(1, self.workspace_bytes), dtype=torch.uint8, device=device)
+        pack = {self.roles[role]: tensor for role, tensor in tensors.items()}
+        self.graph.execute_plan_at_index(pack, workspace, self.engine, _handle(device))
+
+
+_chosen: dict[str, str] = {}  # a problem's name -> the name that cuDNN gives the engine; "torch" if there is none
+_graphs: dict[_Problem, _Graph | None] = {}  # None: torch convolves
+_handles: dict[torch.device, Any] = {}
+_TORCH = "torch"
+
+
+def _by_cudnn(x: Tensor, weight: Tensor, bias: Tensor, stride: Triple, padding: Triple) -> Tensor:
+    outputs, layout = weight.shape[0], torch.channels_last_3d
+    x, (weight, bias) = x.contiguous(memory_format=layout), _aligned(weight, bias, x.shape[1])
+    problem = _Problem(x.device.index, x.dtype, tuple(x.shape), tuple(weight.shape), stride, padding)
+    out = torch.empty(problem.out, dtype=x.dtype, device=x.device, memory_format=layout)
+    tensors = {"x": x, "weight": weight, "bias": bias, "out": out}
+    if problem not in _graphs:
+        _graphs[problem] = _search(problem, tensors)
+    graph = _graphs[problem]
+    if graph is None:
+        return _by_torch(x, weight, bias, stride, padding)[:, :outputs]
+    graph.run(tensors)
+    return out[:, :outputs]
+
+
+def _aligned(weight: Tensor, bias: Tensor, inputs: int) -> tuple[Tensor, Tensor]:
+    """Pads a weight to `inputs` channels, and its outputs so that no engine copies the result."""
+    outputs = padded_channels(weight.shape[0], weight.dtype, weight.device) - weight.shape[0]
+    missing = inputs - weight.shape[1]
+    if outputs or missing:
+        weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing, 0, outputs))
+        bias = F.pad(bias, (0, outputs))
+    return weight.contiguous(memory_format=torch.channels_last_3d), bias
+
+
+def _search(problem: _Problem, tensors: Mapping[str, Tensor]) -> _Graph | None:
+    """Returns the graph with the engine that was chosen before, else with the fastest one, which is then chosen.
+
+    Returns None if no engine can do it.
+    """
+    import cudnn
+
+    graph, roles = _build(problem)
+    engines = {graph.get_plan_name_at_index(index): index for index in range(graph.get_execution_plan_count())}
+    before = _chosen.get(problem.name)
+    if before == _TORCH:
+        return None
+    if before in engines:
+        return _with_engine(graph, roles, engines[before])
+    best: tuple[float, str, _Graph] | None = None
+    for name, index in engines.items():
+        try:
+            tried = _with_engine(graph, roles, index)
+            tried.run(tensors)  # the first run loads the kernel
+            seconds = _seconds(tried, tensors)
+            if best is None or seconds < _HOPELESS * best[0]:
+                seconds = min(seconds, *(_seconds(tried, tensors) for _ in range(_RUNS - 1)))
+        except torch.OutOfMemoryError:
+            raise  # the caller evicts weights, and the search begins again
+        except (cudnn.cudnnGraphNotSupportedError, RuntimeError):  # a left-out engine, or one that cannot do it
+            continue
+        if best is None or seconds < best[0]:
+            best = seconds, name, tried
+    _chosen[problem.name] = best[1] if best else _TORCH
+    return best[2] if best else None
+
+
+def _with_engine(graph: Any, roles: dict[str, Any], index: int) -> _Graph:
+    graph.build_plan_at_index(index)
+    return _Graph(graph, roles, index, graph.get_workspace_size_plan_at_index(index))
+
+
+def _seconds(graph: _Graph, tensors: Mapping[str, Tensor]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    graph.run(tensors)
+    end.record()
+    end.synchronize()
+    return cast(float, start.elapsed_time(end)) / 1e3
+
+
+def _build(problem: _Problem) -> tuple[Any, dict[str, Any]]:
+    """Returns a graph with its candidate engines, and its tensors by role."""
+    import cudnn
+
+    kind = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float32: cudnn.data_type.FLOAT}[problem.dtype]
+    sums = cudnn.data_type.FLOAT
+    handle = _handle(torch.device("cuda", problem.device))
+    graph = cudnn.pygraph(io_data_type=kind, intermediate_data_type=sums, compute_data_type=sums, handle=handle)
+
+    def tensor(role: str, sizes: tuple[int, ...]) -> Any:
+        return graph.tensor(name=role, dim=list(sizes), stride=_strides(sizes), data_type=kind)
+
+    roles = {
+        "x": tensor("x", problem.x),
+        "weight": tensor("weight", problem.weight),
+        "bias": tensor("bias", (1, problem.weight[0], 1, 1, 1)),
+    }
+    stride, padding, dilation = list(problem.stride), list(problem.padding), [1, 1, 1]
+    product = graph.conv_fprop(
+        image=roles["x"], weight=roles["weight"], padding=padding, stride=stride, dilation=dilation
+    )
+    product.set_data_type(sums)
+    out = roles["out"] = graph.bias(name="out", input=product, bias=roles["bias"])
+    out.set_output(True).set_data_type(kind).set_dim(list(problem.out)).set_stride(_strides(problem.out))
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A])  # not the fallback engines, which run for seconds
+    graph.deselect_numeric_notes([cudnn.numerical_note.NONDETERMINISTIC])
+    graph.deselect_behavior_notes([cudnn.behavior_note.RUNTIME_COMPILATION])
+    graph.deselect_workspace_greater_than(_MOST_WORKSPACE_BYTES)
+    graph.check_support()
+    return graph, roles
+
+
+def _strides(sizes: tuple[int, ...]) -> list[int]:
+    """Returns the strides of a channels-last clip; torch may state others for a dimension of one."""
+    _, channels, frames, height, width = sizes
+    return [frames * height * width * channels, 1, height * width * channels, width * channels, channels]
+
+
+def _handle(device: torch.device) -> Any:
+    """Returns this device's handle, which runs on torch's current stream."""
+    import cudnn
+
+    handle = _handles.get(device)
+    if handle is None:
+        with torch.cuda.device(device):
+            handle = _handles[device] = cudnn.create_handle()
+    cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
+    return handle

@@ -1,0 +1,72 @@
+"""Each function here is one pass over a channels-last clip, between two convolutions of the VAE.
+
+A pass computes in float32 and rounds once. Each function has its formula in plain PyTorch and a Triton kernel in
+`vae_kernels`, which runs on a GPU, in inference; the tests compare the two.
+Shapes: B batch, C channels, T frames, h w any grid.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+HAS_KERNELS = torch.version.cuda is not None and find_spec("triton") is not None
+if HAS_KERNELS:
+    from wanfast.runtime.models import vae_kernels
+
+_TINIEST = 1e-12  # so that a position of zeros has a norm
+
+
+def rms_norm(x: Tensor, gamma: Tensor, *, silu: bool = False) -> Tensor:
+    """Returns x [B,C,...] divided by its root mean square over C, times gamma [C,...]; or SiLU of that."""
+    if _by_kernel(x):
+        out = torch.empty_like(x)
+        vae_kernels.rms_norm(_positions(x), _positions(out), gamma.flatten(), silu)
+        return out
+    return _formula(x, gamma, silu).to(x.dtype)
+
+
+def rms_norm_silu_into(out: Tensor, x: Tensor, gamma: Tensor) -> None:
+    """Writes SiLU of the norm of x [B,C,T,h,w] into the first C channels of `out` [B,C+n,T,h,w]."""
+    if _by_kernel(x):
+        vae_kernels.rms_norm(_positions(x), _positions(out), gamma.flatten(), True)
+    else:
+        out[:, : x.shape[1]] = _formula(x, gamma, True)
+
+
+def upsample(x: Tensor, rate: int, halo: int = 0) -> Tensor:
+    """Maps [B,rate*C,T,h,w] to [B,C,rate*T,2h+2*halo,2w]: pixels become 2x2, and the parts of C become frames.
+
+    The `halo` rows at the top and at the bottom are not written.
+    """
+    batch, channels, frames, height, width = x.shape
+    sizes = (batch, channels // rate, frames * rate, 2 * height + 2 * halo, 2 * width)
+    out = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    own = out[:, :, :, halo : halo + 2 * height]
+    if _by_kernel(x):
+        vae_kernels.upsample(x[0].permute(1, 2, 3, 0), own[0].permute(1, 2, 3, 0), rate)
+        return out
+    apart = rearrange(x, "b (r c) t h w -> (b t r) c h w", r=rate)
+    doubled = F.interpolate(apart, scale_factor=2, mode="nearest-exact")
+    own.copy_(rearrange(doubled, "(b t) c h w -> b c t h w", b=batch))
+    return out
+
+
+def _formula(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(_TINIEST)
+    normed = (x * (x.shape[1] ** 0.5 / norm)).mul_(gamma)
+    return F.silu(normed, inplace=True) if silu else normed
+
+
+def _positions(x: Tensor) -> Tensor:
+    """Returns a channels-last [1,C,T,h,w] as [T, h*w, C], or [1,C,h,w] as [1, h*w, C], without a copy."""
+    rows = x[0].movedim(0, -1)
+    return (rows if rows.dim() == 4 else rows[None]).flatten(1, 2)
+
+
+def _by_kernel(x: Tensor) -> bool:
+    return HAS_KERNELS and x.is_cuda and x.shape[0] == 1 and not torch.is_grad_enabled()
