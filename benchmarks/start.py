@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -30,7 +29,7 @@ from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.packages import commit, versions
 
 PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/star.png"
-MARKS = '''
+MARKS = """
 import contextlib, importlib.machinery, os, sys, time
 
 def mark(name):
@@ -80,7 +79,7 @@ class Finder:
         return spec
 
 sys.meta_path.insert(0, Finder)
-'''
+"""
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import signal
 import subprocess
 from collections.abc import Callable
@@ -25,8 +24,6 @@ from wanfast.runtime.machine.gpus import Gpu
 from wanfast.runtime.planning import placement
 from wanfast.runtime.weights import checkpoint
 
-if torch.version.cuda is None:
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this at import and then interprets its kernels on a CPU, slowly
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to a job in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the suite runs as many processes as there are cores

@@ -30,11 +30,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from tests import compiler_cache
 
-compiler_cache.install()  # before the imports below, some of which import Inductor
+if torch.version.cuda is None:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this at import and then interprets its kernels on a CPU, slowly
+compiler_cache.install()  # before the imports below, some of which import Inductor and Triton
 for name in (
     "ftfy",
     "torch._dynamo",
