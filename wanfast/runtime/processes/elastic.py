@@ -7,6 +7,7 @@ forks of it. The facts of a failure that torchrun's agent knows are written to R
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -132,5 +133,8 @@ def _set_environment(config: RanksConfig, place: int, processes: int) -> None:
 if __name__ == "__main__":
     end_with_parent()  # effective until the launcher handles signals itself
     code = main(Path(sys.argv[1]), int(sys.argv[2]))
-    gc.freeze()  # else the interpreter, before it ends, searches all of torch for garbage
-    sys.exit(code)
+    # The interpreter's own end takes all of torch apart, for half a second. Forks of multiprocessing end like this too.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
