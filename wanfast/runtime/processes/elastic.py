@@ -19,7 +19,6 @@ from typing import IO, Any
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.signals import PARENT, end_with_parent
-from wanfast.runtime.processes import worker
 from wanfast.runtime.processes.forks import Forked, fork
 from wanfast.runtime.store.artifacts import RANKS, SETUP, replace_text
 
@@ -35,8 +34,10 @@ def main(run_folder: Path, number: int) -> int:
         number % document["groups"],
     )  # a restarted group has the same place
     processes = min(config.num_gpus, config.mesh.group_size)
-    _set_environment(config, place, processes)  # before torch, which reads some of it when it is imported
-    gc.disable()  # the search for garbage would take a tenth of the import
+    _set_environment(config, place, processes)
+    gc.disable()  # the search for garbage takes a fifth of an import
+    from wanfast.runtime.processes import worker  # numpy and torch read the environment when they are imported
+
     worker.import_all()
     ranks = fork(processes)
     gc.enable()
@@ -78,7 +79,7 @@ def _launch(run_folder: Path, number: int, config: RanksConfig, ranks: list[Fork
     failed: dict[str, Any]
     stopped = _stopped_by_the_agent()
     try:
-        elastic_launch(launch, worker.__name__)()
+        elastic_launch(launch, "wanfast.runtime.processes.worker")()  # a name for the logs
         return 0
     except ChildFailedError as error:
         failed = {
