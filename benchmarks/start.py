@@ -100,7 +100,7 @@ def main() -> None:
                         starts[checkout, way].append(seconds)
                         print(checkout, way, json.dumps(seconds), file=sys.stderr)
     rows = [
-        {"checkout": checkouts.index(checkout), "bytecode": way == "bytecode", "seconds": min(found, key=_sum)}
+        {"commit": _commit(checkout), "bytecode": way == "bytecode", "seconds": min(found, key=_sum)}
         | {"ready_s": sorted(one["ready"] for one in found), "end_s": sorted(one["end"] for one in found)}
         for (checkout, way), found in starts.items()
     ]
@@ -108,6 +108,11 @@ def main() -> None:
     hardware["gpus"] = [gpu.name for gpu in gpus.visible_gpus()] if options.device == "cuda" else []
     facts = {"ranks": options.ranks, "device": options.device, "rounds": options.rounds, "hardware": hardware}
     print(json.dumps({**facts, "versions": versions(), "commit": commit(), "rows": rows}))
+
+
+def _commit(checkout: Path) -> str:
+    command = ["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _sum(seconds: dict[str, float]) -> float:
