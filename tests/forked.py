@@ -3,38 +3,32 @@
 Such a process has an id, a session, an environment, pipes, signals and an exit code of its own, and the processes that
 it starts are forked too, so that commands and launchers talk and die as they do when installed, and start in a tenth of
 a second instead of seconds. Tests of the start itself use `subprocess.Popen`.
-
-Torchrun's agent has threads, so its own fork could inherit a lock that one of them holds. Therefore a launcher first
-forks a starter, a process without threads. The starter forks the ranks, and the launcher becomes their parent.
 """
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import importlib
 import inspect
 import logging
 import os
-import pickle
 import random
 import runpy
 import signal
-import socket
 import subprocess
 import sys
-import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+import torch
 
 from tests import compiler_cache
 
-compiler_cache.install()  # before the imports below, some of which import Inductor
+if torch.version.cuda is None:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this at import and then interprets its kernels on a CPU, slowly
+compiler_cache.install()  # before the imports below, some of which import Inductor and Triton
 for name in (
     "ftfy",
     "torch._dynamo",
@@ -50,8 +44,8 @@ for name in (
 _RealPopen = subprocess.Popen
 _SIGNATURE = inspect.signature(_RealPopen._execute_child)
 _STREAMS = ("p2cread", "c2pwrite", "errwrite")  # the new process's stdin, stdout and stderr; -1 is the parent's own
-REAL_RANKS = "WANFAST_TESTS_REAL_RANKS"  # in the environment: ranks import torch themselves, and read its variables
-_PR_SET_CHILD_SUBREAPER = 36  # <sys/prctl.h>
+LAUNCHER = "wanfast.runtime.processes.elastic"
+REAL_LAUNCHERS = "WANFAST_TESTS_REAL_LAUNCHERS"  # in the environment: launchers import torch, and so read its variables
 
 
 class ForkedPopen(_RealPopen):  # type: ignore[type-arg]
@@ -60,7 +54,8 @@ class ForkedPopen(_RealPopen):  # type: ignore[type-arg]
     def _execute_child(self, *arguments: Any, **named: Any) -> None:
         asked = _SIGNATURE.bind(self, *arguments, **named).arguments
         words = asked["args"]
-        if isinstance(words, str) or words[0] != sys.executable or not {"-m", "-c"} & set(words[1:3]):
+        own = not isinstance(words, str) and words[0] == sys.executable and {"-m", "-c"} & set(words[1:3])
+        if not own or (LAUNCHER in words and REAL_LAUNCHERS in os.environ):
             super()._execute_child(*arguments, **named)
             return
         self.pid = self._fork({name: asked[name] for name in ("args", "cwd", "env", "start_new_session", *_STREAMS)})
@@ -76,68 +71,6 @@ class ForkedPopen(_RealPopen):  # type: ignore[type-arg]
         if pid == 0:
             _become(asked)
         return pid
-
-
-class _RankPopen(ForkedPopen):
-    """Replaces `subprocess.Popen` in torchrun's agent: the starter forks, not the agent."""
-
-    starter: socket.socket
-
-    def _fork(self, asked: dict[str, Any]) -> int:
-        _adopt_orphans(True)
-        socket.send_fds(self.starter, [pickle.dumps(asked)], [asked[name] for name in _STREAMS if asked[name] != -1])
-        pid = int(self.starter.recv(16))
-        _adopt_orphans(False)
-        return pid
-
-
-def _adopt_orphans(on: bool) -> None:
-    """Sets whether this process becomes the parent of descendants whose parent ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(on))
-
-
-@contextmanager
-def _starter() -> Iterator[None]:
-    """Provides a starter, which forks the ranks for the agent that this process runs meanwhile."""
-    _RankPopen.starter, requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
-    if pid == 0:
-        _RankPopen.starter.close()
-        _serve(requests)
-    requests.close()
-    subprocess_handler.Popen = _RankPopen  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-
-
-def _serve(requests: socket.socket) -> NoReturn:
-    """Forks every rank that the launcher asks for, until the launcher has ended."""
-    try:
-        while (received := socket.recv_fds(requests, 1 << 18, len(_STREAMS)))[0]:
-            message, descriptors = received[:2]
-            between = os.fork()
-            if between == 0:
-                _fork_orphan(pickle.loads(message), descriptors, requests)
-            os.waitpid(between, 0)
-            for descriptor in descriptors:
-                os.close(descriptor)
-    finally:
-        os._exit(0)
-
-
-def _fork_orphan(asked: dict[str, Any], descriptors: list[int], requests: socket.socket) -> NoReturn:
-    """Forks a rank and ends, so that the launcher adopts the rank."""
-    between, received = os.getpid(), iter(descriptors)
-    if os.fork():
-        os._exit(0)
-    while os.getppid() == between:
-        time.sleep(0.001)
-    os.setsid()
-    requests.send(str(os.getpid()).encode())
-    _become(asked | {name: next(received) for name in _STREAMS if asked[name] != -1} | {"start_new_session": False})
 
 
 def _become(asked: dict[str, Any]) -> NoReturn:
@@ -194,9 +127,7 @@ def _run(words: Sequence[str]) -> int:
                 exec(program, {"__name__": "__main__"})
             else:
                 sys.modules.pop(program, None)  # `runpy` would warn of it
-                forks_ranks = program == "wanfast.runtime.processes.elastic" and REAL_RANKS not in os.environ
-                with _starter() if forks_ranks else nullcontext():
-                    runpy.run_module(program, run_name="__main__", alter_sys=True)
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
             return 0
         except SystemExit as stop:
             if isinstance(stop.code, str):

@@ -20,7 +20,7 @@ import torch
 
 from tests.configs import effective_config
 from tests.conftest import Machine, Outcome
-from tests.forked import REAL_RANKS, ForkedPopen
+from tests.forked import REAL_LAUNCHERS, ForkedPopen
 from tests.small_model import plan_small_model
 from wanfast.commands import warmup
 from wanfast.commands.report import Report
@@ -119,7 +119,7 @@ def test_a_torch_that_stores_nothing_is_reported_before_it_compiles(
     workdir: Path, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(*variable.split("="))
-    monkeypatch.setenv(REAL_RANKS, "1")
+    monkeypatch.setenv(REAL_LAUNCHERS, "1")
     refused = in_a_process_of_its_own(workdir, "warmup", *SHAPE)
     assert refused.exit_code == 2 and f"unset {variable.split('=')[0]}" in refused.err.replace("and ", "unset ")
     told = [file.read_text() for file in workdir.glob("artifacts/runs/*/progress/*.json")]

@@ -173,3 +173,19 @@ def test_no_kernel_is_compiled_for_what_stands_around_the_blocks(monkeypatch: py
         model(*inputs, torch.tensor([500]), text, rotary_tables((2, 2, 2), 24, "cpu"))
     model.blocks = torch.nn.ModuleList()
     model(*inputs, torch.tensor([500]), [], rotary_tables((2, 2, 2), 24, "cpu"))
+
+
+@torch.no_grad()
+def test_operators_compute_what_the_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = importlib.import_module("wanfast.runtime.models.fused_kernels")
+    names = ("wrap_triton", "add_layer_norm", "quantize_tokens", "rms_norm_rotate")
+    bare = {name: getattr(kernels, name) for name in names}
+    for name, function in bare.items():
+        monkeypatch.setattr(kernels, name, function)  # so that they are bare again after this test
+    x, weight = normal(1, TOKENS, 96, seed=0), normal(96, seed=1)
+    expected = bare["rms_norm_rotate"](x, weight, EPS, None, None), *bare["quantize_tokens"](x, torch.int8, True)
+    kernels.make_operators()
+    made = kernels.make_operators()  # of no effect
+    assert made is None and not any(getattr(kernels, name) is bare[name] for name in names)
+    found = torch.ops.wanfast.rms_norm_rotate(x, weight, EPS, None, None), *kernels.quantize_tokens(x, torch.int8, True)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -111,11 +110,19 @@ def only_inputs(folder: Path) -> bool:
     return sorted(path.name for path in folder.iterdir() if path.name not in ("artifacts", "faults")) == ["cat.png"]
 
 
-def with_fault(folder: Path, code: str, *, rank: int, replica: int = 0) -> dict[str, str]:
-    """Returns an environment in which one rank runs `code` before the program."""
-    mark = f"os.environ.get('RANK') == '{rank}' and sys.argv[-1] == '{replica}'"
+def with_fault(folder: Path, code: str, *, rank: int, replica: int | None = 0) -> dict[str, str]:
+    """Returns an environment in which a rank of one group, or of all if `replica` is None, runs `code` first."""
     (folder / "faults").mkdir()
-    (folder / "faults/sitecustomize.py").write_text(f"import os, sys\nif {mark}:\n{textwrap.indent(code, '    ')}\n")
+    (folder / "faults/sitecustomize.py").write_text(f"""
+import os
+from wanfast.runtime.processes import worker
+main = worker.main
+def faulty(run_folder, number):
+    if os.environ["RANK"] == "{rank}" and {replica} in (None, number):
+        exec({code!r}, {{"os": os}})
+    main(run_folder, number)
+worker.main = faulty
+""")
     return {"PYTHONPATH": str(folder / "faults")}
 
 
@@ -264,7 +271,8 @@ def test_ranks_die_with_a_parent_that_is_killed(start: Start) -> None:
     run = start(*ENDLESS, "--num-gpus", "2", forked=False)  # whose environment is read
     run.wait_for_steps()
     children = run.children()
-    assert all(child.environ()["WANFAST_PARENT"] == str(child.ppid()) for child in children)
+    (launcher,) = (child for child in children if child.ppid() == run.process.pid)
+    assert launcher.environ()["WANFAST_PARENT"] == str(run.process.pid)
     run.process.kill()
     assert len(children) == 3 and gone(children, 10)
 

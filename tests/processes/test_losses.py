@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.processes.test_launch import SMALL, Start, start
+from tests.processes.test_launch import SMALL, Start, start, with_fault
 from wanfast.runtime.store.model_files import TINY
 
 __all__ = ["start"]
@@ -21,43 +21,42 @@ __all__ = ["start"]
 # On rank 1, in the second step, by the prompt of the line.
 FAULTS = """
 import os, signal, sys, time
-if os.environ.get("RANK") == "1":
-    import torch
-    from wanfast.runtime.engine import session
-    make = session.Session.make
+import torch
+from wanfast.runtime.engine import session
+make = session.Session.make
 
-    def fail(prompt):
-        if "memory" in prompt:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        if "killed" in prompt:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if "hangs" in prompt:
-            time.sleep(1000)
-        if "disk" in prompt:
-            with open("full/filler", "wb", buffering=0) as filler:
-                try:
-                    while True:
-                        filler.write(bytes(4096))
-                except OSError:
-                    pass
+def fail(prompt):
+    if "memory" in prompt:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    if "killed" in prompt:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "hangs" in prompt:
+        time.sleep(1000)
+    if "disk" in prompt:
+        with open("full/filler", "wb", buffering=0) as filler:
+            try:
+                while True:
+                    filler.write(bytes(4096))
+            except OSError:
+                pass
 
-    def faulty(self, job, on_step, *others):
-        def stepped(done, expert):
-            if done == 1:
-                fail(job.config.video.prompt)
-            on_step(done, expert)
+def faulty(self, job, on_step, *others):
+    def stepped(done, expert):
+        if done == 1:
+            fail(job.config.video.prompt)
+        on_step(done, expert)
 
-        return make(self, job, stepped, *others)
+    return make(self, job, stepped, *others)
 
-    session.Session.make = faulty
-    load = session.load_models
+session.Session.make = faulty
+load = session.load_models
 
-    def faulty_load(files, *others):
-        if files.root.name == "deadly":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return load(files, *others)
+def faulty_load(files, *others):
+    if files.root.name == "deadly":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return load(files, *others)
 
-    session.load_models = faulty_load
+session.load_models = faulty_load
 """
 
 
@@ -97,10 +96,8 @@ def test_each_bad_line_has_its_own_reason_and_the_others_are_made(
     write_model_with_nan(workdir / "nan")
     lines = [{"output": f"{line}.mp4", "steps": 3} | bad.get(line, ({}, ""))[0] for line in range(1, 13)]
     (workdir / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (workdir / "faults").mkdir()
-    (workdir / "faults/sitecustomize.py").write_text(FAULTS)
     mesh = ("--num-gpus", str(ranks), "--cfg-parallel", "2", "--ulysses", "1", "--rank-timeout", "6")
-    environment = {"PYTHONPATH": str(workdir / "faults")}
+    environment = with_fault(workdir, FAULTS, rank=1, replica=None)
     run = start(*SMALL, *mesh, "--jobs", "jobs.jsonl", "--json", environment=environment)
     run.wait_for_launcher()
     code, out, err = run.end(220)
@@ -126,9 +123,7 @@ def test_models_that_kill_their_ranks_lose_only_their_lines(start: Start, workdi
     shutil.copytree(TINY, workdir / "deadly")
     lines = [{"output": f"{line}.mp4", "steps": 1} | ({"model": "deadly"} if line < 5 else {}) for line in range(1, 7)]
     (workdir / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (workdir / "faults").mkdir()
-    (workdir / "faults/sitecustomize.py").write_text(FAULTS)
-    environment = {"PYTHONPATH": str(workdir / "faults")}
+    environment = with_fault(workdir, FAULTS, rank=1, replica=None)
     run = start(*SMALL, "--num-gpus", "2", "--jobs", "jobs.jsonl", "--json", environment=environment)
     code, out, err = run.end(100)
     results = json.loads(out.strip().splitlines()[-1])["results"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +72,7 @@ def _here(
     """Runs the jobs on one rank in this process."""
     if device == "cuda":
         gpus.set_environment()
+    atexit.register(gc.freeze)  # else the interpreter, before it ends, searches all of torch for garbage
     from wanfast.runtime.distributed.ranks import Ranks  # torch begins here
     from wanfast.runtime.engine.session import Sessions
     from wanfast.runtime.processes.worker import worker_half

@@ -8,15 +8,20 @@ Source: PyTorch FSDP (arXiv 2304.11277); torch.distributed.fsdp.fully_shard.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor  # takes seconds to import, so only what shards imports it
 
 
 def shard(model: nn.Module, device: str) -> None:
     """Shards a model with `blocks` over all ranks of the rank group: one unit for each block, and one for the rest."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     world = dist.group.WORLD
     assert world is not None
     mesh = DeviceMesh.from_group(world, device)
@@ -26,10 +31,15 @@ def shard(model: nn.Module, device: str) -> None:
             register_fsdp_forward_method(module, "encode_text")
 
 
+def is_sharded(parameter: Tensor) -> TypeGuard[DTensor]:
+    """Returns whether each rank holds only some rows of a parameter."""
+    return hasattr(parameter, "placements")
+
+
 def own_rows(parameter: Tensor) -> tuple[int, int]:
     """Returns the rows (first, end) along dim 0 of a parameter that this rank holds: all, if it is not sharded."""
     rows = parameter.shape[0] if parameter.dim() else 1  # a scalar is read whole
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return 0, rows
     share = -(-rows // parameter.device_mesh.size())
     first = min(rows, parameter.device_mesh.get_local_rank() * share)
@@ -38,8 +48,10 @@ def own_rows(parameter: Tensor) -> tuple[int, int]:
 
 def from_own_rows(rows: Tensor, parameter: Tensor) -> Tensor:
     """Returns the sharded parameter whose part on this rank is `rows`; an unsharded parameter is `rows`."""
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return rows
+    from torch.distributed.tensor import DTensor, Shard
+
     assert parameter.placements == (Shard(0),)
     mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(rows, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())

@@ -5,7 +5,7 @@ own tokens and all heads becomes [B, L, H/P, D] of all tokens and own heads, and
 and q while k is computed, which hides two of the four exchanges of a block. Of 4 L d / P values, P-1 of P parts leave a
 rank. If P does not divide the tokens, zero rows are added at the end. Padded keys are cut off before attention, so the
 result is that of one rank.
-Collectives are functional, so that a compiled block stays one graph.
+In a compiled block collectives are functional, so that a compiled block stays one graph.
 Limit: P must divide the heads. Source: DeepSpeed-Ulysses (arXiv 2309.14509) section 3.
 
 Shapes: B batch, L tokens, N tokens with padding, P ranks, H heads, D head dim.
@@ -13,6 +13,7 @@ Shapes: B batch, L tokens, N tokens with padding, P ranks, H heads, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,11 +49,11 @@ class Ulysses:
 
     def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
         """Returns attention over all `num_tokens` tokens for this rank's N/P tokens; [B, N/P, H, D] in and out."""
-        sent = [self._exchange(self._by_heads(*project(name))) for name in "vqk"]
-        all_v, all_q, all_k = (rearrange(parts, "P B l h D -> B (P l) h D") for parts in sent)
+        sent = [self._send(self._by_heads(*project(name))) for name in "vqk"]
+        all_v, all_q, all_k = (rearrange(wait(), "P B l h D -> B (P l) h D") for wait in sent)
         out = attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
-        parts = self._exchange(rearrange(out, "B (P l) h D -> P B l h D", P=self.group.size()))
-        return rearrange(parts, "P B l h D -> B l (P h) D")
+        wait = self._send(rearrange(out, "B (P l) h D -> P B l h D", P=self.group.size()))
+        return rearrange(wait(), "P B l h D -> B l (P h) D")
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
         """Returns all tokens along `dim` on every rank, without the padding."""
@@ -61,7 +62,13 @@ class Ulysses:
     def _by_heads(self, x_BLHD: Tensor) -> Tensor:
         return rearrange(x_BLHD, "B l (P h) D -> P B l h D", P=self.group.size())
 
-    def _exchange(self, parts: Tensor) -> Tensor:
-        """Sends parts[p] to rank p, and returns the part from rank p at [p]; the first use of the result waits."""
-        exchanged: Tensor = funcol.all_to_all_single(packed(parts), None, None, self.group)
-        return exchanged
+    def _send(self, parts: Tensor) -> Callable[[], Tensor]:
+        """Sends parts[p] to rank p; returns a function that waits, and returns the part from rank p at [p]."""
+        parts = packed(parts)
+        if torch.compiler.is_compiling():
+            exchanged: Tensor = funcol.all_to_all_single(parts, None, None, self.group)
+            return lambda: exchanged
+        # The same without torch's tensor that waits by itself, whose first use imports the compiler, for seconds.
+        each, functional = [1] * self.group.size(), torch.ops._c10d_functional
+        sent = functional.all_to_all_single(parts, each, each, self.group.group_name)
+        return lambda: functional.wait_tensor(sent)

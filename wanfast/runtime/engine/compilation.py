@@ -34,6 +34,7 @@ from wanfast.runtime.facts.choices import CompileMode
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.fused import make_operators
 from wanfast.runtime.store.artifacts import ArtifactStore, Published, note
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.sharing import who_can_write
@@ -83,6 +84,7 @@ def _import_compiler(gpu: int | None) -> None:
 def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
     """Makes every block of the model run compiled from now on; the first forward compiles."""
     torch._dynamo.config.recompile_limit = _SIZES
+    make_operators()
     for block in model.blocks:
         block.compile(fullgraph=True, dynamic=False, mode=None if mode == "default" else mode)
     if mode == "max-autotune":  # a forward's graphs form one chain: each holds what the next one reads

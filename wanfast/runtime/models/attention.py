@@ -1,8 +1,8 @@
 """One function computes scaled dot-product attention, so that models know neither the kernel nor where tokens are.
 
 At 75,600 tokens self-attention is 72 % of all work (4 L^2 d a block, beside 45 TFLOP of linears). So the kernel decides
-the speed of the program. Every kernel is called through one custom operator. The compiler knows the shape of the
-operator's output and does not trace into the operator. So a compiled block stays one graph with any kernel.
+the speed of the program. In a compiled block every kernel is called through one opaque operator, so that the block
+stays one graph with any kernel.
 Shapes: B batch, L tokens, H heads, D head dim.
 """
 
@@ -12,11 +12,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wanfast.runtime.models.attention_kernels import KERNELS, AttentionFn
+from wanfast.runtime.models.operators import opaque
 
 ProjectFn = Callable[[str], list[Tensor]]  # "qkv" or one letter -> a tensor [B, L, H, D] for each letter
 
@@ -35,14 +35,9 @@ def attention_by(kernel: str) -> AttentionFn:
     return partial(_attention, kernel=kernel)
 
 
-@torch.library.custom_op("wanfast::attention", mutates_args=())
+@opaque("wanfast::attention", shape=lambda q, k, v, kernel: q.new_empty(q.shape))
 def _attention(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
     return KERNELS[kernel].run(q, k, v).contiguous()
-
-
-@_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
-    return q.new_empty(q.shape)
 
 
 class Sequence(Protocol):

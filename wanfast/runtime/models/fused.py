@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from wanfast.runtime.models.operators import opaque
 from wanfast.runtime.models.rope import RotaryTables, apply_rotary
 from wanfast.runtime.models.tokens import LARGEST, QuantizedTokens, Tokens
 
@@ -88,21 +89,21 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     In inference on a GPU the activation is part of the product.
     """
     if x.is_cuda and not torch.is_grad_enabled():
-        out: Tensor = _linear_gelu(x, weight, bias)
-        return out
+        return _linear_gelu(x, weight, bias)
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
 # Opaque to the compiler, which would split it into a product and a pass over [L, ffn_dim] for the activation.
-@torch.library.custom_op("wanfast::linear_gelu", mutates_args=())
+@opaque("wanfast::linear_gelu", shape=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])))
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)  # cuBLAS's epilogue: tanh on GPUs
     return out.view(*x.shape[:-1], -1)
 
 
-@_linear_gelu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def make_operators() -> None:
+    """Prepares the kernels for torch.compile, which cannot trace a bare kernel."""
+    if HAS_KERNELS:
+        fused_kernels.make_operators()
 
 
 def _by_kernel(x_BLd: Tensor) -> bool:

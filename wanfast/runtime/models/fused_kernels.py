@@ -1,27 +1,38 @@
 """These Triton kernels implement `fused`: a program loads a row of d values into registers, so each is read once.
 
 At d = 5120 a row is padded to 8192 lanes; the lanes beyond d read and write nothing. The kernels are memory-bound: 2.7
-of an H100's 3.35 TB/s (LOG.md). Each is a Triton operator of torch. So a compiled block stays one graph, and the
-kernels are in the same caches as Inductor's own. Floats are constants of a kernel, because Inductor passes other floats
-as float64, and every later value would become float64.
+of an H100's 3.35 TB/s (LOG.md). For compiled blocks, `make_operators` makes each a Triton operator of torch. So a block
+stays one graph, and the kernels are in the same caches as Inductor's own. Floats are constants of a kernel, because
+Inductor passes other floats as float64, and every later value would become float64.
 
 Shapes: B batch (1), L tokens, d model dim, D head dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
 from wanfast.runtime.models.tokens import LARGEST
 
+wrap_triton: Callable[[Any], Any] = lambda kernel: kernel  # noqa: E731 - torch's own after `make_operators`
 
-@triton_op("wanfast::add_layer_norm", mutates_args={})
+
+def make_operators() -> None:
+    """Makes the functions of this module operators, which torch.compile can trace; this imports the compiler."""
+    global wrap_triton
+    if wrap_triton is not torch.library.wrap_triton:
+        wrap_triton = torch.library.wrap_triton
+        for function in (add_layer_norm, quantize_tokens, rms_norm_rotate):
+            name = function.__name__
+            globals()[name] = torch.library.triton_op(f"wanfast::{name}", function, mutates_args={})
+
+
 def add_layer_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +46,6 @@ def add_layer_norm(
     return total, out, scale
 
 
-@triton_op("wanfast::quantize_tokens", mutates_args={})
 def quantize_tokens(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
     """Returns (x, or its tanh GELU, in the 8-bit `dtype`; the tokens' scales in float32)."""
     _check_rows(x)
@@ -58,7 +68,6 @@ def _launch(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     return {"d": d, "LARGEST": LARGEST.get(dtype, 0.0), "BLOCK": triton.next_power_of_2(d), "num_warps": 4}
 
 
-@triton_op("wanfast::rms_norm_rotate", mutates_args={})
 def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """Returns x / rms(x) * weight, rotated by cos and sin [L, 1, D/2] if given; x may be part of wider rows."""
     d = x.shape[-1]

@@ -16,12 +16,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from wanfast.runtime.models.operators import opaque
+
 _TILE = {"BLOCK_L": 128, "BLOCK_N": 256, "BLOCK_K": 128}
 _NUM_STAGES, _NUM_WARPS, _BAND = 4, 8, 8
 
 
 # Opaque to the compiler, because its graphs cannot hold tensor descriptors.
-@torch.library.custom_op("wanfast::int8_product", mutates_args=())
+@opaque(
+    "wanfast::int8_product",
+    shape=lambda values, weight, token_scale, scale, bias: bias.new_empty(values.shape[0], weight.shape[0]),
+)
 def int8_product(values: Tensor, weight: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Returns (values * token_scale) (weight * scale)^T + bias, [L, N]; K must be a multiple of 16, and N of 8."""
     (tokens, k), n = values.shape, weight.shape[0]
@@ -38,11 +43,6 @@ def int8_product(values: Tensor, weight: Tensor, token_scale: Tensor, scale: Ten
         BAND=_BAND, num_stages=_NUM_STAGES, num_warps=_NUM_WARPS, **_TILE,
     )  # fmt: skip
     return out
-
-
-@int8_product.register_fake
-def _(values: Tensor, weight: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return bias.new_empty(values.shape[0], weight.shape[0])
 
 
 @triton.jit

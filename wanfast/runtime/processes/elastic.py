@@ -1,46 +1,72 @@
 """Runs one rank group under torchrun's own launcher: `python -m wanfast.runtime.processes.elastic RUN NUMBER`.
 
 Each rank group has a separate launcher process, so that one group's failure does not end the others. It also lets the
-parent run without torch and use its main thread for the terminal. The facts of a failure that torchrun's agent knows
-are written to RUN/ranks/NUMBER.json.
+parent run without torch and use its main thread for the terminal. The launcher imports torch once, and its ranks are
+forks of it. The facts of a failure that torchrun's agent knows are written to RUN/ranks/NUMBER.json.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.signals import PARENT, end_with_parent
+from wanfast.runtime.processes.forks import Forked, fork
 from wanfast.runtime.store.artifacts import RANKS, SETUP, replace_text
 
 
 def main(run_folder: Path, number: int) -> int:
-    """Runs the rank group and returns its exit code: 0, 5 if a rank failed, 128 + a signal's number."""
-    from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    """Runs the rank group and returns its exit code: 0, 5 if a rank failed, 128 + a signal's number.
 
+    In each rank, runs the worker.
+    """
     document = json.loads((run_folder / SETUP).read_text(encoding="utf-8"))
     config, place = (
         RanksConfig(**document["ranks"]),
         number % document["groups"],
     )  # a restarted group has the same place
-    group_size = config.mesh.group_size
-    spans_machines = group_size > config.num_gpus
-    processes = config.num_gpus if spans_machines else group_size
+    processes = min(config.num_gpus, config.mesh.group_size)
     _set_environment(config, place, processes)
+    gc.disable()  # the search for garbage takes a fifth of an import
+    from wanfast.runtime.processes import worker  # numpy and torch read the environment when they are imported
+
+    worker.import_all()
+    ranks = fork(processes)
+    gc.enable()
+    if not ranks:
+        worker.main(run_folder, number)
+        return 0
+    return _launch(run_folder, number, config, ranks)
+
+
+def _launch(run_folder: Path, number: int, config: RanksConfig, ranks: list[Forked]) -> int:
+    """Lets torchrun's agent start the forked ranks and watch them; `main` has the details."""
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    def start(env: dict[str, str], stdout: IO[str], stderr: IO[str], **others: object) -> Forked:
+        rank = ranks[int(env["LOCAL_RANK"])]
+        rank.start(env, stdout, stderr)
+        return rank
+
+    subprocess_handler.Popen = start  # type: ignore[attr-defined, assignment]  # the agent accepts no other class
+    spans_machines = config.mesh.group_size > config.num_gpus
     # Several machines have given ranks, so that the first one has the leader; on one machine any free port will do.
     launch = LaunchConfig(
         min_nodes=config.nnodes if spans_machines else 1,
         max_nodes=config.nnodes if spans_machines else 1,
-        nproc_per_node=processes,
+        nproc_per_node=len(ranks),
         run_id="wanfast" if spans_machines else f"{run_folder.name}-{number}",
         rdzv_backend="static" if spans_machines else "c10d",
         rdzv_endpoint=config.rdzv_endpoint or "" if spans_machines else "localhost:0",
@@ -53,9 +79,7 @@ def main(run_folder: Path, number: int) -> int:
     failed: dict[str, Any]
     stopped = _stopped_by_the_agent()
     try:
-        elastic_launch(launch, sys.executable)(
-            "-u", "-m", "wanfast.runtime.processes.worker", str(run_folder), str(number)
-        )
+        elastic_launch(launch, "wanfast.runtime.processes.worker")()  # a name for the logs
         return 0
     except ChildFailedError as error:
         failed = {
@@ -93,6 +117,7 @@ def _set_environment(config: RanksConfig, place: int, processes: int) -> None:
     """Sets the ranks' parent, GPUs and fair share of the cores, none of which torchrun's API sets."""
     os.environ[PARENT] = str(os.getpid())
     if config.device == "cuda":
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that nothing uses a GPU before the ranks are forked
         ids = gpus.device_ids() or [str(index) for index in range(config.num_gpus)]
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids[place * processes : (place + 1) * processes])
         gpus.set_environment()
@@ -108,4 +133,9 @@ def _set_environment(config: RanksConfig, place: int, processes: int) -> None:
 
 if __name__ == "__main__":
     end_with_parent()  # effective until the launcher handles signals itself
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    code = main(Path(sys.argv[1]), int(sys.argv[2]))
+    # The interpreter's own end takes all of torch apart, for half a second. Forks of multiprocessing end like this too.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

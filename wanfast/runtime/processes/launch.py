@@ -330,7 +330,7 @@ class RankGroups:
 
 def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]:
     """Starts the launcher of group `number`, whose ranks begin with batch `batch`."""
-    command = [sys.executable, "-m", "wanfast.runtime.processes.elastic", str(run_folder), str(number)]
+    command = [sys.executable, "-u", "-m", "wanfast.runtime.processes.elastic", str(run_folder), str(number)]
     file = run_folder / "logs" / f"launcher-{number}.log"
     with writing_to(file):
         log = file.open("wb")

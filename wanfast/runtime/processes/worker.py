@@ -1,4 +1,4 @@
-"""Runs one rank of a group: `python -m wanfast.runtime.processes.worker RUN NUMBER`, which `elastic` starts.
+"""Runs one rank of a group, in a process that `elastic` forks.
 
 The rank joins the group and runs the batches of jobs that the parent writes to RUN, one after the other. For the parent
 it writes a result for each video, the group's progress, and the error if this rank fails. A signal ends the rank at
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import CancelledError, ConfigError, WanFastError, failure
-from wanfast.runtime.machine.signals import FIRST_BATCH, end_with_parent
+from wanfast.runtime.machine.signals import FIRST_BATCH
 from wanfast.runtime.planning.plan import Job
 from wanfast.runtime.planning.share import Share
 from wanfast.runtime.store.artifacts import (
@@ -48,9 +48,13 @@ MOST_OF_TIMEOUT = 0.8  # without a step, this counts as a timeout, because the h
 _PAUSE_S = 0.02  # between two checks for the next batch
 
 
+def import_all() -> None:
+    """Imports torch and all that a rank uses of this package, so that forks share it."""
+    importlib.import_module("wanfast.runtime.jobs.generate")
+
+
 def main(run_folder: Path, number: int) -> None:
     """Runs this rank of group `number` until there are no more batches; an error ends the process with exit code 1."""
-    end_with_parent()  # before torch, whose import takes seconds
     own_folder = run_folder / RANKS / f"{number}-{os.environ['RANK']}"
     replace_text(own_folder / "pid", str(os.getpid()))
 
@@ -104,7 +108,7 @@ def _timeout_s(run_folder: Path) -> float:
 
 
 def _work(run_folder: Path, number: int, own_folder: Path) -> None:
-    from wanfast.runtime.distributed.ranks import rank_group  # torch begins here
+    from wanfast.runtime.distributed.ranks import rank_group
     from wanfast.runtime.engine.session import Sessions
 
     setup = json.loads((run_folder / SETUP).read_text(encoding="utf-8"))
@@ -210,7 +214,3 @@ def _link(own: Path, claim: Path) -> None:
             raise
         with claim.open("x", encoding="utf-8") as stream:  # a file system without links
             stream.write(own.read_text(encoding="utf-8"))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from wanfast.runtime.device.meta import on_meta
 from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.facts.choices import Expert, Precision, Scheme, in_8_bits
@@ -59,7 +60,7 @@ def expert_on_meta(
 ) -> WanDiT:
     """An expert that holds nothing yet, in the form in which it will run: what `wanfast warmup` compiles too."""
     dtype = DTYPES[precision]
-    with torch.device("meta"):
+    with on_meta():
         model = WanDiT(spec, dtype, ranks.sequence, attend)
         if in_8_bits(scheme):
             quantize_linears(model, scheme, dtype)
@@ -70,7 +71,7 @@ def expert_on_meta(
 
 def build_vae(files: ModelFiles, device: str, precision: Precision = "fp32") -> WanVAE:
     """Returns the VAE; `precision` is the decoder's."""
-    with torch.device("meta"):
+    with on_meta():
         model = WanVAE(files.spec.vae, DTYPES[precision])
     checkpoint.load(model, files.weights("vae"), component="vae", layout=files.layout, ranks=Ranks(device))
     model.lay_out()
@@ -78,7 +79,7 @@ def build_vae(files: ModelFiles, device: str, precision: Precision = "fp32") -> 
 
 
 def build_umt5(files: ModelFiles, precision: Precision, ranks: Ranks, *, sharded: bool = False) -> UMT5Encoder:
-    with torch.device("meta"):
+    with on_meta():
         model = UMT5Encoder(files.spec.umt5, dtype=DTYPES[precision])
     if sharded:
         fsdp.shard(model, ranks.device)

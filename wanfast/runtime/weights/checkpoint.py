@@ -20,10 +20,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from wanfast.runtime.device.finite import all_finite
-from wanfast.runtime.distributed.fsdp import from_own_rows, own_rows
+from wanfast.runtime.distributed.fsdp import from_own_rows, is_sharded, own_rows
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import CorruptArtifactError, foreign
 from wanfast.runtime.facts.choices import Scheme
@@ -125,7 +124,7 @@ class _Part:
 def _own_part(wanted: Tensor, ranks: Ranks) -> _Part:
     """Returns the part that this rank reads, so that as few ranks as possible read the same bytes."""
     first, end = own_rows(wanted)
-    if isinstance(wanted, DTensor) or wanted.numel() < _WORTH_SHARING or end % ranks.size:
+    if is_sharded(wanted) or wanted.numel() < _WORTH_SHARING or end % ranks.size:
         return _Part(wanted, (first, end), is_shared=False)
     return _Part(wanted, (ranks.rank * end // ranks.size, (ranks.rank + 1) * end // ranks.size), is_shared=True)
 

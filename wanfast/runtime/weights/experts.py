@@ -17,9 +17,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from wanfast.runtime.device.hardware import free_memory
+from wanfast.runtime.distributed.fsdp import is_sharded
 from wanfast.runtime.facts.choices import Expert
 from wanfast.runtime.machine.host import available_host_bytes
 from wanfast.runtime.models.dit import WanDiT
@@ -83,7 +83,7 @@ class ResidentExperts:
             if size <= 0:
                 break
             new = 0 if parameter in self._host else parameter.nbytes
-            if parameter in self._evicted or isinstance(parameter, DTensor) or new > max(0, host_bytes):
+            if parameter in self._evicted or is_sharded(parameter) or new > max(0, host_bytes):
                 continue
             host_bytes -= new
             size -= parameter.nbytes

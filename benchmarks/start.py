@@ -1,0 +1,172 @@
+"""Times the start and the end of a command: what happens between Enter and ready ranks, and after the result.
+
+    python benchmarks/start.py --ranks 4 --device cuda
+    python benchmarks/start.py --ranks 2 --rounds 3                          # a quick check, on a CPU
+    python benchmarks/start.py --checkout OLDER --checkout .                 # two versions in turn
+
+Each start runs `wanfast generate` on the tiny model. A `sitecustomize` in every process notes the moments. Ready means
+that the worker is imported and the process group is formed, before the first use of a GPU. Each checkout starts in two
+ways: "bytecode" finds the bytecode that an earlier start wrote, "none" finds none and writes none. A way's row is its
+start with the lowest sum of start and end, in seconds after Enter. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from wanfast.runtime.machine import gpus, host
+from wanfast.runtime.machine.packages import commit, versions
+
+PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/star.png"
+MARKS = """
+import contextlib, importlib.machinery, os, sys, time
+
+def mark(name):
+    with open(os.environ["WANFAST_BENCHMARK_MARKS"], "a") as file:
+        file.write(f"{time.time()} {os.getpid()} {name}\\n")
+
+def before(module, name, text):
+    work = getattr(module, name)
+    def marked(*arguments, **named):
+        mark(text)
+        return work(*arguments, **named)
+    setattr(module, name, marked)
+
+def around(module):
+    work = module.rank_group
+    @contextlib.contextmanager
+    def marked(*arguments):
+        with work(*arguments) as ranks:
+            mark("group formed")
+            yield ranks
+        mark("group parted")
+    module.rank_group = marked
+
+def worker(module):
+    mark("worker imported")
+    before(module, "run", "ready")
+
+AFTER = {
+    "wanfast.commands.dispatch": lambda module: before(module, "run_jobs", "plan made"),
+    "torch": lambda module: mark("torch imported"),
+    "torch.distributed.launcher.api": lambda module: mark("launcher imported"),
+    "wanfast.runtime.distributed.ranks": around,
+    "wanfast.runtime.jobs.generate": worker,
+}
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name not in AFTER:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        run = spec.loader.exec_module
+        def exec_module(module):
+            run(module)
+            AFTER[name](module)
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--checkout", type=Path, action="append", help="a folder that holds wanfast; by default this")
+    options = parser.parse_args()
+    checkouts = [path.resolve() for path in options.checkout or [Path(__file__).parents[1]]]
+    starts: dict[tuple[Path, str], list[dict[str, float]]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in range(1 + options.rounds):
+            for checkout in checkouts:
+                for way in ("bytecode", "none"):
+                    seconds = _start(Path(scratch), checkout, way, options)
+                    if number:  # the first one writes bytecode, and reads files that the page cache lacks
+                        starts[checkout, way].append(seconds)
+                        print(checkout, way, json.dumps(seconds), file=sys.stderr)
+    rows = [
+        {"commit": _commit(checkout), "bytecode": way == "bytecode", "seconds": min(found, key=_sum)}
+        | {"ready_s": sorted(one["ready"] for one in found), "end_s": sorted(one["end"] for one in found)}
+        for (checkout, way), found in starts.items()
+    ]
+    hardware = {"cpu": platform.processor() or platform.machine(), "cores": host.cores()}
+    hardware["gpus"] = [gpu.name for gpu in gpus.visible_gpus()] if options.device == "cuda" else []
+    facts = {"ranks": options.ranks, "device": options.device, "rounds": options.rounds, "hardware": hardware}
+    print(json.dumps({**facts, "versions": versions(), "commit": commit(), "rows": rows}))
+
+
+def _commit(checkout: Path) -> str:
+    command = ["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _sum(seconds: dict[str, float]) -> float:
+    return seconds["ready"] + seconds["end"]
+
+
+def _start(scratch: Path, checkout: Path, way: str, options: argparse.Namespace) -> dict[str, float]:
+    """Returns the seconds after Enter of each moment; "end" is from the result to the end of the last process."""
+    hooks, marks = scratch / "hooks", scratch / "marks"
+    hooks.mkdir(exist_ok=True)
+    (hooks / "sitecustomize.py").write_text(MARKS)
+    marks.unlink(missing_ok=True)
+    artifacts = scratch / f"artifacts-{time.time_ns()}"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join((str(hooks), str(checkout))),
+        "PYTHONPYCACHEPREFIX": str(scratch / way),
+        "WANFAST_BENCHMARK_MARKS": str(marks),
+        **({"PYTHONDONTWRITEBYTECODE": "1"} if way == "none" else {}),
+    }
+    command = [sys.executable, "-m", "wanfast", "generate", "--model=tiny", f"--image={PICTURE}", "--prompt=a star"]
+    command += ["--seed=1", "--size=64x64", "--frames=5", "--steps=1", f"--output={scratch / 'out.mp4'}", "--overwrite"]
+    command += [f"--device={options.device}", f"--num-gpus={options.ranks}", f"--artifacts-dir={artifacts}"]
+    began = time.time()
+    process = subprocess.Popen(command, cwd=scratch, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    gone = _watch(process, artifacts, marks)
+    exited = time.time()
+    if process.returncode:
+        raise SystemExit(process.stdout.read().decode())
+    written = max(file.stat().st_mtime for file in artifacts.glob("runs/*/results/*.json"))
+    moments: dict[str, float] = {}
+    for line in marks.read_text().splitlines():
+        at, _, name = line.split(" ", 2)
+        moments[name] = max(moments.get(name, 0), float(at))  # of the last process
+    moments["ranks started"] = max(file.stat().st_mtime for file in artifacts.glob("runs/*/ranks/*/pid"))
+    moments |= {"result written": written, "last other process gone": gone, "exit": exited}
+    seconds = {name: round(at - began, 3) for name, at in sorted(moments.items(), key=lambda item: item[1])}
+    return seconds | {"end": round(max(gone, exited) - written, 3)}
+
+
+def _watch(process: subprocess.Popen[bytes], artifacts: Path, marks: Path) -> float:
+    """Waits for the end of all processes; returns when the last one except the command ended."""
+    while process.poll() is None and not list(artifacts.glob("runs/*/results/*.json")):
+        time.sleep(0.05)
+    others = {int(line.split()[1]) for line in marks.read_text().splitlines()} if marks.exists() else set()
+    others |= {int(file.read_text()) for file in artifacts.glob("runs/*/ranks/*/pid")}
+    others -= {process.pid}
+    gone = time.time()
+    while process.poll() is None or others:
+        others = {pid for pid in others if Path("/proc", str(pid)).exists()}
+        gone = time.time() if others else gone
+        time.sleep(0.005)
+    return gone
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Tests how a launcher forks ranks that wait to be started; small programs stand for launchers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from tests.processes.test_launch import PACKAGE, gone
+
+FORKS = """
+import os, signal, sys, time
+from wanfast.runtime.processes.forks import fork
+os.environ["WANFAST_PARENT"] = str(os.getpid())
+ranks = fork(2)
+if not ranks:
+    print(os.environ["RANK"], os.getsid(0) == os.getpid(), os.getppid() == int(os.environ["WANFAST_PARENT"]))
+    print("error", file=sys.stderr)
+    sys.exit(3 + int(os.environ["RANK"]))
+"""
+STARTS = """
+for number, rank in enumerate(ranks):
+    with open(f"{number}.out", "w") as out, open(f"{number}.err", "w") as err:
+        rank.start(os.environ | {"RANK": str(number)}, out, err)
+print([rank.wait(10) for rank in ranks], [rank.poll() for rank in ranks])
+"""
+
+
+def launcher(folder: Path, code: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE)}
+    return subprocess.Popen(
+        [sys.executable, "-c", FORKS + code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_a_rank_gets_its_environment_session_and_streams(tmp_path: Path) -> None:
+    out, _ = launcher(tmp_path, STARTS).communicate(timeout=20)
+    assert out == "[3, 4] [3, 4]\n"
+    assert [(tmp_path / f"{rank}.out").read_text() for rank in (0, 1)] == ["0 True True\n", "1 True True\n"]
+    assert [(tmp_path / f"{rank}.err").read_text() for rank in (0, 1)] == ["error\n"] * 2
+
+
+def test_a_rank_that_died_before_its_start_is_reported(tmp_path: Path) -> None:
+    kill = "os.kill(ranks[0].pid, signal.SIGKILL); os.waitid(os.P_PID, ranks[0].pid, os.WEXITED | os.WNOWAIT)"
+    out, _ = launcher(tmp_path, kill + STARTS).communicate(timeout=20)
+    assert out == "[-9, 4] [-9, 4]\n"
+
+
+def test_ranks_that_wait_die_with_their_launcher(tmp_path: Path) -> None:
+    with launcher(tmp_path, "print('forked', flush=True); time.sleep(100)") as process:
+        assert process.stdout and process.stdout.readline() == "forked\n"
+        ranks = psutil.Process(process.pid).children()
+        process.kill()
+    assert len(ranks) == 2 and gone(ranks, 5)

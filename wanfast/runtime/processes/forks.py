@@ -1,0 +1,84 @@
+"""Forks the ranks of a launcher before torchrun's agent starts, so that all share one import of torch. Torch-free.
+
+A fork has only the thread that made it, and cannot use a GPU that its parent used before. The agent has several threads
+and asks for GPUs. So the launcher forks all ranks first, and each waits until the agent starts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import IO
+
+from wanfast.runtime.machine.signals import end_with_parent
+
+_PAUSE_S = 0.01
+
+
+class Forked:
+    """This class has what torchrun's agent uses of `subprocess.Popen`, for a rank that waits to be started."""
+
+    def __init__(self, pid: int, orders: int) -> None:
+        """`orders`: the end of a pipe to which `start` writes."""
+        self.pid, self.orders = pid, orders
+        self.returncode: int | None = None
+
+    def start(self, environment: Mapping[str, str], stdout: IO[str], stderr: IO[str]) -> None:
+        """Lets the rank run with this environment and write to these files. A rank that has died stays dead."""
+        changed = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+        with contextlib.suppress(BrokenPipeError), os.fdopen(self.orders, "w") as pipe:
+            json.dump({"environment": changed, "files": [stdout.name, stderr.name]}, pipe)
+
+    def poll(self) -> int | None:
+        """Returns the exit code, or None while the rank runs; minus a signal's number if a signal ended it."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Returns the exit code when the rank has ended. Raises TimeoutExpired."""
+        ends = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > ends:
+                raise subprocess.TimeoutExpired("rank", timeout)
+            time.sleep(_PAUSE_S)
+        return code
+
+
+def fork(count: int) -> list[Forked]:
+    """Returns the ranks that it forked; in a rank, returns no ranks as soon as `Forked.start` is called for it."""
+    gc.freeze()  # what was imported is neither searched for garbage, nor copied by the search
+    forked: list[Forked] = []
+    for _ in range(count):
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            for end in (write, *(other.orders for other in forked)):
+                os.close(end)
+            _become_rank(read)
+            return []
+        os.close(read)
+        forked.append(Forked(pid, write))
+    return forked
+
+
+def _become_rank(orders: int) -> None:
+    """Sets what the agent's own start of a process would set: session, environment, standard streams."""
+    os.setsid()
+    end_with_parent()
+    with os.fdopen(orders) as pipe:
+        text = pipe.read()
+    if not text:
+        sys.exit("the launcher started no rank")
+    order = json.loads(text)
+    os.environ.update(order["environment"])
+    for descriptor, file in enumerate(order["files"], start=1):
+        with open(file, "w", encoding="utf-8") as log:  # noqa: PTH123
+            os.dup2(log.fileno(), descriptor)
