@@ -168,7 +168,8 @@ def test_a_killed_rank_ends_the_run_and_is_named(start: Start, workdir: Path) ->
     os.kill(pids[2], signal.SIGKILL)
     code, _, err = run.end(30)
     assert (code, time.monotonic() - killed < 30) == (5, True)
-    assert "error: rank 2 was killed by SIGKILL; logs" in err and len(err.strip().splitlines()[-1]) < 400
+    assert "error: rank 2 was killed by SIGKILL; logs" in err, err
+    assert len(err.strip().splitlines()[-1]) < 400
     assert gone(children, 5) and only_inputs(workdir)
 
 

@@ -40,13 +40,13 @@ def fail(prompt):
             except OSError:
                 pass
 
-def faulty(self, job, on_step, *others):
+def faulty(self, job, on_step, *others, **named):
     def stepped(done, expert):
         if done == 1:
             fail(job.config.video.prompt)
         on_step(done, expert)
 
-    return make(self, job, stepped, *others)
+    return make(self, job, stepped, *others, **named)
 
 session.Session.make = faulty
 load = session.load_models

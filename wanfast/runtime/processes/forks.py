@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import IO
@@ -28,6 +29,7 @@ class Forked:
         """`orders`: the end of a pipe to which `start` writes."""
         self.pid, self.orders = pid, orders
         self.returncode: int | None = None
+        self._lock = threading.Lock()
 
     def start(self, environment: Mapping[str, str], stdout: IO[str], stderr: IO[str]) -> None:
         """Lets the rank run with this environment and write to these files. A rank that has died stays dead."""
@@ -37,10 +39,11 @@ class Forked:
 
     def poll(self) -> int | None:
         """Returns the exit code, or None while the rank runs; minus a signal's number if a signal ended it."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
+        with self._lock:  # of two threads that ask at once, only one gets the status
+            if self.returncode is None:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+            return self.returncode
 
     def wait(self, timeout: float) -> int:
         """Returns the exit code when the rank has ended. Raises TimeoutExpired."""
