@@ -24,7 +24,7 @@ from tests.configs import effective_config
 from tests.forked import ForkedPopen
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.processes import failures, launch
+from wanfast.runtime.processes import elastic, failures, launch
 
 PACKAGE = Path(__file__).parents[2]
 TINY = ("--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--device", "cpu", "--precision", "fp32")
@@ -316,6 +316,16 @@ def test_a_launcher_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: py
     assert launcher.returncode == -signal.SIGKILL
 
 
+def test_a_rank_that_dies_as_it_is_stopped_died_on_its_own() -> None:
+    """A killed rank closes its connections first, so that the agent may stop it for a peer's failure."""
+    term, kill = signal.SIGTERM, signal.SIGKILL
+    cases = [(-term, [term], True), (-kill, [term, kill], True), (-kill, [term], False), (3, [term], False)]
+    cases += [(-kill, [], False)]
+    for code, sent, expected in cases:
+        child = SimpleNamespace(pid=7, exitcode=code)
+        assert elastic._was_stopped(child, {7: sent} if sent else {}) == expected, (code, sent)
+
+
 class Ended:
     """A launcher that has ended."""
 
@@ -537,7 +547,7 @@ def test_the_first_rank_that_ends_without_a_word_is_the_cause() -> None:
         assert ended({"0": 1, "1": code}, told="0", seconds=110) is None  # it outlived rank 0's error
         assert ended({"1": code, "0": -signal.SIGTERM}, stopped="0") == ("1", code)
     assert ended({"0": 1, "1": -signal.SIGTERM}, told="0", stopped="1") is None
-    assert ended({"0": 1, "1": 3}, told="0", stopped="1") == ("1", 3)  # it ended on its own just before it was stopped
+    assert ended({"0": 1, "1": 3}, told="0") == ("1", 3)
     assert ended({}) is None
 
 

@@ -13,14 +13,18 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.signals import PARENT, end_with_parent
 from wanfast.runtime.processes.forks import Forked, fork
 from wanfast.runtime.store.artifacts import RANKS, SETUP, replace_text
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
 def main(run_folder: Path, number: int) -> int:
@@ -29,10 +33,8 @@ def main(run_folder: Path, number: int) -> int:
     In each rank, runs the worker.
     """
     document = json.loads((run_folder / SETUP).read_text(encoding="utf-8"))
-    config, place = (
-        RanksConfig(**document["ranks"]),
-        number % document["groups"],
-    )  # a restarted group has the same place
+    config = RanksConfig(**document["ranks"])
+    place = number % document["groups"]  # a restarted group has the same place
     processes = min(config.num_gpus, config.mesh.group_size)
     _set_environment(config, place, processes)
     gc.disable()  # the search for garbage takes a fifth of an import
@@ -77,7 +79,7 @@ def _launch(run_folder: Path, number: int, config: RanksConfig, ranks: list[Fork
         local_addr=None if spans_machines else "127.0.0.1",
     )
     failed: dict[str, Any]
-    stopped = _stopped_by_the_agent()
+    signals = _signals_of_the_agent()
     try:
         elastic_launch(launch, "wanfast.runtime.processes.worker")()  # a name for the logs
         return 0
@@ -85,7 +87,7 @@ def _launch(run_folder: Path, number: int, config: RanksConfig, ranks: list[Fork
         failed = {
             "exit_codes": {str(rank): child.exitcode for rank, child in error.failures.items()},
             "seconds": {str(rank): child.timestamp for rank, child in error.failures.items()},
-            "stopped": [str(rank) for rank, child in error.failures.items() if child.pid in stopped],
+            "stopped": [str(rank) for rank, child in error.failures.items() if _was_stopped(child, signals)],
         }
     except SignalException as stop:
         return 128 + int(stop.sigval)
@@ -95,22 +97,31 @@ def _launch(run_folder: Path, number: int, config: RanksConfig, ranks: list[Fork
     return 5
 
 
-def _stopped_by_the_agent() -> set[int]:
-    """Returns a set to which the process ids are added that the agent ends after a failure.
+def _was_stopped(child: ProcessFailure, signals: Mapping[int, Collection[int]]) -> bool:
+    """Returns whether a rank ended by a signal that the agent sent it after a peer's failure.
+
+    A killed rank closes its connections before it has ended. So the agent may notice a peer's failure first, and then
+    signal the killed rank too, which ended by another signal.
+    """
+    return -child.exitcode in signals.get(child.pid, ())
+
+
+def _signals_of_the_agent() -> dict[int, list[int]]:
+    """Returns a mapping that is filled with the signals that the agent sends to each process id after a failure.
 
     The agent's report mixes their exit codes with the others, and its whole seconds do not show which rank ended first.
     """
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-    stopped: set[int] = set()
+    signals: dict[int, list[int]] = {}
     close = SubprocessHandler.close
 
     def noted(self: SubprocessHandler, death_sig: signal.Signals | None = None) -> None:
-        stopped.add(self.proc.pid)
+        signals.setdefault(self.proc.pid, []).append(death_sig or signal.SIGTERM)
         close(self, death_sig)
 
     SubprocessHandler.close = noted  # type: ignore[method-assign]  # the launcher accepts no other class
-    return stopped
+    return signals
 
 
 def _set_environment(config: RanksConfig, place: int, processes: int) -> None:

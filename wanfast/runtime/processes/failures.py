@@ -66,11 +66,10 @@ def _ended(known: dict[str, Any], left: list[dict[str, Any]]) -> tuple[str, int]
     """
     reported = {str(error["rank"]) for error in left}
     oldest = min((error["time"] / 1e9 for error in left), default=math.inf)
-    by_agent = (-signal.SIGTERM, -signal.SIGKILL)
     silent = [
         (known["seconds"][rank], rank, code)
         for rank, code in known.get("exit_codes", {}).items()
-        if rank not in reported and not (rank in known["stopped"] and code in by_agent)
+        if rank not in reported and rank not in known["stopped"]
     ]
     silent = [found for found in silent if found[0] - oldest <= _OUTLIVED_S]
     return min(silent, key=lambda found: found[0])[1:] if silent else None
