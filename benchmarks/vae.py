@@ -88,6 +88,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     videos = {kind: vae.decode(latents).cpu() for kind, vae in vaes.items()}
     if options.before:
         videos["before, tf32"] = before.decode(latents).cpu()
+    machine = {"commit": commit(), "hardware": hardware.describe(device), "versions": versions()}
     hardware.prepare(device, "fp32", None)
     exact = vaes["tf32"].decode(latents).cpu()
     found["psnr_db"] = {kind: round(psnr(video[0], exact[0]), 2) for kind, video in videos.items()}
@@ -97,7 +98,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         hardware.prepare(device, "bf16", None)
         for name in works:
             _profile(name, works[name])
-    machine = {"commit": commit(), "hardware": hardware.describe(device), "versions": versions()}
     return {"size": options.size, "frames": options.frames, "rounds": options.rounds, **found, **machine}
 
 
