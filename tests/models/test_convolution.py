@@ -54,6 +54,7 @@ def _front_end_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(cudnnGraphNotSupportedError=NotSupportedError))
     monkeypatch.setattr(convolution, "_chosen", {})
     monkeypatch.setattr(convolution, "_graphs", {})
+    monkeypatch.setattr(convolution, "_used", set())
     monkeypatch.setattr(convolution, "_handle", lambda device: None)
 
 
@@ -73,6 +74,9 @@ def test_the_fastest_engine_is_searched_once_and_kept(monkeypatch: pytest.Monkey
     front_end = FrontEnd(first=3.0, left_out=NotSupportedError, broken=RuntimeError, best=1.0, slow=9.0)
     assert convolve_by(front_end, monkeypatch) < 1e-5
     assert list(convolution.chosen().values()) == ["best"] and front_end.runs[-1] == "best"
+    assert convolution.used() == convolution.chosen()
+    convolution.forget_uses()
+    assert convolution.used() == {}
     assert front_end.runs.count("slow") == 1  # hopeless, so not run again
     front_end.runs.clear()
     convolve_by(front_end, monkeypatch)

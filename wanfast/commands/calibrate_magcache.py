@@ -36,7 +36,7 @@ def calibrate_magcache(
         Path | None,
         typer.Option(
             "--set",
-            help="A folder of images with a clips.jsonl.",
+            help="A folder of images, and a clips.jsonl with a prompt for each.",
             show_default="the set that ships",
             rich_help_panel=MAKE,
         ),

@@ -117,7 +117,7 @@ def given(context: typer.Context) -> dict[str, Any]:
 
 
 def one_line(error: Any, arguments: list[str]) -> ConfigError:
-    """Returns a usage error of Typer's as an error that names the option and the fix, as for a line of a list."""
+    """Returns Typer's usage error as one that names the option and the fix, like the errors of a `--jobs` list."""
     help_ = f"see `{error.ctx.command_path if error.ctx else f'wanfast {arguments[0]}'} --help`"
     kind, param = type(error).__name__, typing.cast("Any", getattr(error, "param", None))
     if kind == "NoSuchOption":

@@ -37,7 +37,7 @@ def quantize(
     device: Annotated[
         Device | None,
         typer.Option(
-            help="Where the values are computed.",
+            help="The device that quantizes.",
             rich_help_panel=GPUS,
             show_default=str(OPTIONS["device"].option.default),
         ),

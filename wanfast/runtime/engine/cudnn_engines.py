@@ -42,13 +42,13 @@ def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
         return
     store, inputs = ArtifactStore(Path(plan.config.models.artifacts_dir)), _inputs(plan, ranks)
     stored = ranks.together(lambda: _stored(store, inputs))
-    convolution.choose(stored[str(ranks.rank)] if stored else {})
-    before = convolution.chosen()
+    own = (stored or {}).get(str(ranks.rank), {})
+    convolution.choose(own)
+    convolution.forget_uses()
     yield used
-    new = {name: engine for name, engine in convolution.chosen().items() if name not in before}
-    used |= stored[str(ranks.rank)] if stored else new
-    if not all(ranks.gather(stored is not None)):
-        of_all = {str(rank): engines for rank, engines in enumerate(ranks.gather(new))}
+    used |= convolution.used()
+    of_all = {str(rank): engines for rank, engines in enumerate(ranks.gather(own | used))}
+    if of_all != stored:
         ranks.lead(lambda: _store(store, inputs, of_all))
 
 
@@ -67,6 +67,7 @@ def _store(store: ArtifactStore, inputs: dict[str, Any], engines: dict[str, dict
     """Stores the engines; a video that is made is not lost because they cannot be stored."""
     text = json.dumps(engines, indent=2, sort_keys=True) + "\n"
     try:
+        store.discard(KIND, inputs)  # one that lacks a shape
         store.publish(KIND, inputs, lambda new: cast(None, (new / _FILE).write_text(text)), {}, damaged="miss")
     except ConfigError as error:
         note(f"{error}: the next video searches for cuDNN's engines again, and may differ in last bits")

@@ -56,7 +56,7 @@ def run(
     progress: ProgressFn = lambda expert, done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Quantizes each expert that is still missing, and returns a document for each; raises WanFastError."""
+    """Quantizes the experts that are missing; returns a document for each expert asked for. Raises WanFastError."""
     files = model_files.locate(config.model, config.artifacts_dir)
     torchao = require_torchao(f"--scheme {config.scheme}") if in_8_bits(config.scheme) else None
     if find_spec("matplotlib") is None:

@@ -92,6 +92,8 @@ class Mp4Writer:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        import av
+
         try:
             if kind is None:
                 self._encoding.append(self._thread.submit(self._end))
@@ -99,7 +101,7 @@ class Mp4Writer:
         finally:
             self._thread.shutdown(cancel_futures=True)
             if self._container is not None:
-                with suppress(OSError, ValueError):  # the block failed, and its caller removes the file
+                with suppress(OSError, ValueError, av.FFmpegError):  # the block failed, and its caller removes the file
                     self._container.close()
 
     def add(self, frames: npt.NDArray[np.uint8]) -> None:

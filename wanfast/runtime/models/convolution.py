@@ -56,6 +56,15 @@ def chosen() -> dict[str, str]:
     return dict(_chosen)
 
 
+def used() -> dict[str, str]:
+    """Returns the engine of each shape that ran since `forget_uses`."""
+    return {problem.name: _chosen[problem.name] for problem in _used}
+
+
+def forget_uses() -> None:
+    _used.clear()
+
+
 def choose(engines: Mapping[str, str]) -> None:
     """Sets the engine of each shape in `engines`, except of shapes that have one."""
     _chosen.update({shape: name for shape, name in engines.items() if shape not in _chosen})
@@ -117,6 +126,7 @@ class _Graph:
 _chosen: dict[str, str] = {}  # a problem's name -> the name that cuDNN gives the engine; "torch" if there is none
 _graphs: dict[_Problem, _Graph | None] = {}  # None: torch convolves
 _handles: dict[torch.device, Any] = {}
+_used: set[_Problem] = set()
 _TORCH = "torch"
 
 
@@ -128,6 +138,7 @@ def _by_cudnn(x: Tensor, weight: Tensor, bias: Tensor, stride: Triple, padding: 
     tensors = {"x": x, "weight": weight, "bias": bias, "out": out}
     if problem not in _graphs:
         _graphs[problem] = _search(problem, tensors)
+    _used.add(problem)
     graph = _graphs[problem]
     if graph is None:
         return _by_torch(x, weight, bias, stride, padding)[:, :outputs]

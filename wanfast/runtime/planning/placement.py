@@ -62,8 +62,8 @@ def place(
 ) -> list[Plan]:
     """Returns the plans with their ranks and memory decided, one placement for all. Raises ConfigError.
 
-    `free_memory`: measured now, unless ranks that hold models already make that measurement useless. Without
-    `must_fit`, a note says that a plan does not fit into the host memory of a CPU, and the plan is returned.
+    `free_memory` is measured here if it is not given; give it if ranks already hold models. On a CPU, a plan that does
+    not fit into host memory is an error; without `must_fit` it only gets a note.
     """
     asked = plans[0].config.ranks
     mesh = mesh or choose_mesh(

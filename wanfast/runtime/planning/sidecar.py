@@ -60,9 +60,11 @@ class Recording:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """Removes what `finish` has not published."""
         kind = kind or InterruptedError
-        self._encoder.__exit__(kind, error, trace)
-        with suppress(InterruptedError, ConfigError):
-            self._files.__exit__(kind, error or InterruptedError(), trace)
+        try:
+            self._encoder.__exit__(kind, error, trace)
+        finally:
+            with suppress(InterruptedError, ConfigError):
+                self._files.__exit__(kind, error or InterruptedError(), trace)
 
     def add(self, frames: npt.NDArray[np.uint8]) -> None:
         """Takes the next frames [f, H, W, 3], and returns while they are encoded."""

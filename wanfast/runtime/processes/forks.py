@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -45,7 +46,7 @@ class Forked:
                 self.returncode = os.waitstatus_to_exitcode(status) if pid else None
             return self.returncode
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float = math.inf) -> int:
         """Returns the exit code when the rank has ended. Raises TimeoutExpired."""
         ends = time.monotonic() + timeout
         while (code := self.poll()) is None:

@@ -92,9 +92,13 @@ def _error_document(error: BaseException, silent_s: float, timeout_s: float) -> 
 
 
 def _is_of_an_exchange(error: BaseException) -> bool:
-    """Returns whether an exchange between ranks raised the error; gloo's errors have no class of their own."""
+    """Returns whether an exchange between ranks raised the error; gloo's errors have no class of their own.
+
+    The wait for an exchange is no Python of torch's, so our own modules of exchanges count too.
+    """
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return isinstance(error, RuntimeError) and any(name.startswith("torch.distributed") for name in modules)
+    of_exchanges = ("torch.distributed", "wanfast.runtime.distributed")
+    return isinstance(error, RuntimeError) and any(name.startswith(of_exchanges) for name in modules)
 
 
 def _silent_s(own_folder: Path) -> float:

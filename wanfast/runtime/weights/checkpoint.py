@@ -51,7 +51,7 @@ def load(
     """Fills the meta `module` from `files`, each tensor in the dtype that the module states, ready for inference.
 
     All `ranks` must call it. The tensors go to `device`, by default to the rank's own device. With `on_the_fly` the
-    files are unquantized, and each weight that `module` holds quantized is quantized as it is read. Raises
+    files are unquantized, and the weights of quantized layers are quantized as they are read. Raises
     CorruptArtifactError.
     """
     wanted, quantizing = module.state_dict(), _schemes(module) if on_the_fly else {}
