@@ -19,7 +19,8 @@ class ModelsConfig(Part):
     model: Annotated[
         str,
         Option(
-            "tiny (ships with the package), a14b (the published weights), or a folder in the original or the Diffusers layout.",
+            "tiny (ships with the package), a14b (the published weights), or a folder in the original or the Diffusers "
+            "layout.",
             MAKE,
             also=ALL,
             path=True,
