@@ -66,3 +66,24 @@ def test_memory_ran_out_by_class_words_and_state(error: RuntimeError, free: int,
 def test_the_memory_of_a_cpu_is_never_scarce() -> None:
     no_engine = RuntimeError("GET was unable to find an engine to execute this computation")
     assert not hardware.is_out_of_memory(no_engine, hardware.free_bytes("cpu"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+    ids=["Python", "cuBLAS", "CPU", "torch"],
+)
+def test_every_lack_of_memory_is_one_error(error: Exception) -> None:
+    with pytest.raises(torch.OutOfMemoryError), hardware.one_out_of_memory_error():
+        raise error
+
+
+def test_another_error_stays_itself() -> None:
+    with pytest.raises(RuntimeError, match="shapes") as caught, hardware.one_out_of_memory_error():
+        raise RuntimeError("the shapes do not match")
+    assert type(caught.value) is RuntimeError

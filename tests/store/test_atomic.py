@@ -82,12 +82,13 @@ def test_atomic_paths_when_the_folder_went_away(tmp_path: Path) -> None:
     assert_one_line(caught.value, "--report", target)
 
 
+@pytest.mark.parametrize("existed", [True, False], ids=["replaced", "new"])
 @pytest.mark.parametrize(("renames", "left"), [(0, "old"), (1, "old"), (2, "new")])
 def test_a_set_whose_process_was_killed_between_two_renames_is_the_old_one(
-    tmp_path: Path, renames: int, left: str
+    tmp_path: Path, renames: int, left: str, existed: bool
 ) -> None:
     targets = [tmp_path / "a.mp4", tmp_path / "a.json"]
-    for target in targets:
+    for target in targets if existed else ():
         target.write_text("old")
     pid = os.fork()
     if pid == 0:
@@ -110,5 +111,5 @@ def test_a_set_whose_process_was_killed_between_two_renames_is_the_old_one(
     os.waitpid(pid, 0)
     assert partial_path(targets[1], pid).exists() == (renames < 2)
     remove_partials([tmp_path / "other.mp4", *targets], [1, pid])
-    assert [target.read_text() for target in targets] == [left, left]
-    assert names_in(tmp_path) == ["a.json", "a.mp4"]
+    expected = {"a.json": left, "a.mp4": left} if existed or left == "new" else {}
+    assert {name: (tmp_path / name).read_text() for name in names_in(tmp_path)} == expected

@@ -67,11 +67,16 @@ def describe(device: str) -> dict[str, str]:
 
 @contextmanager
 def one_out_of_memory_error() -> Iterator[None]:
-    """Turns the plain RuntimeError of a CPU's allocator into torch.OutOfMemoryError, which a GPU's raises."""
+    """Turns every error that means a lack of memory into torch.OutOfMemoryError, which a GPU's allocator raises."""
     try:
         yield
+    except MemoryError as error:  # of Python and numpy
+        raise torch.OutOfMemoryError(str(error) or "MemoryError") from error
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
+        device = "cuda" if torch.cuda.is_initialized() else "cpu"
+        if "DefaultCPUAllocator" not in str(error) and not is_out_of_memory(error, free_bytes(device)):
             raise
         raise torch.OutOfMemoryError(str(error)) from error
 

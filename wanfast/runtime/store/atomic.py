@@ -5,6 +5,7 @@ A process that is killed (SIGKILL) leaves its hidden files, which `remove_partia
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -91,17 +92,22 @@ def _old_path(target: Path, pid: int | None = None) -> Path:
 def remove_partials(targets: Iterable[Path], pids: Iterable[int]) -> None:
     """Removes the hidden files of `targets` that killed processes (`pids`) left.
 
-    A process writes one set of files at a time. If it was killed between the renames of a set, some of its partial
-    files are left, and the targets that it had replaced get their old files back.
+    Targets that differ only in the suffix are a set, whose files are renamed in order. If a process was killed between
+    two renames, the targets that it had published already get their old files back, or are removed.
     """
-    files = list(targets)
-    for pid in pids:
-        is_half = any(os.path.lexists(partial_path(target, pid)) for target in files)
-        for target in files:
+    sets: dict[Path, list[Path]] = {}
+    for target in targets:
+        sets.setdefault(target.with_suffix(""), []).append(target)
+    for pid, files in itertools.product(pids, sets.values()):
+        left = [os.path.lexists(partial_path(target, pid)) for target in files]
+        for target in files[: left.index(True)] if True in left else ():
             old = _old_path(target, pid)
-            if is_half and os.path.lexists(old):
+            if os.path.lexists(old):
                 old.replace(target)
-            for path in (partial_path(target, pid), old):
+            else:
+                target.unlink(missing_ok=True)
+        for target in files:
+            for path in (partial_path(target, pid), _old_path(target, pid)):
                 path.unlink(missing_ok=True)
 
 
