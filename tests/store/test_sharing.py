@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from wanfast.magcache_calib.ratios import clip_file, read_clip, write_clip
-from wanfast.runtime.engine import compilation, prompt_embeds
+from wanfast.runtime.engine import compilation, cudnn_engines, prompt_embeds
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.store import curves, hub, identity, quantized
 from wanfast.runtime.store.artifacts import ArtifactStore, new_run_folder, replace_text, write_result
@@ -24,7 +24,7 @@ from wanfast.runtime.store.sharing import lock_of, locked, share, who_can_write
 
 GROUP, FIRST, SECOND = 12300, 12345, 65534
 INPUTS = {"n": 1}
-KINDS = (prompt_embeds.KIND, quantized.KIND, curves.KIND, compilation.KIND)
+KINDS = (prompt_embeds.KIND, quantized.KIND, curves.KIND, compilation.KIND, cudnn_engines.KIND)
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def one_out_of_memory_error() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        device = "cuda" if torch.cuda.is_initialized() else "cpu"
+        device = "cuda" if torch.cuda.is_initialized() else "cpu"  # type: ignore[no-untyped-call]
         if "DefaultCPUAllocator" not in str(error) and not is_out_of_memory(error, free_bytes(device)):
             raise
         raise torch.OutOfMemoryError(str(error)) from error

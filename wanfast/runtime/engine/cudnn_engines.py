@@ -49,7 +49,7 @@ def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
     used |= convolution.used()
     of_all = {str(rank): engines for rank, engines in enumerate(ranks.gather(own | used))}
     if of_all != stored:
-        ranks.lead(lambda: _store(store, inputs, of_all))
+        ranks.lead(lambda: _store(store, inputs, of_all, lacks_a_shape=stored is not None))
 
 
 def digest(engines: dict[str, str]) -> str | None:
@@ -63,11 +63,17 @@ def _stored(store: ArtifactStore, inputs: dict[str, Any]) -> dict[str, dict[str,
     return read_object(folder / _FILE, f"remove {folder}") if folder else None
 
 
-def _store(store: ArtifactStore, inputs: dict[str, Any], engines: dict[str, dict[str, str]]) -> None:
-    """Stores the engines; a video that is made is not lost because they cannot be stored."""
+def _store(
+    store: ArtifactStore, inputs: dict[str, Any], engines: dict[str, dict[str, str]], *, lacks_a_shape: bool
+) -> None:
+    """Stores the engines, in place of an artifact that lacks a shape.
+
+    A video that is made is not lost because they cannot be stored.
+    """
     text = json.dumps(engines, indent=2, sort_keys=True) + "\n"
     try:
-        store.discard(KIND, inputs)  # one that lacks a shape
+        if lacks_a_shape:
+            store.discard(KIND, inputs)
         store.publish(KIND, inputs, lambda new: cast(None, (new / _FILE).write_text(text)), {}, damaged="miss")
     except ConfigError as error:
         note(f"{error}: the next video searches for cuDNN's engines again, and may differ in last bits")
