@@ -30,7 +30,7 @@ PACKAGE = Path(__file__).parents[2]
 TINY = ("--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--device", "cpu", "--precision", "fp32")
 SMALL = (*TINY, "--seed", "1", "--size", "64x64", "--frames", "5")
 ENDLESS = (*SMALL, "--steps", "1000")  # no test waits for its end
-# Where ranks die: if a launcher is a fork of a test, torch's store dies of SIGBUS when ranks lose their connections.
+# Where ranks die: a launcher that is a fork of a test may die of SIGBUS when its ranks lose their connections.
 REAL = {REAL_LAUNCHERS: "1"}
 
 Start = Callable[..., "Run"]
