@@ -24,7 +24,7 @@ from PIL import Image
 from tests.small_files import RNG, assert_one_line, names_in
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.media import video_file
-from wanfast.runtime.media.video_file import Mp4Writer, check_outputs, write_contact_sheet, write_mp4
+from wanfast.runtime.media.video_file import Mp4Writer, check_outputs, write_contact_sheet
 from wanfast.runtime.store.atomic import atomic_paths
 
 
@@ -33,6 +33,12 @@ def smooth_clip(frames: int = 17, height: int = 96, width: int = 160) -> np.ndar
     t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
     waves = [np.sin(x / 30 + t / 9), np.cos(y / 25 + t / 7), np.sin((x + y) / 40 - t / 8)]
     return np.stack([127 + 100 * wave for wave in waves], axis=-1).astype(np.uint8)
+
+
+def write_mp4(clip: np.ndarray, path: Path, fps: int) -> None:
+    """Writes all frames of a clip at once."""
+    with Mp4Writer(path, fps) as writer:
+        writer.add(clip)
 
 
 # --- mp4 and contact sheet
@@ -146,9 +152,9 @@ def test_mp4_is_deterministic(tmp_path: Path) -> None:
     clip = smooth_clip(9, 480, 832) + RNG.integers(0, 20, (9, 480, 832, 3), dtype=np.uint8)
     np.save(tmp_path / "clip.npy", clip)
     script = (
-        "import os, sys, numpy, pathlib; from wanfast.runtime.media.video_file import write_mp4;"
-        "os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[1])]);"
-        "write_mp4(numpy.load('clip.npy'), pathlib.Path(sys.argv[2]), fps=16)"
+        "import os, sys, numpy, pathlib; from wanfast.runtime.media.video_file import Mp4Writer;"
+        "os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[1])])\n"
+        "with Mp4Writer(pathlib.Path(sys.argv[2]), fps=16) as writer: writer.add(numpy.load('clip.npy'))"
     )
     root = str(Path(video_file.__file__).parents[3])
     for cores, heap_fill in [("1", "85"), ("2", "85"), ("2", "170")]:

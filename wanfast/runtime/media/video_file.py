@@ -61,12 +61,6 @@ def _check_file(target: Path, subject: str, *, overwrite: bool) -> None:
         raise ConfigError(f"{subject} already exists; choose another name or add --overwrite")
 
 
-def write_mp4(frames: npt.NDArray[np.uint8], path: Path, fps: int) -> None:
-    """Writes frames [F, H, W, 3] as `Mp4Writer` does. Raises OSError."""
-    with Mp4Writer(path, fps) as writer:
-        writer.add(frames)
-
-
 class Mp4Writer:
     """Encodes frames [F, H, W, 3], with even H and W, in a thread of its own while others are made.
 
