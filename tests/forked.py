@@ -22,12 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from tests import compiler_cache
 
-if torch.version.cuda is None:
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this at import and then interprets its kernels on a CPU, slowly
 compiler_cache.install()  # before the imports below, some of which import Inductor and Triton
 for name in (
     "ftfy",

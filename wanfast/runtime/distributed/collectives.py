@@ -13,10 +13,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Returns the tensors of all P ranks of a group, in order: [P, ...], in any dtype."""
     gathered = x.new_empty(group.size() if group else dist.get_world_size(), *x.shape)
-    _all_gather(_bytes(gathered), _bytes(x.contiguous()), group=group)
+    _all_gather(as_bytes(gathered), as_bytes(x.contiguous()), group=group)
     return gathered
 
 
-def _bytes(x: Tensor) -> Tensor:
+def as_bytes(x: Tensor) -> Tensor:
     """Returns a view of the memory as bytes, because gloo supports few dtypes."""
     return x.view(-1).view(torch.uint8)

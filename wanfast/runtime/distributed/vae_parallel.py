@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from wanfast.runtime.distributed.collectives import as_bytes
+
 
 @dataclass(frozen=True)
 class SplitRows:
@@ -84,13 +86,8 @@ class SplitRows:
 def _exchange(sent: Mapping[int, Tensor], shapes: Mapping[int, torch.Size], like: Tensor) -> dict[int, Tensor]:
     """Sends a tensor to each peer in `sent`; returns what each peer in `shapes` sends, in the dtype of `like`."""
     received = {peer: like.new_empty(shape) for peer, shape in shapes.items()}
-    operations = [dist.P2POp(dist.isend, _bytes(x.contiguous()), peer) for peer, x in sent.items()]
-    operations += [dist.P2POp(dist.irecv, _bytes(x), peer) for peer, x in received.items()]
+    operations = [dist.P2POp(dist.isend, as_bytes(x.contiguous()), peer) for peer, x in sent.items()]
+    operations += [dist.P2POp(dist.irecv, as_bytes(x), peer) for peer, x in received.items()]
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
     return received
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """Returns a view of the memory as bytes, because gloo supports few dtypes."""
-    return x.view(-1).view(torch.uint8)

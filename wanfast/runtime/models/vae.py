@@ -369,9 +369,10 @@ class Upsample(nn.Module):
 class Conv3d(nn.Conv3d):
     """Convolves [B,C,T,h,w], as `convolve` does."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        stride, padding = cast(Triple, self.stride), cast(Triple, self.padding)
-        return convolve(x, self.weight, cast(Tensor, self.bias), stride=stride, padding=padding)
+    def forward(self, x: Tensor, halo: int = 0) -> Tensor:
+        """Convolves `x`, which has `halo` of the padding's rows already."""
+        stride, (time, top, left) = cast(Triple, self.stride), cast(Triple, self.padding)
+        return convolve(x, self.weight, cast(Tensor, self.bias), stride=stride, padding=(time, top - halo, left))
 
 
 class CausalConv3d(Conv3d):
@@ -414,9 +415,7 @@ class CausalConv3d(Conv3d):
 
     def convolved(self, clip: Tensor, rows: Rows) -> Tensor:
         """Returns the convolution of what `extended` returns."""
-        stride, (time, top, left) = cast(Triple, self.stride), cast(Triple, self.padding)
-        padding = time, top - self._halo(rows), left
-        return convolve(clip, self.weight, cast(Tensor, self.bias), stride=stride, padding=padding)
+        return super().forward(clip, self._halo(rows))
 
     def _halo(self, rows: Rows) -> int:
         return rows.halo if self.kernel_size[1] > 1 else 0

@@ -291,8 +291,8 @@ def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tu
 
 
 def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
-    words = {"experts": "other experts", "facts": "other facts of the model"}
-    return "; ".join(words.get(name, f"{name} {old}, this run has {new}") for name, (old, new) in differences.items())
+    long = {"experts": "other experts", "facts": "other facts of the model"}
+    return "; ".join(long.get(name, f"{name} {old}, this run has {new}") for name, (old, new) in differences.items())
 
 
 def calibrate_command(config: EffectiveConfig, spec: ModelSpec) -> str:
