@@ -127,7 +127,7 @@ def test_a_mesh_that_does_not_fit_lists_what_does() -> None:
 
 
 def test_without_guidance_no_mesh_of_its_branches_is_listed() -> None:
-    with pytest.raises(ConfigError, match=r"without guidance; these do: (--cfg-parallel 1 --ulysses \d(, )?)+$"):
+    with pytest.raises(ConfigError, match=r"without guidance: use one of: (--cfg-parallel 1 --ulysses \d(, )?)+$"):
         choose_mesh(8, 40, guided=False, cfg_parallel=2)
 
 

@@ -159,7 +159,7 @@ def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.Mo
         (1, 84, ["--dit-fsdp", "on"], "--dit-fsdp on: a video has one rank"),
         (1, 84, ["--t5-fsdp", "on"], "--t5-fsdp on needs several ranks"),
         (4, 84, ["--num-gpus", "8"], "--num-gpus 8: this machine shows 4: use 4"),
-        (8, 84, ["--num-gpus", "8", "--ulysses", "3"], "these do: --cfg-parallel 1 --ulysses 1, "),
+        (8, 84, ["--num-gpus", "8", "--ulysses", "3"], "use one of: --cfg-parallel 1 --ulysses 1, "),
         (8, 84, ["--num-gpus", "8", "--dit-fsdp", "on", "--expert-offload", "on"], "exclude each other"),
         (1, 84, ["--device", "cpu", "--expert-offload", "on"], "--expert-offload on: with --device cpu"),
         (1, 84, ["--device", "cpu", "--num-gpus", "auto"], "--num-gpus auto counts GPUs"),

@@ -1,1 +1,1 @@
-"""This package holds the facts of models, meshes and options. Torch-free."""
+"""This package defines model sizes, option values and the mesh of ranks, and computes shapes and memory. Torch-free."""

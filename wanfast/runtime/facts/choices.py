@@ -1,4 +1,4 @@
-"""Defines the words that options choose from, and the names of the model's parts."""
+"""Defines the values that options accept, and the names of the experts and of the branches of guidance."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ Attention = Literal["auto", "fa3", "fa4", "fa2", "cudnn", "flash", "efficient", 
 
 
 def in_8_bits(scheme: Scheme | None) -> TypeGuard[Scheme]:
-    """Returns whether a scheme quantizes: `bf16` only casts."""
+    """Returns whether a scheme stores weights in 8 bits: True for each scheme except `bf16`, False for None."""
     return scheme not in (None, "bf16")

@@ -1,9 +1,10 @@
-"""Computes the bytes that a model and a video need from their sizes, and reports the host's free bytes. Torch-free.
+"""Computes the bytes of memory that the weights and the activations of a video need, from their sizes. Torch-free.
 
-Parameters are exact. The other bytes of a forward and of a decode are an estimate, fitted to a count at 1280x720x81.
-A forward holds about seven float32 rows of the model's width a token (11 GB), and the text's keys and values (1.7 GB).
-The VAE holds, a pixel and base channel, 145 bytes to encode (12.8 GB), to decode 90 in bf16 (8.0 GB) or 175 in float32.
-About half of them are earlier frames that causal convolutions read.
+The bytes of weights are exact. The bytes of activations are an estimate, fitted to measurements at 1280x720, 81 frames.
+For each token, a forward holds about seven float32 vectors of the model's width (11 GB). The text's keys and values
+need 1.7 GB more. For each pixel of a frame and each base channel, the VAE needs 145 bytes to encode (12.8 GB). To
+decode, it needs 90 bytes in bf16 (8.0 GB) or 175 in float32. About half of the VAE's bytes are earlier frames, which
+causal convolutions read.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CPU_MARGIN_BYTES = 3 << 28  # Python and torch: a process of the tiny model had 
 
 
 def dit_parameters(spec: DiTSpec) -> tuple[int, int]:
-    """Returns two parameter counts of one expert: those stored in the run's precision, and those always in float32."""
+    """Returns how many parameters of one expert have the run's precision, and how many are always float32."""
     d, patch = spec.dim, math.prod(spec.patch_size)
     block = 8 * (d * d + d) + 2 * d * spec.ffn_dim + spec.ffn_dim + d
     text = spec.text_dim * d + d + d * d + d
@@ -39,7 +40,7 @@ def dit_parameters(spec: DiTSpec) -> tuple[int, int]:
 def expert_bytes(spec: DiTSpec, precision: Precision, scheme: Scheme | None = None) -> int:
     """Returns the bytes of one expert's weights.
 
-    If they are quantized, the blocks' weights take one byte a value, and each of their rows has a float32 scale.
+    With an 8-bit `scheme`, the linear weights of the blocks take one byte a value, plus a float32 scale for each row.
     """
     products, small = dit_parameters(spec)
     if not in_8_bits(scheme):
@@ -49,7 +50,7 @@ def expert_bytes(spec: DiTSpec, precision: Precision, scheme: Scheme | None = No
 
 
 def block_bytes(spec: DiTSpec, precision: Precision) -> int:
-    """Returns the bytes of one block's weights, which sharding gathers block by block."""
+    """Returns the bytes of one block's linear weights; a rank gathers sharded weights one block at a time."""
     return _block_weights(spec) * _BYTES[precision]
 
 
@@ -58,7 +59,7 @@ def _block_weights(spec: DiTSpec) -> int:
 
 
 def offloaded_bytes(spec: DiTSpec, precision: Precision, scheme: Scheme | None = None) -> int:
-    """Returns the bytes of both experts in pinned host memory, with 10 % for the unused ends of the pinned slabs."""
+    """Returns the bytes of pinned host memory for both experts, including 10 % for unused ends of its allocations."""
     return int(2 * expert_bytes(spec, precision, scheme) * 1.1)
 
 
@@ -70,10 +71,10 @@ def umt5_bytes(spec: UMT5Spec, precision: Precision) -> int:
 
 
 def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, scheme: Scheme | None = None) -> int:
-    """Returns the bytes, without the weights, of a forward over the `tokens` of one rank.
+    """Returns the bytes that a forward over the `tokens` of one rank needs beside the weights.
 
-    The sum includes the text's keys and values, which are computed once. If a scheme quantizes tokens too, without
-    compiling, the widest ones are held twice in float32 and once in 8 bits.
+    The sum includes the text's keys and values. If `scheme` also quantizes activations, the sum includes the
+    feed-forward network's activations, twice in float32 and once in 8 bits: an uncompiled forward holds all three.
     """
     dit = spec.dit
     quantizing = 9 * dit.ffn_dim * tokens if scheme in ("int8-dynamic", "fp8-rowwise") else 0
@@ -82,7 +83,7 @@ def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, scheme: Schem
 
 
 def residual_bytes(spec: DiTSpec, tokens: int) -> int:
-    """Returns the bytes that one branch of guidance holds for `tokens`, so that MagCache can skip a forward."""
+    """Returns the bytes of the residual that MagCache holds for one branch of guidance and `tokens`."""
     return 4 * spec.dim * tokens
 
 
@@ -92,12 +93,12 @@ def decode_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) 
 
 
 def vae_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) -> int:
-    """Returns an estimate of the bytes that the VAE needs at most, to encode an image's clip or to decode a video."""
+    """Returns an estimate of the VAE's peak bytes: the larger of encoding the image and decoding the video."""
     encode = _ENCODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height
     return max(encode, decode_bytes(spec, geometry, vae_precision))
 
 
 def gb(size: float) -> str:
-    """Returns a number of bytes in GB, or in MB or kB if it is below 1 GB."""
+    """Returns a number of bytes as text, in GB, MB or kB, such as "1.5 GB"."""
     unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if size >= unit), (1e3, "kB"))
     return f"{size / unit:.1f} {name}"

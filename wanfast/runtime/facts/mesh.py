@@ -1,14 +1,14 @@
 """The mesh arranges the ranks along three named axes: replica x cfg x ulysses.
 
-* replica: whole videos in parallel, for a list of jobs;
-* cfg: the two branches of guidance, each on half of a video's ranks;
-* ulysses: the tokens of one branch, exchanged for heads around attention.
+* replica: each replica makes other videos of the list of jobs;
+* cfg: each half of a replica's ranks computes one branch of guidance;
+* ulysses: ranks share the tokens of a branch, and exchange tokens for heads around attention.
 
-A replica is a *rank group*: ranks that make one video together, and fail together. Rank groups share only the list of
-jobs, so if one rank group fails, the others continue. A rank group lies within one machine, or is all ranks of all
-machines.
-Ulysses is the fastest axis, so that the ranks that exchange most are neighbours. Torch-free: the parent chooses and
-checks the mesh before any process starts.
+A replica is a *rank group*: its ranks make one video together, and fail together. Rank groups share only the list of
+jobs, so if one rank group fails, the others continue. Either each rank group lies within one machine, or one rank group
+contains all ranks of all machines.
+Consecutive ranks lie along the ulysses axis, because they exchange the most data. Torch-free: the parent chooses and
+checks the mesh before any rank starts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Axis = Literal["cfg", "ulysses"]  # the axes of a rank group
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Holds the degrees of the three axes."""
+    """Holds the number of ranks along each of the three axes."""
 
     replica: int = 1
     cfg: int = 1
@@ -40,7 +40,7 @@ class Mesh:
         return self.replica * self.group_size
 
     def lines(self, axis: Axis) -> list[list[int]]:
-        """Returns the ranks of a rank group along an axis, one list for each position on the other axis."""
+        """Returns the lists of ranks along `axis` in a rank group; cfg 2, ulysses 2: [[0, 1], [2, 3]] along ulysses."""
         ranks = range(self.group_size)
         if axis == "ulysses":
             return [list(ranks[first : first + self.ulysses]) for first in ranks[:: self.ulysses]]
@@ -57,12 +57,13 @@ def choose_mesh(
     cfg_parallel: int | None = None,
     ulysses: int | None = None,
 ) -> Mesh:
-    """Returns the mesh for `nnodes` machines of `num_gpus` ranks: what is requested, then the fewest exchanges.
+    """Returns the mesh for `nnodes` machines with `num_gpus` ranks each.
 
-    One video takes as many ranks as it can. Guidance comes first, because its two branches exchange nothing inside a
-    forward. Tokens take the largest degree that divides heads and ranks; the remaining ranks are replicas. With more
-    videos than one, machines do not exchange tokens: each makes its own videos.
-    Raises ConfigError with a list of what fits.
+    `cfg_parallel` and `ulysses` are the requested degrees; None lets this function choose. It gives one video as many
+    ranks as possible: the number of ranks and `num_heads` must be multiples of the ulysses degree. It prefers cfg 2 to
+    a larger ulysses degree, because the branches exchange nothing inside a forward. For several videos, it prefers
+    rank groups that lie within one machine.
+    Raises ConfigError, with the degrees that fit, if the requested ones do not fit.
     """
     fitting = [mesh for mesh in _all_meshes(num_gpus, nnodes, num_heads) if guided or mesh.cfg == 1]
     asked = [mesh for mesh in fitting if cfg_parallel in (None, mesh.cfg) and ulysses in (None, mesh.ulysses)]
@@ -71,7 +72,7 @@ def choose_mesh(
         wanted = f"--cfg-parallel {cfg_parallel or 'auto'} --ulysses {ulysses or 'auto'}"
         unguided = "" if guided else " without guidance"
         ranks = f"{num_gpus * nnodes} ranks" + (f" of {nnodes} machines" if nnodes > 1 else "")
-        raise ConfigError(f"{wanted} does not fit {ranks} and {num_heads} heads{unguided}; these do: {options}")
+        raise ConfigError(f"{wanted} does not fit {ranks} and {num_heads} heads{unguided}: use one of: {options}")
     apart = [mesh for mesh in asked if mesh.group_size <= num_gpus]
     return min(apart if num_videos > 1 and apart else asked, key=lambda mesh: (mesh.replica, -mesh.cfg))
 

@@ -1,7 +1,8 @@
-"""Holds the facts of a model: the sizes of its four networks, the expert boundary and the reference's defaults.
+"""Holds the facts of a model: the sizes of its networks, the experts' noise boundary and its default options.
 
-`A14B` is Wan2.2-I2V-A14B as published. Any other model states its facts in a `wanfast.json` beside its weights
-(`ModelSpec.to_json`), or only its networks' sizes in `config.json`. Both public layouts have the transformer's.
+`A14B` is Wan2.2-I2V-A14B as published. A folder with another model may hold a `wanfast.json` with all facts, which
+`ModelSpec.to_json` writes. Otherwise the `config.json` files give only the sizes of networks, and A14B's facts complete
+them. In both public layouts (original and Diffusers), the transformer has a `config.json`.
 Source: the configuration files and code of Wan-Video/Wan2.2 (42bf4cf).
 """
 
@@ -46,7 +47,7 @@ class _Facts:
 
 
 def is_size(value: object) -> bool:
-    """Returns whether a value counts something in a model; true and false do not."""
+    """Returns whether a value is an int from 1 to 2^24, as a size in a model must be; a bool is not."""
     return type(value) is int and 1 <= value <= _MOST
 
 
@@ -204,7 +205,7 @@ class ModelSpec(_Facts):
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether a CPU is too slow for it; the tiny model is made for a CPU."""
+        """Returns whether a CPU is too slow for this model: True for every model except tiny."""
         return self.name != "tiny"
 
     def _check(self) -> None:
@@ -212,9 +213,9 @@ class ModelSpec(_Facts):
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> ModelSpec:
-        """Builds a spec from a document that `to_json` made; absent facts are A14B's.
+        """Builds a spec from a document that `to_json` made; facts missing in the document have A14B's values.
 
-        Raises FactError for a fact that is unknown or wrong.
+        Raises FactError if a name is unknown or a value is wrong.
         """
         parts = {"dit": DiTSpec, "vae": VAESpec, "umt5": UMT5Spec}
         known = {k: v for k, v in document.items() if k != "repo_id"}  # older files have this key, and nothing reads it
@@ -226,9 +227,9 @@ class ModelSpec(_Facts):
 def _built(kind: Any, facts: Any, prefix: str = "") -> Any:
     """Returns a spec of `kind` with these facts, whose names get `prefix` in an error. Raises FactError."""
     if not isinstance(facts, dict):
-        raise FactError(prefix.removesuffix("."), facts, "an object of facts is needed")
+        raise FactError(prefix.removesuffix("."), facts, "a JSON object of facts is needed")
     if unknown := sorted(facts.keys() - {each.name for each in dataclasses.fields(kind)}):
-        raise FactError(prefix + unknown[0], facts[unknown[0]], "there is no fact of this name")
+        raise FactError(prefix + unknown[0], facts[unknown[0]], "no fact has this name")
     try:
         return kind(**{name: as_tuple(value) for name, value in facts.items()})
     except FactError as error:
@@ -236,7 +237,7 @@ def _built(kind: Any, facts: Any, prefix: str = "") -> Any:
 
 
 def as_tuple(value: Any) -> Any:
-    """Returns a list as a tuple, and anything else as it is."""
+    """Converts a list to a tuple; returns any other value unchanged."""
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -1,7 +1,7 @@
-"""Computes the sizes of a clip in pixels, latents and tokens, in pure integers.
+"""Computes the sizes of a clip in pixels, latents and tokens.
 
 A clip of F = 4n+1 frames of H x W pixels becomes T = (F-1)/4 + 1 latent frames of H/8 x W/8, and
-T * (H/16) * (W/16) tokens. 1280x720, 81 frames: 21 x 90 x 160, 75,600 tokens.
+T * (H/16) * (W/16) tokens. Example: 81 frames of 1280x720 pixels become 21 latent frames of 160x90, and 75,600 tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Geometry:
 
     @property
     def token_grid(self) -> tuple[int, int, int]:
-        """Returns the grid (T, Y, X) of the tokens, which gives their rotary positions."""
+        """Returns the grid (T, Y, X) of the tokens; a token's place in the grid is its rotary position."""
         pt, py, px = self.patch_size
         return self.latent_frames // pt, self.latent_height // py, self.latent_width // px
 
@@ -42,9 +42,10 @@ class Geometry:
 def geometry_of(
     spec: ModelSpec, fit: ImageFit, size: tuple[int, int], frames: int, image_size: tuple[int, int]
 ) -> Geometry:
-    """Returns the clip for an image of (width, height): exactly `size`, or for `area` the image's shape in its area.
+    """Returns the sizes of the clip for an image of `image_size` (width, height).
 
-    The sides of `size` are multiples of 16. Raises ConfigError if a side becomes 0.
+    With fit "crop" or "pad", the clip has exactly the pixels of `size`, whose sides are multiples of 16. With "area",
+    it has the image's aspect ratio and about the area of `size`. Raises ConfigError if a side becomes 0.
     """
     if fit == "area":
         return fit_geometry(spec, *size, frames, image_size)
@@ -53,7 +54,7 @@ def geometry_of(
 
 
 def middle_box(image_size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
-    """Returns (left, top, right, bottom) of the largest part of an image that has the shape of width x height."""
+    """Returns (left, top, right, bottom) of the largest centred box in an image with the aspect ratio width:height."""
     shown = inner_size((width, height), *image_size)
     left, top = ((whole - part) // 2 for whole, part in zip(image_size, shown, strict=True))
     return left, top, left + shown[0], top + shown[1]
@@ -68,10 +69,10 @@ def inner_size(shape: tuple[int, int], width: int, height: int) -> tuple[int, in
 def fit_geometry(
     spec: ModelSpec, area_width: int, area_height: int, frames: int, image_size: tuple[int, int]
 ) -> Geometry:
-    """Returns the clip with the aspect ratio of `image_size` = (width, height) in area_width * area_height pixels.
+    """Returns the clip with the aspect ratio of `image_size` (width, height) and about area_width * area_height pixels.
 
-    The expression is the reference's own, left to right in float64, because its rounding is part of the model's
-    contract. For example, an 832x480 image at --size 832x480 becomes 832x464, but 480x832 stays 480x832.
+    The formula is the reference's, evaluated in the same order in float64, so that the rounding is the same too. For
+    example, at --size 832x480 an image of 832x480 gives a clip of 832x464, but one of 480x832 gives 480x832.
     Raises ConfigError if a side becomes 0. Source: Wan-Video/Wan2.2, wan/image2video.py.
     """
     image_width, image_height = image_size
@@ -88,9 +89,10 @@ def fit_geometry(
 
 
 def largest_geometry(spec: ModelSpec, area_width: int, area_height: int, frames: int) -> Geometry:
-    """Returns the clip with the most tokens that any image gives at this --size: 32,760 at 832x480, 81 frames.
+    """Returns the clip with the most tokens that any image can give at this --size and number of frames.
 
-    Of all grids with as many tokens, the one nearest to the size's own aspect ratio is returned.
+    For 832x480 and 81 frames, it has 32,760 tokens. If several grids have as many, the one with the aspect ratio
+    nearest to that of the size is returned.
     """
     _, patch_y, patch_x = spec.dit.patch_size
     token_area = spec.vae.spatial_stride**2 * patch_y * patch_x

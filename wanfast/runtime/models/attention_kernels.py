@@ -1,6 +1,7 @@
-"""This module names the attention kernels that the program can use: three packages and torch's own back ends.
+"""This module lists the attention kernels that the program can use: three packages and torch's own back ends.
 
-A kernel is imported only when it first runs, because each package is optional and some break other programs.
+A package is imported only when its kernel first runs, because each package is optional, and importing some of them
+breaks other programs.
 Shapes: B batch, L tokens, H heads, D head dim. Sources: FlashAttention-2 (arXiv 2307.08691), FlashAttention-3 (arXiv
 2407.08608); FlashAttention-4 is its successor in CuTe DSL.
 """
@@ -23,7 +24,7 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> out, all 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Describes an attention kernel; one without `modules` is torch's own."""
+    """Describes an attention kernel and the package that holds it; torch's own kernels have no `modules`."""
 
     run: AttentionFn
     package: str | None = None  # the package's name for pip

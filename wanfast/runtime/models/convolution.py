@@ -1,14 +1,14 @@
-"""Convolves channels-last clips; on a GPU by the cuDNN engine that is fastest for each shape, with the bias fused.
+"""Convolves channels-last clips; on a GPU with the cuDNN engine that is fastest for each shape, with the bias fused.
 
-torch takes the first engine that cuDNN's heuristics name. For the VAE's shapes on Hopper another engine takes half the
-time, and torch adds the bias in a pass of its own. So a convolution here is a graph of cuDNN's own front end: product
-and bias in one kernel, rounded once. The engine is searched when a shape is first used: each engine runs on these very
-tensors, and the fastest stays. Left out are engines that are not deterministic, those that compile themselves at run
-time (seconds for each), and those that need much workspace.
+torch takes the first engine that cuDNN's heuristics name, and adds the bias in a separate pass. For the VAE's shapes on
+Hopper, another engine takes half of that engine's time. So this module builds a graph with cuDNN's front end: one
+kernel computes product and bias, and rounds once. When a shape is first used, each engine runs once or more on its
+tensors, and the fastest is chosen. Three kinds of engines are left out: those that are not deterministic, those that
+compile at run time (seconds each), and those that need more than 256 MiB of workspace.
 
-Engines sum in different orders, so another engine may change last bits. A caller who wants the same bits again keeps
-`chosen()` and gives it to `choose()` later. torch convolves on a CPU, in strict float32 (without TF32), with gradients,
-and where the front end is not installed or has no engine.
+Engines sum in different orders, so that another engine may change the last bits. To get the same bits again, store
+`chosen()` and pass it to `choose()` in the next process. torch's own convolution is used on a CPU, for float32 without
+TF32, if gradients are enabled, and if the front end is not installed or has no engine.
 
 Shapes: B batch, C channels, T frames, h w any grid; the memory of a clip is [B, T, h, w, C].
 """
@@ -36,7 +36,7 @@ _MOST_WORKSPACE_BYTES = 256 << 20
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, stride: Triple = (1, 1, 1), padding: Triple) -> Tensor:
     """Returns the convolution of x [B,C,T,h,w] with `weight` [C',C,kt,kh,kw], plus `bias` [C'].
 
-    `x` may have more channels than `weight` reads; they must be zeros.
+    `x` may have more channels than `weight`; the additional channels must be zeros.
     """
     if x.is_cuda and HAS_FRONT_END and not torch.is_grad_enabled() and _may_use_tensor_cores(x.dtype):
         return _by_cudnn(x, weight, bias, stride, padding)
@@ -44,7 +44,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, stride: Triple = (1, 1,
 
 
 def padded_channels(channels: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Returns how many channels a convolution's input should have, so that no engine copies it first."""
+    """Returns `channels` rounded up, so that a position has a multiple of 16 bytes and no engine copies the input."""
     if device.type != "cuda" or not HAS_FRONT_END:
         return channels
     aligned = _ALIGNED_BYTES // dtype.itemsize
@@ -52,12 +52,12 @@ def padded_channels(channels: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def chosen() -> dict[str, str]:
-    """Returns the engine of each shape that this process used or was given."""
+    """Returns {shape: engine} of all shapes whose engine this process searched or got from `choose`."""
     return dict(_chosen)
 
 
 def used() -> dict[str, str]:
-    """Returns the engine of each shape that ran since `forget_uses`."""
+    """Returns {shape: engine} of the convolutions that ran since the last call of `forget_uses`."""
     return {problem.name: _chosen[problem.name] for problem in _used}
 
 
@@ -66,7 +66,7 @@ def forget_uses() -> None:
 
 
 def choose(engines: Mapping[str, str]) -> None:
-    """Sets the engine of each shape in `engines`, except of shapes that have one."""
+    """Takes {shape: engine} from `engines`; a shape that already has an engine stays unchanged."""
     _chosen.update({shape: name for shape, name in engines.items() if shape not in _chosen})
 
 

@@ -3,12 +3,12 @@
 A token is a 1x2x2 patch of the latent video. Each of the forty blocks has three sublayers: self-attention over all
 tokens, cross-attention to the text, and a feed-forward network. Each sublayer reads a normalised copy of one residual
 stream and adds its result to that stream. The timestep acts only through shifts, scales and gates (adaLN). All tokens
-share one timestep, so its MLP is evaluated on ONE row, which is broadcast. The text's keys and values do not depend on
-the step, so `encode_text` computes them once a prompt.
+share one timestep, so the time MLP computes ONE row, which is broadcast. The text's keys and values do not depend on
+the step, so `encode_text` computes them once for each prompt.
 
-Precision: matrix products run in the linears' dtype (bf16). All that is small or accumulates stays float32: residual
-stream, norms, modulation, time MLP, head. The dtype of each parameter states its precision.
-Cost at 1280x720x81 (L = 75,600): 163 TFLOP a block, 72 % of it self-attention; 6.5 PFLOP a forward.
+Precision: matrix products run in the dtype of the linear layers (bf16). The residual stream, norms, modulation, time
+MLP and head stay in float32, because they are small or accumulate.
+Cost at 1280x720, 81 frames (L = 75,600): 163 TFLOP a block, 72 % of it self-attention; 6.5 PFLOP a forward.
 
 Shapes: B batch, L tokens, d model dim, H heads, D head dim, S text tokens, T/Y/X token grid, C latent channels.
 Source: Wan (arXiv 2503.20314) section 4.2; DiT (arXiv 2212.09748) for adaLN. Parameter names are the original
@@ -42,7 +42,7 @@ class TextKV(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Holds the residual stream x + gate * added of this rank's tokens as parts; the next norm computes the sum."""
+    """Holds the three parts of this rank's residual stream, x + gate * added; the next norm computes the sum."""
 
     x: Tensor  # [B, L, d], float32
     added: Tensor  # [B, L, d]
@@ -50,21 +50,21 @@ class Stream(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """Casts its input to the dtype of the weight, which decides the precision of the product."""
+    """This linear layer casts its input to the dtype of its weight, and multiplies in that dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 class LinearGELU(Linear):
-    """Applies a linear layer and then GELU by its tanh formula."""
+    """Applies a linear layer and then GELU in its tanh approximation."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_gelu(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
-    """Normalises q or k over all heads together, and rotates it by `rope` if given: [B, L, H, D] in the dtype of x."""
+    """Applies RMS norm to q or k over all heads together, then rotary embedding if `rope` is given: [B, L, H, D]."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Holds the four projections and the two norms that self- and cross-attention have in common."""
+    """This base of self- and cross-attention holds the projections q, k, v, o and the norms of q and k."""
 
     def __init__(self, spec: DiTSpec, dtype: torch.dtype, attend: AttentionFn) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Every token attends to all `num_tokens` tokens, on whichever ranks `sequence` holds them."""
+    """Each token attends to all tokens of the video; `sequence` exchanges them if several ranks share the tokens."""
 
     def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence, attend: AttentionFn) -> None:
         super().__init__(spec, dtype, attend)
@@ -100,9 +100,9 @@ class SelfAttention(Attention):
         self.qkv: Linear | None = None
 
     def fuse_projections(self) -> None:
-        """Fuses q, k and v into one product, which reads the tokens once; the weights must be loaded.
+        """Fuses the projections q, k and v into one linear layer, so that the tokens are read once.
 
-        The state dict still names the three projections.
+        The weights must be loaded before. The state dict still has the keys of three projections.
         """
         projections = (self.q, self.k, self.v)
         self.qkv = self.q  # of any class: each of its parameters has one row for each output
@@ -134,7 +134,7 @@ def _split_fused_keys(module: nn.Module, state: dict[str, Any], prefix: str, met
 
 
 class CrossAttention(Attention):
-    """Queries come from the video, keys and values from the text, without rotation or mask: padding rows take part."""
+    """The video's tokens attend to the text's, without rotary embedding or mask: padded text tokens take part."""
 
     def encode_text(self, text_BSd: Tensor) -> TextKV:
         """Returns the keys and values of the embedded text [B, S, d]."""
@@ -164,7 +164,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, spec.dim, dtype=torch.float32))
 
     def forward(self, stream: Stream, time_B6d: Tensor, text: TextKV, rope: RotaryTables, num_tokens: int) -> Stream:
-        """Returns the residual stream after this block; `num_tokens` counts the tokens of all ranks."""
+        """Returns the residual stream after this block; `num_tokens` is the number of tokens on all ranks."""
         rows = (self.modulation + time_B6d).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
         norm3, eps, dtype = self.norm3, self.eps, self.dtype
@@ -180,7 +180,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Applies the last norm, modulated by the time embedding itself, and projects tokens to patches, in float32."""
+    """Applies the last norm, modulates it by the time embedding, and projects tokens to patches, all in float32."""
 
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
@@ -189,9 +189,9 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, spec.dim, dtype=torch.float32))
 
     def forward(self, stream: Stream, time_Bd: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (patches of the velocity [B, L, p], the whole stream [B, L, d]).
+        """Returns (patches of the velocity [B, L, p], the summed residual stream [B, L, d]).
 
-        The formulas run here, because one pass a forward is not worth compiling a kernel beside the blocks'.
+        This uses plain PyTorch: the head runs once in a forward, which is not worth compiling another kernel.
         """
         shift, scale = (self.modulation + time_Bd.unsqueeze(1)).chunk(2, dim=1)
         x = stream.x + stream.gate * stream.added
@@ -199,10 +199,10 @@ class Head(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """This class is one expert; `dtype` is that of the matrix products' weights, and all other parameters are float32.
+    """This class is one expert; its linear layers have `dtype`, but norms, modulation, time MLP and head are float32.
 
-    `sequence` says how ranks share tokens; the forward pass takes and returns whole latents on each rank.
-    `attend` is the kernel of self- and cross-attention.
+    `sequence` shares the tokens among ranks; each rank still gives and gets whole latents.
+    `attend` is the attention function of self- and cross-attention.
     """
 
     def __init__(
@@ -231,9 +231,9 @@ class WanDiT(nn.Module):
         self.head = Head(spec)
 
     def encode_text(self, text_BSc: Tensor) -> list[TextKV]:
-        """Returns the keys and values of every block for text embeddings [B, n <= text_len, text_dim].
+        """Returns each block's keys and values for text embeddings [B, n, text_dim], n <= text_len.
 
-        Zero rows pad the text to `text_len`. Those rows are attended to, because the model was trained so.
+        Zero rows pad the embeddings to `text_len`. Attention includes these rows, because the model was trained so.
         """
         padding = self.spec.text_len - text_BSc.shape[1]
         text = self.text_embedding(F.pad(text_BSc, (0, 0, 0, padding)))
@@ -250,13 +250,14 @@ class WanDiT(nn.Module):
         cached_residual: Tensor | None = None,
         keep_residual: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns (flow velocity [B, C, T, h, w], the residual or None), in float32.
+        """Returns (flow velocity [B, C, T, h, w], residual [B, L, d] or None), both in float32.
 
+        The residual is the sum that the blocks add to this rank's tokens.
         latent: [B, C, T, h, w]; condition: [B, 20, T, h, w] (4 mask channels, then the encoded first frame);
-        timestep: [B] in 0..1000; text: from `encode_text`; rope: tables of this token grid.
-        after_block: gets the index of each block whose work is queued, so that its weights can be overwritten.
-        cached_residual: the residual of an earlier call, which replaces the blocks.
-        keep_residual: whether to return the residual: what the blocks added to this rank's tokens, [B, L, d].
+        timestep: [B] in 0..1000; text: from `encode_text`; rope: the tables of the whole token grid.
+        after_block: called with the index of a block once its kernels are queued; it may overwrite the block's weights.
+        cached_residual: an earlier call's residual; if given, it is added to the tokens and no block runs.
+        keep_residual: whether to return the residual; if False, None is returned for it.
         """
         video = torch.cat((latent, condition), dim=1).to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(video)
@@ -279,9 +280,9 @@ class WanDiT(nn.Module):
         return velocity, None if first is None else x.sub_(first)
 
     def fuse_projections(self) -> None:
-        """Fuses q, k and v of every block, unless `sequence` needs them one by one.
+        """Fuses the projections q, k and v of each block, except if `sequence` needs them one by one.
 
-        The weights must be loaded, and not sharded.
+        The weights must be loaded and must not be sharded.
         """
         if not self.sequence.overlaps:
             for block in self._blocks():
@@ -305,7 +306,10 @@ class WanDiT(nn.Module):
 
 
 def sinusoid(timestep_B: Tensor, dim: int) -> Tensor:
-    """Returns cosines, then sines, of timestep * 10000^(-2j/dim): [B, dim] float32, computed in float64."""
+    """Returns the sinusoidal embedding [B, dim] of timesteps [B]: cosines, then sines, of timestep * 10000^(-2j/dim).
+
+    It is computed in float64 and returned in float32.
+    """
     frequencies = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=timestep_B.device) / dim)
     angles = torch.outer(timestep_B.double(), frequencies)
     return torch.cat((angles.cos(), angles.sin()), dim=1).float()

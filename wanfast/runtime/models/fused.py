@@ -1,13 +1,13 @@
-"""Each function here fuses the steps between matrix products and attention into one pass over the tokens.
+"""Each function here fuses elementwise steps and norms, between matrix products and attention, into one pass.
 
-A pass computes in float32, whatever the dtypes of its inputs and outputs. Between products and attention a block only
-moves bytes, most of them for the residual stream: [L, d] in float32, 1.5 GB at 75,600 tokens. Each function has its
-formula in plain PyTorch, and a Triton kernel in `fused_kernels` that reads and writes each value once. (Inductor's code
-for the formula computes the residual stream again for each consumer and reads each RoPE pair twice.) The kernels run
-on a GPU, in inference. Elsewhere the formulas run, and the tests compare the two.
+A pass computes in float32, whatever the dtypes of its inputs and outputs. These steps are memory-bound. Most of their
+bytes belong to the residual stream: [L, d] in float32, 1.5 GB at 75,600 tokens. Each function has a formula in plain
+PyTorch and a Triton kernel in `fused_kernels`, which reads and writes each value once. (Inductor's code for the formula
+computes the residual stream again for each consumer, and reads each RoPE pair twice.) The kernels run for inference on
+a GPU. In all other cases the formulas run. The tests compare kernels with formulas.
 
-If the next product multiplies 8-bit values, the pass quantizes too: each token by its own largest value. That writes
-half of bf16's bytes, and rounds once, from float32.
+If the next matrix product multiplies 8-bit values, the pass also quantizes each token with a scale of its own. It then
+writes half as many bytes as in bf16, and rounds only once, from float32.
 
 Shapes: B batch, L tokens, d model dim, H heads, D head dim. Weights, biases and gates are [d] or [B, 1, d], float32.
 """
@@ -35,9 +35,10 @@ _TINIEST = 1e-12  # so that a token of zeros has a scale
 def add_layer_norm(
     x_BLd: Tensor, y_BLd: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tokens]:
-    """Returns (x + gate * y, its layer norm): the residual stream after one sublayer, and the input of the next.
+    """Returns (s, layer norm of s), where s = x + gate * y is the residual stream and y a sublayer's output.
 
-    The norm, (x - mean) / std * weight + bias over d, is rounded or quantized to `dtype`.
+    s is float32. The layer norm, (s - mean) / std * weight + bias over d, is rounded to `dtype`, or quantized if
+    `dtype` has 8 bits. A gate of None means 1.
     """
     if _by_kernel(x_BLd):
         x, out, scale = fused_kernels.add_layer_norm(x_BLd, y_BLd, gate, weight, bias, eps, dtype)
@@ -48,7 +49,10 @@ def add_layer_norm(
 
 
 def quantize_tokens(x_BLd: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> QuantizedTokens:
-    """Returns x, or its tanh GELU, in 8 bits: the largest value of a token becomes the largest of `dtype`."""
+    """Quantizes x, or with `gelu` its tanh GELU, to the 8-bit `dtype`.
+
+    Each token has a scale, which maps its largest |value| to the largest number of `dtype`.
+    """
     if _by_kernel(x_BLd):
         return QuantizedTokens(*fused_kernels.quantize_tokens(x_BLd, dtype, gelu))
     x = x_BLd.float()
@@ -68,9 +72,10 @@ def rms_norm_heads(
     *,
     by_kernel: bool = True,
 ) -> Tensor:
-    """Returns x / rms(x) * weight over all heads together, rotated by `rope` if given, [B, L, H, D].
+    """Returns x / rms(x) * weight, split into heads [B, L, H, D] and rotated by `rope` if given, in the dtype of x.
 
-    The result has the dtype of x. `by_kernel`: whether to use the Triton kernel if it can run; False compiles none.
+    The root mean square is over all heads together. With `by_kernel` False, the Triton kernel is never used, so that
+    it need not be compiled.
     """
     if by_kernel and _by_kernel(x_BLd):
         cos, sin = rope or (None, None)
@@ -84,9 +89,9 @@ def _heads(x_BLd: Tensor, num_heads: int) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Returns gelu(x W^T + b) by the tanh formula, [..., out], for x in the dtype of the weight.
+    """Returns gelu(x W^T + b) [..., out], with GELU in its tanh approximation; x has the dtype of the weight.
 
-    In inference on a GPU the activation is part of the product.
+    For inference on a GPU, one cuBLAS kernel computes the product and the GELU.
     """
     if x.is_cuda and not torch.is_grad_enabled():
         return _linear_gelu(x, weight, bias)
@@ -101,7 +106,7 @@ def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def make_operators() -> None:
-    """Prepares the kernels for torch.compile, which cannot trace a bare kernel."""
+    """Registers the Triton kernels as operators of torch, so that torch.compile can trace calls of them."""
     if HAS_KERNELS:
         fused_kernels.make_operators()
 

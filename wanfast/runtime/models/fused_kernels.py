@@ -1,9 +1,9 @@
-"""These Triton kernels implement `fused`: a program loads a row of d values into registers, so each is read once.
+"""These Triton kernels implement the functions of `fused`: a program instance loads one row of d values, once.
 
-At d = 5120 a row is padded to 8192 lanes; the lanes beyond d read and write nothing. The kernels are memory-bound: 2.7
-of an H100's 3.35 TB/s (LOG.md). For compiled blocks, `make_operators` makes each a Triton operator of torch. So a block
-stays one graph, and the kernels are in the same caches as Inductor's own. Floats are constants of a kernel, because
-Inductor passes other floats as float64, and every later value would become float64.
+At d = 5120 a row is padded to 8192 lanes; the lanes beyond d read and write nothing. The kernels are memory-bound: they
+reach 2.7 of an H100's 3.35 TB/s (LOG.md). For compiled blocks, `make_operators` registers each kernel as an operator of
+torch. So a block stays one graph, and Inductor's caches also hold these kernels. Float arguments are constexpr, because
+Inductor passes other floats as float64, and the kernel would then compute in float64.
 
 Shapes: B batch (1), L tokens, d model dim, D head dim.
 """
@@ -24,7 +24,7 @@ wrap_triton: Callable[[Any], Any] = lambda kernel: kernel  # noqa: E731 - torch'
 
 
 def make_operators() -> None:
-    """Makes the functions of this module operators, which torch.compile can trace; this imports the compiler."""
+    """Registers the functions of this module as operators that torch.compile can trace; this imports the compiler."""
     global wrap_triton
     if wrap_triton is not torch.library.wrap_triton:
         wrap_triton = torch.library.wrap_triton
@@ -36,7 +36,7 @@ def make_operators() -> None:
 def add_layer_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (the sum, its norm in `dtype`, the tokens' scales, which are empty unless `dtype` has 8 bits)."""
+    """Returns (s = x + gate * y, layer norm of s in `dtype`, scales [B, L] of an 8-bit `dtype`, otherwise [0])."""
     _check_rows(x, y, weight, bias)
     total, (out, scale) = torch.empty_like(x), _output(x, dtype)
     factor = weight if gate is None else gate
@@ -47,7 +47,7 @@ def add_layer_norm(
 
 
 def quantize_tokens(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
-    """Returns (x, or its tanh GELU, in the 8-bit `dtype`; the tokens' scales in float32)."""
+    """Returns (values [B, L, d] in the 8-bit `dtype`, float32 scales [B, L]) of x, or with `gelu` of gelu(x) (tanh)."""
     _check_rows(x)
     out, scale = _output(x, dtype)
     wrap_triton(_quantize_tokens)[_grid(x)](x, out, scale, GELU=gelu, **_launch(x, dtype))
@@ -69,7 +69,7 @@ def _launch(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """Returns x / rms(x) * weight, rotated by cos and sin [L, 1, D/2] if given; x may be part of wider rows."""
+    """Returns x / rms(x) * weight, rotated by cos and sin [L, 1, D/2] if given; x may be a column slice of a tensor."""
     d = x.shape[-1]
     assert x.stride(-1) == 1, "the values of a row must be adjacent"
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,9 +1,10 @@
-"""This kernel multiplies int8 tokens and int8 weights on Hopper, and scales the sums in registers.
+"""This Triton kernel multiplies int8 tokens by int8 weights on Hopper, and scales the sums in registers.
 
-cuBLAS's int8 product writes int32: four bytes a value, which another pass must read again. At 780 to 810 TOPS it is no
-faster than bf16's. This kernel scales the sums, adds the bias and writes two bytes a value: 1108 TOPS over a forward on
-an H200 (LOG.md). There are as many programs as multiprocessors, and the programs take tiles in turn, so that one tile
-is written while the next is read. A tile is written in two halves, which frees the memory for a fourth stage.
+cuBLAS's int8 product writes int32 sums: four bytes a value, which another pass must read again. At 780 to 810 TOPS,
+cuBLAS's product is no faster in int8 than in bf16. This kernel scales the sums, adds the bias and writes bf16: 1108
+TOPS over a forward on an H200 (LOG.md). It is persistent: one program for each multiprocessor loops over tiles, so that
+it writes one tile while it loads the next. It writes a tile in two halves, which leaves shared memory for a fourth
+pipeline stage.
 
 Shapes: L tokens, K in, N out.
 """
@@ -28,7 +29,10 @@ _NUM_STAGES, _NUM_WARPS, _BAND = 4, 8, 8
     shape=lambda values, weight, token_scale, scale, bias: bias.new_empty(values.shape[0], weight.shape[0]),
 )
 def int8_product(values: Tensor, weight: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Returns (values * token_scale) (weight * scale)^T + bias, [L, N]; K must be a multiple of 16, and N of 8."""
+    """Returns (values * token_scale) (weight * scale)^T + bias: [L, N] in the dtype of `bias`.
+
+    K must be a multiple of 16, and N a multiple of 8.
+    """
     (tokens, k), n = values.shape, weight.shape[0]
     assert values.is_contiguous() and weight.is_contiguous(), "values and weight must be contiguous"
     out = torch.empty(tokens, n, dtype=bias.dtype, device=values.device)

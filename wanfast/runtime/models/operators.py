@@ -1,4 +1,4 @@
-"""Makes a function opaque to the compiler: a compiled block calls it as one operator, whose output's shape is known."""
+"""Makes a function opaque to torch.compile: the compiler calls it as one operator and does not trace into it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ TensorFn = Callable[..., Tensor]
 
 
 def opaque(name: str, shape: TensorFn) -> Callable[[TensorFn], TensorFn]:
-    """Returns a decorator for a function of tensors. `shape`: returns an empty output for the same arguments.
+    """Returns a decorator that registers a function of tensors as torch's operator `name`.
 
-    Outside of graphs the function is called directly, because torch's operator imports the compiler at its first call.
+    `shape` takes the same arguments and returns an empty tensor with the shape and dtype of the output. Uncompiled code
+    calls the function directly, because the first call of an operator imports the compiler.
     """
 
     def decorate(function: TensorFn) -> TensorFn:

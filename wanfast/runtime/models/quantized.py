@@ -1,10 +1,10 @@
-"""These linear layers hold weights of 8 bits a value, with a float32 scale for each output channel.
+"""These linear layers hold 8-bit weights, with a float32 scale for each output channel.
 
-There are three ways to compute the product. Weight-only dequantizes the weight first, so it saves only memory. The
-other two also quantize the tokens at run time, each token by its own largest value, and multiply in 8 bits. Int8 and
-float8 tensor cores do twice the work of bf16's. If a norm or the activation comes before the product, that pass
-quantizes (`fused`). The float8 product needs a GPU of capability 8.9 or higher. A CPU multiplies the same 8-bit values
-in float32, which differs only in rounding.
+The scheme decides how the product is computed. `int8-weight-only` dequantizes the weight first, so it saves only
+memory. `int8-dynamic` and `fp8-rowwise` also quantize the tokens at run time, with a scale for each token, and multiply
+8-bit values. Tensor cores multiply 8-bit values twice as fast as bf16. If a norm or GELU precedes the product, the
+same kernel quantizes its result (`fused`). The float8 product needs a GPU of compute capability 8.9 or higher. A CPU
+multiplies the float8 values in float32, so that its result differs only in rounding.
 
 Shapes: B batch, L tokens, K in, N out; weight [N, K], scale [N], bias [N].
 Sources: LLM.int8() (arXiv 2208.07339) for scales by row and column; FP8 formats (arXiv 2209.05433).
@@ -29,7 +29,10 @@ ProductFn = Callable[[QuantizedTokens, Tensor, Tensor, Tensor], Tensor]  # x, we
 
 
 class QuantizedLinear(nn.Module):
-    """Applies a linear layer by an 8-bit scheme; with `gelu`, the tanh GELU and then another such layer follow it."""
+    """Applies a linear layer with weights of an 8-bit scheme, and then GELU (tanh) if `gelu`.
+
+    With `gelu`, the next layer must be a QuantizedLinear too, because the result may be quantized.
+    """
 
     def __init__(self, scheme: Scheme, dim_in: int, dim_out: int, dtype: torch.dtype, *, gelu: bool = False) -> None:
         super().__init__()
@@ -41,7 +44,7 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim_out, dtype=dtype), requires_grad=False)
 
     def forward(self, x: Tokens) -> Tokens:
-        """Returns the result in the dtype of the bias, or in 8 bits after `gelu` if the scheme quantizes tokens."""
+        """Returns a tensor in the bias's dtype, or QuantizedTokens after `gelu` if the scheme quantizes tokens."""
         if self.multiply is None:
             assert isinstance(x, Tensor)
             weight = dequantize(self.weight, self.scale).to(self.bias.dtype)
@@ -52,7 +55,7 @@ class QuantizedLinear(nn.Module):
 
 
 def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Returns the product [B, L, N] of int8 values, in the dtype of the bias."""
+    """Returns x W^T + bias, [B, L, N] in the dtype of the bias, for int8 tokens x and int8 weights W."""
     if not (HAS_KERNELS and x.values.is_cuda):
         sums = torch._int_mm(x.values.flatten(0, -2), weight.t()).view(*x.values.shape[:-1], -1)
         return _scaled(sums, x, scale, bias)
@@ -61,7 +64,7 @@ def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor
 
 
 def fp8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Returns the product [B, L, N] of float8 e4m3 values, in the dtype of the bias."""
+    """Returns x W^T + bias, [B, L, N] in the dtype of the bias, for float8 e4m3 tokens x and weights W."""
     if not x.values.is_cuda:
         return _scaled(F.linear(x.values.float(), weight.float()), x, scale, bias)
     product: Tensor = torch._scaled_mm(

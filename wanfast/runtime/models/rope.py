@@ -1,9 +1,10 @@
 """Rotary position embedding rotates queries and keys by their position on a latent video's three axes.
 
-Each head's D dims are D/2 adjacent pairs, rotated as complex numbers by position * frequency. Time, height and width
-share the pairs (22 + 21 + 21 of 64), and each axis has its own frequencies. Angles are computed in float64 and held as
-float32 cos/sin. The reference multiplies in complex128; the results are equal to float32 rounding, and float32 moves a
-fraction of the bytes. Tables depend only on the token grid: build them once a clip, reuse them in every block and step.
+Each head's D dims are D/2 adjacent pairs. A pair is rotated as a complex number by the angle position * frequency.
+Of 64 pairs, 22 rotate by time, 21 by height and 21 by width; each axis has its own frequencies. Angles are computed in
+float64, and their cosines and sines are stored in float32. The reference multiplies in complex128; the results are
+equal to within float32 rounding, and float32 moves fewer bytes. The tables depend only on the token grid: build them
+once for a clip, and reuse them in every block and step.
 
 Shapes: B batch, L tokens = T*Y*X, H heads, D head dim.
 Source: RoFormer (Su et al. 2021) section 3.4.2; the split and frequencies are Wan's.
@@ -28,7 +29,7 @@ class RotaryTables(NamedTuple):
 def rotary_tables(
     token_grid: tuple[int, int, int], head_dim: int, device: torch.device | str = "cpu", theta: float = 10000.0
 ) -> RotaryTables:
-    """Returns the tables for the tokens of a (T, Y, X) grid; X varies fastest, and positions count from 0."""
+    """Returns the tables for the tokens of a (T, Y, X) grid; X varies fastest, and positions start at 0."""
     axis_y = axis_x = 2 * (head_dim // 6)
     axis_dims = (head_dim - axis_y - axis_x, axis_y, axis_x)
     positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in token_grid))  # [L, 3]
@@ -43,7 +44,7 @@ def rotary_tables(
 
 
 def apply_rotary(x_BLHD: Tensor, tables: RotaryTables) -> Tensor:
-    """Rotates the pairs (2j, 2j+1) of x [B, L, H, D] float32; shape and dtype stay the same."""
+    """Returns x [B, L, H, D] float32 with its pairs (2j, 2j+1) along D rotated; shape and dtype stay the same."""
     even, odd = rearrange(x_BLHD, "... (D two) -> two ... D", two=2)
     cos, sin = tables
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

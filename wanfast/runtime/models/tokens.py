@@ -1,4 +1,4 @@
-"""Products and exchanges read tokens as they are, or in 8 bits with a scale for each token; both are dense."""
+"""Defines the two forms of activations: a plain tensor, or 8-bit values with a scale for each token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest value o
 
 
 class QuantizedTokens(NamedTuple):
-    """Represents tokens as values * scale; the largest value of each token is the largest of the dtype."""
+    """Represents tokens as values * scale; in each token, the largest |value| is the largest number of the dtype."""
 
     values: Tensor  # [..., L, d], int8 or float8
     scale: Tensor  # [..., L], float32
@@ -21,5 +21,8 @@ Tokens = Tensor | QuantizedTokens
 
 
 def packed(x: Tensor) -> Tensor:
-    """Returns a copy: `contiguous` may return a view, and strides of size-1 dims make torch.compile recompile."""
+    """Returns a copy with standard strides.
+
+    `contiguous` may return a view with other strides in dims of size 1, and torch.compile then recompiles.
+    """
     return x.clone(memory_format=torch.contiguous_format)

@@ -1,14 +1,15 @@
 """The UMT5 encoder maps a prompt's token ids to one vector per token, which the DiT reads through cross-attention.
 
-The encoder is a pre-norm transformer that knows positions only through a learnt bias on its attention scores. The bias
-depends on key position minus query position, sorted into a few buckets. They are exact when near, logarithmic when far,
-and one holds all that is at `max_distance` or beyond. Nothing depends on absolute position. So a prompt encoded at its
-true length equals the same prompt padded and masked. Unlike in T5, each block learns its own table.
+The encoder is a pre-norm transformer. Positions enter only through a learned bias on the attention scores. The bias
+depends on a bucket of the distance (key position minus query position). Each small distance has its own bucket, larger
+distances share buckets of logarithmic width, and all distances from `max_distance` on share the last one. Because
+absolute positions play no role, a prompt encoded at its true length gives the same vectors as if padded and masked.
+Unlike in T5, each block learns its own bias table.
 
-Cost: XXL holds 5.68 G parameters, 11.4 GB in bf16. A pass is 9 GFLOP a token, so reading the weights dominates.
-Limit: scores are materialised, O(B H L^2), which is small for the L <= 512 of prompts.
-In bf16, RMS and softmax are computed in fp32 and all else in bf16, in the reference's order except for a fused GELU.
-Two bf16 implementations differ by a few per cent, so parity is judged in fp32.
+Cost: XXL has 5.68 G parameters, 11.4 GB in bf16. A forward takes 9 GFLOP a token, so reading the weights dominates.
+Limit: the attention scores are materialised, O(B H L^2), which is small because prompts have L <= 512.
+In bf16, only RMS and softmax are computed in fp32. The order of operations is the reference's, except that GELU is
+fused. Two bf16 implementations differ by a few per cent, so equality with the reference is tested in fp32.
 
 Source: the T5 encoder of Wan-Video/Wan2.2 (42bf4cf), whose parameter names are kept. T5: arXiv 1910.10683;
 gated GELU: arXiv 2002.05202; UMT5: arXiv 2304.09151.
@@ -29,7 +30,7 @@ from wanfast.runtime.facts.model_spec import UMT5Spec
 
 
 class UMT5Encoder(nn.Module):
-    """This class is the encoder half of UMT5; all of its state is parameters, so it can be built on the meta device."""
+    """This class is the encoder of UMT5; it has no buffers, so that it can be built on the meta device."""
 
     def __init__(self, spec: UMT5Spec, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
@@ -39,9 +40,9 @@ class UMT5Encoder(nn.Module):
         self.norm = RMSNorm(spec.dim, spec.eps, dtype)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns one vector per token, [B, L, d]; the rows of padding have no meaning.
+        """Returns one vector per token, [B, L, d]; the vectors of padding have no meaning.
 
-        ids: [B, L] int64; mask: [B, L], nonzero = a token, zero = padding, or None = no padding.
+        ids: [B, L] int64; mask: [B, L] with zeros for padding and nonzero values for tokens, or None for no padding.
         """
         buckets = relative_position_buckets(ids.shape[1], self.spec.num_buckets, self.spec.max_distance, ids.device)
         is_padding = None if mask is None else rearrange(mask == 0, "B K -> B 1 1 K")
@@ -64,14 +65,14 @@ class EncoderBlock(nn.Module):
         self.ffn = GatedFeedForward(spec.dim, spec.ffn_dim, dtype)
 
     def forward(self, x: Tensor, buckets: Tensor, is_padding: Tensor | None) -> Tensor:
-        """Maps x [B, L, d], buckets [Q, K] and is_padding ([B, 1, 1, K] or None) to [B, L, d]."""
+        """Returns x [B, L, d] after the block; buckets: [Q, K] int64, is_padding: [B, 1, 1, K] bool or None."""
         x = x + self.attn(self.norm1(x), self.pos_embedding(buckets), is_padding)
         out: Tensor = x + self.ffn(self.norm2(x))
         return out
 
 
 class Attention(nn.Module):
-    """Applies multi-head self-attention with additive position bias, unscaled: T5 folds 1/sqrt(D) into q's weights."""
+    """Applies multi-head self-attention with an additive position bias; T5 does not scale scores by 1/sqrt(D)."""
 
     def __init__(self, dim: int, attention_dim: int, num_heads: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(attention_dim, dim, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor, bias: Tensor, is_padding: Tensor | None) -> Tensor:
-        """Maps x [B, L, d], bias [1, H, Q, K] and is_padding ([B, 1, 1, K] or None) to [B, L, d]."""
+        """Returns the attention of x, [B, L, d]; bias: [1, H, Q, K], is_padding: [B, 1, 1, K] bool or None."""
         q, k, v = (rearrange(proj(x), "B L (H D) -> B H L D", H=self.num_heads) for proj in (self.q, self.k, self.v))
         scores = q @ k.mT + bias
         if is_padding is not None:
@@ -93,14 +94,14 @@ class Attention(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """Holds a learnt number per bucket of relative position and head."""
+    """Holds one learned bias for each pair of a relative-position bucket and an attention head."""
 
     def __init__(self, num_buckets: int, num_heads: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_buckets, num_heads, dtype=dtype)
 
     def forward(self, buckets: Tensor) -> Tensor:
-        """Maps buckets [Q, K] to biases [1, H, Q, K]."""
+        """Returns the biases [1, H, Q, K] of the buckets [Q, K]."""
         bias: Tensor = self.embedding(buckets)
         return rearrange(bias, "Q K H -> 1 H Q K")
 
@@ -121,7 +122,7 @@ class GatedFeedForward(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Computes x / rms(x) in fp32 and rounds it to x's dtype before the weight scales it."""
+    """Computes x / rms(x) in fp32, rounds the result to the dtype of x, and multiplies it by the weight."""
 
     def __init__(self, dim: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -136,11 +137,11 @@ class RMSNorm(nn.Module):
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
     """Returns the bucket of every (query, key) pair: [Q, K] int64, Q = K = length.
 
-    Half of the buckets are for keys after the query. In each half, the first half of the buckets hold one distance
-    each. The rest divide the distances up to `max_distance` logarithmically (arXiv 1910.10683, section 2.1).
-    The host computes in float64 where a bucket begins. The distances 16, 32 and 64 lie exactly between two buckets, and
-    rounding that differs from device to device would change their bucket. The device gets these distances as arguments
-    of kernels, so that nothing is copied, and a CUDA graph can hold it all.
+    One half of the buckets is for keys after the query, the other for keys before it. In each half, the first buckets
+    hold one distance each. The others divide the distances up to `max_distance` logarithmically (arXiv 1910.10683,
+    section 2.1). The host computes the bounds of the buckets in float64, because 16, 32 and 64 lie exactly on a bound:
+    rounding on different devices could put them into different buckets. Kernels take the bounds as scalar arguments, so
+    that nothing is copied to the device, and a CUDA graph can capture them.
     """
     num_per_side = num_buckets // 2
     position = torch.arange(length, device=device)

@@ -1,20 +1,20 @@
-"""The causal video VAE of Wan 2.1 maps pixels to latents, 4x8x8 smaller, and back, a few frames at a time.
+"""The causal video VAE of Wan 2.1 encodes video into latents, 4x8x8 smaller (time, height, width), and decodes them.
 
-Every convolution over time looks only backwards. So a clip is coded in chunks, and each chunk passes on the frames that
-the next chunk's convolutions need. The first frame is its own chunk and makes one latent frame; each later latent frame
-represents four frames of video. No module holds state: the *past* is a list of one tensor for each convolution over
-time, in the order in which the convolutions run. A chunk takes one such list and returns the next.
+Every convolution over time reads only the current frame and earlier ones. So the VAE processes a clip in chunks of a
+few frames. The first chunk is the first frame, which gives one latent frame. Each later latent frame represents four
+frames of video. No module holds state. Instead, the *past* is a list of tensors: for each convolution over time, in
+running order, the earlier frames that it needs. Each chunk takes the past and returns the past for the next chunk.
 
-Cost at 720x1280, 81 frames: encode 382 TFLOP, decode 639. A full-resolution chunk of 4 frames with 96 channels is
-1.4 GB in float32, the past of the decoder 8.7 GB. `encode` and `decode_stream` free each past as they replace it.
-Limit: float32 is the reference; FastVideo reports that bfloat16 is harmless in decoding (MS-SSIM 0.9999), not in
-encoding.
+Cost at 1280x720, 81 frames: encode 382 TFLOP, decode 639 TFLOP. An activation of 4 full-size frames with 96 channels
+takes 1.4 GB in float32, and the decoder's past 8.7 GB. `encode` and `decode_stream` free a past once it is replaced.
+Limit: the reference computes in float32. FastVideo reports that bfloat16 is harmless in decoding (MS-SSIM 0.9999) but
+not in encoding.
 Source: Wan technical report (arXiv 2503.20314); Wan-Video/Wan2.2 `wan/modules/vae2_1.py` (42bf4cf).
 
-Ranks may share the rows of each frame (`Rows`). Then a rank gives and gets its own rows, and a convolution also reads
-the row above and the row below them, which the neighbours hold.
+Ranks may share the rows of each frame (`Rows`). Then each rank takes and returns only its own rows. A convolution also
+reads the row above and the row below these, which it receives from the neighbouring ranks.
 
-B batch, C channels, F frames of video, T frames (of any rate), H W pixels, Y X latent grid, h w any grid
+Shapes: B batch, C channels, F frames of video, T frames (of any rate), H W pixels, Y X latent grid, h w any grid.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ Pair: TypeAlias = tuple[int, int]
 
 
 class Rows(Protocol):
-    """Describes how ranks share the rows of each frame."""
+    """This interface divides the rows of each frame among ranks, and exchanges rows between them."""
 
     @property
     def halo(self) -> int:
-        """Returns the rows that a clip gets above and below a rank's own: 1, or 0 if the rank has all rows."""
+        """Returns how many neighbours' rows are added above and below a rank's own: 1, or 0 if one rank has all."""
         ...
 
     @property
@@ -53,24 +53,24 @@ class Rows(Protocol):
         ...
 
     def own(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's part of `dim`, whose length is a multiple of the latent grid's rows."""
+        """Returns this rank's rows of x; the length of `dim` is a multiple of the number of latent rows."""
         ...
 
     def fill(self, clip: Tensor) -> None:
-        """Writes the neighbours' rows, or zeros at the frame's edges, into the halo of a clip [B,C,T,h+2,w]."""
+        """Fills the first and last row of a clip [B,C,T,h+2,w] with neighbours' rows, or zeros at a frame's edge."""
         ...
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Returns the parts of all ranks along `dim`, joined, on every rank that has a part."""
+        """Returns the rows of all ranks, joined along `dim`; each rank that has rows must call this."""
         ...
 
     def collect(self, x: Tensor, dim: int) -> Tensor | None:
-        """Returns the parts of all ranks along `dim`, joined, on the leader; None on other ranks."""
+        """Returns the rows of all ranks, joined along `dim`, on the leader, and None on other ranks."""
         ...
 
 
 class WholeFrame:
-    """One rank has all rows, so nothing is exchanged."""
+    """This `Rows` is for one rank: it has all rows and exchanges nothing."""
 
     halo, has_part = 0, True
 
@@ -104,18 +104,18 @@ class WanVAE(nn.Module):
         self.decoder = Decoder(spec, decoder_dtype)
 
     def lay_out(self) -> None:
-        """Lays the filters out channels-last, as clips are, so that no convolution copies them first."""
+        """Converts convolution weights to the channels-last memory format, so that no convolution copies them."""
         layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
         for parameter in self.parameters():
             if layout := layouts.get(parameter.dim()):
                 parameter.data = parameter.data.contiguous(memory_format=layout)
 
     def encode(self, video: Tensor, still_from: int | None = None, rows: Rows = WHOLE_FRAME) -> Tensor:
-        """Encodes video [B,3,F,H,W] as float32 latents [B,16,T,Y,X]: the posterior's normalised mean, never a sample.
+        """Returns the float32 latents [B,16,T,Y,X] of video [B,3,F,H,W]: the posterior's normalised mean, no sample.
 
-        If all frames from `still_from` on are alike, layers soon repeat their outputs. These are not computed again,
-        and the latents are the same to the last bit: an image and 80 grey frames are a third of the work. Raises
-        ValueError for a size that the strides do not fit.
+        `still_from` says that all frames from this index on are equal. After some chunks, layers then repeat their
+        outputs, which are not computed again. The latents are bitwise the same. For an image and 80 grey frames, a
+        third of the work remains. Raises ValueError if F is not 4n+1, or H or W is not a multiple of 8.
         """
         frames, height, width = video.shape[2:]
         stride = self.spec.spatial_stride
@@ -134,15 +134,16 @@ class WanVAE(nn.Module):
         return torch.cat(list(self.decode_stream(latents)), dim=2)
 
     def decode_stream(self, latents: Tensor, rows: Rows = WHOLE_FRAME) -> Iterator[Tensor]:
-        """Decodes latents [B,16,T,Y,X] and yields T pieces of the video: [B,3,1,H,W], then [B,3,4,H,W] each."""
+        """Yields the video of latents [B,16,T,Y,X] in T pieces: first [B,3,1,H,W], then [B,3,4,H,W] each, in [-1,1]."""
         queue = _start(self.decoder)
         for z in torch.split(latents, 1, dim=2):
             yield self._decode(z, queue, rows)
 
     def encode_chunk(self, video: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """Encodes the next frames of a clip and returns (1 or n latent frames, the next past).
+        """Encodes the next frames [B,3,f,H,W] of a clip and returns (latents [B,16,t,Y,X], the past for the next call).
 
-        The first chunk has 1 frame, and its `past` is None; later chunks have 4n frames. Raises ValueError otherwise.
+        The first call has f = 1 and `past` None, and returns t = 1. Later calls have f = 4n, and return t = n. Raises
+        ValueError for another number of frames.
         """
         frames, stride = video.shape[2], self.spec.temporal_stride
         fits = frames == 1 if past is None else frames % stride == 0
@@ -152,9 +153,10 @@ class WanVAE(nn.Module):
         return self._encode(video, queue, WHOLE_FRAME), list(queue)
 
     def decode_chunk(self, latents: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """Decodes the next latents of a clip and returns (1 or 4n frames, the next past).
+        """Decodes the next latents [B,16,t,Y,X] of a clip and returns (video [B,3,f,H,W], the past for the next call).
 
-        The first chunk has 1 latent frame, and its `past` is None; later chunks have n. Raises ValueError otherwise.
+        The first call has t = 1 and `past` None, and returns f = 1. Later calls have t = n, and return f = 4n. Raises
+        ValueError if the first call has t > 1.
         """
         if past is None and latents.shape[2] != 1:
             raise ValueError(f"the first chunk has {latents.shape[2]} latent frames: it must have 1")
@@ -176,14 +178,17 @@ class WanVAE(nn.Module):
 @cache
 @torch.inference_mode(False)  # so that training can use the tensors too
 def latent_statistics(spec: VAESpec, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns mean and 1/std, [C,1,1,1] in float32; a module built on meta would lose them as buffers."""
+    """Returns the latents' mean and 1/std, each [C,1,1,1] float32, on `device`.
+
+    They are not buffers, because a module built on the meta device would lose their values.
+    """
     mean = torch.tensor(spec.latents_mean, dtype=torch.float32, device=device)
     std = torch.tensor(spec.latents_std, dtype=torch.float32, device=device)
     return mean.view(-1, 1, 1, 1), std.reciprocal().view(-1, 1, 1, 1)
 
 
 class Encoder(nn.Module):
-    """Maps video [B,3,T,H,W] to moments [B,2*16,T',Y,X]: the mean, then the log-variance."""
+    """Maps video [B,3,F,H,W] to the moments [B,2*16,T,Y,X] of the posterior: the mean, then the log-variance."""
 
     def __init__(self, spec: VAESpec, dtype: torch.dtype) -> None:
         super().__init__()
@@ -211,10 +216,11 @@ class Encoder(nn.Module):
         return moments
 
     def settles(self, still_from: int, frames: int) -> list[int]:
-        """Returns, for each layer up to the middle, the first chunk of `frames` whose output the chunk before has too.
+        """Returns for each layer up to the middle the first chunk whose output equals that of the chunk before.
 
-        All frames of the clip from `still_from` on are alike. A convolution over time looks back two frames, so after
-        it the frames are alike from two later on; where time is halved, so is their number.
+        All frames of the clip from `still_from` on are equal, and a chunk has `frames` frames. A convolution over time
+        also reads the two frames before, so that its outputs are equal from two frames later on. A layer that halves
+        the time also halves both numbers.
         """
         still, chunks = still_from + 2, []
         chunks.append(_settled_chunk(still, frames))
@@ -250,7 +256,7 @@ class _Repeats:
 
 
 class Decoder(nn.Module):
-    """Maps latents [B,16,T,Y,X] to video [B,3,T',H,W]."""
+    """Maps latents [B,16,T,Y,X] to video [B,3,F,H,W]."""
 
     def __init__(self, spec: VAESpec, dtype: torch.dtype) -> None:
         super().__init__()
@@ -278,7 +284,7 @@ class Decoder(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Applies norm, SiLU and convolution twice, and adds the input: [B,C,T,h,w] -> [B,C',T,h,w]."""
+    """Applies norm, SiLU and convolution twice, then adds the input: maps [B,C,T,h,w] to [B,C',T,h,w]."""
 
     def __init__(self, in_channels: int, out_channels: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -296,7 +302,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Applies self-attention among the positions of each frame, with one head of all channels; keeps [B,C,T,h,w]."""
+    """Applies self-attention among the positions of each frame of [B,C,T,h,w], with one head of C channels."""
 
     def __init__(self, channels: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -326,7 +332,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Maps [B,C,T,h,w] to [B,C,T,h/2,w/2]; `temporal` also halves T, except for the first frame of a clip."""
+    """Maps [B,C,T,h,w] to [B,C,T,h/2,w/2]; if `temporal`, halves T too, but keeps a clip's first frame."""
 
     def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -344,9 +350,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Maps [B,C,T,h,w] to [B,C/2,T,2h,2w]; `temporal` also doubles T, except for the first frame of a clip.
+    """Maps [B,C,T,h,w] to [B,C/2,T,2h,2w]; if `temporal`, doubles the frames too, but never a clip's first frame.
 
-    The convolution over time does not see that first frame: later frames see zeros in its place.
+    The convolution over time skips the first frame, and reads zeros in its place for later frames.
     """
 
     def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
@@ -367,16 +373,16 @@ class Upsample(nn.Module):
 
 
 class Conv3d(nn.Conv3d):
-    """Convolves [B,C,T,h,w], as `convolve` does."""
+    """This convolution of [B,C,T,h,w] runs by `convolve`, which chooses a fast cuDNN engine."""
 
     def forward(self, x: Tensor, halo: int = 0) -> Tensor:
-        """Convolves `x`, which has `halo` of the padding's rows already."""
+        """Convolves x; `halo` rows of the padding at the top and at the bottom are already part of x."""
         stride, (time, top, left) = cast(Triple, self.stride), cast(Triple, self.padding)
         return convolve(x, self.weight, cast(Tensor, self.bias), stride=stride, padding=(time, top - halo, left))
 
 
 class CausalConv3d(Conv3d):
-    """Convolves each frame with the two before it (zeros before the clip): [B,C,T,h,w] -> [B,C',T,h,w]."""
+    """Convolves each frame and the two before it, [B,C,T,h,w] to [B,C',T,h,w]; zeros stand before a clip's start."""
 
     def __init__(
         self,
@@ -391,11 +397,14 @@ class CausalConv3d(Conv3d):
     def forward(  # type: ignore[override]
         self, x: Tensor, past: PastQueue, rows: Rows, norm: RMSNorm | None = None
     ) -> Tensor:
-        """Convolves `x`, or SiLU of its `norm`."""
+        """Convolves x, or SiLU(norm(x)) if `norm` is given; replaces this convolution's entry in `past`."""
         return self.convolved(self.extended(x, past, rows, norm), rows)
 
     def extended(self, x: Tensor, past: PastQueue, rows: Rows, norm: RMSNorm | None = None) -> Tensor:
-        """Returns `x`, or SiLU of its `norm`, after the two frames before it and with its halo; updates the past."""
+        """Returns the convolution's input: x, or SiLU(norm(x)), with the two frames before it and the neighbours' rows.
+
+        Replaces this convolution's entry in `past` with the last two frames.
+        """
         batch, channels, frames, height, width = x.shape
         before, halo = past.popleft(), self._halo(rows)
         padded = padded_channels(channels, x.dtype, x.device)
@@ -414,7 +423,7 @@ class CausalConv3d(Conv3d):
         return clip
 
     def convolved(self, clip: Tensor, rows: Rows) -> Tensor:
-        """Returns the convolution of what `extended` returns."""
+        """Convolves `clip`, which `extended` returned."""
         return super().forward(clip, self._halo(rows))
 
     def _halo(self, rows: Rows) -> int:
@@ -422,7 +431,7 @@ class CausalConv3d(Conv3d):
 
 
 class RMSNorm(nn.Module):
-    """Divides [B,C,...] by the root mean square over channels, times gamma; `...` are `grid_dims` dimensions."""
+    """Divides x [B,C,...] by its root mean square over C and multiplies by gamma; `...` has `grid_dims` dimensions."""
 
     def __init__(self, channels: int, grid_dims: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -432,7 +441,7 @@ class RMSNorm(nn.Module):
         return vae_fused.rms_norm(x, self.gamma)
 
     def into(self, out: Tensor, x: Tensor) -> None:
-        """Writes SiLU of the norm into the first channels of `out`."""
+        """Writes SiLU(norm(x)) into the first C channels of `out`, which may have more channels than x."""
         vae_fused.rms_norm_silu_into(out, x, self.gamma)
 
 

@@ -1,7 +1,7 @@
 """Each function here is one pass over a channels-last clip, between two convolutions of the VAE.
 
-A pass computes in float32 and rounds once. Each function has its formula in plain PyTorch and a Triton kernel in
-`vae_kernels`, which runs on a GPU, in inference; the tests compare the two.
+A pass computes in float32 and rounds once. Each function has a formula in plain PyTorch and a Triton kernel in
+`vae_kernels`. The kernel runs for inference on a GPU, the formula in all other cases. The tests compare the two.
 Shapes: B batch, C channels, T frames, h w any grid.
 """
 
@@ -22,7 +22,7 @@ _TINIEST = 1e-12  # so that a position of zeros has a norm
 
 
 def rms_norm(x: Tensor, gamma: Tensor, *, silu: bool = False) -> Tensor:
-    """Returns x [B,C,...] divided by its root mean square over C, times gamma [C,...]; or SiLU of that."""
+    """Returns the norm of x [B,C,...]: x / rms(x) over C, times gamma [C,...]; with `silu`, SiLU of the norm."""
     if _by_kernel(x):
         out = torch.empty_like(x)
         vae_kernels.rms_norm(_positions(x), _positions(out), gamma.flatten(), silu)
@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, gamma: Tensor, *, silu: bool = False) -> Tensor:
 
 
 def rms_norm_silu_into(out: Tensor, x: Tensor, gamma: Tensor) -> None:
-    """Writes SiLU of the norm of x [B,C,T,h,w] into the first C channels of `out` [B,C+n,T,h,w]."""
+    """Writes SiLU(rms_norm(x)) of x [B,C,T,h,w] into the first C channels of `out` [B,C+n,T,h,w]."""
     if _by_kernel(x):
         vae_kernels.rms_norm(_positions(x), _positions(out), gamma.flatten(), True)
     else:
@@ -39,9 +39,10 @@ def rms_norm_silu_into(out: Tensor, x: Tensor, gamma: Tensor) -> None:
 
 
 def upsample(x: Tensor, rate: int, halo: int = 0) -> Tensor:
-    """Maps [B,rate*C,T,h,w] to [B,C,rate*T,2h+2*halo,2w]: pixels become 2x2, and the parts of C become frames.
+    """Maps x [B,rate*C,T,h,w] to [B,C,rate*T,2h+2*halo,2w].
 
-    The `halo` rows at the top and at the bottom are not written.
+    Each value is copied to 2x2 positions, and each group of C channels becomes a frame. The first and last `halo` rows
+    of the result are left uninitialised.
     """
     batch, channels, frames, height, width = x.shape
     sizes = (batch, channels // rate, frames * rate, 2 * height + 2 * halo, 2 * width)

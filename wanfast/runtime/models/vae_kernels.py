@@ -1,4 +1,4 @@
-"""These Triton kernels implement `vae_fused`: a program takes some positions with all their channels, read once.
+"""These Triton kernels implement the functions of `vae_fused`: a program loads all channels of some positions, once.
 
 Clips are channels-last, so the channels of a position are adjacent. The kernels are memory-bound.
 Shapes: B batch (1), C channels, T frames, h w any grid.
@@ -14,9 +14,9 @@ _VALUES = 4096  # of a program
 
 
 def rms_norm(x: Tensor, out: Tensor, gamma: Tensor, silu: bool) -> None:
-    """Writes x / rms(x) * gamma, or its SiLU, into `out`.
+    """Writes x / rms(x) * gamma, or with `silu` its SiLU, into `out`.
 
-    Both are [T, N, C], positions of frames. Their channels are adjacent; frames and positions may lie apart.
+    x and `out` are [T, N, C] with N positions a frame. C must have stride 1; T and N may have any strides.
     """
     frames, positions, channels = x.shape
     lanes = triton.next_power_of_2(channels)
@@ -27,9 +27,9 @@ def rms_norm(x: Tensor, out: Tensor, gamma: Tensor, silu: bool) -> None:
 
 
 def upsample(x: Tensor, out: Tensor, rate: int) -> None:
-    """Writes each value of x [T, h, w, rate * C] into 2x2 positions of out [T * rate, 2h, 2w, C].
+    """Writes each value of x [T, h, w, rate * C] to 2x2 positions of `out` [T * rate, 2h, 2w, C].
 
-    The frames of `out` may lie apart.
+    x is contiguous; so is each frame of `out`, but its frames may have any stride.
     """
     frames, height, width, channels = x.shape
     channels //= rate

@@ -1,1 +1,1 @@
-"""This package holds the mathematics of the sampling loop, without weights or files."""
+"""This package holds the mathematics of sampling: solvers, guidance and MagCache; it reads no weights or files."""

@@ -1,6 +1,6 @@
-"""Classifier-free guidance pushes the prediction away from the negative prompt's.
+"""Classifier-free guidance moves the prediction for the prompt away from the prediction for the negative prompt.
 
-Source: Ho & Salimans (arXiv 2207.12598) eq. 6, with the weight written as a scale: 1 means only the prompt.
+Source: Ho & Salimans (arXiv 2207.12598) eq. 6 with scale = 1 + w; at scale 1 the negative prompt has no effect.
 """
 
 from __future__ import annotations
@@ -14,5 +14,5 @@ def guide(conditional: Any, unconditional: Any, scale: float) -> Any:
 
 
 def needs_unconditional(scale: float) -> bool:
-    """Returns whether the unconditional branch must run; at scale 1 it cancels out, which saves half of the work."""
+    """Returns whether the unconditional branch must run: False at scale 1, which saves half of the work."""
     return scale != 1.0

@@ -1,12 +1,13 @@
-"""MagCache plans which forwards to skip before a generation begins, and holds the residuals that replace them.
+"""MagCache plans before a generation which forwards to skip, and holds the residuals that replace their blocks.
 
-A residual is the sum that the blocks of an expert add to their input. Over most of the schedule it changes little from
-step to step, and its norm falls by a ratio near one. A forward is skipped while the error that the ratios predict stays
-under a threshold. A skipped forward uses the residual of the last forward that ran. The ratios are measured once, and
-are called a curve. All decisions follow from the curve, so the plan is one pure function, the same on every rank.
+A residual is the sum that the blocks of an expert add to their input. Over most of the schedule, residuals change
+little from step to step, and the ratio of their norms is near one. A curve holds these ratios, which are measured once
+for a model and a schedule. From the ratios, the plan predicts the error of each skip, and skips forwards while the
+accumulated error stays below a threshold. A skipped forward reuses the residual of the last forward that ran. The plan
+depends only on the curve and the settings, so every rank computes the same plan.
 
 Each branch of guidance has its own forwards, residuals and accumulated error. An expert uses only its own residuals.
-Cost: one residual for each branch, [L, d] in float32. Limit: a curve is valid for one model, its steps and its shift.
+Cost: one residual for each branch, [L, d] in float32. Limit: a curve is valid for one model, steps and shift.
 Source: MagCache (arXiv 2506.09045), section 3.3. Both rules of `MagCacheSettings.rule` come from its code for Wan2.2.
 Torch-free.
 """
@@ -32,7 +33,7 @@ Skips = tuple[bool, bool]  # of one step: (the prompt's branch, the negative pro
 
 @dataclass(frozen=True)
 class MagCacheSettings:
-    """Holds the limits that end a row of skips, and the share of forwards that always run."""
+    """Holds the limits of skips in a row (accumulated error, number), and the share of forwards that always run."""
 
     threshold: float  # of the accumulated error
     max_skips: int  # of one branch in a row
@@ -48,11 +49,12 @@ def plan_skips(
     joint: bool = False,
     guided: Sequence[bool] | None = None,
 ) -> list[Skips]:
-    """Returns for each step whether each branch is skipped: greedily, while its accumulated error allows.
+    """Returns for each step whether it skips (the prompt's branch, the negative prompt's branch).
 
-    experts: the running expert of each step.
-    joint: both branches skip or neither does, because branches on different ranks would otherwise wait for each other.
-    guided: whether a step has the negative prompt's branch; by default all do.
+    The plan is greedy: a branch skips as soon as the limits of `settings` allow it.
+    experts: the expert of each step.
+    joint: either both branches of a step skip or none, so that branches on different ranks do not wait for each other.
+    guided: for each step, whether it has the negative prompt's branch; None means that all steps have it.
     """
     may_skip = _allowed(experts, settings.retention, settings.rule)
     computed = _SkipRow(settings)
@@ -79,12 +81,13 @@ def plan_best(
     joint: bool = False,
     guided: Sequence[bool] | None = None,
 ) -> list[Skips]:
-    """Returns the plan that skips `skipped` calls with the least accumulated error, by dynamic programming.
+    """Returns the plan that skips `skipped` forwards with the least predicted error, by dynamic programming.
 
-    The error of a call is that of `plan_skips`: |1 - the product of the ratios since the residual was computed|. The
-    plan's error is their sum. The limits of skips in a row and of retention apply; `settings.threshold` does not.
-    exactly: if False, skips as many calls as possible up to that number, because joint skips come in pairs.
-    Raises ConfigError if no plan skips that many.
+    A skipped forward has the error |1 - p|, where p is the product of the ratios since the residual was computed. The
+    plan's error is the sum over its skipped forwards. `settings` limits the skips in a row and the forwards that always
+    run; its threshold is ignored.
+    exactly: if False, the plan skips the largest possible number up to `skipped`, because joint skips come in pairs.
+    Other arguments are those of `plan_skips`. Raises ConfigError if no plan skips that many forwards.
     """
     may_skip = _allowed(experts, settings.retention, settings.rule)
     guided = guided or [True] * len(ratios)
@@ -101,10 +104,12 @@ def plan_best(
         limits = f"--magcache-rule {settings.rule}, --magcache-k {settings.max_skips}"
         raise ConfigError(
             f"at most {most} forwards can be skipped with {limits} and --retention-ratio {settings.retention:g}, not "
-            f"{skipped}: skip fewer, or relax those limits"
+            f"{skipped}: skip fewer, or change these options"
         )
     if exactly and skipped not in counts:
-        raise ConfigError(f"the branches skip together, so the plan cannot skip {skipped} forwards: take {skipped - 1}")
+        raise ConfigError(
+            f"both branches skip together, so the plan cannot skip {skipped} forwards: skip {skipped - 1} instead"
+        )
     skipped = max(count for count in counts if count <= skipped)
     _, of_first = min((error + others[skipped - n], n) for n, error in first.errors.items() if skipped - n in others)
     ours = first.steps(of_first)
@@ -113,7 +118,7 @@ def plan_best(
 
 
 def accumulated_error(ratios: Ratios, plan: Sequence[Skips]) -> float:
-    """Returns the error that the ratios predict for a plan: the sum of the errors of its skipped calls."""
+    """Returns the predicted error of a plan: the sum over its skipped forwards, as `plan_best` minimises it."""
     total = 0.0
     for branch in (0, 1):
         product = 1.0
@@ -224,11 +229,12 @@ class _SkipRow:
 def resample(
     ratios: Ratios, of: Sequence[tuple[Expert, int]], to: Sequence[tuple[Expert, int]]
 ) -> list[tuple[float, float]]:
-    """Returns the ratios for the steps `to`, interpolated within each expert, never across experts.
+    """Converts the ratios of a curve from the steps `of` to the steps `to`, for each expert separately.
 
-    `of`, `to`: (running expert, timestep) of each known step and of each wanted step. The logarithm of the residual's
-    norm is interpolated linearly over the timestep, and extrapolated by the slope at either end. So a step twice as
-    long has the product of two ratios. Raises ConfigError for an expert with fewer than two known steps.
+    A step is (expert, timestep). For each branch, the ratios give the residual's norm at each step. The norm's
+    logarithm is interpolated linearly over the timestep, and extrapolated linearly beyond the known steps. So a step
+    that is twice as long gets the product of two ratios. Raises ConfigError if an expert has fewer than two
+    known steps, or if the extrapolation is too far.
     """
     if list(of) == list(to):
         return list(ratios)
@@ -254,7 +260,7 @@ def _resampled(ratios: Sequence[float], of: Sequence[int], to: Sequence[int]) ->
     at = [_on_line(points, -timestep) for timestep in to]
     changes = [here - before for before, here in itertools.pairwise(at)]
     if max(map(abs, changes), default=0.0) > _MOST_CHANGE:
-        raise ConfigError("the curve's steps are too far from this run's to extrapolate")
+        raise ConfigError("the timesteps of the curve are too far from those of this run to extrapolate")
     return [1.0, *map(math.exp, changes)]
 
 
@@ -265,23 +271,23 @@ def _on_line(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 class StepCache(Protocol):
-    """A loop calls these methods before and after each call of an expert."""
+    """The denoising loop calls this interface, which decides for each forward whether a stored residual replaces it."""
 
     def reuse(self, step: int, branch: Branch) -> Any | None:
-        """Returns the residual that replaces the blocks, or None if the blocks run."""
+        """Returns the residual that replaces the blocks in this forward, or None if the blocks must run."""
         ...
 
     def wants(self, step: int, branch: Branch) -> bool:
-        """Returns whether the residual of this computed call is needed."""
+        """Returns whether a later step needs the residual of this forward."""
         ...
 
     def keep(self, step: int, branch: Branch, residual: Any) -> None:
-        """Holds the residual of this computed call for later steps."""
+        """Stores the residual of a forward whose blocks ran, for later steps."""
         ...
 
 
 class ResidualCache:
-    """Holds the residuals of one video, each as long as a later step of the plan uses it."""
+    """Follows the plan of one video, and frees each residual after the last step that uses it."""
 
     def __init__(self, plan: Sequence[Skips]) -> None:
         self._plan = plan

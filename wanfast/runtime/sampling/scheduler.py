@@ -1,15 +1,15 @@
-"""This module gives flow-matching solvers in closed form: noise levels, timesteps, and steps as weighted sums.
+"""This module computes flow-matching solvers in closed form: noise levels, timesteps, and the weights of each step.
 
-A flow model at noise level sigma sees x = (1 - sigma) x0 + sigma noise and predicts the velocity v = noise - x0. So
-m = x - sigma v is its estimate of the clean x0. All solvers here are linear in x and in the m of the last steps, with
-weights that depend only on the noise levels. So the host computes the weights of all steps once, in float64, and a step
-is one sum. The loop never reads a number from the device.
+At noise level sigma, a flow model gets x = (1 - sigma) x0 + sigma noise and predicts the velocity v = noise - x0. So
+m = x - sigma v is its estimate of the clean sample x0. All solvers here are linear in x and in the m of recent steps,
+with weights that depend only on the noise levels. So the host computes all weights once, in float64, and a step is one
+weighted sum. The loop never reads a number from the device.
 
-With a = 1 - sigma and lambda = ln a - ln sigma, the first-order step from i to i+1 is
-(sigma'/sigma) x + (1 - sigma'/sigma) m, which is Euler. Second order adds a multiple of the slope of m over lambda.
-Torch-free: samples may be any arrays.
-Sources: DPM-Solver++ (arXiv 2211.01095) eq. 12; UniPC (arXiv 2302.04867) algorithms 5 and 7 with B(h) = e^h - 1;
-the grids and orders are those of Wan-Video/Wan2.2 (wan/utils/fm_solvers*.py): the model was tuned with both.
+Let s and s' be the noise levels of steps i and i+1, and lambda(s) = ln(1 - s) - ln s. The first-order step is
+(s'/s) x + (1 - s'/s) m, which is Euler. The second-order step adds a multiple of the slope of m over lambda.
+Torch-free: a sample may be an array of any library.
+Sources: DPM-Solver++ (arXiv 2211.01095) eq. 12; UniPC (arXiv 2302.04867) algorithms 5 and 7 with B(h) = e^h - 1. The
+noise levels and the orders are those of Wan-Video/Wan2.2 (wan/utils/fm_solvers*.py), with which the model was tuned.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """Holds the four weights of UniC's corrected sample x~_i; m is the estimate of the clean sample at each step.
+    """Holds the four weights of x~_i, the sample of step i after the corrector UniC of the solver UniPC.
 
-    x~_i = sample_prev * x~_{i-1} + clean_prev * m_{i-1} + clean_prev2 * m_{i-2} + clean * m_i
+    x~_i = sample_prev * x~_{i-1} + clean_prev * m_{i-1} + clean_prev2 * m_{i-2} + clean * m_i,
+    where m_i is the model's estimate of the clean sample at step i.
     """
 
     sample_prev: float
@@ -42,7 +43,7 @@ class Correction:
 class Step:
     """Holds the weights of one step: x_{i+1} = sample * x~_i + clean * m_i + clean_prev * m_{i-1}.
 
-    x~_i is x_i after its correction, if it has one.
+    x~_i is the sample x_i after `correction`, or x_i itself if that is None. m_i is the estimate of the clean sample.
     """
 
     sigma: float
@@ -54,7 +55,7 @@ class Step:
 
 
 def schedule(solver: Solver, num_steps: int, shift: float) -> tuple[Step, ...]:
-    """Returns all steps of `solver`; the shift raises each noise level s once, to shift s / (1 + (shift - 1) s)."""
+    """Returns all steps of `solver`; `shift` changes each noise level s to shift * s / (1 + (shift - 1) * s)."""
     sigmas, timesteps = _grid(solver, num_steps, shift)
     order = 1 if solver == "euler" else 2
     steps = []
@@ -72,7 +73,7 @@ def schedule(solver: Solver, num_steps: int, shift: float) -> tuple[Step, ...]:
 
 
 class Integrator:
-    """Carries one video's sample from noise to clean along a schedule, and holds the last clean estimates."""
+    """Integrates one video's sample from noise to clean, step by step; holds the last clean estimates."""
 
     def __init__(self, steps: tuple[Step, ...]) -> None:
         self._steps = iter(steps)
@@ -81,7 +82,7 @@ class Integrator:
         self._clean_prev2: Any = None  # m_{i-2}
 
     def advance(self, sample: Any, velocity: Any) -> Any:
-        """Returns the sample at the next noise level, from the sample and the velocity at this one, all in float32."""
+        """Returns the sample at the next noise level, from sample and velocity at the current one, all in float32."""
         step = next(self._steps)
         clean = sample - step.sigma * velocity
         if (c := step.correction) is not None:
@@ -147,5 +148,5 @@ def expert_of(timestep: int, boundary: float) -> Expert:
 
 
 def is_high_noise(timestep: int, boundary: float) -> bool:
-    """Returns whether the high-noise expert takes this timestep; `boundary` is a share of the 1000 training steps."""
+    """Returns whether the high-noise expert runs at `timestep`: if it is at least 1000 * `boundary` (0 to 1)."""
     return timestep >= boundary * NUM_TRAIN_TIMESTEPS
