@@ -354,7 +354,7 @@ def test_a_path_of_the_home_folder_is_the_same_for_every_reader(
     assert [line["output"] for line in lines] == [str(home / "y.mp4")]
     assert wanfast(*DRY, "--prompt", "", "--prompt-file", "~/prompt.txt").exit_code == 2
     outcome = wanfast(*DRY, "--output", "~nobody-here/x.mp4")
-    assert outcome.exit_code == 2 and "--output ~nobody-here/x.mp4: there is no such user" in outcome.err
+    assert outcome.exit_code == 2 and "--output ~nobody-here/x.mp4: this machine has no such user" in outcome.err
     outcome = wanfast("quantize", "--scheme", "bf16", "--artifacts-dir", "~/v")
     assert outcome.exit_code == 3 and str(home / "v") in outcome.err
 

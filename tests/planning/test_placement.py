@@ -173,7 +173,7 @@ def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.Mo
             8,
             84,
             ["--nnodes", "2", "--node-rank", "2", "--rdzv-endpoint", "a:1"],
-            "--node-rank 2: number the --nnodes 2",
+            "--node-rank 2: with --nnodes 2, use 0 to 1",
         ),
         (8, 84, ["--rank-timeout", "0"], "--rank-timeout 0"),
         (

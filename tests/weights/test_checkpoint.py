@@ -229,7 +229,7 @@ def test_weights_of_another_kind_of_numbers_are_refused(tmp_path: Path, name: st
 
 def test_a_pickle_of_tensors_without_values_is_refused(tmp_path: Path) -> None:
     torch.save({"norm.weight": torch.empty(16, device="meta")}, tmp_path / "model.pth")
-    with pytest.raises(CorruptArtifactError, match="not a dictionary of plain tensors"):
+    with pytest.raises(CorruptArtifactError, match="does not hold a dictionary of plain tensors"):
         load(tmp_path / "model.pth")
 
 

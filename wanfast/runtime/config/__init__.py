@@ -1,4 +1,4 @@
-"""This package holds the options of a request, as a mapping, and the effective config, as five frozen parts."""
+"""This package defines all options, and turns the options of a request into an effective config of five parts."""
 
 from wanfast.runtime.config.effective import NO_VIDEO, OPTIONS, EffectiveConfig, Options, accepted
 from wanfast.runtime.config.models import ModelsConfig, QuantizeConfig, default_artifacts_dir

@@ -1,10 +1,10 @@
-"""Turns the options of a request, a mapping, into an effective config of five frozen parts.
+"""Turns the options of a request into an effective config, which has a value for every option, in five frozen parts.
 
-Each option is defined once, as a field of its part. `Options` maps option names to the values that were given.
-`EffectiveConfig.of` adds the model's own defaults and refuses values that are wrong for every model, naming the option.
-The ranks read an effective config, the JSON beside a video records it, and `--from` runs it again. Two parts may have
-open fields at first. `planning` decides those of `skipping` (which curve, which limits) and of `ranks` (which mesh,
-which weights are sharded or offloaded).
+Each option is defined once, as a field of its part. `Options` maps the names of given options to their values.
+`EffectiveConfig.of` adds the defaults, some of which are the model's own. It refuses values that are wrong for every
+model; the error names the option. The ranks read the effective config, the JSON beside a video records it, and `--from`
+runs it again. Some fields of `skipping` and `ranks` may be None at first: `planning` then chooses the curve, the limits
+of skips, the mesh, and which weights are sharded or offloaded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NO_VIDEO: Options = {"image": "none", "prompt": "none"}  # required of a video, 
 
 @dataclass(frozen=True, kw_only=True)
 class EffectiveConfig:
-    """This class holds every choice that makes one video."""
+    """This class holds the values of all options that make one video, in five parts."""
 
     video: VideoConfig
     models: ModelsConfig
@@ -40,16 +40,21 @@ class EffectiveConfig:
 
     def __post_init__(self) -> None:
         if self.video.noise_device == "cuda" and self.ranks.device == "cpu":
-            raise ConfigError("--noise-device cuda needs --device cuda and a GPU: drop it to draw the noise on the CPU")
+            raise ConfigError(
+                "--noise-device cuda needs --device cuda and a GPU: drop --noise-device to draw noise on the CPU"
+            )
         if in_8_bits(self.models.quantize) and self.ranks.dit_fsdp == "on":
             raise ConfigError(
-                f"--dit-fsdp on with --quantize {self.models.quantize}: quantized experts are not sharded, because "
-                "they fit whole: drop one of the two"
+                f"--dit-fsdp on and --quantize {self.models.quantize} exclude each other, because "
+                "quantized experts are never sharded: drop one of the two"
             )
 
     @classmethod
     def of(cls, given: Options, own: ModelSpec, **answers: Any) -> EffectiveConfig:
-        """Completes `given` with `answers` and the model's `own` defaults. Raises ConfigError, naming the option."""
+        """Returns the config of the `given` options. For the others, values come from `answers` or the model `own`.
+
+        Raises ConfigError, which names the option.
+        """
         values = {name: getattr(own, name) for name, option in OPTIONS.items() if option.option.own}
         values |= (
             {"image": "", "prompt": "", "device": "cuda", "seed": 0, "artifacts_dir": default_artifacts_dir()}
@@ -60,7 +65,10 @@ class EffectiveConfig:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> EffectiveConfig:
-        """Inverts `to_json`; also reads the flat form of older versions. Raises ConfigError, KeyError or TypeError."""
+        """Returns the config of a document that `to_json` made, or that an older version wrote as a flat mapping.
+
+        Raises ConfigError, KeyError or TypeError for any other document.
+        """
         if "video" not in document:
             unsettled = ("magcache_joint", "auto")  # a default of older versions, which skipped nothing then
             given = dict(item for item in document.items() if item != unsettled)
@@ -81,16 +89,16 @@ class EffectiveConfig:
         return cls(**parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a JSON object with the five parts by name; `skipping` is None if no forward is skipped."""
+        """Returns {part: {option: value}} of the five parts; `skipping` is None if --magcache is off."""
         return dataclasses.asdict(self)
 
     def options(self) -> dict[str, Any]:
-        """Returns a flat mapping from the name of each option to its value; `of` accepts this mapping."""
+        """Returns a flat mapping {option: value} of all parts, which `of` accepts as `given`."""
         parts = [getattr(self, name) or SkippingConfig() for name in PARTS]
         return {name: getattr(part, name) for part in parts for name in options_of(type(part))}
 
     def replace(self, **values: Any) -> EffectiveConfig:
-        """Returns a copy with new `values` of some fields, whichever part has them."""
+        """Returns a copy in which the fields named in `values` have new values; the fields may be in any part."""
         return self._from_flat(self.options() | {"image_sha256": self.video.image_sha256} | values)
 
 
@@ -111,7 +119,7 @@ PARTS: dict[str, Any] = {
 
 
 def accepted(given: Options) -> dict[str, Any]:
-    """Returns the checked values of options, with paths as texts. Raises ConfigError, naming the option."""
+    """Checks the values of options, and returns them with paths as str. Raises ConfigError, which names the option."""
     refuse_unknown(given, OPTIONS)
     return {name: OPTIONS[name].accept(value) for name, value in given.items()}
 

@@ -1,4 +1,4 @@
-"""Defines which models run, and how."""
+"""Defines the options that say which models run, and with which kernels, precision and quantization."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wanfast.runtime.facts.choices import NAMED_MODELS, Attention, CompileMode, 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsConfig(Part):
-    """This part says which models run, and how. Jobs whose `models` parts are equal share loaded models."""
+    """This part of a config says which models run, and how. Jobs with equal `models` parts share loaded models."""
 
     model: Annotated[
         str,
@@ -30,8 +30,8 @@ class ModelsConfig(Part):
     attention: Annotated[
         Attention,
         Option(
-            "Attention kernel: FlashAttention 3, 4 or 2, or one of torch's. auto uses the fastest that gives right "
-            "results here.",
+            "Attention kernel: FlashAttention 3, 4 or 2, or one of torch's. auto uses the fastest that gives correct "
+            "results on this machine.",
             EXACT,
             also=COMPILED,
         ),
@@ -43,7 +43,7 @@ class ModelsConfig(Part):
     compile_mode: Annotated[
         CompileMode,
         Option(
-            "How long --compile searches for fast kernels. max-autotune also captures CUDA graphs.",
+            "torch.compile mode: the max-autotune modes time more kernels; max-autotune also captures CUDA graphs.",
             EXACT,
             also=COMPILED,
         ),
@@ -63,7 +63,7 @@ class ModelsConfig(Part):
     tf32: Annotated[
         bool | None,
         Option(
-            "TF32 in float32 products and convolutions.",
+            "Allow TF32 in float32 matrix products and convolutions.",
             LOSSY,
             also=COMPILED,
             default="only in the VAE's convolutions",
@@ -72,18 +72,18 @@ class ModelsConfig(Part):
     quantize: Annotated[
         Scheme | None,
         Option(
-            "Use experts quantized with this scheme, as `wanfast quantize` stores them. bf16 only casts the weights.",
+            "Use experts that `wanfast quantize` stored with this scheme. bf16 only casts the weights.",
             LOSSY,
             also=ALL,
         ),
     ] = None
     quantize_on_the_fly: Annotated[
-        bool, Option("Quantize while loading, instead of reading stored experts.", LOSSY, also=CALIBRATE)
+        bool, Option("Quantize weights while loading them, instead of using stored experts.", LOSSY, also=CALIBRATE)
     ] = False
     verify: Annotated[
         bool,
         Option(
-            "Verify the hashes of stored experts first, which takes about a second a GB.",
+            "Verify the hashes of stored quantized experts before loading, about a second for each GB.",
             FILES,
             also=CALIBRATE,
             of_this_run=True,
@@ -92,7 +92,7 @@ class ModelsConfig(Part):
     artifacts_dir: Annotated[
         str,
         Option(
-            "Folder of weights, embeddings, quantized experts and runs.",
+            "Folder for all artifacts: weights, text embeddings, quantized experts, curves, caches and runs.",
             FILES,
             also=ALL,
             of_this_run=True,
@@ -107,15 +107,20 @@ class ModelsConfig(Part):
             object.__setattr__(self, "vae_precision", self.precision)
         check_places(self.model, self.artifacts_dir)
         if self.compile_mode != "default" and not self.compile:
-            raise ConfigError(f"--compile-mode {self.compile_mode} needs --compile: add it, or drop the mode")
+            raise ConfigError(
+                f"--compile-mode {self.compile_mode} needs --compile: add --compile, or drop --compile-mode"
+            )
         if self.quantize_on_the_fly and not in_8_bits(self.quantize):
-            raise ConfigError("--quantize-on-the-fly needs --quantize with a scheme of 8 bits: add one, or drop it")
+            raise ConfigError(
+                "--quantize-on-the-fly needs --quantize with an 8-bit scheme: add --quantize int8-weight-only, for "
+                "example, or drop --quantize-on-the-fly"
+            )
         if self.verify and self.quantize is None:
-            raise ConfigError("--verify reads what `wanfast quantize` stored: add --quantize, or drop it")
+            raise ConfigError("--verify reads what `wanfast quantize` stored: add --quantize SCHEME, or drop --verify")
         if self.verify and self.quantize_on_the_fly:
             raise ConfigError(
-                "--verify and --quantize-on-the-fly exclude each other, because no stored expert is read: drop one of "
-                "the two"
+                "--verify and --quantize-on-the-fly exclude each other, because then no stored expert is read: drop "
+                "one of the two"
             )
         if self.quantize and self.precision != "bf16":
             raise ConfigError(f"--quantize {self.quantize} needs --precision bf16: drop one of the two")
@@ -138,20 +143,20 @@ class QuantizeConfig:
 
 
 def default_artifacts_dir() -> str:
-    """Returns the folder of artifacts if no option names it: that of the environment's variable, or ./artifacts."""
+    """Returns the default of --artifacts-dir: the folder in WANFAST_ARTIFACTS, or ./artifacts, as absolute path."""
     option = options_of(ModelsConfig)["artifacts_dir"]
     return str(option.complete(os.environ.get(option.option.envvar or "") or option.default))
 
 
 def is_artifacts_dir_named(given: Mapping[str, Any]) -> bool:
-    """Returns whether the user named the folder of artifacts, by the option or in the environment."""
+    """Returns whether the user named the folder of artifacts, by --artifacts-dir or by WANFAST_ARTIFACTS."""
     variable = options_of(ModelsConfig)["artifacts_dir"].option.envvar or ""
     return "artifacts_dir" in given or bool(os.environ.get(variable))
 
 
 def check_places(model: str, artifacts_dir: str) -> None:
-    """Raises ConfigError for an empty path, which would mean the current folder."""
+    """Raises ConfigError if `model` or `artifacts_dir` is empty, because a path would then mean the current folder."""
     if not model.strip():
         raise ConfigError("--model is empty: use tiny, a14b or a folder of weights")
     if not artifacts_dir.strip():
-        raise ConfigError("--artifacts-dir is empty: name a folder, or leave it out")
+        raise ConfigError("--artifacts-dir is empty: name a folder, or drop --artifacts-dir")

@@ -1,9 +1,9 @@
-"""Describes an option of the command line as a field of a config: its help, its checks and its commands.
+"""Describes a command-line option as an annotated field of a config: its help, its check and its commands.
 
     steps: Annotated[int, Option("Denoising steps.", SAMPLING, own=True, check=between(1, 1000))]
 
-The field's type is the type of the final value; `asked` names a wider type that may be typed, such as a number or
-"auto".
+The field's type is the type of the effective value. If users may give other types too, such as a number or "auto",
+`asked` names the type of the given value.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Facts:
 
 @dataclass(frozen=True)
 class Option(_Facts):
-    """This class holds the facts of an option beside its name, type and default."""
+    """This annotation holds what a field's name, type and default do not say of an option, such as its help."""
 
     help: str
     panel: str
@@ -58,7 +58,7 @@ class Option(_Facts):
 
 @dataclass(frozen=True, kw_only=True)
 class OptionField:
-    """This class holds an option with its name, type and default."""
+    """This class describes one option completely: its name, the type that users give, its default and its `Option`."""
 
     name: str
     option: Option
@@ -70,9 +70,10 @@ class OptionField:
         return flag(self.name)
 
     def accept(self, value: Any) -> Any:
-        """Returns a checked value; None means the default. A whole number becomes a float if a float is asked for.
+        """Checks a value that a user gave, and returns it; None is accepted and means the default.
 
-        A path becomes a text. Raises ConfigError for a value of another type or out of range.
+        An int becomes a float if the option is a float, and a path object becomes a str. Raises ConfigError if the type
+        or the range is wrong.
         """
         if self.option.path and isinstance(value, os.PathLike):
             value = os.fspath(value)
@@ -82,13 +83,13 @@ class OptionField:
         return float(value) if isinstance(value, int) and float in (self.asked, *typing.get_args(self.asked)) else value
 
     def complete(self, value: Any) -> Any:
-        """Returns a checked value; a path becomes absolute, so that no change of the working folder changes it."""
+        """Checks the range of an effective value, and returns it; a path becomes absolute. Raises ConfigError."""
         self.check_range(value)
         is_path = self.option.path and value and value.strip() and value not in self.option.names
         return absolute(value, self.flag) if is_path else value
 
     def check_range(self, value: Any) -> None:
-        """Raises ConfigError for a value out of range."""
+        """Raises ConfigError if `value` is out of range, or a text that no file can hold."""
         if isinstance(value, str):
             _check_text(self.name, value)
         if value is not None and self.option.check is not None and (fix := self.option.check(value)):
@@ -96,7 +97,7 @@ class OptionField:
 
 
 def options_of(part: Any) -> dict[str, OptionField]:
-    """Returns the options among the fields of a config's part, in order."""
+    """Returns {name: option} of the fields of a config class that are options, in the order of the fields."""
     return _options_of(part)
 
 
@@ -114,37 +115,37 @@ def _options_of(part: Any) -> dict[str, OptionField]:
 
 
 def flag(name: str) -> str:
-    """Returns the spelling of an option on the command line."""
+    """Returns an option's flag on the command line: "--num-gpus" for "num_gpus"."""
     return "--" + name.replace("_", "-")
 
 
 def words(name: str, value: Any) -> tuple[str, ...]:
-    """Returns the words that give this value on a command line."""
+    """Returns the arguments that give an option this value: ("--steps", "40"), ("--compile",) or ("--no-compile",)."""
     if isinstance(value, bool):
         return (flag(name) if value else flag(f"no_{name}"),)
     return flag(name), f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def absolute(path: str, option: str) -> str:
-    """Returns an absolute path, with `~` replaced by the home folder. Raises ConfigError for an unknown user."""
+    """Makes a path absolute and expands `~` or `~USER`. Raises ConfigError, naming `option`, for an unknown USER."""
     try:
         return str(Path(path).expanduser().absolute())
     except RuntimeError:
-        raise ConfigError(f"{option} {path}: there is no such user here: write the whole path") from None
+        raise ConfigError(f"{option} {path}: this machine has no such user: write the whole path") from None
 
 
 def at_least(low: int, fix: str) -> Check:
-    """Returns a check that accepts `low` and more."""
+    """Returns a check that accepts values of at least `low`; for other values, the error says `fix`."""
     return lambda value: None if value >= low else fix
 
 
 def between(low: float, high: float, fix: str) -> Check:
-    """Returns a check that accepts `low` to `high`, inclusive."""
+    """Returns a check that accepts values from `low` to `high`, inclusive; for others, the error says `fix`."""
     return lambda value: None if low <= value <= high else fix
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Raises ConfigError, with names that are near, for a name that is not an option."""
+    """Raises ConfigError if a name in `given` is not in `known`; the error suggests similar names."""
     if unknown := sorted(given.keys() - known.keys()):
         near = near_names(unknown[0], known)
         fix = f"did you mean {' or '.join(near)}?" if near else f"the options are {', '.join(sorted(known))}"
@@ -152,7 +153,7 @@ def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 
 def near_names(unknown: str, known: Iterable[str]) -> list[str]:
-    """Returns up to three names that begin with an unknown one, or else resemble it."""
+    """Returns up to three of the `known` names: those that begin with `unknown`, otherwise those similar to it."""
     from difflib import get_close_matches
 
     known = sorted(known)
@@ -188,7 +189,7 @@ def _check_text(name: str, value: str) -> None:
 
 
 class Part:
-    """A part checks the range of each option on construction, and makes paths absolute. Raises ConfigError."""
+    """This base class of a config's parts checks each option's range and makes paths absolute, on construction."""
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)).values():

@@ -1,4 +1,4 @@
-"""Defines which processes make a video, on what device, and where they hold the weights."""
+"""Defines the options that say how many ranks work, on which device, and where they hold the weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from wanfast.runtime.facts.mesh import Mesh
 
 @dataclass(frozen=True, kw_only=True)
 class RanksConfig(Part):
-    """This part says which processes work, on what device, and where they hold the weights."""
+    """This part of a config says how many ranks work, on which device, and where they hold the weights."""
 
-    device: Annotated[Device, Option("Where to run.", GPUS, also=COMPILED, default="cuda if there is a driver")]
+    device: Annotated[Device, Option("Device to run on.", GPUS, also=COMPILED, default="cuda if there is a driver")]
     num_gpus: Annotated[
         int,
         Option(
-            "Ranks on this machine: one a GPU, or processes with --device cpu. auto uses all GPUs.",
+            "Number of ranks on this machine: one for each GPU, or processes with --device cpu. auto uses all GPUs.",
             GPUS,
             also=COMPILED,
             asked=int | Literal["auto"],
@@ -31,20 +31,20 @@ class RanksConfig(Part):
     nnodes: Annotated[
         int,
         Option(
-            "Number of machines. Start wanfast on each, with the same options.",
+            "Number of machines. Start wanfast on each, with the same options except --node-rank.",
             GPUS,
             of_this_run=True,
             check=between(1, 1024, "use the number of machines, 1 to 1024"),
         ),
     ] = 1
-    node_rank: Annotated[int, Option("Which of --nnodes this machine is, from 0.", GPUS, of_this_run=True)] = 0
+    node_rank: Annotated[int, Option("Number of this machine, from 0 to --nnodes minus 1.", GPUS, of_this_run=True)] = 0
     rdzv_endpoint: Annotated[
-        str | None, Option("HOST:PORT of machine 0, where several machines meet.", GPUS, of_this_run=True)
+        str | None, Option("HOST:PORT of machine 0, to which all machines connect.", GPUS, of_this_run=True)
     ] = None
     cfg_parallel: Annotated[
         int | None,
         Option(
-            "Ranks that share the branches of guidance, 1 or 2.",
+            "Degree of guidance parallelism: 2 computes the two branches on different ranks, 1 on the same.",
             GPUS,
             of_these_ranks=True,
             also=COMPILED,
@@ -55,7 +55,7 @@ class RanksConfig(Part):
     ulysses: Annotated[
         int | None,
         Option(
-            "Ranks that share the tokens of a branch.",
+            "Number of ranks that share the tokens of one branch of guidance.",
             GPUS,
             of_these_ranks=True,
             also=COMPILED,
@@ -66,7 +66,7 @@ class RanksConfig(Part):
     dit_fsdp: Annotated[
         Switch,
         Option(
-            "Shard the experts over a video's ranks; auto: if the experts do not fit.",
+            "Shard the experts over the ranks of a video. auto shards them if one GPU cannot hold both.",
             GPUS,
             also=COMPILED,
             of_these_ranks=True,
@@ -75,13 +75,16 @@ class RanksConfig(Part):
     t5_fsdp: Annotated[
         Switch,
         Option(
-            "Shard UMT5 over a video's ranks; auto: if UMT5 does not fit.", GPUS, also=CALIBRATE, of_these_ranks=True
+            "Shard UMT5 over the ranks of a video. auto shards it if one GPU cannot hold it.",
+            GPUS,
+            also=CALIBRATE,
+            of_these_ranks=True,
         ),
     ] = "auto"
     expert_offload: Annotated[
         Switch,
         Option(
-            "Hold the idle expert in host memory; auto: if the GPUs cannot hold both experts, not even sharded.",
+            "Hold the idle expert in host memory. auto does so if the GPUs cannot hold both experts, not even sharded.",
             GPUS,
             of_these_ranks=True,
             also=COMPILED,
@@ -90,7 +93,7 @@ class RanksConfig(Part):
     rank_timeout: Annotated[
         float,
         Option(
-            "Seconds that ranks wait for each other before the run ends.",
+            "Seconds that a rank waits for another rank; then the run ends with an error.",
             GPUS,
             of_this_run=True,
             also=COMPILED,
@@ -101,12 +104,12 @@ class RanksConfig(Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.node_rank < self.nnodes:
-            raise ConfigError(f"--node-rank {self.node_rank}: number the --nnodes {self.nnodes} machines from 0")
+            raise ConfigError(f"--node-rank {self.node_rank}: with --nnodes {self.nnodes}, use 0 to {self.nnodes - 1}")
         if self.nnodes > 1 and self.rdzv_endpoint is None:
-            raise ConfigError("--nnodes needs --rdzv-endpoint: HOST:PORT of the first machine, the same on all")
+            raise ConfigError("--nnodes needs --rdzv-endpoint: add HOST:PORT of machine 0, the same on all machines")
         if self.rdzv_endpoint is not None:
             if self.nnodes == 1:
-                raise ConfigError("--rdzv-endpoint is for several machines: add --nnodes, or drop it")
+                raise ConfigError("--rdzv-endpoint is for several machines: add --nnodes, or drop --rdzv-endpoint")
             if not re.fullmatch(r"[^\s:]+:\d{1,5}", self.rdzv_endpoint):
                 raise ConfigError(f"--rdzv-endpoint {self.rdzv_endpoint!r} is not HOST:PORT: write it as node0:29500")
         if self.dit_fsdp == "on" and self.expert_offload == "on":
@@ -117,6 +120,6 @@ class RanksConfig(Part):
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh of the ranks of all machines; a degree that is not decided yet counts as 1."""
+        """Returns the mesh of all ranks on all machines; a degree that is still None counts as 1."""
         cfg, ulysses = self.cfg_parallel or 1, self.ulysses or 1
         return Mesh(replica=self.num_gpus * self.nnodes // (cfg * ulysses), cfg=cfg, ulysses=ulysses)

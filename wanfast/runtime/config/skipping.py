@@ -17,7 +17,10 @@ _CURVE_KEY = re.compile(r"[0-9a-f]{12}")
 
 
 def magcache_settings(name: str) -> tuple[float, int, float] | None:
-    """Returns (threshold, skips in a row, share retained) of a short name: E012K2R20 is 0.12, 2, 0.2; else None."""
+    """Returns (threshold, skips in a row, retention ratio) of a short name, or None for another name.
+
+    E012K2R20 gives (0.12, 2, 0.2).
+    """
     match = _MAGCACHE_NAME.fullmatch(name)
     if match is None:
         return None
@@ -27,13 +30,13 @@ def magcache_settings(name: str) -> tuple[float, int, float] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class SkippingConfig(Part):
-    """This part says which forwards MagCache skips. Source: MagCache (arXiv 2506.09045)."""
+    """This part of a config says which forwards MagCache skips. Source: MagCache (arXiv 2506.09045)."""
 
     magcache: Annotated[
         str,
         Option(
-            "Skip forwards whose residual hardly changes, with the model's preset curve or a calibrated one. E012K2R20 "
-            "is the preset with threshold 0.12, at most 2 skips in a row and the first 20 % computed.",
+            "Skip forwards whose residual hardly changes, by the model's preset curve or a calibrated one (artifact, "
+            "KEY). E012K2R20 is preset with threshold 0.12, at most 2 skips in a row, the first 20 % never skipped.",
             LOSSY,
             metavar="<off|preset|artifact|KEY|E012K2R20>",
         ),
@@ -41,7 +44,7 @@ class SkippingConfig(Part):
     magcache_thresh: Annotated[
         float | None,
         Option(
-            "Error that may accumulate before a forward is computed.",
+            "Threshold of the error that skips may accumulate; at this error, the next forward is computed.",
             LOSSY,
             choice=_AMOUNT,
             default="0.12",
@@ -51,7 +54,7 @@ class SkippingConfig(Part):
     magcache_k: Annotated[
         int | None,
         Option(
-            "Largest number of skips in a row in one branch.",
+            "Largest number of skips in a row in one branch of guidance.",
             LOSSY,
             default="2",
             check=between(1, 1000, "use 1 to 1000 skips in a row"),
@@ -69,7 +72,7 @@ class SkippingConfig(Part):
     magcache_rule: Annotated[
         MagCacheRule | None,
         Option(
-            "Which experts may skip. The high-noise expert decides motion and layout.",
+            "Experts whose forwards may be skipped. The high-noise expert decides motion and layout.",
             LOSSY,
             default="low-noise-only; both-experts with --magcache-budget or --magcache-skip",
         ),
@@ -77,15 +80,15 @@ class SkippingConfig(Part):
     magcache_joint: Annotated[
         Literal["on", "off"],
         Option(
-            "Skip only in steps in which both branches skip, so that every mesh skips the same forwards. off gives the "
-            "published numbers of skips.",
+            "Both branches of guidance skip the same steps, so that every mesh skips the same forwards. off lets each "
+            "branch skip alone, and gives the published numbers of skips.",
             LOSSY,
         ),
     ] = "on"
     magcache_budget: Annotated[
         float | None,
         Option(
-            "Share of forwards to compute. The skips are chosen for the least error, without a threshold.",
+            "Share of forwards to compute. The skips are those with the least error, without a threshold.",
             LOSSY,
             choice=_AMOUNT,
             check=lambda x: None if 0 < x <= 1 else "use the share of forwards to compute, over 0 to 1",
@@ -94,26 +97,26 @@ class SkippingConfig(Part):
     magcache_skip: Annotated[
         int | None,
         Option(
-            "Number of forwards to skip. The skips are chosen for the least error.",
+            "Number of forwards to skip. The skips are those with the least error, without a threshold.",
             LOSSY,
             choice=_AMOUNT,
             check=at_least(0, "use a number of forwards, 0 or more"),
         ),
     ] = None
     magcache_interpolate: Annotated[
-        bool, Option("Interpolate a curve that was measured with other --steps or --shift.", LOSSY)
+        bool, Option("Interpolate the curve if it was measured with other --steps or --shift.", LOSSY)
     ] = False
 
     def __post_init__(self) -> None:
         name, short = self.magcache, magcache_settings(self.magcache)
         if name not in ("off", "preset", "artifact") and not _CURVE_KEY.fullmatch(name) and not short:
             raise ConfigError(
-                f"--magcache {name!r:.40}: use off, preset, artifact, a key of magcache/, or settings like E012K2R20"
+                f"--magcache {name!r:.40}: use off, preset, artifact, a stored curve's key, or settings like E012K2R20"
             )
         _, *others = options_of(SkippingConfig).values()  # the first, --magcache, enables the others
         given = [option for option in others if getattr(self, option.name) != option.default]
         if name == "off" and given:
-            raise ConfigError(f"{given[0].flag} needs --magcache: add it, with preset for example, or drop the option")
+            raise ConfigError(f"{given[0].flag} needs --magcache: add --magcache preset, or drop {given[0].flag}")
         twice = [option.flag for option in given if option.name in _SHORT or option.option.choice == _AMOUNT]
         if short and twice:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Defines what a video shows, how it is sampled, and which files are written."""
+"""Defines the options that say what a video shows, how it is sampled, and which files are written."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ CPU_SEEDS = 1 << 32  # torch's generator on the CPU ignores the higher bits of a
 
 
 def parse_size(size: str) -> tuple[int, int]:
-    """Returns (width, height) of '1280x720', or of the reference's '1280*720'. Raises ConfigError."""
+    """Returns (width, height) of a size like '1280x720', or '1280*720' as the reference writes it.
+
+    Raises ConfigError if a side is not a positive multiple of 16.
+    """
     match = re.fullmatch(r"(\d{1,4})[xX*](\d{1,4})", size.strip())
     if match is None:
-        raise ConfigError(f"--size {size!r} is not WIDTHxHEIGHT, up to 9999 each: write 1280x720 or 832x480")
+        raise ConfigError(f"--size {size!r} is not WIDTHxHEIGHT, both up to 9999: write it as 1280x720, for example")
     width, height = int(match[1]), int(match[2])
     if width % 16 or height % 16 or not (width and height):
         near = "x".join(str(max(16, round(n / 16) * 16)) for n in (width, height))
@@ -44,7 +47,7 @@ def _size_fix(size: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig(Part):
-    """This part says what the video shows, and how it is sampled."""
+    """This part of a config says what the video shows, and how it is sampled."""
 
     image: Annotated[str, Option("The image that the video starts from.", MAKE, also=("warmup",), path=True)]
     image_sha256: str = ""
@@ -53,7 +56,7 @@ class VideoConfig(Part):
     size: Annotated[
         str,
         Option(
-            "The video's area, as WIDTHxHEIGHT; with --fit crop or pad its exact size.",
+            "Area of the video, as WIDTHxHEIGHT. With --fit crop or pad, this is its exact size.",
             MAKE,
             own=True,
             also=ALL,
@@ -63,12 +66,12 @@ class VideoConfig(Part):
     fit: Annotated[
         ImageFit,
         Option(
-            "How the image fits --size: area keeps its aspect ratio, crop cuts its longer side, pad adds black bars.",
+            "How the image fits --size: area keeps the aspect ratio, crop cuts the longer side, pad adds black bars.",
             MAKE,
             also=("warmup",),
         ),
     ] = "area"
-    frames: Annotated[int, Option("Number of frames, 4n+1.", MAKE, own=True, also=ALL, check=_frames_fix)]
+    frames: Annotated[int, Option("Number of frames, 4n+1, such as 81.", MAKE, own=True, also=ALL, check=_frames_fix)]
     fps: Annotated[
         int,
         Option(
@@ -100,7 +103,7 @@ class VideoConfig(Part):
     shift: Annotated[
         float,
         Option(
-            "Moves steps toward high noise. The model's publisher advises 3.0 for 480p.",
+            "Larger values move the steps toward high noise. The model's publisher advises 3.0 for 480p.",
             SAMPLING,
             own=True,
             also=CALIBRATE,
@@ -128,7 +131,7 @@ class VideoConfig(Part):
         ),
     ]
     solver: Annotated[Solver, Option("Flow-matching solver.", SAMPLING, also=CALIBRATE)] = "unipc"
-    noise_device: Annotated[Device, Option("Where noise is drawn; the reference draws it on cuda.", SAMPLING)] = "cpu"
+    noise_device: Annotated[Device, Option("Device that draws the noise; the reference uses cuda.", SAMPLING)] = "cpu"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,19 +143,19 @@ class VideoConfig(Part):
             raise ConfigError("--prompt is empty: describe what should happen in the video")
         if self.noise_device == "cpu" and self.seed >= CPU_SEEDS:
             raise ConfigError(
-                f"--seed {self.seed}: the CPU's noise depends on 32 bits of a seed: use 0 to {CPU_SEEDS - 1} "
+                f"--seed {self.seed}: noise drawn on the CPU uses only 32 bits of a seed: use 0 to {CPU_SEEDS - 1} "
                 f"({self.seed % CPU_SEEDS} gives the same noise), or --noise-device cuda"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig(Part):
-    """This part says which files are written."""
+    """This part of a config says which files are written."""
 
     output: Annotated[
         str | None,
         Option(
-            "The .mp4 to write; its .json is written beside it.",
+            "The .mp4 file to write. A .json with the run's facts is written beside it.",
             FILES,
             asked=str,
             path=True,
@@ -162,7 +165,7 @@ class OutputConfig(Part):
     overwrite: Annotated[bool, Option("Replace existing files.", FILES, of_this_run=True)] = False
     skip_existing: Annotated[
         bool,
-        Option("Leave out videos whose files exist, to resume a --jobs list.", FILES, of_this_run=True),
+        Option("Skip videos whose files exist already, so that a --jobs list can be resumed.", FILES, of_this_run=True),
     ] = False
     contact_sheet: Annotated[bool, Option("Also write a .png of evenly spaced frames.", FILES)] = False
 
@@ -173,7 +176,7 @@ class OutputConfig(Part):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The paths of the video, its JSON and, if asked for, its contact sheet; none if frames are returned."""
+        """Returns the paths of the .mp4, its .json and, if requested, its .png; none if frames are returned."""
         if self.output is None:
             return ()
         video = Path(self.output)

@@ -1,1 +1,1 @@
-"""This package holds the setup, the memory, the clock and the numbers of torch's device."""
+"""This package sets up torch's device, measures its memory and time, and checks tensors for NaN and infinities."""

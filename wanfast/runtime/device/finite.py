@@ -1,7 +1,7 @@
-"""This module asks whether a tensor holds a value that is not finite: NaN or an infinity.
+"""This module tests whether a tensor holds a value that is not finite: NaN or an infinity.
 
-The answer stays on the tensor's device, so that asking never waits. Cost: one pass that reads the tensor once and
-allocates nothing of its size. A CPU reads about 6 GB a second in bf16.
+The result stays on the tensor's device, so that the host does not wait for it. Cost: the tensor is read once, and no
+tensor of its size is allocated. A CPU reads about 6 GB of bf16 values in a second.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _NAN_BITS = 0x7F  # float8_e4m3fn has no infinity, and this is its only NaN
 
 
 def all_finite(x: Tensor) -> Tensor:
-    """Returns a bool on the device of `x`: whether all values are finite. Integers always are."""
+    """Returns whether all values of `x` are finite, as a bool tensor of shape () on its device; True for integers."""
     if not x.dtype.is_floating_point or not x.numel():
         return torch.ones((), dtype=torch.bool, device=x.device)
     if x.itemsize == 1:

@@ -1,4 +1,4 @@
-"""This module describes a worker's machine: its device's name, its peak memory, and whether the device is present."""
+"""This module sets up a process's device, describes it, measures its memory and recognises lack of memory."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ _SCARCE_BYTES = 4 << 30  # three times the largest tensor of a decoder at 1280x7
 
 
 def prepare(device: str, precision: str, tf32: bool | None) -> None:
-    """Sets the process up for these options. Raises ConfigError if torch cannot use the device.
+    """Checks that torch can use `device`, and sets whether float32 operations on a GPU may use TF32.
 
-    Without `--tf32` or `--no-tf32`, cuDNN's convolutions (so the VAE's) take TF32 inputs as the reference's do, except
-    if fp32 is requested. Without them float32 matrix products never do.
+    `tf32` True (--tf32) or False (--no-tf32) applies to convolutions and matrix products. With None, as in the
+    reference, matrix products may not use TF32, and convolutions may, except if `precision` is fp32.
+    Raises ConfigError if torch cannot use the device.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -43,16 +44,17 @@ def prepare(device: str, precision: str, tf32: bool | None) -> None:
 
 
 def use_few_threads(device: str, dim: int) -> None:
-    """Uses one CPU thread for a small model, whose products are too short to share, and else no more than the cores.
+    """Limits torch's CPU threads: one for a small model (`dim` below 1024), otherwise at most the usable cores.
 
-    If threads have fewer cores than torch believes, they wait for each other.
+    Threads slow the short products of a small model. If there are more threads than cores, they wait for each other.
+    On a GPU, or if OMP_NUM_THREADS is set, nothing changes.
     """
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if dim < 1024 else min(torch.get_num_threads(), host.cores()))
 
 
 def describe(device: str) -> dict[str, str]:
-    """Returns the name and the settings of the device, for the record of a run."""
+    """Returns the device's name, capability and TF32 settings, or a CPU's name and threads, for the JSON of a run."""
     if device != "cuda":
         return {"device": platform.processor() or platform.machine(), "threads": str(torch.get_num_threads())}
     major, minor = torch.cuda.get_device_capability()
@@ -67,7 +69,7 @@ def describe(device: str) -> dict[str, str]:
 
 @contextmanager
 def one_out_of_memory_error() -> Iterator[None]:
-    """Turns every error that means a lack of memory into torch.OutOfMemoryError, which a GPU's allocator raises."""
+    """Converts every out-of-memory error that the `with` block raises into torch.OutOfMemoryError."""
     try:
         yield
     except MemoryError as error:  # of Python and numpy
@@ -82,10 +84,10 @@ def one_out_of_memory_error() -> Iterator[None]:
 
 
 def is_out_of_memory(error: RuntimeError, free: int) -> bool:
-    """Returns whether an error means that memory ran out; `free` bytes were left where it was raised.
+    """Returns whether an error means that memory ran out; `free` is the number of free bytes on the device.
 
-    Libraries below torch report it in words. cuDNN also says that it finds no engine, because each needs more memory:
-    this counts only if little is left, because it has other causes too.
+    CUDA, cuBLAS and cuDNN say so only in the text of a RuntimeError. cuDNN may also say that it finds no engine,
+    because each needs more memory. That text has other causes too, so it counts only if less than 4 GiB are free.
     """
     if isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == _CUDA_ALLOCATION_FAILED:
         return True
@@ -96,33 +98,33 @@ def is_out_of_memory(error: RuntimeError, free: int) -> bool:
 
 
 def free_bytes(device: str) -> int:
-    """Returns the bytes of a GPU that this process could use; a CPU's memory is never scarce here."""
+    """Returns the bytes that this process can still allocate on the GPU; for a CPU, returns sys.maxsize."""
     if device != "cuda":
         return sys.maxsize
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def free_memory(device: str) -> None:
-    """Frees unused memory: sharded modules are reference cycles, and the allocator caches its blocks."""
+    """Frees unused memory: collects garbage (sharded modules are reference cycles) and empties the GPU cache."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def forget_cuda_graphs() -> None:
-    """Frees all captured graphs of torch's compiler, if any; blocks are then recompiled, or come from its caches."""
+    """Frees all CUDA graphs that torch.compile captured, by its reset; the next forward compiles again."""
     if "torch._inductor.cudagraph_trees" in sys.modules:
         torch.compiler.reset()
 
 
 def reset_peak_memory(device: str) -> None:
-    """Restarts the peak measurement of GPU memory; a process cannot reset its peak of host memory."""
+    """Resets the peak of GPU memory; for a CPU nothing happens, because a process cannot reset its peak memory."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Returns the most bytes that this process held: in tensors on the GPU, or resident on the host."""
+    """Returns this process's peak memory in bytes: of tensors on the GPU, or the resident set for a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

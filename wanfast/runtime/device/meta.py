@@ -21,6 +21,6 @@ class _Unfilled(TorchFunctionMode):
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Puts the tensors that a block makes on the meta device."""
+    """Creates all tensors of the `with` block on the meta device, without initialising them."""
     with torch.device("meta"), _Unfilled():
         yield

@@ -1,4 +1,4 @@
-"""This module measures seconds per named stage; on a GPU a span ends when its work is done, not when it is queued."""
+"""This module measures the seconds of named stages; it waits for a GPU to finish the work of a stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Stopwatch:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Adds the seconds of the `with` block to the stage `name`, also if the block raises."""
+        """Adds the seconds of the `with` block to the stage `name`, even if the block raises an error."""
         synchronize(self._device)
         started = time.perf_counter()
         try:
@@ -29,7 +29,7 @@ class Stopwatch:
 
 
 class FirstStep:
-    """Measures the seconds of the first step, which waits for compilers; it is called as each step begins and ends."""
+    """Measures the seconds of the first step, which includes compiling; call it before and after each step."""
 
     def __init__(self, device: str) -> None:
         self._device = device

@@ -1,1 +1,1 @@
-"""This package holds the mesh of ranks and the exchanges between ranks."""
+"""This package connects ranks, shares work and weights among them, and exchanges tensors between them."""

@@ -1,7 +1,8 @@
-"""Parallel guidance runs the prompt's branch on one half of the ranks, and the negative prompt's on the other.
+"""Parallel guidance runs the prompt's branch on one half of the ranks, and the negative prompt's on the other half.
 
-The branches of one step do not depend on each other, so a forward exchanges only the two velocities, at its end. Each
-velocity is 16 T h w float32 values, 19 MB at 1280x720x81. Without guidance both halves compute the same step.
+The branches of one step do not depend on each other, so the halves exchange only the two velocities, after the
+forward. Each velocity is 16 T h w float32 values, 19 MB at 1280x720, 81 frames. In a step without guidance, both halves
+compute the same forward.
 Source: classifier-free guidance (arXiv 2207.12598); the split as in xDiT (arXiv 2411.01738) section 4.1.3.
 
 Shapes: B batch, C latent channels, T/h/w latent grid.
@@ -20,28 +21,28 @@ from wanfast.runtime.facts.choices import Branch
 
 
 class BothBranches:
-    """One set of ranks evaluates every branch, one after the other."""
+    """This class runs guidance without `cfg` ranks: the same ranks compute all branches, one after the other."""
 
     def own(self, branches: Sequence[Branch]) -> list[Branch]:
         return list(branches)
 
     def velocities(self, branches: Sequence[Branch], velocity: Callable[[Branch], Tensor]) -> list[Tensor]:
-        """Returns the velocity [B, C, T, h, w] of each branch."""
+        """Returns the velocities [B, C, T, h, w] of `branches`, in order."""
         return [velocity(branch) for branch in branches]
 
 
 @dataclass(frozen=True)
 class CfgParallel:
-    """Each of the two ranks of `group` evaluates one of the two branches."""
+    """This class runs guidance on the two ranks of `group`: each computes one of the two branches."""
 
     group: dist.ProcessGroup
 
     def own(self, branches: Sequence[Branch]) -> list[Branch]:
-        """Returns the branches that this rank evaluates."""
+        """Returns a list with the one branch that this rank computes."""
         return [branches[self.group.rank() % len(branches)]]
 
     def velocities(self, branches: Sequence[Branch], velocity: Callable[[Branch], Tensor]) -> list[Tensor]:
-        """Returns the velocity [B, C, T, h, w] of each branch, on every rank."""
+        """Returns the velocities [B, C, T, h, w] of `branches`, in order, on both ranks."""
         (branch,) = self.own(branches)
         own = velocity(branch)
         if len(branches) == 1:

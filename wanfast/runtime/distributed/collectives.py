@@ -1,4 +1,4 @@
-"""This module has exchanges between the ranks of a group that work with all supported torch versions."""
+"""This module gathers tensors from ranks; it works with all supported torch versions, and with gloo and NCCL."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Returns the tensors of all P ranks of a group, in order: [P, ...], in any dtype."""
+    """Returns the tensors x of all P ranks of a process group, [P, *x.shape] in rank order; any dtype is possible."""
     gathered = x.new_empty(group.size() if group else dist.get_world_size(), *x.shape)
     _all_gather(as_bytes(gathered), as_bytes(x.contiguous()), group=group)
     return gathered
 
 
 def as_bytes(x: Tensor) -> Tensor:
-    """Returns a view of the memory as bytes, because gloo supports few dtypes."""
+    """Returns a flat uint8 view of a contiguous tensor, because gloo supports few dtypes."""
     return x.view(-1).view(torch.uint8)

@@ -1,7 +1,8 @@
-"""Fully sharded weights (FSDP2) let GPUs run a model that does not fit into one of them.
+"""Fully sharded weights (FSDP2) let several GPUs run a model that does not fit on one GPU.
 
-Each rank holds 1/P of every parameter (rows along dim 0), and gathers a block's weights while the block before it runs.
-Every forward moves P-1 of P parts of the model over the links, so weights that fit are replicated instead.
+Each of P ranks holds 1/P of every parameter (rows along dim 0), and gathers a block's weights while the block before
+runs. In every forward, a rank receives (P-1)/P of the model over the links, so weights are sharded only if they do not
+fit otherwise.
 A model is sharded while it is on the meta device; `checkpoint` then reads only the rows of each rank.
 Source: PyTorch FSDP (arXiv 2304.11277); torch.distributed.fsdp.fully_shard.
 """
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def shard(model: nn.Module, device: str) -> None:
-    """Shards a model with `blocks` over all ranks of the rank group: one unit for each block, and one for the rest."""
+    """Shards `model` over the rank group by FSDP2: each module of `model.blocks` is one unit, the rest another."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     world = dist.group.WORLD
@@ -37,7 +38,7 @@ def is_sharded(parameter: Tensor) -> TypeGuard[DTensor]:
 
 
 def own_rows(parameter: Tensor) -> tuple[int, int]:
-    """Returns the rows (first, end) along dim 0 of a parameter that this rank holds: all, if it is not sharded."""
+    """Returns (first, end) of the rows along dim 0 that this rank holds: all rows of an unsharded parameter."""
     rows = parameter.shape[0] if parameter.dim() else 1  # a scalar is read whole
     if not is_sharded(parameter):
         return 0, rows
@@ -47,7 +48,7 @@ def own_rows(parameter: Tensor) -> tuple[int, int]:
 
 
 def from_own_rows(rows: Tensor, parameter: Tensor) -> Tensor:
-    """Returns the sharded parameter whose part on this rank is `rows`; an unsharded parameter is `rows`."""
+    """Returns a DTensor sharded like `parameter`, from this rank's `rows`; for an unsharded one returns `rows`."""
     if not is_sharded(parameter):
         return rows
     from torch.distributed.tensor import DTensor, Shard

@@ -1,7 +1,7 @@
-"""This module gives a rank its place in the rank group, and the few operations that all ranks must do together.
+"""This module describes a rank's place in the rank group, and has the operations that all ranks call together.
 
-Every rank runs the same program. The leader does what only one rank can do (read the image, write the video). Work that
-can fail on one rank goes through `together`, so that no rank waits for a peer that stopped.
+Every rank runs the same program. The leader does what only one rank can do: it reads the image and writes the video.
+Work that can fail on one rank must run inside `together`, so that no rank waits for a rank that stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Describes a rank and its rank group; the default group has one rank, which exchanges nothing."""
+    """Describes a rank and its rank group; by default, the group has only this rank, and nothing is exchanged."""
 
     device: str
     mesh: Mesh = field(default_factory=Mesh)
@@ -50,22 +50,25 @@ class Ranks:
 
     @property
     def sequence(self) -> Sequence:
-        """Returns how the experts share tokens among ranks."""
+        """Returns the `Sequence` by which the experts share tokens among the ulysses ranks."""
         group = self.groups.get("ulysses")
         return Ulysses(group) if group else WholeSequence()
 
     def rows(self, latent_rows: int) -> Rows:
-        """Returns how the VAE shares the rows of a frame among ranks; `latent_rows`: of the latent grid."""
+        """Returns the `Rows` by which the VAE shares a frame, of `latent_rows` rows in latents, among all ranks."""
         return SplitRows.of(self.rank, self.size, latent_rows) if self.size > 1 else WHOLE_FRAME
 
     @property
     def guidance(self) -> BothBranches | CfgParallel:
-        """Returns how ranks share the branches of guidance."""
+        """Returns the object that computes the branches of guidance, on the same ranks or on two halves of them."""
         group = self.groups.get("cfg")
         return CfgParallel(group) if group else BothBranches()
 
     def together(self, work: Callable[[], T]) -> T:
-        """Returns each rank's own `work()`, which must not use collectives; raises a WanFastError of one on all."""
+        """Runs `work()` on every rank and returns each rank's own result; `work` must not use collectives.
+
+        If `work` raises a WanFastError on any rank, all ranks raise a WanFastError.
+        """
         error, result = None, None
         try:
             result = work()
@@ -79,9 +82,10 @@ class Ranks:
         return result  # type: ignore[return-value]  # set if there is no error
 
     def lead(self, work: Callable[[], T]) -> T:
-        """Runs `work()` only on the leader, and returns its result (a plain object) on all ranks.
+        """Runs `work()` only on the leader, and returns the leader's result on all ranks.
 
-        The result is sent to each rank once, so it should be small. Raises the leader's WanFastError on all ranks.
+        The result is pickled and sent to each rank, so it should be small. If `work` raises a WanFastError, all ranks
+        raise it.
         """
         outcome: list[Any] = [None, None]  # (result, the document of an error)
         error = None
@@ -99,7 +103,7 @@ class Ranks:
         return result
 
     def gather(self, value: T) -> list[T]:
-        """Returns the values of all ranks, in order, on all of them."""
+        """Returns the `value` of every rank, in rank order, on all ranks; a value is any picklable object."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -107,13 +111,13 @@ class Ranks:
         return values
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """Returns the rows of all ranks, joined along dim 0; every rank must give equally many."""
+        """Returns the `rows` of all ranks, joined along dim 0, on all ranks; each must give as many rows."""
         if self.size == 1:
             return rows
         return all_gather(rows).flatten(0, 1)
 
     def share(self, tensor: Tensor) -> Tensor:
-        """Returns the leader's tensor on all ranks; the others give a tensor of the same shape to write into."""
+        """Broadcasts the leader's `tensor` into every other rank's `tensor` of the same shape, and returns it."""
         if self.size > 1:
             dist.broadcast(tensor, src=0)
         return tensor
@@ -121,7 +125,10 @@ class Ranks:
 
 @contextlib.contextmanager
 def rank_group(device: str, mesh: Mesh, timeout_s: float) -> Iterator[Ranks]:
-    """Connects the ranks that torchrun's environment variables describe; exchanges wait `timeout_s` at most."""
+    """Connects the ranks by torch.distributed, as torchrun's environment variables say; yields this rank's `Ranks`.
+
+    A collective fails after it has waited `timeout_s` seconds for other ranks.
+    """
     if mesh.group_size == 1:
         yield Ranks(device)
         return

@@ -1,12 +1,13 @@
-"""Ulysses sequence parallelism gives each rank a share of the tokens, and around attention a share of the heads.
+"""Ulysses sequence parallelism gives each rank a share of the tokens, and during self-attention a share of the heads.
 
-Everything except self-attention treats each token by itself. Around attention the P ranks exchange. [B, L/P, H, D] of
-own tokens and all heads becomes [B, L, H/P, D] of all tokens and own heads, and back. v is sent while q is computed,
-and q while k is computed, which hides two of the four exchanges of a block. Of 4 L d / P values, P-1 of P parts leave a
-rank. If P does not divide the tokens, zero rows are added at the end. Padded keys are cut off before attention, so the
-result is that of one rank.
-In a compiled block collectives are functional, so that a compiled block stays one graph.
-Limit: P must divide the heads. Source: DeepSpeed-Ulysses (arXiv 2309.14509) section 3.
+Everything except self-attention processes each token separately. Before self-attention, the P ranks exchange q, k and v
+by all-to-all: [B, L/P, H, D] with a rank's own tokens and all heads becomes [B, L, H/P, D] with all tokens and the
+rank's own heads. After it, they exchange the result back. v is sent while q is computed, and q while k is computed,
+which hides two of a block's four exchanges. In each block, a rank sends (P-1)/P of its 4 L d / P values. If L is not a
+multiple of P, zero rows are added at the end. They are cut off from keys and values before attention, so that the
+result is the same as on one rank.
+A compiled block uses torch's functional collectives, so that the block stays one graph.
+Limit: H must be a multiple of P. Source: DeepSpeed-Ulysses (arXiv 2309.14509) section 3.
 
 Shapes: B batch, L tokens, N tokens with padding, P ranks, H heads, D head dim.
 """
@@ -31,7 +32,7 @@ from wanfast.runtime.models.tokens import packed
 
 @dataclass(frozen=True)
 class Ulysses:
-    """Exchanges tokens for heads over one process group; a DiT takes it as its `sequence`."""
+    """This `Sequence` of a DiT shares the tokens among the ranks of one process group."""
 
     group: dist.ProcessGroup
 
@@ -40,7 +41,7 @@ class Ulysses:
         return True
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's N/P of the L tokens along `dim`; zeros pad the parts of the last ranks."""
+        """Returns this rank's N/P tokens along `dim`, of L in all; the last ranks' parts are padded with zeros."""
         size, rank = self.group.size(), self.group.rank()
         share = -(-x.shape[dim] // size)
         x = x.narrow(dim, min(rank * share, x.shape[dim]), min(share, max(0, x.shape[dim] - rank * share)))
@@ -48,7 +49,7 @@ class Ulysses:
         return packed(F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing]) if missing else x)
 
     def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
-        """Returns attention over all `num_tokens` tokens for this rank's N/P tokens; [B, N/P, H, D] in and out."""
+        """Returns [B, N/P, H, D]: this rank's queries attend to all `num_tokens` tokens, by the kernel `attend`."""
         sent = [self._send(self._by_heads(*project(name))) for name in "vqk"]
         all_v, all_q, all_k = (rearrange(wait(), "P B l h D -> B (P l) h D") for wait in sent)
         out = attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
@@ -56,7 +57,7 @@ class Ulysses:
         return rearrange(wait(), "P B l h D -> B l (P h) D")
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
-        """Returns all tokens along `dim` on every rank, without the padding."""
+        """Returns the tokens of all ranks, joined along `dim` without the padding, on every rank."""
         return torch.cat(list(all_gather(x, self.group)), dim).narrow(dim, 0, num_tokens)
 
     def _by_heads(self, x_BLHD: Tensor) -> Tensor:

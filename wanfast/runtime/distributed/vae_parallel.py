@@ -1,10 +1,10 @@
-"""Shares the rows of each frame among the ranks of a video, for the VAE.
+"""Shares the rows of each frame among the ranks of a rank group, for the VAE.
 
-Each rank has some rows of the latent grid, and the pixels that they stand for. Before each convolution in space, ranks
-exchange the row above and the row below their own, so that the result is that of one rank: nothing overlaps or blends.
-The one attention layer sees the whole frame: each rank computes its own queries for the keys and values of all.
-Any number of ranks can share; ranks beyond the number of latent rows have no part. A share may be a row larger than
-another. Sends are point to point, because shares differ.
+Each rank has some rows of the latent grid, and the pixel rows that belong to them. Before each spatial convolution,
+neighbouring ranks exchange their border rows, so that the result is the same as on one rank. No tiles overlap and
+nothing is blended. In an attention layer, each rank gathers the keys and values of the whole frame for its own queries.
+Any number of ranks can share a frame. If there are more ranks than latent rows, the last ranks get no rows. Numbers of
+rows differ by at most one between ranks, so the exchanges are point to point.
 
 Shapes: B batch, C channels, T frames, h own rows, w columns.
 """
@@ -23,7 +23,7 @@ from wanfast.runtime.distributed.collectives import as_bytes
 
 @dataclass(frozen=True)
 class SplitRows:
-    """Describes how ranks share rows; the VAE takes it as its `rows`. `counts`: each rank's rows of the latent grid."""
+    """This `Rows` of the VAE shares a frame among ranks: rank i has `counts[i]` rows of the latent grid."""
 
     rank: int
     counts: tuple[int, ...]
@@ -31,7 +31,7 @@ class SplitRows:
 
     @classmethod
     def of(cls, rank: int, num_ranks: int, latent_rows: int) -> SplitRows:
-        """Returns shares that differ by one row at most."""
+        """Divides `latent_rows` rows among `num_ranks` ranks, whose numbers of rows differ by at most one."""
         sharing = min(num_ranks, latent_rows)
         least, larger = divmod(latent_rows, sharing)
         return cls(rank, tuple(least + (index < larger) for index in range(sharing)))
@@ -41,12 +41,12 @@ class SplitRows:
         return self.rank < len(self.counts)
 
     def own(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's part of `dim`, whose length is a multiple of the latent grid's rows."""
+        """Returns this rank's rows of x; the length of `dim` is a multiple of the number of latent rows."""
         scale = x.shape[dim] // sum(self.counts)
         return x.narrow(dim, scale * sum(self.counts[: self.rank]), scale * self.counts[self.rank])
 
     def fill(self, clip: Tensor) -> None:
-        """Writes the neighbours' rows, or zeros at the frame's edges, into the first and last row of [B,C,T,h+2,w]."""
+        """Fills the first and last row of a clip [B,C,T,h+2,w] with neighbours' rows, or zeros at a frame's edge."""
         edges = {self.rank - 1: (clip[..., 1, :], clip[..., 0, :]), self.rank + 1: (clip[..., -2, :], clip[..., -1, :])}
         neighbours = {peer: rows for peer, rows in edges.items() if 0 <= peer < len(self.counts)}
         sent = {peer: own for peer, (own, _) in neighbours.items()}
@@ -58,12 +58,12 @@ class SplitRows:
                 halo.zero_()
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Returns the parts of all ranks along `dim`, joined, on every rank that has a part."""
+        """Returns the rows of all ranks, joined along `dim`; each rank that has rows must call this."""
         peers = [peer for peer in range(len(self.counts)) if peer != self.rank]
         return self._joined(_exchange(dict.fromkeys(peers, x), self._shapes(x, dim, peers), x), x, dim)
 
     def collect(self, x: Tensor, dim: int) -> Tensor | None:
-        """Returns the parts of all ranks along `dim`, joined, on the leader; None on other ranks."""
+        """Returns the rows of all ranks, joined along `dim`, on the leader, and None on other ranks."""
         if self.rank:
             _exchange({0: x}, {}, x)
             return None

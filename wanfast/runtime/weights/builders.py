@@ -1,8 +1,8 @@
-"""One function per model: built on the meta device, shared out, filled from its files, ready to run.
+"""Builds the experts, the VAE and UMT5 on the meta device, shards them if asked, and fills them from their files.
 
-Each states the dtype of its matrix products: the experts and UMT5 follow `--precision`; the VAE is always float32,
-since its decoder draws the pixels and takes little of the time. What is sharded is sharded while on meta, so that a
-rank reads and holds its own rows alone; q, k and v of weights that are whole become one product.
+The matrix products of the experts and of UMT5 have the dtype of `--precision`. The VAE's encoder is always float32, and
+its decoder has the dtype of `--vae-precision`. A sharded model is sharded while on the meta device, so that a rank
+reads and holds only its own rows. An unsharded expert fuses its projections q, k and v into one linear layer.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ def build_expert(
     sharded: bool = False,
     device: str | None = None,
 ) -> WanDiT:
-    """An expert that shares tokens among `ranks`; on another `device` than theirs if one is named.
+    """Returns an expert with loaded weights; `ranks` share its tokens.
 
-    `quantized`: by its scheme, from its artifact or, `on_the_fly`, from the files. Raises MissingArtifactError.
+    `quantized`: if given, the expert's linear layers have its scheme. Their weights come from its artifact, or with
+    `on_the_fly` from the files of the unquantized model. `sharded`: whether each rank holds only its own rows.
+    `device`: where the weights are, by default the rank's device. Raises MissingArtifactError or CorruptArtifactError.
     """
     layout, scheme = files.layout, quantized.scheme if quantized else None
     model = expert_on_meta(files.spec.dit, precision, ranks, attend=attend, scheme=scheme, sharded=sharded)
@@ -58,7 +60,7 @@ def build_expert(
 def expert_on_meta(
     spec: DiTSpec, precision: Precision, ranks: Ranks, *, attend: AttentionFn, scheme: Scheme | None, sharded: bool
 ) -> WanDiT:
-    """An expert that holds nothing yet, in the form in which it will run: what `wanfast warmup` compiles too."""
+    """Returns an expert on the meta device, with its linear layers quantized and its parameters sharded if asked."""
     dtype = DTYPES[precision]
     with on_meta():
         model = WanDiT(spec, dtype, ranks.sequence, attend)
@@ -70,7 +72,7 @@ def expert_on_meta(
 
 
 def build_vae(files: ModelFiles, device: str, precision: Precision = "fp32") -> WanVAE:
-    """Returns the VAE; `precision` is the decoder's."""
+    """Returns the VAE with loaded weights; the decoder has `precision`, the encoder float32."""
     with on_meta():
         model = WanVAE(files.spec.vae, DTYPES[precision])
     checkpoint.load(model, files.weights("vae"), component="vae", layout=files.layout, ranks=Ranks(device))

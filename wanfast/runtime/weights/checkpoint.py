@@ -1,11 +1,12 @@
-"""This module loads and saves weights as safetensors (and the two public `.pth` files), through one strict key map.
+"""This module loads and saves weights as safetensors, or as the original layout's two `.pth` files.
 
-A module is built on the meta device, where its parameters state names, shapes and dtypes but hold no values. `load`
-fills it tensor by tensor: read (memory-mapped), move, cast. So an fp32 file becomes a bf16 model without a second copy.
-A rank group reads each byte about once. Of a sharded parameter a rank reads its own rows. Of a parameter that all ranks
-hold, each rank reads a part, and the devices exchange the parts.
-Strict: a missing, unexpected, misshapen or duplicate tensor is an error that names the tensor and the file. So is a
-tensor of another kind of numbers, and a value that is not finite.
+A module is built on the meta device, where its parameters have names, shapes and dtypes but no values. `load` fills
+the parameters one by one: it reads from the memory-mapped file, moves to the device, and casts. So a bf16 model is read
+from an fp32 file without a second copy of the model.
+A rank group reads each byte of the files about once. Of a sharded parameter, each rank reads its own rows. Of an
+unsharded parameter, each rank reads a part, and the ranks exchange the parts.
+Loading is strict: a tensor that is missing, unexpected or duplicate is an error that names the tensor and the file. So
+is a wrong shape, a wrong dtype, and a value that is not finite.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ def load(
     device: str | None = None,
     on_the_fly: bool = False,
 ) -> None:
-    """Fills the meta `module` from `files`, each tensor in the dtype that the module states, ready for inference.
+    """Fills the parameters of `module`, which is on the meta device, from `files`, and prepares it for inference.
 
-    All `ranks` must call it. The tensors go to `device`, by default to the rank's own device. With `on_the_fly` the
-    files are unquantized, and the weights of quantized layers are quantized as they are read. Raises
-    CorruptArtifactError.
+    Each parameter keeps its dtype; values are cast. All `ranks` must call this together. The parameters go to `device`,
+    by default the rank's device. With `on_the_fly`, the files hold unquantized weights, and those of the module's
+    quantized layers are quantized as they are read. Raises CorruptArtifactError.
     """
     wanted, quantizing = module.state_dict(), _schemes(module) if on_the_fly else {}
     places = ranks.together(lambda: _match(_to_read(wanted, quantizing), files, component, layout))
@@ -76,9 +77,10 @@ def load(
 def stream(
     module: nn.Module, files: Sequence[Path], *, component: Component, layout: Layout
 ) -> Iterator[tuple[str, RowsFn]]:
-    """Yields (name, reader of its rows) for every tensor of the meta `module`.
+    """Yields (name, read) for each tensor of `module`, which is on the meta device, in the order of the files.
 
-    The readers refuse values that are not finite. Raises CorruptArtifactError.
+    `read(first, end)` returns the rows first..end-1 along dim 0 as they are stored, on the CPU. Both raise
+    CorruptArtifactError, `read` also for a value that is not finite.
     """
     for file, key, name, rows in _in_order_of_files(
         _match(_to_read(module.state_dict(), {}), files, component, layout)
@@ -97,7 +99,9 @@ def _require_finite(finite: Mapping[tuple[Path, str], Tensor]) -> None:
     if bool(torch.stack(list(finite.values())).all()):
         return
     file, key = next(place for place, flag in finite.items() if not flag)
-    raise CorruptArtifactError(f"{file}: tensor {key!r} holds NaN or an infinity: get the file again, or make it again")
+    raise CorruptArtifactError(
+        f"{file}: tensor {key!r} holds NaN or an infinity: download this file again, or run the command that made it"
+    )
 
 
 def _in_order_of_files(places: dict[Path, dict[str, str]]) -> Iterator[tuple[Path, str, str, RowsFn]]:
@@ -169,12 +173,16 @@ def _match(
             if (component, layout, key) == ("umt5", "diffusers", "encoder.embed_tokens.weight"):
                 continue  # the same tensor as shared.weight, written twice by some versions of transformers
             if name not in wanted:
-                raise CorruptArtifactError(f"{file}: unexpected tensor {key!r}: not the weights of this model")
+                raise CorruptArtifactError(
+                    f"{file}: unexpected tensor {key!r}: replace this file by weights of this model"
+                )
             if name in found:
-                raise CorruptArtifactError(f"{file}: tensor {key!r} is present twice; download the folder again")
+                raise CorruptArtifactError(f"{file}: tensor {key!r} is present twice: download the folder again")
             if shape != wanted[name].shape:
                 shapes = f"{shape}, not {wanted[name].shape}"
-                raise CorruptArtifactError(f"{file}: tensor {key!r} has the shape {shapes}: weights of another model")
+                raise CorruptArtifactError(
+                    f"{file}: tensor {key!r} has the shape {shapes}: replace this file by weights of this model"
+                )
             if dtype not in wanted[name].dtypes:
                 raise CorruptArtifactError(
                     f"{file}: tensor {key!r} is stored as {dtype}, not {' or '.join(sorted(wanted[name].dtypes))}: use "
@@ -185,14 +193,17 @@ def _match(
     if missing := sorted(wanted.keys() - found):
         where = files[0] if len(files) == 1 else files[0].parent
         key = rename_back(component, layout, missing[0])
-        raise CorruptArtifactError(f"{where}: missing tensor {key!r} ({len(missing)} in all); download it again")
+        raise CorruptArtifactError(f"{where}: missing tensor {key!r} ({len(missing)} in all): download it again")
     return places
 
 
 def save(
     module: nn.Module, file: Path, *, component: Component, layout: Layout, dtype: torch.dtype | None = None
 ) -> None:
-    """Writes the module under the names of `layout`, in `dtype` or each tensor's own, as `.pth` or `.safetensors`."""
+    """Writes the tensors of `module` to a `.pth` or `.safetensors` file, under the names of `layout`.
+
+    They are cast to `dtype`; with None, each keeps its dtype.
+    """
     tensors = {
         rename_back(component, layout, name): tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in module.state_dict().items()
@@ -238,7 +249,7 @@ class _SafetensorsReader:
     def rows(self, key: str, first: int, end: int) -> Tensor:
         if self._handle is None or self._bytes_read > _REMAP_BYTES:
             self._handle, self._bytes_read = _open(self._file), 0
-        with foreign(f"{self._file}: tensor {key!r}", "check the disk, or get the file again", CorruptArtifactError):
+        with foreign(f"{self._file}: tensor {key!r}", "check the disk, or download it again", CorruptArtifactError):
             part = self._handle.get_slice(key)
             rows: Tensor = part[first:end] if part.get_shape() else self._handle.get_tensor(key)
         self._bytes_read += rows.nbytes
@@ -272,7 +283,7 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
     with foreign(str(file), _AGAIN, CorruptArtifactError):
         state = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
     if not isinstance(state, dict) or not all(_is_stored(key, tensor) for key, tensor in state.items()):
-        raise CorruptArtifactError(f"{file}: not a dictionary of plain tensors: download it again")
+        raise CorruptArtifactError(f"{file} does not hold a dictionary of plain tensors: download it again")
     return state
 
 

@@ -1,12 +1,11 @@
 """This module places the two experts: both on the device, or one on the device and both in pinned host memory.
 
-If both are on the device, they evict weights while the VAE needs the memory. The other way is to offload. Only one
-expert works at a time, and the switch comes once a video, so the idle one need not be on the GPU. The experts have the
-same shapes, so the device holds ONE set of parameters. While the last high-noise forward runs, each block's weights are
-overwritten by the other expert's as soon as the block is done. The copy (28.6 GB in bf16, about a second) runs during
-that forward and takes no memory of its own.
-Cost of offloading: both experts in pinned host memory, 58 GB and up to a tenth more; one copy before a video's first
-step.
+If both are on the device (resident), weights are evicted when the VAE needs the memory.
+With offloading, the idle expert is only in host memory: one expert runs at a time, and each video changes the expert
+once. Both experts have the same shapes, so the device holds ONE set of parameters. During the last high-noise forward,
+the low-noise weights overwrite each block as soon as that block is done. This copy (28.6 GB in bf16, about a second)
+overlaps with the forward and needs no additional GPU memory.
+Cost of offloading: 58 to 64 GB of pinned host memory, and one copy of an expert before a video's first step.
 """
 
 from __future__ import annotations
@@ -30,30 +29,34 @@ _SLAB_BYTES, _ALIGNMENT = 1 << 30, 256
 
 
 class Experts(Protocol):
-    """The pipeline uses the experts through these methods."""
+    """This interface gives the pipeline the expert of each step, wherever the weights are."""
 
     def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
-        """Returns the expert, ready to run, and a function that its forward must call with the index of each block.
+        """Returns (the expert, ready to run; a function to pass to its forward as `after_block`).
 
-        `then`: the expert that is taken next, if this forward is the last to run this expert's blocks.
-        `blocks`: whether this forward runs the blocks, and not only the layers around them.
+        `then`: the next expert, if this forward is the last that runs the blocks of `expert`; otherwise None.
+        `blocks`: False if a cached residual replaces the blocks in this forward.
         """
         ...
 
     def leave(self) -> None:
-        """Releases the experts for now, because the decoder needs the memory."""
+        """Ends the use of the experts for a video; offloaded experts free their GPU memory. `take` brings them back."""
         ...
 
     def evict(self, size: int) -> bool:
-        """Evicts about `size` bytes, or as many as possible, while no expert works; returns False if none."""
+        """Evicts about `size` bytes of weights, or as many as possible; returns whether any were evicted.
+
+        It must not be called while an expert runs.
+        """
         ...
 
 
 class ResidentExperts:
-    """Holds both experts on the device, and evicts as many weights to pinned host memory as the VAE needs.
+    """Holds both experts on the device, and evicts weights to pinned host memory when the VAE needs the memory.
 
-    The host copies stay, because weights do not change: later evictions only free the GPU copy.
-    `may_move`: False if ranks replay captured graphs of one exchange, because only the evicting rank would recapture.
+    The host copies are kept, because weights do not change: later evictions only free the GPU copy.
+    `may_move`: False disables eviction. It must be False if several ranks replay captured graphs that contain
+    exchanges, because only the rank that evicted would capture its graphs again.
     """
 
     def __init__(self, experts: dict[Expert, WanDiT], device: str, *, may_move: bool = True) -> None:
@@ -111,9 +114,9 @@ class ResidentExperts:
 
 
 class OffloadedExperts:
-    """Holds one expert on the device and both in host memory.
+    """Holds the weights of both experts in host memory, and those of the running expert also on the device.
 
-    `hosted`: both experts, filled on the CPU; the first one's module then runs on the device for both.
+    `hosted`: both experts, with weights on the CPU. The first expert's module then runs on the device for both.
     """
 
     def __init__(self, hosted: dict[Expert, WanDiT], device: str) -> None:

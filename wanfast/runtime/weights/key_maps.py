@@ -1,7 +1,8 @@
-"""Maps the tensor names of the two public layouts to ours, by one strict table a model and layout.
+"""Maps the tensor names of the two public layouts (original, Diffusers) to ours, by a table for each model and layout.
 
-A table is a list of (their module path, our module path), and can be read in either direction; `{i}` is any index. Our
-names are the original checkpoint's, except the VAE's, whose original names are positions in nested lists.
+A table lists pairs (module path in the layout, our module path), where `{i}` stands for any index. It can be read in
+both directions. Our names are those of the original layout, except for the VAE, whose original names are mere indices
+in nested lists.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ _Pairs = list[tuple[str, str]]
 
 
 def rename(component: Component, layout: Layout, key: str) -> str:
-    """Returns our name for the tensor that `layout` calls `key`; a name that the map does not know stays as it is."""
+    """Returns our name for the tensor `key` of a layout; a key that is not in the table is returned unchanged."""
     return _substitute(key, key_map(component, layout))
 
 
 def rename_back(component: Component, layout: Layout, name: str) -> str:
-    """Returns the key in `layout` of our tensor `name`: the inverse of `rename`."""
+    """Returns the tensor name in `layout` for our `name`: the inverse of `rename`."""
     return _substitute(name, [(ours, theirs) for theirs, ours in key_map(component, layout)])
 
 
@@ -42,7 +43,7 @@ def _pattern(path: str) -> re.Pattern[str]:
 
 @cache
 def key_map(component: Component, layout: Layout) -> _Pairs:
-    """Returns (their module path, our module path) for every path that differs."""
+    """Returns the table of pairs (module path in the layout, our module path), for paths that differ."""
     tables: Mapping[tuple[Component, Layout], Callable[[], _Pairs]] = {
         ("dit", "diffusers"): _dit_diffusers,
         ("umt5", "diffusers"): _umt5_diffusers,

@@ -1,8 +1,8 @@
-"""Quantizes the weights of linears, and replaces a model's linears by quantized ones.
+"""Quantizes the weights of linear layers, and replaces the linear layers of a model by quantized ones.
 
-torchao computes 8-bit values and one scale a row. Both are plain tensors, which can be sharded. `models.quantized`
-multiplies by them. This multiplication compiles in seconds, and a compiled block stays one graph. LOG.md compares it
-with torchao's own. Rows are independent of each other, so a weight can be quantized a few rows at a time.
+torchao computes 8-bit values and one scale for each row. Both are stored as plain tensors. The layers of
+`models.quantized` multiply by them, not torchao's own: they compile in seconds, and a compiled block stays one graph.
+LOG.md compares both. Rows are independent of each other, so a weight can be quantized a few rows at a time.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from wanfast.runtime.store.quantized import QUANTIZED, require_torchao
 
 
 def is_quantized(name: str) -> bool:
-    """Returns whether a parameter of an expert is the weight of a linear that schemes quantize."""
+    """Returns whether `name` is the weight of a linear layer in an expert that the 8-bit schemes quantize."""
     block, _, rest = name.removeprefix("blocks.").partition(".")
     return name.startswith("blocks.") and block.isdigit() and rest.removesuffix(".weight") in QUANTIZED
 
 
 def quantize_linears(model: WanDiT, scheme: Scheme, dtype: torch.dtype) -> None:
-    """Replaces the linears of a model on the meta device with the quantized linears of an 8-bit scheme."""
+    """Replaces linear layers of `model`, on the meta device, by layers of the 8-bit `scheme` with biases in `dtype`."""
     for name, linear in list(_linears(model)):
         owner, _, last = name.rpartition(".")
         n, k = linear.weight.shape
@@ -47,7 +47,7 @@ def _linears(model: WanDiT) -> Iterator[tuple[str, Linear]]:
 
 
 def quantize(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Returns (8-bit values [n, K], float32 scale [n]) of some rows of a weight, on their device.
+    """Quantizes `rows` [n, K] of a weight and returns (8-bit values [n, K], float32 scales [n]), on the same device.
 
     Raises ConfigError if torchao is not installed.
     """
@@ -60,7 +60,7 @@ def quantize(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def scale_of(weight: str) -> str:
-    """Returns the name of a quantized weight's scales."""
+    """Returns the name of the scales of a quantized weight: "x.scale" for "x.weight"."""
     return f"{weight.removesuffix('weight')}scale"
 
 
