@@ -230,7 +230,7 @@ def test_what_stops_it_is_one_line(wanfast: Wanfast, workdir: Path, monkeypatch:
         (["--verify"], "--verify reads what"),
         (["--verify", "--quantize", "fp8-rowwise", "--quantize-on-the-fly"], "exclude each other"),
         (["--quantize", "fp8-rowwise", "--precision", "fp32"], "needs --precision bf16"),
-        (["--quantize", "fp8-rowwise", "--num-gpus", "2", "--dit-fsdp", "on"], "--dit-fsdp on with --quantize"),
+        (["--quantize", "fp8-rowwise", "--num-gpus", "2", "--dit-fsdp", "on"], "--dit-fsdp on and --quantize"),
     ],
     ids=str,
 )

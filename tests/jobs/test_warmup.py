@@ -134,7 +134,7 @@ def test_an_artifact_that_is_of_no_use_is_discarded(
     store, inputs = ArtifactStore(tmp_path), cache_inputs(config(), model_files.locate("tiny", "").spec.dit, 32)
     folder = store.publish(compilation.KIND, inputs, lambda part: (part / name).write_bytes(b"x") and None).folder
     assert compilation.load_caches(store, inputs, Ranks("cpu"), is_named=True) is None
-    assert f"note: {folder}: torch cannot use it" in capsys.readouterr().err and not folder.exists()
+    assert f"note: {folder}: torch cannot use this stored cache" in capsys.readouterr().err and not folder.exists()
 
 
 def test_what_compiling_cost_is_counted_by_forwards(

@@ -1,1 +1,1 @@
-"""This package does the work of a rank with loaded models: it encodes texts and the image, denoises, and decodes."""
+"""This package does the work of a rank: it loads models, encodes texts and the image, denoises, and decodes."""

@@ -1,7 +1,7 @@
-"""This module runs each attention kernel once on a small problem, and compares it with the formula in float64.
+"""This module runs an attention kernel once on a small problem, and compares the result with the formula in float64.
 
-A package that imports may still lack this GPU's kernels, or expect another layout or CUDA version. A kernel that
-"runs" gave the right numbers. Shapes: B batch, L tokens, H heads, D head dim.
+A package that can be imported may still lack kernels for this GPU, or need another layout or CUDA version. So the state
+"runs" means that the kernel's result was correct. Shapes: B batch, L tokens, H heads, D head dim.
 
 Cost: a forward for each kernel; FlashAttention-4 compiles first, about ten seconds. Limit: if a kernel breaks the
 process's CUDA context, all later kernels fail too.
@@ -30,7 +30,7 @@ _FAILURES = (RuntimeError, ImportError, OSError, AssertionError, TypeError, Valu
 
 @dataclass(frozen=True)
 class Finding:
-    """Holds the result of probing a kernel, and the reason if it did not run."""
+    """Holds the result of probing a kernel: its state and its relative error, or the reason why it does not run."""
 
     state: Literal["runs", "not installed", "fails"]
     relative_error: float | None = None
@@ -39,21 +39,21 @@ class Finding:
 
 @dataclass(frozen=True)
 class Choice:
-    """Holds the kernel that runs, and the reason for it."""
+    """Holds the name of the attention kernel that the experts use, and why it was chosen."""
 
     kernel: Attention
     why: str
 
 
 def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> Choice:
-    """Returns the requested kernel, or for `auto` the fastest one that is correct here.
+    """Probes the requested kernel and returns it; for `auto`, returns the fastest kernel that is correct here.
 
-    Raises ConfigError with the fix if the requested kernel is not installed or not correct.
+    Raises ConfigError if the requested kernel, or for `auto` every kernel, is not installed or gives wrong results.
     """
     if asked != "auto":
         found = probe(asked, device, dtype, head_dim)
         if found.state != "runs":
-            raise ConfigError(f"--attention {asked}: {found.state} ({found.reason}): fix that, or use auto")
+            raise ConfigError(f"--attention {asked}: {found.state} ({found.reason}): fix that, or use --attention auto")
         return Choice(asked, f"as asked, relative error {found.relative_error:.1e}")
     rejected: list[str] = []
     for name in _candidates(device):
@@ -63,14 +63,14 @@ def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> 
             return Choice(cast("Attention", name), "; ".join([first, *rejected]))
         rejected.append(f"{name} {found.state}")
     raise ConfigError(
-        f"--attention auto: none of {', '.join(_candidates(device))} works on {device}: see `wanfast doctor`"
+        f"--attention auto: none of {', '.join(_candidates(device))} works on {device}: run `wanfast doctor` to see why"
     )
 
 
 def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> Choice:
-    """Returns the leader's choice after every rank tried it, because another machine may lack that kernel.
+    """Returns the leader's choice on all ranks, after every rank probed that kernel: another machine may lack it.
 
-    Raises ConfigError on all ranks.
+    Raises ConfigError on all ranks if the kernel does not run correctly on one of them.
     """
     choice = ranks.lead(lambda: choose(asked, ranks.device, dtype, head_dim))
 
@@ -78,8 +78,8 @@ def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> 
         found = Finding("runs") if ranks.is_leader else probe(choice.kernel, ranks.device, dtype, head_dim)
         if found.state != "runs":
             raise ConfigError(
-                f"--attention {asked}: the leader took {choice.kernel}, but another rank reports: {found.state} "
-                f"({found.reason}): fix that, or name a kernel that all ranks have"
+                f"--attention {asked}: the leader chose {choice.kernel}, but another rank reports: {found.state} "
+                f"({found.reason}): fix that, or use --attention with a kernel that runs on all ranks"
             )
 
     ranks.together(tried)
@@ -87,7 +87,7 @@ def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> 
 
 
 def probe_all(device: str) -> dict[str, Finding]:
-    """Probes every kernel that could run on `device`; installed packages for GPUs are tried on a CPU too."""
+    """Probes all kernels of `device`, and kernels from packages even on a CPU; returns {kernel: finding}."""
     names = [name for name, kernel in KERNELS.items() if kernel.modules or name in _candidates(device)]
     return {name: probe(name, device) for name in names}
 
@@ -97,7 +97,10 @@ def _candidates(device: str) -> list[str]:
 
 
 def probe(name: str, device: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = HEAD_DIM) -> Finding:
-    """Runs one kernel and returns the result; packages that are not installed are not imported."""
+    """Runs one kernel on a small problem in `dtype`, and returns whether its result is correct.
+
+    A kernel that is not installed, or that raises an error, is a finding too, with the reason.
+    """
     kernel = KERNELS[name]
     q, k, v = _problem(dtype, head_dim)
     expected = _formula(q.double(), k.double(), v.double())

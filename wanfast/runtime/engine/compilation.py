@@ -1,17 +1,16 @@
-"""This module compiles the experts block by block, and stores torch.compile's caches for other processes to load.
+"""This module compiles the experts block by block, and stores torch.compile's caches so that other processes load them.
 
-Inductor fuses the steps between matrix products and attention: norms, modulation, rotation, gates, residuals. A block
-is compiled whole (`fullgraph`: a graph break is an error, not a slow path) and for one shape (`dynamic=False`). One
-graph serves all blocks of both experts. `default` leaves the products to cuBLAS. The two `max-autotune` modes time
-Triton's products against cuBLAS's, which takes half a minute. `max-autotune` itself also captures each block as a CUDA
-graph, from the second forward of a size on. A captured graph uses the weights at their addresses, so weights should not
-move.
+A block is compiled with `fullgraph`, so that a graph break is an error and not a slow path, and with `dynamic=False`,
+for one shape. All blocks of both experts share one graph. In mode `default`, cuBLAS computes the matrix products. The
+two `max-autotune` modes time Triton's products against those of cuBLAS, which takes half a minute. The mode
+`max-autotune` also captures each block as a CUDA graph, in the second forward of a size. A captured graph reads weights
+at fixed addresses, so weights should not be moved.
 
-The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached for the graph of each
-rank. That is about everything except the tracing. The artifact lacks what opaque operators compile themselves: int8's
-product, the quantization of the text, FlashAttention-4. The key names all that the kernels depend on, so that another
-torch, GPU, size or version of this code finds another artifact or none. Each rank has its own file, because its graphs
-name its own process groups. Source: torch.compiler.save_cache_artifacts.
+The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached. Then a process repeats
+only the tracing, and what opaque operators compile themselves: the int8 product, the quantization of the text,
+FlashAttention-4. The key contains everything that the kernels depend on. So another torch, GPU, video size or version
+of this code has another key. Each rank has its own file, because its graphs contain the names of its process groups.
+Source: torch.compiler.save_cache_artifacts.
 """
 
 from __future__ import annotations
@@ -51,9 +50,10 @@ _CODE = (
 
 @contextmanager
 def compiler_imported_meanwhile(config: EffectiveConfig) -> Iterator[None]:
-    """Imports the compiler in a thread, if blocks are to be compiled, so that weights can be read in those seconds.
+    """Imports torch's compiler in a thread while the `with` block loads weights, if blocks are to be compiled.
 
-    With FSDP or torchao it does not, because they import parts of the compiler, and two threads must not do so.
+    With FSDP or --quantize-on-the-fly, nothing is imported: FSDP and torchao import parts of the compiler themselves,
+    and two threads must not import it at the same time.
     """
     if not config.models.compile or config.ranks.dit_fsdp == "on" or config.models.quantize_on_the_fly:
         yield
@@ -82,7 +82,7 @@ def _import_compiler(gpu: int | None) -> None:
 
 
 def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
-    """Makes every block of the model run compiled from now on; the first forward compiles."""
+    """Sets every block of `model` to run compiled; its first forward compiles."""
     torch._dynamo.config.recompile_limit = _SIZES
     make_operators()
     for block in model.blocks:
@@ -92,7 +92,10 @@ def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
 
 
 def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[str, Any]:
-    """Returns all that the kernels of a block depend on; `config.models.attention` must be the kernel that runs."""
+    """Returns the inputs of the artifact's key: everything that the compiled kernels of a block depend on.
+
+    `config.models.attention` must name the kernel that runs, not `auto`.
+    """
     on_gpu = config.ranks.device == "cuda"
     return {
         "block": {name: size for name, size in dataclasses.asdict(spec).items() if name != "num_layers"},
@@ -118,17 +121,20 @@ def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[st
 
 
 def check_caches() -> None:
-    """Raises ConfigError if torch is set to cache nothing."""
+    """Raises ConfigError if torch's compiler caches are disabled, because there is then nothing to store."""
     inductor = importlib.import_module("torch._inductor.config")
     if inductor.force_disable_caches or not inductor.fx_graph_cache:
         raise ConfigError(
-            "warmup: torch caches nothing that it compiles: unset TORCHINDUCTOR_FORCE_DISABLE_CACHES and "
+            "warmup: torch's compiler caches are disabled: unset TORCHINDUCTOR_FORCE_DISABLE_CACHES and "
             "TORCHINDUCTOR_FX_GRAPH_CACHE"
         )
 
 
 def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> Published:
-    """Publishes what this process and its peers compiled; a damaged artifact is replaced. Raises ConfigError."""
+    """Stores the compiler caches of all ranks as one artifact, with a file for each rank; replaces a damaged one.
+
+    Raises ConfigError.
+    """
     saved = torch.compiler.save_cache_artifacts()
     assert saved is not None, "nothing was compiled"
     parts = ranks.gather(saved[0])
@@ -141,11 +147,11 @@ def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> P
 
 
 def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, is_named: bool) -> str | None:
-    """Fills this process's caches from the artifact of `inputs`, and returns its key, or None if there is none to use.
+    """Fills this process's compiler caches from the artifact of `inputs`; returns its key, or None on a cache miss.
 
-    Loaded code is run, so its bytes are first compared with the manifest's hash. A damaged artifact is a cache miss
-    with a note, because compiling takes less than a minute. So is an artifact that other users could have written,
-    except if the user named the store's folder (`is_named`).
+    The caches hold code that will run, so the files are first compared with the hashes in the manifest. A damaged
+    artifact is a cache miss with a note, because compiling takes less than a minute. An artifact that other users could
+    have written is a cache miss too, unless the user named the artifacts folder (`is_named`).
     """
     folder = ranks.together(lambda: store.find(KIND, inputs, verify=True, damaged="miss"))
     if not all(ranks.gather(folder is not None)):
@@ -153,19 +159,19 @@ def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, i
     assert folder is not None
     stranger = None if is_named else who_can_write([store.root, folder.parent, folder, *folder.iterdir()])
     if any(ranks.gather(stranger)):
-        fix = "name the folder by --artifacts-dir if you trust it"
-        note(f"{stranger or folder}: compiled code is not loaded from there: {fix}")
+        fix = "if you trust this folder, name it by --artifacts-dir"
+        note(f"{stranger or folder}: compiled code is not loaded from this folder: {fix}")
         return None
     file = folder / _file(ranks.rank)
     if all(ranks.gather(file.is_file() and torch.compiler.load_cache_artifacts(file.read_bytes()) is not None)):
         return folder.name
-    note(f"{folder}: torch cannot use it: it is made again")
+    note(f"{folder}: torch cannot use this stored cache, so the blocks are compiled again")
     ranks.lead(lambda: store.discard(KIND, inputs))
     return None
 
 
 def compiled_anew() -> int:
-    """Returns how many graphs this process compiled so far because no cache held them."""
+    """Returns the number of graphs that this process has compiled because they were in no cache."""
     counters = torch._dynamo.utils.counters["inductor"]
     return int(counters["fxgraph_cache_miss"] + counters["fxgraph_cache_bypass"])
 

@@ -1,4 +1,4 @@
-"""Makes the inputs of the denoising loop: the noise, and the condition that holds the first frame.
+"""Makes the inputs of the denoising loop: the noise, and the condition that contains the first frame.
 
 Shapes: F frames of H x W pixels; T latent frames of h x w; C latent channels.
 Source: Wan-Video/Wan2.2, wan/image2video.py.
@@ -20,7 +20,10 @@ def first_frame_clip(image: Tensor, frames: int) -> Tensor:
 
 
 def with_mask(latents: Tensor, num_mask_channels: int) -> Tensor:
-    """Returns y: mask channels, 1 on the given latent frame and 0 after it, then the channels of the latents."""
+    """Returns the condition y: `num_mask_channels` mask channels, then the latents.
+
+    The mask is 1 in the first latent frame, which the image gives, and 0 in all others.
+    """
     mask = torch.zeros_like(latents[:, :num_mask_channels])
     mask[:, :, 0] = 1
     return torch.cat((mask, latents), dim=1)
@@ -29,7 +32,7 @@ def with_mask(latents: Tensor, num_mask_channels: int) -> Tensor:
 def draw_noise(seed: int, geometry: Geometry, channels: int, device: str) -> Tensor:
     """Returns standard normal noise [1, C, T, h, w] in float32.
 
-    Noise that is drawn on the CPU is the same on every machine and for every number of ranks.
+    With `device` "cpu", a seed gives the same noise on every machine.
     """
     generator = torch.Generator(device).manual_seed(seed)
     _, *shape = noise_shape(geometry, channels)
@@ -37,5 +40,5 @@ def draw_noise(seed: int, geometry: Geometry, channels: int, device: str) -> Ten
 
 
 def noise_shape(geometry: Geometry, channels: int) -> tuple[int, int, int, int, int]:
-    """Returns the shape [1, C, T, h, w] of the noise, and of every latent after it."""
+    """Returns the shape (1, C, T, h, w) of the noise, which is also that of the latent after every step."""
     return 1, channels, geometry.latent_frames, geometry.latent_height, geometry.latent_width

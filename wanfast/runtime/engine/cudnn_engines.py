@@ -1,7 +1,8 @@
-"""Stores which cuDNN engines the VAE's convolutions use, so that a video made again has the same bits.
+"""Stores which cuDNN engines the VAE's convolutions use, so that a repeated video has the same bits.
 
-The engines are searched while the first video of a size is made. The artifact `cudnn/<key>` keeps the choice, and later
-runs take it. The key names all that the choice depends on: GPU, cuDNN and its front end, size, precision, the code.
+While the first video of a size is made, the fastest engine for each convolution is searched. The artifact `cudnn/<key>`
+stores the choice, and later runs use it. The key contains everything that the choice depends on: GPU, cuDNN and its
+front end, size, number of ranks, precision and this code.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ _CODE = ("runtime/models/vae.py", "runtime/models/convolution.py")
 
 @contextmanager
 def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
-    """Uses the stored engines inside of the block; if there are none, stores those that the block chooses.
+    """Uses the stored engines inside the `with` block, and afterwards stores those that the block searched.
 
-    Each rank has its own. Yields them by shape; they are complete after the block, and empty where cuDNN's front end
-    does not run.
+    Yields this rank's {shape: engine}, which is filled when the block ends. It stays empty on a CPU, and if cuDNN's
+    front end is not installed.
     """
     used: dict[str, str] = {}
     if ranks.device != "cuda" or not convolution.HAS_FRONT_END:
@@ -53,7 +54,7 @@ def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
 
 
 def digest(engines: dict[str, str]) -> str | None:
-    """Returns a name for a choice of engines, for the record of a video; None for an empty one."""
+    """Returns a short hash of {shape: engine} for the JSON beside a video, or None if the mapping is empty."""
     text = json.dumps(engines, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12] if engines else None
 
@@ -76,7 +77,7 @@ def _store(
             store.discard(KIND, inputs)
         store.publish(KIND, inputs, lambda new: cast(None, (new / _FILE).write_text(text)), {}, damaged="miss")
     except ConfigError as error:
-        note(f"{error}: the next video searches for cuDNN's engines again, and may differ in last bits")
+        note(f"{error}: the next video searches for cuDNN's engines again, and its last bits may differ from this one")
 
 
 def _inputs(plan: Plan, ranks: Ranks) -> dict[str, Any]:

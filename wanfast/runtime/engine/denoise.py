@@ -1,8 +1,8 @@
 """The sampling loop turns noise into a clean latent, with one expert and up to two guidance branches a step.
 
-The loop knows no model: it calls `velocities(step index, expert, branches, sample, timestep)`. Two experts share the
-steps by noise level. Timesteps at or above the boundary belong to the high-noise expert, which lays out motion and
-composition. The others belong to the low-noise expert, which refines. Each expert has its own guidance scale.
+The loop has no models: it calls `velocities(step index, expert, branches, sample, timestep)`. The timestep decides
+which expert runs. At or above the boundary it is the high-noise expert, which decides motion and composition. Below,
+it is the low-noise expert, which refines details. Each expert has its own guidance scale.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ def denoise(
     on_step: StepFn = lambda index, expert: None,
     on_sample: SampleFn = lambda index, expert, sample: None,
 ) -> Tensor:
-    """Returns the clean float32 latent in the shape of `noise`.
+    """Denoises `noise` over all `steps`, and returns the clean float32 latent of the same shape.
 
-    Calls `on_step(done, expert)` around each step, and `on_sample` with what each step made.
+    `boundary` is a share of the 1000 training timesteps. `on_step(steps done, expert)` is called before and after each
+    step, and `on_sample(step index, expert, sample)` with the sample after each step.
     """
     integrator = Integrator(steps)
     sample = noise

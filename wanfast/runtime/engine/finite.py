@@ -1,8 +1,8 @@
-"""Finds the first tensor of a video that holds a value which is not finite, without delaying the device.
+"""Finds the first tensor of a video that holds NaN or an infinity, without delaying the device.
 
-A flag is computed where the tensor is, and read when the next tensor is looked at. By then the device has the work of
-a whole step in its queue, so that the host's waiting costs nothing. All ranks look at the same tensors in the same
-order, so that all of them raise the same error.
+The device computes a flag for each tensor. The host reads the flag only when it checks the next tensor, one step later.
+By then, the device has queued work for a whole step, so that it does not become idle while the host waits. All ranks
+check the same tensors in the same order, so that all raise the same error.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ _FIX = (
 
 
 def require_finite(where: str, finite: bool) -> None:
-    """Raises NotFiniteError if the tensor, which `where` names, is not finite."""
+    """Raises NotFiniteError if `finite` is False; `where` names the tensor in the error."""
     if not finite:
         raise NotFiniteError(f"{where} holds NaN or an infinity: {_FIX}")
 
 
 class FiniteWatch:
-    """Looks at the tensors of one video, one step behind."""
+    """Checks the tensors of one video for NaN and infinities; it reports a tensor when the next one is checked."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._before: _Flag | None = None
 
     def look(self, where: str, x: Tensor) -> None:
-        """Looks at `x`, and raises NotFiniteError on all ranks if the tensor before it was not finite."""
+        """Queues a check of x; raises NotFiniteError on all ranks if the tensor of the last call was not finite."""
         flag = _Flag.of(where, x)
         self.finish()
         self._before = flag
 
     def finish(self) -> None:
-        """Raises NotFiniteError on all ranks if the last tensor was not finite."""
+        """Raises NotFiniteError on all ranks if the last tensor given to `look` was not finite."""
         before, self._before = self._before, None
         if before is not None and not before.read():
             self._ranks.together(lambda: require_finite(before.where, finite=False))

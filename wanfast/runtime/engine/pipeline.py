@@ -1,7 +1,7 @@
-"""The pipeline makes a video from an image and text embeddings, with two experts and the VAE; it has no options.
+"""The pipeline makes a video from an image and text embeddings, with two experts and the VAE.
 
-Every rank of a group runs the pipeline with the same arguments, except that only the leader needs the image. In the VAE
-each rank has some rows of the frame; the leader gets the video.
+Every rank of a rank group runs the pipeline with the same arguments, except that only the leader needs the image. In
+the VAE, each rank computes some rows of every frame. Only the leader gets the video.
 
 image [3, H, W] -> VAE -> condition y [20, T, h, w] (mask, then latents) -> `denoise`, which calls the step's
 expert for the velocity of each guidance branch -> clean latent [16, T, h, w] -> VAE -> video [3, F, H, W].
@@ -42,13 +42,13 @@ from wanfast.runtime.sampling.guidance import needs_unconditional
 from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.weights.experts import Experts
 
-DOES_NOT_FIT = "does not fit into memory beside the weights: use smaller values"
+DOES_NOT_FIT = "does not fit into memory beside the weights: use a smaller --size or fewer --frames"
 _EVICT_BYTES = 8 << 30  # evicted each time that the VAE runs out of memory
 
 
 @dataclass(frozen=True)
 class ImageToVideoPipeline:
-    """This class holds the models of a rank, and the parts of the way from an image to a video."""
+    """This class holds the models of a rank, and the methods that lead from an image to a video."""
 
     spec: ModelSpec
     experts: Experts
@@ -88,7 +88,10 @@ class ImageToVideoPipeline:
         on_step: StepFn,
         residuals: StepCache,
     ) -> Tensor:
-        """Returns the clean latent [1, 16, T, h, w] on every rank; no expert is needed afterwards."""
+        """Encodes the image and denoises; returns the clean latent [1, 16, T, h, w] on every rank.
+
+        The experts are released afterwards.
+        """
         noise = self.noise(plan)
         with watch.span("encode"):
             condition = self.encode_condition(image, plan.geometry)
@@ -117,9 +120,9 @@ class ImageToVideoPipeline:
     def frames(
         self, latent: Tensor, geometry: Geometry, watch: Stopwatch, on_frames: FramesFn = lambda frames: None
     ) -> Frames | None:
-        """Returns the video as frames [F, H, W, 3] of 0..255 on the leader, None on other ranks.
+        """Decodes a latent to uint8 frames [F, H, W, 3] on the leader's CPU; returns None on other ranks.
 
-        `on_frames` gets the frames in order, a few at a time, while the GPU decodes the next ones.
+        The leader calls `on_frames` with a few frames at a time, in order, while the GPU decodes the next ones.
         """
         rows = self.ranks.rows(geometry.latent_height)
 
@@ -185,7 +188,7 @@ class ImageToVideoPipeline:
             raise ConfigError(f"{size}: {DOES_NOT_FIT} ({failure.splitlines()[0]:.120})")
 
     def noise(self, plan: Plan) -> Tensor:
-        """Returns the leader's noise [1, 16, T, h, w] on every rank, because unlike GPUs draw unlike noise."""
+        """Returns the leader's noise [1, 16, T, h, w] on every rank, because GPUs may draw different noise."""
         video, channels = plan.config.video, self.spec.dit.out_channels
         noise = torch.empty(noise_shape(plan.geometry, channels), device=self.device)
         if self.ranks.is_leader:
@@ -193,9 +196,9 @@ class ImageToVideoPipeline:
         return self.ranks.share(noise)
 
     def encode_condition(self, image: Tensor, geometry: Geometry) -> Tensor:
-        """Returns the condition y [1, 20, T, h, w]: four mask channels, then the latents of a clip.
+        """Returns the condition y [1, 20, T, h, w] on every rank: four mask channels, then the latents of a clip.
 
-        The mask is 1 on the latent frame that is given. The clip is the image followed by mid-grey frames.
+        The clip is the image, then mid-grey frames. The mask is 1 in the first latent frame and 0 in all others.
         """
         g, channels = geometry, self.spec.vae.temporal_stride + self.spec.vae.latent_channels
         condition = torch.empty(1, channels, g.latent_frames, g.latent_height, g.latent_width, device=self.device)
@@ -219,7 +222,7 @@ class ImageToVideoPipeline:
         residuals: StepCache,
         on_step: StepFn,
     ) -> Tensor:
-        """Returns the clean latent [1, 16, T, h, w] from noise of its shape; `residuals` decides which forwards run."""
+        """Denoises `noise` to the clean latent [1, 16, T, h, w]; `residuals` decides which forwards are skipped."""
         rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
 
         handover = _handover(plan, self.ranks)

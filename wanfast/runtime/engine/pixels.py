@@ -1,7 +1,7 @@
-"""This module converts pixels and tensors as the reference does: bicubic without antialias in, truncation out.
+"""This module converts an image to a tensor and a video tensor to pixels, as the reference does.
 
-The model was trained with both, and is compared on both. Source: Wan-Video/Wan2.2, wan/image2video.py and
-wan/utils/utils.py.
+It resizes images by bicubic interpolation without antialiasing, and truncates pixel values instead of rounding them.
+Source: Wan-Video/Wan2.2, wan/image2video.py and wan/utils/utils.py.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ _BLACK = -1.0
 
 
 def fit_image(image: Image, width: int, height: int, fit: ImageFit = "area") -> Tensor:
-    """Returns an image as [3, height, width] fp32 on the CPU, with 0..255 mapped to -1..1.
+    """Returns an image as [3, height, width] float32 on the CPU, with 0..255 mapped to -1..1.
 
-    `area` scales the whole image, whose shape the size has already. `crop` scales the middle part that has the size's
-    shape. `pad` scales the whole image to fit inside, with black around it.
+    `fit` "area" scales the whole image; width and height must already have the image's aspect ratio. "crop" scales the
+    largest centred part with the aspect ratio of width and height. "pad" scales the whole image to fit inside, and adds
+    black borders.
     """
     if fit == "crop":
         image = image.crop(middle_box(image.size, width, height))
@@ -54,7 +55,7 @@ def _resized(image: Image, width: int, height: int) -> Tensor:
 
 
 def to_uint8(video: Tensor) -> Frames:
-    """Maps video [3, F, H, W], clamped to [-1, 1], to [F, H, W, 3] of 0..255, truncated and not rounded."""
+    """Clamps video [3, F, H, W] to [-1, 1] and maps it to uint8 frames [F, H, W, 3]; values are truncated."""
     array: Frames = _as_bytes(video).cpu().numpy()
     return array
 
@@ -68,11 +69,12 @@ def _as_bytes(video: Tensor) -> Tensor:
 def arrived(
     pieces: Iterable[Tensor], geometry: Geometry, device: str, rows: Rows, on_frames: FramesFn
 ) -> Frames | None:
-    """Returns all frames [F, H, W, 3] of 0..255 on the leader's CPU, from pieces [3, f, h, W] of the ranks' `rows`.
+    """Returns all frames, uint8 [F, H, W, 3], on the leader's CPU, and None on other ranks.
 
-    A piece becomes bytes on the device and is copied into pinned memory while the next one is computed. `on_frames`
-    gets the frames of each piece when they are there. An error of it, and NotFiniteError for a piece with NaN or an
-    infinity, are raised after the last piece, because the other ranks go on.
+    `pieces` yields this rank's rows of the decoded video, [3, f, h, W] in [-1, 1]. A piece becomes uint8 on the device,
+    and is copied into pinned memory while the next piece is computed. The leader calls `on_frames` with the frames of
+    each piece once they are copied. If `on_frames` raises a WanFastError, or a piece holds NaN or an infinity
+    (NotFiniteError), the error is raised after the last piece, because the other ranks continue.
     """
     on_gpu = device == "cuda"
     finite = torch.empty(geometry.frames, dtype=torch.bool, pin_memory=on_gpu)  # of the piece that a frame begins

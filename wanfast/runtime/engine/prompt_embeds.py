@@ -1,7 +1,7 @@
-"""Turns prompts into text embeddings, stored as artifacts: stored texts never load the 11 GB encoder again.
+"""Encodes prompts and stores the embeddings as artifacts, so that a known prompt does not load the 11 GB encoder.
 
-A text is encoded at its true length. Its embeddings depend on no other text or option of the video, so that any video
-can use them.
+A text is encoded without padding. Its embedding depends on no other text and on no option of the video, so every video
+with this text can use it.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def prompt_embeds(
     loads: Stopwatch,
     before_load: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Returns {text: [n, text_dim]} on the CPU of every rank, where n is the number of the text's tokens.
+    """Returns {text: embedding [n, text_dim]} on the CPU of every rank, where n is the text's number of tokens.
 
-    Texts that are not stored are encoded and then stored. They are distributed over the ranks. A rank that gets texts
-    calls `before_load`, loads UMT5, adds the seconds to `loads`, and frees UMT5 afterwards. With `--t5-fsdp on`, all
-    ranks hold a share of UMT5 and encode all texts together.
+    Texts whose embeddings are not stored are distributed over the ranks, encoded and stored. A rank that must encode
+    texts calls `before_load`, loads UMT5, adds the seconds of loading to `loads`, and frees UMT5 afterwards. With
+    `--t5-fsdp on`, each rank holds a share of UMT5, and all ranks encode all texts together.
     """
     store = ArtifactStore(Path(config.models.artifacts_dir))
     tokenizer = ranks.together(lambda: PromptTokenizer(files.tokenizer, files.spec.dit.text_len))
@@ -117,7 +117,7 @@ def _check_ids(tokens: Iterable[TokenizedPrompt], files: ModelFiles) -> None:
     most, size = max(max(each.ids) for each in tokens), files.spec.umt5.vocab_size
     if most >= size:
         raise CorruptArtifactError(
-            f"{files.tokenizer} gives the id {most}, but UMT5 has {size}: copy both from one model"
+            f"{files.tokenizer} gives the token id {most}, but UMT5 has only {size} ids: copy both from one model"
         )
 
 
@@ -138,7 +138,7 @@ def _stored(store: ArtifactStore, inputs: dict[str, dict[str, Any]]) -> dict[str
 
 
 def _load(folder: Path) -> Tensor:
-    with foreign(str(folder / _FILE), "remove its folder, and have it made again", CorruptArtifactError):
+    with foreign(str(folder / _FILE), "remove its folder, and run this command again", CorruptArtifactError):
         return load_file(folder / _FILE)["embeds"]
 
 

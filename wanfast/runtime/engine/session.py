@@ -5,8 +5,8 @@
     session.make(job)                       # the first call loads the experts and the VAE
     session.close()
 
-Every rank of a group calls the same methods in the same order. Only the leader reads images and gets frames.
-`load_models` states in which order a model becomes ready to run, and why.
+All ranks of a rank group call the same methods in the same order. Only the leader reads images and gets frames.
+The docstring of `load_models` lists the steps in which a model is loaded.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _KEPT_TEXTS = 32  # embeddings that a session keeps, 8 MB each at most; the stor
 
 @dataclass(frozen=True)
 class Made:
-    """This class holds a video and the facts of the run that made it."""
+    """This class holds a video's plan, its frames on the leader, and facts of the run, such as seconds and memory."""
 
     plan: Plan
     frames: Frames | None  # on the leader
@@ -67,7 +67,7 @@ class Made:
 
 
 class Session:
-    """A session holds the loaded models of one `config`; all its videos share them."""
+    """A session holds the loaded models of one `config`; all videos of the session use these models."""
 
     def __init__(self, config: EffectiveConfig, ranks: Ranks, files: ModelFiles) -> None:
         """Stores the arguments and loads nothing; call `open` instead."""
@@ -80,7 +80,7 @@ class Session:
 
     @classmethod
     def open(cls, config: EffectiveConfig, ranks: Ranks) -> Session:
-        """Prepares the process and finds the model. Raises WanFastError on all ranks."""
+        """Prepares the device and finds the model's files; loads nothing yet. Raises WanFastError on all ranks."""
         ranks.together(lambda: hardware.prepare(config.ranks.device, config.models.precision, config.models.tf32))
         files = ranks.together(lambda: model_files.locate(config.models.model, config.models.artifacts_dir))
         hardware.use_few_threads(ranks.device, files.spec.dit.dim)
@@ -102,7 +102,10 @@ class Session:
 
     @hardware.one_out_of_memory_error()
     def load(self, before_each: Callable[[], None] = lambda: None) -> ImageToVideoPipeline:
-        """Loads the experts and the VAE, once. `before_each`: called before each of them; it may raise to end this."""
+        """Loads the experts and the VAE at the first call, and returns the pipeline.
+
+        `before_each` is called before each of the three is loaded; an error that it raises stops the loading.
+        """
         if self._pipeline is None:
             with self.watch.span("load"):
                 self._pipeline = load_models(self.files, self.config, self.ranks, self._loads, before_each)
@@ -110,9 +113,9 @@ class Session:
         return self._pipeline
 
     def plan(self, job: Job) -> tuple[Plan, Tensor]:
-        """Returns the plan for these ranks, and the image [3, H, W] at the plan's size.
+        """Returns (the plan of `job`, the image [3, H, W] at the plan's size).
 
-        Only the leader reads the image; other ranks get an empty one.
+        Only the leader reads the image; on other ranks, the image is an empty tensor.
         """
         pipeline, ranks = self.load(), self.ranks
         read: list[LoadedImage] = []
@@ -131,14 +134,14 @@ class Session:
         return plan, fitted[0] if fitted else torch.empty(3, 0, 0)
 
     def text_of(self, config: EffectiveConfig) -> dict[Branch, Tensor]:
-        """Returns the embeddings [n, text_dim] of both branches, n tokens each."""
+        """Returns {branch: embedding [n, text_dim]} of the prompt and the negative prompt, which have n tokens each."""
         prompt, negative_prompt = config.video.prompt, config.video.negative_prompt
         self.encode((prompt, negative_prompt))
         return {"prompt": self._embeds[prompt], "negative_prompt": self._embeds[negative_prompt]}
 
     @hardware.one_out_of_memory_error()
     def latent(self, plan: Plan, image: Tensor, on_step: StepFn, residuals: StepCache) -> Tensor:
-        """Returns the clean latent [1, 16, T, h, w], not decoded; `residuals` decides which forwards run."""
+        """Makes the clean latent [1, 16, T, h, w] of `plan`; `residuals` decides which forwards are skipped."""
         text = self.text_of(plan.config)
         return self.load().latent(plan, image, text, self.watch, on_step, residuals)
 
@@ -150,10 +153,10 @@ class Session:
         residuals: StepCache | None = None,
         on_frames: FramesFn = lambda frames: None,
     ) -> Made:
-        """Makes one video. `on_step(done, expert)` is called before and after each step.
+        """Makes the video of `job`. `on_step(steps done, expert)` is called before and after each step.
 
-        `on_frames` gets the frames on the leader, a few at a time, while later ones are decoded. Raises WanFastError,
-        and torch.OutOfMemoryError if the device's memory does not suffice.
+        The leader calls `on_frames` with a few frames at a time, while the next ones are decoded. Raises WanFastError,
+        and torch.OutOfMemoryError if the device has too little memory.
         """
         text = self.text_of(job.config)  # before the experts need the memory
         pipeline, ranks = self.load(), self.ranks
@@ -191,11 +194,11 @@ class Session:
         return Made(plan, frames, facts)
 
     def forget_seconds(self) -> None:
-        """Starts the clocks of the next video. The models stay loaded."""
+        """Sets the measured seconds to zero, for the next video. The models stay loaded."""
         self.watch, self._loads = Stopwatch(self.ranks.device), Stopwatch(self.ranks.device)
 
     def close(self) -> None:
-        """Frees the models and captured graphs."""
+        """Frees the models, the text embeddings and the captured graphs."""
         self._pipeline = None
         self._embeds = {}
         hardware.forget_cuda_graphs()
@@ -231,14 +234,17 @@ class Session:
 
 
 class Sessions:
-    """This class holds the open session of a rank. A job that needs other models gets a new session instead."""
+    """This class holds the open session of a rank, and replaces it if a job needs other models."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._open: Session | None = None
 
     def of(self, config: EffectiveConfig) -> Session:
-        """Returns a session for `config`. Raises WanFastError on all ranks."""
+        """Returns the open session if `config` has the same models; otherwise closes it and opens another.
+
+        Raises WanFastError on all ranks.
+        """
         if self._open is None or self._open.config.models != config.models:
             self.close()
             self._open = Session.open(config, self.ranks)
@@ -258,18 +264,17 @@ def load_models(
     loads: Stopwatch,
     before_each: Callable[[], None] = lambda: None,
 ) -> ImageToVideoPipeline:
-    """Returns both experts and the VAE, ready to run; adds the seconds of each to `loads`.
+    """Loads both experts and the VAE, and returns a pipeline that is ready to run.
 
-    Every rank calls `before_each` before each of the three. Raises WanFastError. The steps have this order;
-    `build_expert` does the first five, for one expert after the other:
+    The seconds of each model are added to `loads`. Every rank calls `before_each` before each of the three. Raises
+    WanFastError. An expert is loaded in these steps, of which `build_expert` does the first five:
 
-    1. build on the meta device, so that nothing is allocated twice;
-    2. quantize: the linears become 8-bit linears while they are empty, so that only 8-bit values are read;
-    3. shard: parameters become a rank's rows while they are empty, so that a rank reads only its own rows;
-    4. fill from the files, each tensor directly into its final place;
-    5. fuse q, k and v, which needs values and unsharded weights;
-    6. place the experts, resident or offloaded, after both are filled, because offloading has one set of GPU weights
-       for both;
+    1. build on the meta device, so that no memory is allocated yet;
+    2. quantize: 8-bit layers replace linear layers before weights are read, so that only 8-bit weights are stored;
+    3. shard: parameters are sharded before weights are read, so that a rank reads only its own rows;
+    4. fill the parameters from the files;
+    5. fuse the projections q, k and v of unsharded weights;
+    6. place both experts, resident or offloaded, after both are filled: offloaded experts share one set of GPU weights;
     7. compile, last, because the compiler needs the final parameters.
     """
     wanted, offloaded = config.models, config.ranks.expert_offload == "on"
@@ -329,5 +334,5 @@ def _warm_start(plan: Plan, ranks: Ranks) -> str | None:
 def _read_image(video: VideoConfig) -> LoadedImage:
     image = images.load_image(video.image)
     if image.sha256 != video.image_sha256:
-        raise ConfigError(f"--image {video.image} changed since the plan was made: start again")
+        raise ConfigError(f"--image {video.image}: the file changed since the plan was made: run this command again")
     return image

@@ -1,1 +1,1 @@
-"""This package holds the worker halves of the commands, one module for each verb."""
+"""This package holds the part of each command that does its work, with one module for each command."""

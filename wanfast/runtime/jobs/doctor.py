@@ -1,6 +1,6 @@
-"""Collects what this machine has and lacks for making a video, as the one document of `wanfast doctor`.
+"""Collects in one document, for `wanfast doctor`, what this machine has and what it lacks for making a video.
 
-This module only reads. Two of the facts need torch; if torch cannot be imported, the document reports that too.
+This module changes nothing. If torch cannot be imported, the document says so and has no facts of torch and attention.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ _KINDS = ("checkpoints", "prompt_embeds", "quantized", "magcache", "inductor", "
 
 
 def examine(given: Options) -> dict[str, Any]:
-    """Returns what a generation depends on here, and the command to type next. Raises ConfigError."""
+    """Returns the document: GPUs, host, torch, weights, artifacts, what fits, and the next command to run.
+
+    Raises ConfigError if an option in `given` is wrong.
+    """
     models = EffectiveConfig.of(given, A14B).models
     found = gpus.visible_gpus()
     weights, spec = _weights(models)

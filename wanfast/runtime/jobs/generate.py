@@ -1,4 +1,4 @@
-"""The worker half of `wanfast generate` makes each video; the leader writes it with its JSON."""
+"""This part of `wanfast generate` runs on ranks: they make each video, and the leader writes the .mp4 and .json."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ def run(
     folder: Path,
     first: int = 0,
 ) -> Iterator[tuple[int, Result]]:
-    """Yields (index, result) of each job when it is done, except jobs that another rank group claims.
+    """Makes the videos of `jobs`, and yields (index, result) of each job when it is done.
 
-    `folder` is the run folder. It gets the frames of jobs that write no video, numbered from `first` on.
+    Jobs that another rank group claims are left to that group. `folder` is the run folder. The frames of jobs without
+    an output file are written there; their numbers are `first` + index.
     """
     work = partial(make_video, frames_of=lambda index: frames_file(folder, first + index))
     yield from run_jobs(work, jobs, sessions, share, progress)
 
 
 def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, frames_of: FrameFileFn) -> Result:
-    """Makes one video; the leader writes the video and its JSON, or only its frames if the job has no outputs."""
+    """Makes one video; the leader writes its .mp4 and .json, or only the frames if the job has no output file."""
     steps = job.config.video.steps
     progress(index, "encoding the image", 0, steps)
 

@@ -1,8 +1,8 @@
-"""Runs the jobs that need loaded models, one after the other; every verb that makes videos or measures them uses it.
+"""Runs jobs that need loaded models, one after the other, for every command that makes or measures videos.
 
-All prompts of a rank group's own jobs that share models are encoded first, so that UMT5 is freed before the experts are
-loaded. If a job fails with a user's error, the error is recorded and the other jobs still run. Every rank of a group
-runs this loop in lockstep.
+Of the jobs that share models, a rank group first encodes all prompts of its own jobs, so that UMT5 is freed before the
+experts are loaded. If a job raises a WanFastError or runs out of memory, its result is the error, and the other jobs
+still run. All ranks of a rank group run the same jobs in the same order.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ WorkFn = Callable[[int, Job, Session, ProgressFn], Result]
 def run_jobs(
     work: WorkFn, jobs: list[Job], sessions: Sessions, share: Share, progress: ProgressFn
 ) -> Iterator[tuple[int, Result]]:
-    """Runs `work` on every job of the group's share; jobs that share models run one after the other."""
+    """Runs `work` on every job that this rank group claims, and yields (index, result) of each.
+
+    Jobs with the same models run one after the other, so that models are loaded once.
+    """
     groups: dict[ModelsConfig, list[int]] = {}
     for index, job in enumerate(jobs):
         groups.setdefault(job.config.models, []).append(index)

@@ -1,8 +1,8 @@
-"""Streams an expert through a scheme into an artifact, a few rows at a time (the worker half of `wanfast quantize`).
+"""Quantizes experts a few rows at a time, and stores each expert as an artifact; `wanfast quantize` runs this module.
 
-Neither the source nor the result is ever completely in memory: source pages are read and freed, and results are written
-in shards of a gigabyte. Every shard is read back and compared before it is accepted. Each expert is an artifact of its
-own, so that an interrupted run continues with the missing experts.
+The source and the result are never completely in memory: the source is read in parts, and the result is written in
+shards of 1 GiB. Every shard is read back and compared with the values in memory. Each expert is one artifact, so that a
+run after an interrupted one makes only the missing experts.
 """
 
 from __future__ import annotations
@@ -56,16 +56,19 @@ def run(
     progress: ProgressFn = lambda expert, done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Quantizes the experts that are missing; returns a document for each expert asked for. Raises WanFastError."""
+    """Quantizes the requested experts that are not stored yet; returns a document for each requested expert.
+
+    Raises WanFastError.
+    """
     files = model_files.locate(config.model, config.artifacts_dir)
     torchao = require_torchao(f"--scheme {config.scheme}") if in_8_bits(config.scheme) else None
     if find_spec("matplotlib") is None:
-        raise ConfigError("the plot of the errors needs matplotlib: run `pip install matplotlib`")
+        raise ConfigError("the plot of quantization errors needs matplotlib: run `pip install matplotlib`")
     if not files.exists:
         files.require()
     device = config.device or default_device()
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU here: use --device cpu")
+        raise ConfigError("--device cuda: torch sees no GPU on this machine: use --device cpu")
     store = ArtifactStore(Path(config.artifacts_dir))
     wanted = [QuantizedExpert(store, files, expert, config.scheme, config.model) for expert in _EXPERTS[config.expert]]
     return [_quantize_expert(expert, torchao, device, progress, say) for expert in wanted]
@@ -81,7 +84,7 @@ def _quantize_expert(
     source_bytes = sum(file.stat().st_size for file in source)
     if folder is None:
         job = _Job(wanted, source, source_bytes, device, progress)
-        note = f"note: another process is making {wanted.expert} by {wanted.scheme}: waiting for it"
+        note = f"note: another process is quantizing {wanted.expert} with {wanted.scheme}: waiting until it ends"
         published = wanted.store.publish(KIND, inputs, job.write, packages.versions(), waiting=lambda: say(note))
         folder, made_here = published.folder, published.made_here
     errors = read_object(folder / "errors.json", "remove its folder, and run this command again")
@@ -102,8 +105,8 @@ def _check_disk(wanted: QuantizedExpert) -> None:
     needed = int(memory.expert_bytes(wanted.files.spec.dit, "bf16", wanted.scheme) * 1.01)
     root = wanted.store.root
     if (free := shutil.disk_usage(root).free) < needed:
-        fix = "free some space or choose another folder"
-        raise ConfigError(f"--artifacts-dir {root}: {gb(needed)} are needed, but {gb(free)} are free: {fix}")
+        fix = "free some disk space, or name another --artifacts-dir"
+        raise ConfigError(f"--artifacts-dir {root}: {gb(needed)} on disk are needed, but {gb(free)} are free: {fix}")
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,9 @@ class _Shards:
         with safe_open(file, framework="pt") as handle:
             for name, tensor in self.pending.items():
                 if not torch.equal(_bytes(handle.get_tensor(name)), _bytes(tensor)):
-                    raise CorruptArtifactError(f"{file}: {name} does not read back as it was written: check the disk")
+                    raise CorruptArtifactError(
+                        f"{file}: tensor {name} has other values when it is read back: check the disk"
+                    )
 
 
 @dataclass
@@ -249,7 +254,7 @@ def _plot(found: dict[str, float], file: Path, title: str) -> None:
 
 
 def describe(results: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line of text for each expert."""
+    """Yields two lines of text for each document that `run` returned: the result, and the file of its plot."""
     for result in results:
         size = f"{gb(result['source_bytes'])} -> {gb(result['bytes'])}"
         how = "was made already" if result["was_there"] else f"{size} in {result['seconds']:.0f} s"

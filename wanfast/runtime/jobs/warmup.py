@@ -1,7 +1,7 @@
-"""The worker half of `wanfast warmup` compiles an expert's block as a generation would, and stores the caches.
+"""This part of `wanfast warmup` runs on ranks: it compiles a block as `wanfast generate` would, and stores the caches.
 
-One block of the true size is enough, whatever its values, because all blocks of both experts share one graph. So no
-weights are read.
+One block of the model's size is enough, because all blocks of both experts share one graph. Its values do not matter,
+so no weights are read.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(
     folder: Path | None = None,
     first: int = 0,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (0, result) of the one job: the artifact, and the seconds of a block's first and second forward."""
+    """Yields (0, result) for the only job: its artifact, and the seconds of a block's first and second forward."""
     (job,), ranks = jobs, sessions.ranks
     try:
         yield 0, _warm(job, ranks, lambda stage: progress(0, stage, 0, 0))
