@@ -123,7 +123,7 @@ class ModelsConfig(Part):
                 "one of the two"
             )
         if self.quantize and self.precision != "bf16":
-            raise ConfigError(f"--quantize {self.quantize} needs --precision bf16: drop one of the two")
+            raise ConfigError(f"--quantize {self.quantize} needs --precision bf16: use that, or drop --quantize")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ CPU_SEEDS = 1 << 32  # torch's generator on the CPU ignores the higher bits of a
 def parse_size(size: str) -> tuple[int, int]:
     """Returns (width, height) of a size like '1280x720', or '1280*720' as the reference writes it.
 
-    Raises ConfigError if a side is not a positive multiple of 16.
+    Raises ConfigError for any other form, or if a side is not a positive multiple of 16.
     """
     match = re.fullmatch(r"(\d{1,4})[xX*](\d{1,4})", size.strip())
     if match is None:

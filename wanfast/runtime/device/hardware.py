@@ -1,4 +1,4 @@
-"""This module sets up a process's device, describes it, measures its memory and recognises lack of memory."""
+"""This module sets up a process's device, describes it, measures its memory and detects out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -105,14 +105,14 @@ def free_bytes(device: str) -> int:
 
 
 def free_memory(device: str) -> None:
-    """Frees unused memory: collects garbage (sharded modules are reference cycles) and empties the GPU cache."""
+    """Frees unused memory: collects garbage (sharded modules are reference cycles), and empties torch's GPU cache."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def forget_cuda_graphs() -> None:
-    """Frees all CUDA graphs that torch.compile captured, by its reset; the next forward compiles again."""
+    """Frees all CUDA graphs that torch.compile captured; the next forward compiles again, or loads from caches."""
     if "torch._inductor.cudagraph_trees" in sys.modules:
         torch.compiler.reset()
 

@@ -21,7 +21,7 @@ from wanfast.runtime.facts.choices import Branch
 
 
 class BothBranches:
-    """This class runs guidance without `cfg` ranks: the same ranks compute all branches, one after the other."""
+    """This class runs guidance if cfg is 1: the same ranks compute all branches, one after the other."""
 
     def own(self, branches: Sequence[Branch]) -> list[Branch]:
         return list(branches)

@@ -55,7 +55,7 @@ class Ranks:
         return Ulysses(group) if group else WholeSequence()
 
     def rows(self, latent_rows: int) -> Rows:
-        """Returns the `Rows` by which the VAE shares a frame, of `latent_rows` rows in latents, among all ranks."""
+        """Returns the `Rows` by which the VAE shares frames among ranks; the latents have `latent_rows` rows."""
         return SplitRows.of(self.rank, self.size, latent_rows) if self.size > 1 else WHOLE_FRAME
 
     @property

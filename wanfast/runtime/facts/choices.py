@@ -22,5 +22,5 @@ Attention = Literal["auto", "fa3", "fa4", "fa2", "cudnn", "flash", "efficient", 
 
 
 def in_8_bits(scheme: Scheme | None) -> TypeGuard[Scheme]:
-    """Returns whether a scheme stores weights in 8 bits: True for each scheme except `bf16`, False for None."""
+    """Returns whether a scheme stores weights in 8 bits: False for `bf16` and None, True for all other schemes."""
     return scheme not in (None, "bf16")

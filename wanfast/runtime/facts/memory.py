@@ -59,7 +59,7 @@ def _block_weights(spec: DiTSpec) -> int:
 
 
 def offloaded_bytes(spec: DiTSpec, precision: Precision, scheme: Scheme | None = None) -> int:
-    """Returns the bytes of pinned host memory for both experts, including 10 % for unused ends of its allocations."""
+    """Returns the bytes of pinned host memory for both experts, including 10 % for the unused ends of allocations."""
     return int(2 * expert_bytes(spec, precision, scheme) * 1.1)
 
 
@@ -83,7 +83,7 @@ def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, scheme: Schem
 
 
 def residual_bytes(spec: DiTSpec, tokens: int) -> int:
-    """Returns the bytes of the residual that MagCache holds for one branch of guidance and `tokens`."""
+    """Returns the bytes of the float32 residual that MagCache holds for `tokens` of one branch of guidance."""
     return 4 * spec.dim * tokens
 
 

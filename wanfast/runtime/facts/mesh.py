@@ -1,13 +1,13 @@
 """The mesh arranges the ranks along three named axes: replica x cfg x ulysses.
 
-* replica: each replica makes other videos of the list of jobs;
-* cfg: each half of a replica's ranks computes one branch of guidance;
+* replica: replicas make different videos of the list of jobs at the same time;
+* cfg: with 2, each half of a replica's ranks computes one branch of guidance;
 * ulysses: ranks share the tokens of a branch, and exchange tokens for heads around attention.
 
 A replica is a *rank group*: its ranks make one video together, and fail together. Rank groups share only the list of
 jobs, so if one rank group fails, the others continue. Either each rank group lies within one machine, or one rank group
 contains all ranks of all machines.
-Consecutive ranks lie along the ulysses axis, because they exchange the most data. Torch-free: the parent chooses and
+Neighbouring ranks lie along the ulysses axis, which exchanges the most data. Torch-free: the parent chooses and
 checks the mesh before any rank starts.
 """
 
@@ -59,10 +59,10 @@ def choose_mesh(
 ) -> Mesh:
     """Returns the mesh for `nnodes` machines with `num_gpus` ranks each.
 
-    `cfg_parallel` and `ulysses` are the requested degrees; None lets this function choose. It gives one video as many
-    ranks as possible: the number of ranks and `num_heads` must be multiples of the ulysses degree. It prefers cfg 2 to
-    a larger ulysses degree, because the branches exchange nothing inside a forward. For several videos, it prefers
-    rank groups that lie within one machine.
+    `cfg_parallel` and `ulysses` are the requested degrees; None lets this function choose. The mesh gives one video as
+    many ranks as possible, where `num_heads` must be a multiple of the ulysses degree. This function prefers cfg 2 to a
+    larger ulysses degree, because the branches exchange nothing inside a forward. For several videos, this function
+    prefers rank groups that lie within one machine.
     Raises ConfigError, with the degrees that fit, if the requested ones do not fit.
     """
     fitting = [mesh for mesh in _all_meshes(num_gpus, nnodes, num_heads) if guided or mesh.cfg == 1]

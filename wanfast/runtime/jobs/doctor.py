@@ -1,6 +1,6 @@
 """Collects in one document, for `wanfast doctor`, what this machine has and what it lacks for making a video.
 
-This module changes nothing. If torch cannot be imported, the document says so and has no facts of torch and attention.
+This module changes nothing. If torch cannot be imported, the document says so, and lacks the facts that need torch.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Sequence(Protocol):
         ...
 
     def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
-        """Returns [B, L, H, D]: this rank's queries attend to all `num_tokens` tokens, by the kernel `attend`."""
+        """Returns the attention [B, L, H, D] of this rank's queries to all `num_tokens` tokens, by `attend`."""
         ...
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:

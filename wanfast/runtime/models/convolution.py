@@ -44,7 +44,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, stride: Triple = (1, 1,
 
 
 def padded_channels(channels: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Returns `channels` rounded up, so that a position has a multiple of 16 bytes and no engine copies the input."""
+    """Returns `channels`, on a GPU rounded up to a multiple of 16 bytes, so that no cuDNN engine copies the input."""
     if device.type != "cuda" or not HAS_FRONT_END:
         return channels
     aligned = _ALIGNED_BYTES // dtype.itemsize
@@ -52,7 +52,7 @@ def padded_channels(channels: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def chosen() -> dict[str, str]:
-    """Returns {shape: engine} of all shapes whose engine this process searched or got from `choose`."""
+    """Returns {shape: engine} of all shapes for which this process found an engine or got one from `choose`."""
     return dict(_chosen)
 
 

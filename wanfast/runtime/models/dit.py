@@ -7,7 +7,7 @@ share one timestep, so the time MLP computes ONE row, which is broadcast. The te
 the step, so `encode_text` computes them once for each prompt.
 
 Precision: matrix products run in the dtype of the linear layers (bf16). The residual stream, norms, modulation, time
-MLP and head stay in float32, because they are small or accumulate.
+MLP and head stay in float32, because they are small or accumulate sums.
 Cost at 1280x720, 81 frames (L = 75,600): 163 TFLOP a block, 72 % of it self-attention; 6.5 PFLOP a forward.
 
 Shapes: B batch, L tokens, d model dim, H heads, D head dim, S text tokens, T/Y/X token grid, C latent channels.
@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """This base of self- and cross-attention holds the projections q, k, v, o and the norms of q and k."""
+    """This base class of self- and cross-attention holds the projections q, k, v, o and the norms of q and k."""
 
     def __init__(self, spec: DiTSpec, dtype: torch.dtype, attend: AttentionFn) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class Head(nn.Module):
     def forward(self, stream: Stream, time_Bd: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (patches of the velocity [B, L, p], the summed residual stream [B, L, d]).
 
-        This uses plain PyTorch: the head runs once in a forward, which is not worth compiling another kernel.
+        The head uses plain PyTorch, because it runs only once in a forward: compiling a kernel would not pay off.
         """
         shift, scale = (self.modulation + time_Bd.unsqueeze(1)).chunk(2, dim=1)
         x = stream.x + stream.gate * stream.added
@@ -201,7 +201,7 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """This class is one expert; its linear layers have `dtype`, but norms, modulation, time MLP and head are float32.
 
-    `sequence` shares the tokens among ranks; each rank still gives and gets whole latents.
+    `sequence` shares the tokens among ranks; the forward takes and returns whole latents on each rank.
     `attend` is the attention function of self- and cross-attention.
     """
 
@@ -255,7 +255,7 @@ class WanDiT(nn.Module):
         The residual is the sum that the blocks add to this rank's tokens.
         latent: [B, C, T, h, w]; condition: [B, 20, T, h, w] (4 mask channels, then the encoded first frame);
         timestep: [B] in 0..1000; text: from `encode_text`; rope: the tables of the whole token grid.
-        after_block: called with the index of a block once its kernels are queued; it may overwrite the block's weights.
+        after_block: called with the index of a block once its kernels are queued; may overwrite the block's weights.
         cached_residual: an earlier call's residual; if given, it is added to the tokens and no block runs.
         keep_residual: whether to return the residual; if False, None is returned for it.
         """

@@ -49,9 +49,10 @@ def add_layer_norm(
 
 
 def quantize_tokens(x_BLd: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> QuantizedTokens:
-    """Quantizes x, or with `gelu` its tanh GELU, to the 8-bit `dtype`.
+    """Quantizes x, or gelu(x) if `gelu`, to the 8-bit `dtype`.
 
-    Each token has a scale, which maps its largest |value| to the largest number of `dtype`.
+    GELU is its tanh approximation. Each token has a scale, which maps the token's largest |value| to the largest number
+    of `dtype`.
     """
     if _by_kernel(x_BLd):
         return QuantizedTokens(*fused_kernels.quantize_tokens(x_BLd, dtype, gelu))

@@ -36,7 +36,10 @@ def make_operators() -> None:
 def add_layer_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (s = x + gate * y, layer norm of s in `dtype`, scales [B, L] of an 8-bit `dtype`, otherwise [0])."""
+    """Returns (s = x + gate * y, layer norm of s in `dtype`, scales).
+
+    The scales are [B, L] for an 8-bit `dtype`, otherwise empty.
+    """
     _check_rows(x, y, weight, bias)
     total, (out, scale) = torch.empty_like(x), _output(x, dtype)
     factor = weight if gate is None else gate
@@ -47,7 +50,7 @@ def add_layer_norm(
 
 
 def quantize_tokens(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
-    """Returns (values [B, L, d] in the 8-bit `dtype`, float32 scales [B, L]) of x, or with `gelu` of gelu(x) (tanh)."""
+    """Quantizes x, or gelu(x) if `gelu`; returns (values [B, L, d] in the 8-bit `dtype`, float32 scales [B, L])."""
     _check_rows(x)
     out, scale = _output(x, dtype)
     wrap_triton(_quantize_tokens)[_grid(x)](x, out, scale, GELU=gelu, **_launch(x, dtype))

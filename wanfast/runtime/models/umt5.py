@@ -3,7 +3,7 @@
 The encoder is a pre-norm transformer. Positions enter only through a learned bias on the attention scores. The bias
 depends on a bucket of the distance (key position minus query position). Each small distance has its own bucket, larger
 distances share buckets of logarithmic width, and all distances from `max_distance` on share the last one. Because
-absolute positions play no role, a prompt encoded at its true length gives the same vectors as if padded and masked.
+absolute positions play no role, a prompt encoded at its true length gives the same vectors as a padded one with a mask.
 Unlike in T5, each block learns its own bias table.
 
 Cost: XXL has 5.68 G parameters, 11.4 GB in bf16. A forward takes 9 GFLOP a token, so reading the weights dominates.

@@ -49,7 +49,7 @@ def plan_skips(
     joint: bool = False,
     guided: Sequence[bool] | None = None,
 ) -> list[Skips]:
-    """Returns for each step whether it skips (the prompt's branch, the negative prompt's branch).
+    """Returns two bools for each step: whether the prompt's branch skips, and whether the negative prompt's does.
 
     The plan is greedy: a branch skips as soon as the limits of `settings` allow it.
     experts: the expert of each step.

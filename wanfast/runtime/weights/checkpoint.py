@@ -79,8 +79,8 @@ def stream(
 ) -> Iterator[tuple[str, RowsFn]]:
     """Yields (name, read) for each tensor of `module`, which is on the meta device, in the order of the files.
 
-    `read(first, end)` returns the rows first..end-1 along dim 0 as they are stored, on the CPU. Both raise
-    CorruptArtifactError, `read` also for a value that is not finite.
+    `read(first, end)` returns the rows first..end-1 along dim 0 as they are stored, on the CPU. Iterating
+    and `read` raise CorruptArtifactError; `read` also raises it for a value that is not finite.
     """
     for file, key, name, rows in _in_order_of_files(
         _match(_to_read(module.state_dict(), {}), files, component, layout)
@@ -174,14 +174,14 @@ def _match(
                 continue  # the same tensor as shared.weight, written twice by some versions of transformers
             if name not in wanted:
                 raise CorruptArtifactError(
-                    f"{file}: unexpected tensor {key!r}: replace this file by weights of this model"
+                    f"{file}: unexpected tensor {key!r}: replace this file with weights of this model"
                 )
             if name in found:
                 raise CorruptArtifactError(f"{file}: tensor {key!r} is present twice: download the folder again")
             if shape != wanted[name].shape:
                 shapes = f"{shape}, not {wanted[name].shape}"
                 raise CorruptArtifactError(
-                    f"{file}: tensor {key!r} has the shape {shapes}: replace this file by weights of this model"
+                    f"{file}: tensor {key!r} has the shape {shapes}: replace this file with weights of this model"
                 )
             if dtype not in wanted[name].dtypes:
                 raise CorruptArtifactError(
