@@ -73,7 +73,7 @@ def test_a_list_with_bad_lines_says_how_many_succeeded(wanfast: Wanfast) -> None
     assert outcome.exit_code == 6 and outcome.document["failed"] == 6
     name = "Expecting property name enclosed in double quotes"
     assert f"error (line 2): not JSON: {name} at column 2\n" in outcome.err
-    assert outcome.err.endswith("--jobs: 1 succeeded, 6 of 7 failed, as reported above: fix their lines\n")
+    assert outcome.err.endswith("--jobs: 1 succeeded, 6 of 7 failed: fix the lines whose errors are printed above\n")
 
 
 def test_existing_videos_are_left_out(wanfast: Wanfast, workdir: Path) -> None:
