@@ -1,8 +1,8 @@
 """Defines a step cache that skips nothing and measures how residuals change from step to step.
 
 For each step, branch and token, the ratio is |r| / |r of the step before|, with norms over the channels. For each step
-and branch it measures the ratio's mean and standard deviation ("spread") over all tokens, and the mean cosine distance
-of the two residuals. The first step has no measurement. The low-noise expert's first step is compared with the
+and branch this cache measures the ratio's mean and standard deviation ("spread") over all tokens, and the mean cosine
+distance of the two residuals. The first step has no measurement. The low-noise expert's first step is compared with the
 high-noise expert's last step, as in the published curves. Source: MagCache (arXiv 2506.09045) section 3.2.
 
 Shapes: L this rank's tokens, d model dim.
