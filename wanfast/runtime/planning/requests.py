@@ -46,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Planned:
-    """This class holds a request with one of three: its plan, the error that prevented a plan, or its existing files."""
+    """This class holds a request with either its plan, the error that prevented a plan, or its existing files."""
 
     request: Request
     plan: Plan | None = None
