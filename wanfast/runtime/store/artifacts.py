@@ -2,8 +2,8 @@
 
 key = sha256 of the canonical JSON of ALL inputs. A writer takes a file lock, fills a temporary folder beside the
 target, writes the manifest last, and renames the folder. A reader compares the manifest with its own inputs and with
-all that lies in the folder: a file that the manifest does not list is as wrong as a missing one. A sound artifact is
-never overwritten. The store does not know what an artifact contains.
+all files in the folder: an unlisted file makes the artifact damaged, as a missing file does. A sound artifact is never
+overwritten. The store does not know what an artifact contains.
 
 Each caller chooses how a damaged artifact is handled. "refuse" raises an error, because the artifact took long to make
 and the user must decide. "miss" treats it as a cache miss: the artifact is made again and replaces the damaged one.
