@@ -3,8 +3,8 @@
     with wanfast.open(model="a14b", num_gpus=8) as handle:
         handle.make(image="cat.jpg", prompt="The cat blinks.").save("cat.mp4")
 
-`wanfast.make(...)` opens a handle, makes one video and closes the handle. Neither imports torch: other processes do
-the work.
+`wanfast.make(...)` opens a handle, makes one video and closes the handle. Neither function imports torch: other
+processes do the work.
 """
 
 from __future__ import annotations

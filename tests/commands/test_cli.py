@@ -280,8 +280,8 @@ def notes(wanfast: Wanfast, *arguments: str) -> str:
 def test_crop_and_pad_give_exactly_the_size(wanfast: Wanfast, workdir: Path) -> None:
     Image.new("RGB", (300, 200)).save("wide.png")
     wide = ("--image", "wide.png", "--model", "a14b", "--size", "1280x720")
-    assert "the middle 300x169 of 300x200" in notes(wanfast, *wide, "--fit", "crop")
-    assert "the image fills 1080x720 of 1280x720, and the rest is black" in notes(wanfast, *wide, "--fit", "pad")
+    assert "the middle 300x169 of the 300x200 image" in notes(wanfast, *wide, "--fit", "crop")
+    assert "the image fills 1080x720 of the 1280x720 video; the rest is black" in notes(wanfast, *wide, "--fit", "pad")
     for fit, size in (("crop", (1280, 720)), ("pad", (1280, 720)), ("area", (1168, 768))):
         document = wanfast(*DRY, *wide, "--fit", fit).document
         assert (document["plan"]["width"], document["plan"]["height"]) == size
@@ -418,7 +418,7 @@ def test_from_restores_every_option_and_checks_the_image(wanfast: Wanfast, workd
     assert again["effective"] == first["effective"]
     Image.new("RGB", (64, 48)).save("cat.png")
     outcome = wanfast("generate", "--from", "run.json", "--dry-run")
-    assert outcome.exit_code == 2 and "not the image of that run" in outcome.err
+    assert outcome.exit_code == 2 and "not the image of the earlier run" in outcome.err
     assert wanfast("generate", "--from", "run.json", "--image", "cat.png", "--dry-run").exit_code == 0
 
 
@@ -499,8 +499,8 @@ def test_the_plan_shows_a_path_as_it_is(wanfast: Wanfast) -> None:
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        ({"vae": "0d0275e9101b9f83"}, "--from: that run did not hash all of its weights"),
-        ({"vae": "0" * 64}, "--from: the weights changed since that run"),
+        ({"vae": "0d0275e9101b9f83"}, "--from: the earlier run did not hash all of its weights"),
+        ({"vae": "0" * 64}, "--from: the weights changed since the earlier run"),
         (None, ""),
     ],
 )

@@ -82,14 +82,14 @@ def test_cmyk_profile(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mode", "name", "profile", "note"),
     [
-        ("RGB", "a.png", grey_profile(1.0), "its colour profile describes GRAY pixels, and it has RGB: it is ignored"),
-        ("RGB", "a.png", cmyk_profile((55, 0, 0)), "its colour profile describes CMYK pixels, and it has RGB"),
-        ("CMYK", "a.tif", P3, "its colour profile describes RGB pixels, and it has CMYK: it is ignored"),
-        ("LAB", "a.tif", P3, "its colour profile describes RGB pixels, and it has LAB: it is ignored"),
-        ("RGB", "a.png", b"no profile", "its colour profile: cannot open profile from string: it is ignored"),
-        ("RGB", "a.png", P3[:300], "its colour profile: "),
-        ("RGB", "a.png", P3.replace(b"rTRC", b"xxxx"), "its colour profile: cannot build transform: it is ignored"),
-        ("RGB", "a.png", P3.replace(b"mntrRGB ", b"mntr\x1b[2J"), "its colour profile"),
+        ("RGB", "a.png", grey_profile(1.0), "the image's colour profile is for GRAY pixels, not for RGB: the profile"),
+        ("RGB", "a.png", cmyk_profile((55, 0, 0)), "the image's colour profile is for CMYK pixels, not for RGB"),
+        ("CMYK", "a.tif", P3, "the image's colour profile is for RGB pixels, not for CMYK: the profile is ignored"),
+        ("LAB", "a.tif", P3, "the image's colour profile is for RGB pixels, not for LAB: the profile is ignored"),
+        ("RGB", "a.png", b"no profile", "the image's colour profile: cannot open profile from string: the profile"),
+        ("RGB", "a.png", P3[:300], "the image's colour profile: "),
+        ("RGB", "a.png", P3.replace(b"rTRC", b"xxxx"), "the image's colour profile: cannot build transform: "),
+        ("RGB", "a.png", P3.replace(b"mntrRGB ", b"mntr\x1b[2J"), "the image's colour profile"),
     ],
 )  # fmt: skip
 def test_a_profile_that_does_not_fit_is_ignored_and_named(
@@ -113,11 +113,11 @@ def test_a_pngs_gamma_is_named(gamma: float, notes: int, tmp_path: Path) -> None
     chunks = PngImagePlugin.PngInfo()
     chunks.add(b"gAMA", struct.pack(">I", round(gamma * 100_000)))
     image = load_image(saved(tmp_path, rgb(), pnginfo=chunks))
-    assert image.notes == ("its gamma of 1 is not applied: colours are taken as sRGB",)[:notes]
+    assert image.notes == ("the image's gamma of 1 is not applied: colours are taken as sRGB",)[:notes]
 
 
 @pytest.mark.parametrize("exif", [b"II*\0\xff\xff\xff\xff", b"not a TIFF", b"II*\0\x08\0\0\0\xff\xff", b""])
 def test_damaged_exif_does_not_refuse_a_picture(exif: bytes, tmp_path: Path) -> None:
     image = load_image(saved(tmp_path, rgb(), "a.jpg", exif=b"Exif\0\0" + exif))
     assert image.size == (32, 24)
-    assert set(image.notes) <= {"the image's EXIF data is damaged: it may not be upright"}
+    assert set(image.notes) <= {"the image's EXIF data is damaged: the image may not be upright"}

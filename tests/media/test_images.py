@@ -84,11 +84,11 @@ REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
     "avif without pixels": (lambda d: without_pixels(d, "zeros.avif"), "truncated or damaged"),
     "1x1": (lambda d: saved(d, rgb(1, 1)), "1x1 pixels; use an image of at least 16x16"),
     "15 high": (lambda d: saved(d, rgb(40, 15)), "40x15 pixels"),
-    "wide": (lambda d: saved(d, rgb(65, 16)), "65x16 is longer than 4:1; crop it"),
-    "tall": (lambda d: saved(d, rgb(16, 65)), "16x65 is longer than 4:1; crop it"),
+    "wide": (lambda d: saved(d, rgb(65, 16)), "65x16 has an aspect ratio above 4:1; crop the image"),
+    "tall": (lambda d: saved(d, rgb(16, 65)), "16x65 has an aspect ratio above 4:1; crop the image"),
     "bomb": (
         lambda d: file_of(d, png_header(15000, 12500)),
-        "has too many pixels; at most 64 megapixels are read; scale it down",
+        "has too many pixels; scale the image to at most 64 megapixels",
     ),
     "large and cut": (lambda d: file_of(d, png_header(9000, 7000)), "truncated or damaged"),
     "not finite": (lambda d: saved(d, Image.new("F", (32, 32), float("nan")), "nan.tif"), "not finite"),
@@ -147,7 +147,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> 
     path = saved(tmp_path, Image.new("1", (16000, 4001), 1), compress_level=1)
     with (
         warnings.catch_warnings(),
-        pytest.raises(ConfigError, match="has 16000x4001 pixels; at most 64 megapixels") as caught,
+        pytest.raises(ConfigError, match="has 16000x4001 pixels; scale the image to at most 64 megapixels") as caught,
     ):
         warnings.simplefilter("error")
         load_image(path)
@@ -157,7 +157,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> 
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with (tmp_path / "film.mkv").open("wb") as file:
         file.truncate(41 * 10**9)
-    with pytest.raises(ConfigError, match=r"has 41.0 GB, which no image needs; name an image file"):
+    with pytest.raises(ConfigError, match=r"has 41.0 GB, which is too large for an image; name an image file"):
         load_image(str(tmp_path / "film.mkv"))
 
 
@@ -246,7 +246,7 @@ def test_first_frame_of_a_gif(tmp_path: Path) -> None:
     first, *others = [Image.new("RGB", (32, 32), colour) for colour in colours]
     image = load_image(saved(tmp_path, first, "a.gif", save_all=True, append_images=others))
     assert pixel(image, 3, 3) == (255, 0, 0)
-    assert image.notes[0] == "the first of 3 frames is used"
+    assert image.notes[0] == "the image file has 3 frames: only the first is used"
 
 
 def test_heic_without_the_extra_names_the_extra(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_heic_without_the_extra_names_the_extra(tmp_path: Path) -> None:
     root = Path(images.__file__).parents[3]
     refused = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
     assert refused.stderr.splitlines()[-1].endswith(
-        f"--image {path}: is a HEIC image; `pip install 'wanfast[heic]'`, or save it as JPEG"
+        f"--image {path}: is a HEIC image; run `pip install 'wanfast[heic]'`, or save it as JPEG"
     )
 
 

@@ -248,11 +248,11 @@ def test_check_output_takes_a_good_path(tmp_path: Path) -> None:
     [
         ("out.avi", "must end in .mp4"),
         ("out", "must end in .mp4"),
-        ("no/such/out.mp4", "make it with `mkdir -p {folder}/no/such`"),
+        ("no/such/out.mp4", "run `mkdir -p {folder}/no/such`"),
         ("file/out.mp4", "Not a directory"),
         ("x" * 250 + ".mp4", "File name too long"),
         ("/proc/out.mp4", "cannot be written"),
-        ("no/my dir/out.mp4", "make it with `mkdir -p '{folder}/no/my dir'`"),
+        ("no/my dir/out.mp4", "run `mkdir -p '{folder}/no/my dir'`"),
         ("old.mp4", "exists; choose another name or add --overwrite"),
         ("dangling.mp4", "exists; choose another name or add --overwrite"),
         ("folder.mp4", "is a folder"),

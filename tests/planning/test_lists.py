@@ -64,7 +64,7 @@ def test_a_file_that_is_no_list_is_one_line(wanfast: Wanfast) -> None:
     outcome = wanfast("generate", "--model", "tiny", *VIDEO)
     assert outcome.exit_code == 2 and len(outcome.err.splitlines()) == 1
     assert "none of its 8 lines is a JSON object of options (line 1: not JSON: " in outcome.err
-    assert "is this a list of jobs?" in outcome.err
+    assert "name a file with such lines" in outcome.err
 
 
 def test_a_list_with_bad_lines_says_how_many_succeeded(wanfast: Wanfast) -> None:
@@ -73,13 +73,13 @@ def test_a_list_with_bad_lines_says_how_many_succeeded(wanfast: Wanfast) -> None
     assert outcome.exit_code == 6 and outcome.document["failed"] == 6
     name = "Expecting property name enclosed in double quotes"
     assert f"error (line 2): not JSON: {name} at column 2\n" in outcome.err
-    assert outcome.err.endswith("--jobs: 1 succeeded, 6 of 7 failed, as reported above: fix their lines\n")
+    assert outcome.err.endswith("--jobs: 1 succeeded, 6 of 7 failed: fix the lines whose errors are printed above\n")
 
 
 def test_existing_videos_are_left_out(wanfast: Wanfast, workdir: Path) -> None:
     write_list(3)
     (workdir / "out-0001.mp4").touch()
-    refused = f"note (line 1): a run would be refused: {workdir / 'out-0001.mp4'} exists: add --overwrite"
+    refused = f"note (line 1): a run would be refused, because {workdir / 'out-0001.mp4'} exists: add --overwrite"
     planned = wanfast("generate", "--model", "tiny", *VIDEO)
     assert planned.exit_code == 0 and refused in planned.err
     assert "a run would" not in wanfast("generate", "--model", "tiny", *VIDEO, "--overwrite").err

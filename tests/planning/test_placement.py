@@ -146,19 +146,19 @@ def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.Mo
     old = Gpu("NVIDIA A100", 85_000_000_000, 85_000_000_000, "580", (8, 0), 12)
     monkeypatch.setattr(placement.gpus, "visible_gpus", lambda: [old])
     outcome = wanfast(*A14B_DRY, "--quantize", "fp8-rowwise")
-    assert outcome.exit_code == 2 and "NVIDIA A100 has no float8 products" in outcome.err
+    assert outcome.exit_code == 2 and "NVIDIA A100 cannot multiply in float8" in outcome.err
     assert wanfast(*A14B_DRY, "--quantize", "int8-dynamic", "--expert-offload", "off").exit_code == 0
 
 
 @pytest.mark.parametrize(
     ("gpus", "gigabytes", "options", "words"),
     [
-        (1, 24, [], "a rank would hold resident 82.5 GB, evicting 72.3 GB, offloaded 43.4 GB, and 24.0 GB are free"),
+        (1, 24, [], "a rank would hold resident 82.5 GB, evicting 72.3 GB, offloaded 43.4 GB, but only 24.0 GB are"),
         (1, 48, ["--expert-offload", "off"], "offloaded 43.4 GB (switched off)"),
         (8, 48, ["--num-gpus", "8", "--dit-fsdp", "off"], "(switched off)"),
         (1, 84, ["--dit-fsdp", "on"], "--dit-fsdp on: a video has one rank"),
         (1, 84, ["--t5-fsdp", "on"], "--t5-fsdp on needs several ranks"),
-        (4, 84, ["--num-gpus", "8"], "--num-gpus 8: this machine shows 4: use 4"),
+        (4, 84, ["--num-gpus", "8"], "--num-gpus 8: the number of GPUs here is 4: use --num-gpus 4"),
         (8, 84, ["--num-gpus", "8", "--ulysses", "3"], "use one of: --cfg-parallel 1 --ulysses 1, "),
         (8, 84, ["--num-gpus", "8", "--dit-fsdp", "on", "--expert-offload", "on"], "exclude each other"),
         (1, 84, ["--device", "cpu", "--expert-offload", "on"], "--expert-offload on: with --device cpu"),
@@ -180,7 +180,7 @@ def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.Mo
             1,
             84,
             GRAPHS,
-            "a rank would hold 94.8 GB, 12.3 GB of them CUDA graphs, and 84.0 GB are free: use max-autotune-no-cud",
+            "a rank would hold 94.8 GB, 12.3 GB of them CUDA graphs, but only 84.0 GB are free: use max-autotu",
         ),
         (1, 141, [*GRAPHS, "--expert-offload", "on"], "max-autotune needs weights that do not move"),
         (8, 141, [*GRAPHS, "--num-gpus", "8", "--dit-fsdp", "on"], "max-autotune needs weights that do not move"),
@@ -200,7 +200,7 @@ def test_a_host_too_small_for_the_idle_expert_is_said(wanfast: Wanfast, machine:
     machine(1, 48, host_gb=40)
     outcome = wanfast(*A14B_DRY)
     assert outcome.exit_code == 2
-    assert "offloaded 43.4 GB (needs 63.7 GB of host memory, of which 40.0 GB are free), and 48.0" in outcome.err
+    assert "offloaded 43.4 GB (needs 63.7 GB of host memory, of which 40.0 GB are free), but only 48.0" in outcome.err
     outcome = wanfast(*A14B_DRY, "--expert-offload", "on")
     assert outcome.exit_code == 2 and "--expert-offload on: needs 63.7 GB of host memory" in outcome.err
     machine(8, 48, host_gb=400)  # one rank per video: each of eight would pin both experts
@@ -333,7 +333,7 @@ def test_a_model_planned_for_the_cpu_is_said(
 ) -> None:
     machine(0, 0, host_gb)
     err = wanfast(*A14B_DRY).err
-    assert "no GPU was found, so this is planned for the CPU: --device cuda plans for GPUs" in err
+    assert "no GPU was found, so the plan is for the CPU: add --device cuda to plan for GPUs" in err
     assert ("a run would be refused: no GPU was found: use a machine with one" in err) == is_short
 
 
@@ -367,7 +367,7 @@ def test_idle_ranks_are_said(wanfast: Wanfast, machine: Machine, workdir: Path) 
     machine(0, 0, host_gb=100)
     outcome = wanfast(*TINY_DRY, "--device", "cpu", "--num-gpus", "8")
     assert outcome.document["plan"]["mesh"] == MADE | {"replica": 2, "cfg": 2, "ulysses": 2}
-    assert "4 of 8 ranks have nothing to do: videos to make: 1, 4 ranks for each" in outcome.err
+    assert "4 of 8 ranks stay idle: each video uses 4 ranks, and the number of videos is 1" in outcome.err
     (workdir / "jobs.jsonl").write_text("{}\n{}\n")
     assert "nothing to do" not in wanfast(*TINY_DRY, "--device", "cpu", "--num-gpus", "8", "--jobs", "jobs.jsonl").err
 
@@ -380,7 +380,7 @@ def test_one_placement_for_a_list(wanfast: Wanfast, machine: Machine, workdir: P
     assert outcome.exit_code == 6
     first, second, third = outcome.document["results"]
     assert first["plan"]["mesh"] == second["plan"]["mesh"] == MADE | {"cfg": 2, "ulysses": 2}
-    assert "--num-gpus is the same for the whole list" in third["error"]
+    assert "--num-gpus must be the same for the whole list" in third["error"]
 
 
 def test_a_line_that_does_not_fit_is_refused_alone(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:
@@ -391,7 +391,7 @@ def test_a_line_that_does_not_fit_is_refused_alone(wanfast: Wanfast, machine: Ma
     assert outcome.exit_code == 6
     errors = [result.get("error", "") for result in outcome.document["results"]]
     assert [bool(error) for error in errors] == [False, True, True, False]
-    assert "84.0 GB are free" in errors[1] and "--device is the same for the whole list" in errors[2]
+    assert "84.0 GB are free" in errors[1] and "--device must be the same for the whole list" in errors[2]
 
 
 def test_an_earlier_run_is_repeated_on_other_gpus_if_asked(wanfast: Wanfast, machine: Machine, workdir: Path) -> None:
@@ -402,7 +402,7 @@ def test_an_earlier_run_is_repeated_on_other_gpus_if_asked(wanfast: Wanfast, mac
     again = ("generate", "--from", "old.json", "--dry-run", "--json")
     assert wanfast(*again).document["plan"]["mesh"] == MADE | {"cfg": 2, "ulysses": 4}
     machine(1, 84)
-    assert "this machine shows 1" in wanfast(*again).err
+    assert "the number of GPUs here is 1" in wanfast(*again).err
     assert wanfast(*again, "--num-gpus", "1").document["plan"]["mesh"] == MADE
     machine(8, 84)
     spread = json.loads(json.dumps(plan))

@@ -225,7 +225,7 @@ def test_a_handle_is_refused_what_it_cannot_keep(star: Path, handle: Handle) -> 
         wanfast.open(model="tiny", prompt="a")
     with pytest.raises(ConfigError, match="a handle uses one machine"):
         wanfast.open(model="tiny", device="cpu", nnodes=2, rdzv_endpoint="a:1")
-    with pytest.raises(ConfigError, match="one video at a time: use --num-gpus 1"):
+    with pytest.raises(ConfigError, match="one video at a time: use num_gpus=1"):
         wanfast.open(model="tiny", device="cpu", num_gpus=2, cfg_parallel=1, ulysses=1)
     video = handle.make(**SMALL)
     video.save("a.mp4")

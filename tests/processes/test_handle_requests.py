@@ -212,7 +212,7 @@ def test_a_handle_that_another_thread_closed_makes_no_video(ranks: list[Ranks]) 
     thread = threading.Thread(target=handle.close)
     thread.start()
     thread.join()
-    with pytest.raises(ConfigError, match="this handle is closed: open another"):
+    with pytest.raises(ConfigError, match=r"this handle is closed: call wanfast\.open again"):
         handle.make(**VIDEO)
     handle.cancel()
     handle.close()

@@ -338,7 +338,9 @@ def test_sizes_are_compared_in_the_end(wanfast: Wanfast, workdir: Path, hub: Hub
 
 def test_downloaded_files_are_compared_with_their_hashes(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
     hub.damage[BIG] = "flip"
-    refused(wanfast("download"), 4, f"{folder_of(workdir) / BIG}: removed", "the sha256 is not the hub's")
+    refused(
+        wanfast("download"), 4, f"{folder_of(workdir) / BIG}: removed", "the sha256 is not the one that the hub reports"
+    )
     assert contents(folder_of(workdir)) == {name: data for name, data in WANTED[ORIGINAL].items() if name != BIG}
     assert not (folder_of(workdir) / "wanfast-download.json").exists()
     hub.requests.clear()
@@ -352,7 +354,7 @@ def test_a_file_that_was_there_is_compared_too_and_stays(wanfast: Wanfast, workd
     file = folder_of(workdir) / BIG
     mine = bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]
     file.write_bytes(mine)
-    refused(wanfast("download"), 4, f"{file}: the sha256 is not the hub's: remove")
+    refused(wanfast("download"), 4, f"{file}: the sha256 is not the one that the hub reports: remove")
     assert file.read_bytes() == mine
     file.unlink()
     assert wanfast("download").exit_code == 0 and contents(folder_of(workdir)) == WANTED[ORIGINAL]
@@ -404,7 +406,7 @@ def test_what_the_cache_holds_is_read_in_place(wanfast: Wanfast, workdir: Path, 
 
     blob = (snapshot / BIG).resolve()
     blob.write_bytes(b"!" + blob.read_bytes()[1:])
-    refused(wanfast("download"), 4, "the sha256 is not the hub's")
+    refused(wanfast("download"), 4, "the sha256 is not the one that the hub reports")
 
 
 def test_a_cache_that_lacks_a_file_is_not_used(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:

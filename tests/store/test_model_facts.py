@@ -98,7 +98,7 @@ def test_facts_that_no_model_has_are_refused(model: Path, name: str, value: obje
 
 def test_networks_that_do_not_fit_each_other_are_refused(model: Path) -> None:
     change(model / "wanfast.json", umt5__dim=48)
-    with pytest.raises(CorruptArtifactError, match="reads texts of 96 numbers a token, but UMT5 gives 48"):
+    with pytest.raises(CorruptArtifactError, match="reads text embeddings of size 96, but UMT5 gives 48"):
         model_files.locate(str(model), "artifacts").require()
     change(model / "wanfast.json", dit__out_channels=8)
     with pytest.raises(CorruptArtifactError, match="makes latents of 8 channels, but its VAE has 16"):

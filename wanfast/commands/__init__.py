@@ -1,1 +1,1 @@
-"""This package holds the parent halves of the commands: options -> frozen config -> run -> print. Torch-free."""
+"""This package holds what each command does in the parent: options -> frozen config -> run -> print. Torch-free."""

@@ -1,4 +1,4 @@
-"""`wanfast calibrate-magcache`: measures how residuals change over a set of clips, and stores the curve."""
+"""`wanfast calibrate-magcache`: measures the curve of MagCache over a set of clips, and stores the curve."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def calibrate_magcache(
         Path | None,
         typer.Option(
             "--set",
-            help="A folder of images, and a clips.jsonl with a prompt for each.",
+            help="A folder with images and a clips.jsonl, which gives each image its prompt.",
             show_default="the set that ships",
             rich_help_panel=MAKE,
         ),
@@ -44,15 +44,15 @@ def calibrate_magcache(
     seed: Annotated[int, typer.Option(help="Seed of the first clip; each next clip adds 1.", rich_help_panel=MAKE)] = 0,
     json_: options.Json = False,
 ) -> None:
-    """Make every clip of a set without skipping, and store the ratios that --magcache artifact uses.
+    """Make every clip of a set without skipping, measure MagCache's ratios, and store them for --magcache artifact.
 
-    The measurements of each clip are stored when it is done, so that an interrupted run continues with the next clip.
+    Each clip's measurements are stored when the clip is done, so that an interrupted run continues with the next clip.
     """
     given = {name: value for name, value in options.given(context).items() if name != "seed"}
     if given.get("steps", 2) < 2:
-        raise ConfigError(f"--steps {given['steps']}: one step has no earlier step to compare with: use 2 or more")
+        raise ConfigError(f"--steps {given['steps']}: the ratios compare each step with the step before: use 2 or more")
     if find_spec("matplotlib") is None:
-        raise ConfigError("the plot of the curve needs matplotlib: pip install matplotlib")
+        raise ConfigError("the plot of the curve needs matplotlib: run `pip install matplotlib`")
     with asked_once():
         files = model_of({**NO_VIDEO, **given})  # before the clips are read
         files.require()
@@ -68,7 +68,7 @@ def calibrate_magcache(
 
 
 def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list[Plan]:
-    """Returns the plan of a generation for each clip. Raises WanFastError."""
+    """Returns one plan for each clip, as `wanfast generate` would plan it. Raises WanFastError."""
     plans = []
     for clip in clips:
         of_clip = {**given, "image": str(clip.image), "prompt": clip.prompt, "seed": clip.seed}
@@ -80,7 +80,10 @@ def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list
 def calibrated(
     given: dict[str, Any], plans: list[Plan], clips: list[Clip], files: ModelFiles, *, show_progress: bool
 ) -> dict[str, Any]:
-    """Returns the curve of the set, measured if missing, and its comparison with the preset. Raises WanFastError."""
+    """Returns as JSON the curve of the set and how the preset differs from it; measures the curve if it is missing.
+
+    Raises WanFastError.
+    """
     config = plans[0].config
     store, inputs = ArtifactStore(Path(config.models.artifacts_dir)), curve_inputs(config, files, digest_of(clips))
     folder, made_here = store.find(KIND, inputs, verify=True), False
@@ -144,7 +147,7 @@ def _measured(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns in words where the curve is, the range of its ratios, and whether the preset differs."""
+    """Returns a text that names the curve's folder, the range of its ratios, and how much the preset differs."""
     how = "was made already" if result["was_there"] else f"{result['clips']} clips"
     ratios = [ratio for row in result["ratios"][1:] for ratio in row]
     lines = [f"{result['output']}: {how}; ratios {min(ratios):.4f} to {max(ratios):.4f}"]

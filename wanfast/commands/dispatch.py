@@ -1,4 +1,4 @@
-"""Runs the jobs of a command in its worker half: in this process if one rank suffices, else on other ranks."""
+"""Runs the jobs of a command: on one rank in this process, or on ranks that are separate processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def run_jobs(
     show_progress: bool,
     on_result: OnResult,
 ) -> list[Document]:
-    """Returns the result of every job; `on_result` gets each when it comes. All use the ranks of the first plan."""
+    """Runs the jobs on the ranks of the first plan, and returns the result of every job, in order.
+
+    `on_result(index, result)` is called as soon as a job is done.
+    """
     config = plans[0].config
     documents = [job.to_json() for job in jobs]
     folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": verb, "jobs": documents})

@@ -30,8 +30,8 @@ def doctor(
 ) -> None:
     """Report what is installed, what fits, and what to type next.
 
-    This command writes nothing, except hashes that --quantize needs, and loads no weights. The exit code is 0 whatever
-    it finds, and 2 for a wrong option.
+    This command loads no weights, and writes nothing except the hashes that --quantize needs. The exit code is 0
+    whatever the command finds, and 2 for a wrong option.
     """
     from wanfast.runtime.jobs import doctor as worker  # imports torch, which may be broken
     from wanfast.runtime.planning.next_step import example

@@ -31,7 +31,11 @@ def download(
         ),
     ] = None,
     layout: Annotated[
-        Literal["original", "diffusers"], typer.Option(help="Layout of the files of --repo.", rich_help_panel=MAKE)
+        Literal["original", "diffusers"],
+        typer.Option(
+            help="Layout of the files in --repo: as Wan-AI published them, or as Diffusers reads them.",
+            rich_help_panel=MAKE,
+        ),
     ] = "original",
     artifacts_dir: options.ArtifactsDir = "artifacts",
     dry_run: Annotated[
@@ -39,9 +43,9 @@ def download(
     ] = False,
     json_: options.Json = False,
 ) -> None:
-    """Fetch the published weights, only the files that are needed.
+    """Fetch the published weights, but only the files that wanfast reads.
 
-    At the end the size of every file is verified, and the hash of every fetched file. Run the command again after a
+    At the end the size of every file and the sha256 of every large file are verified. Run the command again after a
     failure: complete files are not fetched again.
     """
     from wanfast.runtime.store import hub as worker  # huggingface_hub begins here: 0.3 s

@@ -30,8 +30,8 @@ def generate(
     jobs: Annotated[
         Path | None,
         typer.Option(
-            help="Make many videos: each line is a JSON object of options, which override those given here. A line's "
-            "image is relative to the folder of this file.",
+            help="Make many videos: each line of this file is a JSON object of options, which override the command "
+            "line's. The path of a line's image is relative to the file's folder.",
             rich_help_panel=MAKE,
         ),
     ] = None,
@@ -58,7 +58,7 @@ def dry_result(item: Planned) -> dict[str, Any]:
 
 
 def run(planned: list[Planned], report: Report) -> list[dict[str, Any]]:
-    """Runs the items that have a plan and returns a result for every item."""
+    """Makes the videos that have a plan, and returns a result for every element of `planned`."""
     ready = [item for item in planned if item.plan is not None]
     worked: list[dict[str, Any]] = []
     if ready:

@@ -1,4 +1,4 @@
-"""Builds the command line of a config: each command gets its options from the fields of the config's parts."""
+"""Builds the command line: the options of each command are fields of the config."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ DryRun = Annotated[
 
 
 def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Adds the options of `command` to a function, which calls `given(context)` for the options that the user gave."""
+    """Returns a decorator that adds the options of `command` to a function of Typer.
+
+    The function calls `given(context)` for the options that the user gave.
+    """
     chosen = [option for option in OPTIONS.values() if command == "generate" or command in option.option.also]
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -108,7 +111,7 @@ def _number_or_auto(value: int | str) -> int | str:
 
 
 def given(context: typer.Context) -> dict[str, Any]:
-    """Returns the options that the user gave on the command line; the config adds those of the environment."""
+    """Returns the options that the user typed; the config adds the options that environment variables set."""
     return {
         name: value
         for name, value in context.params.items()
@@ -117,7 +120,7 @@ def given(context: typer.Context) -> dict[str, Any]:
 
 
 def one_line(error: Any, arguments: list[str]) -> ConfigError:
-    """Returns Typer's usage error as one that names the option and the fix, like the errors of a `--jobs` list."""
+    """Turns Typer's usage error into a ConfigError of one line, which names the option and the fix."""
     help_ = f"see `{error.ctx.command_path if error.ctx else f'wanfast {arguments[0]}'} --help`"
     kind, param = type(error).__name__, typing.cast("Any", getattr(error, "param", None))
     if kind == "NoSuchOption":

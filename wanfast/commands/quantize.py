@@ -26,7 +26,8 @@ def quantize(
     scheme: Annotated[
         Scheme,
         typer.Option(
-            help="int8-dynamic and fp8-rowwise also multiply in 8 bits; bf16 only casts the weights.",
+            help="int8-weight-only stores weights in 8 bits; int8-dynamic and fp8-rowwise also multiply in 8 bits; "
+            "bf16 only casts the weights.",
             rich_help_panel=LOSSY,
         ),
     ],
@@ -46,9 +47,10 @@ def quantize(
     recipe: Annotated[str | None, typer.Option(hidden=True, is_eager=True, callback=_refuse_recipe)] = None,
     json_: options.Json = False,
 ) -> None:
-    """Quantize the experts and store them: `generate --quantize` then reads a quarter of the published float32 bytes.
+    """Quantize the experts and store them for `generate --quantize`.
 
-    Run the command again after a failure: only the missing expert is quantized.
+    In 8 bits they have a quarter of the bytes of the published float32 weights. Run the command again after a failure:
+    only the missing expert is quantized.
     """
     from wanfast.runtime.jobs import quantize as worker  # torch begins here
 

@@ -1,4 +1,4 @@
-"""Prints the plan before a run and the summary after: tables on a terminal, one line a video elsewhere."""
+"""Prints the plan before a run and a summary after it: tables on a terminal, else one line for each video."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _WORTH_A_NOTE_S = 0.5
 
 
 class Report:
-    """Writes for a person on stdout; with `as_json` on stderr, and one JSON document as the last line of stdout.
+    """Prints plans and results on stdout; with `as_json` on stderr, and one JSON document as the last line of stdout.
 
-    `brief` means that stdout is not a terminal: neither plan nor progress is shown, only the results.
+    `brief` is true if stdout is not a terminal. Then only the results are printed, no plans and no progress.
     """
 
     def __init__(self, *, as_json: bool) -> None:
@@ -36,7 +36,7 @@ class Report:
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def plans(self, planned: list[Planned], *, always: bool) -> None:
-        """Prints the plans, the errors and the notes. Errors and notes are printed even if stdout is a pipe."""
+        """Prints the plans, the errors and the notes; without a terminal no plans, unless `always` is true."""
         for item in planned:
             if item.plan is None:
                 self.result(item, item.outcome())
@@ -48,7 +48,7 @@ class Report:
             self._warnings.print(f"note{lines}: {note}", markup=False)
 
     def result(self, item: Planned, result: dict[str, Any]) -> None:
-        """Prints one video or one failed line. `close` raises the error of a single request."""
+        """Prints one video's summary, or the error of a line of a list; `close` raises a single request's error."""
         if "skipped" in result:
             self._console.print(f"{_shown(result['output'])}: {result['skipped']}, skipped", markup=False)
         elif "error" not in result:
@@ -59,12 +59,17 @@ class Report:
 
     def no_share(self) -> None:
         """Reports that the list has fewer lines than there are machines, so that this machine gets none."""
-        self._warnings.print("note: this machine gets no line of the list")
+        self._warnings.print(
+            "note: this machine makes no video, because the list has fewer lines than there are machines"
+        )
         if self.as_json:
             print(json.dumps({"results": [], "failed": 0}))
 
     def close(self, planned: list[Planned], results: list[dict[str, Any]]) -> None:
-        """Prints the JSON document. Raises the error of a single request, or JobsFailedError if any line failed."""
+        """Prints the JSON document if `as_json`.
+
+        Raises the error of a single request, or JobsFailedError if a line of a list failed.
+        """
         many = planned[0].request.line is not None
         failed = sum("error" in result for result in results)
         if failed and not many:
@@ -74,7 +79,7 @@ class Report:
             print(json.dumps({"results": lines, "failed": failed} if many else results[0]))
         if failed:
             done, of_all = len(planned) - failed, f"{failed} of {len(planned)} failed"
-            raise JobsFailedError(f"--jobs: {done} succeeded, {of_all}, as reported above: fix their lines")
+            raise JobsFailedError(f"--jobs: {done} succeeded, {of_all}: fix the lines whose errors are printed above")
 
     def _note_compile_time(self, result: dict[str, Any], of_line: str) -> None:
         """Prints what compilation cost, if anything was compiled.
@@ -90,7 +95,7 @@ class Report:
         if cost >= _WORTH_A_NOTE_S:
             command = warmup_command(config)
             self._warnings.print(
-                f"note{of_line}: compiling took {cost:.1f} s of this run; after `{command}`, later runs start warm",
+                f"note{of_line}: compiling took {cost:.1f} s of this run; run `{command}` once to save this time later",
                 markup=False,
             )
 

@@ -1,4 +1,4 @@
-"""`wanfast warmup`: compiles once what `generate --compile` would, and stores it for every later process."""
+"""`wanfast warmup`: compiles a block as `generate --compile` does, and stores the code for every later process."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def warmup(
     context: typer.Context,
     json_: options.Json = False,
 ) -> None:
-    """Compile an expert's block for a size and a number of GPUs: `generate --compile` then starts warm.
+    """Compile an expert's block for a size and a number of GPUs, so that `generate --compile` need not compile it.
 
-    The compiled code is stored in `inductor/` of the artifacts folder: copy it to other machines of the same kind. No
-    weights are needed. On a CPU this saves little, because the C++ code is built again.
+    The compiled code is stored in `inductor/` of the artifacts folder; this folder may be copied to machines of the
+    same kind. No weights are needed. On a CPU a warmup saves little, because the C++ code is built again.
     """
     given = options.given(context)
     plan, image_size = planned(given)
@@ -43,7 +43,7 @@ def warmup(
 
 
 def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
-    """Returns the plan of a generation with these options, and the size of its image. Raises WanFastError."""
+    """Returns the plan of a generation with these options, and its image's (width, height). Raises WanFastError."""
     wanted = {**NO_VIDEO, **given, "compile": True}
     files = model_of(wanted)
     config = effective(wanted, files, image_sha256="")
@@ -51,13 +51,15 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
     image_size = images.load_image(given["image"]).size if "image" in given else parse_size(config.video.size)
     plan = dataclasses.replace(Plan.of(config, files.spec, image_size), requested=given)
     if is_cpu_for_want_of_a_gpu(plan):
-        raise ConfigError("no GPU was found: run this command where the videos are made, or add --device cpu (slow)")
+        raise ConfigError(
+            "no GPU was found: run this command on the machine that makes the videos, or add --device cpu (slow)"
+        )
     (plan,) = place([plan], must_fit=False)  # one block fits where the experts do not
     return plan, image_size
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns in words where the compiled code is, and the seconds of the first two forwards."""
+    """Returns a line that names the folder of the compiled code and the seconds of a block's first two forwards."""
     seconds = result["seconds"]
     shape = f"{result['width']}x{result['height']}, {result['frames']} frames, {result['attention']} attention"
     first, second = (f"{seconds[name]:.1f} s" for name in ("first", "second"))

@@ -1,1 +1,1 @@
-"""Measures MagCache's curves: an offline tool on top of the runtime; the runtime does not depend on it."""
+"""This package measures MagCache's curves. It uses the runtime, and the runtime never imports it."""

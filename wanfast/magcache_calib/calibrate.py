@@ -1,4 +1,4 @@
-"""The worker half of `wanfast calibrate-magcache` denoises and measures each clip."""
+"""Runs the jobs of `wanfast calibrate-magcache` on a rank: denoises each clip and measures its residuals."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def run(
     folder: Path | None = None,
     first: int = 0,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (index, measurements) of each clip as it is done."""
+    """Yields (index of the job, measurements) as soon as each clip is done."""
     yield from run_jobs(measure, jobs, sessions, share, progress)
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
-    """Returns the ratios, spread and cosine distance of every step and branch of one clip."""
+    """Denoises one clip; returns the statistics of its residuals for every step and branch, and the seconds."""
     plan, image = session.plan(job)
     steps = len(plan.schedule)
     recorder = Recorder(session.ranks, plan.geometry.tokens)

@@ -1,4 +1,4 @@
-"""Reads the calibration set: a folder of images and a `clips.jsonl` with a prompt for each image. Torch-free.
+"""Reads a calibration set: a folder with images and a `clips.jsonl`, which gives each image its prompt. Torch-free.
 
 Two small sets ship with the package: scenes of the tiny model's world, and photographs.
 """
@@ -21,7 +21,7 @@ _SHIPPED = Path(__file__).parents[1] / "assets" / "calibration"
 
 @dataclass(frozen=True)
 class Clip:
-    """Describes one video to make, with its own seed."""
+    """Describes one clip of a calibration set: image, prompt and seed."""
 
     image: Path
     image_sha256: str
@@ -35,7 +35,10 @@ def shipped_set(spec: ModelSpec) -> Path:
 
 
 def read_set(folder: Path, seed: int) -> list[Clip]:
-    """Returns the clips; their seeds count up from `seed`. Raises ConfigError if the set is missing or malformed."""
+    """Reads the clips of the set in `folder`. The first clip has `seed`, and each next clip adds 1.
+
+    Raises ConfigError if the set is missing or malformed.
+    """
     with foreign(f"--set {folder}: {LIST}", f"write one line per clip, such as {_EXAMPLE}"):
         lines = (folder / LIST).read_text(encoding="utf-8-sig").split("\n")
     clips: list[Clip] = []
@@ -63,6 +66,6 @@ def read_set(folder: Path, seed: int) -> list[Clip]:
 
 
 def digest_of(clips: list[Clip]) -> str:
-    """Returns a digest of the clips' images, prompts and seeds; it does not depend on their paths."""
+    """Returns a digest of the clips' images, prompts and seeds. The paths of the images do not count."""
     facts = [[clip.image_sha256, clip.prompt, clip.seed] for clip in clips]
     return hashlib.sha256(json.dumps(facts, ensure_ascii=False).encode()).hexdigest()[:16]

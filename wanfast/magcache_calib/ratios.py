@@ -1,4 +1,7 @@
-"""Turns the clips' measurements into a curve: means over the set, their scatter, artifact and plot. Torch-free."""
+"""Averages the measurements of all clips into a curve, stores and plots the curve, and compares it with the preset.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,12 @@ _DIGITS = 7
 
 
 def clip_file(store: ArtifactStore, inputs: dict[str, Any]) -> Path:
-    """Returns the file of one clip's measurements, from which an interrupted run resumes."""
+    """Returns the path of one clip's stored measurements, from which an interrupted run resumes."""
     return store.root / f"{KIND}_clips" / f"{key_of(inputs)[:12]}.json"
 
 
 def read_clip(store: ArtifactStore, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the stored measurements of a clip; None if they are missing, incomplete or of other inputs."""
+    """Returns the stored measurements of a clip, or None if they are missing, incomplete or made from other inputs."""
     try:
         document = read_object(clip_file(store, inputs), "it is measured again")
         same = document["inputs"] == json.loads(json.dumps(inputs))
@@ -49,11 +52,11 @@ def write_clip(store: ArtifactStore, inputs: dict[str, Any], measured: dict[str,
 
 
 def averaged(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the curve over all clips, with [prompt, negative prompt] for each step.
+    """Returns the curve over all clips: four lists, each with [prompt branch, negative branch] for every step.
 
-    ratios: mean over the clips; spread: standard deviation over a clip's tokens, averaged over the clips; scatter:
-    standard deviation of the clips' means; cosine_distance: mean over the clips. A step without guidance has only the
-    prompt branch, whose numbers stand for both branches. Without a measurement the ratio is 1.
+    `ratios` and `cosine_distance` are means over the clips. `spread` is the standard deviation over a clip's tokens,
+    averaged over the clips. `scatter` is the standard deviation of the ratio from clip to clip. A step without guidance
+    has only the prompt branch, whose numbers are used for both branches. A step without a measurement has the ratio 1.
     """
     curve: dict[str, list[list[float]]] = {"ratios": [], "spread": [], "scatter": [], "cosine_distance": []}
     for of_step in zip(*(clip["steps"] for clip in measured), strict=True):
@@ -76,10 +79,10 @@ def _mean(values: list[float], otherwise: float) -> float:
 
 
 def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelFiles) -> dict[str, Any] | None:
-    """Compares the curve with the model's preset: lists the steps that differ by more than the tokens' spread.
+    """Compares the curve with the model's preset: lists the steps whose ratios differ by more than the tokens' spread.
 
     The worst step has the largest difference / spread. The first step of each expert is excluded, because no plan uses
-    it. Returns None if the model has no preset of these steps.
+    its ratio. Returns None if the model has no preset that was measured with these steps.
     """
     known, boundary = preset(files), files.spec.boundary
     here = steps_of(config.video.solver, config.video.steps, config.video.shift, boundary)
@@ -103,7 +106,7 @@ def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelF
 
 
 def write_curve(folder: Path, curve: dict[str, Any], config: EffectiveConfig, spec: ModelSpec, num_clips: int) -> None:
-    """Writes the ratios of the artifact and their plot."""
+    """Writes the curve as JSON, and its plot, into the folder of an artifact."""
     steps = steps_of(config.video.solver, config.video.steps, config.video.shift, spec.boundary)
     timesteps = [timestep for _, timestep in steps]
     experts = [expert for expert, _ in steps]

@@ -1,9 +1,9 @@
 """Defines a step cache that skips nothing and measures how residuals change from step to step.
 
-For each step, branch and token, the ratio is |r| / |r of the step before|, with norms over the channels. Measured are
-its mean and standard deviation ("spread") over all tokens, and the mean cosine distance of the two residuals. The first
-step has no measurement. The low-noise expert's first step is compared with the high-noise expert's last step, as in the
-published curves. Source: MagCache (arXiv 2506.09045) section 3.2.
+For each step, branch and token, the ratio is |r| / |r of the step before|, with norms over the channels. For each step
+and branch this cache measures the ratio's mean and standard deviation ("spread") over all tokens, and the mean cosine
+distance of the two residuals. The first step has no measurement. The low-noise expert's first step is compared with the
+high-noise expert's last step, as in the published curves. Source: MagCache (arXiv 2506.09045) section 3.2.
 
 Shapes: L this rank's tokens, d model dim.
 """
@@ -40,7 +40,7 @@ class Recorder:
         return branch in self._branches
 
     def keep(self, step: int, branch: Branch, residual: Tensor) -> None:
-        """Measures the residual [1, L, d] against that of the step before."""
+        """Compares the residual [1, L, d] with that of the step before, and adds up the measurements of all tokens."""
         own = residual[0, : self._num_own]
         before, self._before[branch] = self._before.get(branch), own
         if before is None:
@@ -51,10 +51,10 @@ class Recorder:
         self._sums[step, branch] = torch.stack((ratio.sum(), ratio.square().sum(), distance.sum()))
 
     def measured(self, num_steps: int) -> list[dict[Branch, dict[str, float] | None]]:
-        """Returns the statistics of each step and branch over the tokens of all ranks; None without a measurement.
+        """Returns for each step and branch the ratio, spread and cosine distance over the tokens of all ranks.
 
-        All ranks must call this method together, because it gathers their sums. Raises NotFiniteError on all ranks if a
-        number is not finite, as the ratio to a residual of zero is.
+        A branch without a measurement has None. All ranks must call this method together, because it gathers their
+        sums. Raises NotFiniteError on all ranks if a number is not finite, for example because a residual is zero.
         """
         mine = {key: [*sums.tolist(), self._num_own] for key, sums in self._sums.items()}
         parts = self._ranks.gather(mine)

@@ -1,7 +1,7 @@
 """Computes full-reference and no-reference metrics of a video, in plain torch.
 
-PSNR and SSIM compare the video with a reference frame by frame and average; MS-SSIM does so at up to five resolutions.
-Flicker and motion need no reference. Flicker measures how much a still pixel varies, motion how much pixels change.
+PSNR, SSIM and MS-SSIM compare the video with a reference. SSIM is averaged over the frames; MS-SSIM combines it at up
+to five resolutions. Flicker and motion need no reference: they are mean differences of pixels from frame to frame.
 
 Shapes: F frames of H x W, videos [3, F, H, W] in [-1, 1].
 Sources: Wang et al. 2004 (SSIM: 11x11 Gaussian window, sigma 1.5, K = 0.01, 0.03); Wang et al. 2003 (MS-SSIM weights).
@@ -30,7 +30,7 @@ def ssim(video: Tensor, reference: Tensor) -> float:
 
 
 def ms_ssim(video: Tensor, reference: Tensor) -> float:
-    """Returns the multi-scale SSIM over those of the five scales where an 11-pixel window fits.
+    """Returns the multi-scale SSIM over the scales, at most five, at which an 11-pixel window fits into a frame.
 
     The weights of these scales are normalised to sum to 1.
     """
@@ -48,7 +48,7 @@ def ms_ssim(video: Tensor, reference: Tensor) -> float:
 
 
 def flicker(video: Tensor) -> float:
-    """Returns the mean absolute second difference over time, in units of 1/255, which ignores steady motion."""
+    """Returns the mean absolute second difference over time, in units of 1/255; steady changes do not count."""
     return float((_unit(video).diff(n=2, dim=1).abs().mean()) * 255) if video.shape[1] > 2 else 0.0
 
 

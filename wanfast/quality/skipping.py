@@ -1,9 +1,9 @@
 """Measures what MagCache saves and costs on the tiny model, by one command: `make tiny-magcache`.
 
-Held-out pairs go through the pipeline without skipping and with every setting. A setting is the greedy rule at one
-threshold, or the least-error plan: it skips as many forwards within the same limits, with the least accumulated error.
-Each video is compared with the unskipped video (PSNR, SSIM) and with the true clip (PSNR), and the tracker classifies
-its motion. The command writes JSON and a plot of quality over the share of skipped forwards.
+Held-out pairs of image and prompt go through the pipeline without skipping and with every setting. Each setting has two
+plans. The greedy plan skips by a threshold. The least-error plan skips as many forwards within the same limits, and has
+the least accumulated error. Each video is compared with the unskipped video (PSNR, SSIM) and with the true clip (PSNR),
+and the tracker classifies its motion. The command writes JSON and plots quality over the share of skipped forwards.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
 
 @dataclass(frozen=True)
 class Way:
-    """Holds the plan of one setting for one video."""
+    """Holds one setting, greedy or least error, and its plan for one video."""
 
     rule: MagCacheRule
     name: str
@@ -55,7 +55,7 @@ class Way:
 
 
 def ways(full: Plan, judge: Judge) -> list[Way]:
-    """Returns two ways for each setting: the greedy plan, and the least-error plan of equal cost."""
+    """Returns two ways for each setting: the greedy plan, and the least-error plan with as many skips."""
     found = []
     for rule, name in SETTINGS:
         settings = magcache_settings(name)
@@ -74,7 +74,7 @@ def ways(full: Plan, judge: Judge) -> list[Way]:
 
 @torch.inference_mode()
 def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
-    """Returns the metrics of one held-out pair: first without skipping, then for each way."""
+    """Makes the videos of one held-out pair and returns their metrics: first without skipping, then for each way."""
     scene, truth = judge.held_out(index)
     full = Plan.of(judge.config.replace(seed=index), judge.files.spec, (SIZE, SIZE))
     reference = judge.by_plan(judge.pipeline, full, scene.caption, truth[:, 0])
@@ -99,7 +99,7 @@ def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
 
 
 def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[str, Any]]:
-    """Averages the rows of all pairs: first without skipping, then for each way."""
+    """Averages the metrics over all pairs; the first row is without skipping, then comes one row for each way."""
     full = Plan.of(judge.config, judge.files.spec, (SIZE, SIZE))
     found: list[dict[str, Any]] = []
     for number, way in enumerate((None, *ways(full, judge))):
@@ -123,7 +123,7 @@ def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[st
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Plots PSNR and SSIM against the unskipped video, and prompt following, over the share of skipped forwards."""
+    """Plots PSNR and SSIM to the unskipped video, and prompt following; the x axis is the share of skipped forwards."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")

@@ -2,8 +2,8 @@
 
 Pairs of image and prompt go through the pipeline that `wanfast generate` runs. Their combinations of shape, colour and
 motion are held out of training. Each video is compared with the true clip, and the tracker classifies its motion. Runs
-with an empty prompt show that the tracker can fail. The VAE is measured on the true clips. The command writes JSON and
-a plot of the residuals' magnitude ratios.
+with an empty prompt are a control: without the prompt the motion is right only by chance. The VAE is measured on the
+true clips. The command writes JSON and a plot of the residuals' magnitude ratios.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Task:
-    """Names one held-out pair, and whether its prompt is given."""
+    """Names one held-out pair of image and prompt, and whether the model gets the prompt."""
 
     index: int
     with_prompt: bool
@@ -67,7 +67,7 @@ class Settings:
 
 
 class Judge:
-    """Loads the models once per process and measures the videos of tasks."""
+    """Loads the models once in a process; a call makes the video of a task and returns its metrics."""
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(1)
@@ -130,7 +130,7 @@ class Judge:
         return result
 
     def held_out(self, index: int) -> tuple[Scene, Tensor]:
-        """Returns the scene and its true clip [3, F, H, W], rounded to the 8 bits of an image file."""
+        """Returns a held-out scene and its true clip [3, F, H, W] in [-1, 1], rounded to 8 bits as an image file is."""
         scene = draw_scene(index, held_out=True, camera_share=0.0)
         clip = self.renderer([scene], moments_of_clip(FRAMES))[0]
         return scene, torch.round((clip + 1) / 2 * 255) / 255 * 2 - 1
@@ -189,9 +189,9 @@ def _work(asked: tuple[Callable[[Judge, T], R], T]) -> R:
 def judge_all(
     judged: Callable[[Judge, T], R], tasks: Sequence[T], settings: Settings, processes: int, *, every: int
 ) -> list[R]:
-    """Returns `judged(judge, task)` of each task, in order, from processes with one judge each.
+    """Returns `judged(judge, task)` for each task, in order; several processes compute, each with a judge.
 
-    Progress is printed after each `every` tasks.
+    Progress is printed each time `every` more tasks are done.
     """
     started, results = time.perf_counter(), []
     with multiprocessing.get_context("spawn").Pool(processes, _start, (settings,)) as pool:
@@ -203,14 +203,14 @@ def judge_all(
 
 
 def share_right(asked: list[str], shown: list[str | None]) -> dict[str, Any]:
-    """Returns prompt following: how many videos show the requested motion, of how many, with the 95 % interval."""
+    """Returns how many of all videos show the requested motion, as number and share, with the 95 % interval."""
     right = sum(a == s for a, s in zip(asked, shown, strict=True))
     low, high = wilson(right, len(asked))
     return {"right": right, "of": len(asked), "share": right / len(asked), "95%": [round(low, 3), round(high, 3)]}
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Returns the confidence interval of a share, 95 % at the default z (Wilson 1927)."""
+    """Returns the confidence interval (low, high) of successes / trials (Wilson 1927); the default z gives 95 %."""
     share = successes / trials
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
@@ -263,7 +263,7 @@ def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float)
 
 
 def plot(summary: dict[str, Any], boundary: float, file: Path) -> None:
-    """Plots the ratios of both experts over the steps."""
+    """Plots the residuals' magnitude ratio over the steps, with one line for each expert."""
     import matplotlib
 
     matplotlib.use("Agg")

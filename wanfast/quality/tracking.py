@@ -25,7 +25,7 @@ _MAX_TURN = math.radians(25)  # between frames
 
 @dataclass(frozen=True)
 class Verdict:
-    """Holds the nearest motion (None if the shape was lost) and the error to each motion's path."""
+    """Holds the motion with the nearest path (None if the shape was lost), and the error to each motion's path."""
 
     motion: str | None
     errors: dict[str, float]
@@ -45,9 +45,9 @@ def classify(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Ver
 
 
 def track(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Path | None:
-    """Returns [F, 4], or None if the shape was lost.
+    """Returns the path [F, 4] of the shape that has this colour, or None if the shape was lost.
 
-    The columns are x, y (in frame heights), log growth and rotation (radians), all since frame 0.
+    The columns are x, y (in frame heights), log growth and rotation (radians), all relative to frame 0.
     """
     rows = []
     turned, profile_before = 0.0, None
@@ -70,7 +70,10 @@ def track(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Path |
 
 
 def soft_mask(frame: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> npt.NDArray[np.float64]:
-    """Returns [H, W] in 0..1: membership of each pixel, by its distance to the line from lit to shaded colour."""
+    """Returns [H, W] in 0..1: how much each pixel belongs to the shape.
+
+    This depends on how far the pixel's colour is from the line between the shape's lit and shaded colours.
+    """
     lit = np.array(colour, dtype=np.float64)
     shaded = lit * _SHADE
     axis = shaded - lit

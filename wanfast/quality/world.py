@@ -1,8 +1,8 @@
 """Draws the procedural world that the tiny model learns: textured shapes that move as their caption says.
 
 A scene is drawn from a seed: one subject that the caption names, up to two bystanders, a patterned background, and
-either a motion of the subject or one of the camera. Rendering is batched on the device. An object is a mask from an
-atlas, sampled through the inverse of its motion. So any frame and any window can be rendered without the others.
+either a motion of the subject or one of the camera. Rendering is batched on the device. A shape is a mask from an
+atlas, sampled through the inverse of its motion, so that any frame and any window can be rendered without the others.
 
 Shapes: B clips, F frames, H x W pixels; S shapes in the atlas.
 A tenth of all (shape, colour, motion) combinations is held out. A held-out clip shows a motion that training never
@@ -96,7 +96,7 @@ def is_held_out(shape: str, colour: str, motion: str) -> bool:
 
 
 def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15) -> Scene:
-    """Returns the scene of a seed, from the held-out or the training side of the split."""
+    """Returns the scene of a seed; `held_out` selects the held-out combinations or those of training."""
     rng = random.Random(f"{seed}/{held_out}")
     while True:
         shape, colour, motion = rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(list(MOTIONS))
@@ -146,7 +146,7 @@ def _caption(rng: random.Random, scene: Scene) -> str:
 
 
 class Renderer:
-    """Draws scenes on a device."""
+    """Renders the clips of scenes on a device."""
 
     def __init__(self, device: str) -> None:
         self.device = device

@@ -1,1 +1,1 @@
-"""Everything below the command line: facts, geometry, models, sampling, the pipeline."""
+"""This package holds everything below the command line: facts, geometry, models, sampling, the pipeline."""

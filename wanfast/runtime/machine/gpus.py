@@ -1,4 +1,4 @@
-"""Lists the GPUs that this process may use, with NVIDIA's management library: names, memory, links. Torch-free."""
+"""Lists the GPUs that this process may use, through NVIDIA's library NVML: names, memory, NVLinks. Torch-free."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Gpu:
 
 @remembered
 def visible_gpus() -> list[Gpu]:
-    """Returns the GPUs, in the order of CUDA_VISIBLE_DEVICES if that is set; returns none if there is no driver."""
+    """Returns the GPUs, in the order of CUDA_VISIBLE_DEVICES if it is set; an empty list if there is no driver."""
     import pynvml
 
     try:
@@ -37,7 +37,7 @@ def visible_gpus() -> list[Gpu]:
 
 
 def device_ids() -> list[str]:
-    """Returns for each of `visible_gpus` the name that CUDA_VISIBLE_DEVICES may hold."""
+    """Returns each GPU of `visible_gpus` as an entry of CUDA_VISIBLE_DEVICES: an index or a UUID."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [item.strip() for item in named.split(",") if item.strip()]
     return [str(index) for index in range(len(visible_gpus()))]
@@ -46,8 +46,9 @@ def device_ids() -> list[str]:
 def set_environment() -> None:
     """Makes CUDA number the GPUs as the driver does, and torch's allocator use expandable segments.
 
-    This applies to this process before its first use of a GPU, and to its children. Without expandable segments, 7 GB
-    of fragments from the loop were lost to the VAE (one H100, 1168x768x81). A user's own allocator setting stays.
+    Call this function before this process first uses a GPU; its children get the settings too. Without expandable
+    segments, the denoising loop left 7 GB in fragments that the VAE could not use (one H100, 1168x768, 81 frames). An
+    allocator setting of the user is not changed.
     """
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of this setting

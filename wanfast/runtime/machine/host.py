@@ -1,8 +1,9 @@
 """Reports the memory and the cores that this process may use: the host's, or fewer if a control group limits them.
 
 A container has such limits. The host's own figures do not show them, and a process beyond its memory limit is killed
-without a word. Both versions of Linux's control groups are read (kernel documentation, admin-guide/cgroup-v2.rst and
-admin-guide/cgroup-v1/memory.rst). A group's limit also holds for the groups inside it, so that the smallest counts.
+without a message. Both versions of Linux's control groups are read (kernel documentation, admin-guide/cgroup-v2.rst and
+admin-guide/cgroup-v1/memory.rst). A group's limit also holds for the groups inside it, so that the smallest limit
+counts.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class HostMemory:
 
 @remembered
 def memory() -> HostMemory:
-    """Returns the host's memory, or the memory that the tightest control group leaves."""
+    """Returns the host's memory, or less if a control group has a limit; the smallest limit counts."""
     import psutil
 
     host = psutil.virtual_memory()
@@ -51,7 +52,7 @@ def available_host_bytes() -> int:
 
 
 def cores() -> int:
-    """Returns the cores that this process may use: those of its affinity, or fewer if a control group has a quota."""
+    """Returns how many cores this process may use: those of its affinity, or fewer if a control group has a quota."""
     quotas = [quota for group in _groups("cpu") if (quota := _quota_of(group)) is not None]
     return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
 

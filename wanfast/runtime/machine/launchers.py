@@ -1,4 +1,4 @@
-"""Notices that another launcher, such as torchrun, started this process once for each rank."""
+"""Detects that another launcher, such as torchrun, started this program several times, once for each rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _LAUNCHERS = (
 def refuse_launchers(what: str, instead: str, num_gpus: str) -> None:
     """Raises ConfigError if this process is one of several that another launcher started; each would do all the work.
 
-    `what` was started; `instead` says what to do without the launcher; `num_gpus` is the option for as many ranks.
+    The message says that `what` was started, to do `instead` without the launcher, and which option (`num_gpus`) sets
+    the number of ranks.
     """
     for launcher, size, rank in _LAUNCHERS:
         count = os.environ.get(size, "1")

@@ -1,9 +1,9 @@
-"""Lets a list of videos ask each question once: which GPUs there are, where a model lies, how its tokenizer splits.
+"""Caches results while a list of videos is planned: which GPUs there are, where a model lies, its tokenizer.
 
     with asked_once():
-        ...                   # a `remembered` function answers from memory if its arguments were given before
+        ...                   # a `remembered` function is computed once for the same arguments
 
-Outside of such a block every question is asked again, because the answer may have changed.
+Outside of such a block every call is computed again, because the result may have changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _answers: ContextVar[dict[Hashable, Any] | None] = ContextVar("answers", default
 
 @contextmanager
 def asked_once() -> Iterator[None]:
-    """Keeps the answers of `remembered` functions until the block ends."""
+    """Caches the results of `remembered` functions until the block ends."""
     token = _answers.set({})
     try:
         yield
@@ -31,7 +31,7 @@ def asked_once() -> Iterator[None]:
 
 
 def remembered(function: Callable[P, T]) -> Callable[P, T]:
-    """Makes a function remember its answers within `asked_once`; errors are not remembered."""
+    """Makes a function cache its results within a block of `asked_once`; errors are not cached."""
 
     @functools.wraps(function)
     def ask(*args: P.args, **named: P.kwargs) -> T:

@@ -36,7 +36,7 @@ _OPTIONAL = (
 def require_attention(kernel: str, device: str) -> None:
     """Raises ConfigError if the kernel's package is not installed, or if the kernel needs a GPU and `device` is a CPU.
 
-    Only a run on the GPU shows whether the kernel works.
+    The kernel is not run, so this function does not show whether the kernel works on the GPU.
     """
     if device == "cpu" and kernel not in ("auto", *ATTENTION_ON_CPU):
         raise ConfigError(f"--attention {kernel} needs a GPU: use --attention auto, or --device cuda")
@@ -65,9 +65,10 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str | None:
-    """Returns the commit that runs: WANFAST_COMMIT, or the commit of the checkout that holds this package.
+    """Returns the git commit of this code: the variable WANFAST_COMMIT, or the checkout that holds this package.
 
-    `-dirty` follows the commit if tracked files differ, except results of benchmarks. None outside of a checkout.
+    `-dirty` is appended if tracked files have changes, except results of benchmarks. Returns None outside of a
+    checkout.
     """
     if named := os.environ.get("WANFAST_COMMIT"):
         return named

@@ -1,4 +1,4 @@
-"""Makes a process of a run end with its parent, and immediately on a signal."""
+"""Makes a child process of a run end when its parent ends, and immediately on a signal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 def end_with_parent() -> None:
-    """Makes this process end with its parent, and immediately on SIGINT or SIGTERM, even if it hangs."""
+    """Makes this process end when its parent ends, and immediately on SIGINT or SIGTERM, even while it hangs."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)

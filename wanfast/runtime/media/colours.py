@@ -1,9 +1,10 @@
-"""Converts a decoded image to 8-bit sRGB without transparency, and says each step in notes for the plan.
+"""Converts a decoded image to 8-bit sRGB without transparency, and describes each step in a note for the plan.
 
-An embedded ICC profile is applied. Without a profile, colours are taken as sRGB. A profile that is damaged, or that
-describes other pixels than the file has, is ignored with a note. A PNG's gamma and a HEIC's numbered primaries are not
-applied; a note names them. Pillow shows neither a PNG's cICP chunk nor an AVIF's numbered primaries, so that these have
-no note. 16 bits a channel become 8: Pillow keeps the upper byte of colours, and grey is scaled here.
+An embedded ICC profile is applied. Without a profile, colours are taken as sRGB. A damaged profile is ignored with a
+note, and so is a profile for another colour space than that of the file's pixels. A PNG's gamma and the primaries that
+a HEIC names by number are not applied, and a note says so. A PNG's cICP chunk and an AVIF's primaries are not applied
+either, but without a note, because Pillow does not report them. 16 bits a channel become 8: Pillow keeps the upper byte
+of colour channels, and this module scales grey.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ _PNG_GAMMA, _H273_PRIMARIES = 1 / 2.2, 1  # sRGB's, as a PNG and as a HEIC state
 
 
 def to_rgb(image: Image, subject: str) -> tuple[Image, list[str]]:
-    """Returns a decoded image as 8-bit sRGB, blended with white where it is transparent, and notes on the steps.
+    """Returns a decoded image as 8-bit sRGB, with transparent pixels blended with white, and notes on the steps.
 
-    Raises ConfigError, which begins with `subject`.
+    Raises ConfigError, whose message begins with `subject`.
     """
     notes, described = [], dict(image.info)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image, note = _deep_grey_to_8_bit(image, subject)
         notes.append(note)
     has_alpha = image.has_transparency_data
-    with foreign(f"{subject}: its pixels cannot be converted to RGB", "save it as PNG"):
+    with foreign(f"{subject}: its pixels cannot be converted to RGB", "save the image as PNG"):
         rgba = image.convert("RGBA" if has_alpha else "RGB")
         rgb = rgba.convert("RGB")
     rgb, colour_notes = _to_srgb(image, rgb, described)
@@ -65,14 +66,16 @@ def _by_profile(image: Image, rgb: Image, data: bytes) -> tuple[Image, str]:
     """Converts colours by an ICC profile, and returns them with the profile's name. Raises ConfigError."""
     from PIL import ImageCms
 
-    with foreign("its colour profile", "it is ignored"):
+    with foreign("the image's colour profile", "the profile is ignored"):
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
         described = profile.profile.xcolor_space, profile.profile.profile_description or ""
     space, name = map(_shown, described)
     source = _described_by(space, image, rgb)
     if source is None:
-        raise ConfigError(f"its colour profile describes {space} pixels, and it has {image.mode}: it is ignored")
-    with foreign("its colour profile", "it is ignored"):
+        raise ConfigError(
+            f"the image's colour profile is for {space} pixels, not for {image.mode}: the profile is ignored"
+        )
+    with foreign("the image's colour profile", "the profile is ignored"):
         srgb, intent = ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC
         black = ImageCms.Flags.BLACKPOINTCOMPENSATION
         transform = ImageCms.buildTransform(profile, srgb, source.mode, "RGB", intent, black)
@@ -99,10 +102,12 @@ def _unapplied(described: dict[Any, Any]) -> list[str]:
     """Returns a note if an image without a profile names colours other than sRGB in another way."""
     gamma = described.get("gamma", _PNG_GAMMA)
     if "srgb" not in described and abs(gamma - _PNG_GAMMA) > 0.01:
-        return [f"its gamma of {gamma:g} is not applied: colours are taken as sRGB"]
+        return [f"the image's gamma of {gamma:g} is not applied: colours are taken as sRGB"]
     primaries = (described.get("nclx_profile") or {}).get("color_primaries", _H273_PRIMARIES)
     if primaries not in (_H273_PRIMARIES, 2):  # 2: not known
-        return [f"its colour primaries (number {primaries} of H.273) are not applied: colours are taken as sRGB"]
+        return [
+            f"the image's colour primaries (number {primaries} of H.273) are not applied: colours are taken as sRGB"
+        ]
     return []
 
 
@@ -117,7 +122,7 @@ def _deep_grey_to_8_bit(image: Image, subject: str) -> tuple[Image, str]:
     values = np.asarray(image, dtype=np.float32)
     low, high = float(values.min()), float(values.max())
     if not np.isfinite(high - low):
-        raise ConfigError(f"{subject}: has values that are not finite: save it as PNG")
+        raise ConfigError(f"{subject}: has values that are not finite: save the image as PNG")
     black, white = (0.0, 1.0) if image.mode == "F" else (0.0, 65535.0)
     if low < black or high > white:
         black, white = low, max(high, low + 1)

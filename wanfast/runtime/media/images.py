@@ -1,7 +1,7 @@
 """Reads and checks the image that a clip starts from.
 
-The parent process reads and validates; the worker computes. `load_image` runs before any GPU is used and never imports
-torch, so that a bad file costs one second and one line. Nothing is cropped or resized here (`pixels` does that).
+The parent calls `load_image` before any GPU is used and without torch, so that a bad file is refused within a second,
+by one line. Nothing is cropped or resized here (`engine.pixels` does that).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _UPRIGHT = {  # EXIF orientation -> the turn that undoes it
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedImage:
-    """This class holds an image as the model sees it, before it is resized."""
+    """This class holds a decoded image, upright and in 8-bit RGB, before it is resized for the model."""
 
     pixels: Image
     """8-bit RGB, upright."""
@@ -77,9 +77,9 @@ def _decoded(data: bytes, subject: str) -> tuple[Image, list[str]]:
         opened.load()
     image: Image.Image = opened
     if num_frames > 1:
-        notes.append(f"the first of {num_frames} frames is used")
+        notes.append(f"the image file has {num_frames} frames: only the first is used")
     if orientation is None:
-        notes.append("the image's EXIF data is damaged: it may not be upright")
+        notes.append("the image's EXIF data is damaged: the image may not be upright")
     if orientation in _UPRIGHT:
         notes.append(f"the image was turned upright (EXIF orientation {orientation})")
         if _orientation(opened) == orientation:
@@ -107,7 +107,7 @@ def _opened(data: bytes, subject: str) -> ImageFile:
             raise
         if not reads_heic and data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
             raise ConfigError(
-                f"{subject}: is a HEIC image; `pip install 'wanfast[heic]'`, or save it as JPEG"
+                f"{subject}: is a HEIC image; run `pip install 'wanfast[heic]'`, or save it as JPEG"
             ) from error
         raise ConfigError(f"{subject}: is not an image that Pillow can read; convert it to PNG or JPEG") from error
 
@@ -144,7 +144,9 @@ def _read_bytes(path: str, subject: str) -> bytes:
         if not file.is_file():
             raise ConfigError(f"{subject}: is a pipe or a device; name an image file")
         if (size := file.stat().st_size) > MAX_FILE_BYTES:
-            raise ConfigError(f"{subject}: has {size / 1e9:.1f} GB, which no image needs; name an image file")
+            raise ConfigError(
+                f"{subject}: has {size / 1e9:.1f} GB, which is too large for an image; name an image file"
+            )
         data = file.read_bytes()
     except OSError as error:
         raise ConfigError(f"{subject}: cannot be read ({error.strerror}); check its permissions") from error
@@ -158,12 +160,12 @@ def _check_size(width: int, height: int, subject: str) -> None:
     if short < MIN_SIDE:
         raise ConfigError(f"{subject}: has {width}x{height} pixels; use an image of at least {MIN_SIDE}x{MIN_SIDE}")
     if long > MAX_ASPECT * short:
-        raise ConfigError(f"{subject}: {width}x{height} is longer than {MAX_ASPECT}:1; crop it")
+        raise ConfigError(f"{subject}: {width}x{height} has an aspect ratio above {MAX_ASPECT}:1; crop the image")
     if width * height > MAX_MEGAPIXELS * 1_000_000:
         raise _too_large(subject, f"{width}x{height}")
 
 
 def _too_large(subject: str, pixels: str) -> ConfigError:
     return ConfigError(
-        f"{subject}: has {pixels} pixels; at most {MAX_MEGAPIXELS} megapixels are read; scale it down (4 are enough)"
+        f"{subject}: has {pixels} pixels; scale the image to at most {MAX_MEGAPIXELS} megapixels (4 are enough)"
     )

@@ -1,9 +1,9 @@
 """Turns a prompt into token ids, as UMT5 was trained to read them: clean the text, split it, end it with </s>.
 
 `tokenizer.json` holds the whole tokenizer. The small `tokenizers` library reads this file in a tenth of a second,
-without torch or transformers. Ids are not padded, because UMT5 gives the same vectors with or without padding.
-Cleaning is part of the model: it rewrites full-width punctuation, so that skipping it changes the ids of the default
-negative prompt.
+without torch or transformers. Ids are not padded, because UMT5 gives the same vectors with or without padding. Cleaning
+is part of the model: it rewrites full-width punctuation. Without cleaning, the default negative prompt would get other
+ids.
 
 Limit: a prompt longer than `max_tokens` loses its end (never its </s>); `TokenizedPrompt.truncated` reports this.
 Torch-free. Heavy imports wait until they are needed, because the parent process imports this module.
@@ -41,14 +41,14 @@ class TokenizedPrompt:
 
 
 class PromptTokenizer:
-    """This class tokenizes by one `tokenizer.json` and truncates to `max_tokens` ids, </s> included."""
+    """This class tokenizes with one `tokenizer.json` and truncates to `max_tokens` ids, </s> included."""
 
     def __init__(self, tokenizer_json: Path, max_tokens: int) -> None:
         self._file, self._max_tokens = tokenizer_json, max_tokens
         self._tokenizer = _load(tokenizer_json)
 
     def encode(self, text: str) -> TokenizedPrompt:
-        """Cleans and tokenizes `text`; a special token spelled out in it becomes its id, as in the reference."""
+        """Cleans and tokenizes `text`; a special token that the text spells gets its own id, as in the reference."""
         cleaned = clean_prompt(text)
         with foreign(str(self._file), _AGAIN, CorruptArtifactError):
             *ids, end = self._tokenizer.encode(cleaned).ids
@@ -76,5 +76,7 @@ def _load(tokenizer_json: Path) -> Tokenizer:
         tokenizer.no_truncation()
         ends, end = tokenizer.encode("").ids[-1:], tokenizer.token_to_id(END_TOKEN)
     if ends != [end]:
-        raise CorruptArtifactError(f"{tokenizer_json} does not end a text with {END_TOKEN}: copy UMT5's file")
+        raise CorruptArtifactError(
+            f"{tokenizer_json} does not append {END_TOKEN} to a text: copy UMT5's tokenizer.json"
+        )
     return tokenizer

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def check_outputs(path: str, *beside: Path, overwrite: bool, needed_bytes: int, option: str = "--output") -> None:
-    """Checks before any work is done that an mp4 of `needed_bytes` can be written to `path`, and the files `beside` it.
+    """Checks that an mp4 of `needed_bytes` can be written to `path`, and the files `beside` it, before any work.
 
     Raises ConfigError, one line with `option`, the path and the fix.
     """
@@ -34,9 +34,7 @@ def check_outputs(path: str, *beside: Path, overwrite: bool, needed_bytes: int, 
     folder = target.parent
     try:
         if not folder.exists():
-            raise ConfigError(
-                f"{subject}: its folder does not exist; make it with `mkdir -p {shlex.quote(str(folder))}`"
-            )
+            raise ConfigError(f"{subject}: its folder does not exist; run `mkdir -p {shlex.quote(str(folder))}`")
         _check_file(target, f"{subject}:", overwrite=overwrite)
         for other in beside:
             _check_file(other, f"{subject}: {other.name}, written beside the video,", overwrite=overwrite)
@@ -62,17 +60,20 @@ def _check_file(target: Path, subject: str, *, overwrite: bool) -> None:
 
 
 class Mp4Writer:
-    """Encodes frames [F, H, W, 3], with even H and W, in a thread of its own while others are made.
+    """Encodes frames [F, H, W, 3], with even H and W, in a separate thread while the next frames are made.
 
-    The video is H.264: CRF 10, yuv420p. Its index comes first, so that it plays while it loads. The same frames give
-    the same bytes, added at once or a few at a time, because of two settings. The thread count is fixed, because it
-    changes the stream. `cpu-independent` turns off x264's assembly for macroblock-tree, which reads uninitialized
-    memory. (AVX-512 machine, PyAV 18.1: the bytes differed for every MALLOC_PERTURB_, and from run to run in one
-    process.) The pixels are BT.709 in limited range at every size. Stream and container say so, because players guess.
-    PyAV is used itself, because imageio's plugin drops encoder options (asked for CRF 10, the stream said 23).
-    The caller publishes the file completely or not at all.
+    The video is H.264: CRF 10, yuv420p. The file's index comes first, so that players can start before they have the
+    whole file. The pixels are BT.709 in limited range at every size. Stream and container say so, because players would
+    guess otherwise.
 
-    `add` and the end of the `with` block raise OSError; frames that were added must not change before the end.
+    The same frames give the same bytes, added at once or a few at a time, because of two settings. The number of
+    threads is fixed, because it changes the stream. `cpu-independent` turns off x264's assembly for macroblock-tree,
+    which reads uninitialized memory. (AVX-512 machine, PyAV 18.1: without this setting the bytes differed for every
+    MALLOC_PERTURB_, and from run to run in one process.)
+
+    PyAV is called directly, because imageio's plugin drops encoder options (asked for CRF 10, the stream said 23). The
+    caller publishes the file completely or not at all. `add` and the end of the `with` block raise OSError. Frames that
+    were added must not change before the block ends.
     """
 
     def __init__(self, path: Path, fps: int) -> None:
@@ -99,7 +100,7 @@ class Mp4Writer:
                     self._container.close()
 
     def add(self, frames: npt.NDArray[np.uint8]) -> None:
-        """Takes the next frames and returns at once; raises the error of frames before them."""
+        """Queues the next frames for encoding and returns at once. Raises OSError if earlier frames failed."""
         self._encoding.append(self._thread.submit(self._encode, frames))
         self._raise_failures(future for future in self._encoding if future.done())
 
@@ -143,9 +144,9 @@ class Mp4Writer:
 
 
 def write_contact_sheet(frames: npt.NDArray[np.uint8], path: Path, columns: int = 4, count: int = 8) -> None:
-    """Writes a PNG of `count` evenly spaced frames of [F, H, W, 3], row by row, with the first and the last frame.
+    """Writes a PNG with `count` evenly spaced frames of [F, H, W, 3], row by row, from the first to the last frame.
 
-    If the clip has fewer frames, all are shown. Raises OSError if the disk cannot be written.
+    If the clip has fewer frames, all are shown. Raises OSError if the file cannot be written.
     """
     import numpy as np
     from PIL import Image

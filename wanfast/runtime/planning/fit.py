@@ -1,7 +1,7 @@
-"""Computes whether a model fits here, for each number of GPUs and each placement of its experts. Torch-free.
+"""Computes whether a model fits on this machine, for each number of GPUs and each placement of its experts. Torch-free.
 
-The sums of bytes are those of `placement`, which also decides a run by them. If there is no GPU, the sums are compared
-with the cards that one can rent.
+The sums of bytes come from `placement`, which also uses them to place a run. If there is no GPU, the sums are compared
+with common cards that one can rent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """This class holds one way to place the experts on a number of GPUs, with its sums."""
+    """This class holds one way to place the experts on a number of GPUs, and the bytes that this way needs."""
 
     num_gpus: int
     mesh: Mesh
@@ -58,7 +58,7 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """This class holds all ways, sorted by the number of GPUs and then by preference."""
+    """This class holds all ways to place a model's experts, sorted by the number of GPUs and then by preference."""
 
     spec: ModelSpec
     geometry: Geometry
@@ -73,7 +73,7 @@ class Fit:
         return f"{self.geometry.width}x{self.geometry.height}"
 
     def best(self) -> Way | None:
-        """Returns the preferred way among those that fit with the most GPUs here, or None if no way fits."""
+        """Returns the way that fits here with the most GPUs, the preferred one of several; None if no way fits."""
         fitting = [way for way in self.ways if way.fits.get(HERE)]
         return max(fitting, key=lambda way: way.num_gpus, default=None)
 
@@ -99,10 +99,10 @@ class Fit:
 
 
 def fit(given: Options, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
-    """Computes all ways for the free memory of the GPUs in `found` and of the host.
+    """Computes all ways to place a model's experts, and compares them with the free memory of `found` and of the host.
 
-    If `found` is empty, the ways are compared with the cards that one can rent. The image is assumed to have the shape
-    that gives the most tokens at --size. Raises ConfigError.
+    If the list of GPUs `found` is empty, the ways are compared with common cards that one can rent. The image is
+    assumed to have the shape that gives the most tokens at --size. Raises ConfigError.
     """
     config = EffectiveConfig.of({**NO_VIDEO, **given}, spec)
     precision, scheme, size = config.models.precision, config.models.quantize, parse_size(config.video.size)

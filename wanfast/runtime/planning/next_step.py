@@ -1,4 +1,4 @@
-"""Finds the command to type next, which removes the first obstacle between this machine and a video. Torch-free.
+"""Finds the command to type next: it removes the first obstacle to a video on this machine. Torch-free.
 
 The command's image and prompt ship with the package, so that the command runs unchanged.
 """
@@ -37,7 +37,7 @@ class NextStep:
 
 
 def example(model: str) -> tuple[str, str]:
-    """Returns an image and a prompt that suit a model."""
+    """Returns the path of a shipped image and a prompt that suit a model."""
     image, prompt = _EXAMPLE_OF.get(model, _OTHER_EXAMPLE)
     path, here = _EXAMPLES / image, Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path), prompt
@@ -55,7 +55,8 @@ def next_step(
     """Returns the command to type next and its reason.
 
     `no_torch` and `no_weights` say what is wrong with torch and the weights, or are None. `layout` is the layout of the
-    weights that are present. `quantize_step` makes the experts that --quantize needs, if one is missing.
+    weights that are present. `quantize_step` is the command that stores the quantized experts, or None if none is
+    missing.
     """
     if not fitted.found and not fitted.spec.needs_gpu:
         return NextStep(_tiny(device="cpu"), "nothing is missing: this model runs on a CPU")
@@ -79,7 +80,7 @@ def next_step(
 
 
 def warmup_command(config: EffectiveConfig) -> str:
-    """Returns the `wanfast warmup` command for a generation's ranks, with every choice fixed as in the generation."""
+    """Returns the `wanfast warmup` command that compiles for a rank group of a generation, with the same options."""
     ranks = config.ranks.mesh.group_size
     chosen = config.options() | {"num_gpus": ranks}
     if ranks == 1:

@@ -1,4 +1,4 @@
-"""Predicts how long a plan takes from similar earlier runs here: seconds a forward, times the forwards. Torch-free."""
+"""Predicts the seconds of a plan: seconds a forward in a similar earlier run, times the plan's forwards. Torch-free."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST = 500  # videos that the index keeps
 
 
 def record(artifacts_dir: str, results: list[dict[str, Any]]) -> None:
-    """Adds finished videos to the index, which later runs predict by. An index that cannot be written gets a note."""
+    """Adds finished videos to the index of past runs. Prints a note if the index cannot be written."""
     done = [result for result in results if "error" not in result]
     entries = [_entry(result) for result in done if result["seconds"]["denoise"] > result["first_step_s"]]
     with noting():
@@ -45,7 +45,7 @@ def _append(index: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def predicted_seconds(plan: Plan) -> float | None:
-    """Returns the seconds of denoising, by the newest similar run in the artifacts folder, or None without one."""
+    """Predicts the seconds of denoising by the newest similar run in the artifacts folder; None without such a run."""
     wanted = plan.to_json()
     found = gpus.visible_gpus() if plan.config.ranks.device == "cuda" else []
     for entry in reversed(_entries(Path(plan.config.models.artifacts_dir) / _INDEX)):
@@ -81,9 +81,9 @@ def _read(index: Path, mtime_ns: int, size: int) -> Sequence[dict[str, Any]]:
 
 
 def forwards_in_turn(plan: dict[str, Any]) -> list[int]:
-    """Returns the forwards of each step that run one after the other.
+    """Reads a plan's JSON and returns how many forwards of each step run one after the other.
 
-    With cfg parallelism the two branches of guidance run at the same time on different ranks.
+    With cfg parallelism, the two branches of guidance run at the same time on different ranks.
     """
     guided = guided_steps(plan)
     skips = _skips(plan["magcache"]) if plan.get("magcache") else [(False, False)] * len(guided)

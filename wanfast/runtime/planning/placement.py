@@ -46,7 +46,7 @@ class Need:
 
 @dataclass(frozen=True)
 class FreeMemory:
-    """The memory that a run may use, measured before it starts."""
+    """This class holds the free memory that a run may use, measured before the run starts."""
 
     rank_bytes: int
     what: str  # the description of rank_bytes
@@ -60,10 +60,10 @@ def place(
     *,
     must_fit: bool = True,
 ) -> list[Plan]:
-    """Returns the plans with their ranks and memory decided, one placement for all. Raises ConfigError.
+    """Decides the mesh and where the weights lie, the same for all plans, and returns the plans with both decisions.
 
-    `free_memory` is measured here if it is not given; give it if ranks already hold models. On a CPU, a plan that does
-    not fit into host memory is an error; without `must_fit` it only gets a note.
+    `free_memory` is measured here if it is not given; give it if ranks already hold models. Raises ConfigError if the
+    plans do not fit or the options cannot be met. If `must_fit` is false, plans that do not fit on a CPU get a note.
     """
     asked = plans[0].config.ranks
     mesh = mesh or choose_mesh(
@@ -103,13 +103,13 @@ def place(
 
 
 def check_skips(plan: Plan) -> None:
-    """Raises ConfigError if MagCache cannot skip as asked on the ranks of a placed plan."""
+    """Raises ConfigError if MagCache cannot skip as requested on the ranks that `place` gave to a plan."""
     ranks, skipping = plan.config.ranks, plan.config.skipping
     apart = skipping is not None and skipping.magcache_joint == "off"
     if apart and ranks.dit_fsdp == "on" and ranks.cfg_parallel == 2:
         raise ConfigError(
             "--magcache-joint off with sharded experts and --cfg-parallel 2: all ranks gather weights together, so "
-            "both branches must skip the same forwards: drop --magcache-joint, or use --dit-fsdp off or "
+            "both branches must skip the same forwards: drop --magcache-joint off, or use --dit-fsdp off or "
             "--cfg-parallel 1"
         )
     plan.magcache_json()  # raises if a budget cannot be met
@@ -118,7 +118,7 @@ def check_skips(plan: Plan) -> None:
 def needed(spec: ModelSpec, models: ModelsConfig, geometry: Geometry, mesh: Mesh, num_residuals: int = 0) -> Need:
     """Returns the bytes that one video needs on one rank of `mesh`.
 
-    `num_residuals`: how many of MagCache's residuals the rank keeps between steps.
+    `num_residuals`: how many of MagCache's residuals the rank holds from step to step.
     """
     own_tokens, precision, scheme = -(-geometry.tokens // mesh.ulysses), models.precision, models.quantize
     return Need(
@@ -147,12 +147,12 @@ def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
 
 
 def modes(need: Need, ranks: int) -> dict[str, int]:
-    """Returns the peak bytes of GPU memory in each mode of holding the experts, the preferred mode first."""
+    """Returns {mode: peak bytes of a GPU}, the preferred mode first: resident, evicting, sharded, offloaded."""
     return {mode: sum(parts.values()) for mode, parts in terms(need, ranks).items()}
 
 
 def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
-    """Returns the terms of the sums of `modes`, with their names."""
+    """Returns {mode: {name: bytes}}: the named terms whose sum is the mode's peak in `modes`."""
     in_loop, in_vae = _in_loop(need), {"VAE": need.vae} | ({"graphs": need.graphs} if need.graphs else {})
     both, margin = {"both experts": 2 * need.expert}, {"margin": need.margin}
     held = {"resident": {**both, **_larger(in_loop, in_vae), **margin}}
@@ -208,21 +208,21 @@ def _place_experts(
     if need.graphs:
         raise ConfigError(
             f"{_GRAPHS}: a rank would hold {gb(held['resident'])}, {gb(need.graphs)} of them CUDA graphs, "
-            f"and {gb(free)} are free: {_NO_GRAPHS}, or a smaller --size"
+            f"but only {gb(free)} are free: {_NO_GRAPHS}, or a smaller --size"
         )
     ways = ", ".join(
         f"{mode} {gb(size)}" + (f" ({barred[mode]})" if mode in barred else "") for mode, size in held.items()
     )
     raise ConfigError(
         f"--model {config.models.model} --precision {config.models.precision}: a rank would hold {ways}, "
-        f"and {gb(free)} are free: use more or larger GPUs, or a smaller --size"
+        f"but only {gb(free)} are free: use more or larger GPUs, or a smaller --size"
     )
 
 
 def _refusal_on_cpu(plan: Plan, held: dict[str, int], free: int) -> str:
     """Returns the reason and the remedy if none of the modes in `held` fits into host memory."""
     ways = ", ".join(f"{mode} {gb(size)}" for mode, size in held.items())
-    short = f"a process would hold {ways}, and {gb(free)} of host memory are free for each"
+    short = f"a process would hold {ways}, but only {gb(free)} of host memory are free for each"
     if is_cpu_for_want_of_a_gpu(plan):
         return f"no GPU was found: use a machine with one, or a smaller --size (on this CPU {short})"
     return f"--device cpu: {short}: use a smaller --size"
@@ -262,9 +262,10 @@ def _barred(
 
 
 def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) -> dict[str, int]:
-    """Returns the bytes of host memory for each mode that puts weights there.
+    """Returns the bytes of this machine's host memory for the modes that move weights there: evicting and offloaded.
 
-    A rank evicts the missing bytes if a GPU's `free` bytes are known, else one expert.
+    `free`: the free bytes of a GPU. In the evicting mode a rank moves the bytes that do not fit; if `free` is None, one
+    expert is assumed.
     """
     missing = need.expert if free is None else max(0, modes(need, ranks)["resident"] - free)
     return {"evicting": missing * ranks_here, "offloaded": need.offloaded * ranks_here}
@@ -294,17 +295,19 @@ def _free_bytes(asked: RanksConfig) -> tuple[int, str]:
 
 
 def is_cpu_for_want_of_a_gpu(plan: Plan) -> bool:
-    """Returns whether the CPU is used only because no GPU was found, for a model that needs one."""
+    """Returns whether the plan's model needs a GPU, but the CPU is used because no GPU was found."""
     return "device" not in plan.requested and plan.config.ranks.device == "cpu" and plan.spec.needs_gpu
 
 
 def placement_notes(plans: Sequence[Plan]) -> list[str]:
-    """Returns notes on where the videos run that a person could not guess."""
+    """Returns notes on ranks that stay idle, and on a CPU that is used because no GPU was found."""
     plan, notes = plans[0], []
     mesh, num_videos = plan.mesh, len(plans)
     if idle := max(0, mesh.replica - num_videos) * mesh.group_size:
         ranks = "1 rank" if mesh.group_size == 1 else f"{mesh.group_size} ranks"
-        notes.append(f"{idle} of {mesh.size} ranks have nothing to do: videos to make: {num_videos}, {ranks} for each")
+        notes.append(
+            f"{idle} of {mesh.size} ranks stay idle: each video uses {ranks}, and the number of videos is {num_videos}"
+        )
     if is_cpu_for_want_of_a_gpu(plan):
-        notes.append("no GPU was found, so this is planned for the CPU: --device cuda plans for GPUs")
+        notes.append("no GPU was found, so the plan is for the CPU: add --device cuda to plan for GPUs")
     return notes

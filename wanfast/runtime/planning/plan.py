@@ -1,8 +1,8 @@
 """Turns a request into a plan: every option has a value and every file is checked, but nothing is computed. Torch-free.
 
 `resolve` makes an effective config from the options that were given. From this config and the facts of the model,
-`Plan.of` derives the grids, the schedule and the steps of each expert. Parent and worker derive the same plan from the
-same config, so that the printed plan is the plan that runs.
+`Plan.of` derives the geometry, the schedule and the steps of each expert. Parent and ranks derive the same plan from
+the same config, so that the printed plan is the plan that runs.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Plan:
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh of the ranks of all machines."""
+        """Returns the mesh of ranks, over all machines."""
         return self.config.ranks.mesh
 
     @property
@@ -102,7 +102,7 @@ class Plan:
 
     @property
     def timesteps(self) -> dict[Expert, list[int]]:
-        """The timesteps of each expert, in order."""
+        """Returns the timesteps of each expert, in the order of the steps."""
         split: dict[Expert, list[int]] = {"high_noise": [], "low_noise": []}
         for expert, step in zip(self.experts, self.schedule, strict=True):
             split[expert].append(step.timestep)
@@ -110,12 +110,12 @@ class Plan:
 
     @property
     def num_forwards(self) -> int:
-        """The number of passes through an expert: two in a step whose guidance needs the negative prompt."""
+        """Returns the number of forwards: one a step, or two if the step's guidance needs the negative prompt."""
         return sum(1 + both for both in self._guided)
 
     @property
     def experts(self) -> list[Expert]:
-        """The expert of each step."""
+        """Returns the expert of each step."""
         return [expert_of(step.timestep, self.spec.boundary) for step in self.schedule]
 
     @property
@@ -125,12 +125,12 @@ class Plan:
 
     @property
     def is_joint(self) -> bool:
-        """Whether the branches skip only together: on separate ranks, a branch that skips only waits for the other."""
+        """Returns whether both branches skip together. On separate ranks, a branch that skips alone only waits."""
         return self.config.skipping is not None and self.config.skipping.magcache_joint == "on"
 
     @cached_property
     def skips(self) -> list[Skips]:
-        """Whether MagCache skips, for each step and branch. Raises ConfigError if a budget cannot be met."""
+        """Returns for each step and branch whether MagCache skips. Raises ConfigError if a budget cannot be met."""
         return self._skips(joint=self.is_joint)
 
     def _skips(self, *, joint: bool) -> list[Skips]:
@@ -153,7 +153,7 @@ class Plan:
             raise ConfigError(f"{option}: {error}") from None
 
     def num_residuals(self, mesh: Mesh) -> int:
-        """Returns how many residuals a rank of `mesh` holds for the branches that it computes."""
+        """Returns how many of MagCache's residuals a rank of `mesh` holds, for all branches that the rank computes."""
         return self.residuals_a_branch * (2 if any(self._guided) and mesh.cfg == 1 else 1)
 
     def magcache_json(self) -> dict[str, Any] | None:
@@ -184,7 +184,7 @@ class Plan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan as the JSON beside a video records it."""
+        """Returns the plan as JSON, as the .json file beside a video records it."""
         g, config = self.geometry, self.config
         return {
             "model": self.spec.name,
@@ -255,7 +255,7 @@ class Job:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Job:
-        """Inverts `to_json`. Raises ConfigError."""
+        """Makes a job from the JSON that `to_json` returned. Raises ConfigError."""
         return cls(
             config=EffectiveConfig.from_json(document["effective"]),
             requested=document["requested"],
@@ -266,7 +266,7 @@ class Job:
 
 
 def guided_steps(document: dict[str, Any]) -> list[bool]:
-    """Returns for each step whether it has a branch of the negative prompt, from a plan's JSON."""
+    """Reads a plan's JSON and returns for each step whether the negative prompt's branch runs."""
     return [
         needs_unconditional(document["guidance"][expert])
         for expert in ("high_noise", "low_noise")
@@ -279,8 +279,8 @@ def resolve(
 ) -> tuple[Plan, ModelFiles]:
     """Decides every option of a request and checks its files. Raises WanFastError; writes nothing.
 
-    Without `writes` the plan has no outputs, and its frames are returned. Unless the plan `runs`, files that exist are
-    a note, not an error. `files`: those of the model, if known.
+    If `writes` is false, the plan has no output files, and the ranks return the frames. If `runs` is false, an output
+    file that exists gets a note instead of an error. `files`: the model's files, if the caller located them before.
     """
     asked = EffectiveConfig.of(given, A14B)  # refuses values that are wrong for every model
     files = files or model_files.locate(asked.models.model, asked.models.artifacts_dir)
@@ -322,7 +322,7 @@ def _tokenizer(file: Path, max_tokens: int) -> PromptTokenizer:
 
 
 def effective(given: Options, files: ModelFiles, image_sha256: str) -> EffectiveConfig:
-    """Completes a request with the model's own defaults; `place` decides the ranks later. Raises ConfigError."""
+    """Completes the given options with the model's defaults; `place` decides the ranks later. Raises ConfigError."""
     device = given.get("device") or default_device()
     answers: dict[str, Any] = {"device": device, "seed": secrets.randbelow(2**31), "image_sha256": image_sha256}
     given = {**given, "num_gpus": _num_gpus(given.get("num_gpus", 1), device, asked="device" in given)}
@@ -330,14 +330,14 @@ def effective(given: Options, files: ModelFiles, image_sha256: str) -> Effective
     models, size = config.models, "{}x{}".format(*parse_size(config.video.size))
     config = dataclasses.replace(config, video=dataclasses.replace(config.video, size=size))
     if models.quantize == "fp8-rowwise" and device == "cuda" and (old := _without_float8()):
-        raise ConfigError(f"--quantize fp8-rowwise: {old} has no float8 products: use int8-dynamic")
+        raise ConfigError(f"--quantize fp8-rowwise: {old} cannot multiply in float8: use --quantize int8-dynamic")
     if models.tf32 and device == "cpu":
-        raise ConfigError("--tf32 needs a GPU: drop it, or use --device cuda")
+        raise ConfigError("--tf32 needs a GPU: drop --tf32, or use --device cuda")
     return settle(config, files)
 
 
 def model_of(given: Options) -> ModelFiles:
-    """Finds the model of a request; first refuses values that are wrong for every model. Raises WanFastError."""
+    """Refuses values that are wrong for every model, then locates the model's files. Raises WanFastError."""
     models = EffectiveConfig.of(given, A14B).models
     return model_files.locate(models.model, models.artifacts_dir)
 
@@ -346,21 +346,21 @@ def _num_gpus(asked_for: int | Literal["auto"], device: Device, *, asked: bool) 
     """Returns --num-gpus as a number. Raises ConfigError if this machine is known to have fewer GPUs."""
     if device == "cpu":
         if asked_for == "auto":
-            raise ConfigError(f"--num-gpus auto counts GPUs: name the number of processes{why_cpu(asked=asked)}")
+            raise ConfigError(f"--num-gpus auto counts GPUs: on a CPU give a number of processes{why_cpu(asked=asked)}")
         return asked_for
     found = len(gpus.visible_gpus())
     if asked_for == "auto":
         if not found:
-            raise ConfigError("--num-gpus auto: no GPU is visible here: name the number")
+            raise ConfigError("--num-gpus auto: no GPU is visible here: give a number")
         return found
     if 0 < found < asked_for:
-        raise ConfigError(f"--num-gpus {asked_for}: this machine shows {found}: use {found}, or auto")
+        raise ConfigError(f"--num-gpus {asked_for}: the number of GPUs here is {found}: use --num-gpus {found} or auto")
     return asked_for
 
 
 def why_cpu(*, asked: bool) -> str:
     """Returns the reason why a request is planned for the CPU, or "" if the user asked for the CPU."""
-    return "" if asked else " (no GPU was found, so it is planned for the CPU: --device cuda plans for GPUs)"
+    return "" if asked else " (no GPU was found, so the plan is for the CPU; --device cuda plans for GPUs)"
 
 
 def _without_float8() -> str | None:
@@ -369,7 +369,7 @@ def _without_float8() -> str | None:
 
 
 def default_device() -> Device:
-    """Returns cuda if the driver shows a GPU, else cpu. It does not ask torch; a rank raises if torch finds no GPU."""
+    """Returns cuda if the driver shows a GPU, else cpu. Torch is not asked; a rank raises if torch finds no GPU."""
     return "cuda" if gpus.visible_gpus() else "cpu"
 
 
@@ -384,7 +384,7 @@ def _check_outputs(plan: Plan, *, overwrite: bool) -> None:
 def _output_notes(plan: Plan) -> list[str]:
     """Returns a note if a run of the plan would be refused because a file exists."""
     existing = [] if plan.config.output.overwrite else [path for path in plan.outputs if os.path.lexists(path)]
-    return [f"a run would be refused: {path} exists: add --overwrite" for path in existing[:1]]
+    return [f"a run would be refused, because {path} exists: add --overwrite" for path in existing[:1]]
 
 
 def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:
@@ -393,7 +393,7 @@ def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:
     notes = _fit_notes(plan.config.video.fit, g, image.size, (width, height))
     if image_width * image_height > 16 * g.width * g.height:
         notes.append(
-            "the image is over four times as wide and high as the video: shrink the image first if the video shimmers"
+            "the image has over 16 times as many pixels as the video: if the video shimmers, shrink the image first"
         )
     if spec.shift_480p and width * height <= 832 * 480 and plan.config.video.shift == spec.shift:
         notes.append(
@@ -414,10 +414,12 @@ def _fit_notes(fit: ImageFit, g: Geometry, image_size: tuple[int, int], size: tu
         ]
     left, top, right, bottom = middle_box(image_size, width, height)
     if fit == "crop" and (right - left, bottom - top) != image_size:
-        return [f"--fit crop: the video shows the middle {right - left}x{bottom - top} of {image_width}x{image_height}"]
+        return [f"--fit crop: shows the middle {right - left}x{bottom - top} of the {image_width}x{image_height} image"]
     inner_width, inner_height = inner_size(image_size, width, height)
     if fit == "pad" and (inner_width, inner_height) != size:
-        return [f"--fit pad: the image fills {inner_width}x{inner_height} of {width}x{height}, and the rest is black"]
+        return [
+            f"--fit pad: the image fills {inner_width}x{inner_height} of the {width}x{height} video; the rest is black"
+        ]
     return []
 
 

@@ -1,4 +1,4 @@
-"""Reads the command line and its files of options into requests, and plans them: one video each. Torch-free.
+"""Reads the command line and the files that it names into requests, and plans one video for each. Torch-free.
 
 The command line may name three files: a prompt (--prompt-file), an earlier video's JSON (--from), and a list of videos
 (--jobs). A line of the list overrides the command line, and the command line overrides the earlier run.
@@ -46,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Planned:
-    """This class holds a request with its plan, with the error that prevented the plan, or with its existing files."""
+    """This class holds a request with either its plan, the error that prevented a plan, or its existing files."""
 
     request: Request
     plan: Plan | None = None
@@ -59,14 +59,14 @@ class Planned:
         return self.plan.job()
 
     def outcome(self) -> dict[str, Any]:
-        """Returns the result document of a request without a plan."""
+        """Returns the result of a request without a plan: its error, or a note that the video exists."""
         if self.error is None:
             return {"output": str(self.existing[0]), "skipped": "the video exists"}
         return failure(self.error)
 
 
 def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Planned]:
-    """Plans all requests. A bad line of a list gets an error, and the others still run; a single request raises it."""
+    """Plans all requests. A bad line of a list becomes an error; the error of a single request is raised."""
     taken: dict[Path, int | None] = {}
     required: set[tuple[QuantizedExpert, bool]] = set()
     planned = [_plan(request, taken, required, needs_weights) for request in requests]
@@ -103,12 +103,12 @@ def _like(item: Planned, first: Plan) -> Planned:
 
 def _shared_by_all(name: str) -> ConfigError:
     return ConfigError(
-        f"{flag(name)} is the same for the whole list: give it on the command line, or make a second list"
+        f"{flag(name)} must be the same for the whole list: give it on the command line, or make a second list"
     )
 
 
 def own_share(planned: list[Planned]) -> list[Planned]:
-    """Returns the lines that this machine makes: every nnodes-th, or all if the machines make each video together."""
+    """Returns the lines that this machine makes: every nnodes-th line, or all if a rank group spans machines."""
     ready = [item for item in planned if item.plan]
     config = ready[0].plan.config if ready and ready[0].plan else None
     if config is None or config.ranks.mesh.group_size > config.ranks.num_gpus:
@@ -131,10 +131,11 @@ def _plan(
         check_skips(separate)
         for path in (path.resolve() for path in plan.outputs):
             if path in taken:
-                raise ConfigError(f"--output: {path} is written by line {taken[path]} too: name another")
+                raise ConfigError(f"--output: line {taken[path]} writes {path} too: name another file")
         if request.image_sha256 not in (None, plan.config.video.image_sha256):
             raise ConfigError(
-                f"--from: {plan.config.video.image} is not the image of that run: restore that image, or give --image"
+                f"--from: {plan.config.video.image} is not the image of the earlier run: "
+                "restore that image, or give --image"
             )
         if needs_weights:
             require_attention(plan.config.models.attention, plan.config.ranks.device)
@@ -165,7 +166,7 @@ def _refuse_lost_sources(planned: list[Planned]) -> list[Planned]:
     checked = []
     for item in planned:
         lost = next((path for path in (item.plan.outputs if item.plan else ()) if path.resolve() in sources), None)
-        error = ConfigError(f"--output: {lost} would overwrite a file that a video is made from: name another")
+        error = ConfigError(f"--output: {lost} would overwrite a file that a video is made from: name another file")
         if lost is not None and item.request.line is None:
             raise error
         checked.append(item if lost is None else Planned(item.request, error=error))
@@ -177,8 +178,10 @@ def _weights_notes(request: Request, files: ModelFiles) -> list[str]:
     if request.weights is None or not files.exists or request.weights == files.fingerprints:
         return []
     if any(map(is_old, request.weights.values())):
-        return ["--from: that run did not hash all of its weights, so whether they changed since is unknown"]
-    return ["--from: the weights changed since that run"]
+        return [
+            "--from: the earlier run did not hash all of its weights, so a change of the weights would not be noticed"
+        ]
+    return ["--from: the weights changed since the earlier run"]
 
 
 def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
@@ -222,7 +225,9 @@ def read_requests(
     if jobs_file is None:
         return [base]
     if from_file is not None:
-        raise ConfigError("--from and --jobs exclude each other: put the options of the earlier run into the lines")
+        raise ConfigError(
+            "--from and --jobs exclude each other: write the options of the earlier run into the lines of --jobs"
+        )
     requests = list(_read_jobs(jobs_file, base))
     if not requests:
         raise ConfigError(f"--jobs {jobs_file} has no lines: write a JSON object of options on each line")
@@ -230,7 +235,7 @@ def read_requests(
     if len(requests) > _FEW_LINES and all(isinstance(request.error, _NotAnObjectError) for request in requests):
         raise ConfigError(
             f"--jobs {jobs_file}: none of its {len(requests)} lines is a JSON object of options (line {first.line}: "
-            f"{first.error}): is this a list of jobs?"
+            f"{first.error}): name a file with such lines"
         )
     return requests
 
@@ -299,7 +304,7 @@ def _read_line(line: str, folder: Path, base: Request) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _NotAnObjectError(f"not JSON: {error!s:.80}") from None
     if not isinstance(own, dict):
-        raise _NotAnObjectError('not a JSON object of options, such as {"prompt": ...}')
+        raise _NotAnObjectError('not a JSON object: write one, such as {"prompt": ...}')
     own = {name: value for name, value in own.items() if value is not None}
     if other := [name for name in _LAUNCH_OPTIONS if name in own and own[name] != base.options.get(name)]:
         raise _shared_by_all(other[0])

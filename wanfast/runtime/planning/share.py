@@ -1,4 +1,4 @@
-"""Says which jobs of a batch one rank group does. Torch-free."""
+"""Decides which jobs of a batch a rank group does. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Share:
-    """A rank group does the jobs that it claims: first its own ones, then those that the other groups left.
+    """This class decides which jobs a rank group claims: first its own jobs, then jobs that other groups left.
 
-    `claim(job)` returns whether this group gets the job; all ranks of the group call it together.
+    `claim(job)` returns whether this group gets the job; all ranks of the group call `claim` together.
     """
 
     place: int = 0
@@ -18,10 +18,10 @@ class Share:
     claim: Callable[[int], bool] = lambda index: True
 
     def own(self, jobs: Sequence[int]) -> list[int]:
-        """Returns every n-th job, where n groups share them."""
+        """Returns this group's own jobs: every n-th of `jobs` if there are n groups."""
         return list(jobs[self.place :: self.groups])
 
     def claimed(self, jobs: Sequence[int]) -> Iterator[int]:
-        """Yields each job when it is claimed."""
+        """Claims the jobs one by one, the group's own first, and yields each job that this group gets."""
         own = dict.fromkeys(self.own(jobs))
         return filter(self.claim, [*own, *(job for job in jobs if job not in own)])

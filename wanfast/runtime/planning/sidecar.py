@@ -1,4 +1,4 @@
-"""Writes the JSON beside every video: options, plan, versions and seconds, from which the run can be repeated.
+"""Writes the JSON file beside every video: options, plan, versions and seconds. The run can be repeated from it.
 
 The video, its JSON and its contact sheet are written together or not at all.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def planned(plan: Plan) -> dict[str, Any]:
-    """Returns the document of a dry run; a run adds its seconds, memory, hardware and weights."""
+    """Returns a plan's JSON document, as a dry run shows it; a run adds seconds, memory, hardware and weights."""
     return {
         "output": plan.config.output.output,
         "plan": plan.to_json(),
@@ -36,16 +36,16 @@ def planned(plan: Plan) -> dict[str, Any]:
 
 
 def with_seconds(document: dict[str, Any], facts: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """Returns the document with the facts of a run, the rounded seconds of its stages, and their total."""
+    """Returns the document with the facts of a run, and the seconds of its stages and their sum (rounded to 1 ms)."""
     rounded = {name: round(value, 3) for name, value in seconds.items()}
     return document | facts | {"seconds": rounded | {"total": round(sum(seconds.values()), 3)}}
 
 
 class Recording:
-    """Receives the frames of a video while they are decoded, and writes it as (mp4, JSON, perhaps a contact sheet).
+    """Receives a video's frames while they are decoded, and writes `outputs`: mp4, JSON, perhaps a contact sheet.
 
-    All files appear together in `finish`, or none do. Without `outputs` nothing is written. Raises ConfigError for what
-    cannot be written.
+    `finish` publishes all files together; without a successful `finish` no file appears. If `outputs` is empty, nothing
+    is written. Raises ConfigError for a file that cannot be written.
     """
 
     def __init__(self, outputs: tuple[Path, ...], fps: int, *, overwrite: bool) -> None:
@@ -67,7 +67,7 @@ class Recording:
                 self._files.__exit__(kind, error or InterruptedError(), trace)
 
     def add(self, frames: npt.NDArray[np.uint8]) -> None:
-        """Takes the next frames [f, H, W, 3], and returns while they are encoded."""
+        """Queues the next frames [f, H, W, 3] for encoding, and returns at once."""
         if not self._outputs:
             return
         if self._writer is None:
@@ -79,9 +79,9 @@ class Recording:
             raise not_written(self._outputs[0], error) from error
 
     def finish(self, frames: npt.NDArray[np.uint8], document: dict[str, Any]) -> dict[str, Any]:
-        """Publishes the files and returns the JSON: `document` with the rest of the writing's time and the hash.
+        """Publishes the files; returns `document` with the seconds of this call and the sha256 of the mp4.
 
-        `frames`: all that were added; `document` comes from `with_seconds`.
+        `frames`: all frames that were added, for the contact sheet. `document` comes from `with_seconds`.
         """
         mp4, json_file, *sheet = self._paths
         with self._files:
@@ -99,9 +99,10 @@ class Recording:
 def write_video(
     frames: npt.NDArray[np.uint8], document: dict[str, Any], outputs: tuple[Path, ...], *, overwrite: bool
 ) -> dict[str, Any]:
-    """Writes frames [F, H, W, 3] as `outputs` = (mp4, JSON, perhaps a contact sheet) and returns the JSON.
+    """Writes frames [F, H, W, 3] to `outputs` = (mp4, JSON, perhaps a contact sheet) and returns the JSON.
 
-    The time to write and the file's hash are added to `document`, which comes from `with_seconds`. Raises ConfigError.
+    The JSON is `document`, which comes from `with_seconds`, with the seconds of writing and the sha256 of the mp4.
+    Raises ConfigError.
     """
     with Recording(outputs, document["plan"]["fps"], overwrite=overwrite) as recording:
         recording.add(frames)

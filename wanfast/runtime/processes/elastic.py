@@ -1,8 +1,9 @@
 """Runs one rank group under torchrun's own launcher: `python -m wanfast.runtime.processes.elastic RUN NUMBER`.
 
-Each rank group has a separate launcher process, so that one group's failure does not end the others. It also lets the
-parent run without torch and use its main thread for the terminal. The launcher imports torch once, and its ranks are
-forks of it. The facts of a failure that torchrun's agent knows are written to RUN/ranks/NUMBER.json.
+RUN is the run folder, and NUMBER the group's number. Each rank group has a separate launcher process, so that one
+group's failure does not end the others. Separate launchers also let the parent run without torch and use its main
+thread for the terminal. The launcher imports torch once, and then forks the ranks. If a rank fails, the exit codes and
+times that torchrun's agent reports are written to RUN/ranks/NUMBER.json.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 
 def main(run_folder: Path, number: int) -> int:
-    """Runs the rank group and returns its exit code: 0, 5 if a rank failed, 128 + a signal's number.
+    """Runs rank group `number` and returns its exit code: 0, 5 if a rank failed, or 128 + the number of a signal.
 
-    In each rank, runs the worker.
+    The ranks are forks of this process. In each rank, this function runs the worker instead and returns 0.
     """
     document = json.loads((run_folder / SETUP).read_text(encoding="utf-8"))
     config = RanksConfig(**document["ranks"])

@@ -19,7 +19,7 @@ _TOGETHER_S = 1.0  # errors this close to each other may be written in another o
 
 
 def error_of_group(run_folder: Path, replica: int, config: RanksConfig) -> tuple[int, WanFastError]:
-    """Returns (nanoseconds since the epoch, the first cause of a group's failure), not the errors that it caused."""
+    """Returns (nanoseconds since the epoch, error) of the first cause of a rank group's failure."""
     folder, logs = run_folder / RANKS, f"logs of all ranks in {run_folder / 'logs'}"
     agent = folder / f"{replica}.json"
     known = json.loads(agent.read_text()) if agent.exists() else {}
@@ -27,7 +27,7 @@ def error_of_group(run_folder: Path, replica: int, config: RanksConfig) -> tuple
     if "rendezvous" in known:
         message = f"--rdzv-endpoint {config.rdzv_endpoint}: the {config.nnodes} machines did not meet within"
         within = f"--rank-timeout {config.rank_timeout:g} s ({known['rendezvous']:.200})"
-        return noticed, ConfigError(f"{message} {within}: start wanfast on each of them")
+        return noticed, ConfigError(f"{message} {within}: start wanfast on each machine")
     left = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob(f"{replica}-*/error.json")]
     if not known:  # the launcher was killed, which also ends the exchanges of its ranks
         left = [error for error in left if error["kind"] != "exchange"]
@@ -93,6 +93,6 @@ def _behind(folder: Path, replica: int) -> list[int]:
 
 
 def was_loading(run_folder: Path, number: int) -> bool:
-    """Returns whether a group had loaded no models yet for its last job."""
+    """Returns whether a dead rank group had no job yet, or was still loading the models of its last job."""
     file = run_folder / PROGRESS / f"{number}.json"
     return not file.exists() or json.loads(file.read_text(encoding="utf-8"))["stage"] == LOADING

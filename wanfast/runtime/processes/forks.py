@@ -1,7 +1,8 @@
 """Forks the ranks of a launcher before torchrun's agent starts, so that all share one import of torch. Torch-free.
 
-A fork has only the thread that made it, and cannot use a GPU that its parent used before. The agent has several threads
-and asks for GPUs. So the launcher forks all ranks first, and each waits until the agent starts it.
+A forked process has only the thread that called fork, and cannot use a GPU that its parent used before. torchrun's
+agent starts threads and queries GPUs. So the launcher forks all ranks first, and each rank waits until the agent starts
+it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _PAUSE_S = 0.01
 
 
 class Forked:
-    """This class has what torchrun's agent uses of `subprocess.Popen`, for a rank that waits to be started."""
+    """This class is a forked rank that waits to be started, with the methods of `Popen` that torchrun's agent calls."""
 
     def __init__(self, pid: int, orders: int) -> None:
         """`orders`: the end of a pipe to which `start` writes."""
@@ -33,13 +34,13 @@ class Forked:
         self._lock = threading.Lock()
 
     def start(self, environment: Mapping[str, str], stdout: IO[str], stderr: IO[str]) -> None:
-        """Lets the rank run with this environment and write to these files. A rank that has died stays dead."""
+        """Starts the waiting rank with this environment and these output files; does nothing if the rank has died."""
         changed = {name: value for name, value in environment.items() if os.environ.get(name) != value}
         with contextlib.suppress(BrokenPipeError), os.fdopen(self.orders, "w") as pipe:
             json.dump({"environment": changed, "files": [stdout.name, stderr.name]}, pipe)
 
     def poll(self) -> int | None:
-        """Returns the exit code, or None while the rank runs; minus a signal's number if a signal ended it."""
+        """Returns the rank's exit code, or None while it runs. The code is -N if the signal N ended the rank."""
         with self._lock:  # of two threads that ask at once, only one gets the status
             if self.returncode is None:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -47,7 +48,7 @@ class Forked:
             return self.returncode
 
     def wait(self, timeout: float = math.inf) -> int:
-        """Returns the exit code when the rank has ended. Raises TimeoutExpired."""
+        """Waits until the rank has ended, and returns its exit code. Raises TimeoutExpired after `timeout` seconds."""
         ends = time.monotonic() + timeout
         while (code := self.poll()) is None:
             if time.monotonic() > ends:
@@ -57,7 +58,7 @@ class Forked:
 
 
 def fork(count: int) -> list[Forked]:
-    """Returns the ranks that it forked; in a rank, returns no ranks as soon as `Forked.start` is called for it."""
+    """Forks `count` ranks and returns them. In each rank, it waits for `Forked.start` and returns an empty list."""
     gc.freeze()  # what was imported is neither searched for garbage, nor copied by the search
     forked: list[Forked] = []
     for _ in range(count):

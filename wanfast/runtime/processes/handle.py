@@ -44,7 +44,7 @@ _PAUSE_S = 0.1  # between two looks whether a waiting `make` is cancelled
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Video:
-    """A video that was made."""
+    """This class holds a finished video: its frames and its JSON document."""
 
     frames: npt.NDArray[np.uint8]
     """[F, H, W, 3], 0..255."""
@@ -57,12 +57,12 @@ class Video:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """The plan that ran: sizes, steps, guidance, skips, mesh, notes."""
+        """Returns the plan that ran: sizes, steps, guidance, skips, mesh, notes."""
         plan: dict[str, Any] = self.document["plan"]
         return plan
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False, contact_sheet: bool = False) -> None:
-        """Writes the mp4 and its JSON, which `wanfast generate --from` can run again. Raises ConfigError."""
+        """Writes the mp4 and its .json; `wanfast generate --from` makes the video again from it. Raises ConfigError."""
         from wanfast.runtime.media import video_file
 
         output = OutputConfig(output=os.fspath(path), overwrite=overwrite, contact_sheet=contact_sheet)
@@ -118,7 +118,7 @@ class _Opened:
         free_memory = measure(config.ranks)
         (plan,) = place([dataclasses.replace(plan, requested=given)], free_memory)
         if plan.mesh.replica > 1:
-            raise ConfigError(f"a handle makes one video at a time: use --num-gpus {plan.mesh.group_size}")
+            raise ConfigError(f"a handle makes one video at a time: use num_gpus={plan.mesh.group_size}")
         decided = plan.config.options()
         options = {**asked, **{name: decided[name] for name in _OF_HANDLE}}
         return cls(asked, options, plan, files, free_memory)
@@ -152,21 +152,22 @@ class Handle:
     def make(self, *, on_progress: ProgressFn = lambda stage, done, total: None, **options: Any) -> Video:
         """Makes one video and waits for it.
 
-        `options`: `image`, `prompt` and the other options of `wanfast generate` for a video or for skips, by their
-        Python names. This thread calls `on_progress`; an exception that it raises cancels the video and is raised here.
-        Raises ConfigError and other WanFastErrors: RankFailedError if a rank died, CancelledError after `cancel`.
+        `options`: `image`, `prompt` and the other options of `wanfast generate` for one video or for MagCache, by their
+        Python names. `on_progress(stage, steps done, all steps)` is called in this thread. If it raises an exception,
+        the video is cancelled and the exception is raised here. Raises ConfigError and other WanFastErrors:
+        RankFailedError if a rank died, CancelledError after `cancel`.
         """
         with self._call() as cancelled:
             self._living()  # before the work of a plan
             return self._run(self._opened.plan(options), on_progress, cancelled)
 
     def cancel(self) -> None:
-        """Ends every `make` that has begun, at its next step or component; each raises CancelledError."""
+        """Cancels every `make` that has begun: it ends at its next step or stage, and raises CancelledError."""
         for cancelled in list(self._calls):
             cancelled.set()
 
     def close(self) -> None:
-        """Ends the ranks, after the current video; call `cancel` first to end the video too."""
+        """Waits for the current video, then ends the ranks. Call `cancel` first to end the video too."""
         with self._turn(threading.Event()):
             ranks, self._ranks = self._ranks, None
             self._unclosed.detach()
@@ -224,7 +225,7 @@ class Handle:
 
     def _living(self) -> RankGroups:
         if self._ranks is None:
-            raise ConfigError("this handle is closed: open another")
+            raise ConfigError("this handle is closed: call wanfast.open again")
         return self._ranks
 
 
@@ -238,9 +239,9 @@ def open(**options: Any) -> Handle:
 
 
 def make(*, on_progress: ProgressFn = lambda stage, done, total: None, **options: Any) -> Video:
-    """Opens a handle, makes one video and closes the handle; accepts the options of both `open` and `make`.
+    """Opens a handle, makes one video and closes the handle. Accepts the options of `open` and of `Handle.make`.
 
-    The request is planned before the ranks are started, so that a wrong option costs no start.
+    The video is planned before the ranks start, so that a wrong option is refused at once.
     """
     refuse_unknown(options, OPTIONS)
     of_handle = {name: value for name, value in options.items() if name in _OF_HANDLE}

@@ -1,7 +1,7 @@
 """Starts a launcher for each rank group, watches the groups, and returns the result or the error of every job.
 
 The processes communicate only by small files in the run folder: results, progress, and the error of a failed rank. So
-the parent can print the existing results whichever process died. Torch-free.
+the parent can print the existing results, whichever process died. Torch-free.
 """
 
 from __future__ import annotations
@@ -127,11 +127,12 @@ class RankGroups:
         on_progress: OnProgress,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> list[dict[str, Any]]:
-        """Returns the result of every job, in order; starts dead groups again first. `on_result` gets each as it comes.
+        """Runs a batch of jobs and returns the result of every job, in order; first starts dead groups again.
 
-        If a group dies, the job that it was doing gets its error, and the group is started again for the other jobs. A
-        group that cannot load its models is not started again while others live. When `cancelled` becomes true, the
-        jobs end and CancelledError is raised; so they do when a callback raises an Exception. The ranks stay. Any other
+        `on_result` gets each result as soon as the job is done. If a group dies, its current job fails with the group's
+        error, and the group is started again for the other jobs. A group that cannot load its models is not started
+        again while other groups live. If `cancelled` becomes true, the jobs end and CancelledError is raised. If a
+        callback raises an Exception, the jobs end and that exception is raised. In both cases the ranks stay. Any other
         exception, such as KeyboardInterrupt, ends all ranks at once. No half-written file is left.
         """
         self._start_missing()
@@ -154,7 +155,7 @@ class RankGroups:
         return results
 
     def close(self) -> None:
-        """Asks the ranks to end, and stops ranks that do not."""
+        """Asks the ranks to end, and stops ranks that have not ended after 8 s."""
         try:
             replace_text(self._folder / CLOSE, "")
             ends = time.monotonic() + _GRACE_S
@@ -431,4 +432,4 @@ def _check_endpoint(config: RanksConfig) -> None:
             pass
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"--rdzv-endpoint {host}:{port}: {reason}: name a port that is free here") from None
+        raise ConfigError(f"--rdzv-endpoint {host}:{port}: {reason}: use a port that is free on this machine") from None

@@ -1,7 +1,8 @@
 """Follows the progress of rank groups, and notices a group that hangs in a step. Torch-free.
 
-Only steps are watched, after the first one: they are alike, so the steps before show how long one takes. How long
-loading, compiling, encoding, decoding and writing take depends on the disk and on the model, so these have no limit.
+Only denoising steps after the first one are watched. They take about the same time, so the earlier steps show how long
+a step takes. Loading, compiling, encoding, decoding and writing have no limit, because their time depends on the disk
+and on the model.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Pace:
     slowest_s: float = 0.0  # of the steps of this job
 
     def look(self, state: dict[str, Any], written_ns: int, now: float) -> bool:
-        """Notes what the group reports now, and returns whether it is new."""
+        """Stores the progress that the group reports now, and returns whether the progress is new."""
         self.idle_s = now - self.since
         if (state, written_ns) == (self.state, self.written_ns):
             return False
@@ -44,19 +45,24 @@ class Pace:
         return is_new
 
     def hang(self, timeout_s: float) -> str | None:
-        """Returns in words that a step lasts too long; None if no step does."""
+        """Returns a message if the current step takes too long, else None."""
         done, total = self.state["done"], self.state["total"]
         limit_s = max(timeout_s, _SLOWEST_STEPS * self.slowest_s)
         if not 0 < done < total or self.slowest_s == 0.0 or self.idle_s <= limit_s:
             return None
         step = f"step {done + 1} of {total} ({self.state['stage']})"
-        return f"hangs: {step} takes longer than --rank-timeout {timeout_s:g} s, and than {_SLOWEST_STEPS} steps before"
+        return (
+            f"hangs: {step} takes longer than --rank-timeout {timeout_s:g} s, and than {_SLOWEST_STEPS} earlier steps"
+        )
 
 
 def follow(
     run_folder: Path, numbers: Iterable[int], first: int, paces: dict[int, Pace], on_progress: OnProgress
 ) -> None:
-    """Adds the progress of each group to `paces`, and reports what is new, for jobs from `first` on."""
+    """Reads the progress of each rank group into `paces`, and calls `on_progress` for what is new.
+
+    Jobs before `first` are ignored, because they belong to earlier batches.
+    """
     for number in numbers:
         now, file = time.monotonic(), run_folder / PROGRESS / f"{number}.json"
         if not file.exists():

@@ -1,8 +1,8 @@
 """Runs one rank of a group, in a process that `elastic` forks.
 
-The rank joins the group and runs the batches of jobs that the parent writes to RUN, one after the other. For the parent
-it writes a result for each video, the group's progress, and the error if this rank fails. A signal ends the rank at
-once. This is safe, because the parent removes the half-written files of a dead rank.
+The rank joins the group and runs the batches of jobs that the parent writes to the run folder, one after the other. The
+rank writes files for the parent: a result for each job, the group's progress, and the error if this rank fails. A
+signal ends the rank at once. This is safe, because the parent removes the half-written files of a dead rank.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _PAUSE_S = 0.02  # between two checks for the next batch
 
 
 def import_all() -> None:
-    """Imports torch and all that a rank uses of this package, so that forks share it."""
+    """Imports torch and all modules of this package that a rank uses, so that forked ranks share the imports."""
     importlib.import_module("wanfast.runtime.jobs.generate")
 
 
@@ -83,7 +83,7 @@ def _error_document(error: BaseException, silent_s: float, timeout_s: float) -> 
 
     known = {"rank": int(os.environ["RANK"]), "time": time.time_ns()}
     if isinstance(error, torch.OutOfMemoryError):
-        error = ConfigError("a rank's memory does not suffice: use more GPUs, --dit-fsdp on, or a smaller --size")
+        error = ConfigError("a rank ran out of GPU memory: use more GPUs, --dit-fsdp on, or a smaller --size")
     if isinstance(error, WanFastError):
         return {**known, "kind": "user", **failure(error)}
     line = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
@@ -189,7 +189,8 @@ def _report(file: Path, state: str) -> None:
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
     """Returns the function that runs a command's jobs: `run(jobs, sessions, share=, progress=, folder=, first=)`.
 
-    The function yields (index, result) of each job. `module` is a name, because one such module is outside the runtime.
+    The function yields (index, result) of each job. `module` is the name of its module, which is imported only now,
+    because one such module is outside of the runtime.
     """
     run: Callable[..., Iterator[tuple[int, dict[str, Any]]]] = importlib.import_module(module).run
     return run

@@ -1,1 +1,1 @@
-"""This package finds and writes the files on disk, under their keys. Torch-free."""
+"""This package finds and writes files on disk: weights, artifacts, curves, hashes. Torch-free."""

@@ -2,11 +2,11 @@
 
 key = sha256 of the canonical JSON of ALL inputs. A writer takes a file lock, fills a temporary folder beside the
 target, writes the manifest last, and renames the folder. A reader compares the manifest with its own inputs and with
-all that lies in the folder: a file that the manifest does not list is as wrong as a missing one. A sound artifact is
-never overwritten. The store does not know what an artifact contains.
+all files in the folder: an unlisted file makes the artifact damaged, as a missing file does. A sound artifact is never
+overwritten. The store does not know what an artifact contains.
 
-A caller says what a damaged artifact means. "refuse": it took long to make, so that the user decides. "miss": it is
-made again, and the new one replaces it.
+Each caller chooses how a damaged artifact is handled. "refuse" raises an error, because the artifact took long to make
+and the user must decide. "miss" treats it as a cache miss: the artifact is made again and replaces the damaged one.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ LOADING = "loading the models"  # the stage of a rank group's progress before it
 
 
 def batch_file(number: int) -> str:
-    """The file of a run folder that holds a batch of jobs."""
+    """Returns the name of the file in a run folder that holds the batch `number` of jobs."""
     return JOB if number == 0 else f"job-{number:04d}.json"
 
 
 def frames_file(run_folder: Path, index: int) -> Path:
-    """Returns the file for the frames of a job that writes no video."""
+    """Returns the .npy file that holds the frames of job `index`, if the job writes no video."""
     return run_folder / "frames" / f"{index}.npy"
 
 
 @dataclass(frozen=True)
 class Published:
-    """This class names the folder of an artifact, and says whether this call made it or another process did."""
+    """This class names an artifact's folder, and says whether this call made the artifact or found it there."""
 
     folder: Path
     made_here: bool
@@ -74,7 +74,7 @@ class ArtifactStore:
         *,
         verify: bool = False,
         damaged: Damaged = "refuse",
-        again: str = "have it made again",
+        again: str = "run this command again",
     ) -> Path | None:
         """Returns the artifact's folder, or None if the artifact is missing.
 
@@ -95,7 +95,7 @@ class ArtifactStore:
         return folder
 
     def manifests(self, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Yields (folder, inputs) of each artifact that says its inputs; `find` checks what a caller opens."""
+        """Yields (folder, inputs) of each artifact whose manifest is readable; only `find` checks its files."""
         for manifest in sorted((self.root / kind).glob(f"*/{MANIFEST}")):
             with suppress(CorruptArtifactError):
                 inputs = read_object(manifest, _fix("refuse")).get("inputs")
@@ -112,11 +112,11 @@ class ArtifactStore:
         waiting: Callable[[], None] = lambda: None,
         damaged: Damaged = "refuse",
     ) -> Published:
-        """Lets `write` fill a folder and publishes it completely, readable for all whom the store's folder admits.
+        """Calls `write(folder)` to fill a new folder, and publishes the folder completely or not at all.
 
-        If another writer was first, returns that writer's folder; with `damaged="miss"` a damaged one is replaced.
-        Calls `waiting` if another writer holds the lock. Raises CorruptArtifactError, and ConfigError if the store
-        cannot be written.
+        All users who may read the store may read the folder. If another writer was first, returns that writer's folder.
+        If that folder is damaged, replaces it with `damaged="miss"`, else raises CorruptArtifactError. Calls `waiting`
+        if another writer holds the lock. Raises ConfigError if the store cannot be written.
         """
         folder = self.path(kind, inputs)
         with writing_to(self.root):
@@ -134,7 +134,7 @@ class ArtifactStore:
         return Published(folder, made_here=True)
 
     def discard(self, kind: str, inputs: dict[str, Any]) -> None:
-        """Removes an artifact that is whole and yet of no use. Raises ConfigError if the store cannot be written."""
+        """Removes an artifact that is undamaged but useless. Raises ConfigError if the store cannot be written."""
         folder = self.path(kind, inputs)
         with writing_to(self.root), locked(folder.with_suffix(".lock")):
             if os.path.lexists(folder):
@@ -166,7 +166,7 @@ def _fill(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _fix(damaged: Damaged, again: str = "have it made again") -> str:
+def _fix(damaged: Damaged, again: str = "run this command again") -> str:
     return "it is made again" if damaged == "miss" else f"remove this folder, and {again}"
 
 
@@ -226,7 +226,7 @@ def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
 
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """Turns an OSError, raised while the store or a file of it is written, into one that names --artifacts-dir."""
+    """Turns an OSError of the block, which writes into the store, into a ConfigError that names --artifacts-dir."""
     try:
         yield
     except OSError as error:
@@ -241,7 +241,7 @@ def note(line: str) -> None:
 
 @contextmanager
 def noting() -> Iterator[None]:
-    """Turns a ConfigError into a note: what cannot be written then is a record that no video needs."""
+    """Turns a ConfigError of the block into a note, because the block only writes records that no video needs."""
     try:
         yield
     except ConfigError as error:
@@ -262,7 +262,7 @@ def write_synced(path: Path, text: str) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replaces a small text file in one step: another process sees the complete old text or the complete new text.
 
-    The file is not synced, so that a crash of the machine may leave it incomplete. Raises ConfigError.
+    The file is not synced: a crash of the machine may leave it incomplete. Raises ConfigError.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")  # threads may write at once
     with writing_to(path):

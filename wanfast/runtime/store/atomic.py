@@ -23,10 +23,10 @@ def atomic_paths(
     """Yields a temporary path for each target, and renames the files to the targets when the block ends.
 
     If the block fails (KeyboardInterrupt too), the temporary files are removed. If a rename fails, the targets that
-    were already renamed get their old files back. The yielded names end in `.part`, so the caller must name the file
-    format itself. Raises ConfigError naming `option` for an OSError (a full disk, a removed folder). Without
-    `overwrite`, also raises ConfigError if a target has appeared meanwhile. Files that need not outlive a crash of the
-    machine are not `synced`.
+    were replaced before get their old files back. The temporary names end in `.part`, so a writer cannot infer the file
+    format from the name. An OSError (a full disk, a removed folder) becomes a ConfigError that names `option`. If
+    `overwrite` is false, a target that exists when the block ends is a ConfigError too. `synced` writes the files to
+    disk before the rename, so that they survive a crash of the machine.
     """
     partials = [partial_path(target) for target in targets]
     try:
@@ -47,7 +47,7 @@ def atomic_paths(
 
 
 def not_written(target: Path, error: OSError, option: str = "--output") -> ConfigError:
-    """Returns the error of a file that could not be written."""
+    """Returns the ConfigError for a file that could not be written, with the free space and the fix."""
     reason = error.strerror or str(error)
     return ConfigError(
         f"{option} {target}: cannot be written ({reason}; {_free_space(target.parent)}); "
@@ -77,7 +77,7 @@ def _restore(target: Path, old: Path) -> None:
 
 
 def partial_path(target: Path, pid: int | None = None) -> Path:
-    """Returns the hidden path beside `target` that a process (default: this one) writes before the rename.
+    """Returns the hidden path beside `target` to which a process (default: this one) writes before the rename.
 
     Both paths are in one folder, so that the rename is atomic.
     """
@@ -92,8 +92,9 @@ def _old_path(target: Path, pid: int | None = None) -> Path:
 def remove_partials(targets: Iterable[Path], pids: Iterable[int]) -> None:
     """Removes the hidden files of `targets` that killed processes (`pids`) left.
 
-    Targets that differ only in the suffix are a set, whose files are renamed in order. If a process was killed between
-    two renames, the targets that it had published already get their old files back, or are removed.
+    Targets that differ only in the suffix are one set, and the files of a set are renamed in order. If a process was
+    killed between two renames, the first renames are undone: their targets get their old files back, or are removed if
+    there were none.
     """
     sets: dict[Path, list[Path]] = {}
     for target in targets:

@@ -11,7 +11,7 @@ _PACKAGE = Path(__file__).parents[2]
 
 @functools.cache
 def digest_of_code(*patterns: str) -> str:
-    """Returns a digest of the files of this package that `patterns` name, such as "runtime/models/*.py"."""
+    """Returns a digest of the files of this package that match `patterns`, such as "runtime/models/*.py"."""
     digest = hashlib.sha256()
     for pattern in patterns:
         files = sorted(_PACKAGE.glob(pattern))

@@ -1,9 +1,9 @@
 """Finds MagCache's ratios: a model's preset, or a curve that `wanfast calibrate-magcache` stored. Torch-free.
 
 A curve's key holds the settings of its measurement: both experts, their facts and precision, steps, shift, solver,
-guidance, size, frames, the set of clips, and what measured it. A run may differ in the last two. If another setting
-differs, the run refuses the curve, and the error has the command that measures a new one. Steps and shift may differ
-with `--magcache-interpolate`, because the ratios change smoothly.
+guidance, size, frames, the set of clips, and the code, libraries and device that measured it. A run may differ in the
+set and in what follows. If another setting differs, the run refuses the curve, and the error names the command that
+measures a new one. Steps and shift may differ with `--magcache-interpolate`, because the ratios change smoothly.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Curve:
 
 
 def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
-    """Returns `config` with --magcache resolved into a curve and the rules of skipping; raises WanFastError."""
+    """Decides all options of skipping; --magcache becomes `preset` or the key of a curve. Raises WanFastError."""
     asked = config.skipping
     if asked is None:
         return config
@@ -106,12 +106,11 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
 
 
 def preset(files: ModelFiles) -> dict[str, Any] | None:
-    """Returns the document of the curve that ships for a model, or None if none ships.
+    """Returns the JSON document of the curve that ships for a model, or None if no curve ships.
 
-    It holds the `ratios`, and the steps, shift, solver and boundary with which they were measured.
-
-    A curve that names its weights is only for those weights. The published curve names none: it is used for every model
-    of the A14B's sizes, and `magcache_notes` reports this.
+    The document holds the `ratios`, and the steps, shift, solver and boundary with which they were measured. A curve
+    that names its weights is used only for these weights. The published curve names no weights: it is used for every
+    model with the sizes of the A14B, and `magcache_notes` adds a note if the weights are others.
     """
     sizes = files.spec.dit, files.spec.boundary
     if sizes == (A14B.dit, A14B.boundary):
@@ -124,7 +123,7 @@ def preset(files: ModelFiles) -> dict[str, Any] | None:
 
 
 def published_curve() -> dict[str, Any]:
-    """Returns the A14B's curve by MagCache's authors."""
+    """Returns the JSON document of the A14B's curve that MagCache's authors published."""
     document: dict[str, Any] = json.loads((_PRESETS / "wan2.2-i2v-a14b.json").read_text(encoding="utf-8"))
     return document
 
@@ -141,7 +140,7 @@ def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
         return []
     return [
         f"--magcache preset: its curve was measured with {' and '.join(others)}; "
-        "run `wanfast calibrate-magcache` to measure your own"
+        "run `wanfast calibrate-magcache` to measure your own curve"
     ]
 
 
@@ -177,8 +176,8 @@ def _pairs(name: str, of: dict[str, Any]) -> list[tuple[float, float]]:
     pairs = [tuple(row) for row in rows if isinstance(row, list) and len(row) == 2 and all(map(_is_ratio, row))]
     if len(pairs) != of["steps"] or len(rows) != of["steps"]:
         raise CorruptArtifactError(
-            f"--magcache {name}: its curve does not hold two numbers over 0 for each of {of['steps']} steps: remove "
-            "it, and calibrate again"
+            f"--magcache {name}: the curve does not hold two numbers over 0 for each of {of['steps']} steps: "
+            "remove its folder, and calibrate again"
         )
     return [(float(prompt), float(negative_prompt)) for prompt, negative_prompt in pairs]
 
@@ -193,7 +192,7 @@ def steps_of(solver: Any, steps: int, shift: float, boundary: float) -> list[tup
 
 
 def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:
-    """Returns everything that a calibrated curve depends on; raises MissingArtifactError if weights are missing."""
+    """Returns all inputs of a calibrated curve's key. Raises MissingArtifactError if weights are missing."""
     return {
         "experts": _experts(files),
         "facts": files.spec.dit.to_json(),

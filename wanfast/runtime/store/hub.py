@@ -1,9 +1,9 @@
 """Downloads the published weights from the Hugging Face Hub into <artifacts>/checkpoints/<repo name>.
 
 The hub is asked once for the commit and the files of a revision. The download is pinned to that commit, and at the end
-the files on disk are compared with the hub's answer. huggingface_hub's own result is not enough: it can return without
-an error and without files, and its dry run reports a damaged file's own size as the right one. A manifest, written
-last, records the commit, so that two commits never mix in one folder.
+the files on disk are compared with the hub's answer. The result of huggingface_hub is not enough: the library can
+return without an error and without files, and its dry run reports a damaged file's size as the right one. A manifest,
+written last, records the commit, so that two commits never mix in one folder.
 
 If the cache of the Hugging Face Hub holds the whole commit, nothing is downloaded: `--model a14b` reads it in place.
 
@@ -90,7 +90,7 @@ class Request:
 
     @classmethod
     def of(cls, repo: str | None, revision: str | None, layout: Layout, artifacts_dir: str) -> Request:
-        """Makes a request, with defaults for what is None; raises ConfigError for an empty value."""
+        """Makes a request; a value that is None gets its default. Raises ConfigError for an empty value."""
         repo = REPOS[layout] if repo is None else repo
         revision = PINNED.get(repo, "main") if revision is None else revision
         for option, value in (("--repo", repo), ("--revision", revision), ("--artifacts-dir", artifacts_dir)):
@@ -115,7 +115,7 @@ class _Listing:
 
 
 def plan(request: Request) -> dict[str, Any]:
-    """Returns what `download` would fetch, and writes nothing; raises the errors of `download`."""
+    """Returns as JSON what `download` would fetch, and writes nothing. Raises the errors of `download`."""
     listing = _list(request)
     request = _from_cache(request, listing) or request
     _refuse_to_mix(request, listing)
@@ -124,7 +124,7 @@ def plan(request: Request) -> dict[str, Any]:
 
 
 def download(request: Request, *, progress: bool) -> dict[str, Any]:
-    """Downloads and verifies the missing files, and returns what is present now.
+    """Downloads the missing files, verifies all, and returns as JSON the folder, the commit and the files.
 
     Raises ConfigError (a wrong option, no access, no space, another commit in the folder), MissingArtifactError (the
     hub cannot be reached) and CorruptArtifactError (the repository, or the download, is incomplete or damaged).
@@ -168,8 +168,8 @@ def _list(request: Request) -> _Listing:
     for pattern in _NEEDED[request.layout]:
         if not any(fnmatchcase(name, pattern) for name in files):
             raise CorruptArtifactError(
-                f"--repo {request.repo} has no {pattern} at {info.sha}: it is incomplete, or has another layout than "
-                f"--layout {request.layout}; use another --repo, --revision or --layout"
+                f"--repo {request.repo} has no {pattern} at {info.sha}: the repository is incomplete, or its layout is "
+                f"not --layout {request.layout}; use another --repo, --revision or --layout"
             )
     sizes = {name: file.size for name, file in sorted(files.items())}
     if info.sha is None or None in sizes.values():
@@ -279,9 +279,11 @@ def _verify_hashes(request: Request, listing: _Listing, fetched: list[str]) -> N
     where = ", ".join(map(str, wrong))
     if set(wrong.values()) <= set(fetched):
         raise CorruptArtifactError(
-            f"{where}: removed after the download, because the sha256 is not the hub's: {_AGAIN}"
+            f"{where}: removed after the download, because the sha256 is not the one that the hub reports: {_AGAIN}"
         )
-    raise CorruptArtifactError(f"{where}: the sha256 is not the hub's: remove what you do not need, and {_AGAIN}")
+    raise CorruptArtifactError(
+        f"{where}: the sha256 is not the one that the hub reports: remove the files that you do not need, and {_AGAIN}"
+    )
 
 
 def _refuse_to_mix(request: Request, listing: _Listing) -> None:

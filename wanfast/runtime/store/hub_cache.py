@@ -1,4 +1,4 @@
-"""Finds published weights that another program fetched into the cache of the Hugging Face Hub; reads them in place.
+"""Finds published weights in the cache of the Hugging Face Hub, where another program put them, to read them there.
 
 The cache holds <root>/models--OWNER--NAME/snapshots/<commit>, whose files are links to blobs; <root> is named by the
 same environment variables as in huggingface_hub. That library is not imported, because its import takes 0.3 s.
@@ -25,7 +25,7 @@ PINNED = {
 
 
 def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
-    """Returns the folder of the cache, which may be missing."""
+    """Returns the root folder of the Hugging Face cache, which may be missing."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environment.get(name):
             return Path(environment[name]).expanduser()
@@ -34,7 +34,10 @@ def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def snapshots(layout: Layout) -> Iterator[Path]:
-    """Yields the cached folders of the published weights: the pinned commit, then the newest that the cache knows."""
+    """Yields the folders of the published weights in the cache: the pinned commit's, then that of its `main`.
+
+    A folder may be missing.
+    """
     repo = REPOS[layout]
     yield snapshot_of(repo, PINNED[repo])
     with suppress(OSError, ValueError):
@@ -43,12 +46,12 @@ def snapshots(layout: Layout) -> Iterator[Path]:
 
 
 def snapshot_of(repo: str, commit: str) -> Path:
-    """Returns the cached folder of one commit, which may be missing."""
+    """Returns the folder of one commit in the Hugging Face cache, which may be missing."""
     return _folder(repo) / "snapshots" / commit
 
 
 def name_of(folder: Path) -> str:
-    """Returns the name of a model's folder; that of a commit in the cache is its repository's name."""
+    """Returns the name of a model's folder, or the repository's name if it is a commit's folder in the cache."""
     in_cache = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
     return folder.parents[1].name.rpartition("--")[2] if in_cache else folder.name
 

@@ -4,8 +4,8 @@ A record `hashes/<key>.json` of the artifacts folder remembers the sha256 of one
 path, size, inode and times of change. If one of those differs, the file is hashed again. Many processes may ask at
 once: one of them hashes a file under a lock, and the others wait for its record.
 
-A file of the Hugging Face cache is stored under its sha256. That name counts when the file is first seen; a later
-change of the file is noticed like that of any other file. Torch-free.
+The Hugging Face cache names a file by its sha256. When such a file is first seen, its name is taken as the sha256
+without hashing. A later change of the file is noticed as for any other file. Torch-free.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def is_old(identity: object) -> bool:
 
 
 def sha256_of(files: Iterable[Path], artifacts: Path) -> dict[Path, str]:
-    """Returns the sha256 of each file, in order; says on stderr if that takes seconds. Raises ConfigError.
+    """Returns the sha256 of each file, in order; prints a note before it hashes large files. Raises ConfigError.
 
     If the artifacts folder cannot be written, the next process hashes the files again.
     """
@@ -65,7 +65,7 @@ def sha256_of(files: Iterable[Path], artifacts: Path) -> dict[Path, str]:
 
 def _state(file: Path) -> State:
     """Returns what changes if a file's content changes; the time of change is one that no program can set."""
-    with foreign(f"--model: {file}", "make this file readable, or get it again"):
+    with foreign(f"--model: {file}", "make this file readable, or copy it again"):
         real = file.resolve(strict=True)
         found = real.stat()
     return {
@@ -120,8 +120,8 @@ def _remember(state: State, sha256: str, artifacts: Path) -> None:
 @functools.lru_cache(maxsize=256)
 def _hash(file: Path, state: tuple[tuple[str, Any], ...]) -> str:
     """Returns the sha256 of a file in this state. Raises ConfigError, also if the file changes meanwhile."""
-    with foreign(f"--model: {file}", "make this file readable, or get it again"), file.open("rb") as stream:
+    with foreign(f"--model: {file}", "make this file readable, or copy it again"), file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if tuple(_state(file).items()) != state:
-        raise ConfigError(f"--model: {file} changes while it is read: wait until it is complete")
+        raise ConfigError(f"--model: {file} changes while it is read: wait until the file is complete")
     return found

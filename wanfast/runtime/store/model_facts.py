@@ -1,7 +1,8 @@
 """Reads the facts of a model from the JSON files beside its weights, and checks each of them. Torch-free.
 
-A `wanfast.json` holds all facts. Without one, both public layouts have the sizes of the transformer, and Diffusers'
-layout those of the other networks too. An error names the file and the key.
+Facts are a model's sizes and its default options. A `wanfast.json` holds all facts. Without this file, the config files
+of both public layouts give the sizes of the transformer; those of Diffusers' layout also give the sizes of the VAE and
+UMT5. An error names the file and the key.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ AGAIN = "it is not a JSON file that can be read; download it again"
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """This class names the place of each component in one layout: a folder of shards, or a file."""
+    """This class holds each component's path below a model's folder, in one layout: a folder of shards or a file."""
 
     high_noise: str
     low_noise: str
@@ -45,7 +46,7 @@ class Places:
 
 
 def read_spec(root: Path, places: Places) -> ModelSpec:
-    """Reads all facts from wanfast.json, or only the networks' sizes from the layout's config files."""
+    """Reads all facts from wanfast.json, or the sizes from the layout's config files and the rest from the A14B."""
     if document := _read_facts(root / _FACTS_FILE):
         return _checked(root / _FACTS_FILE, document, lambda facts: _with_defaults(ModelSpec.from_json(facts)))
     found: dict[str, Any] = {"name": name_of(root)}
@@ -88,7 +89,7 @@ def _checked(file: Path, document: dict[str, Any], read: Callable[[dict[str, Any
 
 def _read_facts(file: Path) -> dict[str, Any] | None:
     """Returns the document of a file of facts, or None if there is no such file. Raises CorruptArtifactError."""
-    with foreign(str(file), "make it readable", CorruptArtifactError):
+    with foreign(str(file), "make the file readable", CorruptArtifactError):
         if not file.is_file():
             return None
     return read_object(file, AGAIN)

@@ -1,7 +1,7 @@
-"""Locates a model's files in a folder in either of the two public layouts. Torch-free.
+"""Locates a model's files in a folder, in either public layout: the original one or that of Diffusers. Torch-free.
 
-`tiny` ships with the package. `a14b` is the published repository, in either layout: in the artifacts folder, or else in
-the cache of the Hugging Face Hub, where another program may have put it. Any other name is a path.
+`tiny` ships with the package. `a14b` is the published repository, in either layout. It lies in the artifacts folder, or
+else in the cache of the Hugging Face Hub, where another program may have put it. Any other name is a path.
 """
 
 from __future__ import annotations
@@ -83,25 +83,26 @@ class ModelFiles:
         return files
 
     def require(self) -> None:
-        """Raises MissingArtifactError if a file that a generation reads is missing."""
+        """Raises MissingArtifactError if a file that a generation needs is missing."""
         if not self.exists:
             raise MissingArtifactError(f"{self.root} is missing: {self.fix}")
         for component in COMPONENTS:
             self.weights(component)
         _require_file(self.tokenizer, self.fix)
         if self.spec.umt5.dim != self.spec.dit.text_dim:
-            sizes = f"texts of {self.spec.dit.text_dim} numbers a token, but UMT5 gives {self.spec.umt5.dim}"
+            sizes = f"text embeddings of size {self.spec.dit.text_dim}, but UMT5 gives {self.spec.umt5.dim}"
             raise CorruptArtifactError(f"{self.root}: the transformer reads {sizes}: {self.fix}")
 
     def identify(self) -> None:
-        """Hashes what is not hashed yet, so that the user sees why it takes a minute, and no rank waits for it."""
+        """Hashes the files that are not hashed yet, before ranks start: the user sees a note, and no rank waits."""
         assert self.fingerprints
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Returns the identity of each component's content, which is the same for a copy in another folder.
 
-        The first process that asks reads all files, which takes about a second a GB; later ones remember.
+        The first process that asks reads all files, which takes about a second a GB. Later processes read the stored
+        hashes.
         """
         tokenizer = identity([self.tokenizer], self.artifacts)
         return {**{name: self.fingerprint(name) for name in COMPONENTS}, "tokenizer": tokenizer}
@@ -114,10 +115,10 @@ class ModelFiles:
 
 @remembered
 def locate(model: str, artifacts_dir: str) -> ModelFiles:
-    """Returns the files of `--model`.
+    """Locates the model that `--model` names, and reads its facts.
 
-    Raises MissingArtifactError (no such folder), ConfigError (no image-to-video model in it) and CorruptArtifactError
-    (a damaged file of facts).
+    Raises MissingArtifactError (no such folder), ConfigError (no image-to-video model in the folder) and
+    CorruptArtifactError (a damaged file of facts).
     """
     artifacts = Path(artifacts_dir).absolute()
     if model == "tiny":
@@ -187,7 +188,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def indexed_shards(index: Path) -> list[Path]:
-    """Returns the files that an index of shards names, all beside it or below. Raises CorruptArtifactError."""
+    """Returns the shards that an index names. Raises CorruptArtifactError if one is outside of the index's folder."""
     weight_map = read_object(index, AGAIN).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
@@ -195,7 +196,9 @@ def indexed_shards(index: Path) -> list[Path]:
     for name in names:  # a link beside the index may lead elsewhere, as in the cache of Hugging Face
         parts = PurePosixPath(name).parts
         if not parts or ".." in parts or parts[0] == "/":
-            raise CorruptArtifactError(f"{index} names {name!r:.60}, which is not in its folder: download it again")
+            raise CorruptArtifactError(
+                f"{index} names {name!r:.60}, which is outside of its folder: download this index again"
+            )
     return [index.parent / name for name in sorted(set(names))]
 
 

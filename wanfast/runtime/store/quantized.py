@@ -1,7 +1,8 @@
-"""Finds stored quantized experts by a key of the source, the scheme and all that computes the values. Torch-free.
+"""Finds stored quantized experts by a key of the weights, the scheme, and the code that quantizes. Torch-free.
 
-An artifact `quantized/<key>` is one expert, quantized with one scheme: safetensors in shards with an index, under the
-original layout's names, the error of every tensor (`errors.json`, `errors.png`) and the manifest.
+An artifact `quantized/<key>` holds one expert, quantized with one scheme. Its files are safetensors shards with an
+index, the quantization error of every tensor (`errors.json`, `errors.png`), and the manifest. Tensors have the names of
+the original layout.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _CODE = (
 
 @dataclass(frozen=True)
 class QuantizedExpert:
-    """This class names one expert quantized with one scheme, whether its artifact exists or is missing."""
+    """This class names one expert quantized with one scheme; its artifact may exist or be missing."""
 
     store: ArtifactStore
     files: ModelFiles  # what it is made from
@@ -54,7 +55,7 @@ class QuantizedExpert:
     model: str  # as `--model` names it
 
     def inputs(self, torchao: str | None, device: str | None) -> dict[str, Any]:
-        """Returns everything that the artifact depends on. On every `device` a cast gives the same values."""
+        """Returns all inputs of the artifact's key. For bf16 `device` does not count: a cast is the same on all."""
         return {
             "source": self.files.fingerprint(self.expert),
             "facts": self.files.spec.dit.to_json(),
@@ -72,8 +73,8 @@ class QuantizedExpert:
     def find(self, *, verify: bool = False) -> Path | None:
         """Returns the artifact's folder, or None if the artifact is missing.
 
-        If torchao is not installed here, an artifact of any version of torchao is accepted, the newest first. A run on
-        any device accepts what any device computed, the GPU first. Raises CorruptArtifactError.
+        If torchao is not installed here, the artifact that was made with the newest torchao is taken. Whether a GPU or
+        a CPU made the artifact does not matter; if both exist, the GPU's is taken. Raises CorruptArtifactError.
         """
         installed = torchao_version() if in_8_bits(self.scheme) else None
         made_by = installed or max(self._versions(), default=None, key=_release)
@@ -86,7 +87,7 @@ class QuantizedExpert:
         return next(filter(None, found), None)
 
     def require(self, *, verify: bool = False) -> Path:
-        """Returns the artifact's folder; raises MissingArtifactError with the command that makes it, if missing."""
+        """Returns the artifact's folder, or raises MissingArtifactError with the command that makes the artifact."""
         folder = self.find(verify=verify)
         if folder is None:
             others = ", ".join(sorted(self._versions(), key=_release))
@@ -143,8 +144,8 @@ def require_experts(
 ) -> None:
     """Raises WanFastError, with the command that fixes it, if the experts that --quantize needs are missing.
 
-    If they are quantized on the fly, only torchao is required. `known` holds the artifacts that earlier calls verified;
-    this function adds to `known`, because hashes take a while.
+    With --quantize-on-the-fly, only torchao is required. `known` holds the artifacts that earlier calls found, and this
+    function adds to `known`, so that no artifact is hashed twice.
     """
     if models.quantize_on_the_fly:
         require_torchao("--quantize-on-the-fly")
@@ -158,7 +159,7 @@ def require_experts(
 
 
 def shards(folder: Path) -> list[Path]:
-    """Returns the weight files of an artifact."""
+    """Returns the safetensors shards in the folder of a quantized expert's artifact."""
     return indexed_shards(folder / INDEX)
 
 

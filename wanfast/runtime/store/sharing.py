@@ -1,7 +1,7 @@
-"""Lets the users of a group share a folder: files get the mode that the folder asks for, locks too.
+"""Lets several users share the artifacts folder: files and locks get the permissions (mode) of their folder.
 
-The umask (or the folder's default ACL) decides the mode of a new folder. Libraries ignore it: safetensors writes files
-that only their owner can read. So what a library wrote takes the mode of the folder that holds it.
+The umask (or a default ACL) decides the mode of a new folder. Some libraries ignore both: safetensors writes files that
+only their owner can read. So files that a library wrote are given the mode of the folder that holds them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FILE = 0o666  # the bits that a file may have
 
 
 def share(folder: Path) -> None:
-    """Gives everything of ours below `folder` the mode of `folder` itself, files without the bits to run them."""
+    """Gives all files and folders of this user below `folder` its mode; files do not get the execute bits."""
     mode = stat.S_IMODE(folder.stat().st_mode)
     for path in folder.rglob("*"):
         found = path.lstat()
@@ -30,13 +30,13 @@ def share(folder: Path) -> None:
 
 
 def lock_of(path: Path, timeout: float = -1) -> FileLock:
-    """Returns a lock that every user who may write the folder can take."""
+    """Returns a file lock that every user who may write to the folder of `path` can take."""
     return FileLock(path, timeout=timeout, mode=stat.S_IMODE(path.parent.stat().st_mode) & _FILE | 0o600)
 
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Holds a lock during the block; calls `waiting` first if another process holds the lock."""
+    """Holds the file lock `path` during the block; calls `waiting` first if another process holds the lock."""
     lock = lock_of(path)
     try:
         lock.acquire(timeout=0)
@@ -50,9 +50,9 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def who_can_write(paths: list[Path]) -> str | None:
-    """Returns why other users could have written one of `paths`; None if only this user and root can write them all.
+    """Returns why another user could have written to one of `paths`, or None if only this user and root could.
 
-    A group that is this user's primary group counts as this user, because many systems give each user such a group.
+    This user's primary group counts as this user, because many systems give each user a separate group.
     """
     for path in paths:
         found = path.stat()
@@ -65,7 +65,7 @@ def who_can_write(paths: list[Path]) -> str | None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or folder in one step for its readers; what cannot be deleted stays under another name."""
+    """Renames a file or folder, so that it is gone at once for readers, and then deletes it as far as possible."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.damaged")
     path.rename(aside)
     with suppress(OSError):
