@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -49,7 +48,7 @@ class Ulysses:
 
     def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
         """Returns attention over all `num_tokens` tokens for this rank's N/P tokens; [B, N/P, H, D] in and out."""
-        sent = [self._send(self._by_heads(*project(name))) for name in "vqk"]
+        sent = [self._send(*project(name, self.group.size())) for name in "vqk"]
         all_v, all_q, all_k = (rearrange(wait(), "P B l h D -> B (P l) h D") for wait in sent)
         out = attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
         wait = self._send(rearrange(out, "B (P l) h D -> P B l h D", P=self.group.size()))
@@ -59,16 +58,11 @@ class Ulysses:
         """Returns all tokens along `dim` on every rank, without the padding."""
         return torch.cat(list(all_gather(x, self.group)), dim).narrow(dim, 0, num_tokens)
 
-    def _by_heads(self, x_BLHD: Tensor) -> Tensor:
-        return rearrange(x_BLHD, "B l (P h) D -> P B l h D", P=self.group.size())
-
     def _send(self, parts: Tensor) -> Callable[[], Tensor]:
-        """Sends parts[p] to rank p; returns a function that waits, and returns the part from rank p at [p]."""
-        parts = packed(parts)
-        if torch.compiler.is_compiling():
-            exchanged: Tensor = funcol.all_to_all_single(parts, None, None, self.group)
-            return lambda: exchanged
-        # The same without torch's tensor that waits by itself, whose first use imports the compiler, for seconds.
+        """Sends parts[p] to rank p; returns a function that waits, and returns the part from rank p at [p].
+
+        A compiled block waits where the function is called, too: torch's own functional exchange would wait at once.
+        """
         each, functional = [1] * self.group.size(), torch.ops._c10d_functional
-        sent = functional.all_to_all_single(parts, each, each, self.group.group_name)
+        sent = functional.all_to_all_single(parts.contiguous(), each, each, self.group.group_name)
         return lambda: functional.wait_tensor(sent)

@@ -18,7 +18,8 @@ from torch import Tensor
 from wanfast.runtime.models.attention_kernels import KERNELS, AttentionFn
 from wanfast.runtime.models.operators import opaque
 
-ProjectFn = Callable[[str], list[Tensor]]  # "qkv" or one letter -> a tensor [B, L, H, D] for each letter
+# ("qkv" or one letter, P) -> a tensor [P, B, L, H / P, D] for each letter: P parts of the heads, each of them dense
+ProjectFn = Callable[[str, int], list[Tensor]]
 
 
 def attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class WholeSequence:
         return x
 
     def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
-        return attend(*project("qkv"))
+        return attend(*(whole for (whole,) in project("qkv", 1)))
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
         return x

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.attention import Sequence, WholeSequence, attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
-from wanfast.runtime.models.fused import add_layer_norm, linear_gelu, rms_norm_heads
+from wanfast.runtime.models.fused import add_layer_norm, heads_in_parts, linear_gelu, rms_norm_heads
 from wanfast.runtime.models.rope import RotaryTables
 from wanfast.runtime.models.tokens import Tokens, packed
 
@@ -64,7 +64,7 @@ class LinearGELU(Linear):
 
 
 class RMSNorm(nn.Module):
-    """Normalises q or k over all heads together, and rotates it by `rope` if given: [B, L, H, D] in the dtype of x."""
+    """Normalises q or k over all heads together, and rotates it by `rope` if given: [parts, B, L, H / parts, D]."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -72,9 +72,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
 
     def forward(
-        self, x_BLd: Tensor, num_heads: int, rope: RotaryTables | None = None, *, by_kernel: bool = True
+        self, x_BLd: Tensor, num_heads: int, rope: RotaryTables | None = None, *, parts: int = 1, by_kernel: bool = True
     ) -> Tensor:
-        return rms_norm_heads(x_BLd, self.weight, self.eps, num_heads, rope, by_kernel=by_kernel)
+        return rms_norm_heads(x_BLd, self.weight, self.eps, num_heads, rope, parts=parts, by_kernel=by_kernel)
 
 
 class Attention(nn.Module):
@@ -113,18 +113,18 @@ class SelfAttention(Attention):
         self.register_state_dict_post_hook(_split_fused_keys)  # type: ignore[no-untyped-call]
 
     def forward(self, x_BLd: Tokens, rope: RotaryTables, num_tokens: int) -> Tensor:
-        def project(names: str) -> list[Tensor]:
+        def project(names: str, parts: int) -> list[Tensor]:
             products = self.qkv(x_BLd).chunk(3, -1) if self.qkv else [getattr(self, name)(x_BLd) for name in names]
-            return [self._finish(name, product, rope) for name, product in zip(names, products, strict=True)]
+            return [self._finish(name, product, rope, parts) for name, product in zip(names, products, strict=True)]
 
         out: Tensor = self.o(self.sequence.attention(project, num_tokens, self.attend).flatten(2))
         return out
 
-    def _finish(self, name: str, product_BLd: Tensor, rope: RotaryTables) -> Tensor:
-        """Returns q or k normalised and rotated, or v as it is, split into heads."""
+    def _finish(self, name: str, product_BLd: Tensor, rope: RotaryTables, parts: int) -> Tensor:
+        """Returns q or k normalised and rotated, or v as it is, in parts of the heads."""
         if name == "v":
-            return self._heads(product_BLd)
-        return (self.norm_q if name == "q" else self.norm_k)(product_BLd, self.num_heads, rope)  # type: ignore[no-any-return]
+            return heads_in_parts(self._heads(product_BLd), parts)
+        return (self.norm_q if name == "q" else self.norm_k)(product_BLd, self.num_heads, rope, parts=parts)  # type: ignore[no-any-return]
 
 
 def _split_fused_keys(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
@@ -138,11 +138,12 @@ class CrossAttention(Attention):
 
     def encode_text(self, text_BSd: Tensor) -> TextKV:
         """Returns the keys and values of the embedded text [B, S, d]."""
-        k = self.norm_k(self.k(text_BSd), self.num_heads, by_kernel=False)  # few rows are not worth compiling a kernel
+        (k,) = self.norm_k(self.k(text_BSd), self.num_heads, by_kernel=False)  # few rows are not worth a kernel
         return TextKV(k, self._heads(self.v(text_BSd)))
 
     def forward(self, x_BLd: Tokens, text: TextKV) -> Tensor:
-        out: Tensor = self.o(self.attend(self.norm_q(self.q(x_BLd), self.num_heads), *text).flatten(2))
+        (q,) = self.norm_q(self.q(x_BLd), self.num_heads)
+        out: Tensor = self.o(self.attend(q, *text).flatten(2))
         return out
 
 

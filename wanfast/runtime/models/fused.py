@@ -66,21 +66,25 @@ def rms_norm_heads(
     num_heads: int,
     rope: RotaryTables | None = None,
     *,
+    parts: int = 1,
     by_kernel: bool = True,
 ) -> Tensor:
-    """Returns x / rms(x) * weight over all heads together, rotated by `rope` if given, [B, L, H, D].
+    """Returns x / rms(x) * weight over all heads together, rotated by `rope` if given, in `parts` of the heads.
 
-    The result has the dtype of x. `by_kernel`: whether to use the Triton kernel if it can run; False compiles none.
+    The result is [parts, B, L, H / parts, D], dense, in the dtype of x. `by_kernel`: whether to use the Triton kernel
+    if it can run; False compiles none.
     """
     if by_kernel and _by_kernel(x_BLd):
         cos, sin = rope or (None, None)
-        return _heads(fused_kernels.rms_norm_rotate(x_BLd, weight, eps, cos, sin), num_heads)
-    normed = _heads(F.rms_norm(x_BLd.float(), weight.shape, weight, eps), num_heads)
-    return (apply_rotary(normed, rope) if rope else normed).to(x_BLd.dtype)
+        out = fused_kernels.rms_norm_rotate(x_BLd, weight, eps, cos, sin, parts)
+        return rearrange(out, "P B L (h D) -> P B L h D", h=num_heads // parts)
+    normed = rearrange(F.rms_norm(x_BLd.float(), weight.shape, weight, eps), "B L (H D) -> B L H D", H=num_heads)
+    return heads_in_parts((apply_rotary(normed, rope) if rope else normed).to(x_BLd.dtype), parts)
 
 
-def _heads(x_BLd: Tensor, num_heads: int) -> Tensor:
-    return rearrange(x_BLd, "B L (H D) -> B L H D", H=num_heads)
+def heads_in_parts(x_BLHD: Tensor, parts: int) -> Tensor:
+    """Returns x as [parts, B, L, H / parts, D], dense: a view for one part."""
+    return rearrange(x_BLHD, "B L (P h) D -> P B L h D", P=parts).contiguous()
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
