@@ -54,8 +54,8 @@ def test_padded_keys_are_not_attended_to() -> None:
 
     def attending_to_padding(ranks: Ranks) -> torch.Tensor:
         class Careless(Ulysses):
-            def attention(self, project, num_tokens, attend):
-                return super().attention(project, num_tokens + 1, attend)
+            def attention(self, projections, num_tokens, attend):
+                return super().attention(projections, num_tokens + 1, attend)
 
         return velocity(Careless(dist.group.WORLD), grid)
 
@@ -87,7 +87,7 @@ def test_a_block_stays_one_graph_under_ulysses() -> None:
 
 
 def test_a_compiled_block_waits_for_an_exchange_only_where_it_needs_the_result() -> None:
-    """v is on its way while q is projected, and q while k is; torch's functional exchange would wait at once."""
+    """A product is computed during each exchange except the last; torch's functional exchange would wait at once."""
     kinds = {"all_to_all_single": "send", "wait_tensor": "wait", "linear": "project"}
 
     def order(ranks: Ranks) -> list[str]:
@@ -108,7 +108,7 @@ def test_a_compiled_block_waits_for_an_exchange_only_where_it_needs_the_result()
             attend(torch.randn(1, 4, SPEC.dim), type(rope)(*(ranks.sequence.shard(table, 0) for table in rope)), 8)
         return found
 
-    expected = ["project", "send"] * 3 + ["wait"] * 3 + ["send", "wait", "project"]
+    expected = ["project", "send"] * 3 + ["project"] + ["wait"] * 3 + ["send", "wait", "project"]
     assert on_ranks(Mesh(ulysses=2), order) == [expected] * 2
 
 

@@ -1,10 +1,10 @@
 """Ulysses sequence parallelism gives each rank a share of the tokens, and around attention a share of the heads.
 
 Everything except self-attention treats each token by itself. Around attention the P ranks exchange. [B, L/P, H, D] of
-own tokens and all heads becomes [B, L, H/P, D] of all tokens and own heads, and back. v is sent while q is computed,
-and q while k is computed, which hides two of the four exchanges of a block. Of 4 L d / P values, P-1 of P parts leave a
-rank. If P does not divide the tokens, zero rows are added at the end. Padded keys are cut off before attention, so the
-result is that of one rank.
+own tokens and all heads becomes [B, L, H/P, D] of all tokens and own heads, and back. q is sent while k is computed, k
+while v is, and v in P parts, each while the next part is computed. So only the exchange after attention is not hidden.
+Of 4 L d / P values, P-1 of P parts leave a rank. If P does not divide the tokens, zero rows are added at the end.
+Padded keys are cut off before attention, so the result is that of one rank.
 In a compiled block collectives are functional, so that a compiled block stays one graph.
 Limit: P must divide the heads. Source: DeepSpeed-Ulysses (arXiv 2309.14509) section 3.
 
@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from wanfast.runtime.distributed.collectives import all_gather
-from wanfast.runtime.models.attention import ProjectFn
+from wanfast.runtime.models.attention import Projections
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.tokens import packed
 
@@ -46,23 +46,37 @@ class Ulysses:
         missing = share - x.shape[dim]
         return packed(F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing]) if missing else x)
 
-    def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
+    def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
         """Returns attention over all `num_tokens` tokens for this rank's N/P tokens; [B, N/P, H, D] in and out."""
-        sent = [self._send(*project(name, self.group.size())) for name in "vqk"]
-        all_v, all_q, all_k = (rearrange(wait(), "P B l h D -> B (P l) h D") for wait in sent)
+        sent = [self._send(projections.by_heads(name, self.group.size())) for name in "qk"]
+        all_v = self._all_values(projections)
+        all_q, all_k = (rearrange(wait(), "P B l h D -> B (P l) h D") for wait in sent)
         out = attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
         wait = self._send(rearrange(out, "B (P l) h D -> P B l h D", P=self.group.size()))
-        return rearrange(wait(), "P B l h D -> B l (P h) D")
+        return torch.cat(list(wait()), dim=2)
+
+    def _all_values(self, projections: Projections) -> Tensor:
+        """Returns v of this rank's heads for all tokens [B, N, H/P, D]; a part is sent while the next is computed."""
+        size, rank = self.group.size(), self.group.rank()
+        waits = {}
+        for step in range(1, size):
+            to, source = (rank + step) % size, (rank - step) % size
+            waits[source] = self._send(projections.values(to, size), to, source)
+        own = projections.values(rank, size)
+        return torch.cat([own if source == rank else waits[source]() for source in range(size)], dim=1)
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
         """Returns all tokens along `dim` on every rank, without the padding."""
         return torch.cat(list(all_gather(x, self.group)), dim).narrow(dim, 0, num_tokens)
 
-    def _send(self, parts: Tensor) -> Callable[[], Tensor]:
-        """Sends parts[p] to rank p; returns a function that waits, and returns the part from rank p at [p].
+    def _send(self, x: Tensor, to: int | None = None, source: int | None = None) -> Callable[[], Tensor]:
+        """Sends x[p] to each rank p, or x to one rank `to`; returns a function that waits for what this rank gets.
 
-        A compiled block waits where the function is called, too: torch's own functional exchange would wait at once.
+        That is the part from rank p at [p], or what the rank `source` sent. A compiled block waits where the function
+        is called, too: torch's own functional exchange would wait at once.
         """
-        each, functional = [1] * self.group.size(), torch.ops._c10d_functional
-        sent = functional.all_to_all_single(parts.contiguous(), each, each, self.group.group_name)
+        ranks, functional = range(self.group.size()), torch.ops._c10d_functional
+        rows = 1 if to is None else x.shape[0]
+        sizes = ([rows if which in (None, p) else 0 for p in ranks] for which in (source, to))
+        sent = functional.all_to_all_single(x.contiguous(), *sizes, self.group.group_name)
         return lambda: functional.wait_tensor(sent)

@@ -8,7 +8,6 @@ Shapes: B batch, L tokens, H heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -17,9 +16,6 @@ from torch import Tensor
 
 from wanfast.runtime.models.attention_kernels import KERNELS, AttentionFn
 from wanfast.runtime.models.operators import opaque
-
-# ("qkv" or one letter, P) -> a tensor [P, B, L, H / P, D] for each letter: P parts of the heads, each of them dense
-ProjectFn = Callable[[str, int], list[Tensor]]
 
 
 def attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
@@ -41,6 +37,22 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
     return KERNELS[kernel].run(q, k, v).contiguous()
 
 
+class Projections(Protocol):
+    """Computes queries, keys and values of this rank's tokens, when and in which parts of the heads they are needed."""
+
+    def all(self) -> list[Tensor]:
+        """Returns q, k and v, each [B, L, H, D]."""
+        ...
+
+    def by_heads(self, name: str, parts: int) -> Tensor:
+        """Returns "q" or "k" as [parts, B, L, H / parts, D], dense."""
+        ...
+
+    def values(self, part: int, parts: int) -> Tensor:
+        """Returns v of one of the `parts` of the heads: [B, L, H / parts, D], dense."""
+        ...
+
+
 class Sequence(Protocol):
     """Describes how ranks share the tokens of one forward pass, and how self-attention sees all of them."""
 
@@ -50,10 +62,10 @@ class Sequence(Protocol):
 
     @property
     def overlaps(self) -> bool:
-        """Returns whether `attention` projects q, k and v one by one, each during the exchange of another."""
+        """Returns whether `attention` projects q, k and v one by one, each during the exchange of the one before."""
         ...
 
-    def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
+    def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
         """Returns self-attention by `attend` of this rank's queries over all `num_tokens` tokens: [B, L, H, D]."""
         ...
 
@@ -72,8 +84,8 @@ class WholeSequence:
     def shard(self, x: Tensor, dim: int) -> Tensor:
         return x
 
-    def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
-        return attend(*(whole for (whole,) in project("qkv", 1)))
+    def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
+        return attend(*projections.all())
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
         return x

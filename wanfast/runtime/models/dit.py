@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.attention import Sequence, WholeSequence, attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
-from wanfast.runtime.models.fused import add_layer_norm, heads_in_parts, linear_gelu, rms_norm_heads
+from wanfast.runtime.models.fused import add_layer_norm, linear_gelu, rms_norm_heads
 from wanfast.runtime.models.rope import RotaryTables
 from wanfast.runtime.models.tokens import Tokens, packed
 
@@ -54,6 +54,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+    def part(self, x: Tensor, part: int, parts: int) -> Tensor:
+        """Returns one of `parts` equal parts of the outputs."""
+        return F.linear(x.to(self.weight.dtype), self.weight.chunk(parts)[part], self.bias.chunk(parts)[part])
 
 
 class LinearGELU(Linear):
@@ -87,8 +91,9 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (Linear(spec.dim, spec.dim, dtype=dtype) for _ in range(4))
         self.norm_q, self.norm_k = (RMSNorm(spec.dim, spec.eps) for _ in range(2))
 
-    def _heads(self, x_BLd: Tensor) -> Tensor:
-        return rearrange(x_BLd, "B L (H D) -> B L H D", H=self.num_heads)
+    @staticmethod
+    def heads(x_BLd: Tensor, num_heads: int) -> Tensor:
+        return rearrange(x_BLd, "B L (H D) -> B L H D", H=num_heads)
 
 
 class SelfAttention(Attention):
@@ -113,18 +118,32 @@ class SelfAttention(Attention):
         self.register_state_dict_post_hook(_split_fused_keys)  # type: ignore[no-untyped-call]
 
     def forward(self, x_BLd: Tokens, rope: RotaryTables, num_tokens: int) -> Tensor:
-        def project(names: str, parts: int) -> list[Tensor]:
-            products = self.qkv(x_BLd).chunk(3, -1) if self.qkv else [getattr(self, name)(x_BLd) for name in names]
-            return [self._finish(name, product, rope, parts) for name, product in zip(names, products, strict=True)]
-
-        out: Tensor = self.o(self.sequence.attention(project, num_tokens, self.attend).flatten(2))
+        projections = _Projections(self, x_BLd, rope)
+        out: Tensor = self.o(self.sequence.attention(projections, num_tokens, self.attend).flatten(2))
         return out
 
-    def _finish(self, name: str, product_BLd: Tensor, rope: RotaryTables, parts: int) -> Tensor:
-        """Returns q or k normalised and rotated, or v as it is, in parts of the heads."""
-        if name == "v":
-            return heads_in_parts(self._heads(product_BLd), parts)
-        return (self.norm_q if name == "q" else self.norm_k)(product_BLd, self.num_heads, rope, parts=parts)  # type: ignore[no-any-return]
+
+class _Projections:
+    """Implements Projections for the tokens of one call."""
+
+    def __init__(self, layer: SelfAttention, x_BLd: Tokens, rope: RotaryTables) -> None:
+        self._layer, self._x, self._rope = layer, x_BLd, rope
+
+    def all(self) -> list[Tensor]:
+        layer, x = self._layer, self._x
+        q, k, v = layer.qkv(x).chunk(3, -1) if layer.qkv else (layer.q(x), layer.k(x), layer.v(x))
+        return [self._rotated("q", q, 1)[0], self._rotated("k", k, 1)[0], layer.heads(v, layer.num_heads)]
+
+    def by_heads(self, name: str, parts: int) -> Tensor:
+        return self._rotated(name, getattr(self._layer, name)(self._x), parts)
+
+    def values(self, part: int, parts: int) -> Tensor:
+        product = cast("Any", self._layer.v).part(self._x, part, parts)  # of whatever class the linear is
+        return self._layer.heads(product, self._layer.num_heads // parts)
+
+    def _rotated(self, name: str, product_BLd: Tensor, parts: int) -> Tensor:
+        norm = getattr(self._layer, f"norm_{name}")
+        return norm(product_BLd, self._layer.num_heads, self._rope, parts=parts)  # type: ignore[no-any-return]
 
 
 def _split_fused_keys(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
@@ -139,7 +158,7 @@ class CrossAttention(Attention):
     def encode_text(self, text_BSd: Tensor) -> TextKV:
         """Returns the keys and values of the embedded text [B, S, d]."""
         (k,) = self.norm_k(self.k(text_BSd), self.num_heads, by_kernel=False)  # few rows are not worth a kernel
-        return TextKV(k, self._heads(self.v(text_BSd)))
+        return TextKV(k, self.heads(self.v(text_BSd), self.num_heads))
 
     def forward(self, x_BLd: Tokens, text: TextKV) -> Tensor:
         (q,) = self.norm_q(self.q(x_BLd), self.num_heads)

@@ -79,12 +79,8 @@ def rms_norm_heads(
         out = fused_kernels.rms_norm_rotate(x_BLd, weight, eps, cos, sin, parts)
         return rearrange(out, "P B L (h D) -> P B L h D", h=num_heads // parts)
     normed = rearrange(F.rms_norm(x_BLd.float(), weight.shape, weight, eps), "B L (H D) -> B L H D", H=num_heads)
-    return heads_in_parts((apply_rotary(normed, rope) if rope else normed).to(x_BLd.dtype), parts)
-
-
-def heads_in_parts(x_BLHD: Tensor, parts: int) -> Tensor:
-    """Returns x as [parts, B, L, H / parts, D], dense: a view for one part."""
-    return rearrange(x_BLHD, "B L (P h) D -> P B L h D", P=parts).contiguous()
+    out = (apply_rotary(normed, rope) if rope else normed).to(x_BLd.dtype)
+    return rearrange(out, "B L (P h) D -> P B L h D", P=parts).contiguous()
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
