@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -53,8 +54,8 @@ def test_padded_keys_are_not_attended_to() -> None:
 
     def attending_to_padding(ranks: Ranks) -> torch.Tensor:
         class Careless(Ulysses):
-            def attention(self, project, num_tokens, attend):
-                return super().attention(project, num_tokens + 1, attend)
+            def attention(self, projections, num_tokens, attend):
+                return super().attention(projections, num_tokens + 1, attend)
 
         return velocity(Careless(dist.group.WORLD), grid)
 
@@ -83,6 +84,32 @@ def test_a_block_stays_one_graph_under_ulysses() -> None:
     with torch.no_grad():
         expected = velocity(WholeSequence(), grid)
     assert relative_error(on_ranks(Mesh(ulysses=2), compiled)[1], expected) <= 1e-5
+
+
+def test_a_compiled_block_waits_for_an_exchange_only_where_it_needs_the_result() -> None:
+    """A product is computed during each exchange except the last; torch's functional exchange would wait at once."""
+    kinds = {"all_to_all_single": "send", "wait_tensor": "wait", "linear": "project"}
+
+    def order(ranks: Ranks) -> list[str]:
+        torch._dynamo.reset()
+        found: list[str] = []
+
+        def record(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+            names = [str(node.target) for node in graph.graph.nodes]
+            found.extend(kind for name in names for key, kind in kinds.items() if key in name)
+            return graph.forward
+
+        with torch.device("meta"):
+            model = WanDiT(SPEC, torch.float32, ranks.sequence)
+        randomise(model.to_empty(device="cpu"), seed=0)
+        attend = torch.compile(model.blocks[0].self_attn, fullgraph=True, backend=record)
+        rope = rotary_tables((2, 2, 2), SPEC.head_dim, "cpu")
+        with torch.no_grad():
+            attend(torch.randn(1, 4, SPEC.dim), type(rope)(*(ranks.sequence.shard(table, 0) for table in rope)), 8)
+        return found
+
+    expected = ["project", "send"] * 3 + ["project"] + ["wait"] * 3 + ["send", "wait", "project"]
+    assert on_ranks(Mesh(ulysses=2), order) == [expected] * 2
 
 
 def test_each_block_is_gathered_by_itself() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -88,16 +88,16 @@ def test_experts_are_evicted_for_a_decoder_that_does_not_fit(
     wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The experts come back for the next video."""
-    decode, failures, moved = WanVAE.decode, iter(range(1)), []
+    decode, failures, moved = WanVAE.decode_stream, iter(range(1)), []
 
-    def failing(*arguments: object) -> torch.Tensor:
+    def failing(*arguments: object) -> Iterator[torch.Tensor]:
         if next(failures, None) is not None:
             raise torch.OutOfMemoryError("a decoder is large")
         moved.append(torch.cuda.memory_allocated())
-        return decode(*arguments)
+        yield from decode(*arguments)
 
     (workdir / "jobs.jsonl").write_text('{"output": "a.mp4"}\n{"output": "b.mp4"}\n')
-    monkeypatch.setattr(WanVAE, "decode", failing)
+    monkeypatch.setattr(WanVAE, "decode_stream", failing)
     monkeypatch.setattr(dispatch, "_needs_a_process", lambda *_: False)  # so that this process decodes
     assert wanfast(*GOOD, "--jobs", "jobs.jsonl").exit_code == 0
     assert moved[0] < moved[1]  # without the experts, then with them

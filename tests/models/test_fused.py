@@ -105,17 +105,23 @@ def test_quantize_tokens(norms: ModuleType, dim: int, gelu: bool, dtype: torch.d
     assert not nothing.values.float().any() and (nothing.scale > 0).all()
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(4, 24), (5, 32), (40, 128)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "parts"), [(4, 24, 1), (4, 24, 2), (5, 32, 5), (40, 128, 1), (40, 128, 4)]
+)
 @pytest.mark.parametrize("rotated", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_rms_norm_heads(norms: ModuleType, heads: int, head_dim: int, rotated: bool, dtype: torch.dtype) -> None:
+def test_rms_norm_heads(
+    norms: ModuleType, heads: int, head_dim: int, parts: int, rotated: bool, dtype: torch.dtype
+) -> None:
     dim = heads * head_dim
     wide = normal(1, TOKENS, 3 * dim, seed=0, dtype=dtype)
     x, weight = wide[..., dim : 2 * dim], normal(dim, seed=1)  # k, as a slice of the fused q, k, v product
     rope = rotary_tables(GRID, head_dim, DEVICE)
-    out = norms.rms_norm_heads(x, weight, EPS, heads, rope if rotated else None)
-    assert out.dtype == dtype and out.shape == (1, TOKENS, heads, head_dim)
+    out = norms.rms_norm_heads(x, weight, EPS, heads, rope if rotated else None, parts=parts)
+    assert out.dtype == dtype and out.shape == (parts, 1, TOKENS, heads // parts, head_dim)
+    assert out.is_contiguous()
+    out = torch.cat(list(out), dim=2)
 
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
     exact = exact.unflatten(-1, (heads, head_dim))
@@ -145,7 +151,7 @@ def test_kernels_refuse_rows_that_do_not_lie_one_after_the_other() -> None:
     x, weight = normal(1, 16, TOKENS, seed=0).transpose(1, 2), normal(16, seed=1)
     for call in (
         lambda: kernels.add_layer_norm(x.contiguous(), x, None, weight, weight, EPS, torch.float32),
-        lambda: kernels.rms_norm_rotate(x, weight, EPS, None, None),
+        lambda: kernels.rms_norm_rotate(x, weight, EPS, None, None, 1),
     ):
         with pytest.raises(AssertionError, match="must be"):
             call()
@@ -183,9 +189,12 @@ def test_operators_compute_what_the_kernels_compute(monkeypatch: pytest.MonkeyPa
     for name, function in bare.items():
         monkeypatch.setattr(kernels, name, function)  # so that they are bare again after this test
     x, weight = normal(1, TOKENS, 96, seed=0), normal(96, seed=1)
-    expected = bare["rms_norm_rotate"](x, weight, EPS, None, None), *bare["quantize_tokens"](x, torch.int8, True)
+    expected = bare["rms_norm_rotate"](x, weight, EPS, None, None, 1), *bare["quantize_tokens"](x, torch.int8, True)
     kernels.make_operators()
     made = kernels.make_operators()  # of no effect
     assert made is None and not any(getattr(kernels, name) is bare[name] for name in names)
-    found = torch.ops.wanfast.rms_norm_rotate(x, weight, EPS, None, None), *kernels.quantize_tokens(x, torch.int8, True)
+    found = (
+        torch.ops.wanfast.rms_norm_rotate(x, weight, EPS, None, None, 1),
+        *kernels.quantize_tokens(x, torch.int8, True),
+    )
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from wanfast.runtime.models import fused_kernels
 
-FACTS = {"eps": 1e-6, "d": 5120, "BLOCK": 8192, "GATED": True, "GELU": True, "ROTATED": True, "PAIRS_A_HEAD": 64}
+FACTS = {"eps": 1e-6, "d": 5120, "BLOCK": 8192, "GATED": True, "GELU": True}
+FACTS |= {"ROTATED": True, "PAIRS_A_HEAD": 64, "PARTS": 4}
 OUTPUTS = ("*bf16", 0.0), ("*i8", 127.0), ("*fp8e4nv", 448.0)
 for name in ("_add_layer_norm", "_quantize_tokens", "_rms_norm_rotate"):
     kernel = getattr(fused_kernels, name)

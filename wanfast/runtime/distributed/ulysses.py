@@ -2,10 +2,10 @@
 
 Everything except self-attention processes each token separately. Before self-attention, the P ranks exchange q, k and v
 by all-to-all: [B, L/P, H, D] with a rank's own tokens and all heads becomes [B, L, H/P, D] with all tokens and the
-rank's own heads. After it, they exchange the result back. v is sent while q is computed, and q while k is computed,
-which hides two of a block's four exchanges. In each block, a rank sends (P-1)/P of its 4 L d / P values. If L is not a
-multiple of P, zero rows are added at the end. They are cut off from keys and values before attention, so that the
-result is the same as on one rank.
+rank's own heads. After it, they exchange the result back. q is sent while k is computed, and k while v is computed. v
+is computed in P parts, and each is sent while the next is computed. So only the exchange after attention is not hidden.
+In each block, a rank sends (P-1)/P of its 4 L d / P values. If L is not a multiple of P, zero rows are added at the
+end. They are cut off from keys and values before attention, so that the result is the same as on one rank.
 A compiled block uses torch's functional collectives, so that the block stays one graph.
 Limit: H must be a multiple of P. Source: DeepSpeed-Ulysses (arXiv 2309.14509) section 3.
 
@@ -19,13 +19,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from wanfast.runtime.distributed.collectives import all_gather
-from wanfast.runtime.models.attention import ProjectFn
+from wanfast.runtime.models.attention import Projections
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.tokens import packed
 
@@ -48,28 +47,37 @@ class Ulysses:
         missing = share - x.shape[dim]
         return packed(F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing]) if missing else x)
 
-    def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
+    def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
         """Returns [B, N/P, H, D]: this rank's queries attend to all `num_tokens` tokens, by the kernel `attend`."""
-        sent = [self._send(self._by_heads(*project(name))) for name in "vqk"]
-        all_v, all_q, all_k = (rearrange(wait(), "P B l h D -> B (P l) h D") for wait in sent)
+        sent = [self._send(projections.by_heads(name, self.group.size())) for name in "qk"]
+        all_v = self._all_values(projections)
+        all_q, all_k = (rearrange(wait(), "P B l h D -> B (P l) h D") for wait in sent)
         out = attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
         wait = self._send(rearrange(out, "B (P l) h D -> P B l h D", P=self.group.size()))
-        return rearrange(wait(), "P B l h D -> B l (P h) D")
+        return torch.cat(list(wait()), dim=2)
+
+    def _all_values(self, projections: Projections) -> Tensor:
+        """Returns v of this rank's heads for all tokens [B, N, H/P, D]; a part is sent while the next is computed."""
+        size, rank = self.group.size(), self.group.rank()
+        waits = {}
+        for step in range(1, size):
+            to, source = (rank + step) % size, (rank - step) % size
+            waits[source] = self._send(projections.values(to, size), to, source)
+        own = projections.values(rank, size)
+        return torch.cat([own if source == rank else waits[source]() for source in range(size)], dim=1)
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
         """Returns the tokens of all ranks, joined along `dim` without the padding, on every rank."""
         return torch.cat(list(all_gather(x, self.group)), dim).narrow(dim, 0, num_tokens)
 
-    def _by_heads(self, x_BLHD: Tensor) -> Tensor:
-        return rearrange(x_BLHD, "B l (P h) D -> P B l h D", P=self.group.size())
+    def _send(self, x: Tensor, to: int | None = None, source: int | None = None) -> Callable[[], Tensor]:
+        """Sends x[p] to each rank p, or x to one rank `to`; returns a function that waits for what this rank gets.
 
-    def _send(self, parts: Tensor) -> Callable[[], Tensor]:
-        """Sends parts[p] to rank p; returns a function that waits, and returns the part from rank p at [p]."""
-        parts = packed(parts)
-        if torch.compiler.is_compiling():
-            exchanged: Tensor = funcol.all_to_all_single(parts, None, None, self.group)
-            return lambda: exchanged
-        # The same without torch's tensor that waits by itself, whose first use imports the compiler, for seconds.
-        each, functional = [1] * self.group.size(), torch.ops._c10d_functional
-        sent = functional.all_to_all_single(parts, each, each, self.group.group_name)
+        That is the part from rank p at [p], or what the rank `source` sent. A compiled block waits where the function
+        is called, too: torch's own functional exchange would wait at once.
+        """
+        ranks, functional = range(self.group.size()), torch.ops._c10d_functional
+        rows = 1 if to is None else x.shape[0]
+        sizes = ([rows if which in (None, p) else 0 for p in ranks] for which in (source, to))
+        sent = functional.all_to_all_single(x.contiguous(), *sizes, self.group.group_name)
         return lambda: functional.wait_tensor(sent)

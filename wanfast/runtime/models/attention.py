@@ -8,7 +8,6 @@ Shapes: B batch, L tokens, H heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -17,8 +16,6 @@ from torch import Tensor
 
 from wanfast.runtime.models.attention_kernels import KERNELS, AttentionFn
 from wanfast.runtime.models.operators import opaque
-
-ProjectFn = Callable[[str], list[Tensor]]  # "qkv" or one letter -> a tensor [B, L, H, D] for each letter
 
 
 def attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
@@ -40,6 +37,22 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
     return KERNELS[kernel].run(q, k, v).contiguous()
 
 
+class Projections(Protocol):
+    """Computes queries, keys and values of this rank's tokens, when and in which parts of the heads they are needed."""
+
+    def all(self) -> list[Tensor]:
+        """Returns q, k and v, each [B, L, H, D]."""
+        ...
+
+    def by_heads(self, name: str, parts: int) -> Tensor:
+        """Returns "q" or "k" as [parts, B, L, H / parts, D], dense."""
+        ...
+
+    def values(self, part: int, parts: int) -> Tensor:
+        """Returns v of one of the `parts` of the heads: [B, L, H / parts, D], dense."""
+        ...
+
+
 class Sequence(Protocol):
     """This interface splits the tokens of a forward over ranks, and computes self-attention over all tokens."""
 
@@ -52,7 +65,7 @@ class Sequence(Protocol):
         """Returns whether `attention` needs q, k and v one by one, because it sends one while it computes the next."""
         ...
 
-    def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
+    def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
         """Returns the attention [B, L, H, D] of this rank's queries to all `num_tokens` tokens, by `attend`."""
         ...
 
@@ -71,8 +84,8 @@ class WholeSequence:
     def shard(self, x: Tensor, dim: int) -> Tensor:
         return x
 
-    def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
-        return attend(*project("qkv"))
+    def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
+        return attend(*projections.all())
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
         return x

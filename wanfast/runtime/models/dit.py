@@ -55,6 +55,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
+    def part(self, x: Tensor, part: int, parts: int) -> Tensor:
+        """Returns one of `parts` equal parts of the output channels."""
+        return F.linear(x.to(self.weight.dtype), self.weight.chunk(parts)[part], self.bias.chunk(parts)[part])
+
 
 class LinearGELU(Linear):
     """Applies a linear layer and then GELU in its tanh approximation."""
@@ -64,7 +68,10 @@ class LinearGELU(Linear):
 
 
 class RMSNorm(nn.Module):
-    """Applies RMS norm to q or k over all heads together, then rotary embedding if `rope` is given: [B, L, H, D]."""
+    """Applies RMS norm to q or k over all heads together, then rotary embedding if `rope` is given.
+
+    The result is [parts, B, L, H / parts, D]: the heads in `parts`.
+    """
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -72,9 +79,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
 
     def forward(
-        self, x_BLd: Tensor, num_heads: int, rope: RotaryTables | None = None, *, by_kernel: bool = True
+        self, x_BLd: Tensor, num_heads: int, rope: RotaryTables | None = None, *, parts: int = 1, by_kernel: bool = True
     ) -> Tensor:
-        return rms_norm_heads(x_BLd, self.weight, self.eps, num_heads, rope, by_kernel=by_kernel)
+        return rms_norm_heads(x_BLd, self.weight, self.eps, num_heads, rope, parts=parts, by_kernel=by_kernel)
 
 
 class Attention(nn.Module):
@@ -87,8 +94,9 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (Linear(spec.dim, spec.dim, dtype=dtype) for _ in range(4))
         self.norm_q, self.norm_k = (RMSNorm(spec.dim, spec.eps) for _ in range(2))
 
-    def _heads(self, x_BLd: Tensor) -> Tensor:
-        return rearrange(x_BLd, "B L (H D) -> B L H D", H=self.num_heads)
+    @staticmethod
+    def heads(x_BLd: Tensor, num_heads: int) -> Tensor:
+        return rearrange(x_BLd, "B L (H D) -> B L H D", H=num_heads)
 
 
 class SelfAttention(Attention):
@@ -113,18 +121,32 @@ class SelfAttention(Attention):
         self.register_state_dict_post_hook(_split_fused_keys)  # type: ignore[no-untyped-call]
 
     def forward(self, x_BLd: Tokens, rope: RotaryTables, num_tokens: int) -> Tensor:
-        def project(names: str) -> list[Tensor]:
-            products = self.qkv(x_BLd).chunk(3, -1) if self.qkv else [getattr(self, name)(x_BLd) for name in names]
-            return [self._finish(name, product, rope) for name, product in zip(names, products, strict=True)]
-
-        out: Tensor = self.o(self.sequence.attention(project, num_tokens, self.attend).flatten(2))
+        projections = _Projections(self, x_BLd, rope)
+        out: Tensor = self.o(self.sequence.attention(projections, num_tokens, self.attend).flatten(2))
         return out
 
-    def _finish(self, name: str, product_BLd: Tensor, rope: RotaryTables) -> Tensor:
-        """Returns q or k normalised and rotated, or v as it is, split into heads."""
-        if name == "v":
-            return self._heads(product_BLd)
-        return (self.norm_q if name == "q" else self.norm_k)(product_BLd, self.num_heads, rope)  # type: ignore[no-any-return]
+
+class _Projections:
+    """Implements Projections for the tokens of one call."""
+
+    def __init__(self, layer: SelfAttention, x_BLd: Tokens, rope: RotaryTables) -> None:
+        self._layer, self._x, self._rope = layer, x_BLd, rope
+
+    def all(self) -> list[Tensor]:
+        layer, x = self._layer, self._x
+        q, k, v = layer.qkv(x).chunk(3, -1) if layer.qkv else (layer.q(x), layer.k(x), layer.v(x))
+        return [self._rotated("q", q, 1)[0], self._rotated("k", k, 1)[0], layer.heads(v, layer.num_heads)]
+
+    def by_heads(self, name: str, parts: int) -> Tensor:
+        return self._rotated(name, getattr(self._layer, name)(self._x), parts)
+
+    def values(self, part: int, parts: int) -> Tensor:
+        product = cast("Any", self._layer.v).part(self._x, part, parts)  # of whatever class the linear is
+        return self._layer.heads(product, self._layer.num_heads // parts)
+
+    def _rotated(self, name: str, product_BLd: Tensor, parts: int) -> Tensor:
+        norm = getattr(self._layer, f"norm_{name}")
+        return norm(product_BLd, self._layer.num_heads, self._rope, parts=parts)  # type: ignore[no-any-return]
 
 
 def _split_fused_keys(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
@@ -138,11 +160,12 @@ class CrossAttention(Attention):
 
     def encode_text(self, text_BSd: Tensor) -> TextKV:
         """Returns the keys and values of the embedded text [B, S, d]."""
-        k = self.norm_k(self.k(text_BSd), self.num_heads, by_kernel=False)  # few rows are not worth compiling a kernel
-        return TextKV(k, self._heads(self.v(text_BSd)))
+        (k,) = self.norm_k(self.k(text_BSd), self.num_heads, by_kernel=False)  # few rows are not worth a kernel
+        return TextKV(k, self.heads(self.v(text_BSd), self.num_heads))
 
     def forward(self, x_BLd: Tokens, text: TextKV) -> Tensor:
-        out: Tensor = self.o(self.attend(self.norm_q(self.q(x_BLd), self.num_heads), *text).flatten(2))
+        (q,) = self.norm_q(self.q(x_BLd), self.num_heads)
+        out: Tensor = self.o(self.attend(q, *text).flatten(2))
         return out
 
 

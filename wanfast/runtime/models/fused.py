@@ -71,22 +71,21 @@ def rms_norm_heads(
     num_heads: int,
     rope: RotaryTables | None = None,
     *,
+    parts: int = 1,
     by_kernel: bool = True,
 ) -> Tensor:
-    """Returns x / rms(x) * weight, split into heads [B, L, H, D] and rotated by `rope` if given, in the dtype of x.
+    """Returns x / rms(x) * weight in `parts` of the heads [parts, B, L, H / parts, D], rotated by `rope` if given.
 
-    The root mean square is over all heads together. With `by_kernel` False, the Triton kernel is never used, so that
-    it need not be compiled.
+    The root mean square is over all heads together. The result is contiguous and has the dtype of x. With `by_kernel`
+    False, the Triton kernel is never used, so that it need not be compiled.
     """
     if by_kernel and _by_kernel(x_BLd):
         cos, sin = rope or (None, None)
-        return _heads(fused_kernels.rms_norm_rotate(x_BLd, weight, eps, cos, sin), num_heads)
-    normed = _heads(F.rms_norm(x_BLd.float(), weight.shape, weight, eps), num_heads)
-    return (apply_rotary(normed, rope) if rope else normed).to(x_BLd.dtype)
-
-
-def _heads(x_BLd: Tensor, num_heads: int) -> Tensor:
-    return rearrange(x_BLd, "B L (H D) -> B L H D", H=num_heads)
+        out = fused_kernels.rms_norm_rotate(x_BLd, weight, eps, cos, sin, parts)
+        return rearrange(out, "P B L (h D) -> P B L h D", h=num_heads // parts)
+    normed = rearrange(F.rms_norm(x_BLd.float(), weight.shape, weight, eps), "B L (H D) -> B L H D", H=num_heads)
+    out = (apply_rotary(normed, rope) if rope else normed).to(x_BLd.dtype)
+    return rearrange(out, "B L (P h) D -> P B L h D", P=parts).contiguous()
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -71,11 +71,16 @@ def _launch(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     return {"d": d, "LARGEST": LARGEST.get(dtype, 0.0), "BLOCK": triton.next_power_of_2(d), "num_warps": 4}
 
 
-def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """Returns x / rms(x) * weight, rotated by cos and sin [L, 1, D/2] if given; x may be a column slice of a tensor."""
+def rms_norm_rotate(
+    x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None, parts: int
+) -> Tensor:
+    """Returns x / rms(x) * weight in `parts` along d [parts, B, L, d / parts], rotated if cos and sin are given.
+
+    x may be a column slice of a tensor. cos and sin are [L, 1, D/2].
+    """
     d = x.shape[-1]
     assert x.stride(-1) == 1, "the values of a row must be adjacent"
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty((parts, *x.shape[:-1], d // parts), dtype=x.dtype, device=x.device)
     wrap_triton(_rms_norm_rotate)[_grid(x)](
         x,
         x.stride(-2),
@@ -87,6 +92,7 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, s
         d=d,
         PAIRS_A_HEAD=d // 2 if cos is None else cos.shape[-1],
         ROTATED=cos is not None,
+        PARTS=parts,
         BLOCK=triton.next_power_of_2(d),
         num_warps=8,
     )
@@ -152,9 +158,10 @@ def _store(x, row, out_ptr, scale_ptr, d: tl.constexpr, LARGEST: tl.constexpr, B
 @triton.jit
 def _rms_norm_rotate(
     x_ptr, stride, weight_ptr, cos_ptr, sin_ptr, out_ptr,
-    eps: tl.constexpr, d: tl.constexpr, PAIRS_A_HEAD: tl.constexpr, ROTATED: tl.constexpr, BLOCK: tl.constexpr,
+    eps: tl.constexpr, d: tl.constexpr, PAIRS_A_HEAD: tl.constexpr, ROTATED: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < d
     x = tl.load(x_ptr + row * stride + lanes, mask, 0.0).to(tl.float32)
@@ -165,4 +172,6 @@ def _rms_norm_rotate(
         pairs = row * PAIRS_A_HEAD + tl.arange(0, BLOCK // 2) % PAIRS_A_HEAD
         cos, sin = tl.load(cos_ptr + pairs), tl.load(sin_ptr + pairs)
         x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
-    tl.store(out_ptr + row * d + lanes, x.to(out_ptr.dtype.element_ty), mask)
+    width: tl.constexpr = d // PARTS
+    place = (lanes // width * rows + row) * width + lanes % width
+    tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask)

@@ -45,13 +45,20 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tokens) -> Tokens:
         """Returns a tensor in the bias's dtype, or QuantizedTokens after `gelu` if the scheme quantizes tokens."""
+        return self._outputs(x, self.weight, self.scale, self.bias)
+
+    def part(self, x: Tokens, part: int, parts: int) -> Tokens:
+        """Returns one of `parts` equal parts of the output channels."""
+        return self._outputs(x, *(each.chunk(parts)[part] for each in (self.weight, self.scale, self.bias)))
+
+    def _outputs(self, x: Tokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tokens:
         if self.multiply is None:
             assert isinstance(x, Tensor)
-            weight = dequantize(self.weight, self.scale).to(self.bias.dtype)
-            return (linear_gelu if self.gelu else F.linear)(x.to(weight.dtype), weight, self.bias)
-        tokens = x if isinstance(x, QuantizedTokens) else quantize_tokens(x, self.weight.dtype)
-        out = self.multiply(tokens, self.weight, self.scale, self.bias)
-        return quantize_tokens(out, self.weight.dtype, gelu=True) if self.gelu else out
+            plain = dequantize(weight, scale).to(bias.dtype)
+            return (linear_gelu if self.gelu else F.linear)(x.to(plain.dtype), plain, bias)
+        tokens = x if isinstance(x, QuantizedTokens) else quantize_tokens(x, weight.dtype)
+        out = self.multiply(tokens, weight, scale, bias)
+        return quantize_tokens(out, weight.dtype, gelu=True) if self.gelu else out
 
 
 def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

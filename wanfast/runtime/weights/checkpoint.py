@@ -22,11 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wanfast.runtime.device import staging
 from wanfast.runtime.device.finite import all_finite
 from wanfast.runtime.distributed.fsdp import from_own_rows, is_sharded, own_rows
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import CorruptArtifactError, foreign
 from wanfast.runtime.facts.choices import Scheme
+from wanfast.runtime.machine import host
 from wanfast.runtime.models.quantized import QuantizedLinear
 from wanfast.runtime.weights.key_maps import Component, Layout, rename, rename_back
 from wanfast.runtime.weights.quantization import quantize, scale_of
@@ -59,15 +61,16 @@ def load(
     places = ranks.together(lambda: _match(_to_read(wanted, quantizing), files, component, layout))
     found: dict[str, Tensor] = {}
     finite: dict[tuple[Path, str], Tensor] = {}
-    for file, key, name, rows in _in_order_of_files(places):
-        part = _own_part(wanted[name], ranks)
-        read = rows(*part.rows).to(device or ranks.device)
+    parts = {name: _own_part(tensor, ranks) for name, tensor in wanted.items()}
+    mapped = (((file, key, name), rows(*parts[name].rows)) for file, key, name, rows in _in_order_of_files(places))
+    cores = host.cores() // ranks.mesh.size
+    for (file, key, name), read in staging.to_device(mapped, device or ranks.device, cores):
         if name in quantizing:
             values, scale = quantize(read, quantizing[name])
-            found[name], found[scale_of(name)] = part.whole(values, ranks), part.whole(scale, ranks)
-        else:  # cast where it is fast; copy, because a view keeps the file mapped
-            read = read.to(wanted[name].dtype, copy=read.device.type == "cpu")
-            found[name] = part.whole(read, ranks)
+            found[name], found[scale_of(name)] = (parts[name].whole(each, ranks) for each in (values, scale))
+        else:  # cast where it is fast; copy on a CPU, because a view keeps the file mapped
+            own = read.to(wanted[name].dtype, copy=read.device.type == "cpu")
+            found[name] = parts[name].whole(own, ranks)
         finite[file, key] = all_finite(read)
     ranks.together(lambda: _require_finite(finite))
     module.load_state_dict(found, strict=True, assign=True)
