@@ -2,16 +2,21 @@
 
     python benchmarks/forward.py                                  # A14B's 40 layers at 1280x720x81, one GPU
     python benchmarks/forward.py --grid 21 60 104                 # 832x480
-    python benchmarks/forward.py --ranks 2                        # the first kernel, on one GPU and shared by two
-    python benchmarks/forward.py --tiny --layers 2                # a quick check, also on a CPU
+    python benchmarks/forward.py --ranks 2                        # one GPU alone, and Ulysses on two: ours, diffusers'
+    python benchmarks/forward.py --tiny --layers 2                # a quick check, also on a CPU, also with --ranks 2
 
 The ways run in turn, so that the GPU's clock, which drops under load, affects them equally; the median is reported.
 Each row has ms, TFLOP/s, the share of the bf16 peak, peak memory beyond the weights, and a relative error. The error
 compares the way's first layers with the same layers in float32. By design, `diffusers` computes the text's keys and
 values in every block of every forward; we compute them once per prompt.
 --profile adds a table of where the time goes. --reference compares a block with one in the original program's style.
---by-depth times eager blocks of several depths on the streams that reach them. --ranks times only the first kernel,
-compiled, without diffusers and errors. --tiny sets grid, kernels and diffusers. The last line is one JSON document.
+--by-depth times eager blocks of several depths on the streams that reach them. --tiny sets grid, kernels and diffusers.
+
+--ranks times compiled ways only: the first kernel on the leader's GPU while the others wait ("one"), the same with
+Ulysses over all ranks, and diffusers with its own Ulysses. `comparison` holds the efficiency, which is the time of one
+GPU divided by the ranks and their time, and our time and output against diffusers' (`relative_difference` is that of
+the whole velocity). If diffusers is not installed or fails, its way is missing and `diffusers` says why; its Ulysses
+needs tokens and heads that the ranks divide. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from in_turn import medians
@@ -42,15 +48,17 @@ from wanfast.runtime.engine.compilation import compile_blocks
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, DiTSpec
 from wanfast.runtime.machine.packages import commit, versions
-from wanfast.runtime.models.attention import WholeSequence, attention_by
+from wanfast.runtime.models.attention import Sequence, WholeSequence, attention_by
 from wanfast.runtime.models.dit import Stream, TextKV, WanDiT
 from wanfast.runtime.weights.key_maps import rename_back
 
-if TYPE_CHECKING:  # --diffusers none and --ranks run without diffusers
+if TYPE_CHECKING:  # --diffusers none runs without diffusers
     from diffusers import WanTransformer3DModel
 
 PEAK_TFLOPS = 989  # dense bf16 peak of an H100 or H200, from the datasheet
-DIFFUSERS_BACKENDS = {"flash": "_native_flash", "cudnn": "_native_cudnn", "math": "_native_math"}
+DIFFUSERS_BACKENDS = {
+    "cudnn": "_native_cudnn", "flash": "_native_flash", "math": "_native_math", "sdpa": "native", "fa3": "_flash_3_hub",
+}  # fmt: skip
 VelocityFn = Callable[[], Tensor]
 
 
@@ -62,10 +70,16 @@ class Way:
     velocity: VelocityFn
     blocks: nn.ModuleList  # the model's blocks
     rounds: int
+    ranks: int = 1  # that share the forward; if it is one of several, the others wait
     seconds: list[float] = field(default_factory=list)
     first_s: float = 0.0
     peak_bytes: int = 0
     relative_error: float | None = None
+    output: Tensor | None = None  # of the last round
+
+    def run(self, ranks: Ranks) -> Tensor | None:
+        """Returns the velocity, or None on a rank that only waits."""
+        return self.velocity() if self.ranks == ranks.size or ranks.is_leader else None
 
 
 def main() -> None:
@@ -73,7 +87,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=A14B.dit.num_layers)
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 90, 160), help="latent frames, height, width")
     parser.add_argument("--kernels", default="fa3,cudnn", help="our attention kernels; --rounds applies to the first")
-    parser.add_argument("--diffusers", default="cudnn", help="diffusers' attention, or none")
+    parser.add_argument(
+        "--diffusers", choices=(*DIFFUSERS_BACKENDS, "none"), default="cudnn", help="diffusers' attention, or none"
+    )
     parser.add_argument(
         "--rounds", type=int, default=3, help="of our first kernel, compiled, and of diffusers, compiled"
     )
@@ -92,7 +108,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.tiny:
-        options.grid, options.kernels, options.diffusers = (3, 6, 10), "flash,math", "math"
+        options.grid, options.kernels, options.diffusers = (4, 6, 10), "flash,math", "sdpa"
     if min(options.ranks, options.rounds, options.other_rounds, options.layers) < 1:
         parser.error("--ranks, --rounds, --other-rounds and --layers must be 1 or more")
     if options.ranks > 1 and (options.profile or options.reference or options.by_depth):
@@ -116,34 +132,35 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> None:
     hardware.prepare(device, "bf16", None)
     spec = replace(TINY if options.tiny else A14B.dit, num_layers=options.layers)
     inputs = random_inputs(spec, tuple(options.grid), device)
-    if options.ranks > 1:
-        ways = list(_ways_of_ranks(options, spec, inputs, ranks))
-    else:
-        model = random_expert(spec, torch.bfloat16, device)
-        model.fuse_projections()
-        ways = [*_own_ways(options, model, inputs), *_diffusers_ways(options, model, inputs)]
-    ranks.gather(None)
+    model = random_expert(spec, torch.bfloat16, device)
+    model.fuse_projections()
+    ways = list(_own_ways(options, model, inputs) if ranks.size == 1 else _ways_of_ranks(options, model, inputs, ranks))
     for way in ways:
-        warm(way, device)
-    if options.error_layers and options.ranks == 1:
-        _find_errors(ways, model, min(options.error_layers, spec.num_layers), inputs)
+        warm(way, device, ranks)
+    theirs, missing = _diffusers_that_run(options, model, inputs, ranks)
+    ways += theirs
+    if options.error_layers:
+        _find_errors(ways, model, min(options.error_layers, spec.num_layers), inputs, ranks)
     for turn in range(max(way.rounds for way in ways)):
         for way in ways:
             if turn < way.rounds:
                 timed(way, device, ranks)
-    report = {way.name: report_of(way, spec, inputs, ranks) for way in ways}
+    if not ranks.is_leader:
+        return
+    report = {way.name: report_of(way, spec, inputs) for way in ways}
     tables = {}
-    if ranks.is_leader and options.profile:
+    if options.profile:
         tables = {way.name: profile_table(way.velocity, device) for way in ways if way.rounds == options.rounds}
-    if ranks.is_leader and options.reference:
+    if options.reference:
         report["block"] = _block_against_reference(options.reference, model, inputs)
-    if ranks.is_leader and options.by_depth:
+    if options.by_depth:
         report["by depth"] = _by_depth(options.by_depth, _twin(model, options.kernels.split(",")[0]), inputs)
-    if ranks.is_leader:
-        tokens = inputs.rope.cos.shape[0]
-        facts = {"layers": spec.num_layers, "tokens": tokens, "ranks": options.ranks, "mode": options.compile_mode}
-        found = {"commit": commit(), "hardware": hardware.describe(device), "versions": versions()}
-        print(json.dumps({**facts, "ways": report, "profiles": tables, **found}), flush=True)
+    tokens = inputs.rope.cos.shape[0]
+    facts = {"layers": spec.num_layers, "tokens": tokens, "ranks": ranks.size, "mode": options.compile_mode}
+    facts |= {"diffusers": f"none: {missing}" if missing else options.diffusers}
+    facts |= {"comparison": comparison(*ways)} if ranks.size > 1 else {}
+    found = {"commit": commit(), "hardware": hardware.describe(device), "versions": versions()}
+    print(json.dumps({**facts, "ways": report, "profiles": tables, **found}), flush=True)
 
 
 def _own_ways(options: argparse.Namespace, model: WanDiT, inputs: Inputs) -> Iterator[Way]:
@@ -159,24 +176,28 @@ def _own_ways(options: argparse.Namespace, model: WanDiT, inputs: Inputs) -> Ite
             yield Way(name, velocity_of(twin, inputs, text), twin.blocks, rounds)
 
 
-def _ways_of_ranks(options: argparse.Namespace, spec: DiTSpec, inputs: Inputs, ranks: Ranks) -> Iterator[Way]:
-    """Yields the first kernel, compiled: on one rank, and on all ranks with the tokens shared."""
-    attend = attention_by(options.kernels.split(",")[0])
-    for name, sequence in (("one", WholeSequence()), (f"ulysses {ranks.size}", ranks.sequence)):
-        model = random_expert(spec, torch.bfloat16, ranks.device, sequence, attend)
-        model.fuse_projections()
-        compile_blocks(model, options.compile_mode)
-        yield Way(name, velocity_of(model, inputs, model.encode_text(inputs.texts[0])), model.blocks, options.rounds)
+def _ways_of_ranks(options: argparse.Namespace, model: WanDiT, inputs: Inputs, ranks: Ranks) -> Iterator[Way]:
+    """Yields the first kernel, compiled: on the leader alone, and on all ranks with the tokens shared."""
+    text = model.encode_text(inputs.texts[0])
+    sequences: tuple[tuple[str, Sequence, int], ...] = (
+        ("one", WholeSequence(), 1),
+        (f"ulysses {ranks.size}", ranks.sequence, ranks.size),
+    )
+    for name, sequence, sharing in sequences:
+        twin = _twin(model, options.kernels.split(",")[0], sequence)
+        compile_blocks(twin, options.compile_mode)
+        yield Way(name, velocity_of(twin, inputs, text), twin.blocks, options.rounds, sharing)
 
 
-def _twin(model: WanDiT, kernel: str) -> WanDiT:
+def _twin(model: WanDiT, kernel: str, sequence: Sequence = WholeSequence()) -> WanDiT:  # noqa: B008
+    """Returns a model with the same memory as parameters, whether or not its `sequence` needs q, k and v one by one."""
     with torch.device("meta"):
-        twin = WanDiT(model.spec, torch.bfloat16, attend=attention_by(kernel))
+        twin = WanDiT(model.spec, torch.bfloat16, sequence, attention_by(kernel))
         twin.fuse_projections()
-    parameters = dict(model.named_parameters())
+    known = {**model.state_dict(), **dict(model.named_parameters())}
     for name, _ in list(twin.named_parameters()):
         module, _, last = name.rpartition(".")
-        setattr(twin.get_submodule(module), last, parameters[name])
+        setattr(twin.get_submodule(module), last, nn.Parameter(known[name], requires_grad=False))
     return twin.eval()
 
 
@@ -184,25 +205,55 @@ def velocity_of(model: WanDiT, inputs: Inputs, text: list[TextKV]) -> VelocityFn
     return lambda: model(*inputs.arguments(text[: len(model.blocks)]))[0]
 
 
-def _diffusers_ways(options: argparse.Namespace, model: WanDiT, inputs: Inputs) -> Iterator[Way]:
+def _diffusers_that_run(
+    options: argparse.Namespace, model: WanDiT, inputs: Inputs, ranks: Ranks
+) -> tuple[list[Way], str | None]:
+    """Returns diffusers' ways, which ran once; or no way and the reason, if it is missing or fails on any rank."""
     if options.diffusers == "none":
-        return
+        return [], "as asked"
+    ways, reason = [], None
+    try:
+        for way in _diffusers_ways(options, model, inputs, ranks):
+            warm(way, ranks.device, ranks)
+            ways.append(way)
+    except Exception as error:  # noqa: BLE001 - of any kind: our own ways are measured without it
+        reason = f"{type(error).__name__}: {error}"
+    failed = [found for found in ranks.gather(reason) if found]
+    return ([], failed[0]) if failed else (ways, None)
+
+
+def _diffusers_ways(options: argparse.Namespace, model: WanDiT, inputs: Inputs, ranks: Ranks) -> Iterator[Way]:
+    """Yields diffusers' model compiled and eager; for several ranks compiled, with its own Ulysses."""
     video = torch.cat((inputs.latent, inputs.condition), 1).bfloat16()
     padding = model.spec.text_len - inputs.texts[0].shape[1]
     text = nn.functional.pad(inputs.texts[0], (0, 0, 0, padding)).bfloat16()
-    for compiled in (True, False) if options.eager else (True,):
+    for compiled in (True, False) if options.eager and ranks.size == 1 else (True,):
         theirs = _diffusers(model)
         theirs.set_attention_backend(DIFFUSERS_BACKENDS[options.diffusers])
-        if compiled:
-            mode = None if options.compile_mode == "default" else options.compile_mode
-            theirs.compile_repeated_blocks(fullgraph=True, dynamic=False, mode=mode)
 
         def velocity(theirs: WanTransformer3DModel = theirs) -> Tensor:
             out: Tensor = theirs(video, inputs.timestep, text, return_dict=False)[0]
             return out
 
-        name = f"diffusers {'compiled' if compiled else 'eager'} {options.diffusers}"
-        yield Way(name, velocity, theirs.blocks, options.rounds if compiled else options.other_rounds)
+        if ranks.size > 1:
+            _share_tokens(theirs, ranks)
+            with first_layers(theirs.blocks, 1):
+                velocity()  # keeps what the first call finds in signatures, which the compiler cannot trace
+        if compiled:
+            mode = None if options.compile_mode == "default" else options.compile_mode
+            theirs.compile_repeated_blocks(fullgraph=True, dynamic=False, mode=mode)
+        shared = f" ulysses {ranks.size}" if ranks.size > 1 else ""
+        name = f"diffusers {'compiled' if compiled else 'eager'} {options.diffusers}{shared}"
+        yield Way(name, velocity, theirs.blocks, options.rounds if compiled else options.other_rounds, ranks.size)
+
+
+def _share_tokens(theirs: WanTransformer3DModel, ranks: Ranks) -> None:
+    from diffusers import ContextParallelConfig
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(ranks.device, (1, ranks.size), mesh_dim_names=("ring", "ulysses"))
+    with patch("torch.accelerator.device_count", lambda: ranks.size):  # a CPU has 0 of them, by which diffusers divides
+        theirs.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks.size, mesh=mesh))
 
 
 def _diffusers(model: WanDiT) -> WanTransformer3DModel:
@@ -237,11 +288,11 @@ def first_layers(blocks: nn.ModuleList, layers: int) -> Iterator[None]:
     blocks.extend(every[layers:])
 
 
-def warm(way: Way, device: str) -> None:
-    """Runs one layer, which compiles the one graph that all layers share."""
+def warm(way: Way, device: str, ranks: Ranks) -> None:
+    """Runs two layers, which compile every graph: in diffusers' Ulysses the first layer has a graph of its own."""
     started = time.perf_counter()
-    with first_layers(way.blocks, 1):
-        way.velocity()
+    with first_layers(way.blocks, 2):
+        way.run(ranks)
         synchronize(device)
     way.first_s = time.perf_counter() - started
 
@@ -252,15 +303,24 @@ def timed(way: Way, device: str, ranks: Ranks) -> None:
     held = torch.cuda.memory_allocated() if device == "cuda" else 0
     hardware.reset_peak_memory(device)
     started = time.perf_counter()
-    way.velocity()
+    way.output = way.run(ranks)
     synchronize(device)
     ranks.gather(None)
     way.seconds.append(time.perf_counter() - started)
     way.peak_bytes = hardware.peak_memory_bytes(device) - held
 
 
-def _find_errors(ways: list[Way], model: WanDiT, layers: int, inputs: Inputs) -> None:
+def _find_errors(ways: list[Way], model: WanDiT, layers: int, inputs: Inputs, ranks: Ranks) -> None:
     """Sets each way's relative error: its first layers against the same weights and inputs in float32."""
+    expected = _exact_velocity(model, layers, inputs) if ranks.is_leader else None
+    for way in ways:
+        with first_layers(way.blocks, layers):
+            velocity = way.run(ranks)
+        if velocity is not None and expected is not None:
+            way.relative_error = _relative_error(velocity, expected)
+
+
+def _exact_velocity(model: WanDiT, layers: int, inputs: Inputs) -> Tensor:
     with torch.device("meta"):
         exact = WanDiT(replace(model.spec, num_layers=layers), torch.float32, attend=exact_attention)
     known = model.state_dict()
@@ -268,10 +328,11 @@ def _find_errors(ways: list[Way], model: WanDiT, layers: int, inputs: Inputs) ->
     exact.requires_grad_(False)
     exact_convolution = torch.backends.cudnn.flags(allow_tf32=False)
     with torch.inference_mode(False), torch.enable_grad(), exact_convolution:  # gradients disable our kernels
-        expected = velocity_of(exact, inputs, exact.encode_text(inputs.texts[0]))().double()
-    for way in ways:
-        with first_layers(way.blocks, layers):
-            way.relative_error = float((way.velocity().double() - expected).norm() / expected.norm())
+        return velocity_of(exact, inputs, exact.encode_text(inputs.texts[0]))()
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -292,10 +353,19 @@ def flop(spec: DiTSpec, tokens: int) -> float:
     return spec.num_layers * (linears + attention)
 
 
-def report_of(way: Way, spec: DiTSpec, inputs: Inputs, ranks: Ranks) -> dict[str, Any]:
+def comparison(one: Way, shared: Way, theirs: Way | None = None) -> dict[str, float]:
+    """Returns what the medians of ways on several ranks say, and how far our velocity is from diffusers'."""
+    one_s, shared_s = statistics.median(one.seconds), statistics.median(shared.seconds)
+    found = {"efficiency": round(one_s / (shared.ranks * shared_s), 4)}
+    if theirs is None or theirs.output is None or shared.output is None:
+        return found
+    found["ratio_to_diffusers"] = round(shared_s / statistics.median(theirs.seconds), 4)
+    return found | {"relative_difference": _relative_error(shared.output, theirs.output)}
+
+
+def report_of(way: Way, spec: DiTSpec, inputs: Inputs) -> dict[str, Any]:
     median = statistics.median(way.seconds)
-    sharing = ranks.size if way.name.startswith("ulysses") else 1
-    tflops = flop(spec, inputs.rope.cos.shape[0]) / median / 1e12 / sharing
+    tflops = flop(spec, inputs.rope.cos.shape[0]) / median / 1e12 / way.ranks
     row = {
         "ms": round(median * 1e3, 1),
         "spread_ms": round((max(way.seconds) - min(way.seconds)) * 1e3, 1),
@@ -306,8 +376,7 @@ def report_of(way: Way, spec: DiTSpec, inputs: Inputs, ranks: Ranks) -> dict[str
         "relative_error": way.relative_error,
         "first_s": round(way.first_s, 1),
     }
-    if ranks.is_leader:
-        print(f"{way.name:32}", row, file=sys.stderr, flush=True)
+    print(f"{way.name:32}", row, file=sys.stderr, flush=True)
     return row
 
 

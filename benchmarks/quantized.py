@@ -71,11 +71,11 @@ def measure(options: argparse.Namespace) -> None:
         velocity = forward.velocity_of(model, inputs, model.encode_text(inputs.texts[0]))
         ways.append(Way(name, velocity, model.blocks, options.rounds))
     for way in ways:
-        forward.warm(way, options.device)
+        forward.warm(way, options.device, ranks)
     for _ in range(options.rounds):
         for way in ways:
             forward.timed(way, options.device, ranks)
-    rows = {way.name: forward.report_of(way, spec, inputs, ranks) for way in ways}
+    rows = {way.name: forward.report_of(way, spec, inputs) for way in ways}
     for name, row in rows.items():
         row["ratio"] = round(row["ms"] / rows["bf16"]["ms"], 4)
         row["weights_gb"] = round(sum(p.nbytes for p in models[name].parameters()) / 1e9, 3)

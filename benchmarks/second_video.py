@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from whole_video import PICTURE, write_model
+from model_folder import PICTURE, write_model
 
 import wanfast
 from wanfast.runtime.facts.model_spec import A14B

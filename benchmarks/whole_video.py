@@ -1,111 +1,209 @@
-"""Makes one whole video at the A14B's size without its weights, to measure memory, loading and the VAE.
+"""Makes whole videos at the A14B's size without its weights, through the command line.
 
-    python benchmarks/whole_video.py --steps 2 --size 1280x720                       # other options go to `generate`
+    python benchmarks/whole_video.py --random --steps 4 --size 1280x720 --num-gpus 2   # other options go to `generate`
     python benchmarks/whole_video.py --steps 2 --size 1280x720 --expert-offload on
-    python benchmarks/whole_video.py --layers 1 --steps 2 --size 64x64 --frames 5 --device cpu   # a quick check
+    python benchmarks/whole_video.py --layers 1 --steps 2 --size 64x64 --frames 5 --device cpu          # a quick check
+    python benchmarks/whole_video.py --random --layers 1 --steps 2 --size 64x64 --frames 5 --device cpu       # another
 
-The files of the experts and the text encoder are holes, which read as zeros without a disk; the VAE's weights are
-random. The run shows whether the video fits, what is held where and when, the best reading time from the page cache,
-and the VAE's time. It does not show a step's time, because zeros cost a GPU less. `gpu_used_bytes` is the driver's
-largest figure for the first GPU during the run, sampled twice a second. `vae_alone` measures the VAE in a process
-without experts. The last line is one JSON document.
+With --random the weights are random, in bf16, and in memory if there is room (28.6 GB for both experts, 11.4 GB for
+UMT5). A first video hashes them, writes bytecode and fills caches. The measured ones follow: a prompt that is known, a
+new prompt, and a list of three videos. Each row has the wall time from start to end of the command, the leader's
+seconds by stage, what lies outside of all stages, and what lies beyond denoising, which hardly depends on --steps. In a
+list, a video's wall time is from when the video before is written to when its own is; `list` in `beyond_denoising_s`
+leaves out the first one. `end_s` is from the last video to the end of the command. The VAE's last layer is scaled down,
+so that x264 gets smooth frames; --noise does not scale it.
+
+Without --random the files of the experts and the text encoder are holes, which read as zeros without a disk. One run
+shows whether the video fits, what is held where and when, the best reading time from the page cache, and the VAE's
+time. It does not show a step's time, because zeros cost a GPU less. `gpu_used_bytes` is the driver's largest figure for
+the first GPU during the run, sampled twice a second. `vae_alone` measures the VAE in a process without experts. The
+last line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.multiprocessing as mp
+from model_folder import PICTURE, random_bytes, write_model
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from tests import sparse_model
-from tests.parity import randomise
 from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.facts.model_spec import A14B
-from wanfast.runtime.machine import packages
+from wanfast.runtime.machine import host
 from wanfast.runtime.machine.gpus import set_environment, visible_gpus
-from wanfast.runtime.machine.packages import commit
-from wanfast.runtime.models.dit import WanDiT
-from wanfast.runtime.models.umt5 import UMT5Encoder
-from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.store import model_files
-from wanfast.runtime.store.model_files import TINY
-from wanfast.runtime.weights import checkpoint
 from wanfast.runtime.weights.builders import build_vae
-from wanfast.runtime.weights.key_maps import Component, rename_back
 
-FIGURES = ("seconds", "first_step_s", "compiled_anew", "peak_memory_bytes", "loading", "hardware")
-PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/cat.jpg"
+FIGURES = ("seconds", "first_step_s", "compiled_anew", "peak_memory_bytes", "loading")
+SHARED_MEMORY = Path("/dev/shm")
+SMOOTHNESS = 200  # x264 takes an eighth of its time for noise, as for a smooth clip: 3 s of two cores at 1280x720x81
+KNOWN = "a cat"
+VIDEOS = 3  # of a list
+
+
+@dataclass
+class Run:
+    """Holds what one command printed, and when it started and ended."""
+
+    documents: list[dict[str, Any]]  # one a video
+    started: float
+    ended: float
+    gpu_used_bytes: int
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=A14B.dit.num_layers, help="of each expert and, up to 24, of UMT5")
     parser.add_argument("--folder", type=Path, help="the model's folder, written if missing; temporary by default")
-    parser.add_argument("--vae-alone", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    options, others = parser.parse_known_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit through the clean-up
-    set_environment()  # torch reads this setting at its first use of a GPU
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:  # /tmp may be memory, which holes occupy once read
-        folder = options.folder or Path(scratch) / "model"
-        if not folder.exists():
-            write_model(folder, options.layers)
-        made = _generate(folder, Path(scratch), others) | {"layers": options.layers, "options": others}
-        alone = _vae_alone(folder, made["size"]) if options.vae_alone else None
-        print(json.dumps(made | {"vae_alone": alone}))
-
-
-def write_model(folder: Path, layers: int) -> None:
-    """Writes the model in the Diffusers layout, as `wanfast generate --model` reads it."""
-    spec = dataclasses.replace(
-        A14B,
-        dit=dataclasses.replace(A14B.dit, num_layers=layers),
-        umt5=dataclasses.replace(A14B.umt5, num_layers=min(layers, A14B.umt5.num_layers)),
+    parser.add_argument("--random", action="store_true", help="random weights, and several videos")
+    parser.add_argument("--noise", action="store_true", help="with --random: frames of noise, which x264 is slow at")
+    parser.add_argument("--rounds", type=int, default=1, help="with --random: of the measured commands")
+    parser.add_argument(
+        "--vae-alone", action=argparse.BooleanOptionalAction, help="by default on a GPU without --random"
     )
-    with torch.device("meta"):
-        expert, umt5 = WanDiT(spec.dit), UMT5Encoder(spec.umt5)
-    for part in ("transformer", "transformer_2"):
-        _write_holes(folder / part / "diffusion_pytorch_model.safetensors", "dit", expert)
-    _write_holes(folder / "text_encoder/model.safetensors", "umt5", umt5)
-    vae = WanVAE(spec.vae)
-    randomise(vae, 0)
-    checkpoint.save(vae, folder / "vae/diffusion_pytorch_model.safetensors", component="vae", layout="diffusers")
-    (folder / "tokenizer").mkdir()
-    shutil.copy(TINY / "tokenizer/tokenizer.json", folder / "tokenizer")
-    (folder / "wanfast.json").write_text(json.dumps(spec.to_json()))
+    options, others = parser.parse_known_args()
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _leave)
+    set_environment()  # torch reads this setting at its first use of a GPU
+    place = _place(options)
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
+        folder = options.folder or Path(scratch) / "model"
+        started = time.perf_counter()
+        if not folder.exists():
+            _write(folder, options)
+        facts = {"layers": options.layers, "options": others, "place": str(place)}
+        facts |= {"write_s": round(time.perf_counter() - started, 1)}
+        measure = _measure_random if options.random else _measure_holes
+        facts |= measure(folder, Path(scratch), options, others)
+        alone = torch.cuda.is_available() and not options.random if options.vae_alone is None else options.vae_alone
+        facts |= {"vae_alone": _vae_alone(folder, facts["size"])} if alone else {}
+        print(json.dumps(facts | {"commit": commit(), "versions": versions()}))
 
 
-def _write_holes(file: Path, component: Component, model: nn.Module) -> None:
-    file.parent.mkdir(parents=True)
-    state = model.state_dict().items()
-    shapes = {rename_back(component, "diffusers", name): tensor.shape for name, tensor in state}
-    with file.open("wb") as stream:
-        sparse_model.write_holes(stream, shapes)
+def _leave(number: int, _: object) -> None:
+    """Ends the process through the clean-up, which a second signal does not disturb."""
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
-def _generate(folder: Path, scratch: Path, options: list[str]) -> dict[str, Any]:
-    places = (f"--model={folder}", f"--image={PICTURE}", f"--artifacts-dir={scratch}", f"--output={scratch}/out.mp4")
-    command = [sys.executable, "-m", "wanfast", "generate", *places, "--prompt=a cat", "--seed=1", "--json", *options]
+def _place(options: argparse.Namespace) -> Path:
+    """Returns a folder in memory for random weights, if there is room; else one on a disk."""
+    if options.random and SHARED_MEMORY.is_dir():
+        room = min(shutil.disk_usage(SHARED_MEMORY).free, host.available_host_bytes() // 2)  # the ranks need some too
+        wanted = random_bytes(options.layers)
+        if room >= wanted or options.folder:
+            return SHARED_MEMORY
+        print(f"{wanted / 1e9:.1f} GB do not fit in memory: they go to a disk", file=sys.stderr)
+    return Path("/var/tmp")  # /tmp may be memory, which holes occupy once read
+
+
+def _write(folder: Path, options: argparse.Namespace) -> None:
+    """Writes the model in a process of its own, because this one should not hold memory of a GPU."""
+    smoothness = SMOOTHNESS if options.random and not options.noise else 1
+    given = {"is_random": options.random, "smoothness": smoothness}
+    writer = mp.get_context("spawn").Process(target=write_model, args=(folder, options.layers), kwargs=given)
+    writer.start()
+    try:
+        writer.join()
+    finally:
+        writer.kill()
+        writer.join()
+    if writer.exitcode:
+        raise SystemExit(writer.exitcode)  # the process has printed its error
+
+
+def _measure_holes(folder: Path, scratch: Path, _: argparse.Namespace, others: list[str]) -> dict[str, Any]:
+    given = [f"--prompt={KNOWN}", "--seed=1", f"--output={scratch}/out.mp4", *others]
+    run = _generate(folder, scratch, given, sampled=True)
+    (made,) = run.documents
+    return {name: made[name] for name in FIGURES} | _facts(made) | {"gpu_used_bytes": run.gpu_used_bytes}
+
+
+def _measure_random(folder: Path, scratch: Path, options: argparse.Namespace, others: list[str]) -> dict[str, Any]:
+    def one(prompt: str, name: str) -> list[dict[str, Any]]:
+        given = [f"--prompt={prompt}", "--seed=1", f"--output={scratch / name}.mp4", *others]
+        return _rows(name, _generate(folder, scratch, given))
+
+    def listed(name: str) -> list[dict[str, Any]]:
+        jobs = scratch / f"{name}.jsonl"
+        videos = ({"seed": seed, "output": str(scratch / f"{name}-{seed}.mp4")} for seed in range(VIDEOS))
+        jobs.write_text("".join(json.dumps(video | {"prompt": KNOWN}) + "\n" for video in videos))
+        return _rows(name, _generate(folder, scratch, [f"--jobs={jobs}", *others]))
+
+    first = _generate(folder, scratch, [f"--prompt={KNOWN}", f"--output={scratch}/first.mp4", *others])
+    rows: dict[str, list[dict[str, Any]]] = {"first": _rows("first", first), "known": [], "new": [], "list": []}
+    for turn in range(options.rounds):
+        rows["known"] += one(KNOWN, f"known-{turn}")
+        rows["new"] += one(f"a new cat, number {turn}", f"new-{turn}")
+        rows["list"] += listed(f"list-{turn}")
+    counted = {name: rows[name] for name in ("known", "new")}
+    counted |= {"list": [row for index, row in enumerate(rows["list"]) if index % VIDEOS]}
+    beyond = {name: _spread([row["beyond_denoising_s"] for row in found]) for name, found in counted.items()}
+    facts = {"noise": options.noise, "rounds": options.rounds} | _facts(first.documents[0])
+    return facts | {"beyond_denoising_s": beyond, "videos": rows}
+
+
+def _facts(made: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "placement": made["plan"]["placement"],
+        "size": [made["plan"][name] for name in ("width", "height", "frames")],
+        "hardware": made["hardware"] | {"gpus": len(visible_gpus()), "cores": host.cores()},
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    spread = max(values) - min(values)
+    return {"median": round(statistics.median(values), 3), "spread": round(spread, 3), "of": len(values)}
+
+
+def _rows(name: str, run: Run) -> list[dict[str, Any]]:
+    """Returns the figures of each video of one command; the first one has its start, and an only one its end."""
+    written = [Path(made["plan"]["outputs"][1]).stat().st_mtime for made in run.documents]
+    begins, ends = [run.started, *written], written if len(written) > 1 else [run.ended]
+    rows = []
+    for made, begun, ended in zip(run.documents, begins, ends, strict=False):
+        stages = {stage: value for stage, value in made["seconds"].items() if stage != "total"}
+        wall = ended - begun
+        row = {"wall_s": wall, "outside_s": wall - sum(stages.values()), "beyond_denoising_s": wall - stages["denoise"]}
+        rows.append({key: round(value, 3) for key, value in row.items()} | {name: made[name] for name in FIGURES})
+        print(f"{name:12}", row | stages, file=sys.stderr, flush=True)
+    rows[-1]["end_s"] = round(run.ended - written[-1], 3)
+    return rows
+
+
+def _generate(folder: Path, scratch: Path, given: list[str], *, sampled: bool = False) -> Run:
+    """Runs the command with bytecode in the scratch folder, as a machine that may write it would have it."""
+    places = (f"--model={folder}", f"--image={PICTURE}", f"--artifacts-dir={scratch}/artifacts")
+    command = [sys.executable, "-m", "wanfast", "generate", *places, "--json", *given]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(scratch / "bytecode")
     used = 0
     with (scratch / "printed.json").open("w+") as out:
-        process = subprocess.Popen(command, stdout=out)
+        started = time.time()
+        process = subprocess.Popen(command, stdout=out, env=environment)
         try:
-            while process.poll() is None:
-                used = max(used, _gpu_used_bytes())
-                time.sleep(0.5)
+            while process.returncode is None:
+                used = max(used, _gpu_used_bytes()) if sampled else 0
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5 if sampled else None)
+            ended = time.time()
         finally:
             process.terminate()
             process.wait()
@@ -113,14 +211,8 @@ def _generate(folder: Path, scratch: Path, options: list[str]) -> dict[str, Any]
         lines = out.read().strip().splitlines()
     if process.returncode:
         raise SystemExit(process.returncode)  # the process has printed its error
-    made = json.loads(lines[-1])
-    return {name: made[name] for name in FIGURES} | {
-        "placement": made["plan"]["placement"],
-        "size": [made["plan"][name] for name in ("width", "height", "frames")],
-        "gpu_used_bytes": used,
-        "commit": commit(),
-        "versions": packages.versions(),
-    }
+    printed = json.loads(lines[-1])
+    return Run(printed.get("results", [printed]), started, ended, used)
 
 
 @torch.inference_mode()

@@ -12,21 +12,24 @@ from wanfast.quality.metrics import psnr
 
 
 def randomise(module: nn.Module, seed: int) -> None:
-    """Draws EVERY parameter, because a default of zero or one would hide an exchanged or unused tensor.
+    """Draws EVERY parameter, because a default of zero or one would hide an exchanged or unused tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        mean, std = spread_of(name, parameter.shape)
+        value = mean + std * torch.randn(parameter.shape, generator=generator)
+        parameter.data = value.to(parameter.dtype)
+
+
+def spread_of(name: str, shape: torch.Size) -> tuple[float, float]:
+    """Returns mean and standard deviation of a parameter's random values.
 
     Matrices keep the scale of their fan-in, vectors of norms stay near one, tables and biases are about 0.3.
     """
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        is_scale = "norm" in name and name.endswith(("weight", "gamma"))
-        if is_scale:
-            value = 1 + 0.2 * noise
-        elif parameter.dim() >= 2 and "table" not in name and "modulation" not in name:
-            value = noise / parameter[0].numel() ** 0.5
-        else:
-            value = 0.3 * noise
-        parameter.data = value.to(parameter.dtype)
+    if "norm" in name and name.endswith(("weight", "gamma")):
+        return 1.0, 0.2
+    if len(shape) >= 2 and "table" not in name and "modulation" not in name:
+        return 0.0, shape[1:].numel() ** -0.5
+    return 0.0, 0.3
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

@@ -1,0 +1,95 @@
+"""Writes a folder that `wanfast generate --model` reads: the A14B's names, shapes and layout, without its weights.
+
+Of holes: the experts and the text encoder are fp32 files that read as zeros and take no disk space. Of random values:
+they are bf16 files whose values keep activations at the scale of one. One file, linked twice, is both experts. The VAE
+is random in both cases, so its frames are noise; `smoothness` divides the noise by this number before it becomes 8-bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests import sparse_model
+from tests.parity import randomise, spread_of
+from wanfast.runtime.facts.model_spec import A14B, ModelSpec
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.umt5 import UMT5Encoder
+from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.store.model_files import TINY
+from wanfast.runtime.weights import checkpoint
+from wanfast.runtime.weights.key_maps import Component, rename_back
+
+PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/cat.jpg"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_CHUNK = 1 << 26  # values that are made at a time
+
+
+def write_model(folder: Path, layers: int, *, is_random: bool = False, smoothness: float = 1.0) -> None:
+    """Writes the model in the Diffusers layout; of random values with the GPU's help, if there is one."""
+    spec = spec_of(layers)
+    expert, umt5 = _on_meta(spec)
+    write = _write_random if is_random else _write_holes
+    write(folder / "transformer" / _WEIGHTS, "dit", expert)
+    (folder / "transformer_2").mkdir()
+    (folder / "transformer_2" / _WEIGHTS).hardlink_to(folder / "transformer" / _WEIGHTS)
+    write(folder / "text_encoder/model.safetensors", "umt5", umt5)
+    vae = WanVAE(spec.vae)
+    randomise(vae, 0)
+    vae.decoder.conv_out.weight.data /= smoothness
+    checkpoint.save(vae, folder / "vae" / _WEIGHTS, component="vae", layout="diffusers")
+    (folder / "tokenizer").mkdir()
+    shutil.copy(TINY / "tokenizer/tokenizer.json", folder / "tokenizer")
+    (folder / "wanfast.json").write_text(json.dumps(spec.to_json()))
+
+
+def spec_of(layers: int) -> ModelSpec:
+    """Returns the A14B's facts with experts of `layers` layers, and a UMT5 of as many, up to its 24."""
+    return dataclasses.replace(
+        A14B,
+        dit=dataclasses.replace(A14B.dit, num_layers=layers),
+        umt5=dataclasses.replace(A14B.umt5, num_layers=min(layers, A14B.umt5.num_layers)),
+    )
+
+
+def random_bytes(layers: int) -> int:
+    """Returns about how much memory the folder of random values takes."""
+    values = sum(tensor.numel() for model in _on_meta(spec_of(layers)) for tensor in model.state_dict().values())
+    return 2 * values + (1 << 30)  # and the VAE and the videos
+
+
+def _on_meta(spec: ModelSpec) -> tuple[WanDiT, UMT5Encoder]:
+    with torch.device("meta"):
+        return WanDiT(spec.dit), UMT5Encoder(spec.umt5)
+
+
+def _write_holes(file: Path, component: Component, model: nn.Module, dtype: str = "F32") -> dict[str, int]:
+    """Writes a file that reads as zeros, and returns where in it each tensor begins, by our names."""
+    file.parent.mkdir(parents=True)
+    keys = {rename_back(component, "diffusers", name): name for name in model.state_dict()}
+    shapes = {key: model.state_dict()[name].shape for key, name in keys.items()}
+    with file.open("wb") as stream:
+        starts = sparse_model.write_holes(stream, shapes, dtype)
+    return {keys[key]: start for key, start in starts.items()}
+
+
+def _write_random(file: Path, component: Component, model: nn.Module) -> None:
+    starts, state = _write_holes(file, component, model, "BF16"), model.state_dict()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = torch.from_file(str(file), shared=True, size=file.stat().st_size // 2, dtype=torch.bfloat16)
+    made = torch.empty(_CHUNK, dtype=torch.bfloat16, device=device)
+    sent = torch.empty(_CHUNK, dtype=torch.bfloat16, pin_memory=True) if device == "cuda" else made
+    generator = torch.Generator(device).manual_seed(0)
+    for name, start in starts.items():
+        mean, std = spread_of(name, state[name].shape)
+        for part in values[start // 2 :][: state[name].numel()].split(_CHUNK):
+            made[: len(part)].normal_(mean, std, generator=generator)
+            part.copy_(sent[: len(part)].copy_(made[: len(part)]))
