@@ -152,7 +152,7 @@ class ImageToVideoPipeline:
                     yielded += 1
                     yield piece[0]
                 return
-            except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
+            except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
                 failure = self._out_of_memory(error)
             del stream
             self._evict(failure, geometry)
@@ -162,18 +162,18 @@ class ImageToVideoPipeline:
         while True:
             try:
                 return work()
-            except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
+            except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
                 failure = self._out_of_memory(error)
             self._evict(failure, geometry)
 
-    def _out_of_memory(self, error: RuntimeError) -> str:
+    def _out_of_memory(self, error: MemoryError | RuntimeError) -> str:
         """Returns the text of an out-of-memory error, not the error: its traceback holds the VAE's tensors.
 
         Ranks that share a frame cannot begin again, because their peers would not; each needs little memory, though.
         """
         if self.ranks.size > 1 or not is_out_of_memory(error, free_bytes(self.device)):
             raise error
-        return str(error)
+        return str(error) or "MemoryError"
 
     def _evict(self, failure: str, geometry: Geometry) -> None:
         """Evicts weights, because the estimate of the VAE's memory was wrong, which must not lose a video.
