@@ -118,6 +118,18 @@ def test_each_bad_line_has_its_own_reason_and_the_others_are_made(
     assert len(pids) > ranks and not any(Path("/proc", str(pid)).exists() for pid in pids)
 
 
+def test_a_lone_rank_that_is_killed_costs_its_line(start: Start, workdir: Path) -> None:
+    """As by the kernel for a lack of memory."""
+    lines = [{"output": "1.mp4"}, {"output": "2.mp4", "prompt": "the rank is killed"}, {"output": "3.mp4"}]
+    (workdir / "jobs.jsonl").write_text("".join(json.dumps(line | {"steps": 2}) + "\n" for line in lines))
+    own = {"PYTHONPATH": with_fault(workdir, FAULTS, rank=0, replica=None)["PYTHONPATH"]}  # it has no peers to lose
+    code, out, err = start(*SMALL, "--jobs", "jobs.jsonl", "--json", environment=own).end()
+    assert code == 6, err
+    errors = [result.get("error", "") for result in json.loads(out.strip().splitlines()[-1])["results"]]
+    assert "rank 0 was killed by SIGKILL" in errors[1] and errors[::2] == ["", ""]
+    assert [(workdir / line["output"]).exists() for line in lines] == [True, False, True]
+
+
 def test_models_that_kill_their_ranks_lose_only_their_lines(start: Start, workdir: Path) -> None:
     """The third group that dies while it loads the same models shows that these are at fault."""
     shutil.copytree(TINY, workdir / "deadly")
