@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from wanfast.runtime.errors import (
 )
 from wanfast.runtime.machine.signals import FIRST_BATCH, PARENT
 from wanfast.runtime.processes.failures import error_of_group, was_loading
-from wanfast.runtime.processes.pace import OnProgress, Pace, follow
+from wanfast.runtime.processes.pace import OnProgress, Pace, Work, follow
 from wanfast.runtime.store.artifacts import (
     CANCEL,
     CLAIMS,
@@ -248,15 +249,19 @@ class RankGroups:
         return {self._numbers[place] for place, launcher in self._launchers.items() if launcher.poll() is not None}
 
     def _stop_hanging(self, at_work: dict[int, Pace]) -> None:
-        """Stops the groups of one rank that hang in a step; in a larger group, the other ranks notice a hang."""
+        """Stops the groups of one rank that hang; in a larger group, the other ranks notice a hang."""
         if self._ranks.mesh.group_size > 1:
             return
-        hangs = {number: reason for number, pace in at_work.items() if (reason := pace.hang(self._ranks.rank_timeout))}
         for place, number in self._numbers.items():
-            if number in hangs and self._launchers[place].poll() is None:
+            if number not in at_work or self._launchers[place].poll() is not None:
+                continue
+            if hang := at_work[number].hang(self._ranks.rank_timeout, partial(self._work, number)):
                 _stop([self._launchers[place]])
-                message = f"rank 0 {hangs[number]}; logs of all ranks in {self._folder / 'logs'}"
+                message = f"rank 0 {hang}; logs of all ranks in {self._folder / 'logs'}"
                 self._hung[number] = time.time_ns(), RankFailedError(message)
+
+    def _work(self, number: int) -> Work:
+        return Work.of(_pids(self._folder, [number]), on_cpu=self._ranks.device == "cpu")
 
     def _error_of(self, number: int) -> tuple[int, WanFastError]:
         """Returns (nanoseconds since the epoch, why a group died)."""
