@@ -65,7 +65,11 @@ class Ranks:
         return CfgParallel(group) if group else BothBranches()
 
     def together(self, work: Callable[[], T]) -> T:
-        """Returns each rank's own `work()`, which must not use collectives; raises a WanFastError of one on all."""
+        """Returns each rank's own `work()`; raises a WanFastError of one rank on all.
+
+        `work` must not use collectives, because a rank that failed in between would not reach them. The VAE's does, and
+        sees to it that a rank without memory reaches them too; any other error in the middle of it ends the group.
+        """
         error, result = None, None
         try:
             result = work()
