@@ -29,21 +29,21 @@ from wanfast.runtime.distributed.cfg_parallel import BothBranches, CfgParallel
 from wanfast.runtime.distributed.ulysses import Ulysses
 from wanfast.runtime.facts.model_spec import A14B, DiTSpec
 from wanfast.runtime.machine.packages import commit, versions
-from wanfast.runtime.models.attention import ProjectFn, Sequence, WholeSequence
+from wanfast.runtime.models.attention import Projections, Sequence, WholeSequence
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.dit import SelfAttention
 
 
 @dataclass(frozen=True)
 class Packed(Ulysses):
-    """Exchanges q, k and v together once, instead of three times overlapped with the projections."""
+    """Exchanges q, k and v together once, instead of one by one during the products."""
 
-    def attention(self, project: ProjectFn, num_tokens: int, attend: AttentionFn) -> Tensor:
+    def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
         size = self.group.size()
-        packed = rearrange(torch.stack(project("qkv")), "three B l (P h) D -> P three B l h D", P=size)
-        all_q, all_k, all_v = rearrange(self._exchange(packed), "P three B l h D -> three B (P l) h D")
+        packed = rearrange(torch.stack(projections.all()), "three B l (P h) D -> P three B l h D", P=size)
+        all_q, all_k, all_v = rearrange(self._send(packed)(), "P three B l h D -> three B (P l) h D")
         out = attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
-        parts = self._exchange(rearrange(out, "B (P l) h D -> P B l h D", P=size))
+        parts = self._send(rearrange(out, "B (P l) h D -> P B l h D", P=size))()
         return rearrange(parts, "P B l h D -> B l (P h) D")
 
 

@@ -74,8 +74,8 @@ def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture
-def wanfast(workdir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Returns `wanfast(*arguments)`, which runs the command line in the working folder."""
+def wanfast(workdir: Path, capsys: pytest.CaptureFixture[str], forked: None) -> Callable[..., Outcome]:
+    """Returns `wanfast(*arguments)`, which runs the command line in the working folder; its ranks are forks."""
 
     def run(*arguments: str) -> Outcome:
         with pytest.raises(SystemExit) as stop:

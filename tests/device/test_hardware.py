@@ -55,12 +55,19 @@ class AcceleratorError(RuntimeError):
         (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), 60 << 30, True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 60 << 30, True),
         (RuntimeError("CUDA error: out of memory"), 60 << 30, True),
+        (MemoryError(), 60 << 30, True),
         (RuntimeError("The size of tensor a (4) must match the size of tensor b (5)"), 1 << 30, False),
         (NotImplementedError("out of memory"), 1 << 30, False),  # a subclass of RuntimeError
     ],
 )
-def test_memory_ran_out_by_class_words_and_state(error: RuntimeError, free: int, expected: bool) -> None:
+def test_memory_ran_out_by_class_words_and_state(error: MemoryError | RuntimeError, free: int, expected: bool) -> None:
     assert hardware.is_out_of_memory(error, free) == expected
+
+
+def test_the_allocator_of_a_cpu_says_what_is_known_of_it() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert hardware.is_out_of_memory(error.value, 60 << 30)
 
 
 def test_the_memory_of_a_cpu_is_never_scarce() -> None:

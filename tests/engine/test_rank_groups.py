@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.parity import randomise, relative_error
 from tests.small_model import SPEC, blank_inputs, plan_small_model
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.distributed.vae_parallel import SplitRows
 from wanfast.runtime.engine import pipeline as pipeline_module
 from wanfast.runtime.engine import pixels, prompt_embeds, session
 from wanfast.runtime.engine.conditioning import draw_noise
@@ -25,6 +27,7 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Expert
 from wanfast.runtime.facts.mesh import Mesh, choose_mesh
 from wanfast.runtime.media import images
+from wanfast.runtime.models import vae as vae_module
 from wanfast.runtime.models.dit import Block, WanDiT
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.planning.plan import Plan, resolve
@@ -262,6 +265,62 @@ def test_resident_experts_are_evicted_and_come_back(
     calls = 2 * (2 if method == "_decode" else 1)  # a video is decoded in two pieces
     assert away >= times and held == [[True] * (len(parameters) - away) + [False] * away] * calls  # needed last
     assert list(map(id, copied)) == list(map(id, parameters[: -away - 1 : -1]))  # each weight is copied once
+
+
+Shared = tuple[torch.Tensor, torch.Tensor | None, int, list[str]]
+
+
+@torch.inference_mode()
+def by_the_vae(plan: Plan, files: ModelFiles, ranks: Ranks, fails_at: Container[int]) -> Shared:
+    """Returns condition, video, evicted weights and errors; the VAE's convolutions of these numbers fail on rank 1."""
+    pipeline = session.load_models(files, plan.config, ranks, Stopwatch("cpu"))
+    convolve, calls, errors = vae_module.convolve, itertools.count(), []
+
+    def failing(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        if ranks.rank == 1 and not x.is_meta and next(calls) in fails_at:
+            raise torch.OutOfMemoryError("too large\nby far")
+        return convolve(x, *arguments, **options)
+
+    vae_module.convolve = failing  # in a fork
+    image, _ = blank_inputs(plan, files)
+    g = plan.geometry
+    latent = torch.randn(1, 16, g.latent_frames, g.latent_height, g.latent_width)
+    while True:
+        try:
+            condition = pipeline.encode_condition(image, g)
+            video = pipeline.decode(latent, g, Stopwatch("cpu"))
+            return condition, video, len(pipeline.experts._evicted), errors
+        except ConfigError as error:
+            assert error.is_agreed
+            errors.append(str(error))
+
+
+def test_ranks_that_share_a_frame_begin_again_together(
+    planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out on one of three ranks, between two exchanges; a fourth rank has no part."""
+    plan, files = planned
+    monkeypatch.setattr(Ranks, "rows", lambda self, rows: SplitRows.of(self.rank, 3, rows))
+    monkeypatch.setattr(pipeline_module, "_EVICT_BYTES", 1)
+    torch.manual_seed(0)
+    mesh = Mesh(ulysses=4)
+    expected = on_ranks(mesh, lambda ranks: by_the_vae(plan, files, ranks, ()))
+    in_each = {0, 20, 60, 75, 110, 140}
+    got = on_ranks(mesh, lambda ranks: by_the_vae(plan, files, ranks, in_each), timeout_s=20)
+    assert [evicted for _, _, evicted, _ in got] == [0, len(in_each), 0, 0]
+    assert all(torch.equal(own[0], other[0]) for own, other in zip(got, expected, strict=True))
+    assert torch.equal(got[0][1], expected[0][1]) and [errors for *_, errors in got] == [[]] * 4
+
+
+def test_ranks_that_share_a_frame_lose_only_the_video_that_does_not_fit(
+    planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, files = planned
+    monkeypatch.setattr(experts, "available_host_bytes", lambda: 0)  # so nothing can be evicted
+    got = on_ranks(Mesh(cfg=2), lambda ranks: by_the_vae(plan, files, ranks, {5, 100}), timeout_s=20)
+    reason = "--size 80x64 --frames 5: does not fit into memory beside the weights: use smaller values (too large)"
+    assert [errors for *_, errors in got] == [[reason] * 2] * 2
+    assert got[0][1] is not None
 
 
 @pytest.fixture

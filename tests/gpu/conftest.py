@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from wanfast.runtime.machine.gpus import set_environment
 
 set_environment()
+
+
+@pytest.fixture
+def forked() -> None:
+    """Lets commands start their processes anew, because a fork of a process that uses a GPU cannot use the GPU."""

@@ -11,6 +11,9 @@ import torch
 
 from tests.conftest import Outcome
 from tests.parity import likeness
+from tests.processes.test_launch import Start, start, with_fault
+
+__all__ = ["start"]
 
 Wanfast = Callable[..., Outcome]
 GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--seed", "1", "--device", "cuda")
@@ -50,6 +53,35 @@ def test_cuda_graphs_hold_exchanges_and_are_freed(wanfast: Wanfast, workdir: Pat
     for name, options in (("one", ()), ("two", graphs)):
         assert wanfast(*GOOD, "--output", f"{name}.mp4", *options).exit_code == 0
     assert printed_likeness() >= 35  # rounding in bf16
+
+
+# Once in the encoder and once in the decoder, between two exchanges with the other rank.
+NO_MEMORY = """
+import collections, torch
+from wanfast.runtime.models import vae
+forward, calls = vae.AttentionBlock.forward, collections.Counter()
+def failing(self, x, *others):
+    if not x.is_meta:
+        calls[self] += 1
+        if calls[self] == 2:
+            print("no memory", flush=True)
+            raise torch.OutOfMemoryError("too large")
+    return forward(self, x, *others)
+vae.AttentionBlock.forward = failing
+"""
+
+
+@two_gpus
+def test_memory_that_runs_out_on_one_gpu_changes_nothing(start: Start, workdir: Path) -> None:
+    for name, environment in (("plain", None), ("again", with_fault(workdir, NO_MEMORY, rank=1))):
+        run = start(*GOOD[1:], "--num-gpus", "2", "--output", f"{name}.mp4", environment=environment, forked=False)
+        code, _, err = run.end(200)
+        assert code == 0, err
+    assert (workdir / "again.mp4").read_bytes() == (workdir / "plain.mp4").read_bytes()
+    logs = [
+        log.read_text().count("no memory") for log in workdir.glob("artifacts/runs/*/logs/*/attempt_0/1/stdout.log")
+    ]
+    assert sorted(logs) == [0, 2]
 
 
 def printed_likeness() -> float:

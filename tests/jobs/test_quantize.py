@@ -84,7 +84,7 @@ def test_what_is_stored_makes_the_video_of_what_is_quantized_while_loading(
     assert (workdir / "plain.mp4").read_bytes() != (workdir / "out.mp4").read_bytes()
 
 
-def test_two_ranks_share_what_is_stored(wanfast: Wanfast, workdir: Path, kept: Path, forked: None) -> None:
+def test_two_ranks_share_what_is_stored(wanfast: Wanfast, workdir: Path, kept: Path) -> None:
     assert wanfast(*GENERATE, "--output", "one.mp4").exit_code == 0
     outcome = wanfast(*GENERATE, "--num-gpus", "2", "--ulysses", "2", "--cfg-parallel", "1", "--output", "two.mp4")
     assert outcome.exit_code == 0, outcome.err

@@ -273,7 +273,7 @@ main(sys.argv[1:])
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_compiled_blocks_give_what_eager_ones_give(
-    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch, forked: None, ranks: int
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
     """Inductor compiles both experts, also on two ranks that exchange tokens inside the graph."""
     compilation._import_compiler(None)  # once, for all processes to come

@@ -25,6 +25,7 @@ from tests.forked import REAL_LAUNCHERS, ForkedPopen
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.processes import elastic, failures, launch
+from wanfast.runtime.processes.claims import claim
 
 PACKAGE = Path(__file__).parents[2]
 TINY = ("--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--device", "cpu", "--precision", "fp32")
@@ -447,12 +448,11 @@ def test_a_job_that_a_rank_claims_after_its_group_was_started_again_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank lives a little longer than its launcher that was killed."""
-    started = start_numbered(monkeypatch, lambda: (tmp_path / "claims/1").write_text("0"))
+    started = start_numbered(monkeypatch, lambda: claim(tmp_path, 1, 0))
     ends = time.monotonic() + 3
 
     def dies() -> bool:
-        (tmp_path / "claims").mkdir(exist_ok=True)
-        (tmp_path / "claims/0").write_text("0")
+        claim(tmp_path, 0, 0)
         started[0].signals.append("died")
         if time.monotonic() > ends:
             pytest.fail("the job belongs to no living group, and nobody noticed")
@@ -464,9 +464,10 @@ def test_a_job_that_a_rank_claims_after_its_group_was_started_again_is_lost(
 
 
 def with_result(folder: Path, index: int) -> None:
-    for name in (f"results/{index}.json", f"claims/{index}", f"frames/{index}.npy"):
+    for name in (f"results/{index}.json", f"frames/{index}.npy"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
+    claim(folder, index, 0)
 
 
 def test_a_long_run_keeps_only_the_files_of_its_last_batch(tmp_path: Path, living_launchers: list[Living]) -> None:
@@ -474,7 +475,7 @@ def test_a_long_run_keeps_only_the_files_of_its_last_batch(tmp_path: Path, livin
         for number in range(4):
             with_result(tmp_path, number)
             ranks.run("v", "w", [{}], [], **IGNORED)
-        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()}
     assert left == {"setup.json", "job-0003.json", "results/3.json", "claims/3", "frames/3.npy"}
 
 

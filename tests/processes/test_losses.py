@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import Outcome
 from tests.processes.test_launch import SMALL, Start, start, with_fault
+from wanfast.runtime.engine import session
+from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.processes import pace
 from wanfast.runtime.store.model_files import TINY
 
 __all__ = ["start"]
@@ -116,6 +123,53 @@ def test_each_bad_line_has_its_own_reason_and_the_others_are_made(
         assert not (workdir / "full/11.mp4").exists() and not (workdir / "full/11.json").exists()
     pids = {int(file.read_text()) for file in workdir.glob("artifacts/runs/*/ranks/*/pid")}
     assert len(pids) > ranks and not any(Path("/proc", str(pid)).exists() for pid in pids)
+
+
+def test_a_lone_rank_that_is_killed_costs_its_line(start: Start, workdir: Path) -> None:
+    """As by the kernel for a lack of memory."""
+    lines = [{"output": "1.mp4"}, {"output": "2.mp4", "prompt": "the rank is killed"}, {"output": "3.mp4"}]
+    (workdir / "jobs.jsonl").write_text("".join(json.dumps(line | {"steps": 2}) + "\n" for line in lines))
+    own = {"PYTHONPATH": with_fault(workdir, FAULTS, rank=0, replica=None)["PYTHONPATH"]}  # it has no peers to lose
+    code, out, err = start(*SMALL, "--jobs", "jobs.jsonl", "--json", environment=own).end()
+    assert code == 6, err
+    errors = [result.get("error", "") for result in json.loads(out.strip().splitlines()[-1])["results"]]
+    assert "rank 0 was killed by SIGKILL" in errors[1] and errors[::2] == ["", ""]
+    assert [(workdir / line["output"]).exists() for line in lines] == [True, False, True]
+
+
+def test_a_lone_rank_that_hangs_costs_its_line_whatever_it_was_doing(
+    wanfast: Callable[..., Outcome], workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is a second, and not half an hour."""
+    shutil.copytree(TINY, workdir / "stuck")
+    prompts: list[str] = []
+    make = session.Session.make
+
+    def noted(self: session.Session, job: Job, *others: object, **named: object) -> session.Made:
+        prompts.append(job.config.video.prompt)
+        return make(self, job, *others, **named)
+
+    def hanging(work: Callable[..., Any], hangs: Callable[..., bool]) -> Callable[..., Any]:
+        return lambda *arguments, **named: (
+            (time.sleep(1000) if hangs(*arguments) else None) or work(*arguments, **named)
+        )
+
+    monkeypatch.setattr(pace, "_MOST_TIMEOUTS", 1.0)
+    monkeypatch.setattr(session.Session, "make", noted)
+    monkeypatch.setattr(
+        session, "load_models", hanging(session.load_models, lambda files, *_: files.root.name == "stuck")
+    )
+    for method in ("encode", "_decode"):
+        hangs = hanging(getattr(WanVAE, method), lambda *_, method=method: prompts[-1] == method)
+        monkeypatch.setattr(WanVAE, method, hangs)
+    bad: list[dict[str, Any]] = [{"prompt": "encode"}, {"prompt": "_decode"}, {"model": "stuck"}]
+    lines = [line | {"output": f"{k}.mp4", "steps": 1} for k, line in enumerate([{}, *bad])]
+    (workdir / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    outcome = wanfast("generate", *SMALL, "--rank-timeout", "1", "--jobs", "jobs.jsonl", "--json")
+    assert outcome.exit_code == 6, outcome.err
+    said = ["", "hangs (encoding the image", "hangs (high noise, 1 of 1 steps done", "hangs (loading the models)"]
+    for expected, result in zip(said, outcome.document["results"], strict=True):
+        assert expected in result.get("error", "") and bool(expected) == ("error" in result), result
 
 
 def test_models_that_kill_their_ranks_lose_only_their_lines(start: Start, workdir: Path) -> None:

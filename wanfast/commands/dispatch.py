@@ -43,7 +43,7 @@ def run_jobs(
     documents = [job.to_json() for job in jobs]
     folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": verb, "jobs": documents})
     with progress_bars(enabled=show_progress) as on_progress:
-        if plans[0].mesh.size == 1 and not _needs_a_process(verb, config.ranks.device, len(jobs)):
+        if plans[0].mesh.size == 1 and not _needs_a_process(verb, len(jobs)):
             document = {"verb": verb, "worker": _WORKERS[verb], "first": 0, "jobs": documents}
             write_synced(folder / JOB, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
             results = _here(verb, folder, jobs, config.ranks.device, on_result, on_progress)
@@ -60,13 +60,13 @@ def run_jobs(
     return results
 
 
-def _needs_a_process(verb: Verb, device: str, num_jobs: int) -> bool:
+def _needs_a_process(verb: Verb, num_jobs: int) -> bool:
     """Returns whether one rank runs in a separate process.
 
-    A warmup does, because on a CPU one product may take minutes, during which no signal is handled. A list on a GPU
-    does, because after an error of the GPU a process cannot use it for the other lines.
+    A warmup does, because on a CPU one product may take minutes, during which no signal is handled. A list does,
+    because a process that is killed for its memory, or met an error of its GPU, cannot run the other lines.
     """
-    return verb == "warmup" or (device == "cuda" and num_jobs > 1)
+    return verb == "warmup" or num_jobs > 1
 
 
 def _here(

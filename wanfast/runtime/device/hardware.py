@@ -16,8 +16,9 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine import host
 
 _CUDA_ALLOCATION_FAILED = 2  # cudaErrorMemoryAllocation
-# What CUDA, cuBLAS and cuDNN say if they get no memory, in errors of no class of their own.
+# What torch's allocator of a CPU, CUDA, cuBLAS and cuDNN say if they get no memory, in errors of no class of their own.
 _NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -72,24 +73,25 @@ def one_out_of_memory_error() -> Iterator[None]:
     """Converts every out-of-memory error that the `with` block raises into torch.OutOfMemoryError."""
     try:
         yield
-    except MemoryError as error:  # of Python and numpy
-        raise torch.OutOfMemoryError(str(error) or "MemoryError") from error
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         device = "cuda" if torch.cuda.is_initialized() else "cpu"  # type: ignore[no-untyped-call]
-        if "DefaultCPUAllocator" not in str(error) and not is_out_of_memory(error, free_bytes(device)):
+        if not is_out_of_memory(error, free_bytes(device)):
             raise
-        raise torch.OutOfMemoryError(str(error)) from error
+        raise torch.OutOfMemoryError(str(error) or "MemoryError") from error
 
 
-def is_out_of_memory(error: RuntimeError, free: int) -> bool:
+def is_out_of_memory(error: MemoryError | RuntimeError, free: int) -> bool:
     """Returns whether an error means that memory ran out; `free` is the number of free bytes on the device.
 
-    CUDA, cuBLAS and cuDNN say so only in the text of a RuntimeError. cuDNN may also say that it finds no engine,
-    because each needs more memory. That text has other causes too, so it counts only if less than 4 GiB are free.
+    Python and numpy raise MemoryError, and torch has a class for a GPU's memory. torch's CPU allocator, CUDA, cuBLAS
+    and cuDNN say so only in the text of a RuntimeError. cuDNN may also say that it finds no engine, because each needs
+    more memory. That text has other causes too, so it counts only if less than 4 GiB are free.
     """
-    if isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == _CUDA_ALLOCATION_FAILED:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if getattr(error, "error_code", None) == _CUDA_ALLOCATION_FAILED:
         return True
     if type(error) is not RuntimeError:
         return False

@@ -65,9 +65,11 @@ class Ranks:
         return CfgParallel(group) if group else BothBranches()
 
     def together(self, work: Callable[[], T]) -> T:
-        """Runs `work()` on every rank and returns each rank's own result; `work` must not use collectives.
+        """Runs `work()` on every rank and returns each rank's own result.
 
-        If `work` raises a WanFastError on any rank, all ranks raise a WanFastError.
+        If `work` raises a WanFastError on any rank, all ranks raise a WanFastError. `work` must not use collectives,
+        because a rank that failed would not reach them. The VAE's exchanges are the exception: a rank that runs out of
+        memory still takes part in them, and any other error between them ends the rank group.
         """
         error, result = None, None
         try:

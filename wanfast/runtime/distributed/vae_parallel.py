@@ -6,13 +6,19 @@ nothing is blended. In an attention layer, each rank gathers the keys and values
 Any number of ranks can share a frame. If there are more ranks than latent rows, the last ranks get no rows. Numbers of
 rows differ by at most one between ranks, so the exchanges are point to point.
 
+A peer that never sends stops its neighbours in their next exchange: with gloo they wait for `--rank-timeout`, with NCCL
+their GPUs do, until NCCL's watchdog ends the process. So a rank that runs out of memory in the middle still does all
+exchanges that its peers wait for (`missed`): it repeats its work on the meta device, which computes shapes only, and
+sends zeros. Afterwards the ranks agree to begin again. An error of another kind ends the rank and so the group, as does
+a lack of memory inside of NCCL.
+
 Shapes: B batch, C channels, T frames, h own rows, w columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -21,12 +27,44 @@ from torch import Tensor
 from wanfast.runtime.distributed.collectives import as_bytes
 
 
+class Exchanges:
+    """Exchanges tensors with peers, and counts how often this was done."""
+
+    done = 0
+
+    def swap(self, sent: Mapping[int, Tensor], shapes: Mapping[int, torch.Size], like: Tensor) -> dict[int, Tensor]:
+        """Sends a tensor to each peer in `sent`; returns what each peer in `shapes` sends, in the dtype of `like`."""
+        received = {peer: like.new_empty(shape) for peer, shape in shapes.items()}
+        operations = [dist.P2POp(dist.isend, as_bytes(x.contiguous()), peer) for peer, x in sent.items()]
+        operations += [dist.P2POp(dist.irecv, as_bytes(x), peer) for peer, x in received.items()]
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+        self.done += 1
+        return received
+
+
+class MissedExchanges(Exchanges):
+    """Takes tensors on the meta device; leaves out the first `done` exchanges, and does the others with zeros."""
+
+    def __init__(self, done: int, device: str) -> None:
+        self._left_out, self._device = done, device
+
+    def swap(self, sent: Mapping[int, Tensor], shapes: Mapping[int, torch.Size], like: Tensor) -> dict[int, Tensor]:
+        if self._left_out:
+            self._left_out -= 1
+        else:
+            zeros = {peer: torch.zeros(x.shape, dtype=x.dtype, device=self._device) for peer, x in sent.items()}
+            super().swap(zeros, shapes, torch.empty(0, dtype=like.dtype, device=self._device))
+        return {peer: like.new_empty(shape) for peer, shape in shapes.items()}
+
+
 @dataclass(frozen=True)
 class SplitRows:
     """This `Rows` of the VAE shares a frame among ranks: rank i has `counts[i]` rows of the latent grid."""
 
     rank: int
     counts: tuple[int, ...]
+    exchanges: Exchanges = field(default_factory=Exchanges, compare=False)
     halo = 1
 
     @classmethod
@@ -40,6 +78,10 @@ class SplitRows:
     def has_part(self) -> bool:
         return self.rank < len(self.counts)
 
+    def missed(self, device: str) -> SplitRows:
+        """Returns the rows for a repetition on the meta device, which does the exchanges that were not done yet."""
+        return replace(self, exchanges=MissedExchanges(self.exchanges.done, device))
+
     def own(self, x: Tensor, dim: int) -> Tensor:
         """Returns this rank's rows of x; the length of `dim` is a multiple of the number of latent rows."""
         scale = x.shape[dim] // sum(self.counts)
@@ -50,7 +92,7 @@ class SplitRows:
         edges = {self.rank - 1: (clip[..., 1, :], clip[..., 0, :]), self.rank + 1: (clip[..., -2, :], clip[..., -1, :])}
         neighbours = {peer: rows for peer, rows in edges.items() if 0 <= peer < len(self.counts)}
         sent = {peer: own for peer, (own, _) in neighbours.items()}
-        received = _exchange(sent, {peer: own.shape for peer, own in sent.items()}, clip)
+        received = self.exchanges.swap(sent, {peer: own.shape for peer, own in sent.items()}, clip)
         for peer, (_, halo) in edges.items():
             if peer in received:
                 halo.copy_(received[peer])
@@ -60,15 +102,16 @@ class SplitRows:
     def gather(self, x: Tensor, dim: int) -> Tensor:
         """Returns the rows of all ranks, joined along `dim`; each rank that has rows must call this."""
         peers = [peer for peer in range(len(self.counts)) if peer != self.rank]
-        return self._joined(_exchange(dict.fromkeys(peers, x), self._shapes(x, dim, peers), x), x, dim)
+        others = self.exchanges.swap(dict.fromkeys(peers, x), self._shapes(x, dim, peers), x)
+        return self._joined(others, x, dim)
 
     def collect(self, x: Tensor, dim: int) -> Tensor | None:
         """Returns the rows of all ranks, joined along `dim`, on the leader, and None on other ranks."""
         if self.rank:
-            _exchange({0: x}, {}, x)
+            self.exchanges.swap({0: x}, {}, x)
             return None
         peers = range(1, len(self.counts))
-        return self._joined(_exchange({}, self._shapes(x, dim, peers), x), x, dim)
+        return self._joined(self.exchanges.swap({}, self._shapes(x, dim, peers), x), x, dim)
 
     def _shapes(self, x: Tensor, dim: int, peers: range | list[int]) -> dict[int, torch.Size]:
         scale = x.shape[dim] // self.counts[self.rank]
@@ -81,13 +124,3 @@ class SplitRows:
 
     def _joined(self, others: Mapping[int, Tensor], x: Tensor, dim: int) -> Tensor:
         return torch.cat([x if peer == self.rank else others[peer] for peer in range(len(self.counts))], dim)
-
-
-def _exchange(sent: Mapping[int, Tensor], shapes: Mapping[int, torch.Size], like: Tensor) -> dict[int, Tensor]:
-    """Sends a tensor to each peer in `sent`; returns what each peer in `shapes` sends, in the dtype of `like`."""
-    received = {peer: like.new_empty(shape) for peer, shape in shapes.items()}
-    operations = [dist.P2POp(dist.isend, as_bytes(x.contiguous()), peer) for peer, x in sent.items()]
-    operations += [dist.P2POp(dist.irecv, as_bytes(x), peer) for peer, x in received.items()]
-    for work in dist.batch_isend_irecv(operations) if operations else ():
-        work.wait()
-    return received

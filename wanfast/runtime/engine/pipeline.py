@@ -15,14 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from wanfast.runtime.device.finite import all_finite
 from wanfast.runtime.device.hardware import free_bytes, free_memory, is_out_of_memory
+from wanfast.runtime.device.meta import on_meta
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.distributed.vae_parallel import SplitRows
 from wanfast.runtime.engine import pixels
 from wanfast.runtime.engine.attention_probe import Choice
 from wanfast.runtime.engine.conditioning import draw_noise, first_frame_clip, noise_shape, with_mask
@@ -107,7 +110,7 @@ class ImageToVideoPipeline:
 
         def decoded() -> Tensor | None:
             with watch.span("decode"):
-                pieces = [rows.collect(piece, 2) for piece in self._pieces(latent, geometry, rows)]
+                pieces = [rows.collect(piece, 2) for piece in self._pieces(latent, geometry)]
                 if not self.ranks.is_leader:
                     return None
                 video = torch.cat([piece.cpu() for piece in pieces if piece is not None], dim=1)
@@ -128,64 +131,66 @@ class ImageToVideoPipeline:
 
         def decoded() -> Frames | None:
             with watch.span("decode"):
-                pieces = self._pieces(latent, geometry, rows)
+                pieces = self._pieces(latent, geometry)
                 return pixels.arrived(pieces, geometry, self.device, rows, on_frames)
 
         return self.ranks.together(decoded)
 
-    def _pieces(self, latent: Tensor, geometry: Geometry, rows: Rows) -> Iterator[Tensor]:
+    def _pieces(self, latent: Tensor, geometry: Geometry) -> Iterator[Tensor]:
         """Yields this rank's rows of the video, [3, f, h, W] in [-1, 1], a few frames at a time.
 
-        If memory runs out, evicts weights and decodes again from the start; no piece is yielded twice.
+        If memory runs out on a rank, all ranks decode again from the start; no piece is yielded twice.
         """
-        if not rows.has_part:
-            return
         free_memory(self.device)  # the decoder allocates blocks of other sizes than the loop
         precision: Precision = "bf16" if self.vae.decoder_dtype == torch.bfloat16 else "fp32"
         wanted = decode_bytes(self.spec, geometry, precision) // self.ranks.size
         if self.device == "cuda" and (missing := wanted - torch.cuda.mem_get_info()[0]) > 0:
             self.experts.evict(missing)
         yielded = 0
-        while True:
-            stream = self.vae.decode_stream(rows.own(latent, 3), rows)
-            try:
-                for _ in range(yielded):
-                    next(stream)
-                while (piece := next(stream, None)) is not None:
+        while yielded < geometry.latent_frames:
+            rows = self.ranks.rows(geometry.latent_height)
+            stream = _decoded(latent, self.vae, rows)
+            for index in range(geometry.latent_frames):
+                again = partial(_decoded_pieces, index + 1, latent.to("meta"))
+                piece = self._attempt(partial(next, stream), again, rows, geometry)
+                if piece is None:
+                    break
+                if index == yielded:
                     yielded += 1
-                    yield piece[0]
-                return
-            except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
-                failure = self._out_of_memory(error)
-            del stream
-            self._evict(failure, geometry)
+                    if rows.has_part:
+                        yield piece[0]
 
-    def _evicting(self, work: Callable[[], Tensor], geometry: Geometry) -> Tensor:
-        """Returns the result of the VAE's `work`; evicts weights and retries when memory is out."""
-        while True:
-            try:
-                return work()
-            except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
-                failure = self._out_of_memory(error)
-            self._evict(failure, geometry)
+    def _attempt(
+        self, work: Callable[[], Tensor], again: Callable[[WanVAE, Rows], object], rows: Rows, geometry: Geometry
+    ) -> Tensor | None:
+        """Returns the VAE's `work()` of each rank; None on all ranks if memory ran out on one of them.
 
-    def _out_of_memory(self, error: RuntimeError) -> str:
-        """Returns the text of an out-of-memory error, not the error: its traceback holds the VAE's tensors.
-
-        Ranks that share a frame cannot begin again, because their peers would not; each needs little memory, though.
+        That rank then has evicted weights, because the estimate of the VAE's memory was wrong, which must not lose a
+        video. Before this it does `again`, the same work, on the meta device, for the exchanges that its peers wait
+        for. Raises ConfigError on all ranks if a rank has nothing left to evict.
         """
-        if self.ranks.size > 1 or not is_out_of_memory(error, free_bytes(self.device)):
-            raise error
-        return str(error)
-
-    def _evict(self, failure: str, geometry: Geometry) -> None:
-        """Evicts weights, because the estimate of the VAE's memory was wrong, which must not lose a video.
-
-        Raises ConfigError if there is nothing left to evict.
-        """
-        if not self.experts.evict(_EVICT_BYTES):
+        result, failure = torch.empty(0), None
+        try:
+            result = work() if rows.has_part else result
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            failure = self._out_of_memory(error)
+        if failure and isinstance(rows, SplitRows):
+            with on_meta():
+                vae = WanVAE(self.spec.vae, self.vae.decoder_dtype)
+            again(vae, rows.missed(self.device))
+        if not any(self.ranks.gather(failure)):
+            return result
+        is_ready = failure is None or self.experts.evict(_EVICT_BYTES)
+        for reason in filter(None, self.ranks.gather(None if is_ready else failure)):
             size = f"--size {geometry.width}x{geometry.height} --frames {geometry.frames}"
-            raise ConfigError(f"{size}: {DOES_NOT_FIT} ({failure.splitlines()[0]:.120})")
+            raise ConfigError(f"{size}: {DOES_NOT_FIT} ({reason.splitlines()[0]:.120})")
+        return None
+
+    def _out_of_memory(self, error: MemoryError | RuntimeError) -> str:
+        """Returns the text of an out-of-memory error, not the error: its traceback holds the VAE's tensors."""
+        if not is_out_of_memory(error, free_bytes(self.device)):
+            raise error
+        return str(error) or "MemoryError"
 
     def noise(self, plan: Plan) -> Tensor:
         """Returns the leader's noise [1, 16, T, h, w] on every rank, because GPUs may draw different noise."""
@@ -203,15 +208,18 @@ class ImageToVideoPipeline:
         g, channels = geometry, self.spec.vae.temporal_stride + self.spec.vae.latent_channels
         condition = torch.empty(1, channels, g.latent_frames, g.latent_height, g.latent_width, device=self.device)
         whole = image.to(self.device) if self.ranks.is_leader else torch.empty(3, g.height, g.width, device=self.device)
-        pixels_CHW, rows = self.ranks.share(whole.contiguous()), self.ranks.rows(g.latent_height)
+        pixels_CHW = self.ranks.share(whole.contiguous())
 
         def encoded() -> Tensor:
-            clip = first_frame_clip(rows.own(pixels_CHW, 1), g.frames)
-            own = self._evicting(partial(self.vae.encode, clip, still_from=1, rows=rows), g)
-            latents = rows.collect(own, 3)
+            own = None
+            while own is None:
+                rows = self.ranks.rows(g.latent_height)
+                work = partial(_encoded, pixels_CHW, g.frames, self.vae, rows)
+                own = self._attempt(work, partial(_encoded, pixels_CHW.to("meta"), g.frames), rows, g)
+            latents = rows.collect(own, 3) if rows.has_part else None
             return condition if latents is None else with_mask(latents.float(), self.spec.vae.temporal_stride)
 
-        return self.ranks.share(self.ranks.together(lambda: encoded() if rows.has_part else condition).contiguous())
+        return self.ranks.share(self.ranks.together(encoded).contiguous())
 
     def denoise(
         self,
@@ -265,6 +273,20 @@ class ImageToVideoPipeline:
         )
         finite.finish()
         return latent
+
+
+def _encoded(pixels_CHW: Tensor, frames: int, vae: WanVAE, rows: Rows) -> Tensor:
+    """Returns this rank's rows of the latents [1, 16, T, h, w] of a clip: the image, then grey frames."""
+    return vae.encode(first_frame_clip(rows.own(pixels_CHW, 1), frames), still_from=1, rows=rows)
+
+
+def _decoded(latent: Tensor, vae: WanVAE, rows: Rows) -> Iterator[Tensor]:
+    """Yields this rank's rows of the video, [1, 3, f, h, W], a few frames at a time."""
+    yield from vae.decode_stream(rows.own(latent, 3), rows)
+
+
+def _decoded_pieces(count: int, latent: Tensor, vae: WanVAE, rows: Rows) -> list[Tensor]:
+    return list(islice(_decoded(latent, vae, rows), count))
 
 
 class _EncodedText:

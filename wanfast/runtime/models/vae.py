@@ -418,7 +418,7 @@ class CausalConv3d(Conv3d):
         else:
             norm.into(own, x)
         if halo:
-            rows.fill(clip[:, :, 2:])
+            rows.fill(clip[:, :channels, 2:])
         past.append(clip[:, :, -2:].clone())  # a copy: a view would keep all of the clip alive
         return clip
 

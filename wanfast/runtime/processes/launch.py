@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ from wanfast.runtime.errors import (
     failure,
 )
 from wanfast.runtime.machine.signals import FIRST_BATCH, PARENT
+from wanfast.runtime.processes.claims import claim, claimed_by, forget
 from wanfast.runtime.processes.failures import error_of_group, was_loading
-from wanfast.runtime.processes.pace import OnProgress, Pace, follow
+from wanfast.runtime.processes.pace import OnProgress, Pace, Work, follow
 from wanfast.runtime.store.artifacts import (
     CANCEL,
-    CLAIMS,
     CLOSE,
     RANKS,
     RESULTS,
@@ -74,14 +75,12 @@ class _Batch:
         """Returns what a job loads."""
         return self.models[index - self.indices.start]
 
-    def files(self, run_folder: Path) -> Iterator[Path]:
-        """Yields the files that belong to this batch alone."""
-        yield run_folder / batch_file(self.number)
-        yield run_folder / CANCEL / str(self.number)
+    def remove(self, run_folder: Path) -> None:
+        """Removes the files that belong to this batch alone."""
+        _remove([run_folder / batch_file(self.number), run_folder / CANCEL / str(self.number)])
         for index in self.indices:
-            yield run_folder / RESULTS / f"{index}.json"
-            yield run_folder / CLAIMS / str(index)
-            yield frames_file(run_folder, index)
+            _remove([run_folder / RESULTS / f"{index}.json", frames_file(run_folder, index)])
+            forget(run_folder, index)
 
 
 class RankGroups:
@@ -179,7 +178,8 @@ class RankGroups:
         text = json.dumps({**document, "first": first}, indent=2, ensure_ascii=False) + "\n"
         replace_text(self._folder / batch_file(number), text)  # a batch that is not written has no number
         if self._groups == 1:  # of several groups, one may not have read a batch that is complete
-            _remove(file for old in self._sent for file in old.files(self._folder))
+            for old in self._sent:
+                old.remove(self._folder)
             self._sent = []
         self._sent.append(batch)
         self._batches, self._jobs = number + 1, batch.indices.stop
@@ -249,15 +249,19 @@ class RankGroups:
         return {self._numbers[place] for place, launcher in self._launchers.items() if launcher.poll() is not None}
 
     def _stop_hanging(self, at_work: dict[int, Pace]) -> None:
-        """Stops the groups of one rank that hang in a step; in a larger group, the other ranks notice a hang."""
+        """Stops the groups of one rank that hang; in a larger group, the other ranks notice a hang."""
         if self._ranks.mesh.group_size > 1:
             return
-        hangs = {number: reason for number, pace in at_work.items() if (reason := pace.hang(self._ranks.rank_timeout))}
         for place, number in self._numbers.items():
-            if number in hangs and self._launchers[place].poll() is None:
+            if number not in at_work or self._launchers[place].poll() is not None:
+                continue
+            if hang := at_work[number].hang(self._ranks.rank_timeout, partial(self._work, number)):
                 _stop([self._launchers[place]])
-                message = f"rank 0 {hangs[number]}; logs of all ranks in {self._folder / 'logs'}"
+                message = f"rank 0 {hang}; logs of all ranks in {self._folder / 'logs'}"
                 self._hung[number] = time.time_ns(), RankFailedError(message)
+
+    def _work(self, number: int) -> Work:
+        return Work.of(_pids(self._folder, [number]), on_cpu=self._ranks.device == "cpu")
 
     def _error_of(self, number: int) -> tuple[int, WanFastError]:
         """Returns (nanoseconds since the epoch, why a group died)."""
@@ -318,7 +322,7 @@ class RankGroups:
                         lost |= dict.fromkeys(alike, number)
             with noting():  # if the disk is full, this place stays empty
                 for index in lost:  # claimed, so that no group tries it
-                    replace_text(self._folder / CLAIMS / str(index), str(number))
+                    claim(self._folder, index, number)
                 if self._failed_starts[place] <= _MOST_FAILED_STARTS:
                     self._remove_partials(batch, {number})
                     self._start(place, batch.number)
@@ -411,13 +415,6 @@ def _ended_pids(pids: list[int]) -> list[int]:
     while time.monotonic() < ends and any(Path("/proc", str(pid)).exists() for pid in pids):
         time.sleep(0.02)
     return pids
-
-
-def claimed_by(run_folder: Path, index: int) -> int | None:
-    """Returns the number of the rank group that claimed a job; None if no group did."""
-    claim = run_folder / CLAIMS / str(index)
-    text = claim.read_text() if claim.exists() else ""
-    return int(text) if text else None  # a claim without links may be empty for a moment
 
 
 def _check_endpoint(config: RanksConfig) -> None:

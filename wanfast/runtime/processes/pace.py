@@ -1,15 +1,19 @@
-"""Follows the progress of rank groups, and notices a group that hangs in a step. Torch-free.
+"""Follows the progress of rank groups, and notices a group of one rank that hangs. Torch-free.
 
-Only denoising steps after the first one are watched. They take about the same time, so the earlier steps show how long
-a step takes. Loading, compiling, encoding, decoding and writing have no limit, because their time depends on the disk
-and on the model.
+Denoising steps after the first one take about the same time, so the earlier steps show how long a step takes. Loading,
+compiling, encoding, decoding and writing have no such limit, because their time depends on the disk, the model and the
+size. During these stages a rank hangs if for a long time it reports no progress and the kernel counts no work of it: it
+reads nothing, writes nothing and touches no new memory. On a CPU, computing counts as work too. On a GPU it does not,
+because a host thread that waits for its GPU looks as if it computed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,33 @@ from wanfast.runtime.store.artifacts import PROGRESS
 OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
 
 _SLOWEST_STEPS = 10  # a step that takes longer than this many of the slowest one, and than --rank-timeout, hangs
+_MOST_TIMEOUTS = 3.0  # a rank that does nothing for this many of --rank-timeout, half an hour by default, hangs
+_LOOKS = 10  # at what a rank does, in that time
+_LEAST_CPU = 0.01  # of a core; a rank that uses less does not compute
+
+
+@dataclass(frozen=True)
+class Work:
+    """This class counts what a rank did so far."""
+
+    moved: int  # bytes that were read and written, and memory pages that were touched for the first time
+    cpu_s: float
+
+    @classmethod
+    def of(cls, pids: Iterable[int], *, on_cpu: bool) -> Work:
+        """Reads the kernel's counters of processes. `on_cpu`: whether their use of the CPU counts."""
+        moved = ticks = 0
+        for folder in (Path("/proc", str(pid)) for pid in pids):
+            with suppress(OSError):  # the process has ended
+                fields = folder.joinpath("stat").read_text().rpartition(") ")[2].split()
+                moved += int(fields[7]) + int(fields[9])  # minor and major page faults
+                ticks += sum(map(int, fields[11:15]))  # of the process, and of its children that ended
+                moved += sum(int(line.split()[1]) for line in folder.joinpath("io").read_text().splitlines())
+        return cls(moved, ticks / os.sysconf("SC_CLK_TCK") if on_cpu else 0.0)
+
+    def exceeds(self, before: Work, seconds: float) -> bool:
+        """Returns whether the rank worked since `before`, which was `seconds` ago."""
+        return self.moved > before.moved or self.cpu_s - before.cpu_s > _LEAST_CPU * seconds
 
 
 @dataclass
@@ -30,6 +61,9 @@ class Pace:
     since: float  # when this was seen
     idle_s: float = 0.0  # from then to the last look
     slowest_s: float = 0.0  # of the steps of this job
+    work: Work = Work(0, 0.0)  # at the last look at what the rank does
+    looked: float = 0.0  # when that was
+    active: float = 0.0  # when the rank was last seen to work
 
     def look(self, state: dict[str, Any], written_ns: int, now: float) -> bool:
         """Stores the progress that the group reports now, and returns whether the progress is new."""
@@ -44,16 +78,29 @@ class Pace:
         self.state, self.written_ns, self.since, self.idle_s = state, written_ns, now, 0.0
         return is_new
 
-    def hang(self, timeout_s: float) -> str | None:
-        """Returns a message if the current step takes too long, else None."""
-        done, total = self.state["done"], self.state["total"]
-        limit_s = max(timeout_s, _SLOWEST_STEPS * self.slowest_s)
-        if not 0 < done < total or self.slowest_s == 0.0 or self.idle_s <= limit_s:
+    def hang(self, timeout_s: float, work: Callable[[], Work]) -> str | None:
+        """Returns a message if the rank hangs, else None. `work` returns what the rank has done until now."""
+        done, total, stage = self.state["done"], self.state["total"], self.state["stage"]
+        if 0 < done < total and self.slowest_s:
+            if self.idle_s <= max(timeout_s, _SLOWEST_STEPS * self.slowest_s):
+                return None
+            limit = f"--rank-timeout {timeout_s:g} s, and than {_SLOWEST_STEPS} earlier steps"
+            return f"hangs: step {done + 1} of {total} ({stage}) takes longer than {limit}"
+        limit_s = _MOST_TIMEOUTS * timeout_s
+        if self._rested_s(limit_s / _LOOKS, work) <= limit_s:
             return None
-        step = f"step {done + 1} of {total} ({self.state['stage']})"
-        return (
-            f"hangs: {step} takes longer than --rank-timeout {timeout_s:g} s, and than {_SLOWEST_STEPS} earlier steps"
-        )
+        where = f"{stage}, {done} of {total} steps done" if total else stage
+        return f"hangs ({where}): it did nothing for {limit_s:g} s, {_MOST_TIMEOUTS:g} times --rank-timeout"
+
+    def _rested_s(self, every_s: float, work: Callable[[], Work]) -> float:
+        """Returns the seconds since the rank reported progress or worked; calls `work` once in `every_s` seconds."""
+        now = self.since + self.idle_s
+        if now - self.looked >= every_s:
+            found = work()
+            if found.exceeds(self.work, now - self.looked):
+                self.active = now
+            self.work, self.looked = found, now
+        return now - max(self.since, self.active)
 
 
 def follow(

@@ -8,7 +8,6 @@ signal ends the rank at once. This is safe, because the parent removes the half-
 from __future__ import annotations
 
 import dataclasses
-import errno
 import importlib
 import itertools
 import json
@@ -27,9 +26,9 @@ from wanfast.runtime.errors import CancelledError, ConfigError, WanFastError, fa
 from wanfast.runtime.machine.signals import FIRST_BATCH
 from wanfast.runtime.planning.plan import Job
 from wanfast.runtime.planning.share import Share
+from wanfast.runtime.processes import claims
 from wanfast.runtime.store.artifacts import (
     CANCEL,
-    CLAIMS,
     CLOSE,
     PROGRESS,
     RANKS,
@@ -38,7 +37,6 @@ from wanfast.runtime.store.artifacts import (
     batch_file,
     replace_text,
     write_result,
-    writing_to,
 )
 
 if TYPE_CHECKING:
@@ -154,7 +152,7 @@ def _do_batch(
     last: tuple[int, str, int] | None = None
 
     def claim(index: int) -> bool:
-        return ranks.lead(lambda: _claim(run_folder, first + index, number))
+        return ranks.lead(lambda: claims.claim(run_folder, first + index, number))
 
     def progress(index: int, stage: str, done: int, total: int) -> None:
         nonlocal last
@@ -194,28 +192,3 @@ def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]
     """
     run: Callable[..., Iterator[tuple[int, dict[str, Any]]]] = importlib.import_module(module).run
     return run
-
-
-def _claim(run_folder: Path, index: int, number: int) -> bool:
-    """Returns True for the first rank group that claims a job."""
-    own = run_folder / CLAIMS / f".{index}.{number}"
-    replace_text(own, str(number))
-    with writing_to(own):
-        try:
-            _link(own, run_folder / CLAIMS / str(index))
-        except FileExistsError:
-            return False
-        finally:
-            own.unlink()
-    return True
-
-
-def _link(own: Path, claim: Path) -> None:
-    """Makes the claim with its content, so that a rank that is killed leaves no empty claim. Raises FileExistsError."""
-    try:
-        os.link(own, claim)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        with claim.open("x", encoding="utf-8") as stream:  # a file system without links
-            stream.write(own.read_text(encoding="utf-8"))

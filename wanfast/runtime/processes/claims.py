@@ -1,0 +1,67 @@
+"""Says which rank group does a job: the first one that claims it. Torch-free.
+
+A claim is a symbolic link that leads nowhere, whose text is the group's number. The system makes the link in one step,
+so that a killed rank leaves no half of a claim, and short links need no space of a full disk. A file system without
+links gets a folder that holds a folder of this name, and that is renamed in one step.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+from wanfast.runtime.store.artifacts import CLAIMS, writing_to
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+def claim(run_folder: Path, index: int, number: int) -> bool:
+    """Returns True for the first rank group that claims a job. Raises ConfigError."""
+    place = _place(run_folder, index)
+    with writing_to(place):
+        place.parent.mkdir(exist_ok=True)
+        try:
+            place.symlink_to(str(number))
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _rename_folder(place, str(number))
+    return True
+
+
+def claimed_by(run_folder: Path, index: int) -> int | None:
+    """Returns the number of the rank group that claimed a job; None if no group did."""
+    place = _place(run_folder, index)
+    if place.is_symlink():
+        return int(place.readlink().name)
+    return int(next(place.iterdir()).name) if place.is_dir() else None
+
+
+def forget(run_folder: Path, index: int) -> None:
+    """Removes a claim, if there is one."""
+    place = _place(run_folder, index)
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+
+
+def _rename_folder(place: Path, number: str) -> bool:
+    own = place.with_name(f".{place.name}.{number}")
+    (own / number).mkdir(parents=True, exist_ok=True)
+    try:
+        own.rename(place)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        shutil.rmtree(own)
+        return False
+    return True
+
+
+def _place(run_folder: Path, index: int) -> Path:
+    return run_folder / CLAIMS / str(index)
