@@ -128,7 +128,7 @@ def _start(scratch: Path, checkout: Path, way: str, options: argparse.Namespace)
     artifacts = scratch / f"artifacts-{time.time_ns()}"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment |= {
-        "PYTHONPATH": os.pathsep.join((str(hooks), str(checkout))),
+        "PYTHONPATH": os.pathsep.join((str(hooks), str(checkout), os.environ.get("PYTHONPATH", ""))),
         "PYTHONPYCACHEPREFIX": str(scratch / way),
         "WANFAST_BENCHMARK_MARKS": str(marks),
         **({"PYTHONDONTWRITEBYTECODE": "1"} if way == "none" else {}),
