@@ -2,7 +2,7 @@
 
     python benchmarks/forward.py                                  # A14B's 40 layers at 1280x720x81, one GPU
     python benchmarks/forward.py --grid 21 60 104                 # 832x480
-    python benchmarks/forward.py --ranks 2                        # one GPU alone, and Ulysses on two: ours, diffusers'
+    python benchmarks/forward.py --ranks 2                        # one GPU, and Ulysses on two: ours and of diffusers
     python benchmarks/forward.py --tiny --layers 2                # a quick check, also on a CPU, also with --ranks 2
 
 The ways run in turn, so that the GPU's clock, which drops under load, affects them equally; the median is reported.
@@ -12,7 +12,7 @@ values in every block of every forward; we compute them once per prompt.
 --profile adds a table of where the time goes. --reference compares a block with one in the original program's style.
 --by-depth times eager blocks of several depths on the streams that reach them. --tiny sets grid, kernels and diffusers.
 
---ranks times compiled ways only: the first kernel on the leader's GPU while the others wait ("one"), the same with
+--ranks times compiled ways only: the first kernel on each GPU by itself, whose slowest counts ("one"), the same with
 Ulysses over all ranks, and diffusers with its own Ulysses. `comparison` holds the efficiency, which is the time of one
 GPU divided by the ranks and their time, and our time and output against diffusers' (`relative_difference` is that of
 the whole velocity). If diffusers is not installed or fails, its way is missing and `diffusers` says why; its Ulysses
@@ -70,16 +70,12 @@ class Way:
     velocity: VelocityFn
     blocks: nn.ModuleList  # the model's blocks
     rounds: int
-    ranks: int = 1  # that share the forward; if it is one of several, the others wait
+    ranks: int = 1  # that share the forward; otherwise each rank computes all of it
     seconds: list[float] = field(default_factory=list)
     first_s: float = 0.0
     peak_bytes: int = 0
     relative_error: float | None = None
     output: Tensor | None = None  # of the last round
-
-    def run(self, ranks: Ranks) -> Tensor | None:
-        """Returns the velocity, or None on a rank that only waits."""
-        return self.velocity() if self.ranks == ranks.size or ranks.is_leader else None
 
 
 def main() -> None:
@@ -292,7 +288,7 @@ def warm(way: Way, device: str, ranks: Ranks) -> None:
     """Runs two layers, which compile every graph: in diffusers' Ulysses the first layer has a graph of its own."""
     started = time.perf_counter()
     with first_layers(way.blocks, 2):
-        way.run(ranks)
+        way.velocity()
         synchronize(device)
     way.first_s = time.perf_counter() - started
 
@@ -303,7 +299,7 @@ def timed(way: Way, device: str, ranks: Ranks) -> None:
     held = torch.cuda.memory_allocated() if device == "cuda" else 0
     hardware.reset_peak_memory(device)
     started = time.perf_counter()
-    way.output = way.run(ranks)
+    way.output = way.velocity()
     synchronize(device)
     ranks.gather(None)
     way.seconds.append(time.perf_counter() - started)
@@ -315,8 +311,8 @@ def _find_errors(ways: list[Way], model: WanDiT, layers: int, inputs: Inputs, ra
     expected = _exact_velocity(model, layers, inputs) if ranks.is_leader else None
     for way in ways:
         with first_layers(way.blocks, layers):
-            velocity = way.run(ranks)
-        if velocity is not None and expected is not None:
+            velocity = way.velocity()
+        if expected is not None:
             way.relative_error = _relative_error(velocity, expected)
 
 
