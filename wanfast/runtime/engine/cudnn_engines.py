@@ -33,8 +33,8 @@ _CODE = ("runtime/models/vae.py", "runtime/models/convolution.py")
 def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
     """Uses the stored engines inside of the block; if there are none, stores those that the block chooses.
 
-    Each rank has its own. Yields them by shape; they are complete after the block, and empty where cuDNN's front end
-    does not run.
+    Each rank has its own. Yields those of all ranks, by shape; they are complete after the block, and empty where
+    cuDNN's front end does not run.
     """
     used: dict[str, str] = {}
     if ranks.device != "cuda" or not convolution.HAS_FRONT_END:
@@ -46,8 +46,10 @@ def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
     convolution.choose(own)
     convolution.forget_uses()
     yield used
-    used |= convolution.used()
-    of_all = {str(rank): engines for rank, engines in enumerate(ranks.gather(own | used))}
+    of_all: dict[str, dict[str, str]] = {}
+    for rank, (before, now) in enumerate(ranks.gather((own, convolution.used()))):
+        used |= {f"rank {rank}: {shape}" if rank else shape: engine for shape, engine in now.items()}
+        of_all[str(rank)] = before | now
     if of_all != stored:
         ranks.lead(lambda: _store(store, inputs, of_all, lacks_a_shape=stored is not None))
 
