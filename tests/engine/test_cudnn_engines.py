@@ -69,6 +69,19 @@ def test_a_choice_that_lacks_a_shape_is_completed(plan: Plan) -> None:
     assert sorted(stored()["0"].values()) == ["a", "b", "c"]
 
 
+def test_the_record_of_a_video_names_the_engines_of_all_ranks(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = []
+    for engine in ("a", "b"):
+
+        def of_both(self: Ranks, value: object, engine: str = engine) -> list[object]:
+            return [value, ({}, {"shape": engine})] if value else [value]
+
+        monkeypatch.setattr(Ranks, "gather", of_both)
+        digests.append(digest(run(plan, 1, engine="a")))
+    assert digests[0] != digests[1]
+    assert stored()["1"] == {"shape": "b"} and list(stored()["0"].values()) == ["a"]
+
+
 def test_what_decides_the_choice_is_in_its_key(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     before = cudnn_engines._inputs(plan, Ranks("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")

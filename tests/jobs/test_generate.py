@@ -259,6 +259,17 @@ def test_other_weights_than_those_of_the_run_are_said(wanfast: Wanfast, tiny_cop
     assert "the weights changed" in wanfast("generate", "--from", "out.json", "--output", "b.mp4", "--dry-run").err
 
 
+def test_other_engines_than_those_of_the_run_are_said(wanfast: Wanfast, workdir: Path) -> None:
+    """As where the folder `cudnn` of the artifacts was removed, on a GPU."""
+    made = wanfast(*GOOD, "--json").document
+    for engines in (None, "0123456789ab"):
+        (workdir / "out.json").write_text(json.dumps(made | {"cudnn_engines": engines}))
+        for options, same in (([], True), (["--seed", "5"], False)):
+            outcome = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--overwrite", *options)
+            assert outcome.exit_code == 0, outcome.err
+            assert ("cuDNN's engines are not those of that run" in outcome.err) == (engines is not None and same)
+
+
 def test_an_image_that_changes_after_the_plan_is_refused(
     wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,7 +193,7 @@ def test_a_kernel_that_one_rank_lacks_is_refused_on_all() -> None:
             return f"{error.is_agreed}: {error}"
 
     first, second = on_ranks(Mesh(ulysses=2), agreed)
-    assert first == second and "--attention auto: the leader took flash, but another rank reports: fails (" in first
+    assert first == second and "--attention auto: the leader chose flash, but another rank reports: fails (" in first
     assert first.startswith("True: ")
     assert attention_probe.agree("auto", Ranks("cpu"), torch.float32, 24).kernel == "flash"
 

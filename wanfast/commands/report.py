@@ -54,6 +54,8 @@ class Report:
         elif "error" not in result:
             self._summary(result, _of_line(item))
             self._note_compile_time(result, _of_line(item))
+            if item.request.engines not in (None, result["cudnn_engines"]):
+                self._warnings.print("note: --from: cuDNN's engines are not those of that run: last bits may differ")
         elif item.request.line is not None:
             self._warnings.print(f"error{_of_line(item)}: {result['error']}", markup=False)
 

@@ -34,8 +34,8 @@ _CODE = ("runtime/models/vae.py", "runtime/models/convolution.py")
 def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
     """Uses the stored engines inside the `with` block, and afterwards stores those that the block searched.
 
-    Yields this rank's {shape: engine}, which is filled when the block ends. It stays empty on a CPU, and if cuDNN's
-    front end is not installed.
+    Each rank has its own engines. Yields {shape: engine} of all ranks, which is filled when the block ends. It stays
+    empty on a CPU, and if cuDNN's front end is not installed.
     """
     used: dict[str, str] = {}
     if ranks.device != "cuda" or not convolution.HAS_FRONT_END:
@@ -47,8 +47,10 @@ def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
     convolution.choose(own)
     convolution.forget_uses()
     yield used
-    used |= convolution.used()
-    of_all = {str(rank): engines for rank, engines in enumerate(ranks.gather(own | used))}
+    of_all: dict[str, dict[str, str]] = {}
+    for rank, (before, now) in enumerate(ranks.gather((own, convolution.used()))):
+        used |= {f"rank {rank}: {shape}" if rank else shape: engine for shape, engine in now.items()}
+        of_all[str(rank)] = before | now
     if of_all != stored:
         ranks.lead(lambda: _store(store, inputs, of_all, lacks_a_shape=stored is not None))
 

@@ -41,6 +41,7 @@ class Request:
     sources: tuple[Path, ...] = ()  # files that the options came from; never overwritten
     image_sha256: str | None = None  # the image that --from needs
     weights: dict[str, str] | None = None  # fingerprints of the weights of the run that --from names
+    engines: str | None = None  # the name of cuDNN's engines in that run, if this one makes the same video
     error: ConfigError | None = None  # the line could not be read
 
 
@@ -221,6 +222,7 @@ def read_requests(
         sources=tuple(file for file in (prompt_file, jobs_file) if file is not None),
         image_sha256=None if "image" in typed else earlier.image_sha256,
         weights=None if "model" in typed else earlier.weights,
+        engines=earlier.engines if typed.keys() <= {*options_of(OutputConfig), "artifacts_dir"} else None,
     )
     if jobs_file is None:
         return [base]
@@ -246,9 +248,9 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     try:
         document = json.loads(text)
         effective = EffectiveConfig.from_json(document["effective"])
-        weights = document["weights"]
-        if not isinstance(weights, dict | None):
-            raise TypeError(weights)
+        weights, engines = document["weights"], document.get("cudnn_engines")
+        if not isinstance(weights, dict | None) or not isinstance(engines, str | None):
+            raise TypeError(weights, engines)
     except ConfigError as error:
         raise ConfigError(f"--from {file}: {error}; or {fix}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -260,7 +262,7 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
         if not field.option.of_this_run and (same_ranks or not field.option.of_these_ranks)
     }
     options = _without_overridden({name: value for name, value in effective.options().items() if name in reused}, typed)
-    return Request(options, image_sha256=effective.video.image_sha256, weights=weights)
+    return Request(options, image_sha256=effective.video.image_sha256, weights=weights, engines=engines)
 
 
 def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
