@@ -318,7 +318,8 @@ def test_ranks_that_share_a_frame_lose_only_the_video_that_does_not_fit(
     plan, files = planned
     monkeypatch.setattr(experts, "available_host_bytes", lambda: 0)  # so nothing can be evicted
     got = on_ranks(Mesh(cfg=2), lambda ranks: by_the_vae(plan, files, ranks, {5, 100}), timeout_s=20)
-    reason = "--size 80x64 --frames 5: does not fit into memory beside the weights: use a smaller --size or fewer --frames (too large)"
+    reason = "does not fit into memory beside the weights: use a smaller --size or fewer --frames (too large)"
+    reason = f"--size 80x64 --frames 5: {reason}"
     assert [errors for *_, errors in got] == [[reason] * 2] * 2
     assert got[0][1] is not None
 
