@@ -15,7 +15,7 @@ from rich.console import Console
 from wanfast.commands import dispatch, options
 from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
 from wanfast.magcache_calib.ratios import PLOT, against_preset, averaged, read_clip, write_clip, write_curve
-from wanfast.runtime.config import NO_VIDEO
+from wanfast.runtime.config import NO_VIDEO, of_command
 from wanfast.runtime.config.option import MAKE, absolute
 from wanfast.runtime.errors import ConfigError, from_failure
 from wanfast.runtime.machine import packages
@@ -48,7 +48,8 @@ def calibrate_magcache(
 
     Each clip's measurements are stored when the clip is done, so that an interrupted run continues with the next clip.
     """
-    given = {name: value for name, value in options.given(context).items() if name != "seed"}
+    given = of_command(options.given(context), "calibrate-magcache")
+    given.pop("seed", None)
     if given.get("steps", 2) < 2:
         raise ConfigError(f"--steps {given['steps']}: the ratios compare each step with the step before: use 2 or more")
     if find_spec("matplotlib") is None:

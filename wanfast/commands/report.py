@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.config.option import words
 from wanfast.runtime.errors import JobsFailedError, from_failure
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.next_step import warmup_command
@@ -145,6 +146,7 @@ def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str
     steps, guidance, latent = plan["steps"], plan["guidance"], "x".join(str(n) for n in plan["latent"])
     kind = plan["quantize"] or plan["precision"]
     return {
+        **_recipe_row(plan),
         "model": f"{plan['model']}, {kind} on {plan['device']}, {plan['attention']} attention"
         + (f", compiled ({plan['compile']})" if plan["compile"] else ""),
         "video": f"{plan['width']}x{plan['height']}, {plan['frames']} frames at {plan['fps']} fps "
@@ -160,6 +162,12 @@ def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str
         "seed": str(plan["seed"]),
         "writes": "\n".join(_shown(path) for path in plan["outputs"]),
     }
+
+
+def _recipe_row(plan: dict[str, Any]) -> dict[str, str]:
+    """Returns the row that names the recipe and the options that override it."""
+    changes = ", ".join(" ".join(words(name, value)) for name, value in plan["overridden"].items())
+    return {"recipe": plan["recipe"] + (f", but {changes}" if changes else "")} if plan["recipe"] else {}
 
 
 def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:

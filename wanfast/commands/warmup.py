@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from wanfast.commands import dispatch, options
-from wanfast.runtime.config import NO_VIDEO, parse_size
+from wanfast.runtime.config import NO_VIDEO, of_command, parse_size
 from wanfast.runtime.errors import ConfigError, from_failure
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.media import images
@@ -28,7 +28,7 @@ def warmup(
     The compiled code is stored in `inductor/` of the artifacts folder; this folder may be copied to machines of the
     same kind. No weights are needed. On a CPU a warmup saves little, because the C++ code is built again.
     """
-    given = options.given(context)
+    given = of_command(options.given(context), "warmup")
     plan, image_size = planned(given)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     job = dataclasses.replace(plan.job(), image_size=image_size)

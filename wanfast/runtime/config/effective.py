@@ -17,10 +17,11 @@ from typing import Any
 from wanfast.runtime.config.models import ModelsConfig, default_artifacts_dir
 from wanfast.runtime.config.option import OptionField, options_of, refuse_unknown
 from wanfast.runtime.config.ranks import RanksConfig
+from wanfast.runtime.config.recipes import with_recipe
 from wanfast.runtime.config.skipping import SkippingConfig
 from wanfast.runtime.config.video import CPU_SEEDS, OutputConfig, VideoConfig
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import in_8_bits
+from wanfast.runtime.facts.choices import Command, in_8_bits
 from wanfast.runtime.facts.model_spec import ModelSpec
 
 Options = Mapping[str, Any]  # option name -> the value that was given
@@ -51,15 +52,16 @@ class EffectiveConfig:
 
     @classmethod
     def of(cls, given: Options, own: ModelSpec, **answers: Any) -> EffectiveConfig:
-        """Returns the config of the `given` options. For the others, values come from `answers` or the model `own`.
+        """Returns the config of the `given` options.
 
+        For the others, values come from the recipe, if one is given, then from `answers` or the model `own`.
         Raises ConfigError, which names the option.
         """
         values = {name: getattr(own, name) for name, option in OPTIONS.items() if option.option.own}
         values |= (
             {"image": "", "prompt": "", "device": "cuda", "seed": 0, "artifacts_dir": default_artifacts_dir()}
             | answers
-            | {name: value for name, value in accepted(given).items() if value is not None}
+            | {name: value for name, value in with_recipe(accepted(given)).items() if value is not None}
         )
         return cls._from_flat(values)
 
@@ -122,6 +124,16 @@ def accepted(given: Options) -> dict[str, Any]:
     """Checks the values of options, and returns them with paths as str. Raises ConfigError, which names the option."""
     refuse_unknown(given, OPTIONS)
     return {name: OPTIONS[name].accept(value) for name, value in given.items()}
+
+
+def of_command(given: Options, command: Command) -> dict[str, Any]:
+    """Replaces the recipe in `given`, if there is one, by those of its options that `command` has.
+
+    Raises ConfigError, which names the option.
+    """
+    chosen = with_recipe(accepted(given))
+    chosen.pop("recipe", None)
+    return {name: value for name, value in chosen.items() if name in given or command in OPTIONS[name].option.also}
 
 
 OPTIONS: dict[str, OptionField] = {name: option for part in PARTS.values() for name, option in options_of(part).items()}

@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from wanfast.runtime.config.option import ALL, CALIBRATE, COMPILED, EXACT, FILES, LOSSY, MAKE, Option, Part, options_of
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import NAMED_MODELS, Attention, CompileMode, Device, Precision, Scheme, in_8_bits
+from wanfast.runtime.facts.choices import (
+    NAMED_MODELS,
+    Attention,
+    CompileMode,
+    Device,
+    Precision,
+    RecipeName,
+    Scheme,
+    in_8_bits,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +36,16 @@ class ModelsConfig(Part):
             names=NAMED_MODELS,
         ),
     ] = "a14b"
+    recipe: Annotated[
+        RecipeName | None,
+        Option(
+            "Named set of options. An option that you give as well overrides the recipe's. Ours: exact, near-exact and "
+            f"fast. The published ones: {', '.join(get_args(RecipeName)[:-3])}.",
+            MAKE,
+            also=COMPILED,
+            metavar="<name>",
+        ),
+    ] = field(default=None, compare=False)  # other options of it say which models run
     attention: Annotated[
         Attention,
         Option(

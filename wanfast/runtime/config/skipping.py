@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from wanfast.runtime.config.option import LOSSY, Option, Part, at_least, between, options_of
 from wanfast.runtime.errors import ConfigError
@@ -26,6 +26,12 @@ def magcache_settings(name: str) -> tuple[float, int, float] | None:
         return None
     whole, rest, skips, retention = match.groups()
     return float(f"{whole}.{rest}"), int(skips), int(retention) / 100
+
+
+def spelled_out(name: str) -> dict[str, Any]:
+    """Returns {option: value} of a short name; of any other name, nothing."""
+    settings = magcache_settings(name)
+    return {"magcache": "preset", **dict(zip(_SHORT, settings, strict=True))} if settings else {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ def next_step(
 def warmup_command(config: EffectiveConfig) -> str:
     """Returns the `wanfast warmup` command that compiles for a rank group of a generation, with the same options."""
     ranks = config.ranks.mesh.group_size
-    chosen = config.options() | {"num_gpus": ranks}
+    chosen = config.options() | {"num_gpus": ranks, "recipe": None}  # the options hold all that a recipe chose
     if ranks == 1:
         chosen |= {"cfg_parallel": None, "ulysses": None, "dit_fsdp": "auto"}
     if chosen["expert_offload"] == "off":

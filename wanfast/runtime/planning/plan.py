@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wanfast.runtime.config import EffectiveConfig, Options, OutputConfig, parse_size
+from wanfast.runtime.config.recipes import overridden
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import Device, Expert, ImageFit
@@ -187,6 +188,8 @@ class Plan:
         """Returns the plan as JSON, as the .json file beside a video records it."""
         g, config = self.geometry, self.config
         return {
+            "recipe": config.models.recipe,
+            "overridden": overridden(config.options()),
             "model": self.spec.name,
             "width": g.width,
             "height": g.height,

@@ -1,0 +1,94 @@
+"""Defines the recipes: named sets of options. An option that is given as well overrides the recipe's.
+
+The published recipes are the lines of the benchmark of the reference program on 8 GPUs, from FlashAttention-2 (torch's
+own build, because the package has no wheel) to all of its switches. Its ranks share the tokens of one branch after the
+other, shard all models unless the experts are quantized, and skip forwards in each branch separately. Our recipes keep
+the program's own mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from wanfast.runtime.config.option import options_of
+from wanfast.runtime.config.skipping import SkippingConfig, spelled_out
+from wanfast.runtime.facts.choices import RecipeName
+
+Options = Mapping[str, Any]  # option name -> value
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """This class holds the options of a recipe."""
+
+    options: Options
+    of_several_ranks: Options = field(default_factory=dict)  # they need more than one rank, and are left out for one
+
+    def given(self, options: Options) -> dict[str, Any]:
+        """Returns the recipe's options for a run with these `options`, which may say how many ranks it has."""
+        ranks = (options.get("num_gpus") or 1, options.get("nnodes") or 1)
+        return {**self.options, **({} if ranks == (1, 1) else self.of_several_ranks)}
+
+
+_OF_SKIPPING = list(options_of(SkippingConfig))  # the first is --magcache, which the others need
+
+
+def _published(*parts: Options, sharded: bool = True) -> Recipe:
+    sharding = {"dit_fsdp": "on", "t5_fsdp": "on"} if sharded else {}
+    return Recipe({name: value for part in parts for name, value in part.items()}, {"cfg_parallel": 1, **sharding})
+
+
+def _skips(name: str) -> Options:
+    return {"magcache": name, "magcache_joint": "off"}
+
+
+_FA3: Options = {"attention": "fa3"}
+_TF32: Options = {"tf32": True}
+_COMPILE: Options = {"compile": True}
+_INT8: Options = {"quantize": "int8-weight-only"}
+_FP8: Options = {"quantize": "fp8-rowwise"}
+
+RECIPES: Mapping[RecipeName, Recipe] = MappingProxyType(
+    {
+        "baseline": _published({"attention": "flash"}),
+        "fa3": _published(_FA3),
+        "fa3-tf32": _published(_FA3, _TF32),
+        "int8": _published(_FA3, _INT8, sharded=False),
+        "magcache": _published(_FA3, _skips("E012K2R20")),
+        "magcache-tf32": _published(_FA3, _TF32, _skips("E012K2R20")),
+        "compile": _published(_FA3, _COMPILE),
+        "compile-int8": _published(_FA3, _COMPILE, _INT8, sharded=False),
+        "compile-tf32": _published(_FA3, _COMPILE, _TF32),
+        "fastest-original": _published(_FA3, _TF32, _COMPILE, _skips("E012K2R20")),
+        "fastest-original-k2r10": _published(_FA3, _TF32, _COMPILE, _skips("E012K2R10")),
+        "fastest-original-e024k2r10": _published(_FA3, _TF32, _COMPILE, _skips("E024K2R10")),
+        "exact": Recipe({"vae_precision": "fp32"}),
+        "near-exact": Recipe(_FP8),
+        "fast": Recipe({**_FP8, "magcache": "E012K2R20", "magcache_rule": "both-experts"}),
+    }
+)
+
+
+def with_recipe(given: Options) -> dict[str, Any]:
+    """Returns the `given` options and those of the recipe that they name; a given option overrides the recipe's."""
+    name = given.get("recipe")
+    if name is None:
+        return dict(given)
+    of_recipe = RECIPES[name].given(given)
+    if given.get("magcache") == "off":
+        of_recipe = {option: value for option, value in of_recipe.items() if option not in _OF_SKIPPING}
+    return {**given, **of_recipe, **{option: value for option, value in given.items() if value is not None}}
+
+
+def overridden(effective: Options) -> dict[str, Any]:
+    """Returns the effective options that differ from those of the recipe that they name; empty without a recipe."""
+    name = effective.get("recipe")
+    of_recipe = {} if name is None else RECIPES[name].given(effective)
+    of_recipe |= spelled_out(of_recipe.get("magcache", "off"))
+    effective = {**effective, **spelled_out(effective["magcache"])}
+    if effective["magcache"] == "off":
+        of_recipe = {option: value for option, value in of_recipe.items() if option not in _OF_SKIPPING[1:]}
+    return {option: effective[option] for option, value in of_recipe.items() if effective[option] != value}
