@@ -33,6 +33,8 @@ import typer.main
 
 from tests.conftest import Machine, Outcome
 from wanfast.cli import app
+from wanfast.runtime.config.option import words as words_of
+from wanfast.runtime.config.recipes import RECIPES
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands
@@ -193,6 +195,21 @@ def _takes(name: str, words: list[str]) -> bool:
     except typer.BadParameter.__base__ as error:  # Typer does not export it by name
         return type(error).__name__ == "MissingParameter"  # the span says nothing of other options
     return True
+
+
+def test_the_page_of_recipes_is_what_they_are() -> None:
+    rows = re.findall(r"^\| `([^`]+)`( \+)? \| `([^`]+)`", (ROOT / "docs/recipes.md").read_text(), re.MULTILINE)
+    sharding = {"dit_fsdp": "on", "t5_fsdp": "on"}
+    stated = {name: (set(shlex.split(options)), bool(plus)) for name, plus, options in rows}
+    defined = {
+        name: (
+            {word for item in recipe.options.items() for word in words_of(*item)},
+            sharding.items() <= recipe.of_several_ranks.items(),
+        )
+        for name, recipe in RECIPES.items()
+    }
+    assert stated == defined
+    assert all(recipe.of_several_ranks.get("cfg_parallel", 1) == 1 for recipe in RECIPES.values())
 
 
 @every_page
