@@ -51,8 +51,9 @@ class EffectiveConfig:
 
     @classmethod
     def of(cls, given: Options, own: ModelSpec, **answers: Any) -> EffectiveConfig:
-        """Returns the config of the `given` options. For the others, values come from `answers` or the model `own`.
+        """Returns the config of the `given` options; all other options get values from `answers`, `own` or defaults.
 
+        `answers` are values that the program chose, such as the seed; `own` holds the model's own defaults.
         Raises ConfigError, which names the option.
         """
         values = {name: getattr(own, name) for name, option in OPTIONS.items() if option.option.own}
