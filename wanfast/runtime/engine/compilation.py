@@ -3,8 +3,8 @@
 A block is compiled with `fullgraph`, so that a graph break is an error and not a slow path, and with `dynamic=False`,
 for one shape. All blocks of both experts share one graph. In mode `default`, cuBLAS computes the matrix products. The
 two `max-autotune` modes time Triton's products against those of cuBLAS, which takes half a minute. The mode
-`max-autotune` also captures each block as a CUDA graph, in the second forward of a size. A captured graph reads weights
-at fixed addresses, so weights should not be moved.
+`max-autotune` also captures each block as a CUDA graph, in the second forward of a video size. A captured graph reads
+weights at fixed addresses, so weights should not be moved.
 
 The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached. A process that loads it
 repeats only the tracing, and what opaque operators compile themselves: the int8 product, the quantization of the text,

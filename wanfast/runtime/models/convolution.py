@@ -8,7 +8,7 @@ that compile at run time (seconds each), and those that need more than 256 MiB o
 
 Engines sum in different orders, so that another engine may change the last bits. To get the same bits again, store
 `chosen()` and pass it to `choose()` in the next process. torch's own convolution is used on a CPU, for float32 without
-TF32, if gradients are enabled, and if the front end is not installed or has no engine.
+TF32, and if gradients are enabled. It is also used if the front end is not installed or has no engine.
 
 Shapes: B batch, C channels, T frames, h w any grid; the memory of a clip is [B, T, h, w, C].
 """
