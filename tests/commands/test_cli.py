@@ -141,7 +141,7 @@ REFUSALS = {
     "prompt missing": (["--prompt", ""], "--prompt is missing"),
     "prompt empty": (["--prompt", "  "], "--prompt is empty"),
     "prompt of control characters": (["--prompt", "\x07\x00"], "--prompt"),
-    "frames not 4n+1": (["--frames", "80"], "--frames 80: a clip has 4n+1 frames: try 81"),
+    "frames not 4n+1": (["--frames", "80"], "--frames 80: a video has 4n+1 frames: try 81"),
     "no frames": (["--frames", "0"], "--frames"),
     "no steps": (["--steps", "0"], "--steps"),
     "size not divisible": (["--size", "1000x700"], "--size 1000x700: width and height must be positive"),
@@ -354,7 +354,10 @@ def test_a_path_of_the_home_folder_is_the_same_for_every_reader(
     assert [line["output"] for line in lines] == [str(home / "y.mp4")]
     assert wanfast(*DRY, "--prompt", "", "--prompt-file", "~/prompt.txt").exit_code == 2
     outcome = wanfast(*DRY, "--output", "~nobody-here/x.mp4")
-    assert outcome.exit_code == 2 and "--output ~nobody-here/x.mp4: this machine has no such user" in outcome.err
+    assert (
+        outcome.exit_code == 2
+        and "--output ~nobody-here/x.mp4: this machine has no user of the name after ~" in outcome.err
+    )
     outcome = wanfast("quantize", "--scheme", "bf16", "--artifacts-dir", "~/v")
     assert outcome.exit_code == 3 and str(home / "v") in outcome.err
 

@@ -149,7 +149,7 @@ def test_the_mesh_of_a_world_size(ranks: int, heads: int, options: dict[str, obj
 def test_a_mesh_that_does_not_fit_lists_what_does() -> None:
     with pytest.raises(ConfigError) as error:
         choose_mesh(8, 40, guided=True, ulysses=3)
-    assert "--ulysses 3 does not fit 8 ranks and 40 heads" in str(error.value)
+    assert "--ulysses 3 does not fit 8 ranks and 40 attention heads" in str(error.value)
     assert "--cfg-parallel 2 --ulysses 4" in str(error.value)
 
 

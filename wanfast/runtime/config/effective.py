@@ -52,9 +52,10 @@ class EffectiveConfig:
 
     @classmethod
     def of(cls, given: Options, own: ModelSpec, **answers: Any) -> EffectiveConfig:
-        """Returns the config of the `given` options.
+        """Returns the config of the `given` options, and of the recipe that they may name.
 
-        For the others, values come from the recipe, if one is given, then from `answers` or the model `own`.
+        All other options get values from `answers`, `own` or defaults. `answers` are values that the program chose,
+        such as the seed; `own` holds the model's own defaults.
         Raises ConfigError, which names the option.
         """
         values = {name: getattr(own, name) for name, option in OPTIONS.items() if option.option.own}

@@ -142,7 +142,9 @@ class ModelsConfig(Part):
                 "one of the two"
             )
         if self.quantize and self.precision != "bf16":
-            raise ConfigError(f"--quantize {self.quantize} needs --precision bf16: use that, or drop --quantize")
+            raise ConfigError(
+                f"--quantize {self.quantize} needs --precision bf16: add --precision bf16, or drop --quantize"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,7 @@ class OptionField:
         return absolute(value, self.flag) if is_path else value
 
     def check_range(self, value: Any) -> None:
-        """Raises ConfigError if `value` is out of range, or a text that no file can hold."""
+        """Raises ConfigError if `value` is out of range, or is a text that cannot be stored in a file."""
         if isinstance(value, str):
             _check_text(self.name, value)
         if value is not None and self.option.check is not None and (fix := self.option.check(value)):
@@ -131,7 +131,9 @@ def absolute(path: str, option: str) -> str:
     try:
         return str(Path(path).expanduser().absolute())
     except RuntimeError:
-        raise ConfigError(f"{option} {path}: this machine has no such user: write the whole path") from None
+        raise ConfigError(
+            f"{option} {path}: this machine has no user of the name after ~: write the path without ~"
+        ) from None
 
 
 def at_least(low: int, fix: str) -> Check:

@@ -20,7 +20,7 @@ class RanksConfig(Part):
     num_gpus: Annotated[
         int,
         Option(
-            "Number of ranks on this machine: one for each GPU, or processes with --device cpu. auto uses all GPUs.",
+            "Number of ranks on this machine. A rank is one GPU, or one process with --device cpu. auto uses all GPUs.",
             GPUS,
             also=COMPILED,
             asked=int | Literal["auto"],

@@ -17,9 +17,9 @@ _CURVE_KEY = re.compile(r"[0-9a-f]{12}")
 
 
 def magcache_settings(name: str) -> tuple[float, int, float] | None:
-    """Returns (threshold, skips in a row, retention ratio) of a short name, or None for another name.
+    """Returns (threshold, skips in a row, retention ratio) of a short name: (0.12, 2, 0.2) for E012K2R20.
 
-    E012K2R20 gives (0.12, 2, 0.2).
+    Returns None for any other name.
     """
     match = _MAGCACHE_NAME.fullmatch(name)
     if match is None:
@@ -41,8 +41,9 @@ class SkippingConfig(Part):
     magcache: Annotated[
         str,
         Option(
-            "Skip forwards whose residual hardly changes, by the model's preset curve or a calibrated one (artifact, "
-            "KEY). E012K2R20 is preset with threshold 0.12, at most 2 skips in a row, the first 20 % never skipped.",
+            "Skip forwards whose residual hardly changes. The curve is the model's own (preset), the one calibrated "
+            "for these options (artifact), or any stored one (its KEY). E012K2R20 is preset with threshold 0.12, at "
+            "most 2 skips in a row, the first 20 % never skipped.",
             LOSSY,
             metavar="<off|preset|artifact|KEY|E012K2R20>",
         ),
@@ -50,7 +51,7 @@ class SkippingConfig(Part):
     magcache_thresh: Annotated[
         float | None,
         Option(
-            "Threshold of the error that skips may accumulate; at this error, the next forward is computed.",
+            "Limit of the error that skips accumulate. A forward whose skip would reach this limit is computed.",
             LOSSY,
             choice=_AMOUNT,
             default="0.12",
@@ -86,15 +87,15 @@ class SkippingConfig(Part):
     magcache_joint: Annotated[
         Literal["on", "off"],
         Option(
-            "Both branches of guidance skip the same steps, so that every mesh skips the same forwards. off lets each "
-            "branch skip alone, and gives the published numbers of skips.",
+            "Both branches of guidance skip the same steps, so that every mesh skips the same forwards. With off, "
+            "each branch skips on its own, as MagCache's publication does.",
             LOSSY,
         ),
     ] = "on"
     magcache_budget: Annotated[
         float | None,
         Option(
-            "Share of forwards to compute. The skips are those with the least error, without a threshold.",
+            "Share of forwards to compute. The others are skipped so that their error is least, without a threshold.",
             LOSSY,
             choice=_AMOUNT,
             check=lambda x: None if 0 < x <= 1 else "use the share of forwards to compute, over 0 to 1",
@@ -103,7 +104,7 @@ class SkippingConfig(Part):
     magcache_skip: Annotated[
         int | None,
         Option(
-            "Number of forwards to skip. The skips are those with the least error, without a threshold.",
+            "Number of forwards to skip. They are chosen so that their error is least, without a threshold.",
             LOSSY,
             choice=_AMOUNT,
             check=at_least(0, "use a number of forwards, 0 or more"),

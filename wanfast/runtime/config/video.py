@@ -31,7 +31,7 @@ def parse_size(size: str) -> tuple[int, int]:
 
 def _frames_fix(frames: int) -> str | None:
     near = max(1, (frames + 1) // 4 * 4 + 1)
-    return None if frames >= 1 and frames % 4 == 1 else f"a clip has 4n+1 frames: try {near}"
+    return None if frames >= 1 and frames % 4 == 1 else f"a video has 4n+1 frames: try {near}"
 
 
 def _output_fix(path: str) -> str | None:
@@ -84,7 +84,7 @@ class VideoConfig(Part):
     seed: Annotated[
         int,
         Option(
-            "Seed of the noise. The same seed gives the same noise on every machine.",
+            "Seed of the noise. With --noise-device cpu, a seed gives the same noise on every machine.",
             MAKE,
             default="a random one",
             check=between(0, 2**63 - 1, "use 0 to 2^63 - 1, or leave it out for a random one"),
@@ -155,7 +155,7 @@ class OutputConfig(Part):
     output: Annotated[
         str | None,
         Option(
-            "The .mp4 file to write. A .json with the run's facts is written beside it.",
+            "The .mp4 file to write. A .json that records the run is written beside it.",
             FILES,
             asked=str,
             path=True,

@@ -114,7 +114,7 @@ def free_memory(device: str) -> None:
 
 
 def forget_cuda_graphs() -> None:
-    """Frees all CUDA graphs that torch.compile captured; the next forward compiles again, or loads from caches."""
+    """Frees all CUDA graphs that torch.compile captured; the next forward recompiles, or loads from caches."""
     if "torch._inductor.cudagraph_trees" in sys.modules:
         torch.compiler.reset()
 

@@ -1,7 +1,7 @@
-"""This module copies tensors of mapped files to a GPU: threads fill pinned buffers, which the GPU empties.
+"""This module copies tensors of mapped files to a GPU: threads fill pinned buffers, from which the GPU copies.
 
-A mapped tensor is read when it is copied. One thread reads 5 to 8 GB/s from the page cache, and the link to a GPU takes
-up to 50 GB/s from pinned memory, so that several threads read pieces of the tensors at the same time.
+A mapped tensor is read when it is copied. One thread reads 5 to 8 GB/s from the page cache, but the link to a GPU can
+carry 50 GB/s from pinned memory. So several threads read pieces of the tensors at the same time.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Stopwatch:
 
 
 class FirstStep:
-    """Measures the seconds of the first step, which includes compiling; call it before and after each step."""
+    """Measures the seconds of the first step, including compilation; call an instance before and after each step."""
 
     def __init__(self, device: str) -> None:
         self._device = device

@@ -33,7 +33,7 @@ class BothBranches:
 
 @dataclass(frozen=True)
 class CfgParallel:
-    """This class runs guidance on the two ranks of `group`: each computes one of the two branches."""
+    """This class runs guidance on the two ranks of a process group: each computes one of the two branches."""
 
     group: dist.ProcessGroup
 

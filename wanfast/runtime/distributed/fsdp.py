@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def shard(model: nn.Module, device: str) -> None:
-    """Shards `model` over the rank group by FSDP2: each module of `model.blocks` is one unit, the rest another."""
+    """Shards `model` over the rank group by FSDP2: each of `model.blocks` is one unit, and the rest is one more."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     world = dist.group.WORLD
@@ -38,7 +38,7 @@ def is_sharded(parameter: Tensor) -> TypeGuard[DTensor]:
 
 
 def own_rows(parameter: Tensor) -> tuple[int, int]:
-    """Returns (first, end) of the rows along dim 0 that this rank holds: all rows of an unsharded parameter."""
+    """Returns (first, end): this rank holds rows first..end-1 along dim 0, or all rows of an unsharded parameter."""
     rows = parameter.shape[0] if parameter.dim() else 1  # a scalar is read whole
     if not is_sharded(parameter):
         return 0, rows
@@ -48,7 +48,10 @@ def own_rows(parameter: Tensor) -> tuple[int, int]:
 
 
 def from_own_rows(rows: Tensor, parameter: Tensor) -> Tensor:
-    """Returns a DTensor sharded like `parameter`, from this rank's `rows`; for an unsharded one returns `rows`."""
+    """Returns a DTensor sharded like `parameter`, made of each rank's own `rows`.
+
+    For an unsharded parameter, returns `rows`.
+    """
     if not is_sharded(parameter):
         return rows
     from torch.distributed.tensor import DTensor, Shard

@@ -69,7 +69,7 @@ class Ranks:
 
         If `work` raises a WanFastError on any rank, all ranks raise a WanFastError. `work` must not use collectives,
         because a rank that failed would not reach them. The VAE's exchanges are the exception: a rank that runs out of
-        memory still takes part in them, and any other error between them ends the rank group.
+        memory still takes part in them, and any other error between two exchanges ends the rank group.
         """
         error, result = None, None
         try:
@@ -113,13 +113,16 @@ class Ranks:
         return values
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """Returns the `rows` of all ranks, joined along dim 0, on all ranks; each must give as many rows."""
+        """Returns the `rows` of all ranks, joined along dim 0, on all ranks.
+
+        Every rank must pass the same number of rows.
+        """
         if self.size == 1:
             return rows
         return all_gather(rows).flatten(0, 1)
 
     def share(self, tensor: Tensor) -> Tensor:
-        """Broadcasts the leader's `tensor` into every other rank's `tensor` of the same shape, and returns it."""
+        """Broadcasts the leader's `tensor` into every other rank's `tensor` of the same shape; returns `tensor`."""
         if self.size > 1:
             dist.broadcast(tensor, src=0)
         return tensor

@@ -2,10 +2,12 @@
 
 Everything except self-attention processes each token separately. Before self-attention, the P ranks exchange q, k and v
 by all-to-all: [B, L/P, H, D] with a rank's own tokens and all heads becomes [B, L, H/P, D] with all tokens and the
-rank's own heads. After it, they exchange the result back. q is sent while k is computed, and k while v is computed. v
-is computed in P parts, and each is sent while the next is computed. So only the exchange after attention is not hidden.
-In each block, a rank sends (P-1)/P of its 4 L d / P values. If L is not a multiple of P, zero rows are added at the
-end. They are cut off from keys and values before attention, so that the result is the same as on one rank.
+rank's own heads. After self-attention, they exchange the result back. q is sent while k is computed, and k while v is
+computed. v is computed in P parts, and each part is sent while the next is computed. So only the exchange after
+attention does not overlap with computation.
+In each block, q, k, v and the result have 4 L H D / P values on a rank, which sends (P-1)/P of them. If L is not a
+multiple of P, zero rows are added at the end of the tokens. Before attention, these rows are cut off from keys and
+values, so that the result is the same as on one rank.
 A compiled block uses torch's functional collectives, so that the block stays one graph.
 Limit: H must be a multiple of P. Source: DeepSpeed-Ulysses (arXiv 2309.14509) section 3.
 
@@ -40,7 +42,10 @@ class Ulysses:
         return True
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's N/P tokens along `dim`, of L in all; the last ranks' parts are padded with zeros."""
+        """Returns this rank's share of the tokens of x, which lie along `dim`; every share has the same length.
+
+        If the tokens cannot be divided equally, zeros pad the shares of the last ranks.
+        """
         size, rank = self.group.size(), self.group.rank()
         share = -(-x.shape[dim] // size)
         x = x.narrow(dim, min(rank * share, x.shape[dim]), min(share, max(0, x.shape[dim] - rank * share)))
@@ -48,7 +53,10 @@ class Ulysses:
         return packed(F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing]) if missing else x)
 
     def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
-        """Returns [B, N/P, H, D]: this rank's queries attend to all `num_tokens` tokens, by the kernel `attend`."""
+        """Returns the attention of this rank's queries to all `num_tokens` tokens, computed by `attend`.
+
+        The result is [B, n, H, D] for a rank with n queries.
+        """
         sent = [self._send(projections.by_heads(name, self.group.size())) for name in "qk"]
         all_v = self._all_values(projections)
         all_q, all_k = (rearrange(wait(), "P B l h D -> B (P l) h D") for wait in sent)

@@ -3,14 +3,15 @@
 Each rank has some rows of the latent grid, and the pixel rows that belong to them. Before each spatial convolution,
 neighbouring ranks exchange their border rows, so that the result is the same as on one rank. No tiles overlap and
 nothing is blended. In an attention layer, each rank gathers the keys and values of the whole frame for its own queries.
-Any number of ranks can share a frame. If there are more ranks than latent rows, the last ranks get no rows. Numbers of
-rows differ by at most one between ranks, so the exchanges are point to point.
+Any number of ranks can share a frame. If there are more ranks than latent rows, the last ranks get no rows. The
+numbers of rows of two ranks may differ by one. So tensors are sent from rank to rank, because a collective would need
+equal shapes.
 
-A peer that never sends stops its neighbours in their next exchange: with gloo they wait for `--rank-timeout`, with NCCL
-their GPUs do, until NCCL's watchdog ends the process. So a rank that runs out of memory in the middle still does all
-exchanges that its peers wait for (`missed`): it repeats its work on the meta device, which computes shapes only, and
-sends zeros. Afterwards the ranks agree to begin again. An error of another kind ends the rank and so the group, as does
-a lack of memory inside of NCCL.
+If a rank stopped, its neighbours would wait in their next exchange, until `--rank-timeout` is over (gloo) or NCCL's
+watchdog ends the process. So a rank that runs out of memory still does all exchanges that other ranks wait for
+(`missed`): it repeats its work on the meta device, which computes shapes only, and sends zeros. Afterwards all ranks
+repeat the VAE's work, or all raise the same error. Any other error ends the rank and so its rank group, and so does a
+lack of memory inside NCCL.
 
 Shapes: B batch, C channels, T frames, h own rows, w columns.
 """
@@ -28,7 +29,7 @@ from wanfast.runtime.distributed.collectives import as_bytes
 
 
 class Exchanges:
-    """Exchanges tensors with peers, and counts how often this was done."""
+    """Exchanges tensors with other ranks, and counts the exchanges in `done`."""
 
     done = 0
 
@@ -44,7 +45,10 @@ class Exchanges:
 
 
 class MissedExchanges(Exchanges):
-    """Takes tensors on the meta device; leaves out the first `done` exchanges, and does the others with zeros."""
+    """Sends zeros to the ranks that wait for a rank that ran out of memory and repeats its work on the meta device.
+
+    The first `done` exchanges are left out, because the rank did them before.
+    """
 
     def __init__(self, done: int, device: str) -> None:
         self._left_out, self._device = done, device
@@ -79,16 +83,22 @@ class SplitRows:
         return self.rank < len(self.counts)
 
     def missed(self, device: str) -> SplitRows:
-        """Returns the rows for a repetition on the meta device, which does the exchanges that were not done yet."""
+        """Returns a copy for a rank that ran out of memory and repeats its work on the meta device.
+
+        The copy does only the exchanges that the rank had not done, and sends zeros in them.
+        """
         return replace(self, exchanges=MissedExchanges(self.exchanges.done, device))
 
     def own(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's rows of x; the length of `dim` is a multiple of the number of latent rows."""
+        """Returns this rank's rows of x along `dim`.
+
+        The length of `dim` must be a multiple of the number of latent rows.
+        """
         scale = x.shape[dim] // sum(self.counts)
         return x.narrow(dim, scale * sum(self.counts[: self.rank]), scale * self.counts[self.rank])
 
     def fill(self, clip: Tensor) -> None:
-        """Fills the first and last row of a clip [B,C,T,h+2,w] with neighbours' rows, or zeros at a frame's edge."""
+        """Fills the first and last row of a clip [B,C,T,h+2,w] with rows of other ranks, or zeros at a frame's edge."""
         edges = {self.rank - 1: (clip[..., 1, :], clip[..., 0, :]), self.rank + 1: (clip[..., -2, :], clip[..., -1, :])}
         neighbours = {peer: rows for peer, rows in edges.items() if 0 <= peer < len(self.counts)}
         sent = {peer: own for peer, (own, _) in neighbours.items()}

@@ -53,7 +53,9 @@ def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> 
     if asked != "auto":
         found = probe(asked, device, dtype, head_dim)
         if found.state != "runs":
-            raise ConfigError(f"--attention {asked}: {found.state} ({found.reason}): fix that, or use --attention auto")
+            raise ConfigError(
+                f"--attention {asked}: {found.state} ({found.reason}): make this kernel work, or use --attention auto"
+            )
         return Choice(asked, f"as asked, relative error {found.relative_error:.1e}")
     rejected: list[str] = []
     for name in _candidates(device):
@@ -68,9 +70,10 @@ def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> 
 
 
 def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> Choice:
-    """Returns the leader's choice on all ranks, after every rank probed that kernel: another machine may lack it.
+    """Returns the leader's choice of kernel on all ranks, after every rank has probed this kernel.
 
-    Raises ConfigError on all ranks if the kernel does not run correctly on one of them.
+    Every rank probes, because a kernel may be missing on another machine. Raises ConfigError on all ranks if the kernel
+    does not run correctly on one of them.
     """
     choice = ranks.lead(lambda: choose(asked, ranks.device, dtype, head_dim))
 
@@ -79,7 +82,7 @@ def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> 
         if found.state != "runs":
             raise ConfigError(
                 f"--attention {asked}: the leader chose {choice.kernel}, but another rank reports: {found.state} "
-                f"({found.reason}): fix that, or use --attention with a kernel that runs on all ranks"
+                f"({found.reason}): make it work there, or use --attention with a kernel that runs on all ranks"
             )
 
     ranks.together(tried)
@@ -87,7 +90,10 @@ def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> 
 
 
 def probe_all(device: str) -> dict[str, Finding]:
-    """Probes all kernels of `device`, and kernels from packages even on a CPU; returns {kernel: finding}."""
+    """Probes all kernels that may run on `device`, and returns {kernel: finding}.
+
+    The kernels of optional packages are probed on a CPU too, where none of them runs.
+    """
     names = [name for name, kernel in KERNELS.items() if kernel.modules or name in _candidates(device)]
     return {name: probe(name, device) for name in names}
 
@@ -97,9 +103,9 @@ def _candidates(device: str) -> list[str]:
 
 
 def probe(name: str, device: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = HEAD_DIM) -> Finding:
-    """Runs one kernel on a small problem in `dtype`, and returns whether its result is correct.
+    """Runs one kernel on a small problem in `dtype`, and returns a `Finding`, which says whether the result is correct.
 
-    A kernel that is not installed, or that raises an error, is a finding too, with the reason.
+    If the kernel is not installed, or raises an error, the finding holds the reason.
     """
     kernel = KERNELS[name]
     q, k, v = _problem(dtype, head_dim)

@@ -3,11 +3,11 @@
 A block is compiled with `fullgraph`, so that a graph break is an error and not a slow path, and with `dynamic=False`,
 for one shape. All blocks of both experts share one graph. In mode `default`, cuBLAS computes the matrix products. The
 two `max-autotune` modes time Triton's products against those of cuBLAS, which takes half a minute. The mode
-`max-autotune` also captures each block as a CUDA graph, in the second forward of a size. A captured graph reads weights
-at fixed addresses, so weights should not be moved.
+`max-autotune` also captures each block as a CUDA graph, in the second forward of a video size. A captured graph reads
+weights at fixed addresses, so weights should not be moved.
 
-The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached. Then a process repeats
-only the tracing, and what opaque operators compile themselves: the int8 product, the quantization of the text,
+The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached. A process that loads it
+repeats only the tracing, and what opaque operators compile themselves: the int8 product, the quantization of the text,
 FlashAttention-4. The key contains everything that the kernels depend on. So another torch, GPU, video size or version
 of this code has another key. Each rank has its own file, because its graphs contain the names of its process groups.
 Source: torch.compiler.save_cache_artifacts.
@@ -82,7 +82,7 @@ def _import_compiler(gpu: int | None) -> None:
 
 
 def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
-    """Sets every block of `model` to run compiled; its first forward compiles."""
+    """Makes every block of `model` run compiled; the first forward of the model compiles the blocks."""
     torch._dynamo.config.recompile_limit = _SIZES
     make_operators()
     for block in model.blocks:
@@ -165,7 +165,7 @@ def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, i
     file = folder / _file(ranks.rank)
     if all(ranks.gather(file.is_file() and torch.compiler.load_cache_artifacts(file.read_bytes()) is not None)):
         return folder.name
-    note(f"{folder}: torch cannot use this stored cache, so the blocks are compiled again")
+    note(f"{folder}: torch cannot use this stored cache, so the blocks are recompiled")
     ranks.lead(lambda: store.discard(KIND, inputs))
     return None
 

@@ -32,10 +32,10 @@ _CODE = ("runtime/models/vae.py", "runtime/models/convolution.py")
 
 @contextmanager
 def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
-    """Uses the stored engines inside the `with` block, and afterwards stores those that the block searched.
+    """Uses the stored engines inside the `with` block, and afterwards stores the engines that were found in the block.
 
-    Each rank has its own engines. Yields {shape: engine} of all ranks, which is filled when the block ends. It stays
-    empty on a CPU, and if cuDNN's front end is not installed.
+    Each rank has its own engines. Yields a mapping {shape: engine}, which receives the engines of all ranks when the
+    block ends. The mapping stays empty on a CPU, and if cuDNN's front end is not installed.
     """
     used: dict[str, str] = {}
     if ranks.device != "cuda" or not convolution.HAS_FRONT_END:
@@ -79,7 +79,9 @@ def _store(
             store.discard(KIND, inputs)
         store.publish(KIND, inputs, lambda new: cast(None, (new / _FILE).write_text(text)), {}, damaged="miss")
     except ConfigError as error:
-        note(f"{error}: the next video searches for cuDNN's engines again, and its last bits may differ from this one")
+        note(
+            f"{error}: the next video searches for cuDNN's engines again, so its last bits may differ from this video's"
+        )
 
 
 def _inputs(plan: Plan, ranks: Ranks) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def require_finite(where: str, finite: bool) -> None:
 
 
 class FiniteWatch:
-    """Checks the tensors of one video for NaN and infinities; it reports a tensor when the next one is checked."""
+    """Checks the tensors of one video for NaN and infinities; an error is raised at the check of the next tensor."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks

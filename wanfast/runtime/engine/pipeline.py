@@ -93,7 +93,7 @@ class ImageToVideoPipeline:
     ) -> Tensor:
         """Encodes the image and denoises; returns the clean latent [1, 16, T, h, w] on every rank.
 
-        The experts are released afterwards.
+        Afterwards, offloaded experts free their GPU memory.
         """
         noise = self.noise(plan)
         with watch.span("encode"):

@@ -73,8 +73,8 @@ def arrived(
 
     `pieces` yields this rank's rows of the decoded video, [3, f, h, W] in [-1, 1]. A piece becomes uint8 on the device,
     and is copied into pinned memory while the next piece is computed. The leader calls `on_frames` with the frames of
-    each piece once they are copied. If `on_frames` raises a WanFastError, or a piece holds NaN or an infinity
-    (NotFiniteError), the error is raised after the last piece, because the other ranks continue.
+    each piece once they are copied. `on_frames` may raise a WanFastError, and a piece with NaN or an infinity gives
+    NotFiniteError. Such an error is raised only after the last piece, because the other ranks continue.
     """
     on_gpu = device == "cuda"
     finite = torch.empty(geometry.frames, dtype=torch.bool, pin_memory=on_gpu)  # of the piece that a frame begins

@@ -117,7 +117,8 @@ def _check_ids(tokens: Iterable[TokenizedPrompt], files: ModelFiles) -> None:
     most, size = max(max(each.ids) for each in tokens), files.spec.umt5.vocab_size
     if most >= size:
         raise CorruptArtifactError(
-            f"{files.tokenizer} gives the token id {most}, but UMT5 has only {size} ids: copy both from one model"
+            f"{files.tokenizer} gives the token id {most}, but UMT5 has only {size} ids: "
+            "copy the tokenizer and UMT5 from the same model"
         )
 
 
@@ -138,7 +139,9 @@ def _stored(store: ArtifactStore, inputs: dict[str, dict[str, Any]]) -> dict[str
 
 
 def _load(folder: Path) -> Tensor:
-    with foreign(str(folder / _FILE), "remove its folder, and run this command again", CorruptArtifactError):
+    with foreign(
+        str(folder / _FILE), "remove the folder of this file, and run this command again", CorruptArtifactError
+    ):
         return load_file(folder / _FILE)["embeds"]
 
 

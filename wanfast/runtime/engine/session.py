@@ -59,7 +59,7 @@ _KEPT_TEXTS = 32  # embeddings that a session keeps, 8 MB each at most; the stor
 
 @dataclass(frozen=True)
 class Made:
-    """This class holds a video's plan, its frames on the leader, and facts of the run, such as seconds and memory."""
+    """This class holds a video's plan, its frames on the leader, and figures of the run, such as seconds and memory."""
 
     plan: Plan
     frames: Frames | None  # on the leader
@@ -134,7 +134,10 @@ class Session:
         return plan, fitted[0] if fitted else torch.empty(3, 0, 0)
 
     def text_of(self, config: EffectiveConfig) -> dict[Branch, Tensor]:
-        """Returns {branch: embedding [n, text_dim]} of the prompt and the negative prompt, which have n tokens each."""
+        """Returns {branch: embedding [n, text_dim]} of the prompt and the negative prompt.
+
+        n is the number of tokens of the text.
+        """
         prompt, negative_prompt = config.video.prompt, config.video.negative_prompt
         self.encode((prompt, negative_prompt))
         return {"prompt": self._embeds[prompt], "negative_prompt": self._embeds[negative_prompt]}

@@ -2,7 +2,7 @@
 
 * replica: replicas make different videos of the list of jobs at the same time;
 * cfg: with 2, each half of a replica's ranks computes one branch of guidance;
-* ulysses: ranks share the tokens of a branch, and exchange tokens for heads around attention.
+* ulysses: ranks share the tokens of a branch; during self-attention, each rank has all tokens of some heads instead.
 
 A replica is a *rank group*: its ranks make one video together, and fail together. Rank groups share only the list of
 jobs, so if one rank group fails, the others continue. Either each rank group lies within one machine, or one rank group
@@ -40,7 +40,10 @@ class Mesh:
         return self.replica * self.group_size
 
     def lines(self, axis: Axis) -> list[list[int]]:
-        """Returns the lists of ranks along `axis` in a rank group; cfg 2, ulysses 2: [[0, 1], [2, 3]] along ulysses."""
+        """Returns the lists of ranks along `axis` in a rank group.
+
+        With cfg 2 and ulysses 2, the lists along ulysses are [[0, 1], [2, 3]], and those along cfg [[0, 2], [1, 3]].
+        """
         ranks = range(self.group_size)
         if axis == "ulysses":
             return [list(ranks[first : first + self.ulysses]) for first in ranks[:: self.ulysses]]
@@ -72,7 +75,9 @@ def choose_mesh(
         wanted = f"--cfg-parallel {cfg_parallel or 'auto'} --ulysses {ulysses or 'auto'}"
         unguided = "" if guided else " without guidance"
         ranks = f"{num_gpus * nnodes} ranks" + (f" of {nnodes} machines" if nnodes > 1 else "")
-        raise ConfigError(f"{wanted} does not fit {ranks} and {num_heads} heads{unguided}: use one of: {options}")
+        raise ConfigError(
+            f"{wanted} does not fit {ranks} and {num_heads} attention heads{unguided}: use one of: {options}"
+        )
     apart = [mesh for mesh in asked if mesh.group_size <= num_gpus]
     return min(apart if num_videos > 1 and apart else asked, key=lambda mesh: (mesh.replica, -mesh.cfg))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 
 class FactError(ValueError):
-    """This error means that a fact has a wrong type or a value that no model can have."""
+    """This error means that a fact (a size or default of a model) has a wrong type or an impossible value."""
 
     def __init__(self, name: str, value: object, needed: str) -> None:
         super().__init__(f"{name} {value!r:.60}: {needed}")
@@ -184,7 +184,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec(_Facts):
-    """This class holds the facts of an image-to-video model and the defaults that its publisher chose."""
+    """This class holds the facts of an image-to-video model: its sizes, and the defaults that its publisher chose."""
 
     name: str = "Wan2.2-I2V-A14B"
     weights_note: str | None = None  # reported with every result, e.g. that the weights were never trained
@@ -227,9 +227,9 @@ class ModelSpec(_Facts):
 def _built(kind: Any, facts: Any, prefix: str = "") -> Any:
     """Returns a spec of `kind` with these facts, whose names get `prefix` in an error. Raises FactError."""
     if not isinstance(facts, dict):
-        raise FactError(prefix.removesuffix("."), facts, "a JSON object of facts is needed")
+        raise FactError(prefix.removesuffix("."), facts, "a JSON object with sizes or defaults of the model is needed")
     if unknown := sorted(facts.keys() - {each.name for each in dataclasses.fields(kind)}):
-        raise FactError(prefix + unknown[0], facts[unknown[0]], "no fact has this name")
+        raise FactError(prefix + unknown[0], facts[unknown[0]], "no size or default of a model has this name")
     try:
         return kind(**{name: as_tuple(value) for name, value in facts.items()})
     except FactError as error:

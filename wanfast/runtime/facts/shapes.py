@@ -1,6 +1,6 @@
-"""Computes the sizes of a clip in pixels, latents and tokens.
+"""Computes the sizes of a video in pixels, latents and tokens.
 
-A clip of F = 4n+1 frames of H x W pixels becomes T = (F-1)/4 + 1 latent frames of H/8 x W/8, and
+A video of F = 4n+1 frames of H x W pixels becomes T = (F-1)/4 + 1 latent frames of H/8 x W/8, and
 T * (H/16) * (W/16) tokens. Example: 81 frames of 1280x720 pixels become 21 latent frames of 160x90, and 75,600 tokens.
 """
 
@@ -18,7 +18,7 @@ MAX_ASPECT = 4  # long side : short side of an image
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """This class holds the three grids of one clip: pixels, latents and tokens."""
+    """This class holds the three grids of one video: pixels, latents and tokens."""
 
     width: int
     height: int
@@ -42,9 +42,9 @@ class Geometry:
 def geometry_of(
     spec: ModelSpec, fit: ImageFit, size: tuple[int, int], frames: int, image_size: tuple[int, int]
 ) -> Geometry:
-    """Returns the sizes of the clip for an image of `image_size` (width, height).
+    """Returns the sizes of the video for an image of `image_size` (width, height).
 
-    With fit "crop" or "pad", the clip has exactly the pixels of `size`, whose sides are multiples of 16. With "area",
+    With fit "crop" or "pad", the video has exactly the pixels of `size`, whose sides are multiples of 16. With "area",
     it has the image's aspect ratio and about the area of `size`. Raises ConfigError if a side becomes 0.
     """
     if fit == "area":
@@ -69,10 +69,12 @@ def inner_size(shape: tuple[int, int], width: int, height: int) -> tuple[int, in
 def fit_geometry(
     spec: ModelSpec, area_width: int, area_height: int, frames: int, image_size: tuple[int, int]
 ) -> Geometry:
-    """Returns the clip with the aspect ratio of `image_size` (width, height) and about area_width * area_height pixels.
+    """Returns the sizes of a video with the aspect ratio of `image_size` and about area_width * area_height pixels.
+
+    `image_size` is (width, height).
 
     The formula is the reference's, evaluated in the same order in float64, so that the rounding is the same too. For
-    example, at --size 832x480 an image of 832x480 gives a clip of 832x464, but one of 480x832 gives 480x832.
+    example, at --size 832x480 an image of 832x480 gives a video of 832x464, but an image of 480x832 gives 480x832.
     Raises ConfigError if a side becomes 0. Source: Wan-Video/Wan2.2, wan/image2video.py.
     """
     image_width, image_height = image_size
@@ -89,10 +91,10 @@ def fit_geometry(
 
 
 def largest_geometry(spec: ModelSpec, area_width: int, area_height: int, frames: int) -> Geometry:
-    """Returns the clip with the most tokens that any image can give at this --size and number of frames.
+    """Returns the sizes of the video with the most tokens that any image can give at this --size and number of frames.
 
-    For 832x480 and 81 frames, it has 32,760 tokens. If several grids have as many, the one with the aspect ratio
-    nearest to that of the size is returned.
+    For 832x480 and 81 frames, this is 32,760 tokens. If several videos have equally many tokens, the one with the
+    aspect ratio nearest to that of --size counts.
     """
     _, patch_y, patch_x = spec.dit.patch_size
     token_area = spec.vae.spatial_stride**2 * patch_y * patch_x

@@ -1,6 +1,6 @@
 """Collects in one document, for `wanfast doctor`, what this machine has and what it lacks for making a video.
 
-This module changes nothing. If torch cannot be imported, the document says so, and lacks the facts that need torch.
+This module changes nothing. If torch cannot be imported, the document says so, and lacks the entries that need torch.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _attention(torch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encoder() -> dict[str, Any]:
-    """Returns the facts of the video encoder, which is in PyAV's wheel; an ffmpeg on PATH is not used."""
+    """Returns what is known of the video encoder, which is in PyAV's wheel; an ffmpeg on PATH is not used."""
     facts: dict[str, Any] = {"libraries": {}, "libx264": False, "ffmpeg": shutil.which("ffmpeg"), "trouble": None}
     try:
         import av

@@ -31,8 +31,8 @@ def run(
 ) -> Iterator[tuple[int, Result]]:
     """Makes the videos of `jobs`, and yields (index, result) of each job when it is done.
 
-    Jobs that another rank group claims are left to that group. `folder` is the run folder. The frames of jobs without
-    an output file are written there; their numbers are `first` + index.
+    Jobs that another rank group claims are left to that group. `folder` is the run folder. For a job without
+    an output file, the frames are written into this folder, in a file with the number `first` + index.
     """
     work = partial(make_video, frames_of=lambda index: frames_file(folder, first + index))
     yield from run_jobs(work, jobs, sessions, share, progress)

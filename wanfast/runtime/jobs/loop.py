@@ -1,8 +1,8 @@
 """Runs jobs that need loaded models, one after the other, for every command that makes or measures videos.
 
-Of the jobs that share models, a rank group first encodes all prompts of its own jobs, so that UMT5 is freed before the
-experts are loaded. If a job raises a WanFastError or runs out of memory, its result is the error, and the other jobs
-still run. All ranks of a rank group run the same jobs in the same order.
+Before a rank group loads the experts, it encodes all prompts of its own jobs that share these models, and frees UMT5.
+If a job raises a WanFastError or runs out of memory, its result is the error, and the other jobs still run. All ranks
+of a rank group run the same jobs in the same order.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def _quantize_expert(
         note = f"note: another process is quantizing {wanted.expert} with {wanted.scheme}: waiting until it ends"
         published = wanted.store.publish(KIND, inputs, job.write, packages.versions(), waiting=lambda: say(note))
         folder, made_here = published.folder, published.made_here
-    errors = read_object(folder / "errors.json", "remove its folder, and run this command again")
+    errors = read_object(folder / "errors.json", "remove the folder of this file, and run this command again")
     return {
         "expert": wanted.expert,
         "scheme": wanted.scheme,

@@ -1,7 +1,7 @@
 """This part of `wanfast warmup` runs on ranks: it compiles a block as `wanfast generate` would, and stores the caches.
 
-One block of the model's size is enough, because all blocks of both experts share one graph. Its values do not matter,
-so no weights are read.
+One block of the model's size is enough, because all blocks of both experts share one graph. The values of its weights
+do not matter, so no weights are read.
 """
 
 from __future__ import annotations

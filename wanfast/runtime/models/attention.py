@@ -38,18 +38,18 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
 
 
 class Projections(Protocol):
-    """Computes queries, keys and values of this rank's tokens, when and in which parts of the heads they are needed."""
+    """Computes the queries, keys and values of this rank's tokens: all at once, or one by one in parts of the heads."""
 
     def all(self) -> list[Tensor]:
         """Returns q, k and v, each [B, L, H, D]."""
         ...
 
     def by_heads(self, name: str, parts: int) -> Tensor:
-        """Returns "q" or "k" as [parts, B, L, H / parts, D], dense."""
+        """Returns q or k, as `name` says: [parts, B, L, H / parts, D], contiguous, with the heads in equal parts."""
         ...
 
     def values(self, part: int, parts: int) -> Tensor:
-        """Returns v of one of the `parts` of the heads: [B, L, H / parts, D], dense."""
+        """Returns v for the heads of part number `part` of `parts` equal parts: [B, L, H / parts, D], contiguous."""
         ...
 
 
@@ -62,7 +62,7 @@ class Sequence(Protocol):
 
     @property
     def overlaps(self) -> bool:
-        """Returns whether `attention` needs q, k and v one by one, because it sends one while it computes the next."""
+        """Returns whether `attention` needs q, k and v one by one, so that it can send q while it computes k."""
         ...
 
     def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:

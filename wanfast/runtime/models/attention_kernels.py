@@ -24,7 +24,7 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> out, all 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Describes an attention kernel and the package that holds it; torch's own kernels have no `modules`."""
+    """Describes an attention kernel and the package that holds it; torch's own kernels have no package."""
 
     run: AttentionFn
     package: str | None = None  # the package's name for pip

@@ -1,14 +1,14 @@
-"""Convolves channels-last clips; on a GPU with the cuDNN engine that is fastest for each shape, with the bias fused.
+"""Convolves channels-last clips; on a GPU, uses the fastest cuDNN engine for each shape, and fuses the bias.
 
 torch takes the first engine that cuDNN's heuristics name, and adds the bias in a separate pass. For the VAE's shapes on
 Hopper, another engine takes half of that engine's time. So this module builds a graph with cuDNN's front end: one
-kernel computes product and bias, and rounds once. When a shape is first used, each engine runs once or more on its
-tensors, and the fastest is chosen. Three kinds of engines are left out: those that are not deterministic, those that
-compile at run time (seconds each), and those that need more than 256 MiB of workspace.
+kernel computes product and bias, and rounds once. When a shape is first used, each engine runs once or more on tensors
+of this shape, and the fastest is chosen. Three kinds of engines are left out: those that are not deterministic, those
+that compile at run time (seconds each), and those that need more than 256 MiB of workspace.
 
 Engines sum in different orders, so that another engine may change the last bits. To get the same bits again, store
 `chosen()` and pass it to `choose()` in the next process. torch's own convolution is used on a CPU, for float32 without
-TF32, if gradients are enabled, and if the front end is not installed or has no engine.
+TF32, and if gradients are enabled. It is also used if the front end is not installed or has no engine.
 
 Shapes: B batch, C channels, T frames, h w any grid; the memory of a clip is [B, T, h, w, C].
 """
@@ -44,7 +44,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, stride: Triple = (1, 1,
 
 
 def padded_channels(channels: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Returns `channels`, on a GPU rounded up to a multiple of 16 bytes, so that no cuDNN engine copies the input."""
+    """Returns `channels`; on a GPU, rounds it up so that the channels of a position fill a multiple of 16 bytes.
+
+    Otherwise cuDNN engines would copy the input.
+    """
     if device.type != "cuda" or not HAS_FRONT_END:
         return channels
     aligned = _ALIGNED_BYTES // dtype.itemsize
@@ -66,7 +69,7 @@ def forget_uses() -> None:
 
 
 def choose(engines: Mapping[str, str]) -> None:
-    """Takes {shape: engine} from `engines`; a shape that already has an engine stays unchanged."""
+    """Sets the engine of each shape in `engines`, {shape: engine}; a shape that already has an engine keeps it."""
     _chosen.update({shape: name for shape, name in engines.items() if shape not in _chosen})
 
 

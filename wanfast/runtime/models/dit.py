@@ -56,7 +56,7 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def part(self, x: Tensor, part: int, parts: int) -> Tensor:
-        """Returns one of `parts` equal parts of the output channels."""
+        """Computes the output channels of part number `part`, if the channels are divided into `parts` equal parts."""
         return F.linear(x.to(self.weight.dtype), self.weight.chunk(parts)[part], self.bias.chunk(parts)[part])
 
 
@@ -70,7 +70,7 @@ class LinearGELU(Linear):
 class RMSNorm(nn.Module):
     """Applies RMS norm to q or k over all heads together, then rotary embedding if `rope` is given.
 
-    The result is [parts, B, L, H / parts, D]: the heads in `parts`.
+    The heads of the result are divided into `parts` equal parts: [parts, B, L, H / parts, D].
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -303,7 +303,7 @@ class WanDiT(nn.Module):
         return velocity, None if first is None else x.sub_(first)
 
     def fuse_projections(self) -> None:
-        """Fuses the projections q, k and v of each block, except if `sequence` needs them one by one.
+        """Fuses the projections q, k and v of each block into one layer, except if `sequence` needs q, k, v one by one.
 
         The weights must be loaded and must not be sharded.
         """
@@ -331,7 +331,7 @@ class WanDiT(nn.Module):
 def sinusoid(timestep_B: Tensor, dim: int) -> Tensor:
     """Returns the sinusoidal embedding [B, dim] of timesteps [B]: cosines, then sines, of timestep * 10000^(-2j/dim).
 
-    It is computed in float64 and returned in float32.
+    j counts from 0 to dim/2 - 1. The embedding is computed in float64 and returned in float32.
     """
     frequencies = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=timestep_B.device) / dim)
     angles = torch.outer(timestep_B.double(), frequencies)

@@ -74,7 +74,9 @@ def rms_norm_heads(
     parts: int = 1,
     by_kernel: bool = True,
 ) -> Tensor:
-    """Returns x / rms(x) * weight in `parts` of the heads [parts, B, L, H / parts, D], rotated by `rope` if given.
+    """Returns x / rms(x) * weight, rotated by `rope` if given, with the heads in `parts` equal parts.
+
+    The result is [parts, B, L, H / parts, D].
 
     The root mean square is over all heads together. The result is contiguous and has the dtype of x. With `by_kernel`
     False, the Triton kernel is never used, so that it need not be compiled.

@@ -44,11 +44,14 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim_out, dtype=dtype), requires_grad=False)
 
     def forward(self, x: Tokens) -> Tokens:
-        """Returns a tensor in the bias's dtype, or QuantizedTokens after `gelu` if the scheme quantizes tokens."""
+        """Returns the layer's output: QuantizedTokens if `gelu` and the scheme quantizes tokens, else a plain tensor.
+
+        A plain tensor has the dtype of the bias.
+        """
         return self._outputs(x, self.weight, self.scale, self.bias)
 
     def part(self, x: Tokens, part: int, parts: int) -> Tokens:
-        """Returns one of `parts` equal parts of the output channels."""
+        """Computes the output channels of part number `part`, if the channels are divided into `parts` equal parts."""
         return self._outputs(x, *(each.chunk(parts)[part] for each in (self.weight, self.scale, self.bias)))
 
     def _outputs(self, x: Tokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tokens:

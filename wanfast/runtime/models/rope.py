@@ -4,7 +4,7 @@ Each head's D dims are D/2 adjacent pairs. A pair is rotated as a complex number
 Of 64 pairs, 22 rotate by time, 21 by height and 21 by width; each axis has its own frequencies. Angles are computed in
 float64, and their cosines and sines are stored in float32. The reference multiplies in complex128; the results are
 equal to within float32 rounding, and float32 moves fewer bytes. The tables depend only on the token grid: build them
-once for a clip, and reuse them in every block and step.
+once for a video, and reuse them in every block and step.
 
 Shapes: B batch, L tokens = T*Y*X, H heads, D head dim.
 Source: RoFormer (Su et al. 2021) section 3.4.2; the split and frequencies are Wan's.

@@ -65,7 +65,10 @@ class EncoderBlock(nn.Module):
         self.ffn = GatedFeedForward(spec.dim, spec.ffn_dim, dtype)
 
     def forward(self, x: Tensor, buckets: Tensor, is_padding: Tensor | None) -> Tensor:
-        """Returns x [B, L, d] after the block; buckets: [Q, K] int64, is_padding: [B, 1, 1, K] bool or None."""
+        """Returns x [B, L, d] after the block.
+
+        buckets: [Q, K] int64, from `relative_position_buckets`; is_padding: [B, 1, 1, K] bool or None.
+        """
         x = x + self.attn(self.norm1(x), self.pos_embedding(buckets), is_padding)
         out: Tensor = x + self.ffn(self.norm2(x))
         return out
@@ -101,7 +104,7 @@ class RelativePositionBias(nn.Module):
         self.embedding = nn.Embedding(num_buckets, num_heads, dtype=dtype)
 
     def forward(self, buckets: Tensor) -> Tensor:
-        """Returns the biases [1, H, Q, K] of the buckets [Q, K]."""
+        """Returns the biases [1, H, Q, K] of relative-position buckets [Q, K]."""
         bias: Tensor = self.embedding(buckets)
         return rearrange(bias, "Q K H -> 1 H Q K")
 

@@ -44,20 +44,23 @@ class Rows(Protocol):
 
     @property
     def halo(self) -> int:
-        """Returns how many neighbours' rows are added above and below a rank's own: 1, or 0 if one rank has all."""
+        """Returns how many rows of other ranks stand above and below a rank's own rows: 1, or 0 if one rank has all."""
         ...
 
     @property
     def has_part(self) -> bool:
-        """Returns whether this rank has rows."""
+        """Returns whether this rank has rows of the frame; with more ranks than latent rows, some ranks have none."""
         ...
 
     def own(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's rows of x; the length of `dim` is a multiple of the number of latent rows."""
+        """Returns this rank's rows of x along `dim`.
+
+        The length of `dim` must be a multiple of the number of latent rows.
+        """
         ...
 
     def fill(self, clip: Tensor) -> None:
-        """Fills the first and last row of a clip [B,C,T,h+2,w] with neighbours' rows, or zeros at a frame's edge."""
+        """Fills the first and last row of a clip [B,C,T,h+2,w] with rows of other ranks, or zeros at a frame's edge."""
         ...
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
@@ -111,11 +114,12 @@ class WanVAE(nn.Module):
                 parameter.data = parameter.data.contiguous(memory_format=layout)
 
     def encode(self, video: Tensor, still_from: int | None = None, rows: Rows = WHOLE_FRAME) -> Tensor:
-        """Returns the float32 latents [B,16,T,Y,X] of video [B,3,F,H,W]: the posterior's normalised mean, no sample.
+        """Returns the float32 latents [B,16,T,Y,X] of video [B,3,F,H,W]: the posterior's normalised mean, not a sample.
 
-        `still_from` says that all frames from this index on are equal. After some chunks, layers then repeat their
-        outputs, which are not computed again. The latents are bitwise the same. For an image and 80 grey frames, a
-        third of the work remains. Raises ValueError if F is not 4n+1, or H or W is not a multiple of 8.
+        `still_from`: the first index from which on all frames are equal, if there is one. Then the outputs of layers
+        repeat after some chunks, and repeated outputs are not computed again. The latents are bitwise the same. For an
+        image and 80 grey frames, a third of the work remains.
+        Raises ValueError if F is not 4n+1, or H or W is not a multiple of 8.
         """
         frames, height, width = video.shape[2:]
         stride = self.spec.spatial_stride
@@ -140,9 +144,10 @@ class WanVAE(nn.Module):
             yield self._decode(z, queue, rows)
 
     def encode_chunk(self, video: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """Encodes the next frames [B,3,f,H,W] of a clip and returns (latents [B,16,t,Y,X], the past for the next call).
+        """Encodes the next frames [B,3,f,H,W] of a clip and returns (latents [B,16,t,Y,X], `past` for the next call).
 
-        The first call has f = 1 and `past` None, and returns t = 1. Later calls have f = 4n, and return t = n. Raises
+        `past` holds the earlier frames that the convolutions over time need; it is None in the first call.
+        The first call has f = 1 and returns t = 1. Later calls have f = 4n and return t = n. Raises
         ValueError for another number of frames.
         """
         frames, stride = video.shape[2], self.spec.temporal_stride
@@ -153,9 +158,10 @@ class WanVAE(nn.Module):
         return self._encode(video, queue, WHOLE_FRAME), list(queue)
 
     def decode_chunk(self, latents: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """Decodes the next latents [B,16,t,Y,X] of a clip and returns (video [B,3,f,H,W], the past for the next call).
+        """Decodes the next latents [B,16,t,Y,X] of a clip and returns (video [B,3,f,H,W], `past` for the next call).
 
-        The first call has t = 1 and `past` None, and returns f = 1. Later calls have t = n, and return f = 4n. Raises
+        `past` holds the earlier frames that the convolutions over time need; it is None in the first call.
+        The first call has t = 1 and returns f = 1. Later calls have t = n and return f = 4n. Raises
         ValueError if the first call has t > 1.
         """
         if past is None and latents.shape[2] != 1:
@@ -216,11 +222,11 @@ class Encoder(nn.Module):
         return moments
 
     def settles(self, still_from: int, frames: int) -> list[int]:
-        """Returns for each layer up to the middle the first chunk whose output equals that of the chunk before.
+        """Returns one chunk index for each layer before the middle: from this chunk on, the layer repeats its output.
 
-        All frames of the clip from `still_from` on are equal, and a chunk has `frames` frames. A convolution over time
-        also reads the two frames before, so that its outputs are equal from two frames later on. A layer that halves
-        the time also halves both numbers.
+        From the frame `still_from` on, all frames of the clip are equal. A chunk has `frames` frames. A convolution
+        over time also reads the two frames before, so its output repeats two frames later. In a layer that halves the
+        number of frames, `still_from` and `frames` are halved too.
         """
         still, chunks = still_from + 2, []
         chunks.append(_settled_chunk(still, frames))
@@ -376,13 +382,13 @@ class Conv3d(nn.Conv3d):
     """This convolution of [B,C,T,h,w] runs by `convolve`, which chooses a fast cuDNN engine."""
 
     def forward(self, x: Tensor, halo: int = 0) -> Tensor:
-        """Convolves x; `halo` rows of the padding at the top and at the bottom are already part of x."""
+        """Convolves x, which already contains `halo` rows of the padding at its top and at its bottom."""
         stride, (time, top, left) = cast(Triple, self.stride), cast(Triple, self.padding)
         return convolve(x, self.weight, cast(Tensor, self.bias), stride=stride, padding=(time, top - halo, left))
 
 
 class CausalConv3d(Conv3d):
-    """Convolves each frame and the two before it, [B,C,T,h,w] to [B,C',T,h,w]; zeros stand before a clip's start."""
+    """Convolves each frame and the two before it, [B,C,T,h,w] to [B,C',T,h,w]; frames before the first are zeros."""
 
     def __init__(
         self,
@@ -397,13 +403,16 @@ class CausalConv3d(Conv3d):
     def forward(  # type: ignore[override]
         self, x: Tensor, past: PastQueue, rows: Rows, norm: RMSNorm | None = None
     ) -> Tensor:
-        """Convolves x, or SiLU(norm(x)) if `norm` is given; replaces this convolution's entry in `past`."""
+        """Convolves x, or SiLU(norm(x)) if `norm` is given, together with the two frames before it.
+
+        These two frames are this convolution's entry in `past`, which is then replaced by the last two frames.
+        """
         return self.convolved(self.extended(x, past, rows, norm), rows)
 
     def extended(self, x: Tensor, past: PastQueue, rows: Rows, norm: RMSNorm | None = None) -> Tensor:
-        """Returns the convolution's input: x, or SiLU(norm(x)), with the two frames before it and the neighbours' rows.
+        """Returns the convolution's input: x, or SiLU(norm(x)), extended by two earlier frames and rows of other ranks.
 
-        Replaces this convolution's entry in `past` with the last two frames.
+        The earlier frames come from this convolution's entry in `past`, which is replaced by the last two frames.
         """
         batch, channels, frames, height, width = x.shape
         before, halo = past.popleft(), self._halo(rows)
@@ -441,7 +450,7 @@ class RMSNorm(nn.Module):
         return vae_fused.rms_norm(x, self.gamma)
 
     def into(self, out: Tensor, x: Tensor) -> None:
-        """Writes SiLU(norm(x)) into the first C channels of `out`, which may have more channels than x."""
+        """Writes SiLU(norm(x)) into the first channels of `out`, which may have more channels than x."""
         vae_fused.rms_norm_silu_into(out, x, self.gamma)
 
 

@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, out: Tensor, gamma: Tensor, silu: bool) -> None:
 def upsample(x: Tensor, out: Tensor, rate: int) -> None:
     """Writes each value of x [T, h, w, rate * C] to 2x2 positions of `out` [T * rate, 2h, 2w, C].
 
-    x is contiguous; so is each frame of `out`, but its frames may have any stride.
+    x is contiguous. Each frame of `out` is contiguous too, but the stride from frame to frame may be any.
     """
     frames, height, width, channels = x.shape
     channels //= rate

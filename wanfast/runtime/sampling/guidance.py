@@ -14,5 +14,5 @@ def guide(conditional: Any, unconditional: Any, scale: float) -> Any:
 
 
 def needs_unconditional(scale: float) -> bool:
-    """Returns whether the unconditional branch must run: False at scale 1, which saves half of the work."""
+    """Returns whether the negative prompt's branch must run: False at scale 1, which saves half of the work."""
     return scale != 1.0

@@ -1,4 +1,4 @@
-"""MagCache plans before a generation which forwards to skip, and holds the residuals that replace their blocks.
+"""MagCache plans before a generation which forwards to skip; in these, a stored residual replaces the blocks.
 
 A residual is the sum that the blocks of an expert add to their input. Over most of the schedule, residuals change
 little from step to step, and the ratio of their norms is near one. A curve holds these ratios, which are measured once
@@ -7,7 +7,8 @@ accumulated error stays below a threshold. A skipped forward reuses the residual
 depends only on the curve and the settings, so every rank computes the same plan.
 
 Each branch of guidance has its own forwards, residuals and accumulated error. An expert uses only its own residuals.
-Cost: one residual for each branch, [L, d] in float32. Limit: a curve is valid for one model, steps and shift.
+Cost: one residual for each branch, [L, d] in float32.
+Limit: a curve is valid for one model, one number of steps and one shift.
 Source: MagCache (arXiv 2506.09045), section 3.3. Both rules of `MagCacheSettings.rule` come from its code for Wan2.2.
 Torch-free.
 """
@@ -108,7 +109,7 @@ def plan_best(
         )
     if exactly and skipped not in counts:
         raise ConfigError(
-            f"both branches skip together, so the plan cannot skip {skipped} forwards: skip {skipped - 1} instead"
+            f"the plan cannot skip {skipped} forwards, because both branches skip together: skip {skipped - 1}"
         )
     skipped = max(count for count in counts if count <= skipped)
     _, of_first = min((error + others[skipped - n], n) for n, error in first.errors.items() if skipped - n in others)
@@ -118,7 +119,7 @@ def plan_best(
 
 
 def accumulated_error(ratios: Ratios, plan: Sequence[Skips]) -> float:
-    """Returns the predicted error of a plan: the sum over its skipped forwards, as `plan_best` minimises it."""
+    """Returns the predicted error of a plan, which `plan_best` minimises: the sum over the skipped forwards."""
     total = 0.0
     for branch in (0, 1):
         product = 1.0
@@ -260,7 +261,7 @@ def _resampled(ratios: Sequence[float], of: Sequence[int], to: Sequence[int]) ->
     at = [_on_line(points, -timestep) for timestep in to]
     changes = [here - before for before, here in itertools.pairwise(at)]
     if max(map(abs, changes), default=0.0) > _MOST_CHANGE:
-        raise ConfigError("the timesteps of the curve are too far from those of this run to extrapolate")
+        raise ConfigError("the curve cannot be extrapolated to this run's timesteps, which are too far from its own")
     return [1.0, *map(math.exp, changes)]
 
 
@@ -271,7 +272,7 @@ def _on_line(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 class StepCache(Protocol):
-    """The denoising loop calls this interface, which decides for each forward whether a stored residual replaces it."""
+    """This interface decides for each forward of the denoising loop whether a stored residual replaces the blocks."""
 
     def reuse(self, step: int, branch: Branch) -> Any | None:
         """Returns the residual that replaces the blocks in this forward, or None if the blocks must run."""
@@ -287,7 +288,7 @@ class StepCache(Protocol):
 
 
 class ResidualCache:
-    """Follows the plan of one video, and frees each residual after the last step that uses it."""
+    """Follows the plan of skips of one video, and frees each residual after the last step that uses it."""
 
     def __init__(self, plan: Sequence[Skips]) -> None:
         self._plan = plan

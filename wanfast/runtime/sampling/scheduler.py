@@ -27,7 +27,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """Holds the four weights of x~_i, the sample of step i after the corrector UniC of the solver UniPC.
+    """Holds the four weights by which UniPC's corrector (UniC) computes x~_i, the corrected sample of step i.
 
     x~_i = sample_prev * x~_{i-1} + clean_prev * m_{i-1} + clean_prev2 * m_{i-2} + clean * m_i,
     where m_i is the model's estimate of the clean sample at step i.
@@ -73,7 +73,7 @@ def schedule(solver: Solver, num_steps: int, shift: float) -> tuple[Step, ...]:
 
 
 class Integrator:
-    """Integrates one video's sample from noise to clean, step by step; holds the last clean estimates."""
+    """Integrates one video's sample from noise to clean, step by step; holds the last estimates of the clean sample."""
 
     def __init__(self, steps: tuple[Step, ...]) -> None:
         self._steps = iter(steps)

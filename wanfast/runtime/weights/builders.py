@@ -39,7 +39,7 @@ def build_expert(
     sharded: bool = False,
     device: str | None = None,
 ) -> WanDiT:
-    """Returns an expert with loaded weights; `ranks` share its tokens.
+    """Returns an expert with loaded weights; `ranks` share the tokens of its forwards.
 
     `quantized`: if given, the expert's linear layers have its scheme. Their weights come from its artifact, or with
     `on_the_fly` from the files of the unquantized model. `sharded`: whether each rank holds only its own rows.

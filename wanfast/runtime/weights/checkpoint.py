@@ -102,9 +102,7 @@ def _require_finite(finite: Mapping[tuple[Path, str], Tensor]) -> None:
     if bool(torch.stack(list(finite.values())).all()):
         return
     file, key = next(place for place, flag in finite.items() if not flag)
-    raise CorruptArtifactError(
-        f"{file}: tensor {key!r} holds NaN or an infinity: download this file again, or run the command that made it"
-    )
+    raise CorruptArtifactError(f"{file}: tensor {key!r} holds NaN or an infinity: download or make this file again")
 
 
 def _in_order_of_files(places: dict[Path, dict[str, str]]) -> Iterator[tuple[Path, str, str, RowsFn]]:
@@ -196,7 +194,9 @@ def _match(
     if missing := sorted(wanted.keys() - found):
         where = files[0] if len(files) == 1 else files[0].parent
         key = rename_back(component, layout, missing[0])
-        raise CorruptArtifactError(f"{where}: missing tensor {key!r} ({len(missing)} in all): download it again")
+        raise CorruptArtifactError(
+            f"{where}: missing tensor {key!r} ({len(missing)} in all): download {where.name} again"
+        )
     return places
 
 
@@ -252,7 +252,9 @@ class _SafetensorsReader:
     def rows(self, key: str, first: int, end: int) -> Tensor:
         if self._handle is None or self._bytes_read > _REMAP_BYTES:
             self._handle, self._bytes_read = _open(self._file), 0
-        with foreign(f"{self._file}: tensor {key!r}", "check the disk, or download it again", CorruptArtifactError):
+        with foreign(
+            f"{self._file}: tensor {key!r}", "check the disk, or download this file again", CorruptArtifactError
+        ):
             part = self._handle.get_slice(key)
             rows: Tensor = part[first:end] if part.get_shape() else self._handle.get_tensor(key)
         self._bytes_read += rows.nbytes

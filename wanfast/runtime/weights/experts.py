@@ -1,10 +1,10 @@
 """This module places the two experts: both on the device, or one on the device and both in pinned host memory.
 
 If both are on the device (resident), weights are evicted when the VAE needs the memory.
-With offloading, the idle expert is only in host memory: one expert runs at a time, and each video changes the expert
-once. Both experts have the same shapes, so the device holds ONE set of parameters. During the last high-noise forward,
-the low-noise weights overwrite each block as soon as that block is done. This copy (28.6 GB in bf16, about a second)
-overlaps with the forward and needs no additional GPU memory.
+With offloading, the idle expert is only in host memory: one expert runs at a time, and each video changes once from
+one expert to the other. Both experts have the same shapes, so the device holds ONE set of parameters. During the last
+high-noise forward, the low-noise weights overwrite each block as soon as that block is done. This copy (28.6 GB in
+bf16, about a second) overlaps with the forward and needs no additional GPU memory.
 Cost of offloading: 58 to 64 GB of pinned host memory, and one copy of an expert before a video's first step.
 """
 
@@ -40,7 +40,7 @@ class Experts(Protocol):
         ...
 
     def leave(self) -> None:
-        """Ends the use of the experts for a video; offloaded experts free their GPU memory. `take` brings them back."""
+        """Ends the use of the experts for a video; offloaded experts free their GPU memory until the next `take`."""
         ...
 
     def evict(self, size: int) -> bool:
@@ -116,7 +116,8 @@ class ResidentExperts:
 class OffloadedExperts:
     """Holds the weights of both experts in host memory, and those of the running expert also on the device.
 
-    `hosted`: both experts, with weights on the CPU. The first expert's module then runs on the device for both.
+    `hosted`: both experts, with weights on the CPU. On the device, the module of the first expert runs with the weights
+    of either expert.
     """
 
     def __init__(self, hosted: dict[Expert, WanDiT], device: str) -> None:

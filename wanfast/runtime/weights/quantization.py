@@ -1,8 +1,8 @@
 """Quantizes the weights of linear layers, and replaces the linear layers of a model by quantized ones.
 
-torchao computes 8-bit values and one scale for each row. Both are stored as plain tensors. The layers of
-`models.quantized` multiply by them, not torchao's own: they compile in seconds, and a compiled block stays one graph.
-LOG.md compares both. Rows are independent of each other, so a weight can be quantized a few rows at a time.
+torchao computes 8-bit values and one scale for each row. Both are stored as plain tensors. The layers that multiply by
+them are those of `models.quantized`, not torchao's: ours compile in seconds, and a compiled block stays one graph.
+LOG.md compares the layers. Rows are independent of each other, so a weight can be quantized a few rows at a time.
 """
 
 from __future__ import annotations
