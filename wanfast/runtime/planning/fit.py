@@ -73,7 +73,7 @@ class Fit:
         return f"{self.geometry.width}x{self.geometry.height}"
 
     def best(self) -> Way | None:
-        """Returns the way that fits here with the most GPUs, the preferred one of several; None if no way fits."""
+        """Returns the preferred way among those that fit here with the most GPUs; None if no way fits."""
         fitting = [way for way in self.ways if way.fits.get(HERE)]
         return max(fitting, key=lambda way: way.num_gpus, default=None)
 
