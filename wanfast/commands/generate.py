@@ -25,7 +25,7 @@ def generate(
         Path | None,
         typer.Option(
             "--from",
-            help="Run the .json of an earlier video again; other options override its options.",
+            help="Run the .json of an earlier video again; other options override the recorded ones.",
             rich_help_panel=MAKE,
         ),
     ] = None,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def check_outputs(path: str, *beside: Path, overwrite: bool, needed_bytes: int, option: str = "--output") -> None:
-    """Checks, before any work, that an mp4 of `needed_bytes` and the files `beside` it can be written.
+    """Checks, before any work, that an mp4 of `needed_bytes` can be written to `path`, and other files to `beside`.
 
     Raises ConfigError, one line with `option`, the path and the fix.
     """

@@ -2,8 +2,8 @@
 
 A claim is a symbolic link that leads nowhere, whose text is the group's number. The system makes a link in one step, so
 that a killed rank leaves no half of a claim. A short link also fits on a full disk. If the file system has no links, a
-claim is a folder instead, and a folder in it has the group's number as its name. The folders are
-made under another name, and then renamed in one step.
+claim is a folder instead, and a folder in it has the group's number as its name. The folders are made under another
+name, and then renamed in one step.
 """
 
 from __future__ import annotations
