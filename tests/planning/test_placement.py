@@ -153,9 +153,9 @@ def test_float8_needs_a_gpu_that_has_it(wanfast: Wanfast, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("gpus", "gigabytes", "options", "words"),
     [
-        (1, 24, [], "a rank would hold resident 82.5 GB, evicting 72.3 GB, offloaded 43.4 GB, but only 24.0 GB are"),
-        (1, 48, ["--expert-offload", "off"], "offloaded 43.4 GB (switched off)"),
-        (8, 48, ["--num-gpus", "8", "--dit-fsdp", "off"], "(switched off)"),
+        (1, 24, [], "hold 82.5 GB (resident) or 72.3 GB (evicting) or 43.4 GB (offloaded), but only 24.0 GB are"),
+        (1, 48, ["--expert-offload", "off"], "43.4 GB (offloaded: switched off)"),
+        (8, 48, ["--num-gpus", "8", "--dit-fsdp", "off"], "(sharded: switched off)"),
         (1, 84, ["--dit-fsdp", "on"], "--dit-fsdp on: a video has one rank"),
         (1, 84, ["--t5-fsdp", "on"], "--t5-fsdp on needs several ranks"),
         (4, 84, ["--num-gpus", "8"], "--num-gpus 8: the number of GPUs here is 4: use --num-gpus 4"),
@@ -200,7 +200,7 @@ def test_a_host_too_small_for_the_idle_expert_is_said(wanfast: Wanfast, machine:
     machine(1, 48, host_gb=40)
     outcome = wanfast(*A14B_DRY)
     assert outcome.exit_code == 2
-    assert "offloaded 43.4 GB (needs 63.7 GB of host memory, of which 40.0 GB are free), but only 48.0" in outcome.err
+    assert "43.4 GB (offloaded: needs 63.7 GB of host memory, of which 40.0 GB are free), but only 48.0" in outcome.err
     outcome = wanfast(*A14B_DRY, "--expert-offload", "on")
     assert outcome.exit_code == 2 and "--expert-offload on: needs 63.7 GB of host memory" in outcome.err
     machine(8, 48, host_gb=400)  # one rank per video: each of eight would pin both experts
@@ -216,13 +216,15 @@ def test_experts_are_evicted_to_a_host_with_enough_memory(wanfast: Wanfast, mach
     machine(1, 80, host_gb=2)
     refused = wanfast(*A14B_DRY)
     assert refused.exit_code == 2
-    assert "resident 82.5 GB, evicting 72.3 GB (needs 2.5 GB of host memory, of which 2.0 GB are free)" in refused.err
+    assert (
+        "82.5 GB (resident) or 72.3 GB (evicting: needs 2.5 GB of host memory, of which 2.0 GB are free)" in refused.err
+    )
     machine(1, 90, host_gb=2)
     assert "experts resident: 82.5 GB" in wanfast(*A14B_DRY).document["plan"]["placement"]
     groups = ("--num-gpus", "8", "--cfg-parallel", "1", "--ulysses", "1", "--jobs", "jobs.jsonl")
     Path("jobs.jsonl").write_text("{}\n" * 8)
     machine(8, 80, host_gb=19)  # for eight ranks, each with a video of its own
-    assert "(needs 20.3 GB of host memory" in wanfast(*A14B_DRY, *groups).err
+    assert "(evicting: needs 20.3 GB of host memory" in wanfast(*A14B_DRY, *groups).err
     machine(8, 80, host_gb=21)
     plan = wanfast(*A14B_DRY, *groups).document["results"][0]["plan"]
     assert "experts evicting" in plan["placement"]
@@ -340,9 +342,9 @@ def test_a_model_planned_for_the_cpu_is_said(
 @pytest.mark.parametrize(
     ("ranks", "held"),
     [
-        ([], "resident 67.4 GB"),
-        (["--num-gpus", "2", "--cfg-parallel", "2"], "resident 34.1 GB"),
-        (["--num-gpus", "2", "--cfg-parallel", "2", "--dit-fsdp", "on"], "sharded 34.1 GB"),
+        ([], "67.4 GB (resident)"),
+        (["--num-gpus", "2", "--cfg-parallel", "2"], "34.1 GB (resident)"),
+        (["--num-gpus", "2", "--cfg-parallel", "2", "--dit-fsdp", "on"], "34.1 GB (sharded)"),
     ],
     ids=["one rank", "two ranks", "sharded as asked"],
 )

@@ -66,7 +66,9 @@ def effective_of(ranks: list[Ranks]) -> dict[str, Any]:
 def test_a_program_that_is_started_once_a_rank_is_refused(ranks: list[Ranks], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    expected = r"^torchrun started this program 2 times \(WORLD_SIZE=2\), .*: run it without torchrun, with num_gpus=2 "
+    expected = (
+        r"^torchrun started this program 2 times \(WORLD_SIZE=2\), .*: run it without torchrun, and give num_gpus=2 "
+    )
     for call in (lambda: wanfast.open(**TINY_ON_CPU), lambda: wanfast.make(**TINY_ON_CPU, **VIDEO)):
         with pytest.raises(ConfigError, match=expected):
             call()

@@ -226,7 +226,7 @@ def test_a_curve_that_is_damaged_after_it_was_found_is_one_line(
     monkeypatch.setattr(ArtifactStore, "find", lambda *arguments, **options: folder)
     for damage in ("[" * 100_000, "{", "{}", '{"ratios": 3}'):
         (folder / curves.RATIOS).write_text(damage)
-        with pytest.raises(CorruptArtifactError, match="calibrate again"):
+        with pytest.raises(CorruptArtifactError, match="run `wanfast calibrate-magcache`"):
             curves.curve_of(config, files)
     (folder / curves.RATIOS).unlink()
     with pytest.raises(CorruptArtifactError, match="No such file or directory: remove its folder"):

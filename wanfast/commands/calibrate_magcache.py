@@ -41,10 +41,12 @@ def calibrate_magcache(
             rich_help_panel=MAKE,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first clip; each next clip adds 1.", rich_help_panel=MAKE)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first clip; the next one gets seed + 1.", rich_help_panel=MAKE)
+    ] = 0,
     json_: options.Json = False,
 ) -> None:
-    """Make every clip of a set without skipping, measure MagCache's ratios, and store them for --magcache artifact.
+    """Make a video of each clip of a set without skipping, and store MagCache's ratios for --magcache artifact.
 
     Each clip's measurements are stored when the clip is done, so that an interrupted run continues with the next clip.
     """
@@ -81,9 +83,9 @@ def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list
 def calibrated(
     given: dict[str, Any], plans: list[Plan], clips: list[Clip], files: ModelFiles, *, show_progress: bool
 ) -> dict[str, Any]:
-    """Returns as JSON the curve of the set and how the preset differs from it; measures the curve if it is missing.
+    """Returns a JSON document on the curve of the set, and on how the preset differs from this curve.
 
-    Raises WanFastError.
+    If the curve is missing, it is measured first. Raises WanFastError.
     """
     config = plans[0].config
     store, inputs = ArtifactStore(Path(config.models.artifacts_dir)), curve_inputs(config, files, digest_of(clips))

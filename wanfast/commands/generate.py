@@ -24,14 +24,16 @@ def generate(
     from_: Annotated[
         Path | None,
         typer.Option(
-            "--from", help="Run the .json of an earlier video again; other options override it.", rich_help_panel=MAKE
+            "--from",
+            help="Run the .json of an earlier video again; other options override the recorded ones.",
+            rich_help_panel=MAKE,
         ),
     ] = None,
     jobs: Annotated[
         Path | None,
         typer.Option(
-            help="Make many videos: each line of this file is a JSON object of options, which override the command "
-            "line's. The path of a line's image is relative to the file's folder.",
+            help="Make many videos: each line of this file is a JSON object of options, which override those of "
+            "the command line. The path of a line's image is relative to the file's folder.",
             rich_help_panel=MAKE,
         ),
     ] = None,

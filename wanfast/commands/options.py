@@ -121,19 +121,19 @@ def given(context: typer.Context) -> dict[str, Any]:
 
 def one_line(error: Any, arguments: list[str]) -> ConfigError:
     """Turns Typer's usage error into a ConfigError of one line, which names the option and the fix."""
-    help_ = f"see `{error.ctx.command_path if error.ctx else f'wanfast {arguments[0]}'} --help`"
+    see_help = f"see `{error.ctx.command_path if error.ctx else f'wanfast {arguments[0]}'} --help`"
     kind, param = type(error).__name__, typing.cast("Any", getattr(error, "param", None))
     if kind == "NoSuchOption":
         visible = [option for option in error.ctx.command.params if not getattr(option, "hidden", False)]
         known = [word.lstrip("-") for option in visible for word in (*option.opts, *option.secondary_opts)]
         near = [f"--{name}" for name in near_names(error.option_name.lstrip("-"), known)]
-        fix = f"did you mean {' or '.join(near)}?" if near else help_
+        fix = f"did you mean {' or '.join(near)}?" if near else see_help
         return ConfigError(f"unknown option {error.option_name}: {fix}")
     if kind == "MissingParameter":
-        return ConfigError(f"{param.opts[0]} is missing: {help_}")
+        return ConfigError(f"{param.opts[0]} is missing: {see_help}")
     if param is None:
         words = " ".join(error.format_message().split()).rstrip(".")
-        return ConfigError(f"{words[:1].lower()}{words[1:]}: {help_}")
+        return ConfigError(f"{words[:1].lower()}{words[1:]}: {see_help}")
     if param.name in OPTIONS:
         try:
             OPTIONS[param.name].accept(_typed(param.opts, arguments))

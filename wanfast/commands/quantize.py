@@ -49,8 +49,8 @@ def quantize(
 ) -> None:
     """Quantize the experts and store them for `generate --quantize`.
 
-    In 8 bits they have a quarter of the bytes of the published float32 weights. Run the command again after a failure:
-    only the missing expert is quantized.
+    In 8 bits the experts have a quarter of the bytes of the published float32 weights. Run the command again after a
+    failure: only the missing expert is quantized.
     """
     from wanfast.runtime.jobs import quantize as worker  # torch begins here
 

@@ -24,7 +24,9 @@ _WORTH_A_NOTE_S = 0.5
 
 
 class Report:
-    """Prints plans and results on stdout; with `as_json` on stderr, and one JSON document as the last line of stdout.
+    """Prints plans and results on stdout.
+
+    With `as_json` it prints them on stderr instead, and one JSON document as the last line of stdout.
 
     `brief` is true if stdout is not a terminal. Then only the results are printed, no plans and no progress.
     """
@@ -37,7 +39,7 @@ class Report:
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def plans(self, planned: list[Planned], *, always: bool) -> None:
-        """Prints the plans, the errors and the notes; without a terminal no plans, unless `always` is true."""
+        """Prints the errors, the notes and the plans; if `brief` is true, plans only with `always`."""
         for item in planned:
             if item.plan is None:
                 self.result(item, item.outcome())
@@ -56,7 +58,9 @@ class Report:
             self._summary(result, _of_line(item))
             self._note_compile_time(result, _of_line(item))
             if item.request.engines not in (None, result["cudnn_engines"]):
-                self._warnings.print("note: --from: cuDNN's engines are not those of that run: last bits may differ")
+                self._warnings.print(
+                    "note: --from: cuDNN's engines differ from those of the earlier run: pixels may differ slightly"
+                )
         elif item.request.line is not None:
             self._warnings.print(f"error{_of_line(item)}: {result['error']}", markup=False)
 

@@ -35,7 +35,7 @@ def shipped_set(spec: ModelSpec) -> Path:
 
 
 def read_set(folder: Path, seed: int) -> list[Clip]:
-    """Reads the clips of the set in `folder`. The first clip has `seed`, and each next clip adds 1.
+    """Reads the clips of the set in `folder`. The first clip gets `seed`, the next one seed + 1, and so on.
 
     Raises ConfigError if the set is missing or malformed.
     """

@@ -1,9 +1,10 @@
 """Defines a step cache that skips nothing and measures how residuals change from step to step.
 
-For each step, branch and token, the ratio is |r| / |r of the step before|, with norms over the channels. For each step
-and branch this cache measures the ratio's mean and standard deviation ("spread") over all tokens, and the mean cosine
-distance of the two residuals. The first step has no measurement. The low-noise expert's first step is compared with the
-high-noise expert's last step, as in the published curves. Source: MagCache (arXiv 2506.09045) section 3.2.
+For each step, branch and token with the residual r, the ratio is |r| / |r of the step before|, with norms over the
+channels. For each step and branch this cache measures the ratio's mean and standard deviation ("spread") over all
+tokens, and the mean cosine distance of the two residuals. The first step has no measurement. The low-noise expert's
+first step is compared with the high-noise expert's last step, as in the published curves. Source: MagCache (arXiv
+2506.09045) section 3.2.
 
 Shapes: L this rank's tokens, d model dim.
 """
@@ -40,7 +41,10 @@ class Recorder:
         return branch in self._branches
 
     def keep(self, step: int, branch: Branch, residual: Tensor) -> None:
-        """Compares the residual [1, L, d] with that of the step before, and adds up the measurements of all tokens."""
+        """Compares a residual with that of the step before, and adds up the measurements of all tokens.
+
+        `residual`: [1, L, d], L this rank's tokens, d model dim.
+        """
         own = residual[0, : self._num_own]
         before, self._before[branch] = self._before.get(branch), own
         if before is None:

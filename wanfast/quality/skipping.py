@@ -46,7 +46,7 @@ SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
 
 @dataclass(frozen=True)
 class Way:
-    """Holds one setting, greedy or least error, and its plan for one video."""
+    """Holds one setting of MagCache, the kind of plan (greedy or least error), and this plan for one video."""
 
     rule: MagCacheRule
     name: str
@@ -55,7 +55,7 @@ class Way:
 
 
 def ways(full: Plan, judge: Judge) -> list[Way]:
-    """Returns two ways for each setting: the greedy plan, and the least-error plan with as many skips."""
+    """Returns two ways for each setting: the greedy plan, and the least-error plan with the same number of skips."""
     found = []
     for rule, name in SETTINGS:
         settings = magcache_settings(name)
@@ -74,7 +74,7 @@ def ways(full: Plan, judge: Judge) -> list[Way]:
 
 @torch.inference_mode()
 def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
-    """Makes the videos of one held-out pair and returns their metrics: first without skipping, then for each way."""
+    """Makes the videos of one held-out pair and returns their metrics: first without skipping, then for each `Way`."""
     scene, truth = judge.held_out(index)
     full = Plan.of(judge.config.replace(seed=index), judge.files.spec, (SIZE, SIZE))
     reference = judge.by_plan(judge.pipeline, full, scene.caption, truth[:, 0])
@@ -99,7 +99,7 @@ def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
 
 
 def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[str, Any]]:
-    """Averages the metrics over all pairs; the first row is without skipping, then comes one row for each way."""
+    """Averages the metrics over all pairs; the first row is without skipping, then comes one for each `Way`."""
     full = Plan.of(judge.config, judge.files.spec, (SIZE, SIZE))
     found: list[dict[str, Any]] = []
     for number, way in enumerate((None, *ways(full, judge))):
@@ -123,7 +123,10 @@ def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[st
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Plots PSNR and SSIM to the unskipped video, and prompt following; the x axis is the share of skipped forwards."""
+    """Plots three values over the share of skipped forwards: PSNR, SSIM, and the share of prompts that are followed.
+
+    PSNR and SSIM compare with the unskipped video.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")

@@ -189,9 +189,9 @@ def _work(asked: tuple[Callable[[Judge, T], R], T]) -> R:
 def judge_all(
     judged: Callable[[Judge, T], R], tasks: Sequence[T], settings: Settings, processes: int, *, every: int
 ) -> list[R]:
-    """Returns `judged(judge, task)` for each task, in order; several processes compute, each with a judge.
+    """Returns `judged(judge, task)` for each task, in order; each of `processes` processes has its own judge.
 
-    Progress is printed each time `every` more tasks are done.
+    Each time that `every` more tasks are done, a line with the progress is printed.
     """
     started, results = time.perf_counter(), []
     with multiprocessing.get_context("spawn").Pool(processes, _start, (settings,)) as pool:

@@ -2,7 +2,7 @@
 
 A scene is drawn from a seed: one subject that the caption names, up to two bystanders, a patterned background, and
 either a motion of the subject or one of the camera. Rendering is batched on the device. A shape is a mask from an
-atlas, sampled through the inverse of its motion, so that any frame and any window can be rendered without the others.
+atlas, sampled through the inverse of its motion, so that any frame, or any window of it, can be rendered alone.
 
 Shapes: B clips, F frames, H x W pixels; S shapes in the atlas.
 A tenth of all (shape, colour, motion) combinations is held out. A held-out clip shows a motion that training never

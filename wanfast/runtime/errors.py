@@ -1,8 +1,8 @@
 """Defines the errors that a user can fix.
 
 Each error has an exit code, and its text is one line that names the option and the fix. Only `cli.py` turns an error
-into an exit code. Any other exception that escapes is a bug and keeps its traceback. `foreign` is the one gate for
-files of users: it bounds what parsers and the file system raise about them.
+into an exit code. Any other exception that escapes is a bug and keeps its traceback. Users' files are read inside
+`foreign`, which turns everything that a parser or the file system raises into such an error.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ class CancelledError(WanFastError):
 
 @contextmanager
 def foreign(subject: str, fix: str, kind: type[WanFastError] = ConfigError) -> Iterator[None]:
-    """Turns everything that a parser or the file system raises about a user's file into one line.
+    """Turns everything that a parser or the file system raises about a user's file into an error of one line.
 
     The line is "SUBJECT: REASON: FIX"; the subject names the option and the file. The block must hold only the foreign
-    call, so that our own bugs keep their traceback. Errors of this module and requests to stop pass through.
+    call, so that our own bugs keep their traceback. WanFastErrors and requests to stop (KeyboardInterrupt, SystemExit)
+    pass through.
     """
     try:
         yield

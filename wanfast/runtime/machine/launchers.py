@@ -16,15 +16,15 @@ _LAUNCHERS = (
 
 
 def refuse_launchers(what: str, instead: str, num_gpus: str) -> None:
-    """Raises ConfigError if this process is one of several that another launcher started; each would do all the work.
+    """Raises ConfigError if another launcher started several processes like this one; each would do all the work.
 
-    The message says that `what` was started, to do `instead` without the launcher, and which option (`num_gpus`) sets
-    the number of ranks.
+    Three texts go into the message: `what` was started, what to do `instead` without the launcher, and `num_gpus`, the
+    option that sets the number of ranks.
     """
     for launcher, size, rank in _LAUNCHERS:
         count = os.environ.get(size, "1")
         if count.isdecimal() and int(count) > 1 and os.environ.get(rank, "").isdecimal():
             raise ConfigError(
                 f"{launcher} started {what} {count} times ({size}={count}), but wanfast starts its own ranks: "
-                f"{instead} without {launcher}, with {num_gpus}{count} for as many ranks"
+                f"{instead} without {launcher}, and give {num_gpus}{count} to get {count} ranks"
             )

@@ -21,9 +21,9 @@ _PNG_GAMMA, _H273_PRIMARIES = 1 / 2.2, 1  # sRGB's, as a PNG and as a HEIC state
 
 
 def to_rgb(image: Image, subject: str) -> tuple[Image, list[str]]:
-    """Returns a decoded image as 8-bit sRGB, with transparent pixels blended with white, and notes on the steps.
+    """Returns (image, notes): a decoded image as 8-bit sRGB, and a note on each step of the conversion.
 
-    Raises ConfigError, whose message begins with `subject`.
+    Transparent pixels are blended with white. Raises ConfigError, whose message begins with `subject`.
     """
     notes, described = [], dict(image.info)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):

@@ -1,4 +1,4 @@
-"""Reads and checks the image that a clip starts from.
+"""Reads and checks the image that a video starts from.
 
 The parent calls `load_image` before any GPU is used and without torch, so that a bad file is refused within a second,
 by one line. Nothing is cropped or resized here (`engine.pixels` does that).

@@ -48,7 +48,7 @@ class PromptTokenizer:
         self._tokenizer = _load(tokenizer_json)
 
     def encode(self, text: str) -> TokenizedPrompt:
-        """Cleans and tokenizes `text`; a special token that the text spells gets its own id, as in the reference."""
+        """Cleans and tokenizes `text`. A special token written in it, such as </s>, gets its own id, as in Wan2.2."""
         cleaned = clean_prompt(text)
         with foreign(str(self._file), _AGAIN, CorruptArtifactError):
             *ids, end = self._tokenizer.encode(cleaned).ids
@@ -77,6 +77,6 @@ def _load(tokenizer_json: Path) -> Tokenizer:
         ends, end = tokenizer.encode("").ids[-1:], tokenizer.token_to_id(END_TOKEN)
     if ends != [end]:
         raise CorruptArtifactError(
-            f"{tokenizer_json} does not append {END_TOKEN} to a text: copy UMT5's tokenizer.json"
+            f"{tokenizer_json} does not append {END_TOKEN} to a text: replace this file by UMT5's tokenizer.json"
         )
     return tokenizer

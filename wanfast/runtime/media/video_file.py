@@ -1,4 +1,4 @@
-"""Writes the frames of a clip as a video and as a contact sheet, and checks beforehand that both can be written.
+"""Writes frames as an mp4 and as a contact sheet, and checks beforehand that both files can be written.
 
 Nothing here imports torch. The caller publishes files completely or not at all (`store.atomic`).
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def check_outputs(path: str, *beside: Path, overwrite: bool, needed_bytes: int, option: str = "--output") -> None:
-    """Checks that an mp4 of `needed_bytes` can be written to `path`, and the files `beside` it, before any work.
+    """Checks, before any work, that an mp4 of `needed_bytes` can be written to `path`, and other files to `beside`.
 
     Raises ConfigError, one line with `option`, the path and the fix.
     """
@@ -146,7 +146,7 @@ class Mp4Writer:
 def write_contact_sheet(frames: npt.NDArray[np.uint8], path: Path, columns: int = 4, count: int = 8) -> None:
     """Writes a PNG with `count` evenly spaced frames of [F, H, W, 3], row by row, from the first to the last frame.
 
-    If the clip has fewer frames, all are shown. Raises OSError if the file cannot be written.
+    If the video has fewer frames, all are shown. Raises OSError if the file cannot be written.
     """
     import numpy as np
     from PIL import Image

@@ -73,7 +73,10 @@ class Fit:
         return f"{self.geometry.width}x{self.geometry.height}"
 
     def best(self) -> Way | None:
-        """Returns the way that fits here with the most GPUs, the preferred one of several; None if no way fits."""
+        """Returns the way that fits here with the most GPUs, or None if no way fits.
+
+        If several ways use that many GPUs, it is the preferred one of them.
+        """
         fitting = [way for way in self.ways if way.fits.get(HERE)]
         return max(fitting, key=lambda way: way.num_gpus, default=None)
 

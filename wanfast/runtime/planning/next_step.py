@@ -1,4 +1,4 @@
-"""Finds the command to type next: it removes the first obstacle to a video on this machine. Torch-free.
+"""Finds the command to type next, which removes the first obstacle to a video on this machine. Torch-free.
 
 The command's image and prompt ship with the package, so that the command runs unchanged.
 """
@@ -80,7 +80,7 @@ def next_step(
 
 
 def warmup_command(config: EffectiveConfig) -> str:
-    """Returns the `wanfast warmup` command that compiles for a rank group of a generation, with the same options."""
+    """Returns the `wanfast warmup` command that compiles in advance what a rank group needs with these options."""
     ranks = config.ranks.mesh.group_size
     chosen = config.options() | {"num_gpus": ranks, "recipe": None}  # the options hold all that a recipe chose
     if ranks == 1:

@@ -1,4 +1,4 @@
-"""Predicts the seconds of a plan: seconds a forward in a similar earlier run, times the plan's forwards. Torch-free."""
+"""Predicts the seconds of a plan from the seconds of a forward in a similar earlier run. Torch-free."""
 
 from __future__ import annotations
 

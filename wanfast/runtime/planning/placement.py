@@ -152,7 +152,7 @@ def modes(need: Need, ranks: int) -> dict[str, int]:
 
 
 def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
-    """Returns {mode: {name: bytes}}: the named terms whose sum is the mode's peak in `modes`."""
+    """Returns {mode: {what takes memory: bytes}}; the bytes of a mode add up to its peak in `modes`."""
     in_loop, in_vae = _in_loop(need), {"VAE": need.vae} | ({"graphs": need.graphs} if need.graphs else {})
     both, margin = {"both experts": 2 * need.expert}, {"margin": need.margin}
     held = {"resident": {**both, **_larger(in_loop, in_vae), **margin}}
@@ -210,19 +210,19 @@ def _place_experts(
             f"{_GRAPHS}: a rank would hold {gb(held['resident'])}, {gb(need.graphs)} of them CUDA graphs, "
             f"but only {gb(free)} are free: {_NO_GRAPHS}, or a smaller --size"
         )
-    ways = ", ".join(
-        f"{mode} {gb(size)}" + (f" ({barred[mode]})" if mode in barred else "") for mode, size in held.items()
+    one_of = " or ".join(
+        f"{gb(size)} ({mode}" + (f": {barred[mode]})" if mode in barred else ")") for mode, size in held.items()
     )
     raise ConfigError(
-        f"--model {config.models.model} --precision {config.models.precision}: a rank would hold {ways}, "
+        f"--model {config.models.model} --precision {config.models.precision}: a rank would hold {one_of}, "
         f"but only {gb(free)} are free: use more or larger GPUs, or a smaller --size"
     )
 
 
 def _refusal_on_cpu(plan: Plan, held: dict[str, int], free: int) -> str:
     """Returns the reason and the remedy if none of the modes in `held` fits into host memory."""
-    ways = ", ".join(f"{mode} {gb(size)}" for mode, size in held.items())
-    short = f"a process would hold {ways}, but only {gb(free)} of host memory are free for each"
+    one_of = " or ".join(f"{gb(size)} ({mode})" for mode, size in held.items())
+    short = f"a process would hold {one_of}, but only {gb(free)} of host memory are free for each"
     if is_cpu_for_want_of_a_gpu(plan):
         return f"no GPU was found: use a machine with one, or a smaller --size (on this CPU {short})"
     return f"--device cpu: {short}: use a smaller --size"
@@ -262,10 +262,10 @@ def _barred(
 
 
 def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) -> dict[str, int]:
-    """Returns the bytes of this machine's host memory for the modes that move weights there: evicting and offloaded.
+    """Returns the bytes of host memory that the evicting mode and the offloaded mode need on this machine.
 
-    `free`: the free bytes of a GPU. In the evicting mode a rank moves the bytes that do not fit; if `free` is None, one
-    expert is assumed.
+    `free`: the free bytes of a GPU. In the evicting mode a rank moves the bytes that do not fit on its GPU. If `free`
+    is None, these are taken as one expert's bytes.
     """
     missing = need.expert if free is None else max(0, modes(need, ranks)["resident"] - free)
     return {"evicting": missing * ranks_here, "offloaded": need.offloaded * ranks_here}

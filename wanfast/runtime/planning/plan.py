@@ -126,12 +126,18 @@ class Plan:
 
     @property
     def is_joint(self) -> bool:
-        """Returns whether both branches skip together. On separate ranks, a branch that skips alone only waits."""
+        """Returns whether both branches of guidance skip the same forwards.
+
+        If each branch has its own ranks, ranks that skip alone save no time: they wait for the others.
+        """
         return self.config.skipping is not None and self.config.skipping.magcache_joint == "on"
 
     @cached_property
     def skips(self) -> list[Skips]:
-        """Returns for each step and branch whether MagCache skips. Raises ConfigError if a budget cannot be met."""
+        """Returns for each step and branch whether MagCache skips.
+
+        Raises ConfigError if --magcache-budget or --magcache-skip cannot be met.
+        """
         return self._skips(joint=self.is_joint)
 
     def _skips(self, *, joint: bool) -> list[Skips]:

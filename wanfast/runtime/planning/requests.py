@@ -47,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Planned:
-    """This class holds a request with either its plan, the error that prevented a plan, or its existing files."""
+    """This class holds a request with its plan, or why there is no plan: an error, or a video that exists."""
 
     request: Request
     plan: Plan | None = None

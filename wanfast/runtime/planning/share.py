@@ -18,10 +18,10 @@ class Share:
     claim: Callable[[int], bool] = lambda index: True
 
     def own(self, jobs: Sequence[int]) -> list[int]:
-        """Returns this group's own jobs: every n-th of `jobs` if there are n groups."""
+        """Returns this rank group's own jobs: every n-th of `jobs` if there are n rank groups."""
         return list(jobs[self.place :: self.groups])
 
     def claimed(self, jobs: Sequence[int]) -> Iterator[int]:
-        """Claims the jobs one by one, the group's own first, and yields each job that this group gets."""
+        """Claims the jobs one by one, this rank group's own first, and yields each job that this group gets."""
         own = dict.fromkeys(self.own(jobs))
         return filter(self.claim, [*own, *(job for job in jobs if job not in own)])

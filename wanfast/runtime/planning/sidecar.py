@@ -35,10 +35,13 @@ def planned(plan: Plan) -> dict[str, Any]:
     }
 
 
-def with_seconds(document: dict[str, Any], facts: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """Returns the document with the facts of a run, and the seconds of its stages and their sum (rounded to 1 ms)."""
+def with_seconds(document: dict[str, Any], added: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """Returns `document` with what a run adds: `added`, and the seconds of each stage and in total.
+
+    Seconds are rounded to 1 ms.
+    """
     rounded = {name: round(value, 3) for name, value in seconds.items()}
-    return document | facts | {"seconds": rounded | {"total": round(sum(seconds.values()), 3)}}
+    return document | added | {"seconds": rounded | {"total": round(sum(seconds.values()), 3)}}
 
 
 class Recording:
@@ -101,7 +104,7 @@ def write_video(
 ) -> dict[str, Any]:
     """Writes frames [F, H, W, 3] to `outputs` = (mp4, JSON, perhaps a contact sheet) and returns the JSON.
 
-    The JSON is `document`, which comes from `with_seconds`, with the seconds of writing and the sha256 of the mp4.
+    `document` comes from `with_seconds`. The JSON adds to it the seconds of writing and the sha256 of the mp4.
     Raises ConfigError.
     """
     with Recording(outputs, document["plan"]["fps"], overwrite=overwrite) as recording:

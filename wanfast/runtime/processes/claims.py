@@ -1,8 +1,9 @@
 """Says which rank group does a job: the first one that claims it. Torch-free.
 
-A claim is a symbolic link that leads nowhere, whose text is the group's number. The system makes the link in one step,
-so that a killed rank leaves no half of a claim, and short links need no space of a full disk. A file system without
-links gets a folder that holds a folder of this name, and that is renamed in one step.
+A claim is a symbolic link that leads nowhere, whose text is the group's number. The system makes a link in one step, so
+that a killed rank leaves no half of a claim. A short link also fits on a full disk. If the file system has no links, a
+claim is a folder instead, and a folder in it has the group's number as its name. The folders are made under another
+name, and then renamed in one step.
 """
 
 from __future__ import annotations

@@ -58,7 +58,10 @@ class Forked:
 
 
 def fork(count: int) -> list[Forked]:
-    """Forks `count` ranks and returns them. In each rank, it waits for `Forked.start` and returns an empty list."""
+    """Forks `count` ranks and returns them.
+
+    In each rank, this function waits until the launcher calls `Forked.start`, and returns an empty list.
+    """
     gc.freeze()  # what was imported is neither searched for garbage, nor copied by the search
     forked: list[Forked] = []
     for _ in range(count):

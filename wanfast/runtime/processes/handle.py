@@ -62,7 +62,10 @@ class Video:
         return plan
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False, contact_sheet: bool = False) -> None:
-        """Writes the mp4 and its .json; `wanfast generate --from` makes the video again from it. Raises ConfigError."""
+        """Writes the mp4 and its .json; `wanfast generate --from` can repeat the video from the .json.
+
+        Raises ConfigError.
+        """
         from wanfast.runtime.media import video_file
 
         output = OutputConfig(output=os.fspath(path), overwrite=overwrite, contact_sheet=contact_sheet)
@@ -103,7 +106,7 @@ class _Opened:
     def of(cls, asked: dict[str, Any]) -> _Opened:
         """Plans a video of the given size, or of the model's own size, for one rank group. Raises WanFastError."""
         asked = accepted(asked)
-        _refuse(asked, asked.keys() - _OF_HANDLE - _OF_A_VIDEO, "a video: give it to make")
+        _refuse(asked, asked.keys() - _OF_HANDLE - _OF_A_VIDEO, "a video", "Handle.make")
         if asked.get("nnodes", 1) != 1:
             raise ConfigError("a handle uses one machine: drop nnodes")
         refuse_launchers("this program", "run it", "num_gpus=")
@@ -118,7 +121,10 @@ class _Opened:
         free_memory = measure(config.ranks)
         (plan,) = place([dataclasses.replace(plan, requested=given)], free_memory)
         if plan.mesh.replica > 1:
-            raise ConfigError(f"a handle makes one video at a time: use num_gpus={plan.mesh.group_size}")
+            raise ConfigError(
+                f"num_gpus={plan.config.ranks.num_gpus} gives {plan.mesh.replica} rank groups, but a handle makes only "
+                f"one video at a time: use num_gpus={plan.mesh.group_size}"
+            )
         decided = plan.config.options()
         options = {**asked, **{name: decided[name] for name in _OF_HANDLE}}
         return cls(asked, options, plan, files, free_memory)
@@ -126,8 +132,8 @@ class _Opened:
     def plan(self, options: dict[str, Any]) -> Plan:
         """Plans one video for these models and ranks. Raises WanFastError."""
         options = accepted(options)
-        _refuse(options, options.keys() & _OF_HANDLE, "the handle: give it to wanfast.open")
-        _refuse(options, options.keys() & options_of(OutputConfig).keys(), "a file: give it to save")
+        _refuse(options, options.keys() & _OF_HANDLE, "the handle", "wanfast.open")
+        _refuse(options, options.keys() & options_of(OutputConfig).keys(), "the output file", "Video.save")
         plan, _ = resolve({**self.options, **options}, writes=False, files=self.files)
         plan = dataclasses.replace(plan, requested={**self.asked, **options})
         # The models that the ranks hold now are part of the sum, and the ranks keep their mesh.
@@ -153,16 +159,16 @@ class Handle:
         """Makes one video and waits for it.
 
         `options`: `image`, `prompt` and the other options of `wanfast generate` for one video or for MagCache, by their
-        Python names. `on_progress(stage, steps done, all steps)` is called in this thread. If it raises an exception,
-        the video is cancelled and the exception is raised here. Raises ConfigError and other WanFastErrors:
-        RankFailedError if a rank died, CancelledError after `cancel`.
+        Python names (`magcache_k` for --magcache-k). `on_progress(stage, steps done, all steps)` is called in this
+        thread. If it raises an exception, the video is cancelled and the exception is raised here. Raises ConfigError
+        and other WanFastErrors: RankFailedError if a rank died, CancelledError after `cancel`.
         """
         with self._call() as cancelled:
             self._living()  # before the work of a plan
             return self._run(self._opened.plan(options), on_progress, cancelled)
 
     def cancel(self) -> None:
-        """Cancels every `make` that has begun: it ends at its next step or stage, and raises CancelledError."""
+        """Cancels all calls of `make` that have begun: each ends at its next step or stage with CancelledError."""
         for cancelled in list(self._calls):
             cancelled.set()
 
@@ -212,7 +218,9 @@ class Handle:
     def _turn(self, cancelled: threading.Event) -> Iterator[None]:
         """Holds the lock on the ranks for a block. Raises CancelledError while it waits, if `cancelled` is set."""
         if self._owner == threading.get_ident():
-            raise ConfigError("on_progress cannot make a video or close the handle: call cancel, or return first")
+            raise ConfigError(
+                "on_progress cannot make a video or close the handle: let it return first, or call cancel"
+            )
         while not self._lock.acquire(timeout=_PAUSE_S):
             if cancelled.is_set():
                 raise CancelledError
@@ -232,8 +240,8 @@ class Handle:
 def open(**options: Any) -> Handle:
     """Returns a handle whose ranks are starting. Raises WanFastError.
 
-    `options`: the options of `wanfast generate` for models and ranks, by their Python names, and the `size` and
-    `frames` of the largest video.
+    `options`: the options of `wanfast generate` for models and ranks, by their Python names (`num_gpus` for
+    --num-gpus), and the `size` and `frames` of the largest video.
     """
     return Handle(_Opened.of(options))
 
@@ -252,9 +260,10 @@ def make(*, on_progress: ProgressFn = lambda stage, done, total: None, **options
         return handle._run(plan, on_progress, threading.Event())
 
 
-def _refuse(options: dict[str, Any], refused: set[str], belongs_to: str) -> None:
+def _refuse(options: dict[str, Any], refused: set[str], owner: str, method: str) -> None:
     if refused:
-        raise ConfigError(f"{next(name for name in options if name in refused)} is an option of {belongs_to}")
+        option = next(name for name in options if name in refused)
+        raise ConfigError(f"{option} is an option of {owner}: pass it to {method}")
 
 
 def _read(result: dict[str, Any]) -> Video:

@@ -126,7 +126,7 @@ class RankGroups:
         on_progress: OnProgress,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> list[dict[str, Any]]:
-        """Runs a batch of jobs and returns the result of every job, in order; first starts dead groups again.
+        """Runs a batch of jobs and returns the result of every job, in order; dead rank groups are restarted first.
 
         `on_result` gets each result as soon as the job is done. If a group dies, its current job fails with the group's
         error, and the group is started again for the other jobs. A group that cannot load its models is not started

@@ -1,4 +1,4 @@
-"""Follows the progress of rank groups, and notices a group of one rank that hangs. Torch-free.
+"""Follows the progress of rank groups, and notices if a rank group of one rank hangs. Torch-free.
 
 Denoising steps after the first one take about the same time, so the earlier steps show how long a step takes. Loading,
 compiling, encoding, decoding and writing have no such limit, because their time depends on the disk, the model and the
@@ -37,7 +37,7 @@ class Work:
 
     @classmethod
     def of(cls, pids: Iterable[int], *, on_cpu: bool) -> Work:
-        """Reads the kernel's counters of processes. `on_cpu`: whether their use of the CPU counts."""
+        """Adds up what the kernel counts for these processes; their CPU time is added only if `on_cpu` is true."""
         moved = ticks = 0
         for folder in (Path("/proc", str(pid)) for pid in pids):
             with suppress(OSError):  # the process has ended
@@ -48,7 +48,7 @@ class Work:
         return cls(moved, ticks / os.sysconf("SC_CLK_TCK") if on_cpu else 0.0)
 
     def exceeds(self, before: Work, seconds: float) -> bool:
-        """Returns whether the rank worked since `before`, which was `seconds` ago."""
+        """Returns whether the rank has worked since the counts `before` were read, `seconds` ago."""
         return self.moved > before.moved or self.cpu_s - before.cpu_s > _LEAST_CPU * seconds
 
 
@@ -66,7 +66,7 @@ class Pace:
     active: float = 0.0  # when the rank was last seen to work
 
     def look(self, state: dict[str, Any], written_ns: int, now: float) -> bool:
-        """Stores the progress that the group reports now, and returns whether the progress is new."""
+        """Stores the progress that the rank group reports now, and returns whether the progress is new."""
         self.idle_s = now - self.since
         if (state, written_ns) == (self.state, self.written_ns):
             return False

@@ -1,6 +1,6 @@
-"""Runs one rank of a group, in a process that `elastic` forks.
+"""Runs one rank of a rank group, in a process that `elastic` forks.
 
-The rank joins the group and runs the batches of jobs that the parent writes to the run folder, one after the other. The
+The rank joins its rank group and runs the batches of jobs that the parent writes to the run folder, one by one. The
 rank writes files for the parent: a result for each job, the group's progress, and the error if this rank fails. A
 signal ends the rank at once. This is safe, because the parent removes the half-written files of a dead rank.
 """
@@ -52,7 +52,7 @@ def import_all() -> None:
 
 
 def main(run_folder: Path, number: int) -> None:
-    """Runs this rank of group `number` until there are no more batches; an error ends the process with exit code 1."""
+    """Runs this rank of rank group `number` until there are no more batches. An error ends the process with code 1."""
     own_folder = run_folder / RANKS / f"{number}-{os.environ['RANK']}"
     replace_text(own_folder / "pid", str(os.getpid()))
 
@@ -187,8 +187,8 @@ def _report(file: Path, state: str) -> None:
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
     """Returns the function that runs a command's jobs: `run(jobs, sessions, share=, progress=, folder=, first=)`.
 
-    The function yields (index, result) of each job. `module` is the name of its module, which is imported only now,
-    because one such module is outside of the runtime.
+    That function yields (index, result) of each job. It is the function `run` of the module named `module`.
+    The module is imported only now, because the one for calibration lies outside the runtime package.
     """
     run: Callable[..., Iterator[tuple[int, dict[str, Any]]]] = importlib.import_module(module).run
     return run

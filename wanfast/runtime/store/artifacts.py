@@ -43,7 +43,7 @@ LOADING = "loading the models"  # the stage of a rank group's progress before it
 
 
 def batch_file(number: int) -> str:
-    """Returns the name of the file in a run folder that holds the batch `number` of jobs."""
+    """Returns a file name in the run folder; the file holds the jobs of batch `number`."""
     return JOB if number == 0 else f"job-{number:04d}.json"
 
 
@@ -207,9 +207,9 @@ def key_of(inputs: dict[str, Any]) -> str:
 
 
 def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
-    """Makes a new folder runs/<utc>-<key8>, with a number appended if another run has that name.
+    """Makes a new folder runs/<UTC time>-<first 8 digits of the key of `inputs`>.
 
-    Raises ConfigError if the folder cannot be made.
+    A number is appended if another run has that name. Raises ConfigError if the folder cannot be made.
     """
     stem = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{key_of(inputs)[:8]}"
     with writing_to(root):

@@ -2,8 +2,9 @@
 
 A curve's key holds the settings of its measurement: both experts, their facts and precision, steps, shift, solver,
 guidance, size, frames, the set of clips, and the code, libraries and device that measured it. A run may differ in the
-set and in what follows. If another setting differs, the run refuses the curve, and the error names the command that
-measures a new one. Steps and shift may differ with `--magcache-interpolate`, because the ratios change smoothly.
+set of clips, the code, the libraries and the device. If another setting differs, the run refuses the curve, and the
+error names the command that measures a new one. Steps and shift may differ with `--magcache-interpolate`, because the
+ratios change smoothly.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Curve:
 
 
 def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
-    """Decides all options of skipping; --magcache becomes `preset` or the key of a curve. Raises WanFastError."""
+    """Decides all options of MagCache; --magcache becomes `preset` or the key of a curve. Raises WanFastError."""
     asked = config.skipping
     if asked is None:
         return config
@@ -101,7 +102,7 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
             raise ConfigError(f"--magcache preset: no curve ships for these weights ({files.spec.name}): {fix}")
         return _fitted("preset", found, config, files.spec)
     folder, inputs = _artifact(config, config.skipping, files)
-    ratios = read_object(folder / RATIOS, "remove its folder, and calibrate again").get("ratios")
+    ratios = read_object(folder / RATIOS, "remove its folder, and run `wanfast calibrate-magcache`").get("ratios")
     return _fitted(folder.name, inputs | {"ratios": ratios}, config, files.spec)
 
 
@@ -177,7 +178,7 @@ def _pairs(name: str, of: dict[str, Any]) -> list[tuple[float, float]]:
     if len(pairs) != of["steps"] or len(rows) != of["steps"]:
         raise CorruptArtifactError(
             f"--magcache {name}: the curve does not hold two numbers over 0 for each of {of['steps']} steps: "
-            "remove its folder, and calibrate again"
+            f"remove the folder {KIND}/{name} in the artifacts folder, and run `wanfast calibrate-magcache`"
         )
     return [(float(prompt), float(negative_prompt)) for prompt, negative_prompt in pairs]
 

@@ -25,7 +25,7 @@ PINNED = {
 
 
 def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
-    """Returns the root folder of the Hugging Face cache, which may be missing."""
+    """Returns the root folder of the Hugging Face cache; the folder may be missing."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environment.get(name):
             return Path(environment[name]).expanduser()
@@ -34,9 +34,9 @@ def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def snapshots(layout: Layout) -> Iterator[Path]:
-    """Yields the folders of the published weights in the cache: the pinned commit's, then that of its `main`.
+    """Yields the cache folders that may hold the published weights: for the pinned commit, then for branch `main`.
 
-    A folder may be missing.
+    Either folder may be missing.
     """
     repo = REPOS[layout]
     yield snapshot_of(repo, PINNED[repo])
@@ -46,12 +46,12 @@ def snapshots(layout: Layout) -> Iterator[Path]:
 
 
 def snapshot_of(repo: str, commit: str) -> Path:
-    """Returns the folder of one commit in the Hugging Face cache, which may be missing."""
+    """Returns the folder of one commit in the Hugging Face cache; the folder may be missing."""
     return _folder(repo) / "snapshots" / commit
 
 
 def name_of(folder: Path) -> str:
-    """Returns the name of a model's folder, or the repository's name if it is a commit's folder in the cache."""
+    """Returns the repository's name if `folder` is a commit's folder in the cache, else the name of `folder`."""
     in_cache = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
     return folder.parents[1].name.rpartition("--")[2] if in_cache else folder.name
 

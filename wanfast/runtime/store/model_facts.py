@@ -31,7 +31,7 @@ from wanfast.runtime.store.json_files import read_object
 T = TypeVar("T")
 
 _FACTS_FILE = "wanfast.json"
-AGAIN = "it is not a JSON file that can be read; download it again"
+AGAIN = "make this JSON file readable, or download it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,10 @@ class Places:
 
 
 def read_spec(root: Path, places: Places) -> ModelSpec:
-    """Reads all facts from wanfast.json, or the sizes from the layout's config files and the rest from the A14B."""
+    """Reads a model's facts from its wanfast.json.
+
+    Without this file, the config files of the layout give most sizes; all other facts are those of the A14B.
+    """
     if document := _read_facts(root / _FACTS_FILE):
         return _checked(root / _FACTS_FILE, document, lambda facts: _with_defaults(ModelSpec.from_json(facts)))
     found: dict[str, Any] = {"name": name_of(root)}

@@ -90,8 +90,10 @@ class ModelFiles:
             self.weights(component)
         _require_file(self.tokenizer, self.fix)
         if self.spec.umt5.dim != self.spec.dit.text_dim:
-            sizes = f"text embeddings of size {self.spec.dit.text_dim}, but UMT5 gives {self.spec.umt5.dim}"
-            raise CorruptArtifactError(f"{self.root}: the transformer reads {sizes}: {self.fix}")
+            raise CorruptArtifactError(
+                f"{self.root}: the transformer reads text embeddings of size {self.spec.dit.text_dim}, but UMT5 gives "
+                f"{self.spec.umt5.dim}: {self.fix}"
+            )
 
     def identify(self) -> None:
         """Hashes the files that are not hashed yet, before ranks start: the user sees a note, and no rank waits."""
@@ -152,8 +154,10 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
             spec = read_spec(root, _LAYOUTS[layout])
             needed = spec.dit.out_channels + spec.vae.temporal_stride + spec.vae.latent_channels
             if spec.dit.out_channels != spec.vae.latent_channels:
-                sizes = f"{spec.dit.out_channels} channels, but its VAE has {spec.vae.latent_channels}"
-                raise CorruptArtifactError(f"--model {model}: its transformer makes latents of {sizes}: {fix}")
+                raise CorruptArtifactError(
+                    f"--model {model}: its transformer makes latents of {spec.dit.out_channels} channels, but its VAE "
+                    f"has {spec.vae.latent_channels}: {fix}"
+                )
             if spec.dit.in_channels != needed:
                 raise ConfigError(
                     f"--model {model}: its transformer reads {spec.dit.in_channels} channels, but image-to-video needs "
@@ -188,11 +192,13 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def indexed_shards(index: Path) -> list[Path]:
-    """Returns the shards that an index names. Raises CorruptArtifactError if one is outside of the index's folder."""
+    """Returns the shards that an index names. Raises CorruptArtifactError if a shard is outside the index's folder."""
     weight_map = read_object(index, AGAIN).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
-        raise CorruptArtifactError(f"{index} has no weight_map of names: download this file again")
+        raise CorruptArtifactError(
+            f"{index} has no weight_map from tensor names to file names: download this file again"
+        )
     for name in names:  # a link beside the index may lead elsewhere, as in the cache of Hugging Face
         parts = PurePosixPath(name).parts
         if not parts or ".." in parts or parts[0] == "/":

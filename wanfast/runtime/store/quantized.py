@@ -55,7 +55,7 @@ class QuantizedExpert:
     model: str  # as `--model` names it
 
     def inputs(self, torchao: str | None, device: str | None) -> dict[str, Any]:
-        """Returns all inputs of the artifact's key. For bf16 `device` does not count: a cast is the same on all."""
+        """Returns all inputs of the artifact's key. For bf16 `device` does not count: all devices cast alike."""
         return {
             "source": self.files.fingerprint(self.expert),
             "facts": self.files.spec.dit.to_json(),

@@ -19,7 +19,7 @@ _FILE = 0o666  # the bits that a file may have
 
 
 def share(folder: Path) -> None:
-    """Gives all files and folders of this user below `folder` its mode; files do not get the execute bits."""
+    """Gives the mode of `folder` to all files and folders in it that this user owns; files get no execute bits."""
     mode = stat.S_IMODE(folder.stat().st_mode)
     for path in folder.rglob("*"):
         found = path.lstat()
