@@ -79,10 +79,12 @@ def _mean(values: list[float], otherwise: float) -> float:
 
 
 def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelFiles) -> dict[str, Any] | None:
-    """Compares the curve with the model's preset: lists the steps whose ratios differ by more than the tokens' spread.
+    """Compares the curve with the model's preset, and lists the steps at which the ratios differ too much.
 
-    The worst step has the largest difference / spread. The first step of each expert is excluded, because no plan uses
-    its ratio. Returns None if the model has no preset that was measured with these steps.
+    Too much is more than the curve's spread, which is the standard deviation over tokens. The worst step has the
+    largest quotient difference / spread. The first step of each expert is excluded, because no plan uses the ratio of
+    such a step. Returns None if the model has no preset, if the preset has other steps than `config`, or if every step
+    is excluded.
     """
     known, boundary = preset(files), files.spec.boundary
     here = steps_of(config.video.solver, config.video.steps, config.video.shift, boundary)

@@ -1,9 +1,10 @@
 """Measures what MagCache saves and costs on the tiny model, by one command: `make tiny-magcache`.
 
-Held-out pairs of image and prompt go through the pipeline without skipping and with every setting. Each setting has two
-plans. The greedy plan skips by a threshold. The least-error plan skips as many forwards within the same limits, and has
-the least accumulated error. Each video is compared with the unskipped video (PSNR, SSIM) and with the true clip (PSNR),
-and the tracker classifies its motion. The command writes JSON and plots quality over the share of skipped forwards.
+Held-out pairs of image and prompt go through the pipeline without skipping, and then with every setting. Each setting
+has two plans. The greedy plan skips by a threshold. The least-error plan skips as many forwards as the greedy plan,
+within the same limits, but with the least accumulated error. Each video is compared with the unskipped video (PSNR,
+SSIM) and with the true clip (PSNR), and the tracker classifies the video's motion. The command writes JSON and plots
+quality over the share of skipped forwards.
 """
 
 from __future__ import annotations

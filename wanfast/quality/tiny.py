@@ -1,9 +1,9 @@
 """Measures every quality figure of the tiny model by one command: `make tiny-quality`.
 
-Pairs of image and prompt go through the pipeline that `wanfast generate` runs. Their combinations of shape, colour and
-motion are held out of training. Each video is compared with the true clip, and the tracker classifies its motion. Runs
-with an empty prompt are a control: without the prompt the motion is right only by chance. The VAE is measured on the
-true clips. The command writes JSON and a plot of the residuals' magnitude ratios.
+Pairs of image and prompt go through the pipeline that `wanfast generate` runs. The pairs show combinations of shape,
+colour and motion that are held out of training. Each video is compared with the true clip, and the tracker classifies
+the video's motion. Runs with an empty prompt are a control: without the prompt the motion is right only by chance. The
+VAE is measured on the true clips. The command writes JSON and a plot of the residuals' magnitude ratios.
 """
 
 from __future__ import annotations

@@ -25,7 +25,10 @@ _MAX_TURN = math.radians(25)  # between frames
 
 @dataclass(frozen=True)
 class Verdict:
-    """Holds the motion with the nearest path (None if the shape was lost), and the error to each motion's path."""
+    """Holds the motion whose path is nearest to the tracked path, and each motion's error relative to the tracked path.
+
+    If the shape was lost, the motion is None and there are no errors.
+    """
 
     motion: str | None
     errors: dict[str, float]
@@ -72,7 +75,8 @@ def track(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Path |
 def soft_mask(frame: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> npt.NDArray[np.float64]:
     """Returns [H, W] in 0..1: how much each pixel belongs to the shape.
 
-    This depends on how far the pixel's colour is from the line between the shape's lit and shaded colours.
+    A pixel's value depends on the distance, in RGB, from its colour to a line. This line joins the shape's lit colour
+    and the shape's shaded colour.
     """
     lit = np.array(colour, dtype=np.float64)
     shaded = lit * _SHADE

@@ -52,10 +52,10 @@ class EffectiveConfig:
 
     @classmethod
     def of(cls, given: Options, own: ModelSpec, **answers: Any) -> EffectiveConfig:
-        """Returns the config of the `given` options, and of the recipe that they may name.
+        """Returns the effective config of the `given` options; if they name a recipe, the recipe's options are added.
 
-        All other options get values from `answers`, `own` or defaults. `answers` are values that the program chose,
-        such as the seed; `own` holds the model's own defaults.
+        Every other option gets its value from `answers`, else from `own`, else from the option's default. `answers`
+        holds values that the program chose, such as the seed; `own` holds the model's own defaults.
         Raises ConfigError, which names the option.
         """
         values = {name: getattr(own, name) for name, option in OPTIONS.items() if option.option.own}
@@ -92,7 +92,7 @@ class EffectiveConfig:
         return cls(**parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns {part: {option: value}} of the five parts; `skipping` is None if --magcache is off."""
+        """Returns {part: {option: value}} of the five parts; the value of `skipping` is None if --magcache is off."""
         return dataclasses.asdict(self)
 
     def options(self) -> dict[str, Any]:
@@ -122,7 +122,10 @@ PARTS: dict[str, Any] = {
 
 
 def accepted(given: Options) -> dict[str, Any]:
-    """Checks the values of options, and returns them with paths as str. Raises ConfigError, which names the option."""
+    """Checks the values of the `given` options, and returns all of them; a path object becomes a str.
+
+    Raises ConfigError, which names the option.
+    """
     refuse_unknown(given, OPTIONS)
     return {name: OPTIONS[name].accept(value) for name, value in given.items()}
 

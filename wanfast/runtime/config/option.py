@@ -58,7 +58,7 @@ class Option(_Facts):
 
 @dataclass(frozen=True, kw_only=True)
 class OptionField:
-    """This class describes one option completely: its name, the type that users give, its default and its `Option`."""
+    """This class describes one option completely: name, type of the given value, default and annotation."""
 
     name: str
     option: Option
@@ -127,7 +127,10 @@ def words(name: str, value: Any) -> tuple[str, ...]:
 
 
 def absolute(path: str, option: str) -> str:
-    """Makes a path absolute and expands `~` or `~USER`. Raises ConfigError, naming `option`, for an unknown USER."""
+    """Makes a path absolute and expands `~` or `~USER`.
+
+    If USER is unknown, raises ConfigError with `option` in the message.
+    """
     try:
         return str(Path(path).expanduser().absolute())
     except RuntimeError:
@@ -137,12 +140,18 @@ def absolute(path: str, option: str) -> str:
 
 
 def at_least(low: int, fix: str) -> Check:
-    """Returns a check that accepts values of at least `low`; for other values, the error says `fix`."""
+    """Returns a check that accepts values of at least `low`.
+
+    For other values, the error message gives the advice `fix`.
+    """
     return lambda value: None if value >= low else fix
 
 
 def between(low: float, high: float, fix: str) -> Check:
-    """Returns a check that accepts values from `low` to `high`, inclusive; for others, the error says `fix`."""
+    """Returns a check that accepts values from `low` to `high`, inclusive.
+
+    For other values, the error message gives the advice `fix`.
+    """
     return lambda value: None if low <= value <= high else fix
 
 

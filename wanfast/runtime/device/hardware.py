@@ -85,9 +85,10 @@ def one_out_of_memory_error() -> Iterator[None]:
 def is_out_of_memory(error: MemoryError | RuntimeError, free: int) -> bool:
     """Returns whether an error means that memory ran out; `free` is the number of free bytes on the device.
 
-    Python and numpy raise MemoryError, and torch has a class for a GPU's memory. torch's CPU allocator, CUDA, cuBLAS
-    and cuDNN say so only in the text of a RuntimeError. cuDNN may also say that it finds no engine, because each needs
-    more memory. That text has other causes too, so it counts only if less than 4 GiB are free.
+    Python and numpy raise MemoryError, and torch has an error class for a GPU's memory. torch's CPU allocator, CUDA,
+    cuBLAS and cuDNN may raise a RuntimeError, and only its text says that memory ran out. If each engine needs more
+    memory, cuDNN may say instead that it finds no engine. This last text has other causes too, so it counts only if
+    less than 4 GiB are free.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -114,7 +115,10 @@ def free_memory(device: str) -> None:
 
 
 def forget_cuda_graphs() -> None:
-    """Frees all CUDA graphs that torch.compile captured; the next forward recompiles, or loads from caches."""
+    """Frees all CUDA graphs that torch.compile captured.
+
+    The next forward recompiles the code, or loads it from the compiler caches.
+    """
     if "torch._inductor.cudagraph_trees" in sys.modules:
         torch.compiler.reset()
 

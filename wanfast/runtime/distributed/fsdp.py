@@ -38,7 +38,10 @@ def is_sharded(parameter: Tensor) -> TypeGuard[DTensor]:
 
 
 def own_rows(parameter: Tensor) -> tuple[int, int]:
-    """Returns (first, end): this rank holds rows first..end-1 along dim 0, or all rows of an unsharded parameter."""
+    """Returns (first, end): this rank holds the parameter's rows first..end-1 along dim 0.
+
+    For an unsharded parameter, this range contains all rows.
+    """
     rows = parameter.shape[0] if parameter.dim() else 1  # a scalar is read whole
     if not is_sharded(parameter):
         return 0, rows

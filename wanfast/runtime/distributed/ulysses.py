@@ -42,9 +42,10 @@ class Ulysses:
         return True
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's share of the tokens of x, which lie along `dim`; every share has the same length.
+        """Returns this rank's share of the tokens of x, where `dim` is the dimension of the tokens.
 
-        If the tokens cannot be divided equally, zeros pad the shares of the last ranks.
+        Every share has the same length. If the tokens cannot be divided equally, zeros pad the shares of the last
+        ranks.
         """
         size, rank = self.group.size(), self.group.rank()
         share = -(-x.shape[dim] // size)

@@ -64,7 +64,7 @@ class MissedExchanges(Exchanges):
 
 @dataclass(frozen=True)
 class SplitRows:
-    """This `Rows` of the VAE shares a frame among ranks: rank i has `counts[i]` rows of the latent grid."""
+    """This class implements the VAE's `Rows`: ranks share each frame, and rank i has `counts[i]` latent rows."""
 
     rank: int
     counts: tuple[int, ...]
@@ -83,9 +83,10 @@ class SplitRows:
         return self.rank < len(self.counts)
 
     def missed(self, device: str) -> SplitRows:
-        """Returns a copy for a rank that ran out of memory and repeats its work on the meta device.
+        """Returns a copy of this object for a rank that ran out of memory and will repeat its work on the meta device.
 
-        The copy does only the exchanges that the rank had not done, and sends zeros in them.
+        The copy leaves out the exchanges that this rank has already done. In all later exchanges it sends zeros, which
+        are on `device`.
         """
         return replace(self, exchanges=MissedExchanges(self.exchanges.done, device))
 
@@ -98,7 +99,10 @@ class SplitRows:
         return x.narrow(dim, scale * sum(self.counts[: self.rank]), scale * self.counts[self.rank])
 
     def fill(self, clip: Tensor) -> None:
-        """Fills the first and last row of a clip [B,C,T,h+2,w] with rows of other ranks, or zeros at a frame's edge."""
+        """Fills the first and the last row of a clip [B, C, T, h+2, w] with the border rows of the neighbouring ranks.
+
+        At the upper or lower edge of a frame there is no neighbour: the row is filled with zeros.
+        """
         edges = {self.rank - 1: (clip[..., 1, :], clip[..., 0, :]), self.rank + 1: (clip[..., -2, :], clip[..., -1, :])}
         neighbours = {peer: rows for peer, rows in edges.items() if 0 <= peer < len(self.counts)}
         sent = {peer: own for peer, (own, _) in neighbours.items()}

@@ -46,9 +46,10 @@ class Choice:
 
 
 def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> Choice:
-    """Probes the requested kernel and returns it; for `auto`, returns the fastest kernel that is correct here.
+    """Probes the requested kernel and returns it; for `auto`, returns the fastest kernel that gives correct results.
 
-    Raises ConfigError if the requested kernel, or for `auto` every kernel, is not installed or gives wrong results.
+    Raises ConfigError if the requested kernel is not installed or gives wrong results. For `auto`, raises ConfigError
+    if no installed kernel gives correct results.
     """
     if asked != "auto":
         found = probe(asked, device, dtype, head_dim)

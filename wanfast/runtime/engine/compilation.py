@@ -171,7 +171,7 @@ def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, i
 
 
 def compiled_anew() -> int:
-    """Returns the number of graphs that this process has compiled because they were in no cache."""
+    """Returns the number of graphs that this process compiled because no cache held them."""
     counters = torch._dynamo.utils.counters["inductor"]
     return int(counters["fxgraph_cache_miss"] + counters["fxgraph_cache_bypass"])
 
