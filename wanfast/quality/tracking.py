@@ -1,8 +1,9 @@
 """Classifies the motion that a video shows: tracks a shape of known colour and compares its path with all motions.
 
-Each frame is segmented by the distance of a pixel's colour to the shape's colour, lit or shaded. The soft mask gives
-the shape's centre, its size, and its rotation between frames. The rotation is the one that best aligns the mask's polar
-profile with that of the previous frame. The video shows the motion whose path is nearest to the tracked path.
+In each frame, a soft mask says how much each pixel belongs to the shape. For this, the pixel's colour is compared with
+the shape's colour, lit or shaded. The mask gives the shape's centre, its size, and its rotation between frames. The
+rotation is the angle that best aligns the mask's polar profile with the polar profile of the previous frame. The video
+shows the motion whose path is nearest to the tracked path.
 Limit: the tracker follows one shape of one colour, and no background may have this colour.
 """
 

@@ -96,7 +96,11 @@ def is_held_out(shape: str, colour: str, motion: str) -> bool:
 
 
 def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15) -> Scene:
-    """Returns the scene of a seed; `held_out` selects the held-out combinations or those of training."""
+    """Returns the scene of `seed`.
+
+    If `held_out` is true, the combination of shape, colour and motion is a held-out one; otherwise it is one of
+    training.
+    """
     rng = random.Random(f"{seed}/{held_out}")
     while True:
         shape, colour, motion = rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(list(MOTIONS))

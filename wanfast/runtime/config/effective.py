@@ -1,10 +1,10 @@
 """Turns the options of a request into an effective config, which has a value for every option, in five frozen parts.
 
 Each option is defined once, as a field of its part. `Options` maps the names of given options to their values.
-`EffectiveConfig.of` adds the defaults, some of which are the model's own. It refuses values that are wrong for every
-model; the error names the option. The ranks read the effective config, the JSON beside a video records it, and `--from`
-runs it again. Some fields of `skipping` and `ranks` may be None at first: `planning` then chooses the curve, the limits
-of skips, the mesh, and which weights are sharded or offloaded.
+`EffectiveConfig.of` adds the defaults; some defaults are the model's own. `EffectiveConfig.of` refuses values that are
+wrong for every model; the error names the option. The ranks read the effective config. The JSON beside a video records
+the config, and `--from` runs the recorded config again. Some fields of `skipping` and `ranks` may be None at first. For
+these, `planning` chooses the curve, the limits of skips, the mesh, and which weights are sharded or offloaded.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class EffectiveConfig:
         return dataclasses.asdict(self)
 
     def options(self) -> dict[str, Any]:
-        """Returns a flat mapping {option: value} of all parts, which `of` accepts as `given`."""
+        """Returns a flat mapping {option: value} over all parts; `of` accepts this mapping as `given`."""
         parts = [getattr(self, name) or SkippingConfig() for name in PARTS]
         return {name: getattr(part, name) for part in parts for name in options_of(type(part))}
 
@@ -131,7 +131,7 @@ def accepted(given: Options) -> dict[str, Any]:
 
 
 def of_command(given: Options, command: Command) -> dict[str, Any]:
-    """Replaces the recipe in `given`, if there is one, by those of its options that `command` has.
+    """Returns the `given` options; a recipe among them is replaced by the recipe's options that `command` has.
 
     Raises ConfigError, which names the option.
     """

@@ -50,7 +50,10 @@ class _Facts:
 
 @dataclass(frozen=True)
 class Option(_Facts):
-    """This annotation holds what a field's name, type and default do not say of an option, such as its help."""
+    """This annotation makes a config's field an option, and holds the option's help and further facts.
+
+    The option's name, type and default are those of the field.
+    """
 
     help: str
     panel: str
@@ -83,7 +86,10 @@ class OptionField:
         return float(value) if isinstance(value, int) and float in (self.asked, *typing.get_args(self.asked)) else value
 
     def complete(self, value: Any) -> Any:
-        """Checks the range of an effective value, and returns it; a path becomes absolute. Raises ConfigError."""
+        """Checks the range of an effective value, and returns the value; a path becomes absolute.
+
+        Raises ConfigError if the value is out of range.
+        """
         self.check_range(value)
         is_path = self.option.path and value and value.strip() and value not in self.option.names
         return absolute(value, self.flag) if is_path else value
@@ -97,7 +103,7 @@ class OptionField:
 
 
 def options_of(part: Any) -> dict[str, OptionField]:
-    """Returns {name: option} of the fields of a config class that are options, in the order of the fields."""
+    """Returns {name: option} for the fields of a config class, in order; fields that are no options are left out."""
     return _options_of(part)
 
 
@@ -120,7 +126,10 @@ def flag(name: str) -> str:
 
 
 def words(name: str, value: Any) -> tuple[str, ...]:
-    """Returns the arguments that give an option this value: ("--steps", "40"), ("--compile",) or ("--no-compile",)."""
+    """Returns the command-line arguments that give the option `name` this `value`.
+
+    Examples: ("--steps", "40"), ("--compile",), ("--no-compile",).
+    """
     if isinstance(value, bool):
         return (flag(name) if value else flag(f"no_{name}"),)
     return flag(name), f"{value:.15g}" if isinstance(value, float) else str(value)
