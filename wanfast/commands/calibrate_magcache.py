@@ -46,7 +46,7 @@ def calibrate_magcache(
     ] = 0,
     json_: options.Json = False,
 ) -> None:
-    """Make a video of each clip of a set without skipping, and store MagCache's ratios for --magcache artifact.
+    """Make a video of each clip of a set, without skips, and store MagCache's ratios for --magcache artifact.
 
     Each clip's measurements are stored when the clip is done, so that an interrupted run continues with the next clip.
     """

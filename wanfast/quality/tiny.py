@@ -130,7 +130,7 @@ class Judge:
         return result
 
     def held_out(self, index: int) -> tuple[Scene, Tensor]:
-        """Returns a held-out scene and its true clip [3, F, H, W] in [-1, 1], rounded to 8 bits as an image file is."""
+        """Returns a held-out scene and its true clip [3, F, H, W] in [-1, 1], rounded to 8 bits as in an image file."""
         scene = draw_scene(index, held_out=True, camera_share=0.0)
         clip = self.renderer([scene], moments_of_clip(FRAMES))[0]
         return scene, torch.round((clip + 1) / 2 * 255) / 255 * 2 - 1

@@ -26,9 +26,10 @@ _MAX_TURN = math.radians(25)  # between frames
 
 @dataclass(frozen=True)
 class Verdict:
-    """Holds the motion whose path is nearest to the tracked path, and each motion's error relative to the tracked path.
+    """Holds the motion whose path is nearest to the tracked path, and for each motion the error of its path.
 
-    If the shape was lost, the motion is None and there are no errors.
+    The error measures the difference from the tracked path. If the shape was lost, the motion is None and there are no
+    errors.
     """
 
     motion: str | None
@@ -49,7 +50,7 @@ def classify(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Ver
 
 
 def track(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Path | None:
-    """Returns the path [F, 4] of the shape that has this colour, or None if the shape was lost.
+    """Tracks the shape of the given colour; returns the shape's path [F, 4], or None if the shape was lost.
 
     The columns are x, y (in frame heights), log growth and rotation (radians), all relative to frame 0.
     """

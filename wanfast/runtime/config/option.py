@@ -1,4 +1,4 @@
-"""Describes a command-line option as an annotated field of a config: its help, its check and its commands.
+"""Describes a command-line option as an annotated field of a config; the annotation holds help, check and commands.
 
     steps: Annotated[int, Option("Denoising steps.", SAMPLING, own=True, check=between(1, 1000))]
 

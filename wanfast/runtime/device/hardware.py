@@ -1,4 +1,4 @@
-"""This module sets up a process's device, describes it, measures its memory and detects out-of-memory errors."""
+"""This module sets up and describes a process's device, measures its memory and detects out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def describe(device: str) -> dict[str, str]:
 
 @contextmanager
 def one_out_of_memory_error() -> Iterator[None]:
-    """Converts every out-of-memory error that the `with` block raises into torch.OutOfMemoryError."""
+    """Converts out-of-memory errors of the `with` block to torch.OutOfMemoryError."""
     try:
         yield
     except torch.OutOfMemoryError:

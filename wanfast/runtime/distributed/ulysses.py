@@ -42,7 +42,7 @@ class Ulysses:
         return True
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's share of the tokens of x, where `dim` is the dimension of the tokens.
+        """Returns this rank's share of the tokens of x; `dim` is the dimension of the tokens.
 
         Every share has the same length. If the tokens cannot be divided equally, zeros pad the shares of the last
         ranks.
@@ -76,7 +76,7 @@ class Ulysses:
         return torch.cat([own if source == rank else waits[source]() for source in range(size)], dim=1)
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
-        """Returns the tokens of all ranks, joined along `dim` without the padding, on every rank."""
+        """Joins the tokens of all ranks along `dim`, cuts off the padding, and returns the tokens on every rank."""
         return torch.cat(list(all_gather(x, self.group)), dim).narrow(dim, 0, num_tokens)
 
     def _send(self, x: Tensor, to: int | None = None, source: int | None = None) -> Callable[[], Tensor]:

@@ -50,8 +50,8 @@ class Exchanges:
 class MissedExchanges(Exchanges):
     """Sends zeros for a rank that ran out of memory, because other ranks wait for this rank's tensors.
 
-    Meanwhile the rank repeats its work on the meta device. The first `done` exchanges are left out, because the rank
-    did them before.
+    Meanwhile this rank repeats its work on the meta device. The first `done` exchanges are left out, because the rank
+    did these exchanges before it ran out of memory.
     """
 
     def __init__(self, done: int, device: str) -> None:

@@ -91,7 +91,7 @@ class ImageToVideoPipeline:
         on_step: StepFn,
         residuals: StepCache,
     ) -> Tensor:
-        """Encodes the image and denoises; returns the clean latent [1, 16, T, h, w] on every rank.
+        """Encodes the image, denoises the noise, and returns the clean latent [1, 16, T, h, w] on every rank.
 
         Afterwards, offloaded experts free their GPU memory.
         """
