@@ -56,7 +56,7 @@ class Way:
 
 
 def ways(full: Plan, judge: Judge) -> list[Way]:
-    """Returns two `Way` objects for each setting: the greedy plan, and the least-error plan with as many skips."""
+    """Returns two `Way` objects for each setting: the greedy plan, and the least-error plan with equally many skips."""
     found = []
     for rule, name in SETTINGS:
         settings = magcache_settings(name)

@@ -1,7 +1,7 @@
 """Draws the procedural world that the tiny model learns: textured shapes that move as a caption says.
 
 A scene is drawn from a seed. It has one subject, which the caption names, up to two bystanders and a patterned
-background. Either the subject moves or the camera moves. Rendering is batched on the device. A shape is a mask from an
+background. The subject and the camera never both move. Rendering is batched on the device. A shape is a mask from an
 atlas, sampled through the inverse of the shape's motion. So any frame, or any window of a frame, can be rendered alone.
 
 Shapes: B clips, F frames, H x W pixels; S shapes in the atlas.

@@ -209,7 +209,7 @@ def _check_text(name: str, value: str) -> None:
 
 
 class Part:
-    """This base class of a config's parts checks each option's range and makes paths absolute, on construction."""
+    """When a part of a config is created, this base class checks each option's range and makes paths absolute."""
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)).values():

@@ -92,9 +92,9 @@ def is_out_of_memory(error: MemoryError | RuntimeError, free: int) -> bool:
     """Returns whether an error means that memory ran out; `free` is the number of free bytes on the device.
 
     Python and numpy raise MemoryError, and torch has an error class for a GPU's memory. torch's CPU allocator, CUDA,
-    cuBLAS and cuDNN may raise a RuntimeError, and only its text says that memory ran out. If each engine needs more
-    memory, cuDNN may say instead that it finds no engine. This last text has other causes too, so it counts only if
-    less than 4 GiB are free.
+    cuBLAS and cuDNN may raise a RuntimeError, and only the text of this error says that memory ran out. cuDNN may say
+    instead that it finds no engine, because every engine needs more memory. "No engine" has other causes too, so it
+    counts only if less than 4 GiB are free.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
