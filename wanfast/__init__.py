@@ -1,10 +1,10 @@
-"""This package runs Wan2.2-I2V-A14B (image + prompt -> video) as fast as can be trusted.
+"""This package makes a video from an image and a prompt with Wan2.2-I2V-A14B: as fast as correct results allow.
 
     with wanfast.open(model="a14b", num_gpus=8) as handle:
         handle.make(image="cat.jpg", prompt="The cat blinks.").save("cat.mp4")
 
-`wanfast.make(...)` opens a handle, makes one video and closes the handle. Neither function imports torch: other
-processes do the work.
+`wanfast.make(...)` opens a handle, makes one video and closes the handle. Neither `open` nor `make` imports torch:
+other processes do the work.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""This module is the Typer app: it registers the commands, and it alone turns an error into an exit code.
+"""This module is the Typer app: it registers the commands. Only this module turns an error into an exit code.
 
-Exit codes: 0 done, 2 a wrong option, 3 a missing artifact, 4 a damaged artifact, 5 a rank died, 6 some jobs failed,
-7 a computed value is not finite, 130 interrupted, 143 terminated; 1 is a bug and comes with its traceback.
+Exit codes: 0 done, 2 a wrong option, 3 a missing artifact, 4 a damaged artifact, 5 a rank died, 6 some jobs failed, 7 a
+computed value is not finite, 130 interrupted, 143 terminated. Code 1 means a bug, and its traceback is printed.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def run_jobs(
     show_progress: bool,
     on_result: OnResult,
 ) -> list[Document]:
-    """Runs the jobs on the ranks of the first plan, and returns the result of every job, in order.
+    """Runs `jobs` on the ranks that the first plan describes, and returns one result per job, in order.
 
     `on_result(index, result)` is called as soon as a job is done.
     """

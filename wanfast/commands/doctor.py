@@ -1,4 +1,4 @@
-"""`wanfast doctor`: reports what this machine has and lacks to make a video, and the command to type next."""
+"""`wanfast doctor`: reports what this machine has, what it lacks to make a video, and which command to type next."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def doctor(
 ) -> None:
     """Report what is installed, what fits, and what to type next.
 
-    This command loads no weights, and writes nothing except the hashes that --quantize needs. The exit code is 0
-    whatever the command finds, and 2 for a wrong option.
+    This command loads no weights, and writes nothing except the hashes that --quantize needs. The exit code is 2 for a
+    wrong option, and otherwise 0, whatever the command finds.
     """
     from wanfast.runtime.jobs import doctor as worker  # imports torch, which may be broken
     from wanfast.runtime.planning.next_step import example

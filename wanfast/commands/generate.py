@@ -60,7 +60,10 @@ def dry_result(item: Planned) -> dict[str, Any]:
 
 
 def run(planned: list[Planned], report: Report) -> list[dict[str, Any]]:
-    """Makes the videos that have a plan, and returns a result for every element of `planned`."""
+    """Makes a video for each element of `planned`, and returns a result for each element.
+
+    If an element has no plan, its result is an error, or a note that the video exists.
+    """
     ready = [item for item in planned if item.plan is not None]
     worked: list[dict[str, Any]] = []
     if ready:

@@ -39,9 +39,9 @@ DryRun = Annotated[
 
 
 def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Returns a decorator that adds the options of `command` to a function of Typer.
+    """Returns a decorator that adds the options of `command` to the parameters of a Typer function.
 
-    The function calls `given(context)` for the options that the user gave.
+    In this function, `given(context)` returns the options that the user gave.
     """
     chosen = [option for option in OPTIONS.values() if command == "generate" or command in option.option.also]
 

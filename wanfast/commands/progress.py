@@ -44,7 +44,10 @@ def progress_bars(*, enabled: bool) -> Iterator[OnProgress]:
 
 @contextmanager
 def byte_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields `progress(name, bytes done, total bytes)`, which shows one bar for each name: GB, GB/s, time left."""
+    """Yields a function `progress(name, bytes done, total bytes)`, which shows one bar for each name.
+
+    A bar shows the bytes in GB, the speed in GB/s and the time left.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     bars = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)

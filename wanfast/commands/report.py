@@ -1,4 +1,4 @@
-"""Prints the plan before a run and a summary after it: tables on a terminal, else one line for each video."""
+"""Prints the plan before a run and a summary after the run: tables on a terminal, otherwise one line for each video."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Report:
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def plans(self, planned: list[Planned], *, always: bool) -> None:
-        """Prints the errors, the notes and the plans; if `brief` is true, plans only with `always`."""
+        """Prints the errors, the notes and the plans; if `brief` is true, prints the plans only if `always` is true."""
         for item in planned:
             if item.plan is None:
                 self.result(item, item.outcome())
@@ -51,7 +51,10 @@ class Report:
             self._warnings.print(f"note{lines}: {note}", markup=False)
 
     def result(self, item: Planned, result: dict[str, Any]) -> None:
-        """Prints one video's summary, or the error of a line of a list; `close` raises a single request's error."""
+        """Prints the summary of one video; if a line of a list of jobs failed, prints the error of this line.
+
+        For a single request that failed, prints nothing, because `close` raises the error.
+        """
         if "skipped" in result:
             self._console.print(f"{_shown(result['output'])}: {result['skipped']}, skipped", markup=False)
         elif "error" not in result:
@@ -65,7 +68,7 @@ class Report:
             self._warnings.print(f"error{_of_line(item)}: {result['error']}", markup=False)
 
     def no_share(self) -> None:
-        """Reports that the list has fewer lines than there are machines, so that this machine gets none."""
+        """Reports that this machine makes no video, because the list has fewer lines than there are machines."""
         self._warnings.print(
             "note: this machine makes no video, because the list has fewer lines than there are machines"
         )
@@ -73,9 +76,10 @@ class Report:
             print(json.dumps({"results": [], "failed": 0}))
 
     def close(self, planned: list[Planned], results: list[dict[str, Any]]) -> None:
-        """Prints the JSON document if `as_json`.
+        """Prints the JSON document if `as_json` is true.
 
-        Raises the error of a single request, or JobsFailedError if a line of a list failed.
+        If a single request failed, raises the error of this request. If a line of a list failed, raises
+        JobsFailedError.
         """
         many = planned[0].request.line is not None
         failed = sum("error" in result for result in results)

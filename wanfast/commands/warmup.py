@@ -25,8 +25,8 @@ def warmup(
 ) -> None:
     """Compile an expert's block for a size and a number of GPUs, so that `generate --compile` need not compile it.
 
-    The compiled code is stored in `inductor/` of the artifacts folder; this folder may be copied to machines of the
-    same kind. No weights are needed. On a CPU a warmup saves little, because the C++ code is built again.
+    The compiled code is stored in `inductor/` of the artifacts folder. `inductor/` may be copied to machines of the
+    same kind. No weights are needed. On a CPU a warmup saves little, because `generate` builds the C++ code again.
     """
     given = of_command(options.given(context), "warmup")
     plan, image_size = planned(given)
@@ -43,7 +43,10 @@ def warmup(
 
 
 def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
-    """Returns the plan of a generation with these options, and its image's (width, height). Raises WanFastError."""
+    """Returns the plan of a video with the `given` options, and the (width, height) of the video's image.
+
+    Raises WanFastError.
+    """
     wanted = {**NO_VIDEO, **given, "compile": True}
     files = model_of(wanted)
     config = effective(wanted, files, image_sha256="")
@@ -59,7 +62,7 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns a line that names the folder of the compiled code and the seconds of a block's first two forwards."""
+    """Returns a line with the folder of the compiled code, and with the seconds of a block's first two forwards."""
     seconds = result["seconds"]
     shape = f"{result['width']}x{result['height']}, {result['frames']} frames, {result['attention']} attention"
     first, second = (f"{seconds[name]:.1f} s" for name in ("first", "second"))

@@ -23,12 +23,15 @@ def run(
     folder: Path | None = None,
     first: int = 0,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (index of the job, measurements) as soon as each clip is done."""
+    """Yields (index of the job, measurements of its clip) for each job, as soon as the clip is done."""
     yield from run_jobs(measure, jobs, sessions, share, progress)
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
-    """Denoises one clip; returns the statistics of its residuals for every step and branch, and the seconds."""
+    """Denoises one clip; returns the statistics of its residuals for every step and branch, and the denoising time.
+
+    The time is in seconds.
+    """
     plan, image = session.plan(job)
     steps = len(plan.schedule)
     recorder = Recorder(session.ranks, plan.geometry.tokens)

@@ -66,6 +66,6 @@ def read_set(folder: Path, seed: int) -> list[Clip]:
 
 
 def digest_of(clips: list[Clip]) -> str:
-    """Returns a digest of the clips' images, prompts and seeds. The paths of the images do not count."""
+    """Returns a digest of the clips' images, prompts and seeds; it does not depend on the paths of the images."""
     facts = [[clip.image_sha256, clip.prompt, clip.seed] for clip in clips]
     return hashlib.sha256(json.dumps(facts, ensure_ascii=False).encode()).hexdigest()[:16]

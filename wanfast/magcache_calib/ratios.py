@@ -26,7 +26,7 @@ _DIGITS = 7
 
 
 def clip_file(store: ArtifactStore, inputs: dict[str, Any]) -> Path:
-    """Returns the path of one clip's stored measurements, from which an interrupted run resumes."""
+    """Returns the path of the file with one clip's measurements; an interrupted run resumes from such files."""
     return store.root / f"{KIND}_clips" / f"{key_of(inputs)[:12]}.json"
 
 
@@ -54,9 +54,10 @@ def write_clip(store: ArtifactStore, inputs: dict[str, Any], measured: dict[str,
 def averaged(measured: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the curve over all clips: four lists, each with [prompt branch, negative branch] for every step.
 
-    `ratios` and `cosine_distance` are means over the clips. `spread` is the standard deviation over a clip's tokens,
-    averaged over the clips. `scatter` is the standard deviation of the ratio from clip to clip. A step without guidance
-    has only the prompt branch, whose numbers are used for both branches. A step without a measurement has the ratio 1.
+    `ratios` and `cosine_distance` are means over the clips. `spread` is the standard deviation of the ratio over a
+    clip's tokens, averaged over the clips. `scatter` is the standard deviation of the ratio over the clips. A step
+    without guidance has only the prompt branch: this branch's numbers are used for both branches. A step without a
+    measurement has the ratio 1.
     """
     curve: dict[str, list[list[float]]] = {"ratios": [], "spread": [], "scatter": [], "cosine_distance": []}
     for of_step in zip(*(clip["steps"] for clip in measured), strict=True):
@@ -79,10 +80,12 @@ def _mean(values: list[float], otherwise: float) -> float:
 
 
 def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelFiles) -> dict[str, Any] | None:
-    """Compares the curve with the model's preset: lists the steps whose ratios differ by more than the tokens' spread.
+    """Compares the curve with the model's preset, and lists the steps at which the ratios differ too much.
 
-    The worst step has the largest difference / spread. The first step of each expert is excluded, because no plan uses
-    its ratio. Returns None if the model has no preset that was measured with these steps.
+    Too much is more than the curve's spread, which is the standard deviation over tokens. The worst step has the
+    largest quotient difference / spread. The first step of each expert is excluded, because no plan uses the ratio of
+    such a step. Returns None if the model has no preset, if the preset has other steps than `config`, or if every step
+    is excluded.
     """
     known, boundary = preset(files), files.spec.boundary
     here = steps_of(config.video.solver, config.video.steps, config.video.shift, boundary)

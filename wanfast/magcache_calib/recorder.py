@@ -1,10 +1,10 @@
 """Defines a step cache that skips nothing and measures how residuals change from step to step.
 
-For each step, branch and token with the residual r, the ratio is |r| / |r of the step before|, with norms over the
-channels. For each step and branch this cache measures the ratio's mean and standard deviation ("spread") over all
-tokens, and the mean cosine distance of the two residuals. The first step has no measurement. The low-noise expert's
-first step is compared with the high-noise expert's last step, as in the published curves. Source: MagCache (arXiv
-2506.09045) section 3.2.
+For each step, branch and token, the ratio is |r| / |s|. r is the residual of this step, s is the residual of the step
+before, and both norms are over the channels. For each step and branch this cache measures three values over all tokens.
+They are the mean of the ratio, the standard deviation of the ratio ("spread"), and the mean cosine distance between r
+and s. The first step has no measurement. The low-noise expert's first step is compared with the high-noise expert's
+last step, as in the published curves. Source: MagCache (arXiv 2506.09045) section 3.2.
 
 Shapes: L this rank's tokens, d model dim.
 """
@@ -24,7 +24,7 @@ from wanfast.runtime.facts.choices import BRANCHES, Branch
 
 
 class Recorder:
-    """Records one video on one rank; the measurements stay on the device until `measured` is called."""
+    """Measures one video on one rank; the measurements stay on the device until `measured` is called."""
 
     def __init__(self, ranks: Ranks, num_tokens: int) -> None:
         self._ranks = ranks
@@ -41,7 +41,7 @@ class Recorder:
         return branch in self._branches
 
     def keep(self, step: int, branch: Branch, residual: Tensor) -> None:
-        """Compares a residual with that of the step before, and adds up the measurements of all tokens.
+        """Compares a residual with the residual of the step before, and sums the measurements over this rank's tokens.
 
         `residual`: [1, L, d], L this rank's tokens, d model dim.
         """
@@ -55,10 +55,11 @@ class Recorder:
         self._sums[step, branch] = torch.stack((ratio.sum(), ratio.square().sum(), distance.sum()))
 
     def measured(self, num_steps: int) -> list[dict[Branch, dict[str, float] | None]]:
-        """Returns for each step and branch the ratio, spread and cosine distance over the tokens of all ranks.
+        """Returns the mean ratio, the spread and the mean cosine distance for each step and branch.
 
-        A branch without a measurement has None. All ranks must call this method together, because it gathers their
-        sums. Raises NotFiniteError on all ranks if a number is not finite, for example because a residual is zero.
+        They are computed over the tokens of all ranks. If a branch has no measurement at a step, the value is None. All
+        ranks must call this method together, because it gathers the sums of all ranks. Raises NotFiniteError on all
+        ranks if a number is not finite, for example because a residual is zero.
         """
         mine = {key: [*sums.tolist(), self._num_own] for key, sums in self._sums.items()}
         parts = self._ranks.gather(mine)

@@ -1,7 +1,8 @@
 """Computes full-reference and no-reference metrics of a video, in plain torch.
 
-PSNR, SSIM and MS-SSIM compare the video with a reference. SSIM is averaged over the frames; MS-SSIM combines it at up
-to five resolutions. Flicker and motion need no reference: they are mean differences of pixels from frame to frame.
+PSNR, SSIM and MS-SSIM compare the video with a reference. SSIM is averaged over the frames; MS-SSIM combines SSIM
+values at up to five resolutions. Flicker and motion need no reference: they measure how much pixels change from frame
+to frame.
 
 Shapes: F frames of H x W, videos [3, F, H, W] in [-1, 1].
 Sources: Wang et al. 2004 (SSIM: 11x11 Gaussian window, sigma 1.5, K = 0.01, 0.03); Wang et al. 2003 (MS-SSIM weights).
@@ -30,7 +31,7 @@ def ssim(video: Tensor, reference: Tensor) -> float:
 
 
 def ms_ssim(video: Tensor, reference: Tensor) -> float:
-    """Returns the multi-scale SSIM over the scales, at most five, at which an 11-pixel window fits into a frame.
+    """Returns the multi-scale SSIM over up to five scales: those at which an 11-pixel window fits into a frame.
 
     The weights of these scales are normalised to sum to 1.
     """

@@ -1,8 +1,8 @@
 """Defines the motions that the tiny model knows, as paths of a shape over a clip.
 
-A path gives four values for each moment u in [0, 1]: how far the shape has moved (x right, y down, in frame heights),
-the logarithm of its growth, and its rotation in radians (clockwise). The same table draws the training clips and judges
-the videos, so that a caption has one meaning.
+A path gives four values for each moment u in [0, 1]. x (right) and y (down) say how far the shape has moved, in frame
+heights. The other two values are the logarithm of the shape's growth, and the shape's rotation in radians (clockwise).
+The table `MOTIONS` is used both to draw the training clips and to judge the videos, so that a caption has one meaning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Motion:
     phrases: tuple[str, ...]
 
     def at(self, moments: npt.ArrayLike) -> Path:
-        """Returns [moments, 4]: x, y, log growth and rotation at each moment, a number in [0, 1]."""
+        """Returns [moments, 4]: x, y, log growth and rotation at each moment; a moment is a number in [0, 1]."""
         u = np.asarray(moments, dtype=np.float64)
         return np.stack(self.path(u), axis=-1)
 

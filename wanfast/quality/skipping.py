@@ -1,9 +1,10 @@
 """Measures what MagCache saves and costs on the tiny model, by one command: `make tiny-magcache`.
 
-Held-out pairs of image and prompt go through the pipeline without skipping and with every setting. Each setting has two
-plans. The greedy plan skips by a threshold. The least-error plan skips as many forwards within the same limits, and has
-the least accumulated error. Each video is compared with the unskipped video (PSNR, SSIM) and with the true clip (PSNR),
-and the tracker classifies its motion. The command writes JSON and plots quality over the share of skipped forwards.
+Held-out pairs of image and prompt go through the pipeline without skipping, and then with every setting. Each setting
+has two plans. The greedy plan skips by a threshold. The least-error plan skips as many forwards as the greedy plan,
+within the same limits, but with the least accumulated error. Each video is compared with the unskipped video (PSNR,
+SSIM) and with the true clip (PSNR), and the tracker classifies the video's motion. The command writes JSON and plots
+quality over the share of skipped forwards.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
 
 @dataclass(frozen=True)
 class Way:
-    """Holds one setting of MagCache, the kind of plan (greedy or least error), and this plan for one video."""
+    """Holds one setting of MagCache, a kind of plan (greedy or least error), and such a plan for one video."""
 
     rule: MagCacheRule
     name: str
@@ -55,7 +56,7 @@ class Way:
 
 
 def ways(full: Plan, judge: Judge) -> list[Way]:
-    """Returns two ways for each setting: the greedy plan, and the least-error plan with the same number of skips."""
+    """Returns two `Way` objects for each setting: the greedy plan, and the least-error plan with equally many skips."""
     found = []
     for rule, name in SETTINGS:
         settings = magcache_settings(name)
@@ -74,7 +75,10 @@ def ways(full: Plan, judge: Judge) -> list[Way]:
 
 @torch.inference_mode()
 def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
-    """Makes the videos of one held-out pair and returns their metrics: first without skipping, then for each `Way`."""
+    """Makes the videos of one held-out pair and returns a row of metrics for each video.
+
+    The first row is without skipping, and each further row is for one `Way`.
+    """
     scene, truth = judge.held_out(index)
     full = Plan.of(judge.config.replace(seed=index), judge.files.spec, (SIZE, SIZE))
     reference = judge.by_plan(judge.pipeline, full, scene.caption, truth[:, 0])
@@ -99,7 +103,7 @@ def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
 
 
 def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[str, Any]]:
-    """Averages the metrics over all pairs; the first row is without skipping, then comes one for each `Way`."""
+    """Averages the metrics over all pairs; the first row is without skipping, and each further row is for one `Way`."""
     full = Plan.of(judge.config, judge.files.spec, (SIZE, SIZE))
     found: list[dict[str, Any]] = []
     for number, way in enumerate((None, *ways(full, judge))):
@@ -123,9 +127,9 @@ def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[st
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Plots three values over the share of skipped forwards: PSNR, SSIM, and the share of prompts that are followed.
+    """Plots PSNR, SSIM and the share of videos that follow the prompt, over the share of skipped forwards.
 
-    PSNR and SSIM compare with the unskipped video.
+    PSNR and SSIM compare each video with the unskipped video.
     """
     from matplotlib.figure import Figure
 

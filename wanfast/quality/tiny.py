@@ -1,9 +1,9 @@
 """Measures every quality figure of the tiny model by one command: `make tiny-quality`.
 
-Pairs of image and prompt go through the pipeline that `wanfast generate` runs. Their combinations of shape, colour and
-motion are held out of training. Each video is compared with the true clip, and the tracker classifies its motion. Runs
-with an empty prompt are a control: without the prompt the motion is right only by chance. The VAE is measured on the
-true clips. The command writes JSON and a plot of the residuals' magnitude ratios.
+Pairs of image and prompt go through the pipeline that `wanfast generate` runs. The pairs show combinations of shape,
+colour and motion that are held out of training. Each video is compared with the true clip, and the tracker classifies
+the video's motion. Runs with an empty prompt are a control: without the prompt the motion is right only by chance. The
+VAE is measured on the true clips. The command writes JSON and a plot of the residuals' magnitude ratios.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Task:
-    """Names one held-out pair of image and prompt, and whether the model gets the prompt."""
+    """Names one held-out pair of image and prompt, and says whether the model gets the prompt."""
 
     index: int
     with_prompt: bool
@@ -67,7 +67,7 @@ class Settings:
 
 
 class Judge:
-    """Loads the models once in a process; a call makes the video of a task and returns its metrics."""
+    """Loads the models once in a process; a call makes the video of a task and returns the video's metrics."""
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(1)
@@ -130,7 +130,7 @@ class Judge:
         return result
 
     def held_out(self, index: int) -> tuple[Scene, Tensor]:
-        """Returns a held-out scene and its true clip [3, F, H, W] in [-1, 1], rounded to 8 bits as an image file is."""
+        """Returns a held-out scene and its true clip [3, F, H, W] in [-1, 1], rounded to 8 bits as in an image file."""
         scene = draw_scene(index, held_out=True, camera_share=0.0)
         clip = self.renderer([scene], moments_of_clip(FRAMES))[0]
         return scene, torch.round((clip + 1) / 2 * 255) / 255 * 2 - 1
@@ -189,9 +189,9 @@ def _work(asked: tuple[Callable[[Judge, T], R], T]) -> R:
 def judge_all(
     judged: Callable[[Judge, T], R], tasks: Sequence[T], settings: Settings, processes: int, *, every: int
 ) -> list[R]:
-    """Returns `judged(judge, task)` for each task, in order; each of `processes` processes has its own judge.
+    """Returns `judged(judge, task)` for each task, in order; `processes` processes work, each with its own judge.
 
-    Each time that `every` more tasks are done, a line with the progress is printed.
+    After every `every` tasks, a line with the progress is printed.
     """
     started, results = time.perf_counter(), []
     with multiprocessing.get_context("spawn").Pool(processes, _start, (settings,)) as pool:
@@ -203,7 +203,7 @@ def judge_all(
 
 
 def share_right(asked: list[str], shown: list[str | None]) -> dict[str, Any]:
-    """Returns how many of all videos show the requested motion, as number and share, with the 95 % interval."""
+    """Returns how many videos show the requested motion: the number, the share, and the share's 95 % interval."""
     right = sum(a == s for a, s in zip(asked, shown, strict=True))
     low, high = wilson(right, len(asked))
     return {"right": right, "of": len(asked), "share": right / len(asked), "95%": [round(low, 3), round(high, 3)]}

@@ -1,8 +1,9 @@
 """Classifies the motion that a video shows: tracks a shape of known colour and compares its path with all motions.
 
-Each frame is segmented by the distance of a pixel's colour to the shape's colour, lit or shaded. The soft mask gives
-the shape's centre, its size, and its rotation between frames. The rotation is the one that best aligns the mask's polar
-profile with that of the previous frame. The video shows the motion whose path is nearest to the tracked path.
+In each frame, a soft mask says how much each pixel belongs to the shape. For this, the pixel's colour is compared with
+the shape's colour, lit or shaded. The mask gives the shape's centre, its size, and its rotation between frames. The
+rotation is the angle that best aligns the mask's polar profile with the polar profile of the previous frame. The video
+shows the motion whose path is nearest to the tracked path.
 Limit: the tracker follows one shape of one colour, and no background may have this colour.
 """
 
@@ -25,7 +26,11 @@ _MAX_TURN = math.radians(25)  # between frames
 
 @dataclass(frozen=True)
 class Verdict:
-    """Holds the motion with the nearest path (None if the shape was lost), and the error to each motion's path."""
+    """Holds the motion whose path is nearest to the tracked path, and for each motion the error of its path.
+
+    The error measures the difference from the tracked path. If the shape was lost, the motion is None and there are no
+    errors.
+    """
 
     motion: str | None
     errors: dict[str, float]
@@ -45,7 +50,7 @@ def classify(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Ver
 
 
 def track(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Path | None:
-    """Returns the path [F, 4] of the shape that has this colour, or None if the shape was lost.
+    """Tracks the shape of the given colour; returns the shape's path [F, 4], or None if the shape was lost.
 
     The columns are x, y (in frame heights), log growth and rotation (radians), all relative to frame 0.
     """
@@ -72,7 +77,8 @@ def track(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Path |
 def soft_mask(frame: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> npt.NDArray[np.float64]:
     """Returns [H, W] in 0..1: how much each pixel belongs to the shape.
 
-    This depends on how far the pixel's colour is from the line between the shape's lit and shaded colours.
+    A pixel's value depends on the distance, in RGB, from its colour to a line. This line joins the shape's lit colour
+    and the shape's shaded colour.
     """
     lit = np.array(colour, dtype=np.float64)
     shaded = lit * _SHADE

@@ -1,13 +1,13 @@
-"""Draws the procedural world that the tiny model learns: textured shapes that move as their caption says.
+"""Draws the procedural world that the tiny model learns: textured shapes that move as a caption says.
 
-A scene is drawn from a seed: one subject that the caption names, up to two bystanders, a patterned background, and
-either a motion of the subject or one of the camera. Rendering is batched on the device. A shape is a mask from an
-atlas, sampled through the inverse of its motion, so that any frame, or any window of it, can be rendered alone.
+A scene is drawn from a seed. It has one subject, which the caption names, up to two bystanders and a patterned
+background. The subject and the camera never both move. Rendering is batched on the device. A shape is a mask from an
+atlas, sampled through the inverse of the shape's motion. So any frame, or any window of a frame, can be rendered alone.
 
 Shapes: B clips, F frames, H x W pixels; S shapes in the atlas.
 A tenth of all (shape, colour, motion) combinations is held out. A held-out clip shows a motion that training never
-shows for a subject of this shape and colour. Bystanders stand still, may have any combination, and no caption names
-them.
+shows for a subject of this shape and colour. Bystanders stand still, may have any combination of shape and colour, and
+are named in no caption.
 """
 
 from __future__ import annotations
@@ -96,7 +96,11 @@ def is_held_out(shape: str, colour: str, motion: str) -> bool:
 
 
 def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15) -> Scene:
-    """Returns the scene of a seed; `held_out` selects the held-out combinations or those of training."""
+    """Returns the scene of `seed`.
+
+    If `held_out` is true, the combination of shape, colour and motion is a held-out one; otherwise it is one of
+    training.
+    """
     rng = random.Random(f"{seed}/{held_out}")
     while True:
         shape, colour, motion = rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(list(MOTIONS))

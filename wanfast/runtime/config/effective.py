@@ -1,10 +1,10 @@
 """Turns the options of a request into an effective config, which has a value for every option, in five frozen parts.
 
 Each option is defined once, as a field of its part. `Options` maps the names of given options to their values.
-`EffectiveConfig.of` adds the defaults, some of which are the model's own. It refuses values that are wrong for every
-model; the error names the option. The ranks read the effective config, the JSON beside a video records it, and `--from`
-runs it again. Some fields of `skipping` and `ranks` may be None at first: `planning` then chooses the curve, the limits
-of skips, the mesh, and which weights are sharded or offloaded.
+`EffectiveConfig.of` adds the defaults; some defaults are the model's own. `EffectiveConfig.of` refuses values that are
+wrong for every model; the error names the option. The ranks read the effective config. The JSON beside a video records
+the config, and `--from` runs the recorded config again. Some fields of `skipping` and `ranks` may be None at first. For
+these, `planning` chooses the curve, the limits of skips, the mesh, and which weights are sharded or offloaded.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class EffectiveConfig:
 
     @classmethod
     def of(cls, given: Options, own: ModelSpec, **answers: Any) -> EffectiveConfig:
-        """Returns the config of the `given` options, and of the recipe that they may name.
+        """Returns the effective config of the `given` options; if they name a recipe, the recipe's options are added.
 
-        All other options get values from `answers`, `own` or defaults. `answers` are values that the program chose,
-        such as the seed; `own` holds the model's own defaults.
+        Every other option gets its value from `answers`, else from `own`, else from the option's default. `answers`
+        holds values that the program chose, such as the seed; `own` holds the model's own defaults.
         Raises ConfigError, which names the option.
         """
         values = {name: getattr(own, name) for name, option in OPTIONS.items() if option.option.own}
@@ -92,11 +92,11 @@ class EffectiveConfig:
         return cls(**parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns {part: {option: value}} of the five parts; `skipping` is None if --magcache is off."""
+        """Returns {part: {option: value}} of the five parts; the value of `skipping` is None if --magcache is off."""
         return dataclasses.asdict(self)
 
     def options(self) -> dict[str, Any]:
-        """Returns a flat mapping {option: value} of all parts, which `of` accepts as `given`."""
+        """Returns a flat mapping {option: value} over all parts; `of` accepts this mapping as `given`."""
         parts = [getattr(self, name) or SkippingConfig() for name in PARTS]
         return {name: getattr(part, name) for part in parts for name in options_of(type(part))}
 
@@ -122,13 +122,16 @@ PARTS: dict[str, Any] = {
 
 
 def accepted(given: Options) -> dict[str, Any]:
-    """Checks the values of options, and returns them with paths as str. Raises ConfigError, which names the option."""
+    """Checks the values of the `given` options, and returns all of them; a path object becomes a str.
+
+    Raises ConfigError, which names the option.
+    """
     refuse_unknown(given, OPTIONS)
     return {name: OPTIONS[name].accept(value) for name, value in given.items()}
 
 
 def of_command(given: Options, command: Command) -> dict[str, Any]:
-    """Replaces the recipe in `given`, if there is one, by those of its options that `command` has.
+    """Returns the `given` options; a recipe among them is replaced by the recipe's options that `command` has.
 
     Raises ConfigError, which names the option.
     """

@@ -23,7 +23,10 @@ from wanfast.runtime.facts.choices import (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsConfig(Part):
-    """This part of a config says which models run, and how. Jobs with equal `models` parts share loaded models."""
+    """This part of a config says which models run, and with which kernels, precision and quantization.
+
+    If two jobs have equal values in this part, they share the loaded models.
+    """
 
     model: Annotated[
         str,

@@ -1,4 +1,4 @@
-"""Describes a command-line option as an annotated field of a config: its help, its check and its commands.
+"""Describes a command-line option as an annotated field of a config; the annotation holds help, check and commands.
 
     steps: Annotated[int, Option("Denoising steps.", SAMPLING, own=True, check=between(1, 1000))]
 
@@ -50,7 +50,10 @@ class _Facts:
 
 @dataclass(frozen=True)
 class Option(_Facts):
-    """This annotation holds what a field's name, type and default do not say of an option, such as its help."""
+    """This annotation makes a config's field an option, and holds the option's help and further facts.
+
+    The option's name, type and default are those of the field.
+    """
 
     help: str
     panel: str
@@ -58,7 +61,7 @@ class Option(_Facts):
 
 @dataclass(frozen=True, kw_only=True)
 class OptionField:
-    """This class describes one option completely: its name, the type that users give, its default and its `Option`."""
+    """This class describes one option completely: name, type of the given value, default and annotation."""
 
     name: str
     option: Option
@@ -83,7 +86,10 @@ class OptionField:
         return float(value) if isinstance(value, int) and float in (self.asked, *typing.get_args(self.asked)) else value
 
     def complete(self, value: Any) -> Any:
-        """Checks the range of an effective value, and returns it; a path becomes absolute. Raises ConfigError."""
+        """Checks the range of an effective value, and returns the value; a path becomes absolute.
+
+        Raises ConfigError if the value is out of range.
+        """
         self.check_range(value)
         is_path = self.option.path and value and value.strip() and value not in self.option.names
         return absolute(value, self.flag) if is_path else value
@@ -97,7 +103,7 @@ class OptionField:
 
 
 def options_of(part: Any) -> dict[str, OptionField]:
-    """Returns {name: option} of the fields of a config class that are options, in the order of the fields."""
+    """Returns {name: option} for the fields of a config class, in order; fields that are no options are left out."""
     return _options_of(part)
 
 
@@ -120,14 +126,20 @@ def flag(name: str) -> str:
 
 
 def words(name: str, value: Any) -> tuple[str, ...]:
-    """Returns the arguments that give an option this value: ("--steps", "40"), ("--compile",) or ("--no-compile",)."""
+    """Returns the command-line arguments that give the option `name` this `value`.
+
+    Examples: ("--steps", "40"), ("--compile",), ("--no-compile",).
+    """
     if isinstance(value, bool):
         return (flag(name) if value else flag(f"no_{name}"),)
     return flag(name), f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def absolute(path: str, option: str) -> str:
-    """Makes a path absolute and expands `~` or `~USER`. Raises ConfigError, naming `option`, for an unknown USER."""
+    """Makes a path absolute and expands `~` or `~USER`.
+
+    If USER is unknown, raises ConfigError with `option` in the message.
+    """
     try:
         return str(Path(path).expanduser().absolute())
     except RuntimeError:
@@ -137,12 +149,18 @@ def absolute(path: str, option: str) -> str:
 
 
 def at_least(low: int, fix: str) -> Check:
-    """Returns a check that accepts values of at least `low`; for other values, the error says `fix`."""
+    """Returns a check that accepts values of at least `low`.
+
+    For other values, the error message gives the advice `fix`.
+    """
     return lambda value: None if value >= low else fix
 
 
 def between(low: float, high: float, fix: str) -> Check:
-    """Returns a check that accepts values from `low` to `high`, inclusive; for others, the error says `fix`."""
+    """Returns a check that accepts values from `low` to `high`, inclusive.
+
+    For other values, the error message gives the advice `fix`.
+    """
     return lambda value: None if low <= value <= high else fix
 
 
@@ -191,7 +209,7 @@ def _check_text(name: str, value: str) -> None:
 
 
 class Part:
-    """This base class of a config's parts checks each option's range and makes paths absolute, on construction."""
+    """When a part of a config is created, this base class checks each option's range and makes paths absolute."""
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)).values():

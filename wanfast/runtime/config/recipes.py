@@ -1,9 +1,10 @@
 """Defines the recipes: named sets of options. An option that is given as well overrides the recipe's.
 
-The published recipes are the lines of the benchmark of the reference program on 8 GPUs, from FlashAttention-2 (torch's
-own build, because the package has no wheel) to all of its switches. Its ranks share the tokens of one branch after the
-other, shard all models unless the experts are quantized, and skip forwards in each branch separately. Our recipes keep
-the program's own mesh.
+The published recipes are the lines of a published benchmark: the reference program on 8 GPUs. The first line uses
+FlashAttention-2 (torch's own build, because the package has no wheel). Further lines add the program's switches. In all
+lines, the ranks compute the branches one after the other and share the tokens of each branch. The models are sharded,
+unless the experts are quantized. Each branch skips forwards separately. For our recipes (`exact`, `near-exact`,
+`fast`), wanfast chooses the mesh.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ class Recipe:
     of_several_ranks: Options = field(default_factory=dict)  # they need more than one rank, and are left out for one
 
     def given(self, options: Options) -> dict[str, Any]:
-        """Returns the recipe's options for a run with these `options`, which may say how many ranks it has."""
+        """Returns the recipe's options for a run with these `options`.
+
+        `options` may contain `num_gpus` and `nnodes`. If the run has one rank, the recipe's options for several ranks
+        are left out.
+        """
         ranks = (options.get("num_gpus") or 1, options.get("nnodes") or 1)
         return {**self.options, **({} if ranks == (1, 1) else self.of_several_ranks)}
 
@@ -73,7 +78,10 @@ RECIPES: Mapping[RecipeName, Recipe] = MappingProxyType(
 
 
 def with_recipe(given: Options) -> dict[str, Any]:
-    """Returns the `given` options and those of the recipe that they name; a given option overrides the recipe's."""
+    """Returns the `given` options; if they name a recipe, the recipe's options are added.
+
+    A given option overrides the recipe's option.
+    """
     name = given.get("recipe")
     if name is None:
         return dict(given)
@@ -84,7 +92,10 @@ def with_recipe(given: Options) -> dict[str, Any]:
 
 
 def overridden(effective: Options) -> dict[str, Any]:
-    """Returns the effective options that differ from those of the recipe that they name; empty without a recipe."""
+    """Compares the effective options with their recipe, and returns {option: effective value} for each difference.
+
+    If the options name no recipe, the result is empty.
+    """
     name = effective.get("recipe")
     of_recipe = {} if name is None else RECIPES[name].given(effective)
     of_recipe |= spelled_out(of_recipe.get("magcache", "off"))

@@ -1,4 +1,4 @@
-"""Defines the options of MagCache, which skips forwards, and the short names of its settings."""
+"""Defines the options of MagCache, which skips forwards, and the short names of MagCache's settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CURVE_KEY = re.compile(r"[0-9a-f]{12}")
 
 
 def magcache_settings(name: str) -> tuple[float, int, float] | None:
-    """Returns (threshold, skips in a row, retention ratio) of a short name: (0.12, 2, 0.2) for E012K2R20.
+    """Returns (threshold, skips in a row, retention ratio) for a short name: (0.12, 2, 0.2) for E012K2R20.
 
     Returns None for any other name.
     """
@@ -29,7 +29,7 @@ def magcache_settings(name: str) -> tuple[float, int, float] | None:
 
 
 def spelled_out(name: str) -> dict[str, Any]:
-    """Returns {option: value} of a short name; of any other name, nothing."""
+    """Returns {option: value} for a short name like E012K2R20; for any other name, returns an empty mapping."""
     settings = magcache_settings(name)
     return {"magcache": "preset", **dict(zip(_SHORT, settings, strict=True))} if settings else {}
 

@@ -176,7 +176,10 @@ class OutputConfig(Part):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Returns the paths of the .mp4, its .json and, if requested, its .png; none if frames are returned."""
+        """Returns the paths of the .mp4, its .json and, if requested, its .png.
+
+        The tuple is empty if the frames are returned to the caller and no file is written.
+        """
         if self.output is None:
             return ()
         video = Path(self.output)

@@ -13,7 +13,10 @@ _NAN_BITS = 0x7F  # float8_e4m3fn has no infinity, and this is its only NaN
 
 
 def all_finite(x: Tensor) -> Tensor:
-    """Returns whether all values of `x` are finite, as a bool tensor of shape () on its device; True for integers."""
+    """Returns whether all values of x are finite, as a bool tensor of shape () on the device of x.
+
+    For a tensor of integers, the result is True.
+    """
     if not x.dtype.is_floating_point or not x.numel():
         return torch.ones((), dtype=torch.bool, device=x.device)
     if x.itemsize == 1:

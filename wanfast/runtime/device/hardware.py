@@ -1,4 +1,4 @@
-"""This module sets up a process's device, describes it, measures its memory and detects out-of-memory errors."""
+"""This module sets up and describes a process's device, measures its memory and detects out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ _SCARCE_BYTES = 4 << 30  # three times the largest tensor of a decoder at 1280x7
 def prepare(device: str, precision: str, tf32: bool | None) -> None:
     """Checks that torch can use `device`, and sets whether float32 operations on a GPU may use TF32.
 
-    `tf32` True (--tf32) or False (--no-tf32) applies to convolutions and matrix products. With None, as in the
-    reference, matrix products may not use TF32, and convolutions may, except if `precision` is fp32.
+    If `tf32` is True (--tf32) or False (--no-tf32), it applies to convolutions and to matrix products. If `tf32` is
+    None, matrix products may not use TF32 and convolutions may, as in the reference. But if `tf32` is None and
+    `precision` is fp32, convolutions may not use TF32.
     Raises ConfigError if torch cannot use the device.
     """
     if device == "cuda" and not torch.cuda.is_available():
@@ -45,17 +46,22 @@ def prepare(device: str, precision: str, tf32: bool | None) -> None:
 
 
 def use_few_threads(device: str, dim: int) -> None:
-    """Limits torch's CPU threads: one for a small model (`dim` below 1024), otherwise at most the usable cores.
+    """Limits torch's CPU threads, because too many threads slow a model.
 
-    Threads slow the short products of a small model. If there are more threads than cores, they wait for each other.
-    On a GPU, or if OMP_NUM_THREADS is set, nothing changes.
+    A small model (`dim` below 1024) gets one thread. Any other model gets at most as many threads as there are usable
+    cores. More threads would slow the short matrix products of a small model. If there are more threads than cores, the
+    threads wait for each other. On a GPU, or if OMP_NUM_THREADS is set, nothing changes.
     """
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if dim < 1024 else min(torch.get_num_threads(), host.cores()))
 
 
 def describe(device: str) -> dict[str, str]:
-    """Returns the device's name, capability and TF32 settings, or a CPU's name and threads, for the JSON of a run."""
+    """Returns the device's facts for the JSON of a run.
+
+    For a GPU, these are the name, the capability, the CUDA version and the TF32 settings. For a CPU, these are the name
+    and the number of threads.
+    """
     if device != "cuda":
         return {"device": platform.processor() or platform.machine(), "threads": str(torch.get_num_threads())}
     major, minor = torch.cuda.get_device_capability()
@@ -70,7 +76,7 @@ def describe(device: str) -> dict[str, str]:
 
 @contextmanager
 def one_out_of_memory_error() -> Iterator[None]:
-    """Converts every out-of-memory error that the `with` block raises into torch.OutOfMemoryError."""
+    """Converts out-of-memory errors of the `with` block to torch.OutOfMemoryError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -85,9 +91,10 @@ def one_out_of_memory_error() -> Iterator[None]:
 def is_out_of_memory(error: MemoryError | RuntimeError, free: int) -> bool:
     """Returns whether an error means that memory ran out; `free` is the number of free bytes on the device.
 
-    Python and numpy raise MemoryError, and torch has a class for a GPU's memory. torch's CPU allocator, CUDA, cuBLAS
-    and cuDNN say so only in the text of a RuntimeError. cuDNN may also say that it finds no engine, because each needs
-    more memory. That text has other causes too, so it counts only if less than 4 GiB are free.
+    Python and numpy raise MemoryError, and torch has an error class for a GPU's memory. torch's CPU allocator, CUDA,
+    cuBLAS and cuDNN may raise a RuntimeError, and only the text of this error says that memory ran out. cuDNN may say
+    instead that it finds no engine, because every engine needs more memory. "No engine" has other causes too, so it
+    counts only if less than 4 GiB are free.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -114,7 +121,10 @@ def free_memory(device: str) -> None:
 
 
 def forget_cuda_graphs() -> None:
-    """Frees all CUDA graphs that torch.compile captured; the next forward recompiles, or loads from caches."""
+    """Frees all CUDA graphs that torch.compile captured.
+
+    The next forward recompiles the code, or loads it from the compiler caches.
+    """
     if "torch._inductor.cudagraph_trees" in sys.modules:
         torch.compiler.reset()
 
@@ -126,7 +136,7 @@ def reset_peak_memory(device: str) -> None:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Returns this process's peak memory in bytes: of tensors on the GPU, or the resident set for a CPU."""
+    """Returns this process's peak memory in bytes: for a GPU, torch's tensors; for a CPU, the resident set."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,7 @@
-"""This module copies tensors of mapped files to a GPU: threads fill pinned buffers, from which the GPU copies.
+"""This module copies tensors of memory-mapped files to a GPU: threads fill pinned buffers, from which the GPU copies.
 
-A mapped tensor is read when it is copied. One thread reads 5 to 8 GB/s from the page cache, but the link to a GPU can
-carry 50 GB/s from pinned memory. So several threads read pieces of the tensors at the same time.
+A mapped tensor is read from its file when it is copied. One thread reads 5 to 8 GB/s from the page cache, but the link
+to a GPU can carry 50 GB/s from pinned memory. So several threads read pieces of the tensors at the same time.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _MOST_THREADS = 8  # more threads gained little: the memory of the host is busy
 
 
 def to_device(tensors: Iterable[tuple[T, Tensor]], device: str, cores: int) -> Iterator[tuple[T, Tensor]]:
-    """Yields each (label, CPU tensor) with the tensor on `device`, in order; threads read the next tensors meanwhile.
+    """Copies each CPU tensor to `device` and yields (label, tensor), in order; threads read the next tensors meanwhile.
 
-    There are as many threads as `cores`, but 8 at most. The current stream may use a yielded tensor at once. If
-    `device` is a CPU, the tensors are yielded as they are.
+    The number of threads is `cores`, but at most 8. The current stream may use a yielded tensor at once. If `device` is
+    a CPU, the tensors are yielded as they are.
     """
     if not device.startswith("cuda"):
         yield from tensors

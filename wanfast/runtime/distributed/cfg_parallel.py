@@ -1,9 +1,9 @@
 """Parallel guidance runs the prompt's branch on one half of the ranks, and the negative prompt's on the other half.
 
-The branches of one step do not depend on each other, so the halves exchange only the two velocities, after the
-forward. Each velocity is 16 T h w float32 values, 19 MB at 1280x720, 81 frames. In a step without guidance, both halves
-compute the same forward.
-Source: classifier-free guidance (arXiv 2207.12598); the split as in xDiT (arXiv 2411.01738) section 4.1.3.
+The branches of one step do not depend on each other, so the halves exchange only the two velocities, after the forward.
+Each velocity has 16 T h w float32 values: 19 MB for a video of 1280x720 and 81 frames. In a step without guidance, both
+halves compute the same forward.
+Source: classifier-free guidance (arXiv 2207.12598); the split is that of xDiT (arXiv 2411.01738) section 4.1.3.
 
 Shapes: B batch, C latent channels, T/h/w latent grid.
 """
@@ -21,19 +21,19 @@ from wanfast.runtime.facts.choices import Branch
 
 
 class BothBranches:
-    """This class runs guidance if cfg is 1: the same ranks compute all branches, one after the other."""
+    """This class runs guidance if the cfg degree is 1: each rank computes all branches, one after the other."""
 
     def own(self, branches: Sequence[Branch]) -> list[Branch]:
         return list(branches)
 
     def velocities(self, branches: Sequence[Branch], velocity: Callable[[Branch], Tensor]) -> list[Tensor]:
-        """Returns the velocities [B, C, T, h, w] of `branches`, in order."""
+        """Returns one velocity [B, C, T, h, w] per branch, in the order of `branches`."""
         return [velocity(branch) for branch in branches]
 
 
 @dataclass(frozen=True)
 class CfgParallel:
-    """This class runs guidance on the two ranks of a process group: each computes one of the two branches."""
+    """This class runs guidance on the two ranks of a process group: each rank computes one of the two branches."""
 
     group: dist.ProcessGroup
 
@@ -42,7 +42,7 @@ class CfgParallel:
         return [branches[self.group.rank() % len(branches)]]
 
     def velocities(self, branches: Sequence[Branch], velocity: Callable[[Branch], Tensor]) -> list[Tensor]:
-        """Returns the velocities [B, C, T, h, w] of `branches`, in order, on both ranks."""
+        """Returns one velocity [B, C, T, h, w] per branch, in the order of `branches`, on both ranks of the group."""
         (branch,) = self.own(branches)
         own = velocity(branch)
         if len(branches) == 1:

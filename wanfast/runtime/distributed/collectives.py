@@ -11,7 +11,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Returns the tensors x of all P ranks of a process group, [P, *x.shape] in rank order; any dtype is possible."""
+    """Gathers x from all P ranks of a process group; returns [P, *x.shape] in rank order. Any dtype is possible."""
     gathered = x.new_empty(group.size() if group else dist.get_world_size(), *x.shape)
     _all_gather(as_bytes(gathered), as_bytes(x.contiguous()), group=group)
     return gathered

@@ -1,9 +1,10 @@
 """Fully sharded weights (FSDP2) let several GPUs run a model that does not fit on one GPU.
 
-Each of P ranks holds 1/P of every parameter (rows along dim 0), and gathers a block's weights while the block before
-runs. In every forward, a rank receives (P-1)/P of the model over the links, so weights are sharded only if they do not
-fit otherwise.
-A model is sharded while it is on the meta device; `checkpoint` then reads only the rows of each rank.
+Each of P ranks holds 1/P of every parameter (rows along dim 0). While a block runs, each rank gathers the weights of
+the next block. In every forward, a rank receives (P-1)/P of the model over the links, so weights are sharded only if
+they do not fit otherwise.
+A model is sharded while it is on the meta device. Afterwards, the module `checkpoint` reads on each rank only this
+rank's rows.
 Source: PyTorch FSDP (arXiv 2304.11277); torch.distributed.fsdp.fully_shard.
 """
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def shard(model: nn.Module, device: str) -> None:
-    """Shards `model` over the rank group by FSDP2: each of `model.blocks` is one unit, and the rest is one more."""
+    """Shards `model` over the rank group by FSDP2.
+
+    Each of `model.blocks` is one FSDP unit, and the rest of the model is one more unit.
+    """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     world = dist.group.WORLD
@@ -38,7 +42,10 @@ def is_sharded(parameter: Tensor) -> TypeGuard[DTensor]:
 
 
 def own_rows(parameter: Tensor) -> tuple[int, int]:
-    """Returns (first, end): this rank holds rows first..end-1 along dim 0, or all rows of an unsharded parameter."""
+    """Returns (first, end): this rank holds the parameter's rows first..end-1 along dim 0.
+
+    For an unsharded parameter, this range contains all rows.
+    """
     rows = parameter.shape[0] if parameter.dim() else 1  # a scalar is read whole
     if not is_sharded(parameter):
         return 0, rows
@@ -48,7 +55,7 @@ def own_rows(parameter: Tensor) -> tuple[int, int]:
 
 
 def from_own_rows(rows: Tensor, parameter: Tensor) -> Tensor:
-    """Returns a DTensor sharded like `parameter`, made of each rank's own `rows`.
+    """Returns a DTensor that is sharded like `parameter`; each rank passes its own `rows`.
 
     For an unsharded parameter, returns `rows`.
     """

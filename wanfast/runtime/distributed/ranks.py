@@ -50,26 +50,29 @@ class Ranks:
 
     @property
     def sequence(self) -> Sequence:
-        """Returns the `Sequence` by which the experts share tokens among the ulysses ranks."""
+        """Returns the `Sequence` object that shares an expert's tokens among the Ulysses ranks."""
         group = self.groups.get("ulysses")
         return Ulysses(group) if group else WholeSequence()
 
     def rows(self, latent_rows: int) -> Rows:
-        """Returns the `Rows` by which the VAE shares frames among ranks; the latents have `latent_rows` rows."""
+        """Returns the `Rows` object that shares the VAE's frames among ranks; the latents have `latent_rows` rows."""
         return SplitRows.of(self.rank, self.size, latent_rows) if self.size > 1 else WHOLE_FRAME
 
     @property
     def guidance(self) -> BothBranches | CfgParallel:
-        """Returns the object that computes the branches of guidance, on the same ranks or on two halves of them."""
+        """Returns the object that computes the branches of guidance.
+
+        Either the same ranks compute both branches, or each half of the ranks computes one branch.
+        """
         group = self.groups.get("cfg")
         return CfgParallel(group) if group else BothBranches()
 
     def together(self, work: Callable[[], T]) -> T:
-        """Runs `work()` on every rank and returns each rank's own result.
+        """Runs `work()` on every rank, and returns on each rank the result of this rank's own call.
 
         If `work` raises a WanFastError on any rank, all ranks raise a WanFastError. `work` must not use collectives,
-        because a rank that failed would not reach them. The VAE's exchanges are the exception: a rank that runs out of
-        memory still takes part in them, and any other error between two exchanges ends the rank group.
+        because a rank that failed would not reach them. The VAE's exchanges are the exception. A rank that runs out of
+        memory still takes part in these exchanges, and any other error between two exchanges ends the rank group.
         """
         error, result = None, None
         try:

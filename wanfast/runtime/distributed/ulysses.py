@@ -2,12 +2,12 @@
 
 Everything except self-attention processes each token separately. Before self-attention, the P ranks exchange q, k and v
 by all-to-all: [B, L/P, H, D] with a rank's own tokens and all heads becomes [B, L, H/P, D] with all tokens and the
-rank's own heads. After self-attention, they exchange the result back. q is sent while k is computed, and k while v is
-computed. v is computed in P parts, and each part is sent while the next is computed. So only the exchange after
-attention does not overlap with computation.
-In each block, q, k, v and the result have 4 L H D / P values on a rank, which sends (P-1)/P of them. If L is not a
-multiple of P, zero rows are added at the end of the tokens. Before attention, these rows are cut off from keys and
-values, so that the result is the same as on one rank.
+rank's own heads. After self-attention, the ranks exchange the result back. q is sent while k is computed, and k is sent
+while v is computed. v is computed in P parts, and each part is sent while the next part is computed. So all exchanges
+overlap with computation, except the exchange after attention.
+In each block, q, k, v and the result together have 4 L H D / P values on a rank. The rank sends (P-1)/P of these
+values. If L is not a multiple of P, zero rows are added at the end of the tokens. Before attention, these rows are cut
+off from keys and values, so that the result is the same as on one rank.
 A compiled block uses torch's functional collectives, so that the block stays one graph.
 Limit: H must be a multiple of P. Source: DeepSpeed-Ulysses (arXiv 2309.14509) section 3.
 
@@ -33,7 +33,7 @@ from wanfast.runtime.models.tokens import packed
 
 @dataclass(frozen=True)
 class Ulysses:
-    """This `Sequence` of a DiT shares the tokens among the ranks of one process group."""
+    """This class implements the DiT's `Sequence`: the ranks of one process group share the tokens."""
 
     group: dist.ProcessGroup
 
@@ -42,9 +42,10 @@ class Ulysses:
         return True
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's share of the tokens of x, which lie along `dim`; every share has the same length.
+        """Returns this rank's share of the tokens of x; `dim` is the dimension of the tokens.
 
-        If the tokens cannot be divided equally, zeros pad the shares of the last ranks.
+        Every share has the same length. If the tokens cannot be divided equally, zeros pad the shares of the last
+        ranks.
         """
         size, rank = self.group.size(), self.group.rank()
         share = -(-x.shape[dim] // size)
@@ -53,9 +54,9 @@ class Ulysses:
         return packed(F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing]) if missing else x)
 
     def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
-        """Returns the attention of this rank's queries to all `num_tokens` tokens, computed by `attend`.
+        """Returns the attention of this rank's queries to all `num_tokens` tokens; `attend` computes the attention.
 
-        The result is [B, n, H, D] for a rank with n queries.
+        The result is [B, n, H, D], where n is the number of this rank's queries.
         """
         sent = [self._send(projections.by_heads(name, self.group.size())) for name in "qk"]
         all_v = self._all_values(projections)
@@ -75,7 +76,7 @@ class Ulysses:
         return torch.cat([own if source == rank else waits[source]() for source in range(size)], dim=1)
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
-        """Returns the tokens of all ranks, joined along `dim` without the padding, on every rank."""
+        """Joins the tokens of all ranks along `dim`, cuts off the padding, and returns the tokens on every rank."""
         return torch.cat(list(all_gather(x, self.group)), dim).narrow(dim, 0, num_tokens)
 
     def _send(self, x: Tensor, to: int | None = None, source: int | None = None) -> Callable[[], Tensor]:

@@ -1,17 +1,17 @@
 """Shares the rows of each frame among the ranks of a rank group, for the VAE.
 
-Each rank has some rows of the latent grid, and the pixel rows that belong to them. Before each spatial convolution,
-neighbouring ranks exchange their border rows, so that the result is the same as on one rank. No tiles overlap and
-nothing is blended. In an attention layer, each rank gathers the keys and values of the whole frame for its own queries.
-Any number of ranks can share a frame. If there are more ranks than latent rows, the last ranks get no rows. The
-numbers of rows of two ranks may differ by one. So tensors are sent from rank to rank, because a collective would need
-equal shapes.
+Each rank has some rows of the latent grid, and the pixel rows that belong to these latent rows. Before each spatial
+convolution, neighbouring ranks exchange their border rows, so that the result is the same as on one rank. No tiles
+overlap and nothing is blended. In an attention layer, each rank gathers the keys and values of the whole frame for its
+own queries. Any number of ranks can share a frame. If there are more ranks than latent rows, the last ranks get no
+rows. Some ranks may have one row more than others. A collective would need equal shapes, so tensors are sent from rank
+to rank instead.
 
 If a rank stopped, its neighbours would wait in their next exchange, until `--rank-timeout` is over (gloo) or NCCL's
 watchdog ends the process. So a rank that runs out of memory still does all exchanges that other ranks wait for
-(`missed`): it repeats its work on the meta device, which computes shapes only, and sends zeros. Afterwards all ranks
-repeat the VAE's work, or all raise the same error. Any other error ends the rank and so its rank group, and so does a
-lack of memory inside NCCL.
+(`missed`). This rank repeats its work on the meta device, which computes shapes only, and sends zeros. Afterwards all
+ranks repeat the VAE's work, or all raise the same error. Any other error ends the rank and its whole rank group. A lack
+of memory inside NCCL also ends them.
 
 Shapes: B batch, C channels, T frames, h own rows, w columns.
 """
@@ -34,7 +34,10 @@ class Exchanges:
     done = 0
 
     def swap(self, sent: Mapping[int, Tensor], shapes: Mapping[int, torch.Size], like: Tensor) -> dict[int, Tensor]:
-        """Sends a tensor to each peer in `sent`; returns what each peer in `shapes` sends, in the dtype of `like`."""
+        """Sends `sent[peer]` to each peer, and returns {peer: received tensor} for the peers in `shapes`.
+
+        The received tensors have these shapes, and the dtype and device of `like`.
+        """
         received = {peer: like.new_empty(shape) for peer, shape in shapes.items()}
         operations = [dist.P2POp(dist.isend, as_bytes(x.contiguous()), peer) for peer, x in sent.items()]
         operations += [dist.P2POp(dist.irecv, as_bytes(x), peer) for peer, x in received.items()]
@@ -45,9 +48,10 @@ class Exchanges:
 
 
 class MissedExchanges(Exchanges):
-    """Sends zeros to the ranks that wait for a rank that ran out of memory and repeats its work on the meta device.
+    """Sends zeros for a rank that ran out of memory, because other ranks wait for this rank's tensors.
 
-    The first `done` exchanges are left out, because the rank did them before.
+    Meanwhile this rank repeats its work on the meta device. The first `done` exchanges are left out, because the rank
+    did these exchanges before it ran out of memory.
     """
 
     def __init__(self, done: int, device: str) -> None:
@@ -64,7 +68,7 @@ class MissedExchanges(Exchanges):
 
 @dataclass(frozen=True)
 class SplitRows:
-    """This `Rows` of the VAE shares a frame among ranks: rank i has `counts[i]` rows of the latent grid."""
+    """This class implements the VAE's `Rows`: ranks share each frame, and rank i has `counts[i]` latent rows."""
 
     rank: int
     counts: tuple[int, ...]
@@ -73,7 +77,7 @@ class SplitRows:
 
     @classmethod
     def of(cls, rank: int, num_ranks: int, latent_rows: int) -> SplitRows:
-        """Divides `latent_rows` rows among `num_ranks` ranks, whose numbers of rows differ by at most one."""
+        """Divides `latent_rows` rows among `num_ranks` ranks; two ranks' numbers of rows differ by at most one."""
         sharing = min(num_ranks, latent_rows)
         least, larger = divmod(latent_rows, sharing)
         return cls(rank, tuple(least + (index < larger) for index in range(sharing)))
@@ -83,22 +87,26 @@ class SplitRows:
         return self.rank < len(self.counts)
 
     def missed(self, device: str) -> SplitRows:
-        """Returns a copy for a rank that ran out of memory and repeats its work on the meta device.
+        """Returns a copy of this object for a rank that ran out of memory and will repeat its work on the meta device.
 
-        The copy does only the exchanges that the rank had not done, and sends zeros in them.
+        The copy leaves out the exchanges that this rank has already done. In all later exchanges it sends zeros, which
+        are on `device`.
         """
         return replace(self, exchanges=MissedExchanges(self.exchanges.done, device))
 
     def own(self, x: Tensor, dim: int) -> Tensor:
         """Returns this rank's rows of x along `dim`.
 
-        The length of `dim` must be a multiple of the number of latent rows.
+        The length of x along `dim` must be a multiple of the number of latent rows.
         """
         scale = x.shape[dim] // sum(self.counts)
         return x.narrow(dim, scale * sum(self.counts[: self.rank]), scale * self.counts[self.rank])
 
     def fill(self, clip: Tensor) -> None:
-        """Fills the first and last row of a clip [B,C,T,h+2,w] with rows of other ranks, or zeros at a frame's edge."""
+        """Fills the first and the last row of a clip [B, C, T, h+2, w] with the border rows of the neighbouring ranks.
+
+        At the upper or lower edge of a frame there is no neighbour: the row is filled with zeros.
+        """
         edges = {self.rank - 1: (clip[..., 1, :], clip[..., 0, :]), self.rank + 1: (clip[..., -2, :], clip[..., -1, :])}
         neighbours = {peer: rows for peer, rows in edges.items() if 0 <= peer < len(self.counts)}
         sent = {peer: own for peer, (own, _) in neighbours.items()}
@@ -110,13 +118,13 @@ class SplitRows:
                 halo.zero_()
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Returns the rows of all ranks, joined along `dim`; each rank that has rows must call this."""
+        """Joins the rows of all ranks along `dim` and returns them; each rank that has rows must call this method."""
         peers = [peer for peer in range(len(self.counts)) if peer != self.rank]
         others = self.exchanges.swap(dict.fromkeys(peers, x), self._shapes(x, dim, peers), x)
         return self._joined(others, x, dim)
 
     def collect(self, x: Tensor, dim: int) -> Tensor | None:
-        """Returns the rows of all ranks, joined along `dim`, on the leader, and None on other ranks."""
+        """Joins the rows of all ranks along `dim` and returns them on the leader; returns None on other ranks."""
         if self.rank:
             self.exchanges.swap({0: x}, {}, x)
             return None

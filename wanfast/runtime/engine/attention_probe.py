@@ -3,8 +3,8 @@
 A package that can be imported may still lack kernels for this GPU, or need another layout or CUDA version. So the state
 "runs" means that the kernel's result was correct. Shapes: B batch, L tokens, H heads, D head dim.
 
-Cost: a forward for each kernel; FlashAttention-4 compiles first, about ten seconds. Limit: if a kernel breaks the
-process's CUDA context, all later kernels fail too.
+Cost: one forward for each kernel; before its forward, FlashAttention-4 compiles for about ten seconds. Limit: if a
+kernel breaks the process's CUDA context, all later kernels fail too.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class Choice:
 
 
 def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> Choice:
-    """Probes the requested kernel and returns it; for `auto`, returns the fastest kernel that is correct here.
+    """Probes the requested kernel and returns it; for `auto`, returns the fastest kernel that gives correct results.
 
-    Raises ConfigError if the requested kernel, or for `auto` every kernel, is not installed or gives wrong results.
+    Raises ConfigError if the requested kernel is not installed or gives wrong results. For `auto`, raises ConfigError
+    if no installed kernel gives correct results.
     """
     if asked != "auto":
         found = probe(asked, device, dtype, head_dim)
@@ -73,7 +74,7 @@ def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> 
     """Returns the leader's choice of kernel on all ranks, after every rank has probed this kernel.
 
     Every rank probes, because a kernel may be missing on another machine. Raises ConfigError on all ranks if the kernel
-    does not run correctly on one of them.
+    is not installed or not correct on any rank.
     """
     choice = ranks.lead(lambda: choose(asked, ranks.device, dtype, head_dim))
 
@@ -92,7 +93,8 @@ def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> 
 def probe_all(device: str) -> dict[str, Finding]:
     """Probes all kernels that may run on `device`, and returns {kernel: finding}.
 
-    The kernels of optional packages are probed on a CPU too, where none of them runs.
+    On a CPU, the kernels of optional packages are probed too. They cannot run there, but the findings say whether they
+    are installed.
     """
     names = [name for name, kernel in KERNELS.items() if kernel.modules or name in _candidates(device)]
     return {name: probe(name, device) for name in names}

@@ -2,14 +2,15 @@
 
 A block is compiled with `fullgraph`, so that a graph break is an error and not a slow path, and with `dynamic=False`,
 for one shape. All blocks of both experts share one graph. In mode `default`, cuBLAS computes the matrix products. The
-two `max-autotune` modes time Triton's products against those of cuBLAS, which takes half a minute. The mode
-`max-autotune` also captures each block as a CUDA graph, in the second forward of a video size. A captured graph reads
-weights at fixed addresses, so weights should not be moved.
+two `max-autotune` modes measure whether Triton or cuBLAS computes the products faster; this measurement takes half a
+minute. The mode `max-autotune` also captures each block as a CUDA graph, in the second forward of a video size. A
+captured graph reads weights at fixed addresses, so weights should not be moved.
 
-The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached. A process that loads it
-repeats only the tracing, and what opaque operators compile themselves: the int8 product, the quantization of the text,
-FlashAttention-4. The key contains everything that the kernels depend on. So another torch, GPU, video size or version
-of this code has another key. Each rank has its own file, because its graphs contain the names of its process groups.
+The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached. A process that loads
+this artifact repeats only the tracing and the compilation inside opaque operators. These operators are the int8
+product, the quantization of the text, and FlashAttention-4. The key contains everything that the kernels depend on. So
+another torch, GPU, video size or version of this code has another key. Each rank has its own file, because its graphs
+contain the names of its process groups.
 Source: torch.compiler.save_cache_artifacts.
 """
 
@@ -50,10 +51,10 @@ _CODE = (
 
 @contextmanager
 def compiler_imported_meanwhile(config: EffectiveConfig) -> Iterator[None]:
-    """Imports torch's compiler in a thread while the `with` block loads weights, if blocks are to be compiled.
+    """If blocks are to be compiled, imports torch's compiler in a thread while the `with` block loads weights.
 
-    With FSDP or --quantize-on-the-fly, nothing is imported: FSDP and torchao import parts of the compiler themselves,
-    and two threads must not import it at the same time.
+    With FSDP or --quantize-on-the-fly, nothing is imported. FSDP and torchao import parts of the compiler themselves,
+    and two threads must not import the compiler at the same time.
     """
     if not config.models.compile or config.ranks.dit_fsdp == "on" or config.models.quantize_on_the_fly:
         yield
@@ -131,9 +132,9 @@ def check_caches() -> None:
 
 
 def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> Published:
-    """Stores the compiler caches of all ranks as one artifact, with a file for each rank; replaces a damaged one.
+    """Stores the compiler caches of all ranks as one artifact, with a file for each rank.
 
-    Raises ConfigError.
+    If a damaged artifact with this key exists, it is replaced. Raises ConfigError if the artifact cannot be written.
     """
     saved = torch.compiler.save_cache_artifacts()
     assert saved is not None, "nothing was compiled"
@@ -147,11 +148,12 @@ def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> P
 
 
 def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, is_named: bool) -> str | None:
-    """Fills this process's compiler caches from the artifact of `inputs`; returns its key, or None on a cache miss.
+    """Fills this process's compiler caches from the artifact of `inputs`.
 
-    The caches hold code that will run, so the files are first compared with the hashes in the manifest. A damaged
-    artifact is a cache miss with a note, because compiling takes less than a minute. An artifact that other users could
-    have written is a cache miss too, unless the user named the artifacts folder (`is_named`).
+    Returns the artifact's key, or None on a cache miss. The caches hold code that will run, so the files are first
+    compared with the hashes in the manifest. A damaged artifact is a cache miss with a note, because compiling takes
+    less than a minute. If other users may write to the artifact, this is a cache miss too, unless the user named the
+    artifacts folder (`is_named`).
     """
     folder = ranks.together(lambda: store.find(KIND, inputs, verify=True, damaged="miss"))
     if not all(ranks.gather(folder is not None)):
@@ -171,7 +173,7 @@ def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, i
 
 
 def compiled_anew() -> int:
-    """Returns the number of graphs that this process has compiled because they were in no cache."""
+    """Returns the number of graphs that this process compiled because no cache held them."""
     counters = torch._dynamo.utils.counters["inductor"]
     return int(counters["fxgraph_cache_miss"] + counters["fxgraph_cache_bypass"])
 

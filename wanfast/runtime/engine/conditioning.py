@@ -40,5 +40,5 @@ def draw_noise(seed: int, geometry: Geometry, channels: int, device: str) -> Ten
 
 
 def noise_shape(geometry: Geometry, channels: int) -> tuple[int, int, int, int, int]:
-    """Returns the shape (1, C, T, h, w) of the noise, which is also that of the latent after every step."""
+    """Returns the shape (1, C, T, h, w) of the noise; the latent has this shape too, after every step."""
     return 1, channels, geometry.latent_frames, geometry.latent_height, geometry.latent_width

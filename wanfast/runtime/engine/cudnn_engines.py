@@ -1,8 +1,8 @@
 """Stores which cuDNN engines the VAE's convolutions use, so that a repeated video has the same bits.
 
-While the first video of a size is made, the fastest engine for each convolution is searched. The artifact `cudnn/<key>`
-stores the choice, and later runs use it. The key contains everything that the choice depends on: GPU, cuDNN and its
-front end, size, number of ranks, precision and this code.
+While the first video of a size is made, a search finds the fastest engine for each convolution. The artifact
+`cudnn/<key>` stores the choice, and later runs use it. The key contains everything that the choice depends on: GPU,
+cuDNN and its front end, video size, number of ranks, precision and this code.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ _CODE = ("runtime/models/vae.py", "runtime/models/convolution.py")
 
 @contextmanager
 def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
-    """Uses the stored engines inside the `with` block, and afterwards stores the engines that were found in the block.
+    """Uses the stored cuDNN engines inside the `with` block, and stores new engines when the block ends.
 
-    Each rank has its own engines. Yields a mapping {shape: engine}, which receives the engines of all ranks when the
-    block ends. The mapping stays empty on a CPU, and if cuDNN's front end is not installed.
+    New engines are those that a search found inside the block. Each rank has its own engines. Yields a mapping {shape:
+    engine}, which receives the engines of all ranks when the block ends. The mapping stays empty on a CPU. It also
+    stays empty if cuDNN's front end is not installed.
     """
     used: dict[str, str] = {}
     if ranks.device != "cuda" or not convolution.HAS_FRONT_END:

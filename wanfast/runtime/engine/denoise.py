@@ -30,10 +30,11 @@ def denoise(
     on_step: StepFn = lambda index, expert: None,
     on_sample: SampleFn = lambda index, expert, sample: None,
 ) -> Tensor:
-    """Denoises `noise` over all `steps`, and returns the clean float32 latent of the same shape.
+    """Denoises `noise` over all `steps`, and returns the clean latent in float32, with the shape of `noise`.
 
-    `boundary` is a share of the 1000 training timesteps. `on_step(steps done, expert)` is called before and after each
-    step, and `on_sample(step index, expert, sample)` with the sample after each step.
+    Steps at or above `boundary` use the high-noise expert; `boundary` is a share of the 1000 training timesteps.
+    `on_step(steps done, expert)` is called before and after each step. `on_sample(step index, expert, sample)` is
+    called after each step, with the new sample.
     """
     integrator = Integrator(steps)
     sample = noise

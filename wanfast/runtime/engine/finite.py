@@ -1,8 +1,8 @@
-"""Finds the first tensor of a video that holds NaN or an infinity, without delaying the device.
+"""Checks a video's tensors for NaN and infinities, and names the first bad tensor, without delaying the device.
 
-The device computes a flag for each tensor. The host reads the flag only when it checks the next tensor, one step later.
-By then, the device has queued work for a whole step, so that it does not become idle while the host waits. All ranks
-check the same tensors in the same order, so that all raise the same error.
+The device computes a flag for each tensor. The host reads this flag one step later, when the next tensor is checked. By
+then, the work of a whole step is queued on the device, so that the device does not become idle while the host waits.
+All ranks check the same tensors in the same order, so that all raise the same error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FiniteWatch:
         self._before: _Flag | None = None
 
     def look(self, where: str, x: Tensor) -> None:
-        """Queues a check of x; raises NotFiniteError on all ranks if the tensor of the last call was not finite."""
+        """Queues a check of x; raises NotFiniteError on all ranks if the tensor of the previous call was not finite."""
         flag = _Flag.of(where, x)
         self.finish()
         self._before = flag

@@ -91,7 +91,7 @@ class ImageToVideoPipeline:
         on_step: StepFn,
         residuals: StepCache,
     ) -> Tensor:
-        """Encodes the image and denoises; returns the clean latent [1, 16, T, h, w] on every rank.
+        """Encodes the image, denoises the noise, and returns the clean latent [1, 16, T, h, w] on every rank.
 
         Afterwards, offloaded experts free their GPU memory.
         """
@@ -105,7 +105,7 @@ class ImageToVideoPipeline:
 
     @torch.inference_mode()
     def decode(self, latent: Tensor, geometry: Geometry, watch: Stopwatch) -> Tensor | None:
-        """Returns the video [3, F, H, W] in [-1, 1] on the leader's CPU, None on other ranks."""
+        """Decodes a latent; returns the video [3, F, H, W] in [-1, 1] on the leader's CPU, and None on other ranks."""
         rows = self.ranks.rows(geometry.latent_height)
 
         def decoded() -> Tensor | None:
@@ -125,7 +125,7 @@ class ImageToVideoPipeline:
     ) -> Frames | None:
         """Decodes a latent to uint8 frames [F, H, W, 3] on the leader's CPU; returns None on other ranks.
 
-        The leader calls `on_frames` with a few frames at a time, in order, while the GPU decodes the next ones.
+        The leader calls `on_frames` with a few frames at a time, in order, while the GPU decodes the next frames.
         """
         rows = self.ranks.rows(geometry.latent_height)
 
@@ -193,7 +193,10 @@ class ImageToVideoPipeline:
         return str(error) or "MemoryError"
 
     def noise(self, plan: Plan) -> Tensor:
-        """Returns the leader's noise [1, 16, T, h, w] on every rank, because GPUs may draw different noise."""
+        """Returns the leader's noise [1, 16, T, h, w] on every rank.
+
+        The ranks do not draw their own noise, because different GPUs may draw different noise from one seed.
+        """
         video, channels = plan.config.video, self.spec.dit.out_channels
         noise = torch.empty(noise_shape(plan.geometry, channels), device=self.device)
         if self.ranks.is_leader:
