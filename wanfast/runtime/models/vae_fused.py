@@ -1,8 +1,9 @@
 """Each function here is one pass over a channels-last clip, between two convolutions of the VAE.
 
 A pass computes in float32 and rounds once. Each function has a formula in plain PyTorch and a Triton kernel in
-`vae_kernels`. The kernel runs for inference on a GPU, the formula in all other cases. The tests compare the two.
-Shapes: B batch, C channels, T frames, h w any grid.
+`vae_kernels`. For inference on a GPU, the kernel runs; in all other cases, the formula runs. The tests compare the
+formula with the kernel.
+Shapes: B batch, C channels, T frames, h w height and width of any grid.
 """
 
 from __future__ import annotations

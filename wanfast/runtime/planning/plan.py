@@ -70,7 +70,10 @@ class Plan:
         placement: str = "",
         curve: Curve | None = None,
     ) -> Plan:
-        """Derives a plan from an effective config, a model and the (width, height) of the image."""
+        """Derives a plan from a config, a model and the (width, height) of the image.
+
+        In `config`, every option has a value.
+        """
         return cls(
             config=config,
             spec=spec,
@@ -85,7 +88,7 @@ class Plan:
         )
 
     def job(self) -> Job:
-        """Returns the part of the plan that goes to the ranks; they derive the rest from this part."""
+        """Returns the part of the plan that goes to the ranks; the ranks derive the rest of the plan from this part."""
         return Job(config=self.config, requested=dict(self.requested), notes=self.notes, placement=self.placement)
 
     @property
@@ -94,7 +97,7 @@ class Plan:
 
     @property
     def mesh(self) -> Mesh:
-        """Returns the mesh of ranks, over all machines."""
+        """Returns the mesh that the ranks of all machines form together."""
         return self.config.ranks.mesh
 
     @property

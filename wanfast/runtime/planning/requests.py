@@ -34,7 +34,7 @@ class _NotAnObjectError(ConfigError):
 
 @dataclass(frozen=True)
 class Request:
-    """A request holds the options of one video, and the files that they came from."""
+    """A request holds the options of one video, and the files from which these options were read."""
 
     options: dict[str, Any]
     line: int | None = None  # its number in the jobs file
@@ -203,9 +203,9 @@ def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
 def read_requests(
     typed: dict[str, Any], prompt_file: Path | None, from_file: Path | None, jobs_file: Path | None
 ) -> list[Request]:
-    """Returns one request, or one for each line of `jobs_file`.
+    """Returns one request for each line of `jobs_file`, or a single request if `jobs_file` is None.
 
-    A bad line becomes a request with an error; any other fault raises ConfigError.
+    A bad line of `jobs_file` becomes a request that holds an error. Any other fault raises ConfigError.
     """
     prompt_file, from_file = _whole(prompt_file, "--prompt-file"), _whole(from_file, "--from")
     jobs_file = _whole(jobs_file, "--jobs")

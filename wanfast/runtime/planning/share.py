@@ -22,6 +22,9 @@ class Share:
         return list(jobs[self.place :: self.groups])
 
     def claimed(self, jobs: Sequence[int]) -> Iterator[int]:
-        """Claims the jobs one by one, this rank group's own first, and yields each job that this group gets."""
+        """Claims the jobs one by one, and yields each job that this rank group gets.
+
+        The first jobs that it claims are the group's own jobs.
+        """
         own = dict.fromkeys(self.own(jobs))
         return filter(self.claim, [*own, *(job for job in jobs if job not in own)])

@@ -82,9 +82,10 @@ class Recording:
             raise not_written(self._outputs[0], error) from error
 
     def finish(self, frames: npt.NDArray[np.uint8], document: dict[str, Any]) -> dict[str, Any]:
-        """Publishes the files; returns `document` with the seconds of this call and the sha256 of the mp4.
+        """Publishes the files of the video and returns the completed `document`.
 
-        `frames`: all frames that were added, for the contact sheet. `document` comes from `with_seconds`.
+        `frames`: all frames that were added; the contact sheet is made from them. `document`: the result of
+        `with_seconds`, to which this method adds the seconds of writing and the sha256 of the mp4.
         """
         mp4, json_file, *sheet = self._paths
         with self._files:

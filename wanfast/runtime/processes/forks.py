@@ -25,7 +25,10 @@ _PAUSE_S = 0.01
 
 
 class Forked:
-    """This class is a forked rank that waits to be started, with the methods of `Popen` that torchrun's agent calls."""
+    """This class represents a forked rank that waits until `start` is called.
+
+    torchrun's agent expects a `subprocess.Popen`. The class has those methods of `Popen` that the agent calls.
+    """
 
     def __init__(self, pid: int, orders: int) -> None:
         """`orders`: the end of a pipe to which `start` writes."""

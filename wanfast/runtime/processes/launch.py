@@ -1,7 +1,7 @@
 """Starts a launcher for each rank group, watches the groups, and returns the result or the error of every job.
 
 The processes communicate only by small files in the run folder: results, progress, and the error of a failed rank. So
-the parent can print the existing results, whichever process died. Torch-free.
+the parent can print all results that exist, even after one of the processes has died. Torch-free.
 """
 
 from __future__ import annotations
@@ -126,13 +126,14 @@ class RankGroups:
         on_progress: OnProgress,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> list[dict[str, Any]]:
-        """Runs a batch of jobs and returns the result of every job, in order; dead rank groups are restarted first.
+        """Runs a batch of jobs and returns their results in the order of `jobs`; dead rank groups are restarted first.
 
         `on_result` gets each result as soon as the job is done. If a group dies, its current job fails with the group's
-        error, and the group is started again for the other jobs. A group that cannot load its models is not started
-        again while other groups live. If `cancelled` becomes true, the jobs end and CancelledError is raised. If a
-        callback raises an Exception, the jobs end and that exception is raised. In both cases the ranks stay. Any other
-        exception, such as KeyboardInterrupt, ends all ranks at once. No half-written file is left.
+        error, and the group is started again for the remaining jobs. A group that cannot load its models is not started
+        again while other groups live. If `cancelled()` becomes true, the jobs end and CancelledError is raised. If a
+        callback raises an Exception, the jobs end and that exception is raised. In both cases the ranks keep running.
+        Any other exception, such as KeyboardInterrupt, ends all ranks immediately. In all cases, no half-written file
+        is left.
         """
         self._start_missing()
         if cancelled():

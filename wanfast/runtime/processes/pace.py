@@ -1,10 +1,11 @@
 """Follows the progress of rank groups, and notices if a rank group of one rank hangs. Torch-free.
 
-Denoising steps after the first one take about the same time, so the earlier steps show how long a step takes. Loading,
-compiling, encoding, decoding and writing have no such limit, because their time depends on the disk, the model and the
-size. During these stages a rank hangs if for a long time it reports no progress and the kernel counts no work of it: it
-reads nothing, writes nothing and touches no new memory. On a CPU, computing counts as work too. On a GPU it does not,
-because a host thread that waits for its GPU looks as if it computed.
+Denoising steps after the first one take about the same time, so the earlier steps give a time limit for a later step.
+The stages of loading, compiling, encoding, decoding and writing have no such limit. Their time depends on the disk, the
+model and the size.
+In these stages, a rank hangs if it neither reports progress nor works for a long time. The counters of the operating
+system show whether a rank works: it reads, writes or touches new memory. On a CPU, CPU time counts as work too. On a
+GPU, CPU time does not count, because a host thread uses CPU time even while it only waits for its GPU.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Work:
 
 @dataclass
 class Pace:
-    """This class holds the last progress of a rank group, and the seconds that its steps take."""
+    """This class holds the last progress of a rank group, and the seconds that the group's steps take."""
 
     state: dict[str, Any]
     written_ns: int  # the time of the progress file

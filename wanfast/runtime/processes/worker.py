@@ -185,10 +185,11 @@ def _report(file: Path, state: str) -> None:
 
 
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
-    """Returns the function that runs a command's jobs: `run(jobs, sessions, share=, progress=, folder=, first=)`.
+    """Imports the module named `module` and returns its function `run`, which runs a command's jobs.
 
-    That function yields (index, result) of each job. It is the function `run` of the module named `module`.
-    The module is imported only now, because the one for calibration lies outside the runtime package.
+    The call is `run(jobs, sessions, share=, progress=, folder=, first=)`. It yields (index, result) of each job. The
+    module is imported here, not at the top of this file, because the calibration module lies outside the runtime
+    package.
     """
     run: Callable[..., Iterator[tuple[int, dict[str, Any]]]] = importlib.import_module(module).run
     return run

@@ -1,15 +1,17 @@
-"""MagCache plans before a generation which forwards to skip; in these, a stored residual replaces the blocks.
+"""MagCache decides before a generation starts in which forwards a stored residual replaces the blocks.
 
-A residual is the sum that the blocks of an expert add to their input. Over most of the schedule, residuals change
-little from step to step, and the ratio of their norms is near one. A curve holds these ratios, which are measured once
-for a model and a schedule. From the ratios, the plan predicts the error of each skip, and skips forwards while the
-accumulated error stays below a threshold. A skipped forward reuses the residual of the last forward that ran. The plan
-depends only on the curve and the settings, so every rank computes the same plan.
+Such a forward is skipped. A residual is the sum that the blocks of an expert add to their input. Over most of the
+schedule, residuals change little from step to step: the norms of two successive residuals have a ratio near one. A
+curve holds these ratios, which are measured once for a model and a schedule. From the ratios, the plan predicts the
+error of each skip. The plan skips forwards while the accumulated error stays below a threshold. A skipped forward
+reuses the residual of the last forward that ran. The plan depends only on the curve and the settings, so every rank
+computes the same plan.
 
 Each branch of guidance has its own forwards, residuals and accumulated error. An expert uses only its own residuals.
-Cost: one residual for each branch, [L, d] in float32.
+Cost: one residual for each branch: [L, d] in float32, with L tokens and d channels.
 Limit: a curve is valid for one model, one number of steps and one shift.
-Source: MagCache (arXiv 2506.09045), section 3.3. Both rules of `MagCacheSettings.rule` come from its code for Wan2.2.
+Source: MagCache (arXiv 2506.09045), section 3.3. Both rules of `MagCacheSettings.rule` come from MagCache's code for
+Wan2.2.
 Torch-free.
 """
 

@@ -114,9 +114,10 @@ class ArtifactStore:
     ) -> Published:
         """Calls `write(folder)` to fill a new folder, and publishes the folder completely or not at all.
 
-        All users who may read the store may read the folder. If another writer was first, returns that writer's folder.
-        If that folder is damaged, replaces it with `damaged="miss"`, else raises CorruptArtifactError. Calls `waiting`
-        if another writer holds the lock. Raises ConfigError if the store cannot be written.
+        All users who may read the store may read the folder. If another writer published the artifact first, returns
+        that writer's folder. If that writer's folder is damaged, raises CorruptArtifactError, or with `damaged="miss"`
+        removes that folder and publishes a new one. Calls `waiting` if another writer holds the lock. Raises
+        ConfigError if the store cannot be written.
         """
         folder = self.path(kind, inputs)
         with writing_to(self.root):
@@ -226,7 +227,10 @@ def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
 
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """Turns an OSError of the block, which writes into the store, into a ConfigError that names --artifacts-dir."""
+    """Raises a ConfigError that names --artifacts-dir if the `with` block raises an OSError.
+
+    The `with` block writes into the store.
+    """
     try:
         yield
     except OSError as error:
@@ -241,7 +245,10 @@ def note(line: str) -> None:
 
 @contextmanager
 def noting() -> Iterator[None]:
-    """Turns a ConfigError of the block into a note, because the block only writes records that no video needs."""
+    """Catches a ConfigError of the `with` block and prints it as a note.
+
+    The `with` block only writes records, and no video needs these records.
+    """
     try:
         yield
     except ConfigError as error:

@@ -1,6 +1,7 @@
-"""Writes a set of files completely or not at all: first under hidden names beside their targets, then renamed.
+"""Writes a set of files completely or not at all.
 
-A process that is killed (SIGKILL) leaves its hidden files, which `remove_partials` removes.
+The files are first written under hidden names beside their targets, and then renamed. A process that is killed
+(SIGKILL) leaves its hidden files, which `remove_partials` removes.
 """
 
 from __future__ import annotations
@@ -90,11 +91,11 @@ def _old_path(target: Path, pid: int | None = None) -> Path:
 
 
 def remove_partials(targets: Iterable[Path], pids: Iterable[int]) -> None:
-    """Removes the hidden files of `targets` that killed processes (`pids`) left.
+    """Removes the hidden files that the killed processes `pids` left beside `targets`.
 
-    Targets that differ only in the suffix are one set, and the files of a set are renamed in order. If a process was
-    killed between two renames, the first renames are undone: their targets get their old files back, or are removed if
-    there were none.
+    Targets whose names differ only in the suffix are one set, and the files of a set are renamed one after another. If
+    a process was killed between two renames of a set, its finished renames are undone. Each target that was renamed
+    gets its old file back, or is removed if there was no old file.
     """
     sets: dict[Path, list[Path]] = {}
     for target in targets:

@@ -1,10 +1,11 @@
 """Finds MagCache's ratios: a model's preset, or a curve that `wanfast calibrate-magcache` stored. Torch-free.
 
-A curve's key holds the settings of its measurement: both experts, their facts and precision, steps, shift, solver,
-guidance, size, frames, the set of clips, and the code, libraries and device that measured it. A run may differ in the
-set of clips, the code, the libraries and the device. If another setting differs, the run refuses the curve, and the
-error names the command that measures a new one. Steps and shift may differ with `--magcache-interpolate`, because the
-ratios change smoothly.
+A preset is a curve that ships with the package. The key of a stored curve holds the settings of its measurement: the
+set of clips, both experts, their facts and precision. Further settings are steps, shift, solver, guidance, size and
+frames. The key also holds the code, the libraries and the device of the measurement. A run may differ from the
+measurement in the set of clips, the code, the libraries and the device. If another setting differs, the run refuses the
+curve, and the error names the command that measures a new curve. With `--magcache-interpolate`, the steps and the shift
+may differ too, because the ratios change smoothly.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def preset(files: ModelFiles) -> dict[str, Any] | None:
 
 
 def published_curve() -> dict[str, Any]:
-    """Returns the JSON document of the A14B's curve that MagCache's authors published."""
+    """Returns, as a JSON document, the curve that MagCache's authors published for the A14B."""
     document: dict[str, Any] = json.loads((_PRESETS / "wan2.2-i2v-a14b.json").read_text(encoding="utf-8"))
     return document
 

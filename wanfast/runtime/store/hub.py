@@ -124,10 +124,10 @@ def plan(request: Request) -> dict[str, Any]:
 
 
 def download(request: Request, *, progress: bool) -> dict[str, Any]:
-    """Downloads the missing files, verifies all, and returns as JSON the folder, the commit and the files.
+    """Downloads the missing files, verifies all files, and returns a JSON object: the folder, the commit and the files.
 
-    Raises ConfigError (a wrong option, no access, no space, another commit in the folder), MissingArtifactError (the
-    hub cannot be reached) and CorruptArtifactError (the repository, or the download, is incomplete or damaged).
+    Raises ConfigError (a wrong option, no access, no space, another commit in the folder) and MissingArtifactError (the
+    hub cannot be reached). Raises CorruptArtifactError if the repository or the download is incomplete or damaged.
     """
     started = time.perf_counter()
     listing = _list(request)

@@ -42,7 +42,10 @@ def identity(files: list[Path], artifacts: Path) -> str:
 
 
 def is_old(identity: object) -> bool:
-    """Returns whether an identity has the form of earlier versions, which hashed only samples of large files."""
+    """Returns whether an identity has the form that earlier versions of wanfast gave it.
+
+    Those versions hashed only samples of a large file, not the whole file.
+    """
     return isinstance(identity, str) and re.fullmatch(r"[0-9a-f]{16}", identity) is not None
 
 

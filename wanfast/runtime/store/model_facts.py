@@ -48,7 +48,8 @@ class Places:
 def read_spec(root: Path, places: Places) -> ModelSpec:
     """Reads a model's facts from its wanfast.json.
 
-    Without this file, the config files of the layout give most sizes; all other facts are those of the A14B.
+    If this file is missing, the config files of the model's layout give most sizes. All other facts are then those of
+    the A14B.
     """
     if document := _read_facts(root / _FACTS_FILE):
         return _checked(root / _FACTS_FILE, document, lambda facts: _with_defaults(ModelSpec.from_json(facts)))

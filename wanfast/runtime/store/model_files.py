@@ -101,10 +101,10 @@ class ModelFiles:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Returns the identity of each component's content, which is the same for a copy in another folder.
+        """Returns the identity of each component's content; copies in another folder have the same identities.
 
-        The first process that asks reads all files, which takes about a second a GB. Later processes read the stored
-        hashes.
+        The first process that calls this method reads all files, which takes about one second for each GB. Later
+        processes read the stored hashes.
         """
         tokenizer = identity([self.tokenizer], self.artifacts)
         return {**{name: self.fingerprint(name) for name in COMPONENTS}, "tokenizer": tokenizer}
@@ -177,7 +177,7 @@ def _a14b_root(artifacts: Path) -> Path:
 
 
 def cached(layout: Layout) -> Iterator[Path]:
-    """Yields the folders of the Hugging Face cache that hold all files of the published weights."""
+    """Yields the Hugging Face cache's folders in which all files of the published weights exist."""
     for root in snapshots(layout):
         with suppress(MissingArtifactError, CorruptArtifactError):
             ModelFiles(root, layout, A14B, "", root).require()
@@ -192,7 +192,10 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def indexed_shards(index: Path) -> list[Path]:
-    """Returns the shards that an index names. Raises CorruptArtifactError if a shard is outside the index's folder."""
+    """Returns the paths of the shards that a safetensors index file names.
+
+    Raises CorruptArtifactError if a shard is outside the folder of the index file.
+    """
     weight_map = read_object(index, AGAIN).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):

@@ -1,8 +1,9 @@
-"""Finds stored quantized experts by a key of the weights, the scheme, and the code that quantizes. Torch-free.
+"""Finds stored quantized experts by the key of their artifacts. Torch-free.
 
-An artifact `quantized/<key>` holds one expert, quantized with one scheme. Its files are safetensors shards with an
-index, the quantization error of every tensor (`errors.json`, `errors.png`), and the manifest. Tensors have the names of
-the original layout.
+An artifact `quantized/<key>` holds one expert, quantized with one scheme. The key depends on the weights, the scheme
+and the code that quantizes. The artifact's files are safetensors shards, the index of the shards, the quantization
+error of every tensor (`errors.json`, `errors.png`), and the manifest. The tensors have the names of the original
+layout.
 """
 
 from __future__ import annotations
@@ -73,8 +74,9 @@ class QuantizedExpert:
     def find(self, *, verify: bool = False) -> Path | None:
         """Returns the artifact's folder, or None if the artifact is missing.
 
-        If torchao is not installed here, the artifact that was made with the newest torchao is taken. Whether a GPU or
-        a CPU made the artifact does not matter; if both exist, the GPU's is taken. Raises CorruptArtifactError.
+        If torchao is not installed here, the artifact that was made with the newest torchao is taken. An artifact made
+        on a GPU and an artifact made on a CPU are both accepted; if both exist, the GPU's artifact is taken. Raises
+        CorruptArtifactError.
         """
         installed = torchao_version() if in_8_bits(self.scheme) else None
         made_by = installed or max(self._versions(), default=None, key=_release)

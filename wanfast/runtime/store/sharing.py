@@ -19,7 +19,10 @@ _FILE = 0o666  # the bits that a file may have
 
 
 def share(folder: Path) -> None:
-    """Gives the mode of `folder` to all files and folders in it that this user owns; files get no execute bits."""
+    """Gives all files and folders inside `folder` the mode of `folder`, but gives files no execute bits.
+
+    Files and folders that another user owns keep their mode.
+    """
     mode = stat.S_IMODE(folder.stat().st_mode)
     for path in folder.rglob("*"):
         found = path.lstat()
@@ -36,7 +39,7 @@ def lock_of(path: Path, timeout: float = -1) -> FileLock:
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Holds the file lock `path` during the block; calls `waiting` first if another process holds the lock."""
+    """Holds the file lock `path` during the `with` block; calls `waiting` first if another process holds the lock."""
     lock = lock_of(path)
     try:
         lock.acquire(timeout=0)

@@ -60,7 +60,11 @@ def build_expert(
 def expert_on_meta(
     spec: DiTSpec, precision: Precision, ranks: Ranks, *, attend: AttentionFn, scheme: Scheme | None, sharded: bool
 ) -> WanDiT:
-    """Returns an expert on the meta device, with its linear layers quantized and its parameters sharded if asked."""
+    """Returns an expert on the meta device, where its parameters have no values yet.
+
+    If `scheme` has 8 bits, the linear layers of the expert's blocks are quantized layers. If `sharded` is true, the
+    parameters are sharded.
+    """
     dtype = DTYPES[precision]
     with on_meta():
         model = WanDiT(spec, dtype, ranks.sequence, attend)

@@ -80,10 +80,11 @@ def load(
 def stream(
     module: nn.Module, files: Sequence[Path], *, component: Component, layout: Layout
 ) -> Iterator[tuple[str, RowsFn]]:
-    """Yields (name, read) for each tensor of `module`, which is on the meta device, in the order of the files.
+    """Yields (name, read) for each tensor of `module`, which is on the meta device.
 
-    `read(first, end)` returns the rows first..end-1 along dim 0 as they are stored, on the CPU. Iterating
-    and `read` raise CorruptArtifactError; `read` also raises it for a value that is not finite.
+    The tensors come in the order of the files. `read(first, end)` returns the rows first..end-1 along dim 0, on the CPU
+    and with the dtype that the file has. The iteration and `read` raise CorruptArtifactError; `read` also raises this
+    error for a value that is not finite.
     """
     for file, key, name, rows in _in_order_of_files(
         _match(_to_read(module.state_dict(), {}), files, component, layout)
@@ -205,7 +206,7 @@ def save(
 ) -> None:
     """Writes the tensors of `module` to a `.pth` or `.safetensors` file, under the names of `layout`.
 
-    They are cast to `dtype`; with None, each keeps its dtype.
+    The tensors are cast to `dtype`. If `dtype` is None, each tensor keeps its dtype.
     """
     tensors = {
         rename_back(component, layout, name): tensor.detach().to("cpu", dtype).contiguous()

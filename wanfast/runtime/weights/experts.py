@@ -52,11 +52,13 @@ class Experts(Protocol):
 
 
 class ResidentExperts:
-    """Holds both experts on the device, and evicts weights to pinned host memory when the VAE needs the memory.
+    """Holds both experts on the device, and evicts weights to pinned host memory when the VAE needs device memory.
 
-    The host copies are kept, because weights do not change: later evictions only free the GPU copy.
-    `may_move`: False disables eviction. It must be False if several ranks replay captured graphs that contain
-    exchanges, because only the rank that evicted would capture its graphs again.
+    The host copies are kept, because weights do not change. A later eviction of the same weights only frees their GPU
+    memory.
+    `may_move`: False disables eviction. `may_move` must be False if several ranks replay captured graphs with
+    collectives in them. Otherwise only the rank that evicted would capture its graphs again, and the other ranks would
+    not.
     """
 
     def __init__(self, experts: dict[Expert, WanDiT], device: str, *, may_move: bool = True) -> None:

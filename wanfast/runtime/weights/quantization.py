@@ -60,7 +60,7 @@ def quantize(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def scale_of(weight: str) -> str:
-    """Returns the name of the scales of a quantized weight: "x.scale" for "x.weight"."""
+    """Returns the name of a quantized weight's scales: "x.scale" for "x.weight"."""
     return f"{weight.removesuffix('weight')}scale"
 
 
