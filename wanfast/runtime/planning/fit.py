@@ -58,7 +58,10 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """This class holds all ways to place a model's experts, sorted by the number of GPUs and then by preference."""
+    """This class holds all ways to place a model's experts.
+
+    The ways are sorted by the number of GPUs, and then by preference.
+    """
 
     spec: ModelSpec
     geometry: Geometry

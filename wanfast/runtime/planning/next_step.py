@@ -38,7 +38,7 @@ class NextStep:
 
 
 def example(model: str) -> tuple[str, str]:
-    """Returns the path of a shipped image and a prompt that suit a model."""
+    """Returns an example that suits a model: (the path of an image, a prompt). The image ships with the package."""
     image, prompt = _EXAMPLE_OF.get(model, _OTHER_EXAMPLE)
     path, here = _EXAMPLES / image, Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path), prompt

@@ -60,10 +60,11 @@ def place(
     *,
     must_fit: bool = True,
 ) -> list[Plan]:
-    """Decides the mesh and where the weights lie, the same for all plans, and returns the plans with both decisions.
+    """Decides the mesh of ranks and where the weights lie, and returns the plans with both decisions.
 
-    `free_memory` is measured here if it is not given; give it if ranks already hold models. Raises ConfigError if the
-    plans do not fit or the options cannot be met. If `must_fit` is false, plans that do not fit on a CPU get a note.
+    The decisions are equal for all plans. If `free_memory` is not given, it is measured here; a caller whose ranks
+    already hold models must give it. Raises ConfigError if the plans do not fit or the options cannot be met. If
+    `must_fit` is false, plans that do not fit on a CPU get a note instead.
     """
     asked = plans[0].config.ranks
     mesh = mesh or choose_mesh(
@@ -147,7 +148,7 @@ def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
 
 
 def modes(need: Need, ranks: int) -> dict[str, int]:
-    """Returns {mode: peak bytes of a GPU}, the preferred mode first: resident, evicting, sharded, offloaded."""
+    """Returns {mode: peak bytes of a GPU} in the order of preference: resident, evicting, sharded, offloaded."""
     return {mode: sum(parts.values()) for mode, parts in terms(need, ranks).items()}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Share:
-    """This class decides which jobs a rank group claims: first its own jobs, then jobs that other groups left.
+    """This class decides which jobs a rank group claims: first its own jobs, then jobs that no group has claimed yet.
 
     `claim(job)` returns whether this group gets the job; all ranks of the group call `claim` together.
     """

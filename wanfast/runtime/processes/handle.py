@@ -143,7 +143,10 @@ class _Opened:
 
 
 class Handle:
-    """A handle owns ranks with loaded models. `wanfast.open` makes one; `close` it, or use it in a `with` block."""
+    """A handle owns ranks with loaded models; `wanfast.open` returns a handle.
+
+    At the end, call the handle's `close`. Or use the handle in a `with` block, which closes it.
+    """
 
     def __init__(self, opened: _Opened) -> None:
         """Starts the ranks; they become ready while the first video is planned. Raises ConfigError."""
@@ -170,7 +173,7 @@ class Handle:
             return self._run(self._opened.plan(options), on_progress, cancelled)
 
     def cancel(self) -> None:
-        """Cancels all calls of `make` that have begun: each ends at its next step or stage with CancelledError."""
+        """Cancels all calls of `make` that have begun: each call raises CancelledError at its next step or stage."""
         for cancelled in list(self._calls):
             cancelled.set()
 
@@ -242,8 +245,8 @@ class Handle:
 def open(**options: Any) -> Handle:
     """Returns a handle whose ranks are starting. Raises WanFastError.
 
-    `options`: the options of `wanfast generate` for models and ranks, by their Python names (`num_gpus` for
-    --num-gpus), and the `size` and `frames` of the largest video.
+    `options`: the options of `wanfast generate` for models and ranks, and the `size` and `frames` of the largest video
+    that will be made. Each has its Python name: `num_gpus` means --num-gpus.
     """
     return Handle(_Opened.of(options))
 

@@ -84,9 +84,10 @@ class _Batch:
 
 
 class RankGroups:
-    """This class owns the rank groups of a run, each under a launcher process, for any number of batches of jobs.
+    """This class owns the rank groups of a run, which do any number of batches of jobs one after another.
 
-    Any thread may call `run`, one at a time. When the `with` block ends, no launcher and no rank is left.
+    Each rank group has its own launcher process. Any thread may call `run`, but only one thread at a time. When the
+    `with` block ends, no launcher and no rank is left.
     """
 
     def __init__(self, run_folder: Path, ranks: RanksConfig, groups: int) -> None:
@@ -166,7 +167,7 @@ class RankGroups:
             self._starter.shutdown()
 
     def stop(self) -> None:
-        """Ends all launchers and their ranks at once."""
+        """Ends all launchers and their ranks immediately."""
         _stop(self._launchers.values())
 
     def _send(self, document: dict[str, Any], outputs: list[Path]) -> _Batch:

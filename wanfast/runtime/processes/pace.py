@@ -38,7 +38,10 @@ class Work:
 
     @classmethod
     def of(cls, pids: Iterable[int], *, on_cpu: bool) -> Work:
-        """Adds up what the kernel counts for these processes; their CPU time is added only if `on_cpu` is true."""
+        """Adds up what the operating system counts as work of the processes `pids`.
+
+        CPU time is added only if `on_cpu` is true.
+        """
         moved = ticks = 0
         for folder in (Path("/proc", str(pid)) for pid in pids):
             with suppress(OSError):  # the process has ended
@@ -80,7 +83,10 @@ class Pace:
         return is_new
 
     def hang(self, timeout_s: float, work: Callable[[], Work]) -> str | None:
-        """Returns a message if the rank hangs, else None. `work` returns what the rank has done until now."""
+        """Returns a message if the rank hangs, else None.
+
+        `work`: a function that returns the counts of what the rank has done so far.
+        """
         done, total, stage = self.state["done"], self.state["total"], self.state["stage"]
         if 0 < done < total and self.slowest_s:
             if self.idle_s <= max(timeout_s, _SLOWEST_STEPS * self.slowest_s):
@@ -107,7 +113,7 @@ class Pace:
 def follow(
     run_folder: Path, numbers: Iterable[int], first: int, paces: dict[int, Pace], on_progress: OnProgress
 ) -> None:
-    """Reads the progress of each rank group into `paces`, and calls `on_progress` for what is new.
+    """Reads the progress of each rank group into `paces`, and calls `on_progress` for each new progress.
 
     Jobs before `first` are ignored, because they belong to earlier batches.
     """

@@ -1,8 +1,9 @@
 """Runs one rank of a rank group, in a process that `elastic` forks.
 
-The rank joins its rank group and runs the batches of jobs that the parent writes to the run folder, one by one. The
-rank writes files for the parent: a result for each job, the group's progress, and the error if this rank fails. A
-signal ends the rank at once. This is safe, because the parent removes the half-written files of a dead rank.
+The rank joins its rank group. Then the rank runs, one by one, the batches of jobs that the parent writes to the run
+folder. The rank writes files for the parent: a result for each job, the group's progress, and the error if this rank
+fails. A signal ends the rank immediately. This is safe, because the parent removes the half-written files of a dead
+rank.
 """
 
 from __future__ import annotations

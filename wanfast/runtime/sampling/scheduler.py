@@ -45,7 +45,8 @@ class Correction:
 class Step:
     """Holds the weights of one step: x_{i+1} = sample * x~_i + clean * m_i + clean_prev * m_{i-1}.
 
-    x~_i is the sample x_i after `correction`, or x_i itself if that is None. m_i is the estimate of the clean sample.
+    x~_i is the sample x_i after `correction`. If `correction` is None, x~_i is x_i. m_i is the model's estimate of the
+    clean sample at step i.
     """
 
     sigma: float
@@ -84,7 +85,10 @@ class Integrator:
         self._clean_prev2: Any = None  # m_{i-2}
 
     def advance(self, sample: Any, velocity: Any) -> Any:
-        """Returns the sample at the next noise level, from sample and velocity at the current one, all in float32."""
+        """Returns the sample at the next noise level, from the sample and the velocity at the current noise level.
+
+        All three are float32.
+        """
         step = next(self._steps)
         clean = sample - step.sigma * velocity
         if (c := step.correction) is not None:
@@ -150,5 +154,5 @@ def expert_of(timestep: int, boundary: float) -> Expert:
 
 
 def is_high_noise(timestep: int, boundary: float) -> bool:
-    """Returns whether the high-noise expert runs at `timestep`: if it is at least 1000 * `boundary` (0 to 1)."""
+    """Returns whether the high-noise expert runs at `timestep`: whether `timestep` >= 1000 * `boundary` (0 to 1)."""
     return timestep >= boundary * NUM_TRAIN_TIMESTEPS

@@ -93,7 +93,7 @@ def _or(value: T | None, default: T) -> T:
 
 
 def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
-    """Returns the curve for the steps of this run, or None with --magcache off; raises WanFastError."""
+    """Returns the curve for the steps of this run, or None if --magcache is off; raises WanFastError."""
     if config.skipping is None:
         return None
     if config.skipping.magcache == "preset":
@@ -110,9 +110,9 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
 def preset(files: ModelFiles) -> dict[str, Any] | None:
     """Returns the JSON document of the curve that ships for a model, or None if no curve ships.
 
-    The document holds the `ratios`, and the steps, shift, solver and boundary with which they were measured. A curve
+    The document holds the `ratios`, and the steps, the shift, the solver and the boundary of their measurement. A curve
     that names its weights is used only for these weights. The published curve names no weights: it is used for every
-    model with the sizes of the A14B, and `magcache_notes` adds a note if the weights are others.
+    model with the sizes of the A14B. If the model has other weights than the A14B, `magcache_notes` adds a note.
     """
     sizes = files.spec.dit, files.spec.boundary
     if sizes == (A14B.dit, A14B.boundary):
@@ -131,7 +131,7 @@ def published_curve() -> dict[str, Any]:
 
 
 def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
-    """Returns a note if the preset's curve was measured on other weights or in another precision."""
+    """Returns a note if the weights or the precision of the run differ from those of the preset's measurement."""
     if config.skipping is None or config.skipping.magcache != "preset":
         return []
     published = (A14B.name, f"{A14B.name}-Diffusers", "tiny")

@@ -36,7 +36,10 @@ AGAIN = "make this JSON file readable, or download it again"
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """This class holds each component's path below a model's folder, in one layout: a folder of shards or a file."""
+    """This class holds the path of each component in one layout, relative to a model's folder.
+
+    A path is that of a folder of shards or of a single file.
+    """
 
     high_noise: str
     low_noise: str

@@ -1,7 +1,8 @@
 """Locates a model's files in a folder, in either public layout: the original one or that of Diffusers. Torch-free.
 
-`tiny` ships with the package. `a14b` is the published repository, in either layout. It lies in the artifacts folder, or
-else in the cache of the Hugging Face Hub, where another program may have put it. Any other name is a path.
+The model `tiny` ships with the package. The model `a14b` is the published repository, in either layout. This repository
+lies in the artifacts folder, or else in the cache of the Hugging Face Hub, where another program may have put it. Any
+other name of a model is a path.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _LAYOUTS: dict[Layout, Places] = {
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """This class holds a model's folder and facts; if `exists` is false, the folder is still missing."""
+    """This class holds a model's folder and facts; if `exists` is false, the folder does not exist yet."""
 
     root: Path
     layout: Layout
@@ -96,7 +97,10 @@ class ModelFiles:
             )
 
     def identify(self) -> None:
-        """Hashes the files that are not hashed yet, before ranks start: the user sees a note, and no rank waits."""
+        """Hashes the model's files that are not hashed yet.
+
+        This is done before the ranks start, so that the user sees a note and no rank has to wait.
+        """
         assert self.fingerprints
 
     @cached_property

@@ -56,7 +56,10 @@ class QuantizedExpert:
     model: str  # as `--model` names it
 
     def inputs(self, torchao: str | None, device: str | None) -> dict[str, Any]:
-        """Returns all inputs of the artifact's key. For bf16 `device` does not count: all devices cast alike."""
+        """Returns all inputs of the artifact's key.
+
+        For the scheme bf16, `device` is not in the key, because all devices cast to the same values.
+        """
         return {
             "source": self.files.fingerprint(self.expert),
             "facts": self.files.spec.dit.to_json(),
@@ -144,10 +147,10 @@ def quantized_expert(files: ModelFiles, models: ModelsConfig, expert: Expert) ->
 def require_experts(
     files: ModelFiles, models: ModelsConfig, known: set[tuple[QuantizedExpert, bool]] | None = None
 ) -> None:
-    """Raises WanFastError, with the command that fixes it, if the experts that --quantize needs are missing.
+    """Raises WanFastError if a quantized expert that --quantize needs is missing; the error names the command to run.
 
-    With --quantize-on-the-fly, only torchao is required. `known` holds the artifacts that earlier calls found, and this
-    function adds to `known`, so that no artifact is hashed twice.
+    With --quantize-on-the-fly, no stored expert is needed, but torchao is. `known` holds the artifacts that earlier
+    calls found. This function adds to `known` what it finds, so that no artifact is hashed twice.
     """
     if models.quantize_on_the_fly:
         require_torchao("--quantize-on-the-fly")

@@ -33,7 +33,7 @@ def share(folder: Path) -> None:
 
 
 def lock_of(path: Path, timeout: float = -1) -> FileLock:
-    """Returns a file lock that every user who may write to the folder of `path` can take."""
+    """Returns the file lock `path`; every user who may write to the folder of `path` can take this lock."""
     return FileLock(path, timeout=timeout, mode=stat.S_IMODE(path.parent.stat().st_mode) & _FILE | 0o600)
 
 
@@ -53,9 +53,10 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def who_can_write(paths: list[Path]) -> str | None:
-    """Returns why another user could have written to one of `paths`, or None if only this user and root could.
+    """Returns why another user could have written to one of `paths`, or None if no other user could have done this.
 
-    This user's primary group counts as this user, because many systems give each user a separate group.
+    Root does not count as another user. This user's primary group does not count either, because many systems give each
+    user a separate group.
     """
     for path in paths:
         found = path.stat()
@@ -68,7 +69,7 @@ def who_can_write(paths: list[Path]) -> str | None:
 
 
 def remove(path: Path) -> None:
-    """Renames a file or folder, so that it is gone at once for readers, and then deletes it as far as possible."""
+    """Renames a file or folder, so that readers no longer find it, and then deletes as much of it as possible."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.damaged")
     path.rename(aside)
     with suppress(OSError):

@@ -1,12 +1,12 @@
-"""This module loads and saves weights as safetensors, or as the original layout's two `.pth` files.
+"""This module loads and saves weights: safetensors files, or the two `.pth` files of the original layout.
 
-A module is built on the meta device, where its parameters have names, shapes and dtypes but no values. `load` fills
-the parameters one by one: it reads from the memory-mapped file, moves to the device, and casts. So a bf16 model is read
-from an fp32 file without a second copy of the model.
-A rank group reads each byte of the files about once. Of a sharded parameter, each rank reads its own rows. Of an
-unsharded parameter, each rank reads a part, and the ranks exchange the parts.
-Loading is strict: a tensor that is missing, unexpected or duplicate is an error that names the tensor and the file. So
-is a wrong shape, a wrong dtype, and a value that is not finite.
+A module is built on the meta device, where its parameters have names, shapes and dtypes but no values. `load` fills the
+parameters one by one: it reads the values from the memory-mapped file, moves them to the device, and casts them. So a
+bf16 model is read from an fp32 file without a second copy of the model.
+A rank group reads each byte of the files about once. If a parameter is sharded, each rank reads its own rows. If a
+parameter is not sharded, each rank reads a part of it, and the ranks exchange the parts.
+Loading is strict: a tensor that is missing, unexpected or duplicate is an error. A tensor with a wrong shape, a wrong
+dtype or a value that is not finite is an error too. The error names the tensor and the file.
 """
 
 from __future__ import annotations
@@ -51,11 +51,12 @@ def load(
     device: str | None = None,
     on_the_fly: bool = False,
 ) -> None:
-    """Fills the parameters of `module`, which is on the meta device, from `files`, and prepares it for inference.
+    """Fills the parameters of `module` from `files`, and prepares `module` for inference.
 
-    Each parameter keeps its dtype; values are cast. All `ranks` must call this together. The parameters go to `device`,
-    by default the rank's device. With `on_the_fly`, the files hold unquantized weights, and those of the module's
-    quantized layers are quantized as they are read. Raises CorruptArtifactError.
+    `module` is on the meta device. Each parameter keeps its dtype: the values from the files are cast. All `ranks` must
+    call this function together. The parameters go to `device`, by default the rank's device. With `on_the_fly`, the
+    files hold unquantized weights, and the weights of quantized layers are quantized while they are read. Raises
+    CorruptArtifactError.
     """
     wanted, quantizing = module.state_dict(), _schemes(module) if on_the_fly else {}
     places = ranks.together(lambda: _match(_to_read(wanted, quantizing), files, component, layout))
