@@ -107,7 +107,7 @@ class Fit:
 def fit(given: Options, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
     """Computes all ways to place a model's experts, and compares the bytes of each way with the free memory.
 
-    This is the free memory of the GPUs `found` and of the host. If `found` is empty, the bytes are compared with the
+    The free memory is that of the GPUs `found` and of the host. If `found` is empty, the bytes are compared with the
     memory of common GPUs that a user can rent. The image is assumed to have the shape that gives the most tokens at
     --size. Raises ConfigError.
     """

@@ -265,8 +265,8 @@ def _barred(
 def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) -> dict[str, int]:
     """Returns {mode: needed bytes of host memory on this machine} for the evicting mode and the offloaded mode.
 
-    `free`: the free bytes of a GPU. In the evicting mode, a rank moves the bytes that do not fit on its GPU to the
-    host. If `free` is None, a rank is assumed to move the bytes of one expert.
+    `free`: the free bytes of a GPU. In the evicting mode, a rank moves to the host the bytes that do not fit on
+    its GPU. If `free` is None, a rank is assumed to move the bytes of one expert.
     """
     missing = need.expert if free is None else max(0, modes(need, ranks)["resident"] - free)
     return {"evicting": missing * ranks_here, "offloaded": need.offloaded * ranks_here}

@@ -24,7 +24,7 @@ class Share:
     def claimed(self, jobs: Sequence[int]) -> Iterator[int]:
         """Claims the jobs one by one, and yields each job that this rank group gets.
 
-        The first jobs that it claims are the group's own jobs.
+        The group's own jobs come first.
         """
         own = dict.fromkeys(self.own(jobs))
         return filter(self.claim, [*own, *(job for job in jobs if job not in own)])

@@ -39,7 +39,7 @@ def planned(plan: Plan) -> dict[str, Any]:
 
 
 def with_seconds(document: dict[str, Any], added: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """Returns a copy of `document` with `added`, the seconds of each stage and the total seconds.
+    """Returns a copy of `document` with three additions: `added`; the seconds of each stage; the total seconds.
 
     `added`: what else a run adds to the document. Seconds are rounded to 1 ms.
     """

@@ -1,8 +1,8 @@
 """The handle of the Python API starts the ranks, and gives them one video after another to make.
 
-Torch-free, because only the ranks need torch, and they are other processes. Any thread may call every method; videos
-are made one at a time. If a rank dies, the video that it was making fails, and the ranks are started again for the next
-video. If an idle rank dies, no video fails.
+Torch-free, because only the ranks need torch, and the ranks are other processes. Any thread may call every method;
+videos are made one at a time. If a rank dies, the video that it was making fails, and the ranks are started again for
+the next video. If an idle rank dies, no video fails.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Handle:
         """Makes one video and waits for it.
 
         `options`: the options of `wanfast generate` that describe one video or set MagCache, such as `image` and
-        `prompt`. Each has its Python name: `magcache_k` means --magcache-k.
+        `prompt`. Each option has its Python name: `magcache_k` means --magcache-k.
         `on_progress(stage, steps done, number of steps)` is called in the thread that called `make`. If `on_progress`
         raises an exception, the video is cancelled and `make` raises that exception.
         Raises ConfigError and other WanFastErrors: RankFailedError if a rank died, CancelledError after a call of
@@ -246,7 +246,7 @@ def open(**options: Any) -> Handle:
     """Returns a handle whose ranks are starting. Raises WanFastError.
 
     `options`: the options of `wanfast generate` for models and ranks, and the `size` and `frames` of the largest video
-    that will be made. Each has its Python name: `num_gpus` means --num-gpus.
+    that will be made. Each option has its Python name: `num_gpus` means --num-gpus.
     """
     return Handle(_Opened.of(options))
 

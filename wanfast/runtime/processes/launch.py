@@ -84,7 +84,7 @@ class _Batch:
 
 
 class RankGroups:
-    """This class owns the rank groups of a run, which do any number of batches of jobs one after another.
+    """This class owns the rank groups of a run, and gives them any number of batches of jobs one after another.
 
     Each rank group has its own launcher process. Any thread may call `run`, but only one thread at a time. When the
     `with` block ends, no launcher and no rank is left.

@@ -188,9 +188,8 @@ def _report(file: Path, state: str) -> None:
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
     """Imports the module named `module` and returns its function `run`, which runs a command's jobs.
 
-    The call is `run(jobs, sessions, share=, progress=, folder=, first=)`. It yields (index, result) of each job. The
-    module is imported here, not at the top of this file, because the calibration module lies outside the runtime
-    package.
+    `run(jobs, sessions, share=, progress=, folder=, first=)` yields (index, result) of each job. The module is imported
+    here, not at the top of this file, because the calibration module lies outside the runtime package.
     """
     run: Callable[..., Iterator[tuple[int, dict[str, Any]]]] = importlib.import_module(module).run
     return run

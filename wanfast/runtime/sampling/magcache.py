@@ -1,4 +1,4 @@
-"""MagCache decides before a generation starts in which forwards a stored residual replaces the blocks.
+"""MagCache plans in which forwards a stored residual replaces the blocks; the plan is made before the generation.
 
 Such a forward is skipped. A residual is the sum that the blocks of an expert add to their input. Over most of the
 schedule, residuals change little from step to step: the norms of two successive residuals have a ratio near one. A

@@ -98,8 +98,8 @@ def remove_partials(targets: Iterable[Path], pids: Iterable[int]) -> None:
     """Removes the hidden files that the killed processes `pids` left beside `targets`.
 
     Targets whose names differ only in the suffix are one set, and the files of a set are renamed one after another. If
-    a process was killed between two renames of a set, its finished renames are undone. Each target that was renamed
-    gets its old file back, or is removed if there was no old file.
+    a process was killed between two renames of a set, the finished renames of this set are undone. Each target that was
+    replaced gets its old file back, or is removed if there was no old file.
     """
     sets: dict[Path, list[Path]] = {}
     for target in targets:

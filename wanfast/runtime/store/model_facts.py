@@ -38,7 +38,7 @@ AGAIN = "make this JSON file readable, or download it again"
 class Places:
     """This class holds the path of each component in one layout, relative to a model's folder.
 
-    A path is that of a folder of shards or of a single file.
+    Each path leads to a folder of shards or to a single file.
     """
 
     high_noise: str

@@ -33,7 +33,7 @@ class Experts(Protocol):
     """This interface gives the pipeline the expert of each step, wherever the weights are."""
 
     def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
-        """Returns (the expert, ready to run; a function that the caller gives to the expert's forward: `after_block`).
+        """Returns (the expert, ready to run; a function to pass to the expert's forward as `after_block`).
 
         `then`: the next expert, if this forward is the last that runs the blocks of `expert`; otherwise None.
         `blocks`: False if a cached residual replaces the blocks in this forward.
