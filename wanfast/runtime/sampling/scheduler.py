@@ -1,9 +1,9 @@
 """This module computes flow-matching solvers in closed form: noise levels, timesteps, and the weights of each step.
 
-At noise level sigma, a flow model gets x = (1 - sigma) x0 + sigma noise and predicts the velocity v = noise - x0. Let m
-= x - sigma v: this is the model's estimate of the clean sample x0. Each solver here is linear in x and in the estimates
-m of recent steps, and its weights depend only on the noise levels. Therefore the host computes all weights before the
-loop, in float64, and a step is one weighted sum. The loop never reads a number from the device.
+At noise level sigma, a flow model gets x = (1 - sigma) x0 + sigma noise and predicts the velocity v = noise - x0. Let
+m = x - sigma v: this is the model's estimate of the clean sample x0. Each solver here is linear in x and in the
+estimates m of recent steps, and its weights depend only on the noise levels. Therefore the host computes all weights
+before the loop, in float64, and a step is one weighted sum. The loop never reads a number from the device.
 
 Let s and s' be the noise levels of steps i and i+1, and lambda(s) = ln(1 - s) - ln s. The first-order step is the Euler
 step: (s'/s) x + (1 - s'/s) m. The second-order step adds a term to it: a multiple of the slope of m, where m is taken
