@@ -1,8 +1,9 @@
 """Each function here is one pass over a channels-last clip, between two convolutions of the VAE.
 
 A pass computes in float32 and rounds once. Each function has a formula in plain PyTorch and a Triton kernel in
-`vae_kernels`. The kernel runs for inference on a GPU, the formula in all other cases. The tests compare the two.
-Shapes: B batch, C channels, T frames, h w any grid.
+`vae_kernels`. For inference on a GPU, the kernel runs; in all other cases, the formula runs. The tests compare the
+formula with the kernel.
+Shapes: B batch, C channels, T frames, h w height and width of any grid.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ _TINIEST = 1e-12  # so that a position of zeros has a norm
 
 
 def rms_norm(x: Tensor, gamma: Tensor, *, silu: bool = False) -> Tensor:
-    """Returns the norm of x [B,C,...]: x / rms(x) over C, times gamma [C,...]; with `silu`, SiLU of the norm."""
+    """Returns x / rms(x) * gamma, or with `silu` the SiLU of this product.
+
+    x is [B,C,...], and gamma is [C,...]. rms(x) is taken over C.
+    """
     if _by_kernel(x):
         out = torch.empty_like(x)
         vae_kernels.rms_norm(_positions(x), _positions(out), gamma.flatten(), silu)
@@ -31,7 +35,7 @@ def rms_norm(x: Tensor, gamma: Tensor, *, silu: bool = False) -> Tensor:
 
 
 def rms_norm_silu_into(out: Tensor, x: Tensor, gamma: Tensor) -> None:
-    """Writes SiLU(rms_norm(x)) of x [B,C,T,h,w] into the first C channels of `out` [B,C+n,T,h,w]."""
+    """Writes SiLU(rms_norm(x)) of x [B,C,T,h,w] into the first C channels of `out` [B,C+n,T,h,w], n >= 0."""
     if _by_kernel(x):
         vae_kernels.rms_norm(_positions(x), _positions(out), gamma.flatten(), True)
     else:

@@ -1,7 +1,7 @@
-"""These Triton kernels implement the functions of `vae_fused`: a program loads all channels of some positions, once.
+"""These Triton kernels implement the functions of `vae_fused`; each program loads all channels of some positions, once.
 
 Clips are channels-last, so the channels of a position are adjacent. The kernels are memory-bound.
-Shapes: B batch (1), C channels, T frames, h w any grid.
+Shapes: B batch (1), C channels, T frames, h w height and width of any grid.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ _VALUES = 4096  # of a program
 
 
 def rms_norm(x: Tensor, out: Tensor, gamma: Tensor, silu: bool) -> None:
-    """Writes x / rms(x) * gamma, or with `silu` its SiLU, into `out`.
+    """Writes x / rms(x) * gamma into `out`; with `silu`, writes the SiLU of this product instead.
 
-    x and `out` are [T, N, C] with N positions a frame. C must have stride 1; T and N may have any strides.
+    x and `out` are [T, N, C] with N positions a frame. C must have stride 1; T and N may have any strides. rms(x) is
+    taken over C.
     """
     frames, positions, channels = x.shape
     lanes = triton.next_power_of_2(channels)
@@ -29,7 +30,8 @@ def rms_norm(x: Tensor, out: Tensor, gamma: Tensor, silu: bool) -> None:
 def upsample(x: Tensor, out: Tensor, rate: int) -> None:
     """Writes each value of x [T, h, w, rate * C] to 2x2 positions of `out` [T * rate, 2h, 2w, C].
 
-    x is contiguous. Each frame of `out` is contiguous too, but the stride from frame to frame may be any.
+    Each frame of x becomes `rate` frames of `out`, one frame for each group of C channels. x is contiguous. Each frame
+    of `out` is contiguous too, but the stride from frame to frame may be any.
     """
     frames, height, width, channels = x.shape
     channels //= rate

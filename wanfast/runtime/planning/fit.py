@@ -1,7 +1,7 @@
 """Computes whether a model fits on this machine, for each number of GPUs and each placement of its experts. Torch-free.
 
-The sums of bytes come from `placement`, which also uses them to place a run. If there is no GPU, the sums are compared
-with common cards that one can rent.
+The sums of bytes come from `placement`, which also uses them to place a run. If this machine has no GPU, the sums are
+compared with the memory of common GPUs that a user can rent.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """This class holds all ways to place a model's experts, sorted by the number of GPUs and then by preference."""
+    """This class holds all ways to place a model's experts.
+
+    The ways are sorted by the number of GPUs, and then by preference.
+    """
 
     spec: ModelSpec
     geometry: Geometry
@@ -73,9 +76,9 @@ class Fit:
         return f"{self.geometry.width}x{self.geometry.height}"
 
     def best(self) -> Way | None:
-        """Returns the way that fits here with the most GPUs, or None if no way fits.
+        """Returns the way with the most GPUs among the ways that fit on this machine, or None if no way fits.
 
-        If several ways use that many GPUs, it is the preferred one of them.
+        If several ways have this number of GPUs, returns the preferred way.
         """
         fitting = [way for way in self.ways if way.fits.get(HERE)]
         return max(fitting, key=lambda way: way.num_gpus, default=None)
@@ -102,10 +105,11 @@ class Fit:
 
 
 def fit(given: Options, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
-    """Computes all ways to place a model's experts, and compares them with the free memory of `found` and of the host.
+    """Computes all ways to place a model's experts, and compares the bytes of each way with the free memory.
 
-    If the list of GPUs `found` is empty, the ways are compared with common cards that one can rent. The image is
-    assumed to have the shape that gives the most tokens at --size. Raises ConfigError.
+    The free memory is that of the GPUs `found` and of the host. If `found` is empty, the bytes are compared with the
+    memory of common GPUs that a user can rent. The image is assumed to have the shape that gives the most tokens at
+    --size. Raises ConfigError.
     """
     config = EffectiveConfig.of({**NO_VIDEO, **given}, spec)
     precision, scheme, size = config.models.precision, config.models.quantize, parse_size(config.video.size)

@@ -1,6 +1,7 @@
-"""Finds the command to type next, which removes the first obstacle to a video on this machine. Torch-free.
+"""Finds the command that the user should type next. Torch-free.
 
-The command's image and prompt ship with the package, so that the command runs unchanged.
+This command removes the first obstacle to a video on this machine. The command's image and prompt ship with the
+package, so that the command runs unchanged.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ _OPTIONS_OF_MODE: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class NextStep:
-    """This class holds a command line and its reason."""
+    """This class holds a command line that the user can type next, and the reason for this command."""
 
     command: str
     why: str
 
 
 def example(model: str) -> tuple[str, str]:
-    """Returns the path of a shipped image and a prompt that suit a model."""
+    """Returns an example that suits a model: (the path of an image, a prompt). The image ships with the package."""
     image, prompt = _EXAMPLE_OF.get(model, _OTHER_EXAMPLE)
     path, here = _EXAMPLES / image, Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path), prompt
@@ -52,11 +53,11 @@ def next_step(
     layout: str | None,
     quantize_step: NextStep | None,
 ) -> NextStep:
-    """Returns the command to type next and its reason.
+    """Returns the command that the user should type next, and the reason for this command.
 
-    `no_torch` and `no_weights` say what is wrong with torch and the weights, or are None. `layout` is the layout of the
-    weights that are present. `quantize_step` is the command that stores the quantized experts, or None if none is
-    missing.
+    `no_torch`: what is wrong with torch, or None. `no_weights`: what is wrong with the weights, or None. `layout`: the
+    layout of the weights that are present. `quantize_step`: the command that stores the quantized experts, or None if
+    no quantized expert is missing.
     """
     if not fitted.found and not fitted.spec.needs_gpu:
         return NextStep(_tiny(device="cpu"), "nothing is missing: this model runs on a CPU")

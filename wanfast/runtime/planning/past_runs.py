@@ -1,4 +1,4 @@
-"""Predicts the seconds of a plan from the seconds of a forward in a similar earlier run. Torch-free."""
+"""Predicts the seconds that a plan takes, from the seconds of a forward in a similar earlier run. Torch-free."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def _append(index: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def predicted_seconds(plan: Plan) -> float | None:
-    """Predicts the seconds of denoising by the newest similar run in the artifacts folder; None without such a run."""
+    """Returns the predicted seconds of denoising, or None if no similar run is found.
+
+    The prediction uses the newest similar run in the artifacts folder.
+    """
     wanted = plan.to_json()
     found = gpus.visible_gpus() if plan.config.ranks.device == "cuda" else []
     for entry in reversed(_entries(Path(plan.config.models.artifacts_dir) / _INDEX)):

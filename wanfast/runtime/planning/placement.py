@@ -1,9 +1,9 @@
 """Decides the mesh of ranks, and whether the weights are sharded or offloaded, before any rank starts.
 
-An option with the value `auto` is decided from the memory that is free now, and the plan states the reason. Every rank
-holds all weights if they fit, because sharded weights must be gathered for each layer of each step. If they do not fit,
-several ranks shard them, and a single rank offloads the idle expert. All videos of a list share one placement, which
-the largest video decides. Torch-free.
+An option with the value `auto` is decided from the memory that is free now, and the plan states the reason. If all
+weights fit into the memory of each rank, every rank holds all weights. This is preferred, because sharded weights must
+be gathered for each layer of each step. If the weights do not fit, several ranks shard them, but a single rank offloads
+the idle expert. All videos of a list share one placement; the largest video decides the placement. Torch-free.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ def place(
     *,
     must_fit: bool = True,
 ) -> list[Plan]:
-    """Decides the mesh and where the weights lie, the same for all plans, and returns the plans with both decisions.
+    """Decides the mesh of ranks and where the weights lie, and returns the plans with both decisions.
 
-    `free_memory` is measured here if it is not given; give it if ranks already hold models. Raises ConfigError if the
-    plans do not fit or the options cannot be met. If `must_fit` is false, plans that do not fit on a CPU get a note.
+    The decisions are equal for all plans. If `free_memory` is not given, it is measured here; a caller whose ranks
+    already hold models must give it. Raises ConfigError if the plans do not fit or the options cannot be met. If
+    `must_fit` is false, plans that do not fit on a CPU get a note instead.
     """
     asked = plans[0].config.ranks
     mesh = mesh or choose_mesh(
@@ -116,9 +117,9 @@ def check_skips(plan: Plan) -> None:
 
 
 def needed(spec: ModelSpec, models: ModelsConfig, geometry: Geometry, mesh: Mesh, num_residuals: int = 0) -> Need:
-    """Returns the bytes that one video needs on one rank of `mesh`.
+    """Returns the bytes of memory that one video needs on one rank of `mesh`.
 
-    `num_residuals`: how many of MagCache's residuals the rank holds from step to step.
+    `num_residuals`: the number of MagCache residuals that the rank keeps between steps.
     """
     own_tokens, precision, scheme = -(-geometry.tokens // mesh.ulysses), models.precision, models.quantize
     return Need(
@@ -147,7 +148,7 @@ def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
 
 
 def modes(need: Need, ranks: int) -> dict[str, int]:
-    """Returns {mode: peak bytes of a GPU}, the preferred mode first: resident, evicting, sharded, offloaded."""
+    """Returns {mode: peak bytes of a GPU} in the order of preference: resident, evicting, sharded, offloaded."""
     return {mode: sum(parts.values()) for mode, parts in terms(need, ranks).items()}
 
 
@@ -262,10 +263,10 @@ def _barred(
 
 
 def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) -> dict[str, int]:
-    """Returns the bytes of host memory that the evicting mode and the offloaded mode need on this machine.
+    """Returns {mode: needed bytes of host memory on this machine} for the evicting mode and the offloaded mode.
 
-    `free`: the free bytes of a GPU. In the evicting mode a rank moves the bytes that do not fit on its GPU. If `free`
-    is None, these are taken as one expert's bytes.
+    `free`: the free bytes of a GPU. In the evicting mode, a rank moves to the host the bytes that do not fit on
+    its GPU. If `free` is None, a rank is assumed to move the bytes of one expert.
     """
     missing = need.expert if free is None else max(0, modes(need, ranks)["resident"] - free)
     return {"evicting": missing * ranks_here, "offloaded": need.offloaded * ranks_here}
@@ -295,7 +296,7 @@ def _free_bytes(asked: RanksConfig) -> tuple[int, str]:
 
 
 def is_cpu_for_want_of_a_gpu(plan: Plan) -> bool:
-    """Returns whether the plan's model needs a GPU, but the CPU is used because no GPU was found."""
+    """Returns True if the plan's model needs a GPU and the plan uses the CPU because no GPU was found."""
     return "device" not in plan.requested and plan.config.ranks.device == "cpu" and plan.spec.needs_gpu
 
 

@@ -70,7 +70,10 @@ class Plan:
         placement: str = "",
         curve: Curve | None = None,
     ) -> Plan:
-        """Derives a plan from an effective config, a model and the (width, height) of the image."""
+        """Derives a plan from a config, a model and the (width, height) of the image.
+
+        In `config`, every option has a value.
+        """
         return cls(
             config=config,
             spec=spec,
@@ -85,7 +88,7 @@ class Plan:
         )
 
     def job(self) -> Job:
-        """Returns the part of the plan that goes to the ranks; they derive the rest from this part."""
+        """Returns the part of the plan that goes to the ranks; the ranks derive the rest of the plan from this part."""
         return Job(config=self.config, requested=dict(self.requested), notes=self.notes, placement=self.placement)
 
     @property
@@ -94,7 +97,7 @@ class Plan:
 
     @property
     def mesh(self) -> Mesh:
-        """Returns the mesh of ranks, over all machines."""
+        """Returns the mesh that the ranks of all machines form together."""
         return self.config.ranks.mesh
 
     @property
@@ -111,7 +114,7 @@ class Plan:
 
     @property
     def num_forwards(self) -> int:
-        """Returns the number of forwards: one a step, or two if the step's guidance needs the negative prompt."""
+        """Returns the number of forwards: one for each step, or two if the step's guidance uses a negative prompt."""
         return sum(1 + both for both in self._guided)
 
     @property
@@ -128,13 +131,14 @@ class Plan:
     def is_joint(self) -> bool:
         """Returns whether both branches of guidance skip the same forwards.
 
-        If each branch has its own ranks, ranks that skip alone save no time: they wait for the others.
+        If each branch has its own ranks, a skip of only one branch saves no time: its ranks wait for the other branch's
+        ranks.
         """
         return self.config.skipping is not None and self.config.skipping.magcache_joint == "on"
 
     @cached_property
     def skips(self) -> list[Skips]:
-        """Returns for each step and branch whether MagCache skips.
+        """Returns for each step and branch whether MagCache skips the forward.
 
         Raises ConfigError if --magcache-budget or --magcache-skip cannot be met.
         """
@@ -160,7 +164,7 @@ class Plan:
             raise ConfigError(f"{option}: {error}") from None
 
     def num_residuals(self, mesh: Mesh) -> int:
-        """Returns how many of MagCache's residuals a rank of `mesh` holds, for all branches that the rank computes."""
+        """Returns the number of MagCache residuals that a rank of `mesh` holds, summed over the rank's branches."""
         return self.residuals_a_branch * (2 if any(self._guided) and mesh.cfg == 1 else 1)
 
     def magcache_json(self) -> dict[str, Any] | None:
@@ -191,7 +195,7 @@ class Plan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan as JSON, as the .json file beside a video records it."""
+        """Returns the plan as JSON; the .json file beside a video contains this JSON."""
         g, config = self.geometry, self.config
         return {
             "recipe": config.models.recipe,
@@ -286,10 +290,11 @@ def guided_steps(document: dict[str, Any]) -> list[bool]:
 def resolve(
     given: Options, *, writes: bool = True, runs: bool = True, files: ModelFiles | None = None
 ) -> tuple[Plan, ModelFiles]:
-    """Decides every option of a request and checks its files. Raises WanFastError; writes nothing.
+    """Decides every option of a request and checks the files that the options name.
 
-    If `writes` is false, the plan has no output files, and the ranks return the frames. If `runs` is false, an output
-    file that exists gets a note instead of an error. `files`: the model's files, if the caller located them before.
+    Raises WanFastError; writes nothing. If `writes` is false, the plan has no output files, and the ranks return the
+    frames. If `runs` is false, an output file that exists gets a note instead of an error. `files`: the model's files,
+    if the caller has already located them.
     """
     asked = EffectiveConfig.of(given, A14B)  # refuses values that are wrong for every model
     files = files or model_files.locate(asked.models.model, asked.models.artifacts_dir)

@@ -34,7 +34,7 @@ class _NotAnObjectError(ConfigError):
 
 @dataclass(frozen=True)
 class Request:
-    """A request holds the options of one video, and the files that they came from."""
+    """A request holds the options of one video, and the files from which these options were read."""
 
     options: dict[str, Any]
     line: int | None = None  # its number in the jobs file
@@ -47,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Planned:
-    """This class holds a request with its plan, or why there is no plan: an error, or a video that exists."""
+    """This class holds a request with its plan, or the reason why it has no plan: an error, or a video that exists."""
 
     request: Request
     plan: Plan | None = None
@@ -67,7 +67,11 @@ class Planned:
 
 
 def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Planned]:
-    """Plans all requests. A bad line of a list becomes an error; the error of a single request is raised."""
+    """Plans all requests.
+
+    For a bad line of a list, the error is returned in place of a plan. If there is no list, the error of the single
+    request is raised.
+    """
     taken: dict[Path, int | None] = {}
     required: set[tuple[QuantizedExpert, bool]] = set()
     planned = [_plan(request, taken, required, needs_weights) for request in requests]
@@ -109,7 +113,7 @@ def _shared_by_all(name: str) -> ConfigError:
 
 
 def own_share(planned: list[Planned]) -> list[Planned]:
-    """Returns the lines that this machine makes: every nnodes-th line, or all if a rank group spans machines."""
+    """Returns the lines that this machine makes: every nnodes-th line, or all lines if a rank group spans machines."""
     ready = [item for item in planned if item.plan]
     config = ready[0].plan.config if ready and ready[0].plan else None
     if config is None or config.ranks.mesh.group_size > config.ranks.num_gpus:
@@ -203,9 +207,9 @@ def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
 def read_requests(
     typed: dict[str, Any], prompt_file: Path | None, from_file: Path | None, jobs_file: Path | None
 ) -> list[Request]:
-    """Returns one request, or one for each line of `jobs_file`.
+    """Returns one request for each line of `jobs_file`, or a single request if `jobs_file` is None.
 
-    A bad line becomes a request with an error; any other fault raises ConfigError.
+    A bad line of `jobs_file` becomes a request that holds an error. Any other fault raises ConfigError.
     """
     prompt_file, from_file = _whole(prompt_file, "--prompt-file"), _whole(from_file, "--from")
     jobs_file = _whole(jobs_file, "--jobs")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Share:
-    """This class decides which jobs a rank group claims: first its own jobs, then jobs that other groups left.
+    """This class decides which jobs a rank group claims: first its own jobs, then jobs that no group has claimed yet.
 
     `claim(job)` returns whether this group gets the job; all ranks of the group call `claim` together.
     """
@@ -22,6 +22,9 @@ class Share:
         return list(jobs[self.place :: self.groups])
 
     def claimed(self, jobs: Sequence[int]) -> Iterator[int]:
-        """Claims the jobs one by one, this rank group's own first, and yields each job that this group gets."""
+        """Claims the jobs one by one, and yields each job that this rank group gets.
+
+        The group's own jobs come first.
+        """
         own = dict.fromkeys(self.own(jobs))
         return filter(self.claim, [*own, *(job for job in jobs if job not in own)])

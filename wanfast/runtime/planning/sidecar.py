@@ -1,6 +1,6 @@
-"""Writes the JSON file beside every video: options, plan, versions and seconds. The run can be repeated from it.
+"""Writes, beside every video, a JSON file with the options, the plan, the versions and the seconds.
 
-The video, its JSON and its contact sheet are written together or not at all.
+The run can be repeated from this file. The video, its JSON and its contact sheet are written together or not at all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 def planned(plan: Plan) -> dict[str, Any]:
-    """Returns a plan's JSON document, as a dry run shows it; a run adds seconds, memory, hardware and weights."""
+    """Returns the JSON document of a plan; a dry run shows this document.
+
+    A run adds seconds, memory, hardware and weights to the document.
+    """
     return {
         "output": plan.config.output.output,
         "plan": plan.to_json(),
@@ -36,9 +39,9 @@ def planned(plan: Plan) -> dict[str, Any]:
 
 
 def with_seconds(document: dict[str, Any], added: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """Returns `document` with what a run adds: `added`, and the seconds of each stage and in total.
+    """Returns a copy of `document` with three additions: `added`; the seconds of each stage; the total seconds.
 
-    Seconds are rounded to 1 ms.
+    `added`: what else a run adds to the document. Seconds are rounded to 1 ms.
     """
     rounded = {name: round(value, 3) for name, value in seconds.items()}
     return document | added | {"seconds": rounded | {"total": round(sum(seconds.values()), 3)}}
@@ -82,9 +85,10 @@ class Recording:
             raise not_written(self._outputs[0], error) from error
 
     def finish(self, frames: npt.NDArray[np.uint8], document: dict[str, Any]) -> dict[str, Any]:
-        """Publishes the files; returns `document` with the seconds of this call and the sha256 of the mp4.
+        """Publishes the files of the video and returns the completed `document`.
 
-        `frames`: all frames that were added, for the contact sheet. `document` comes from `with_seconds`.
+        `frames`: all frames that were added; the contact sheet is made from them. `document`: the result of
+        `with_seconds`, to which this method adds the seconds of writing and the sha256 of the mp4.
         """
         mp4, json_file, *sheet = self._paths
         with self._files:
@@ -102,10 +106,10 @@ class Recording:
 def write_video(
     frames: npt.NDArray[np.uint8], document: dict[str, Any], outputs: tuple[Path, ...], *, overwrite: bool
 ) -> dict[str, Any]:
-    """Writes frames [F, H, W, 3] to `outputs` = (mp4, JSON, perhaps a contact sheet) and returns the JSON.
+    """Writes frames [F, H, W, 3] to `outputs` = (mp4, JSON, perhaps a contact sheet) and returns the JSON document.
 
-    `document` comes from `with_seconds`. The JSON adds to it the seconds of writing and the sha256 of the mp4.
-    Raises ConfigError.
+    `document`: the result of `with_seconds`. The returned document also holds the seconds of writing and the sha256 of
+    the mp4. Raises ConfigError.
     """
     with Recording(outputs, document["plan"]["fps"], overwrite=overwrite) as recording:
         recording.add(frames)

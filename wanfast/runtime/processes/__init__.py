@@ -1,1 +1,1 @@
-"""This package holds the processes of a run: the launcher, the ranks, and the parent that watches them."""
+"""This package holds the processes of a run: the ranks, their launchers, and the parent that watches both."""

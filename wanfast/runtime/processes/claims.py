@@ -1,9 +1,11 @@
-"""Says which rank group does a job: the first one that claims it. Torch-free.
+"""Says which rank group does a job: the first group that claims the job. Torch-free.
 
-A claim is a symbolic link that leads nowhere, whose text is the group's number. The system makes a link in one step, so
-that a killed rank leaves no half of a claim. A short link also fits on a full disk. If the file system has no links, a
-claim is a folder instead, and a folder in it has the group's number as its name. The folders are made under another
-name, and then renamed in one step.
+A claim is a symbolic link to a target that does not exist; the text of the link is the group's number. The operating
+system makes a link in one step, so that a killed rank never leaves an incomplete claim. A short link also fits on a
+full disk.
+If the file system has no symbolic links, a claim is a folder instead. This folder contains an empty folder whose name
+is the group's number. Both folders are first made under another name; then the outer folder gets its name in one step,
+by a rename.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 def claim(run_folder: Path, index: int, number: int) -> bool:
-    """Returns True for the first rank group that claims a job. Raises ConfigError."""
+    """Claims a job for a rank group; returns whether this group is the first to claim it. Raises ConfigError."""
     place = _place(run_folder, index)
     with writing_to(place):
         place.parent.mkdir(exist_ok=True)
@@ -35,7 +37,7 @@ def claim(run_folder: Path, index: int, number: int) -> bool:
 
 
 def claimed_by(run_folder: Path, index: int) -> int | None:
-    """Returns the number of the rank group that claimed a job; None if no group did."""
+    """Returns the number of the rank group that claimed a job, or None if no group claimed the job."""
     place = _place(run_folder, index)
     if place.is_symlink():
         return int(place.readlink().name)
@@ -43,7 +45,7 @@ def claimed_by(run_folder: Path, index: int) -> int | None:
 
 
 def forget(run_folder: Path, index: int) -> None:
-    """Removes a claim, if there is one."""
+    """Removes the claim of a job, if the job is claimed."""
     place = _place(run_folder, index)
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place)

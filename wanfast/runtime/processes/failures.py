@@ -19,7 +19,7 @@ _TOGETHER_S = 1.0  # errors this close to each other may be written in another o
 
 
 def error_of_group(run_folder: Path, replica: int, config: RanksConfig) -> tuple[int, WanFastError]:
-    """Returns (nanoseconds since the epoch, error) of the first cause of a rank group's failure."""
+    """Returns the first cause of a rank group's failure as (the time in nanoseconds since the epoch, the error)."""
     folder, logs = run_folder / RANKS, f"logs of all ranks in {run_folder / 'logs'}"
     agent = folder / f"{replica}.json"
     known = json.loads(agent.read_text()) if agent.exists() else {}

@@ -1,8 +1,8 @@
-"""Forks the ranks of a launcher before torchrun's agent starts, so that all share one import of torch. Torch-free.
+"""Forks a launcher's ranks before torchrun's agent starts, so that all ranks share one import of torch. Torch-free.
 
 A forked process has only the thread that called fork, and cannot use a GPU that its parent used before. torchrun's
 agent starts threads and queries GPUs. So the launcher forks all ranks first, and each rank waits until the agent starts
-it.
+this rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _PAUSE_S = 0.01
 
 
 class Forked:
-    """This class is a forked rank that waits to be started, with the methods of `Popen` that torchrun's agent calls."""
+    """This class represents a forked rank that waits until `start` is called.
+
+    torchrun's agent expects a `subprocess.Popen`. The class has those methods of `Popen` that the agent calls.
+    """
 
     def __init__(self, pid: int, orders: int) -> None:
         """`orders`: the end of a pipe to which `start` writes."""
@@ -60,7 +63,7 @@ class Forked:
 def fork(count: int) -> list[Forked]:
     """Forks `count` ranks and returns them.
 
-    In each rank, this function waits until the launcher calls `Forked.start`, and returns an empty list.
+    In each rank, this function waits until the launcher calls `Forked.start`, and then returns an empty list.
     """
     gc.freeze()  # what was imported is neither searched for garbage, nor copied by the search
     forked: list[Forked] = []

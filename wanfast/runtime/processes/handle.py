@@ -1,8 +1,8 @@
-"""The Python API's handle starts ranks, which hold loaded models, and sends them videos to make.
+"""The handle of the Python API starts the ranks, and gives them one video after another to make.
 
-Torch-free, because other processes do the work. Any thread may call every method; videos are made one at a time. If a
-rank dies, the video that it was making fails, and the ranks are started again for the next video. If an idle rank dies,
-no video fails.
+Torch-free, because only the ranks need torch, and the ranks are other processes. Any thread may call every method;
+videos are made one at a time. If a rank dies, the video that it was making fails, and the ranks are started again for
+the next video. If an idle rank dies, no video fails.
 """
 
 from __future__ import annotations
@@ -143,7 +143,10 @@ class _Opened:
 
 
 class Handle:
-    """A handle owns ranks with loaded models. `wanfast.open` makes one; `close` it, or use it in a `with` block."""
+    """A handle owns ranks with loaded models; `wanfast.open` returns a handle.
+
+    At the end, call the handle's `close`. Or use the handle in a `with` block, which closes it.
+    """
 
     def __init__(self, opened: _Opened) -> None:
         """Starts the ranks; they become ready while the first video is planned. Raises ConfigError."""
@@ -158,22 +161,24 @@ class Handle:
     def make(self, *, on_progress: ProgressFn = lambda stage, done, total: None, **options: Any) -> Video:
         """Makes one video and waits for it.
 
-        `options`: `image`, `prompt` and the other options of `wanfast generate` for one video or for MagCache, by their
-        Python names (`magcache_k` for --magcache-k). `on_progress(stage, steps done, all steps)` is called in this
-        thread. If it raises an exception, the video is cancelled and the exception is raised here. Raises ConfigError
-        and other WanFastErrors: RankFailedError if a rank died, CancelledError after `cancel`.
+        `options`: the options of `wanfast generate` that describe one video or set MagCache, such as `image` and
+        `prompt`. Each option has its Python name: `magcache_k` means --magcache-k.
+        `on_progress(stage, steps done, number of steps)` is called in the thread that called `make`. If `on_progress`
+        raises an exception, the video is cancelled and `make` raises that exception.
+        Raises ConfigError and other WanFastErrors: RankFailedError if a rank died, CancelledError after a call of
+        `cancel`.
         """
         with self._call() as cancelled:
             self._living()  # before the work of a plan
             return self._run(self._opened.plan(options), on_progress, cancelled)
 
     def cancel(self) -> None:
-        """Cancels all calls of `make` that have begun: each ends at its next step or stage with CancelledError."""
+        """Cancels all calls of `make` that have begun: each call raises CancelledError at its next step or stage."""
         for cancelled in list(self._calls):
             cancelled.set()
 
     def close(self) -> None:
-        """Waits for the current video, then ends the ranks. Call `cancel` first to end the video too."""
+        """Waits for the current video, then ends the ranks. To end the current video too, call `cancel` first."""
         with self._turn(threading.Event()):
             ranks, self._ranks = self._ranks, None
             self._unclosed.detach()
@@ -240,8 +245,8 @@ class Handle:
 def open(**options: Any) -> Handle:
     """Returns a handle whose ranks are starting. Raises WanFastError.
 
-    `options`: the options of `wanfast generate` for models and ranks, by their Python names (`num_gpus` for
-    --num-gpus), and the `size` and `frames` of the largest video.
+    `options`: the options of `wanfast generate` for models and ranks, and the `size` and `frames` of the largest video
+    that will be made. Each option has its Python name: `num_gpus` means --num-gpus.
     """
     return Handle(_Opened.of(options))
 

@@ -1,7 +1,7 @@
 """Starts a launcher for each rank group, watches the groups, and returns the result or the error of every job.
 
 The processes communicate only by small files in the run folder: results, progress, and the error of a failed rank. So
-the parent can print the existing results, whichever process died. Torch-free.
+the parent can print all results that exist, even after one of the processes has died. Torch-free.
 """
 
 from __future__ import annotations
@@ -84,9 +84,10 @@ class _Batch:
 
 
 class RankGroups:
-    """This class owns the rank groups of a run, each under a launcher process, for any number of batches of jobs.
+    """This class owns the rank groups of a run, and gives them any number of batches of jobs one after another.
 
-    Any thread may call `run`, one at a time. When the `with` block ends, no launcher and no rank is left.
+    Each rank group has its own launcher process. Any thread may call `run`, but only one thread at a time. When the
+    `with` block ends, no launcher and no rank is left.
     """
 
     def __init__(self, run_folder: Path, ranks: RanksConfig, groups: int) -> None:
@@ -126,13 +127,14 @@ class RankGroups:
         on_progress: OnProgress,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> list[dict[str, Any]]:
-        """Runs a batch of jobs and returns the result of every job, in order; dead rank groups are restarted first.
+        """Runs a batch of jobs and returns their results in the order of `jobs`; dead rank groups are restarted first.
 
         `on_result` gets each result as soon as the job is done. If a group dies, its current job fails with the group's
-        error, and the group is started again for the other jobs. A group that cannot load its models is not started
-        again while other groups live. If `cancelled` becomes true, the jobs end and CancelledError is raised. If a
-        callback raises an Exception, the jobs end and that exception is raised. In both cases the ranks stay. Any other
-        exception, such as KeyboardInterrupt, ends all ranks at once. No half-written file is left.
+        error, and the group is started again for the remaining jobs. A group that cannot load its models is not started
+        again while other groups live. If `cancelled()` becomes true, the jobs end and CancelledError is raised. If a
+        callback raises an Exception, the jobs end and that exception is raised. In both cases the ranks keep running.
+        Any other exception, such as KeyboardInterrupt, ends all ranks immediately. In all cases, no half-written file
+        is left.
         """
         self._start_missing()
         if cancelled():
@@ -165,7 +167,7 @@ class RankGroups:
             self._starter.shutdown()
 
     def stop(self) -> None:
-        """Ends all launchers and their ranks at once."""
+        """Ends all launchers and their ranks immediately."""
         _stop(self._launchers.values())
 
     def _send(self, document: dict[str, Any], outputs: list[Path]) -> _Batch:

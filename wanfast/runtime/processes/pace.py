@@ -1,10 +1,11 @@
 """Follows the progress of rank groups, and notices if a rank group of one rank hangs. Torch-free.
 
-Denoising steps after the first one take about the same time, so the earlier steps show how long a step takes. Loading,
-compiling, encoding, decoding and writing have no such limit, because their time depends on the disk, the model and the
-size. During these stages a rank hangs if for a long time it reports no progress and the kernel counts no work of it: it
-reads nothing, writes nothing and touches no new memory. On a CPU, computing counts as work too. On a GPU it does not,
-because a host thread that waits for its GPU looks as if it computed.
+Denoising steps after the first one take about the same time, so the earlier steps give a time limit for a later step.
+The stages of loading, compiling, encoding, decoding and writing have no such limit. Their time depends on the disk, the
+model and the size.
+In these stages, a rank hangs if it neither reports progress nor works for a long time. The counters of the operating
+system show whether a rank works: it reads, writes or touches new memory. On a CPU, CPU time counts as work too. On a
+GPU, CPU time does not count, because a host thread uses CPU time even while it only waits for its GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class Work:
 
     @classmethod
     def of(cls, pids: Iterable[int], *, on_cpu: bool) -> Work:
-        """Adds up what the kernel counts for these processes; their CPU time is added only if `on_cpu` is true."""
+        """Adds up what the operating system counts as work of the processes `pids`.
+
+        CPU time is added only if `on_cpu` is true.
+        """
         moved = ticks = 0
         for folder in (Path("/proc", str(pid)) for pid in pids):
             with suppress(OSError):  # the process has ended
@@ -54,7 +58,7 @@ class Work:
 
 @dataclass
 class Pace:
-    """This class holds the last progress of a rank group, and the seconds that its steps take."""
+    """This class holds the last progress of a rank group, and the seconds that the group's steps take."""
 
     state: dict[str, Any]
     written_ns: int  # the time of the progress file
@@ -79,7 +83,10 @@ class Pace:
         return is_new
 
     def hang(self, timeout_s: float, work: Callable[[], Work]) -> str | None:
-        """Returns a message if the rank hangs, else None. `work` returns what the rank has done until now."""
+        """Returns a message if the rank hangs, else None.
+
+        `work`: a function that returns the counts of what the rank has done so far.
+        """
         done, total, stage = self.state["done"], self.state["total"], self.state["stage"]
         if 0 < done < total and self.slowest_s:
             if self.idle_s <= max(timeout_s, _SLOWEST_STEPS * self.slowest_s):
@@ -106,7 +113,7 @@ class Pace:
 def follow(
     run_folder: Path, numbers: Iterable[int], first: int, paces: dict[int, Pace], on_progress: OnProgress
 ) -> None:
-    """Reads the progress of each rank group into `paces`, and calls `on_progress` for what is new.
+    """Reads the progress of each rank group into `paces`, and calls `on_progress` for each new progress.
 
     Jobs before `first` are ignored, because they belong to earlier batches.
     """

@@ -1,8 +1,9 @@
 """Runs one rank of a rank group, in a process that `elastic` forks.
 
-The rank joins its rank group and runs the batches of jobs that the parent writes to the run folder, one by one. The
-rank writes files for the parent: a result for each job, the group's progress, and the error if this rank fails. A
-signal ends the rank at once. This is safe, because the parent removes the half-written files of a dead rank.
+The rank joins its rank group. Then the rank runs, one by one, the batches of jobs that the parent writes to the run
+folder. The rank writes files for the parent: a result for each job, the group's progress, and the error if this rank
+fails. A signal ends the rank immediately. This is safe, because the parent removes the half-written files of a dead
+rank.
 """
 
 from __future__ import annotations
@@ -185,10 +186,10 @@ def _report(file: Path, state: str) -> None:
 
 
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
-    """Returns the function that runs a command's jobs: `run(jobs, sessions, share=, progress=, folder=, first=)`.
+    """Imports the module named `module` and returns its function `run`, which runs a command's jobs.
 
-    That function yields (index, result) of each job. It is the function `run` of the module named `module`.
-    The module is imported only now, because the one for calibration lies outside the runtime package.
+    `run(jobs, sessions, share=, progress=, folder=, first=)` yields (index, result) of each job. The module is imported
+    here, not at the top of this file, because the calibration module lies outside the runtime package.
     """
     run: Callable[..., Iterator[tuple[int, dict[str, Any]]]] = importlib.import_module(module).run
     return run

@@ -1,15 +1,17 @@
-"""MagCache plans before a generation which forwards to skip; in these, a stored residual replaces the blocks.
+"""MagCache plans in which forwards a stored residual replaces the blocks; the plan is made before the generation.
 
-A residual is the sum that the blocks of an expert add to their input. Over most of the schedule, residuals change
-little from step to step, and the ratio of their norms is near one. A curve holds these ratios, which are measured once
-for a model and a schedule. From the ratios, the plan predicts the error of each skip, and skips forwards while the
-accumulated error stays below a threshold. A skipped forward reuses the residual of the last forward that ran. The plan
-depends only on the curve and the settings, so every rank computes the same plan.
+Such a forward is skipped. A residual is the sum that the blocks of an expert add to their input. Over most of the
+schedule, residuals change little from step to step: the norms of two successive residuals have a ratio near one. A
+curve holds these ratios, which are measured once for a model and a schedule. From the ratios, the plan predicts the
+error of each skip. The plan skips forwards while the accumulated error stays below a threshold. A skipped forward
+reuses the residual of the last forward that ran. The plan depends only on the curve and the settings, so every rank
+computes the same plan.
 
 Each branch of guidance has its own forwards, residuals and accumulated error. An expert uses only its own residuals.
-Cost: one residual for each branch, [L, d] in float32.
+Cost: one residual for each branch: [L, d] in float32, with L tokens and d channels.
 Limit: a curve is valid for one model, one number of steps and one shift.
-Source: MagCache (arXiv 2506.09045), section 3.3. Both rules of `MagCacheSettings.rule` come from its code for Wan2.2.
+Source: MagCache (arXiv 2506.09045), section 3.3. Both rules of `MagCacheSettings.rule` come from MagCache's code for
+Wan2.2.
 Torch-free.
 """
 
@@ -34,7 +36,7 @@ Skips = tuple[bool, bool]  # of one step: (the prompt's branch, the negative pro
 
 @dataclass(frozen=True)
 class MagCacheSettings:
-    """Holds the limits of skips in a row (accumulated error, number), and the share of forwards that always run."""
+    """Holds two limits of consecutive skips (accumulated error, number), and the share of forwards that always run."""
 
     threshold: float  # of the accumulated error
     max_skips: int  # of one branch in a row
@@ -50,12 +52,14 @@ def plan_skips(
     joint: bool = False,
     guided: Sequence[bool] | None = None,
 ) -> list[Skips]:
-    """Returns two bools for each step: whether the prompt's branch skips, and whether the negative prompt's does.
+    """Returns for each step a pair of bools: (the prompt's branch skips, the negative prompt's branch skips).
 
     The plan is greedy: a branch skips as soon as the limits of `settings` allow it.
     experts: the expert of each step.
-    joint: either both branches of a step skip or none, so that branches on different ranks do not wait for each other.
-    guided: for each step, whether it has the negative prompt's branch; None means that all steps have it.
+    joint: if true, either both branches of a step skip or no branch skips. Then branches on different ranks do not wait
+    for each other.
+    guided: for each step, whether the step has the negative prompt's branch. None means that all steps have this
+    branch.
     """
     may_skip = _allowed(experts, settings.retention, settings.rule)
     computed = _SkipRow(settings)
@@ -82,12 +86,14 @@ def plan_best(
     joint: bool = False,
     guided: Sequence[bool] | None = None,
 ) -> list[Skips]:
-    """Returns the plan that skips `skipped` forwards with the least predicted error, by dynamic programming.
+    """Finds, by dynamic programming, the plan that skips `skipped` forwards with the least predicted error.
 
-    A skipped forward has the error |1 - p|, where p is the product of the ratios since the residual was computed. The
-    plan's error is the sum over its skipped forwards. `settings` limits the skips in a row and the forwards that always
-    run; its threshold is ignored.
-    exactly: if False, the plan skips the largest possible number up to `skipped`, because joint skips come in pairs.
+    A skipped forward at step j reuses the residual of an earlier step i. The forward's error is |1 - p|, where p is the
+    product of the ratios of the steps i+1 to j. The plan's error is the sum of the errors of its skipped forwards.
+    `settings` limits the number of skips in a row, and says which forwards always run; the threshold in `settings` is
+    ignored.
+    exactly: if False and no plan skips exactly `skipped` forwards, the plan skips the largest possible number below
+    `skipped`. This can happen because joint skips come in pairs.
     Other arguments are those of `plan_skips`. Raises ConfigError if no plan skips that many forwards.
     """
     may_skip = _allowed(experts, settings.retention, settings.rule)
@@ -119,7 +125,10 @@ def plan_best(
 
 
 def accumulated_error(ratios: Ratios, plan: Sequence[Skips]) -> float:
-    """Returns the predicted error of a plan, which `plan_best` minimises: the sum over the skipped forwards."""
+    """Returns the predicted error of a plan: the sum of the errors of all skipped forwards.
+
+    `plan_best` minimises this error.
+    """
     total = 0.0
     for branch in (0, 1):
         product = 1.0
@@ -230,12 +239,12 @@ class _SkipRow:
 def resample(
     ratios: Ratios, of: Sequence[tuple[Expert, int]], to: Sequence[tuple[Expert, int]]
 ) -> list[tuple[float, float]]:
-    """Converts the ratios of a curve from the steps `of` to the steps `to`, for each expert separately.
+    """Returns ratios for the steps `to`, computed from a curve's ratios for the steps `of`.
 
-    A step is (expert, timestep). For each branch, the ratios give the residual's norm at each step. The norm's
-    logarithm is interpolated linearly over the timestep, and extrapolated linearly beyond the known steps. So a step
-    that is twice as long gets the product of two ratios. Raises ConfigError if an expert has fewer than two
-    known steps, or if the extrapolation is too far.
+    Each expert's steps are converted separately. A step is (expert, timestep). For each branch, the ratios give the
+    residual's norm at each step. The norm's logarithm is interpolated linearly over the timestep, and extrapolated
+    linearly beyond the known steps. So a step that is twice as long gets the product of two ratios. Raises ConfigError
+    if an expert has fewer than two known steps, or if the extrapolation is too far.
     """
     if list(of) == list(to):
         return list(ratios)
@@ -288,7 +297,7 @@ class StepCache(Protocol):
 
 
 class ResidualCache:
-    """Follows the plan of skips of one video, and frees each residual after the last step that uses it."""
+    """Follows one video's plan of skips, and frees each residual after the last step that uses this residual."""
 
     def __init__(self, plan: Sequence[Skips]) -> None:
         self._plan = plan

@@ -1,15 +1,17 @@
 """This module computes flow-matching solvers in closed form: noise levels, timesteps, and the weights of each step.
 
-At noise level sigma, a flow model gets x = (1 - sigma) x0 + sigma noise and predicts the velocity v = noise - x0. So
-m = x - sigma v is its estimate of the clean sample x0. All solvers here are linear in x and in the m of recent steps,
-with weights that depend only on the noise levels. So the host computes all weights once, in float64, and a step is one
-weighted sum. The loop never reads a number from the device.
+At noise level sigma, a flow model gets x = (1 - sigma) x0 + sigma noise and predicts the velocity v = noise - x0. Let
+m = x - sigma v: this is the model's estimate of the clean sample x0. Each solver here is linear in x and in the
+estimates m of recent steps, and its weights depend only on the noise levels. Therefore the host computes all weights
+before the loop, in float64, and a step is one weighted sum. The loop never reads a number from the device.
 
-Let s and s' be the noise levels of steps i and i+1, and lambda(s) = ln(1 - s) - ln s. The first-order step is
-(s'/s) x + (1 - s'/s) m, which is Euler. The second-order step adds a multiple of the slope of m over lambda.
+Let s and s' be the noise levels of steps i and i+1, and lambda(s) = ln(1 - s) - ln s. The first-order step is the Euler
+step: (s'/s) x + (1 - s'/s) m. The second-order step adds a term to it: a multiple of the slope of m, where m is taken
+as a function of lambda.
 Torch-free: a sample may be an array of any library.
 Sources: DPM-Solver++ (arXiv 2211.01095) eq. 12; UniPC (arXiv 2302.04867) algorithms 5 and 7 with B(h) = e^h - 1. The
-noise levels and the orders are those of Wan-Video/Wan2.2 (wan/utils/fm_solvers*.py), with which the model was tuned.
+noise levels and the solver orders are those of Wan-Video/Wan2.2 (wan/utils/fm_solvers*.py), because the model was tuned
+with these.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Correction:
 class Step:
     """Holds the weights of one step: x_{i+1} = sample * x~_i + clean * m_i + clean_prev * m_{i-1}.
 
-    x~_i is the sample x_i after `correction`, or x_i itself if that is None. m_i is the estimate of the clean sample.
+    x~_i is the sample x_i after `correction`. If `correction` is None, x~_i is x_i. m_i is the model's estimate of the
+    clean sample at step i.
     """
 
     sigma: float
@@ -82,7 +85,10 @@ class Integrator:
         self._clean_prev2: Any = None  # m_{i-2}
 
     def advance(self, sample: Any, velocity: Any) -> Any:
-        """Returns the sample at the next noise level, from sample and velocity at the current one, all in float32."""
+        """Returns the sample at the next noise level, from the sample and the velocity at the current noise level.
+
+        All three are float32.
+        """
         step = next(self._steps)
         clean = sample - step.sigma * velocity
         if (c := step.correction) is not None:
@@ -148,5 +154,5 @@ def expert_of(timestep: int, boundary: float) -> Expert:
 
 
 def is_high_noise(timestep: int, boundary: float) -> bool:
-    """Returns whether the high-noise expert runs at `timestep`: if it is at least 1000 * `boundary` (0 to 1)."""
+    """Returns whether the high-noise expert runs at `timestep`: whether `timestep` >= 1000 * `boundary` (0 to 1)."""
     return timestep >= boundary * NUM_TRAIN_TIMESTEPS

@@ -1,12 +1,14 @@
-"""Stores each artifact in a folder that is named by the hash of all its inputs (a content-addressed store).
+"""Stores each artifact in a folder that is named by the hash of all the artifact's inputs (a content-addressed store).
 
 key = sha256 of the canonical JSON of ALL inputs. A writer takes a file lock, fills a temporary folder beside the
 target, writes the manifest last, and renames the folder. A reader compares the manifest with its own inputs and with
-all files in the folder: an unlisted file makes the artifact damaged, as a missing file does. A sound artifact is never
-overwritten. The store does not know what an artifact contains.
+all files in the folder. An artifact is damaged if a file of the manifest is missing, or if the folder has a file that
+the manifest does not list. An undamaged artifact is never overwritten. The store does not know what an artifact
+contains.
 
 Each caller chooses how a damaged artifact is handled. "refuse" raises an error, because the artifact took long to make
-and the user must decide. "miss" treats it as a cache miss: the artifact is made again and replaces the damaged one.
+and the user must decide. "miss" treats the damaged artifact as a cache miss: the artifact is made again and replaces
+the damaged one.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def frames_file(run_folder: Path, index: int) -> Path:
 
 @dataclass(frozen=True)
 class Published:
-    """This class names an artifact's folder, and says whether this call made the artifact or found it there."""
+    """This class names an artifact's folder, and says whether `publish` made the artifact or found it in the store."""
 
     folder: Path
     made_here: bool
@@ -78,9 +80,9 @@ class ArtifactStore:
     ) -> Path | None:
         """Returns the artifact's folder, or None if the artifact is missing.
 
-        Compares the manifest with the inputs and with the files in the folder: their names and sizes, and with `verify`
-        also their hashes. If they differ, raises CorruptArtifactError with the text "remove this folder and {again}";
-        with `damaged="miss"` prints a note and returns None instead.
+        Compares the manifest with `inputs`, and with the names and sizes of the files in the folder. With `verify`,
+        compares the hashes of the files too. If anything differs, raises CorruptArtifactError with the text "remove
+        this folder and {again}". With `damaged="miss"`, prints a note and returns None instead of raising.
         """
         folder = self.path(kind, inputs)
         if not os.path.lexists(folder):
@@ -95,7 +97,10 @@ class ArtifactStore:
         return folder
 
     def manifests(self, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Yields (folder, inputs) of each artifact whose manifest is readable; only `find` checks its files."""
+        """Yields (folder, inputs) of each artifact whose manifest is readable.
+
+        This method does not check the artifact's files; `find` checks them.
+        """
         for manifest in sorted((self.root / kind).glob(f"*/{MANIFEST}")):
             with suppress(CorruptArtifactError):
                 inputs = read_object(manifest, _fix("refuse")).get("inputs")
@@ -114,9 +119,10 @@ class ArtifactStore:
     ) -> Published:
         """Calls `write(folder)` to fill a new folder, and publishes the folder completely or not at all.
 
-        All users who may read the store may read the folder. If another writer was first, returns that writer's folder.
-        If that folder is damaged, replaces it with `damaged="miss"`, else raises CorruptArtifactError. Calls `waiting`
-        if another writer holds the lock. Raises ConfigError if the store cannot be written.
+        All users who may read the store may read the folder. If another writer published the artifact first, returns
+        that writer's folder. If that writer's folder is damaged, raises CorruptArtifactError, or with `damaged="miss"`
+        removes that folder and publishes a new one. Calls `waiting` if another writer holds the lock. Raises
+        ConfigError if the store cannot be written.
         """
         folder = self.path(kind, inputs)
         with writing_to(self.root):
@@ -226,7 +232,10 @@ def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
 
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """Turns an OSError of the block, which writes into the store, into a ConfigError that names --artifacts-dir."""
+    """Raises a ConfigError that names --artifacts-dir if the `with` block raises an OSError.
+
+    The `with` block writes into the store.
+    """
     try:
         yield
     except OSError as error:
@@ -241,7 +250,10 @@ def note(line: str) -> None:
 
 @contextmanager
 def noting() -> Iterator[None]:
-    """Turns a ConfigError of the block into a note, because the block only writes records that no video needs."""
+    """Catches a ConfigError of the `with` block and prints it as a note.
+
+    The `with` block only writes records, and no video needs these records.
+    """
     try:
         yield
     except ConfigError as error:
@@ -275,7 +287,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_result(run_folder: Path, index: int, result: dict[str, Any]) -> None:
-    """Writes the result of one job into its run folder."""
+    """Writes the result of one job into the run folder."""
     replace_text(run_folder / RESULTS / f"{index}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 

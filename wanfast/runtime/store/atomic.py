@@ -1,6 +1,7 @@
-"""Writes a set of files completely or not at all: first under hidden names beside their targets, then renamed.
+"""Writes a set of files completely or not at all.
 
-A process that is killed (SIGKILL) leaves its hidden files, which `remove_partials` removes.
+The files are first written under hidden names beside their targets, and then renamed. A process that is killed
+(SIGKILL) leaves its hidden files, which `remove_partials` removes.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from wanfast.runtime.facts.memory import gb
 def atomic_paths(
     *targets: Path, overwrite: bool = True, option: str = "--output", synced: bool = True
 ) -> Iterator[list[Path]]:
-    """Yields a temporary path for each target, and renames the files to the targets when the block ends.
+    """Yields a temporary path for each target, and renames the files to the targets when the `with` block ends.
 
-    If the block fails (KeyboardInterrupt too), the temporary files are removed. If a rename fails, the targets that
-    were replaced before get their old files back. The temporary names end in `.part`, so a writer cannot infer the file
-    format from the name. An OSError (a full disk, a removed folder) becomes a ConfigError that names `option`. If
-    `overwrite` is false, a target that exists when the block ends is a ConfigError too. `synced` writes the files to
-    disk before the rename, so that they survive a crash of the machine.
+    If the block raises an exception (KeyboardInterrupt too), the temporary files are removed. If a rename fails, the
+    targets that were already replaced get their old files back. The temporary names end in `.part`, so a writer cannot
+    infer the file format from the name. An OSError (a full disk, a removed folder) becomes a ConfigError that names
+    `option`. If `overwrite` is false and a target exists when the block ends, a ConfigError is raised too. If `synced`
+    is true, the files are written to disk before the rename, so that these files survive a crash of the machine.
     """
     partials = [partial_path(target) for target in targets]
     try:
@@ -47,7 +48,10 @@ def atomic_paths(
 
 
 def not_written(target: Path, error: OSError, option: str = "--output") -> ConfigError:
-    """Returns the ConfigError for a file that could not be written, with the free space and the fix."""
+    """Returns the ConfigError for a file that could not be written.
+
+    Its message states the free space and the fix.
+    """
     reason = error.strerror or str(error)
     return ConfigError(
         f"{option} {target}: cannot be written ({reason}; {_free_space(target.parent)}); "
@@ -77,9 +81,10 @@ def _restore(target: Path, old: Path) -> None:
 
 
 def partial_path(target: Path, pid: int | None = None) -> Path:
-    """Returns the hidden path beside `target` to which a process (default: this one) writes before the rename.
+    """Returns the hidden path beside `target` to which a process writes before the rename.
 
-    Both paths are in one folder, so that the rename is atomic.
+    `pid`: the id of this process, by default that of the calling process. Both paths are in one folder, so that the
+    rename is atomic.
     """
     return target.with_name(f".{target.name}.{pid or os.getpid()}.part")
 
@@ -90,11 +95,11 @@ def _old_path(target: Path, pid: int | None = None) -> Path:
 
 
 def remove_partials(targets: Iterable[Path], pids: Iterable[int]) -> None:
-    """Removes the hidden files of `targets` that killed processes (`pids`) left.
+    """Removes the hidden files that the killed processes `pids` left beside `targets`.
 
-    Targets that differ only in the suffix are one set, and the files of a set are renamed in order. If a process was
-    killed between two renames, the first renames are undone: their targets get their old files back, or are removed if
-    there were none.
+    Targets whose names differ only in the suffix are one set, and the files of a set are renamed one after another. If
+    a process was killed between two renames of a set, the finished renames of this set are undone. Each target that was
+    replaced gets its old file back, or is removed if there was no old file.
     """
     sets: dict[Path, list[Path]] = {}
     for target in targets:

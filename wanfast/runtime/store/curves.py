@@ -1,10 +1,11 @@
 """Finds MagCache's ratios: a model's preset, or a curve that `wanfast calibrate-magcache` stored. Torch-free.
 
-A curve's key holds the settings of its measurement: both experts, their facts and precision, steps, shift, solver,
-guidance, size, frames, the set of clips, and the code, libraries and device that measured it. A run may differ in the
-set of clips, the code, the libraries and the device. If another setting differs, the run refuses the curve, and the
-error names the command that measures a new one. Steps and shift may differ with `--magcache-interpolate`, because the
-ratios change smoothly.
+A preset is a curve that ships with the package. The key of a stored curve holds the settings of its measurement: the
+set of clips, both experts, their facts and precision. Further settings are steps, shift, solver, guidance, size and
+frames. The key also holds the code, the libraries and the device of the measurement. A run may differ from the
+measurement in the set of clips, the code, the libraries and the device. If another setting differs, the run refuses the
+curve, and the error names the command that measures a new curve. With `--magcache-interpolate`, the steps and the shift
+may differ too, because the ratios change smoothly.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _or(value: T | None, default: T) -> T:
 
 
 def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
-    """Returns the curve for the steps of this run, or None with --magcache off; raises WanFastError."""
+    """Returns the curve for the steps of this run, or None if --magcache is off; raises WanFastError."""
     if config.skipping is None:
         return None
     if config.skipping.magcache == "preset":
@@ -109,9 +110,9 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
 def preset(files: ModelFiles) -> dict[str, Any] | None:
     """Returns the JSON document of the curve that ships for a model, or None if no curve ships.
 
-    The document holds the `ratios`, and the steps, shift, solver and boundary with which they were measured. A curve
+    The document holds the `ratios`, and the steps, the shift, the solver and the boundary of their measurement. A curve
     that names its weights is used only for these weights. The published curve names no weights: it is used for every
-    model with the sizes of the A14B, and `magcache_notes` adds a note if the weights are others.
+    model with the sizes of the A14B. If the model has other weights than the A14B, `magcache_notes` adds a note.
     """
     sizes = files.spec.dit, files.spec.boundary
     if sizes == (A14B.dit, A14B.boundary):
@@ -124,13 +125,13 @@ def preset(files: ModelFiles) -> dict[str, Any] | None:
 
 
 def published_curve() -> dict[str, Any]:
-    """Returns the JSON document of the A14B's curve that MagCache's authors published."""
+    """Returns, as a JSON document, the curve that MagCache's authors published for the A14B."""
     document: dict[str, Any] = json.loads((_PRESETS / "wan2.2-i2v-a14b.json").read_text(encoding="utf-8"))
     return document
 
 
 def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
-    """Returns a note if the preset's curve was measured on other weights or in another precision."""
+    """Returns a note if the weights or the precision of the run differ from those of the preset's measurement."""
     if config.skipping is None or config.skipping.magcache != "preset":
         return []
     published = (A14B.name, f"{A14B.name}-Diffusers", "tiny")

@@ -2,14 +2,15 @@
 
 The hub is asked once for the commit and the files of a revision. The download is pinned to that commit, and at the end
 the files on disk are compared with the hub's answer. The result of huggingface_hub is not enough: the library can
-return without an error and without files, and its dry run reports a damaged file's size as the right one. A manifest,
+return without an error and without files. Its dry run also reports the right size for a damaged file. A manifest,
 written last, records the commit, so that two commits never mix in one folder.
 
-If the cache of the Hugging Face Hub holds the whole commit, nothing is downloaded: `--model a14b` reads it in place.
+If the cache of the Hugging Face Hub holds the whole commit, nothing is downloaded: `--model a14b` reads the weights in
+the cache.
 
 Cost: one request if no file is missing. The sha256 of each large file is compared once, and remembered as the file's
-identity (`identity.py`). Limit: if the process is killed, an incomplete file starts from 0, because huggingface_hub
-names partial files at random.
+identity (`identity.py`). Limit: if the process is killed, an incomplete file is downloaded again from its first byte,
+because huggingface_hub names partial files at random.
 """
 
 from __future__ import annotations
@@ -124,10 +125,10 @@ def plan(request: Request) -> dict[str, Any]:
 
 
 def download(request: Request, *, progress: bool) -> dict[str, Any]:
-    """Downloads the missing files, verifies all, and returns as JSON the folder, the commit and the files.
+    """Downloads the missing files, verifies all files, and returns a JSON object: the folder, the commit and the files.
 
-    Raises ConfigError (a wrong option, no access, no space, another commit in the folder), MissingArtifactError (the
-    hub cannot be reached) and CorruptArtifactError (the repository, or the download, is incomplete or damaged).
+    Raises ConfigError (a wrong option, no access, no space, another commit in the folder) and MissingArtifactError (the
+    hub cannot be reached). Raises CorruptArtifactError if the repository or the download is incomplete or damaged.
     """
     started = time.perf_counter()
     listing = _list(request)

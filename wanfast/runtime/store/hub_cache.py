@@ -1,7 +1,8 @@
-"""Finds published weights in the cache of the Hugging Face Hub, where another program put them, to read them there.
+"""Finds published weights that another program put into the Hugging Face cache; wanfast reads them there.
 
-The cache holds <root>/models--OWNER--NAME/snapshots/<commit>, whose files are links to blobs; <root> is named by the
-same environment variables as in huggingface_hub. That library is not imported, because its import takes 0.3 s.
+The cache holds folders <root>/models--OWNER--NAME/snapshots/<commit>. The files in these folders are links to blobs.
+<root> is set by the same environment variables as in huggingface_hub. huggingface_hub is not imported, because its
+import takes 0.3 s.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def snapshots(layout: Layout) -> Iterator[Path]:
-    """Yields the cache folders that may hold the published weights: for the pinned commit, then for branch `main`.
+    """Yields cache folders for the published weights: that of the pinned commit, then that of the branch `main`.
 
-    Either folder may be missing.
+    Both folders may hold the weights, and both may be missing.
     """
     repo = REPOS[layout]
     yield snapshot_of(repo, PINNED[repo])

@@ -1,11 +1,13 @@
-"""Computes the identity of weights: the sha256 of every byte of every file, computed once and remembered.
+"""Computes the identity of weights from the sha256 of every file; each sha256 is computed once and remembered.
 
-A record `hashes/<key>.json` of the artifacts folder remembers the sha256 of one large file, together with the file's
-path, size, inode and times of change. If one of those differs, the file is hashed again. Many processes may ask at
-once: one of them hashes a file under a lock, and the others wait for its record.
+The sha256 covers all bytes of the file. A record `hashes/<key>.json` in the artifacts folder remembers the sha256 of
+one large file, together with the file's path, size, inode and times of change. If any of these values has changed, the
+file is hashed again. Many processes may ask at once: one process hashes the file under a lock, and the others wait for
+the record.
 
-The Hugging Face cache names a file by its sha256. When such a file is first seen, its name is taken as the sha256
-without hashing. A later change of the file is noticed as for any other file. Torch-free.
+The Hugging Face cache names a file by the file's sha256. When such a file is first seen, its name is taken as the
+sha256 without hashing. A later change of such a file is noticed in the same way as a change of any other file.
+Torch-free.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ State = dict[str, Any]  # what changes if a file's content changes
 
 
 def identity(files: list[Path], artifacts: Path) -> str:
-    """Returns a hash of the names and contents of files, which is the same for a copy in another folder."""
+    """Returns a hash of the names and contents of files; copies of the files in another folder have the same hash."""
     digest = hashlib.sha256()
     for file, sha256 in sha256_of(files, artifacts).items():
         digest.update(f"{file.name} {sha256}\n".encode())
@@ -42,7 +44,10 @@ def identity(files: list[Path], artifacts: Path) -> str:
 
 
 def is_old(identity: object) -> bool:
-    """Returns whether an identity has the form of earlier versions, which hashed only samples of large files."""
+    """Returns whether an identity has the form that earlier versions of wanfast gave it.
+
+    Those versions hashed only samples of a large file, not the whole file.
+    """
     return isinstance(identity, str) and re.fullmatch(r"[0-9a-f]{16}", identity) is not None
 
 

@@ -36,7 +36,10 @@ AGAIN = "make this JSON file readable, or download it again"
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """This class holds each component's path below a model's folder, in one layout: a folder of shards or a file."""
+    """This class holds the path of each component in one layout, relative to a model's folder.
+
+    Each path leads to a folder of shards or to a single file.
+    """
 
     high_noise: str
     low_noise: str
@@ -48,7 +51,8 @@ class Places:
 def read_spec(root: Path, places: Places) -> ModelSpec:
     """Reads a model's facts from its wanfast.json.
 
-    Without this file, the config files of the layout give most sizes; all other facts are those of the A14B.
+    If this file is missing, the config files of the model's layout give most sizes. All other facts are then those of
+    the A14B.
     """
     if document := _read_facts(root / _FACTS_FILE):
         return _checked(root / _FACTS_FILE, document, lambda facts: _with_defaults(ModelSpec.from_json(facts)))

@@ -1,7 +1,8 @@
 """Locates a model's files in a folder, in either public layout: the original one or that of Diffusers. Torch-free.
 
-`tiny` ships with the package. `a14b` is the published repository, in either layout. It lies in the artifacts folder, or
-else in the cache of the Hugging Face Hub, where another program may have put it. Any other name is a path.
+The model `tiny` ships with the package. The model `a14b` is the published repository, in either layout. This repository
+lies in the artifacts folder, or else in the cache of the Hugging Face Hub, where another program may have put it. Any
+other name of a model is a path.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _LAYOUTS: dict[Layout, Places] = {
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """This class holds a model's folder and facts; if `exists` is false, the folder is still missing."""
+    """This class holds a model's folder and facts; if `exists` is false, the folder does not exist yet."""
 
     root: Path
     layout: Layout
@@ -96,15 +97,18 @@ class ModelFiles:
             )
 
     def identify(self) -> None:
-        """Hashes the files that are not hashed yet, before ranks start: the user sees a note, and no rank waits."""
+        """Hashes the model's files that are not hashed yet.
+
+        This is done before the ranks start, so that the user sees a note and no rank has to wait.
+        """
         assert self.fingerprints
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Returns the identity of each component's content, which is the same for a copy in another folder.
+        """Returns the identity of each component's content; copies in another folder have the same identities.
 
-        The first process that asks reads all files, which takes about a second a GB. Later processes read the stored
-        hashes.
+        The first process that calls this method reads all files, which takes about one second for each GB. Later
+        processes read the stored hashes.
         """
         tokenizer = identity([self.tokenizer], self.artifacts)
         return {**{name: self.fingerprint(name) for name in COMPONENTS}, "tokenizer": tokenizer}
@@ -177,7 +181,7 @@ def _a14b_root(artifacts: Path) -> Path:
 
 
 def cached(layout: Layout) -> Iterator[Path]:
-    """Yields the folders of the Hugging Face cache that hold all files of the published weights."""
+    """Yields the Hugging Face cache's folders in which all files of the published weights exist."""
     for root in snapshots(layout):
         with suppress(MissingArtifactError, CorruptArtifactError):
             ModelFiles(root, layout, A14B, "", root).require()
@@ -192,7 +196,10 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def indexed_shards(index: Path) -> list[Path]:
-    """Returns the shards that an index names. Raises CorruptArtifactError if a shard is outside the index's folder."""
+    """Returns the paths of the shards that a safetensors index file names.
+
+    Raises CorruptArtifactError if a shard is outside the folder of the index file.
+    """
     weight_map = read_object(index, AGAIN).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):

@@ -1,8 +1,9 @@
-"""Finds stored quantized experts by a key of the weights, the scheme, and the code that quantizes. Torch-free.
+"""Finds stored quantized experts by the key of their artifacts. Torch-free.
 
-An artifact `quantized/<key>` holds one expert, quantized with one scheme. Its files are safetensors shards with an
-index, the quantization error of every tensor (`errors.json`, `errors.png`), and the manifest. Tensors have the names of
-the original layout.
+An artifact `quantized/<key>` holds one expert, quantized with one scheme. The key depends on the weights, the scheme
+and the code that quantizes. The artifact's files are safetensors shards, the index of the shards, the quantization
+error of every tensor (`errors.json`, `errors.png`), and the manifest. The tensors have the names of the original
+layout.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ class QuantizedExpert:
     model: str  # as `--model` names it
 
     def inputs(self, torchao: str | None, device: str | None) -> dict[str, Any]:
-        """Returns all inputs of the artifact's key. For bf16 `device` does not count: all devices cast alike."""
+        """Returns all inputs of the artifact's key.
+
+        For the scheme bf16, `device` is not in the key, because all devices cast to the same values.
+        """
         return {
             "source": self.files.fingerprint(self.expert),
             "facts": self.files.spec.dit.to_json(),
@@ -73,8 +77,9 @@ class QuantizedExpert:
     def find(self, *, verify: bool = False) -> Path | None:
         """Returns the artifact's folder, or None if the artifact is missing.
 
-        If torchao is not installed here, the artifact that was made with the newest torchao is taken. Whether a GPU or
-        a CPU made the artifact does not matter; if both exist, the GPU's is taken. Raises CorruptArtifactError.
+        If torchao is not installed here, the artifact that was made with the newest torchao is taken. An artifact made
+        on a GPU and an artifact made on a CPU are both accepted; if both exist, the GPU's artifact is taken. Raises
+        CorruptArtifactError.
         """
         installed = torchao_version() if in_8_bits(self.scheme) else None
         made_by = installed or max(self._versions(), default=None, key=_release)
@@ -142,10 +147,10 @@ def quantized_expert(files: ModelFiles, models: ModelsConfig, expert: Expert) ->
 def require_experts(
     files: ModelFiles, models: ModelsConfig, known: set[tuple[QuantizedExpert, bool]] | None = None
 ) -> None:
-    """Raises WanFastError, with the command that fixes it, if the experts that --quantize needs are missing.
+    """Raises WanFastError if a quantized expert that --quantize needs is missing; the error names the command to run.
 
-    With --quantize-on-the-fly, only torchao is required. `known` holds the artifacts that earlier calls found, and this
-    function adds to `known`, so that no artifact is hashed twice.
+    With --quantize-on-the-fly, no stored expert is needed, but torchao is. `known` holds the artifacts that earlier
+    calls found. This function adds to `known` what it finds, so that no artifact is hashed twice.
     """
     if models.quantize_on_the_fly:
         require_torchao("--quantize-on-the-fly")

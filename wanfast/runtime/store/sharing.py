@@ -19,7 +19,10 @@ _FILE = 0o666  # the bits that a file may have
 
 
 def share(folder: Path) -> None:
-    """Gives the mode of `folder` to all files and folders in it that this user owns; files get no execute bits."""
+    """Gives all files and folders inside `folder` the mode of `folder`, but gives files no execute bits.
+
+    Files and folders that another user owns keep their mode.
+    """
     mode = stat.S_IMODE(folder.stat().st_mode)
     for path in folder.rglob("*"):
         found = path.lstat()
@@ -30,13 +33,13 @@ def share(folder: Path) -> None:
 
 
 def lock_of(path: Path, timeout: float = -1) -> FileLock:
-    """Returns a file lock that every user who may write to the folder of `path` can take."""
+    """Returns the file lock `path`; every user who may write to the folder of `path` can take this lock."""
     return FileLock(path, timeout=timeout, mode=stat.S_IMODE(path.parent.stat().st_mode) & _FILE | 0o600)
 
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Holds the file lock `path` during the block; calls `waiting` first if another process holds the lock."""
+    """Holds the file lock `path` during the `with` block; calls `waiting` first if another process holds the lock."""
     lock = lock_of(path)
     try:
         lock.acquire(timeout=0)
@@ -50,9 +53,10 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def who_can_write(paths: list[Path]) -> str | None:
-    """Returns why another user could have written to one of `paths`, or None if only this user and root could.
+    """Returns why another user could have written to one of `paths`, or None if no other user could have done this.
 
-    This user's primary group counts as this user, because many systems give each user a separate group.
+    Root does not count as another user. This user's primary group does not count either, because many systems give each
+    user a separate group.
     """
     for path in paths:
         found = path.stat()
@@ -65,7 +69,7 @@ def who_can_write(paths: list[Path]) -> str | None:
 
 
 def remove(path: Path) -> None:
-    """Renames a file or folder, so that it is gone at once for readers, and then deletes it as far as possible."""
+    """Renames a file or folder, so that readers no longer find it, and then deletes as much of it as possible."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.damaged")
     path.rename(aside)
     with suppress(OSError):

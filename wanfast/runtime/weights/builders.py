@@ -39,11 +39,12 @@ def build_expert(
     sharded: bool = False,
     device: str | None = None,
 ) -> WanDiT:
-    """Returns an expert with loaded weights; `ranks` share the tokens of its forwards.
+    """Returns an expert with loaded weights; each forward splits its tokens among `ranks`.
 
-    `quantized`: if given, the expert's linear layers have its scheme. Their weights come from its artifact, or with
-    `on_the_fly` from the files of the unquantized model. `sharded`: whether each rank holds only its own rows.
-    `device`: where the weights are, by default the rank's device. Raises MissingArtifactError or CorruptArtifactError.
+    `quantized`: if it is given, the expert's linear layers have the scheme of `quantized`. The weights of these layers
+    come from the artifact of `quantized`. With `on_the_fly`, they come from the files of the unquantized model instead.
+    `sharded`: whether each rank holds only its own rows. `device`: where the weights are, by default the rank's device.
+    Raises MissingArtifactError or CorruptArtifactError.
     """
     layout, scheme = files.layout, quantized.scheme if quantized else None
     model = expert_on_meta(files.spec.dit, precision, ranks, attend=attend, scheme=scheme, sharded=sharded)
@@ -60,7 +61,11 @@ def build_expert(
 def expert_on_meta(
     spec: DiTSpec, precision: Precision, ranks: Ranks, *, attend: AttentionFn, scheme: Scheme | None, sharded: bool
 ) -> WanDiT:
-    """Returns an expert on the meta device, with its linear layers quantized and its parameters sharded if asked."""
+    """Returns an expert on the meta device, where its parameters have no values yet.
+
+    If `scheme` has 8 bits, the linear layers of the expert's blocks are quantized layers. If `sharded` is true, the
+    parameters are sharded.
+    """
     dtype = DTYPES[precision]
     with on_meta():
         model = WanDiT(spec, dtype, ranks.sequence, attend)
@@ -72,7 +77,7 @@ def expert_on_meta(
 
 
 def build_vae(files: ModelFiles, device: str, precision: Precision = "fp32") -> WanVAE:
-    """Returns the VAE with loaded weights; the decoder has `precision`, the encoder float32."""
+    """Returns the VAE with loaded weights; its decoder has the dtype of `precision`, and its encoder has float32."""
     with on_meta():
         model = WanVAE(files.spec.vae, DTYPES[precision])
     checkpoint.load(model, files.weights("vae"), component="vae", layout=files.layout, ranks=Ranks(device))

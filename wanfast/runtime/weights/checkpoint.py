@@ -1,12 +1,12 @@
-"""This module loads and saves weights as safetensors, or as the original layout's two `.pth` files.
+"""This module loads and saves weights: safetensors files, or the two `.pth` files of the original layout.
 
-A module is built on the meta device, where its parameters have names, shapes and dtypes but no values. `load` fills
-the parameters one by one: it reads from the memory-mapped file, moves to the device, and casts. So a bf16 model is read
-from an fp32 file without a second copy of the model.
-A rank group reads each byte of the files about once. Of a sharded parameter, each rank reads its own rows. Of an
-unsharded parameter, each rank reads a part, and the ranks exchange the parts.
-Loading is strict: a tensor that is missing, unexpected or duplicate is an error that names the tensor and the file. So
-is a wrong shape, a wrong dtype, and a value that is not finite.
+A module is built on the meta device, where its parameters have names, shapes and dtypes but no values. `load` fills the
+parameters one by one: it reads the values from the memory-mapped file, moves them to the device, and casts them. So a
+bf16 model is read from an fp32 file without a second copy of the model.
+A rank group reads each byte of the files about once. If a parameter is sharded, each rank reads its own rows. If a
+parameter is not sharded, each rank reads a part of it, and the ranks exchange the parts.
+Loading is strict: a tensor that is missing, unexpected or duplicate is an error. A tensor with a wrong shape, a wrong
+dtype or a value that is not finite is an error too. The error names the tensor and the file.
 """
 
 from __future__ import annotations
@@ -51,11 +51,12 @@ def load(
     device: str | None = None,
     on_the_fly: bool = False,
 ) -> None:
-    """Fills the parameters of `module`, which is on the meta device, from `files`, and prepares it for inference.
+    """Fills the parameters of `module` from `files`, and prepares `module` for inference.
 
-    Each parameter keeps its dtype; values are cast. All `ranks` must call this together. The parameters go to `device`,
-    by default the rank's device. With `on_the_fly`, the files hold unquantized weights, and those of the module's
-    quantized layers are quantized as they are read. Raises CorruptArtifactError.
+    `module` is on the meta device. Each parameter keeps its dtype: the values from the files are cast. All `ranks` must
+    call this function together. The parameters go to `device`, by default the rank's device. With `on_the_fly`, the
+    files hold unquantized weights, and the weights of quantized layers are quantized while they are read. Raises
+    CorruptArtifactError.
     """
     wanted, quantizing = module.state_dict(), _schemes(module) if on_the_fly else {}
     places = ranks.together(lambda: _match(_to_read(wanted, quantizing), files, component, layout))
@@ -80,10 +81,11 @@ def load(
 def stream(
     module: nn.Module, files: Sequence[Path], *, component: Component, layout: Layout
 ) -> Iterator[tuple[str, RowsFn]]:
-    """Yields (name, read) for each tensor of `module`, which is on the meta device, in the order of the files.
+    """Yields (name, read) for each tensor of `module`, which is on the meta device.
 
-    `read(first, end)` returns the rows first..end-1 along dim 0 as they are stored, on the CPU. Iterating
-    and `read` raise CorruptArtifactError; `read` also raises it for a value that is not finite.
+    The tensors come in the order of the files. `read(first, end)` returns the rows first..end-1 along dim 0, on the CPU
+    and with the dtype that the file has. The iteration and `read` raise CorruptArtifactError; `read` also raises this
+    error for a value that is not finite.
     """
     for file, key, name, rows in _in_order_of_files(
         _match(_to_read(module.state_dict(), {}), files, component, layout)
@@ -205,7 +207,7 @@ def save(
 ) -> None:
     """Writes the tensors of `module` to a `.pth` or `.safetensors` file, under the names of `layout`.
 
-    They are cast to `dtype`; with None, each keeps its dtype.
+    The tensors are cast to `dtype`. If `dtype` is None, each tensor keeps its dtype.
     """
     tensors = {
         rename_back(component, layout, name): tensor.detach().to("cpu", dtype).contiguous()

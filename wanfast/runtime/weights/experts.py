@@ -1,11 +1,12 @@
 """This module places the two experts: both on the device, or one on the device and both in pinned host memory.
 
 If both are on the device (resident), weights are evicted when the VAE needs the memory.
-With offloading, the idle expert is only in host memory: one expert runs at a time, and each video changes once from
-one expert to the other. Both experts have the same shapes, so the device holds ONE set of parameters. During the last
-high-noise forward, the low-noise weights overwrite each block as soon as that block is done. This copy (28.6 GB in
-bf16, about a second) overlaps with the forward and needs no additional GPU memory.
-Cost of offloading: 58 to 64 GB of pinned host memory, and one copy of an expert before a video's first step.
+With offloading, the idle expert is only in host memory. One expert runs at a time, and each video changes once from one
+expert to the other. Both experts have the same shapes, so the device holds ONE set of parameters. During the last
+high-noise forward, the low-noise weights overwrite the weights of each block as soon as the block has run. This copy
+(28.6 GB in bf16, about a second) overlaps with the forward and needs no additional GPU memory.
+Cost of offloading: 58 to 64 GB of pinned host memory, and one copy of an expert to the device before a video's first
+step.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Experts(Protocol):
     """This interface gives the pipeline the expert of each step, wherever the weights are."""
 
     def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
-        """Returns (the expert, ready to run; a function to pass to its forward as `after_block`).
+        """Returns (the expert, ready to run; a function to pass to the expert's forward as `after_block`).
 
         `then`: the next expert, if this forward is the last that runs the blocks of `expert`; otherwise None.
         `blocks`: False if a cached residual replaces the blocks in this forward.
@@ -44,19 +45,21 @@ class Experts(Protocol):
         ...
 
     def evict(self, size: int) -> bool:
-        """Evicts about `size` bytes of weights, or as many as possible; returns whether any were evicted.
+        """Evicts weights of about `size` bytes, or as many as possible; returns whether any weights were evicted.
 
-        It must not be called while an expert runs.
+        This method must not be called while an expert runs.
         """
         ...
 
 
 class ResidentExperts:
-    """Holds both experts on the device, and evicts weights to pinned host memory when the VAE needs the memory.
+    """Holds both experts on the device, and evicts weights to pinned host memory when the VAE needs device memory.
 
-    The host copies are kept, because weights do not change: later evictions only free the GPU copy.
-    `may_move`: False disables eviction. It must be False if several ranks replay captured graphs that contain
-    exchanges, because only the rank that evicted would capture its graphs again.
+    The host copies are kept, because weights do not change. A later eviction of the same weights only frees their GPU
+    memory.
+    `may_move`: False disables eviction. `may_move` must be False if several ranks replay captured graphs with
+    collectives in them. Otherwise only the rank that evicted would capture its graphs again, and the other ranks would
+    not.
     """
 
     def __init__(self, experts: dict[Expert, WanDiT], device: str, *, may_move: bool = True) -> None:

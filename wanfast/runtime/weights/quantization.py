@@ -1,8 +1,9 @@
 """Quantizes the weights of linear layers, and replaces the linear layers of a model by quantized ones.
 
-torchao computes 8-bit values and one scale for each row. Both are stored as plain tensors. The layers that multiply by
-them are those of `models.quantized`, not torchao's: ours compile in seconds, and a compiled block stays one graph.
-LOG.md compares the layers. Rows are independent of each other, so a weight can be quantized a few rows at a time.
+torchao computes 8-bit values and one scale for each row. The values and the scales are stored as plain tensors. The
+quantized layers are those of `models.quantized`, not those of torchao. Our layers compile in seconds, and a compiled
+block stays one graph. LOG.md compares both kinds of layers. Rows are independent of each other, so a weight can be
+quantized a few rows at a time.
 """
 
 from __future__ import annotations
@@ -22,13 +23,19 @@ from wanfast.runtime.store.quantized import QUANTIZED, require_torchao
 
 
 def is_quantized(name: str) -> bool:
-    """Returns whether `name` is the weight of a linear layer in an expert that the 8-bit schemes quantize."""
+    """Returns whether the 8-bit schemes quantize the tensor `name` of an expert.
+
+    They quantize only the weights of the linear layers in the expert's blocks.
+    """
     block, _, rest = name.removeprefix("blocks.").partition(".")
     return name.startswith("blocks.") and block.isdigit() and rest.removesuffix(".weight") in QUANTIZED
 
 
 def quantize_linears(model: WanDiT, scheme: Scheme, dtype: torch.dtype) -> None:
-    """Replaces linear layers of `model`, on the meta device, by layers of the 8-bit `scheme` with biases in `dtype`."""
+    """Replaces linear layers of `model` by layers that are quantized with the 8-bit `scheme`.
+
+    `model` is on the meta device. The biases of the new layers have the dtype `dtype`.
+    """
     for name, linear in list(_linears(model)):
         owner, _, last = name.rpartition(".")
         n, k = linear.weight.shape
@@ -47,9 +54,9 @@ def _linears(model: WanDiT) -> Iterator[tuple[str, Linear]]:
 
 
 def quantize(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Quantizes `rows` [n, K] of a weight and returns (8-bit values [n, K], float32 scales [n]), on the same device.
+    """Quantizes `rows` [n, K] of a weight and returns (8-bit values [n, K], float32 scales [n]).
 
-    Raises ConfigError if torchao is not installed.
+    The results are on the device of `rows`. Raises ConfigError if torchao is not installed.
     """
     linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(rows.float(), requires_grad=False)
@@ -60,7 +67,7 @@ def quantize(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def scale_of(weight: str) -> str:
-    """Returns the name of the scales of a quantized weight: "x.scale" for "x.weight"."""
+    """Returns the name of a quantized weight's scales: "x.scale" for "x.weight"."""
     return f"{weight.removesuffix('weight')}scale"
 
 
