@@ -55,7 +55,7 @@ def _resized(image: Image, width: int, height: int) -> Tensor:
 
 
 def to_uint8(video: Tensor) -> Frames:
-    """Clamps video [3, F, H, W] to [-1, 1] and maps it to uint8 frames [F, H, W, 3]; values are truncated."""
+    """Clamps video [3, F, H, W] to [-1, 1], and maps it to uint8 frames [F, H, W, 3] by truncation, not rounding."""
     array: Frames = _as_bytes(video).cpu().numpy()
     return array
 

@@ -1,10 +1,11 @@
-"""Computes the bytes of memory that the weights and the activations of a video need, from their sizes. Torch-free.
+"""Computes how many bytes of memory a video needs, for weights and for activations. Torch-free.
 
-The bytes of weights are exact. The bytes of activations are an estimate, fitted to measurements at 1280x720, 81 frames.
+The bytes of weights are exact. The bytes of activations are an estimate, fitted to measurements at 1280x720, 81 frames;
+the GB below are for this size.
 For each token, a forward holds about seven float32 vectors of the model's width (11 GB). The text's keys and values
 need 1.7 GB more. For each pixel of a frame and each base channel, the VAE needs 145 bytes to encode (12.8 GB). To
-decode, it needs 90 bytes in bf16 (8.0 GB) or 175 in float32. About half of the VAE's bytes are earlier frames, which
-causal convolutions read.
+decode, the VAE needs 90 bytes in bf16 (8.0 GB) or 175 bytes in float32. About half of the VAE's bytes are earlier
+frames, which causal convolutions read.
 """
 
 from __future__ import annotations

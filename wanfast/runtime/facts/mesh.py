@@ -1,14 +1,14 @@
 """The mesh arranges the ranks along three named axes: replica x cfg x ulysses.
 
-* replica: replicas make different videos of the list of jobs at the same time;
-* cfg: with 2, each half of a replica's ranks computes one branch of guidance;
-* ulysses: ranks share the tokens of a branch; during self-attention, each rank has all tokens of some heads instead.
+* replica: the replicas make different videos at the same time; each replica takes jobs from one list;
+* cfg: if cfg is 2, each half of a replica's ranks computes one branch of guidance;
+* ulysses: ranks share the tokens of a branch; during self-attention, each rank instead has all tokens of some heads.
 
 A replica is a *rank group*: its ranks make one video together, and fail together. Rank groups share only the list of
-jobs, so if one rank group fails, the others continue. Either each rank group lies within one machine, or one rank group
-contains all ranks of all machines.
-Neighbouring ranks lie along the ulysses axis, which exchanges the most data. Torch-free: the parent chooses and
-checks the mesh before any rank starts.
+jobs. Therefore, if one rank group fails, the others continue. Either each rank group lies within one machine, or one
+rank group contains all ranks of all machines.
+The ulysses axis exchanges the most data, so ranks with neighbouring numbers lie along this axis. Torch-free, because
+the parent chooses and checks the mesh before any rank starts.
 """
 
 from __future__ import annotations

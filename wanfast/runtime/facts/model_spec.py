@@ -121,7 +121,10 @@ _LATENTS_STD = (
 
 @dataclass(frozen=True, kw_only=True)
 class VAESpec(_Facts):
-    """This class holds the sizes of the causal video VAE, which compresses 4x8x8 (T, H, W) into 16 channels."""
+    """This class holds the sizes of the causal video VAE, and the mean and std of its latents.
+
+    By default, the latents are smaller than the video: 4x in time, 8x in height and 8x in width. They have 16 channels.
+    """
 
     base_dim: int = 96
     latent_channels: int = 16

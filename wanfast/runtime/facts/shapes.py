@@ -91,10 +91,11 @@ def fit_geometry(
 
 
 def largest_geometry(spec: ModelSpec, area_width: int, area_height: int, frames: int) -> Geometry:
-    """Returns the sizes of the video with the most tokens that any image can give at this --size and number of frames.
+    """Returns the sizes of the largest video that is possible at this --size and number of frames, with any image.
 
-    For 832x480 and 81 frames, this is 32,760 tokens. If several videos have equally many tokens, the one with the
-    aspect ratio nearest to that of --size counts.
+    The largest video has the most tokens: 32,760 for 832x480 and 81 frames. --size is area_width x area_height. If
+    several videos have equally many tokens, the function returns the one whose aspect ratio is nearest to the aspect
+    ratio of --size.
     """
     _, patch_y, patch_x = spec.dit.patch_size
     token_area = spec.vae.spatial_stride**2 * patch_y * patch_x

@@ -1,8 +1,9 @@
-"""Runs jobs that need loaded models, one after the other, for every command that makes or measures videos.
+"""Runs jobs one after the other on loaded models, for every command that makes or measures videos.
 
-Before a rank group loads the experts, it encodes all prompts of its own jobs that share these models, and frees UMT5.
-If a job raises a WanFastError or runs out of memory, its result is the error, and the other jobs still run. All ranks
-of a rank group run the same jobs in the same order.
+Each rank group has its own jobs in the list. Before the group loads models, it finds all its own jobs that use the same
+models. It encodes the prompts of these jobs, and frees UMT5.
+If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue. All
+ranks of a rank group run the same jobs in the same order.
 """
 
 from __future__ import annotations

@@ -54,7 +54,10 @@ def run(
     folder: Path | None = None,
     first: int = 0,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (0, result) for the only job: its artifact, and the seconds of a block's first and second forward."""
+    """Yields one pair (0, result), because a warmup is one job.
+
+    The result names the stored artifact. It also holds the seconds of the first and of the second forward of one block.
+    """
     (job,), ranks = jobs, sessions.ranks
     try:
         yield 0, _warm(job, ranks, lambda stage: progress(0, stage, 0, 0))

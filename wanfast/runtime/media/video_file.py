@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 
 def check_outputs(path: str, *beside: Path, overwrite: bool, needed_bytes: int, option: str = "--output") -> None:
-    """Checks, before any work, that an mp4 of `needed_bytes` can be written to `path`, and other files to `beside`.
+    """Checks, before any work, that an mp4 of `needed_bytes` can be written to `path`.
 
-    Raises ConfigError, one line with `option`, the path and the fix.
+    The files `beside` must be writable too. An existing file is an error if `overwrite` is False. Raises ConfigError:
+    one line with the option, the path and the fix. `option` is the name of the option that gave `path`.
     """
     target, subject = Path(path), f"{option} {path}"
     if target.suffix.lower() != ".mp4":

@@ -49,7 +49,10 @@ class Projections(Protocol):
         ...
 
     def values(self, part: int, parts: int) -> Tensor:
-        """Returns v for the heads of part number `part` of `parts` equal parts: [B, L, H / parts, D], contiguous."""
+        """Divides the heads into `parts` equal groups, and returns v of group number `part`, counted from 0.
+
+        The result [B, L, H / parts, D] is contiguous.
+        """
         ...
 
 
@@ -62,7 +65,10 @@ class Sequence(Protocol):
 
     @property
     def overlaps(self) -> bool:
-        """Returns whether `attention` needs q, k and v one by one, so that it can send q while it computes k."""
+        """Returns whether `attention` calls for q, k and v separately, and not for all three at once.
+
+        Separate calls let `attention` send q to the other ranks while k is computed.
+        """
         ...
 
     def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:

@@ -110,7 +110,8 @@ class SelfAttention(Attention):
     def fuse_projections(self) -> None:
         """Fuses the projections q, k and v into one linear layer, so that the tokens are read once.
 
-        The weights must be loaded before. The state dict still has the keys of three projections.
+        The weights must be loaded before this call. After the call, the state dict has the same keys as before, with
+        three separate projections.
         """
         projections = (self.q, self.k, self.v)
         self.qkv = self.q  # of any class: each of its parameters has one row for each output
@@ -187,7 +188,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, spec.dim, dtype=torch.float32))
 
     def forward(self, stream: Stream, time_B6d: Tensor, text: TextKV, rope: RotaryTables, num_tokens: int) -> Stream:
-        """Returns the residual stream after this block; `num_tokens` is the number of tokens on all ranks."""
+        """Returns this rank's residual stream after the block; `num_tokens` counts the tokens of all ranks together."""
         rows = (self.modulation + time_B6d).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
         norm3, eps, dtype = self.norm3, self.eps, self.dtype
@@ -198,7 +199,10 @@ class Block(nn.Module):
         return Stream(x, self.ffn(normed), packed(gate_ffn))
 
     def encode_text(self, text_BSd: Tensor) -> TextKV:
-        """Returns this block's keys and values of the embedded text [B, S, d]."""
+        """Computes the text's keys and values for this block's cross-attention, from the embedded text [B, S, d].
+
+        S is the number of text tokens.
+        """
         return self.cross_attn.encode_text(text_BSd)
 
 
@@ -212,9 +216,10 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, spec.dim, dtype=torch.float32))
 
     def forward(self, stream: Stream, time_Bd: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (patches of the velocity [B, L, p], the summed residual stream [B, L, d]).
+        """Returns (the velocity as patches [B, L, p], the residual stream [B, L, d]).
 
-        The head uses plain PyTorch, because it runs only once in a forward: compiling a kernel would not pay off.
+        p is the number of values in one patch. The residual stream is the sum stream.x + stream.gate * stream.added.
+        The head uses plain PyTorch. It runs only once in a forward, so compiling a kernel would not pay off.
         """
         shift, scale = (self.modulation + time_Bd.unsqueeze(1)).chunk(2, dim=1)
         x = stream.x + stream.gate * stream.added

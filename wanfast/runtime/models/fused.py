@@ -108,7 +108,7 @@ def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def make_operators() -> None:
-    """Registers the Triton kernels as operators of torch, so that torch.compile can trace calls of them."""
+    """Registers the Triton kernels as operators of torch, so that torch.compile can trace calls of the kernels."""
     if HAS_KERNELS:
         fused_kernels.make_operators()
 

@@ -44,9 +44,10 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim_out, dtype=dtype), requires_grad=False)
 
     def forward(self, x: Tokens) -> Tokens:
-        """Returns the layer's output: QuantizedTokens if `gelu` and the scheme quantizes tokens, else a plain tensor.
+        """Returns the layer's output, as QuantizedTokens or as a plain tensor.
 
-        A plain tensor has the dtype of the bias.
+        The output is QuantizedTokens if two things hold: `gelu` is True, and the scheme also quantizes tokens.
+        Otherwise the output is a plain tensor with the dtype of the bias.
         """
         return self._outputs(x, self.weight, self.scale, self.bias)
 

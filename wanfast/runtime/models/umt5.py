@@ -67,7 +67,8 @@ class EncoderBlock(nn.Module):
     def forward(self, x: Tensor, buckets: Tensor, is_padding: Tensor | None) -> Tensor:
         """Returns x [B, L, d] after the block.
 
-        buckets: [Q, K] int64, from `relative_position_buckets`; is_padding: [B, 1, 1, K] bool or None.
+        buckets: [Q, K] int64, from `relative_position_buckets`, for Q query tokens and K key tokens (both L);
+        is_padding: [B, 1, 1, K] bool, True for padding; None means no padding.
         """
         x = x + self.attn(self.norm1(x), self.pos_embedding(buckets), is_padding)
         out: Tensor = x + self.ffn(self.norm2(x))

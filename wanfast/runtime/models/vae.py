@@ -2,17 +2,19 @@
 
 Every convolution over time reads only the current frame and earlier ones. So the VAE processes a clip in chunks of a
 few frames. The first chunk is the first frame, which gives one latent frame. Each later latent frame represents four
-frames of video. No module holds state. Instead, the *past* is a list of tensors: for each convolution over time, in
-running order, the earlier frames that it needs. Each chunk takes the past and returns the past for the next chunk.
+frames of video. No module holds state. Instead, the caller holds the *past*: a list with one tensor for each
+convolution over time, in running order. Each tensor holds the earlier frames that its convolution needs. The call for a
+chunk takes the past, and returns the past for the next chunk.
 
 Cost at 1280x720, 81 frames: encode 382 TFLOP, decode 639 TFLOP. An activation of 4 full-size frames with 96 channels
-takes 1.4 GB in float32, and the decoder's past 8.7 GB. `encode` and `decode_stream` free a past once it is replaced.
+takes 1.4 GB in float32, and the decoder's past takes 8.7 GB. `encode` and `decode_stream` free a past as soon as it is
+replaced.
 Limit: the reference computes in float32. FastVideo reports that bfloat16 is harmless in decoding (MS-SSIM 0.9999) but
 not in encoding.
 Source: Wan technical report (arXiv 2503.20314); Wan-Video/Wan2.2 `wan/modules/vae2_1.py` (42bf4cf).
 
 Ranks may share the rows of each frame (`Rows`). Then each rank takes and returns only its own rows. A convolution also
-reads the row above and the row below these, which it receives from the neighbouring ranks.
+reads the row above a rank's own rows and the row below them. The neighbouring ranks send these two rows.
 
 Shapes: B batch, C channels, F frames of video, T frames (of any rate), H W pixels, Y X latent grid, h w any grid.
 """
@@ -40,7 +42,7 @@ Pair: TypeAlias = tuple[int, int]
 
 
 class Rows(Protocol):
-    """This interface divides the rows of each frame among ranks, and exchanges rows between them."""
+    """This interface divides the rows of each frame among the ranks, and exchanges rows between the ranks."""
 
     @property
     def halo(self) -> int:
@@ -49,7 +51,10 @@ class Rows(Protocol):
 
     @property
     def has_part(self) -> bool:
-        """Returns whether this rank has rows of the frame; with more ranks than latent rows, some ranks have none."""
+        """Returns whether this rank has rows of the frame.
+
+        If there are more ranks than latent rows, some ranks have no rows.
+        """
         ...
 
     def own(self, x: Tensor, dim: int) -> Tensor:
@@ -138,7 +143,11 @@ class WanVAE(nn.Module):
         return torch.cat(list(self.decode_stream(latents)), dim=2)
 
     def decode_stream(self, latents: Tensor, rows: Rows = WHOLE_FRAME) -> Iterator[Tensor]:
-        """Yields the video of latents [B,16,T,Y,X] in T pieces: first [B,3,1,H,W], then [B,3,4,H,W] each, in [-1,1]."""
+        """Decodes latents [B,16,T,Y,X], and yields the video in T pieces with values in [-1,1].
+
+        The first piece is [B,3,1,H,W]; every later piece is [B,3,4,H,W]. If `rows` divides the frame among ranks, the
+        latents and the pieces contain only this rank's rows.
+        """
         queue = _start(self.decoder)
         for z in torch.split(latents, 1, dim=2):
             yield self._decode(z, queue, rows)
@@ -186,7 +195,8 @@ class WanVAE(nn.Module):
 def latent_statistics(spec: VAESpec, device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns the latents' mean and 1/std, each [C,1,1,1] float32, on `device`.
 
-    They are not buffers, because a module built on the meta device would lose their values.
+    The two tensors are not buffers, because a module that is built on the meta device would lose the values of its
+    buffers.
     """
     mean = torch.tensor(spec.latents_mean, dtype=torch.float32, device=device)
     std = torch.tensor(spec.latents_std, dtype=torch.float32, device=device)
@@ -290,7 +300,11 @@ class Decoder(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Applies norm, SiLU and convolution twice, then adds the input: maps [B,C,T,h,w] to [B,C',T,h,w]."""
+    """Applies the sequence of norm, SiLU and convolution twice, and adds the block's input to the result.
+
+    The block maps [B,C,T,h,w] to [B,C',T,h,w]. If C' differs from C, a 1x1x1 convolution maps the added input to C'
+    channels.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, dtype: torch.dtype) -> None:
         super().__init__()
