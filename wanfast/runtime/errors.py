@@ -32,7 +32,7 @@ class ConfigError(WanFastError):
 
 
 class MissingArtifactError(WanFastError):
-    """This error means that weights or another artifact are missing; its text has the command that makes them."""
+    """This error means that weights or another artifact are missing; the message names the command to run."""
 
     exit_code = 3
 
@@ -44,7 +44,7 @@ class CorruptArtifactError(WanFastError):
 
 
 class RankFailedError(WanFastError):
-    """This error means that a worker process died; its text is the error of the first rank that failed."""
+    """This error means that a worker process died; the message is the error of the first rank that failed."""
 
     exit_code = 5
 

@@ -34,9 +34,9 @@ _BLACK = -1.0
 def fit_image(image: Image, width: int, height: int, fit: ImageFit = "area") -> Tensor:
     """Returns an image as [3, height, width] float32 on the CPU, with 0..255 mapped to -1..1.
 
-    `fit` "area" scales the whole image; width and height must already have the image's aspect ratio. "crop" scales the
-    largest centred part with the aspect ratio of width and height. "pad" scales the whole image to fit inside, and adds
-    black borders.
+    `fit` "area" scales the whole image; width and height must already have the image's aspect ratio. "crop" takes the
+    largest centred part that has the aspect ratio width:height, and scales this part. "pad" scales the whole image to
+    fit inside width x height, and adds black borders.
     """
     if fit == "crop":
         image = image.crop(middle_box(image.size, width, height))

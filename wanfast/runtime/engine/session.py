@@ -275,15 +275,16 @@ def load_models(
 ) -> ImageToVideoPipeline:
     """Loads both experts and the VAE, and returns a pipeline that is ready to run.
 
-    The seconds of each model are added to `loads`. Every rank calls `before_each` before each of the three. Raises
-    WanFastError. An expert is loaded in these steps, of which `build_expert` does the first five:
+    The seconds of loading are added to `loads`, for each of these three models. Every rank calls `before_each` before
+    it loads each model. Raises WanFastError. An expert is loaded in seven steps; `build_expert` does the first five:
 
     1. build on the meta device, so that no memory is allocated yet;
-    2. quantize: 8-bit layers replace linear layers before weights are read, so that only 8-bit weights are stored;
+    2. quantize: 8-bit layers replace linear layers before weights are read, so that only 8-bit weights are allocated;
     3. shard: parameters are sharded before weights are read, so that a rank reads only its own rows;
     4. fill the parameters from the files;
-    5. fuse the projections q, k and v of unsharded weights;
-    6. place both experts, resident or offloaded, after both are filled: offloaded experts share one set of GPU weights;
+    5. fuse the projections q, k and v, if the weights are not sharded;
+    6. place both experts, resident or offloaded, after both are filled, because offloaded experts share one set of GPU
+       weights;
     7. compile, last, because the compiler needs the final parameters.
     """
     wanted, offloaded = config.models, config.ranks.expert_offload == "on"

@@ -72,10 +72,10 @@ def umt5_bytes(spec: UMT5Spec, precision: Precision) -> int:
 
 
 def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, scheme: Scheme | None = None) -> int:
-    """Returns the bytes that a forward over the `tokens` of one rank needs beside the weights.
+    """Returns the bytes that a forward needs in addition to the weights; `tokens` is the number of tokens on one rank.
 
-    The sum includes the text's keys and values. If `scheme` also quantizes activations, the sum includes the
-    feed-forward network's activations, twice in float32 and once in 8 bits: an uncompiled forward holds all three.
+    The text's keys and values are included. If `scheme` also quantizes activations, the activations of the feed-forward
+    network are included: twice in float32 and once in 8 bits. A forward that is not compiled holds all three copies.
     """
     dit = spec.dit
     quantizing = 9 * dit.ffn_dim * tokens if scheme in ("int8-dynamic", "fp8-rowwise") else 0
@@ -84,7 +84,7 @@ def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, scheme: Schem
 
 
 def residual_bytes(spec: DiTSpec, tokens: int) -> int:
-    """Returns the bytes of the float32 residual that MagCache holds for `tokens` of one branch of guidance."""
+    """Returns the bytes of the float32 residual that MagCache holds for one branch of guidance with `tokens` tokens."""
     return 4 * spec.dim * tokens
 
 

@@ -23,7 +23,7 @@ Axis = Literal["cfg", "ulysses"]  # the axes of a rank group
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Holds the number of ranks along each of the three axes."""
+    """Holds the number of ranks along each of the three axes: replica, cfg and ulysses."""
 
     replica: int = 1
     cfg: int = 1
@@ -40,9 +40,10 @@ class Mesh:
         return self.replica * self.group_size
 
     def lines(self, axis: Axis) -> list[list[int]]:
-        """Returns the lists of ranks along `axis` in a rank group.
+        """Divides the ranks of one rank group into lists; the ranks of each list are neighbours along `axis`.
 
-        With cfg 2 and ulysses 2, the lists along ulysses are [[0, 1], [2, 3]], and those along cfg [[0, 2], [1, 3]].
+        With cfg 2 and ulysses 2, the lists along ulysses are [[0, 1], [2, 3]]. The lists along cfg are
+        [[0, 2], [1, 3]].
         """
         ranks = range(self.group_size)
         if axis == "ulysses":

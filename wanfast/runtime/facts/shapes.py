@@ -44,8 +44,9 @@ def geometry_of(
 ) -> Geometry:
     """Returns the sizes of the video for an image of `image_size` (width, height).
 
-    With fit "crop" or "pad", the video has exactly the pixels of `size`, whose sides are multiples of 16. With "area",
-    it has the image's aspect ratio and about the area of `size`. Raises ConfigError if a side becomes 0.
+    With fit "crop" or "pad", the video has exactly the width and height of `size`, which are multiples of 16. With fit
+    "area", the video has the image's aspect ratio, and about as many pixels as `size`. Raises ConfigError if a side
+    becomes 0.
     """
     if fit == "area":
         return fit_geometry(spec, *size, frames, image_size)
@@ -54,14 +55,17 @@ def geometry_of(
 
 
 def middle_box(image_size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
-    """Returns (left, top, right, bottom) of the largest centred box in an image with the aspect ratio width:height."""
+    """Returns (left, top, right, bottom) of a box in the centre of an image of `image_size`.
+
+    The box is the largest one that fits into the image and has the aspect ratio width:height.
+    """
     shown = inner_size((width, height), *image_size)
     left, top = ((whole - part) // 2 for whole, part in zip(image_size, shown, strict=True))
     return left, top, left + shown[0], top + shown[1]
 
 
 def inner_size(shape: tuple[int, int], width: int, height: int) -> tuple[int, int]:
-    """Returns the largest (width, height) with the aspect ratio of `shape` that fits into width x height."""
+    """Returns the largest (width, height) that fits into `width` x `height` and has the aspect ratio of `shape`."""
     scale = min(width / shape[0], height / shape[1])
     return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 

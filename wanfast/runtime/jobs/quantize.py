@@ -254,7 +254,7 @@ def _plot(found: dict[str, float], file: Path, title: str) -> None:
 
 
 def describe(results: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields two lines of text for each document that `run` returned: the result, and the file of its plot."""
+    """Yields two lines of text for each document from `run`: the result, and the name of the plot's file."""
     for result in results:
         size = f"{gb(result['source_bytes'])} -> {gb(result['bytes'])}"
         how = "was made already" if result["was_there"] else f"{size} in {result['seconds']:.0f} s"

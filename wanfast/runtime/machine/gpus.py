@@ -23,7 +23,10 @@ class Gpu:
 
 @remembered
 def visible_gpus() -> list[Gpu]:
-    """Returns the GPUs, in the order of CUDA_VISIBLE_DEVICES if it is set; an empty list if there is no driver."""
+    """Returns the GPUs that this process may use; the list is empty if there is no driver.
+
+    If CUDA_VISIBLE_DEVICES is set, the GPUs come in the order of this variable.
+    """
     import pynvml
 
     try:

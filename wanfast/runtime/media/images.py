@@ -1,7 +1,8 @@
 """Reads and checks the image that a video starts from.
 
-The parent calls `load_image` before any GPU is used and without torch, so that a bad file is refused within a second,
-by one line. Nothing is cropped or resized here (`engine.pixels` does that).
+The parent process calls `load_image` before any GPU is used. This module does not import torch, so that a bad file is
+refused within a second. The refusal is a message of one line. Nothing is cropped or resized here (`engine.pixels` does
+that).
 """
 
 from __future__ import annotations

@@ -57,7 +57,10 @@ class PromptTokenizer:
 
 
 def clean_prompt(text: str) -> str:
-    """Repairs mojibake and full-width or curly characters, resolves HTML entities (twice), and collapses whitespace."""
+    """Repairs mojibake, replaces full-width characters and curly quotes, and resolves HTML entities (twice).
+
+    Then each run of whitespace becomes one space.
+    """
     import ftfy
 
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())

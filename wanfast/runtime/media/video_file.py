@@ -101,7 +101,10 @@ class Mp4Writer:
                     self._container.close()
 
     def add(self, frames: npt.NDArray[np.uint8]) -> None:
-        """Queues the next frames for encoding and returns at once. Raises OSError if earlier frames failed."""
+        """Queues the next frames for encoding and returns at once.
+
+        Raises OSError if the encoding of earlier frames failed.
+        """
         self._encoding.append(self._thread.submit(self._encode, frames))
         self._raise_failures(future for future in self._encoding if future.done())
 

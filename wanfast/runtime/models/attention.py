@@ -28,7 +28,7 @@ def attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
 
 
 def attention_by(kernel: str) -> AttentionFn:
-    """Returns the attention function that runs the kernel of this name in KERNELS; it computes no gradients."""
+    """Returns a function that computes attention by the kernel of this name in KERNELS, without gradients."""
     return partial(_attention, kernel=kernel)
 
 
@@ -38,14 +38,21 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
 
 
 class Projections(Protocol):
-    """Computes the queries, keys and values of this rank's tokens: all at once, or one by one in parts of the heads."""
+    """This interface computes the queries q, the keys k and the values v of this rank's tokens.
+
+    `all` computes q, k and v together. `by_heads` computes either q or k, with the heads divided into groups. `values`
+    computes v for one group of heads.
+    """
 
     def all(self) -> list[Tensor]:
         """Returns q, k and v, each [B, L, H, D]."""
         ...
 
     def by_heads(self, name: str, parts: int) -> Tensor:
-        """Returns q or k, as `name` says: [parts, B, L, H / parts, D], contiguous, with the heads in equal parts."""
+        """Returns q if `name` is "q", or k if `name` is "k", with the heads divided into `parts` equal groups.
+
+        The result [parts, B, L, H / parts, D] is contiguous.
+        """
         ...
 
     def values(self, part: int, parts: int) -> Tensor:
@@ -60,7 +67,10 @@ class Sequence(Protocol):
     """This interface splits the tokens of a forward over ranks, and computes self-attention over all tokens."""
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's part of the tokens along `dim`; every rank's part has the same length."""
+        """Divides the tokens, which lie along `dim` of x, among the ranks; returns this rank's part.
+
+        The parts of all ranks have the same length.
+        """
         ...
 
     @property
@@ -76,12 +86,12 @@ class Sequence(Protocol):
         ...
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
-        """Returns the tokens of all ranks, joined along `dim`: `num_tokens` in all."""
+        """Returns the tokens of all ranks, joined along `dim` of x; `num_tokens` is their total number."""
         ...
 
 
 class WholeSequence:
-    """This `Sequence` is for one rank: it holds all tokens and exchanges nothing."""
+    """This class implements `Sequence` for a single rank, which holds all tokens and exchanges nothing."""
 
     @property
     def overlaps(self) -> bool:

@@ -56,7 +56,7 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def part(self, x: Tensor, part: int, parts: int) -> Tensor:
-        """Computes the output channels of part number `part`, if the channels are divided into `parts` equal parts."""
+        """Divides the output channels into `parts` equal groups, and computes group number `part`, counted from 0."""
         return F.linear(x.to(self.weight.dtype), self.weight.chunk(parts)[part], self.bias.chunk(parts)[part])
 
 
@@ -100,7 +100,10 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Each token attends to all tokens of the video; `sequence` exchanges them if several ranks share the tokens."""
+    """In self-attention, each token attends to all tokens of the video.
+
+    If several ranks share the tokens, `sequence` exchanges queries, keys and values between the ranks.
+    """
 
     def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence, attend: AttentionFn) -> None:
         super().__init__(spec, dtype, attend)
@@ -157,10 +160,13 @@ def _split_fused_keys(module: nn.Module, state: dict[str, Any], prefix: str, met
 
 
 class CrossAttention(Attention):
-    """The video's tokens attend to the text's, without rotary embedding or mask: padded text tokens take part."""
+    """In cross-attention, the video's tokens attend to all tokens of the text, including the padding.
+
+    There is no rotary embedding and no mask.
+    """
 
     def encode_text(self, text_BSd: Tensor) -> TextKV:
-        """Returns the keys and values of the embedded text [B, S, d]."""
+        """Computes the text's keys and values from the embedded text [B, S, d]; S is the number of text tokens."""
         (k,) = self.norm_k(self.k(text_BSd), self.num_heads, by_kernel=False)  # few rows are not worth a kernel
         return TextKV(k, self.heads(self.v(text_BSd), self.num_heads))
 
@@ -282,10 +288,11 @@ class WanDiT(nn.Module):
 
         The residual is the sum that the blocks add to this rank's tokens.
         latent: [B, C, T, h, w]; condition: [B, 20, T, h, w] (4 mask channels, then the encoded first frame);
-        timestep: [B] in 0..1000; text: from `encode_text`; rope: the tables of the whole token grid.
-        after_block: called with the index of a block once its kernels are queued; may overwrite the block's weights.
-        cached_residual: an earlier call's residual; if given, it is added to the tokens and no block runs.
-        keep_residual: whether to return the residual; if False, None is returned for it.
+        timestep: [B] in 0..1000; text: from `encode_text`; rope: the rotary tables of the whole token grid.
+        after_block: a function that is called with a block's index, as soon as the kernels of this block are queued.
+        The function may overwrite the weights of this block.
+        cached_residual: the residual of an earlier call; if given, it is added to the tokens, and no block runs.
+        keep_residual: whether to return the residual; if False, the second result is None.
         """
         video = torch.cat((latent, condition), dim=1).to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(video)
@@ -308,9 +315,10 @@ class WanDiT(nn.Module):
         return velocity, None if first is None else x.sub_(first)
 
     def fuse_projections(self) -> None:
-        """Fuses the projections q, k and v of each block into one layer, except if `sequence` needs q, k, v one by one.
+        """Fuses the projections q, k and v of each block into one layer.
 
-        The weights must be loaded and must not be sharded.
+        If `sequence` calls for q, k and v separately, nothing is fused. The weights must be loaded and must not be
+        sharded.
         """
         if not self.sequence.overlaps:
             for block in self._blocks():

@@ -74,12 +74,10 @@ def rms_norm_heads(
     parts: int = 1,
     by_kernel: bool = True,
 ) -> Tensor:
-    """Returns x / rms(x) * weight, rotated by `rope` if given, with the heads in `parts` equal parts.
+    """Returns x / rms(x) * weight, rotated if `rope` is given; the heads are divided into `parts` equal groups.
 
-    The result is [parts, B, L, H / parts, D].
-
-    The root mean square is over all heads together. The result is contiguous and has the dtype of x. With `by_kernel`
-    False, the Triton kernel is never used, so that it need not be compiled.
+    The root mean square is over all heads together. The result [parts, B, L, H / parts, D] is contiguous and has the
+    dtype of x. If `by_kernel` is False, the Triton kernel is never used, so that it need not be compiled.
     """
     if by_kernel and _by_kernel(x_BLd):
         cos, sin = rope or (None, None)

@@ -75,9 +75,10 @@ def _launch(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 def rms_norm_rotate(
     x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None, parts: int
 ) -> Tensor:
-    """Returns x / rms(x) * weight, rotated if cos and sin are given, with d divided into `parts` equal parts.
+    """Returns x / rms(x) * weight, rotated if cos and sin are given; d is divided into `parts` equal groups.
 
-    The result is [parts, B, L, d / parts]. x may be a column slice of a tensor. cos and sin are [L, 1, D/2].
+    The result is [parts, B, L, d / parts]. x may be a column slice of a larger tensor. cos and sin are [L, 1, D/2],
+    where D is the head dim.
     """
     d = x.shape[-1]
     assert x.stride(-1) == 1, "the values of a row must be adjacent"

@@ -31,7 +31,8 @@ _NUM_STAGES, _NUM_WARPS, _BAND = 4, 8, 8
 def int8_product(values: Tensor, weight: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Returns (values * token_scale) (weight * scale)^T + bias: [L, N] in the dtype of `bias`.
 
-    K must be a multiple of 16, and N a multiple of 8.
+    values: int8 [L, K]; token_scale: [L]; weight: int8 [N, K]; scale and bias: [N]. K must be a multiple of 16, and N a
+    multiple of 8.
     """
     (tokens, k), n = values.shape, weight.shape[0]
     assert values.is_contiguous() and weight.is_contiguous(), "values and weight must be contiguous"

@@ -87,7 +87,11 @@ class Attention(nn.Module):
         self.o = nn.Linear(attention_dim, dim, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor, bias: Tensor, is_padding: Tensor | None) -> Tensor:
-        """Returns the attention of x, [B, L, d]; bias: [1, H, Q, K], is_padding: [B, 1, 1, K] bool or None."""
+        """Returns the self-attention [B, L, d] of x [B, L, d].
+
+        bias: [1, H, Q, K], added to the scores, for Q query tokens and K key tokens (both L);
+        is_padding: [B, 1, 1, K] bool, True for padding; None means no padding.
+        """
         q, k, v = (rearrange(proj(x), "B L (H D) -> B H L D", H=self.num_heads) for proj in (self.q, self.k, self.v))
         scores = q @ k.mT + bias
         if is_padding is not None:

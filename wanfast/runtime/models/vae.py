@@ -58,14 +58,18 @@ class Rows(Protocol):
         ...
 
     def own(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's rows of x along `dim`.
+        """Returns this rank's rows of x; the rows lie along `dim` of x.
 
-        The length of `dim` must be a multiple of the number of latent rows.
+        The length of `dim` must be a multiple of the number of latent rows of the frame.
         """
         ...
 
     def fill(self, clip: Tensor) -> None:
-        """Fills the first and last row of a clip [B,C,T,h+2,w] with rows of other ranks, or zeros at a frame's edge."""
+        """Fills the first row and the last row of a clip [B,C,T,h+2,w], in place.
+
+        These two rows come from the neighbouring ranks. At an edge of the frame there is no neighbour, and the row
+        becomes zeros.
+        """
         ...
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
@@ -78,7 +82,7 @@ class Rows(Protocol):
 
 
 class WholeFrame:
-    """This `Rows` is for one rank: it has all rows and exchanges nothing."""
+    """This class implements `Rows` for a single rank, which has all rows and exchanges nothing."""
 
     halo, has_part = 0, True
 
@@ -121,10 +125,11 @@ class WanVAE(nn.Module):
     def encode(self, video: Tensor, still_from: int | None = None, rows: Rows = WHOLE_FRAME) -> Tensor:
         """Returns the float32 latents [B,16,T,Y,X] of video [B,3,F,H,W]: the posterior's normalised mean, not a sample.
 
-        `still_from`: the first index from which on all frames are equal, if there is one. Then the outputs of layers
-        repeat after some chunks, and repeated outputs are not computed again. The latents are bitwise the same. For an
-        image and 80 grey frames, a third of the work remains.
-        Raises ValueError if F is not 4n+1, or H or W is not a multiple of 8.
+        `still_from`: the index from which on all frames of the clip are equal; None if there is no such index. With
+        `still_from`, layers repeat their outputs after some chunks, and a repeated output is not computed again. The
+        latents are bitwise the same as without `still_from`. For an image and 80 grey frames, a third of the work
+        remains.
+        Raises ValueError if F is not 4n+1, or if H or W is not a multiple of 8.
         """
         frames, height, width = video.shape[2:]
         stride = self.spec.spatial_stride
@@ -322,7 +327,10 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Applies self-attention among the positions of each frame of [B,C,T,h,w], with one head of C channels."""
+    """Applies self-attention within each frame of a clip [B,C,T,h,w], and adds the result to the clip.
+
+    The h * w positions of a frame are its tokens. There is one head, which has C channels.
+    """
 
     def __init__(self, channels: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -393,10 +401,13 @@ class Upsample(nn.Module):
 
 
 class Conv3d(nn.Conv3d):
-    """This convolution of [B,C,T,h,w] runs by `convolve`, which chooses a fast cuDNN engine."""
+    """This layer convolves clips [B,C,T,h,w] by the function `convolve`, which chooses a fast cuDNN engine."""
 
     def forward(self, x: Tensor, halo: int = 0) -> Tensor:
-        """Convolves x, which already contains `halo` rows of the padding at its top and at its bottom."""
+        """Convolves x, and pads `halo` fewer rows at the top and at the bottom.
+
+        x already contains these rows.
+        """
         stride, (time, top, left) = cast(Triple, self.stride), cast(Triple, self.padding)
         return convolve(x, self.weight, cast(Tensor, self.bias), stride=stride, padding=(time, top - halo, left))
 
@@ -424,9 +435,10 @@ class CausalConv3d(Conv3d):
         return self.convolved(self.extended(x, past, rows, norm), rows)
 
     def extended(self, x: Tensor, past: PastQueue, rows: Rows, norm: RMSNorm | None = None) -> Tensor:
-        """Returns the convolution's input: x, or SiLU(norm(x)), extended by two earlier frames and rows of other ranks.
+        """Returns the convolution's input: x, extended by two earlier frames and by rows of other ranks.
 
-        The earlier frames come from this convolution's entry in `past`, which is replaced by the last two frames.
+        If `norm` is given, SiLU(norm(x)) takes the place of x. The two earlier frames come from this convolution's
+        entry in `past`. Then the last two frames of the returned input replace this entry.
         """
         batch, channels, frames, height, width = x.shape
         before, halo = past.popleft(), self._halo(rows)
