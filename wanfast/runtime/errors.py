@@ -2,7 +2,7 @@
 
 Each error has an exit code, and its text is one line that names the option and the fix. Only `cli.py` turns an error
 into an exit code. Any other exception that escapes is a bug and keeps its traceback. Users' files are read inside
-`foreign`, which turns everything that a parser or the file system raises into such an error.
+`foreign`. This function turns every exception of a parser or of the file system into an error of this module.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ class ConfigError(WanFastError):
 
 
 class MissingArtifactError(WanFastError):
-    """This error means that weights or another artifact are missing; the message names the command to run."""
+    """This error means that weights or another artifact are missing.
+
+    The message names the command that makes the missing files.
+    """
 
     exit_code = 3
 
@@ -88,7 +91,7 @@ def foreign(subject: str, fix: str, kind: type[WanFastError] = ConfigError) -> I
 
 
 def reason(error: BaseException) -> str:
-    """Returns the reason of a foreign error in a few words, on one line."""
+    """Returns the reason of an exception of a parser or of the file system, in a few words on one line."""
     if isinstance(error, UnicodeDecodeError):
         return "is not UTF-8 text"
     if isinstance(error, MemoryError):

@@ -1,4 +1,4 @@
-"""Holds the loaded models of one rank, which make any number of videos.
+"""A session holds the loaded models of one rank, and makes any number of videos with them.
 
     session = Session.open(config, ranks)   # prepares the process, finds the files, chooses the attention kernel
     session.encode(texts)                   # loads and frees UMT5 before the experts need its memory
@@ -148,7 +148,10 @@ class Session:
 
     @hardware.one_out_of_memory_error()
     def latent(self, plan: Plan, image: Tensor, on_step: StepFn, residuals: StepCache) -> Tensor:
-        """Makes the clean latent [1, 16, T, h, w] of `plan`; `residuals` decides which forwards are skipped."""
+        """Makes the clean latent [1, 16, T, h, w] of `plan`.
+
+        The cache `residuals` decides which forwards are skipped.
+        """
         text = self.text_of(plan.config)
         return self.load().latent(plan, image, text, self.watch, on_step, residuals)
 

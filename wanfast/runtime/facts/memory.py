@@ -89,12 +89,12 @@ def residual_bytes(spec: DiTSpec, tokens: int) -> int:
 
 
 def decode_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) -> int:
-    """Returns an estimate of the bytes that decoding needs beside the VAE's weights, which are small."""
+    """Returns an estimate of the bytes that decoding needs in addition to the VAE's weights. The weights are small."""
     return _DECODE_BYTES[vae_precision] * spec.vae.base_dim * geometry.width * geometry.height
 
 
 def vae_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) -> int:
-    """Returns an estimate of the VAE's peak bytes: the larger of encoding the image and decoding the video."""
+    """Returns an estimate of the VAE's peak bytes: the larger of the encoder's peak and the decoder's peak."""
     encode = _ENCODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height
     return max(encode, decode_bytes(spec, geometry, vae_precision))
 

@@ -1,6 +1,6 @@
 """The mesh arranges the ranks along three named axes: replica x cfg x ulysses.
 
-* replica: the replicas make different videos at the same time; each replica takes jobs from one list;
+* replica: the replicas make different videos at the same time; all replicas take jobs from the same list;
 * cfg: if cfg is 2, each half of a replica's ranks computes one branch of guidance;
 * ulysses: ranks share the tokens of a branch; during self-attention, each rank instead has all tokens of some heads.
 
@@ -64,10 +64,10 @@ def choose_mesh(
     """Returns the mesh for `nnodes` machines with `num_gpus` ranks each.
 
     `cfg_parallel` and `ulysses` are the requested degrees; None lets this function choose. The mesh gives one video as
-    many ranks as possible, where `num_heads` must be a multiple of the ulysses degree. This function prefers cfg 2 to a
-    larger ulysses degree, because the branches exchange nothing inside a forward. For several videos, this function
-    prefers rank groups that lie within one machine.
-    Raises ConfigError, with the degrees that fit, if the requested ones do not fit.
+    many ranks as possible. The ulysses degree must divide `num_heads`. Without guidance (`guided` is False), cfg is 1.
+    This function prefers cfg 2 to a larger ulysses degree, because the branches exchange nothing inside a forward. For
+    several videos (`num_videos`), this function prefers rank groups that lie within one machine.
+    If the requested degrees do not fit, raises ConfigError with the degrees that fit.
     """
     fitting = [mesh for mesh in _all_meshes(num_gpus, nnodes, num_heads) if guided or mesh.cfg == 1]
     asked = [mesh for mesh in fitting if cfg_parallel in (None, mesh.cfg) and ulysses in (None, mesh.ulysses)]

@@ -73,12 +73,11 @@ def inner_size(shape: tuple[int, int], width: int, height: int) -> tuple[int, in
 def fit_geometry(
     spec: ModelSpec, area_width: int, area_height: int, frames: int, image_size: tuple[int, int]
 ) -> Geometry:
-    """Returns the sizes of a video with the aspect ratio of `image_size` and about area_width * area_height pixels.
+    """Returns the sizes of a video with the aspect ratio of the image, and with about area_width * area_height pixels.
 
-    `image_size` is (width, height).
-
-    The formula is the reference's, evaluated in the same order in float64, so that the rounding is the same too. For
-    example, at --size 832x480 an image of 832x480 gives a video of 832x464, but an image of 480x832 gives 480x832.
+    `image_size` is the image's (width, height). The formula is the reference's. It is evaluated in the reference's
+    order and in float64, so that even the rounding is equal. For example, at --size 832x480 an image of 832x480 gives a
+    video of 832x464, but an image of 480x832 gives 480x832.
     Raises ConfigError if a side becomes 0. Source: Wan-Video/Wan2.2, wan/image2video.py.
     """
     image_width, image_height = image_size

@@ -1,7 +1,7 @@
 """Runs jobs one after the other on loaded models, for every command that makes or measures videos.
 
-Each rank group has its own jobs in the list. Before the group loads models, it finds all its own jobs that use the same
-models. It encodes the prompts of these jobs, and frees UMT5.
+Each rank group has its own part of the list of jobs. Before a rank group loads a job's models, the rank group finds
+all jobs in its part that use the same models. It encodes the prompts of these jobs, and then frees UMT5.
 If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue. All
 ranks of a rank group run the same jobs in the same order.
 """
@@ -39,7 +39,7 @@ WorkFn = Callable[[int, Job, Session, ProgressFn], Result]
 def run_jobs(
     work: WorkFn, jobs: list[Job], sessions: Sessions, share: Share, progress: ProgressFn
 ) -> Iterator[tuple[int, Result]]:
-    """Runs `work` on every job that this rank group claims, and yields (index, result) of each.
+    """Runs `work` on every job that this rank group claims, and yields (index, result) of each job.
 
     Jobs with the same models run one after the other, so that models are loaded once.
     """

@@ -1,6 +1,7 @@
-"""This part of `wanfast warmup` runs on ranks: it compiles a block as `wanfast generate` would, and stores the caches.
+"""This module is the part of `wanfast warmup` that runs on ranks.
 
-One block of the model's size is enough, because all blocks of both experts share one graph. The values of its weights
+It compiles one block, and stores the compiler's caches. The block is compiled in the same way as by `wanfast generate`.
+One block of full size is enough, because all blocks of both experts share one graph. The values of the block's weights
 do not matter, so no weights are read.
 """
 

@@ -1,4 +1,7 @@
-"""Lists the GPUs that this process may use, through NVIDIA's library NVML: names, memory, NVLinks. Torch-free."""
+"""Lists the GPUs that this process may use, with their names, memory and NVLinks.
+
+This module asks NVIDIA's library NVML, and does not import torch.
+"""
 
 from __future__ import annotations
 

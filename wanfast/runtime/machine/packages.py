@@ -67,8 +67,8 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """Returns the git commit of this code, or None if the commit is unknown.
 
-    If the environment variable WANFAST_COMMIT is set, it names the commit. Otherwise git names the commit of the
-    checkout that contains this package. Then `-dirty` is appended if a tracked file has uncommitted changes; changed
+    If the environment variable WANFAST_COMMIT is set, its value is returned. Otherwise git names the commit of the
+    checkout that contains this package. Then `-dirty` is appended if a tracked file has uncommitted changes; changes in
     results of benchmarks do not count.
     """
     if named := os.environ.get("WANFAST_COMMIT"):

@@ -1,4 +1,4 @@
-"""Makes a child process of a run end when its parent ends, and immediately on a signal."""
+"""Makes a child process end when its parent process ends, and makes it end immediately on SIGINT or SIGTERM."""
 
 from __future__ import annotations
 

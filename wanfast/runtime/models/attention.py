@@ -1,8 +1,8 @@
 """This module computes scaled dot-product attention, with any kernel and any distribution of tokens over ranks.
 
-At 75,600 tokens, self-attention is 72 % of all FLOP: 4 L^2 d in each block, beside 45 TFLOP of linear layers. So the
-kernel decides the speed of the program. A compiled block calls every kernel through one opaque operator, so that the
-block stays one graph with any kernel.
+At 75,600 tokens, self-attention takes 72 % of all FLOP. In each block, it takes 4 L^2 d FLOP (d: model dim), and the
+linear layers take 45 TFLOP. So the kernel decides the speed of the program. A compiled block calls every kernel through
+one opaque operator, so that the block stays one graph with any kernel.
 Shapes: B batch, L tokens, H heads, D head dim.
 """
 
@@ -19,16 +19,17 @@ from wanfast.runtime.models.operators import opaque
 
 
 def attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-    """Returns softmax(q k^T / sqrt(D)) v over all keys, without a mask: [B, Lq, H, D] in the dtype of q.
+    """Returns softmax(q k^T / sqrt(D)) v over all keys, without a mask.
 
-    torch chooses the kernel. The function is differentiable, so that training can use it.
+    The result has the shape [B, L, H, D] and the dtype of q. torch chooses the kernel. The function is differentiable,
+    so that training can use it.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def attention_by(kernel: str) -> AttentionFn:
-    """Returns a function that computes attention by the kernel of this name in KERNELS, without gradients."""
+    """Returns a function that computes attention without gradients, by the kernel named `kernel` in KERNELS."""
     return partial(_attention, kernel=kernel)
 
 
@@ -56,7 +57,7 @@ class Projections(Protocol):
         ...
 
     def values(self, part: int, parts: int) -> Tensor:
-        """Divides the heads into `parts` equal groups, and returns v of group number `part`, counted from 0.
+        """Divides the heads into `parts` equal groups, and returns v for the heads of group number `part`, from 0.
 
         The result [B, L, H / parts, D] is contiguous.
         """
@@ -75,14 +76,17 @@ class Sequence(Protocol):
 
     @property
     def overlaps(self) -> bool:
-        """Returns whether `attention` calls for q, k and v separately, and not for all three at once.
+        """Returns whether `attention` requests q, k and v in separate calls, instead of all three in one call.
 
         Separate calls let `attention` send q to the other ranks while k is computed.
         """
         ...
 
     def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
-        """Returns the attention [B, L, H, D] of this rank's queries to all `num_tokens` tokens, by `attend`."""
+        """Returns the attention [B, L, H, D] of this rank's queries to the tokens of all ranks.
+
+        `attend` computes the attention. `num_tokens` is the number of tokens of all ranks together.
+        """
         ...
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:

@@ -70,7 +70,7 @@ class LinearGELU(Linear):
 class RMSNorm(nn.Module):
     """Applies RMS norm to q or k over all heads together, then rotary embedding if `rope` is given.
 
-    The heads of the result are divided into `parts` equal parts: [parts, B, L, H / parts, D].
+    The heads of the result are divided into `parts` equal groups: [parts, B, L, H / parts, D].
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -213,7 +213,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Applies the last norm, modulates it by the time embedding, and projects tokens to patches, all in float32."""
+    """Normalises the tokens, modulates them by the time embedding, and projects them to patches, all in float32."""
 
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
@@ -317,8 +317,8 @@ class WanDiT(nn.Module):
     def fuse_projections(self) -> None:
         """Fuses the projections q, k and v of each block into one layer.
 
-        If `sequence` calls for q, k and v separately, nothing is fused. The weights must be loaded and must not be
-        sharded.
+        If `sequence` requests q, k and v in separate calls, nothing is fused. The weights must be loaded and must not
+        be sharded.
         """
         if not self.sequence.overlaps:
             for block in self._blocks():

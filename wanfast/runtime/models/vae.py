@@ -46,7 +46,10 @@ class Rows(Protocol):
 
     @property
     def halo(self) -> int:
-        """Returns how many rows of other ranks stand above and below a rank's own rows: 1, or 0 if one rank has all."""
+        """Returns the number of rows that a convolution needs from other ranks, above and below a rank's own rows.
+
+        The number is 1: one row above and one row below. It is 0 if one rank has all rows.
+        """
         ...
 
     @property
@@ -77,7 +80,7 @@ class Rows(Protocol):
         ...
 
     def collect(self, x: Tensor, dim: int) -> Tensor | None:
-        """Returns the rows of all ranks, joined along `dim`, on the leader, and None on other ranks."""
+        """Returns the rows of all ranks, joined along `dim`, if this rank is the leader; otherwise returns None."""
         ...
 
 
@@ -240,8 +243,8 @@ class Encoder(nn.Module):
         """Returns one chunk index for each layer before the middle: from this chunk on, the layer repeats its output.
 
         From the frame `still_from` on, all frames of the clip are equal. A chunk has `frames` frames. A convolution
-        over time also reads the two frames before, so its output repeats two frames later. In a layer that halves the
-        number of frames, `still_from` and `frames` are halved too.
+        over time also reads the two frames before the current frame, so its output repeats two frames later. In a layer
+        that halves the number of frames, `still_from` and `frames` are halved too.
         """
         still, chunks = still_from + 2, []
         chunks.append(_settled_chunk(still, frames))
@@ -360,7 +363,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Maps [B,C,T,h,w] to [B,C,T,h/2,w/2]; if `temporal`, halves T too, but keeps a clip's first frame."""
+    """Maps [B,C,T,h,w] to [B,C,T,h/2,w/2].
+
+    If `temporal`, every two frames also become one frame, except a clip's first frame, which stays one frame.
+    """
 
     def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -378,9 +384,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Maps [B,C,T,h,w] to [B,C/2,T,2h,2w]; if `temporal`, doubles the frames too, but never a clip's first frame.
+    """Maps [B,C,T,h,w] to [B,C/2,T,2h,2w].
 
-    The convolution over time skips the first frame, and reads zeros in its place for later frames.
+    If `temporal`, each frame also becomes two frames, except a clip's first frame. The convolution over time does not
+    run for the first frame. For later frames, it reads zeros in place of the first frame.
     """
 
     def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
@@ -413,7 +420,10 @@ class Conv3d(nn.Conv3d):
 
 
 class CausalConv3d(Conv3d):
-    """Convolves each frame and the two before it, [B,C,T,h,w] to [B,C',T,h,w]; frames before the first are zeros."""
+    """Convolves each frame together with the two frames before this frame: maps [B,C,T,h,w] to [B,C',T,h,w].
+
+    Before a clip's first frame, the missing frames are zeros.
+    """
 
     def __init__(
         self,
@@ -428,9 +438,10 @@ class CausalConv3d(Conv3d):
     def forward(  # type: ignore[override]
         self, x: Tensor, past: PastQueue, rows: Rows, norm: RMSNorm | None = None
     ) -> Tensor:
-        """Convolves x, or SiLU(norm(x)) if `norm` is given, together with the two frames before it.
+        """Convolves x, or SiLU(norm(x)) if `norm` is given, together with two earlier frames.
 
-        These two frames are this convolution's entry in `past`, which is then replaced by the last two frames.
+        The two earlier frames are this convolution's entry in `past`. Then the last two frames of the convolution's
+        input replace this entry.
         """
         return self.convolved(self.extended(x, past, rows, norm), rows)
 
