@@ -2,7 +2,7 @@
 
 Each error has an exit code, and its text is one line that names the option and the fix. Only `cli.py` turns an error
 into an exit code. Any other exception that escapes is a bug and keeps its traceback. Users' files are read inside
-`foreign`, which turns everything that a parser or the file system raises into such an error.
+`foreign`. This function turns every exception of a parser or of the file system into an error of this module.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ class ConfigError(WanFastError):
 
 
 class MissingArtifactError(WanFastError):
-    """This error means that weights or another artifact are missing; its text has the command that makes them."""
+    """This error means that weights or another artifact are missing.
+
+    The message names the command that makes the missing files.
+    """
 
     exit_code = 3
 
@@ -44,7 +47,7 @@ class CorruptArtifactError(WanFastError):
 
 
 class RankFailedError(WanFastError):
-    """This error means that a worker process died; its text is the error of the first rank that failed."""
+    """This error means that a worker process died; the message is the error of the first rank that failed."""
 
     exit_code = 5
 
@@ -56,13 +59,13 @@ class JobsFailedError(WanFastError):
 
 
 class NotFiniteError(WanFastError):
-    """This error means that a computed value is NaN or an infinity; its text says where this was first seen."""
+    """This error means that a computed value is NaN or an infinity; the message says where the value was first seen."""
 
     exit_code = 7
 
 
 class CancelledError(WanFastError):
-    """A job was cancelled between two steps."""
+    """This error means that a job was cancelled between two steps."""
 
     exit_code = 130
     is_agreed = True  # every rank asks the leader
@@ -73,11 +76,11 @@ class CancelledError(WanFastError):
 
 @contextmanager
 def foreign(subject: str, fix: str, kind: type[WanFastError] = ConfigError) -> Iterator[None]:
-    """Turns everything that a parser or the file system raises about a user's file into an error of one line.
+    """Turns every exception that a parser or the file system raises about a user's file into one error of class `kind`.
 
-    The line is "SUBJECT: REASON: FIX"; the subject names the option and the file. The block must hold only the foreign
-    call, so that our own bugs keep their traceback. WanFastErrors and requests to stop (KeyboardInterrupt, SystemExit)
-    pass through.
+    The error's message is one line, "SUBJECT: REASON: FIX"; `subject` names the option and the file. The `with` block
+    must contain only the call of the parser or of the file system, so that our own bugs keep their traceback. A
+    WanFastError passes through unchanged, and so does a request to stop (KeyboardInterrupt, SystemExit).
     """
     try:
         yield
@@ -88,7 +91,7 @@ def foreign(subject: str, fix: str, kind: type[WanFastError] = ConfigError) -> I
 
 
 def reason(error: BaseException) -> str:
-    """Returns the reason of a foreign error in a few words, on one line."""
+    """Returns the reason of an exception of a parser or of the file system, in a few words on one line."""
     if isinstance(error, UnicodeDecodeError):
         return "is not UTF-8 text"
     if isinstance(error, MemoryError):
@@ -100,12 +103,12 @@ def reason(error: BaseException) -> str:
 
 
 def failure(error: WanFastError) -> dict[str, Any]:
-    """Returns an error as a result document, which can be sent to another process."""
+    """Returns an error as a document {"error", "exit_code"}, which can be sent to another process."""
     return {"error": str(error), "exit_code": error.exit_code}
 
 
 def from_failure(document: dict[str, Any]) -> WanFastError:
-    """Returns the error of a document that `failure` made."""
+    """Takes a document that `failure` returned, and returns the error that the document describes."""
     kinds = (ConfigError, MissingArtifactError, CorruptArtifactError, RankFailedError, NotFiniteError, CancelledError)
     message = document["error"]
     return next((kind(message) for kind in kinds if kind.exit_code == document["exit_code"]), WanFastError(message))

@@ -233,7 +233,10 @@ class ImageToVideoPipeline:
         residuals: StepCache,
         on_step: StepFn,
     ) -> Tensor:
-        """Denoises `noise` to the clean latent [1, 16, T, h, w]; `residuals` decides which forwards are skipped."""
+        """Denoises `noise` to the clean latent [1, 16, T, h, w].
+
+        The cache `residuals` decides which forwards are skipped.
+        """
         rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
 
         handover = _handover(plan, self.ranks)

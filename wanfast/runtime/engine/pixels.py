@@ -34,9 +34,9 @@ _BLACK = -1.0
 def fit_image(image: Image, width: int, height: int, fit: ImageFit = "area") -> Tensor:
     """Returns an image as [3, height, width] float32 on the CPU, with 0..255 mapped to -1..1.
 
-    `fit` "area" scales the whole image; width and height must already have the image's aspect ratio. "crop" scales the
-    largest centred part with the aspect ratio of width and height. "pad" scales the whole image to fit inside, and adds
-    black borders.
+    `fit` "area" scales the whole image; width and height must already have the image's aspect ratio. "crop" takes the
+    largest centred part that has the aspect ratio width:height, and scales this part. "pad" scales the whole image to
+    fit inside width x height, and adds black borders.
     """
     if fit == "crop":
         image = image.crop(middle_box(image.size, width, height))
@@ -55,7 +55,7 @@ def _resized(image: Image, width: int, height: int) -> Tensor:
 
 
 def to_uint8(video: Tensor) -> Frames:
-    """Clamps video [3, F, H, W] to [-1, 1] and maps it to uint8 frames [F, H, W, 3]; values are truncated."""
+    """Clamps video [3, F, H, W] to [-1, 1], and maps it to uint8 frames [F, H, W, 3] by truncation, not rounding."""
     array: Frames = _as_bytes(video).cpu().numpy()
     return array
 
@@ -69,12 +69,13 @@ def _as_bytes(video: Tensor) -> Tensor:
 def arrived(
     pieces: Iterable[Tensor], geometry: Geometry, device: str, rows: Rows, on_frames: FramesFn
 ) -> Frames | None:
-    """Returns all frames, uint8 [F, H, W, 3], on the leader's CPU, and None on other ranks.
+    """Returns all frames on the leader's CPU, as uint8 [F, H, W, 3]; returns None on other ranks.
 
     `pieces` yields this rank's rows of the decoded video, [3, f, h, W] in [-1, 1]. A piece becomes uint8 on the device,
-    and is copied into pinned memory while the next piece is computed. The leader calls `on_frames` with the frames of
-    each piece once they are copied. `on_frames` may raise a WanFastError, and a piece with NaN or an infinity gives
-    NotFiniteError. Such an error is raised only after the last piece, because the other ranks continue.
+    and is copied into pinned memory while the next piece is computed. As soon as a piece is copied, the leader calls
+    `on_frames` with the frames of the piece. `on_frames` may raise a WanFastError. A piece with NaN or an infinity
+    gives a NotFiniteError. Either error is raised only after the last piece, because the other ranks continue until
+    then.
     """
     on_gpu = device == "cuda"
     finite = torch.empty(geometry.frames, dtype=torch.bool, pin_memory=on_gpu)  # of the piece that a frame begins

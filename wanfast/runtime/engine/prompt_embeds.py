@@ -1,4 +1,4 @@
-"""Encodes prompts and stores the embeddings as artifacts, so that a known prompt does not load the 11 GB encoder.
+"""Encodes prompts and stores the embeddings as artifacts, so that a stored prompt does not need the 11 GB encoder.
 
 A text is encoded without padding. Its embedding depends on no other text and on no option of the video, so every video
 with this text can use it.
@@ -47,7 +47,7 @@ def prompt_embeds(
     loads: Stopwatch,
     before_load: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Returns {text: embedding [n, text_dim]} on the CPU of every rank, where n is the text's number of tokens.
+    """Returns {text: embedding [n, text_dim]} on the CPU of every rank; n is the text's number of tokens.
 
     Texts whose embeddings are not stored are distributed over the ranks, encoded and stored. A rank that must encode
     texts calls `before_load`, loads UMT5, adds the seconds of loading to `loads`, and frees UMT5 afterwards. With

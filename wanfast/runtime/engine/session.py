@@ -1,4 +1,4 @@
-"""Holds the loaded models of one rank, which make any number of videos.
+"""A session holds the loaded models of one rank, and makes any number of videos with them.
 
     session = Session.open(config, ranks)   # prepares the process, finds the files, chooses the attention kernel
     session.encode(texts)                   # loads and frees UMT5 before the experts need its memory
@@ -59,7 +59,10 @@ _KEPT_TEXTS = 32  # embeddings that a session keeps, 8 MB each at most; the stor
 
 @dataclass(frozen=True)
 class Made:
-    """This class holds a video's plan, its frames on the leader, and figures of the run, such as seconds and memory."""
+    """This class holds the result of one video: its plan, its frames, and figures such as seconds and memory.
+
+    Only the leader has the frames; on other ranks, `frames` is None.
+    """
 
     plan: Plan
     frames: Frames | None  # on the leader
@@ -102,9 +105,10 @@ class Session:
 
     @hardware.one_out_of_memory_error()
     def load(self, before_each: Callable[[], None] = lambda: None) -> ImageToVideoPipeline:
-        """Loads the experts and the VAE at the first call, and returns the pipeline.
+        """Loads the two experts and the VAE at the first call; every call returns the pipeline.
 
-        `before_each` is called before each of the three is loaded; an error that it raises stops the loading.
+        `before_each` is called before each of these three models is loaded. An error in `before_each` stops the
+        loading.
         """
         if self._pipeline is None:
             with self.watch.span("load"):
@@ -134,9 +138,9 @@ class Session:
         return plan, fitted[0] if fitted else torch.empty(3, 0, 0)
 
     def text_of(self, config: EffectiveConfig) -> dict[Branch, Tensor]:
-        """Returns {branch: embedding [n, text_dim]} of the prompt and the negative prompt.
+        """Returns the text embeddings of a video: {branch: embedding [n, text_dim]}.
 
-        n is the number of tokens of the text.
+        The branches are "prompt" and "negative_prompt". n is the number of tokens of the branch's text.
         """
         prompt, negative_prompt = config.video.prompt, config.video.negative_prompt
         self.encode((prompt, negative_prompt))
@@ -144,7 +148,10 @@ class Session:
 
     @hardware.one_out_of_memory_error()
     def latent(self, plan: Plan, image: Tensor, on_step: StepFn, residuals: StepCache) -> Tensor:
-        """Makes the clean latent [1, 16, T, h, w] of `plan`; `residuals` decides which forwards are skipped."""
+        """Makes the clean latent [1, 16, T, h, w] of `plan`.
+
+        The cache `residuals` decides which forwards are skipped.
+        """
         text = self.text_of(plan.config)
         return self.load().latent(plan, image, text, self.watch, on_step, residuals)
 
@@ -156,10 +163,12 @@ class Session:
         residuals: StepCache | None = None,
         on_frames: FramesFn = lambda frames: None,
     ) -> Made:
-        """Makes the video of `job`. `on_step(steps done, expert)` is called before and after each step.
+        """Makes the video of `job`; on the leader, the result contains the frames.
 
-        The leader calls `on_frames` with a few frames at a time, while the next ones are decoded. Raises WanFastError,
-        and torch.OutOfMemoryError if the device has too little memory.
+        `on_step(done, expert)` is called before and after each step, where `done` is the number of finished steps. The
+        leader calls `on_frames` with a few frames at a time, while the next frames are decoded. `residuals` is the
+        cache that decides which forwards are skipped; if it is None, the plan decides. Raises WanFastError, and
+        torch.OutOfMemoryError if the device has too little memory.
         """
         text = self.text_of(job.config)  # before the experts need the memory
         pipeline, ranks = self.load(), self.ranks
@@ -244,9 +253,9 @@ class Sessions:
         self._open: Session | None = None
 
     def of(self, config: EffectiveConfig) -> Session:
-        """Returns the open session if `config` has the same models; otherwise closes it and opens another.
+        """Returns a session with the models of `config`: the open session if it has these models, otherwise a new one.
 
-        Raises WanFastError on all ranks.
+        The open session is closed before the new one is opened. Raises WanFastError on all ranks.
         """
         if self._open is None or self._open.config.models != config.models:
             self.close()
@@ -269,15 +278,16 @@ def load_models(
 ) -> ImageToVideoPipeline:
     """Loads both experts and the VAE, and returns a pipeline that is ready to run.
 
-    The seconds of each model are added to `loads`. Every rank calls `before_each` before each of the three. Raises
-    WanFastError. An expert is loaded in these steps, of which `build_expert` does the first five:
+    The seconds of loading are added to `loads`, for each of these three models. Every rank calls `before_each` before
+    it loads each model. Raises WanFastError. An expert is loaded in seven steps; `build_expert` does the first five:
 
     1. build on the meta device, so that no memory is allocated yet;
-    2. quantize: 8-bit layers replace linear layers before weights are read, so that only 8-bit weights are stored;
+    2. quantize: 8-bit layers replace linear layers before weights are read, so that only 8-bit weights are allocated;
     3. shard: parameters are sharded before weights are read, so that a rank reads only its own rows;
     4. fill the parameters from the files;
-    5. fuse the projections q, k and v of unsharded weights;
-    6. place both experts, resident or offloaded, after both are filled: offloaded experts share one set of GPU weights;
+    5. fuse the projections q, k and v, if the weights are not sharded;
+    6. place both experts, resident or offloaded, after both are filled, because offloaded experts share one set of GPU
+       weights;
     7. compile, last, because the compiler needs the final parameters.
     """
     wanted, offloaded = config.models, config.ranks.expert_offload == "on"

@@ -1,4 +1,4 @@
-"""Defines the values that options accept, and the names of the experts and of the branches of guidance."""
+"""Defines the values that options accept, the names of the experts, and the names of the branches of guidance."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Computes the bytes of memory that the weights and the activations of a video need, from their sizes. Torch-free.
+"""Computes how many bytes of memory a video needs, for weights and for activations. Torch-free.
 
-The bytes of weights are exact. The bytes of activations are an estimate, fitted to measurements at 1280x720, 81 frames.
+The bytes of weights are exact. The bytes of activations are an estimate, fitted to measurements at 1280x720, 81 frames;
+the GB below are for this size.
 For each token, a forward holds about seven float32 vectors of the model's width (11 GB). The text's keys and values
 need 1.7 GB more. For each pixel of a frame and each base channel, the VAE needs 145 bytes to encode (12.8 GB). To
-decode, it needs 90 bytes in bf16 (8.0 GB) or 175 in float32. About half of the VAE's bytes are earlier frames, which
-causal convolutions read.
+decode, the VAE needs 90 bytes in bf16 (8.0 GB) or 175 bytes in float32. About half of the VAE's bytes are earlier
+frames, which causal convolutions read.
 """
 
 from __future__ import annotations
@@ -71,10 +72,10 @@ def umt5_bytes(spec: UMT5Spec, precision: Precision) -> int:
 
 
 def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, scheme: Scheme | None = None) -> int:
-    """Returns the bytes that a forward over the `tokens` of one rank needs beside the weights.
+    """Returns the bytes that a forward needs in addition to the weights; `tokens` is the number of tokens on one rank.
 
-    The sum includes the text's keys and values. If `scheme` also quantizes activations, the sum includes the
-    feed-forward network's activations, twice in float32 and once in 8 bits: an uncompiled forward holds all three.
+    The text's keys and values are included. If `scheme` also quantizes activations, the activations of the feed-forward
+    network are included: twice in float32 and once in 8 bits. A forward that is not compiled holds all three copies.
     """
     dit = spec.dit
     quantizing = 9 * dit.ffn_dim * tokens if scheme in ("int8-dynamic", "fp8-rowwise") else 0
@@ -83,17 +84,17 @@ def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, scheme: Schem
 
 
 def residual_bytes(spec: DiTSpec, tokens: int) -> int:
-    """Returns the bytes of the float32 residual that MagCache holds for `tokens` of one branch of guidance."""
+    """Returns the bytes of the float32 residual that MagCache holds for one branch of guidance with `tokens` tokens."""
     return 4 * spec.dim * tokens
 
 
 def decode_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) -> int:
-    """Returns an estimate of the bytes that decoding needs beside the VAE's weights, which are small."""
+    """Returns an estimate of the bytes that decoding needs in addition to the VAE's weights. The weights are small."""
     return _DECODE_BYTES[vae_precision] * spec.vae.base_dim * geometry.width * geometry.height
 
 
 def vae_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) -> int:
-    """Returns an estimate of the VAE's peak bytes: the larger of encoding the image and decoding the video."""
+    """Returns an estimate of the VAE's peak bytes: the larger of the encoder's peak and the decoder's peak."""
     encode = _ENCODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height
     return max(encode, decode_bytes(spec, geometry, vae_precision))
 

@@ -1,14 +1,14 @@
 """The mesh arranges the ranks along three named axes: replica x cfg x ulysses.
 
-* replica: replicas make different videos of the list of jobs at the same time;
-* cfg: with 2, each half of a replica's ranks computes one branch of guidance;
-* ulysses: ranks share the tokens of a branch; during self-attention, each rank has all tokens of some heads instead.
+* replica: the replicas make different videos at the same time; all replicas take jobs from the same list;
+* cfg: if cfg is 2, each half of a replica's ranks computes one branch of guidance;
+* ulysses: ranks share the tokens of a branch; during self-attention, each rank instead has all tokens of some heads.
 
 A replica is a *rank group*: its ranks make one video together, and fail together. Rank groups share only the list of
-jobs, so if one rank group fails, the others continue. Either each rank group lies within one machine, or one rank group
-contains all ranks of all machines.
-Neighbouring ranks lie along the ulysses axis, which exchanges the most data. Torch-free: the parent chooses and
-checks the mesh before any rank starts.
+jobs. Therefore, if one rank group fails, the others continue. Either each rank group lies within one machine, or one
+rank group contains all ranks of all machines.
+The ulysses axis exchanges the most data, so ranks with neighbouring numbers lie along this axis. Torch-free, because
+the parent chooses and checks the mesh before any rank starts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Axis = Literal["cfg", "ulysses"]  # the axes of a rank group
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Holds the number of ranks along each of the three axes."""
+    """Holds the number of ranks along each of the three axes: replica, cfg and ulysses."""
 
     replica: int = 1
     cfg: int = 1
@@ -40,9 +40,10 @@ class Mesh:
         return self.replica * self.group_size
 
     def lines(self, axis: Axis) -> list[list[int]]:
-        """Returns the lists of ranks along `axis` in a rank group.
+        """Divides the ranks of one rank group into lists; the ranks of each list are neighbours along `axis`.
 
-        With cfg 2 and ulysses 2, the lists along ulysses are [[0, 1], [2, 3]], and those along cfg [[0, 2], [1, 3]].
+        With cfg 2 and ulysses 2, the lists along ulysses are [[0, 1], [2, 3]]. The lists along cfg are
+        [[0, 2], [1, 3]].
         """
         ranks = range(self.group_size)
         if axis == "ulysses":
@@ -63,10 +64,10 @@ def choose_mesh(
     """Returns the mesh for `nnodes` machines with `num_gpus` ranks each.
 
     `cfg_parallel` and `ulysses` are the requested degrees; None lets this function choose. The mesh gives one video as
-    many ranks as possible, where `num_heads` must be a multiple of the ulysses degree. This function prefers cfg 2 to a
-    larger ulysses degree, because the branches exchange nothing inside a forward. For several videos, this function
-    prefers rank groups that lie within one machine.
-    Raises ConfigError, with the degrees that fit, if the requested ones do not fit.
+    many ranks as possible. The ulysses degree must divide `num_heads`. Without guidance (`guided` is False), cfg is 1.
+    This function prefers cfg 2 to a larger ulysses degree, because the branches exchange nothing inside a forward. For
+    several videos (`num_videos`), this function prefers rank groups that lie within one machine.
+    If the requested degrees do not fit, raises ConfigError with the degrees that fit.
     """
     fitting = [mesh for mesh in _all_meshes(num_gpus, nnodes, num_heads) if guided or mesh.cfg == 1]
     asked = [mesh for mesh in fitting if cfg_parallel in (None, mesh.cfg) and ulysses in (None, mesh.ulysses)]

@@ -1,8 +1,9 @@
 """Holds the facts of a model: the sizes of its networks, the experts' noise boundary and its default options.
 
-`A14B` is Wan2.2-I2V-A14B as published. A folder with another model may hold a `wanfast.json` with all facts, which
-`ModelSpec.to_json` writes. Otherwise the `config.json` files give only the sizes of networks, and A14B's facts complete
-them. In both public layouts (original and Diffusers), the transformer has a `config.json`.
+`A14B` is Wan2.2-I2V-A14B as published. A folder with another model may contain a `wanfast.json` with all facts, in the
+form that `ModelSpec.to_json` returns. Without this file, only the sizes of networks come from the folder's
+`config.json` files; all other facts are A14B's. In both public layouts (original and Diffusers), the transformer has a
+`config.json`.
 Source: the configuration files and code of Wan-Video/Wan2.2 (42bf4cf).
 """
 
@@ -47,7 +48,7 @@ class _Facts:
 
 
 def is_size(value: object) -> bool:
-    """Returns whether a value is an int from 1 to 2^24, as a size in a model must be; a bool is not."""
+    """Returns whether a value is an int from 1 to 2^24, the range of sizes in a model; returns False for a bool."""
     return type(value) is int and 1 <= value <= _MOST
 
 
@@ -121,7 +122,11 @@ _LATENTS_STD = (
 
 @dataclass(frozen=True, kw_only=True)
 class VAESpec(_Facts):
-    """This class holds the sizes of the causal video VAE, which compresses 4x8x8 (T, H, W) into 16 channels."""
+    """This class holds the sizes of the causal video VAE, and the mean and std of its latents.
+
+    By default, the latents are smaller than the video: 4x in time, 8x in height and 8x in width. The latents have 16
+    channels.
+    """
 
     base_dim: int = 96
     latent_channels: int = 16

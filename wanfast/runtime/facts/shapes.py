@@ -44,8 +44,9 @@ def geometry_of(
 ) -> Geometry:
     """Returns the sizes of the video for an image of `image_size` (width, height).
 
-    With fit "crop" or "pad", the video has exactly the pixels of `size`, whose sides are multiples of 16. With "area",
-    it has the image's aspect ratio and about the area of `size`. Raises ConfigError if a side becomes 0.
+    With fit "crop" or "pad", the video has exactly the width and height of `size`, which are multiples of 16. With fit
+    "area", the video has the image's aspect ratio, and about as many pixels as `size`. Raises ConfigError if a side
+    becomes 0.
     """
     if fit == "area":
         return fit_geometry(spec, *size, frames, image_size)
@@ -54,14 +55,17 @@ def geometry_of(
 
 
 def middle_box(image_size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
-    """Returns (left, top, right, bottom) of the largest centred box in an image with the aspect ratio width:height."""
+    """Returns (left, top, right, bottom) of a box in the centre of an image of `image_size`.
+
+    The box is the largest one that fits into the image and has the aspect ratio width:height.
+    """
     shown = inner_size((width, height), *image_size)
     left, top = ((whole - part) // 2 for whole, part in zip(image_size, shown, strict=True))
     return left, top, left + shown[0], top + shown[1]
 
 
 def inner_size(shape: tuple[int, int], width: int, height: int) -> tuple[int, int]:
-    """Returns the largest (width, height) with the aspect ratio of `shape` that fits into width x height."""
+    """Returns the largest (width, height) that fits into `width` x `height` and has the aspect ratio of `shape`."""
     scale = min(width / shape[0], height / shape[1])
     return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
@@ -69,12 +73,11 @@ def inner_size(shape: tuple[int, int], width: int, height: int) -> tuple[int, in
 def fit_geometry(
     spec: ModelSpec, area_width: int, area_height: int, frames: int, image_size: tuple[int, int]
 ) -> Geometry:
-    """Returns the sizes of a video with the aspect ratio of `image_size` and about area_width * area_height pixels.
+    """Returns the sizes of a video with the aspect ratio of the image, and with about area_width * area_height pixels.
 
-    `image_size` is (width, height).
-
-    The formula is the reference's, evaluated in the same order in float64, so that the rounding is the same too. For
-    example, at --size 832x480 an image of 832x480 gives a video of 832x464, but an image of 480x832 gives 480x832.
+    `image_size` is the image's (width, height). The formula is the reference's. It is evaluated in the reference's
+    order and in float64, so that even the rounding is equal. For example, at --size 832x480 an image of 832x480 gives a
+    video of 832x464, but an image of 480x832 gives 480x832.
     Raises ConfigError if a side becomes 0. Source: Wan-Video/Wan2.2, wan/image2video.py.
     """
     image_width, image_height = image_size
@@ -91,10 +94,11 @@ def fit_geometry(
 
 
 def largest_geometry(spec: ModelSpec, area_width: int, area_height: int, frames: int) -> Geometry:
-    """Returns the sizes of the video with the most tokens that any image can give at this --size and number of frames.
+    """Returns the sizes of the largest video that is possible at this --size and number of frames, with any image.
 
-    For 832x480 and 81 frames, this is 32,760 tokens. If several videos have equally many tokens, the one with the
-    aspect ratio nearest to that of --size counts.
+    The largest video has the most tokens: 32,760 for 832x480 and 81 frames. --size is area_width x area_height. If
+    several videos have equally many tokens, the function returns the one whose aspect ratio is nearest to the aspect
+    ratio of --size.
     """
     _, patch_y, patch_x = spec.dit.patch_size
     token_area = spec.vae.spatial_stride**2 * patch_y * patch_x

@@ -1,1 +1,1 @@
-"""This package holds the part of each command that does its work, with one module for each command."""
+"""This package does the work of the commands; for example, module `generate` does the work of `wanfast generate`."""

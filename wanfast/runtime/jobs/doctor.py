@@ -32,9 +32,10 @@ _KINDS = ("checkpoints", "prompt_embeds", "quantized", "magcache", "inductor", "
 
 
 def examine(given: Options) -> dict[str, Any]:
-    """Returns the document: GPUs, host, torch, weights, artifacts, what fits, and the next command to run.
+    """Returns the document of `wanfast doctor`.
 
-    Raises ConfigError if an option in `given` is wrong.
+    The document describes GPUs, host, torch, weights, artifacts, what fits into memory, and the next command to run.
+    `given` holds the options that the user gave. Raises ConfigError if one of these options is wrong.
     """
     models = EffectiveConfig.of(given, A14B).models
     found = gpus.visible_gpus()

@@ -1,4 +1,7 @@
-"""This part of `wanfast generate` runs on ranks: they make each video, and the leader writes the .mp4 and .json."""
+"""This module is the part of `wanfast generate` that runs on ranks.
+
+The ranks of a rank group make each video together, and the leader writes the video's .mp4 and .json.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Runs jobs that need loaded models, one after the other, for every command that makes or measures videos.
+"""Runs jobs one after the other on loaded models, for every command that makes or measures videos.
 
-Before a rank group loads the experts, it encodes all prompts of its own jobs that share these models, and frees UMT5.
-If a job raises a WanFastError or runs out of memory, its result is the error, and the other jobs still run. All ranks
-of a rank group run the same jobs in the same order.
+Each rank group has its own part of the list of jobs. Before a rank group loads a job's models, the rank group finds
+all jobs in its part that use the same models. It encodes the prompts of these jobs, and then frees UMT5.
+If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue. All
+ranks of a rank group run the same jobs in the same order.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ WorkFn = Callable[[int, Job, Session, ProgressFn], Result]
 def run_jobs(
     work: WorkFn, jobs: list[Job], sessions: Sessions, share: Share, progress: ProgressFn
 ) -> Iterator[tuple[int, Result]]:
-    """Runs `work` on every job that this rank group claims, and yields (index, result) of each.
+    """Runs `work` on every job that this rank group claims, and yields (index, result) of each job.
 
     Jobs with the same models run one after the other, so that models are loaded once.
     """

@@ -1,8 +1,8 @@
 """Quantizes experts a few rows at a time, and stores each expert as an artifact; `wanfast quantize` runs this module.
 
-The source and the result are never completely in memory: the source is read in parts, and the result is written in
-shards of 1 GiB. Every shard is read back and compared with the values in memory. Each expert is one artifact, so that a
-run after an interrupted one makes only the missing experts.
+The source and the result are never completely in memory. The source is read in parts, and the result is written in
+shards of 1 GiB. Every shard is read back and compared with the values in memory. Each expert is an artifact of its own.
+Therefore, after an interrupted run, the next run makes only the missing experts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(
     progress: ProgressFn = lambda expert, done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Quantizes the requested experts that are not stored yet; returns a document for each requested expert.
+    """Quantizes the requested experts that are not stored yet; returns a result document for each requested expert.
 
     Raises WanFastError.
     """
@@ -254,7 +254,7 @@ def _plot(found: dict[str, float], file: Path, title: str) -> None:
 
 
 def describe(results: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields two lines of text for each document that `run` returned: the result, and the file of its plot."""
+    """Yields two lines of text for each document from `run`: the result, and the name of the plot's file."""
     for result in results:
         size = f"{gb(result['source_bytes'])} -> {gb(result['bytes'])}"
         how = "was made already" if result["was_there"] else f"{size} in {result['seconds']:.0f} s"

@@ -1,6 +1,7 @@
-"""This part of `wanfast warmup` runs on ranks: it compiles a block as `wanfast generate` would, and stores the caches.
+"""This module is the part of `wanfast warmup` that runs on ranks.
 
-One block of the model's size is enough, because all blocks of both experts share one graph. The values of its weights
+It compiles one block, and stores the compiler's caches. The block is compiled in the same way as by `wanfast generate`.
+One block of full size is enough, because all blocks of both experts share one graph. The values of the block's weights
 do not matter, so no weights are read.
 """
 
@@ -54,7 +55,10 @@ def run(
     folder: Path | None = None,
     first: int = 0,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (0, result) for the only job: its artifact, and the seconds of a block's first and second forward."""
+    """Yields one pair (0, result), because a warmup is one job.
+
+    The result names the stored artifact. It also holds the seconds of the first and of the second forward of one block.
+    """
     (job,), ranks = jobs, sessions.ranks
     try:
         yield 0, _warm(job, ranks, lambda stage: progress(0, stage, 0, 0))

@@ -1,4 +1,7 @@
-"""Lists the GPUs that this process may use, through NVIDIA's library NVML: names, memory, NVLinks. Torch-free."""
+"""Lists the GPUs that this process may use, with their names, memory and NVLinks.
+
+This module asks NVIDIA's library NVML, and does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ class Gpu:
 
 @remembered
 def visible_gpus() -> list[Gpu]:
-    """Returns the GPUs, in the order of CUDA_VISIBLE_DEVICES if it is set; an empty list if there is no driver."""
+    """Returns the GPUs that this process may use; the list is empty if there is no driver.
+
+    If CUDA_VISIBLE_DEVICES is set, the GPUs come in the order of this variable.
+    """
     import pynvml
 
     try:
@@ -44,11 +50,11 @@ def device_ids() -> list[str]:
 
 
 def set_environment() -> None:
-    """Makes CUDA number the GPUs as the driver does, and torch's allocator use expandable segments.
+    """Sets the environment: CUDA orders the GPUs as the driver does, and torch's allocator uses expandable segments.
 
-    Call this function before this process first uses a GPU; its children get the settings too. Without expandable
-    segments, the denoising loop left 7 GB in fragments that the VAE could not use (one H100, 1168x768, 81 frames). An
-    allocator setting of the user is not changed.
+    Call this function before this process first uses a GPU; child processes get the settings too. Without expandable
+    segments, the denoising loop left 7 GB in fragments that the VAE could not use (one H100, 1168x768, 81 frames). If
+    the user has set an option of the allocator, this function does not change it.
     """
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of this setting

@@ -16,10 +16,11 @@ _LAUNCHERS = (
 
 
 def refuse_launchers(what: str, instead: str, num_gpus: str) -> None:
-    """Raises ConfigError if another launcher started several processes like this one; each would do all the work.
+    """Raises ConfigError if another launcher, such as torchrun, started several processes like this one.
 
-    Three texts go into the message: `what` was started, what to do `instead` without the launcher, and `num_gpus`, the
-    option that sets the number of ranks.
+    Without this check, each of these processes would do all the work. Three texts go into the message: `what` names
+    what was started, and `instead` says what to do without the launcher. `num_gpus` names the option that sets the
+    number of ranks.
     """
     for launcher, size, rank in _LAUNCHERS:
         count = os.environ.get(size, "1")

@@ -22,7 +22,7 @@ _answers: ContextVar[dict[Hashable, Any] | None] = ContextVar("answers", default
 
 @contextmanager
 def asked_once() -> Iterator[None]:
-    """Caches the results of `remembered` functions until the block ends."""
+    """Caches the results of `remembered` functions until the `with` block ends."""
     token = _answers.set({})
     try:
         yield

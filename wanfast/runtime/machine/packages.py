@@ -65,10 +65,11 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str | None:
-    """Returns the git commit of this code: the variable WANFAST_COMMIT, or the checkout that holds this package.
+    """Returns the git commit of this code, or None if the commit is unknown.
 
-    `-dirty` is appended if tracked files have changes, except results of benchmarks. Returns None outside of a
-    checkout.
+    If the environment variable WANFAST_COMMIT is set, its value is returned. Otherwise git names the commit of the
+    checkout that contains this package. Then `-dirty` is appended if a tracked file has uncommitted changes; changes in
+    results of benchmarks do not count.
     """
     if named := os.environ.get("WANFAST_COMMIT"):
         return named

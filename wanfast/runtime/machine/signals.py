@@ -1,4 +1,4 @@
-"""Makes a child process of a run end when its parent ends, and immediately on a signal."""
+"""Makes a child process end when its parent process ends, and makes it end immediately on SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 def end_with_parent() -> None:
-    """Makes this process end when its parent ends, and immediately on SIGINT or SIGTERM, even while it hangs."""
+    """Makes this process end when its parent process ends.
+
+    SIGINT and SIGTERM also end this process immediately, even while this process hangs.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)

@@ -1,10 +1,10 @@
-"""Converts a decoded image to 8-bit sRGB without transparency, and describes each step in a note for the plan.
+"""Converts a decoded image to 8-bit sRGB without transparency, and describes each step in a note for the user.
 
-An embedded ICC profile is applied. Without a profile, colours are taken as sRGB. A damaged profile is ignored with a
-note, and so is a profile for another colour space than that of the file's pixels. A PNG's gamma and the primaries that
-a HEIC names by number are not applied, and a note says so. A PNG's cICP chunk and an AVIF's primaries are not applied
-either, but without a note, because Pillow does not report them. 16 bits a channel become 8: Pillow keeps the upper byte
-of colour channels, and this module scales grey.
+An embedded ICC profile is applied. Without a profile, colours are taken as sRGB. Two kinds of profiles are ignored,
+with a note: damaged profiles, and profiles for another colour space than the colour space of the pixels. A PNG's gamma
+is not applied, and a note says so. The primaries that a HEIC names by number are treated in the same way. A PNG's cICP
+chunk and an AVIF's primaries are not applied either. They get no note, because Pillow does not report them. 16 bits a
+channel become 8. For colour channels, Pillow keeps the upper byte. For grey, this module scales the values.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Reads and checks the image that a video starts from.
 
-The parent calls `load_image` before any GPU is used and without torch, so that a bad file is refused within a second,
-by one line. Nothing is cropped or resized here (`engine.pixels` does that).
+The parent process calls `load_image` before any GPU is used. This module does not import torch, so that a bad file is
+refused within a second. The refusal is a message of one line. Nothing is cropped or resized here (`engine.pixels` does
+that).
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ class LoadedImage:
 
 
 def load_image(path: str, option: str = "--image") -> LoadedImage:
-    """Reads, checks and fully decodes an image file; uses the first frame if the file has several.
+    """Reads, checks and fully decodes an image file; if the file has several frames, uses the first one.
 
-    Raises ConfigError, one line with `option`, the file and the fix, for: an unreadable file, an incomplete image, a
-    side below 16 pixels, an aspect ratio above 4:1, or more than 64 megapixels.
+    Raises ConfigError for an unreadable file, an incomplete image, a side below 16 pixels, an aspect ratio above 4:1,
+    or more than 64 megapixels. The message is one line with the option, the file and the fix. `option` is the name of
+    the option that gave `path`.
     """
     subject = f"{option} {path}"
     data = _read_bytes(path, subject)

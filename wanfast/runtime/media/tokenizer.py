@@ -48,7 +48,10 @@ class PromptTokenizer:
         self._tokenizer = _load(tokenizer_json)
 
     def encode(self, text: str) -> TokenizedPrompt:
-        """Cleans and tokenizes `text`. A special token written in it, such as </s>, gets its own id, as in Wan2.2."""
+        """Cleans and tokenizes `text`.
+
+        If `text` contains a special token, such as </s>, the special token gets its own id, as in Wan2.2.
+        """
         cleaned = clean_prompt(text)
         with foreign(str(self._file), _AGAIN, CorruptArtifactError):
             *ids, end = self._tokenizer.encode(cleaned).ids
@@ -57,7 +60,10 @@ class PromptTokenizer:
 
 
 def clean_prompt(text: str) -> str:
-    """Repairs mojibake and full-width or curly characters, resolves HTML entities (twice), and collapses whitespace."""
+    """Repairs mojibake, replaces full-width characters and curly quotes, and resolves HTML entities (twice).
+
+    Then each run of whitespace becomes one space.
+    """
     import ftfy
 
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())

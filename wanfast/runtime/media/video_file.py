@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
 
 def check_outputs(path: str, *beside: Path, overwrite: bool, needed_bytes: int, option: str = "--output") -> None:
-    """Checks, before any work, that an mp4 of `needed_bytes` can be written to `path`, and other files to `beside`.
+    """Checks, before any work, that an mp4 of `needed_bytes` can be written to `path`.
 
-    Raises ConfigError, one line with `option`, the path and the fix.
+    Further files, at the paths `beside`, must be writable too. An existing file is an error if `overwrite` is False.
+    Raises ConfigError: one line with the option, the path and the fix. `option` is the name of the option that gave
+    `path`.
     """
     target, subject = Path(path), f"{option} {path}"
     if target.suffix.lower() != ".mp4":
@@ -63,17 +65,17 @@ class Mp4Writer:
     """Encodes frames [F, H, W, 3], with even H and W, in a separate thread while the next frames are made.
 
     The video is H.264: CRF 10, yuv420p. The file's index comes first, so that players can start before they have the
-    whole file. The pixels are BT.709 in limited range at every size. Stream and container say so, because players would
-    guess otherwise.
+    whole file. The pixels are BT.709 in limited range at every size. The stream and the container name this format,
+    because players would guess another one.
 
-    The same frames give the same bytes, added at once or a few at a time, because of two settings. The number of
-    threads is fixed, because it changes the stream. `cpu-independent` turns off x264's assembly for macroblock-tree,
-    which reads uninitialized memory. (AVX-512 machine, PyAV 18.1: without this setting the bytes differed for every
-    MALLOC_PERTURB_, and from run to run in one process.)
+    The same frames give the same bytes, whether they are added at once or a few at a time. Two settings ensure this.
+    The number of threads is fixed, because the stream depends on it. The setting `cpu-independent` turns off x264's
+    assembly for macroblock-tree, because this assembly reads uninitialized memory. (AVX-512 machine, PyAV 18.1: without
+    this setting the bytes differed for every MALLOC_PERTURB_, and from run to run in one process.)
 
-    PyAV is called directly, because imageio's plugin drops encoder options (asked for CRF 10, the stream said 23). The
-    caller publishes the file completely or not at all. `add` and the end of the `with` block raise OSError. Frames that
-    were added must not change before the block ends.
+    PyAV is called directly, because imageio's plugin drops encoder options (CRF 10 was requested, but the stream said
+    23). The caller publishes the file completely or not at all. `add` and the end of the `with` block raise OSError if
+    the encoding fails. Frames that were added must not change before the block ends.
     """
 
     def __init__(self, path: Path, fps: int) -> None:
@@ -100,7 +102,10 @@ class Mp4Writer:
                     self._container.close()
 
     def add(self, frames: npt.NDArray[np.uint8]) -> None:
-        """Queues the next frames for encoding and returns at once. Raises OSError if earlier frames failed."""
+        """Queues the next frames for encoding and returns at once.
+
+        Raises OSError if the encoding of earlier frames failed.
+        """
         self._encoding.append(self._thread.submit(self._encode, frames))
         self._raise_failures(future for future in self._encoding if future.done())
 
@@ -144,9 +149,10 @@ class Mp4Writer:
 
 
 def write_contact_sheet(frames: npt.NDArray[np.uint8], path: Path, columns: int = 4, count: int = 8) -> None:
-    """Writes a PNG with `count` evenly spaced frames of [F, H, W, 3], row by row, from the first to the last frame.
+    """Writes a PNG that shows `count` frames of the video [F, H, W, 3], row by row, with `columns` frames in a row.
 
-    If the video has fewer frames, all are shown. Raises OSError if the file cannot be written.
+    The frames are evenly spaced, from the first to the last frame of the video. If the video has fewer than `count`
+    frames, all are shown. Raises OSError if the file cannot be written.
     """
     import numpy as np
     from PIL import Image

@@ -1,8 +1,8 @@
 """This module computes scaled dot-product attention, with any kernel and any distribution of tokens over ranks.
 
-At 75,600 tokens, self-attention is 72 % of all FLOP: 4 L^2 d in each block, beside 45 TFLOP of linear layers. So the
-kernel decides the speed of the program. A compiled block calls every kernel through one opaque operator, so that the
-block stays one graph with any kernel.
+At 75,600 tokens, self-attention takes 72 % of all FLOP. In each block, it takes 4 L^2 d FLOP (d: model dim), and the
+linear layers take 45 TFLOP. So the kernel decides the speed of the program. A compiled block calls every kernel through
+one opaque operator, so that the block stays one graph with any kernel.
 Shapes: B batch, L tokens, H heads, D head dim.
 """
 
@@ -19,16 +19,17 @@ from wanfast.runtime.models.operators import opaque
 
 
 def attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-    """Returns softmax(q k^T / sqrt(D)) v over all keys, without a mask: [B, Lq, H, D] in the dtype of q.
+    """Returns softmax(q k^T / sqrt(D)) v over all keys, without a mask.
 
-    torch chooses the kernel. The function is differentiable, so that training can use it.
+    The result has the shape [B, L, H, D] and the dtype of q. torch chooses the kernel. The function is differentiable,
+    so that training can use it.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def attention_by(kernel: str) -> AttentionFn:
-    """Returns the attention function that runs the kernel of this name in KERNELS; it computes no gradients."""
+    """Returns a function that computes attention without gradients, by the kernel named `kernel` in KERNELS."""
     return partial(_attention, kernel=kernel)
 
 
@@ -38,18 +39,28 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
 
 
 class Projections(Protocol):
-    """Computes the queries, keys and values of this rank's tokens: all at once, or one by one in parts of the heads."""
+    """This interface computes the queries q, the keys k and the values v of this rank's tokens.
+
+    `all` computes q, k and v together. `by_heads` computes either q or k, with the heads divided into groups. `values`
+    computes v for one group of heads.
+    """
 
     def all(self) -> list[Tensor]:
         """Returns q, k and v, each [B, L, H, D]."""
         ...
 
     def by_heads(self, name: str, parts: int) -> Tensor:
-        """Returns q or k, as `name` says: [parts, B, L, H / parts, D], contiguous, with the heads in equal parts."""
+        """Returns q if `name` is "q", or k if `name` is "k", with the heads divided into `parts` equal groups.
+
+        The result [parts, B, L, H / parts, D] is contiguous.
+        """
         ...
 
     def values(self, part: int, parts: int) -> Tensor:
-        """Returns v for the heads of part number `part` of `parts` equal parts: [B, L, H / parts, D], contiguous."""
+        """Divides the heads into `parts` equal groups, and returns v for the heads of group number `part`, from 0.
+
+        The result [B, L, H / parts, D] is contiguous.
+        """
         ...
 
 
@@ -57,25 +68,34 @@ class Sequence(Protocol):
     """This interface splits the tokens of a forward over ranks, and computes self-attention over all tokens."""
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's part of the tokens along `dim`; every rank's part has the same length."""
+        """Divides the tokens, which lie along `dim` of x, among the ranks; returns this rank's part.
+
+        The parts of all ranks have the same length.
+        """
         ...
 
     @property
     def overlaps(self) -> bool:
-        """Returns whether `attention` needs q, k and v one by one, so that it can send q while it computes k."""
+        """Returns whether `attention` requests q, k and v in separate calls, instead of all three in one call.
+
+        Separate calls let `attention` send q to the other ranks while k is computed.
+        """
         ...
 
     def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
-        """Returns the attention [B, L, H, D] of this rank's queries to all `num_tokens` tokens, by `attend`."""
+        """Returns the attention [B, L, H, D] of this rank's queries to the tokens of all ranks.
+
+        `attend` computes the attention. `num_tokens` is the number of tokens of all ranks together.
+        """
         ...
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
-        """Returns the tokens of all ranks, joined along `dim`: `num_tokens` in all."""
+        """Returns the tokens of all ranks, joined along `dim` of x; `num_tokens` is their total number."""
         ...
 
 
 class WholeSequence:
-    """This `Sequence` is for one rank: it holds all tokens and exchanges nothing."""
+    """This class implements `Sequence` for a single rank, which holds all tokens and exchanges nothing."""
 
     @property
     def overlaps(self) -> bool:

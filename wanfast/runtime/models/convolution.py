@@ -6,7 +6,7 @@ kernel computes product and bias, and rounds once. When a shape is first used, e
 of this shape, and the fastest is chosen. Three kinds of engines are left out: those that are not deterministic, those
 that compile at run time (seconds each), and those that need more than 256 MiB of workspace.
 
-Engines sum in different orders, so that another engine may change the last bits. To get the same bits again, store
+Engines sum in different orders, so another engine may change the last bits. To get the same bits again, store
 `chosen()` and pass it to `choose()` in the next process. torch's own convolution is used on a CPU, for float32 without
 TF32, and if gradients are enabled. It is also used if the front end is not installed or has no engine.
 
@@ -44,9 +44,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, stride: Triple = (1, 1,
 
 
 def padded_channels(channels: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Returns `channels`; on a GPU, rounds it up so that the channels of a position fill a multiple of 16 bytes.
+    """Returns how many channels a convolution's input should have in memory, so that cuDNN engines do not copy it.
 
-    Otherwise cuDNN engines would copy the input.
+    On a GPU with cuDNN's front end, `channels` is rounded up, so that the channels of one position fill a multiple of
+    16 bytes. In other cases, the number is `channels`.
     """
     if device.type != "cuda" or not HAS_FRONT_END:
         return channels

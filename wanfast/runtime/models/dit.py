@@ -56,7 +56,7 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def part(self, x: Tensor, part: int, parts: int) -> Tensor:
-        """Computes the output channels of part number `part`, if the channels are divided into `parts` equal parts."""
+        """Divides the output channels into `parts` equal groups, and computes group number `part`, counted from 0."""
         return F.linear(x.to(self.weight.dtype), self.weight.chunk(parts)[part], self.bias.chunk(parts)[part])
 
 
@@ -70,7 +70,7 @@ class LinearGELU(Linear):
 class RMSNorm(nn.Module):
     """Applies RMS norm to q or k over all heads together, then rotary embedding if `rope` is given.
 
-    The heads of the result are divided into `parts` equal parts: [parts, B, L, H / parts, D].
+    The heads of the result are divided into `parts` equal groups: [parts, B, L, H / parts, D].
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -100,7 +100,10 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Each token attends to all tokens of the video; `sequence` exchanges them if several ranks share the tokens."""
+    """In self-attention, each token attends to all tokens of the video.
+
+    If several ranks share the tokens, `sequence` exchanges queries, keys and values between the ranks.
+    """
 
     def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence, attend: AttentionFn) -> None:
         super().__init__(spec, dtype, attend)
@@ -110,7 +113,8 @@ class SelfAttention(Attention):
     def fuse_projections(self) -> None:
         """Fuses the projections q, k and v into one linear layer, so that the tokens are read once.
 
-        The weights must be loaded before. The state dict still has the keys of three projections.
+        The weights must be loaded before this call. After the call, the state dict has the same keys as before, with
+        three separate projections.
         """
         projections = (self.q, self.k, self.v)
         self.qkv = self.q  # of any class: each of its parameters has one row for each output
@@ -156,10 +160,13 @@ def _split_fused_keys(module: nn.Module, state: dict[str, Any], prefix: str, met
 
 
 class CrossAttention(Attention):
-    """The video's tokens attend to the text's, without rotary embedding or mask: padded text tokens take part."""
+    """In cross-attention, the video's tokens attend to all tokens of the text, including the padding.
+
+    There is no rotary embedding and no mask.
+    """
 
     def encode_text(self, text_BSd: Tensor) -> TextKV:
-        """Returns the keys and values of the embedded text [B, S, d]."""
+        """Computes the text's keys and values from the embedded text [B, S, d]; S is the number of text tokens."""
         (k,) = self.norm_k(self.k(text_BSd), self.num_heads, by_kernel=False)  # few rows are not worth a kernel
         return TextKV(k, self.heads(self.v(text_BSd), self.num_heads))
 
@@ -187,7 +194,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, spec.dim, dtype=torch.float32))
 
     def forward(self, stream: Stream, time_B6d: Tensor, text: TextKV, rope: RotaryTables, num_tokens: int) -> Stream:
-        """Returns the residual stream after this block; `num_tokens` is the number of tokens on all ranks."""
+        """Returns this rank's residual stream after the block; `num_tokens` counts the tokens of all ranks together."""
         rows = (self.modulation + time_B6d).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
         norm3, eps, dtype = self.norm3, self.eps, self.dtype
@@ -198,12 +205,15 @@ class Block(nn.Module):
         return Stream(x, self.ffn(normed), packed(gate_ffn))
 
     def encode_text(self, text_BSd: Tensor) -> TextKV:
-        """Returns this block's keys and values of the embedded text [B, S, d]."""
+        """Computes the text's keys and values for this block's cross-attention, from the embedded text [B, S, d].
+
+        S is the number of text tokens.
+        """
         return self.cross_attn.encode_text(text_BSd)
 
 
 class Head(nn.Module):
-    """Applies the last norm, modulates it by the time embedding, and projects tokens to patches, all in float32."""
+    """Normalises the tokens, modulates them by the time embedding, and projects them to patches, all in float32."""
 
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
@@ -212,9 +222,10 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, spec.dim, dtype=torch.float32))
 
     def forward(self, stream: Stream, time_Bd: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (patches of the velocity [B, L, p], the summed residual stream [B, L, d]).
+        """Returns (the velocity as patches [B, L, p], the residual stream [B, L, d]).
 
-        The head uses plain PyTorch, because it runs only once in a forward: compiling a kernel would not pay off.
+        p is the number of values in one patch. The residual stream is the sum stream.x + stream.gate * stream.added.
+        The head uses plain PyTorch. It runs only once in a forward, so compiling a kernel would not pay off.
         """
         shift, scale = (self.modulation + time_Bd.unsqueeze(1)).chunk(2, dim=1)
         x = stream.x + stream.gate * stream.added
@@ -277,10 +288,11 @@ class WanDiT(nn.Module):
 
         The residual is the sum that the blocks add to this rank's tokens.
         latent: [B, C, T, h, w]; condition: [B, 20, T, h, w] (4 mask channels, then the encoded first frame);
-        timestep: [B] in 0..1000; text: from `encode_text`; rope: the tables of the whole token grid.
-        after_block: called with the index of a block once its kernels are queued; may overwrite the block's weights.
-        cached_residual: an earlier call's residual; if given, it is added to the tokens and no block runs.
-        keep_residual: whether to return the residual; if False, None is returned for it.
+        timestep: [B] in 0..1000; text: from `encode_text`; rope: the rotary tables of the whole token grid.
+        after_block: a function that is called with a block's index, as soon as the kernels of this block are queued.
+        The function may overwrite the weights of this block.
+        cached_residual: the residual of an earlier call; if given, it is added to the tokens, and no block runs.
+        keep_residual: whether to return the residual; if False, the second result is None.
         """
         video = torch.cat((latent, condition), dim=1).to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(video)
@@ -303,9 +315,10 @@ class WanDiT(nn.Module):
         return velocity, None if first is None else x.sub_(first)
 
     def fuse_projections(self) -> None:
-        """Fuses the projections q, k and v of each block into one layer, except if `sequence` needs q, k, v one by one.
+        """Fuses the projections q, k and v of each block into one layer.
 
-        The weights must be loaded and must not be sharded.
+        If `sequence` requests q, k and v in separate calls, nothing is fused. The weights must be loaded and must not
+        be sharded.
         """
         if not self.sequence.overlaps:
             for block in self._blocks():

@@ -1,13 +1,14 @@
-"""Each function here fuses elementwise steps and norms, between matrix products and attention, into one pass.
+"""Each function here is one pass: it fuses elementwise steps and norms between matrix products and attention.
 
 A pass computes in float32, whatever the dtypes of its inputs and outputs. These steps are memory-bound. Most of their
 bytes belong to the residual stream: [L, d] in float32, 1.5 GB at 75,600 tokens. Each function has a formula in plain
-PyTorch and a Triton kernel in `fused_kernels`, which reads and writes each value once. (Inductor's code for the formula
-computes the residual stream again for each consumer, and reads each RoPE pair twice.) The kernels run for inference on
-a GPU. In all other cases the formulas run. The tests compare kernels with formulas.
+PyTorch and a Triton kernel in `fused_kernels`. The kernel reads and writes each value once. (Inductor's code for the
+formula computes the residual stream again for each consumer, and reads each RoPE pair twice.) The kernels run for
+inference on a GPU. In all other cases the formulas run. The tests compare kernels with formulas. `linear_gelu` has a
+kernel of cuBLAS instead of a Triton kernel.
 
-If the next matrix product multiplies 8-bit values, the pass also quantizes each token with a scale of its own. It then
-writes half as many bytes as in bf16, and rounds only once, from float32.
+If the next matrix product multiplies 8-bit values, the pass also quantizes each token with a scale of its own. Such a
+pass writes half as many bytes as in bf16, and rounds only once, from float32.
 
 Shapes: B batch, L tokens, d model dim, H heads, D head dim. Weights, biases and gates are [d] or [B, 1, d], float32.
 """
@@ -51,8 +52,8 @@ def add_layer_norm(
 def quantize_tokens(x_BLd: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> QuantizedTokens:
     """Quantizes x, or gelu(x) if `gelu`, to the 8-bit `dtype`.
 
-    GELU is its tanh approximation. Each token has a scale, which maps the token's largest |value| to the largest number
-    of `dtype`.
+    GELU is computed in its tanh approximation. Each token has a scale, which maps the token's largest |value| to the
+    largest number of `dtype`.
     """
     if _by_kernel(x_BLd):
         return QuantizedTokens(*fused_kernels.quantize_tokens(x_BLd, dtype, gelu))
@@ -74,12 +75,10 @@ def rms_norm_heads(
     parts: int = 1,
     by_kernel: bool = True,
 ) -> Tensor:
-    """Returns x / rms(x) * weight, rotated by `rope` if given, with the heads in `parts` equal parts.
+    """Returns x / rms(x) * weight, rotated if `rope` is given; the heads are divided into `parts` equal groups.
 
-    The result is [parts, B, L, H / parts, D].
-
-    The root mean square is over all heads together. The result is contiguous and has the dtype of x. With `by_kernel`
-    False, the Triton kernel is never used, so that it need not be compiled.
+    The root mean square is over all heads together. The result [parts, B, L, H / parts, D] is contiguous and has the
+    dtype of x. If `by_kernel` is False, the Triton kernel is never used, so that it need not be compiled.
     """
     if by_kernel and _by_kernel(x_BLd):
         cos, sin = rope or (None, None)
@@ -108,7 +107,7 @@ def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def make_operators() -> None:
-    """Registers the Triton kernels as operators of torch, so that torch.compile can trace calls of them."""
+    """Registers the Triton kernels as operators of torch, so that torch.compile can trace calls of the kernels."""
     if HAS_KERNELS:
         fused_kernels.make_operators()
 

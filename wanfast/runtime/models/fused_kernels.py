@@ -1,9 +1,9 @@
-"""These Triton kernels implement the functions of `fused`: a program instance loads one row of d values, once.
+"""These Triton kernels implement the functions of `fused`: each program instance loads one row of d values, only once.
 
 At d = 5120 a row is padded to 8192 lanes; the lanes beyond d read and write nothing. The kernels are memory-bound: they
 reach 2.7 of an H100's 3.35 TB/s (LOG.md). For compiled blocks, `make_operators` registers each kernel as an operator of
-torch. So a block stays one graph, and Inductor's caches also hold these kernels. Float arguments are constexpr, because
-Inductor passes other floats as float64, and the kernel would then compute in float64.
+torch. So a block stays one graph, and Inductor's caches also hold these kernels. Float arguments are constexpr.
+Otherwise Inductor would pass them as float64, and the kernels would compute in float64.
 
 Shapes: B batch (1), L tokens, d model dim, D head dim.
 """
@@ -36,9 +36,10 @@ def make_operators() -> None:
 def add_layer_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (s = x + gate * y, layer norm of s in `dtype`, scales).
+    """Returns (s, the layer norm of s, scales), where s = x + gate * y.
 
-    The scales are [B, L] for an 8-bit `dtype`, otherwise empty.
+    The layer norm has `dtype`. If `dtype` has 8 bits, the layer norm is quantized, and `scales` is [B, L]: one scale
+    for each token. Otherwise `scales` is an empty tensor.
     """
     _check_rows(x, y, weight, bias)
     total, (out, scale) = torch.empty_like(x), _output(x, dtype)
@@ -74,9 +75,10 @@ def _launch(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 def rms_norm_rotate(
     x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None, parts: int
 ) -> Tensor:
-    """Returns x / rms(x) * weight, rotated if cos and sin are given, with d divided into `parts` equal parts.
+    """Returns x / rms(x) * weight, rotated if cos and sin are given; d is divided into `parts` equal groups.
 
-    The result is [parts, B, L, d / parts]. x may be a column slice of a tensor. cos and sin are [L, 1, D/2].
+    The result is [parts, B, L, d / parts]. x may be a column slice of a larger tensor. cos and sin are [L, 1, D/2],
+    where D is the head dim.
     """
     d = x.shape[-1]
     assert x.stride(-1) == 1, "the values of a row must be adjacent"

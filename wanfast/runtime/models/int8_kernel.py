@@ -2,8 +2,8 @@
 
 cuBLAS's int8 product writes int32 sums: four bytes a value, which another pass must read again. At 780 to 810 TOPS,
 cuBLAS's product is no faster in int8 than in bf16. This kernel scales the sums, adds the bias and writes bf16: 1108
-TOPS over a forward on an H200 (LOG.md). It is persistent: one program for each multiprocessor loops over tiles, so that
-it writes one tile while it loads the next. It writes a tile in two halves, which leaves shared memory for a fourth
+TOPS over a forward on an H200 (LOG.md). The kernel is persistent: one program for each multiprocessor loops over tiles,
+and writes one tile while it loads the next. Each tile is written in two halves; this leaves shared memory for a fourth
 pipeline stage.
 
 Shapes: L tokens, K in, N out.
@@ -31,7 +31,8 @@ _NUM_STAGES, _NUM_WARPS, _BAND = 4, 8, 8
 def int8_product(values: Tensor, weight: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Returns (values * token_scale) (weight * scale)^T + bias: [L, N] in the dtype of `bias`.
 
-    K must be a multiple of 16, and N a multiple of 8.
+    values: int8 [L, K]; token_scale: [L]; weight: int8 [N, K]; scale and bias: [N]. K must be a multiple of 16, and N a
+    multiple of 8.
     """
     (tokens, k), n = values.shape, weight.shape[0]
     assert values.is_contiguous() and weight.is_contiguous(), "values and weight must be contiguous"

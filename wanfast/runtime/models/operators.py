@@ -14,8 +14,8 @@ TensorFn = Callable[..., Tensor]
 def opaque(name: str, shape: TensorFn) -> Callable[[TensorFn], TensorFn]:
     """Returns a decorator that registers a function of tensors as torch's operator `name`.
 
-    `shape` takes the same arguments and returns an empty tensor with the shape and dtype of the output. Uncompiled code
-    calls the function directly, because the first call of an operator imports the compiler.
+    `shape` takes the function's arguments, and returns an empty tensor with the shape and dtype of the function's
+    output. Uncompiled code calls the function directly, because the first call of an operator imports the compiler.
     """
 
     def decorate(function: TensorFn) -> TensorFn:

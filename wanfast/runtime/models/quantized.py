@@ -3,8 +3,8 @@
 The scheme decides how the product is computed. `int8-weight-only` dequantizes the weight first, so it saves only
 memory. `int8-dynamic` and `fp8-rowwise` also quantize the tokens at run time, with a scale for each token, and multiply
 8-bit values. Tensor cores multiply 8-bit values twice as fast as bf16. If a norm or GELU precedes the product, the
-kernel of that step also quantizes its result (`fused`). The float8 product needs a GPU of compute capability 8.9 or
-higher. A CPU multiplies the float8 values in float32, so that its result differs only in rounding.
+kernel of the norm or GELU also quantizes its own result (`fused`). The float8 product needs a GPU of compute capability
+8.9 or higher. A CPU multiplies the float8 values in float32; the result differs from a GPU's result only in rounding.
 
 Shapes: B batch, L tokens, K in, N out; weight [N, K], scale [N], bias [N].
 Sources: LLM.int8() (arXiv 2208.07339) for scales by row and column; FP8 formats (arXiv 2209.05433).
@@ -44,14 +44,15 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim_out, dtype=dtype), requires_grad=False)
 
     def forward(self, x: Tokens) -> Tokens:
-        """Returns the layer's output: QuantizedTokens if `gelu` and the scheme quantizes tokens, else a plain tensor.
+        """Returns the layer's output, as QuantizedTokens or as a plain tensor.
 
-        A plain tensor has the dtype of the bias.
+        The output is QuantizedTokens if two things hold: `gelu` is True, and the scheme also quantizes tokens.
+        Otherwise the output is a plain tensor with the dtype of the bias.
         """
         return self._outputs(x, self.weight, self.scale, self.bias)
 
     def part(self, x: Tokens, part: int, parts: int) -> Tokens:
-        """Computes the output channels of part number `part`, if the channels are divided into `parts` equal parts."""
+        """Divides the output channels into `parts` equal groups, and computes group number `part`, counted from 0."""
         return self._outputs(x, *(each.chunk(parts)[part] for each in (self.weight, self.scale, self.bias)))
 
     def _outputs(self, x: Tokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tokens:
@@ -65,7 +66,10 @@ class QuantizedLinear(nn.Module):
 
 
 def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Returns x W^T + bias, [B, L, N] in the dtype of the bias, for int8 tokens x and int8 weights W."""
+    """Returns x W^T + bias for int8 tokens x [B, L, K] and int8 weights W [N, K], both multiplied by their scales.
+
+    The result is [B, L, N] in the dtype of the bias.
+    """
     if not (HAS_KERNELS and x.values.is_cuda):
         sums = torch._int_mm(x.values.flatten(0, -2), weight.t()).view(*x.values.shape[:-1], -1)
         return _scaled(sums, x, scale, bias)
@@ -74,7 +78,10 @@ def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor
 
 
 def fp8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Returns x W^T + bias, [B, L, N] in the dtype of the bias, for float8 e4m3 tokens x and weights W."""
+    """Returns x W^T + bias for float8 e4m3 tokens x [B, L, K] and weights W [N, K], both multiplied by their scales.
+
+    The result is [B, L, N] in the dtype of the bias.
+    """
     if not x.values.is_cuda:
         return _scaled(F.linear(x.values.float(), weight.float()), x, scale, bias)
     product: Tensor = torch._scaled_mm(

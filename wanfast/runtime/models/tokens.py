@@ -11,7 +11,10 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest value o
 
 
 class QuantizedTokens(NamedTuple):
-    """Represents tokens as values * scale; in each token, the largest |value| is the largest number of the dtype."""
+    """Represents tokens as 8-bit values times a scale; each token has its own scale.
+
+    The scale maps the token's largest |value| to the largest number of the 8-bit dtype.
+    """
 
     values: Tensor  # [..., L, d], int8 or float8
     scale: Tensor  # [..., L], float32
@@ -21,8 +24,8 @@ Tokens = Tensor | QuantizedTokens
 
 
 def packed(x: Tensor) -> Tensor:
-    """Returns a copy with standard strides.
+    """Returns a copy of x with standard strides.
 
-    `contiguous` may return a view with other strides in dims of size 1, and torch.compile then recompiles.
+    `x.contiguous()` may return x itself, with other strides in dims of size 1. Then torch.compile would recompile.
     """
     return x.clone(memory_format=torch.contiguous_format)

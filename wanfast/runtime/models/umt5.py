@@ -1,13 +1,14 @@
-"""The UMT5 encoder maps a prompt's token ids to one vector per token, which the DiT reads through cross-attention.
+"""The UMT5 encoder maps a prompt's token ids to one vector per token; the DiT reads the vectors by cross-attention.
 
 The encoder is a pre-norm transformer. Positions enter only through a learned bias on the attention scores. The bias
-depends on a bucket of the distance (key position minus query position). Each small distance has its own bucket, larger
-distances share buckets of logarithmic width, and all distances from `max_distance` on share the last one. Because
-absolute positions play no role, a prompt encoded at its true length gives the same vectors as a padded one with a mask.
-Unlike in T5, each block learns its own bias table.
+depends on a bucket of the distance (key position minus query position). Each small distance has its own bucket, and
+larger distances share buckets of logarithmic width. All distances from `max_distance` on share the last bucket.
+Absolute positions play no role. So a prompt gives the same vectors without padding as with padding and a mask. Unlike
+in T5, each block learns its own bias table.
 
 Cost: XXL has 5.68 G parameters, 11.4 GB in bf16. A forward takes 9 GFLOP a token, so reading the weights dominates.
-Limit: the attention scores are materialised, O(B H L^2), which is small because prompts have L <= 512.
+Limit: the attention scores are materialised. They take O(B H L^2) bytes, which is little, because prompts have L <=
+512.
 In bf16, only RMS and softmax are computed in fp32. The order of operations is the reference's, except that GELU is
 fused. Two bf16 implementations differ by a few per cent, so equality with the reference is tested in fp32.
 
@@ -67,7 +68,8 @@ class EncoderBlock(nn.Module):
     def forward(self, x: Tensor, buckets: Tensor, is_padding: Tensor | None) -> Tensor:
         """Returns x [B, L, d] after the block.
 
-        buckets: [Q, K] int64, from `relative_position_buckets`; is_padding: [B, 1, 1, K] bool or None.
+        buckets: [Q, K] int64, from `relative_position_buckets`, for Q query tokens and K key tokens (both L);
+        is_padding: [B, 1, 1, K] bool, True for padding; None means no padding.
         """
         x = x + self.attn(self.norm1(x), self.pos_embedding(buckets), is_padding)
         out: Tensor = x + self.ffn(self.norm2(x))
@@ -86,7 +88,11 @@ class Attention(nn.Module):
         self.o = nn.Linear(attention_dim, dim, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor, bias: Tensor, is_padding: Tensor | None) -> Tensor:
-        """Returns the attention of x, [B, L, d]; bias: [1, H, Q, K], is_padding: [B, 1, 1, K] bool or None."""
+        """Returns the self-attention [B, L, d] of x [B, L, d].
+
+        bias: [1, H, Q, K], added to the scores, for Q query tokens and K key tokens (both L);
+        is_padding: [B, 1, 1, K] bool, True for padding; None means no padding.
+        """
         q, k, v = (rearrange(proj(x), "B L (H D) -> B H L D", H=self.num_heads) for proj in (self.q, self.k, self.v))
         scores = q @ k.mT + bias
         if is_padding is not None:
@@ -104,7 +110,10 @@ class RelativePositionBias(nn.Module):
         self.embedding = nn.Embedding(num_buckets, num_heads, dtype=dtype)
 
     def forward(self, buckets: Tensor) -> Tensor:
-        """Returns the biases [1, H, Q, K] of relative-position buckets [Q, K]."""
+        """Returns the biases [1, H, Q, K] for the relative-position `buckets` [Q, K] of all pairs of tokens.
+
+        Q counts query tokens, K counts key tokens.
+        """
         bias: Tensor = self.embedding(buckets)
         return rearrange(bias, "Q K H -> 1 H Q K")
 
@@ -140,11 +149,12 @@ class RMSNorm(nn.Module):
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
     """Returns the bucket of every (query, key) pair: [Q, K] int64, Q = K = length.
 
-    One half of the buckets is for keys after the query, the other for keys before it. In each half, the first buckets
-    hold one distance each. The others divide the distances up to `max_distance` logarithmically (arXiv 1910.10683,
-    section 2.1). The host computes the bounds of the buckets in float64, because 16, 32 and 64 lie exactly on a bound:
-    rounding on different devices could put them into different buckets. Kernels take the bounds as scalar arguments, so
-    that nothing is copied to the device, and a CUDA graph can capture them.
+    One half of the buckets is for keys after the query, the other half for keys before the query. In each half, the
+    first buckets hold one distance each. The other buckets divide the distances up to `max_distance` logarithmically
+    (arXiv 1910.10683, section 2.1). The host computes the bounds of the buckets in float64. The reason is that the
+    distances 16, 32 and 64 lie exactly on a bound. Rounding on different devices could put these distances into
+    different buckets. Kernels take the bounds as scalar arguments. So nothing is copied to the device, and a CUDA graph
+    can capture the kernels.
     """
     num_per_side = num_buckets // 2
     position = torch.arange(length, device=device)

@@ -2,17 +2,19 @@
 
 Every convolution over time reads only the current frame and earlier ones. So the VAE processes a clip in chunks of a
 few frames. The first chunk is the first frame, which gives one latent frame. Each later latent frame represents four
-frames of video. No module holds state. Instead, the *past* is a list of tensors: for each convolution over time, in
-running order, the earlier frames that it needs. Each chunk takes the past and returns the past for the next chunk.
+frames of video. No module holds state. Instead, the caller holds the *past*: a list with one tensor for each
+convolution over time, in running order. Each tensor holds the earlier frames that its convolution needs. The call for a
+chunk takes the past, and returns the past for the next chunk.
 
 Cost at 1280x720, 81 frames: encode 382 TFLOP, decode 639 TFLOP. An activation of 4 full-size frames with 96 channels
-takes 1.4 GB in float32, and the decoder's past 8.7 GB. `encode` and `decode_stream` free a past once it is replaced.
+takes 1.4 GB in float32, and the decoder's past takes 8.7 GB. `encode` and `decode_stream` free a past as soon as it is
+replaced.
 Limit: the reference computes in float32. FastVideo reports that bfloat16 is harmless in decoding (MS-SSIM 0.9999) but
 not in encoding.
 Source: Wan technical report (arXiv 2503.20314); Wan-Video/Wan2.2 `wan/modules/vae2_1.py` (42bf4cf).
 
 Ranks may share the rows of each frame (`Rows`). Then each rank takes and returns only its own rows. A convolution also
-reads the row above and the row below these, which it receives from the neighbouring ranks.
+reads the row above a rank's own rows and the row below them. The neighbouring ranks send these two rows.
 
 Shapes: B batch, C channels, F frames of video, T frames (of any rate), H W pixels, Y X latent grid, h w any grid.
 """
@@ -40,27 +42,37 @@ Pair: TypeAlias = tuple[int, int]
 
 
 class Rows(Protocol):
-    """This interface divides the rows of each frame among ranks, and exchanges rows between them."""
+    """This interface divides the rows of each frame among the ranks, and exchanges rows between the ranks."""
 
     @property
     def halo(self) -> int:
-        """Returns how many rows of other ranks stand above and below a rank's own rows: 1, or 0 if one rank has all."""
+        """Returns the number of rows that a convolution needs from other ranks, above and below a rank's own rows.
+
+        The number is 1: one row above and one row below. It is 0 if one rank has all rows.
+        """
         ...
 
     @property
     def has_part(self) -> bool:
-        """Returns whether this rank has rows of the frame; with more ranks than latent rows, some ranks have none."""
+        """Returns whether this rank has rows of the frame.
+
+        If there are more ranks than latent rows, some ranks have no rows.
+        """
         ...
 
     def own(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's rows of x along `dim`.
+        """Returns this rank's rows of x; the rows lie along `dim` of x.
 
-        The length of `dim` must be a multiple of the number of latent rows.
+        The length of `dim` must be a multiple of the number of latent rows of the frame.
         """
         ...
 
     def fill(self, clip: Tensor) -> None:
-        """Fills the first and last row of a clip [B,C,T,h+2,w] with rows of other ranks, or zeros at a frame's edge."""
+        """Fills the first row and the last row of a clip [B,C,T,h+2,w], in place.
+
+        These two rows come from the neighbouring ranks. At an edge of the frame there is no neighbour, and the row
+        becomes zeros.
+        """
         ...
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
@@ -68,12 +80,12 @@ class Rows(Protocol):
         ...
 
     def collect(self, x: Tensor, dim: int) -> Tensor | None:
-        """Returns the rows of all ranks, joined along `dim`, on the leader, and None on other ranks."""
+        """Returns the rows of all ranks, joined along `dim`, if this rank is the leader; otherwise returns None."""
         ...
 
 
 class WholeFrame:
-    """This `Rows` is for one rank: it has all rows and exchanges nothing."""
+    """This class implements `Rows` for a single rank, which has all rows and exchanges nothing."""
 
     halo, has_part = 0, True
 
@@ -116,10 +128,11 @@ class WanVAE(nn.Module):
     def encode(self, video: Tensor, still_from: int | None = None, rows: Rows = WHOLE_FRAME) -> Tensor:
         """Returns the float32 latents [B,16,T,Y,X] of video [B,3,F,H,W]: the posterior's normalised mean, not a sample.
 
-        `still_from`: the first index from which on all frames are equal, if there is one. Then the outputs of layers
-        repeat after some chunks, and repeated outputs are not computed again. The latents are bitwise the same. For an
-        image and 80 grey frames, a third of the work remains.
-        Raises ValueError if F is not 4n+1, or H or W is not a multiple of 8.
+        `still_from`: the index from which on all frames of the clip are equal; None if there is no such index. With
+        `still_from`, layers repeat their outputs after some chunks, and a repeated output is not computed again. The
+        latents are bitwise the same as without `still_from`. For an image and 80 grey frames, a third of the work
+        remains.
+        Raises ValueError if F is not 4n+1, or if H or W is not a multiple of 8.
         """
         frames, height, width = video.shape[2:]
         stride = self.spec.spatial_stride
@@ -138,7 +151,11 @@ class WanVAE(nn.Module):
         return torch.cat(list(self.decode_stream(latents)), dim=2)
 
     def decode_stream(self, latents: Tensor, rows: Rows = WHOLE_FRAME) -> Iterator[Tensor]:
-        """Yields the video of latents [B,16,T,Y,X] in T pieces: first [B,3,1,H,W], then [B,3,4,H,W] each, in [-1,1]."""
+        """Decodes latents [B,16,T,Y,X], and yields the video in T pieces with values in [-1,1].
+
+        The first piece is [B,3,1,H,W]; every later piece is [B,3,4,H,W]. If `rows` divides the frame among ranks, the
+        latents and the pieces contain only this rank's rows.
+        """
         queue = _start(self.decoder)
         for z in torch.split(latents, 1, dim=2):
             yield self._decode(z, queue, rows)
@@ -186,7 +203,8 @@ class WanVAE(nn.Module):
 def latent_statistics(spec: VAESpec, device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns the latents' mean and 1/std, each [C,1,1,1] float32, on `device`.
 
-    They are not buffers, because a module built on the meta device would lose their values.
+    The two tensors are not buffers, because a module that is built on the meta device would lose the values of its
+    buffers.
     """
     mean = torch.tensor(spec.latents_mean, dtype=torch.float32, device=device)
     std = torch.tensor(spec.latents_std, dtype=torch.float32, device=device)
@@ -225,8 +243,8 @@ class Encoder(nn.Module):
         """Returns one chunk index for each layer before the middle: from this chunk on, the layer repeats its output.
 
         From the frame `still_from` on, all frames of the clip are equal. A chunk has `frames` frames. A convolution
-        over time also reads the two frames before, so its output repeats two frames later. In a layer that halves the
-        number of frames, `still_from` and `frames` are halved too.
+        over time also reads the two frames before the current frame, so its output repeats two frames later. In a layer
+        that halves the number of frames, `still_from` and `frames` are halved too.
         """
         still, chunks = still_from + 2, []
         chunks.append(_settled_chunk(still, frames))
@@ -290,7 +308,11 @@ class Decoder(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Applies norm, SiLU and convolution twice, then adds the input: maps [B,C,T,h,w] to [B,C',T,h,w]."""
+    """Applies the sequence of norm, SiLU and convolution twice, and adds the block's input to the result.
+
+    The block maps [B,C,T,h,w] to [B,C',T,h,w]. If C' differs from C, a 1x1x1 convolution maps the added input to C'
+    channels.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -308,7 +330,10 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Applies self-attention among the positions of each frame of [B,C,T,h,w], with one head of C channels."""
+    """Applies self-attention within each frame of a clip [B,C,T,h,w], and adds the result to the clip.
+
+    The h * w positions of a frame are its tokens. There is one head, which has C channels.
+    """
 
     def __init__(self, channels: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -338,7 +363,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Maps [B,C,T,h,w] to [B,C,T,h/2,w/2]; if `temporal`, halves T too, but keeps a clip's first frame."""
+    """Maps [B,C,T,h,w] to [B,C,T,h/2,w/2].
+
+    If `temporal`, every two frames also become one frame, except a clip's first frame, which stays one frame.
+    """
 
     def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -356,9 +384,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Maps [B,C,T,h,w] to [B,C/2,T,2h,2w]; if `temporal`, doubles the frames too, but never a clip's first frame.
+    """Maps [B,C,T,h,w] to [B,C/2,T,2h,2w].
 
-    The convolution over time skips the first frame, and reads zeros in its place for later frames.
+    If `temporal`, each frame also becomes two frames, except a clip's first frame. The convolution over time does not
+    run for the first frame. For later frames, it reads zeros in place of the first frame.
     """
 
     def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
@@ -379,16 +408,22 @@ class Upsample(nn.Module):
 
 
 class Conv3d(nn.Conv3d):
-    """This convolution of [B,C,T,h,w] runs by `convolve`, which chooses a fast cuDNN engine."""
+    """This layer convolves clips [B,C,T,h,w] by the function `convolve`, which chooses a fast cuDNN engine."""
 
     def forward(self, x: Tensor, halo: int = 0) -> Tensor:
-        """Convolves x, which already contains `halo` rows of the padding at its top and at its bottom."""
+        """Convolves x, and pads `halo` fewer rows at the top and at the bottom.
+
+        x already contains these rows.
+        """
         stride, (time, top, left) = cast(Triple, self.stride), cast(Triple, self.padding)
         return convolve(x, self.weight, cast(Tensor, self.bias), stride=stride, padding=(time, top - halo, left))
 
 
 class CausalConv3d(Conv3d):
-    """Convolves each frame and the two before it, [B,C,T,h,w] to [B,C',T,h,w]; frames before the first are zeros."""
+    """Convolves each frame together with the two frames before this frame: maps [B,C,T,h,w] to [B,C',T,h,w].
+
+    Before a clip's first frame, the missing frames are zeros.
+    """
 
     def __init__(
         self,
@@ -403,16 +438,18 @@ class CausalConv3d(Conv3d):
     def forward(  # type: ignore[override]
         self, x: Tensor, past: PastQueue, rows: Rows, norm: RMSNorm | None = None
     ) -> Tensor:
-        """Convolves x, or SiLU(norm(x)) if `norm` is given, together with the two frames before it.
+        """Convolves x, or SiLU(norm(x)) if `norm` is given, together with two earlier frames.
 
-        These two frames are this convolution's entry in `past`, which is then replaced by the last two frames.
+        The two earlier frames are this convolution's entry in `past`. Then the last two frames of the convolution's
+        input replace this entry.
         """
         return self.convolved(self.extended(x, past, rows, norm), rows)
 
     def extended(self, x: Tensor, past: PastQueue, rows: Rows, norm: RMSNorm | None = None) -> Tensor:
-        """Returns the convolution's input: x, or SiLU(norm(x)), extended by two earlier frames and rows of other ranks.
+        """Returns the convolution's input: x, extended by two earlier frames and by rows of other ranks.
 
-        The earlier frames come from this convolution's entry in `past`, which is replaced by the last two frames.
+        If `norm` is given, SiLU(norm(x)) takes the place of x. The two earlier frames come from this convolution's
+        entry in `past`. Then the last two frames of the returned input replace this entry.
         """
         batch, channels, frames, height, width = x.shape
         before, halo = past.popleft(), self._halo(rows)
