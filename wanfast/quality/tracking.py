@@ -1,9 +1,10 @@
-"""Classifies the motion that a video shows: tracks a shape of known colour and compares its path with all motions.
+"""Finds which of the known motions a video shows: it tracks a shape of known colour through the frames.
 
 In each frame, a soft mask says how much each pixel belongs to the shape. For this, the pixel's colour is compared with
-the shape's colour, lit or shaded. The mask gives the shape's centre, its size, and its rotation between frames. The
-rotation is the angle that best aligns the mask's polar profile with the polar profile of the previous frame. The video
-shows the motion whose path is nearest to the tracked path.
+the shape's colour, lit or shaded. The mask gives the shape's centre, its size, and its rotation since the frame before.
+The rotation is the angle that best aligns the mask's polar profile with that of the frame before. `motions.MOTIONS`
+holds the centre, size and rotation of each known motion over time. The video shows the motion that is nearest to what
+was tracked.
 Limit: the tracker follows one shape of one colour, and no background may have this colour.
 """
 

@@ -41,9 +41,9 @@ class SkippingConfig(Part):
     magcache: Annotated[
         str,
         Option(
-            "Skip forwards whose residual hardly changes. The curve is the model's own (preset), the one calibrated "
-            "for these options (artifact), or any stored one (its KEY). E012K2R20 is preset with threshold 0.12, at "
-            "most 2 skips in a row, the first 20 % never skipped.",
+            "Skip forwards whose residual hardly changes, by a measured curve: preset takes the model's own curve, "
+            "artifact the curve that was calibrated for these options, and a KEY any stored curve. E012K2R20 means "
+            "preset, with threshold 0.12, at most 2 skips in a row, and the first 20 % never skipped.",
             LOSSY,
             metavar="<off|preset|artifact|KEY|E012K2R20>",
         ),
