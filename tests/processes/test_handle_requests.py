@@ -240,7 +240,7 @@ def test_a_video_is_saved_where_it_is_asked_for(workdir: Path, monkeypatch: pyte
     for path, sheet, words in (
         ("a.mp4", False, "exists: choose another name"),
         ("no/a.mp4", False, "its folder does not exist"),
-        ("cat.mp4", True, "would overwrite the image"),
+        ("cat.mp4", True, "is the image that this video starts from"),
     ):
         with pytest.raises(ConfigError, match=words):
             video.save(path, contact_sheet=sheet, overwrite=sheet)

@@ -47,7 +47,7 @@ SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
 
 @dataclass(frozen=True)
 class Way:
-    """Holds one setting of MagCache, a kind of plan (greedy or least error), and such a plan for one video."""
+    """Holds one way to skip: MagCache's settings, the kind of plan, and the plan that follows for one video."""
 
     rule: MagCacheRule
     name: str
@@ -75,9 +75,9 @@ def ways(full: Plan, judge: Judge) -> list[Way]:
 
 @torch.inference_mode()
 def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
-    """Makes the videos of one held-out pair and returns a row of metrics for each video.
+    """Makes videos from one held-out scene, and returns a row of metrics for each video.
 
-    The first row is without skipping, and each further row is for one `Way`.
+    The first row is for the video without skipping. Each other row is for the video of one `Way`.
     """
     scene, truth = judge.held_out(index)
     full = Plan.of(judge.config.replace(seed=index), judge.files.spec, (SIZE, SIZE))

@@ -75,7 +75,8 @@ def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, scheme: Schem
     """Returns the bytes that a forward needs in addition to the weights; `tokens` is the number of tokens on one rank.
 
     The text's keys and values are included. If `scheme` also quantizes activations, the activations of the feed-forward
-    network are included: twice in float32 and once in 8 bits. A forward that is not compiled holds all three copies.
+    network are included, twice in float32 and once in 8 bits. This is the most that a forward holds: if it is compiled,
+    it holds fewer copies.
     """
     dit = spec.dit
     quantizing = 9 * dit.ffn_dim * tokens if scheme in ("int8-dynamic", "fp8-rowwise") else 0

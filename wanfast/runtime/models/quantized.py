@@ -66,9 +66,10 @@ class QuantizedLinear(nn.Module):
 
 
 def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Returns x W^T + bias for int8 tokens x [B, L, K] and int8 weights W [N, K], both multiplied by their scales.
+    """Returns x W^T + bias [B, L, N] in the dtype of the bias.
 
-    The result is [B, L, N] in the dtype of the bias.
+    x [B, L, K] and W [N, K] are the values that int8 numbers and their scales represent: a scale for each token of x,
+    and one for each output channel of W.
     """
     if not (HAS_KERNELS and x.values.is_cuda):
         sums = torch._int_mm(x.values.flatten(0, -2), weight.t()).view(*x.values.shape[:-1], -1)
@@ -78,9 +79,10 @@ def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor
 
 
 def fp8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Returns x W^T + bias for float8 e4m3 tokens x [B, L, K] and weights W [N, K], both multiplied by their scales.
+    """Returns x W^T + bias [B, L, N] in the dtype of the bias.
 
-    The result is [B, L, N] in the dtype of the bias.
+    x [B, L, K] and W [N, K] are the values that float8 e4m3 numbers and their scales represent: a scale for each token
+    of x, and one for each output channel of W.
     """
     if not x.values.is_cuda:
         return _scaled(F.linear(x.values.float(), weight.float()), x, scale, bias)

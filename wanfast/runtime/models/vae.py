@@ -411,9 +411,9 @@ class Conv3d(nn.Conv3d):
     """This layer convolves clips [B,C,T,h,w] by the function `convolve`, which chooses a fast cuDNN engine."""
 
     def forward(self, x: Tensor, halo: int = 0) -> Tensor:
-        """Convolves x, and pads `halo` fewer rows at the top and at the bottom.
+        """Convolves x, which already has `halo` more rows at the top and at the bottom.
 
-        x already contains these rows.
+        So the convolution pads this many rows fewer than its own padding says.
         """
         stride, (time, top, left) = cast(Triple, self.stride), cast(Triple, self.padding)
         return convolve(x, self.weight, cast(Tensor, self.bias), stride=stride, padding=(time, top - halo, left))

@@ -87,7 +87,7 @@ class Video:
         image = Path(self.document["effective"]["video"]["image"])
         for target in outputs:
             if target.resolve() == image.resolve():
-                raise ConfigError(f"save {target} would overwrite the image of this video: choose another name")
+                raise ConfigError(f"save: {target} is the image that this video starts from: choose another name")
             if target.exists() and not overwrite:
                 raise ConfigError(f"{target} exists: choose another name, or save with overwrite=True")
 

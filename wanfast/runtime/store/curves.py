@@ -194,7 +194,10 @@ def steps_of(solver: Any, steps: int, shift: float, boundary: float) -> list[tup
 
 
 def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:
-    """Returns everything that the key of a calibrated curve is made from. Raises MissingArtifactError if weights are missing."""
+    """Returns all inputs of the key of a calibrated curve.
+
+    Raises MissingArtifactError if weights are missing.
+    """
     return {
         "experts": _experts(files),
         "facts": files.spec.dit.to_json(),

@@ -18,12 +18,12 @@ _Pairs = list[tuple[str, str]]
 
 
 def rename(component: Component, layout: Layout, key: str) -> str:
-    """Returns our name for the tensor `key` of a layout; a key that is not in the table is returned unchanged."""
+    """Returns our name of a tensor that a checkpoint in `layout` names `key`; unknown keys are returned unchanged."""
     return _substitute(key, key_map(component, layout))
 
 
 def rename_back(component: Component, layout: Layout, name: str) -> str:
-    """Returns the tensor name in `layout` for our `name`: the inverse of `rename`."""
+    """Returns the name that a checkpoint in `layout` has for our tensor `name`: the inverse of `rename`."""
     return _substitute(name, [(ours, theirs) for theirs, ours in key_map(component, layout)])
 
 
