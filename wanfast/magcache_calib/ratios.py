@@ -82,7 +82,7 @@ def _mean(values: list[float], otherwise: float) -> float:
 def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelFiles) -> dict[str, Any] | None:
     """Compares the curve with the model's preset, and lists the steps at which the ratios differ too much.
 
-    Too much is more than the curve's spread, which is the standard deviation over tokens. The worst step is the one with
+    Too much is more than the curve's spread, which is the standard deviation over tokens. The worst step has
     the largest difference in relation to its spread. The first step of each expert is excluded, because no plan uses
     the ratio of such a step. Returns None if the model has no preset, if the preset has other steps than `config`, or
     if every step is excluded.

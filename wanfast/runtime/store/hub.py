@@ -283,8 +283,8 @@ def _verify_hashes(request: Request, listing: _Listing, fetched: list[str]) -> N
             f"{where}: removed after the download, because the sha256 is not the one that the hub reports: {_AGAIN}"
         )
     raise CorruptArtifactError(
-        f"{where}: the sha256 is not the one that the hub reports: keep a copy if you changed these files, remove them, "
-        f"and {_AGAIN}"
+        f"{where}: the sha256 is not the one that the hub reports: keep a copy if you changed these files, remove "
+        f"them, and {_AGAIN}"
     )
 
 
