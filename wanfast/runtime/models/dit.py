@@ -317,8 +317,8 @@ class WanDiT(nn.Module):
     def fuse_projections(self) -> None:
         """Fuses the projections q, k and v of each block into one layer.
 
-        If `sequence` requests q, k and v in separate calls, nothing is fused. The weights must be loaded and must not
-        be sharded.
+        Nothing is fused if ranks share the tokens, because then q, k and v are computed and sent one after the other.
+        The weights must be loaded and must not be sharded.
         """
         if not self.sequence.overlaps:
             for block in self._blocks():

@@ -162,7 +162,7 @@ def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelS
         asked = f"{config.video.steps} steps with {config.video.solver} at shift {config.video.shift:g}"
         raise ConfigError(
             f"--magcache {name}: this curve has {measured}, but this run has {asked}: {bridge}run "
-            f"`{calibrate_command(config, spec)}` and use --magcache artifact"
+            f"`{calibrate_command(config, spec)}` and then this command with --magcache artifact"
         )
     try:
         bridged = resample(ratios, known, wanted)
