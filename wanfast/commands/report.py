@@ -78,8 +78,8 @@ class Report:
     def close(self, planned: list[Planned], results: list[dict[str, Any]]) -> None:
         """Prints the JSON document if `as_json` is true.
 
-        If a single request failed, raises the error of this request. If a line of a list failed, raises
-        JobsFailedError.
+        Without `--jobs`, raises the error of the video if it failed. With `--jobs`, raises JobsFailedError if any line
+        failed.
         """
         many = planned[0].request.line is not None
         failed = sum("error" in result for result in results)

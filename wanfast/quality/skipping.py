@@ -47,7 +47,7 @@ SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
 
 @dataclass(frozen=True)
 class Way:
-    """Holds one way to skip: MagCache's settings, the kind of plan, and the plan that follows for one video."""
+    """Holds one way to skip forwards: a name and a rule of MagCache, greedy or least error, and the resulting plan."""
 
     rule: MagCacheRule
     name: str
@@ -77,7 +77,7 @@ def ways(full: Plan, judge: Judge) -> list[Way]:
 def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
     """Makes videos from one held-out scene, and returns a row of metrics for each video.
 
-    The first row is for the video without skipping. Each other row is for the video of one `Way`.
+    The first row is for the video without skipping. Each other row is for one `Way` to skip.
     """
     scene, truth = judge.held_out(index)
     full = Plan.of(judge.config.replace(seed=index), judge.files.spec, (SIZE, SIZE))

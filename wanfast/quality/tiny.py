@@ -189,8 +189,9 @@ def _work(asked: tuple[Callable[[Judge, T], R], T]) -> R:
 def judge_all(
     judged: Callable[[Judge, T], R], tasks: Sequence[T], settings: Settings, processes: int, *, every: int
 ) -> list[R]:
-    """Returns `judged(judge, task)` for each task, in order; `processes` processes work, each with its own judge.
+    """Returns `judged(judge, task)` for each task, in order.
 
+    The number of worker processes is `processes`, and each has its own judge.
     After every `every` tasks, a line with the progress is printed.
     """
     started, results = time.perf_counter(), []

@@ -94,7 +94,7 @@ class ModelsConfig(Part):
     quantize: Annotated[
         Scheme | None,
         Option(
-            "Use experts that `wanfast quantize` stored with this scheme. bf16 only casts the weights.",
+            "Use experts that `wanfast quantize` stored with this scheme. With bf16 they are cast, not quantized.",
             LOSSY,
             also=ALL,
         ),

@@ -95,7 +95,7 @@ class OptionField:
         return absolute(value, self.flag) if is_path else value
 
     def check_range(self, value: Any) -> None:
-        """Raises ConfigError if `value` is out of range, or is a text that cannot be stored in a file."""
+        """Raises ConfigError if `value` is out of range, or is a text that UTF-8 cannot encode or that holds a NUL."""
         if isinstance(value, str):
             _check_text(self.name, value)
         if value is not None and self.option.check is not None and (fix := self.option.check(value)):

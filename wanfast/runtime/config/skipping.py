@@ -51,7 +51,7 @@ class SkippingConfig(Part):
     magcache_thresh: Annotated[
         float | None,
         Option(
-            "Limit of the error that skips accumulate. A forward whose skip would reach this limit is computed.",
+            "Limit of the error that consecutive skips may add up to. A forward whose skip would reach it is computed.",
             LOSSY,
             choice=_AMOUNT,
             default="0.12",
@@ -95,7 +95,7 @@ class SkippingConfig(Part):
     magcache_budget: Annotated[
         float | None,
         Option(
-            "Share of forwards to compute. The others are skipped so that their error is least, without a threshold.",
+            "Share of forwards to compute. The others are skipped: those whose skips cause the least error in all.",
             LOSSY,
             choice=_AMOUNT,
             check=lambda x: None if 0 < x <= 1 else "use the share of forwards to compute, over 0 to 1",

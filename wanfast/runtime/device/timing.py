@@ -29,7 +29,10 @@ class Stopwatch:
 
 
 class FirstStep:
-    """Measures the seconds of the first step, including compilation; call an instance before and after each step."""
+    """Measures the seconds of the first step, including compilation.
+
+    Call the object before and after every step; calls after the first step do nothing.
+    """
 
     def __init__(self, device: str) -> None:
         self._device = device

@@ -50,8 +50,8 @@ class Exchanges:
 class MissedExchanges(Exchanges):
     """Sends zeros for a rank that ran out of memory, because other ranks wait for this rank's tensors.
 
-    Meanwhile this rank repeats its work on the meta device. The first `done` exchanges are left out, because the rank
-    did these exchanges before it ran out of memory.
+    The rank repeats its work on the meta device only to learn the shapes that it must send. The first `done` exchanges
+    are left out, because the rank did them before it ran out of memory.
     """
 
     def __init__(self, done: int, device: str) -> None:
@@ -87,10 +87,11 @@ class SplitRows:
         return self.rank < len(self.counts)
 
     def missed(self, device: str) -> SplitRows:
-        """Returns a copy of this object for a rank that ran out of memory and will repeat its work on the meta device.
+        """Returns a copy of this object for a rank that ran out of memory, so that its peers do not wait for it.
 
-        The copy leaves out the exchanges that this rank has already done. In all later exchanges it sends zeros, which
-        are on `device`.
+        The rank runs its work again with this copy on the meta device, which gives the shapes of all exchanges and
+        computes nothing. The copy leaves out the exchanges that the rank has done already. In each later exchange it
+        sends zeros, which are on `device`.
         """
         return replace(self, exchanges=MissedExchanges(self.exchanges.done, device))
 

@@ -29,7 +29,10 @@ def require_finite(where: str, finite: bool) -> None:
 
 
 class FiniteWatch:
-    """Checks the tensors of one video for NaN and infinities; an error is raised at the check of the next tensor."""
+    """Checks the tensors of one video for NaN and infinities, without waiting for the GPU.
+
+    So the error of a tensor is raised when the next tensor is checked; `finish` raises the error of the last one.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks

@@ -74,9 +74,9 @@ def umt5_bytes(spec: UMT5Spec, precision: Precision) -> int:
 def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, scheme: Scheme | None = None) -> int:
     """Returns the bytes that a forward needs in addition to the weights; `tokens` is the number of tokens on one rank.
 
-    The text's keys and values are included. If `scheme` also quantizes activations, the activations of the feed-forward
-    network are included, twice in float32 and once in 8 bits. This is the most that a forward holds: if it is compiled,
-    it holds fewer copies.
+    The text's keys and values are included. A `scheme` that quantizes activations needs three more copies of the
+    feed-forward network's activations: two in float32 and one in 8 bits. A compiled forward needs fewer, so the result
+    is an upper bound.
     """
     dit = spec.dit
     quantizing = 9 * dit.ffn_dim * tokens if scheme in ("int8-dynamic", "fp8-rowwise") else 0

@@ -42,7 +42,10 @@ def run(
 
 
 def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, frames_of: FrameFileFn) -> Result:
-    """Makes one video; the leader writes its .mp4 and .json, or only the frames if the job has no output file."""
+    """Makes one video; the leader writes its .mp4 and .json.
+
+    If the job has no output file, the leader writes the frames to the file `frames_of(index)` instead.
+    """
     steps = job.config.video.steps
     progress(index, "encoding the image", 0, steps)
 

@@ -75,10 +75,10 @@ def _launch(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 def rms_norm_rotate(
     x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None, parts: int
 ) -> Tensor:
-    """Returns x / rms(x) * weight, rotated if cos and sin are given; d is divided into `parts` equal groups.
+    """Returns x / rms(x) * weight for x [B, L, d], rotated if cos and sin are given: [parts, B, L, d / parts].
 
-    The result is [parts, B, L, d / parts]. x may be a column slice of a larger tensor. cos and sin are [L, 1, D/2],
-    where D is the head dim.
+    The mean square is over all of d, which is then divided into `parts` equal groups. x may be a column slice of a
+    larger tensor. cos and sin are [L, 1, D/2], where D is the head dim.
     """
     d = x.shape[-1]
     assert x.stride(-1) == 1, "the values of a row must be adjacent"

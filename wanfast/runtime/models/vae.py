@@ -9,8 +9,8 @@ chunk takes the past, and returns the past for the next chunk.
 Cost at 1280x720, 81 frames: encode 382 TFLOP, decode 639 TFLOP. An activation of 4 full-size frames with 96 channels
 takes 1.4 GB in float32, and the decoder's past takes 8.7 GB. `encode` and `decode_stream` free a past as soon as it is
 replaced.
-Limit: the reference computes in float32. FastVideo reports that bfloat16 is harmless in decoding (MS-SSIM 0.9999) but
-not in encoding.
+The encoder computes in float32, as the reference does, and the decoder in `decoder_dtype`. FastVideo reports that
+bfloat16 is harmless in decoding (MS-SSIM 0.9999) but not in encoding.
 Source: Wan technical report (arXiv 2503.20314); Wan-Video/Wan2.2 `wan/modules/vae2_1.py` (42bf4cf).
 
 Ranks may share the rows of each frame (`Rows`). Then each rank takes and returns only its own rows. A convolution also
@@ -128,10 +128,10 @@ class WanVAE(nn.Module):
     def encode(self, video: Tensor, still_from: int | None = None, rows: Rows = WHOLE_FRAME) -> Tensor:
         """Returns the float32 latents [B,16,T,Y,X] of video [B,3,F,H,W]: the posterior's normalised mean, not a sample.
 
-        `still_from`: the index from which on all frames of the clip are equal; None if there is no such index. With
-        `still_from`, layers repeat their outputs after some chunks, and a repeated output is not computed again. The
-        latents are bitwise the same as without `still_from`. For an image and 80 grey frames, a third of the work
-        remains.
+        `still_from`: the index from which on all frames of the clip are equal; None if there is no such index. The clip
+        is encoded in chunks of four frames. A few chunks after this index, each layer's output is equal to its output
+        for the chunk before, so that it is not computed again. The latents are bitwise the same as without
+        `still_from`. For an image and 80 grey frames, a third of the work remains.
         Raises ValueError if F is not 4n+1, or if H or W is not a multiple of 8.
         """
         frames, height, width = video.shape[2:]
@@ -240,11 +240,11 @@ class Encoder(nn.Module):
         return moments
 
     def settles(self, still_from: int, frames: int) -> list[int]:
-        """Returns one chunk index for each layer before the middle: from this chunk on, the layer repeats its output.
+        """Returns one chunk index for each layer before the middle blocks: its outputs are equal from this chunk on.
 
-        From the frame `still_from` on, all frames of the clip are equal. A chunk has `frames` frames. A convolution
-        over time also reads the two frames before the current frame, so its output repeats two frames later. In a layer
-        that halves the number of frames, `still_from` and `frames` are halved too.
+        From frame number `still_from` on, all frames of the clip are equal. A chunk of the clip has `frames` frames. A
+        convolution over time also reads the two frames before the current frame, so its outputs are equal only from
+        two frames later on. A layer that halves the number of frames halves both numbers for all later layers.
         """
         still, chunks = still_from + 2, []
         chunks.append(_settled_chunk(still, frames))

@@ -153,7 +153,10 @@ def modes(need: Need, ranks: int) -> dict[str, int]:
 
 
 def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
-    """Returns {mode: {what takes memory: bytes}}; the bytes of a mode add up to its peak in `modes`."""
+    """Returns {mode: {what takes memory: bytes}}, where a mode is a way to hold the experts, such as offloaded.
+
+    The sum of a mode's bytes is the peak that `modes` returns for it.
+    """
     in_loop, in_vae = _in_loop(need), {"VAE": need.vae} | ({"graphs": need.graphs} if need.graphs else {})
     both, margin = {"both experts": 2 * need.expert}, {"margin": need.margin}
     held = {"resident": {**both, **_larger(in_loop, in_vae), **margin}}

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 def main(run_folder: Path, number: int) -> int:
     """Runs rank group `number` and returns its exit code: 0, 5 if a rank failed, or 128 + the number of a signal.
 
-    The ranks are forks of this process. In each rank, this function runs the worker instead and returns 0.
+    The ranks are forks of this process. In this process, the function waits for them. In each fork, it runs the worker
+    and returns 0.
     """
     document = json.loads((run_folder / SETUP).read_text(encoding="utf-8"))
     config = RanksConfig(**document["ranks"])

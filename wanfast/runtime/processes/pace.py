@@ -38,9 +38,9 @@ class Work:
 
     @classmethod
     def of(cls, pids: Iterable[int], *, on_cpu: bool) -> Work:
-        """Adds up what the operating system counts as work of the processes `pids`.
+        """Adds up the bytes that the processes `pids` read and wrote, and the pages that they touched first.
 
-        CPU time is added only if `on_cpu` is true.
+        Their CPU time counts only if `on_cpu` is true, because a rank that waits for its GPU also uses CPU time.
         """
         moved = ticks = 0
         for folder in (Path("/proc", str(pid)) for pid in pids):
@@ -52,7 +52,7 @@ class Work:
         return cls(moved, ticks / os.sysconf("SC_CLK_TCK") if on_cpu else 0.0)
 
     def exceeds(self, before: Work, seconds: float) -> bool:
-        """Returns whether the rank has worked since the counts `before` were read, `seconds` ago."""
+        """Returns whether these counts show work beyond `before`, the counts of the same rank `seconds` earlier."""
         return self.moved > before.moved or self.cpu_s - before.cpu_s > _LEAST_CPU * seconds
 
 

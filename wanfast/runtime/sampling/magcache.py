@@ -1,8 +1,7 @@
-"""MagCache plans in which forwards a stored residual replaces the blocks; the plan is made before the generation.
+"""MagCache skips forwards: a stored residual then replaces the blocks. The plan is made before the generation.
 
-Such a forward is skipped. A residual is the sum that the blocks of an expert add to their input. Over most of the
-schedule, residuals change little from step to step: the norms of two successive residuals have a ratio near one. A
-curve holds these ratios, which are measured once for a model and a schedule. From the ratios, the plan predicts the
+A residual is the sum that the blocks of an expert add to their input. Over most of the schedule, residuals change
+little from step to step: the norms of two successive residuals have a ratio near one. A curve holds these ratios, which are measured once for a model and a schedule. From the ratios, the plan predicts the
 error of each skip. The plan skips forwards while the accumulated error stays below a threshold. A skipped forward
 reuses the residual of the last forward that ran. The plan depends only on the curve and the settings, so every rank
 computes the same plan.
@@ -36,7 +35,7 @@ Skips = tuple[bool, bool]  # of one step: (the prompt's branch, the negative pro
 
 @dataclass(frozen=True)
 class MagCacheSettings:
-    """Holds two limits of consecutive skips (accumulated error, number), and the share of forwards that always run."""
+    """Holds the largest error and number of consecutive skips, and the share of forwards that always run."""
 
     threshold: float  # of the accumulated error
     max_skips: int  # of one branch in a row
@@ -92,9 +91,9 @@ def plan_best(
     product of the ratios of the steps i+1 to j. The plan's error is the sum of the errors of its skipped forwards.
     `settings` limits the number of skips in a row, and says which forwards always run; the threshold in `settings` is
     ignored.
-    exactly: if False and no plan skips exactly `skipped` forwards, the plan skips the largest possible number below
-    `skipped`. This can happen because joint skips come in pairs.
-    Other arguments are those of `plan_skips`. Raises ConfigError if no plan skips that many forwards.
+    Joint skips come in pairs, so perhaps no plan skips exactly `skipped` forwards. If `exactly` is false, the plan then
+    skips one forward less. If it is true, ConfigError is raised. ConfigError is always raised if `settings` allow fewer
+    skips than `skipped`. Other arguments are those of `plan_skips`.
     """
     may_skip = _allowed(experts, settings.retention, settings.rule)
     guided = guided or [True] * len(ratios)

@@ -2,8 +2,8 @@
 
 The hub is asked once for the commit and the files of a revision. The download is pinned to that commit, and at the end
 the files on disk are compared with the hub's answer. The result of huggingface_hub is not enough: the library can
-return without an error and without files. Its dry run also reports the right size for a damaged file. A manifest,
-written last, records the commit, so that two commits never mix in one folder.
+return without an error and without files, and its dry run does not notice a damaged file. A manifest, written last,
+records the commit, so that two commits never mix in one folder.
 
 If the cache of the Hugging Face Hub holds the whole commit, nothing is downloaded: `--model a14b` reads the weights in
 the cache.
