@@ -40,6 +40,7 @@ def true_sizes() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_true_sizes_load_in_little_more_memory_than_the_model(
     true_sizes: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
