@@ -183,6 +183,7 @@ def test_the_shipped_model_does_what_the_prompt_says(verdicts: list[dict[str, ob
         assert verdict["psnr"] >= 27
 
 
+@pytest.mark.slow
 def test_residual_ratios_are_those_of_one_branch(verdicts: list[dict[str, object]]) -> None:
     ratios = np.array(verdicts[0]["ratios"])
     assert ratios.shape == (40, 2)
