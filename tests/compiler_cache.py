@@ -13,7 +13,7 @@ from pathlib import Path
 
 _FOLDER = "WANFAST_TESTS_COMPILED"  # in the environment: processes of one run share it
 _REAL = "WANFAST_TESTS_CXX"
-# A script of the repository: Inductor keeps precompiled headers by the path of the compiler, and would keep more each run.
+# A script of the repository: Inductor keeps precompiled headers by the compiler's path, and would keep more each run.
 _COMPILER = Path(__file__).with_name("cached_g++")
 
 
