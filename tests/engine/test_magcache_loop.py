@@ -74,35 +74,29 @@ def test_what_is_skipped_does_not_run(planned: tuple[Plan, ModelFiles], monkeypa
     assert 1e-4 < relative_error(latents, whole) < 1
 
 
-@pytest.mark.parametrize(
-    ("mesh", "fsdp", "joint"),
-    [
-        (mesh, fsdp, joint)
-        for mesh in MESHES
+@pytest.mark.parametrize("mesh", MESHES, ids=shown)
+def test_every_mesh_skips_alike(planned: tuple[Plan, ModelFiles], mesh: Mesh) -> None:
+    plan, files = planned
+    combinations = [
+        (fsdp, joint)
         for fsdp in ("off", "on")
         for joint in ("on", "off")
-        if mesh.group_size <= 4 and (mesh.cfg, fsdp, joint) != (2, "on", "off")  # all but the refused combination
-    ],
-    ids=lambda value: shown(value) if isinstance(value, Mesh) else value,
-)
-def test_every_mesh_skips_alike(planned: tuple[Plan, ModelFiles], mesh: Mesh, fsdp: str, joint: str) -> None:
-    plan, files = planned
-    plan = skipping(plan, magcache_joint=joint)
-    expected = final_latents(plan, files, Ranks("cpu"))
-    sharded = with_options(
-        plan,
-        dit_fsdp=fsdp,
-        t5_fsdp=fsdp,
-        artifacts_dir=f"artifacts-{fsdp}",
-        cfg_parallel=mesh.cfg,
-        ulysses=mesh.ulysses,
-    )
-    assert sharded.skips == plan.skips
-    got = on_ranks(mesh, lambda ranks: final_latents(sharded, files, ranks))
-    error = max(relative_error(latents, expected) for latents in got)
-    print(f"{shown(mesh)}, FSDP {fsdp}, joint {joint}: relative error of the final latents {error:.1e}")
-    assert error <= 1e-5
-    assert all(torch.equal(latents, got[0]) for latents in got)
+        if (mesh.cfg, fsdp, joint) != (2, "on", "off")  # all but the refused combination
+    ]
+    whole = {joint: skipping(plan, magcache_joint=joint) for joint in ("on", "off")}
+    expected = {joint: final_latents(alone, files, Ranks("cpu")) for joint, alone in whole.items()}
+    of_mesh = {"cfg_parallel": mesh.cfg, "ulysses": mesh.ulysses}
+    sharded = [
+        with_options(whole[joint], dit_fsdp=fsdp, t5_fsdp=fsdp, artifacts_dir=f"artifacts-{fsdp}", **of_mesh)
+        for fsdp, joint in combinations
+    ]
+    assert [own.skips for own in sharded] == [whole[joint].skips for _, joint in combinations]
+    results = on_ranks(mesh, lambda ranks: [final_latents(own, files, ranks) for own in sharded])
+    for (fsdp, joint), *got in zip(combinations, *results, strict=True):
+        error = max(relative_error(latents, expected[joint]) for latents in got)
+        print(f"{shown(mesh)}, FSDP {fsdp}, joint {joint}: relative error of the final latents {error:.1e}")
+        assert error <= 1e-5, (fsdp, joint)
+        assert all(torch.equal(latents, got[0]) for latents in got), (fsdp, joint)
 
 
 def test_sharded_experts_cannot_skip_apart(planned: tuple[Plan, ModelFiles]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def with_options(plan: Plan, **options: object) -> Plan:
     return dataclasses.replace(plan, config=plan.config.replace(**options))
 
 
-MESHES = [Mesh(cfg=cfg, ulysses=ulysses) for cfg in (1, 2) for ulysses in (1, 2, 4, 8) if 1 < cfg * ulysses <= 8]
+MESHES = [Mesh(cfg=cfg, ulysses=ulysses) for cfg in (1, 2) for ulysses in (1, 2, 4) if 1 < cfg * ulysses <= 4]
 
 
 def shown(mesh: Mesh) -> str:
@@ -74,6 +73,7 @@ def shown(mesh: Mesh) -> str:
 @pytest.mark.parametrize("fsdp", ["off", "on"])
 @pytest.mark.parametrize("mesh", MESHES, ids=shown)
 def test_every_mesh_gives_the_latents_of_one_rank(planned: tuple[Plan, ModelFiles], mesh: Mesh, fsdp: str) -> None:
+    """The test below has the meshes of 8 ranks."""
     plan, files = planned
     expected = final_latents(plan, files, Ranks("cpu"))
     plan = with_options(plan, dit_fsdp=fsdp, t5_fsdp=fsdp, artifacts_dir=f"artifacts-{fsdp}")
@@ -97,19 +97,19 @@ def test_sharded_weights_of_two_precisions_give_what_whole_ones_give(
     assert torch.equal(sharded[0], whole[0])
 
 
-@pytest.mark.parametrize("fsdp", ["off", "on"])
 @pytest.mark.parametrize("mesh", [Mesh(ulysses=4), Mesh(cfg=2, ulysses=4), Mesh(ulysses=8)], ids=shown)
-def test_tokens_that_the_ranks_do_not_divide(
-    planned: tuple[Plan, ModelFiles], mesh: Mesh, fsdp: str, small_model: Path, workdir: Path
-) -> None:
+def test_tokens_that_the_ranks_do_not_divide(mesh: Mesh, small_model: Path, workdir: Path) -> None:
     Image.linear_gradient("L").resize((61, 97)).convert("RGB").save("tall.png")
     options = {"image": "tall.png", "size": "96x48", "prompt": "a", "seed": 1, "precision": "fp32", "device": "cpu"}
     plan, files = resolve({"model": str(small_model), **options})
     assert plan.geometry.tokens % mesh.ulysses
     expected = final_latents(plan, files, Ranks("cpu"))
-    plan = with_options(plan, dit_fsdp=fsdp)
-    for latents in on_ranks(mesh, lambda ranks: final_latents(plan, files, ranks)):
-        assert relative_error(latents, expected) <= 1e-5
+    plans = [
+        with_options(plan, dit_fsdp=fsdp, t5_fsdp=fsdp, artifacts_dir=f"artifacts-{fsdp}") for fsdp in ("off", "on")
+    ]
+    for got in zip(*on_ranks(mesh, lambda ranks: [final_latents(plan, files, ranks) for plan in plans]), strict=True):
+        assert relative_error(got[0], expected) <= 1e-5
+        assert all(torch.equal(latents, got[0]) for latents in got)
 
 
 def test_branches_are_not_mixed_up(planned: tuple[Plan, ModelFiles]) -> None:
@@ -490,16 +490,3 @@ def test_the_host_holds_each_expert_once() -> None:
     experts = eleven_blocks()
     OffloadedExperts(experts, "cpu")
     assert not any(parameter.numel() for model in experts.values() for parameter in model.parameters())
-
-
-def test_no_exchange_of_all_ranks_waits_longer_than_asked() -> None:
-    def work(ranks: Ranks) -> float:
-        began = time.monotonic()
-        if ranks.rank == 1:
-            time.sleep(5)
-        else:
-            with pytest.raises(RuntimeError):
-                ranks.gather(None)
-        return time.monotonic() - began
-
-    assert on_ranks(Mesh(cfg=2), work, timeout_s=1)[0] < 4

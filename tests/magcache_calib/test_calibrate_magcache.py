@@ -174,19 +174,19 @@ def test_the_curve_is_the_mean_of_the_clips() -> None:
     assert found["spread"][1] == [0.1, 0.1] and found["cosine_distance"][2] == [0.2, 0.2]
 
 
-def test_two_seeds_of_the_shipped_set_agree_and_the_preset_with_them(wanfast: Wanfast) -> None:
-    curves = []
-    for seed in ("0", "50"):
-        outcome = wanfast("calibrate-magcache", "--model", "tiny", "--device", "cpu", "--seed", seed, "--json")
-        assert outcome.exit_code == 0, outcome.err
-        assert outcome.document["preset"]["steps"] == [] and "the preset agrees" in outcome.err
-        curves.append(outcome.document)
-    first, second = curves
-    assert first["key"] != second["key"]
+@pytest.mark.slow
+def test_another_seed_of_the_shipped_set_agrees_with_the_preset(wanfast: Wanfast) -> None:
+    """The preset was measured with seed 0."""
+    outcome = wanfast("calibrate-magcache", "--model", "tiny", "--device", "cpu", "--seed", "50", "--json")
+    assert outcome.exit_code == 0, outcome.err
+    found, known = outcome.document, preset(model_files.locate("tiny", "artifacts"))
+    assert known is not None
+    assert found["preset"]["steps"] == [] and "the preset agrees" in outcome.err
+    assert found["ratios"] != known["ratios"]
     for step in range(1, 40):
         for branch in (0, 1):
-            apart = abs(first["ratios"][step][branch] - second["ratios"][step][branch])
-            assert apart < first["spread"][step][branch], (step, branch)
+            apart = abs(found["ratios"][step][branch] - known["ratios"][step][branch])
+            assert apart < found["spread"][step][branch], (step, branch)
 
 
 def test_the_preset_is_of_the_tiny_model_that_ships() -> None:

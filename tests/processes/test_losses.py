@@ -86,6 +86,7 @@ def write_model_with_nan(folder: Path) -> None:
     save_file(tensors, file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4], ids=["one group of two ranks", "two groups of two ranks"])
 def test_each_bad_line_has_its_own_reason_and_the_others_are_made(
     start: Start, workdir: Path, small_disk: bool, ranks: int, subtests: pytest.Subtests
@@ -172,6 +173,7 @@ def test_a_lone_rank_that_hangs_costs_its_line_whatever_it_was_doing(
         assert expected in result.get("error", "") and bool(expected) == ("error" in result), result
 
 
+@pytest.mark.slow
 def test_models_that_kill_their_ranks_lose_only_their_lines(start: Start, workdir: Path) -> None:
     """The third group that dies while it loads the same models shows that these are at fault."""
     shutil.copytree(TINY, workdir / "deadly")

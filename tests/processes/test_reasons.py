@@ -40,16 +40,18 @@ def test_other_errors_keep_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kind_of(TimeoutError("timed out"), 100) == "bug"
 
 
-def test_an_exchange_that_failed_late_waited_for_a_peer() -> None:
-    def work(ranks: Ranks) -> tuple[str, str]:
+def test_an_exchange_waits_as_long_as_asked_and_one_that_failed_late_waited_for_a_peer() -> None:
+    def work(ranks: Ranks) -> tuple[str, str, float]:
         if ranks.rank == 1:
             time.sleep(4)
-            return "", ""
+            return "", "", 0.0
+        began = time.monotonic()
         with pytest.raises(RuntimeError) as error:
             ranks.gather(None)
-        return kind_of(error.value, 10), kind_of(error.value, 1)
+        return kind_of(error.value, 10), kind_of(error.value, 1), time.monotonic() - began
 
-    assert on_ranks(Mesh(cfg=2), work, timeout_s=1)[0] == ("timeout", "exchange")
+    late, early, seconds = on_ranks(Mesh(cfg=2), work, timeout_s=1)[0]
+    assert (late, early) == ("timeout", "exchange") and seconds < 3
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,7 @@ def verdicts() -> list[dict[str, object]]:
     return [judge(tiny.Task(index, with_prompt=True)) for index in (1, 2)]
 
 
+@pytest.mark.slow
 def test_the_shipped_model_does_what_the_prompt_says(verdicts: list[dict[str, object]]) -> None:
     for verdict in verdicts:
         assert verdict["shown"] == verdict["asked"], verdict
@@ -182,6 +183,7 @@ def test_the_shipped_model_does_what_the_prompt_says(verdicts: list[dict[str, ob
         assert verdict["psnr"] >= 27
 
 
+@pytest.mark.slow
 def test_residual_ratios_are_those_of_one_branch(verdicts: list[dict[str, object]]) -> None:
     ratios = np.array(verdicts[0]["ratios"])
     assert ratios.shape == (40, 2)

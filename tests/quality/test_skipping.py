@@ -9,6 +9,7 @@ import pytest
 from wanfast.quality import skipping, tiny
 
 
+@pytest.mark.slow
 def test_a_pair_by_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skipping, "SETTINGS", skipping.SETTINGS[5:6])
     judge = tiny.Judge(tiny.Settings("tiny", steps=40, guidance=2.0, precision="bf16"))

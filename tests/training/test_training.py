@@ -102,6 +102,7 @@ def test_the_decoder_is_trained_alone_and_exported(tmp_path: Path) -> None:
     assert changed == {"decoder", "post_quant_conv"}  # the latents are unchanged
 
 
+@pytest.mark.slow
 def test_all_stages_run_and_a_stage_waits_for_those_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

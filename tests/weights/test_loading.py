@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -28,43 +28,50 @@ from wanfast.runtime.store import model_files
 from wanfast.runtime.weights import builders, checkpoint
 
 ROOT = Path(__file__).parents[2]
-TRUE_SIZES = dataclasses.replace(A14B.dit, num_layers=4)
+TRUE_SIZES = dataclasses.replace(A14B.dit, num_layers=2)
 SMALL = DiTSpec(dim=1280, ffn_dim=2048, freq_dim=256, num_heads=10, num_layers=2, text_dim=1024)
 
 
 @pytest.fixture
 def true_sizes() -> Iterator[Path]:
-    """Writes a checkpoint of 7 GB that takes a few MB; /tmp may be memory, which holes occupy once read."""
+    """Writes a checkpoint of 3.7 GB that takes a few MB; /tmp may be memory, which holes occupy once read."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         sparse_model.write(Path(folder), TRUE_SIZES, shard_bytes=3_000_000_000)
         yield Path(folder)
 
 
-def test_true_sizes_load_within_two_gigabytes_of_the_model(true_sizes: Path) -> None:
-    """Checks that no rank holds 2 GB more than its weights: no whole shard, no second precision, no peer's weights.
+@pytest.mark.slow
+def test_true_sizes_load_in_little_more_memory_than_the_model(
+    true_sizes: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Checks that no rank holds a whole shard, a second precision or its peer's weights: each is 0.7 GB or more.
 
-    Both cases run in one test, one after the other, because both at once would not fit a small machine.
+    A process that holds no weights takes 1 GB. Both cases run in one test, one after the other, because both at once
+    would not fit a small machine.
     """
     shards = sorted(true_sizes.glob("*/*.safetensors"))
     sizes = [shard.stat() for shard in shards]
-    assert len(shards) > 1 and min(size.st_size for size in sizes[:2]) > 2.5e9
-    assert sum(size.st_size for size in sizes) > 6.5e9
+    assert len(shards) > 1 and min(size.st_size for size in sizes) > 0.7e9
+    assert sum(size.st_size for size in sizes) > 3.5e9
     assert sum(size.st_blocks * 512 for size in sizes) < 20e6
 
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     held = memory.expert_bytes(TRUE_SIZES, "bf16")
-    for ranks, options in ((1, []), (4, ["--fsdp"])):
-        document = measured(true_sizes, "--ranks", str(ranks), *options)
+    for ranks, options in ((1, []), (2, ["--fsdp"])):
+        document = measured(capfd, "--folder", str(true_sizes), "--ranks", str(ranks), *options)
         assert document["read_bytes"] == sparse_model.num_bytes(TRUE_SIZES)
         for figures in document["each_rank"]:
             assert figures["wrong_tensors"] == []
-            assert figures["peak_rss_bytes"] <= held / ranks + 2e9
+            assert figures["peak_rss_bytes"] <= held / ranks + 1.6e9
 
 
-def measured(folder: Path, *options: str) -> dict[str, Any]:
+def measured(capfd: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
     """Returns the JSON of the loading benchmark, whose ranks are fresh processes with their own peak memory."""
-    program = [sys.executable, str(ROOT / "benchmarks/loading.py"), "--folder", str(folder)]
-    sizes = ["--layers", str(TRUE_SIZES.num_layers)]
-    out = subprocess.run([*program, *sizes, *options], stdout=subprocess.PIPE, text=True, check=True).stdout
+    loading = importlib.import_module("loading")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["loading.py", "--layers", str(TRUE_SIZES.num_layers), *options])
+        loading.main()
+    out = capfd.readouterr().out
     print(out)
     document: dict[str, Any] = json.loads(out.splitlines()[-1])
     return document
