@@ -53,7 +53,9 @@ def read_set(folder: Path, seed: int) -> list[Clip]:
                 f"--set {folder}: line {number} of {LIST} needs the keys image and prompt, such as {_EXAMPLE}"
             ) from None
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ConfigError(f"--set {folder}: line {number} of {LIST} has no prompt: say what should happen")
+            raise ConfigError(
+                f"--set {folder}: line {number} of {LIST} has no prompt: describe what happens in the clip"
+            )
         try:
             loaded = images.load_image(str(image))
         except ConfigError as error:

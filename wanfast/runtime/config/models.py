@@ -100,7 +100,12 @@ class ModelsConfig(Part):
         ),
     ] = None
     quantize_on_the_fly: Annotated[
-        bool, Option("Quantize weights while loading them, instead of using stored experts.", LOSSY, also=CALIBRATE)
+        bool,
+        Option(
+            "Quantize the weights while loading them, instead of using experts that were quantized before.",
+            LOSSY,
+            also=CALIBRATE,
+        ),
     ] = False
     verify: Annotated[
         bool,

@@ -27,7 +27,7 @@ _MEMORY = (
 
 @dataclass(frozen=True)
 class HostMemory:
-    """This class holds the bytes of memory that this process may use."""
+    """This class holds how many bytes of memory this process may use in all, and how many of them are free."""
 
     total_bytes: int
     free_bytes: int

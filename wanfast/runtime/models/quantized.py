@@ -66,10 +66,9 @@ class QuantizedLinear(nn.Module):
 
 
 def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Returns x W^T + bias [B, L, N] in the dtype of the bias.
+    """Returns x W^T + bias [B, L, N] in the dtype of the bias, where x [B, L, K] and `weight` [N, K] are int8.
 
-    x [B, L, K] and W [N, K] are the values that int8 numbers and their scales represent: a scale for each token of x,
-    and one for each output channel of W.
+    Each sum is multiplied by the scale of its token, which x holds, and by the `scale` of its output channel.
     """
     if not (HAS_KERNELS and x.values.is_cuda):
         sums = torch._int_mm(x.values.flatten(0, -2), weight.t()).view(*x.values.shape[:-1], -1)
@@ -79,10 +78,9 @@ def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor
 
 
 def fp8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Returns x W^T + bias [B, L, N] in the dtype of the bias.
+    """Returns x W^T + bias [B, L, N] in the dtype of the bias, where x [B, L, K] and `weight` [N, K] are float8 e4m3.
 
-    x [B, L, K] and W [N, K] are the values that float8 e4m3 numbers and their scales represent: a scale for each token
-    of x, and one for each output channel of W.
+    Each sum is multiplied by the scale of its token, which x holds, and by the `scale` of its output channel.
     """
     if not x.values.is_cuda:
         return _scaled(F.linear(x.values.float(), weight.float()), x, scale, bias)

@@ -1,10 +1,10 @@
 """MagCache skips forwards: a stored residual then replaces the blocks. The plan is made before the generation.
 
 A residual is the sum that the blocks of an expert add to their input. Over most of the schedule, residuals change
-little from step to step: the norms of two successive residuals have a ratio near one. A curve holds these ratios, which are measured once for a model and a schedule. From the ratios, the plan predicts the
-error of each skip. The plan skips forwards while the accumulated error stays below a threshold. A skipped forward
-reuses the residual of the last forward that ran. The plan depends only on the curve and the settings, so every rank
-computes the same plan.
+little from step to step: the norms of two successive residuals have a ratio near one. A curve holds these ratios, which
+are measured once for a model and a schedule. From the ratios, the plan predicts the error of each skip. The plan skips
+forwards while the accumulated error stays below a threshold. A skipped forward reuses the residual of the last forward
+that ran. The plan depends only on the curve and the settings, so every rank computes the same plan.
 
 Each branch of guidance has its own forwards, residuals and accumulated error. An expert uses only its own residuals.
 Cost: one residual for each branch: [L, d] in float32, with L tokens and d channels.
