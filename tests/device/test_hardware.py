@@ -55,6 +55,10 @@ class AcceleratorError(RuntimeError):
         (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), 60 << 30, True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 60 << 30, True),
         (RuntimeError("CUDA error: out of memory"), 60 << 30, True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), 60 << 30, True),
+        (RuntimeError("CUDA driver error: out of memory"), 60 << 30, True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), 1 << 30, True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), 60 << 30, False),
         (MemoryError(), 60 << 30, True),
         (RuntimeError("The size of tensor a (4) must match the size of tensor b (5)"), 1 << 30, False),
         (NotImplementedError("out of memory"), 1 << 30, False),  # a subclass of RuntimeError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.on_ranks import on_ranks
 from tests.small_model import plan_small_model
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import cudnn_engines
 from wanfast.runtime.engine.cudnn_engines import digest, kept_engines
+from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.models import convolution
 from wanfast.runtime.planning.plan import Plan
 
@@ -74,12 +77,40 @@ def test_the_record_of_a_video_names_the_engines_of_all_ranks(plan: Plan, monkey
     for engine in ("a", "b"):
 
         def of_both(self: Ranks, value: object, engine: str = engine) -> list[object]:
-            return [value, ({}, {"shape": engine})] if value else [value]
+            return [value, {"shape": engine} if isinstance(value, dict) else value]
 
         monkeypatch.setattr(Ranks, "gather", of_both)
         digests.append(digest(run(plan, 1, engine="a")))
     assert digests[0] != digests[1]
-    assert stored()["1"] == {"shape": "b"} and list(stored()["0"].values()) == ["a"]
+    assert stored()["1"] == {"shape": "a"} and list(stored()["0"].values()) == ["a"]
+
+
+def test_what_another_group_stored_meanwhile_stays_and_is_used_from_then_on(plan: Plan) -> None:
+    """Both groups searched before one had stored."""
+    with kept_engines(plan, Ranks("cuda")) as own:
+        first = run(plan, 1, engine="a")  # by the other group
+        convolution._chosen.clear()
+        convolution._used.clear()
+        convolve(1, "b")
+        convolve(2, "b")
+    assert sorted(own.values()) == ["b", "b"]  # what this video was made with
+    assert sorted(stored()["0"].values()) == ["a", "b"] and first.items() <= stored()["0"].items()
+    assert sorted(run(plan, 1, 2, engine="c", new_process=False).values()) == ["a", "b"]
+    assert sorted(stored()["0"].values()) == ["a", "b"]
+
+
+def test_ranks_of_unlike_gpus_do_not_wait_for_each_other(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_videos(ranks: Ranks) -> list[list[str]]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: f"GPU {ranks.rank}")
+        made = []
+        for engine in ("a", "b"):
+            convolution._chosen.clear()
+            with kept_engines(plan, dataclasses.replace(ranks, device="cuda")) as engines:
+                convolve(1, engine)
+            made.append(sorted(engines.values()))
+        return made
+
+    assert on_ranks(Mesh(cfg=2), two_videos, timeout_s=20) == [[["a", "a"]] * 2] * 2
 
 
 def test_what_decides_the_choice_is_in_its_key(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +120,7 @@ def test_what_decides_the_choice_is_in_its_key(plan: Plan, monkeypatch: pytest.M
     monkeypatch.setattr(cudnn_engines, "version_of", lambda package: "99")
     monkeypatch.setattr(cudnn_engines, "digest_of_code", lambda *files: "other code")
     after = cudnn_engines._inputs(plan, Ranks("cuda"))
-    assert {name for name in before if before[name] != after[name]} == {"gpu", "cudnn", "front_end", "code"}
+    assert {name for name in before if before[name] != after[name]} == {"gpus", "cudnn", "front_end", "code"}
     assert before["size"] == [plan.geometry.width, plan.geometry.height]
 
 

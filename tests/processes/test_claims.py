@@ -27,6 +27,7 @@ def test_the_first_group_that_claims_a_job_gets_it(
     assert claimed_by(tmp_path, 0) is None
     assert [claim(tmp_path, index, 7) for index in (0, 7, 1)] == [True] * 3
     assert [claim(tmp_path, index, 12) for index in (0, 1, 7, 12)] == [False] * 3 + [True]
+    assert claim(tmp_path, 0, 7)  # as when a network file system sends the request for the link twice
     assert [claimed_by(tmp_path, index) for index in (0, 1, 2, 7, 12)] == [7, 7, None, 7, 12]
     for index in (0, 1, 2, 7, 12):
         forget(tmp_path, index)

@@ -625,7 +625,7 @@ session.load_models = too_large
     results = json.loads(out.strip().splitlines()[-1])["results"]
     assert code == 6 and sorted("error" in result for result in results) == [False, False, False, True]
     (error,) = (result for result in results if "error" in result)
-    assert error["exit_code"] == 2 and "a rank ran out of GPU memory" in error["error"]
+    assert error["exit_code"] == 2 and "a rank ran out of memory" in error["error"]
 
 
 def test_two_runs_in_one_folder_do_not_touch_each_other(start: Start, workdir: Path) -> None:

@@ -92,7 +92,7 @@ def test_each_bad_line_has_its_own_reason_and_the_others_are_made(
     start: Start, workdir: Path, small_disk: bool, ranks: int, subtests: pytest.Subtests
 ) -> None:
     bad: dict[int, tuple[dict[str, str], str]] = {
-        2: ({"prompt": "memory runs out"}, "a rank ran out of GPU memory"),
+        2: ({"prompt": "memory runs out"}, "a rank ran out of memory"),
         4: ({"prompt": "a rank is killed"}, "rank 1 was killed by SIGKILL"),
         6: ({"prompt": "a rank hangs"}, "waited --rank-timeout 6 s for rank 1, which hangs"),
         8: ({"image": "damaged.png"}, "damaged.png: is truncated or damaged"),

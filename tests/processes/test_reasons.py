@@ -40,6 +40,14 @@ def test_other_errors_keep_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kind_of(TimeoutError("timed out"), 100) == "bug"
 
 
+def test_a_bug_between_exchanges_is_no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks do most of their work inside `Ranks.together`, a function of a module of exchanges."""
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as error:
+        Ranks("cpu").together(lambda: torch.nn.functional.linear(torch.ones(4, 2), torch.ones(5, 3)))
+    assert kind_of(error.value, 100) == "bug"
+
+
 def test_an_exchange_waits_as_long_as_asked_and_one_that_failed_late_waited_for_a_peer() -> None:
     def work(ranks: Ranks) -> tuple[str, str, float]:
         if ranks.rank == 1:

@@ -19,13 +19,18 @@ _CUDA_ALLOCATION_FAILED = 2  # cudaErrorMemoryAllocation
 # What torch's allocator of a CPU, CUDA, cuBLAS and cuDNN say if they get no memory, in errors of no class of their own.
 _NO_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
-    "CUDA error: out of memory",
+    "out of memory",  # of CUDA, its driver and Triton
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
 )
-_NO_ENGINE = "unable to find an engine to execute this computation"
+# What they say if they get no memory, but for other causes too.
+_PERHAPS_NO_MEMORY = (
+    "unable to find an engine to execute this computation",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+)
 _SCARCE_BYTES = 4 << 30  # three times the largest tensor of a decoder at 1280x720; at most 1.9 GiB were left in tests
 
 
@@ -103,7 +108,9 @@ def is_out_of_memory(error: MemoryError | RuntimeError, free: int) -> bool:
     if type(error) is not RuntimeError:
         return False
     words = str(error)
-    return any(each in words for each in _NO_MEMORY) or (_NO_ENGINE in words and free < _SCARCE_BYTES)
+    return any(each in words for each in _NO_MEMORY) or (
+        free < _SCARCE_BYTES and any(each in words for each in _PERHAPS_NO_MEMORY)
+    )
 
 
 def free_bytes(device: str) -> int:

@@ -43,17 +43,15 @@ def kept_engines(plan: Plan, ranks: Ranks) -> Iterator[dict[str, str]]:
         yield used
         return
     store, inputs = ArtifactStore(Path(plan.config.models.artifacts_dir)), _inputs(plan, ranks)
-    stored = ranks.together(lambda: _stored(store, inputs))
-    own = (stored or {}).get(str(ranks.rank), {})
-    convolution.choose(own)
+    stored = ranks.lead(lambda: _stored(store, inputs))  # other ranks may see another disk
+    convolution.choose(stored.get(str(ranks.rank), {}))
     convolution.forget_uses()
     yield used
     of_all: dict[str, dict[str, str]] = {}
-    for rank, (before, now) in enumerate(ranks.gather((own, convolution.used()))):
+    for rank, now in enumerate(ranks.gather(convolution.used())):
         used |= {f"rank {rank}: {shape}" if rank else shape: engine for shape, engine in now.items()}
-        of_all[str(rank)] = before | now
-    if of_all != stored:
-        ranks.lead(lambda: _store(store, inputs, of_all, lacks_a_shape=stored is not None))
+        of_all[str(rank)] = now
+    ranks.lead(lambda: _add(store, inputs, of_all))
 
 
 def digest(engines: dict[str, str]) -> str | None:
@@ -62,22 +60,26 @@ def digest(engines: dict[str, str]) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()[:12] if engines else None
 
 
-def _stored(store: ArtifactStore, inputs: dict[str, Any]) -> dict[str, dict[str, str]] | None:
+def _stored(store: ArtifactStore, inputs: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Returns {rank: {shape: engine}}, which is empty if nothing is stored."""
     folder = store.find(KIND, inputs, verify=True, damaged="miss")
-    return read_object(folder / _FILE, f"remove {folder}") if folder else None
+    return read_object(folder / _FILE, f"remove {folder}") if folder else {}
 
 
-def _store(
-    store: ArtifactStore, inputs: dict[str, Any], engines: dict[str, dict[str, str]], *, lacks_a_shape: bool
-) -> None:
-    """Stores the engines, in place of an artifact that lacks a shape.
+def _add(store: ArtifactStore, inputs: dict[str, Any], engines: dict[str, dict[str, str]]) -> None:
+    """Stores the engines of shapes that are not stored yet.
 
-    A video that is made is not lost because they cannot be stored.
+    An engine that is stored stays, because another rank group may have stored its own meanwhile. A video that is made
+    is not lost because the engines cannot be stored.
     """
-    text = json.dumps(engines, indent=2, sort_keys=True) + "\n"
     try:
-        if lacks_a_shape:
+        stored = _stored(store, inputs)
+        both = {rank: engines.get(rank, {}) | stored.get(rank, {}) for rank in engines | stored}
+        if both == stored:
+            return
+        if stored:
             store.discard(KIND, inputs)
+        text = json.dumps(both, indent=2, sort_keys=True) + "\n"
         store.publish(KIND, inputs, lambda new: cast(None, (new / _FILE).write_text(text)), {}, damaged="miss")
     except ConfigError as error:
         note(
@@ -88,7 +90,7 @@ def _store(
 def _inputs(plan: Plan, ranks: Ranks) -> dict[str, Any]:
     geometry, models = plan.geometry, plan.config.models
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpus": ranks.gather(torch.cuda.get_device_name()),
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "front_end": version_of("nvidia-cudnn-frontend"),
         "size": [geometry.width, geometry.height],

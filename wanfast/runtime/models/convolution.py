@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanfast.runtime.device.hardware import free_bytes, is_out_of_memory
+
 HAS_FRONT_END = torch.version.cuda is not None and find_spec("cudnn") is not None
 Triple: TypeAlias = tuple[int, int, int]
 
@@ -70,8 +72,11 @@ def forget_uses() -> None:
 
 
 def choose(engines: Mapping[str, str]) -> None:
-    """Sets the engine of each shape in `engines`, {shape: engine}; a shape that already has an engine keeps it."""
-    _chosen.update({shape: name for shape, name in engines.items() if shape not in _chosen})
+    """Sets the engine of each shape in `engines`, {shape: engine}; it replaces an engine that was found before."""
+    changed = {shape for shape, name in engines.items() if _chosen.get(shape, name) != name}
+    _chosen.update(engines)
+    for problem in [each for each in _graphs if each.name in changed]:
+        del _graphs[problem]
 
 
 def _may_use_tensor_cores(dtype: torch.dtype) -> bool:
@@ -182,14 +187,21 @@ def _search(problem: _Problem, tensors: Mapping[str, Tensor]) -> _Graph | None:
             seconds = _seconds(tried, tensors)
             if best is None or seconds < _HOPELESS * best[0]:
                 seconds = min(seconds, *(_seconds(tried, tensors) for _ in range(_RUNS - 1)))
-        except torch.OutOfMemoryError:
-            raise  # the caller evicts weights, and the search begins again
-        except (cudnn.cudnnGraphNotSupportedError, RuntimeError):  # a left-out engine, or one that cannot do it
-            continue
+        except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
+            if _is_of_the_device(error):
+                raise  # if memory ran out, the caller evicts weights, and the search begins again
+            continue  # a left-out engine, or one that cannot do it
         if best is None or seconds < best[0]:
             best = seconds, name, tried
     _chosen[problem.name] = best[1] if best else _TORCH
     return best[2] if best else None
+
+
+def _is_of_the_device(error: Exception) -> bool:
+    """Returns whether an error is not the engine's: memory ran out, or the device failed."""
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and is_out_of_memory(error, free_bytes("cuda"))
 
 
 def _with_engine(graph: Any, roles: dict[str, Any], index: int) -> _Graph:

@@ -1,8 +1,8 @@
 """Says which rank group does a job: the first group that claims the job. Torch-free.
 
 A claim is a symbolic link to a target that does not exist; the text of the link is the group's number. The operating
-system makes a link in one step, so that a killed rank never leaves an incomplete claim. A short link also fits on a
-full disk.
+system makes a link in one step, so that a killed rank never leaves an incomplete claim. A short link needs no block of
+the disk, so that it can be made on a full disk that has inodes left.
 If the file system has no symbolic links, a claim is a folder instead. This folder contains an empty folder whose name
 is the group's number. Both folders are first made under another name; then the outer folder gets its name in one step,
 by a rename.
@@ -27,13 +27,13 @@ def claim(run_folder: Path, index: int, number: int) -> bool:
         place.parent.mkdir(exist_ok=True)
         try:
             place.symlink_to(str(number))
-        except FileExistsError:
-            return False
+        except FileExistsError:  # a network file system may have sent this request twice, and refuse the second
+            pass
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            return _rename_folder(place, str(number))
-    return True
+            _rename_folder(place, str(number))
+    return claimed_by(run_folder, index) == number
 
 
 def claimed_by(run_folder: Path, index: int) -> int | None:
@@ -53,7 +53,7 @@ def forget(run_folder: Path, index: int) -> None:
         place.unlink(missing_ok=True)
 
 
-def _rename_folder(place: Path, number: str) -> bool:
+def _rename_folder(place: Path, number: str) -> None:
     own = place.with_name(f".{place.name}.{number}")
     (own / number).mkdir(parents=True, exist_ok=True)
     try:
@@ -62,8 +62,6 @@ def _rename_folder(place: Path, number: str) -> bool:
         if error.errno not in _TAKEN:
             raise
         shutil.rmtree(own)
-        return False
-    return True
 
 
 def _place(run_folder: Path, index: int) -> Path:

@@ -82,7 +82,9 @@ def _error_document(error: BaseException, silent_s: float, timeout_s: float) -> 
 
     known = {"rank": int(os.environ["RANK"]), "time": time.time_ns()}
     if isinstance(error, torch.OutOfMemoryError):
-        error = ConfigError("a rank ran out of GPU memory: use more GPUs, --dit-fsdp on, or a smaller --size")
+        error = ConfigError(
+            "a rank ran out of memory: use a smaller --size, fewer --frames, more GPUs or --dit-fsdp on"
+        )
     if isinstance(error, WanFastError):
         return {**known, "kind": "user", **failure(error)}
     line = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
@@ -93,11 +95,13 @@ def _error_document(error: BaseException, silent_s: float, timeout_s: float) -> 
 def _is_of_an_exchange(error: BaseException) -> bool:
     """Returns whether an exchange between ranks raised the error; gloo's errors have no class of their own.
 
-    The wait for an exchange is no Python of torch's, so our own modules of exchanges count too.
+    The innermost function decides: it belongs to torch.distributed, or to our own modules of exchanges. Other functions
+    of torch do not count, because an exchange is also started by an operator.
     """
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [name for name in modules if name.startswith("torch.distributed") or name.partition(".")[0] != "torch"]
     of_exchanges = ("torch.distributed", "wanfast.runtime.distributed")
-    return isinstance(error, RuntimeError) and any(name.startswith(of_exchanges) for name in modules)
+    return isinstance(error, RuntimeError) and own[-1:] != [] and own[-1].startswith(of_exchanges)
 
 
 def _silent_s(own_folder: Path) -> float:
