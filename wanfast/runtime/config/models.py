@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from wanfast.runtime.config.option import ALL, CALIBRATE, COMPILED, EXACT, FILES, LOSSY, MAKE, Option, Part, options_of
+from wanfast.runtime.config.option import ALL, COMPILED, EXACT, FILES, LOSSY, MAKE, MEASURE, Option, Part, options_of
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import (
     NAMED_MODELS,
@@ -42,7 +42,7 @@ class ModelsConfig(Part):
             "Named set of options. An option that you give as well overrides the recipe's. Ours: exact, near-exact and "
             f"fast. The published ones: {', '.join(get_args(RecipeName)[:-3])}.",
             MAKE,
-            also=COMPILED,
+            also=("calibrate-magcache", "warmup"),
             metavar="<name>",
         ),
     ] = field(default=None, compare=False)  # other options of it say which models run
@@ -57,7 +57,7 @@ class ModelsConfig(Part):
     ] = "auto"
     compile: Annotated[
         bool,
-        Option("Compile the experts' blocks. The first run takes about ten seconds more.", EXACT, also=CALIBRATE),
+        Option("Compile the experts' blocks. The first run takes about ten seconds more.", EXACT, also=MEASURE),
     ] = False
     compile_mode: Annotated[
         CompileMode,
@@ -75,7 +75,7 @@ class ModelsConfig(Part):
         Option(
             "Precision of the VAE's decoder. The encoder is always in fp32.",
             LOSSY,
-            also=("doctor",),
+            also=("bench", "doctor"),
             default="bf16, or fp32 with --precision fp32",
         ),
     ] = None
@@ -97,14 +97,14 @@ class ModelsConfig(Part):
         ),
     ] = None
     quantize_on_the_fly: Annotated[
-        bool, Option("Quantize weights while loading them, instead of using stored experts.", LOSSY, also=CALIBRATE)
+        bool, Option("Quantize weights while loading them, instead of using stored experts.", LOSSY, also=MEASURE)
     ] = False
     verify: Annotated[
         bool,
         Option(
             "Verify the hashes of stored quantized experts before loading, about a second for each GB.",
             FILES,
-            also=CALIBRATE,
+            also=MEASURE,
             of_this_run=True,
         ),
     ] = field(default=False, compare=False)  # the same models, verified or not

@@ -62,9 +62,9 @@ def _check_file(target: Path, subject: str, *, overwrite: bool) -> None:
 class Mp4Writer:
     """Encodes frames [F, H, W, 3], with even H and W, in a separate thread while the next frames are made.
 
-    The video is H.264: CRF 10, yuv420p. The file's index comes first, so that players can start before they have the
-    whole file. The pixels are BT.709 in limited range at every size. Stream and container say so, because players would
-    guess otherwise.
+    The video is H.264: CRF 10 or `crf`, yuv420p. The file's index comes first, so that players can start before they
+    have the whole file. The pixels are BT.709 in limited range at every size. Stream and container say so, because
+    players would guess otherwise.
 
     The same frames give the same bytes, added at once or a few at a time, because of two settings. The number of
     threads is fixed, because it changes the stream. `cpu-independent` turns off x264's assembly for macroblock-tree,
@@ -76,8 +76,8 @@ class Mp4Writer:
     were added must not change before the block ends.
     """
 
-    def __init__(self, path: Path, fps: int) -> None:
-        self._path, self._fps = path, fps
+    def __init__(self, path: Path, fps: int, crf: int = 10) -> None:
+        self._path, self._fps, self._crf = path, fps, crf
         self._thread = ThreadPoolExecutor(1)
         self._encoding: list[Future[None]] = []
         self._container: Any = None
@@ -119,7 +119,7 @@ class Mp4Writer:
         same_bytes = {"threads": "8", "thread_type": "frame", "x264-params": "cpu-independent=1"}
         colours = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709", "color_range": "tv"}
         self._container = av.open(str(self._path), "w", format="mp4", options={"movflags": "faststart"})
-        options = {"crf": "10", **same_bytes, **colours}
+        options = {"crf": str(self._crf), **same_bytes, **colours}
         self._stream = self._container.add_stream("libx264", rate=self._fps, options=options)
         self._stream.height, self._stream.width = height, width
         self._stream.pix_fmt = "yuv420p"
