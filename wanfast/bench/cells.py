@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from wanfast.bench.apart import apart
 from wanfast.bench.frames import write_frames
 from wanfast.magcache_calib.clips import Clip
-from wanfast.runtime.config import NO_VIDEO, SkippingConfig
+from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, SkippingConfig, VideoConfig
 from wanfast.runtime.config.option import near_names, options_of
 from wanfast.runtime.config.recipes import GROUPS, RECIPES, with_recipe
 from wanfast.runtime.errors import ConfigError, WanFastError
 from wanfast.runtime.facts.choices import RecipeName
+from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.packages import require_attention, versions
 from wanfast.runtime.planning.plan import Plan, effective
@@ -129,7 +130,10 @@ def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
     of_video = {option: value for option, value in options.items() if option not in OF_HANDLE}
     largest: Options = {option: of_video[option] for option in ("size", "frames") if option in of_video}
     try:
-        _quantize_missing(bench.files, options, say)
+        config = effective({**NO_VIDEO, **options}, bench.files, image_sha256="")
+        if bench.steps_measured is not None:
+            _check_steps(config.video, bench.files.spec, bench.steps_measured)
+        _quantize_missing(bench.files, config, say)
         opened = Opened.of({**of_models, **largest})
         videos = [
             {**of_video, "image": str(clip.image), "prompt": clip.prompt, "seed": clip.seed} for clip in bench.clips
@@ -138,7 +142,6 @@ def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
         measured = videos
         if bench.steps_measured is not None:
             measured = [few_steps(video, bench.steps_measured) for video in videos]
-            _check_steps(plans[0], bench.steps_measured)
         cells = [
             _cell(bench, opened, video, clip, repeat)
             for repeat in range(bench.repeats)
@@ -147,22 +150,22 @@ def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
         if name == bench.recipes[0] and not bench.no_quality:
             others = ({**video, "seed": video["seed"] + ANOTHER_SEED} for video in measured)
             cells += [_cell(bench, opened, video, clip, 0, other=True) for clip, video in enumerate(others)]
-        warm_ups = tuple(few_steps(video, least_steps(plans[0])) for video in videos)
+        least = least_steps(config.video, bench.files.spec)
+        warm_ups = tuple(few_steps(video, least) for video in videos)
         return Row(name, opened, plans, warm_ups, tuple(cells))
     except WanFastError as error:
         return Row(name, error=error)
 
 
-def _quantize_missing(files: ModelFiles, options: Options, say: SayFn) -> None:
-    """Quantizes the experts that `options` need and the store lacks. Raises WanFastError."""
-    config = effective({**NO_VIDEO, **options}, files, image_sha256="")
+def _quantize_missing(files: ModelFiles, config: EffectiveConfig, say: SayFn) -> None:
+    """Quantizes the experts that `config` needs and the store lacks. Raises WanFastError."""
     models, device = config.models, config.ranks.device
     require_attention(models.attention, device)
     if models.quantize is None or models.quantize_on_the_fly:
         return
     experts = [quantized_expert(files, models, expert) for expert in EXPERTS]
     if not all(expert and expert.find() for expert in experts):
-        say(f"{options['recipe']}: quantizing the experts with {models.quantize}")
+        say(f"{models.recipe}: quantizing the experts with {models.quantize}")
         folder = {"model": models.model, "artifacts_dir": models.artifacts_dir}
         apart("quantize", scheme=models.quantize, device=device, **folder)
 
@@ -173,20 +176,19 @@ def few_steps(video: Options, steps: int) -> Options:
     return {**{name: value for name, value in video.items() if name not in skipping}, "steps": steps, "magcache": "off"}
 
 
-def least_steps(plan: Plan) -> int:
-    """Returns the least number of steps in which each expert of a plan runs."""
-    return next(steps for steps in range(1, len(plan.schedule) + 1) if _experts(plan, steps) == set(plan.experts))
+def least_steps(video: VideoConfig, spec: ModelSpec) -> int:
+    """Returns the least number of steps in which each expert of a video runs."""
+    return next(steps for steps in range(1, video.steps + 1) if _experts(video, spec, steps) == _experts(video, spec))
 
 
-def _check_steps(plan: Plan, steps: int) -> None:
-    if steps > len(plan.schedule) or _experts(plan, steps) != set(plan.experts):
-        fix = f"use {least_steps(plan)} to {len(plan.schedule)}"
+def _check_steps(video: VideoConfig, spec: ModelSpec, steps: int) -> None:
+    if steps > video.steps or _experts(video, spec, steps) != _experts(video, spec):
+        fix = f"use {least_steps(video, spec)} to {video.steps}"
         raise ConfigError(f"--steps-measured {steps}: each expert of the video needs a step: {fix}")
 
 
-def _experts(plan: Plan, steps: int) -> set[str]:
-    video = plan.config.video
-    return {expert for expert, _ in steps_of(video.solver, steps, video.shift, plan.spec.boundary)}
+def _experts(video: VideoConfig, spec: ModelSpec, steps: int | None = None) -> set[str]:
+    return {expert for expert, _ in steps_of(video.solver, steps or video.steps, video.shift, spec.boundary)}
 
 
 def _cell(bench: Bench, opened: Opened, video: Options, clip: int, repeat: int, *, other: bool = False) -> Cell:

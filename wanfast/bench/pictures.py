@@ -48,8 +48,8 @@ def draw_quality(report: dict[str, Any], file: Path) -> None:
     for row in rows:
         quality = row["quality"]
         place = row["video_s"]["median"], top if quality["identical"] else quality["psnr"]
-        axes.plot(*place, "o", color=OURS)
-        name = f"{row['recipe']}{', identical' if quality['identical'] else ''}"
+        axes.plot(*place, "^" if quality["identical"] else "o", color=OURS)
+        name = f"{row['recipe']}{': identical, ∞ dB' if quality['identical'] else ''}"
         axes.annotate(name, place, (5, 4), textcoords="offset points", fontsize="small")
     for name, value in floor.items():
         if value is not None:
@@ -57,5 +57,5 @@ def draw_quality(report: dict[str, Any], file: Path) -> None:
             axes.legend(fontsize="small", loc="lower right")
     axes.set_title(f"{report['model']}, {report['machine']}")
     axes.set(xlabel="seconds of a video", ylabel=f"PSNR to {report['base']} in dB", ylim=(None, top + 5))
-    axes.margins(x=0.2)
+    axes.margins(x=0.25)
     figure.savefig(file, dpi=110, format="png")
