@@ -19,7 +19,7 @@ from wanfast.bench.page import write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FPS, FRAMES = 16, 32  # two seconds
-# The page plays, is paused after a second, and then is moved to an eighth of its time; what it showed goes to this test.
+# The page plays, is paused after a second, and is moved to an eighth of its time; this test gets what it showed.
 PROBE = """
 <script>
 const wait = ms => new Promise(done => setTimeout(done, ms));

@@ -76,7 +76,8 @@ def bench(
     An option that you give overrides each recipe's. A recipe that this machine cannot run is a row with the reason.
     Every video is stored when it is done, so that an interrupted bench continues with the next one.
     """
-    given = {name: value for name, value in options.given(context).items() if name not in ("seed", "output")}
+    given = accepted({**options.given(context), "seed": None, "output": None})
+    del given["seed"], given["output"]  # of this command, and not of a video
     for option, value in (("--repeats", repeats), ("--steps-measured", steps_measured)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value}: use 1 or more")
@@ -91,18 +92,28 @@ def bench(
 
     folder = Path(absolute(str(output), "--output"))
     with asked_once():
-        asked = _asked(recipes_of(recipes), set_, seed, accepted(given), repeats, steps_measured, random_weights, say)
+        names, clips = recipes_of(recipes), _clips(set_, seed)
+        of_model: dict[str, Any] = {name: given[name] for name in ("model", "artifacts_dir") if name in given}
+        files = model_of({**NO_VIDEO, **of_model})
+        if random_weights:
+            given, files = with_random_weights(given, files, say)
+        files.require()
+        no_quality = _no_quality(random_weights, steps_measured)
+        asked = Bench(names, clips, given, files, repeats, steps_measured, no_quality)
         rows = planned(asked, say)
     cells = Cells(Path(next(row.opened for row in rows if row.opened).placed.config.models.artifacts_dir))
     try:
         errors = measure(asked, rows, cells, say)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         done = sum(len(row.cells) for row in rows) - missing(rows, cells)
-        say(f"note: {done} videos are stored: to go on, type `{shlex.join(['wanfast', *sys.argv[1:]])}`")
+        say(f"note: videos stored: {done}; to go on, type `{shlex.join(['wanfast', *sys.argv[1:]])}`")
         raise
     report = report_of(asked, rows, cells, errors)
     write_report(report, rows, cells, folder)
     console.print(table_of(report))
+    for row in report["rows"]:
+        if row["reason"]:
+            console.print(f"{row['recipe']}: {row['reason']}", markup=False)
     console.print(f"{folder}/report.html: the table, the pictures and the videos", markup=False)
     if json_:
         print(json.dumps(report))
@@ -110,29 +121,11 @@ def bench(
         raise JobsFailedError(f"--recipes: {', '.join(errors)} failed: fix the errors that are printed above")
 
 
-def _asked(
-    recipes: tuple[Any, ...],
-    folder: Path | None,
-    seed: int,
-    given: dict[str, Any],
-    repeats: int,
-    steps_measured: int | None,
-    random_weights: bool,
-    say: Any,
-) -> Bench:
-    of_model: dict[str, Any] = {name: given[name] for name in ("model", "artifacts_dir") if name in given}
-    files = model_of({**NO_VIDEO, **of_model})
+def _no_quality(random_weights: bool, steps_measured: int | None) -> str:
+    """Returns why the videos are not compared, or "" if they are."""
     if random_weights:
-        given, files = with_random_weights(given, files, say)
-    files.require()
-    no_quality = (
-        "the weights are random"
-        if random_weights
-        else "--steps-measured makes videos of few steps"
-        if steps_measured
-        else ""
-    )
-    return Bench(recipes, _clips(folder, seed), given, files, repeats, steps_measured, no_quality)
+        return "the weights are random"
+    return "" if steps_measured is None else f"--steps-measured {steps_measured}: the videos have few steps"
 
 
 def _clips(folder: Path | None, seed: int) -> tuple[Clip, ...]:
