@@ -7,7 +7,7 @@ median and the spread, which is the largest less the smallest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -35,7 +35,7 @@ _NOISE = (
 
 def report_of(bench: Bench, rows: list[Row], cells: Cells, errors: Errors) -> Document:
     """Returns the document of a report."""
-    made = [_row(bench, row, cells, errors) for row in rows]
+    made = [_row(row, cells, errors) for row in rows]
     base = made[0]
     for row in made:
         if row["video_s"] and base["video_s"]:
@@ -64,13 +64,14 @@ def report_of(bench: Bench, rows: list[Row], cells: Cells, errors: Errors) -> Do
     }
 
 
-def _row(bench: Bench, row: Row, cells: Cells, errors: Errors) -> Document:
+def _row(row: Row, cells: Cells, errors: Errors) -> Document:
     error = row.error or errors.get(row.recipe)
+    changes = row.plans[0].to_json()["overridden"] if row.plans else {}
     document: Document = {
         "recipe": row.recipe,
         "status": "measured",
         "reason": None,
-        "overridden": [word for change in _changes(bench, row) for word in words(*change)],
+        "overridden": [word for change in changes.items() for word in words(*change)],
         "seconds": {},
         "video_s": None,
         "ratio": None,
@@ -94,13 +95,6 @@ def _row(bench: Bench, row: Row, cells: Cells, errors: Errors) -> Document:
     return document | _figures(row.plans, [(cell, of_cell) for cell, of_cell in found if of_cell])
 
 
-def _changes(bench: Bench, row: Row) -> Iterable[tuple[str, Any]]:
-    """Returns the options of a recipe that the user overrides, as its plan shows them."""
-    if row.plans:
-        return row.plans[0].to_json()["overridden"].items()  # type: ignore[no-any-return]
-    return ()
-
-
 def _figures(plans: Sequence[Plan], found: list[tuple[Cell, Document]]) -> Document:
     """Returns the figures of a row whose cells are all measured."""
     by_repeat: dict[int, list[dict[str, float]]] = {}
@@ -109,11 +103,9 @@ def _figures(plans: Sequence[Plan], found: list[tuple[Cell, Document]]) -> Docum
     means = [{stage: fmean(one[stage] for one in of_clips) for stage in STAGES} for of_clips in by_repeat.values()]
     one = found[0][1]
     skips = [plan.magcache_json() or {"skipped_forwards": 0, "residual_bytes": 0} for plan in plans]
-    computed = fmean(plan.num_forwards - skip["skipped_forwards"] for plan, skip in zip(plans, skips, strict=True))
-    flop = fmean(
-        (plan.num_forwards - skip["skipped_forwards"]) * forward_flop(plan.spec.dit, plan.geometry.tokens)
-        for plan, skip in zip(plans, skips, strict=True)
-    )
+    computed = [plan.num_forwards - skip["skipped_forwards"] for plan, skip in zip(plans, skips, strict=True)]
+    of_each = [forward_flop(plan.spec.dit, plan.geometry.tokens) for plan in plans]
+    flop = fmean(number * each for number, each in zip(computed, of_each, strict=True))
     denoise_s = median(mean["denoise"] for mean in means)
     a_rank = flop / denoise_s / plans[0].mesh.group_size
     peak = bf16_peak(one["hardware"]["device"])
@@ -122,7 +114,7 @@ def _figures(plans: Sequence[Plan], found: list[tuple[Cell, Document]]) -> Docum
     return {
         "seconds": {stage: _spread([mean[stage] for mean in means]) for stage in STAGES},
         "video_s": _spread([sum(mean.values()) for mean in means]),
-        "forwards": {"computed": computed, "of": plans[0].num_forwards},
+        "forwards": {"computed": fmean(computed), "of": plans[0].num_forwards},
         "peak_memory_bytes": max(document["peak_memory_bytes"] for _, document in found) + held,
         "tflops": round(a_rank / 1e12, 3),
         "peak_share": peak and round(a_rank / peak, 4),
@@ -141,11 +133,11 @@ def _seconds(plan: Plan, document: Document) -> dict[str, float]:
 
 
 def _estimate(plan: Plan, document: Document) -> str | None:
-    """Returns how the seconds of denoising were estimated; None if all steps were measured."""
+    """Returns how the seconds of denoising were estimated; None if the whole video was measured."""
     steps, of_all = sum(document["plan"]["steps"].values()), len(plan.schedule)
-    if steps == of_all:
-        return None
     measured, wanted = (sum(forwards_in_turn(of)) for of in (document["plan"], plan.to_json()))
+    if (steps, measured) == (of_all, wanted):
+        return None
     return f"denoising: {measured} forwards of {steps} steps, times {wanted}/{measured} for {of_all} steps"
 
 
