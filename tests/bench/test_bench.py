@@ -278,6 +278,7 @@ def test_one_equal_clip_does_not_make_the_psnr_infinite(tmp_path: Path) -> None:
     assert found["base"]["identical"] and found["base"]["psnr"] is None and found["base"]["ssim"] == 1
     expected = -10 * np.log10((5 / 255) ** 2 / 2)
     assert found["other"]["psnr"] == pytest.approx(expected, abs=0.01) and not found["other"]["identical"]
+    assert found["other"]["psnr_by_clip"] == [None, pytest.approx(expected - 10 * np.log10(2), abs=0.01)]
     assert found["other"]["prompt_following"] is None
 
 

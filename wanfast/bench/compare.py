@@ -62,12 +62,18 @@ def _quality(video: Tensor, reference: Tensor) -> Quality:
 
 
 def _averaged(of_clips: list[Quality]) -> Quality:
-    error = fmean(quality["mean_squared_error"] for quality in of_clips)
+    errors = [quality["mean_squared_error"] for quality in of_clips]
+    error = fmean(errors)
     judged = [quality["is_right"] for quality in of_clips if quality["is_right"] is not None]
     means = {name: fmean(quality[name] for quality in of_clips) for name in ("ssim", "ms_ssim", "flicker", "motion")}
     return {
-        "psnr": round(-10 * math.log10(error), 2) if error else None,
+        "psnr": _decibels(error),
+        "psnr_by_clip": [_decibels(of_clip) for of_clip in errors],
         "identical": error == 0,
         **{name: round(mean, 4) for name, mean in means.items()},
         "prompt_following": {"right": sum(judged), "of": len(judged)} if judged else None,
     }
+
+
+def _decibels(error: float) -> float | None:
+    return round(-10 * math.log10(error), 2) if error else None
