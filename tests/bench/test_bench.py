@@ -106,6 +106,16 @@ def test_a_recipe_without_its_kernel_is_a_row_with_the_reason(clips: Path) -> No
         planned(bench_of(clips, "fa3"))
 
 
+def test_several_gpus_share_the_videos_of_published_recipes(clips: Path, machine: Machine) -> None:
+    machine(2, 85)
+    rows = planned(bench_of(clips, "baseline", "fa3", "exact", given=SMALL | {"device": "cuda", "num_gpus": 2}))
+    baseline, fa3, exact = rows
+    assert "fa3-fwd is not installed" in str(fa3.error) and not isinstance(fa3.error, NeedsGpuError)
+    assert [plan.mesh.ulysses for plan in (*baseline.plans, *exact.plans)] == [2, 2, 1, 1]
+    assert baseline.plans[0].config.ranks.dit_fsdp == "on" and exact.plans[0].mesh.cfg == 2
+    assert baseline.cells[0].inputs["hardware"]["gpus"] == ["NVIDIA H100"] * 2
+
+
 def test_an_option_reaches_only_the_recipes_that_can_use_it(clips: Path) -> None:
     given = SMALL | {"attention": "auto", "magcache_interpolate": True, "verify": True}
     bench = bench_of(clips, "exact", "magcache", "int8", given=given)
