@@ -45,6 +45,7 @@ from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import synchronize
 from wanfast.runtime.distributed.ranks import Ranks, rank_group
 from wanfast.runtime.engine.compilation import compile_blocks
+from wanfast.runtime.facts.flop import bf16_peak, forward_flop
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, DiTSpec
 from wanfast.runtime.machine.packages import commit, versions
@@ -55,7 +56,6 @@ from wanfast.runtime.weights.key_maps import rename_back
 if TYPE_CHECKING:  # --diffusers none runs without diffusers
     from diffusers import WanTransformer3DModel
 
-PEAK_TFLOPS = 989  # dense bf16 peak of an H100 or H200, from the datasheet
 DIFFUSERS_BACKENDS = {
     "cudnn": "_native_cudnn", "flash": "_native_flash", "math": "_native_math", "sdpa": "native", "fa3": "_flash_3_hub",
 }  # fmt: skip
@@ -342,13 +342,6 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def flop(spec: DiTSpec, tokens: int) -> float:
-    """Returns the FLOP of one forward: projections, feed-forward, self- and cross-attention; no text projections."""
-    linears = 2 * tokens * (6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim)
-    attention = 4 * tokens * (tokens + spec.text_len) * spec.dim
-    return spec.num_layers * (linears + attention)
-
-
 def comparison(one: Way, shared: Way, theirs: Way | None = None) -> dict[str, float]:
     """Returns what the medians of ways on several ranks say, and how far our velocity is from diffusers'."""
     one_s, shared_s = statistics.median(one.seconds), statistics.median(shared.seconds)
@@ -361,13 +354,14 @@ def comparison(one: Way, shared: Way, theirs: Way | None = None) -> dict[str, fl
 
 def report_of(way: Way, spec: DiTSpec, inputs: Inputs) -> dict[str, Any]:
     median = statistics.median(way.seconds)
-    tflops = flop(spec, inputs.rope.cos.shape[0]) / median / 1e12 / way.ranks
+    tflops = forward_flop(spec, inputs.rope.cos.shape[0]) / median / 1e12 / way.ranks
+    peak = bf16_peak(hardware.describe(inputs.latent.device.type)["device"])
     row = {
         "ms": round(median * 1e3, 1),
         "spread_ms": round((max(way.seconds) - min(way.seconds)) * 1e3, 1),
         "rounds": len(way.seconds),
         "tflops": round(tflops, 1),
-        "mfu": round(tflops / PEAK_TFLOPS, 4),
+        "mfu": peak and round(tflops * 1e12 / peak, 4),
         "peak_gb_beyond_weights": round(way.peak_bytes / 1e9, 2),
         "relative_error": way.relative_error,
         "first_s": round(way.first_s, 1),

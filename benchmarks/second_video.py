@@ -19,11 +19,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model_folder import PICTURE, write_model
-
 import wanfast
+from wanfast.bench.model_folder import of_layers, write_model
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine.packages import commit, versions
+
+PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/cat.jpg"
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--num-gpus", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:  # /tmp may be memory, which holes occupy once read
-        write_model(Path(scratch) / "model", options.layers)
+        write_model(Path(scratch) / "model", of_layers(options.layers))
         print(json.dumps(_measure(Path(scratch), options)))
 
 

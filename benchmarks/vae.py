@@ -30,7 +30,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.parity import randomise, relative_error
+from tests.parity import relative_error
+from wanfast.bench.model_folder import randomise
 from wanfast.quality.metrics import psnr
 from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import synchronize

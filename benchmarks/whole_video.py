@@ -39,8 +39,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from model_folder import PICTURE, random_bytes, write_model
 
+from wanfast.bench.model_folder import of_layers, random_bytes, write_model
 from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.facts.model_spec import A14B
@@ -50,6 +50,7 @@ from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.store import model_files
 from wanfast.runtime.weights.builders import build_vae
 
+PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/cat.jpg"
 FIGURES = ("seconds", "first_step_s", "compiled_anew", "peak_memory_bytes", "loading")
 SHARED_MEMORY = Path("/dev/shm")
 SMOOTHNESS = 200  # x264 takes an eighth of its time for noise, as for a smooth clip: 3 s of two cores at 1280x720x81
@@ -107,7 +108,7 @@ def _place(options: argparse.Namespace) -> Path:
     """Returns a folder in memory for random weights, if there is room; else one on a disk."""
     if options.random and SHARED_MEMORY.is_dir():
         room = min(shutil.disk_usage(SHARED_MEMORY).free, host.available_host_bytes() // 2)  # the ranks need some too
-        wanted = random_bytes(options.layers)
+        wanted = random_bytes(of_layers(options.layers))
         if room >= wanted or options.folder:
             return SHARED_MEMORY
         print(f"{wanted / 1e9:.1f} GB do not fit in memory: they go to a disk", file=sys.stderr)
@@ -118,7 +119,7 @@ def _write(folder: Path, options: argparse.Namespace) -> None:
     """Writes the model in a process of its own, because this one should not hold memory of a GPU."""
     smoothness = SMOOTHNESS if options.random and not options.noise else 1
     given = {"is_random": options.random, "smoothness": smoothness}
-    writer = mp.get_context("spawn").Process(target=write_model, args=(folder, options.layers), kwargs=given)
+    writer = mp.get_context("spawn").Process(target=write_model, args=(folder, of_layers(options.layers)), kwargs=given)
     writer.start()
     try:
         writer.join()

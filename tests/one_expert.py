@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests import sparse_model
-from tests.parity import randomise
+from wanfast.bench.model_folder import randomise
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from tests.parity import randomise
+from wanfast.bench.model_folder import randomise
 from wanfast.runtime.store.model_files import TINY
 
 

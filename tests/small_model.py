@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tests.parity import randomise
+from wanfast.bench.model_folder import randomise
 from wanfast.runtime.facts.choices import BRANCHES, Branch
 from wanfast.runtime.facts.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
 from wanfast.runtime.models.dit import WanDiT

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from wanfast.bench.model_folder import VALUE_BYTES, Shapes, write_holes
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.dit import WanDiT
 
 _SHARD_BYTES = 9_900_000_000  # the published shards are smaller than 10 GB
-_VALUE_BYTES = {"F32": 4, "BF16": 2}
 _FIRST_MARK = 0x3F80  # 1.0 in bf16; the bit patterns after it are larger numbers, each one exact
-
-Shapes = dict[str, torch.Size]
 
 
 def write(folder: Path, spec: DiTSpec, shard_bytes: int = _SHARD_BYTES) -> None:
@@ -109,26 +107,12 @@ def _write_shard(stream: BinaryIO, shard: Shapes, marks: dict[str, list[tuple[in
     starts = write_holes(stream, shard)
     for name, shape in shard.items():
         for row, column, value in marks[name]:
-            stream.seek(starts[name] + (row * shape[1:].numel() + column) * _VALUE_BYTES["F32"])
+            stream.seek(starts[name] + (row * shape[1:].numel() + column) * VALUE_BYTES["F32"])
             stream.write(struct.pack("<f", value))
 
 
-def write_holes(stream: BinaryIO, shapes: Shapes, dtype: str = "F32") -> dict[str, int]:
-    """Writes a whole safetensors file and returns each tensor's position in it."""
-    header, starts, end = {}, {}, 0
-    for name, shape in shapes.items():
-        starts[name], end = end, end + _bytes(shape, dtype)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [starts[name], end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format's own writer aligns the values like this
-    stream.write(struct.pack("<Q", len(text)) + text)
-    values = stream.tell()
-    stream.truncate(values + end)
-    return {name: values + start for name, start in starts.items()}
-
-
-def _bytes(shape: torch.Size, dtype: str = "F32") -> int:
-    return shape.numel() * _VALUE_BYTES[dtype]
+def _bytes(shape: torch.Size) -> int:
+    return shape.numel() * VALUE_BYTES["F32"]
 
 
 def _shapes(spec: DiTSpec) -> Shapes:

@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 from wanfast import __version__
+from wanfast.commands.bench import bench
 from wanfast.commands.calibrate_magcache import calibrate_magcache
 from wanfast.commands.dispatch import VERBS
 from wanfast.commands.doctor import doctor
@@ -39,6 +40,7 @@ app.command()(download)
 app.command()(quantize)
 app.command()(calibrate_magcache)
 app.command()(warmup)
+app.command()(bench)
 app.command()(doctor)
 
 _MESSAGES = {

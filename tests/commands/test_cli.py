@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Machine, Outcome
+from wanfast.commands import bench as bench_command
 from wanfast.commands import calibrate_magcache as calibrate_command
 from wanfast.commands import doctor as doctor_command
 from wanfast.commands import generate as generate_command
@@ -36,7 +37,16 @@ def test_the_surface_is_the_checked_in_one(wanfast: Wanfast, monkeypatch: pytest
     monkeypatch.setenv("COLUMNS", "100")
     pages = [
         wanfast(*command, "--help").out
-        for command in ([], ["generate"], ["download"], ["quantize"], ["calibrate-magcache"], ["warmup"], ["doctor"])
+        for command in (
+            [],
+            ["generate"],
+            ["download"],
+            ["quantize"],
+            ["calibrate-magcache"],
+            ["warmup"],
+            ["bench"],
+            ["doctor"],
+        )
     ]
     surface = "\n".join(line.rstrip() for page in pages for line in page.splitlines()) + "\n"
     if os.environ.get("WANFAST_UPDATE_SURFACE"):
@@ -47,6 +57,7 @@ def test_the_surface_is_the_checked_in_one(wanfast: Wanfast, monkeypatch: pytest
 def options_of_command(function: Callable[..., None]) -> dict[str, object]:
     """The defaults of a command's options, without what only the parent reads."""
     parent_only = {"context", "prompt_file", "from_", "jobs", "dry_run", "json_", "set_"}
+    parent_only |= {"recipes", "repeats", "steps_measured", "random_weights"}
     parameters = inspect.signature(function).parameters.items()
     return {name: parameter.default for name, parameter in parameters if name not in parent_only}
 
@@ -57,6 +68,7 @@ def options_of_command(function: Callable[..., None]) -> dict[str, object]:
         ("generate", generate_command.generate, set()),
         ("warmup", warmup_command.warmup, set()),
         ("calibrate-magcache", calibrate_command.calibrate_magcache, {"seed"}),
+        ("bench", bench_command.bench, {"seed", "output"}),
         ("doctor", doctor_command.doctor, set()),
     ],
 )

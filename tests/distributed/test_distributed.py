@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from tests.on_ranks import on_ranks
-from tests.parity import randomise, relative_error
+from tests.parity import relative_error
+from wanfast.bench.model_folder import randomise
 from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.ranks import Ranks, rank_group
 from wanfast.runtime.distributed.ulysses import Ulysses

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.on_ranks import on_ranks
-from tests.parity import randomise, relative_error
+from tests.parity import relative_error
+from wanfast.bench.model_folder import randomise
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.distributed.vae_parallel import SplitRows
 from wanfast.runtime.facts.mesh import Mesh

@@ -14,8 +14,9 @@ from PIL import Image
 from torch.distributed.tensor import DTensor
 
 from tests.on_ranks import on_ranks
-from tests.parity import randomise, relative_error
+from tests.parity import relative_error
 from tests.small_model import SPEC, blank_inputs, plan_small_model
+from wanfast.bench.model_folder import randomise
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.distributed.vae_parallel import SplitRows

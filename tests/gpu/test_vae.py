@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.parity import randomise, relative_error
+from tests.parity import relative_error
+from wanfast.bench.model_folder import randomise
 from wanfast.quality.metrics import psnr
 from wanfast.runtime.device import hardware
 from wanfast.runtime.facts.model_spec import VAESpec

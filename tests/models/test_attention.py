@@ -18,7 +18,8 @@ import torch
 
 from tests.conftest import Machine, Outcome
 from tests.on_ranks import on_ranks
-from tests.parity import randomise, relative_error
+from tests.parity import relative_error
+from wanfast.bench.model_folder import randomise
 from wanfast.runtime.device import hardware
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import attention_probe, compilation

@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from tests.parity import randomise, relative_error
+from tests.parity import relative_error
+from wanfast.bench.model_folder import randomise
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.dit import Stream, TextKV, WanDiT, sinusoid
 from wanfast.runtime.models.rope import rotary_tables

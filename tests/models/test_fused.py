@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parity import randomise, relative_error
+from tests.parity import relative_error
+from wanfast.bench.model_folder import randomise
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models import fused
 from wanfast.runtime.models.dit import WanDiT

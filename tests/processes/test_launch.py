@@ -729,14 +729,14 @@ def test_ranks_import_the_package_of_their_parent(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     command = [sys.executable, "-c", "import wanfast; print(wanfast.__file__)"]
-    done = subprocess.run(command, cwd=tmp_path, env=launch._environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=launch.child_environment(), capture_output=True, text=True)
     assert done.stdout.strip() == str(PACKAGE / "wanfast/__init__.py"), done.stderr
 
 
 def test_the_installed_packages_of_ranks_hide_no_standard_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setattr(launch, "_IMPORTED_FROM", Path(pytest.__file__).parents[1])
-    assert "PYTHONPATH" not in launch._environment()
+    assert "PYTHONPATH" not in launch.child_environment()
 
 
 def test_a_rank_that_gives_up_waiting_is_the_cause_of_its_peers_errors() -> None:

@@ -34,13 +34,13 @@ def shipped_set(spec: ModelSpec) -> Path:
     return _SHIPPED / ("tiny" if spec.name == "tiny" else "photos")
 
 
-def read_set(folder: Path, seed: int) -> list[Clip]:
-    """Reads the clips of the set in `folder`. The first clip gets `seed`, the next one seed + 1, and so on.
+def read_set(folder: Path, seed: int, name: str = LIST) -> list[Clip]:
+    """Reads the clips that the list `name` in `folder` names. The first clip gets `seed`, the next seed + 1, and so on.
 
     Raises ConfigError if the set is missing or malformed.
     """
-    with foreign(f"--set {folder}: {LIST}", f"write one line per clip, such as {_EXAMPLE}"):
-        lines = (folder / LIST).read_text(encoding="utf-8-sig").split("\n")
+    with foreign(f"--set {folder}: {name}", f"write one line per clip, such as {_EXAMPLE}"):
+        lines = (folder / name).read_text(encoding="utf-8-sig").split("\n")
     clips: list[Clip] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -50,20 +50,20 @@ def read_set(folder: Path, seed: int) -> list[Clip]:
             image, prompt = folder / document["image"], document["prompt"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(
-                f"--set {folder}: line {number} of {LIST} needs the keys image and prompt, such as {_EXAMPLE}"
+                f"--set {folder}: line {number} of {name} needs the keys image and prompt, such as {_EXAMPLE}"
             ) from None
         if not isinstance(prompt, str) or not prompt.strip():
             raise ConfigError(
-                f"--set {folder}: line {number} of {LIST} has no prompt: describe what happens in the clip"
+                f"--set {folder}: line {number} of {name} has no prompt: describe what happens in the clip"
             )
         try:
             loaded = images.load_image(str(image))
         except ConfigError as error:
             reason = str(error).removeprefix("--image ")
-            raise ConfigError(f"--set {folder}: line {number} of {LIST}: {reason}") from None
+            raise ConfigError(f"--set {folder}: line {number} of {name}: {reason}") from None
         clips.append(Clip(image, loaded.sha256, loaded.size, prompt, seed + len(clips)))
     if not clips:
-        raise ConfigError(f"--set {folder}: {LIST} names no clip: write one line per clip")
+        raise ConfigError(f"--set {folder}: {name} names no clip: write one line per clip")
     return clips
 
 

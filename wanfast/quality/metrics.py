@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_BLOCK = 8  # frames
 _MS_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
@@ -26,8 +27,7 @@ def psnr(video: Tensor, reference: Tensor) -> float:
 
 def ssim(video: Tensor, reference: Tensor) -> float:
     """Returns the structural similarity, averaged over pixels, channels and frames; 1 for equal videos."""
-    _check_shapes(video, reference)
-    return float(_ssim_maps(_frames(video), _frames(reference))[0].mean())
+    return float(_factors(video, reference, 1))
 
 
 def ms_ssim(video: Tensor, reference: Tensor) -> float:
@@ -35,17 +35,28 @@ def ms_ssim(video: Tensor, reference: Tensor) -> float:
 
     The weights of these scales are normalised to sum to 1.
     """
-    _check_shapes(video, reference)
-    x, y = _frames(video), _frames(reference)
-    scales = max(1, min(len(_MS_WEIGHTS), (min(x.shape[-2:]) // 11).bit_length()))
+    scales = max(1, min(len(_MS_WEIGHTS), (min(video.shape[-2:]) // 11).bit_length()))
     weights = torch.tensor(_MS_WEIGHTS[:scales], dtype=torch.float64)
-    factors = []
-    for scale in range(scales):
-        luminance_too, contrast_and_structure = _ssim_maps(x, y)
-        last = scale == scales - 1
-        factors.append((luminance_too if last else contrast_and_structure).mean().clamp_min(0))
-        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-    return float(torch.stack(factors).pow(weights / weights.sum()).prod())
+    factors = _factors(video, reference, scales).cpu().clamp_min(0)
+    return float(factors.pow(weights / weights.sum()).prod())
+
+
+def _factors(video: Tensor, reference: Tensor, scales: int) -> Tensor:
+    """Returns [scales]: the mean contrast-structure factor at each scale, and the mean SSIM at the last one.
+
+    A few frames are compared at a time, because their maps take many times their memory.
+    """
+    _check_shapes(video, reference)
+    sums = torch.zeros(scales, dtype=torch.float64, device=video.device)
+    for first in range(0, video.shape[1], _BLOCK):
+        one, other = (clip[:, first : first + _BLOCK] for clip in (video, reference))
+        x, y = _frames(one), _frames(other)
+        for scale in range(scales):
+            luminance_too, contrast_and_structure = _ssim_maps(x, y)
+            factor = luminance_too if scale == scales - 1 else contrast_and_structure
+            sums[scale] += factor.mean() * one.shape[1]
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return sums / video.shape[1]
 
 
 def flicker(video: Tensor) -> float:

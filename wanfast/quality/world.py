@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -147,6 +149,23 @@ def _caption(rng: random.Random, scene: Scene) -> str:
     if rng.random() < 0.3:
         sentence += f" on a {scene.background} background"
     return sentence + "." + (f" {rng.choice(CAMERAS[scene.camera][1])}" if scene.camera else "")
+
+
+def read_caption(prompt: str) -> tuple[str, str] | None:
+    """Returns (colour, motion) of the subject that a caption of this world names; None for another text.
+
+    A caption that moves the camera gives None, because the tracker follows a shape before a still background.
+    """
+
+    def named(words: Iterable[str]) -> list[str]:
+        return [word for word in words if re.search(rf"\b{word}\b", prompt, re.IGNORECASE)]
+
+    motions = [name for name, motion in MOTIONS.items() if named(motion.phrases)]
+    moves_camera = named(words.rstrip(".") for _, phrases in CAMERAS.values() for words in phrases)
+    colours = named(COLOURS)
+    if len(colours) != 1 or len(motions) != 1 or moves_camera or not named(SHAPES):
+        return None
+    return colours[0], motions[0]
 
 
 class Renderer:

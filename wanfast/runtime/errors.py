@@ -31,6 +31,10 @@ class ConfigError(WanFastError):
     exit_code = 2
 
 
+class NeedsGpuError(ConfigError):
+    """This error means that an option needs a GPU, and the device is a CPU."""
+
+
 class MissingArtifactError(WanFastError):
     """This error means that weights or another artifact are missing.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from wanfast.runtime.config.option import ALL, CALIBRATE, COMPILED, EXACT, FILES, LOSSY, MAKE, Option, Part, options_of
+from wanfast.runtime.config.option import ALL, COMPILED, EXACT, FILES, LOSSY, MAKE, MEASURE, Option, Part, options_of
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import (
     NAMED_MODELS,
@@ -45,7 +45,7 @@ class ModelsConfig(Part):
             "Named set of options. An option that you give as well overrides the recipe's. Ours: exact, near-exact and "
             f"fast. The published ones: {', '.join(get_args(RecipeName)[:-3])}.",
             MAKE,
-            also=COMPILED,
+            also=("calibrate-magcache", "warmup"),
             metavar="<name>",
         ),
     ] = field(default=None, compare=False)  # other options of it say which models run
@@ -60,7 +60,7 @@ class ModelsConfig(Part):
     ] = "auto"
     compile: Annotated[
         bool,
-        Option("Compile the experts' blocks. The first run takes about ten seconds more.", EXACT, also=CALIBRATE),
+        Option("Compile the experts' blocks. The first run takes about ten seconds more.", EXACT, also=MEASURE),
     ] = False
     compile_mode: Annotated[
         CompileMode,
@@ -78,7 +78,7 @@ class ModelsConfig(Part):
         Option(
             "Precision of the VAE's decoder. The encoder is always in fp32.",
             LOSSY,
-            also=("doctor",),
+            also=("bench", "doctor"),
             default="bf16, or fp32 with --precision fp32",
         ),
     ] = None
@@ -104,7 +104,7 @@ class ModelsConfig(Part):
         Option(
             "Quantize the weights while loading them, instead of using experts that were quantized before.",
             LOSSY,
-            also=CALIBRATE,
+            also=MEASURE,
         ),
     ] = False
     verify: Annotated[
@@ -112,7 +112,7 @@ class ModelsConfig(Part):
         Option(
             "Verify the hashes of stored quantized experts before loading, about a second for each GB.",
             FILES,
-            also=CALIBRATE,
+            also=MEASURE,
             of_this_run=True,
         ),
     ] = field(default=False, compare=False)  # the same models, verified or not

@@ -25,8 +25,8 @@ MAKE, SAMPLING, EXACT, LOSSY, GPUS, FILES = (
     "What to make", "Sampling", "Exact speed", "Lossy speed", "Several GPUs", "Files and output"
 )  # fmt: skip
 
-CALIBRATE: tuple[Command, ...] = ("calibrate-magcache",)
-COMPILED: tuple[Command, ...] = ("calibrate-magcache", "warmup")  # these compile blocks
+MEASURE: tuple[Command, ...] = ("calibrate-magcache", "bench")  # these make the videos of a set
+COMPILED: tuple[Command, ...] = (*MEASURE, "warmup")  # these compile blocks
 ALL: tuple[Command, ...] = (*COMPILED, "doctor")
 
 Check = Callable[[Any], str | None]  # value -> None, or how to fix the value

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from wanfast.runtime.config.option import CALIBRATE, COMPILED, GPUS, Option, Part, at_least, between
+from wanfast.runtime.config.option import COMPILED, GPUS, MEASURE, Option, Part, at_least, between
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Device, Switch
 from wanfast.runtime.facts.mesh import Mesh
@@ -77,7 +77,7 @@ class RanksConfig(Part):
         Option(
             "Shard UMT5 over the ranks of a video. auto shards it if one GPU cannot hold it.",
             GPUS,
-            also=CALIBRATE,
+            also=MEASURE,
             of_these_ranks=True,
         ),
     ] = "auto"

@@ -76,6 +76,11 @@ RECIPES: Mapping[RecipeName, Recipe] = MappingProxyType(
     }
 )
 
+OURS: tuple[RecipeName, ...] = ("exact", "near-exact", "fast")
+GROUPS: Mapping[str, tuple[RecipeName, ...]] = MappingProxyType(
+    {"ours": OURS, "published": tuple(name for name in RECIPES if name not in OURS)}
+)
+
 
 def with_recipe(given: Options) -> dict[str, Any]:
     """Returns the `given` options; if they name a recipe, the recipe's options are added.

@@ -111,7 +111,8 @@ class SkippingConfig(Part):
         ),
     ] = None
     magcache_interpolate: Annotated[
-        bool, Option("Interpolate the curve if it was measured with other --steps or --shift.", LOSSY)
+        bool,
+        Option("Interpolate the curve if it was measured with other --steps or --shift.", LOSSY, also=("bench",)),
     ] = False
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated
 
-from wanfast.runtime.config.option import ALL, CALIBRATE, FILES, MAKE, SAMPLING, Option, Part, between
+from wanfast.runtime.config.option import ALL, FILES, MAKE, MEASURE, SAMPLING, Option, Part, between
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Device, ImageFit, Solver
 
@@ -52,7 +52,7 @@ class VideoConfig(Part):
     image: Annotated[str, Option("The image that the video starts from.", MAKE, also=("warmup",), path=True)]
     image_sha256: str = ""
     prompt: Annotated[str, Option("What happens in the video.", MAKE)]
-    negative_prompt: Annotated[str, Option("What the video must not show.", MAKE, own=True)]
+    negative_prompt: Annotated[str, Option("What the video must not show.", MAKE, own=True, also=("bench",))]
     size: Annotated[
         str,
         Option(
@@ -68,7 +68,7 @@ class VideoConfig(Part):
         Option(
             "How the image fits --size: area keeps the aspect ratio, crop cuts the longer side, pad adds black bars.",
             MAKE,
-            also=("warmup",),
+            also=("bench", "warmup"),
         ),
     ] = "area"
     frames: Annotated[int, Option("Number of frames, 4n+1, such as 81.", MAKE, own=True, also=ALL, check=_frames_fix)]
@@ -96,7 +96,7 @@ class VideoConfig(Part):
             "Number of denoising steps.",
             SAMPLING,
             own=True,
-            also=CALIBRATE,
+            also=MEASURE,
             check=between(1, 1000, "use 1 to 1000; 40 is the model's own"),
         ),
     ]
@@ -106,7 +106,7 @@ class VideoConfig(Part):
             "Larger values move the steps toward high noise. The model's publisher advises 3.0 for 480p.",
             SAMPLING,
             own=True,
-            also=CALIBRATE,
+            also=MEASURE,
             check=between(0.001, 1000, "use 0.001 to 1000; 5.0 is the model's own"),
         ),
     ]
@@ -116,7 +116,7 @@ class VideoConfig(Part):
             "Guidance scale of the high-noise expert. 1 turns guidance off.",
             SAMPLING,
             own=True,
-            also=CALIBRATE,
+            also=MEASURE,
             check=between(0, 100, "use 0 to 100; 1 is no guidance"),
         ),
     ]
@@ -126,12 +126,14 @@ class VideoConfig(Part):
             "Guidance scale of the low-noise expert. 1 turns guidance off.",
             SAMPLING,
             own=True,
-            also=CALIBRATE,
+            also=MEASURE,
             check=between(0, 100, "use 0 to 100; 1 is no guidance"),
         ),
     ]
-    solver: Annotated[Solver, Option("Flow-matching solver.", SAMPLING, also=CALIBRATE)] = "unipc"
-    noise_device: Annotated[Device, Option("Device that draws the noise; the reference uses cuda.", SAMPLING)] = "cpu"
+    solver: Annotated[Solver, Option("Flow-matching solver.", SAMPLING, also=MEASURE)] = "unipc"
+    noise_device: Annotated[
+        Device, Option("Device that draws the noise; the reference uses cuda.", SAMPLING, also=("bench",))
+    ] = "cpu"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,7 @@ _NO_MEMORY = (
     "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
 )
-# What they say if they get no memory, but for other causes too.
+# They say this if they get no memory, and also for other reasons.
 _PERHAPS_NO_MEMORY = (
     "unable to find an engine to execute this computation",
     "CUBLAS_STATUS_NOT_INITIALIZED",

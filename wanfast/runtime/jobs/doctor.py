@@ -28,7 +28,7 @@ from wanfast.runtime.store.model_files import COMPONENTS, ModelFiles
 from wanfast.runtime.store.quantized import EXPERTS, TORCHAO_FIX, QuantizedExpert
 
 # The kinds of artifacts, and the other folders beside them.
-_KINDS = ("checkpoints", "prompt_embeds", "quantized", "magcache", "inductor", "runs")
+_KINDS = ("checkpoints", "prompt_embeds", "quantized", "magcache", "inductor", "bench", "runs")
 
 
 def examine(given: Options) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.errors import ConfigError, NeedsGpuError
 
 # The packages of attention kernels: pip's name, and the modules, any one of which has the kernel.
 ATTENTION_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -34,12 +34,12 @@ _OPTIONAL = (
 
 
 def require_attention(kernel: str, device: str) -> None:
-    """Raises ConfigError if the kernel's package is not installed, or if the kernel needs a GPU and `device` is a CPU.
+    """Raises ConfigError if the kernel's package is not installed, and NeedsGpuError if `device` is a CPU without it.
 
     The kernel is not run, so this function does not show whether the kernel works on the GPU.
     """
     if device == "cpu" and kernel not in ("auto", *ATTENTION_ON_CPU):
-        raise ConfigError(f"--attention {kernel} needs a GPU: use --attention auto, or --device cuda")
+        raise NeedsGpuError(f"--attention {kernel} needs a GPU: use --attention auto, or --device cuda")
     if kernel in ATTENTION_PACKAGES:
         package, modules = ATTENTION_PACKAGES[kernel]
         if not any(find_spec(module.partition(".")[0]) for module in modules):

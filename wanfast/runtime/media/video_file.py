@@ -64,9 +64,9 @@ def _check_file(target: Path, subject: str, *, overwrite: bool) -> None:
 class Mp4Writer:
     """Encodes frames [F, H, W, 3], with even H and W, in a separate thread while the next frames are made.
 
-    The video is H.264: CRF 10, yuv420p. The file's index comes first, so that players can start before they have the
-    whole file. The pixels are BT.709 in limited range at every size. The stream and the container name this format,
-    because players would guess another one.
+    The video is H.264: yuv420p, CRF 10 or `crf`. The file's index comes first, so that players can start before they
+    have the whole file. The pixels are BT.709 in limited range at every size. The stream and the container name this
+    format, because players would guess another one.
 
     The same frames give the same bytes, whether they are added at once or a few at a time. Two settings ensure this.
     The number of threads is fixed, because the stream depends on it. The setting `cpu-independent` turns off x264's
@@ -78,8 +78,8 @@ class Mp4Writer:
     the encoding fails. Frames that were added must not change before the block ends.
     """
 
-    def __init__(self, path: Path, fps: int) -> None:
-        self._path, self._fps = path, fps
+    def __init__(self, path: Path, fps: int, crf: int = 10) -> None:
+        self._path, self._fps, self._crf = path, fps, crf
         self._thread = ThreadPoolExecutor(1)
         self._encoding: list[Future[None]] = []
         self._container: Any = None
@@ -124,7 +124,7 @@ class Mp4Writer:
         same_bytes = {"threads": "8", "thread_type": "frame", "x264-params": "cpu-independent=1"}
         colours = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709", "color_range": "tv"}
         self._container = av.open(str(self._path), "w", format="mp4", options={"movflags": "faststart"})
-        options = {"crf": "10", **same_bytes, **colours}
+        options = {"crf": str(self._crf), **same_bytes, **colours}
         self._stream = self._container.add_stream("libx264", rate=self._fps, options=options)
         self._stream.height, self._stream.width = height, width
         self._stream.pix_fmt = "yuv420p"

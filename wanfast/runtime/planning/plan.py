@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from wanfast.runtime.config import EffectiveConfig, Options, OutputConfig, parse_size
 from wanfast.runtime.config.recipes import overridden
-from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.errors import ConfigError, NeedsGpuError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import Device, Expert, ImageFit
 from wanfast.runtime.facts.mesh import Mesh
@@ -346,7 +346,7 @@ def effective(given: Options, files: ModelFiles, image_sha256: str) -> Effective
     if models.quantize == "fp8-rowwise" and device == "cuda" and (old := _without_float8()):
         raise ConfigError(f"--quantize fp8-rowwise: {old} cannot multiply in float8: use --quantize int8-dynamic")
     if models.tf32 and device == "cpu":
-        raise ConfigError("--tf32 needs a GPU: drop --tf32, or use --device cuda")
+        raise NeedsGpuError("--tf32 needs a GPU: drop --tf32, or use --device cuda")
     return settle(config, files)
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 ProgressFn = Callable[[str, int, int], None]  # (stage, steps done, of all steps)
 
 _WORKER = "wanfast.runtime.jobs.generate"
-_OF_HANDLE = {*options_of(ModelsConfig), *options_of(RanksConfig)}
+OF_HANDLE = {*options_of(ModelsConfig), *options_of(RanksConfig)}
 _OF_A_VIDEO = {"frames", "size"}  # `open` accepts these too, for the largest video that will be made
 _PAUSE_S = 0.1  # between two looks whether a waiting `make` is cancelled
 
@@ -93,7 +93,7 @@ class Video:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Opened:
+class Opened:
     """This class holds what `open` decided, once for all videos of a handle: models, ranks, and their memory."""
 
     asked: dict[str, Any]  # the options that were given
@@ -103,10 +103,10 @@ class _Opened:
     free_memory: FreeMemory  # before the ranks load models
 
     @classmethod
-    def of(cls, asked: dict[str, Any]) -> _Opened:
+    def of(cls, asked: dict[str, Any]) -> Opened:
         """Plans a video of the given size, or of the model's own size, for one rank group. Raises WanFastError."""
         asked = accepted(asked)
-        _refuse(asked, asked.keys() - _OF_HANDLE - _OF_A_VIDEO, "a video", "Handle.make")
+        _refuse(asked, asked.keys() - OF_HANDLE - _OF_A_VIDEO, "a video", "Handle.make")
         if asked.get("nnodes", 1) != 1:
             raise ConfigError("a handle uses one machine: drop nnodes")
         refuse_launchers("this program", "run it", "num_gpus=")
@@ -126,13 +126,13 @@ class _Opened:
                 f"one video at a time: use num_gpus={plan.mesh.group_size}"
             )
         decided = plan.config.options()
-        options = {**asked, **{name: decided[name] for name in _OF_HANDLE}}
+        options = {**asked, **{name: decided[name] for name in OF_HANDLE}}
         return cls(asked, options, plan, files, free_memory)
 
     def plan(self, options: dict[str, Any]) -> Plan:
         """Plans one video for these models and ranks. Raises WanFastError."""
         options = accepted(options)
-        _refuse(options, options.keys() & _OF_HANDLE, "the handle", "wanfast.open")
+        _refuse(options, options.keys() & OF_HANDLE, "the handle", "wanfast.open")
         _refuse(options, options.keys() & options_of(OutputConfig).keys(), "the output file", "Video.save")
         plan, _ = resolve({**self.options, **options}, writes=False, files=self.files)
         plan = dataclasses.replace(plan, requested={**self.asked, **options})
@@ -148,7 +148,7 @@ class Handle:
     At the end, call the handle's `close`. Or use the handle in a `with` block, which closes it.
     """
 
-    def __init__(self, opened: _Opened) -> None:
+    def __init__(self, opened: Opened) -> None:
         """Starts the ranks; they become ready while the first video is planned. Raises ConfigError."""
         config = opened.placed.config
         self._opened, self._lock = opened, threading.Lock()
@@ -248,7 +248,7 @@ def open(**options: Any) -> Handle:
     `options`: the options of `wanfast generate` for models and ranks, and the `size` and `frames` of the largest video
     that will be made. Each option has its Python name: `num_gpus` means --num-gpus.
     """
-    return Handle(_Opened.of(options))
+    return Handle(Opened.of(options))
 
 
 def make(*, on_progress: ProgressFn = lambda stage, done, total: None, **options: Any) -> Video:
@@ -257,9 +257,9 @@ def make(*, on_progress: ProgressFn = lambda stage, done, total: None, **options
     The video is planned before the ranks start, so that a wrong option is refused at once.
     """
     refuse_unknown(options, OPTIONS)
-    of_handle = {name: value for name, value in options.items() if name in _OF_HANDLE}
-    of_video = {name: value for name, value in options.items() if name not in _OF_HANDLE}
-    opened = _Opened.of({**of_handle, **{name: options[name] for name in _OF_A_VIDEO & options.keys()}})
+    of_handle = {name: value for name, value in options.items() if name in OF_HANDLE}
+    of_video = {name: value for name, value in options.items() if name not in OF_HANDLE}
+    opened = Opened.of({**of_handle, **{name: options[name] for name in _OF_A_VIDEO & options.keys()}})
     plan = opened.plan(of_video)
     with Handle(opened) as handle:
         return handle._run(plan, on_progress, threading.Event())

@@ -349,11 +349,11 @@ def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env=_environment() | {PARENT: str(os.getpid()), FIRST_BATCH: str(batch)},
+            env=child_environment() | {PARENT: str(os.getpid()), FIRST_BATCH: str(batch)},
         )
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """Returns this process's environment, in which a child imports this package, and none from the working folder."""
     installed = {Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages())}
     path = [] if _IMPORTED_FROM.resolve() in installed else [str(_IMPORTED_FROM)]  # a checkout

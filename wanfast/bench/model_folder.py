@@ -1,4 +1,4 @@
-"""Writes a folder that `wanfast generate --model` reads: the A14B's names, shapes and layout, without its weights.
+"""Writes a folder that `wanfast generate --model` reads: a model's names, shapes and layout, without its weights.
 
 Of holes: the experts and the text encoder are fp32 files that read as zeros and take no disk space. Of random values:
 they are bf16 files whose values keep activations at the scale of one. One file, linked twice, is both experts. The VAE
@@ -10,16 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
+import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from tests import sparse_model
-from tests.parity import randomise, spread_of
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
@@ -28,14 +25,15 @@ from wanfast.runtime.store.model_files import TINY
 from wanfast.runtime.weights import checkpoint
 from wanfast.runtime.weights.key_maps import Component, rename_back
 
-PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/cat.jpg"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CHUNK = 1 << 26  # values that are made at a time
+VALUE_BYTES = {"F32": 4, "BF16": 2}
+
+Shapes = dict[str, torch.Size]
 
 
-def write_model(folder: Path, layers: int, *, is_random: bool = False, smoothness: float = 1.0) -> None:
+def write_model(folder: Path, spec: ModelSpec, *, is_random: bool = False, smoothness: float = 1.0) -> None:
     """Writes the model in the Diffusers layout; of random values with the GPU's help, if there is one."""
-    spec = spec_of(layers)
     expert, umt5 = _on_meta(spec)
     write = _write_random if is_random else _write_holes
     write(folder / "transformer" / _WEIGHTS, "dit", expert)
@@ -51,7 +49,7 @@ def write_model(folder: Path, layers: int, *, is_random: bool = False, smoothnes
     (folder / "wanfast.json").write_text(json.dumps(spec.to_json()))
 
 
-def spec_of(layers: int) -> ModelSpec:
+def of_layers(layers: int) -> ModelSpec:
     """Returns the A14B's facts with experts of `layers` layers, and a UMT5 of as many, up to its 24."""
     return dataclasses.replace(
         A14B,
@@ -60,10 +58,45 @@ def spec_of(layers: int) -> ModelSpec:
     )
 
 
-def random_bytes(layers: int) -> int:
+def random_bytes(spec: ModelSpec) -> int:
     """Returns about how much memory the folder of random values takes."""
-    values = sum(tensor.numel() for model in _on_meta(spec_of(layers)) for tensor in model.state_dict().values())
+    values: int = sum(tensor.numel() for model in _on_meta(spec) for tensor in model.state_dict().values())
     return 2 * values + (1 << 30)  # and the VAE and the videos
+
+
+def randomise(module: nn.Module, seed: int) -> None:
+    """Draws EVERY parameter, because a default of zero or one would hide an exchanged or unused tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        mean, std = spread_of(name, parameter.shape)
+        value = mean + std * torch.randn(parameter.shape, generator=generator)
+        parameter.data = value.to(parameter.dtype)
+
+
+def spread_of(name: str, shape: torch.Size) -> tuple[float, float]:
+    """Returns mean and standard deviation of a parameter's random values.
+
+    Matrices keep the scale of their fan-in, vectors of norms stay near one, tables and biases are about 0.3.
+    """
+    if "norm" in name and name.endswith(("weight", "gamma")):
+        return 1.0, 0.2
+    if len(shape) >= 2 and "table" not in name and "modulation" not in name:
+        return 0.0, float(shape[1:].numel() ** -0.5)
+    return 0.0, 0.3
+
+
+def write_holes(stream: BinaryIO, shapes: Shapes, dtype: str = "F32") -> dict[str, int]:
+    """Writes a whole safetensors file and returns each tensor's position in it."""
+    header, starts, end = {}, {}, 0
+    for name, shape in shapes.items():
+        starts[name], end = end, end + shape.numel() * VALUE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format's own writer aligns the values like this
+    stream.write(struct.pack("<Q", len(text)) + text)
+    values = stream.tell()
+    stream.truncate(values + end)
+    return {name: values + start for name, start in starts.items()}
 
 
 def _on_meta(spec: ModelSpec) -> tuple[WanDiT, UMT5Encoder]:
@@ -77,7 +110,7 @@ def _write_holes(file: Path, component: Component, model: nn.Module, dtype: str 
     keys = {rename_back(component, "diffusers", name): name for name in model.state_dict()}
     shapes = {key: model.state_dict()[name].shape for key, name in keys.items()}
     with file.open("wb") as stream:
-        starts = sparse_model.write_holes(stream, shapes, dtype)
+        starts = write_holes(stream, shapes, dtype)
     return {keys[key]: start for key, start in starts.items()}
 
 
@@ -90,6 +123,6 @@ def _write_random(file: Path, component: Component, model: nn.Module) -> None:
     generator = torch.Generator(device).manual_seed(0)
     for name, start in starts.items():
         mean, std = spread_of(name, state[name].shape)
-        for part in values[start // 2 :][: state[name].numel()].split(_CHUNK):
+        for part in values[start // 2 :][: state[name].numel()].split(_CHUNK):  # type: ignore[no-untyped-call]
             made[: len(part)].normal_(mean, std, generator=generator)
             part.copy_(sent[: len(part)].copy_(made[: len(part)]))

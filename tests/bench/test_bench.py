@@ -1,0 +1,306 @@
+"""Tests `wanfast bench`: which cells are planned, that a bench continues, and what its report holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import Machine, Outcome
+from wanfast.bench import cells as cells_module
+from wanfast.bench import measure as measure_module
+from wanfast.bench.cells import ANOTHER_SEED, Bench, Row, few_steps, least_steps, planned, recipes_of
+from wanfast.bench.compare import compared
+from wanfast.bench.frames import read_frames, write_frames
+from wanfast.bench.published import PUBLISHED_S
+from wanfast.magcache_calib.clips import read_set
+from wanfast.runtime.config.recipes import RECIPES
+from wanfast.runtime.errors import ConfigError, NeedsGpuError
+from wanfast.runtime.facts.flop import bf16_peak, forward_flop
+from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.processes.handle import Handle, Video
+from wanfast.runtime.store import model_files
+
+Wanfast = Callable[..., Outcome]
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
+SMALL: dict[str, Any] = {"model": "tiny", "device": "cpu", "size": "64x64", "frames": 5, "steps": 3}
+SHAPE = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+BENCH = ("bench", *SHAPE, "--set", "set", "--json")
+
+
+@pytest.fixture
+def clips(workdir: Path) -> Path:
+    """Writes a set of two clips; the second one is a caption of the tiny model's world."""
+    (workdir / "set").mkdir()
+    shutil.copy("cat.png", "set/a.png")
+    prompts = ("a cat", "The red star goes up.")
+    lines = [json.dumps({"image": "a.png", "prompt": prompt}) for prompt in prompts]
+    (workdir / "set/clips.jsonl").write_text("\n".join(lines))
+    return workdir / "set"
+
+
+@pytest.fixture
+def videos(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Returns a list of the options of each video that is made, the warm-up videos among them."""
+    made: list[dict[str, Any]] = []
+    make = Handle.make
+
+    def noted(handle: Handle, **options: Any) -> Video:
+        made.append(options)
+        return make(handle, **options)
+
+    monkeypatch.setattr(Handle, "make", noted)
+    return made
+
+
+def bench_of(folder: Path, *recipes: Any, **named: Any) -> Bench:
+    files = model_files.locate("tiny", "artifacts")
+    return Bench(recipes, tuple(read_set(folder, 0)), named.pop("given", SMALL), files, **named)
+
+
+def test_groups_of_recipes_and_single_ones() -> None:
+    assert recipes_of("ours") == ("exact", "near-exact", "fast")
+    assert set(recipes_of("published,ours")) == set(RECIPES) and recipes_of("published,ours")[0] == "baseline"
+    assert recipes_of("fast, ours") == ("fast", "exact", "near-exact")
+    with pytest.raises(ConfigError, match="--recipes fasst: no such recipe: did you mean fast"):
+        recipes_of("exact,fasst")
+    with pytest.raises(ConfigError, match="--recipes is empty"):
+        recipes_of(",")
+
+
+def test_each_video_has_a_key_of_its_own_and_the_same_one_again(clips: Path) -> None:
+    def keys(*recipes: Any, **named: Any) -> list[str]:
+        return [cell.key for row in planned(bench_of(clips, *recipes, **named)) for cell in row.cells]
+
+    found = keys("exact", "baseline")
+    assert len(found) == len(set(found)) == 2 * 2 * 2 + 2  # recipes, repeats, clips; the base's with another seed
+    assert keys("exact", "baseline") == found
+    assert keys("exact", "baseline", repeats=3)[:4] == found[:4]
+    for given in ({"steps": 4}, {"frames": 1}, {"attention": "math"}):
+        assert not set(found) & set(keys("exact", "baseline", given=SMALL | given))
+    shutil.copy("set/a.png", "set/b.png")
+    Path("set/clips.jsonl").write_text(Path("set/clips.jsonl").read_text().replace("a.png", "b.png"))
+    assert keys("exact", "baseline") == found  # the picture's bytes count, and not its name
+
+
+def test_the_code_counts_in_a_key(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = planned(bench_of(clips, "exact"))[0].cells[0].key
+    monkeypatch.setattr(cells_module, "digest_of_code", lambda *patterns: "other")
+    assert planned(bench_of(clips, "exact"))[0].cells[0].key != before
+
+
+def test_a_recipe_without_its_kernel_is_a_row_with_the_reason(clips: Path) -> None:
+    rows = planned(bench_of(clips, "exact", "fa3", "fastest-original"))
+    assert [type(row.error) for row in rows] == [type(None), NeedsGpuError, NeedsGpuError]
+    assert str(rows[1].error).startswith("--attention fa3 needs a GPU") and not rows[1].cells
+    with pytest.raises(NeedsGpuError):
+        planned(bench_of(clips, "fa3"))
+
+
+def test_several_gpus_share_the_videos_of_published_recipes(clips: Path, machine: Machine) -> None:
+    machine(2, 85)
+    rows = planned(bench_of(clips, "baseline", "fa3", "exact", given=SMALL | {"device": "cuda", "num_gpus": 2}))
+    baseline, fa3, exact = rows
+    assert "fa3-fwd is not installed" in str(fa3.error) and not isinstance(fa3.error, NeedsGpuError)
+    assert [plan.mesh.ulysses for plan in (*baseline.plans, *exact.plans)] == [2, 2, 1, 1]
+    assert baseline.plans[0].config.ranks.dit_fsdp == "on" and exact.plans[0].mesh.cfg == 2
+    assert baseline.cells[0].inputs["hardware"]["gpus"] == ["NVIDIA H100"] * 2
+
+
+def test_an_option_reaches_only_the_recipes_that_can_use_it(clips: Path) -> None:
+    given = SMALL | {"attention": "auto", "magcache_interpolate": True, "verify": True}
+    bench = bench_of(clips, "exact", "magcache", "int8", given=given)
+    assert "magcache_interpolate" not in bench.options_of("exact") and "verify" not in bench.options_of("exact")
+    assert bench.options_of("magcache")["magcache_interpolate"] and bench.options_of("int8")["verify"]
+    (_, row) = planned(bench_of(clips, "exact", "magcache", given=given))
+    assert row.plans[0].to_json()["overridden"] == {"attention": "auto"}
+
+
+def test_few_steps_run_both_experts_and_skip_nothing(clips: Path) -> None:
+    given = SMALL | {"steps": 12, "attention": "auto", "magcache_interpolate": True}
+    rows = planned(bench_of(clips, "magcache", given=given, steps_measured=6, no_quality="few steps"))
+    measured = [rows[0].opened.plan(cell.options) for cell in rows[0].cells if rows[0].opened]
+    assert all(len(plan.schedule) == 6 and plan.curve is None for plan in measured)
+    assert len(rows[0].cells) == 4 and not any(cell.inputs["has_frames"] for cell in rows[0].cells)
+    least = least_steps(rows[0].plans[0].config.video, rows[0].plans[0].spec)
+    warm_up = rows[0].opened.plan(rows[0].warm_ups[0]) if rows[0].opened else None
+    assert warm_up and len(warm_up.schedule) == least and set(warm_up.experts) == {"high_noise", "low_noise"}
+    assert few_steps({"steps": 9, "magcache_k": 2}, 3) == {"steps": 3, "magcache": "off"}
+    with pytest.raises(ConfigError, match=f"--steps-measured 13: .* use {least} to 12"):
+        planned(bench_of(clips, "magcache", given=given, steps_measured=13))
+
+
+class _Page(HTMLParser):
+    """Collects the addresses and the cells of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action", "poster", "srcset")]
+        if tag not in ("meta", "br", "img", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_a_report_holds_rows_pictures_and_videos(
+    wanfast: Wanfast, clips: Path, videos: list[dict[str, Any]], machine: Machine
+) -> None:
+    outcome = wanfast(*BENCH, "--recipes", "exact,baseline,fa3-tf32")
+    assert outcome.exit_code == 0, outcome.err
+    report, folder = outcome.document, Path("bench")
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert [row["status"] for row in report["rows"]] == ["measured", "measured", "needs CUDA"]
+    exact, baseline, other = report["rows"]
+    assert exact["ratio"] == 1.0 and baseline["ratio"] > 0 and other["reason"].startswith("--tf32 needs a GPU")
+    assert exact["quality"]["identical"] and exact["quality"]["psnr"] is None
+    assert baseline["quality"]["psnr"] > 30  # the decoder in bf16 instead of float32
+    assert exact["quality"]["prompt_following"]["of"] == 1  # one of two prompts is a caption
+    floor = report["noise_floor"]
+    assert floor["again, the same seed"]["identical"] and floor["another seed"]["psnr"] < 60
+    assert exact["forwards"] == {"computed": 6.0, "of": 6} and exact["peak_share"] is None
+    assert exact["seconds"].keys() == {"encode", "denoise", "decode"} and exact["video_s"]["of"] == 2
+    assert exact["start"]["warm_up_videos"] == 2 and exact["attention"] == "flash"
+    assert {"hardware", "versions", "commit", "clips", "options"} <= report.keys()
+    for name in ("waterfall.png", "quality.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    text = (folder / "report.html").read_text()
+    page = _Page(text)
+    assert not page.open and len(page.links) == 2 + 2  # pictures, and a video of each measured row
+    assert all(link.startswith("data:") for link in page.links)
+    assert not re.search(r"https?:|//[a-z]+\.[a-z]|@import|url\(", re.sub(r"data:[^\"]*", "", text))
+    order = [options["seed"] for options in videos]
+    assert order == [0, 1, 0, 1, ANOTHER_SEED, ANOTHER_SEED + 1, 0, 1, 0, 1, *[0, 1, 0, 1, 0, 1, 0, 1]]
+
+    videos.clear()
+    shutil.rmtree(Path("artifacts/bench") / baseline["cells"][3])
+    again = wanfast(*BENCH, "--recipes", "exact,baseline").document["rows"]
+    assert [options["seed"] for options in videos] == [1, 1]  # a warm-up video and the missing one
+    assert again[0] == exact and again[1]["cells"] == baseline["cells"]
+
+
+def test_an_interrupted_bench_says_how_to_go_on(
+    wanfast: Wanfast, clips: Path, videos: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = cells_module.Cells.put
+
+    def interrupted(*arguments: Any) -> None:
+        put(*arguments)
+        raise KeyboardInterrupt
+
+    once = (*BENCH, "--recipes", "exact", "--repeats", "1")
+    monkeypatch.setattr(cells_module.Cells, "put", interrupted)
+    outcome = wanfast(*once)
+    assert outcome.exit_code == 130 and "note: videos stored: 1; to go on, type `wanfast " in outcome.err
+    assert not Path("bench").exists()
+    monkeypatch.setattr(cells_module.Cells, "put", put)
+    videos.clear()
+    outcome = wanfast(*once)
+    assert outcome.exit_code == 0 and len(videos) == 2 + 3  # of four cells
+    assert "again, the same seed" not in outcome.document["noise_floor"]  # which a second repeat would show
+
+
+def test_a_recipe_that_fails_leaves_the_others(wanfast: Wanfast, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = measure_module._measure
+
+    def failing(row: Row, *arguments: Any) -> None:
+        if row.recipe == "baseline":
+            raise ConfigError("no such luck")
+        measure(row, *arguments)
+
+    monkeypatch.setattr(measure_module, "_measure", failing)
+    outcome = wanfast(*BENCH, "--recipes", "baseline,exact", "--repeats", "1")
+    assert outcome.exit_code == 6 and "--recipes: baseline failed" in outcome.err
+    failed, exact = outcome.document["rows"]
+    assert (failed["status"], failed["reason"]) == ("failed", "no such luck")
+    assert exact["status"] == "measured" and exact["ratio"] is None and exact["quality"] is None
+    assert outcome.document["quality_left_out"] == "baseline was not measured"
+
+
+def test_random_weights_and_few_steps_say_so(wanfast: Wanfast, clips: Path) -> None:
+    few = ("--random-weights", "--steps-measured", "2", "--repeats", "1")
+    outcome = wanfast(*BENCH, "--recipes", "exact,magcache", "--attention", "auto", *few)
+    assert outcome.exit_code == 0, outcome.err
+    report = outcome.document
+    exact, magcache = report["rows"]
+    assert report["quality_left_out"] == "the weights are random" and exact["quality"] is None
+    assert exact["estimated"] == "denoising: 4 forwards of 2 steps, times 6/4 for 3 steps"
+    assert exact["forwards"] == {"computed": 6.0, "of": 6}
+    assert magcache["status"] == "not available" and "no curve ships for these weights" in magcache["reason"]
+    text = Path("bench/report.html").read_text()
+    assert "No quality is shown: the weights are random." in text and "<video" not in text
+    assert not Path("bench/quality.png").exists()
+    (cell,) = [folder for folder in Path("artifacts/bench").iterdir() if folder.name == exact["cells"][0]]
+    assert sorted(file.name for file in cell.iterdir()) == ["cell.json", "manifest.json"]
+    document = json.loads((cell / "cell.json").read_text())
+    denoise_s = sum(
+        json.loads((cell.parent / key / "cell.json").read_text())["seconds"]["denoise"] for key in exact["cells"]
+    )
+    assert exact["seconds"]["denoise"]["median"] == pytest.approx(denoise_s / 2 * 6 / 4, abs=2e-3)
+    assert len(list(Path("artifacts/checkpoints").glob("random-*/wanfast.json"))) == 1
+    assert document["plan"]["steps"] == {"high_noise": 1, "low_noise": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--repeats", "0"), "--repeats 0: use 1 or more"),
+        (("--steps-measured", "9"), "--steps-measured 9: each expert of the video needs a step: use 2 to 3"),
+        (("--recipes", "fa3"), "--attention fa3 needs a GPU"),
+        (("--set", "gone"), "--set"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(
+    wanfast: Wanfast, clips: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    outcome = wanfast(*BENCH, *arguments)
+    assert outcome.exit_code == 2 and message in outcome.err
+    assert not Path("bench").exists() and not Path("artifacts/quantized").exists()
+
+
+def test_frames_are_stored_without_loss(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), dtype=np.uint8)
+    write_frames(frames, tmp_path / "frames.mp4", 16)
+    assert np.array_equal(read_frames(tmp_path / "frames.mp4"), frames)
+
+
+def test_one_equal_clip_does_not_make_the_psnr_infinite(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    frames = generator.integers(0, 250, (5, 32, 32, 3), dtype=np.uint8)
+    for name, other in {"base": frames, "moved": frames + 5}.items():
+        write_frames(other, tmp_path / name, 16)
+    base, moved = (str(tmp_path / name) for name in ("base", "moved"))
+    found = compared({"base": [base, base], "other": [base, moved]}, "base", ["a", "b"], True, "cpu")
+    assert found["base"]["identical"] and found["base"]["psnr"] is None and found["base"]["ssim"] == 1
+    expected = -10 * np.log10((5 / 255) ** 2 / 2)
+    assert found["other"]["psnr"] == pytest.approx(expected, abs=0.01) and not found["other"]["identical"]
+    assert found["other"]["psnr_by_clip"] == [None, pytest.approx(expected - 10 * np.log10(2), abs=0.01)]
+    assert found["other"]["prompt_following"] is None
+
+
+def test_the_published_seconds_are_those_of_the_page() -> None:
+    page = (ROOT / "docs/several-gpus.md").read_text()
+    rows = re.findall(r"\| ([\d.]+) s \| `wanfast generate [^`]*--recipe ([\w-]+)`", page)
+    assert {recipe: float(seconds) for seconds, recipe in rows} == PUBLISHED_S
+
+
+def test_peaks_and_flop() -> None:
+    assert bf16_peak("NVIDIA H100 80GB HBM3") == 989e12 and bf16_peak("NVIDIA H100 PCIe") == 756e12
+    assert bf16_peak("x86_64") is None
+    assert forward_flop(A14B.dit, 75_600) == pytest.approx(6.5e15, rel=0.01)  # as models/dit.py says
+    assert forward_flop(dataclasses.replace(A14B.dit, num_layers=1), 75_600) == pytest.approx(163e12, rel=0.01)
+    assert not torch.cuda.is_available() or bf16_peak(torch.cuda.get_device_name())

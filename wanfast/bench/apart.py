@@ -1,0 +1,40 @@
+"""Runs work that needs torch in a process of its own, so that the parent holds no memory of a GPU. Torch-free.
+
+The process is `python -m wanfast.bench.work NAME FILE`. FILE holds the arguments as JSON, and then the result or the
+error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from wanfast.runtime.errors import RankFailedError, from_failure
+from wanfast.runtime.machine.signals import PARENT
+from wanfast.runtime.processes.launch import child_environment
+
+Work = Literal["quantize", "random_model", "compare"]
+
+
+def apart(work: Work, **arguments: Any) -> Any:
+    """Returns what a function of `wanfast.bench.work` returns for these arguments. Raises its WanFastError.
+
+    Ctrl-C reaches only this process, which then ends the other one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "work.json"
+        file.write_text(json.dumps(arguments), encoding="utf-8")
+        command = [sys.executable, "-m", "wanfast.bench.work", work, str(file)]
+        environment = child_environment() | {PARENT: str(os.getpid())}
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
+        if done.returncode:
+            raise RankFailedError(f"the process of `{work}` ended with code {done.returncode}; its error is above")
+        document = json.loads(file.read_text(encoding="utf-8"))
+    if "error" in document:
+        raise from_failure(document)
+    return document["result"]

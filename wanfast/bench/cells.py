@@ -1,0 +1,255 @@
+"""Plans the cells of a bench: which recipe makes which clip, how often, and under which key its result is stored.
+
+A cell is one video. Its result and its frames are an artifact `bench/<key>`, so that an interrupted bench continues
+with the next cell. The key holds everything that the video depends on: what is planned, the weights, the code, the
+versions and the hardware. Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wanfast.bench.apart import apart
+from wanfast.bench.frames import write_frames
+from wanfast.magcache_calib.clips import Clip
+from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, SkippingConfig, VideoConfig
+from wanfast.runtime.config.option import near_names, options_of
+from wanfast.runtime.config.recipes import GROUPS, RECIPES, with_recipe
+from wanfast.runtime.errors import ConfigError, WanFastError
+from wanfast.runtime.facts.choices import RecipeName
+from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.machine import gpus, host
+from wanfast.runtime.machine.packages import require_attention, versions
+from wanfast.runtime.planning.plan import Plan, effective
+from wanfast.runtime.processes.handle import OF_HANDLE, Opened
+from wanfast.runtime.store.artifacts import ArtifactStore, key_of, write_synced
+from wanfast.runtime.store.code import digest_of_code
+from wanfast.runtime.store.curves import steps_of
+from wanfast.runtime.store.json_files import read_object
+from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.store.quantized import EXPERTS, quantized_expert
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Options = dict[str, Any]
+SayFn = Callable[[str], None]
+
+KIND = "bench"
+CELL, FRAMES = "cell.json", "frames.mp4"
+ANOTHER_SEED = 1000  # is added to the seed of the base's other video
+# An option that only some recipes can use, and the option of a recipe that enables it.
+_ENABLED_BY = {
+    "verify": "quantize", "quantize_on_the_fly": "quantize", "compile_mode": "compile",
+    "magcache_interpolate": "magcache",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bench:
+    """This class holds what a bench was asked to measure."""
+
+    recipes: tuple[RecipeName, ...]  # the first is the base, with which the others are compared
+    clips: tuple[Clip, ...]
+    given: Options  # override those of each recipe
+    files: ModelFiles
+    repeats: int = 2
+    steps_measured: int | None = None
+    no_quality: str = ""  # why the videos are not compared
+
+    def options_of(self, name: RecipeName) -> Options:
+        """Returns the options of a recipe's videos: its name, and the given ones that can have an effect."""
+        enabled = with_recipe({"recipe": name, **self.given})
+        unusable = {option for option, by in _ENABLED_BY.items() if not enabled.get(by)}
+        return {"recipe": name, **{option: value for option, value in self.given.items() if option not in unusable}}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """This class describes one video that is measured."""
+
+    clip: int
+    repeat: int
+    options: Options  # of the video, for the handle
+    inputs: dict[str, Any]  # of the key
+    is_other_seed: bool = False
+
+    @property
+    def key(self) -> str:
+        return key_of(self.inputs)[:12]
+
+
+@dataclass(frozen=True)
+class Row:
+    """This class holds one recipe's models, its planned videos and its cells, or the error why it cannot run."""
+
+    recipe: RecipeName
+    opened: Opened | None = None
+    plans: tuple[Plan, ...] = ()  # the whole video of each clip
+    warm_ups: tuple[Options, ...] = ()  # a short video of each clip
+    cells: tuple[Cell, ...] = ()
+    error: WanFastError | None = None
+
+
+def recipes_of(text: str) -> tuple[RecipeName, ...]:
+    """Returns the recipes in a list such as "exact,published". Raises ConfigError for an unknown name."""
+    known: dict[str, tuple[RecipeName, ...]] = {name: (name,) for name in RECIPES}
+    known |= GROUPS
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            near = near_names(name, known)
+            fix = f"did you mean {' or '.join(near)}?" if near else f"use {', '.join(known)}"
+            raise ConfigError(f"--recipes {name:.40}: no such recipe: {fix}")
+    if not names:
+        raise ConfigError(f"--recipes is empty: use {', '.join(known)}")
+    return tuple(dict.fromkeys(recipe for name in names for recipe in known[name]))
+
+
+def planned(bench: Bench, say: SayFn = lambda line: None) -> list[Row]:
+    """Returns the row of each recipe; first quantizes experts that are missing.
+
+    Raises the first error if no recipe can run.
+    """
+    rows = [_row(bench, name, say) for name in bench.recipes]
+    errors = [row.error for row in rows if row.error]
+    if len(errors) == len(rows):
+        raise errors[0]
+    return rows
+
+
+def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
+    options = bench.options_of(name)
+    of_models = {option: value for option, value in options.items() if option in OF_HANDLE}
+    of_video = {option: value for option, value in options.items() if option not in OF_HANDLE}
+    largest: Options = {option: of_video[option] for option in ("size", "frames") if option in of_video}
+    try:
+        config = effective({**NO_VIDEO, **options}, bench.files, image_sha256="")
+        if bench.steps_measured is not None:
+            _check_steps(config.video, bench.files.spec, bench.steps_measured)
+        _quantize_missing(bench.files, config, say)
+        opened = Opened.of({**of_models, **largest})
+        videos = [
+            {**of_video, "image": str(clip.image), "prompt": clip.prompt, "seed": clip.seed} for clip in bench.clips
+        ]
+        plans = tuple(opened.plan(video) for video in videos)
+        measured = videos
+        if bench.steps_measured is not None:
+            measured = [few_steps(video, bench.steps_measured) for video in videos]
+        cells = [
+            _cell(bench, opened, video, clip, repeat)
+            for repeat in range(bench.repeats)
+            for clip, video in enumerate(measured)
+        ]
+        if name == bench.recipes[0] and not bench.no_quality:
+            others = ({**video, "seed": video["seed"] + ANOTHER_SEED} for video in measured)
+            cells += [_cell(bench, opened, video, clip, 0, other=True) for clip, video in enumerate(others)]
+        least = least_steps(config.video, bench.files.spec)
+        warm_ups = tuple(few_steps(video, least) for video in videos)
+        return Row(name, opened, plans, warm_ups, tuple(cells))
+    except WanFastError as error:
+        return Row(name, error=error)
+
+
+def _quantize_missing(files: ModelFiles, config: EffectiveConfig, say: SayFn) -> None:
+    """Quantizes the experts that `config` needs and the store lacks. Raises WanFastError."""
+    models, device = config.models, config.ranks.device
+    require_attention(models.attention, device)
+    if models.quantize is None or models.quantize_on_the_fly:
+        return
+    experts = [quantized_expert(files, models, expert) for expert in EXPERTS]
+    if not all(expert and expert.find() for expert in experts):
+        say(f"{models.recipe}: quantizing the experts with {models.quantize}")
+        folder = {"model": models.model, "artifacts_dir": models.artifacts_dir}
+        apart("quantize", scheme=models.quantize, device=device, **folder)
+
+
+def few_steps(video: Options, steps: int) -> Options:
+    """Returns the options of a video of few steps, which skips no forward: MagCache's curve has other steps."""
+    skipping = options_of(SkippingConfig)
+    return {**{name: value for name, value in video.items() if name not in skipping}, "steps": steps, "magcache": "off"}
+
+
+def least_steps(video: VideoConfig, spec: ModelSpec) -> int:
+    """Returns the least number of steps in which each expert of a video runs."""
+    return next(steps for steps in range(1, video.steps + 1) if _experts(video, spec, steps) == _experts(video, spec))
+
+
+def _check_steps(video: VideoConfig, spec: ModelSpec, steps: int) -> None:
+    if steps > video.steps or _experts(video, spec, steps) != _experts(video, spec):
+        fix = f"use {least_steps(video, spec)} to {video.steps}"
+        raise ConfigError(f"--steps-measured {steps}: each expert of the video needs a step: {fix}")
+
+
+def _experts(video: VideoConfig, spec: ModelSpec, steps: int | None = None) -> set[str]:
+    return {expert for expert, _ in steps_of(video.solver, steps or video.steps, video.shift, spec.boundary)}
+
+
+def _cell(bench: Bench, opened: Opened, video: Options, clip: int, repeat: int, *, other: bool = False) -> Cell:
+    plan = opened.plan(video)
+    return Cell(clip, repeat, video, _inputs(plan, opened, repeat, keeps=not bench.no_quality), other)
+
+
+def _inputs(plan: Plan, opened: Opened, repeat: int, *, keeps: bool) -> dict[str, Any]:
+    """Returns all inputs of a cell's key. Paths do not count, because the hashes of files do."""
+    config = plan.config.to_json()
+    for part, name in (("video", "image"), ("models", "model"), ("models", "artifacts_dir"), ("models", "verify")):
+        del config[part][name]
+    del config["output"]
+    stored = (quantized_expert(opened.files, plan.config.models, expert) for expert in EXPERTS)
+    on_disk = not plan.config.models.quantize_on_the_fly
+    return {
+        "config": config,
+        "size": [plan.geometry.width, plan.geometry.height],
+        "skips": [list(step) for step in plan.skips],
+        "facts": plan.spec.to_json(),
+        "weights": opened.files.fingerprints,
+        "quantized": [expert.require().name for expert in stored if expert and on_disk],
+        "code": digest_of_code("runtime/**/*.py", "bench/cells.py", "bench/measure.py", "bench/frames.py"),
+        "versions": {name: version for name, version in versions().items() if name != "commit"},
+        "hardware": hardware(plan.config.ranks.device),
+        "repeat": repeat,
+        "has_frames": keeps,
+    }
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Returns the GPUs of this machine if `device` is a GPU, and its number of cores."""
+    found = [gpu.name for gpu in gpus.visible_gpus()] if device == "cuda" else []
+    return {"device": device, "gpus": found, "cores": host.cores()}
+
+
+@dataclass(frozen=True)
+class Cells:
+    """This class stores the results of cells in a folder of artifacts."""
+
+    root: Path
+
+    @cached_property
+    def _store(self) -> ArtifactStore:
+        return ArtifactStore(self.root)
+
+    def find(self, cell: Cell) -> dict[str, Any] | None:
+        """Returns a cell's result, or None if the cell was not measured yet; a damaged one is measured again."""
+        folder = self._store.find(KIND, cell.inputs, damaged="miss")
+        return None if folder is None else read_object(folder / CELL, "remove its folder")
+
+    def frames(self, cell: Cell) -> Path:
+        """Returns the file of a finished cell's frames."""
+        return self._store.path(KIND, cell.inputs) / FRAMES
+
+    def put(self, cell: Cell, document: dict[str, Any], frames: npt.NDArray[np.uint8]) -> None:
+        """Stores the result of a cell, and its frames if they are compared later."""
+
+        def write(folder: Path) -> None:
+            if cell.inputs["has_frames"]:
+                write_frames(frames, folder / FRAMES, document["plan"]["fps"])
+            write_synced(folder / CELL, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+        self._store.publish(KIND, cell.inputs, write, versions(), damaged="miss")

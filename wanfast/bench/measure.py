@@ -1,0 +1,60 @@
+"""Measures the missing cells of a bench, repeat by repeat, so that the recipes run in turn. Torch-free.
+
+In each repeat a recipe starts its ranks, which load the models and make a short video of each clip, because the first
+video of a shape compiles, searches kernels and encodes its prompt. These warm-up videos are stated apart. A recipe that
+fails leaves the others to run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+from wanfast.bench.cells import Bench, Cell, Cells, Row, SayFn
+from wanfast.runtime.errors import WanFastError
+from wanfast.runtime.processes.handle import Handle, Video
+
+Errors = dict[str, WanFastError]  # recipe -> why its measurement failed
+
+
+def missing(rows: list[Row], cells: Cells) -> int:
+    """Returns how many cells have no result yet."""
+    return sum(cells.find(cell) is None for row in rows for cell in row.cells)
+
+
+def measure(bench: Bench, rows: list[Row], cells: Cells, say: SayFn) -> Errors:
+    """Measures the cells that have no result yet; returns the errors of recipes that failed."""
+    errors: Errors = {}
+    of_all = sum(len(row.cells) for row in rows)
+    for repeat in range(bench.repeats):
+        for row in rows:
+            wanted = [cell for cell in row.cells if cell.repeat == repeat and cells.find(cell) is None]
+            if wanted and row.recipe not in errors:
+                try:
+                    _measure(row, wanted, cells, lambda line: say(f"{of_all - missing(rows, cells)}/{of_all} {line}"))
+                except WanFastError as error:
+                    errors[row.recipe] = error
+                    say(f"{row.recipe}: {error}")
+    return errors
+
+
+def _measure(row: Row, wanted: list[Cell], cells: Cells, say: SayFn) -> None:
+    """Starts the ranks of a recipe, warms them up, and measures its cells. Raises WanFastError."""
+    assert row.opened is not None
+    started = time.perf_counter()
+    with Handle(row.opened) as handle:
+        warmed = [handle.make(**row.warm_ups[clip]) for clip in dict.fromkeys(cell.clip for cell in wanted)]
+        start = {"seconds": round(time.perf_counter() - started, 3), "videos": [_facts(video) for video in warmed]}
+        say(f"{row.recipe}: warm after {start['seconds']:.1f} s")
+        for cell in wanted:
+            video = handle.make(**cell.options)
+            sha256 = hashlib.sha256(video.frames.tobytes()).hexdigest()
+            cells.put(cell, {**video.document, "frames_sha256": sha256, "start": start}, video.frames)
+            seed = ", another seed" if cell.is_other_seed else ""
+            total = video.document["seconds"]["total"]
+            say(f"{row.recipe}: repeat {cell.repeat + 1}, clip {cell.clip + 1}{seed}: {total:.1f} s")
+
+
+def _facts(video: Video) -> dict[str, Any]:
+    return {name: video.document[name] for name in ("seconds", "first_step_s", "compiled_anew")}

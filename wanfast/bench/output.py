@@ -1,0 +1,54 @@
+"""Writes the files of a report, and the random weights that a bench may use. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from wanfast.bench.apart import apart
+from wanfast.bench.cells import Cells, Row, SayFn
+from wanfast.bench.page import write_page
+from wanfast.bench.pictures import draw_quality, draw_waterfall
+from wanfast.runtime.store.artifacts import key_of, write_synced
+from wanfast.runtime.store.atomic import atomic_paths, not_written
+from wanfast.runtime.store.code import digest_of_code
+from wanfast.runtime.store.model_files import ModelFiles, locate
+
+REPORT, PAGE, WATERFALL, QUALITY = "report.json", "report.html", "waterfall.png", "quality.png"
+
+
+def with_random_weights(given: dict[str, Any], files: ModelFiles, say: SayFn) -> tuple[dict[str, Any], ModelFiles]:
+    """Returns options and files of a model with the facts of `files` and random weights, which this makes once."""
+    facts = files.spec.to_json()
+    key = key_of({"facts": facts, "code": digest_of_code("bench/model_folder.py", "runtime/weights/key_maps.py")})[:12]
+    folder = files.artifacts / "checkpoints" / f"random-{key}"
+    if not folder.exists():
+        say(f"writing random weights into {folder}")
+        apart("random_model", folder=str(folder), facts=facts)
+    return {**given, "model": str(folder)}, locate(str(folder), str(files.artifacts))
+
+
+def write_report(report: dict[str, Any], rows: list[Row], cells: Cells, folder: Path) -> None:
+    """Writes the JSON, the pictures and the page of a report. Raises ConfigError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_written(folder, error) from error
+    has_quality = not report["quality_left_out"]
+    (folder / QUALITY).unlink(missing_ok=True)  # of an earlier report
+    names = [REPORT, WATERFALL, PAGE, *([QUALITY] if has_quality else [])]
+    with atomic_paths(*(folder / name for name in names)) as (document, waterfall, page, *scatter):
+        write_synced(document, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        draw_waterfall(report, waterfall)
+        pictures = {"Seconds": waterfall}
+        for picture in scatter:
+            draw_quality(report, picture)
+            pictures["Speed and quality"] = picture
+        write_page(report, pictures, _videos(report, rows, cells) if has_quality else {}, page)
+
+
+def _videos(report: dict[str, Any], rows: list[Row], cells: Cells) -> dict[str, Path]:
+    """Returns {recipe: frames of the first clip} of the measured rows."""
+    measured = {row["recipe"] for row in report["rows"] if row["status"] == "measured"}
+    return {row.recipe: cells.frames(row.cells[0]) for row in rows if row.recipe in measured}

@@ -1,0 +1,154 @@
+"""`wanfast bench`: measures recipes over a set of clips, and writes their speed and quality side by side."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from wanfast.bench.cells import Bench, Cells, planned, recipes_of
+from wanfast.bench.figures import report_of
+from wanfast.bench.measure import measure, missing
+from wanfast.bench.output import with_random_weights, write_report
+from wanfast.commands import options
+from wanfast.magcache_calib.clips import Clip, read_set
+from wanfast.runtime.config import NO_VIDEO, accepted
+from wanfast.runtime.config.option import FILES, MAKE, absolute
+from wanfast.runtime.errors import ConfigError, JobsFailedError
+from wanfast.runtime.machine.launchers import refuse_launchers
+from wanfast.runtime.machine.once import asked_once
+from wanfast.runtime.planning.plan import model_of
+
+_EXAMPLES = Path(__file__).parents[1] / "assets/examples"
+_EXAMPLES_LIST = "jobs.jsonl"
+
+
+@options.takes_options("bench")
+def bench(
+    context: typer.Context,
+    recipes: Annotated[
+        str,
+        typer.Option(
+            help="Recipes to measure, separated by commas. ours and published are groups. The first recipe is the base "
+            "of ratios and quality.",
+            rich_help_panel=MAKE,
+        ),
+    ] = "ours,published",
+    set_: Annotated[
+        Path | None,
+        typer.Option(
+            "--set",
+            help="A folder with images and a clips.jsonl, which gives each image its prompt.",
+            show_default="the examples that ship",
+            rich_help_panel=MAKE,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first clip; each next clip adds 1.", rich_help_panel=MAKE)] = 0,
+    repeats: Annotated[
+        int, typer.Option(help="How often each recipe makes each clip; the recipes run in turn.", rich_help_panel=MAKE)
+    ] = 2,
+    steps_measured: Annotated[
+        int | None,
+        typer.Option(
+            help="Measure this number of steps, without skips, and multiply the seconds to all forwards.",
+            show_default="all",
+            rich_help_panel=MAKE,
+        ),
+    ] = None,
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="Measure speed with random weights of the model.", rich_help_panel=MAKE),
+    ] = False,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the report: HTML, JSON and two pictures.", rich_help_panel=FILES)
+    ] = Path("bench"),
+    json_: options.Json = False,
+) -> None:
+    """Measure recipes side by side: seconds, memory, FLOP, and quality against the first recipe.
+
+    An option that you give overrides each recipe's. A recipe that this machine cannot run is a row with the reason.
+    Every video is stored when it is done, so that an interrupted bench continues with the next one.
+    """
+    given = accepted({**options.given(context), "seed": None, "output": None})
+    del given["seed"], given["output"]  # of this command, and not of a video
+    for option, value in (("--repeats", repeats), ("--steps-measured", steps_measured)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} {value}: use 1 or more")
+    for package in ("matplotlib", "jinja2"):
+        if find_spec(package) is None:
+            raise ConfigError(f"the report needs {package}: run `pip install 'wanfast[bench]'`")
+    refuse_launchers("this command", "type `wanfast bench`", "--num-gpus ")
+    console = Console(stderr=json_, highlight=False, soft_wrap=True)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    folder = Path(absolute(str(output), "--output"))
+    with asked_once():
+        names, clips = recipes_of(recipes), _clips(set_, seed)
+        of_model: dict[str, Any] = {name: given[name] for name in ("model", "artifacts_dir") if name in given}
+        files = model_of({**NO_VIDEO, **of_model})
+        if random_weights:
+            given, files = with_random_weights(given, files, say)
+        files.require()
+        no_quality = _no_quality(random_weights, steps_measured)
+        asked = Bench(names, clips, given, files, repeats, steps_measured, no_quality)
+        rows = planned(asked, say)
+    cells = Cells(Path(next(row.opened for row in rows if row.opened).placed.config.models.artifacts_dir))
+    try:
+        errors = measure(asked, rows, cells, say)
+    except (KeyboardInterrupt, SystemExit):
+        done = sum(len(row.cells) for row in rows) - missing(rows, cells)
+        say(f"note: videos stored: {done}; to go on, type `{shlex.join(['wanfast', *sys.argv[1:]])}`")
+        raise
+    report = report_of(asked, rows, cells, errors)
+    write_report(report, rows, cells, folder)
+    console.print(table_of(report))
+    for row in report["rows"]:
+        if row["reason"]:
+            console.print(f"{row['recipe']}: {row['reason']}", markup=False)
+    console.print(f"{folder}/report.html: the table, the pictures and the videos", markup=False)
+    if json_:
+        print(json.dumps(report))
+    if errors:
+        raise JobsFailedError(f"--recipes: {', '.join(errors)} failed: fix the errors that are printed above")
+
+
+def _no_quality(random_weights: bool, steps_measured: int | None) -> str:
+    """Returns why the videos are not compared, or "" if they are."""
+    if random_weights:
+        return "the weights are random"
+    return "" if steps_measured is None else f"--steps-measured {steps_measured}: the videos have few steps"
+
+
+def _clips(folder: Path | None, seed: int) -> tuple[Clip, ...]:
+    if folder is None:
+        return tuple(read_set(_EXAMPLES, seed, _EXAMPLES_LIST))
+    return tuple(read_set(Path(absolute(str(folder), "--set")), seed))
+
+
+def table_of(report: dict[str, Any]) -> Table:
+    """Returns the report's rows as a table for the terminal."""
+    table = Table("recipe", "seconds", "ratio", "forwards", "memory", "PSNR", box=None, padding=(0, 2, 0, 0))
+    for row in report["rows"]:
+        if row["status"] != "measured":
+            table.add_row(row["recipe"], row["status"])
+            continue
+        quality, seconds, forwards = row["quality"], row["video_s"], row["forwards"]
+        psnr = "" if quality is None else "identical" if quality["identical"] else f"{quality['psnr']:.1f} dB"
+        table.add_row(
+            row["recipe"],
+            f"{seconds['median']:.2f} ± {seconds['spread']:.2f}" + (" (estimated)" if row["estimated"] else ""),
+            f"{row['ratio']:.3f}" if row["ratio"] else "",
+            f"{forwards['computed']:g} of {forwards['of']}",
+            f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+            psnr,
+        )
+    return table

@@ -1,0 +1,28 @@
+"""Computes the FLOP of a forward, and states the bf16 peak of each kind of GPU. Torch-free."""
+
+from __future__ import annotations
+
+from wanfast.runtime.facts.model_spec import DiTSpec
+
+# Dense bf16 peaks in FLOP/s, from the datasheets; a name of the driver begins with one of these, the longest counts.
+_PEAKS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def forward_flop(spec: DiTSpec, tokens: int) -> float:
+    """Returns the FLOP of one forward: projections, feed-forward, self- and cross-attention; no text projections."""
+    linears = 2 * tokens * (6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim)
+    attention = 4 * tokens * (tokens + spec.text_len) * spec.dim
+    return spec.num_layers * (linears + attention)
+
+
+def bf16_peak(gpu: str) -> float | None:
+    """Returns the dense bf16 peak in FLOP/s of a GPU with this name; None for a CPU or an unknown GPU."""
+    known = [name for name in _PEAKS if gpu.startswith(name)]
+    return _PEAKS[max(known, key=len)] if known else None
