@@ -28,7 +28,7 @@ from wanfast.magcache_calib.recorder import Recorder
 from wanfast.quality import metrics
 from wanfast.quality.motions import MOTIONS
 from wanfast.quality.tracking import classify
-from wanfast.quality.world import COLOURS, FRAMES, SIZE, Renderer, Scene, draw_scene, moments_of_clip
+from wanfast.quality.world import FRAMES, SIZE, Renderer, Scene, draw_scene, moments_of_clip
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
@@ -102,7 +102,7 @@ class Judge:
     def __call__(self, task: Task) -> dict[str, Any]:
         scene, truth = self.held_out(task.index)
         video, ratios = self.video(self.pipeline, task, scene, truth[:, 0])
-        verdict = classify(pixels.to_uint8(video), COLOURS[scene.subject.colour])
+        verdict = classify(pixels.to_uint8(video), scene.rgb)
         result: dict[str, Any] = {
             "index": task.index,
             "with_prompt": task.with_prompt,
