@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import io
-import json
 import random
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from skimage import data
 from skimage.transform import SimilarityTransform, warp
 
+from tests.small_pack import PICTURES, write_pack
 from wanfast.quality import camera, registration
 from wanfast.quality.camera import CAMERAS
 from wanfast.quality.photographs import Photographs, Shot
 from wanfast.quality.world import Renderer, Scene, camera_scene, draw_photo_scene, moments_of_clip
 from wanfast.runtime.engine.pixels import to_uint8
 
-PICTURES = {"astronaut": data.astronaut, "coffee": data.coffee, "chelsea": data.chelsea}
-
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes a pack of three photographs that are installed with scikit-image; two are held out."""
-    file = tmp_path_factory.mktemp("pack") / "photographs.zip"
-    entries = []
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, picture in PICTURES.items():
-            buffer = io.BytesIO()
-            Image.fromarray(picture()).save(buffer, "JPEG", quality=95)
-            archive.writestr(f"{name}.jpg", buffer.getvalue())
-            entries.append({"name": name, "held_out": name != "coffee"})
-        archive.writestr("manifest.json", json.dumps(entries))
-    return file
+    return write_pack(tmp_path_factory.mktemp("pack") / "photographs.zip")
 
 
 @pytest.fixture(scope="module")
