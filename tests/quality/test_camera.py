@@ -12,7 +12,7 @@ from PIL import Image
 from skimage.transform import SimilarityTransform, warp
 
 from tests.small_pack import PICTURES, write_pack
-from wanfast.quality import camera, registration
+from wanfast.quality import camera, registration, tiny
 from wanfast.quality.camera import CAMERAS
 from wanfast.quality.photographs import Photographs, Shot
 from wanfast.quality.world import Renderer, Scene, camera_scene, draw_photo_scene, moments_of_clip
@@ -130,3 +130,28 @@ def test_cameras_have_three_phrases_each_and_differ() -> None:
     phrases = [phrase for name in names for phrase in CAMERAS[name].phrases]
     assert len(set(phrases)) == len(phrases)
     assert camera.caption("pan left", 0.0, 0.1) == "The camera pans left over a photograph."
+
+
+def test_the_judge_asks_for_shapes_cameras_and_some_last_frames() -> None:
+    tasks = tiny.tasks_of(3, 1, 2, with_photographs=True)
+    assert [(task.mover, task.with_prompt, task.with_last) for task in tasks] == (
+        [("shape", True, False)] * 3
+        + [("shape", False, False)]
+        + [("camera", True, False)] * 3
+        + [("camera", False, False)]
+        + [("camera", True, True)] * 2
+    )
+    assert len(tiny.tasks_of(3, 1, 2, with_photographs=False)) == 4
+
+
+def test_the_camera_is_judged_and_a_last_frame_is_given(pack: Path) -> None:
+    settings = tiny.Settings("tiny", steps=2, guidance=2.0, precision="fp32", photographs=str(pack))
+    judge = tiny.Judge(settings)
+    shape, plain, last = (judge(task) for task in tiny.tasks_of(1, 0, 1, with_photographs=True))
+    assert plain["asked"] == last["asked"] == "pan right" and plain["caption"] == last["caption"]
+    assert plain["psnr"] != last["psnr"]  # same noise and prompt, so the last frame made the difference
+    summary = tiny.summarise([shape, plain, last], settings, 1.0)
+    assert summary["prompt_following"]["of"] == summary["camera"]["prompt_following"]["of"] == 1
+    assert summary["chance"] == 1 / 10 and summary["camera"]["chance"] == pytest.approx(1 / 9)
+    assert summary["camera"]["last_frame_psnr"] == round(last["last_frame_psnr"], 3)
+    assert summary["camera"]["last_frame_given"]["of"] == 1
