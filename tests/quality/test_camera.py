@@ -145,7 +145,7 @@ def test_the_judge_asks_for_shapes_cameras_and_some_last_frames() -> None:
 
 
 def test_the_camera_is_judged_and_a_last_frame_is_given(pack: Path) -> None:
-    settings = tiny.Settings("tiny", steps=2, guidance=2.0, precision="fp32", photographs=str(pack))
+    settings = tiny.Settings("tiny", 2, 2.0, "fp32", side=64, frames=5, photographs=str(pack))
     judge = tiny.Judge(settings)
     shape, plain, last = (judge(task) for task in tiny.tasks_of(1, 0, 1, with_photographs=True))
     assert plain["asked"] == last["asked"] == "pan right" and plain["caption"] == last["caption"]
