@@ -1,7 +1,7 @@
 """Trains the tiny model, all stages or one stage at a time, after `python -m training.photographs`.
 
 until python -m training --folder runs/tiny; do :; done     # all stages, in calls of about eight minutes on one GPU
-python -m training --folder runs/tiny --stage vae           # again until it returns 0; then the same for decoder, ...
+python -m training --folder runs/tiny --stage vae decoder   # again until it returns 0, as all of these
 python -m training --folder runs/tiny --stage experts       # clips are encoded first, then the experts learn
 python -m training --folder runs/tiny --stage export        # the model folder, FOLDER/tiny
 python -m training --folder /tmp/try --smoke                # every stage with toy sizes, on a CPU
@@ -40,7 +40,7 @@ _STEPS = {"vae": "vae_steps", "decoder": "decoder_steps", "experts": "expert_ste
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and logs")
-    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="all by default, in their order")
     parser.add_argument("--photographs", type=Path, default=PACK, help=f"packed photographs; {PACK} by default")
     parser.add_argument("--minutes", type=float, default=8.0, help="limit of this call, all stages; 8 by default")
     parser.add_argument("--vae-steps", type=int, default=9_000)
@@ -53,7 +53,7 @@ def main() -> None:
     options.deadline = monotonic() + options.minutes * 60
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     make_deterministic()
-    for stage in STAGES if options.stage == "all" else [options.stage]:
+    for stage in sorted(options.stage, key=STAGES.index):
         missing = missing_stage(stage, options)
         if missing:
             sys.exit(f"--stage {stage} needs the finished --stage {missing}: run --stage {missing} first")

@@ -137,10 +137,12 @@ def load(spec: VAESpec, folder: Path, device: str) -> WanVAE:
 
 
 def finish(spec: VAESpec, mix: Mix, folder: Path, clips: int) -> None:
-    """Writes the averaged weights and the latents' statistics to FOLDER/vae-finished.pt."""
+    """Writes the averaged weights, in bf16 as they will ship, and the latents' statistics to FOLDER/vae-finished.pt."""
     vae = load(spec, folder, mix.device)
+    weights = {"ema": [parameter.detach().bfloat16() for parameter in vae.parameters()]}
+    for parameter, value in zip(vae.parameters(), weights["ema"], strict=True):
+        parameter.copy_(value)
     measured = measure_latents(vae, mix, clips)
-    weights = {"ema": [parameter.detach() for parameter in vae.parameters()]}
     facts = {"latents_mean": measured.latents_mean, "latents_std": measured.latents_std}
     torch.save({**weights, **facts}, folder / FINISHED)
 

@@ -109,8 +109,8 @@ class Judge:
         self.umt5 = build_umt5(self.files, self.config.models.precision, Ranks(settings.device))
         self.tokenizer = PromptTokenizer(self.files.tokenizer, spec.dit.text_len)
         pack = settings.photographs
-        self.photographs = Photographs(Path(pack), "cpu", held_out=True) if pack else None
-        self.renderer = Renderer("cpu", self.photographs)
+        self.photographs = Photographs(Path(pack), settings.device, held_out=True) if pack else None
+        self.renderer = Renderer(settings.device, self.photographs)
 
     def load(self, config: EffectiveConfig) -> ImageToVideoPipeline:
         return load_models(self.files, config, Ranks(self.settings.device), Stopwatch(self.settings.device))
@@ -155,7 +155,7 @@ class Judge:
         else:
             assert self.photographs is not None
             scene = camera_scene(index, self.photographs, size)
-        clip = self.renderer([scene], moments_of_clip(self.settings.frames), size=size)[0]
+        clip = self.renderer([scene], moments_of_clip(self.settings.frames), size=size)[0].cpu()
         return scene, torch.round((clip + 1) / 2 * 255) / 255 * 2 - 1
 
     def video(
