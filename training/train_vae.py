@@ -43,8 +43,18 @@ class Windows:
 
 
 # Steps take these in turn. All have about as many pixels.
-SHORT = (Windows(32, 64, 9, SMALL[0]), Windows(32, 64, 9, LARGE[0]), Windows(8, 128, 9, LARGE[0]))
-LONG = (Windows(16, 64, 17, SMALL[0]), Windows(8, 64, 33, LARGE[0]), Windows(4, 128, 17, SMALL[0]))
+SHORT = (
+    Windows(32, 64, 9, SMALL[0]),
+    Windows(8, 128, 9, SMALL[0]),
+    Windows(32, 64, 9, LARGE[0]),
+    Windows(2, 256, 9, LARGE[0]),
+)
+LONG = (
+    Windows(16, 64, 17, SMALL[0]),
+    Windows(4, 128, 17, SMALL[0]),
+    Windows(8, 64, 33, LARGE[0]),
+    Windows(1, 256, 17, LARGE[0]),
+)
 TOY = (Windows(1, 16, 5, Format((16, 16), 5)), Windows(1, 32, 5, Format((32, 32), 5)))
 
 

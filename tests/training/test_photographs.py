@@ -38,15 +38,15 @@ License: CC-BY-4.0
 @pytest.mark.parametrize(
     ("name", "licence"),
     [
-        ("images/land/sea1.jpg", "public-domain"),
-        ("images/land/sky2.jpg", "public-domain"),
-        ("images/land/fog0.jpg", "CC-BY-4.0"),
+        ("images/land/sea1.jpg", ("public-domain", "NASA")),
+        ("images/land/sky2.jpg", ("public-domain", "NASA")),
+        ("images/land/fog0.jpg", ("CC-BY-4.0", "Somebody")),
         ("images/land/sea7.jpg", None),  # share-alike, and the last paragraph counts
         ("images/land/city1.jpg", None),  # a site whose licence is its own
         ("images/ship/a.jpg", None),  # GPL
     ],
 )
-def test_only_free_pictures_count(name: str, licence: str | None) -> None:
+def test_only_free_pictures_count(name: str, licence: tuple[str, str] | None) -> None:
     assert photographs.free_licence(name, list(photographs.licences(COPYRIGHT))) == licence
 
 

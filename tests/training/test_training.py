@@ -167,6 +167,25 @@ def test_all_stages_run_and_a_stage_waits_for_those_before(
     assert model_files.locate(str(tmp_path / "tiny"), "artifacts").exists
 
 
+def test_each_captured_graph_has_its_own_gradients() -> None:
+    class Replayed:  # stands for a CUDA graph
+        def __init__(self, held: Tensor, gradient: Tensor) -> None:
+            self.held, self.gradient = held, gradient
+
+        def replay(self) -> None:
+            self.gradient.copy_(2 * self.held.sum())
+
+    parameters = [torch.nn.Parameter(torch.ones(()))]
+    graphs = []
+    for size in (2, 3):
+        held, gradient = torch.zeros(size), torch.zeros(())
+        graph = Replayed(held, gradient)
+        graphs.append(training.loop._Graph(graph, (held,), {"loss": gradient}, [gradient]))  # type: ignore[arg-type]
+    for k, batch in ((0, torch.ones(2)), (1, torch.ones(3)), (0, 5 * torch.ones(2))):
+        terms = graphs[k].replay((batch,), parameters)
+        assert parameters[0].grad is terms["loss"] and float(terms["loss"]) == 2 * float(batch.sum())
+
+
 def test_losses_fall(tmp_path: Path) -> None:
     model, sets = experts()
     draw, loss = train_experts.noised(SMALL, sets, (4, 4), (0, 1)), train_experts.flow_loss(model)
