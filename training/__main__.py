@@ -26,9 +26,9 @@ from training import clips, train_experts, train_vae
 from training.clips import Mix
 from training.export import export
 from training.loop import Schedule, load_ema, make_deterministic, steps_made
+from training.photographs import PACK
 from training.spec import SPEC
 from training.train_experts import Clips, Kind
-from wanfast.quality.photographs import PACK
 from wanfast.quality.world import camera_scene, draw_scene
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.models.vae import WanVAE
@@ -90,7 +90,7 @@ def fit_decoder(options: argparse.Namespace) -> bool:
     if (options.folder / train_vae.FINISHED).exists():
         return True
     steps = options.decoder_steps
-    schedule = Schedule(steps=steps, learning_rate=2e-4, deadline=options.deadline, warmup=20, log_every=10)
+    schedule = Schedule(steps=steps, learning_rate=2e-4, deadline=options.deadline, warmup=20, log_every=9)
     kinds = train_vae.TOY if options.smoke else train_vae.LONG
     mix = Mix(options.photographs, options.device)
     if not train_vae.fit_decoder(SPEC.vae, mix, schedule, options.folder, kinds):

@@ -35,7 +35,7 @@ class Schedule:
     warmup: int = 200
     ema: float = 0.999
     seed: int = 0
-    log_every: int = 50
+    log_every: int = 49  # no common factor with the number of a stage's kinds of batches, so that each is logged
 
     def rate(self, step: int) -> float:
         decay_from = 0.8 * self.steps
@@ -88,14 +88,15 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
 
     generator = torch.Generator(device).manual_seed(schedule.seed)
     gradients = _gradients(parameters, loss)
-    started, first = monotonic(), step
-    saved = started
+    saved = logged = monotonic()
+    logged_step = step - 1
     with log_file.open("a") as log:
         while step < schedule.steps and monotonic() < schedule.deadline:
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
             generator.manual_seed(schedule.seed * 1_000_003 + step)
-            terms = gradients(draw(step, generator))
+            batch = draw(step, generator)
+            terms = gradients(batch)
             optimizer.step()
             # early on, the average forgets its random start faster
             torch._foreach_lerp_(
@@ -103,8 +104,10 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
             )
             if step % schedule.log_every == 0:
                 values = {key: round(float(value.detach()), 5) for key, value in terms.items()}
-                pace = (monotonic() - started) / (step - first + 1)
-                line = json.dumps({"step": step, **values, "s_per_step": round(pace, 4)})
+                now = monotonic()
+                pace = (now - logged) / (step - logged_step)
+                logged, logged_step = now, step
+                line = json.dumps({"step": step, "batch": list(batch[0].shape), **values, "s_per_step": round(pace, 4)})
                 print(name, line, flush=True)
                 log.write(line + "\n")
             step += 1

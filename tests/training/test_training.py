@@ -13,7 +13,7 @@ from torch import Tensor
 import training.__main__ as training_main
 import training.loop
 from tests.small_pack import write_pack
-from training import train_experts, train_vae
+from training import plot, train_experts, train_vae
 from training.clips import LARGE, Mix
 from training.clips import SMALL as SMALL_CLIPS
 from training.export import export
@@ -184,6 +184,15 @@ def test_each_captured_graph_has_its_own_gradients() -> None:
     for k, batch in ((0, torch.ones(2)), (1, torch.ones(3)), (0, 5 * torch.ones(2))):
         terms = graphs[k].replay((batch,), parameters)
         assert parameters[0].grad is terms["loss"] and float(terms["loss"]) == 2 * float(batch.sum())
+
+
+def test_a_plot_has_a_line_for_each_shape_of_batches(tmp_path: Path) -> None:
+    assert fit_experts(Schedule(steps=4, learning_rate=1e-3, log_every=1), tmp_path)
+    lines = plot.lines(tmp_path / "experts.jsonl", ("high", "low"))
+    # sets 0, 1, 1 in turn, of batches 2, 1 and 1 for each of two experts
+    shapes = {label.split()[1]: steps for label, (steps, _) in lines.items() if label.startswith("high")}
+    assert shapes == {"2x2x16x2x4x4": [0, 3], "2x1x16x2x4x6": [1, 2]}
+    assert plot.plot(tmp_path).stat().st_size > 1000
 
 
 def test_losses_fall(tmp_path: Path) -> None:

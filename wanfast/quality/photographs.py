@@ -23,7 +23,6 @@ from torch import Tensor
 
 from wanfast.quality.camera import CAMERAS
 
-PACK = Path("training/photographs.zip")
 _LEAST_SCALE = 0.7  # pixels of the photograph for one of the frame: a little enlarged is still sharp enough
 _LEAST_SHARE = 0.4  # of the largest part that fits
 
