@@ -12,6 +12,7 @@ from PIL import Image
 from skimage.transform import SimilarityTransform, warp
 
 from tests.small_pack import PICTURES, write_pack
+from training.photographs import PACK
 from wanfast.quality import camera, registration, tiny
 from wanfast.quality.camera import CAMERAS
 from wanfast.quality.photographs import Photographs, Shot
@@ -44,6 +45,21 @@ def test_the_judge_reads_every_camera_in_true_clips(held_out: Photographs, name:
     noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(index))
     verdict = registration.classify(to_uint8(clip + 0.04 * noise))
     assert verdict.camera == name, verdict
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not PACK.exists(), reason="needs training/photographs.zip: python -m training.photographs")
+def test_the_judge_reads_98_of_100_true_clips() -> None:
+    photographs = Photographs(PACK, "cpu", held_out=True)
+    renderer, generator = Renderer("cpu", photographs), torch.Generator().manual_seed(0)
+    right = 0
+    for index in range(100):
+        scene = camera_scene(index, photographs, (128, 128))
+        (clip,) = renderer([scene], moments_of_clip())
+        noisy = clip + 0.02 * torch.randn(clip.shape, generator=generator)
+        right += registration.classify(to_uint8(noisy)).camera == scene.camera
+    assert len(photographs.names) == 100 and right >= 98
 
 
 def test_the_judge_can_fail(held_out: Photographs) -> None:

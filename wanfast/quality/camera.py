@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 Path = npt.NDArray[np.float64]  # [moments, 4]: x, y, log zoom, roll
 
-_TRAVEL = 0.3  # of the frame's short side
-_ROLL = math.radians(25)
+_TRAVEL = 0.24  # of the frame's short side
+_ROLL = math.radians(20)
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ CAMERAS: dict[str, Camera] = {
     "pan left": _pan("left", -_TRAVEL, 0),
     "pan up": _pan("up", 0, -_TRAVEL),
     "pan down": _pan("down", 0, _TRAVEL),
-    "zoom in": Camera((0, 0, math.log(1.6), 0), ("The camera zooms in.", "A slow zoom in.", "Zoom in.")),
-    "zoom out": Camera((0, 0, -math.log(1.5), 0), ("The camera zooms out.", "A slow zoom out.", "Zoom out.")),
+    "zoom in": Camera((0, 0, math.log(1.45), 0), ("The camera zooms in.", "A slow zoom in.", "Zoom in.")),
+    "zoom out": Camera((0, 0, -math.log(1.4), 0), ("The camera zooms out.", "A slow zoom out.", "Zoom out.")),
     "turn right": _turn("clockwise", _ROLL),
     "turn left": _turn("counterclockwise", -_ROLL),
     "still": Camera((0, 0, 0, 0), ("The camera stands still.", "The camera does not move.", "A still camera.")),
