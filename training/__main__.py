@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="limit of this call, all stages; 8 by default")
     parser.add_argument("--vae-steps", type=int, default=9_000)
     parser.add_argument("--decoder-steps", type=int, default=4_000)
-    parser.add_argument("--expert-steps", type=int, default=30_000)
+    parser.add_argument("--expert-steps", type=int, default=26_000)
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
     if options.smoke:
