@@ -39,9 +39,9 @@ def test_the_split_is_by_picture(pack: Path, held_out: Photographs) -> None:
 @pytest.mark.parametrize("name", list(CAMERAS))
 def test_the_judge_reads_every_camera_in_true_clips(held_out: Photographs, name: str) -> None:
     index = list(CAMERAS).index(name)
-    scene = camera_scene(index, held_out, (128, 128), photograph=index % 2)
+    scene = camera_scene(index, held_out, (96, 96), photograph=index % 2)
     assert scene.camera == name
-    (clip,) = Renderer("cpu", held_out)([scene], moments_of_clip())
+    (clip,) = Renderer("cpu", held_out)([scene], moments_of_clip(9), size=(96, 96))
     noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(index))
     verdict = registration.classify(to_uint8(clip + 0.04 * noise))
     assert verdict.camera == name, verdict
@@ -63,8 +63,8 @@ def test_the_judge_reads_98_of_100_true_clips() -> None:
 
 
 def test_the_judge_can_fail(held_out: Photographs) -> None:
-    scene = camera_scene(0, held_out, (128, 128), photograph=0)
-    (clip,) = Renderer("cpu", held_out)([scene], moments_of_clip())
+    scene = camera_scene(0, held_out, (96, 96), photograph=0)
+    (clip,) = Renderer("cpu", held_out)([scene], moments_of_clip(9), size=(96, 96))
     assert scene.camera == "pan right"
     assert registration.classify(to_uint8(clip.flip(1))).camera == "pan left"
     assert registration.classify(to_uint8(clip.flip(3))).camera == "pan left"
