@@ -6,7 +6,8 @@
 #   make test-gpu   what only a GPU can show
 #   make bench      all recipes side by side, with the tiny model or MODEL=a14b: out/bench/report.html
 #   make bench-gpu  speed on one GPU: a forward, quantized, with skips; each prints its JSON
-#   make tiny-quality   every quality figure of the tiny model
+#   make tiny-quality   every quality figure of the tiny model, at 128x128
+#   make tiny-quality-256   the same at 256x256, on a GPU
 #   make tiny-magcache  what skipping forwards saves and costs on the tiny model
 #   make check      format, lint, types, layers
 #   make clean      remove .venv and what the targets made
@@ -29,8 +30,16 @@ test-long: .venv/dev
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -s tests/gpu
 
-tiny-quality: .venv/dev
-	$(BIN)/python -m wanfast.quality --output benchmarks/results/tiny-quality.json
+tiny-quality: .venv/dev training/photographs.zip
+	$(BIN)/python -m wanfast.quality --photographs training/photographs.zip --output benchmarks/results/tiny-quality.json
+
+tiny-quality-256: .venv/dev training/photographs.zip
+	$(BIN)/python -m wanfast.quality --photographs training/photographs.zip --side 256 --frames 33 --device cuda \
+		--processes 4 --output benchmarks/results/tiny-quality-256.json
+
+# Debian's packages hold most of them, so this needs apt-get.
+training/photographs.zip: | .venv/dev
+	$(BIN)/python -m training.photographs
 
 tiny-magcache: .venv/dev
 	$(BIN)/python -m wanfast.quality.skipping --output benchmarks/results/tiny-magcache.json
@@ -66,4 +75,4 @@ clean:
 	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
-.PHONY: generate test test-long test-gpu bench bench-gpu tiny-quality tiny-magcache check clean
+.PHONY: generate test test-long test-gpu bench bench-gpu tiny-quality tiny-quality-256 tiny-magcache check clean

@@ -1,127 +1,159 @@
-"""Trains the tiny model, all stages or one stage at a time.
+"""Trains the tiny model, all stages or one stage at a time, after `python -m training.photographs`.
 
 until python -m training --folder runs/tiny; do :; done     # all stages, in calls of about eight minutes on one GPU
-python -m training --folder runs/tiny --stage vae --minutes 8
-python -m training --folder runs/tiny --stage decoder --minutes 8
-python -m training --folder runs/tiny --stage experts --minutes 8
+python -m training --folder runs/tiny --stage vae decoder   # again until it returns 0, as all of these
+python -m training --folder runs/tiny --stage experts       # clips are encoded first, then the experts learn
 python -m training --folder runs/tiny --stage export        # the model folder, FOLDER/tiny
 python -m training --folder /tmp/try --smoke                # every stage with toy sizes, on a CPU
+
+Stages may run on different machines: only FOLDER/vae-finished.pt moves from `decoder` to `experts` and `export`.
+README.md beside this file plans the runs on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
 import torch
 
-from training import train_experts, train_vae
+from training import clips, train_experts, train_vae
+from training.clips import Mix
 from training.export import export
 from training.loop import Schedule, load_ema, make_deterministic, steps_made
+from training.photographs import PACK
 from training.spec import SPEC
-from wanfast.quality.world import Renderer
+from training.train_experts import Clips, Kind
+from wanfast.quality.world import camera_scene, draw_scene
 from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.models.vae import WanVAE
+
+STAGES = ("vae", "decoder", "experts", "export")
+_STEPS = {"vae": "vae_steps", "decoder": "decoder_steps", "experts": "expert_steps"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and logs")
-    parser.add_argument("--stage", choices=["vae", "decoder", "experts", "export", "all"], default="all")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="all by default, in their order")
+    parser.add_argument("--photographs", type=Path, default=PACK, help=f"packed photographs; {PACK} by default")
     parser.add_argument("--minutes", type=float, default=8.0, help="limit of this call, all stages; 8 by default")
-    parser.add_argument("--vae-steps", type=int, default=4500)
-    parser.add_argument("--decoder-steps", type=int, default=400)
-    parser.add_argument("--expert-steps", type=int, default=16000)
-    parser.add_argument("--clips", type=int, default=32000, help="encoded clips that the experts learn from")
-    parser.add_argument("--batch", type=int, default=96, help="clips per step for each expert")
+    parser.add_argument("--vae-steps", type=int, default=9_000)
+    parser.add_argument("--decoder-steps", type=int, default=4_000)
+    parser.add_argument("--expert-steps", type=int, default=26_000)
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
     if options.smoke:
-        options.vae_steps, options.decoder_steps, options.expert_steps, options.clips, options.batch = 4, 4, 4, 4, 2
+        options.vae_steps = options.decoder_steps = options.expert_steps = 4
     options.deadline = monotonic() + options.minutes * 60
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
     make_deterministic()
-    stages = ["vae", "decoder", "experts", "export"] if options.stage == "all" else [options.stage]
-    for stage in stages:
-        for before in _NEEDED[stage]:
-            if steps_made(options.folder / f"{before}.pt") < vars(options)[_STEPS[before]]:
-                sys.exit(f"--stage {stage} needs the finished --stage {before}: run --stage {before} first")
+    for stage in sorted(options.stage, key=STAGES.index):
+        missing = missing_stage(stage, options)
+        if missing:
+            sys.exit(f"--stage {stage} needs the finished --stage {missing}: run --stage {missing} first")
         fit = {"vae": fit_vae, "decoder": fit_decoder, "experts": fit_experts, "export": write}[stage]
-        if not fit(options, device):
+        if not fit(options):
             sys.exit(f"--stage {stage} is not finished: run the same command again")
 
 
-_STEPS = {"vae": "vae_steps", "decoder": "decoder_steps", "experts": "expert_steps"}
-_NEEDED: dict[str, tuple[str, ...]] = {
-    "vae": (),
-    "decoder": ("vae",),
-    "experts": ("vae",),
-    "export": ("vae", "decoder", "experts"),
-}
+def missing_stage(stage: str, options: argparse.Namespace) -> str | None:
+    """Returns the stage whose result `stage` needs and does not find."""
+    folder = options.folder
+    if stage == "decoder" and not is_made("vae", options):
+        return "vae"
+    if stage in ("experts", "export") and not (folder / train_vae.FINISHED).exists():
+        return "decoder" if is_made("vae", options) else "vae"
+    return "experts" if stage == "export" and not is_made("experts", options) else None
 
 
-def fit_vae(options: argparse.Namespace, device: str) -> bool:
-    schedule = Schedule(steps=options.vae_steps, learning_rate=1e-3, deadline=options.deadline)
-    batch = 2 if options.smoke else 32
-    if not train_vae.fit(SPEC.vae, schedule, options.folder, device, batch=batch, side=64, frames=9):
-        return False
-    if (options.folder / "vae.json").exists():
+def is_made(stage: str, options: argparse.Namespace) -> bool:
+    finished = stage == "vae" and (options.folder / train_vae.FINISHED).exists()
+    return finished or steps_made(options.folder / f"{stage}.pt") >= vars(options)[_STEPS[stage]]
+
+
+def fit_vae(options: argparse.Namespace) -> bool:
+    if is_made("vae", options):
         return True
-    measured = train_vae.measure_latents(
-        train_vae.load(SPEC.vae, options.folder, device), Renderer(device), clips=8 if options.smoke else 256
-    )
-    facts = {"latents_mean": measured.latents_mean, "latents_std": measured.latents_std}
-    (options.folder / "vae.json").write_text(json.dumps(facts) + "\n")
+    schedule = Schedule(steps=options.vae_steps, learning_rate=1e-3, deadline=options.deadline)
+    kinds = train_vae.TOY if options.smoke else train_vae.SHORT
+    mix = Mix(options.photographs, options.device)
+    return train_vae.fit(SPEC.vae, mix, schedule, options.folder, kinds)
+
+
+def fit_decoder(options: argparse.Namespace) -> bool:
+    if (options.folder / train_vae.FINISHED).exists():
+        return True
+    steps = options.decoder_steps
+    schedule = Schedule(steps=steps, learning_rate=2e-4, deadline=options.deadline, warmup=20, log_every=9)
+    kinds = train_vae.TOY if options.smoke else train_vae.LONG
+    mix = Mix(options.photographs, options.device)
+    if not train_vae.fit_decoder(SPEC.vae, mix, schedule, options.folder, kinds):
+        return False
+    train_vae.finish(SPEC.vae, mix, options.folder, clips=2 if options.smoke else 256)
+    report(train_vae.load(SPEC.vae, options.folder, options.device), options)
     return True
 
 
-def fit_decoder(options: argparse.Namespace, device: str) -> bool:
-    schedule = Schedule(
-        steps=options.decoder_steps, learning_rate=2e-4, deadline=options.deadline, warmup=20, log_every=10
-    )
-    was_done = steps_made(options.folder / "decoder.pt") >= options.decoder_steps
-    if was_done or not train_vae.fit_decoder(SPEC.vae, schedule, options.folder, device, batch=4, side=64):
-        return was_done
-    vae = train_vae.load(SPEC.vae, options.folder, device)
-    psnr = train_vae.held_out_psnr(vae, Renderer(device), clips=2 if options.smoke else 64)
-    print(f"vae: held-out PSNR {psnr:.2f} dB", flush=True)
-    return True
+def report(vae: WanVAE, options: argparse.Namespace) -> None:
+    """Prints the VAE's PSNR on held-out clips: shapes over patterns, and photographs under a camera."""
+    held_out = Mix(options.photographs, options.device, held_out=True)
+    count = 1 if options.smoke else 32
+    for form in (clips.SMALL[0],) if options.smoke else (clips.SMALL[0], clips.LARGE[0]):
+        shapes = [draw_scene(k, held_out=True) for k in range(count)]
+        photographs = [camera_scene(k, held_out.photographs, form.size) for k in range(count)]
+        for name, scenes in (("shapes", shapes), ("photographs", photographs)):
+            value = train_vae.psnr(vae, held_out, scenes, form)
+            print(f"vae: {name} at {form.size[0]} pixels, held-out PSNR {value:.2f} dB", flush=True)
 
 
 def measured_spec(folder: Path) -> ModelSpec:
-    """Returns the spec with the latent statistics of the trained VAE."""
-    facts = json.loads((folder / "vae.json").read_text())
-    statistics = {key: tuple(facts[key]) for key in ("latents_mean", "latents_std")}
-    return replace(SPEC, vae=replace(SPEC.vae, **statistics))
+    """Returns the spec with the latent statistics of the finished VAE; the shipped weights' note is not theirs."""
+    return replace(SPEC, vae=train_vae.finished(SPEC.vae, folder), weights_note=None)
 
 
-def fit_experts(options: argparse.Namespace, device: str) -> bool:
+def fit_experts(options: argparse.Namespace) -> bool:
     spec = measured_spec(options.folder)
-    vae = train_vae.load(spec.vae, options.folder, device)
-    vae.spec = spec.vae
-    inputs = b"".join((options.folder / name).read_bytes() for name in ("vae.pt", "vae.json"))
-    digest = hashlib.sha256(inputs).hexdigest()[:12]
-    stored = options.folder / f"clips-{options.clips}-{digest}.pt"
-    if stored.exists():
-        clips = train_experts.Clips(**torch.load(stored, map_location=device, weights_only=True))
-    else:
-        clips = train_experts.encode_clips(vae, Renderer(device), options.clips)
-        torch.save(vars(clips), stored.with_suffix(".partial"))
-        stored.with_suffix(".partial").replace(stored)
-    print(f"experts: {len(clips.z)} clips, latents {list(clips.z.shape[1:])}", flush=True)
+    kinds = train_experts.TOY if options.smoke else train_experts.KINDS
+    order = range(len(kinds)) if options.smoke else train_experts.ORDER
+    sets = encoded_sets(spec, kinds, options)
+    if sets is None:
+        return False
     schedule = Schedule(steps=options.expert_steps, learning_rate=1e-3, deadline=options.deadline, ema=0.9995)
-    return train_experts.fit(spec, clips, schedule, options.folder, device, options.batch)
+    batches = [kind.batch for kind in kinds]
+    return train_experts.fit(spec, sets, schedule, options.folder, options.device, batches, order)
 
 
-def write(options: argparse.Namespace, device: str) -> bool:
+def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Namespace) -> list[Clips] | None:
+    """Returns the encoded clips of all kinds, from files if they exist; None if the time is over before."""
+    vae = train_vae.load(spec.vae, options.folder, options.device)
+    vae.spec = spec.vae
+    digest = hashlib.sha256((options.folder / train_vae.FINISHED).read_bytes()).hexdigest()[:12]
+    mix = Mix(options.photographs, options.device)
+    sets = []
+    for number, kind in enumerate(kinds):
+        stored = options.folder / f"clips-{number}-{kind.clips}-{digest}.pt"
+        if not stored.exists():
+            if monotonic() > options.deadline:
+                return None
+            encoded = train_experts.encode_clips(vae, mix, kind, 10_000_000 * (number + 1))
+            torch.save(vars(encoded), stored.with_suffix(".partial"))
+            stored.with_suffix(".partial").replace(stored)
+            print(f"experts: {kind.clips} clips, latents {list(encoded.z.shape[1:])}", flush=True)
+        sets.append(Clips(**torch.load(stored, map_location=options.device, weights_only=True)))
+    return sets
+
+
+def write(options: argparse.Namespace) -> bool:
     spec = measured_spec(options.folder)
-    model = train_experts.TinyModel(spec).to(device)
+    model = train_experts.TinyModel(spec).to(options.device)
     load_ema(model, options.folder / "experts.pt")
-    export(spec, model, train_vae.load(spec.vae, options.folder, device), options.folder / "tiny")
+    export(spec, model, train_vae.load(spec.vae, options.folder, options.device), options.folder / "tiny")
     return True
 
 

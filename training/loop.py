@@ -2,8 +2,8 @@
 
 A step's data and noise depend only on its number, so that an interrupted and resumed run equals one long run. The
 learning rate warms up, stays constant, and decays linearly over the last fifth.
-Kernel launches, not the GPU, limit the speed of networks this small. So forward and backward are captured once as a
-CUDA graph and replayed.
+Kernel launches, not the GPU, limit the speed of networks this small. So forward and backward are captured as a CUDA
+graph, one for each shape of batches, and replayed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Schedule:
     warmup: int = 200
     ema: float = 0.999
     seed: int = 0
-    log_every: int = 50
+    log_every: int = 49  # no common factor with the number of a stage's kinds of batches, so that each is logged
 
     def rate(self, step: int) -> float:
         decay_from = 0.8 * self.steps
@@ -87,15 +87,16 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
         partial.replace(file)
 
     generator = torch.Generator(device).manual_seed(schedule.seed)
-    gradients = _gradients(parameters, loss, draw(step, generator))
-    started, first = monotonic(), step
-    saved = started
+    gradients = _gradients(parameters, loss)
+    saved = logged = monotonic()
+    logged_step = step - 1
     with log_file.open("a") as log:
         while step < schedule.steps and monotonic() < schedule.deadline:
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
             generator.manual_seed(schedule.seed * 1_000_003 + step)
-            terms = gradients(draw(step, generator))
+            batch = draw(step, generator)
+            terms = gradients(batch)
             optimizer.step()
             # early on, the average forgets its random start faster
             torch._foreach_lerp_(
@@ -103,8 +104,10 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
             )
             if step % schedule.log_every == 0:
                 values = {key: round(float(value.detach()), 5) for key, value in terms.items()}
-                pace = (monotonic() - started) / (step - first + 1)
-                line = json.dumps({"step": step, **values, "s_per_step": round(pace, 4)})
+                now = monotonic()
+                pace = (now - logged) / (step - logged_step)
+                logged, logged_step = now, step
+                line = json.dumps({"step": step, "batch": list(batch[0].shape), **values, "s_per_step": round(pace, 4)})
                 print(name, line, flush=True)
                 log.write(line + "\n")
             step += 1
@@ -116,7 +119,7 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
     return step >= schedule.steps
 
 
-def _gradients(parameters: list[nn.Parameter], loss: LossFn, example: Batch) -> Callable[[Batch], dict[str, Tensor]]:
+def _gradients(parameters: list[nn.Parameter], loss: LossFn) -> Callable[[Batch], dict[str, Tensor]]:
     """Returns a function that sets the parameters' clipped gradients for a batch and returns the loss's terms."""
 
     def eager(batch: Batch) -> dict[str, Tensor]:
@@ -128,7 +131,43 @@ def _gradients(parameters: list[nn.Parameter], loss: LossFn, example: Batch) -> 
 
     if parameters[0].device.type != "cuda":
         return eager
-    held = tuple(tensor.clone() for tensor in example)  # the captured graph reads these tensors
+    graphs: dict[tuple[torch.Size, ...], _Graph] = {}
+
+    def replay(batch: Batch) -> dict[str, Tensor]:
+        shapes = tuple(tensor.shape for tensor in batch)
+        if shapes not in graphs:
+            pool = next(iter(graphs.values())).graph.pool() if graphs else None
+            graphs[shapes] = _capture(eager, batch, parameters, pool)
+        return graphs[shapes].replay(batch, parameters)
+
+    return replay
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """Holds a captured graph and its memory: the batch that it reads, and the terms and gradients that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    held: Batch
+    terms: dict[str, Tensor]
+    gradients: list[Tensor | None]
+
+    def replay(self, batch: Batch, parameters: list[nn.Parameter]) -> dict[str, Tensor]:
+        torch._foreach_copy_(self.held, batch)
+        self.graph.replay()
+        for parameter, gradient in zip(parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        return self.terms
+
+
+def _capture(
+    eager: Callable[[Batch], dict[str, Tensor]],
+    example: Batch,
+    parameters: list[nn.Parameter],
+    pool: tuple[int, int] | None,
+) -> _Graph:
+    """Captures a step on a batch shaped like `example`; graphs share a memory pool, because one runs at a time."""
+    held = tuple(tensor.clone() for tensor in example)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -136,15 +175,9 @@ def _gradients(parameters: list[nn.Parameter], loss: LossFn, example: Batch) -> 
             eager(held)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         terms = eager(held)
-
-    def replay(batch: Batch) -> dict[str, Tensor]:
-        torch._foreach_copy_(held, batch)
-        graph.replay()
-        return terms
-
-    return replay
+    return _Graph(graph, held, terms, [parameter.grad for parameter in parameters])
 
 
 def _forget_lines_after(log_file: Path, step: int) -> None:

@@ -1,5 +1,8 @@
 """Trains both experts and UMT5 (stage 3) by rectified flow on the VAE's latents, with the pipeline's conditioning.
 
+Every clip's first frame is given, and in a third of the clips the last frame too. Steps take the formats in turn, with
+about as many tokens in each.
+
 x = (1 - s) z + s noise, v = noise - z; noise levels s are uniform before the shift. The high-noise expert gets the
 levels at or above the boundary, the low-noise expert the others. Both share the text encoder. One caption in eight is
 dropped, so that the empty prompt can serve as the negative prompt.
@@ -7,6 +10,7 @@ dropped, so that the empty prompt can serve as the negative prompt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +18,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.clips import LARGE, SMALL, Format, Mix
 from training.loop import Batch, DrawFn, LossFn, Schedule, initialise, train
 from training.train_vae import encode
-from wanfast.quality.world import Renderer, draw_scene, moments_of_clip
 from wanfast.runtime.engine.conditioning import with_mask
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.media.tokenizer import PromptTokenizer
 from wanfast.runtime.models.dit import WanDiT
-from wanfast.runtime.models.rope import rotary_tables
+from wanfast.runtime.models.rope import RotaryTables, rotary_tables
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.store.model_files import TINY
 
 _DROP = 0.125
+_LAST_GIVEN = 1 / 3
+_MAX_IDS = 40
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Holds a format, how many of its clips are encoded, and how many a step takes for each expert."""
+
+    form: Format
+    clips: int
+    batch: int
+
+
+# Half of the steps take large clips, and a third of all steps clips that are not square.
+KINDS = (
+    Kind(SMALL[0], 20_000, 96),
+    Kind(SMALL[1], 6_000, 112),
+    Kind(SMALL[2], 6_000, 112),
+    Kind(LARGE[0], 4_000, 14),
+    Kind(LARGE[1], 1_200, 15),
+    Kind(LARGE[2], 1_200, 15),
+)
+ORDER = (0, 3, 0, 4, 1, 3, 0, 3, 0, 5, 2, 3)
+TOY = (Kind(Format((16, 16), 5), 3, 2), Kind(Format((32, 16), 5), 3, 1))
 
 
 class TinyModel(nn.Module):
@@ -61,36 +89,54 @@ class Clips:
 
 
 @torch.no_grad()
-def encode_clips(vae: WanVAE, renderer: Renderer, count: int, batch: int = 64) -> Clips:
-    """Draws, renders and encodes `count` clips; each condition encodes the first frame followed by grey frames."""
-    tokenizer = PromptTokenizer(TINY / "tokenizer/tokenizer.json", max_tokens=40)
+def encode_clips(vae: WanVAE, mix: Mix, kind: Kind, number: int) -> Clips:
+    """Draws, renders and encodes the clips of a kind from scene `number` on."""
+    tokenizer = PromptTokenizer(TINY / "tokenizer/tokenizer.json", max_tokens=_MAX_IDS)
     latents, conditions, texts = [], [], []
-    for first in range(0, count, batch):
-        scenes = [draw_scene(10_000_000 + first + k) for k in range(min(batch, count - first))]
-        video = renderer(scenes, moments_of_clip())
-        given = torch.zeros_like(video)
-        given[:, :, 0] = video[:, :, 0]
-        with torch.autocast(renderer.device, torch.bfloat16, enabled=renderer.device == "cuda"):
+    for first in range(0, kind.clips, kind.batch):
+        scenes = [mix.scene(number + first + k, kind.form.size) for k in range(min(kind.batch, kind.clips - first))]
+        video = mix.render(scenes, kind.form)
+        with torch.autocast(mix.device, torch.bfloat16, enabled=mix.device == "cuda"):
             latents.append(encode(vae, video).bfloat16())
-            conditions.append(with_mask(encode(vae, given), vae.spec.temporal_stride).bfloat16())
+            conditions.append(conditions_of(vae, video, round(len(scenes) * _LAST_GIVEN)).bfloat16())
         texts += [torch.tensor(tokenizer.encode(scene.caption).ids) for scene in scenes]
     texts.append(torch.tensor(tokenizer.encode("").ids))  # the empty caption comes last
-    ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(renderer.device)
-    lengths = torch.tensor([len(text) for text in texts], device=renderer.device)
+    lengths = torch.tensor([len(text) for text in texts], device=mix.device)
+    ids = torch.stack([F.pad(text, (0, _MAX_IDS - len(text))) for text in texts]).to(mix.device)
     return Clips(torch.cat(latents), torch.cat(conditions), ids, lengths)
 
 
-def fit(spec: ModelSpec, clips: Clips, schedule: Schedule, folder: Path, device: str, batch: int) -> bool:
+def conditions_of(vae: WanVAE, video: Tensor, last: int) -> Tensor:
+    """Returns the conditions of clips [B, 3, F, H, W]; only the first `last` clips have a last frame."""
+    given = torch.zeros_like(video)
+    given[:, :, 0] = video[:, :, 0]
+    given[:last, :, -1] = video[:last, :, -1]
+    latents = encode(vae, given)
+    stride = vae.spec.temporal_stride
+    return torch.cat((with_mask(latents[:last], stride, last=True), with_mask(latents[last:], stride)))
+
+
+def fit(
+    spec: ModelSpec,
+    sets: Sequence[Clips],
+    schedule: Schedule,
+    folder: Path,
+    device: str,
+    batches: Sequence[int],
+    order: Sequence[int],
+) -> bool:
+    """Trains on sets of clips, one for each kind; step k takes set `order[k % len(order)]`."""
     model = TinyModel(spec).to(device)
     if device == "cuda":
+        torch._dynamo.config.recompile_limit = 64  # a block is compiled once for each number of tokens
         for expert in (model.high_noise, model.low_noise):
             for block in expert.blocks:
                 block.compile(dynamic=False)
-    return train("experts", model, noised(spec, clips, batch), flow_loss(model, clips.z), schedule, folder)
+    return train("experts", model, noised(spec, sets, batches, order), flow_loss(model), schedule, folder)
 
 
-def noised(spec: ModelSpec, clips: Clips, batch: int) -> DrawFn:
-    """Returns a function that draws `batch` clips for each expert.
+def noised(spec: ModelSpec, sets: Sequence[Clips], batches: Sequence[int], order: Sequence[int]) -> DrawFn:
+    """Returns a function that draws clips of one set for each expert.
 
     A drawn batch is: latents z, conditions y, noise and noise levels s, all [2, batch, ...], and the captions' ids and
     lengths [2 * batch, ...].
@@ -98,6 +144,8 @@ def noised(spec: ModelSpec, clips: Clips, batch: int) -> DrawFn:
     split = _unshift(spec.boundary, spec.shift)  # the share of noise levels below the boundary
 
     def draw(step: int, generator: torch.Generator) -> Batch:
+        clips, batch = sets[order[step % len(order)]], batches[order[step % len(order)]]
+
         def uniform(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator, device=clips.z.device)
 
@@ -112,10 +160,15 @@ def noised(spec: ModelSpec, clips: Clips, batch: int) -> DrawFn:
     return draw
 
 
-def flow_loss(model: TinyModel, latents: Tensor) -> LossFn:
-    """Returns the sum of the experts' mean squared velocity errors, for clips shaped like `latents` [N, C, T, h, w]."""
-    T, h, w = latents.shape[2:]
-    rope = rotary_tables((T, h // 2, w // 2), model.spec.dit.head_dim, latents.device)
+def flow_loss(model: TinyModel) -> LossFn:
+    """Returns the sum of the experts' mean squared velocity errors, for clips of any shape."""
+    tables: dict[torch.Size, RotaryTables] = {}
+
+    def rope(grid: torch.Size, device: torch.device) -> RotaryTables:
+        if grid not in tables:
+            T, h, w = grid
+            tables[grid] = rotary_tables((T, h // 2, w // 2), model.spec.dit.head_dim, device)
+        return tables[grid]
 
     def loss(z: Tensor, y: Tensor, noise: Tensor, s: Tensor, ids: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         device = z.device
@@ -126,7 +179,7 @@ def flow_loss(model: TinyModel, latents: Tensor) -> LossFn:
                 level = s[k].view(-1, 1, 1, 1, 1)
                 x = (1 - level) * z[k].float() + level * noise[k]
                 timestep = (s[k] * 1000).clamp(max=999).floor()
-                velocity, _ = expert(x, y[k].float(), timestep, expert.encode_text(text[k]), rope)
+                velocity, _ = expert(x, y[k].float(), timestep, expert.encode_text(text[k]), rope(z.shape[3:], device))
                 terms[name] = F.mse_loss(velocity.float(), noise[k] - z[k])
         return {"loss": terms["high"] + terms["low"], **terms}
 

@@ -2,25 +2,60 @@
 
 The loss is L1 + 20 x squared error; latents stay near unit size, and noise on them makes the decoder robust. Stage 1
 uses windows of nine frames, from which the decoder does not extrapolate well in every clip. So stage 2 trains the
-decoder on whole clips and leaves the latents unchanged.
+decoder on whole clips and leaves the latents unchanged. `finish` writes what moves to the next stage: the averaged
+weights and the statistics of the latents.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from training.clips import LARGE, SMALL, Format, Mix
 from training.loop import Batch, DrawFn, LossFn, Schedule, initialise, load_ema, train
-from wanfast.quality.world import FRAMES, SIZE, Renderer, draw_scene, moments_of_clip
+from wanfast.quality.world import Scene
 from wanfast.runtime.facts.model_spec import VAESpec
 from wanfast.runtime.models.vae import WanVAE
 
 # Training does not normalise latents; `measure_latents` measures their mean and standard deviation afterwards.
 PLAIN = {"latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16}
+FINISHED = "vae-finished.pt"
 _LATENT_NOISE = 0.03
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Holds one shape of batches: windows of side x side pixels and `frames` frames, from clips of one format."""
+
+    batch: int
+    side: int
+    frames: int
+    form: Format
+
+    def latents(self, spec: VAESpec) -> tuple[int, ...]:
+        side = self.side // spec.spatial_stride
+        return self.batch, spec.latent_channels, (self.frames - 1) // spec.temporal_stride + 1, side, side
+
+
+# Steps take these in turn. All have about as many pixels.
+SHORT = (
+    Windows(32, 64, 9, SMALL[0]),
+    Windows(8, 128, 9, SMALL[0]),
+    Windows(32, 64, 9, LARGE[0]),
+    Windows(2, 256, 9, LARGE[0]),
+)
+LONG = (
+    Windows(16, 64, 17, SMALL[0]),
+    Windows(4, 128, 17, SMALL[0]),
+    Windows(8, 64, 33, LARGE[0]),
+    Windows(1, 256, 17, LARGE[0]),
+)
+TOY = (Windows(1, 16, 5, Format((16, 16), 5)), Windows(1, 32, 5, Format((32, 32), 5)))
 
 
 def build(spec: VAESpec, device: str) -> WanVAE:
@@ -34,9 +69,9 @@ def build(spec: VAESpec, device: str) -> WanVAE:
     return vae
 
 
-def fit(spec: VAESpec, schedule: Schedule, folder: Path, device: str, batch: int, side: int, frames: int) -> bool:
-    vae = build(spec, device)
-    return train("vae", vae, windows(spec, Renderer(device), batch, side, frames), vae_loss(vae), schedule, folder)
+def fit(spec: VAESpec, mix: Mix, schedule: Schedule, folder: Path, kinds: Sequence[Windows] = SHORT) -> bool:
+    vae = build(spec, mix.device)
+    return train("vae", vae, windows(spec, mix, kinds), vae_loss(vae), schedule, folder)
 
 
 class Decoder(nn.Module):
@@ -48,28 +83,24 @@ class Decoder(nn.Module):
         self.parts = nn.ModuleList((vae.decoder, vae.post_quant_conv)).requires_grad_(True)
 
 
-def fit_decoder(spec: VAESpec, schedule: Schedule, folder: Path, device: str, batch: int, side: int) -> bool:
-    vae = build(spec, device)
+def fit_decoder(spec: VAESpec, mix: Mix, schedule: Schedule, folder: Path, kinds: Sequence[Windows] = LONG) -> bool:
+    vae = build(spec, mix.device)
     load_ema(vae, folder / "vae.pt")
-    draw = windows(spec, Renderer(device), batch, side, FRAMES)
-    return train("decoder", Decoder(vae), draw, vae_loss(vae), schedule, folder)
+    return train("decoder", Decoder(vae), windows(spec, mix, kinds), vae_loss(vae), schedule, folder)
 
 
-def windows(spec: VAESpec, renderer: Renderer, batch: int, side: int, frames: int) -> DrawFn:
-    """Returns a function that draws `batch` windows at a random place and time, and noise for their latents.
-
-    A window has side x side pixels and `frames` frames.
-    """
-    latent_frames, latent_side = (frames - 1) // spec.temporal_stride + 1, side // spec.spatial_stride
-    shape = (batch, spec.latent_channels, latent_frames, latent_side, latent_side)
+def windows(spec: VAESpec, mix: Mix, kinds: Sequence[Windows]) -> DrawFn:
+    """Returns a function that draws a batch of windows at a random place and time, and noise for their latents."""
+    most = max(kind.batch for kind in kinds)
 
     def draw(step: int, generator: torch.Generator) -> Batch:
-        where = torch.Generator().manual_seed(step)
-        left, top = (int(torch.randint(0, SIZE - side + 1, (), generator=where)) for _ in range(2))
-        first = int(torch.randint(0, FRAMES - frames + 1, (), generator=where))
-        scenes = [draw_scene(step * batch + k) for k in range(batch)]
-        video = renderer(scenes, moments_of_clip()[first : first + frames], (left, top, side))
-        return video, torch.randn(shape, generator=generator, device=renderer.device)
+        kind = kinds[step % len(kinds)]
+        where, (width, height) = random.Random(f"window/{step}"), kind.form.size
+        left, top = where.randint(0, width - kind.side), where.randint(0, height - kind.side)
+        first = where.randint(0, kind.form.frames - kind.frames)
+        scenes = [mix.scene(step * most + k, kind.form.size) for k in range(kind.batch)]
+        video = mix.render(scenes, kind.form, (left, top, kind.side), slice(first, first + kind.frames))
+        return video, torch.randn(kind.latents(spec), generator=generator, device=mix.device)
 
     return draw
 
@@ -104,33 +135,53 @@ def decode(vae: WanVAE, latents: Tensor) -> Tensor:
 
 
 def load(spec: VAESpec, folder: Path, device: str) -> WanVAE:
+    """Returns the trained VAE, without its latents' statistics: the finished one, or as far as training has come."""
     vae = build(spec, device)
-    load_ema(vae, folder / "vae.pt")
-    if (folder / "decoder.pt").exists():
-        load_ema(Decoder(vae), folder / "decoder.pt")
+    if (folder / FINISHED).exists():
+        load_ema(vae, folder / FINISHED)
+    else:
+        load_ema(vae, folder / "vae.pt")
+        if (folder / "decoder.pt").exists():
+            load_ema(Decoder(vae), folder / "decoder.pt")
     return vae.requires_grad_(False).eval()
 
 
+def finish(spec: VAESpec, mix: Mix, folder: Path, clips: int) -> None:
+    """Writes the averaged weights, in bf16 as they will ship, and the latents' statistics to FOLDER/vae-finished.pt."""
+    vae = load(spec, folder, mix.device)
+    weights = {"ema": [parameter.detach().bfloat16() for parameter in vae.parameters()]}
+    for parameter, value in zip(vae.parameters(), weights["ema"], strict=True):
+        parameter.copy_(value)
+    measured = measure_latents(vae, mix, clips)
+    facts = {"latents_mean": measured.latents_mean, "latents_std": measured.latents_std}
+    torch.save({**weights, **facts}, folder / FINISHED)
+
+
+def finished(spec: VAESpec, folder: Path) -> VAESpec:
+    """Returns the spec with the latents' statistics of the finished VAE."""
+    state = torch.load(folder / FINISHED, map_location="cpu", weights_only=True)
+    return replace(spec, latents_mean=tuple(state["latents_mean"]), latents_std=tuple(state["latents_std"]))
+
+
 @torch.no_grad()
-def measure_latents(vae: WanVAE, renderer: Renderer, clips: int = 64) -> VAESpec:
-    """Returns the spec with each latent channel's mean and standard deviation, measured over whole clips."""
-    latents = torch.cat(
-        [
-            encode(vae, renderer([draw_scene(1_000_000 + k + j) for j in range(8)], moments_of_clip()))
-            for k in range(0, clips, 8)
-        ]
-    ).float()
-    mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
+def measure_latents(vae: WanVAE, mix: Mix, clips: int) -> VAESpec:
+    """Returns the spec with each latent channel's mean and standard deviation, measured over whole small clips."""
+    form, latents = SMALL[0], []
+    for k in range(clips):
+        video = mix.render([mix.scene(1_000_000 + k, form.size)], form)
+        latents.append(encode(vae, video).float().flatten(2))
+    values = torch.cat(latents, dim=2)
+    mean, std = values.mean(dim=(0, 2)), values.std(dim=(0, 2))
     rounded = [tuple(round(float(x), 4) for x in values) for values in (mean, std)]
     return replace(vae.spec, latents_mean=rounded[0], latents_std=rounded[1])
 
 
 @torch.no_grad()
-def held_out_psnr(vae: WanVAE, renderer: Renderer, clips: int = 64) -> float:
-    """Returns the PSNR in decibels of reconstructed held-out clips, averaged over the clips."""
+def psnr(vae: WanVAE, mix: Mix, scenes: list[Scene], form: Format) -> float:
+    """Returns the PSNR in decibels of the scenes' reconstructed clips, averaged over the clips."""
     values = []
-    for k in range(clips):
-        video = renderer([draw_scene(k, held_out=True)], moments_of_clip())
+    for scene in scenes:
+        video = mix.render([scene], form)
         squared = ((decode(vae, encode(vae, video)) - video) / 2).square().mean()
         values.append(-10 * squared.log10())
     return float(torch.stack(values).mean())

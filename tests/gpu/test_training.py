@@ -19,7 +19,9 @@ import itertools, sys
 from pathlib import Path
 import torch
 import training.loop
+from tests.small_pack import write_pack
 from training import train_experts, train_vae
+from training.clips import Mix
 from training.spec import SPEC
 
 stage, piece, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -29,18 +31,24 @@ if piece == "cut":
     training.loop.monotonic = lambda: 0.0 if next(calls) < 46 else 1e9
 deadline = 480.0 if piece == "cut" else float("inf")
 schedule = training.loop.Schedule(steps=60, learning_rate=1e-3, warmup=2, log_every=20, deadline=deadline)
-if stage == "vae":
-    train_vae.fit(SPEC.vae, schedule, folder, "cuda", batch=32, side=64, frames=9)
-elif stage == "decoder":
-    folder.mkdir(exist_ok=True)
-    torch.save({"ema": [p.detach() for p in train_vae.build(SPEC.vae, "cuda").parameters()]}, folder / "vae.pt")
-    train_vae.fit_decoder(SPEC.vae, schedule, folder, "cuda", batch=4, side=64)
+folder.mkdir(exist_ok=True)
+if stage == "experts":
+    generator, sets = torch.Generator().manual_seed(0), []
+    for kind in train_experts.KINDS:
+        T, (w, h) = (kind.form.frames + 3) // 4, (side // 8 for side in kind.form.size)
+        z, y = (torch.randn(64, c, T, h, w, generator=generator).bfloat16().cuda() for c in (16, 20))
+        ids = torch.randint(3, 900, (65, 40), generator=generator).cuda()
+        lengths = torch.randint(5, 40, (65,), generator=generator).cuda()
+        sets.append(train_experts.Clips(z, y, ids, lengths))
+    batches = [kind.batch for kind in train_experts.KINDS]
+    train_experts.fit(SPEC, sets, schedule, folder, "cuda", batches, train_experts.ORDER)
 else:
-    generator = torch.Generator().manual_seed(0)
-    z, y = (torch.randn(512, c, 5, 16, 16, generator=generator).bfloat16().cuda() for c in (16, 20))
-    ids = torch.randint(3, 900, (513, 22), generator=generator).cuda()
-    lengths = torch.randint(5, 22, (513,), generator=generator).cuda()
-    train_experts.fit(SPEC, train_experts.Clips(z, y, ids, lengths), schedule, folder, "cuda", 96)
+    mix = Mix(write_pack(folder / "photographs.zip"), "cuda")
+    if stage == "vae":
+        train_vae.fit(SPEC.vae, mix, schedule, folder)
+    else:
+        torch.save({"ema": [p.detach() for p in train_vae.build(SPEC.vae, "cuda").parameters()]}, folder / "vae.pt")
+        train_vae.fit_decoder(SPEC.vae, mix, schedule, folder)
 """
 
 

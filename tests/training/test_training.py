@@ -12,12 +12,15 @@ from torch import Tensor
 
 import training.__main__ as training_main
 import training.loop
-from training import train_experts, train_vae
+from tests.small_pack import write_pack
+from training import plot, train_experts, train_vae
+from training.clips import LARGE, Mix
+from training.clips import SMALL as SMALL_CLIPS
 from training.export import export
 from training.loop import Schedule, load_ema, train
 from training.spec import SPEC
-from wanfast.quality.world import Renderer
 from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine.conditioning import first_frame_clip
 from wanfast.runtime.facts.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
 from wanfast.runtime.store import model_files
 from wanfast.runtime.weights.builders import build_expert, build_umt5, build_vae
@@ -43,30 +46,37 @@ def equal(a: object, b: object) -> bool:
     return a == b
 
 
-def experts() -> tuple[train_experts.TinyModel, train_experts.Clips]:
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory: pytest.TempPathFactory) -> Mix:
+    return Mix(write_pack(tmp_path_factory.mktemp("pack") / "photographs.zip"), "cpu")
+
+
+def experts() -> tuple[train_experts.TinyModel, list[train_experts.Clips]]:
+    """Returns the model and two sets of random clips, of two shapes."""
     generator = torch.Generator().manual_seed(0)
-    z, y = (torch.randn(6, c, 2, 4, 4, generator=generator).bfloat16() for c in (16, 20))
-    clips = train_experts.Clips(z, y, torch.randint(3, 900, (7, 5), generator=generator), torch.tensor([5] * 6 + [1]))
-    return train_experts.TinyModel(SMALL), clips
+    sets = []
+    for width in (4, 6):
+        z, y = (torch.randn(6, c, 2, 4, width, generator=generator).bfloat16() for c in (16, 20))
+        ids = torch.randint(3, 900, (7, 5), generator=generator)
+        sets.append(train_experts.Clips(z, y, ids, torch.tensor([5] * 6 + [1])))
+    return train_experts.TinyModel(SMALL), sets
 
 
 def fit_experts(schedule: Schedule, folder: Path) -> bool:
-    model, clips = experts()
-    draw = train_experts.noised(SMALL, clips, 2)
-    return train("experts", model, draw, train_experts.flow_loss(model, clips.z), schedule, folder)
+    return train_experts.fit(SMALL, experts()[1], schedule, folder, "cpu", (2, 1), (0, 1, 1))
 
 
 @pytest.mark.parametrize("stage", ["vae", "decoder", "experts"])
-def test_resumed_training_is_the_same_training(tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_training_is_the_same_training(
+    tmp_path: Path, stage: str, mix: Mix, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(folder: Path, deadline: float = math.inf) -> bool:
         schedule = Schedule(steps=4, learning_rate=1e-3, warmup=2, log_every=1, deadline=deadline)
         if stage == "decoder":
             initial(folder)
-            return train_vae.fit_decoder(SMALL.vae, schedule, folder, "cpu", batch=1, side=16)
+            return train_vae.fit_decoder(SMALL.vae, mix, schedule, folder, train_vae.TOY)
         if stage == "vae":
-            vae = train_vae.build(SMALL.vae, "cpu")
-            draw = train_vae.windows(SMALL.vae, Renderer("cpu"), 1, 16, 5)
-            return train("vae", vae, draw, train_vae.vae_loss(vae), schedule, folder)
+            return train_vae.fit(SMALL.vae, mix, schedule, folder, train_vae.TOY)
         return fit_experts(schedule, folder)
 
     assert run(tmp_path / "whole")
@@ -92,14 +102,51 @@ def initial(folder: Path) -> None:
     torch.save({"ema": [p.detach() for p in train_vae.build(SMALL.vae, "cpu").parameters()]}, folder / "vae.pt")
 
 
-def test_the_decoder_is_trained_alone_and_exported(tmp_path: Path) -> None:
+def test_the_decoder_is_trained_alone_and_exported(tmp_path: Path, mix: Mix) -> None:
     initial(tmp_path)
     before = train_vae.load(SMALL.vae, tmp_path, "cpu").state_dict()
     schedule = Schedule(steps=2, learning_rate=1e-2, warmup=1)
-    assert train_vae.fit_decoder(SMALL.vae, schedule, tmp_path, "cpu", batch=1, side=16)
+    assert train_vae.fit_decoder(SMALL.vae, mix, schedule, tmp_path, train_vae.TOY)
     after = train_vae.load(SMALL.vae, tmp_path, "cpu").state_dict()
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"decoder", "post_quant_conv"}  # the latents are unchanged
+    train_vae.finish(SMALL.vae, mix, tmp_path, clips=1)
+    for name in ("vae", "decoder"):
+        (tmp_path / f"{name}.pt").unlink()  # only the finished weights move to the next stage
+    moved = train_vae.load(SMALL.vae, tmp_path, "cpu").state_dict()
+    assert all(torch.equal(moved[name], after[name].bfloat16().float()) for name in after)
+    assert len(set(train_vae.finished(SMALL.vae, tmp_path).latents_std)) > 1
+
+
+def test_batches_take_the_formats_in_turn_and_show_each_kind_of_clip(mix: Mix) -> None:
+    draw = train_vae.windows(SMALL.vae, mix, train_vae.TOY)
+    shapes = [draw(step, torch.Generator().manual_seed(step))[0].shape for step in range(3)]
+    assert shapes == [(1, 3, 5, 16, 16), (1, 3, 5, 32, 32), (1, 3, 5, 16, 16)]
+    scenes = [mix.scene(number, (128, 128)) for number in range(200)]
+    alone = sum(scene.subject is None for scene in scenes)
+    over = sum(scene.subject is not None and scene.shot is not None for scene in scenes)
+    assert 60 < alone < 100 and 20 < over < 60  # of 200: two fifths, and a fifth
+    assert [form.size for form in SMALL_CLIPS] == [(128, 128), (144, 96), (96, 144)]
+    assert [form.size for form in LARGE] == [(256, 256), (288, 208), (208, 288)]
+    square = LARGE[0]
+    assert (square.frames + 3) // 4 * square.size[0] * square.size[1] // 256 == 18 * 128  # tokens
+
+
+def test_a_third_of_the_clips_has_a_last_frame(mix: Mix) -> None:
+    vae = train_vae.build(SMALL.vae, "cpu").eval()
+    kind = train_experts.Kind(train_vae.Format((32, 16), 9), clips=5, batch=3)
+    clips = train_experts.encode_clips(vae, mix, kind, 0)
+    assert clips.z.shape == (5, 16, 3, 2, 4) and clips.y.shape == (5, 20, 3, 2, 4)
+    assert clips.ids.shape == (6, 40) and len(clips.lengths) == 6
+    given = clips.y[:, 3, -1].float().mean(dim=(1, 2)).tolist()  # the last mask channel of the last latent frame
+    assert given == [1, 0, 0, 1, 0]
+    assert not clips.y[:, :3, -1].any() and clips.y[:, :4, 0].all() and not clips.y[:, :4, 1].any()
+    with torch.no_grad():  # the latents are of the pipeline's clips
+        video = torch.rand(2, 3, 9, 16, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        conditions = train_experts.conditions_of(vae, video, 1)
+        for row, last in ((0, video[0, :, -1]), (1, None)):
+            expected = train_vae.encode(vae, first_frame_clip(video[row, :, 0], 9, last))
+            assert torch.allclose(conditions[row, 4:], expected[0], atol=1e-5)
 
 
 @pytest.mark.slow
@@ -108,9 +155,11 @@ def test_all_stages_run_and_a_stage_waits_for_those_before(
 ) -> None:
     monkeypatch.setattr(training_main, "make_deterministic", lambda: None)  # it would affect the whole suite
     monkeypatch.setattr(training_main, "SPEC", SMALL)
+    pack = write_pack(tmp_path / "photographs.zip")
 
     def call(*arguments: str) -> str | int | None:
-        monkeypatch.setattr("sys.argv", ["training", "--folder", str(tmp_path), "--smoke", *arguments])
+        options = ["--folder", str(tmp_path), "--photographs", str(pack), "--smoke", *arguments]
+        monkeypatch.setattr("sys.argv", ["training", *options])
         try:
             return training_main.main()
         except SystemExit as stop:
@@ -118,13 +167,45 @@ def test_all_stages_run_and_a_stage_waits_for_those_before(
 
     assert "needs the finished --stage vae" in str(call("--stage", "experts"))
     assert "--stage vae is not finished" in str(call("--minutes", "0"))
+    assert "--stage vae is not finished" in str(call("--minutes", "0", "--stage", "decoder", "vae"))
     assert call() is None
+    for name in ("vae.pt", "decoder.pt"):
+        (tmp_path / name).unlink()
+    assert call("--stage", "export") is None  # needs only what moves between machines, and the experts
     assert model_files.locate(str(tmp_path / "tiny"), "artifacts").exists
 
 
+def test_each_captured_graph_has_its_own_gradients() -> None:
+    class Replayed:  # stands for a CUDA graph
+        def __init__(self, held: Tensor, gradient: Tensor) -> None:
+            self.held, self.gradient = held, gradient
+
+        def replay(self) -> None:
+            self.gradient.copy_(2 * self.held.sum())
+
+    parameters = [torch.nn.Parameter(torch.ones(()))]
+    graphs = []
+    for size in (2, 3):
+        held, gradient = torch.zeros(size), torch.zeros(())
+        graph = Replayed(held, gradient)
+        graphs.append(training.loop._Graph(graph, (held,), {"loss": gradient}, [gradient]))  # type: ignore[arg-type]
+    for k, batch in ((0, torch.ones(2)), (1, torch.ones(3)), (0, 5 * torch.ones(2))):
+        terms = graphs[k].replay((batch,), parameters)
+        assert parameters[0].grad is terms["loss"] and float(terms["loss"]) == 2 * float(batch.sum())
+
+
+def test_a_plot_has_a_line_for_each_shape_of_batches(tmp_path: Path) -> None:
+    assert fit_experts(Schedule(steps=4, learning_rate=1e-3, log_every=1), tmp_path)
+    lines = plot.lines(tmp_path / "experts.jsonl", ("high", "low"))
+    # sets 0, 1, 1 in turn, of batches 2, 1 and 1 for each of two experts
+    shapes = {label.split()[1]: steps for label, (steps, _) in lines.items() if label.startswith("high")}
+    assert shapes == {"2x2x16x2x4x4": [0, 3], "2x1x16x2x4x6": [1, 2]}
+    assert plot.plot(tmp_path).stat().st_size > 1000
+
+
 def test_losses_fall(tmp_path: Path) -> None:
-    model, clips = experts()
-    draw, loss = train_experts.noised(SMALL, clips, 4), train_experts.flow_loss(model, clips.z)
+    model, sets = experts()
+    draw, loss = train_experts.noised(SMALL, sets, (4, 4), (0, 1)), train_experts.flow_loss(model)
 
     def measured() -> float:
         return float(loss(*draw(0, torch.Generator().manual_seed(9)))["loss"].detach())

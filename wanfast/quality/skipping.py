@@ -24,7 +24,7 @@ import torch
 from wanfast.quality import metrics
 from wanfast.quality.tiny import Judge, Settings, judge_all, share_right
 from wanfast.quality.tracking import classify
-from wanfast.quality.world import COLOURS, SIZE
+from wanfast.quality.world import SIZE
 from wanfast.runtime.config import magcache_settings
 from wanfast.runtime.engine import pixels
 from wanfast.runtime.facts.choices import MagCacheRule
@@ -93,7 +93,7 @@ def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "asked": scene.motion,
-                "shown": classify(pixels.to_uint8(video), COLOURS[scene.subject.colour]).motion,
+                "shown": classify(pixels.to_uint8(video), scene.rgb).motion,
                 "psnr": metrics.psnr(video, truth),
                 "psnr_unskipped": metrics.psnr(video, reference) if video is not reference else None,
                 "ssim_unskipped": metrics.ssim(video, reference),

@@ -1,9 +1,11 @@
 """Measures every quality figure of the tiny model by one command: `make tiny-quality`.
 
-Pairs of image and prompt go through the pipeline that `wanfast generate` runs. The pairs show combinations of shape,
-colour and motion that are held out of training. Each video is compared with the true clip, and the tracker classifies
-the video's motion. Runs with an empty prompt are a control: without the prompt the motion is right only by chance. The
-VAE is measured on the true clips. The command writes JSON and a plot of the residuals' magnitude ratios.
+Pairs of image and prompt go through the pipeline that `wanfast generate` runs. One judge asks for motions of shapes.
+The pairs of this judge show combinations of shape, colour and motion that are held out of training. The other judge
+asks for motions of the camera over held-out photographs. Each video is compared with the true clip, and the video's
+motion is classified: a tracker follows the shape, and registration of the frames follows the camera. Runs with an empty
+prompt are a control: without the prompt the motion is right only by chance. Some runs also get the last frame. The VAE
+is measured on the true clips. The command writes JSON and a plot of the residuals' magnitude ratios.
 """
 
 from __future__ import annotations
@@ -18,41 +20,47 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from wanfast.magcache_calib.recorder import Recorder
-from wanfast.quality import metrics
+from wanfast.quality import metrics, tracking
+from wanfast.quality.camera import CAMERAS
 from wanfast.quality.motions import MOTIONS
-from wanfast.quality.tracking import classify
-from wanfast.quality.world import COLOURS, FRAMES, SIZE, Renderer, Scene, draw_scene, moments_of_clip
+from wanfast.quality.photographs import Photographs
+from wanfast.quality.world import FRAMES, SIZE, Renderer, Scene, camera_scene, draw_scene, moments_of_clip
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import pixels
+from wanfast.runtime.engine.conditioning import first_frame_clip, with_mask
 from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
 from wanfast.runtime.engine.session import load_models
 from wanfast.runtime.facts.choices import Branch, Scheme
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer
 from wanfast.runtime.planning.plan import Plan
-from wanfast.runtime.sampling.magcache import StepCache
+from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.store import model_files
 from wanfast.runtime.weights.builders import build_umt5
 
 T = TypeVar("T")
 R = TypeVar("R")
+Mover = Literal["shape", "camera"]  # what a prompt asks to move
 
 
 @dataclass(frozen=True)
 class Task:
-    """Names one held-out pair of image and prompt, and says whether the model gets the prompt."""
+    """Names one held-out pair of image and prompt, and says whether the model gets the prompt and the last frame."""
 
     index: int
     with_prompt: bool
+    mover: Mover = "shape"
+    with_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,10 @@ class Settings:
     guidance: float
     precision: str
     quantize: Scheme | None = None  # if set, each video is also compared with the unquantized model's
+    side: int = SIZE  # pixels
+    frames: int = FRAMES
+    photographs: str | None = None  # the pack, for the camera's judge
+    device: str = "cpu"
 
 
 class Judge:
@@ -71,6 +83,7 @@ class Judge:
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(1)
+        self.settings = settings
         self.files = model_files.locate(settings.model, "artifacts")
         spec = self.files.spec
         given = {
@@ -81,7 +94,9 @@ class Judge:
             "guidance_high_noise": settings.guidance,
             "guidance_low_noise": settings.guidance,
             "precision": "bf16" if settings.precision == "bf16" else "fp32",
-            "device": "cpu",
+            "size": f"{settings.side}x{settings.side}",
+            "frames": settings.frames,
+            "device": settings.device,
             "cfg_parallel": 1,
             "ulysses": 1,
             "quantize": settings.quantize,
@@ -91,24 +106,24 @@ class Judge:
         self.pipeline = self.load(self.config)
         unquantized = self.config.replace(quantize=None, quantize_on_the_fly=False)
         self.unquantized = self.load(unquantized) if settings.quantize else None
-        self.umt5 = build_umt5(self.files, self.config.models.precision, Ranks("cpu"))
+        self.umt5 = build_umt5(self.files, self.config.models.precision, Ranks(settings.device))
         self.tokenizer = PromptTokenizer(self.files.tokenizer, spec.dit.text_len)
-        self.renderer = Renderer("cpu")
+        pack = settings.photographs
+        self.photographs = Photographs(Path(pack), settings.device, held_out=True) if pack else None
+        self.renderer = Renderer(settings.device, self.photographs)
 
     def load(self, config: EffectiveConfig) -> ImageToVideoPipeline:
-        return load_models(self.files, config, Ranks("cpu"), Stopwatch("cpu"))
+        return load_models(self.files, config, Ranks(self.settings.device), Stopwatch(self.settings.device))
 
     @torch.inference_mode()
     def __call__(self, task: Task) -> dict[str, Any]:
-        scene, truth = self.held_out(task.index)
-        video, ratios = self.video(self.pipeline, task, scene, truth[:, 0])
-        verdict = classify(pixels.to_uint8(video), COLOURS[scene.subject.colour])
+        scene, truth = self.held_out(task.index, task.mover)
+        video, ratios = self.video(self.pipeline, task, scene, truth)
         result: dict[str, Any] = {
-            "index": task.index,
-            "with_prompt": task.with_prompt,
+            **vars(task),
             "caption": scene.caption,
-            "asked": scene.motion,
-            "shown": verdict.motion,
+            "asked": scene.motion if task.mover == "shape" else scene.camera,
+            "shown": shown(task, scene, pixels.to_uint8(video)),
             "first_frame_psnr": metrics.psnr(video[:, :1], truth[:, :1]),
             "psnr": metrics.psnr(video, truth),
             "ssim": metrics.ssim(video, truth),
@@ -117,33 +132,43 @@ class Judge:
             "motion": metrics.motion(video),
             "ratios": ratios,
         }
+        if task.with_last:
+            result["last_frame_psnr"] = metrics.psnr(video[:, -1:], truth[:, -1:])
         if task.with_prompt:
             vae = self.pipeline.vae
             result["true_flicker"], result["true_motion"] = metrics.flicker(truth), metrics.motion(truth)
-            result["vae_psnr"] = metrics.psnr(vae.decode(vae.encode(truth.unsqueeze(0)))[0], truth)
+            given = truth.unsqueeze(0).to(self.settings.device)
+            result["vae_psnr"] = metrics.psnr(vae.decode(vae.encode(given))[0].cpu(), truth)
         if self.unquantized:
-            other, _ = self.video(self.unquantized, task, scene, truth[:, 0])
+            other, _ = self.video(self.unquantized, task, scene, truth)
             result["psnr_unquantized"], result["ssim_unquantized"] = (
                 metrics.psnr(video, other),
                 metrics.ssim(video, other),
             )
         return result
 
-    def held_out(self, index: int) -> tuple[Scene, Tensor]:
+    def held_out(self, index: int, mover: Mover = "shape") -> tuple[Scene, Tensor]:
         """Returns a held-out scene and its true clip [3, F, H, W] in [-1, 1], rounded to 8 bits as in an image file."""
-        scene = draw_scene(index, held_out=True, camera_share=0.0)
-        clip = self.renderer([scene], moments_of_clip(FRAMES))[0]
+        size = (self.settings.side, self.settings.side)
+        if mover == "shape":
+            scene = draw_scene(index, held_out=True, camera_share=0.0)
+        else:
+            assert self.photographs is not None
+            scene = camera_scene(index, self.photographs, size)
+        clip = self.renderer([scene], moments_of_clip(self.settings.frames), size=size)[0].cpu()
         return scene, torch.round((clip + 1) / 2 * 255) / 255 * 2 - 1
 
     def video(
-        self, pipeline: ImageToVideoPipeline, task: Task, scene: Scene, image: Tensor
+        self, pipeline: ImageToVideoPipeline, task: Task, scene: Scene, truth: Tensor
     ) -> tuple[Tensor, list[list[float]]]:
         config = self.config.replace(seed=task.index)
         if not task.with_prompt:
             config = config.replace(guidance_high_noise=1.0, guidance_low_noise=1.0)
-        plan = Plan.of(config, self.files.spec, (SIZE, SIZE))
-        recorder = Recorder(Ranks("cpu"), plan.geometry.tokens)
-        video = self.by_plan(pipeline, plan, scene.caption if task.with_prompt else "", image, recorder)
+        plan = Plan.of(config, self.files.spec, (self.settings.side, self.settings.side))
+        recorder = Recorder(Ranks(self.settings.device), plan.geometry.tokens)
+        prompt = scene.caption if task.with_prompt else ""
+        last = truth[:, -1] if task.with_last else None
+        video = self.by_plan(pipeline, plan, prompt, truth[:, 0], recorder, last)
         measured = [of_step["prompt"] for of_step in recorder.measured(len(plan.schedule))]
         ratios = [
             [float(step.timestep), found["ratio"] if found else 1.0]
@@ -158,18 +183,39 @@ class Judge:
         prompt: str,
         image: Tensor,
         residuals: StepCache | None = None,
+        last: Tensor | None = None,
     ) -> Tensor:
+        """Returns the video of an image, and of a given `last` frame, which no option of the program gives yet."""
         text: dict[Branch, Tensor] = {
             "prompt": self.embed(prompt),
             "negative_prompt": self.embed(self.files.spec.negative_prompt),
         }
-        video = pipeline(plan, image, text, Stopwatch("cpu"), residuals=residuals)
+        watch = Stopwatch(self.settings.device)
+        if last is None:
+            video = pipeline(plan, image, text, watch, residuals=residuals)
+        else:
+            clip = first_frame_clip(image, plan.geometry.frames, last).to(self.settings.device)
+            latents, stride = pipeline.vae.encode(clip).float(), self.files.spec.vae.temporal_stride
+            condition, cache = with_mask(latents, stride, last=True), residuals or ResidualCache(plan.skips)
+            latent = pipeline.denoise(plan, pipeline.noise(plan), condition, text, cache, lambda *_: None)
+            pipeline.experts.leave()
+            video = pipeline.decode(latent, plan.geometry, watch)
         assert video is not None
         return video
 
     def embed(self, text: str) -> Tensor:
-        embeds: Tensor = self.umt5(torch.tensor([self.tokenizer.encode(text).ids]))[0]
+        ids = torch.tensor([self.tokenizer.encode(text).ids], device=self.settings.device)
+        embeds: Tensor = self.umt5(ids)[0]
         return embeds
+
+
+def shown(task: Task, scene: Scene, frames: npt.NDArray[np.uint8]) -> str | None:
+    """Returns the motion that the frames show, of the shape or of the camera; None if nothing could be followed."""
+    if task.mover == "shape":
+        return tracking.classify(frames, scene.rgb).motion
+    from wanfast.quality import registration  # needs OpenCV, and only photographs need this module
+
+    return registration.classify(frames).camera
 
 
 _judge: Judge | None = None
@@ -218,8 +264,38 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+_METRICS = (
+    "vae_psnr",
+    "first_frame_psnr",
+    "psnr",
+    "ssim",
+    "ms_ssim",
+    "flicker",
+    "motion",
+    "true_flicker",
+    "true_motion",
+)
+
+
 def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float) -> dict[str, Any]:
-    prompted = [r for r in results if r["with_prompt"]]
+    """Returns the figures of the shapes' judge and, under "camera", those of the camera's."""
+    shapes, cameras = ([row for row in results if row["mover"] == mover] for mover in ("shape", "camera"))
+    ratios = np.mean([row["ratios"] for row in shapes if row["with_prompt"]], axis=0)
+    return {
+        "settings": vars(settings),
+        **_figures(shapes, list(MOTIONS), settings),
+        **({"camera": _figures(cameras, list(CAMERAS), settings)} if cameras else {}),
+        "residual_ratios": [[timestep, round(ratio, 5)] for timestep, ratio in ratios.tolist()],
+        "seconds": round(seconds, 1),
+        "commit": commit(),
+        "versions": versions(),
+    }
+
+
+def _figures(results: list[dict[str, Any]], motions: list[str], settings: Settings) -> dict[str, Any]:
+    """Returns one judge's figures; `motions` are those that it can tell apart."""
+    last = [r for r in results if r["with_last"]]
+    prompted = [r for r in results if r["with_prompt"] and not r["with_last"]]
     empty = [r for r in results if not r["with_prompt"]]
 
     def mean(name: str, rows: list[dict[str, Any]]) -> float:
@@ -228,38 +304,21 @@ def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float)
     def following(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return share_right([row["asked"] for row in rows], [row["shown"] for row in rows])
 
-    by_motion = {name: [row for row in prompted if row["asked"] == name] for name in MOTIONS}
-
-    names = (
-        "vae_psnr",
-        "first_frame_psnr",
-        "psnr",
-        "ssim",
-        "ms_ssim",
-        "flicker",
-        "motion",
-        "true_flicker",
-        "true_motion",
-        *(("psnr_unquantized", "ssim_unquantized") if settings.quantize else ()),
-    )
-    ratios = np.mean([row["ratios"] for row in prompted], axis=0)
+    by_motion = {name: [row for row in prompted if row["asked"] == name] for name in motions}
+    quantized = ("psnr_unquantized", "ssim_unquantized") if settings.quantize else ()
     return {
-        "settings": vars(settings),
-        **{name: mean(name, prompted) for name in names},
+        **{name: mean(name, prompted) for name in (*_METRICS, *quantized)},
         "prompt_following": following(prompted),
         "by_motion": {name: [following(rows)["right"], len(rows)] for name, rows in by_motion.items() if rows},
         "empty_prompt": following(empty) if empty else None,
         "empty_prompt_shown": dict(Counter(str(row["shown"]) for row in empty).most_common()),
-        "chance": 1 / len(MOTIONS),
-        "residual_ratios": [[timestep, round(ratio, 5)] for timestep, ratio in ratios.tolist()],
+        "chance": 1 / len(motions),
+        **({"last_frame_psnr": mean("last_frame_psnr", last), "last_frame_given": following(last)} if last else {}),
         "missed": [
             {key: row[key] for key in ("index", "caption", "asked", "shown")}
             for row in prompted
             if row["asked"] != row["shown"]
         ],
-        "seconds": round(seconds, 1),
-        "commit": commit(),
-        "versions": versions(),
     }
 
 
@@ -283,6 +342,16 @@ def plot(summary: dict[str, Any], boundary: float, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+def tasks_of(pairs: int, empty: int, last: int, *, with_photographs: bool) -> list[Task]:
+    movers: tuple[Mover, ...] = ("shape", "camera") if with_photographs else ("shape",)
+    tasks = []
+    for mover in movers:
+        tasks += [Task(index, True, mover) for index in range(pairs)]
+        tasks += [Task(index, False, mover) for index in range(min(empty, pairs))]
+    given = min(last, pairs) if with_photographs else 0
+    return tasks + [Task(index, True, "camera", with_last=True) for index in range(given)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
@@ -291,17 +360,33 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=None, help="for both experts; the model's own by default")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--quantize", choices=get_args(Scheme), help="quantize the experts by this scheme")
-    parser.add_argument("--empty", type=int, default=50, help="pairs that also run with an empty prompt")
+    parser.add_argument("--empty", type=int, default=25, help="pairs that also run with an empty prompt")
+    parser.add_argument("--last", type=int, default=25, help="photographs that also run with their last frame given")
+    parser.add_argument("--photographs", help="the pack of `python -m training.photographs`; without, only shapes")
+    parser.add_argument("--side", type=int, default=SIZE, help="pixels of the square videos")
+    parser.add_argument("--frames", type=int, default=FRAMES)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
     options = parser.parse_args()
     if options.output is not None and find_spec("matplotlib") is None:
         parser.error("--output draws a plot, which needs matplotlib: pip install 'wanfast[quality]', or omit --output")
+    if options.photographs and find_spec("cv2") is None:
+        parser.error("--photographs needs OpenCV: pip install 'wanfast[quality]', or omit --photographs")
     spec = model_files.locate(options.model, "artifacts").spec
     guidance = spec.guidance_high_noise if options.guidance is None else options.guidance
-    settings = Settings(options.model, options.steps or spec.steps, guidance, options.precision, options.quantize)
-    tasks = [Task(index, with_prompt=True) for index in range(options.pairs)]
-    tasks += [Task(index, with_prompt=False) for index in range(min(options.empty, options.pairs))]
+    settings = Settings(
+        options.model,
+        options.steps or spec.steps,
+        guidance,
+        options.precision,
+        options.quantize,
+        options.side,
+        options.frames,
+        options.photographs,
+        options.device,
+    )
+    tasks = tasks_of(options.pairs, options.empty, options.last, with_photographs=options.photographs is not None)
     started = time.perf_counter()
     results = judge_all(Judge.__call__, tasks, settings, options.processes, every=20)
     summary = summarise(results, settings, time.perf_counter() - started)

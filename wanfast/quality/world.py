@@ -1,10 +1,11 @@
 """Draws the procedural world that the tiny model learns: textured shapes that move as a caption says.
 
 A scene is drawn from a seed. It has one subject, which the caption names, up to two bystanders and a patterned
-background. The subject and the camera never both move. Rendering is batched on the device. A shape is a mask from an
-atlas, sampled through the inverse of the shape's motion. So any frame, or any window of a frame, can be rendered alone.
+background. The subject and the camera never both move. A photograph may be the background, or the whole scene.
+Rendering is batched on the device. A shape is a mask from an atlas, sampled through the inverse of the shape's motion.
+So any frame, or any window of a frame, can be rendered alone.
 
-Shapes: B clips, F frames, H x W pixels; S shapes in the atlas.
+Shapes: B clips, F frames, H x W pixels; S shapes in the atlas. Places are in short sides of the frame, 0.5 its centre.
 A tenth of all (shape, colour, motion) combinations is held out. A held-out clip shows a motion that training never
 shows for a subject of this shape and colour. Bystanders stand still, may have any combination of shape and colour, and
 are named in no caption.
@@ -17,7 +18,7 @@ import math
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +28,15 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from wanfast.quality import camera
+from wanfast.quality.camera import CAMERAS
 from wanfast.quality.motions import MOTIONS
+from wanfast.quality.photographs import Photographs, Shot
 
 SIZE = 128  # pixels a side
 FRAMES = 17
 _ATLAS = 96  # pixels of a mask
+_SMALL = 160  # pixels of a short side: below, a photograph is sampled at four times the resolution
 _MARGIN = 0.04  # free space around a subject, in frame heights
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -56,14 +61,6 @@ _BACKGROUND_COLOURS = (
     (105, 115, 140),
     (155, 140, 105),
 )
-CAMERAS: dict[str, tuple[tuple[float, float, float], tuple[str, ...]]] = {  # (x, y, log zoom) at the clip's end
-    "pan right": ((0.3, 0, 0), ("The camera pans right.", "Pan to the right.")),
-    "pan left": ((-0.3, 0, 0), ("The camera pans left.", "Pan to the left.")),
-    "pan up": ((0, -0.3, 0), ("The camera pans up.", "Pan upward.")),
-    "pan down": ((0, 0.3, 0), ("The camera pans down.", "Pan downward.")),
-    "zoom in": ((0, 0, math.log(1.6)), ("The camera zooms in.", "A slow zoom in.")),
-    "zoom out": ((0, 0, -math.log(1.5)), ("The camera zooms out.", "A slow zoom out.")),
-}
 
 
 @dataclass(frozen=True)
@@ -80,9 +77,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Describes everything that a clip shows."""
+    """Describes everything that a clip shows; without a subject, a photograph under a camera."""
 
-    subject: Thing
+    subject: Thing | None
     motion: str
     caption: str
     camera: str | None = None
@@ -90,6 +87,13 @@ class Scene:
     background_colours: tuple[int, int] = (0, 1)
     background_phase: float = 0.0
     bystanders: tuple[Thing, ...] = field(default=())
+    shot: Shot | None = None  # the photograph in the background
+
+    @property
+    def rgb(self) -> tuple[int, int, int]:
+        """Returns the subject's colour, by which the tracker follows it."""
+        assert self.subject is not None
+        return COLOURS[self.subject.colour]
 
 
 def is_held_out(shape: str, colour: str, motion: str) -> bool:
@@ -130,6 +134,29 @@ def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15)
     return Scene(**{**scene.__dict__, "caption": _caption(rng, scene)})
 
 
+def draw_photo_scene(seed: int, photographs: Photographs, size: tuple[int, int], *, with_shapes: bool) -> Scene:
+    """Returns a scene of training over a photograph: either the camera moves, or a shape does."""
+    rng = random.Random(f"{seed}/photograph/{with_shapes}")
+    if not with_shapes:
+        name = rng.choice(list(CAMERAS))
+        words = camera.caption(name, rng.random(), rng.random())
+        return Scene(None, "still", words, name, shot=photographs.draw(rng, name, size))
+    scene = draw_scene(seed, camera_share=0.35)
+    words = scene.caption.replace(f" on a {scene.background} background", f" {rng.choice(camera.OVER_A_PHOTOGRAPH)}")
+    return replace(scene, caption=words, shot=photographs.draw(rng, scene.camera or "still", size))
+
+
+def camera_scene(
+    index: int, photographs: Photographs, size: tuple[int, int], *, photograph: int | None = None
+) -> Scene:
+    """Returns scene number `index` of the judge: photographs and cameras take turns."""
+    rng = random.Random(f"{index}/judge")
+    name = list(CAMERAS)[index % len(CAMERAS)]
+    words = camera.caption(name, rng.random(), rng.random())
+    chosen = index % len(photographs.pictures) if photograph is None else photograph
+    return Scene(None, "still", words, name, shot=photographs.draw(rng, name, size, index=chosen))
+
+
 def _start(rng: random.Random, motion: str, size: float) -> tuple[float, float]:
     """Returns a start position from which the whole path stays in the frame."""
     path = MOTIONS[motion].at(np.linspace(0, 1, FRAMES))
@@ -142,13 +169,14 @@ def _start(rng: random.Random, motion: str, size: float) -> tuple[float, float]:
 
 def _caption(rng: random.Random, scene: Scene) -> str:
     thing = scene.subject
+    assert thing is not None
     size = f"{thing.size} " if rng.random() < 0.5 else ""
     name = f"{size}{thing.colour} {thing.shape}"
     article = "The" if rng.random() < 0.4 else "An" if name[0] in "aeiou" else "A"
     sentence = f"{article} {name} {rng.choice(MOTIONS[scene.motion].phrases)}"
     if rng.random() < 0.3:
         sentence += f" on a {scene.background} background"
-    return sentence + "." + (f" {rng.choice(CAMERAS[scene.camera][1])}" if scene.camera else "")
+    return sentence + "." + (f" {rng.choice(CAMERAS[scene.camera].phrases)}" if scene.camera else "")
 
 
 def read_caption(prompt: str) -> tuple[str, str] | None:
@@ -161,7 +189,7 @@ def read_caption(prompt: str) -> tuple[str, str] | None:
         return [word for word in words if re.search(rf"\b{word}\b", prompt, re.IGNORECASE)]
 
     motions = [name for name, motion in MOTIONS.items() if named(motion.phrases)]
-    moves_camera = named(words.rstrip(".") for _, phrases in CAMERAS.values() for words in phrases)
+    moves_camera = named(words.rstrip(".") for camera in CAMERAS.values() for words in camera.phrases)
     colours = named(COLOURS)
     if len(colours) != 1 or len(motions) != 1 or moves_camera or not named(SHAPES):
         return None
@@ -169,30 +197,48 @@ def read_caption(prompt: str) -> tuple[str, str] | None:
 
 
 class Renderer:
-    """Renders the clips of scenes on a device."""
+    """Renders the clips of scenes on a device; those with a photograph need the photographs."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, photographs: Photographs | None = None) -> None:
+        self.device, self.photographs = device, photographs
         self.atlas = torch.from_numpy(np.stack([_mask(shape) for shape in SHAPES]))[:, None].to(device)  # [S, 1, A, A]
 
     @torch.no_grad()
-    def __call__(self, scenes: list[Scene], moments: Tensor, window: tuple[int, int, int] | None = None) -> Tensor:
-        """Returns [B, 3, F, H, W] in [-1, 1] at the moments [F] in 0..1.
+    def __call__(
+        self,
+        scenes: list[Scene],
+        moments: Tensor,
+        window: tuple[int, int, int] | None = None,
+        size: tuple[int, int] = (SIZE, SIZE),
+    ) -> Tensor:
+        """Returns [B, 3, F, H, W] in [-1, 1] at the moments [F] in 0..1, for frames of `size` (width, height).
 
         `window` is (left, top, side) in pixels of the frame; None renders the whole frame.
         """
-        left, top, side = window or (0, 0, SIZE)
-        axis = (torch.arange(side * 2, device=self.device) + 0.5) / (2 * SIZE)  # double resolution, averaged below
-        y, x = torch.meshgrid(axis + top / SIZE, axis + left / SIZE, indexing="ij")
-        points = torch.stack((x, y), dim=-1)[None, None] - 0.5  # [1, 1, h, w, 2], relative to the centre
-        view = self._table([_camera_path(scene, moments) for scene in scenes])  # [B, F, 3]
-        world = points * torch.exp(-view[..., 2])[..., None, None, None] + view[..., None, None, :2] + 0.5
+        left, top, *sides = window or (0, 0, *size)
+        box = (left, top, sides[0], sides[-1])
+        points = self._points(size, box, 2)  # double resolution, averaged below
+        view = self._table([_camera_path(scene, moments) for scene in scenes])  # [B, F, 4]
+        world = _seen_by(view, points)
         frames = self._background(scenes, world)
-        for rank in range(1 + max(len(scene.bystanders) for scene in scenes)):
+        for row, scene in enumerate(scenes):
+            if scene.shot is not None:
+                frames[row] = self._photograph(scene.shot, view[row], size, box)
+        for rank in range(max(len(scene.bystanders) + (scene.subject is not None) for scene in scenes)):
             frames = self._draw(frames, scenes, rank, world, moments)
         B = frames.shape[0]
         frames = F.avg_pool2d(frames.permute(0, 1, 4, 2, 3).flatten(0, 1), 2)
         return rearrange(frames * 2 - 1, "(B T) C h w -> B C T h w", B=B).contiguous()
+
+    def _points(self, size: tuple[int, int], box: tuple[int, int, int, int], fine: int) -> Tensor:
+        """Returns [1, 1, fine * h, fine * w, 2]: the points of a box (left, top, w, h) from the frame's centre."""
+        side = min(size)
+        x, y = (
+            (torch.arange(count * fine, device=self.device) + 0.5) / (fine * side) + first / side - whole / (2 * side)
+            for first, count, whole in zip(box[:2], box[2:], size, strict=True)
+        )
+        rows, columns = torch.meshgrid(y, x, indexing="ij")
+        return torch.stack((columns, rows), dim=-1)[None, None]
 
     def _table(self, rows: list[npt.NDArray[np.float64]]) -> Tensor:
         return torch.from_numpy(np.stack(rows)).float().to(self.device)
@@ -216,13 +262,21 @@ class Renderer:
         )
         return torch.lerp(first, second, blend[..., None])
 
+    def _photograph(self, shot: Shot, view: Tensor, size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
+        """Returns [F, h, w, 3] at double resolution; a small frame's pixel covers several of the photograph's."""
+        assert self.photographs is not None
+        times = 2 if min(size) <= _SMALL else 1
+        world = _seen_by(view[None], self._points(size, box, 2 * times))[0]
+        seen = self.photographs.sample(shot, world - 0.5)
+        return F.avg_pool2d(seen.permute(0, 3, 1, 2), times).permute(0, 2, 3, 1)
+
     def _draw(self, frames: Tensor, scenes: list[Scene], rank: int, world: Tensor, moments: Tensor) -> Tensor:
         """Draws each scene's thing number `rank` over the frames; a scene with fewer things stays unchanged."""
         things = [_thing(scene, rank) for scene in scenes]
         still = np.zeros((len(moments), 4))
         paths = self._table(
             [
-                MOTIONS[s.motion].at(moments.cpu()) if t is s.subject else still
+                MOTIONS[s.motion].at(moments.cpu()) if t is not None and t is s.subject else still
                 for s, t in zip(scenes, things, strict=True)
             ]
         )
@@ -245,14 +299,21 @@ class Renderer:
 
 def _thing(scene: Scene, rank: int) -> Thing | None:
     """Returns thing number `rank` in drawing order (bystanders first, the subject on top), or None."""
-    order: list[Thing | None] = [*scene.bystanders, scene.subject]
+    order = [*scene.bystanders, scene.subject]
     return order[rank] if rank < len(order) else None
 
 
 def _camera_path(scene: Scene, moments: Tensor) -> npt.NDArray[np.float64]:
-    u: npt.NDArray[np.float64] = moments.cpu().numpy()[:, None].astype(np.float64)
-    path: npt.NDArray[np.float64] = u * np.array(CAMERAS[scene.camera][0] if scene.camera else (0.0, 0.0, 0.0))
-    return path
+    return CAMERAS[scene.camera or "still"].at(moments.cpu().numpy())
+
+
+def _seen_by(view: Tensor, points: Tensor) -> Tensor:
+    """Returns [B, F, h, w, 2]: the places in the first frame that cameras `view` [B, F, 4] see at the points."""
+    x, y, zoom, roll = (value[..., None, None] for value in view.unbind(-1))
+    cos, sin = roll.cos(), roll.sin()
+    across, down = points.unbind(-1)
+    turned = torch.stack((across * cos - down * sin, across * sin + down * cos), dim=-1)
+    return turned * torch.exp(-zoom)[..., None] + torch.stack((x, y), dim=-1) + 0.5
 
 
 def moments_of_clip(frames: int = FRAMES) -> Tensor:

@@ -1,4 +1,4 @@
-"""Makes the inputs of the denoising loop: the noise, and the condition that contains the first frame.
+"""Makes the inputs of the denoising loop: the noise, and the condition that contains the given frames.
 
 Shapes: F frames of H x W pixels; T latent frames of h x w; C latent channels.
 Source: Wan-Video/Wan2.2, wan/image2video.py.
@@ -12,20 +12,28 @@ from torch import Tensor
 from wanfast.runtime.facts.shapes import Geometry
 
 
-def first_frame_clip(image: Tensor, frames: int) -> Tensor:
-    """Returns the clip [1, 3, F, H, W] that the VAE encodes: the image [3, H, W], then mid-grey (0) frames."""
+def first_frame_clip(image: Tensor, frames: int, last_image: Tensor | None = None) -> Tensor:
+    """Returns the clip [1, 3, F, H, W] that the VAE encodes: the image [3, H, W], then mid-grey (0) frames.
+
+    A given `last_image` is the last frame.
+    """
     clip = image.new_zeros(1, image.shape[0], frames, *image.shape[1:])
     clip[:, :, 0] = image
+    if last_image is not None:
+        clip[:, :, -1] = last_image
     return clip
 
 
-def with_mask(latents: Tensor, num_mask_channels: int) -> Tensor:
+def with_mask(latents: Tensor, num_mask_channels: int, *, last: bool = False) -> Tensor:
     """Returns the condition y: `num_mask_channels` mask channels, then the latents.
 
-    The mask is 1 in the first latent frame, which the image gives, and 0 in all others.
+    The mask is 1 in the first latent frame, which the image gives. Elsewhere it is 0, except for a given last frame:
+    a latent frame stands for as many frames as the mask has channels, and the last of them is given.
     """
     mask = torch.zeros_like(latents[:, :num_mask_channels])
     mask[:, :, 0] = 1
+    if last:
+        mask[:, -1, -1] = 1
     return torch.cat((mask, latents), dim=1)
 
 

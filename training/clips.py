@@ -1,0 +1,62 @@
+"""Mixes the clips that all stages learn from, and names their formats: sizes, aspect ratios and lengths.
+
+Two fifths of the clips are shapes over patterns, two fifths photographs under a camera, and a fifth shapes over
+photographs. A clip depends only on its number and its format.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from training.spec import SPEC
+from wanfast.quality.photographs import Photographs
+from wanfast.quality.world import Renderer, Scene, draw_photo_scene, draw_scene, moments_of_clip
+from wanfast.runtime.facts.shapes import fit_geometry
+
+
+@dataclass(frozen=True)
+class Format:
+    """Holds one shape of clips: `size` is (width, height)."""
+
+    size: tuple[int, int]
+    frames: int
+
+
+def formats(side: int, frames: int) -> tuple[Format, Format, Format]:
+    """Returns the formats of square, 4:3 and 3:4 images at --size `side`x`side`, as the pipeline sizes them."""
+    fitted = [fit_geometry(SPEC, side, side, frames, image) for image in ((1, 1), (4, 3), (3, 4))]
+    square, wide, tall = (Format((geometry.width, geometry.height), frames) for geometry in fitted)
+    return square, wide, tall
+
+
+SMALL = formats(128, 17)
+LARGE = formats(256, 33)
+
+
+class Mix:
+    """Draws and renders the clips of training; the photographs are those that are not held out."""
+
+    def __init__(self, pack: Path, device: str, *, held_out: bool = False) -> None:
+        self.photographs = Photographs(pack, device, held_out=held_out)
+        self.renderer = Renderer(device, self.photographs)
+        self.device = device
+
+    def scene(self, number: int, size: tuple[int, int]) -> Scene:
+        kind = random.Random(f"mix/{number}").random()
+        if kind < 0.4:
+            return draw_scene(number)
+        return draw_photo_scene(number, self.photographs, size, with_shapes=kind >= 0.8)
+
+    def render(
+        self,
+        scenes: list[Scene],
+        form: Format,
+        window: tuple[int, int, int] | None = None,
+        frames: slice = slice(None),
+    ) -> Tensor:
+        """Returns the scenes' clips [B, 3, F, H, W] in [-1, 1], or a window (left, top, side) of some frames."""
+        return self.renderer(scenes, moments_of_clip(form.frames)[frames], window, form.size)

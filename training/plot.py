@@ -1,0 +1,50 @@
+"""Plots the losses of every stage: `python -m training.plot --folder runs/tiny` writes FOLDER/losses.png.
+
+A stage takes several shapes of batches in turn, whose losses differ. Each has a line of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+STAGES = {"vae": ("psnr",), "decoder": ("psnr",), "experts": ("high", "low")}
+
+
+def lines(log: Path, terms: tuple[str, ...]) -> dict[str, tuple[list[int], list[float]]]:
+    """Returns the steps and values of each term and shape of batches; a moving average smooths the values."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for row in map(json.loads, log.read_text().splitlines()):
+        for term in terms:
+            steps, values = found.setdefault(f"{term} {'x'.join(map(str, row['batch']))}", ([], []))
+            before = values[-1] if values else row[term]
+            steps.append(row["step"])
+            values.append(0.8 * before + 0.2 * row[term])
+    return found
+
+
+def plot(folder: Path) -> Path:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    logs = [(name, folder / f"{name}.jsonl") for name in STAGES if (folder / f"{name}.jsonl").exists()]
+    figure, axes = pyplot.subplots(len(logs), figsize=(8, 3 * len(logs)), layout="constrained", squeeze=False)
+    panel: Any
+    for panel, (name, log) in zip(axes[:, 0], logs, strict=True):
+        for label, (steps, values) in lines(log, STAGES[name]).items():
+            panel.plot(steps, values, label=label)
+        panel.set(title=name, xlabel="step", ylabel=" or ".join(STAGES[name]))
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=6)
+    figure.savefig(folder / "losses.png", dpi=110)
+    return folder / "losses.png"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="the folder of `python -m training`")
+    print(plot(parser.parse_args().folder))

@@ -1,0 +1,68 @@
+"""Defines the motions of the camera, as straight paths over a clip.
+
+A path gives four values for each moment u in [0, 1]: how far the camera has moved (x right, y down, in short sides of
+the frame), the logarithm of its zoom, and its roll in radians (clockwise). What the camera sees moves the other way.
+The same table draws the training clips and judges the videos, so that a caption has one meaning.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Path = npt.NDArray[np.float64]  # [moments, 4]: x, y, log zoom, roll
+
+_TRAVEL = 0.24  # of the frame's short side
+_ROLL = math.radians(20)
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Holds where one motion has led at the clip's end, and the sentences by which captions name it."""
+
+    end: tuple[float, float, float, float]
+    phrases: tuple[str, ...]
+
+    def at(self, moments: npt.ArrayLike) -> Path:
+        """Returns [moments, 4]: x, y, log zoom and roll at each moment, a number in [0, 1]."""
+        path: Path = np.asarray(moments, dtype=np.float64)[:, None] * np.array(self.end)
+        return path
+
+
+def _pan(way: str, x: float, y: float) -> Camera:
+    phrases = (f"The camera pans {way}.", f"The camera moves {way}.", f"Pan to the {way}.")
+    if y:
+        phrases = (f"The camera pans {way}.", f"The camera moves {way}.", f"Pan {way}ward.")
+    return Camera((x, y, 0, 0), phrases)
+
+
+def _turn(way: str, roll: float) -> Camera:
+    return Camera(
+        (0, 0, 0, roll), (f"The camera turns {way}.", f"The camera rotates {way}.", f"A slow {way} turn of the camera.")
+    )
+
+
+CAMERAS: dict[str, Camera] = {
+    "pan right": _pan("right", _TRAVEL, 0),
+    "pan left": _pan("left", -_TRAVEL, 0),
+    "pan up": _pan("up", 0, -_TRAVEL),
+    "pan down": _pan("down", 0, _TRAVEL),
+    "zoom in": Camera((0, 0, math.log(1.45), 0), ("The camera zooms in.", "A slow zoom in.", "Zoom in.")),
+    "zoom out": Camera((0, 0, -math.log(1.4), 0), ("The camera zooms out.", "A slow zoom out.", "Zoom out.")),
+    "turn right": _turn("clockwise", _ROLL),
+    "turn left": _turn("counterclockwise", -_ROLL),
+    "still": Camera((0, 0, 0, 0), ("The camera stands still.", "The camera does not move.", "A still camera.")),
+}
+OVER_A_PHOTOGRAPH = ("over a photograph", "across a photograph", "over a picture")
+
+
+def caption(name: str, choice: float, place: float) -> str:
+    """Returns one of the camera's sentences; some say that it is over a photograph. Both numbers are in [0, 1)."""
+    phrases = CAMERAS[name].phrases
+    sentence = phrases[int(choice * len(phrases))]
+    if place >= 0.4:
+        return sentence
+    return f"{sentence.removesuffix('.')} {OVER_A_PHOTOGRAPH[int(place / 0.4 * len(OVER_A_PHOTOGRAPH))]}."
