@@ -39,7 +39,7 @@ from wanfast.runtime.engine.pixels import Frames, FramesFn
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
-from wanfast.runtime.facts.choices import Branch, Expert
+from wanfast.runtime.facts.choices import EXPERTS, Branch, Expert
 from wanfast.runtime.media import images
 from wanfast.runtime.media.images import LoadedImage
 from wanfast.runtime.models.attention import attention_by
@@ -49,10 +49,13 @@ from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.curves import curve_of
+from wanfast.runtime.store.loras import identified, loras_of
 from wanfast.runtime.store.model_files import COMPONENTS, Component, ModelFiles
-from wanfast.runtime.store.quantized import EXPERTS, quantized_expert, shards
+from wanfast.runtime.store.quantized import quantized_expert, shards
 from wanfast.runtime.weights.builders import DTYPES, build_expert, build_vae
+from wanfast.runtime.weights.checkpoint import MergeFn
 from wanfast.runtime.weights.experts import Experts, OffloadedExperts, ResidentExperts
+from wanfast.runtime.weights.lora import merge_of
 
 _KEPT_TEXTS = 32  # embeddings that a session keeps, 8 MB each at most; the store has the others
 
@@ -275,7 +278,7 @@ def load_models(
     1. build on the meta device, so that no memory is allocated yet;
     2. quantize: 8-bit layers replace linear layers before weights are read, so that only 8-bit weights are stored;
     3. shard: parameters are sharded before weights are read, so that a rank reads only its own rows;
-    4. fill the parameters from the files;
+    4. fill the parameters from the files: each tensor is merged with its LoRAs as it is read;
     5. fuse the projections q, k and v of unsharded weights;
     6. place both experts, resident or offloaded, after both are filled: offloaded experts share one set of GPU weights;
     7. compile, last, because the compiler needs the final parameters.
@@ -284,6 +287,7 @@ def load_models(
     dtype = DTYPES[wanted.precision]
     choice = attention_probe.agree(wanted.attention, ranks, dtype, files.spec.dit.head_dim)
     attend = attention_by(choice.kernel)
+    merges = ranks.together(lambda: _merges(files, wanted))
 
     def build(expert: Expert) -> WanDiT:
         before_each()
@@ -298,6 +302,7 @@ def load_models(
                 on_the_fly=wanted.quantize_on_the_fly,
                 sharded=config.ranks.dit_fsdp == "on",
                 device="cpu" if offloaded else None,
+                merge=merges[expert],
             )
 
     with compiler_imported_meanwhile(config):
@@ -318,6 +323,16 @@ def _place(models: dict[Expert, WanDiT], config: EffectiveConfig, ranks: Ranks) 
         return OffloadedExperts(models, ranks.device)
     may_move = config.models.compile_mode != "max-autotune" or ranks.size == 1
     return ResidentExperts(models, ranks.device, may_move=may_move)
+
+
+def _merges(files: ModelFiles, models: ModelsConfig) -> dict[Expert, MergeFn]:
+    """Returns for each expert the function that merges its LoRAs.
+
+    The LoRAs of both experts are checked before a weight is read.
+    """
+    if identified(models) != models:
+        raise ConfigError("--lora: a file changed since the plan was made: run this command again")
+    return {expert: merge_of(loras_of(models), expert, files.spec.dit) for expert in EXPERTS}
 
 
 def _stored_experts(files: ModelFiles, models: ModelsConfig) -> dict[str, Path]:

@@ -1,10 +1,10 @@
 """Finds MagCache's ratios: a model's preset, or a curve that `wanfast calibrate-magcache` stored. Torch-free.
 
-A curve's key holds the settings of its measurement: both experts, their facts and precision, steps, shift, solver,
-guidance, size, frames, the set of clips, and the code, libraries and device that measured it. A run may differ in the
-set of clips, the code, the libraries and the device. If another setting differs, the run refuses the curve, and the
-error names the command that measures a new one. Steps and shift may differ with `--magcache-interpolate`, because the
-ratios change smoothly.
+A curve's key holds the settings of its measurement: both experts, their LoRAs, facts and precision, steps, shift,
+solver, guidance, size, frames, the set of clips, and the code, libraries and device that measured it. A run may differ
+in the set of clips, the code, the libraries and the device. If another setting differs, the run refuses the curve, and
+the error names the command that measures a new one. Steps and shift may differ with `--magcache-interpolate`, because
+the ratios change smoothly.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from wanfast.runtime.config import (
 )
 from wanfast.runtime.config.option import options_of, words
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
-from wanfast.runtime.facts.choices import Expert, in_8_bits
+from wanfast.runtime.facts.choices import EXPERTS, Expert, in_8_bits
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.machine.packages import version_of
@@ -35,6 +36,7 @@ from wanfast.runtime.sampling.scheduler import expert_of, schedule
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.json_files import read_object
+from wanfast.runtime.store.loras import inputs_of, loras_of
 from wanfast.runtime.store.model_files import ModelFiles
 
 T = TypeVar("T")
@@ -137,6 +139,7 @@ def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
     others = [] if files.spec.name in published else [f"the weights of {A14B.name}"]
     kind = config.models.quantize or config.models.precision
     others += [] if kind == "bf16" else [f"bf16, not {kind}"]
+    others += ["no LoRA"] if config.models.lora_sha256 else []
     if not others:
         return []
     return [
@@ -145,8 +148,14 @@ def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
     ]
 
 
+def _loras(models: ModelsConfig) -> Mapping[Expert, Any] | None:
+    """Returns the LoRAs of each expert; None without LoRAs, as in curves of earlier versions."""
+    found = {expert: inputs_of(loras_of(models), expert) for expert in EXPERTS}
+    return found if any(found.values()) else None
+
+
 def _experts(files: ModelFiles) -> dict[str, str]:
-    return {name: files.fingerprint(name) for name in ("high_noise", "low_noise")}
+    return {name: files.fingerprint(name) for name in EXPERTS}
 
 
 def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelSpec) -> Curve:
@@ -196,6 +205,7 @@ def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) ->
     """Returns all inputs of a calibrated curve's key. Raises MissingArtifactError if weights are missing."""
     return {
         "experts": _experts(files),
+        "loras": _loras(config.models),
         "facts": files.spec.dit.to_json(),
         "boundary": files.spec.boundary,
         "precision": config.models.precision,
@@ -291,7 +301,7 @@ def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tu
 
 
 def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
-    long = {"experts": "other experts", "facts": "other facts of the model"}
+    long = {"experts": "other experts", "loras": "other LoRAs", "facts": "other facts of the model"}
     return "; ".join(long.get(name, f"{name} {old}, this run has {new}") for name, (old, new) in differences.items())
 
 

@@ -22,6 +22,7 @@ from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, shards
 from wanfast.runtime.weights import checkpoint
+from wanfast.runtime.weights.checkpoint import MergeFn, unmerged
 from wanfast.runtime.weights.quantization import quantize_linears
 
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -38,20 +39,24 @@ def build_expert(
     on_the_fly: bool = False,
     sharded: bool = False,
     device: str | None = None,
+    merge: MergeFn = unmerged,
 ) -> WanDiT:
     """Returns an expert with loaded weights; `ranks` share the tokens of its forwards.
 
     `quantized`: if given, the expert's linear layers have its scheme. Their weights come from its artifact, or with
     `on_the_fly` from the files of the unquantized model. `sharded`: whether each rank holds only its own rows.
-    `device`: where the weights are, by default the rank's device. Raises MissingArtifactError or CorruptArtifactError.
+    `device`: where the weights are, by default the rank's device. `merge`: changes the weights of the unquantized
+    model; an artifact was merged before it was stored. Raises MissingArtifactError or CorruptArtifactError.
     """
     layout, scheme = files.layout, quantized.scheme if quantized else None
     model = expert_on_meta(files.spec.dit, precision, ranks, attend=attend, scheme=scheme, sharded=sharded)
     if quantized and not on_the_fly:
-        weights, layout = shards(ranks.together(quantized.require)), "original"
+        weights, layout, merge = shards(ranks.together(quantized.require)), "original", unmerged
     else:
         weights = files.weights(expert)
-    checkpoint.load(model, weights, component="dit", layout=layout, ranks=ranks, device=device, on_the_fly=on_the_fly)
+    checkpoint.load(
+        model, weights, component="dit", layout=layout, ranks=ranks, device=device, on_the_fly=on_the_fly, merge=merge
+    )
     if not sharded:
         model.fuse_projections()
     return model
