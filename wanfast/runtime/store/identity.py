@@ -64,7 +64,7 @@ def sha256_of(files: Iterable[Path], artifacts: Path, option: str = "--model") -
     return {file: known[file] or "" for file in states}
 
 
-def _state(file: Path, option: str) -> State:
+def _state(file: Path, option: str = "--model") -> State:
     """Returns what changes if a file's content changes; the time of change is one that no program can set."""
     with foreign(f"{option}: {file}", "make this file readable, or copy it again"):
         real = file.resolve(strict=True)

@@ -76,10 +76,9 @@ class Lora:
 
 def loras_of(models: ModelsConfig) -> tuple[Lora, ...]:
     """Returns the LoRAs of a config that holds their hashes, in the order in which they are merged."""
-    given = [(option, *parse_lora(text)) for option in _EXPERTS_OF for text in getattr(models, option)]
     return tuple(
-        Lora(option, Path(path), strength, sha256)
-        for (option, path, strength), sha256 in zip(given, models.lora_sha256, strict=True)
+        Lora(option, file, strength, sha256)
+        for (option, file, strength), sha256 in zip(_given(models), models.lora_sha256, strict=True)
     )
 
 
@@ -94,10 +93,19 @@ def find_loras(named: Named, artifacts: Path) -> tuple[Lora, ...]:
     Checks the files as far as their headers tell. Raises ConfigError or CorruptArtifactError.
     """
     return tuple(
-        Lora(option, Path(path), strength, _checked(option, Path(path), artifacts))
-        for option in _EXPERTS_OF
-        for path, strength in map(parse_lora, getattr(named, option))
+        Lora(option, file, strength, _checked(option, file, artifacts)) for option, file, strength in _given(named)
     )
+
+
+def _given(config: Named) -> list[tuple[str, Path, float]]:
+    """Returns (option, file, strength) of each LoRA that a config names."""
+    texts = {
+        "lora": config.lora,
+        "lora_high_noise": config.lora_high_noise,
+        "lora_low_noise": config.lora_low_noise,
+    }
+    parsed = [(option, *parse_lora(text)) for option, each in texts.items() for text in each]
+    return [(option, Path(path), strength) for option, path, strength in parsed]
 
 
 def identified(models: ModelsConfig) -> ModelsConfig:

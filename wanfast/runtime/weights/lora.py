@@ -211,9 +211,14 @@ class _Scale:
     @cached_property
     def _stated(self) -> tuple[float | None, list[tuple[re.Pattern[str], float]], bool]:
         """Returns (alpha, alphas by patterns of modules, whether the square root of the rank divides alpha)."""
+        metadata, beside = self._header.metadata, self._header.config
+        prefix = "" if beside else f"{self._keys[0].partition('.')[0]}."  # "transformer." or "transformer_2."
         with foreign(self._subject, _AGAIN, CorruptArtifactError):
-            config = _peft_config(self._header, self._keys)
-            found = [self._header.metadata.get(name) for name in _ALPHAS]
+            text = beside.read_text(encoding="utf-8") if beside else metadata.get(_PEFT_METADATA, "{}")
+            config: dict[str, Any] = {
+                name.removeprefix(prefix): value for name, value in json.loads(text).items() if name.startswith(prefix)
+            }
+            found = [metadata.get(name) for name in _ALPHAS]
             stated = [float(alpha) for alpha in (config.get("lora_alpha"), *found) if alpha is not None]
             patterns = [
                 (re.compile(rf"(?:.*\.)?(?:{pattern})$"), float(alpha))
@@ -222,13 +227,3 @@ class _Scale:
         if not all(map(math.isfinite, [*stated, *(alpha for _, alpha in patterns)])):
             raise CorruptArtifactError(f"{self._subject}: alpha is not finite: {_AGAIN}")
         return stated[0] if stated else None, patterns, bool(config.get("use_rslora"))
-
-
-def _peft_config(header: Header, keys: list[str]) -> dict[str, Any]:
-    """Returns the config that PEFT wrote beside the file, or that Diffusers stored in its metadata, or nothing."""
-    if header.config is not None:
-        config: dict[str, Any] = json.loads(header.config.read_text(encoding="utf-8"))
-        return config
-    stored: dict[str, Any] = json.loads(header.metadata.get(_PEFT_METADATA, "{}"))
-    prefix = f"{keys[0].partition('.')[0]}."  # "transformer." or "transformer_2."
-    return {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
