@@ -33,7 +33,8 @@ from wanfast.runtime.store.loras import find_loras
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert
 from wanfast.runtime.weights import checkpoint
-from wanfast.runtime.weights.builders import build_expert
+from wanfast.runtime.weights.builders import build_expert, refill_expert
+from wanfast.runtime.weights.experts import OffloadedExperts, ResidentExperts
 from wanfast.runtime.weights.key_maps import rename, rename_back
 from wanfast.runtime.weights.lora import merge_of
 
@@ -426,3 +427,43 @@ def test_keys_of_the_image_tower_are_dropped(source: ModelFiles, tmp_path: Path)
     nothing = lora_files.write(tmp_path / "two.safetensors", tower)
     with pytest.raises(WanFastError, match="holds no tensor for this model"):
         build(source, str(nothing))
+
+
+@pytest.mark.parametrize(
+    "kind", ["bf16", "fp8-rowwise", "int8-weight-only", "2 ranks", "2 ranks, sharded", "offloaded"]
+)
+@torch.no_grad()
+def test_other_loras_in_the_same_memory_are_bit_for_bit_a_fresh_load(
+    source: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(checkpoint, "_WORTH_SHARING", 1)
+    (first, second), _ = two(tmp_path)
+    scheme: Any = kind if kind in ("fp8-rowwise", "int8-weight-only") else None
+    store = ArtifactStore(tmp_path)
+    quantized = QuantizedExpert(store, source, "high_noise", scheme, "model") if scheme else None
+    how: Any = {"quantized": quantized, "on_the_fly": scheme is not None, "device": "cpu"}
+
+    def same(ranks: Ranks) -> list[bool]:
+        def fresh(*loras: str) -> WanDiT:
+            return build(source, *loras, ranks=ranks, precision="bf16", sharded="sharded" in kind, **how)
+
+        held = [fresh(first), fresh()]
+        places = {"high_noise": held[0], "low_noise": held[1]}
+        experts = OffloadedExperts(places, "cpu") if kind == "offloaded" else ResidentExperts(places, "cpu")  # type: ignore[arg-type]
+        found = []
+        for loras in ((second,), (second, first), ()):
+            if isinstance(experts, ResidentExperts):
+                experts.evict(1 << 40)
+            model, tensors = experts.writable("high_noise")
+            merge = merge_of(find_loras(ModelsConfig(lora=loras), tmp_path), "high_noise", SPEC)
+            refill_expert(model, tensors, source, "high_noise", ranks, merge=merge, **how)
+            if isinstance(experts, ResidentExperts):
+                experts.evict(1 << 40)
+            got, wanted = state(experts.take("high_noise")[0]), state(fresh(*loras))
+            found.append(all(torch.equal(got[name].float(), wanted[name].float()) for name in wanted))
+            experts.leave()
+        others = state(experts.take("low_noise")[0]), state(fresh())
+        return [*found, torch.equal(*(each["head.head.weight"] for each in others))]
+
+    for found in on_ranks(Mesh(ulysses=2), same) if kind.startswith("2") else [same(Ranks("cpu"))]:
+        assert found == [True] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -200,6 +201,10 @@ class QuantizeConfig:
         for name in ("model", "lora", "lora_high_noise", "lora_low_noise", "artifacts_dir"):
             object.__setattr__(self, name, options_of(ModelsConfig)[name].complete(getattr(self, name)))
         check_places(self.model, self.artifacts_dir)
+
+
+def without_loras(models: ModelsConfig) -> ModelsConfig:
+    return dataclasses.replace(models, lora=(), lora_high_noise=(), lora_low_noise=(), lora_sha256=())
 
 
 def default_artifacts_dir() -> str:

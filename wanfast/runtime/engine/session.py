@@ -15,13 +15,13 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from wanfast.runtime.config import EffectiveConfig, ModelsConfig, VideoConfig
-from wanfast.runtime.config.models import is_artifacts_dir_named
+from wanfast.runtime.config.models import is_artifacts_dir_named, without_loras
 from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import FirstStep, Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
@@ -49,10 +49,10 @@ from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.curves import curve_of
-from wanfast.runtime.store.loras import identified, loras_of
+from wanfast.runtime.store.loras import identified, inputs_of, loras_of
 from wanfast.runtime.store.model_files import COMPONENTS, Component, ModelFiles
-from wanfast.runtime.store.quantized import quantized_expert, shards
-from wanfast.runtime.weights.builders import DTYPES, build_expert, build_vae
+from wanfast.runtime.store.quantized import QuantizedExpert, quantized_expert, shards
+from wanfast.runtime.weights.builders import DTYPES, build_expert, build_vae, refill_expert
 from wanfast.runtime.weights.checkpoint import MergeFn
 from wanfast.runtime.weights.experts import Experts, OffloadedExperts, ResidentExperts
 from wanfast.runtime.weights.lora import merge_of
@@ -114,6 +114,24 @@ class Session:
                 self._pipeline = load_models(self.files, self.config, self.ranks, self._loads, before_each)
             self._stored = _stored_experts(self.files, self.config.models)
         return self._pipeline
+
+    @hardware.one_out_of_memory_error()
+    def use_loras(self, models: ModelsConfig) -> None:
+        """Merges the LoRAs of `models`, which differs from the session's models only in them, instead of the old ones.
+
+        Only the experts whose LoRAs differ are read again, into the same memory: compiled blocks, the VAE and text
+        embeddings stay. After an error the session is closed, and its next use loads the models.
+        """
+        old, self.config = self.config.models, dataclasses.replace(self.config, models=models)
+        if self._pipeline is None or old == models:
+            return
+        try:
+            with self.watch.span("load"):
+                _merge_anew(self._pipeline.experts, old, self.files, self.config, self.ranks, self._loads)
+            self._stored = _stored_experts(self.files, models)
+        except BaseException:
+            self.close()
+            raise
 
     def plan(self, job: Job) -> tuple[Plan, Tensor]:
         """Returns (the plan of `job`, the image [3, H, W] at the plan's size).
@@ -249,11 +267,13 @@ class Sessions:
     def of(self, config: EffectiveConfig) -> Session:
         """Returns the open session if `config` has the same models; otherwise closes it and opens another.
 
+        If only the LoRAs differ, the session merges those of `config`.
         Raises WanFastError on all ranks.
         """
-        if self._open is None or self._open.config.models != config.models:
+        if self._open is None or without_loras(self._open.config.models) != without_loras(config.models):
             self.close()
             self._open = Session.open(config, self.ranks)
+        self._open.use_loras(config.models)
         return self._open
 
     def close(self) -> None:
@@ -283,7 +303,7 @@ def load_models(
     6. place both experts, resident or offloaded, after both are filled: offloaded experts share one set of GPU weights;
     7. compile, last, because the compiler needs the final parameters.
     """
-    wanted, offloaded = config.models, config.ranks.expert_offload == "on"
+    wanted = config.models
     dtype = DTYPES[wanted.precision]
     choice = attention_probe.agree(wanted.attention, ranks, dtype, files.spec.dit.head_dim)
     attend = attention_by(choice.kernel)
@@ -298,11 +318,8 @@ def load_models(
                 wanted.precision,
                 ranks,
                 attend=attend,
-                quantized=quantized_expert(files, wanted, expert),
-                on_the_fly=wanted.quantize_on_the_fly,
                 sharded=config.ranks.dit_fsdp == "on",
-                device="cpu" if offloaded else None,
-                merge=merges[expert],
+                **_filling(files, config, expert, merges),
             )
 
     with compiler_imported_meanwhile(config):
@@ -316,6 +333,36 @@ def load_models(
         for model in models.values():
             compile_blocks(model, wanted.compile_mode)
     return ImageToVideoPipeline(files.spec, experts, vae, ranks, choice)
+
+
+def _merge_anew(
+    experts: Experts, old: ModelsConfig, files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch
+) -> None:
+    """Overwrites the experts whose LoRAs are not those of the `old` models. Raises WanFastError."""
+    merges = ranks.together(lambda: _merges(files, config.models))
+    for expert in EXPERTS:
+        if inputs_of(loras_of(old), expert) != inputs_of(loras_of(config.models), expert):
+            with loads.span(expert):
+                model, held = experts.writable(expert)
+                refill_expert(model, held, files, expert, ranks, **_filling(files, config, expert, merges))
+
+
+class _Filling(TypedDict):
+    """Says how an expert's parameters are filled."""
+
+    quantized: QuantizedExpert | None
+    on_the_fly: bool
+    device: str | None
+    merge: MergeFn
+
+
+def _filling(files: ModelFiles, config: EffectiveConfig, expert: Expert, merges: dict[Expert, MergeFn]) -> _Filling:
+    return {
+        "quantized": quantized_expert(files, config.models, expert),
+        "on_the_fly": config.models.quantize_on_the_fly,
+        "device": "cpu" if config.ranks.expert_offload == "on" else None,
+        "merge": merges[expert],
+    }
 
 
 def _place(models: dict[Expert, WanDiT], config: EffectiveConfig, ranks: Ranks) -> Experts:

@@ -11,7 +11,7 @@ is a wrong shape, a wrong dtype, and a value that is not finite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,25 +67,65 @@ def load(
     quantized layers are quantized as they are read. `merge` changes values before they are cast or quantized. Raises
     CorruptArtifactError.
     """
-    wanted, quantizing = module.state_dict(), _schemes(module) if on_the_fly else {}
+    wanted = module.state_dict()
+    quantizing = _schemes(module, wanted) if on_the_fly else {}
+    read = _read(wanted, quantizing, files, component, layout, ranks, device or ranks.device, merge)
+    module.load_state_dict(dict(read), strict=True, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def refill(
+    module: nn.Module,
+    held: Mapping[str, Tensor],
+    files: Sequence[Path],
+    *,
+    component: Component,
+    layout: Layout,
+    ranks: Ranks,
+    device: str,
+    on_the_fly: bool,
+    merge: MergeFn,
+) -> None:
+    """Overwrites the weights of a loaded `module`, in place, with those that `load` would have loaded.
+
+    `held`: the module's tensors by the names of its state dict, on `device`. After an error some tensors are new and
+    some are old. Raises CorruptArtifactError.
+    """
+    quantizing = _schemes(module, held) if on_the_fly else {}
+    for name, tensor in _read(held, quantizing, files, component, layout, ranks, device, merge):
+        held[name].copy_(tensor)
+
+
+def _read(
+    wanted: Mapping[str, Tensor],
+    quantizing: Mapping[str, Scheme],
+    files: Sequence[Path],
+    component: Component,
+    layout: Layout,
+    ranks: Ranks,
+    device: str,
+    merge: MergeFn,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, what this rank holds of it) of each wanted tensor, which only says its shape and dtype.
+
+    Raises CorruptArtifactError, at the end for values that are not finite.
+    """
     places = ranks.together(lambda: _match(_to_read(wanted, quantizing), files, component, layout))
-    found: dict[str, Tensor] = {}
     finite: Finite = {}
     parts = {name: _own_part(tensor, ranks) for name, tensor in wanted.items()}
     mapped = (((file, key, name), rows(*parts[name].rows)) for file, key, name, rows in _in_order_of_files(places))
     cores = host.cores() // ranks.mesh.size
-    for (file, key, name), read in staging.to_device(mapped, device or ranks.device, cores):
+    for (file, key, name), read in staging.to_device(mapped, device, cores):
         merged, others = merge(name, read, parts[name].rows)
         if name in quantizing:
             values, scale = quantize(merged, quantizing[name])
-            found[name], found[scale_of(name)] = (parts[name].whole(each, ranks) for each in (values, scale))
+            yield name, parts[name].whole(values, ranks)
+            yield scale_of(name), parts[name].whole(scale, ranks)
         else:  # cast where it is fast; copy on a CPU, because a view keeps the file mapped
             own = merged.to(wanted[name].dtype, copy=read.device.type == "cpu")
-            found[name] = parts[name].whole(own, ranks)
+            yield name, parts[name].whole(own, ranks)
         finite |= {(file, key): all_finite(read), **others}
     ranks.together(lambda: _require_finite(finite))
-    module.load_state_dict(found, strict=True, assign=True)
-    module.requires_grad_(False).eval()
 
 
 def stream(
@@ -153,9 +193,10 @@ def _own_part(wanted: Tensor, ranks: Ranks) -> _Part:
     return _Part(wanted, (ranks.rank * end // ranks.size, (ranks.rank + 1) * end // ranks.size), is_shared=True)
 
 
-def _schemes(module: nn.Module) -> dict[str, Scheme]:
-    """Returns {weight: scheme} of the linears that the module holds quantized."""
-    return {f"{name}.weight": m.scheme for name, m in module.named_modules() if isinstance(m, QuantizedLinear)}
+def _schemes(module: nn.Module, names: Collection[str]) -> dict[str, Scheme]:
+    """Returns {weight: scheme} of the linears that the module holds quantized; `names` are those of its tensors."""
+    scheme = next((m.scheme for m in module.modules() if isinstance(m, QuantizedLinear)), None)
+    return {name: scheme for name in names if scale_of(name) in names} if scheme else {}
 
 
 @dataclass(frozen=True)
