@@ -9,7 +9,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from wanfast.runtime.config.option import ALL, CALIBRATE, COMPILED, EXACT, FILES, LOSSY, MAKE, Option, Part, options_of
+from wanfast.runtime.config.option import (
+    ALL,
+    CALIBRATE,
+    COMPILED,
+    EXACT,
+    FILES,
+    LOSSY,
+    MAKE,
+    Option,
+    Part,
+    flag,
+    options_of,
+)
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import (
     NAMED_MODELS,
@@ -201,6 +213,9 @@ class QuantizeConfig:
         for name in ("model", "lora", "lora_high_noise", "lora_low_noise", "artifacts_dir"):
             object.__setattr__(self, name, options_of(ModelsConfig)[name].complete(getattr(self, name)))
         check_places(self.model, self.artifacts_dir)
+        left_out = {"high": "lora_low_noise", "low": "lora_high_noise"}.get(self.expert)
+        if left_out and getattr(self, left_out):
+            raise ConfigError(f"--expert {self.expert} leaves out the expert of {flag(left_out)}: drop one of the two")
 
 
 def without_loras(models: ModelsConfig) -> ModelsConfig:
