@@ -185,8 +185,8 @@ def lora_notes(models: ModelsConfig) -> list[str]:
     """Returns a note for each LoRA of which tensors are dropped."""
     headers = [(lora, read_header(lora.file, lora.flag)) for lora in loras_of(models)]
     return [
-        f"{lora.flag} {lora.file.name}: the tensors of Wan2.1's image tower ({header.num_dropped}) are dropped, because "
-        "this model has none"
+        f"{lora.flag} {lora.file.name}: the tensors of Wan2.1's image tower ({header.num_dropped}) are dropped, "
+        "because this model has none"
         for lora, header in headers
         if header.num_dropped
     ]
