@@ -17,8 +17,10 @@ from tests.conftest import Outcome
 from tests.lora_files import low_rank, of_blocks
 from wanfast.runtime.config import EffectiveConfig, ModelsConfig
 from wanfast.runtime.config.models import parse_lora
+from wanfast.runtime.engine import session
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.jobs import doctor
 from wanfast.runtime.store import curves, model_files
 from wanfast.runtime.store.artifacts import key_of
 from wanfast.runtime.store.loras import identified
@@ -81,25 +83,22 @@ def test_a_video_its_json_and_the_run_again(wanfast: Wanfast, loras: tuple[str, 
     )
 
 
-@pytest.mark.parametrize("how", [(), ("--quantize", "int8-weight-only", "--quantize-on-the-fly")])
 def test_each_line_of_a_list_has_its_own_loras_and_the_models_are_loaded_once(
-    wanfast: Wanfast, loras: tuple[str, str], workdir: Path, how: tuple[str, ...]
+    wanfast: Wanfast, loras: tuple[str, str], workdir: Path
 ) -> None:
     one, two = loras
     (workdir / "sets").mkdir()
     (workdir / one).rename(workdir / "sets" / one)
-    lines: list[dict[str, Any]] = [{}, {"lora": f"{one}@2"}, {"lora": [one, f"../{two}"]}, {"lora_low_noise": [one]}]
+    lines: list[dict[str, Any]] = [{}, {"lora": [f"{one}@2", f"../{two}"]}, {"lora_low_noise": one}]
     Path("sets/jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    results = wanfast(*GOOD, *how, "--jobs", "sets/jobs.jsonl", "--json").document["results"]
-    assert ["vae" in result["loading"] for result in results] == [True, False, False, False]
+    results = wanfast(*GOOD, "--jobs", "sets/jobs.jsonl", "--json").document["results"]
+    assert ["vae" in result["loading"] for result in results] == [True, False, False]
     assert all({"high_noise", "low_noise"} <= result["loading"].keys() for result in results)
-    alone = [
-        (), ("--lora", f"sets/{one}@2"), ("--lora", f"sets/{one}", "--lora", two), ("--lora-low-noise", f"sets/{one}"),
-    ]  # fmt: skip
+    alone = [(), ("--lora", f"sets/{one}@2", "--lora", two), ("--lora-low-noise", f"sets/{one}")]
     for index, (words, result) in enumerate(zip(alone, results, strict=True)):
-        single = wanfast(*GOOD, *how, *words, "--output", f"{index}.mp4", "--json").document
+        single = wanfast(*GOOD, *words, "--output", f"{index}.mp4", "--json").document
         assert single["output_sha256"] == result["output_sha256"]
-    assert len({result["output_sha256"] for result in results}) == 4
+    assert len({result["output_sha256"] for result in results}) == 3
 
 
 def test_a_lora_that_does_not_fit_closes_no_list(wanfast: Wanfast, loras: tuple[str, str], workdir: Path) -> None:
@@ -130,6 +129,24 @@ def test_a_wrong_option_is_refused_before_anything_starts(
     outcome = wanfast(*GOOD, *words, "--dry-run")
     assert outcome.exit_code == code and outcome.err.startswith(f"error: {message.format(here=workdir)}")
     assert outcome.err.count("\n") == 1
+
+
+def test_a_file_that_changes_after_the_plan_is_refused(loras: tuple[str, str], workdir: Path) -> None:
+    files = model_files.locate("tiny", str(workdir / "artifacts"))
+    models = identified(ModelsConfig(model="tiny", lora=(loras[0],), artifacts_dir=str(workdir / "artifacts")))
+    assert session._merges(files, models).keys() == {"high_noise", "low_noise"}
+    (workdir / loras[0]).write_bytes((workdir / loras[1]).read_bytes())
+    with pytest.raises(ConfigError, match="--lora: a file changed since the plan was made"):
+        session._merges(files, models)
+
+
+def test_the_plan_on_a_terminal_and_the_doctor_know_the_loras(wanfast: Wanfast, loras: tuple[str, str]) -> None:
+    given = ("--lora", f"{loras[0]}@0.5")
+    assert f"LoRA      {loras[0]}, strength 0.5 (--lora)" in wanfast(*GOOD, *given, "--dry-run").out
+    models = identified(ModelsConfig(model="tiny", lora=(given[1],), quantize="int8-dynamic"))
+    step = doctor._quantize_step(models)
+    assert step is not None and f"--lora {Path(loras[0]).absolute()}@0.5" in step.command
+    assert wanfast("doctor", "--model", "tiny", *given).exit_code == 0
 
 
 def test_a_list_line_of_a_wrong_type(wanfast: Wanfast, workdir: Path) -> None:
