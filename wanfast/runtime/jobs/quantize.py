@@ -73,6 +73,8 @@ def run(
         raise ConfigError("--device cuda: torch sees no GPU on this machine: use --device cpu")
     store = ArtifactStore(Path(config.artifacts_dir))
     loras = find_loras(config, store.root)
+    for expert in _EXPERTS[config.expert]:
+        merge_of(loras, expert, files.spec.dit)  # refuses a LoRA before any expert is quantized
     wanted = [
         QuantizedExpert(store, files, expert, config.scheme, config.model, loras) for expert in _EXPERTS[config.expert]
     ]
