@@ -139,7 +139,8 @@ class _Opened:
         _refuse(options, options.keys() & _OF_HANDLE, "the handle", "wanfast.open")
         _refuse(options, options.keys() & options_of(OutputConfig).keys(), "the output file", "Video.save")
         plan, _ = resolve({**self.options, **options}, writes=False, files=self.files)
-        require_experts(self.files, plan.config.models, self.required)
+        if plan.config.models != self.placed.config.models:  # other LoRAs need other quantized experts
+            require_experts(self.files, plan.config.models, self.required)
         plan = dataclasses.replace(plan, requested={**self.asked, **options})
         # The models that the ranks hold now are part of the sum, and the ranks keep their mesh.
         (plan,) = place([plan], self.free_memory, self.placed.mesh)

@@ -136,7 +136,7 @@ class Header:
         second = [key for key in self.tensors if key.startswith(_SECOND)]
         if expert == "low_noise" and second:
             return second
-        return [key for key in self.tensors if key not in second]
+        return [key for key in self.tensors if not key.startswith(_SECOND)]
 
 
 @remembered
