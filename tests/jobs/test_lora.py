@@ -18,7 +18,7 @@ from tests.lora_files import low_rank, of_blocks
 from wanfast.runtime.config import EffectiveConfig, ModelsConfig
 from wanfast.runtime.config.models import parse_lora
 from wanfast.runtime.engine import session
-from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.errors import ConfigError, MissingArtifactError
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.jobs import doctor
 from wanfast.runtime.store import curves, model_files
@@ -181,6 +181,11 @@ def test_quantize_stores_what_generate_uses(wanfast: Wanfast, loras: tuple[str, 
     assert stored["output_sha256"] == fly["output_sha256"]
     assert wanfast(*GOOD, *scheme, "--dry-run").exit_code == 0
     assert wanfast(*GOOD, *scheme).exit_code == 3  # without the LoRAs
+    options: dict[str, Any] = {"lora": given[1], "lora_low_noise": given[3], "quantize": "int8-dynamic"}
+    with api.open(model="tiny", device="cpu", size="64x64", frames=5, **options) as handle:
+        with pytest.raises(MissingArtifactError, match="is not quantized with int8-dynamic yet"):
+            handle.make(image="cat.png", prompt="a cat", lora=[])
+        handle.make(image="cat.png", prompt="a cat", seed=1, steps=2)
 
 
 def test_the_key_of_a_curve_holds_file_and_strength(loras: tuple[str, str], workdir: Path) -> None:
