@@ -149,7 +149,7 @@ SPELLINGS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "a without prefix": (OURS, {**A_AND_B}),
     "b with two underscores": (prefixed("lora_unet__", FLAT_OURS), {"alpha": 2.0}),
     "c without prefix": (THEIRS, {**A_AND_B}),
-    "c of the second expert": (prefixed("transformer.", THEIRS), {**A_AND_B, "alpha": 1.0}),
+    "c with alphas": (prefixed("transformer.", THEIRS), {**A_AND_B, "alpha": 1.0}),
     "d with original names": (prefixed("base_model.model.", OURS), {**A_AND_B}),
     "d with Diffusers names": (prefixed("base_model.model.", THEIRS), {**A_AND_B}),
     "e": (prefixed("pipe.dit.", OURS), {**OF_ADAPTER}),
