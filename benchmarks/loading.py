@@ -93,7 +93,7 @@ def _load(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     ranks.share(torch.zeros(1, device=ranks.device))  # all ranks start together, after contexts and connections exist
     hardware.reset_peak_memory(options.device)
     read: list[int] = []
-    checkpoint._SafetensorsReader.rows = counting(read)
+    checkpoint.SafetensorsReader.rows = counting(read)
     start = time.perf_counter()
     store = ArtifactStore(options.folder / "artifacts")
     kept = QuantizedExpert(store, files, "high_noise", options.scheme, str(options.folder)) if options.scheme else None

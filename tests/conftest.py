@@ -73,7 +73,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Returns a list that grows by the bytes of every piece that this process reads from safetensors files."""
     found: list[int] = []
-    monkeypatch.setattr(checkpoint._SafetensorsReader, "rows", counting(found))
+    monkeypatch.setattr(checkpoint.SafetensorsReader, "rows", counting(found))
     return found
 
 

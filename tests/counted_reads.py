@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from wanfast.runtime.weights.checkpoint import _SafetensorsReader
+from wanfast.runtime.weights.checkpoint import SafetensorsReader
 
-RowsFn = Callable[[_SafetensorsReader, str, int, int], Tensor]
+RowsFn = Callable[[SafetensorsReader, str, int, int], Tensor]
 
 
 def counting(found: list[int]) -> RowsFn:
     """Returns a replacement of the reader's `rows`, which adds the bytes of every piece to `found`."""
-    rows = _SafetensorsReader.rows
+    rows = SafetensorsReader.rows
 
-    def counted(self: _SafetensorsReader, key: str, first: int, end: int) -> Tensor:
+    def counted(self: SafetensorsReader, key: str, first: int, end: int) -> Tensor:
         piece = rows(self, key, first, end)
         found.append(piece.nbytes)
         return piece

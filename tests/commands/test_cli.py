@@ -14,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from tests import lora_files
 from tests.conftest import Machine, Outcome
 from wanfast.commands import bench as bench_command
 from wanfast.commands import calibrate_magcache as calibrate_command
@@ -113,12 +115,14 @@ def python(code: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
         ["warmup", "--frames", "80"],
         ["doctor", "--size", "bad"],
         list(DRY),
+        [*DRY, "--lora", "lora.safetensors"],
         ["generate", "--frames", "80"],
         ["generate", "--model", "a14b"],
     ],
     ids=" ".join,
 )
 def test_the_parent_imports_no_torch(workdir: Path, arguments: list[str]) -> None:
+    lora_files.write(workdir / "lora.safetensors", {"blocks.0.ffn.0.diff_b": torch.zeros(1).bfloat16()})
     code = f"""
 import sys
 from wanfast.cli import main

@@ -24,7 +24,7 @@ from wanfast.runtime.engine import pipeline as pipeline_module
 from wanfast.runtime.engine import pixels, prompt_embeds, session
 from wanfast.runtime.engine.conditioning import draw_noise
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import Expert
+from wanfast.runtime.facts.choices import EXPERTS, Expert
 from wanfast.runtime.facts.mesh import Mesh, choose_mesh
 from wanfast.runtime.media import images
 from wanfast.runtime.models import vae as vae_module
@@ -33,7 +33,6 @@ from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.planning.plan import Plan, resolve
 from wanfast.runtime.sampling.magcache import ResidualCache
 from wanfast.runtime.store.model_files import ModelFiles
-from wanfast.runtime.store.quantized import EXPERTS
 from wanfast.runtime.weights import experts
 from wanfast.runtime.weights.experts import OffloadedExperts, ResidentExperts
 

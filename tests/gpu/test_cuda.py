@@ -16,10 +16,10 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.compilation import compile_blocks
 from wanfast.runtime.engine.finite import FiniteWatch
 from wanfast.runtime.errors import NotFiniteError
+from wanfast.runtime.facts.choices import EXPERTS
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.store import model_files
-from wanfast.runtime.store.quantized import EXPERTS
 from wanfast.runtime.weights import builders
 from wanfast.runtime.weights.builders import build_expert, build_umt5, build_vae
 

@@ -30,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 
+from tests import lora_files
 from tests.conftest import Machine, Outcome
 from wanfast.cli import app
 from wanfast.runtime.config.option import words as words_of
@@ -136,11 +138,13 @@ def test_each_example_writes_a_video_of_its_own(page: Page) -> None:
 
 
 def _files_of_examples(workdir: Path, wanfast: Wanfast) -> None:
-    """The files that examples name: the repository's, a list of jobs, and the .json of an earlier video."""
+    """The files that examples name: the repository's, LoRAs, a list of jobs, and the .json of an earlier video."""
     (workdir / "wanfast").symlink_to(ROOT / "wanfast")
     (workdir / "out").mkdir()
     for example in (ROOT / "wanfast/assets/examples").iterdir():
         shutil.copy(example, workdir)
+    for lora in ("motion", "high_noise_model", "low_noise_model"):
+        lora_files.write(workdir / f"{lora}.safetensors", {"blocks.0.ffn.0.diff_b": torch.zeros(1)})
     outcome = wanfast("generate", "--model", "tiny", *VIDEO, "--dry-run", "--json")
     Path("cat.json").write_text(json.dumps(outcome.document | {"weights": None}))
 

@@ -21,13 +21,13 @@ import torch
 from tests.conftest import Outcome
 from wanfast.runtime.engine import attention_probe
 from wanfast.runtime.facts import memory
-from wanfast.runtime.facts.choices import Scheme, in_8_bits
+from wanfast.runtime.facts.choices import EXPERTS, Scheme, in_8_bits
 from wanfast.runtime.machine import gpus, host, packages
 from wanfast.runtime.machine.gpus import Gpu
 from wanfast.runtime.store import model_files, quantized
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.model_files import A14B_DIFFUSERS_FOLDER, A14B_FOLDER, TINY
-from wanfast.runtime.store.quantized import EXPERTS, QuantizedExpert
+from wanfast.runtime.store.quantized import QuantizedExpert
 
 Wanfast = Callable[..., Outcome]
 Machine = Callable[..., None]

@@ -214,9 +214,9 @@ def test_what_stops_it_is_one_line(wanfast: Wanfast, workdir: Path, monkeypatch:
         def get_slice(self, key: str) -> None:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint._SafetensorsReader, "__init__", lambda self, file: vars(self).update(_file=file))
+    monkeypatch.setattr(checkpoint.SafetensorsReader, "__init__", lambda self, file: vars(self).update(file=file))
     for name, value in {"_handle": Failing(), "_bytes_read": 0}.items():
-        monkeypatch.setattr(checkpoint._SafetensorsReader, name, value, raising=False)
+        monkeypatch.setattr(checkpoint.SafetensorsReader, name, value, raising=False)
     outcome = wanfast("quantize", *TINY, *SCHEME)
     assert outcome.exit_code == 4 and "model.safetensors: " in outcome.err and "Input/output error" in outcome.err
 

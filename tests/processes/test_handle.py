@@ -208,7 +208,7 @@ def test_dead_ranks_are_started_again(star: Path, handle: Handle) -> None:
         ({"steps": 0}, "--steps 0: use 1 to 1000"),
         ({"precision": "fp32"}, "precision is an option of the handle: pass it to wanfast.open"),
         ({"output": "a.mp4"}, "output is an option of the output file: pass it to Video.save"),
-        ({"colour": "red"}, "unknown option 'colour': the options are artifacts_dir"),
+        ({"tint": "red"}, "unknown option 'tint': the options are artifacts_dir"),
         ({"sed": 3}, "unknown option 'sed': did you mean seed"),
         ({"prompt": " "}, "--prompt is empty"),
     ],

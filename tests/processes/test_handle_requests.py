@@ -114,8 +114,8 @@ def test_a_path_is_a_text_or_a_path_object(ranks: list[Ranks], workdir: Path) ->
 
 
 def test_unknown_options_are_named_with_near_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown option 'colour': the options are"):
-        wanfast.open(colour=1)
+    with pytest.raises(ConfigError, match="unknown option 'tint': the options are"):
+        wanfast.open(tint=1)
     with pytest.raises(ConfigError, match=r"unknown option 'num_gpu': did you mean num_gpus\?"):
         wanfast.open(num_gpu=1)
     with pytest.raises(ConfigError, match="unknown option 'promt': did you mean prompt"):

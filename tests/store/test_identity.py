@@ -39,7 +39,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Returns a list that grows by each file that this process hashes."""
     files: list[Path] = []
     hash_ = module._hash.__wrapped__
-    monkeypatch.setattr(module, "_hash", lambda file, state: files.append(file) or hash_(file, state))
+    monkeypatch.setattr(module, "_hash", lambda file, *others: files.append(file) or hash_(file, *others))
     return files
 
 
@@ -109,13 +109,13 @@ def test_small_files_leave_no_record(tmp_path: Path) -> None:
 def _ask(weights: Path, artifacts: Path, asked: Path) -> None:
     hash_ = module._hash.__wrapped__
 
-    def slowly(file: Path, state: tuple[tuple[str, object], ...]) -> str:
+    def slowly(file: Path, state: tuple[tuple[str, object], ...], option: str) -> str:
         import time
 
         with asked.open("a") as stream:
             stream.write("x")
         time.sleep(0.5)
-        return hash_(file, state)
+        return hash_(file, state, option)
 
     module._hash = slowly
     sha256_of([weights], artifacts)

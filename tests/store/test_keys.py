@@ -82,12 +82,14 @@ CODE = {
     ),
     "magcache": (
         "runtime/models/dit.py", "runtime/models/vae.py", "runtime/media/images.py", "runtime/sampling/scheduler.py",
-        "runtime/weights/checkpoint.py", "runtime/engine/prompt_embeds.py", "runtime/engine/session.py",
+        "runtime/weights/checkpoint.py", "runtime/weights/lora.py", "runtime/engine/prompt_embeds.py",
+        "runtime/engine/session.py",
         "runtime/distributed/ulysses.py", "magcache_calib/recorder.py", "magcache_calib/calibrate.py",
     ),
     "inductor": ("runtime/models/dit.py", "runtime/engine/compilation.py", "runtime/weights/quantization.py"),
     "quantized": (
-        "runtime/jobs/quantize.py", "runtime/weights/checkpoint.py", "runtime/weights/quantization.py",
+        "runtime/jobs/quantize.py", "runtime/weights/checkpoint.py", "runtime/weights/lora.py",
+        "runtime/weights/quantization.py",
         "runtime/weights/key_maps.py", "runtime/models/quantized.py", "runtime/models/dit.py",
     ),
 }  # fmt: skip

@@ -21,7 +21,7 @@ from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, SkippingConfig, Vi
 from wanfast.runtime.config.option import near_names, options_of
 from wanfast.runtime.config.recipes import GROUPS, RECIPES, with_recipe
 from wanfast.runtime.errors import ConfigError, WanFastError
-from wanfast.runtime.facts.choices import RecipeName
+from wanfast.runtime.facts.choices import EXPERTS, RecipeName
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.packages import require_attention, versions
@@ -32,7 +32,7 @@ from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.curves import steps_of
 from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.model_files import ModelFiles
-from wanfast.runtime.store.quantized import EXPERTS, quantized_expert
+from wanfast.runtime.store.quantized import quantized_expert
 
 if TYPE_CHECKING:
     import numpy as np

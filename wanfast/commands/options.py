@@ -38,6 +38,12 @@ DryRun = Annotated[
 ]
 
 
+def lora(name: str) -> Any:
+    """Returns Typer's option for one of the three options that name LoRAs."""
+    facts = OPTIONS[name].option
+    return typer.Option(metavar=facts.metavar, help=facts.help, rich_help_panel=facts.panel)
+
+
 def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Returns a decorator that adds the options of `command` to the parameters of a Typer function.
 
@@ -71,6 +77,8 @@ def _parameter(option: OptionField) -> inspect.Parameter:
     )
     default = None if option.default is dataclasses.MISSING else option.default
     choices: dict[str, Any] = {}
+    if option.is_repeatable:
+        asked = list[str]
     if option.name == "num_gpus":  # typer has no type for "a number or a word"
         asked, choices = Any, {"parser": _number_or_auto}
     shown: str | bool = True

@@ -35,6 +35,9 @@ def quantize(
     expert: Annotated[
         Literal["both", "high", "low"], typer.Option(help="Which expert to quantize.", rich_help_panel=MAKE)
     ] = "both",
+    lora: Annotated[list[str], options.lora("lora")] = (),  # type: ignore[assignment]
+    lora_high_noise: Annotated[list[str], options.lora("lora_high_noise")] = (),  # type: ignore[assignment]
+    lora_low_noise: Annotated[list[str], options.lora("lora_low_noise")] = (),  # type: ignore[assignment]
     device: Annotated[
         Device | None,
         typer.Option(
@@ -54,7 +57,16 @@ def quantize(
     """
     from wanfast.runtime.jobs import quantize as worker  # torch begins here
 
-    config = QuantizeConfig(scheme=scheme, model=model, expert=expert, device=device, artifacts_dir=artifacts_dir)
+    config = QuantizeConfig(
+        scheme=scheme,
+        model=model,
+        expert=expert,
+        lora=tuple(lora),
+        lora_high_noise=tuple(lora_high_noise),
+        lora_low_noise=tuple(lora_low_noise),
+        device=device,
+        artifacts_dir=artifacts_dir,
+    )
     with byte_bars() as progress:
         results = worker.run(config, progress, say=lambda line: print(line, file=sys.stderr))
     console = Console(stderr=json_, highlight=False, soft_wrap=True)

@@ -102,7 +102,8 @@ class EffectiveConfig:
 
     def replace(self, **values: Any) -> EffectiveConfig:
         """Returns a copy in which the fields named in `values` have new values; the fields may be in any part."""
-        return self._from_flat(self.options() | {"image_sha256": self.video.image_sha256} | values)
+        hashes = {"image_sha256": self.video.image_sha256, "lora_sha256": self.models.lora_sha256}
+        return self._from_flat(self.options() | hashes | values)
 
 
 def _with_seed_that_acts(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from wanfast.runtime.config.option import ALL, COMPILED, EXACT, FILES, LOSSY, MAKE, MEASURE, Option, Part, options_of
+from wanfast.runtime.config.option import (
+    ALL,
+    COMPILED,
+    EXACT,
+    FILES,
+    LOSSY,
+    MAKE,
+    MEASURE,
+    Option,
+    Part,
+    flag,
+    options_of,
+)
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import (
     NAMED_MODELS,
     Attention,
+    Command,
     CompileMode,
     Device,
     Precision,
@@ -19,6 +34,29 @@ from wanfast.runtime.facts.choices import (
     Scheme,
     in_8_bits,
 )
+
+_STRENGTH = re.compile(r"(.+)@([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.DOTALL)
+_MOST_STRENGTH = 100
+_LORA: tuple[Command, ...] = ("calibrate-magcache", "doctor")  # warmup compiles alike with and without LoRAs
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """Returns (path, strength) of a value of --lora, in which the last @ followed by a number gives the strength."""
+    match = _STRENGTH.fullmatch(text)
+    return (match[1], float(match[2])) if match else (text, 1.0)
+
+
+def _lora_fix(text: str) -> str | None:
+    path, strength = parse_lora(text)
+    if not path.strip():
+        return "is empty: name a .safetensors file"
+    if abs(strength) > _MOST_STRENGTH:
+        return f"use a strength from -{_MOST_STRENGTH} to {_MOST_STRENGTH}; 1 is the file's own"
+    return None
+
+
+def _lora_option(help_text: str) -> Option:
+    return Option(help_text, MAKE, also=_LORA, metavar="<file[@x]>", path=True, check=_lora_fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +87,16 @@ class ModelsConfig(Part):
             metavar="<name>",
         ),
     ] = field(default=None, compare=False)  # other options of it say which models run
+    lora: Annotated[
+        tuple[str, ...],
+        _lora_option(
+            "LoRA that is merged into the weights of both experts. FILE@X gives the strength X; without @X it is 1. "
+            "The option may be given several times."
+        ),
+    ] = ()
+    lora_high_noise: Annotated[tuple[str, ...], _lora_option("LoRA of the high-noise expert only.")] = ()
+    lora_low_noise: Annotated[tuple[str, ...], _lora_option("LoRA of the low-noise expert only.")] = ()
+    lora_sha256: tuple[str, ...] = ()  # of the files, in the order of the three options
     attention: Annotated[
         Attention,
         Option(
@@ -132,6 +180,7 @@ class ModelsConfig(Part):
         super().__post_init__()
         if self.vae_precision is None:
             object.__setattr__(self, "vae_precision", self.precision)
+        object.__setattr__(self, "lora_sha256", tuple(self.lora_sha256))  # JSON has a list
         check_places(self.model, self.artifacts_dir)
         if self.compile_mode != "default" and not self.compile:
             raise ConfigError(
@@ -162,13 +211,23 @@ class QuantizeConfig:
     scheme: Scheme
     model: str = "a14b"
     expert: Literal["both", "high", "low"] = "both"
+    lora: tuple[str, ...] = ()
+    lora_high_noise: tuple[str, ...] = ()
+    lora_low_noise: tuple[str, ...] = ()
     device: Device | None = None
     artifacts_dir: str = "artifacts"
 
     def __post_init__(self) -> None:
-        for name in ("model", "artifacts_dir"):
+        for name in ("model", "lora", "lora_high_noise", "lora_low_noise", "artifacts_dir"):
             object.__setattr__(self, name, options_of(ModelsConfig)[name].complete(getattr(self, name)))
         check_places(self.model, self.artifacts_dir)
+        left_out = {"high": "lora_low_noise", "low": "lora_high_noise"}.get(self.expert)
+        if left_out and getattr(self, left_out):
+            raise ConfigError(f"--expert {self.expert} leaves out the expert of {flag(left_out)}: drop one of the two")
+
+
+def without_loras(models: ModelsConfig) -> ModelsConfig:
+    return dataclasses.replace(models, lora=(), lora_high_noise=(), lora_low_noise=(), lora_sha256=())
 
 
 def default_artifacts_dir() -> str:

@@ -3,7 +3,7 @@
     steps: Annotated[int, Option("Denoising steps.", SAMPLING, own=True, check=between(1, 1000))]
 
 The field's type is the type of the effective value. If users may give other types too, such as a number or "auto",
-`asked` names the type of the given value.
+`asked` names the type of the given value. An option of the type tuple[str, ...] may be given several times.
 """
 
 from __future__ import annotations
@@ -72,14 +72,20 @@ class OptionField:
     def flag(self) -> str:
         return flag(self.name)
 
+    @property
+    def is_repeatable(self) -> bool:
+        return typing.get_origin(self.asked) is tuple
+
     def accept(self, value: Any) -> Any:
         """Checks a value that a user gave, and returns it; None is accepted and means the default.
 
-        An int becomes a float if the option is a float, and a path object becomes a str. Raises ConfigError if the type
-        or the range is wrong.
+        An int becomes a float if the option is a float, a path object becomes a str, and the one value or the list of a
+        repeatable option becomes a tuple. Raises ConfigError if the type or the range is wrong.
         """
-        if self.option.path and isinstance(value, os.PathLike):
-            value = os.fspath(value)
+        if self.is_repeatable and value is not None:
+            value = tuple(map(_plain, value if isinstance(value, list | tuple) else [value]))
+        elif self.option.path:
+            value = _plain(value)
         if value is not None and not _is_instance(value, self.asked):
             raise ConfigError(f"{self.flag} {value!r:.60}: {_describe(self.asked)} is needed")
         self.check_range(value)
@@ -90,16 +96,19 @@ class OptionField:
 
         Raises ConfigError if the value is out of range.
         """
+        if self.is_repeatable:
+            return tuple(absolute(each, self.flag) for each in self.accept(value))
         self.check_range(value)
         is_path = self.option.path and value and value.strip() and value not in self.option.names
         return absolute(value, self.flag) if is_path else value
 
     def check_range(self, value: Any) -> None:
         """Raises ConfigError if `value` is out of range, or is a text that UTF-8 cannot encode or that holds a NUL."""
-        if isinstance(value, str):
-            _check_text(self.name, value)
-        if value is not None and self.option.check is not None and (fix := self.option.check(value)):
-            raise ConfigError(f"{self.flag} {value!s:.20}: {fix}")
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, str):
+                _check_text(self.name, each)
+            if each is not None and self.option.check is not None and (fix := self.option.check(each)):
+                raise ConfigError(f"{self.flag} {each!s:.20}: {fix}")
 
 
 def options_of(part: Any) -> dict[str, OptionField]:
@@ -128,8 +137,10 @@ def flag(name: str) -> str:
 def words(name: str, value: Any) -> tuple[str, ...]:
     """Returns the command-line arguments that give the option `name` this `value`.
 
-    Examples: ("--steps", "40"), ("--compile",), ("--no-compile",).
+    Examples: ("--steps", "40"), ("--compile",), ("--no-compile",). A tuple gives a repeatable option several times.
     """
+    if isinstance(value, list | tuple):
+        return tuple(word for each in value for word in (flag(name), str(each)))
     if isinstance(value, bool):
         return (flag(name) if value else flag(f"no_{name}"),)
     return flag(name), f"{value:.15g}" if isinstance(value, float) else str(value)
@@ -185,6 +196,8 @@ def _is_instance(value: Any, hint: Any) -> bool:
         return any(_is_instance(value, choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return all(isinstance(each, str) for each in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
@@ -194,8 +207,14 @@ def _describe(hint: Any) -> str:
     choices = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(choices)
+    if typing.get_origin(hint) is tuple:
+        return "a text or a list of texts"
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "nothing"}
     return " or ".join(_describe(choice) for choice in choices if choice is not types.NoneType) or names[hint]
+
+
+def _plain(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _check_text(name: str, value: str) -> None:

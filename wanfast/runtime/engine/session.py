@@ -15,13 +15,13 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from wanfast.runtime.config import EffectiveConfig, ModelsConfig, VideoConfig
-from wanfast.runtime.config.models import is_artifacts_dir_named
+from wanfast.runtime.config.models import is_artifacts_dir_named, without_loras
 from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import FirstStep, Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
@@ -39,7 +39,7 @@ from wanfast.runtime.engine.pixels import Frames, FramesFn
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
-from wanfast.runtime.facts.choices import Branch, Expert
+from wanfast.runtime.facts.choices import EXPERTS, Branch, Expert
 from wanfast.runtime.media import images
 from wanfast.runtime.media.images import LoadedImage
 from wanfast.runtime.models.attention import attention_by
@@ -49,10 +49,13 @@ from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.curves import curve_of
+from wanfast.runtime.store.loras import identified, inputs_of, loras_of
 from wanfast.runtime.store.model_files import COMPONENTS, Component, ModelFiles
-from wanfast.runtime.store.quantized import EXPERTS, quantized_expert, shards
-from wanfast.runtime.weights.builders import DTYPES, build_expert, build_vae
+from wanfast.runtime.store.quantized import QuantizedExpert, quantized_expert, shards
+from wanfast.runtime.weights.builders import DTYPES, build_expert, build_vae, refill_expert
+from wanfast.runtime.weights.checkpoint import MergeFn
 from wanfast.runtime.weights.experts import Experts, OffloadedExperts, ResidentExperts
+from wanfast.runtime.weights.lora import merge_of
 
 _KEPT_TEXTS = 32  # embeddings that a session keeps, 8 MB each at most; the store has the others
 
@@ -115,6 +118,24 @@ class Session:
                 self._pipeline = load_models(self.files, self.config, self.ranks, self._loads, before_each)
             self._stored = _stored_experts(self.files, self.config.models)
         return self._pipeline
+
+    @hardware.one_out_of_memory_error()
+    def use_loras(self, models: ModelsConfig) -> None:
+        """Merges the LoRAs of `models`, which differs from the session's models only in them, instead of the old ones.
+
+        Only the experts whose LoRAs differ are read again, into the same memory: compiled blocks, the VAE and text
+        embeddings stay. After an error the session is closed, and its next use loads the models.
+        """
+        old, self.config = self.config.models, dataclasses.replace(self.config, models=models)
+        if self._pipeline is None or old == models:
+            return
+        try:
+            with self.watch.span("load"):
+                _merge_anew(self._pipeline.experts, old, self.files, self.config, self.ranks, self._loads)
+            self._stored = _stored_experts(self.files, models)
+        except BaseException:
+            self.close()
+            raise
 
     def plan(self, job: Job) -> tuple[Plan, Tensor]:
         """Returns (the plan of `job`, the image [3, H, W] at the plan's size).
@@ -255,11 +276,13 @@ class Sessions:
     def of(self, config: EffectiveConfig) -> Session:
         """Returns a session with the models of `config`: the open session if it has these models, otherwise a new one.
 
-        The open session is closed before the new one is opened. Raises WanFastError on all ranks.
+        If only the LoRAs differ, the open session merges those of `config`. Otherwise the open session is closed before
+        the new one is opened. Raises WanFastError on all ranks.
         """
-        if self._open is None or self._open.config.models != config.models:
+        if self._open is None or without_loras(self._open.config.models) != without_loras(config.models):
             self.close()
             self._open = Session.open(config, self.ranks)
+        self._open.use_loras(config.models)
         return self._open
 
     def close(self) -> None:
@@ -284,16 +307,17 @@ def load_models(
     1. build on the meta device, so that no memory is allocated yet;
     2. quantize: 8-bit layers replace linear layers before weights are read, so that only 8-bit weights are allocated;
     3. shard: parameters are sharded before weights are read, so that a rank reads only its own rows;
-    4. fill the parameters from the files;
+    4. fill the parameters from the files: each tensor is merged with its LoRAs while it is read;
     5. fuse the projections q, k and v, if the weights are not sharded;
     6. place both experts, resident or offloaded, after both are filled, because offloaded experts share one set of GPU
        weights;
     7. compile, last, because the compiler needs the final parameters.
     """
-    wanted, offloaded = config.models, config.ranks.expert_offload == "on"
+    wanted = config.models
     dtype = DTYPES[wanted.precision]
     choice = attention_probe.agree(wanted.attention, ranks, dtype, files.spec.dit.head_dim)
     attend = attention_by(choice.kernel)
+    merges = ranks.together(lambda: _merges(files, wanted))
 
     def build(expert: Expert) -> WanDiT:
         before_each()
@@ -304,10 +328,8 @@ def load_models(
                 wanted.precision,
                 ranks,
                 attend=attend,
-                quantized=quantized_expert(files, wanted, expert),
-                on_the_fly=wanted.quantize_on_the_fly,
                 sharded=config.ranks.dit_fsdp == "on",
-                device="cpu" if offloaded else None,
+                **_filling(files, config, expert, merges),
             )
 
     with compiler_imported_meanwhile(config):
@@ -323,11 +345,51 @@ def load_models(
     return ImageToVideoPipeline(files.spec, experts, vae, ranks, choice)
 
 
+def _merge_anew(
+    experts: Experts, old: ModelsConfig, files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch
+) -> None:
+    """Overwrites the experts whose LoRAs are not those of the `old` models. Raises WanFastError."""
+    merges = ranks.together(lambda: _merges(files, config.models))
+    for expert in EXPERTS:
+        if inputs_of(loras_of(old), expert) != inputs_of(loras_of(config.models), expert):
+            with loads.span(expert):
+                model, held = experts.writable(expert)
+                refill_expert(model, held, files, expert, ranks, **_filling(files, config, expert, merges))
+
+
+class _Filling(TypedDict):
+    """Says how an expert's parameters are filled."""
+
+    quantized: QuantizedExpert | None
+    on_the_fly: bool
+    device: str | None
+    merge: MergeFn
+
+
+def _filling(files: ModelFiles, config: EffectiveConfig, expert: Expert, merges: dict[Expert, MergeFn]) -> _Filling:
+    return {
+        "quantized": quantized_expert(files, config.models, expert),
+        "on_the_fly": config.models.quantize_on_the_fly,
+        "device": "cpu" if config.ranks.expert_offload == "on" else None,
+        "merge": merges[expert],
+    }
+
+
 def _place(models: dict[Expert, WanDiT], config: EffectiveConfig, ranks: Ranks) -> Experts:
     if config.ranks.expert_offload == "on":
         return OffloadedExperts(models, ranks.device)
     may_move = config.models.compile_mode != "max-autotune" or ranks.size == 1
     return ResidentExperts(models, ranks.device, may_move=may_move)
+
+
+def _merges(files: ModelFiles, models: ModelsConfig) -> dict[Expert, MergeFn]:
+    """Returns for each expert the function that merges its LoRAs.
+
+    The LoRAs of both experts are checked before a weight is read.
+    """
+    if identified(models) != models:
+        raise ConfigError("--lora: a file changed since the plan was made: run this command again")
+    return {expert: merge_of(loras_of(models), expert, files.spec.dit) for expert in EXPERTS}
 
 
 def _stored_experts(files: ModelFiles, models: ModelsConfig) -> dict[str, Path]:

@@ -11,6 +11,7 @@ Precision = Literal["bf16", "fp32"]
 Device = Literal["cpu", "cuda"]
 ImageFit = Literal["area", "crop", "pad"]  # how an image becomes a video of another shape
 Expert = Literal["high_noise", "low_noise"]
+EXPERTS: tuple[Expert, ...] = ("high_noise", "low_noise")
 Branch = Literal["prompt", "negative_prompt"]  # of guidance
 NAMED_MODELS = ("tiny", "a14b")  # any other model is a folder
 BRANCHES: tuple[Branch, ...] = ("prompt", "negative_prompt")

@@ -16,16 +16,17 @@ from typing import Any
 
 from wanfast.runtime.config import EffectiveConfig, ModelsConfig, Options
 from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError, WanFastError
-from wanfast.runtime.facts.choices import in_8_bits
+from wanfast.runtime.facts.choices import EXPERTS, in_8_bits
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.machine import gpus, host, packages
 from wanfast.runtime.planning.fit import fit
 from wanfast.runtime.planning.next_step import NextStep, next_step
 from wanfast.runtime.store import model_files, quantized
-from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
+from wanfast.runtime.store.artifacts import MANIFEST
 from wanfast.runtime.store.json_files import read_object
+from wanfast.runtime.store.loras import identified
 from wanfast.runtime.store.model_files import COMPONENTS, ModelFiles
-from wanfast.runtime.store.quantized import EXPERTS, TORCHAO_FIX, QuantizedExpert
+from wanfast.runtime.store.quantized import TORCHAO_FIX, quantized_expert
 
 # The kinds of artifacts, and the other folders beside them.
 _KINDS = ("checkpoints", "prompt_embeds", "quantized", "magcache", "inductor", "bench", "runs")
@@ -37,7 +38,7 @@ def examine(given: Options) -> dict[str, Any]:
     The document describes GPUs, host, torch, weights, artifacts, what fits into memory, and the next command to run.
     `given` holds the options that the user gave. Raises ConfigError if one of these options is wrong.
     """
-    models = EffectiveConfig.of(given, A14B).models
+    models = identified(EffectiveConfig.of(given, A14B).models)
     found = gpus.visible_gpus()
     weights, spec = _weights(models)
     fitted = fit(given, spec, found)
@@ -99,10 +100,10 @@ def _quantize_step(models: ModelsConfig) -> NextStep | None:
     """Returns the step that makes the experts that --quantize needs, if one is missing or was changed."""
     if models.quantize is None:
         return None
-    store = ArtifactStore(Path(models.artifacts_dir))
     files = model_files.locate(models.model, models.artifacts_dir)
     for expert in EXPERTS:
-        wanted = QuantizedExpert(store, files, expert, models.quantize, models.model)
+        wanted = quantized_expert(files, models, expert)
+        assert wanted is not None
         try:
             wanted.require()
         except (MissingArtifactError, CorruptArtifactError) as error:

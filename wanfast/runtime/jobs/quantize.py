@@ -24,7 +24,7 @@ from torch import Tensor
 from wanfast.runtime.config import QuantizeConfig
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError
 from wanfast.runtime.facts import memory
-from wanfast.runtime.facts.choices import Expert, in_8_bits
+from wanfast.runtime.facts.choices import EXPERTS, Expert, in_8_bits
 from wanfast.runtime.facts.memory import gb
 from wanfast.runtime.machine import packages
 from wanfast.runtime.models.dit import WanDiT
@@ -33,9 +33,11 @@ from wanfast.runtime.planning.plan import default_device
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore, write_synced
 from wanfast.runtime.store.json_files import read_object
-from wanfast.runtime.store.quantized import EXPERTS, INDEX, KIND, QuantizedExpert, require_torchao, shards
+from wanfast.runtime.store.loras import find_loras
+from wanfast.runtime.store.quantized import INDEX, KIND, QuantizedExpert, require_torchao, shards
 from wanfast.runtime.weights import checkpoint
 from wanfast.runtime.weights.checkpoint import RowsFn
+from wanfast.runtime.weights.lora import merge_of
 from wanfast.runtime.weights.quantization import is_quantized, quantize, scale_of
 
 SHARD_BYTES = 1 << 30
@@ -70,7 +72,12 @@ def run(
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU on this machine: use --device cpu")
     store = ArtifactStore(Path(config.artifacts_dir))
-    wanted = [QuantizedExpert(store, files, expert, config.scheme, config.model) for expert in _EXPERTS[config.expert]]
+    loras = find_loras(config, store.root)
+    for expert in _EXPERTS[config.expert]:
+        merge_of(loras, expert, files.spec.dit)  # refuses a LoRA before any expert is quantized
+    wanted = [
+        QuantizedExpert(store, files, expert, config.scheme, config.model, loras) for expert in _EXPERTS[config.expert]
+    ]
     return [_quantize_expert(expert, torchao, device, progress, say) for expert in wanted]
 
 
@@ -125,7 +132,8 @@ class _Job:
             model = WanDiT(self.wanted.files.spec.dit, torch.bfloat16)
         held, writer, errors, read = model.state_dict(), _Shards(folder), _Errors(), 0
         layout = self.wanted.files.layout
-        for name, rows in checkpoint.stream(model, self.source, component="dit", layout=layout):
+        merge = merge_of(self.wanted.loras, self.wanted.expert, self.wanted.files.spec.dit)
+        for name, rows in checkpoint.stream(model, self.source, component="dit", layout=layout, merge=merge):
             like = held[name]
             if in_8_bits(self.wanted.scheme) and is_quantized(name):
                 values, scale = self._quantized(name, rows, like, errors)

@@ -40,6 +40,7 @@ from wanfast.runtime.sampling.magcache import (
 from wanfast.runtime.sampling.scheduler import Step, expert_of, schedule
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.curves import Curve, curve_of, magcache_notes, settle
+from wanfast.runtime.store.loras import identified, lora_notes, loras_of
 from wanfast.runtime.store.model_files import ModelFiles
 
 _FLOAT8_CAPABILITY = (8, 9)
@@ -201,6 +202,10 @@ class Plan:
             "recipe": config.models.recipe,
             "overridden": overridden(config.options()),
             "model": self.spec.name,
+            "loras": [
+                {"option": lora.flag, "file": str(lora.file), "strength": lora.strength, "sha256": lora.sha256}
+                for lora in loras_of(config.models)
+            ],
             "width": g.width,
             "height": g.height,
             "frames": g.frames,
@@ -310,7 +315,7 @@ def resolve(
         plan = dataclasses.replace(plan, config=dataclasses.replace(config, output=OutputConfig(output=None)))
     notes = (
         *image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files), *magcache_notes(config, files),
-        *_output_notes(plan),
+        *lora_notes(config.models), *_output_notes(plan),
     )  # fmt: skip
     notes = (*notes, spec.weights_note) if spec.weights_note else notes
     return dataclasses.replace(plan, requested=given, notes=notes), files
@@ -342,7 +347,7 @@ def effective(given: Options, files: ModelFiles, image_sha256: str) -> Effective
     given = {**given, "num_gpus": _num_gpus(given.get("num_gpus", 1), device, asked="device" in given)}
     config = EffectiveConfig.of(given, files.spec, **answers)
     models, size = config.models, "{}x{}".format(*parse_size(config.video.size))
-    config = dataclasses.replace(config, video=dataclasses.replace(config.video, size=size))
+    config = dataclasses.replace(config, models=identified(models), video=dataclasses.replace(config.video, size=size))
     if models.quantize == "fp8-rowwise" and device == "cuda" and (old := _without_float8()):
         raise ConfigError(f"--quantize fp8-rowwise: {old} cannot multiply in float8: use --quantize int8-dynamic")
     if models.tf32 and device == "cpu":

@@ -20,11 +20,13 @@ from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
 from wanfast.runtime.planning.plan import Job, Plan, resolve
 from wanfast.runtime.store.identity import is_old
+from wanfast.runtime.store.loras import loras_of
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
 
 _FEW_LINES = 5  # more bad lines than these are reported together, if no line is good
 # The options that are the same for all lines of a list, because one mesh makes all of them.
+_LORAS = [name for name, option in OPTIONS.items() if option.is_repeatable]
 _LAUNCH_OPTIONS = [name for name in options_of(RanksConfig) if name != "device"]
 
 
@@ -41,6 +43,7 @@ class Request:
     sources: tuple[Path, ...] = ()  # files that the options came from; never overwritten
     image_sha256: str | None = None  # the image that --from needs
     weights: dict[str, str] | None = None  # fingerprints of the weights of the run that --from names
+    lora_sha256: tuple[str, ...] | None = None  # of the LoRAs of that run
     engines: str | None = None  # the name of cuDNN's engines in that run, if this one makes the same video
     error: ConfigError | None = None  # the line could not be read
 
@@ -142,6 +145,10 @@ def _plan(
                 f"--from: {plan.config.video.image} is not the image of the earlier run: "
                 "restore that image, or give --image"
             )
+        if request.lora_sha256 not in (None, plan.config.models.lora_sha256):
+            raise ConfigError(
+                "--from: a LoRA file is not that of the earlier run: restore that file, or give the LoRAs by --lora"
+            )
         if needs_weights:
             require_attention(plan.config.models.attention, plan.config.ranks.device)
             files.require()
@@ -167,6 +174,7 @@ def _refuse_lost_sources(planned: list[Planned]) -> list[Planned]:
     """Replaces the plans that would overwrite a file that any line of the list is made from, by errors."""
     plans = [(item.request, item.plan) for item in planned if item.plan]
     sources = {Path(plan.config.video.image).resolve() for _, plan in plans}
+    sources |= {lora.file.resolve() for _, plan in plans for lora in loras_of(plan.config.models)}
     sources |= {source.resolve() for request, _ in plans for source in request.sources}
     checked = []
     for item in planned:
@@ -226,6 +234,7 @@ def read_requests(
         sources=tuple(file for file in (prompt_file, jobs_file) if file is not None),
         image_sha256=None if "image" in typed else earlier.image_sha256,
         weights=None if "model" in typed else earlier.weights,
+        lora_sha256=None if {*_LORAS} & typed.keys() else earlier.lora_sha256,
         engines=earlier.engines if typed.keys() <= {*options_of(OutputConfig), "artifacts_dir"} else None,
     )
     if jobs_file is None:
@@ -266,7 +275,13 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
         if not field.option.of_this_run and (same_ranks or not field.option.of_these_ranks)
     }
     options = _without_overridden({name: value for name, value in effective.options().items() if name in reused}, typed)
-    return Request(options, image_sha256=effective.video.image_sha256, weights=weights, engines=engines)
+    return Request(
+        options,
+        image_sha256=effective.video.image_sha256,
+        weights=weights,
+        lora_sha256=effective.models.lora_sha256,
+        engines=engines,
+    )
 
 
 def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
@@ -301,7 +316,8 @@ def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
 def _read_line(line: str, folder: Path, base: Request) -> dict[str, Any]:
     """Returns the options of a line; null leaves an option as the command line has it. Raises ConfigError.
 
-    The path of a line's image is relative to the list's own folder, because list and images move together.
+    The paths of a line's image and LoRAs are relative to the list's own folder, because they move together with the
+    list.
     """
     try:
         own = json.loads(line, object_pairs_hook=_once)
@@ -316,6 +332,9 @@ def _read_line(line: str, folder: Path, base: Request) -> dict[str, Any]:
         raise _shared_by_all(other[0])
     if isinstance(image := own.get("image"), str) and image and not image.startswith("~"):
         own["image"] = str(folder / image)
+    for name in own.keys() & _LORAS:
+        given = OPTIONS[name].accept(own[name])
+        own[name] = tuple(each if each.startswith("~") else str(folder / each) for each in given)
     return own
 
 

@@ -28,7 +28,7 @@ from wanfast.runtime.planning.plan import Plan, effective, model_of, resolve
 from wanfast.runtime.processes.launch import RankGroups
 from wanfast.runtime.store.artifacts import new_run_folder
 from wanfast.runtime.store.model_files import ModelFiles
-from wanfast.runtime.store.quantized import require_experts
+from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 ProgressFn = Callable[[str, int, int], None]  # (stage, steps done, of all steps)
 
 _WORKER = "wanfast.runtime.jobs.generate"
-OF_HANDLE = {*options_of(ModelsConfig), *options_of(RanksConfig)}
-_OF_A_VIDEO = {"frames", "size"}  # `open` accepts these too, for the largest video that will be made
+_LORAS = {name for name, option in OPTIONS.items() if option.is_repeatable}
+OF_HANDLE = {*options_of(ModelsConfig), *options_of(RanksConfig)} - _LORAS
+# `open` accepts these too: size and frames of the largest video, and the LoRAs of videos that name no others.
+_OF_A_VIDEO = {"frames", "size", *_LORAS}
 _PAUSE_S = 0.1  # between two looks whether a waiting `make` is cancelled
 
 
@@ -101,6 +103,7 @@ class Opened:
     placed: Plan  # of the largest video
     files: ModelFiles  # verified, and so not verified again for each video
     free_memory: FreeMemory  # before the ranks load models
+    required: set[tuple[QuantizedExpert, bool]]  # the artifacts that were found, for `require_experts`
 
     @classmethod
     def of(cls, asked: dict[str, Any]) -> Opened:
@@ -116,7 +119,8 @@ class Opened:
         require_attention(config.models.attention, config.ranks.device)
         files.require()
         files.identify()
-        require_experts(files, config.models)
+        required: set[tuple[QuantizedExpert, bool]] = set()
+        require_experts(files, config.models, required)
         plan = Plan.of(config, files.spec, parse_size(config.video.size))
         free_memory = measure(config.ranks)
         (plan,) = place([dataclasses.replace(plan, requested=given)], free_memory)
@@ -126,8 +130,8 @@ class Opened:
                 f"one video at a time: use num_gpus={plan.mesh.group_size}"
             )
         decided = plan.config.options()
-        options = {**asked, **{name: decided[name] for name in OF_HANDLE}}
-        return cls(asked, options, plan, files, free_memory)
+        options = {**asked, **{name: decided[name] for name in OF_HANDLE | (_LORAS & asked.keys())}}
+        return cls(asked, options, plan, files, free_memory, required)
 
     def plan(self, options: dict[str, Any]) -> Plan:
         """Plans one video for these models and ranks. Raises WanFastError."""
@@ -135,6 +139,8 @@ class Opened:
         _refuse(options, options.keys() & OF_HANDLE, "the handle", "wanfast.open")
         _refuse(options, options.keys() & options_of(OutputConfig).keys(), "the output file", "Video.save")
         plan, _ = resolve({**self.options, **options}, writes=False, files=self.files)
+        if plan.config.models != self.placed.config.models:  # other LoRAs need other quantized experts
+            require_experts(self.files, plan.config.models, self.required)
         plan = dataclasses.replace(plan, requested={**self.asked, **options})
         # The models that the ranks hold now are part of the sum, and the ranks keep their mesh.
         (plan,) = place([plan], self.free_memory, self.placed.mesh)
@@ -246,7 +252,8 @@ def open(**options: Any) -> Handle:
     """Returns a handle whose ranks are starting. Raises WanFastError.
 
     `options`: the options of `wanfast generate` for models and ranks, and the `size` and `frames` of the largest video
-    that will be made. Each option has its Python name: `num_gpus` means --num-gpus.
+    that will be made. Each option has its Python name: `num_gpus` means --num-gpus. LoRAs may be given here or for each
+    video.
     """
     return Handle(Opened.of(options))
 

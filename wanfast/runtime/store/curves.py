@@ -1,8 +1,8 @@
 """Finds MagCache's ratios: a model's preset, or a curve that `wanfast calibrate-magcache` stored. Torch-free.
 
 A preset is a curve that ships with the package. The key of a stored curve holds the settings of its measurement: the
-set of clips, both experts, their facts and precision. Further settings are steps, shift, solver, guidance, size and
-frames. The key also holds the code, the libraries and the device of the measurement. A run may differ from the
+set of clips, both experts, their LoRAs, facts and precision. Further settings are steps, shift, solver, guidance, size
+and frames. The key also holds the code, the libraries and the device of the measurement. A run may differ from the
 measurement in the set of clips, the code, the libraries and the device. If another setting differs, the run refuses the
 curve, and the error names the command that measures a new curve. With `--magcache-interpolate`, the steps and the shift
 may differ too, because the ratios change smoothly.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from wanfast.runtime.config import (
 )
 from wanfast.runtime.config.option import options_of, words
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
-from wanfast.runtime.facts.choices import Expert, in_8_bits
+from wanfast.runtime.facts.choices import EXPERTS, Expert, in_8_bits
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.machine.packages import version_of
@@ -36,6 +37,7 @@ from wanfast.runtime.sampling.scheduler import expert_of, schedule
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.json_files import read_object
+from wanfast.runtime.store.loras import inputs_of, loras_of
 from wanfast.runtime.store.model_files import ModelFiles
 
 T = TypeVar("T")
@@ -138,6 +140,7 @@ def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
     others = [] if files.spec.name in published else [f"the weights of {A14B.name}"]
     kind = config.models.quantize or config.models.precision
     others += [] if kind == "bf16" else [f"bf16, not {kind}"]
+    others += ["no LoRA"] if config.models.lora_sha256 else []
     if not others:
         return []
     return [
@@ -146,8 +149,14 @@ def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
     ]
 
 
+def _loras(models: ModelsConfig) -> Mapping[Expert, Any] | None:
+    """Returns the LoRAs of each expert; None without LoRAs, as in curves of earlier versions."""
+    found = {expert: inputs_of(loras_of(models), expert) for expert in EXPERTS}
+    return found if any(found.values()) else None
+
+
 def _experts(files: ModelFiles) -> dict[str, str]:
-    return {name: files.fingerprint(name) for name in ("high_noise", "low_noise")}
+    return {name: files.fingerprint(name) for name in EXPERTS}
 
 
 def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelSpec) -> Curve:
@@ -200,6 +209,7 @@ def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) ->
     """
     return {
         "experts": _experts(files),
+        "loras": _loras(config.models),
         "facts": files.spec.dit.to_json(),
         "boundary": files.spec.boundary,
         "precision": config.models.precision,
@@ -295,7 +305,7 @@ def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tu
 
 
 def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
-    long = {"experts": "other experts", "facts": "other facts of the model"}
+    long = {"experts": "other experts", "loras": "other LoRAs", "facts": "other facts of the model"}
     return "; ".join(long.get(name, f"{name} {old}, this run has {new}") for name, (old, new) in differences.items())
 
 

@@ -51,26 +51,27 @@ def is_old(identity: object) -> bool:
     return isinstance(identity, str) and re.fullmatch(r"[0-9a-f]{16}", identity) is not None
 
 
-def sha256_of(files: Iterable[Path], artifacts: Path) -> dict[Path, str]:
-    """Returns the sha256 of each file, in order; prints a note before it hashes large files. Raises ConfigError.
+def sha256_of(files: Iterable[Path], artifacts: Path, option: str = "--model") -> dict[Path, str]:
+    """Returns the sha256 of each file, in order; prints a note before it hashes large files.
 
+    Raises ConfigError, which names the `option` that names the files.
     If the artifacts folder cannot be written, the next process hashes the files again.
     """
-    states = {file: _state(file) for file in files}
-    known = {file: _known(file, state, artifacts) for file, state in states.items()}
+    states = {file: _state(file, option) for file in files}
+    known = {file: _known(file, state, artifacts, option) for file, state in states.items()}
     unknown = [file for file in states if known[file] is None]
     if unknown:
         size = sum(states[file]["bytes"] for file in unknown) / 1e9
         note(f"hashing {size:.1f} GB of weights in {unknown[0].parent}, once: about {size + 1:.0f} s at most")
     with ThreadPoolExecutor(_THREADS) as threads:
-        hashed = threads.map(lambda file: _hashed(file, states[file], artifacts), unknown)
+        hashed = threads.map(lambda file: _hashed(file, states[file], artifacts, option), unknown)
         known |= dict(zip(unknown, hashed, strict=True))
     return {file: known[file] or "" for file in states}
 
 
-def _state(file: Path) -> State:
+def _state(file: Path, option: str = "--model") -> State:
     """Returns what changes if a file's content changes; the time of change is one that no program can set."""
-    with foreign(f"--model: {file}", "make this file readable, or copy it again"):
+    with foreign(f"{option}: {file}", "make this file readable, or copy it again"):
         real = file.resolve(strict=True)
         found = real.stat()
     return {
@@ -86,10 +87,10 @@ def _record(state: State, artifacts: Path) -> Path:
     return artifacts / KIND / f"{hashlib.sha256(state['path'].encode(errors='surrogateescape')).hexdigest()[:12]}.json"
 
 
-def _known(file: Path, state: State, artifacts: Path) -> str | None:
+def _known(file: Path, state: State, artifacts: Path, option: str) -> str | None:
     """Returns the sha256 of a file if a record, or the file's name in the Hugging Face cache, tells it."""
     if state["bytes"] < _SMALL_BYTES:
-        return _hash(file, tuple(state.items()))
+        return _hash(file, tuple(state.items()), option)
     record = _record(state, artifacts)
     with suppress(CorruptArtifactError):
         document = read_object(record, "it is made again")
@@ -102,7 +103,7 @@ def _known(file: Path, state: State, artifacts: Path) -> str | None:
     return None
 
 
-def _hashed(file: Path, state: State, artifacts: Path) -> str:
+def _hashed(file: Path, state: State, artifacts: Path, option: str) -> str:
     """Hashes a file and remembers the result, or waits for another process that does."""
     record = _record(state, artifacts)
     with ExitStack() as stack:
@@ -110,9 +111,9 @@ def _hashed(file: Path, state: State, artifacts: Path) -> str:
             record.parent.mkdir(parents=True, exist_ok=True)
             wait = functools.partial(note, f"another process hashes {file}: waiting for it")
             stack.enter_context(locked(record.with_suffix(".lock"), wait))
-        if (known := _known(file, state, artifacts)) is not None:
+        if (known := _known(file, state, artifacts, option)) is not None:
             return known
-        sha256 = _hash(file, tuple(state.items()))
+        sha256 = _hash(file, tuple(state.items()), option)
         _remember(state, sha256, artifacts)
     return sha256
 
@@ -123,10 +124,10 @@ def _remember(state: State, sha256: str, artifacts: Path) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _hash(file: Path, state: tuple[tuple[str, Any], ...]) -> str:
+def _hash(file: Path, state: tuple[tuple[str, Any], ...], option: str) -> str:
     """Returns the sha256 of a file in this state. Raises ConfigError, also if the file changes meanwhile."""
-    with foreign(f"--model: {file}", "make this file readable, or copy it again"), file.open("rb") as stream:
+    with foreign(f"{option}: {file}", "make this file readable, or copy it again"), file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if tuple(_state(file).items()) != state:
-        raise ConfigError(f"--model: {file} changes while it is read: wait until the file is complete")
+    if tuple(_state(file, option).items()) != state:
+        raise ConfigError(f"{option}: {file} changes while it is read: wait until the file is complete")
     return found

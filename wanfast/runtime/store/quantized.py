@@ -16,11 +16,12 @@ from typing import Any
 
 from wanfast.runtime.config import ModelsConfig, default_artifacts_dir
 from wanfast.runtime.errors import ConfigError, MissingArtifactError
-from wanfast.runtime.facts.choices import Device, Expert, Scheme, in_8_bits
+from wanfast.runtime.facts.choices import EXPERTS, Device, Expert, Scheme, in_8_bits
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.identity import is_old
+from wanfast.runtime.store.loras import Lora, inputs_of, loras_of
 from wanfast.runtime.store.model_files import ModelFiles, indexed_shards
 
 KIND = "quantized"
@@ -28,7 +29,6 @@ LAYOUT_VERSION = 1
 _RELEASE = re.compile(r"(\d+)\.(\d+)\.(\d+)(.*)")
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 TORCHAO_FIX = "pip install 'torchao>=0.18,<0.19'"
-EXPERTS: tuple[Expert, ...] = ("high_noise", "low_noise")
 
 # Only the linears of each block are quantized: they have nearly all weights, and nearly all products with weights.
 QUANTIZED = (
@@ -41,7 +41,8 @@ _DEVICES: tuple[Device, ...] = ("cuda", "cpu")
 # The code that reads the source, computes the values and writes the shards; `dit` states names and dtypes.
 _CODE = (
     "runtime/jobs/quantize.py", "runtime/weights/checkpoint.py", "runtime/weights/key_maps.py",
-    "runtime/weights/quantization.py", "runtime/models/quantized.py", "runtime/models/dit.py",
+    "runtime/weights/lora.py", "runtime/weights/quantization.py", "runtime/models/quantized.py",
+    "runtime/models/dit.py",
 )  # fmt: skip
 
 
@@ -54,12 +55,14 @@ class QuantizedExpert:
     expert: Expert
     scheme: Scheme
     model: str  # as `--model` names it
+    loras: tuple[Lora, ...] = ()  # of both experts; only those of this expert are merged into it
 
     def inputs(self, torchao: str | None, device: str | None) -> dict[str, Any]:
         """Returns all inputs of the artifact's key.
 
         For the scheme bf16, `device` is not in the key, because all devices cast to the same values.
         """
+        loras = inputs_of(self.loras, self.expert)
         return {
             "source": self.files.fingerprint(self.expert),
             "facts": self.files.spec.dit.to_json(),
@@ -72,6 +75,7 @@ class QuantizedExpert:
             "device": device if in_8_bits(self.scheme) else None,
             "layout": LAYOUT_VERSION,
             "code": digest_of_code(*_CODE),
+            **({"loras": loras} if loras else {}),
         }
 
     def find(self, *, verify: bool = False) -> Path | None:
@@ -105,7 +109,8 @@ class QuantizedExpert:
     @property
     def fix(self) -> str:
         root = [] if str(self.store.root) == default_artifacts_dir() else ["--artifacts-dir", str(self.store.root)]
-        return shlex.join(["wanfast", "quantize", "--model", self.model, "--scheme", self.scheme, *root])
+        loras = [word for lora in self.loras for word in lora.words()]
+        return shlex.join(["wanfast", "quantize", "--model", self.model, "--scheme", self.scheme, *loras, *root])
 
     def _versions(self) -> set[str]:
         """Returns the torchao versions of the artifacts that differ from this one only in them and in the device."""
@@ -122,7 +127,7 @@ class QuantizedExpert:
         return [
             str(folder)
             for folder, inputs in self.store.manifests(KIND)
-            if all(inputs.get(name) == wanted[name] for name in ("expert", "recipe"))
+            if all(inputs.get(name) == wanted.get(name) for name in ("expert", "recipe", "loras"))
             and (inputs.get("source") == wanted["source"] or is_old(inputs.get("source")))
             and any(inputs.get(name) != wanted[name] for name in ("torch", "code"))
         ]
@@ -141,7 +146,8 @@ def quantized_expert(files: ModelFiles, models: ModelsConfig, expert: Expert) ->
     """Returns the artifact that `--quantize` needs for an expert, or None without `--quantize`."""
     if models.quantize is None:
         return None
-    return QuantizedExpert(ArtifactStore(Path(models.artifacts_dir)), files, expert, models.quantize, models.model)
+    store = ArtifactStore(Path(models.artifacts_dir))
+    return QuantizedExpert(store, files, expert, models.quantize, models.model, loras_of(models))
 
 
 def require_experts(

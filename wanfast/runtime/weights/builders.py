@@ -7,7 +7,12 @@ reads and holds only its own rows. An unsharded expert fuses its projections q, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypedDict
+
 import torch
+from torch import Tensor
 
 from wanfast.runtime.device.meta import on_meta
 from wanfast.runtime.distributed import fsdp
@@ -22,6 +27,8 @@ from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, shards
 from wanfast.runtime.weights import checkpoint
+from wanfast.runtime.weights.checkpoint import MergeFn, unmerged
+from wanfast.runtime.weights.key_maps import Layout
 from wanfast.runtime.weights.quantization import quantize_linears
 
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -38,24 +45,59 @@ def build_expert(
     on_the_fly: bool = False,
     sharded: bool = False,
     device: str | None = None,
+    merge: MergeFn = unmerged,
 ) -> WanDiT:
     """Returns an expert with loaded weights; each forward splits its tokens among `ranks`.
 
     `quantized`: if it is given, the expert's linear layers have the scheme of `quantized`. The weights of these layers
     come from the artifact of `quantized`. With `on_the_fly`, they come from the files of the unquantized model instead.
     `sharded`: whether each rank holds only its own rows. `device`: where the weights are, by default the rank's device.
-    Raises MissingArtifactError or CorruptArtifactError.
+    `merge`: changes the weights of the unquantized model; an artifact was merged before it was stored. Raises
+    MissingArtifactError or CorruptArtifactError.
     """
-    layout, scheme = files.layout, quantized.scheme if quantized else None
+    scheme = quantized.scheme if quantized else None
     model = expert_on_meta(files.spec.dit, precision, ranks, attend=attend, scheme=scheme, sharded=sharded)
-    if quantized and not on_the_fly:
-        weights, layout = shards(ranks.together(quantized.require)), "original"
-    else:
-        weights = files.weights(expert)
-    checkpoint.load(model, weights, component="dit", layout=layout, ranks=ranks, device=device, on_the_fly=on_the_fly)
+    source = _source(files, expert, ranks, None if on_the_fly else quantized, merge)
+    checkpoint.load(model, component="dit", ranks=ranks, device=device, on_the_fly=on_the_fly, **source)
     if not sharded:
         model.fuse_projections()
     return model
+
+
+def refill_expert(
+    model: WanDiT,
+    held: Mapping[str, Tensor],
+    files: ModelFiles,
+    expert: Expert,
+    ranks: Ranks,
+    *,
+    quantized: QuantizedExpert | None,
+    on_the_fly: bool,
+    device: str | None,
+    merge: MergeFn,
+) -> None:
+    """Overwrites the weights of a loaded expert with those that `build_expert` would load from the same arguments.
+
+    `held`: the expert's tensors, by the names of its state dict.
+    """
+    source = _source(files, expert, ranks, None if on_the_fly else quantized, merge)
+    place = device or ranks.device
+    checkpoint.refill(model, held, component="dit", ranks=ranks, device=place, on_the_fly=on_the_fly, **source)
+
+
+class _Source(TypedDict):
+    """Says where an expert's weights come from."""
+
+    files: list[Path]
+    layout: Layout
+    merge: MergeFn
+
+
+def _source(files: ModelFiles, expert: Expert, ranks: Ranks, stored: QuantizedExpert | None, merge: MergeFn) -> _Source:
+    """Returns the artifact of a stored expert, which was merged before, or the files of the unquantized model."""
+    if stored is not None:
+        return {"files": shards(ranks.together(stored.require)), "layout": "original", "merge": unmerged}
+    return {"files": files.weights(expert), "layout": files.layout, "merge": merge}
 
 
 def expert_on_meta(

@@ -11,7 +11,7 @@ dtype or a value that is not finite is an error too. The error names the tensor 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,11 +34,19 @@ from wanfast.runtime.weights.key_maps import Component, Layout, rename, rename_b
 from wanfast.runtime.weights.quantization import quantize, scale_of
 
 RowsFn = Callable[[int, int], Tensor]  # first and end along dim 0
+Finite = dict[tuple[Path, str], Tensor]  # {(file, key): whether all its values are finite}
+# (our name, rows as they were read, their first and end) -> (the rows to load, what else was read)
+MergeFn = Callable[[str, Tensor, tuple[int, int]], tuple[Tensor, Finite]]
 
 # A file may hold weights in these dtypes, and they are cast to the module's. Others mean nothing without their scales.
-_PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_NAMES = _PLAIN | {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}  # what safetensors calls them
+PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NAMES = PLAIN | {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}  # what safetensors calls them
 _WORTH_SHARING = 1 << 20  # values: for fewer, an exchange costs more than reading
+
+
+def unmerged(name: str, rows: Tensor, span: tuple[int, int]) -> tuple[Tensor, Finite]:
+    """Loads the rows as they are; this MergeFn is the default."""
+    return rows, {}
 
 
 def load(
@@ -50,56 +58,107 @@ def load(
     ranks: Ranks,
     device: str | None = None,
     on_the_fly: bool = False,
+    merge: MergeFn = unmerged,
 ) -> None:
     """Fills the parameters of `module` from `files`, and prepares `module` for inference.
 
     `module` is on the meta device. Each parameter keeps its dtype: the values from the files are cast. All `ranks` must
     call this function together. The parameters go to `device`, by default the rank's device. With `on_the_fly`, the
-    files hold unquantized weights, and the weights of quantized layers are quantized while they are read. Raises
+    files hold unquantized weights, and the weights of quantized layers are quantized while they are read. `merge`
+    changes values before they are cast or quantized. Raises
     CorruptArtifactError.
     """
-    wanted, quantizing = module.state_dict(), _schemes(module) if on_the_fly else {}
-    places = ranks.together(lambda: _match(_to_read(wanted, quantizing), files, component, layout))
-    found: dict[str, Tensor] = {}
-    finite: dict[tuple[Path, str], Tensor] = {}
-    parts = {name: _own_part(tensor, ranks) for name, tensor in wanted.items()}
-    mapped = (((file, key, name), rows(*parts[name].rows)) for file, key, name, rows in _in_order_of_files(places))
-    cores = host.cores() // ranks.mesh.size
-    for (file, key, name), read in staging.to_device(mapped, device or ranks.device, cores):
-        if name in quantizing:
-            values, scale = quantize(read, quantizing[name])
-            found[name], found[scale_of(name)] = (parts[name].whole(each, ranks) for each in (values, scale))
-        else:  # cast where it is fast; copy on a CPU, because a view keeps the file mapped
-            own = read.to(wanted[name].dtype, copy=read.device.type == "cpu")
-            found[name] = parts[name].whole(own, ranks)
-        finite[file, key] = all_finite(read)
-    ranks.together(lambda: _require_finite(finite))
-    module.load_state_dict(found, strict=True, assign=True)
+    wanted = module.state_dict()
+    quantizing = _schemes(module, wanted) if on_the_fly else {}
+    read = _read(wanted, quantizing, files, component, layout, ranks, device or ranks.device, merge)
+    module.load_state_dict(dict(read), strict=True, assign=True)
     module.requires_grad_(False).eval()
 
 
+def refill(
+    module: nn.Module,
+    held: Mapping[str, Tensor],
+    files: Sequence[Path],
+    *,
+    component: Component,
+    layout: Layout,
+    ranks: Ranks,
+    device: str,
+    on_the_fly: bool,
+    merge: MergeFn,
+) -> None:
+    """Overwrites the weights of a loaded `module`, in place, with those that `load` would have loaded.
+
+    `held`: the module's tensors by the names of its state dict, on `device`. After an error some tensors are new and
+    some are old. Raises CorruptArtifactError.
+    """
+    quantizing = _schemes(module, held) if on_the_fly else {}
+    for name, tensor in _read(held, quantizing, files, component, layout, ranks, device, merge):
+        held[name].copy_(tensor)
+
+
+def _read(
+    wanted: Mapping[str, Tensor],
+    quantizing: Mapping[str, Scheme],
+    files: Sequence[Path],
+    component: Component,
+    layout: Layout,
+    ranks: Ranks,
+    device: str,
+    merge: MergeFn,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, what this rank holds of it) of each wanted tensor, which only says its shape and dtype.
+
+    Raises CorruptArtifactError, at the end for values that are not finite.
+    """
+    places = ranks.together(lambda: _match(_to_read(wanted, quantizing), files, component, layout))
+    finite: Finite = {}
+    parts = {name: _own_part(tensor, ranks) for name, tensor in wanted.items()}
+    mapped = (((file, key, name), rows(*parts[name].rows)) for file, key, name, rows in _in_order_of_files(places))
+    cores = host.cores() // ranks.mesh.size
+    for (file, key, name), read in staging.to_device(mapped, device, cores):
+        merged, others = merge(name, read, parts[name].rows)
+        if name in quantizing:
+            values, scale = quantize(merged, quantizing[name])
+            yield name, parts[name].whole(values, ranks)
+            yield scale_of(name), parts[name].whole(scale, ranks)
+        else:  # cast where it is fast; copy on a CPU, because a view keeps the file mapped
+            own = merged.to(wanted[name].dtype, copy=read.device.type == "cpu")
+            yield name, parts[name].whole(own, ranks)
+        finite |= {(file, key): all_finite(read), **others}
+    ranks.together(lambda: _require_finite(finite))
+
+
 def stream(
-    module: nn.Module, files: Sequence[Path], *, component: Component, layout: Layout
+    module: nn.Module, files: Sequence[Path], *, component: Component, layout: Layout, merge: MergeFn = unmerged
 ) -> Iterator[tuple[str, RowsFn]]:
     """Yields (name, read) for each tensor of `module`, which is on the meta device.
 
-    The tensors come in the order of the files. `read(first, end)` returns the rows first..end-1 along dim 0, on the CPU
-    and with the dtype that the file has. The iteration and `read` raise CorruptArtifactError; `read` also raises this
-    error for a value that is not finite.
+    The tensors come in the order of the files. `read(first, end)` returns the rows first..end-1 along dim 0, merged, on
+    the CPU and with the dtype that the file has. The iteration and `read` raise CorruptArtifactError; `read` also
+    raises this error for a value that is not finite.
     """
     for file, key, name, rows in _in_order_of_files(
         _match(_to_read(module.state_dict(), {}), files, component, layout)
     ):
-        yield name, partial(_finite_rows, file, key, rows)
+        yield name, partial(_finite_rows, file, key, rows, partial(merge, name))
 
 
-def _finite_rows(file: Path, key: str, rows: RowsFn, first: int, end: int) -> Tensor:
+def _finite_rows(
+    file: Path,
+    key: str,
+    rows: RowsFn,
+    merge: Callable[[Tensor, tuple[int, int]], tuple[Tensor, Finite]],
+    first: int,
+    end: int,
+) -> Tensor:
     read = rows(first, end)
-    _require_finite({(file, key): all_finite(read)})
-    return read
+    merged, others = merge(read, (first, end))
+    _require_finite({(file, key): all_finite(read), **others})
+    return merged
 
 
-def _require_finite(finite: Mapping[tuple[Path, str], Tensor]) -> None:
+def _require_finite(finite: Finite) -> None:
     """Raises CorruptArtifactError for the first (file, key) whose flag is false; waits once for all flags."""
     if bool(torch.stack(list(finite.values())).all()):
         return
@@ -110,7 +169,7 @@ def _require_finite(finite: Mapping[tuple[Path, str], Tensor]) -> None:
 def _in_order_of_files(places: dict[Path, dict[str, str]]) -> Iterator[tuple[Path, str, str, RowsFn]]:
     """Yields (file, its key, our name, reader of its rows)."""
     for file, names in places.items():
-        reader: _Reader = _PthReader(file) if file.suffix == ".pth" else _SafetensorsReader(file)
+        reader: _Reader = _PthReader(file) if file.suffix == ".pth" else SafetensorsReader(file)
         for name, key in names.items():
             yield file, key, name, partial(reader.rows, key)
 
@@ -136,9 +195,10 @@ def _own_part(wanted: Tensor, ranks: Ranks) -> _Part:
     return _Part(wanted, (ranks.rank * end // ranks.size, (ranks.rank + 1) * end // ranks.size), is_shared=True)
 
 
-def _schemes(module: nn.Module) -> dict[str, Scheme]:
-    """Returns {weight: scheme} of the linears that the module holds quantized."""
-    return {f"{name}.weight": m.scheme for name, m in module.named_modules() if isinstance(m, QuantizedLinear)}
+def _schemes(module: nn.Module, names: Collection[str]) -> dict[str, Scheme]:
+    """Returns {weight: scheme} of the linears that the module holds quantized; `names` are those of its tensors."""
+    scheme = next((m.scheme for m in module.modules() if isinstance(m, QuantizedLinear)), None)
+    return {name: scheme for name in names if scale_of(name) in names} if scheme else {}
 
 
 @dataclass(frozen=True)
@@ -151,7 +211,7 @@ class _Wanted:
 
 def _to_read(wanted: Mapping[str, Tensor], quantizing: Mapping[str, Scheme]) -> dict[str, _Wanted]:
     """Returns the tensors that are read: weights to be quantized are plain in the files, and have no scales there."""
-    scales, plain = {scale_of(name) for name in quantizing}, set(_PLAIN.values())
+    scales, plain = {scale_of(name) for name in quantizing}, set(PLAIN.values())
     return {
         name: _Wanted(list(tensor.shape), plain if _is_plain(name, tensor, quantizing) else {_NAMES[tensor.dtype]})
         for name, tensor in wanted.items()
@@ -160,7 +220,7 @@ def _to_read(wanted: Mapping[str, Tensor], quantizing: Mapping[str, Scheme]) -> 
 
 
 def _is_plain(name: str, tensor: Tensor, quantizing: Mapping[str, Scheme]) -> bool:
-    return name in quantizing or tensor.dtype in _PLAIN
+    return name in quantizing or tensor.dtype in PLAIN
 
 
 def _match(
@@ -243,19 +303,19 @@ class _Reader(Protocol):
         ...
 
 
-class _SafetensorsReader:
+class SafetensorsReader:
     """Memory-maps the file, and maps it again after each gigabyte, because read pages stay resident while mapped."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file
+        self.file = file
         self._handle: Any = None
         self._bytes_read = 0
 
-    def rows(self, key: str, first: int, end: int) -> Tensor:
+    def rows(self, key: str, first: int, end: int | None) -> Tensor:
         if self._handle is None or self._bytes_read > _REMAP_BYTES:
-            self._handle, self._bytes_read = _open(self._file), 0
+            self._handle, self._bytes_read = _open(self.file), 0
         with foreign(
-            f"{self._file}: tensor {key!r}", "check the disk, or download this file again", CorruptArtifactError
+            f"{self.file}: tensor {key!r}", "check the disk, or download this file again", CorruptArtifactError
         ):
             part = self._handle.get_slice(key)
             rows: Tensor = part[first:end] if part.get_shape() else self._handle.get_tensor(key)
@@ -264,16 +324,16 @@ class _SafetensorsReader:
 
 
 class _PthReader:
-    """Reads a `.pth` file in the same way as _SafetensorsReader, with a new mapping after each gigabyte."""
+    """Reads a `.pth` file in the same way as SafetensorsReader, with a new mapping after each gigabyte."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file
+        self.file = file
         self._tensors: dict[str, Tensor] = {}
         self._bytes_read = 0
 
     def rows(self, key: str, first: int, end: int) -> Tensor:
         if not self._tensors or self._bytes_read > _REMAP_BYTES:
-            self._tensors, self._bytes_read = _read_pth(self._file), 0
+            self._tensors, self._bytes_read = _read_pth(self.file), 0
         tensor = self._tensors[key]
         rows = tensor[first:end] if tensor.dim() else tensor
         self._bytes_read += rows.nbytes

@@ -51,12 +51,19 @@ class Experts(Protocol):
         """
         ...
 
+    def writable(self, expert: Expert) -> tuple[WanDiT, dict[str, Tensor]]:
+        """Returns (the expert, the tensors of its state dict wherever they are), to overwrite its weights in place.
+
+        It must not be called while an expert runs.
+        """
+        ...
+
 
 class ResidentExperts:
     """Holds both experts on the device, and evicts weights to pinned host memory when the VAE needs device memory.
 
-    The host copies are kept, because weights do not change. A later eviction of the same weights only frees their GPU
-    memory.
+    The host copies are kept until the weights are overwritten. A later eviction of the same weights only frees their
+    GPU memory.
     `may_move`: False disables eviction. `may_move` must be False if several ranks replay captured graphs with
     collectives in them. Otherwise only the rank that evicted would capture its graphs again, and the other ranks would
     not.
@@ -81,6 +88,12 @@ class ResidentExperts:
         moved = self._move_to_host(self._needed_last(size)) if self._may_move else 0
         free_memory(self._device)
         return moved > 0
+
+    def writable(self, expert: Expert) -> tuple[WanDiT, dict[str, Tensor]]:
+        model, _ = self.take(expert)
+        for parameter in model.parameters():
+            self._host.pop(parameter, None)  # a copy of the old weights
+        return model, model.state_dict()
 
     def _needed_last(self, size: int) -> list[nn.Parameter]:
         """Returns the last-needed parameters on the device, about `size` bytes, for which the host has memory."""
@@ -164,6 +177,13 @@ class OffloadedExperts:
 
     def evict(self, size: int) -> bool:
         return False  # the device holds an expert only while it works
+
+    def writable(self, expert: Expert) -> tuple[WanDiT, dict[str, Tensor]]:
+        for name, parameter in self._parameters.items():
+            parameter.data = self._host[expert][name]
+        held = self._model.state_dict()
+        self.leave()
+        return self._model, held
 
     def _overwrite(self, expert: Expert, chosen: Callable[[str], bool]) -> None:
         """Queues the copy of the chosen parameters behind all work that is queued so far."""

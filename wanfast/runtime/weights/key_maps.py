@@ -2,13 +2,13 @@
 
 A table lists pairs (module path in the layout, our module path), where `{i}` stands for any index. It can be read in
 both directions. Our names are those of the original layout, except for the VAE, whose original names are mere indices
-in nested lists.
+in nested lists. The keys of LoRA files are read by `lora_part`, whichever tool wrote them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Literal
 
@@ -127,3 +127,54 @@ def _vae_diffusers() -> _Pairs:
     parts = [("conv_shortcut", "shortcut"), ("resample.1", "resample")]
     # longer paths come first, because `_substitute` takes the first match
     return [(f"{theirs}.{t}", f"{ours}.{o}") for theirs, ours in sequences for t, o in parts] + sequences
+
+
+LoraPart = Literal["down", "up", "up_bias", "alpha", "diff", "diff_b", "diff_m"]
+
+_LORA_PREFIX = re.compile(
+    r"(?:base_model\.model\.)?"
+    r"(?:(?:model\.)?diffusion_model\.|pipe\.dit\.|transformer(?:_2)?\.|lora_unet__?|lycoris_)?"
+)
+_LORA_ENDINGS: Mapping[LoraPart, re.Pattern[str]] = {
+    "down": re.compile(r"\.lora_(?:down|A)(?:\.\w+)?\.weight"),  # PEFT may add the name of the adapter
+    "up": re.compile(r"\.lora_(?:up|B)(?:\.\w+)?\.weight"),
+    "up_bias": re.compile(r"\.lora_(?:up|B)(?:\.\w+)?\.bias"),
+    "alpha": re.compile(r"\.alpha"),
+    "diff": re.compile(r"\.diff"),
+    "diff_b": re.compile(r"\.diff_b"),
+    "diff_m": re.compile(r"\.diff_m"),
+}
+_BIASES: tuple[str, ...] = (".bias",)
+_CHANGED: Mapping[LoraPart, tuple[str, ...]] = {  # the endings of the parameter that a part changes
+    "diff": (".weight", ""),
+    "up_bias": _BIASES,
+    "diff_b": _BIASES,
+    "diff_m": (".modulation", "_modulation", ""),
+}
+
+
+def lora_spellings(names: Iterable[str]) -> dict[str, str]:
+    """Returns {spelling in LoRA files: our name} of the expert's parameters.
+
+    Files have the names of either layout, and some have underscores instead of the dots of a module's path.
+    """
+    spellings: dict[str, str] = {}
+    for name in names:
+        for spelling in (name, rename_back("dit", "diffusers", name)):
+            path, ending = re.fullmatch(r"(.*?)(\.weight|\.bias|)", spelling).groups()  # type: ignore[union-attr]
+            spellings |= {spelling: name, path.replace(".", "_") + ending: name}
+    return spellings
+
+
+def lora_part(key: str, spellings: Mapping[str, str]) -> tuple[str, LoraPart, str] | None:
+    """Returns (module's path in the file, part, our name of the parameter) of a LoRA's key.
+
+    Returns None for a key that matches nothing. `spellings` comes from `lora_spellings`.
+    """
+    rest = key[_LORA_PREFIX.match(key).end() :]  # type: ignore[union-attr]  # it matches the empty text too
+    for part, ending in _LORA_ENDINGS.items():
+        if match := re.fullmatch(f"(.*){ending.pattern}", rest):
+            path = match[1]
+            changed = (spellings.get(path + each) for each in _CHANGED.get(part, (".weight",)))
+            return next(((path, part, name) for name in changed if name), None)
+    return None

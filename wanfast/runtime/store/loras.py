@@ -1,0 +1,192 @@
+"""Finds LoRA files, and reads what is known of them without torch: their hashes, headers and experts. Torch-free.
+
+A LoRA is named by --lora, --lora-high-noise or --lora-low-noise. Its tensors are matched with the model's only when an
+expert is loaded, because the model's names and shapes are facts of `models.dit`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import safe_open
+
+from wanfast.runtime.config.models import ModelsConfig, parse_lora
+from wanfast.runtime.config.option import flag
+from wanfast.runtime.errors import ConfigError, CorruptArtifactError, foreign
+from wanfast.runtime.facts.choices import Expert
+from wanfast.runtime.machine.once import remembered
+from wanfast.runtime.store.identity import sha256_of
+
+_EXPERTS_OF: Mapping[str, tuple[Expert, ...]] = {
+    "lora": ("high_noise", "low_noise"),
+    "lora_high_noise": ("high_noise",),
+    "lora_low_noise": ("low_noise",),
+}
+_SECOND = "transformer_2."  # Diffusers' name of the low-noise expert; its "transformer." may mean either expert
+_CONFIG = "adapter_config.json"  # PEFT writes alpha into this file beside the tensors
+_PEFT = "base_model.model."
+# Keys of Wan2.1's image tower in both layouts; they have no place in Wan2.2-I2V-A14B.
+_IMAGE_TOWER = re.compile(
+    r"(?:^|[._])(?:k_img|v_img|norm_k_img|img_emb|add_[kv]_proj|norm_added_k|image_embedder)(?=[._])"
+)
+_OTHERS = {
+    "DoRA": re.compile(r"\.(?:dora_scale|lora_magnitude_vector)(?:\.|$)"),
+    "LoHa": re.compile(r"\.hada_\w+$"),
+    "LoKr": re.compile(r"\.lokr_\w+$"),
+}
+
+
+class Named(Protocol):
+    """A config that names LoRA files."""
+
+    @property
+    def lora(self) -> tuple[str, ...]: ...
+    @property
+    def lora_high_noise(self) -> tuple[str, ...]: ...
+    @property
+    def lora_low_noise(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Lora:
+    """This class holds one LoRA file, its strength, and the option that names it."""
+
+    option: str
+    file: Path
+    strength: float
+    sha256: str
+
+    @property
+    def flag(self) -> str:
+        return flag(self.option)
+
+    def has_expert(self, expert: Expert) -> bool:
+        return expert in _EXPERTS_OF[self.option]
+
+    def words(self) -> tuple[str, str]:
+        """Returns the words that name this LoRA on the command line."""
+        return self.flag, str(self.file) if self.strength == 1 else f"{self.file}@{self.strength:.15g}"
+
+
+def loras_of(models: ModelsConfig) -> tuple[Lora, ...]:
+    """Returns the LoRAs of a config that holds their hashes, in the order in which they are merged."""
+    return tuple(
+        Lora(option, file, strength, sha256)
+        for (option, file, strength), sha256 in zip(_given(models), models.lora_sha256, strict=True)
+    )
+
+
+def inputs_of(loras: Iterable[Lora], expert: Expert) -> list[list[str | float]]:
+    """Returns the inputs of an artifact's key: the digest and the strength of each LoRA of an expert."""
+    return [[lora.sha256, lora.strength] for lora in loras if lora.has_expert(expert)]
+
+
+def find_loras(named: Named, artifacts: Path) -> tuple[Lora, ...]:
+    """Returns the LoRAs that a config names, hashed, in the order in which they are merged.
+
+    Checks the files as far as their headers tell. Raises ConfigError or CorruptArtifactError.
+    """
+    return tuple(
+        Lora(option, file, strength, _checked(option, file, artifacts)) for option, file, strength in _given(named)
+    )
+
+
+def _given(config: Named) -> list[tuple[str, Path, float]]:
+    """Returns (option, file, strength) of each LoRA that a config names."""
+    texts = {
+        "lora": config.lora,
+        "lora_high_noise": config.lora_high_noise,
+        "lora_low_noise": config.lora_low_noise,
+    }
+    parsed = [(option, *parse_lora(text)) for option, each in texts.items() for text in each]
+    return [(option, Path(path), strength) for option, path, strength in parsed]
+
+
+def identified(models: ModelsConfig) -> ModelsConfig:
+    """Returns a config with the hashes of the LoRAs that it names. Raises ConfigError or CorruptArtifactError."""
+    found = find_loras(models, Path(models.artifacts_dir))
+    return dataclasses.replace(models, lora_sha256=tuple(lora.sha256 for lora in found))
+
+
+def _checked(option: str, file: Path, artifacts: Path) -> str:
+    """Returns the sha256 of a file, or for a file of PEFT one hash of this sha256 and that of the config beside it."""
+    header = read_header(file, flag(option))
+    _check_expert(option, file, header)
+    hashes = sha256_of([file, *([header.config] if header.config else [])], artifacts, flag(option)).values()
+    return next(iter(hashes)) if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Header:
+    """This class holds what a LoRA file says of its tensors."""
+
+    tensors: Mapping[str, tuple[list[int], str]]  # shape, and dtype as safetensors names it
+    metadata: Mapping[str, str]
+    num_dropped: int  # tensors of the image tower, which are not among `tensors`
+    config: Path | None  # PEFT's, beside the file
+
+    def of_expert(self, expert: Expert) -> list[str]:
+        """Returns the keys for an expert: all, if the keys do not tell the two experts apart."""
+        second = [key for key in self.tensors if key.startswith(_SECOND)]
+        if expert == "low_noise" and second:
+            return second
+        return [key for key in self.tensors if not key.startswith(_SECOND)]
+
+
+@remembered
+def read_header(file: Path, option: str) -> Header:
+    """Reads the header of a LoRA file that `option` names.
+
+    Raises ConfigError for a missing file, and CorruptArtifactError for a file that holds no LoRA.
+    """
+    subject = f"{option} {file}"
+    with foreign(subject, "name a file that can be read"):
+        is_file = file.is_file()
+    if not is_file:
+        raise ConfigError(f"{subject}: no such file: check the path")
+    with (
+        foreign(subject, "it is damaged or no safetensors file: download it again", CorruptArtifactError),
+        safe_open(file, framework="np") as handle,
+    ):
+        slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
+        tensors = {key: (each.get_shape(), each.get_dtype()) for key, each in slices.items()}
+        metadata = handle.metadata() or {}
+    kept = {key: facts for key, facts in tensors.items() if not _IMAGE_TOWER.search(key)}
+    for kind, pattern in _OTHERS.items():
+        if found := next(filter(pattern.search, kept), None):
+            raise CorruptArtifactError(f"{subject}: tensor {found!r} is of a {kind}: only LoRA can be merged")
+    if not kept:
+        raise CorruptArtifactError(f"{subject}: the file holds no tensor for this model: use a LoRA of this model")
+    config = file.with_name(_CONFIG)
+    of_peft = any(key.startswith(_PEFT) for key in kept) and config.is_file()
+    return Header(kept, metadata, len(tensors) - len(kept), config if of_peft else None)
+
+
+def _check_expert(option: str, file: Path, header: Header) -> None:
+    """Raises ConfigError if the keys or the name of a file say that it is for another expert than the option's."""
+    experts = _EXPERTS_OF[option]
+    in_keys = [expert for expert in _EXPERTS_OF["lora"] if header.of_expert(expert)]
+    if not {*in_keys} & {*experts}:
+        why = "its tensors are those of the other expert"
+        raise ConfigError(f"{flag(option)} {file}: {why}: use {flag(f'lora_{in_keys[0]}')}")
+    in_name = {f"{half}_noise" for half in re.findall(r"(high|low)[-_ ]?noise", file.name.lower())}
+    if len(in_name) == 1 and in_name != {*experts}:
+        fix = f"use {flag(f'lora_{in_name.pop()}')}, or give the file another name"
+        raise ConfigError(f"{flag(option)} {file}: the name of the file is that of one expert: {fix}")
+
+
+def lora_notes(models: ModelsConfig) -> list[str]:
+    """Returns a note for each LoRA of which tensors are dropped."""
+    headers = [(lora, read_header(lora.file, lora.flag)) for lora in loras_of(models)]
+    return [
+        f"{lora.flag} {lora.file.name}: the tensors of Wan2.1's image tower ({header.num_dropped}) are dropped, "
+        "because this model has none"
+        for lora, header in headers
+        if header.num_dropped
+    ]
