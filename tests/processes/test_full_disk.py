@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from wanfast.commands import dispatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.session import Sessions
 from wanfast.runtime.processes import launch, worker
+from wanfast.runtime.processes.pace import works
 
 Batch = Callable[[], None]
 
@@ -64,6 +66,23 @@ def test_progress_that_cannot_be_written_costs_no_line(
     batch()
     after = [(file.read_text(), file.stat().st_mtime_ns) for file in files]
     assert all(new[0] == old[0] and new[1] > old[1] for old, new in zip(before, after, strict=True))
+
+
+def test_a_rank_that_cannot_create_its_progress_does_not_hang(
+    tmp_path: Path, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = tmp_path / "ranks/0-0/pid"
+    pid.parent.mkdir(parents=True)
+    pid.write_text(str(os.getppid()))  # whose other work does not matter
+    os.utime(pid, (0, 0))
+
+    def full(path: Path, *arguments: object, **named: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    batch()
+    assert not (tmp_path / "progress/0.json").exists()
+    assert works(tmp_path, 0, 1, on_cpu=False)[os.getppid()].reported_ns > 0
 
 
 def test_one_process_needs_no_record_of_its_results(

@@ -397,6 +397,8 @@ def test_ranks_are_waited_for_before_their_files_are_removed(
 class Living(Ended):
     """A launcher that has not ended."""
 
+    pid = 0
+
     def __init__(self) -> None:
         self.signals: list[str] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +21,8 @@ from tests.processes.test_launch import SMALL, Start, start, with_fault
 from wanfast.runtime.engine import session
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.planning.plan import Job
-from wanfast.runtime.processes import pace
-from wanfast.runtime.store.model_files import TINY
+from wanfast.runtime.processes import pace, worker
+from wanfast.runtime.store.model_files import TINY, ModelFiles
 
 __all__ = ["start"]
 
@@ -171,6 +172,45 @@ def test_a_lone_rank_that_hangs_costs_its_line_whatever_it_was_doing(
     said = ["", "hangs (encoding the image", "hangs (high noise, 1 of 1 steps done", "hangs (loading the models)"]
     for expected, result in zip(said, outcome.document["results"], strict=True):
         assert expected in result.get("error", "") and bool(expected) == ("error" in result), result
+
+
+def test_a_group_whose_ranks_all_hang_costs_its_line(
+    wanfast: Callable[..., Outcome], workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No rank waits for another one, as when all read from a network disk that stopped."""
+    shutil.copytree(TINY, workdir / "stuck")
+    load = session.load_models
+
+    def stuck(files: ModelFiles, *others: Any) -> Any:
+        return time.sleep(1000) if files.root.name == "stuck" else load(files, *others)
+
+    monkeypatch.setattr(session, "load_models", stuck)
+    monkeypatch.setattr(pace, "_MOST_TIMEOUTS", 0.1)
+    lines = [line | {"output": f"{k}.mp4", "steps": 1} for k, line in enumerate([{"model": "stuck"}, {}])]
+    (workdir / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ranks = ("--num-gpus", "2", "--rank-timeout", "20")
+    outcome = wanfast("generate", *SMALL, *ranks, "--jobs", "jobs.jsonl", "--json")
+    errors = [result.get("error", "") for result in outcome.document["results"]]
+    assert "rank group 0 hangs (loading the models): it did nothing for 2 s" in errors[0] and errors[1] == ""
+
+
+@pytest.mark.parametrize("always", [False, True], ids=["once", "always"])
+def test_a_launcher_that_hangs_is_started_again_once(
+    wanfast: Callable[..., Outcome], workdir: Path, monkeypatch: pytest.MonkeyPatch, always: bool
+) -> None:
+    import_all = worker.import_all
+
+    def stuck() -> None:  # in the launcher, whose last argument is the number of its group
+        return time.sleep(1000) if always or sys.argv[-1] == "0" else import_all()
+
+    monkeypatch.setattr(worker, "import_all", stuck)
+    monkeypatch.setattr(pace, "_MOST_TIMEOUTS", 0.1)
+    lines = [{"output": f"{k}.mp4", "steps": 1} for k in range(3)]
+    (workdir / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    outcome = wanfast("generate", *SMALL, "--rank-timeout", "10", "--jobs", "jobs.jsonl", "--json")
+    errors = [result.get("error", "") for result in outcome.document["results"]]
+    assert len(errors) == 3
+    assert all(("rank 0 hangs (before its first report)" in error) == always == bool(error) for error in errors)
 
 
 @pytest.mark.slow

@@ -93,7 +93,8 @@ class RanksConfig(Part):
     rank_timeout: Annotated[
         float,
         Option(
-            "Seconds that a rank waits for another rank; then the run ends with an error.",
+            "Seconds that a rank waits for another rank. Ranks that all do nothing for three times as long hang too. A "
+            "hang ends the run, or in a list only its line.",
             GPUS,
             of_this_run=True,
             also=COMPILED,

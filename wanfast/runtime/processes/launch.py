@@ -32,7 +32,7 @@ from wanfast.runtime.errors import (
 from wanfast.runtime.machine.signals import FIRST_BATCH, PARENT
 from wanfast.runtime.processes.claims import claim, claimed_by, forget
 from wanfast.runtime.processes.failures import error_of_group, was_loading
-from wanfast.runtime.processes.pace import OnProgress, Pace, Work, follow
+from wanfast.runtime.processes.pace import OnProgress, Pace, follow, works
 from wanfast.runtime.store.artifacts import (
     CANCEL,
     CLOSE,
@@ -201,7 +201,7 @@ class RankGroups:
             for index in _collect(self._folder, batch.indices, results):
                 on_result(index - first, results[index])
             follow(self._folder, self._numbers.values(), first, paces, on_progress)
-            self._stop_hanging({number: pace for number, pace in paces.items() if pace.state["job"] not in results})
+            self._stop_hanging(batch, paces, results.keys())
             for index, error in self._lost(batch, results.keys(), dead, may_restart=not cancelled()):
                 results[index] = failure(error)
                 on_result(index - first, results[index])
@@ -250,20 +250,24 @@ class RankGroups:
         """Returns the numbers of the groups whose launcher ended."""
         return {self._numbers[place] for place, launcher in self._launchers.items() if launcher.poll() is not None}
 
-    def _stop_hanging(self, at_work: dict[int, Pace]) -> None:
-        """Stops the groups of one rank that hang; in a larger group, the other ranks notice a hang."""
-        if self._ranks.mesh.group_size > 1:
-            return
+    def _stop_hanging(self, batch: _Batch, paces: dict[int, Pace], finished: Collection[int]) -> None:
+        """Stops the groups that hang and have a job to do."""
         for place, number in self._numbers.items():
-            if number not in at_work or self._launchers[place].poll() is not None:
+            launcher = self._launchers[place]
+            if launcher.poll() is not None:
                 continue
-            if hang := at_work[number].hang(self._ranks.rank_timeout, partial(self._work, number)):
-                _stop([self._launchers[place]])
-                message = f"rank 0 {hang}; logs of all ranks in {self._folder / 'logs'}"
+            work = partial(works, self._folder, number, launcher.pid, on_cpu=self._ranks.device == "cpu")
+            hang = paces[number].hang(self._ranks, work, finished)
+            if hang and self._has_job(batch, number, finished):
+                _stop([launcher])
+                who = "rank 0" if self._ranks.mesh.group_size == 1 else f"rank group {number}"
+                message = f"{who} {hang}; logs of all ranks in {self._folder / 'logs'}"
                 self._hung[number] = time.time_ns(), RankFailedError(message)
 
-    def _work(self, number: int) -> Work:
-        return Work.of(_pids(self._folder, [number]), on_cpu=self._ranks.device == "cpu")
+    def _has_job(self, batch: _Batch, number: int, finished: Collection[int]) -> bool:
+        """Returns whether a group claimed a job that is not finished, or can claim one."""
+        left = (index for index in batch.indices if index not in finished)
+        return any(claimed_by(self._folder, index) in (None, number) for index in left)
 
     def _error_of(self, number: int) -> tuple[int, WanFastError]:
         """Returns (nanoseconds since the epoch, why a group died)."""

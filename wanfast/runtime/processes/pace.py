@@ -1,11 +1,18 @@
-"""Follows the progress of rank groups, and notices if a rank group of one rank hangs. Torch-free.
+"""Follows the progress of rank groups, and notices if a rank group hangs. Torch-free.
 
-Denoising steps after the first one take about the same time, so the earlier steps give a time limit for a later step.
-The stages of loading, compiling, encoding, decoding and writing have no such limit. Their time depends on the disk, the
-model and the size.
-In these stages, a rank hangs if it neither reports progress nor works for a long time. The counters of the operating
-system show whether a rank works: it reads, writes or touches new memory. On a CPU, CPU time counts as work too. On a
-GPU, CPU time does not count, because a host thread uses CPU time even while it only waits for its GPU.
+Denoising steps after the first one take about the same time. So in a group of one rank, the earlier steps give a time
+limit for a later step. In a larger group, a rank that waits for another rank ends the group after --rank-timeout.
+The start, and the stages of loading, compiling, encoding, decoding and writing have no such limit. Their time depends
+on the disk, the model and the size. Also, all ranks of a larger group may stop where none waits for another rank.
+So a group hangs if it neither reports progress nor works for a long time. The group works if one of its ranks on this
+machine works. Before the first rank has started, the group works if its launcher works. Later, the launcher does not
+count, because it always looks after its ranks.
+The counters of the operating system show whether a process works: it reads, writes or touches new memory. On a CPU, CPU
+time counts as work too. On a GPU, CPU time does not count, because a host thread uses CPU time even while it only waits
+for its GPU. A healthy rank may then show no work during a long computation, so that the limit on a GPU is never short.
+A rank that waits for others in gloo shows no work: it uses 0.3 % of a core. This was not measured for NCCL's threads.
+Three hangs are not found: an endless loop on a CPU, a process that reads, writes or touches memory for ever, and a
+launcher that stops after it has formed its rank group but before the first rank has started.
 """
 
 from __future__ import annotations
@@ -13,100 +20,128 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.store.artifacts import PROGRESS
+from wanfast.runtime.config import RanksConfig
+from wanfast.runtime.store.artifacts import PROGRESS, RANKS
 
 OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
 
 _SLOWEST_STEPS = 10  # a step that takes longer than this many of the slowest one, and than --rank-timeout, hangs
-_MOST_TIMEOUTS = 3.0  # a rank that does nothing for this many of --rank-timeout, half an hour by default, hangs
-_LOOKS = 10  # at what a rank does, in that time
+_MOST_TIMEOUTS = 3.0  # a group that does nothing for this many of --rank-timeout, half an hour by default, hangs
+_LEAST_ON_GPU_S = 600.0  # of that limit, outside of steps whose time is known
+_LOOKS = 10  # at what a group does, in that time
 _LEAST_CPU = 0.01  # of a core; a rank that uses less does not compute
+_LEAST_CPU_S = 0.015  # likewise between two looks, because the kernel counts hundredths of a second
 
 
 @dataclass(frozen=True)
 class Work:
-    """This class counts what a rank did so far."""
+    """This class counts what a process did so far."""
 
     moved: int  # bytes that were read and written, and memory pages that were touched for the first time
     cpu_s: float
+    reported_ns: int = 0  # the time of a rank's last report
 
     @classmethod
-    def of(cls, pids: Iterable[int], *, on_cpu: bool) -> Work:
-        """Adds up the bytes that the processes `pids` read and wrote, and the pages that they touched first.
+    def of(cls, pid: int, reports: Iterable[Path] = (), *, on_cpu: bool) -> Work:
+        """Adds up the bytes that a process read and wrote, and the pages that it touched first.
 
-        Their CPU time counts only if `on_cpu` is true, because a rank that waits for its GPU also uses CPU time.
+        `reports`: the files by which a rank reports. CPU time counts only if `on_cpu` is true, because a rank that
+        waits for its GPU also uses CPU time.
         """
         moved = ticks = 0
-        for folder in (Path("/proc", str(pid)) for pid in pids):
-            with suppress(OSError):  # the process has ended
-                fields = folder.joinpath("stat").read_text().rpartition(") ")[2].split()
-                moved += int(fields[7]) + int(fields[9])  # minor and major page faults
-                ticks += sum(map(int, fields[11:15]))  # of the process, and of its children that ended
-                moved += sum(int(line.split()[1]) for line in folder.joinpath("io").read_text().splitlines())
-        return cls(moved, ticks / os.sysconf("SC_CLK_TCK") if on_cpu else 0.0)
+        with suppress(OSError):  # the process has ended
+            fields = Path("/proc", str(pid), "stat").read_text().rpartition(") ")[2].split()
+            moved += int(fields[7]) + int(fields[9])  # minor and major page faults
+            ticks += sum(map(int, fields[11:15]))  # of the process, and of its children that ended
+            moved += sum(int(line.split()[1]) for line in Path("/proc", str(pid), "io").read_text().splitlines())
+        reported_ns = max((file.stat().st_mtime_ns for file in reports if file.exists()), default=0)
+        return cls(moved, ticks / os.sysconf("SC_CLK_TCK") if on_cpu else 0.0, reported_ns)
 
     def exceeds(self, before: Work, seconds: float) -> bool:
-        """Returns whether these counts show work beyond `before`, the counts of the same rank `seconds` earlier."""
-        return self.moved > before.moved or self.cpu_s - before.cpu_s > _LEAST_CPU * seconds
+        """Returns whether these counts show work beyond `before`, the counts of the same process `seconds` earlier."""
+        computed = self.cpu_s - before.cpu_s > max(_LEAST_CPU * seconds, _LEAST_CPU_S)
+        return computed or self.moved > before.moved or self.reported_ns > before.reported_ns
+
+
+Works = dict[int, Work]  # by process id
+
+
+def works(run_folder: Path, number: int, launcher: int, *, on_cpu: bool) -> Works:
+    """Returns what each rank of group `number` on this machine did so far; without ranks, what the launcher did.
+
+    `launcher`: the launcher's process id.
+    """
+    pids = {int(file.read_text()): file for file in (run_folder / RANKS).glob(f"{number}-*/pid")}
+    ranks = {pid: Work.of(pid, (file, file.with_name(PROGRESS)), on_cpu=on_cpu) for pid, file in pids.items()}
+    return ranks or {launcher: Work.of(launcher, on_cpu=on_cpu)}
 
 
 @dataclass
 class Pace:
     """This class holds the last progress of a rank group, and the seconds that the group's steps take."""
 
-    state: dict[str, Any]
-    written_ns: int  # the time of the progress file
-    since: float  # when this was seen
-    idle_s: float = 0.0  # from then to the last look
+    since: float  # when the last progress was seen, or when the group was first looked at
+    state: dict[str, Any] | None = None  # None before the first progress
+    written_ns: int = 0  # the time of the progress file
+    idle_s: float = 0.0  # from `since` to the last look
     slowest_s: float = 0.0  # of the steps of this job
-    work: Work = Work(0, 0.0)  # at the last look at what the rank does
+    works: Works = field(default_factory=dict)  # at the last look at what the group does
     looked: float = 0.0  # when that was
-    active: float = 0.0  # when the rank was last seen to work
+    active: float = 0.0  # when the group was last seen to work
 
-    def look(self, state: dict[str, Any], written_ns: int, now: float) -> bool:
-        """Stores the progress that the rank group reports now, and returns whether the progress is new."""
+    def look(self, state: dict[str, Any] | None, written_ns: int, now: float) -> bool:
+        """Stores the progress that the rank group reports now, if any; returns whether the progress is new."""
         self.idle_s = now - self.since
-        if (state, written_ns) == (self.state, self.written_ns):
+        if state is None or (state, written_ns) == (self.state, self.written_ns):
             return False
         is_new = state != self.state
-        if state["job"] != self.state["job"]:
+        if self.state is None or state["job"] != self.state["job"]:
             self.slowest_s = 0.0
         elif state["done"] > self.state["done"]:
             self.slowest_s = max(self.slowest_s, self.idle_s)
         self.state, self.written_ns, self.since, self.idle_s = state, written_ns, now, 0.0
         return is_new
 
-    def hang(self, timeout_s: float, work: Callable[[], Work]) -> str | None:
-        """Returns a message if the rank hangs, else None.
+    def hang(self, ranks: RanksConfig, work: Callable[[], Works], finished: Collection[int]) -> str | None:
+        """Returns a message if the rank group hangs, else None.
 
-        `work`: a function that returns the counts of what the rank has done so far.
+        `work`: a function that returns what each process of the group has done so far. `finished`: the jobs that have a
+        result.
         """
-        done, total, stage = self.state["done"], self.state["total"], self.state["stage"]
-        if 0 < done < total and self.slowest_s:
-            if self.idle_s <= max(timeout_s, _SLOWEST_STEPS * self.slowest_s):
-                return None
-            limit = f"--rank-timeout {timeout_s:g} s, and than {_SLOWEST_STEPS} earlier steps"
-            return f"hangs: step {done + 1} of {total} ({stage}) takes longer than {limit}"
-        limit_s = _MOST_TIMEOUTS * timeout_s
+        state, timeout_s = self.state, ranks.rank_timeout
+        least_s = 0.0 if ranks.device == "cpu" else _LEAST_ON_GPU_S
+        if state is None or state["job"] in finished:
+            where = "before its next report" if state else "before its first report"
+        else:
+            done, total, where = state["done"], state["total"], state["stage"]
+            if 0 < done < total and self.slowest_s:
+                least_s = _SLOWEST_STEPS * self.slowest_s
+                if ranks.mesh.group_size == 1:
+                    if self.idle_s <= max(timeout_s, least_s):
+                        return None
+                    limit = f"--rank-timeout {timeout_s:g} s, and than {_SLOWEST_STEPS} earlier steps"
+                    return f"hangs: step {done + 1} of {total} ({where}) takes longer than {limit}"
+            where += f", {done} of {total} steps done" if total else ""
+        limit_s = max(_MOST_TIMEOUTS * timeout_s, least_s)
         if self._rested_s(limit_s / _LOOKS, work) <= limit_s:
             return None
-        where = f"{stage}, {done} of {total} steps done" if total else stage
-        return f"hangs ({where}): it did nothing for {limit_s:g} s, {_MOST_TIMEOUTS:g} times --rank-timeout"
+        times = f", {_MOST_TIMEOUTS:g} times --rank-timeout" if limit_s > least_s else ""
+        return f"hangs ({where}): it did nothing for {limit_s:g} s{times}"
 
-    def _rested_s(self, every_s: float, work: Callable[[], Work]) -> float:
-        """Returns the seconds since the rank reported progress or worked; calls `work` once in `every_s` seconds."""
+    def _rested_s(self, every_s: float, work: Callable[[], Works]) -> float:
+        """Returns the seconds since the group reported progress or worked; calls `work` once in `every_s` seconds."""
         now = self.since + self.idle_s
         if now - self.looked >= every_s:
-            found = work()
-            if found.exceeds(self.work, now - self.looked):
+            found, seconds = work(), now - self.looked
+            if any(new.exceeds(self.works.get(pid, Work(-1, 0.0)), seconds) for pid, new in found.items()):
                 self.active = now
-            self.work, self.looked = found, now
+            self.works, self.looked = found, now
         return now - max(self.since, self.active)
 
 
@@ -115,15 +150,13 @@ def follow(
 ) -> None:
     """Reads the progress of each rank group into `paces`, and calls `on_progress` for each new progress.
 
-    Jobs before `first` are ignored, because they belong to earlier batches.
+    Progress of jobs before `first` is ignored, because these jobs belong to earlier batches.
     """
     for number in numbers:
         now, file = time.monotonic(), run_folder / PROGRESS / f"{number}.json"
-        if not file.exists():
-            continue
-        written_ns, state = file.stat().st_mtime_ns, json.loads(file.read_text(encoding="utf-8"))
-        if state["job"] < first:
-            continue
-        is_new = number not in paces
-        if paces.setdefault(number, Pace(state, written_ns, now)).look(state, written_ns, now) or is_new:
+        state, written_ns = None, 0
+        if file.exists():
+            written_ns, state = file.stat().st_mtime_ns, json.loads(file.read_text(encoding="utf-8"))
+            state = state if state["job"] >= first else None
+        if paces.setdefault(number, Pace(now)).look(state, written_ns, now) and state:
             on_progress(state["job"] - first, state["stage"], state["done"], state["total"])

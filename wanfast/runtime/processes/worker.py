@@ -162,9 +162,9 @@ def _do_batch(
     def progress(index: int, stage: str, done: int, total: int) -> None:
         nonlocal last
         state = json.dumps({"job": first + index, "stage": stage, "done": done, "total": total})
-        _report(own_folder / PROGRESS, state)
+        _report(own_folder / PROGRESS, state, own_folder / "pid")
         if ranks.is_leader:
-            _report(run_folder / PROGRESS / f"{number}.json", state)
+            _report(run_folder / PROGRESS / f"{number}.json", state, own_folder / "pid")
         if not total or last != (index, stage, done):  # the end of a step and the start of the next are reported alike
             last = (index, stage, done)
             if ranks.lead(lambda: (run_folder / CANCEL / str(batch)).exists()):
@@ -180,13 +180,16 @@ def _do_batch(
                 (run_folder / RESULTS / f"{first + index}.json").touch()
 
 
-def _report(file: Path, state: str) -> None:
-    """Replaces a progress file. If the disk is full, only changes its time, so that this rank does not seem to hang."""
+def _report(file: Path, state: str, instead: Path) -> None:
+    """Replaces a progress file. If the disk is full, only changes the time of this file or, without it, of `instead`.
+
+    The changed time shows the parent that this rank does not hang.
+    """
     try:
         replace_text(file, state)
     except ConfigError:
         with suppress(OSError):
-            os.utime(file)
+            os.utime(file if file.exists() else instead)
 
 
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
