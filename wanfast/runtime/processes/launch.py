@@ -30,6 +30,7 @@ from wanfast.runtime.errors import (
     failure,
 )
 from wanfast.runtime.machine.signals import FIRST_BATCH, PARENT
+from wanfast.runtime.planning.share import MOST_LOADS
 from wanfast.runtime.processes.claims import claim, claimed_by, forget
 from wanfast.runtime.processes.failures import error_of_group, was_loading
 from wanfast.runtime.processes.pace import OnProgress, Pace, Work, follow
@@ -53,7 +54,6 @@ OnResult = Callable[[int, dict[str, Any]], None]  # (job, its result)
 _IMPORTED_FROM = Path(__file__).absolute().parents[3]  # at import, because the working folder may change
 _PAUSE_S = 0.1
 _GRACE_S = 8.0  # between the request to stop and the kill
-_MOST_FAILED_LOADS = 2  # one after the other: then the models, and not a job, are at fault
 _MOST_FAILED_STARTS = 1  # one after the other at one place, of groups that claimed no job: then no rank can start
 
 
@@ -317,7 +317,7 @@ class RankGroups:
                     continue
                 for models in {batch.loads(index) for index, owner in claims.items() if owner == number}:
                     self._failed_loads[models] += 1
-                    if self._failed_loads[models] > _MOST_FAILED_LOADS:
+                    if self._failed_loads[models] >= MOST_LOADS:
                         alike = [
                             index for index, owner in claims.items() if owner is None and batch.loads(index) == models
                         ]
