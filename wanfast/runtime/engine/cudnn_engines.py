@@ -17,11 +17,10 @@ from typing import Any, cast
 import torch
 
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.models import convolution
 from wanfast.runtime.planning.plan import Plan
-from wanfast.runtime.store.artifacts import ArtifactStore, note
+from wanfast.runtime.store.artifacts import ArtifactStore, noting
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.json_files import read_object
 
@@ -75,14 +74,10 @@ def _store(
     A video that is made is not lost because they cannot be stored.
     """
     text = json.dumps(engines, indent=2, sort_keys=True) + "\n"
-    try:
+    with noting("the next video searches for cuDNN's engines again, so its last bits may differ from this video's"):
         if lacks_a_shape:
             store.discard(KIND, inputs)
         store.publish(KIND, inputs, lambda new: cast(None, (new / _FILE).write_text(text)), {}, damaged="miss")
-    except ConfigError as error:
-        note(
-            f"{error}: the next video searches for cuDNN's engines again, so its last bits may differ from this video's"
-        )
 
 
 def _inputs(plan: Plan, ranks: Ranks) -> dict[str, Any]:
