@@ -375,6 +375,15 @@ def test_a_host_that_pins_less_than_it_reports_loses_no_weight(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
+def test_an_eviction_hides_no_other_error(resident: ResidentExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(experts, "_to_host", fails)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        resident.evict(10**12)
+
+
 @pytest.mark.parametrize(
     ("options", "moves"),
     [({}, True), ({"compile": True, "compile_mode": "max-autotune"}, False), ({"dit_fsdp": "on"}, False)],

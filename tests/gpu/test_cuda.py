@@ -98,7 +98,7 @@ def test_experts_are_evicted_for_a_decoder_that_does_not_fit(
 
     (workdir / "jobs.jsonl").write_text('{"output": "a.mp4"}\n{"output": "b.mp4"}\n')
     monkeypatch.setattr(WanVAE, "decode_stream", failing)
-    monkeypatch.setattr(dispatch, "_needs_a_process", lambda *_: False)  # so that this process decodes
+    monkeypatch.setattr(dispatch, "_needs_a_process", lambda *_, **__: False)  # so that this process decodes
     assert wanfast(*GOOD, "--jobs", "jobs.jsonl").exit_code == 0
     assert moved[0] < moved[1]  # without the experts, then with them
     assert (workdir / "a.mp4").read_bytes() == (workdir / "b.mp4").read_bytes()

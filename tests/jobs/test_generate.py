@@ -434,6 +434,15 @@ def test_a_store_that_cannot_be_written_is_said(wanfast: Wanfast, workdir: Path)
     assert visible(workdir) == ["cat.png"]
 
 
+def test_a_store_that_takes_no_embeddings_costs_no_video(wanfast: Wanfast, workdir: Path) -> None:
+    """The embeddings are in memory, and only the next video needs the artifact."""
+    (workdir / "artifacts").mkdir()
+    (workdir / "artifacts/prompt_embeds").write_text("a file, not a folder")
+    outcome = wanfast(*GOOD)
+    assert outcome.exit_code == 0 and (workdir / "out.mp4").exists(), outcome.err
+    assert outcome.err.count("the next video with this text encodes it again") == 1
+
+
 def test_another_program_may_write_the_output_meanwhile(
     wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

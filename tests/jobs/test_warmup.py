@@ -151,6 +151,17 @@ def test_an_artifact_that_is_of_no_use_is_discarded(
     assert f"note: {folder}: torch cannot use this stored cache" in capsys.readouterr().err and not folder.exists()
 
 
+def test_a_useless_artifact_that_cannot_be_discarded_costs_no_video(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, inputs = ArtifactStore(tmp_path), cache_inputs(config(), model_files.locate("tiny", "").spec.dit, 32)
+    folder = store.publish(compilation.KIND, inputs, lambda part: (part / "rank-1.bin").touch()).folder
+    folder.with_suffix(".lock").unlink()
+    folder.with_suffix(".lock").mkdir()  # which no process can lock
+    assert compilation.load_caches(store, inputs, Ranks("cpu"), is_named=True) is None
+    assert "every run recompiles the blocks until this folder is removed" in capsys.readouterr().err
+
+
 def test_what_compiling_cost_is_counted_by_forwards(
     wanfast: Wanfast, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -23,7 +24,6 @@ import pytest
 from tests.configs import effective_config
 from tests.forked import REAL_LAUNCHERS, ForkedPopen
 from wanfast.runtime.config import RanksConfig
-from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.processes import elastic, failures, launch
 from wanfast.runtime.processes.claims import claim
 
@@ -530,6 +530,32 @@ def test_a_start_that_fails_can_be_tried_again(
         assert ranks.run("v", "w", [{}], [], **IGNORED) == [{}] and ranks._numbers == {0: 1}
 
 
+def test_the_lines_that_no_group_can_be_started_for_have_that_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first line is made, the second kills its group, and then the machine has no process left."""
+    started = [Living()]
+    launchers = iter(started)
+
+    def popen(*arguments: object, **named: object) -> Living:
+        if launcher := next(launchers, None):
+            return launcher
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    def dies() -> bool:
+        with_result(tmp_path, 0)
+        claim(tmp_path, 1, 0)
+        started[0].signals.append("died")
+        return False
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with launch.RankGroups(tmp_path, effective_config().ranks, 1) as ranks:
+        made, killed, left = ranks.run("v", "w", [{}, {}, {}], [], **IGNORED, cancelled=dies)
+    assert made == {} and "the launcher of rank group 0 failed" in killed["error"]
+    reason = "the ranks of group 1 cannot be started (Resource temporarily unavailable): end other programs"
+    assert left["error"].startswith(reason) and left["exit_code"] == 2 and reason in capsys.readouterr().err
+
+
 def test_the_half_of_a_frames_file_of_a_dead_rank_is_removed(
     tmp_path: Path, ended_launchers: list[tuple[int, int]]
 ) -> None:
@@ -749,7 +775,9 @@ def test_a_rank_that_gives_up_waiting_is_the_cause_of_its_peers_errors() -> None
     assert failures._first([]) is None
 
 
-def test_a_full_disk_does_not_keep_the_ranks_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_neither_keeps_the_ranks_running_nor_costs_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The request to end cannot be written, so the ranks are stopped."""
     stopped: list[bool] = []
     groups = launch.RankGroups(tmp_path, RanksConfig(device="cpu"), groups=0)
@@ -759,6 +787,5 @@ def test_a_full_disk_does_not_keep_the_ranks_running(tmp_path: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(ConfigError, match=r"--artifacts-dir .*close: cannot be written .No space left on device."):
-        groups.close()
+    groups.close()
     assert stopped == [True]

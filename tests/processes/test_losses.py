@@ -139,6 +139,21 @@ def test_a_lone_rank_that_is_killed_costs_its_line(start: Start, workdir: Path) 
     assert [(workdir / line["output"]).exists() for line in lines] == [True, False, True]
 
 
+def test_the_last_line_that_is_left_is_reported_if_its_rank_is_killed(start: Start, workdir: Path) -> None:
+    """As in a list that is resumed: the line that is left is the one that was killed before."""
+    lines = [{"output": "1.mp4"}, {"output": "2.mp4", "prompt": "the rank is killed"}]
+    (workdir / "jobs.jsonl").write_text("".join(json.dumps(line | {"steps": 2}) + "\n" for line in lines))
+    for file in ("1.mp4", "1.json"):
+        (workdir / file).write_text("")
+    (workdir / "faults").mkdir()
+    (workdir / "faults/sitecustomize.py").write_text(FAULTS)  # for the command's own process too
+    in_all = {"PYTHONPATH": str(workdir / "faults")}
+    code, out, err = start(*SMALL, "--jobs", "jobs.jsonl", "--skip-existing", "--json", environment=in_all).end()
+    assert code == 6, err
+    made, killed = json.loads(out.strip().splitlines()[-1])["results"]
+    assert "skipped" in made and "rank 0 was killed by SIGKILL" in killed["error"]
+
+
 def test_a_lone_rank_that_hangs_costs_its_line_whatever_it_was_doing(
     wanfast: Callable[..., Outcome], workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

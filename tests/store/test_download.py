@@ -354,7 +354,7 @@ def test_a_file_that_was_there_is_compared_too_and_stays(wanfast: Wanfast, workd
     file = folder_of(workdir) / BIG
     mine = bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]
     file.write_bytes(mine)
-    refused(wanfast("download"), 4, f"{file}: the sha256 is not the one that the hub reports: remove")
+    refused(wanfast("download"), 4, f"{file}: the sha256 is not the one that the hub reports: keep")
     assert file.read_bytes() == mine
     file.unlink()
     assert wanfast("download").exit_code == 0 and contents(folder_of(workdir)) == WANTED[ORIGINAL]

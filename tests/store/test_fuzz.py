@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.damage import counts, examine
 from wanfast.runtime.errors import CorruptArtifactError
 from wanfast.runtime.store import identity
 from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
@@ -99,13 +100,13 @@ def is_whole(folder: Path) -> bool:
     return same and not links and {name: file.read_bytes() for name, file in files.items()} == PAYLOAD
 
 
-fuzz = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@counts(150)
+def test_a_mutated_artifact(tmp_path: Path, examples: int) -> None:
+    examine(st.data(), partial(check_artifact, tmp_path / "store"), examples)
 
 
-@fuzz
-@given(data=st.data())
-def test_a_mutated_artifact(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    root = tmp_path_factory.mktemp("fuzz")
+def check_artifact(root: Path, data: st.DataObject) -> None:
+    shutil.rmtree(root, ignore_errors=True)  # of the example before, which may have failed
     store = ArtifactStore(root)
     folder = store.publish("kind", INPUTS, write).folder
     damage(data.draw, folder)
@@ -119,13 +120,16 @@ def test_a_mutated_artifact(tmp_path_factory: pytest.TempPathFactory, data: st.D
         assert found == folder and is_whole(folder)
     assert store.publish("kind", INPUTS, write, damaged="miss").folder == folder
     assert is_whole(folder)
-    shutil.rmtree(root)
 
 
-@fuzz
-@given(data=st.data())
-def test_a_mutated_record_of_a_hash(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    root = tmp_path_factory.mktemp("fuzz")
+@counts(150)
+def test_a_mutated_record_of_a_hash(tmp_path: Path, examples: int) -> None:
+    examine(st.data(), partial(check_record, tmp_path / "store"), examples)
+
+
+def check_record(root: Path, data: st.DataObject) -> None:
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
     weights = root / "weights"
     weights.write_bytes(b"weights")
     right = {weights: hashlib.sha256(b"weights").hexdigest()}
@@ -139,4 +143,3 @@ def test_a_mutated_record_of_a_hash(tmp_path_factory: pytest.TempPathFactory, da
         found = identity.sha256_of([weights], root)
     forged = isinstance(mutated, dict) and mutated == document | {"sha256": mutated.get("sha256")}
     assert found == right or (forged and found == {weights: mutated["sha256"]})
-    shutil.rmtree(root)

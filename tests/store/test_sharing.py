@@ -16,15 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from wanfast.magcache_calib.ratios import clip_file, read_clip, write_clip
-from wanfast.runtime.engine import compilation, cudnn_engines, prompt_embeds
 from wanfast.runtime.planning import past_runs
-from wanfast.runtime.store import curves, hub, identity, quantized
+from wanfast.runtime.store import hub, identity
 from wanfast.runtime.store.artifacts import ArtifactStore, new_run_folder, replace_text, write_result
 from wanfast.runtime.store.sharing import lock_of, locked, share, who_can_write
 
 GROUP, FIRST, SECOND = 12300, 12345, 65534
 INPUTS = {"n": 1}
-KINDS = (prompt_embeds.KIND, quantized.KIND, curves.KIND, compilation.KIND, cudnn_engines.KIND)
 
 
 @pytest.fixture
@@ -125,9 +123,9 @@ def shared() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_users_share_an_artifact(shared: Path, kind: str) -> None:
-    store = ArtifactStore(shared / "artifacts")
+def test_two_users_share_an_artifact_of_any_kind(shared: Path) -> None:
+    """The store shares whatever a kind's writer leaves in the folder; to the store, a kind is only a folder's name."""
+    store, kind = ArtifactStore(shared / "artifacts"), "kind"
 
     def make() -> None:
         assert store.publish(kind, INPUTS, write_privately).made_here

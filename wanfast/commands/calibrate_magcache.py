@@ -140,6 +140,7 @@ def _measured(
             "calibrate-magcache",
             [plans[index].job() for index in missing],
             [plans[index] for index in missing],
+            of_list=len(clips) > 1,
             show_progress=show_progress,
             on_result=keep,
         )

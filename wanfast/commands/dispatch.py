@@ -32,18 +32,20 @@ def run_jobs(
     jobs: list[Job],
     plans: list[Plan],
     *,
+    of_list: bool,
     show_progress: bool,
     on_result: OnResult,
 ) -> list[Document]:
     """Runs `jobs` on the ranks that the first plan describes, and returns one result per job, in order.
 
-    `on_result(index, result)` is called as soon as a job is done.
+    `of_list`: whether the jobs are those that are left of a list. `on_result(index, result)` is called as soon as a
+    job is done.
     """
     config = plans[0].config
     documents = [job.to_json() for job in jobs]
     folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": verb, "jobs": documents})
     with progress_bars(enabled=show_progress) as on_progress:
-        if plans[0].mesh.size == 1 and not _needs_a_process(verb, len(jobs)):
+        if plans[0].mesh.size == 1 and not _needs_a_process(verb, of_list=of_list):
             document = {"verb": verb, "worker": _WORKERS[verb], "first": 0, "jobs": documents}
             write_synced(folder / JOB, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
             results = _here(verb, folder, jobs, config.ranks.device, on_result, on_progress)
@@ -60,13 +62,14 @@ def run_jobs(
     return results
 
 
-def _needs_a_process(verb: Verb, num_jobs: int) -> bool:
+def _needs_a_process(verb: Verb, *, of_list: bool) -> bool:
     """Returns whether one rank runs in a separate process.
 
     A warmup does, because on a CPU one product may take minutes, during which no signal is handled. A list does,
-    because a process that is killed for its memory, or met an error of its GPU, cannot run the other lines.
+    because a process that is killed for its memory, or met an error of its GPU, can neither run the other lines nor
+    report them. If one line is left, it is often the line that killed an earlier run.
     """
-    return verb == "warmup" or num_jobs > 1
+    return verb == "warmup" or of_list
 
 
 def _here(

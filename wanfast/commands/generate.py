@@ -71,6 +71,7 @@ def run(planned: list[Planned], report: Report) -> list[dict[str, Any]]:
             "generate",
             [item.job() for item in ready],
             [item.plan for item in ready if item.plan],
+            of_list=ready[0].request.line is not None,
             show_progress=not report.brief,
             on_result=lambda index, result: report.result(ready[index], result),
         )

@@ -35,7 +35,7 @@ from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.fused import make_operators
-from wanfast.runtime.store.artifacts import ArtifactStore, Published, note
+from wanfast.runtime.store.artifacts import ArtifactStore, Published, note, noting
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.sharing import who_can_write
 
@@ -168,8 +168,13 @@ def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, i
     if all(ranks.gather(file.is_file() and torch.compiler.load_cache_artifacts(file.read_bytes()) is not None)):
         return folder.name
     note(f"{folder}: torch cannot use this stored cache, so the blocks are recompiled")
-    ranks.lead(lambda: store.discard(KIND, inputs))
+    ranks.lead(lambda: _discard(store, inputs))
     return None
+
+
+def _discard(store: ArtifactStore, inputs: dict[str, Any]) -> None:
+    with noting("every run recompiles the blocks until this folder is removed"):
+        store.discard(KIND, inputs)
 
 
 def compiled_anew() -> int:

@@ -17,11 +17,10 @@ from typing import Any, cast
 import torch
 
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.models import convolution
 from wanfast.runtime.planning.plan import Plan
-from wanfast.runtime.store.artifacts import ArtifactStore, note
+from wanfast.runtime.store.artifacts import ArtifactStore, noting
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.json_files import read_object
 
@@ -72,7 +71,7 @@ def _add(store: ArtifactStore, inputs: dict[str, Any], engines: dict[str, dict[s
     An engine that is stored stays, because another rank group may have stored its own meanwhile. A video that is made
     is not lost because the engines cannot be stored.
     """
-    try:
+    with noting("the next video searches for cuDNN's engines again, so its last bits may differ from this video's"):
         stored = _stored(store, inputs)
         both = {rank: engines.get(rank, {}) | stored.get(rank, {}) for rank in engines | stored}
         if both == stored:
@@ -81,10 +80,6 @@ def _add(store: ArtifactStore, inputs: dict[str, Any], engines: dict[str, dict[s
             store.discard(KIND, inputs)
         text = json.dumps(both, indent=2, sort_keys=True) + "\n"
         store.publish(KIND, inputs, lambda new: cast(None, (new / _FILE).write_text(text)), {}, damaged="miss")
-    except ConfigError as error:
-        note(
-            f"{error}: the next video searches for cuDNN's engines again, so its last bits may differ from this video's"
-        )
 
 
 def _inputs(plan: Plan, ranks: Ranks) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from wanfast.runtime.errors import CorruptArtifactError, foreign
 from wanfast.runtime.facts.choices import Precision
 from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
-from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.artifacts import ArtifactStore, noting
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights.builders import build_umt5
@@ -78,10 +78,11 @@ def prompt_embeds(
         _check(text, embeds, ranks)
 
     def publish() -> None:
-        for text, embeds in encoded.items():
-            if text in stored:  # not finite; the store does not replace what fits its manifest
-                store.discard(KIND, inputs[text])
-            store.publish(KIND, inputs[text], partial(_save, embeds), versions(), damaged="miss")
+        with noting("the next video with this text encodes it again"):
+            for text, embeds in encoded.items():
+                if text in stored:  # not finite; the store does not replace what fits its manifest
+                    store.discard(KIND, inputs[text])
+                store.publish(KIND, inputs[text], partial(_save, embeds), versions(), damaged="miss")
 
     ranks.lead(publish)
     return known | encoded

@@ -2,12 +2,14 @@
 
 Each rank group has its own part of the list of jobs. Before a rank group loads a job's models, the rank group finds
 all jobs in its part that use the same models. It encodes the prompts of these jobs, and then frees UMT5.
-If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue. All
-ranks of a rank group run the same jobs in the same order.
+If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue. This
+is also true while models are loaded, but the same models are tried only MOST_LOADS times. All ranks of a rank group run
+the same jobs in the same order.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -28,7 +30,7 @@ from wanfast.runtime.errors import (
     failure,
 )
 from wanfast.runtime.planning.plan import Job
-from wanfast.runtime.planning.share import Share
+from wanfast.runtime.planning.share import MOST_LOADS, Share
 from wanfast.runtime.store.artifacts import LOADING
 
 Result = dict[str, Any]  # the verb's document, or {"error", "exit_code"}
@@ -53,32 +55,21 @@ def run_jobs(
 def _run_alike(
     work: WorkFn, jobs: dict[int, Job], sessions: Sessions, share: Share, progress: ProgressFn
 ) -> Iterator[tuple[int, Result]]:
-    """Runs `work` on jobs that share models."""
+    """Runs `work` on jobs that share models. A job whose models cannot be loaded fails, and the next job tries again.
+
+    After the last of MOST_LOADS tries, all jobs that this rank group can still claim fail for the same reason.
+    """
     claimed = share.claimed(list(jobs))
-    index = next(claimed, None)
-    if index is None:
+    for tries, index in enumerate(claimed, 1):
+        session = _loaded(index, jobs, sessions, share, progress)
+        if isinstance(session, Session):
+            break
+        lost = claimed if tries == MOST_LOADS else ()
+        yield from ((failed, session) for failed in (index, *lost))
+    else:
         return
-    config = jobs[index].config
-    loading = partial(progress, index, LOADING, 0, 0)
-    try:
-        loading()
-        session = sessions.of(config)
-        _encode(session, [jobs[own].config.video for own in {index, *share.own(list(jobs))}])
-        session.load(loading)
-    except CancelledError as error:  # models that are loaded stay
-        yield from ((cancelled, failure(error)) for cancelled in (index, *claimed))
-        return
-    except (WanFastError, torch.OutOfMemoryError) as error:
-        sessions.close()
-        models = f"--model {config.models.model} --precision {config.models.precision}"
-        on_gpu = sessions.ranks.device == "cuda"
-        fix = "use a larger GPU, several GPUs, or --expert-offload on" if on_gpu else "end other programs, or use a GPU"
-        if share.groups > 1 and not isinstance(error, MissingArtifactError | CorruptArtifactError):
-            raise  # other rank groups may have more memory and run the remaining jobs
-        document = _failure(error, sessions.ranks, f"{models}: the weights do not fit into memory: {fix}")
-        yield from ((failed, document) for failed in (index, *claimed))
-        return
-    while index is not None:
+    remaining = itertools.chain((index,), claimed)
+    for index in remaining:
         job = jobs[index]
         try:
             yield index, work(index, job, session, progress)
@@ -87,7 +78,31 @@ def _run_alike(
             message = f"--size {video.size} --frames {video.frames}: {DOES_NOT_FIT}"
             yield index, _failure(error, sessions.ranks, message)
         session.forget_seconds()
-        index = next(claimed, None)
+
+
+def _loaded(
+    index: int, jobs: dict[int, Job], sessions: Sessions, share: Share, progress: ProgressFn
+) -> Session | Result:
+    """Returns a session with the texts and the models of the jobs, or the result of job `index` if loading failed."""
+    config = jobs[index].config
+    loading = partial(progress, index, LOADING, 0, 0)
+    try:
+        loading()
+        session = sessions.of(config)
+        _encode(session, [jobs[own].config.video for own in {index, *share.own(list(jobs))}])
+        session.load(loading)
+        return session
+    except CancelledError as error:  # models that are loaded stay
+        return failure(error)
+    except (WanFastError, torch.OutOfMemoryError) as error:
+        models = f"--model {config.models.model} --precision {config.models.precision}"
+        on_gpu = sessions.ranks.device == "cuda"
+        fix = "use a larger GPU, several GPUs, or --expert-offload on" if on_gpu else "end other programs, or use a GPU"
+        if share.groups > 1 and not isinstance(error, MissingArtifactError | CorruptArtifactError):
+            raise  # other rank groups may have more memory and run the remaining jobs
+        failed = _failure(error, sessions.ranks, f"{models}: the weights do not fit into memory: {fix}")
+    sessions.close()  # only here, because the error holds what was loaded
+    return failed
 
 
 def _encode(session: Session, videos: list[VideoConfig]) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+# A list tries this often to load the same models, and each failed try costs a job. Then the models, and not a job or a
+# moment's lack of memory, are at fault, and the list's other jobs with these models fail too.
+MOST_LOADS = 3
+
 
 @dataclass(frozen=True)
 class Share:

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from wanfast.runtime.errors import (
     failure,
 )
 from wanfast.runtime.machine.signals import FIRST_BATCH, PARENT
+from wanfast.runtime.planning.share import MOST_LOADS
 from wanfast.runtime.processes.claims import claim, claimed_by, forget
 from wanfast.runtime.processes.failures import error_of_group, was_loading
 from wanfast.runtime.processes.pace import OnProgress, Pace, follow, works
@@ -41,7 +43,7 @@ from wanfast.runtime.store.artifacts import (
     SETUP,
     batch_file,
     frames_file,
-    noting,
+    note,
     replace_text,
     write_synced,
     writing_to,
@@ -53,7 +55,6 @@ OnResult = Callable[[int, dict[str, Any]], None]  # (job, its result)
 _IMPORTED_FROM = Path(__file__).absolute().parents[3]  # at import, because the working folder may change
 _PAUSE_S = 0.1
 _GRACE_S = 8.0  # between the request to stop and the kill
-_MOST_FAILED_LOADS = 2  # one after the other: then the models, and not a job, are at fault
 _MOST_FAILED_STARTS = 1  # one after the other at one place, of groups that claimed no job: then no rank can start
 
 
@@ -99,6 +100,7 @@ class RankGroups:
         self._failed_loads: Counter[str] = Counter()  # models -> groups that died while loading them
         self._failed_starts: Counter[int] = Counter()  # place -> groups that died one after the other without a job
         self._given_up: set[int] = set()  # numbers of dead groups that were looked at
+        self._not_started: ConfigError | None = None  # why a dead group could not be started again
         self._hung: dict[int, tuple[int, WanFastError]] = {}  # number -> (nanoseconds since the epoch, its error)
         self._batches = self._jobs = 0  # so far
         self._sent: list[_Batch] = []  # those whose files exist
@@ -158,10 +160,11 @@ class RankGroups:
     def close(self) -> None:
         """Asks the ranks to end, and stops ranks that have not ended after 8 s."""
         try:
-            replace_text(self._folder / CLOSE, "")
-            ends = time.monotonic() + _GRACE_S
-            while time.monotonic() < ends and any(launcher.poll() is None for launcher in self._launchers.values()):
-                time.sleep(_PAUSE_S / 5)
+            with suppress(ConfigError):  # if the disk is full, nobody is asked, and the ranks are stopped at once
+                replace_text(self._folder / CLOSE, "")
+                ends = time.monotonic() + _GRACE_S
+                while time.monotonic() < ends and any(launcher.poll() is None for launcher in self._launchers.values()):
+                    time.sleep(_PAUSE_S / 5)
         finally:
             self.stop()
             self._starter.shutdown()
@@ -223,6 +226,7 @@ class RankGroups:
         self._failed_loads.clear()
         self._failed_starts.clear()
         self._given_up.clear()
+        self._not_started = None
         for place in range(self._groups):
             launcher = self._launchers.get(place)
             if launcher is None or launcher.poll() is not None:
@@ -297,7 +301,7 @@ class RankGroups:
             left = [index for index in left if index not in lost]
         if dead >= set(self._numbers.values()):  # by the same look, so that a group that died since is not lost
             _, error = min((errors[number] for number in dead), key=lambda found: found[0])
-            yield from ((index, error) for index in left)
+            yield from ((index, self._not_started or error) for index in left)
 
     def _replace(self, batch: _Batch, dead: set[int], claims: dict[int, int | None]) -> dict[int, int]:
         """Starts each dead group again, once; `claims` are those of the jobs without a result.
@@ -321,17 +325,20 @@ class RankGroups:
                     continue
                 for models in {batch.loads(index) for index, owner in claims.items() if owner == number}:
                     self._failed_loads[models] += 1
-                    if self._failed_loads[models] > _MOST_FAILED_LOADS:
+                    if self._failed_loads[models] >= MOST_LOADS:
                         alike = [
                             index for index, owner in claims.items() if owner is None and batch.loads(index) == models
                         ]
                         lost |= dict.fromkeys(alike, number)
-            with noting():  # if the disk is full, this place stays empty
+            try:
                 for index in lost:  # claimed, so that no group tries it
                     claim(self._folder, index, number)
                 if self._failed_starts[place] <= _MOST_FAILED_STARTS:
                     self._remove_partials(batch, {number})
                     self._start(place, batch.number)
+            except ConfigError as error:  # this place stays empty
+                note(str(error))
+                self._not_started = error
         return lost
 
     def _remove_partials(self, batch: _Batch, dead: set[int]) -> None:
@@ -340,21 +347,23 @@ class RankGroups:
 
 
 def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]:
-    """Starts the launcher of group `number`, whose ranks begin with batch `batch`."""
+    """Starts the launcher of group `number`, whose ranks begin with batch `batch`. Raises ConfigError."""
     command = [sys.executable, "-u", "-m", "wanfast.runtime.processes.elastic", str(run_folder), str(number)]
     file = run_folder / "logs" / f"launcher-{number}.log"
     with writing_to(file):
         log = file.open("wb")
-    with log:
-        # In a new session Ctrl-C does not reach the launcher: only this process gets Ctrl-C and then stops all.
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env=child_environment() | {PARENT: str(os.getpid()), FIRST_BATCH: str(batch)},
-        )
+    environment = child_environment() | {PARENT: str(os.getpid()), FIRST_BATCH: str(batch)}
+    try:
+        with log:
+            # In a new session Ctrl-C does not reach the launcher: only this process gets Ctrl-C and then stops all.
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
+            )
+    except OSError as error:  # for want of memory, or of a process's number
+        raise ConfigError(
+            f"the ranks of group {number} cannot be started ({error.strerror or error}): end other programs, or allow "
+            "more processes (`ulimit -u`)"
+        ) from error
 
 
 def child_environment() -> dict[str, str]:

@@ -249,15 +249,15 @@ def note(line: str) -> None:
 
 
 @contextmanager
-def noting() -> Iterator[None]:
-    """Catches a ConfigError of the `with` block and prints it as a note.
+def noting(consequence: str = "") -> Iterator[None]:
+    """Catches a ConfigError of the `with` block and prints it as a note, with its consequence.
 
-    The `with` block only writes records, and no video needs these records.
+    The `with` block only writes records, or artifacts that save time later, and no video needs these.
     """
     try:
         yield
     except ConfigError as error:
-        note(str(error))
+        note(f"{error}: {consequence}" if consequence else str(error))
 
 
 def write_synced(path: Path, text: str) -> None:

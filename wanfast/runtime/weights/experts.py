@@ -12,13 +12,12 @@ step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from wanfast.runtime.device.hardware import free_memory
+from wanfast.runtime.device.hardware import free_bytes, free_memory, is_out_of_memory
 from wanfast.runtime.distributed.fsdp import is_sharded
 from wanfast.runtime.facts.choices import Expert
 from wanfast.runtime.machine.host import available_host_bytes
@@ -122,10 +121,14 @@ class ResidentExperts:
         for parameter in self._host.keys() & set(parameters):
             _empty(parameter, self._device)
             self._evicted.add(parameter)
-        with suppress(RuntimeError):  # if pinning fails: a host may have less memory than it reports, as in a container
+        try:
             for parameter, copy in zip(new, _to_host(new, self._device), strict=True):
                 self._host[parameter] = copy
                 self._evicted.add(parameter)
+        except (MemoryError, RuntimeError) as error:
+            # A host may have less memory than it reports, as in a container; then the other weights stay.
+            if not is_out_of_memory(error, free_bytes(self._device)):
+                raise
         return len(self._evicted.intersection(parameters))
 
 
