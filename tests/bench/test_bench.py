@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -204,6 +205,7 @@ def test_an_interrupted_bench_says_how_to_go_on(
 
     once = (*BENCH, "--recipes", "exact", "--repeats", "1")
     monkeypatch.setattr(cells_module.Cells, "put", interrupted)
+    monkeypatch.setattr(sys, "argv", ["wanfast", *once])
     outcome = wanfast(*once)
     assert outcome.exit_code == 130 and "note: videos stored: 1; to go on, type `wanfast " in outcome.err
     assert not Path("bench").exists()

@@ -91,9 +91,11 @@ def test_a_given_choice_is_taken_without_a_search(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(convolution, "_graphs", {})
     front_end.runs.clear()
     convolution.choose({shape: "first"})
-    convolution.choose({shape: "best"})  # too late: the shape has its engine
     convolve_by(front_end, monkeypatch)
     assert front_end.runs == ["first"] and convolution.chosen() == {shape: "first"}
+    convolution.choose({shape: "best"})  # of another rank group, whose engines were stored first
+    convolve_by(front_end, monkeypatch)
+    assert front_end.runs == ["first", "best"] and convolution.chosen() == {shape: "best"}
 
 
 def test_an_engine_that_is_gone_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +116,19 @@ def test_torch_convolves_where_no_engine_can(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_search_without_memory_is_not_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         convolve_by(FrontEnd(first=torch.OutOfMemoryError, best=1.0), monkeypatch)
+    assert convolution.chosen() == {}
+
+
+def test_an_error_of_the_device_is_not_an_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slower engine would be stored for good."""
+
+    def failing(index: int) -> None:
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+    front_end = FrontEnd(first=3.0, best=1.0)
+    monkeypatch.setattr(front_end, "build_plan_at_index", failing)
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        convolve_by(front_end, monkeypatch)
     assert convolution.chosen() == {}
 
 

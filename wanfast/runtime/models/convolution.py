@@ -188,7 +188,7 @@ def _search(problem: _Problem, tensors: Mapping[str, Tensor]) -> _Graph | None:
             if best is None or seconds < _HOPELESS * best[0]:
                 seconds = min(seconds, *(_seconds(tried, tensors) for _ in range(_RUNS - 1)))
         except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
-            if _is_of_the_device(error):
+            if _is_of_the_device(error, tensors["x"].device.type):
                 raise  # if memory ran out, the caller evicts weights, and the search begins again
             continue  # a left-out engine, or one that cannot do it
         if best is None or seconds < best[0]:
@@ -197,11 +197,11 @@ def _search(problem: _Problem, tensors: Mapping[str, Tensor]) -> _Graph | None:
     return best[2] if best else None
 
 
-def _is_of_the_device(error: Exception) -> bool:
+def _is_of_the_device(error: Exception, device: str) -> bool:
     """Returns whether an error is not the engine's: memory ran out, or the device failed."""
     if isinstance(error, torch.AcceleratorError):
         return True
-    return isinstance(error, RuntimeError) and is_out_of_memory(error, free_bytes("cuda"))
+    return isinstance(error, RuntimeError) and is_out_of_memory(error, free_bytes(device))
 
 
 def _with_engine(graph: Any, roles: dict[str, Any], index: int) -> _Graph:
