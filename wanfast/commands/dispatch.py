@@ -38,8 +38,8 @@ def run_jobs(
 ) -> list[Document]:
     """Runs `jobs` on the ranks that the first plan describes, and returns one result per job, in order.
 
-    `of_list`: whether the jobs are those that are left of a list. `on_result(index, result)` is called as soon as a
-    job is done.
+    `of_list`: whether the jobs come from a `--jobs` list, even if only one of its lines remains to be made.
+    `on_result(index, result)` is called as soon as a job is done.
     """
     config = plans[0].config
     documents = [job.to_json() for job in jobs]

@@ -103,7 +103,10 @@ def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
 
 
 def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[str, Any]]:
-    """Averages the metrics over all pairs; the first row is without skipping, and each further row is for one `Way`."""
+    """Returns rows of metrics, each averaged over all held-out scenes.
+
+    The first row is for the videos without skipping. Each other row is for one `Way` to skip.
+    """
     full = Plan.of(judge.config, judge.files.spec, (SIZE, SIZE))
     found: list[dict[str, Any]] = []
     for number, way in enumerate((None, *ways(full, judge))):
