@@ -8,7 +8,7 @@ The table `MOTIONS` is used both to draw the training clips and to judge the vid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,18 @@ class Motion:
         """Returns [moments, 4]: x, y, log growth and rotation at each moment; a moment is a number in [0, 1]."""
         u = np.asarray(moments, dtype=np.float64)
         return np.stack(self.path(u), axis=-1)
+
+
+PathFn = Callable[[npt.ArrayLike], Path]  # moments -> the path at these moments
+
+
+def errors_of(path: Path, known: Mapping[str, PathFn], tolerance: npt.NDArray[np.float64]) -> dict[str, float]:
+    """Returns for each known motion how far `path` is from it: the mean over moments of the squared differences.
+
+    Each of the four differences is divided by its `tolerance` [4] first.
+    """
+    moments = np.linspace(0, 1, len(path))
+    return {name: float(np.square((path - at(moments)) / tolerance).sum(axis=1).mean()) for name, at in known.items()}
 
 
 MOTIONS: dict[str, Motion] = {

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wanfast.quality.camera import CAMERAS, Path
+from wanfast.quality.motions import errors_of
 
 _TOLERANCE = np.array([0.05, 0.05, 0.08, 0.08])  # one unit of error of x, y, log zoom and roll
 _MAX_CORNERS = 400
@@ -37,11 +38,7 @@ def classify(frames: npt.NDArray[np.uint8]) -> Verdict:
     path = follow(frames)
     if path is None:
         return Verdict(None, {})
-    moments = np.linspace(0, 1, len(frames))
-    errors = {
-        name: float(np.square((path - camera.at(moments)) / _TOLERANCE).sum(axis=1).mean())
-        for name, camera in CAMERAS.items()
-    }
+    errors = errors_of(path, {name: camera.at for name, camera in CAMERAS.items()}, _TOLERANCE)
     return Verdict(min(errors, key=errors.__getitem__), errors)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from wanfast.quality.motions import MOTIONS, Path
+from wanfast.quality.motions import MOTIONS, Path, errors_of
 
 _SHADE = 0.82  # the darkest factor by which a shape's texture scales its colour
 _REACH = 70.0  # scale of the colour distance: at 0.75 of it a pixel is no longer the shape's
@@ -42,11 +42,7 @@ def classify(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Ver
     path = track(frames, colour)
     if path is None:
         return Verdict(None, {})
-    moments = np.linspace(0, 1, len(frames))
-    errors = {
-        name: float(np.square((path - motion.at(moments)) / _TOLERANCE).sum(axis=1).mean())
-        for name, motion in MOTIONS.items()
-    }
+    errors = errors_of(path, {name: motion.at for name, motion in MOTIONS.items()}, _TOLERANCE)
     return Verdict(min(errors, key=errors.__getitem__), errors)
 
 
