@@ -41,15 +41,7 @@ def bench(
             rich_help_panel=MAKE,
         ),
     ] = "ours,published",
-    set_: Annotated[
-        Path | None,
-        typer.Option(
-            "--set",
-            help="A folder with images and a clips.jsonl, which gives each image its prompt.",
-            show_default="the examples that ship",
-            rich_help_panel=MAKE,
-        ),
-    ] = None,
+    set_: Annotated[Path | None, options.clip_set("the examples that ship")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first clip; each next clip adds 1.", rich_help_panel=MAKE)] = 0,
     repeats: Annotated[
         int, typer.Option(help="How often each recipe makes each clip; the recipes run in turn.", rich_help_panel=MAKE)

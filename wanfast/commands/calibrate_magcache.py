@@ -32,15 +32,7 @@ from wanfast.runtime.store.quantized import require_experts
 @options.takes_options("calibrate-magcache")
 def calibrate_magcache(
     context: typer.Context,
-    set_: Annotated[
-        Path | None,
-        typer.Option(
-            "--set",
-            help="A folder with images and a clips.jsonl, which gives each image its prompt.",
-            show_default="the set that ships",
-            rich_help_panel=MAKE,
-        ),
-    ] = None,
+    set_: Annotated[Path | None, options.clip_set("the set that ships")] = None,
     seed: Annotated[
         int, typer.Option(help="Seed of the first clip; the next one gets seed + 1.", rich_help_panel=MAKE)
     ] = 0,

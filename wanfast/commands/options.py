@@ -44,6 +44,16 @@ def lora(name: str) -> Any:
     return typer.Option(metavar=facts.metavar, help=facts.help, rich_help_panel=facts.panel)
 
 
+def clip_set(by_default: str) -> Any:
+    """Returns the option --set of a command that reads a set of clips; `by_default` says which set it takes without."""
+    return typer.Option(
+        "--set",
+        help="A folder with images and a clips.jsonl, which gives each image its prompt.",
+        show_default=by_default,
+        rich_help_panel=MAKE,
+    )
+
+
 def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Returns a decorator that adds the options of `command` to the parameters of a Typer function.
 
