@@ -2,7 +2,7 @@
 
     python benchmarks/forward.py                                  # A14B's 40 layers at 1280x720x81, one GPU
     python benchmarks/forward.py --grid 21 60 104                 # 832x480
-    python benchmarks/forward.py --ranks 2                        # one GPU, and Ulysses on two: ours and of diffusers
+    python benchmarks/forward.py --ranks 4                        # Ulysses on one, two and four GPUs, beside diffusers
     python benchmarks/forward.py --tiny --layers 2                # a quick check, also on a CPU, also with --ranks 2
 
 The ways run in turn, so that the GPU's clock, which drops under load, affects them equally; the median is reported.
@@ -12,11 +12,13 @@ values in every block of every forward; we compute them once per prompt.
 --profile adds a table of where the time goes. --reference compares a block with one in the original program's style.
 --by-depth times eager blocks of several depths on the streams that reach them. --tiny sets grid, kernels and diffusers.
 
---ranks times compiled ways only: the first kernel on each GPU by itself, whose slowest counts ("one"), the same with
-Ulysses over all ranks, and diffusers with its own Ulysses. `comparison` holds the efficiency, which is the time of one
-GPU divided by the ranks and their time, and our time and output against diffusers' (`relative_difference` is that of
-the whole velocity). If diffusers is not installed or fails, its way is missing and `diffusers` says why; its Ulysses
-needs tokens and heads that the ranks divide. The last line is one JSON document.
+--ranks times compiled ways only: the first kernel on each GPU by itself, with Ulysses over groups of two GPUs, of four,
+and so on to all ranks, and diffusers with its own Ulysses. All groups of a way work at once and the slowest counts, so
+that "ulysses 2" on four GPUs takes as long as a step whose branches are computed side by side. `comparison` holds each
+way's efficiency, which is the time of one GPU divided by the ranks and their time, and our time and output with all
+ranks against diffusers' (`relative_difference` is that of the whole velocity). If diffusers is not installed or fails,
+its way is missing and `diffusers` says why; its Ulysses needs tokens and heads that the ranks divide. The last line is
+one JSON document.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from in_turn import medians
 from profile_table import profile_table
 from random_expert import TINY, Inputs, random_expert, random_inputs
@@ -44,6 +47,7 @@ from torch import Tensor, nn
 from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import synchronize
 from wanfast.runtime.distributed.ranks import Ranks, rank_group
+from wanfast.runtime.distributed.ulysses import Ulysses
 from wanfast.runtime.engine.compilation import compile_blocks
 from wanfast.runtime.facts.flop import bf16_peak, forward_flop
 from wanfast.runtime.facts.mesh import Mesh
@@ -107,8 +111,8 @@ def main() -> None:
         options.grid, options.kernels, options.diffusers = (4, 6, 10), "flash,math", "sdpa"
     if min(options.ranks, options.rounds, options.other_rounds, options.layers) < 1:
         parser.error("--ranks, --rounds, --other-rounds and --layers must be 1 or more")
-    if options.ranks > 1 and (options.profile or options.reference or options.by_depth):
-        parser.error("--profile, --reference and --by-depth need one GPU: drop them, or drop --ranks")
+    if options.ranks > 1 and (options.reference or options.by_depth):
+        parser.error("--reference and --by-depth need one GPU: drop them, or drop --ranks")
     if options.ranks == 1:
         measure(options, Ranks("cuda" if torch.cuda.is_available() else "cpu"))
         return
@@ -141,12 +145,13 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> None:
         for way in ways:
             if turn < way.rounds:
                 timed(way, device, ranks)
+    tables = {}
+    if options.profile:
+        profiled = [way for way in ways if way.rounds == options.rounds]
+        tables = {way.name: profile_table(way.velocity, device, quiet=not ranks.is_leader) for way in profiled}
     if not ranks.is_leader:
         return
     report = {way.name: report_of(way, spec, inputs) for way in ways}
-    tables = {}
-    if options.profile:
-        tables = {way.name: profile_table(way.velocity, device) for way in ways if way.rounds == options.rounds}
     if options.reference:
         report["block"] = _block_against_reference(options.reference, model, inputs)
     if options.by_depth:
@@ -154,7 +159,7 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> None:
     tokens = inputs.rope.cos.shape[0]
     facts = {"layers": spec.num_layers, "tokens": tokens, "ranks": ranks.size, "mode": options.compile_mode}
     facts |= {"diffusers": f"none: {missing}" if missing else options.diffusers}
-    facts |= {"comparison": comparison(*ways)} if ranks.size > 1 else {}
+    facts |= {"comparison": comparison(ways)} if ranks.size > 1 else {}
     found = {"commit": commit(), "hardware": hardware.describe(device), "versions": versions()}
     print(json.dumps({**facts, "ways": report, "profiles": tables, **found}), flush=True)
 
@@ -173,16 +178,22 @@ def _own_ways(options: argparse.Namespace, model: WanDiT, inputs: Inputs) -> Ite
 
 
 def _ways_of_ranks(options: argparse.Namespace, model: WanDiT, inputs: Inputs, ranks: Ranks) -> Iterator[Way]:
-    """Yields the first kernel, compiled: on the leader alone, and on all ranks with the tokens shared."""
+    """Yields the first kernel, compiled: on each rank alone, and with the tokens shared by 2, 4, ... and all ranks."""
     text = model.encode_text(inputs.texts[0])
-    sequences: tuple[tuple[str, Sequence, int], ...] = (
-        ("one", WholeSequence(), 1),
-        (f"ulysses {ranks.size}", ranks.sequence, ranks.size),
-    )
-    for name, sequence, sharing in sequences:
+    sizes = sorted({size for size in (1, 2, 4, 8, ranks.size) if ranks.size % size == 0})
+    for size in sizes:
+        sequence, name = (_sequence(ranks, size), f"ulysses {size}") if size > 1 else (WholeSequence(), "one")
         twin = _twin(model, options.kernels.split(",")[0], sequence)
         compile_blocks(twin, options.compile_mode)
-        yield Way(name, velocity_of(twin, inputs, text), twin.blocks, options.rounds, sharing)
+        yield Way(name, velocity_of(twin, inputs, text), twin.blocks, options.rounds, size)
+
+
+def _sequence(ranks: Ranks, size: int) -> Sequence:
+    """Returns Ulysses over this rank's group of `size` ranks, which are neighbours."""
+    if size == ranks.size:
+        return ranks.sequence
+    lines = [list(range(first, first + size)) for first in range(0, ranks.size, size)]
+    return Ulysses(dist.new_subgroups_by_enumeration(lines)[0])  # type: ignore[no-untyped-call]
 
 
 def _twin(model: WanDiT, kernel: str, sequence: Sequence = WholeSequence()) -> WanDiT:  # noqa: B008
@@ -342,14 +353,22 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def comparison(one: Way, shared: Way, theirs: Way | None = None) -> dict[str, float]:
-    """Returns what the medians of ways on several ranks say, and how far our velocity is from diffusers'."""
-    one_s, shared_s = statistics.median(one.seconds), statistics.median(shared.seconds)
-    found = {"efficiency": round(one_s / (shared.ranks * shared_s), 4)}
-    if theirs is None or theirs.output is None or shared.output is None:
+def comparison(ways: list[Way]) -> dict[str, Any]:
+    """Returns what the medians of ways on several ranks say, and how far our velocity is from diffusers'.
+
+    The first way is one rank alone.
+    """
+    seconds = {way.name: statistics.median(way.seconds) for way in ways}
+    shared = [way for way in ways if way.name.startswith("ulysses")]
+    one_s = seconds[ways[0].name]
+    found: dict[str, Any] = {
+        "efficiency": {way.name: round(one_s / (way.ranks * seconds[way.name]), 4) for way in shared}
+    }
+    theirs = next((way for way in ways if way.name.startswith("diffusers")), None)
+    if theirs is None or theirs.output is None or shared[-1].output is None:
         return found
-    found["ratio_to_diffusers"] = round(shared_s / statistics.median(theirs.seconds), 4)
-    return found | {"relative_difference": _relative_error(shared.output, theirs.output)}
+    found["ratio_to_diffusers"] = round(seconds[shared[-1].name] / seconds[theirs.name], 4)
+    return found | {"relative_difference": _relative_error(shared[-1].output, theirs.output)}
 
 
 def report_of(way: Way, spec: DiTSpec, inputs: Inputs) -> dict[str, Any]:

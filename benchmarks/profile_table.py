@@ -1,4 +1,7 @@
-"""Profiles a forward: the shares of attention, linears and everything else in its time, and the time of each kernel."""
+"""Profiles a forward: the shares of attention, linears and everything else in its time, and the time of each kernel.
+
+With several ranks, also the time in which a GPU only exchanges, and in which it waits for its host.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,23 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 # Parts of kernel names. Attention comes first, because its kernels can also match the linears' parts.
 GROUPS = {
+    "exchanges": ("nccl", "Memcpy PtoP"),
     "attention": ("flash", "fmha", "sdpa", "FlashAttn", "attention"),
     "linears": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "_mm_", "addmm", "mm", "int8_product"),
 }
 
 
-def profile_table(forward: Callable[[], object], device: str) -> dict[str, Any]:
-    """Profiles one call and prints a table to stderr.
+def profile_table(forward: Callable[[], object], device: str, *, quiet: bool = False) -> dict[str, Any]:
+    """Profiles one call and prints a table to stderr, unless it is `quiet`.
 
-    Returns {"shares": {group: share of the time}, "kernels": [{"name", "group", "ms", "calls", "share"}, ...]}.
+    Returns {"shares": {group: share of the time}, "kernels": [{"name", "group", "ms", "calls", "share"}, ...]}, and on
+    a GPU "span": the milliseconds from the first kernel to the end of the last one, of these without any kernel, and
+    with exchanges only.
     """
     activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
@@ -42,13 +49,38 @@ def profile_table(forward: Callable[[], object], device: str) -> dict[str, Any]:
                 "share": round(microseconds / whole, 4),
             }
         )
+    found = {"shares": {group: round(share, 4) for group, share in shares.items()}, "kernels": kernels[:24]}
+    found |= {"span": _span(profiler)} if device == "cuda" else {}
+    if quiet:
+        return found
     for kernel in kernels[:16]:
         print(
             f"  {kernel['share']:7.2%} {kernel['ms']:10.1f} ms {kernel['calls']:5} x {kernel['name'][:90]}",
             file=sys.stderr,
         )
-    print("  " + ", ".join(f"{group} {share:.2%}" for group, share in shares.items()), file=sys.stderr, flush=True)
-    return {"shares": {group: round(share, 4) for group, share in shares.items()}, "kernels": kernels[:24]}
+    print(
+        "  " + ", ".join(f"{group} {share:.2%}" for group, share in shares.items()), found.get("span"), file=sys.stderr
+    )
+    return found
+
+
+def _span(profiler: profile) -> dict[str, float]:
+    events = [event for event in profiler.events() or [] if event.device_type == DeviceType.CUDA]
+    times = [(event.time_range.start, event.time_range.end, group_of(event.name)) for event in events]
+    whole = max(end for _, end, _ in times) - min(start for start, _, _ in times)
+    busy = _covered([(start, end) for start, end, _ in times])
+    computing = _covered([(start, end) for start, end, group in times if group != "exchanges"])
+    values = {"ms": whole, "idle_ms": whole - busy, "only_exchanges_ms": busy - computing}
+    return {name: round(value / 1e3, 3) for name, value in values.items()}
+
+
+def _covered(times: list[tuple[float, float]]) -> float:
+    """Returns the length of the union of intervals."""
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(times):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
 
 
 def group_of(kernel: str) -> str:

@@ -43,15 +43,20 @@ def before(module, name, text):
         return work(*arguments, **named)
     setattr(module, name, marked)
 
-def around(module):
-    work = module.rank_group
+def after(module):
+    name = "join" if hasattr(module, "join") else "rank_group"  # an older version has only the second one
+    work = getattr(module, name)
+    def joined(*arguments):
+        ranks = work(*arguments)
+        mark("group formed")
+        return ranks
     @contextlib.contextmanager
-    def marked(*arguments):
+    def within(*arguments):
         with work(*arguments) as ranks:
             mark("group formed")
             yield ranks
         mark("group parted")
-    module.rank_group = marked
+    setattr(module, name, joined if name == "join" else within)
 
 def worker(module):
     mark("worker imported")
@@ -61,7 +66,7 @@ AFTER = {
     "wanfast.commands.dispatch": lambda module: before(module, "run_jobs", "plan made"),
     "torch": lambda module: mark("torch imported"),
     "torch.distributed.launcher.api": lambda module: mark("launcher imported"),
-    "wanfast.runtime.distributed.ranks": around,
+    "wanfast.runtime.distributed.ranks": after,
     "wanfast.runtime.jobs.generate": worker,
 }
 
@@ -110,7 +115,9 @@ def main() -> None:
     print(json.dumps({**facts, "versions": versions(), "commit": commit(), "rows": rows}))
 
 
-def _commit(checkout: Path) -> str:
+def _commit(checkout: Path) -> str | None:
+    if checkout == Path(__file__).parents[1].resolve():
+        return commit()
     command = ["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -11,7 +11,7 @@ new prompt, and a list of three videos. Each row has the wall time from start to
 seconds by stage, what lies outside of all stages, and what lies beyond denoising, which hardly depends on --steps. In a
 list, a video's wall time is from when the video before is written to when its own is; `list` in `beyond_denoising_s`
 leaves out the first one. `end_s` is from the last video to the end of the command. The VAE's last layer is scaled down,
-so that x264 gets smooth frames; --noise does not scale it.
+so that x264 gets smooth frames. --long adds a known prompt with more steps, --noise one whose frames are noise.
 
 Without --random the files of the experts and the text encoder are holes, which read as zeros without a disk. One run
 shows whether the video fits, what is held where and when, the best reading time from the page cache, and the VAE's
@@ -40,7 +40,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from wanfast.bench.model_folder import of_layers, random_bytes, write_model
+from wanfast.bench.model_folder import of_layers, random_bytes, write_model, write_vae
 from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.facts.model_spec import A14B
@@ -73,7 +73,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=A14B.dit.num_layers, help="of each expert and, up to 24, of UMT5")
     parser.add_argument("--folder", type=Path, help="the model's folder, written if missing; temporary by default")
     parser.add_argument("--random", action="store_true", help="random weights, and several videos")
-    parser.add_argument("--noise", action="store_true", help="with --random: frames of noise, which x264 is slow at")
+    parser.add_argument("--noise", action="store_true", help="with --random: also frames of noise, slow to encode")
+    parser.add_argument("--long", type=int, metavar="STEPS", help="with --random: also a video of so many steps")
     parser.add_argument("--rounds", type=int, default=1, help="with --random: of the measured commands")
     parser.add_argument(
         "--vae-alone", action=argparse.BooleanOptionalAction, help="by default on a GPU without --random"
@@ -81,6 +82,8 @@ def main() -> None:
     options, others = parser.parse_known_args()
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, _leave)
+    if not options.random and (options.noise or options.long or options.rounds > 1):
+        parser.error("--noise, --long and --rounds need --random")
     set_environment()  # torch reads this setting at its first use of a GPU
     place = _place(options)
     with tempfile.TemporaryDirectory(dir=place) as scratch:
@@ -117,8 +120,7 @@ def _place(options: argparse.Namespace) -> Path:
 
 def _write(folder: Path, options: argparse.Namespace) -> None:
     """Writes the model in a process of its own, because this one should not hold memory of a GPU."""
-    smoothness = SMOOTHNESS if options.random and not options.noise else 1
-    given = {"is_random": options.random, "smoothness": smoothness}
+    given = {"is_random": options.random, "smoothness": SMOOTHNESS if options.random else 1}
     writer = mp.get_context("spawn").Process(target=write_model, args=(folder, of_layers(options.layers)), kwargs=given)
     writer.start()
     try:
@@ -138,8 +140,8 @@ def _measure_holes(folder: Path, scratch: Path, _: argparse.Namespace, others: l
 
 
 def _measure_random(folder: Path, scratch: Path, options: argparse.Namespace, others: list[str]) -> dict[str, Any]:
-    def one(prompt: str, name: str) -> list[dict[str, Any]]:
-        given = [f"--prompt={prompt}", "--seed=1", f"--output={scratch / name}.mp4", *others]
+    def one(prompt: str, name: str, *more: str) -> list[dict[str, Any]]:
+        given = [f"--prompt={prompt}", "--seed=1", f"--output={scratch / name}.mp4", *others, *more]
         return _rows(name, _generate(folder, scratch, given))
 
     def listed(name: str) -> list[dict[str, Any]]:
@@ -154,10 +156,16 @@ def _measure_random(folder: Path, scratch: Path, options: argparse.Namespace, ot
         rows["known"] += one(KNOWN, f"known-{turn}")
         rows["new"] += one(f"a new cat, number {turn}", f"new-{turn}")
         rows["list"] += listed(f"list-{turn}")
-    counted = {name: rows[name] for name in ("known", "new")}
+    if options.long:
+        rows["long"] = one(KNOWN, "long", f"--steps={options.long}")
+    if options.noise:
+        write_vae(folder, of_layers(options.layers), smoothness=1)
+        one(KNOWN, "noise-first")  # hashes the new VAE
+        rows["noise"] = one(KNOWN, "noise")
+    counted = {name: found for name, found in rows.items() if name not in ("first", "list")}
     counted |= {"list": [row for index, row in enumerate(rows["list"]) if index % VIDEOS]}
     beyond = {name: _spread([row["beyond_denoising_s"] for row in found]) for name, found in counted.items()}
-    facts = {"noise": options.noise, "rounds": options.rounds} | _facts(first.documents[0])
+    facts = {"rounds": options.rounds} | _facts(first.documents[0])
     return facts | {"beyond_denoising_s": beyond, "videos": rows}
 
 

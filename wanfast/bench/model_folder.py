@@ -40,13 +40,18 @@ def write_model(folder: Path, spec: ModelSpec, *, is_random: bool = False, smoot
     (folder / "transformer_2").mkdir()
     (folder / "transformer_2" / _WEIGHTS).hardlink_to(folder / "transformer" / _WEIGHTS)
     write(folder / "text_encoder/model.safetensors", "umt5", umt5)
+    write_vae(folder, spec, smoothness)
+    (folder / "tokenizer").mkdir()
+    shutil.copy(TINY / "tokenizer/tokenizer.json", folder / "tokenizer")
+    (folder / "wanfast.json").write_text(json.dumps(spec.to_json()))
+
+
+def write_vae(folder: Path, spec: ModelSpec, smoothness: float) -> None:
+    """Writes the folder's random VAE, or replaces it."""
     vae = WanVAE(spec.vae)
     randomise(vae, 0)
     vae.decoder.conv_out.weight.data /= smoothness
     checkpoint.save(vae, folder / "vae" / _WEIGHTS, component="vae", layout="diffusers")
-    (folder / "tokenizer").mkdir()
-    shutil.copy(TINY / "tokenizer/tokenizer.json", folder / "tokenizer")
-    (folder / "wanfast.json").write_text(json.dumps(spec.to_json()))
 
 
 def of_layers(layers: int) -> ModelSpec:

@@ -131,15 +131,14 @@ class Ranks:
         return tensor
 
 
-@contextlib.contextmanager
-def rank_group(device: str, mesh: Mesh, timeout_s: float) -> Iterator[Ranks]:
-    """Connects the ranks by torch.distributed, as torchrun's environment variables say; yields this rank's `Ranks`.
+def join(device: str, mesh: Mesh, timeout_s: float) -> Ranks:
+    """Connects the ranks by torch.distributed, as torchrun's environment variables say; returns this rank's `Ranks`.
 
-    A collective fails after it has waited `timeout_s` seconds for other ranks.
+    A collective fails after it has waited `timeout_s` seconds for other ranks. The connections stay open until the
+    process ends.
     """
     if mesh.group_size == 1:
-        yield Ranks(device)
-        return
+        return Ranks(device)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = timedelta(seconds=timeout_s)
@@ -150,6 +149,14 @@ def rank_group(device: str, mesh: Mesh, timeout_s: float) -> Iterator[Ranks]:
         for axis in axes
         if getattr(mesh, axis) > 1
     }
-    yield Ranks(device, mesh, dist.get_rank(), groups)
-    forget_cuda_graphs()  # NCCL would wait forever for captured graphs that hold its exchanges
-    dist.destroy_process_group()  # not after an error, because it may wait for peers that ended
+    return Ranks(device, mesh, dist.get_rank(), groups)
+
+
+@contextlib.contextmanager
+def rank_group(device: str, mesh: Mesh, timeout_s: float) -> Iterator[Ranks]:
+    """Yields what `join` returns, and closes the connections at the end, for a process that goes on afterwards."""
+    ranks = join(device, mesh, timeout_s)
+    yield ranks
+    if ranks.size > 1:
+        forget_cuda_graphs()  # NCCL would wait forever for captured graphs that hold its exchanges
+        dist.destroy_process_group()  # not after an error, because it may wait for peers that ended

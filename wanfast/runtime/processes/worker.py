@@ -115,17 +115,19 @@ def _timeout_s(run_folder: Path) -> float:
 
 
 def _work(run_folder: Path, number: int, own_folder: Path) -> None:
-    from wanfast.runtime.distributed.ranks import rank_group
+    from wanfast.runtime.distributed.ranks import join
     from wanfast.runtime.engine.session import Sessions
 
     setup = json.loads((run_folder / SETUP).read_text(encoding="utf-8"))
     config = RanksConfig(**setup["ranks"])
     mesh = dataclasses.replace(config.mesh, replica=1)  # of this rank's group
-    with rank_group(config.device, mesh, config.rank_timeout) as ranks:
-        sessions = Sessions(ranks)
-        for batch, document in _batches(run_folder):
-            _do_batch(run_folder, number, own_folder, batch, document, sessions, setup["groups"])
-        sessions.close()
+    ranks = join(config.device, mesh, config.rank_timeout)
+    sessions = Sessions(ranks)
+    for batch, document in _batches(run_folder):
+        _do_batch(run_folder, number, own_folder, batch, document, sessions, setup["groups"])
+    ranks.gather(
+        None
+    )  # no rank leaves while another needs it; the end of the process frees everything, which is faster
 
 
 def _batches(run_folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
