@@ -1,6 +1,6 @@
 """Trains the VAE: stage 1 on short windows of clips, stage 2 the decoder only, on windows as long as a clip.
 
-The loss is L1 + 20 x squared error; latents stay near unit size, and noise on them makes the decoder robust. Stage 1
+The loss is L1 + 100 x squared error; latents stay near unit size, and noise on them makes the decoder robust. Stage 1
 uses windows of nine frames, from which the decoder does not extrapolate well in every clip. So stage 2 trains the
 decoder on whole clips and leaves the latents unchanged. `finish` writes what moves to the next stage: the averaged
 weights and the statistics of the latents.
@@ -115,7 +115,7 @@ def vae_loss(vae: WanVAE) -> LossFn:
         error = out - video
         squared = (error / 2).square().mean()
         size = z.float().square().mean()
-        total = error.abs().mean() + 20 * squared + 1e-3 * (size - 1).clamp_min(0)
+        total = error.abs().mean() + 100 * squared + 1e-3 * (size - 1).clamp_min(0)
         return {"loss": total, "psnr": -10 * squared.log10(), "latent": size}
 
     return loss
