@@ -80,7 +80,7 @@ def is_made(stage: str, options: argparse.Namespace) -> bool:
 def fit_vae(options: argparse.Namespace) -> bool:
     if is_made("vae", options):
         return True
-    schedule = Schedule(steps=options.vae_steps, learning_rate=1e-3, deadline=options.deadline)
+    schedule = Schedule(steps=options.vae_steps, muon_rate=0.005, deadline=options.deadline)
     kinds = train_vae.TOY if options.smoke else train_vae.SHORT
     mix = Mix(options.photographs, options.device)
     return train_vae.fit(SPEC.vae, mix, schedule, options.folder, kinds)
@@ -90,7 +90,7 @@ def fit_decoder(options: argparse.Namespace) -> bool:
     if (options.folder / train_vae.FINISHED).exists():
         return True
     steps = options.decoder_steps
-    schedule = Schedule(steps=steps, learning_rate=2e-4, deadline=options.deadline, warmup=20, log_every=9)
+    schedule = Schedule(steps=steps, muon_rate=1e-3, adam_rate=2e-4, deadline=options.deadline, warmup=20, log_every=9)
     kinds = train_vae.TOY if options.smoke else train_vae.LONG
     mix = Mix(options.photographs, options.device)
     if not train_vae.fit_decoder(SPEC.vae, mix, schedule, options.folder, kinds):
@@ -124,7 +124,7 @@ def fit_experts(options: argparse.Namespace) -> bool:
     sets = encoded_sets(spec, kinds, options)
     if sets is None:
         return False
-    schedule = Schedule(steps=options.expert_steps, learning_rate=1e-3, deadline=options.deadline, ema=0.9995)
+    schedule = Schedule(steps=options.expert_steps, muon_rate=0.005, deadline=options.deadline, ema=0.9995)
     batches = [kind.batch for kind in kinds]
     return train_experts.fit(spec, sets, schedule, options.folder, options.device, batches, order)
 

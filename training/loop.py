@@ -1,7 +1,8 @@
 """Optimises a network for every stage: seeded steps, EMA, a log of losses, checkpoints that resume bit for bit.
 
-A step's data and noise depend only on its number, so that an interrupted and resumed run equals one long run. The
-learning rate warms up, stays constant, and decays linearly over the last fifth.
+Muon moves matrices and convolutions, and AdamW all other parameters. A step's data and noise depend only on its number,
+so that an interrupted and resumed run equals one long run. Learning rates warm up, stay constant, and decay linearly
+over the last fifth.
 Kernel launches, not the GPU, limit the speed of networks this small. So forward and backward are captured as a CUDA
 graph, one for each shape of batches, and replayed.
 """
@@ -19,6 +20,9 @@ from time import monotonic
 import torch
 from torch import Tensor, nn
 
+from training.muon import Muon
+
+_NO_MATRICES = ("norm", "modulation", "token_embedding", "pos_embedding", "head.head")  # or zero at first
 Batch = tuple[Tensor, ...]
 DrawFn = Callable[[int, torch.Generator], Batch]  # (step, generator) -> batch
 LossFn = Callable[..., dict[str, Tensor]]  # batch -> named terms; "loss" is minimised
@@ -29,7 +33,8 @@ class Schedule:
     """Sets the total `steps`; this process makes as many as it can until `deadline` on the monotonic clock."""
 
     steps: int
-    learning_rate: float
+    muon_rate: float
+    adam_rate: float = 1e-3
     deadline: float = math.inf
     save_every: float = 2.0  # minutes
     warmup: int = 200
@@ -37,10 +42,11 @@ class Schedule:
     seed: int = 0
     log_every: int = 49  # no common factor with the number of a stage's kinds of batches, so that each is logged
 
-    def rate(self, step: int) -> float:
+    def share(self, step: int) -> float:
+        """Returns the share of both learning rates at a step."""
         decay_from = 0.8 * self.steps
         decay = min(1.0, (self.steps - step) / max(1.0, self.steps - decay_from))
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * max(decay, 0.01)
+        return min(1.0, (step + 1) / self.warmup) * max(decay, 0.01)
 
 
 def make_deterministic() -> None:
@@ -64,16 +70,15 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
     """
     device = next(network.parameters()).device
     parameters = list(network.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
-    )
+    muon, adam = optimizers = _optimizers(network, schedule)
     average = [parameter.detach().clone() for parameter in parameters]
     file, step = folder / f"{name}.pt", 0
     folder.mkdir(parents=True, exist_ok=True)
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
         network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
         average, step = state["ema"], state["step"]
         if step >= schedule.steps:
             return True
@@ -81,23 +86,26 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
     _forget_lines_after(log_file, step)
 
     def save() -> None:
-        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": average, "step": step}
+        state = {"network": network.state_dict(), "ema": average, "step": step}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         partial = file.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(file)
 
     generator = torch.Generator(device).manual_seed(schedule.seed)
     gradients = _gradients(parameters, loss)
+    step_muon = _stepping(muon, device)
     saved = logged = monotonic()
     logged_step = step - 1
     with log_file.open("a") as log:
         while step < schedule.steps and monotonic() < schedule.deadline:
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.rate(step)
+            muon.rate.fill_(schedule.muon_rate * schedule.share(step))
+            adam.param_groups[0]["lr"] = schedule.adam_rate * schedule.share(step)
             generator.manual_seed(schedule.seed * 1_000_003 + step)
             batch = draw(step, generator)
             terms = gradients(batch)
-            optimizer.step()
+            step_muon()
+            adam.step()
             # early on, the average forgets its random start faster
             torch._foreach_lerp_(
                 average, [p.detach() for p in parameters], 1 - min(schedule.ema, (1 + step) / (10 + step))
@@ -119,12 +127,23 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
     return step >= schedule.steps
 
 
+def _optimizers(network: nn.Module, schedule: Schedule) -> tuple[Muon, torch.optim.AdamW]:
+    matrices, others = [], []
+    for name, parameter in network.named_parameters():
+        is_matrix = parameter.dim() >= 2 and not any(part in name for part in _NO_MATRICES)
+        (matrices if is_matrix else others).append(parameter)
+    rate, on_gpu = schedule.adam_rate, others[0].device.type == "cuda"
+    return Muon(matrices), torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu)
+
+
 def _gradients(parameters: list[nn.Parameter], loss: LossFn) -> Callable[[Batch], dict[str, Tensor]]:
     """Returns a function that sets the parameters' clipped gradients for a batch and returns the loss's terms."""
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient  # of all graphs, also of the optimizer's
 
     def eager(batch: Batch) -> dict[str, Tensor]:
-        for parameter in parameters:
-            parameter.grad = None
+        torch._foreach_zero_(gradients)
         terms = loss(*batch)
         terms["loss"].backward()
         return terms | {"norm": nn.utils.clip_grad_norm_(parameters, 1.0)}
@@ -137,47 +156,54 @@ def _gradients(parameters: list[nn.Parameter], loss: LossFn) -> Callable[[Batch]
         shapes = tuple(tensor.shape for tensor in batch)
         if shapes not in graphs:
             pool = next(iter(graphs.values())).graph.pool() if graphs else None
-            graphs[shapes] = _capture(eager, batch, parameters, pool)
-        return graphs[shapes].replay(batch, parameters)
+            graphs[shapes] = _capture(eager, batch, pool)
+        return graphs[shapes].replay(batch)
 
     return replay
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """Holds a captured graph and its memory: the batch that it reads, and the terms and gradients that it writes."""
+    """Holds a captured graph and its memory: the batch that it reads, and the terms that it writes."""
 
     graph: torch.cuda.CUDAGraph
     held: Batch
     terms: dict[str, Tensor]
-    gradients: list[Tensor | None]
 
-    def replay(self, batch: Batch, parameters: list[nn.Parameter]) -> dict[str, Tensor]:
+    def replay(self, batch: Batch) -> dict[str, Tensor]:
         torch._foreach_copy_(self.held, batch)
         self.graph.replay()
-        for parameter, gradient in zip(parameters, self.gradients, strict=True):
-            parameter.grad = gradient
         return self.terms
 
 
-def _capture(
-    eager: Callable[[Batch], dict[str, Tensor]],
-    example: Batch,
-    parameters: list[nn.Parameter],
-    pool: tuple[int, int] | None,
-) -> _Graph:
+def _capture(eager: Callable[[Batch], dict[str, Tensor]], example: Batch, pool: tuple[int, int] | None) -> _Graph:
     """Captures a step on a batch shaped like `example`; graphs share a memory pool, because one runs at a time."""
     held = tuple(tensor.clone() for tensor in example)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # libraries initialise and blocks compile before the capture
-            eager(held)
-    torch.cuda.synchronize()
+    _aside(lambda: eager(held), times=3)  # libraries initialise and blocks compile before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         terms = eager(held)
-    return _Graph(graph, held, terms, [parameter.grad for parameter in parameters])
+    return _Graph(graph, held, terms)
+
+
+def _stepping(muon: Muon, device: torch.device) -> Callable[[], None]:
+    """Returns a function that makes a step of Muon: on a GPU a captured graph, because it has some hundred kernels."""
+    if device.type != "cuda":
+        return muon.step
+    _aside(muon.rehearse, times=1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        muon.step()
+    return graph.replay
+
+
+def _aside(work: Callable[[], object], times: int) -> None:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(times):
+            work()
+    torch.cuda.synchronize()
 
 
 def _forget_lines_after(log_file: Path, step: int) -> None:

@@ -115,7 +115,7 @@ def vae_loss(vae: WanVAE) -> LossFn:
         error = out - video
         squared = (error / 2).square().mean()
         size = z.float().square().mean()
-        total = error.abs().mean() + 100 * squared + 1e-3 * (size - 1).clamp_min(0)
+        total = error.abs().mean() + 100 * squared + 1e-2 * (size - 1).clamp_min(0)
         return {"loss": total, "psnr": -10 * squared.log10(), "latent": size}
 
     return loss

@@ -30,7 +30,7 @@ if piece == "cut":
     calls = itertools.count()
     training.loop.monotonic = lambda: 0.0 if next(calls) < 46 else 1e9
 deadline = 480.0 if piece == "cut" else float("inf")
-schedule = training.loop.Schedule(steps=60, learning_rate=1e-3, warmup=2, log_every=20, deadline=deadline)
+schedule = training.loop.Schedule(steps=60, muon_rate=1e-3, warmup=2, log_every=20, deadline=deadline)
 folder.mkdir(exist_ok=True)
 if stage == "experts":
     generator, sets = torch.Generator().manual_seed(0), []

@@ -18,6 +18,7 @@ from training.clips import LARGE, Mix
 from training.clips import SMALL as SMALL_CLIPS
 from training.export import export
 from training.loop import Schedule, load_ema, train
+from training.muon import Muon
 from training.spec import SPEC
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.conditioning import first_frame_clip
@@ -71,7 +72,7 @@ def test_resumed_training_is_the_same_training(
     tmp_path: Path, stage: str, mix: Mix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(folder: Path, deadline: float = math.inf) -> bool:
-        schedule = Schedule(steps=4, learning_rate=1e-3, warmup=2, log_every=1, deadline=deadline)
+        schedule = Schedule(steps=4, muon_rate=1e-3, warmup=2, log_every=1, deadline=deadline)
         if stage == "decoder":
             initial(folder)
             return train_vae.fit_decoder(SMALL.vae, mix, schedule, folder, train_vae.TOY)
@@ -105,7 +106,7 @@ def initial(folder: Path) -> None:
 def test_the_decoder_is_trained_alone_and_exported(tmp_path: Path, mix: Mix) -> None:
     initial(tmp_path)
     before = train_vae.load(SMALL.vae, tmp_path, "cpu").state_dict()
-    schedule = Schedule(steps=2, learning_rate=1e-2, warmup=1)
+    schedule = Schedule(steps=2, muon_rate=1e-2, warmup=1)
     assert train_vae.fit_decoder(SMALL.vae, mix, schedule, tmp_path, train_vae.TOY)
     after = train_vae.load(SMALL.vae, tmp_path, "cpu").state_dict()
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
@@ -175,27 +176,53 @@ def test_all_stages_run_and_a_stage_waits_for_those_before(
     assert model_files.locate(str(tmp_path / "tiny"), "artifacts").exists
 
 
-def test_each_captured_graph_has_its_own_gradients() -> None:
-    class Replayed:  # stands for a CUDA graph
-        def __init__(self, held: Tensor, gradient: Tensor) -> None:
-            self.held, self.gradient = held, gradient
+def test_all_graphs_write_the_gradients_that_the_optimizers_read() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    gradients = training.loop._gradients([parameter], lambda x: {"loss": (parameter * x).sum()})
+    gradient = parameter.grad
+    for value in (0.1, 0.3):
+        gradients((torch.tensor(value),))
+        assert parameter.grad is gradient
+        assert torch.allclose(parameter.grad, torch.tensor(value))
 
-        def replay(self) -> None:
-            self.gradient.copy_(2 * self.held.sum())
 
-    parameters = [torch.nn.Parameter(torch.ones(()))]
-    graphs = []
-    for size in (2, 3):
-        held, gradient = torch.zeros(size), torch.zeros(())
-        graph = Replayed(held, gradient)
-        graphs.append(training.loop._Graph(graph, (held,), {"loss": gradient}, [gradient]))  # type: ignore[arg-type]
-    for k, batch in ((0, torch.ones(2)), (1, torch.ones(3)), (0, 5 * torch.ones(2))):
-        terms = graphs[k].replay((batch,), parameters)
-        assert parameters[0].grad is terms["loss"] and float(terms["loss"]) == 2 * float(batch.sum())
+def test_muon_moves_every_direction_of_a_matrix_alike() -> None:
+    wide, tall, volume = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 32), (32, 8), (8, 4, 3, 3, 3)))
+    muon = Muon([wide, tall, volume])
+    muon.rate.fill_(0.1)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (wide, tall, volume):
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad[0] *= 100
+    muon.step()
+    for parameter, scale in ((wide, 1), (tall, 2), (volume, 1)):
+        singular = torch.linalg.svdvals(parameter.detach().flatten(1)) / (0.1 * scale)
+        assert singular.min() > 0.6
+        assert singular.max() < 1.3
+
+
+def test_muon_decides_a_direction_by_past_gradients_too() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    muon = Muon([parameter])
+    muon.rate.fill_(1.0)
+    for sign in (1.0, -0.2):  # the mean is still positive
+        parameter.grad = sign * torch.eye(2)
+        before = parameter.detach().clone()
+        muon.step()
+    assert torch.all((parameter - before).diagonal() < 0)
+
+
+def test_a_step_of_nothing_is_none() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 3))
+    muon = Muon([parameter])
+    muon.rate.fill_(1.0)
+    parameter.grad = torch.zeros(2, 3)
+    muon.step()
+    assert torch.equal(parameter, torch.ones(2, 3))
 
 
 def test_a_plot_has_a_line_for_each_shape_of_batches(tmp_path: Path) -> None:
-    assert fit_experts(Schedule(steps=4, learning_rate=1e-3, log_every=1), tmp_path)
+    assert fit_experts(Schedule(steps=4, muon_rate=1e-3, log_every=1), tmp_path)
     lines = plot.lines(tmp_path / "experts.jsonl", ("high", "low"))
     # sets 0, 1, 1 in turn, of batches 2, 1 and 1 for each of two experts
     shapes = {label.split()[1]: steps for label, (steps, _) in lines.items() if label.startswith("high")}
@@ -211,13 +238,13 @@ def test_losses_fall(tmp_path: Path) -> None:
         return float(loss(*draw(0, torch.Generator().manual_seed(9)))["loss"].detach())
 
     before = measured()
-    train("experts", model, draw, loss, Schedule(steps=30, learning_rate=3e-3, warmup=3), tmp_path)
+    train("experts", model, draw, loss, Schedule(steps=30, muon_rate=1e-2, adam_rate=3e-3, warmup=3), tmp_path)
     after = measured()
     assert after < 0.9 * before
 
 
 def test_what_is_exported_is_what_was_trained(tmp_path: Path) -> None:
-    assert fit_experts(Schedule(steps=2, learning_rate=1e-3), tmp_path)
+    assert fit_experts(Schedule(steps=2, muon_rate=1e-3), tmp_path)
     model, _ = experts()
     load_ema(model, tmp_path / "experts.pt")
     vae = train_vae.build(SMALL.vae, "cpu")
