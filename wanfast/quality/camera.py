@@ -21,13 +21,13 @@ _ROLL = math.radians(20)
 
 @dataclass(frozen=True)
 class Camera:
-    """Holds where one motion has led at the clip's end, and the sentences by which captions name it."""
+    """Holds one camera motion: the end of the motion's path, and the sentences by which captions name the motion."""
 
     end: tuple[float, float, float, float]
     phrases: tuple[str, ...]
 
     def at(self, moments: npt.ArrayLike) -> Path:
-        """Returns [moments, 4]: x, y, log zoom and roll at each moment, a number in [0, 1]."""
+        """Returns [moments, 4]: x, y, log zoom and roll at each moment; a moment is a number in [0, 1]."""
         path: Path = np.asarray(moments, dtype=np.float64)[:, None] * np.array(self.end)
         return path
 
@@ -60,7 +60,11 @@ OVER_A_PHOTOGRAPH = ("over a photograph", "across a photograph", "over a picture
 
 
 def caption(name: str, choice: float, place: float) -> str:
-    """Returns one of the camera's sentences; some say that it is over a photograph. Both numbers are in [0, 1)."""
+    """Returns a caption for the camera motion `name`; some captions also name a photograph.
+
+    `choice` selects the sentence. `place` decides whether the sentence names a photograph, and in which words. Both
+    numbers are in [0, 1).
+    """
     phrases = CAMERAS[name].phrases
     sentence = phrases[int(choice * len(phrases))]
     if place >= 0.4:

@@ -27,7 +27,10 @@ _RANSAC_PIXELS = 1.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """Holds the camera motion with the nearest path (None if the frames have too little detail), and all errors."""
+    """Holds the camera motion whose path is nearest to the video's, and for each motion the error of its path.
+
+    If the frames have too little detail to find the camera's path, the motion is None and there are no errors.
+    """
 
     camera: str | None
     errors: dict[str, float]
