@@ -169,7 +169,8 @@ def lora_spellings(names: Iterable[str]) -> dict[str, str]:
 def lora_part(key: str, spellings: Mapping[str, str]) -> tuple[str, LoraPart, str] | None:
     """Returns (module's path in the file, part, our name of the parameter) of a LoRA's key.
 
-    Returns None for a key that matches nothing. `spellings` comes from `lora_spellings`.
+    `part` says what the key's tensor is, such as "down" or "alpha". `spellings` comes from `lora_spellings`. Returns
+    None for a key that matches nothing.
     """
     rest = key[_LORA_PREFIX.match(key).end() :]  # type: ignore[union-attr]  # it matches the empty text too
     for part, ending in _LORA_ENDINGS.items():
