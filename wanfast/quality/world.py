@@ -1,12 +1,12 @@
 """Draws the procedural world that the tiny model learns: textured shapes that move as a caption says.
 
-A scene is drawn from a seed. It has one subject, which the caption names, up to two bystanders and a patterned
-background. The subject and the camera never both move. A photograph may be the background, or the whole scene.
+A scene is drawn from a seed. It usually has one subject, up to two bystanders and a patterned background. The caption
+names the subject. The subject and the camera never both move. A photograph may be the background, or the whole scene.
 Rendering is batched on the device. A shape is a mask from an atlas, sampled through the inverse of the shape's motion.
 So any frame, or any window of a frame, can be rendered alone.
 
-Shapes: B clips, F frames, H x W pixels; S shapes in the atlas. Places are in short sides of the frame; the
-frame's centre is 0.5.
+Shapes: B clips, F frames, H x W pixels; S shapes in the atlas. Places are in short sides of the frame; the frame's
+centre is 0.5.
 A tenth of all (shape, colour, motion) combinations is held out. A held-out clip shows a motion that training never
 shows for a subject of this shape and colour. Bystanders stand still, may have any combination of shape and colour, and
 are named in no caption.

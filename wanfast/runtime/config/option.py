@@ -184,7 +184,7 @@ def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 
 def near_names(unknown: str, known: Iterable[str]) -> list[str]:
-    """Returns up to three of the `known` names: those that begin with `unknown`, otherwise those similar to it."""
+    """Returns up to three of the `known` names that begin with `unknown`; if there are none, returns similar names."""
     from difflib import get_close_matches
 
     known = sorted(known)

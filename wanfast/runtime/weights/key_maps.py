@@ -1,8 +1,8 @@
 """Maps the tensor names of the two public layouts (original, Diffusers) to ours, by a table for each model and layout.
 
-A table lists pairs (module path in the layout, our module path), where `{i}` stands for any index. It can be read in
-both directions. Our names are those of the original layout, except for the VAE, whose original names are mere indices
-in nested lists. The keys of LoRA files are read by `lora_part`, whichever tool wrote them.
+A table lists pairs (module path in the layout, our module path), where `{i}` stands for any index. Each table can be
+read in both directions. Our names are those of the original layout, except for the VAE, whose original names are
+mere indices in nested lists. The keys of LoRA files are read by `lora_part`, whichever tool wrote them.
 """
 
 from __future__ import annotations
