@@ -96,7 +96,7 @@ class SkippingConfig(Part):
     magcache_budget: Annotated[
         float | None,
         Option(
-            "Share of forwards to compute. The skipped ones are chosen so that the sum of their errors is smallest.",
+            "Share of forwards to compute. Skipped forwards are chosen so that the sum of their errors is smallest.",
             LOSSY,
             choice=_AMOUNT,
             check=lambda x: None if 0 < x <= 1 else "use the share of forwards to compute, over 0 to 1",

@@ -121,7 +121,7 @@ class Session:
 
     @hardware.one_out_of_memory_error()
     def use_loras(self, models: ModelsConfig) -> None:
-        """Replaces the session's LoRAs by those of `models`; all other values of `models` must be the session's.
+        """Replaces the session's LoRAs by those of `models`; the session and `models` must agree in all other values.
 
         Only the experts whose LoRAs differ are read again, into the same memory. Compiled blocks, the VAE and text
         embeddings stay. After an error the session is closed, and the next use of the session loads the models.
