@@ -339,10 +339,10 @@ WRONG: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "infinity": ({f"{Q}.diff_b": torch.full([64], torch.inf)}, f"tensor '{Q}.diff_b' holds NaN or an infinity"),
     "alpha": ({f"{Q}.alpha": torch.tensor(torch.nan)}, f"tensor '{Q}.alpha' is not finite"),
     "alphas": ({f"{Q}.alpha": torch.ones(2)}, "alpha is one number"),
-    "DoRA": ({f"{Q}.dora_scale": torch.ones(64, 1)}, f"'{Q}.dora_scale' is of a DoRA: only LoRA can be merged"),
-    "DoRA of PEFT": ({f"{Q}.lora_magnitude_vector": torch.ones(64)}, "is of a DoRA"),
-    "LoHa": ({f"{Q}.hada_w1_a": torch.ones(64, 1)}, "is of a LoHa"),
-    "LoKr": ({f"{Q}.lokr_w1": torch.ones(8, 8)}, "is of a LoKr"),
+    "DoRA": ({f"{Q}.dora_scale": torch.ones(64, 1)}, f"'{Q}.dora_scale' belongs to a DoRA: only LoRA can be merged"),
+    "DoRA of PEFT": ({f"{Q}.lora_magnitude_vector": torch.ones(64)}, "belongs to a DoRA"),
+    "LoHa": ({f"{Q}.hada_w1_a": torch.ones(64, 1)}, "belongs to a LoHa"),
+    "LoKr": ({f"{Q}.lokr_w1": torch.ones(8, 8)}, "belongs to a LoKr"),
 }
 
 
@@ -406,7 +406,7 @@ def test_a_file_that_is_named_for_one_expert(tmp_path: Path, option: str, name: 
     if fix is None:
         assert len(find_loras(named, tmp_path)) == 1
     else:
-        with pytest.raises(ConfigError, match=f"the name of the file is that of one expert: use {fix}, or"):
+        with pytest.raises(ConfigError, match=f"the file's name says which expert it is for: use {fix}, or"):
             find_loras(named, tmp_path)
 
 

@@ -1,7 +1,7 @@
 """Runs work that needs torch in a process of its own, so that the parent holds no memory of a GPU. Torch-free.
 
-The process is `python -m wanfast.bench.work NAME FILE`. FILE holds the arguments as JSON, and then the result or the
-error.
+The process is `python -m wanfast.bench.work NAME FILE`. First FILE holds the arguments as JSON, later the result or
+the error.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ Work = Literal["quantize", "random_model", "compare"]
 
 
 def apart(work: Work, **arguments: Any) -> Any:
-    """Returns what a function of `wanfast.bench.work` returns for these arguments. Raises its WanFastError.
+    """Calls a function of `wanfast.bench.work` in a new process, and returns the function's result.
 
-    Ctrl-C reaches only this process, which then ends the other one.
+    `work` is the function's name in `WORKS`. If the function raises a WanFastError, `apart` raises the same error.
+    Ctrl-C reaches only this process, which then ends the new process.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "work.json"

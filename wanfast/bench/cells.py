@@ -64,7 +64,7 @@ class Bench:
     no_quality: str = ""  # why the videos are not compared
 
     def options_of(self, name: RecipeName) -> Options:
-        """Returns the options of a recipe's videos: its name, and the given ones that can have an effect."""
+        """Returns the options of a recipe's videos: the recipe's name, and given options that it can use."""
         enabled = with_recipe({"recipe": name, **self.given})
         unusable = {option for option, by in _ENABLED_BY.items() if not enabled.get(by)}
         return {"recipe": name, **{option: value for option, value in self.given.items() if option not in unusable}}
@@ -87,7 +87,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """This class holds one recipe's models, its planned videos and its cells, or the error why it cannot run."""
+    """This class holds one recipe's models, planned videos and cells, or the error that stops the recipe."""
 
     recipe: RecipeName
     opened: Opened | None = None
@@ -113,7 +113,7 @@ def recipes_of(text: str) -> tuple[RecipeName, ...]:
 
 
 def planned(bench: Bench, say: SayFn = lambda line: None) -> list[Row]:
-    """Returns the row of each recipe; first quantizes experts that are missing.
+    """Quantizes the experts that are missing, plans the cells of each recipe, and returns one row for each recipe.
 
     Raises the first error if no recipe can run.
     """
@@ -171,13 +171,16 @@ def _quantize_missing(files: ModelFiles, config: EffectiveConfig, say: SayFn) ->
 
 
 def few_steps(video: Options, steps: int) -> Options:
-    """Returns the options of a video of few steps, which skips no forward: MagCache's curve has other steps."""
+    """Returns the options of the same video with fewer steps and without skips.
+
+    No forward can be skipped, because MagCache's curve was measured with another number of steps.
+    """
     skipping = options_of(SkippingConfig)
     return {**{name: value for name, value in video.items() if name not in skipping}, "steps": steps, "magcache": "off"}
 
 
 def least_steps(video: VideoConfig, spec: ModelSpec) -> int:
-    """Returns the least number of steps in which each expert of a video runs."""
+    """Returns the smallest number of steps that gives each expert of the video at least one step."""
     return next(steps for steps in range(1, video.steps + 1) if _experts(video, spec, steps) == _experts(video, spec))
 
 
@@ -220,7 +223,7 @@ def _inputs(plan: Plan, opened: Opened, repeat: int, *, keeps: bool) -> dict[str
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """Returns the GPUs of this machine if `device` is a GPU, and its number of cores."""
+    """Returns `device`, the number of usable CPU cores and, if `device` is cuda, the names of the GPUs."""
     found = [gpu.name for gpu in gpus.visible_gpus()] if device == "cuda" else []
     return {"device": device, "gpus": found, "cores": host.cores()}
 

@@ -1,7 +1,8 @@
-"""Compares the videos of each recipe with those of the first one, and judges whether they follow the prompt.
+"""Compares each recipe's videos with those of the first recipe, and judges whether the videos follow the prompt.
 
-PSNR is that of the mean squared error over all clips, so that one equal clip does not make it infinite. Two videos that
-are equal bit for bit have no finite PSNR; it is None in the document, and `identical` is true.
+A recipe's PSNR is computed from the mean squared error over all clips. (A mean of the clips' PSNRs would be infinite
+as soon as the videos of one clip are equal.) If the videos of all clips are equal bit for bit, there is no finite PSNR:
+the document has None for the PSNR, and `identical` is true.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ Quality = dict[str, Any]
 def compared(
     videos: dict[str, list[str]], base: str, prompts: Sequence[str], is_judged: bool, device: str
 ) -> dict[str, Quality]:
-    """Returns the quality of each name's videos, one a clip, against those of `base`.
+    """Compares the videos of each name with the videos of the name `base`, and returns {name: quality}.
 
-    `is_judged` says that the prompts are captions of the tiny model's world.
+    `videos` has, for each name, one file for each clip. If `is_judged` is true, the prompts are captions of the tiny
+    model's world, and the motion that each video shows is judged too.
     """
     found: dict[str, list[Quality]] = {name: [] for name in videos}
     for clip, prompt in enumerate(prompts):

@@ -1,8 +1,9 @@
 """Turns the results of cells into the rows of a report: seconds, forwards, memory, FLOP and quality. Torch-free.
 
-The seconds of a video are those of encoding the image, denoising and decoding. Loading and the text belong to the start
-of a process, which is stated apart. A figure of a repeat is the mean over the clips; of the repeats the report has the
-median and the spread, which is the largest less the smallest.
+The seconds of a video are the sum of encoding the image, denoising and decoding. Loading the models and encoding the
+text are not included: they belong to the start of a process, and the report has separate figures for the start. Each
+figure of one repeat is the mean over the clips. The report states the median of the repeats and their spread (the
+largest figure minus the smallest).
 """
 
 from __future__ import annotations

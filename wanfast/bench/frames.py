@@ -1,4 +1,7 @@
-"""Writes and reads frames without loss: H.264 of RGB, which few players show but every comparison needs. Torch-free."""
+"""Writes and reads frames without loss, so that videos can be compared exactly. Torch-free.
+
+The format is H.264 with RGB pixels, which few players can show.
+"""
 
 from __future__ import annotations
 

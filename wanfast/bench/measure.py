@@ -1,8 +1,9 @@
 """Measures the missing cells of a bench, repeat by repeat, so that the recipes run in turn. Torch-free.
 
-In each repeat a recipe starts its ranks, which load the models and make a short video of each clip, because the first
-video of a shape compiles, searches kernels and encodes its prompt. These warm-up videos are stated apart. A recipe that
-fails leaves the others to run.
+In each repeat, a recipe starts its ranks, and the ranks load the models. Then the ranks make a short warm-up video of
+each clip. During the first video of a shape, code is compiled, kernels are searched and the prompt is encoded. The
+report states the seconds of the start and of the warm-up videos separately. If a recipe fails, the other recipes still
+run.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _measure(row: Row, wanted: list[Cell], cells: Cells, say: SayFn) -> None:
     with Handle(row.opened) as handle:
         warmed = [handle.make(**row.warm_ups[clip]) for clip in dict.fromkeys(cell.clip for cell in wanted)]
         start = {"seconds": round(time.perf_counter() - started, 3), "videos": [_facts(video) for video in warmed]}
-        say(f"{row.recipe}: warm after {start['seconds']:.1f} s")
+        say(f"{row.recipe}: loaded and warmed up in {start['seconds']:.1f} s")
         for cell in wanted:
             video = handle.make(**cell.options)
             sha256 = hashlib.sha256(video.frames.tobytes()).hexdigest()

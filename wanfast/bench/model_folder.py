@@ -1,8 +1,9 @@
 """Writes a folder that `wanfast generate --model` reads: a model's names, shapes and layout, without its weights.
 
-Of holes: the experts and the text encoder are fp32 files that read as zeros and take no disk space. Of random values:
-they are bf16 files whose values keep activations at the scale of one. One file, linked twice, is both experts. The VAE
-is random in both cases, so its frames are noise; `smoothness` divides the noise by this number before it becomes 8-bit.
+The weights of the experts and of the text encoder are either holes or random values. Holes are fp32 files that read as
+zeros and take no disk space. Random values are bf16 files, and the values keep activations at the scale of one. Both
+experts are the same file (a hard link). The VAE is random in both cases, so the decoded frames are noise. The noise is
+divided by `smoothness` before it becomes 8-bit.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ Shapes = dict[str, torch.Size]
 
 
 def write_model(folder: Path, spec: ModelSpec, *, is_random: bool = False, smoothness: float = 1.0) -> None:
-    """Writes the model in the Diffusers layout; of random values with the GPU's help, if there is one."""
+    """Writes the model in the Diffusers layout: with random values if `is_random` is true, otherwise with holes.
+
+    The random values are drawn on the GPU, if there is one.
+    """
     expert, umt5 = _on_meta(spec)
     write = _write_random if is_random else _write_holes
     write(folder / "transformer" / _WEIGHTS, "dit", expert)
@@ -47,7 +51,7 @@ def write_model(folder: Path, spec: ModelSpec, *, is_random: bool = False, smoot
 
 
 def write_vae(folder: Path, spec: ModelSpec, smoothness: float) -> None:
-    """Writes the folder's random VAE, or replaces it."""
+    """Writes a VAE with random weights into the folder; a VAE that is already in the folder is overwritten."""
     vae = WanVAE(spec.vae)
     randomise(vae, 0)
     vae.decoder.conv_out.weight.data /= smoothness
@@ -55,7 +59,7 @@ def write_vae(folder: Path, spec: ModelSpec, smoothness: float) -> None:
 
 
 def of_layers(layers: int) -> ModelSpec:
-    """Returns the A14B's facts with experts of `layers` layers, and a UMT5 of as many, up to its 24."""
+    """Returns the A14B's facts, but with `layers` layers in each expert, and at most `layers` layers in UMT5."""
     return dataclasses.replace(
         A14B,
         dit=dataclasses.replace(A14B.dit, num_layers=layers),
@@ -64,13 +68,16 @@ def of_layers(layers: int) -> ModelSpec:
 
 
 def random_bytes(spec: ModelSpec) -> int:
-    """Returns about how much memory the folder of random values takes."""
+    """Returns an estimate of the bytes that a folder with random values needs, with some space for videos."""
     values: int = sum(tensor.numel() for model in _on_meta(spec) for tensor in model.state_dict().values())
     return 2 * values + (1 << 30)  # and the VAE and the videos
 
 
 def randomise(module: nn.Module, seed: int) -> None:
-    """Draws EVERY parameter, because a default of zero or one would hide an exchanged or unused tensor."""
+    """Fills EVERY parameter of `module` with random values.
+
+    If a tensor kept its default of zero or one, a test would not notice that the tensor is exchanged or unused.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         mean, std = spread_of(name, parameter.shape)
@@ -79,9 +86,10 @@ def randomise(module: nn.Module, seed: int) -> None:
 
 
 def spread_of(name: str, shape: torch.Size) -> tuple[float, float]:
-    """Returns mean and standard deviation of a parameter's random values.
+    """Returns (mean, standard deviation) of a parameter's random values.
 
-    Matrices keep the scale of their fan-in, vectors of norms stay near one, tables and biases are about 0.3.
+    A matrix or kernel has the mean 0 and the standard deviation 1 / sqrt(fan-in). The weight of a norm has (1, 0.2).
+    All other parameters, such as tables and biases, have (0, 0.3).
     """
     if "norm" in name and name.endswith(("weight", "gamma")):
         return 1.0, 0.2
@@ -91,7 +99,10 @@ def spread_of(name: str, shape: torch.Size) -> tuple[float, float]:
 
 
 def write_holes(stream: BinaryIO, shapes: Shapes, dtype: str = "F32") -> dict[str, int]:
-    """Writes a whole safetensors file and returns each tensor's position in it."""
+    """Writes a safetensors file with these shapes, and returns the position of each tensor in the file.
+
+    The tensors' values are a hole, which reads as zeros and takes no disk space.
+    """
     header, starts, end = {}, {}, 0
     for name, shape in shapes.items():
         starts[name], end = end, end + shape.numel() * VALUE_BYTES[dtype]

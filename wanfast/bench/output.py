@@ -19,7 +19,10 @@ REPORT, PAGE, WATERFALL, QUALITY = "report.json", "report.html", "waterfall.png"
 
 
 def with_random_weights(given: dict[str, Any], files: ModelFiles, say: SayFn) -> tuple[dict[str, Any], ModelFiles]:
-    """Returns options and files of a model with the facts of `files` and random weights, which this makes once."""
+    """Returns the options and the files of a model with the facts of `files` and random weights.
+
+    The folder with the random weights is written only if it does not exist yet.
+    """
     facts = files.spec.to_json()
     key = key_of({"facts": facts, "code": digest_of_code("bench/model_folder.py", "runtime/weights/key_maps.py")})[:12]
     folder = files.artifacts / "checkpoints" / f"random-{key}"

@@ -9,7 +9,7 @@ OURS, PUBLISHED, FLOOR = "#2f7ebc", "#9aa0a6", "#e0812c"
 
 
 def draw_waterfall(report: dict[str, Any], file: Path) -> None:
-    """Draws a bar of seconds for each row, stage by stage, and the published seconds of the same line beside it."""
+    """Draws two bars for each row: the seconds of each stage, and beside them the recipe's published seconds."""
     from matplotlib.figure import Figure
 
     rows = report["rows"][::-1]  # the first is drawn on top
@@ -36,7 +36,10 @@ def draw_waterfall(report: dict[str, Any], file: Path) -> None:
 
 
 def draw_quality(report: dict[str, Any], file: Path) -> None:
-    """Draws each row's PSNR to the first recipe over its seconds; rows that are identical stand on the upper edge."""
+    """Draws a point for each row: the seconds of a video (x), and the PSNR against the first recipe (y).
+
+    If a row's videos are identical to the first recipe's, the PSNR is infinite, and the point lies near the upper edge.
+    """
     from matplotlib.figure import Figure
 
     rows = [row for row in report["rows"] if row["quality"]]

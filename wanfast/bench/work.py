@@ -1,4 +1,4 @@
-"""Does the work of a bench that needs torch, in a process of its own; `apart` starts it."""
+"""Does those parts of a bench that need torch, in a separate process that `apart` starts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WORKS: dict[str, Callable[..., Any]] = {
 
 
 def main(name: str, file: Path) -> None:
-    """Runs a work on the arguments in `file`, and writes its result or its error there."""
+    """Calls `WORKS[name]` with the arguments in `file`, and writes the result or the error into `file`."""
     end_with_parent()
     arguments = json.loads(file.read_text(encoding="utf-8"))
     try:

@@ -36,27 +36,33 @@ def bench(
     recipes: Annotated[
         str,
         typer.Option(
-            help="Recipes to measure, separated by commas. ours and published are groups. The first recipe is the base "
-            "of ratios and quality.",
+            help="Recipes to measure, separated by commas. The names ours and published stand for several recipes. "
+            "Each recipe is compared with the first one.",
             rich_help_panel=MAKE,
         ),
     ] = "ours,published",
     set_: Annotated[Path | None, options.clip_set("the examples that ship")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first clip; each next clip adds 1.", rich_help_panel=MAKE)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first clip; the next one gets seed + 1.", rich_help_panel=MAKE)
+    ] = 0,
     repeats: Annotated[
         int, typer.Option(help="How often each recipe makes each clip; the recipes run in turn.", rich_help_panel=MAKE)
     ] = 2,
     steps_measured: Annotated[
         int | None,
         typer.Option(
-            help="Measure this number of steps, without skips, and multiply the seconds to all forwards.",
+            help="Measure only this number of steps, without skips, and estimate the seconds of all forwards.",
             show_default="all",
             rich_help_panel=MAKE,
         ),
     ] = None,
     random_weights: Annotated[
         bool,
-        typer.Option("--random-weights", help="Measure speed with random weights of the model.", rich_help_panel=MAKE),
+        typer.Option(
+            "--random-weights",
+            help="Measure only speed, with random weights in place of the model's.",
+            rich_help_panel=MAKE,
+        ),
     ] = False,
     output: Annotated[
         Path, typer.Option(help="Folder for the report: HTML, JSON and two pictures.", rich_help_panel=FILES)
@@ -65,7 +71,8 @@ def bench(
 ) -> None:
     """Measure recipes side by side: seconds, memory, FLOP, and quality against the first recipe.
 
-    An option that you give overrides each recipe's. A recipe that this machine cannot run is a row with the reason.
+    An option that you give overrides the same option of every recipe.
+    If this machine cannot run a recipe, the recipe's row states the reason.
     Every video is stored when it is done, so that an interrupted bench continues with the next one.
     """
     given = accepted({**options.given(context), "seed": None, "output": None})

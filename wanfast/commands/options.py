@@ -45,7 +45,7 @@ def lora(name: str) -> Any:
 
 
 def clip_set(by_default: str) -> Any:
-    """Returns the option --set of a command that reads a set of clips; `by_default` says which set it takes without."""
+    """Returns the option --set of a command that reads a set of clips; `by_default` describes the default set."""
     return typer.Option(
         "--set",
         help="A folder with images and a clips.jsonl, which gives each image its prompt.",

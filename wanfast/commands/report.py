@@ -39,7 +39,7 @@ class Report:
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def plans(self, planned: list[Planned], *, always: bool) -> None:
-        """Prints the errors, the notes and the plans; if `brief` is true, prints the plans only if `always` is true."""
+        """Prints the errors and the notes. Prints the plans too, unless `brief` is true and `always` is false."""
         for item in planned:
             if item.plan is None:
                 self.result(item, item.outcome())

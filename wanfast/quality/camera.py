@@ -1,8 +1,9 @@
 """Defines the motions of the camera, as straight paths over a clip.
 
-A path gives four values for each moment u in [0, 1]: how far the camera has moved (x right, y down, in short sides of
-the frame), the logarithm of its zoom, and its roll in radians (clockwise). What the camera sees moves the other way.
-The same table draws the training clips and judges the videos, so that a caption has one meaning.
+A path gives four values for each moment u in [0, 1]. x (right) and y (down) say how far the camera has moved, in short
+sides of the frame. The other two values are the logarithm of the camera's zoom, and the camera's roll in radians
+(clockwise). The things in the picture move in the opposite direction. The table `CAMERAS` is used both to draw the
+training clips and to judge the videos, so that a caption has one meaning.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ _ROLL = math.radians(20)
 
 @dataclass(frozen=True)
 class Camera:
-    """Holds where one motion has led at the clip's end, and the sentences by which captions name it."""
+    """Holds one camera motion: the end of the motion's path, and the sentences by which captions name the motion."""
 
     end: tuple[float, float, float, float]
     phrases: tuple[str, ...]
 
     def at(self, moments: npt.ArrayLike) -> Path:
-        """Returns [moments, 4]: x, y, log zoom and roll at each moment, a number in [0, 1]."""
+        """Returns [moments, 4]: x, y, log zoom and roll at each moment; a moment is a number in [0, 1]."""
         path: Path = np.asarray(moments, dtype=np.float64)[:, None] * np.array(self.end)
         return path
 
@@ -60,7 +61,11 @@ OVER_A_PHOTOGRAPH = ("over a photograph", "across a photograph", "over a picture
 
 
 def caption(name: str, choice: float, place: float) -> str:
-    """Returns one of the camera's sentences; some say that it is over a photograph. Both numbers are in [0, 1)."""
+    """Returns a caption for the camera motion `name`; some captions also name a photograph.
+
+    `choice` selects the sentence. `place` decides whether the sentence names a photograph, and in which words. Both
+    numbers are in [0, 1).
+    """
     phrases = CAMERAS[name].phrases
     sentence = phrases[int(choice * len(phrases))]
     if place >= 0.4:

@@ -38,9 +38,10 @@ PathFn = Callable[[npt.ArrayLike], Path]  # moments -> the path at these moments
 
 
 def errors_of(path: Path, known: Mapping[str, PathFn], tolerance: npt.NDArray[np.float64]) -> dict[str, float]:
-    """Returns for each known motion how far `path` is from it: the mean over moments of the squared differences.
+    """Returns, for each known motion, the squared distance between `path` and the motion's path.
 
-    Each of the four differences is divided by its `tolerance` [4] first.
+    At each moment, the differences of the four values are divided by `tolerance` [4], squared and summed. The distance
+    is the mean over the moments.
     """
     moments = np.linspace(0, 1, len(path))
     return {name: float(np.square((path - at(moments)) / tolerance).sum(axis=1).mean()) for name, at in known.items()}

@@ -1,9 +1,10 @@
 """Reads the packed photographs of `training/photographs.py`, and samples them as a moving camera sees them.
 
 A shot names a photograph and the part of it that the clip's first frame shows. Every frame of a shot lies inside of its
-photograph. Frames are sampled by bilinear interpolation at several points a pixel, which are averaged.
+photograph. For each pixel of a frame, several points are sampled by bilinear interpolation and averaged.
 
-Shapes: B shots, F frames, H x W pixels. Places in the frame are in its short sides, relative to its centre.
+Shapes: B shots, F frames, H x W pixels. A place in a frame is (x, y), relative to the frame's centre; the unit is the
+frame's short side.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _LEAST_SHARE = 0.4  # of the largest part that fits
 
 @dataclass(frozen=True)
 class Shot:
-    """Says what a clip's first frame shows of a photograph, in the photograph's pixels."""
+    """Says which part of a photograph a clip's first frame shows; lengths are in pixels of the photograph."""
 
     photograph: int
     centre: tuple[float, float]  # x and y
@@ -39,7 +40,7 @@ class Shot:
 
 
 class Photographs:
-    """Holds the photographs on one side of the split, as uint8 tensors [3, H, W] on a device."""
+    """Holds either the training photographs or the held-out ones, as uint8 tensors [3, H, W] on a device."""
 
     def __init__(self, pack: Path, device: str, *, held_out: bool) -> None:
         with zipfile.ZipFile(pack) as archive:
@@ -48,9 +49,11 @@ class Photographs:
             self.pictures = [_read(archive.read(f"{name}.jpg")).to(device) for name in self.names]
 
     def draw(self, rng: random.Random, camera: str, size: tuple[int, int], *, index: int | None = None) -> Shot:
-        """Returns a shot for frames of `size` (width, height) under a camera; `index` chooses the photograph.
+        """Returns a shot for frames of `size` (width, height), which stays in the photograph as the camera moves.
 
-        A shot of training has a random photograph, place and scale, and may be mirrored and tinted.
+        `camera` names the camera's motion. If `index` is None, the shot is one for training: photograph, place and
+        scale are random, and the shot may be mirrored and is tinted. Otherwise `index` chooses the photograph, the shot
+        is as large as possible, and only the place is random.
         """
         low, high = _reach(camera, size)  # of all frames, in short sides
         photograph = rng.randrange(len(self.pictures)) if index is None else index
@@ -67,7 +70,7 @@ class Photographs:
         return Shot(photograph, (x, y), scale, rng.random() < 0.5, (red, green, blue))
 
     def sample(self, shot: Shot, places: Tensor) -> Tensor:
-        """Returns [F, H, W, 3] in 0..1: the photograph at `places` [F, H, W, 2] of the first frame."""
+        """Returns the photograph's colours [F, H, W, 3], in 0..1, at the `places` [F, H, W, 2] in the first frame."""
         picture = self.pictures[shot.photograph]
         height, width = picture.shape[1:]
         flip = places.new_tensor((-1.0 if shot.mirrored else 1.0, 1.0))

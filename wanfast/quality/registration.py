@@ -1,9 +1,9 @@
 """Classifies the motion of the camera that a video shows, by registration of successive frames.
 
-OpenCV finds corners in each frame, follows them into the next one (Lucas and Kanade, in a pyramid), and fits a
-similarity to them by RANSAC, which leaves out corners that move otherwise. The product of these similarities gives the
-camera's path. The video shows the motion whose path is nearest. Limit: moving things must fill less than half of the
-frame.
+OpenCV finds corners in each frame, and follows the corners into the next frame (Lucas and Kanade, in a pyramid). RANSAC
+fits a similarity transform to the corners' movements, and ignores corners that move in another way. The product of
+these transforms gives the camera's path. The video shows the motion whose path is nearest. Limit: moving things must
+fill less than half of the frame.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _RANSAC_PIXELS = 1.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """Holds the camera motion with the nearest path (None if the frames have too little detail), and all errors."""
+    """Holds the camera motion whose path is nearest to the video's, and for each motion the error of its path.
+
+    If the frames have too little detail to find the camera's path, the motion is None and there are no errors.
+    """
 
     camera: str | None
     errors: dict[str, float]

@@ -47,7 +47,7 @@ SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
 
 @dataclass(frozen=True)
 class Way:
-    """Holds one way to skip forwards: a name and a rule of MagCache, greedy or least error, and the resulting plan."""
+    """Holds one way to skip forwards: a rule and a short name of MagCache's settings, a kind of plan, and the plan."""
 
     rule: MagCacheRule
     name: str
@@ -56,7 +56,7 @@ class Way:
 
 
 def ways(full: Plan, judge: Judge) -> list[Way]:
-    """Returns two `Way` objects for each setting: the greedy plan, and the least-error plan with equally many skips."""
+    """Returns two `Way` objects for each setting: the greedy plan, and the least-error plan with as many skips."""
     found = []
     for rule, name in SETTINGS:
         settings = magcache_settings(name)

@@ -185,7 +185,10 @@ class Judge:
         residuals: StepCache | None = None,
         last: Tensor | None = None,
     ) -> Tensor:
-        """Returns the video of an image, and of a given `last` frame, which no option of the program gives yet."""
+        """Returns the video that the pipeline makes of `image` and `prompt` by `plan`.
+
+        If `last` is given, it is the video's last frame; no command of `wanfast` has an option for this yet.
+        """
         text: dict[Branch, Tensor] = {
             "prompt": self.embed(prompt),
             "negative_prompt": self.embed(self.files.spec.negative_prompt),
@@ -210,7 +213,10 @@ class Judge:
 
 
 def shown(task: Task, scene: Scene, frames: npt.NDArray[np.uint8]) -> str | None:
-    """Returns the motion that the frames show, of the shape or of the camera; None if nothing could be followed."""
+    """Returns the motion that the frames show: the shape's or the camera's motion, as `task.mover` says.
+
+    Returns None if the shape or the camera could not be followed.
+    """
     if task.mover == "shape":
         return tracking.classify(frames, scene.rgb).motion
     from wanfast.quality import registration  # needs OpenCV, and only photographs need this module
@@ -238,7 +244,7 @@ def judge_all(
     """Returns `judged(judge, task)` for each task, in order.
 
     The number of worker processes is `processes`, and each has its own judge.
-    After every `every` tasks, a line with the progress is printed.
+    Each time that `every` more tasks are done, a line with the progress is printed.
     """
     started, results = time.perf_counter(), []
     with multiprocessing.get_context("spawn").Pool(processes, _start, (settings,)) as pool:
@@ -278,7 +284,7 @@ _METRICS = (
 
 
 def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float) -> dict[str, Any]:
-    """Returns the figures of the shapes' judge and, under "camera", those of the camera's."""
+    """Returns the figures for shapes that move and, under the key "camera", the figures for cameras that move."""
     shapes, cameras = ([row for row in results if row["mover"] == mover] for mover in ("shape", "camera"))
     ratios = np.mean([row["ratios"] for row in shapes if row["with_prompt"]], axis=0)
     return {

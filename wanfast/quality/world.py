@@ -1,11 +1,12 @@
 """Draws the procedural world that the tiny model learns: textured shapes that move as a caption says.
 
-A scene is drawn from a seed. It has one subject, which the caption names, up to two bystanders and a patterned
-background. The subject and the camera never both move. A photograph may be the background, or the whole scene.
+A scene is drawn from a seed. It usually has one subject, up to two bystanders and a patterned background. The caption
+names the subject. The subject and the camera never both move. A photograph may be the background, or the whole scene.
 Rendering is batched on the device. A shape is a mask from an atlas, sampled through the inverse of the shape's motion.
 So any frame, or any window of a frame, can be rendered alone.
 
-Shapes: B clips, F frames, H x W pixels; S shapes in the atlas. Places are in short sides of the frame, 0.5 its centre.
+Shapes: B clips, F frames, H x W pixels; S shapes in the atlas. Places are in short sides of the frame; the frame's
+centre is 0.5.
 A tenth of all (shape, colour, motion) combinations is held out. A held-out clip shows a motion that training never
 shows for a subject of this shape and colour. Bystanders stand still, may have any combination of shape and colour, and
 are named in no caption.
@@ -77,7 +78,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Describes everything that a clip shows; without a subject, a photograph under a camera."""
+    """Describes everything that a clip shows; if `subject` is None, the clip shows only a photograph."""
 
     subject: Thing | None
     motion: str
@@ -104,8 +105,8 @@ def is_held_out(shape: str, colour: str, motion: str) -> bool:
 def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15) -> Scene:
     """Returns the scene of `seed`.
 
-    If `held_out` is true, the combination of shape, colour and motion is a held-out one; otherwise it is one of
-    training.
+    If `held_out` is true, the scene's combination of shape, colour and motion is held out of training. Otherwise
+    training may show this combination.
     """
     rng = random.Random(f"{seed}/{held_out}")
     while True:
@@ -135,7 +136,11 @@ def draw_scene(seed: int, *, held_out: bool = False, camera_share: float = 0.15)
 
 
 def draw_photo_scene(seed: int, photographs: Photographs, size: tuple[int, int], *, with_shapes: bool) -> Scene:
-    """Returns a scene of training over a photograph: either the camera moves, or a shape does."""
+    """Returns a training scene that has a photograph as its background.
+
+    If `with_shapes` is false, the scene shows only the photograph, and the camera may move. If it is true, shapes are
+    drawn over the photograph, and either the subject or the camera may move.
+    """
     rng = random.Random(f"{seed}/photograph/{with_shapes}")
     if not with_shapes:
         name = rng.choice(list(CAMERAS))
@@ -149,7 +154,11 @@ def draw_photo_scene(seed: int, photographs: Photographs, size: tuple[int, int],
 def camera_scene(
     index: int, photographs: Photographs, size: tuple[int, int], *, photograph: int | None = None
 ) -> Scene:
-    """Returns scene number `index` of the judge: photographs and cameras take turns."""
+    """Returns scene number `index` of the judge of camera motions.
+
+    Successive scenes go through all camera motions in a cycle, and through all photographs in another cycle. If
+    `photograph` is given, the scene shows the photograph with this number.
+    """
     rng = random.Random(f"{index}/judge")
     name = list(CAMERAS)[index % len(CAMERAS)]
     words = camera.caption(name, rng.random(), rng.random())
@@ -197,7 +206,7 @@ def read_caption(prompt: str) -> tuple[str, str] | None:
 
 
 class Renderer:
-    """Renders the clips of scenes on a device; those with a photograph need the photographs."""
+    """Renders the clips of scenes on a device; for scenes with a photograph, `photographs` must be given."""
 
     def __init__(self, device: str, photographs: Photographs | None = None) -> None:
         self.device, self.photographs = device, photographs

@@ -132,7 +132,7 @@ def accepted(given: Options) -> dict[str, Any]:
 
 
 def of_command(given: Options, command: Command) -> dict[str, Any]:
-    """Returns the `given` options; a recipe among them is replaced by the recipe's options that `command` has.
+    """Returns the `given` options; a given recipe is replaced by those of its options that `command` has.
 
     Raises ConfigError, which names the option.
     """

@@ -41,7 +41,11 @@ _LORA: tuple[Command, ...] = ("calibrate-magcache", "doctor")  # warmup compiles
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """Returns (path, strength) of a value of --lora, in which the last @ followed by a number gives the strength."""
+    """Splits a value of --lora into (path, strength).
+
+    The strength is the number after the last @. If no number follows the last @, the whole value is the path, and the
+    strength is 1.
+    """
     match = _STRENGTH.fullmatch(text)
     return (match[1], float(match[2])) if match else (text, 1.0)
 
@@ -80,8 +84,8 @@ class ModelsConfig(Part):
     recipe: Annotated[
         RecipeName | None,
         Option(
-            "Named set of options. An option that you give as well overrides the recipe's. Ours: exact, near-exact and "
-            f"fast. The published ones: {', '.join(get_args(RecipeName)[:-3])}.",
+            "Named set of options. An option that you give yourself overrides the recipe's value. wanfast's recipes: "
+            f"exact, near-exact, fast. Published recipes: {', '.join(get_args(RecipeName)[:-3])}.",
             MAKE,
             also=("calibrate-magcache", "warmup"),
             metavar="<name>",

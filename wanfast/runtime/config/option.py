@@ -79,8 +79,8 @@ class OptionField:
     def accept(self, value: Any) -> Any:
         """Checks a value that a user gave, and returns it; None is accepted and means the default.
 
-        An int becomes a float if the option is a float, a path object becomes a str, and the one value or the list of a
-        repeatable option becomes a tuple. Raises ConfigError if the type or the range is wrong.
+        If the option is a float, an int becomes a float. A path object becomes a str. For a repeatable option, a list
+        or a single value becomes a tuple. Raises ConfigError if the type or the range is wrong.
         """
         if self.is_repeatable and value is not None:
             value = tuple(map(_plain, value if isinstance(value, list | tuple) else [value]))
@@ -184,7 +184,7 @@ def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 
 def near_names(unknown: str, known: Iterable[str]) -> list[str]:
-    """Returns up to three of the `known` names: those that begin with `unknown`, otherwise those similar to it."""
+    """Returns up to three of the `known` names that begin with `unknown`; if there are none, returns similar names."""
     from difflib import get_close_matches
 
     known = sorted(known)

@@ -93,8 +93,8 @@ class RanksConfig(Part):
     rank_timeout: Annotated[
         float,
         Option(
-            "Seconds that a rank waits for another rank. Ranks that all do nothing for three times as long hang too. A "
-            "hang ends the run, or in a list only its line.",
+            "Seconds that a rank waits for another rank. If all ranks do nothing for three times as long, this is a "
+            "hang too. After a hang the run fails; in a --jobs list, only the current line fails.",
             GPUS,
             of_this_run=True,
             also=COMPILED,

@@ -1,4 +1,4 @@
-"""Defines the recipes: named sets of options. An option that is given as well overrides the recipe's.
+"""Defines the recipes: named sets of options. An option that the user gives overrides the recipe's value.
 
 The published recipes are the lines of a published benchmark: the reference program on 8 GPUs. The first line uses
 FlashAttention-2 (torch's own build, because the package has no wheel). Further lines add the program's switches. In all

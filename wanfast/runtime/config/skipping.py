@@ -41,9 +41,10 @@ class SkippingConfig(Part):
     magcache: Annotated[
         str,
         Option(
-            "Skip forwards whose residual hardly changes, by a measured curve: preset takes the model's own curve, "
-            "artifact the curve that was calibrated for these options, and a KEY any stored curve. E012K2R20 means "
-            "preset, with threshold 0.12, at most 2 skips in a row, and the first 20 % never skipped.",
+            "Skip forwards whose residual hardly changes. A measured curve predicts the change. preset uses the curve "
+            "that ships for the model, artifact uses the curve that was calibrated for these options, and KEY uses the "
+            "stored curve with this key. E012K2R20 means preset, with threshold 0.12, at most 2 skips in a row, and "
+            "the first 20 % never skipped.",
             LOSSY,
             metavar="<off|preset|artifact|KEY|E012K2R20>",
         ),
@@ -51,7 +52,7 @@ class SkippingConfig(Part):
     magcache_thresh: Annotated[
         float | None,
         Option(
-            "Limit of the error that consecutive skips may add up to. A forward whose skip would reach it is computed.",
+            "Limit of the accumulated error of skips in a row. A forward whose skip would reach the limit is computed.",
             LOSSY,
             choice=_AMOUNT,
             default="0.12",
@@ -88,14 +89,14 @@ class SkippingConfig(Part):
         Literal["on", "off"],
         Option(
             "Both branches of guidance skip the same steps, so that every mesh skips the same forwards. With off, "
-            "each branch skips on its own, as MagCache's publication does.",
+            "each branch skips on its own, as in MagCache's publication.",
             LOSSY,
         ),
     ] = "on"
     magcache_budget: Annotated[
         float | None,
         Option(
-            "Share of forwards to compute. The others are skipped: those whose skips cause the least error in all.",
+            "Share of forwards to compute. Skipped forwards are chosen so that the sum of their errors is smallest.",
             LOSSY,
             choice=_AMOUNT,
             check=lambda x: None if 0 < x <= 1 else "use the share of forwards to compute, over 0 to 1",
@@ -104,7 +105,8 @@ class SkippingConfig(Part):
     magcache_skip: Annotated[
         int | None,
         Option(
-            "Number of forwards to skip. They are chosen so that their error is least, without a threshold.",
+            "Number of forwards to skip. They are chosen so that the sum of their errors is smallest. No threshold is "
+            "used.",
             LOSSY,
             choice=_AMOUNT,
             check=at_least(0, "use a number of forwards, 0 or more"),

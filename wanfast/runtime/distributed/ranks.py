@@ -154,7 +154,7 @@ def join(device: str, mesh: Mesh, timeout_s: float) -> Ranks:
 
 @contextlib.contextmanager
 def rank_group(device: str, mesh: Mesh, timeout_s: float) -> Iterator[Ranks]:
-    """Yields what `join` returns, and closes the connections at the end, for a process that goes on afterwards."""
+    """Yields the `Ranks` object of `join`, and closes the connections when the `with` block ends without an error."""
     ranks = join(device, mesh, timeout_s)
     yield ranks
     if ranks.size > 1:

@@ -83,7 +83,7 @@ def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> 
         if found.state != "runs":
             raise ConfigError(
                 f"--attention {asked}: the leader chose {choice.kernel}, but another rank reports: {found.state} "
-                f"({found.reason}): make it work there, or use --attention with a kernel that runs on all ranks"
+                f"({found.reason}): make that kernel work on all ranks, or use --attention with another kernel"
             )
 
     ranks.together(tried)

@@ -27,8 +27,9 @@ def first_frame_clip(image: Tensor, frames: int, last_image: Tensor | None = Non
 def with_mask(latents: Tensor, num_mask_channels: int, *, last: bool = False) -> Tensor:
     """Returns the condition y: `num_mask_channels` mask channels, then the latents.
 
-    The mask is 1 in the first latent frame, which the image gives. Elsewhere it is 0, except for a given last frame:
-    a latent frame stands for as many frames as the mask has channels, and the last of them is given.
+    The mask is 1 in the first latent frame, because the image gives this frame. In the other latent frames it is 0,
+    with one exception. Each mask channel stands for one of the video frames that a latent frame represents. So if the
+    video's last frame is given (`last`), the last channel of the last latent frame is 1.
     """
     mask = torch.zeros_like(latents[:, :num_mask_channels])
     mask[:, :, 0] = 1

@@ -121,10 +121,10 @@ class Session:
 
     @hardware.one_out_of_memory_error()
     def use_loras(self, models: ModelsConfig) -> None:
-        """Merges the LoRAs of `models`, which differs from the session's models only in them, instead of the old ones.
+        """Replaces the session's LoRAs by those of `models`; the session and `models` must agree in all other values.
 
-        Only the experts whose LoRAs differ are read again, into the same memory: compiled blocks, the VAE and text
-        embeddings stay. After an error the session is closed, and its next use loads the models.
+        Only the experts whose LoRAs differ are read again, into the same memory. Compiled blocks, the VAE and text
+        embeddings stay. After an error the session is closed, and the next use of the session loads the models.
         """
         old, self.config = self.config.models, dataclasses.replace(self.config, models=models)
         if self._pipeline is None or old == models:

@@ -16,7 +16,10 @@ _PEAKS = {
 
 
 def forward_flop(spec: DiTSpec, tokens: int) -> float:
-    """Returns the FLOP of one forward: projections, feed-forward, self- and cross-attention; no text projections."""
+    """Returns the FLOP of one forward: projections, feed-forward networks, self-attention and cross-attention.
+
+    The text's keys and values are not counted, because they are computed only once for each prompt.
+    """
     linears = 2 * tokens * (6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim)
     attention = 4 * tokens * (tokens + spec.text_len) * spec.dim
     return spec.num_layers * (linears + attention)

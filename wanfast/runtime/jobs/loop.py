@@ -1,10 +1,10 @@
 """Runs jobs one after the other on loaded models, for every command that makes or measures videos.
 
 Each rank group has its own part of the list of jobs. Before a rank group loads a job's models, the rank group finds
-all jobs in its part that use the same models. It encodes the prompts of these jobs, and then frees UMT5.
-If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue. This
-is also true while models are loaded, but the same models are tried only MOST_LOADS times. All ranks of a rank group run
-the same jobs in the same order.
+all jobs in its part that use the same models. The group encodes the prompts of these jobs, and then frees UMT5.
+If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue. An
+error while models are loaded has the same effect, but the same models are tried only MOST_LOADS times. All ranks of a
+rank group run the same jobs in the same order.
 """
 
 from __future__ import annotations

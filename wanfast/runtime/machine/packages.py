@@ -34,9 +34,10 @@ _OPTIONAL = (
 
 
 def require_attention(kernel: str, device: str) -> None:
-    """Raises ConfigError if the kernel's package is not installed, and NeedsGpuError if `device` is a CPU without it.
+    """Raises NeedsGpuError if the kernel needs a GPU and `device` is cpu.
 
-    The kernel is not run, so this function does not show whether the kernel works on the GPU.
+    Raises ConfigError if the kernel's package is not installed. The kernel is not run, so this function does not
+    show whether the kernel works on the GPU.
     """
     if device == "cpu" and kernel not in ("auto", *ATTENTION_ON_CPU):
         raise NeedsGpuError(f"--attention {kernel} needs a GPU: use --attention auto, or --device cuda")

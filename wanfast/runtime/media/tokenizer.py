@@ -1,5 +1,6 @@
-"""Turns a prompt into token ids, as UMT5 was trained to read them: clean the text, split it, end it with </s>.
+"""Turns a prompt into token ids, as UMT5 was trained to read them.
 
+The text is cleaned and split into tokens, and </s> is appended.
 `tokenizer.json` holds the whole tokenizer. The small `tokenizers` library reads this file in a tenth of a second,
 without torch or transformers. Ids are not padded, because UMT5 gives the same vectors with or without padding. Cleaning
 is part of the model: it rewrites full-width punctuation. Without cleaning, the default negative prompt would get other

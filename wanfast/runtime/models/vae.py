@@ -129,8 +129,8 @@ class WanVAE(nn.Module):
         """Returns the float32 latents [B,16,T,Y,X] of video [B,3,F,H,W]: the posterior's normalised mean, not a sample.
 
         `still_from`: the index from which on all frames of the clip are equal; None if there is no such index. The clip
-        is encoded in chunks of four frames. A few chunks after this index, each layer's output is equal to its output
-        for the chunk before, so that it is not computed again. The latents are bitwise the same as without
+        is encoded in chunks of four frames. A few chunks after this index, each layer's output is equal to the same
+        layer's output for the chunk before, and is not computed again. The latents are bitwise the same as without
         `still_from`. For an image and 80 grey frames, a third of the work remains.
         Raises ValueError if F is not 4n+1, or if H or W is not a multiple of 8.
         """
@@ -240,11 +240,13 @@ class Encoder(nn.Module):
         return moments
 
     def settles(self, still_from: int, frames: int) -> list[int]:
-        """Returns one chunk index for each layer before the middle blocks: its outputs are equal from this chunk on.
+        """Returns one chunk index for each layer before the middle blocks.
 
-        From frame number `still_from` on, all frames of the clip are equal. A chunk of the clip has `frames` frames. A
-        convolution over time also reads the two frames before the current frame, so its outputs are equal only from
-        two frames later on. A layer that halves the number of frames halves both numbers for all later layers.
+        From the chunk with this index on, the layer's outputs are equal.
+
+        `still_from`: the index from which on all frames of the clip are equal. `frames`: the number of frames in a
+        chunk. A convolution over time also reads the two frames before the current frame, so the index is larger by two
+        for the convolution's output. A layer that halves the number of frames halves the index and the size of a chunk.
         """
         still, chunks = still_from + 2, []
         chunks.append(_settled_chunk(still, frames))
@@ -411,9 +413,9 @@ class Conv3d(nn.Conv3d):
     """This layer convolves clips [B,C,T,h,w] by the function `convolve`, which chooses a fast cuDNN engine."""
 
     def forward(self, x: Tensor, halo: int = 0) -> Tensor:
-        """Convolves x, which already has `halo` more rows at the top and at the bottom.
+        """Convolves x, which already has `halo` additional rows at the top and at the bottom.
 
-        So the convolution pads this many rows fewer than its own padding says.
+        These rows replace padding: the convolution pads `halo` rows less at the top and at the bottom.
         """
         stride, (time, top, left) = cast(Triple, self.stride), cast(Triple, self.padding)
         return convolve(x, self.weight, cast(Tensor, self.bias), stride=stride, padding=(time, top - halo, left))

@@ -76,9 +76,9 @@ class Fit:
         return f"{self.geometry.width}x{self.geometry.height}"
 
     def best(self) -> Way | None:
-        """Returns the way to place the experts on the most GPUs of this machine, or None if no way fits.
+        """Returns the way that fits on this machine and uses the largest number of GPUs, or None if no way fits.
 
-        If several ways have the most GPUs, returns the first of them in `ways`, which lists the fastest first.
+        If several ways use this number of GPUs, returns the first of them, because `ways` lists the fastest first.
         """
         fitting = [way for way in self.ways if way.fits.get(HERE)]
         return max(fitting, key=lambda way: way.num_gpus, default=None)

@@ -109,8 +109,8 @@ def check_skips(plan: Plan) -> None:
     apart = skipping is not None and skipping.magcache_joint == "off"
     if apart and ranks.dit_fsdp == "on" and ranks.cfg_parallel == 2:
         raise ConfigError(
-            "--magcache-joint off with sharded experts and --cfg-parallel 2: all ranks gather weights together, so "
-            "both branches must skip the same forwards: drop --magcache-joint off, or use --dit-fsdp off or "
+            "--magcache-joint off with sharded experts and --cfg-parallel 2 cannot run, because ranks that gather "
+            "weights together must skip the same forwards: drop --magcache-joint off, or use --dit-fsdp off or "
             "--cfg-parallel 1"
         )
     plan.magcache_json()  # raises if a budget cannot be met

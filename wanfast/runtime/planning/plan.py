@@ -388,7 +388,10 @@ def _without_float8() -> str | None:
 
 
 def default_device() -> Device:
-    """Returns cuda if the driver shows a GPU, else cpu. Torch is not asked; a rank raises if torch finds no GPU."""
+    """Returns cuda if the driver shows a GPU, else cpu.
+
+    This function does not import torch. If torch finds no GPU later, a rank raises an error.
+    """
     return "cuda" if gpus.visible_gpus() else "cpu"
 
 

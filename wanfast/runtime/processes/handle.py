@@ -96,7 +96,7 @@ class Video:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """This class holds what `open` decided, once for all videos of a handle: models, ranks, and their memory."""
+    """This class holds what `open` decided for all videos of a handle: the models, the ranks and the placement."""
 
     asked: dict[str, Any]  # the options that were given
     options: dict[str, Any]  # those of every video, with models and ranks as decided

@@ -367,7 +367,10 @@ def _start(run_folder: Path, number: int, batch: int) -> subprocess.Popen[bytes]
 
 
 def child_environment() -> dict[str, str]:
-    """Returns this process's environment, in which a child imports this package, and none from the working folder."""
+    """Returns this process's environment, changed so that a child process can import this package.
+
+    The child does not import modules from the working folder.
+    """
     installed = {Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages())}
     path = [] if _IMPORTED_FROM.resolve() in installed else [str(_IMPORTED_FROM)]  # a checkout
     path += filter(None, [os.environ.get("PYTHONPATH")])

@@ -73,8 +73,9 @@ Works = dict[int, Work]  # by process id
 
 
 def works(run_folder: Path, number: int, launcher: int, *, on_cpu: bool) -> Works:
-    """Returns what each rank of group `number` on this machine did so far; without ranks, what the launcher did.
+    """Returns what each rank of group `number` on this machine did so far.
 
+    If the group has no rank yet, returns what the launcher did so far.
     `launcher`: the launcher's process id.
     """
     pids = {int(file.read_text()): file for file in (run_folder / RANKS).glob(f"{number}-*/pid")}

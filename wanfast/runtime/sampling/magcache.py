@@ -35,7 +35,7 @@ Skips = tuple[bool, bool]  # of one step: (the prompt's branch, the negative pro
 
 @dataclass(frozen=True)
 class MagCacheSettings:
-    """Holds the largest error and number of consecutive skips, and the share of forwards that always run."""
+    """Holds the limits within which forwards may be skipped, and the rule that says which experts may skip."""
 
     threshold: float  # of the accumulated error
     max_skips: int  # of one branch in a row

@@ -250,9 +250,9 @@ def note(line: str) -> None:
 
 @contextmanager
 def noting(consequence: str = "") -> Iterator[None]:
-    """Catches a ConfigError of the `with` block and prints it as a note, with its consequence.
+    """Catches a ConfigError of the `with` block, and prints the error and its `consequence` as a note.
 
-    The `with` block only writes records, or artifacts that save time later, and no video needs these.
+    The `with` block only writes files that no video needs: records, or artifacts that save time later.
     """
     try:
         yield

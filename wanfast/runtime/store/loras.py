@@ -43,7 +43,7 @@ _OTHERS = {
 
 
 class Named(Protocol):
-    """A config that names LoRA files."""
+    """This interface is a config that names LoRA files."""
 
     @property
     def lora(self) -> tuple[str, ...]: ...
@@ -132,7 +132,10 @@ class Header:
     config: Path | None  # PEFT's, beside the file
 
     def of_expert(self, expert: Expert) -> list[str]:
-        """Returns the keys for an expert: all, if the keys do not tell the two experts apart."""
+        """Returns the keys of the tensors for one expert.
+
+        If the file's keys do not say which expert they are for, returns all keys.
+        """
         second = [key for key in self.tensors if key.startswith(_SECOND)]
         if expert == "low_noise" and second:
             return second
@@ -160,7 +163,7 @@ def read_header(file: Path, option: str) -> Header:
     kept = {key: facts for key, facts in tensors.items() if not _IMAGE_TOWER.search(key)}
     for kind, pattern in _OTHERS.items():
         if found := next(filter(pattern.search, kept), None):
-            raise CorruptArtifactError(f"{subject}: tensor {found!r} is of a {kind}: only LoRA can be merged")
+            raise CorruptArtifactError(f"{subject}: tensor {found!r} belongs to a {kind}: only LoRA can be merged")
     if not kept:
         raise CorruptArtifactError(f"{subject}: the file holds no tensor for this model: use a LoRA of this model")
     config = file.with_name(_CONFIG)
@@ -178,11 +181,11 @@ def _check_expert(option: str, file: Path, header: Header) -> None:
     in_name = {f"{half}_noise" for half in re.findall(r"(high|low)[-_ ]?noise", file.name.lower())}
     if len(in_name) == 1 and in_name != {*experts}:
         fix = f"use {flag(f'lora_{in_name.pop()}')}, or give the file another name"
-        raise ConfigError(f"{flag(option)} {file}: the name of the file is that of one expert: {fix}")
+        raise ConfigError(f"{flag(option)} {file}: the file's name says which expert it is for: {fix}")
 
 
 def lora_notes(models: ModelsConfig) -> list[str]:
-    """Returns a note for each LoRA of which tensors are dropped."""
+    """Returns a note for each LoRA file with tensors that are dropped."""
     headers = [(lora, read_header(lora.file, lora.flag)) for lora in loras_of(models)]
     return [
         f"{lora.flag} {lora.file.name}: the tensors of Wan2.1's image tower ({header.num_dropped}) are dropped, "

@@ -146,7 +146,7 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
             root = Path(model).absolute()
             is_missing, is_file = not root.is_dir(), root.is_file()
         if is_file:
-            raise ConfigError(f"--model {model!r} is a file: name the folder that holds all of the model")
+            raise ConfigError(f"--model {model!r} is a file: name the folder that holds the whole model")
         if is_missing and root.parent == Path.cwd() and (near := near_names(root.name.lower(), NAMED_MODELS)):
             raise ConfigError(f"--model {root.name}: no such folder: did you mean {near[0]}?")
         if is_missing:
@@ -216,10 +216,10 @@ def indexed_shards(index: Path) -> list[Path]:
 
 
 def _require_file(file: Path, fix: str) -> None:
-    """Raises WanFastError if a file is missing or may not be read."""
+    """Raises WanFastError if a file is missing or cannot be read."""
     with foreign(str(file), fix, CorruptArtifactError):
         is_missing, is_closed = not file.is_file(), not os.access(file, os.R_OK)
     if is_missing:
         raise MissingArtifactError(f"{file} is missing: {fix}")
     if is_closed:
-        raise CorruptArtifactError(f"{file} may not be read by this user: change its mode, or {fix}")
+        raise CorruptArtifactError(f"{file} cannot be read by this user: change its mode, or {fix}")

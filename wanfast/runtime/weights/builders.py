@@ -52,8 +52,8 @@ def build_expert(
     `quantized`: if it is given, the expert's linear layers have the scheme of `quantized`. The weights of these layers
     come from the artifact of `quantized`. With `on_the_fly`, they come from the files of the unquantized model instead.
     `sharded`: whether each rank holds only its own rows. `device`: where the weights are, by default the rank's device.
-    `merge`: changes the weights of the unquantized model; an artifact was merged before it was stored. Raises
-    MissingArtifactError or CorruptArtifactError.
+    `merge`: changes the weights of the unquantized model. The weights of an artifact are not changed, because they were
+    merged before they were stored. Raises MissingArtifactError or CorruptArtifactError.
     """
     scheme = quantized.scheme if quantized else None
     model = expert_on_meta(files.spec.dit, precision, ranks, attend=attend, scheme=scheme, sharded=sharded)

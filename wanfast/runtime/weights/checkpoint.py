@@ -293,7 +293,7 @@ def _header(file: Path) -> dict[str, tuple[list[int], str]]:
         return {key: (each.get_shape(), each.get_dtype()) for key, each in slices.items()}
 
 
-_AGAIN = "it is truncated, damaged or may not be read; download it again"
+_AGAIN = "it is truncated, damaged or cannot be read; download it again"
 _REMAP_BYTES = 1 << 30
 
 
@@ -304,7 +304,10 @@ class _Reader(Protocol):
 
 
 class SafetensorsReader:
-    """Memory-maps the file, and maps it again after each gigabyte, because read pages stay resident while mapped."""
+    """Reads a memory-mapped file, and maps the file again after each gigabyte.
+
+    Pages that were read stay resident until their mapping ends.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -51,9 +51,9 @@ class Experts(Protocol):
         ...
 
     def writable(self, expert: Expert) -> tuple[WanDiT, dict[str, Tensor]]:
-        """Returns (the expert, the tensors of its state dict wherever they are), to overwrite its weights in place.
+        """Returns (the expert, the tensors of the expert's state dict), to overwrite the expert's weights in place.
 
-        It must not be called while an expert runs.
+        Each tensor is on the device or on the host. This method must not be called while an expert runs.
         """
         ...
 
@@ -64,8 +64,8 @@ class ResidentExperts:
     The host copies are kept until the weights are overwritten. A later eviction of the same weights only frees their
     GPU memory.
     `may_move`: False disables eviction. `may_move` must be False if several ranks replay captured graphs with
-    collectives in them. Otherwise only the rank that evicted would capture its graphs again, and the other ranks would
-    not.
+    collectives in them. The reason is that a rank captures its graphs again after an eviction, while the other ranks
+    would replay theirs.
     """
 
     def __init__(self, experts: dict[Expert, WanDiT], device: str, *, may_move: bool = True) -> None:

@@ -1,8 +1,8 @@
 """Maps the tensor names of the two public layouts (original, Diffusers) to ours, by a table for each model and layout.
 
-A table lists pairs (module path in the layout, our module path), where `{i}` stands for any index. It can be read in
-both directions. Our names are those of the original layout, except for the VAE, whose original names are mere indices
-in nested lists. The keys of LoRA files are read by `lora_part`, whichever tool wrote them.
+A table lists pairs (module path in the layout, our module path), where `{i}` stands for any index. Each table can be
+read in both directions. Our names are those of the original layout, except for the VAE, whose original names are
+mere indices in nested lists. The keys of LoRA files are read by `lora_part`, whichever tool wrote them.
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ def lora_spellings(names: Iterable[str]) -> dict[str, str]:
 def lora_part(key: str, spellings: Mapping[str, str]) -> tuple[str, LoraPart, str] | None:
     """Returns (module's path in the file, part, our name of the parameter) of a LoRA's key.
 
-    Returns None for a key that matches nothing. `spellings` comes from `lora_spellings`.
+    `part` says what the key's tensor is, such as "down" or "alpha". `spellings` comes from `lora_spellings`. Returns
+    None for a key that matches nothing.
     """
     rest = key[_LORA_PREFIX.match(key).end() :]  # type: ignore[union-attr]  # it matches the empty text too
     for part, ending in _LORA_ENDINGS.items():

@@ -3,8 +3,8 @@
     weight += strength * alpha / rank * up @ down        (without alpha: strength * up @ down)
 
 The products are float32, one tensor at a time, before the sum is cast or quantized. A rank that reads some rows of a
-weight reads and multiplies only these rows of `up`. Some files also hold differences of whole tensors, which are added
-times the strength. All keys and shapes are compared with the model's before a weight is read.
+weight reads and multiplies only these rows of `up`. Some files also hold differences of whole tensors; each difference
+is multiplied by the strength and added. All keys and shapes are compared with the model's before a weight is read.
 Alpha is a tensor of the file, or stands in the file's metadata, or in the config that PEFT writes beside the file.
 Source: LoRA (arXiv 2106.09685); rank-stabilised LoRA (arXiv 2312.03732) divides alpha by sqrt(rank).
 
