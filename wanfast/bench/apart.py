@@ -1,7 +1,8 @@
-"""Runs work that needs torch in a process of its own, so that the parent holds no memory of a GPU. Torch-free.
+"""Runs work that needs torch in a process of its own, so that the parent holds no memory of a GPU.
 
 The process is `python -m wanfast.bench.work NAME FILE`. First FILE holds the arguments as JSON, later the result or
 the error.
+This module does not import torch.
 """
 
 from __future__ import annotations

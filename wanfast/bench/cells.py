@@ -2,7 +2,8 @@
 
 A cell is one video. Its result and its frames are an artifact `bench/<key>`, so that an interrupted bench continues
 with the next cell. The key holds everything that the video depends on: what is planned, the weights, the code, the
-versions and the hardware. Torch-free.
+versions and the hardware.
+This module does not import torch.
 """
 
 from __future__ import annotations

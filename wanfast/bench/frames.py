@@ -1,6 +1,7 @@
-"""Writes and reads frames without loss, so that videos can be compared exactly. Torch-free.
+"""Writes and reads frames without loss, so that videos can be compared exactly.
 
 The format is H.264 with RGB pixels, which few players can show.
+This module does not import torch.
 """
 
 from __future__ import annotations

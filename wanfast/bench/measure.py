@@ -1,9 +1,10 @@
-"""Measures the missing cells of a bench, repeat by repeat, so that the recipes run in turn. Torch-free.
+"""Measures the missing cells of a bench, repeat by repeat, so that the recipes run in turn.
 
 In each repeat, a recipe starts its ranks, and the ranks load the models. Then the ranks make a short warm-up video of
 each clip. During the first video of a shape, code is compiled, kernels are searched and the prompt is encoded. The
 report states the seconds of the start and of the warm-up videos separately. If a recipe fails, the other recipes still
 run.
+This module does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Writes the files of a report, and the random weights that a bench may use. Torch-free."""
+"""Writes the files of a report, and the random weights that a bench may use.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Writes the page of a report: one HTML file that holds table, pictures and videos, and works offline. Torch-free."""
+"""Writes the page of a report: one HTML file that holds table, pictures and videos, and works offline.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 

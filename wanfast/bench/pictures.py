@@ -1,4 +1,7 @@
-"""Draws the two pictures of a report: seconds beside the published ones, and speed against quality. Torch-free."""
+"""Draws the two pictures of a report: seconds beside the published ones, and speed against quality.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 

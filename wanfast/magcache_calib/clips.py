@@ -1,6 +1,7 @@
-"""Reads a calibration set: a folder with images and a `clips.jsonl`, which gives each image its prompt. Torch-free.
+"""Reads a calibration set: a folder with images and a `clips.jsonl`, which gives each image its prompt.
 
 Two small sets ship with the package: scenes of the tiny model's world, and photographs.
+This module does not import torch.
 """
 
 from __future__ import annotations

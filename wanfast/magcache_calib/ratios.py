@@ -1,6 +1,6 @@
 """Averages the measurements of all clips into a curve, stores and plots the curve, and compares it with the preset.
 
-Torch-free.
+This module does not import torch.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""This package defines model sizes, option values and the mesh of ranks, and computes shapes and memory. Torch-free."""
+"""This package defines model sizes, option values and the mesh of ranks, and computes shapes and memory.
+
+This package does not import torch.
+"""

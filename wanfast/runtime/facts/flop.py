@@ -1,4 +1,7 @@
-"""Computes the FLOP of a forward, and states the bf16 peak of each kind of GPU. Torch-free."""
+"""Computes the FLOP of a forward, and states the bf16 peak of each kind of GPU.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 

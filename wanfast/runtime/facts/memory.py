@@ -1,4 +1,4 @@
-"""Computes how many bytes of memory a video needs, for weights and for activations. Torch-free.
+"""Computes how many bytes of memory a video needs, for weights and for activations.
 
 The bytes of weights are exact. The bytes of activations are an estimate, fitted to measurements at 1280x720, 81 frames;
 the GB below are for this size.
@@ -6,6 +6,7 @@ For each token, a forward holds about seven float32 vectors of the model's width
 need 1.7 GB more. For each pixel of a frame and each base channel, the VAE needs 145 bytes to encode (12.8 GB). To
 decode, the VAE needs 90 bytes in bf16 (8.0 GB) or 175 bytes in float32. About half of the VAE's bytes are earlier
 frames, which causal convolutions read.
+This module does not import torch.
 """
 
 from __future__ import annotations

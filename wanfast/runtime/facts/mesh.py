@@ -7,8 +7,8 @@
 A replica is a *rank group*: its ranks make one video together, and fail together. Rank groups share only the list of
 jobs. Therefore, if one rank group fails, the others continue. Either each rank group lies within one machine, or one
 rank group contains all ranks of all machines.
-The ulysses axis exchanges the most data, so ranks with neighbouring numbers lie along this axis. Torch-free, because
-the parent chooses and checks the mesh before any rank starts.
+The ulysses axis exchanges the most data, so ranks with neighbouring numbers lie along this axis. The module
+does not import torch, because the parent chooses and checks the mesh before any rank starts.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""This package inspects the machine: GPUs, memory, packages, signals. Torch-free."""
+"""This package inspects the machine: GPUs, memory, packages, signals.
+
+This package does not import torch.
+"""

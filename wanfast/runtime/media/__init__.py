@@ -1,1 +1,4 @@
-"""This package reads images and prompts, and writes videos. Torch-free."""
+"""This package reads images and prompts, and writes videos.
+
+This package does not import torch.
+"""

@@ -1,7 +1,6 @@
 """This module lists the attention kernels that the program can use: three packages and torch's own back ends.
 
-A package is imported only when its kernel first runs, because each package is optional, and importing some packages
-breaks other programs.
+A package is imported only when its kernel first runs, because each package is optional, and its import takes time.
 Shapes: B batch, L tokens, H heads, D head dim. Sources: FlashAttention-2 (arXiv 2307.08691), FlashAttention-3 (arXiv
 2407.08608). FlashAttention-4 is the successor of FlashAttention-3, written in CuTe DSL.
 """

@@ -1,1 +1,4 @@
-"""This package decides what will run, before anything starts. Torch-free."""
+"""This package decides what will run, before anything starts.
+
+This package does not import torch.
+"""

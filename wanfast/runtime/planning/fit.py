@@ -1,7 +1,8 @@
-"""Computes whether a model fits on this machine, for each number of GPUs and each placement of its experts. Torch-free.
+"""Computes whether a model fits on this machine, for each number of GPUs and each placement of its experts.
 
 The sums of bytes come from `placement`, which also uses them to place a run. If this machine has no GPU, the sums are
 compared with the memory of common GPUs that a user can rent.
+This module does not import torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Finds the command that the user should type next. Torch-free.
+"""Finds the command that the user should type next.
 
 This command removes the first obstacle to a video on this machine. The command's image and prompt ship with the
 package, so that the command runs unchanged.
+This module does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Predicts the seconds that a plan takes, from the seconds of a forward in a similar earlier run. Torch-free."""
+"""Predicts the seconds that a plan takes, from the seconds of a forward in a similar earlier run.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 An option with the value `auto` is decided from the memory that is free now, and the plan states the reason. If all
 weights fit into the memory of each rank, every rank holds all weights. This is preferred, because sharded weights must
 be gathered for each layer of each step. If the weights do not fit, several ranks shard them, but a single rank offloads
-the idle expert. All videos of a list share one placement; the largest video decides the placement. Torch-free.
+the idle expert. All videos of a list share one placement; the largest video decides the placement.
+This module does not import torch.
 """
 
 from __future__ import annotations

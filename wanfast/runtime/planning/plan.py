@@ -1,8 +1,9 @@
-"""Turns a request into a plan: every option has a value and every file is checked, but nothing is computed. Torch-free.
+"""Turns a request into a plan: every option has a value and every file is checked, but nothing is computed.
 
 `resolve` makes an effective config from the options that were given. From this config and the facts of the model,
 `Plan.of` derives the geometry, the schedule and the steps of each expert. Parent and ranks derive the same plan from
 the same config, so that the printed plan is the plan that runs.
+This module does not import torch.
 """
 
 from __future__ import annotations

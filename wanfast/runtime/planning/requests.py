@@ -1,7 +1,8 @@
-"""Reads the command line and the files that it names into requests, and plans one video for each. Torch-free.
+"""Reads the command line and the files that it names into requests, and plans one video for each.
 
 The command line may name three files: a prompt (--prompt-file), an earlier video's JSON (--from), and a list of videos
 (--jobs). A line of the list overrides the command line, and the command line overrides the earlier run.
+This module does not import torch.
 """
 
 from __future__ import annotations

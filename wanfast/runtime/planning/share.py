@@ -1,4 +1,7 @@
-"""Decides which jobs of a batch a rank group does. Torch-free."""
+"""Decides which jobs of a batch a rank group does.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Says which rank group does a job: the first group that claims the job. Torch-free.
+"""Says which rank group does a job: the first group that claims the job.
 
 A claim is a symbolic link to a target that does not exist; the text of the link is the group's number. The operating
 system makes a link in one step, so that a killed rank never leaves an incomplete claim. A short link needs no block of
@@ -6,6 +6,7 @@ the disk, so that it can be made on a full disk that has inodes left.
 If the file system has no symbolic links, a claim is a folder instead. This folder contains an empty folder whose name
 is the group's number. Both folders are first made under another name; then the outer folder gets its name in one step,
 by a rename.
+This module does not import torch.
 """
 
 from __future__ import annotations

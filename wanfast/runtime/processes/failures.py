@@ -1,4 +1,7 @@
-"""Finds out why a rank group died, from the files that its ranks and its launcher left. Torch-free."""
+"""Finds out why a rank group died, from the files that its ranks and its launcher left.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 

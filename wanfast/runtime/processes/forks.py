@@ -1,8 +1,9 @@
-"""Forks a launcher's ranks before torchrun's agent starts, so that all ranks share one import of torch. Torch-free.
+"""Forks a launcher's ranks before torchrun's agent starts, so that all ranks share one import of torch.
 
 A forked process has only the thread that called fork, and cannot use a GPU that its parent used before. torchrun's
 agent starts threads and queries GPUs. So the launcher forks all ranks first, and each rank waits until the agent starts
 this rank.
+This module does not import torch.
 """
 
 from __future__ import annotations

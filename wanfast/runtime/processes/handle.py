@@ -1,8 +1,8 @@
 """The handle of the Python API starts the ranks, and gives them one video after another to make.
 
-Torch-free, because only the ranks need torch, and the ranks are other processes. Any thread may call every method;
-videos are made one at a time. If a rank dies, the video that it was making fails, and the ranks are started again for
-the next video. If an idle rank dies, no video fails.
+The module does not import torch, because only the ranks need torch, and the ranks are other processes. Any thread may
+call every method; videos are made one at a time. If a rank dies, the video that it was making fails, and the ranks are
+started again for the next video. If an idle rank dies, no video fails.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Starts a launcher for each rank group, watches the groups, and returns the result or the error of every job.
 
 The processes communicate only by small files in the run folder: results, progress, and the error of a failed rank. So
-the parent can print all results that exist, even after one of the processes has died. Torch-free.
+the parent can print all results that exist, even after one of the processes has died.
+This module does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Follows the progress of rank groups, and notices if a rank group hangs. Torch-free.
+"""Follows the progress of rank groups, and notices if a rank group hangs.
 
 Denoising steps after the first one take about the same time. So in a group of one rank, the earlier steps give a time
 limit for a later step. In a larger group, a rank that waits for another rank ends the group after --rank-timeout.
@@ -13,6 +13,7 @@ for its GPU. A healthy rank may then show no work during a long computation, so 
 A rank that waits for others in gloo shows no work: it uses 0.3 % of a core. This was not measured for NCCL's threads.
 Three hangs are not found: an endless loop on a CPU, a process that reads, writes or touches memory for ever, and a
 launcher that stops after it has formed its rank group but before the first rank has started.
+This module does not import torch.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ Cost: one residual for each branch: [L, d] in float32, with L tokens and d chann
 Limit: a curve is valid for one model, one number of steps and one shift.
 Source: MagCache (arXiv 2506.09045), section 3.3. Both rules of `MagCacheSettings.rule` come from MagCache's code for
 Wan2.2.
-Torch-free.
+This module does not import torch.
 """
 
 from __future__ import annotations

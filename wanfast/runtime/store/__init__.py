@@ -1,1 +1,4 @@
-"""This package finds and writes files on disk: weights, artifacts, curves, hashes. Torch-free."""
+"""This package finds and writes files on disk: weights, artifacts, curves, hashes.
+
+This package does not import torch.
+"""

@@ -1,4 +1,4 @@
-"""Finds MagCache's ratios: a model's preset, or a curve that `wanfast calibrate-magcache` stored. Torch-free.
+"""Finds MagCache's ratios: a model's preset, or a curve that `wanfast calibrate-magcache` stored.
 
 A preset is a curve that ships with the package. The key of a stored curve holds the settings of its measurement: the
 set of clips, both experts, their LoRAs, facts and precision. Further settings are steps, shift, solver, guidance, size
@@ -6,6 +6,7 @@ and frames. The key also holds the code, the libraries and the device of the mea
 measurement in the set of clips, the code, the libraries and the device. If another setting differs, the run refuses the
 curve, and the error names the command that measures a new curve. With `--magcache-interpolate`, the steps and the shift
 may differ too, because the ratios change smoothly.
+This module does not import torch.
 """
 
 from __future__ import annotations

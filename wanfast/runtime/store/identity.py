@@ -7,7 +7,7 @@ the record.
 
 The Hugging Face cache names a file by the file's sha256. When such a file is first seen, its name is taken as the
 sha256 without hashing. A later change of such a file is noticed in the same way as a change of any other file.
-Torch-free.
+This module does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Reads JSON files that a user, another program or a full disk may have changed. Torch-free."""
+"""Reads JSON files that a user, another program or a full disk may have changed.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Finds LoRA files, and reads what is known of them without torch: their hashes, headers and experts. Torch-free.
+"""Finds LoRA files, and reads what is known of them without torch: their hashes, headers and experts.
 
 A LoRA is named by --lora, --lora-high-noise or --lora-low-noise. Its tensors are matched with the model's only when an
 expert is loaded, because the model's names and shapes are facts of `models.dit`.
+This module does not import torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Locates a model's files in a folder, in either public layout: the original one or that of Diffusers. Torch-free.
+"""Locates a model's files in a folder, in either public layout: the original one or that of Diffusers.
 
 The model `tiny` ships with the package. The model `a14b` is the published repository, in either layout. This repository
 lies in the artifacts folder, or else in the cache of the Hugging Face Hub, where another program may have put it. Any
 other name of a model is a path.
+This module does not import torch.
 """
 
 from __future__ import annotations

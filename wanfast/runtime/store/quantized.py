@@ -1,9 +1,10 @@
-"""Finds stored quantized experts by the key of their artifacts. Torch-free.
+"""Finds stored quantized experts by the key of their artifacts.
 
 An artifact `quantized/<key>` holds one expert, quantized with one scheme. The key depends on the weights, the scheme
 and the code that quantizes. The artifact's files are safetensors shards, the index of the shards, the quantization
 error of every tensor (`errors.json`, `errors.png`), and the manifest. The tensors have the names of the original
 layout.
+This module does not import torch.
 """
 
 from __future__ import annotations
