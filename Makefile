@@ -17,6 +17,7 @@
 #   make test-long  tests that take too long for every change, on a CPU
 #   make test-gpu   what only a GPU can show
 #   make bench-gpu  speed on one GPU: a forward, quantized, with skips; each prints its JSON
+#   make projection     whole videos on 8 GPUs, projected from the results of 1 and 2: docs/projection.md
 #   make tiny-quality   every quality figure of the tiny model, at 128x128
 #   make tiny-quality-256   the same at 256x256, on a GPU
 #   make tiny-magcache  what skipping forwards saves and costs on the tiny model
@@ -89,6 +90,9 @@ bench-gpu: .venv/dev
 	$(BIN)/python benchmarks/quantized.py
 	$(BIN)/python benchmarks/magcache.py
 
+projection: .venv/runtime
+	$(BIN)/python benchmarks/projection.py
+
 check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -110,4 +114,4 @@ clean:
 	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
-.PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu tiny-quality tiny-quality-256 tiny-magcache check clean
+.PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu projection tiny-quality tiny-quality-256 tiny-magcache check clean
