@@ -18,6 +18,7 @@
 #   make test-gpu   what only a GPU can show
 #   make bench-gpu  speed on one GPU: a forward, quantized, with skips; each prints its JSON
 #   make projection     whole videos on 8 GPUs, projected from the results of 1 and 2: docs/projection.md
+#   make readme-table   README's table of published lines, from the reports of `wanfast bench`
 #   make tiny-quality   every quality figure of the tiny model, at 128x128
 #   make tiny-quality-256   the same at 256x256, on a GPU
 #   make tiny-magcache  what skipping forwards saves and costs on the tiny model
@@ -93,6 +94,9 @@ bench-gpu: .venv/dev
 projection: .venv/runtime
 	$(BIN)/python benchmarks/projection.py
 
+readme-table: .venv/runtime
+	$(BIN)/python benchmarks/readme_table.py
+
 check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -114,4 +118,4 @@ clean:
 	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
-.PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu projection tiny-quality tiny-quality-256 tiny-magcache check clean
+.PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu projection readme-table tiny-quality tiny-quality-256 tiny-magcache check clean

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from page_block import declaration, with_block
 
-from wanfast.bench.projection import NOT_CHECKED, STEPS, TERMS, WholeVideo, checks, fit, mesh_of
+from wanfast.bench.projection import NOT_CHECKED, STEPS, TERMS, CostModel, WholeVideo, checks, fit, mesh_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks/results")
@@ -49,34 +50,57 @@ def main() -> None:
     print(json.dumps(document))
 
 
-def projection(results: Path) -> dict[str, Any]:
-    """Returns the fit, the projected videos on each number of GPUs, and the checks."""
+@dataclass(frozen=True)
+class Fitted:
+    """Holds the fitted model, the files that it comes from, and those of four GPUs, by what each one measured."""
+
+    kind: str
+    model: CostModel
+    fitted_on: dict[str, Path]
+    checked_on: dict[str, Path]
+    video: dict[str, Any]  # the whole videos on two GPUs
+    checks_on_2: list[dict[str, Any]]
+    checks: list[dict[str, Any]]  # on 4
+
+    @property
+    def error_on_4(self) -> float | None:
+        """Returns the last check's error, which is a whole video's if one was measured; None without a check."""
+        return self.checks[-1]["error"] if self.checks else None
+
+
+def fitted(results: Path) -> Fitted:
+    """Fits the model on the files of a folder, and checks it on those of four GPUs."""
     kind = next((kind for kind in KINDS if (results / f"forward-4x{kind}.json").exists()), OTHERS)
-    fitted = _files_of_fit(results, kind)
+    files = _files_of_fit(results, kind)
     on_4 = {role: results / f"{name}-4x{kind}.json" for role, name in FILES.items()}
     on_4 = {role: file for role, file in on_4.items() if file.exists()}
-    read = {file: json.loads(file.read_text()) for file in {*fitted.values(), *on_4.values()}}
-    video = read[fitted["video"]]
+    read = {file: json.loads(file.read_text()) for file in {*files.values(), *on_4.values()}}
+    video = read[files["video"]]
     try:
-        model = fit(read[fitted["forward"]], read[fitted["profile"]], read[fitted["vae"]], video)
-        whole = WholeVideo.read(video)
+        model = fit(read[files["forward"]], read[files["profile"]], read[files["vae"]], video)
         found = checks(model, **{role: read[file] for role, file in on_4.items()})
-        on_2 = checks(model, video=video)
+        return Fitted(kind, model, files, on_4, video, checks(model, video=video), found)
     except KeyError as missing:
-        files = ", ".join(sorted(file.name for file in read))
-        raise SystemExit(f"one of {files} lacks {missing}: measure it again, {MEASURED_BY}") from None
-    videos = {str(number): model.video(whole.tokens, mesh_of(number)) for number in GPUS}
+        names = ", ".join(sorted(file.name for file in read))
+        raise SystemExit(f"one of {names} lacks {missing}: measure it again, {MEASURED_BY}") from None
+
+
+def projection(results: Path) -> dict[str, Any]:
+    """Returns the fit, the projected videos on each number of GPUs, and the checks."""
+    found = fitted(results)
+    tokens = WholeVideo.read(found.video).tokens
+    videos = {str(number): found.model.video(tokens, mesh_of(number)) for number in GPUS}
     return {
-        "gpu": kind,
-        "size": video["size"],
+        "gpu": found.kind,
+        "size": found.video["size"],
         "steps": STEPS,
-        "fitted_on": {role: file.name for role, file in fitted.items()},
-        "checked_on": {role: file.name for role, file in on_4.items()},
-        "fit": _rounded(vars(model)),
+        "fitted_on": {role: file.name for role, file in found.fitted_on.items()},
+        "checked_on": {role: file.name for role, file in found.checked_on.items()},
+        "fit": _rounded(vars(found.model)),
         "videos": {number: _rounded({**terms, "total": sum(terms.values())}) for number, terms in videos.items()},
-        "checks_on_2": on_2,
-        "checks": found,
-        "error_on_4": found[-1]["error"] if found else None,
+        "checks_on_2": found.checks_on_2,
+        "checks": found.checks,
+        "error_on_4": found.error_on_4,
     }
 
 
@@ -122,8 +146,8 @@ def tables(document: dict[str, Any]) -> list[str]:
     lines += ["| GPUs | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for number, video in document["videos"].items():
         lines.append(f"| {number} | " + " | ".join(cell(video[c], f"videos/{number}/{c}") for c in columns) + " |")
-    fitted = ", ".join(f"`{RESULTS / name}`" for name in dict.fromkeys(document["fitted_on"].values()))
-    lines += ["", f"Fitted on {fitted}.", "", "| checked | measured | projected | error |", "|---|---|---|---|"]
+    files = ", ".join(f"`{RESULTS / name}`" for name in dict.fromkeys(document["fitted_on"].values()))
+    lines += ["", f"Fitted on {files}.", "", "| checked | measured | projected | error |", "|---|---|---|---|"]
     for of, checks_of in (("checks_on_2", document["checks_on_2"]), ("checks", document["checks"])):
         for place, check in enumerate(checks_of):
             path = f"{of}/{place}"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.bench import results as results_files
+from tests.bench.results import ROOT
 from wanfast.bench import projection as model_of
 from wanfast.bench.projection import CostModel, Shared, checks, fit, mesh_of
 
-ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 TOKENS = 75_600
 KNOWN = CostModel(
     attention_flop_s=7e14,
@@ -97,22 +96,13 @@ def test_checks_say_how_far_measurements_are() -> None:
 
 
 @pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.delitem(sys.modules, "projection", raising=False)
-    import projection
-
-    return projection
+def program() -> Any:
+    return results_files.program("projection")
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """Returns a folder with the files of one GPU and two."""
-    folder = tmp_path / "benchmarks/results"
-    folder.mkdir(parents=True)
-    for name in ("forward-2xh200", "forward-h200", "vae-2xh200", "whole-video-random-2xh200"):
-        shutil.copy(ROOT / f"benchmarks/results/{name}.json", folder)
-    return folder
+    return results_files.results_of_two(tmp_path)
 
 
 def test_without_four_gpus_the_picture_and_the_page_say_so(program: Any, results: Path) -> None:

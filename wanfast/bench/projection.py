@@ -82,6 +82,23 @@ class CostModel:
         return {**of_steps, "VAE": self.vae_s(tokens, mesh.group_size), "text": self.text_s, "start": self.start_s}
 
 
+def on_more_gpus(
+    model: CostModel, seconds: Terms, forwards: float, tokens: int, meshes: tuple[Mesh, Mesh]
+) -> dict[str, float]:
+    """Returns the seconds of each stage on the second mesh, from those that were measured on the first one.
+
+    What the first mesh measured beside its exchange is work that the ranks divide, whichever kernels did it.
+    """
+    before, after = meshes
+    exchange = [model.forward(tokens, mesh.ulysses)["exchange"] for mesh in meshes]
+    work_s = (seconds["denoise"] * before.cfg / forwards - exchange[0]) * before.ulysses
+    return {
+        "encode": seconds["encode"] * model.encode.on(after.group_size) / model.encode.on(before.group_size),
+        "denoise": forwards / after.cfg * (work_s / after.ulysses + exchange[1]),
+        "decode": seconds["decode"] * model.decode.on(after.group_size) / model.decode.on(before.group_size),
+    }
+
+
 def sent(ulysses: int) -> float:
     """Returns the share of all tokens that a rank sends to others in one exchange: all of its own except 1/ulysses."""
     return (ulysses - 1) / ulysses**2
