@@ -79,7 +79,8 @@ def fitted(results: Path) -> Fitted:
     try:
         model = fit(read[files["forward"]], read[files["profile"]], read[files["vae"]], video)
         found = checks(model, **{role: read[file] for role, file in on_4.items()})
-        return Fitted(kind, model, files, on_4, video, checks(model, video=video), found)
+        on_2 = checks(model, video=video) if kind in files["video"].stem else []  # another kind shows nothing of it
+        return Fitted(kind, model, files, on_4, video, on_2, found)
     except KeyError as missing:
         names = ", ".join(sorted(file.name for file in read))
         raise SystemExit(f"one of {names} lacks {missing}: measure it again, {MEASURED_BY}") from None
@@ -198,10 +199,10 @@ def _bar(number: str, video: dict[str, float], said: str, scale: float, y: int) 
 def _said(number: str, document: dict[str, Any]) -> str:
     """Returns what is known of the projection for a number of GPUs."""
     error = document["error_on_4"]
-    if number == "1":
-        return "fitted"
-    if number == "2":
+    if number == "2" and document["checks_on_2"]:
         return f"fitted; {document['checks_on_2'][-1]['measured_s']:.0f} s with the steps that were measured"
+    if number in ("1", "2"):
+        return "fitted"
     if error is None:
         return f"projected, {NOT_CHECKED}"
     return f"projected, {error:+.1%} on 4 GPUs" if number == "8" else f"projected, {error:+.1%} to what was measured"

@@ -109,6 +109,7 @@ def test_without_four_gpus_the_picture_and_the_page_say_so(program: Any, results
     document = program.projection(results)
     assert (document["error_on_4"], document["checks"], document["checked_on"]) == (None, [], {})
     assert program.picture(document).count("not checked on 4") == 2  # the bars of 4 and of 8
+    assert "fitted; 390 s with the steps that were measured" in program.picture(document)
     assert "**The projection is not checked on 4**" in "\n".join(program.tables(document))
 
 
@@ -124,6 +125,7 @@ def test_files_of_four_gpus_are_taken_by_their_names(program: Any, results: Path
     assert document["gpu"] == "h100"
     assert document["fitted_on"]["forward"] == document["fitted_on"]["profile"] == "forward-4xh100.json"
     assert document["fitted_on"]["vae"] == "vae-2xh200.json"
+    assert document["checks_on_2"] == []  # those videos are of an H200
     assert document["fit"]["attention_flop_s"] == pytest.approx(7e14)
     assert len(document["checks"]) == 4 and document["error_on_4"] == document["checks"][-1]["error"] < -0.1
     shown, lines = program.picture(document), "\n".join(program.tables(document))
