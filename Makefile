@@ -1,25 +1,67 @@
 # Each target does all its own set-up in .venv.
 #
+# The journey to a video. Each target prints the wanfast line that it runs. MODEL=tiny is the default and ships with the
+# package; MODEL=a14b takes the published weights. OPTIONS adds words to the line: make generate OPTIONS='--steps 8'.
+#
+#   make download   the published weights, 126 GB, only with MODEL=a14b
+#   make quantize   experts in 8 bits, for OPTIONS='--quantize fp8-rowwise'; SCHEME names another scheme
+#   make calibrate  a curve for OPTIONS='--magcache artifact'
+#   make warmup     what the first video of a shape would compile
 #   make generate   two videos from the images that ship with the package, on any machine
+#   make bench      all recipes side by side: out/bench/report.html
+#   make doctor     what is installed, what fits, what to type next
+#
+# Work on wanfast itself:
+#
 #   make test       the whole suite, on a CPU
 #   make test-long  tests that take too long for every change, on a CPU
 #   make test-gpu   what only a GPU can show
-#   make bench      all recipes side by side, with the tiny model or MODEL=a14b: out/bench/report.html
 #   make bench-gpu  speed on one GPU: a forward, quantized, with skips; each prints its JSON
+#   make projection     whole videos on 8 GPUs, projected from the results of 1 and 2: docs/projection.md
+#   make readme-table   README's table of published lines, from the reports of `wanfast bench`
 #   make tiny-quality   every quality figure of the tiny model, at 128x128
 #   make tiny-quality-256   the same at 256x256, on a GPU
 #   make tiny-magcache  what skipping forwards saves and costs on the tiny model
 #   make check      format, lint, types, layers
-#   make clean      remove .venv and what the targets made
+#   make clean      remove .venv and what the targets made, except weights, experts in 8 bits and curves
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints/pins.txt
 
+MODEL ?= tiny
+SCHEME ?= fp8-rowwise
+OPTIONS =
+ON_CPU := $(if $(filter tiny,$(MODEL)),--device cpu)
+
+ifeq ($(MODEL),a14b)
+download: .venv/runtime
+	$(BIN)/wanfast download $(OPTIONS)
+else
+download:
+	@echo 'Nothing to download for MODEL=$(MODEL). `make download MODEL=a14b` runs `wanfast download`, 126 GB.'
+endif
+
+quantize: .venv/dev
+	$(BIN)/wanfast quantize --model $(MODEL) --scheme $(SCHEME) $(ON_CPU) $(OPTIONS)
+
+calibrate: .venv/dev
+	$(BIN)/wanfast calibrate-magcache --model $(MODEL) $(ON_CPU) $(OPTIONS)
+
+warmup: .venv/runtime
+	$(BIN)/wanfast warmup --model $(MODEL) $(ON_CPU) $(OPTIONS)
+
 generate: .venv/runtime
 	mkdir -p out
-	$(BIN)/wanfast generate --model tiny --device cpu --jobs wanfast/assets/examples/jobs.jsonl --seed 1 \
-		--contact-sheet --overwrite
+	$(BIN)/wanfast generate --model $(MODEL) $(ON_CPU) --jobs wanfast/assets/examples/jobs.jsonl --seed 1 \
+		--contact-sheet --overwrite $(OPTIONS)
+
+# A CPU lacks FlashAttention-3, which the published recipes name: each row of the report says that auto replaced it.
+bench: .venv/dev
+	$(BIN)/wanfast bench --model $(MODEL) $(if $(ON_CPU),$(ON_CPU) --attention auto) --output out/bench $(OPTIONS)
+
+doctor: .venv/runtime
+	$(BIN)/wanfast doctor --model $(MODEL) $(OPTIONS)
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/gpu
@@ -44,15 +86,16 @@ training/photographs.zip: | .venv/dev
 tiny-magcache: .venv/dev
 	$(BIN)/python -m wanfast.quality.skipping --output benchmarks/results/tiny-magcache.json
 
-# A CPU lacks FlashAttention-3, which the published recipes name: each row of the report says that auto replaced it.
-MODEL ?= tiny
-bench: .venv/dev
-	$(BIN)/wanfast bench --model $(MODEL) $(if $(filter tiny,$(MODEL)),--device cpu --attention auto) --output out/bench
-
 bench-gpu: .venv/dev
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/quantized.py
 	$(BIN)/python benchmarks/magcache.py
+
+projection: .venv/runtime
+	$(BIN)/python benchmarks/projection.py
+
+readme-table: .venv/runtime
+	$(BIN)/python benchmarks/readme_table.py
 
 check: .venv/dev
 	$(BIN)/ruff format --check .
@@ -75,4 +118,4 @@ clean:
 	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
-.PHONY: generate test test-long test-gpu bench bench-gpu tiny-quality tiny-quality-256 tiny-magcache check clean
+.PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu projection readme-table tiny-quality tiny-quality-256 tiny-magcache check clean

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-__version__ = "0.1.0"
-__all__ = ["Handle", "Video", "make", "open"]
+from wanfast.version import __version__
+
+__all__ = ["Handle", "Video", "__version__", "make", "open"]
 
 
 def __getattr__(name: str) -> Any:

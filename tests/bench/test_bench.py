@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.bench.results import program, results_of_two
 from tests.conftest import Machine, Outcome
 from wanfast.bench import cells as cells_module
 from wanfast.bench import measure as measure_module
@@ -177,6 +178,10 @@ def test_a_report_holds_rows_pictures_and_videos(
     assert exact["seconds"].keys() == {"encode", "denoise", "decode"} and exact["video_s"]["of"] == 2
     assert exact["start"]["warm_up_videos"] == 2 and exact["attention"] == "flash"
     assert {"hardware", "versions", "commit", "clips", "options"} <= report.keys()
+    results = results_of_two(Path("copy"))
+    (results / "bench-4xh100.json").write_text(json.dumps(report | {"machine": "4 x NVIDIA H100"}))
+    of_table = program("readme_table").table(results)["rows"]
+    assert of_table["exact"]["on_4_s"] == exact["video_s"]["median"] and of_table["fa3-tf32"]["why"] == "needs CUDA"
     for name in ("waterfall.png", "quality.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     text = (folder / "report.html").read_text()

@@ -15,7 +15,6 @@ left to right. A .jsonl file is a list. The second form names another source and
 from __future__ import annotations
 
 import argparse
-import ast
 import itertools
 import json
 import operator
@@ -200,17 +199,6 @@ def _takes(name: str, words: list[str]) -> bool:
     except typer.BadParameter.__base__ as error:  # Typer does not export it by name
         return type(error).__name__ == "MissingParameter"  # the span says nothing of other options
     return True
-
-
-def test_troubleshooting_quotes_messages_that_exist() -> None:
-    """What stands between two `…` is a part of a text in the code."""
-    rows = re.findall(r"^\| `([^`]+)`", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
-    trees = (ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "wanfast").rglob("*.py"))
-    texts = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-    known = "\n".join(text for text in texts if isinstance(text, str))
-    parts = [part.strip() for row in rows for part in row.removeprefix("error: ").split("…") if len(part) > 3]
-    assert len(parts) > 40
-    assert [part for part in parts if part not in known] == []
 
 
 def test_the_page_of_recipes_is_what_they_are() -> None:

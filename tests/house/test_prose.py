@@ -12,7 +12,10 @@ import pytest
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 CODE = sorted(path for folder in ("wanfast", "benchmarks", "training") for path in (ROOT / folder).rglob("*.py"))
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "LOG.md")), *(ROOT / "docs").glob("*.md")]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md")),
+    *(ROOT / "docs").glob("*.md"),
+]
 
 # A word or phrase, and what says the same in the field's words.
 GONE = {

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import wanfast
 from wanfast.runtime.machine import packages
 
 
@@ -44,3 +45,8 @@ def test_without_a_repository_the_environment_names_the_commit(tmp_path: Path, m
     packages.commit.cache_clear()
     assert packages.commit() == "abc1234"
     packages.commit.cache_clear()
+
+
+def test_the_version_is_that_of_the_code_that_runs() -> None:
+    """An installed package's metadata may be older than a checkout, or missing."""
+    assert packages.versions()["wanfast"] == wanfast.__version__

@@ -23,9 +23,17 @@ def forward_flop(spec: DiTSpec, tokens: int) -> float:
 
     The text's keys and values are not counted, because they are computed only once for each prompt.
     """
-    linears = 2 * tokens * (6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim)
-    attention = 4 * tokens * (tokens + spec.text_len) * spec.dim
-    return spec.num_layers * (linears + attention)
+    return linear_flop(spec, tokens) + attention_flop(spec, tokens)
+
+
+def linear_flop(spec: DiTSpec, tokens: int) -> float:
+    """Returns the FLOP of the projections and the feed-forward of one forward."""
+    return spec.num_layers * 2 * tokens * (6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim)
+
+
+def attention_flop(spec: DiTSpec, tokens: int) -> float:
+    """Returns the FLOP of self- and cross-attention of one forward."""
+    return spec.num_layers * 4 * tokens * (tokens + spec.text_len) * spec.dim
 
 
 def bf16_peak(gpu: str) -> float | None:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
+from wanfast.version import __version__
 
 # The packages of attention kernels: pip's name, and the modules, any one of which has the kernel.
 ATTENTION_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -21,7 +22,7 @@ ATTENTION_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 _ROOT = Path(__file__).parents[3]
 ATTENTION_ON_CPU = ("flash", "math")  # the kernels that a CPU has
-_PACKAGES = ("wanfast", "torch", "numpy", "safetensors", "tokenizers", "ftfy", "pillow", "av")
+_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "ftfy", "pillow", "av")
 _OPTIONAL = (
     "triton",
     "torchao",
@@ -60,6 +61,7 @@ def version_of(package: str) -> str | None:
 def versions() -> dict[str, str]:
     """Returns the versions of everything that can change a pixel, without importing any package."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "commit": commit() or "unknown"}
+    found["wanfast"] = __version__  # of the code that runs; a checkout need not be installed as a package
     found |= {package: version_of(package) or "not installed as a package" for package in _PACKAGES}
     return found | {package: version for package in _OPTIONAL if (version := version_of(package))}
 

@@ -1,0 +1,212 @@
+"""Projects whole videos to 8 GPUs from the JSON files of benchmarks/results, and says what 4 GPUs showed of it.
+
+    python benchmarks/projection.py      # writes benchmarks/results/projection.json, docs/projection.svg and the tables
+
+docs/projection.md has the model, and its tables are written by this program. The model is fitted on a forward, the VAE
+and whole videos on one GPU and on two. Files of four GPUs check it as soon as they are in the folder, by their names:
+forward-4xGPU.json, vae-4xGPU.json and whole-video-random-4xGPU.json. The first of these also has one GPU and two of the
+same host in the same run, and is then what the forward is fitted on. GPU is h100 or h200; files that one kind lacks are
+those of an H200. A test writes all of them again, so that they follow the JSON files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from page_block import declaration, with_block
+
+from wanfast.bench.projection import NOT_CHECKED, STEPS, TERMS, CostModel, WholeVideo, checks, fit, mesh_of
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path("benchmarks/results")
+OWN = RESULTS / "projection.json"
+GPUS = (1, 2, 4, 8)
+KINDS = ("h100", "h200")
+OTHERS = "h200"  # whose files stand in for missing ones
+BLUE = ("#123a5c", "#1b5a8c", "#2f7ebc", "#6aa9d8", "#9cc4e4", "#c3dcf0", "#dfecf7")  # one for each term
+ORANGE = ("#7a3c07", "#b35a10", "#e0812c", "#ec9f5c", "#f3bd8d", "#f8d6b8", "#fcebdd")
+WIDTH, NAMES, BARS, ROW = 900, 90, 480, 34  # pixels: the picture, the names' column, the longest bar, a row
+FILES = {"forward": "forward", "vae": "vae", "video": "whole-video-random"}  # the beginnings of their names
+MEASURED_BY = (
+    "for example by `python benchmarks/forward.py --ranks 2 --kernels fa3 --profile`, "
+    "`python benchmarks/vae.py --ranks 2` or "
+    "`python benchmarks/whole_video.py --random --steps 2 --size 1280x720 --num-gpus 2`"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder with benchmarks/results and docs")
+    root = parser.parse_args().root
+    document = projection(root / RESULTS)
+    (root / OWN).write_text(json.dumps(document, indent=1) + "\n")
+    (root / "docs/projection.svg").write_text(picture(document))
+    page = root / "docs/projection.md"
+    page.write_text(with_block(page.read_text(), "tables", tables(document)))
+    print(json.dumps(document))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Holds the fitted model, the files that it comes from, and those of four GPUs, by what each one measured."""
+
+    kind: str
+    model: CostModel
+    fitted_on: dict[str, Path]
+    checked_on: dict[str, Path]
+    video: dict[str, Any]  # the whole videos on two GPUs
+    checks_on_2: list[dict[str, Any]]
+    checks: list[dict[str, Any]]  # on 4
+
+    @property
+    def error_on_4(self) -> float | None:
+        """Returns the last check's error, which is a whole video's if one was measured; None without a check."""
+        return self.checks[-1]["error"] if self.checks else None
+
+
+def fitted(results: Path) -> Fitted:
+    """Fits the model on the files of a folder, and checks it on those of four GPUs."""
+    kind = next((kind for kind in KINDS if (results / f"forward-4x{kind}.json").exists()), OTHERS)
+    files = _files_of_fit(results, kind)
+    on_4 = {role: results / f"{name}-4x{kind}.json" for role, name in FILES.items()}
+    on_4 = {role: file for role, file in on_4.items() if file.exists()}
+    read = {file: json.loads(file.read_text()) for file in {*files.values(), *on_4.values()}}
+    video = read[files["video"]]
+    try:
+        model = fit(read[files["forward"]], read[files["profile"]], read[files["vae"]], video)
+        found = checks(model, **{role: read[file] for role, file in on_4.items()})
+        on_2 = checks(model, video=video) if kind in files["video"].stem else []  # another kind shows nothing of it
+        return Fitted(kind, model, files, on_4, video, on_2, found)
+    except KeyError as missing:
+        names = ", ".join(sorted(file.name for file in read))
+        raise SystemExit(f"one of {names} lacks {missing}: measure it again, {MEASURED_BY}") from None
+
+
+def projection(results: Path) -> dict[str, Any]:
+    """Returns the fit, the projected videos on each number of GPUs, and the checks."""
+    found = fitted(results)
+    tokens = WholeVideo.read(found.video).tokens
+    videos = {str(number): found.model.video(tokens, mesh_of(number)) for number in GPUS}
+    return {
+        "gpu": found.kind,
+        "size": found.video["size"],
+        "steps": STEPS,
+        "fitted_on": {role: file.name for role, file in found.fitted_on.items()},
+        "checked_on": {role: file.name for role, file in found.checked_on.items()},
+        "fit": _rounded(vars(found.model)),
+        "videos": {number: _rounded({**terms, "total": sum(terms.values())}) for number, terms in videos.items()},
+        "checks_on_2": found.checks_on_2,
+        "checks": found.checks,
+        "error_on_4": found.error_on_4,
+    }
+
+
+def _files_of_fit(results: Path, kind: str) -> dict[str, Path]:
+    def first(*names: str) -> Path:
+        found = [results / f"{name}.json" for name in names if (results / f"{name}.json").exists()]
+        if not found:
+            raise SystemExit(
+                f"{results}: none of {', '.join(dict.fromkeys(names))} is there: measure it, {MEASURED_BY}"
+            )
+        return found[0]
+
+    forward = first(f"forward-4x{kind}", f"forward-2x{kind}", f"forward-2x{OTHERS}")
+    has_profile = bool(json.loads(forward.read_text()).get("profiles"))
+    return {
+        "forward": forward,
+        "profile": forward if has_profile else first(f"forward-{kind}", f"forward-{OTHERS}"),
+        "vae": first(f"vae-2x{kind}", f"vae-2x{OTHERS}"),
+        "video": first(f"whole-video-random-2x{kind}", f"whole-video-random-2x{OTHERS}"),
+    }
+
+
+def _rounded(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _rounded(value) for name, value in values.items()}
+    if hasattr(values, "__dict__"):
+        return _rounded(vars(values))
+    return values if isinstance(values, int) else float(f"{values:.6g}")
+
+
+def tables(document: dict[str, Any]) -> list[str]:
+    """Returns the lines of the page: the projected seconds by term, the checks, and where each figure is from."""
+    figures: dict[str, str] = {}
+
+    def cell(value: float, path: str, form: str = "{:.1f} s") -> str:
+        figures.setdefault(form.format(value), path)
+        return form.format(value)
+
+    width, height, frames = document["size"]
+    columns = (*TERMS, "total")
+    sizes = f"{width}x{height}, {frames} frames, {document['steps']} steps, {document['gpu'].upper()}, a new prompt"
+    lines = [f"Seconds of a command that makes one video ({sizes}):", ""]
+    lines += ["| GPUs | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for number, video in document["videos"].items():
+        lines.append(f"| {number} | " + " | ".join(cell(video[c], f"videos/{number}/{c}") for c in columns) + " |")
+    files = ", ".join(f"`{RESULTS / name}`" for name in dict.fromkeys(document["fitted_on"].values()))
+    lines += ["", f"Fitted on {files}.", "", "| checked | measured | projected | error |", "|---|---|---|---|"]
+    for of, checks_of in (("checks_on_2", document["checks_on_2"]), ("checks", document["checks"])):
+        for place, check in enumerate(checks_of):
+            path = f"{of}/{place}"
+            values = [cell(check[name], f"{path}/{name}", "{:.2f} s") for name in ("measured_s", "projected_s")]
+            sign = "0 - " if check["error"] < 0 else ""
+            error = cell(abs(check["error"]) * 100, f"{sign}{path}/error * 100", "{:.1f} %")
+            lines.append(f"| {check['what']} | {' | '.join(values)} | {error} {'less' if sign else 'more'} |")
+    on_4 = ", ".join(f"`{RESULTS / name}`" for name in document["checked_on"].values())
+    lines += [
+        "",
+        f"Checked on 4 by {on_4}." if on_4 else f"**The projection is {NOT_CHECKED}**: no file of four GPUs yet.",
+    ]
+    return [*lines, *declaration(OWN, figures)]
+
+
+def picture(document: dict[str, Any]) -> str:
+    """Returns the SVG: a bar for each number of GPUs, of the terms; what was not measured has another colour."""
+    longest = max(video["total"] for video in document["videos"].values())
+    width, height, frames = document["size"]
+    title = f"a video of {width}x{height}, {frames} frames, {document['steps']} steps, {document['gpu'].upper()}"
+    parts = [f'<text x="16" y="24" font-weight="bold">{title}: fitted on 1 and 2 GPUs, projected to 8</text>']
+    for place, name in enumerate(TERMS):
+        x = 16 + 120 * place
+        parts.append(f'<rect x="{x}" y="38" width="14" height="14" fill="{BLUE[place]}"/>')
+        parts.append(f'<rect x="{x + 14}" y="38" width="14" height="14" fill="{ORANGE[place]}"/>')
+        parts.append(f'<text x="{x + 34}" y="50">{name}</text>')
+    y = 66
+    for number, video in document["videos"].items():
+        parts += _bar(number, video, _said(number, document), BARS / longest, y)
+        y += ROW
+    height_px = y + 8
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height_px}" font-family="sans-serif" '
+        'font-size="14">'
+    )
+    return "\n".join([head, f'<rect width="{WIDTH}" height="{height_px}" fill="white"/>', *parts, "</svg>"]) + "\n"
+
+
+def _bar(number: str, video: dict[str, float], said: str, scale: float, y: int) -> list[str]:
+    colours, x = ORANGE if number == "8" else BLUE, float(NAMES)
+    parts = [f'<text x="{NAMES - 10}" y="{y + 18}" text-anchor="end">{number} GPU{"s" * (number != "1")}</text>']
+    for name, colour in zip(TERMS, colours, strict=True):
+        parts.append(f'<rect x="{x:.1f}" y="{y}" width="{video[name] * scale:.1f}" height="26" fill="{colour}"/>')
+        x += video[name] * scale
+    return [*parts, f'<text x="{x + 8:.1f}" y="{y + 18}">{video["total"]:.0f} s, {said}</text>']
+
+
+def _said(number: str, document: dict[str, Any]) -> str:
+    """Returns what is known of the projection for a number of GPUs."""
+    error = document["error_on_4"]
+    if number == "2" and document["checks_on_2"]:
+        return f"fitted; {document['checks_on_2'][-1]['measured_s']:.0f} s with the steps that were measured"
+    if number in ("1", "2"):
+        return "fitted"
+    if error is None:
+        return f"projected, {NOT_CHECKED}"
+    return f"projected, {error:+.1%} on 4 GPUs" if number == "8" else f"projected, {error:+.1%} to what was measured"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Tests README's table of published lines: current, filled by reports of four H100, and with a reason for each dash."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bench.results import ROOT, program, results_of_two
+from wanfast.bench.projection import mesh_of
+from wanfast.runtime.config.recipes import RECIPES
+
+readme_table = program("readme_table")
+MACHINE = "4 x NVIDIA H100 80GB HBM3"
+
+
+def row(recipe: str, denoise_s: float, **changes: Any) -> dict[str, Any]:
+    seconds = {"encode": 0.5, "denoise": denoise_s, "decode": 1.0}
+    return {
+        "recipe": recipe,
+        "status": "measured",
+        "overridden": [],
+        "seconds": {stage: {"median": value} for stage, value in seconds.items()},
+        "video_s": {"median": sum(seconds.values())},
+        "forwards": {"computed": 80.0, "of": 80},
+        "estimated": None,
+    } | changes
+
+
+def report(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {"machine": MACHINE, "size": "1280x720", "frames": 81, "rows": list(rows)}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return results_of_two(tmp_path)
+
+
+def write(results: Path, name: str, document: dict[str, Any]) -> None:
+    (results / f"{name}.json").write_text(json.dumps(document))
+
+
+def test_the_table_in_the_readme_is_that_of_the_results() -> None:
+    document = readme_table.table(ROOT / readme_table.RESULTS)
+    assert json.loads((ROOT / readme_table.OWN).read_text()) == document, "run `make readme-table`"
+    page = (ROOT / "README.md").read_text()
+    assert readme_table.with_block(page, "published lines", readme_table.lines(document)) == page
+    assert list(readme_table.LINES) == list(RECIPES)
+
+
+def test_without_a_report_each_measured_cell_is_a_dash(results: Path) -> None:
+    lines = readme_table.lines(readme_table.table(results))
+    assert lines[2] == "| FlashAttention-2 | `baseline` | 250.7 s | — | — |"
+    assert all(line.endswith("| — | — |") for line in lines[2:17])
+    assert "Nothing was measured on 4 H100 yet" in lines[18] and "not checked on 4" in lines[18]
+
+
+def test_a_measured_recipe_has_its_seconds_and_a_projection(results: Path) -> None:
+    """The published lines compute both branches on all ranks; ours compute each branch on half of them."""
+    write(results, "bench-4xh100", report(row("baseline", 400.0), row("exact", 200.0, estimated="a few")))
+    document = readme_table.table(results)
+    found = readme_table.fitted(results).model
+    for recipe, denoise_s, cfg in (("baseline", 400.0, 1), ("exact", 200.0, 2)):
+        four, eight = (found.forward(75_600, mesh_of(number, cfg).ulysses)["exchange"] for number in (4, 8))
+        denoise_8_s = 80 / cfg * ((denoise_s * cfg / 80 - four) / 2 + eight)
+        of = document["rows"][recipe]
+        assert of["on_4_s"] == denoise_s + 1.5
+        assert denoise_8_s < of["on_8_s"] < denoise_8_s + 1.5
+    lines = readme_table.lines(document)
+    on_8 = document["rows"]["baseline"]["on_8_s"]
+    assert lines[2] == f"| FlashAttention-2 | `baseline` | 250.7 s | 401.5 s | {on_8:.1f} s |"
+    assert "401.5 s = rows/baseline/on_4_s" in lines[-1] and f"{on_8:.1f} s = rows/baseline/on_8_s" in lines[-1]
+    assert "A few steps were timed, and multiplied." in lines[18]
+
+
+def test_the_legend_says_why_a_cell_is_a_dash(results: Path) -> None:
+    others = row("fa3", 1.0, overridden=["--attention", "auto"]), row("int8", 1.0, status="failed")
+    write(results, "bench-4xh100", report(row("baseline", 400.0), *others))
+    document = readme_table.table(results)
+    legend = readme_table.lines(document)[18]
+    assert "`fa3`: measured with --attention auto." in legend and "`int8`: failed." in legend
+    assert "`exact`" in legend and "not measured yet" in legend and "baseline" not in legend
+    assert document["rows"]["fa3"]["on_4_s"] is None
+
+
+def test_the_last_report_counts_and_a_failure_hides_no_measurement(results: Path) -> None:
+    write(results, "bench-4xh100", report(row("baseline", 400.0), row("fa3", 300.0)))
+    others = row("fa3", 1.0, status="failed"), row("fa3", 1.0, overridden=["--attention", "auto"])
+    write(results, "bench-4xh100-second", report(row("baseline", 390.0), *others))
+    rows = readme_table.table(results)["rows"]
+    assert (rows["baseline"]["on_4_s"], rows["baseline"]["file"]) == (391.5, "bench-4xh100-second.json")
+    assert (rows["fa3"]["on_4_s"], rows["fa3"]["why"]) == (301.5, None)
+
+
+def test_a_report_of_another_machine_is_refused(results: Path) -> None:
+    write(results, "bench-4xh100", report() | {"machine": "2 CPU cores"})
+    with pytest.raises(SystemExit, match=r"measured on 2 CPU cores, not on 4 x NVIDIA H100: give the file another"):
+        readme_table.table(results)
+
+
+def test_the_error_on_4_stands_in_the_legend(results: Path) -> None:
+    document = readme_table.table(results) | {"error_on_4": -0.0312}
+    lines = readme_table.lines(document)
+    assert "is 3.1 % below what was measured on 4" in lines[18] and "3.1 % = 0 - error_on_4 * 100" in lines[-1]
+
+
+def test_the_program_writes_the_page(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = results.parents[1]
+    (root / "README.md").write_text("a\n<!-- published lines: x -->\nold\n<!-- end of published lines -->\nb\n")
+    write(results, "bench-4xh100", report(row("baseline", 400.0)))
+    monkeypatch.setattr(sys, "argv", ["readme_table.py", "--root", str(root)])
+    readme_table.main()
+    text = (root / "README.md").read_text()
+    assert text.startswith("a\n<!-- published lines: x -->\n| published line") and text.endswith("-->\nb\n")
+    assert "401.5 s" in text and "old" not in text
+    assert json.loads((results / "readme-table.json").read_text())["rows"]["baseline"]["on_4_s"] == 401.5
+    (root / "README.md").write_text("a\n")
+    with pytest.raises(SystemExit, match="the page has no part between <!-- published lines"):
+        readme_table.main()

@@ -1,0 +1,207 @@
+"""Projects whole videos to more GPUs with a cost model that is fitted on one GPU and on two. Torch-free.
+
+docs/projection.md has the formulas and their assumptions. Seconds of a video are divided into seven terms. The four of
+a forward depend on the tokens and on the ranks that share them; the VAE is shared by all ranks; text and start are the
+same on any number of GPUs. A forward's exchange costs what two GPUs lose against half of one GPU's time, and shrinks
+with the tokens that a rank sends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from wanfast.runtime.facts.flop import attention_flop, linear_flop
+from wanfast.runtime.facts.mesh import Mesh, choose_mesh
+from wanfast.runtime.facts.model_spec import A14B
+
+Document = Mapping[str, Any]  # what a benchmark printed
+Terms = dict[str, float]  # name of a term -> seconds
+
+OF_A_FORWARD = ("attention", "linears", "norms", "exchange")
+TERMS = (*OF_A_FORWARD, "VAE", "text", "start")
+STEPS = 40
+NOT_CHECKED = "not checked on 4"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Holds the seconds of work that ranks share: the part that each rank repeats and the part that they divide."""
+
+    repeated_s: float
+    divided_s: float
+
+    @classmethod
+    def fitted(cls, one_s: float, two_s: float) -> Shared:
+        """Returns the parts that take `one_s` on one GPU and `two_s` on two."""
+        divided = 2 * (one_s - two_s)
+        return cls(one_s - divided, divided)
+
+    def on(self, ranks: int) -> float:
+        """Returns the seconds on a number of ranks."""
+        return self.repeated_s + self.divided_s / ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Holds the fitted numbers: rates in FLOP/s of one GPU, seconds for one token, and seconds."""
+
+    attention_flop_s: float
+    linear_flop_s: float
+    norm_token_s: float
+    exchange_token_s: float  # for a token that a rank sends
+    encode: Shared  # of `vae_tokens`
+    decode: Shared
+    vae_tokens: int
+    text_s: float = 0.0
+    start_s: float = 0.0
+
+    def forward(self, tokens: int, ulysses: int) -> Terms:
+        """Returns the terms of one forward whose tokens `ulysses` ranks share."""
+        return {
+            "attention": attention_flop(A14B.dit, tokens) / self.attention_flop_s / ulysses,
+            "linears": linear_flop(A14B.dit, tokens) / self.linear_flop_s / ulysses,
+            "norms": self.norm_token_s * tokens / ulysses,
+            "exchange": self.exchange_token_s * tokens * sent(ulysses),
+        }
+
+    def forward_s(self, tokens: int, ulysses: int) -> float:
+        """Returns the seconds of one forward."""
+        return sum(self.forward(tokens, ulysses).values())
+
+    def vae_s(self, tokens: int, ranks: int) -> float:
+        """Returns the seconds of encoding and decoding, which take a time in proportion to the pixels."""
+        return (self.encode.on(ranks) + self.decode.on(ranks)) * tokens / self.vae_tokens
+
+    def video(self, tokens: int, mesh: Mesh, steps: int = STEPS) -> Terms:
+        """Returns the terms of one video with guidance. The two branches of a step run at once if the mesh has both."""
+        forwards = 2 * steps / mesh.cfg
+        of_steps = {name: forwards * seconds for name, seconds in self.forward(tokens, mesh.ulysses).items()}
+        return {**of_steps, "VAE": self.vae_s(tokens, mesh.group_size), "text": self.text_s, "start": self.start_s}
+
+
+def on_more_gpus(
+    model: CostModel, seconds: Terms, forwards: float, tokens: int, meshes: tuple[Mesh, Mesh]
+) -> dict[str, float]:
+    """Returns the seconds of each stage on the second mesh, from those that were measured on the first one.
+
+    What the first mesh measured beside its exchange is work that the ranks divide, whichever kernels did it.
+    """
+    before, after = meshes
+    exchange = [model.forward(tokens, mesh.ulysses)["exchange"] for mesh in meshes]
+    work_s = (seconds["denoise"] * before.cfg / forwards - exchange[0]) * before.ulysses
+    return {
+        "encode": seconds["encode"] * model.encode.on(after.group_size) / model.encode.on(before.group_size),
+        "denoise": forwards / after.cfg * (work_s / after.ulysses + exchange[1]),
+        "decode": seconds["decode"] * model.decode.on(after.group_size) / model.decode.on(before.group_size),
+    }
+
+
+def sent(ulysses: int) -> float:
+    """Returns the share of all tokens that a rank sends to others in one exchange: all of its own except 1/ulysses."""
+    return (ulysses - 1) / ulysses**2
+
+
+def mesh_of(num_gpus: int, cfg: int | None = None) -> Mesh:
+    """Returns the mesh that wanfast chooses for one video."""
+    return choose_mesh(num_gpus, A14B.dit.num_heads, cfg_parallel=cfg)
+
+
+def fit(forward: Document, profile: Document, vae: Document, video: Document) -> CostModel:
+    """Fits the model.
+
+    `forward` has a forward on one GPU and on two, and `profile` the shares of one on one GPU. `vae` has the VAE on one
+    GPU and on two. `video` has whole videos on two GPUs: their seconds beyond denoising and the VAE are the start.
+    """
+    one_s, two_s = (forward["ways"][name]["ms"] / 1000 for name in ("one", "ulysses 2"))
+    tokens, shares = forward["tokens"], next(iter(profile["profiles"].values()))["shares"]  # the first is one GPU's
+    part_s = {name: one_s * share / sum(shares.values()) for name, share in shares.items()}
+    seconds = vae["seconds"]
+    model = CostModel(
+        attention_flop_s=attention_flop(A14B.dit, tokens) / part_s["attention"],
+        linear_flop_s=linear_flop(A14B.dit, tokens) / part_s["linears"],
+        norm_token_s=part_s["everything else"] / tokens,
+        exchange_token_s=(two_s - one_s / 2) / tokens / sent(2),
+        encode=Shared.fitted(seconds["encode, one rank"], seconds["encode"]),
+        decode=Shared.fitted(seconds["decode bf16, one rank"], seconds["decode bf16"]),
+        vae_tokens=_tokens_of_vae(vae),
+    )
+    whole = WholeVideo.read(video)
+    text_s = whole.seconds["text"]
+    start_s = whole.beyond_s - text_s - model.vae_s(whole.tokens, whole.num_gpus)
+    return CostModel(**{**vars(model), "text_s": text_s, "start_s": start_s})
+
+
+def tokens_of(width: int, height: int, frames: int) -> int:
+    """Returns the tokens of a video of this size."""
+    return (frames + 3) // 4 * (height // 16) * (width // 16)
+
+
+def _tokens_of_vae(vae: Document) -> int:
+    width, height = map(int, vae["size"].split("x"))
+    return tokens_of(width, height, vae["frames"])
+
+
+@dataclass(frozen=True)
+class WholeVideo:
+    """Holds the medians that `benchmarks/whole_video.py --random` measured of commands with a new prompt."""
+
+    num_gpus: int
+    steps: int
+    tokens: int
+    seconds: Terms  # by stage
+    beyond_s: float  # everything but denoising
+
+    @classmethod
+    def read(cls, document: Document) -> WholeVideo:
+        """Takes the document of the benchmark."""
+        options, rows = document["options"], document["videos"]["new"]
+        num_gpus, steps = (
+            int(options[options.index(name) + 1]) if name in options else default
+            for name, default in (("--num-gpus", 1), ("--steps", STEPS))
+        )
+        seconds = {stage: median(row["seconds"][stage] for row in rows) for stage in ("text", "denoise")}
+        beyond = median(row["beyond_denoising_s"] for row in rows)
+        return cls(num_gpus, steps, tokens_of(*document["size"]), seconds, beyond)
+
+    def whole_s(self, steps: int = STEPS) -> float:
+        """Returns the seconds of a command with so many steps: those of denoising are multiplied."""
+        return self.beyond_s + self.seconds["denoise"] * steps / self.steps
+
+
+def checks(
+    model: CostModel, *, forward: Document | None = None, vae: Document | None = None, video: Document | None = None
+) -> list[dict[str, Any]]:
+    """Compares the model with measurements that it was not fitted on; each document may be missing.
+
+    The document of a forward or of the VAE counts for the largest number of ranks that it has.
+    """
+    found = []
+    if forward:
+        way = f"ulysses {forward['ranks']}"
+        projected = model.forward_s(forward["tokens"], forward["ranks"])
+        found.append(_check(f"a forward, {way}", forward["ways"][way]["ms"] / 1000, projected))
+    if vae:
+        measured = vae["seconds"]["encode"] + vae["seconds"]["decode bf16"]
+        projected = model.vae_s(_tokens_of_vae(vae), vae["ranks"])
+        found.append(_check(f"the VAE, {vae['ranks']} ranks", measured, projected))
+    if video:
+        whole = WholeVideo.read(video)
+        terms = model.video(whole.tokens, mesh_of(whole.num_gpus))
+        projected = sum(terms[name] for name in OF_A_FORWARD)
+        of_steps = whole.seconds["denoise"] * STEPS / whole.steps
+        found.append(_check(f"{STEPS} steps, {whole.num_gpus} GPUs", of_steps, projected))
+        found.append(_check(f"a whole video, {whole.num_gpus} GPUs", whole.whole_s(), sum(terms.values())))
+    return found
+
+
+def _check(what: str, measured_s: float, projected_s: float) -> dict[str, Any]:
+    error = projected_s / measured_s - 1
+    return {
+        "what": what,
+        "measured_s": round(measured_s, 3),
+        "projected_s": round(projected_s, 3),
+        "error": round(error, 4),
+    }
