@@ -81,7 +81,8 @@ class ModelsConfig(Part):
         RecipeName | None,
         Option(
             "Named set of options. An option that you give as well overrides the recipe's. Ours: exact, near-exact and "
-            f"fast. The published ones: {', '.join(get_args(RecipeName)[:-3])}.",
+            f"fast. With distilled weights: {', '.join(get_args(RecipeName)[-4:])}. The published ones: "
+            f"{', '.join(get_args(RecipeName)[:-7])}.",
             MAKE,
             also=("calibrate-magcache", "warmup"),
             metavar="<name>",
