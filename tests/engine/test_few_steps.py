@@ -14,8 +14,9 @@ from tests.engine.test_rank_groups import final_latents, shown, with_options
 from tests.on_ranks import on_ranks
 from tests.parity import relative_error
 from tests.small_model import plan_small_model
+from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import pipeline
+from wanfast.runtime.engine import pipeline, session
 from wanfast.runtime.engine.conditioning import Noise, draw_noise
 from wanfast.runtime.engine.denoise import denoise
 from wanfast.runtime.facts.choices import Branch, Expert
@@ -147,6 +148,15 @@ def test_fresh_noise_is_the_leaders_on_every_rank(small_model: Path, workdir: Pa
     got = on_ranks(mesh, lambda ranks: final_latents(plan, files, ranks))
     assert all(relative_error(latents, expected) <= 1e-5 for latents in got)
     assert torch.equal(got[0], got[1])
+
+
+@torch.inference_mode()
+def test_further_noises_are_not_the_first_one_again(gated: tuple[Plan, ModelFiles]) -> None:
+    plan, files = gated
+    made = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    further, again = made._fresh_noises(plan), Noise(7, plan.geometry, 16, "cpu")
+    noises = [made.noise(plan), next(further), next(further)]
+    assert all(torch.equal(noise, again.draw()) for noise in noises)
 
 
 def test_a_seed_draws_the_same_noises_again(gated: tuple[Plan, ModelFiles]) -> None:

@@ -16,6 +16,7 @@ from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, of_command
 from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.processes.handle import Opened
 from wanfast.runtime.store.lora_pairs import PAIRS, folder_of, words_of
 
 Wanfast = Callable[..., Outcome]
@@ -134,9 +135,11 @@ def test_a_nearer_schedule_replaces_an_earlier_one(wanfast: Wanfast, pair: None,
         (("--switch-step", "1", "--shift", "3"), "--switch-step 1 counts the steps of --sigmas and excludes --steps"),
         (("--sigmas", "1,0.5", "--switch-step", "3"), "--switch-step 3: --sigmas has 2 steps: use 0 to 2"),
         (("--sigmas", "1,0.5,0"), "--sigmas 1,0.5,0: leave out the 0 at the end"),
-        (("--sigmas", "1,1"), "--sigmas 1,1: each noise level must be less than the one before"),
-        (("--sigmas", "1.1,1"), "--sigmas 1.1,1: a noise level is over 0, up to 1"),
-        (("--sigmas", "nan,0.5"), "--sigmas nan,0.5: a noise level is over 0, up to 1"),
+        (("--sigmas", "1,1"), "--sigmas 1,1: each noise level must be less than the one before, by 0.000001 or more"),
+        (("--sigmas", "0.9,0.8999999"), "--sigmas 0.9,0.8999999: each noise level must be less than the one before"),
+        (("--sigmas", "1.1,1"), "--sigmas 1.1,1: a noise level is 0.001 to 1"),
+        (("--sigmas", "1,1e-9"), "--sigmas 1,1e-9: a noise level is 0.001 to 1"),
+        (("--sigmas", "nan,0.5"), "--sigmas nan,0.5: a noise level is 0.001 to 1"),
         (("--sigmas", "1,x"), "--sigmas 1,x: write numbers separated by commas"),
         (("--guidance-gate", "0"), "--guidance-gate 0.0: use a share over 0, up to 1"),
         (("--guidance-gate", "1.5"), "--guidance-gate 1.5: use a share over 0, up to 1"),
@@ -214,6 +217,20 @@ def test_distilled_weights_are_required_with_the_line_to_type(wanfast: Wanfast, 
     assert refused(wanfast, "--recipe", "lightning-4") == f"--recipe lightning-4 {of_tiny}"
     Path("both.safetensors").write_bytes(Path("high_noise.safetensors").read_bytes())
     assert planned(wanfast, "--recipe", "lightning-4", "--lora", "both.safetensors")["forwards"] == 4
+
+
+def test_a_handle_takes_the_recipe_and_the_weights_by_either_call(pair: None) -> None:
+    """`make` may name the LoRAs, so that `open` does not miss them."""
+    both = {"lora_high_noise": "high_noise.safetensors", "lora_low_noise": "low_noise.safetensors"}
+    opened = Opened.of({"model": "tiny", "device": "cpu", "recipe": "lightning-4", "num_gpus": 2})
+    assert (opened.placed.mesh.cfg, opened.placed.mesh.ulysses) == (1, 2)  # nothing is guided
+    video = {"image": "cat.png", "prompt": "a cat"}
+    assert opened.plan(video | both).num_forwards == 4
+    assert opened.plan(video | both | {"sigmas": "1,0.5"}).num_forwards == 2
+    with pytest.raises(ConfigError, match="--recipe lightning-4 needs distilled weights of both experts"):
+        opened.plan(video)
+    with pytest.raises(ConfigError, match="--recipe lightning-4 and --steps exclude each other"):
+        opened.plan(video | both | {"steps": 3})
 
 
 def test_curves_are_measured_without_distilled_weights() -> None:

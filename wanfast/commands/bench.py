@@ -36,8 +36,8 @@ def bench(
     recipes: Annotated[
         str,
         typer.Option(
-            help="Recipes to measure, separated by commas. ours and published are groups. The first recipe is the base "
-            "of ratios and quality.",
+            help="Recipes to measure, separated by commas. ours, published and few-steps are groups. The first recipe "
+            "is the base of ratios and quality.",
             rich_help_panel=MAKE,
         ),
     ] = "ours,published",

@@ -13,6 +13,8 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Device, ImageFit, Solver
 
 _MOST_STEPS = 1000
+_LEAST_LEVEL = 0.001  # of noise: a training timestep
+_LEAST_STEP = 1e-6  # between two levels, which are float32 numbers later
 CPU_SEEDS = 1 << 32  # torch's generator on the CPU ignores the higher bits of a seed; a GPU's takes all
 
 
@@ -48,10 +50,10 @@ def _sigmas_fix(text: str) -> str | None:
         return "write numbers separated by commas, such as 1,0.9375,0.8333,0.625"
     if sigmas[-1] == 0:
         return "leave out the 0 at the end, to which the last step goes without it"
-    if not all(0 < sigma <= 1 for sigma in sigmas):
-        return "a noise level is over 0, up to 1"
-    if any(after >= before for before, after in itertools.pairwise(sigmas)):
-        return "each noise level must be less than the one before"
+    if not all(_LEAST_LEVEL <= sigma <= 1 for sigma in sigmas):
+        return f"a noise level is {_LEAST_LEVEL:g} to 1"
+    if any(before - after < _LEAST_STEP for before, after in itertools.pairwise(sigmas)):
+        return f"each noise level must be less than the one before, by {_LEAST_STEP:f} or more"
     return None if len(sigmas) <= _MOST_STEPS else f"use {_MOST_STEPS} levels at most"
 
 
@@ -148,7 +150,7 @@ class VideoConfig(Part):
         Option(
             "Number of steps of --sigmas that the high-noise expert runs.",
             SAMPLING,
-            default="those at 0.9 or above, or the model's own boundary",
+            default="those whose level is the model's boundary or above; a14b: 0.9",
             check=at_least(0, "use a number of steps, 0 or more"),
         ),
     ] = None

@@ -28,7 +28,7 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.distributed.vae_parallel import SplitRows
 from wanfast.runtime.engine import pixels
 from wanfast.runtime.engine.attention_probe import Choice
-from wanfast.runtime.engine.conditioning import Noise, first_frame_clip, noise_shape, with_mask
+from wanfast.runtime.engine.conditioning import Noise, draw_noise, first_frame_clip, noise_shape, with_mask
 from wanfast.runtime.engine.denoise import StepFn, denoise
 from wanfast.runtime.engine.finite import FiniteWatch, require_finite
 from wanfast.runtime.engine.pixels import Frames, FramesFn
@@ -193,19 +193,26 @@ class ImageToVideoPipeline:
         return str(error) or "MemoryError"
 
     def noise(self, plan: Plan) -> Tensor:
-        """Returns the leader's noise [1, 16, T, h, w] on every rank, from which the video is made."""
-        return next(self._noises(plan))
-
-    def _noises(self, plan: Plan) -> Iterator[Tensor]:
-        """Yields the leader's noise [1, 16, T, h, w] on every rank, one draw after the other.
+        """Returns the leader's noise [1, 16, T, h, w] on every rank.
 
         The ranks do not draw their own noise, because different GPUs may draw different noise from one seed.
         """
         video, channels = plan.config.video, self.spec.dit.out_channels
-        source = Noise(video.seed, plan.geometry, channels, video.noise_device) if self.ranks.is_leader else None
+        return self._from_leader(plan, lambda: draw_noise(video.seed, plan.geometry, channels, video.noise_device))
+
+    def _fresh_noises(self, plan: Plan) -> Iterator[Tensor]:
+        """Yields the leader's further noises on every rank, for a solver that adds noise in each step."""
+        video, channels = plan.config.video, self.spec.dit.out_channels
+        source = Noise(video.seed, plan.geometry, channels, video.noise_device)
+        if self.ranks.is_leader:
+            source.draw()  # the first one is `noise`
         while True:
-            noise = torch.empty(noise_shape(plan.geometry, channels), device=self.device)
-            yield self.ranks.share(source.draw().to(self.device) if source else noise)
+            yield self._from_leader(plan, source.draw)
+
+    def _from_leader(self, plan: Plan, draw: Callable[[], Tensor]) -> Tensor:
+        if self.ranks.is_leader:
+            return self.ranks.share(draw().to(self.device))
+        return self.ranks.share(torch.empty(noise_shape(plan.geometry, self.spec.dit.out_channels), device=self.device))
 
     def encode_condition(self, image: Tensor, geometry: Geometry) -> Tensor:
         """Returns the condition y [1, 20, T, h, w] on every rank: four mask channels, then the latents of a clip.
@@ -278,7 +285,7 @@ class ImageToVideoPipeline:
             plan.experts,
             velocities,
             guidance=Guidance(plan.experts, plan.guidance, plan.guided),
-            fresh_noise=partial(next, islice(self._noises(plan), 1, None)),  # the first one is `noise`
+            fresh_noise=partial(next, self._fresh_noises(plan)),
             on_step=on_step,
             on_sample=on_sample,
         )

@@ -327,6 +327,7 @@ def resolve(
     if the caller has already located them.
     """
     asked = EffectiveConfig.of(given, A14B)  # refuses values that are wrong for every model
+    require_distilled(asked.models)
     files = files or model_files.locate(asked.models.model, asked.models.artifacts_dir)
     spec = files.spec
     if not clean_prompt(asked.video.prompt):
@@ -371,7 +372,6 @@ def effective(given: Options, files: ModelFiles, image_sha256: str) -> Effective
     answers: dict[str, Any] = {"device": device, "seed": secrets.randbelow(2**31), "image_sha256": image_sha256}
     given = {**given, "num_gpus": _num_gpus(given.get("num_gpus", 1), device, asked="device" in given)}
     config = EffectiveConfig.of(given, files.spec, **answers)
-    require_distilled(config.models)
     models, size = config.models, "{}x{}".format(*parse_size(config.video.size))
     config = dataclasses.replace(config, models=identified(models), video=dataclasses.replace(config.video, size=size))
     if models.quantize == "fp8-rowwise" and device == "cuda" and (old := _without_float8()):
