@@ -185,6 +185,13 @@ def test_only_the_base_part_of_the_hybrid_is_skipped(wanfast: Wanfast, pair: Non
     assert "no LoRA" in wanfast(*TINY, "--recipe", "hybrid", *PAIR, "--magcache", "E012K2R20", "--dry-run").err
 
 
+def test_weights_without_a_curve_are_told_to_skip_nothing(wanfast: Wanfast, pair: None, small_model: Path) -> None:
+    """A curve that is calibrated for these weights could not be used with a list."""
+    video = ("--model", str(small_model), *VIDEO, "--device", "cpu", "--sigmas", "1,0.5", "--magcache", "preset")
+    outcome = wanfast("generate", *video, "--dry-run")
+    assert outcome.err == "error: --magcache preset: no curve ships for these weights (small): drop --magcache\n"
+
+
 def test_the_plan_states_what_a_gate_saves_and_how_it_meets_magcache(wanfast: Wanfast) -> None:
     skips = ("--magcache", "E012K2R20", "--magcache-rule", "both-experts")
     outcome = wanfast(*TINY, "--guidance-gate", "0.5", *skips, "--dry-run")
