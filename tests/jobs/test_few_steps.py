@@ -122,6 +122,8 @@ def test_a_nearer_schedule_replaces_an_earlier_one(wanfast: Wanfast, pair: None,
     assert again("listed.json", "--sigmas", "0.9,0.8,0.7", "--switch-step", "3")["steps"]["high_noise"] == 3
     assert again("steps.json", "--recipe", "lightning-4")["overridden"] == {}
     assert again("steps.json", "--sigmas", "0.9")["sigmas"] == [0.9]
+    other = planned(wanfast, "--recipe", "hybrid", *PAIR, "--sigmas", "0.95,0.5")
+    assert other["overridden"] == {"sigmas": "0.95,0.5"} and other["steps"] == {"high_noise": 1, "low_noise": 1}
     kept = again("recipe.json", "--solver", "rcm")
     assert kept["overridden"] == {"solver": "rcm"} and kept["sigmas"] == [1, 0.9375, 0.833333333, 0.625]
 

@@ -119,6 +119,8 @@ def with_recipe(given: Options) -> dict[str, Any]:
             f"--recipe {name} and --{fixed} exclude each other, because the recipe has its own noise levels: drop one "
             "of the two, or give other levels by --sigmas"
         )
+    if given.get("sigmas") is not None:
+        of_recipe.pop("switch_step", None)  # an index into the recipe's own list
     if given.get("magcache") == "off":
         of_recipe = {option: value for option, value in of_recipe.items() if option not in _OF_SKIPPING}
     return {**given, **of_recipe, **{option: value for option, value in given.items() if value is not None}}
@@ -137,6 +139,8 @@ def overridden(effective: Options) -> dict[str, Any]:
     name = effective.get("recipe")
     of_recipe = {} if name is None else RECIPES[name].given(effective)
     of_recipe |= spelled_out(of_recipe.get("magcache", "off"))
+    if effective["sigmas"] != of_recipe.get("sigmas"):
+        of_recipe.pop("switch_step", None)
     effective = {**effective, **spelled_out(effective["magcache"])}
     if effective["magcache"] == "off":
         of_recipe = {option: value for option, value in of_recipe.items() if option not in _OF_SKIPPING[1:]}
