@@ -11,7 +11,7 @@ import pytest
 
 from tests.bench.results import ROOT, program, results_of_two
 from wanfast.bench.projection import mesh_of
-from wanfast.runtime.config.recipes import RECIPES
+from wanfast.runtime.config.recipes import FEW_STEPS, RECIPES
 
 readme_table = program("readme_table")
 MACHINE = "4 x NVIDIA H100 80GB HBM3"
@@ -48,7 +48,7 @@ def test_the_table_in_the_readme_is_that_of_the_results() -> None:
     assert json.loads((ROOT / readme_table.OWN).read_text()) == document, "run `make readme-table`"
     page = (ROOT / "README.md").read_text()
     assert readme_table.with_block(page, "published lines", readme_table.lines(document)) == page
-    assert list(readme_table.LINES) == list(RECIPES)
+    assert list(readme_table.LINES) == [name for name in RECIPES if name not in FEW_STEPS]  # these need other weights
 
 
 def test_without_a_report_each_measured_cell_is_a_dash(results: Path) -> None:

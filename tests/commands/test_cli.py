@@ -219,7 +219,7 @@ def test_refusals_are_one_line_and_leave_nothing(wanfast: Wanfast, workdir: Path
     [
         ([*GOOD, "--steps", "many"], "--steps 'many': a whole number is needed"),
         ([*GOOD, "--shift=x"], "--shift 'x': a number is needed"),
-        ([*GOOD, "--solver", "heun"], "--solver 'heun': one of unipc, dpm++, euler is needed"),
+        ([*GOOD, "--solver", "heun"], "--solver 'heun': one of unipc, dpm++, euler, unipc-euler, rcm is needed"),
         ([*GOOD, "--stepz", "4"], "unknown option --stepz: did you mean --steps?"),
         ([*GOOD, "--cfg", "4"], "unknown option --cfg: did you mean --cfg-parallel?"),
         ([*GOOD, "--x"], "unknown option --x: see `wanfast generate --help`"),

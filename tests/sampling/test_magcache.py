@@ -244,3 +244,17 @@ def test_a_thousand_steps_are_planned_at_once() -> None:
     skips = plan_best(ratios, experts, MagCacheSettings(0.1, 100, 0.2, "both-experts"), 900)
     assert sum(map(sum, skips)) == 900
     assert time.process_time() - started < 0.3  # 0.09 s; a loop over the rows took 0.5 s
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_steps_that_always_run_are_never_skipped(joint: bool) -> None:
+    """They are steps that the plan would skip otherwise."""
+    wide = settings("E048K2R20", "both-experts")
+    free = plan_skips(RATIOS, EXPERTS, wide, joint=joint)
+    always = [step for step, skips in enumerate(free) if all(skips)][::2]
+    assert len(always) > 4
+    greedy = plan_skips(RATIOS, EXPERTS, wide, joint=joint, always=always)
+    best = plan_best(RATIOS, EXPERTS, wide, 20, joint=joint, always=always)
+    for found in (greedy, best):
+        assert sum(map(sum, found)) >= 20
+        assert not any(any(found[step]) for step in always)

@@ -28,6 +28,7 @@ from huggingface_hub import constants
 from tests.conftest import Outcome
 from wanfast.runtime.store import identity
 from wanfast.runtime.store.hub_cache import PINNED, snapshot_of
+from wanfast.runtime.store.lora_pairs import PAIRS, words_of
 
 Wanfast = Callable[..., Outcome]
 ORIGINAL = "Wan-AI/Wan2.2-I2V-A14B"
@@ -583,3 +584,78 @@ def test_generate_finds_the_other_layout_too(
 def test_errors_are_json_too(wanfast: Wanfast, hub: Hub) -> None:
     outcome = wanfast("download", "--revision", "gone", "--json")
     assert outcome.document["exit_code"] == outcome.exit_code == 2
+
+
+def with_pair(hub: Hub, name: str) -> dict[str, bytes]:
+    """Puts a pair of LoRAs on the hub, beside other files of the same repository, and returns the pair's files."""
+    wanted = {file: expert.encode() * 99 for expert, file in PAIRS[name].files.items()}
+    others = {"README.md": b"read me", "old/high_noise_model.safetensors": b"old", "other.safetensors": b"other"}
+    hub.files[PAIRS[name].repo] = wanted | others
+    return wanted
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_of_loras_comes_into_its_own_folder(wanfast: Wanfast, workdir: Path, hub: Hub, name: str) -> None:
+    wanted = with_pair(hub, name)
+    dry = wanfast("download", "--lora", name, "--dry-run", "--json").document
+    assert dry["files"] == {file: len(data) for file, data in wanted.items()} and hub.fetched() == []
+    outcome = wanfast("download", "--lora", name, "--json")
+    assert outcome.exit_code == 0, outcome.err
+    folder, document = workdir / "artifacts" / "loras" / name, outcome.document
+    assert contents(folder) == wanted and sorted(hub.fetched()) == sorted(wanted)
+    assert document["folder"] == str(folder) and document["lora"] == name and "layout" not in document
+    high, low = PAIRS[name].files["high_noise"], PAIRS[name].files["low_noise"]
+    assert document["options"] == f"--lora-high-noise {folder / high} --lora-low-noise {folder / low}"
+    assert json.loads((folder / "wanfast-download.json").read_text())["lora"] == name
+    hub.requests.clear()
+    again = wanfast("download", "--lora", name)
+    assert again.out.endswith(f"`wanfast generate` uses them with {words_of(name, workdir / 'artifacts')}\n")
+    assert hub.fetched() == []
+
+
+def test_the_names_of_published_pairs() -> None:
+    """The repositories and files as their publisher names them."""
+    seko = "Wan2.2-I2V-A14B-4steps-lora-rank64-Seko-V1"
+    assert {(pair.repo, *pair.files.values()) for pair in PAIRS.values()} == {
+        (
+            "lightx2v/Wan2.2-Lightning",
+            f"{seko}/high_noise_model.safetensors",
+            f"{seko}/low_noise_model.safetensors",
+        ),
+        (
+            "lightx2v/Wan2.2-Distill-Loras",
+            "wan2.2_i2v_A14b_high_noise_lora_rank64_lightx2v_4step_1022.safetensors",
+            "wan2.2_i2v_A14b_low_noise_lora_rank64_lightx2v_4step_1022.safetensors",
+        ),
+    }
+
+
+def test_a_damaged_or_missing_lora_is_an_error(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    wanted = with_pair(hub, "lightx2v-1022")
+    high = PAIRS["lightx2v-1022"].files["high_noise"]
+    hub.damage[high] = "flip"
+    refused(wanfast("download", "--lora", "lightx2v-1022"), 4, f"{high}: removed", "the sha256 is not the one")
+    del hub.files[PAIRS["lightx2v-1022"].repo][high]
+    words = (f"--lora lightx2v-1022: {PAIRS['lightx2v-1022'].repo} has no {high}", "use another --revision")
+    refused(wanfast("download", "--lora", "lightx2v-1022"), 4, *words)
+    hub.files[PAIRS["lightx2v-1022"].repo] |= wanted
+    assert wanfast("download", "--lora", "lightx2v-1022").exit_code == 0
+
+
+def test_wrong_options_of_a_pair_are_named(wanfast: Wanfast, hub: Hub) -> None:
+    refused(wanfast("download", "--lora", "seko"), 2, "--lora 'seko': no such pair: use lightning-seko-v1 or")
+    refused(wanfast("download", "--lora", "lightx2v-1022", "--repo", "a/b"), 2, "--repo and --lora exclude each other")
+    refused(
+        wanfast("download", "--lora", "lightx2v-1022", "--layout", "original"), 2, "--layout and --lora exclude each"
+    )
+    with_pair(hub, "lightx2v-1022")
+    refused(wanfast("download", "--lora", "lightx2v-1022", "--revision", "gone"), 2, "--revision gone")
+
+
+def test_a_downloaded_pair_is_the_one_that_a_refusal_names(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
+    with_pair(hub, "lightning-seko-v1")
+    video = ("generate", "--device", "cpu", "--image", "cat.png", "--prompt", "a", "--recipe", "lightning-4")
+    assert "run `wanfast download --lora lightning-seko-v1`, then add" in wanfast(*video, "--dry-run").err
+    assert wanfast("download", "--lora", "lightning-seko-v1").exit_code == 0
+    options = words_of("lightning-seko-v1", workdir / "artifacts")
+    refused(wanfast(*video, "--dry-run"), 2, f"needs distilled weights of both experts: add `{options}`")

@@ -8,6 +8,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from wanfast.bench.frames import write_frames
 from wanfast.magcache_calib.clips import Clip
 from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, SkippingConfig, VideoConfig
 from wanfast.runtime.config.option import near_names, options_of
-from wanfast.runtime.config.recipes import GROUPS, RECIPES, with_recipe
+from wanfast.runtime.config.recipes import GROUPS, OF_GRID, RECIPES, has_levels, with_recipe
 from wanfast.runtime.errors import ConfigError, WanFastError
 from wanfast.runtime.facts.choices import EXPERTS, RecipeName
 from wanfast.runtime.facts.model_spec import ModelSpec
@@ -30,7 +31,7 @@ from wanfast.runtime.planning.plan import Plan, effective
 from wanfast.runtime.processes.handle import OF_HANDLE, Opened
 from wanfast.runtime.store.artifacts import ArtifactStore, key_of, write_synced
 from wanfast.runtime.store.code import digest_of_code
-from wanfast.runtime.store.curves import steps_of
+from wanfast.runtime.store.curves import steps_of_video
 from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import quantized_expert
@@ -66,8 +67,11 @@ class Bench:
 
     def options_of(self, name: RecipeName) -> Options:
         """Returns the options of a recipe's videos: the recipe's name, and given options that it can use."""
-        enabled = with_recipe({"recipe": name, **self.given})
-        unusable = {option for option, by in _ENABLED_BY.items() if not enabled.get(by)}
+        unusable = {*OF_GRID} if has_levels(name) and "sigmas" not in self.given else set()
+        enabled = with_recipe({"recipe": name, **{key: self.given[key] for key in self.given.keys() - unusable}})
+        unusable |= {option for option, by in _ENABLED_BY.items() if not enabled.get(by)}
+        if enabled.get("guidance_high_noise") == enabled.get("guidance_low_noise") == 1:
+            unusable.add("guidance_gate")
         return {"recipe": name, **{option: value for option, value in self.given.items() if option not in unusable}}
 
 
@@ -142,7 +146,8 @@ def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
         plans = tuple(opened.plan(video) for video in videos)
         measured = videos
         if bench.steps_measured is not None:
-            measured = [few_steps(video, bench.steps_measured) for video in videos]
+            of_few = schedule_of(config.video, bench.files.spec, bench.steps_measured)
+            measured = [few_steps(video, of_few) for video in videos]
         cells = [
             _cell(bench, opened, video, clip, repeat)
             for repeat in range(bench.repeats)
@@ -152,7 +157,7 @@ def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
             others = ({**video, "seed": video["seed"] + ANOTHER_SEED} for video in measured)
             cells += [_cell(bench, opened, video, clip, 0, other=True) for clip, video in enumerate(others)]
         least = least_steps(config.video, bench.files.spec)
-        warm_ups = tuple(few_steps(video, least) for video in videos)
+        warm_ups = tuple(few_steps(video, schedule_of(config.video, bench.files.spec, least)) for video in videos)
         return Row(name, opened, plans, warm_ups, tuple(cells))
     except WanFastError as error:
         return Row(name, error=error)
@@ -171,28 +176,47 @@ def _quantize_missing(files: ModelFiles, config: EffectiveConfig, say: SayFn) ->
         apart("quantize", scheme=models.quantize, device=device, **folder)
 
 
-def few_steps(video: Options, steps: int) -> Options:
+def few_steps(video: Options, schedule: Options) -> Options:
     """Returns the options of the same video with fewer steps and without skips.
 
-    No forward can be skipped, because MagCache's curve was measured with another number of steps.
+    `schedule` holds the options that define these steps. No forward can be skipped, because MagCache's curve was
+    measured with another number of steps.
     """
     skipping = options_of(SkippingConfig)
-    return {**{name: value for name, value in video.items() if name not in skipping}, "steps": steps, "magcache": "off"}
+    return {**{name: value for name, value in video.items() if name not in skipping}, **schedule, "magcache": "off"}
+
+
+def schedule_of(video: VideoConfig, spec: ModelSpec, steps: int) -> Options:
+    """Returns the options of a schedule of fewer steps; of a list of noise levels, it takes some, spread evenly."""
+    if video.levels is None:
+        return {"steps": steps}
+    last, experts = video.num_steps - 1, [expert for expert, _ in steps_of_video(video, spec.boundary)]
+    chosen = [round(index * last / max(1, steps - 1)) for index in range(steps)]
+    return {
+        "sigmas": ",".join(f"{video.levels[index]:.9g}" for index in chosen),
+        "switch_step": sum(experts[index] == "high_noise" for index in chosen),
+    }
 
 
 def least_steps(video: VideoConfig, spec: ModelSpec) -> int:
     """Returns the smallest number of steps that gives each expert of the video at least one step."""
-    return next(steps for steps in range(1, video.steps + 1) if _experts(video, spec, steps) == _experts(video, spec))
+    return next(steps for steps in range(1, video.num_steps + 1) if _has_all_experts(video, spec, steps))
 
 
 def _check_steps(video: VideoConfig, spec: ModelSpec, steps: int) -> None:
-    if steps > video.steps or _experts(video, spec, steps) != _experts(video, spec):
-        fix = f"use {least_steps(video, spec)} to {video.steps}"
+    if steps > video.num_steps or not _has_all_experts(video, spec, steps):
+        fix = f"use {least_steps(video, spec)} to {video.num_steps}"
         raise ConfigError(f"--steps-measured {steps}: each expert of the video needs a step: {fix}")
 
 
-def _experts(video: VideoConfig, spec: ModelSpec, steps: int | None = None) -> set[str]:
-    return {expert for expert, _ in steps_of(video.solver, steps or video.steps, video.shift, spec.boundary)}
+def _has_all_experts(video: VideoConfig, spec: ModelSpec, steps: int) -> bool:
+    """Returns whether each expert of a video runs in its schedule of fewer steps too."""
+    fewer = dataclasses.replace(video, **schedule_of(video, spec, steps))
+    return _experts(fewer, spec) == _experts(video, spec)
+
+
+def _experts(video: VideoConfig, spec: ModelSpec) -> set[str]:
+    return {expert for expert, _ in steps_of_video(video, spec.boundary)}
 
 
 def _cell(bench: Bench, opened: Opened, video: Options, clip: int, repeat: int, *, other: bool = False) -> Cell:

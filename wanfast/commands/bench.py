@@ -36,8 +36,8 @@ def bench(
     recipes: Annotated[
         str,
         typer.Option(
-            help="Recipes to measure, separated by commas. The names ours and published stand for several recipes. "
-            "Each recipe is compared with the first one.",
+            help="Recipes to measure, separated by commas. The names ours, published and few-steps stand for several "
+            "recipes. Each recipe is compared with the first one.",
             rich_help_panel=MAKE,
         ),
     ] = "ours,published",

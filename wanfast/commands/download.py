@@ -1,4 +1,4 @@
-"""`wanfast download`: fetches the published weights into the artifacts folder, where `--model a14b` finds them."""
+"""`wanfast download`: fetches published weights into the artifacts folder: the model, or a pair of LoRAs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from wanfast.commands import options
 from wanfast.runtime.config.option import FILES, MAKE
+from wanfast.runtime.store.lora_pairs import PAIRS
 
 
 def download(
@@ -31,26 +32,36 @@ def download(
         ),
     ] = None,
     layout: Annotated[
-        Literal["original", "diffusers"],
+        Literal["original", "diffusers"] | None,
         typer.Option(
             help="Layout of the files in --repo: as Wan-AI published them, or as Diffusers reads them.",
+            show_default="original",
             rich_help_panel=MAKE,
         ),
-    ] = "original",
+    ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(
+            help="Fetch a pair of LoRAs that distils the experts to four steps, instead of the model: "
+            f"{' or '.join(PAIRS)}.",
+            metavar="<name>",
+            rich_help_panel=MAKE,
+        ),
+    ] = None,
     artifacts_dir: options.ArtifactsDir = "artifacts",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the files with their sizes and stop.", rich_help_panel=FILES)
     ] = False,
     json_: options.Json = False,
 ) -> None:
-    """Fetch the published weights, but only the files that wanfast reads.
+    """Fetch the published weights, or a published pair of LoRAs, but only the files that wanfast reads.
 
     At the end the size of every file and the sha256 of every large file are verified. Run the command again after a
     failure: complete files are not fetched again.
     """
     from wanfast.runtime.store import hub as worker  # huggingface_hub begins here: 0.3 s
 
-    request = worker.Request.of(repo, revision, layout, artifacts_dir)
+    request = worker.Request.of(repo, revision, layout, artifacts_dir, lora)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     if dry_run:
         result = worker.plan(request)
@@ -60,6 +71,8 @@ def download(
     else:
         result = worker.download(request, progress=sys.stderr.isatty())
         console.print(f"{_summary(result)}, {result['seconds']:.0f} s", markup=False)
+    if "options" in result:
+        console.print(f"`wanfast generate` uses them with {result['options']}", markup=False)
     if json_:
         print(json.dumps(result))
 

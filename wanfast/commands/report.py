@@ -16,7 +16,7 @@ from wanfast.runtime.config.option import words
 from wanfast.runtime.errors import JobsFailedError, from_failure
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.next_step import warmup_command
-from wanfast.runtime.planning.plan import guided_steps
+from wanfast.runtime.planning.plan import read_guided
 from wanfast.runtime.planning.requests import Planned
 
 _ANY_WIDTH = 10_000
@@ -162,15 +162,32 @@ def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str
         f"({plan['duration_s']} s)",
         "latent": f"{latent}, {plan['tokens']:,} tokens",
         "steps": f"{steps['high_noise']} high noise + {steps['low_noise']} low noise, {plan['forwards']} forwards "
-        f"({plan['solver']}, shift {plan['shift']:g})",
+        f"({plan['solver']}, {_noise_levels(plan)})",
         **_magcache_row(plan),
-        "guidance": f"{guidance['high_noise']:g} high noise, {guidance['low_noise']:g} low noise",
+        "guidance": f"{guidance['high_noise']:g} high noise, {guidance['low_noise']:g} low noise{_gate(plan)}",
         **_ranks_row(plan),
         "memory": plan["placement"],
         **({"time": f"about {predicted_s:.1f} s of denoising, as in an earlier run like this"} if predicted_s else {}),
         "seed": str(plan["seed"]),
         "writes": "\n".join(_shown(path) for path in plan["outputs"]),
     }
+
+
+def _noise_levels(plan: dict[str, Any]) -> str:
+    levels = plan["sigmas"]
+    return f"shift {plan['shift']:g}" if levels is None else f"sigmas {', '.join(f'{level:.6g}' for level in levels)}"
+
+
+def _gate(plan: dict[str, Any]) -> str:
+    """Says in which steps the negative prompt's branch runs, and how many forwards this saves."""
+    if plan["guidance_gate"] == 1:
+        return ""
+    steps, guided = plan["steps"], plan["guided_steps"]
+    both = sum(2 * steps[expert] if plan["guidance"][expert] != 1 else steps[expert] for expert in steps)
+    return (
+        f"; the negative prompt runs in the first {guided['high_noise']} and {guided['low_noise']} of these steps "
+        f"(gate {plan['guidance_gate']:g}): {plan['forwards']} of {both} forwards"
+    )
 
 
 def _lora_row(plan: dict[str, Any]) -> dict[str, str]:
@@ -198,13 +215,22 @@ def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
     if m["skipped_forwards_apart"] is not None:
         share += f"; both branches skip together: {m['skipped_forwards_apart']} if each skipped alone"
     stored = f"{m['residual_bytes'] / 1e9:.1f} GB of residuals a rank"
+    always = _always_computed(plan)
     legend = "(# computed, . skipped; high noise | low noise)"
-    return {"magcache": "\n".join([share, *_strips(plan), legend, f"{how}, {limits}; {curve}; {stored}"])}
+    return {"magcache": "\n".join([share, *_strips(plan), legend, *always, f"{how}, {limits}; {curve}; {stored}"])}
+
+
+def _always_computed(plan: dict[str, Any]) -> list[str]:
+    """Says which steps skip nothing because of distilled weights or the gate of guidance."""
+    distilled, at_gate = plan["magcache"]["distilled_steps"], plan["guidance_gate"] != 1
+    lines = [f"the last {distilled} steps skip nothing, because the curve does not know them"] if distilled else []
+    gate = "around the gate, an expert's last step with guidance and its first one without skip nothing"
+    return [*lines, *([gate] if at_gate else [])]
 
 
 def _strips(plan: dict[str, Any]) -> list[str]:
     """Returns one character a step; one line if both branches skip alike. A blank means that guidance is off."""
-    m, high, guided = plan["magcache"], plan["steps"]["high_noise"], guided_steps(plan)
+    m, high, guided = plan["magcache"], plan["steps"]["high_noise"], read_guided(plan)
     prompt = "".join("#."[skip] for skip in m["skips_prompt"])
     negative = "".join(
         "#."[skip] if both else " " for skip, both in zip(m["skips_negative_prompt"], guided, strict=True)

@@ -17,7 +17,7 @@ from wanfast.runtime.errors import CorruptArtifactError
 from wanfast.runtime.facts.choices import BRANCHES
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.store.artifacts import ArtifactStore, key_of, replace_text, write_synced
-from wanfast.runtime.store.curves import KIND, RATIOS, preset, steps_of
+from wanfast.runtime.store.curves import KIND, RATIOS, preset, steps_of, steps_of_video
 from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.model_files import ModelFiles
 
@@ -88,7 +88,7 @@ def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelF
     if every step is excluded.
     """
     known, boundary = preset(files), files.spec.boundary
-    here = steps_of(config.video.solver, config.video.steps, config.video.shift, boundary)
+    here = steps_of_video(config.video, boundary)
     if known is None or steps_of(known["solver"], known["steps"], known["shift"], boundary) != here:
         return None
     high = sum(expert == "high_noise" for expert, _ in here)
@@ -110,7 +110,7 @@ def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelF
 
 def write_curve(folder: Path, curve: dict[str, Any], config: EffectiveConfig, spec: ModelSpec, num_clips: int) -> None:
     """Writes the curve as JSON, and its plot, into the folder of an artifact."""
-    steps = steps_of(config.video.solver, config.video.steps, config.video.shift, spec.boundary)
+    steps = steps_of_video(config.video, spec.boundary)
     timesteps = [timestep for _, timestep in steps]
     experts = [expert for expert, _ in steps]
     facts = {"clips": num_clips, "experts": experts, "timesteps": timesteps}

@@ -17,7 +17,7 @@ from typing import Any
 from wanfast.runtime.config.models import ModelsConfig, default_artifacts_dir
 from wanfast.runtime.config.option import OptionField, options_of, refuse_unknown
 from wanfast.runtime.config.ranks import RanksConfig
-from wanfast.runtime.config.recipes import with_recipe
+from wanfast.runtime.config.recipes import OF_GRID, RECIPES, with_recipe
 from wanfast.runtime.config.skipping import SkippingConfig
 from wanfast.runtime.config.video import CPU_SEEDS, OutputConfig, VideoConfig
 from wanfast.runtime.errors import ConfigError
@@ -58,11 +58,14 @@ class EffectiveConfig:
         holds values that the program chose, such as the seed; `own` holds the model's own defaults.
         Raises ConfigError, which names the option.
         """
+        chosen = {name: value for name, value in with_recipe(accepted(given)).items() if value is not None}
         values = {name: getattr(own, name) for name, option in OPTIONS.items() if option.option.own}
+        if "sigmas" in chosen:
+            values |= dict.fromkeys(OF_GRID)
         values |= (
             {"image": "", "prompt": "", "device": "cuda", "seed": 0, "artifacts_dir": default_artifacts_dir()}
             | answers
-            | {name: value for name, value in with_recipe(accepted(given)).items() if value is not None}
+            | chosen
         )
         return cls._from_flat(values)
 
@@ -137,7 +140,12 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
     Raises ConfigError, which names the option.
     """
     chosen = with_recipe(accepted(given))
-    chosen.pop("recipe", None)
+    recipe = chosen.pop("recipe", None)
+    if recipe and RECIPES[recipe].distilled and command == "calibrate-magcache":
+        raise ConfigError(
+            f"--recipe {recipe}: a curve is measured without distilled weights, whose steps are never skipped: drop "
+            "--recipe"
+        )
     return {name: value for name, value in chosen.items() if name in given or command in OPTIONS[name].option.also}
 
 

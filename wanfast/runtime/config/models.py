@@ -85,7 +85,8 @@ class ModelsConfig(Part):
         RecipeName | None,
         Option(
             "Named set of options. An option that you give yourself overrides the recipe's value. wanfast's recipes: "
-            f"exact, near-exact, fast. Published recipes: {', '.join(get_args(RecipeName)[:-3])}.",
+            f"exact, near-exact, fast. For distilled weights: {', '.join(get_args(RecipeName)[-4:])}. Published "
+            f"recipes: {', '.join(get_args(RecipeName)[:-7])}.",
             MAKE,
             also=("calibrate-magcache", "warmup"),
             metavar="<name>",

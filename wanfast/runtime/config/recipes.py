@@ -4,7 +4,8 @@ The published recipes are the lines of a published benchmark: the reference prog
 FlashAttention-2 (torch's own build, because the package has no wheel). Further lines add the program's switches. In all
 lines, the ranks compute the branches one after the other and share the tokens of each branch. The models are sharded,
 unless the experts are quantized. Each branch skips forwards separately. For our recipes (`exact`, `near-exact`,
-`fast`), wanfast chooses the mesh.
+`fast`), wanfast chooses the mesh. The recipes of few steps need distilled weights, and have the noise levels for which
+these weights were distilled.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 
 from wanfast.runtime.config.option import options_of
 from wanfast.runtime.config.skipping import SkippingConfig, spelled_out
-from wanfast.runtime.facts.choices import RecipeName
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.choices import EXPERTS, Expert, RecipeName, Solver
 
 Options = Mapping[str, Any]  # option name -> value
 
@@ -27,6 +29,7 @@ class Recipe:
 
     options: Options
     of_several_ranks: Options = field(default_factory=dict)  # they need more than one rank, and are left out for one
+    distilled: tuple[Expert, ...] = ()  # experts whose weights must be distilled to few steps
 
     def given(self, options: Options) -> dict[str, Any]:
         """Returns the recipe's options for a run with these `options`.
@@ -49,6 +52,18 @@ def _published(*parts: Options, sharded: bool = True) -> Recipe:
 def _skips(name: str) -> Options:
     return {"magcache": name, "magcache_joint": "off"}
 
+
+def _few_steps(sigmas: str, solver: Solver, distilled: tuple[Expert, ...] = EXPERTS, **others: Any) -> Recipe:
+    unguided = {f"guidance_{expert}": 1.0 for expert in distilled}
+    return Recipe({"sigmas": sigmas, "solver": solver, **unguided, **others}, distilled=distilled)
+
+
+# The first 15 of 40 steps at shift 5, with which the model was published; they are the high-noise expert's.
+_BASE_15 = (
+    "0.999799842,0.99469476,0.989377009,0.98383302,0.97804804,"
+    "0.972006007,0.965689399,0.959079064,0.952154025,0.944891262,"
+    "0.937265452,0.929248675,0.920810074,0.911915455,0.902526828"
+)
 
 _FA3: Options = {"attention": "fa3"}
 _TF32: Options = {"tf32": True}
@@ -73,13 +88,20 @@ RECIPES: Mapping[RecipeName, Recipe] = MappingProxyType(
         "exact": Recipe({"vae_precision": "fp32"}),
         "near-exact": Recipe(_FP8),
         "fast": Recipe({**_FP8, "magcache": "E012K2R20", "magcache_rule": "both-experts"}),
+        "lightning-4": _few_steps("1,0.9375,0.833333333,0.625", "euler"),
+        "lightning-8": _few_steps("1,0.972222222,0.9375,0.892857143,0.833333333,0.75,0.625,0.416666667", "euler"),
+        "hybrid": _few_steps(f"{_BASE_15},0.75,0.5,0.25", "unipc-euler", ("low_noise",), switch_step=15),
+        "rcm-4": _few_steps("0.99502,0.93378,0.8529,0.60898", "rcm"),
     }
 )
 
 OURS: tuple[RecipeName, ...] = ("exact", "near-exact", "fast")
+FEW_STEPS: tuple[RecipeName, ...] = tuple(name for name, recipe in RECIPES.items() if recipe.distilled)
+PUBLISHED: tuple[RecipeName, ...] = tuple(name for name in RECIPES if name not in (*OURS, *FEW_STEPS))
 GROUPS: Mapping[str, tuple[RecipeName, ...]] = MappingProxyType(
-    {"ours": OURS, "published": tuple(name for name in RECIPES if name not in OURS)}
+    {"ours": OURS, "published": PUBLISHED, "few-steps": FEW_STEPS}
 )
+OF_GRID = ("steps", "shift")  # options that a list of noise levels excludes
 
 
 def with_recipe(given: Options) -> dict[str, Any]:
@@ -91,9 +113,22 @@ def with_recipe(given: Options) -> dict[str, Any]:
     if name is None:
         return dict(given)
     of_recipe = RECIPES[name].given(given)
+    fixed = next((option for option in OF_GRID if given.get(option) is not None), None)
+    if fixed and "sigmas" in of_recipe and given.get("sigmas") is None:
+        raise ConfigError(
+            f"--recipe {name} and --{fixed} exclude each other, because the recipe has its own noise levels: drop one "
+            "of the two, or give other levels by --sigmas"
+        )
+    if given.get("sigmas") is not None:
+        of_recipe.pop("switch_step", None)  # an index into the recipe's own list
     if given.get("magcache") == "off":
         of_recipe = {option: value for option, value in of_recipe.items() if option not in _OF_SKIPPING}
     return {**given, **of_recipe, **{option: value for option, value in given.items() if value is not None}}
+
+
+def has_levels(name: object) -> bool:
+    """Returns whether `name` is a recipe with noise levels of its own."""
+    return isinstance(name, str) and any(name == each and "sigmas" in RECIPES[each].options for each in RECIPES)
 
 
 def overridden(effective: Options) -> dict[str, Any]:
@@ -104,6 +139,8 @@ def overridden(effective: Options) -> dict[str, Any]:
     name = effective.get("recipe")
     of_recipe = {} if name is None else RECIPES[name].given(effective)
     of_recipe |= spelled_out(of_recipe.get("magcache", "off"))
+    if effective["sigmas"] != of_recipe.get("sigmas"):
+        of_recipe.pop("switch_step", None)
     effective = {**effective, **spelled_out(effective["magcache"])}
     if effective["magcache"] == "off":
         of_recipe = {option: value for option, value in of_recipe.items() if option not in _OF_SKIPPING[1:]}

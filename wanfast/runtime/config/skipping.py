@@ -82,7 +82,7 @@ class SkippingConfig(Part):
         Option(
             "Experts whose forwards may be skipped. The high-noise expert decides motion and layout.",
             LOSSY,
-            default="low-noise-only; both-experts with --magcache-budget or --magcache-skip",
+            default="low-noise-only; both-experts with --magcache-budget, --magcache-skip or --sigmas",
         ),
     ] = None
     magcache_joint: Annotated[

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated
 
-from wanfast.runtime.config.option import ALL, FILES, MAKE, MEASURE, SAMPLING, Option, Part, between
+from wanfast.runtime.config.option import ALL, FILES, MAKE, MEASURE, SAMPLING, Option, Part, at_least, between
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Device, ImageFit, Solver
 
+_MOST_STEPS = 1000
+_LEAST_LEVEL = 0.001  # of noise: a training timestep
+_LEAST_STEP = 1e-6  # between two levels, which are float32 numbers later
 CPU_SEEDS = 1 << 32  # torch's generator on the CPU ignores the higher bits of a seed; a GPU's takes all
 
 
@@ -32,6 +36,25 @@ def parse_size(size: str) -> tuple[int, int]:
 def _frames_fix(frames: int) -> str | None:
     near = max(1, (frames + 1) // 4 * 4 + 1)
     return None if frames >= 1 and frames % 4 == 1 else f"a video has 4n+1 frames: try {near}"
+
+
+def parse_sigmas(text: str) -> tuple[float, ...]:
+    """Returns the noise levels of a list such as '1,0.9375,0.625'. Raises ValueError if one is no number."""
+    return tuple(map(float, text.split(",")))
+
+
+def _sigmas_fix(text: str) -> str | None:
+    try:
+        sigmas = parse_sigmas(text)
+    except ValueError:
+        return "write numbers separated by commas, such as 1,0.9375,0.8333,0.625"
+    if sigmas[-1] == 0:
+        return "leave out the 0 at the end, to which the last step goes without it"
+    if not all(_LEAST_LEVEL <= sigma <= 1 for sigma in sigmas):
+        return f"a noise level is {_LEAST_LEVEL:g} to 1"
+    if any(before - after < _LEAST_STEP for before, after in itertools.pairwise(sigmas)):
+        return f"each noise level must be less than the one before, by {_LEAST_STEP:f} or more"
+    return None if len(sigmas) <= _MOST_STEPS else f"use {_MOST_STEPS} levels at most"
 
 
 def _output_fix(path: str) -> str | None:
@@ -91,25 +114,46 @@ class VideoConfig(Part):
         ),
     ]
     steps: Annotated[
-        int,
+        int | None,
         Option(
             "Number of denoising steps.",
             SAMPLING,
+            asked=int,
             own=True,
             also=MEASURE,
-            check=between(1, 1000, "use 1 to 1000; 40 is the model's own"),
+            check=between(1, _MOST_STEPS, "use 1 to 1000; 40 is the model's own"),
         ),
-    ]
+    ]  # None: --sigmas says it
     shift: Annotated[
-        float,
+        float | None,
         Option(
             "Larger values move the steps toward high noise. The model's publisher advises 3.0 for 480p.",
             SAMPLING,
+            asked=float,
             own=True,
             also=MEASURE,
             check=between(0.001, 1000, "use 0.001 to 1000; 5.0 is the model's own"),
         ),
-    ]
+    ]  # None: the levels of --sigmas are shifted already
+    sigmas: Annotated[
+        str | None,
+        Option(
+            "Noise levels of the steps instead of --steps and --shift, falling from 1 at most and separated by commas. "
+            "The last step goes to 0.",
+            SAMPLING,
+            metavar="<s,s,...>",
+            check=_sigmas_fix,
+        ),
+    ] = None
+    switch_step: Annotated[
+        int | None,
+        Option(
+            "Number of steps of --sigmas that the high-noise expert runs.",
+            SAMPLING,
+            default="those whose level is the model's boundary or above; a14b: 0.9",
+            check=at_least(0, "use a number of steps, 0 or more"),
+        ),
+    ] = None
     guidance_high_noise: Annotated[
         float,
         Option(
@@ -130,7 +174,29 @@ class VideoConfig(Part):
             check=between(0, 100, "use 0 to 100; 1 is no guidance"),
         ),
     ]
-    solver: Annotated[Solver, Option("Flow-matching solver.", SAMPLING, also=MEASURE)] = "unipc"
+    guidance_gate: Annotated[
+        float,
+        Option(
+            "Share of each expert's steps that compute the negative prompt. Later steps reuse the last difference.",
+            SAMPLING,
+            also=("bench",),
+            default="1",
+            check=lambda x: (
+                None
+                if 0 < x <= 1
+                else "use a share over 0, up to 1; --guidance-high-noise 1 and --guidance-low-noise 1 turn guidance off"
+            ),
+        ),
+    ] = 1.0
+    solver: Annotated[
+        Solver,
+        Option(
+            "Flow-matching solver. unipc-euler is UniPC in the high-noise expert, then Euler. rcm adds fresh noise in "
+            "each step.",
+            SAMPLING,
+            also=MEASURE,
+        ),
+    ] = "unipc"
     noise_device: Annotated[
         Device, Option("Device that draws the noise; the reference uses cuda.", SAMPLING, also=("bench",))
     ] = "cpu"
@@ -143,11 +209,46 @@ class VideoConfig(Part):
             raise ConfigError("--prompt is missing: describe what should happen in the video")
         if not self.prompt.strip():
             raise ConfigError("--prompt is empty: describe what should happen in the video")
+        self._check_schedule()
         if self.noise_device == "cpu" and self.seed >= CPU_SEEDS:
             raise ConfigError(
                 f"--seed {self.seed}: noise drawn on the CPU uses only 32 bits of a seed: use 0 to {CPU_SEEDS - 1} "
                 f"({self.seed % CPU_SEEDS} gives the same noise), or --noise-device cuda"
             )
+
+    def _check_schedule(self) -> None:
+        for option, value in (("--steps", self.steps), ("--shift", self.shift)):
+            if value is None and self.sigmas is None:
+                raise ConfigError(f"{option} is missing: give it, or the noise levels by --sigmas")
+            if value is not None and self.sigmas is not None:
+                raise ConfigError(
+                    f"{option} {value:g} and --sigmas exclude each other, because a list of noise levels has its own "
+                    f"number of steps and is shifted already: drop {option}, or drop --sigmas"
+                )
+        if self.switch_step is not None and self.sigmas is None:
+            raise ConfigError(
+                f"--switch-step {self.switch_step} counts the steps of --sigmas and excludes --steps and --shift: give "
+                "the noise levels by --sigmas, or drop --switch-step"
+            )
+        if self.switch_step is not None and self.switch_step > self.num_steps:
+            raise ConfigError(
+                f"--switch-step {self.switch_step}: --sigmas has {self.num_steps} steps: use 0 to {self.num_steps}"
+            )
+        if self.guidance_gate != 1 and self.guidance_high_noise == self.guidance_low_noise == 1:
+            raise ConfigError(
+                f"--guidance-gate {self.guidance_gate:g} needs guidance, but both experts have none: drop it, or give "
+                "--guidance-high-noise or --guidance-low-noise"
+            )
+
+    @property
+    def levels(self) -> tuple[float, ...] | None:
+        """Returns the noise levels of --sigmas, or None if the steps and the shift give them."""
+        return None if self.sigmas is None else parse_sigmas(self.sigmas)
+
+    @property
+    def num_steps(self) -> int:
+        """Returns the number of denoising steps."""
+        return self.steps or len(self.levels or ())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,14 +38,23 @@ def with_mask(latents: Tensor, num_mask_channels: int, *, last: bool = False) ->
     return torch.cat((mask, latents), dim=1)
 
 
-def draw_noise(seed: int, geometry: Geometry, channels: int, device: str) -> Tensor:
-    """Returns standard normal noise [1, C, T, h, w] in float32.
+class Noise:
+    """Draws the standard normal noise [1, C, T, h, w] of one video in float32, one draw after the other.
 
     With `device` "cpu", a seed gives the same noise on every machine.
     """
-    generator = torch.Generator(device).manual_seed(seed)
-    _, *shape = noise_shape(geometry, channels)
-    return torch.randn(shape, generator=generator, device=device).unsqueeze(0)
+
+    def __init__(self, seed: int, geometry: Geometry, channels: int, device: str) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+        _, *self._shape = noise_shape(geometry, channels)
+
+    def draw(self) -> Tensor:
+        return torch.randn(self._shape, generator=self._generator, device=self._generator.device).unsqueeze(0)
+
+
+def draw_noise(seed: int, geometry: Geometry, channels: int, device: str) -> Tensor:
+    """Returns the first noise of a video, from which the video is made."""
+    return Noise(seed, geometry, channels, device).draw()
 
 
 def noise_shape(geometry: Geometry, channels: int) -> tuple[int, int, int, int, int]:

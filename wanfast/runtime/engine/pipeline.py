@@ -28,7 +28,7 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.distributed.vae_parallel import SplitRows
 from wanfast.runtime.engine import pixels
 from wanfast.runtime.engine.attention_probe import Choice
-from wanfast.runtime.engine.conditioning import draw_noise, first_frame_clip, noise_shape, with_mask
+from wanfast.runtime.engine.conditioning import Noise, draw_noise, first_frame_clip, noise_shape, with_mask
 from wanfast.runtime.engine.denoise import StepFn, denoise
 from wanfast.runtime.engine.finite import FiniteWatch, require_finite
 from wanfast.runtime.engine.pixels import Frames, FramesFn
@@ -41,7 +41,7 @@ from wanfast.runtime.models.dit import TextKV, WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.models.vae import Rows, WanVAE
 from wanfast.runtime.planning.plan import Plan
-from wanfast.runtime.sampling.guidance import needs_unconditional
+from wanfast.runtime.sampling.guidance import Guidance
 from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.weights.experts import Experts
 
@@ -198,10 +198,21 @@ class ImageToVideoPipeline:
         The ranks do not draw their own noise, because different GPUs may draw different noise from one seed.
         """
         video, channels = plan.config.video, self.spec.dit.out_channels
-        noise = torch.empty(noise_shape(plan.geometry, channels), device=self.device)
+        return self._from_leader(plan, lambda: draw_noise(video.seed, plan.geometry, channels, video.noise_device))
+
+    def _fresh_noises(self, plan: Plan) -> Iterator[Tensor]:
+        """Yields the leader's further noises on every rank, for a solver that adds noise in each step."""
+        video, channels = plan.config.video, self.spec.dit.out_channels
+        source = Noise(video.seed, plan.geometry, channels, video.noise_device)
         if self.ranks.is_leader:
-            noise = draw_noise(video.seed, plan.geometry, channels, video.noise_device).to(self.device)
-        return self.ranks.share(noise)
+            source.draw()  # the first one is `noise`
+        while True:
+            yield self._from_leader(plan, source.draw)
+
+    def _from_leader(self, plan: Plan, draw: Callable[[], Tensor]) -> Tensor:
+        if self.ranks.is_leader:
+            return self.ranks.share(draw().to(self.device))
+        return self.ranks.share(torch.empty(noise_shape(plan.geometry, self.spec.dit.out_channels), device=self.device))
 
     def encode_condition(self, image: Tensor, geometry: Geometry) -> Tensor:
         """Returns the condition y [1, 20, T, h, w] on every rank: four mask channels, then the latents of a clip.
@@ -253,7 +264,7 @@ class ImageToVideoPipeline:
                 reused, wanted = residuals.reuse(index, branch), residuals.wants(index, branch)
                 then: Expert | None = "low_noise" if (index, branch) == handover else None
                 model, after_block = self.experts.take(expert, then, blocks=reused is None)
-                kv = encoded.by(model, expert, branch) if reused is None else []
+                kv = encoded.by(model, expert, branches, branch) if reused is None else []
                 keeps = wanted and reused is None
                 prediction, residual = model(
                     sample, condition, t, kv, rope, after_block, cached_residual=reused, keep_residual=keeps
@@ -269,11 +280,12 @@ class ImageToVideoPipeline:
             finite.look(f"the latent after step {index + 1} of {len(plan.schedule)}, by the {name} expert,", sample)
 
         latent = denoise(
-            noise,
+            noise * plan.levels.start,
             plan.schedule,
+            plan.experts,
             velocities,
-            boundary=self.spec.boundary,
-            guidance=plan.guidance,
+            guidance=Guidance(plan.experts, plan.guidance, plan.guided),
+            fresh_noise=partial(next, self._fresh_noises(plan)),
             on_step=on_step,
             on_sample=on_sample,
         )
@@ -296,18 +308,24 @@ def _decoded_pieces(count: int, latent: Tensor, vae: WanVAE, rows: Rows) -> list
 
 
 class _EncodedText:
-    """Holds the text's keys and values of the running expert, computed once for each prompt and not in every step."""
+    """Holds the text's keys and values of the running expert, computed once for each prompt and not in every step.
+
+    They are computed again when the expert or the branches of a step change. The ranks of parallel guidance then
+    compute the prompt's at the same time. Otherwise sharded weights would be gathered by only some of them.
+    """
 
     def __init__(self, text: dict[Branch, Tensor], device: str) -> None:
         self._text, self._device = text, device
-        self._held: dict[tuple[Expert, Branch], list[TextKV]] = {}
+        self._of: tuple[Expert, Sequence[Branch]] | None = None
+        self._held: dict[Branch, list[TextKV]] = {}
 
-    def by(self, model: WanDiT, expert: Expert, branch: Branch) -> list[TextKV]:
-        if any(other != expert for other, _ in self._held):
-            self._held.clear()  # the other expert has done its steps, and its keys and values take 0.8 GB
-        if (expert, branch) not in self._held:
-            self._held[expert, branch] = model.encode_text(self._text[branch].unsqueeze(0).to(self._device))
-        return self._held[expert, branch]
+    def by(self, model: WanDiT, expert: Expert, branches: Sequence[Branch], branch: Branch) -> list[TextKV]:
+        if self._of != (expert, branches):
+            self._of = expert, branches
+            self._held.clear()  # those of an expert take 0.8 GB
+        if branch not in self._held:
+            self._held[branch] = model.encode_text(self._text[branch].unsqueeze(0).to(self._device))
+        return self._held[branch]
 
 
 def _handover(plan: Plan, ranks: Ranks) -> tuple[int, Branch] | None:
@@ -319,7 +337,7 @@ def _handover(plan: Plan, ranks: Ranks) -> tuple[int, Branch] | None:
         (index, branch)
         for index, (expert, skips) in enumerate(zip(plan.experts, plan.skips, strict=True))
         if expert == "high_noise"
-        for branch in ranks.guidance.own(BRANCHES if needs_unconditional(plan.guidance[expert]) else BRANCHES[:1])
+        for branch in ranks.guidance.own(BRANCHES if plan.guided[index] else BRANCHES[:1])
         if not skips[BRANCHES.index(branch)]
     ]
     return calls[-1] if calls and plan.experts[-1] == "low_noise" else None

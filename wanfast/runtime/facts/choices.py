@@ -6,7 +6,7 @@ from typing import Literal, TypeGuard
 
 Command = Literal["generate", "calibrate-magcache", "bench", "warmup", "doctor"]  # they have the options of a config
 
-Solver = Literal["unipc", "dpm++", "euler"]
+Solver = Literal["unipc", "dpm++", "euler", "unipc-euler", "rcm"]
 Precision = Literal["bf16", "fp32"]
 Device = Literal["cpu", "cuda"]
 ImageFit = Literal["area", "crop", "pad"]  # how an image becomes a video of another shape
@@ -24,6 +24,7 @@ RecipeName = Literal[
     "baseline", "fa3", "fa3-tf32", "int8", "magcache", "magcache-tf32", "compile", "compile-int8", "compile-tf32",
     "fastest-original", "fastest-original-k2r10", "fastest-original-e024k2r10",
     "exact", "near-exact", "fast",
+    "lightning-4", "lightning-8", "hybrid", "rcm-4",
 ]  # fmt: skip
 
 

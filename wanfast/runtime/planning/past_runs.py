@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.machine import gpus
-from wanfast.runtime.planning.plan import Plan, guided_steps
+from wanfast.runtime.planning.plan import Plan, read_guided
 from wanfast.runtime.store.artifacts import noting, replace_text, writing_to
 
 # The plan's fields on which a forward's time depends.
@@ -91,7 +91,7 @@ def forwards_in_turn(plan: dict[str, Any]) -> list[int]:
 
     With cfg parallelism, the two branches of guidance run at the same time on different ranks.
     """
-    guided = guided_steps(plan)
+    guided = read_guided(plan)
     skips = _skips(plan["magcache"]) if plan.get("magcache") else [(False, False)] * len(guided)
     combine = max if plan["mesh"]["cfg"] == 2 else sum
     return [

@@ -24,7 +24,6 @@ from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.facts.shapes import Geometry
 from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.planning.plan import Plan, why_cpu
-from wanfast.runtime.sampling.guidance import needs_unconditional
 
 _GRAPHS, _NO_GRAPHS = "--compile-mode max-autotune", "use max-autotune-no-cudagraphs"
 _UNMEASURED_BYTES = memory.CARDS["80 GB"]  # an H100, as in `doctor`, if no GPU is visible
@@ -72,7 +71,7 @@ def place(
         asked.num_gpus,
         math.gcd(*(plan.spec.dit.num_heads for plan in plans)),  # every line's model must fit the mesh
         nnodes=asked.nnodes,
-        guided=any(needs_unconditional(scale) for plan in plans for scale in plan.guidance.values()),
+        guided=any(any(plan.guided) for plan in plans),
         num_videos=len(plans),
         cfg_parallel=asked.cfg_parallel,
         ulysses=asked.ulysses,

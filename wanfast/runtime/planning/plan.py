@@ -21,7 +21,7 @@ from wanfast.runtime.config import EffectiveConfig, Options, OutputConfig, parse
 from wanfast.runtime.config.recipes import overridden
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
 from wanfast.runtime.facts import memory
-from wanfast.runtime.facts.choices import Device, Expert, ImageFit
+from wanfast.runtime.facts.choices import EXPERTS, Device, Expert, ImageFit
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.facts.shapes import Geometry, geometry_of, inner_size, middle_box
@@ -29,7 +29,7 @@ from wanfast.runtime.machine import gpus
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.media import images, video_file
 from wanfast.runtime.media.tokenizer import PromptTokenizer, clean_prompt
-from wanfast.runtime.sampling.guidance import needs_unconditional
+from wanfast.runtime.sampling.guidance import gate_steps, guided_steps
 from wanfast.runtime.sampling.magcache import (
     MagCacheSettings,
     Ratios,
@@ -38,9 +38,10 @@ from wanfast.runtime.sampling.magcache import (
     plan_best,
     plan_skips,
 )
-from wanfast.runtime.sampling.scheduler import Step, expert_of, schedule
+from wanfast.runtime.sampling.scheduler import Levels, Step, solve
 from wanfast.runtime.store import model_files
-from wanfast.runtime.store.curves import Curve, curve_of, magcache_notes, settle
+from wanfast.runtime.store.curves import Curve, curve_of, levels_of, magcache_notes, settle
+from wanfast.runtime.store.lora_pairs import require_distilled
 from wanfast.runtime.store.loras import identified, lora_notes, loras_of
 from wanfast.runtime.store.model_files import ModelFiles
 
@@ -56,7 +57,9 @@ class Plan:
     requested: Options = field(default_factory=dict)  # the options that were given
     spec: ModelSpec
     geometry: Geometry
+    levels: Levels
     schedule: tuple[Step, ...]
+    experts: tuple[Expert, ...]  # of each step
     notes: tuple[str, ...] = ()
     placement: str = ""  # where the weights lie, and why
     curve: Curve | None = None  # decides which forwards are skipped
@@ -76,13 +79,16 @@ class Plan:
 
         In `config`, every option has a value.
         """
+        video = config.video
+        levels = levels_of(video)
+        experts = tuple(levels.experts(spec.boundary, video.switch_step))
         return cls(
             config=config,
             spec=spec,
-            geometry=geometry_of(
-                spec, config.video.fit, parse_size(config.video.size), config.video.frames, image_size
-            ),
-            schedule=schedule(config.video.solver, config.video.steps, config.video.shift),
+            geometry=geometry_of(spec, video.fit, parse_size(video.size), video.frames, image_size),
+            levels=levels,
+            schedule=solve(video.solver, levels, experts.count("high_noise")),
+            experts=experts,
             notes=notes,
             placement=placement,
             curve=curve,
@@ -117,17 +123,23 @@ class Plan:
     @property
     def num_forwards(self) -> int:
         """Returns the number of forwards: one for each step, or two if the step's guidance uses a negative prompt."""
-        return sum(1 + both for both in self._guided)
+        return sum(1 + both for both in self.guided)
+
+    @cached_property
+    def guided(self) -> list[bool]:
+        """Returns for each step whether the negative prompt's branch runs."""
+        return guided_steps(self.experts, self.guidance, self.config.video.guidance_gate)
 
     @property
-    def experts(self) -> list[Expert]:
-        """Returns the expert of each step."""
-        return [expert_of(step.timestep, self.spec.boundary) for step in self.schedule]
+    def always_computed(self) -> list[int]:
+        """Returns the steps that skip nothing, whatever the curve and the settings of MagCache say.
 
-    @property
-    def _guided(self) -> list[bool]:
-        """Whether each step has a branch of the negative prompt."""
-        return [needs_unconditional(self.guidance[expert]) for expert in self.experts]
+        The steps after the curve's are those of distilled weights. An expert's last step with guidance gives the
+        difference that all later steps of the expert reuse. Its first step without guidance is the first step in which
+        all ranks of parallel guidance compute the prompt's residual.
+        """
+        distilled = range(len(self.schedule) if self.curve is None else self.curve.num_steps, len(self.schedule))
+        return [*gate_steps(self.experts, self.guided), *distilled]
 
     @property
     def is_joint(self) -> bool:
@@ -149,25 +161,32 @@ class Plan:
     def _skips(self, *, joint: bool) -> list[Skips]:
         if self.curve is None:
             return [(False, False)] * len(self.schedule)
-        s, ratios, guided = self.config.skipping, self.curve.ratios, self._guided
+        s, ratios, guided = self.config.skipping, self._ratios, tuple(self.guided)
+        experts, always = self.experts, tuple(self.always_computed)
         assert s and s.magcache_k is not None and s.retention_ratio is not None and s.magcache_rule is not None
         threshold = s.magcache_thresh or 0.0  # a budget has no threshold
         settings = MagCacheSettings(threshold, s.magcache_k, s.retention_ratio, s.magcache_rule)
         if s.magcache_thresh is not None:
-            return list(_planned_skips(ratios, tuple(self.experts), settings, None, True, joint, tuple(guided)))
+            return list(_planned_skips(ratios, experts, settings, None, True, joint, guided, always))
         option, wanted = f"--magcache-skip {s.magcache_skip}", s.magcache_skip
         if wanted is None:
             budget = s.magcache_budget or 0.0
             option, wanted = f"--magcache-budget {budget:g}", int((1 - budget) * self.num_forwards + 1e-9)
         exactly = s.magcache_skip is not None
         try:
-            return list(_planned_skips(ratios, tuple(self.experts), settings, wanted, exactly, joint, tuple(guided)))
+            return list(_planned_skips(ratios, experts, settings, wanted, exactly, joint, guided, always))
         except ConfigError as error:
             raise ConfigError(f"{option}: {error}") from None
 
+    @property
+    def _ratios(self) -> Ratios:
+        """The curve's ratios, then a 1 for each distilled step, which is never skipped."""
+        known = () if self.curve is None else self.curve.ratios
+        return (*known, *[(1.0, 1.0)] * (len(self.schedule) - len(known)))
+
     def num_residuals(self, mesh: Mesh) -> int:
         """Returns the number of MagCache residuals that a rank of `mesh` holds, summed over the rank's branches."""
-        return self.residuals_a_branch * (2 if any(self._guided) and mesh.cfg == 1 else 1)
+        return self.residuals_a_branch * (2 if any(self.guided) and mesh.cfg == 1 else 1)
 
     def magcache_json(self) -> dict[str, Any] | None:
         """Returns the skips, their settings and their curve as JSON; None if MagCache is off."""
@@ -191,7 +210,9 @@ class Plan:
             "residual_bytes": self.num_residuals(self.mesh)
             * memory.residual_bytes(self.spec.dit, -(-self.geometry.tokens // self.mesh.ulysses)),
             "skipped_share": round(skipped / self.num_forwards, 4),
-            "accumulated_error": round(accumulated_error(self.curve.ratios, self.skips), 5),
+            "distilled_steps": len(self.schedule) - self.curve.num_steps,
+            "always_computed": self.always_computed,
+            "accumulated_error": round(accumulated_error(self._ratios, self.skips), 5),
             "skips_prompt": [prompt for prompt, _ in self.skips],
             "skips_negative_prompt": [negative_prompt for _, negative_prompt in self.skips],
         }
@@ -216,9 +237,15 @@ class Plan:
             "tokens": g.tokens,
             "solver": config.video.solver,
             "shift": config.video.shift,
+            "sigmas": config.video.levels,
             "steps": {expert: len(steps) for expert, steps in self.timesteps.items()},
             "timesteps": self.timesteps,
             "guidance": self.guidance,
+            "guidance_gate": config.video.guidance_gate,
+            "guided_steps": {
+                expert: sum(both for of, both in zip(self.experts, self.guided, strict=True) if of == expert)
+                for expert in EXPERTS
+            },
             "forwards": self.num_forwards,
             "magcache": self.magcache_json(),
             "precision": config.models.precision,
@@ -246,11 +273,12 @@ def _planned_skips(
     exactly: bool,
     joint: bool,
     guided: Sequence[bool],
+    always: Sequence[int],
 ) -> Sequence[Skips]:
     """Returns the skips by the threshold, or the `wanted` number of skips; planned once for all lines of a list."""
     if wanted is None:
-        return plan_skips(ratios, experts, settings, joint=joint, guided=guided)
-    return plan_best(ratios, experts, settings, wanted, exactly=exactly, joint=joint, guided=guided)
+        return plan_skips(ratios, experts, settings, joint=joint, guided=guided, always=always)
+    return plan_best(ratios, experts, settings, wanted, exactly=exactly, joint=joint, guided=guided, always=always)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,13 +312,10 @@ class Job:
         )
 
 
-def guided_steps(document: dict[str, Any]) -> list[bool]:
+def read_guided(document: dict[str, Any]) -> list[bool]:
     """Reads a plan's JSON and returns for each step whether the negative prompt's branch runs."""
-    return [
-        needs_unconditional(document["guidance"][expert])
-        for expert in ("high_noise", "low_noise")
-        for _ in range(document["steps"][expert])
-    ]
+    experts = [expert for expert in EXPERTS for _ in range(document["steps"][expert])]
+    return guided_steps(experts, document["guidance"], document.get("guidance_gate", 1.0))
 
 
 def resolve(
@@ -303,6 +328,7 @@ def resolve(
     if the caller has already located them.
     """
     asked = EffectiveConfig.of(given, A14B)  # refuses values that are wrong for every model
+    require_distilled(asked.models)
     files = files or model_files.locate(asked.models.model, asked.models.artifacts_dir)
     spec = files.spec
     if not clean_prompt(asked.video.prompt):

@@ -16,6 +16,7 @@ from typing import Any
 
 from wanfast.runtime.config import OPTIONS, EffectiveConfig, OutputConfig, RanksConfig, SkippingConfig
 from wanfast.runtime.config.option import absolute, flag, options_of
+from wanfast.runtime.config.recipes import OF_GRID, has_levels, with_recipe
 from wanfast.runtime.errors import ConfigError, WanFastError, failure, foreign
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
@@ -275,9 +276,9 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
         for name, field in OPTIONS.items()
         if not field.option.of_this_run and (same_ranks or not field.option.of_these_ranks)
     }
-    options = _without_overridden({name: value for name, value in effective.options().items() if name in reused}, typed)
+    options = {name: value for name, value in effective.options().items() if name in reused}
     return Request(
-        options,
+        _without_overridden(options, with_recipe(typed)),
         image_sha256=effective.video.image_sha256,
         weights=weights,
         lora_sha256=effective.models.lora_sha256,
@@ -286,10 +287,17 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
 
 
 def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
-    """Removes the skipping options that conflict with those of the `nearer` source, which overrides `options`."""
+    """Removes the options of skips and schedules that conflict with those of the `nearer` source, and those it has.
+
+    The `nearer` source overrides `options`.
+    """
     skipping = options_of(SkippingConfig)
     amounts = {name for name, field in skipping.items() if field.option.choice}
-    gone: set[str] = set()
+    gone = set(nearer.keys())
+    if nearer.keys() & {*OF_GRID}:
+        gone |= {"sigmas", "switch_step"}
+    if "sigmas" in nearer or has_levels(nearer.get("recipe")):
+        gone |= {*OF_GRID, "sigmas", "switch_step"}
     if "magcache" in nearer:
         gone |= skipping.keys() - {"magcache"}
     if nearer.keys() & amounts:

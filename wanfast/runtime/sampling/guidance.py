@@ -1,11 +1,18 @@
 """Classifier-free guidance moves the prediction for the prompt away from the prediction for the negative prompt.
 
 Source: Ho & Salimans (arXiv 2207.12598) eq. 6 with scale = 1 + w; at scale 1 the negative prompt has no effect.
+
+A gate stops the negative prompt's branch after a share of an expert's steps. Let D be the last difference of the two
+predictions that this expert made. Later steps add (scale - 1) D to the prediction for the prompt. So the guidance goes
+on in the last known direction, and such a step runs one forward instead of two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from wanfast.runtime.facts.choices import BRANCHES, EXPERTS, Branch, Expert
 
 
 def guide(conditional: Any, unconditional: Any, scale: float) -> Any:
@@ -16,3 +23,55 @@ def guide(conditional: Any, unconditional: Any, scale: float) -> Any:
 def needs_unconditional(scale: float) -> bool:
     """Returns whether the negative prompt's branch must run: False at scale 1, which saves half of the work."""
     return scale != 1.0
+
+
+def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate: float = 1.0) -> list[bool]:
+    """Returns for each step whether the negative prompt's branch runs.
+
+    `gate`: the share of an expert's steps, from its first one, in which the branch runs. The number is rounded, and is
+    at least 1, because later steps need a difference.
+    """
+    left = {
+        expert: max(1, round(gate * experts.count(expert))) if needs_unconditional(scales[expert]) else 0
+        for expert in EXPERTS
+    }
+    guided = []
+    for expert in experts:
+        guided.append(left[expert] > 0)
+        left[expert] -= 1
+    return guided
+
+
+def gate_steps(experts: Sequence[Expert], guided: Sequence[bool]) -> list[int]:
+    """Returns the steps on both sides of each gate: an expert's last one with guidance and its first one without."""
+    return [
+        step
+        for after in range(1, len(guided))
+        if guided[after - 1] and not guided[after] and experts[after - 1] == experts[after]
+        for step in (after - 1, after)
+    ]
+
+
+class Guidance:
+    """Guides one video, and stores an expert's last difference D for the steps after its gate."""
+
+    def __init__(self, experts: Sequence[Expert], scales: Mapping[Expert, float], guided: Sequence[bool]) -> None:
+        self._experts, self._scales, self._guided = experts, scales, guided
+        self._needed_after = {step for step in gate_steps(experts, guided) if guided[step]}
+        self._differences: dict[Expert, Any] = {}
+
+    def branches(self, step: int) -> tuple[Branch, ...]:
+        """Returns the branches that run in a step."""
+        return BRANCHES if self._guided[step] else BRANCHES[:1]
+
+    def combine(self, step: int, velocities: Sequence[Any]) -> Any:
+        """Returns the guided velocity of a step; `velocities` has one element for each of the step's branches."""
+        expert, scale = self._experts[step], self._scales[self._experts[step]]
+        prompt, *negative = velocities
+        if negative:
+            if step in self._needed_after:
+                self._differences = {expert: prompt - negative[0]}  # that of the other expert is freed
+            return guide(prompt, negative[0], scale)
+        if expert not in self._differences:
+            return prompt
+        return prompt + (scale - 1) * self._differences[expert]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +50,7 @@ def plan_skips(
     *,
     joint: bool = False,
     guided: Sequence[bool] | None = None,
+    always: Collection[int] = (),
 ) -> list[Skips]:
     """Returns for each step a pair of bools: (the prompt's branch skips, the negative prompt's branch skips).
 
@@ -59,8 +60,9 @@ def plan_skips(
     for each other.
     guided: for each step, whether the step has the negative prompt's branch. None means that all steps have this
     branch.
+    always: steps that skip nothing.
     """
-    may_skip = _allowed(experts, settings.retention, settings.rule)
+    may_skip = _allowed(experts, settings.retention, settings.rule, always)
     computed = _SkipRow(settings)
     rows = [computed, computed]
     plan: list[Skips] = []
@@ -84,6 +86,7 @@ def plan_best(
     exactly: bool = True,
     joint: bool = False,
     guided: Sequence[bool] | None = None,
+    always: Collection[int] = (),
 ) -> list[Skips]:
     """Finds, by dynamic programming, the plan that skips `skipped` forwards with the least predicted error.
 
@@ -95,7 +98,7 @@ def plan_best(
     skips one forward less. If it is true, ConfigError is raised. ConfigError is always raised if `settings` allow fewer
     skips than `skipped`. Other arguments are those of `plan_skips`.
     """
-    may_skip = _allowed(experts, settings.retention, settings.rule)
+    may_skip = _allowed(experts, settings.retention, settings.rule, always)
     guided = guided or [True] * len(ratios)
     steps = list(zip(ratios, guided, may_skip, strict=True))
     prompt: list[_Call] = [((of[0],), int(may[0])) for of, _, may in steps]
@@ -194,12 +197,15 @@ class _Cheapest:
         return sum(self._line[step][1] for step in row)
 
 
-def _allowed(experts: Sequence[Expert], retention: float, rule: MagCacheRule) -> list[Skips]:
-    """Returns which forwards may be skipped, for each step: not the first ones of an expert, nor the retained ones."""
+def _allowed(experts: Sequence[Expert], retention: float, rule: MagCacheRule, always: Collection[int]) -> list[Skips]:
+    """Returns which forwards may be skipped, for each step.
+
+    Not allowed are the first step of an expert, the retained forwards and the steps in `always`.
+    """
     high = sum(expert == "high_noise" for expert in experts)
     return [
         (False, False)
-        if step in (0, high)
+        if step in (0, high, *always)
         else (
             not _is_retained(2 * step, 2 * high, 2 * len(experts), retention, rule),
             not _is_retained(2 * step + 1, 2 * high, 2 * len(experts), retention, rule),

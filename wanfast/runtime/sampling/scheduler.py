@@ -8,15 +8,20 @@ before the loop, in float64, and a step is one weighted sum. The loop never read
 Let s and s' be the noise levels of steps i and i+1, and lambda(s) = ln(1 - s) - ln s. The first-order step is the Euler
 step: (s'/s) x + (1 - s'/s) m. The second-order step adds a term to it: a multiple of the slope of m, where m is taken
 as a function of lambda.
+
+A run has the noise levels of a grid (`grid`), or those of a list (`listed`) for weights that were distilled to few
+steps. UniPC followed by Euler (`unipc-euler`) is for a model of which only the low-noise expert is distilled. `rcm`
+mixes m with fresh noise: x' = (1 - s') m + s' noise.
 Torch-free: a sample may be an array of any library.
 Sources: DPM-Solver++ (arXiv 2211.01095) eq. 12; UniPC (arXiv 2302.04867) algorithms 5 and 7 with B(h) = e^h - 1. The
 noise levels and the solver orders are those of Wan-Video/Wan2.2 (wan/utils/fm_solvers*.py), because the model was tuned
-with these.
+with these. rCM: arXiv 2510.08431.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +48,10 @@ class Correction:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Holds the weights of one step: x_{i+1} = sample * x~_i + clean * m_i + clean_prev * m_{i-1}.
+    """Holds the weights of one step: x_{i+1} = sample * x~_i + clean * m_i + clean_prev * m_{i-1} + noise * e_i.
 
     x~_i is the sample x_i after `correction`. If `correction` is None, x~_i is x_i. m_i is the model's estimate of the
-    clean sample at step i.
+    clean sample at step i. e_i is standard normal noise, drawn for this step.
     """
 
     sigma: float
@@ -54,32 +59,91 @@ class Step:
     sample: float
     clean: float
     clean_prev: float = 0.0
+    noise: float = 0.0
     correction: Correction | None = None
 
 
+@dataclass(frozen=True)
+class Levels:
+    """Holds the noise levels of a run, one for each step and a last one of 0, and the timestep of each step."""
+
+    sigmas: tuple[float, ...]  # float32 values
+    timesteps: tuple[int, ...]
+    start: float = 1.0  # the noise is multiplied by it before the first step
+
+    def experts(self, boundary: float, switch_step: int | None = None) -> list[Expert]:
+        """Returns the expert of each step: by the step's timestep, or by its index if `switch_step` is given.
+
+        `switch_step` is the number of steps of the high-noise expert.
+        """
+        if switch_step is None:
+            return [expert_of(timestep, boundary) for timestep in self.timesteps]
+        return ["high_noise" if index < switch_step else "low_noise" for index in range(len(self.timesteps))]
+
+
+def grid(solver: Solver, num_steps: int, shift: float) -> Levels:
+    """Returns `num_steps` levels; `shift` changes each noise level s to shift * s / (1 + (shift - 1) * s)."""
+    # DPM++'s grid starts at pure noise. The others start one training step below it, at the float32 value of 0.999.
+    start = 1.0 if solver == "dpm++" else float(np.float32(0.999))
+    levels = np.linspace(start, 0.0, num_steps + 1)[:-1]
+    return _levels(shift * levels / (1 + (shift - 1) * levels), is_scaled=solver == "rcm")
+
+
+def listed(solver: Solver, sigmas: Sequence[float]) -> Levels:
+    """Returns the levels of a list, which are shifted already; the last step goes to 0.
+
+    A solver of order 1 starts at noise times the first level, which is what the model expects there. UniPC and DPM++
+    start at the noise itself, as on their grids.
+    """
+    return _levels(np.array(sigmas, dtype=np.float64), is_scaled=solver in ("euler", "rcm"))
+
+
+def _levels(sigmas: np.ndarray, *, is_scaled: bool) -> Levels:
+    """Returns levels as float32 values; timesteps are cut off to integers."""
+    timesteps = tuple(int(t) for t in sigmas * NUM_TRAIN_TIMESTEPS)
+    rounded = tuple(float(s) for s in sigmas.astype(np.float32))
+    return Levels((*rounded, 0.0), timesteps, rounded[0] if is_scaled else 1.0)
+
+
 def schedule(solver: Solver, num_steps: int, shift: float) -> tuple[Step, ...]:
-    """Returns all steps of `solver`; `shift` changes each noise level s to shift * s / (1 + (shift - 1) * s)."""
-    sigmas, timesteps = _grid(solver, num_steps, shift)
-    order = 1 if solver == "euler" else 2
-    steps = []
-    for i in range(num_steps):
-        second_order = order == 2 and 0 < i < num_steps - 1
-        steps.append(
-            Step(
-                sigma=sigmas[i],
-                timestep=timesteps[i],
-                **_prediction(sigmas, i, second_order),
-                correction=_correction(sigmas, i) if solver == "unipc" and i > 0 else None,
-            )
+    """Returns all steps of `solver` on its grid."""
+    return solve(solver, grid(solver, num_steps, shift), num_steps)
+
+
+def solve(solver: Solver, levels: Levels, num_high: int) -> tuple[Step, ...]:
+    """Returns the steps of `solver` on any levels; the high-noise expert runs the first `num_high` steps.
+
+    The first and the last step of UniPC and DPM++ are of first order. In `unipc-euler`, the last step of UniPC goes to
+    the first level of the low-noise expert, however far it is.
+    """
+    sigmas, num_steps = levels.sigmas, len(levels.timesteps)
+    num_unipc = {"unipc": num_steps, "unipc-euler": num_high}.get(solver, 0)
+    num_second_order = num_steps if solver == "dpm++" else num_unipc
+
+    def weights(i: int) -> dict[str, float]:
+        if solver == "rcm":
+            return {"sample": 0.0, "clean": 1 - sigmas[i + 1], "noise": sigmas[i + 1]}
+        return _prediction(sigmas, i, second_order=0 < i < num_second_order - 1)
+
+    return tuple(
+        Step(
+            sigma=sigmas[i],
+            timestep=levels.timesteps[i],
+            **weights(i),
+            correction=_correction(sigmas, i) if 0 < i < num_unipc else None,
         )
-    return tuple(steps)
+        for i in range(num_steps)
+    )
 
 
 class Integrator:
-    """Integrates one video's sample from noise to clean, step by step; holds the last estimates of the clean sample."""
+    """Integrates one video's sample from noise to clean, step by step; holds the last estimates of the clean sample.
 
-    def __init__(self, steps: tuple[Step, ...]) -> None:
-        self._steps = iter(steps)
+    `fresh_noise` draws the noise of a step; only steps of `rcm` call it.
+    """
+
+    def __init__(self, steps: tuple[Step, ...], fresh_noise: Callable[[], Any] | None = None) -> None:
+        self._steps, self._fresh_noise = iter(steps), fresh_noise
         self._sample_prev: Any = None  # x~_{i-1}
         self._clean_prev: Any = None  # m_{i-1}
         self._clean_prev2: Any = None  # m_{i-2}
@@ -98,18 +162,11 @@ class Integrator:
         predicted = step.sample * sample + step.clean * clean
         if step.clean_prev:
             predicted = predicted + step.clean_prev * self._clean_prev
+        if step.noise:
+            assert self._fresh_noise is not None
+            predicted = predicted + step.noise * self._fresh_noise()
         self._sample_prev, self._clean_prev, self._clean_prev2 = sample, clean, self._clean_prev
         return predicted
-
-
-def _grid(solver: Solver, num_steps: int, shift: float) -> tuple[list[float], list[int]]:
-    """Returns the noise levels of N+1 points (the last is 0) as float32 values, and N timesteps cut off to integers."""
-    # DPM++'s grid starts at pure noise. The others start one training step below it, at the float32 value of 0.999.
-    start = 1.0 if solver == "dpm++" else float(np.float32(0.999))
-    levels = np.linspace(start, 0.0, num_steps + 1)[:-1]
-    levels = shift * levels / (1 + (shift - 1) * levels)
-    timesteps = [int(t) for t in levels * NUM_TRAIN_TIMESTEPS]
-    return [float(s) for s in levels.astype(np.float32)] + [0.0], timesteps
 
 
 def _log_snr(sigma: float) -> float:
@@ -119,7 +176,7 @@ def _log_snr(sigma: float) -> float:
     return math.inf if sigma <= 0.0 else math.log1p(-sigma) - math.log(sigma)
 
 
-def _prediction(sigmas: list[float], i: int, second_order: bool) -> dict[str, float]:
+def _prediction(sigmas: Sequence[float], i: int, *, second_order: bool) -> dict[str, float]:
     ratio = sigmas[i + 1] / sigmas[i]
     if not second_order:
         return {"sample": ratio, "clean": 1 - ratio}
@@ -128,7 +185,7 @@ def _prediction(sigmas: list[float], i: int, second_order: bool) -> dict[str, fl
     return {"sample": ratio, "clean": 1 - ratio + slope, "clean_prev": -slope}
 
 
-def _correction(sigmas: list[float], i: int) -> Correction:
+def _correction(sigmas: Sequence[float], i: int) -> Correction:
     """Returns UniC's correction after the step from i-1 to i, of the order of that step's prediction."""
     ratio = sigmas[i] / sigmas[i - 1]
     if i == 1:

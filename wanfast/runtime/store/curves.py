@@ -12,6 +12,7 @@ This module does not import torch.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shlex
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.sampling.magcache import resample
-from wanfast.runtime.sampling.scheduler import expert_of, schedule
+from wanfast.runtime.sampling.scheduler import Levels, grid, listed
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.json_files import read_object
@@ -67,6 +68,11 @@ class Curve:
     ratios: tuple[tuple[float, float], ...]
     interpolated_from: dict[str, Any] | None = None  # the curve's steps and shift, if not the run's
 
+    @property
+    def num_steps(self) -> int:
+        """Returns the number of steps that the curve knows, from the first one."""
+        return len(self.ratios)
+
 
 def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
     """Decides all options of MagCache; --magcache becomes `preset` or the key of a curve. Raises WanFastError."""
@@ -76,13 +82,24 @@ def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
     short = magcache_settings(asked.magcache)
     threshold, max_skips, retention = short or _DEFAULTS
     by_budget = asked.magcache_budget is not None or asked.magcache_skip is not None
+    is_list = config.video.levels is not None
+    if is_list and not short and asked.magcache != "preset":
+        raise ConfigError(
+            f"--magcache {asked.magcache} and --sigmas exclude each other, because a stored curve belongs to --steps "
+            "and --shift: use --magcache preset, or drop --magcache"
+        )
+    if is_list and asked.magcache_interpolate:
+        raise ConfigError(
+            "--magcache-interpolate and --sigmas exclude each other, because distilled steps are never skipped: drop "
+            "--magcache-interpolate"
+        )
     answered = dataclasses.replace(
         asked,
         magcache="preset" if short else asked.magcache,
         magcache_thresh=None if by_budget else _or(asked.magcache_thresh, threshold),
         magcache_k=_or(asked.magcache_k, max_skips),
         retention_ratio=_or(asked.retention_ratio, retention),
-        magcache_rule=asked.magcache_rule or ("both-experts" if by_budget else "low-noise-only"),
+        magcache_rule=asked.magcache_rule or ("both-experts" if by_budget or is_list else "low-noise-only"),
     )
     config = dataclasses.replace(config, skipping=answered)
     if answered.magcache == "preset":
@@ -103,6 +120,8 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
         found = preset(files)
         if found is None:
             fix = f"run `{calibrate_command(config, files.spec)}`, then use --magcache artifact"
+            if config.video.levels is not None:
+                fix = "drop --magcache"
             raise ConfigError(f"--magcache preset: no curve ships for these weights ({files.spec.name}): {fix}")
         return _fitted("preset", found, config, files.spec)
     folder, inputs = _artifact(config, config.skipping, files)
@@ -141,7 +160,11 @@ def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
     others = [] if files.spec.name in published else [f"the weights of {A14B.name}"]
     kind = config.models.quantize or config.models.precision
     others += [] if kind == "bf16" else [f"bf16, not {kind}"]
-    others += ["no LoRA"] if config.models.lora_sha256 else []
+    curve, loras = curve_of(config, files), loras_of(config.models)
+    steps = steps_of_video(config.video, files.spec.boundary)[: curve.num_steps if curve else 0]
+    others += (
+        ["no LoRA"] if any(lora.has_expert(expert) for lora in loras for expert in {of for of, _ in steps}) else []
+    )
     if not others:
         return []
     return [
@@ -163,7 +186,10 @@ def _experts(files: ModelFiles) -> dict[str, str]:
 def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelSpec) -> Curve:
     ratios = _pairs(name, of)
     known = steps_of(of["solver"], of["steps"], of["shift"], spec.boundary)
-    wanted = steps_of(config.video.solver, config.video.steps, config.video.shift, spec.boundary)
+    wanted = steps_of_video(config.video, spec.boundary)
+    if config.video.levels is not None:
+        return _of_base_part(Curve(name, tuple(ratios)), of, known, wanted, config)
+    assert config.video.shift is not None
     if known == wanted and of["solver"] == config.video.solver:
         return Curve(name, tuple(ratios))
     if not (config.skipping and config.skipping.magcache_interpolate) or of["solver"] != config.video.solver:
@@ -180,6 +206,33 @@ def _fitted(name: str, of: dict[str, Any], config: EffectiveConfig, spec: ModelS
         fix = f"run `{calibrate_command(config, spec)}`"
         raise ConfigError(f"--magcache-interpolate: {error}: {fix}") from None
     return Curve(name, tuple(bridged), {"steps": of["steps"], "shift": of["shift"]})
+
+
+def _of_base_part(
+    curve: Curve,
+    of: dict[str, Any],
+    known: list[tuple[Expert, int]],
+    wanted: list[tuple[Expert, int]],
+    config: EffectiveConfig,
+) -> Curve:
+    """Returns a curve for the first steps of a list of noise levels, as far as these are the curve's own steps.
+
+    The other steps are distilled, so that the curve says nothing of them. Raises ConfigError if no two steps remain.
+    """
+    pairs = zip(known, wanted, strict=False)
+    num_base = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)])
+    solver, skipping = config.video.solver, config.skipping
+    if num_base < 2 or of["solver"] != solver.removesuffix("-euler"):
+        raise ConfigError(
+            f"--magcache {curve.name}: only steps of the curve can be skipped ({of['steps']} steps with {of['solver']} "
+            f"at shift {of['shift']:g}), but these noise levels with {solver} are others: drop --magcache"
+        )
+    if skipping and skipping.magcache_rule == "low-noise-only" and wanted[num_base - 1][0] == "high_noise":
+        raise ConfigError(
+            "--magcache-rule low-noise-only: all steps that may be skipped are of the high-noise expert, because "
+            "distilled steps are never skipped: use --magcache-rule both-experts"
+        )
+    return Curve(curve.name, curve.ratios[:num_base])
 
 
 def _pairs(name: str, of: dict[str, Any]) -> list[tuple[float, float]]:
@@ -199,8 +252,23 @@ def _is_ratio(value: object) -> bool:
 
 
 def steps_of(solver: Any, steps: int, shift: float, boundary: float) -> list[tuple[Expert, int]]:
-    """Returns (active expert, timestep) of each step."""
-    return [(expert_of(step.timestep, boundary), step.timestep) for step in schedule(solver, steps, shift)]
+    """Returns (active expert, timestep) of each step of a grid."""
+    levels = grid(solver, steps, shift)
+    return list(zip(levels.experts(boundary), levels.timesteps, strict=True))
+
+
+def levels_of(video: VideoConfig) -> Levels:
+    """Returns the noise levels of a video: those of --sigmas, or the solver's grid."""
+    if video.levels is not None:
+        return listed(video.solver, video.levels)
+    assert video.steps is not None and video.shift is not None
+    return grid(video.solver, video.steps, video.shift)
+
+
+def steps_of_video(video: VideoConfig, boundary: float) -> list[tuple[Expert, int]]:
+    """Returns (active expert, timestep) of each step of a video."""
+    levels = levels_of(video)
+    return list(zip(levels.experts(boundary, video.switch_step), levels.timesteps, strict=True))
 
 
 def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Downloads the published weights from the Hugging Face Hub into <artifacts>/checkpoints/<repo name>.
+"""Downloads published weights from the Hugging Face Hub: a model, or a pair of LoRAs that distils its experts.
+
+A model comes into <artifacts>/checkpoints/<repo name>, and a pair into <artifacts>/loras/<name of the pair>.
 
 The hub is asked once for the commit and the files of a revision. The download is pinned to that commit, and at the end
 the files on disk are compared with the hub's answer. The result of huggingface_hub is not enough: the library can
@@ -54,6 +56,7 @@ from wanfast.runtime.store.artifacts import write_synced
 from wanfast.runtime.store.hub_cache import PINNED, REPOS, Layout, snapshots
 from wanfast.runtime.store.identity import sha256_of
 from wanfast.runtime.store.json_files import read_object
+from wanfast.runtime.store.lora_pairs import PAIRS, folder_of, words_of
 from wanfast.runtime.store.sharing import lock_of, share
 
 MANIFEST = "wanfast-download.json"
@@ -88,17 +91,34 @@ class Request:
     layout: Layout
     folder: Path
     artifacts: Path
+    lora: str | None = None  # the name of a pair
 
     @classmethod
-    def of(cls, repo: str | None, revision: str | None, layout: Layout, artifacts_dir: str) -> Request:
-        """Makes a request; a value that is None gets its default. Raises ConfigError for an empty value."""
+    def of(
+        cls, repo: str | None, revision: str | None, layout: Layout | None, artifacts_dir: str, lora: str | None = None
+    ) -> Request:
+        """Makes a request; a value that is None gets its default. Raises ConfigError for a wrong or an empty value."""
+        if lora is not None:
+            if lora not in PAIRS:
+                raise ConfigError(f"--lora {lora!r:.40}: no such pair: use {' or '.join(PAIRS)}")
+            for option, value in (("--repo", repo), ("--layout", layout)):
+                if value is not None:
+                    raise ConfigError(f"{option} and --lora exclude each other: drop one of the two")
+            repo = PAIRS[lora].repo
+        layout = layout or "original"
         repo = REPOS[layout] if repo is None else repo
         revision = PINNED.get(repo, "main") if revision is None else revision
         for option, value in (("--repo", repo), ("--revision", revision), ("--artifacts-dir", artifacts_dir)):
             if not value.strip() or "\0" in value:
                 raise ConfigError(f"{option} {value!r}: give a value, or leave out the option")
         artifacts = Path(absolute(artifacts_dir, "--artifacts-dir"))
-        return cls(repo, revision, layout, artifacts / "checkpoints" / repo.rpartition("/")[2], artifacts)
+        folder = folder_of(lora, artifacts) if lora else artifacts / "checkpoints" / repo.rpartition("/")[2]
+        return cls(repo, revision, layout, folder, artifacts, lora)
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Returns patterns of files, each of which must match a file."""
+        return tuple(PAIRS[self.lora].files.values()) if self.lora else _NEEDED[self.layout]
 
 
 @dataclass(frozen=True)
@@ -153,7 +173,11 @@ def download(request: Request, *, progress: bool) -> dict[str, Any]:
 
 def _from_cache(request: Request, listing: _Listing) -> Request | None:
     """Returns the request with the folder of the Hugging Face cache, if that folder is complete and ours is empty."""
-    if request.repo != REPOS[request.layout] or len(listing.missing(request.folder)) < len(listing.sizes):
+    if (
+        request.lora
+        or request.repo != REPOS[request.layout]
+        or len(listing.missing(request.folder)) < len(listing.sizes)
+    ):
         return None
     found = (folder for folder in snapshots(request.layout) if folder.name == listing.commit)
     folder = next((folder for folder in found if not listing.missing(folder)), None)
@@ -165,9 +189,13 @@ def _list(request: Request) -> _Listing:
         info = HfApi(endpoint=_endpoint()).model_info(
             request.repo, revision=request.revision, files_metadata=True, timeout=30
         )
-    files = {file.rfilename: file for file in info.siblings or [] if _is_needed(file.rfilename, request.layout)}
-    for pattern in _NEEDED[request.layout]:
+    files = {file.rfilename: file for file in info.siblings or [] if _is_needed(file.rfilename, request.needed)}
+    for pattern in request.needed:
         if not any(fnmatchcase(name, pattern) for name in files):
+            if request.lora:
+                raise CorruptArtifactError(
+                    f"--lora {request.lora}: {request.repo} has no {pattern} at {info.sha}: use another --revision"
+                )
             raise CorruptArtifactError(
                 f"--repo {request.repo} has no {pattern} at {info.sha}: the repository is incomplete, or its layout is "
                 f"not --layout {request.layout}; use another --repo, --revision or --layout"
@@ -182,10 +210,10 @@ def _list(request: Request) -> _Listing:
     return _Listing(info.sha, {name: int(size or 0) for name, size in sizes.items()}, hashes, sha256)
 
 
-def _is_needed(name: str, layout: Layout) -> bool:
-    shards = [pattern for pattern in _NEEDED[layout] if pattern.endswith("/*.safetensors")]
+def _is_needed(name: str, needed: tuple[str, ...]) -> bool:
+    shards = [pattern for pattern in needed if pattern.endswith("/*.safetensors")]
     indices = [pattern.replace("*.safetensors", _INDEX) for pattern in shards]
-    return any(fnmatchcase(name, pattern) for pattern in (*_NEEDED[layout], *indices))
+    return any(fnmatchcase(name, pattern) for pattern in (*needed, *indices))
 
 
 def _fetch(request: Request, listing: _Listing, *, progress: bool) -> None:
@@ -307,7 +335,7 @@ def _write_manifest(request: Request, listing: _Listing) -> None:
     manifest = {
         "repo": request.repo,
         "commit": listing.commit,
-        "layout": request.layout,
+        **_kind(request),
         "files": _manifest_files(listing),
     }
     with _hub_errors(request):
@@ -363,11 +391,17 @@ def _result(request: Request, listing: _Listing) -> dict[str, Any]:
     return {
         "repo": request.repo,
         "commit": listing.commit,
-        "layout": request.layout,
+        **_kind(request),
         "folder": str(request.folder),
         "files": listing.sizes,
         "bytes": sum(listing.sizes.values()),
     }
+
+
+def _kind(request: Request) -> dict[str, Any]:
+    if request.lora is None:
+        return {"layout": request.layout}
+    return {"lora": request.lora, "options": words_of(request.lora, request.artifacts)}
 
 
 def _size(path: Path) -> int | None:

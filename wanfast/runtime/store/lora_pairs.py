@@ -1,0 +1,78 @@
+"""Names the published pairs of LoRAs that distil the experts to four steps, and refuses a recipe without such weights.
+
+`wanfast download --lora NAME` fetches a pair into <artifacts>/loras/NAME.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from wanfast.runtime.config import ModelsConfig
+from wanfast.runtime.config.option import flag
+from wanfast.runtime.config.recipes import RECIPES
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.choices import EXPERTS, Expert
+
+
+@dataclass(frozen=True)
+class Pair:
+    """This class says where the LoRA of each expert lies on the Hugging Face Hub."""
+
+    repo: str
+    files: Mapping[Expert, str]
+
+
+PAIRS: Mapping[str, Pair] = MappingProxyType(
+    {
+        "lightning-seko-v1": Pair(
+            "lightx2v/Wan2.2-Lightning",
+            {expert: f"Wan2.2-I2V-A14B-4steps-lora-rank64-Seko-V1/{expert}_model.safetensors" for expert in EXPERTS},
+        ),
+        "lightx2v-1022": Pair(
+            "lightx2v/Wan2.2-Distill-Loras",
+            {expert: f"wan2.2_i2v_A14b_{expert}_lora_rank64_lightx2v_4step_1022.safetensors" for expert in EXPERTS},
+        ),
+    }
+)
+_PAIR_OF = {"lightning-4": "lightning-seko-v1", "lightning-8": "lightning-seko-v1", "hybrid": "lightning-seko-v1"}
+
+
+def folder_of(name: str, artifacts: Path) -> Path:
+    """Returns the folder of a downloaded pair; the folder may be missing."""
+    return artifacts / "loras" / name
+
+
+def words_of(name: str, artifacts: Path, experts: tuple[Expert, ...] = EXPERTS) -> str:
+    """Returns the options that name the LoRAs of a pair on the command line."""
+    files = {expert: folder_of(name, artifacts) / PAIRS[name].files[expert] for expert in experts}
+    return " ".join(f"{flag(f'lora_{expert}')} {shlex.quote(str(file))}" for expert, file in files.items())
+
+
+def require_distilled(models: ModelsConfig) -> None:
+    """Raises ConfigError if the recipe needs distilled experts, and an expert has no weights that could be distilled.
+
+    Any LoRA of an expert may be the one that distils this expert.
+    """
+    if models.recipe is None:
+        return
+    missing = tuple(expert for expert in RECIPES[models.recipe].distilled if not _may_be_distilled(models, expert))
+    if not missing:
+        return
+    which = "both experts" if len(missing) == len(EXPERTS) else f"the {missing[0].replace('_', '-')} expert"
+    name, artifacts = _PAIR_OF.get(models.recipe) if models.model != "tiny" else None, Path(models.artifacts_dir)
+    if name is None:
+        fix = "add " + " ".join(f"{flag(f'lora_{expert}')} FILE" for expert in missing)
+    else:
+        fix = f"add `{words_of(name, artifacts, missing)}`"
+        if not all((folder_of(name, artifacts) / PAIRS[name].files[expert]).is_file() for expert in missing):
+            fix = f"run `wanfast download --lora {name}`, then {fix}"
+    raise ConfigError(f"--recipe {models.recipe} needs distilled weights of {which}: {fix}")
+
+
+def _may_be_distilled(models: ModelsConfig, expert: Expert) -> bool:
+    """Returns whether an expert may have distilled weights: a LoRA, or weights that an option names."""
+    return bool(models.lora or getattr(models, f"lora_{expert}"))
