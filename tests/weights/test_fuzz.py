@@ -20,7 +20,7 @@ from wanfast.runtime.facts.model_spec import UMT5Spec
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.planning.placement import place
 from wanfast.runtime.planning.plan import resolve
-from wanfast.runtime.store import model_files
+from wanfast.runtime.store import model_files, shards
 from wanfast.runtime.store.model_files import TINY
 from wanfast.runtime.weights import checkpoint
 
@@ -149,7 +149,7 @@ def test_indices_of_shards(tmp_path: Path, examples: int) -> None:
 
     def check(weight_map: object) -> None:
         index.write_text(json.dumps({"weight_map": weight_map}))
-        for file in model_files.indexed_shards(index):
+        for file in shards.indexed_shards(index):
             assert tmp_path in file.parents and ".." not in file.parts
 
     damage(VALUES, check, examples)

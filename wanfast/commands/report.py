@@ -157,6 +157,7 @@ def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str
         **_recipe_row(plan),
         "model": f"{plan['model']}, {kind} on {plan['device']}, {plan['attention']} attention"
         + (f", compiled ({plan['compile']})" if plan["compile"] else ""),
+        **_expert_row(plan),
         **_lora_row(plan),
         "video": f"{plan['width']}x{plan['height']}, {plan['frames']} frames at {plan['fps']} fps "
         f"({plan['duration_s']} s)",
@@ -171,6 +172,11 @@ def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str
         "seed": str(plan["seed"]),
         "writes": "\n".join(_shown(path) for path in plan["outputs"]),
     }
+
+
+def _expert_row(plan: dict[str, Any]) -> dict[str, str]:
+    lines = [f"{_shown(each['path'])}, {each['form']} ({each['option']})" for each in plan["experts"]]
+    return {"experts": "\n".join(lines)} if lines else {}
 
 
 def _lora_row(plan: dict[str, Any]) -> dict[str, str]:

@@ -52,7 +52,8 @@ _BRIDGED = {"steps", "shift"}
 _NOT_COMPARED = ("set", "measured_by")
 # From the picture and the weights to a residual, and from residuals to ratios.
 _CODE = (
-    "runtime/media/*.py", "runtime/weights/*.py", "runtime/models/*.py", "runtime/sampling/*.py",
+    "runtime/media/*.py", "runtime/store/expert_files.py", "runtime/weights/*.py", "runtime/models/*.py",
+    "runtime/sampling/*.py",
     "runtime/engine/*.py", "runtime/device/*.py", "runtime/distributed/*.py", "magcache_calib/*.py",
 )  # fmt: skip
 _DEFAULTS = (0.12, 2, 0.2)  # of the published matrix: threshold, skips in a row, share retained
@@ -140,6 +141,7 @@ def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
     others = [] if files.spec.name in published else [f"the weights of {A14B.name}"]
     kind = config.models.quantize or config.models.precision
     others += [] if kind == "bf16" else [f"bf16, not {kind}"]
+    others += ["the published experts"] if config.models.expert_sha256 else []
     others += ["no LoRA"] if config.models.lora_sha256 else []
     if not others:
         return []
