@@ -89,7 +89,8 @@ def _dequantized(stored: Stored, offset: int, first: int, end: int) -> Tensor:
     own = blocks if is_vector else blocks[first:end]
 
     def values(piece: npt.NDArray[np.uint8]) -> Tensor:
-        return torch.from_numpy(np.array(dequantize(np.array(piece), kind), np.float32))
+        with np.errstate(all="ignore"):  # the loader reports values that are not finite
+            return torch.from_numpy(np.array(dequantize(np.array(piece), kind), np.float32))
 
     pieces = np.array_split(own, max(1, min(len(own), math.prod((len(own), *shape[1:])) // _PIECE_VALUES)))
     with ThreadPoolExecutor(host.cores()) as threads:
