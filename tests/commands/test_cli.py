@@ -19,6 +19,7 @@ from PIL import Image
 
 from tests import lora_files
 from tests.conftest import Machine, Outcome
+from tests.expert_forms import FORMS
 from wanfast.commands import bench as bench_command
 from wanfast.commands import calibrate_magcache as calibrate_command
 from wanfast.commands import doctor as doctor_command
@@ -116,6 +117,7 @@ def python(code: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
         ["doctor", "--size", "bad"],
         list(DRY),
         [*DRY, "--lora", "lora.safetensors"],
+        [*DRY, "--low-noise-expert", "expert.gguf"],
         ["generate", "--frames", "80"],
         ["generate", "--model", "a14b"],
     ],
@@ -123,6 +125,7 @@ def python(code: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
 )
 def test_the_parent_imports_no_torch(workdir: Path, arguments: list[str]) -> None:
     lora_files.write(workdir / "lora.safetensors", {"blocks.0.ffn.0.diff_b": torch.zeros(1).bfloat16()})
+    FORMS["GGUF Q8_0"](workdir / "expert.gguf", {"blocks.0.ffn.0.weight": torch.zeros(1, 32)})
     code = f"""
 import sys
 from wanfast.cli import main

@@ -13,7 +13,11 @@ PACKAGE = Path(wanfast.__file__).parent
 
 def test_an_option_is_a_field_of_one_part() -> None:
     fields = [field.name for part in PARTS.values() for field in dataclasses.fields(part)]
-    assert len(fields) == len(set(fields)) and set(fields) - set(OPTIONS) == {"image_sha256", "lora_sha256"}
+    assert len(fields) == len(set(fields)) and set(fields) - set(OPTIONS) == {
+        "image_sha256",
+        "expert_sha256",
+        "lora_sha256",
+    }
 
 
 def reads() -> set[tuple[str, str]]:

@@ -137,13 +137,16 @@ def test_each_example_writes_a_video_of_its_own(page: Page) -> None:
 
 
 def _files_of_examples(workdir: Path, wanfast: Wanfast) -> None:
-    """The files that examples name: the repository's, LoRAs, a list of jobs, and the .json of an earlier video."""
+    """The files that examples name: the repository's, experts, LoRAs, a list of jobs, the .json of an earlier video."""
     (workdir / "wanfast").symlink_to(ROOT / "wanfast")
     (workdir / "out").mkdir()
     for example in (ROOT / "wanfast/assets/examples").iterdir():
         shutil.copy(example, workdir)
     for lora in ("motion", "high_noise_model", "low_noise_model"):
         lora_files.write(workdir / f"{lora}.safetensors", {"blocks.0.ffn.0.diff_b": torch.zeros(1)})
+    for half in ("high", "low"):
+        for expert in (f"wan2.2_i2v_{half}_noise_14B_fp16", f"{half}_noise_fp8"):
+            lora_files.write(workdir / f"{expert}.safetensors", {"head.head.bias": torch.zeros(1)})
     outcome = wanfast("generate", "--model", "tiny", *VIDEO, "--dry-run", "--json")
     Path("cat.json").write_text(json.dumps(outcome.document | {"weights": None}))
 

@@ -17,6 +17,7 @@ from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.processes.handle import Opened
+from wanfast.runtime.store import model_files
 from wanfast.runtime.store.lora_pairs import PAIRS, folder_of, words_of
 
 Wanfast = Callable[..., Outcome]
@@ -220,12 +221,22 @@ def test_distilled_weights_are_required_with_the_line_to_type(wanfast: Wanfast, 
     assert wanfast(*a14b, "hybrid").err == hybrid
     assert wanfast(*a14b, "lightning-8", *PAIR[:2]).err.endswith(f"of the low-noise expert: {low}\n")
     assert refused(wanfast, "--recipe", "rcm-4", *PAIR[2:]) == (
-        "--recipe rcm-4 needs distilled weights of the high-noise expert: add --lora-high-noise FILE"
+        "--recipe rcm-4 needs distilled weights of the high-noise expert: add `--lora-high-noise FILE`, or "
+        "`--high-noise-expert FILE`"
     )
-    of_tiny = "needs distilled weights of both experts: add --lora-high-noise FILE --lora-low-noise FILE"
+    of_tiny = (
+        "needs distilled weights of both experts: add `--lora-high-noise FILE --lora-low-noise FILE`, or "
+        "`--high-noise-expert FILE --low-noise-expert FILE`"
+    )
     assert refused(wanfast, "--recipe", "lightning-4") == f"--recipe lightning-4 {of_tiny}"
     Path("both.safetensors").write_bytes(Path("high_noise.safetensors").read_bytes())
     assert planned(wanfast, "--recipe", "lightning-4", "--lora", "both.safetensors")["forwards"] == 4
+    experts = [
+        f"--{half}-noise-expert={model_files.TINY / folder}"
+        for half, folder in (("high", "transformer"), ("low", "transformer_2"))
+    ]
+    assert planned(wanfast, "--recipe", "lightning-4", *experts)["forwards"] == 4
+    assert "of the low-noise expert" in refused(wanfast, "--recipe", "lightning-4", experts[0])
 
 
 def test_a_handle_takes_the_recipe_and_the_weights_by_either_call(pair: None) -> None:

@@ -23,7 +23,7 @@ from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.jobs import doctor
 from wanfast.runtime.store import curves, model_files
 from wanfast.runtime.store.artifacts import key_of
-from wanfast.runtime.store.loras import identified
+from wanfast.runtime.store.expert_files import identified
 
 Wanfast = Callable[..., Outcome]
 GOOD = (

@@ -82,14 +82,15 @@ CODE = {
     ),
     "magcache": (
         "runtime/models/dit.py", "runtime/models/vae.py", "runtime/media/images.py", "runtime/sampling/scheduler.py",
-        "runtime/weights/checkpoint.py", "runtime/weights/lora.py", "runtime/engine/prompt_embeds.py",
+        "runtime/weights/checkpoint.py", "runtime/weights/lora.py", "runtime/weights/forms.py",
+        "runtime/store/expert_files.py", "runtime/engine/prompt_embeds.py",
         "runtime/engine/session.py",
         "runtime/distributed/ulysses.py", "magcache_calib/recorder.py", "magcache_calib/calibrate.py",
     ),
     "inductor": ("runtime/models/dit.py", "runtime/engine/compilation.py", "runtime/weights/quantization.py"),
     "quantized": (
         "runtime/jobs/quantize.py", "runtime/weights/checkpoint.py", "runtime/weights/lora.py",
-        "runtime/weights/quantization.py",
+        "runtime/weights/quantization.py", "runtime/weights/forms.py", "runtime/store/expert_files.py",
         "runtime/weights/key_maps.py", "runtime/models/quantized.py", "runtime/models/dit.py",
     ),
 }  # fmt: skip

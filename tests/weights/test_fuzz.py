@@ -9,20 +9,24 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save
 
 from tests.damage import VALUES, changed, counts, damage, damaged
+from tests.expert_forms import FORMS, file_of
 from tests.store.test_model_facts import DIFFUSERS
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.facts.model_spec import UMT5Spec
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.planning.placement import place
 from wanfast.runtime.planning.plan import resolve
-from wanfast.runtime.store import model_files
+from wanfast.runtime.store import model_files, shards
+from wanfast.runtime.store.expert_files import NamedExpert
 from wanfast.runtime.store.model_files import TINY
 from wanfast.runtime.weights import checkpoint
+from wanfast.runtime.weights.forms import source_of
 
 SPEC = UMT5Spec(vocab_size=3, dim=2, attention_dim=2, ffn_dim=2, num_heads=1, num_layers=1)
 
@@ -68,6 +72,23 @@ def test_facts_in_headers_of_safetensors(tmp_path: Path, examples: int) -> None:
 
 
 @counts(200)
+@pytest.mark.parametrize("form", ["GGUF Q8_0", "GGUF Q4_K", "fp8 of 2026", "int8 of 2026 by row, metadata"])
+def test_files_of_experts(tmp_path: Path, form: str, examples: int) -> None:
+    file = file_of(tmp_path, form)
+    FORMS[form](file, {"ffn.weight": torch.randn(2, 256), "ffn.bias": torch.randn(2)})
+    content = file.read_bytes()
+
+    def check(new: bytes) -> None:
+        file.write_bytes(new)
+        model = torch.nn.ModuleDict({"ffn": torch.nn.Linear(256, 2, device="meta")})
+        files = dataclasses.replace(TINY_FILES, experts=(NamedExpert("high_noise", file),))
+        checkpoint.load(model, component="dit", ranks=Ranks("cpu"), **source_of(files, "high_noise"))
+        assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+
+    damage(damaged(content), check, examples)
+
+
+@counts(200)
 def test_pth_files(tmp_path: Path, examples: int) -> None:
     stream, file = io.BytesIO(), tmp_path / "model.pth"
     torch.save(tensors(), stream)
@@ -96,6 +117,7 @@ def test_pickles_in_pth_files(tmp_path: Path, examples: int) -> None:
     damage(damaged(parts[pickle]), check, examples)
 
 
+TINY_FILES = model_files.locate("tiny", "artifacts")
 OPTIONS = {"image": "cat.png", "prompt": "a cat", "device": "cpu"}
 
 
@@ -149,7 +171,7 @@ def test_indices_of_shards(tmp_path: Path, examples: int) -> None:
 
     def check(weight_map: object) -> None:
         index.write_text(json.dumps({"weight_map": weight_map}))
-        for file in model_files.indexed_shards(index):
+        for file in shards.indexed_shards(index):
             assert tmp_path in file.parents and ".." not in file.parts
 
     damage(VALUES, check, examples)

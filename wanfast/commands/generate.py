@@ -33,7 +33,7 @@ def generate(
         Path | None,
         typer.Option(
             help="Make many videos: each line of this file is a JSON object of options, which override those of "
-            "the command line. The paths of a line's image and LoRAs are relative to the file's folder.",
+            "the command line. The paths of a line's image, experts and LoRAs are relative to the file's folder.",
             rich_help_panel=MAKE,
         ),
     ] = None,

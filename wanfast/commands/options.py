@@ -38,8 +38,8 @@ DryRun = Annotated[
 ]
 
 
-def lora(name: str) -> Any:
-    """Returns Typer's option for one of the three options that name LoRAs."""
+def files(name: str) -> Any:
+    """Returns Typer's option for an option that names files of experts or LoRAs."""
     facts = OPTIONS[name].option
     return typer.Option(metavar=facts.metavar, help=facts.help, rich_help_panel=facts.panel)
 

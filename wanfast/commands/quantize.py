@@ -35,9 +35,11 @@ def quantize(
     expert: Annotated[
         Literal["both", "high", "low"], typer.Option(help="Which expert to quantize.", rich_help_panel=MAKE)
     ] = "both",
-    lora: Annotated[list[str], options.lora("lora")] = (),  # type: ignore[assignment]
-    lora_high_noise: Annotated[list[str], options.lora("lora_high_noise")] = (),  # type: ignore[assignment]
-    lora_low_noise: Annotated[list[str], options.lora("lora_low_noise")] = (),  # type: ignore[assignment]
+    high_noise_expert: Annotated[str | None, options.files("high_noise_expert")] = None,
+    low_noise_expert: Annotated[str | None, options.files("low_noise_expert")] = None,
+    lora: Annotated[list[str], options.files("lora")] = (),  # type: ignore[assignment]
+    lora_high_noise: Annotated[list[str], options.files("lora_high_noise")] = (),  # type: ignore[assignment]
+    lora_low_noise: Annotated[list[str], options.files("lora_low_noise")] = (),  # type: ignore[assignment]
     device: Annotated[
         Device | None,
         typer.Option(
@@ -61,6 +63,8 @@ def quantize(
         scheme=scheme,
         model=model,
         expert=expert,
+        high_noise_expert=high_noise_expert,
+        low_noise_expert=low_noise_expert,
         lora=tuple(lora),
         lora_high_noise=tuple(lora_high_noise),
         lora_low_noise=tuple(lora_low_noise),

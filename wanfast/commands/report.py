@@ -157,6 +157,7 @@ def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str
         **_recipe_row(plan),
         "model": f"{plan['model']}, {kind} on {plan['device']}, {plan['attention']} attention"
         + (f", compiled ({plan['compile']})" if plan["compile"] else ""),
+        **_expert_row(plan),
         **_lora_row(plan),
         "video": f"{plan['width']}x{plan['height']}, {plan['frames']} frames at {plan['fps']} fps "
         f"({plan['duration_s']} s)",
@@ -188,6 +189,11 @@ def _gate(plan: dict[str, Any]) -> str:
         f"; the negative prompt runs in the first {guided['high_noise']} and {guided['low_noise']} of these steps "
         f"(gate {plan['guidance_gate']:g}): {plan['forwards']} of {both} forwards"
     )
+
+
+def _expert_row(plan: dict[str, Any]) -> dict[str, str]:
+    lines = [f"{_shown(each['path'])}, {each['form']} ({each['option']})" for each in plan["experts"]]
+    return {"experts": "\n".join(lines)} if lines else {}
 
 
 def _lora_row(plan: dict[str, Any]) -> dict[str, str]:

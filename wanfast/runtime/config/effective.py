@@ -105,7 +105,11 @@ class EffectiveConfig:
 
     def replace(self, **values: Any) -> EffectiveConfig:
         """Returns a copy in which the fields named in `values` have new values; the fields may be in any part."""
-        hashes = {"image_sha256": self.video.image_sha256, "lora_sha256": self.models.lora_sha256}
+        hashes = {
+            "image_sha256": self.video.image_sha256,
+            "expert_sha256": self.models.expert_sha256,
+            "lora_sha256": self.models.lora_sha256,
+        }
         return self._from_flat(self.options() | hashes | values)
 
 

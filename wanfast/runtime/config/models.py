@@ -37,7 +37,7 @@ from wanfast.runtime.facts.choices import (
 
 _STRENGTH = re.compile(r"(.+)@([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.DOTALL)
 _MOST_STRENGTH = 100
-_LORA: tuple[Command, ...] = ("calibrate-magcache", "doctor")  # warmup compiles alike with and without LoRAs
+_VALUES: tuple[Command, ...] = ("calibrate-magcache", "doctor")  # warmup compiles alike for all values of weights
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -60,7 +60,15 @@ def _lora_fix(text: str) -> str | None:
 
 
 def _lora_option(help_text: str) -> Option:
-    return Option(help_text, MAKE, also=_LORA, metavar="<file[@x]>", path=True, check=_lora_fix)
+    return Option(help_text, MAKE, also=_VALUES, metavar="<file[@x]>", path=True, check=_lora_fix)
+
+
+def _expert_option(help_text: str) -> Option:
+    return Option(help_text, MAKE, also=_VALUES, metavar="<path>", asked=str, path=True, check=_expert_fix)
+
+
+def _expert_fix(path: str) -> str | None:
+    return None if path.strip() else "is empty: name a .safetensors or .gguf file, or a folder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +100,15 @@ class ModelsConfig(Part):
             metavar="<name>",
         ),
     ] = field(default=None, compare=False)  # other options of it say which models run
+    high_noise_expert: Annotated[
+        str | None,
+        _expert_option(
+            "Take the high-noise expert from this file or folder instead of the model's: .safetensors or .gguf, also "
+            "scaled to fp8 or int8."
+        ),
+    ] = None
+    low_noise_expert: Annotated[str | None, _expert_option("The same for the low-noise expert.")] = None
+    expert_sha256: tuple[str, ...] = ()  # of the files of the two options, the high-noise expert first
     lora: Annotated[
         tuple[str, ...],
         _lora_option(
@@ -185,7 +202,8 @@ class ModelsConfig(Part):
         super().__post_init__()
         if self.vae_precision is None:
             object.__setattr__(self, "vae_precision", self.precision)
-        object.__setattr__(self, "lora_sha256", tuple(self.lora_sha256))  # JSON has a list
+        for name in ("expert_sha256", "lora_sha256"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has a list
         check_places(self.model, self.artifacts_dir)
         if self.compile_mode != "default" and not self.compile:
             raise ConfigError(
@@ -216,6 +234,8 @@ class QuantizeConfig:
     scheme: Scheme
     model: str = "a14b"
     expert: Literal["both", "high", "low"] = "both"
+    high_noise_expert: str | None = None
+    low_noise_expert: str | None = None
     lora: tuple[str, ...] = ()
     lora_high_noise: tuple[str, ...] = ()
     lora_low_noise: tuple[str, ...] = ()
@@ -223,12 +243,17 @@ class QuantizeConfig:
     artifacts_dir: str = "artifacts"
 
     def __post_init__(self) -> None:
-        for name in ("model", "lora", "lora_high_noise", "lora_low_noise", "artifacts_dir"):
+        for name in (*_OF_WEIGHTS, "artifacts_dir"):
             object.__setattr__(self, name, options_of(ModelsConfig)[name].complete(getattr(self, name)))
         check_places(self.model, self.artifacts_dir)
-        left_out = {"high": "lora_low_noise", "low": "lora_high_noise"}.get(self.expert)
-        if left_out and getattr(self, left_out):
-            raise ConfigError(f"--expert {self.expert} leaves out the expert of {flag(left_out)}: drop one of the two")
+        left_out = {"high": "low_noise", "low": "high_noise"}.get(self.expert)
+        for name in (f"lora_{left_out}", f"{left_out}_expert") if left_out else ():
+            if getattr(self, name):
+                raise ConfigError(f"--expert {self.expert} leaves out the expert of {flag(name)}: drop one of the two")
+
+
+# The options that say which weights are quantized.
+_OF_WEIGHTS = ("model", "high_noise_expert", "low_noise_expert", "lora", "lora_high_noise", "lora_low_noise")
 
 
 def without_loras(models: ModelsConfig) -> ModelsConfig:

@@ -49,7 +49,8 @@ from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.curves import curve_of
-from wanfast.runtime.store.loras import identified, inputs_of, loras_of
+from wanfast.runtime.store.expert_files import identified
+from wanfast.runtime.store.loras import inputs_of, loras_of
 from wanfast.runtime.store.model_files import COMPONENTS, Component, ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, quantized_expert, shards
 from wanfast.runtime.weights.builders import DTYPES, build_expert, build_vae, refill_expert
@@ -88,7 +89,7 @@ class Session:
     def open(cls, config: EffectiveConfig, ranks: Ranks) -> Session:
         """Prepares the device and finds the model's files; loads nothing yet. Raises WanFastError on all ranks."""
         ranks.together(lambda: hardware.prepare(config.ranks.device, config.models.precision, config.models.tf32))
-        files = ranks.together(lambda: model_files.locate(config.models.model, config.models.artifacts_dir))
+        files = ranks.together(lambda: model_files.locate_for(config.models))
         hardware.use_few_threads(ranks.device, files.spec.dit.dim)
         return cls(config, ranks, files)
 
@@ -385,10 +386,11 @@ def _place(models: dict[Expert, WanDiT], config: EffectiveConfig, ranks: Ranks) 
 def _merges(files: ModelFiles, models: ModelsConfig) -> dict[Expert, MergeFn]:
     """Returns for each expert the function that merges its LoRAs.
 
-    The LoRAs of both experts are checked before a weight is read.
+    The LoRAs of both experts are checked before a weight is read, and so are the files of experts that options name.
     """
-    if identified(models) != models:
-        raise ConfigError("--lora: a file changed since the plan was made: run this command again")
+    if (now := identified(models)) != models:
+        option = "--lora" if now.expert_sha256 == models.expert_sha256 else "an expert"
+        raise ConfigError(f"{option}: a file changed since the plan was made: run this command again")
     return {expert: merge_of(loras_of(models), expert, files.spec.dit) for expert in EXPERTS}
 
 

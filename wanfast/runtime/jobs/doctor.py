@@ -23,8 +23,8 @@ from wanfast.runtime.planning.fit import fit
 from wanfast.runtime.planning.next_step import NextStep, next_step
 from wanfast.runtime.store import model_files, quantized
 from wanfast.runtime.store.artifacts import MANIFEST
+from wanfast.runtime.store.expert_files import identified
 from wanfast.runtime.store.json_files import read_object
-from wanfast.runtime.store.loras import identified
 from wanfast.runtime.store.model_files import COMPONENTS, ModelFiles
 from wanfast.runtime.store.quantized import TORCHAO_FIX, quantized_expert
 
@@ -72,7 +72,7 @@ def _weights(models: ModelsConfig) -> tuple[dict[str, Any], ModelSpec]:
     facts: dict[str, Any] = {"model": models.model, "folder": None, "layout": None, "bytes": 0, "trouble": None}
     spec = A14B
     try:
-        files = model_files.locate(models.model, models.artifacts_dir)
+        files = model_files.locate_for(models)
         spec = files.spec
         facts |= {"folder": str(files.root), "layout": files.layout, "bytes": sum(_sizes(files))}
         files.require()
@@ -100,7 +100,7 @@ def _quantize_step(models: ModelsConfig) -> NextStep | None:
     """Returns the step that makes the experts that --quantize needs, if one is missing or was changed."""
     if models.quantize is None:
         return None
-    files = model_files.locate(models.model, models.artifacts_dir)
+    files = model_files.locate_for(models)
     for expert in EXPERTS:
         wanted = quantized_expert(files, models, expert)
         assert wanted is not None

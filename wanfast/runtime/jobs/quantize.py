@@ -36,7 +36,8 @@ from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.loras import find_loras
 from wanfast.runtime.store.quantized import INDEX, KIND, QuantizedExpert, require_torchao, shards
 from wanfast.runtime.weights import checkpoint
-from wanfast.runtime.weights.checkpoint import RowsFn
+from wanfast.runtime.weights.checkpoint import Rows
+from wanfast.runtime.weights.forms import source_of
 from wanfast.runtime.weights.lora import merge_of
 from wanfast.runtime.weights.quantization import is_quantized, quantize, scale_of
 
@@ -62,7 +63,7 @@ def run(
 
     Raises WanFastError.
     """
-    files = model_files.locate(config.model, config.artifacts_dir)
+    files = model_files.locate_for(config)
     torchao = require_torchao(f"--scheme {config.scheme}") if in_8_bits(config.scheme) else None
     if find_spec("matplotlib") is None:
         raise ConfigError("the plot of quantization errors needs matplotlib: run `pip install matplotlib`")
@@ -73,6 +74,8 @@ def run(
         raise ConfigError("--device cuda: torch sees no GPU on this machine: use --device cpu")
     store = ArtifactStore(Path(config.artifacts_dir))
     loras = find_loras(config, store.root)
+    for named in files.experts:
+        named.check(config.scheme, loras, "--scheme", "use --scheme bf16")
     for expert in _EXPERTS[config.expert]:
         merge_of(loras, expert, files.spec.dit)  # refuses a LoRA before any expert is quantized
     wanted = [
@@ -87,10 +90,9 @@ def _quantize_expert(
     started = time.perf_counter()
     inputs = wanted.inputs(torchao, device)
     folder, made_here = wanted.store.find(KIND, inputs, verify=True, again="run this command again"), False
-    source = wanted.files.weights(wanted.expert)
-    source_bytes = sum(file.stat().st_size for file in source)
+    source_bytes = sum(file.stat().st_size for file in wanted.files.weights(wanted.expert))
     if folder is None:
-        job = _Job(wanted, source, source_bytes, device, progress)
+        job = _Job(wanted, source_bytes, device, progress)
         note = f"note: another process is quantizing {wanted.expert} with {wanted.scheme}: waiting until it ends"
         published = wanted.store.publish(KIND, inputs, job.write, packages.versions(), waiting=lambda: say(note))
         folder, made_here = published.folder, published.made_here
@@ -121,7 +123,6 @@ class _Job:
     """This class quantizes one expert into a folder."""
 
     wanted: QuantizedExpert
-    source: list[Path]
     source_bytes: int
     device: str
     progress: ProgressFn
@@ -131,9 +132,9 @@ class _Job:
         with torch.device("meta"):
             model = WanDiT(self.wanted.files.spec.dit, torch.bfloat16)
         held, writer, errors, read = model.state_dict(), _Shards(folder), _Errors(), 0
-        layout = self.wanted.files.layout
+        source = source_of(self.wanted.files, self.wanted.expert)
         merge = merge_of(self.wanted.loras, self.wanted.expert, self.wanted.files.spec.dit)
-        for name, rows in checkpoint.stream(model, self.source, component="dit", layout=layout, merge=merge):
+        for name, rows in checkpoint.stream(model, component="dit", merge=merge, **source):
             like = held[name]
             if in_8_bits(self.wanted.scheme) and is_quantized(name):
                 values, scale = self._quantized(name, rows, like, errors)
@@ -151,14 +152,15 @@ class _Job:
         self.progress(self.wanted.expert, self.source_bytes, self.source_bytes)
         errors.write(folder, f"{self.wanted.expert}, {self.wanted.scheme}")
 
-    def _quantized(self, name: str, rows: RowsFn, like: Tensor, errors: _Errors) -> tuple[Tensor, Tensor]:
-        """Returns a weight's values and scales, computed a few rows at a time."""
+    def _quantized(self, name: str, rows: Rows, like: Tensor, errors: _Errors) -> tuple[Tensor, Tensor]:
+        """Returns a weight's values and scales, a few rows at a time: those that the file stores, or computed ones."""
         parts = []
         step = max(1, _CHUNK_VALUES // like.shape[1])
         for first in range(0, like.shape[0], step):
-            exact = rows(first, min(first + step, like.shape[0])).to(self.device)
-            values, scale = quantize(exact, self.wanted.scheme)
-            errors.add(name, exact.float(), dequantize(values, scale))
+            span = first, min(first + step, like.shape[0])
+            exact = rows(*span).to(self.device)
+            values, scale = rows.taken(*span, self.wanted.scheme) or quantize(exact, self.wanted.scheme)
+            errors.add(name, exact.float(), dequantize(values, scale).to(self.device))
             parts.append((values.cpu(), scale.cpu()))
         return torch.cat([values for values, _ in parts]), torch.cat([scale for _, scale in parts])
 

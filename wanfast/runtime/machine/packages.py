@@ -31,6 +31,7 @@ _OPTIONAL = (
     "flash-attn",
     "nvidia-cudnn-frontend",
     "diffusers",
+    "gguf",
 )  # listed only if they are installed
 
 

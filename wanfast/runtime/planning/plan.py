@@ -41,8 +41,9 @@ from wanfast.runtime.sampling.magcache import (
 from wanfast.runtime.sampling.scheduler import Levels, Step, solve
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.curves import Curve, curve_of, levels_of, magcache_notes, settle
+from wanfast.runtime.store.expert_files import expert_notes, identified, named_experts
 from wanfast.runtime.store.lora_pairs import require_distilled
-from wanfast.runtime.store.loras import identified, lora_notes, loras_of
+from wanfast.runtime.store.loras import lora_notes, loras_of
 from wanfast.runtime.store.model_files import ModelFiles
 
 _FLOAT8_CAPABILITY = (8, 9)
@@ -224,6 +225,10 @@ class Plan:
             "recipe": config.models.recipe,
             "overridden": overridden(config.options()),
             "model": self.spec.name,
+            "experts": [
+                {"option": named.flag, "path": str(named.path), "form": named.header().form, "sha256": sha256}
+                for named, sha256 in zip(named_experts(config.models), config.models.expert_sha256, strict=True)
+            ],
             "loras": [
                 {"option": lora.flag, "file": str(lora.file), "strength": lora.strength, "sha256": lora.sha256}
                 for lora in loras_of(config.models)
@@ -329,7 +334,7 @@ def resolve(
     """
     asked = EffectiveConfig.of(given, A14B)  # refuses values that are wrong for every model
     require_distilled(asked.models)
-    files = files or model_files.locate(asked.models.model, asked.models.artifacts_dir)
+    files = files or model_files.locate_for(asked.models)
     spec = files.spec
     if not clean_prompt(asked.video.prompt):
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
@@ -342,7 +347,7 @@ def resolve(
         plan = dataclasses.replace(plan, config=dataclasses.replace(config, output=OutputConfig(output=None)))
     notes = (
         *image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files), *magcache_notes(config, files),
-        *lora_notes(config.models), *_output_notes(plan),
+        *expert_notes(config.models), *lora_notes(config.models), *_output_notes(plan),
     )  # fmt: skip
     notes = (*notes, spec.weights_note) if spec.weights_note else notes
     return dataclasses.replace(plan, requested=given, notes=notes), files
@@ -384,8 +389,7 @@ def effective(given: Options, files: ModelFiles, image_sha256: str) -> Effective
 
 def model_of(given: Options) -> ModelFiles:
     """Refuses values that are wrong for every model, then locates the model's files. Raises WanFastError."""
-    models = EffectiveConfig.of(given, A14B).models
-    return model_files.locate(models.model, models.artifacts_dir)
+    return model_files.locate_for(EffectiveConfig.of(given, A14B).models)
 
 
 def _num_gpus(asked_for: int | Literal["auto"], device: Device, *, asked: bool) -> int:

@@ -18,6 +18,7 @@ from wanfast.runtime.config import OPTIONS, EffectiveConfig, OutputConfig, Ranks
 from wanfast.runtime.config.option import absolute, flag, options_of
 from wanfast.runtime.config.recipes import OF_GRID, has_levels, with_recipe
 from wanfast.runtime.errors import ConfigError, WanFastError, failure, foreign
+from wanfast.runtime.facts.choices import EXPERTS
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
 from wanfast.runtime.planning.plan import Job, Plan, resolve
@@ -28,6 +29,7 @@ from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
 
 _FEW_LINES = 5  # more bad lines than these are reported together, if no line is good
 # The options that are the same for all lines of a list, because one mesh makes all of them.
+_EXPERTS = [f"{expert}_expert" for expert in EXPERTS]
 _LORAS = [name for name, option in OPTIONS.items() if option.is_repeatable]
 _LAUNCH_OPTIONS = [name for name in options_of(RanksConfig) if name != "device"]
 
@@ -45,6 +47,7 @@ class Request:
     sources: tuple[Path, ...] = ()  # files that the options came from; never overwritten
     image_sha256: str | None = None  # the image that --from needs
     weights: dict[str, str] | None = None  # fingerprints of the weights of the run that --from names
+    expert_sha256: tuple[str, ...] | None = None  # of the experts that options of that run name
     lora_sha256: tuple[str, ...] | None = None  # of the LoRAs of that run
     engines: str | None = None  # the name of cuDNN's engines in that run, if this one makes the same video
     error: ConfigError | None = None  # the line could not be read
@@ -147,6 +150,11 @@ def _plan(
                 f"--from: {plan.config.video.image} is not the image of the earlier run: "
                 "restore that image, or give --image"
             )
+        if request.expert_sha256 not in (None, plan.config.models.expert_sha256):
+            raise ConfigError(
+                "--from: a file of an expert is not that of the earlier run: restore that file, or give the experts "
+                f"by {' and '.join(map(flag, _EXPERTS))}"
+            )
         if request.lora_sha256 not in (None, plan.config.models.lora_sha256):
             raise ConfigError(
                 "--from: a LoRA file is not that of the earlier run: restore that file, or give the LoRAs by --lora"
@@ -235,7 +243,8 @@ def read_requests(
         options={**earlier.options, **typed},
         sources=tuple(file for file in (prompt_file, jobs_file) if file is not None),
         image_sha256=None if "image" in typed else earlier.image_sha256,
-        weights=None if "model" in typed else earlier.weights,
+        weights=None if {"model", *_EXPERTS} & typed.keys() else earlier.weights,
+        expert_sha256=None if {*_EXPERTS} & typed.keys() else earlier.expert_sha256,
         lora_sha256=None if {*_LORAS} & typed.keys() else earlier.lora_sha256,
         engines=earlier.engines if typed.keys() <= {*options_of(OutputConfig), "artifacts_dir"} else None,
     )
@@ -281,6 +290,7 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
         _without_overridden(options, with_recipe(typed)),
         image_sha256=effective.video.image_sha256,
         weights=weights,
+        expert_sha256=effective.models.expert_sha256,
         lora_sha256=effective.models.lora_sha256,
         engines=engines,
     )
@@ -325,8 +335,8 @@ def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
 def _read_line(line: str, folder: Path, base: Request) -> dict[str, Any]:
     """Returns the options of a line; null leaves an option as the command line has it. Raises ConfigError.
 
-    The paths of a line's image and LoRAs are relative to the list's own folder, because they move together with the
-    list.
+    The paths of a line's image, experts and LoRAs are relative to the list's own folder, because they move together
+    with the list.
     """
     try:
         own = json.loads(line, object_pairs_hook=_once)
@@ -339,8 +349,9 @@ def _read_line(line: str, folder: Path, base: Request) -> dict[str, Any]:
     own = {name: value for name, value in own.items() if value is not None}
     if other := [name for name in _LAUNCH_OPTIONS if name in own and own[name] != base.options.get(name)]:
         raise _shared_by_all(other[0])
-    if isinstance(image := own.get("image"), str) and image and not image.startswith("~"):
-        own["image"] = str(folder / image)
+    for name in own.keys() & {"image", *_EXPERTS}:
+        if isinstance(path := own[name], str) and path and not path.startswith("~"):
+            own[name] = str(folder / path)
     for name in own.keys() & _LORAS:
         given = OPTIONS[name].accept(own[name])
         own[name] = tuple(each if each.startswith("~") else str(folder / each) for each in given)

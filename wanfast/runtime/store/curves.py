@@ -54,7 +54,8 @@ _BRIDGED = {"steps", "shift"}
 _NOT_COMPARED = ("set", "measured_by")
 # From the picture and the weights to a residual, and from residuals to ratios.
 _CODE = (
-    "runtime/media/*.py", "runtime/weights/*.py", "runtime/models/*.py", "runtime/sampling/*.py",
+    "runtime/media/*.py", "runtime/store/expert_files.py", "runtime/weights/*.py", "runtime/models/*.py",
+    "runtime/sampling/*.py",
     "runtime/engine/*.py", "runtime/device/*.py", "runtime/distributed/*.py", "magcache_calib/*.py",
 )  # fmt: skip
 _DEFAULTS = (0.12, 2, 0.2)  # of the published matrix: threshold, skips in a row, share retained
@@ -160,11 +161,11 @@ def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
     others = [] if files.spec.name in published else [f"the weights of {A14B.name}"]
     kind = config.models.quantize or config.models.precision
     others += [] if kind == "bf16" else [f"bf16, not {kind}"]
-    curve, loras = curve_of(config, files), loras_of(config.models)
+    curve, loras, models = curve_of(config, files), loras_of(config.models), config.models
     steps = steps_of_video(config.video, files.spec.boundary)[: curve.num_steps if curve else 0]
-    others += (
-        ["no LoRA"] if any(lora.has_expert(expert) for lora in loras for expert in {of for of, _ in steps}) else []
-    )
+    experts = {expert for expert, _ in steps}  # whose steps may be skipped
+    others += ["the published experts"] if any(getattr(models, f"{expert}_expert") for expert in experts) else []
+    others += ["no LoRA"] if any(lora.has_expert(expert) for lora in loras for expert in experts) else []
     if not others:
         return []
     return [

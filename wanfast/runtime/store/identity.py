@@ -43,6 +43,15 @@ def identity(files: list[Path], artifacts: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_of(files: Iterable[Path], artifacts: Path, option: str) -> str:
+    """Returns one hash of the contents of files, in this order; for one file, it is the file's sha256.
+
+    Unlike `identity`, the hash does not depend on the names of the files, which users choose.
+    """
+    hashes = list(sha256_of(files, artifacts, option).values())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
 def is_old(identity: object) -> bool:
     """Returns whether an identity has the form that earlier versions of wanfast gave it.
 

@@ -55,7 +55,7 @@ def words_of(name: str, artifacts: Path, experts: tuple[Expert, ...] = EXPERTS) 
 def require_distilled(models: ModelsConfig) -> None:
     """Raises ConfigError if the recipe needs distilled experts, and an expert has no weights that could be distilled.
 
-    Any LoRA of an expert may be the one that distils this expert.
+    Any LoRA and any file of an expert counts, because nothing in a file says that its weights are distilled.
     """
     if models.recipe is None:
         return
@@ -65,7 +65,9 @@ def require_distilled(models: ModelsConfig) -> None:
     which = "both experts" if len(missing) == len(EXPERTS) else f"the {missing[0].replace('_', '-')} expert"
     name, artifacts = _PAIR_OF.get(models.recipe) if models.model != "tiny" else None, Path(models.artifacts_dir)
     if name is None:
-        fix = "add " + " ".join(f"{flag(f'lora_{expert}')} FILE" for expert in missing)
+        loras = " ".join(f"{flag(f'lora_{expert}')} FILE" for expert in missing)
+        whole = " ".join(f"{flag(f'{expert}_expert')} FILE" for expert in missing)
+        fix = f"add `{loras}`, or `{whole}`"
     else:
         fix = f"add `{words_of(name, artifacts, missing)}`"
         if not all((folder_of(name, artifacts) / PAIRS[name].files[expert]).is_file() for expert in missing):
@@ -75,4 +77,4 @@ def require_distilled(models: ModelsConfig) -> None:
 
 def _may_be_distilled(models: ModelsConfig, expert: Expert) -> bool:
     """Returns whether an expert may have distilled weights: a LoRA, or weights that an option names."""
-    return bool(models.lora or getattr(models, f"lora_{expert}"))
+    return bool(models.lora or getattr(models, f"lora_{expert}") or getattr(models, f"{expert}_expert"))

@@ -7,8 +7,6 @@ This module does not import torch.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,9 +18,9 @@ from safetensors import safe_open
 from wanfast.runtime.config.models import ModelsConfig, parse_lora
 from wanfast.runtime.config.option import flag
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, foreign
-from wanfast.runtime.facts.choices import Expert
+from wanfast.runtime.facts.choices import EXPERTS, Expert
 from wanfast.runtime.machine.once import remembered
-from wanfast.runtime.store.identity import sha256_of
+from wanfast.runtime.store.identity import digest_of
 
 _EXPERTS_OF: Mapping[str, tuple[Expert, ...]] = {
     "lora": ("high_noise", "low_noise"),
@@ -109,18 +107,11 @@ def _given(config: Named) -> list[tuple[str, Path, float]]:
     return [(option, Path(path), strength) for option, path, strength in parsed]
 
 
-def identified(models: ModelsConfig) -> ModelsConfig:
-    """Returns a config with the hashes of the LoRAs that it names. Raises ConfigError or CorruptArtifactError."""
-    found = find_loras(models, Path(models.artifacts_dir))
-    return dataclasses.replace(models, lora_sha256=tuple(lora.sha256 for lora in found))
-
-
 def _checked(option: str, file: Path, artifacts: Path) -> str:
     """Returns the sha256 of a file, or for a file of PEFT one hash of this sha256 and that of the config beside it."""
     header = read_header(file, flag(option))
     _check_expert(option, file, header)
-    hashes = sha256_of([file, *([header.config] if header.config else [])], artifacts, flag(option)).values()
-    return next(iter(hashes)) if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    return digest_of([file, *([header.config] if header.config else [])], artifacts, flag(option))
 
 
 @dataclass(frozen=True)
@@ -179,10 +170,16 @@ def _check_expert(option: str, file: Path, header: Header) -> None:
     if not {*in_keys} & {*experts}:
         why = "its tensors are those of the other expert"
         raise ConfigError(f"{flag(option)} {file}: {why}: use {flag(f'lora_{in_keys[0]}')}")
-    in_name = {f"{half}_noise" for half in re.findall(r"(high|low)[-_ ]?noise", file.name.lower())}
-    if len(in_name) == 1 and in_name != {*experts}:
-        fix = f"use {flag(f'lora_{in_name.pop()}')}, or give the file another name"
+    in_name = expert_in(file.name)
+    if in_name is not None and experts != (in_name,):
+        fix = f"use {flag(f'lora_{in_name}')}, or give the file another name"
         raise ConfigError(f"{flag(option)} {file}: the file's name says which expert it is for: {fix}")
+
+
+def expert_in(name: str) -> Expert | None:
+    """Returns the expert that the name of a file says, if it says one."""
+    halves = set(re.findall(r"(high|low)[-_ ]?noise", name.lower()))
+    return {"high": EXPERTS[0], "low": EXPERTS[1]}[halves.pop()] if len(halves) == 1 else None
 
 
 def lora_notes(models: ModelsConfig) -> list[str]:

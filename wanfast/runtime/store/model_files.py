@@ -9,24 +9,26 @@ This module does not import torch.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
 from wanfast.runtime.config import default_artifacts_dir
 from wanfast.runtime.config.option import near_names
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, foreign
-from wanfast.runtime.facts.choices import NAMED_MODELS
+from wanfast.runtime.facts.choices import EXPERTS, NAMED_MODELS
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.machine.once import remembered
+from wanfast.runtime.store.expert_files import SUFFIXES, Named, NamedExpert, named_experts
 from wanfast.runtime.store.hub_cache import REPOS, Layout, snapshots
 from wanfast.runtime.store.identity import identity
-from wanfast.runtime.store.json_files import read_object
-from wanfast.runtime.store.model_facts import AGAIN, Places, read_spec
+from wanfast.runtime.store.model_facts import Places, read_spec
+from wanfast.runtime.store.shards import shards_in
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny"
 A14B_FOLDER = "checkpoints/Wan2.2-I2V-A14B"  # below the artifacts folder
@@ -67,6 +69,7 @@ class ModelFiles:
     spec: ModelSpec
     fix: str  # the command that gets the files
     artifacts: Path  # the folder that remembers hashes of files
+    experts: tuple[NamedExpert, ...] = ()  # those that options name; they replace the folder's
 
     @property
     def exists(self) -> bool:
@@ -77,12 +80,18 @@ class ModelFiles:
         return self.root / _LAYOUTS[self.layout].tokenizer
 
     def weights(self, component: Component) -> list[Path]:
-        """Returns the weight files of a component; raises MissingArtifactError if one of the files is missing."""
+        """Returns the weight files of a component; raises WanFastError if one of the files is missing."""
+        if named := self.named(component):
+            return named.files
         place = self.root / getattr(_LAYOUTS[self.layout], component)
-        files = [place] if place.suffix == ".pth" else _shards(place)
+        files = [place] if place.suffix == ".pth" else shards_in(place)
         for file in files or [place / "*.safetensors"]:
             _require_file(file, self.fix)
         return files
+
+    def named(self, component: Component) -> NamedExpert | None:
+        """Returns the expert that an option names instead of the folder's; None for every other component."""
+        return next((named for named in self.experts if named.expert == component), None)
 
     def require(self) -> None:
         """Raises MissingArtifactError if a file that a generation needs is missing."""
@@ -116,22 +125,39 @@ class ModelFiles:
 
     @remembered
     def fingerprint(self, component: Component) -> str:
-        """Returns the identity of one component; raises MissingArtifactError if a file is missing."""
+        """Returns the identity of one component; raises WanFastError if a file is missing."""
+        if named := self.named(component):
+            return named.digest(self.artifacts)
         return identity(self.weights(component), self.artifacts)
 
 
+class Models(Named, Protocol):
+    """A config that names a model."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def artifacts_dir(self) -> str: ...
+
+
+def locate_for(models: Models) -> ModelFiles:
+    """Locates the model of a config, with the experts that the config names. Raises WanFastError."""
+    return locate(models.model, models.artifacts_dir, named_experts(models))
+
+
 @remembered
-def locate(model: str, artifacts_dir: str) -> ModelFiles:
-    """Locates the model that `--model` names, and reads its facts.
+def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()) -> ModelFiles:
+    """Locates the model that `--model` names, and reads its facts; `experts` replace those of the model.
 
     Raises MissingArtifactError (no such folder), ConfigError (no image-to-video model in the folder) and
     CorruptArtifactError (a damaged file of facts).
     """
     artifacts = Path(artifacts_dir).absolute()
     if model == "tiny":
-        return ModelFiles(TINY, "diffusers", read_spec(TINY, _LAYOUTS["diffusers"]), "reinstall wanfast", artifacts)
+        spec = read_spec(TINY, _LAYOUTS["diffusers"])
+        return ModelFiles(TINY, "diffusers", spec, "reinstall wanfast", artifacts, experts)
     if model == "a14b":
-        root = _a14b_root(artifacts)
+        root = _a14b_root(artifacts, experts)
         where = " --layout diffusers" if root.name == Path(A14B_DIFFUSERS_FOLDER).name else ""
         is_default = str(Path(artifacts_dir).absolute()) == default_artifacts_dir()
         where += "" if is_default else f" --artifacts-dir {shlex.quote(artifacts_dir)}"
@@ -140,21 +166,22 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
             "--model FOLDER"
         )
         if not root.is_dir():
-            return ModelFiles(root, "original", A14B, fix, artifacts)
+            return ModelFiles(root, "original", A14B, fix, artifacts, experts)
     else:
         fix = "copy the whole folder again"
         with foreign(f"--model {model!r:.60}", _NAME_ANOTHER):
             root = Path(model).absolute()
             is_missing, is_file = not root.is_dir(), root.is_file()
         if is_file:
-            raise ConfigError(f"--model {model!r} is a file: name the folder that holds the whole model")
+            raise ConfigError(f"--model {model!r} is a file: {_instead_of(root)}")
         if is_missing and root.parent == Path.cwd() and (near := near_names(root.name.lower(), NAMED_MODELS)):
             raise ConfigError(f"--model {root.name}: no such folder: did you mean {near[0]}?")
         if is_missing:
             raise MissingArtifactError(f"--model {model!r}: no such folder; {_NAME_ANOTHER}")
-    for layout in _LAYOUTS:
+    signs = _signs(experts)
+    for layout, sign in signs.items():
         with foreign(f"--model {model!r:.60}", "make the folder readable"):
-            is_here = (root / _LAYOUTS[layout].high_noise).is_dir()
+            is_here = (root / sign).exists()
         if is_here:
             spec = read_spec(root, _LAYOUTS[layout])
             needed = spec.dit.out_channels + spec.vae.temporal_stride + spec.vae.latent_channels
@@ -168,52 +195,47 @@ def locate(model: str, artifacts_dir: str) -> ModelFiles:
                     f"--model {model}: its transformer reads {spec.dit.in_channels} channels, but image-to-video needs "
                     f"{needed}: use an I2V model"
                 )
-            return ModelFiles(root, layout, spec, fix, artifacts)
-    raise ConfigError(f"--model {model}: {root} has neither high_noise_model/ nor transformer/; name a Wan2.2 folder")
+            return ModelFiles(root, layout, spec, fix, artifacts, experts)
+    raise ConfigError(f"--model {model}: {root} has neither {' nor '.join(signs.values())}; name a Wan2.2 folder")
 
 
-def _a14b_root(artifacts: Path) -> Path:
-    """Returns the first folder that holds experts; if there is none, the original layout's in the artifacts folder."""
+def _signs(experts: tuple[NamedExpert, ...]) -> dict[Layout, str]:
+    """Returns what a model in each layout holds: its first expert, or its VAE if both experts come from elsewhere."""
+    if len(experts) == len(EXPERTS):
+        return {layout: places.vae for layout, places in _LAYOUTS.items()}
+    return {layout: f"{places.high_noise}/" for layout, places in _LAYOUTS.items()}
+
+
+def _instead_of(file: Path) -> str:
+    """Returns what to type instead of --model with a file: the options for experts, with both files of a pair."""
+    if file.suffix not in SUFFIXES:
+        return "name the folder that holds all of the model"
+    other = file.with_name(re.sub("|".join(_HALVES), lambda found: _HALVES[found[0]], file.name))
+    pair = [file, other if other != file and other.is_file() else Path("FILE")]
+    if "low" in file.name.lower() and "high" not in file.name.lower():
+        pair.reverse()
+    line = shlex.join(["--high-noise-expert", str(pair[0]), "--low-noise-expert", str(pair[1])])
+    return f"use `{line}`, and give --model the folder with the VAE and UMT5, or leave it out"
+
+
+_HALVES = {"high": "low", "High": "Low", "HIGH": "LOW", "low": "high", "Low": "High", "LOW": "HIGH"}
+
+
+def _a14b_root(artifacts: Path, experts: tuple[NamedExpert, ...]) -> Path:
+    """Returns the first folder that holds a model; if there is none, the original layout's in the artifacts folder."""
     own = [artifacts / folder for folder in (A14B_FOLDER, A14B_DIFFUSERS_FOLDER)]
-    experts = [places.high_noise for places in _LAYOUTS.values()]
+    signs = _signs(experts).values()
     with foreign(f"--artifacts-dir {str(artifacts)!r:.60}", "name a folder that can be read"):
-        found = next((root for root in own if any((root / expert).is_dir() for expert in experts)), None)
-    return found or next((root for layout in REPOS for root in cached(layout)), own[0])
+        found = next((root for root in own if any((root / sign).exists() for sign in signs)), None)
+    return found or next((root for layout in REPOS for root in cached(layout, experts)), own[0])
 
 
-def cached(layout: Layout) -> Iterator[Path]:
-    """Yields the Hugging Face cache's folders in which all files of the published weights exist."""
+def cached(layout: Layout, experts: tuple[NamedExpert, ...] = ()) -> Iterator[Path]:
+    """Yields the Hugging Face cache's folders in which all files of the published weights exist, except `experts`."""
     for root in snapshots(layout):
         with suppress(MissingArtifactError, CorruptArtifactError):
-            ModelFiles(root, layout, A14B, "", root).require()
+            ModelFiles(root, layout, A14B, "", root, experts).require()
             yield root
-
-
-def _shards(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a folder: those that its index names, or all if it has no index."""
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        return indexed_shards(index)
-    return sorted(folder.glob("*.safetensors"))
-
-
-def indexed_shards(index: Path) -> list[Path]:
-    """Returns the paths of the shards that a safetensors index file names.
-
-    Raises CorruptArtifactError if a shard is outside the folder of the index file.
-    """
-    weight_map = read_object(index, AGAIN).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(name, str) for name in names):
-        raise CorruptArtifactError(
-            f"{index} has no weight_map from tensor names to file names: download this file again"
-        )
-    for name in names:  # a link beside the index may lead elsewhere, as in the cache of Hugging Face
-        parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or parts[0] == "/":
-            raise CorruptArtifactError(
-                f"{index} names {name!r:.60}, which is outside of its folder: download this index again"
-            )
-    return [index.parent / name for name in sorted(set(names))]
 
 
 def _require_file(file: Path, fix: str) -> None:

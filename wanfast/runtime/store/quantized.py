@@ -23,7 +23,8 @@ from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.identity import is_old
 from wanfast.runtime.store.loras import Lora, inputs_of, loras_of
-from wanfast.runtime.store.model_files import ModelFiles, indexed_shards
+from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.store.shards import indexed_shards
 
 KIND = "quantized"
 LAYOUT_VERSION = 1
@@ -42,8 +43,8 @@ _DEVICES: tuple[Device, ...] = ("cuda", "cpu")
 # The code that reads the source, computes the values and writes the shards; `dit` states names and dtypes.
 _CODE = (
     "runtime/jobs/quantize.py", "runtime/weights/checkpoint.py", "runtime/weights/key_maps.py",
-    "runtime/weights/lora.py", "runtime/weights/quantization.py", "runtime/models/quantized.py",
-    "runtime/models/dit.py",
+    "runtime/weights/lora.py", "runtime/weights/forms.py", "runtime/weights/quantization.py",
+    "runtime/store/expert_files.py", "runtime/models/quantized.py", "runtime/models/dit.py",
 )  # fmt: skip
 
 
@@ -110,8 +111,9 @@ class QuantizedExpert:
     @property
     def fix(self) -> str:
         root = [] if str(self.store.root) == default_artifacts_dir() else ["--artifacts-dir", str(self.store.root)]
-        loras = [word for lora in self.loras for word in lora.words()]
-        return shlex.join(["wanfast", "quantize", "--model", self.model, "--scheme", self.scheme, *loras, *root])
+        pairs = [*(named.words() for named in self.files.experts), *(lora.words() for lora in self.loras)]
+        own = [word for pair in pairs for word in pair]
+        return shlex.join(["wanfast", "quantize", "--model", self.model, "--scheme", self.scheme, *own, *root])
 
     def _versions(self) -> set[str]:
         """Returns the torchao versions of the artifacts that differ from this one only in them and in the device."""

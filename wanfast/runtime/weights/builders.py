@@ -27,7 +27,8 @@ from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, shards
 from wanfast.runtime.weights import checkpoint
-from wanfast.runtime.weights.checkpoint import MergeFn, unmerged
+from wanfast.runtime.weights.checkpoint import MergeFn, ReaderFn, plain_reader, unmerged
+from wanfast.runtime.weights.forms import source_of
 from wanfast.runtime.weights.key_maps import Layout
 from wanfast.runtime.weights.quantization import quantize_linears
 
@@ -91,13 +92,15 @@ class _Source(TypedDict):
     files: list[Path]
     layout: Layout
     merge: MergeFn
+    reader: ReaderFn
 
 
 def _source(files: ModelFiles, expert: Expert, ranks: Ranks, stored: QuantizedExpert | None, merge: MergeFn) -> _Source:
-    """Returns the artifact of a stored expert, which was merged before, or the files of the unquantized model."""
+    """Returns the artifact of a stored expert, which was merged before, or the files from which it would be made."""
     if stored is not None:
-        return {"files": shards(ranks.together(stored.require)), "layout": "original", "merge": unmerged}
-    return {"files": files.weights(expert), "layout": files.layout, "merge": merge}
+        own = shards(ranks.together(stored.require))
+        return {"files": own, "layout": "original", "merge": unmerged, "reader": plain_reader}
+    return {**ranks.together(lambda: source_of(files, expert)), "merge": merge}
 
 
 def expert_on_meta(

@@ -5,6 +5,8 @@ parameters one by one: it reads the values from the memory-mapped file, moves th
 bf16 model is read from an fp32 file without a second copy of the model.
 A rank group reads each byte of the files about once. If a parameter is sharded, each rank reads its own rows. If a
 parameter is not sharded, each rank reads a part of it, and the ranks exchange the parts.
+A Reader knows how one file stores its tensors: as plain values, or as numbers that are multiplied by scales. Numbers in
+8 bits are taken as they are, without a second rounding, if the quantized layers of the module hold the same kind.
 Loading is strict: a tensor that is missing, unexpected or duplicate is an error. A tensor with a wrong shape, a wrong
 dtype or a value that is not finite is an error too. The error names the tensor and the file.
 """
@@ -13,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,11 +30,10 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import CorruptArtifactError, foreign
 from wanfast.runtime.facts.choices import Scheme
 from wanfast.runtime.machine import host
-from wanfast.runtime.models.quantized import QuantizedLinear
+from wanfast.runtime.models.quantized import PRODUCTS, QuantizedLinear
 from wanfast.runtime.weights.key_maps import Component, Layout, rename, rename_back
 from wanfast.runtime.weights.quantization import quantize, scale_of
 
-RowsFn = Callable[[int, int], Tensor]  # first and end along dim 0
 Finite = dict[tuple[Path, str], Tensor]  # {(file, key): whether all its values are finite}
 # (our name, rows as they were read, their first and end) -> (the rows to load, what else was read)
 MergeFn = Callable[[str, Tensor, tuple[int, int]], tuple[Tensor, Finite]]
@@ -49,6 +49,30 @@ def unmerged(name: str, rows: Tensor, span: tuple[int, int]) -> tuple[Tensor, Fi
     return rows, {}
 
 
+class Reader(Protocol):
+    """A reader of the tensors of one file."""
+
+    def header(self) -> Mapping[str, tuple[list[int], str]]:
+        """Returns {key: (shape, dtype)}: the dtype that the values have, as safetensors names it."""
+        ...
+
+    def rows(self, key: str, first: int, end: int) -> Tensor:
+        """Returns the rows first..end-1 along dim 0 as they are stored, on the CPU; a scalar is returned whole."""
+        ...
+
+    def scales(self, key: str, first: int, end: int) -> Tensor | None:
+        """Returns the float32 scales of these rows, one or one for each row; None if the rows are the values."""
+        ...
+
+
+ReaderFn = Callable[[Path], Reader]
+
+
+def plain_reader(file: Path) -> Reader:
+    """Returns the reader of a file that stores plain values; this ReaderFn is the default."""
+    return _PthReader(file) if file.suffix == ".pth" else SafetensorsReader(file)
+
+
 def load(
     module: nn.Module,
     files: Sequence[Path],
@@ -59,18 +83,20 @@ def load(
     device: str | None = None,
     on_the_fly: bool = False,
     merge: MergeFn = unmerged,
+    reader: ReaderFn = plain_reader,
 ) -> None:
     """Fills the parameters of `module` from `files`, and prepares `module` for inference.
 
     `module` is on the meta device. Each parameter keeps its dtype: the values from the files are cast. All `ranks` must
     call this function together. The parameters go to `device`, by default the rank's device. With `on_the_fly`, the
     files hold unquantized weights, and the weights of quantized layers are quantized while they are read. `merge`
-    changes values before they are cast or quantized. Raises
-    CorruptArtifactError.
+    changes values before they are cast or quantized. `reader` reads files that are not as `plain_reader` expects them.
+    Raises CorruptArtifactError.
     """
     wanted = module.state_dict()
     quantizing = _schemes(module, wanted) if on_the_fly else {}
-    read = _read(wanted, quantizing, files, component, layout, ranks, device or ranks.device, merge)
+    source = _Source(files, component, layout, reader)
+    read = _read(wanted, quantizing, source, ranks, device or ranks.device, merge)
     module.load_state_dict(dict(read), strict=True, assign=True)
     module.requires_grad_(False).eval()
 
@@ -86,6 +112,7 @@ def refill(
     device: str,
     on_the_fly: bool,
     merge: MergeFn,
+    reader: ReaderFn = plain_reader,
 ) -> None:
     """Overwrites the weights of a loaded `module`, in place, with those that `load` would have loaded.
 
@@ -93,16 +120,15 @@ def refill(
     some are old. Raises CorruptArtifactError.
     """
     quantizing = _schemes(module, held) if on_the_fly else {}
-    for name, tensor in _read(held, quantizing, files, component, layout, ranks, device, merge):
+    source = _Source(files, component, layout, reader)
+    for name, tensor in _read(held, quantizing, source, ranks, device, merge):
         held[name].copy_(tensor)
 
 
 def _read(
     wanted: Mapping[str, Tensor],
     quantizing: Mapping[str, Scheme],
-    files: Sequence[Path],
-    component: Component,
-    layout: Layout,
+    source: _Source,
     ranks: Ranks,
     device: str,
     merge: MergeFn,
@@ -111,51 +137,87 @@ def _read(
 
     Raises CorruptArtifactError, at the end for values that are not finite.
     """
-    places = ranks.together(lambda: _match(_to_read(wanted, quantizing), files, component, layout))
+    places = ranks.together(lambda: _match(_to_read(wanted, quantizing), source))
     finite: Finite = {}
     parts = {name: _own_part(tensor, ranks) for name, tensor in wanted.items()}
-    mapped = (((file, key, name), rows(*parts[name].rows)) for file, key, name, rows in _in_order_of_files(places))
+    mapped = ((tensor, tensor.rows(*parts[tensor.name].rows)) for tensor in _in_order_of_files(places, source))
     cores = host.cores() // ranks.mesh.size
-    for (file, key, name), read in staging.to_device(mapped, device, cores):
-        merged, others = merge(name, read, parts[name].rows)
-        if name in quantizing:
-            values, scale = quantize(merged, quantizing[name])
-            yield name, parts[name].whole(values, ranks)
-            yield scale_of(name), parts[name].whole(scale, ranks)
+    for tensor, stored in staging.to_device(mapped, device, cores):
+        name, part, scheme = tensor.name, parts[tensor.name], quantizing.get(tensor.name)
+        scales = tensor.scales(*part.rows)
+        quantized = _taken(stored, scales, scheme) if merge is unmerged else None
+        if quantized is not None:
+            finite[tensor.place] = all_finite(quantized[0]) & all_finite(quantized[1])
+        else:
+            read = _dequantized(stored, scales)
+            merged, others = merge(name, read, part.rows)
+            finite |= {tensor.place: all_finite(read), **others}
+            quantized = quantize(merged, scheme) if scheme else None
+        if quantized is not None:
+            values, scale = quantized
+            yield name, part.whole(values, ranks)
+            yield scale_of(name), part.whole(scale, ranks)
         else:  # cast where it is fast; copy on a CPU, because a view keeps the file mapped
             own = merged.to(wanted[name].dtype, copy=read.device.type == "cpu")
-            yield name, parts[name].whole(own, ranks)
-        finite |= {(file, key): all_finite(read), **others}
+            yield name, part.whole(own, ranks)
     ranks.together(lambda: _require_finite(finite))
 
 
 def stream(
-    module: nn.Module, files: Sequence[Path], *, component: Component, layout: Layout, merge: MergeFn = unmerged
-) -> Iterator[tuple[str, RowsFn]]:
-    """Yields (name, read) for each tensor of `module`, which is on the meta device.
+    module: nn.Module,
+    files: Sequence[Path],
+    *,
+    component: Component,
+    layout: Layout,
+    merge: MergeFn = unmerged,
+    reader: ReaderFn = plain_reader,
+) -> Iterator[tuple[str, Rows]]:
+    """Yields (name, rows) for each tensor of `module`, which is on the meta device, in the order of the files.
 
-    The tensors come in the order of the files. `read(first, end)` returns the rows first..end-1 along dim 0, merged, on
-    the CPU and with the dtype that the file has. The iteration and `read` raise CorruptArtifactError; `read` also
-    raises this error for a value that is not finite.
+    The iteration and a call of `rows` raise CorruptArtifactError.
     """
-    for file, key, name, rows in _in_order_of_files(
-        _match(_to_read(module.state_dict(), {}), files, component, layout)
-    ):
-        yield name, partial(_finite_rows, file, key, rows, partial(merge, name))
+    source = _Source(files, component, layout, reader)
+    for tensor in _in_order_of_files(_match(_to_read(module.state_dict(), {}), source), source):
+        yield tensor.name, Rows(tensor, merge)
 
 
-def _finite_rows(
-    file: Path,
-    key: str,
-    rows: RowsFn,
-    merge: Callable[[Tensor, tuple[int, int]], tuple[Tensor, Finite]],
-    first: int,
-    end: int,
-) -> Tensor:
-    read = rows(first, end)
-    merged, others = merge(read, (first, end))
-    _require_finite({(file, key): all_finite(read), **others})
-    return merged
+@dataclass(frozen=True)
+class Rows:
+    """This class reads rows of one tensor on the CPU, and merges them."""
+
+    tensor: _Tensor
+    merge: MergeFn
+
+    def __call__(self, first: int, end: int) -> Tensor:
+        """Returns the rows first..end-1 along dim 0, in the dtype of the file or in float32.
+
+        Raises CorruptArtifactError, also for a value that is not finite.
+        """
+        read = _dequantized(self.tensor.rows(first, end), self.tensor.scales(first, end))
+        merged, others = self.merge(self.tensor.name, read, (first, end))
+        _require_finite({self.tensor.place: all_finite(read), **others})
+        return merged
+
+    def taken(self, first: int, end: int, scheme: Scheme) -> tuple[Tensor, Tensor] | None:
+        """Returns (8-bit values, scales) as the file stores them, or None if they are not those of the scheme."""
+        if self.merge is not unmerged:
+            return None
+        return _taken(self.tensor.rows(first, end), self.tensor.scales(first, end), scheme)
+
+
+def _dequantized(stored: Tensor, scales: Tensor | None) -> Tensor:
+    """Returns the values of rows: the stored ones, or in float32 the stored ones times the scales of their rows."""
+    if scales is None:
+        return stored
+    return stored.float() * scales.to(stored.device).view(-1, *[1] * (stored.dim() - 1))
+
+
+def _taken(stored: Tensor, scales: Tensor | None, scheme: Scheme | None) -> tuple[Tensor, Tensor] | None:
+    """Returns (8-bit values [n, K], float32 scales [n]) that a scheme takes as they are, or None."""
+    if scheme is None or scales is None or stored.dtype != PRODUCTS[scheme][0]:
+        return None
+    values = stored.clone() if stored.device.type == "cpu" else stored  # a view keeps the file mapped
+    return values, scales.to(stored.device).expand(stored.shape[0]).contiguous()
 
 
 def _require_finite(finite: Finite) -> None:
@@ -166,12 +228,41 @@ def _require_finite(finite: Finite) -> None:
     raise CorruptArtifactError(f"{file}: tensor {key!r} holds NaN or an infinity: download or make this file again")
 
 
-def _in_order_of_files(places: dict[Path, dict[str, str]]) -> Iterator[tuple[Path, str, str, RowsFn]]:
-    """Yields (file, its key, our name, reader of its rows)."""
+@dataclass(frozen=True)
+class _Source:
+    """Says which files hold a module's tensors, under which names, and how they are read."""
+
+    files: Sequence[Path]
+    component: Component
+    layout: Layout
+    reader: ReaderFn
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Names one tensor of a file, which `reader` reads."""
+
+    file: Path
+    key: str
+    name: str  # ours
+    reader: Reader
+
+    @property
+    def place(self) -> tuple[Path, str]:
+        return self.file, self.key
+
+    def rows(self, first: int, end: int) -> Tensor:
+        return self.reader.rows(self.key, first, end)
+
+    def scales(self, first: int, end: int) -> Tensor | None:
+        return self.reader.scales(self.key, first, end)
+
+
+def _in_order_of_files(places: dict[Path, dict[str, str]], source: _Source) -> Iterator[_Tensor]:
     for file, names in places.items():
-        reader: _Reader = _PthReader(file) if file.suffix == ".pth" else SafetensorsReader(file)
+        reader = source.reader(file)
         for name, key in names.items():
-            yield file, key, name, partial(reader.rows, key)
+            yield _Tensor(file, key, name, reader)
 
 
 @dataclass(frozen=True)
@@ -223,15 +314,14 @@ def _is_plain(name: str, tensor: Tensor, quantizing: Mapping[str, Scheme]) -> bo
     return name in quantizing or tensor.dtype in PLAIN
 
 
-def _match(
-    wanted: Mapping[str, _Wanted], files: Sequence[Path], component: Component, layout: Layout
-) -> dict[Path, dict[str, str]]:
+def _match(wanted: Mapping[str, _Wanted], source: _Source) -> dict[Path, dict[str, str]]:
     """Returns {file: {our name: its key}} for every tensor, from headers only. Raises CorruptArtifactError."""
+    files, component, layout = source.files, source.component, source.layout
     places: dict[Path, dict[str, str]] = {}
     found: set[str] = set()
     for file in files:
         places[file] = {}
-        for key, (shape, dtype) in _header(file).items():
+        for key, (shape, dtype) in source.reader(file).header().items():
             name = rename(component, layout, key)
             if (component, layout, key) == ("umt5", "diffusers", "encoder.embed_tokens.weight"):
                 continue  # the same tensor as shared.weight, written twice by some versions of transformers
@@ -281,26 +371,8 @@ def save(
         file.chmod(0o644)  # save_file makes it readable only by its owner
 
 
-def _header(file: Path) -> dict[str, tuple[list[int], str]]:
-    """Returns {key: (shape, dtype as safetensors names it)} of one file, from its header."""
-    if file.suffix == ".pth":
-        return {
-            key: (list(tensor.shape), _NAMES.get(tensor.dtype, str(tensor.dtype)))
-            for key, tensor in _read_pth(file).items()
-        }
-    with _open(file) as handle, foreign(str(file), _AGAIN, CorruptArtifactError):
-        slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
-        return {key: (each.get_shape(), each.get_dtype()) for key, each in slices.items()}
-
-
 _AGAIN = "it is truncated, damaged or cannot be read; download it again"
 _REMAP_BYTES = 1 << 30
-
-
-class _Reader(Protocol):
-    def rows(self, key: str, first: int, end: int) -> Tensor:
-        """Returns rows first..end along dim 0 of a tensor, on the CPU; a scalar has no rows and is returned whole."""
-        ...
 
 
 class SafetensorsReader:
@@ -313,6 +385,14 @@ class SafetensorsReader:
         self.file = file
         self._handle: Any = None
         self._bytes_read = 0
+
+    def header(self) -> dict[str, tuple[list[int], str]]:
+        with _open(self.file) as handle, foreign(str(self.file), _AGAIN, CorruptArtifactError):
+            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
+            return {key: (each.get_shape(), each.get_dtype()) for key, each in slices.items()}
+
+    def scales(self, key: str, first: int, end: int) -> None:
+        return None
 
     def rows(self, key: str, first: int, end: int | None) -> Tensor:
         if self._handle is None or self._bytes_read > _REMAP_BYTES:
@@ -333,6 +413,15 @@ class _PthReader:
         self.file = file
         self._tensors: dict[str, Tensor] = {}
         self._bytes_read = 0
+
+    def header(self) -> dict[str, tuple[list[int], str]]:
+        return {
+            key: (list(tensor.shape), _NAMES.get(tensor.dtype, str(tensor.dtype)))
+            for key, tensor in _read_pth(self.file).items()
+        }
+
+    def scales(self, key: str, first: int, end: int) -> None:
+        return None
 
     def rows(self, key: str, first: int, end: int) -> Tensor:
         if not self._tensors or self._bytes_read > _REMAP_BYTES:

@@ -1,0 +1,36 @@
+"""Finds the safetensors files of one model in a folder. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.store.json_files import read_object
+from wanfast.runtime.store.model_facts import AGAIN
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """Returns the safetensors files of a folder: those that its index names, or all if it has no index."""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        return indexed_shards(index)
+    return sorted(folder.glob("*.safetensors"))
+
+
+def indexed_shards(index: Path) -> list[Path]:
+    """Returns the paths of the shards that a safetensors index file names.
+
+    Raises CorruptArtifactError if a shard is outside the folder of the index file.
+    """
+    weight_map = read_object(index, AGAIN).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CorruptArtifactError(
+            f"{index} has no weight_map from tensor names to file names: download this file again"
+        )
+    for name in names:  # a link beside the index may lead elsewhere, as in the cache of Hugging Face
+        parts = PurePosixPath(name).parts
+        if not parts or ".." in parts or parts[0] == "/":
+            raise CorruptArtifactError(
+                f"{index} names {name!r:.60}, which is outside of its folder: download this index again"
+            )
+    return [index.parent / name for name in sorted(set(names))]

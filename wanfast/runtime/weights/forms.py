@@ -1,0 +1,98 @@
+"""Reads an expert from the forms in which users hold it; `store.expert_files` lists them.
+
+A tensor with a scale is stored numbers (fp8, int8) times the scale, which `checkpoint` multiplies in float32 on the
+device. The package gguf dequantizes the blocks of a GGUF file into float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from wanfast.runtime.errors import CorruptArtifactError, foreign
+from wanfast.runtime.facts.choices import Expert
+from wanfast.runtime.machine import host
+from wanfast.runtime.store.expert_files import Header, Stored
+from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.weights.checkpoint import ReaderFn, SafetensorsReader, plain_reader
+from wanfast.runtime.weights.key_maps import Layout
+
+_PIECE_VALUES = 4 << 20  # of a GGUF tensor that one thread dequantizes at a time
+
+
+class Source(TypedDict):
+    """Says where the weights of an expert that is not quantized by us come from, and how they are read."""
+
+    files: list[Path]
+    layout: Layout
+    reader: ReaderFn
+
+
+def source_of(files: ModelFiles, expert: Expert) -> Source:
+    """Returns the files of an expert that an option names, or those of the model's folder. Raises WanFastError."""
+    named = files.named(expert)
+    if named is None:
+        return {"files": files.weights(expert), "layout": files.layout, "reader": plain_reader}
+    header = named.header()
+    return {"files": named.files, "layout": header.layout, "reader": lambda file: _FormReader(header, file)}
+
+
+class _FormReader:
+    """Implements Reader for one file of an expert in any form; the keys are the names without a prefix."""
+
+    def __init__(self, header: Header, file: Path) -> None:
+        self._stored: Mapping[str, Stored] = {
+            name: stored for name, stored in header.tensors.items() if stored.file == file
+        }
+        self._reader_of = cache(SafetensorsReader)
+
+    def header(self) -> dict[str, tuple[list[int], str]]:
+        return {
+            name: (list(stored.shape), stored.dtype if stored.is_plain else "F32")
+            for name, stored in self._stored.items()
+        }
+
+    def rows(self, key: str, first: int, end: int) -> Tensor:
+        stored = self._stored[key]
+        if stored.offset is not None:
+            return _dequantized(stored, stored.offset, first, end)
+        return self._reader_of(stored.file).rows(stored.key, first, end)
+
+    def scales(self, key: str, first: int, end: int) -> Tensor | None:
+        scale = self._stored[key].scale
+        if scale is None:
+            return None
+        rows = (first, end) if scale.shape and scale.shape[0] > 1 else (0, 1)
+        return self._reader_of(scale.file).rows(scale.key, *rows).float().flatten()
+
+
+def _dequantized(stored: Stored, offset: int, first: int, end: int) -> Tensor:
+    """Returns rows of a tensor of a GGUF file in float32; threads work on pieces of them."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quant_shape_to_byte_shape
+
+    kind = GGMLQuantizationType[stored.dtype]
+    is_vector = len(stored.shape) == 1  # one row of blocks
+    shape = (1, *stored.shape) if is_vector else stored.shape
+    subject, fix = f"{stored.file}: tensor {stored.key!r}", "check the disk, or download this file again"
+    with foreign(subject, fix, CorruptArtifactError):
+        blocks = np.memmap(stored.file, np.uint8, "r", offset, quant_shape_to_byte_shape(shape, kind))
+    own = blocks if is_vector else blocks[first:end]
+
+    def values(piece: npt.NDArray[np.uint8]) -> Tensor:
+        with np.errstate(all="ignore"):  # the loader reports values that are not finite
+            return torch.from_numpy(np.array(dequantize(np.array(piece), kind), np.float32))
+
+    pieces = np.array_split(own, max(1, min(len(own), math.prod((len(own), *shape[1:])) // _PIECE_VALUES)))
+    with ThreadPoolExecutor(host.cores()) as threads:
+        read = torch.cat(list(threads.map(values, pieces)))
+    return read[0, first:end] if is_vector else read
