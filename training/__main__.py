@@ -15,12 +15,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from training import clips, train_experts, train_vae
 from training.clips import Mix
@@ -29,6 +32,7 @@ from training.loop import Schedule, load_ema, make_deterministic, steps_made
 from training.photographs import PACK
 from training.spec import SPEC
 from training.train_experts import Clips, Kind
+from training.train_vae import Windows
 from wanfast.quality.world import camera_scene, draw_scene
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.models.vae import WanVAE
@@ -82,8 +86,29 @@ def fit_vae(options: argparse.Namespace) -> bool:
         return True
     schedule = Schedule(steps=options.vae_steps, muon_rate=0.005, deadline=options.deadline)
     kinds = train_vae.TOY if options.smoke else train_vae.SHORT
-    mix = Mix(options.photographs, options.device)
-    return train_vae.fit(SPEC.vae, mix, schedule, options.folder, kinds)
+    pools = rendered("vae", kinds, options)
+    return pools is not None and train_vae.fit(SPEC.vae, pools, schedule, options.folder, kinds)
+
+
+def rendered(stage: str, kinds: Sequence[Windows], options: argparse.Namespace) -> list[Tensor] | None:
+    """Returns the windows of all kinds, from files if they exist; None if the time is over before."""
+    mix, pools = Mix(options.photographs, options.device), []
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for number, kind in enumerate(kinds):
+        if monotonic() > options.deadline:
+            return None
+        file = options.folder / f"{stage}-windows-{number}.pt"
+        made = partial(train_vae.render, mix, kind, 10_000_000 * (number + 1))
+        pools.append(stored(file, made, options.device))
+    return pools
+
+
+def stored(file: Path, make: Callable[[], Any], device: str) -> Any:
+    """Returns what a file holds; a missing file is made first."""
+    if not file.exists():
+        torch.save(make(), file.with_suffix(".partial"))
+        file.with_suffix(".partial").replace(file)
+    return torch.load(file, map_location=device, weights_only=True)
 
 
 def fit_decoder(options: argparse.Namespace) -> bool:
@@ -92,9 +117,10 @@ def fit_decoder(options: argparse.Namespace) -> bool:
     steps = options.decoder_steps
     schedule = Schedule(steps=steps, muon_rate=1e-3, adam_rate=2e-4, deadline=options.deadline, warmup=20, log_every=9)
     kinds = train_vae.TOY if options.smoke else train_vae.LONG
-    mix = Mix(options.photographs, options.device)
-    if not train_vae.fit_decoder(SPEC.vae, mix, schedule, options.folder, kinds):
+    pools = rendered("decoder", kinds, options)
+    if pools is None or not train_vae.fit_decoder(SPEC.vae, pools, schedule, options.folder, kinds):
         return False
+    mix = Mix(options.photographs, options.device)
     train_vae.finish(SPEC.vae, mix, options.folder, clips=2 if options.smoke else 256)
     report(train_vae.load(SPEC.vae, options.folder, options.device), options)
     return True
@@ -137,15 +163,12 @@ def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Names
     mix = Mix(options.photographs, options.device)
     sets = []
     for number, kind in enumerate(kinds):
-        stored = options.folder / f"clips-{number}-{kind.clips}-{digest}.pt"
-        if not stored.exists():
-            if monotonic() > options.deadline:
-                return None
-            encoded = train_experts.encode_clips(vae, mix, kind, 10_000_000 * (number + 1))
-            torch.save(vars(encoded), stored.with_suffix(".partial"))
-            stored.with_suffix(".partial").replace(stored)
-            print(f"experts: {kind.clips} clips, latents {list(encoded.z.shape[1:])}", flush=True)
-        sets.append(Clips(**torch.load(stored, map_location=options.device, weights_only=True)))
+        if monotonic() > options.deadline:
+            return None
+        file = options.folder / f"clips-{number}-{kind.clips}-{digest}.pt"
+        made = partial(train_experts.encode_clips, vae, mix, kind, 10_000_000 * (number + 1))
+        sets.append(Clips(**stored(file, lambda made=made: vars(made()), options.device)))
+        print(f"experts: {kind.clips} clips, latents {list(sets[-1].z.shape[1:])}", flush=True)
     return sets
 
 

@@ -2,7 +2,8 @@
 
 The loss is L1 + 100 x squared error; latents stay near unit size, and noise on them makes the decoder robust. Stage 1
 uses windows of nine frames, from which the decoder does not extrapolate well in every clip. So stage 2 trains the
-decoder on whole clips and leaves the latents unchanged. `finish` writes what moves to the next stage: the averaged
+decoder on whole clips and leaves the latents unchanged. Windows are rendered before the first step, because drawing a
+batch of them takes as long as learning from it. `finish` writes what moves to the next stage: the averaged
 weights and the statistics of the latents.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from training.clips import LARGE, SMALL, Format, Mix
 from training.loop import Batch, DrawFn, LossFn, Schedule, initialise, load_ema, train
 from wanfast.quality.world import Scene
 from wanfast.runtime.facts.model_spec import VAESpec
-from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.models.vae import RMSNorm, WanVAE
 
 # Training does not normalise latents; `measure_latents` measures their mean and standard deviation afterwards.
 PLAIN = {"latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16}
@@ -30,12 +32,16 @@ _LATENT_NOISE = 0.03
 
 @dataclass(frozen=True)
 class Windows:
-    """Holds one shape of batches: windows of side x side pixels and `frames` frames, from clips of one format."""
+    """Holds one shape of windows: side x side pixels and `frames` frames of clips of one format.
+
+    `count` windows are rendered, and a step takes `batch` of them.
+    """
 
     batch: int
     side: int
     frames: int
     form: Format
+    count: int
 
     def latents(self, spec: VAESpec) -> tuple[int, ...]:
         side = self.side // spec.spatial_stride
@@ -44,34 +50,36 @@ class Windows:
 
 # Steps take these in turn. All have about as many pixels.
 SHORT = (
-    Windows(32, 64, 9, SMALL[0]),
-    Windows(8, 128, 9, SMALL[0]),
-    Windows(32, 64, 9, LARGE[0]),
-    Windows(2, 256, 9, LARGE[0]),
+    Windows(32, 64, 9, SMALL[0], 12_800),
+    Windows(8, 128, 9, SMALL[0], 3_200),
+    Windows(32, 64, 9, LARGE[0], 12_800),
+    Windows(2, 256, 9, LARGE[0], 800),
 )
 LONG = (
-    Windows(16, 64, 17, SMALL[0]),
-    Windows(4, 128, 17, SMALL[0]),
-    Windows(8, 64, 33, LARGE[0]),
-    Windows(1, 256, 17, LARGE[0]),
+    Windows(16, 64, 17, SMALL[0], 6_400),
+    Windows(4, 128, 17, SMALL[0], 1_600),
+    Windows(8, 64, 33, LARGE[0], 3_200),
+    Windows(1, 256, 17, LARGE[0], 400),
 )
-TOY = (Windows(1, 16, 5, Format((16, 16), 5)), Windows(1, 32, 5, Format((32, 32), 5)))
+TOY = (Windows(1, 16, 5, Format((16, 16), 5), 3), Windows(1, 32, 5, Format((32, 32), 5), 3))
 
 
 def build(spec: VAESpec, device: str) -> WanVAE:
     vae = WanVAE(replace(spec, **PLAIN))
     initialise(vae, seed=1)
     vae.to(device)
-    if device == "cuda":
-        for parameter in vae.parameters():
-            if parameter.dim() == 5:  # cuDNN's 3-D convolutions are fastest in this layout
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+    if device.startswith("cuda"):
+        vae.lay_out()
+        torch._dynamo.config.recompile_limit = 64
+        for module in vae.modules():
+            if isinstance(module, RMSNorm):
+                module.compile(dynamic=True)  # about half of all kernels belong to norms and SiLUs
     return vae
 
 
-def fit(spec: VAESpec, mix: Mix, schedule: Schedule, folder: Path, kinds: Sequence[Windows] = SHORT) -> bool:
-    vae = build(spec, mix.device)
-    return train("vae", vae, windows(spec, mix, kinds), vae_loss(vae), schedule, folder)
+def fit(spec: VAESpec, pools: Sequence[Tensor], schedule: Schedule, folder: Path, kinds: Sequence[Windows]) -> bool:
+    vae = build(spec, str(pools[0].device))
+    return train("vae", vae, windows(spec, pools, kinds), vae_loss(vae), schedule, folder)
 
 
 class Decoder(nn.Module):
@@ -83,24 +91,39 @@ class Decoder(nn.Module):
         self.parts = nn.ModuleList((vae.decoder, vae.post_quant_conv)).requires_grad_(True)
 
 
-def fit_decoder(spec: VAESpec, mix: Mix, schedule: Schedule, folder: Path, kinds: Sequence[Windows] = LONG) -> bool:
-    vae = build(spec, mix.device)
+def fit_decoder(
+    spec: VAESpec, pools: Sequence[Tensor], schedule: Schedule, folder: Path, kinds: Sequence[Windows]
+) -> bool:
+    vae = build(spec, str(pools[0].device))
     load_ema(vae, folder / "vae.pt")
-    return train("decoder", Decoder(vae), windows(spec, mix, kinds), vae_loss(vae), schedule, folder)
+    return train("decoder", Decoder(vae), windows(spec, pools, kinds), vae_loss(vae), schedule, folder)
 
 
-def windows(spec: VAESpec, mix: Mix, kinds: Sequence[Windows]) -> DrawFn:
-    """Returns a function that draws a batch of windows at a random place and time, and noise for their latents."""
-    most = max(kind.batch for kind in kinds)
+def render(mix: Mix, kind: Windows, number: int) -> Tensor:
+    """Renders the windows of a kind from scene `number` on, each batch at a random place and time.
 
-    def draw(step: int, generator: torch.Generator) -> Batch:
-        kind = kinds[step % len(kinds)]
-        where, (width, height) = random.Random(f"window/{step}"), kind.form.size
+    Returns bytes [count, 3, frames, side, side].
+    """
+    where, (width, height) = random.Random(f"window/{number}"), kind.form.size
+    found = []
+    for start in range(number, number + kind.count, kind.batch):
         left, top = where.randint(0, width - kind.side), where.randint(0, height - kind.side)
         first = where.randint(0, kind.form.frames - kind.frames)
-        scenes = [mix.scene(step * most + k, kind.form.size) for k in range(kind.batch)]
+        scenes = [mix.scene(start + k, kind.form.size) for k in range(min(kind.batch, number + kind.count - start))]
         video = mix.render(scenes, kind.form, (left, top, kind.side), slice(first, first + kind.frames))
-        return video, torch.randn(kind.latents(spec), generator=generator, device=mix.device)
+        found.append(((video + 1) * 127.5).round().to(torch.uint8))
+    return torch.cat(found)
+
+
+def windows(spec: VAESpec, pools: Sequence[Tensor], kinds: Sequence[Windows]) -> DrawFn:
+    """Returns a function that draws a batch of windows, half of them mirrored, and noise for their latents."""
+
+    def draw(step: int, generator: torch.Generator) -> Batch:
+        kind, pool = kinds[step % len(kinds)], pools[step % len(kinds)]
+        drawn = partial(torch.rand, kind.batch, generator=generator, device=pool.device)
+        video = pool[(drawn() * len(pool)).long()].float() / 127.5 - 1
+        video = torch.where(drawn().view(-1, 1, 1, 1, 1) < 0.5, video, video.flip(-1))
+        return video, torch.randn(kind.latents(spec), generator=generator, device=pool.device)
 
     return draw
 

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 # The true sizes, batches and compiled blocks of `python -m training`, on random latents; "cut" after 22 of 60 steps.
 PIECE = """
 import itertools, sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 import training.loop
@@ -44,11 +45,13 @@ if stage == "experts":
     train_experts.fit(SPEC, sets, schedule, folder, "cuda", batches, train_experts.ORDER)
 else:
     mix = Mix(write_pack(folder / "photographs.zip"), "cuda")
+    kinds = [replace(kind, count=40) for kind in (train_vae.SHORT if stage == "vae" else train_vae.LONG)]
+    pools = [train_vae.render(mix, kind, 0) for kind in kinds]
     if stage == "vae":
-        train_vae.fit(SPEC.vae, mix, schedule, folder)
+        train_vae.fit(SPEC.vae, pools, schedule, folder, kinds)
     else:
         torch.save({"ema": [p.detach() for p in train_vae.build(SPEC.vae, "cuda").parameters()]}, folder / "vae.pt")
-        train_vae.fit_decoder(SPEC.vae, mix, schedule, folder)
+        train_vae.fit_decoder(SPEC.vae, pools, schedule, folder, kinds)
 """
 
 

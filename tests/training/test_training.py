@@ -75,9 +75,9 @@ def test_resumed_training_is_the_same_training(
         schedule = Schedule(steps=4, muon_rate=1e-3, warmup=2, log_every=1, deadline=deadline)
         if stage == "decoder":
             initial(folder)
-            return train_vae.fit_decoder(SMALL.vae, mix, schedule, folder, train_vae.TOY)
+            return train_vae.fit_decoder(SMALL.vae, pools(mix), schedule, folder, train_vae.TOY)
         if stage == "vae":
-            return train_vae.fit(SMALL.vae, mix, schedule, folder, train_vae.TOY)
+            return train_vae.fit(SMALL.vae, pools(mix), schedule, folder, train_vae.TOY)
         return fit_experts(schedule, folder)
 
     assert run(tmp_path / "whole")
@@ -97,6 +97,16 @@ def test_resumed_training_is_the_same_training(
     assert run(tmp_path / "whole") and file.stat().st_mtime_ns == written  # finished steps are not repeated
 
 
+def pools(mix: Mix) -> list[Tensor]:
+    return [train_vae.render(mix, kind, 0) for kind in train_vae.TOY]
+
+
+def whole(window: Tensor, mirrored: int) -> Tensor:
+    """Returns a window as a batch holds it."""
+    video = window.float() / 127.5 - 1
+    return video.flip(-1) if mirrored else video
+
+
 def initial(folder: Path) -> None:
     """Writes a VAE from which stage 2 can start."""
     folder.mkdir(exist_ok=True)
@@ -107,7 +117,7 @@ def test_the_decoder_is_trained_alone_and_exported(tmp_path: Path, mix: Mix) -> 
     initial(tmp_path)
     before = train_vae.load(SMALL.vae, tmp_path, "cpu").state_dict()
     schedule = Schedule(steps=2, muon_rate=1e-2, warmup=1)
-    assert train_vae.fit_decoder(SMALL.vae, mix, schedule, tmp_path, train_vae.TOY)
+    assert train_vae.fit_decoder(SMALL.vae, pools(mix), schedule, tmp_path, train_vae.TOY)
     after = train_vae.load(SMALL.vae, tmp_path, "cpu").state_dict()
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"decoder", "post_quant_conv"}  # the latents are unchanged
@@ -120,9 +130,18 @@ def test_the_decoder_is_trained_alone_and_exported(tmp_path: Path, mix: Mix) -> 
 
 
 def test_batches_take_the_formats_in_turn_and_show_each_kind_of_clip(mix: Mix) -> None:
-    draw = train_vae.windows(SMALL.vae, mix, train_vae.TOY)
+    rendered = pools(mix)
+    assert [tuple(pool.shape) for pool in rendered] == [(3, 3, 5, 16, 16), (3, 3, 5, 32, 32)]
+    draw = train_vae.windows(SMALL.vae, rendered, train_vae.TOY)
     shapes = [draw(step, torch.Generator().manual_seed(step))[0].shape for step in range(3)]
     assert shapes == [(1, 3, 5, 16, 16), (1, 3, 5, 32, 32), (1, 3, 5, 16, 16)]
+    seen = set()
+    for step in range(0, 160, 2):
+        video = draw(step, torch.Generator().manual_seed(step))[0][0]
+        alike = [(k, side) for k in range(3) for side in (0, 1) if torch.equal(video, whole(rendered[0][k], side))]
+        assert len(alike) == 1
+        seen.add(alike[0])
+    assert len(seen) == 6  # each window, as it is and mirrored
     scenes = [mix.scene(number, (128, 128)) for number in range(200)]
     alone = sum(scene.subject is None for scene in scenes)
     over = sum(scene.subject is not None and scene.shot is not None for scene in scenes)

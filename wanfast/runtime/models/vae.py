@@ -454,7 +454,7 @@ class CausalConv3d(Conv3d):
         entry in `past`. Then the last two frames of the returned input replace this entry.
         """
         if torch.is_grad_enabled():
-            return self._joined(x if norm is None else vae_fused.rms_norm(x, norm.gamma, silu=True), past)
+            return self._joined(x if norm is None else norm(x, silu=True), past)
         batch, channels, frames, height, width = x.shape
         before, halo = past.popleft(), self._halo(rows)
         padded = padded_channels(channels, x.dtype, x.device)
@@ -494,8 +494,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * grid_dims, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return vae_fused.rms_norm(x, self.gamma)
+    def forward(self, x: Tensor, *, silu: bool = False) -> Tensor:
+        """Returns the normalised x, or the SiLU of it."""
+        return vae_fused.rms_norm(x, self.gamma, silu=silu)
 
     def into(self, out: Tensor, x: Tensor) -> None:
         """Writes SiLU(norm(x)) into the first channels of `out`, which may have more channels than x."""
