@@ -99,6 +99,19 @@ def test_every_mesh_skips_alike(planned: tuple[Plan, ModelFiles], mesh: Mesh) ->
         assert all(torch.equal(latents, got[0]) for latents in got), (fsdp, joint)
 
 
+@pytest.mark.parametrize("mesh", MESHES[:3], ids=shown)
+def test_extrapolated_residuals_are_those_of_one_rank(planned: tuple[Plan, ModelFiles], mesh: Mesh) -> None:
+    plan, files = planned
+    plan = skipping(plan)
+    extrapolated = skipping(plan, magcache_extrapolate=True)
+    assert extrapolated.skips == plan.skips
+    expected = final_latents(extrapolated, files, Ranks("cpu"))
+    assert relative_error(expected, final_latents(plan, files, Ranks("cpu"))) > 1e-5
+    of_mesh = with_options(extrapolated, cfg_parallel=mesh.cfg, ulysses=mesh.ulysses)
+    for got in on_ranks(mesh, lambda ranks: final_latents(of_mesh, files, ranks)):
+        assert relative_error(got, expected) <= 1e-5
+
+
 def test_sharded_experts_cannot_skip_apart(planned: tuple[Plan, ModelFiles]) -> None:
     """A rank would wait for weights that the other ranks do not gather."""
     plan, _ = planned

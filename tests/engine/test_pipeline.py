@@ -28,7 +28,6 @@ from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.media import images
 from wanfast.runtime.planning.plan import Plan, resolve
-from wanfast.runtime.sampling.magcache import ResidualCache
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights import checkpoint
@@ -123,7 +122,7 @@ def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
     condition = pipeline.encode_condition(image, plan.geometry)
     noise = draw_noise(config.video.seed, plan.geometry, 16, "cpu")
     text = {"prompt": embeds[config.video.prompt], "negative_prompt": embeds[config.video.negative_prompt]}
-    return pipeline.denoise(plan, noise, condition, text, ResidualCache(plan.skips), lambda index, expert: None)
+    return pipeline.denoise(plan, noise, condition, text, plan.residuals(), lambda index, expert: None)
 
 
 @torch.inference_mode()

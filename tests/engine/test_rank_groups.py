@@ -31,7 +31,6 @@ from wanfast.runtime.models import vae as vae_module
 from wanfast.runtime.models.dit import Block, WanDiT
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.planning.plan import Plan, resolve
-from wanfast.runtime.sampling.magcache import ResidualCache
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights import experts
 from wanfast.runtime.weights.experts import OffloadedExperts, ResidentExperts
@@ -56,7 +55,7 @@ def final_latents(plan: Plan, files: ModelFiles, ranks: Ranks) -> torch.Tensor:
     condition = pipeline.encode_condition(image, plan.geometry)
     noise = draw_noise(config.video.seed, plan.geometry, 16, "cpu")
     text = {"prompt": embeds[config.video.prompt], "negative_prompt": embeds[config.video.negative_prompt]}
-    return pipeline.denoise(plan, noise, condition, text, ResidualCache(plan.skips), lambda index, expert: None).clone()
+    return pipeline.denoise(plan, noise, condition, text, plan.residuals(), lambda index, expert: None).clone()
 
 
 def with_options(plan: Plan, **options: object) -> Plan:

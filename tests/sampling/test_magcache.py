@@ -7,6 +7,7 @@ import math
 import random
 import time
 
+import numpy as np
 import pytest
 
 from wanfast.runtime.config import magcache_settings
@@ -21,6 +22,7 @@ from wanfast.runtime.sampling.magcache import (
     plan_best,
     plan_skips,
     resample,
+    residual_terms,
 )
 from wanfast.runtime.store.curves import published_curve, steps_of
 
@@ -234,7 +236,42 @@ def test_a_residual_is_kept_as_long_as_it_is_used() -> None:
         (2, "negative_prompt of 1"),
         (3, "negative_prompt of 1"),
     ]
-    assert not cache._residuals
+    assert not any(cache._residuals.values())
+
+
+LEVELS: list[tuple[Expert, float]] = [
+    *((("high_noise", level)) for level in (1.0, 0.97, 0.93)),
+    *((("low_noise", level)) for level in (0.8, 0.7, 0.5, 0.4, 0.2, 0.1)),
+]
+
+
+def test_a_residual_on_a_line_is_extrapolated_exactly() -> None:
+    """Beyond two steps, and after a single step of an expert, the last residual is used again."""
+    skipped = [False, False, True, False, True, False, True, True, True]
+    cache = ResidualCache([(skip, False) for skip in skipped], LEVELS)
+    held, most = {}, 0
+    for step, (_, level) in enumerate(LEVELS):
+        on_line = np.array([3 - 2 * level, 5 * level])
+        if skipped[step]:
+            got = cache.reuse(step, "prompt")
+            last = 5 if step == 8 else 3 if step == 4 else step
+            expected = np.array([3 - 2 * LEVELS[last][1], 5 * LEVELS[last][1]])
+            assert np.allclose(got, expected, atol=1e-12), step
+        elif cache.wants(step, "prompt"):
+            cache.keep(step, "prompt", on_line)
+            held[step] = on_line.copy()
+        most = max(most, len(cache._residuals["prompt"]))
+        assert all(np.array_equal(cache._residuals["prompt"][key], held[key]) for key in cache._residuals["prompt"])
+    assert list(held) == [0, 1, 3, 5] and most == 2
+    assert not cache._residuals["prompt"]
+
+
+def test_the_terms_of_a_residual_add_up_to_one() -> None:
+    terms = residual_terms(
+        [False, False, True, True, False, True], [("low_noise", 1 - 0.1 * step) for step in range(6)]
+    )
+    assert terms and all(sum(weight for _, weight in of) == pytest.approx(1) for of in terms.values())
+    assert any(len(of) == 2 for of in terms.values())
 
 
 def test_a_thousand_steps_are_planned_at_once() -> None:

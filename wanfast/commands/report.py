@@ -220,7 +220,8 @@ def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
     share = f"{m['skipped_forwards']} of {m['total_forwards']} forwards skipped ({m['skipped_share']:.1%})"
     if m["skipped_forwards_apart"] is not None:
         share += f"; both branches skip together: {m['skipped_forwards_apart']} if each skipped alone"
-    stored = f"{m['residual_bytes'] / 1e9:.1f} GB of residuals a rank"
+    kind = "extrapolated residuals" if m["extrapolates"] else "residuals"
+    stored = f"{m['residual_bytes'] / 1e9:.1f} GB of {kind} a rank"
     always = _always_computed(plan)
     legend = "(# computed, . skipped; high noise | low noise)"
     return {"magcache": "\n".join([share, *_strips(plan), legend, *always, f"{how}, {limits}; {curve}; {stored}"])}

@@ -2,7 +2,8 @@
 
 Held-out pairs of image and prompt go through the pipeline without skipping, and then with every setting. Each setting
 has two plans. The greedy plan skips by a threshold. The least-error plan skips as many forwards as the greedy plan,
-within the same limits, but with the least accumulated error. Each video is compared with the unskipped video (PSNR,
+within the same limits, but with the least accumulated error. A third video follows the least-error plan with
+extrapolated residuals. Each video is compared with the unskipped video (PSNR,
 SSIM) and with the true clip (PSNR), and the tracker classifies the video's motion. The command writes JSON and plots
 quality over the share of skipped forwards.
 """
@@ -51,12 +52,15 @@ class Way:
 
     rule: MagCacheRule
     name: str
-    kind: Literal["greedy", "least error"]
+    kind: Literal["greedy", "least error", "extrapolated"]
     plan: Plan
 
 
 def ways(full: Plan, judge: Judge) -> list[Way]:
-    """Returns two `Way` objects for each setting: the greedy plan, and the least-error plan with as many skips."""
+    """Returns three `Way` objects for each setting.
+
+    They are the greedy plan, the least-error plan with as many skips, and this plan with extrapolated residuals.
+    """
     found = []
     for rule, name in SETTINGS:
         settings = magcache_settings(name)
@@ -69,7 +73,12 @@ def ways(full: Plan, judge: Judge) -> list[Way]:
         number = sum(map(sum, greedy.skips))
         best_config = config.replace(magcache_thresh=None, magcache_skip=number)
         best = dataclasses.replace(greedy, config=best_config)
-        found += [Way(rule, name, "greedy", greedy), Way(rule, name, "least error", best)]
+        extrapolated = dataclasses.replace(best, config=best_config.replace(magcache_extrapolate=True))
+        found += [
+            Way(rule, name, "greedy", greedy),
+            Way(rule, name, "least error", best),
+            Way(rule, name, "extrapolated", extrapolated),
+        ]
     return found
 
 
@@ -82,11 +91,11 @@ def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
     scene, truth = judge.held_out(index)
     full = Plan.of(judge.config.replace(seed=index), judge.files.spec, (SIZE, SIZE))
     reference = judge.by_plan(judge.pipeline, full, scene.caption, truth[:, 0])
-    made = {tuple(full.skips): reference}  # plans that skip the same forwards make the same video
+    made = {_key(full): reference}  # plans that skip the same forwards in the same way make the same video
     rows = []
     for way in (None, *ways(full, judge)):
         plan = way.plan if way else full
-        key = tuple(plan.skips)
+        key = _key(plan)
         if key not in made:
             made[key] = judge.by_plan(judge.pipeline, plan, scene.caption, truth[:, 0])
         video = made[key]
@@ -100,6 +109,11 @@ def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _key(plan: Plan) -> tuple[object, ...]:
+    skipping = plan.config.skipping
+    return (*plan.skips, skipping is not None and skipping.magcache_extrapolate)
 
 
 def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[str, Any]]:
@@ -147,7 +161,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         strict=True,
     ):
         for rule, colour in (("low-noise-only", "tab:blue"), ("both-experts", "tab:orange")):
-            for kind, mark in (("greedy", "o-"), ("least error", "x--")):
+            for kind, mark in (("greedy", "o-"), ("least error", "x--"), ("extrapolated", "^:")):
                 chosen = sorted(
                     (row["skipped_share"], row[name]["share"] if name == "prompt_following" else row[name])
                     for row in rows

@@ -44,7 +44,7 @@ from wanfast.runtime.facts.choices import Branch, Scheme
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer
 from wanfast.runtime.planning.plan import Plan
-from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
+from wanfast.runtime.sampling.magcache import StepCache
 from wanfast.runtime.store import model_files
 from wanfast.runtime.weights.builders import build_umt5
 
@@ -199,7 +199,7 @@ class Judge:
         else:
             clip = first_frame_clip(image, plan.geometry.frames, last).to(self.settings.device)
             latents, stride = pipeline.vae.encode(clip).float(), self.files.spec.vae.temporal_stride
-            condition, cache = with_mask(latents, stride, last=True), residuals or ResidualCache(plan.skips)
+            condition, cache = with_mask(latents, stride, last=True), residuals or plan.residuals()
             latent = pipeline.denoise(plan, pipeline.noise(plan), condition, text, cache, lambda *_: None)
             pipeline.experts.leave()
             video = pipeline.decode(latent, plan.geometry, watch)

@@ -117,6 +117,15 @@ class SkippingConfig(Part):
         Option("Interpolate the curve if it was measured with other --steps or --shift.", LOSSY, also=("bench",)),
     ] = False
 
+    magcache_extrapolate: Annotated[
+        bool,
+        Option(
+            "Extrapolate the residual of a skipped forward from the last two computed ones, for up to two skips in a "
+            "row. Otherwise, the last residual is used again.",
+            LOSSY,
+        ),
+    ] = False
+
     def __post_init__(self) -> None:
         name, short = self.magcache, magcache_settings(self.magcache)
         if name not in ("off", "preset", "artifact") and not _CURVE_KEY.fullmatch(name) and not short:

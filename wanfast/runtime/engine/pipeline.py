@@ -42,7 +42,7 @@ from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.models.vae import Rows, WanVAE
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.sampling.guidance import Guidance
-from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
+from wanfast.runtime.sampling.magcache import StepCache
 from wanfast.runtime.weights.experts import Experts
 
 DOES_NOT_FIT = "does not fit into memory beside the weights: use a smaller --size or fewer --frames"
@@ -78,7 +78,7 @@ class ImageToVideoPipeline:
         It is made from an image [3, H, W] and each branch's `text` [n, d]. `residuals` decides which forwards run; by
         default the plan decides.
         """
-        latent = self.latent(plan, image, text, watch, on_step, residuals or ResidualCache(plan.skips))
+        latent = self.latent(plan, image, text, watch, on_step, residuals or plan.residuals())
         return self.decode(latent, plan.geometry, watch)
 
     @torch.inference_mode()

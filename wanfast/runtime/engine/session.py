@@ -45,7 +45,7 @@ from wanfast.runtime.media.images import LoadedImage
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning.plan import Job, Plan
-from wanfast.runtime.sampling.magcache import ResidualCache, StepCache
+from wanfast.runtime.sampling.magcache import StepCache
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.curves import curve_of
@@ -205,7 +205,7 @@ class Session:
             on_step(done, expert)
 
         with cudnn_engines.kept_engines(plan, ranks) as engines:
-            cache = residuals or ResidualCache(plan.skips)
+            cache = residuals or plan.residuals()
             latent = pipeline.latent(plan, image, text, self.watch, stepped, cache)
             frames = pipeline.frames(latent, plan.geometry, self.watch, on_frames)
         peaks = ranks.gather(hardware.peak_memory_bytes(config.ranks.device))

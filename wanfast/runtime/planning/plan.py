@@ -33,6 +33,7 @@ from wanfast.runtime.sampling.guidance import gate_steps, guided_steps
 from wanfast.runtime.sampling.magcache import (
     MagCacheSettings,
     Ratios,
+    ResidualCache,
     Skips,
     accumulated_error,
     plan_best,
@@ -93,7 +94,7 @@ class Plan:
             notes=notes,
             placement=placement,
             curve=curve,
-            residuals_a_branch=0 if curve is None else 1,
+            residuals_a_branch=0 if curve is None else 2 if _extrapolates(config) else 1,
         )
 
     def job(self) -> Job:
@@ -185,9 +186,18 @@ class Plan:
         known = () if self.curve is None else self.curve.ratios
         return (*known, *[(1.0, 1.0)] * (len(self.schedule) - len(known)))
 
+    def residuals(self) -> ResidualCache:
+        """Returns an empty cache that follows the plan's skips."""
+        levels = [(expert, step.sigma) for expert, step in zip(self.experts, self.schedule, strict=True)]
+        return ResidualCache(self.skips, levels if _extrapolates(self.config) else None)
+
     def num_residuals(self, mesh: Mesh) -> int:
-        """Returns the number of MagCache residuals that a rank of `mesh` holds, summed over the rank's branches."""
-        return self.residuals_a_branch * (2 if any(self.guided) and mesh.cfg == 1 else 1)
+        """Returns the number of MagCache residuals that a rank of `mesh` holds at most, of all of the rank's branches.
+
+        An extrapolated residual is one more for a moment.
+        """
+        held = self.residuals_a_branch * (2 if any(self.guided) and mesh.cfg == 1 else 1)
+        return held + (1 if self.curve is not None and _extrapolates(self.config) else 0)
 
     def magcache_json(self) -> dict[str, Any] | None:
         """Returns the skips, their settings and their curve as JSON; None if MagCache is off."""
@@ -205,6 +215,7 @@ class Plan:
             "retention": settings.retention_ratio,
             "rule": settings.magcache_rule,
             "joint": self.is_joint,
+            "extrapolates": settings.magcache_extrapolate,
             "total_forwards": self.num_forwards,
             "skipped_forwards": skipped,
             "skipped_forwards_apart": apart,
@@ -270,6 +281,10 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
+def _extrapolates(config: EffectiveConfig) -> bool:
+    return config.skipping is not None and config.skipping.magcache_extrapolate
+
+
 def _planned_skips(
     ratios: Ratios,
     experts: Sequence[Expert],

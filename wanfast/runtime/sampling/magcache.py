@@ -30,6 +30,8 @@ from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert, MagCacheRule
 
 _MOST_CHANGE = 100.0  # of a residual's logarithm in one step; no measured curve comes near
 Ratios = Sequence[tuple[float, float]]  # [step][branch]: the residual's norm over that of the step before
+_EXTRAPOLATED_STEPS = 2  # after the last computed one
+Term = tuple[int, float]  # (an earlier step, the weight of its residual)
 Skips = tuple[bool, bool]  # of one step: (the prompt's branch, the negative prompt's)
 
 
@@ -304,20 +306,58 @@ class StepCache(Protocol):
 class ResidualCache:
     """Follows one video's plan of skips, and frees each residual after the last step that uses this residual."""
 
-    def __init__(self, plan: Sequence[Skips]) -> None:
-        self._plan = plan
-        self._residuals: dict[Branch, Any] = {}
+    def __init__(self, plan: Sequence[Skips], line: Sequence[tuple[Expert, float]] | None = None) -> None:
+        """`line` is that of `residual_terms`."""
+        self._terms = {
+            branch: residual_terms([of[index] for of in plan], line) for index, branch in enumerate(BRANCHES)
+        }
+        self._last_use = {
+            branch: {source: step for step, terms in of_step.items() for source, _ in terms}
+            for branch, of_step in self._terms.items()
+        }
+        self._residuals: dict[Branch, dict[int, Any]] = {branch: {} for branch in BRANCHES}
 
     def reuse(self, step: int, branch: Branch) -> Any | None:
-        if not self._skips(step, branch):
+        terms, held = self._terms[branch].get(step), self._residuals[branch]
+        if terms is None:
             return None
-        return self._residuals[branch] if self.wants(step, branch) else self._residuals.pop(branch)
+        (last, _), *before = terms
+        residual = held[last]
+        for source, weight in before:  # the weights add up to 1
+            change = held[source] - residual
+            change *= weight
+            change += residual
+            residual = change
+        for source, _ in terms:
+            if self._last_use[branch][source] == step:
+                del held[source]
+        return residual
 
     def wants(self, step: int, branch: Branch) -> bool:
-        return self._skips(step + 1, branch)
+        return step in self._last_use[branch]
 
     def keep(self, step: int, branch: Branch, residual: Any) -> None:
-        self._residuals[branch] = residual
+        self._residuals[branch][step] = residual
 
-    def _skips(self, step: int, branch: Branch) -> bool:
-        return step < len(self._plan) and self._plan[step][BRANCHES.index(branch)]
+
+def residual_terms(
+    skipped: Sequence[bool], line: Sequence[tuple[Expert, float]] | None = None
+) -> dict[int, tuple[Term, ...]]:
+    """Returns for each skipped step of one branch the earlier steps whose residuals replace its own, with weights.
+
+    Without `line`, this is the last computed step. `line` holds the expert and the noise level of each step. Then the
+    residual is extrapolated linearly over the noise level, from the last two computed steps. This is done if both steps
+    are of the same expert, and at most two steps after the last one.
+    """
+    terms: dict[int, tuple[Term, ...]] = {}
+    before, last = None, 0
+    for step, is_skipped in enumerate(skipped):
+        if not is_skipped:
+            before, last = last if step else None, step
+        elif line is None or before is None or line[before][0] != line[step][0] or step - last > _EXTRAPOLATED_STEPS:
+            terms[step] = ((last, 1.0),)
+        else:
+            (_, level_before), (_, level_last), (_, level) = line[before], line[last], line[step]
+            ahead = (level - level_last) / (level_last - level_before)
+            terms[step] = ((last, 1 + ahead), (before, -ahead))
+    return terms
