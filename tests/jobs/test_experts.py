@@ -94,8 +94,8 @@ def test_a_video_its_json_and_the_run_again(wanfast: Wanfast, experts: Path) -> 
     changed = wanfast("generate", "--from", "out.json", "--output", "changed.mp4", "--dry-run")
     assert (changed.exit_code, changed.err) == (
         2,
-        "error: --from: a file of an expert is not that of the earlier run: restore that file, or give the experts by "
-        "--high-noise-expert and --low-noise-expert\n",
+        "error: --from: the file of an expert differs from the earlier run: restore the earlier file, or give experts "
+        "by --high-noise-expert and --low-noise-expert\n",
     )
 
 
@@ -210,7 +210,7 @@ def test_the_plan_on_a_terminal_and_the_doctor_know_the_experts(wanfast: Wanfast
 
 
 def test_an_expert_that_is_not_quantized_needs_no_file(experts: Path) -> None:
-    with pytest.raises(ConfigError, match="--expert high leaves out the expert of --low-noise-expert"):
+    with pytest.raises(ConfigError, match="--expert high and --low-noise-expert are for different experts"):
         QuantizeConfig(scheme="bf16", model="tiny", expert="high", low_noise_expert="low_noise.gguf")
 
 
