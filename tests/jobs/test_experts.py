@@ -140,7 +140,10 @@ def test_a_lora_on_such_experts(wanfast: Wanfast, experts: Path) -> None:
     merged = made(wanfast, *GOOD, *PAIR, "--lora", "lora.safetensors", "--output", "merged.mp4")
     assert plain["output_sha256"] != merged["output_sha256"]
     refused = wanfast(*GOOD, *PAIR, "--lora", "lora.safetensors", "--quantize", "fp8-rowwise", "--dry-run")
-    assert refused.exit_code == 2 and "merged they would be rounded a second time: drop --quantize" in refused.err
+    assert (
+        refused.exit_code == 2
+        and "quantizing after the merge would round them a second time: drop --quantize" in refused.err
+    )
     assert refused.err.count("\n") == 1
 
 
