@@ -94,8 +94,8 @@ def test_a_video_its_json_and_the_run_again(wanfast: Wanfast, experts: Path) -> 
     changed = wanfast("generate", "--from", "out.json", "--output", "changed.mp4", "--dry-run")
     assert (changed.exit_code, changed.err) == (
         2,
-        "error: --from: a file of an expert is not that of the earlier run: restore that file, or give the experts by "
-        "--high-noise-expert and --low-noise-expert\n",
+        "error: --from: the file of an expert differs from the earlier run: restore the earlier file, or give experts "
+        "by --high-noise-expert and --low-noise-expert\n",
     )
 
 
@@ -140,7 +140,10 @@ def test_a_lora_on_such_experts(wanfast: Wanfast, experts: Path) -> None:
     merged = made(wanfast, *GOOD, *PAIR, "--lora", "lora.safetensors", "--output", "merged.mp4")
     assert plain["output_sha256"] != merged["output_sha256"]
     refused = wanfast(*GOOD, *PAIR, "--lora", "lora.safetensors", "--quantize", "fp8-rowwise", "--dry-run")
-    assert refused.exit_code == 2 and "merged they would be rounded a second time: drop --quantize" in refused.err
+    assert (
+        refused.exit_code == 2
+        and "quantizing after the merge would round them a second time: drop --quantize" in refused.err
+    )
     assert refused.err.count("\n") == 1
 
 
@@ -210,7 +213,7 @@ def test_the_plan_on_a_terminal_and_the_doctor_know_the_experts(wanfast: Wanfast
 
 
 def test_an_expert_that_is_not_quantized_needs_no_file(experts: Path) -> None:
-    with pytest.raises(ConfigError, match="--expert high leaves out the expert of --low-noise-expert"):
+    with pytest.raises(ConfigError, match="--expert high and --low-noise-expert are for different experts"):
         QuantizeConfig(scheme="bf16", model="tiny", expert="high", low_noise_expert="low_noise.gguf")
 
 

@@ -134,8 +134,14 @@ def test_a_nearer_schedule_replaces_an_earlier_one(wanfast: Wanfast, pair: None,
     [
         (("--sigmas", "1,0.5", "--steps", "2"), "--steps 2 and --sigmas exclude each other"),
         (("--sigmas", "1,0.5", "--shift", "3"), "--shift 3 and --sigmas exclude each other"),
-        (("--switch-step", "1", "--steps", "2"), "--switch-step 1 counts the steps of --sigmas and excludes --steps"),
-        (("--switch-step", "1", "--shift", "3"), "--switch-step 1 counts the steps of --sigmas and excludes --steps"),
+        (
+            ("--switch-step", "1", "--steps", "2"),
+            "--switch-step 1 is only for the list of --sigmas: drop --switch-step",
+        ),
+        (
+            ("--switch-step", "1", "--shift", "3"),
+            "--switch-step 1 is only for the list of --sigmas: drop --switch-step",
+        ),
         (("--sigmas", "1,0.5", "--switch-step", "3"), "--switch-step 3: --sigmas has 2 steps: use 0 to 2"),
         (("--sigmas", "1,0.5,0"), "--sigmas 1,0.5,0: leave out the 0 at the end"),
         (("--sigmas", "1,1"), "--sigmas 1,1: each noise level must be less than the one before, by 0.000001 or more"),
@@ -148,17 +154,17 @@ def test_a_nearer_schedule_replaces_an_earlier_one(wanfast: Wanfast, pair: None,
         (("--guidance-gate", "1.5"), "--guidance-gate 1.5: use a share over 0, up to 1"),
         (
             ("--guidance-gate", "0.5", "--guidance-high-noise", "1", "--guidance-low-noise", "1"),
-            "--guidance-gate 0.5 needs guidance, but both experts have none: drop it, or give",
+            "--guidance-gate 0.5 needs guidance, but both guidance scales are 1: drop --guidance-gate, or",
         ),
         (("--recipe", "hybrid", "--shift", "3"), "--recipe hybrid and --shift exclude each other"),
         (
             ("--recipe", "lightning-4", *PAIR, "--magcache", "E012K2R20"),
-            "--magcache preset: only steps of the curve can be skipped (40 steps with unipc at shift 5)",
+            "--magcache preset: its curve (40 steps with unipc at shift 5) does not fit the steps of --sigmas",
         ),
-        (("--sigmas", "1,0.5", "--magcache", "preset"), "--magcache preset: only steps of the curve can be skipped"),
+        (("--sigmas", "1,0.5", "--magcache", "preset"), "--magcache preset: its curve (40 steps with unipc at"),
         (
             ("--recipe", "hybrid", *PAIR, "--magcache", "E012K2R20", "--magcache-rule", "low-noise-only"),
-            "--magcache-rule low-noise-only: all steps that may be skipped are of the high-noise expert",
+            "--magcache-rule low-noise-only: no step can be skipped, because the steps of the low-noise",
         ),
         (
             ("--recipe", "hybrid", *PAIR, "--magcache", "artifact"),
@@ -273,5 +279,5 @@ def test_sidecars_from_before_have_no_list_and_no_gate() -> None:
         del document["video"][name]
     video = EffectiveConfig.from_json(document).video
     assert (video.sigmas, video.switch_step, video.guidance_gate, video.num_steps) == (None, None, 1.0, 6)
-    with pytest.raises(ConfigError, match="--steps is missing: give it, or the noise levels by --sigmas"):
+    with pytest.raises(ConfigError, match="--steps is missing: give --steps, or give noise levels by --sigmas"):
         EffectiveConfig.from_json({**document, "video": document["video"] | {"steps": None}})

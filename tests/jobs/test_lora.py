@@ -79,7 +79,7 @@ def test_a_video_its_json_and_the_run_again(wanfast: Wanfast, loras: tuple[str, 
     changed = wanfast("generate", "--from", "out.json", "--output", "changed.mp4", "--dry-run")
     assert (changed.exit_code, changed.err) == (
         2,
-        "error: --from: a LoRA file is not that of the earlier run: restore that file, or give the LoRAs by --lora\n",
+        "error: --from: a LoRA file differs from the earlier run: restore the earlier file, or give LoRAs by --lora\n",
     )
 
 
@@ -164,7 +164,7 @@ def test_no_video_overwrites_a_lora(wanfast: Wanfast, loras: tuple[str, str], wo
 def test_an_expert_that_is_not_quantized_needs_no_lora(loras: tuple[str, str]) -> None:
     from wanfast.runtime.config import QuantizeConfig
 
-    with pytest.raises(ConfigError, match="--expert high leaves out the expert of --lora-low-noise"):
+    with pytest.raises(ConfigError, match="--expert high and --lora-low-noise are for different experts"):
         QuantizeConfig(scheme="bf16", model="tiny", expert="high", lora_low_noise=(loras[0],))
 
 

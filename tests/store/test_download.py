@@ -609,7 +609,9 @@ def test_a_pair_of_loras_comes_into_its_own_folder(wanfast: Wanfast, workdir: Pa
     assert json.loads((folder / "wanfast-download.json").read_text())["lora"] == name
     hub.requests.clear()
     again = wanfast("download", "--lora", name)
-    assert again.out.endswith(f"`wanfast generate` uses them with {words_of(name, workdir / 'artifacts')}\n")
+    assert again.out.endswith(
+        f"`wanfast generate` uses this pair of LoRAs with {words_of(name, workdir / 'artifacts')}\n"
+    )
     assert hub.fetched() == []
 
 

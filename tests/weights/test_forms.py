@@ -254,7 +254,7 @@ WRONG: dict[str, tuple[str, dict[str, Tensor | None], str]] = {
         "int8 of 2026", {f"{Q}.comfy_quant": mark(format="int8_tensorwise", convrot=True)}, "'int8_tensorwise, conv",
     ),
     "mark of another kind": (OF_2026, {f"{Q}.comfy_quant": mark(format="int8_tensorwise")}, "in the format 'int8_"),
-    "damaged mark": (OF_2026, {f"{Q}.comfy_quant": torch.ones(3, dtype=torch.uint8)}, "it is damaged or no safe"),
+    "damaged mark": (OF_2026, {f"{Q}.comfy_quant": torch.ones(3, dtype=torch.uint8)}, "or is not a safe"),
     "more tensors": (FP8, {f"{Q}.weight_zero": torch.ones(1)}, f"unexpected tensor '{Q}.weight_zero'"),
     "image tower": ("fp16", {"img_emb.proj.0.weight": torch.ones(1)}, "unexpected tensor 'img_emb.proj.0.weight'"),
     "missing": ("fp16", {"head.head.bias": None}, "missing tensor 'head.head.bias'"),
@@ -295,7 +295,7 @@ def test_numbers_that_are_taken_must_be_finite(
 @pytest.mark.parametrize("content", [b"", b"<html>", b"GGUF\x03\0\0\0", b"\x10" * 100])
 def test_a_file_that_is_damaged_is_one_line(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CorruptArtifactError, match=rf"--high-noise-expert .*{name}: .*: it is damaged or no"):
+    with pytest.raises(CorruptArtifactError, match=rf"--high-noise-expert .*{name}: .*: it is damaged, or is not a"):
         NamedExpert("high_noise", tmp_path / name).header()
 
 
@@ -303,7 +303,7 @@ def test_a_truncated_gguf_is_one_line(source: ModelFiles, weights: dict[str, Ten
     files, _ = written(source, weights, tmp_path, "GGUF Q8_0")
     file = file_of(tmp_path, "GGUF Q8_0")
     file.write_bytes(file.read_bytes()[:-5000])
-    with pytest.raises(CorruptArtifactError, match="it is damaged or no GGUF file"):
+    with pytest.raises(CorruptArtifactError, match="it is damaged, or is not a GGUF file"):
         build(files)
 
 
@@ -357,7 +357,7 @@ def test_loras_on_numbers_of_8_bits_are_refused_only_with_a_scheme(weights: dict
     FORMS[FP8](file, weights)
     lora = lora_files.write(tmp_path / "lora.safetensors", {f"{Q}.diff_b": torch.ones(96)})
     options: dict[str, Any] = {"high_noise_expert": str(file), "lora_high_noise": (str(lora),)}
-    with pytest.raises(ConfigError, match="merged they would be rounded a second time: drop --quantize, or use an"):
+    with pytest.raises(ConfigError, match="after the merge would round them a second time: drop --quantize, or use an"):
         identified(config_of(tmp_path, quantize="fp8-rowwise", **options))
     identified(config_of(tmp_path, **options))
     options["lora_low_noise"] = options.pop("lora_high_noise")  # the other expert
@@ -399,7 +399,11 @@ def test_the_form_in_words(weights: dict[str, Tensor], tmp_path: Path) -> None:
         ("one.bin", "file", "one.bin: no weights that can be read: name a file that ends in .safetensors or .gguf, or"),
         ("empty", "folder", "empty: no weights that can be read"),
         ("two", "two", "two: this folder holds 2 .gguf files: name one of them"),
-        ("wan2.2_i2v_low_noise_14B.gguf", "file", "the name is that of the other expert: use --low-noise-expert, or"),
+        (
+            "wan2.2_i2v_low_noise_14B.gguf",
+            "file",
+            "the name says that this is the other expert: use --low-noise-expert, or",
+        ),
     ],
 )
 def test_a_path_that_names_no_expert(tmp_path: Path, name: str, kind: str | None, words: str) -> None:

@@ -374,7 +374,9 @@ def test_metadata_that_cannot_be_read_are_refused(
 @pytest.mark.parametrize("content", [b"", b"<html>", b"\x10" * 100])
 def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "one.safetensors").write_bytes(content)
-    with pytest.raises(CorruptArtifactError, match=r"--lora .*one.safetensors: .*: it is damaged or no safetensors"):
+    with pytest.raises(
+        CorruptArtifactError, match=r"--lora .*one.safetensors: .*: it is damaged, or is not a safetensors"
+    ):
         find_loras(ModelsConfig(lora=(str(tmp_path / "one.safetensors"),)), tmp_path)
 
 

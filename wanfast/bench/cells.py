@@ -66,7 +66,7 @@ class Bench:
     no_quality: str = ""  # why the videos are not compared
 
     def options_of(self, name: RecipeName) -> Options:
-        """Returns the options of a recipe's videos: the recipe's name, and given options that it can use."""
+        """Returns the options of a recipe's videos: the recipe's name, and those given options that the recipe uses."""
         unusable = {*OF_GRID} if has_levels(name) and "sigmas" not in self.given else set()
         enabled = with_recipe({"recipe": name, **{key: self.given[key] for key in self.given.keys() - unusable}})
         unusable |= {option for option, by in _ENABLED_BY.items() if not enabled.get(by)}
@@ -177,17 +177,20 @@ def _quantize_missing(files: ModelFiles, config: EffectiveConfig, say: SayFn) ->
 
 
 def few_steps(video: Options, schedule: Options) -> Options:
-    """Returns the options of the same video with fewer steps and without skips.
+    """Returns the options of `video`, but with fewer steps and without skips.
 
-    `schedule` holds the options that define these steps. No forward can be skipped, because MagCache's curve was
-    measured with another number of steps.
+    `schedule` holds the options that define the fewer steps. MagCache is off, because its curve was measured with
+    another number of steps.
     """
     skipping = options_of(SkippingConfig)
     return {**{name: value for name, value in video.items() if name not in skipping}, **schedule, "magcache": "off"}
 
 
 def schedule_of(video: VideoConfig, spec: ModelSpec, steps: int) -> Options:
-    """Returns the options of a schedule of fewer steps; of a list of noise levels, it takes some, spread evenly."""
+    """Returns the options that let a video run in only `steps` steps.
+
+    If the video has a list of noise levels, the shorter list holds some of these levels, spread evenly.
+    """
     if video.levels is None:
         return {"steps": steps}
     last, experts = video.num_steps - 1, [expert for expert, _ in steps_of_video(video, spec.boundary)]

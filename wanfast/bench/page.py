@@ -1,4 +1,4 @@
-"""Writes the page of a report: one HTML file that holds table, pictures and videos, and works offline.
+"""Writes the page of a report: one HTML file with a table, pictures and videos, which works offline.
 
 This module does not import torch.
 """

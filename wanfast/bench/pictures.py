@@ -1,4 +1,4 @@
-"""Draws the two pictures of a report: seconds beside the published ones, and speed against quality.
+"""Draws the two pictures of a report: measured and published seconds, and speed against quality.
 
 This module does not import torch.
 """

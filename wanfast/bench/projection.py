@@ -1,9 +1,12 @@
-"""Projects whole videos to more GPUs with a cost model that is fitted on one GPU and on two. Torch-free.
+"""Projects the seconds of a whole video to more GPUs, with a cost model fitted to one and two GPUs. Torch-free.
 
-docs/projection.md has the formulas and their assumptions. Seconds of a video are divided into seven terms. The four of
-a forward depend on the tokens and on the ranks that share them; the VAE is shared by all ranks; text and start are the
-same on any number of GPUs. A forward's exchange costs what two GPUs lose against half of one GPU's time, and shrinks
-with the tokens that a rank sends.
+docs/projection.md has the formulas and their assumptions. The seconds of a video are the sum of seven terms. Four terms
+are parts of a forward: attention, linears, norms and exchange. Each of the four depends on the number of tokens and on
+the number of ranks that share the tokens. The VAE's term depends on the number of all ranks, and on the tokens too. The
+terms of the text and of the start are the same on any number of GPUs.
+
+The exchange on two GPUs is the time of a forward on two GPUs, minus half of the time on one GPU. On more GPUs, the
+exchange is proportional to the number of tokens that a rank sends.
 """
 
 from __future__ import annotations
@@ -28,25 +31,28 @@ NOT_CHECKED = "not checked on 4"
 
 @dataclass(frozen=True)
 class Shared:
-    """Holds the seconds of work that ranks share: the part that each rank repeats and the part that they divide."""
+    """Holds the seconds of a task in two parts: each rank repeats the first part, and the ranks divide the second."""
 
     repeated_s: float
     divided_s: float
 
     @classmethod
     def fitted(cls, one_s: float, two_s: float) -> Shared:
-        """Returns the parts that take `one_s` on one GPU and `two_s` on two."""
+        """Returns the two parts of a task that takes `one_s` on one GPU and `two_s` on two GPUs."""
         divided = 2 * (one_s - two_s)
         return cls(one_s - divided, divided)
 
     def on(self, ranks: int) -> float:
-        """Returns the seconds on a number of ranks."""
+        """Returns the seconds of the task on this number of ranks."""
         return self.repeated_s + self.divided_s / ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """Holds the fitted numbers: rates in FLOP/s of one GPU, seconds for one token, and seconds."""
+    """Holds the fitted numbers.
+
+    Names that end in `_flop_s` are rates of one GPU in FLOP/s. Names that end in `_token_s` are seconds for one token.
+    """
 
     attention_flop_s: float
     linear_flop_s: float
@@ -59,7 +65,7 @@ class CostModel:
     start_s: float = 0.0
 
     def forward(self, tokens: int, ulysses: int) -> Terms:
-        """Returns the terms of one forward whose tokens `ulysses` ranks share."""
+        """Returns the terms of one forward if `ulysses` ranks share its tokens."""
         return {
             "attention": attention_flop(A14B.dit, tokens) / self.attention_flop_s / ulysses,
             "linears": linear_flop(A14B.dit, tokens) / self.linear_flop_s / ulysses,
@@ -72,11 +78,11 @@ class CostModel:
         return sum(self.forward(tokens, ulysses).values())
 
     def vae_s(self, tokens: int, ranks: int) -> float:
-        """Returns the seconds of encoding and decoding, which take a time in proportion to the pixels."""
+        """Returns the seconds of encoding and decoding; both are proportional to the number of tokens."""
         return (self.encode.on(ranks) + self.decode.on(ranks)) * tokens / self.vae_tokens
 
     def video(self, tokens: int, mesh: Mesh, steps: int = STEPS) -> Terms:
-        """Returns the terms of one video with guidance. The two branches of a step run at once if the mesh has both."""
+        """Returns the terms of one video with guidance. If `mesh.cfg` is 2, both branches run at the same time."""
         forwards = 2 * steps / mesh.cfg
         of_steps = {name: forwards * seconds for name, seconds in self.forward(tokens, mesh.ulysses).items()}
         return {**of_steps, "VAE": self.vae_s(tokens, mesh.group_size), "text": self.text_s, "start": self.start_s}
@@ -85,9 +91,10 @@ class CostModel:
 def on_more_gpus(
     model: CostModel, seconds: Terms, forwards: float, tokens: int, meshes: tuple[Mesh, Mesh]
 ) -> dict[str, float]:
-    """Returns the seconds of each stage on the second mesh, from those that were measured on the first one.
+    """Returns the seconds of each stage on the second mesh, projected from `seconds` of the first mesh.
 
-    What the first mesh measured beside its exchange is work that the ranks divide, whichever kernels did it.
+    The time of a measured forward is the model's exchange plus other work, which the ranks of each mesh divide. The
+    kernels of this work may differ from those to which the model was fitted.
     """
     before, after = meshes
     exchange = [model.forward(tokens, mesh.ulysses)["exchange"] for mesh in meshes]
@@ -100,7 +107,10 @@ def on_more_gpus(
 
 
 def sent(ulysses: int) -> float:
-    """Returns the share of all tokens that a rank sends to others in one exchange: all of its own except 1/ulysses."""
+    """Returns the number of tokens that a rank sends in one exchange, divided by the number of all tokens.
+
+    A rank has 1/ulysses of all tokens. The rank keeps 1/ulysses of its tokens, and sends the rest to other ranks.
+    """
     return (ulysses - 1) / ulysses**2
 
 
@@ -110,10 +120,12 @@ def mesh_of(num_gpus: int, cfg: int | None = None) -> Mesh:
 
 
 def fit(forward: Document, profile: Document, vae: Document, video: Document) -> CostModel:
-    """Fits the model.
+    """Fits the cost model to the documents of four benchmarks.
 
-    `forward` has a forward on one GPU and on two, and `profile` the shares of one on one GPU. `vae` has the VAE on one
-    GPU and on two. `video` has whole videos on two GPUs: their seconds beyond denoising and the VAE are the start.
+    `forward`: the time of a forward on one GPU and on two GPUs.
+    `profile`: how the time of a forward on one GPU is divided among its parts.
+    `vae`: the times of the VAE on one GPU and on two GPUs.
+    `video`: the times of whole videos on two GPUs. The time without text, denoising and VAE is the start.
     """
     one_s, two_s = (forward["ways"][name]["ms"] / 1000 for name in ("one", "ulysses 2"))
     tokens, shares = forward["tokens"], next(iter(profile["profiles"].values()))["shares"]  # the first is one GPU's
@@ -135,7 +147,7 @@ def fit(forward: Document, profile: Document, vae: Document, video: Document) ->
 
 
 def tokens_of(width: int, height: int, frames: int) -> int:
-    """Returns the tokens of a video of this size."""
+    """Returns the number of tokens of a video of this size."""
     return (frames + 3) // 4 * (height // 16) * (width // 16)
 
 
@@ -146,7 +158,7 @@ def _tokens_of_vae(vae: Document) -> int:
 
 @dataclass(frozen=True)
 class WholeVideo:
-    """Holds the medians that `benchmarks/whole_video.py --random` measured of commands with a new prompt."""
+    """Holds medians of `benchmarks/whole_video.py --random`, over the commands that had a new prompt."""
 
     num_gpus: int
     steps: int
@@ -156,7 +168,7 @@ class WholeVideo:
 
     @classmethod
     def read(cls, document: Document) -> WholeVideo:
-        """Takes the document of the benchmark."""
+        """Returns the medians of the JSON document that the benchmark printed."""
         options, rows = document["options"], document["videos"]["new"]
         num_gpus, steps = (
             int(options[options.index(name) + 1]) if name in options else default
@@ -167,16 +179,16 @@ class WholeVideo:
         return cls(num_gpus, steps, tokens_of(*document["size"]), seconds, beyond)
 
     def whole_s(self, steps: int = STEPS) -> float:
-        """Returns the seconds of a command with so many steps: those of denoising are multiplied."""
+        """Returns the seconds of a command with `steps` steps; only the seconds of denoising depend on the steps."""
         return self.beyond_s + self.seconds["denoise"] * steps / self.steps
 
 
 def checks(
     model: CostModel, *, forward: Document | None = None, vae: Document | None = None, video: Document | None = None
 ) -> list[dict[str, Any]]:
-    """Compares the model with measurements that it was not fitted on; each document may be missing.
+    """Compares the model with measurements to which it was not fitted; a document that is None is left out.
 
-    The document of a forward or of the VAE counts for the largest number of ranks that it has.
+    The documents `forward` and `vae` may have several numbers of ranks; only the largest number is compared.
     """
     found = []
     if forward:

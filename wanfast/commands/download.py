@@ -1,4 +1,4 @@
-"""`wanfast download`: fetches published weights into the artifacts folder: the model, or a pair of LoRAs."""
+"""`wanfast download`: fetches the published model, or a published pair of LoRAs, into the artifacts folder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def download(
     lora: Annotated[
         str | None,
         typer.Option(
-            help="Fetch a pair of LoRAs that distils the experts to four steps, instead of the model: "
+            help="Instead of the model, fetch a pair of LoRAs that distils the experts to four steps: "
             f"{' or '.join(PAIRS)}.",
             metavar="<name>",
             rich_help_panel=MAKE,
@@ -54,10 +54,10 @@ def download(
     ] = False,
     json_: options.Json = False,
 ) -> None:
-    """Fetch the published weights, or a published pair of LoRAs, but only the files that wanfast reads.
+    """Fetch the published weights, or a published pair of LoRAs.
 
-    At the end the size of every file and the sha256 of every large file are verified. Run the command again after a
-    failure: complete files are not fetched again.
+    Only files that wanfast reads are fetched. At the end, the size of every file and the sha256 of every large file are
+    verified. After a failure, run the command again: complete files are not fetched again.
     """
     from wanfast.runtime.store import hub as worker  # huggingface_hub begins here: 0.3 s
 
@@ -72,7 +72,7 @@ def download(
         result = worker.download(request, progress=sys.stderr.isatty())
         console.print(f"{_summary(result)}, {result['seconds']:.0f} s", markup=False)
     if "options" in result:
-        console.print(f"`wanfast generate` uses them with {result['options']}", markup=False)
+        console.print(f"`wanfast generate` uses this pair of LoRAs with {result['options']}", markup=False)
     if json_:
         print(json.dumps(result))
 

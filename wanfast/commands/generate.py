@@ -32,8 +32,9 @@ def generate(
     jobs: Annotated[
         Path | None,
         typer.Option(
-            help="Make many videos: each line of this file is a JSON object of options, which override those of "
-            "the command line. The paths of a line's image, experts and LoRAs are relative to the file's folder.",
+            help="Make many videos: each line of this file is a JSON object with the options of one video, which "
+            "override options of the command line. In a line, the paths of the image, the experts and the LoRAs are "
+            "relative to the folder of this file.",
             rich_help_panel=MAKE,
         ),
     ] = None,

@@ -39,7 +39,7 @@ DryRun = Annotated[
 
 
 def files(name: str) -> Any:
-    """Returns Typer's option for an option that names files of experts or LoRAs."""
+    """Returns the Typer option `name`, which names files of experts or LoRAs."""
     facts = OPTIONS[name].option
     return typer.Option(metavar=facts.metavar, help=facts.help, rich_help_panel=facts.panel)
 

@@ -1,6 +1,6 @@
 """Reads a calibration set: a folder with images and a `clips.jsonl`, which gives each image its prompt.
 
-Two small sets ship with the package: scenes of the tiny model's world, and photographs.
+Two small sets ship with the package: one of drawn scenes for the model `tiny`, and one of photographs.
 This module does not import torch.
 """
 

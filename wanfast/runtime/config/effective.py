@@ -104,7 +104,7 @@ class EffectiveConfig:
         return {name: getattr(part, name) for part in parts for name in options_of(type(part))}
 
     def replace(self, **values: Any) -> EffectiveConfig:
-        """Returns a copy in which the fields named in `values` have new values; the fields may be in any part."""
+        """Returns a copy with the new `values` of fields, which may belong to any of the config's five parts."""
         hashes = {
             "image_sha256": self.video.image_sha256,
             "expert_sha256": self.models.expert_sha256,
@@ -147,8 +147,8 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
     recipe = chosen.pop("recipe", None)
     if recipe and RECIPES[recipe].distilled and command == "calibrate-magcache":
         raise ConfigError(
-            f"--recipe {recipe}: a curve is measured without distilled weights, whose steps are never skipped: drop "
-            "--recipe"
+            f"--recipe {recipe}: a curve is measured without distilled weights, because distilled steps are never "
+            "skipped: drop --recipe"
         )
     return {name: value for name, value in chosen.items() if name in given or command in OPTIONS[name].option.also}
 

@@ -249,7 +249,9 @@ class QuantizeConfig:
         left_out = {"high": "low_noise", "low": "high_noise"}.get(self.expert)
         for name in (f"lora_{left_out}", f"{left_out}_expert") if left_out else ():
             if getattr(self, name):
-                raise ConfigError(f"--expert {self.expert} leaves out the expert of {flag(name)}: drop one of the two")
+                raise ConfigError(
+                    f"--expert {self.expert} and {flag(name)} are for different experts: drop one of the two"
+                )
 
 
 # The options that say which weights are quantized.

@@ -1,11 +1,13 @@
 """Defines the recipes: named sets of options. An option that the user gives overrides the recipe's value.
 
-The published recipes are the lines of a published benchmark: the reference program on 8 GPUs. The first line uses
-FlashAttention-2 (torch's own build, because the package has no wheel). Further lines add the program's switches. In all
-lines, the ranks compute the branches one after the other and share the tokens of each branch. The models are sharded,
-unless the experts are quantized. Each branch skips forwards separately. For our recipes (`exact`, `near-exact`,
-`fast`), wanfast chooses the mesh. The recipes of few steps need distilled weights, and have the noise levels for which
-these weights were distilled.
+The published recipes come from a published benchmark, which ran the reference program on 8 GPUs. The first of them uses
+FlashAttention-2: the build that is part of torch, because FlashAttention-2's own package has no wheel. The others use
+further switches of the reference program. In all published recipes, the ranks compute the branches one after the other,
+and share the tokens of each branch. The models are sharded, unless the experts are quantized. Each branch skips
+forwards separately.
+
+For our recipes (`exact`, `near-exact`, `fast`), wanfast chooses the mesh. The recipes of few steps need distilled
+weights. They have lists of noise levels, because weights are distilled for certain noise levels.
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ def with_recipe(given: Options) -> dict[str, Any]:
     if fixed and "sigmas" in of_recipe and given.get("sigmas") is None:
         raise ConfigError(
             f"--recipe {name} and --{fixed} exclude each other, because the recipe has its own noise levels: drop one "
-            "of the two, or give other levels by --sigmas"
+            f"of the two, or give --sigmas instead of --{fixed}"
         )
     if given.get("sigmas") is not None:
         of_recipe.pop("switch_step", None)  # an index into the recipe's own list

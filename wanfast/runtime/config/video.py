@@ -39,7 +39,7 @@ def _frames_fix(frames: int) -> str | None:
 
 
 def parse_sigmas(text: str) -> tuple[float, ...]:
-    """Returns the noise levels of a list such as '1,0.9375,0.625'. Raises ValueError if one is no number."""
+    """Returns the noise levels of a list such as '1,0.9375,0.625'. Raises ValueError if a level is not a number."""
     return tuple(map(float, text.split(",")))
 
 
@@ -138,8 +138,8 @@ class VideoConfig(Part):
     sigmas: Annotated[
         str | None,
         Option(
-            "Noise levels of the steps instead of --steps and --shift, falling from 1 at most and separated by commas. "
-            "The last step goes to 0.",
+            "Noise levels, one for each step: falling numbers of at most 1, separated by commas. They replace --steps "
+            "and --shift. The last step goes to 0.",
             SAMPLING,
             metavar="<s,s,...>",
             check=_sigmas_fix,
@@ -177,7 +177,8 @@ class VideoConfig(Part):
     guidance_gate: Annotated[
         float,
         Option(
-            "Share of each expert's steps that compute the negative prompt. Later steps reuse the last difference.",
+            "Share of each expert's steps, from the first one, that run the negative prompt's branch. The expert's "
+            "later steps reuse the last difference between the two predictions.",
             SAMPLING,
             also=("bench",),
             default="1",
@@ -191,8 +192,8 @@ class VideoConfig(Part):
     solver: Annotated[
         Solver,
         Option(
-            "Flow-matching solver. unipc-euler is UniPC in the high-noise expert, then Euler. rcm adds fresh noise in "
-            "each step.",
+            "Flow-matching solver. unipc-euler is UniPC for the high-noise expert and Euler for the low-noise expert. "
+            "rcm adds fresh noise in each step.",
             SAMPLING,
             also=MEASURE,
         ),
@@ -219,16 +220,16 @@ class VideoConfig(Part):
     def _check_schedule(self) -> None:
         for option, value in (("--steps", self.steps), ("--shift", self.shift)):
             if value is None and self.sigmas is None:
-                raise ConfigError(f"{option} is missing: give it, or the noise levels by --sigmas")
+                raise ConfigError(f"{option} is missing: give {option}, or give noise levels by --sigmas")
             if value is not None and self.sigmas is not None:
                 raise ConfigError(
-                    f"{option} {value:g} and --sigmas exclude each other, because a list of noise levels has its own "
-                    f"number of steps and is shifted already: drop {option}, or drop --sigmas"
+                    f"{option} {value:g} and --sigmas exclude each other, because the list of noise levels "
+                    f"already determines the steps and the shift: drop {option}, or drop --sigmas"
                 )
         if self.switch_step is not None and self.sigmas is None:
             raise ConfigError(
-                f"--switch-step {self.switch_step} counts the steps of --sigmas and excludes --steps and --shift: give "
-                "the noise levels by --sigmas, or drop --switch-step"
+                f"--switch-step {self.switch_step} is only for the list of --sigmas: drop --switch-step, or give noise "
+                "levels by --sigmas instead of --steps and --shift"
             )
         if self.switch_step is not None and self.switch_step > self.num_steps:
             raise ConfigError(
@@ -236,13 +237,13 @@ class VideoConfig(Part):
             )
         if self.guidance_gate != 1 and self.guidance_high_noise == self.guidance_low_noise == 1:
             raise ConfigError(
-                f"--guidance-gate {self.guidance_gate:g} needs guidance, but both experts have none: drop it, or give "
-                "--guidance-high-noise or --guidance-low-noise"
+                f"--guidance-gate {self.guidance_gate:g} needs guidance, but both guidance scales are 1: drop "
+                "--guidance-gate, or give another scale by --guidance-high-noise or --guidance-low-noise"
             )
 
     @property
     def levels(self) -> tuple[float, ...] | None:
-        """Returns the noise levels of --sigmas, or None if the steps and the shift give them."""
+        """Returns the noise levels of --sigmas, or None if --steps and --shift determine the noise levels."""
         return None if self.sigmas is None else parse_sigmas(self.sigmas)
 
     @property

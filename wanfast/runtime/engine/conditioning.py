@@ -39,9 +39,9 @@ def with_mask(latents: Tensor, num_mask_channels: int, *, last: bool = False) ->
 
 
 class Noise:
-    """Draws the standard normal noise [1, C, T, h, w] of one video in float32, one draw after the other.
+    """Draws standard normal noise [1, C, T, h, w] in float32 for one video.
 
-    With `device` "cpu", a seed gives the same noise on every machine.
+    Each draw gives new noise. With `device` "cpu", a seed gives the same noise on every machine.
     """
 
     def __init__(self, seed: int, geometry: Geometry, channels: int, device: str) -> None:
@@ -53,7 +53,7 @@ class Noise:
 
 
 def draw_noise(seed: int, geometry: Geometry, channels: int, device: str) -> Tensor:
-    """Returns the first noise of a video, from which the video is made."""
+    """Returns the first noise of a video, from which denoising starts."""
     return Noise(seed, geometry, channels, device).draw()
 
 

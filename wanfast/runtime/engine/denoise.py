@@ -1,8 +1,8 @@
 """The sampling loop turns noise into a clean latent, with one expert and up to two guidance branches a step.
 
 The loop has no models: it calls `velocities(step index, expert, branches, sample, timestep)`. The plan says which
-expert runs in a step. At high noise it is the high-noise expert, which decides motion and composition. Below, it is
-the low-noise expert, which refines details. Each expert has its own guidance scale.
+expert runs in a step. The first steps run the high-noise expert, which decides motion and composition. The later steps
+run the low-noise expert, which refines details. Each expert has its own guidance scale.
 """
 
 from __future__ import annotations

@@ -495,7 +495,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * grid_dims, dtype=dtype))
 
     def forward(self, x: Tensor, *, silu: bool = False) -> Tensor:
-        """Returns the normalised x, or the SiLU of it."""
+        """Returns the normalised x; if `silu` is true, returns SiLU(normalised x) instead."""
         return vae_fused.rms_norm(x, self.gamma, silu=silu)
 
     def into(self, out: Tensor, x: Tensor) -> None:

@@ -124,7 +124,7 @@ class Plan:
 
     @property
     def num_forwards(self) -> int:
-        """Returns the number of forwards: one for each step, or two if the step's guidance uses a negative prompt."""
+        """Returns the number of forwards: one for each step, or two if the negative prompt's branch runs too."""
         return sum(1 + both for both in self.guided)
 
     @cached_property
@@ -136,9 +136,11 @@ class Plan:
     def always_computed(self) -> list[int]:
         """Returns the steps that skip nothing, whatever the curve and the settings of MagCache say.
 
-        The steps after the curve's are those of distilled weights. An expert's last step with guidance gives the
-        difference that all later steps of the expert reuse. Its first step without guidance is the first step in which
-        all ranks of parallel guidance compute the prompt's residual.
+        These are three kinds of steps:
+        * steps after the end of the curve, because they belong to distilled weights;
+        * an expert's last step with guidance, because all later steps of the expert reuse its difference;
+        * an expert's first step without guidance, because only from this step on do all ranks of parallel guidance
+          compute the prompt's residual.
         """
         distilled = range(len(self.schedule) if self.curve is None else self.curve.num_steps, len(self.schedule))
         return [*gate_steps(self.experts, self.guided), *distilled]
@@ -403,7 +405,7 @@ def effective(given: Options, files: ModelFiles, image_sha256: str) -> Effective
 
 
 def model_of(given: Options) -> ModelFiles:
-    """Refuses values that are wrong for every model, then locates the model's files. Raises WanFastError."""
+    """Refuses values of options that no model accepts, then locates the model's files. Raises WanFastError."""
     return model_files.locate_for(EffectiveConfig.of(given, A14B).models)
 
 

@@ -152,12 +152,12 @@ def _plan(
             )
         if request.expert_sha256 not in (None, plan.config.models.expert_sha256):
             raise ConfigError(
-                "--from: a file of an expert is not that of the earlier run: restore that file, or give the experts "
-                f"by {' and '.join(map(flag, _EXPERTS))}"
+                "--from: the file of an expert differs from the earlier run: restore the earlier file, or give "
+                f"experts by {' and '.join(map(flag, _EXPERTS))}"
             )
         if request.lora_sha256 not in (None, plan.config.models.lora_sha256):
             raise ConfigError(
-                "--from: a LoRA file is not that of the earlier run: restore that file, or give the LoRAs by --lora"
+                "--from: a LoRA file differs from the earlier run: restore the earlier file, or give LoRAs by --lora"
             )
         if needs_weights:
             require_attention(plan.config.models.attention, plan.config.ranks.device)

@@ -3,13 +3,14 @@
 Denoising steps after the first one take about the same time. So in a group of one rank, the earlier steps give a time
 limit for a later step. In a larger group, a rank that waits for another rank ends the group after --rank-timeout.
 The start, and the stages of loading, compiling, encoding, decoding and writing have no such limit. Their time depends
-on the disk, the model and the size. Also, all ranks of a larger group may stop where none waits for another rank.
-So a group hangs if it neither reports progress nor works for a long time. The group works if one of its ranks on this
-machine works. Before the first rank has started, the group works if its launcher works. Later, the launcher does not
-count, because it always looks after its ranks.
+on the disk, the model and the size. Also, all ranks of a larger group may stop at places where no rank waits for
+another rank. Therefore a group also counts as hung if, for a long time, it neither reports progress nor works. The
+group works if one of its ranks on this machine works. Before the first rank has started, the group works if its
+launcher works. Later, the launcher does not count, because it always looks after its ranks.
 The counters of the operating system show whether a process works: it reads, writes or touches new memory. On a CPU, CPU
 time counts as work too. On a GPU, CPU time does not count, because a host thread uses CPU time even while it only waits
-for its GPU. A healthy rank may then show no work during a long computation, so that the limit on a GPU is never short.
+for its GPU. So a healthy rank on a GPU may show no work during a long computation. Therefore the time limit on a GPU is
+always long.
 A rank that waits for others in gloo shows no work: it uses 0.3 % of a core. This was not measured for NCCL's threads.
 Three hangs are not found: an endless loop on a CPU, a process that reads, writes or touches memory for ever, and a
 launcher that stops after it has formed its rank group but before the first rank has started.

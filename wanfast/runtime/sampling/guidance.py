@@ -2,9 +2,10 @@
 
 Source: Ho & Salimans (arXiv 2207.12598) eq. 6 with scale = 1 + w; at scale 1 the negative prompt has no effect.
 
-A gate stops the negative prompt's branch after a share of an expert's steps. Let D be the last difference of the two
-predictions that this expert made. Later steps add (scale - 1) D to the prediction for the prompt. So the guidance goes
-on in the last known direction, and such a step runs one forward instead of two.
+A gate stops the negative prompt's branch after a given share of an expert's steps. Let D be the difference of the two
+predictions in the expert's last step with both branches. Each later step of this expert adds (scale - 1) D to the
+prediction for the prompt. So the guidance goes on in the last known direction, and each of these steps runs one forward
+instead of two.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def needs_unconditional(scale: float) -> bool:
 def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate: float = 1.0) -> list[bool]:
     """Returns for each step whether the negative prompt's branch runs.
 
-    `gate`: the share of an expert's steps, from its first one, in which the branch runs. The number is rounded, and is
-    at least 1, because later steps need a difference.
+    `gate`: the share of an expert's steps, from its first one, in which the branch runs. The number of these steps
+    is rounded, and is at least 1, because later steps need a difference.
     """
     left = {
         expert: max(1, round(gate * experts.count(expert))) if needs_unconditional(scales[expert]) else 0
@@ -43,7 +44,7 @@ def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate
 
 
 def gate_steps(experts: Sequence[Expert], guided: Sequence[bool]) -> list[int]:
-    """Returns the steps on both sides of each gate: an expert's last one with guidance and its first one without."""
+    """Returns two steps for each gate: the expert's last step with guidance, and its first step without guidance."""
     return [
         step
         for after in range(1, len(guided))

@@ -9,9 +9,9 @@ Let s and s' be the noise levels of steps i and i+1, and lambda(s) = ln(1 - s) -
 step: (s'/s) x + (1 - s'/s) m. The second-order step adds a term to it: a multiple of the slope of m, where m is taken
 as a function of lambda.
 
-A run has the noise levels of a grid (`grid`), or those of a list (`listed`) for weights that were distilled to few
-steps. UniPC followed by Euler (`unipc-euler`) is for a model of which only the low-noise expert is distilled. `rcm`
-mixes m with fresh noise: x' = (1 - s') m + s' noise.
+The noise levels of a run come from a grid (`grid`) or from a list (`listed`). Lists are for weights that were distilled
+to few steps. UniPC followed by Euler (`unipc-euler`) is for a model of which only the low-noise expert is distilled.
+`rcm` mixes m with fresh noise: x' = (1 - s') m + s' noise.
 Torch-free: a sample may be an array of any library.
 Sources: DPM-Solver++ (arXiv 2211.01095) eq. 12; UniPC (arXiv 2302.04867) algorithms 5 and 7 with B(h) = e^h - 1. The
 noise levels and the solver orders are those of Wan-Video/Wan2.2 (wan/utils/fm_solvers*.py), because the model was tuned
@@ -65,16 +65,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Levels:
-    """Holds the noise levels of a run, one for each step and a last one of 0, and the timestep of each step."""
+    """Holds the noise level and the timestep of each step of a run; after the last step's noise level, a 0 is added."""
 
     sigmas: tuple[float, ...]  # float32 values
     timesteps: tuple[int, ...]
     start: float = 1.0  # the noise is multiplied by it before the first step
 
     def experts(self, boundary: float, switch_step: int | None = None) -> list[Expert]:
-        """Returns the expert of each step: by the step's timestep, or by its index if `switch_step` is given.
+        """Returns the expert of each step.
 
-        `switch_step` is the number of steps of the high-noise expert.
+        If `switch_step` is given, the high-noise expert runs this number of steps, and the low-noise expert the rest.
+        Otherwise, the timestep of a step and `boundary` decide.
         """
         if switch_step is None:
             return [expert_of(timestep, boundary) for timestep in self.timesteps]
@@ -90,10 +91,10 @@ def grid(solver: Solver, num_steps: int, shift: float) -> Levels:
 
 
 def listed(solver: Solver, sigmas: Sequence[float]) -> Levels:
-    """Returns the levels of a list, which are shifted already; the last step goes to 0.
+    """Returns the noise levels of a list, to which no shift is applied; the last step goes to 0.
 
-    A solver of order 1 starts at noise times the first level, which is what the model expects there. UniPC and DPM++
-    start at the noise itself, as on their grids.
+    For solvers of order 1, the first noise is multiplied by the first level, because the model expects such a sample at
+    this level. For UniPC and DPM++, the noise is not multiplied, as on their grids.
     """
     return _levels(np.array(sigmas, dtype=np.float64), is_scaled=solver in ("euler", "rcm"))
 
@@ -114,7 +115,7 @@ def solve(solver: Solver, levels: Levels, num_high: int) -> tuple[Step, ...]:
     """Returns the steps of `solver` on any levels; the high-noise expert runs the first `num_high` steps.
 
     The first and the last step of UniPC and DPM++ are of first order. In `unipc-euler`, the last step of UniPC goes to
-    the first level of the low-noise expert, however far it is.
+    the first level of the low-noise expert, even if that level is far away.
     """
     sigmas, num_steps = levels.sigmas, len(levels.timesteps)
     num_unipc = {"unipc": num_steps, "unipc-euler": num_high}.get(solver, 0)

@@ -71,7 +71,7 @@ class Curve:
 
     @property
     def num_steps(self) -> int:
-        """Returns the number of steps that the curve knows, from the first one."""
+        """Returns for how many steps the curve has ratios; these are the first steps of a run."""
         return len(self.ratios)
 
 
@@ -86,13 +86,13 @@ def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
     is_list = config.video.levels is not None
     if is_list and not short and asked.magcache != "preset":
         raise ConfigError(
-            f"--magcache {asked.magcache} and --sigmas exclude each other, because a stored curve belongs to --steps "
-            "and --shift: use --magcache preset, or drop --magcache"
+            f"--magcache {asked.magcache} and --sigmas exclude each other, because a stored curve is measured with "
+            "--steps and --shift: use --magcache preset, or drop --magcache"
         )
     if is_list and asked.magcache_interpolate:
         raise ConfigError(
-            "--magcache-interpolate and --sigmas exclude each other, because distilled steps are never skipped: drop "
-            "--magcache-interpolate"
+            "--magcache-interpolate and --sigmas exclude each other, because a curve is interpolated only to --steps "
+            "and --shift: drop --magcache-interpolate"
         )
     answered = dataclasses.replace(
         asked,
@@ -225,13 +225,13 @@ def _of_base_part(
     solver, skipping = config.video.solver, config.skipping
     if num_base < 2 or of["solver"] != solver.removesuffix("-euler"):
         raise ConfigError(
-            f"--magcache {curve.name}: only steps of the curve can be skipped ({of['steps']} steps with {of['solver']} "
-            f"at shift {of['shift']:g}), but these noise levels with {solver} are others: drop --magcache"
+            f"--magcache {curve.name}: its curve ({of['steps']} steps with {of['solver']} at shift {of['shift']:g}) "
+            f"does not fit the steps of --sigmas with {solver}, so that no step can be skipped: drop --magcache"
         )
     if skipping and skipping.magcache_rule == "low-noise-only" and wanted[num_base - 1][0] == "high_noise":
         raise ConfigError(
-            "--magcache-rule low-noise-only: all steps that may be skipped are of the high-noise expert, because "
-            "distilled steps are never skipped: use --magcache-rule both-experts"
+            "--magcache-rule low-noise-only: no step can be skipped, because the steps of the low-noise expert are "
+            "distilled: use --magcache-rule both-experts"
         )
     return Curve(curve.name, curve.ratios[:num_base])
 

@@ -1,17 +1,19 @@
 """Finds an expert that --high-noise-expert or --low-noise-expert names, and reads how its tensors are stored.
 
-Such an expert is a safetensors file, a GGUF file, or a folder of one of them. Only headers are read here, without
-torch; `weights.forms` reads the values. The value of a tensor is what is stored, times a scale if the file has one:
+Such an expert is a safetensors file, a GGUF file, or a folder with safetensors files or one GGUF file. Only headers are
+read here, without torch; `weights.forms` reads the values. If the file has a scale of a tensor, the tensor's values are
+the stored numbers times the scale. These forms are known:
 
-| form | scale of X.weight | mark of the form |
+| form | scale of X.weight | what the file says about its form |
 |---|---|---|
-| single file in fp32, fp16 or bf16 | none | |
-| scaled fp8 of 2025 | X.scale_weight, one number | a tensor `scaled_fp8` |
-| scaled fp8 or int8 of 2026 | X.weight_scale, one number or [out, 1] | X.comfy_quant, or in the header |
-| fp8 or int8 of the distilled repository | X.weight_scale [out, 1] | |
-| GGUF | inside of its blocks | the type of each tensor |
+| fp32, fp16 or bf16 | none | nothing |
+| scaled fp8 of 2025 | a tensor X.scale_weight: one number | a tensor `scaled_fp8` |
+| scaled fp8 or int8 of 2026 | a tensor X.weight_scale: one number, or [out, 1] | a tensor X.comfy_quant, or metadata |
+| fp8 or int8 of the distilled repository | a tensor X.weight_scale: [out, 1] | nothing |
+| GGUF | inside the blocks of X.weight | the type of each tensor |
 
-Scales of tokens (X.scale_input, X.input_scale) are dropped, because our 8-bit products scale each token at run time.
+Scales of activations (X.scale_input, X.input_scale) are dropped, because our 8-bit products compute a scale for each
+token at run time.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ _TAKEN_BY: Mapping[str, tuple[Scheme, ...]] = {
 
 
 class Named(Protocol):
-    """A config that may name files of experts."""
+    """This class stands for any config that may name files of experts."""
 
     @property
     def high_noise_expert(self) -> str | None: ...
@@ -66,7 +68,7 @@ class Named(Protocol):
 
 @dataclass(frozen=True)
 class NamedExpert:
-    """This class names one expert by the file or folder of its option."""
+    """This class holds one expert, and the file or folder that its option names."""
 
     expert: Expert
     path: Path
@@ -80,12 +82,12 @@ class NamedExpert:
         return f"{self.flag} {self.path}"
 
     def words(self) -> tuple[str, str]:
-        """Returns the words that name this expert on the command line."""
+        """Returns the option and the path that name this expert on the command line."""
         return self.flag, str(self.path)
 
     @property
     def files(self) -> list[Path]:
-        """Returns the files of the expert, as far as they exist. Raises ConfigError if there are none."""
+        """Returns the files of the expert. Raises ConfigError if the path does not hold the weights of one expert."""
         fix = f"name a file that ends in {' or '.join(SUFFIXES)}, or a folder with such files"
         with foreign(self.subject, fix):
             exists, is_folder, in_gguf = self.path.exists(), self.path.is_dir(), sorted(self.path.glob("*.gguf"))
@@ -99,7 +101,7 @@ class NamedExpert:
         return found
 
     def header(self) -> Header:
-        """Returns what the files say of their tensors. Raises ConfigError or CorruptArtifactError."""
+        """Returns how the expert's tensors are stored. Raises ConfigError or CorruptArtifactError."""
         return _header(self)
 
     def digest(self, artifacts: Path) -> str:
@@ -107,13 +109,13 @@ class NamedExpert:
         return digest_of(self.files, artifacts, self.flag)
 
     def check(self, scheme: Scheme | None, loras: Iterable[Lora], option: str, without: str) -> None:
-        """Raises WanFastError if the files cannot be the expert, or if a scheme would round their weights twice.
+        """Raises WanFastError if the files belong to the other expert, or if `scheme` would round their weights twice.
 
-        `option` names the `scheme` on the command line, and `without` says what to do instead of it.
+        `option` is the option that gives the scheme. `without` is a fix that avoids the scheme, as "drop --quantize".
         """
         if (named := expert_in(self.path.name)) not in (None, self.expert):
-            fix = f"use {flag(f'{named}_expert')}, or give it another name"
-            raise ConfigError(f"{self.subject}: the name is that of the other expert: {fix}")
+            fix = f"use {flag(f'{named}_expert')}, or change the name"
+            raise ConfigError(f"{self.subject}: the name says that this is the other expert: {fix}")
         kinds = [kind for kind in self.header().rounded if kind in _TAKEN_BY]
         if not in_8_bits(scheme) or not kinds:
             return
@@ -121,7 +123,7 @@ class NamedExpert:
             why = f"its weights are stored as {wrong}, and {option} {scheme} would round them a second time"
             raise ConfigError(f"{self.subject}: {why}: use {option} {_TAKEN_BY[wrong][0]}, or {without}")
         if lora := next((lora for lora in loras if lora.has_expert(self.expert)), None):
-            why = f"{self.flag} stores its weights in 8 bits, and merged they would be rounded a second time"
+            why = f"{self.flag} has weights in 8 bits, and quantizing after the merge would round them a second time"
             raise ConfigError(f"{lora.flag} {lora.file}: {why}: {without}, or use an expert in fp16 or bf16")
 
 
@@ -132,9 +134,9 @@ def named_experts(config: Named) -> tuple[NamedExpert, ...]:
 
 
 def identified(models: ModelsConfig) -> ModelsConfig:
-    """Returns a config with the hashes of the experts and LoRAs that it names; checks both as far as headers tell.
+    """Checks the experts and LoRAs that a config names, and returns the config with their hashes.
 
-    Raises ConfigError or CorruptArtifactError.
+    The checks read only the names and the headers of the files. Raises ConfigError or CorruptArtifactError.
     """
     artifacts, experts = Path(models.artifacts_dir), named_experts(models)
     loras = find_loras(models, artifacts)
@@ -172,13 +174,13 @@ class Stored:
 
     @property
     def is_plain(self) -> bool:
-        """Returns whether the stored numbers are the values."""
+        """Returns whether the values are stored as they are: without a scale, and not in GGUF."""
         return self.offset is None and self.scale is None
 
 
 @dataclass(frozen=True)
 class Header:
-    """This class holds how the tensors of an expert are stored, by their names without a prefix."""
+    """This class says for each tensor of an expert how it is stored; names of tensors have no prefix here."""
 
     tensors: Mapping[str, Stored]
 
@@ -188,7 +190,7 @@ class Header:
 
     @property
     def rounded(self) -> list[str]:
-        """Returns the kinds of numbers in fewer than 16 bits that are stored."""
+        """Returns the dtypes of the stored tensors, except fp32, fp16 and bf16."""
         return sorted({stored.dtype for stored in self.tensors.values()} - {*_FLOATS})
 
     @property
@@ -220,7 +222,7 @@ def _header(named: NamedExpert) -> Header:
 def _read_safetensors(file: Path, subject: str, marks: dict[str, Any]) -> Iterator[Stored]:
     """Yields the tensors of a safetensors file; adds {layer: mark} to `marks`."""
     with (
-        foreign(subject, f"it is damaged or no safetensors file: {_AGAIN}", CorruptArtifactError),
+        foreign(subject, f"it is damaged, or is not a safetensors file: {_AGAIN}", CorruptArtifactError),
         safe_open(file, framework="np") as handle,
     ):
         slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
@@ -238,7 +240,7 @@ def _read_gguf(file: Path, subject: str, marks: dict[str, Any]) -> Iterator[Stor
         raise ConfigError(f"{subject}: reading GGUF needs the package gguf: run `{GGUF_FIX}`")
     from gguf import GGUFReader
 
-    with foreign(subject, f"it is damaged or no GGUF file: {_AGAIN}", CorruptArtifactError):
+    with foreign(subject, f"it is damaged, or is not a GGUF file: {_AGAIN}", CorruptArtifactError):
         facts = [(each, tuple(map(int, reversed(each.shape)))) for each in GGUFReader(file).tensors]
     tensors = [Stored(file, each.name, shape, each.tensor_type.name, each.data_offset) for each, shape in facts]
     kinds = {stored.dtype: stored for stored in tensors}
@@ -290,7 +292,7 @@ def _with_scales(found: Mapping[str, Stored], marks: Mapping[str, Any], subject:
             raise refuse(stored, f"is a second scale of {found[weight].key!r}")
         rows = found[weight].shape[:1]
         if math.prod(stored.shape) != 1 and stored.shape not in (rows, (*rows, 1)):
-            fix = "use a file that is scaled by tensor or by row"
+            fix = "use a file with one scale for each tensor or for each row"
             raise refuse(stored, f"has the shape {list(stored.shape)}: one number, or one for each row, is needed", fix)
         if stored.dtype not in _FLOATS:
             raise refuse(stored, f"is stored as {stored.dtype}, not {' or '.join(_FLOATS)}")
@@ -315,5 +317,5 @@ def _check_marks(found: Mapping[str, Stored], marks: Mapping[str, Any], subject:
             words = ", ".join([str(mark.get("format")), *changed])
             raise CorruptArtifactError(
                 f"{subject}: layer {layer!r} is stored as {stored.dtype if stored else 'nothing'} in the format "
-                f"{words!r:.80}: use a file in {known} without further keys, in fp16 or in bf16"
+                f"{words!r:.80}: use a file in fp16 or bf16, or in {known} without other settings"
             )

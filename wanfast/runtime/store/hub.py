@@ -117,7 +117,7 @@ class Request:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Returns patterns of files, each of which must match a file."""
+        """Returns patterns of file names; the repository must hold a file for each pattern."""
         return tuple(PAIRS[self.lora].files.values()) if self.lora else _NEEDED[self.layout]
 
 

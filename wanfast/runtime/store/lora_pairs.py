@@ -1,6 +1,7 @@
-"""Names the published pairs of LoRAs that distil the experts to four steps, and refuses a recipe without such weights.
+"""Names the published pairs of LoRAs that distil the experts to four steps.
 
-`wanfast download --lora NAME` fetches a pair into <artifacts>/loras/NAME.
+`wanfast download --lora NAME` fetches a pair into <artifacts>/loras/NAME. If a recipe needs distilled weights and the
+user gives none, the recipe is refused.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ def words_of(name: str, artifacts: Path, experts: tuple[Expert, ...] = EXPERTS) 
 
 
 def require_distilled(models: ModelsConfig) -> None:
-    """Raises ConfigError if the recipe needs distilled experts, and an expert has no weights that could be distilled.
+    """Raises ConfigError if the recipe needs distilled weights of an expert, and the user gives none for this expert.
 
-    Any LoRA and any file of an expert counts, because nothing in a file says that its weights are distilled.
+    Any LoRA and any file of the expert is accepted, because a file does not say whether its weights are distilled.
     """
     if models.recipe is None:
         return

@@ -146,7 +146,7 @@ def read_header(file: Path, option: str) -> Header:
     if not is_file:
         raise ConfigError(f"{subject}: no such file: check the path")
     with (
-        foreign(subject, "it is damaged or no safetensors file: download it again", CorruptArtifactError),
+        foreign(subject, "it is damaged, or is not a safetensors file: download it again", CorruptArtifactError),
         safe_open(file, framework="np") as handle,
     ):
         slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
@@ -177,7 +177,7 @@ def _check_expert(option: str, file: Path, header: Header) -> None:
 
 
 def expert_in(name: str) -> Expert | None:
-    """Returns the expert that the name of a file says, if it says one."""
+    """Returns the expert that a file's name mentions, or None if the name mentions none or both."""
     halves = set(re.findall(r"(high|low)[-_ ]?noise", name.lower()))
     return {"high": EXPERTS[0], "low": EXPERTS[1]}[halves.pop()] if len(halves) == 1 else None
 

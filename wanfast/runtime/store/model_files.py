@@ -90,7 +90,7 @@ class ModelFiles:
         return files
 
     def named(self, component: Component) -> NamedExpert | None:
-        """Returns the expert that an option names instead of the folder's; None for every other component."""
+        """Returns the expert that an option names for this component, or None if no option names one."""
         return next((named for named in self.experts if named.expert == component), None)
 
     def require(self) -> None:
@@ -132,7 +132,7 @@ class ModelFiles:
 
 
 class Models(Named, Protocol):
-    """A config that names a model."""
+    """This class stands for any config that names a model."""
 
     @property
     def model(self) -> str: ...
@@ -147,7 +147,7 @@ def locate_for(models: Models) -> ModelFiles:
 
 @remembered
 def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()) -> ModelFiles:
-    """Locates the model that `--model` names, and reads its facts; `experts` replace those of the model.
+    """Locates the model that `--model` names, and reads its facts; `experts` replace the experts of this model.
 
     Raises MissingArtifactError (no such folder), ConfigError (no image-to-video model in the folder) and
     CorruptArtifactError (a damaged file of facts).
@@ -215,7 +215,7 @@ def _instead_of(file: Path) -> str:
     if "low" in file.name.lower() and "high" not in file.name.lower():
         pair.reverse()
     line = shlex.join(["--high-noise-expert", str(pair[0]), "--low-noise-expert", str(pair[1])])
-    return f"use `{line}`, and give --model the folder with the VAE and UMT5, or leave it out"
+    return f"use `{line}`, and give --model the folder with the VAE and UMT5, or leave out --model"
 
 
 _HALVES = {"high": "low", "High": "Low", "HIGH": "LOW", "low": "high", "Low": "High", "LOW": "HIGH"}
@@ -231,7 +231,7 @@ def _a14b_root(artifacts: Path, experts: tuple[NamedExpert, ...]) -> Path:
 
 
 def cached(layout: Layout, experts: tuple[NamedExpert, ...] = ()) -> Iterator[Path]:
-    """Yields the Hugging Face cache's folders in which all files of the published weights exist, except `experts`."""
+    """Yields the folders of the Hugging Face cache that hold the published weights; `experts` may be missing there."""
     for root in snapshots(layout):
         with suppress(MissingArtifactError, CorruptArtifactError):
             ModelFiles(root, layout, A14B, "", root, experts).require()

@@ -5,8 +5,8 @@ parameters one by one: it reads the values from the memory-mapped file, moves th
 bf16 model is read from an fp32 file without a second copy of the model.
 A rank group reads each byte of the files about once. If a parameter is sharded, each rank reads its own rows. If a
 parameter is not sharded, each rank reads a part of it, and the ranks exchange the parts.
-A Reader knows how one file stores its tensors: as plain values, or as numbers that are multiplied by scales. Numbers in
-8 bits are taken as they are, without a second rounding, if the quantized layers of the module hold the same kind.
+A Reader knows how one file stores its tensors: as plain values, or as numbers that are multiplied by scales. If a
+file holds 8-bit numbers of the same kind as the module's quantized layers, they are loaded without a second rounding.
 Loading is strict: a tensor that is missing, unexpected or duplicate is an error. A tensor with a wrong shape, a wrong
 dtype or a value that is not finite is an error too. The error names the tensor and the file.
 """
@@ -50,10 +50,10 @@ def unmerged(name: str, rows: Tensor, span: tuple[int, int]) -> tuple[Tensor, Fi
 
 
 class Reader(Protocol):
-    """A reader of the tensors of one file."""
+    """This class stands for any reader of the tensors of one file."""
 
     def header(self) -> Mapping[str, tuple[list[int], str]]:
-        """Returns {key: (shape, dtype)}: the dtype that the values have, as safetensors names it."""
+        """Returns {key: (shape, dtype)}; the dtype is that of the values, by its name in safetensors."""
         ...
 
     def rows(self, key: str, first: int, end: int) -> Tensor:
@@ -61,7 +61,7 @@ class Reader(Protocol):
         ...
 
     def scales(self, key: str, first: int, end: int) -> Tensor | None:
-        """Returns the float32 scales of these rows, one or one for each row; None if the rows are the values."""
+        """Returns the float32 scales of these rows: one for all, or one for each; None if the rows have no scale."""
         ...
 
 
@@ -90,7 +90,7 @@ def load(
     `module` is on the meta device. Each parameter keeps its dtype: the values from the files are cast. All `ranks` must
     call this function together. The parameters go to `device`, by default the rank's device. With `on_the_fly`, the
     files hold unquantized weights, and the weights of quantized layers are quantized while they are read. `merge`
-    changes values before they are cast or quantized. `reader` reads files that are not as `plain_reader` expects them.
+    changes values before they are cast or quantized. `reader` returns the Reader of a file.
     Raises CorruptArtifactError.
     """
     wanted = module.state_dict()
@@ -199,7 +199,7 @@ class Rows:
         return merged
 
     def taken(self, first: int, end: int, scheme: Scheme) -> tuple[Tensor, Tensor] | None:
-        """Returns (8-bit values, scales) as the file stores them, or None if they are not those of the scheme."""
+        """Returns the stored (8-bit values, scales) if the scheme can use them unchanged, and otherwise None."""
         if self.merge is not unmerged:
             return None
         return _taken(self.tensor.rows(first, end), self.tensor.scales(first, end), scheme)

@@ -1,7 +1,7 @@
-"""Reads an expert from the forms in which users hold it; `store.expert_files` lists them.
+"""Reads the weights of an expert in any of the forms that `store.expert_files` lists.
 
-A tensor with a scale is stored numbers (fp8, int8) times the scale, which `checkpoint` multiplies in float32 on the
-device. The package gguf dequantizes the blocks of a GGUF file into float32 on the CPU.
+If a tensor has a scale, the file holds fp8 or int8 numbers. `checkpoint` multiplies them by the scale, in float32 on
+the device. The package gguf dequantizes the blocks of a GGUF file into float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PIECE_VALUES = 4 << 20  # of a GGUF tensor that one thread dequantizes at a tim
 
 
 class Source(TypedDict):
-    """Says where the weights of an expert that is not quantized by us come from, and how they are read."""
+    """Says which files hold the weights of an expert, and how to read them; not for experts that wanfast quantized."""
 
     files: list[Path]
     layout: Layout
@@ -38,7 +38,10 @@ class Source(TypedDict):
 
 
 def source_of(files: ModelFiles, expert: Expert) -> Source:
-    """Returns the files of an expert that an option names, or those of the model's folder. Raises WanFastError."""
+    """Returns the source of an expert: the files that an option names, or else the files in the model's folder.
+
+    Raises WanFastError.
+    """
     named = files.named(expert)
     if named is None:
         return {"files": files.weights(expert), "layout": files.layout, "reader": plain_reader}
