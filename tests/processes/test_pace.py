@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import mmap
 import os
 import subprocess
 import time
@@ -159,7 +160,9 @@ def test_the_kernel_tells_what_a_process_does() -> None:
         pass
     assert work().cpu_s > before.cpu_s and Work.of(os.getpid(), on_cpu=False).cpu_s == 0
     before = work()
-    bytearray(8 << 20)
+    with mmap.mmap(-1, 8 << 20) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        memory[:: mmap.PAGESIZE] = b"1" * (len(memory) // mmap.PAGESIZE)
     assert work().moved >= before.moved + 1000  # pages
     with subprocess.Popen(["sleep", "100"]) as sleeper:
         time.sleep(0.1)  # it starts
