@@ -76,7 +76,7 @@ def test_groups_of_recipes_and_single_ones() -> None:
     assert recipes_of("fast, ours") == ("fast", "exact", "near-exact")
     with pytest.raises(ConfigError, match="--recipes fasst: no such recipe: did you mean fast"):
         recipes_of("exact,fasst")
-    with pytest.raises(ConfigError, match="--recipes is empty"):
+    with pytest.raises(ConfigError, match="--recipes has an empty value"):
         recipes_of(",")
 
 

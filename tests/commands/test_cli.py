@@ -158,7 +158,7 @@ REFUSALS = {
     "no image": (["--image", ""], "--image"),
     "image missing": (["--image", "dog.png"], "--image"),
     "prompt missing": (["--prompt", ""], "--prompt is missing"),
-    "prompt empty": (["--prompt", "  "], "--prompt is empty"),
+    "prompt empty": (["--prompt", "  "], "--prompt has no words"),
     "prompt of control characters": (["--prompt", "\x07\x00"], "--prompt"),
     "frames not 4n+1": (["--frames", "80"], "--frames 80: a video has 4n+1 frames: try 81"),
     "no frames": (["--frames", "0"], "--frames"),
@@ -509,7 +509,7 @@ def test_closed_standard_streams_are_no_error(workdir: Path) -> None:
 def test_an_empty_output_is_refused_in_a_list_too(wanfast: Wanfast, workdir: Path) -> None:
     (workdir / "jobs.jsonl").write_text("{}\n")
     outcome = wanfast(*GOOD, "--jobs", "jobs.jsonl", "--output", "", "--dry-run")
-    assert outcome.exit_code == 2 and "--output : is empty: name an .mp4 file" in outcome.err
+    assert outcome.exit_code == 2 and "--output : has an empty value: name an .mp4 file" in outcome.err
 
 
 def test_the_plan_shows_a_path_as_it_is(wanfast: Wanfast) -> None:

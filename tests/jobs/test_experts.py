@@ -220,7 +220,11 @@ def test_an_expert_that_is_not_quantized_needs_no_file(experts: Path) -> None:
 @pytest.mark.parametrize("words", [("--high-noise-expert", ""), ("--low-noise-expert", " ")])
 def test_an_empty_name_is_refused(wanfast: Wanfast, workdir: Path, words: tuple[str, str]) -> None:
     outcome = wanfast(*GOOD, *words, "--dry-run")
-    assert outcome.exit_code == 2 and f"{words[0]} " in outcome.err and "is empty: name a .safetensors" in outcome.err
+    assert (
+        outcome.exit_code == 2
+        and f"{words[0]} " in outcome.err
+        and "has an empty value: name a .safetensors" in outcome.err
+    )
 
 
 def test_the_key_of_a_curve_holds_the_files(experts: Path) -> None:

@@ -210,7 +210,7 @@ def test_dead_ranks_are_started_again(star: Path, handle: Handle) -> None:
         ({"output": "a.mp4"}, "output is an option of the output file: pass it to Video.save"),
         ({"tint": "red"}, "unknown option 'tint': the options are artifacts_dir"),
         ({"sed": 3}, "unknown option 'sed': did you mean seed"),
-        ({"prompt": " "}, "--prompt is empty"),
+        ({"prompt": " "}, "--prompt has no words"),
     ],
     ids=str,
 )

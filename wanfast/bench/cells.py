@@ -113,13 +113,14 @@ def recipes_of(text: str) -> tuple[RecipeName, ...]:
             fix = f"did you mean {' or '.join(near)}?" if near else f"use {', '.join(known)}"
             raise ConfigError(f"--recipes {name:.40}: no such recipe: {fix}")
     if not names:
-        raise ConfigError(f"--recipes is empty: use {', '.join(known)}")
+        raise ConfigError(f"--recipes has an empty value: use {', '.join(known)}")
     return tuple(dict.fromkeys(recipe for name in names for recipe in known[name]))
 
 
 def planned(bench: Bench, say: SayFn = lambda line: None) -> list[Row]:
-    """Quantizes the experts that are missing, plans the cells of each recipe, and returns one row for each recipe.
+    """Plans the cells of each recipe, and returns one row for each recipe.
 
+    If a recipe needs a quantized expert that is not stored yet, the expert is quantized first.
     Raises the first error if no recipe can run.
     """
     rows = [_row(bench, name, say) for name in bench.recipes]

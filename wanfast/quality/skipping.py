@@ -59,7 +59,8 @@ class Way:
 def ways(full: Plan, judge: Judge) -> list[Way]:
     """Returns three `Way` objects for each setting.
 
-    They are the greedy plan, the least-error plan with as many skips, and this plan with extrapolated residuals.
+    They are the greedy plan, the least-error plan that skips as many forwards as the greedy one, and the least-error
+    plan again with extrapolated residuals.
     """
     found = []
     for rule, name in SETTINGS:

@@ -27,10 +27,10 @@ _MAX_TURN = math.radians(25)  # between frames
 
 @dataclass(frozen=True)
 class Verdict:
-    """Holds the motion whose path is nearest to the tracked path, and for each motion the error of its path.
+    """Holds the motion whose path is nearest to the path of the tracked shape, and the error of each motion.
 
-    The error measures the difference from the tracked path. If the shape was lost, the motion is None and there are no
-    errors.
+    An error is the distance of a motion's path from the tracked path. If the tracker lost the shape, the motion is None
+    and there are no errors.
     """
 
     motion: str | None

@@ -53,7 +53,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 def _lora_fix(text: str) -> str | None:
     path, strength = parse_lora(text)
     if not path.strip():
-        return "is empty: name a .safetensors file"
+        return "has an empty value: name a .safetensors file"
     if abs(strength) > _MOST_STRENGTH:
         return f"use a strength from -{_MOST_STRENGTH} to {_MOST_STRENGTH}; 1 is the file's own"
     return None
@@ -68,7 +68,7 @@ def _expert_option(help_text: str) -> Option:
 
 
 def _expert_fix(path: str) -> str | None:
-    return None if path.strip() else "is empty: name a .safetensors or .gguf file, or a folder"
+    return None if path.strip() else "has an empty value: name a .safetensors or .gguf file, or a folder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +277,6 @@ def is_artifacts_dir_named(given: Mapping[str, Any]) -> bool:
 def check_places(model: str, artifacts_dir: str) -> None:
     """Raises ConfigError if `model` or `artifacts_dir` is empty, because a path would then mean the current folder."""
     if not model.strip():
-        raise ConfigError("--model is empty: use tiny, a14b or a folder of weights")
+        raise ConfigError("--model has an empty value: use tiny, a14b or a folder of weights")
     if not artifacts_dir.strip():
-        raise ConfigError("--artifacts-dir is empty: name a folder, or drop --artifacts-dir")
+        raise ConfigError("--artifacts-dir has an empty value: name a folder, or drop --artifacts-dir")

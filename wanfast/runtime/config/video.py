@@ -59,7 +59,7 @@ def _sigmas_fix(text: str) -> str | None:
 
 def _output_fix(path: str) -> str | None:
     if not path.strip():
-        return "is empty: name an .mp4 file"
+        return "has an empty value: name an .mp4 file"
     return None if PurePath(path).name else "is a folder: name an .mp4 file"
 
 
@@ -209,7 +209,7 @@ class VideoConfig(Part):
         if not self.prompt:
             raise ConfigError("--prompt is missing: describe what should happen in the video")
         if not self.prompt.strip():
-            raise ConfigError("--prompt is empty: describe what should happen in the video")
+            raise ConfigError("--prompt has no words: describe what should happen in the video")
         self._check_schedule()
         if self.noise_device == "cpu" and self.seed >= CPU_SEEDS:
             raise ConfigError(

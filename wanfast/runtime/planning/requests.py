@@ -276,7 +276,7 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
         if not isinstance(weights, dict | None) or not isinstance(engines, str | None):
             raise TypeError(weights, engines)
     except ConfigError as error:
-        raise ConfigError(f"--from {file}: {error}; or {fix}") from None
+        raise ConfigError(f"--from {file} holds an option that cannot be used: {error}; or {fix}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"--from {file} is not the .json of a video: {fix}") from None
     same_ranks = effective.ranks.nnodes == 1 and "num_gpus" not in typed

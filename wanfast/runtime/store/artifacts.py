@@ -50,7 +50,7 @@ def batch_file(number: int) -> str:
 
 
 def frames_file(run_folder: Path, index: int) -> Path:
-    """Returns the .npy file that holds the frames of job `index`, if the job writes no video."""
+    """Returns the path of the .npy file with the frames of job `index`; only a job without a video file writes it."""
     return run_folder / "frames" / f"{index}.npy"
 
 
