@@ -27,11 +27,12 @@ from torch import Tensor
 from wanfast.runtime.device import hardware
 from wanfast.runtime.distributed.cfg_parallel import BothBranches, CfgParallel
 from wanfast.runtime.distributed.ulysses import Ulysses
+from wanfast.runtime.facts.choices import BRANCHES, Branch
 from wanfast.runtime.facts.model_spec import A14B, DiTSpec
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.models.attention import Projections, Sequence, WholeSequence
 from wanfast.runtime.models.attention_kernels import AttentionFn
-from wanfast.runtime.models.dit import SelfAttention
+from wanfast.runtime.models.dit import TextKV
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,10 @@ def measure(spec: DiTSpec, grid: tuple[int, int, int], device: str, rounds: int)
 
     def step(sequence: Sequence, guidance: BothBranches | CfgParallel) -> Callable[[], list[Tensor]]:
         def velocities() -> list[Tensor]:
-            model.sequence = sequence
-            for module in model.modules():
-                if isinstance(module, SelfAttention):
-                    module.sequence = sequence
-            branches = {"prompt": texts[0], "negative_prompt": texts[1]}
-            return guidance.velocities(list(branches), lambda branch: model(*inputs.arguments(branches[branch]))[0])
+            texts_of: dict[Branch, list[TextKV]] = dict(zip(BRANCHES, texts, strict=True))
+            return guidance.velocities(
+                BRANCHES, lambda branch: model(*inputs.arguments(texts_of[branch]), sequence=sequence)[0]
+            )
 
         return velocities
 

@@ -65,6 +65,7 @@ class Plan:
     placement: str = ""  # where the weights lie, and why
     curve: Curve | None = None  # decides which forwards are skipped
     residuals_a_branch: int = 0  # held from step to step
+    may_regroup: bool = True  # whether the ranks may share tokens otherwise in steps without guidance
 
     @classmethod
     def of(
@@ -132,12 +133,22 @@ class Plan:
         return guided_steps(self.experts, self.guidance, self.config.video.guidance_gate)
 
     @property
+    def unguided_mesh(self) -> Mesh:
+        """Returns the mesh of the steps without guidance."""
+        return self.mesh.unguided(self.spec.dit.num_heads) if self.may_regroup else self.mesh
+
+    @property
+    def regroups(self) -> bool:
+        """Returns whether the ranks share tokens otherwise in steps without guidance, and there are such steps."""
+        return self.unguided_mesh != self.mesh and not all(self.guided)
+
+    @property
     def always_computed(self) -> list[int]:
         """Returns the steps that skip nothing, whatever the curve and the settings of MagCache say.
 
         The steps after the curve's are those of distilled weights. An expert's last step with guidance gives the
-        difference that all later steps of the expert reuse. Its first step without guidance is the first step in which
-        all ranks of parallel guidance compute the prompt's residual.
+        difference that all later steps of the expert reuse. Before its first step without guidance, the ranks regroup,
+        so that no rank holds the prompt's residual of the tokens that the rank has then.
         """
         distilled = range(len(self.schedule) if self.curve is None else self.curve.num_steps, len(self.schedule))
         return [*gate_steps(self.experts, self.guided), *distilled]
@@ -259,6 +270,7 @@ class Plan:
             "compile": config.models.compile_mode if config.models.compile else None,
             "device": config.ranks.device,
             "mesh": dataclasses.asdict(self.mesh),
+            "unguided_mesh": dataclasses.asdict(self.unguided_mesh) if self.regroups else None,
             "dit_fsdp": config.ranks.dit_fsdp,
             "t5_fsdp": config.ranks.t5_fsdp,
             "expert_offload": config.ranks.expert_offload,
