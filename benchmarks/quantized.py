@@ -118,9 +118,9 @@ def _errors(models: dict[str, WanDiT], inputs: Inputs, layers: int) -> Iterator[
     added = []
     for block, given in zip(exact.blocks[:layers], streams, strict=True):
         wide = _in_float32(exact.spec, block)
-        time, kv, rope, tokens = given[1:]
+        time, kv, *others = given[1:]
         kv = type(kv)(kv.k.float(), kv.v.float())
-        added.append(_sum(wide(given[0], time, kv, rope, tokens)) - _sum(given[0]))
+        added.append(_sum(wide(given[0], time, kv, *others)) - _sum(given[0]))
     for name, model in models.items():
         yield (
             name,

@@ -1,9 +1,10 @@
-"""Compares the seconds of a step on two GPUs and on one: Ulysses with two kinds of exchange, and parallel guidance.
+"""Compares the seconds of a step on several GPUs and on one: Ulysses with two kinds of exchange, parallel guidance.
 
     torchrun --nproc-per-node 2 benchmarks/ranks.py                     # A14B's shapes, 10 of its 40 layers
-    torchrun --nproc-per-node 2 benchmarks/ranks.py --tiny              # a quick check, also on a CPU
+    torchrun --nproc-per-node 4 benchmarks/ranks.py --tiny              # a quick check, also on a CPU
 
-One step is both branches of guidance. The ways run in turn for several rounds, and the median is reported. All ranks
+One step is both branches of guidance. `unguided` is a step without guidance, on all ranks, and `regrouped` is a step of
+`cfg` and then one of `unguided`. The ways run in turn for several rounds, and the median is reported. All ranks
 wait for each other before and after each way. Weights and inputs are random. More layers would only move the efficiency
 closer to that of one layer. Prints the relative error against one rank; the last line is one JSON document.
 """
@@ -26,12 +27,15 @@ from torch import Tensor
 
 from wanfast.runtime.device import hardware
 from wanfast.runtime.distributed.cfg_parallel import BothBranches, CfgParallel
+from wanfast.runtime.distributed.ranks import Ranks, rank_group
 from wanfast.runtime.distributed.ulysses import Ulysses
+from wanfast.runtime.facts.choices import BRANCHES, Branch
+from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, DiTSpec
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.models.attention import Projections, Sequence, WholeSequence
 from wanfast.runtime.models.attention_kernels import AttentionFn
-from wanfast.runtime.models.dit import SelfAttention
+from wanfast.runtime.models.dit import TextKV
 
 
 @dataclass(frozen=True)
@@ -55,28 +59,27 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    mesh = Mesh(cfg=2, ulysses=int(os.environ["WORLD_SIZE"]) // 2)
     spec = replace(TINY if options.tiny else A14B.dit, num_layers=options.layers)
     grid = (3, 6, 10) if options.tiny else tuple(options.grid)
-    measure(spec, grid, device, options.rounds)
-    dist.destroy_process_group()
+    with rank_group(device, mesh, timeout_s=600) as ranks:
+        measure(spec, grid, ranks, options.rounds)
 
 
 @torch.inference_mode()
-def measure(spec: DiTSpec, grid: tuple[int, int, int], device: str, rounds: int) -> None:
+def measure(spec: DiTSpec, grid: tuple[int, int, int], ranks: Ranks, rounds: int) -> None:
+    device = ranks.device
     model, inputs = random_expert(spec, torch.bfloat16, device), random_inputs(spec, grid, device)
     texts = [model.encode_text(text) for text in inputs.texts]
 
-    def step(sequence: Sequence, guidance: BothBranches | CfgParallel) -> Callable[[], list[Tensor]]:
+    def step(
+        sequence: Sequence, guidance: BothBranches | CfgParallel, branches: tuple[Branch, ...] = BRANCHES
+    ) -> Callable[[], list[Tensor]]:
         def velocities() -> list[Tensor]:
-            model.sequence = sequence
-            for module in model.modules():
-                if isinstance(module, SelfAttention):
-                    module.sequence = sequence
-            branches = {"prompt": texts[0], "negative_prompt": texts[1]}
-            return guidance.velocities(list(branches), lambda branch: model(*inputs.arguments(branches[branch]))[0])
+            texts_of: dict[Branch, list[TextKV]] = dict(zip(BRANCHES, texts, strict=True))
+            return guidance.velocities(
+                branches, lambda branch: model(*inputs.arguments(texts_of[branch]), sequence=sequence)[0]
+            )
 
         return velocities
 
@@ -86,8 +89,10 @@ def measure(spec: DiTSpec, grid: tuple[int, int, int], device: str, rounds: int)
         "one": step(WholeSequence(), BothBranches()),
         "ulysses": step(Ulysses(world), BothBranches()),
         "ulysses packed": step(Packed(world), BothBranches()),
-        "cfg": step(WholeSequence(), CfgParallel(world)),
+        "cfg": step(ranks.sequence, ranks.guidance),
+        "unguided": step(ranks.unguided.sequence, ranks.unguided.guidance, BRANCHES[:1]),
     }
+    ways["regrouped"] = lambda: [*ways["cfg"](), *ways["unguided"]()][:2]
     outputs = {name: way() for name, way in ways.items()}  # warm up
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
@@ -96,19 +101,33 @@ def measure(spec: DiTSpec, grid: tuple[int, int, int], device: str, rounds: int)
     if dist.get_rank() != 0:
         return
     exact = torch.cat(outputs["one"]).double()
+    forwards = {"unguided": 1, "regrouped": 3}
     report = {}
     for name, values in seconds.items():
         median = statistics.median(values)
-        difference = torch.cat(outputs[name]).double() - exact
+        difference = torch.cat(outputs[name]).double() - exact[: len(outputs[name])]
+        one_s = statistics.median(seconds["one"]) * forwards.get(name, 2) / 2
         report[name] = {
             "seconds": round(median, 4),
             "spread": round(max(values) - min(values), 4),
-            "efficiency": round(statistics.median(seconds["one"]) / median / (1 if name == "one" else 2), 4),
-            "relative_error": float(difference.norm() / exact.norm()),
+            "efficiency": round(one_s / median / (1 if name == "one" else ranks.size), 4),
+            "relative_error": float(difference.norm() / exact[: len(difference)].norm()),
         }
         print(name, report[name], flush=True)
     tokens = inputs.rope.cos.shape[0]
-    facts = {"layers": spec.num_layers, "tokens": tokens, "rounds": rounds, "hardware": hardware.describe(device)}
+    medians = {name: way["seconds"] for name, way in report.items()}
+    regrouping = {
+        "unguided_share": round(medians["unguided"] / medians["cfg"], 4),
+        "regrouping_ms": round((medians["regrouped"] - medians["cfg"] - medians["unguided"]) * 1000, 2),
+    }
+    facts = {
+        "ranks": ranks.size,
+        **regrouping,
+        "layers": spec.num_layers,
+        "tokens": tokens,
+        "rounds": rounds,
+        "hardware": hardware.describe(device),
+    }
     print(json.dumps({**facts, "ways": report, "commit": commit(), "versions": versions()}), flush=True)
 
 

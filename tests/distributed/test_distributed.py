@@ -106,7 +106,8 @@ def test_a_compiled_block_waits_for_an_exchange_only_where_it_needs_the_result()
         attend = torch.compile(model.blocks[0].self_attn, fullgraph=True, backend=record)
         rope = rotary_tables((2, 2, 2), SPEC.head_dim, "cpu")
         with torch.no_grad():
-            attend(torch.randn(1, 4, SPEC.dim), type(rope)(*(ranks.sequence.shard(table, 0) for table in rope)), 8)
+            own = ranks.sequence
+            attend(torch.randn(1, 4, SPEC.dim), type(rope)(*(own.shard(table, 0) for table in rope)), 8, own)
         return found
 
     expected = ["project", "send"] * 3 + ["project"] + ["wait"] * 3 + ["send", "wait", "project"]

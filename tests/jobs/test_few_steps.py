@@ -281,3 +281,18 @@ def test_sidecars_from_before_have_no_list_and_no_gate() -> None:
     assert (video.sigmas, video.switch_step, video.guidance_gate, video.num_steps) == (None, None, 1.0, 6)
     with pytest.raises(ConfigError, match="--steps is missing: give --steps, or give noise levels by --sigmas"):
         EffectiveConfig.from_json({**document, "video": document["video"] | {"steps": None}})
+
+
+def test_ranks_regroup_behind_a_gate_and_again_with_from(wanfast: Wanfast, pair: None) -> None:
+    options = ("--steps", "4", "--guidance-gate", "0.5", "--num-gpus", "2")
+    shown = wanfast(*TINY, *options, "--dry-run").out
+    assert "cfg 2 x ulysses 1 a video; ulysses 2 in steps without guidance" in shown
+    made = wanfast(*TINY, *options, "--json")
+    assert made.exit_code == 0, made.err
+    assert json.loads(Path("out.json").read_text())["plan"]["unguided_mesh"] == {"replica": 1, "cfg": 1, "ulysses": 2}
+    again = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--json")
+    assert again.exit_code == 0, again.err
+    assert again.document["plan"]["unguided_mesh"] == made.document["plan"]["unguided_mesh"]
+    assert again.document["output_sha256"] == made.document["output_sha256"]
+    ungated = wanfast("generate", "--from", "out.json", "--output", "whole.mp4", "--guidance-gate", "1", "--dry-run")
+    assert "cfg 2 x ulysses 1 a video" in ungated.out and "in steps without guidance" not in ungated.out

@@ -369,6 +369,8 @@ def test_branches_on_different_ranks_take_their_turns_together() -> None:
     }
     assert past_runs.forwards_in_turn(plan) == [1, 2, 1, 0]
     assert past_runs.forwards_in_turn(plan | {"mesh": {"cfg": 2}}) == [1, 1, 1, 0]
+    regrouping = {"mesh": {"cfg": 2, "ulysses": 2}, "unguided_mesh": {"cfg": 1, "ulysses": 4}}
+    assert past_runs.forwards_in_turn(plan | regrouping) == [0.5, 1, 1, 0]  # all ranks share the first one
     assert past_runs.forwards_in_turn(plan | {"magcache": None}) == [1, 2, 2, 2]
     skips = plan["magcache"]
     older = {"skips_cond": skips["skips_prompt"], "skips_uncond": skips["skips_negative_prompt"]}

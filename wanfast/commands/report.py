@@ -251,7 +251,9 @@ def _ranks_row(plan: dict[str, Any]) -> dict[str, str]:
     if mesh == {"replica": 1, "cfg": 1, "ulysses": 1}:
         return {}
     videos = f", {mesh['replica']} videos at once" if mesh["replica"] > 1 else ""
-    return {"ranks": f"cfg {mesh['cfg']} x ulysses {mesh['ulysses']} a video{videos}"}
+    others = plan["unguided_mesh"]
+    regrouped = f"; ulysses {others['ulysses']} in steps without guidance" if others else ""
+    return {"ranks": f"cfg {mesh['cfg']} x ulysses {mesh['ulysses']} a video{videos}{regrouped}"}
 
 
 def _of_line(item: Planned) -> str:

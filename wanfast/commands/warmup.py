@@ -62,9 +62,10 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns a line with the folder of the compiled code, and with the seconds of a block's first two forwards."""
+    """Returns a line with the folder of the compiled code, and with the seconds of a block's forwards."""
     seconds = result["seconds"]
     shape = f"{result['width']}x{result['height']}, {result['frames']} frames, {result['attention']} attention"
     first, second = (f"{seconds[name]:.1f} s" for name in ("first", "second"))
+    regrouped = f", on all ranks together {seconds['regrouped']:.1f} s" if "regrouped" in seconds else ""
     what = "was made already, and loads" if result["was_there"] else f"{result['bytes'] / 1e6:.1f} MB"
-    return f"{result['output']}: {what}; {shape}; first forward of a block {first}, second {second}"
+    return f"{result['output']}: {what}; {shape}; first forward of a block {first}, second {second}{regrouped}"

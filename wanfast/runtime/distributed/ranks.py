@@ -7,6 +7,7 @@ Work that can fail on one rank must run inside `together`, so that no rank waits
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Ranks:
     mesh: Mesh = field(default_factory=Mesh)
     rank: int = 0
     groups: Mapping[Axis, dist.ProcessGroup] = field(default_factory=dict)  # this rank's, for axes longer than one
+    whole: dist.ProcessGroup | None = None  # all ranks, if `groups` divides them by branches of guidance
 
     @property
     def size(self) -> int:
@@ -53,6 +55,13 @@ class Ranks:
         """Returns the `Sequence` object that shares an expert's tokens among the Ulysses ranks."""
         group = self.groups.get("ulysses")
         return Ulysses(group) if group else WholeSequence()
+
+    @property
+    def unguided(self) -> Ranks:
+        """Returns these ranks as they run a step without guidance: all of them share the tokens of the one branch."""
+        if self.whole is None:
+            return self
+        return dataclasses.replace(self, mesh=Mesh(ulysses=self.size), groups={"ulysses": self.whole}, whole=None)
 
     def rows(self, latent_rows: int) -> Rows:
         """Returns the `Rows` object that shares the VAE's frames among ranks; the latents have `latent_rows` rows."""
@@ -143,13 +152,14 @@ def join(device: str, mesh: Mesh, timeout_s: float) -> Ranks:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timeout)
+
+    def own_group(lines: list[list[int]]) -> dist.ProcessGroup:  # a group made for a DeviceMesh has torch's timeout
+        return dist.new_subgroups_by_enumeration(lines, timeout=timeout)[0]  # type: ignore[no-untyped-call, no-any-return]
+
     axes: tuple[Axis, ...] = ("cfg", "ulysses")
-    groups = {  # with our timeout: a group made for a DeviceMesh has torch's default
-        axis: dist.new_subgroups_by_enumeration(mesh.lines(axis), timeout=timeout)[0]  # type: ignore[no-untyped-call]
-        for axis in axes
-        if getattr(mesh, axis) > 1
-    }
-    return Ranks(device, mesh, dist.get_rank(), groups)
+    groups = {axis: own_group(mesh.lines(axis)) for axis in axes if getattr(mesh, axis) > 1}
+    whole = own_group([list(range(mesh.group_size))]) if mesh.cfg > 1 else None
+    return Ranks(device, mesh, dist.get_rank(), groups, whole)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.sharing import who_can_write
 
 KIND = "inductor"
-_SIZES = 64  # token counts that one process may compile for: a list of videos can have more than 8, torch's limit
+_SIZES = 128  # shapes that one process may compile for: a list has more than 8, torch's limit, and a video up to two
 # The code that becomes the graphs, and the code that compiles them.
 _CODE = (
     "runtime/models/*.py", "runtime/distributed/*.py", "runtime/engine/compilation.py", "runtime/jobs/warmup.py",

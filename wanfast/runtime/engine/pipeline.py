@@ -246,10 +246,11 @@ class ImageToVideoPipeline:
     ) -> Tensor:
         """Denoises `noise` to the clean latent [1, 16, T, h, w].
 
-        The cache `residuals` decides which forwards are skipped.
+        The cache `residuals` decides which forwards are skipped. If the ranks regroup in a later step, the first step
+        also runs one block in that grouping, so that connections and kernels are ready for it.
         """
         rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
-
+        groupings = {True: self.ranks, False: self.ranks.unguided if plan.regroups else self.ranks}
         handover = _handover(plan, self.ranks)
         encoded = _EncodedText(text, self.device)
         finite = FiniteWatch(self.ranks)
@@ -259,6 +260,7 @@ class ImageToVideoPipeline:
             index: int, expert: Expert, branches: Sequence[Branch], sample: Tensor, timestep: int
         ) -> list[Tensor]:
             t = torch.full((1,), timestep, device=self.device)  # filled on the device, so that no copy delays the step
+            ranks = groupings[plan.guided[index]]
 
             def velocity(branch: Branch) -> Tensor:
                 reused, wanted = residuals.reuse(index, branch), residuals.wants(index, branch)
@@ -267,13 +269,21 @@ class ImageToVideoPipeline:
                 kv = encoded.by(model, expert, branches, branch) if reused is None else []
                 keeps = wanted and reused is None
                 prediction, residual = model(
-                    sample, condition, t, kv, rope, after_block, cached_residual=reused, keep_residual=keeps
+                    sample, condition, t, kv, rope, after_block, reused, keep_residual=keeps, sequence=ranks.sequence
                 )
                 if keeps:
                     residuals.keep(index, branch, residual)
                 return prediction  # type: ignore[no-any-return]
 
-            return self.ranks.guidance.velocities(branches, velocity)
+            def rehearsed(branch: Branch) -> Tensor:
+                model, _ = self.experts.take(expert)
+                kv = encoded.by(model, expert, branches, ranks.guidance.own(branches)[0])
+                return model(sample, condition, t, kv, rope, sequence=later.sequence, num_blocks=1)[0]  # type: ignore[no-any-return]
+
+            if index == 0 and plan.regroups and len(set(plan.guided)) == 2:
+                later = groupings[not plan.guided[0]]
+                later.guidance.velocities(BRANCHES[: 1 + (not plan.guided[0])], rehearsed)
+            return ranks.guidance.velocities(branches, velocity)
 
         def on_sample(index: int, expert: Expert, sample: Tensor) -> None:
             name = expert.replace("_", "-")

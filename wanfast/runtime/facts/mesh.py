@@ -1,7 +1,8 @@
 """The mesh arranges the ranks along three named axes: replica x cfg x ulysses.
 
 * replica: the replicas make different videos at the same time; all replicas take jobs from the same list;
-* cfg: if cfg is 2, each half of a replica's ranks computes one branch of guidance;
+* cfg: if cfg is 2, each half of a replica's ranks computes one branch of guidance; in a step without guidance, the
+  ranks regroup: all of them lie along the ulysses axis;
 * ulysses: ranks share the tokens of a branch; during self-attention, each rank instead has all tokens of some heads.
 
 A replica is a *rank group*: its ranks make one video together, and fail together. Rank groups share only the list of
@@ -38,6 +39,13 @@ class Mesh:
     def size(self) -> int:
         """Returns the number of ranks in all rank groups."""
         return self.replica * self.group_size
+
+    def unguided(self, num_heads: int) -> Mesh:
+        """Returns the mesh of a step without guidance, whose one branch all ranks of a rank group share.
+
+        If their number does not divide `num_heads`, the mesh stays as it is, and both halves do the same work.
+        """
+        return self if num_heads % self.group_size else Mesh(replica=self.replica, ulysses=self.group_size)
 
     def lines(self, axis: Axis) -> list[list[int]]:
         """Divides the ranks of one rank group into lists; the ranks of each list are neighbours along `axis`.

@@ -57,7 +57,7 @@ def run(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields one pair (0, result), because a warmup is one job.
 
-    The result names the stored artifact. It also holds the seconds of the first and of the second forward of one block.
+    The result names the stored artifact. It also holds the seconds of each forward of one block.
     """
     (job,), ranks = jobs, sessions.ranks
     try:
@@ -100,7 +100,10 @@ def _warm(job: Job, ranks: Ranks, progress: Callable[[str], None]) -> dict[str, 
 
 @torch.inference_mode()
 def _forward(plan: Plan, ranks: Ranks, watch: Stopwatch) -> None:
-    """Runs one block twice; the first forward compiles the block, unless the caches hold it."""
+    """Runs one block twice; the first forward compiles the block, unless the caches hold it.
+
+    If the ranks of such videos may regroup, a third forward compiles the block for the share of tokens of all ranks.
+    """
     config, spec = plan.config, dataclasses.replace(plan.spec.dit, num_layers=1)
     model = _block(spec, config, ranks)
     compile_blocks(model, config.models.compile_mode)
@@ -112,6 +115,9 @@ def _forward(plan: Plan, ranks: Ranks, watch: Stopwatch) -> None:
     for name in ("first", "second"):
         with watch.span(name):
             model(latent, condition, timestep, text, rope)
+    if plan.unguided_mesh != plan.mesh:
+        with watch.span("regrouped"):
+            model(latent, condition, timestep, text, rope, sequence=ranks.unguided.sequence)
 
 
 def _block(spec: DiTSpec, config: EffectiveConfig, ranks: Ranks) -> WanDiT:

@@ -102,12 +102,11 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """In self-attention, each token attends to all tokens of the video.
 
-    If several ranks share the tokens, `sequence` exchanges queries, keys and values between the ranks.
+    If several ranks share the tokens, the forward's `sequence` exchanges queries, keys and values between the ranks.
     """
 
-    def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence, attend: AttentionFn) -> None:
+    def __init__(self, spec: DiTSpec, dtype: torch.dtype, attend: AttentionFn) -> None:
         super().__init__(spec, dtype, attend)
-        self.sequence = sequence
         self.qkv: Linear | None = None
 
     def fuse_projections(self) -> None:
@@ -124,9 +123,9 @@ class SelfAttention(Attention):
         del self.q, self.k, self.v
         self.register_state_dict_post_hook(_split_fused_keys)  # type: ignore[no-untyped-call]
 
-    def forward(self, x_BLd: Tokens, rope: RotaryTables, num_tokens: int) -> Tensor:
+    def forward(self, x_BLd: Tokens, rope: RotaryTables, num_tokens: int, sequence: Sequence) -> Tensor:
         projections = _Projections(self, x_BLd, rope)
-        out: Tensor = self.o(self.sequence.attention(projections, num_tokens, self.attend).flatten(2))
+        out: Tensor = self.o(sequence.attention(projections, num_tokens, self.attend).flatten(2))
         return out
 
 
@@ -142,10 +141,13 @@ class _Projections:
         return [self._rotated("q", q, 1)[0], self._rotated("k", k, 1)[0], layer.heads(v, layer.num_heads)]
 
     def by_heads(self, name: str, parts: int) -> Tensor:
-        return self._rotated(name, getattr(self._layer, name)(self._x), parts)
+        layer, x = cast("Any", self._layer), self._x  # its linears are of whatever class
+        product = layer.qkv.part(x, "qkv".index(name), 3) if layer.qkv else getattr(layer, name)(x)
+        return self._rotated(name, product, parts)
 
     def values(self, part: int, parts: int) -> Tensor:
-        product = cast("Any", self._layer.v).part(self._x, part, parts)  # of whatever class the linear is
+        layer, x = cast("Any", self._layer), self._x
+        product = layer.qkv.part(x, 2 * parts + part, 3 * parts) if layer.qkv else layer.v.part(x, part, parts)
         return self._layer.heads(product, self._layer.num_heads // parts)
 
     def _rotated(self, name: str, product_BLd: Tensor, parts: int) -> Tensor:
@@ -179,11 +181,11 @@ class CrossAttention(Attention):
 class Block(nn.Module):
     """Applies self-attention, cross-attention to the text and a feed-forward network to the residual stream."""
 
-    def __init__(self, spec: DiTSpec, dtype: torch.dtype, sequence: Sequence, attend: AttentionFn) -> None:
+    def __init__(self, spec: DiTSpec, dtype: torch.dtype, attend: AttentionFn) -> None:
         super().__init__()
         self.dtype = dtype  # of the norms' output, which products read; 8-bit if those products quantize
         self.eps = spec.eps
-        self.self_attn = SelfAttention(spec, dtype, sequence, attend)
+        self.self_attn = SelfAttention(spec, dtype, attend)
         self.norm3 = nn.LayerNorm(spec.dim, spec.eps, dtype=torch.float32)
         self.cross_attn = CrossAttention(spec, dtype, attend)
         self.ffn = nn.Sequential(
@@ -193,13 +195,24 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, spec.dim, dtype=torch.float32))
 
-    def forward(self, stream: Stream, time_B6d: Tensor, text: TextKV, rope: RotaryTables, num_tokens: int) -> Stream:
-        """Returns this rank's residual stream after the block; `num_tokens` counts the tokens of all ranks together."""
+    def forward(
+        self,
+        stream: Stream,
+        time_B6d: Tensor,
+        text: TextKV,
+        rope: RotaryTables,
+        num_tokens: int,
+        sequence: Sequence,
+    ) -> Stream:
+        """Returns this rank's residual stream after the block.
+
+        `num_tokens` counts the tokens of all ranks together; `sequence` shares them among the ranks.
+        """
         rows = (self.modulation + time_B6d).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
         norm3, eps, dtype = self.norm3, self.eps, self.dtype
         x, normed = add_layer_norm(*stream, 1 + scale_attn, shift_attn, eps, dtype)
-        out = self.self_attn(normed, rope, num_tokens)
+        out = self.self_attn(normed, rope, num_tokens, sequence)
         x, normed = add_layer_norm(x, out, gate_attn, norm3.weight, norm3.bias, eps, dtype)
         x, normed = add_layer_norm(x, self.cross_attn(normed, text), None, 1 + scale_ffn, shift_ffn, eps, dtype)
         return Stream(x, self.ffn(normed), packed(gate_ffn))
@@ -235,7 +248,8 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """This class is one expert; its linear layers have `dtype`, but norms, modulation, time MLP and head are float32.
 
-    `sequence` shares the tokens among ranks; the forward takes and returns whole latents on each rank.
+    `sequence` shares the tokens among ranks, unless a forward gets another one. The forward takes and returns whole
+    latents on each rank, so that the next forward may share its tokens among other ranks.
     `attend` is the attention function of self- and cross-attention.
     """
 
@@ -261,7 +275,7 @@ class WanDiT(nn.Module):
             Linear(spec.dim, spec.dim, dtype=torch.float32),
         )
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(spec.dim, 6 * spec.dim, dtype=torch.float32))
-        self.blocks = nn.ModuleList(Block(spec, dtype, sequence, attend) for _ in range(spec.num_layers))
+        self.blocks = nn.ModuleList(Block(spec, dtype, attend) for _ in range(spec.num_layers))
         self.head = Head(spec)
 
     def encode_text(self, text_BSc: Tensor) -> list[TextKV]:
@@ -283,6 +297,8 @@ class WanDiT(nn.Module):
         after_block: Callable[[int], None] = lambda index: None,
         cached_residual: Tensor | None = None,
         keep_residual: bool = False,
+        sequence: Sequence | None = None,
+        num_blocks: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (flow velocity [B, C, T, h, w], residual [B, L, d] or None), both in float32.
 
@@ -293,31 +309,36 @@ class WanDiT(nn.Module):
         The function may overwrite the weights of this block.
         cached_residual: the residual of an earlier call; if given, it is added to the tokens, and no block runs.
         keep_residual: whether to return the residual; if False, the second result is None.
+        sequence: shares the tokens of this forward among ranks; None takes the model's own.
+        num_blocks: how many blocks run; None runs all of them.
         """
+        sequence = sequence or self.sequence
         video = torch.cat((latent, condition), dim=1).to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(video)
         token_grid = patches.shape[2:]
         num_tokens = math.prod(token_grid)
-        tokens = packed(self.sequence.shard(rearrange(patches, "B d T Y X -> B (T Y X) d"), 1))
+        tokens = packed(sequence.shard(rearrange(patches, "B d T Y X -> B (T Y X) d"), 1))
         time_Bd = self.time_embedding(sinusoid(timestep, self.spec.freq_dim))
         start = torch.zeros(tokens.shape, device=tokens.device) if cached_residual is None else cached_residual
         stream = Stream(start, tokens, torch.ones(tokens.shape[0], 1, self.spec.dim, device=tokens.device))
         first = tokens if keep_residual else None
         del start, tokens  # the blocks need the memory
         if cached_residual is None:
-            own_rope = RotaryTables(*(self.sequence.shard(table, 0) for table in rope))
+            own_rope = RotaryTables(*(sequence.shard(table, 0) for table in rope))
             time_B6d = self.time_projection(time_Bd).unflatten(1, (6, -1))
-            for index, (block, text_kv) in enumerate(zip(self._blocks(), text, strict=True)):
-                stream = block(stream, time_B6d, text_kv, own_rope, num_tokens)
+            blocks = list(zip(self._blocks(), text, strict=True))[:num_blocks]
+            for index, (block, text_kv) in enumerate(blocks):
+                stream = block(stream, time_B6d, text_kv, own_rope, num_tokens, sequence)
                 after_block(index)
         out, x = self.head(stream, time_Bd)
-        velocity = self._unpatchify(self.sequence.gather(out, 1, num_tokens), token_grid)
+        velocity = self._unpatchify(sequence.gather(out, 1, num_tokens), token_grid)
         return velocity, None if first is None else x.sub_(first)
 
     def fuse_projections(self) -> None:
         """Fuses the projections q, k and v of each block into one layer.
 
-        Nothing is fused if ranks share the tokens, because then q, k and v are computed and sent one after the other.
+        Nothing is fused if ranks share the tokens in every forward, because then q, k and v are computed and sent one
+        after the other.
         The weights must be loaded and must not be sharded.
         """
         if not self.sequence.overlaps:

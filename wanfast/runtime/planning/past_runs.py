@@ -86,16 +86,18 @@ def _read(index: Path, mtime_ns: int, size: int) -> Sequence[dict[str, Any]]:
     return entries
 
 
-def forwards_in_turn(plan: dict[str, Any]) -> list[int]:
+def forwards_in_turn(plan: dict[str, Any]) -> list[float]:
     """Reads a plan's JSON and returns how many forwards of each step run one after the other.
 
-    With cfg parallelism, the two branches of guidance run at the same time on different ranks.
+    With cfg parallelism, the two branches of guidance run at the same time on different ranks. If the ranks regroup, a
+    forward without guidance has twice as many ranks, and counts half.
     """
     guided = read_guided(plan)
     skips = _skips(plan["magcache"]) if plan.get("magcache") else [(False, False)] * len(guided)
     combine = max if plan["mesh"]["cfg"] == 2 else sum
+    unguided = plan["mesh"]["ulysses"] / plan["unguided_mesh"]["ulysses"] if plan.get("unguided_mesh") else 1
     return [
-        combine((not prompt, both and not negative_prompt))
+        combine((not prompt, both and not negative_prompt)) * (1 if both else unguided)
         for both, (prompt, negative_prompt) in zip(guided, skips, strict=True)
     ]
 

@@ -92,14 +92,22 @@ def place(
         t5_fsdp=_shard_umt5(asked, need, mesh.group_size, free),
         expert_offload=expert_offload,
     )
-    return [
-        dataclasses.replace(
-            plan,
-            config=dataclasses.replace(plan.config, ranks=ranks),
-            placement=f"{why}, {gb(free)} {what}",
-            notes=(*plan.notes, *notes),
-        )
+    placement = f"{why}, {gb(free)} {what}"
+    placed = [
+        dataclasses.replace(plan, config=dataclasses.replace(plan.config, ranks=ranks), placement=placement)
         for plan in plans
+    ]
+    return [dataclasses.replace(plan, notes=(*plan.notes, *notes, *_repeated_work(plan))) for plan in placed]
+
+
+def _repeated_work(plan: Plan) -> list[str]:
+    """Returns a note if two ranks would do the same work, because a step without guidance cannot use all ranks."""
+    steps, size, heads = plan.guided.count(False), plan.mesh.group_size, plan.spec.dit.num_heads
+    if not steps or plan.mesh.cfg == 1 or heads % size == 0:
+        return []
+    return [
+        f"in {steps} steps without guidance, both halves of the {size} ranks do the same work, because {size} ranks "
+        f"cannot share {heads} attention heads"
     ]
 
 

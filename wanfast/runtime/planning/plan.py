@@ -66,6 +66,7 @@ class Plan:
     placement: str = ""  # where the weights lie, and why
     curve: Curve | None = None  # decides which forwards are skipped
     residuals_a_branch: int = 0  # held from step to step
+    may_regroup: bool = True  # whether the ranks may share tokens otherwise in steps without guidance
 
     @classmethod
     def of(
@@ -133,14 +134,24 @@ class Plan:
         return guided_steps(self.experts, self.guidance, self.config.video.guidance_gate)
 
     @property
+    def unguided_mesh(self) -> Mesh:
+        """Returns the mesh of the steps without guidance."""
+        return self.mesh.unguided(self.spec.dit.num_heads) if self.may_regroup else self.mesh
+
+    @property
+    def regroups(self) -> bool:
+        """Returns whether the ranks share tokens otherwise in steps without guidance, and there are such steps."""
+        return self.unguided_mesh != self.mesh and not all(self.guided)
+
+    @property
     def always_computed(self) -> list[int]:
         """Returns the steps that skip nothing, whatever the curve and the settings of MagCache say.
 
         These are three kinds of steps:
         * steps after the end of the curve, because they belong to distilled weights;
         * an expert's last step with guidance, because all later steps of the expert reuse its difference;
-        * an expert's first step without guidance, because only from this step on do all ranks of parallel guidance
-          compute the prompt's residual.
+        * an expert's first step without guidance, because the ranks regroup before this step, so that no rank holds the
+          prompt's residual of the tokens that the rank has then.
         """
         distilled = range(len(self.schedule) if self.curve is None else self.curve.num_steps, len(self.schedule))
         return [*gate_steps(self.experts, self.guided), *distilled]
@@ -190,7 +201,8 @@ class Plan:
 
     def residuals(self) -> ResidualCache:
         """Returns an empty cache that follows the plan's skips."""
-        levels = [(expert, step.sigma) for expert, step in zip(self.experts, self.schedule, strict=True)]
+        alike = zip(self.experts, self.guided, strict=True)  # between unlike steps, the ranks may regroup
+        levels = [(kind, step.sigma) for kind, step in zip(alike, self.schedule, strict=True)]
         return ResidualCache(self.skips, levels if _extrapolates(self.config) else None)
 
     def num_residuals(self, mesh: Mesh) -> int:
@@ -272,6 +284,7 @@ class Plan:
             "compile": config.models.compile_mode if config.models.compile else None,
             "device": config.ranks.device,
             "mesh": dataclasses.asdict(self.mesh),
+            "unguided_mesh": dataclasses.asdict(self.unguided_mesh) if self.regroups else None,
             "dit_fsdp": config.ranks.dit_fsdp,
             "t5_fsdp": config.ranks.t5_fsdp,
             "expert_offload": config.ranks.expert_offload,

@@ -19,7 +19,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -306,7 +306,7 @@ class StepCache(Protocol):
 class ResidualCache:
     """Follows one video's plan of skips, and frees each residual after the last step that uses this residual."""
 
-    def __init__(self, plan: Sequence[Skips], line: Sequence[tuple[Expert, float]] | None = None) -> None:
+    def __init__(self, plan: Sequence[Skips], line: Sequence[tuple[Hashable, float]] | None = None) -> None:
         """`line` is that of `residual_terms`."""
         self._terms = {
             branch: residual_terms([of[index] for of in plan], line) for index, branch in enumerate(BRANCHES)
@@ -341,13 +341,14 @@ class ResidualCache:
 
 
 def residual_terms(
-    skipped: Sequence[bool], line: Sequence[tuple[Expert, float]] | None = None
+    skipped: Sequence[bool], line: Sequence[tuple[Hashable, float]] | None = None
 ) -> dict[int, tuple[Term, ...]]:
     """Returns for each skipped step of one branch the earlier steps whose residuals replace its own, with weights.
 
-    Without `line`, this is the last computed step. `line` holds the expert and the noise level of each step. Then the
-    residual is extrapolated linearly over the noise level, from the last two computed steps. This is done if both steps
-    are of the same expert, and at most two steps after the last one.
+    Without `line`, this is the last computed step. `line` holds the kind and the noise level of each step; steps of one
+    kind have the same expert and the same branches. Then the residual is extrapolated linearly over the noise level,
+    from the last two computed steps. This is done if all three steps are of one kind, and at most two steps after the
+    last computed one.
     """
     terms: dict[int, tuple[Term, ...]] = {}
     before, last = None, 0
