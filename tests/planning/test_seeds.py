@@ -53,6 +53,8 @@ def test_what_is_wrong_in_a_sidecar_is_said(wanfast: Wanfast, workdir: Path) -> 
     document["effective"]["video"]["fps"] = 0
     Path("out.json").write_text(json.dumps(document))
     outcome = wanfast("generate", "--from", "out.json")
-    assert outcome.exit_code == 2 and "out.json holds an option that cannot be used: --fps 0: use 1 to 240" in outcome.err
+    assert (
+        outcome.exit_code == 2 and "out.json holds an option that cannot be used: --fps 0: use 1 to 240" in outcome.err
+    )
     missing = wanfast("generate", "--from", "none.json")
     assert missing.exit_code == 2 and "none.json: No such file or directory" in missing.err
