@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.attention import Sequence, WholeSequence, attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
+from wanfast.runtime.models.bricks import RASTER, TokenOrder
 from wanfast.runtime.models.fused import add_layer_norm, linear_gelu, rms_norm_heads
 from wanfast.runtime.models.rope import RotaryTables
 from wanfast.runtime.models.tokens import Tokens, packed
@@ -283,6 +284,7 @@ class WanDiT(nn.Module):
         after_block: Callable[[int], None] = lambda index: None,
         cached_residual: Tensor | None = None,
         keep_residual: bool = False,
+        order: TokenOrder = RASTER,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (flow velocity [B, C, T, h, w], residual [B, L, d] or None), both in float32.
 
@@ -293,25 +295,26 @@ class WanDiT(nn.Module):
         The function may overwrite the weights of this block.
         cached_residual: the residual of an earlier call; if given, it is added to the tokens, and no block runs.
         keep_residual: whether to return the residual; if False, the second result is None.
+        order: the order in which the blocks hold the tokens; residuals are in this order, too.
         """
         video = torch.cat((latent, condition), dim=1).to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(video)
         token_grid = patches.shape[2:]
         num_tokens = math.prod(token_grid)
-        tokens = packed(self.sequence.shard(rearrange(patches, "B d T Y X -> B (T Y X) d"), 1))
+        tokens = packed(self.sequence.shard(order.permute(rearrange(patches, "B d T Y X -> B (T Y X) d"), 1), 1))
         time_Bd = self.time_embedding(sinusoid(timestep, self.spec.freq_dim))
         start = torch.zeros(tokens.shape, device=tokens.device) if cached_residual is None else cached_residual
         stream = Stream(start, tokens, torch.ones(tokens.shape[0], 1, self.spec.dim, device=tokens.device))
         first = tokens if keep_residual else None
         del start, tokens  # the blocks need the memory
         if cached_residual is None:
-            own_rope = RotaryTables(*(self.sequence.shard(table, 0) for table in rope))
+            own_rope = RotaryTables(*(self.sequence.shard(order.permute(table, 0), 0) for table in rope))
             time_B6d = self.time_projection(time_Bd).unflatten(1, (6, -1))
             for index, (block, text_kv) in enumerate(zip(self._blocks(), text, strict=True)):
                 stream = block(stream, time_B6d, text_kv, own_rope, num_tokens)
                 after_block(index)
         out, x = self.head(stream, time_Bd)
-        velocity = self._unpatchify(self.sequence.gather(out, 1, num_tokens), token_grid)
+        velocity = self._unpatchify(order.restore(self.sequence.gather(out, 1, num_tokens), 1), token_grid)
         return velocity, None if first is None else x.sub_(first)
 
     def fuse_projections(self) -> None:
