@@ -327,6 +327,10 @@ class WanDiT(nn.Module):
             for block in self._blocks():
                 block.self_attn.fuse_projections()
 
+    def self_attentions(self) -> list[SelfAttention]:
+        """Returns the self-attention of each block, the first block's first."""
+        return [block.self_attn for block in self._blocks()]
+
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
 
