@@ -20,21 +20,23 @@ from wanfast.runtime.errors import ConfigError, MissingArtifactError
 from wanfast.runtime.facts.mesh import Mesh, choose_mesh
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.attention import Sequence, WholeSequence
+from wanfast.runtime.models.bricks import RASTER, brick_order
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 
 SPEC = DiTSpec(dim=160, ffn_dim=200, num_heads=8, num_layers=2, freq_dim=64, text_dim=40, text_len=16)
 
 
-def velocity(sequence: Sequence, grid: tuple[int, int, int]) -> torch.Tensor:
+def velocity(sequence: Sequence, grid: tuple[int, int, int], brick: tuple[int, int, int] | None = None) -> torch.Tensor:
     model = WanDiT(SPEC, torch.float32, sequence)
     randomise(model, seed=1)
     generator = torch.Generator().manual_seed(2)
     latent, condition = (torch.randn(1, c, *grid, generator=generator) for c in (16, 20))
     text = model.encode_text(torch.randn(1, 7, SPEC.text_dim, generator=generator))
     T, h, w = grid
-    rope = rotary_tables((T, h // 2, w // 2), SPEC.head_dim)
-    out: torch.Tensor = model(latent, condition, torch.tensor([617]), text, rope)[0]
+    token_grid = (T, h // 2, w // 2)
+    rope, order = rotary_tables(token_grid, SPEC.head_dim), brick_order(token_grid, brick) if brick else RASTER
+    out: torch.Tensor = model(latent, condition, torch.tensor([617]), text, rope, order=order)[0]
     return out
 
 
@@ -47,6 +49,18 @@ def test_ulysses_equals_one_rank(ranks: int, grid: tuple[int, int, int]) -> None
         error = relative_error(got, expected)
         print(f"ulysses {ranks}, {grid}, rank {rank}: relative error {error:.1e}")
         assert error <= 1e-5
+
+
+@pytest.mark.parametrize("grid", [(3, 6, 6), (4, 6, 10)], ids=["27 tokens", "60 tokens"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_tokens_in_bricks_give_the_same_velocity(ranks: int, grid: tuple[int, int, int]) -> None:
+    """Only the order of sums differs; tables or tokens in another order would change the velocity."""
+    brick = (2, 2, 2)
+    with torch.no_grad():
+        expected = velocity(WholeSequence(), grid)
+        found = on_ranks(Mesh(ulysses=ranks), lambda own: velocity(own.sequence, grid, brick))
+    for got in found:
+        assert relative_error(got, expected) <= 1e-5
 
 
 def test_padded_keys_are_not_attended_to() -> None:

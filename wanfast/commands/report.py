@@ -14,6 +14,7 @@ from rich.text import Text
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.config.option import words
 from wanfast.runtime.errors import JobsFailedError, from_failure
+from wanfast.runtime.facts.memory import gb
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.next_step import warmup_command
 from wanfast.runtime.planning.plan import read_guided
@@ -130,6 +131,8 @@ class Report:
                 else "torch's own cache"
             )
         rows["attention"] = f"{result['attention']['kernel']}: {result['attention']['why']}"
+        if check := result["attention_check"]:
+            rows["attention error"] = _check_line(check)
         rows["peak memory"] = f"{result['peak_memory_bytes'] / 1e9:.2f} GB"
         rows["written"] = "\n".join(_shown(path) for path in plan["outputs"])
         self._table("done" + of_line, rows)
@@ -164,6 +167,7 @@ def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str
         "latent": f"{latent}, {plan['tokens']:,} tokens",
         "steps": f"{steps['high_noise']} high noise + {steps['low_noise']} low noise, {plan['forwards']} forwards "
         f"({plan['solver']}, {_noise_levels(plan)})",
+        **_sparsity_row(plan),
         **_magcache_row(plan),
         "guidance": f"{guidance['high_noise']:g} high noise, {guidance['low_noise']:g} low noise{_gate(plan)}",
         **_ranks_row(plan),
@@ -205,6 +209,31 @@ def _recipe_row(plan: dict[str, Any]) -> dict[str, str]:
     """Returns the row that names the recipe and the options that override it."""
     changes = ", ".join(" ".join(words(name, value)) for name, value in plan["overridden"].items())
     return {"recipe": plan["recipe"] + (f", but {changes}" if changes else "")} if plan["recipe"] else {}
+
+
+def _sparsity_row(plan: dict[str, Any]) -> dict[str, str]:
+    """Returns the row that shows which calls of self-attention are sparse, and how sparse."""
+    s = plan["sparsity"]
+    if s is None:
+        return {}
+    steps = sum(plan["steps"].values())
+    return {
+        "sparsity": f"{s['listed']} of {s['blocks']} blocks of {s['block']} tokens: density {s['density']:.2f}; "
+        f"dense in the first {s['dense_steps']} of {steps} steps and the first {s['dense_layers']} layers\n"
+        f"mean density of the video {s['mean_density']:.2f}; lists of {gb(s['list_bytes'])} a rank, "
+        f"made every {s['lists_every']} steps"
+    }
+
+
+def _check_line(check: dict[str, Any]) -> str:
+    """Returns the errors of sparse attention in one line."""
+    if check["largest_at"] is None:
+        return "no call was sparse"
+    at = ", ".join(f"{name} {place}" for name, place in check["largest_at"].items())
+    return (
+        f"mean {check['mean']:.2g}, of 95 % of the heads at most {check['of_95_percent']:.2g}, largest "
+        f"{check['largest']:.2g} ({at})"
+    )
 
 
 def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:

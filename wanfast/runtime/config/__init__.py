@@ -1,6 +1,14 @@
 """This package defines all options, and turns the options of a request into an effective config of five parts."""
 
-from wanfast.runtime.config.effective import NO_VIDEO, OPTIONS, EffectiveConfig, Options, accepted, of_command
+from wanfast.runtime.config.effective import (
+    NO_VIDEO,
+    OPTIONS,
+    EffectiveConfig,
+    Options,
+    accepted,
+    of_command,
+    refuse_sparse,
+)
 from wanfast.runtime.config.models import ModelsConfig, QuantizeConfig, default_artifacts_dir
 from wanfast.runtime.config.ranks import RanksConfig
 from wanfast.runtime.config.skipping import SkippingConfig, magcache_settings
@@ -22,4 +30,5 @@ __all__ = [
     "magcache_settings",
     "of_command",
     "parse_size",
+    "refuse_sparse",
 ]

@@ -144,6 +144,7 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
     Raises ConfigError, which names the option.
     """
     chosen = with_recipe(accepted(given))
+    refuse_sparse(chosen, command)
     recipe = chosen.pop("recipe", None)
     if recipe and RECIPES[recipe].distilled and command == "calibrate-magcache":
         raise ConfigError(
@@ -151,6 +152,14 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
             "skipped: drop --recipe"
         )
     return {name: value for name, value in chosen.items() if name in given or command in OPTIONS[name].option.also}
+
+
+def refuse_sparse(given: Options, command: Command) -> None:
+    """Raises ConfigError if a command that only makes videos as measurements is given sparse attention."""
+    if given.get("attention") == "sparse":
+        raise ConfigError(
+            f"--attention sparse: `wanfast {command}` does not have it, only `wanfast generate`: use --attention auto"
+        )
 
 
 OPTIONS: dict[str, OptionField] = {name: option for part in PARTS.values() for name, option in options_of(part).items()}

@@ -19,6 +19,8 @@ from wanfast.runtime.config.option import (
     MEASURE,
     Option,
     Part,
+    at_least,
+    between,
     flag,
     options_of,
 )
@@ -123,7 +125,7 @@ class ModelsConfig(Part):
         Attention,
         Option(
             "Attention kernel: FlashAttention 3, 4 or 2, or one of torch's. auto uses the fastest that gives correct "
-            "results on this machine.",
+            "results on this machine. sparse is lossy and needs --density.",
             EXACT,
             also=COMPILED,
         ),
@@ -177,6 +179,44 @@ class ModelsConfig(Part):
             also=MEASURE,
         ),
     ] = False
+    density: Annotated[
+        float | None,
+        Option(
+            "Share of blocks that --attention sparse computes. The blocks that are always kept count, too.",
+            LOSSY,
+            check=lambda x: None if 0 < x <= 1 else "use a share over 0, up to 1, such as 0.35",
+        ),
+    ] = field(default=None, compare=False)  # the weights serve any density, and so do the next four options
+    dense_share: Annotated[
+        float,
+        Option(
+            "Share of the steps, counted from the first, in which --attention sparse is dense.",
+            LOSSY,
+            check=lambda x: None if 0 <= x < 1 else "use a share, 0 or more and under 1",
+        ),
+    ] = field(default=0.25, compare=False)
+    dense_layers: Annotated[
+        int,
+        Option(
+            "Number of layers, counted from the first, in which --attention sparse is dense.",
+            LOSSY,
+            check=at_least(0, "use a number of layers, 0 or more"),
+        ),
+    ] = field(default=1, compare=False)
+    lists_every: Annotated[
+        int,
+        Option(
+            "Number of steps after which --attention sparse chooses the blocks again.",
+            LOSSY,
+            check=between(1, 1000, "use 1 to 1000 steps"),
+        ),
+    ] = field(default=4, compare=False)
+    attention_check: Annotated[
+        bool,
+        Option(
+            "Measure the error of --attention sparse on 64 queries of each head in each call, for the .json.", LOSSY
+        ),
+    ] = field(default=False, compare=False)
     verify: Annotated[
         bool,
         Option(
@@ -205,6 +245,7 @@ class ModelsConfig(Part):
         for name in ("expert_sha256", "lora_sha256"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has a list
         check_places(self.model, self.artifacts_dir)
+        self._check_sparse()
         if self.compile_mode != "default" and not self.compile:
             raise ConfigError(
                 f"--compile-mode {self.compile_mode} needs --compile: add --compile, or drop --compile-mode"
@@ -224,6 +265,18 @@ class ModelsConfig(Part):
         if self.quantize and self.precision != "bf16":
             raise ConfigError(
                 f"--quantize {self.quantize} needs --precision bf16: add --precision bf16, or drop --quantize"
+            )
+
+    def _check_sparse(self) -> None:
+        given = [name for name in OF_SPARSE if getattr(self, name) != options_of(ModelsConfig)[name].default]
+        if self.attention != "sparse" and given:
+            raise ConfigError(f"{flag(given[0])} needs --attention sparse: add it, or drop {flag(given[0])}")
+        if self.attention == "sparse" and self.density is None:
+            raise ConfigError("--attention sparse needs --density: add --density 0.35, for example")
+        if self.attention == "sparse" and self.compile:
+            raise ConfigError(
+                "--attention sparse and --compile exclude each other, because the lists of blocks change between the "
+                "steps: drop one of the two"
             )
 
 
@@ -256,6 +309,10 @@ class QuantizeConfig:
 
 # The options that say which weights are quantized.
 _OF_WEIGHTS = ("model", "high_noise_expert", "low_noise_expert", "lora", "lora_high_noise", "lora_low_noise")
+
+
+# The options that only --attention sparse has.
+OF_SPARSE = ("density", "dense_share", "dense_layers", "lists_every", "attention_check")
 
 
 def without_loras(models: ModelsConfig) -> ModelsConfig:

@@ -19,7 +19,7 @@ from torch import Tensor
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Attention
-from wanfast.runtime.machine.packages import ATTENTION_ON_CPU
+from wanfast.runtime.machine.packages import ATTENTION_ON_CPU, require_attention
 from wanfast.runtime.models.attention_kernels import KERNELS
 
 HEAD_DIM = 128  # the A14B's
@@ -43,6 +43,7 @@ class Choice:
 
     kernel: Attention
     why: str
+    dense: Attention | None = None  # the kernel of the dense calls beside sparse ones
 
 
 def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> Choice:
@@ -51,6 +52,10 @@ def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> 
     Raises ConfigError if the requested kernel is not installed or gives wrong results. For `auto`, raises ConfigError
     if no installed kernel gives correct results.
     """
+    if asked == "sparse":
+        require_attention(asked, device)
+        dense = choose("auto", device, dtype, head_dim)
+        return Choice("sparse", f"as asked; dense calls by {dense.kernel}, {dense.why}", dense.kernel)
     if asked != "auto":
         found = probe(asked, device, dtype, head_dim)
         if found.state != "runs":
@@ -79,7 +84,9 @@ def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> 
     choice = ranks.lead(lambda: choose(asked, ranks.device, dtype, head_dim))
 
     def tried() -> None:
-        found = Finding("runs") if ranks.is_leader else probe(choice.kernel, ranks.device, dtype, head_dim)
+        found = (
+            Finding("runs") if ranks.is_leader else probe(choice.dense or choice.kernel, ranks.device, dtype, head_dim)
+        )
         if found.state != "runs":
             raise ConfigError(
                 f"--attention {asked}: the leader chose {choice.kernel}, but another rank reports: {found.state} "

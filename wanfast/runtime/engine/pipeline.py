@@ -32,11 +32,13 @@ from wanfast.runtime.engine.conditioning import Noise, draw_noise, first_frame_c
 from wanfast.runtime.engine.denoise import StepFn, denoise
 from wanfast.runtime.engine.finite import FiniteWatch, require_finite
 from wanfast.runtime.engine.pixels import Frames, FramesFn
+from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert, Precision
 from wanfast.runtime.facts.memory import decode_bytes
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.facts.shapes import Geometry
+from wanfast.runtime.models.bricks import RASTER
 from wanfast.runtime.models.dit import TextKV, WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.models.vae import Rows, WanVAE
@@ -58,6 +60,7 @@ class ImageToVideoPipeline:
     vae: WanVAE
     ranks: Ranks
     attention: Choice  # the attention kernel of the experts
+    sparse: SparseAttention | None = None  # their self-attention, if it is sparse
 
     @property
     def device(self) -> str:
@@ -251,6 +254,7 @@ class ImageToVideoPipeline:
         """
         rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
         groupings = {True: self.ranks, False: self.ranks.unguided if plan.regroups else self.ranks}
+        order = self.sparse.start(plan) if self.sparse else RASTER
         handover = _handover(plan, self.ranks)
         encoded = _EncodedText(text, self.device)
         finite = FiniteWatch(self.ranks)
@@ -266,10 +270,21 @@ class ImageToVideoPipeline:
                 reused, wanted = residuals.reuse(index, branch), residuals.wants(index, branch)
                 then: Expert | None = "low_noise" if (index, branch) == handover else None
                 model, after_block = self.experts.take(expert, then, blocks=reused is None)
+                if self.sparse and reused is None:
+                    self.sparse.begin(index, expert, branches, branch, ranks)
                 kv = encoded.by(model, expert, branches, branch) if reused is None else []
                 keeps = wanted and reused is None
                 prediction, residual = model(
-                    sample, condition, t, kv, rope, after_block, reused, keep_residual=keeps, sequence=ranks.sequence
+                    sample,
+                    condition,
+                    t,
+                    kv,
+                    rope,
+                    after_block,
+                    cached_residual=reused,
+                    keep_residual=keeps,
+                    sequence=ranks.sequence,
+                    order=order,
                 )
                 if keeps:
                     residuals.keep(index, branch, residual)
@@ -278,7 +293,7 @@ class ImageToVideoPipeline:
             def rehearsed(branch: Branch) -> Tensor:
                 model, _ = self.experts.take(expert)
                 kv = encoded.by(model, expert, branches, ranks.guidance.own(branches)[0])
-                return model(sample, condition, t, kv, rope, sequence=later.sequence, num_blocks=1)[0]  # type: ignore[no-any-return]
+                return model(sample, condition, t, kv, rope, sequence=later.sequence, num_blocks=1, order=order)[0]  # type: ignore[no-any-return]
 
             if index == 0 and plan.regroups and len(set(plan.guided)) == 2:
                 later = groupings[not plan.guided[0]]
@@ -299,6 +314,8 @@ class ImageToVideoPipeline:
             on_step=on_step,
             on_sample=on_sample,
         )
+        if self.sparse:
+            self.sparse.finish()
         finite.finish()
         return latent
 

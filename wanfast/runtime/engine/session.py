@@ -37,6 +37,7 @@ from wanfast.runtime.engine.denoise import StepFn
 from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
 from wanfast.runtime.engine.pixels import Frames, FramesFn
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
+from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import EXPERTS, Branch, Expert
@@ -214,6 +215,7 @@ class Session:
             "seconds": dict(self.watch.seconds),
             "first_step_s": round(first_step.seconds, 3),
             "attention": dataclasses.asdict(pipeline.attention),
+            "attention_check": pipeline.sparse.report() if pipeline.sparse else None,
             "cudnn_engines": cudnn_engines.digest(engines),
             "compile_cache": compile_cache,
             "compiled_anew": recompiled,
@@ -317,7 +319,8 @@ def load_models(
     wanted = config.models
     dtype = DTYPES[wanted.precision]
     choice = attention_probe.agree(wanted.attention, ranks, dtype, files.spec.dit.head_dim)
-    attend = attention_by(choice.kernel)
+    attend = attention_by(choice.dense or choice.kernel)
+    sparse = SparseAttention(attend, files.spec.dit.num_heads, ranks) if choice.kernel == "sparse" else None
     merges = ranks.together(lambda: _merges(files, wanted))
 
     def build(expert: Expert) -> WanDiT:
@@ -340,10 +343,13 @@ def load_models(
         with loads.span("vae"):
             decoder = wanted.vae_precision or wanted.precision
             vae = ranks.together(lambda: build_vae(files, ranks.device, decoder))
+    if sparse:
+        for model in models.values():
+            sparse.use_in(model)
     if wanted.compile:
         for model in models.values():
             compile_blocks(model, wanted.compile_mode)
-    return ImageToVideoPipeline(files.spec, experts, vae, ranks, choice)
+    return ImageToVideoPipeline(files.spec, experts, vae, ranks, choice, sparse)
 
 
 def _merge_anew(

@@ -19,7 +19,7 @@ MagCacheRule = Literal["low-noise-only", "both-experts"]
 Switch = Literal["on", "off", "auto"]
 CompileMode = Literal["default", "max-autotune-no-cudagraphs", "max-autotune"]
 Scheme = Literal["int8-weight-only", "int8-dynamic", "fp8-rowwise", "bf16"]
-Attention = Literal["auto", "fa3", "fa4", "fa2", "cudnn", "flash", "efficient", "math"]
+Attention = Literal["auto", "fa3", "fa4", "fa2", "cudnn", "flash", "efficient", "math", "sparse"]
 RecipeName = Literal[
     "baseline", "fa3", "fa3-tf32", "int8", "magcache", "magcache-tf32", "compile", "compile-int8", "compile-tf32",
     "fastest-original", "fastest-original-k2r10", "fastest-original-e024k2r10",

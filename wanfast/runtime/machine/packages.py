@@ -21,7 +21,7 @@ ATTENTION_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "fa2": ("flash-attn", ("flash_attn.flash_attn_interface",)),
 }
 _ROOT = Path(__file__).parents[3]
-ATTENTION_ON_CPU = ("flash", "math")  # the kernels that a CPU has
+ATTENTION_ON_CPU = ("flash", "math", "sparse")  # the kernels that a CPU has
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "ftfy", "pillow", "av")
 _OPTIONAL = (
     "triton",
@@ -38,9 +38,11 @@ _OPTIONAL = (
 def require_attention(kernel: str, device: str) -> None:
     """Raises NeedsGpuError if the kernel needs a GPU and `device` is cpu.
 
-    Raises ConfigError if the kernel's package is not installed. The kernel is not run, so this function does not
-    show whether the kernel works on the GPU.
+    Raises ConfigError if the kernel's package is not installed, or if the kernel exists only for a CPU. The kernel is
+    not run, so this function does not show whether the kernel works on the GPU.
     """
+    if kernel == "sparse" and device != "cpu":
+        raise ConfigError("--attention sparse has no kernel for GPUs yet: add --device cpu, or use --attention auto")
     if device == "cpu" and kernel not in ("auto", *ATTENTION_ON_CPU):
         raise NeedsGpuError(f"--attention {kernel} needs a GPU: use --attention auto, or --device cuda")
     if kernel in ATTENTION_PACKAGES:

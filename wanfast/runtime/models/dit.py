@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.attention import Sequence, WholeSequence, attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
+from wanfast.runtime.models.bricks import RASTER, TokenOrder
 from wanfast.runtime.models.fused import add_layer_norm, linear_gelu, rms_norm_heads
 from wanfast.runtime.models.rope import RotaryTables
 from wanfast.runtime.models.tokens import Tokens, packed
@@ -299,6 +300,7 @@ class WanDiT(nn.Module):
         keep_residual: bool = False,
         sequence: Sequence | None = None,
         num_blocks: int | None = None,
+        order: TokenOrder = RASTER,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (flow velocity [B, C, T, h, w], residual [B, L, d] or None), both in float32.
 
@@ -311,27 +313,28 @@ class WanDiT(nn.Module):
         keep_residual: whether to return the residual; if False, the second result is None.
         sequence: shares the tokens of this forward among ranks; None takes the model's own.
         num_blocks: how many blocks run; None runs all of them.
+        order: the order in which the blocks hold the tokens; residuals are in this order, too.
         """
         sequence = sequence or self.sequence
         video = torch.cat((latent, condition), dim=1).to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(video)
         token_grid = patches.shape[2:]
         num_tokens = math.prod(token_grid)
-        tokens = packed(sequence.shard(rearrange(patches, "B d T Y X -> B (T Y X) d"), 1))
+        tokens = packed(sequence.shard(order.permute(rearrange(patches, "B d T Y X -> B (T Y X) d"), 1), 1))
         time_Bd = self.time_embedding(sinusoid(timestep, self.spec.freq_dim))
         start = torch.zeros(tokens.shape, device=tokens.device) if cached_residual is None else cached_residual
         stream = Stream(start, tokens, torch.ones(tokens.shape[0], 1, self.spec.dim, device=tokens.device))
         first = tokens if keep_residual else None
         del start, tokens  # the blocks need the memory
         if cached_residual is None:
-            own_rope = RotaryTables(*(sequence.shard(table, 0) for table in rope))
+            own_rope = RotaryTables(*(sequence.shard(order.permute(table, 0), 0) for table in rope))
             time_B6d = self.time_projection(time_Bd).unflatten(1, (6, -1))
             blocks = list(zip(self._blocks(), text, strict=True))[:num_blocks]
             for index, (block, text_kv) in enumerate(blocks):
                 stream = block(stream, time_B6d, text_kv, own_rope, num_tokens, sequence)
                 after_block(index)
         out, x = self.head(stream, time_Bd)
-        velocity = self._unpatchify(sequence.gather(out, 1, num_tokens), token_grid)
+        velocity = self._unpatchify(order.restore(sequence.gather(out, 1, num_tokens), 1), token_grid)
         return velocity, None if first is None else x.sub_(first)
 
     def fuse_projections(self) -> None:
@@ -344,6 +347,10 @@ class WanDiT(nn.Module):
         if not self.sequence.overlaps:
             for block in self._blocks():
                 block.self_attn.fuse_projections()
+
+    def self_attentions(self) -> list[SelfAttention]:
+        """Returns the self-attention of each block, the first block's first."""
+        return [block.self_attn for block in self._blocks()]
 
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))

@@ -36,7 +36,7 @@ def _entry(result: dict[str, Any]) -> dict[str, Any]:
     plan, turns = result["plan"], forwards_in_turn(result["plan"])
     later = sum(turns[1:])  # the first step is not counted, because it waited for compilers
     seconds = result["seconds"]["denoise"] - (result["first_step_s"] if later else 0)
-    entry = {name: plan[name] for name in (*_ALIKE, "attention")}
+    entry = {name: plan[name] for name in (*_ALIKE, "attention", "sparsity")}
     return entry | {"machine": result["hardware"]["device"], "seconds_a_forward": seconds / (later or turns[0])}
 
 
@@ -57,7 +57,8 @@ def predicted_seconds(plan: Plan) -> float | None:
     for entry in reversed(_entries(Path(plan.config.models.artifacts_dir) / _INDEX)):
         same_kernel = wanted["attention"] in ("auto", entry["attention"])
         same_machine = not found or found[0].name == entry["machine"]
-        if same_kernel and same_machine and all(entry[name] == wanted[name] for name in _ALIKE):
+        same_density = wanted["sparsity"] == entry.get("sparsity")  # older entries have none
+        if same_kernel and same_density and same_machine and all(entry[name] == wanted[name] for name in _ALIKE):
             return round(float(entry["seconds_a_forward"]) * sum(forwards_in_turn(wanted)), 3)
     return None
 

@@ -42,6 +42,7 @@ class Need:
     vae: int
     margin: int = memory.MARGIN_BYTES
     graphs: int = 0  # that the captured CUDA graphs of the loop hold after it
+    lists: int = 0  # of blocks, which sparse attention holds from step to step
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,13 @@ def check_skips(plan: Plan) -> None:
     plan.magcache_json()  # raises if a budget cannot be met
 
 
-def needed(spec: ModelSpec, models: ModelsConfig, geometry: Geometry, mesh: Mesh, num_residuals: int = 0) -> Need:
+def needed(
+    spec: ModelSpec, models: ModelsConfig, geometry: Geometry, mesh: Mesh, num_residuals: int = 0, lists: int = 0
+) -> Need:
     """Returns the bytes of memory that one video needs on one rank of `mesh`.
 
-    `num_residuals`: the number of MagCache residuals that the rank keeps between steps.
+    `num_residuals`: the number of MagCache residuals that the rank keeps between steps. `lists`: the bytes of its lists
+    of blocks.
     """
     own_tokens, precision, scheme = -(-geometry.tokens // mesh.ulysses), models.precision, models.quantize
     return Need(
@@ -138,6 +142,7 @@ def needed(spec: ModelSpec, models: ModelsConfig, geometry: Geometry, mesh: Mesh
         loop=memory.loop_bytes(spec, precision, own_tokens, scheme),
         residuals=num_residuals * memory.residual_bytes(spec.dit, own_tokens),
         vae=memory.vae_bytes(spec, geometry, models.vae_precision or precision) // mesh.group_size,
+        lists=lists,
     )
 
 
@@ -145,7 +150,7 @@ def _need(plans: Sequence[Plan], mesh: Mesh) -> Need:
     needs = []
     for plan in plans:
         config = plan.config
-        need = needed(plan.spec, config.models, plan.geometry, mesh, plan.num_residuals(mesh))
+        need = needed(plan.spec, config.models, plan.geometry, mesh, plan.num_residuals(mesh), plan.list_bytes(mesh))
         if config.ranks.device == "cpu":
             need = dataclasses.replace(need, margin=memory.CPU_MARGIN_BYTES)
         elif config.models.compile_mode == "max-autotune":
@@ -178,7 +183,8 @@ def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
 
 def _in_loop(need: Need) -> dict[str, int]:
     """Returns the bytes that a forward needs beside the weights."""
-    return {"loop": need.loop} | ({"residuals": need.residuals} if need.residuals else {})
+    held = {"residuals": need.residuals, "lists of blocks": need.lists}
+    return {"loop": need.loop} | {name: size for name, size in held.items() if size}
 
 
 def _offloaded(need: Need) -> dict[str, int]:

@@ -25,6 +25,7 @@ from wanfast.runtime.facts.choices import EXPERTS, Device, Expert, ImageFit
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.facts.shapes import Geometry, geometry_of, inner_size, middle_box
+from wanfast.runtime.facts.sparsity import BLOCK, Sparsity
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.media import images, video_file
@@ -210,8 +211,45 @@ class Plan:
 
         An extrapolated residual is one more for a moment.
         """
-        held = self.residuals_a_branch * (2 if any(self.guided) and mesh.cfg == 1 else 1)
+        held = self.residuals_a_branch * self._num_branches(mesh)
         return held + (1 if self.curve is not None and _extrapolates(self.config) else 0)
+
+    @cached_property
+    def sparsity(self) -> Sparsity | None:
+        """Returns which calls of self-attention are sparse; None without --attention sparse. Raises ConfigError."""
+        models = self.config.models
+        if models.attention != "sparse":
+            return None
+        assert models.density is not None
+        return Sparsity.of(
+            self.geometry.token_grid,
+            density=models.density,
+            num_steps=len(self.schedule),
+            dense_share=models.dense_share,
+            num_layers=self.spec.dit.num_layers,
+            dense_layers=models.dense_layers,
+            lists_every=models.lists_every,
+        )
+
+    def list_bytes(self, mesh: Mesh) -> int:
+        """Returns the bytes of the lists of blocks that a rank of `mesh` holds, summed over the rank's branches."""
+        if self.sparsity is None:
+            return 0
+        return self._num_branches(mesh) * self.sparsity.list_bytes(self.spec.dit.num_heads // mesh.ulysses)
+
+    def _num_branches(self, mesh: Mesh) -> int:
+        """Returns the largest number of branches of guidance that a rank of `mesh` computes in a step."""
+        return 2 if any(self.guided) and mesh.cfg == 1 else 1
+
+    def sparsity_json(self) -> dict[str, Any] | None:
+        """Returns the density of attention, and what it follows from, as JSON; None without --attention sparse."""
+        if self.sparsity is None:
+            return None
+        computed = [1 + both - sum(skips) for both, skips in zip(self.guided, self.skips, strict=True)]
+        return self.sparsity.to_json() | {
+            "mean_density": round(self.sparsity.mean_density(computed), 4),
+            "list_bytes": self.list_bytes(self.mesh),
+        }
 
     def magcache_json(self) -> dict[str, Any] | None:
         """Returns the skips, their settings and their curve as JSON; None if MagCache is off."""
@@ -280,6 +318,7 @@ class Plan:
             "magcache": self.magcache_json(),
             "precision": config.models.precision,
             "attention": config.models.attention,
+            "sparsity": self.sparsity_json(),
             "quantize": config.models.quantize,
             "compile": config.models.compile_mode if config.models.compile else None,
             "device": config.ranks.device,
@@ -377,7 +416,7 @@ def resolve(
         plan = dataclasses.replace(plan, config=dataclasses.replace(config, output=OutputConfig(output=None)))
     notes = (
         *image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files), *magcache_notes(config, files),
-        *expert_notes(config.models), *lora_notes(config.models), *_output_notes(plan),
+        *expert_notes(config.models), *lora_notes(config.models), *_sparsity_notes(plan), *_output_notes(plan),
     )  # fmt: skip
     notes = (*notes, spec.weights_note) if spec.weights_note else notes
     return dataclasses.replace(plan, requested=given, notes=notes), files
@@ -462,6 +501,20 @@ def _check_outputs(plan: Plan, *, overwrite: bool) -> None:
     needed_bytes = (1 << 20) + int(g.width * g.height * g.frames * _MP4_BYTES_PER_PIXEL)
     output = str(plan.config.output.output)
     video_file.check_outputs(output, *plan.outputs[1:], overwrite=overwrite, needed_bytes=needed_bytes)
+
+
+def _sparsity_notes(plan: Plan) -> list[str]:
+    """Returns a note if sparse attention computes all blocks, or more than the density that was asked for."""
+    sparsity, asked = plan.sparsity, plan.config.models.density
+    if sparsity is None or asked is None:
+        return []
+    blocks = f"--attention sparse: the video has {sparsity.num_blocks} blocks of {BLOCK} tokens"
+    if sparsity.listed == sparsity.num_blocks:
+        return [f"{blocks}, and all of them are computed: nothing is saved"]
+    if sparsity.density > asked + 1 / sparsity.num_blocks:
+        kept = f"the first frame's {sparsity.first_blocks} and one more are always kept"
+        return [f"{blocks}, and {kept}: the density is {sparsity.density:.2f}, not {asked:g}"]
+    return []
 
 
 def _output_notes(plan: Plan) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import OPTIONS, EffectiveConfig, OutputConfig, RanksConfig, SkippingConfig
+from wanfast.runtime.config.models import OF_SPARSE
 from wanfast.runtime.config.option import absolute, flag, options_of
 from wanfast.runtime.config.recipes import OF_GRID, has_levels, with_recipe
 from wanfast.runtime.errors import ConfigError, WanFastError, failure, foreign
@@ -297,9 +298,9 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
 
 
 def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
-    """Removes the options of skips and schedules that conflict with those of the `nearer` source, and those it has.
+    """Removes the options that the `nearer` source overrides: those that it has, and those that conflict with them.
 
-    The `nearer` source overrides `options`.
+    Only options of skips, schedules and sparse attention can conflict.
     """
     skipping = options_of(SkippingConfig)
     amounts = {name for name, field in skipping.items() if field.option.choice}
@@ -310,6 +311,8 @@ def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict
         gone |= {*OF_GRID, "sigmas", "switch_step"}
     if "magcache" in nearer:
         gone |= skipping.keys() - {"magcache"}
+    if nearer.get("attention", "sparse") != "sparse":
+        gone |= {*OF_SPARSE}
     if nearer.keys() & amounts:
         gone |= {*amounts, "magcache_rule"}  # the rule's default follows from the amount
     return {name: value for name, value in options.items() if name not in gone}

@@ -382,6 +382,8 @@ def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
 def calibrate_command(config: EffectiveConfig, spec: ModelSpec) -> str:
     """Returns the `wanfast calibrate-magcache` command that measures a curve for this run."""
     values = config.options()
+    if values["attention"] == "sparse":
+        values["attention"] = ModelsConfig.attention  # a curve is measured with dense attention
     if values["artifacts_dir"] == default_artifacts_dir():
         values["artifacts_dir"] = ModelsConfig.artifacts_dir
     given = ["wanfast", "calibrate-magcache"]

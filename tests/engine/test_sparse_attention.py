@@ -1,0 +1,201 @@
+"""Tests sparse attention in the loop: which calls are sparse, by which lists, on any mesh and beside MagCache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.test_magcache_loop import APART, skipping
+from tests.engine.test_rank_groups import final_latents, with_options
+from tests.on_ranks import on_ranks
+from tests.parity import relative_error
+from tests.small_model import blank_inputs, plan_small_model
+from wanfast.runtime.device.timing import Stopwatch
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine import session, sparse_attention
+from wanfast.runtime.engine.attention_probe import choose
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.choices import BRANCHES
+from wanfast.runtime.facts.mesh import Mesh
+from wanfast.runtime.models import attention_kernels
+from wanfast.runtime.models.bricks import RASTER, TokenOrder, brick_order
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.sampling.magcache import ResidualCache
+from wanfast.runtime.store.model_files import ModelFiles
+
+# 455 tokens: three blocks and 71 tokens, which two and four ranks do not divide; 13 columns are two bricks.
+SIZE = {"size": "208x112", "fit": "crop", "frames": 17}
+HALF = {"attention": "sparse", "density": 0.5}
+NO_GUARDS = {"dense_share": 0.0, "dense_layers": 0}
+Planned = Callable[..., tuple[Plan, ModelFiles]]
+
+
+@pytest.fixture
+def planned(small_model: Path, workdir: Path) -> Planned:
+    """Returns a function that plans a video of 455 tokens with the small model, which has two layers."""
+    return lambda **options: plan_small_model(small_model, **SIZE, **options)
+
+
+@torch.inference_mode()
+def made(plan: Plan, files: ModelFiles, ranks: Ranks) -> tuple[torch.Tensor, dict[str, Any] | None]:
+    """The final latents and the report of the errors, from a grey image and texts of one seed."""
+    torch.manual_seed(3)
+    pipeline = session.load_models(files, plan.config, ranks, Stopwatch("cpu"))
+    residuals = ResidualCache(plan.skips)
+    latents = pipeline.latent(plan, *blank_inputs(plan, files), Stopwatch("cpu"), lambda *_: None, residuals)
+    assert pipeline.sparse is not None and pipeline.sparse._lists == {}  # the VAE gets their memory
+    return latents.clone(), pipeline.sparse.report()
+
+
+def test_all_blocks_give_the_latents_of_dense_attention(planned: Planned) -> None:
+    """The order of the tokens, the lists and the ragged end together; only sums round otherwise."""
+    plan, files = planned(attention="math")
+    dense = final_latents(plan, files, Ranks("cpu"))
+    whole, _ = planned(attention="sparse", density=1.0, **NO_GUARDS)
+    assert relative_error(final_latents(whole, files, Ranks("cpu")), dense) <= 1e-5
+    half, _ = planned(**HALF, **NO_GUARDS)
+    assert 1e-3 < relative_error(final_latents(half, files, Ranks("cpu")), dense) < 1
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fsdp"),
+    [(Mesh(ulysses=4), "off"), (Mesh(cfg=2), "off"), (Mesh(cfg=2, ulysses=2), "on")],
+    ids=["ulysses4", "cfg2", "cfg2-ulysses2-sharded"],
+)
+def test_every_mesh_gives_the_latents_and_errors_of_one_rank(planned: Planned, mesh: Mesh, fsdp: str) -> None:
+    """With a gate of guidance, both halves of parallel guidance run the last steps alike."""
+    plan, files = planned(**HALF, attention_check=True, guidance_gate=0.5, dense_layers=0)
+    expected, report = made(plan, files, Ranks("cpu"))
+    assert report is not None and len(report["forwards"]) > 3
+    plan = with_options(plan, dit_fsdp=fsdp, t5_fsdp=fsdp)
+    for latents, of_rank in on_ranks(mesh, lambda ranks: made(plan, files, ranks)):
+        assert relative_error(latents, expected) <= 1e-5
+        assert of_rank is not None and of_rank["largest_at"] == report["largest_at"]
+        for forward, own in zip(report["forwards"], of_rank["forwards"], strict=True):
+            assert (own["step"], own["branch"]) == (forward["step"], forward["branch"])
+            for errors, own_errors in zip(forward["relative_errors"], own["relative_errors"], strict=True):
+                assert own_errors == pytest.approx(errors, rel=2e-2)  # they are written with three digits
+
+
+def calls(monkeypatch: pytest.MonkeyPatch, plan: Plan, files: ModelFiles) -> tuple[list[Any], list[Any]]:
+    """(step, branch, layer) of each making of lists, and of each sparse call."""
+    lists, sparse = [], []
+    make, attend = sparse_attention.block_lists, sparse_attention.SparseAttention._attend
+    here: list[Any] = []
+
+    def attending(self: Any, layer: int, *qkv: torch.Tensor) -> torch.Tensor:
+        here[:] = [(self._forward.step, self._forward.branch, layer)]
+        return attend(self, layer, *qkv)
+
+    monkeypatch.setattr(sparse_attention.SparseAttention, "_attend", attending)
+    monkeypatch.setattr(sparse_attention, "block_lists", lambda *a: lists.append(*here) or make(*a))
+    run = sparse_attention.block_sparse_attention
+    monkeypatch.setattr(sparse_attention, "block_sparse_attention", lambda *a: sparse.append(*here) or run(*a))
+    made(plan, files, Ranks("cpu"))
+    return lists, sparse
+
+
+def test_guards_are_dense_and_lists_are_made_again(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight steps, the first two are dense and the low-noise expert's begin with the fourth."""
+    plan, files = planned(steps=8, **HALF, lists_every=3)
+    assert plan.experts.index("low_noise") == 3
+    lists, sparse = calls(monkeypatch, plan, files)
+    assert sparse == [(step, branch, 1) for step in range(2, 8) for branch in BRANCHES]
+    assert lists == [(step, branch, 1) for step in (2, 3, 6) for branch in BRANCHES]
+
+
+def test_skipped_forwards_make_no_lists(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists that would be made in a step that MagCache skips are made in the next one that runs."""
+    plan, files = planned(steps=8, **HALF, **NO_GUARDS, lists_every=2)
+    plan = skipping(plan)
+    assert plan.skips == APART
+    lists, sparse = calls(monkeypatch, plan, files)
+    ran = [
+        (step, branch) for step in range(8) for branch, skips in zip(BRANCHES, APART[step], strict=True) if not skips
+    ]
+    assert sparse == [(*forward, layer) for forward in ran for layer in (0, 1)]
+    made_at = {branch: [step for step, of, layer in lists if (of, layer) == (branch, 0)] for branch in BRANCHES}
+    assert made_at == {"prompt": [0, 3, 6], "negative_prompt": [0, 3, 5, 7]}
+
+
+def test_only_sparse_attention_changes_the_order_of_tokens(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[TokenOrder] = []
+    forward = WanDiT.forward
+    monkeypatch.setattr(WanDiT, "forward", lambda self, *a, **k: orders.append(k["order"]) or forward(self, *a, **k))
+    plan, files = planned(**HALF)
+    final_latents(plan, files, Ranks("cpu"))
+    bricks = brick_order(plan.geometry.token_grid, (2, 8, 8)).order
+    assert bricks is not None and not torch.equal(bricks, torch.arange(455))
+    assert len(orders) == 8 and all(torch.equal(order.order, bricks) for order in orders)
+    orders.clear()
+    final_latents(*planned(attention="math"), Ranks("cpu"))
+    assert orders == [RASTER] * 8
+
+
+def test_quantized_experts_may_be_sparse(planned: Planned) -> None:
+    """All blocks are computed, so that the latents are those of dense attention with the same weights."""
+    weights = {"precision": "bf16", "quantize": "int8-weight-only", "quantize_on_the_fly": True}
+    plan, files = planned(attention="math", **weights)
+    dense = final_latents(plan, files, Ranks("cpu"))
+    whole, _ = planned(attention="sparse", density=1.0, **NO_GUARDS, **weights)
+    assert relative_error(final_latents(whole, files, Ranks("cpu")), dense) <= 2e-2
+
+
+def test_residuals_stay_in_the_order_of_the_tokens(planned: Planned) -> None:
+    """All blocks are computed, so that MagCache beside it gives what it gives alone."""
+    plan, files = planned(steps=8, attention="math")
+    alone = final_latents(skipping(plan), files, Ranks("cpu"))
+    both, _ = planned(steps=8, attention="sparse", density=1.0, **NO_GUARDS)
+    assert relative_error(final_latents(skipping(both), files, Ranks("cpu")), alone) <= 1e-5
+
+
+def test_the_queries_are_drawn_again_in_each_call_and_by_the_seed(planned: Planned) -> None:
+    plan, _ = planned(**HALF, attention_check=True)
+    other = with_options(plan, seed=8)
+    drawn = set()
+    for seeded in (plan, other, plan):
+        sparse = sparse_attention.SparseAttention(lambda q, k, v: v, 8, Ranks("cpu"))
+        sparse.start(seeded)
+        for step, branch, layer in ((2, "prompt", 1), (3, "prompt", 1), (2, "negative_prompt", 1), (2, "prompt", 0)):
+            sparse.begin(step, "high_noise", BRANCHES, branch, Ranks("cpu"))  # type: ignore[arg-type]
+            assert sparse._forward is not None
+            rows = sparse._rows(sparse._forward, layer, 455)
+            assert rows.shape == (8, 64) and int(rows.min()) >= 0 and int(rows.max()) < 455
+            assert len({tuple(row) for row in rows.tolist()}) == 8
+            drawn.add(tuple(rows.flatten().tolist()))
+    assert len(drawn) == 8  # the third video draws what the first one drew
+
+
+def test_errors_are_not_measured_unless_asked(planned: Planned) -> None:
+    plan, files = planned(**HALF)
+    assert made(plan, files, Ranks("cpu"))[1] is None
+
+
+def test_the_report_says_where_the_largest_error_is() -> None:
+    found = {(2, "prompt", 1): [0.1, 0.25], (2, "negative_prompt", 1): [0.3, 0.12345]}
+    report = sparse_attention._report(found, 2)  # type: ignore[arg-type]
+    assert report["largest"] == 0.3 and report["mean"] == 0.193
+    assert report["largest_at"] == {"step": 2, "branch": "negative_prompt", "layer": 1, "head": 0}
+    assert report["forwards"] == [
+        {"step": 2, "branch": "prompt", "relative_errors": [None, [0.1, 0.25]]},
+        {"step": 2, "branch": "negative_prompt", "relative_errors": [None, [0.3, 0.123]]},
+    ]
+    assert sparse_attention._report({}, 2)["largest_at"] is None
+
+
+def test_auto_never_takes_a_lossy_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "sparse" not in attention_kernels.KERNELS
+    choice = choose("sparse", "cpu", torch.float32, 24)
+    assert (choice.kernel, choice.dense) == ("sparse", "flash")
+    assert choose("auto", "cpu", torch.float32, 24).dense is None
+    with pytest.raises(ConfigError, match="no kernel for GPUs yet"):
+        choose("sparse", "cuda", torch.float32, 24)
+    for name in ("flash", "math"):
+        monkeypatch.setitem(attention_kernels.KERNELS, name, attention_kernels.Kernel(lambda q, k, v: v))
+    with pytest.raises(ConfigError, match="--attention auto: none of flash, math works"):
+        choose("sparse", "cpu", torch.float32, 24)

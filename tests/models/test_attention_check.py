@@ -1,0 +1,54 @@
+"""Tests that sampled errors are those of float64, and tell the error over all queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wanfast.runtime.engine import attention_probe
+from wanfast.runtime.models.attention_check import sampled_errors
+from wanfast.runtime.models.attention_router import block_lists
+from wanfast.runtime.models.block_sparse import block_sparse_attention
+
+
+def drawn(length: int, heads: int, generator: torch.Generator) -> list[Tensor]:
+    """q, k and v whose scores spread, and a sparse output."""
+    q, k, v = (torch.randn(length, heads, 16, generator=generator) for _ in "qkv")
+    q, k = q * 2, k + torch.randn(1, heads, 16, generator=generator)
+    lists = block_lists(q[None], k[None], 16, 12, 1)
+    return [q, k, v, block_sparse_attention(q[None], k[None], v[None], lists, 16)[0]]
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention_probe._formula(*(x[None].double() for x in (q, k, v)))[0]
+
+
+def test_sampled_errors_are_those_of_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, out = drawn(300, 5, generator)
+    rows = torch.randint(300, (5, 64), generator=generator)
+    found = sampled_errors(q, k, v, out, rows)
+    true = exact(q, k, v)
+    for head in range(5):
+        of_head = true[rows[head], head]
+        expected = (out[rows[head], head].double() - of_head).norm() / of_head.norm()
+        assert abs(float(found[head]) / float(expected) - 1) <= 1e-4
+    assert float(sampled_errors(q, k, v, true.float(), rows).max()) <= 1e-6
+
+
+def test_64_queries_tell_the_error_of_all() -> None:
+    """Within a fifth, for 95 % of 100 heads."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v, out = drawn(384, 100, generator)
+    found = sampled_errors(q, k, v, out, torch.randint(384, (100, 64), generator=generator))
+    true = exact(q, k, v)
+    whole = (out.double() - true).norm(dim=(0, 2)) / true.norm(dim=(0, 2))
+    near = ((found / whole - 1).abs() <= 0.2).double().mean()
+    assert float(whole.min()) > 0.01
+    assert float(near) >= 0.95
+
+
+def test_an_output_of_zeros_has_a_finite_error() -> None:
+    q, k = (torch.ones(4, 1, 2) for _ in "qk")
+    zeros = torch.zeros(4, 1, 2)
+    assert sampled_errors(q, k, zeros, zeros, torch.zeros(1, 3, dtype=torch.int64)).tolist() == [0.0]

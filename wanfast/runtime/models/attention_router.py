@@ -1,0 +1,55 @@
+"""The router lists the blocks of keys to which each head and block of queries attends.
+
+A block's part in the softmax is estimated from means: queries and keys are averaged over quarters of a block, and the
+score of two blocks is the log of the sum of exp over all 16 pairs of quarters. Quarters find a strong key that the mean
+of a whole block hides. The blocks with the largest scores are listed, always with the blocks of the first latent frame,
+which holds the given image, and the block of the queries themselves.
+Cost: 16 / block^2 of the products of dense attention, and a sort. Exact for nothing: the choice is an estimate, and
+`attention_check` measures its error.
+
+Shapes: B batch, L tokens, H heads, D head dim, N blocks, W entries of a list, S quarters of blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from wanfast.runtime.models.block_sparse import BlockLists
+
+_PARTS = 4  # of a block, each with a mean of its own
+
+
+def block_lists(q_BLHD: Tensor, k_BLHD: Tensor, block: int, listed: int, first_blocks: int) -> BlockLists:
+    """Returns lists of `listed` blocks for tokens in brick order; `block` is the tokens of a block, a multiple of 4.
+
+    q and k have the same number of tokens. `first_blocks` blocks, from the start, are in every list.
+    """
+    chosen = []
+    for q_BLD, k_BLD in zip(q_BLHD.unbind(2), k_BLHD.unbind(2), strict=True):  # one head's scores at a time
+        scores = block_scores(q_BLD, k_BLD, block)
+        scores[..., :first_blocks] = torch.inf
+        scores.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+        chosen.append(scores.topk(listed).indices.sort().values.int())
+    blocks = torch.stack(chosen, dim=1)
+    return BlockLists(torch.full_like(blocks[..., 0], listed), blocks)
+
+
+def block_scores(q_BLD: Tensor, k_BLD: Tensor, block: int) -> Tensor:
+    """Returns the estimated log of each pair of blocks' part in the softmax, [B, N, N] in float32."""
+    part = block // _PARTS
+    q, k = _means(q_BLD, part), _means(k_BLD, part)
+    scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+    missing = -scores.shape[1] % _PARTS  # of the last block
+    scores = F.pad(scores, (0, missing, 0, missing), value=-torch.inf)
+    return rearrange(scores, "B (N p) (M r) -> B N M (p r)", p=_PARTS, r=_PARTS).logsumexp(-1)
+
+
+def _means(x_BLD: Tensor, part: int) -> Tensor:
+    """Returns the float32 means [B, S, D] of each `part` tokens in a row; the last one may be over fewer."""
+    whole = x_BLD.shape[1] // part * part
+    means = rearrange(x_BLD[:, :whole].float(), "B (S t) D -> B S t D", t=part).mean(2)
+    rest = x_BLD[:, whole:].float()
+    return torch.cat((means, rest.mean(1, keepdim=True)), dim=1) if rest.shape[1] else means

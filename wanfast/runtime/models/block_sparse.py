@@ -1,0 +1,53 @@
+"""This module computes attention of blocks of queries to listed blocks of keys, in plain PyTorch on any device.
+
+The result is exact for the lists: the softmax is over the keys of the listed blocks only. This is the reference for a
+kernel of a GPU, and the way that a CPU computes sparse attention. It gathers the listed keys for one block of queries
+at a time.
+
+Shapes: B batch, L tokens, H heads, D head dim, c tokens of a block, M blocks of queries, N blocks of keys, W entries of
+the longest list. The last block may have fewer than c tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+class BlockLists(NamedTuple):
+    """Holds for each head and block of queries the key blocks that it attends to, in FlashAttention-4's format."""
+
+    counts: Tensor  # [B, H, M] int32: entries that count in each list
+    blocks: Tensor  # [B, H, M, W] int32: numbers of key blocks, ascending in each list
+
+
+def block_sparse_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
+    """Returns softmax(q k^T / sqrt(D)) v over the keys of the listed blocks, [B, L, H, D] in the dtype of q.
+
+    `block` is c. Raises ValueError if a list is empty, because its softmax would be over nothing.
+    """
+    if not bool((lists.counts > 0).all()):
+        raise ValueError("a block of queries has no block of keys")
+    batch, length = k_BLHD.shape[:2]
+    k, v = (_blocks(x, block) for x in (k_BLHD, v_BLHD))
+    heads = torch.arange(k.shape[0], device=k.device)[:, None]
+    in_block, entry = (torch.arange(n, device=k.device) for n in (block, lists.blocks.shape[-1]))
+    outs = []
+    for number, queries in enumerate(torch.split(q_BLHD, block, dim=1)):
+        listed, counts = (x[:, :, number].flatten(0, 1) for x in (lists.blocks, lists.counts))
+        exists = (listed[..., None] * block + in_block < length) & (entry < counts[:, None])[..., None]
+        keys, values = (x[heads, listed].flatten(1, 2) for x in (k, v))
+        q = rearrange(queries, "B c H D -> (B H) c D")
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=exists.flatten(1)[:, None])
+        outs.append(rearrange(out, "(B H) c D -> B c H D", B=batch))
+    return torch.cat(outs, dim=1)
+
+
+def _blocks(x_BLHD: Tensor, block: int) -> Tensor:
+    """Returns [B*H, N, c, D]; zeros fill the last block."""
+    x = F.pad(x_BLHD, (0, 0, 0, 0, 0, -x_BLHD.shape[1] % block))
+    return rearrange(x, "B (N c) H D -> (B H) N c D", c=block)
