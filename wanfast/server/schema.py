@@ -70,10 +70,14 @@ _ADDING = 0x77616E66  # PostgreSQL's lock for the whole length of the queue
 def open_database(url: str) -> Engine:
     """Returns an engine whose tables exist. Raises ConfigError."""
     try:
-        is_sqlite = make_url(url).get_backend_name() == "sqlite"
-        engine = create_engine(url, connect_args={"timeout": _BUSY_S} if is_sqlite else {})
+        parsed = make_url(url)
+        is_sqlite = parsed.get_backend_name() == "sqlite"
+        if parsed.drivername in ("postgresql", "postgres"):
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        arguments = {"timeout": _BUSY_S} if is_sqlite else {}
+        engine = create_engine(parsed, connect_args=arguments, pool_pre_ping=not is_sqlite)
     except (ArgumentError, NoSuchModuleError):
-        raise ConfigError("--database is not sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME: fix it") from None
+        raise ConfigError("--database is not postgresql://USER@HOST/NAME: fix the URL") from None
     except ImportError as error:
         fix = "run `pip install 'wanfast[serve-postgres]'`"
         raise ConfigError(f"--database needs the package {error.name}: {fix}") from None

@@ -37,7 +37,7 @@ from wanfast.runtime.facts.choices import (
 
 _STRENGTH = re.compile(r"(.+)@([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.DOTALL)
 _MOST_STRENGTH = 100
-_LORA: tuple[Command, ...] = ("calibrate-magcache", "doctor")  # warmup compiles alike with and without LoRAs
+_LORA: tuple[Command, ...] = ("calibrate-magcache", "serve", "doctor")  # warmup compiles alike with and without LoRAs
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -87,7 +87,7 @@ class ModelsConfig(Part):
             "Named set of options. An option that you give yourself overrides the recipe's value. wanfast's recipes: "
             f"exact, near-exact, fast. Published recipes: {', '.join(get_args(RecipeName)[:-3])}.",
             MAKE,
-            also=("calibrate-magcache", "warmup"),
+            also=("calibrate-magcache", "serve", "warmup"),
             metavar="<name>",
         ),
     ] = field(default=None, compare=False)  # other options of it say which models run
@@ -130,7 +130,7 @@ class ModelsConfig(Part):
         Option(
             "Precision of the VAE's decoder. The encoder is always in fp32.",
             LOSSY,
-            also=("bench", "doctor"),
+            also=("bench", "serve", "doctor"),
             default="bf16, or fp32 with --precision fp32",
         ),
     ] = None
