@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from tests.server.running import STAR, data_url, running, until
+from tests.server.running import STAR, WARM_UP, StandIn, data_url, running, until
 from wanfast.runtime.errors import ConfigError, MissingArtifactError, NotFiniteError, RankFailedError
 from wanfast.server import store as store_module
 from wanfast.server import worker as worker_module
@@ -81,23 +81,20 @@ def test_a_video_that_cannot_be_written_fails_alone(tmp_path: Path, monkeypatch:
         assert server.ended(server.create())["status"] == "completed"
 
 
-def test_ranks_that_cannot_start_end_the_server_and_no_job(tmp_path: Path) -> None:
+def test_ranks_that_cannot_start_end_the_server_and_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def dead(self: StandIn, **options: Any) -> None:
+        calls.append(options["prompt"])
+        raise RankFailedError("no GPU")
+
     with running(tmp_path) as server:
-        server.maker.holds.set()
+        monkeypatch.setattr(StandIn, "make", dead)
         video = server.create()
-        until(lambda: server.show(video)["status"] == "in_progress")
-
-        def dead(**options: Any) -> None:
-            raise RankFailedError("no GPU")
-
-        server.maker.errors.append(RankFailedError("rank 0 was killed"))
-        server.maker.make = dead  # type: ignore[method-assign, assignment]
-        again = server.create()
-        server.store.cancel(video, "everybody")
         until(lambda: server.errors)
-        assert isinstance(server.errors[0], RankFailedError)
-        found = server.store.find(again, "everybody")
-        assert found and found.status == "queued" and found.attempts == 1
+        assert isinstance(server.errors[0], RankFailedError) and calls == ["a star", *[WARM_UP] * 3]
+        found = server.store.find(video, "everybody")
+        assert found and (found.status, found.attempts) == ("queued", 1)
 
 
 def test_a_full_queue_is_refused_with_a_time(tmp_path: Path) -> None:

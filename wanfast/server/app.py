@@ -205,8 +205,6 @@ def _add(asked: Asked, owner: str, key: str | None, parts: Parts) -> Job:
     try:
         if earlier := store.earlier(new):
             return earlier
-        if store.counts()["queued"] >= parts.most_jobs:  # before the picture is decoded
-            raise QueueFullError
         parts.checks.plan(new, asked.picture)
         job, is_new = store.add(new, asked.picture, parts.most_jobs)
     except QueueFullError:
