@@ -113,6 +113,7 @@ class Running:
     store: Store
     worker: Worker
     files: Files
+    thread: threading.Thread = field(default_factory=threading.Thread)  # of the worker
     errors: list[BaseException] = field(default_factory=list)  # that ended the worker
 
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
@@ -205,13 +206,13 @@ def running(
             except BaseException as error:  # noqa: BLE001 - a test looks at it
                 server.errors.append(error)
 
-        thread = threading.Thread(target=work)
-        thread.start()
+        server.thread = threading.Thread(target=work)
+        server.thread.start()
         if waits:
             until(lambda: worker.is_ready)
         try:
             yield server
         finally:
             worker.stop()
-            thread.join()
+            server.thread.join()
     store.close()

@@ -145,8 +145,9 @@ def test_a_stop_queues_the_running_job_again_and_waits_for_written_ones(
         running_ = server.create()
         until(lambda: len(server.maker.made) == 2)
         server.worker.stop()
-        until(lambda: server.show(running_)["status"] == "queued")
-        assert server.ended(written)["status"] == "completed"
+        server.thread.join()
+        assert server.show(running_)["status"] == "queued"
+        assert server.show(written)["status"] == "completed"
     assert not server.errors
     store = Store(f"sqlite:///{tmp_path}/data/jobs.sqlite")
     found = store.find(running_, "everybody")
