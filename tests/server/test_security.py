@@ -165,6 +165,7 @@ BAD: dict[str, tuple[Any, int, str | None]] = {  # name -> (fields, status, para
     "size of words": (fields(size="wide"), 400, "size"),
     "odd size": (fields(size="65x64"), 400, "size"),
     "size of nothing": (fields(size="0x0"), 400, "size"),
+    "larger size than the server's": (fields(size="128x64"), 400, "size"),
     "large size": (fields(size="9984x9984"), 400, "size"),
     "long size": (fields(size="6" * 400), 400, "size"),
     "many frames": (fields(num_frames=4001), 400, "num_frames"),
@@ -196,6 +197,8 @@ BAD: dict[str, tuple[Any, int, str | None]] = {  # name -> (fields, status, para
     "http address": (url("http://127.0.0.1:1/x.png"), 400, "input_reference"),
     "https address": (url("https://example.com/x.png"), 400, "input_reference"),
     "file address": (url("file:///etc/passwd"), 400, "input_reference"),
+    "http address with a picture": (
+        url("http://127.0.0.1:1/," + PICTURE["image_url"].partition(",")[2]), 400, "input_reference"),
     "path as address": (url("/etc/passwd"), 400, "input_reference"),
     "metadata address": (url("http://169.254.169.254/latest"), 400, "input_reference"),
     "data without base64": (url("data:image/png,abc"), 400, "input_reference"),
@@ -227,6 +230,15 @@ def test_a_bad_request_is_refused_and_leaves_nothing(server: Running, name: str)
     assert (sorted(server.files.folder.iterdir()), len(server.maker.made), server.store.counts()) == before
 
 
+def test_an_error_of_a_picture_says_what_is_wrong(server: Running) -> None:
+    for data, words in (
+        (STAR.read_bytes()[:900], "input_reference: is truncated or damaged"),
+        (picture_bytes("PNG", (8, 8)), "input_reference: has 8x8 pixels; use an image of at least 16x16"),
+        (bomb(60_000, 20_000), "scale the image to at most 64 megapixels"),
+    ):
+        assert words in post(server, image(data)).error["message"]
+
+
 def _check_answer(answer: Answer, server: Running) -> None:
     """Checks that an error has its form, and names nothing of the machine."""
     assert set(answer.document) == {"error"} and set(answer.error) == {"message", "type", "param", "code"}
@@ -249,7 +261,9 @@ RAW: dict[str, tuple[bytes, dict[str, str], int]] = {  # name -> (body, headers,
         form(('name="prompt"', b"a"), *[('name="input_reference"; filename="x"', STAR.read_bytes())] * 2), FORM, 400),
     "a file as prompt": (
         form(('name="prompt"; filename="x"', b"a"), ('name="input_reference"; filename="y"', b"b")), FORM, 400),
-    "a field twice": (form(('name="prompt"', b"a"), ('name="prompt"', b"b")), FORM, 400),
+    "a field twice": (
+        form(*[('name="prompt"', b"a")] * 2, ('name="input_reference"; filename="x"', STAR.read_bytes())),
+        FORM, 400),
     "many fields": (form(*[(f'name="f{n}"', b"a") for n in range(100)]), FORM, 400),
     "a path as file name": (
         form(('name="prompt"', b"a"), ('name="input_reference"; filename="../../x.png"', b"no picture")), FORM, 400),

@@ -28,7 +28,7 @@ from tests.conftest import Outcome
 from tests.forked import ForkedPopen
 from tests.server.running import STAR, Answer, ask, data_url, until
 from wanfast.server.schema import JOBS
-from wanfast.server.store import Store
+from wanfast.server.store import LEASE_S, Store
 
 NONE: Mapping[str, str] = {}
 TINY = ("--model", "tiny", "--device", "cpu", "--size", "64x64", "--frames", "5", "--steps", "4")
@@ -178,6 +178,16 @@ def test_sigterm_ends_the_server_and_no_job(workdir: Path, stand_in: Process) ->
     assert counts["queued"] > 0 and counts["in_progress"] == 0 and sum(counts.values()) == 20
     stand_in.start()
     assert {stand_in.ended(video)["status"] for video in videos} == {"completed"}
+
+
+def test_the_job_of_a_killed_server_is_made_as_soon_as_the_next_one_runs(workdir: Path) -> None:
+    with served(Process(workdir, "tests.server.killed", (*TINY, "--steps", "100"))) as process:
+        process.wait()
+        video = process.create("a", 1)
+        until(lambda: process.answer("GET", f"/v1/videos/{video}").document["stage"] == "high noise")
+        process.kill()
+        process.start()
+        until(lambda: process.answer("GET", f"/v1/videos/{video}").document["status"] == "completed", LEASE_S / 2)
 
 
 def test_a_second_signal_ends_the_server_at_once(workdir: Path) -> None:
