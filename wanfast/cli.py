@@ -25,6 +25,7 @@ from wanfast.commands.download import download
 from wanfast.commands.generate import generate
 from wanfast.commands.options import UsageError, one_line
 from wanfast.commands.quantize import quantize
+from wanfast.commands.serve import serve
 from wanfast.commands.warmup import warmup
 from wanfast.runtime.errors import JobsFailedError, WanFastError, failure
 from wanfast.runtime.machine.launchers import refuse_launchers
@@ -41,6 +42,7 @@ app.command()(quantize)
 app.command()(calibrate_magcache)
 app.command()(warmup)
 app.command()(bench)
+app.command()(serve)
 app.command()(doctor)
 
 _MESSAGES = {

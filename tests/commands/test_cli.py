@@ -25,6 +25,7 @@ from wanfast.commands import calibrate_magcache as calibrate_command
 from wanfast.commands import doctor as doctor_command
 from wanfast.commands import generate as generate_command
 from wanfast.commands import quantize as quantize_command
+from wanfast.commands import serve as serve_command
 from wanfast.commands import warmup as warmup_command
 from wanfast.runtime.config import OPTIONS, EffectiveConfig, QuantizeConfig
 
@@ -48,6 +49,7 @@ def test_the_surface_is_the_checked_in_one(wanfast: Wanfast, monkeypatch: pytest
             ["calibrate-magcache"],
             ["warmup"],
             ["bench"],
+            ["serve"],
             ["doctor"],
         )
     ]
@@ -61,6 +63,7 @@ def options_of_command(function: Callable[..., None]) -> dict[str, object]:
     """The defaults of a command's options, without what only the parent reads."""
     parent_only = {"context", "prompt_file", "from_", "jobs", "dry_run", "json_", "set_"}
     parent_only |= {"recipes", "repeats", "steps_measured", "random_weights"}
+    parent_only |= {"host", "port", "api_key_file", "max_queue", "max_upload_mb", "keep_hours", "database", "data_dir"}
     parameters = inspect.signature(function).parameters.items()
     return {name: parameter.default for name, parameter in parameters if name not in parent_only}
 
@@ -72,6 +75,7 @@ def options_of_command(function: Callable[..., None]) -> dict[str, object]:
         ("warmup", warmup_command.warmup, set()),
         ("calibrate-magcache", calibrate_command.calibrate_magcache, {"seed"}),
         ("bench", bench_command.bench, {"seed", "output"}),
+        ("serve", serve_command.serve, set()),
         ("doctor", doctor_command.doctor, set()),
     ],
 )

@@ -11,14 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from wanfast.runtime.config import OPTIONS
-from wanfast.runtime.config.option import EXACT, FILES, GPUS, LOSSY, MAKE, SAMPLING, OptionField, near_names
+from wanfast.runtime.config.option import EXACT, FILES, GPUS, LOSSY, MAKE, SAMPLING, SERVER, OptionField, near_names
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Command
 from wanfast.runtime.facts.model_spec import A14B
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Typer does not export it by name
 
-PANELS = (MAKE, SAMPLING, EXACT, LOSSY, GPUS, FILES)
+PANELS = (MAKE, SAMPLING, EXACT, LOSSY, GPUS, SERVER, FILES)
 
 Model = Annotated[str, typer.Option(help=OPTIONS["model"].option.help, rich_help_panel=MAKE)]
 ArtifactsDir = Annotated[

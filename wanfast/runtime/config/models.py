@@ -39,7 +39,11 @@ from wanfast.runtime.facts.choices import (
 
 _STRENGTH = re.compile(r"(.+)@([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.DOTALL)
 _MOST_STRENGTH = 100
-_VALUES: tuple[Command, ...] = ("calibrate-magcache", "doctor")  # warmup compiles alike for all values of weights
+_VALUES: tuple[Command, ...] = (
+    "calibrate-magcache",
+    "serve",
+    "doctor",
+)  # warmup compiles alike for all values of weights
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -98,7 +102,7 @@ class ModelsConfig(Part):
             f"exact, near-exact, fast. For distilled weights: {', '.join(get_args(RecipeName)[-4:])}. Published "
             f"recipes: {', '.join(get_args(RecipeName)[:-7])}.",
             MAKE,
-            also=("calibrate-magcache", "warmup"),
+            also=("calibrate-magcache", "serve", "warmup"),
             metavar="<name>",
         ),
     ] = field(default=None, compare=False)  # other options of it say which models run
@@ -150,7 +154,7 @@ class ModelsConfig(Part):
         Option(
             "Precision of the VAE's decoder. The encoder is always in fp32.",
             LOSSY,
-            also=("bench", "doctor"),
+            also=("bench", "serve", "doctor"),
             default="bf16, or fp32 with --precision fp32",
         ),
     ] = None

@@ -21,11 +21,11 @@ from typing import Any, Literal
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Command
 
-MAKE, SAMPLING, EXACT, LOSSY, GPUS, FILES = (
-    "What to make", "Sampling", "Exact speed", "Lossy speed", "Several GPUs", "Files and output"
+MAKE, SAMPLING, EXACT, LOSSY, GPUS, SERVER, FILES = (
+    "What to make", "Sampling", "Exact speed", "Lossy speed", "Several GPUs", "Server", "Files and output"
 )  # fmt: skip
 
-MEASURE: tuple[Command, ...] = ("calibrate-magcache", "bench")  # these make the videos of a set
+MEASURE: tuple[Command, ...] = ("calibrate-magcache", "bench", "serve")  # these make many videos
 COMPILED: tuple[Command, ...] = (*MEASURE, "warmup")  # these compile blocks
 ALL: tuple[Command, ...] = (*COMPILED, "doctor")
 

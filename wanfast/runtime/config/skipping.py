@@ -46,6 +46,7 @@ class SkippingConfig(Part):
             "stored curve with this key. E012K2R20 means preset, with threshold 0.12, at most 2 skips in a row, and "
             "the first 20 % never skipped.",
             LOSSY,
+            also=("serve",),
             metavar="<off|preset|artifact|KEY|E012K2R20>",
         ),
     ] = "off"
@@ -54,6 +55,7 @@ class SkippingConfig(Part):
         Option(
             "Limit of the accumulated error of skips in a row. A forward whose skip would reach the limit is computed.",
             LOSSY,
+            also=("serve",),
             choice=_AMOUNT,
             default="0.12",
             check=lambda x: None if 0 < x <= 10 else "use 0.01 to 10",
@@ -64,6 +66,7 @@ class SkippingConfig(Part):
         Option(
             "Largest number of skips in a row in one branch of guidance.",
             LOSSY,
+            also=("serve",),
             default="2",
             check=between(1, 1000, "use 1 to 1000 skips in a row"),
         ),
@@ -73,6 +76,7 @@ class SkippingConfig(Part):
         Option(
             "Share of each expert's forwards, counted from the first, that are never skipped.",
             LOSSY,
+            also=("serve",),
             default="0.2",
             check=between(0, 1, "use a share, 0 to 1"),
         ),
@@ -82,6 +86,7 @@ class SkippingConfig(Part):
         Option(
             "Experts whose forwards may be skipped. The high-noise expert decides motion and layout.",
             LOSSY,
+            also=("serve",),
             default="low-noise-only; both-experts with --magcache-budget, --magcache-skip or --sigmas",
         ),
     ] = None
@@ -91,6 +96,7 @@ class SkippingConfig(Part):
             "Both branches of guidance skip the same steps, so that every mesh skips the same forwards. With off, "
             "each branch skips on its own, as in MagCache's publication.",
             LOSSY,
+            also=("serve",),
         ),
     ] = "on"
     magcache_budget: Annotated[
@@ -98,6 +104,7 @@ class SkippingConfig(Part):
         Option(
             "Share of forwards to compute. Skipped forwards are chosen so that the sum of their errors is smallest.",
             LOSSY,
+            also=("serve",),
             choice=_AMOUNT,
             check=lambda x: None if 0 < x <= 1 else "use the share of forwards to compute, over 0 to 1",
         ),
@@ -108,13 +115,16 @@ class SkippingConfig(Part):
             "Number of forwards to skip. They are chosen so that the sum of their errors is smallest. No threshold is "
             "used.",
             LOSSY,
+            also=("serve",),
             choice=_AMOUNT,
             check=at_least(0, "use a number of forwards, 0 or more"),
         ),
     ] = None
     magcache_interpolate: Annotated[
         bool,
-        Option("Interpolate the curve if it was measured with other --steps or --shift.", LOSSY, also=("bench",)),
+        Option(
+            "Interpolate the curve if it was measured with other --steps or --shift.", LOSSY, also=("bench", "serve")
+        ),
     ] = False
 
     magcache_extrapolate: Annotated[
@@ -123,6 +133,7 @@ class SkippingConfig(Part):
             "Extrapolate the residual of a skipped forward from the last two computed ones, for up to two skips in a "
             "row. Otherwise, the last residual is used again.",
             LOSSY,
+            also=("serve",),
         ),
     ] = False
 

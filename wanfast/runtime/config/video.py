@@ -75,7 +75,7 @@ class VideoConfig(Part):
     image: Annotated[str, Option("The image that the video starts from.", MAKE, also=("warmup",), path=True)]
     image_sha256: str = ""
     prompt: Annotated[str, Option("What happens in the video.", MAKE)]
-    negative_prompt: Annotated[str, Option("What the video must not show.", MAKE, own=True, also=("bench",))]
+    negative_prompt: Annotated[str, Option("What the video must not show.", MAKE, own=True, also=("bench", "serve"))]
     size: Annotated[
         str,
         Option(
@@ -101,6 +101,7 @@ class VideoConfig(Part):
             "Frames per second of the file.",
             MAKE,
             own=True,
+            also=("serve",),
             check=between(1, 240, "use 1 to 240; 16 is the model's own"),
         ),
     ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, TypeGuard
 
-Command = Literal["generate", "calibrate-magcache", "bench", "warmup", "doctor"]  # they have the options of a config
+Command = Literal[
+    "generate", "calibrate-magcache", "bench", "serve", "warmup", "doctor"
+]  # they have the options of a config
 
 Solver = Literal["unipc", "dpm++", "euler", "unipc-euler", "rcm"]
 Precision = Literal["bf16", "fp32"]

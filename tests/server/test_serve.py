@@ -1,0 +1,320 @@
+"""Tests `wanfast serve` as a process: with the tiny model, with signals, and killed at any moment."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import URLError
+
+import psutil
+import pytest
+from sqlalchemy import select
+
+from tests.conftest import Outcome
+from tests.forked import ForkedPopen
+from tests.server.running import STAR, Answer, ask, data_url, until
+from wanfast.server.schema import JOBS
+from wanfast.server.store import LEASE_S, Store
+
+NONE: Mapping[str, str] = {}
+TINY = ("--model", "tiny", "--device", "cpu", "--size", "64x64", "--frames", "5", "--steps", "4")
+
+
+@dataclass
+class Process:
+    """Runs a server as a process, and starts it again if it is killed."""
+
+    folder: Path
+    module: str
+    options: tuple[str, ...] = TINY
+    port: int = 0
+    process: subprocess.Popen[str] | None = None
+    starts: int = 0
+    killed_ranks: int = 0
+
+    def start(self) -> None:
+        """Starts the server and waits until it listens."""
+        log = self.folder / f"{time.monotonic_ns()}.log"
+        command = [sys.executable, "-m", self.module, "serve", *self.options, "--port", str(self.port)]
+        with log.open("w") as errors:
+            self.process = ForkedPopen(
+                [*command, "--data-dir", str(self.folder / "data")],
+                cwd=self.folder, stdout=subprocess.PIPE, stderr=errors, text=True,
+            )  # fmt: skip
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        assert line.startswith("http://127.0.0.1:"), log.read_text()
+        self.port = int(line.rpartition(":")[2])
+        self.log = log
+        self.starts += 1
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait(self) -> None:
+        until(lambda: self.answer("GET", "/ready").status == 200, 60)
+
+    def answer(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] = NONE) -> Answer:
+        """Asks until the server answers, and is neither loading nor full."""
+        ends = time.monotonic() + 60
+        while time.monotonic() < ends:
+            with suppress(URLError, HTTPException, ConnectionError, TimeoutError):
+                answer = ask(f"{self.url}{path}", method, body, headers)
+                if answer.status not in (429, 503) or path == "/ready":
+                    return answer
+            time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
+
+    def create(self, key: str, seed: int) -> str:
+        """Queues a video and returns its id; the request is repeated until it is acknowledged."""
+        import json
+
+        fields = {"prompt": f"star {seed}", "seed": seed, "input_reference": data_url(STAR.read_bytes())}
+        headers = {"Content-Type": "application/json", "Idempotency-Key": key}
+        answer = self.answer("POST", "/v1/videos", json.dumps(fields).encode(), headers)
+        assert answer.status == 200, answer.body
+        return str(answer.document["id"])
+
+    def ended(self, video: str) -> dict[str, object]:
+        while True:
+            shown = self.answer("GET", f"/v1/videos/{video}")
+            assert shown.status == 200, shown.body
+            if shown.document["status"] in ("completed", "failed"):
+                return dict(shown.document)
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        assert self.process
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        assert self.process
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=30)
+
+    def ranks(self) -> list[psutil.Process]:
+        """Returns the processes that the launchers started."""
+        assert self.process
+        with suppress(psutil.NoSuchProcess):
+            launchers = psutil.Process(self.process.pid).children()
+            return [rank for launcher in launchers for rank in launcher.children()]
+        return []
+
+
+@contextmanager
+def served(process: Process) -> Iterator[Process]:
+    process.start()
+    try:
+        yield process
+    finally:
+        if process.process and process.process.poll() is None:
+            process.kill()
+
+
+@pytest.fixture
+def stand_in(workdir: Path) -> Iterator[Process]:
+    with served(Process(workdir, "tests.server.killed")) as process:
+        process.wait()
+        yield process
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    folder = tmp_path_factory.mktemp("tiny")
+    with served(Process(folder, "wanfast", (*TINY, "--artifacts-dir", str(folder / "artifacts")))) as process:
+        process.wait()
+        yield process
+
+
+def one(folder: Path, wanfast: Callable[..., Outcome], seed: int) -> bytes:
+    """Returns the mp4 that `wanfast generate` makes of what `Process.create` asks for."""
+    output = f"{seed}.mp4"
+    video = ("--image", str(STAR), "--prompt", f"star {seed}", "--seed", str(seed), "--fit", "crop", "--output", output)
+    outcome = wanfast("generate", *TINY, *video)
+    assert outcome.exit_code == 0, outcome.err
+    return (folder / output).read_bytes()
+
+
+def test_a_video_of_the_server_is_that_of_generate(
+    tiny: Process, workdir: Path, wanfast: Callable[..., Outcome]
+) -> None:
+    video = tiny.create("first", 3)
+    shown = tiny.ended(video)
+    assert shown["status"] == "completed", shown
+    assert tiny.answer("GET", f"/v1/videos/{video}/content").body == one(workdir, wanfast, 3)
+    assert b'wanfast_stage_seconds_count{stage="denoise"} 1.0' in tiny.answer("GET", "/metrics").body
+
+
+def test_a_video_whose_rank_is_killed_is_made_all_the_same(tiny: Process) -> None:
+    videos = [tiny.create(f"killed {seed}", seed) for seed in range(3)]
+    until(lambda: tiny.answer("GET", f"/v1/videos/{videos[0]}").document["status"] == "in_progress")
+    for rank in tiny.ranks():
+        rank.kill()
+    assert [tiny.ended(video)["status"] for video in videos] == ["completed"] * 3
+    assert tiny.answer("GET", "/ready").status == 200
+
+
+def test_sigterm_ends_the_server_and_no_job(workdir: Path, stand_in: Process) -> None:
+    videos = [stand_in.create(str(seed), seed) for seed in range(20)]
+    assert stand_in.stop() == 0, stand_in.log.read_text()
+    assert "Traceback" not in stand_in.log.read_text()
+    counts = _states(workdir)
+    assert counts["queued"] > 0 and counts["in_progress"] == 0 and sum(counts.values()) == 20
+    stand_in.start()
+    assert {stand_in.ended(video)["status"] for video in videos} == {"completed"}
+
+
+def test_the_job_of_a_killed_server_is_made_as_soon_as_the_next_one_runs(workdir: Path) -> None:
+    with served(Process(workdir, "tests.server.killed", (*TINY, "--steps", "100"))) as process:
+        process.wait()
+        video = process.create("a", 1)
+        until(lambda: process.answer("GET", f"/v1/videos/{video}").document["stage"] == "high noise")
+        process.kill()
+        process.start()
+        until(lambda: process.answer("GET", f"/v1/videos/{video}").document["status"] == "completed", LEASE_S / 2)
+
+
+def test_a_second_signal_ends_the_server_at_once(workdir: Path) -> None:
+    with served(Process(workdir, "tests.server.killed", (*TINY, "--steps", "1000"))) as process:
+        process.wait()
+        process.create("a", 1)
+        assert process.process
+        process.process.send_signal(signal.SIGSTOP)
+        for number in (signal.SIGINT, signal.SIGTERM):  # in the order of their numbers they are handled
+            process.process.send_signal(number)
+        process.process.send_signal(signal.SIGCONT)
+        assert process.process.wait(timeout=20) == 143
+
+
+def _states(folder: Path) -> Counter[str]:
+    store = Store(f"sqlite:///{folder}/data/jobs.sqlite")
+    with store._engine.connect() as connection:
+        states = Counter(connection.execute(select(JOBS.c.status)).scalars())
+    store.close()
+    return states
+
+
+def test_two_servers_cannot_share_a_folder(workdir: Path, stand_in: Process) -> None:
+    second = Process(workdir, "tests.server.killed")
+    with pytest.raises(AssertionError, match="another server uses this folder"):
+        second.start()
+    assert second.process and second.process.wait(timeout=20) == 2
+
+
+def test_a_port_that_is_taken_is_an_error_of_one_line(workdir: Path, stand_in: Process) -> None:
+    options = (*TINY, "--port", str(stand_in.port), "--data-dir", "other")
+    command = [sys.executable, "-m", "tests.server.killed", "serve", *options]
+    done = ForkedPopen(command, cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = done.communicate(timeout=20)
+    assert done.returncode == 2 and out == ""
+    assert re.fullmatch(r"error: --host 127\.0\.0\.1 --port \d+: Address already in use: use an .*\n", err), err
+
+
+def storm(
+    process: Process, jobs: int, clients: int, kills: int, rank_kills: int, *, at_random: random.Random
+) -> dict[int, tuple[str, bytes]]:
+    """Lets clients ask for videos while the server and its ranks are killed; returns {seed: (id, mp4)}.
+
+    A client stores what was acknowledged, and only then waits for its end.
+    """
+    made: dict[int, tuple[str, bytes]] = {}
+    ended = threading.Event()
+
+    def client(number: int) -> None:
+        for seed in range(number, jobs, clients):
+            video = process.create(f"job {seed}", seed)
+            again = process.create(f"job {seed}", seed)
+            assert again == video
+            shown = process.ended(video)
+            assert shown["status"] == "completed", shown
+            made[seed] = video, process.answer("GET", f"/v1/videos/{video}/content").body
+
+    def killer() -> None:
+        victims = [True] * kills + [False] * rank_kills
+        at_random.shuffle(victims)
+        for index, is_server in enumerate(victims, start=1):
+            until(lambda index=index: len(made) >= jobs * index // (len(victims) + 2) or ended.is_set(), 600)
+            time.sleep(at_random.random() * 0.3)
+            if ended.is_set():
+                return
+            if is_server:
+                process.kill()
+                process.start()
+            else:
+                until(lambda: process.ranks() or ended.is_set(), 60)
+                with suppress(psutil.NoSuchProcess, IndexError):
+                    at_random.choice(process.ranks()).kill()
+                    process.killed_ranks += 1
+
+    thread = threading.Thread(target=killer)
+    thread.start()
+    try:
+        with ThreadPoolExecutor(clients) as pool:
+            for done in [pool.submit(client, number) for number in range(clients)]:
+                done.result()
+    finally:
+        ended.set()
+        thread.join()
+    return made
+
+
+def check(folder: Path, made: dict[int, tuple[str, bytes]], jobs: int) -> None:
+    """Checks that there is one job for each that was acknowledged, that it has ended, and one file for each."""
+    assert sorted(made) == list(range(jobs))
+    assert _states(folder) == {"completed": jobs}
+    assert len({video for video, _ in made.values()}) == jobs
+    files = list((folder / "data").glob("video_*.mp4"))
+    assert {file.name.partition("-")[0] for file in files} == {video for video, _ in made.values()}
+    until(lambda: len(list((folder / "data").glob("video_*.mp4"))) == jobs)
+
+
+def test_a_server_that_is_killed_loses_no_job_and_makes_none_twice(workdir: Path, stand_in: Process) -> None:
+    made = storm(stand_in, jobs=24, clients=6, kills=4, rank_kills=0, at_random=random.Random(1))
+    check(workdir, made, 24)
+    assert stand_in.starts == 5
+    assert len({hashlib.sha256(video).hexdigest() for _, video in made.values()}) == 24
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_two_hundred_jobs_outlive_five_servers_and_ten_ranks(workdir: Path, wanfast: Callable[..., Outcome]) -> None:
+    """Runs the tiny model: every acknowledged job ends once, and its video is that of a single run."""
+    options = (*TINY, "--artifacts-dir", str(workdir / "artifacts"), "--max-queue", "50")
+    with served(Process(workdir, "wanfast", options)) as process:
+        process.wait()
+        made = storm(process, jobs=200, clients=16, kills=5, rank_kills=10, at_random=random.Random(os.getpid()))
+        check(workdir, made, 200)
+        assert process.starts == 6 and process.killed_ranks > 5
+        for seed in range(0, 200, 20):
+            assert made[seed][1] == one(workdir, wanfast, seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_memory_of_a_server_stays_the_same(workdir: Path) -> None:
+    """Compares after 40 and after 200 videos, in megabytes of the server's own process."""
+    with served(Process(workdir, "tests.server.killed")) as process:
+        process.wait()
+        assert process.process
+        own, sizes = psutil.Process(process.process.pid), []
+        for round_ in range(5):
+            for seed in range(40):
+                process.ended(process.create(f"{round_} {seed}", seed))
+            sizes.append(own.memory_info().rss / 1e6)
+    assert sizes[-1] - sizes[0] < 30, sizes

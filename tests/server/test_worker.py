@@ -1,0 +1,288 @@
+"""Tests what the server does when something fails: ranks, memory, the disk, the database, or the server itself."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from tests.server.running import STAR, WARM_UP, StandIn, data_url, running, until
+from wanfast.runtime.errors import ConfigError, MissingArtifactError, NotFiniteError, RankFailedError
+from wanfast.server import store as store_module
+from wanfast.server import worker as worker_module
+from wanfast.server.store import MOST_ATTEMPTS, NewJob, Store
+
+
+def test_jobs_run_on_postgresql_too(tmp_path: Path, postgres: str) -> None:
+    with running(tmp_path, postgres) as server:
+        videos = [server.create() for _ in range(3)]
+        assert [server.ended(video)["status"] for video in videos] == ["completed"] * 3
+
+
+def test_a_job_whose_ranks_die_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with running(tmp_path) as server:
+        server.maker.errors += [RankFailedError("rank 0 was killed; logs in /tmp/x/logs")] * (MOST_ATTEMPTS - 1)
+        video = server.ended(server.create(seed=5))
+        assert video["status"] == "completed" and len(server.maker.made) == MOST_ATTEMPTS
+        assert server.metric("wanfast_rank_failures_total") == MOST_ATTEMPTS - 1
+    assert "rank 0 was killed; logs in /tmp/x/logs" in capsys.readouterr().err
+
+
+def test_a_job_that_kills_its_ranks_each_time_fails_alone(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        server.maker.errors += [RankFailedError("rank 0 was killed; logs in /tmp/x/logs")] * MOST_ATTEMPTS
+        first, second = server.create(), server.create()
+        error = server.ended(first)["error"]
+        assert error == {
+            "code": "rank_failed",
+            "message": "the server could not make this video; its log has the reason",
+        }
+        assert server.ended(second)["status"] == "completed"
+        assert server.metric('wanfast_failures_total{code="rank_failed"}') == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (NotFiniteError("the latents hold NaN after step 3"), "not_finite", "the latents hold NaN after step 3"),
+        (ConfigError("--size 64x64: does not fit: use fewer --frames"), "invalid_video",
+         "size 64x64: does not fit: use fewer num_frames"),
+        (ConfigError("--artifacts-dir /srv/secret/place: is full"), "invalid_video", "its log has the reason"),
+        (MissingArtifactError("no curve"), "server_error", "its log has the reason"),
+        (ZeroDivisionError("a bug at /srv/secret/place"), "server_error", "its log has the reason"),
+    ],
+    ids=["nan", "memory", "path", "missing", "bug"],
+)  # fmt: skip
+def test_an_error_costs_one_job(
+    tmp_path: Path, error: Exception, code: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running(tmp_path) as server:
+        server.maker.errors.append(error)
+        first, second = server.create(), server.create()
+        shown = server.ended(first)["error"]
+        assert shown["code"] == code and words in shown["message"] and "secret" not in shown["message"]
+        assert server.ended(second)["status"] == "completed"
+    assert str(error).split()[-1] in capsys.readouterr().err
+
+
+def test_a_video_that_cannot_be_written_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(tmp_path) as server:
+        write = type(server.files).write_thumbnail
+
+        def full(*arguments: Any) -> None:
+            monkeypatch.setattr(type(server.files), "write_thumbnail", write)
+            raise ConfigError("--data-dir /x/y: cannot be written (No space left on device)")
+
+        monkeypatch.setattr(type(server.files), "write_thumbnail", full)
+        assert server.ended(server.create())["error"]["code"] == "invalid_video"
+        assert server.ended(server.create())["status"] == "completed"
+
+
+def test_ranks_that_cannot_start_end_the_server_and_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def dead(self: StandIn, **options: Any) -> None:
+        calls.append(options["prompt"])
+        raise RankFailedError("no GPU")
+
+    with running(tmp_path) as server:
+        monkeypatch.setattr(StandIn, "make", dead)
+        video = server.create()
+        until(lambda: server.errors)
+        assert isinstance(server.errors[0], RankFailedError) and calls == ["a star", *[WARM_UP] * 3]
+        found = server.store.find(video, "everybody")
+        assert found and (found.status, found.attempts) == ("queued", 1)
+
+
+def test_a_full_queue_is_refused_with_a_time(tmp_path: Path) -> None:
+    with running(tmp_path, most_jobs=2) as server:
+        server.maker.holds.set()
+        first = server.create()
+        until(lambda: server.show(first)["status"] == "in_progress")
+        waiting = [server.create() for _ in range(2)]
+        answer = server.ask("POST", "/v1/videos", prompt="a", input_reference=data_url(STAR.read_bytes()))
+        assert (answer.status, answer.error["code"]) == (429, "queue_full")
+        assert int(answer.headers["Retry-After"]) > 0
+        assert server.metric('wanfast_jobs{status="queued"}') == 2
+        server.ask("DELETE", f"/v1/videos/{waiting[0]}")
+        server.create()
+        server.maker.holds.clear()
+        assert server.ended(waiting[1])["status"] == "completed"
+
+
+def test_a_server_that_loads_or_stops_takes_no_job(tmp_path: Path) -> None:
+    with running(tmp_path, waits=False) as server:
+        for state, retry in (("loading", True), ("ready", False), ("stopping", True)):
+            if state == "ready":
+                server.maker.holds.clear()
+                until(lambda: server.worker.is_ready)
+                kept = server.create()
+                server.ended(kept)
+            elif state == "stopping":
+                server.worker.stop()
+            answer = server.ask("POST", "/v1/videos", prompt="a", input_reference=data_url(STAR.read_bytes()))
+            assert (answer.status == 503) == retry == ("Retry-After" in answer.headers)
+            shown = server.ask("GET", "/ready")
+            assert (shown.status, shown.document["status"]) == (503 if retry else 200, state)
+            assert server.ask("GET", "/health").status == 200
+        assert server.show(kept)["status"] == "completed"
+
+
+def test_a_stop_queues_the_running_job_again_and_waits_for_written_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tmp_path) as server:
+        write = type(server.files).write_thumbnail
+        monkeypatch.setattr(
+            type(server.files), "write_thumbnail", lambda *arguments: (time.sleep(0.5), write(*arguments))[1]
+        )
+        written = server.create()
+        until(lambda: server.show(written)["stage"] == "writing")
+        server.maker.holds.set()
+        running_ = server.create()
+        until(lambda: len(server.maker.made) == 2)
+        server.worker.stop()
+        server.thread.join()
+        assert server.show(running_)["status"] == "queued"
+        assert server.show(written)["status"] == "completed"
+    assert not server.errors
+    store = Store(f"sqlite:///{tmp_path}/data/jobs.sqlite")
+    found = store.find(running_, "everybody")
+    assert found and (found.status, found.attempts) == ("queued", 0)
+    store.close()
+    with running(tmp_path) as server:
+        assert server.ended(running_)["status"] == "completed"
+
+
+def test_a_lost_attempt_of_another_server_is_found(
+    tmp_path: Path, postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_SWEEP_S", 0.2)
+    other = Store(postgres)
+    with running(tmp_path, postgres) as server:
+        server.maker.holds.set()
+        kept = server.create()
+        until(lambda: server.show(kept)["status"] == "in_progress")
+        new = NewJob(
+            owner="everybody",
+            options=kept_options(other, kept),
+            model="tiny",
+            size="64x64",
+            seconds="1",
+            fingerprint="",
+        )
+        lost, _ = other.add(new, STAR.read_bytes(), 100)
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "LEASE_S", 0.1)
+            assert other.claim()
+        until(lambda: server.show(lost.id)["status"] == "queued")
+        assert server.show(kept)["status"] == "in_progress"
+        server.maker.holds.clear()
+        assert server.ended(lost.id)["status"] == "completed"
+    other.close()
+
+
+def kept_options(store: Store, video: str) -> dict[str, Any]:
+    found = store.find(video, "everybody")
+    assert found
+    return found.options
+
+
+def test_a_lease_is_renewed_while_a_step_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "LEASE_S", 0.5)
+    monkeypatch.setattr(worker_module, "_RENEW_S", 0.1)
+    monkeypatch.setattr(worker_module, "_SWEEP_S", 0.1)
+    with running(tmp_path) as server:
+        server.maker.holds.set()
+        video = server.create()
+        until(lambda: server.show(video)["status"] == "in_progress")
+        time.sleep(1)
+        server.maker.holds.clear()
+        assert server.ended(video)["status"] == "completed" and len(server.maker.made) == 1
+
+
+def test_a_database_that_fails_for_a_moment_costs_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(tmp_path) as server:
+        complete, failures = Store.complete, iter(range(1))
+
+        def broken(*arguments: Any) -> bool:
+            if next(failures, None) is not None:
+                raise OperationalError("UPDATE", {}, Exception("the connection is gone"))
+            return complete(*arguments)
+
+        monkeypatch.setattr(Store, "complete", broken)
+        assert server.ended(server.create())["status"] == "completed"
+
+
+def test_a_database_that_does_not_answer_is_an_error_of_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tmp_path) as server:
+
+        def broken(*arguments: Any) -> None:
+            raise OperationalError("SELECT secret", {}, Exception("the connection is gone"))
+
+        monkeypatch.setattr(Store, "find", broken)
+        answer = server.ask("GET", "/v1/videos/video_" + "0" * 32)
+        assert (answer.status, answer.error["code"]) == (503, "unavailable") and b"secret" not in answer.body
+
+
+def test_videos_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "_SWEEP_S", 0.1)
+    with running(tmp_path, keep_s=0.6) as server:
+        video = server.ended(server.create())["id"]
+        assert server.ask("GET", f"/v1/videos/{video}/content").status == 200
+        until(lambda: not list(server.files.folder.glob("video_*")))
+        answer = server.ask("GET", f"/v1/videos/{video}/content")
+        assert (answer.status, answer.error["code"]) == (404, "expired")
+        assert server.show(video)["status"] == "completed"
+
+
+def test_files_that_dead_servers_left_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "_SWEEP_S", 0.1)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    left = [
+        f"video_{'0' * 32}-{'1' * 16}.mp4",
+        f".video_{'0' * 32}-{'1' * 16}.mp4.77.part",
+        f"video_{'0' * 32}-2.picture",
+    ]
+    for name in left:
+        (folder / name).touch()
+    with running(tmp_path) as server:
+        until(lambda: not any((folder / name).exists() for name in left))
+        video = server.ended(server.create())["id"]
+        time.sleep(0.3)
+        assert server.ask("GET", f"/v1/videos/{video}/content").status == 200
+    assert (folder / "jobs.sqlite").exists()
+
+
+def test_the_metrics_say_what_was_made(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        for _ in range(2):
+            server.ended(server.create())
+        until(lambda: server.metric("wanfast_completed_total") == 2)
+        assert server.metric('wanfast_forwards_total{kind="computed"}') == 12
+        assert server.metric('wanfast_stage_seconds_count{stage="denoise"}') == 2
+        assert server.metric('wanfast_stage_seconds_sum{stage="denoise"}') == pytest.approx(0.04)
+        assert server.metric('wanfast_stage_seconds_count{stage="write"}') == 2
+        assert server.metric('wanfast_stage_seconds_count{stage="total"}') == 0
+
+
+def test_the_memory_of_gpus_is_a_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wanfast.runtime.machine.gpus import Gpu
+    from wanfast.server import metrics
+
+    monkeypatch.setattr(metrics, "visible_gpus", lambda: [Gpu("H100", 80, 30, "580", (9, 0), 18)])
+    store = Store(f"sqlite:///{tmp_path}/jobs.sqlite")
+    text = metrics.Metrics(store, has_gpus=True).text().decode()
+    assert 'wanfast_gpu_memory_bytes{gpu="0",kind="used"} 50.0' in text and 'kind="total"} 80.0' in text
+    store.close()
+
+
+def test_a_wrong_default_is_refused_before_the_ranks_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--magcache"), running(tmp_path, defaults={"magcache_k": 3}):
+        pass

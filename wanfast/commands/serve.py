@@ -1,0 +1,83 @@
+"""`wanfast serve`: keeps models loaded, and makes the videos that are asked for over HTTP."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wanfast.commands import options
+from wanfast.runtime.config import OPTIONS, default_artifacts_dir
+from wanfast.runtime.config.option import FILES, SERVER, absolute
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.processes.handle import OF_HANDLE, Opened
+
+_OF_THE_LARGEST = ("size", "frames")
+
+
+@options.takes_options("serve")
+def serve(
+    context: typer.Context,
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen at. Any but this machine's own needs keys.", rich_help_panel=SERVER),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at. 0 is any free one.", rich_help_panel=SERVER)] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File with one key a line. A client sends a key and sees its jobs.", rich_help_panel=SERVER),
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(help="Number of videos that may wait; more are refused.", rich_help_panel=SERVER)
+    ] = 100,
+    max_upload_mb: Annotated[int, typer.Option(help="Megabytes that a request may have.", rich_help_panel=SERVER)] = 32,
+    keep_hours: Annotated[
+        float, typer.Option(help="Hours that a finished video may be downloaded.", rich_help_panel=SERVER)
+    ] = 24.0,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of a PostgreSQL that holds the queue, such as postgresql://USER@HOST/NAME.",
+            envvar="WANFAST_DATABASE",
+            show_default="SQLite in --data-dir",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the queue and the videos.",
+            show_default="server/ in --artifacts-dir",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+) -> None:
+    """Keep the models loaded, and make videos that clients ask for over HTTP.
+
+    Clients of OpenAI's video API can use the server.
+    --size and --frames are those of the largest video.
+    The other options of a video are defaults, which a request may override.
+    """
+    for package in ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client", "python_multipart"):
+        if find_spec(package) is None:
+            raise ConfigError(f"the server needs {package}: run `pip install 'wanfast[serve]'`")
+    from wanfast.server.serve import Settings
+    from wanfast.server.serve import serve as run
+
+    given = options.given(context)
+    of_open = {name for name in given if name in OF_HANDLE | {*_OF_THE_LARGEST} or OPTIONS[name].is_repeatable}
+    artifacts_dir = given.get("artifacts_dir") or default_artifacts_dir()
+    settings = Settings(
+        host=host,
+        port=port,
+        data_dir=Path(absolute(str(data_dir or Path(artifacts_dir) / "server"), "--data-dir")),
+        database=database,
+        api_key_file=Path(absolute(str(api_key_file), "--api-key-file")) if api_key_file else None,
+        max_queue=max_queue,
+        max_upload_mb=max_upload_mb,
+        keep_hours=keep_hours,
+    )
+    defaults: dict[str, Any] = {name: value for name, value in given.items() if name not in of_open}
+    run(settings, Opened.of({name: given[name] for name in of_open}), defaults)

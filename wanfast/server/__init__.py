@@ -1,0 +1,1 @@
+"""This package is the server: jobs come over HTTP, wait in a database, and are made by one handle. Torch-free."""

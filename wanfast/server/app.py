@@ -1,0 +1,284 @@
+"""Defines the routes of the server: the video API that OpenAI's client speaks, and what operators ask."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from wanfast import __version__
+from wanfast.server import replies
+from wanfast.server.checks import Checks
+from wanfast.server.fields import Asked, Fields, read
+from wanfast.server.files import Files
+from wanfast.server.gate import Gate, answer
+from wanfast.server.keys import Keys
+from wanfast.server.metrics import Metrics
+from wanfast.server.replies import ApiError, unfit
+from wanfast.server.store import CANCELLED, Job, KeyReusedError, Order, QueueFullError, Store
+from wanfast.server.worker import WATCH_S, Worker
+
+_ID = re.compile(r"video_[0-9a-f]{32}")
+_MOST_LETTERS_OF_A_KEY = 255
+_RETRY_S = 10  # a client may try again after this time
+_BUSY = {"Retry-After": str(_RETRY_S)}
+_CLIENT_LEFT = 499  # nobody reads this answer
+_UNSUPPORTED = ("remix", "edits", "extensions")
+_STATUS_OF_SYNC = {"not_finite": 500, "rank_failed": 500, "server_error": 500, CANCELLED: 409, "invalid_video": 400}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """This class holds what the routes use."""
+
+    store: Store
+    worker: Worker
+    files: Files
+    checks: Checks
+    keys: Keys
+    metrics: Metrics
+    model: str
+    most_jobs: int  # that wait
+    most_bytes: int  # of a body
+
+
+def create_app(parts: Parts) -> FastAPI:
+    """Returns the app of a server."""
+    app = FastAPI(title="wanfast", version=__version__, redoc_url=None)
+    app.add_middleware(Gate, most_bytes=parts.most_bytes, only_loopback=not parts.keys.hashes)
+    _add_errors(app)
+    _add_videos(app, parts)
+    _add_operation(app, parts)
+    return app
+
+
+def _add_videos(app: FastAPI, parts: Parts) -> None:
+    store, files = parts.store, parts.files
+    owned = Depends(_owner_of(parts.keys))
+    takes_fields: dict[str, Any] = {"requestBody": {"required": True, "content": _content()}}
+
+    @app.post("/v1/videos", openapi_extra=takes_fields, summary="Queue a video")
+    async def create(request: Request, owner: str = owned) -> JSONResponse:
+        return await run_in_threadpool(_shown, parts, await _create(request, owner, parts))
+
+    @app.post("/v1/videos/sync", openapi_extra=takes_fields, summary="Make a video and wait for it")
+    async def create_and_wait(request: Request, owner: str = owned) -> Response:
+        return await _awaited(request, await _create(request, owner, parts), parts)
+
+    @app.get("/v1/videos", summary="List the videos of the key")
+    def list_(
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: str | None = None,
+        order: Order = "desc",
+        owner: str = owned,
+    ) -> dict[str, Any]:
+        found = store.page(owner, limit, after, order) if after is None or _ID.fullmatch(after) else None
+        if found is None:
+            raise unfit("after", "is no video of this key")
+        return replies.page(found[0], has_more=found[1])
+
+    @app.get("/v1/videos/{video_id}", summary="Show a video")
+    def show(video_id: str, owner: str = owned) -> JSONResponse:
+        return _shown(parts, _found(store, video_id, owner))
+
+    @app.get("/v1/videos/{video_id}/content", summary="Download a video", response_class=FileResponse)
+    def content(video_id: str, variant: str = "video", owner: str = owned) -> FileResponse:
+        if variant not in ("video", "thumbnail"):
+            raise unfit("variant", "use video or thumbnail")
+        return _file(files, _found(store, video_id, owner), variant)
+
+    @app.post("/v1/videos/{video_id}/cancel", summary="Cancel a video; it stays in the list, as failed")
+    def cancel(video_id: str, owner: str = owned) -> JSONResponse:
+        before = _found(store, video_id, owner)
+        job = store.cancel(video_id, owner)
+        if job is None:
+            raise _missing()
+        _count(parts, before, job)
+        return _shown(parts, job)
+
+    @app.delete("/v1/videos/{video_id}", summary="Delete a video; one that is being made is cancelled")
+    def remove(video_id: str, owner: str = owned) -> dict[str, Any]:
+        job = store.cancel(video_id, owner, deletes=True) if _ID.fullmatch(video_id) else None
+        if job is None:
+            raise _missing()
+        if job.output is not None:
+            files.remove(job.output)
+        if not job.has_ended:
+            parts.metrics.failed(CANCELLED)
+        return {"id": video_id, "object": "video.deleted", "deleted": True}
+
+    @app.post("/v1/videos/characters", include_in_schema=False)
+    def characters(owner: str = owned) -> None:
+        raise _unsupported("characters")
+
+    @app.post("/v1/videos/{video_id}/{action}", include_in_schema=False)
+    def other(video_id: str, action: str, owner: str = owned) -> None:
+        raise _unsupported(action) if action in _UNSUPPORTED else HTTPException(404)
+
+    @app.get("/v1/models", summary="List the model that is loaded")
+    def models(owner: str = owned) -> dict[str, Any]:
+        return {
+            "object": "list",
+            "data": [{"id": parts.model, "object": "model", "created": 0, "owned_by": "wanfast"}],
+        }
+
+
+def _add_operation(app: FastAPI, parts: Parts) -> None:
+    owned = Depends(_owner_of(parts.keys))
+
+    @app.get("/health", summary="Whether the server answers")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready", summary="Whether the models are loaded")
+    def ready() -> JSONResponse:
+        status = "ready" if parts.worker.is_ready else "stopping" if parts.worker.is_stopping else "loading"
+        return JSONResponse({"status": status}, 200 if parts.worker.is_ready else 503)
+
+    @app.get("/metrics", summary="Metrics for Prometheus")
+    def metrics(owner: str = owned) -> Response:
+        return Response(parts.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> JSONResponse:
+        return answer(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return answer(unfit(str(first["loc"][-1])[:60], first["msg"][:1].lower() + first["msg"][1:]))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        return answer(ApiError(error.status_code, str(error.detail), headers=error.headers))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=_CLIENT_LEFT)
+
+    @app.exception_handler(SQLAlchemyError)
+    async def unavailable(request: Request, error: SQLAlchemyError) -> JSONResponse:
+        message = "the server's database does not answer: try again later"
+        return answer(ApiError(503, message, code="unavailable", headers=_BUSY))
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> JSONResponse:
+        return answer(ApiError(500, "an error of the server; its log has the reason", code="server_error"))
+
+
+def _owner_of(keys: Keys) -> Any:
+    async def owner(request: Request) -> str:
+        """Returns whose request it is. Raises ApiError before the body is read."""
+        found = keys.owner(request.headers.get("authorization"))
+        if found is None:
+            message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return found
+
+    return owner
+
+
+async def _create(request: Request, owner: str, parts: Parts) -> Job:
+    """Queues the job of a request. When it returns, the job is on disk. Raises ApiError."""
+    if not parts.worker.is_ready:
+        what = "stops" if parts.worker.is_stopping else "is loading the models"
+        raise ApiError(503, f"the server {what}: try again later", code="loading", headers=_BUSY)
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 0 < len(key) <= _MOST_LETTERS_OF_A_KEY:
+        raise unfit("Idempotency-Key", f"use 1 to {_MOST_LETTERS_OF_A_KEY} letters")
+    return await run_in_threadpool(_add, await read(request, parts.most_bytes), owner, key, parts)
+
+
+def _add(asked: Asked, owner: str, key: str | None, parts: Parts) -> Job:
+    new, store = parts.checks.job(asked, owner, key), parts.store
+    try:
+        if earlier := store.earlier(new):
+            return earlier
+        parts.checks.plan(new, asked.picture)
+        job, is_new = store.add(new, asked.picture, parts.most_jobs)
+    except QueueFullError:
+        message = f"the queue is full, because {parts.most_jobs} videos wait: try again later"
+        raise ApiError(429, message, code="queue_full", headers=_BUSY) from None
+    except KeyReusedError:
+        message = "this Idempotency-Key belongs to another request or to a deleted video: use a new one"
+        raise ApiError(409, message, code="idempotency_key_reused", param="Idempotency-Key") from None
+    if is_new:
+        parts.worker.wake()
+    return job
+
+
+async def _awaited(request: Request, job: Job, parts: Parts) -> Response:
+    """Returns the file of a job when it has ended. If the client leaves, the job is cancelled."""
+    while not job.has_ended:
+        if parts.worker.is_stopping:
+            raise ApiError(503, f"the server stops; it goes on with {job.id} later", code="stopping", headers=_BUSY)
+        if await request.is_disconnected():
+            await run_in_threadpool(parts.store.cancel, job.id, job.owner)
+            return Response(status_code=_CLIENT_LEFT)
+        await asyncio.sleep(WATCH_S)
+        job = await run_in_threadpool(_found, parts.store, job.id, job.owner)
+    if job.error_code is not None:
+        message = job.error_message or job.error_code
+        raise ApiError(_STATUS_OF_SYNC[job.error_code], message, code=job.error_code)
+    return _file(parts.files, job, "video")
+
+
+def _found(store: Store, video_id: str, owner: str) -> Job:
+    job = store.find(video_id, owner) if _ID.fullmatch(video_id) else None
+    if job is None:
+        raise _missing()
+    return job
+
+
+def _missing() -> ApiError:
+    return ApiError(404, "no such video", code="not_found", param="video_id")
+
+
+def _unsupported(action: str) -> ApiError:
+    return ApiError(501, f"{action} are not supported by this model", code="not_implemented")
+
+
+def _shown(parts: Parts, job: Job) -> JSONResponse:
+    position = parts.store.position(job) if job.status == "queued" else None
+    return JSONResponse(replies.video(job, position), headers={"openai-poll-after-ms": str(replies.POLL_MS)})
+
+
+def _file(files: Files, job: Job, variant: str) -> FileResponse:
+    """Returns a file of a completed job; ranges of it too, if the request asks for them. Raises ApiError."""
+    if job.output is None:
+        raise ApiError(404, f"this video is {job.status}: there is no file", code="not_ready", param="video_id")
+    video = variant == "video"
+    path = files.video(job.output) if video else files.thumbnail(job.output)
+    if not path.exists():
+        raise ApiError(404, "this video has expired", code="expired", param="video_id")
+    name = f"{job.id}{path.suffix}"
+    return FileResponse(path, media_type="video/mp4" if video else "image/jpeg", filename=name)
+
+
+def _count(parts: Parts, before: Job, after: Job) -> None:
+    if not before.has_ended and after.error_code == CANCELLED:
+        parts.metrics.failed(CANCELLED)
+
+
+def _content() -> dict[str, Any]:
+    """Returns the OpenAPI description of a body: JSON, or a form with the picture as a file."""
+    schema = Fields.model_json_schema()
+    url = {"type": "object", "properties": {"image_url": {"type": "string", "description": "a data URL"}}}
+    file = {"type": "string", "format": "binary"}
+
+    def with_picture(picture: dict[str, Any]) -> dict[str, Any]:
+        properties = {**schema["properties"], "input_reference": picture}
+        return {"schema": {**schema, "properties": properties, "required": ["prompt", "input_reference"]}}
+
+    return {"application/json": with_picture(url), "multipart/form-data": with_picture(file)}

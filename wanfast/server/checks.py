@@ -1,0 +1,149 @@
+"""Turns what a client asked for into a job, or says which field is wrong. Nothing is queued that cannot be planned."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from wanfast.runtime.config import parse_size
+from wanfast.runtime.errors import ConfigError, WanFastError
+from wanfast.runtime.facts.choices import NAMED_MODELS
+from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.machine.once import asked_once
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.processes.handle import Opened
+from wanfast.server.fields import Asked, Fields
+from wanfast.server.replies import ApiError, in_fields, unfit, without_paths
+from wanfast.server.store import NewJob
+
+_UNPLANNED = "the server cannot plan this video; its log has the reason"
+
+
+class Planner(Protocol):
+    """This class plans videos for loaded models."""
+
+    def plan(self, options: dict[str, Any]) -> Plan:
+        """Returns the plan of a video. Raises WanFastError."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """This class holds what a server offers: its model, its largest video, and the options of every video."""
+
+    planner: Planner
+    spec: ModelSpec
+    model: str  # the name that clients use
+    size: tuple[int, int]  # (width, height) of the largest video
+    frames: int
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, opened: Opened, defaults: Mapping[str, Any]) -> Served:
+        """Describes a handle; `defaults` are options of `Handle.make` that a request may override."""
+        config, spec = opened.placed.config, opened.files.spec
+        name = config.models.model if config.models.model in NAMED_MODELS else spec.name
+        return cls(opened, spec, name, parse_size(config.video.size), config.video.frames, defaults)
+
+
+class Checks:
+    """This class checks requests. Any thread may call `job`; pictures are decoded one at a time."""
+
+    def __init__(self, served: Served) -> None:
+        self._served, self._decoding = served, threading.Lock()
+
+    def job(self, asked: Asked, owner: str, idempotency_key: str | None) -> NewJob:
+        """Returns the job of a request. Its picture is not looked at yet. Raises ApiError."""
+        fields, served = asked.fields, self._served
+        if fields.model not in (None, served.model, served.spec.name):
+            message = f"model: this server has only {served.model}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        boundary = fields.boundary_ratio
+        if boundary not in (None, served.spec.boundary):
+            raise unfit("boundary_ratio", f"the model's own is {served.spec.boundary:g}: leave it out")
+        options = {**served.defaults, **self._options(fields)}
+        fps = options.get("fps", served.spec.fps)
+        frames = self._frames(fields, fps)
+        width, height = self._size(fields)
+        options |= {"size": f"{width}x{height}", "frames": frames, "fit": "crop"}
+        return NewJob(
+            owner=owner,
+            options={**options, "seed": secrets.randbelow(1 << 31) if fields.seed is None else fields.seed},
+            model=served.model,
+            size=f"{width}x{height}",
+            seconds=f"{fields.seconds or frames / fps:g}",
+            fingerprint=_fingerprint(asked),
+            idempotency_key=idempotency_key,
+            priority=fields.priority,
+        )
+
+    def plan(self, new: NewJob, picture: bytes) -> None:
+        """Plans the video of a job, so that a wrong option or picture is refused early. Raises ApiError."""
+        with self._decoding, tempfile.TemporaryFile() as file:  # nothing is left, however this process ends
+            file.write(picture)
+            file.flush()
+            path = f"/proc/self/fd/{file.fileno()}"
+            try:
+                with asked_once():
+                    self._served.planner.plan({**new.options, "image": path})
+            except ConfigError as error:
+                raise _refusal(error, path) from None
+            except WanFastError as error:  # what is wrong with the server is not for its clients
+                raise ApiError(503, without_paths(str(error), _UNPLANNED), code="unavailable") from error
+
+    def _options(self, fields: Fields) -> dict[str, Any]:
+        second = fields.guidance_scale if fields.guidance_scale_2 is None else fields.guidance_scale_2
+        options = {
+            "prompt": fields.prompt,
+            "negative_prompt": fields.negative_prompt,
+            "fps": fields.fps,
+            "steps": fields.num_inference_steps,
+            "guidance_high_noise": fields.guidance_scale,
+            "guidance_low_noise": second,
+            "shift": fields.flow_shift,
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+    def _frames(self, fields: Fields, fps: int) -> int:
+        """Returns the number of frames, which one clip of the model can have."""
+        if fields.seconds is not None and fields.num_frames is not None:
+            raise unfit("num_frames", "seconds gives the length too: keep one of the two")
+        if fields.seconds is not None:
+            param, frames = "seconds", 4 * round(fields.seconds * fps / 4) + 1
+        elif fields.num_frames is not None:
+            param, frames = "num_frames", fields.num_frames
+        else:
+            return self._served.frames
+        most = min(self._served.frames, self._served.spec.trained_frames or self._served.frames)
+        if frames > most:
+            raise unfit(param, f"one video has at most {most} frames here ({most / fps:g} seconds at {fps} a second)")
+        return frames
+
+    def _size(self, fields: Fields) -> tuple[int, int]:
+        if fields.size is None:
+            return self._served.size
+        try:
+            width, height = parse_size(fields.size)
+        except ConfigError as error:
+            raise _refusal(error, "") from None
+        most_width, most_height = self._served.size
+        if width * height > most_width * most_height:
+            raise unfit("size", f"at most as many pixels as {most_width}x{most_height} are possible here")
+        return width, height
+
+
+def _fingerprint(asked: Asked) -> str:
+    """Returns a hash of all that was asked, by which a repeated request is known."""
+    fields = json.dumps(asked.fields.model_dump(), sort_keys=True).encode()
+    return hashlib.sha256(hashlib.sha256(asked.picture).digest() + fields).hexdigest()
+
+
+def _refusal(error: ConfigError, picture: str) -> ApiError:
+    """Returns an error of the options, in the words of the fields."""
+    message, param = in_fields(str(error).replace(f" {picture}", "") if picture else str(error))
+    return ApiError(400, without_paths(message, _UNPLANNED), param=param, code="invalid_value")

@@ -1,0 +1,137 @@
+"""Reads the body of a request for a video: JSON, or a form with the picture as a file."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+
+from wanfast.server.replies import ApiError, unfit
+
+MOST_LETTERS = 20_000  # of a prompt; the model reads about 2,000
+_MOST_FIELDS = 40
+_PICTURE = "input_reference"
+_NESTED = f"{_PICTURE}[image_url]"  # how the openai client writes {"image_url": ...} into a form
+
+
+class Fields(BaseModel):
+    """The fields of a request for a video, beside its picture."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MOST_LETTERS, description="What happens in the video.")]
+    model: Annotated[str | None, Field(description="The model that the server has loaded.")] = None
+    seconds: Annotated[float | None, Field(gt=0, le=3600, description='Length of the video, such as "4".')] = None
+    size: Annotated[str | None, Field(max_length=20, description="Exact size, as WIDTHxHEIGHT.")] = None
+    negative_prompt: Annotated[str | None, Field(max_length=MOST_LETTERS)] = None
+    num_frames: Annotated[int | None, Field(description="Number of frames, 4n+1, instead of seconds.")] = None
+    fps: Annotated[int | None, Field(ge=1, le=240)] = None
+    num_inference_steps: Annotated[int | None, Field(ge=1, le=200)] = None
+    guidance_scale: Annotated[float | None, Field(description="Of both experts, or of the high-noise one.")] = None
+    guidance_scale_2: Annotated[float | None, Field(description="Of the low-noise expert.")] = None
+    flow_shift: float | None = None
+    boundary_ratio: Annotated[float | None, Field(description="The model's own is the only one possible.")] = None
+    seed: Annotated[int | None, Field(ge=0)] = None
+    priority: Annotated[int, Field(ge=-100, le=100, description="Jobs with a larger one come first.")] = 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """This class holds what a client asked for: checked types, and a picture that is not decoded yet."""
+
+    fields: Fields
+    picture: bytes
+
+
+async def read(request: Request, most_bytes: int) -> Asked:
+    """Reads a request for a video. Raises ApiError."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        values = _object(await request.body())
+    elif kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        values = await _form(request, most_bytes)
+    else:
+        raise ApiError(415, "the body must be application/json or multipart/form-data", code="unsupported_media_type")
+    picture = _picture(values.pop(_PICTURE, None))
+    return Asked(_checked(values), picture)
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not JSON", code="invalid_json") from None
+    if not isinstance(values, dict):
+        raise ApiError(400, "the body is not a JSON object", code="invalid_json")
+    return values
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+async def _form(request: Request, most_bytes: int) -> dict[str, Any]:
+    try:
+        form = await request.form(max_files=1, max_fields=_MOST_FIELDS, max_part_size=most_bytes)
+    except (MultiPartException, HTTPException, UnicodeDecodeError):
+        raise ApiError(400, "the form is damaged, or has more than one file", code="invalid_form") from None
+    values: dict[str, Any] = {}
+    try:
+        for name, value in form.multi_items():
+            if name in values or (name == _NESTED and _PICTURE in values):
+                raise unfit(name[:60], "is given twice: keep one")
+            if isinstance(value, UploadFile) != (name == _PICTURE) and name != _NESTED:
+                raise unfit(name[:60], "only input_reference is a file")
+            values[_PICTURE if name == _NESTED else name] = (
+                await value.read()
+                if isinstance(value, UploadFile)
+                else {"image_url": value}
+                if name == _NESTED
+                else value
+            )
+    finally:
+        await form.close()
+    return values
+
+
+def _picture(value: Any) -> bytes:
+    """Returns the bytes of the picture. Only the bytes that came with the request are used: no address is fetched."""
+    if isinstance(value, bytes) and value:
+        return value
+    if value is None or value == b"":
+        raise unfit(_PICTURE, "is missing: this model makes a video from a picture")
+    if not isinstance(value, dict) or set(value) != {"image_url"} or not isinstance(value["image_url"], str):
+        raise unfit(_PICTURE, 'use a file of a form, or {"image_url": "data:image/png;base64,..."}')
+    head, comma, text = value["image_url"].partition(",")
+    if not (head.startswith("data:") and head.endswith(";base64") and comma):
+        raise unfit(_PICTURE, "no address is fetched: send the picture itself, as data:image/png;base64,...")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise unfit(_PICTURE, "is not base64: encode the bytes of the file") from None
+    if not data:
+        raise unfit(_PICTURE, "is empty: send a picture")
+    return data
+
+
+def _checked(values: dict[str, Any]) -> Fields:
+    for name, value in values.items():
+        if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+            raise unfit(name[:60], "a text or a number is needed")
+    try:
+        return Fields.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    name = str(first["loc"][0])[:60] if first["loc"] else "prompt"
+    if first["type"] == "extra_forbidden":
+        raise unfit(name, f"no such field: use {', '.join([*Fields.model_fields, _PICTURE])}")
+    raise unfit(name, "is missing" if first["type"] == "missing" else first["msg"][:1].lower() + first["msg"][1:])

@@ -1,0 +1,67 @@
+"""Holds the server's videos, their thumbnails, and the pictures of the moment, all in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.store.atomic import atomic_paths
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_THUMBNAIL_SIDE = 512  # pixels at most
+
+
+class Files:
+    """This class names the files of each attempt. The names come from the database, and never from a client."""
+
+    def __init__(self, folder: Path) -> None:
+        """Makes the folder, which only this user may read. Raises ConfigError."""
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o700)
+        except OSError as error:
+            raise ConfigError(f"--data-dir {folder}: {error.strerror}: choose another folder") from error
+
+    def video(self, attempt: str) -> Path:
+        return self.folder / f"{attempt}.mp4"
+
+    def thumbnail(self, attempt: str) -> Path:
+        return self.folder / f"{attempt}.jpg"
+
+    def picture(self, attempt: str) -> Path:
+        return self.folder / f"{attempt}.picture"
+
+    def write_thumbnail(self, attempt: str, frame: npt.NDArray[np.uint8]) -> None:
+        """Writes a frame [H, W, 3] as a small JPEG. Raises ConfigError."""
+        from PIL import Image
+
+        picture = Image.fromarray(frame)
+        picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+        with atomic_paths(self.thumbnail(attempt), option="--data-dir") as (unfinished,), unfinished.open("wb") as file:
+            picture.save(file, "JPEG", quality=85)
+
+    def remove(self, attempt: str) -> None:
+        """Removes all files of an attempt."""
+        for file in self.folder.glob(f"{attempt}.*"):
+            file.unlink(missing_ok=True)
+
+    def sweep(self, listed: Collection[Path], wanted: Collection[str]) -> None:
+        """Removes those of the `listed` files that belong to no wanted attempt, half-written ones too.
+
+        The caller lists the files first and asks for the wanted attempts later, so that a new file is not removed.
+        """
+        for file in listed:
+            if file.name.lstrip(".").partition(".")[0] not in wanted:
+                with suppress(OSError):
+                    file.unlink()
+
+    def listed(self) -> list[Path]:
+        """Returns all files that belong to attempts."""
+        return [file for file in self.folder.iterdir() if file.name.lstrip(".").startswith("video_")]

@@ -1,0 +1,86 @@
+"""Refuses requests before anything reads them: bodies that are too large, and pages of other sites."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from wanfast.server.replies import ApiError
+
+_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
+
+
+class Gate:
+    """This ASGI middleware limits a body's bytes, whatever the headers say of them.
+
+    If `only_loopback` is true, the server has no keys. Then a web page that the user has open could use the server,
+    either as another site, or by a host name that leads to this machine. Both are refused.
+    """
+
+    def __init__(self, app: ASGIApp, most_bytes: int, *, only_loopback: bool) -> None:
+        self._app, self._most_bytes, self._only_loopback = app, most_bytes, only_loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        length, received = headers.get("content-length", "0"), 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._most_bytes:
+                raise self._too_large()
+            return message
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *_HEADERS]
+            await send(message)
+
+        try:
+            if self._only_loopback:
+                _check_origin(headers)
+            if not length.isdecimal() or int(length) > self._most_bytes:
+                raise self._too_large()
+        except ApiError as error:
+            await answer(error)(scope, receive, marked)
+            return
+        await self._app(scope, counted, marked)
+
+    def _too_large(self) -> ApiError:
+        message = f"the body has more than {self._most_bytes / 1e6:g} MB: send a smaller picture"
+        return ApiError(413, message, code="too_large", headers={"connection": "close"})
+
+
+def answer(error: ApiError) -> JSONResponse:
+    """Returns the answer that an error is."""
+    return JSONResponse(error.document(), error.status, headers=error.headers)
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether a host name or address means only this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_origin(headers: Mapping[str, str]) -> None:
+    """Raises ApiError if a request names another host than this machine, or comes from the page of another site."""
+    host = headers.get("host", "")
+    try:
+        name, origin = urlsplit(f"//{host}").hostname, headers.get("origin")
+        of_page = None if origin is None else urlsplit(origin).netloc
+    except ValueError:
+        raise ApiError(400, "the header Host or Origin is no address", code="wrong_host") from None
+    if not is_loopback(name or ""):
+        raise ApiError(403, "use localhost: without --api-key-file, no other host name is answered", code="wrong_host")
+    if of_page not in (None, host):
+        raise ApiError(403, "pages of other sites may not use this server", code="wrong_origin")

@@ -1,0 +1,53 @@
+"""Reads the API keys of a file, and says to whom a request belongs. Only hashes of the keys are held."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from pathlib import Path
+
+from wanfast.runtime.errors import ConfigError, foreign
+
+_LEAST_LETTERS = 16
+_SCHEME = "bearer "
+EVERYBODY = "everybody"  # the owner of all jobs of a server without keys
+
+
+@dataclass(frozen=True)
+class Keys:
+    """This class holds the hashes of all keys; without any, every request has the same owner."""
+
+    hashes: tuple[bytes, ...] = ()
+
+    @classmethod
+    def read(cls, file: Path) -> Keys:
+        """Reads a key from each line; blank lines and lines that begin with # are left out. Raises ConfigError."""
+        subject = f"--api-key-file {file}"
+        with foreign(subject, "name a UTF-8 text file with one key a line"):
+            lines = file.read_text(encoding="utf-8").splitlines()
+        keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not keys:
+            raise ConfigError(f"{subject}: has no key: write one key a line")
+        for number, key in enumerate(keys, start=1):
+            if len(key) < _LEAST_LETTERS or not key.isascii() or not key.isprintable() or " " in key:
+                fix = f"use at least {_LEAST_LETTERS} letters and digits, such as `openssl rand -hex 16` prints"
+                raise ConfigError(f"{subject}: key {number} is too short or has other characters: {fix}")
+        return cls(tuple(map(_hash, keys)))
+
+    def owner(self, authorization: str | None) -> str | None:
+        """Returns the owner that a header `Authorization: Bearer KEY` names; None if it names no key.
+
+        The time does not show which key is near, because hashes are compared, and all of them.
+        """
+        if not self.hashes:
+            return EVERYBODY
+        header = authorization or ""
+        key = header[len(_SCHEME) :].strip() if header[: len(_SCHEME)].lower() == _SCHEME else ""
+        given = _hash(key)
+        found = [hmac.compare_digest(given, known) for known in self.hashes]
+        return given.hex() if any(found) else None
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

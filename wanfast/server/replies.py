@@ -1,0 +1,102 @@
+"""Defines the JSON that a client gets: a video, a list of videos, and an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from wanfast.runtime.config.option import flag
+from wanfast.server.store import Job
+
+POLL_MS = 1000  # a client asks again after this time
+_FIELD_OF = {  # option of `Handle.make` -> the field that gives it
+    "prompt": "prompt", "negative_prompt": "negative_prompt", "size": "size", "frames": "num_frames", "fps": "fps",
+    "steps": "num_inference_steps", "guidance_high_noise": "guidance_scale", "guidance_low_noise": "guidance_scale_2",
+    "shift": "flow_shift", "seed": "seed", "image": "input_reference",
+}  # fmt: skip
+_FLAG = re.compile("|".join(f"{flag(name)}(?![\\w-])" for name in _FIELD_OF))
+_PATH = re.compile(r"(?<![\w.<])~?/[\w.-]+/")  # the beginning of a path of two or more parts
+
+
+class ApiError(Exception):
+    """This error is the answer to a request: a status, and a message that names the field and the fix."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.headers = status, code, param, dict(headers or {})
+
+    def document(self) -> dict[str, Any]:
+        """Returns the body of the answer."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def unfit(param: str, message: str) -> ApiError:
+    """Returns the error of a field that is wrong."""
+    return ApiError(400, f"{param}: {message}", param=param, code="invalid_value")
+
+
+def in_fields(message: str) -> tuple[str, str | None]:
+    """Returns an error of options in the words of the fields, and the first field: num_inference_steps for --steps."""
+    first = _FLAG.search(message)
+    return _FLAG.sub(lambda found: _field(found[0]), message), _field(first[0]) if first else None
+
+
+def _field(option: str) -> str:
+    return _FIELD_OF[option[2:].replace("-", "_")]
+
+
+def without_paths(message: str, instead: str) -> str:
+    """Returns a message, or `instead` if the message names a path of this machine."""
+    return instead if _PATH.search(message) else message
+
+
+def video(job: Job, queue_position: int | None = None) -> dict[str, Any]:
+    """Returns a job as a client sees it; `queue_position` says how many jobs come before a queued one."""
+    error = None if job.error_code is None else {"code": job.error_code, "message": job.error_message}
+    return {
+        "id": job.id,
+        "object": "video",
+        "model": job.model,
+        "status": job.status,
+        "prompt": job.options["prompt"],
+        "remixed_from_video_id": None,
+        "progress": job.progress,
+        "created_at": int(job.created_at),
+        "completed_at": _whole(job.completed_at),
+        "expires_at": _whole(job.expires_at),
+        "size": job.size,
+        "seconds": job.seconds,
+        "error": error,
+        "seed": job.options["seed"],
+        "priority": job.priority,
+        "stage": job.stage or None,
+        "queue_position": queue_position,
+        "seconds_by_stage": job.facts.get("seconds_by_stage"),
+        "plan": job.facts.get("plan"),
+    }
+
+
+def page(jobs: list[Job], *, has_more: bool) -> dict[str, Any]:
+    """Returns a page of a list of videos."""
+    first, last = (jobs[0].id, jobs[-1].id) if jobs else (None, None)
+    return {
+        "object": "list",
+        "data": list(map(video, jobs)),
+        "first_id": first,
+        "last_id": last,
+        "has_more": has_more,
+    }
+
+
+def _whole(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds)

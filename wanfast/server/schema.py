@@ -1,0 +1,112 @@
+"""Defines the tables of the server's database, and opens SQLite or PostgreSQL so that an acknowledged write stays."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Any
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Connection,
+    Engine,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+    create_engine,
+    event,
+    make_url,
+    text,
+)
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+from wanfast.runtime.errors import ConfigError
+
+METADATA = MetaData()
+JOBS = Table(
+    "jobs",
+    METADATA,
+    Column("number", Integer, primary_key=True, autoincrement=True),  # the order of arrival
+    Column("id", String, nullable=False, unique=True),
+    Column("owner", String, nullable=False),  # the hash of an API key
+    Column("idempotency_key", String),
+    Column("fingerprint", String, nullable=False),  # of the request
+    Column("priority", Integer, nullable=False),
+    Column("status", String, nullable=False),
+    Column("options", String, nullable=False),  # JSON: what `Handle.make` gets beside the picture
+    Column("model", String, nullable=False),
+    Column("size", String, nullable=False),
+    Column("seconds", String, nullable=False),
+    Column("created_at", Float, nullable=False),  # seconds since the epoch, as all times here
+    Column("completed_at", Float),
+    Column("expires_at", Float),
+    Column("attempts", Integer, nullable=False),
+    Column("claim", String),  # names the running attempt
+    Column("lease_until", Float),  # then a running attempt counts as lost
+    Column("stage", String, nullable=False),
+    Column("progress", Integer, nullable=False),  # 0..100
+    Column("error_code", String),
+    Column("error_message", String),
+    Column("output", String),  # the name of the video's files, without suffix
+    Column("facts", String),  # JSON: the seconds of each stage and the plan
+    Column("deleted", Boolean, nullable=False),
+    UniqueConstraint("owner", "idempotency_key"),
+    Index("jobs_by_status", "status", "priority", "number"),
+    Index("jobs_by_owner", "owner", "number"),
+    sqlite_autoincrement=True,  # a number is never used again
+)
+PICTURES = Table(
+    "pictures", METADATA, Column("job", Integer, primary_key=True), Column("data", LargeBinary, nullable=False)
+)
+_BUSY_S = 30  # a writer waits this long for another
+_ADDING = 0x77616E66  # PostgreSQL's lock for the whole length of the queue
+
+
+def open_database(url: str) -> Engine:
+    """Returns an engine whose tables exist. Raises ConfigError."""
+    try:
+        parsed = make_url(url)
+        is_sqlite = parsed.get_backend_name() == "sqlite"
+        if parsed.drivername in ("postgresql", "postgres"):
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        arguments = {"timeout": _BUSY_S} if is_sqlite else {}
+        engine = create_engine(parsed, connect_args=arguments, pool_pre_ping=not is_sqlite)
+    except (ArgumentError, NoSuchModuleError):
+        raise ConfigError("--database is not postgresql://USER@HOST/NAME: fix the URL") from None
+    except ImportError as error:
+        fix = "run `pip install 'wanfast[serve-postgres]'`"
+        raise ConfigError(f"--database needs the package {error.name}: {fix}") from None
+    if is_sqlite:
+        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    try:
+        with engine.begin() as connection:
+            lock_adding(connection)
+            METADATA.create_all(connection)
+    except DBAPIError as error:
+        words = " ".join(str(error.orig).split())
+        raise ConfigError(f"--database: cannot be opened ({words:.200}): fix the URL or the database") from None
+    return engine
+
+
+def lock_adding(connection: Connection) -> None:
+    """Lets only one writer at a time add jobs; SQLite has only one writer at a time in any case."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _ADDING})
+
+
+def _set_up_sqlite(connection: sqlite3.Connection, record: Any) -> None:
+    connection.isolation_level = None  # SQLAlchemy's own BEGIN, below, and not the module's
+    for pragma in ("journal_mode = WAL", "synchronous = FULL"):  # FULL: a commit outlives a loss of power too
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """Begins a transaction. A writer locks at once, because a reader that becomes a writer may be refused."""
+    reads = connection.get_execution_options().get("reads")
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

@@ -1,0 +1,178 @@
+"""Runs the server: the ranks, the queue and HTTP, from the start until a signal ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from filelock import Timeout
+from PIL import Image
+
+from wanfast.bench.cells import few_steps, least_steps, schedule_of
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.processes.handle import Handle, Opened
+from wanfast.runtime.store.sharing import lock_of
+from wanfast.server.app import Parts, create_app
+from wanfast.server.checks import Checks, Served
+from wanfast.server.files import Files
+from wanfast.server.gate import is_loopback
+from wanfast.server.keys import Keys
+from wanfast.server.metrics import Metrics
+from wanfast.server.store import Store
+from wanfast.server.worker import Worker
+
+_CLOSING_S = 5  # connections get this long to end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """This class holds the options of `wanfast serve` that describe the server."""
+
+    host: str
+    port: int
+    data_dir: Path
+    database: str | None = None
+    api_key_file: Path | None = None
+    max_queue: int = 100
+    max_upload_mb: int = 32
+    keep_hours: float = 24.0
+
+    def __post_init__(self) -> None:
+        if not is_loopback(self.host) and self.api_key_file is None:
+            raise ConfigError(
+                f"--host {self.host} lets other machines in: add --api-key-file FILE, or use --host 127.0.0.1"
+            )
+        if self.database is not None and not self.database.startswith("postgresql"):
+            raise ConfigError("--database is not postgresql://USER@HOST/NAME: fix the URL, or leave it out for SQLite")
+        for name, value, low, high in (
+            ("--port", self.port, 0, 65535), ("--max-queue", self.max_queue, 1, 1_000_000),
+            ("--max-upload-mb", self.max_upload_mb, 1, 1000), ("--keep-hours", self.keep_hours, 0.001, 87600),
+        ):  # fmt: skip
+            if not low <= value <= high:
+                raise ConfigError(f"{name} {value:g}: use {low:g} to {high:g}")
+
+    @property
+    def database_url(self) -> str:
+        return self.database or f"sqlite:///{self.data_dir / 'jobs.sqlite'}"
+
+
+def serve(
+    settings: Settings, opened: Opened, defaults: Mapping[str, Any], *, start: Callable[[Opened], Handle] = Handle
+) -> None:
+    """Serves until SIGTERM or SIGINT; then the current video ends at its next step, and its job is queued again.
+
+    `defaults`: options of `Handle.make` for every video. `start` starts the ranks. Raises WanFastError.
+    """
+    keys = Keys.read(settings.api_key_file) if settings.api_key_file else Keys()
+    served, files = Served.of(opened, defaults), Files(settings.data_dir)
+    with _alone(settings), _listening(settings) as listener:
+        warm_up = _warm_up(opened, served, files)
+        store = Store(settings.database_url)
+        if not store.is_shared:
+            store.recover(all_lost=True)
+        with start(opened) as handle:
+            metrics = Metrics(store, has_gpus=opened.placed.config.ranks.device == "cuda")
+            worker = Worker(store, handle, files, metrics, keep_s=settings.keep_hours * 3600, warm_up=warm_up)
+            parts = Parts(
+                store=store,
+                worker=worker,
+                files=files,
+                checks=Checks(served),
+                keys=keys,
+                metrics=metrics,
+                model=served.model,
+                most_jobs=settings.max_queue,
+                most_bytes=settings.max_upload_mb * 1_000_000,
+            )
+            with _stopped_by_signals(worker), _answering(create_app(parts), listener):
+                worker.run()
+        store.close()
+
+
+def _warm_up(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
+    """Plans a video of the server's defaults, and returns the options of the same video with few steps.
+
+    Raises WanFastError.
+    """
+    picture = files.folder / "warm-up.png"  # no temporary file, because ranks that die are warmed up again
+    Image.new("RGB", served.size, (127, 127, 127)).save(picture)
+    size = "x".join(map(str, served.size))
+    video = {**served.defaults, "image": str(picture), "prompt": "warm-up", "seed": 0, "fit": "crop", "size": size}
+    plan = opened.plan(video)
+    least = least_steps(plan.config.video, served.spec)
+    return {**few_steps(video, schedule_of(plan.config.video, served.spec, least)), "frames": served.frames}
+
+
+@contextmanager
+def _alone(settings: Settings) -> Iterator[None]:
+    """Holds the lock of the data folder, because SQLite's jobs of another living server are not lost.
+
+    Servers that share PostgreSQL share the folder too. Raises ConfigError.
+    """
+    if settings.database is not None:
+        yield
+        return
+    try:
+        with lock_of(settings.data_dir / "lock", timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(f"--data-dir {settings.data_dir}: another server uses this folder: name another") from None
+
+
+@contextmanager
+def _listening(settings: Settings) -> Iterator[socket.socket]:
+    """Listens at the server's address, before the models are loaded. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=256)
+    except OSError as error:
+        place = f"--host {settings.host} --port {settings.port}"
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise ConfigError(f"{place}: {reason}: use an address and a port that are free") from None
+    with listener:
+        yield listener
+
+
+@contextmanager
+def _answering(app: Any, listener: socket.socket) -> Iterator[None]:
+    """Answers requests in another thread, until the block ends."""
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=_CLOSING_S
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), name="http")
+    thread.start()
+    host, port = listener.getsockname()[:2]
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def _stopped_by_signals(worker: Worker) -> Iterator[None]:
+    """Lets the first SIGTERM or SIGINT stop the worker, and the second one end the process at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if worker.is_stopping:
+            sys.exit(128 + number)
+        worker.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,315 @@
+"""Stores the jobs of the server in a database; every change of a job's state is one transaction.
+
+    queued -> in_progress -> completed | failed
+
+`claim` starts an attempt and names it. A later change of the running job must give this name, so that an attempt that
+was cancelled, or that counts as lost, cannot end the job. A job therefore ends exactly once. A cancelled job has failed
+with the code `cancelled`. An attempt is lost if its process ended, or did not renew its lease in time. Then the job is
+queued again, at most MOST_ATTEMPTS - 1 times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, Connection, Row, Update, and_, delete, func, insert, or_, select, true, update
+
+from wanfast.server.schema import JOBS, PICTURES, lock_adding, open_database
+
+Status = Literal["queued", "in_progress", "completed", "failed"]
+Order = Literal["asc", "desc"]
+
+MOST_ATTEMPTS = 3
+LEASE_S = 30.0
+CANCELLED = "cancelled"
+_HISTORY_S = 30 * 86400.0  # a job that ended is remembered this long after its video has expired
+_LOST = f"the server ended {MOST_ATTEMPTS} times while it made this video"
+
+
+class QueueFullError(Exception):
+    """This error means that as many jobs wait as may wait."""
+
+
+class KeyReusedError(Exception):
+    """This error means that an Idempotency-Key belongs to another request, or to a video that was deleted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewJob:
+    """This class holds a checked request."""
+
+    owner: str
+    options: Mapping[str, Any]
+    model: str
+    size: str
+    seconds: str
+    fingerprint: str
+    idempotency_key: str | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """This class holds a job as the database has it."""
+
+    number: int
+    id: str
+    owner: str
+    fingerprint: str
+    priority: int
+    status: Status
+    options: dict[str, Any]
+    model: str
+    size: str
+    seconds: str
+    created_at: float
+    completed_at: float | None
+    expires_at: float | None
+    attempts: int
+    claim: str | None
+    stage: str
+    progress: int
+    error_code: str | None
+    error_message: str | None
+    output: str | None
+    facts: dict[str, Any]
+    deleted: bool
+
+    @classmethod
+    def of(cls, row: Row[Any]) -> Job:
+        """Makes a job of a row of the table."""
+        values = {field.name: row._mapping[field.name] for field in dataclasses.fields(cls)}
+        return cls(**values | {"options": json.loads(values["options"]), "facts": json.loads(values["facts"] or "{}")})
+
+    @property
+    def attempt(self) -> str:
+        """Returns a name that only this attempt of the job has."""
+        return f"{self.id}-{self.claim}"
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status in ("completed", "failed")
+
+
+class Store:
+    """This class holds the jobs of all servers that share a database. Any thread may call every method."""
+
+    def __init__(self, url: str) -> None:
+        """Opens the database. Raises ConfigError."""
+        self._engine = open_database(url)
+
+    @property
+    def is_shared(self) -> bool:
+        """Returns whether other servers may use the same database."""
+        return self._engine.dialect.name != "sqlite"
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def add(self, new: NewJob, picture: bytes, most: int) -> tuple[Job, bool]:
+        """Queues a job, unless its Idempotency-Key has one; returns the job, and whether it is new.
+
+        Raises QueueFullError if `most` jobs wait, and KeyReusedError.
+        """
+        with self._writing() as connection:
+            lock_adding(connection)
+            if earlier := self._of_key(connection, new):
+                return earlier, False
+            waiting = select(func.count()).select_from(JOBS).where(JOBS.c.status == "queued")
+            if connection.execute(waiting).scalar_one() >= most:
+                raise QueueFullError
+            values = dataclasses.asdict(new) | {"options": json.dumps(dict(new.options))}
+            state = {"status": "queued", "attempts": 0, "stage": "", "progress": 0, "deleted": False}
+            row = connection.execute(
+                insert(JOBS)
+                .values(id=f"video_{secrets.token_hex(16)}", created_at=time.time(), **values, **state)
+                .returning(JOBS)
+            ).one()
+            connection.execute(insert(PICTURES).values(job=row.number, data=picture))
+        return Job.of(row), True
+
+    def earlier(self, new: NewJob) -> Job | None:
+        """Returns the job that the request's Idempotency-Key has. Raises KeyReusedError."""
+        with self._reading() as connection:
+            return self._of_key(connection, new)
+
+    def find(self, video: str, owner: str) -> Job | None:
+        """Returns a job of an owner; None if it is another's, or deleted, or unknown."""
+        with self._reading() as connection:
+            row = connection.execute(select(JOBS).where(_visible(owner), JOBS.c.id == video)).one_or_none()
+        return Job.of(row) if row else None
+
+    def page(self, owner: str, limit: int, after: str | None, order: Order) -> tuple[list[Job], bool] | None:
+        """Returns up to `limit` jobs of an owner, and whether more follow; None if `after` is not a job of the owner.
+
+        `after`: the last job of the page before.
+        """
+        number = JOBS.c.number
+        chosen = select(JOBS).where(_visible(owner)).order_by(number if order == "asc" else number.desc())
+        if after is not None:
+            last = self.find(after, owner)
+            if last is None:
+                return None
+            chosen = chosen.where(number > last.number if order == "asc" else number < last.number)
+        with self._reading() as connection:
+            rows = connection.execute(chosen.limit(limit + 1)).all()
+        return [Job.of(row) for row in rows[:limit]], len(rows) > limit
+
+    def position(self, job: Job) -> int:
+        """Returns how many queued jobs come before a queued job."""
+        earlier = and_(JOBS.c.priority == job.priority, JOBS.c.number < job.number)
+        before = and_(JOBS.c.status == "queued", or_(JOBS.c.priority > job.priority, earlier))
+        with self._reading() as connection:
+            return connection.execute(select(func.count()).select_from(JOBS).where(before)).scalar_one()
+
+    def counts(self) -> dict[str, int]:
+        """Returns how many jobs are queued and in progress."""
+        found = select(JOBS.c.status, func.count()).group_by(JOBS.c.status)
+        unended = found.where(JOBS.c.status.in_(("queued", "in_progress")))
+        with self._reading() as connection:
+            rows = connection.execute(unended).all()
+        return {"queued": 0, "in_progress": 0} | {row[0]: row[1] for row in rows}
+
+    def claim(self) -> Job | None:
+        """Starts an attempt of the next job: the highest priority, and of these the first that came."""
+        following = (
+            select(JOBS.c.number)
+            .where(JOBS.c.status == "queued")
+            .order_by(JOBS.c.priority.desc(), JOBS.c.number)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+        )
+        with self._writing() as connection:
+            if (number := connection.execute(following).scalar_one_or_none()) is None:
+                return None
+            values = {"claim": secrets.token_hex(8), "lease_until": time.time() + LEASE_S, "stage": "", "progress": 0}
+            begun = update(JOBS).where(JOBS.c.number == number)
+            begun = begun.values(status="in_progress", attempts=JOBS.c.attempts + 1, **values)
+            return Job.of(connection.execute(begun.returning(JOBS)).one())
+
+    def picture(self, job: Job) -> bytes | None:
+        """Returns the picture of a job; None if the job has ended meanwhile."""
+        with self._reading() as connection:
+            found = connection.execute(select(PICTURES.c.data).where(PICTURES.c.job == job.number))
+            return found.scalar_one_or_none()
+
+    def is_held(self, job: Job) -> bool:
+        """Returns whether a claimed job still belongs to its attempt: it was neither cancelled nor lost."""
+        with self._reading() as connection:
+            return connection.execute(select(JOBS.c.number).where(_held(job))).one_or_none() is not None
+
+    def hold(self, job: Job, stage: str, progress: int) -> bool:
+        """Renews the lease of an attempt and records its progress; returns whether the job still belongs to it."""
+        return self._change(job, stage=stage, progress=progress, lease_until=time.time() + LEASE_S)
+
+    def complete(self, job: Job, output: str, facts: Mapping[str, Any], keep_s: float) -> bool:
+        """Ends a job whose files are written; returns False if the job no longer belongs to the attempt."""
+        now = time.time()
+        ended = {"output": output, "facts": json.dumps(facts), "progress": 100, "stage": "", "expires_at": now + keep_s}
+        return self._change(job, status="completed", completed_at=now, claim=None, **ended)
+
+    def fail(self, job: Job, code: str, message: str) -> bool:
+        """Ends a job with an error; returns False if the job no longer belongs to the attempt."""
+        return self._change(job, **_failed(code, message))
+
+    def requeue(self, job: Job, *, counts: bool) -> bool:
+        """Queues a claimed job again, in its old place; returns False if it no longer belongs to the attempt.
+
+        `counts`: whether the attempt counts; one that the server itself stopped does not.
+        """
+        return self._change(job, **_queued(), attempts=job.attempts if counts else job.attempts - 1)
+
+    def recover(self, *, all_lost: bool) -> int:
+        """Queues jobs again whose attempts are lost, or fails them after the last; returns how many.
+
+        `all_lost`: no attempt that has begun is alive. Otherwise the leases decide.
+        """
+        expired = JOBS.c.lease_until < time.time()
+        lost = and_(JOBS.c.status == "in_progress", true() if all_lost else expired)
+        with self._writing() as connection:
+            over = update(JOBS).where(lost, JOBS.c.attempts >= MOST_ATTEMPTS).values(**_failed("server_error", _LOST))
+            ended = self._end(connection, over)
+            again = connection.execute(update(JOBS).where(lost).values(**_queued()))
+        return ended + again.rowcount
+
+    def cancel(self, video: str, owner: str, *, deletes: bool = False) -> Job | None:
+        """Ends a job that has not ended with the code `cancelled`; returns the job, or None if there is none.
+
+        `deletes`: also removes the job from its owner's view. The job is returned as it was before.
+        """
+        mine = and_(_visible(owner), JOBS.c.id == video)
+        with self._writing() as connection:
+            row = connection.execute(select(JOBS).where(mine).with_for_update()).one_or_none()
+            if row is None:
+                return None
+            unended = JOBS.c.status.in_(("queued", "in_progress"))
+            self._end(connection, update(JOBS).where(mine, unended).values(**_failed(CANCELLED, "cancelled")))
+            if deletes:
+                connection.execute(update(JOBS).where(mine).values(deleted=True))
+                return Job.of(row)
+            return Job.of(connection.execute(select(JOBS).where(mine)).one())
+
+    def outputs(self) -> set[str]:
+        """Returns the names of the files of all videos that may be read, or that are being made."""
+        shown = and_(JOBS.c.output.is_not(None), JOBS.c.deleted.is_(False), JOBS.c.expires_at > time.time())
+        with self._reading() as connection:
+            rows = connection.execute(select(JOBS).where(or_(shown, JOBS.c.status == "in_progress"))).all()
+        return {row.output or Job.of(row).attempt for row in rows}
+
+    def forget(self) -> None:
+        """Removes the rows of jobs that ended long ago."""
+        long_ago = time.time() - _HISTORY_S
+        old = or_(JOBS.c.expires_at < long_ago, and_(JOBS.c.expires_at.is_(None), JOBS.c.completed_at < long_ago))
+        with self._writing() as connection:
+            connection.execute(delete(JOBS).where(JOBS.c.status.in_(("completed", "failed")), old))
+
+    def _of_key(self, connection: Connection, new: NewJob) -> Job | None:
+        if new.idempotency_key is None:
+            return None
+        same = and_(JOBS.c.owner == new.owner, JOBS.c.idempotency_key == new.idempotency_key)
+        row = connection.execute(select(JOBS).where(same)).one_or_none()
+        if row is not None and (row.deleted or row.fingerprint != new.fingerprint):
+            raise KeyReusedError
+        return Job.of(row) if row else None
+
+    def _change(self, job: Job, **values: Any) -> bool:
+        with self._writing() as connection:
+            return self._end(connection, update(JOBS).where(_held(job)).values(**values)) == 1
+
+    def _end(self, connection: Connection, change: Update) -> int:
+        """Changes jobs, and removes the pictures of those that have ended; returns how many were changed."""
+        rows = connection.execute(change.returning(JOBS.c.number, JOBS.c.status)).all()
+        ended = [row.number for row in rows if row.status in ("completed", "failed")]
+        if ended:
+            connection.execute(delete(PICTURES).where(PICTURES.c.job.in_(ended)))
+        return len(rows)
+
+    def _writing(self) -> AbstractContextManager[Connection]:
+        return self._engine.begin()
+
+    def _reading(self) -> AbstractContextManager[Connection]:
+        return self._engine.execution_options(reads=True).begin()
+
+
+def _visible(owner: str) -> ColumnElement[bool]:
+    return and_(JOBS.c.owner == owner, JOBS.c.deleted.is_(False))
+
+
+def _held(job: Job) -> ColumnElement[bool]:
+    return and_(JOBS.c.number == job.number, JOBS.c.claim == job.claim)  # an end removes the claim
+
+
+def _queued() -> dict[str, Any]:
+    return {"status": "queued", "claim": None, "lease_until": None, "stage": "", "progress": 0}
+
+
+def _failed(code: str, message: str) -> dict[str, Any]:
+    ended = {"status": "failed", "claim": None, "stage": "", "completed_at": time.time()}
+    return {**ended, "error_code": code, "error_message": message}

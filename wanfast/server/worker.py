@@ -1,0 +1,276 @@
+"""Makes the videos of the queue, one after another, on the ranks of one handle. Torch-free.
+
+`run` makes videos in the thread that calls it. A second thread, the writer, writes a finished video to disk while the
+next one is made. A third thread, the watch, asks the database whether the running jobs were cancelled, and renews their
+leases.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from wanfast.runtime.errors import CancelledError, ConfigError, NotFiniteError, RankFailedError, WanFastError
+from wanfast.runtime.processes.handle import ProgressFn, Video
+from wanfast.runtime.store.artifacts import note
+from wanfast.server.files import Files
+from wanfast.server.metrics import Metrics
+from wanfast.server.replies import in_fields, without_paths
+from wanfast.server.store import MOST_ATTEMPTS, Job, Store
+
+WATCH_S = 0.1  # between two looks at the running jobs
+_RENEW_S = 5.0  # between two renewals of a lease without progress
+_SWEEP_S = 10.0  # between two searches for lost attempts and files that nobody wants
+_IDLE_S = 0.5  # between two looks at an empty queue, which another server may have filled
+_DATABASE_S = 20.0  # a change waits this long for a database that does not answer, which is less than a lease
+_MOST_STARTS = 3  # of ranks that fail one after the other while they load
+_OF_DENOISING = 95  # percent; the rest is for decoding and writing
+_OF_THE_PLAN = (
+    "recipe", "model", "width", "height", "frames", "fps", "duration_s", "solver", "shift", "steps", "guidance",
+    "forwards", "precision", "attention", "quantize", "compile", "device", "mesh", "seed",
+)  # fmt: skip
+_CODES: tuple[tuple[type[Exception], str], ...] = (
+    (RankFailedError, "rank_failed"),
+    (NotFiniteError, "not_finite"),
+    (ConfigError, "invalid_video"),
+    (Exception, "server_error"),
+)
+_UNSAID = "the server could not make this video; its log has the reason"
+T = TypeVar("T")
+
+
+class Maker(Protocol):
+    """This class makes videos, as a handle does."""
+
+    def make(self, *, on_progress: ProgressFn, **options: Any) -> Video:
+        """Makes one video and waits for it. Raises WanFastError."""
+
+    def cancel(self) -> None:
+        """Cancels the video that is being made."""
+
+
+@dataclass
+class _Run:
+    """This class holds what the threads know of a running attempt."""
+
+    job: Job
+    stage: str = ""
+    progress: int = 0
+    written: tuple[str, int] = ("", 0)  # the stage and the progress that the database has
+    renewed: float = field(default_factory=time.monotonic)
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """Notes how far the ranks are."""
+        self.stage, self.progress = stage, _OF_DENOISING * done // total if total else 0
+
+
+class Worker:
+    """This class owns the running jobs of one server."""
+
+    def __init__(
+        self, store: Store, maker: Maker, files: Files, metrics: Metrics, *, keep_s: float, warm_up: Mapping[str, Any]
+    ) -> None:
+        """`keep_s`: how long a video may be read. `warm_up`: the options of a short video."""
+        self._store, self._maker, self._files, self._metrics = store, maker, files, metrics
+        self._keep_s, self._warm_up = keep_s, warm_up
+        self._runs: dict[int, _Run] = {}
+        self._making: object = None  # what the ranks have
+        self._lock = threading.Lock()  # of `_making`, so that a cancel ends no other video
+        self._wakes, self._has_ended = threading.Event(), threading.Event()
+        self._is_loaded = self._is_stopping = self._lost_ranks = False
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._writing: Future[None] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Returns whether the models are loaded and new jobs are taken."""
+        return self._is_loaded and not self._is_stopping
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._is_stopping
+
+    def wake(self) -> None:
+        """Reports that the queue has a new job."""
+        self._wakes.set()
+
+    def stop(self) -> None:
+        """Makes `run` return soon: the current video ends at its next step, and its job is queued again.
+
+        A handler of signals may call this method, because it takes no lock. The watch notices it.
+        """
+        self._is_stopping = True
+
+    def run(self) -> None:
+        """Makes videos until `stop` is called. Raises WanFastError if the ranks cannot load the models."""
+        watch = threading.Thread(target=self._watch, name="watch")
+        watch.start()
+        try:
+            self._load()
+            self._is_loaded = True
+            while not self._is_stopping:
+                self._wakes.clear()
+                if job := _patiently(self._store.claim):
+                    self._do(_Run(job))
+                else:
+                    self._wakes.wait(_IDLE_S)
+        finally:
+            self._writer.shutdown()
+            self._has_ended.set()
+            watch.join()
+
+    def _load(self) -> None:
+        """Lets the ranks make a short video, so that the models are loaded and compiled. Raises WanFastError."""
+        for start in range(1, _MOST_STARTS + 1):
+            try:
+                with suppress(CancelledError):  # by `stop`
+                    self._made(self, lambda stage, done, total: None, self._warm_up)
+                return
+            except RankFailedError as error:
+                self._metrics.ranks_failed()
+                note(f"the ranks failed while they loaded the models: {error}")
+                if start == _MOST_STARTS:
+                    raise
+
+    def _do(self, run: _Run) -> None:
+        """Makes the video of a claimed job, and gives it to the writer; or ends the attempt with an error."""
+        self._runs[run.job.number] = run
+        with self._errors_of(run):
+            image = self._files.picture(run.job.attempt)
+            picture = _patiently(lambda: self._store.picture(run.job))
+            if picture is None:  # the job has ended meanwhile
+                raise CancelledError
+            try:
+                image.write_bytes(picture)
+                video = self._made(run, run.report, {**run.job.options, "image": str(image)})
+            finally:
+                image.unlink(missing_ok=True)
+            if self._writing is not None:
+                self._writing.result()  # so that no more than two videos lie in memory
+            self._writing = self._writer.submit(self._finish, run, video)
+        if self._lost_ranks:
+            self._lost_ranks = False
+            self._load()
+
+    def _made(self, token: object, on_progress: ProgressFn, options: Mapping[str, Any]) -> Video:
+        with self._lock:
+            self._making = token
+        try:
+            return self._maker.make(on_progress=on_progress, **options)
+        finally:
+            with self._lock:
+                self._making = None
+
+    def _finish(self, run: _Run, video: Video) -> None:
+        """Writes the files of a video, and then ends its job."""
+        with self._errors_of(run):
+            run.stage, started = "writing", time.perf_counter()
+            self._files.write_thumbnail(run.job.attempt, video.frames[0])
+            video.save(self._files.video(run.job.attempt), overwrite=True)
+            seconds = {**video.document["seconds"], "write": round(time.perf_counter() - started, 3)}
+            seconds["total"] = round(sum(value for stage, value in seconds.items() if stage != "total"), 3)
+            plan, magcache = {name: video.plan[name] for name in _OF_THE_PLAN}, video.plan["magcache"]
+            skipped = magcache["skipped_forwards"] if magcache else 0
+            facts = {"seconds_by_stage": seconds, "plan": {**plan, "skipped_forwards": skipped}}
+            if _patiently(lambda: self._store.complete(run.job, run.job.attempt, facts, self._keep_s)):
+                stages = {stage: value for stage, value in seconds.items() if stage != "total"}
+                self._metrics.completed(stages, plan["forwards"] - skipped, skipped)
+            del self._runs[run.job.number]
+
+    @contextmanager
+    def _errors_of(self, run: _Run) -> Iterator[None]:
+        """Ends the attempt with any error of the block, so that the error costs no other job."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - a bug costs one job too, and its traceback is printed
+            if not isinstance(error, WanFastError):
+                traceback.print_exception(error)
+            elif not isinstance(error, CancelledError):
+                note(f"{run.job.id}: {error}")
+            if isinstance(error, RankFailedError):
+                self._metrics.ranks_failed()
+                self._lost_ranks = True
+            _patiently(partial(self._end, run.job, error))
+            del self._runs[run.job.number]
+
+    def _end(self, job: Job, error: Exception) -> bool:
+        """Queues the job of an attempt again, or ends it; returns False if it was cancelled or lost before."""
+        if isinstance(error, CancelledError):
+            return self._store.requeue(job, counts=not self._is_stopping)
+        if isinstance(error, RankFailedError) and job.attempts < MOST_ATTEMPTS:
+            return self._store.requeue(job, counts=True)
+        code = next(code for kind, code in _CODES if isinstance(error, kind))
+        is_for_clients = isinstance(error, ConfigError | NotFiniteError)
+        message = without_paths(in_fields(str(error))[0], _UNSAID) if is_for_clients else _UNSAID
+        ended = self._store.fail(job, code, message)
+        if ended:
+            self._metrics.failed(code)
+        return ended
+
+    def _watch(self) -> None:
+        """Looks after the running jobs and the files until `run` ends."""
+        swept = -_SWEEP_S
+        while not self._has_ended.wait(WATCH_S):
+            with _noted():
+                for run in list(self._runs.values()):
+                    if not self._is_held(run):
+                        self._cancel(run)
+            if self._is_stopping:
+                self._wakes.set()
+                self._cancel(self._making)
+            if time.monotonic() - swept > _SWEEP_S:
+                swept = time.monotonic()
+                with _noted():
+                    self._sweep()
+
+    def _is_held(self, run: _Run) -> bool:
+        """Returns whether a job still belongs to its attempt; renews the lease and writes the progress now and then."""
+        state = run.stage, run.progress
+        if state == run.written and time.monotonic() - run.renewed < _RENEW_S:
+            return self._store.is_held(run.job)
+        run.written, run.renewed = state, time.monotonic()
+        return self._store.hold(run.job, *state)
+
+    def _cancel(self, token: object) -> None:
+        with self._lock:
+            if token is not None and self._making is token:
+                self._maker.cancel()
+
+    def _sweep(self) -> None:
+        """Queues lost jobs again, and removes the files and the rows that nobody wants."""
+        if self._store.recover(all_lost=False):
+            self.wake()
+        listed = self._files.listed()
+        self._files.sweep(listed, self._store.outputs())
+        self._store.forget()
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
+    """Prints an error of the database as a note."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        note(f"the database: {' '.join(str(error).split()):.200}")
+
+
+def _patiently(change: Callable[[], T]) -> T | None:
+    """Returns the result of a call of the database; None if the database has not answered for some time.
+
+    Then the job's lease ends, and the job is made again.
+    """
+    ends = time.monotonic() + _DATABASE_S
+    while time.monotonic() < ends:
+        with _noted():
+            return change()
+        time.sleep(1)
+    return None
