@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from sqlalchemy import select
 from tests.conftest import Outcome
 from tests.forked import ForkedPopen
 from tests.server.running import STAR, Answer, ask, data_url, until
+from wanfast.commands import serve as serve_command
 from wanfast.server.schema import JOBS
 from wanfast.server.store import LEASE_S, Store
 
@@ -210,6 +212,15 @@ def _states(folder: Path) -> Counter[str]:
     return states
 
 
+def test_a_server_without_its_packages_names_them(
+    wanfast: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_command, "find_spec", lambda name: None if name == "uvicorn" else name)
+    outcome = wanfast("serve")
+    assert outcome.exit_code == 2
+    assert outcome.err == "error: the server needs uvicorn: run `pip install 'wanfast[serve]'`\n"
+
+
 def test_two_servers_cannot_share_a_folder(workdir: Path, stand_in: Process) -> None:
     second = Process(workdir, "tests.server.killed")
     with pytest.raises(AssertionError, match="another server uses this folder"):
@@ -318,3 +329,22 @@ def test_the_memory_of_a_server_stays_the_same(workdir: Path) -> None:
                 process.ended(process.create(f"{round_} {seed}", seed))
             sizes.append(own.memory_info().rss / 1e6)
     assert sizes[-1] - sizes[0] < 30, sizes
+
+
+@pytest.mark.long
+def test_little_time_lies_between_two_videos(tiny: Process) -> None:
+    """Encoding, denoising and decoding aside; meanwhile a question is answered soon."""
+    count, answers = 20, []
+    videos = [tiny.create(f"between {seed}", seed) for seed in range(count + 1)]
+    tiny.ended(videos[0])
+    started = time.perf_counter()
+    while tiny.answer("GET", f"/v1/videos/{videos[-1]}").document["status"] != "completed":
+        asked = time.perf_counter()
+        tiny.answer("GET", f"/v1/videos/{videos[0]}")
+        answers.append(time.perf_counter() - asked)
+        time.sleep(0.005)
+    whole = time.perf_counter() - started
+    stages = [tiny.answer("GET", f"/v1/videos/{video}").document["seconds_by_stage"] for video in videos[1:]]
+    between = (whole - sum(seconds["total"] - seconds["write"] for seconds in stages)) / count
+    print(f"{between:.3f} s between two videos; an answer took {statistics.median(answers):.4f} s")
+    assert between <= 0.1 and statistics.median(answers) < 0.02

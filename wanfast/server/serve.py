@@ -147,7 +147,12 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
 def _answering(app: Any, listener: socket.socket) -> Iterator[None]:
     """Answers requests in another thread, until the block ends."""
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=_CLOSING_S
+        app,
+        log_config=None,  # uvicorn's own would close every handler of this process
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_CLOSING_S,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), name="http")
