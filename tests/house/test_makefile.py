@@ -19,7 +19,7 @@ JOURNEY = ("download", "quantize", "calibrate", "warmup", "generate", "bench", "
 
 def make(bin_folder: Path, *arguments: str) -> str:
     """Runs make without setting up an environment; the programs are those of a folder. Returns what it printed."""
-    words = ["make", "-o", ".venv/runtime", "-o", ".venv/dev", f"BIN={bin_folder}", *arguments]
+    words = ["make", "--no-print-directory", "-o", ".venv/runtime", "-o", ".venv/dev", f"BIN={bin_folder}", *arguments]
     clean = {name: value for name, value in os.environ.items() if name not in ("MODEL", "SCHEME", "MAKEFLAGS")}
     return subprocess.run(words, cwd=ROOT, env=clean, capture_output=True, text=True, check=True, timeout=60).stdout
 

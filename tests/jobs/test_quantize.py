@@ -170,7 +170,7 @@ def test_without_torchao_the_artifact_of_the_latest_version_is_taken(
 def test_an_empty_place_is_refused(wanfast: Wanfast, workdir: Path, command: str, option: str, value: str) -> None:
     own = {"quantize": (*TINY, *SCHEME), "generate": (*TINY, *SMALL), "doctor": ("--model", "tiny")}
     outcome = wanfast(command, *own[command], option, value)
-    assert outcome.exit_code == 2 and outcome.err.startswith(f"error: {option} is empty"), outcome.err
+    assert outcome.exit_code == 2 and outcome.err.startswith(f"error: {option} has an empty value"), outcome.err
     assert outcome.err.count("\n") == 1 and [path.name for path in workdir.iterdir()] == ["cat.png"]
 
 
