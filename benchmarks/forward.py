@@ -192,7 +192,7 @@ def _sequence(ranks: Ranks, size: int) -> Sequence:
     """Returns Ulysses over this rank's group of `size` ranks, which are neighbours."""
     if size == ranks.size:
         return ranks.sequence
-    lines = [list(range(first, first + size)) for first in range(0, ranks.size, size)]
+    lines = Mesh(cfg=ranks.size // size, ulysses=size).lines("ulysses")
     return Ulysses(dist.new_subgroups_by_enumeration(lines)[0])  # type: ignore[no-untyped-call]
 
 

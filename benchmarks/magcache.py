@@ -34,7 +34,7 @@ from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.planning.plan import Plan
-from wanfast.runtime.sampling.magcache import ResidualCache, resample
+from wanfast.runtime.sampling.magcache import resample
 from wanfast.runtime.store.curves import Curve, published_curve, steps_of
 from wanfast.runtime.weights.experts import ResidentExperts
 
@@ -90,8 +90,7 @@ def measure(options: argparse.Namespace) -> None:
     def seconds(plan: Plan) -> float:
         synchronize(device)
         started = time.perf_counter()
-        residuals = ResidualCache(plan.skips)
-        latent = pipeline.denoise(plan, noise, condition, text, residuals, lambda done, expert: None)
+        latent = pipeline.denoise(plan, noise, condition, text, plan.residuals(), lambda done, expert: None)
         synchronize(device)
         assert torch.isfinite(latent).all()
         return time.perf_counter() - started

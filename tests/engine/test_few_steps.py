@@ -24,7 +24,6 @@ from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.models.dit import Block
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.sampling.guidance import Guidance
-from wanfast.runtime.sampling.magcache import ResidualCache
 from wanfast.runtime.store.curves import Curve
 from wanfast.runtime.store.model_files import ModelFiles
 
@@ -177,7 +176,7 @@ def test_offloaded_experts_follow_a_gate(gated: tuple[Plan, ModelFiles]) -> None
 
 
 def test_residuals_of_a_skipped_plan_are_freed(gated: tuple[Plan, ModelFiles]) -> None:
-    cache = ResidualCache(skipping(gated[0]).skips)
+    cache = skipping(gated[0]).residuals()
     cache.keep(5, "prompt", "residual")
     assert cache.wants(5, "prompt") and not cache.wants(4, "negative_prompt")
     assert [cache.reuse(step, "prompt") for step in (5, 6, 7)] == [None, "residual", "residual"]
