@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 
 import torch.multiprocessing as mp
+
+from wanfast.runtime.processes.forks import leave
 
 
 def on_ranks(work: Callable[[Namespace], None], options: Namespace) -> None:
@@ -24,6 +25,4 @@ def _rank(rank: int, work: Callable[[Namespace], None], options: Namespace, port
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
     work(options)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # as the ranks of a video: torch's threads may abort the interpreter's own end
+    leave(0)  # as the ranks of a video

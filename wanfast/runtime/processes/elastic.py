@@ -8,7 +8,6 @@ torchrun's agent reports exit codes and times; the launcher writes them to RUN/r
 
 from __future__ import annotations
 
-import atexit
 import gc
 import json
 import os
@@ -21,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.signals import PARENT, end_with_parent
-from wanfast.runtime.processes.forks import Forked, fork
+from wanfast.runtime.processes.forks import Forked, fork, leave
 from wanfast.runtime.store.artifacts import RANKS, SETUP, replace_text
 
 if TYPE_CHECKING:
@@ -146,9 +145,4 @@ def _set_environment(config: RanksConfig, place: int, processes: int) -> None:
 
 if __name__ == "__main__":
     end_with_parent()  # effective until the launcher handles signals itself
-    code = main(Path(sys.argv[1]), int(sys.argv[2]))
-    # The interpreter's own end takes all of torch apart, for half a second. Forks of multiprocessing end like this too.
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(main(Path(sys.argv[1]), int(sys.argv[2])))

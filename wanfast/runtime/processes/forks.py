@@ -8,6 +8,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import json
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import IO
+from typing import IO, NoReturn
 
 from wanfast.runtime.machine.signals import end_with_parent
 
@@ -79,6 +80,18 @@ def fork(count: int) -> list[Forked]:
         os.close(read)
         forked.append(Forked(pid, write))
     return forked
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process with `code`, without the interpreter's own end.
+
+    That end takes all of torch apart for half a second, and a thread of torch may abort it. Forks of multiprocessing
+    end like this too.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _become_rank(orders: int) -> None:
