@@ -1,4 +1,4 @@
-"""Projects the seconds of a whole video to more GPUs, with a cost model fitted to one and two GPUs. Torch-free.
+"""Projects the seconds of a whole video to more GPUs, with a cost model fitted to one and two GPUs.
 
 docs/projection.md has the formulas and their assumptions. The seconds of a video are the sum of seven terms. Four terms
 are parts of a forward: attention, linears, norms and exchange. Each of the four depends on the number of tokens and on
@@ -7,6 +7,7 @@ terms of the text and of the start are the same on any number of GPUs.
 
 The exchange on two GPUs is the time of a forward on two GPUs, minus half of the time on one GPU. On more GPUs, the
 exchange is proportional to the number of tokens that a rank sends.
+This module does not import torch.
 """
 
 from __future__ import annotations

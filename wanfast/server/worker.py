@@ -1,8 +1,9 @@
-"""Makes the videos of the queue, one after another, on the ranks of one handle. Torch-free.
+"""Makes the videos of the queue, one after another, on the ranks of one handle.
 
 `run` makes videos in the thread that calls it. A second thread, the writer, writes a finished video to disk while the
 next one is made. A third thread, the watch, asks the database whether the running jobs were cancelled, and renews their
 leases.
+This module does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Finds the safetensors files of one model in a folder. Torch-free."""
+"""Finds the safetensors files of one model in a folder.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
