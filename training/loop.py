@@ -2,7 +2,7 @@
 
 Muon moves matrices and convolutions, and AdamW all other parameters. A step's data and noise depend only on its number,
 so that an interrupted and resumed run equals one long run. Learning rates warm up, stay constant, and decay linearly
-over the last fifth.
+over the last half.
 Kernel launches, not the GPU, limit the speed of networks this small. So forward and backward are captured as a CUDA
 graph, one for each shape of batches, and replayed.
 """
@@ -44,7 +44,7 @@ class Schedule:
 
     def share(self, step: int) -> float:
         """Returns the share of both learning rates at a step."""
-        decay_from = 0.8 * self.steps
+        decay_from = 0.5 * self.steps
         decay = min(1.0, (self.steps - step) / max(1.0, self.steps - decay_from))
         return min(1.0, (step + 1) / self.warmup) * max(decay, 0.01)
 

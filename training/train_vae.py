@@ -10,6 +10,7 @@ weights and the statistics of the latents.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +23,17 @@ from training.clips import LARGE, SMALL, Format, Mix
 from training.loop import Batch, DrawFn, LossFn, Schedule, initialise, load_ema, train
 from wanfast.quality.world import Scene
 from wanfast.runtime.facts.model_spec import VAESpec
-from wanfast.runtime.models.vae import RMSNorm, WanVAE
+from wanfast.runtime.models.vae import (
+    WHOLE_FRAME,
+    Downsample,
+    PastQueue,
+    RMSNorm,
+    Upsample,
+    WanVAE,
+    convolve_frames,
+    latent_statistics,
+)
+from wanfast.runtime.models.vae_fused import upsample
 
 # Training does not normalise latents; `measure_latents` measures their mean and standard deviation afterwards.
 PLAIN = {"latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16}
@@ -145,16 +156,34 @@ def vae_loss(vae: WanVAE) -> LossFn:
 
 
 def encode(vae: WanVAE, video: Tensor) -> Tensor:
-    """Encodes in two chunks: the first frame, then all others at once."""
-    first, past = vae.encode_chunk(video[:, :, :1], None)
-    rest, _ = vae.encode_chunk(video[:, :, 1:], past)
-    return torch.cat((first, rest), dim=2)
+    """Encodes a whole clip at once: the latents of `WanVAE.encode` by fewer and larger kernels."""
+    encoder, x = vae.encoder, video
+    for layer in (encoder.conv_in, *encoder.downsamples, *encoder.middle):
+        x = layer(x, _no_past(), WHOLE_FRAME)
+        if isinstance(layer, Downsample) and layer.time_conv is not None:
+            x = torch.cat((x[:, :, :1], layer.time_conv(x)), dim=2)
+    moments = vae.quant_conv(encoder.conv_out(x, _no_past(), WHOLE_FRAME, encoder.norm_out))
+    mean, inverse_std = latent_statistics(vae.spec, video.device)
+    return (moments.chunk(2, dim=1)[0] - mean) * inverse_std
 
 
 def decode(vae: WanVAE, latents: Tensor) -> Tensor:
-    first, past = vae.decode_chunk(latents[:, :, :1], None)
-    rest, _ = vae.decode_chunk(latents[:, :, 1:], past)
-    return torch.cat((first, rest), dim=2)
+    """Decodes a whole clip at once, as `encode` encodes it."""
+    mean, inverse_std = latent_statistics(vae.spec, latents.device)
+    decoder, x = vae.decoder, vae.post_quant_conv(latents / inverse_std + mean)
+    for layer in (decoder.conv_in, *decoder.middle, *decoder.upsamples):
+        if isinstance(layer, Upsample) and layer.time_conv is not None:
+            doubled = layer.time_conv(x[:, :, 1:], _no_past(), WHOLE_FRAME)
+            x = torch.cat((upsample(x[:, :, :1], 1), upsample(doubled, 2)), dim=2)
+            x = convolve_frames(x, layer.resample)
+        else:
+            x = layer(x, _no_past(), WHOLE_FRAME)
+    return decoder.conv_out(x, _no_past(), WHOLE_FRAME, decoder.norm_out).float().clamp(-1, 1)
+
+
+def _no_past() -> PastQueue:
+    """Returns the past of a clip's first chunk, for any one layer."""
+    return deque((None, None))
 
 
 def load(spec: VAESpec, folder: Path, device: str) -> WanVAE:

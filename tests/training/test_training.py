@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,19 @@ def test_the_decoder_is_trained_alone_and_exported(tmp_path: Path, mix: Mix) -> 
     moved = train_vae.load(SMALL.vae, tmp_path, "cpu").state_dict()
     assert all(torch.equal(moved[name], after[name].bfloat16().float()) for name in after)
     assert len(set(train_vae.finished(SMALL.vae, tmp_path).latents_std)) > 1
+
+
+@pytest.mark.parametrize("learning", [True, False])
+def test_a_whole_clip_at_once_is_the_pipelines_clip(learning: bool) -> None:
+    vae = train_vae.build(SMALL.vae, "cpu")
+    vae.spec = replace(SMALL.vae, latents_mean=(0.2,) * 16, latents_std=(1.5,) * 16)
+    video = torch.rand(2, 3, 13, 16, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode(video)
+        decoded = vae.decode(latents)
+    with torch.set_grad_enabled(learning):
+        assert torch.allclose(train_vae.encode(vae, video), latents, atol=1e-5)
+        assert torch.allclose(train_vae.decode(vae, latents), decoded, atol=1e-5)
 
 
 def test_batches_take_the_formats_in_turn_and_show_each_kind_of_clip(mix: Mix) -> None:

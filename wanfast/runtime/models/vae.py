@@ -377,7 +377,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, past: PastQueue, rows: Rows) -> Tensor:
         below = _with_halo(x, rows)[:, :, :, 1:] if rows.halo else F.pad(x, (0, 0, 0, 1))
-        x = _convolve_frames(F.pad(below, (0, 1)), self.resample)
+        x = convolve_frames(F.pad(below, (0, 1)), self.resample)
         if self.time_conv is None:
             return x
         before = past.popleft()
@@ -406,7 +406,7 @@ class Upsample(nn.Module):
             x, rate = self.time_conv(x, past, rows), 2
         frames = vae_fused.upsample(x, rate, rows.halo)
         rows.fill(frames)
-        return _convolve_frames(frames, self.resample, rows.halo)
+        return convolve_frames(frames, self.resample, rows.halo)
 
 
 class Conv3d(nn.Conv3d):
@@ -520,7 +520,7 @@ def _with_halo(x: Tensor, rows: Rows) -> Tensor:
     return extended
 
 
-def _convolve_frames(x: Tensor, conv: nn.Conv2d, halo: int = 0) -> Tensor:
+def convolve_frames(x: Tensor, conv: nn.Conv2d, halo: int = 0) -> Tensor:
     """Convolves each frame of [B,C,T,h,w], which has `halo` of the padding's rows already."""
     (down, right), (top, left) = cast(Pair, conv.stride), cast(Pair, conv.padding)
     weight = conv.weight.unsqueeze(2)
