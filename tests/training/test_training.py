@@ -139,8 +139,8 @@ def test_a_whole_clip_at_once_is_the_pipelines_clip(learning: bool) -> None:
         latents = vae.encode(video)
         decoded = vae.decode(latents)
     with torch.set_grad_enabled(learning):
-        assert torch.allclose(train_vae.encode(vae, video), latents, atol=1e-5)
-        assert torch.allclose(train_vae.decode(vae, latents), decoded, atol=1e-5)
+        assert torch.allclose(train_vae.encode(vae, video), latents, atol=1e-4)
+        assert torch.allclose(train_vae.decode(vae, latents), decoded, atol=1e-4)
 
 
 def test_batches_take_the_formats_in_turn_and_show_each_kind_of_clip(mix: Mix) -> None:
