@@ -1,12 +1,12 @@
 """Trains the tiny model, all stages or one stage at a time, after `python -m training.photographs`.
 
 until python -m training --folder runs/tiny; do :; done     # all stages, in calls of about eight minutes on one GPU
-python -m training --folder runs/tiny --stage vae decoder   # again until it returns 0, as all of these
-python -m training --folder runs/tiny --stage experts       # clips are encoded first, then the experts learn
-python -m training --folder runs/tiny --stage export        # the model folder, FOLDER/tiny
+python -m training --folder runs/tiny --stage vae-short vae-long   # again until it returns 0, as all of these
+python -m training --folder runs/tiny --stage experts             # clips are encoded first, then the experts learn
+python -m training --folder runs/tiny --stage export              # the model folder, FOLDER/tiny
 python -m training --folder /tmp/try --smoke                # every stage with toy sizes, on a CPU
 
-Stages may run on different machines: only FOLDER/vae-finished.pt moves from `decoder` to `experts` and `export`.
+Stages may run on different machines: only FOLDER/vae-finished.pt moves from `vae-long` to `experts` and `export`.
 README.md beside this file plans the runs on a GPU.
 """
 
@@ -32,13 +32,13 @@ from training.loop import Schedule, load_ema, make_deterministic, steps_made
 from training.photographs import PACK
 from training.spec import SPEC
 from training.train_experts import Clips, Kind
-from training.train_vae import Windows
+from training.train_vae import LONG_STAGE, SHORT_STAGE, Windows
 from wanfast.quality.world import camera_scene, draw_scene
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.models.vae import WanVAE
 
-STAGES = ("vae", "decoder", "experts", "export")
-_STEPS = {"vae": "vae_steps", "decoder": "decoder_steps", "experts": "expert_steps"}
+STAGES = (SHORT_STAGE, LONG_STAGE, "experts", "export")
+_STEPS = {SHORT_STAGE: "short_steps", LONG_STAGE: "long_steps", "experts": "expert_steps"}
 
 
 def main() -> None:
@@ -47,13 +47,13 @@ def main() -> None:
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="all by default, in their order")
     parser.add_argument("--photographs", type=Path, default=PACK, help=f"packed photographs; {PACK} by default")
     parser.add_argument("--minutes", type=float, default=8.0, help="limit of this call, all stages; 8 by default")
-    parser.add_argument("--vae-steps", type=int, default=9_000)
-    parser.add_argument("--decoder-steps", type=int, default=4_000)
+    parser.add_argument("--short-steps", type=int, default=12_000)
+    parser.add_argument("--long-steps", type=int, default=18_500)
     parser.add_argument("--expert-steps", type=int, default=26_000)
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
     if options.smoke:
-        options.vae_steps = options.decoder_steps = options.expert_steps = 4
+        options.short_steps = options.long_steps = options.expert_steps = 4
     options.deadline = monotonic() + options.minutes * 60
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     make_deterministic()
@@ -61,33 +61,42 @@ def main() -> None:
         missing = missing_stage(stage, options)
         if missing:
             sys.exit(f"--stage {stage} needs the finished --stage {missing}: run --stage {missing} first")
-        fit = {"vae": fit_vae, "decoder": fit_decoder, "experts": fit_experts, "export": write}[stage]
-        if not fit(options):
+        fit = {SHORT_STAGE: fit_vae, LONG_STAGE: fit_vae, "experts": fit_experts, "export": write}[stage]
+        if not fit(stage, options):
             sys.exit(f"--stage {stage} is not finished: run the same command again")
 
 
 def missing_stage(stage: str, options: argparse.Namespace) -> str | None:
     """Returns the stage whose result `stage` needs and does not find."""
     folder = options.folder
-    if stage == "decoder" and not is_made("vae", options):
-        return "vae"
+    if stage == LONG_STAGE and not is_made(SHORT_STAGE, options):
+        return SHORT_STAGE
     if stage in ("experts", "export") and not (folder / train_vae.FINISHED).exists():
-        return "decoder" if is_made("vae", options) else "vae"
+        return LONG_STAGE if is_made(SHORT_STAGE, options) else SHORT_STAGE
     return "experts" if stage == "export" and not is_made("experts", options) else None
 
 
 def is_made(stage: str, options: argparse.Namespace) -> bool:
-    finished = stage == "vae" and (options.folder / train_vae.FINISHED).exists()
+    finished = stage in (SHORT_STAGE, LONG_STAGE) and (options.folder / train_vae.FINISHED).exists()
     return finished or steps_made(options.folder / f"{stage}.pt") >= vars(options)[_STEPS[stage]]
 
 
-def fit_vae(options: argparse.Namespace) -> bool:
-    if is_made("vae", options):
+def fit_vae(stage: str, options: argparse.Namespace) -> bool:
+    if is_made(stage, options):
         return True
-    schedule = Schedule(steps=options.vae_steps, muon_rate=0.005, deadline=options.deadline)
-    kinds = train_vae.TOY if options.smoke else train_vae.SHORT
-    pools = rendered("vae", kinds, options)
-    return pools is not None and train_vae.fit(SPEC.vae, pools, schedule, options.folder, kinds)
+    rates = {SHORT_STAGE: (5e-3, 1e-3), LONG_STAGE: (4e-3, 8e-4)}
+    muon_rate, adam_rate = rates[stage]
+    steps = vars(options)[_STEPS[stage]]
+    schedule = Schedule(steps=steps, muon_rate=muon_rate, adam_rate=adam_rate, deadline=options.deadline)
+    kinds = train_vae.TOY if options.smoke else train_vae.SHORT if stage == SHORT_STAGE else train_vae.LONG
+    pools = rendered(stage, kinds, options)
+    if pools is None or not train_vae.fit(SPEC.vae, pools, schedule, options.folder, kinds, stage):
+        return False
+    if stage == LONG_STAGE:
+        mix = Mix(options.photographs, options.device)
+        train_vae.finish(SPEC.vae, mix, options.folder, clips=2 if options.smoke else 256)
+        report(train_vae.load(SPEC.vae, options.folder, options.device), options)
+    return True
 
 
 def rendered(stage: str, kinds: Sequence[Windows], options: argparse.Namespace) -> list[Tensor] | None:
@@ -111,21 +120,6 @@ def stored(file: Path, make: Callable[[], Any], device: str) -> Any:
     return torch.load(file, map_location=device, weights_only=True)
 
 
-def fit_decoder(options: argparse.Namespace) -> bool:
-    if (options.folder / train_vae.FINISHED).exists():
-        return True
-    steps = options.decoder_steps
-    schedule = Schedule(steps=steps, muon_rate=1e-3, adam_rate=2e-4, deadline=options.deadline, warmup=20, log_every=9)
-    kinds = train_vae.TOY if options.smoke else train_vae.LONG
-    pools = rendered("decoder", kinds, options)
-    if pools is None or not train_vae.fit_decoder(SPEC.vae, pools, schedule, options.folder, kinds):
-        return False
-    mix = Mix(options.photographs, options.device)
-    train_vae.finish(SPEC.vae, mix, options.folder, clips=2 if options.smoke else 256)
-    report(train_vae.load(SPEC.vae, options.folder, options.device), options)
-    return True
-
-
 def report(vae: WanVAE, options: argparse.Namespace) -> None:
     """Prints the VAE's PSNR on held-out clips: shapes over patterns, and photographs under a camera."""
     held_out = Mix(options.photographs, options.device, held_out=True)
@@ -143,7 +137,7 @@ def measured_spec(folder: Path) -> ModelSpec:
     return replace(SPEC, vae=train_vae.finished(SPEC.vae, folder), weights_note=None)
 
 
-def fit_experts(options: argparse.Namespace) -> bool:
+def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
     spec = measured_spec(options.folder)
     kinds = train_experts.TOY if options.smoke else train_experts.KINDS
     order = range(len(kinds)) if options.smoke else train_experts.ORDER
@@ -172,7 +166,7 @@ def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Names
     return sets
 
 
-def write(options: argparse.Namespace) -> bool:
+def write(_stage: str, options: argparse.Namespace) -> bool:
     spec = measured_spec(options.folder)
     model = train_experts.TinyModel(spec).to(options.device)
     load_ema(model, options.folder / "experts.pt")

@@ -1,8 +1,8 @@
-"""Trains the VAE: stage 1 on short windows of clips, stage 2 the decoder only, on windows as long as a clip.
+"""Trains the VAE in two stages: on short windows of clips, then on windows as long as a clip.
 
-The loss is L1 + 100 x squared error; latents stay near unit size, and noise on them makes the decoder robust. Stage 1
-uses windows of nine frames, from which the decoder does not extrapolate well in every clip. So stage 2 trains the
-decoder on whole clips and leaves the latents unchanged. Windows are rendered before the first step, because drawing a
+The loss is L1 + 100 x squared error; latents stay near unit size, and noise on them makes the decoder robust. The first
+stage learns faster, but it sees nine frames at a time, and neither encoder nor decoder extrapolates to later frames.
+Windows are rendered before the first step, because drawing a
 batch of them takes as long as learning from it. `finish` writes what moves to the next stage: the averaged
 weights and the statistics of the latents.
 """
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.clips import LARGE, SMALL, Format, Mix
 from training.loop import Batch, DrawFn, LossFn, Schedule, initialise, load_ema, train
@@ -37,6 +37,7 @@ from wanfast.runtime.models.vae_fused import upsample
 
 # Training does not normalise latents; `measure_latents` measures their mean and standard deviation afterwards.
 PLAIN = {"latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16}
+SHORT_STAGE, LONG_STAGE = "vae-short", "vae-long"
 FINISHED = "vae-finished.pt"
 _LATENT_NOISE = 0.03
 
@@ -88,26 +89,13 @@ def build(spec: VAESpec, device: str) -> WanVAE:
     return vae
 
 
-def fit(spec: VAESpec, pools: Sequence[Tensor], schedule: Schedule, folder: Path, kinds: Sequence[Windows]) -> bool:
-    vae = build(spec, str(pools[0].device))
-    return train("vae", vae, windows(spec, pools, kinds), vae_loss(vae), schedule, folder)
-
-
-class Decoder(nn.Module):
-    """Holds the parts of a VAE that stage 2 trains; all others are frozen."""
-
-    def __init__(self, vae: WanVAE) -> None:
-        super().__init__()
-        vae.requires_grad_(False)
-        self.parts = nn.ModuleList((vae.decoder, vae.post_quant_conv)).requires_grad_(True)
-
-
-def fit_decoder(
-    spec: VAESpec, pools: Sequence[Tensor], schedule: Schedule, folder: Path, kinds: Sequence[Windows]
+def fit(
+    spec: VAESpec, pools: Sequence[Tensor], schedule: Schedule, folder: Path, kinds: Sequence[Windows], stage: str
 ) -> bool:
     vae = build(spec, str(pools[0].device))
-    load_ema(vae, folder / "vae.pt")
-    return train("decoder", Decoder(vae), windows(spec, pools, kinds), vae_loss(vae), schedule, folder)
+    if stage == LONG_STAGE:
+        load_ema(vae, folder / f"{SHORT_STAGE}.pt")
+    return train(stage, vae, windows(spec, pools, kinds), vae_loss(vae), schedule, folder)
 
 
 def render(mix: Mix, kind: Windows, number: int) -> Tensor:
@@ -189,12 +177,8 @@ def _no_past() -> PastQueue:
 def load(spec: VAESpec, folder: Path, device: str) -> WanVAE:
     """Returns the trained VAE, without its latents' statistics: the finished one, or as far as training has come."""
     vae = build(spec, device)
-    if (folder / FINISHED).exists():
-        load_ema(vae, folder / FINISHED)
-    else:
-        load_ema(vae, folder / "vae.pt")
-        if (folder / "decoder.pt").exists():
-            load_ema(Decoder(vae), folder / "decoder.pt")
+    files = [folder / name for name in (FINISHED, f"{LONG_STAGE}.pt", f"{SHORT_STAGE}.pt")]
+    load_ema(vae, next((file for file in files if file.exists()), files[-1]))
     return vae.requires_grad_(False).eval()
 
 
