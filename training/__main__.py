@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="all by default, in their order")
     parser.add_argument("--photographs", type=Path, default=PACK, help=f"packed photographs; {PACK} by default")
     parser.add_argument("--minutes", type=float, default=8.0, help="limit of this call, all stages; 8 by default")
-    parser.add_argument("--short-steps", type=int, default=12_000)
-    parser.add_argument("--long-steps", type=int, default=18_500)
+    parser.add_argument("--short-steps", type=int, default=12_500)
+    parser.add_argument("--long-steps", type=int, default=18_000)
     parser.add_argument("--expert-steps", type=int, default=26_000)
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
@@ -84,11 +84,13 @@ def is_made(stage: str, options: argparse.Namespace) -> bool:
 def fit_vae(stage: str, options: argparse.Namespace) -> bool:
     if is_made(stage, options):
         return True
-    rates = {SHORT_STAGE: (5e-3, 1e-3), LONG_STAGE: (4e-3, 8e-4)}
-    muon_rate, adam_rate = rates[stage]
-    steps = vars(options)[_STEPS[stage]]
-    schedule = Schedule(steps=steps, muon_rate=muon_rate, adam_rate=adam_rate, deadline=options.deadline)
-    kinds = train_vae.TOY if options.smoke else train_vae.SHORT if stage == SHORT_STAGE else train_vae.LONG
+    if stage == SHORT_STAGE:  # its rates do not decay, because the next stage continues it
+        schedule = Schedule(steps=options.short_steps, muon_rate=5e-3, decay=0.0, deadline=options.deadline)
+        kinds = train_vae.SHORT
+    else:
+        schedule = Schedule(steps=options.long_steps, muon_rate=4e-3, adam_rate=8e-4, deadline=options.deadline)
+        kinds = train_vae.LONG
+    kinds = train_vae.TOY if options.smoke else kinds
     pools = rendered(stage, kinds, options)
     if pools is None or not train_vae.fit(SPEC.vae, pools, schedule, options.folder, kinds, stage):
         return False

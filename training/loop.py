@@ -2,7 +2,7 @@
 
 Muon moves matrices and convolutions, and AdamW all other parameters. A step's data and noise depend only on its number,
 so that an interrupted and resumed run equals one long run. Learning rates warm up, stay constant, and decay linearly
-over the last half.
+over the last share `decay` of the steps.
 Kernel launches, not the GPU, limit the speed of networks this small. So forward and backward are captured as a CUDA
 graph, one for each shape of batches, and replayed.
 """
@@ -38,14 +38,14 @@ class Schedule:
     deadline: float = math.inf
     save_every: float = 2.0  # minutes
     warmup: int = 200
+    decay: float = 0.5
     ema: float = 0.999
     seed: int = 0
     log_every: int = 49  # no common factor with the number of a stage's kinds of batches, so that each is logged
 
     def share(self, step: int) -> float:
         """Returns the share of both learning rates at a step."""
-        decay_from = 0.5 * self.steps
-        decay = min(1.0, (self.steps - step) / max(1.0, self.steps - decay_from))
+        decay = min(1.0, (self.steps - step) / max(1.0, self.decay * self.steps))
         return min(1.0, (step + 1) / self.warmup) * max(decay, 0.01)
 
 

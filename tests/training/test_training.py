@@ -297,3 +297,9 @@ def test_what_is_exported_is_what_was_trained(tmp_path: Path) -> None:
 def test_the_tiny_model_has_the_kernels_shapes_of_the_real_one() -> None:
     assert SPEC.dit.head_dim == 128
     assert SPEC.dit.in_channels == SPEC.dit.out_channels + 20
+
+
+def test_rates_warm_up_and_decay_unless_a_later_stage_continues() -> None:
+    schedule = Schedule(steps=1000, muon_rate=1.0, warmup=200, decay=0.5)
+    assert [schedule.share(step) for step in (0, 199, 500, 750, 999)] == [0.005, 1, 1, 0.5, 0.01]
+    assert Schedule(steps=1000, muon_rate=1.0, decay=0.0).share(999) == 1
