@@ -4,9 +4,11 @@ until python -m training --folder runs/tiny; do :; done     # all stages, in cal
 python -m training --folder runs/tiny --stage vae-short vae-long   # again until it returns 0, as all of these
 python -m training --folder runs/tiny --stage experts             # clips are encoded first, then the experts learn
 python -m training --folder runs/tiny --stage export              # the model folder, FOLDER/tiny
+python -m training --folder runs/tiny --stage lora          # a LoRA of each expert for four steps, FOLDER/tiny/loras
 python -m training --folder /tmp/try --smoke                # every stage with toy sizes, on a CPU
 
-Stages may run on different machines: only FOLDER/vae-finished.pt moves from `vae-long` to `experts` and `export`.
+Stages may run on different machines: only FOLDER/vae-finished.pt moves from `vae-long` to `experts` and `export`, and
+only FOLDER/tiny from `export` to `lora`.
 README.md beside this file plans the runs on a GPU.
 """
 
@@ -25,20 +27,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training import clips, train_experts, train_vae
+from training import clips, train_experts, train_lora, train_vae
 from training.clips import Mix
 from training.export import export
 from training.loop import Schedule, load_ema, make_deterministic, steps_made
 from training.photographs import PACK
 from training.spec import SPEC
-from training.train_experts import Clips, Kind
+from training.train_experts import Clips, Kind, TinyModel
+from training.train_lora import STAGE as LORA_STAGE
+from training.train_lora import Paths
 from training.train_vae import LONG_STAGE, SHORT_STAGE, Windows
 from wanfast.quality.world import camera_scene, draw_scene
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.models.vae import WanVAE
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.weights.builders import build_vae
 
-STAGES = (SHORT_STAGE, LONG_STAGE, "experts", "export")
-_STEPS = {SHORT_STAGE: "short_steps", LONG_STAGE: "long_steps", "experts": "expert_steps"}
+STAGES = (SHORT_STAGE, LONG_STAGE, "experts", "export", LORA_STAGE)
+_STEPS = {SHORT_STAGE: "short_steps", LONG_STAGE: "long_steps", "experts": "expert_steps", LORA_STAGE: "lora_steps"}
 
 
 def main() -> None:
@@ -50,10 +57,11 @@ def main() -> None:
     parser.add_argument("--short-steps", type=int, default=12_500)
     parser.add_argument("--long-steps", type=int, default=18_000)
     parser.add_argument("--expert-steps", type=int, default=26_000)
+    parser.add_argument("--lora-steps", type=int, default=12_000)
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
     if options.smoke:
-        options.short_steps = options.long_steps = options.expert_steps = 4
+        options.short_steps = options.long_steps = options.expert_steps = options.lora_steps = 4
     options.deadline = monotonic() + options.minutes * 60
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     make_deterministic()
@@ -61,7 +69,14 @@ def main() -> None:
         missing = missing_stage(stage, options)
         if missing:
             sys.exit(f"--stage {stage} needs the finished --stage {missing}: run --stage {missing} first")
-        fit = {SHORT_STAGE: fit_vae, LONG_STAGE: fit_vae, "experts": fit_experts, "export": write}[stage]
+        stages = {
+            LORA_STAGE: fit_lora,
+            SHORT_STAGE: fit_vae,
+            LONG_STAGE: fit_vae,
+            "experts": fit_experts,
+            "export": write,
+        }
+        fit = stages[stage]
         if not fit(stage, options):
             sys.exit(f"--stage {stage} is not finished: run the same command again")
 
@@ -73,6 +88,8 @@ def missing_stage(stage: str, options: argparse.Namespace) -> str | None:
         return SHORT_STAGE
     if stage in ("experts", "export") and not (folder / train_vae.FINISHED).exists():
         return LONG_STAGE if is_made(SHORT_STAGE, options) else SHORT_STAGE
+    if stage == LORA_STAGE:
+        return None if (folder / "tiny").exists() else "export"
     return "experts" if stage == "export" and not is_made("experts", options) else None
 
 
@@ -170,10 +187,39 @@ def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Names
 
 def write(_stage: str, options: argparse.Namespace) -> bool:
     spec = measured_spec(options.folder)
-    model = train_experts.TinyModel(spec).to(options.device)
+    model = TinyModel(spec).to(options.device)
     load_ema(model, options.folder / "experts.pt")
     export(spec, model, train_vae.load(spec.vae, options.folder, options.device), options.folder / "tiny")
     return True
+
+
+def fit_lora(_stage: str, options: argparse.Namespace) -> bool:
+    files = model_files.locate(str(options.folder / "tiny"), "artifacts")
+    model = train_lora.trained(files).to(options.device)
+    kinds = train_experts.TOY if options.smoke else train_lora.KINDS
+    sets = paths_of(files, model, kinds, options)
+    schedule = Schedule(steps=options.lora_steps, muon_rate=5e-3, deadline=options.deadline, ema=0.9995)
+    if sets is None or not train_lora.fit(model, sets, schedule, options.folder, [kind.batch for kind in kinds]):
+        return False
+    train_lora.export(model, options.folder, options.folder / "tiny/loras")
+    return True
+
+
+def paths_of(
+    files: ModelFiles, model: TinyModel, kinds: Sequence[Kind], options: argparse.Namespace
+) -> list[Paths] | None:
+    """Returns the teacher's paths of all kinds, from files if they exist; None if the time is over before."""
+    vae, mix, sets = build_vae(files, options.device), Mix(options.photographs, options.device), []
+    for number, kind in enumerate(kinds):
+        if monotonic() > options.deadline:
+            return None
+
+        def made(number: int = number, kind: Kind = kind) -> dict[str, Tensor]:
+            clips = train_experts.encode_clips(vae, mix, kind, 10_000_000 * (number + 1) + 5_000_000)
+            return vars(train_lora.paths(model, clips, kind.batch, number))
+
+        sets.append(Paths(**stored(options.folder / f"lora-paths-{number}.pt", made, options.device)))
+    return sets
 
 
 if __name__ == "__main__":

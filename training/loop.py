@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from training.muon import Muon
 
-_NO_MATRICES = ("norm", "modulation", "token_embedding", "pos_embedding", "head.head")  # or zero at first
+_NO_MATRICES = ("norm", "modulation", "token_embedding", "pos_embedding", "head.head", "noise.up.")  # or zero at first
 Batch = tuple[Tensor, ...]
 DrawFn = Callable[[int, torch.Generator], Batch]  # (step, generator) -> batch
 LossFn = Callable[..., dict[str, Tensor]]  # batch -> named terms; "loss" is minimised

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-STAGES = {"vae-short": ("psnr",), "vae-long": ("psnr",), "experts": ("high", "low")}
+STAGES = {"vae-short": ("psnr",), "vae-long": ("psnr",), "experts": ("high", "low"), "lora": ("psnr",)}
 
 
 def lines(log: Path, terms: tuple[str, ...]) -> dict[str, tuple[list[int], list[float]]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor
 import training.__main__ as training_main
 import training.loop
 from tests.small_pack import write_pack
-from training import plot, train_experts, train_vae
+from training import plot, train_experts, train_lora, train_vae
 from training.clips import LARGE, Mix
 from training.clips import SMALL as SMALL_CLIPS
 from training.export import export
@@ -23,9 +25,16 @@ from training.muon import Muon
 from training.spec import SPEC
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.conditioning import first_frame_clip
+from wanfast.runtime.engine.denoise import denoise
+from wanfast.runtime.facts.choices import EXPERTS, Branch, Expert
 from wanfast.runtime.facts.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
+from wanfast.runtime.models.rope import rotary_tables
+from wanfast.runtime.sampling.guidance import Guidance, guided_steps
+from wanfast.runtime.sampling.scheduler import grid, schedule
 from wanfast.runtime.store import model_files
+from wanfast.runtime.store.loras import Lora
 from wanfast.runtime.weights.builders import build_expert, build_umt5, build_vae
+from wanfast.runtime.weights.lora import merge_of
 
 SMALL = ModelSpec(
     dit=DiTSpec(dim=48, ffn_dim=64, num_heads=2, num_layers=1, freq_dim=16, text_dim=16, text_len=64),
@@ -68,7 +77,7 @@ def fit_experts(schedule: Schedule, folder: Path) -> bool:
     return train_experts.fit(SMALL, experts()[1], schedule, folder, "cpu", (2, 1), (0, 1, 1))
 
 
-@pytest.mark.parametrize("stage", ["vae-short", "vae-long", "experts"])
+@pytest.mark.parametrize("stage", ["vae-short", "vae-long", "experts", "lora"])
 def test_resumed_training_is_the_same_training(
     tmp_path: Path, stage: str, mix: Mix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +85,8 @@ def test_resumed_training_is_the_same_training(
         schedule = Schedule(steps=4, muon_rate=1e-3, warmup=2, log_every=1, deadline=deadline)
         if stage == "vae-long":
             initial(folder)
+        if stage == "lora":
+            return train_lora.fit(teacher(), [teacher_paths()], schedule, folder, [2])
         if stage != "experts":
             return train_vae.fit(SMALL.vae, pools(mix), schedule, folder, train_vae.TOY, stage)
         return fit_experts(schedule, folder)
@@ -95,6 +106,20 @@ def test_resumed_training_is_the_same_training(
     file = tmp_path / "whole" / f"{stage}.pt"
     written = file.stat().st_mtime_ns
     assert run(tmp_path / "whole") and file.stat().st_mtime_ns == written  # finished steps are not repeated
+
+
+def teacher() -> train_experts.TinyModel:
+    """Returns a model whose heads are not zero, as after training."""
+    model = experts()[0].requires_grad_(False)
+    for name in EXPERTS:
+        head = train_lora.expert_of(model, name).head.head.weight
+        head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(7)) * 0.1)
+    return model
+
+
+@cache
+def teacher_paths() -> train_lora.Paths:
+    return train_lora.paths(teacher(), experts()[1][0], 4, 0)
 
 
 def pools(mix: Mix) -> list[Tensor]:
@@ -207,6 +232,7 @@ def test_all_stages_run_and_a_stage_waits_for_those_before(
         (tmp_path / name).unlink()
     assert call("--stage", "export") is None  # needs only what moves between machines, and the experts
     assert model_files.locate(str(tmp_path / "tiny"), "artifacts").exists
+    assert {file.stem for file in (tmp_path / "tiny/loras").iterdir()} == {"high_noise", "low_noise"}
 
 
 def test_all_graphs_write_the_gradients_that_the_optimizers_read() -> None:
@@ -303,3 +329,63 @@ def test_rates_warm_up_and_decay_unless_a_later_stage_continues() -> None:
     schedule = Schedule(steps=1000, muon_rate=1.0, warmup=200, decay=0.5)
     assert [schedule.share(step) for step in (0, 199, 500, 750, 999)] == [0.005, 1, 1, 0.5, 0.01]
     assert Schedule(steps=1000, muon_rate=1.0, decay=0.0).share(999) == 1
+
+
+def test_the_teacher_ends_where_the_pipeline_ends() -> None:
+    model, clips, found = teacher(), experts()[1][0], teacher_paths()
+    assert found.samples.shape == (6, 5, 16, 2, 4, 4)
+    levels = grid("unipc", 40, SMALL.shift)
+    sigmas, chosen = levels.sigmas, levels.experts(SMALL.boundary)
+    scales = {"high_noise": SMALL.guidance_high_noise, "low_noise": SMALL.guidance_low_noise}
+    guidance = Guidance(chosen, scales, guided_steps(chosen, scales))
+    texts = {"prompt": found.text[3:4], "negative_prompt": model.text(clips.ids[-1:], clips.lengths[-1:])}
+    tables, samples = rotary_tables((2, 2, 2), SMALL.dit.head_dim, torch.device("cpu")), []
+
+    def predict(step: int, name: Expert, branches: Sequence[Branch], sample: Tensor, timestep: int) -> list[Tensor]:
+        expert, at = train_lora.expert_of(model, name), torch.tensor([timestep])
+        condition = clips.y[3:4].float()
+        return [expert(sample, condition, at, expert.encode_text(texts[b]), tables)[0] for b in branches]
+
+    with torch.no_grad():
+        noise = found.samples[3:4, 0].float()
+        steps = schedule("unipc", 40, SMALL.shift)
+        keep = lambda index, expert, sample: samples.append(sample)  # noqa: E731
+        end = denoise(noise, steps, chosen, predict, guidance=guidance, on_sample=keep)
+    assert torch.allclose(found.samples[3:4, 4].float(), end, atol=0.02)  # float16 values, from a float16 noise
+    for k, level in enumerate((0.9375, 0.8333333, 0.625), start=1):
+        near = min(range(40), key=lambda i: abs(sigmas[i + 1] - level))
+        assert torch.allclose(found.samples[3:4, k].float(), samples[near], atol=0.1)
+
+
+def test_the_student_learns_the_teachers_path(tmp_path: Path) -> None:
+    model = teacher()
+    student = train_lora.Student(model)
+    loss, draw = train_lora.path_loss(model, student), train_lora.drawn([teacher_paths()], [4])
+
+    def measured() -> float:
+        return float(loss(*draw(0, torch.Generator().manual_seed(9)))["loss"].detach())
+
+    before = measured()
+    train("lora", student, draw, loss, Schedule(steps=30, muon_rate=1e-2, warmup=3), tmp_path)
+    assert measured() < 0.8 * before
+
+
+def test_the_loras_are_merged_as_they_were_trained(tmp_path: Path) -> None:
+    assert train_lora.fit(teacher(), [teacher_paths()], Schedule(steps=3, muon_rate=1e-2, warmup=1), tmp_path, [2])
+    train_lora.export(teacher(), tmp_path, tmp_path / "loras")
+    student = train_lora.Student(teacher())
+    load_ema(student, tmp_path / "lora.pt")
+    for name in EXPERTS:
+        file = tmp_path / f"loras/{name}.safetensors"
+        merge = merge_of([Lora(f"lora_{name}", file, 1.0, "")], name, SMALL.dit)
+        for key, product in getattr(student, name).products():
+            weight = train_lora.expert_of(teacher(), name).get_parameter(key)
+            merged, _ = merge(key, weight, (0, len(weight)))
+            assert product.any()
+            assert torch.allclose(merged, weight + product, atol=0.02 * float(product.abs().max()))
+
+
+def test_the_shipped_pair_fits_in_two_megabytes() -> None:
+    with torch.device("meta"):
+        student = train_lora.Student(train_experts.TinyModel(SPEC))
+    assert sum(parameter.numel() for parameter in student.parameters()) * 2 < 1.95e6  # bf16, and headers
