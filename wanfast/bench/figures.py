@@ -1,7 +1,7 @@
 """Turns the results of cells into the rows of a report: seconds, forwards, memory, FLOP and quality.
 
 The seconds of a video are the sum of encoding the image, denoising and decoding. Loading the models and encoding the
-text are not included: they belong to the start of a process, and the report has separate figures for the start. Each
+text are not included: they belong to the start of a process, and the report has separate figures for this start. Each
 figure of one repeat is the mean over the clips. The report states the median of the repeats and their spread (the
 largest figure minus the smallest).
 This module does not import torch.

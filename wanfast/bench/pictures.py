@@ -1,4 +1,4 @@
-"""Draws the two pictures of a report: measured and published seconds, and speed against quality.
+"""Draws the two pictures of a report: one shows measured and published seconds, the other speed and quality.
 
 This module does not import torch.
 """

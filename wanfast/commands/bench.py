@@ -1,4 +1,4 @@
-"""`wanfast bench`: measures recipes over a set of clips, and writes their speed and quality side by side."""
+"""`wanfast bench`: measures recipes over a set of clips, and reports their speed and quality side by side."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def bench(
     ] = Path("bench"),
     json_: options.Json = False,
 ) -> None:
-    """Measure recipes side by side: seconds, memory, FLOP, and quality against the first recipe.
+    """Measure recipes side by side: seconds, memory, FLOP, and quality compared with the first recipe.
 
     An option that you give overrides the same option of every recipe.
     If this machine cannot run a recipe, the recipe's row states the reason.

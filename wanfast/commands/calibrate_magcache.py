@@ -38,7 +38,7 @@ def calibrate_magcache(
     ] = 0,
     json_: options.Json = False,
 ) -> None:
-    """Make a video of each clip of a set, without skips, and store MagCache's ratios for --magcache artifact.
+    """Denoise each clip of a set without skips, and store MagCache's ratios for `--magcache artifact`.
 
     Each clip's measurements are stored when the clip is done, so that an interrupted run continues with the next clip.
     """
@@ -75,7 +75,7 @@ def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list
 def calibrated(
     given: dict[str, Any], plans: list[Plan], clips: list[Clip], files: ModelFiles, *, show_progress: bool
 ) -> dict[str, Any]:
-    """Returns a JSON document on the curve of the calibration set, and on how the preset differs from this curve.
+    """Returns a JSON document: the curve of the calibration set, and how the preset differs from this curve.
 
     If the curve is missing, it is measured first. Raises WanFastError.
     """
@@ -143,7 +143,7 @@ def _measured(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns a text with the curve's folder, the range of the curve's ratios, and how much the preset differs."""
+    """Returns a text: the curve's folder, the range of its ratios, and how much the preset differs from the curve."""
     how = "was made already" if result["was_there"] else f"{result['clips']} clips"
     ratios = [ratio for row in result["ratios"][1:] for ratio in row]
     lines = [f"{result['output']}: {how}; ratios {min(ratios):.4f} to {max(ratios):.4f}"]

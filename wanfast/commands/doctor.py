@@ -30,8 +30,8 @@ def doctor(
 ) -> None:
     """Report what is installed, what fits, and what to type next.
 
-    This command loads no weights, and writes nothing except hashes of files that options name. The exit code is 2 for a
-    wrong option, and otherwise 0, whatever the command finds.
+    This command loads no weights, and writes nothing except the hashes of files that your options name. The exit code
+    is 2 for a wrong option, and otherwise 0, whatever the command finds.
     """
     from wanfast.runtime.jobs import doctor as worker  # imports torch, which may be broken
     from wanfast.runtime.planning.next_step import example

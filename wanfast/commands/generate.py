@@ -63,7 +63,7 @@ def dry_result(item: Planned) -> dict[str, Any]:
 def run(planned: list[Planned], report: Report) -> list[dict[str, Any]]:
     """Makes a video for each element of `planned`, and returns a result for each element.
 
-    If an element has no plan, its result is an error, or a note that the video exists.
+    For an element without a plan, the result is an error, or a note that the video exists already.
     """
     ready = [item for item in planned if item.plan is not None]
     worked: list[dict[str, Any]] = []

@@ -57,7 +57,7 @@ def clip_set(by_default: str) -> Any:
 def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Returns a decorator that adds the options of `command` to the parameters of a Typer function.
 
-    In this function, `given(context)` returns the options that the user gave.
+    In the decorated function, `given(context)` returns the options that the user gave.
     """
     chosen = [option for option in OPTIONS.values() if command == "generate" or command in option.option.also]
 

@@ -52,9 +52,9 @@ class Report:
             self._warnings.print(f"note{lines}: {note}", markup=False)
 
     def result(self, item: Planned, result: dict[str, Any]) -> None:
-        """Prints the summary of one video; if a line of a list of jobs failed, prints the error of this line.
+        """Prints the summary of one video. If a line of a list of jobs failed, prints the line's error instead.
 
-        For a single request that failed, prints nothing, because `close` raises the error.
+        If a single request failed, prints nothing, because `close` raises the error.
         """
         if "skipped" in result:
             self._console.print(f"{_shown(result['output'])}: {result['skipped']}, skipped", markup=False)
@@ -69,7 +69,7 @@ class Report:
             self._warnings.print(f"error{_of_line(item)}: {result['error']}", markup=False)
 
     def no_share(self) -> None:
-        """Reports that this machine makes no video, because the list has fewer lines than there are machines."""
+        """Reports that this machine makes no video, because the list has fewer lines than the run has machines."""
         self._warnings.print(
             "note: this machine makes no video, because the list has fewer lines than there are machines"
         )
@@ -79,8 +79,8 @@ class Report:
     def close(self, planned: list[Planned], results: list[dict[str, Any]]) -> None:
         """Prints the JSON document if `as_json` is true.
 
-        Without `--jobs`, raises the error of the video if it failed. With `--jobs`, raises JobsFailedError if any line
-        failed.
+        Without `--jobs`, raises the video's error if the video failed. With `--jobs`, raises JobsFailedError if any
+        line failed.
         """
         many = planned[0].request.line is not None
         failed = sum("error" in result for result in results)

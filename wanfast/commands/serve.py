@@ -1,4 +1,4 @@
-"""`wanfast serve`: keeps models loaded, and makes the videos that are asked for over HTTP."""
+"""`wanfast serve`: keeps the models loaded, and makes videos that clients request over HTTP."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Keep the models loaded, and make videos that clients ask for over HTTP.
+    """Keep the models loaded, and make videos that clients request over HTTP.
 
     Clients of OpenAI's video API can use the server.
-    --size and --frames are those of the largest video.
+    --size and --frames state the largest video that a client may request.
     The other options of a video are defaults, which a request may override.
     """
     for package in ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client", "python_multipart"):

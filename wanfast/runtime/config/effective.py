@@ -52,7 +52,7 @@ class EffectiveConfig:
 
     @classmethod
     def of(cls, given: Options, own: ModelSpec, **answers: Any) -> EffectiveConfig:
-        """Returns the effective config of the `given` options; if they name a recipe, the recipe's options are added.
+        """Returns the effective config of the `given` options; if a recipe is given, its options are added.
 
         Every other option gets its value from `answers`, else from `own`, else from the option's default. `answers`
         holds values that the program chose, such as the seed; `own` holds the model's own defaults.
@@ -139,7 +139,7 @@ def accepted(given: Options) -> dict[str, Any]:
 
 
 def of_command(given: Options, command: Command) -> dict[str, Any]:
-    """Returns the `given` options; a given recipe is replaced by those of its options that `command` has.
+    """Returns the `given` options. Instead of a given recipe, it returns the recipe's options that `command` has.
 
     Raises ConfigError, which names the option.
     """
@@ -155,7 +155,7 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
 
 
 def refuse_sparse(given: Options, command: Command) -> None:
-    """Raises ConfigError if a command that only makes videos as measurements is given sparse attention."""
+    """Raises ConfigError if sparse attention is given to a command that makes videos only to measure something."""
     if given.get("attention") == "sparse":
         raise ConfigError(
             f"--attention sparse: `wanfast {command}` does not have it, only `wanfast generate`: use --attention auto"

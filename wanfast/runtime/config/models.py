@@ -324,7 +324,7 @@ def without_loras(models: ModelsConfig) -> ModelsConfig:
 
 
 def default_artifacts_dir() -> str:
-    """Returns the default of --artifacts-dir: the folder in WANFAST_ARTIFACTS, or ./artifacts, as absolute path."""
+    """Returns the default of --artifacts-dir as an absolute path: the value of WANFAST_ARTIFACTS, else ./artifacts."""
     option = options_of(ModelsConfig)["artifacts_dir"]
     return str(option.complete(os.environ.get(option.option.envvar or "") or option.default))
 
@@ -336,7 +336,7 @@ def is_artifacts_dir_named(given: Mapping[str, Any]) -> bool:
 
 
 def check_places(model: str, artifacts_dir: str) -> None:
-    """Raises ConfigError if `model` or `artifacts_dir` is empty, because a path would then mean the current folder."""
+    """Raises ConfigError if `model` or `artifacts_dir` is empty, because an empty path means the current folder."""
     if not model.strip():
         raise ConfigError("--model has an empty value: use tiny, a14b or a folder of weights")
     if not artifacts_dir.strip():

@@ -51,7 +51,7 @@ _CODE = (
 
 @contextmanager
 def compiler_imported_meanwhile(config: EffectiveConfig) -> Iterator[None]:
-    """If blocks are to be compiled, imports torch's compiler in a thread while the `with` block loads weights.
+    """Imports torch's compiler in a thread, if it will be needed, while the `with` block loads weights.
 
     With FSDP or --quantize-on-the-fly, nothing is imported. FSDP and torchao import parts of the compiler themselves,
     and two threads must not import the compiler at the same time.
@@ -122,7 +122,7 @@ def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[st
 
 
 def check_caches() -> None:
-    """Raises ConfigError if torch's compiler caches are disabled, because there is then nothing to store."""
+    """Raises ConfigError if torch's compiler caches are disabled, because then there is nothing to store."""
     inductor = importlib.import_module("torch._inductor.config")
     if inductor.force_disable_caches or not inductor.fx_graph_cache:
         raise ConfigError(
@@ -152,7 +152,7 @@ def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, i
 
     Returns the artifact's key, or None on a cache miss. The caches hold code that will run, so the files are first
     compared with the hashes in the manifest. A damaged artifact is a cache miss with a note, because compiling takes
-    less than a minute. If other users may write to the artifact, this is a cache miss too, unless the user named the
+    less than a minute. An artifact that other users may write to is a cache miss too, unless the user named the
     artifacts folder (`is_named`).
     """
     folder = ranks.together(lambda: store.find(KIND, inputs, verify=True, damaged="miss"))

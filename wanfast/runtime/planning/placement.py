@@ -130,8 +130,8 @@ def needed(
 ) -> Need:
     """Returns the bytes of memory that one video needs on one rank of `mesh`.
 
-    `num_residuals`: the number of MagCache residuals that the rank keeps between steps. `lists`: the bytes of its lists
-    of blocks.
+    `num_residuals`: the number of MagCache residuals that the rank keeps between steps. `lists`: the bytes of the
+    rank's lists of blocks for sparse attention.
     """
     own_tokens, precision, scheme = -(-geometry.tokens // mesh.ulysses), models.precision, models.quantize
     return Need(

@@ -141,18 +141,18 @@ class Plan:
 
     @property
     def regroups(self) -> bool:
-        """Returns whether the ranks share tokens otherwise in steps without guidance, and there are such steps."""
+        """Returns whether the plan has steps without guidance that divide the tokens among the ranks in another way."""
         return self.unguided_mesh != self.mesh and not all(self.guided)
 
     @property
     def always_computed(self) -> list[int]:
-        """Returns the steps that skip nothing, whatever the curve and the settings of MagCache say.
+        """Returns the steps whose forwards are never skipped, whatever the curve and the settings of MagCache say.
 
         These are three kinds of steps:
         * steps after the end of the curve, because they belong to distilled weights;
-        * an expert's last step with guidance, because all later steps of the expert reuse its difference;
-        * an expert's first step without guidance, because the ranks regroup before this step, so that no rank holds the
-          prompt's residual of the tokens that the rank has then.
+        * an expert's last step with guidance, because the expert's later steps reuse the difference of its branches;
+        * an expert's first step without guidance: the ranks regroup before it, and hold no residual for their new
+        tokens.
         """
         distilled = range(len(self.schedule) if self.curve is None else self.curve.num_steps, len(self.schedule))
         return [*gate_steps(self.experts, self.guided), *distilled]
@@ -207,9 +207,9 @@ class Plan:
         return ResidualCache(self.skips, levels if _extrapolates(self.config) else None)
 
     def num_residuals(self, mesh: Mesh) -> int:
-        """Returns the number of MagCache residuals that a rank of `mesh` holds at most, of all of the rank's branches.
+        """Returns how many MagCache residuals a rank of `mesh` holds at most at a time, for all its branches.
 
-        An extrapolated residual is one more for a moment.
+        With --magcache-extrapolate, the number includes the extrapolated residual, which exists for a short time.
         """
         held = self.residuals_a_branch * self._num_branches(mesh)
         return held + (1 if self.curve is not None and _extrapolates(self.config) else 0)
@@ -242,7 +242,7 @@ class Plan:
         return 2 if any(self.guided) and mesh.cfg == 1 else 1
 
     def sparsity_json(self) -> dict[str, Any] | None:
-        """Returns the density of attention, and what it follows from, as JSON; None without --attention sparse."""
+        """Returns the density of attention and the settings behind it as JSON; None without --attention sparse."""
         if self.sparsity is None:
             return None
         computed = [1 + both - sum(skips) for both, skips in zip(self.guided, self.skips, strict=True)]
