@@ -1,4 +1,4 @@
-"""Defines the routes of the server: the video API that OpenAI's client speaks, and what operators ask."""
+"""Defines the routes of the server: the video API that OpenAI's client uses, and routes for operators."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _STATUS_OF_SYNC = {"not_finite": 500, "rank_failed": 500, "server_error": 500, C
 
 @dataclass(frozen=True)
 class Parts:
-    """This class holds what the routes use."""
+    """This class holds the objects and the limits that the routes use."""
 
     store: Store
     worker: Worker
@@ -52,7 +52,7 @@ class Parts:
 
 
 def create_app(parts: Parts) -> FastAPI:
-    """Returns the app of a server."""
+    """Returns the ASGI app of a server, with all routes."""
     app = FastAPI(title="wanfast", version=__version__, redoc_url=None)
     app.add_middleware(Gate, most_bytes=parts.most_bytes, only_loopback=not parts.keys.hashes)
     _add_errors(app)

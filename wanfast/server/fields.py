@@ -1,4 +1,4 @@
-"""Reads the body of a request for a video: JSON, or a form with the picture as a file."""
+"""Reads the body of a request for a video: either JSON, or a form that contains the picture as a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NESTED = f"{_PICTURE}[image_url]"  # how the openai client writes {"image_url":
 
 
 class Fields(BaseModel):
-    """The fields of a request for a video, beside its picture."""
+    """This class holds the fields of a request for a video, except the picture."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,14 +46,14 @@ class Fields(BaseModel):
 
 @dataclass(frozen=True)
 class Asked:
-    """This class holds what a client asked for: checked types, and a picture that is not decoded yet."""
+    """This class holds a request for a video: fields with checked types, and a picture that is not decoded yet."""
 
     fields: Fields
     picture: bytes
 
 
 async def read(request: Request, most_bytes: int) -> Asked:
-    """Reads a request for a video. Raises ApiError."""
+    """Reads the body of a request for a video. Raises ApiError if the body is wrong."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         values = _object(await request.body())

@@ -1,4 +1,4 @@
-"""Refuses requests before anything reads them: bodies that are too large, and pages of other sites."""
+"""Refuses requests before they are processed: too large bodies, and requests from pages of other sites."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-sto
 
 
 class Gate:
-    """This ASGI middleware limits a body's bytes, whatever the headers say of them.
+    """This ASGI middleware refuses too large bodies, and requests from pages of other sites.
 
-    If `only_loopback` is true, the server has no keys. Then a web page that the user has open could use the server,
-    either as another site, or by a host name that leads to this machine. Both are refused.
+    It counts the bytes of a body, and does not rely on the headers. `only_loopback` must be true if the server has no
+    keys. A web page in the user's browser could then use the server: by a request from another site, or by another host
+    name for this machine. If `only_loopback` is true, both ways are refused.
     """
 
     def __init__(self, app: ASGIApp, most_bytes: int, *, only_loopback: bool) -> None:
@@ -60,12 +61,12 @@ class Gate:
 
 
 def answer(error: ApiError) -> JSONResponse:
-    """Returns the answer that an error is."""
+    """Converts an error to the HTTP response that the client gets."""
     return JSONResponse(error.document(), error.status, headers=error.headers)
 
 
 def is_loopback(host: str) -> bool:
-    """Returns whether a host name or address means only this machine."""
+    """Returns whether a host name or address is a loopback address, which only this machine can reach."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""Reads the API keys of a file, and says to whom a request belongs. Only hashes of the keys are held."""
+"""Reads API keys from a file, and finds the owner of a request; it holds only hashes of the keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVERYBODY = "everybody"  # the owner of all jobs of a server without keys
 
 @dataclass(frozen=True)
 class Keys:
-    """This class holds the hashes of all keys; without any, every request has the same owner."""
+    """This class holds the hashes of all keys; if there are no keys, all requests have the same owner."""
 
     hashes: tuple[bytes, ...] = ()
 
@@ -36,9 +36,10 @@ class Keys:
         return cls(tuple(map(_hash, keys)))
 
     def owner(self, authorization: str | None) -> str | None:
-        """Returns the owner that a header `Authorization: Bearer KEY` names; None if it names no key.
+        """Returns the owner whose key is in the header `Authorization: Bearer KEY`; None if the key is not known.
 
-        The time does not show which key is near, because hashes are compared, and all of them.
+        The response time reveals nothing about the keys, because the hash is always compared with the hashes of all
+        keys.
         """
         if not self.hashes:
             return EVERYBODY

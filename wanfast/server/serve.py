@@ -1,4 +1,4 @@
-"""Runs the server: the ranks, the queue and HTTP, from the start until a signal ends it."""
+"""Runs the server until a signal ends it: the ranks, the queue and HTTP."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CLOSING_S = 5  # connections get this long to end
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """This class holds the options of `wanfast serve` that describe the server."""
+    """This class holds the options of `wanfast serve` that concern only the server, not its videos."""
 
     host: str
     port: int
@@ -69,9 +69,11 @@ class Settings:
 def serve(
     settings: Settings, opened: Opened, defaults: Mapping[str, Any], *, start: Callable[[Opened], Handle] = Handle
 ) -> None:
-    """Serves until SIGTERM or SIGINT; then the current video ends at its next step, and its job is queued again.
+    """Runs the server until SIGTERM or SIGINT.
 
-    `defaults`: options of `Handle.make` for every video. `start` starts the ranks. Raises WanFastError.
+    After the signal, the current video stops at its next step, and its job is queued again.
+    `defaults`: default options of `Handle.make` for all videos. `start`: the function that starts the ranks. Raises
+    WanFastError.
     """
     keys = Keys.read(settings.api_key_file) if settings.api_key_file else Keys()
     served, files = Served.of(opened, defaults), Files(settings.data_dir)

@@ -99,7 +99,7 @@ class Pace:
     active: float = 0.0  # when the group was last seen to work
 
     def look(self, state: dict[str, Any] | None, written_ns: int, now: float) -> bool:
-        """Stores the progress that the rank group reports now, if any; returns whether the progress is new."""
+        """Stores the progress that the rank group reports now, if any; returns whether this progress is new."""
         self.idle_s = now - self.since
         if state is None or (state, written_ns) == (self.state, self.written_ns):
             return False

@@ -1,7 +1,7 @@
-"""Finds LoRA files, and reads what is known of them without torch: their hashes, headers and experts.
+"""Finds LoRA files, and reads their hashes, headers and experts, which is possible without torch.
 
-A LoRA is named by --lora, --lora-high-noise or --lora-low-noise. Its tensors are matched with the model's only when an
-expert is loaded, because the model's names and shapes are facts of `models.dit`.
+A LoRA is named by --lora, --lora-high-noise or --lora-low-noise. Its tensors are matched with the model's tensors only
+when an expert is loaded, because the model's names and shapes are facts of `models.dit`.
 This module does not import torch.
 """
 
@@ -89,7 +89,7 @@ def inputs_of(loras: Iterable[Lora], expert: Expert) -> list[list[str | float]]:
 def find_loras(named: Named, artifacts: Path) -> tuple[Lora, ...]:
     """Returns the LoRAs that a config names, hashed, in the order in which they are merged.
 
-    Checks the files as far as their headers tell. Raises ConfigError or CorruptArtifactError.
+    Checks everything that the files' headers tell. Raises ConfigError or CorruptArtifactError.
     """
     return tuple(
         Lora(option, file, strength, _checked(option, file, artifacts)) for option, file, strength in _given(named)

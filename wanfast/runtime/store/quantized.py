@@ -158,8 +158,8 @@ def require_experts(
 ) -> None:
     """Raises WanFastError if a quantized expert that --quantize needs is missing; the error names the command to run.
 
-    With --quantize-on-the-fly, no stored expert is needed, but torchao is. `known` holds the artifacts that earlier
-    calls found. This function adds to `known` what it finds, so that no artifact is hashed twice.
+    With --quantize-on-the-fly, no stored expert is needed, but torchao must be installed. `known` holds the artifacts
+    that earlier calls found. This function adds to `known` what it finds, so that no artifact is hashed twice.
     """
     if models.quantize_on_the_fly:
         require_torchao("--quantize-on-the-fly")

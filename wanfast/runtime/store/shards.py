@@ -13,7 +13,7 @@ from wanfast.runtime.store.model_facts import AGAIN
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a folder: those that its index names, or all if it has no index."""
+    """Returns the safetensors files of a folder: those that the folder's index names, or all if there is no index."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
         return indexed_shards(index)
     return sorted(folder.glob("*.safetensors"))
