@@ -1,4 +1,4 @@
-"""This module is the Typer app: it registers the commands, and alone turns an error into an exit code.
+"""This module is the Typer app: it registers the commands. No other module turns an error into an exit code.
 
 Exit codes: 0 success, 2 wrong option, 3 missing artifact, 4 damaged artifact, 5 a rank died, 6 some jobs failed, 7 a
 computed value is not finite, 130 interrupted, 143 terminated. Code 1 means a bug, and its traceback is printed.

@@ -35,7 +35,9 @@ def apart(work: Work, **arguments: Any) -> Any:
         environment = child_environment() | {PARENT: str(os.getpid())}
         done = subprocess.run(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
         if done.returncode:
-            raise RankFailedError(f"the process of `{work}` ended with code {done.returncode}; its error is above")
+            raise RankFailedError(
+                f"the process of `{work}` ended with code {done.returncode}; its error is printed above"
+            )
         document = json.loads(file.read_text(encoding="utf-8"))
     if "error" in document:
         raise from_failure(document)

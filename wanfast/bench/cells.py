@@ -1,6 +1,6 @@
 """Plans the cells of `wanfast bench`: which recipe makes which clip, how often, and under which key a result is stored.
 
-A cell is one video. The result and the frames of a cell are an artifact `bench/<key>`, so that an interrupted bench
+A cell is one video. The result and the frames of a cell are an artifact `bench/<key>`, so that an interrupted run
 continues with the next cell. The key holds everything that the video depends on: the plan, the weights, the code, the
 versions and the hardware.
 This module does not import torch.
@@ -210,7 +210,7 @@ def least_steps(video: VideoConfig, spec: ModelSpec) -> int:
 def _check_steps(video: VideoConfig, spec: ModelSpec, steps: int) -> None:
     if steps > video.num_steps or not _has_all_experts(video, spec, steps):
         fix = f"use {least_steps(video, spec)} to {video.num_steps}"
-        raise ConfigError(f"--steps-measured {steps}: each expert of the video needs a step: {fix}")
+        raise ConfigError(f"--steps-measured {steps}: each expert of the video needs at least one step: {fix}")
 
 
 def _has_all_experts(video: VideoConfig, spec: ModelSpec, steps: int) -> bool:

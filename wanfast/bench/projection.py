@@ -101,7 +101,8 @@ def on_more_gpus(
     """Returns the seconds of each stage on the second mesh, projected from `seconds` on the first mesh.
 
     The time of a forward is split in two parts. The exchange is computed by `model`. The rest of the measured time is
-    work that the ranks share equally. So this work may use other kernels than the runs to which `model` was fitted.
+    work that the ranks share equally. `model` does not compute this work, so it may use other kernels than the runs to
+    which `model` was fitted.
     """
     before, after = meshes
     exchange = [model.forward(tokens, mesh.ulysses)["exchange"] for mesh in meshes]

@@ -34,7 +34,7 @@ def calibrate_magcache(
     context: typer.Context,
     set_: Annotated[Path | None, options.clip_set("the set that ships")] = None,
     seed: Annotated[
-        int, typer.Option(help="Seed of the first clip; the next one gets seed + 1.", rich_help_panel=MAKE)
+        int, typer.Option(help="Seed of the first clip; the next clip gets seed + 1.", rich_help_panel=MAKE)
     ] = 0,
     json_: options.Json = False,
 ) -> None:
@@ -45,7 +45,9 @@ def calibrate_magcache(
     given = of_command(options.given(context), "calibrate-magcache")
     given.pop("seed", None)
     if given.get("steps", 2) < 2:
-        raise ConfigError(f"--steps {given['steps']}: the ratios compare each step with the step before: use 2 or more")
+        raise ConfigError(
+            f"--steps {given['steps']}: each ratio compares a step with the step before: use --steps 2 or more"
+        )
     if find_spec("matplotlib") is None:
         raise ConfigError("the plot of the curve needs matplotlib: run `pip install matplotlib`")
     with asked_once():

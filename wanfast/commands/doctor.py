@@ -15,10 +15,10 @@ from wanfast.runtime.facts.memory import CARDS, gb
 
 _KEYS_SHOWN = 4
 _MODES = (
-    "resident: both experts stay on the GPU; evicting: a part is in host memory while the VAE works; "
-    "sharded: each GPU holds a share; offloaded: the idle expert is in host memory"
+    "resident: both experts stay on the GPU; evicting: some weights are in host memory while the VAE works; "
+    "sharded: each GPU holds a share of the weights; offloaded: the idle expert is in host memory"
 )
-_CARDS = f"a card of 80 GB has {gb(CARDS['80 GB'])} by the driver"
+_CARDS = f"the driver reports {gb(CARDS['80 GB'])} for a card of 80 GB"
 
 Rows = list[tuple[str, str]]
 
@@ -91,7 +91,7 @@ def _software(document: dict[str, Any]) -> Rows:
         (
             "torchao",
             versions.get("torchao")
-            or "not installed; only `wanfast quantize` needs it, not the experts that it stored",
+            or "not installed; `wanfast quantize` needs it, but stored quantized experts do not",
         ),
         ("video", f"PyAV {versions['av']}, {libraries}, {x264}"),
         ("ffmpeg", f"{encoder['ffmpeg'] or 'none on PATH'}; PyAV brings its own libraries"),

@@ -63,7 +63,7 @@ class Report:
             self._note_compile_time(result, _of_line(item))
             if item.request.engines not in (None, result["cudnn_engines"]):
                 self._warnings.print(
-                    "note: --from: cuDNN's engines differ from those of the earlier run: pixels may differ slightly"
+                    "note: --from: cuDNN uses other engines than in the earlier run, so pixels may differ slightly"
                 )
         elif item.request.line is not None:
             self._warnings.print(f"error{_of_line(item)}: {result['error']}", markup=False)
@@ -71,7 +71,7 @@ class Report:
     def no_share(self) -> None:
         """Reports that this machine makes no video, because the list has fewer lines than the run has machines."""
         self._warnings.print(
-            "note: this machine makes no video, because the list has fewer lines than there are machines"
+            "note: this machine makes no video, because the list has fewer lines than the run has machines"
         )
         if self.as_json:
             print(json.dumps({"results": [], "failed": 0}))
@@ -231,7 +231,7 @@ def _check_line(check: dict[str, Any]) -> str:
         return "no call was sparse"
     at = ", ".join(f"{name} {place}" for name, place in check["largest_at"].items())
     return (
-        f"mean {check['mean']:.2g}, of 95 % of the heads at most {check['of_95_percent']:.2g}, largest "
+        f"mean {check['mean']:.2g}, at most {check['of_95_percent']:.2g} for 95 % of the heads, largest "
         f"{check['largest']:.2g} ({at})"
     )
 
@@ -248,7 +248,7 @@ def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
         curve += f", interpolated from {of['steps']} steps at shift {of['shift']:g}"
     share = f"{m['skipped_forwards']} of {m['total_forwards']} forwards skipped ({m['skipped_share']:.1%})"
     if m["skipped_forwards_apart"] is not None:
-        share += f"; both branches skip together: {m['skipped_forwards_apart']} if each skipped alone"
+        share += f"; both branches skip together: {m['skipped_forwards_apart']} if each branch skipped alone"
     kind = "extrapolated residuals" if m["extrapolates"] else "residuals"
     stored = f"{m['residual_bytes'] / 1e9:.1f} GB of {kind} a rank"
     always = _always_computed(plan)
@@ -259,8 +259,10 @@ def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
 def _always_computed(plan: dict[str, Any]) -> list[str]:
     """Says which steps skip nothing because of distilled weights or the gate of guidance."""
     distilled, at_gate = plan["magcache"]["distilled_steps"], plan["guidance_gate"] != 1
-    lines = [f"the last {distilled} steps skip nothing, because the curve does not know them"] if distilled else []
-    gate = "around the gate, an expert's last step with guidance and its first one without skip nothing"
+    lines = (
+        [f"the last {distilled} steps are never skipped, because the curve has no ratios for them"] if distilled else []
+    )
+    gate = "an expert's last step with guidance and its first step without guidance are never skipped"
     return [*lines, *([gate] if at_gate else [])]
 
 

@@ -1,1 +1,1 @@
-"""Measures a video by metrics against a reference, and whether the tiny model's videos follow their prompts."""
+"""Measures the quality of videos by metrics, and whether the tiny model's videos follow their prompts."""

@@ -31,7 +31,7 @@ def ssim(video: Tensor, reference: Tensor) -> float:
 
 
 def ms_ssim(video: Tensor, reference: Tensor) -> float:
-    """Returns the multi-scale SSIM over those of five scales at which an 11-pixel window fits into a frame.
+    """Returns the multi-scale SSIM over up to five scales; an 11-pixel window must fit into a frame at each scale.
 
     The weights of these scales are normalised to sum to 1.
     """

@@ -74,7 +74,10 @@ class Checks:
             raise ApiError(404, message, param="model", code="model_not_found")
         boundary = fields.boundary_ratio
         if boundary not in (None, served.spec.boundary):
-            raise unfit("boundary_ratio", f"the model's own is {served.spec.boundary:g}: leave it out")
+            raise unfit(
+                "boundary_ratio",
+                f"only the model's own value {served.spec.boundary:g} is possible: leave out this field",
+            )
         options = {**served.defaults, **self._options(fields)}
         fps = options.get("fps", served.spec.fps)
         frames = self._frames(fields, fps)
@@ -124,7 +127,7 @@ class Checks:
     def _frames(self, fields: Fields, fps: int) -> int:
         """Returns the number of frames, which one clip of the model can have."""
         if fields.seconds is not None and fields.num_frames is not None:
-            raise unfit("num_frames", "seconds gives the length too: keep one of the two")
+            raise unfit("num_frames", "the field seconds also gives the length: keep one of the two")
         if fields.seconds is not None:
             param, frames = "seconds", 4 * round(fields.seconds * fps / 4) + 1
         elif fields.num_frames is not None:
@@ -145,7 +148,9 @@ class Checks:
             raise _refusal(error, "") from None
         most_width, most_height = self._served.size
         if width * height > most_width * most_height:
-            raise unfit("size", f"at most as many pixels as {most_width}x{most_height} are possible here")
+            raise unfit(
+                "size", f"this server makes at most as many pixels as {most_width}x{most_height}: use a smaller size"
+            )
         return width, height
 
 

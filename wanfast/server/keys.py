@@ -24,15 +24,17 @@ class Keys:
     def read(cls, file: Path) -> Keys:
         """Reads a key from each line; blank lines and lines that begin with # are left out. Raises ConfigError."""
         subject = f"--api-key-file {file}"
-        with foreign(subject, "name a UTF-8 text file with one key a line"):
+        with foreign(subject, "name a UTF-8 text file with one key on each line"):
             lines = file.read_text(encoding="utf-8").splitlines()
         keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not keys:
-            raise ConfigError(f"{subject}: has no key: write one key a line")
+            raise ConfigError(f"{subject}: has no key: write one key on each line")
         for number, key in enumerate(keys, start=1):
             if len(key) < _LEAST_LETTERS or not key.isascii() or not key.isprintable() or " " in key:
                 fix = f"use at least {_LEAST_LETTERS} letters and digits, such as `openssl rand -hex 16` prints"
-                raise ConfigError(f"{subject}: key {number} is too short or has other characters: {fix}")
+                raise ConfigError(
+                    f"{subject}: key {number} is too short, or has characters that are not allowed: {fix}"
+                )
         return cls(tuple(map(_hash, keys)))
 
     def owner(self, authorization: str | None) -> str | None:

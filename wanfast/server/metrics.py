@@ -46,7 +46,7 @@ class Metrics:
         self._failed.labels(code).inc()
 
     def ranks_failed(self) -> None:
-        """Counts one failure of the ranks: they died or hung."""
+        """Counts one failure of the ranks: the ranks died, or they hung."""
         self._restarts.inc()
 
     def text(self) -> bytes:

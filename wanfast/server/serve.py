@@ -50,10 +50,13 @@ class Settings:
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and self.api_key_file is None:
             raise ConfigError(
-                f"--host {self.host} lets other machines in: add --api-key-file FILE, or use --host 127.0.0.1"
+                f"--host {self.host} lets other machines use the server: add --api-key-file FILE, or use "
+                "--host 127.0.0.1"
             )
         if self.database is not None and not self.database.startswith("postgresql"):
-            raise ConfigError("--database is not postgresql://USER@HOST/NAME: fix the URL, or leave it out for SQLite")
+            raise ConfigError(
+                "--database is not postgresql://USER@HOST/NAME: fix the URL, or drop --database to use SQLite"
+            )
         for name, value, low, high in (
             ("--port", self.port, 0, 65535), ("--max-queue", self.max_queue, 1, 1_000_000),
             ("--max-upload-mb", self.max_upload_mb, 1, 1000), ("--keep-hours", self.keep_hours, 0.001, 87600),
@@ -128,7 +131,9 @@ def _alone(settings: Settings) -> Iterator[None]:
         with lock_of(settings.data_dir / "lock", timeout=0):
             yield
     except Timeout:
-        raise ConfigError(f"--data-dir {settings.data_dir}: another server uses this folder: name another") from None
+        raise ConfigError(
+            f"--data-dir {settings.data_dir}: another server uses this folder: name another folder"
+        ) from None
 
 
 @contextmanager

@@ -254,8 +254,8 @@ class Store:
     def cancel(self, video: str, owner: str, *, deletes: bool = False) -> Job | None:
         """Ends a queued or running job with the code `cancelled`; returns the job, or None if there is no such job.
 
-        A job that has already ended is not changed. If `deletes` is true, the owner can no longer see the job. In this
-        case, the returned job is the one before the change.
+        A job that has already ended keeps its status. If `deletes` is true, the owner can no longer see the job. In
+        this case, the returned job is the one before the change.
         """
         mine = and_(_visible(owner), JOBS.c.id == video)
         with self._writing() as connection:

@@ -261,7 +261,7 @@ def _noted() -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        note(f"the database: {' '.join(str(error).split()):.200}")
+        note(f"the server's database reports an error: {' '.join(str(error).split()):.200}")
 
 
 def _patiently(change: Callable[[], T]) -> T | None:

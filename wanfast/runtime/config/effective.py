@@ -158,7 +158,7 @@ def refuse_sparse(given: Options, command: Command) -> None:
     """Raises ConfigError if sparse attention is given to a command that makes videos only to measure something."""
     if given.get("attention") == "sparse":
         raise ConfigError(
-            f"--attention sparse: `wanfast {command}` does not have it, only `wanfast generate`: use --attention auto"
+            f"--attention sparse: only `wanfast generate` has it, not `wanfast {command}`: use --attention auto"
         )
 
 

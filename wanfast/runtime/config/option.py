@@ -156,7 +156,7 @@ def absolute(path: str, option: str) -> str:
         return str(Path(path).expanduser().absolute())
     except RuntimeError:
         raise ConfigError(
-            f"{option} {path}: this machine has no user of the name after ~: write the path without ~"
+            f"{option} {path}: this machine has no user with the name after ~: write the path without ~"
         ) from None
 
 

@@ -51,7 +51,7 @@ _CODE = (
 
 @contextmanager
 def compiler_imported_meanwhile(config: EffectiveConfig) -> Iterator[None]:
-    """Imports torch's compiler in a thread, if it will be needed, while the `with` block loads weights.
+    """If the run compiles blocks, imports torch's compiler in a thread while the `with` block loads weights.
 
     With FSDP or --quantize-on-the-fly, nothing is imported. FSDP and torchao import parts of the compiler themselves,
     and two threads must not import the compiler at the same time.

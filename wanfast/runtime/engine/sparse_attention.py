@@ -68,9 +68,9 @@ class SparseAttention:
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
         """Begins the forward of one `branch` in a step, and frees the lists that this forward must not use.
 
-        These are lists that are too old, lists of the other expert, and lists of a step with other branches. Lists are
-        made again when the branches of a step change, because the ranks of parallel guidance then begin to compute the
-        same branch, and must use the same lists.
+        The forward must not use lists that are too old, that belong to the other expert, or that were made in a step
+        with other branches. Lists are made again when the branches of a step change, because the ranks of parallel
+        guidance then begin to compute the same branch, and must use the same lists.
         """
         assert self._sparsity is not None, "no video was started"
         self._forward, every = _Forward(step, expert, branches, branch, ranks), self._sparsity.lists_every
@@ -110,7 +110,7 @@ class SparseAttention:
         return torch.from_numpy(drawn)
 
     def report(self) -> dict[str, Any] | None:
-        """Returns the errors of all ranks' heads as JSON, or None without --attention-check. All ranks must call it.
+        """Returns the errors of all ranks' heads as JSON, or None without --attention-check. All ranks call this.
 
         Steps, layers and heads count from 0. Layers that are dense have no errors.
         """

@@ -3,8 +3,8 @@
 The bytes of weights are exact. The bytes of activations are an estimate, fitted to measurements at 1280x720, 81 frames;
 the GB below are for this size.
 For each token, a forward holds about seven float32 vectors of the model's width (11 GB). The text's keys and values
-need 1.7 GB more. For each pixel of a frame and each of its base channels, the VAE needs 145 bytes to encode (12.8 GB).
-To decode, the VAE needs 90 bytes in bf16 (8.0 GB) or 175 bytes in float32. About half of the VAE's bytes are earlier
+need 1.7 GB more. To encode, the VAE needs 145 bytes for each pixel of a frame and each base channel of the VAE (12.8
+GB). To decode, it needs 90 bytes in bf16 (8.0 GB) or 175 bytes in float32. About half of the VAE's bytes are earlier
 frames, which causal convolutions read.
 This module does not import torch.
 """

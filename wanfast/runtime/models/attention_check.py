@@ -1,4 +1,4 @@
-"""This module measures the error of an attention's output: it computes a few rows exactly and compares them.
+"""This module measures the error of an attention's output, by comparing a few rows with exactly computed rows.
 
 A few exact rows cost little: 64 of 75,600 queries are a thousandth of a dense call. So each run can measure the error
 for its own weights and its own video. The error has two causes, and the measurement contains both: keys that were left

@@ -151,8 +151,7 @@ class Plan:
         These are three kinds of steps:
         * steps after the end of the curve, because they belong to distilled weights;
         * an expert's last step with guidance, because the expert's later steps reuse the difference of its branches;
-        * an expert's first step without guidance: the ranks regroup before it, and hold no residual for their new
-        tokens.
+        * an expert's first step without guidance: the ranks regroup before it, so their stored residuals do not fit.
         """
         distilled = range(len(self.schedule) if self.curve is None else self.curve.num_steps, len(self.schedule))
         return [*gate_steps(self.experts, self.guided), *distilled]
@@ -512,7 +511,7 @@ def _sparsity_notes(plan: Plan) -> list[str]:
     if sparsity.listed == sparsity.num_blocks:
         return [f"{blocks}, and all of them are computed: nothing is saved"]
     if sparsity.density > asked + 1 / sparsity.num_blocks:
-        kept = f"the first frame's {sparsity.first_blocks} and one more are always kept"
+        kept = f"each list must have {sparsity.first_blocks + 1} of them (the first frame's and one more)"
         return [f"{blocks}, and {kept}: the density is {sparsity.density:.2f}, not {asked:g}"]
     return []
 
@@ -550,7 +549,10 @@ def _fit_notes(fit: ImageFit, g: Geometry, image_size: tuple[int, int], size: tu
         ]
     left, top, right, bottom = middle_box(image_size, width, height)
     if fit == "crop" and (right - left, bottom - top) != image_size:
-        return [f"--fit crop: shows the middle {right - left}x{bottom - top} of the {image_width}x{image_height} image"]
+        return [
+            f"--fit crop: the video shows the middle {right - left}x{bottom - top} of the "
+            f"{image_width}x{image_height} image"
+        ]
     inner_width, inner_height = inner_size(image_size, width, height)
     if fit == "pad" and (inner_width, inner_height) != size:
         return [

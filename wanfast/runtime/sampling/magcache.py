@@ -277,7 +277,9 @@ def _resampled(ratios: Sequence[float], of: Sequence[int], to: Sequence[int]) ->
     at = [_on_line(points, -timestep) for timestep in to]
     changes = [here - before for before, here in itertools.pairwise(at)]
     if max(map(abs, changes), default=0.0) > _MOST_CHANGE:
-        raise ConfigError("the curve cannot be extrapolated to this run's timesteps, which are too far from its own")
+        raise ConfigError(
+            "the curve cannot be extrapolated to this run's timesteps, which are too far from the curve's timesteps"
+        )
     return [1.0, *map(math.exp, changes)]
 
 

@@ -115,8 +115,8 @@ class NamedExpert:
         --quantize".
         """
         if (named := expert_in(self.path.name)) not in (None, self.expert):
-            fix = f"use {flag(f'{named}_expert')}, or change the name"
-            raise ConfigError(f"{self.subject}: the name says that this is the other expert: {fix}")
+            fix = f"use {flag(f'{named}_expert')}, or rename the file"
+            raise ConfigError(f"{self.subject}: the file's name mentions the other expert: {fix}")
         kinds = [kind for kind in self.header().rounded if kind in _TAKEN_BY]
         if not in_8_bits(scheme) or not kinds:
             return

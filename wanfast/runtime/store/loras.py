@@ -1,4 +1,4 @@
-"""Finds LoRA files, and reads their hashes, headers and experts, which is possible without torch.
+"""Finds LoRA files, and reads their hashes, their headers, and the experts that they are for.
 
 A LoRA is named by --lora, --lora-high-noise or --lora-low-noise. Its tensors are matched with the model's tensors only
 when an expert is loaded, because the model's names and shapes are facts of `models.dit`.
@@ -155,7 +155,9 @@ def read_header(file: Path, option: str) -> Header:
     kept = {key: facts for key, facts in tensors.items() if not _IMAGE_TOWER.search(key)}
     for kind, pattern in _OTHERS.items():
         if found := next(filter(pattern.search, kept), None):
-            raise CorruptArtifactError(f"{subject}: tensor {found!r} belongs to a {kind}: only LoRA can be merged")
+            raise CorruptArtifactError(
+                f"{subject}: tensor {found!r} belongs to a {kind}: only LoRAs can be merged: use a LoRA of this model"
+            )
     if not kept:
         raise CorruptArtifactError(f"{subject}: the file holds no tensor for this model: use a LoRA of this model")
     config = file.with_name(_CONFIG)
@@ -168,12 +170,15 @@ def _check_expert(option: str, file: Path, header: Header) -> None:
     experts = _EXPERTS_OF[option]
     in_keys = [expert for expert in _EXPERTS_OF["lora"] if header.of_expert(expert)]
     if not {*in_keys} & {*experts}:
-        why = "its tensors are those of the other expert"
+        why = "its tensors belong to the other expert"
         raise ConfigError(f"{flag(option)} {file}: {why}: use {flag(f'lora_{in_keys[0]}')}")
     in_name = expert_in(file.name)
     if in_name is not None and experts != (in_name,):
-        fix = f"use {flag(f'lora_{in_name}')}, or give the file another name"
-        raise ConfigError(f"{flag(option)} {file}: the file's name says which expert it is for: {fix}")
+        fix = f"use {flag(f'lora_{in_name}')}, or rename the file"
+        raise ConfigError(
+            f"{flag(option)} {file}: the file's name says that the LoRA is only for "
+            f"the {in_name.replace('_', '-')} expert: {fix}"
+        )
 
 
 def expert_in(name: str) -> Expert | None:

@@ -104,7 +104,7 @@ class QuantizedExpert:
             others = ", ".join(sorted(self._versions(), key=_release))
             why = f" (only with torchao {others}, but {torchao_version()} is installed)" if others else ""
             if older := self._of_another_wanfast():
-                why = f" by this version of wanfast and torch (remove {', '.join(older)}, made by another)"
+                why = f" by this version of wanfast and torch ({', '.join(older)} of another version can be removed)"
             raise MissingArtifactError(f"{self.expert} is not quantized with {self.scheme} yet{why}: run `{self.fix}`")
         return folder
 

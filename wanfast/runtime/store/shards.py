@@ -34,6 +34,6 @@ def indexed_shards(index: Path) -> list[Path]:
         parts = PurePosixPath(name).parts
         if not parts or ".." in parts or parts[0] == "/":
             raise CorruptArtifactError(
-                f"{index} names {name!r:.60}, which is outside of its folder: download this index again"
+                f"{index} names {name!r:.60}, which is outside the folder of the index: download the index again"
             )
     return [index.parent / name for name in sorted(set(names))]

@@ -1,8 +1,8 @@
 """Maps tensor names of both public layouts (original, Diffusers) to our names; each model and layout has a table.
 
 A table lists pairs (module path in the layout, our module path), where `{i}` stands for any index. Each table can be
-read in both directions. Our names are those of the original layout, except for the VAE: its original names
-are only indices in nested lists. `lora_part` reads the keys of LoRA files of any tool.
+read in both directions. Our names are those of the original layout, except for the VAE: its original names are only
+indices in nested lists. `lora_part` reads the keys of LoRA files of any tool.
 """
 
 from __future__ import annotations
