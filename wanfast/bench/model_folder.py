@@ -76,8 +76,8 @@ def random_bytes(spec: ModelSpec) -> int:
 def randomise(module: nn.Module, seed: int) -> None:
     """Fills EVERY parameter of `module` with random values.
 
-    If a tensor kept its default of zero or one, a test could not detect that the tensor is unused or was exchanged for
-    another tensor.
+    If a tensor kept its default of zero or one, a test could not detect that the code ignores this tensor or uses
+    another one instead.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():

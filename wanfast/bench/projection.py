@@ -133,7 +133,7 @@ def fit(forward: Document, profile: Document, vae: Document, video: Document) ->
     `forward`: the time of a forward on one GPU and on two GPUs.
     `profile`: how the time of a forward on one GPU is divided among its parts.
     `vae`: the times of the VAE on one GPU and on two GPUs.
-    `video`: the times of whole videos on two GPUs. The time without text, denoising and VAE is the start.
+    `video`: the times of whole videos on two GPUs. The start takes the rest: the time without text, denoising and VAE.
     """
     one_s, two_s = (forward["ways"][name]["ms"] / 1000 for name in ("one", "ulysses 2"))
     tokens, shares = forward["tokens"], next(iter(profile["profiles"].values()))["shares"]  # the first is one GPU's

@@ -34,7 +34,7 @@ Json = Annotated[
     typer.Option("--json", help="Print one JSON document as the last line of stdout.", rich_help_panel=FILES),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the plan and stop; needs no weights.", rich_help_panel=FILES)
+    bool, typer.Option("--dry-run", help="Print the plan and stop. No weights are needed.", rich_help_panel=FILES)
 ]
 
 

@@ -40,7 +40,7 @@ class Report:
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def plans(self, planned: list[Planned], *, always: bool) -> None:
-        """Prints the errors and the notes. Prints the plans too, unless `brief` is true and `always` is false."""
+        """Prints the errors and the notes. Prints the plans too if `always` is true or `brief` is false."""
         for item in planned:
             if item.plan is None:
                 self.result(item, item.outcome())

@@ -68,5 +68,5 @@ def describe(result: dict[str, Any]) -> str:
     shape = f"{result['width']}x{result['height']}, {result['frames']} frames, {result['attention']} attention"
     first, second = (f"{seconds[name]:.1f} s" for name in ("first", "second"))
     regrouped = f", on all ranks together {seconds['regrouped']:.1f} s" if "regrouped" in seconds else ""
-    what = "was made already, and loads" if result["was_there"] else f"{result['bytes'] / 1e6:.1f} MB"
+    what = "was made in an earlier run, and can be loaded" if result["was_there"] else f"{result['bytes'] / 1e6:.1f} MB"
     return f"{result['output']}: {what}; {shape}; first forward of a block {first}, second {second}{regrouped}"

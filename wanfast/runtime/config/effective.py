@@ -104,7 +104,7 @@ class EffectiveConfig:
         return {name: getattr(part, name) for part in parts for name in options_of(type(part))}
 
     def replace(self, **values: Any) -> EffectiveConfig:
-        """Returns a copy with the new `values` of fields, which may belong to any of the config's five parts."""
+        """Returns a copy in which the named fields, of any of the five parts, have the new `values`."""
         hashes = {
             "image_sha256": self.video.image_sha256,
             "expert_sha256": self.models.expert_sha256,

@@ -42,7 +42,7 @@ class SkippingConfig(Part):
         str,
         Option(
             "Skip forwards whose residual hardly changes. A measured curve predicts the change. preset uses the curve "
-            "that ships for the model, artifact uses the curve that was calibrated for these options, and KEY uses the "
+            "that ships for the model. artifact uses the curve that was calibrated for these options. KEY uses the "
             "stored curve with this key. E012K2R20 means preset, with threshold 0.12, at most 2 skips in a row, and "
             "the first 20 % never skipped.",
             LOSSY,

@@ -128,7 +128,8 @@ class VideoConfig(Part):
     shift: Annotated[
         float | None,
         Option(
-            "Larger values move the steps toward high noise. The model's publisher advises 3.0 for 480p.",
+            "Shift of the noise levels. Larger values move the steps toward high noise. The model's publisher advises "
+            "3.0 for 480p.",
             SAMPLING,
             asked=float,
             own=True,

@@ -1,10 +1,10 @@
 """This module compiles the experts block by block, and stores torch.compile's caches so that other processes load them.
 
-A block is compiled with `fullgraph`, so that a graph break is an error and not a slow path, and with `dynamic=False`,
-for one shape. All blocks of both experts share one graph. In mode `default`, cuBLAS computes the matrix products. The
-two `max-autotune` modes measure whether Triton or cuBLAS computes the products faster; this measurement takes half a
-minute. The mode `max-autotune` also captures each block as a CUDA graph, in the second forward of a video size. A
-captured graph reads weights at fixed addresses, so weights should not be moved.
+A block is compiled with `fullgraph`, so that a graph break is an error and not a slow path. It is compiled for one
+shape (`dynamic=False`). All blocks of both experts share one graph. In mode `default`, cuBLAS computes the matrix
+products. The two `max-autotune` modes measure whether Triton or cuBLAS computes the products faster; this measurement
+takes half a minute. The mode `max-autotune` also captures each block as a CUDA graph, in the second forward of a video
+size. A captured graph reads weights at fixed addresses, so weights should not be moved.
 
 The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached. A process that loads
 this artifact repeats only two things: the tracing, and the compilation inside opaque operators. These operators are the

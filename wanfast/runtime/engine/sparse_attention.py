@@ -68,9 +68,9 @@ class SparseAttention:
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
         """Begins the forward of one `branch` in a step, and frees the lists that this forward must not use.
 
-        The forward must not use lists that are too old, that belong to the other expert, or that were made in a step
-        with other branches. Lists are made again when the branches of a step change, because the ranks of parallel
-        guidance then begin to compute the same branch, and must use the same lists.
+        Lists are used for a few steps, by one expert, and only while the steps have the same branches. When the
+        branches of a step change, the ranks of parallel guidance begin to compute the same branch. They must then use
+        the same lists, so new lists are made.
         """
         assert self._sparsity is not None, "no video was started"
         self._forward, every = _Forward(step, expert, branches, branch, ranks), self._sparsity.lists_every

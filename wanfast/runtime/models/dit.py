@@ -282,7 +282,8 @@ class WanDiT(nn.Module):
     def encode_text(self, text_BSc: Tensor) -> list[TextKV]:
         """Returns each block's keys and values for text embeddings [B, n, text_dim], n <= text_len.
 
-        Zero rows pad the embeddings to `text_len`. Attention includes these rows, because the model was trained so.
+        Zero rows pad the embeddings to `text_len`. Attention includes these rows, because the model was trained with
+        such rows.
         """
         padding = self.spec.text_len - text_BSc.shape[1]
         text = self.text_embedding(F.pad(text_BSc, (0, 0, 0, padding)))

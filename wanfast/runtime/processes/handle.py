@@ -249,7 +249,7 @@ class Handle:
 
 
 def open(**options: Any) -> Handle:
-    """Returns a handle whose ranks are starting. Raises WanFastError.
+    """Starts ranks and returns their handle, without waiting for the models. Raises WanFastError.
 
     `options`: the options of `wanfast generate` for models and ranks, and the `size` and `frames` of the largest video
     that will be made. Each option has its Python name: `num_gpus` means --num-gpus. LoRAs may be given here or for each

@@ -51,7 +51,7 @@ class Work:
 
     @classmethod
     def of(cls, pid: int, reports: Iterable[Path] = (), *, on_cpu: bool) -> Work:
-        """Adds up the bytes that a process read and wrote, and the pages that it touched first.
+        """Adds up the bytes that a process read and wrote, and the memory pages that it touched for the first time.
 
         `reports`: the files by which a rank reports. CPU time counts only if `on_cpu` is true, because a rank that
         waits for its GPU also uses CPU time.

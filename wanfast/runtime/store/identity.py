@@ -53,7 +53,7 @@ def digest_of(files: Iterable[Path], artifacts: Path, option: str) -> str:
 
 
 def is_old(identity: object) -> bool:
-    """Returns whether an identity has the form that earlier versions of wanfast gave it.
+    """Returns whether an identity has the form that earlier versions of wanfast used.
 
     Those versions hashed only samples of a large file, not the whole file.
     """

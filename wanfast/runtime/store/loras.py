@@ -116,7 +116,7 @@ def _checked(option: str, file: Path, artifacts: Path) -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """This class holds what a LoRA file says of its tensors."""
+    """This class holds what a LoRA file says about its tensors."""
 
     tensors: Mapping[str, tuple[list[int], str]]  # shape, and dtype as safetensors names it
     metadata: Mapping[str, str]
