@@ -1,9 +1,9 @@
 """Draws the procedural world that the tiny model learns: textured shapes that move as a caption says.
 
-A scene is drawn from a seed. It usually has one subject, up to two bystanders and a patterned background. The caption
-names the subject. The subject and the camera never both move. A photograph may be the background, or the whole scene.
-Rendering is batched on the device. A shape is a mask from an atlas, sampled through the inverse of the shape's motion.
-So any frame, or any window of a frame, can be rendered alone.
+A scene is drawn from a seed. A scene usually has one subject, up to two bystanders and a patterned background. The
+caption names the subject. The subject and the camera never both move. A photograph may be the background, or the whole
+scene. Rendering is batched on the device. A shape is a mask from an atlas, sampled through the inverse of the shape's
+motion. So any frame, or any window of a frame, can be rendered alone.
 
 Shapes: B clips, F frames, H x W pixels; S shapes in the atlas. Places are (x, y) in units of the frame's short side;
 the frame's centre is (0.5, 0.5).

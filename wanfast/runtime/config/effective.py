@@ -139,9 +139,9 @@ def accepted(given: Options) -> dict[str, Any]:
 
 
 def of_command(given: Options, command: Command) -> dict[str, Any]:
-    """Returns the `given` options. Instead of a given recipe, it returns the recipe's options that `command` has.
+    """Returns the `given` options and, if a recipe is given, those of the recipe's options that `command` has.
 
-    Raises ConfigError, which names the option.
+    The option `recipe` itself is left out. Raises ConfigError, which names the option.
     """
     chosen = with_recipe(accepted(given))
     refuse_sparse(chosen, command)
