@@ -1,6 +1,6 @@
-"""This module is the Typer app: it registers the commands. Only this module turns an error into an exit code.
+"""This module is the Typer app: it registers the commands. No other module turns an error into an exit code.
 
-Exit codes: 0 done, 2 a wrong option, 3 a missing artifact, 4 a damaged artifact, 5 a rank died, 6 some jobs failed, 7 a
+Exit codes: 0 success, 2 wrong option, 3 missing artifact, 4 damaged artifact, 5 a rank died, 6 some jobs failed, 7 a
 computed value is not finite, 130 interrupted, 143 terminated. Code 1 means a bug, and its traceback is printed.
 """
 
@@ -60,7 +60,7 @@ def wanfast(version: bool = typer.Option(False, "--version", help="Print the ver
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command line, by default this process's arguments, and ends the process with an exit code."""
+    """Runs the command line (default: the process's own arguments), and ends the process with an exit code."""
     _open_missing_streams()
     arguments = [_as_utf8(argument) for argument in (sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     as_json = "--json" in arguments

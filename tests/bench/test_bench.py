@@ -232,7 +232,7 @@ def test_an_interrupted_bench_says_how_to_go_on(
     monkeypatch.setattr(cells_module.Cells, "put", interrupted)
     monkeypatch.setattr(sys, "argv", ["wanfast", *once])
     outcome = wanfast(*once)
-    assert outcome.exit_code == 130 and "note: videos stored: 1; to go on, type `wanfast " in outcome.err
+    assert outcome.exit_code == 130 and "note: videos stored: 1; to continue, run `wanfast " in outcome.err
     assert not Path("bench").exists()
     monkeypatch.setattr(cells_module.Cells, "put", put)
     videos.clear()
@@ -286,7 +286,7 @@ def test_random_weights_and_few_steps_say_so(wanfast: Wanfast, clips: Path) -> N
     ("arguments", "message"),
     [
         (("--repeats", "0"), "--repeats 0: use 1 or more"),
-        (("--steps-measured", "9"), "--steps-measured 9: each expert of the video needs a step: use 2 to 3"),
+        (("--steps-measured", "9"), "--steps-measured 9: each expert of the video needs at least one step: use 2 to 3"),
         (("--recipes", "fa3"), "--attention fa3 needs a GPU"),
         (("--set", "gone"), "--set"),
     ],

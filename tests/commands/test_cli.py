@@ -379,7 +379,7 @@ def test_a_path_of_the_home_folder_is_the_same_for_every_reader(
     outcome = wanfast(*DRY, "--output", "~nobody-here/x.mp4")
     assert (
         outcome.exit_code == 2
-        and "--output ~nobody-here/x.mp4: this machine has no user of the name after ~" in outcome.err
+        and "--output ~nobody-here/x.mp4: this machine has no user with the name after ~" in outcome.err
     )
     outcome = wanfast("quantize", "--scheme", "bf16", "--artifacts-dir", "~/v")
     assert outcome.exit_code == 3 and str(home / "v") in outcome.err

@@ -235,7 +235,7 @@ def test_torchao_is_reported(
     pretend_weights(workdir / "artifacts")
     for found, said in (
         ("0.18.0", "torchao  0.18.0"),
-        (None, "torchao  not installed; only `wanfast quantize` needs it"),
+        (None, "torchao  not installed; `wanfast quantize` needs it"),
     ):
         there = {"torchao": found} if found else {}
         monkeypatch.setattr(
@@ -386,9 +386,9 @@ def test_one_document_ends_stdout_and_the_rest_is_for_people(wanfast: Wanfast, m
     assert "fa3, fa4, fa2  only on a GPU" in plain.out and "fa3-fwd" not in plain.out
     out = wanfast("doctor").out
     assert "resident: both experts stay on the GPU; evicting: " in out
-    assert "a card of 80 GB has 85.0 GB by the driver" in out
+    assert "the driver reports 85.0 GB for a card of 80 GB" in out
     machine(84.0)
-    assert "by the driver" not in wanfast("doctor").out  # this machine's own bytes are shown
+    assert "the driver reports" not in wanfast("doctor").out  # this machine's own bytes are shown
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_refusals_name_the_option_and_the_fix(
 def test_only_the_base_part_of_the_hybrid_is_skipped(wanfast: Wanfast, pair: None) -> None:
     only_low = PAIR[2:]
     outcome = wanfast(*TINY, "--recipe", "hybrid", *only_low, "--magcache", "E012K2R20", "--dry-run")
-    assert "the last 3 steps skip nothing, because the curve does not know them" in outcome.out
+    assert "the last 3 steps are never skipped, because the curve has no ratios for them" in outcome.out
     assert "no LoRA" not in outcome.err  # no skipped expert has one
     plan = planned(wanfast, "--recipe", "hybrid", *only_low, "--magcache", "E012K2R20")["magcache"]
     whole = planned(wanfast, "--magcache", "E012K2R20", "--magcache-rule", "both-experts")["magcache"]
@@ -205,7 +205,7 @@ def test_the_plan_states_what_a_gate_saves_and_how_it_meets_magcache(wanfast: Wa
     skips = ("--magcache", "E012K2R20", "--magcache-rule", "both-experts")
     outcome = wanfast(*TINY, "--guidance-gate", "0.5", *skips, "--dry-run")
     assert "the negative prompt runs in the first 8 and 12 of these steps (gate 0.5): 60 of 80 forwards" in outcome.out
-    assert "around the gate, an expert's last step with guidance and its first one without skip nothing" in outcome.out
+    assert "an expert's last step with guidance and its first step without guidance are never skipped" in outcome.out
     plan = planned(wanfast, "--guidance-gate", "0.5", *skips)
     assert plan["forwards"] == 60 and plan["guided_steps"] == {"high_noise": 8, "low_noise": 12}
     at_gate = plan["magcache"]["always_computed"]

@@ -342,7 +342,7 @@ def test_a_dry_run_shows_the_plan(wanfast: Wanfast, machine: Machine, monkeypatc
     assert short["predicted_s"] is None
     monkeypatch.setenv("COLUMNS", "120")
     said = wanfast(*A14B_SHOWN, "--magcache", "E012K2R20", "--magcache-rule", "both-experts", "--num-gpus", "8").out
-    assert "38 of 80 forwards skipped (47.5%); both branches skip together: 38 if each skipped alone" in said
+    assert "38 of 80 forwards skipped (47.5%); both branches skip together: 38 if each branch skipped alone" in said
     assert "###..#..#..#..#|######..#..#..#..#.#.#.## both branches" in said and "curve preset" in said
     assert "negative prompt" not in said
 
@@ -540,7 +540,7 @@ def test_residuals_are_in_the_plan(wanfast: Wanfast, machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--steps", "1"], 2, "--steps 1: the ratios compare each step with the step before"),
+        (["--steps", "1"], 2, "--steps 1: each ratio compares a step with the step before"),
         (["--quantize", "int8-weight-only"], 3, "run `wanfast quantize --model tiny --scheme int8-weight-only"),
         (["--verify"], 2, "--verify reads what `wanfast quantize` stored"),
     ],

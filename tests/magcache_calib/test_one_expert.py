@@ -83,7 +83,7 @@ def test_a_curve_of_no_ratios_is_refused(
     (artifact / MANIFEST).write_text(json.dumps(manifest))
     outcome = wanfast(*GENERATE, "--magcache", "artifact", "--dry-run")
     assert outcome.exit_code == 4, outcome.err
-    assert "the curve does not hold two numbers over 0 for each of 4 steps" in outcome.err
+    assert "the curve does not hold two positive numbers for each of 4 steps" in outcome.err
 
 
 def test_a_ratio_that_is_not_finite_is_an_error_on_all_ranks() -> None:

@@ -407,7 +407,7 @@ def test_a_wrong_setting_is_refused(tmp_path: Path, setting: dict[str, Any], wor
 @pytest.mark.parametrize(
     ("text", "words"),
     [("", "has no key"), ("# nothing\n\n", "has no key"), ("short", "key 1 is too short"),
-     (f"{ALICE}\nwith a space in it, and long", "key 2 is too short or has other"), ("é" * 30, "key 1")],
+     (f"{ALICE}\nwith a space in it, and long", "key 2 is too short, or has"), ("é" * 30, "key 1")],
 )  # fmt: skip
 def test_a_wrong_file_of_keys_is_refused(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "keys"

@@ -402,7 +402,7 @@ def test_the_form_in_words(weights: dict[str, Tensor], tmp_path: Path) -> None:
         (
             "wan2.2_i2v_low_noise_14B.gguf",
             "file",
-            "the name says that this is the other expert: use --low-noise-expert, or",
+            "the file's name mentions the other expert: use --low-noise-expert, or",
         ),
     ],
 )

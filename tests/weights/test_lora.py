@@ -330,16 +330,19 @@ WRONG: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "module": ({"blocks.0.self_attn.x.alpha": torch.tensor(1.0)}, "'blocks.0.self_attn.x.alpha' matches nothing"),
     "ending": ({f"{Q}.lora_mid.weight": DOWN}, f"'{Q}.lora_mid.weight' matches nothing"),
     "prefix": ({f"other.{Q}.diff": DOWN}, f"'other.{Q}.diff' matches nothing"),
-    "one factor": ({f"{Q}.lora_down.weight": None}, f"'{Q}.lora_up.weight' has no second factor"),
-    "only alpha": ({"blocks.1.ffn.0.alpha": torch.tensor(1.0)}, "'blocks.1.ffn.0.alpha' has no factors beside it"),
-    "twice": ({"blocks.0.attn1.to_q.lora_A.weight": DOWN}, "has the place of "),
+    "one factor": ({f"{Q}.lora_down.weight": None}, f"'{Q}.lora_up.weight' has no second LoRA factor"),
+    "only alpha": (
+        {"blocks.1.ffn.0.alpha": torch.tensor(1.0)},
+        "'blocks.1.ffn.0.alpha' has no LoRA factors that belong to it",
+    ),
+    "twice": ({"blocks.0.attn1.to_q.lora_A.weight": DOWN}, "is for the same weight as "),
     "difference": ({f"{Q}.diff": DOWN}, f"'{Q}.diff' has the shape [3, 64], not [64, 64]"),
     "8 bits": ({f"{Q}.lora_up.weight": UP.to(torch.float8_e4m3fn)}, "is stored as F8_E4M3: store it as F32"),
     "NaN": ({f"{Q}.lora_up.weight": UP * torch.nan}, f"tensor '{Q}.lora_up.weight' holds NaN or an infinity"),
     "infinity": ({f"{Q}.diff_b": torch.full([64], torch.inf)}, f"tensor '{Q}.diff_b' holds NaN or an infinity"),
     "alpha": ({f"{Q}.alpha": torch.tensor(torch.nan)}, f"tensor '{Q}.alpha' is not finite"),
-    "alphas": ({f"{Q}.alpha": torch.ones(2)}, "alpha is one number"),
-    "DoRA": ({f"{Q}.dora_scale": torch.ones(64, 1)}, f"'{Q}.dora_scale' belongs to a DoRA: only LoRA can be merged"),
+    "alphas": ({f"{Q}.alpha": torch.ones(2)}, "alpha must be one number"),
+    "DoRA": ({f"{Q}.dora_scale": torch.ones(64, 1)}, f"'{Q}.dora_scale' belongs to a DoRA: only LoRAs can be merged"),
     "DoRA of PEFT": ({f"{Q}.lora_magnitude_vector": torch.ones(64)}, "belongs to a DoRA"),
     "LoHa": ({f"{Q}.hada_w1_a": torch.ones(64, 1)}, "belongs to a LoHa"),
     "LoKr": ({f"{Q}.lokr_w1": torch.ones(8, 8)}, "belongs to a LoKr"),
@@ -388,7 +391,7 @@ def test_one_file_may_hold_both_experts(source: ModelFiles, tmp_path: Path) -> N
     assert worst(state(build(source, str(both))), added(source, (1.0, merged))) <= 1e-6
     only_low = lora_files.write(tmp_path / "second.safetensors", low)
     assert worst(state(build(source, str(only_low))), state(build(source))) == 0
-    with pytest.raises(ConfigError, match=r"--lora-high-noise .*: its tensors are .*: use --lora-low-noise$"):
+    with pytest.raises(ConfigError, match=r"--lora-high-noise .*: its tensors belong to .*: use --lora-low-noise$"):
         find_loras(ModelsConfig(lora_high_noise=(str(only_low),)), tmp_path)
 
 
@@ -408,7 +411,7 @@ def test_a_file_that_is_named_for_one_expert(tmp_path: Path, option: str, name: 
     if fix is None:
         assert len(find_loras(named, tmp_path)) == 1
     else:
-        with pytest.raises(ConfigError, match=f"the file's name says which expert it is for: use {fix}, or"):
+        with pytest.raises(ConfigError, match=f"the file's name says that the LoRA is only for the .*: use {fix}, or"):
             find_loras(named, tmp_path)
 
 

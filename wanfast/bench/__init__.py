@@ -1,1 +1,1 @@
-"""This package measures recipes over a set of clips, speed and quality side by side, and writes a report."""
+"""This package measures the speed and the quality of recipes over a set of clips, and writes a report."""

@@ -1,7 +1,7 @@
 """Runs work that needs torch in a process of its own, so that the parent holds no memory of a GPU.
 
-The process is `python -m wanfast.bench.work NAME FILE`. First FILE holds the arguments as JSON, later the result or
-the error.
+The process is `python -m wanfast.bench.work NAME FILE`. At first, FILE holds the arguments as JSON. At the end, FILE
+holds the result or the error.
 This module does not import torch.
 """
 
@@ -26,7 +26,7 @@ def apart(work: Work, **arguments: Any) -> Any:
     """Calls a function of `wanfast.bench.work` in a new process, and returns the function's result.
 
     `work` is the function's name in `WORKS`. If the function raises a WanFastError, `apart` raises the same error.
-    Ctrl-C reaches only this process, which then ends the new process.
+    Ctrl-C reaches only the calling process; this process then ends the new one.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "work.json"
@@ -35,7 +35,9 @@ def apart(work: Work, **arguments: Any) -> Any:
         environment = child_environment() | {PARENT: str(os.getpid())}
         done = subprocess.run(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
         if done.returncode:
-            raise RankFailedError(f"the process of `{work}` ended with code {done.returncode}; its error is above")
+            raise RankFailedError(
+                f"the process of `{work}` ended with code {done.returncode}; its error is printed above"
+            )
         document = json.loads(file.read_text(encoding="utf-8"))
     if "error" in document:
         raise from_failure(document)

@@ -1,7 +1,7 @@
-"""Plans the cells of a bench: which recipe makes which clip, how often, and under which key its result is stored.
+"""Plans the cells of `wanfast bench`: which recipe makes which clip, how often, and under which key a result is stored.
 
-A cell is one video. Its result and its frames are an artifact `bench/<key>`, so that an interrupted bench continues
-with the next cell. The key holds everything that the video depends on: what is planned, the weights, the code, the
+A cell is one video. The result and the frames of a cell are an artifact `bench/<key>`, so that an interrupted run
+continues with the next cell. The key holds everything that the video depends on: the plan, the weights, the code, the
 versions and the hardware.
 This module does not import torch.
 """
@@ -55,7 +55,7 @@ _ENABLED_BY = {
 
 @dataclass(frozen=True)
 class Bench:
-    """This class holds what a bench was asked to measure."""
+    """This class holds the request of one `wanfast bench`: recipes, clips, options, and what is measured."""
 
     recipes: tuple[RecipeName, ...]  # the first is the base, with which the others are compared
     clips: tuple[Clip, ...]
@@ -66,7 +66,7 @@ class Bench:
     no_quality: str = ""  # why the videos are not compared
 
     def options_of(self, name: RecipeName) -> Options:
-        """Returns the options of a recipe's videos: the recipe's name, and those given options that the recipe uses."""
+        """Returns the options of a recipe's videos: its name, and the given options that the recipe can use."""
         unusable = {*OF_GRID} if has_levels(name) and "sigmas" not in self.given else set()
         enabled = with_recipe({"recipe": name, **{key: self.given[key] for key in self.given.keys() - unusable}})
         unusable |= {option for option, by in _ENABLED_BY.items() if not enabled.get(by)}
@@ -77,7 +77,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Cell:
-    """This class describes one video that is measured."""
+    """This class describes a cell: one video that is measured."""
 
     clip: int
     repeat: int
@@ -180,8 +180,8 @@ def _quantize_missing(files: ModelFiles, config: EffectiveConfig, say: SayFn) ->
 def few_steps(video: Options, schedule: Options) -> Options:
     """Returns the options of `video`, but with fewer steps and without skips.
 
-    `schedule` holds the options that define the fewer steps. MagCache is off, because its curve was measured with
-    another number of steps.
+    `schedule` holds the options that set the smaller number of steps. MagCache is off, because its curve was measured
+    with another number of steps.
     """
     skipping = options_of(SkippingConfig)
     return {**{name: value for name, value in video.items() if name not in skipping}, **schedule, "magcache": "off"}
@@ -210,7 +210,7 @@ def least_steps(video: VideoConfig, spec: ModelSpec) -> int:
 def _check_steps(video: VideoConfig, spec: ModelSpec, steps: int) -> None:
     if steps > video.num_steps or not _has_all_experts(video, spec, steps):
         fix = f"use {least_steps(video, spec)} to {video.num_steps}"
-        raise ConfigError(f"--steps-measured {steps}: each expert of the video needs a step: {fix}")
+        raise ConfigError(f"--steps-measured {steps}: each expert of the video needs at least one step: {fix}")
 
 
 def _has_all_experts(video: VideoConfig, spec: ModelSpec, steps: int) -> bool:
@@ -268,7 +268,7 @@ class Cells:
         return ArtifactStore(self.root)
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
-        """Returns a cell's result, or None if the cell was not measured yet; a damaged one is measured again."""
+        """Returns a cell's result, or None if there is no result yet; a damaged result counts as missing."""
         folder = self._store.find(KIND, cell.inputs, damaged="miss")
         return None if folder is None else read_object(folder / CELL, "remove its folder")
 
@@ -277,7 +277,7 @@ class Cells:
         return self._store.path(KIND, cell.inputs) / FRAMES
 
     def put(self, cell: Cell, document: dict[str, Any], frames: npt.NDArray[np.uint8]) -> None:
-        """Stores the result of a cell, and its frames if they are compared later."""
+        """Stores the result of a cell, and the cell's frames if they are compared later."""
 
         def write(folder: Path) -> None:
             if cell.inputs["has_frames"]:

@@ -1,8 +1,8 @@
 """Compares each recipe's videos with those of the first recipe, and judges whether the videos follow the prompt.
 
 A recipe's PSNR is computed from the mean squared error over all clips. (A mean of the clips' PSNRs would be infinite
-as soon as the videos of one clip are equal.) If the videos of all clips are equal bit for bit, there is no finite PSNR:
-the document has None for the PSNR, and `identical` is true.
+if the videos of only one clip were equal.) If the videos of all clips are equal bit for bit, the document has None for
+the PSNR, and `identical` is true.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Quality = dict[str, Any]
 def compared(
     videos: dict[str, list[str]], base: str, prompts: Sequence[str], is_judged: bool, device: str
 ) -> dict[str, Quality]:
-    """Compares the videos of each name with the videos of the name `base`, and returns {name: quality}.
+    """Compares each recipe's videos with the videos of the recipe `base`, and returns {recipe: quality}.
 
-    `videos` has, for each name, one file for each clip. If `is_judged` is true, the prompts are captions of the tiny
-    model's world, and the motion that each video shows is judged too.
+    `videos` maps each recipe to a list of files, one for each clip. If `is_judged` is true, the prompts are captions of
+    the tiny model's world. Then `compared` also judges whether each video shows the motion that its caption names.
     """
     found: dict[str, list[Quality]] = {name: [] for name in videos}
     for clip, prompt in enumerate(prompts):

@@ -1,7 +1,7 @@
 """Turns the results of cells into the rows of a report: seconds, forwards, memory, FLOP and quality.
 
 The seconds of a video are the sum of encoding the image, denoising and decoding. Loading the models and encoding the
-text are not included: they belong to the start of a process, and the report has separate figures for the start. Each
+text are not included: they belong to the start of a process, and the report has separate figures for this start. Each
 figure of one repeat is the mean over the clips. The report states the median of the repeats and their spread (the
 largest figure minus the smallest).
 This module does not import torch.
@@ -29,9 +29,10 @@ Document = dict[str, Any]
 STAGES = ("encode", "denoise", "decode")
 RERUN, OTHER_SEED = "again, the same seed", "another seed"
 _NOISE = (
-    "The noise floor has two rows. The first recipe again, in a new process with the same seed, shows what is no "
-    "difference at all: where it is identical, every finite PSNR comes from the recipe. Another seed says more about "
-    "quality: a recipe that is as far from the first as another seed is shows another video, good or bad."
+    "The noise floor has two rows. The row of the same seed repeats the first recipe in a new process. If its videos "
+    "are identical, every finite PSNR in the table comes from a recipe, and not from chance. The row of another seed "
+    "shows the PSNR of a different video: a recipe with a PSNR as low as this also makes a different video, which may "
+    "be good or bad."
 )
 
 

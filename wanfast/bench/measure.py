@@ -1,4 +1,4 @@
-"""Measures the missing cells of a bench, repeat by repeat, so that the recipes run in turn.
+"""Measures the missing cells of `wanfast bench`, repeat by repeat, so that the recipes run in turn.
 
 In each repeat, a recipe starts its ranks, and the ranks load the models. Then the ranks make a short warm-up video of
 each clip. During the first video of a shape, code is compiled, kernels are searched and the prompt is encoded. The

@@ -1,9 +1,9 @@
 """Writes a folder that `wanfast generate --model` reads: a model's names, shapes and layout, without its weights.
 
 The weights of the experts and of the text encoder are either holes or random values. Holes are fp32 files that read as
-zeros and take no disk space. Random values are bf16 files, and the values keep activations at the scale of one. Both
-experts are the same file (a hard link). The VAE is random in both cases, so the decoded frames are noise. The noise is
-divided by `smoothness` before it becomes 8-bit.
+zeros and take no disk space. Random values are bf16 files; their scale is chosen so that activations stay near one.
+Both experts are the same file (a hard link). The VAE is random in both cases, so the decoded frames are noise. The
+noise is divided by `smoothness` before the frames become 8-bit.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def random_bytes(spec: ModelSpec) -> int:
 def randomise(module: nn.Module, seed: int) -> None:
     """Fills EVERY parameter of `module` with random values.
 
-    If a tensor kept its default of zero or one, a test would not notice that the tensor is exchanged or unused.
+    If a tensor kept its default of zero or one, a test could not detect that the code ignores this tensor or uses
+    another one instead.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
@@ -99,9 +100,9 @@ def spread_of(name: str, shape: torch.Size) -> tuple[float, float]:
 
 
 def write_holes(stream: BinaryIO, shapes: Shapes, dtype: str = "F32") -> dict[str, int]:
-    """Writes a safetensors file with these shapes, and returns the position of each tensor in the file.
+    """Writes a safetensors file with these shapes, and returns {name: the byte of the file at which the tensor starts}.
 
-    The tensors' values are a hole, which reads as zeros and takes no disk space.
+    The values are a hole in the file: a hole reads as zeros and takes no disk space.
     """
     header, starts, end = {}, {}, 0
     for name, shape in shapes.items():

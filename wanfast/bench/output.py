@@ -1,4 +1,4 @@
-"""Writes the files of a report, and the random weights that a bench may use.
+"""Writes the files of a report, and the random weights that `wanfast bench` may use.
 
 This module does not import torch.
 """
@@ -22,9 +22,10 @@ REPORT, PAGE, WATERFALL, QUALITY = "report.json", "report.html", "waterfall.png"
 
 
 def with_random_weights(given: dict[str, Any], files: ModelFiles, say: SayFn) -> tuple[dict[str, Any], ModelFiles]:
-    """Returns the options and the files of a model with the facts of `files` and random weights.
+    """Replaces the model by one with the same facts and random weights; returns the new options and the new files.
 
-    The folder with the random weights is written only if it does not exist yet.
+    `given` and `files` are the options and the files of the original model. The folder with the random weights is
+    written only if it does not exist yet.
     """
     facts = files.spec.to_json()
     key = key_of({"facts": facts, "code": digest_of_code("bench/model_folder.py", "runtime/weights/key_maps.py")})[:12]
@@ -36,7 +37,7 @@ def with_random_weights(given: dict[str, Any], files: ModelFiles, say: SayFn) ->
 
 
 def write_report(report: dict[str, Any], rows: list[Row], cells: Cells, folder: Path) -> None:
-    """Writes the JSON, the pictures and the page of a report. Raises ConfigError."""
+    """Writes the JSON, the pictures and the page of a report. Raises ConfigError if `folder` cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -18,7 +18,10 @@ _CRF = 16  # smaller files than those of `wanfast generate`, because all videos 
 
 
 def write_page(report: dict[str, Any], pictures: dict[str, Path], videos: dict[str, Path], file: Path) -> None:
-    """Writes the page with `pictures` {title: PNG} and `videos` {name: frames that `write_frames` stored}."""
+    """Writes the page `file` of a report, with pictures and videos.
+
+    `pictures` is {title: PNG file}, and `videos` is {recipe: file that `write_frames` wrote}.
+    """
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -1,4 +1,4 @@
-"""Draws the two pictures of a report: measured and published seconds, and speed against quality.
+"""Draws the two pictures of a report: one shows measured and published seconds, the other speed and quality.
 
 This module does not import torch.
 """
@@ -41,7 +41,8 @@ def draw_waterfall(report: dict[str, Any], file: Path) -> None:
 def draw_quality(report: dict[str, Any], file: Path) -> None:
     """Draws a point for each row: the seconds of a video (x), and the PSNR against the first recipe (y).
 
-    If a row's videos are identical to the first recipe's, the PSNR is infinite, and the point lies near the upper edge.
+    If a row's videos are identical to those of the first recipe, the PSNR is infinite, and the point lies near the
+    upper edge.
     """
     from matplotlib.figure import Figure
 

@@ -1,9 +1,9 @@
-"""Projects the seconds of a whole video to more GPUs, with a cost model fitted to one and two GPUs.
+"""Projects the seconds of a whole video on more GPUs, by a cost model that is fitted to runs on one and two GPUs.
 
 docs/projection.md has the formulas and their assumptions. The seconds of a video are the sum of seven terms. Four terms
 are parts of a forward: attention, linears, norms and exchange. Each of the four depends on the number of tokens and on
-the number of ranks that share the tokens. The VAE's term depends on the number of all ranks, and on the tokens too. The
-terms of the text and of the start are the same on any number of GPUs.
+the number of ranks that share the tokens. The VAE's term depends on the number of tokens and on the number of all
+ranks. The terms of the text and of the start are the same on any number of GPUs.
 
 The exchange on two GPUs is the time of a forward on two GPUs, minus half of the time on one GPU. On more GPUs, the
 exchange is proportional to the number of tokens that a rank sends.
@@ -32,7 +32,10 @@ NOT_CHECKED = "not checked on 4"
 
 @dataclass(frozen=True)
 class Shared:
-    """Holds the seconds of a task in two parts: each rank repeats the first part, and the ranks divide the second."""
+    """Holds the seconds of a task in two parts.
+
+    Each rank repeats the first part; the ranks share the work of the second part.
+    """
 
     repeated_s: float
     divided_s: float
@@ -50,7 +53,7 @@ class Shared:
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """Holds the fitted numbers.
+    """Holds the numbers that `fit` computed from measurements.
 
     Names that end in `_flop_s` are rates of one GPU in FLOP/s. Names that end in `_token_s` are seconds for one token.
     """
@@ -66,7 +69,7 @@ class CostModel:
     start_s: float = 0.0
 
     def forward(self, tokens: int, ulysses: int) -> Terms:
-        """Returns the terms of one forward if `ulysses` ranks share its tokens."""
+        """Returns the terms of one forward, in seconds, if `ulysses` ranks share the forward's tokens."""
         return {
             "attention": attention_flop(A14B.dit, tokens) / self.attention_flop_s / ulysses,
             "linears": linear_flop(A14B.dit, tokens) / self.linear_flop_s / ulysses,
@@ -83,7 +86,10 @@ class CostModel:
         return (self.encode.on(ranks) + self.decode.on(ranks)) * tokens / self.vae_tokens
 
     def video(self, tokens: int, mesh: Mesh, steps: int = STEPS) -> Terms:
-        """Returns the terms of one video with guidance. If `mesh.cfg` is 2, both branches run at the same time."""
+        """Returns the terms of one video with guidance, in seconds.
+
+        If `mesh.cfg` is 2, both branches run at the same time.
+        """
         forwards = 2 * steps / mesh.cfg
         of_steps = {name: forwards * seconds for name, seconds in self.forward(tokens, mesh.ulysses).items()}
         return {**of_steps, "VAE": self.vae_s(tokens, mesh.group_size), "text": self.text_s, "start": self.start_s}
@@ -92,10 +98,11 @@ class CostModel:
 def on_more_gpus(
     model: CostModel, seconds: Terms, forwards: float, tokens: int, meshes: tuple[Mesh, Mesh]
 ) -> dict[str, float]:
-    """Returns the seconds of each stage on the second mesh, projected from `seconds` of the first mesh.
+    """Returns the seconds of each stage on the second mesh, projected from `seconds` on the first mesh.
 
-    The time of a measured forward is the model's exchange plus other work, which the ranks of each mesh divide. The
-    kernels of this work may differ from those to which the model was fitted.
+    The time of a forward is split in two parts. The exchange is computed by `model`. The rest of the measured time is
+    work that the ranks share equally. `model` does not compute this work, so it may use other kernels than the runs to
+    which `model` was fitted.
     """
     before, after = meshes
     exchange = [model.forward(tokens, mesh.ulysses)["exchange"] for mesh in meshes]
@@ -126,7 +133,7 @@ def fit(forward: Document, profile: Document, vae: Document, video: Document) ->
     `forward`: the time of a forward on one GPU and on two GPUs.
     `profile`: how the time of a forward on one GPU is divided among its parts.
     `vae`: the times of the VAE on one GPU and on two GPUs.
-    `video`: the times of whole videos on two GPUs. The time without text, denoising and VAE is the start.
+    `video`: the times of whole videos on two GPUs. The start takes the rest: the time without text, denoising and VAE.
     """
     one_s, two_s = (forward["ways"][name]["ms"] / 1000 for name in ("one", "ulysses 2"))
     tokens, shares = forward["tokens"], next(iter(profile["profiles"].values()))["shares"]  # the first is one GPU's
@@ -159,7 +166,7 @@ def _tokens_of_vae(vae: Document) -> int:
 
 @dataclass(frozen=True)
 class WholeVideo:
-    """Holds medians of `benchmarks/whole_video.py --random`, over the commands that had a new prompt."""
+    """Holds median seconds that `benchmarks/whole_video.py --random` measured, over its commands with a new prompt."""
 
     num_gpus: int
     steps: int
@@ -180,16 +187,17 @@ class WholeVideo:
         return cls(num_gpus, steps, tokens_of(*document["size"]), seconds, beyond)
 
     def whole_s(self, steps: int = STEPS) -> float:
-        """Returns the seconds of a command with `steps` steps; only the seconds of denoising depend on the steps."""
+        """Returns the seconds of a whole command with `steps` steps; only its denoising time depends on the steps."""
         return self.beyond_s + self.seconds["denoise"] * steps / self.steps
 
 
 def checks(
     model: CostModel, *, forward: Document | None = None, vae: Document | None = None, video: Document | None = None
 ) -> list[dict[str, Any]]:
-    """Compares the model with measurements to which it was not fitted; a document that is None is left out.
+    """Compares the model's projections with measurements that `fit` did not use; skips documents that are None.
 
-    The documents `forward` and `vae` may have several numbers of ranks; only the largest number is compared.
+    The documents `forward` and `vae` may hold results for several numbers of ranks; only the largest number is
+    compared.
     """
     found = []
     if forward:

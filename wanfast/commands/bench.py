@@ -1,4 +1,4 @@
-"""`wanfast bench`: measures recipes over a set of clips, and writes their speed and quality side by side."""
+"""`wanfast bench`: measures recipes over a set of clips, and reports their speed and quality side by side."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def bench(
     recipes: Annotated[
         str,
         typer.Option(
-            help="Recipes to measure, separated by commas. The names ours, published and few-steps stand for several "
-            "recipes. Each recipe is compared with the first one.",
+            help="Recipes to measure, separated by commas. The names ours, published and few-steps are groups "
+            "of recipes. Each recipe is compared with the first recipe.",
             rich_help_panel=MAKE,
         ),
     ] = "ours,published",
     set_: Annotated[Path | None, options.clip_set("the examples that ship")] = None,
     seed: Annotated[
-        int, typer.Option(help="Seed of the first clip; the next one gets seed + 1.", rich_help_panel=MAKE)
+        int, typer.Option(help="Seed of the first clip; the next clip gets seed + 1.", rich_help_panel=MAKE)
     ] = 0,
     repeats: Annotated[
         int, typer.Option(help="How often each recipe makes each clip; the recipes run in turn.", rich_help_panel=MAKE)
@@ -60,7 +60,7 @@ def bench(
         bool,
         typer.Option(
             "--random-weights",
-            help="Measure only speed, with random weights in place of the model's.",
+            help="Measure only speed, with random weights instead of the model's weights.",
             rich_help_panel=MAKE,
         ),
     ] = False,
@@ -69,11 +69,11 @@ def bench(
     ] = Path("bench"),
     json_: options.Json = False,
 ) -> None:
-    """Measure recipes side by side: seconds, memory, FLOP, and quality against the first recipe.
+    """Measure recipes side by side: seconds, memory, FLOP, and quality compared with the first recipe.
 
     An option that you give overrides the same option of every recipe.
     If this machine cannot run a recipe, the recipe's row states the reason.
-    Every video is stored when it is done, so that an interrupted bench continues with the next one.
+    Every video is stored when it is done, so that an interrupted run continues with the next video.
     """
     given = accepted({**options.given(context), "seed": None, "output": None})
     del given["seed"], given["output"]  # of this command, and not of a video
@@ -106,7 +106,7 @@ def bench(
         errors = measure(asked, rows, cells, say)
     except (KeyboardInterrupt, SystemExit):
         done = sum(len(row.cells) for row in rows) - missing(rows, cells)
-        say(f"note: videos stored: {done}; to go on, type `{shlex.join(['wanfast', *sys.argv[1:]])}`")
+        say(f"note: videos stored: {done}; to continue, run `{shlex.join(['wanfast', *sys.argv[1:]])}`")
         raise
     report = report_of(asked, rows, cells, errors)
     write_report(report, rows, cells, folder)

@@ -34,18 +34,20 @@ def calibrate_magcache(
     context: typer.Context,
     set_: Annotated[Path | None, options.clip_set("the set that ships")] = None,
     seed: Annotated[
-        int, typer.Option(help="Seed of the first clip; the next one gets seed + 1.", rich_help_panel=MAKE)
+        int, typer.Option(help="Seed of the first clip; the next clip gets seed + 1.", rich_help_panel=MAKE)
     ] = 0,
     json_: options.Json = False,
 ) -> None:
-    """Make a video of each clip of a set, without skips, and store MagCache's ratios for --magcache artifact.
+    """Denoise each clip of a set without skips, and store MagCache's ratios for `--magcache artifact`.
 
     Each clip's measurements are stored when the clip is done, so that an interrupted run continues with the next clip.
     """
     given = of_command(options.given(context), "calibrate-magcache")
     given.pop("seed", None)
     if given.get("steps", 2) < 2:
-        raise ConfigError(f"--steps {given['steps']}: the ratios compare each step with the step before: use 2 or more")
+        raise ConfigError(
+            f"--steps {given['steps']}: each ratio compares a step with the step before: use --steps 2 or more"
+        )
     if find_spec("matplotlib") is None:
         raise ConfigError("the plot of the curve needs matplotlib: run `pip install matplotlib`")
     with asked_once():
@@ -75,7 +77,7 @@ def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list
 def calibrated(
     given: dict[str, Any], plans: list[Plan], clips: list[Clip], files: ModelFiles, *, show_progress: bool
 ) -> dict[str, Any]:
-    """Returns a JSON document on the curve of the calibration set, and on how the preset differs from this curve.
+    """Returns a JSON document: the curve of the calibration set, and how the preset differs from this curve.
 
     If the curve is missing, it is measured first. Raises WanFastError.
     """
@@ -143,7 +145,7 @@ def _measured(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns a text with the curve's folder, the range of the curve's ratios, and how much the preset differs."""
+    """Returns a text: the curve's folder, the range of its ratios, and how much the preset differs from the curve."""
     how = "was made already" if result["was_there"] else f"{result['clips']} clips"
     ratios = [ratio for row in result["ratios"][1:] for ratio in row]
     lines = [f"{result['output']}: {how}; ratios {min(ratios):.4f} to {max(ratios):.4f}"]

@@ -15,10 +15,10 @@ from wanfast.runtime.facts.memory import CARDS, gb
 
 _KEYS_SHOWN = 4
 _MODES = (
-    "resident: both experts stay on the GPU; evicting: a part is in host memory while the VAE works; "
-    "sharded: each GPU holds a share; offloaded: the idle expert is in host memory"
+    "resident: both experts stay on the GPU; evicting: some weights are in host memory while the VAE works; "
+    "sharded: each GPU holds a share of the weights; offloaded: the idle expert is in host memory"
 )
-_CARDS = f"a card of 80 GB has {gb(CARDS['80 GB'])} by the driver"
+_CARDS = f"the driver reports {gb(CARDS['80 GB'])} for a card of 80 GB"
 
 Rows = list[tuple[str, str]]
 
@@ -30,8 +30,8 @@ def doctor(
 ) -> None:
     """Report what is installed, what fits, and what to type next.
 
-    This command loads no weights, and writes nothing except hashes of files that options name. The exit code is 2 for a
-    wrong option, and otherwise 0, whatever the command finds.
+    This command loads no weights, and writes nothing except the hashes of files that your options name. The exit code
+    is 2 for a wrong option, and otherwise 0, whatever the command finds.
     """
     from wanfast.runtime.jobs import doctor as worker  # imports torch, which may be broken
     from wanfast.runtime.planning.next_step import example
@@ -91,7 +91,7 @@ def _software(document: dict[str, Any]) -> Rows:
         (
             "torchao",
             versions.get("torchao")
-            or "not installed; only `wanfast quantize` needs it, not the experts that it stored",
+            or "not installed; `wanfast quantize` needs it, but stored quantized experts do not",
         ),
         ("video", f"PyAV {versions['av']}, {libraries}, {x264}"),
         ("ffmpeg", f"{encoder['ffmpeg'] or 'none on PATH'}; PyAV brings its own libraries"),

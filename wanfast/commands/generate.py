@@ -25,16 +25,16 @@ def generate(
         Path | None,
         typer.Option(
             "--from",
-            help="Run the .json of an earlier video again; other options override the recorded ones.",
+            help="Repeat an earlier video from its .json; options that you give override the recorded options.",
             rich_help_panel=MAKE,
         ),
     ] = None,
     jobs: Annotated[
         Path | None,
         typer.Option(
-            help="Make many videos: each line of this file is a JSON object with the options of one video, which "
-            "override options of the command line. In a line, the paths of the image, the experts and the LoRAs are "
-            "relative to the folder of this file.",
+            help="Make many videos: each line of this file is a JSON object with the options of one video. These "
+            "options override the command line. Relative paths of the image, the experts and the LoRAs start "
+            "in the folder of this file.",
             rich_help_panel=MAKE,
         ),
     ] = None,
@@ -63,7 +63,7 @@ def dry_result(item: Planned) -> dict[str, Any]:
 def run(planned: list[Planned], report: Report) -> list[dict[str, Any]]:
     """Makes a video for each element of `planned`, and returns a result for each element.
 
-    If an element has no plan, its result is an error, or a note that the video exists.
+    For an element without a plan, the result is an error, or a note that the video exists already.
     """
     ready = [item for item in planned if item.plan is not None]
     worked: list[dict[str, Any]] = []

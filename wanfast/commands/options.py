@@ -34,7 +34,7 @@ Json = Annotated[
     typer.Option("--json", help="Print one JSON document as the last line of stdout.", rich_help_panel=FILES),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the plan and stop; needs no weights.", rich_help_panel=FILES)
+    bool, typer.Option("--dry-run", help="Print the plan and stop. No weights are needed.", rich_help_panel=FILES)
 ]
 
 
@@ -48,7 +48,7 @@ def clip_set(by_default: str) -> Any:
     """Returns the option --set of a command that reads a set of clips; `by_default` describes the default set."""
     return typer.Option(
         "--set",
-        help="A folder with images and a clips.jsonl, which gives each image its prompt.",
+        help="A folder with images and a file clips.jsonl, which has a prompt for each image.",
         show_default=by_default,
         rich_help_panel=MAKE,
     )
@@ -57,7 +57,7 @@ def clip_set(by_default: str) -> Any:
 def takes_options(command: Command) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Returns a decorator that adds the options of `command` to the parameters of a Typer function.
 
-    In this function, `given(context)` returns the options that the user gave.
+    In the decorated function, `given(context)` returns the options that the user gave.
     """
     chosen = [option for option in OPTIONS.values() if command == "generate" or command in option.option.also]
 

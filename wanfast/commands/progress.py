@@ -1,4 +1,4 @@
-"""Shows progress bars on stderr, for the steps of a video and for bytes. A full bar stays on the screen."""
+"""Shows progress bars on stderr: the steps of a video, or the bytes of files. A full bar stays on the screen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`wanfast quantize`: quantizes the experts once with a scheme and stores them for every later run."""
+"""`wanfast quantize`: quantizes the experts with a scheme, and stores them for all later runs."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def quantize(
 ) -> None:
     """Quantize the experts and store them for `generate --quantize`.
 
-    In 8 bits the experts have a quarter of the bytes of the published float32 weights. Run the command again after a
-    failure: only the missing expert is quantized.
+    The 8-bit experts take a quarter of the bytes of the published float32 weights. After a failure, run the command
+    again: it quantizes only the missing expert.
     """
     from wanfast.runtime.jobs import quantize as worker  # torch begins here
 

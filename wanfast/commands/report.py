@@ -40,7 +40,7 @@ class Report:
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def plans(self, planned: list[Planned], *, always: bool) -> None:
-        """Prints the errors and the notes. Prints the plans too, unless `brief` is true and `always` is false."""
+        """Prints the errors and the notes. Prints the plans too if `always` is true or `brief` is false."""
         for item in planned:
             if item.plan is None:
                 self.result(item, item.outcome())
@@ -52,9 +52,9 @@ class Report:
             self._warnings.print(f"note{lines}: {note}", markup=False)
 
     def result(self, item: Planned, result: dict[str, Any]) -> None:
-        """Prints the summary of one video; if a line of a list of jobs failed, prints the error of this line.
+        """Prints the summary of one video. If a line of a list of jobs failed, prints the line's error instead.
 
-        For a single request that failed, prints nothing, because `close` raises the error.
+        If a single request failed, prints nothing, because `close` raises the error.
         """
         if "skipped" in result:
             self._console.print(f"{_shown(result['output'])}: {result['skipped']}, skipped", markup=False)
@@ -63,15 +63,15 @@ class Report:
             self._note_compile_time(result, _of_line(item))
             if item.request.engines not in (None, result["cudnn_engines"]):
                 self._warnings.print(
-                    "note: --from: cuDNN's engines differ from those of the earlier run: pixels may differ slightly"
+                    "note: --from: cuDNN uses other engines than in the earlier run, so pixels may differ slightly"
                 )
         elif item.request.line is not None:
             self._warnings.print(f"error{_of_line(item)}: {result['error']}", markup=False)
 
     def no_share(self) -> None:
-        """Reports that this machine makes no video, because the list has fewer lines than there are machines."""
+        """Reports that this machine makes no video, because the list has fewer lines than the run has machines."""
         self._warnings.print(
-            "note: this machine makes no video, because the list has fewer lines than there are machines"
+            "note: this machine makes no video, because the list has fewer lines than the run has machines"
         )
         if self.as_json:
             print(json.dumps({"results": [], "failed": 0}))
@@ -79,8 +79,8 @@ class Report:
     def close(self, planned: list[Planned], results: list[dict[str, Any]]) -> None:
         """Prints the JSON document if `as_json` is true.
 
-        Without `--jobs`, raises the error of the video if it failed. With `--jobs`, raises JobsFailedError if any line
-        failed.
+        Without `--jobs`, raises the video's error if the video failed. With `--jobs`, raises JobsFailedError if any
+        line failed.
         """
         many = planned[0].request.line is not None
         failed = sum("error" in result for result in results)
@@ -231,7 +231,7 @@ def _check_line(check: dict[str, Any]) -> str:
         return "no call was sparse"
     at = ", ".join(f"{name} {place}" for name, place in check["largest_at"].items())
     return (
-        f"mean {check['mean']:.2g}, of 95 % of the heads at most {check['of_95_percent']:.2g}, largest "
+        f"mean {check['mean']:.2g}, at most {check['of_95_percent']:.2g} for 95 % of the heads, largest "
         f"{check['largest']:.2g} ({at})"
     )
 
@@ -248,7 +248,7 @@ def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
         curve += f", interpolated from {of['steps']} steps at shift {of['shift']:g}"
     share = f"{m['skipped_forwards']} of {m['total_forwards']} forwards skipped ({m['skipped_share']:.1%})"
     if m["skipped_forwards_apart"] is not None:
-        share += f"; both branches skip together: {m['skipped_forwards_apart']} if each skipped alone"
+        share += f"; both branches skip together: {m['skipped_forwards_apart']} if each branch skipped alone"
     kind = "extrapolated residuals" if m["extrapolates"] else "residuals"
     stored = f"{m['residual_bytes'] / 1e9:.1f} GB of {kind} a rank"
     always = _always_computed(plan)
@@ -259,8 +259,10 @@ def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
 def _always_computed(plan: dict[str, Any]) -> list[str]:
     """Says which steps skip nothing because of distilled weights or the gate of guidance."""
     distilled, at_gate = plan["magcache"]["distilled_steps"], plan["guidance_gate"] != 1
-    lines = [f"the last {distilled} steps skip nothing, because the curve does not know them"] if distilled else []
-    gate = "around the gate, an expert's last step with guidance and its first one without skip nothing"
+    lines = (
+        [f"the last {distilled} steps are never skipped, because the curve has no ratios for them"] if distilled else []
+    )
+    gate = "an expert's last step with guidance and its first step without guidance are never skipped"
     return [*lines, *([gate] if at_gate else [])]
 
 

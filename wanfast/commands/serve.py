@@ -1,4 +1,4 @@
-"""`wanfast serve`: keeps models loaded, and makes the videos that are asked for over HTTP."""
+"""`wanfast serve`: keeps the models loaded, and makes videos that clients request over HTTP."""
 
 from __future__ import annotations
 
@@ -22,24 +22,35 @@ def serve(
     context: typer.Context,
     host: Annotated[
         str,
-        typer.Option(help="Address to listen at. Any but this machine's own needs keys.", rich_help_panel=SERVER),
+        typer.Option(
+            help="Address to listen on. If other machines can reach it, --api-key-file is needed.",
+            rich_help_panel=SERVER,
+        ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at. 0 is any free one.", rich_help_panel=SERVER)] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on. 0 chooses a free port.", rich_help_panel=SERVER)] = 8000,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(help="File with one key a line. A client sends a key and sees its jobs.", rich_help_panel=SERVER),
+        typer.Option(
+            help="File with one API key on each line. A client sends one key, and sees the jobs of this key.",
+            rich_help_panel=SERVER,
+        ),
     ] = None,
     max_queue: Annotated[
-        int, typer.Option(help="Number of videos that may wait; more are refused.", rich_help_panel=SERVER)
+        int,
+        typer.Option(
+            help="Largest number of videos that may wait. Further requests are refused.", rich_help_panel=SERVER
+        ),
     ] = 100,
-    max_upload_mb: Annotated[int, typer.Option(help="Megabytes that a request may have.", rich_help_panel=SERVER)] = 32,
+    max_upload_mb: Annotated[
+        int, typer.Option(help="Largest size of a request, in megabytes.", rich_help_panel=SERVER)
+    ] = 32,
     keep_hours: Annotated[
-        float, typer.Option(help="Hours that a finished video may be downloaded.", rich_help_panel=SERVER)
+        float, typer.Option(help="Hours for which a finished video can be downloaded.", rich_help_panel=SERVER)
     ] = 24.0,
     database: Annotated[
         str | None,
         typer.Option(
-            help="URL of a PostgreSQL that holds the queue, such as postgresql://USER@HOST/NAME.",
+            help="URL of a PostgreSQL database for the queue, such as postgresql://USER@HOST/NAME.",
             envvar="WANFAST_DATABASE",
             show_default="SQLite in --data-dir",
             rich_help_panel=SERVER,
@@ -54,10 +65,10 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Keep the models loaded, and make videos that clients ask for over HTTP.
+    """Keep the models loaded, and make videos that clients request over HTTP.
 
     Clients of OpenAI's video API can use the server.
-    --size and --frames are those of the largest video.
+    --size and --frames state the largest video that a client may request.
     The other options of a video are defaults, which a request may override.
     """
     for package in ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client", "python_multipart"):

@@ -1,4 +1,4 @@
-"""`wanfast warmup`: compiles a block as `generate --compile` does, and stores the code for every later process."""
+"""`wanfast warmup`: compiles an expert's block as `generate --compile` does, and stores the code for later runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def warmup(
     """Compile an expert's block for a size and a number of GPUs, so that `generate --compile` need not compile it.
 
     The compiled code is stored in `inductor/` of the artifacts folder. `inductor/` may be copied to machines of the
-    same kind. No weights are needed. On a CPU a warmup saves little, because `generate` builds the C++ code again.
+    same kind. No weights are needed. On a CPU, this command saves little time, because `generate` builds the C++ code
+    again.
     """
     given = of_command(options.given(context), "warmup")
     plan, image_size = planned(given)
@@ -62,10 +63,10 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns a line with the folder of the compiled code, and with the seconds of a block's forwards."""
+    """Returns a line that states the folder of the compiled code, and the seconds of a block's forwards."""
     seconds = result["seconds"]
     shape = f"{result['width']}x{result['height']}, {result['frames']} frames, {result['attention']} attention"
     first, second = (f"{seconds[name]:.1f} s" for name in ("first", "second"))
     regrouped = f", on all ranks together {seconds['regrouped']:.1f} s" if "regrouped" in seconds else ""
-    what = "was made already, and loads" if result["was_there"] else f"{result['bytes'] / 1e6:.1f} MB"
+    what = "was made in an earlier run, and can be loaded" if result["was_there"] else f"{result['bytes'] / 1e6:.1f} MB"
     return f"{result['output']}: {what}; {shape}; first forward of a block {first}, second {second}{regrouped}"

@@ -29,10 +29,7 @@ def run(
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
-    """Denoises one clip; returns the statistics of its residuals for every step and branch, and the denoising time.
-
-    The time is in seconds.
-    """
+    """Denoises one clip; returns its residuals' statistics for every step and branch, and the seconds of denoising."""
     plan, image = session.plan(job)
     plan = dataclasses.replace(plan, may_regroup=False)  # because each token is compared with itself, on its rank
     steps = len(plan.schedule)

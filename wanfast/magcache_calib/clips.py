@@ -1,4 +1,4 @@
-"""Reads a calibration set: a folder with images and a `clips.jsonl`, which gives each image its prompt.
+"""Reads a calibration set: a folder with images and a file `clips.jsonl` with a prompt for each image.
 
 Two small sets ship with the package: one of drawn scenes for the model `tiny`, and one of photographs.
 This module does not import torch.
@@ -36,9 +36,10 @@ def shipped_set(spec: ModelSpec) -> Path:
 
 
 def read_set(folder: Path, seed: int, name: str = LIST) -> list[Clip]:
-    """Reads the clips that the list `name` in `folder` names. The first clip gets `seed`, the next seed + 1, and so on.
+    """Reads the clips of a set from the file `name` in `folder`.
 
-    Raises ConfigError if the set is missing or malformed.
+    The first clip gets `seed`, the second gets seed + 1, and so on. Raises ConfigError if the set is missing or
+    malformed.
     """
     with foreign(f"--set {folder}: {name}", f"write one line per clip, such as {_EXAMPLE}"):
         lines = (folder / name).read_text(encoding="utf-8-sig").split("\n")

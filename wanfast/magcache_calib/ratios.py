@@ -31,7 +31,7 @@ def clip_file(store: ArtifactStore, inputs: dict[str, Any]) -> Path:
 
 
 def read_clip(store: ArtifactStore, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the stored measurements of a clip, or None if they are missing, incomplete or made from other inputs."""
+    """Returns a clip's stored measurements, or None if they are missing, incomplete or made from other inputs."""
     try:
         document = read_object(clip_file(store, inputs), "it is measured again")
         same = document["inputs"] == json.loads(json.dumps(inputs))
@@ -82,10 +82,11 @@ def _mean(values: list[float], otherwise: float) -> float:
 def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelFiles) -> dict[str, Any] | None:
     """Compares the curve with the model's preset, and lists the steps at which the ratios differ too much.
 
-    Too much is more than the curve's spread, which is the standard deviation over tokens. The worst step has
-    the largest difference in relation to its spread. The first step of each expert is excluded, because no plan uses
-    the ratio of such a step. Returns None if the model has no preset, if the preset has other steps than `config`, or
-    if every step is excluded.
+    A difference is too large if it exceeds the curve's spread at the step (the standard deviation over tokens). The
+    worst step has the largest difference relative to its spread. The first step of each expert is excluded, because no
+    plan uses the ratio of such a step.
+    Returns None if the model has no preset, if the preset belongs to other timesteps than those of `config`, or if
+    every step is excluded.
     """
     known, boundary = preset(files), files.spec.boundary
     here = steps_of_video(config.video, boundary)
@@ -109,7 +110,7 @@ def against_preset(curve: dict[str, Any], config: EffectiveConfig, files: ModelF
 
 
 def write_curve(folder: Path, curve: dict[str, Any], config: EffectiveConfig, spec: ModelSpec, num_clips: int) -> None:
-    """Writes the curve as JSON, and its plot, into the folder of an artifact."""
+    """Writes the curve as JSON and as a plot into the folder of an artifact."""
     steps = steps_of_video(config.video, spec.boundary)
     timesteps = [timestep for _, timestep in steps]
     experts = [expert for expert, _ in steps]

@@ -1,4 +1,4 @@
-"""Defines a step cache that skips nothing and measures how residuals change from step to step.
+"""Defines a step cache that skips no forward, and measures how residuals change from step to step.
 
 For each step, branch and token, the ratio is |r| / |s|. r is the residual of this step, s is the residual of the step
 before, and both norms are over the channels. For each step and branch this cache measures three values over all tokens.
@@ -57,8 +57,8 @@ class Recorder:
     def measured(self, num_steps: int) -> list[dict[Branch, dict[str, float] | None]]:
         """Returns the mean ratio, the spread and the mean cosine distance for each step and branch.
 
-        They are computed over the tokens of all ranks. If a branch has no measurement at a step, the value is None. All
-        ranks must call this method together, because it gathers the sums of all ranks. Raises NotFiniteError on all
+        These values are computed over the tokens of all ranks. A step at which a branch has no measurement has None.
+        All ranks must call this method together, because it gathers the sums of all ranks. Raises NotFiniteError on all
         ranks if a number is not finite, for example because a residual is zero.
         """
         mine = {key: [*sums.tolist(), self._num_own] for key, sums in self._sums.items()}

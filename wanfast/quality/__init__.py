@@ -1,1 +1,1 @@
-"""Measures how good a video is: metrics against a reference, and for the tiny model, whether the prompt is followed."""
+"""Measures the quality of videos by metrics, and whether the tiny model's videos follow their prompts."""

@@ -1,9 +1,9 @@
 """Defines the motions of the camera, as straight paths over a clip.
 
-A path gives four values for each moment u in [0, 1]. x (right) and y (down) say how far the camera has moved, in short
-sides of the frame. The other two values are the logarithm of the camera's zoom, and the camera's roll in radians
-(clockwise). The things in the picture move in the opposite direction. The table `CAMERAS` is used both to draw the
-training clips and to judge the videos, so that a caption has one meaning.
+A path gives four values for each moment u in [0, 1]. x (right) and y (down) say how far the camera has moved, in units
+of the frame's short side. The other two values are the logarithm of the camera's zoom, and the camera's roll in radians
+(clockwise). The things in the picture move in the opposite direction. The training clips and the judge of the videos
+both use the table `CAMERAS`, so that a caption means the same motion to both.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def ssim(video: Tensor, reference: Tensor) -> float:
 
 
 def ms_ssim(video: Tensor, reference: Tensor) -> float:
-    """Returns the multi-scale SSIM over up to five scales: those at which an 11-pixel window fits into a frame.
+    """Returns the multi-scale SSIM over up to five scales; an 11-pixel window must fit into a frame at each scale.
 
     The weights of these scales are normalised to sum to 1.
     """
@@ -60,7 +60,10 @@ def _factors(video: Tensor, reference: Tensor, scales: int) -> Tensor:
 
 
 def flicker(video: Tensor) -> float:
-    """Returns the mean absolute second difference over time, in units of 1/255; steady changes do not count."""
+    """Returns the mean absolute second difference over time, in units of 1/255.
+
+    If a pixel changes at a constant rate, its second difference is 0.
+    """
     return float((_unit(video).diff(n=2, dim=1).abs().mean()) * 255) if video.shape[1] > 2 else 0.0
 
 

@@ -1,8 +1,9 @@
 """Defines the motions that the tiny model knows, as paths of a shape over a clip.
 
-A path gives four values for each moment u in [0, 1]. x (right) and y (down) say how far the shape has moved, in frame
-heights. The other two values are the logarithm of the shape's growth, and the shape's rotation in radians (clockwise).
-The table `MOTIONS` is used both to draw the training clips and to judge the videos, so that a caption has one meaning.
+A path gives four values for each moment u in [0, 1]. x (right) and y (down) say how far the shape has moved, in units
+of the frame's height. The other two values are the logarithm of the shape's growth, and the shape's rotation in radians
+(clockwise). The training clips and the judge of the videos both use the table `MOTIONS`, so that a caption means the
+same motion to both.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reads the packed photographs of `training/photographs.py`, and samples them as a moving camera sees them.
 
-A shot names a photograph and the part of it that the clip's first frame shows. Every frame of a shot lies inside of its
+A shot names a photograph and the part of it that the clip's first frame shows. Every frame of a shot lies inside its
 photograph. For each pixel of a frame, several points are sampled by bilinear interpolation and averaged.
 
 Shapes: B shots, F frames, H x W pixels. A place in a frame is (x, y), relative to the frame's centre; the unit is the
@@ -49,11 +49,11 @@ class Photographs:
             self.pictures = [_read(archive.read(f"{name}.jpg")).to(device) for name in self.names]
 
     def draw(self, rng: random.Random, camera: str, size: tuple[int, int], *, index: int | None = None) -> Shot:
-        """Returns a shot for frames of `size` (width, height), which stays in the photograph as the camera moves.
+        """Returns a shot whose frames, of `size` (width, height), stay inside the photograph as the camera moves.
 
-        `camera` names the camera's motion. If `index` is None, the shot is one for training: photograph, place and
-        scale are random, and the shot may be mirrored and is tinted. Otherwise `index` chooses the photograph, the shot
-        is as large as possible, and only the place is random.
+        `camera` names the camera's motion. If `index` is None, the shot is for training: photograph, place, scale and
+        tint are random, and the shot may be mirrored. Otherwise `index` chooses the photograph, the shot is as large as
+        possible, and only the place is random.
         """
         low, high = _reach(camera, size)  # of all frames, in short sides
         photograph = rng.randrange(len(self.pictures)) if index is None else index

@@ -1,9 +1,9 @@
-"""Classifies the motion of the camera that a video shows, by registration of successive frames.
+"""Finds which known camera motion a video shows, by registration of successive frames.
 
 OpenCV finds corners in each frame, and follows the corners into the next frame (Lucas and Kanade, in a pyramid). RANSAC
 fits a similarity transform to the corners' movements, and ignores corners that move in another way. The product of
-these transforms gives the camera's path. The video shows the motion whose path is nearest. Limit: moving things must
-fill less than half of the frame.
+these transforms gives the camera's path. The result is the known motion that has the nearest path. Limit: moving things
+must fill less than half of the frame.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ _RANSAC_PIXELS = 1.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """Holds the camera motion whose path is nearest to the video's, and for each motion the error of its path.
+    """Holds the camera motion that is nearest to the video's camera path, and an error for each known motion.
 
-    If the frames have too little detail to find the camera's path, the motion is None and there are no errors.
+    An error is the distance of a motion's path from the video's path. If the frames have too little detail to find the
+    camera's path, the motion is None and there are no errors.
     """
 
     camera: str | None

@@ -1,11 +1,11 @@
-"""Measures what MagCache saves and costs on the tiny model, by one command: `make tiny-magcache`.
+"""Measures what MagCache saves and costs on the tiny model; `make tiny-magcache` runs this module.
 
-Held-out pairs of image and prompt go through the pipeline without skipping, and then with every setting. Each setting
-has two plans. The greedy plan skips by a threshold. The least-error plan skips as many forwards as the greedy plan,
-within the same limits, but with the least accumulated error. A third video follows the least-error plan with
-extrapolated residuals. Each video is compared with the unskipped video (PSNR,
-SSIM) and with the true clip (PSNR), and the tracker classifies the video's motion. The command writes JSON and plots
-quality over the share of skipped forwards.
+Held-out pairs of image and prompt go through the pipeline without skipping, and then with every setting of MagCache.
+Each setting has two plans. The greedy plan skips until the error reaches a threshold. The least-error plan skips as
+many forwards as the greedy plan, within the same limits, but with the least accumulated error. A third video follows
+the least-error plan too, but extrapolates the residuals of skipped forwards. Each video is compared with the unskipped
+video (PSNR, SSIM) and with the true clip (PSNR), and the tracker classifies the video's motion. The command writes JSON
+and plots quality over the share of skipped forwards.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
 
 @dataclass(frozen=True)
 class Way:
-    """Holds one way to skip forwards: a rule and a short name of MagCache's settings, a kind of plan, and the plan."""
+    """Holds one way to skip forwards: a setting of MagCache, a kind of plan, and the plan.
+
+    `rule` is the value of --magcache-rule, and `name` is a short name such as E012K2R20. Both together are the setting.
+    """
 
     rule: MagCacheRule
     name: str
@@ -59,8 +62,8 @@ class Way:
 def ways(full: Plan, judge: Judge) -> list[Way]:
     """Returns three `Way` objects for each setting.
 
-    They are the greedy plan, the least-error plan that skips as many forwards as the greedy one, and the least-error
-    plan again with extrapolated residuals.
+    The first has the greedy plan. The second has the least-error plan with the same number of skips. The third has the
+    same plan as the second, but with extrapolated residuals.
     """
     found = []
     for rule, name in SETTINGS:
@@ -118,7 +121,7 @@ def _key(plan: Plan) -> tuple[object, ...]:
 
 
 def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[str, Any]]:
-    """Returns rows of metrics, each averaged over all held-out scenes.
+    """Returns rows of metrics; each metric is averaged over all held-out scenes.
 
     The first row is for the videos without skipping. Each other row is for one `Way` to skip.
     """

@@ -1,10 +1,10 @@
-"""Measures every quality figure of the tiny model by one command: `make tiny-quality`.
+"""Measures all quality figures of the tiny model; `make tiny-quality` runs this module.
 
-Pairs of image and prompt go through the pipeline that `wanfast generate` runs. One judge asks for motions of shapes.
-The pairs of this judge show combinations of shape, colour and motion that are held out of training. The other judge
-asks for motions of the camera over held-out photographs. Each video is compared with the true clip, and the video's
-motion is classified: a tracker follows the shape, and registration of the frames follows the camera. Runs with an empty
-prompt are a control: without the prompt the motion is right only by chance. Some runs also get the last frame. The VAE
+Pairs of image and prompt go through the pipeline that `wanfast generate` runs. Some prompts ask for the motion of a
+shape: a combination of shape, colour and motion that training never shows. The other prompts ask for a motion of the
+camera over a held-out photograph. Each video is compared with the true clip, and the video's motion is classified: a
+tracker follows the shape, and registration of the frames follows the camera. Runs with an empty prompt are a control:
+without the prompt the motion is right only by chance. In some runs, the model also gets the clip's last frame. The VAE
 is measured on the true clips. The command writes JSON and a plot of the residuals' magnitude ratios.
 """
 
@@ -185,7 +185,7 @@ class Judge:
         residuals: StepCache | None = None,
         last: Tensor | None = None,
     ) -> Tensor:
-        """Returns the video that the pipeline makes of `image` and `prompt` by `plan`.
+        """Returns the video that the pipeline makes from `image` and `prompt`, as `plan` says.
 
         If `last` is given, it is the video's last frame; no command of `wanfast` has an option for this yet.
         """
@@ -243,8 +243,8 @@ def judge_all(
 ) -> list[R]:
     """Returns `judged(judge, task)` for each task, in order.
 
-    The number of worker processes is `processes`, and each has its own judge.
-    Each time that `every` more tasks are done, a line with the progress is printed.
+    The tasks run in `processes` worker processes, and each process has its own judge. Each time that `every` more tasks
+    are done, a line with the progress is printed.
     """
     started, results = time.perf_counter(), []
     with multiprocessing.get_context("spawn").Pool(processes, _start, (settings,)) as pool:
@@ -284,7 +284,7 @@ _METRICS = (
 
 
 def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float) -> dict[str, Any]:
-    """Returns the figures for shapes that move and, under the key "camera", the figures for cameras that move."""
+    """Returns the figures of videos with moving shapes; the key "camera" has those of videos with a moving camera."""
     shapes, cameras = ([row for row in results if row["mover"] == mover] for mover in ("shape", "camera"))
     ratios = np.mean([row["ratios"] for row in shapes if row["with_prompt"]], axis=0)
     return {

@@ -1,12 +1,12 @@
 """Draws the procedural world that the tiny model learns: textured shapes that move as a caption says.
 
-A scene is drawn from a seed. It usually has one subject, up to two bystanders and a patterned background. The caption
-names the subject. The subject and the camera never both move. A photograph may be the background, or the whole scene.
-Rendering is batched on the device. A shape is a mask from an atlas, sampled through the inverse of the shape's motion.
-So any frame, or any window of a frame, can be rendered alone.
+A scene is drawn from a seed. A scene usually has one subject, up to two bystanders and a patterned background. The
+caption names the subject. The subject and the camera never both move. A photograph may be the background, or the whole
+scene. Rendering is batched on the device. A shape is a mask from an atlas, sampled through the inverse of the shape's
+motion. So any frame, or any window of a frame, can be rendered alone.
 
-Shapes: B clips, F frames, H x W pixels; S shapes in the atlas. Places are in short sides of the frame; the frame's
-centre is 0.5.
+Shapes: B clips, F frames, H x W pixels; S shapes in the atlas. Places are (x, y) in units of the frame's short side;
+the frame's centre is (0.5, 0.5).
 A tenth of all (shape, colour, motion) combinations is held out. A held-out clip shows a motion that training never
 shows for a subject of this shape and colour. Bystanders stand still, may have any combination of shape and colour, and
 are named in no caption.
@@ -154,7 +154,7 @@ def draw_photo_scene(seed: int, photographs: Photographs, size: tuple[int, int],
 def camera_scene(
     index: int, photographs: Photographs, size: tuple[int, int], *, photograph: int | None = None
 ) -> Scene:
-    """Returns scene number `index` of the judge of camera motions.
+    """Returns scene number `index` of the scenes that judge camera motions.
 
     Successive scenes go through all camera motions in a cycle, and through all photographs in another cycle. If
     `photograph` is given, the scene shows the photograph with this number.
@@ -191,7 +191,7 @@ def _caption(rng: random.Random, scene: Scene) -> str:
 def read_caption(prompt: str) -> tuple[str, str] | None:
     """Returns (colour, motion) of the subject that a caption of this world names; None for another text.
 
-    A caption that moves the camera gives None, because the tracker follows a shape before a still background.
+    A caption about the camera's motion also gives None, because the tracker needs a still background.
     """
 
     def named(words: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""This package is the server: jobs come over HTTP, wait in a database, and are made by one handle.
+"""This package is the server: it takes jobs over HTTP, queues them in a database, and makes them with one handle.
 
 This package does not import torch.
 """

@@ -1,4 +1,4 @@
-"""Defines the routes of the server: the video API that OpenAI's client speaks, and what operators ask."""
+"""Defines the routes of the server: the video API that OpenAI's client uses, and routes for operators."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _STATUS_OF_SYNC = {"not_finite": 500, "rank_failed": 500, "server_error": 500, C
 
 @dataclass(frozen=True)
 class Parts:
-    """This class holds what the routes use."""
+    """This class holds the objects and the limits that the routes use."""
 
     store: Store
     worker: Worker
@@ -52,7 +52,7 @@ class Parts:
 
 
 def create_app(parts: Parts) -> FastAPI:
-    """Returns the app of a server."""
+    """Returns the ASGI app of a server, with all routes."""
     app = FastAPI(title="wanfast", version=__version__, redoc_url=None)
     app.add_middleware(Gate, most_bytes=parts.most_bytes, only_loopback=not parts.keys.hashes)
     _add_errors(app)
@@ -74,7 +74,7 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
     async def create_and_wait(request: Request, owner: str = owned) -> Response:
         return await _awaited(request, await _create(request, owner, parts), parts)
 
-    @app.get("/v1/videos", summary="List the videos of the key")
+    @app.get("/v1/videos", summary="List the videos of the API key")
     def list_(
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: str | None = None,
@@ -83,7 +83,7 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
     ) -> dict[str, Any]:
         found = store.page(owner, limit, after, order) if after is None or _ID.fullmatch(after) else None
         if found is None:
-            raise unfit("after", "is no video of this key")
+            raise unfit("after", "no video of your API key has this id")
         return replies.page(found[0], has_more=found[1])
 
     @app.get("/v1/videos/{video_id}", summary="Show a video")
@@ -96,7 +96,7 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
             raise unfit("variant", "use video or thumbnail")
         return _file(files, _found(store, video_id, owner), variant)
 
-    @app.post("/v1/videos/{video_id}/cancel", summary="Cancel a video; it stays in the list, as failed")
+    @app.post("/v1/videos/{video_id}/cancel", summary="Cancel a video; the list then shows it as failed")
     def cancel(video_id: str, owner: str = owned) -> JSONResponse:
         before = _found(store, video_id, owner)
         job = store.cancel(video_id, owner)
@@ -105,7 +105,7 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
         _count(parts, before, job)
         return _shown(parts, job)
 
-    @app.delete("/v1/videos/{video_id}", summary="Delete a video; one that is being made is cancelled")
+    @app.delete("/v1/videos/{video_id}", summary="Delete a video; a video that is being made is cancelled first")
     def remove(video_id: str, owner: str = owned) -> dict[str, Any]:
         job = store.cancel(video_id, owner, deletes=True) if _ID.fullmatch(video_id) else None
         if job is None:
@@ -222,7 +222,9 @@ async def _awaited(request: Request, job: Job, parts: Parts) -> Response:
     """Returns the file of a job when it has ended. If the client leaves, the job is cancelled."""
     while not job.has_ended:
         if parts.worker.is_stopping:
-            raise ApiError(503, f"the server stops; it goes on with {job.id} later", code="stopping", headers=_BUSY)
+            raise ApiError(
+                503, f"the server is stopping; after a restart it makes {job.id}", code="stopping", headers=_BUSY
+            )
         if await request.is_disconnected():
             await run_in_threadpool(parts.store.cancel, job.id, job.owner)
             return Response(status_code=_CLIENT_LEFT)
@@ -257,7 +259,9 @@ def _shown(parts: Parts, job: Job) -> JSONResponse:
 def _file(files: Files, job: Job, variant: str) -> FileResponse:
     """Returns a file of a completed job; ranges of it too, if the request asks for them. Raises ApiError."""
     if job.output is None:
-        raise ApiError(404, f"this video is {job.status}: there is no file", code="not_ready", param="video_id")
+        raise ApiError(
+            404, f"there is no file, because this video has the status {job.status}", code="not_ready", param="video_id"
+        )
     video = variant == "video"
     path = files.video(job.output) if video else files.thumbnail(job.output)
     if not path.exists():

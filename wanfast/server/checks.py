@@ -1,4 +1,7 @@
-"""Turns what a client asked for into a job, or says which field is wrong. Nothing is queued that cannot be planned."""
+"""Turns a client's request into a job, or raises an error that names the wrong field.
+
+A job is queued only if its video can be planned.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class Planner(Protocol):
 
 @dataclass(frozen=True)
 class Served:
-    """This class holds what a server offers: its model, its largest video, and the options of every video."""
+    """This class describes what a server offers: its model, its largest video, and its default options."""
 
     planner: Planner
     spec: ModelSpec
@@ -45,27 +48,36 @@ class Served:
 
     @classmethod
     def of(cls, opened: Opened, defaults: Mapping[str, Any]) -> Served:
-        """Describes a handle; `defaults` are options of `Handle.make` that a request may override."""
+        """Describes what a server with this handle offers.
+
+        `defaults`: options of `Handle.make` that a request may override.
+        """
         config, spec = opened.placed.config, opened.files.spec
         name = config.models.model if config.models.model in NAMED_MODELS else spec.name
         return cls(opened, spec, name, parse_size(config.video.size), config.video.frames, defaults)
 
 
 class Checks:
-    """This class checks requests. Any thread may call `job`; pictures are decoded one at a time."""
+    """This class checks requests. Any thread may call its methods, but only one picture is decoded at a time."""
 
     def __init__(self, served: Served) -> None:
         self._served, self._decoding = served, threading.Lock()
 
     def job(self, asked: Asked, owner: str, idempotency_key: str | None) -> NewJob:
-        """Returns the job of a request. Its picture is not looked at yet. Raises ApiError."""
+        """Returns the job of a request. Raises ApiError if a field is wrong.
+
+        This method does not decode the picture; `plan` does.
+        """
         fields, served = asked.fields, self._served
         if fields.model not in (None, served.model, served.spec.name):
             message = f"model: this server has only {served.model}"
             raise ApiError(404, message, param="model", code="model_not_found")
         boundary = fields.boundary_ratio
         if boundary not in (None, served.spec.boundary):
-            raise unfit("boundary_ratio", f"the model's own is {served.spec.boundary:g}: leave it out")
+            raise unfit(
+                "boundary_ratio",
+                f"only the model's own value {served.spec.boundary:g} is possible: leave out this field",
+            )
         options = {**served.defaults, **self._options(fields)}
         fps = options.get("fps", served.spec.fps)
         frames = self._frames(fields, fps)
@@ -83,7 +95,10 @@ class Checks:
         )
 
     def plan(self, new: NewJob, picture: bytes) -> None:
-        """Plans the video of a job, so that a wrong option or picture is refused early. Raises ApiError."""
+        """Plans the video of a job, so that a wrong option or picture is refused before the job is queued.
+
+        Raises ApiError.
+        """
         with self._decoding, tempfile.TemporaryFile() as file:  # nothing is left, however this process ends
             file.write(picture)
             file.flush()
@@ -112,7 +127,7 @@ class Checks:
     def _frames(self, fields: Fields, fps: int) -> int:
         """Returns the number of frames, which one clip of the model can have."""
         if fields.seconds is not None and fields.num_frames is not None:
-            raise unfit("num_frames", "seconds gives the length too: keep one of the two")
+            raise unfit("num_frames", "the field seconds also gives the length: keep one of the two")
         if fields.seconds is not None:
             param, frames = "seconds", 4 * round(fields.seconds * fps / 4) + 1
         elif fields.num_frames is not None:
@@ -133,7 +148,9 @@ class Checks:
             raise _refusal(error, "") from None
         most_width, most_height = self._served.size
         if width * height > most_width * most_height:
-            raise unfit("size", f"at most as many pixels as {most_width}x{most_height} are possible here")
+            raise unfit(
+                "size", f"this server makes at most as many pixels as {most_width}x{most_height}: use a smaller size"
+            )
         return width, height
 
 

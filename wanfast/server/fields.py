@@ -1,4 +1,4 @@
-"""Reads the body of a request for a video: JSON, or a form with the picture as a file."""
+"""Reads the body of a request for a video: either JSON, or a form that contains the picture as a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NESTED = f"{_PICTURE}[image_url]"  # how the openai client writes {"image_url":
 
 
 class Fields(BaseModel):
-    """The fields of a request for a video, beside its picture."""
+    """This class holds the fields of a request for a video, except the picture."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,24 +36,27 @@ class Fields(BaseModel):
     num_frames: Annotated[int | None, Field(description="Number of frames, 4n+1, instead of seconds.")] = None
     fps: Annotated[int | None, Field(ge=1, le=240)] = None
     num_inference_steps: Annotated[int | None, Field(ge=1, le=200)] = None
-    guidance_scale: Annotated[float | None, Field(description="Of both experts, or of the high-noise one.")] = None
-    guidance_scale_2: Annotated[float | None, Field(description="Of the low-noise expert.")] = None
+    guidance_scale: Annotated[
+        float | None,
+        Field(description="Guidance scale of both experts; with guidance_scale_2, only of the high-noise expert."),
+    ] = None
+    guidance_scale_2: Annotated[float | None, Field(description="Guidance scale of the low-noise expert.")] = None
     flow_shift: float | None = None
-    boundary_ratio: Annotated[float | None, Field(description="The model's own is the only one possible.")] = None
+    boundary_ratio: Annotated[float | None, Field(description="Only the model's own value is possible.")] = None
     seed: Annotated[int | None, Field(ge=0)] = None
-    priority: Annotated[int, Field(ge=-100, le=100, description="Jobs with a larger one come first.")] = 0
+    priority: Annotated[int, Field(ge=-100, le=100, description="Jobs with a larger priority run first.")] = 0
 
 
 @dataclass(frozen=True)
 class Asked:
-    """This class holds what a client asked for: checked types, and a picture that is not decoded yet."""
+    """This class holds a request for a video: fields with checked types, and a picture that is not decoded yet."""
 
     fields: Fields
     picture: bytes
 
 
 async def read(request: Request, most_bytes: int) -> Asked:
-    """Reads a request for a video. Raises ApiError."""
+    """Reads the body of a request for a video. Raises ApiError if the body is wrong."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         values = _object(await request.body())
@@ -90,7 +93,7 @@ async def _form(request: Request, most_bytes: int) -> dict[str, Any]:
             if name in values or (name == _NESTED and _PICTURE in values):
                 raise unfit(name[:60], "is given twice: keep one")
             if isinstance(value, UploadFile) != (name == _PICTURE) and name != _NESTED:
-                raise unfit(name[:60], "only input_reference is a file")
+                raise unfit(name[:60], "only the field input_reference can be a file")
             values[_PICTURE if name == _NESTED else name] = (
                 await value.read()
                 if isinstance(value, UploadFile)
@@ -110,10 +113,10 @@ def _picture(value: Any) -> bytes:
     if value is None or value == b"":
         raise unfit(_PICTURE, "is missing: this model makes a video from a picture")
     if not isinstance(value, dict) or set(value) != {"image_url"} or not isinstance(value["image_url"], str):
-        raise unfit(_PICTURE, 'use a file of a form, or {"image_url": "data:image/png;base64,..."}')
+        raise unfit(_PICTURE, 'send a file in a form, or in JSON {"image_url": "data:image/png;base64,..."}')
     head, comma, text = value["image_url"].partition(",")
     if not (head.startswith("data:") and head.endswith(";base64") and comma):
-        raise unfit(_PICTURE, "no address is fetched: send the picture itself, as data:image/png;base64,...")
+        raise unfit(_PICTURE, "the server fetches no address: send the picture itself, as data:image/png;base64,...")
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

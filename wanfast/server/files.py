@@ -1,4 +1,4 @@
-"""Holds the server's videos, their thumbnails, and the pictures of the moment, all in one folder."""
+"""Keeps the server's files in one folder: videos, thumbnails, and the pictures of running jobs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _THUMBNAIL_SIDE = 512  # pixels at most
 
 
 class Files:
-    """This class names the files of each attempt. The names come from the database, and never from a client."""
+    """This class names the files of each attempt.
+
+    Every name comes from the database, and never from a client.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Makes the folder, which only this user may read. Raises ConfigError."""
@@ -53,9 +56,9 @@ class Files:
             file.unlink(missing_ok=True)
 
     def sweep(self, listed: Collection[Path], wanted: Collection[str]) -> None:
-        """Removes those of the `listed` files that belong to no wanted attempt, half-written ones too.
+        """Removes each file in `listed` that belongs to no attempt in `wanted`; half-written files are removed too.
 
-        The caller lists the files first and asks for the wanted attempts later, so that a new file is not removed.
+        The caller must list the files before it asks for the wanted attempts, so that a new file is not removed.
         """
         for file in listed:
             if file.name.lstrip(".").partition(".")[0] not in wanted:

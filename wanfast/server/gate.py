@@ -1,4 +1,4 @@
-"""Refuses requests before anything reads them: bodies that are too large, and pages of other sites."""
+"""Refuses two kinds of requests: those with too large bodies, and those from pages of other sites."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-sto
 
 
 class Gate:
-    """This ASGI middleware limits a body's bytes, whatever the headers say of them.
+    """This ASGI middleware refuses bodies that are too large, and requests from pages of other sites.
 
-    If `only_loopback` is true, the server has no keys. Then a web page that the user has open could use the server,
-    either as another site, or by a host name that leads to this machine. Both are refused.
+    The middleware counts the bytes of a body, and does not rely on the headers. `only_loopback` must be true if the
+    server has no keys. Without keys, a web page in the user's browser could use the server: by a request from another
+    site, or by another host name for this machine. If `only_loopback` is true, the middleware refuses both ways.
     """
 
     def __init__(self, app: ASGIApp, most_bytes: int, *, only_loopback: bool) -> None:
@@ -60,12 +61,12 @@ class Gate:
 
 
 def answer(error: ApiError) -> JSONResponse:
-    """Returns the answer that an error is."""
+    """Converts an error to the HTTP response that the client gets."""
     return JSONResponse(error.document(), error.status, headers=error.headers)
 
 
 def is_loopback(host: str) -> bool:
-    """Returns whether a host name or address means only this machine."""
+    """Returns whether a host name or address is a loopback address, which only this machine can reach."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -79,8 +80,12 @@ def _check_origin(headers: Mapping[str, str]) -> None:
         name, origin = urlsplit(f"//{host}").hostname, headers.get("origin")
         of_page = None if origin is None else urlsplit(origin).netloc
     except ValueError:
-        raise ApiError(400, "the header Host or Origin is no address", code="wrong_host") from None
+        raise ApiError(400, "the header Host or Origin is not an address", code="wrong_host") from None
     if not is_loopback(name or ""):
-        raise ApiError(403, "use localhost: without --api-key-file, no other host name is answered", code="wrong_host")
+        raise ApiError(
+            403,
+            "without --api-key-file, the server answers only requests to localhost: use localhost",
+            code="wrong_host",
+        )
     if of_page not in (None, host):
         raise ApiError(403, "pages of other sites may not use this server", code="wrong_origin")

@@ -1,4 +1,4 @@
-"""Reads the API keys of a file, and says to whom a request belongs. Only hashes of the keys are held."""
+"""Reads API keys from a file, and finds the owner of a request; it holds only hashes of the keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVERYBODY = "everybody"  # the owner of all jobs of a server without keys
 
 @dataclass(frozen=True)
 class Keys:
-    """This class holds the hashes of all keys; without any, every request has the same owner."""
+    """This class holds the hashes of all keys; if there are no keys, all requests have the same owner."""
 
     hashes: tuple[bytes, ...] = ()
 
@@ -24,21 +24,24 @@ class Keys:
     def read(cls, file: Path) -> Keys:
         """Reads a key from each line; blank lines and lines that begin with # are left out. Raises ConfigError."""
         subject = f"--api-key-file {file}"
-        with foreign(subject, "name a UTF-8 text file with one key a line"):
+        with foreign(subject, "name a UTF-8 text file with one key on each line"):
             lines = file.read_text(encoding="utf-8").splitlines()
         keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not keys:
-            raise ConfigError(f"{subject}: has no key: write one key a line")
+            raise ConfigError(f"{subject}: has no key: write one key on each line")
         for number, key in enumerate(keys, start=1):
             if len(key) < _LEAST_LETTERS or not key.isascii() or not key.isprintable() or " " in key:
                 fix = f"use at least {_LEAST_LETTERS} letters and digits, such as `openssl rand -hex 16` prints"
-                raise ConfigError(f"{subject}: key {number} is too short or has other characters: {fix}")
+                raise ConfigError(
+                    f"{subject}: key {number} is too short, or has characters that are not allowed: {fix}"
+                )
         return cls(tuple(map(_hash, keys)))
 
     def owner(self, authorization: str | None) -> str | None:
-        """Returns the owner that a header `Authorization: Bearer KEY` names; None if it names no key.
+        """Returns the owner whose key is in the header `Authorization: Bearer KEY`; None if the key is not known.
 
-        The time does not show which key is near, because hashes are compared, and all of them.
+        The response time reveals nothing about the keys, because the hash is always compared with the hashes of all
+        keys.
         """
         if not self.hashes:
             return EVERYBODY

@@ -1,4 +1,4 @@
-"""Counts what the server does, for Prometheus."""
+"""Counts the server's videos, failures and forwards, for Prometheus."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ class Metrics:
             self._forwards.labels(kind)
 
     def completed(self, seconds: Mapping[str, float], computed: int, skipped: int) -> None:
-        """Counts a video; `seconds` are those of each stage."""
+        """Counts a finished video.
+
+        `seconds`: the seconds of each stage. `computed` and `skipped`: the numbers of computed and of skipped forwards.
+        """
         self._completed.inc()
         self._forwards.labels("computed").inc(computed)
         self._forwards.labels("skipped").inc(skipped)
@@ -39,15 +42,15 @@ class Metrics:
             self._stages.labels(stage).observe(value)
 
     def failed(self, code: str) -> None:
-        """Counts a job that ended without a video."""
+        """Counts a job that ended without a video; `code` is the code of its error."""
         self._failed.labels(code).inc()
 
     def ranks_failed(self) -> None:
-        """Counts a death or a hang of the ranks."""
+        """Counts one failure of the ranks: the ranks died, or they hung."""
         self._restarts.inc()
 
     def text(self) -> bytes:
-        """Returns all metrics as Prometheus reads them."""
+        """Returns all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
 

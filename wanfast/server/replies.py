@@ -1,4 +1,4 @@
-"""Defines the JSON that a client gets: a video, a list of videos, and an error."""
+"""Defines the JSON documents that a client gets: a video, a list of videos, and an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PATH = re.compile(r"(?<![\w.<])~?/[\w.-]+/")  # the beginning of a path of two 
 
 
 class ApiError(Exception):
-    """This error is the answer to a request: a status, and a message that names the field and the fix."""
+    """This error becomes the HTTP response: a status, and a message that names the field and the fix."""
 
     def __init__(
         self,
@@ -35,18 +35,21 @@ class ApiError(Exception):
         self.status, self.code, self.param, self.headers = status, code, param, dict(headers or {})
 
     def document(self) -> dict[str, Any]:
-        """Returns the body of the answer."""
+        """Returns the JSON body of the response."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def unfit(param: str, message: str) -> ApiError:
-    """Returns the error of a field that is wrong."""
+    """Returns the error for a field with a wrong value."""
     return ApiError(400, f"{param}: {message}", param=param, code="invalid_value")
 
 
 def in_fields(message: str) -> tuple[str, str | None]:
-    """Returns an error of options in the words of the fields, and the first field: num_inference_steps for --steps."""
+    """Replaces the options in an error message by the request's fields, such as --steps by num_inference_steps.
+
+    Returns (the new message, its first field or None).
+    """
     first = _FLAG.search(message)
     return _FLAG.sub(lambda found: _field(found[0]), message), _field(first[0]) if first else None
 
@@ -56,12 +59,15 @@ def _field(option: str) -> str:
 
 
 def without_paths(message: str, instead: str) -> str:
-    """Returns a message, or `instead` if the message names a path of this machine."""
+    """Returns `message`; if the message contains a path of this machine, returns `instead`."""
     return instead if _PATH.search(message) else message
 
 
 def video(job: Job, queue_position: int | None = None) -> dict[str, Any]:
-    """Returns a job as a client sees it; `queue_position` says how many jobs come before a queued one."""
+    """Returns a job as the JSON object of a video, which the client gets.
+
+    `queue_position`: the number of jobs before a queued job.
+    """
     error = None if job.error_code is None else {"code": job.error_code, "message": job.error_message}
     return {
         "id": job.id,
@@ -87,7 +93,7 @@ def video(job: Job, queue_position: int | None = None) -> dict[str, Any]:
 
 
 def page(jobs: list[Job], *, has_more: bool) -> dict[str, Any]:
-    """Returns a page of a list of videos."""
+    """Returns one page of a client's list of videos, as a JSON object."""
     first, last = (jobs[0].id, jobs[-1].id) if jobs else (None, None)
     return {
         "object": "list",

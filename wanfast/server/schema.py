@@ -1,4 +1,7 @@
-"""Defines the tables of the server's database, and opens SQLite or PostgreSQL so that an acknowledged write stays."""
+"""Defines the tables of the server's database, and opens the database: SQLite or PostgreSQL.
+
+The database is set up so that a committed write survives a crash.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ _ADDING = 0x77616E66  # PostgreSQL's lock for the whole length of the queue
 
 
 def open_database(url: str) -> Engine:
-    """Returns an engine whose tables exist. Raises ConfigError."""
+    """Opens the database, and creates its tables if they are missing. Raises ConfigError."""
     try:
         parsed = make_url(url)
         is_sqlite = parsed.get_backend_name() == "sqlite"
@@ -95,7 +98,10 @@ def open_database(url: str) -> Engine:
 
 
 def lock_adding(connection: Connection) -> None:
-    """Lets only one writer at a time add jobs; SQLite has only one writer at a time in any case."""
+    """Takes a lock in PostgreSQL, so that only one writer at a time adds jobs.
+
+    SQLite needs no such lock, because it allows only one writer at a time.
+    """
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _ADDING})
 

@@ -1,4 +1,4 @@
-"""Runs the server: the ranks, the queue and HTTP, from the start until a signal ends it."""
+"""Runs the server until a signal ends it: the ranks, the queue and HTTP."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CLOSING_S = 5  # connections get this long to end
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """This class holds the options of `wanfast serve` that describe the server."""
+    """This class holds the options of `wanfast serve` that concern only the server, not its videos."""
 
     host: str
     port: int
@@ -50,10 +50,13 @@ class Settings:
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and self.api_key_file is None:
             raise ConfigError(
-                f"--host {self.host} lets other machines in: add --api-key-file FILE, or use --host 127.0.0.1"
+                f"--host {self.host} lets other machines use the server: add --api-key-file FILE, or use "
+                "--host 127.0.0.1"
             )
         if self.database is not None and not self.database.startswith("postgresql"):
-            raise ConfigError("--database is not postgresql://USER@HOST/NAME: fix the URL, or leave it out for SQLite")
+            raise ConfigError(
+                "--database is not postgresql://USER@HOST/NAME: fix the URL, or drop --database to use SQLite"
+            )
         for name, value, low, high in (
             ("--port", self.port, 0, 65535), ("--max-queue", self.max_queue, 1, 1_000_000),
             ("--max-upload-mb", self.max_upload_mb, 1, 1000), ("--keep-hours", self.keep_hours, 0.001, 87600),
@@ -69,9 +72,11 @@ class Settings:
 def serve(
     settings: Settings, opened: Opened, defaults: Mapping[str, Any], *, start: Callable[[Opened], Handle] = Handle
 ) -> None:
-    """Serves until SIGTERM or SIGINT; then the current video ends at its next step, and its job is queued again.
+    """Runs the server until SIGTERM or SIGINT.
 
-    `defaults`: options of `Handle.make` for every video. `start` starts the ranks. Raises WanFastError.
+    After the signal, the current video stops at its next step, and its job is queued again.
+    `defaults`: default options of `Handle.make` for all videos. `start`: the function that starts the ranks. Raises
+    WanFastError.
     """
     keys = Keys.read(settings.api_key_file) if settings.api_key_file else Keys()
     served, files = Served.of(opened, defaults), Files(settings.data_dir)
@@ -126,7 +131,9 @@ def _alone(settings: Settings) -> Iterator[None]:
         with lock_of(settings.data_dir / "lock", timeout=0):
             yield
     except Timeout:
-        raise ConfigError(f"--data-dir {settings.data_dir}: another server uses this folder: name another") from None
+        raise ConfigError(
+            f"--data-dir {settings.data_dir}: another server uses this folder: name another folder"
+        ) from None
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
     queued -> in_progress -> completed | failed
 
-`claim` starts an attempt and names it. A later change of the running job must give this name, so that an attempt that
-was cancelled, or that counts as lost, cannot end the job. A job therefore ends exactly once. A cancelled job has failed
-with the code `cancelled`. An attempt is lost if its process ended, or did not renew its lease in time. Then the job is
-queued again, at most MOST_ATTEMPTS - 1 times.
+`claim` starts an attempt and names it. Each later change of the running job must give this name. So an attempt that was
+cancelled or lost can no longer end the job. A job therefore ends exactly once. A cancelled job is a failed job with the
+code `cancelled`. An attempt is lost if its process ended, or did not renew its lease in time. The job of a lost attempt
+is queued again, but each job has at most MOST_ATTEMPTS attempts.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _LOST = f"the server ended {MOST_ATTEMPTS} times while it made this video"
 
 
 class QueueFullError(Exception):
-    """This error means that as many jobs wait as may wait."""
+    """This error means that the queue already holds the largest allowed number of waiting jobs."""
 
 
 class KeyReusedError(Exception):
-    """This error means that an Idempotency-Key belongs to another request, or to a video that was deleted."""
+    """This error means that an Idempotency-Key was used before: for another request, or for a deleted video."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewJob:
-    """This class holds a checked request."""
+    """This class holds a checked request that is not in the database yet."""
 
     owner: str
     options: Mapping[str, Any]
@@ -57,7 +57,7 @@ class NewJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """This class holds a job as the database has it."""
+    """This class holds one job, with the values that the database has for it."""
 
     number: int
     id: str
@@ -84,13 +84,13 @@ class Job:
 
     @classmethod
     def of(cls, row: Row[Any]) -> Job:
-        """Makes a job of a row of the table."""
+        """Makes a job from a row of the table."""
         values = {field.name: row._mapping[field.name] for field in dataclasses.fields(cls)}
         return cls(**values | {"options": json.loads(values["options"]), "facts": json.loads(values["facts"] or "{}")})
 
     @property
     def attempt(self) -> str:
-        """Returns a name that only this attempt of the job has."""
+        """Returns the name of the job's current attempt, which no other attempt has."""
         return f"{self.id}-{self.claim}"
 
     @property
@@ -99,7 +99,7 @@ class Job:
 
 
 class Store:
-    """This class holds the jobs of all servers that share a database. Any thread may call every method."""
+    """This class stores the jobs of all servers that share a database. Any thread may call its methods."""
 
     def __init__(self, url: str) -> None:
         """Opens the database. Raises ConfigError."""
@@ -114,9 +114,10 @@ class Store:
         self._engine.dispose()
 
     def add(self, new: NewJob, picture: bytes, most: int) -> tuple[Job, bool]:
-        """Queues a job, unless its Idempotency-Key has one; returns the job, and whether it is new.
+        """Queues a job and returns (the job, True).
 
-        Raises QueueFullError if `most` jobs wait, and KeyReusedError.
+        If an earlier job has the same owner and the same Idempotency-Key, returns (the earlier job, False). Raises
+        KeyReusedError if the earlier job is another request or was deleted, and QueueFullError if `most` jobs wait.
         """
         with self._writing() as connection:
             lock_adding(connection)
@@ -136,20 +137,23 @@ class Store:
         return Job.of(row), True
 
     def earlier(self, new: NewJob) -> Job | None:
-        """Returns the job that the request's Idempotency-Key has. Raises KeyReusedError."""
+        """Returns the earlier job with the Idempotency-Key of this request, or None if there is none.
+
+        Raises KeyReusedError if the earlier job is another request or was deleted.
+        """
         with self._reading() as connection:
             return self._of_key(connection, new)
 
     def find(self, video: str, owner: str) -> Job | None:
-        """Returns a job of an owner; None if it is another's, or deleted, or unknown."""
+        """Returns a job by its id; None if no such job exists, if it was deleted, or if it belongs to another owner."""
         with self._reading() as connection:
             row = connection.execute(select(JOBS).where(_visible(owner), JOBS.c.id == video)).one_or_none()
         return Job.of(row) if row else None
 
     def page(self, owner: str, limit: int, after: str | None, order: Order) -> tuple[list[Job], bool] | None:
-        """Returns up to `limit` jobs of an owner, and whether more follow; None if `after` is not a job of the owner.
+        """Returns (up to `limit` jobs of an owner, whether more jobs follow).
 
-        `after`: the last job of the page before.
+        `after`: the id of the last job of the previous page. Returns None if `after` is not a job of the owner.
         """
         number = JOBS.c.number
         chosen = select(JOBS).where(_visible(owner)).order_by(number if order == "asc" else number.desc())
@@ -163,14 +167,14 @@ class Store:
         return [Job.of(row) for row in rows[:limit]], len(rows) > limit
 
     def position(self, job: Job) -> int:
-        """Returns how many queued jobs come before a queued job."""
+        """Returns the number of queued jobs that will run before the queued `job`."""
         earlier = and_(JOBS.c.priority == job.priority, JOBS.c.number < job.number)
         before = and_(JOBS.c.status == "queued", or_(JOBS.c.priority > job.priority, earlier))
         with self._reading() as connection:
             return connection.execute(select(func.count()).select_from(JOBS).where(before)).scalar_one()
 
     def counts(self) -> dict[str, int]:
-        """Returns how many jobs are queued and in progress."""
+        """Returns the number of jobs in the status `queued` and in the status `in_progress`."""
         found = select(JOBS.c.status, func.count()).group_by(JOBS.c.status)
         unended = found.where(JOBS.c.status.in_(("queued", "in_progress")))
         with self._reading() as connection:
@@ -178,7 +182,10 @@ class Store:
         return {"queued": 0, "in_progress": 0} | {row[0]: row[1] for row in rows}
 
     def claim(self) -> Job | None:
-        """Starts an attempt of the next job: the highest priority, and of these the first that came."""
+        """Starts an attempt of the next queued job, and returns the job; None if no job is queued.
+
+        The next job is the one with the highest priority; among jobs of equal priority, the oldest.
+        """
         following = (
             select(JOBS.c.number)
             .where(JOBS.c.status == "queued")
@@ -195,41 +202,46 @@ class Store:
             return Job.of(connection.execute(begun.returning(JOBS)).one())
 
     def picture(self, job: Job) -> bytes | None:
-        """Returns the picture of a job; None if the job has ended meanwhile."""
+        """Returns the picture of a job, or None if the job has ended."""
         with self._reading() as connection:
             found = connection.execute(select(PICTURES.c.data).where(PICTURES.c.job == job.number))
             return found.scalar_one_or_none()
 
     def is_held(self, job: Job) -> bool:
-        """Returns whether a claimed job still belongs to its attempt: it was neither cancelled nor lost."""
+        """Returns whether the attempt still owns the job: the job was not cancelled, and the attempt is not lost."""
         with self._reading() as connection:
             return connection.execute(select(JOBS.c.number).where(_held(job))).one_or_none() is not None
 
     def hold(self, job: Job, stage: str, progress: int) -> bool:
-        """Renews the lease of an attempt and records its progress; returns whether the job still belongs to it."""
+        """Renews the lease of an attempt and records its progress; returns whether the attempt still owns the job."""
         return self._change(job, stage=stage, progress=progress, lease_until=time.time() + LEASE_S)
 
     def complete(self, job: Job, output: str, facts: Mapping[str, Any], keep_s: float) -> bool:
-        """Ends a job whose files are written; returns False if the job no longer belongs to the attempt."""
+        """Ends a job as completed, after its files are written; returns False if the attempt no longer owns the job.
+
+        `output`: the name of the attempt that made the files. `keep_s`: the seconds until the video expires.
+        """
         now = time.time()
         ended = {"output": output, "facts": json.dumps(facts), "progress": 100, "stage": "", "expires_at": now + keep_s}
         return self._change(job, status="completed", completed_at=now, claim=None, **ended)
 
     def fail(self, job: Job, code: str, message: str) -> bool:
-        """Ends a job with an error; returns False if the job no longer belongs to the attempt."""
+        """Ends a job with an error; returns False if the attempt no longer owns the job."""
         return self._change(job, **_failed(code, message))
 
     def requeue(self, job: Job, *, counts: bool) -> bool:
-        """Queues a claimed job again, in its old place; returns False if it no longer belongs to the attempt.
+        """Puts a running job back to its old place in the queue; returns False if the attempt no longer owns the job.
 
-        `counts`: whether the attempt counts; one that the server itself stopped does not.
+        `counts`: whether this attempt counts towards MOST_ATTEMPTS. An attempt that the server itself stopped does not
+        count.
         """
         return self._change(job, **_queued(), attempts=job.attempts if counts else job.attempts - 1)
 
     def recover(self, *, all_lost: bool) -> int:
-        """Queues jobs again whose attempts are lost, or fails them after the last; returns how many.
+        """Finds the running jobs with lost attempts, and returns how many jobs were found.
 
-        `all_lost`: no attempt that has begun is alive. Otherwise the leases decide.
+        These jobs are queued again; a job that had its last attempt fails instead. If `all_lost` is true, every attempt
+        counts as lost. Otherwise an attempt is lost if its lease has expired.
         """
         expired = JOBS.c.lease_until < time.time()
         lost = and_(JOBS.c.status == "in_progress", true() if all_lost else expired)
@@ -240,9 +252,10 @@ class Store:
         return ended + again.rowcount
 
     def cancel(self, video: str, owner: str, *, deletes: bool = False) -> Job | None:
-        """Ends a job that has not ended with the code `cancelled`; returns the job, or None if there is none.
+        """Ends a queued or running job with the code `cancelled`; returns the job, or None if there is no such job.
 
-        `deletes`: also removes the job from its owner's view. The job is returned as it was before.
+        A job that has already ended keeps its status. If `deletes` is true, the owner can no longer see the job. In
+        this case, the returned job is the one before the change.
         """
         mine = and_(_visible(owner), JOBS.c.id == video)
         with self._writing() as connection:
@@ -257,14 +270,14 @@ class Store:
             return Job.of(connection.execute(select(JOBS).where(mine)).one())
 
     def outputs(self) -> set[str]:
-        """Returns the names of the files of all videos that may be read, or that are being made."""
+        """Returns the names of the attempts whose files are needed: videos that may be read, and running jobs."""
         shown = and_(JOBS.c.output.is_not(None), JOBS.c.deleted.is_(False), JOBS.c.expires_at > time.time())
         with self._reading() as connection:
             rows = connection.execute(select(JOBS).where(or_(shown, JOBS.c.status == "in_progress"))).all()
         return {row.output or Job.of(row).attempt for row in rows}
 
     def forget(self) -> None:
-        """Removes the rows of jobs that ended long ago."""
+        """Removes the rows of jobs that ended, or expired, long ago."""
         long_ago = time.time() - _HISTORY_S
         old = or_(JOBS.c.expires_at < long_ago, and_(JOBS.c.expires_at.is_(None), JOBS.c.completed_at < long_ago))
         with self._writing() as connection:

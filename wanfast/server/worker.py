@@ -1,4 +1,4 @@
-"""Makes the videos of the queue, one after another, on the ranks of one handle.
+"""Makes the videos of the queued jobs, one after another, on the ranks of one handle.
 
 `run` makes videos in the thread that calls it. A second thread, the writer, writes a finished video to disk while the
 next one is made. A third thread, the watch, asks the database whether the running jobs were cancelled, and renews their
@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 
 class Maker(Protocol):
-    """This class makes videos, as a handle does."""
+    """This interface makes videos; `Handle` implements it."""
 
     def make(self, *, on_progress: ProgressFn, **options: Any) -> Video:
         """Makes one video and waits for it. Raises WanFastError."""
@@ -75,7 +75,7 @@ class _Run:
 
 
 class Worker:
-    """This class owns the running jobs of one server."""
+    """This class runs the queued jobs of one server."""
 
     def __init__(
         self, store: Store, maker: Maker, files: Files, metrics: Metrics, *, keep_s: float, warm_up: Mapping[str, Any]
@@ -93,7 +93,7 @@ class Worker:
 
     @property
     def is_ready(self) -> bool:
-        """Returns whether the models are loaded and new jobs are taken."""
+        """Returns whether the models are loaded and the server is not stopping."""
         return self._is_loaded and not self._is_stopping
 
     @property
@@ -101,13 +101,13 @@ class Worker:
         return self._is_stopping
 
     def wake(self) -> None:
-        """Reports that the queue has a new job."""
+        """Tells `run` that the queue has a new job."""
         self._wakes.set()
 
     def stop(self) -> None:
-        """Makes `run` return soon: the current video ends at its next step, and its job is queued again.
+        """Makes `run` return soon: the current video stops at its next step, and its job is queued again.
 
-        A handler of signals may call this method, because it takes no lock. The watch notices it.
+        A signal handler may call this method, because the method takes no lock. The watch thread notices the call.
         """
         self._is_stopping = True
 
@@ -261,7 +261,7 @@ def _noted() -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        note(f"the database: {' '.join(str(error).split()):.200}")
+        note(f"the server's database reports an error: {' '.join(str(error).split()):.200}")
 
 
 def _patiently(change: Callable[[], T]) -> T | None:

@@ -52,7 +52,7 @@ class EffectiveConfig:
 
     @classmethod
     def of(cls, given: Options, own: ModelSpec, **answers: Any) -> EffectiveConfig:
-        """Returns the effective config of the `given` options; if they name a recipe, the recipe's options are added.
+        """Returns the effective config of the `given` options; if a recipe is given, its options are added.
 
         Every other option gets its value from `answers`, else from `own`, else from the option's default. `answers`
         holds values that the program chose, such as the seed; `own` holds the model's own defaults.
@@ -104,7 +104,7 @@ class EffectiveConfig:
         return {name: getattr(part, name) for part in parts for name in options_of(type(part))}
 
     def replace(self, **values: Any) -> EffectiveConfig:
-        """Returns a copy with the new `values` of fields, which may belong to any of the config's five parts."""
+        """Returns a copy in which the named fields, of any of the five parts, have the new `values`."""
         hashes = {
             "image_sha256": self.video.image_sha256,
             "expert_sha256": self.models.expert_sha256,
@@ -139,9 +139,9 @@ def accepted(given: Options) -> dict[str, Any]:
 
 
 def of_command(given: Options, command: Command) -> dict[str, Any]:
-    """Returns the `given` options; a given recipe is replaced by those of its options that `command` has.
+    """Returns the `given` options and, if a recipe is given, those of the recipe's options that `command` has.
 
-    Raises ConfigError, which names the option.
+    The option `recipe` itself is left out. Raises ConfigError, which names the option.
     """
     chosen = with_recipe(accepted(given))
     refuse_sparse(chosen, command)
@@ -155,10 +155,10 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
 
 
 def refuse_sparse(given: Options, command: Command) -> None:
-    """Raises ConfigError if a command that only makes videos as measurements is given sparse attention."""
+    """Raises ConfigError if sparse attention is given to a command that makes videos only to measure something."""
     if given.get("attention") == "sparse":
         raise ConfigError(
-            f"--attention sparse: `wanfast {command}` does not have it, only `wanfast generate`: use --attention auto"
+            f"--attention sparse: only `wanfast generate` has it, not `wanfast {command}`: use --attention auto"
         )
 
 

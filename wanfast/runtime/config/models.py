@@ -61,7 +61,7 @@ def _lora_fix(text: str) -> str | None:
     if not path.strip():
         return "has an empty value: name a .safetensors file"
     if abs(strength) > _MOST_STRENGTH:
-        return f"use a strength from -{_MOST_STRENGTH} to {_MOST_STRENGTH}; 1 is the file's own"
+        return f"use a strength from -{_MOST_STRENGTH} to {_MOST_STRENGTH}, where 1 does not scale the LoRA"
     return None
 
 
@@ -109,16 +109,19 @@ class ModelsConfig(Part):
     high_noise_expert: Annotated[
         str | None,
         _expert_option(
-            "Take the high-noise expert from this file or folder instead of the model's: .safetensors or .gguf, also "
-            "scaled to fp8 or int8."
+            "File or folder that replaces the model's high-noise expert: .safetensors or .gguf, also scaled to fp8 or "
+            "int8."
         ),
     ] = None
-    low_noise_expert: Annotated[str | None, _expert_option("The same for the low-noise expert.")] = None
+    low_noise_expert: Annotated[
+        str | None, _expert_option("File or folder that replaces the model's low-noise expert.")
+    ] = None
     expert_sha256: tuple[str, ...] = ()  # of the files of the two options, the high-noise expert first
     lora: Annotated[
         tuple[str, ...],
         _lora_option(
-            "LoRA that is merged into the weights of both experts. FILE@X gives the strength X; without @X it is 1. "
+            "LoRA that is merged into the weights of both experts. FILE@X gives the strength X; without @X, the "
+            "strength is 1. "
             "The option may be given several times."
         ),
     ] = ()
@@ -128,8 +131,8 @@ class ModelsConfig(Part):
     attention: Annotated[
         Attention,
         Option(
-            "Attention kernel: FlashAttention 3, 4 or 2, or one of torch's. auto uses the fastest that gives correct "
-            "results on this machine. sparse is lossy and needs --density.",
+            "Attention kernel: FlashAttention 3, 4 or 2, or a kernel of torch. auto uses the fastest kernel that gives "
+            "correct results on this machine. sparse is lossy and needs --density.",
             EXACT,
             also=COMPILED,
         ),
@@ -170,7 +173,7 @@ class ModelsConfig(Part):
     quantize: Annotated[
         Scheme | None,
         Option(
-            "Use experts that `wanfast quantize` stored with this scheme. With bf16 they are cast, not quantized.",
+            "Use experts that `wanfast quantize` stored with this scheme. bf16 only casts the weights.",
             LOSSY,
             also=ALL,
         ),
@@ -186,7 +189,7 @@ class ModelsConfig(Part):
     density: Annotated[
         float | None,
         Option(
-            "Share of blocks that --attention sparse computes. The blocks that are always kept count, too.",
+            "Share of blocks that --attention sparse computes. This includes the blocks that are always computed.",
             LOSSY,
             check=lambda x: None if 0 < x <= 1 else "use a share over 0, up to 1, such as 0.35",
         ),
@@ -194,7 +197,7 @@ class ModelsConfig(Part):
     dense_share: Annotated[
         float,
         Option(
-            "Share of the steps, counted from the first, in which --attention sparse is dense.",
+            "With --attention sparse, share of the steps, counted from the first, that use dense attention.",
             LOSSY,
             check=lambda x: None if 0 <= x < 1 else "use a share, 0 or more and under 1",
         ),
@@ -202,7 +205,7 @@ class ModelsConfig(Part):
     dense_layers: Annotated[
         int,
         Option(
-            "Number of layers, counted from the first, in which --attention sparse is dense.",
+            "With --attention sparse, number of layers, counted from the first, that use dense attention.",
             LOSSY,
             check=at_least(0, "use a number of layers, 0 or more"),
         ),
@@ -210,7 +213,7 @@ class ModelsConfig(Part):
     lists_every: Annotated[
         int,
         Option(
-            "Number of steps after which --attention sparse chooses the blocks again.",
+            "With --attention sparse, number of steps after which the blocks are chosen again.",
             LOSSY,
             check=between(1, 1000, "use 1 to 1000 steps"),
         ),
@@ -218,13 +221,15 @@ class ModelsConfig(Part):
     attention_check: Annotated[
         bool,
         Option(
-            "Measure the error of --attention sparse on 64 queries of each head in each call, for the .json.", LOSSY
+            "With --attention sparse, measure the error of 64 queries of each head in each call. The .json "
+            "has the errors.",
+            LOSSY,
         ),
     ] = field(default=False, compare=False)
     verify: Annotated[
         bool,
         Option(
-            "Verify the hashes of stored quantized experts before loading, about a second for each GB.",
+            "Verify the hashes of stored quantized experts before loading. This takes about a second for each GB.",
             FILES,
             also=MEASURE,
             of_this_run=True,
@@ -263,8 +268,8 @@ class ModelsConfig(Part):
             raise ConfigError("--verify reads what `wanfast quantize` stored: add --quantize SCHEME, or drop --verify")
         if self.verify and self.quantize_on_the_fly:
             raise ConfigError(
-                "--verify and --quantize-on-the-fly exclude each other, because then no stored expert is read: drop "
-                "one of the two"
+                "--verify and --quantize-on-the-fly exclude each other, because the second one reads no stored "
+                "expert: drop one of the two"
             )
         if self.quantize and self.precision != "bf16":
             raise ConfigError(
@@ -324,7 +329,7 @@ def without_loras(models: ModelsConfig) -> ModelsConfig:
 
 
 def default_artifacts_dir() -> str:
-    """Returns the default of --artifacts-dir: the folder in WANFAST_ARTIFACTS, or ./artifacts, as absolute path."""
+    """Returns the default of --artifacts-dir as an absolute path: the value of WANFAST_ARTIFACTS, else ./artifacts."""
     option = options_of(ModelsConfig)["artifacts_dir"]
     return str(option.complete(os.environ.get(option.option.envvar or "") or option.default))
 
@@ -336,7 +341,7 @@ def is_artifacts_dir_named(given: Mapping[str, Any]) -> bool:
 
 
 def check_places(model: str, artifacts_dir: str) -> None:
-    """Raises ConfigError if `model` or `artifacts_dir` is empty, because a path would then mean the current folder."""
+    """Raises ConfigError if `model` or `artifacts_dir` is empty, because an empty path means the current folder."""
     if not model.strip():
         raise ConfigError("--model has an empty value: use tiny, a14b or a folder of weights")
     if not artifacts_dir.strip():

@@ -50,7 +50,7 @@ class _Facts:
 
 @dataclass(frozen=True)
 class Option(_Facts):
-    """This annotation makes a config's field an option, and holds the option's help and further facts.
+    """This annotation makes a config's field an option, and holds the option's help and further properties.
 
     The option's name, type and default are those of the field.
     """
@@ -135,9 +135,10 @@ def flag(name: str) -> str:
 
 
 def words(name: str, value: Any) -> tuple[str, ...]:
-    """Returns the command-line arguments that give the option `name` this `value`.
+    """Returns the command-line arguments that set the option `name` to `value`.
 
-    Examples: ("--steps", "40"), ("--compile",), ("--no-compile",). A tuple gives a repeatable option several times.
+    Examples: ("--steps", "40"), ("--compile",), ("--no-compile",). For a tuple, the option is repeated once for each
+    element.
     """
     if isinstance(value, list | tuple):
         return tuple(word for each in value for word in (flag(name), str(each)))
@@ -155,7 +156,7 @@ def absolute(path: str, option: str) -> str:
         return str(Path(path).expanduser().absolute())
     except RuntimeError:
         raise ConfigError(
-            f"{option} {path}: this machine has no user of the name after ~: write the path without ~"
+            f"{option} {path}: this machine has no user with the name after ~: write the path without ~"
         ) from None
 
 

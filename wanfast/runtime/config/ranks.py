@@ -31,7 +31,7 @@ class RanksConfig(Part):
     nnodes: Annotated[
         int,
         Option(
-            "Number of machines. Start wanfast on each, with the same options except --node-rank.",
+            "Number of machines. Start wanfast on each machine, with the same options except --node-rank.",
             GPUS,
             of_this_run=True,
             check=between(1, 1024, "use the number of machines, 1 to 1024"),
@@ -44,7 +44,8 @@ class RanksConfig(Part):
     cfg_parallel: Annotated[
         int | None,
         Option(
-            "Degree of guidance parallelism: 2 computes the two branches on different ranks, 1 on the same.",
+            "Degree of guidance parallelism: 2 computes the two branches on different ranks, 1 computes both on the "
+            "same ranks.",
             GPUS,
             of_these_ranks=True,
             also=COMPILED,
@@ -84,7 +85,8 @@ class RanksConfig(Part):
     expert_offload: Annotated[
         Switch,
         Option(
-            "Hold the idle expert in host memory. auto does so if the GPUs cannot hold both experts, not even sharded.",
+            "Hold the idle expert in host memory. auto does this if both experts fit on the GPUs neither "
+            "whole nor sharded.",
             GPUS,
             of_these_ranks=True,
             also=COMPILED,
@@ -93,8 +95,9 @@ class RanksConfig(Part):
     rank_timeout: Annotated[
         float,
         Option(
-            "Seconds that a rank waits for another rank. If all ranks do nothing for three times as long, this is a "
-            "hang too. After a hang the run fails; in a --jobs list, only the current line fails.",
+            "Seconds that a rank waits for another rank until the run counts as hung. It also counts as hung if no "
+            "rank does anything for three times as long. A hung run fails; in a --jobs list, only the current line "
+            "fails.",
             GPUS,
             of_this_run=True,
             also=COMPILED,
@@ -112,7 +115,7 @@ class RanksConfig(Part):
             if self.nnodes == 1:
                 raise ConfigError("--rdzv-endpoint is for several machines: add --nnodes, or drop --rdzv-endpoint")
             if not re.fullmatch(r"[^\s:]+:\d{1,5}", self.rdzv_endpoint):
-                raise ConfigError(f"--rdzv-endpoint {self.rdzv_endpoint!r} is not HOST:PORT: write it as node0:29500")
+                raise ConfigError(f"--rdzv-endpoint {self.rdzv_endpoint!r} is not HOST:PORT: write it like node0:29500")
         if self.dit_fsdp == "on" and self.expert_offload == "on":
             raise ConfigError(
                 "--dit-fsdp on and --expert-offload on exclude each other, because shards stay on their GPUs: drop one "

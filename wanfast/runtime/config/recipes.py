@@ -1,9 +1,9 @@
 """Defines the recipes: named sets of options. An option that the user gives overrides the recipe's value.
 
-The published recipes come from a published benchmark, which ran the reference program on 8 GPUs. The first of them uses
-FlashAttention-2: the build that is part of torch, because FlashAttention-2's own package has no wheel. The others use
-further switches of the reference program. In all published recipes, the ranks compute the branches one after the other,
-and share the tokens of each branch. The models are sharded, unless the experts are quantized. Each branch skips
+The published recipes come from a published benchmark, which ran the reference program on 8 GPUs. The first of these
+recipes uses the FlashAttention-2 that is part of torch, because FlashAttention-2's own package has no wheel. The others
+use further switches of the reference program. In all published recipes, the ranks compute the branches one after the
+other, and share the tokens of each branch. The models are sharded, unless the experts are quantized. Each branch skips
 forwards separately.
 
 For our recipes (`exact`, `near-exact`, `fast`), wanfast chooses the mesh. The recipes of few steps need distilled
@@ -107,7 +107,7 @@ OF_GRID = ("steps", "shift")  # options that a list of noise levels excludes
 
 
 def with_recipe(given: Options) -> dict[str, Any]:
-    """Returns the `given` options; if they name a recipe, the recipe's options are added.
+    """Returns the `given` options; if a recipe is given, its options are added.
 
     A given option overrides the recipe's option.
     """

@@ -42,7 +42,7 @@ class SkippingConfig(Part):
         str,
         Option(
             "Skip forwards whose residual hardly changes. A measured curve predicts the change. preset uses the curve "
-            "that ships for the model, artifact uses the curve that was calibrated for these options, and KEY uses the "
+            "that ships for the model. artifact uses the curve that was calibrated for these options. KEY uses the "
             "stored curve with this key. E012K2R20 means preset, with threshold 0.12, at most 2 skips in a row, and "
             "the first 20 % never skipped.",
             LOSSY,
@@ -94,7 +94,7 @@ class SkippingConfig(Part):
         Literal["on", "off"],
         Option(
             "Both branches of guidance skip the same steps, so that every mesh skips the same forwards. With off, "
-            "each branch skips on its own, as in MagCache's publication.",
+            "each branch has its own skips, as in MagCache's publication.",
             LOSSY,
             also=("serve",),
         ),
@@ -130,8 +130,8 @@ class SkippingConfig(Part):
     magcache_extrapolate: Annotated[
         bool,
         Option(
-            "Extrapolate the residual of a skipped forward from the last two computed ones, for up to two skips in a "
-            "row. Otherwise, the last residual is used again.",
+            "Extrapolate the residual of a skipped forward from the last two computed residuals, for up to two skips "
+            "in a row. Otherwise, the last residual is used again.",
             LOSSY,
             also=("serve",),
         ),
@@ -154,7 +154,7 @@ class SkippingConfig(Part):
             )
         amounts = [option.flag for option in others if option.option.choice == _AMOUNT]
         if sum(option.flag in amounts for option in given) > 1:
-            raise ConfigError(f"{', '.join(amounts[:-1])} and {amounts[-1]} exclude each other: use one")
+            raise ConfigError(f"{', '.join(amounts[:-1])} and {amounts[-1]} exclude each other: use only one of them")
         if short:
             _check_short(name, short)
         super().__post_init__()

@@ -49,7 +49,7 @@ def _sigmas_fix(text: str) -> str | None:
     except ValueError:
         return "write numbers separated by commas, such as 1,0.9375,0.8333,0.625"
     if sigmas[-1] == 0:
-        return "leave out the 0 at the end, to which the last step goes without it"
+        return "leave out the 0 at the end: the last step always goes to 0"
     if not all(_LEAST_LEVEL <= sigma <= 1 for sigma in sigmas):
         return f"a noise level is {_LEAST_LEVEL:g} to 1"
     if any(before - after < _LEAST_STEP for before, after in itertools.pairwise(sigmas)):
@@ -79,7 +79,7 @@ class VideoConfig(Part):
     size: Annotated[
         str,
         Option(
-            "Area of the video, as WIDTHxHEIGHT. With --fit crop or pad, this is its exact size.",
+            "Area of the video, as WIDTHxHEIGHT. With --fit crop or pad, the video has exactly this size.",
             MAKE,
             own=True,
             also=ALL,
@@ -128,7 +128,8 @@ class VideoConfig(Part):
     shift: Annotated[
         float | None,
         Option(
-            "Larger values move the steps toward high noise. The model's publisher advises 3.0 for 480p.",
+            "Shift of the noise levels. Larger values move the steps toward high noise. The model's publisher advises "
+            "3.0 for 480p.",
             SAMPLING,
             asked=float,
             own=True,
@@ -151,7 +152,7 @@ class VideoConfig(Part):
         Option(
             "Number of steps of --sigmas that the high-noise expert runs.",
             SAMPLING,
-            default="those whose level is the model's boundary or above; a14b: 0.9",
+            default="the steps whose level is at least the model's boundary; a14b: 0.9",
             check=at_least(0, "use a number of steps, 0 or more"),
         ),
     ] = None

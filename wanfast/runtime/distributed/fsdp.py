@@ -2,7 +2,7 @@
 
 Each of P ranks holds 1/P of every parameter (rows along dim 0). While a block runs, each rank gathers the weights of
 the next block. In every forward, a rank receives (P-1)/P of the model over the links, so weights are sharded only if
-they do not fit otherwise.
+one GPU cannot hold all of them.
 A model is sharded while it is on the meta device. Afterwards, the module `checkpoint` reads on each rank only this
 rank's rows.
 Source: PyTorch FSDP (arXiv 2304.11277); torch.distributed.fsdp.fully_shard.

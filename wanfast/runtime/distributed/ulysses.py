@@ -1,10 +1,10 @@
 """Ulysses sequence parallelism gives each rank a share of the tokens, and during self-attention a share of the heads.
 
 Everything except self-attention processes each token separately. Before self-attention, the P ranks exchange q, k and v
-by all-to-all: [B, L/P, H, D] with a rank's own tokens and all heads becomes [B, L, H/P, D] with all tokens and the
-rank's own heads. After self-attention, the ranks exchange the result back. q is sent while k is computed, and k is sent
-while v is computed. v is computed in P parts, and each part is sent while the next part is computed. So all exchanges
-overlap with computation, except the exchange after attention.
+by all-to-all. Before this exchange, a rank has its own tokens and all heads: [B, L/P, H, D]. After the exchange, the
+rank has all tokens and its own heads: [B, L, H/P, D]. After self-attention, the ranks exchange the result back. q is
+sent while k is computed, and k is sent while v is computed. v is computed in P parts, and each part is sent while the
+next part is computed. So all exchanges overlap with computation, except the exchange after attention.
 In each block, q, k, v and the result together have 4 L H D / P values on a rank. The rank sends (P-1)/P of these
 values. If L is not a multiple of P, zero rows are added at the end of the tokens. Before attention, these rows are cut
 off from keys and values, so that the result is the same as on one rank.

@@ -36,7 +36,7 @@ class Exchanges:
     def swap(self, sent: Mapping[int, Tensor], shapes: Mapping[int, torch.Size], like: Tensor) -> dict[int, Tensor]:
         """Sends `sent[peer]` to each peer, and returns {peer: received tensor} for the peers in `shapes`.
 
-        The received tensors have these shapes, and the dtype and device of `like`.
+        The tensor from a peer has the shape `shapes[peer]`, and the dtype and device of `like`.
         """
         received = {peer: like.new_empty(shape) for peer, shape in shapes.items()}
         operations = [dist.P2POp(dist.isend, as_bytes(x.contiguous()), peer) for peer, x in sent.items()]
@@ -90,8 +90,8 @@ class SplitRows:
         """Returns a copy of this object for a rank that ran out of memory, so that its peers do not wait for it.
 
         The rank runs its work again with this copy on the meta device, which gives the shapes of all exchanges and
-        computes nothing. The copy leaves out the exchanges that the rank has done already. In each later exchange it
-        sends zeros, which are on `device`.
+        computes nothing. The copy leaves out the exchanges that the rank has done already. In each later exchange, the
+        copy sends zeros that lie on `device`.
         """
         return replace(self, exchanges=MissedExchanges(self.exchanges.done, device))
 

@@ -1,10 +1,10 @@
 """This module compiles the experts block by block, and stores torch.compile's caches so that other processes load them.
 
-A block is compiled with `fullgraph`, so that a graph break is an error and not a slow path, and with `dynamic=False`,
-for one shape. All blocks of both experts share one graph. In mode `default`, cuBLAS computes the matrix products. The
-two `max-autotune` modes measure whether Triton or cuBLAS computes the products faster; this measurement takes half a
-minute. The mode `max-autotune` also captures each block as a CUDA graph, in the second forward of a video size. A
-captured graph reads weights at fixed addresses, so weights should not be moved.
+A block is compiled with `fullgraph`, so that a graph break is an error and not a slow path. It is compiled for one
+shape (`dynamic=False`). All blocks of both experts share one graph. In mode `default`, cuBLAS computes the matrix
+products. The two `max-autotune` modes measure whether Triton or cuBLAS computes the products faster; this measurement
+takes half a minute. The mode `max-autotune` also captures each block as a CUDA graph, in the second forward of a video
+size. A captured graph reads weights at fixed addresses, so weights should not be moved.
 
 The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached. A process that loads
 this artifact repeats only two things: the tracing, and the compilation inside opaque operators. These operators are the
@@ -51,7 +51,7 @@ _CODE = (
 
 @contextmanager
 def compiler_imported_meanwhile(config: EffectiveConfig) -> Iterator[None]:
-    """If blocks are to be compiled, imports torch's compiler in a thread while the `with` block loads weights.
+    """If the run compiles blocks, imports torch's compiler in a thread while the `with` block loads weights.
 
     With FSDP or --quantize-on-the-fly, nothing is imported. FSDP and torchao import parts of the compiler themselves,
     and two threads must not import the compiler at the same time.
@@ -122,7 +122,7 @@ def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[st
 
 
 def check_caches() -> None:
-    """Raises ConfigError if torch's compiler caches are disabled, because there is then nothing to store."""
+    """Raises ConfigError if torch's compiler caches are disabled, because then there is nothing to store."""
     inductor = importlib.import_module("torch._inductor.config")
     if inductor.force_disable_caches or not inductor.fx_graph_cache:
         raise ConfigError(
@@ -152,7 +152,7 @@ def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, i
 
     Returns the artifact's key, or None on a cache miss. The caches hold code that will run, so the files are first
     compared with the hashes in the manifest. A damaged artifact is a cache miss with a note, because compiling takes
-    less than a minute. If other users may write to the artifact, this is a cache miss too, unless the user named the
+    less than a minute. An artifact that other users may write to is a cache miss too, unless the user named the
     artifacts folder (`is_named`).
     """
     folder = ranks.together(lambda: store.find(KIND, inputs, verify=True, damaged="miss"))

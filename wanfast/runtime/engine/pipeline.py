@@ -250,7 +250,7 @@ class ImageToVideoPipeline:
         """Denoises `noise` to the clean latent [1, 16, T, h, w].
 
         The cache `residuals` decides which forwards are skipped. If the ranks regroup in a later step, the first step
-        also runs one block in that grouping, so that connections and kernels are ready for it.
+        also runs one block in the later grouping. This makes the connections and kernels of that grouping ready.
         """
         rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
         groupings = {True: self.ranks, False: self.ranks.unguided if plan.regroups else self.ranks}

@@ -123,7 +123,7 @@ class Session:
 
     @hardware.one_out_of_memory_error()
     def use_loras(self, models: ModelsConfig) -> None:
-        """Replaces the session's LoRAs by those of `models`; the session and `models` must agree in all other values.
+        """Replaces the session's LoRAs by the LoRAs of `models`; all other values must be equal to the session's.
 
         Only the experts whose LoRAs differ are read again, into the same memory. Compiled blocks, the VAE and text
         embeddings stay. After an error the session is closed, and the next use of the session loads the models.
@@ -279,8 +279,8 @@ class Sessions:
     def of(self, config: EffectiveConfig) -> Session:
         """Returns a session with the models of `config`: the open session if it has these models, otherwise a new one.
 
-        If only the LoRAs differ, the open session merges those of `config`. Otherwise the open session is closed before
-        the new one is opened. Raises WanFastError on all ranks.
+        If only the LoRAs differ, the open session replaces its LoRAs by those of `config`. Otherwise the open session
+        is closed before the new one is opened. Raises WanFastError on all ranks.
         """
         if self._open is None or without_loras(self._open.config.models) != without_loras(config.models):
             self.close()

@@ -1,9 +1,10 @@
-"""This module runs sparse self-attention over the steps of a video: which calls are sparse, by which lists.
+"""This module decides which calls of self-attention are sparse in a video, and which lists of blocks they use.
 
-The first steps and layers stay dense. In all others, the router lists blocks for each branch of guidance and layer. The
-lists serve for a few steps, because attention changes little from step to step. Cross-attention is always dense.
+The first steps and the first layers stay dense. In all other calls, the router lists blocks for each branch of guidance
+and layer. The lists are used for a few steps, because attention changes little from step to step. Cross-attention is
+always dense.
 Under Ulysses, each rank lists the blocks of its own heads. All lists have the same length, so that no rank waits.
-If asked, each sparse call is checked on 64 queries of each head; see `attention_check`.
+With --attention-check, each sparse call is checked on 64 queries of each head (`attention_check`).
 
 Shapes: B batch (1), L tokens, H heads of all ranks, h heads of this rank, D head dim, S sampled queries.
 """
@@ -65,10 +66,11 @@ class SparseAttention:
         return brick_order(plan.geometry.token_grid, BRICK, self._ranks.device)
 
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
-        """Begins the forward of one of the step's branches, and frees the lists that it may no longer use.
+        """Begins the forward of one `branch` in a step, and frees the lists that this forward must not use.
 
-        Lists are made again when the branches of a step change, because the ranks of parallel guidance then begin to
-        compute the same branch, and must use the same lists.
+        Lists are used for a few steps, by one expert, and only while the steps have the same branches. When the
+        branches of a step change, the ranks of parallel guidance begin to compute the same branch. They must then use
+        the same lists, so new lists are made.
         """
         assert self._sparsity is not None, "no video was started"
         self._forward, every = _Forward(step, expert, branches, branch, ranks), self._sparsity.lists_every
@@ -108,7 +110,7 @@ class SparseAttention:
         return torch.from_numpy(drawn)
 
     def report(self) -> dict[str, Any] | None:
-        """Returns the errors of all ranks' heads as JSON, None if they are not checked; all ranks must call it.
+        """Returns the errors of all ranks' heads as JSON, or None without --attention-check. All ranks call this.
 
         Steps, layers and heads count from 0. Layers that are dense have no errors.
         """

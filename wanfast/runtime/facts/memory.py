@@ -3,8 +3,8 @@
 The bytes of weights are exact. The bytes of activations are an estimate, fitted to measurements at 1280x720, 81 frames;
 the GB below are for this size.
 For each token, a forward holds about seven float32 vectors of the model's width (11 GB). The text's keys and values
-need 1.7 GB more. For each pixel of a frame and each base channel, the VAE needs 145 bytes to encode (12.8 GB). To
-decode, the VAE needs 90 bytes in bf16 (8.0 GB) or 175 bytes in float32. About half of the VAE's bytes are earlier
+need 1.7 GB more. To encode, the VAE needs 145 bytes for each pixel of a frame and each base channel of the VAE (12.8
+GB). To decode, it needs 90 bytes in bf16 (8.0 GB) or 175 bytes in float32. About half of the VAE's bytes are earlier
 frames, which causal convolutions read.
 This module does not import torch.
 """
@@ -76,8 +76,8 @@ def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, scheme: Schem
     """Returns the bytes that a forward needs in addition to the weights; `tokens` is the number of tokens on one rank.
 
     The text's keys and values are included. A `scheme` that quantizes activations needs three more copies of the
-    feed-forward network's activations: two in float32 and one in 8 bits. A compiled forward needs fewer, so the result
-    is an upper bound.
+    feed-forward network's activations: two in float32 and one in 8 bits. A compiled forward needs fewer copies, so the
+    result is an upper bound.
     """
     dit = spec.dit
     quantizing = 9 * dit.ffn_dim * tokens if scheme in ("int8-dynamic", "fp8-rowwise") else 0

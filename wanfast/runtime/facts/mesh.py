@@ -8,8 +8,8 @@
 A replica is a *rank group*: its ranks make one video together, and fail together. Rank groups share only the list of
 jobs. Therefore, if one rank group fails, the others continue. Either each rank group lies within one machine, or one
 rank group contains all ranks of all machines.
-The ulysses axis exchanges the most data, so ranks with neighbouring numbers lie along this axis. The module
-does not import torch, because the parent chooses and checks the mesh before any rank starts.
+The ulysses axis exchanges the most data, so ranks with neighbouring numbers lie along this axis. This module does not
+import torch, because the parent chooses and checks the mesh before any rank starts.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ class Mesh:
         return self.replica * self.group_size
 
     def unguided(self, num_heads: int) -> Mesh:
-        """Returns the mesh of a step without guidance, whose one branch all ranks of a rank group share.
+        """Returns the mesh of a step without guidance: all ranks of a rank group share the tokens of the one branch.
 
-        If their number does not divide `num_heads`, the mesh stays as it is, and both halves do the same work.
+        If the number of these ranks does not divide `num_heads`, the mesh stays as it is, and both halves do the same
+        work.
         """
         return self if num_heads % self.group_size else Mesh(replica=self.replica, ulysses=self.group_size)
 

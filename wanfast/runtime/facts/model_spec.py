@@ -101,11 +101,16 @@ class DiTSpec(_Facts):
         return self.dim // self.num_heads
 
     def _check(self) -> None:
-        self._require("num_heads", self.dim % (2 * self.num_heads) == 0, f"heads of even size must fill dim {self.dim}")
+        heads_fit = self.dim % (2 * self.num_heads) == 0
+        self._require("num_heads", heads_fit, f"use a number of heads that divides {self.dim} into even parts")
         self._require("freq_dim", self.freq_dim % 2 == 0, "an even number is needed")
         self._require("num_layers", self.num_layers <= 1000, "at most 1000 are possible")
         self._require("text_len", self.text_len <= 65536, "at most 65536 tokens are possible")
-        self._require("patch_size", self.patch_size[0] == 1 and max(self.patch_size) <= 16, "use 1 frame, 16 at most")
+        self._require(
+            "patch_size",
+            self.patch_size[0] == 1 and max(self.patch_size) <= 16,
+            "the first number must be 1, and the others at most 16",
+        )
         self._require("eps", 0 < self.eps < 1, "a number between 0 and 1 is needed")
 
 
@@ -146,7 +151,11 @@ class VAESpec(_Facts):
 
     def _check(self) -> None:
         levels, channels = len(self.temporal_downsample), self.latent_channels
-        self._require("temporal_downsample", self.temporal_stride in (2, 4) and levels <= 8, "one or two must be true")
+        self._require(
+            "temporal_downsample",
+            self.temporal_stride in (2, 4) and levels <= 8,
+            "use at most 8 values; one or two must be true",
+        )
         self._require("dim_mult", len(self.dim_mult) == levels + 1, f"{levels + 1} numbers are needed")
         self._require("latents_mean", len(self.latents_mean) == channels, f"{channels} numbers are needed")
         self._require("latents_std", len(self.latents_std) == channels, f"{channels} numbers are needed")
@@ -170,11 +179,11 @@ class UMT5Spec(_Facts):
 
     def _check(self) -> None:
         fits = self.attention_dim % self.num_heads == 0
-        self._require("num_heads", fits, f"heads must fill the attention's {self.attention_dim}")
+        self._require("num_heads", fits, f"use a number of heads that divides {self.attention_dim}")
         self._require("num_layers", self.num_layers <= 1000, "at most 1000 are possible")
         self._require("num_buckets", 4 <= self.num_buckets <= 65536, "4 to 65536 are possible")
         self._require(
-            "max_distance", self.max_distance > self.num_buckets // 4, "it must exceed a fourth of the buckets"
+            "max_distance", self.max_distance > self.num_buckets // 4, "it must be larger than a quarter of num_buckets"
         )
         self._require("eps", 0 < self.eps < 1, "a number between 0 and 1 is needed")
 
@@ -214,11 +223,11 @@ class ModelSpec(_Facts):
         return self.name != "tiny"
 
     def _check(self) -> None:
-        self._require("boundary", 0 <= self.boundary <= 1, "a share of the noise, 0 to 1, is needed")
+        self._require("boundary", 0 <= self.boundary <= 1, "a number from 0 to 1 is needed")
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> ModelSpec:
-        """Builds a spec from a document that `to_json` made; facts missing in the document have A14B's values.
+        """Builds a spec from a document that `to_json` made; facts that are not in the document have A14B's values.
 
         Raises FactError if a name is unknown or a value is wrong.
         """

@@ -1,7 +1,8 @@
-"""This module counts what sparse attention computes and holds: blocks of tokens, and lists of blocks.
+"""This module counts the blocks that sparse attention computes, and the bytes of its lists of blocks.
 
-The tokens of a video lie in bricks, and each 128 tokens in a row form a block. A block of queries attends to the key
-blocks of its list. The lists of all heads have the same length, so that each head and each rank has the same work.
+The tokens of a video are sorted into bricks (small boxes of the token grid). Each 128 successive tokens form a block. A
+block of queries attends to the key blocks of its list. The lists of all heads have the same length, so that each head
+and each rank has the same work.
 This module does not import torch.
 """
 
@@ -21,7 +22,7 @@ _INDEX_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """This class says which calls of self-attention are sparse in one video, and how many blocks these compute."""
+    """Says which calls of self-attention are sparse in one video, and how many blocks these calls compute."""
 
     num_blocks: int
     first_blocks: int  # the blocks that hold tokens of the given image's frame
@@ -43,7 +44,7 @@ class Sparsity:
         dense_layers: int,
         lists_every: int,
     ) -> Sparsity:
-        """Returns the blocks of a (T, Y, X) grid of tokens. Raises ConfigError if no call would be sparse.
+        """Returns the sparsity for a (T, Y, X) grid of tokens. Raises ConfigError if no call would be sparse.
 
         A list holds at least the blocks of the first frame and the block of the queries themselves.
         """
@@ -72,7 +73,7 @@ class Sparsity:
 
     @property
     def density(self) -> float:
-        """Returns the share of blocks that a sparse call computes; the blocks that are always kept count, too."""
+        """Returns the share of blocks that a sparse call computes, including the blocks that are in every list."""
         return self.listed / self.num_blocks
 
     def is_dense(self, step: int, layer: int) -> bool:
@@ -80,7 +81,10 @@ class Sparsity:
         return step < self.dense_steps or layer < self.dense_layers
 
     def mean_density(self, forwards: Sequence[int]) -> float:
-        """Returns the mean density of all calls of a video; `forwards`: the number of computed forwards by step."""
+        """Returns the mean density of all calls of a video; a dense call has the density 1.
+
+        `forwards` holds, for each step, the number of forwards that are not skipped.
+        """
         dense_layers = [
             self.num_layers if step < self.dense_steps else self.dense_layers for step in range(len(forwards))
         ]
@@ -89,7 +93,10 @@ class Sparsity:
         return share + (1 - share) * self.density
 
     def list_bytes(self, num_heads: int) -> int:
-        """Returns the bytes of the lists and their lengths of one branch of guidance, for `num_heads` heads a layer."""
+        """Returns the bytes of all lists of one branch of guidance, including the lists' lengths.
+
+        `num_heads` is the number of attention heads of a layer.
+        """
         lists = (self.num_layers - self.dense_layers) * num_heads * self.num_blocks
         return lists * (self.listed + 1) * _INDEX_BYTES
 

@@ -204,7 +204,7 @@ class _Shards:
             for name, tensor in self.pending.items():
                 if not torch.equal(_bytes(handle.get_tensor(name)), _bytes(tensor)):
                     raise CorruptArtifactError(
-                        f"{file}: tensor {name} has other values when it is read back: check the disk"
+                        f"{file}: tensor {name}: the values on disk are not those that were written: check the disk"
                     )
 
 

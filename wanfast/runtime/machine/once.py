@@ -1,9 +1,9 @@
 """Caches results while a list of videos is planned: which GPUs there are, where a model lies, its tokenizer.
 
     with asked_once():
-        ...                   # a `remembered` function is computed once for the same arguments
+        ...                   # a `remembered` function runs once for the same arguments
 
-Outside of such a block every call is computed again, because the result may have changed.
+Outside such a block, every call runs the function again, because the result may have changed.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def version_of(package: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of everything that can change a pixel, without importing any package."""
+    """Returns the versions of all software that can change a video's pixels, without importing any package."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "commit": commit() or "unknown"}
     found["wanfast"] = __version__  # of the code that runs; a checkout need not be installed as a package
     found |= {package: version_of(package) or "not installed as a package" for package in _PACKAGES}

@@ -1,4 +1,4 @@
-"""Makes a child process end when its parent process ends, and makes it end immediately on SIGINT or SIGTERM."""
+"""Makes a child process end when its parent process ends, and immediately on SIGINT or SIGTERM."""
 
 from __future__ import annotations
 

@@ -2,9 +2,10 @@
 
 An embedded ICC profile is applied. Without a profile, colours are taken as sRGB. Two kinds of profiles are ignored,
 with a note: damaged profiles, and profiles for another colour space than the colour space of the pixels. A PNG's gamma
-is not applied, and a note says so. The primaries that a HEIC names by number are treated in the same way. A PNG's cICP
-chunk and an AVIF's primaries are not applied either. They get no note, because Pillow does not report them. 16 bits a
-channel become 8. For colour channels, Pillow keeps the upper byte. For grey, this module scales the values.
+is not applied, and a note says so. The primaries that a HEIC file names by number are not applied either, with a note.
+A PNG's cICP chunk and an AVIF's primaries are not applied either. For these there is no note, because Pillow does not
+report them. 16 bits a channel become 8 bits. For colour channels, Pillow keeps the upper byte. For grey, this module
+scales the values.
 """
 
 from __future__ import annotations

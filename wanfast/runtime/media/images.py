@@ -1,8 +1,7 @@
 """Reads and checks the image that a video starts from.
 
 The parent process calls `load_image` before any GPU is used. This module does not import torch, so that a bad file is
-refused within a second. The refusal is a message of one line. Nothing is cropped or resized here (`engine.pixels` does
-that).
+refused within a second. The error message has one line. Nothing is cropped or resized here (`engine.pixels` does that).
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ is part of the model: it rewrites full-width punctuation. Without cleaning, the 
 ids.
 
 Limit: a prompt longer than `max_tokens` loses its end (never its </s>); `TokenizedPrompt.truncated` reports this.
-This module does not import torch. Heavy imports wait until they are needed, because the parent process imports this
-module.
+This module does not import torch. Large packages are imported only when they are needed, because the parent process
+imports this module.
 
 Source: the text tokenizer and the shared configuration of Wan-Video/Wan2.2 (42bf4cf).
 """

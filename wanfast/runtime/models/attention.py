@@ -1,8 +1,8 @@
 """This module computes scaled dot-product attention, with any kernel and any distribution of tokens over ranks.
 
-At 75,600 tokens, self-attention takes 72 % of all FLOP. In each block, it takes 4 L^2 d FLOP (d: model dim), and the
-linear layers take 45 TFLOP. So the kernel decides the speed of the program. A compiled block calls every kernel through
-one opaque operator, so that the block stays one graph with any kernel.
+At 75,600 tokens, self-attention takes 72 % of all FLOP. In each block, self-attention takes 4 L^2 d = 117 TFLOP (the
+model dim d is 5120), and the linear layers take 45 TFLOP. So the kernel decides the speed of the program. A compiled
+block calls every kernel through one opaque operator, so that the block stays one graph with any kernel.
 Shapes: B batch, L tokens, H heads, D head dim.
 """
 

@@ -1,8 +1,8 @@
-"""This module measures the error of an attention's output on a few queries, against the formula over all keys.
+"""This module measures the error of an attention's output, by comparing a few rows with exactly computed rows.
 
-A few exact rows cost little: 64 of 75,600 queries are a thousandth of a dense call. So the error is known on the
-weights and the video at hand. It counts whatever stands between the formula and the output: the choice of blocks, and
-rounding.
+A few exact rows cost little: 64 of 75,600 queries are a thousandth of a dense call. So each run can measure the error
+for its own weights and its own video. The error has two causes, and the measurement contains both: keys that were left
+out, and rounding.
 
 Shapes: L tokens, H heads, D head dim, S sampled queries of each head.
 """

@@ -1,11 +1,11 @@
-"""The router lists the blocks of keys to which each head and block of queries attends.
+"""The router chooses, for each head and each block of queries, the blocks of keys to which the queries attend.
 
-A block's part in the softmax is estimated from means: queries and keys are averaged over quarters of a block, and the
-score of two blocks is the log of the sum of exp over all 16 pairs of quarters. Quarters find a strong key that the mean
-of a whole block hides. The blocks with the largest scores are listed, always with the blocks of the first latent frame,
-which holds the given image, and the block of the queries themselves.
-Cost: 16 / block^2 of the products of dense attention, and a sort. Exact for nothing: the choice is an estimate, and
-`attention_check` measures its error.
+The share of a block of keys in the softmax is estimated from means. Queries and keys are averaged over quarters of a
+block. The score of a pair of blocks is the log of the sum of exp over its 16 pairs of quarters. Quarters reveal a
+strong key that the mean of a whole block would hide. Each list has the blocks with the largest scores. Each list also
+has the block of the queries themselves, and the blocks of the first latent frame, which holds the given image.
+Cost: 16 / block^2 of the products of dense attention, and a sort. Limit: the choice is only an estimate;
+`attention_check` measures the error of the result.
 
 Shapes: B batch, L tokens, H heads, D head dim, N blocks, W entries of a list, S quarters of blocks.
 """
@@ -23,9 +23,10 @@ _PARTS = 4  # of a block, each with a mean of its own
 
 
 def block_lists(q_BLHD: Tensor, k_BLHD: Tensor, block: int, listed: int, first_blocks: int) -> BlockLists:
-    """Returns lists of `listed` blocks for tokens in brick order; `block` is the tokens of a block, a multiple of 4.
+    """Returns lists of `listed` blocks of keys, one list for each head and each block of queries.
 
-    q and k have the same number of tokens. `first_blocks` blocks, from the start, are in every list.
+    The tokens must be in brick order, and q and k have the same number of tokens. `block` is the number of tokens in a
+    block, a multiple of 4. The first `first_blocks` blocks are in every list.
     """
     chosen = []
     for q_BLD, k_BLD in zip(q_BLHD.unbind(2), k_BLHD.unbind(2), strict=True):  # one head's scores at a time
@@ -38,7 +39,10 @@ def block_lists(q_BLHD: Tensor, k_BLHD: Tensor, block: int, listed: int, first_b
 
 
 def block_scores(q_BLD: Tensor, k_BLD: Tensor, block: int) -> Tensor:
-    """Returns the estimated log of each pair of blocks' part in the softmax, [B, N, N] in float32."""
+    """Returns a score for each pair of a block of queries and a block of keys, [B, N, N] in float32.
+
+    The score estimates the log of the keys' share in the softmax of the queries.
+    """
     part = block // _PARTS
     q, k = _means(q_BLD, part), _means(k_BLD, part)
     scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5

@@ -1,8 +1,8 @@
-"""This module computes attention of blocks of queries to listed blocks of keys, in plain PyTorch on any device.
+"""This module lets each block of queries attend only to listed blocks of keys, in plain PyTorch on any device.
 
-The result is exact for the lists: the softmax is over the keys of the listed blocks only. This is the reference for a
-kernel of a GPU, and the way that a CPU computes sparse attention. It gathers the listed keys for one block of queries
-at a time.
+The softmax is over the keys of the listed blocks only; apart from this choice, the result is exact. A CPU computes
+sparse attention by this module, and a GPU kernel is compared with it. The module gathers the listed keys for one block
+of queries at a time.
 
 Shapes: B batch, L tokens, H heads, D head dim, c tokens of a block, M blocks of queries, N blocks of keys, W entries of
 the longest list. The last block may have fewer than c tokens.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class BlockLists(NamedTuple):
-    """Holds for each head and block of queries the key blocks that it attends to, in FlashAttention-4's format."""
+    """Lists the blocks of keys for each head and each block of queries, in the format of FlashAttention-4."""
 
     counts: Tensor  # [B, H, M] int32: entries that count in each list
     blocks: Tensor  # [B, H, M, W] int32: numbers of key blocks, ascending in each list
@@ -28,7 +28,7 @@ class BlockLists(NamedTuple):
 def block_sparse_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
     """Returns softmax(q k^T / sqrt(D)) v over the keys of the listed blocks, [B, L, H, D] in the dtype of q.
 
-    `block` is c. Raises ValueError if a list is empty, because its softmax would be over nothing.
+    `block` is c, the number of tokens in a block. Raises ValueError if a list is empty, because a softmax needs keys.
     """
     if not bool((lists.counts > 0).all()):
         raise ValueError("a block of queries has no block of keys")

@@ -1,11 +1,13 @@
 """This module orders a video's tokens in bricks, so that neighbours in time and space become neighbours in memory.
 
-In raster order, 128 tokens in a row are a strip of one frame. In brick order, they are 2 x 8 x 8 tokens, which attend
-to much the same tokens. Sparse attention chooses such blocks as a whole. The order is an exact permutation, so that
-dense attention gives the same result in both orders, except for the rounding of sums.
-The first latent frame holds the given image and forms bricks of its own: 21 frames are 1 + 10 x 2. A brick of fewer
-frames is wider instead. Bricks at the end of an axis are smaller if the grid is no multiple of the brick. The path
-through the bricks turns around at each edge, because consecutive bricks shall touch also where a block spans two.
+In raster order, 128 successive tokens are a strip of one frame. In brick order, they are a box of 2 x 8 x 8 tokens. The
+tokens of such a box need almost the same keys. So sparse attention can choose or drop all tokens of a block together.
+The order is an exact permutation, so that dense attention gives the same result in both orders, except for the rounding
+of sums.
+The first latent frame holds the given image, and forms bricks of its own. For example, 21 frames form one layer of 1
+frame and ten layers of 2 frames. In a layer with fewer frames, bricks are wider. Bricks at the end of an axis are
+smaller if the grid is not a multiple of the brick. The path through the bricks reverses its direction at each edge of
+the grid. So consecutive bricks always touch, and the tokens of a block that spans two bricks are neighbours too.
 
 Shapes: L tokens = T*Y*X of the token grid (T frames, Y rows, X columns).
 """
@@ -20,17 +22,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """Permutes tokens, and restores their raster order; without tensors, both functions return the tokens unchanged."""
+    """Permutes tokens into an order, and restores their raster order.
+
+    If `order` and `inverse` are None, the order is the raster order, and the tokens are returned unchanged.
+    """
 
     order: Tensor | None = None  # [L]: the raster index of the token at each place
     inverse: Tensor | None = None  # [L]: the place of each token of the raster
 
     def permute(self, x: Tensor, dim: int) -> Tensor:
-        """Returns the tokens in this order; in x they lie along `dim`, in raster order."""
+        """Takes x in raster order and returns it in this order; the tokens lie along `dim`."""
         return x if self.order is None else x.index_select(dim, self.order)
 
     def restore(self, x: Tensor, dim: int) -> Tensor:
-        """Returns the tokens in raster order; in x they lie along `dim`, in this order."""
+        """Takes x in this order and returns it in raster order; the tokens lie along `dim`."""
         return x if self.inverse is None else x.index_select(dim, self.inverse)
 
 

@@ -72,7 +72,7 @@ def forget_uses() -> None:
 
 
 def choose(engines: Mapping[str, str]) -> None:
-    """Sets the engine of each shape in `engines`, {shape: engine}; it replaces an engine that was found before."""
+    """Sets the engine of each shape in `engines` {shape: engine}; engines that were found before are replaced."""
     changed = {shape for shape, name in engines.items() if _chosen.get(shape, name) != name}
     _chosen.update(engines)
     for problem in [each for each in _graphs if each.name in changed]:

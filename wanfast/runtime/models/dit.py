@@ -249,8 +249,8 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """This class is one expert; its linear layers have `dtype`, but norms, modulation, time MLP and head are float32.
 
-    `sequence` shares the tokens among ranks, unless a forward gets another one. The forward takes and returns whole
-    latents on each rank, so that the next forward may share its tokens among other ranks.
+    `sequence` shares the tokens among ranks, unless a forward is called with a `sequence` of its own. Each rank passes
+    whole latents and gets whole latents, so that each forward may share the tokens in another way.
     `attend` is the attention function of self- and cross-attention.
     """
 
@@ -282,7 +282,8 @@ class WanDiT(nn.Module):
     def encode_text(self, text_BSc: Tensor) -> list[TextKV]:
         """Returns each block's keys and values for text embeddings [B, n, text_dim], n <= text_len.
 
-        Zero rows pad the embeddings to `text_len`. Attention includes these rows, because the model was trained so.
+        Zero rows pad the embeddings to `text_len`. Attention includes these rows, because the model was trained with
+        such rows.
         """
         padding = self.spec.text_len - text_BSc.shape[1]
         text = self.text_embedding(F.pad(text_BSc, (0, 0, 0, padding)))
@@ -313,7 +314,7 @@ class WanDiT(nn.Module):
         keep_residual: whether to return the residual; if False, the second result is None.
         sequence: shares the tokens of this forward among ranks; None takes the model's own.
         num_blocks: how many blocks run; None runs all of them.
-        order: the order in which the blocks hold the tokens; residuals are in this order, too.
+        order: the order in which the blocks hold the tokens; residuals are in this order too.
         """
         sequence = sequence or self.sequence
         video = torch.cat((latent, condition), dim=1).to(self.patch_embedding.weight.dtype)

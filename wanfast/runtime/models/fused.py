@@ -50,7 +50,7 @@ def add_layer_norm(
 
 
 def quantize_tokens(x_BLd: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> QuantizedTokens:
-    """Quantizes x, or gelu(x) if `gelu`, to the 8-bit `dtype`.
+    """Quantizes x, or gelu(x) if `gelu` is true, to the 8-bit `dtype`.
 
     GELU is computed in its tanh approximation. Each token has a scale, which maps the token's largest |value| to the
     largest number of `dtype`.

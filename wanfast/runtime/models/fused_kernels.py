@@ -51,7 +51,10 @@ def add_layer_norm(
 
 
 def quantize_tokens(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
-    """Quantizes x, or gelu(x) if `gelu`; returns (values [B, L, d] in the 8-bit `dtype`, float32 scales [B, L])."""
+    """Quantizes x, or gelu(x) if `gelu` is true.
+
+    Returns (values [B, L, d] in the 8-bit `dtype`, float32 scales [B, L]).
+    """
     _check_rows(x)
     out, scale = _output(x, dtype)
     wrap_triton(_quantize_tokens)[_grid(x)](x, out, scale, GELU=gelu, **_launch(x, dtype))

@@ -29,9 +29,9 @@ ProductFn = Callable[[QuantizedTokens, Tensor, Tensor, Tensor], Tensor]  # x, we
 
 
 class QuantizedLinear(nn.Module):
-    """Applies a linear layer with weights of an 8-bit scheme, and then GELU (tanh) if `gelu`.
+    """Applies a linear layer with weights of an 8-bit scheme, and then GELU (tanh) if `gelu` is true.
 
-    With `gelu`, the next layer must be a QuantizedLinear too, because the result may be quantized.
+    If `gelu` is true, the next layer must be a QuantizedLinear too, because the result may be quantized.
     """
 
     def __init__(self, scheme: Scheme, dim_in: int, dim_out: int, dtype: torch.dtype, *, gelu: bool = False) -> None:

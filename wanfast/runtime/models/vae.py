@@ -129,9 +129,9 @@ class WanVAE(nn.Module):
         """Returns the float32 latents [B,16,T,Y,X] of video [B,3,F,H,W]: the posterior's normalised mean, not a sample.
 
         `still_from`: the index from which on all frames of the clip are equal; None if there is no such index. The clip
-        is encoded in chunks of four frames. A few chunks after this index, each layer's output is equal to the same
-        layer's output for the chunk before, and is not computed again. The latents are bitwise the same as without
-        `still_from`. For an image and 80 grey frames, a third of the work remains.
+        is encoded in chunks of four frames. A few chunks after this index, each layer's output is equal to its output
+        for the previous chunk, so it is not computed again. The latents are bitwise the same as without `still_from`.
+        For an image and 80 grey frames, a third of the work remains.
         Raises ValueError if F is not 4n+1, or if H or W is not a multiple of 8.
         """
         frames, height, width = video.shape[2:]
@@ -367,7 +367,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Downsample(nn.Module):
     """Maps [B,C,T,h,w] to [B,C,T,h/2,w/2].
 
-    If `temporal`, every two frames also become one frame, except a clip's first frame, which stays one frame.
+    If `temporal` is true, every two frames also become one frame, except a clip's first frame, which stays one frame.
     """
 
     def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
@@ -388,8 +388,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Maps [B,C,T,h,w] to [B,C/2,T,2h,2w].
 
-    If `temporal`, each frame also becomes two frames, except a clip's first frame. The convolution over time does not
-    run for the first frame. For later frames, it reads zeros in place of the first frame.
+    If `temporal` is true, each frame also becomes two frames, except a clip's first frame. The convolution over time
+    does not run for the first frame. For later frames, the convolution reads zeros in place of the first frame.
     """
 
     def __init__(self, channels: int, temporal: bool, dtype: torch.dtype) -> None:
@@ -415,7 +415,7 @@ class Conv3d(nn.Conv3d):
     def forward(self, x: Tensor, halo: int = 0) -> Tensor:
         """Convolves x, which already has `halo` additional rows at the top and at the bottom.
 
-        These rows replace padding: the convolution pads `halo` rows less at the top and at the bottom.
+        These rows replace padding: the convolution pads `halo` fewer rows at the top and at the bottom.
         """
         stride, (time, top, left) = cast(Triple, self.stride), cast(Triple, self.padding)
         return convolve(x, self.weight, cast(Tensor, self.bias), stride=stride, padding=(time, top - halo, left))

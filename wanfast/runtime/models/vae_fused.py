@@ -23,7 +23,7 @@ _TINIEST = 1e-12  # so that a position of zeros has a norm
 
 
 def rms_norm(x: Tensor, gamma: Tensor, *, silu: bool = False) -> Tensor:
-    """Returns x / rms(x) * gamma, or with `silu` the SiLU of this product.
+    """Returns x / rms(x) * gamma; if `silu` is true, returns the SiLU of this product.
 
     x is [B,C,...], and gamma is [C,...]. rms(x) is taken over C.
     """

@@ -14,7 +14,7 @@ _VALUES = 4096  # of a program
 
 
 def rms_norm(x: Tensor, out: Tensor, gamma: Tensor, silu: bool) -> None:
-    """Writes x / rms(x) * gamma into `out`; with `silu`, writes the SiLU of this product instead.
+    """Writes x / rms(x) * gamma into `out`; if `silu` is true, writes the SiLU of this product instead.
 
     x and `out` are [T, N, C] with N positions a frame. C must have stride 1; T and N may have any strides. rms(x) is
     taken over C.

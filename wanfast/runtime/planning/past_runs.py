@@ -90,8 +90,8 @@ def _read(index: Path, mtime_ns: int, size: int) -> Sequence[dict[str, Any]]:
 def forwards_in_turn(plan: dict[str, Any]) -> list[float]:
     """Reads a plan's JSON and returns how many forwards of each step run one after the other.
 
-    With cfg parallelism, the two branches of guidance run at the same time on different ranks. If the ranks regroup, a
-    forward without guidance has twice as many ranks, and counts half.
+    With cfg parallelism, the two branches of guidance run at the same time on different ranks. If the ranks regroup,
+    twice as many ranks compute a forward without guidance, so it counts as half a forward.
     """
     guided = read_guided(plan)
     skips = _skips(plan["magcache"]) if plan.get("magcache") else [(False, False)] * len(guided)

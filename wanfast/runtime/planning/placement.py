@@ -130,8 +130,8 @@ def needed(
 ) -> Need:
     """Returns the bytes of memory that one video needs on one rank of `mesh`.
 
-    `num_residuals`: the number of MagCache residuals that the rank keeps between steps. `lists`: the bytes of its lists
-    of blocks.
+    `num_residuals`: the number of MagCache residuals that the rank keeps between steps. `lists`: the bytes of the
+    rank's lists of blocks for sparse attention.
     """
     own_tokens, precision, scheme = -(-geometry.tokens // mesh.ulysses), models.precision, models.quantize
     return Need(
@@ -242,7 +242,7 @@ def _refusal_on_cpu(plan: Plan, held: dict[str, int], free: int) -> str:
     one_of = " or ".join(f"{gb(size)} ({mode})" for mode, size in held.items())
     short = f"a process would hold {one_of}, but only {gb(free)} of host memory are free for each"
     if is_cpu_for_want_of_a_gpu(plan):
-        return f"no GPU was found: use a machine with one, or a smaller --size (on this CPU {short})"
+        return f"no GPU was found: use a machine with a GPU, or a smaller --size (on this CPU {short})"
     return f"--device cpu: {short}: use a smaller --size"
 
 
@@ -275,7 +275,7 @@ def _barred(
         elif mode == "offloaded" and asked.expert_offload == "off":
             barred[mode] = "switched off"
         elif mode not in barred and size > host_free:
-            barred[mode] = f"needs {gb(size)} of host memory, of which {gb(host_free)} are free"
+            barred[mode] = f"needs {gb(size)} of host memory, but only {gb(host_free)} are free"
     return barred
 
 

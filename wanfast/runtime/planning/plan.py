@@ -141,18 +141,17 @@ class Plan:
 
     @property
     def regroups(self) -> bool:
-        """Returns whether the ranks share tokens otherwise in steps without guidance, and there are such steps."""
+        """Returns whether the plan has steps without guidance that divide the tokens among the ranks in another way."""
         return self.unguided_mesh != self.mesh and not all(self.guided)
 
     @property
     def always_computed(self) -> list[int]:
-        """Returns the steps that skip nothing, whatever the curve and the settings of MagCache say.
+        """Returns the steps whose forwards are never skipped, whatever the curve and the settings of MagCache say.
 
         These are three kinds of steps:
         * steps after the end of the curve, because they belong to distilled weights;
-        * an expert's last step with guidance, because all later steps of the expert reuse its difference;
-        * an expert's first step without guidance, because the ranks regroup before this step, so that no rank holds the
-          prompt's residual of the tokens that the rank has then.
+        * an expert's last step with guidance, because the expert's later steps reuse the difference of its branches;
+        * an expert's first step without guidance: the ranks regroup before it, so their stored residuals do not fit.
         """
         distilled = range(len(self.schedule) if self.curve is None else self.curve.num_steps, len(self.schedule))
         return [*gate_steps(self.experts, self.guided), *distilled]
@@ -207,9 +206,9 @@ class Plan:
         return ResidualCache(self.skips, levels if _extrapolates(self.config) else None)
 
     def num_residuals(self, mesh: Mesh) -> int:
-        """Returns the number of MagCache residuals that a rank of `mesh` holds at most, of all of the rank's branches.
+        """Returns how many MagCache residuals a rank of `mesh` holds at most at a time, for all its branches.
 
-        An extrapolated residual is one more for a moment.
+        With --magcache-extrapolate, the number includes the extrapolated residual, which exists for a short time.
         """
         held = self.residuals_a_branch * self._num_branches(mesh)
         return held + (1 if self.curve is not None and _extrapolates(self.config) else 0)
@@ -242,7 +241,7 @@ class Plan:
         return 2 if any(self.guided) and mesh.cfg == 1 else 1
 
     def sparsity_json(self) -> dict[str, Any] | None:
-        """Returns the density of attention, and what it follows from, as JSON; None without --attention sparse."""
+        """Returns the density of attention and the settings behind it as JSON; None without --attention sparse."""
         if self.sparsity is None:
             return None
         computed = [1 + both - sum(skips) for both, skips in zip(self.guided, self.skips, strict=True)]
@@ -512,7 +511,7 @@ def _sparsity_notes(plan: Plan) -> list[str]:
     if sparsity.listed == sparsity.num_blocks:
         return [f"{blocks}, and all of them are computed: nothing is saved"]
     if sparsity.density > asked + 1 / sparsity.num_blocks:
-        kept = f"the first frame's {sparsity.first_blocks} and one more are always kept"
+        kept = f"each list must have {sparsity.first_blocks + 1} of them (the first frame's and one more)"
         return [f"{blocks}, and {kept}: the density is {sparsity.density:.2f}, not {asked:g}"]
     return []
 
@@ -550,7 +549,10 @@ def _fit_notes(fit: ImageFit, g: Geometry, image_size: tuple[int, int], size: tu
         ]
     left, top, right, bottom = middle_box(image_size, width, height)
     if fit == "crop" and (right - left, bottom - top) != image_size:
-        return [f"--fit crop: shows the middle {right - left}x{bottom - top} of the {image_width}x{image_height} image"]
+        return [
+            f"--fit crop: the video shows the middle {right - left}x{bottom - top} of the "
+            f"{image_width}x{image_height} image"
+        ]
     inner_width, inner_height = inner_size(image_size, width, height)
     if fit == "pad" and (inner_width, inner_height) != size:
         return [

@@ -83,10 +83,10 @@ def fork(count: int) -> list[Forked]:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process with `code`, without the interpreter's own end.
+    """Runs the exit handlers and ends this process with `code`, but leaves out the interpreter's shutdown.
 
-    That end takes all of torch apart for half a second, and a thread of torch may abort it. Forks of multiprocessing
-    end like this too.
+    The shutdown takes half a second to destroy torch's objects, and a thread of torch may crash it. The child processes
+    of multiprocessing end in this way too.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -230,7 +230,7 @@ class Handle:
         """Holds the lock on the ranks for a block. Raises CancelledError while it waits, if `cancelled` is set."""
         if self._owner == threading.get_ident():
             raise ConfigError(
-                "on_progress cannot make a video or close the handle: let it return first, or call cancel"
+                "on_progress cannot make a video or close the handle: do so after on_progress returns, or call cancel"
             )
         while not self._lock.acquire(timeout=_PAUSE_S):
             if cancelled.is_set():
@@ -249,7 +249,7 @@ class Handle:
 
 
 def open(**options: Any) -> Handle:
-    """Returns a handle whose ranks are starting. Raises WanFastError.
+    """Starts ranks and returns their handle, without waiting for the models. Raises WanFastError.
 
     `options`: the options of `wanfast generate` for models and ranks, and the `size` and `frames` of the largest video
     that will be made. Each option has its Python name: `num_gpus` means --num-gpus. LoRAs may be given here or for each

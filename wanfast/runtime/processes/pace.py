@@ -6,7 +6,7 @@ The start, and the stages of loading, compiling, encoding, decoding and writing 
 on the disk, the model and the size. Also, all ranks of a larger group may stop at places where no rank waits for
 another rank. Therefore a group also counts as hung if, for a long time, it neither reports progress nor works. The
 group works if one of its ranks on this machine works. Before the first rank has started, the group works if its
-launcher works. Later, the launcher does not count, because it always looks after its ranks.
+launcher works. Later, the launcher does not count, because it is always busy with watching its ranks.
 The counters of the operating system show whether a process works: it reads, writes or touches new memory. On a CPU, CPU
 time counts as work too. On a GPU, CPU time does not count, because a host thread uses CPU time even while it only waits
 for its GPU. So a healthy rank on a GPU may show no work during a long computation. Therefore the time limit on a GPU is
@@ -51,7 +51,7 @@ class Work:
 
     @classmethod
     def of(cls, pid: int, reports: Iterable[Path] = (), *, on_cpu: bool) -> Work:
-        """Adds up the bytes that a process read and wrote, and the pages that it touched first.
+        """Adds up the bytes that a process read and wrote, and the memory pages that it touched for the first time.
 
         `reports`: the files by which a rank reports. CPU time counts only if `on_cpu` is true, because a rank that
         waits for its GPU also uses CPU time.
@@ -99,7 +99,7 @@ class Pace:
     active: float = 0.0  # when the group was last seen to work
 
     def look(self, state: dict[str, Any] | None, written_ns: int, now: float) -> bool:
-        """Stores the progress that the rank group reports now, if any; returns whether the progress is new."""
+        """Stores the progress that the rank group reports now, if any; returns whether this progress is new."""
         self.idle_s = now - self.since
         if state is None or (state, written_ns) == (self.state, self.written_ns):
             return False

@@ -44,7 +44,7 @@ def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate
 
 
 def gate_steps(experts: Sequence[Expert], guided: Sequence[bool]) -> list[int]:
-    """Returns two steps for each gate: the expert's last step with guidance, and its first step without guidance."""
+    """Returns, for each expert with a gate, its last step with guidance and its first step without guidance."""
     return [
         step
         for after in range(1, len(guided))

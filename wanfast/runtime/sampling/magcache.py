@@ -62,7 +62,7 @@ def plan_skips(
     for each other.
     guided: for each step, whether the step has the negative prompt's branch. None means that all steps have this
     branch.
-    always: steps that skip nothing.
+    always: steps whose forwards are never skipped.
     """
     may_skip = _allowed(experts, settings.retention, settings.rule, always)
     computed = _SkipRow(settings)
@@ -96,9 +96,9 @@ def plan_best(
     product of the ratios of the steps i+1 to j. The plan's error is the sum of the errors of its skipped forwards.
     `settings` limits the number of skips in a row, and says which forwards always run; the threshold in `settings` is
     ignored.
-    Joint skips come in pairs, so perhaps no plan skips exactly `skipped` forwards. If `exactly` is false, the plan then
-    skips one forward less. If it is true, ConfigError is raised. ConfigError is always raised if `settings` allow fewer
-    skips than `skipped`. Other arguments are those of `plan_skips`.
+    Joint skips come in pairs, so perhaps no plan skips exactly `skipped` forwards. Then the plan skips one forward
+    less, but if `exactly` is true, ConfigError is raised. ConfigError is always raised if `settings` allow fewer skips
+    than `skipped`. Other arguments are those of `plan_skips`.
     """
     may_skip = _allowed(experts, settings.retention, settings.rule, always)
     guided = guided or [True] * len(ratios)
@@ -277,7 +277,9 @@ def _resampled(ratios: Sequence[float], of: Sequence[int], to: Sequence[int]) ->
     at = [_on_line(points, -timestep) for timestep in to]
     changes = [here - before for before, here in itertools.pairwise(at)]
     if max(map(abs, changes), default=0.0) > _MOST_CHANGE:
-        raise ConfigError("the curve cannot be extrapolated to this run's timesteps, which are too far from its own")
+        raise ConfigError(
+            "the curve cannot be extrapolated to this run's timesteps, which are too far from the curve's timesteps"
+        )
     return [1.0, *map(math.exp, changes)]
 
 
@@ -343,12 +345,13 @@ class ResidualCache:
 def residual_terms(
     skipped: Sequence[bool], line: Sequence[tuple[Hashable, float]] | None = None
 ) -> dict[int, tuple[Term, ...]]:
-    """Returns for each skipped step of one branch the earlier steps whose residuals replace its own, with weights.
+    """Returns, for each skipped step of one branch, which stored residuals replace the missing one, and their weights.
 
-    Without `line`, this is the last computed step. `line` holds the kind and the noise level of each step; steps of one
-    kind have the same expert and the same branches. Then the residual is extrapolated linearly over the noise level,
-    from the last two computed steps. This is done if all three steps are of one kind, and at most two steps after the
-    last computed one.
+    If `line` is None, the residual of the last computed step is reused. `line` holds the kind and the noise level of
+    each step; steps of one kind have the same expert and the same branches. If `line` is given, the residual is
+    extrapolated linearly over the noise level, from the last two computed steps. Two conditions must hold: all three
+    steps are of one kind, and the skipped step is at most two steps after the last computed step. Otherwise the
+    residual of the last computed step is reused.
     """
     terms: dict[int, tuple[Term, ...]] = {}
     before, last = None, 0

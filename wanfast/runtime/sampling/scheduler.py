@@ -6,12 +6,12 @@ estimates m of recent steps, and its weights depend only on the noise levels. Th
 before the loop, in float64, and a step is one weighted sum. The loop never reads a number from the device.
 
 Let s and s' be the noise levels of steps i and i+1, and lambda(s) = ln(1 - s) - ln s. The first-order step is the Euler
-step: (s'/s) x + (1 - s'/s) m. The second-order step adds a term to it: a multiple of the slope of m, where m is taken
-as a function of lambda.
+step: (s'/s) x + (1 - s'/s) m. The second-order step adds a term to the first-order step: a multiple of the slope of m,
+where m is taken as a function of lambda.
 
 The noise levels of a run come from a grid (`grid`) or from a list (`listed`). Lists are for weights that were distilled
-to few steps. UniPC followed by Euler (`unipc-euler`) is for a model of which only the low-noise expert is distilled.
-`rcm` mixes m with fresh noise: x' = (1 - s') m + s' noise.
+to few steps. UniPC followed by Euler (`unipc-euler`) is for a model whose low-noise expert is distilled, and whose
+high-noise expert is not. `rcm` mixes m with fresh noise: x' = (1 - s') m + s' noise.
 Torch-free: a sample may be an array of any library.
 Sources: DPM-Solver++ (arXiv 2211.01095) eq. 12; UniPC (arXiv 2302.04867) algorithms 5 and 7 with B(h) = e^h - 1. The
 noise levels and the solver orders are those of Wan-Video/Wan2.2 (wan/utils/fm_solvers*.py), because the model was tuned
@@ -65,7 +65,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Levels:
-    """Holds the noise level and the timestep of each step of a run; after the last step's noise level, a 0 is added."""
+    """Holds the noise level and the timestep of each step of a run; one more noise level, 0, is the end."""
 
     sigmas: tuple[float, ...]  # float32 values
     timesteps: tuple[int, ...]
@@ -93,8 +93,8 @@ def grid(solver: Solver, num_steps: int, shift: float) -> Levels:
 def listed(solver: Solver, sigmas: Sequence[float]) -> Levels:
     """Returns the noise levels of a list, to which no shift is applied; the last step goes to 0.
 
-    For solvers of order 1, the first noise is multiplied by the first level, because the model expects such a sample at
-    this level. For UniPC and DPM++, the noise is not multiplied, as on their grids.
+    For solvers of order 1, the first noise is multiplied by the first level, because the model expects a sample of this
+    scale. For UniPC and DPM++, the noise is not multiplied, as on their grids.
     """
     return _levels(np.array(sigmas, dtype=np.float64), is_scaled=solver in ("euler", "rcm"))
 

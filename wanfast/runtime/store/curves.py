@@ -120,7 +120,7 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
     if config.skipping.magcache == "preset":
         found = preset(files)
         if found is None:
-            fix = f"run `{calibrate_command(config, files.spec)}`, then use --magcache artifact"
+            fix = f"run `{calibrate_command(config, files.spec)}`, and then this command with --magcache artifact"
             if config.video.levels is not None:
                 fix = "drop --magcache"
             raise ConfigError(f"--magcache preset: no curve ships for these weights ({files.spec.name}): {fix}")
@@ -242,7 +242,7 @@ def _pairs(name: str, of: dict[str, Any]) -> list[tuple[float, float]]:
     pairs = [tuple(row) for row in rows if isinstance(row, list) and len(row) == 2 and all(map(_is_ratio, row))]
     if len(pairs) != of["steps"] or len(rows) != of["steps"]:
         raise CorruptArtifactError(
-            f"--magcache {name}: the curve does not hold two numbers over 0 for each of {of['steps']} steps: "
+            f"--magcache {name}: the curve does not hold two positive numbers for each of {of['steps']} steps: "
             f"remove the folder {KIND}/{name} in the artifacts folder, and run `wanfast calibrate-magcache`"
         )
     return [(float(prompt), float(negative_prompt)) for prompt, negative_prompt in pairs]
@@ -351,7 +351,7 @@ def _found(
         nearest = min(found, key=lambda item: len(item[0]), default=None)
         difference = f" (the curve {nearest[2].name} has {_in_words(nearest[0])})" if nearest else ""
         if nearest and "facts" not in nearest[1]:
-            difference = f" ({nearest[2].name} is of an earlier version of wanfast, which recorded less)"
+            difference = f" (an earlier version of wanfast made the curve {nearest[2].name}, and recorded fewer facts)"
         or_bridge = ", or add --magcache-interpolate" if nearest and set(nearest[0]) <= _BRIDGED else ""
         raise MissingArtifactError(f"{option}: no curve is calibrated for this run{difference}: {fix}{or_bridge}")
     best = [item for item in fitting if distance(item) == distance(fitting[0])]

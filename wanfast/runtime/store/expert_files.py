@@ -1,8 +1,8 @@
 """Finds an expert that --high-noise-expert or --low-noise-expert names, and reads how its tensors are stored.
 
 Such an expert is a safetensors file, a GGUF file, or a folder with safetensors files or one GGUF file. Only headers are
-read here, without torch; `weights.forms` reads the values. If the file has a scale of a tensor, the tensor's values are
-the stored numbers times the scale. These forms are known:
+read here, without torch; `weights.forms` reads the values. If the file has a scale for a tensor, the tensor's values
+are the stored numbers times the scale. These forms are known:
 
 | form | scale of X.weight | what the file says about its form |
 |---|---|---|
@@ -111,11 +111,12 @@ class NamedExpert:
     def check(self, scheme: Scheme | None, loras: Iterable[Lora], option: str, without: str) -> None:
         """Raises WanFastError if the files belong to the other expert, or if `scheme` would round their weights twice.
 
-        `option` is the option that gives the scheme. `without` is a fix that avoids the scheme, as "drop --quantize".
+        `option` is the option that gives the scheme. `without` is a fix that avoids the scheme, such as "drop
+        --quantize".
         """
         if (named := expert_in(self.path.name)) not in (None, self.expert):
-            fix = f"use {flag(f'{named}_expert')}, or change the name"
-            raise ConfigError(f"{self.subject}: the name says that this is the other expert: {fix}")
+            fix = f"use {flag(f'{named}_expert')}, or rename the file"
+            raise ConfigError(f"{self.subject}: the file's name mentions the other expert: {fix}")
         kinds = [kind for kind in self.header().rounded if kind in _TAKEN_BY]
         if not in_8_bits(scheme) or not kinds:
             return

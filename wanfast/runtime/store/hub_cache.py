@@ -35,9 +35,9 @@ def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def snapshots(layout: Layout) -> Iterator[Path]:
-    """Yields cache folders for the published weights: that of the pinned commit, then that of the branch `main`.
+    """Yields the cache folder of the pinned commit, and then the cache folder of the branch `main`.
 
-    Both folders may hold the weights, and both may be missing.
+    Both folders may hold the published weights, and both may be missing.
     """
     repo = REPOS[layout]
     yield snapshot_of(repo, PINNED[repo])

@@ -53,7 +53,7 @@ def digest_of(files: Iterable[Path], artifacts: Path, option: str) -> str:
 
 
 def is_old(identity: object) -> bool:
-    """Returns whether an identity has the form that earlier versions of wanfast gave it.
+    """Returns whether an identity has the form that earlier versions of wanfast used.
 
     Those versions hashed only samples of a large file, not the whole file.
     """
@@ -71,7 +71,10 @@ def sha256_of(files: Iterable[Path], artifacts: Path, option: str = "--model") -
     unknown = [file for file in states if known[file] is None]
     if unknown:
         size = sum(states[file]["bytes"] for file in unknown) / 1e9
-        note(f"hashing {size:.1f} GB of weights in {unknown[0].parent}, once: about {size + 1:.0f} s at most")
+        note(
+            f"hashing {size:.1f} GB of weights in {unknown[0].parent}: this is done only once, "
+            f"and takes at most about {size + 1:.0f} s"
+        )
     with ThreadPoolExecutor(_THREADS) as threads:
         hashed = threads.map(lambda file: _hashed(file, states[file], artifacts, option), unknown)
         known |= dict(zip(unknown, hashed, strict=True))

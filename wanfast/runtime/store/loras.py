@@ -1,7 +1,7 @@
-"""Finds LoRA files, and reads what is known of them without torch: their hashes, headers and experts.
+"""Finds LoRA files, and reads their hashes, their headers, and the experts that they are for.
 
-A LoRA is named by --lora, --lora-high-noise or --lora-low-noise. Its tensors are matched with the model's only when an
-expert is loaded, because the model's names and shapes are facts of `models.dit`.
+A LoRA is named by --lora, --lora-high-noise or --lora-low-noise. Its tensors are matched with the model's tensors only
+when an expert is loaded, because the model's names and shapes are facts of `models.dit`.
 This module does not import torch.
 """
 
@@ -89,7 +89,7 @@ def inputs_of(loras: Iterable[Lora], expert: Expert) -> list[list[str | float]]:
 def find_loras(named: Named, artifacts: Path) -> tuple[Lora, ...]:
     """Returns the LoRAs that a config names, hashed, in the order in which they are merged.
 
-    Checks the files as far as their headers tell. Raises ConfigError or CorruptArtifactError.
+    Checks everything that the files' headers tell. Raises ConfigError or CorruptArtifactError.
     """
     return tuple(
         Lora(option, file, strength, _checked(option, file, artifacts)) for option, file, strength in _given(named)
@@ -116,7 +116,7 @@ def _checked(option: str, file: Path, artifacts: Path) -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """This class holds what a LoRA file says of its tensors."""
+    """This class holds what a LoRA file says about its tensors."""
 
     tensors: Mapping[str, tuple[list[int], str]]  # shape, and dtype as safetensors names it
     metadata: Mapping[str, str]
@@ -155,7 +155,9 @@ def read_header(file: Path, option: str) -> Header:
     kept = {key: facts for key, facts in tensors.items() if not _IMAGE_TOWER.search(key)}
     for kind, pattern in _OTHERS.items():
         if found := next(filter(pattern.search, kept), None):
-            raise CorruptArtifactError(f"{subject}: tensor {found!r} belongs to a {kind}: only LoRA can be merged")
+            raise CorruptArtifactError(
+                f"{subject}: tensor {found!r} belongs to a {kind}: only LoRAs can be merged: use a LoRA of this model"
+            )
     if not kept:
         raise CorruptArtifactError(f"{subject}: the file holds no tensor for this model: use a LoRA of this model")
     config = file.with_name(_CONFIG)
@@ -168,12 +170,15 @@ def _check_expert(option: str, file: Path, header: Header) -> None:
     experts = _EXPERTS_OF[option]
     in_keys = [expert for expert in _EXPERTS_OF["lora"] if header.of_expert(expert)]
     if not {*in_keys} & {*experts}:
-        why = "its tensors are those of the other expert"
+        why = "its tensors belong to the other expert"
         raise ConfigError(f"{flag(option)} {file}: {why}: use {flag(f'lora_{in_keys[0]}')}")
     in_name = expert_in(file.name)
     if in_name is not None and experts != (in_name,):
-        fix = f"use {flag(f'lora_{in_name}')}, or give the file another name"
-        raise ConfigError(f"{flag(option)} {file}: the file's name says which expert it is for: {fix}")
+        fix = f"use {flag(f'lora_{in_name}')}, or rename the file"
+        raise ConfigError(
+            f"{flag(option)} {file}: the file's name says that the LoRA is only for "
+            f"the {in_name.replace('_', '-')} expert: {fix}"
+        )
 
 
 def expert_in(name: str) -> Expert | None:

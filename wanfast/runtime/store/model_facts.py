@@ -1,8 +1,8 @@
 """Reads the facts of a model from the JSON files beside its weights, and checks each of them.
 
 Facts are a model's sizes and its default options. A `wanfast.json` holds all facts. Without this file, the config files
-of both public layouts give the sizes of the transformer; those of Diffusers' layout also give the sizes of the VAE and
-UMT5. An error names the file and the key.
+of both public layouts give the sizes of the transformer. The config files of Diffusers' layout also give the sizes of
+the VAE and UMT5. An error names the file and the key.
 This module does not import torch.
 """
 

@@ -1,4 +1,4 @@
-"""Locates a model's files in a folder, in either public layout: the original one or that of Diffusers.
+"""Locates a model's files in a folder, in either public layout: the original layout or Diffusers'.
 
 The model `tiny` ships with the package. The model `a14b` is the published repository, in either layout. This repository
 lies in the artifacts folder, or else in the cache of the Hugging Face Hub, where another program may have put it. Any
@@ -231,7 +231,10 @@ def _a14b_root(artifacts: Path, experts: tuple[NamedExpert, ...]) -> Path:
 
 
 def cached(layout: Layout, experts: tuple[NamedExpert, ...] = ()) -> Iterator[Path]:
-    """Yields the folders of the Hugging Face cache that hold the published weights; `experts` may be missing there."""
+    """Yields the folders of the Hugging Face cache that hold the published weights.
+
+    An expert in `experts` comes from another file, so a folder need not hold this expert.
+    """
     for root in snapshots(layout):
         with suppress(MissingArtifactError, CorruptArtifactError):
             ModelFiles(root, layout, A14B, "", root, experts).require()

@@ -104,7 +104,7 @@ class QuantizedExpert:
             others = ", ".join(sorted(self._versions(), key=_release))
             why = f" (only with torchao {others}, but {torchao_version()} is installed)" if others else ""
             if older := self._of_another_wanfast():
-                why = f" by this version of wanfast and torch (remove {', '.join(older)}, made by another)"
+                why = f" by this version of wanfast and torch ({', '.join(older)} of another version can be removed)"
             raise MissingArtifactError(f"{self.expert} is not quantized with {self.scheme} yet{why}: run `{self.fix}`")
         return folder
 
@@ -158,8 +158,8 @@ def require_experts(
 ) -> None:
     """Raises WanFastError if a quantized expert that --quantize needs is missing; the error names the command to run.
 
-    With --quantize-on-the-fly, no stored expert is needed, but torchao is. `known` holds the artifacts that earlier
-    calls found. This function adds to `known` what it finds, so that no artifact is hashed twice.
+    With --quantize-on-the-fly, no stored expert is needed, but torchao must be installed. `known` holds the artifacts
+    that earlier calls found. This function adds to `known` what it finds, so that no artifact is hashed twice.
     """
     if models.quantize_on_the_fly:
         require_torchao("--quantize-on-the-fly")

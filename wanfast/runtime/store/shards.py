@@ -13,7 +13,7 @@ from wanfast.runtime.store.model_facts import AGAIN
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a folder: those that its index names, or all if it has no index."""
+    """Returns the safetensors files of a folder: those that the folder's index names, or all if there is no index."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
         return indexed_shards(index)
     return sorted(folder.glob("*.safetensors"))
@@ -34,6 +34,6 @@ def indexed_shards(index: Path) -> list[Path]:
         parts = PurePosixPath(name).parts
         if not parts or ".." in parts or parts[0] == "/":
             raise CorruptArtifactError(
-                f"{index} names {name!r:.60}, which is outside of its folder: download this index again"
+                f"{index} names {name!r:.60}, which is outside the folder of the index: download the index again"
             )
     return [index.parent / name for name in sorted(set(names))]

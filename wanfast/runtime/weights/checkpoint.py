@@ -53,7 +53,7 @@ class Reader(Protocol):
     """This class stands for any reader of the tensors of one file."""
 
     def header(self) -> Mapping[str, tuple[list[int], str]]:
-        """Returns {key: (shape, dtype)}; the dtype is that of the values, by its name in safetensors."""
+        """Returns {key: (shape, dtype of the values)}; a dtype has the name that safetensors uses, such as "BF16"."""
         ...
 
     def rows(self, key: str, first: int, end: int) -> Tensor:
@@ -61,7 +61,10 @@ class Reader(Protocol):
         ...
 
     def scales(self, key: str, first: int, end: int) -> Tensor | None:
-        """Returns the float32 scales of these rows: one for all, or one for each; None if the rows have no scale."""
+        """Returns the float32 scales of these rows, or None if the rows have no scale.
+
+        There is either one scale for all rows, or one scale for each row.
+        """
         ...
 
 
@@ -174,7 +177,7 @@ def stream(
 ) -> Iterator[tuple[str, Rows]]:
     """Yields (name, rows) for each tensor of `module`, which is on the meta device, in the order of the files.
 
-    The iteration and a call of `rows` raise CorruptArtifactError.
+    Both the iteration and a call of `rows` may raise CorruptArtifactError.
     """
     source = _Source(files, component, layout, reader)
     for tensor in _in_order_of_files(_match(_to_read(module.state_dict(), {}), source), source):

@@ -133,7 +133,7 @@ class ResidentExperts:
 
 
 class OffloadedExperts:
-    """Holds the weights of both experts in host memory, and those of the running expert also on the device.
+    """Holds the weights of both experts in host memory; the running expert's weights are also on the device.
 
     `hosted`: both experts, with weights on the CPU. On the device, the module of the first expert runs with the weights
     of either expert.

@@ -30,7 +30,10 @@ _PIECE_VALUES = 4 << 20  # of a GGUF tensor that one thread dequantizes at a tim
 
 
 class Source(TypedDict):
-    """Says which files hold the weights of an expert, and how to read them; not for experts that wanfast quantized."""
+    """Says which files hold the weights of an expert, and how to read them.
+
+    This class is not used for experts that wanfast quantized.
+    """
 
     files: list[Path]
     layout: Layout

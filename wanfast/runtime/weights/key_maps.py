@@ -1,8 +1,8 @@
-"""Maps the tensor names of the two public layouts (original, Diffusers) to ours, by a table for each model and layout.
+"""Maps tensor names of both public layouts (original, Diffusers) to our names; each model and layout has a table.
 
 A table lists pairs (module path in the layout, our module path), where `{i}` stands for any index. Each table can be
-read in both directions. Our names are those of the original layout, except for the VAE, whose original names are
-mere indices in nested lists. The keys of LoRA files are read by `lora_part`, whichever tool wrote them.
+read in both directions. Our names are those of the original layout, except for the VAE: its original names are only
+indices in nested lists. `lora_part` reads the keys of LoRA files of any tool.
 """
 
 from __future__ import annotations

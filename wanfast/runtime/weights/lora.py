@@ -2,11 +2,11 @@
 
     weight += strength * alpha / rank * up @ down        (without alpha: strength * up @ down)
 
-The products are float32, one tensor at a time, before the sum is cast or quantized. A rank that reads some rows of a
-weight reads and multiplies only these rows of `up`. Some files also hold differences of whole tensors; each difference
-is multiplied by the strength and added. All keys and shapes are compared with the model's before a weight is read.
-Alpha is a tensor of the file, or stands in the file's metadata, or in the config that PEFT writes beside the file.
-Source: LoRA (arXiv 2106.09685); rank-stabilised LoRA (arXiv 2312.03732) divides alpha by sqrt(rank).
+Products and sums are computed in float32, one tensor at a time; then the sum is cast or quantized. A rank that reads
+some rows of a weight reads and multiplies only these rows of `up`. Some files also hold differences of whole tensors;
+each difference is multiplied by the strength and added. All keys and shapes are compared with those of the model before
+a weight is read. Alpha comes from a tensor of the file, from the file's metadata, or from the config that PEFT writes
+beside the file. Source: LoRA (arXiv 2106.09685); rank-stabilised LoRA (arXiv 2312.03732) divides alpha by sqrt(rank).
 
 Shapes: N out, K in, r rank; down [r, K], up [N, r]. A convolution's factors have more dimensions, which are flattened.
 """
@@ -70,7 +70,7 @@ class _Change:
 def merge_of(loras: Iterable[Lora], expert: Expert, spec: DiTSpec) -> MergeFn:
     """Returns the function that adds the LoRAs of an expert to its weights.
 
-    Reads headers and alphas, and compares all keys and shapes with the model's. Raises CorruptArtifactError.
+    Reads headers and alphas, and compares all keys and shapes with those of the model. Raises CorruptArtifactError.
     """
     loras = [lora for lora in loras if lora.has_expert(expert)]
     if not loras:
@@ -133,7 +133,7 @@ class _File:
                 if "up_bias" in keys:
                     yield self._plain("up_bias", parts, scale)
             elif "up_bias" in keys or keys.keys() == {"alpha"}:
-                self._refuse(next(iter(keys.values())), "has no factors beside it", _AGAIN)
+                self._refuse(next(iter(keys.values())), "has no LoRA factors that belong to it", _AGAIN)
             for part in _DIFFERENCES:
                 if part in keys:
                     yield self._plain(part, parts, self._lora.strength)
@@ -148,7 +148,7 @@ class _File:
                 self._refuse(key, "matches nothing in this model", _OF_THIS_MODEL)
             path, part, name = match
             if (part, name) in taken:
-                self._refuse(key, f"has the place of {taken[part, name]!r}", _AGAIN)
+                self._refuse(key, f"is for the same weight as {taken[part, name]!r}", _AGAIN)
             taken[part, name] = key
             found[path][part] = key, name
             if part != "alpha" and (dtype := self._header.tensors[key][1]) not in PLAIN.values():
@@ -158,12 +158,16 @@ class _File:
     def _require_factors(self, parts: Mapping[LoraPart, tuple[str, str]]) -> int:
         """Returns the rank of a module's two factors, whose shapes fit each other and the weight."""
         if not {"up", "down"} <= parts.keys():
-            self._refuse(parts["up" if "up" in parts else "down"][0], "has no second factor beside it", _AGAIN)
+            self._refuse(
+                parts["up" if "up" in parts else "down"][0], "has no second LoRA factor that belongs to it", _AGAIN
+            )
         (up_key, name), (down_key, _) = parts["up"], parts["down"]
         up, down, weight = self._shape(up_key), self._shape(down_key), self._model[name]
         rank = down[0] if down else 0
         if not rank or up[1:2] != [rank] or math.prod(up[2:]) != 1:
-            self._refuse(up_key, f"has the shape {up}, but {down_key!r} has the shape {down}: the ranks differ", _AGAIN)
+            self._refuse(
+                up_key, f"has the shape {up}, but {down_key!r} has the shape {down}: their ranks differ", _AGAIN
+            )
         if len(weight) < 2 or up[0] != weight[0] or math.prod(down[1:]) != math.prod(weight[1:]):
             shapes = f"makes with {down_key!r} a change of [{up[0]}, {math.prod(down[1:])}], but the weight is {weight}"
             self._refuse(up_key, shapes, _OF_THIS_MODEL)
@@ -180,7 +184,7 @@ class _File:
 
     def _alpha(self, key: str) -> float:
         if math.prod(self._shape(key)) != 1:
-            self._refuse(key, f"has the shape {self._shape(key)}: alpha is one number", _AGAIN)
+            self._refuse(key, f"has the shape {self._shape(key)}: alpha must be one number", _AGAIN)
         alpha = float(self._reader.rows(key, 0, 1))
         if not math.isfinite(alpha):
             self._refuse(key, "is not finite", _AGAIN)
