@@ -16,7 +16,10 @@ EVERYBODY = "everybody"  # the owner of all jobs of a server without keys
 
 @dataclass(frozen=True)
 class Keys:
-    """This class holds the hashes of all keys; if there are no keys, all requests have the same owner."""
+    """This class holds the hashes of all API keys, and says who owns the jobs of a request: the client with its key.
+
+    A server without keys treats all requests as one client's.
+    """
 
     hashes: tuple[bytes, ...] = ()
 

@@ -144,7 +144,7 @@ class ModelsConfig(Part):
     compile_mode: Annotated[
         CompileMode,
         Option(
-            "torch.compile mode: the max-autotune modes time more kernels; max-autotune also captures CUDA graphs.",
+            "torch.compile mode. Both max-autotune modes try more kernels; max-autotune also captures CUDA graphs.",
             EXACT,
             also=COMPILED,
         ),
@@ -173,7 +173,7 @@ class ModelsConfig(Part):
     quantize: Annotated[
         Scheme | None,
         Option(
-            "Use experts that `wanfast quantize` stored with this scheme. bf16 only casts the weights.",
+            "Use experts that `wanfast quantize` stored with this scheme. The scheme bf16 stores a copy in bf16.",
             LOSSY,
             also=ALL,
         ),

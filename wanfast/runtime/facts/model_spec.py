@@ -243,7 +243,11 @@ def _built(kind: Any, facts: Any, prefix: str = "") -> Any:
     if not isinstance(facts, dict):
         raise FactError(prefix.removesuffix("."), facts, "a JSON object with sizes or defaults of the model is needed")
     if unknown := sorted(facts.keys() - {each.name for each in dataclasses.fields(kind)}):
-        raise FactError(prefix + unknown[0], facts[unknown[0]], "no size or default of a model has this name")
+        raise FactError(
+            prefix + unknown[0],
+            facts[unknown[0]],
+            "the file may hold only sizes and defaults of a model: correct or remove this name",
+        )
     try:
         return kind(**{name: as_tuple(value) for name, value in facts.items()})
     except FactError as error:

@@ -114,8 +114,9 @@ def schedule(solver: Solver, num_steps: int, shift: float) -> tuple[Step, ...]:
 def solve(solver: Solver, levels: Levels, num_high: int) -> tuple[Step, ...]:
     """Returns the steps of `solver` on any levels; the high-noise expert runs the first `num_high` steps.
 
-    The first and the last step of UniPC and DPM++ are of first order. In `unipc-euler`, the last step of UniPC goes to
-    the first level of the low-noise expert, even if that level is far away.
+    The first and the last step of UniPC and DPM++ are of first order. With `unipc-euler`, the
+    high-noise expert's steps are UniPC's, and the low-noise expert's steps are Euler's. Then UniPC's last step goes to
+    the first level of the low-noise expert, however large this step is.
     """
     sigmas, num_steps = levels.sigmas, len(levels.timesteps)
     num_unipc = {"unipc": num_steps, "unipc-euler": num_high}.get(solver, 0)

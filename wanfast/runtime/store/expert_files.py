@@ -151,7 +151,7 @@ def identified(models: ModelsConfig) -> ModelsConfig:
 
 
 def expert_notes(models: ModelsConfig) -> list[str]:
-    """Returns a note for each named expert whose weights a scheme rounds a second time."""
+    """Returns a note for each expert file that holds rounded weights, if the scheme of --quantize rounds them again."""
     if not in_8_bits(models.quantize):
         return []
     return [

@@ -34,8 +34,9 @@ class Experts(Protocol):
     def take(self, expert: Expert, then: Expert | None = None, *, blocks: bool = True) -> tuple[WanDiT, AfterBlock]:
         """Returns (the expert, ready to run; a function to pass to the expert's forward as `after_block`).
 
-        `then`: the next expert, if this forward is the last that runs the blocks of `expert`; otherwise None.
-        `blocks`: False if a cached residual replaces the blocks in this forward.
+        `blocks`: whether this forward runs the expert's blocks; False if a cached residual replaces them.
+        `then`: the expert that runs next, if no later forward runs the blocks of `expert`; otherwise None. If `then` is
+        given, `after_block` may already load the blocks of that expert.
         """
         ...
 
