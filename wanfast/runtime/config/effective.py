@@ -99,7 +99,7 @@ class EffectiveConfig:
         return dataclasses.asdict(self)
 
     def options(self) -> dict[str, Any]:
-        """Returns a flat mapping {option: value} over all parts. `EffectiveConfig.of` builds an equal config from it."""
+        """Returns a flat mapping {option: value} over all parts; `EffectiveConfig.of` takes it."""
         parts = [getattr(self, name) or SkippingConfig() for name in PARTS]
         return {name: getattr(part, name) for part in parts for name in options_of(type(part))}
 
