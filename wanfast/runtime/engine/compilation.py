@@ -9,8 +9,8 @@ size. A captured graph reads weights at fixed addresses, so weights should not b
 The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached. A process that loads
 this artifact repeats only two things: the tracing, and the compilation inside opaque operators. These operators are the
 int8 product, the quantization of the text embeddings, and FlashAttention-4. The key contains everything that the
-kernels depend on. So another torch, GPU, video size or version of this code has another key. Each rank has its own file, because its
-graphs contain the names of its process groups.
+kernels depend on. So another torch, GPU, video size or version of this code has another key. Each rank has its own
+file, because its graphs contain the names of its process groups.
 Source: torch.compiler.save_cache_artifacts.
 """
 
