@@ -25,7 +25,9 @@ Next = Callable[[], Any]
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("server")
     (folder / "keys").write_text(f"{ALICE}\n{BOB}\n")
-    with running(folder, keys=Keys.read(folder / "keys")) as server:
+    keys = Keys.read(folder / "keys")
+    with pytest.MonkeyPatch.context() as patched, running(folder, keys=keys) as server:
+        patched.setattr(changes, "LOOK_S", 0.02)
         yield server
 
 

@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tests.server.browser import browser, needs_chromium, page_of
 from tests.server.running import STAR, Running, data_url, running, until
+from tests.server.test_serve import Process, served
 from wanfast.server import changes
 from wanfast.server.keys import Keys
 
@@ -24,7 +25,8 @@ REFUSED = "Failed to load resource"  # the browser's own words for an answer tha
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running(tmp_path_factory.mktemp("server")) as server:
+    with pytest.MonkeyPatch.context() as patched, running(tmp_path_factory.mktemp("server")) as server:
+        patched.setattr(changes, "LOOK_S", 0.05)
         yield server
 
 
@@ -91,6 +93,19 @@ def test_from_a_picture_to_a_video_that_plays(server: Running, page: Page) -> No
     asked = server.maker.made[-1]
     assert (asked["steps"], asked["size"], asked["seed"], asked["picture"]) == (4, "64x48", 7, STAR.read_bytes())
     assert "negative_prompt" not in asked  # a field that is left empty is not sent
+
+
+@pytest.mark.long
+def test_the_tiny_model_makes_the_video_of_a_page(workdir: Path, browser: Browser) -> None:
+    with served(Process(workdir, "wanfast")) as process:
+        process.wait()
+        with page_of(browser, process.url) as page:
+            ask_for(page, "The big orange star goes right.")
+            player = page.locator("#player")
+            expect(player).to_be_visible(timeout=60_000)
+            player.focus()
+            page.keyboard.press("Space")
+            until(lambda: player.evaluate("video => !video.paused && video.currentTime > 0.05"))
 
 
 def test_a_page_is_used_by_the_keyboard_alone(server: Running, page: Page) -> None:
@@ -277,6 +292,8 @@ def test_all_texts_stand_out_and_all_controls_have_names(
             page.evaluate("document.querySelectorAll('[role=alert]').forEach(alert => alert.append('wrong'))")
         else:
             expect(page.get_by_role("heading", name="POST /v1/videos", exact=True)).to_be_visible()
+        page.set_viewport_size({"width": 320, "height": 700})  # as at four times the size of the letters
+        assert page.evaluate("document.documentElement.scrollWidth") == 320
         ratios = page.evaluate(CONTRAST)
         assert len(ratios) > 20 and min(ratios, key=lambda pair: pair[1])[1] >= 4.5, min(
             ratios, key=lambda pair: pair[1]

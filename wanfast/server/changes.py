@@ -17,7 +17,7 @@ from wanfast.server.worker import Worker
 
 MOST_STREAMS = 64  # of one server; each of them asks the database again and again
 MOST_VIDEOS = 50  # of each kind: not ended, and ended
-_LOOK_S = 0.3  # between two looks at the database
+LOOK_S = 0.3  # between two looks at the database
 _BEAT_S = 15.0  # an empty line after this time without a change shows that the connection lives
 
 
@@ -63,4 +63,4 @@ async def lines(changes: Changes, worker: Worker, turn: asyncio.Semaphore) -> As
                 yield f"{json.dumps(change) if change else ''}\n"
             if is_last:
                 return
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(LOOK_S)

@@ -16,6 +16,7 @@ let request = null; // names one press of the button, so that a second press aft
 
 const hasEnded = video => video.status === "completed" || video.status === "failed";
 const hasFile = video => video.status === "completed" && video.expires_at * 1000 > Date.now();
+const nameOf = ({ prompt }) => (prompt.length > 80 ? `${prompt.slice(0, 80)}…` : prompt); // what is spoken
 const path = (id, rest = "") => `/v1/videos/${id}${rest}`;
 
 function set(id, text) {
@@ -202,11 +203,11 @@ function announce(video) {
   if (!begun.has(video.id)) return;
   const quarter = Math.floor(video.progress / 25), said = begun.get(video.id);
   if (hasEnded(video)) {
-    set("news", `${stateOf(video)} ${video.prompt}`);
+    set("news", `${stateOf(video)} ${nameOf(video)}`);
     set("new-state", "");
     begun.delete(video.id);
   } else if (video.status === "in_progress" && quarter > said) {
-    set("news", `${quarter * 25} percent of: ${video.prompt}`);
+    set("news", `${quarter * 25} percent of: ${nameOf(video)}`);
     begun.set(video.id, quarter);
   }
 }
@@ -228,7 +229,7 @@ const actions = {
     $("queue-title").focus();
   },
   async delete(id) {
-    if (!confirm(`Delete this video and its file? ${videos.get(id).prompt}`)) return;
+    if (!confirm(`Delete this video and its file? ${nameOf(videos.get(id))}`)) return;
     if (!await changed(path(id), "DELETE")) return;
     remove(id);
     set("news", "The video is deleted.");
