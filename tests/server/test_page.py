@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tests.server.browser import browser, needs_chromium, page_of
 from tests.server.running import STAR, Running, data_url, running, until
 from tests.server.test_serve import Process, served
-from wanfast.server import changes
+from wanfast.server import changes, worker
 from wanfast.server.keys import Keys
 
 __all__ = ["browser"]
@@ -162,6 +162,64 @@ def test_a_wrong_field_is_named_and_has_the_focus(page: Page) -> None:
     page.keyboard.press("Enter")
     expect(rows(page, "History")).to_contain_text("Finished.")
     expect(size).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_a_second_press_after_a_lost_answer_makes_no_second_video(server: Running, page: Page) -> None:
+    expect(page.get_by_text("The server is ready.")).to_be_visible()
+    page.evaluate("""() => {
+      const real = window.fetch;
+      window.fetch = async (...request) => {
+        window.fetch = real;
+        await real(...request);
+        throw new TypeError("the answer is lost");
+      };
+    }""")
+    ask_for(page, "only once")
+    expect(
+        page.get_by_role("alert").filter(has_text="The server cannot be reached. Press the button again.")
+    ).to_be_visible()
+    expect(rows(page, "History")).to_contain_text("Finished.")
+    page.get_by_role("button", name="Make the video").click()
+    expect(page.locator("#player")).to_be_visible()
+    expect(page.locator("#new-state")).to_have_text("")
+    assert len(server.ask("GET", "/v1/videos").document["data"]) == 1
+    page.get_by_role("button", name="Make the video").click()  # an answer came, so this is another one
+    until(lambda: len(server.ask("GET", "/v1/videos").document["data"]) == 2)
+
+
+def test_an_answer_that_comes_after_the_end_of_its_video_changes_nothing(page: Page) -> None:
+    expect(page.get_by_text("The server is ready.")).to_be_visible()
+    page.evaluate("""() => {
+      const real = window.fetch;
+      window.fetch = async (...request) => {
+        window.fetch = real;
+        const answer = await real(...request);
+        await new Promise(done => { window.release = done; });
+        return answer;
+      };
+    }""")
+    ask_for(page, "a fast one")
+    expect(rows(page, "History")).to_contain_text("Finished.")
+    page.evaluate("window.release()")
+    expect(page.locator("#player")).to_be_visible()
+    expect(rows(page, "History")).to_contain_text("Finished.")
+    expect(rows(page, "Queue")).to_have_count(0)
+
+
+def test_the_quarters_of_a_video_are_announced(server: Running, page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = worker._Run.report
+
+    def held(self: worker._Run, stage: str, done: int, total: int) -> None:
+        report(self, stage, done, total)
+        if done == 2:
+            server.maker.holds.set()
+
+    monkeypatch.setattr(worker._Run, "report", held)
+    page.get_by_text("Settings", exact=True).click()
+    page.get_by_label("Steps").fill("4")
+    ask_for(page, "a star")
+    expect(page.locator("#news[role=status]")).to_have_text("25 percent of: a star")
+    expect(rows(page, "Queue")).to_contain_text("47 %")
 
 
 def test_a_picture_that_is_too_large_is_refused_by_the_page(page: Page, tmp_path: Path) -> None:

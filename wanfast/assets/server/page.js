@@ -50,8 +50,9 @@ form.addEventListener("submit", async event => {
     request = null;
     awaited = video.id;
     begun.set(video.id, 0);
-    put([video]);
     set("new-state", "The video is queued.");
+    put([videos.get(video.id) ?? video]); // the stream may have been earlier, and is newer then
+    if (hasEnded(videos.get(video.id))) show(video.id, { takesFocus: false });
   } catch (error) {
     set("new-state", "");
     showError(error);
