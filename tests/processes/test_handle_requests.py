@@ -244,3 +244,16 @@ def test_a_video_is_saved_where_it_is_asked_for(workdir: Path, monkeypatch: pyte
     ):
         with pytest.raises(ConfigError, match=words):
             video.save(path, contact_sheet=sheet, overwrite=sheet)
+
+
+def test_a_video_has_a_recipe_of_its_own_only_if_its_models_are_loaded(ranks: list[Ranks]) -> None:
+    quantized = {"quantize": "fp8-rowwise", "quantize_on_the_fly": True}
+    with wanfast.open(**TINY_ON_CPU, **quantized) as handle:
+        with pytest.raises(
+            ConfigError, match=r"^--recipe exact: the loaded models are not .*; they fit: near-exact, fast$"
+        ):
+            handle.make(**VIDEO, recipe="exact")
+        assert ranks[-1].jobs == []
+        with pytest.raises(RankFailedError):
+            handle.make(**VIDEO, recipe="near-exact")
+        assert effective_of(ranks)["models"]["recipe"] == "near-exact"

@@ -789,3 +789,17 @@ def test_a_full_disk_neither_keeps_the_ranks_running_nor_costs_the_results(
     monkeypatch.setattr(Path, "open", full)
     groups.close()
     assert stopped == [True]
+
+
+def test_a_rank_that_is_stopped_is_killed_and_no_other_process(tmp_path: Path) -> None:
+    """A later process may have the id of a rank that ended."""
+    with subprocess.Popen(["sleep", "60"]) as rank, subprocess.Popen(["sleep", "60"]) as other:
+        for number, process in enumerate((rank, other)):
+            file = tmp_path / f"ranks/7-{number}/pid"
+            file.parent.mkdir(parents=True)
+            file.write_text(str(process.pid))
+        os.utime(file, (0, 0))
+        rank.send_signal(signal.SIGSTOP)
+        launch._kill_ranks(tmp_path, [7])
+        assert rank.wait(10) == -signal.SIGKILL and other.poll() is None
+        other.kill()

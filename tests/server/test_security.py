@@ -76,7 +76,9 @@ def picture_bytes(kind: str, size: tuple[int, int] = (64, 64)) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/videos", "/v1/videos/x", "/v1/videos/x/content", "/v1/models", "/metrics"], ids=str
+    "path",
+    ["/v1/videos", "/v1/videos/x", "/v1/videos/x/content", "/v1/videos/events", "/v1/models", "/metrics"],
+    ids=str,
 )
 @pytest.mark.parametrize(
     "header",
@@ -188,6 +190,8 @@ BAD: dict[str, tuple[Any, int, str | None]] = {  # name -> (fields, status, para
     "unknown field": (fields(output="/etc/passwd"), 400, "output"),
     "an option of the server": (fields(artifacts_dir="/tmp"), 400, "artifacts_dir"),
     "a lora": (fields(lora=["/etc/passwd"]), 400, "lora"),
+    "unknown recipe": (fields(recipe="/etc"), 400, "recipe"),
+    "recipe of other models": (fields(recipe="near-exact"), 400, "recipe"),
     "image of a path": (fields(image="/etc/passwd"), 400, "image"),
     "prototype": (fields(__proto__={"x": 1}), 400, "__proto__"),
     "no picture": ({"prompt": "a"}, 400, "input_reference"),
@@ -319,7 +323,8 @@ def test_a_body_that_is_too_large_is_not_read(server: Running) -> None:
     ["/v1/videos/..%2f..%2fjobs.sqlite/content", "/v1/videos/%2e%2e/content", "/v1/videos/jobs.sqlite/content",
      "/v1/videos/video_%00/content", f"/v1/videos/video_{'0' * 31}%0a/content", "/v1/videos/video_*/content",
      "/v1/videos/' OR 1=1 --/content".replace(" ", "%20"), "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd",
-     f"/v1/videos/video_{'0' * 32}/../../../etc/passwd", "/data/jobs.sqlite", "/static/../../etc/passwd"],
+     f"/v1/videos/video_{'0' * 32}/../../../etc/passwd", "/data/jobs.sqlite", "/static/../../etc/passwd",
+     "/static/..%2f..%2fetc%2fpasswd", "/static/%2fetc%2fpasswd", "/static/%2e%2e"],
 )  # fmt: skip
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 def test_no_file_of_the_server_is_reached(server: Running, path: str, method: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import re
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -27,6 +28,8 @@ from sqlalchemy import select
 
 from tests.conftest import Outcome
 from tests.forked import ForkedPopen
+from tests.processes.test_launch import with_fault
+from tests.processes.test_losses import FAULTS
 from tests.server.running import STAR, Answer, ask, data_url, until
 from wanfast.commands import serve as serve_command
 from wanfast.server.schema import JOBS
@@ -43,6 +46,7 @@ class Process:
     folder: Path
     module: str
     options: tuple[str, ...] = TINY
+    environment: Mapping[str, str] = field(default_factory=dict)
     port: int = 0
     process: subprocess.Popen[str] | None = None
     starts: int = 0
@@ -55,7 +59,8 @@ class Process:
         with log.open("w") as errors:
             self.process = ForkedPopen(
                 [*command, "--data-dir", str(self.folder / "data")],
-                cwd=self.folder, stdout=subprocess.PIPE, stderr=errors, text=True,
+                cwd=self.folder, env={**os.environ, **self.environment},
+                stdout=subprocess.PIPE, stderr=errors, text=True,
             )  # fmt: skip
         assert self.process.stdout
         line = self.process.stdout.readline()
@@ -82,11 +87,9 @@ class Process:
             time.sleep(0.05)
         raise AssertionError(self.log.read_text())
 
-    def create(self, key: str, seed: int) -> str:
+    def create(self, key: str, seed: int, prompt: str | None = None) -> str:
         """Queues a video and returns its id; the request is repeated until it is acknowledged."""
-        import json
-
-        fields = {"prompt": f"star {seed}", "seed": seed, "input_reference": data_url(STAR.read_bytes())}
+        fields = {"prompt": prompt or f"star {seed}", "seed": seed, "input_reference": data_url(STAR.read_bytes())}
         headers = {"Content-Type": "application/json", "Idempotency-Key": key}
         answer = self.answer("POST", "/v1/videos", json.dumps(fields).encode(), headers)
         assert answer.status == 200, answer.body
@@ -153,6 +156,15 @@ def one(folder: Path, wanfast: Callable[..., Outcome], seed: int) -> bytes:
     return (folder / output).read_bytes()
 
 
+def in_one_list(folder: Path, wanfast: Callable[..., Outcome], seeds: range) -> dict[int, bytes]:
+    """Returns the same for several seeds, which one run of `wanfast generate` makes."""
+    lines = [{"prompt": f"star {seed}", "seed": seed, "output": f"list-{seed}.mp4"} for seed in seeds]
+    (folder / "jobs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    outcome = wanfast("generate", *TINY, "--image", str(STAR), "--fit", "crop", "--jobs", "jobs.jsonl")
+    assert outcome.exit_code == 0, outcome.err
+    return {seed: (folder / f"list-{seed}.mp4").read_bytes() for seed in seeds}
+
+
 def test_a_video_of_the_server_is_that_of_generate(
     tiny: Process, workdir: Path, wanfast: Callable[..., Outcome]
 ) -> None:
@@ -170,6 +182,49 @@ def test_a_video_whose_rank_is_killed_is_made_all_the_same(tiny: Process) -> Non
         rank.kill()
     assert [tiny.ended(video)["status"] for video in videos] == ["completed"] * 3
     assert tiny.answer("GET", "/ready").status == 200
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_video_whose_rank_hangs_is_made_by_new_ranks(workdir: Path, ranks: int) -> None:
+    """A rank stops in the middle of a video, but does not end; a peer waits for it."""
+    options = (*TINY, "--steps", "200", "--num-gpus", str(ranks), "--rank-timeout", "2")
+    with served(Process(workdir, "wanfast", options)) as process:
+        process.wait()
+        before = process.ranks()
+        assert len(before) == ranks
+        videos = [process.create(str(seed), seed) for seed in range(2)]
+        until(lambda: process.answer("GET", f"/v1/videos/{videos[0]}").document["stage"] == "high noise")
+        before[-1].suspend()
+        assert [process.ended(video)["status"] for video in videos] == ["completed", "completed"]
+        assert _attempts(workdir) == [2, 1]
+        assert "hangs" in process.log.read_text()
+        assert [rank for rank in before if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE] == []
+        assert b"wanfast_rank_failures_total 1.0" in process.answer("GET", "/metrics").body
+        assert process.answer("GET", "/ready").status == 200
+
+
+@pytest.mark.long
+def test_a_video_whose_rank_always_hangs_fails_and_the_next_one_is_made(workdir: Path) -> None:
+    environment = {"PYTHONPATH": with_fault(workdir, FAULTS, rank=1, replica=None)["PYTHONPATH"]}
+    options = (*TINY, "--num-gpus", "2", "--rank-timeout", "2")
+    with served(Process(workdir, "wanfast", options, environment)) as process:
+        process.wait()
+        videos = [process.create(str(seed), seed, prompt) for seed, prompt in enumerate(("a rank hangs", "a star"))]
+        hung, made = [process.ended(video) for video in videos]
+        assert (hung["status"], hung["error"]["code"]) == ("failed", "rank_failed")  # type: ignore[index]
+        assert made["status"] == "completed" and _attempts(workdir) == [3, 1]
+        assert process.log.read_text().count("waited --rank-timeout 2 s for rank 1, which hangs") == 3
+        assert b"wanfast_rank_failures_total 3.0" in process.answer("GET", "/metrics").body
+
+
+def _attempts(folder: Path) -> list[int]:
+    """Returns how often each video was begun, the first one first."""
+    store = Store(f"sqlite:///{folder}/data/jobs.sqlite")
+    with store._engine.connect() as connection:
+        attempts = list(connection.execute(select(JOBS.c.attempts).order_by(JOBS.c.number)).scalars())
+    store.close()
+    return attempts
 
 
 def test_sigterm_ends_the_server_and_no_job(workdir: Path, stand_in: Process) -> None:
@@ -312,8 +367,10 @@ def test_two_hundred_jobs_outlive_five_servers_and_ten_ranks(workdir: Path, wanf
         made = storm(process, jobs=200, clients=16, kills=5, rank_kills=10, at_random=random.Random(os.getpid()))
         check(workdir, made, 200)
         assert process.starts == 6 and process.killed_ranks > 5
-        for seed in range(0, 200, 20):
-            assert made[seed][1] == one(workdir, wanfast, seed)
+    alone = in_one_list(workdir, wanfast, range(200))
+    assert [seed for seed in range(200) if made[seed][1] != alone[seed]] == []
+    for seed in range(0, 200, 20):
+        assert alone[seed] == one(workdir, wanfast, seed)
 
 
 @pytest.mark.long

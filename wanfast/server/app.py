@@ -13,16 +13,18 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from wanfast import __version__
 from wanfast.server import replies
+from wanfast.server.changes import MOST_STREAMS, Changes, lines
 from wanfast.server.checks import Checks
 from wanfast.server.fields import Asked, Fields, read
 from wanfast.server.files import Files
 from wanfast.server.gate import Gate, answer
 from wanfast.server.keys import Keys
 from wanfast.server.metrics import Metrics
+from wanfast.server.page import add_pages
 from wanfast.server.replies import ApiError, unfit
 from wanfast.server.store import CANCELLED, Job, KeyReusedError, Order, QueueFullError, Store
 from wanfast.server.worker import WATCH_S, Worker
@@ -53,11 +55,12 @@ class Parts:
 
 def create_app(parts: Parts) -> FastAPI:
     """Returns the ASGI app of a server, with all routes."""
-    app = FastAPI(title="wanfast", version=__version__, redoc_url=None)
+    app = FastAPI(title="wanfast", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, most_bytes=parts.most_bytes, only_loopback=not parts.keys.hashes)
     _add_errors(app)
     _add_videos(app, parts)
     _add_operation(app, parts)
+    add_pages(app)
     return app
 
 
@@ -85,6 +88,16 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
         if found is None:
             raise unfit("after", "no video of your API key has this id")
         return replies.page(found[0], has_more=found[1])
+
+    streams = asyncio.Semaphore(MOST_STREAMS)
+
+    @app.get("/v1/videos/events", summary="Follow the videos of the key", response_class=StreamingResponse)
+    def follow(owner: str = owned) -> StreamingResponse:
+        if streams.locked():
+            message = f"{MOST_STREAMS} pages are open already: close one, or ask for each video"
+            raise ApiError(429, message, code="too_many_streams", headers=_BUSY)
+        found = lines(Changes(store, parts.worker, owner), parts.worker, streams)
+        return StreamingResponse(found, media_type="application/x-ndjson")
 
     @app.get("/v1/videos/{video_id}", summary="Show a video")
     def show(video_id: str, owner: str = owned) -> JSONResponse:
@@ -126,10 +139,9 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
 
     @app.get("/v1/models", summary="List the model that is loaded")
     def models(owner: str = owned) -> dict[str, Any]:
-        return {
-            "object": "list",
-            "data": [{"id": parts.model, "object": "model", "created": 0, "owned_by": "wanfast"}],
-        }
+        model = {"id": parts.model, "object": "model", "created": 0, "owned_by": "wanfast"}
+        offer = {**parts.checks.offer(), "max_upload_bytes": parts.most_bytes}
+        return {"object": "list", "data": [model | offer]}
 
 
 def _add_operation(app: FastAPI, parts: Parts) -> None:
@@ -141,8 +153,7 @@ def _add_operation(app: FastAPI, parts: Parts) -> None:
 
     @app.get("/ready", summary="Whether the models are loaded")
     def ready() -> JSONResponse:
-        status = "ready" if parts.worker.is_ready else "stopping" if parts.worker.is_stopping else "loading"
-        return JSONResponse({"status": status}, 200 if parts.worker.is_ready else 503)
+        return JSONResponse({"status": parts.worker.status}, 200 if parts.worker.is_ready else 503)
 
     @app.get("/metrics", summary="Metrics for Prometheus")
     def metrics(owner: str = owned) -> Response:

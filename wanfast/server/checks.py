@@ -5,6 +5,7 @@ A job is queued only if its video can be planned.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import secrets
@@ -14,22 +15,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from wanfast.runtime.config import parse_size
+from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, parse_size
+from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import ConfigError, WanFastError
-from wanfast.runtime.facts.choices import NAMED_MODELS
+from wanfast.runtime.facts.choices import NAMED_MODELS, RecipeName
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.processes.handle import Opened
 from wanfast.server.fields import Asked, Fields
-from wanfast.server.replies import ApiError, in_fields, unfit, without_paths
+from wanfast.server.replies import ApiError, in_fields, in_names_of_fields, unfit, without_paths
 from wanfast.server.store import NewJob
 
+_OF_ONE_VIDEO = {"image", "prompt", "seed"}
 _UNPLANNED = "the server cannot plan this video; its log has the reason"
 
 
 class Planner(Protocol):
     """This class plans videos for loaded models."""
+
+    @property
+    def asked(self) -> Mapping[str, Any]:
+        """Returns the options that describe the models."""
+
+    def has_models_of(self, recipe: RecipeName) -> bool:
+        """Returns whether the loaded models are those of a recipe."""
 
     def plan(self, options: dict[str, Any]) -> Plan:
         """Returns the plan of a video. Raises WanFastError."""
@@ -111,6 +121,16 @@ class Checks:
             except WanFastError as error:  # what is wrong with the server is not for its clients
                 raise ApiError(503, without_paths(str(error), _UNPLANNED), code="unavailable") from error
 
+    def offer(self) -> dict[str, Any]:
+        """Returns what the server makes of fields that a request leaves out, and the recipes that can be asked for."""
+        served = self._served
+        chosen = EffectiveConfig.of({**NO_VIDEO, **served.planner.asked, **served.defaults}, served.spec).video
+        width, height = served.size
+        own = dataclasses.asdict(chosen) | {"size": f"{width}x{height}", "frames": served.frames}
+        defaults = in_names_of_fields({name: own[name] for name in own.keys() - _OF_ONE_VIDEO})
+        recipes = [name for name in RECIPES if served.planner.has_models_of(name)]
+        return {"defaults": defaults, "recipe": served.planner.asked.get("recipe"), "recipes": recipes}
+
     def _options(self, fields: Fields) -> dict[str, Any]:
         second = fields.guidance_scale if fields.guidance_scale_2 is None else fields.guidance_scale_2
         options = {
@@ -121,6 +141,7 @@ class Checks:
             "guidance_high_noise": fields.guidance_scale,
             "guidance_low_noise": second,
             "shift": fields.flow_shift,
+            "recipe": fields.recipe,
         }
         return {name: value for name, value in options.items() if value is not None}
 

@@ -15,6 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
+from wanfast.runtime.facts.choices import RecipeName
 from wanfast.server.replies import ApiError, unfit
 
 MOST_LETTERS = 20_000  # of a prompt; the model reads about 2,000
@@ -44,6 +45,7 @@ class Fields(BaseModel):
     flow_shift: float | None = None
     boundary_ratio: Annotated[float | None, Field(description="Only the model's own value is possible.")] = None
     seed: Annotated[int | None, Field(ge=0)] = None
+    recipe: Annotated[RecipeName | None, Field(description="A recipe whose models are loaded.")] = None
     priority: Annotated[int, Field(ge=-100, le=100, description="Jobs with a larger priority run first.")] = 0
 
 

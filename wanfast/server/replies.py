@@ -13,7 +13,7 @@ POLL_MS = 1000  # a client asks again after this time
 _FIELD_OF = {  # option of `Handle.make` -> the field that gives it
     "prompt": "prompt", "negative_prompt": "negative_prompt", "size": "size", "frames": "num_frames", "fps": "fps",
     "steps": "num_inference_steps", "guidance_high_noise": "guidance_scale", "guidance_low_noise": "guidance_scale_2",
-    "shift": "flow_shift", "seed": "seed", "image": "input_reference",
+    "shift": "flow_shift", "seed": "seed", "recipe": "recipe", "image": "input_reference",
 }  # fmt: skip
 _FLAG = re.compile("|".join(f"{flag(name)}(?![\\w-])" for name in _FIELD_OF))
 _PATH = re.compile(r"(?<![\w.<])~?/[\w.-]+/")  # the beginning of a path of two or more parts
@@ -54,6 +54,11 @@ def in_fields(message: str) -> tuple[str, str | None]:
     return _FLAG.sub(lambda found: _field(found[0]), message), _field(first[0]) if first else None
 
 
+def in_names_of_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those options of a video that a request can give, by the names of the fields."""
+    return {field: options[option] for option, field in _FIELD_OF.items() if options.get(option) is not None}
+
+
 def _field(option: str) -> str:
     return _FIELD_OF[option[2:].replace("-", "_")]
 
@@ -78,6 +83,7 @@ def video(job: Job, queue_position: int | None = None) -> dict[str, Any]:
         "remixed_from_video_id": None,
         "progress": job.progress,
         "created_at": int(job.created_at),
+        "queued_at": job.created_at,  # with fractions of a second, which give an order
         "completed_at": _whole(job.completed_at),
         "expires_at": _whole(job.expires_at),
         "size": job.size,
@@ -85,6 +91,7 @@ def video(job: Job, queue_position: int | None = None) -> dict[str, Any]:
         "error": error,
         "seed": job.options["seed"],
         "priority": job.priority,
+        "settings": in_names_of_fields(job.options),
         "stage": job.stage or None,
         "queue_position": queue_position,
         "seconds_by_stage": job.facts.get("seconds_by_stage"),

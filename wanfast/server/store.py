@@ -98,6 +98,16 @@ class Job:
         return self.status in ("completed", "failed")
 
 
+@dataclass(frozen=True)
+class Overview:
+    """This class holds what a page shows of an owner's jobs."""
+
+    unended: list[Job]  # in the order in which they are made
+    ended: list[Job]  # the last that came is the first
+    has_more: bool  # whether more have ended
+    places: dict[int, int]  # of all queued jobs, of other owners too: {number: how many come before}
+
+
 class Store:
     """This class stores the jobs of all servers that share a database. Any thread may call its methods."""
 
@@ -173,12 +183,26 @@ class Store:
         with self._reading() as connection:
             return connection.execute(select(func.count()).select_from(JOBS).where(before)).scalar_one()
 
+    def overview(self, owner: str, most: int) -> Overview:
+        """Returns up to `most` jobs of an owner that have not ended, and up to `most` of those that have."""
+        number, status, mine = JOBS.c.number, JOBS.c.status, select(JOBS).where(_visible(owner))
+        order = (status, JOBS.c.priority.desc(), number)  # in_progress comes before queued
+        with self._reading() as connection:
+            places = connection.execute(select(number).where(status == "queued").order_by(*order)).scalars().all()
+            unended = connection.execute(mine.where(_unended()).order_by(*order).limit(most)).all()
+            ended = connection.execute(mine.where(~_unended()).order_by(number.desc()).limit(most + 1)).all()
+        return Overview(
+            [Job.of(row) for row in unended],
+            [Job.of(row) for row in ended[:most]],
+            len(ended) > most,
+            {number: place for place, number in enumerate(places)},
+        )
+
     def counts(self) -> dict[str, int]:
         """Returns the number of jobs in the status `queued` and in the status `in_progress`."""
         found = select(JOBS.c.status, func.count()).group_by(JOBS.c.status)
-        unended = found.where(JOBS.c.status.in_(("queued", "in_progress")))
         with self._reading() as connection:
-            rows = connection.execute(unended).all()
+            rows = connection.execute(found.where(_unended())).all()
         return {"queued": 0, "in_progress": 0} | {row[0]: row[1] for row in rows}
 
     def claim(self) -> Job | None:
@@ -262,8 +286,7 @@ class Store:
             row = connection.execute(select(JOBS).where(mine).with_for_update()).one_or_none()
             if row is None:
                 return None
-            unended = JOBS.c.status.in_(("queued", "in_progress"))
-            self._end(connection, update(JOBS).where(mine, unended).values(**_failed(CANCELLED, "cancelled")))
+            self._end(connection, update(JOBS).where(mine, _unended()).values(**_failed(CANCELLED, "cancelled")))
             if deletes:
                 connection.execute(update(JOBS).where(mine).values(deleted=True))
                 return Job.of(row)
@@ -313,6 +336,10 @@ class Store:
 
 def _visible(owner: str) -> ColumnElement[bool]:
     return and_(JOBS.c.owner == owner, JOBS.c.deleted.is_(False))
+
+
+def _unended() -> ColumnElement[bool]:
+    return JOBS.c.status.in_(("queued", "in_progress"))
 
 
 def _held(job: Job) -> ColumnElement[bool]:

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -100,6 +100,10 @@ class Worker:
     def is_stopping(self) -> bool:
         return self._is_stopping
 
+    @property
+    def status(self) -> Literal["ready", "loading", "stopping"]:
+        return "stopping" if self._is_stopping else "ready" if self._is_loaded else "loading"
+
     def wake(self) -> None:
         """Tells `run` that the queue has a new job."""
         self._wakes.set()
@@ -126,6 +130,7 @@ class Worker:
                     self._wakes.wait(_IDLE_S)
         finally:
             self._writer.shutdown()
+            self._is_stopping = True  # so that requests which wait end, if an error ended the loop
             self._has_ended.set()
             watch.join()
 

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from wanfast.runtime.config import NO_VIDEO, OPTIONS, ModelsConfig, OutputConfig, RanksConfig, accepted, parse_size
 from wanfast.runtime.config.option import options_of, refuse_unknown
+from wanfast.runtime.config.recipes import RECIPES, with_recipe
 from wanfast.runtime.errors import CancelledError, ConfigError, from_failure
+from wanfast.runtime.facts.choices import RecipeName
 from wanfast.runtime.machine.launchers import refuse_launchers
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning import sidecar
@@ -27,6 +29,7 @@ from wanfast.runtime.planning.placement import FreeMemory, check_skips, measure,
 from wanfast.runtime.planning.plan import Plan, effective, model_of, resolve
 from wanfast.runtime.processes.launch import RankGroups
 from wanfast.runtime.store.artifacts import new_run_folder
+from wanfast.runtime.store.lora_pairs import is_distilled
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
 
@@ -41,6 +44,7 @@ _LORAS = {name for name, option in OPTIONS.items() if option.is_repeatable}
 OF_HANDLE = {*options_of(ModelsConfig), *options_of(RanksConfig)} - _LORAS
 # `open` accepts these too: size and frames of the largest video, and the LoRAs of videos that name no others.
 _OF_A_VIDEO = {"frames", "size", *_LORAS}
+_OF_RECIPES = {name for recipe in RECIPES.values() for name in (*recipe.options, *recipe.of_several_ranks)} & OF_HANDLE
 _PAUSE_S = 0.1  # between two looks whether a waiting `make` is cancelled
 
 
@@ -133,10 +137,23 @@ class Opened:
         options = {**asked, **{name: decided[name] for name in OF_HANDLE | (_LORAS & asked.keys())}}
         return cls(asked, options, plan, files, free_memory, required)
 
+    def has_models_of(self, recipe: RecipeName) -> bool:
+        """Returns whether a video by `recipe` can be made, because the loaded models are those of the recipe."""
+        if recipe == self.asked.get("recipe"):
+            return True
+        loaded = {name: value for name, value in with_recipe(self.asked).items() if name in _OF_RECIPES}
+        own = {name: value for name, value in RECIPES[recipe].given(self.asked).items() if name in OF_HANDLE}
+        models = dataclasses.replace(self.placed.config.models, recipe=recipe)
+        return own == loaded and is_distilled(models)
+
     def plan(self, options: dict[str, Any]) -> Plan:
         """Plans one video for these models and ranks. Raises WanFastError."""
         options = accepted(options)
-        _refuse(options, options.keys() & OF_HANDLE, "the handle", "wanfast.open")
+        _refuse(options, options.keys() & OF_HANDLE - {"recipe"}, "the handle", "wanfast.open")
+        recipe = options.get("recipe")
+        if recipe is not None and not self.has_models_of(recipe):
+            fits = ", ".join(name for name in RECIPES if self.has_models_of(name)) or "none"
+            raise ConfigError(f"--recipe {recipe}: the loaded models are not those of this recipe; they fit: {fits}")
         _refuse(options, options.keys() & options_of(OutputConfig).keys(), "the output file", "Video.save")
         plan, _ = resolve({**self.options, **options}, writes=False, files=self.files)
         if plan.config.models != self.placed.config.models:  # other LoRAs need other quantized experts
@@ -169,6 +186,7 @@ class Handle:
 
         `options`: the options of `wanfast generate` that describe one video or set MagCache, such as `image` and
         `prompt`. Each option has its Python name: `magcache_k` means --magcache-k.
+        `recipe` must be one whose models are loaded.
         `on_progress(stage, steps done, number of steps)` is called in the thread that called `make`. If `on_progress`
         raises an exception, the video is cancelled and `make` raises that exception.
         Raises ConfigError and other WanFastErrors: RankFailedError if a rank died, CancelledError after a call of

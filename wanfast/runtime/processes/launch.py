@@ -172,7 +172,13 @@ class RankGroups:
 
     def stop(self) -> None:
         """Ends all launchers and their ranks immediately."""
-        _stop(self._launchers.values())
+        self._stop(self._launchers)
+
+    def _stop(self, places: Iterable[int]) -> None:
+        """Ends the launchers and the ranks of the groups at these places, and waits for their end."""
+        numbers = [self._numbers[place] for place in places]
+        _stop([self._launchers[place] for place in places])
+        _kill_ranks(self._folder, numbers)
 
     def _send(self, document: dict[str, Any], outputs: list[Path]) -> _Batch:
         """Writes a batch for the ranks, and removes the files of the batch before."""
@@ -223,7 +229,7 @@ class RankGroups:
 
     def _start_missing(self) -> None:
         """Starts the groups that have no launcher, or lost a rank."""
-        _stop(self._broken())
+        self._stop(self._broken())
         self._failed_loads.clear()
         self._failed_starts.clear()
         self._given_up.clear()
@@ -243,10 +249,10 @@ class RankGroups:
 
         self._starter.submit(start).result()
 
-    def _broken(self) -> list[subprocess.Popen[bytes]]:
-        """Returns the launchers that did not notice yet that a rank ended."""
+    def _broken(self) -> list[int]:
+        """Returns the places of groups whose launcher did not notice yet that a rank ended."""
         return [
-            launcher
+            place
             for place, launcher in self._launchers.items()
             if launcher.poll() is None and any(map(_has_ended, _pids(self._folder, [self._numbers[place]])))
         ]
@@ -264,7 +270,8 @@ class RankGroups:
             work = partial(works, self._folder, number, launcher.pid, on_cpu=self._ranks.device == "cpu")
             hang = paces[number].hang(self._ranks, work, finished)
             if hang and self._has_job(batch, number, finished):
-                _stop([launcher])
+                _kill_ranks(self._folder, [number])  # first, because the launcher would wait for them
+                self._stop([place])
                 who = "rank 0" if self._ranks.mesh.group_size == 1 else f"rank group {number}"
                 message = f"{who} {hang}; logs of all ranks in {self._folder / 'logs'}"
                 self._hung[number] = time.time_ns(), RankFailedError(message)
@@ -392,6 +399,17 @@ def _stop(launchers: Iterable[subprocess.Popen[bytes]]) -> None:
             launcher.wait()
 
 
+def _kill_ranks(run_folder: Path, numbers: Iterable[int]) -> None:
+    """Kills the living ranks of groups. A rank that SIGSTOP or a debugger has stopped does not act on other signals."""
+    import psutil
+
+    for file in _pid_files(run_folder, numbers):
+        with suppress(psutil.NoSuchProcess):
+            rank = psutil.Process(int(file.read_text()))
+            if rank.create_time() <= file.stat().st_mtime:  # a later process may have got the id of a rank that ended
+                rank.kill()
+
+
 def _remove(files: Iterable[Path]) -> None:
     for file in files:
         file.unlink(missing_ok=True)
@@ -415,8 +433,11 @@ def _result(file: Path) -> dict[str, Any]:
 
 
 def _pids(run_folder: Path, numbers: Iterable[int]) -> list[int]:
-    files = (file for number in numbers for file in (run_folder / RANKS).glob(f"{number}-*/pid"))
-    return [int(file.read_text()) for file in files]
+    return [int(file.read_text()) for file in _pid_files(run_folder, numbers)]
+
+
+def _pid_files(run_folder: Path, numbers: Iterable[int]) -> list[Path]:
+    return [file for number in numbers for file in (run_folder / RANKS).glob(f"{number}-*/pid")]
 
 
 def _has_ended(pid: int) -> bool:

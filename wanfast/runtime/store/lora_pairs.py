@@ -58,10 +58,8 @@ def require_distilled(models: ModelsConfig) -> None:
 
     Any LoRA and any file of the expert is accepted, because a file does not say whether its weights are distilled.
     """
-    if models.recipe is None:
-        return
-    missing = tuple(expert for expert in RECIPES[models.recipe].distilled if not _may_be_distilled(models, expert))
-    if not missing:
+    missing = _undistilled(models)
+    if models.recipe is None or not missing:
         return
     which = "both experts" if len(missing) == len(EXPERTS) else f"the {missing[0].replace('_', '-')} expert"
     name, artifacts = _PAIR_OF.get(models.recipe) if models.model != "tiny" else None, Path(models.artifacts_dir)
@@ -74,6 +72,17 @@ def require_distilled(models: ModelsConfig) -> None:
         if not all((folder_of(name, artifacts) / PAIRS[name].files[expert]).is_file() for expert in missing):
             fix = f"run `wanfast download --lora {name}`, then {fix}"
     raise ConfigError(f"--recipe {models.recipe} needs distilled weights of {which}: {fix}")
+
+
+def is_distilled(models: ModelsConfig) -> bool:
+    """Returns whether the user gives all the distilled weights that the recipe needs."""
+    return not _undistilled(models)
+
+
+def _undistilled(models: ModelsConfig) -> tuple[Expert, ...]:
+    """Returns the experts for which the recipe needs distilled weights, and the user gives none."""
+    needed = RECIPES[models.recipe].distilled if models.recipe else ()
+    return tuple(expert for expert in needed if not _may_be_distilled(models, expert))
 
 
 def _may_be_distilled(models: ModelsConfig, expert: Expert) -> bool:

@@ -1,0 +1,66 @@
+"""Streams what changes among the videos of a key, so that a page follows all of them by one request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.concurrency import run_in_threadpool
+
+from wanfast.server import replies
+from wanfast.server.store import Store
+from wanfast.server.worker import Worker
+
+MOST_STREAMS = 64  # of one server; each of them asks the database again and again
+MOST_VIDEOS = 50  # of each kind: not ended, and ended
+LOOK_S = 0.3  # between two looks at the database
+_BEAT_S = 15.0  # an empty line after this time without a change shows that the connection lives
+
+
+class Changes:
+    """This class holds what a stream has sent, and finds what is new."""
+
+    def __init__(self, store: Store, worker: Worker, owner: str) -> None:
+        self._store, self._worker, self._owner = store, worker, owner
+        self._sent: dict[str, dict[str, Any]] = {}  # the videos by id
+        self._state: dict[str, Any] = {}
+
+    def look(self) -> dict[str, Any] | None:
+        """Returns the videos that are new, changed or deleted since the last look; None if there are none."""
+        seen = self._store.overview(self._owner, MOST_VIDEOS)
+        videos = {job.id: replies.video(job, seen.places.get(job.number)) for job in [*seen.unended, *seen.ended]}
+        changed = [video for name, video in videos.items() if self._sent.get(name) != video]
+        left = self._sent.keys() - videos.keys()  # by a deletion, or because others are newer
+        deleted = [name for name in sorted(left) if self._store.find(name, self._owner) is None]
+        state = {"status": self._worker.status, "queued": len(seen.places)}
+        if not changed and not deleted and state == self._state:
+            return None
+        is_first = not self._state
+        self._sent, self._state = videos, state
+        older = seen.ended[-1].id if is_first and seen.has_more else None
+        return {**state, "videos": changed, "deleted": deleted, "older": older}
+
+
+async def lines(changes: Changes, worker: Worker, turn: asyncio.Semaphore) -> AsyncIterator[str]:
+    """Yields a line of JSON for each change, until the server stops or its database does not answer.
+
+    `turn` limits the streams.
+    """
+    async with turn:
+        written = time.monotonic()
+        while True:
+            is_last = worker.is_stopping
+            try:
+                change = await run_in_threadpool(changes.look)
+            except SQLAlchemyError:
+                return
+            if change or time.monotonic() - written > _BEAT_S:
+                written = time.monotonic()
+                yield f"{json.dumps(change) if change else ''}\n"
+            if is_last:
+                return
+            await asyncio.sleep(LOOK_S)
