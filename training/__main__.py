@@ -201,7 +201,7 @@ def fit_lora(_stage: str, options: argparse.Namespace) -> bool:
     schedule = Schedule(steps=options.lora_steps, muon_rate=5e-3, deadline=options.deadline, ema=0.9995)
     if sets is None or not train_lora.fit(model, sets, schedule, options.folder, [kind.batch for kind in kinds]):
         return False
-    train_lora.export(model, options.folder, options.folder / "tiny/loras")
+    train_lora.export(model, options.folder, options.folder / "tiny/loras" / train_lora.RECIPE)
     return True
 
 

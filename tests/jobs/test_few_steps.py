@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,6 +245,27 @@ def test_distilled_weights_are_required_with_the_line_to_type(wanfast: Wanfast, 
     ]
     assert planned(wanfast, "--recipe", "lightning-4", *experts)["forwards"] == 4
     assert "of the low-noise expert" in refused(wanfast, "--recipe", "lightning-4", experts[0])
+
+
+def test_a_model_may_bring_the_loras_of_a_recipe(wanfast: Wanfast, pair: None, workdir: Path) -> None:
+    own = workdir / "own"
+    shutil.copytree(model_files.TINY, own, copy_function=os.link)
+    for name in ("high_noise", "low_noise"):
+        (own / "loras/lightning-4").mkdir(parents=True, exist_ok=True)
+        shutil.copy(f"{name}.safetensors", own / "loras/lightning-4")
+    line = ("generate", "--model", "own", "--device", "cpu", *VIDEO, "--recipe")
+    made = wanfast(*line, "lightning-4", "--json").document
+    given = wanfast(*TINY, "--recipe", "lightning-4", *PAIR, "--output", "given.mp4", "--json").document
+    assert made["output_sha256"] == given["output_sha256"]
+    assert made["effective"]["models"]["lora_sha256"] == given["effective"]["models"]["lora_sha256"]
+    again = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--json").document
+    assert again["output_sha256"] == made["output_sha256"]
+    named = wanfast(*line, "lightning-4", *PAIR[:2], "--dry-run", "--json").document["effective"]["models"]
+    assert named["lora_high_noise"] == [str(workdir / "high_noise.safetensors")]
+    assert named["lora_low_noise"] == [str(own / "loras/lightning-4/low_noise.safetensors")]
+    (own / "loras/lightning-4/low_noise.safetensors").unlink()
+    assert "distilled weights of the low-noise expert" in wanfast(*line, "lightning-4", "--dry-run").err
+    assert "distilled weights of the low-noise expert" in wanfast(*line, "hybrid", "--dry-run").err
 
 
 def test_a_handle_takes_the_recipe_and_the_weights_by_either_call(pair: None) -> None:

@@ -232,7 +232,7 @@ def test_all_stages_run_and_a_stage_waits_for_those_before(
         (tmp_path / name).unlink()
     assert call("--stage", "export") is None  # needs only what moves between machines, and the experts
     assert model_files.locate(str(tmp_path / "tiny"), "artifacts").exists
-    assert {file.stem for file in (tmp_path / "tiny/loras").iterdir()} == {"high_noise", "low_noise"}
+    assert {file.stem for file in (tmp_path / "tiny/loras/lightning-4").iterdir()} == {"high_noise", "low_noise"}
 
 
 def test_all_graphs_write_the_gradients_that_the_optimizers_read() -> None:

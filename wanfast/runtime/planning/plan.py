@@ -44,7 +44,7 @@ from wanfast.runtime.sampling.scheduler import Levels, Step, solve
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.curves import Curve, curve_of, levels_of, magcache_notes, settle
 from wanfast.runtime.store.expert_files import expert_notes, identified, named_experts
-from wanfast.runtime.store.lora_pairs import require_distilled
+from wanfast.runtime.store.lora_pairs import own_loras, require_distilled
 from wanfast.runtime.store.loras import lora_notes, loras_of
 from wanfast.runtime.store.model_files import ModelFiles
 
@@ -401,8 +401,8 @@ def resolve(
     if the caller has already located them.
     """
     asked = EffectiveConfig.of(given, A14B)  # refuses values that are wrong for every model
-    require_distilled(asked.models)
     files = files or model_files.locate_for(asked.models)
+    require_distilled(asked.models, files.root)
     spec = files.spec
     if not clean_prompt(asked.video.prompt):
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
@@ -446,6 +446,7 @@ def effective(given: Options, files: ModelFiles, image_sha256: str) -> Effective
     answers: dict[str, Any] = {"device": device, "seed": secrets.randbelow(2**31), "image_sha256": image_sha256}
     given = {**given, "num_gpus": _num_gpus(given.get("num_gpus", 1), device, asked="device" in given)}
     config = EffectiveConfig.of(given, files.spec, **answers)
+    config = config.replace(**own_loras(config.models, files.root))
     models, size = config.models, "{}x{}".format(*parse_size(config.video.size))
     config = dataclasses.replace(config, models=identified(models), video=dataclasses.replace(config.video, size=size))
     if models.quantize == "fp8-rowwise" and device == "cuda" and (old := _without_float8()):

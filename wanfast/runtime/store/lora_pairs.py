@@ -1,7 +1,8 @@
 """Names the published pairs of LoRAs that distil the experts to four steps.
 
 `wanfast download --lora NAME` fetches a pair into <artifacts>/loras/NAME. If a recipe needs distilled weights and the
-user gives none, the recipe is refused.
+user gives none, the model's own are taken: a model's folder may hold LoRAs for a recipe. Otherwise the recipe is
+refused.
 """
 
 from __future__ import annotations
@@ -53,12 +54,22 @@ def words_of(name: str, artifacts: Path, experts: tuple[Expert, ...] = EXPERTS) 
     return " ".join(f"{flag(f'lora_{expert}')} {shlex.quote(str(file))}" for expert, file in files.items())
 
 
-def require_distilled(models: ModelsConfig) -> None:
-    """Raises ConfigError if the recipe needs distilled weights of an expert, and the user gives none for this expert.
+def own_loras(models: ModelsConfig, root: Path) -> dict[str, tuple[str, ...]]:
+    """Returns {option: LoRA of the model in `root`} for each expert whose distilled weights the user does not give.
+
+    The file is `root`/loras/RECIPE/EXPERT.safetensors; an expert without this file is left out.
+    """
+    files = {expert: root / "loras" / str(models.recipe) / f"{expert}.safetensors" for expert in _undistilled(models)}
+    return {f"lora_{expert}": (str(file),) for expert, file in files.items() if file.is_file()}
+
+
+def require_distilled(models: ModelsConfig, root: Path) -> None:
+    """Raises ConfigError if neither the user nor the model in `root` gives distilled weights that the recipe needs.
 
     Any LoRA and any file of the expert is accepted, because a file does not say whether its weights are distilled.
     """
-    missing = _undistilled(models)
+    own = own_loras(models, root)
+    missing = tuple(expert for expert in _undistilled(models) if f"lora_{expert}" not in own)
     if models.recipe is None or not missing:
         return
     which = "both experts" if len(missing) == len(EXPERTS) else f"the {missing[0].replace('_', '-')} expert"
