@@ -49,8 +49,10 @@ def _attended(q_HSD: Tensor, k_LHD: Tensor, v_LHD: Tensor) -> Tensor:
     H, S, D = q_HSD.shape
     if not len(k_LHD):
         return torch.cat((q_HSD.new_zeros(H, S, D), q_HSD.new_full((H, S, 1), -torch.inf)), dim=-1).float()
-    k, v = (rearrange(x, "L H D -> 1 H L D") for x in (k_LHD, v_LHD))
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
-    attend = flash if q_HSD.is_cuda else torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = attend(q_HSD.unsqueeze(0), k, v)[:2]
+    tensors = [q_HSD.unsqueeze(0), *(rearrange(x, "L H D -> 1 H L D") for x in (k_LHD, v_LHD))]
+    if q_HSD.is_cuda:
+        attend, tensors = torch.ops.aten._scaled_dot_product_flash_attention, [x.bfloat16() for x in tensors]
+    else:
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = attend(*tensors)[:2]
     return torch.cat((out[0].float(), lse[0].float().unsqueeze(-1)), dim=-1)

@@ -32,6 +32,7 @@ FP8 = torch.float8_e4m3fn
 _SAMPLED = 4096  # tokens that a mean needs at least, if there are as many
 _LARGEST_P = 256.0  # FlashAttention-3 multiplies P by this, so that P uses the range of float8
 _STEP, _BITS = 32, 12  # a tensor core adds the products of 32 keys to a sum of about 12 significant bits
+_QUERIES = 512  # that the emulation holds the scores of
 _TINIEST = 1e-12  # so that a head of zeros has a scale
 
 
@@ -73,12 +74,14 @@ def statistics(k_SHD: Tensor, v_BLd: Tensor, rows: slice) -> Tensor:
     `k_SHD` holds the sampled tokens' keys, after norm and rotary embedding; `rows` are their places in `v_BLd`. A
     float64 holds sums of such bf16 values exactly, so that their order, and the number of ranks, does not matter.
     """
-    v_Ld, k_Sd = v_BLd[0], k_SHD.flatten(1).double()
-    limits = (
-        torch.aminmax(v_Ld, dim=0) if len(v_Ld) else (k_Sd.new_full(v_Ld.shape[1:], s) for s in (math.inf, -math.inf))
-    )
-    count = k_Sd.new_full(v_Ld.shape[1:], len(k_Sd))
-    return torch.stack((k_Sd.sum(0), v_Ld[rows].double().sum(0), count, *(x.double() for x in limits)))
+    v_Ld = v_BLd[0]
+    found = v_Ld.new_empty(5, v_Ld.shape[1], dtype=torch.float64)
+    for row, x_Sd in enumerate((k_SHD.flatten(1), v_Ld[rows])):
+        found[row] = x_Sd.sum(0, dtype=torch.float64)
+    found[2], found[3], found[4] = len(k_SHD), math.inf, -math.inf
+    if len(v_Ld):
+        found[3], found[4] = torch.aminmax(v_Ld, dim=0)
+    return found
 
 
 def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, hadamard: bool) -> Scaling:
@@ -121,9 +124,8 @@ def hadamard_rotated(x_D: Tensor) -> Tensor:
 
 def fp8_attention(heads: Fp8Heads, dtype: torch.dtype) -> Tensor:
     """Returns the attention [B, L, H, D] in `dtype`: on a GPU by FlashAttention-3, on a CPU by its emulation."""
-    centre = heads.v_centre.to(dtype if heads.q.is_cuda else torch.float32)
     out = (_by_fa3() if heads.q.is_cuda else emulated)(heads)
-    return out.add_(centre).to(dtype)
+    return out.add_(heads.v_centre).to(dtype)  # in float32, and rounded once
 
 
 def _by_fa3() -> Callable[[Fp8Heads], Tensor]:
@@ -161,15 +163,21 @@ def emulated(heads: Fp8Heads) -> Tensor:
     """
     q, k, v = (rearrange(x.float(), "B L H D -> (B H) L D") for x in heads[:3])
     q_scale, k_scale, v_scale = (s.repeat(heads.q.shape[0])[:, None, None] for s in heads.scales)
-    scores = q @ k.transpose(1, 2) * (q_scale * k_scale * q.shape[-1] ** -0.5)
+    scale = q_scale * k_scale * q.shape[-1] ** -0.5
+    parts = [_emulated(queries * scale, k, v) for queries in torch.split(q, _QUERIES, dim=1)]
+    out: Tensor = rearrange(torch.cat(parts, dim=1) * v_scale, "(B H) L D -> B L H D", B=len(heads.q))
+    return out.contiguous()
+
+
+def _emulated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(1, 2)
     p = (scores - scores.amax(-1, keepdim=True)).exp() * _LARGEST_P
     rounded = p.to(FP8).float()
     out: Tensor = torch.zeros_like(q)
     for keys in range(0, k.shape[1], _STEP):
         step = slice(keys, keys + _STEP)
         out = _truncated(out + rounded[..., step] @ v[:, step])
-    out = out / p.sum(-1, keepdim=True) * v_scale
-    return rearrange(out, "(B H) L D -> B L H D", B=len(heads.q)).contiguous()
+    return out / p.sum(-1, keepdim=True)
 
 
 def _truncated(x: Tensor) -> Tensor:
