@@ -161,10 +161,20 @@ def test_auto_never_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fa3-fp8" not in attention_kernels.KERNELS
     choice = choose("fa3-fp8", "cpu", torch.float32, 20)
     assert (choice.kernel, choice.dense) == ("fa3-fp8", "flash") and "relative error" in choice.why
-    run, formula, bound = attention_probe._LOSSY["fa3-fp8"]
-    monkeypatch.setitem(attention_probe._LOSSY, "fa3-fp8", (lambda *qkv: 1.3 * run(*qkv), formula, bound))
+    probed = attention_probe._LOSSY["fa3-fp8"]
+    wrong = probed._replace(run=lambda *qkv: 1.3 * probed.run(*qkv))
+    monkeypatch.setitem(attention_probe._LOSSY, "fa3-fp8", wrong)
     with pytest.raises(ConfigError, match=r"--attention fa3-fp8: fails \(its result is wrong"):
         choose("fa3-fp8", "cpu", torch.float32, 20)
+
+
+def test_doctor_shows_lossy_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_kernels, "is_importable", lambda module: False)
+    found = attention_probe.probe_all("cuda")
+    for name, package in (("sparse", "flash-attn-4"), ("fa3-fp8", "fa3-fwd")):
+        assert (found[name].state, found[name].reason) == ("not installed", f"pip install {package}")
+        assert attention_probe.probe(name, "cpu").state == "runs"
+    assert not {"sparse", "fa3-fp8"} & attention_probe.probe_all("cpu").keys()
 
 
 def test_the_dimension_of_the_small_model() -> None:

@@ -198,7 +198,8 @@ def test_auto_never_takes_a_lossy_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--attention sparse: flash-attn-4 is not installed: run `pip install"):
         choose("sparse", "cuda", torch.float32, 24)
-    monkeypatch.setitem(attention_probe._LOSSY, "sparse", (lambda q, k, v: v, attention_probe._sparse, 0.01))
+    wrong = attention_probe._LOSSY["sparse"]._replace(run=lambda q, k, v: v)
+    monkeypatch.setitem(attention_probe._LOSSY, "sparse", wrong)
     with pytest.raises(ConfigError, match=r"--attention sparse: fails \(its result is wrong"):
         choose("sparse", "cpu", torch.float32, 24)
     monkeypatch.undo()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from tests.conftest import Outcome
 from tests.models.test_attention_fp8 import quantized
 from tests.models.test_block_sparse import formula, lists_of
-from tests.parity import relative_error
+from tests.parity import likeness, relative_error
 from wanfast.runtime.engine import attention_probe
 from wanfast.runtime.models import fused
 from wanfast.runtime.models.attention_check import sampled_errors
@@ -28,7 +29,10 @@ pytestmark = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
 needs_fa4 = pytest.mark.skipif(not KERNELS["fa4"].is_installed, reason="needs flash-attn-4")
 needs_fa3 = pytest.mark.skipif(not KERNELS["fa3"].is_installed, reason="needs fa3-fwd")
 Wanfast = Callable[..., Outcome]
-GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--seed", "1", "--device", "cuda")
+GOOD = (
+    "generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--seed", "1", "--device", "cuda",
+    "--size", "192x192", "--frames", "17", "--steps", "4",
+)  # fmt: skip
 
 
 def drawn(length: int, heads: int = 3, queries: int | None = None) -> list[Tensor]:
@@ -127,12 +131,17 @@ def test_sampled_errors_are_those_of_float64() -> None:
     ids=["sparse", "fp8"],
 )
 def test_a_video(wanfast: Wanfast, workdir: Path, options: tuple[str, ...]) -> None:
-    """The tiny model's heads have 128 channels, as the A14B's; a check changes nothing."""
-    size = ("--size", "192x192", "--frames", "17", "--steps", "4")
-    outcome = wanfast(*GOOD, *size, *options, "--attention-check", "--output", "a.mp4")
-    assert outcome.exit_code == 0, outcome.err
-    checked = json.loads((workdir / "a.json").read_text())
+    """The tiny model's heads have 128 channels, as the A14B's; a check changes nothing, and two ranks little."""
+
+    def made(name: str, *more: str) -> dict[str, Any]:
+        outcome = wanfast(*GOOD, *options, *more, "--output", f"{name}.mp4")
+        assert outcome.exit_code == 0, outcome.err
+        return json.loads((workdir / f"{name}.json").read_text())  # type: ignore[no-any-return]
+
+    checked, plain = made("a", "--attention-check"), made("b")
     assert 1e-4 < checked["attention_check"]["mean"] < 1
-    outcome = wanfast(*GOOD, *size, *options, "--output", "b.mp4")
-    assert outcome.exit_code == 0, outcome.err
-    assert json.loads((workdir / "b.json").read_text())["output_sha256"] == checked["output_sha256"]
+    assert plain["output_sha256"] == checked["output_sha256"]
+    if torch.cuda.device_count() > 1:
+        shared = made("c", "--attention-check", "--num-gpus", "2", "--ulysses", "2")
+        assert shared["attention_check"]["mean"] == pytest.approx(checked["attention_check"]["mean"], rel=0.1)
+        assert likeness("c.mp4", "a.mp4") >= 30

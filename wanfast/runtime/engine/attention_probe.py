@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from wanfast.runtime.facts.choices import LOSSY_ATTENTION, Attention
 from wanfast.runtime.facts.sparsity import BLOCK
 from wanfast.runtime.machine.packages import ATTENTION_ON_CPU, require_attention
 from wanfast.runtime.models.attention_fp8 import Fp8Heads, fp8_attention, scale_of
-from wanfast.runtime.models.attention_kernels import KERNELS
+from wanfast.runtime.models.attention_kernels import KERNELS, AttentionFn
 from wanfast.runtime.models.block_sparse import BlockLists, block_sparse_attention
 from wanfast.runtime.models.fused import heads_to_fp8
 
@@ -39,6 +39,15 @@ class Finding:
     state: Literal["runs", "not installed", "fails"]
     relative_error: float | None = None
     reason: str | None = None
+
+
+class _Probed(NamedTuple):
+    """Says how a kernel is probed: the call, the exact result, the bound of the error, and a kernel of its package."""
+
+    run: AttentionFn
+    formula: AttentionFn
+    bound: float
+    package_of: str
 
 
 @dataclass(frozen=True)
@@ -106,9 +115,10 @@ def probe_all(device: str) -> dict[str, Finding]:
     """Probes all kernels that may run on `device`, and returns {kernel: finding}.
 
     On a CPU, the kernels of optional packages are probed too. They cannot run there, but the findings say whether they
-    are installed.
+    are installed. Lossy kernels are probed on a GPU only; a CPU always computes their emulations.
     """
     names = [name for name, kernel in KERNELS.items() if kernel.modules or name in _candidates(device)]
+    names += LOSSY_ATTENTION if device == "cuda" else ()
     return {name: probe(name, device) for name in names}
 
 
@@ -121,22 +131,25 @@ def probe(name: str, device: str, dtype: torch.dtype = torch.bfloat16, head_dim:
 
     If the kernel is not installed, or raises an error, the finding holds the reason.
     """
+    lossy = _LOSSY.get(name)
+    kernel, is_emulated = KERNELS[lossy.package_of if lossy else name], lossy and device == "cpu"
+    probed = lossy or _Probed(kernel.run, _formula, BOUNDS[dtype], name)
     q, k, v = _problem(dtype, head_dim)
     try:
-        if name in KERNELS and not KERNELS[name].is_installed:
-            return Finding("not installed", reason=f"pip install {KERNELS[name].package}")
-        run, formula, bound = _LOSSY.get(name) or (KERNELS[name].run, _formula, BOUNDS[dtype])
-        expected = formula(q.double(), k.double(), v.double())
+        if not kernel.is_installed and not is_emulated:
+            return Finding("not installed", reason=f"pip install {kernel.package}")
+        expected = probed.formula(q.double(), k.double(), v.double())
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch explains each back end that it rejects
-            got = run(q.to(device), k.to(device), v.to(device)).cpu()
+            got = probed.run(q.to(device), k.to(device), v.to(device)).cpu()
     except _FAILURES as error:
         return Finding("fails", reason=(str(error).strip().splitlines() or [type(error).__name__])[0])
     if got.shape != expected.shape:
         return Finding("fails", reason=f"its result is {list(got.shape)}, not {list(expected.shape)}")
     relative_error = float((got.double() - expected).norm() / expected.norm())
-    if not relative_error <= bound:  # also for NaN
-        return Finding("fails", reason=f"its result is wrong: relative error {relative_error:.1g}, over {bound}")
+    if not relative_error <= probed.bound:  # also for NaN
+        reason = f"its result is wrong: relative error {relative_error:.1g}, over {probed.bound}"
+        return Finding("fails", reason=reason)
     return Finding("runs", relative_error=relative_error)
 
 
@@ -164,5 +177,7 @@ def _fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return fp8_attention(Fp8Heads(q8, k8, v8, scales, centre), q.dtype)
 
 
-# How lossy kernels are probed: the call, the formula, and the bound of the relative error.
-_LOSSY = {"sparse": (_sparse, _sparse, BOUNDS[torch.bfloat16]), "fa3-fp8": (_fp8, _formula, 0.15)}
+_LOSSY = {
+    "sparse": _Probed(_sparse, _sparse, BOUNDS[torch.bfloat16], "fa4"),
+    "fa3-fp8": _Probed(_fp8, _formula, 0.15, "fa3"),
+}
