@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--size", default="1280x720")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--density", type=float, default=0.35)
-    parser.add_argument("--hadamard", action="store_true", help="multiply queries and keys by a Hadamard matrix")
+    parser.add_argument("--hadamard", action=argparse.BooleanOptionalAction, help="as in --fp8-hadamard")
     parser.add_argument("--kernel", default=None, help="exact attention  [default: fa3 on a GPU, flash on a CPU]")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--error-layers", type=int, default=2, help="layers of the float32 reference; 0 for none")
@@ -96,7 +96,12 @@ def measure(options: argparse.Namespace) -> None:
     rows = {way.name: forward.report_of(way, dit, inputs) for way in ways}
     for row in rows.values():
         row["ratio"] = round(row["ms"] / rows[BF16]["ms"], 4)
-    facts = {"layers": options.layers, "tokens": g.tokens, "kernel": options.kernel, "hadamard": options.hadamard}
+    facts = {
+        "layers": options.layers,
+        "tokens": g.tokens,
+        "kernel": options.kernel,
+        "fp8": plan_of(options, spec, "fp8").to_json()["fp8_attention"],
+    }
     facts |= {"sparsity": plan.sparsity_json(), "ways": rows, "shares": shares(rows)}
     facts |= {"checked": {name: errors for each in tried for name, errors in each.errors()}}
     facts |= {"sampled": tried[0].sampled(), "video": plan_of(options, spec, "sparse", guarded=True).sparsity_json()}

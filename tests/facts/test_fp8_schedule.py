@@ -34,7 +34,7 @@ def test_spans_decide() -> None:
     found = schedule(steps="4:36", layers="1:39")
     assert found.is_fp8(4, 1) and found.is_fp8(35, 38)
     assert not any(found.is_fp8(*call) for call in ((3, 1), (36, 1), (4, 0), (4, 39)))
-    assert found.to_json() == {"steps": [4, 36], "layers": [1, 39], "hadamard": False}
+    assert found.to_json() == {"steps": [4, 36], "layers": [1, 39], "hadamard": True}
 
 
 @pytest.mark.parametrize(
@@ -48,4 +48,7 @@ def test_spans_decide() -> None:
 def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         schedule(**options)
-    assert schedule(hadamard=True).hadamard
+
+
+def test_a_hadamard_matrix_is_used_where_one_is_known() -> None:
+    assert schedule().hadamard and not schedule(head_dim=20).hadamard and not schedule(hadamard=False).hadamard

@@ -126,7 +126,7 @@ def test_sampled_errors_are_those_of_float64() -> None:
     "options",
     [
         pytest.param(("--attention", "sparse", "--density", "0.6", "--dense-layers", "0"), marks=needs_fa4),
-        pytest.param(("--attention", "fa3-fp8", "--fp8-steps", "0:4", "--fp8-hadamard"), marks=needs_fa3),
+        pytest.param(("--attention", "fa3-fp8", "--fp8-steps", "0:4"), marks=needs_fa3),
     ],
     ids=["sparse", "fp8"],
 )

@@ -21,12 +21,12 @@ FP8 = (*GOOD, "--attention", "fa3-fp8", "--fp8-steps", "1:2")
 
 
 def test_a_run_records_its_schedule_and_its_error_and_is_repeated(wanfast: Wanfast, workdir: Path) -> None:
-    outcome = wanfast(*FP8, "--fp8-layers", "1:5", "--fp8-hadamard", "--attention-check")
+    outcome = wanfast(*FP8, "--fp8-layers", "1:5", "--no-fp8-hadamard", "--attention-check")
     assert outcome.exit_code == 0, outcome.err
     first = document(workdir / "out.json")
     assert first["plan"]["attention"] == first["attention"]["kernel"] == "fa3-fp8"
     assert first["attention"]["dense"] == "flash" and first["plan"]["sparsity"] is None
-    assert first["plan"]["fp8_attention"] == {"steps": [1, 2], "layers": [1, 5], "hadamard": True}
+    assert first["plan"]["fp8_attention"] == {"steps": [1, 2], "layers": [1, 5], "hadamard": False}
     check = first["attention_check"]
     assert [(forward["step"], forward["branch"]) for forward in check["forwards"]] == [
         (1, "prompt"), (1, "negative_prompt"),
@@ -42,7 +42,7 @@ def test_a_run_records_its_schedule_and_its_error_and_is_repeated(wanfast: Wanfa
     assert exact.exit_code == 0, exact.err
     third = document(workdir / "c.json")
     assert third["plan"]["fp8_attention"] is third["attention_check"] is None
-    assert third["effective"]["models"]["fp8_steps"] is None
+    assert third["effective"]["models"]["fp8_steps"] is third["effective"]["models"]["fp8_hadamard"] is None
     sparse = wanfast(
         "generate", "--from", "out.json", "--output", "d.mp4", "--attention", "sparse", "--density", "1", "--dry-run"
     )
@@ -57,7 +57,7 @@ def test_videos_of_other_schedules_share_the_models(workdir: Path) -> None:
 
 
 def test_a_dry_run_shows_the_schedule(wanfast: Wanfast) -> None:
-    outcome = wanfast(*FP8, "--fp8-hadamard", "--dry-run")
+    outcome = wanfast(*FP8, "--dry-run")
     assert outcome.exit_code == 0, outcome.err
     shown = " ".join((outcome.err + outcome.out).split())
     assert "in the steps 1 to 1 of 2, counted from 0, and the layers 0 to 4, with a Hadamard matrix" in shown

@@ -244,11 +244,13 @@ class ModelsConfig(Part):
         ),
     ] = field(default=None, compare=False)
     fp8_hadamard: Annotated[
-        bool,
+        bool | None,
         Option(
-            "With --attention fa3-fp8, multiply queries and keys by a Hadamard matrix before they are rounded.", LOSSY
+            "With --attention fa3-fp8, multiply queries and keys by a Hadamard matrix before they are rounded.",
+            LOSSY,
+            default="if a head's channels are a power of two",
         ),
-    ] = field(default=False, compare=False)
+    ] = field(default=None, compare=False)
     attention_check: Annotated[
         bool,
         Option("Measure the error of lossy attention on 64 queries of each head in each call, for the .json.", LOSSY),

@@ -39,10 +39,11 @@ class Fp8Schedule:
         head_dim: int,
         steps: str | None = None,
         layers: str | None = None,
-        hadamard: bool = False,
+        hadamard: bool | None = None,
     ) -> Fp8Schedule:
         """Returns the schedule of the options; by default, an eighth of the steps at either end are exact.
 
+        A Hadamard matrix is used by default, if one of the head's size is known, which is so for powers of two.
         Raises ConfigError if a span goes beyond the steps or layers, or if no step is left by default.
         """
         guard = math.ceil(_EXACT_SHARE * num_steps)
@@ -51,7 +52,8 @@ class Fp8Schedule:
                 f"--attention fa3-fp8: of {num_steps} steps, {guard} at either end would be exact, and so no step is "
                 f"left: add --fp8-steps 0:{num_steps}, for example"
             )
-        if hadamard and head_dim & (head_dim - 1):
+        is_power = head_dim & (head_dim - 1) == 0
+        if hadamard and not is_power:
             raise ConfigError(
                 f"--fp8-hadamard: this model's heads have {head_dim} channels, and no such matrix is known: drop "
                 "--fp8-hadamard"
@@ -59,7 +61,7 @@ class Fp8Schedule:
         return cls(
             steps=range(guard, num_steps - guard) if steps is None else _inside("--fp8-steps", steps, num_steps),
             layers=range(num_layers) if layers is None else _inside("--fp8-layers", layers, num_layers),
-            hadamard=hadamard,
+            hadamard=is_power if hadamard is None else hadamard,
         )
 
     def is_fp8(self, step: int, layer: int) -> bool:
