@@ -104,7 +104,7 @@ def test_the_mean_of_v_is_taken_out_and_added_again() -> None:
     offset = v + 3
     assert error(q, k, offset, centred=False) > 0.04
     assert error(q, k, offset) < 2e-3
-    assert error(q, k, v) < 0.1 and error(q, k, v, centred=False) < 0.1  # without an offset, both are much the same
+    assert error(q, k, v) < 0.06 and error(q, k, v, centred=False) < 0.06  # without an offset, both are much the same
 
 
 def test_the_mean_of_k_is_taken_out() -> None:

@@ -31,7 +31,7 @@ from wanfast.runtime.models.tokens import LARGEST
 FP8 = torch.float8_e4m3fn
 _SAMPLED = 4096  # tokens that a mean needs at least, if there are as many
 _LARGEST_P = 256.0  # FlashAttention-3 multiplies P by this, so that P uses the range of float8
-_STEP, _BITS = 32, 12  # a tensor core adds the products of 32 keys to a sum of about 12 significant bits
+_STEP, _BITS = 32, 12  # a tensor core adds the products of 32 keys to a sum, and keeps about 12 bits of it
 _QUERIES = 512  # that the emulation holds the scores of
 _TINIEST = 1e-12  # so that a head of zeros has a scale
 
@@ -158,8 +158,9 @@ def _descales(heads: Fp8Heads) -> dict[str, Tensor]:
 def emulated(heads: Fp8Heads) -> Tensor:
     """Returns what FlashAttention-3 computes on a Hopper GPU, without v's centre, in float32.
 
-    P is rounded to float8. The sums of P V lose bits: a tensor core keeps about 12 of them, so that long rows lose
-    much. The number of bits is the one whose error comes near to a measured one; the GPU's rounding is not documented.
+    P is rounded to float8. The sums of P V lose bits: in a long row, what a tensor core adds is much smaller than the
+    sum, and is cut off. If all values share an offset, the losses have one sign. The GPU's rounding is not documented;
+    this one comes near to measured errors, with an offset and without.
     """
     q, k, v = (rearrange(x.float(), "B L H D -> (B H) L D") for x in heads[:3])
     q_scale, k_scale, v_scale = (s.repeat(heads.q.shape[0])[:, None, None] for s in heads.scales)
@@ -176,10 +177,12 @@ def _emulated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out: Tensor = torch.zeros_like(q)
     for keys in range(0, k.shape[1], _STEP):
         step = slice(keys, keys + _STEP)
-        out = _truncated(out + rounded[..., step] @ v[:, step])
+        out = _added(out, rounded[..., step] @ v[:, step])
     return out / p.sum(-1, keepdim=True)
 
 
-def _truncated(x: Tensor) -> Tensor:
-    mantissa, exponent = torch.frexp(x)
-    return torch.ldexp((mantissa * 2**_BITS).trunc() * 2.0**-_BITS, exponent)
+def _added(total: Tensor, addend: Tensor) -> Tensor:
+    """Adds as a tensor core: both numbers lose the bits that are too small for the larger one of them."""
+    exponent = torch.frexp(torch.maximum(total.abs(), addend.abs())).exponent
+    unit = torch.ldexp(torch.ones_like(total), exponent - _BITS)
+    return ((total / unit).trunc() + (addend / unit).trunc()) * unit
