@@ -16,11 +16,12 @@ from tests.parity import relative_error
 from tests.small_model import blank_inputs, plan_small_model
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import session, sparse_attention
+from wanfast.runtime.engine import attention_probe, lossy_attention, session, sparse_attention
 from wanfast.runtime.engine.attention_probe import choose
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import BRANCHES
 from wanfast.runtime.facts.mesh import Mesh
+from wanfast.runtime.machine import packages
 from wanfast.runtime.models import attention_kernels
 from wanfast.runtime.models.bricks import RASTER, TokenOrder, brick_order
 from wanfast.runtime.models.dit import WanDiT
@@ -48,8 +49,8 @@ def made(plan: Plan, files: ModelFiles, ranks: Ranks) -> tuple[torch.Tensor, dic
     pipeline = session.load_models(files, plan.config, ranks, Stopwatch("cpu"))
     residuals = ResidualCache(plan.skips)
     latents = pipeline.latent(plan, *blank_inputs(plan, files), Stopwatch("cpu"), lambda *_: None, residuals)
-    assert pipeline.sparse is not None and pipeline.sparse._lists == {}  # the VAE gets their memory
-    return latents.clone(), pipeline.sparse.report()
+    assert pipeline.lossy is not None and getattr(pipeline.lossy, "_lists", {}) == {}  # the VAE gets their memory
+    return latents.clone(), pipeline.lossy.report()
 
 
 def test_all_blocks_give_the_latents_of_dense_attention(planned: Planned) -> None:
@@ -164,7 +165,7 @@ def test_the_queries_are_drawn_again_in_each_call_and_by_the_seed(planned: Plann
         for step, branch, layer in ((2, "prompt", 1), (3, "prompt", 1), (2, "negative_prompt", 1), (2, "prompt", 0)):
             sparse.begin(step, "high_noise", BRANCHES, branch, Ranks("cpu"))  # type: ignore[arg-type]
             assert sparse._forward is not None
-            rows = sparse._rows(sparse._forward, layer, 455)
+            rows = sparse._rows(layer, 455)
             assert rows.shape == (8, 64) and int(rows.min()) >= 0 and int(rows.max()) < 455
             assert len({tuple(row) for row in rows.tolist()}) == 8
             drawn.add(tuple(rows.flatten().tolist()))
@@ -178,14 +179,14 @@ def test_errors_are_not_measured_unless_asked(planned: Planned) -> None:
 
 def test_the_report_says_where_the_largest_error_is() -> None:
     found = {(2, "prompt", 1): [0.1, 0.25], (2, "negative_prompt", 1): [0.3, 0.12345]}
-    report = sparse_attention._report(found, 2)  # type: ignore[arg-type]
+    report = lossy_attention._report(found, 2)  # type: ignore[arg-type]
     assert report["largest"] == 0.3 and report["mean"] == 0.193
     assert report["largest_at"] == {"step": 2, "branch": "negative_prompt", "layer": 1, "head": 0}
     assert report["forwards"] == [
         {"step": 2, "branch": "prompt", "relative_errors": [None, [0.1, 0.25]]},
         {"step": 2, "branch": "negative_prompt", "relative_errors": [None, [0.3, 0.123]]},
     ]
-    assert sparse_attention._report({}, 2)["largest_at"] is None
+    assert lossy_attention._report({}, 2)["largest_at"] is None
 
 
 def test_auto_never_takes_a_lossy_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,8 +194,15 @@ def test_auto_never_takes_a_lossy_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     choice = choose("sparse", "cpu", torch.float32, 24)
     assert (choice.kernel, choice.dense) == ("sparse", "flash")
     assert choose("auto", "cpu", torch.float32, 24).dense is None
-    with pytest.raises(ConfigError, match="no kernel for GPUs yet"):
+    assert "relative error" in choice.why and "exact calls by flash" in choice.why
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--attention sparse: flash-attn-4 is not installed: run `pip install"):
         choose("sparse", "cuda", torch.float32, 24)
+    wrong = attention_probe._LOSSY["sparse"]._replace(run=lambda q, k, v: v)
+    monkeypatch.setitem(attention_probe._LOSSY, "sparse", wrong)
+    with pytest.raises(ConfigError, match=r"--attention sparse: fails \(its result is wrong"):
+        choose("sparse", "cpu", torch.float32, 24)
+    monkeypatch.undo()
     for name in ("flash", "math"):
         monkeypatch.setitem(attention_kernels.KERNELS, name, attention_kernels.Kernel(lambda q, k, v: v))
     with pytest.raises(ConfigError, match="--attention auto: none of flash, math works"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -108,14 +109,32 @@ def test_what_cannot_be_is_refused(wanfast: Wanfast, options: tuple[str, ...], w
     assert outcome.exit_code == 2 and words in outcome.err, outcome.err
 
 
-def test_a_gpu_is_refused_until_it_has_a_kernel(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
+def test_a_gpu_needs_the_kernel_s_package(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
     machine(1, 84)
     asked = (*SPARSE, "--device", "cuda")
-    words = "--attention sparse has no kernel for GPUs yet: add --device cpu, or use --attention auto"
+    words = "--attention sparse: flash-attn-4 is not installed: run `pip install flash-attn-4`, or use --attention auto"
     outcome = wanfast(*asked)
     assert outcome.exit_code == 2 and words in outcome.err
     planned = wanfast(*asked, "--dry-run")
     assert planned.exit_code == 0 and f"note: {words}" in planned.err
+
+
+@pytest.mark.parametrize("kernel", ["sparse", "fa3-fp8"])
+def test_a_gpu_of_another_generation_is_refused(
+    wanfast: Wanfast, workdir: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    own = ("--density", "0.5") if kernel == "sparse" else ()
+    machine(1, 84)
+    hopper = placement.gpus.visible_gpus()
+    for capability in ((8, 0), (10, 0)):
+        other = dataclasses.replace(hopper[0], name="NVIDIA A100", capability=capability)
+        monkeypatch.setattr(placement.gpus, "visible_gpus", lambda other=other: [*hopper, other])
+        outcome = wanfast(*GOOD, "--attention", kernel, *own, "--device", "cuda", "--dry-run")
+        words = f"--attention {kernel} needs Hopper GPUs, unlike NVIDIA A100: use --attention auto"
+        assert outcome.exit_code == 2 and words in outcome.err
+    assert wanfast(*GOOD, "--attention", kernel, *own, "--fp8-steps", "0:2", "--dry-run").exit_code == (
+        2 if kernel == "sparse" else 0
+    )
 
 
 @pytest.mark.parametrize("command", ["bench", "warmup", "calibrate-magcache"])

@@ -175,7 +175,7 @@ def test_numbers_that_are_none_and_other_shapes_are_refused(
 
 
 def test_a_package_beside_versions_that_it_does_not_know_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_kernels, "_is_importable", lambda module: module == "flash_attn.flash_attn_interface")
+    monkeypatch.setattr(attention_kernels, "is_importable", lambda module: module == "flash_attn.flash_attn_interface")
     for namespace in (SimpleNamespace(), SimpleNamespace(flash_attn_func=lambda q, k, v: {}["scale"])):
         monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", namespace)
         assert attention_probe.probe("fa2", "cpu").state == "fails"
@@ -203,7 +203,7 @@ def test_a_kernel_that_one_rank_lacks_is_refused_on_all() -> None:
 def test_flash_attention_3_may_be_built_by_oneself(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build from the authors' source has another module name, and its older versions return a tuple."""
     assert attention_probe.probe("fa3", "cpu").state == "not installed"
-    monkeypatch.setattr(attention_kernels, "_is_importable", lambda module: module == "flash_attn_interface")
+    monkeypatch.setattr(attention_kernels, "is_importable", lambda module: module == "flash_attn_interface")
     for as_tuple in (False, True):
 
         def flash_attn_func(q, k, v, as_tuple=as_tuple):
@@ -221,7 +221,7 @@ def test_flash_attention_4_gives_sums_too_and_errors_of_its_own(monkeypatch: pyt
     def does_not_compile(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise DSLBaseError("no such architecture")
 
-    monkeypatch.setattr(attention_kernels, "_is_importable", lambda module: module == "flash_attn.cute")
+    monkeypatch.setattr(attention_kernels, "is_importable", lambda module: module == "flash_attn.cute")
     monkeypatch.setitem(sys.modules, "cutlass.base_dsl.common", SimpleNamespace(DSLBaseError=DSLBaseError))
     for flash_attn_func, state in ((lambda q, k, v: (attention(q, k, v), None), "runs"), (does_not_compile, "fails")):
         monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(flash_attn_func=flash_attn_func))

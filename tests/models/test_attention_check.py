@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -34,6 +40,44 @@ def test_sampled_errors_are_those_of_float64() -> None:
         expected = (out[rows[head], head].double() - of_head).norm() / of_head.norm()
         assert abs(float(found[head]) / float(expected) - 1) <= 1e-4
     assert float(sampled_errors(q, k, v, true.float(), rows).max()) <= 1e-6
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 15])
+def test_ranks_that_share_the_tokens_find_the_errors_of_one(ranks: int) -> None:
+    """Of 196 tokens, the last of fifteen ranks holds none, and the last of three has padding."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = drawn(196, 3, generator)
+    rows = torch.randint(196, (3, 8), generator=generator)
+    expected = sampled_errors(*tensors, rows)
+    share = -(-196 // ranks)
+
+    def of_rank(rank: int, stack: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        own = slice(rank * share, (rank + 1) * share)
+        q, k, v, out = (x[own] for x in tensors)
+        q, out = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, share - len(x)), value=9.0) for x in (q, out))
+        return sampled_errors(q, k, v, out, rows, min(rank * share, 196), stack)
+
+    found = in_step([partial(of_rank, rank) for rank in range(ranks)])
+    for errors in found:
+        assert torch.allclose(errors, expected, rtol=1e-4)
+
+
+def in_step(works: list[Callable[[Callable[[torch.Tensor], torch.Tensor]], torch.Tensor]]) -> list[torch.Tensor]:
+    """Runs works that exchange tensors in threads; each gets a function that stacks the tensors of all."""
+    barrier, held = threading.Barrier(len(works)), dict[int, torch.Tensor]()
+
+    def run(number: int) -> torch.Tensor:
+        def stack(x: torch.Tensor) -> torch.Tensor:
+            held[number] = x
+            barrier.wait(10)
+            stacked = torch.stack([held[each] for each in range(len(works))])
+            barrier.wait(10)
+            return stacked
+
+        return works[number](stack)
+
+    with ThreadPoolExecutor(len(works)) as threads:
+        return list(threads.map(run, range(len(works))))
 
 
 def test_64_queries_tell_the_error_of_all() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections import namedtuple
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +15,7 @@ from torch import Tensor
 from tests.parity import relative_error
 from wanfast.runtime.engine import attention_probe
 from wanfast.runtime.models.attention_router import block_lists, block_scores
-from wanfast.runtime.models.block_sparse import BlockLists, block_sparse_attention
+from wanfast.runtime.models.block_sparse import BlockLists, _by_fa4, block_sparse_attention
 
 
 def qkv(length: int, heads: int = 2, seed: int = 0, head_dim: int = 8) -> list[Tensor]:
@@ -55,6 +59,32 @@ def test_bf16_only_rounds() -> None:
     out = block_sparse_attention(q, k, v, lists_of(mask), 128)
     assert out.dtype == torch.bfloat16
     assert relative_error(out, formula(q, k, v, mask, 128)) <= 1e-2
+
+
+def test_flash_attention_gets_the_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As full blocks without masks, with the block's size; its own module is a stand-in here."""
+    tensors = namedtuple("tensors", "mask_block_cnt mask_block_idx full_block_cnt full_block_idx block_size")
+    seen: list[object] = []
+    fakes = {
+        "flash_attn": {},
+        "flash_attn.cute": {"flash_attn_func": lambda q, k, v, **named: (seen.append(named), (q + v, None))[1]},
+        "flash_attn.cute.block_sparsity": {"BlockSparseTensorsTorch": tensors},
+        "cutlass": {},
+        "cutlass.base_dsl": {},
+        "cutlass.base_dsl.common": {"DSLBaseError": OSError},
+    }
+    for name, held in fakes.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**held))  # type: ignore[arg-type]
+    q, k, v = qkv(300)
+    lists = lists_of(torch.rand(1, 2, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.6)
+    assert torch.equal(_by_fa4(q, k, v, lists, 128), q + v)
+    (named,) = seen
+    assert isinstance(named, dict) and named.keys() == {"block_sparse_tensors"}
+    given = named["block_sparse_tensors"]
+    assert given.block_size == (128, 128) and not given.mask_block_cnt.any()
+    assert (given.full_block_cnt, given.full_block_idx) == lists
+    assert given.mask_block_cnt.dtype == given.mask_block_idx.dtype == torch.int32
+    assert given.mask_block_cnt.shape == lists.counts.shape and given.mask_block_idx.shape == lists.blocks.shape
 
 
 def test_an_empty_list_is_refused() -> None:

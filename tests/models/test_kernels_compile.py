@@ -15,12 +15,12 @@ from wanfast.runtime.models import fused_kernels
 
 FACTS = {"eps": 1e-6, "d": 5120, "BLOCK": 8192, "GATED": True, "GELU": True}
 FACTS |= {"ROTATED": True, "PAIRS_A_HEAD": 64, "PARTS": 4}
+FACTS |= {"NORMED": True, "CENTRED": True, "STAGES": 7, "ROOT": 128**-0.5, "HEAD_DIM": 128}
 OUTPUTS = ("*bf16", 0.0), ("*i8", 127.0), ("*fp8e4nv", 448.0)
-for name in ("_add_layer_norm", "_quantize_tokens", "_rms_norm_rotate"):
+KERNELS = {"_add_layer_norm": OUTPUTS, "_quantize_tokens": OUTPUTS[1:], "_rms_norm_rotate": OUTPUTS[:1]}
+for name, outputs in {**KERNELS, "_heads_to_fp8": OUTPUTS[2:]}.items():
     kernel = getattr(fused_kernels, name)
-    for out, largest in OUTPUTS[: 1 if name == "_rms_norm_rotate" else 3]:
-        if name == "_quantize_tokens" and not largest:
-            continue
+    for out, largest in outputs:
         facts = FACTS | {"LARGEST": largest}
         signature, constants = {}, {}
         for parameter in kernel.params:
@@ -41,4 +41,4 @@ def test_kernels_compile_for_hopper_and_stay_in_float32() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 6
+    assert len(done.stdout.splitlines()) == 7

@@ -19,7 +19,7 @@ from wanfast.bench.measure import measure, missing
 from wanfast.bench.output import with_random_weights, write_report
 from wanfast.commands import options
 from wanfast.magcache_calib.clips import Clip, read_set
-from wanfast.runtime.config import NO_VIDEO, accepted, refuse_sparse
+from wanfast.runtime.config import NO_VIDEO, accepted, refuse_lossy_attention
 from wanfast.runtime.config.option import FILES, MAKE, absolute
 from wanfast.runtime.errors import ConfigError, JobsFailedError
 from wanfast.runtime.machine.launchers import refuse_launchers
@@ -77,7 +77,7 @@ def bench(
     """
     given = accepted({**options.given(context), "seed": None, "output": None})
     del given["seed"], given["output"]  # of this command, and not of a video
-    refuse_sparse(given, "bench")
+    refuse_lossy_attention(given, "bench")
     for option, value in (("--repeats", repeats), ("--steps-measured", steps_measured)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value}: use 1 or more")

@@ -168,6 +168,7 @@ def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str
         "steps": f"{steps['high_noise']} high noise + {steps['low_noise']} low noise, {plan['forwards']} forwards "
         f"({plan['solver']}, {_noise_levels(plan)})",
         **_sparsity_row(plan),
+        **_fp8_row(plan),
         **_magcache_row(plan),
         "guidance": f"{guidance['high_noise']:g} high noise, {guidance['low_noise']:g} low noise{_gate(plan)}",
         **_ranks_row(plan),
@@ -225,10 +226,23 @@ def _sparsity_row(plan: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _fp8_row(plan: dict[str, Any]) -> dict[str, str]:
+    """Returns the row that shows which calls of self-attention are in float8."""
+    fp8 = plan["fp8_attention"]
+    if fp8 is None:
+        return {}
+    (step, end), (layer, last) = fp8["steps"], fp8["layers"]
+    rotated = ", with a Hadamard matrix" if fp8["hadamard"] else ""
+    return {
+        "fp8 attention": f"in the steps {step} to {end - 1} of {sum(plan['steps'].values())}, counted from 0, and the "
+        f"layers {layer} to {last - 1}{rotated}"
+    }
+
+
 def _check_line(check: dict[str, Any]) -> str:
-    """Returns the errors of sparse attention in one line."""
+    """Returns the errors of lossy attention in one line."""
     if check["largest_at"] is None:
-        return "no call was sparse"
+        return "no call was lossy"
     at = ", ".join(f"{name} {place}" for name, place in check["largest_at"].items())
     return (
         f"mean {check['mean']:.2g}, at most {check['of_95_percent']:.2g} for 95 % of the heads, largest "

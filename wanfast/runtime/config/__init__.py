@@ -7,7 +7,7 @@ from wanfast.runtime.config.effective import (
     Options,
     accepted,
     of_command,
-    refuse_sparse,
+    refuse_lossy_attention,
 )
 from wanfast.runtime.config.models import ModelsConfig, QuantizeConfig, default_artifacts_dir
 from wanfast.runtime.config.ranks import RanksConfig
@@ -30,5 +30,5 @@ __all__ = [
     "magcache_settings",
     "of_command",
     "parse_size",
-    "refuse_sparse",
+    "refuse_lossy_attention",
 ]

@@ -21,7 +21,7 @@ from wanfast.runtime.config.recipes import OF_GRID, RECIPES, with_recipe
 from wanfast.runtime.config.skipping import SkippingConfig
 from wanfast.runtime.config.video import CPU_SEEDS, OutputConfig, VideoConfig
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import Command, in_8_bits
+from wanfast.runtime.facts.choices import LOSSY_ATTENTION, Command, in_8_bits
 from wanfast.runtime.facts.model_spec import ModelSpec
 
 Options = Mapping[str, Any]  # option name -> the value that was given
@@ -144,7 +144,7 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
     The option `recipe` itself is left out. Raises ConfigError, which names the option.
     """
     chosen = with_recipe(accepted(given))
-    refuse_sparse(chosen, command)
+    refuse_lossy_attention(chosen, command)
     recipe = chosen.pop("recipe", None)
     if recipe and RECIPES[recipe].distilled and command == "calibrate-magcache":
         raise ConfigError(
@@ -154,11 +154,11 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if name in given or command in OPTIONS[name].option.also}
 
 
-def refuse_sparse(given: Options, command: Command) -> None:
-    """Raises ConfigError if sparse attention is given to a command that makes videos only to measure something."""
-    if given.get("attention") == "sparse":
+def refuse_lossy_attention(given: Options, command: Command) -> None:
+    """Raises ConfigError if lossy attention is given to a command that makes videos only to measure something."""
+    if (kernel := given.get("attention")) in LOSSY_ATTENTION:
         raise ConfigError(
-            f"--attention sparse: only `wanfast generate` has it, not `wanfast {command}`: use --attention auto"
+            f"--attention {kernel}: only `wanfast generate` has it, not `wanfast {command}`: use --attention auto"
         )
 
 

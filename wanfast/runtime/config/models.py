@@ -26,6 +26,7 @@ from wanfast.runtime.config.option import (
 )
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import (
+    LOSSY_ATTENTION,
     NAMED_MODELS,
     Attention,
     Command,
@@ -36,6 +37,7 @@ from wanfast.runtime.facts.choices import (
     Scheme,
     in_8_bits,
 )
+from wanfast.runtime.facts.fp8_schedule import parse_span
 
 _STRENGTH = re.compile(r"(.+)@([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.DOTALL)
 _MOST_STRENGTH = 100
@@ -71,6 +73,10 @@ def _lora_option(help_text: str) -> Option:
 
 def _expert_option(help_text: str) -> Option:
     return Option(help_text, MAKE, also=_VALUES, metavar="<path>", asked=str, path=True, check=_expert_fix)
+
+
+def _span_fix(text: str) -> str | None:
+    return None if parse_span(text) else "use two numbers, the first one smaller, such as 4:36"
 
 
 def _expert_fix(path: str) -> str | None:
@@ -132,7 +138,7 @@ class ModelsConfig(Part):
         Attention,
         Option(
             "Attention kernel: FlashAttention 3, 4 or 2, or a kernel of torch. auto uses the fastest kernel that gives "
-            "correct results on this machine. sparse is lossy and needs --density.",
+            "correct results on this machine. sparse (with --density) and fa3-fp8 are lossy.",
             EXACT,
             also=COMPILED,
         ),
@@ -193,7 +199,9 @@ class ModelsConfig(Part):
             LOSSY,
             check=lambda x: None if 0 < x <= 1 else "use a share over 0, up to 1, such as 0.35",
         ),
-    ] = field(default=None, compare=False)  # the weights serve any density, and so do the next four options
+    ] = field(
+        default=None, compare=False
+    )  # the weights serve any density; so it is with all options of lossy attention
     dense_share: Annotated[
         float,
         Option(
@@ -218,11 +226,38 @@ class ModelsConfig(Part):
             check=between(1, 1000, "use 1 to 1000 steps"),
         ),
     ] = field(default=4, compare=False)
+    fp8_steps: Annotated[
+        str | None,
+        Option(
+            "Steps in which --attention fa3-fp8 computes in float8, counted from 0: 4:36 are the steps 4 to 35.",
+            LOSSY,
+            metavar="<a:b>",
+            default="all but an eighth at either end",
+            check=_span_fix,
+        ),
+    ] = field(default=None, compare=False)
+    fp8_layers: Annotated[
+        str | None,
+        Option(
+            "Layers in which --attention fa3-fp8 computes in float8, counted from 0.",
+            LOSSY,
+            metavar="<a:b>",
+            default="all",
+            check=_span_fix,
+        ),
+    ] = field(default=None, compare=False)
+    fp8_hadamard: Annotated[
+        bool | None,
+        Option(
+            "With --attention fa3-fp8, multiply queries and keys by a Hadamard matrix before they are rounded.",
+            LOSSY,
+            default="if a head's channels are a power of two",
+        ),
+    ] = field(default=None, compare=False)
     attention_check: Annotated[
         bool,
         Option(
-            "With --attention sparse, measure the error of 64 queries of each head in each call. The .json "
-            "has the errors.",
+            "With lossy attention, measure the error of 64 queries of each head in each call, for the .json.",
             LOSSY,
         ),
     ] = field(default=False, compare=False)
@@ -254,7 +289,7 @@ class ModelsConfig(Part):
         for name in ("expert_sha256", "lora_sha256"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has a list
         check_places(self.model, self.artifacts_dir)
-        self._check_sparse()
+        self._check_lossy_attention()
         if self.compile_mode != "default" and not self.compile:
             raise ConfigError(
                 f"--compile-mode {self.compile_mode} needs --compile: add --compile, or drop --compile-mode"
@@ -276,15 +311,17 @@ class ModelsConfig(Part):
                 f"--quantize {self.quantize} needs --precision bf16: add --precision bf16, or drop --quantize"
             )
 
-    def _check_sparse(self) -> None:
-        given = [name for name in OF_SPARSE if getattr(self, name) != options_of(ModelsConfig)[name].default]
-        if self.attention != "sparse" and given:
-            raise ConfigError(f"{flag(given[0])} needs --attention sparse: add it, or drop {flag(given[0])}")
+    def _check_lossy_attention(self) -> None:
+        given = [name for name in OF_LOSSY if getattr(self, name) != options_of(ModelsConfig)[name].default]
+        for name in given:
+            if self.attention not in OF_LOSSY[name]:
+                kernels = " or ".join(OF_LOSSY[name])
+                raise ConfigError(f"{flag(name)} needs --attention {kernels}: add it, or drop {flag(name)}")
         if self.attention == "sparse" and self.density is None:
             raise ConfigError("--attention sparse needs --density: add --density 0.35, for example")
-        if self.attention == "sparse" and self.compile:
+        if self.attention in LOSSY_ATTENTION and self.compile:
             raise ConfigError(
-                "--attention sparse and --compile exclude each other, because the lists of blocks change between the "
+                f"--attention {self.attention} and --compile exclude each other, because attention changes between the "
                 "steps: drop one of the two"
             )
 
@@ -320,8 +357,12 @@ class QuantizeConfig:
 _OF_WEIGHTS = ("model", "high_noise_expert", "low_noise_expert", "lora", "lora_high_noise", "lora_low_noise")
 
 
-# The options that only --attention sparse has.
-OF_SPARSE = ("density", "dense_share", "dense_layers", "lists_every", "attention_check")
+# The options that only lossy attention has, and the kernels that have them.
+OF_LOSSY: dict[str, tuple[Attention, ...]] = {
+    **dict.fromkeys(("density", "dense_share", "dense_layers", "lists_every"), ("sparse",)),
+    **dict.fromkeys(("fp8_steps", "fp8_layers", "fp8_hadamard"), ("fa3-fp8",)),
+    "attention_check": LOSSY_ATTENTION,
+}
 
 
 def without_loras(models: ModelsConfig) -> ModelsConfig:

@@ -26,7 +26,8 @@ from einops import rearrange
 from torch import Tensor
 
 from wanfast.runtime.distributed.collectives import all_gather
-from wanfast.runtime.models.attention import Projections
+from wanfast.runtime.models.attention import Fp8Projections, Projections
+from wanfast.runtime.models.attention_fp8 import FP8, Fp8Heads, fp8_attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.tokens import packed
 
@@ -47,9 +48,8 @@ class Ulysses:
         Every share has the same length. If the tokens cannot be divided equally, zeros pad the shares of the last
         ranks.
         """
-        size, rank = self.group.size(), self.group.rank()
-        share = -(-x.shape[dim] // size)
-        x = x.narrow(dim, min(rank * share, x.shape[dim]), min(share, max(0, x.shape[dim] - rank * share)))
+        share = -(-x.shape[dim] // self.group.size())
+        x = x.narrow(dim, *self.own(x.shape[dim]))
         missing = share - x.shape[dim]
         return packed(F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, missing]) if missing else x)
 
@@ -61,7 +61,35 @@ class Ulysses:
         sent = [self._send(projections.by_heads(name, self.group.size())) for name in "qk"]
         all_v = self._all_values(projections)
         all_q, all_k = (rearrange(wait(), "P B l h D -> B (P l) h D") for wait in sent)
-        out = attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens])
+        return self._returned(attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens]))
+
+    def fp8_attention(self, projections: Fp8Projections, num_tokens: int) -> Tensor:
+        """Returns the same attention, computed in float8: the ranks exchange float8 values, half as many bytes.
+
+        The ranks first exchange their statistics of k and v, so that all tokens of a head have one scale and one
+        centre. So each rank's float8 values are those that one rank alone would compute. q is sent meanwhile.
+        """
+        size, rank = self.group.size(), self.group.rank()
+        sent = [self._send(projections.queries(size).view(torch.uint8))]
+        found = projections.scaling(self.stack(projections.statistics(*self.own(num_tokens), num_tokens)))
+        sent += [self._send(x.view(torch.uint8)) for x in projections.keys_and_values(found, size)]
+        q, k, v = (rearrange(wait().view(FP8), "P B l h D -> B (P l) h D") for wait in sent)
+        heads = found.of_heads(rank * q.shape[2], q.shape[2])
+        eight_bits = Fp8Heads(q, k[:, :num_tokens], v[:, :num_tokens], heads.scales, heads.v_centre)
+        return self._returned(fp8_attention(eight_bits, projections.dtype))
+
+    def own(self, num_tokens: int) -> tuple[int, int]:
+        """Returns (the number of this rank's first token, how many tokens it has without padding)."""
+        share = -(-num_tokens // self.group.size())
+        first = min(self.group.rank() * share, num_tokens)
+        return first, min(share, num_tokens - first)
+
+    def stack(self, x: Tensor) -> Tensor:
+        """Returns the x of all ranks [P, ...], in rank order."""
+        return all_gather(x, self.group)
+
+    def _returned(self, out: Tensor) -> Tensor:
+        """Exchanges the result for all tokens and this rank's heads for the result of its tokens and all heads."""
         wait = self._send(rearrange(out, "B (P l) h D -> P B l h D", P=self.group.size()))
         return torch.cat(list(wait()), dim=2)
 

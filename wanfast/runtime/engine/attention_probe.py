@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import Attention
+from wanfast.runtime.facts.choices import LOSSY_ATTENTION, Attention
+from wanfast.runtime.facts.sparsity import BLOCK
 from wanfast.runtime.machine.packages import ATTENTION_ON_CPU, require_attention
-from wanfast.runtime.models.attention_kernels import KERNELS
+from wanfast.runtime.models.attention_fp8 import Fp8Heads, fp8_attention, scale_of
+from wanfast.runtime.models.attention_kernels import KERNELS, AttentionFn
+from wanfast.runtime.models.block_sparse import BlockLists, block_sparse_attention
+from wanfast.runtime.models.fused import heads_to_fp8
 
 HEAD_DIM = 128  # the A14B's
 BOUNDS = {torch.bfloat16: 0.01, torch.float32: 1e-5}  # relative errors; only rounding to bf16 gives 0.002 to 0.004
@@ -37,13 +41,22 @@ class Finding:
     reason: str | None = None
 
 
+class _Probed(NamedTuple):
+    """Says how a kernel is probed: the call, the exact result, the bound of the error, and a kernel of its package."""
+
+    run: AttentionFn
+    formula: AttentionFn
+    bound: float
+    package_of: str
+
+
 @dataclass(frozen=True)
 class Choice:
     """Holds the name of the attention kernel that the experts use, and why it was chosen."""
 
     kernel: Attention
     why: str
-    dense: Attention | None = None  # the kernel of the dense calls beside sparse ones
+    dense: Attention | None = None  # the kernel of the exact calls beside lossy ones
 
 
 def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> Choice:
@@ -52,17 +65,19 @@ def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> 
     Raises ConfigError if the requested kernel is not installed or gives wrong results. For `auto`, raises ConfigError
     if no installed kernel gives correct results.
     """
-    if asked == "sparse":
-        require_attention(asked, device)
-        dense = choose("auto", device, dtype, head_dim)
-        return Choice("sparse", f"as asked; dense calls by {dense.kernel}, {dense.why}", dense.kernel)
     if asked != "auto":
+        if asked in LOSSY_ATTENTION:
+            require_attention(asked, device)
         found = probe(asked, device, dtype, head_dim)
         if found.state != "runs":
             raise ConfigError(
                 f"--attention {asked}: {found.state} ({found.reason}): make this kernel work, or use --attention auto"
             )
-        return Choice(asked, f"as asked, relative error {found.relative_error:.1e}")
+        why = f"as asked, relative error {found.relative_error:.1e}"
+        if asked not in LOSSY_ATTENTION:
+            return Choice(asked, why)
+        dense = choose("auto", device, dtype, head_dim)
+        return Choice(asked, f"{why}; exact calls by {dense.kernel}, {dense.why}", dense.kernel)
     rejected: list[str] = []
     for name in _candidates(device):
         found = probe(name, device, dtype, head_dim)
@@ -84,14 +99,13 @@ def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> 
     choice = ranks.lead(lambda: choose(asked, ranks.device, dtype, head_dim))
 
     def tried() -> None:
-        found = (
-            Finding("runs") if ranks.is_leader else probe(choice.dense or choice.kernel, ranks.device, dtype, head_dim)
-        )
-        if found.state != "runs":
-            raise ConfigError(
-                f"--attention {asked}: the leader chose {choice.kernel}, but another rank reports: {found.state} "
-                f"({found.reason}): make that kernel work on all ranks, or use --attention with another kernel"
-            )
+        for kernel in filter(None, () if ranks.is_leader else (choice.kernel, choice.dense)):
+            found = probe(kernel, ranks.device, dtype, head_dim)
+            if found.state != "runs":
+                raise ConfigError(
+                    f"--attention {asked}: the leader chose {kernel}, but another rank reports: {found.state} "
+                    f"({found.reason}): make that kernel work on all ranks, or use --attention with another kernel"
+                )
 
     ranks.together(tried)
     return choice
@@ -101,9 +115,10 @@ def probe_all(device: str) -> dict[str, Finding]:
     """Probes all kernels that may run on `device`, and returns {kernel: finding}.
 
     On a CPU, the kernels of optional packages are probed too. They cannot run there, but the findings say whether they
-    are installed.
+    are installed. Lossy kernels are probed on a GPU only; a CPU always computes their emulations.
     """
     names = [name for name, kernel in KERNELS.items() if kernel.modules or name in _candidates(device)]
+    names += LOSSY_ATTENTION if device == "cuda" else ()
     return {name: probe(name, device) for name in names}
 
 
@@ -116,24 +131,25 @@ def probe(name: str, device: str, dtype: torch.dtype = torch.bfloat16, head_dim:
 
     If the kernel is not installed, or raises an error, the finding holds the reason.
     """
-    kernel = KERNELS[name]
+    lossy = _LOSSY.get(name)
+    kernel, is_emulated = KERNELS[lossy.package_of if lossy else name], lossy and device == "cpu"
+    probed = lossy or _Probed(kernel.run, _formula, BOUNDS[dtype], name)
     q, k, v = _problem(dtype, head_dim)
-    expected = _formula(q.double(), k.double(), v.double())
     try:
-        if not kernel.is_installed:
+        if not kernel.is_installed and not is_emulated:
             return Finding("not installed", reason=f"pip install {kernel.package}")
+        expected = probed.formula(q.double(), k.double(), v.double())
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch explains each back end that it rejects
-            got = kernel.run(q.to(device), k.to(device), v.to(device)).cpu()
+            got = probed.run(q.to(device), k.to(device), v.to(device)).cpu()
     except _FAILURES as error:
         return Finding("fails", reason=(str(error).strip().splitlines() or [type(error).__name__])[0])
     if got.shape != expected.shape:
         return Finding("fails", reason=f"its result is {list(got.shape)}, not {list(expected.shape)}")
     relative_error = float((got.double() - expected).norm() / expected.norm())
-    if not relative_error <= BOUNDS[dtype]:  # also for NaN
-        return Finding(
-            "fails", reason=f"its result is wrong: relative error {relative_error:.1g}, over {BOUNDS[dtype]}"
-        )
+    if not relative_error <= probed.bound:  # also for NaN
+        reason = f"its result is wrong: relative error {relative_error:.1g}, over {probed.bound}"
+        return Finding("fails", reason=reason)
     return Finding("runs", relative_error=relative_error)
 
 
@@ -145,3 +161,23 @@ def _problem(dtype: torch.dtype, head_dim: int) -> list[Tensor]:
 def _formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.einsum("blhd,bmhd->bhlm", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v)
+
+
+def _sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Computes the small problem with lists: the first block attends to the second, and the second to both."""
+    counts, blocks = torch.tensor([1, 2]), torch.tensor([[1, 0], [0, 1]])
+    lists = BlockLists(*(x.int().expand(1, q.shape[2], *x.shape).contiguous().to(q.device) for x in (counts, blocks)))
+    return block_sparse_attention(q, k, v, lists, BLOCK)
+
+
+def _fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scales = torch.stack([scale_of(x.float().abs().amax((0, 1, 3))) for x in (q, k, v)])
+    q8, k8, v8 = (heads_to_fp8(x.flatten(2), scale)[0] for x, scale in zip((q, k, v), scales, strict=True))
+    centre = torch.zeros(v.shape[2:], device=v.device)
+    return fp8_attention(Fp8Heads(q8, k8, v8, scales, centre), q.dtype)
+
+
+_LOSSY = {
+    "sparse": _Probed(_sparse, _sparse, BOUNDS[torch.bfloat16], "fa4"),
+    "fa3-fp8": _Probed(_fp8, _formula, 0.15, "fa3"),
+}

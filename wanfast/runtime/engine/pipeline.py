@@ -31,8 +31,8 @@ from wanfast.runtime.engine.attention_probe import Choice
 from wanfast.runtime.engine.conditioning import Noise, draw_noise, first_frame_clip, noise_shape, with_mask
 from wanfast.runtime.engine.denoise import StepFn, denoise
 from wanfast.runtime.engine.finite import FiniteWatch, require_finite
+from wanfast.runtime.engine.lossy_attention import LossyAttention
 from wanfast.runtime.engine.pixels import Frames, FramesFn
-from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert, Precision
 from wanfast.runtime.facts.memory import decode_bytes
@@ -60,7 +60,7 @@ class ImageToVideoPipeline:
     vae: WanVAE
     ranks: Ranks
     attention: Choice  # the attention kernel of the experts
-    sparse: SparseAttention | None = None  # their self-attention, if it is sparse
+    lossy: LossyAttention | None = None  # their self-attention, if it is lossy
 
     @property
     def device(self) -> str:
@@ -254,7 +254,7 @@ class ImageToVideoPipeline:
         """
         rope = rotary_tables(plan.geometry.token_grid, self.spec.dit.head_dim, self.device)
         groupings = {True: self.ranks, False: self.ranks.unguided if plan.regroups else self.ranks}
-        order = self.sparse.start(plan) if self.sparse else RASTER
+        order = self.lossy.start(plan) if self.lossy else RASTER
         handover = _handover(plan, self.ranks)
         encoded = _EncodedText(text, self.device)
         finite = FiniteWatch(self.ranks)
@@ -270,8 +270,8 @@ class ImageToVideoPipeline:
                 reused, wanted = residuals.reuse(index, branch), residuals.wants(index, branch)
                 then: Expert | None = "low_noise" if (index, branch) == handover else None
                 model, after_block = self.experts.take(expert, then, blocks=reused is None)
-                if self.sparse and reused is None:
-                    self.sparse.begin(index, expert, branches, branch, ranks)
+                if self.lossy and reused is None:
+                    self.lossy.begin(index, expert, branches, branch, ranks)
                 kv = encoded.by(model, expert, branches, branch) if reused is None else []
                 keeps = wanted and reused is None
                 prediction, residual = model(
@@ -314,8 +314,8 @@ class ImageToVideoPipeline:
             on_step=on_step,
             on_sample=on_sample,
         )
-        if self.sparse:
-            self.sparse.finish()
+        if self.lossy:
+            self.lossy.finish()
         finite.finish()
         return latent
 

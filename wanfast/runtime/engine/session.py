@@ -34,16 +34,19 @@ from wanfast.runtime.engine.compilation import (
     load_caches,
 )
 from wanfast.runtime.engine.denoise import StepFn
+from wanfast.runtime.engine.fp8_attention import Fp8Attention
+from wanfast.runtime.engine.lossy_attention import LossyAttention
 from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
 from wanfast.runtime.engine.pixels import Frames, FramesFn
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
-from wanfast.runtime.facts.choices import EXPERTS, Branch, Expert
+from wanfast.runtime.facts.choices import EXPERTS, Attention, Branch, Expert
 from wanfast.runtime.media import images
 from wanfast.runtime.media.images import LoadedImage
 from wanfast.runtime.models.attention import attention_by
+from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning.plan import Job, Plan
 from wanfast.runtime.sampling.magcache import StepCache
@@ -215,7 +218,7 @@ class Session:
             "seconds": dict(self.watch.seconds),
             "first_step_s": round(first_step.seconds, 3),
             "attention": dataclasses.asdict(pipeline.attention),
-            "attention_check": pipeline.sparse.report() if pipeline.sparse else None,
+            "attention_check": pipeline.lossy.report() if pipeline.lossy else None,
             "cudnn_engines": cudnn_engines.digest(engines),
             "compile_cache": compile_cache,
             "compiled_anew": recompiled,
@@ -320,7 +323,7 @@ def load_models(
     dtype = DTYPES[wanted.precision]
     choice = attention_probe.agree(wanted.attention, ranks, dtype, files.spec.dit.head_dim)
     attend = attention_by(choice.dense or choice.kernel)
-    sparse = SparseAttention(attend, files.spec.dit.num_heads, ranks) if choice.kernel == "sparse" else None
+    lossy = _lossy_attention(choice.kernel, attend, files.spec.dit.num_heads, ranks)
     merges = ranks.together(lambda: _merges(files, wanted))
 
     def build(expert: Expert) -> WanDiT:
@@ -343,13 +346,20 @@ def load_models(
         with loads.span("vae"):
             decoder = wanted.vae_precision or wanted.precision
             vae = ranks.together(lambda: build_vae(files, ranks.device, decoder))
-    if sparse:
+    if lossy:
         for model in models.values():
-            sparse.use_in(model)
+            lossy.use_in(model)
     if wanted.compile:
         for model in models.values():
             compile_blocks(model, wanted.compile_mode)
-    return ImageToVideoPipeline(files.spec, experts, vae, ranks, choice, sparse)
+    return ImageToVideoPipeline(files.spec, experts, vae, ranks, choice, lossy)
+
+
+def _lossy_attention(kernel: Attention, dense: AttentionFn, num_heads: int, ranks: Ranks) -> LossyAttention | None:
+    """Returns what computes self-attention if `kernel` is lossy; `dense` computes the calls that stay exact."""
+    if kernel == "sparse":
+        return SparseAttention(dense, num_heads, ranks)
+    return Fp8Attention(num_heads, ranks) if kernel == "fa3-fp8" else None
 
 
 def _merge_anew(

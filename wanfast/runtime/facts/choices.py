@@ -21,7 +21,8 @@ MagCacheRule = Literal["low-noise-only", "both-experts"]
 Switch = Literal["on", "off", "auto"]
 CompileMode = Literal["default", "max-autotune-no-cudagraphs", "max-autotune"]
 Scheme = Literal["int8-weight-only", "int8-dynamic", "fp8-rowwise", "bf16"]
-Attention = Literal["auto", "fa3", "fa4", "fa2", "cudnn", "flash", "efficient", "math", "sparse"]
+Attention = Literal["auto", "fa3", "fa4", "fa2", "cudnn", "flash", "efficient", "math", "sparse", "fa3-fp8"]
+LOSSY_ATTENTION: tuple[Attention, ...] = ("sparse", "fa3-fp8")
 RecipeName = Literal[
     "baseline", "fa3", "fa3-tf32", "int8", "magcache", "magcache-tf32", "compile", "compile-int8", "compile-tf32",
     "fastest-original", "fastest-original-k2r10", "fastest-original-e024k2r10",

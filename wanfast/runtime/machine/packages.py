@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
+from wanfast.runtime.facts.choices import LOSSY_ATTENTION
 from wanfast.version import __version__
 
 # The packages of attention kernels: pip's name, and the modules, any one of which has the kernel.
@@ -19,9 +20,11 @@ ATTENTION_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "fa3": ("fa3-fwd", ("fa3_fwd_interface", "flash_attn_interface")),
     "fa4": ("flash-attn-4", ("flash_attn.cute",)),
     "fa2": ("flash-attn", ("flash_attn.flash_attn_interface",)),
+    "sparse": ("flash-attn-4", ("flash_attn.cute",)),
+    "fa3-fp8": ("fa3-fwd", ("fa3_fwd_interface", "flash_attn_interface")),
 }
 _ROOT = Path(__file__).parents[3]
-ATTENTION_ON_CPU = ("flash", "math", "sparse")  # the kernels that a CPU has
+ATTENTION_ON_CPU = ("flash", "math", *LOSSY_ATTENTION)  # the kernels that a CPU has, or computes in plain PyTorch
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "ftfy", "pillow", "av")
 _OPTIONAL = (
     "triton",
@@ -38,14 +41,12 @@ _OPTIONAL = (
 def require_attention(kernel: str, device: str) -> None:
     """Raises NeedsGpuError if the kernel needs a GPU and `device` is cpu.
 
-    Raises ConfigError if the kernel's package is not installed, or if the kernel exists only for a CPU. The kernel is
-    not run, so this function does not show whether the kernel works on the GPU.
+    Raises ConfigError if the kernel's package is not installed. The kernel is not run, so this function does not show
+    whether the kernel works on the GPU.
     """
-    if kernel == "sparse" and device != "cpu":
-        raise ConfigError("--attention sparse has no kernel for GPUs yet: add --device cpu, or use --attention auto")
     if device == "cpu" and kernel not in ("auto", *ATTENTION_ON_CPU):
         raise NeedsGpuError(f"--attention {kernel} needs a GPU: use --attention auto, or --device cuda")
-    if kernel in ATTENTION_PACKAGES:
+    if device != "cpu" and kernel in ATTENTION_PACKAGES:
         package, modules = ATTENTION_PACKAGES[kernel]
         if not any(find_spec(module.partition(".")[0]) for module in modules):
             fix = f"run `pip install {package}`, or use --attention auto"

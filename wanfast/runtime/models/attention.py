@@ -11,9 +11,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanfast.runtime.models.attention_fp8 import Fp8Heads, Scaling, fp8_attention
 from wanfast.runtime.models.attention_kernels import KERNELS, AttentionFn
 from wanfast.runtime.models.operators import opaque
 
@@ -64,6 +66,31 @@ class Projections(Protocol):
         ...
 
 
+class Fp8Projections(Protocol):
+    """This interface computes queries, keys and values of this rank's tokens in float8; `attention_fp8` explains how.
+
+    `queries` need no statistics. `keys_and_values` need the statistics of all ranks' tokens.
+    """
+
+    dtype: torch.dtype  # of the attention's result
+
+    def queries(self, parts: int) -> Tensor:
+        """Returns q in float8, with the heads divided into groups: [parts, B, L, H / parts, D]."""
+        ...
+
+    def statistics(self, first: int, count: int, num_tokens: int) -> Tensor:
+        """Returns the statistics [5, d] of this rank's `count` tokens, the first of which has the number `first`."""
+        ...
+
+    def scaling(self, statistics_P5d: Tensor) -> Scaling:
+        """Returns the scaling of all heads, from the statistics of all ranks."""
+        ...
+
+    def keys_and_values(self, scaling: Scaling, parts: int) -> tuple[Tensor, Tensor]:
+        """Returns k and v in float8, each [parts, B, L, H / parts, D]."""
+        ...
+
+
 class Sequence(Protocol):
     """This interface splits the tokens of a forward over ranks, and computes self-attention over all tokens."""
 
@@ -89,6 +116,18 @@ class Sequence(Protocol):
         """
         ...
 
+    def fp8_attention(self, projections: Fp8Projections, num_tokens: int) -> Tensor:
+        """Returns the same attention, computed in float8; ranks exchange float8 values."""
+        ...
+
+    def own(self, num_tokens: int) -> tuple[int, int]:
+        """Returns (the number of this rank's first token, how many tokens it has without padding)."""
+        ...
+
+    def stack(self, x: Tensor) -> Tensor:
+        """Returns the x of all ranks [P, ...], in rank order."""
+        ...
+
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
         """Returns the tokens of all ranks, joined along `dim` of x; `num_tokens` is their total number."""
         ...
@@ -106,6 +145,18 @@ class WholeSequence:
 
     def attention(self, projections: Projections, num_tokens: int, attend: AttentionFn) -> Tensor:
         return attend(*projections.all())
+
+    def fp8_attention(self, projections: Fp8Projections, num_tokens: int) -> Tensor:
+        q = projections.queries(1)[0]
+        found = projections.scaling(self.stack(projections.statistics(0, num_tokens, num_tokens)))
+        k, v = (x[0] for x in projections.keys_and_values(found, 1))
+        return fp8_attention(Fp8Heads(q, k, v, found.scales, found.v_centre), projections.dtype)
+
+    def own(self, num_tokens: int) -> tuple[int, int]:
+        return 0, num_tokens
+
+    def stack(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(0)
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:
         return x

@@ -31,16 +31,17 @@ class Kernel:
 
     @property
     def is_installed(self) -> bool:
-        return not self.modules or any(map(_is_importable, self.modules))
+        return not self.modules or any(map(is_importable, self.modules))
 
 
-def _is_importable(module: str) -> bool:
+def is_importable(module: str) -> bool:
+    """Returns whether a module is installed; its package is imported, but not the module."""
     top, _, _ = module.partition(".")
     return find_spec(top) is not None and find_spec(module) is not None
 
 
 def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if not _is_importable("fa3_fwd_interface"):
+    if not is_importable("fa3_fwd_interface"):
         from flash_attn_interface import flash_attn_func  # the build from the authors' source
 
         result = flash_attn_func(q, k, v)  # older versions also return the log-sum-exp
@@ -51,12 +52,13 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def fa4(q: Tensor, k: Tensor, v: Tensor, **named: object) -> Tensor:
+    """Computes attention by FlashAttention-4; `named` are further arguments of its function."""
     from cutlass.base_dsl.common import DSLBaseError
     from flash_attn.cute import flash_attn_func
 
     try:
-        out: Tensor = flash_attn_func(q, k, v)[0]
+        out: Tensor = flash_attn_func(q, k, v, **named)[0]
     except DSLBaseError as error:  # the CuTe compiler's own class, which no caller catches
         raise RuntimeError(str(error)) from error
     return out
@@ -78,7 +80,7 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # Sorted by speed on Hopper at 75,600 tokens, fastest first (times: LOG.md): `auto` takes the first that is right here.
 KERNELS: dict[str, Kernel] = {
     "fa3": Kernel(_fa3, *ATTENTION_PACKAGES["fa3"]),
-    "fa4": Kernel(_fa4, *ATTENTION_PACKAGES["fa4"]),
+    "fa4": Kernel(fa4, *ATTENTION_PACKAGES["fa4"]),
     "cudnn": Kernel(partial(_sdpa, SDPBackend.CUDNN_ATTENTION)),
     "fa2": Kernel(_fa2, *ATTENTION_PACKAGES["fa2"]),
     "flash": Kernel(partial(_sdpa, SDPBackend.FLASH_ATTENTION)),

@@ -54,6 +54,6 @@ def block_scores(q_BLD: Tensor, k_BLD: Tensor, block: int) -> Tensor:
 def _means(x_BLD: Tensor, part: int) -> Tensor:
     """Returns the float32 means [B, S, D] of each `part` tokens in a row; the last one may be over fewer."""
     whole = x_BLD.shape[1] // part * part
-    means = rearrange(x_BLD[:, :whole].float(), "B (S t) D -> B S t D", t=part).mean(2)
-    rest = x_BLD[:, whole:].float()
-    return torch.cat((means, rest.mean(1, keepdim=True)), dim=1) if rest.shape[1] else means
+    means = rearrange(x_BLD[:, :whole], "B (S t) D -> B S t D", t=part).mean(2, dtype=torch.float32)
+    rest = x_BLD[:, whole:]
+    return torch.cat((means, rest.mean(1, keepdim=True, dtype=torch.float32)), dim=1) if rest.shape[1] else means

@@ -1,8 +1,8 @@
-"""This module lets each block of queries attend only to listed blocks of keys, in plain PyTorch on any device.
+"""This module lets each block of queries attend only to listed blocks of keys.
 
-The softmax is over the keys of the listed blocks only; apart from this choice, the result is exact. A CPU computes
-sparse attention by this module, and a GPU kernel is compared with it. The module gathers the listed keys for one block
-of queries at a time.
+The softmax is over the keys of the listed blocks only; apart from this choice, the result is exact. On a GPU,
+FlashAttention-4 computes it. On a CPU, plain PyTorch gathers the listed keys for one block of queries at a time; the
+tests compare the GPU kernel with this code.
 
 Shapes: B batch, L tokens, H heads, D head dim, c tokens of a block, M blocks of queries, N blocks of keys, W entries of
 the longest list. The last block may have fewer than c tokens.
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from wanfast.runtime.models.attention_kernels import fa4
 
 
 class BlockLists(NamedTuple):
@@ -32,6 +34,24 @@ def block_sparse_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists
     """
     if not bool((lists.counts > 0).all()):
         raise ValueError("a block of queries has no block of keys")
+    return (_by_fa4 if q_BLHD.is_cuda else emulated)(q_BLHD, k_BLHD, v_BLHD, lists, block)
+
+
+def _by_fa4(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, block: int) -> Tensor:
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    sparse = BlockSparseTensorsTorch(
+        mask_block_cnt=torch.zeros_like(lists.counts),  # no block has a mask inside
+        mask_block_idx=lists.blocks,  # so that nothing reads these
+        full_block_cnt=lists.counts,
+        full_block_idx=lists.blocks,
+        block_size=(block, block),
+    )
+    return fa4(q, k, v, block_sparse_tensors=sparse)
+
+
+def emulated(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
+    """Computes the same in plain PyTorch, on any device and in any dtype; no list may be empty."""
     batch, length = k_BLHD.shape[:2]
     k, v = (_blocks(x, block) for x in (k_BLHD, v_BLHD))
     heads = torch.arange(k.shape[0], device=k.device)[:, None]

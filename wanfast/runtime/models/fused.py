@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from wanfast.runtime.models.attention_fp8 import FP8, hadamard_rotated
 from wanfast.runtime.models.operators import opaque
 from wanfast.runtime.models.rope import RotaryTables, apply_rotary
 from wanfast.runtime.models.tokens import LARGEST, QuantizedTokens, Tokens
@@ -87,6 +88,37 @@ def rms_norm_heads(
     normed = rearrange(F.rms_norm(x_BLd.float(), weight.shape, weight, eps), "B L (H D) -> B L H D", H=num_heads)
     out = (apply_rotary(normed, rope) if rope else normed).to(x_BLd.dtype)
     return rearrange(out, "B L (P h) D -> P B L h D", P=parts).contiguous()
+
+
+def heads_to_fp8(
+    x_BLd: Tensor,
+    scale_H: Tensor,
+    centre_HD: Tensor | None = None,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    rope: RotaryTables | None = None,
+    hadamard: bool = False,
+    parts: int = 1,
+) -> Tensor:
+    """Returns x in float8 (e4m3), with one scale for each head; the heads are divided into `parts` equal groups.
+
+    Before it is rounded, x gets those of these steps that are asked for: RMS norm over all heads together, with the
+    weight and epsilon of `norm`; rotation by `rope`; multiplication by a Hadamard matrix; subtraction of the centre.
+    The result is [parts, B, L, H / parts, D]. The kernel reads x once and writes only float8.
+    """
+    if _by_kernel(x_BLd):
+        weight, eps = norm or (None, 0.0)
+        cos, sin = rope or (None, None)
+        out = fused_kernels.heads_to_fp8(x_BLd, scale_H, centre_HD, weight, eps, cos, sin, hadamard, parts)
+        return rearrange(out, "P B L (h D) -> P B L h D", h=len(scale_H) // parts)
+    x = x_BLd.float()
+    x = x if norm is None else F.rms_norm(x, norm[0].shape, *norm)
+    x = rearrange(x, "B L (H D) -> B L H D", H=len(scale_H))
+    x = apply_rotary(x, rope) if rope else x
+    x = hadamard_rotated(x) if hadamard else x
+    x = (x if centre_HD is None else x - centre_HD) / scale_H[:, None]
+    rounded = x.clamp(-LARGEST[FP8], LARGEST[FP8]).to(FP8)
+    return rearrange(rounded, "B L (P h) D -> P B L h D", P=parts).contiguous()
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

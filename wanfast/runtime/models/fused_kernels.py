@@ -28,7 +28,7 @@ def make_operators() -> None:
     global wrap_triton
     if wrap_triton is not torch.library.wrap_triton:
         wrap_triton = torch.library.wrap_triton
-        for function in (add_layer_norm, quantize_tokens, rms_norm_rotate):
+        for function in (add_layer_norm, quantize_tokens, rms_norm_rotate, heads_to_fp8):
             name = function.__name__
             globals()[name] = torch.library.triton_op(f"wanfast::{name}", function, mutates_args={})
 
@@ -104,6 +104,49 @@ def rms_norm_rotate(
     return out
 
 
+def heads_to_fp8(
+    x: Tensor,
+    scale: Tensor,
+    centre: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    hadamard: bool,
+    parts: int,
+) -> Tensor:
+    """Returns x [B, L, d] in float8 e4m3, with the `scale` [H] of each head: [parts, B, L, d / parts].
+
+    First come those of these steps whose arguments are given: x / rms(x) * weight, rotation, the Hadamard matrix, and
+    x - centre, where centre is [H, D]. x may be a column slice of a larger tensor.
+    """
+    d, head_dim = x.shape[-1], x.shape[-1] // scale.numel()
+    assert x.stride(-1) == 1, "the values of a row must be adjacent"
+    out = torch.empty((parts, *x.shape[:-1], d // parts), dtype=torch.float8_e4m3fn, device=x.device)
+    wrap_triton(_heads_to_fp8)[_grid(x)](
+        x,
+        x.stride(-2),
+        scale.contiguous(),
+        scale if centre is None else centre.contiguous(),
+        scale if weight is None else weight,
+        scale if cos is None else cos,
+        scale if sin is None else sin,
+        out,
+        eps=eps,
+        d=d,
+        HEAD_DIM=head_dim,
+        NORMED=weight is not None,
+        ROTATED=cos is not None,
+        STAGES=head_dim.bit_length() - 1 if hadamard else 0,
+        ROOT=head_dim**-0.5,
+        CENTRED=centre is not None,
+        PARTS=parts,
+        BLOCK=triton.next_power_of_2(d),
+        num_warps=8,
+    )
+    return out
+
+
 def _check_rows(*tensors: Tensor) -> None:
     for tensor in tensors:
         assert tensor.is_contiguous(), f"rows must be contiguous, not of strides {tensor.stride()}"
@@ -166,17 +209,69 @@ def _rms_norm_rotate(
     eps: tl.constexpr, d: tl.constexpr, PAIRS_A_HEAD: tl.constexpr, ROTATED: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    lanes = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + tl.program_id(0).to(tl.int64) * stride + lanes, lanes < d, 0.0).to(tl.float32)
+    x = _rms_normed(x, weight_ptr, eps, d, BLOCK)
+    if ROTATED:
+        x = _rotated(x, cos_ptr, sin_ptr, PAIRS_A_HEAD, BLOCK)
+    _store_heads(x, out_ptr, d, PARTS, BLOCK)
+
+
+@triton.jit
+def _rms_normed(x, weight_ptr, eps: tl.constexpr, d: tl.constexpr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    return x * tl.rsqrt(tl.sum(x * x, 0) / d + eps) * tl.load(weight_ptr + lanes, lanes < d, 0.0)
+
+
+@triton.jit
+def _rotated(x, cos_ptr, sin_ptr, PAIRS_A_HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
+    pairs = tl.program_id(0).to(tl.int64) * PAIRS_A_HEAD + tl.arange(0, BLOCK // 2) % PAIRS_A_HEAD
+    cos, sin = tl.load(cos_ptr + pairs), tl.load(sin_ptr + pairs)
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
+
+
+@triton.jit
+def _hadamard(x, STAGES: tl.constexpr, ROOT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Multiplies each head by the Hadamard matrix: sums and differences of neighbours, then of pairs, and so on.
+
+    Each stage moves the differences behind the sums, so that the next stage finds its operands side by side. After
+    log2(D) STAGES every index has rotated through all of its bits, and the order is the matrix's own.
+    """
+    x = tl.reshape(x, (BLOCK // HEAD_DIM, HEAD_DIM // 2, 2))
+    for _ in tl.static_range(STAGES):
+        a, b = tl.split(x)
+        x = tl.permute(tl.join(a + b, a - b), (0, 2, 1))
+        x = tl.reshape(x, (BLOCK // HEAD_DIM, HEAD_DIM // 2, 2))
+    return tl.reshape(x, (BLOCK,)) * ROOT
+
+
+@triton.jit
+def _store_heads(x, out_ptr, d: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores a row as [PARTS, rows, d / PARTS]."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    mask = lanes < d
-    x = tl.load(x_ptr + row * stride + lanes, mask, 0.0).to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / d + eps)
-    x *= tl.load(weight_ptr + lanes, mask, 0.0)
-    if ROTATED:
-        even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
-        pairs = row * PAIRS_A_HEAD + tl.arange(0, BLOCK // 2) % PAIRS_A_HEAD
-        cos, sin = tl.load(cos_ptr + pairs), tl.load(sin_ptr + pairs)
-        x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
     width: tl.constexpr = d // PARTS
     place = (lanes // width * rows + row) * width + lanes % width
-    tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask)
+    tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), lanes < d)
+
+
+@triton.jit
+def _heads_to_fp8(
+    x_ptr, stride, scale_ptr, centre_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr,
+    eps: tl.constexpr, d: tl.constexpr, HEAD_DIM: tl.constexpr, NORMED: tl.constexpr, ROTATED: tl.constexpr,
+    STAGES: tl.constexpr, ROOT: tl.constexpr, CENTRED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < d
+    x = tl.load(x_ptr + tl.program_id(0).to(tl.int64) * stride + lanes, mask, 0.0).to(tl.float32)
+    if NORMED:
+        x = _rms_normed(x, weight_ptr, eps, d, BLOCK)
+    if ROTATED:
+        x = _rotated(x, cos_ptr, sin_ptr, HEAD_DIM // 2, BLOCK)
+    if STAGES > 0:
+        x = _hadamard(x, STAGES, ROOT, HEAD_DIM, BLOCK)
+    if CENTRED:
+        x -= tl.load(centre_ptr + lanes, mask, 0.0)
+    x /= tl.load(scale_ptr + lanes // HEAD_DIM, mask, 1.0)
+    _store_heads(tl.minimum(tl.maximum(x, -448.0), 448.0), out_ptr, d, PARTS, BLOCK)

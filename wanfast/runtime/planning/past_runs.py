@@ -20,6 +20,7 @@ _ALIKE = (
     "model", "width", "height", "frames", "precision", "quantize", "compile", "device", "mesh", "dit_fsdp",
     "expert_offload",
 )  # fmt: skip
+_OF_ATTENTION = ("sparsity", "fp8_attention")  # which calls of lossy attention are lossy
 _INDEX = "runs/past.jsonl"  # a line for each video that was made: its shape, and the seconds of a forward
 _MOST = 500  # videos that the index keeps
 
@@ -36,7 +37,7 @@ def _entry(result: dict[str, Any]) -> dict[str, Any]:
     plan, turns = result["plan"], forwards_in_turn(result["plan"])
     later = sum(turns[1:])  # the first step is not counted, because it waited for compilers
     seconds = result["seconds"]["denoise"] - (result["first_step_s"] if later else 0)
-    entry = {name: plan[name] for name in (*_ALIKE, "attention", "sparsity")}
+    entry = {name: plan[name] for name in (*_ALIKE, "attention", *_OF_ATTENTION)}
     return entry | {"machine": result["hardware"]["device"], "seconds_a_forward": seconds / (later or turns[0])}
 
 
@@ -57,8 +58,8 @@ def predicted_seconds(plan: Plan) -> float | None:
     for entry in reversed(_entries(Path(plan.config.models.artifacts_dir) / _INDEX)):
         same_kernel = wanted["attention"] in ("auto", entry["attention"])
         same_machine = not found or found[0].name == entry["machine"]
-        same_density = wanted["sparsity"] == entry.get("sparsity")  # older entries have none
-        if same_kernel and same_density and same_machine and all(entry[name] == wanted[name] for name in _ALIKE):
+        same_share = all(wanted[name] == entry.get(name) for name in _OF_ATTENTION)  # older entries have none
+        if same_kernel and same_share and same_machine and all(entry[name] == wanted[name] for name in _ALIKE):
             return round(float(entry["seconds_a_forward"]) * sum(forwards_in_turn(wanted)), 3)
     return None
 

@@ -21,7 +21,8 @@ from wanfast.runtime.config import EffectiveConfig, Options, OutputConfig, parse
 from wanfast.runtime.config.recipes import overridden
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
 from wanfast.runtime.facts import memory
-from wanfast.runtime.facts.choices import EXPERTS, Device, Expert, ImageFit
+from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Device, Expert, ImageFit
+from wanfast.runtime.facts.fp8_schedule import Fp8Schedule
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.facts.shapes import Geometry, geometry_of, inner_size, middle_box
@@ -48,7 +49,7 @@ from wanfast.runtime.store.lora_pairs import own_loras, require_distilled
 from wanfast.runtime.store.loras import lora_notes, loras_of
 from wanfast.runtime.store.model_files import ModelFiles
 
-_FLOAT8_CAPABILITY = (8, 9)
+_FLOAT8_CAPABILITY, _HOPPER = (8, 9), (9, 0)
 _MP4_BYTES_PER_PIXEL = 0.25  # an upper estimate at CRF 10: a video with much detail needs about half
 
 
@@ -230,6 +231,21 @@ class Plan:
             lists_every=models.lists_every,
         )
 
+    @cached_property
+    def fp8(self) -> Fp8Schedule | None:
+        """Returns which calls of self-attention are in float8; None without --attention fa3-fp8. Raises ConfigError."""
+        models, dit = self.config.models, self.spec.dit
+        if models.attention != "fa3-fp8":
+            return None
+        return Fp8Schedule.of(
+            num_steps=len(self.schedule),
+            num_layers=dit.num_layers,
+            head_dim=dit.head_dim,
+            steps=models.fp8_steps,
+            layers=models.fp8_layers,
+            hadamard=models.fp8_hadamard,
+        )
+
     def list_bytes(self, mesh: Mesh) -> int:
         """Returns the bytes of the lists of blocks that a rank of `mesh` holds, summed over the rank's branches."""
         if self.sparsity is None:
@@ -318,6 +334,7 @@ class Plan:
             "precision": config.models.precision,
             "attention": config.models.attention,
             "sparsity": self.sparsity_json(),
+            "fp8_attention": self.fp8.to_json() if self.fp8 else None,
             "quantize": config.models.quantize,
             "compile": config.models.compile_mode if config.models.compile else None,
             "device": config.ranks.device,
@@ -451,6 +468,8 @@ def effective(given: Options, files: ModelFiles, image_sha256: str) -> Effective
     config = dataclasses.replace(config, models=identified(models), video=dataclasses.replace(config.video, size=size))
     if models.quantize == "fp8-rowwise" and device == "cuda" and (old := _without_float8()):
         raise ConfigError(f"--quantize fp8-rowwise: {old} cannot multiply in float8: use --quantize int8-dynamic")
+    if models.attention in LOSSY_ATTENTION and device == "cuda" and (other := _not_hopper()):
+        raise ConfigError(f"--attention {models.attention} needs Hopper GPUs, unlike {other}: use --attention auto")
     if models.tf32 and device == "cpu":
         raise NeedsGpuError("--tf32 needs a GPU: drop --tf32, or use --device cuda")
     return settle(config, files)
@@ -485,6 +504,11 @@ def why_cpu(*, asked: bool) -> str:
 def _without_float8() -> str | None:
     """Returns the name of a GPU that is too old for float8, if there is one."""
     return next((gpu.name for gpu in gpus.visible_gpus() if gpu.capability < _FLOAT8_CAPABILITY), None)
+
+
+def _not_hopper() -> str | None:
+    """Returns the name of a GPU that is not of the Hopper generation, if there is one."""
+    return next((gpu.name for gpu in gpus.visible_gpus() if gpu.capability != _HOPPER), None)
 
 
 def default_device() -> Device:

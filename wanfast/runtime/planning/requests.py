@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import OPTIONS, EffectiveConfig, OutputConfig, RanksConfig, SkippingConfig
-from wanfast.runtime.config.models import OF_SPARSE
+from wanfast.runtime.config.models import OF_LOSSY
 from wanfast.runtime.config.option import absolute, flag, options_of
 from wanfast.runtime.config.recipes import OF_GRID, has_levels, with_recipe
 from wanfast.runtime.errors import ConfigError, WanFastError, failure, foreign
@@ -300,7 +300,7 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
 def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
     """Removes the options that the `nearer` source overrides: those that it has, and those that conflict with them.
 
-    Only options of skips, schedules and sparse attention can conflict.
+    Only options of skips, schedules and lossy attention can conflict.
     """
     skipping = options_of(SkippingConfig)
     amounts = {name for name, field in skipping.items() if field.option.choice}
@@ -311,8 +311,8 @@ def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict
         gone |= {*OF_GRID, "sigmas", "switch_step"}
     if "magcache" in nearer:
         gone |= skipping.keys() - {"magcache"}
-    if nearer.get("attention", "sparse") != "sparse":
-        gone |= {*OF_SPARSE}
+    if "attention" in nearer:
+        gone |= {name for name, kernels in OF_LOSSY.items() if nearer["attention"] not in kernels}
     if nearer.keys() & amounts:
         gone |= {*amounts, "magcache_rule"}  # the rule's default follows from the amount
     return {name: value for name, value in options.items() if name not in gone}

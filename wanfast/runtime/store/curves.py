@@ -30,7 +30,7 @@ from wanfast.runtime.config import (
 )
 from wanfast.runtime.config.option import options_of, words
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
-from wanfast.runtime.facts.choices import EXPERTS, Expert, in_8_bits
+from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Expert, in_8_bits
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.machine.packages import version_of
@@ -382,8 +382,8 @@ def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
 def calibrate_command(config: EffectiveConfig, spec: ModelSpec) -> str:
     """Returns the `wanfast calibrate-magcache` command that measures a curve for this run."""
     values = config.options()
-    if values["attention"] == "sparse":
-        values["attention"] = ModelsConfig.attention  # a curve is measured with dense attention
+    if values["attention"] in LOSSY_ATTENTION:
+        values["attention"] = ModelsConfig.attention  # a curve is measured with exact attention
     if values["artifacts_dir"] == default_artifacts_dir():
         values["artifacts_dir"] = ModelsConfig.artifacts_dir
     given = ["wanfast", "calibrate-magcache"]

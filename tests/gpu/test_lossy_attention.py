@@ -1,0 +1,147 @@
+"""Tests the kernels of lossy attention on a Hopper GPU: against float64, against their emulations, and in a video."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import Outcome
+from tests.models.test_attention_fp8 import quantized
+from tests.models.test_block_sparse import formula, lists_of
+from tests.parity import likeness, relative_error
+from wanfast.runtime.engine import attention_probe
+from wanfast.runtime.models import fused
+from wanfast.runtime.models.attention_check import sampled_errors
+from wanfast.runtime.models.attention_fp8 import emulated, fp8_attention
+from wanfast.runtime.models.attention_kernels import KERNELS
+from wanfast.runtime.models.block_sparse import block_sparse_attention
+from wanfast.runtime.models.block_sparse import emulated as emulated_lists
+from wanfast.runtime.models.rope import rotary_tables
+
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
+needs_fa4 = pytest.mark.skipif(not KERNELS["fa4"].is_installed, reason="needs flash-attn-4")
+needs_fa3 = pytest.mark.skipif(not KERNELS["fa3"].is_installed, reason="needs fa3-fwd")
+Wanfast = Callable[..., Outcome]
+GOOD = (
+    "generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--seed", "1", "--device", "cuda",
+    "--size", "192x192", "--frames", "17", "--steps", "4",
+)  # fmt: skip
+
+
+def drawn(length: int, heads: int = 3, queries: int | None = None) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(1, tokens, heads, 128) for tokens in (queries or length, length, length)]
+    return [torch.randn(shape, generator=generator, device="cuda").bfloat16() for shape in shapes]
+
+
+@needs_fa4
+@pytest.mark.parametrize("length", [100, 128, 1280, 1301], ids=["one block", "one whole block", "whole", "ragged"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+@torch.inference_mode()
+def test_listed_blocks(length: int, share: float) -> None:
+    """Lists of unequal lengths; a list of at least one block may lack the ragged one."""
+    q, k, v = drawn(length)
+    num_blocks = -(-length // 128)
+    generator = torch.Generator("cuda").manual_seed(1)
+    mask = torch.rand(1, 3, num_blocks, num_blocks, generator=generator, device="cuda") < share
+    mask[..., 0] |= ~mask.any(-1)
+    lists = lists_of(mask)
+    out = block_sparse_attention(q, k, v, lists, 128)
+    assert out.dtype == torch.bfloat16 and out.shape == q.shape
+    assert relative_error(out, formula(q, k, v, mask, 128)) <= 1e-2
+    assert relative_error(out, emulated_lists(q, k, v, lists, 128).double()) <= 1e-2
+
+
+@needs_fa4
+def test_an_empty_list_is_refused() -> None:
+    mask = torch.ones(1, 3, 4, 4, dtype=torch.bool, device="cuda")
+    mask[0, 1, 2] = False
+    with pytest.raises(ValueError, match="no block of keys"):
+        block_sparse_attention(*drawn(512), lists_of(mask), 128)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("hadamard", [True, False])
+@torch.inference_mode()
+def test_norm_rotation_and_rounding_in_one_pass(monkeypatch: pytest.MonkeyPatch, parts: int, hadamard: bool) -> None:
+    """At the A14B's width; sums in another order may round a value to the next float8 number."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    wide = torch.randn(1, 1000, 3 * 5120, generator=generator, device="cuda").bfloat16()
+    scale, centre = torch.rand(40, device="cuda") + 0.02, torch.randn(40, 128, device="cuda")
+    steps = {
+        "norm": (torch.rand(5120, device="cuda") + 0.5, 1e-6),
+        "rope": rotary_tables((10, 10, 10), 128, "cuda"),
+        "hadamard": hadamard,
+    }
+    got = fused.heads_to_fp8(wide[..., 5120:10240], scale, centre, parts=parts, **steps)  # type: ignore[arg-type]
+    monkeypatch.setattr(fused, "_by_kernel", lambda x: False)
+    expected = fused.heads_to_fp8(wide[..., 5120:10240], scale, centre, parts=parts, **steps)  # type: ignore[arg-type]
+    assert got.shape == expected.shape
+    assert float((got.view(torch.uint8) == expected.view(torch.uint8)).double().mean()) > 0.999
+    assert relative_error(got.float(), expected.double()) <= 2e-3
+
+
+@needs_fa3
+@torch.inference_mode()
+def test_attention_in_fp8() -> None:
+    """The mean of v is taken out; with it, a long row loses much of an offset of all values."""
+    q, k, v = drawn(40_000, heads=2, queries=256)
+    for offset, centred, bounds in ((0, True, (0.02, 0.15)), (4, True, (1e-5, 0.01)), (4, False, (0.02, 0.5))):
+        heads = quantized(q, k, v + offset, centred=centred)
+        exact = attention_probe._formula(q.double(), k.double(), (v + offset).double())
+        error = relative_error(fp8_attention(heads, torch.bfloat16), exact)
+        slow = relative_error(emulated(heads) + heads.v_centre, exact)
+        print(f"offset {offset}, {'centred' if centred else 'plain'}: {error:.4f}, the emulation {slow:.4f}")
+        assert bounds[0] < error < bounds[1]
+
+
+@needs_fa3
+@torch.inference_mode()
+def test_short_rows_equal_the_emulation() -> None:
+    """P is rounded relative to another maximum in the kernel, so that it may round otherwise."""
+    q, k, v = drawn(700)
+    heads = quantized(q, k, v, hadamard=True)
+    assert relative_error(fp8_attention(heads, torch.bfloat16), emulated(heads) + heads.v_centre) <= 0.05
+
+
+@torch.inference_mode()
+def test_sampled_errors_are_those_of_float64() -> None:
+    q, k, v = (x[0] for x in drawn(3000))
+    exact = attention_probe._formula(*(x[None].double() for x in (q, k, v)))[0]
+    out = (exact + 0.1 * torch.randn(exact.shape, device="cuda") * exact.std()).bfloat16()
+    rows = torch.randint(3000, (3, 64), device="cuda")
+    for head, error in enumerate(sampled_errors(q, k, v, out, rows)):
+        wanted = exact[rows[head], head]
+        assert float(error) == pytest.approx(relative_error(out[rows[head], head], wanted), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("--attention", "sparse", "--density", "0.6", "--dense-layers", "0"), marks=needs_fa4),
+        pytest.param(("--attention", "fa3-fp8", "--fp8-steps", "0:4"), marks=needs_fa3),
+    ],
+    ids=["sparse", "fp8"],
+)
+def test_a_video(wanfast: Wanfast, workdir: Path, options: tuple[str, ...]) -> None:
+    """The tiny model's heads have 128 channels, as the A14B's; a check changes nothing, and two ranks little."""
+
+    def made(name: str, *more: str) -> dict[str, Any]:
+        outcome = wanfast(*GOOD, *options, *more, "--output", f"{name}.mp4")
+        assert outcome.exit_code == 0, outcome.err
+        return json.loads((workdir / f"{name}.json").read_text())  # type: ignore[no-any-return]
+
+    checked, plain = made("a", "--attention-check"), made("b")
+    assert 1e-4 < checked["attention_check"]["mean"] < 1
+    assert plain["output_sha256"] == checked["output_sha256"]
+    if torch.cuda.device_count() > 1:
+        shared = made("c", "--attention-check", "--num-gpus", "2", "--ulysses", "2")
+        assert shared["attention_check"]["mean"] == pytest.approx(checked["attention_check"]["mean"], rel=0.1)
+        assert likeness("c.mp4", "a.mp4") >= 30

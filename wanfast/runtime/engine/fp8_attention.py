@@ -1,0 +1,70 @@
+"""This module computes self-attention in float8 in the scheduled steps and layers of a video; see `attention_fp8`.
+
+In all other steps and layers, self-attention is exact, and cross-attention always is. Under Ulysses, each rank checks
+all heads: it holds the exact keys of its own tokens only, so that the ranks join the parts of the exact rows.
+
+Shapes: B batch (1), L tokens of this rank, H heads of all ranks, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine.lossy_attention import LossyAttention
+from wanfast.runtime.facts.choices import Branch, Expert
+from wanfast.runtime.facts.fp8_schedule import Fp8Schedule
+from wanfast.runtime.models.attention import Sequence as TokenSequence
+from wanfast.runtime.models.attention_check import sampled_errors
+from wanfast.runtime.models.bricks import TokenOrder
+from wanfast.runtime.models.dit import Fp8, SelfAttention, WanDiT
+from wanfast.runtime.planning.plan import Plan
+
+
+class Fp8Attention(LossyAttention):
+    """This class tells the layers of both experts in which forwards they compute self-attention in float8."""
+
+    def __init__(self, num_heads: int, ranks: Ranks) -> None:
+        """Stores the arguments; `num_heads` counts the heads of all ranks."""
+        super().__init__(num_heads, ranks)
+        self._schedule: Fp8Schedule | None = None
+        self._layers: list[list[SelfAttention]] = []  # of each expert
+
+    def use_in(self, model: WanDiT) -> None:
+        """Adds an expert, whose layers are told before each forward how they compute self-attention."""
+        self._layers.append(model.self_attentions())
+
+    def start(self, plan: Plan) -> TokenOrder:
+        order = super().start(plan)
+        self._schedule = plan.fp8
+        self._tell(None)
+        return order
+
+    def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
+        super().begin(step, expert, branches, branch, ranks)
+        self._tell(step)
+
+    def finish(self) -> None:
+        super().finish()
+        self._tell(None)
+
+    def _tell(self, step: int | None) -> None:
+        """Sets how all layers compute self-attention in this step; None means exactly."""
+        schedule = self._schedule
+        assert schedule is not None, "no video was started"
+        for layers in self._layers:
+            for layer, attention in enumerate(layers):
+                check = partial(self._check, layer) if self.is_checked else None
+                in_fp8 = step is not None and schedule.is_fp8(step, layer)
+                attention.fp8 = Fp8(schedule.hadamard, check) if in_fp8 else None
+
+    def _check(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sequence: TokenSequence, num_tokens: int
+    ) -> None:
+        first, count = sequence.own(num_tokens)
+        rows = self._rows(layer, num_tokens).to(q.device)
+        errors = sampled_errors(q[0], k[0, :count], v[0, :count], out[0], rows, first, sequence.stack)
+        self._keep(layer, errors, 0)

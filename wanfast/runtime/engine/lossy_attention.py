@@ -1,0 +1,125 @@
+"""This module holds what all kinds of lossy self-attention share: the running forward, and the sampled errors.
+
+If asked, each lossy call is checked on 64 queries of each head; see `attention_check`. The queries are drawn again in
+each call, by a generator with the seed of the video, the step, the branch and the layer.
+
+Shapes: H heads of all ranks, S sampled queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert
+from wanfast.runtime.models.bricks import RASTER, TokenOrder
+from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.planning.plan import Plan
+
+CHECKED_QUERIES = 64  # of each head, in each lossy call
+
+
+class Forward(NamedTuple):
+    """Says which forward runs: its step, expert and branch of guidance, and the ranks as the step groups them."""
+
+    step: int
+    expert: Expert
+    branches: Sequence[Branch]  # of the step
+    branch: Branch
+    ranks: Ranks
+
+
+class LossyAttention:
+    """This base class follows the forwards of a video, and collects the errors of its lossy calls."""
+
+    def __init__(self, num_heads: int, ranks: Ranks) -> None:
+        """Stores the arguments; `num_heads` counts the heads of all ranks."""
+        self._num_heads, self._ranks = num_heads, ranks
+        self._forward: Forward | None = None  # None before the first step, where a block may be rehearsed
+        self._errors: dict[tuple[int, Branch, int], tuple[int, Tensor]] = {}  # with the number of the first head
+        self._num_layers = 0
+        self._seed: int | None = None  # of the queries that are checked
+
+    def use_in(self, model: WanDiT) -> None:
+        """Makes the layers of an expert compute their self-attention in this way."""
+        raise NotImplementedError
+
+    def start(self, plan: Plan) -> TokenOrder:
+        """Begins a video, and returns the order of its tokens."""
+        self._forward, self._errors, self._num_layers = None, {}, plan.spec.dit.num_layers
+        self._seed = plan.config.video.seed if plan.config.models.attention_check else None
+        return RASTER
+
+    def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
+        """Begins the forward of one of the step's branches."""
+        self._forward = Forward(step, expert, branches, branch, ranks)
+
+    def finish(self) -> None:
+        """Ends the video after its last step."""
+        self._forward = None
+
+    @property
+    def is_checked(self) -> bool:
+        return self._seed is not None
+
+    def _rows(self, layer: int, num_tokens: int) -> Tensor:
+        """Draws the queries [H, S] to check in this call; a head's are the same on any number of ranks."""
+        assert self._forward is not None and self._seed is not None
+        seeds = (self._seed, self._forward.step, BRANCHES.index(self._forward.branch), layer)
+        drawn = np.random.default_rng(seeds).integers(num_tokens, size=(self._num_heads, CHECKED_QUERIES))
+        return torch.from_numpy(drawn)
+
+    def _keep(self, layer: int, errors: Tensor, first_head: int) -> None:
+        """Stores the errors of this call, of the heads from number `first_head` on."""
+        assert self._forward is not None
+        self._errors[self._forward.step, self._forward.branch, layer] = first_head, errors
+
+    def report(self) -> dict[str, Any] | None:
+        """Returns the errors of all ranks' heads as JSON, None if they are not checked; all ranks must call it.
+
+        Steps, layers and heads count from 0. Layers that are exact have no errors.
+        """
+        if not self.is_checked:
+            return None
+        by_rank = self._ranks.gather({key: (first, errors.tolist()) for key, (first, errors) in self._errors.items()})
+        heads: dict[tuple[int, Branch, int], dict[int, list[float]]] = {}
+        for of_rank in by_rank:
+            for key, (first, of_heads) in of_rank.items():
+                heads.setdefault(key, {})[first] = of_heads
+        found = {key: [each for _, own in sorted(parts.items()) for each in own] for key, parts in heads.items()}
+        return _report(found, self._num_layers)
+
+
+def _report(found: dict[tuple[int, Branch, int], list[float]], num_layers: int) -> dict[str, Any]:
+    """Returns figures of the errors {(step, branch, layer): error of each head}, and all errors by forward."""
+    forwards = sorted({(step, BRANCHES.index(branch)) for step, branch, _ in found})
+    values = {(*key, head): error for key, errors in found.items() for head, error in enumerate(errors)}
+    worst = max(values, key=values.__getitem__, default=None)
+    errors = np.array(list(values.values()))
+    return {
+        "queries_a_head": CHECKED_QUERIES,
+        "mean": _rounded(errors.mean()) if worst else None,
+        "of_95_percent": _rounded(np.quantile(errors, 0.95)) if worst else None,
+        "largest": None if worst is None else _rounded(values[worst]),
+        "largest_at": None if worst is None else dict(zip(("step", "branch", "layer", "head"), worst, strict=True)),
+        "forwards": [
+            {
+                "step": step,
+                "branch": BRANCHES[branch],
+                "relative_errors": [
+                    [*map(_rounded, found[key])] if (key := (step, BRANCHES[branch], layer)) in found else None
+                    for layer in range(num_layers)
+                ],
+            }
+            for step, branch in forwards
+        ],
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")

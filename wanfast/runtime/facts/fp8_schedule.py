@@ -1,0 +1,84 @@
+"""This module says in which steps and layers of a video self-attention is computed in float8.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from wanfast.runtime.errors import ConfigError
+
+_SPAN = re.compile(r"(\d{1,6}):(\d{1,6})")
+_EXACT_SHARE = 0.125  # of the steps at either end, by default
+
+
+def parse_span(text: str) -> range | None:
+    """Reads "4:36" as the numbers 4 to 35; returns None for a text of another form or a span of no numbers."""
+    match = _SPAN.fullmatch(text.strip())
+    return (range(int(match[1]), int(match[2])) or None) if match else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Schedule:
+    """This class says which calls of self-attention of one video are computed in float8."""
+
+    steps: range
+    layers: range
+    hadamard: bool  # whether queries and keys are multiplied by a Hadamard matrix before they are rounded
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        num_steps: int,
+        num_layers: int,
+        head_dim: int,
+        steps: str | None = None,
+        layers: str | None = None,
+        hadamard: bool | None = None,
+    ) -> Fp8Schedule:
+        """Returns the schedule of the options; by default, an eighth of the steps at either end are exact.
+
+        A Hadamard matrix is used by default, if one of the head's size is known, which is so for powers of two.
+        Raises ConfigError if a span goes beyond the steps or layers, or if no step is left by default.
+        """
+        guard = math.ceil(_EXACT_SHARE * num_steps)
+        if steps is None and num_steps <= 2 * guard:
+            raise ConfigError(
+                f"--attention fa3-fp8: of {num_steps} steps, {guard} at either end would be exact, and so no step is "
+                f"left: add --fp8-steps 0:{num_steps}, for example"
+            )
+        is_power = head_dim & (head_dim - 1) == 0
+        if hadamard and not is_power:
+            raise ConfigError(
+                f"--fp8-hadamard: this model's heads have {head_dim} channels, and no such matrix is known: drop "
+                "--fp8-hadamard"
+            )
+        return cls(
+            steps=range(guard, num_steps - guard) if steps is None else _inside("--fp8-steps", steps, num_steps),
+            layers=range(num_layers) if layers is None else _inside("--fp8-layers", layers, num_layers),
+            hadamard=is_power if hadamard is None else hadamard,
+        )
+
+    def is_fp8(self, step: int, layer: int) -> bool:
+        """Returns whether a step and layer, both counted from 0, compute self-attention in float8."""
+        return step in self.steps and layer in self.layers
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "steps": [self.steps.start, self.steps.stop],
+            "layers": [self.layers.start, self.layers.stop],
+            "hadamard": self.hadamard,
+        }
+
+
+def _inside(option: str, text: str, count: int) -> range:
+    span = parse_span(text)
+    assert span is not None, "the option was checked"
+    if span.stop > count:
+        raise ConfigError(f"{option} {text}: there are only {count}, counted from 0: end at {count} or before")
+    return span

@@ -1,0 +1,188 @@
+"""This module computes attention with queries, keys and values in float8 (e4m3), by FlashAttention-3 or its emulation.
+
+Before they are rounded, three steps prepare the values. In exact arithmetic, none of the three changes the result.
+* A constant vector of each head is subtracted from all keys: softmax does not change.
+* A constant vector of each head is subtracted from all values, and added to the output: the rows of P sum to 1.
+* Queries and keys are multiplied by the same Hadamard matrix, which spreads channels of large values over all channels.
+The constants are means over tokens: over at least 4096 of them, or over all tokens of a short video. Any constant
+would do, if it is the same for all tokens of a head; so the ranks of Ulysses add up their sums before they quantize.
+
+Each head has one scale for q, one for k and one for v. RMS norm bounds each vector of q and k, so that the scales of q
+and k follow from the weights of the norm. A bound serves as well as the largest value, because float8 keeps its
+precision down to 1/28,672 of the largest number. The scale of v needs the largest value of all ranks.
+
+Shapes: B batch, L tokens, S sampled tokens, H heads, D head dim, d = H D. Sources: FlashAttention-3 (arXiv 2407.08608)
+section 3.3 for float8 and the rotation; DeepSeek-V3 (arXiv 2412.19437) section 3.3.2 for the sums of tensor cores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from wanfast.runtime.models.attention_kernels import is_importable
+from wanfast.runtime.models.tokens import LARGEST
+
+FP8 = torch.float8_e4m3fn
+_SAMPLED = 4096  # tokens that a mean needs at least, if there are as many
+_LARGEST_P = 256.0  # FlashAttention-3 multiplies P by this, so that P uses the range of float8
+_STEP, _BITS = 32, 12  # a tensor core adds the products of 32 keys to a sum, and keeps about 12 bits of it
+_QUERIES = 512  # that the emulation holds the scores of
+_TINIEST = 1e-12  # so that a head of zeros has a scale
+
+
+class Fp8Heads(NamedTuple):
+    """Holds the queries, keys and values of some heads in float8; values times scale, plus centre for v."""
+
+    q: Tensor  # [B, L, H, D]
+    k: Tensor
+    v: Tensor
+    scales: Tensor  # [3, H]: of q, k and v
+    v_centre: Tensor  # [H, D], float32
+
+
+class Scaling(NamedTuple):
+    """Holds the scale of each head for q, k and v, and what is subtracted from k and v, all in float32."""
+
+    scales: Tensor  # [3, H]
+    k_centre: Tensor  # [H, D], rotated like k
+    v_centre: Tensor  # [H, D]
+
+    def of_heads(self, first: int, count: int) -> Scaling:
+        """Returns the part for `count` heads from number `first` on."""
+        heads = slice(first, first + count)
+        return Scaling(self.scales[:, heads], self.k_centre[heads], self.v_centre[heads])
+
+
+def sampled_rows(first: int, count: int, num_tokens: int) -> slice:
+    """Returns the rows whose mean is subtracted, among the `count` tokens of a rank, the first of number `first`.
+
+    Tokens are chosen by their number in the whole video. So all ranks together take the tokens that one rank takes.
+    """
+    every = max(1, num_tokens // _SAMPLED)
+    return slice(min(count, -first % every), count, every)
+
+
+def statistics(k_SHD: Tensor, v_BLd: Tensor, rows: slice) -> Tensor:
+    """Returns [5, d] float64: sums of k and v over sampled tokens, their number, and v's least and largest values.
+
+    `k_SHD` holds the sampled tokens' keys, after norm and rotary embedding; `rows` are their places in `v_BLd`. A
+    float64 holds sums of such bf16 values exactly, so that their order, and the number of ranks, does not matter.
+    """
+    v_Ld = v_BLd[0]
+    found = v_Ld.new_empty(5, v_Ld.shape[1], dtype=torch.float64)
+    for row, x_Sd in enumerate((k_SHD.flatten(1), v_Ld[rows])):
+        found[row] = x_Sd.sum(0, dtype=torch.float64)
+    found[2], found[3], found[4] = len(k_SHD), math.inf, -math.inf
+    if len(v_Ld):
+        found[3], found[4] = torch.aminmax(v_Ld, dim=0)
+    return found
+
+
+def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, hadamard: bool) -> Scaling:
+    """Returns the scaling of all heads from the `statistics` of all ranks and the largest norms of a head's q and k."""
+    k_sum, v_sum, count = parts_P5d[:, :3].sum(0)
+    least, largest = parts_P5d[:, 3].amin(0), parts_P5d[:, 4].amax(0)
+    heads = norms_2H.shape[1]
+    k_mean, centre, least, largest = (
+        rearrange(x.float(), "(H D) -> H D", H=heads) for x in (k_sum / count, v_sum / count, least, largest)
+    )
+    # |k - mean| is at most twice the largest norm.
+    limits = torch.stack((norms_2H[0], 2 * norms_2H[1], torch.maximum(largest - centre, centre - least).amax(1)))
+    return Scaling(scale_of(limits), hadamard_rotated(k_mean) if hadamard else k_mean, centre)
+
+
+def largest_norms(weights: tuple[Tensor, Tensor], num_heads: int) -> Tensor:
+    """Returns a bound [2, H] of the norms of each head's q and k after RMS norm with these `weights` [d]."""
+    d = weights[0].shape[0]
+    return torch.stack([rearrange(w.abs(), "(H D) -> H D", H=num_heads).amax(1) * math.sqrt(d) for w in weights])
+
+
+def scale_of(limits: Tensor) -> Tensor:
+    """Returns the scales that map the largest possible |values| to the largest number of float8."""
+    return limits.clamp_min(_TINIEST) / LARGEST[FP8]
+
+
+def can_rotate(head_dim: int) -> bool:
+    """Returns whether a Hadamard matrix of this size is known here: of powers of two."""
+    return head_dim & (head_dim - 1) == 0
+
+
+def hadamard_rotated(x_D: Tensor) -> Tensor:
+    """Returns x [..., D] times the orthonormal Hadamard matrix of D, a power of two."""
+    x, half = x_D, 1
+    while half < x_D.shape[-1]:
+        a, b = rearrange(x, "... (m two r) -> two ... m r", two=2, r=half)
+        x, half = torch.stack((a + b, a - b), dim=-2).flatten(-3), 2 * half
+    return x / math.sqrt(x_D.shape[-1])
+
+
+def fp8_attention(heads: Fp8Heads, dtype: torch.dtype) -> Tensor:
+    """Returns the attention [B, L, H, D] in `dtype`: on a GPU by FlashAttention-3, on a CPU by its emulation."""
+    out = (_by_fa3() if heads.q.is_cuda else emulated)(heads)
+    return out.add_(heads.v_centre).to(dtype)  # in float32, and rounded once
+
+
+def _by_fa3() -> Callable[[Fp8Heads], Tensor]:
+    return _fa3_fwd if is_importable("fa3_fwd_interface") else _fa3_of_the_authors
+
+
+def _fa3_fwd(heads: Fp8Heads) -> Tensor:
+    from fa3_fwd_interface import _flash_attn_forward
+
+    out: Tensor = _flash_attn_forward(
+        heads.q, heads.k, heads.v, **_descales(heads), softmax_scale=heads.q.shape[-1] ** -0.5, causal=False,
+        num_splits=1,
+    )[0]  # fmt: skip
+    return out
+
+
+def _fa3_of_the_authors(heads: Fp8Heads) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    result = flash_attn_func(heads.q, heads.k, heads.v, **_descales(heads))
+    return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
+
+
+def _descales(heads: Fp8Heads) -> dict[str, Tensor]:
+    batch = heads.q.shape[0]
+    of_each = (scale.expand(batch, -1).contiguous() for scale in heads.scales)
+    return dict(zip(("q_descale", "k_descale", "v_descale"), of_each, strict=True))
+
+
+def emulated(heads: Fp8Heads) -> Tensor:
+    """Returns what FlashAttention-3 computes on a Hopper GPU, without v's centre, in float32.
+
+    P is rounded to float8. The sums of P V lose bits: in a long row, what a tensor core adds is much smaller than the
+    sum, and is cut off. If all values share an offset, the losses have one sign. The GPU's rounding is not documented;
+    this one comes near to measured errors, with an offset and without.
+    """
+    q, k, v = (rearrange(x.float(), "B L H D -> (B H) L D") for x in heads[:3])
+    q_scale, k_scale, v_scale = (s.repeat(heads.q.shape[0])[:, None, None] for s in heads.scales)
+    scale = q_scale * k_scale * q.shape[-1] ** -0.5
+    parts = [_emulated(queries * scale, k, v) for queries in torch.split(q, _QUERIES, dim=1)]
+    out: Tensor = rearrange(torch.cat(parts, dim=1) * v_scale, "(B H) L D -> B L H D", B=len(heads.q))
+    return out.contiguous()
+
+
+def _emulated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(1, 2)
+    p = (scores - scores.amax(-1, keepdim=True)).exp() * _LARGEST_P
+    rounded = p.to(FP8).float()
+    out: Tensor = torch.zeros_like(q)
+    for keys in range(0, k.shape[1], _STEP):
+        step = slice(keys, keys + _STEP)
+        out = _added(out, rounded[..., step] @ v[:, step])
+    return out / p.sum(-1, keepdim=True)
+
+
+def _added(total: Tensor, addend: Tensor) -> Tensor:
+    """Adds as a tensor core: both numbers lose the bits that are too small for the larger one of them."""
+    exponent = torch.frexp(torch.maximum(total.abs(), addend.abs())).exponent
+    unit = torch.ldexp(torch.ones_like(total), exponent - _BITS)
+    return ((total / unit).trunc() + (addend / unit).trunc()) * unit
