@@ -158,6 +158,11 @@ class RankGroups:
             self._remove_partials(batch, self._dead())
         return results
 
+    @property
+    def has_dead(self) -> bool:
+        """Returns whether a rank group is dead; the next `run` starts it again."""
+        return bool(self._dead())
+
     def close(self) -> None:
         """Asks the ranks to end, and stops ranks that have not ended after 8 s."""
         try:
