@@ -273,7 +273,7 @@ def test_an_image_that_is_gone_costs_its_line(on: Any, workdir: Path) -> None:
 def test_a_machine_without_enough_ranks_is_an_error_of_one_line(on: Any) -> None:
     outcome, _ = on(Machine("a", cores=1), Machine("b", cores=2), words=("--num-gpus", "4"))
     assert outcome.exit_code == 2
-    assert "error: --num-gpus 4: the largest machine of --ray head:6379 has 2 CPUs: use a smaller number" in outcome.err
+    assert "error: --num-gpus 4: no machine of --ray head:6379 has 4 CPU cores: use a smaller number" in outcome.err
 
 
 def test_two_groups_fit_a_machine_with_twice_the_cores(on: Any) -> None:

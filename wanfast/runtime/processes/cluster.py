@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -54,7 +54,7 @@ def connected(address: str) -> Iterator[Any]:
     _reach(address)
     import ray
 
-    environment = _environment()
+    environment = actors_environment()
     with _silent_threads(), _own_sigterm() as restore:
         with foreign(f"--ray {address}", _FIX):
             ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
@@ -76,7 +76,7 @@ def _reach(address: str) -> None:
         pass
 
 
-def _environment() -> Document:
+def actors_environment() -> Document:
     """Returns the environment of the actors, which import this very package if it is a checkout."""
     path = child_environment().get("PYTHONPATH")
     return {"env_vars": {"PYTHONPATH": path}} if path else {}
@@ -169,6 +169,28 @@ def require_one_group(plan: Plan) -> None:
         )
 
 
+def needs_of(ranks: RanksConfig) -> dict[str, int]:
+    """Returns what the ranks of one video need of a machine, in Ray's words."""
+    return {"CPU": ranks.num_gpus} if ranks.device == "cpu" else {"CPU": 1, "GPU": ranks.num_gpus}
+
+
+def room_for(ray: Any, ranks: RanksConfig) -> int:
+    """Returns how many such groups of ranks the living machines can hold together, if nothing else runs there."""
+    needs = needs_of(ranks).items()
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(int(min(machine.get(name, 0) // number for name, number in needs)) for machine in machines)
+
+
+def require_room(ray: Any, address: str, ranks: RanksConfig) -> None:
+    """Raises ConfigError if no machine can hold the ranks of a video."""
+    if not room_for(ray, ranks):
+        kind = "CPU cores" if ranks.device == "cpu" else "GPUs"
+        raise ConfigError(
+            f"--num-gpus {ranks.num_gpus}: no machine of --ray {address} has {ranks.num_gpus} {kind}: use a smaller "
+            "number, or a cluster of larger machines"
+        )
+
+
 class RayList:
     """This class makes the videos of one list. Only one thread may use it."""
 
@@ -182,8 +204,7 @@ class RayList:
         self._failed_starts = 0  # one after the other
         self._error: WanFastError | None = None  # why the last group was lost
         self._has_waited = False
-        self._kind, self._size = "CPU" if self._ranks.device == "cpu" else "GPU", self._ranks.num_gpus
-        self._check_size()
+        require_room(ray, address, self._ranks)
         self._weights = ray.put(_weights(plans, documents))
 
     def run(self, on_result: OnResult, on_progress: OnProgress) -> list[Document]:
@@ -206,25 +227,13 @@ class RayList:
             self._end("stop")
         return [self._results[line] for line in range(len(self._plans))]
 
-    def _check_size(self) -> None:
-        most = max((int(machine.get(self._kind, 0)) for machine in self._machines()), default=0)
-        if most < self._size:
-            raise ConfigError(
-                f"--num-gpus {self._size}: the largest machine of --ray {self._address} has {most} {self._kind}s: "
-                "use a smaller number, or a cluster of larger machines"
-            )
-
-    def _machines(self) -> list[Mapping[str, float]]:
-        """Returns the resources of each living machine."""
-        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-
     def _start_missing(self) -> None:
         """Starts as many actors as the machines have room for, and the list has lines."""
-        room = sum(int(machine.get(self._kind, 0) // self._size) for machine in self._machines())
+        room = room_for(self._ray, self._ranks)
         wanted = len(self._lines.waiting) + sum(group.line is not None for group in self._groups)
         barred = sum(group.is_barred for group in self._groups)
         while len(self._groups) < min(room, wanted + barred) and self._failed_starts < MOST_TRIES:
-            needs = {"num_cpus": self._size} if self._kind == "CPU" else {"num_cpus": 1, "num_gpus": self._size}
+            needs = {f"num_{name.lower()}s": number for name, number in needs_of(self._ranks).items()}
             kind = self._ray.remote(_Actor).options(max_concurrency=3, **needs)  # for `make`, `state` and `stop`
             group = _Group(kind.remote(os.environ.get("OMP_NUM_THREADS")), time.monotonic())
             group.answer = group.actor.start.remote(self._weights)
