@@ -13,7 +13,7 @@ from wanfast.runtime.config.option import GPUS, MAKE
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.planning import past_runs, sidecar
-from wanfast.runtime.planning.requests import Planned, own_share, plan_requests, read_requests
+from wanfast.runtime.planning.requests import Planned, plan_requests, read_requests
 from wanfast.runtime.processes import cluster
 
 
@@ -58,10 +58,7 @@ def generate(
     report = Report(as_json=json_)
     with asked_once():
         requests = read_requests(options.given(context), prompt_file, from_, jobs)
-        planned = own_share(plan_requests(requests, needs_weights=not dry_run))
-        if not planned:
-            report.no_share()
-            return
+        planned = plan_requests(requests, needs_weights=not dry_run)
         first = next((item.plan for item in planned if item.plan), None)
         if ray is not None and first is not None:
             cluster.require_one_group(first)

@@ -318,7 +318,7 @@ class RankGroups:
         have to start it too.
         """
         lost: dict[int, int] = {}
-        if self._ranks.mesh.group_size > self._ranks.num_gpus:
+        if self._ranks.nnodes > 1:
             return lost
         new = [place for place, number in self._numbers.items() if number in dead - self._given_up]
         claimed = {claimed_by(self._folder, index) for index in batch.indices} if new else set()
@@ -445,8 +445,6 @@ def _check_endpoint(config: RanksConfig) -> None:
     """Raises ConfigError if the port of machine 0 is taken, because the other machines would wait for their timeout."""
     if config.rdzv_endpoint is None or config.node_rank != 0:
         return
-    if config.mesh.group_size <= config.num_gpus:
-        return  # each machine makes separate videos
     host, port = config.rdzv_endpoint.rsplit(":", 1)
     try:
         with socket.create_server(("", int(port))):
