@@ -66,7 +66,7 @@ doctor: .venv/runtime
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/gpu
 
-test-long: .venv/dev
+test-long: .venv/ray
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/gpu -m long
 
 test-gpu: .venv/dev
@@ -116,6 +116,10 @@ clean:
 
 .venv/dev: .venv/runtime
 	$(PIP_INSTALL) -e '.[dev]'
+	touch $@
+
+.venv/ray: .venv/dev
+	$(PIP_INSTALL) -e '.[ray]'
 	touch $@
 
 .PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu projection readme-table tiny-quality tiny-quality-256 tiny-magcache check clean

@@ -150,9 +150,7 @@ def test_each_block_is_gathered_by_itself() -> None:
         (8, 40, {"guided": False}, Mesh(ulysses=8)),
         (6, 40, {}, Mesh(replica=3, cfg=2)),
         (8, 40, {"nnodes": 2}, Mesh(cfg=2, ulysses=8)),
-        (8, 40, {"nnodes": 2, "num_videos": 5}, Mesh(replica=2, cfg=2, ulysses=4)),
-        (8, 40, {"nnodes": 2, "num_videos": 5, "ulysses": 8, "cfg_parallel": 2}, Mesh(cfg=2, ulysses=8)),
-        (3, 40, {"nnodes": 2}, Mesh(replica=6)),
+        (4, 40, {"nnodes": 2, "cfg_parallel": 1}, Mesh(ulysses=8)),
         (8, 2, {}, Mesh(replica=2, cfg=2, ulysses=2)),
     ],
 )
@@ -167,6 +165,15 @@ def test_a_mesh_that_does_not_fit_lists_what_does() -> None:
         choose_mesh(8, 40, guided=True, ulysses=3)
     assert "--ulysses 3 does not fit 8 ranks and 40 attention heads" in str(error.value)
     assert "--cfg-parallel 2 --ulysses 4" in str(error.value)
+
+
+def test_several_machines_make_one_video_and_never_several() -> None:
+    with pytest.raises(ConfigError, match=r"--ulysses 4 does not fit 16 ranks of 2 machines .* --ulysses 8$"):
+        choose_mesh(8, 40, nnodes=2, ulysses=4)
+    with pytest.raises(
+        ConfigError, match="--nnodes 2 --num-gpus 3: 40 attention heads cannot be shared by 6 ranks: use"
+    ):
+        choose_mesh(3, 40, nnodes=2)
 
 
 def test_without_guidance_no_mesh_of_its_branches_is_listed() -> None:

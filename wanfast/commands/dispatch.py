@@ -13,6 +13,7 @@ from wanfast.commands.progress import OnProgress, progress_bars
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.processes import cluster
 from wanfast.runtime.processes.launch import RankGroups, num_groups
 from wanfast.runtime.store.artifacts import JOB, RESULT, new_run_folder, noting, write_result, write_synced
 
@@ -35,19 +36,25 @@ def run_jobs(
     of_list: bool,
     show_progress: bool,
     on_result: OnResult,
+    ray: str | None = None,
 ) -> list[Document]:
     """Runs `jobs` on the ranks that the first plan describes, and returns one result per job, in order.
 
-    `of_list`: whether the jobs come from a `--jobs` list, even if only one of its lines remains to be made.
+    `of_list`: whether the jobs come from a `--jobs` list, even if only one of its lines remains to be made. `ray`: the
+    address of a Ray cluster, on which each machine has such ranks.
     `on_result(index, result)` is called as soon as a job is done.
     """
     config = plans[0].config
     documents = [job.to_json() for job in jobs]
     folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": verb, "jobs": documents})
+    document = {"verb": verb, "worker": _WORKERS[verb], "first": 0, "jobs": documents}
     with progress_bars(enabled=show_progress) as on_progress:
-        if plans[0].mesh.size == 1 and not _needs_a_process(verb, of_list=of_list):
-            document = {"verb": verb, "worker": _WORKERS[verb], "first": 0, "jobs": documents}
-            write_synced(folder / JOB, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        if ray is not None:
+            _write_job(folder, document)
+            with cluster.connected(ray) as module:
+                results = cluster.RayList(module, ray, plans, documents).run(on_result, on_progress)
+        elif plans[0].mesh.size == 1 and not _needs_a_process(verb, of_list=of_list):
+            _write_job(folder, document)
             results = _here(verb, folder, jobs, config.ranks.device, on_result, on_progress)
         else:
             outputs = [output for plan in plans for output in plan.outputs] if verb == "generate" else []
@@ -60,6 +67,10 @@ def run_jobs(
     with noting():
         write_synced(folder / RESULT, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
+
+
+def _write_job(folder: Path, document: Document) -> None:
+    write_synced(folder / JOB, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def _needs_a_process(verb: Verb, *, of_list: bool) -> bool:

@@ -9,10 +9,12 @@ import typer
 
 from wanfast.commands import dispatch, options
 from wanfast.commands.report import Report
-from wanfast.runtime.config.option import MAKE
+from wanfast.runtime.config.option import GPUS, MAKE
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.planning import past_runs, sidecar
-from wanfast.runtime.planning.requests import Planned, own_share, plan_requests, read_requests
+from wanfast.runtime.planning.requests import Planned, plan_requests, read_requests
+from wanfast.runtime.processes import cluster
 
 
 @options.takes_options("generate")
@@ -38,20 +40,31 @@ def generate(
             rich_help_panel=MAKE,
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<address>",
+            help="Make the videos of --jobs on the machines of a Ray cluster: HOST:PORT of its head, or auto. "
+            "--num-gpus is then the number of ranks of one video.",
+            rich_help_panel=GPUS,
+        ),
+    ] = None,
     dry_run: options.DryRun = False,
     json_: options.Json = False,
 ) -> None:
     """Make a video from an image and a prompt."""
+    if ray is not None and jobs is None:
+        raise ConfigError("--ray is for a list of videos: add --jobs, or drop --ray")
     report = Report(as_json=json_)
     with asked_once():
         requests = read_requests(options.given(context), prompt_file, from_, jobs)
-        planned = own_share(plan_requests(requests, needs_weights=not dry_run))
-        if not planned:
-            report.no_share()
-            return
+        planned = plan_requests(requests, needs_weights=not dry_run)
+        first = next((item.plan for item in planned if item.plan), None)
+        if ray is not None and first is not None:
+            cluster.require_one_group(first)
         report.plans(planned, always=dry_run and not json_)
         dry = [dry_result(item) for item in planned] if dry_run else []
-    report.close(planned, dry or run(planned, report))
+    report.close(planned, dry or run(planned, report, ray))
 
 
 def dry_result(item: Planned) -> dict[str, Any]:
@@ -60,8 +73,10 @@ def dry_result(item: Planned) -> dict[str, Any]:
     return sidecar.planned(item.plan) | {"predicted_s": past_runs.predicted_seconds(item.plan)}
 
 
-def run(planned: list[Planned], report: Report) -> list[dict[str, Any]]:
+def run(planned: list[Planned], report: Report, ray: str | None) -> list[dict[str, Any]]:
     """Makes a video for each element of `planned`, and returns a result for each element.
+
+    `ray`: the address of a Ray cluster whose machines make the videos, or None.
 
     For an element without a plan, the result is an error, or a note that the video exists already.
     """
@@ -75,6 +90,7 @@ def run(planned: list[Planned], report: Report) -> list[dict[str, Any]]:
             of_list=ready[0].request.line is not None,
             show_progress=not report.brief,
             on_result=lambda index, result: report.result(ready[index], result),
+            ray=ray,
         )
     done = iter(worked)
     return [next(done) if item.plan else item.outcome() for item in planned]

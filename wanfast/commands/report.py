@@ -68,14 +68,6 @@ class Report:
         elif item.request.line is not None:
             self._warnings.print(f"error{_of_line(item)}: {result['error']}", markup=False)
 
-    def no_share(self) -> None:
-        """Reports that this machine makes no video, because the list has fewer lines than the run has machines."""
-        self._warnings.print(
-            "note: this machine makes no video, because the list has fewer lines than the run has machines"
-        )
-        if self.as_json:
-            print(json.dumps({"results": [], "failed": 0}))
-
     def close(self, planned: list[Planned], results: list[dict[str, Any]]) -> None:
         """Prints the JSON document if `as_json` is true.
 

@@ -56,6 +56,22 @@ def serve(
             rich_help_panel=SERVER,
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<address>",
+            help="Serve on the machines of a Ray cluster: HOST:PORT of its head, or auto. Needs --database.",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of servers with --ray, each with --num-gpus GPUs of one machine.",
+            show_default="as many as the cluster has room for",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(
@@ -74,9 +90,11 @@ def serve(
     for package in ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client", "python_multipart"):
         if find_spec(package) is None:
             raise ConfigError(f"the server needs {package}: run `pip install 'wanfast[serve]'`")
+    from wanfast.server.replicas import serve_on
     from wanfast.server.serve import Settings
     from wanfast.server.serve import serve as run
 
+    _check_ray(ray, replicas, database, port)
     given = options.given(context)
     of_open = {name for name in given if name in OF_HANDLE | {*_OF_THE_LARGEST} or OPTIONS[name].is_repeatable}
     artifacts_dir = given.get("artifacts_dir") or default_artifacts_dir()
@@ -91,4 +109,22 @@ def serve(
         keep_hours=keep_hours,
     )
     defaults: dict[str, Any] = {name: value for name, value in given.items() if name not in of_open}
-    run(settings, Opened.of({name: given[name] for name in of_open}), defaults)
+    opened = Opened.of({name: given[name] for name in of_open})
+    if ray is None:
+        run(settings, opened, defaults)
+    else:
+        serve_on(ray, replicas, settings, opened, defaults)
+
+
+def _check_ray(ray: str | None, replicas: int | None, database: str | None, port: int) -> None:
+    """Raises ConfigError for options that do not fit to each other."""
+    if ray is None and replicas is not None:
+        raise ConfigError("--replicas needs a cluster: add --ray ADDRESS, or drop --replicas")
+    if replicas is not None and replicas < 1:
+        raise ConfigError(f"--replicas {replicas}: use 1 or more")
+    if ray is not None and database is None:
+        raise ConfigError(
+            "--ray needs --database postgresql://USER@HOST/NAME, because SQLite cannot be shared by several machines"
+        )
+    if ray is not None and port == 0:
+        raise ConfigError("--port 0: Ray Serve needs a number: name a port that is free on the cluster's head")

@@ -78,33 +78,58 @@ def serve(
     `defaults`: default options of `Handle.make` for all videos. `start`: the function that starts the ranks. Raises
     WanFastError.
     """
-    keys = Keys.read(settings.api_key_file) if settings.api_key_file else Keys()
+    keys = keys_of(settings)
+    Files(settings.data_dir)
+    with (
+        _alone(settings),
+        _listening(settings) as listener,
+        parts_of(settings, keys, opened, defaults, start) as parts,
+        _stopped_by_signals(parts.worker),
+        _answering(create_app(parts), listener),
+    ):
+        parts.worker.run()
+
+
+def keys_of(settings: Settings) -> Keys:
+    """Reads the keys of a server. Raises ConfigError."""
+    return Keys.read(settings.api_key_file) if settings.api_key_file else Keys()
+
+
+@contextmanager
+def parts_of(
+    settings: Settings,
+    keys: Keys,
+    opened: Opened,
+    defaults: Mapping[str, Any],
+    start: Callable[[Opened], Handle] = Handle,
+) -> Iterator[Parts]:
+    """Opens the queue, starts the ranks, and yields what the routes use; its worker does not run yet.
+
+    Raises WanFastError.
+    """
     served, files = Served.of(opened, defaults), Files(settings.data_dir)
-    with _alone(settings), _listening(settings) as listener:
-        warm_up = _warm_up(opened, served, files)
-        store = Store(settings.database_url)
-        if not store.is_shared:
-            store.recover(all_lost=True)
-        with start(opened) as handle:
-            metrics = Metrics(store, has_gpus=opened.placed.config.ranks.device == "cuda")
-            worker = Worker(store, handle, files, metrics, keep_s=settings.keep_hours * 3600, warm_up=warm_up)
-            parts = Parts(
-                store=store,
-                worker=worker,
-                files=files,
-                checks=Checks(served),
-                keys=keys,
-                metrics=metrics,
-                model=served.model,
-                most_jobs=settings.max_queue,
-                most_bytes=settings.max_upload_mb * 1_000_000,
-            )
-            with _stopped_by_signals(worker), _answering(create_app(parts), listener):
-                worker.run()
-        store.close()
+    warm_up = warm_up_of(opened, served, files)
+    store = Store(settings.database_url)
+    if not store.is_shared:
+        store.recover(all_lost=True)
+    with start(opened) as handle:
+        metrics = Metrics(store, has_gpus=opened.placed.config.ranks.device == "cuda")
+        worker = Worker(store, handle, files, metrics, keep_s=settings.keep_hours * 3600, warm_up=warm_up)
+        yield Parts(
+            store=store,
+            worker=worker,
+            files=files,
+            checks=Checks(served),
+            keys=keys,
+            metrics=metrics,
+            model=served.model,
+            most_jobs=settings.max_queue,
+            most_bytes=settings.max_upload_mb * 1_000_000,
+        )
+    store.close()
 
 
-def _warm_up(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
+def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
     """Plans a video of the server's defaults, and returns the options of the same video with few steps.
 
     Raises WanFastError.

@@ -31,7 +31,8 @@ class RanksConfig(Part):
     nnodes: Annotated[
         int,
         Option(
-            "Number of machines. Start wanfast on each machine, with the same options except --node-rank.",
+            "Number of machines that make each video together. Start wanfast on each, with the same options except "
+            "--node-rank.",
             GPUS,
             of_this_run=True,
             check=between(1, 1024, "use the number of machines, 1 to 1024"),

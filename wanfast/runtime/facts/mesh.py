@@ -6,8 +6,8 @@
 * ulysses: ranks share the tokens of a branch; during self-attention, each rank instead has all tokens of some heads.
 
 A replica is a *rank group*: its ranks make one video together, and fail together. Rank groups share only the list of
-jobs. Therefore, if one rank group fails, the others continue. Either each rank group lies within one machine, or one
-rank group contains all ranks of all machines.
+jobs. Therefore, if one rank group fails, the others continue. One machine may have several rank groups. If a run uses
+several machines, one rank group contains all their ranks.
 The ulysses axis exchanges the most data, so ranks with neighbouring numbers lie along this axis. This module does not
 import torch, because the parent chooses and checks the mesh before any rank starts.
 """
@@ -66,7 +66,6 @@ def choose_mesh(
     *,
     nnodes: int = 1,
     guided: bool = True,
-    num_videos: int = 1,
     cfg_parallel: int | None = None,
     ulysses: int | None = None,
 ) -> Mesh:
@@ -74,12 +73,16 @@ def choose_mesh(
 
     `cfg_parallel` and `ulysses` are the requested degrees; None lets this function choose. The mesh gives one video as
     many ranks as possible. The ulysses degree must divide `num_heads`. Without guidance (`guided` is False), cfg is 1.
-    This function prefers cfg 2 to a larger ulysses degree, because the branches exchange nothing inside a forward. For
-    several videos (`num_videos`), this function prefers rank groups that lie within one machine.
+    This function prefers cfg 2 to a larger ulysses degree, because the branches exchange nothing inside a forward.
     If the requested degrees do not fit, raises ConfigError with the degrees that fit.
     """
     fitting = [mesh for mesh in _all_meshes(num_gpus, nnodes, num_heads) if guided or mesh.cfg == 1]
     asked = [mesh for mesh in fitting if cfg_parallel in (None, mesh.cfg) and ulysses in (None, mesh.ulysses)]
+    if not fitting:
+        raise ConfigError(
+            f"--nnodes {nnodes} --num-gpus {num_gpus}: {num_heads} attention heads cannot be shared by "
+            f"{num_gpus * nnodes} ranks: use other numbers, or --ray to make the videos of a list on many machines"
+        )
     if not asked:
         options = ", ".join(f"--cfg-parallel {m.cfg} --ulysses {m.ulysses}" for m in fitting)
         wanted = f"--cfg-parallel {cfg_parallel or 'auto'} --ulysses {ulysses or 'auto'}"
@@ -88,8 +91,7 @@ def choose_mesh(
         raise ConfigError(
             f"{wanted} does not fit {ranks} and {num_heads} attention heads{unguided}: use one of: {options}"
         )
-    apart = [mesh for mesh in asked if mesh.group_size <= num_gpus]
-    return min(apart if num_videos > 1 and apart else asked, key=lambda mesh: (mesh.replica, -mesh.cfg))
+    return min(asked, key=lambda mesh: (mesh.replica, -mesh.cfg))
 
 
 def _all_meshes(num_gpus: int, nnodes: int, num_heads: int) -> list[Mesh]:
@@ -98,5 +100,5 @@ def _all_meshes(num_gpus: int, nnodes: int, num_heads: int) -> list[Mesh]:
         Mesh(replica=world_size // (cfg * ulysses), cfg=cfg, ulysses=ulysses)
         for cfg in (1, 2)
         for ulysses in range(1, world_size // cfg + 1)
-        if num_heads % ulysses == 0 and (num_gpus % (cfg * ulysses) == 0 or cfg * ulysses == world_size)
+        if num_heads % ulysses == 0 and (cfg * ulysses == world_size if nnodes > 1 else num_gpus % (cfg * ulysses) == 0)
     ]

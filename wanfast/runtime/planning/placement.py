@@ -73,7 +73,6 @@ def place(
         math.gcd(*(plan.spec.dit.num_heads for plan in plans)),  # every line's model must fit the mesh
         nnodes=asked.nnodes,
         guided=any(any(plan.guided) for plan in plans),
-        num_videos=len(plans),
         cfg_parallel=asked.cfg_parallel,
         ulysses=asked.ulysses,
     )

@@ -121,15 +121,6 @@ def _shared_by_all(name: str) -> ConfigError:
     )
 
 
-def own_share(planned: list[Planned]) -> list[Planned]:
-    """Returns the lines that this machine makes: every nnodes-th line, or all lines if a rank group spans machines."""
-    ready = [item for item in planned if item.plan]
-    config = ready[0].plan.config if ready and ready[0].plan else None
-    if config is None or config.ranks.mesh.group_size > config.ranks.num_gpus:
-        return planned
-    return planned[config.ranks.node_rank :: config.ranks.nnodes]
-
-
 def _plan(
     request: Request, taken: dict[Path, int | None], required: set[tuple[QuantizedExpert, bool]], needs_weights: bool
 ) -> Planned:

@@ -5,13 +5,16 @@ The run can be repeated from this file. The video, its JSON and its contact shee
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wanfast.runtime.config import OutputConfig
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.media import video_file
@@ -45,6 +48,20 @@ def with_seconds(document: dict[str, Any], added: dict[str, Any], seconds: dict[
     """
     rounded = {name: round(value, 3) for name, value in seconds.items()}
     return document | added | {"seconds": rounded | {"total": round(sum(seconds.values()), 3)}}
+
+
+def moved(document: dict[str, Any], output: OutputConfig, image: str | None = None) -> dict[str, Any]:
+    """Returns the document of a video whose files lie elsewhere: as `output` says, and at `image` if it is given."""
+    effective = document["effective"] | {"output": dataclasses.asdict(output)}
+    if image is not None:
+        effective |= {"video": effective["video"] | {"image": image}}
+    plan = document["plan"] | {"outputs": [str(path) for path in output.paths]}
+    return document | {"output": output.output, "effective": effective, "plan": plan}
+
+
+def text(document: dict[str, Any]) -> str:
+    """Returns the text of the JSON file beside a video."""
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 class Recording:
@@ -99,7 +116,7 @@ class Recording:
             stages = {name: value for name, value in document["seconds"].items() if name != "total"}
             document = with_seconds(document, {}, stages | {"write": time.perf_counter() - started})
             document["output_sha256"] = hashlib.sha256(mp4.read_bytes()).hexdigest()
-            json_file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            json_file.write_text(text(document), encoding="utf-8")
         return document
 
 
@@ -114,3 +131,14 @@ def write_video(
     with Recording(outputs, document["plan"]["fps"], overwrite=overwrite) as recording:
         recording.add(frames)
         return recording.finish(frames, document)
+
+
+def write_made(document: dict[str, Any], files: Sequence[bytes], outputs: tuple[Path, ...], *, overwrite: bool) -> None:
+    """Writes a video that another machine made. Raises ConfigError.
+
+    `files`: the bytes of the mp4, and of the contact sheet if there is one.
+    """
+    mp4, *sheet = files
+    with atomic_paths(*outputs, overwrite=overwrite) as paths:
+        for path, content in zip(paths, (mp4, text(document).encode(), *sheet), strict=True):
+            path.write_bytes(content)

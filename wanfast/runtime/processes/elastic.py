@@ -64,7 +64,7 @@ def _launch(run_folder: Path, number: int, config: RanksConfig, ranks: list[Fork
         return rank
 
     subprocess_handler.Popen = start  # type: ignore[attr-defined, assignment]  # the agent accepts no other class
-    spans_machines = config.mesh.group_size > config.num_gpus
+    spans_machines = config.nnodes > 1
     # Several machines have given ranks, so that the first one has the leader; on one machine any free port will do.
     launch = LaunchConfig(
         min_nodes=config.nnodes if spans_machines else 1,

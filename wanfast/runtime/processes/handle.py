@@ -81,12 +81,7 @@ class Video:
         video_file.check_outputs(
             str(outputs[0]), *outputs[1:], overwrite=overwrite, needed_bytes=needed_bytes, option="save"
         )
-        document = self.document | {
-            "output": output.output,
-            "effective": self.document["effective"] | {"output": dataclasses.asdict(output)},
-            "plan": self.plan | {"outputs": [str(target) for target in outputs]},
-        }
-        sidecar.write_video(self.frames, document, outputs, overwrite=overwrite)
+        sidecar.write_video(self.frames, sidecar.moved(self.document, output), outputs, overwrite=overwrite)
 
     def _check_outputs(self, outputs: tuple[Path, ...], *, overwrite: bool) -> None:
         """Raises ConfigError for a file that exists, and for the image that the video starts from."""

@@ -158,6 +158,11 @@ class RankGroups:
             self._remove_partials(batch, self._dead())
         return results
 
+    @property
+    def has_dead(self) -> bool:
+        """Returns whether a rank group is dead; the next `run` starts it again."""
+        return bool(self._dead())
+
     def close(self) -> None:
         """Asks the ranks to end, and stops ranks that have not ended after 8 s."""
         try:
@@ -320,7 +325,7 @@ class RankGroups:
         have to start it too.
         """
         lost: dict[int, int] = {}
-        if self._ranks.mesh.group_size > self._ranks.num_gpus:
+        if self._ranks.nnodes > 1:
             return lost
         new = [place for place, number in self._numbers.items() if number in dead - self._given_up]
         claimed = {claimed_by(self._folder, index) for index in batch.indices} if new else set()
@@ -461,8 +466,6 @@ def _check_endpoint(config: RanksConfig) -> None:
     """Raises ConfigError if the port of machine 0 is taken, because the other machines would wait for their timeout."""
     if config.rdzv_endpoint is None or config.node_rank != 0:
         return
-    if config.mesh.group_size <= config.num_gpus:
-        return  # each machine makes separate videos
     host, port = config.rdzv_endpoint.rsplit(":", 1)
     try:
         with socket.create_server(("", int(port))):

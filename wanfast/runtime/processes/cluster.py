@@ -1,0 +1,374 @@
+"""Makes the videos of a list on the machines of a Ray cluster: one rank group in each actor, one line at a time.
+
+An actor keeps its ranks and their models from line to line. A line that is lost with its machine, or by the ranks or
+the models of a machine, is made on another one. Only bytes leave the actors; this process writes all files.
+This module does not import torch, and imports Ray only when it connects.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from wanfast.runtime.config import RanksConfig
+from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, failure, foreign, from_failure
+from wanfast.runtime.planning import sidecar
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.processes.launch import child_environment
+from wanfast.runtime.processes.lines import MOST_TRIES, Lines
+from wanfast.runtime.processes.pace import OnProgress
+from wanfast.runtime.processes.remote import Made, RemoteGroup
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.artifacts import note
+
+Document = dict[str, Any]
+OnResult = Callable[[int, Document], None]
+
+_ADDRESS = re.compile(r"auto|(?P<host>[^\s:/]+):(?P<port>\d{1,5})")
+_FIX = "start a cluster by `ray start`, with this machine in it, and give HOST:PORT of its head"
+_ANSWER_S = 5.0  # the head of a cluster accepts a connection within this time
+_PAUSE_S = 0.5  # between two looks at the machines, and between two reports of progress
+_SOON_S = 20.0  # a machine starts a rank group within this time, unless its GPUs are in use
+_GRACE_S = 10.0  # for the actors to end their ranks
+_MOST_FAILURES = 2  # one after the other of one rank group, which then gets no more lines if there are others
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """Connects this process to a Ray cluster, and yields the module `ray`. Raises ConfigError."""
+    if find_spec("ray") is None:
+        raise ConfigError("--ray needs the package ray: run `pip install 'wanfast[ray]'`")
+    _reach(address)
+    import ray
+
+    environment = actors_environment()
+    with _silent_threads(), _own_sigterm() as restore:
+        with foreign(f"--ray {address}", _FIX):
+            ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
+        try:
+            restore()
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises ConfigError if nothing listens at the address, for which Ray itself would wait for minutes."""
+    found = _ADDRESS.fullmatch(address)
+    if found is None:
+        raise ConfigError(f"--ray {address!r:.60} is neither HOST:PORT nor auto: give HOST:PORT of the cluster's head")
+    if found["host"] is None:
+        return
+    with foreign(f"--ray {address}", _FIX), socket.create_connection((found["host"], int(found["port"])), _ANSWER_S):
+        pass
+
+
+def actors_environment() -> Document:
+    """Returns the environment of the actors, which import this very package if it is a checkout."""
+    path = child_environment().get("PYTHONPATH")
+    return {"env_vars": {"PYTHONPATH": path}} if path else {}
+
+
+class _Filter:
+    """This class is a stream that drops what Ray's threads print, such as the log of a machine that died."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        is_of_ray = threading.current_thread().name.startswith("ray_")
+        return len(text) if is_of_ray else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _silent_threads() -> Iterator[None]:
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Filter(sys.stdout), _Filter(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[Callable[[], object]]:
+    """Keeps this program's answer to SIGTERM, and its exit code: Ray sets its own, and forgets the code.
+
+    The block must call the yielded function after it connected.
+    """
+    handler, came = signal.getsignal(signal.SIGTERM), []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        sys.exit(128 + number)
+
+    try:
+        yield lambda: signal.signal(signal.SIGTERM, stop)
+    except SystemExit:
+        if came:
+            sys.exit(128 + came[0])
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@dataclass(eq=False)
+class _Group:
+    """This class is this process's side of an actor."""
+
+    actor: Any
+    started: float
+    answer: Any = None  # the reference of what the actor does now: it checks its weights, or makes a line
+    state: Any = None  # the reference of a question for the progress
+    asked: float = 0.0
+    machine: str = ""  # known when the actor has answered once
+    line: int | None = None
+    loaded: str | None = None
+    failures: int = 0  # one after the other
+    is_barred: bool = False  # gets no more lines; it stays, so that no other group is started in its place
+
+
+class _Actor(RemoteGroup):
+    """This class is what runs on a machine of the cluster."""
+
+    def start(self, jobs: Any) -> tuple[str, Document | None]:
+        """Returns the name of this machine in this cluster, and why its weights cannot be used, if so."""
+        import ray
+
+        node = ray.get_runtime_context().get_node_id()
+        return f"{socket.gethostname()} (node {node[:8]})", self.check(jobs)
+
+
+def require_one_group(plan: Plan) -> None:
+    """Raises ConfigError if the ranks of a machine would make several videos at once, or span machines."""
+    ranks = plan.config.ranks
+    if ranks.nnodes > 1:
+        raise ConfigError(
+            "--ray and --nnodes exclude each other: --ray makes each video on one machine, and --nnodes one on several"
+        )
+    if plan.mesh.replica > 1:
+        raise ConfigError(
+            f"--num-gpus {ranks.num_gpus} gives {plan.mesh.replica} rank groups, but with --ray it is the number of "
+            f"ranks of one video: use --num-gpus {plan.mesh.group_size}"
+        )
+
+
+def needs_of(ranks: RanksConfig) -> dict[str, int]:
+    """Returns what the ranks of one video need of a machine, in Ray's words."""
+    return {"CPU": ranks.num_gpus} if ranks.device == "cpu" else {"CPU": 1, "GPU": ranks.num_gpus}
+
+
+def room_for(ray: Any, ranks: RanksConfig) -> int:
+    """Returns how many such groups of ranks the living machines can hold together, if nothing else runs there."""
+    needs = needs_of(ranks).items()
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(int(min(machine.get(name, 0) // number for name, number in needs)) for machine in machines)
+
+
+def require_room(ray: Any, address: str, ranks: RanksConfig) -> None:
+    """Raises ConfigError if no machine can hold the ranks of a video."""
+    if not room_for(ray, ranks):
+        kind = "CPU cores" if ranks.device == "cpu" else "GPUs"
+        raise ConfigError(
+            f"--num-gpus {ranks.num_gpus}: no machine of --ray {address} has {ranks.num_gpus} {kind}: use a smaller "
+            "number, or a cluster of larger machines"
+        )
+
+
+class RayList:
+    """This class makes the videos of one list. Only one thread may use it."""
+
+    def __init__(self, ray: Any, address: str, plans: Sequence[Plan], documents: Sequence[Document]) -> None:
+        """`documents`: the job of each plan as JSON. Raises ConfigError if no machine has enough GPUs."""
+        self._ray, self._address, self._plans, self._documents = ray, address, plans, documents
+        self._ranks: RanksConfig = plans[0].config.ranks
+        self._lines = Lines([json.dumps(document["effective"]["models"]) for document in documents])
+        self._groups: list[_Group] = []
+        self._results: dict[int, Document] = {}
+        self._failed_starts = 0  # one after the other
+        self._error: WanFastError | None = None  # why the last group was lost
+        self._has_waited = False
+        require_room(ray, address, self._ranks)
+        self._weights = ray.put(_weights(plans, documents))
+
+    def run(self, on_result: OnResult, on_progress: OnProgress) -> list[Document]:
+        """Makes all lines, and returns a result for each, in order.
+
+        `on_result` gets each result as soon as it is there. When this method ends, also by an exception, no actor is
+        left.
+        """
+        try:
+            while len(self._results) < len(self._plans):
+                before = set(self._results)
+                self._start_missing()
+                self._give_up_without_machines()
+                self._give_lines()
+                self._listen(on_progress)
+                for line in sorted(self._results.keys() - before):
+                    on_result(line, self._results[line])
+            self._end("close")
+        finally:
+            self._end("stop")
+        return [self._results[line] for line in range(len(self._plans))]
+
+    def _start_missing(self) -> None:
+        """Starts as many actors as the machines have room for, and the list has lines."""
+        room = room_for(self._ray, self._ranks)
+        wanted = len(self._lines.waiting) + sum(group.line is not None for group in self._groups)
+        barred = sum(group.is_barred for group in self._groups)
+        while len(self._groups) < min(room, wanted + barred) and self._failed_starts < MOST_TRIES:
+            needs = {f"num_{name.lower()}s": number for name, number in needs_of(self._ranks).items()}
+            kind = self._ray.remote(_Actor).options(max_concurrency=3, **needs)  # for `make`, `state` and `stop`
+            group = _Group(kind.remote(os.environ.get("OMP_NUM_THREADS")), time.monotonic())
+            group.answer = group.actor.start.remote(self._weights)
+            self._groups.append(group)
+
+    def _give_lines(self) -> None:
+        """Gives each idle group a line."""
+        usable = {group.machine for group in self._groups if group.machine and not group.is_barred}
+        for group in self._groups:
+            if not group.machine or group.is_barred or group.answer is not None:
+                continue
+            line = self._lines.take(group.machine, group.loaded, usable)
+            if line is None:
+                continue
+            image = Path(self._plans[line].config.video.image)
+            try:
+                with foreign(f"--image {image}", "restore the image"):
+                    picture = image.read_bytes()
+            except ConfigError as error:
+                self._results[line] = failure(error)
+                continue
+            group.line, group.loaded = line, self._lines.models(line)
+            group.answer = group.actor.make.remote(self._documents[line], picture)
+
+    def _listen(self, on_progress: OnProgress) -> None:
+        """Waits a little for answers of the groups, and handles those that came."""
+        for group in self._groups:
+            if group.line is not None and group.state is None and time.monotonic() - group.asked >= _PAUSE_S:
+                group.state, group.asked = group.actor.state.remote(), time.monotonic()
+        of_group = {group.answer: group for group in self._groups if group.answer is not None}
+        states = {group.state: group for group in self._groups if group.state is not None}
+        came, _ = self._ray.wait([*of_group, *states], timeout=_PAUSE_S) if of_group else ([], [])
+        for answer in came:
+            if answer in states:
+                self._progressed(states[answer], on_progress)
+            else:
+                self._answered(of_group[answer])
+
+    def _progressed(self, group: _Group, on_progress: OnProgress) -> None:
+        with suppress(self._ray.exceptions.RayError):  # the answer of the line itself tells what happened
+            stage, done, total = self._ray.get(group.state)
+            if group.line is not None and stage:
+                on_progress(group.line, stage, done, total)
+        group.state = None
+
+    def _answered(self, group: _Group) -> None:
+        """Handles the end of what a group did. Raises an exception that is a bug of the actor's code."""
+        answer, group.answer = group.answer, None
+        try:
+            found = self._ray.get(answer)
+        except self._ray.exceptions.RayTaskError:
+            raise
+        except self._ray.exceptions.RayError as error:
+            self._lost(group, error)
+            return
+        if group.line is None:
+            self._started(group, *found)
+        else:
+            self._made(group, found)
+
+    def _started(self, group: _Group, machine: str, error: Document | None) -> None:
+        group.machine, self._failed_starts = machine, 0
+        if error is not None:
+            note(f"--ray: {machine} makes no line: {error['error']}")
+            group.is_barred, self._error = True, from_failure(error)
+
+    def _made(self, group: _Group, made: Made) -> None:
+        line, group.line = group.line, None
+        assert line is not None
+        if not made.is_lost:
+            group.failures = 0
+            self._results[line] = self._written(line, made)
+            return
+        group.failures += 1
+        self._error = from_failure(made.result)
+        if not self._lines.lose(line, group.machine):
+            self._results[line] = made.result
+        elif group.failures >= _MOST_FAILURES and any(not other.is_barred for other in self._groups if other != group):
+            note(f"--ray: {group.machine} makes no more lines: {made.result['error']}")
+            group.is_barred = True
+
+    def _written(self, line: int, made: Made) -> Document:
+        """Writes the files of a video where the command asked for them; returns its document, or its error."""
+        if "error" in made.result:
+            return made.result
+        config = self._plans[line].config
+        document = sidecar.moved(made.result, config.output, config.video.image)
+        try:
+            sidecar.write_made(document, made.files, config.output.paths, overwrite=config.output.overwrite)
+        except WanFastError as error:
+            return failure(error)
+        return document
+
+    def _lost(self, group: _Group, error: Exception) -> None:
+        """Removes a group whose actor or machine died; its line waits for another one."""
+        self._groups.remove(group)
+        with suppress(self._ray.exceptions.RayError):
+            self._ray.kill(group.actor)  # it may only have been out of reach
+        reason = " ".join(str(error).split())
+        if group.line is None:
+            self._failed_starts += 1
+            fix = "install the same wanfast, Python and Ray on all machines"
+            self._error = RankFailedError(f"--ray: a machine could not start a rank group ({reason:.300}): {fix}")
+            return
+        self._error = RankFailedError(f"--ray: {group.machine} was lost ({type(error).__name__})")
+        note(f"{self._error}; its line is made on another machine")
+        if not self._lines.lose(group.line, group.machine):
+            message = f"{MOST_TRIES} machines were lost while they made this line, the last one {group.machine}"
+            self._results[group.line] = failure(RankFailedError(message))
+
+    def _give_up_without_machines(self) -> None:
+        """Fails the lines that wait if no group is left that can make them."""
+        if any(not group.is_barred for group in self._groups):
+            self._note_waiting()
+            return
+        error = self._error or RankFailedError(f"--ray {self._address}: no machine is left")
+        self._results |= {line: failure(error) for line in self._lines.drop()}
+
+    def _note_waiting(self) -> None:
+        late = [group for group in self._groups if not group.machine and time.monotonic() - group.started > _SOON_S]
+        if len(late) == len(self._groups) and not self._has_waited:
+            self._has_waited = True
+            note("--ray: waits for free GPUs of the cluster, or for machines that hash their weights")
+
+    def _end(self, way: str) -> None:
+        """Lets the actors end their ranks by the method `way`, then ends the actors."""
+        groups, self._groups = self._groups, []
+        answers = [getattr(group.actor, way).remote() for group in groups if group.machine]
+        if answers:
+            self._ray.wait(answers, num_returns=len(answers), timeout=_GRACE_S)
+        for group in groups:
+            self._ray.kill(group.actor)
+
+
+def _weights(plans: Sequence[Plan], documents: Sequence[Document]) -> list[tuple[Document, dict[str, str]]]:
+    """Returns, for each model of a list, one of its jobs and the fingerprints of its weights on this machine."""
+    chosen = {plan.config.models: document for plan, document in zip(plans, documents, strict=True)}
+    return [(document, model_files.locate_for(models).fingerprints) for models, document in chosen.items()]

@@ -1,0 +1,149 @@
+"""Runs one rank group on a machine of a Ray cluster, in an actor, for a command on another machine.
+
+The ranks stay between two lines of a list, so that models are loaded once. An image arrives as bytes and a video leaves
+as bytes, because the machines need not share a disk. Weights, experts, LoRAs and artifacts lie on each machine, under
+the same paths.
+This module knows neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, failure
+from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.processes.launch import RankGroups
+from wanfast.runtime.store import model_files
+from wanfast.runtime.store.artifacts import LOADING, new_run_folder, writing_to
+
+_WORKER = "wanfast.runtime.jobs.generate"
+_THREADS = "OMP_NUM_THREADS"
+
+State = tuple[str, int, int]  # (stage, steps done, of all steps)
+
+
+@dataclass(frozen=True)
+class Made:
+    """This class holds what became of a line: the document of its video and the bytes of its files, or an error."""
+
+    result: dict[str, Any]
+    files: tuple[bytes, ...] = ()  # the mp4, then perhaps the contact sheet
+    is_lost: bool = False  # by this machine's ranks or their models, so that another machine may succeed
+
+
+class RemoteGroup:
+    """This class owns a rank group. One thread calls `make`, and others may call `state` and `stop` meanwhile."""
+
+    def __init__(self, threads: str | None) -> None:
+        """`threads`: OMP_NUM_THREADS of the command. Ray sets its own, with which a CPU rounds differently."""
+        os.environ.pop(_THREADS, None)
+        if threads is not None:
+            os.environ[_THREADS] = threads
+        self._folder: Path | None = None
+        self._ranks: RankGroups | None = None
+        self._state: State = ("", 0, 0)
+        self._lock = threading.Lock()  # of the start of the ranks
+        self._is_stopped = False
+
+    def check(self, jobs: list[tuple[dict[str, Any], Mapping[str, str]]]) -> dict[str, Any] | None:
+        """Returns None if this machine has the weights of all jobs, else a document of the error.
+
+        `jobs`: for each model, a job and the fingerprints of the weights on the machine of the command.
+        """
+        try:
+            for document, fingerprints in jobs:
+                models = Job.from_json(document).config.models
+                files = model_files.locate_for(models)
+                files.require()
+                files.identify()
+                if files.fingerprints != fingerprints:
+                    raise ConfigError(
+                        f"--model {models.model}: the weights differ from those of the command's machine: copy them, "
+                        "or leave this machine out of the cluster"
+                    )
+        except WanFastError as error:
+            return failure(error)
+        return None
+
+    def make(self, document: dict[str, Any], picture: bytes) -> Made:
+        """Makes the video of a job, which has an output file, and returns it. `picture`: the file of its image."""
+        self._state = ("", 0, 0)
+        try:
+            job = Job.from_json(document)
+            ranks, folder = self._started(job.config)
+            with self._files(job, folder, picture) as moved:
+                return self._made(ranks, moved)
+        except WanFastError as error:  # this machine's disk is full, or its processes are too many
+            return Made(failure(error), is_lost=True)
+
+    def state(self) -> State:
+        """Returns how far the current video is."""
+        return self._state
+
+    def close(self) -> None:
+        """Ends the ranks after the current video."""
+        if self._ranks is not None:
+            self._ranks.close()
+        self._remove_files()
+
+    def stop(self) -> None:
+        """Ends the ranks immediately."""
+        with self._lock:
+            self._is_stopped = True
+            if self._ranks is not None:
+                self._ranks.stop()
+        self._remove_files()
+
+    def _started(self, config: EffectiveConfig) -> tuple[RankGroups, Path]:
+        """Returns the rank group and the folder of its files; starts it before the first video. Raises WanFastError."""
+        with self._lock:
+            if self._is_stopped:
+                raise RankFailedError("the rank group was stopped")
+            if self._ranks is None or self._folder is None:
+                run_folder = new_run_folder(Path(config.models.artifacts_dir), {"verb": "ray", "pid": os.getpid()})
+                self._ranks = RankGroups(run_folder, config.ranks, groups=1)
+                self._folder = run_folder / "files"
+            return self._ranks, self._folder
+
+    @contextmanager
+    def _files(self, job: Job, folder: Path, picture: bytes) -> Iterator[Job]:
+        """Yields the same job with an image and output files of this machine, which are removed at the end."""
+        config = job.config
+        image, output = folder / f"picture{Path(config.video.image).suffix}", folder / "video.mp4"
+        with writing_to(folder):
+            folder.mkdir(exist_ok=True)
+            image.write_bytes(picture)
+        video = dataclasses.replace(config.video, image=str(image))
+        files = dataclasses.replace(config.output, output=str(output), overwrite=True, skip_existing=False)
+        try:
+            yield dataclasses.replace(job, config=dataclasses.replace(config, video=video, output=files))
+        finally:
+            for file in (image, *files.paths):
+                file.unlink(missing_ok=True)
+
+    def _made(self, ranks: RankGroups, job: Job) -> Made:
+        outputs = list(job.config.output.paths)
+        (result,) = ranks.run(
+            "generate", _WORKER, [job.to_json()], outputs,
+            on_result=lambda index, result: None, on_progress=self._on_progress,
+        )  # fmt: skip
+        if "error" in result:
+            return Made(result, is_lost=ranks.has_dead or self._state[0] == LOADING)
+        mp4, _, *sheet = outputs
+        return Made(result, tuple(file.read_bytes() for file in (mp4, *sheet)))
+
+    def _on_progress(self, index: int, stage: str, done: int, total: int) -> None:
+        self._state = (stage, done, total)
+
+    def _remove_files(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,167 @@
+"""Serves on the machines of a Ray cluster: Ray Serve runs the app in replicas, each with ranks on one machine.
+
+Each replica has the whole server: its HTTP, its worker and its ranks. They share the queue in PostgreSQL and the folder
+of the videos, so that any of them answers for every video. If a replica is lost, another one makes its video when the
+lease ends, and Ray Serve starts the replica again.
+This module does not import torch, and imports Ray only when it connects.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+from wanfast.runtime.errors import ConfigError, RankFailedError, foreign
+from wanfast.runtime.processes.cluster import actors_environment, connected, needs_of, require_room, room_for
+from wanfast.runtime.processes.handle import Opened
+from wanfast.runtime.store.artifacts import note
+from wanfast.server.app import create_app
+from wanfast.server.checks import Served
+from wanfast.server.files import Files
+from wanfast.server.keys import Keys
+from wanfast.server.serve import Settings, keys_of, parts_of, warm_up_of
+from wanfast.server.store import Store
+
+_APP = "wanfast"
+_LOOK_S = 0.5  # between two looks at the replicas
+_MOST_REQUESTS = 1000  # at once of a replica, because a request may wait for its video
+_STOPPING_S = 120.0  # for a step to end, and a finished video to be written
+_LOADS = 3  # of a replica, before the command gives up
+
+
+class Replica:
+    """This class is one server, without HTTP of its own: Ray Serve passes requests to its app."""
+
+    def __init__(self, settings: Settings, keys: Keys, asked: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+        """Loads the models on this machine, and returns when they are loaded. Raises WanFastError.
+
+        `asked`: the options of the handle. They are planned here, because the memory is this machine's.
+        """
+        self._error: BaseException | None = None
+        self._owned = ExitStack()
+        self._parts = self._owned.enter_context(parts_of(settings, keys, Opened.of(asked), defaults))
+        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
+        self._thread.start()
+        while not self._parts.worker.is_ready and self._thread.is_alive():
+            self._thread.join(_LOOK_S / 5)
+        if self._error is not None:
+            self._owned.close()
+            raise self._error
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Returns the app; Ray Serve calls this method by its name."""
+        return create_app(self._parts)
+
+    def check_health(self) -> None:
+        """Raises an exception if the worker has ended, so that Ray Serve starts another replica."""
+        if not self._thread.is_alive():
+            raise self._error or RuntimeError("the worker has ended")
+
+    def __del__(self) -> None:
+        """Queues the current video again at its next step, and ends the ranks; Ray Serve calls this method."""
+        owned = self.__dict__.get("_owned")
+        if owned is not None and "_thread" in self.__dict__:
+            self._parts.worker.stop()
+            self._thread.join()
+            owned.close()
+
+    def _work(self) -> None:
+        try:
+            self._parts.worker.run()
+        except BaseException as error:  # noqa: BLE001 - the health check raises it
+            self._error = error
+
+
+def serve_on(
+    address: str, replicas: int | None, settings: Settings, opened: Opened, defaults: Mapping[str, Any]
+) -> None:
+    """Serves on a Ray cluster until SIGTERM or SIGINT; then all replicas end. Raises WanFastError."""
+    keys, files, ranks = keys_of(settings), Files(settings.data_dir), opened.placed.config.ranks
+    warm_up_of(opened, Served.of(opened, defaults), files)  # refuses what no replica could serve
+    Store(settings.database_url).close()
+    asked = {**opened.asked, "device": ranks.device, "num_gpus": ranks.num_gpus}
+    asked["artifacts_dir"] = opened.placed.config.models.artifacts_dir
+    with connected(address) as ray, _stopped_by_signals() as stopped:
+        require_room(ray, address, ranks)
+        number = replicas or room_for(ray, ranks)
+        if number > room_for(ray, ranks):
+            room = room_for(ray, ranks)
+            raise ConfigError(f"--replicas {number}: --ray {address} has room for {room}: use {room}, or more machines")
+        from ray import serve
+
+        _start(serve, settings)
+        try:
+            deployment = serve.deployment(
+                serve.ingress()(Replica),
+                name=_APP,
+                num_replicas=number,
+                placement_group_bundles=[{name: float(amount) for name, amount in needs_of(ranks).items()}],
+                placement_group_strategy="STRICT_PACK",
+                ray_actor_options={
+                    **{f"num_{name.lower()}s": amount for name, amount in needs_of(ranks).items()},
+                    "runtime_env": actors_environment(),
+                },
+                max_ongoing_requests=_MOST_REQUESTS,
+                graceful_shutdown_timeout_s=_STOPPING_S,
+                max_constructor_retry_count=_LOADS,
+            )
+            target = serve.RunTarget(deployment.bind(settings, keys, asked, dict(defaults)), name=_APP)
+            serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+            _watch(serve, settings, stopped)
+        finally:
+            serve.shutdown()
+
+
+def _start(serve: Any, settings: Settings) -> None:
+    """Starts Ray Serve, whose HTTP is on the cluster's head. Raises ConfigError."""
+    found = serve.status()
+    if found.proxies or found.applications:
+        raise ConfigError(
+            "--ray: Ray Serve runs on this cluster already: end it by `serve shutdown`, or use another cluster"
+        )
+    with foreign(f"--host {settings.host} --port {settings.port}", "use an address and a port of the cluster's head"):
+        serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": settings.port})
+
+
+def _watch(serve: Any, settings: Settings, stopped: threading.Event) -> None:
+    """Waits for a signal, and prints the address when the replicas have their models. Raises RankFailedError."""
+    status, was_ready = "", False
+    while not stopped.wait(_LOOK_S):
+        found = serve.status().applications[_APP]
+        if found.status == status:
+            continue
+        status = found.status
+        if status == "DEPLOY_FAILED":
+            lines = [line.strip() for line in found.deployments[_APP].message.splitlines() if line.strip()]
+            raise RankFailedError(f"--ray: the replicas cannot start ({' '.join(lines)[-400:]})")
+        if status == "RUNNING" and not was_ready:
+            was_ready = True
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            print(f"http://{host}:{settings.port}", flush=True)
+        elif was_ready:
+            note(f"--ray: the replicas are {status.lower()}")
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[threading.Event]:
+    """Yields an event that the first SIGTERM or SIGINT sets; the second one ends the process at once."""
+    stopped = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if stopped.is_set():
+            sys.exit(128 + number)
+        stopped.set()
+
+    before: dict[int, Callable[..., Any] | int | None] = {
+        number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
