@@ -56,5 +56,5 @@ def plan_small_model(folder: Path, **options: object) -> tuple[Plan, ModelFiles]
 
 def blank_inputs(plan: Plan, files: ModelFiles) -> tuple[Tensor, dict[Branch, Tensor]]:
     """Returns a pipeline's inputs: a grey image and random text embeddings."""
-    image = torch.zeros(3, plan.geometry.height, plan.geometry.width)
-    return image, {branch: torch.randn(4, files.spec.dit.text_dim) for branch in BRANCHES}
+    images = torch.zeros(1, 3, plan.geometry.height, plan.geometry.width)
+    return images, {branch: torch.randn(4, files.spec.dit.text_dim) for branch in BRANCHES}

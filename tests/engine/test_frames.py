@@ -17,7 +17,7 @@ from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import pipeline as pipeline_module
 from wanfast.runtime.engine import pixels, session
-from wanfast.runtime.engine.conditioning import first_frame_clip
+from wanfast.runtime.engine.conditioning import given_clip
 from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
 from wanfast.runtime.errors import NotFiniteError
 from wanfast.runtime.models.vae import WanVAE
@@ -90,16 +90,17 @@ def test_a_piece_that_is_not_finite_is_not_handed_on(
     assert handed == [1]
 
 
+@pytest.mark.parametrize("num_images", [1, 2])
 def test_the_condition_is_that_of_the_whole_clip(
-    opened: tuple[ImageToVideoPipeline, Plan, torch.Tensor],
+    opened: tuple[ImageToVideoPipeline, Plan, torch.Tensor], num_images: int
 ) -> None:
     """The grey frames are not encoded again and again; this changes no bit."""
     pipeline, plan, _ = opened
     geometry = dataclasses.replace(plan.geometry, frames=81)
-    image = torch.rand(3, geometry.height, geometry.width)
+    images = torch.rand(num_images, 3, geometry.height, geometry.width)
     with torch.inference_mode():
-        condition = pipeline.encode_condition(image, geometry)
-        assert torch.equal(condition[:, 4:], pipeline.vae.encode(first_frame_clip(image, 81)).float())
+        condition = pipeline.encode_condition(images, geometry)
+        assert torch.equal(condition[:, 4:], pipeline.vae.encode(given_clip(images, 81)).float())
 
 
 def test_the_tiny_model_decodes_in_bf16() -> None:
@@ -107,8 +108,8 @@ def test_the_tiny_model_decodes_in_bf16() -> None:
     exact, half = build_vae(files, "cpu"), build_vae(files, "cpu", "bf16")
     image = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
-        latents = half.encode(first_frame_clip(image, 17))
-        assert relative_error(latents, exact.encode(first_frame_clip(image, 17))) == 0
+        latents = half.encode(given_clip(image[None], 17))
+        assert relative_error(latents, exact.encode(given_clip(image[None], 17))) == 0
         likeness = psnr(half.decode(latents)[0], exact.decode(latents)[0])
     print(f"decoded in bf16: {likeness:.1f} dB")
     assert likeness >= 45

@@ -66,8 +66,8 @@ def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list
     """Returns one plan for each clip, as `wanfast generate` would plan it. Raises WanFastError."""
     plans = []
     for clip in clips:
-        of_clip = {**given, "image": str(clip.image), "prompt": clip.prompt, "seed": clip.seed}
-        plan = Plan.of(effective(of_clip, files, clip.image_sha256), files.spec, clip.image_size)
+        config = effective({**given, **clip.options}, files, clip.image_sha256, clip.last_image_sha256)
+        plan = Plan.of(config, files.spec, clip.image_size)
         plans.append(dataclasses.replace(plan, requested=given, residuals_a_branch=2))  # of this step and of the last
     return place(plans)
 

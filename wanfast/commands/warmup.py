@@ -49,7 +49,7 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
     """
     wanted = {**NO_VIDEO, **given, "compile": True}
     files = model_of(wanted)
-    config = effective(wanted, files, image_sha256="")
+    config = effective(wanted, files)
     require_attention(config.models.attention, config.ranks.device)
     image_size = images.load_image(given["image"]).size if "image" in given else parse_size(config.video.size)
     plan = dataclasses.replace(Plan.of(config, files.spec, image_size), requested=given)

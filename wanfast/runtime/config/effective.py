@@ -107,6 +107,7 @@ class EffectiveConfig:
         """Returns a copy with the new `values` of fields, which may belong to any of the config's five parts."""
         hashes = {
             "image_sha256": self.video.image_sha256,
+            "last_image_sha256": self.video.last_image_sha256,
             "expert_sha256": self.models.expert_sha256,
             "lora_sha256": self.models.lora_sha256,
         }

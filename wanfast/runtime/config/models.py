@@ -99,8 +99,8 @@ class ModelsConfig(Part):
         RecipeName | None,
         Option(
             "Named set of options. An option that you give yourself overrides the recipe's value. wanfast's recipes: "
-            f"exact, near-exact, fast. For distilled weights: {', '.join(get_args(RecipeName)[-4:])}. Published "
-            f"recipes: {', '.join(get_args(RecipeName)[:-7])}.",
+            f"exact, near-exact, fast. For distilled weights: {', '.join(get_args(RecipeName)[-5:])}. Published "
+            f"recipes: {', '.join(get_args(RecipeName)[:-8])}.",
             MAKE,
             also=("calibrate-magcache", "serve", "warmup"),
             metavar="<name>",

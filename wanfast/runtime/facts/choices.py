@@ -26,7 +26,7 @@ RecipeName = Literal[
     "baseline", "fa3", "fa3-tf32", "int8", "magcache", "magcache-tf32", "compile", "compile-int8", "compile-tf32",
     "fastest-original", "fastest-original-k2r10", "fastest-original-e024k2r10",
     "exact", "near-exact", "fast",
-    "lightning-4", "lightning-8", "hybrid", "rcm-4",
+    "lightning-4", "lightning-8", "hybrid", "rcm-4", "first-last-4",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wanfast.runtime.config import EffectiveConfig, Options, OutputConfig, parse_size
-from wanfast.runtime.config.recipes import overridden
+from wanfast.runtime.config.recipes import overridden, require_last_image
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import EXPERTS, Device, Expert, ImageFit
@@ -49,6 +49,7 @@ from wanfast.runtime.store.loras import lora_notes, loras_of
 from wanfast.runtime.store.model_files import ModelFiles
 
 _FLOAT8_CAPABILITY = (8, 9)
+_MOST_STRETCH = 0.05  # of a last image, without a note: a size in multiples of 16 pixels stretches a little
 _MP4_BYTES_PER_PIXEL = 0.25  # an upper estimate at CRF 10: a video with much detail needs about half
 
 
@@ -288,6 +289,7 @@ class Plan:
             "recipe": config.models.recipe,
             "overridden": overridden(config.options()),
             "model": self.spec.name,
+            "images": config.video.images,
             "experts": [
                 {"option": named.flag, "path": str(named.path), "form": named.header().form, "sha256": sha256}
                 for named, sha256 in zip(named_experts(config.models), config.models.expert_sha256, strict=True)
@@ -407,16 +409,18 @@ def resolve(
     spec = files.spec
     if not clean_prompt(asked.video.prompt):
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
-    image = _image_facts(asked.video.image)
-    config = effective(given, files, image.sha256)
+    require_last_image(asked.models.recipe, asked.video.last_image)
+    image, last = (_image_facts(asked.video.images.get(option), option) for option in ("--image", "--last-image"))
+    config = effective(given, files, image.sha256, last.sha256)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
     if writes:
         _check_outputs(plan, overwrite=config.output.overwrite or not runs)
     else:
         plan = dataclasses.replace(plan, config=dataclasses.replace(config, output=OutputConfig(output=None)))
     notes = (
-        *image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files), *magcache_notes(config, files),
-        *expert_notes(config.models), *lora_notes(config.models), *_sparsity_notes(plan), *_output_notes(plan),
+        *image.notes, *_geometry_notes(plan, image), *_last_image_notes(plan, last), *_prompt_notes(plan, files),
+        *magcache_notes(config, files), *expert_notes(config.models), *lora_notes(config.models),
+        *_sparsity_notes(plan), *_output_notes(plan),
     )  # fmt: skip
     notes = (*notes, spec.weights_note) if spec.weights_note else notes
     return dataclasses.replace(plan, requested=given, notes=notes), files
@@ -430,9 +434,11 @@ class _ImageFacts:
 
 
 @remembered
-def _image_facts(path: str) -> _ImageFacts:
+def _image_facts(path: str | None, option: str) -> _ImageFacts:
     """Returns what a plan needs of an image; a list may name one image a thousand times."""
-    image = images.load_image(path)
+    if path is None:
+        return _ImageFacts("", (0, 0), ())
+    image = images.load_image(path, option)
     return _ImageFacts(image.sha256, image.size, image.notes)
 
 
@@ -441,10 +447,13 @@ def _tokenizer(file: Path, max_tokens: int) -> PromptTokenizer:
     return PromptTokenizer(file, max_tokens)
 
 
-def effective(given: Options, files: ModelFiles, image_sha256: str) -> EffectiveConfig:
+def effective(
+    given: Options, files: ModelFiles, image_sha256: str = "", last_image_sha256: str = ""
+) -> EffectiveConfig:
     """Completes the given options with the model's defaults; `place` decides the ranks later. Raises ConfigError."""
     device = given.get("device") or default_device()
-    answers: dict[str, Any] = {"device": device, "seed": secrets.randbelow(2**31), "image_sha256": image_sha256}
+    answers: dict[str, Any] = {"device": device, "seed": secrets.randbelow(2**31)}
+    answers |= {"image_sha256": image_sha256, "last_image_sha256": last_image_sha256}
     given = {**given, "num_gpus": _num_gpus(given.get("num_gpus", 1), device, asked="device" in given)}
     config = EffectiveConfig.of(given, files.spec, **answers)
     models, size = config.models, "{}x{}".format(*parse_size(config.video.size))
@@ -537,6 +546,23 @@ def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:
         )
     if spec.trained_frames and g.frames > spec.trained_frames:
         notes.append(f"the model was trained on {spec.trained_frames} frames: longer videos may repeat or fall apart")
+    return notes
+
+
+def _last_image_notes(plan: Plan, last: _ImageFacts) -> list[str]:
+    """Returns the notes on the last image, such as that it is stretched to the shape of the video."""
+    notes = [f"--last-image: {note}" for note in last.notes]
+    video, g = plan.config.video, plan.geometry
+    if video.last_image is None:
+        return notes
+    if video.fit != "area":
+        return notes + [f"--last-image: {note}" for note in _fit_notes(video.fit, g, last.size, (g.width, g.height))]
+    width, height = inner_size(last.size, g.width, g.height)
+    if (g.width - width) * g.height + (g.height - height) * g.width > _MOST_STRETCH * g.width * g.height:
+        notes.append(
+            f"--last-image: the {last.size[0]}x{last.size[1]} image is stretched to {g.width}x{g.height}, because its "
+            "shape is not the first image's: add --fit crop or --fit pad"
+        )
     return notes
 
 

@@ -119,6 +119,10 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
         return None
     if config.skipping.magcache == "preset":
         found = preset(files)
+        if config.video.last_image is not None:
+            fix = f"run `{calibrate_command(config, files.spec)}`, then use --magcache artifact"
+            fix = "drop --magcache" if config.video.levels is not None else f"{fix}; or drop --magcache"
+            raise ConfigError(f"--magcache preset: no curve ships for videos with --last-image: {fix}")
         if found is None:
             fix = f"run `{calibrate_command(config, files.spec)}`, then use --magcache artifact"
             if config.video.levels is not None:
@@ -291,6 +295,7 @@ def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) ->
         "size": config.video.size,
         "frames": config.video.frames,
         "tf32": bool(config.models.tf32),
+        "last_image": True if config.video.last_image else None,  # None: as in curves of earlier versions
         "set": set_digest,
         "measured_by": _measured_by(config, files),
     }
@@ -376,6 +381,7 @@ def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tu
 
 def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
     long = {"experts": "other experts", "loras": "other LoRAs", "facts": "other facts of the model"}
+    long["last_image"] = "no last images" if differences.get("last_image", (None, None))[1] else "last images"
     return "; ".join(long.get(name, f"{name} {old}, this run has {new}") for name, (old, new) in differences.items())
 
 
@@ -391,4 +397,6 @@ def calibrate_command(config: EffectiveConfig, spec: ModelSpec) -> str:
         default = getattr(spec, name) if field.option.own else field.default
         if "calibrate-magcache" in field.option.also and values[name] != default:
             given += words(name, values[name])
+    if config.video.last_image is not None:
+        given += words("set", "FOLDER")  # of the user's own, because the sets that ship have no last images
     return shlex.join([*given, *(words("device", "cuda") if config.ranks.device == "cuda" else ())])
