@@ -18,7 +18,7 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import pipeline as pipeline_module
 from wanfast.runtime.engine import pixels, session
 from wanfast.runtime.engine.conditioning import given_clip
-from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
+from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.errors import NotFiniteError
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.planning.plan import Plan
@@ -27,7 +27,7 @@ from wanfast.runtime.weights.builders import build_vae
 
 
 @pytest.fixture
-def opened(small_model: Path, workdir: Path) -> tuple[ImageToVideoPipeline, Plan, torch.Tensor]:
+def opened(small_model: Path, workdir: Path) -> tuple[VideoPipeline, Plan, torch.Tensor]:
     """Returns a pipeline, a plan of 9 frames, which are decoded in three pieces, and a latent."""
     plan, files = plan_small_model(small_model, frames=9)
     g = plan.geometry
@@ -36,7 +36,7 @@ def opened(small_model: Path, workdir: Path) -> tuple[ImageToVideoPipeline, Plan
 
 
 def test_frames_are_handed_on_while_later_ones_are_decoded(
-    opened: tuple[ImageToVideoPipeline, Plan, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    opened: tuple[VideoPipeline, Plan, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline, plan, latent = opened
     expected = pixels.to_uint8(pipeline.decode(latent, plan.geometry, Stopwatch("cpu")))
@@ -60,7 +60,7 @@ def test_frames_are_handed_on_while_later_ones_are_decoded(
 
 
 def test_memory_that_runs_out_hands_no_frame_on_twice(
-    opened: tuple[ImageToVideoPipeline, Plan, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    opened: tuple[VideoPipeline, Plan, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline, plan, latent = opened
     expected = pipeline.frames(latent, plan.geometry, Stopwatch("cpu"))
@@ -80,7 +80,7 @@ def test_memory_that_runs_out_hands_no_frame_on_twice(
 
 
 def test_a_piece_that_is_not_finite_is_not_handed_on(
-    opened: tuple[ImageToVideoPipeline, Plan, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    opened: tuple[VideoPipeline, Plan, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline, plan, latent = opened
     latent[:, :, 1] = torch.nan
@@ -92,7 +92,7 @@ def test_a_piece_that_is_not_finite_is_not_handed_on(
 
 @pytest.mark.parametrize("num_images", [1, 2])
 def test_the_condition_is_that_of_the_whole_clip(
-    opened: tuple[ImageToVideoPipeline, Plan, torch.Tensor], num_images: int
+    opened: tuple[VideoPipeline, Plan, torch.Tensor], num_images: int
 ) -> None:
     """The grey frames are not encoded again and again; this changes no bit."""
     pipeline, plan, _ = opened

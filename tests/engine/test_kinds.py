@@ -28,18 +28,27 @@ Planned = tuple[Plan, ModelFiles]
 MESHES = [Mesh(cfg=2), Mesh(ulysses=2), Mesh(cfg=2, ulysses=2)]
 
 
-def with_last_image(small_model: Path) -> Planned:
+def with_last_image(request: pytest.FixtureRequest) -> Planned:
     Image.radial_gradient("L").resize((64, 48)).convert("RGB").save("last.png")
-    return plan_small_model(small_model, last_image="last.png", steps=8)
+    return plan_small_model(request.getfixturevalue("small_model"), last_image="last.png", steps=8)
 
 
-KINDS: dict[str, Callable[[Path], Planned]] = {"first and last image": with_last_image}
+def from_text(request: pytest.FixtureRequest) -> Planned:
+    plan, files = plan_small_model(request.getfixturevalue("small_text_model"), steps=8, shift=5.0)
+    assert not plan.config.video.images and plan.geometry.tokens == 48  # 96x64, exactly
+    return plan, files
+
+
+KINDS: dict[str, Callable[[pytest.FixtureRequest], Planned]] = {
+    "first and last image": with_last_image,
+    "text alone": from_text,
+}
 
 
 @pytest.fixture(params=KINDS)
-def planned(request: pytest.FixtureRequest, small_model: Path, workdir: Path) -> Planned:
+def planned(request: pytest.FixtureRequest, workdir: Path) -> Planned:
     """Returns a plan of eight steps, several of each expert, with unequal guidance."""
-    plan, files = KINDS[request.param](small_model)
+    plan, files = KINDS[request.param](request)
     assert all(len(steps) > 2 for steps in plan.timesteps.values()) and len(plan.schedule) == 8
     return plan, files
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -130,7 +130,7 @@ def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def their_latents(public: WanImageToVideoPipeline, plan: Plan) -> torch.Tensor:
+def their_latents(public: WanImageToVideoPipeline | WanPipeline, plan: Plan) -> torch.Tensor:
     config, g = plan.config, plan.geometry
     set_timesteps = type(public.scheduler).set_timesteps
     levels = np.linspace(float(np.float32(0.999)), 0, config.video.steps + 1)[:-1]
@@ -138,11 +138,10 @@ def their_latents(public: WanImageToVideoPipeline, plan: Plan) -> torch.Tensor:
         public.scheduler, sigmas=levels, device=device
     )
     given = given_images(plan)
-    last = {"last_image": given[1:]} if config.video.last_image else {}
+    of_image = {name: given[k : k + 1] for k, name in enumerate(("image", "last_image")) if k < len(given)}
     public.set_progress_bar_config(disable=True)
     return public(
-        image=given[:1],
-        **last,
+        **of_image,
         prompt=config.video.prompt,
         negative_prompt=config.video.negative_prompt,
         height=g.height,
@@ -156,12 +155,30 @@ def their_latents(public: WanImageToVideoPipeline, plan: Plan) -> torch.Tensor:
     ).frames
 
 
+@pytest.fixture(scope="module")
+def public_text(tmp_path_factory: pytest.TempPathFactory) -> tuple[WanPipeline, Path]:
+    """Writes a model that makes videos from text alone."""
+    folder = tmp_path_factory.mktemp("model") / "text"
+    return save_diffusers(folder, takes_images=False), folder
+
+
 @pytest.mark.parametrize("has_last", [False, True], ids=["first frame", "first and last frame"])
 def test_final_latents_equal_diffusers(public, plan_for, has_last: bool) -> None:
     plan, files = plan_for(public[1], has_last=has_last)
     assert plan.to_json()["steps"] == {"high_noise": 3, "low_noise": 3}
     error = relative_error(our_latents(plan, files), their_latents(public[0], plan))
     print(f"pipeline, {plan.geometry.width}x{plan.geometry.height}, 6 steps, 3 + 3: relative error {error:.1e}")
+    assert error <= 1e-5
+
+
+def test_final_latents_of_text_alone_equal_diffusers(public_text, plan_for) -> None:
+    """The facts beside the sizes are those of the published model: shift 12, boundary 0.875."""
+    plan, files = plan_for(public_text[1], image=None, steps=8)
+    assert (plan.geometry.width, plan.geometry.height) == (96, 64)  # exactly --size
+    assert (plan.config.video.shift, files.spec.boundary) == (12.0, 0.875)
+    assert plan.to_json()["steps"] == {"high_noise": 6, "low_noise": 2}
+    error = relative_error(our_latents(plan, files), their_latents(public_text[0], plan))
+    print(f"pipeline, {plan.geometry.width}x{plan.geometry.height}, 8 steps, 6 + 2: relative error {error:.1e}")
     assert error <= 1e-5
 
 

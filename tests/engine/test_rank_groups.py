@@ -60,7 +60,8 @@ def final_latents(plan: Plan, files: ModelFiles, ranks: Ranks) -> torch.Tensor:
 def given_images(plan: Plan) -> torch.Tensor:
     """Returns the images [n, 3, H, W] that a plan names, as its pipeline gets them."""
     loaded = [images.load_image(path).pixels for path in plan.config.video.images.values()]
-    return torch.stack([pixels.fit_image(image, plan.geometry.width, plan.geometry.height) for image in loaded])
+    fitted = [pixels.fit_image(image, plan.geometry.width, plan.geometry.height) for image in loaded]
+    return torch.stack(fitted) if fitted else torch.empty(0, 3, 0, 0)
 
 
 def with_options(plan: Plan, **options: object) -> Plan:

@@ -47,7 +47,8 @@ def test_options_reach_the_line() -> None:
 
 
 def test_the_published_weights_are_fetched_only_if_they_are_named() -> None:
-    assert wanfast_lines(make(Path("BIN"), "-n", "download", "MODEL=a14b")) == [["download"]]
+    for model in ("a14b", "t2v-a14b"):
+        assert wanfast_lines(make(Path("BIN"), "-n", "download", f"MODEL={model}")) == [["download", "--model", model]]
     for other in ([], ["MODEL=tiny"], ["MODEL=a-folder"]):
         assert wanfast_lines(make(Path("BIN"), "-n", "download", *other)) == []
     assert "Nothing to download for MODEL=tiny" in make(Path("BIN"), "download")

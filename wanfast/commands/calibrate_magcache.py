@@ -52,7 +52,7 @@ def calibrate_magcache(
         files = model_of({**NO_VIDEO, **given})  # before the clips are read
         files.require()
         folder = shipped_set(files.spec) if set_ is None else Path(absolute(str(set_), "--set"))
-        clips = read_set(folder, seed)
+        clips = read_set(folder, seed, takes_images=files.spec.takes_images)
         plans = planned(given, clips, files)
         require_experts(files, plans[0].config.models)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)

@@ -41,7 +41,7 @@ def generate(
     dry_run: options.DryRun = False,
     json_: options.Json = False,
 ) -> None:
-    """Make a video from an image and a prompt."""
+    """Make a video from an image and a prompt, or from a prompt alone."""
     report = Report(as_json=json_)
     with asked_once():
         requests = read_requests(options.given(context), prompt_file, from_, jobs)

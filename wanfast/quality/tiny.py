@@ -38,7 +38,7 @@ from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import pixels
-from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
+from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.engine.session import load_models
 from wanfast.runtime.facts.choices import Branch, Scheme
 from wanfast.runtime.machine.packages import commit, versions
@@ -112,7 +112,7 @@ class Judge:
         self.photographs = Photographs(Path(pack), settings.device, held_out=True) if pack else None
         self.renderer = Renderer(settings.device, self.photographs)
 
-    def load(self, config: EffectiveConfig) -> ImageToVideoPipeline:
+    def load(self, config: EffectiveConfig) -> VideoPipeline:
         return load_models(self.files, config, Ranks(self.settings.device), Stopwatch(self.settings.device))
 
     @torch.inference_mode()
@@ -159,7 +159,7 @@ class Judge:
         return scene, torch.round((clip + 1) / 2 * 255) / 255 * 2 - 1
 
     def video(
-        self, pipeline: ImageToVideoPipeline, task: Task, scene: Scene, truth: Tensor
+        self, pipeline: VideoPipeline, task: Task, scene: Scene, truth: Tensor
     ) -> tuple[Tensor, list[list[float]]]:
         config = self.config.replace(seed=task.index)
         if not task.with_prompt:
@@ -178,7 +178,7 @@ class Judge:
 
     def by_plan(
         self,
-        pipeline: ImageToVideoPipeline,
+        pipeline: VideoPipeline,
         plan: Plan,
         prompt: str,
         image: Tensor,

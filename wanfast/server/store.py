@@ -195,7 +195,7 @@ class Store:
             return Job.of(connection.execute(begun.returning(JOBS)).one())
 
     def picture(self, job: Job) -> bytes | None:
-        """Returns the picture of a job; None if the job has ended meanwhile."""
+        """Returns the picture of a job, empty if it has none; None if the job has ended meanwhile."""
         with self._reading() as connection:
             found = connection.execute(select(PICTURES.c.data).where(PICTURES.c.job == job.number))
             return found.scalar_one_or_none()

@@ -26,7 +26,7 @@ from wanfast.runtime.facts.model_spec import ModelSpec
 
 Options = Mapping[str, Any]  # option name -> the value that was given
 _OLDER_MODELS = {"vae_precision": "fp32"}  # what versions did whose sidecars lack a field
-NO_VIDEO: Options = {"image": "none", "prompt": "none"}  # required of a video, but not to place ranks or to compile
+NO_VIDEO: Options = {"prompt": "none"}  # required of a video, but not to place ranks or to compile
 
 
 @dataclass(frozen=True, kw_only=True)

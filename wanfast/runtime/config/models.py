@@ -87,8 +87,8 @@ class ModelsConfig(Part):
     model: Annotated[
         str,
         Option(
-            "tiny (ships with the package), a14b (the published weights), or a folder in the original or the Diffusers "
-            "layout.",
+            "tiny (ships with the package), a14b (the published weights), t2v-a14b (those for videos from text alone), "
+            "or a folder in the original or the Diffusers layout.",
             MAKE,
             also=ALL,
             path=True,
@@ -338,6 +338,6 @@ def is_artifacts_dir_named(given: Mapping[str, Any]) -> bool:
 def check_places(model: str, artifacts_dir: str) -> None:
     """Raises ConfigError if `model` or `artifacts_dir` is empty, because a path would then mean the current folder."""
     if not model.strip():
-        raise ConfigError("--model has an empty value: use tiny, a14b or a folder of weights")
+        raise ConfigError("--model has an empty value: use tiny, a14b, t2v-a14b or a folder of weights")
     if not artifacts_dir.strip():
         raise ConfigError("--artifacts-dir has an empty value: name a folder, or drop --artifacts-dir")

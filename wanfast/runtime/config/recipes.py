@@ -32,7 +32,7 @@ class Recipe:
     options: Options
     of_several_ranks: Options = field(default_factory=dict)  # they need more than one rank, and are left out for one
     distilled: tuple[Expert, ...] = ()  # experts whose weights must be distilled to few steps
-    needs_last_image: bool = False  # because its weights are distilled with the last frame given
+    num_images: int = 0  # that its noise levels or weights are for; 0: any number
 
     def given(self, options: Options) -> dict[str, Any]:
         """Returns the recipe's options for a run with these `options`.
@@ -61,12 +61,12 @@ def _few_steps(
     solver: Solver,
     distilled: tuple[Expert, ...] = EXPERTS,
     *,
-    needs_last_image: bool = False,
+    num_images: int = 0,
     **others: Any,
 ) -> Recipe:
     unguided = {f"guidance_{expert}": 1.0 for expert in distilled}
     options = {"sigmas": sigmas, "solver": solver, **unguided, **others}
-    return Recipe(options, distilled=distilled, needs_last_image=needs_last_image)
+    return Recipe(options, distilled=distilled, num_images=num_images)
 
 
 # The first 15 of 40 steps at shift 5, with which the model was published; they are the high-noise expert's.
@@ -101,10 +101,10 @@ RECIPES: Mapping[RecipeName, Recipe] = MappingProxyType(
         "fast": Recipe({**_FP8, "magcache": "E012K2R20", "magcache_rule": "both-experts"}),
         "lightning-4": _few_steps("1,0.9375,0.833333333,0.625", "euler"),
         "lightning-8": _few_steps("1,0.972222222,0.9375,0.892857143,0.833333333,0.75,0.625,0.416666667", "euler"),
-        "hybrid": _few_steps(f"{_BASE_15},0.75,0.5,0.25", "unipc-euler", ("low_noise",), switch_step=15),
+        "hybrid": _few_steps(f"{_BASE_15},0.75,0.5,0.25", "unipc-euler", ("low_noise",), num_images=1, switch_step=15),
         "rcm-4": _few_steps("0.99502,0.93378,0.8529,0.60898", "rcm"),
         "first-last-4": _few_steps(  # shift 16
-            "1,0.979591837,0.941176471,0.842105263", "euler", needs_last_image=True, switch_step=2
+            "1,0.979591837,0.941176471,0.842105263", "euler", num_images=2, switch_step=2
         ),
     }
 )
@@ -138,15 +138,6 @@ def with_recipe(given: Options) -> dict[str, Any]:
     if given.get("magcache") == "off":
         of_recipe = {option: value for option, value in of_recipe.items() if option not in _OF_SKIPPING}
     return {**given, **of_recipe, **{option: value for option, value in given.items() if value is not None}}
-
-
-def require_last_image(name: RecipeName | None, last_image: str | None) -> None:
-    """Raises ConfigError if a recipe needs a last image and the video has none."""
-    if name is not None and RECIPES[name].needs_last_image and last_image is None:
-        raise ConfigError(
-            f"--recipe {name} needs a last image, for which its weights are distilled: add --last-image FILE, or use "
-            "--recipe lightning-4"
-        )
 
 
 def has_levels(name: object) -> bool:

@@ -216,8 +216,6 @@ class VideoConfig(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.image:
-            raise ConfigError("--image is missing: give the image that the video starts from")
         if not self.prompt:
             raise ConfigError("--prompt is missing: describe what should happen in the video")
         if not self.prompt.strip():

@@ -1,4 +1,4 @@
-"""The pipeline makes a video from one or two images and text embeddings, with two experts and the VAE.
+"""The pipeline makes a video from text embeddings and up to two images, with two experts and the VAE.
 
 Every rank of a rank group runs the pipeline with the same arguments, except that only the leader needs the pixels. In
 the VAE, each rank computes some rows of every frame. Only the leader gets the video.
@@ -52,8 +52,8 @@ _EVICT_BYTES = 8 << 30  # evicted each time that the VAE runs out of memory
 
 
 @dataclass(frozen=True)
-class ImageToVideoPipeline:
-    """This class holds the models of a rank, and the methods that lead from images to a video."""
+class VideoPipeline:
+    """This class holds the models of a rank, and the methods that lead from texts and images to a video."""
 
     spec: ModelSpec
     experts: Experts
@@ -78,8 +78,9 @@ class ImageToVideoPipeline:
     ) -> Tensor | None:
         """Returns the video [3, F, H, W] in [-1, 1] on the leader's CPU, None on other ranks.
 
-        It is made from images [n, 3, H, W], the first frame's and perhaps the last one's, and from each branch's `text`
-        [n, d]. `residuals` decides which forwards run; by default the plan decides.
+        It is made from images [n, 3, H, W] and from each branch's `text` [n, d]. The images are those of the first and
+        the last frame, or only of the first; a model that makes videos from text alone has none. `residuals` decides
+        which forwards run; by default the plan decides.
         """
         latent = self.latent(plan, images, text, watch, on_step, residuals or plan.residuals())
         return self.decode(latent, plan.geometry, watch)
@@ -221,8 +222,11 @@ class ImageToVideoPipeline:
         """Returns the condition y [1, 20, T, h, w] on every rank: four mask channels, then the latents of a clip.
 
         `given_clip` makes the clip of the images [n, 3, H, W], and `with_mask` the mask. Ranks other than the leader
-        need only n.
+        need only n. Without images, the condition has no channels.
         """
+        if not len(images):
+            _, _, *grid = noise_shape(geometry, self.spec.dit.out_channels)
+            return torch.empty(1, 0, *grid, device=self.device)
         g, channels = geometry, self.spec.vae.temporal_stride + self.spec.vae.latent_channels
         condition = torch.empty(1, channels, g.latent_frames, g.latent_height, g.latent_width, device=self.device)
         num_images, on_leader = len(images), self.ranks.is_leader

@@ -34,7 +34,7 @@ from wanfast.runtime.engine.compilation import (
     load_caches,
 )
 from wanfast.runtime.engine.denoise import StepFn
-from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
+from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.engine.pixels import Frames, FramesFn
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.engine.sparse_attention import SparseAttention
@@ -83,7 +83,7 @@ class Session:
         self.watch = Stopwatch(ranks.device)  # seconds of each stage since the last video
         self._loads = Stopwatch(ranks.device)  # seconds of each component since the last video
         self._embeds: dict[str, Tensor] = {}
-        self._pipeline: ImageToVideoPipeline | None = None
+        self._pipeline: VideoPipeline | None = None
         self._stored: dict[str, Path] = {}  # the artifacts of loaded quantized experts
 
     @classmethod
@@ -109,7 +109,7 @@ class Session:
             del self._embeds[text]
 
     @hardware.one_out_of_memory_error()
-    def load(self, before_each: Callable[[], None] = lambda: None) -> ImageToVideoPipeline:
+    def load(self, before_each: Callable[[], None] = lambda: None) -> VideoPipeline:
         """Loads the two experts and the VAE at the first call; every call returns the pipeline.
 
         `before_each` is called before each of these three models is loaded. An error in `before_each` stops the
@@ -149,7 +149,7 @@ class Session:
 
         def read_here() -> tuple[int, int]:
             read.extend(_read_images(job.config.video))
-            return read[0].size
+            return read[0].size if read else (0, 0)
 
         size = ranks.lead(read_here)
         config = job.config.replace(attention=pipeline.attention.kernel)  # so that `--from` uses it too
@@ -301,7 +301,7 @@ def load_models(
     ranks: Ranks,
     loads: Stopwatch,
     before_each: Callable[[], None] = lambda: None,
-) -> ImageToVideoPipeline:
+) -> VideoPipeline:
     """Loads both experts and the VAE, and returns a pipeline that is ready to run.
 
     The seconds of loading are added to `loads`, for each of these three models. Every rank calls `before_each` before
@@ -349,7 +349,7 @@ def load_models(
     if wanted.compile:
         for model in models.values():
             compile_blocks(model, wanted.compile_mode)
-    return ImageToVideoPipeline(files.spec, experts, vae, ranks, choice, sparse)
+    return VideoPipeline(files.spec, experts, vae, ranks, choice, sparse)
 
 
 def _merge_anew(

@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from wanfast.runtime.config import EffectiveConfig, Options, OutputConfig, parse_size
-from wanfast.runtime.config.recipes import overridden, require_last_image
+from wanfast.runtime.config import EffectiveConfig, Options, OutputConfig, VideoConfig, parse_size
+from wanfast.runtime.config.recipes import RECIPES, overridden
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import EXPERTS, Device, Expert, ImageFit
@@ -404,12 +404,12 @@ def resolve(
     if the caller has already located them.
     """
     asked = EffectiveConfig.of(given, A14B)  # refuses values that are wrong for every model
-    require_distilled(asked.models)
     files = files or model_files.locate_for(asked.models)
     spec = files.spec
     if not clean_prompt(asked.video.prompt):
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
-    require_last_image(asked.models.recipe, asked.video.last_image)
+    check_images(asked, spec)
+    require_distilled(asked.models)
     image, last = (_image_facts(asked.video.images.get(option), option) for option in ("--image", "--last-image"))
     config = effective(given, files, image.sha256, last.sha256)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
@@ -424,6 +424,31 @@ def resolve(
     )  # fmt: skip
     notes = (*notes, spec.weights_note) if spec.weights_note else notes
     return dataclasses.replace(plan, requested=given, notes=notes), files
+
+
+def check_images(config: EffectiveConfig, spec: ModelSpec) -> None:
+    """Raises ConfigError if a video has fewer images than its model and its recipe need, or more."""
+    video, recipe = config.video, config.models.recipe
+    num_images = RECIPES[recipe].num_images if recipe else 0
+    if not spec.takes_images:
+        refuse_image_options([*video.images, *(["--fit"] if video.fit != VideoConfig.fit else [])], spec)
+        if num_images:
+            raise ConfigError(
+                f"--recipe {recipe} is for models that start from an image: use another recipe or --model"
+            )
+    elif not video.image:
+        raise ConfigError("--image is missing: give the image that the video starts from")
+    if num_images > len(video.images):
+        raise ConfigError(
+            f"--recipe {recipe} needs a last image, for which its weights are distilled: add --last-image FILE, or use "
+            "--recipe lightning-4"
+        )
+
+
+def refuse_image_options(flags: Iterable[str], spec: ModelSpec) -> None:
+    """Raises ConfigError if one of the given options needs an image, but the model takes none."""
+    if not spec.takes_images and (unusable := next(iter(flags), None)):
+        raise ConfigError(f"{unusable}: {spec.name} makes videos from text alone: drop {unusable}, or use --model a14b")
 
 
 @dataclass(frozen=True)
@@ -535,7 +560,7 @@ def _output_notes(plan: Plan) -> list[str]:
 def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:
     g, spec, (image_width, image_height) = plan.geometry, plan.spec, image.size
     width, height = parse_size(plan.config.video.size)
-    notes = _fit_notes(plan.config.video.fit, g, image.size, (width, height))
+    notes = _fit_notes(plan.config.video.fit, g, image.size, (width, height)) if spec.takes_images else []
     if image_width * image_height > 16 * g.width * g.height:
         notes.append(
             "the image has over 16 times as many pixels as the video: if the video shimmers, shrink the image first"

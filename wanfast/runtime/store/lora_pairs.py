@@ -64,7 +64,8 @@ def require_distilled(models: ModelsConfig) -> None:
     if not missing:
         return
     which = "both experts" if len(missing) == len(EXPERTS) else f"the {missing[0].replace('_', '-')} expert"
-    name, artifacts = _PAIR_OF.get(models.recipe) if models.model != "tiny" else None, Path(models.artifacts_dir)
+    is_for_pairs = models.model not in ("tiny", "t2v-a14b")  # the known pairs are of the A14B from images
+    name, artifacts = _PAIR_OF.get(models.recipe) if is_for_pairs else None, Path(models.artifacts_dir)
     if name is None:
         loras = " ".join(f"{flag(f'lora_{expert}')} FILE" for expert in missing)
         whole = " ".join(f"{flag(f'{expert}_expert')} FILE" for expert in missing)
