@@ -30,13 +30,16 @@ def wanfast_lines(printed: str) -> list[list[str]]:
     return [words[1:] for words in split if words and words[0] == "BIN/wanfast"]
 
 
-@pytest.mark.parametrize("model", ["tiny", "a14b"])
+@pytest.mark.parametrize("model", ["tiny", "a14b", "t2v-a14b"])
 @pytest.mark.parametrize("target", JOURNEY[1:])
 def test_each_target_of_the_journey_prints_one_line_that_wanfast_takes(target: str, model: str) -> None:
     (words,) = wanfast_lines(make(Path("BIN"), "-n", target, *([] if model == "tiny" else [f"MODEL={model}"])))
     name, *arguments = words
     assert name == {"calibrate": "calibrate-magcache"}.get(target, target)
     assert arguments[arguments.index("--model") + 1] == model
+    if "--jobs" in arguments:
+        examples = arguments[arguments.index("--jobs") + 1]
+        assert ("image" in (ROOT / examples).read_text()) == (model != "t2v-a14b")
     assert ("--device" in arguments) == (model == "tiny" and target != "doctor")  # doctor shows all devices
     typer.main.get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
 

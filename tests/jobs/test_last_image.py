@@ -156,6 +156,13 @@ def test_the_recipe_of_distilled_weights_wants_a_last_image(wanfast: Wanfast) ->
     assert [float(level) for level in given["sigmas"].split(",")] == pytest.approx(shifted, abs=1e-9)
 
 
+def test_a_list_of_levels_has_no_curve_with_a_last_image(wanfast: Wanfast) -> None:
+    """Such a curve cannot be measured, so no command is named."""
+    without_steps = [word for word in DRY if word not in ("--steps", "4")]
+    outcome = wanfast(*without_steps, "--sigmas", "1,0.9,0.5", "--magcache", "preset")
+    assert outcome.exit_code == 2 and outcome.err.endswith("for videos with --last-image: use --magcache off\n")
+
+
 @pytest.fixture
 def clips(workdir: Path) -> Path:
     (workdir / "set").mkdir()

@@ -409,7 +409,7 @@ def resolve(
     if not clean_prompt(asked.video.prompt):
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
     check_images(asked, spec)
-    require_distilled(asked.models)
+    require_distilled(asked.models, spec)
     image, last = (_image_facts(asked.video.images.get(option), option) for option in ("--image", "--last-image"))
     config = effective(given, files, image.sha256, last.sha256)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))

@@ -120,8 +120,8 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
     if config.skipping.magcache == "preset":
         found = preset(files)
         if config.video.last_image is not None:
-            fix = f"run `{calibrate_command(config, files.spec)}`, then use --magcache artifact"
-            fix = "drop --magcache" if config.video.levels is not None else f"{fix}; or drop --magcache"
+            fix = f"run `{calibrate_command(config, files.spec)}`, then use --magcache artifact; or use --magcache off"
+            fix = "use --magcache off" if config.video.levels is not None else fix
             raise ConfigError(f"--magcache preset: no curve ships for videos with --last-image: {fix}")
         if found is None:
             fix = f"run `{calibrate_command(config, files.spec)}`, then use --magcache artifact"

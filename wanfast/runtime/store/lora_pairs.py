@@ -17,6 +17,7 @@ from wanfast.runtime.config.option import flag
 from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import EXPERTS, Expert
+from wanfast.runtime.facts.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def words_of(name: str, artifacts: Path, experts: tuple[Expert, ...] = EXPERTS) 
     return " ".join(f"{flag(f'lora_{expert}')} {shlex.quote(str(file))}" for expert, file in files.items())
 
 
-def require_distilled(models: ModelsConfig) -> None:
+def require_distilled(models: ModelsConfig, spec: ModelSpec) -> None:
     """Raises ConfigError if the recipe needs distilled weights of an expert, and the user gives none for this expert.
 
     Any LoRA and any file of the expert is accepted, because a file does not say whether its weights are distilled.
@@ -64,7 +65,7 @@ def require_distilled(models: ModelsConfig) -> None:
     if not missing:
         return
     which = "both experts" if len(missing) == len(EXPERTS) else f"the {missing[0].replace('_', '-')} expert"
-    is_for_pairs = models.model not in ("tiny", "t2v-a14b")  # the known pairs are of the A14B from images
+    is_for_pairs = spec.needs_gpu and spec.takes_images  # the known pairs are of the A14B from images
     name, artifacts = _PAIR_OF.get(models.recipe) if is_for_pairs else None, Path(models.artifacts_dir)
     if name is None:
         loras = " ".join(f"{flag(f'lora_{expert}')} FILE" for expert in missing)
