@@ -34,12 +34,15 @@ SCHEME ?= fp8-rowwise
 OPTIONS =
 ON_CPU := $(if $(filter tiny,$(MODEL)),--device cpu)
 
-ifeq ($(MODEL),a14b)
+PUBLISHED := a14b t2v-a14b
+EXAMPLES := wanfast/assets/examples/$(if $(filter t2v-a14b,$(MODEL)),texts,jobs).jsonl
+
+ifneq ($(filter $(PUBLISHED),$(MODEL)),)
 download: .venv/runtime
-	$(BIN)/wanfast download $(OPTIONS)
+	$(BIN)/wanfast download --model $(MODEL) $(OPTIONS)
 else
 download:
-	@echo 'Nothing to download for MODEL=$(MODEL). `make download MODEL=a14b` runs `wanfast download`, 126 GB.'
+	@echo 'Nothing to download for MODEL=$(MODEL). `make download MODEL=a14b` runs `wanfast download --model a14b`, 126 GB.'
 endif
 
 quantize: .venv/dev
@@ -53,7 +56,7 @@ warmup: .venv/runtime
 
 generate: .venv/runtime
 	mkdir -p out
-	$(BIN)/wanfast generate --model $(MODEL) $(ON_CPU) --jobs wanfast/assets/examples/jobs.jsonl --seed 1 \
+	$(BIN)/wanfast generate --model $(MODEL) $(ON_CPU) --jobs $(EXAMPLES) --seed 1 \
 		--contact-sheet --overwrite $(OPTIONS)
 
 # A CPU lacks FlashAttention-3, which the published recipes name: each row of the report says that auto replaced it.

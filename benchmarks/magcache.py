@@ -28,7 +28,7 @@ from wanfast.runtime.device.timing import synchronize
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.attention_probe import Choice
 from wanfast.runtime.engine.compilation import compile_blocks
-from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
+from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.facts.choices import Branch, MagCacheRule
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine.packages import commit, versions
@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> None:
     spec = replace(A14B, dit=dit, frames=5 if options.tiny else A14B.frames)
     full, cached = plans(options, spec)
     ranks, choice = Ranks(device), Choice(options.kernel, "asked for")
-    pipeline = ImageToVideoPipeline(
+    pipeline = VideoPipeline(
         spec, ResidentExperts({"high_noise": model, "low_noise": model}, device), None, ranks, choice
     )
     generator, g = torch.Generator(device).manual_seed(1), full.geometry

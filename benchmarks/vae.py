@@ -36,7 +36,7 @@ from wanfast.quality.metrics import psnr
 from wanfast.runtime.device import hardware
 from wanfast.runtime.device.timing import synchronize
 from wanfast.runtime.distributed.ranks import rank_group
-from wanfast.runtime.engine.conditioning import first_frame_clip
+from wanfast.runtime.engine.conditioning import given_clip
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine.packages import commit, versions
@@ -160,7 +160,7 @@ def _together(work: Callable[[], Tensor | None], device: str) -> Callable[[], Te
 def _clip(options: argparse.Namespace) -> Tensor:
     width, height = map(int, options.size.split("x"))
     image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0)).to(options.device) * 2 - 1
-    return first_frame_clip(image, options.frames)
+    return given_clip(image[None], options.frames)
 
 
 DTYPES = {"tf32": torch.float32, "bf16": torch.bfloat16}

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.counted_reads import counting
 from tests.forked import ForkedPopen
-from tests.small_model import write_small_model
+from tests.small_model import TEXT_SPEC, write_small_model
 from wanfast.cli import main
 from wanfast.runtime.machine import host
 from wanfast.runtime.machine.gpus import Gpu
@@ -67,6 +67,12 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def small_text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Writes a small model that makes videos from text alone."""
+    return write_small_model(tmp_path_factory.mktemp("text_model"), TEXT_SPEC)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 
 from wanfast.bench.model_folder import randomise
 from wanfast.runtime.facts.choices import BRANCHES, Branch
-from wanfast.runtime.facts.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
+from wanfast.runtime.facts.model_spec import T2V_A14B, DiTSpec, ModelSpec, UMT5Spec, VAESpec
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.planning.plan import Plan, resolve
-from wanfast.runtime.store.model_files import TINY, ModelFiles
+from wanfast.runtime.store.model_files import TINY, ModelFiles, locate
 from wanfast.runtime.weights import checkpoint
 
 SPEC = ModelSpec(
@@ -30,11 +31,19 @@ SPEC = ModelSpec(
 )
 
 
-def write_small_model(folder: Path) -> Path:
+TEXT_SPEC = dataclasses.replace(  # of the kind that makes videos from text alone
+    T2V_A14B,
+    name="small text",
+    dit=dataclasses.replace(SPEC.dit, in_channels=T2V_A14B.dit.in_channels),
+    **{part: getattr(SPEC, part) for part in ("vae", "umt5", "size", "frames", "steps")},
+)
+
+
+def write_small_model(folder: Path, spec: ModelSpec = SPEC) -> Path:
     weights = "diffusion_pytorch_model.safetensors"
     parts: tuple[tuple[nn.Module, checkpoint.Component, str], ...] = (
-        (WanDiT(SPEC.dit), "dit", f"transformer/{weights}"),
-        (WanDiT(SPEC.dit), "dit", f"transformer_2/{weights}"),
+        (WanDiT(spec.dit), "dit", f"transformer/{weights}"),
+        (WanDiT(spec.dit), "dit", f"transformer_2/{weights}"),
         (WanVAE(SPEC.vae), "vae", f"vae/{weights}"),
         (UMT5Encoder(SPEC.umt5), "umt5", "text_encoder/model.safetensors"),
     )
@@ -43,18 +52,19 @@ def write_small_model(folder: Path) -> Path:
         checkpoint.save(module, folder / file, component=component, layout="diffusers")
     (folder / "tokenizer").mkdir()
     shutil.copy(TINY / "tokenizer/tokenizer.json", folder / "tokenizer")
-    (folder / "wanfast.json").write_text(json.dumps(SPEC.to_json()))
+    (folder / "wanfast.json").write_text(json.dumps(spec.to_json()))
     return folder
 
 
 def plan_small_model(folder: Path, **options: object) -> tuple[Plan, ModelFiles]:
     """Of unequal guidance, in float32 on a CPU."""
-    own = {"image": "cat.png", "prompt": "a cat", "seed": 7, "precision": "fp32", "device": "cpu"}
+    own = {"prompt": "a cat", "seed": 7, "precision": "fp32", "device": "cpu"}
+    own |= {"image": "cat.png"} if locate(str(folder), "").spec.takes_images else {}
     guidance = {"guidance_high_noise": 2.0, "guidance_low_noise": 3.5}
     return resolve({"model": str(folder), **own, **guidance, **options})
 
 
 def blank_inputs(plan: Plan, files: ModelFiles) -> tuple[Tensor, dict[Branch, Tensor]]:
-    """Returns a pipeline's inputs: a grey image and random text embeddings."""
-    image = torch.zeros(3, plan.geometry.height, plan.geometry.width)
-    return image, {branch: torch.randn(4, files.spec.dit.text_dim) for branch in BRANCHES}
+    """Returns a pipeline's inputs: a grey image if the model takes one, and random text embeddings."""
+    images = torch.zeros(int(files.spec.takes_images), 3, plan.geometry.height, plan.geometry.width)
+    return images, {branch: torch.randn(4, files.spec.dit.text_dim) for branch in BRANCHES}

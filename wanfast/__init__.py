@@ -1,4 +1,4 @@
-"""This package makes a video from an image and a prompt with Wan2.2-I2V-A14B, fast and with correct results.
+"""This package makes a video from an image and a prompt with Wan2.2-A14B, fast and with correct results.
 
     with wanfast.open(model="a14b", num_gpus=8) as handle:
         handle.make(image="cat.jpg", prompt="The cat blinks.").save("cat.mp4")

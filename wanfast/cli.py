@@ -53,7 +53,7 @@ _MESSAGES = {
 
 @app.callback(invoke_without_command=True)
 def wanfast(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
-    """Make a video from an image and a prompt with Wan2.2-I2V-A14B, fast and exactly."""
+    """Make a video from an image and a prompt, or from a prompt alone, with Wan2.2-A14B, fast and exactly."""
     if version:
         print(f"wanfast {__version__}")
         raise typer.Exit

@@ -16,6 +16,7 @@ def test_an_option_is_a_field_of_one_part() -> None:
     assert len(fields) == len(set(fields)) and set(fields) - set(OPTIONS) == {
         "image_sha256",
         "expert_sha256",
+        "last_image_sha256",
         "lora_sha256",
     }
 

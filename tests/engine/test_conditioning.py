@@ -6,7 +6,7 @@ import pytest
 import torch
 from einops import rearrange, repeat
 
-from wanfast.runtime.engine.conditioning import first_frame_clip, with_mask
+from wanfast.runtime.engine.conditioning import given_clip, with_mask
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -25,7 +25,7 @@ def test_the_mask_groups_the_given_frames_by_four(frames: int, last: bool) -> No
 
 def test_the_encoded_clip_is_grey_between_the_given_pictures() -> None:
     first, last = torch.rand(3, 4, 6), torch.rand(3, 4, 6)
-    clip = first_frame_clip(first, 9, last)
+    clip = given_clip(torch.stack([first, last]), 9)
     assert clip.shape == (1, 3, 9, 4, 6)
     assert torch.equal(clip[0, :, 0], first) and torch.equal(clip[0, :, -1], last) and not clip[:, :, 1:-1].any()
-    assert not first_frame_clip(first, 9)[:, :, 1:].any()
+    assert not given_clip(first[None], 9)[:, :, 1:].any()

@@ -17,8 +17,8 @@ from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import pipeline as pipeline_module
 from wanfast.runtime.engine import pixels, session
-from wanfast.runtime.engine.conditioning import first_frame_clip
-from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
+from wanfast.runtime.engine.conditioning import given_clip
+from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.errors import NotFiniteError
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.planning.plan import Plan
@@ -27,7 +27,7 @@ from wanfast.runtime.weights.builders import build_vae
 
 
 @pytest.fixture
-def opened(small_model: Path, workdir: Path) -> tuple[ImageToVideoPipeline, Plan, torch.Tensor]:
+def opened(small_model: Path, workdir: Path) -> tuple[VideoPipeline, Plan, torch.Tensor]:
     """Returns a pipeline, a plan of 9 frames, which are decoded in three pieces, and a latent."""
     plan, files = plan_small_model(small_model, frames=9)
     g = plan.geometry
@@ -36,7 +36,7 @@ def opened(small_model: Path, workdir: Path) -> tuple[ImageToVideoPipeline, Plan
 
 
 def test_frames_are_handed_on_while_later_ones_are_decoded(
-    opened: tuple[ImageToVideoPipeline, Plan, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    opened: tuple[VideoPipeline, Plan, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline, plan, latent = opened
     expected = pixels.to_uint8(pipeline.decode(latent, plan.geometry, Stopwatch("cpu")))
@@ -60,7 +60,7 @@ def test_frames_are_handed_on_while_later_ones_are_decoded(
 
 
 def test_memory_that_runs_out_hands_no_frame_on_twice(
-    opened: tuple[ImageToVideoPipeline, Plan, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    opened: tuple[VideoPipeline, Plan, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline, plan, latent = opened
     expected = pipeline.frames(latent, plan.geometry, Stopwatch("cpu"))
@@ -80,7 +80,7 @@ def test_memory_that_runs_out_hands_no_frame_on_twice(
 
 
 def test_a_piece_that_is_not_finite_is_not_handed_on(
-    opened: tuple[ImageToVideoPipeline, Plan, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    opened: tuple[VideoPipeline, Plan, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline, plan, latent = opened
     latent[:, :, 1] = torch.nan
@@ -90,16 +90,17 @@ def test_a_piece_that_is_not_finite_is_not_handed_on(
     assert handed == [1]
 
 
+@pytest.mark.parametrize("num_images", [1, 2])
 def test_the_condition_is_that_of_the_whole_clip(
-    opened: tuple[ImageToVideoPipeline, Plan, torch.Tensor],
+    opened: tuple[VideoPipeline, Plan, torch.Tensor], num_images: int
 ) -> None:
     """The grey frames are not encoded again and again; this changes no bit."""
     pipeline, plan, _ = opened
     geometry = dataclasses.replace(plan.geometry, frames=81)
-    image = torch.rand(3, geometry.height, geometry.width)
+    images = torch.rand(num_images, 3, geometry.height, geometry.width)
     with torch.inference_mode():
-        condition = pipeline.encode_condition(image, geometry)
-        assert torch.equal(condition[:, 4:], pipeline.vae.encode(first_frame_clip(image, 81)).float())
+        condition = pipeline.encode_condition(images, geometry)
+        assert torch.equal(condition[:, 4:], pipeline.vae.encode(given_clip(images, 81)).float())
 
 
 def test_the_tiny_model_decodes_in_bf16() -> None:
@@ -107,8 +108,8 @@ def test_the_tiny_model_decodes_in_bf16() -> None:
     exact, half = build_vae(files, "cpu"), build_vae(files, "cpu", "bf16")
     image = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
-        latents = half.encode(first_frame_clip(image, 17))
-        assert relative_error(latents, exact.encode(first_frame_clip(image, 17))) == 0
+        latents = half.encode(given_clip(image[None], 17))
+        assert relative_error(latents, exact.encode(given_clip(image[None], 17))) == 0
         likeness = psnr(half.decode(latents)[0], exact.decode(latents)[0])
     print(f"decoded in bf16: {likeness:.1f} dB")
     assert likeness >= 45

@@ -14,19 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.engine.test_rank_groups import given_images
 from tests.parity import relative_error
 from tests.public_model import save_diffusers
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import pixels, session
+from wanfast.runtime.engine import session
 from wanfast.runtime.engine.conditioning import draw_noise
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.facts.model_spec import ModelSpec
-from wanfast.runtime.media import images
 from wanfast.runtime.planning.plan import Plan, resolve
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.model_files import ModelFiles
@@ -85,15 +85,20 @@ def split_into_shards(whole: Path, count: int = 3) -> None:
 
 @pytest.fixture
 def plan_for(tmp_path: Path):
-    """Returns a plan at WAN_SPEC's test size: a 97x61 picture, area 96x64, 9 frames, 6 steps, unequal guidance."""
-    picture = tmp_path / "picture.png"
-    noise = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((97, 61), Image.Resampling.BICUBIC).save(picture)
+    """Returns a plan at WAN_SPEC's test size: a 97x61 picture, area 96x64, 9 frames, 6 steps, unequal guidance.
 
-    def make(model: Path, **options: object) -> tuple[Plan, ModelFiles]:
+    With `has_last`, another picture is given for the last frame.
+    """
+    pictures = [tmp_path / name for name in ("picture.png", "last.png")]
+    for seed, picture in enumerate(pictures):
+        noise = np.random.default_rng(seed).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((97, 61), Image.Resampling.BICUBIC).save(picture)
+
+    def make(model: Path, *, has_last: bool = False, **options: object) -> tuple[Plan, ModelFiles]:
         given = {
             "model": str(model),
-            "image": str(picture),
+            "image": str(pictures[0]),
+            "last_image": str(pictures[1]) if has_last else None,
             "prompt": PROMPT,
             "negative_prompt": NEGATIVE,
             "size": "96x64",
@@ -118,25 +123,25 @@ def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
     ranks = Ranks("cpu")
     embeds = prompt_embeds([config.video.prompt, config.video.negative_prompt], files, config, ranks, Stopwatch("cpu"))
     pipeline = session.load_models(files, config, ranks, Stopwatch("cpu"))
-    image = pixels.fit_image(images.load_image(config.video.image).pixels, plan.geometry.width, plan.geometry.height)
-    condition = pipeline.encode_condition(image, plan.geometry)
+    condition = pipeline.encode_condition(given_images(plan), plan.geometry)
     noise = draw_noise(config.video.seed, plan.geometry, 16, "cpu")
     text = {"prompt": embeds[config.video.prompt], "negative_prompt": embeds[config.video.negative_prompt]}
     return pipeline.denoise(plan, noise, condition, text, plan.residuals(), lambda index, expert: None)
 
 
 @torch.inference_mode()
-def their_latents(public: WanImageToVideoPipeline, plan: Plan) -> torch.Tensor:
+def their_latents(public: WanImageToVideoPipeline | WanPipeline, plan: Plan) -> torch.Tensor:
     config, g = plan.config, plan.geometry
     set_timesteps = type(public.scheduler).set_timesteps
     levels = np.linspace(float(np.float32(0.999)), 0, config.video.steps + 1)[:-1]
     public.scheduler.set_timesteps = lambda num_inference_steps, device=None: set_timesteps(
         public.scheduler, sigmas=levels, device=device
     )
-    image = pixels.fit_image(images.load_image(config.video.image).pixels, g.width, g.height)
+    given = given_images(plan)
+    of_image = {name: given[k : k + 1] for k, name in enumerate(("image", "last_image")) if k < len(given)}
     public.set_progress_bar_config(disable=True)
     return public(
-        image=image[None],
+        **of_image,
         prompt=config.video.prompt,
         negative_prompt=config.video.negative_prompt,
         height=g.height,
@@ -150,12 +155,36 @@ def their_latents(public: WanImageToVideoPipeline, plan: Plan) -> torch.Tensor:
     ).frames
 
 
-def test_final_latents_equal_diffusers(public, plan_for) -> None:
-    plan, files = plan_for(public[1])
+@pytest.fixture(scope="module")
+def public_text(tmp_path_factory: pytest.TempPathFactory) -> tuple[WanPipeline, Path]:
+    """Writes a model that makes videos from text alone."""
+    folder = tmp_path_factory.mktemp("model") / "text"
+    return save_diffusers(folder, takes_images=False), folder
+
+
+@pytest.mark.parametrize("has_last", [False, True], ids=["first frame", "first and last frame"])
+def test_final_latents_equal_diffusers(public, plan_for, has_last: bool) -> None:
+    plan, files = plan_for(public[1], has_last=has_last)
     assert plan.to_json()["steps"] == {"high_noise": 3, "low_noise": 3}
     error = relative_error(our_latents(plan, files), their_latents(public[0], plan))
     print(f"pipeline, {plan.geometry.width}x{plan.geometry.height}, 6 steps, 3 + 3: relative error {error:.1e}")
-    assert error <= 1e-4
+    assert error <= 1e-5
+
+
+def test_final_latents_of_text_alone_equal_diffusers(public_text, plan_for) -> None:
+    """The facts beside the sizes are those of the published model: shift 12, boundary 0.875."""
+    plan, files = plan_for(public_text[1], image=None, steps=8)
+    assert (plan.geometry.width, plan.geometry.height) == (96, 64)  # exactly --size
+    assert (plan.config.video.shift, files.spec.boundary) == (12.0, 0.875)
+    assert plan.to_json()["steps"] == {"high_noise": 6, "low_noise": 2}
+    error = relative_error(our_latents(plan, files), their_latents(public_text[0], plan))
+    print(f"pipeline, {plan.geometry.width}x{plan.geometry.height}, 8 steps, 6 + 2: relative error {error:.1e}")
+    assert error <= 1e-5
+
+
+def test_a_last_image_changes_the_latents(public, plan_for) -> None:
+    first, both = (our_latents(*plan_for(public[1], has_last=has_last)) for has_last in (False, True))
+    assert relative_error(both, first) > 1e-2
 
 
 def test_both_layouts_give_the_same_latents(public, original_layout: Path, plan_for) -> None:
@@ -201,7 +230,7 @@ def test_calls_do_not_touch_each_other(public, plan_for) -> None:
     plan, files = plan_for(public[1], steps=2)
     pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     generator = torch.Generator().manual_seed(1)
-    image = torch.randn(3, plan.geometry.height, plan.geometry.width, generator=generator)
+    image = torch.randn(1, 3, plan.geometry.height, plan.geometry.width, generator=generator)
     text = {name: torch.randn(4, 24, generator=generator) for name in ("prompt", "negative_prompt")}
     first = pipeline(plan, image, text, Stopwatch("cpu"))
     pipeline(plan, -image, text, Stopwatch("cpu"))

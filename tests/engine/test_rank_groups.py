@@ -51,11 +51,17 @@ def final_latents(plan: Plan, files: ModelFiles, ranks: Ranks) -> torch.Tensor:
     pipeline = session.load_models(files, config, ranks, Stopwatch("cpu"))
     held = pipeline.experts.take("high_noise")[0].parameters()
     assert {isinstance(parameter, DTensor) for parameter in held} == {config.ranks.dit_fsdp == "on"}
-    image = pixels.fit_image(images.load_image(config.video.image).pixels, plan.geometry.width, plan.geometry.height)
-    condition = pipeline.encode_condition(image, plan.geometry)
+    condition = pipeline.encode_condition(given_images(plan), plan.geometry)
     noise = draw_noise(config.video.seed, plan.geometry, 16, "cpu")
     text = {"prompt": embeds[config.video.prompt], "negative_prompt": embeds[config.video.negative_prompt]}
     return pipeline.denoise(plan, noise, condition, text, plan.residuals(), lambda index, expert: None).clone()
+
+
+def given_images(plan: Plan) -> torch.Tensor:
+    """Returns the images [n, 3, H, W] that a plan names, as its pipeline gets them."""
+    loaded = [images.load_image(path).pixels for path in plan.config.video.images.values()]
+    fitted = [pixels.fit_image(image, plan.geometry.width, plan.geometry.height) for image in loaded]
+    return torch.stack(fitted) if fitted else torch.empty(0, 3, 0, 0)
 
 
 def with_options(plan: Plan, **options: object) -> Plan:

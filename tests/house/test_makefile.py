@@ -30,13 +30,16 @@ def wanfast_lines(printed: str) -> list[list[str]]:
     return [words[1:] for words in split if words and words[0] == "BIN/wanfast"]
 
 
-@pytest.mark.parametrize("model", ["tiny", "a14b"])
+@pytest.mark.parametrize("model", ["tiny", "a14b", "t2v-a14b"])
 @pytest.mark.parametrize("target", JOURNEY[1:])
 def test_each_target_of_the_journey_prints_one_line_that_wanfast_takes(target: str, model: str) -> None:
     (words,) = wanfast_lines(make(Path("BIN"), "-n", target, *([] if model == "tiny" else [f"MODEL={model}"])))
     name, *arguments = words
     assert name == {"calibrate": "calibrate-magcache"}.get(target, target)
     assert arguments[arguments.index("--model") + 1] == model
+    if "--jobs" in arguments:
+        examples = arguments[arguments.index("--jobs") + 1]
+        assert ("image" in (ROOT / examples).read_text()) == (model != "t2v-a14b")
     assert ("--device" in arguments) == (model == "tiny" and target != "doctor")  # doctor shows all devices
     typer.main.get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
 
@@ -47,7 +50,8 @@ def test_options_reach_the_line() -> None:
 
 
 def test_the_published_weights_are_fetched_only_if_they_are_named() -> None:
-    assert wanfast_lines(make(Path("BIN"), "-n", "download", "MODEL=a14b")) == [["download"]]
+    for model in ("a14b", "t2v-a14b"):
+        assert wanfast_lines(make(Path("BIN"), "-n", "download", f"MODEL={model}")) == [["download", "--model", model]]
     for other in ([], ["MODEL=tiny"], ["MODEL=a-folder"]):
         assert wanfast_lines(make(Path("BIN"), "-n", "download", *other)) == []
     assert "Nothing to download for MODEL=tiny" in make(Path("BIN"), "download")

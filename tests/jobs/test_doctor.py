@@ -26,7 +26,7 @@ from wanfast.runtime.machine import gpus, host, packages
 from wanfast.runtime.machine.gpus import Gpu
 from wanfast.runtime.store import model_files, quantized
 from wanfast.runtime.store.artifacts import ArtifactStore
-from wanfast.runtime.store.model_files import A14B_DIFFUSERS_FOLDER, A14B_FOLDER, TINY
+from wanfast.runtime.store.model_files import TINY, checkpoints
 from wanfast.runtime.store.quantized import QuantizedExpert
 
 Wanfast = Callable[..., Outcome]
@@ -54,7 +54,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def pretend_weights(artifacts: Path) -> Path:
     """Writes every file of the A14B that the command needs, nearly all of them empty."""
-    root = artifacts / A14B_FOLDER
+    root = artifacts / checkpoints("a14b", "original")
     for name in ("high_noise_model/a.safetensors", "low_noise_model/a.safetensors", "Wan2.1_VAE.pth",
                  "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"):  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -297,14 +297,14 @@ def test_whatever_download_fetches_is_to_be_downloaded(
     model = str(workdir / "b14b")
     monkeypatch.setitem(model_files.DOWNLOADED, model, 10**18)
     step = examine(wanfast, "--model", model)["next"]
-    assert step["command"] == "wanfast download" and "GB free: free some" in step["why"]
+    assert step["command"] == f"wanfast download --model {model}" and "GB free: free some" in step["why"]
 
 
 def test_the_layout_of_which_a_part_is_there_is_the_one_to_fetch(
     wanfast: Wanfast, workdir: Path, machine: Machine
 ) -> None:
     machine(84.0)
-    (workdir / "artifacts" / A14B_DIFFUSERS_FOLDER / "transformer").mkdir(parents=True)
+    (workdir / "artifacts" / checkpoints("a14b", "diffusers") / "transformer").mkdir(parents=True)
     step = examine(wanfast)["next"]
     assert step["command"] == "wanfast download --layout diffusers"
     assert "run `wanfast download --layout diffusers` (126 GB)" in step["why"]

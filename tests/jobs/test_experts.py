@@ -188,7 +188,7 @@ def test_a_folder_without_experts_is_enough_for_both_options(wanfast: Wanfast, e
 def test_the_published_model_without_its_experts(experts: Path) -> None:
     """The artifacts folder, or another program's cache, holds only the VAE and UMT5."""
     models = ModelsConfig(**dict(zip(("high_noise_expert", "low_noise_expert"), PAIR[1::2], strict=True)))
-    folder = experts / "artifacts" / model_files.A14B_DIFFUSERS_FOLDER
+    folder = experts / "artifacts" / model_files.checkpoints("a14b", "diffusers")
     (folder / "vae").mkdir(parents=True)
     assert model_files.locate_for(models).root == folder
     assert not model_files.locate_for(ModelsConfig()).exists

@@ -50,12 +50,14 @@ def refused(wanfast: Wanfast, *options: str) -> str:
 
 @pytest.mark.parametrize(
     ("recipe", "steps", "forwards"),
-    [("lightning-4", (2, 2), 4), ("lightning-8", (3, 5), 8), ("hybrid", (15, 3), 33), ("rcm-4", (2, 2), 4)],
-)
+    [("lightning-4", (2, 2), 4), ("lightning-8", (3, 5), 8), ("hybrid", (15, 3), 33), ("rcm-4", (2, 2), 4),
+     ("first-last-4", (2, 2), 4)],
+)  # fmt: skip
 def test_a_distilled_recipe_plans_its_steps(
     wanfast: Wanfast, pair: None, recipe: str, steps: tuple[int, int], forwards: int
 ) -> None:
-    plan = planned(wanfast, "--recipe", recipe, *PAIR)
+    last = ("--last-image", "cat.png") if recipe == "first-last-4" else ()
+    plan = planned(wanfast, "--recipe", recipe, *PAIR, *last)
     assert (plan["steps"]["high_noise"], plan["steps"]["low_noise"]) == steps
     assert plan["forwards"] == forwards and plan["overridden"] == {} and plan["shift"] is None
     assert plan["guidance"]["low_noise"] == 1 and plan["guidance"]["high_noise"] == (2 if recipe == "hybrid" else 1)

@@ -413,10 +413,10 @@ def test_embeddings_are_those_of_this_text_encoder(wanfast: Wanfast, tiny_copy: 
 def test_models_of_another_kind_are_refused(wanfast: Wanfast, tiny_copy: Path) -> None:
     here = [*GOOD, "--model", str(tiny_copy)]
     facts = json.loads((tiny_copy / "wanfast.json").read_text())
-    facts["dit"]["in_channels"] = 16
+    facts["dit"]["in_channels"] = 20
     (tiny_copy / "wanfast.json").write_text(json.dumps(facts))
     outcome = wanfast(*here)
-    assert outcome.exit_code == 2 and "use an I2V model" in outcome.err
+    assert outcome.exit_code == 2 and "use an I2V or a T2V model" in outcome.err
     facts["dit"]["in_channels"] = 36
     (tiny_copy / "wanfast.json").write_text(json.dumps(facts))
     (tiny_copy / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text("{}")

@@ -259,3 +259,22 @@ def test_a_clip_that_moves_again_is_not_still(vae: WanVAE) -> None:
     video = video_of(81, 16, 16)
     video[:, :, 1:40] = 0.25
     assert not torch.equal(vae.encode(video), vae.encode(video, still_from=1))
+
+
+@pytest.mark.parametrize("still_to", [80, 62])
+def test_a_still_clip_that_ends_by_motion_is_encoded_to_the_same_bits(vae: WanVAE, still_to: int) -> None:
+    """80 is a clip whose last frame is given."""
+    video = video_of(81, 16, 16)
+    video[:, :, 1:still_to] = 0
+    runs: list[int] = []
+    hooks = [layer.register_forward_hook(lambda *_: runs.append(1)) for layer in vae.encoder.downsamples]
+    try:
+        whole = vae.encode(video)
+        every = len(runs)
+        shorter = vae.encode(video, still_from=1, still_to=still_to)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert torch.equal(shorter, whole)
+    assert len(runs) - every < 0.8 * every
+    assert not torch.equal(vae.encode(video, still_from=1), whole)

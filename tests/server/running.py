@@ -57,7 +57,8 @@ class StandIn:
     def make(self, *, on_progress: ProgressFn, **options: Any) -> Video:
         plan = self.opened.plan(options)
         if options["prompt"] != WARM_UP:
-            self.made.append({**options, "picture": Path(options["image"]).read_bytes()})
+            picture = Path(options["image"]).read_bytes() if "image" in options else b""
+            self.made.append({**options, "picture": picture})
             if self.errors:
                 raise self.errors.pop(0)
         self.cancelled.clear()

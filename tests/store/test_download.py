@@ -27,8 +27,9 @@ from huggingface_hub import constants
 
 from tests.conftest import Outcome
 from wanfast.runtime.store import identity
-from wanfast.runtime.store.hub_cache import PINNED, snapshot_of
+from wanfast.runtime.store.hub_cache import PINNED, REPOS, Layout, snapshot_of
 from wanfast.runtime.store.lora_pairs import PAIRS, words_of
+from wanfast.runtime.store.model_files import checkpoints
 
 Wanfast = Callable[..., Outcome]
 ORIGINAL = "Wan-AI/Wan2.2-I2V-A14B"
@@ -508,6 +509,18 @@ def test_what_a_killed_download_left_is_removed(
     assert not list(workdir.rglob("*.incomplete"))
 
 
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_the_model_from_text_has_repositories_of_its_own(wanfast: Wanfast, hub: Hub, layout: Layout) -> None:
+    repo = REPOS["t2v-a14b"][layout]
+    hub.files[repo] = hub.files[REPOS["a14b"][layout]]
+    outcome = wanfast("download", "--model", "t2v-a14b", "--layout", layout, "--json")
+    assert outcome.exit_code == 0, outcome.err
+    assert outcome.document["folder"] == str(Path("artifacts", checkpoints("t2v-a14b", layout)).absolute())
+    assert f"GET /api/models/{repo}/revision/{PINNED[repo]}" in hub.requests
+    refused(wanfast("download", "--model", "a14b", "--repo", "a/b"), 2, "--model and --repo exclude each other")
+    refused(wanfast("download", "--model", "a14b", "--lora", "lightx2v-1022"), 2, "--model and --lora exclude each")
+
+
 def test_the_published_repositories_are_pinned(wanfast: Wanfast, hub: Hub) -> None:
     for layout, repo in (("original", ORIGINAL), ("diffusers", DIFFUSERS)):
         assert wanfast("download", "--layout", layout, "--dry-run").exit_code == 0
@@ -552,10 +565,8 @@ def test_one_download_at_a_time(wanfast: Wanfast, workdir: Path, hub: Hub) -> No
 
 
 def test_generate_finds_what_came(wanfast: Wanfast, workdir: Path, hub: Hub) -> None:
-    from wanfast.runtime.store.model_files import A14B_FOLDER
-
     assert wanfast("download").exit_code == 0
-    assert workdir / "artifacts" / A14B_FOLDER == folder_of(workdir)
+    assert workdir / "artifacts" / checkpoints("a14b", "original") == folder_of(workdir)
 
 
 def test_generate_finds_the_other_layout_too(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,12 +12,13 @@ import pytest
 
 from tests.conftest import Outcome
 from tests.public_model import save_diffusers
-from wanfast.runtime.facts.model_spec import A14B
-from wanfast.runtime.store.hub_cache import PINNED, REPOS, Layout, cache_root, snapshot_of
-from wanfast.runtime.store.model_files import A14B_FOLDER, locate
+from wanfast.runtime.facts.model_spec import PUBLISHED
+from wanfast.runtime.store.hub_cache import PINNED, REPOS, Layout, Published, cache_root, snapshot_of
+from wanfast.runtime.store.model_files import checkpoints, locate
 
 Wanfast = Callable[..., Outcome]
 LAYOUTS: tuple[Layout, ...] = ("original", "diffusers")
+MODELS: tuple[Published, ...] = ("a14b", "t2v-a14b")
 FILES: Mapping[Layout, tuple[str, ...]] = {
     "original": (
         "high_noise_model/a.safetensors", "low_noise_model/a.safetensors", "Wan2.1_VAE.pth",
@@ -36,20 +38,25 @@ def cache(workdir: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     return folder
 
 
-def put(layout: Layout, name: str, data: bytes, commit: str | None = None) -> None:
+def snapshot(layout: Layout, commit: str | None = None, model: Published = "a14b") -> Path:
+    repo = REPOS[model][layout]
+    return snapshot_of(repo, commit or PINNED[repo])
+
+
+def put(layout: Layout, name: str, data: bytes, commit: str | None = None, model: Published = "a14b") -> None:
     """Adds a file to the cache as the hub's library does: a link to a blob that is named by its sha256."""
-    snapshot = snapshot_of(REPOS[layout], commit or PINNED[REPOS[layout]])
-    blob = snapshot.parents[1] / "blobs" / hashlib.sha256(data).hexdigest()
+    root = snapshot(layout, commit, model)
+    blob = root.parents[1] / "blobs" / hashlib.sha256(data).hexdigest()
     blob.parent.mkdir(parents=True, exist_ok=True)
     blob.write_bytes(data)
-    (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-    (snapshot / name).symlink_to(blob)
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).symlink_to(blob)
 
 
-def fill(layout: Layout, commit: str | None = None) -> Path:
+def fill(layout: Layout, commit: str | None = None, model: Published = "a14b") -> Path:
     for name in FILES[layout]:
-        put(layout, name, name.encode(), commit)
-    return snapshot_of(REPOS[layout], commit or PINNED[REPOS[layout]])
+        put(layout, name, name.encode(), commit, model)
+    return snapshot(layout, commit, model)
 
 
 @pytest.mark.parametrize(
@@ -67,23 +74,26 @@ def test_the_place_of_the_cache(environment: dict[str, str], root: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a14b_is_found_in_the_cache(cache: Path, layout: Layout) -> None:
-    assert not locate("a14b", "artifacts").exists
-    snapshot = fill(layout)
-    files = locate("a14b", "artifacts")
-    assert (files.root, files.layout, files.spec.dit) == (snapshot, layout, A14B.dit)
-    assert files.spec.name == REPOS[layout].partition("/")[2]
+@pytest.mark.parametrize("model", MODELS)
+def test_a_published_model_is_found_in_the_cache(cache: Path, model: Published, layout: Layout) -> None:
+    """The folder has no file of facts, so that the name alone says which facts are the model's."""
+    assert not locate(model, "artifacts").exists
+    found = fill(layout, model=model)
+    assert not any(locate(other, "artifacts").exists for other in MODELS if other != model)
+    files = locate(model, "artifacts")
+    assert (files.root, files.layout) == (found, layout)
+    assert files.spec == dataclasses.replace(PUBLISHED[model], name=REPOS[model][layout].partition("/")[2])
     files.require()
-    copy = Path(shutil.copytree(snapshot, Path("artifacts", "checkpoints", REPOS[layout].partition("/")[2])))
-    own = locate("a14b", "artifacts")
+    copy = Path(shutil.copytree(found, Path("artifacts", checkpoints(model, layout))))
+    own = locate(model, "artifacts")
     assert own.root == copy.absolute() and own.fingerprints == files.fingerprints
 
 
 def test_an_incomplete_cache_does_not_count(cache: Path, workdir: Path) -> None:
-    snapshot = fill("original")
-    (snapshot / "Wan2.1_VAE.pth").unlink()
+    found = fill("original")
+    (found / "Wan2.1_VAE.pth").unlink()
     files = locate("a14b", "artifacts")
-    assert not files.exists and files.root == workdir / "artifacts" / A14B_FOLDER
+    assert not files.exists and files.root == workdir / "artifacts" / checkpoints("a14b", "original")
 
 
 def test_the_pinned_commit_comes_first_and_then_the_newest(cache: Path) -> None:
@@ -98,10 +108,10 @@ def test_the_pinned_commit_comes_first_and_then_the_newest(cache: Path) -> None:
 
 
 def test_doctor_says_where_the_weights_are(wanfast: Wanfast, cache: Path) -> None:
-    snapshot = fill("original")
+    found = fill("original")
     document = wanfast("doctor", "--json").document
-    assert document["weights"]["folder"] == str(snapshot) and document["weights"]["trouble"] is None
-    assert f"{snapshot}, original layout" in wanfast("doctor").out
+    assert document["weights"]["folder"] == str(found) and document["weights"]["trouble"] is None
+    assert f"{found}, original layout" in wanfast("doctor").out
 
 
 def test_a_video_is_made_from_the_cache(

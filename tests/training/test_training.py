@@ -24,7 +24,7 @@ from training.loop import Schedule, load_ema, train
 from training.muon import Muon
 from training.spec import SPEC
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine.conditioning import first_frame_clip
+from wanfast.runtime.engine.conditioning import given_clip
 from wanfast.runtime.engine.denoise import denoise
 from wanfast.runtime.facts.choices import EXPERTS, Branch, Expert
 from wanfast.runtime.facts.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESpec
@@ -203,8 +203,8 @@ def test_a_third_of_the_clips_has_a_last_frame(mix: Mix) -> None:
     with torch.no_grad():  # the latents are of the pipeline's clips
         video = torch.rand(2, 3, 9, 16, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
         conditions = train_experts.conditions_of(vae, video, 1)
-        for row, last in ((0, video[0, :, -1]), (1, None)):
-            expected = train_vae.encode(vae, first_frame_clip(video[row, :, 0], 9, last))
+        for row, given in ((0, [0, -1]), (1, [0])):
+            expected = train_vae.encode(vae, given_clip(video[row, :, given].movedim(1, 0), 9))
             assert torch.allclose(conditions[row, 4:], expected[0], atol=1e-5)
 
 

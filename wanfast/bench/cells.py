@@ -136,14 +136,12 @@ def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
     of_video = {option: value for option, value in options.items() if option not in OF_HANDLE}
     largest: Options = {option: of_video[option] for option in ("size", "frames") if option in of_video}
     try:
-        config = effective({**NO_VIDEO, **options}, bench.files, image_sha256="")
+        config = effective({**NO_VIDEO, **options}, bench.files)
         if bench.steps_measured is not None:
             _check_steps(config.video, bench.files.spec, bench.steps_measured)
         _quantize_missing(bench.files, config, say)
         opened = Opened.of({**of_models, **largest})
-        videos = [
-            {**of_video, "image": str(clip.image), "prompt": clip.prompt, "seed": clip.seed} for clip in bench.clips
-        ]
+        videos = [{**of_video, **clip.options} for clip in bench.clips]
         plans = tuple(opened.plan(video) for video in videos)
         measured = videos
         if bench.steps_measured is not None:
@@ -231,8 +229,10 @@ def _cell(bench: Bench, opened: Opened, video: Options, clip: int, repeat: int, 
 def _inputs(plan: Plan, opened: Opened, repeat: int, *, keeps: bool) -> dict[str, Any]:
     """Returns all inputs of a cell's key. Paths do not count, because the hashes of files do."""
     config = plan.config.to_json()
-    for part, name in (("video", "image"), ("models", "model"), ("models", "artifacts_dir"), ("models", "verify")):
-        del config[part][name]
+    for name in ("image", "last_image"):
+        del config["video"][name]
+    for name in ("model", "artifacts_dir", "verify"):
+        del config["models"][name]
     del config["output"]
     stored = (quantized_expert(opened.files, plan.config.models, expert) for expert in EXPERTS)
     on_disk = not plan.config.models.quantize_on_the_fly

@@ -10,6 +10,7 @@ This module does not import torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -17,6 +18,7 @@ from wanfast.bench.apart import apart
 from wanfast.bench.cells import ANOTHER_SEED, Bench, Cell, Cells, Row, hardware
 from wanfast.bench.measure import Errors
 from wanfast.bench.published import PUBLISHED_S
+from wanfast.magcache_calib.clips import Clip
 from wanfast.runtime.config.option import words
 from wanfast.runtime.errors import NeedsGpuError
 from wanfast.runtime.facts.flop import bf16_peak, forward_flop
@@ -39,6 +41,8 @@ _NOISE = (
 def report_of(bench: Bench, rows: list[Row], cells: Cells, errors: Errors) -> Document:
     """Returns the document of a report."""
     made = [_row(row, cells, errors) for row in rows]
+    if not bench.files.spec.takes_images:
+        made = [{**row, "published_s": None} for row in made]  # the published seconds are of the model that takes some
     base = made[0]
     for row in made:
         if row["video_s"] and base["video_s"]:
@@ -55,7 +59,7 @@ def report_of(bench: Bench, rows: list[Row], cells: Cells, errors: Errors) -> Do
         **{name: getattr(config.video, name) for name in ("size", "frames", "fps")},
         "steps": config.video.num_steps,
         "options": {name: value for name, value in bench.given.items() if name != "artifacts_dir"},
-        "clips": [{"image": clip.image.name, "prompt": clip.prompt, "seed": clip.seed} for clip in bench.clips],
+        "clips": [_shown(clip) for clip in bench.clips],
         "repeats": bench.repeats,
         "steps_measured": bench.steps_measured,
         "rows": made,
@@ -66,6 +70,12 @@ def report_of(bench: Bench, rows: list[Row], cells: Cells, errors: Errors) -> Do
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def _shown(clip: Clip) -> Document:
+    """Returns what makes a clip, with the names of its images' files."""
+    paths = {"image", "last_image"}
+    return {name: Path(value).name if name in paths else value for name, value in clip.options.items()}
 
 
 def _row(row: Row, cells: Cells, errors: Errors) -> Document:

@@ -22,12 +22,13 @@ from wanfast.magcache_calib.clips import Clip, read_set
 from wanfast.runtime.config import NO_VIDEO, accepted, refuse_lossy_attention
 from wanfast.runtime.config.option import FILES, MAKE, absolute
 from wanfast.runtime.errors import ConfigError, JobsFailedError
+from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.machine.launchers import refuse_launchers
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.planning.plan import model_of
 
 _EXAMPLES = Path(__file__).parents[1] / "assets/examples"
-_EXAMPLES_LIST = "jobs.jsonl"
+_EXAMPLES_LIST, _TEXTS_LIST = "jobs.jsonl", "texts.jsonl"
 
 
 @options.takes_options("bench")
@@ -92,9 +93,10 @@ def bench(
 
     folder = Path(absolute(str(output), "--output"))
     with asked_once():
-        names, clips = recipes_of(recipes), _clips(set_, seed)
+        names = recipes_of(recipes)
         of_model: dict[str, Any] = {name: given[name] for name in ("model", "artifacts_dir") if name in given}
         files = model_of({**NO_VIDEO, **of_model})
+        clips = _clips(set_, seed, files.spec)
         if random_weights:
             given, files = with_random_weights(given, files, say)
         files.require()
@@ -128,10 +130,11 @@ def _no_quality(random_weights: bool, steps_measured: int | None) -> str:
     return "" if steps_measured is None else f"--steps-measured {steps_measured}: the videos have few steps"
 
 
-def _clips(folder: Path | None, seed: int) -> tuple[Clip, ...]:
-    if folder is None:
-        return tuple(read_set(_EXAMPLES, seed, _EXAMPLES_LIST))
-    return tuple(read_set(Path(absolute(str(folder), "--set")), seed))
+def _clips(folder: Path | None, seed: int, spec: ModelSpec) -> tuple[Clip, ...]:
+    if folder is not None:
+        return tuple(read_set(Path(absolute(str(folder), "--set")), seed, takes_images=spec.takes_images))
+    examples = _EXAMPLES_LIST if spec.takes_images else _TEXTS_LIST
+    return tuple(read_set(_EXAMPLES, seed, examples, takes_images=spec.takes_images))
 
 
 def table_of(report: dict[str, Any]) -> Table:

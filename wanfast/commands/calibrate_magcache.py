@@ -54,7 +54,7 @@ def calibrate_magcache(
         files = model_of({**NO_VIDEO, **given})  # before the clips are read
         files.require()
         folder = shipped_set(files.spec) if set_ is None else Path(absolute(str(set_), "--set"))
-        clips = read_set(folder, seed)
+        clips = read_set(folder, seed, takes_images=files.spec.takes_images)
         plans = planned(given, clips, files)
         require_experts(files, plans[0].config.models)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
@@ -68,8 +68,8 @@ def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list
     """Returns one plan for each clip, as `wanfast generate` would plan it. Raises WanFastError."""
     plans = []
     for clip in clips:
-        of_clip = {**given, "image": str(clip.image), "prompt": clip.prompt, "seed": clip.seed}
-        plan = Plan.of(effective(of_clip, files, clip.image_sha256), files.spec, clip.image_size)
+        config = effective({**given, **clip.options}, files, clip.image_sha256, clip.last_image_sha256)
+        plan = Plan.of(config, files.spec, clip.image_size)
         plans.append(dataclasses.replace(plan, requested=given, residuals_a_branch=2))  # of this step and of the last
     return place(plans)
 

@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from wanfast.commands import options
-from wanfast.runtime.config import ModelsConfig
 from wanfast.runtime.facts.memory import CARDS, gb
 
 _KEYS_SHOWN = 4
@@ -34,11 +33,8 @@ def doctor(
     is 2 for a wrong option, and otherwise 0, whatever the command finds.
     """
     from wanfast.runtime.jobs import doctor as worker  # imports torch, which may be broken
-    from wanfast.runtime.planning.next_step import example
 
-    given = options.given(context)
-    image, prompt = example(given.get("model", ModelsConfig.model))
-    document = worker.examine({**given, "image": image, "prompt": prompt})
+    document = worker.examine(options.given(context))
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     for heading, rows in _sections(document):
         console.print(heading, style="bold", markup=False)

@@ -1,4 +1,4 @@
-"""`wanfast download`: fetches the published model, or a published pair of LoRAs, into the artifacts folder."""
+"""`wanfast download`: fetches a published model, or a published pair of LoRAs, into the artifacts folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ from wanfast.runtime.store.lora_pairs import PAIRS
 
 
 def download(
+    model: Annotated[
+        Literal["a14b", "t2v-a14b"] | None,
+        typer.Option(
+            help="The published model: for videos from images, or from text alone.",
+            show_default="a14b",
+            rich_help_panel=MAKE,
+        ),
+    ] = None,
     repo: Annotated[
         str | None,
         typer.Option(
             help="Repository on the Hugging Face Hub.",
-            show_default="Wan-AI/Wan2.2-I2V-A14B, with --layout diffusers Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+            show_default="of --model and --layout, such as Wan-AI/Wan2.2-I2V-A14B-Diffusers",
             rich_help_panel=MAKE,
         ),
     ] = None,
@@ -61,7 +69,7 @@ def download(
     """
     from wanfast.runtime.store import hub as worker  # huggingface_hub begins here: 0.3 s
 
-    request = worker.Request.of(repo, revision, layout, artifacts_dir, lora)
+    request = worker.Request.of(repo, revision, layout, artifacts_dir, lora, model)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     if dry_run:
         result = worker.plan(request)

@@ -52,7 +52,7 @@ def generate(
     dry_run: options.DryRun = False,
     json_: options.Json = False,
 ) -> None:
-    """Make a video from an image and a prompt."""
+    """Make a video from an image and a prompt, or from a prompt alone."""
     if ray is not None and jobs is None:
         raise ConfigError("--ray is for a list of videos: add --jobs, or drop --ray")
     report = Report(as_json=json_)

@@ -48,7 +48,7 @@ def clip_set(by_default: str) -> Any:
     """Returns the option --set of a command that reads a set of clips; `by_default` describes the default set."""
     return typer.Option(
         "--set",
-        help="A folder with images and a file clips.jsonl, which has a prompt for each image.",
+        help="A folder with images and a clips.jsonl: each line has an image, its prompt and perhaps a last_image.",
         show_default=by_default,
         rich_help_panel=MAKE,
     )

@@ -154,6 +154,7 @@ def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str
         + (f", compiled ({plan['compile']})" if plan["compile"] else ""),
         **_expert_row(plan),
         **_lora_row(plan),
+        **({"last image": _shown(plan["images"]["--last-image"])} if "--last-image" in plan["images"] else {}),
         "video": f"{plan['width']}x{plan['height']}, {plan['frames']} frames at {plan['fps']} fps "
         f"({plan['duration_s']} s)",
         "latent": f"{latent}, {plan['tokens']:,} tokens",

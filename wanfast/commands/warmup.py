@@ -11,11 +11,12 @@ from rich.console import Console
 
 from wanfast.commands import dispatch, options
 from wanfast.runtime.config import NO_VIDEO, of_command, parse_size
+from wanfast.runtime.config.option import flag
 from wanfast.runtime.errors import ConfigError, from_failure
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.media import images
 from wanfast.runtime.planning.placement import is_cpu_for_want_of_a_gpu, place
-from wanfast.runtime.planning.plan import Plan, effective, model_of
+from wanfast.runtime.planning.plan import Plan, effective, model_of, refuse_image_options
 
 
 @options.takes_options("warmup")
@@ -50,7 +51,8 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
     """
     wanted = {**NO_VIDEO, **given, "compile": True}
     files = model_of(wanted)
-    config = effective(wanted, files, image_sha256="")
+    refuse_image_options((flag(name) for name in ("image", "fit") if name in given), files.spec)
+    config = effective(wanted, files)
     require_attention(config.models.attention, config.ranks.device)
     image_size = images.load_image(given["image"]).size if "image" in given else parse_size(config.video.size)
     plan = dataclasses.replace(Plan.of(config, files.spec, image_size), requested=given)

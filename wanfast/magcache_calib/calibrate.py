@@ -30,7 +30,7 @@ def run(
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
     """Denoises one clip; returns its residuals' statistics for every step and branch, and the seconds of denoising."""
-    plan, image = session.plan(job)
+    plan, images = session.plan(job)
     plan = dataclasses.replace(plan, may_regroup=False)  # because each token is compared with itself, on its rank
     steps = len(plan.schedule)
     recorder = Recorder(session.ranks, plan.geometry.tokens)
@@ -38,5 +38,5 @@ def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dic
     def on_step(done: int, expert: Expert) -> None:
         progress(index, expert.replace("_", " "), done, steps)
 
-    session.latent(plan, image, on_step, recorder)
+    session.latent(plan, images, on_step, recorder)
     return {"steps": recorder.measured(steps), "seconds": round(session.watch.seconds["denoise"], 3)}

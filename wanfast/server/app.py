@@ -67,7 +67,9 @@ def create_app(parts: Parts) -> FastAPI:
 def _add_videos(app: FastAPI, parts: Parts) -> None:
     store, files = parts.store, parts.files
     owned = Depends(_owner_of(parts.keys))
-    takes_fields: dict[str, Any] = {"requestBody": {"required": True, "content": _content()}}
+    takes_fields: dict[str, Any] = {
+        "requestBody": {"required": True, "content": _content(takes_images=parts.checks.takes_images)}
+    }
 
     @app.post("/v1/videos", openapi_extra=takes_fields, summary="Queue a video")
     async def create(request: Request, owner: str = owned) -> JSONResponse:
@@ -286,9 +288,14 @@ def _count(parts: Parts, before: Job, after: Job) -> None:
         parts.metrics.failed(CANCELLED)
 
 
-def _content() -> dict[str, Any]:
-    """Returns the OpenAPI description of a body: JSON, or a form with the picture as a file."""
+def _content(*, takes_images: bool) -> dict[str, Any]:
+    """Returns the OpenAPI description of a body: JSON, or a form with the picture as a file.
+
+    Without `takes_images` there is no picture.
+    """
     schema = Fields.model_json_schema()
+    if not takes_images:
+        return {kind: {"schema": schema} for kind in ("application/json", "multipart/form-data")}
     url = {"type": "object", "properties": {"image_url": {"type": "string", "description": "a data URL"}}}
     file = {"type": "string", "format": "binary"}
 

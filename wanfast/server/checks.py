@@ -23,7 +23,7 @@ from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.processes.handle import Opened
-from wanfast.server.fields import Asked, Fields
+from wanfast.server.fields import PICTURE, Asked, Fields
 from wanfast.server.replies import ApiError, in_fields, in_names_of_fields, unfit, without_paths
 from wanfast.server.store import NewJob
 
@@ -56,6 +56,11 @@ class Served:
     frames: int
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def fit(self) -> dict[str, str]:
+        """Returns the option that gives videos exactly the size that is asked for."""
+        return {"fit": "crop"} if self.spec.takes_images else {}
+
     @classmethod
     def of(cls, opened: Opened, defaults: Mapping[str, Any]) -> Served:
         """Describes what a server with this handle offers.
@@ -73,6 +78,11 @@ class Checks:
     def __init__(self, served: Served) -> None:
         self._served, self._decoding = served, threading.Lock()
 
+    @property
+    def takes_images(self) -> bool:
+        """Returns whether a request must have a picture; otherwise it must have none."""
+        return self._served.spec.takes_images
+
     def job(self, asked: Asked, owner: str, idempotency_key: str | None) -> NewJob:
         """Returns the job of a request. Raises ApiError if a field is wrong.
 
@@ -82,6 +92,7 @@ class Checks:
         if fields.model not in (None, served.model, served.spec.name):
             message = f"model: this server has only {served.model}"
             raise ApiError(404, message, param="model", code="model_not_found")
+        self._check_picture(asked)
         boundary = fields.boundary_ratio
         if boundary not in (None, served.spec.boundary):
             raise unfit(
@@ -92,7 +103,7 @@ class Checks:
         fps = options.get("fps", served.spec.fps)
         frames = self._frames(fields, fps)
         width, height = self._size(fields)
-        options |= {"size": f"{width}x{height}", "frames": frames, "fit": "crop"}
+        options |= {"size": f"{width}x{height}", "frames": frames, **served.fit}
         return NewJob(
             owner=owner,
             options={**options, "seed": secrets.randbelow(1 << 31) if fields.seed is None else fields.seed},
@@ -115,7 +126,7 @@ class Checks:
             path = f"/proc/self/fd/{file.fileno()}"
             try:
                 with asked_once():
-                    self._served.planner.plan({**new.options, "image": path})
+                    self._served.planner.plan({**new.options, **({"image": path} if picture else {})})
             except ConfigError as error:
                 raise _refusal(error, path) from None
             except WanFastError as error:  # what is wrong with the server is not for its clients
@@ -130,6 +141,12 @@ class Checks:
         defaults = in_names_of_fields({name: own[name] for name in own.keys() - _OF_ONE_VIDEO})
         recipes = [name for name in RECIPES if served.planner.has_models_of(name)]
         return {"defaults": defaults, "recipe": served.planner.asked.get("recipe"), "recipes": recipes}
+
+    def _check_picture(self, asked: Asked) -> None:
+        if self.takes_images and not asked.picture:
+            raise unfit(PICTURE, "is missing: this model makes a video from a picture")
+        if asked.picture and not self.takes_images:
+            raise unfit(PICTURE, "this model makes videos from text alone: leave it out")
 
     def _options(self, fields: Fields) -> dict[str, Any]:
         second = fields.guidance_scale if fields.guidance_scale_2 is None else fields.guidance_scale_2

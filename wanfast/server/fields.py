@@ -20,8 +20,8 @@ from wanfast.server.replies import ApiError, unfit
 
 MOST_LETTERS = 20_000  # of a prompt; the model reads about 2,000
 _MOST_FIELDS = 40
-_PICTURE = "input_reference"
-_NESTED = f"{_PICTURE}[image_url]"  # how the openai client writes {"image_url": ...} into a form
+PICTURE = "input_reference"
+_NESTED = f"{PICTURE}[image_url]"  # how the openai client writes {"image_url": ...} into a form
 
 
 class Fields(BaseModel):
@@ -54,7 +54,7 @@ class Asked:
     """This class holds a request for a video: fields with checked types, and a picture that is not decoded yet."""
 
     fields: Fields
-    picture: bytes
+    picture: bytes  # empty if the client sent none
 
 
 async def read(request: Request, most_bytes: int) -> Asked:
@@ -66,7 +66,7 @@ async def read(request: Request, most_bytes: int) -> Asked:
         values = await _form(request, most_bytes)
     else:
         raise ApiError(415, "the body must be application/json or multipart/form-data", code="unsupported_media_type")
-    picture = _picture(values.pop(_PICTURE, None))
+    picture = _picture(values.pop(PICTURE, None))
     return Asked(_checked(values), picture)
 
 
@@ -92,11 +92,11 @@ async def _form(request: Request, most_bytes: int) -> dict[str, Any]:
     values: dict[str, Any] = {}
     try:
         for name, value in form.multi_items():
-            if name in values or (name == _NESTED and _PICTURE in values):
+            if name in values or (name == _NESTED and PICTURE in values):
                 raise unfit(name[:60], "is given twice: keep one")
-            if isinstance(value, UploadFile) != (name == _PICTURE) and name != _NESTED:
+            if isinstance(value, UploadFile) != (name == PICTURE) and name != _NESTED:
                 raise unfit(name[:60], "only the field input_reference can be a file")
-            values[_PICTURE if name == _NESTED else name] = (
+            values[PICTURE if name == _NESTED else name] = (
                 await value.read()
                 if isinstance(value, UploadFile)
                 else {"image_url": value}
@@ -113,18 +113,18 @@ def _picture(value: Any) -> bytes:
     if isinstance(value, bytes) and value:
         return value
     if value is None or value == b"":
-        raise unfit(_PICTURE, "is missing: this model makes a video from a picture")
+        return b""
     if not isinstance(value, dict) or set(value) != {"image_url"} or not isinstance(value["image_url"], str):
-        raise unfit(_PICTURE, 'send a file in a form, or in JSON {"image_url": "data:image/png;base64,..."}')
+        raise unfit(PICTURE, 'send a file in a form, or in JSON {"image_url": "data:image/png;base64,..."}')
     head, comma, text = value["image_url"].partition(",")
     if not (head.startswith("data:") and head.endswith(";base64") and comma):
-        raise unfit(_PICTURE, "the server fetches no address: send the picture itself, as data:image/png;base64,...")
+        raise unfit(PICTURE, "the server fetches no address: send the picture itself, as data:image/png;base64,...")
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise unfit(_PICTURE, "is not base64: encode the bytes of the file") from None
+        raise unfit(PICTURE, "is not base64: encode the bytes of the file") from None
     if not data:
-        raise unfit(_PICTURE, "is empty: send a picture")
+        raise unfit(PICTURE, "is empty: send a picture")
     return data
 
 
@@ -138,5 +138,5 @@ def _checked(values: dict[str, Any]) -> Fields:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     name = str(first["loc"][0])[:60] if first["loc"] else "prompt"
     if first["type"] == "extra_forbidden":
-        raise unfit(name, f"no such field: use {', '.join([*Fields.model_fields, _PICTURE])}")
+        raise unfit(name, f"no such field: use {', '.join([*Fields.model_fields, PICTURE])}")
     raise unfit(name, "is missing" if first["type"] == "missing" else first["msg"][:1].lower() + first["msg"][1:])

@@ -134,10 +134,13 @@ def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
 
     Raises WanFastError.
     """
-    picture = files.folder / "warm-up.png"  # no temporary file, because ranks that die are warmed up again
-    Image.new("RGB", served.size, (127, 127, 127)).save(picture)
+    image: dict[str, Any] = {}
+    if served.spec.takes_images:
+        picture = files.folder / "warm-up.png"  # no temporary file, because ranks that die are warmed up again
+        Image.new("RGB", served.size, (127, 127, 127)).save(picture)
+        image["image"] = str(picture)
     size = "x".join(map(str, served.size))
-    video = {**served.defaults, "image": str(picture), "prompt": "warm-up", "seed": 0, "fit": "crop", "size": size}
+    video = {**served.defaults, **image, **served.fit, "prompt": "warm-up", "seed": 0, "size": size}
     plan = opened.plan(video)
     least = least_steps(plan.config.video, served.spec)
     return {**few_steps(video, schedule_of(plan.config.video, served.spec, least)), "frames": served.frames}

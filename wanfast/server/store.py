@@ -226,7 +226,7 @@ class Store:
             return Job.of(connection.execute(begun.returning(JOBS)).one())
 
     def picture(self, job: Job) -> bytes | None:
-        """Returns the picture of a job, or None if the job has ended."""
+        """Returns the picture of a job, which is empty if the job has none; None if the job has ended."""
         with self._reading() as connection:
             found = connection.execute(select(PICTURES.c.data).where(PICTURES.c.job == job.number))
             return found.scalar_one_or_none()

@@ -157,7 +157,8 @@ class Worker:
                 raise CancelledError
             try:
                 image.write_bytes(picture)
-                video = self._made(run, run.report, {**run.job.options, "image": str(image)})
+                given = {"image": str(image)} if picture else {}
+                video = self._made(run, run.report, {**run.job.options, **given})
             finally:
                 image.unlink(missing_ok=True)
             if self._writing is not None:

@@ -26,7 +26,7 @@ from wanfast.runtime.facts.model_spec import ModelSpec
 
 Options = Mapping[str, Any]  # option name -> the value that was given
 _OLDER_MODELS = {"vae_precision": "fp32"}  # what versions did whose sidecars lack a field
-NO_VIDEO: Options = {"image": "none", "prompt": "none"}  # required of a video, but not to place ranks or to compile
+NO_VIDEO: Options = {"prompt": "none"}  # required of a video, but not to place ranks or to compile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,7 @@ class EffectiveConfig:
         """Returns a copy in which the named fields, of any of the five parts, have the new `values`."""
         hashes = {
             "image_sha256": self.video.image_sha256,
+            "last_image_sha256": self.video.last_image_sha256,
             "expert_sha256": self.models.expert_sha256,
             "lora_sha256": self.models.lora_sha256,
         }

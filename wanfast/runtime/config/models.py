@@ -93,8 +93,8 @@ class ModelsConfig(Part):
     model: Annotated[
         str,
         Option(
-            "tiny (ships with the package), a14b (the published weights), or a folder in the original or the Diffusers "
-            "layout.",
+            "tiny (ships with the package), a14b (the published weights), t2v-a14b (those for videos from text alone), "
+            "or a folder in the original or the Diffusers layout.",
             MAKE,
             also=ALL,
             path=True,
@@ -105,8 +105,8 @@ class ModelsConfig(Part):
         RecipeName | None,
         Option(
             "Named set of options. An option that you give yourself overrides the recipe's value. wanfast's recipes: "
-            f"exact, near-exact, fast. For distilled weights: {', '.join(get_args(RecipeName)[-4:])}. Published "
-            f"recipes: {', '.join(get_args(RecipeName)[:-7])}.",
+            f"exact, near-exact, fast. For distilled weights: {', '.join(get_args(RecipeName)[-5:])}. Published "
+            f"recipes: {', '.join(get_args(RecipeName)[:-8])}.",
             MAKE,
             also=("calibrate-magcache", "serve", "warmup"),
             metavar="<name>",
@@ -384,6 +384,6 @@ def is_artifacts_dir_named(given: Mapping[str, Any]) -> bool:
 def check_places(model: str, artifacts_dir: str) -> None:
     """Raises ConfigError if `model` or `artifacts_dir` is empty, because an empty path means the current folder."""
     if not model.strip():
-        raise ConfigError("--model has an empty value: use tiny, a14b or a folder of weights")
+        raise ConfigError("--model has an empty value: use tiny, a14b, t2v-a14b or a folder of weights")
     if not artifacts_dir.strip():
         raise ConfigError("--artifacts-dir has an empty value: name a folder, or drop --artifacts-dir")

@@ -32,6 +32,7 @@ class Recipe:
     options: Options
     of_several_ranks: Options = field(default_factory=dict)  # they need more than one rank, and are left out for one
     distilled: tuple[Expert, ...] = ()  # experts whose weights must be distilled to few steps
+    num_images: int = 0  # that its noise levels or weights are for; 0: any number
 
     def given(self, options: Options) -> dict[str, Any]:
         """Returns the recipe's options for a run with these `options`.
@@ -55,9 +56,17 @@ def _skips(name: str) -> Options:
     return {"magcache": name, "magcache_joint": "off"}
 
 
-def _few_steps(sigmas: str, solver: Solver, distilled: tuple[Expert, ...] = EXPERTS, **others: Any) -> Recipe:
+def _few_steps(
+    sigmas: str,
+    solver: Solver,
+    distilled: tuple[Expert, ...] = EXPERTS,
+    *,
+    num_images: int = 0,
+    **others: Any,
+) -> Recipe:
     unguided = {f"guidance_{expert}": 1.0 for expert in distilled}
-    return Recipe({"sigmas": sigmas, "solver": solver, **unguided, **others}, distilled=distilled)
+    options = {"sigmas": sigmas, "solver": solver, **unguided, **others}
+    return Recipe(options, distilled=distilled, num_images=num_images)
 
 
 # The first 15 of 40 steps at shift 5, with which the model was published; they are the high-noise expert's.
@@ -92,8 +101,11 @@ RECIPES: Mapping[RecipeName, Recipe] = MappingProxyType(
         "fast": Recipe({**_FP8, "magcache": "E012K2R20", "magcache_rule": "both-experts"}),
         "lightning-4": _few_steps("1,0.9375,0.833333333,0.625", "euler"),
         "lightning-8": _few_steps("1,0.972222222,0.9375,0.892857143,0.833333333,0.75,0.625,0.416666667", "euler"),
-        "hybrid": _few_steps(f"{_BASE_15},0.75,0.5,0.25", "unipc-euler", ("low_noise",), switch_step=15),
+        "hybrid": _few_steps(f"{_BASE_15},0.75,0.5,0.25", "unipc-euler", ("low_noise",), num_images=1, switch_step=15),
         "rcm-4": _few_steps("0.99502,0.93378,0.8529,0.60898", "rcm"),
+        "first-last-4": _few_steps(  # shift 16
+            "1,0.979591837,0.941176471,0.842105263", "euler", num_images=2, switch_step=2
+        ),
     }
 )
 

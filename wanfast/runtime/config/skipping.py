@@ -87,7 +87,7 @@ class SkippingConfig(Part):
             "Experts whose forwards may be skipped. The high-noise expert decides motion and layout.",
             LOSSY,
             also=("serve",),
-            default="low-noise-only; both-experts with --magcache-budget, --magcache-skip or --sigmas",
+            default="low-noise-only; both-experts for t2v-a14b, or with --magcache-budget, --magcache-skip, --sigmas",
         ),
     ] = None
     magcache_joint: Annotated[

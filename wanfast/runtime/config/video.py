@@ -74,6 +74,17 @@ class VideoConfig(Part):
 
     image: Annotated[str, Option("The image that the video starts from.", MAKE, also=("warmup",), path=True)]
     image_sha256: str = ""
+    last_image: Annotated[
+        str | None,
+        Option(
+            "The image that the video ends with. It is fitted to the video as --image is.",
+            MAKE,
+            asked=str,
+            path=True,
+            check=lambda path: None if path.strip() else "has an empty value: name an image file",
+        ),
+    ] = None
+    last_image_sha256: str = ""
     prompt: Annotated[str, Option("What happens in the video.", MAKE)]
     negative_prompt: Annotated[str, Option("What the video must not show.", MAKE, own=True, also=("bench", "serve"))]
     size: Annotated[
@@ -206,12 +217,14 @@ class VideoConfig(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.image:
-            raise ConfigError("--image is missing: give the image that the video starts from")
         if not self.prompt:
             raise ConfigError("--prompt is missing: describe what should happen in the video")
         if not self.prompt.strip():
             raise ConfigError("--prompt has no words: describe what should happen in the video")
+        if self.last_image is not None and self.frames == 1:
+            raise ConfigError(
+                "--last-image needs a first and a last frame: use --frames 5 or more, or drop --last-image"
+            )
         self._check_schedule()
         if self.noise_device == "cpu" and self.seed >= CPU_SEEDS:
             raise ConfigError(
@@ -242,6 +255,12 @@ class VideoConfig(Part):
                 f"--guidance-gate {self.guidance_gate:g} needs guidance, but both guidance scales are 1: drop "
                 "--guidance-gate, or give another scale by --guidance-high-noise or --guidance-low-noise"
             )
+
+    @property
+    def images(self) -> dict[str, str]:
+        """Returns the path of each given image, by the flag of its option; the image of the first frame comes first."""
+        found = {"--image": self.image, "--last-image": self.last_image}
+        return {option: path for option, path in found.items() if path}
 
     @property
     def levels(self) -> tuple[float, ...] | None:

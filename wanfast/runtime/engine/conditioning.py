@@ -12,15 +12,14 @@ from torch import Tensor
 from wanfast.runtime.facts.shapes import Geometry
 
 
-def first_frame_clip(image: Tensor, frames: int, last_image: Tensor | None = None) -> Tensor:
-    """Returns the clip [1, 3, F, H, W] that the VAE encodes: the image [3, H, W], then mid-grey (0) frames.
+def given_clip(images: Tensor, frames: int) -> Tensor:
+    """Returns the clip [1, 3, F, H, W] that the VAE encodes: the first of `images` [n, 3, H, W], then mid-grey frames.
 
-    A given `last_image` is the last frame.
+    If there is a second image, it is the last frame.
     """
-    clip = image.new_zeros(1, image.shape[0], frames, *image.shape[1:])
-    clip[:, :, 0] = image
-    if last_image is not None:
-        clip[:, :, -1] = last_image
+    clip = images.new_zeros(1, images.shape[1], frames, *images.shape[2:])
+    for frame, image in zip((0, -1), images, strict=False):
+        clip[:, :, frame] = image
     return clip
 
 

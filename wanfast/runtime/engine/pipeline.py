@@ -1,9 +1,9 @@
-"""The pipeline makes a video from an image and text embeddings, with two experts and the VAE.
+"""The pipeline makes a video from text embeddings and up to two images, with two experts and the VAE.
 
-Every rank of a rank group runs the pipeline with the same arguments, except that only the leader needs the image. In
+Every rank of a rank group runs the pipeline with the same arguments, except that only the leader needs the pixels. In
 the VAE, each rank computes some rows of every frame. Only the leader gets the video.
 
-image [3, H, W] -> VAE -> condition y [20, T, h, w] (mask, then latents) -> `denoise`, which calls the step's
+images [n, 3, H, W] -> VAE -> condition y [20, T, h, w] (mask, then latents) -> `denoise`, which calls the step's
 expert for the velocity of each guidance branch -> clean latent [16, T, h, w] -> VAE -> video [3, F, H, W].
 
 Shapes: F frames of H x W pixels; T latent frames of h x w, T = (F-1)/4 + 1, h = H/8, w = W/8; n text tokens.
@@ -28,7 +28,7 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.distributed.vae_parallel import SplitRows
 from wanfast.runtime.engine import pixels
 from wanfast.runtime.engine.attention_probe import Choice
-from wanfast.runtime.engine.conditioning import Noise, draw_noise, first_frame_clip, noise_shape, with_mask
+from wanfast.runtime.engine.conditioning import Noise, draw_noise, given_clip, noise_shape, with_mask
 from wanfast.runtime.engine.denoise import StepFn, denoise
 from wanfast.runtime.engine.finite import FiniteWatch, require_finite
 from wanfast.runtime.engine.lossy_attention import LossyAttention
@@ -52,8 +52,8 @@ _EVICT_BYTES = 8 << 30  # evicted each time that the VAE runs out of memory
 
 
 @dataclass(frozen=True)
-class ImageToVideoPipeline:
-    """This class holds the models of a rank, and the methods that lead from an image to a video."""
+class VideoPipeline:
+    """This class holds the models of a rank, and the methods that lead from texts and images to a video."""
 
     spec: ModelSpec
     experts: Experts
@@ -70,7 +70,7 @@ class ImageToVideoPipeline:
     def __call__(
         self,
         plan: Plan,
-        image: Tensor,
+        images: Tensor,
         text: dict[Branch, Tensor],
         watch: Stopwatch,
         on_step: StepFn = lambda i, e: None,
@@ -78,29 +78,30 @@ class ImageToVideoPipeline:
     ) -> Tensor | None:
         """Returns the video [3, F, H, W] in [-1, 1] on the leader's CPU, None on other ranks.
 
-        It is made from an image [3, H, W] and each branch's `text` [n, d]. `residuals` decides which forwards run; by
-        default the plan decides.
+        It is made from images [n, 3, H, W] and from each branch's `text` [n, d]. The images are those of the first and
+        the last frame, or only of the first; a model that makes videos from text alone has none. `residuals` decides
+        which forwards run; by default the plan decides.
         """
-        latent = self.latent(plan, image, text, watch, on_step, residuals or plan.residuals())
+        latent = self.latent(plan, images, text, watch, on_step, residuals or plan.residuals())
         return self.decode(latent, plan.geometry, watch)
 
     @torch.inference_mode()
     def latent(
         self,
         plan: Plan,
-        image: Tensor,
+        images: Tensor,
         text: dict[Branch, Tensor],
         watch: Stopwatch,
         on_step: StepFn,
         residuals: StepCache,
     ) -> Tensor:
-        """Encodes the image, denoises the noise, and returns the clean latent [1, 16, T, h, w] on every rank.
+        """Encodes the images, denoises the noise, and returns the clean latent [1, 16, T, h, w] on every rank.
 
         Afterwards, offloaded experts free their GPU memory.
         """
         noise = self.noise(plan)
         with watch.span("encode"):
-            condition = self.encode_condition(image, plan.geometry)
+            condition = self.encode_condition(images, plan.geometry)
         with watch.span("denoise"):
             latent = self.denoise(plan, noise, condition, text, residuals, on_step)
         self.experts.leave()
@@ -217,24 +218,31 @@ class ImageToVideoPipeline:
             return self.ranks.share(draw().to(self.device))
         return self.ranks.share(torch.empty(noise_shape(plan.geometry, self.spec.dit.out_channels), device=self.device))
 
-    def encode_condition(self, image: Tensor, geometry: Geometry) -> Tensor:
+    def encode_condition(self, images: Tensor, geometry: Geometry) -> Tensor:
         """Returns the condition y [1, 20, T, h, w] on every rank: four mask channels, then the latents of a clip.
 
-        The clip is the image, then mid-grey frames. The mask is 1 in the first latent frame and 0 in all others.
+        `given_clip` makes the clip of the images [n, 3, H, W], and `with_mask` the mask. Ranks other than the leader
+        need only n. Without images, the condition has no channels.
         """
+        if not len(images):
+            _, _, *grid = noise_shape(geometry, self.spec.dit.out_channels)
+            return torch.empty(1, 0, *grid, device=self.device)
         g, channels = geometry, self.spec.vae.temporal_stride + self.spec.vae.latent_channels
         condition = torch.empty(1, channels, g.latent_frames, g.latent_height, g.latent_width, device=self.device)
-        whole = image.to(self.device) if self.ranks.is_leader else torch.empty(3, g.height, g.width, device=self.device)
-        pixels_CHW = self.ranks.share(whole.contiguous())
+        num_images, on_leader = len(images), self.ranks.is_leader
+        blank = torch.empty(num_images, 3, g.height, g.width, device=self.device)
+        pixels_NCHW = self.ranks.share(images.to(self.device).contiguous() if on_leader else blank)
 
         def encoded() -> Tensor:
             own = None
             while own is None:
                 rows = self.ranks.rows(g.latent_height)
-                work = partial(_encoded, pixels_CHW, g.frames, self.vae, rows)
-                own = self._attempt(work, partial(_encoded, pixels_CHW.to("meta"), g.frames), rows, g)
+                work = partial(_encoded, pixels_NCHW, g.frames, self.vae, rows)
+                own = self._attempt(work, partial(_encoded, pixels_NCHW.to("meta"), g.frames), rows, g)
             latents = rows.collect(own, 3) if rows.has_part else None
-            return condition if latents is None else with_mask(latents.float(), self.spec.vae.temporal_stride)
+            if latents is None:
+                return condition
+            return with_mask(latents.float(), self.spec.vae.temporal_stride, last=num_images == 2)
 
         return self.ranks.share(self.ranks.together(encoded).contiguous())
 
@@ -320,9 +328,10 @@ class ImageToVideoPipeline:
         return latent
 
 
-def _encoded(pixels_CHW: Tensor, frames: int, vae: WanVAE, rows: Rows) -> Tensor:
-    """Returns this rank's rows of the latents [1, 16, T, h, w] of a clip: the image, then grey frames."""
-    return vae.encode(first_frame_clip(rows.own(pixels_CHW, 1), frames), still_from=1, rows=rows)
+def _encoded(pixels_NCHW: Tensor, frames: int, vae: WanVAE, rows: Rows) -> Tensor:
+    """Returns this rank's rows of the latents [1, 16, T, h, w] of the clip of these images."""
+    clip, still_to = given_clip(rows.own(pixels_NCHW, 2), frames), frames - len(pixels_NCHW) + 1
+    return vae.encode(clip, still_from=1, still_to=still_to, rows=rows)
 
 
 def _decoded(latent: Tensor, vae: WanVAE, rows: Rows) -> Iterator[Tensor]:

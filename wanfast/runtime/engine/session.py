@@ -12,7 +12,7 @@ The docstring of `load_models` lists the steps in which a model is loaded.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -36,7 +36,7 @@ from wanfast.runtime.engine.compilation import (
 from wanfast.runtime.engine.denoise import StepFn
 from wanfast.runtime.engine.fp8_attention import Fp8Attention
 from wanfast.runtime.engine.lossy_attention import LossyAttention
-from wanfast.runtime.engine.pipeline import ImageToVideoPipeline
+from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.engine.pixels import Frames, FramesFn
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.engine.sparse_attention import SparseAttention
@@ -86,7 +86,7 @@ class Session:
         self.watch = Stopwatch(ranks.device)  # seconds of each stage since the last video
         self._loads = Stopwatch(ranks.device)  # seconds of each component since the last video
         self._embeds: dict[str, Tensor] = {}
-        self._pipeline: ImageToVideoPipeline | None = None
+        self._pipeline: VideoPipeline | None = None
         self._stored: dict[str, Path] = {}  # the artifacts of loaded quantized experts
 
     @classmethod
@@ -112,7 +112,7 @@ class Session:
             del self._embeds[text]
 
     @hardware.one_out_of_memory_error()
-    def load(self, before_each: Callable[[], None] = lambda: None) -> ImageToVideoPipeline:
+    def load(self, before_each: Callable[[], None] = lambda: None) -> VideoPipeline:
         """Loads the two experts and the VAE at the first call; every call returns the pipeline.
 
         `before_each` is called before each of these three models is loaded. An error in `before_each` stops the
@@ -143,16 +143,16 @@ class Session:
             raise
 
     def plan(self, job: Job) -> tuple[Plan, Tensor]:
-        """Returns (the plan of `job`, the image [3, H, W] at the plan's size).
+        """Returns (the plan of `job`, the n given images [n, 3, H, W] at the plan's size).
 
-        Only the leader reads the image; on other ranks, the image is an empty tensor.
+        Only the leader reads the images; on other ranks, they have no pixels.
         """
         pipeline, ranks = self.load(), self.ranks
         read: list[LoadedImage] = []
 
         def read_here() -> tuple[int, int]:
-            read.append(_read_image(job.config.video))
-            return read[0].size
+            read.extend(_read_images(job.config.video))
+            return read[0].size if read else (0, 0)
 
         size = ranks.lead(read_here)
         config = job.config.replace(attention=pipeline.attention.kernel)  # so that `--from` uses it too
@@ -161,7 +161,7 @@ class Session:
         plan = dataclasses.replace(plan, requested=job.requested)
         g = plan.geometry
         fitted = [pixels.fit_image(image.pixels, g.width, g.height, config.video.fit) for image in read]
-        return plan, fitted[0] if fitted else torch.empty(3, 0, 0)
+        return plan, torch.stack(fitted) if fitted else torch.empty(len(config.video.images), 3, 0, 0)
 
     def text_of(self, config: EffectiveConfig) -> dict[Branch, Tensor]:
         """Returns the text embeddings of a video: {branch: embedding [n, text_dim]}.
@@ -173,13 +173,13 @@ class Session:
         return {"prompt": self._embeds[prompt], "negative_prompt": self._embeds[negative_prompt]}
 
     @hardware.one_out_of_memory_error()
-    def latent(self, plan: Plan, image: Tensor, on_step: StepFn, residuals: StepCache) -> Tensor:
-        """Makes the clean latent [1, 16, T, h, w] of `plan`.
+    def latent(self, plan: Plan, given: Tensor, on_step: StepFn, residuals: StepCache) -> Tensor:
+        """Makes the clean latent [1, 16, T, h, w] of `plan` from the `given` images [n, 3, H, W].
 
         The cache `residuals` decides which forwards are skipped.
         """
         text = self.text_of(plan.config)
-        return self.load().latent(plan, image, text, self.watch, on_step, residuals)
+        return self.load().latent(plan, given, text, self.watch, on_step, residuals)
 
     @hardware.one_out_of_memory_error()
     def make(
@@ -198,7 +198,7 @@ class Session:
         """
         text = self.text_of(job.config)  # before the experts need the memory
         pipeline, ranks = self.load(), self.ranks
-        plan, image = self.plan(job)
+        plan, given = self.plan(job)
         config = plan.config
         compile_cache, compiled = (_warm_start(plan, ranks), compiled_anew()) if config.models.compile else (None, 0)
         hardware.reset_peak_memory(config.ranks.device)
@@ -210,7 +210,7 @@ class Session:
 
         with cudnn_engines.kept_engines(plan, ranks) as engines:
             cache = residuals or plan.residuals()
-            latent = pipeline.latent(plan, image, text, self.watch, stepped, cache)
+            latent = pipeline.latent(plan, given, text, self.watch, stepped, cache)
             frames = pipeline.frames(latent, plan.geometry, self.watch, on_frames)
         peaks = ranks.gather(hardware.peak_memory_bytes(config.ranks.device))
         recompiled = max(ranks.gather(compiled_anew() - compiled if config.models.compile else 0))
@@ -304,7 +304,7 @@ def load_models(
     ranks: Ranks,
     loads: Stopwatch,
     before_each: Callable[[], None] = lambda: None,
-) -> ImageToVideoPipeline:
+) -> VideoPipeline:
     """Loads both experts and the VAE, and returns a pipeline that is ready to run.
 
     The seconds of loading are added to `loads`, for each of these three models. Every rank calls `before_each` before
@@ -352,7 +352,7 @@ def load_models(
     if wanted.compile:
         for model in models.values():
             compile_blocks(model, wanted.compile_mode)
-    return ImageToVideoPipeline(files.spec, experts, vae, ranks, choice, lossy)
+    return VideoPipeline(files.spec, experts, vae, ranks, choice, lossy)
 
 
 def _lossy_attention(kernel: Attention, dense: AttentionFn, num_heads: int, ranks: Ranks) -> LossyAttention | None:
@@ -424,8 +424,11 @@ def _warm_start(plan: Plan, ranks: Ranks) -> str | None:
     return load_caches(store, inputs, ranks, is_named=is_artifacts_dir_named(plan.requested))
 
 
-def _read_image(video: VideoConfig) -> LoadedImage:
-    image = images.load_image(video.image)
-    if image.sha256 != video.image_sha256:
-        raise ConfigError(f"--image {video.image}: the file changed since the plan was made: run this command again")
-    return image
+def _read_images(video: VideoConfig) -> Iterator[LoadedImage]:
+    """Yields the given images. Raises ConfigError if one cannot be read, or is not the one that was planned."""
+    planned = {"--image": video.image_sha256, "--last-image": video.last_image_sha256}
+    for option, path in video.images.items():
+        image = images.load_image(path, option)
+        if image.sha256 != planned[option]:
+            raise ConfigError(f"{option} {path}: the file changed since the plan was made: run this command again")
+        yield image

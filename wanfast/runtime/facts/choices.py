@@ -15,7 +15,7 @@ ImageFit = Literal["area", "crop", "pad"]  # how an image becomes a video of ano
 Expert = Literal["high_noise", "low_noise"]
 EXPERTS: tuple[Expert, ...] = ("high_noise", "low_noise")
 Branch = Literal["prompt", "negative_prompt"]  # of guidance
-NAMED_MODELS = ("tiny", "a14b")  # any other model is a folder
+NAMED_MODELS = ("tiny", "a14b", "t2v-a14b")  # any other model is a folder
 BRANCHES: tuple[Branch, ...] = ("prompt", "negative_prompt")
 MagCacheRule = Literal["low-noise-only", "both-experts"]
 Switch = Literal["on", "off", "auto"]
@@ -27,7 +27,7 @@ RecipeName = Literal[
     "baseline", "fa3", "fa3-tf32", "int8", "magcache", "magcache-tf32", "compile", "compile-int8", "compile-tf32",
     "fastest-original", "fastest-original-k2r10", "fastest-original-e024k2r10",
     "exact", "near-exact", "fast",
-    "lightning-4", "lightning-8", "hybrid", "rcm-4",
+    "lightning-4", "lightning-8", "hybrid", "rcm-4", "first-last-4",
 ]  # fmt: skip
 
 

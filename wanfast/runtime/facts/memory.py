@@ -96,8 +96,11 @@ def decode_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) 
 
 
 def vae_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) -> int:
-    """Returns an estimate of the VAE's peak bytes: the larger of the encoder's peak and the decoder's peak."""
-    encode = _ENCODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height
+    """Returns an estimate of the VAE's peak bytes: the larger of the encoder's peak and the decoder's peak.
+
+    Without images, nothing is encoded.
+    """
+    encode = spec.takes_images * _ENCODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height
     return max(encode, decode_bytes(spec, geometry, vae_precision))
 
 

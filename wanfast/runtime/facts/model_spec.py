@@ -1,9 +1,10 @@
 """Holds the facts of a model: the sizes of its networks, the experts' noise boundary and its default options.
 
-`A14B` is Wan2.2-I2V-A14B as published. A folder with another model may contain a `wanfast.json` with all facts, in the
-form that `ModelSpec.to_json` returns. Without this file, only the sizes of networks come from the folder's
-`config.json` files; all other facts are A14B's. In both public layouts (original and Diffusers), the transformer has a
-`config.json`.
+`A14B` is Wan2.2-I2V-A14B as published, and `T2V_A14B` is Wan2.2-T2V-A14B, which makes videos from text alone. A folder
+with another model may contain a `wanfast.json` with all facts, in the form that `ModelSpec.to_json` returns. Without
+this file, only the sizes of networks come from the folder's `config.json` files. All other facts are then those of the
+published model that takes images, or of the one that does not, as the folder's model does. In both public layouts
+(original and Diffusers), the transformer has a `config.json`.
 Source: the configuration files and code of Wan-Video/Wan2.2 (42bf4cf).
 """
 
@@ -11,9 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, get_args
+
+from wanfast.runtime.facts.choices import MagCacheRule
 
 
 class FactError(ValueError):
@@ -76,6 +80,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: _all(lambda each: type(each) is bool, value),
         "a list of true and false is needed",
     ),
+    "MagCacheRule": (lambda value: value in get_args(MagCacheRule), f"use {' or '.join(get_args(MagCacheRule))}"),
     **{name: (lambda value: isinstance(value, _Facts), "an object is needed") for name in _PARTS},
 }
 
@@ -87,7 +92,7 @@ class DiTSpec(_Facts):
     dim: int = 5120
     ffn_dim: int = 13824
     freq_dim: int = 256
-    in_channels: int = 36  # 16 noisy latent + 4 mask + 16 encoded first frame
+    in_channels: int = 36  # 16 noisy latent + 4 mask + 16 encoded frames; 16 without images
     out_channels: int = 16
     num_heads: int = 40
     num_layers: int = 40
@@ -95,6 +100,11 @@ class DiTSpec(_Facts):
     text_len: int = 512
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+
+    @property
+    def takes_images(self) -> bool:
+        """Returns whether the expert reads given frames, beside the noisy latent."""
+        return self.in_channels > self.out_channels
 
     @property
     def head_dim(self) -> int:
@@ -198,7 +208,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec(_Facts):
-    """This class holds the facts of an image-to-video model: its sizes, and the defaults that its publisher chose."""
+    """This class holds the facts of a model: its sizes, and the defaults that its publisher chose."""
 
     name: str = "Wan2.2-I2V-A14B"
     weights_note: str | None = None  # reported with every result, e.g. that the weights were never trained
@@ -215,7 +225,13 @@ class ModelSpec(_Facts):
     guidance_low_noise: float = 3.5
     trained_frames: int | None = 81  # the longest clips that the model has seen
     fps: int = 16
+    magcache_rule: MagCacheRule = "low-noise-only"  # by which MagCache's authors skip with their curve of this model
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+
+    @property
+    def takes_images(self) -> bool:
+        """Returns whether the model makes videos from images; otherwise it makes them from text alone."""
+        return self.dit.takes_images
 
     @property
     def needs_gpu(self) -> bool:
@@ -260,3 +276,19 @@ def as_tuple(value: Any) -> Any:
 
 
 A14B = ModelSpec()
+T2V_A14B = ModelSpec(
+    name="Wan2.2-T2V-A14B",
+    dit=DiTSpec(in_channels=16),
+    boundary=0.875,
+    shift=12.0,
+    shift_480p=None,
+    guidance_high_noise=4.0,
+    guidance_low_noise=3.0,
+    magcache_rule="both-experts",
+)
+PUBLISHED: Mapping[str, ModelSpec] = MappingProxyType({"a14b": A14B, "t2v-a14b": T2V_A14B})  # by the value of --model
+
+
+def published_like(dit: DiTSpec) -> ModelSpec:
+    """Returns the facts of the published model that reads images, or not, as a transformer of these sizes does."""
+    return next(spec for spec in PUBLISHED.values() if spec.takes_images == dit.takes_images)

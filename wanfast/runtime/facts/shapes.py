@@ -44,12 +44,16 @@ def geometry_of(
 ) -> Geometry:
     """Returns the sizes of the video for an image of `image_size` (width, height).
 
-    With fit "crop" or "pad", the video has exactly the width and height of `size`, which are multiples of 16. With fit
-    "area", the video has the image's aspect ratio, and about as many pixels as `size`. Raises ConfigError if a side
-    becomes 0.
+    With fit "crop" or "pad", and if the model takes no images, the video has exactly the width and height of `size`,
+    which are multiples of 16. With fit "area", the video has the image's aspect ratio, and about as many pixels as
+    `size`. Raises ConfigError if a side becomes 0.
     """
-    if fit == "area":
+    if fit == "area" and spec.takes_images:
         return fit_geometry(spec, *size, frames, image_size)
+    return _exact_geometry(spec, size, frames)
+
+
+def _exact_geometry(spec: ModelSpec, size: tuple[int, int], frames: int) -> Geometry:
     width, height = (side // spec.vae.spatial_stride for side in size)
     return _geometry(spec, width, height, frames)
 
@@ -98,8 +102,10 @@ def largest_geometry(spec: ModelSpec, area_width: int, area_height: int, frames:
 
     The largest video has the most tokens: 32,760 for 832x480 and 81 frames. --size is area_width x area_height. If
     several videos have equally many tokens, the function returns the one whose aspect ratio is nearest to the aspect
-    ratio of --size.
+    ratio of --size. A model that takes no images makes only videos of exactly --size.
     """
+    if not spec.takes_images:
+        return _exact_geometry(spec, (area_width, area_height), frames)
     _, patch_y, patch_x = spec.dit.patch_size
     token_area = spec.vae.spatial_stride**2 * patch_y * patch_x
     cells, aspect = area_width * area_height // token_area, area_height / area_width

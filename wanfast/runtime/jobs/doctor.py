@@ -14,13 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.config import EffectiveConfig, ModelsConfig, Options
+from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, ModelsConfig, Options
 from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError, WanFastError
 from wanfast.runtime.facts.choices import EXPERTS, in_8_bits
-from wanfast.runtime.facts.model_spec import A14B, ModelSpec
+from wanfast.runtime.facts.model_spec import A14B, PUBLISHED, ModelSpec
 from wanfast.runtime.machine import gpus, host, packages
 from wanfast.runtime.planning.fit import fit
-from wanfast.runtime.planning.next_step import NextStep, next_step
+from wanfast.runtime.planning.next_step import NextStep, example, next_step
 from wanfast.runtime.store import model_files, quantized
 from wanfast.runtime.store.artifacts import MANIFEST
 from wanfast.runtime.store.expert_files import identified
@@ -38,9 +38,10 @@ def examine(given: Options) -> dict[str, Any]:
     The document describes GPUs, host, torch, weights, artifacts, what fits into memory, and the next command to run.
     `given` holds the options that the user gave. Raises ConfigError if one of these options is wrong.
     """
-    models = identified(EffectiveConfig.of(given, A14B).models)
+    models = identified(EffectiveConfig.of({**NO_VIDEO, **given}, A14B).models)
     found = gpus.visible_gpus()
     weights, spec = _weights(models)
+    given = {**given, **example(spec)}
     fitted = fit(given, spec, found)
     host, torch = _host(Path(models.artifacts_dir)), _torch()
     no_weights = _no_weights(models, weights, host)
@@ -68,9 +69,9 @@ def examine(given: Options) -> dict[str, Any]:
 
 
 def _weights(models: ModelsConfig) -> tuple[dict[str, Any], ModelSpec]:
-    """Returns the place and state of the model's files, and the model's facts (A14B's if they cannot be read)."""
+    """Returns the place and state of the model's files, and the model's facts (a published one's if none are read)."""
     facts: dict[str, Any] = {"model": models.model, "folder": None, "layout": None, "bytes": 0, "trouble": None}
-    spec = A14B
+    spec = PUBLISHED.get(models.model, A14B)
     try:
         files = model_files.locate_for(models)
         spec = files.spec

@@ -22,6 +22,8 @@ from wanfast.runtime.store.atomic import atomic_paths
 
 FrameFileFn = Callable[[int], Path]
 
+_FIRST_STAGE = ("drawing the noise", "encoding the image", "encoding the images")  # by the number of images
+
 
 def run(
     jobs: list[Job],
@@ -47,7 +49,7 @@ def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, 
     If the job has no output file, the leader writes the frames to the file `frames_of(index)` instead.
     """
     steps = job.config.video.num_steps
-    progress(index, "encoding the image", 0, steps)
+    progress(index, _FIRST_STAGE[len(job.config.video.images)], 0, steps)
 
     def on_step(done: int, expert: Expert) -> None:
         progress(index, expert.replace("_", " "), done, steps)

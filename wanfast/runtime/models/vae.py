@@ -125,13 +125,16 @@ class WanVAE(nn.Module):
             if layout := layouts.get(parameter.dim()):
                 parameter.data = parameter.data.contiguous(memory_format=layout)
 
-    def encode(self, video: Tensor, still_from: int | None = None, rows: Rows = WHOLE_FRAME) -> Tensor:
+    def encode(
+        self, video: Tensor, still_from: int | None = None, still_to: int | None = None, rows: Rows = WHOLE_FRAME
+    ) -> Tensor:
         """Returns the float32 latents [B,16,T,Y,X] of video [B,3,F,H,W]: the posterior's normalised mean, not a sample.
 
         `still_from`: the index from which on all frames of the clip are equal; None if there is no such index. The clip
         is encoded in chunks of four frames. A few chunks after this index, each layer's output is equal to its output
         for the previous chunk, so it is not computed again. The latents are bitwise the same as without `still_from`.
-        For an image and 80 grey frames, a third of the work remains.
+        For an image and 80 grey frames, a third of the work remains. `still_to`: the index of the next
+        frame that differs; from this frame on, all layers compute all chunks. None if there is no such frame.
         Raises ValueError if F is not 4n+1, or if H or W is not a multiple of 8.
         """
         frames, height, width = video.shape[2:]
@@ -144,7 +147,12 @@ class WanVAE(nn.Module):
         queue = _start(self.encoder)
         chunks = torch.split(video, [1] + [self.spec.temporal_stride] * (frames // self.spec.temporal_stride), dim=2)
         repeats = _Repeats(self.encoder.settles(still_from or frames, self.spec.temporal_stride))
-        return torch.cat([self._encode(x, queue, rows, repeats) for x in chunks], dim=2)
+        ends = range(1, frames + 1, self.spec.temporal_stride)
+        is_still = [end <= (still_to or frames) for end in ends]
+        latents = [
+            self._encode(x, queue, rows, repeats if still else None) for x, still in zip(chunks, is_still, strict=True)
+        ]
+        return torch.cat(latents, dim=2)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents [B,16,T,Y,X] to video [B,3,F,H,W] in [-1,1]."""

@@ -15,12 +15,14 @@ from typing import Any
 from wanfast.runtime.config import OPTIONS, EffectiveConfig, ModelsConfig, Options, default_artifacts_dir
 from wanfast.runtime.config.option import words
 from wanfast.runtime.facts.memory import CARDS, gb
+from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.planning.fit import Fit, Way, fit
 from wanfast.runtime.store.model_files import DOWNLOADED, TINY
 
 _EXAMPLES = TINY.parent / "examples"
-_EXAMPLE_OF = {"tiny": ("star.png", "The big orange star goes right on a wavy background.")}
+_EXAMPLE_OF_TINY = ("star.png", "The big orange star goes right on a wavy background.")
 _OTHER_EXAMPLE = ("cat.jpg", "The cat looks up and blinks.")
+_EXAMPLE_OF_TEXT = "A cat on a windowsill looks up and blinks."
 _SMALLER = "832x480"
 _OPTIONS_OF_MODE: dict[str, dict[str, str]] = {
     "resident": {},
@@ -38,11 +40,16 @@ class NextStep:
     why: str
 
 
-def example(model: str) -> tuple[str, str]:
-    """Returns an example that suits a model: (the path of an image, a prompt). The image ships with the package."""
-    image, prompt = _EXAMPLE_OF.get(model, _OTHER_EXAMPLE)
+def example(spec: ModelSpec) -> dict[str, str]:
+    """Returns the options of a video that suits a model: a prompt, and an image that ships if the model takes one."""
+    if not spec.takes_images:
+        return {"prompt": _EXAMPLE_OF_TEXT}
+    return _example_with_image(*(_OTHER_EXAMPLE if spec.needs_gpu else _EXAMPLE_OF_TINY))
+
+
+def _example_with_image(image: str, prompt: str) -> dict[str, str]:
     path, here = _EXAMPLES / image, Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path), prompt
+    return {"image": str(path.relative_to(here) if path.is_relative_to(here) else path), "prompt": prompt}
 
 
 def next_step(
@@ -73,7 +80,9 @@ def next_step(
         return _what_would_fit(given, fitted)
     if no_weights is not None and given.get("model", ModelsConfig.model) in DOWNLOADED:
         other = {"layout": layout} if layout == "diffusers" else {}
-        return NextStep(_line("download", other | _changed(given, "artifacts_dir")), no_weights)
+        return NextStep(
+            _line("download", _changed(given, "model") | other | _changed(given, "artifacts_dir")), no_weights
+        )
     if no_weights is not None:
         return NextStep(_line("doctor", _changed(given, "model")), f"{no_weights}; then run this command again")
     if quantize_step is not None:
@@ -134,20 +143,19 @@ def _in_words(way: Way) -> str:
 
 
 def _tiny(**options: str) -> str:
-    image, prompt = example("tiny")
-    video = {"image": image, "prompt": prompt, "output": _output(image)}
-    return _line("generate", {"model": "tiny", **options, **video})
+    video = _example_with_image(*_EXAMPLE_OF_TINY)
+    return _line("generate", {"model": "tiny", **options, **video, "output": _output(video)})
 
 
 def _generate(given: Options, way: Way, fitted: Fit) -> str:
     count = "auto" if way.num_gpus == len(fitted.found) else way.num_gpus
     ranks = {} if way.num_gpus == 1 else {"num_gpus": count}
-    output = {"output": _output(given["image"])}
+    output = {"output": _output(given)}
     return _line("generate", {**_changed(given, *given), **ranks, **_OPTIONS_OF_MODE[way.mode], **output})
 
 
-def _output(image: str) -> str:
-    return f"{Path(image).stem}.mp4"
+def _output(video: Options) -> str:
+    return f"{Path(video.get('image', 'video')).stem}.mp4"
 
 
 def _changed(given: Options, *names: str) -> dict[str, Any]:

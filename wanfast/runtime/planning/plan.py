@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from wanfast.runtime.config import EffectiveConfig, Options, OutputConfig, parse_size
-from wanfast.runtime.config.recipes import overridden
+from wanfast.runtime.config import EffectiveConfig, Options, OutputConfig, VideoConfig, parse_size
+from wanfast.runtime.config.recipes import RECIPES, overridden
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Device, Expert, ImageFit
@@ -50,6 +50,8 @@ from wanfast.runtime.store.loras import lora_notes, loras_of
 from wanfast.runtime.store.model_files import ModelFiles
 
 _FLOAT8_CAPABILITY, _HOPPER = (8, 9), (9, 0)
+_FLOAT8_CAPABILITY = (8, 9)
+_MOST_STRETCH = 0.05  # of a last image, without a note: a size in multiples of 16 pixels stretches a little
 _MP4_BYTES_PER_PIXEL = 0.25  # an upper estimate at CRF 10: a video with much detail needs about half
 
 
@@ -303,6 +305,7 @@ class Plan:
             "recipe": config.models.recipe,
             "overridden": overridden(config.options()),
             "model": self.spec.name,
+            "images": config.video.images,
             "experts": [
                 {"option": named.flag, "path": str(named.path), "form": named.header().form, "sha256": sha256}
                 for named, sha256 in zip(named_experts(config.models), config.models.expert_sha256, strict=True)
@@ -419,23 +422,50 @@ def resolve(
     """
     asked = EffectiveConfig.of(given, A14B)  # refuses values that are wrong for every model
     files = files or model_files.locate_for(asked.models)
-    require_distilled(asked.models, files.root)
     spec = files.spec
     if not clean_prompt(asked.video.prompt):
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
-    image = _image_facts(asked.video.image)
-    config = effective(given, files, image.sha256)
+    check_images(asked, spec)
+    require_distilled(asked.models, spec, files.root)
+    image, last = (_image_facts(asked.video.images.get(option), option) for option in ("--image", "--last-image"))
+    config = effective(given, files, image.sha256, last.sha256)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
     if writes:
         _check_outputs(plan, overwrite=config.output.overwrite or not runs)
     else:
         plan = dataclasses.replace(plan, config=dataclasses.replace(config, output=OutputConfig(output=None)))
     notes = (
-        *image.notes, *_geometry_notes(plan, image), *_prompt_notes(plan, files), *magcache_notes(config, files),
-        *expert_notes(config.models), *lora_notes(config.models), *_sparsity_notes(plan), *_output_notes(plan),
+        *image.notes, *_geometry_notes(plan, image), *_last_image_notes(plan, last), *_prompt_notes(plan, files),
+        *magcache_notes(config, files), *expert_notes(config.models), *lora_notes(config.models),
+        *_sparsity_notes(plan), *_output_notes(plan),
     )  # fmt: skip
     notes = (*notes, spec.weights_note) if spec.weights_note else notes
     return dataclasses.replace(plan, requested=given, notes=notes), files
+
+
+def check_images(config: EffectiveConfig, spec: ModelSpec) -> None:
+    """Raises ConfigError if a video has fewer images than its model and its recipe need, or more."""
+    video, recipe = config.video, config.models.recipe
+    num_images = RECIPES[recipe].num_images if recipe else 0
+    if not spec.takes_images:
+        refuse_image_options([*video.images, *(["--fit"] if video.fit != VideoConfig.fit else [])], spec)
+        if num_images:
+            raise ConfigError(
+                f"--recipe {recipe} is for models that start from an image: use another recipe or --model"
+            )
+    elif not video.image:
+        raise ConfigError("--image is missing: give the image that the video starts from")
+    if num_images > len(video.images):
+        raise ConfigError(
+            f"--recipe {recipe} needs a last image, for which its weights are distilled: add --last-image FILE, or use "
+            "--recipe lightning-4"
+        )
+
+
+def refuse_image_options(flags: Iterable[str], spec: ModelSpec) -> None:
+    """Raises ConfigError if one of the given options needs an image, but the model takes none."""
+    if not spec.takes_images and (unusable := next(iter(flags), None)):
+        raise ConfigError(f"{unusable}: {spec.name} makes videos from text alone: drop {unusable}, or use --model a14b")
 
 
 @dataclass(frozen=True)
@@ -446,9 +476,11 @@ class _ImageFacts:
 
 
 @remembered
-def _image_facts(path: str) -> _ImageFacts:
+def _image_facts(path: str | None, option: str) -> _ImageFacts:
     """Returns what a plan needs of an image; a list may name one image a thousand times."""
-    image = images.load_image(path)
+    if path is None:
+        return _ImageFacts("", (0, 0), ())
+    image = images.load_image(path, option)
     return _ImageFacts(image.sha256, image.size, image.notes)
 
 
@@ -457,10 +489,13 @@ def _tokenizer(file: Path, max_tokens: int) -> PromptTokenizer:
     return PromptTokenizer(file, max_tokens)
 
 
-def effective(given: Options, files: ModelFiles, image_sha256: str) -> EffectiveConfig:
+def effective(
+    given: Options, files: ModelFiles, image_sha256: str = "", last_image_sha256: str = ""
+) -> EffectiveConfig:
     """Completes the given options with the model's defaults; `place` decides the ranks later. Raises ConfigError."""
     device = given.get("device") or default_device()
-    answers: dict[str, Any] = {"device": device, "seed": secrets.randbelow(2**31), "image_sha256": image_sha256}
+    answers: dict[str, Any] = {"device": device, "seed": secrets.randbelow(2**31)}
+    answers |= {"image_sha256": image_sha256, "last_image_sha256": last_image_sha256}
     given = {**given, "num_gpus": _num_gpus(given.get("num_gpus", 1), device, asked="device" in given)}
     config = EffectiveConfig.of(given, files.spec, **answers)
     config = config.replace(**own_loras(config.models, files.root))
@@ -550,7 +585,7 @@ def _output_notes(plan: Plan) -> list[str]:
 def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:
     g, spec, (image_width, image_height) = plan.geometry, plan.spec, image.size
     width, height = parse_size(plan.config.video.size)
-    notes = _fit_notes(plan.config.video.fit, g, image.size, (width, height))
+    notes = _fit_notes(plan.config.video.fit, g, image.size, (width, height)) if spec.takes_images else []
     if image_width * image_height > 16 * g.width * g.height:
         notes.append(
             "the image has over 16 times as many pixels as the video: if the video shimmers, shrink the image first"
@@ -561,6 +596,23 @@ def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:
         )
     if spec.trained_frames and g.frames > spec.trained_frames:
         notes.append(f"the model was trained on {spec.trained_frames} frames: longer videos may repeat or fall apart")
+    return notes
+
+
+def _last_image_notes(plan: Plan, last: _ImageFacts) -> list[str]:
+    """Returns the notes on the last image, such as that it is stretched to the shape of the video."""
+    notes = [f"--last-image: {note}" for note in last.notes]
+    video, g = plan.config.video, plan.geometry
+    if video.last_image is None:
+        return notes
+    if video.fit != "area":
+        return notes + [f"--last-image: {note}" for note in _fit_notes(video.fit, g, last.size, (g.width, g.height))]
+    width, height = inner_size(last.size, g.width, g.height)
+    if (g.width - width) * g.height + (g.height - height) * g.width > _MOST_STRETCH * g.width * g.height:
+        notes.append(
+            f"--last-image: the {last.size[0]}x{last.size[1]} image is stretched to {g.width}x{g.height}, because its "
+            "shape is not the first image's: add --fit crop or --fit pad"
+        )
     return notes
 
 

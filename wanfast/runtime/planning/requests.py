@@ -47,6 +47,7 @@ class Request:
     line: int | None = None  # its number in the jobs file
     sources: tuple[Path, ...] = ()  # files that the options came from; never overwritten
     image_sha256: str | None = None  # the image that --from needs
+    last_image_sha256: str | None = None  # the last image that --from needs
     weights: dict[str, str] | None = None  # fingerprints of the weights of the run that --from names
     expert_sha256: tuple[str, ...] | None = None  # of the experts that options of that run name
     lora_sha256: tuple[str, ...] | None = None  # of the LoRAs of that run
@@ -137,11 +138,7 @@ def _plan(
         for path in (path.resolve() for path in plan.outputs):
             if path in taken:
                 raise ConfigError(f"--output: line {taken[path]} writes {path} too: name another file")
-        if request.image_sha256 not in (None, plan.config.video.image_sha256):
-            raise ConfigError(
-                f"--from: {plan.config.video.image} is not the image of the earlier run: "
-                "restore that image, or give --image"
-            )
+        _refuse_other_images(request, plan)
         if request.expert_sha256 not in (None, plan.config.models.expert_sha256):
             raise ConfigError(
                 "--from: the file of an expert differs from the earlier run: restore the earlier file, or give "
@@ -167,6 +164,18 @@ def _plan(
         return Planned(request, error=error)
 
 
+def _refuse_other_images(request: Request, plan: Plan) -> None:
+    """Raises ConfigError if an image that --from names has other content than in the earlier run."""
+    video = plan.config.video
+    for name, wanted in (("image", request.image_sha256), ("last_image", request.last_image_sha256)):
+        if wanted not in (None, getattr(video, f"{name}_sha256")):
+            words = name.replace("_", " ")
+            raise ConfigError(
+                f"--from: {getattr(video, name)} is not the {words} of the earlier run: restore that image, or give "
+                f"{flag(name)}"
+            )
+
+
 def _output_of(request: Request) -> OutputConfig:
     own = {name: value for name, value in request.options.items() if name in options_of(OutputConfig)}
     return OutputConfig(**{name: value for name, value in own.items() if OPTIONS[name].accept(value) is not None})
@@ -175,7 +184,7 @@ def _output_of(request: Request) -> OutputConfig:
 def _refuse_lost_sources(planned: list[Planned]) -> list[Planned]:
     """Replaces the plans that would overwrite a file that any line of the list is made from, by errors."""
     plans = [(item.request, item.plan) for item in planned if item.plan]
-    sources = {Path(plan.config.video.image).resolve() for _, plan in plans}
+    sources = {Path(image).resolve() for _, plan in plans for image in plan.config.video.images.values()}
     sources |= {lora.file.resolve() for _, plan in plans for lora in loras_of(plan.config.models)}
     sources |= {source.resolve() for request, _ in plans for source in request.sources}
     checked = []
@@ -235,6 +244,7 @@ def read_requests(
         options={**earlier.options, **typed},
         sources=tuple(file for file in (prompt_file, jobs_file) if file is not None),
         image_sha256=None if "image" in typed else earlier.image_sha256,
+        last_image_sha256=None if "last_image" in typed else earlier.last_image_sha256,
         weights=None if {"model", *_EXPERTS} & typed.keys() else earlier.weights,
         expert_sha256=None if {*_EXPERTS} & typed.keys() else earlier.expert_sha256,
         lora_sha256=None if {*_LORAS} & typed.keys() else earlier.lora_sha256,
@@ -281,6 +291,7 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     return Request(
         _without_overridden(options, with_recipe(typed)),
         image_sha256=effective.video.image_sha256,
+        last_image_sha256=effective.video.last_image_sha256,
         weights=weights,
         expert_sha256=effective.models.expert_sha256,
         lora_sha256=effective.models.lora_sha256,
@@ -329,7 +340,7 @@ def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
 def _read_line(line: str, folder: Path, base: Request) -> dict[str, Any]:
     """Returns the options of a line; null leaves an option as the command line has it. Raises ConfigError.
 
-    The paths of a line's image, experts and LoRAs are relative to the list's own folder, because they move together
+    The paths of a line's images, experts and LoRAs are relative to the list's own folder, because they move together
     with the list.
     """
     try:
@@ -343,7 +354,7 @@ def _read_line(line: str, folder: Path, base: Request) -> dict[str, Any]:
     own = {name: value for name, value in own.items() if value is not None}
     if other := [name for name in _LAUNCH_OPTIONS if name in own and own[name] != base.options.get(name)]:
         raise _shared_by_all(other[0])
-    for name in own.keys() & {"image", *_EXPERTS}:
+    for name in own.keys() & {"image", "last_image", *_EXPERTS}:
         if isinstance(path := own[name], str) and path and not path.startswith("~"):
             own[name] = str(folder / path)
     for name in own.keys() & _LORAS:

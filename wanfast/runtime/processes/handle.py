@@ -84,11 +84,12 @@ class Video:
         sidecar.write_video(self.frames, sidecar.moved(self.document, output), outputs, overwrite=overwrite)
 
     def _check_outputs(self, outputs: tuple[Path, ...], *, overwrite: bool) -> None:
-        """Raises ConfigError for a file that exists, and for the image that the video starts from."""
-        image = Path(self.document["effective"]["video"]["image"])
+        """Raises ConfigError for a file that exists, and for an image that the video is made from."""
+        video = self.document["effective"]["video"]
+        images = {Path(video[name]).resolve() for name in ("image", "last_image") if video[name]}
         for target in outputs:
-            if target.resolve() == image.resolve():
-                raise ConfigError(f"save: {target} is the image that this video starts from: choose another name")
+            if target.resolve() in images:
+                raise ConfigError(f"save: {target} is an image that this video is made from: choose another name")
             if target.exists() and not overwrite:
                 raise ConfigError(f"{target} exists: choose another name, or save with overwrite=True")
 
@@ -114,7 +115,7 @@ class Opened:
         refuse_launchers("this program", "run it", "num_gpus=")
         given = {**NO_VIDEO, **asked}
         files = model_of(given)
-        config = effective(given, files, image_sha256="")
+        config = effective(given, files)
         require_attention(config.models.attention, config.ranks.device)
         files.require()
         files.identify()

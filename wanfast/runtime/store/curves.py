@@ -31,7 +31,7 @@ from wanfast.runtime.config import (
 from wanfast.runtime.config.option import options_of, words
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Expert, in_8_bits
-from wanfast.runtime.facts.model_spec import A14B, ModelSpec
+from wanfast.runtime.facts.model_spec import A14B, PUBLISHED, ModelSpec
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.sampling.magcache import resample
@@ -100,7 +100,7 @@ def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
         magcache_thresh=None if by_budget else _or(asked.magcache_thresh, threshold),
         magcache_k=_or(asked.magcache_k, max_skips),
         retention_ratio=_or(asked.retention_ratio, retention),
-        magcache_rule=asked.magcache_rule or ("both-experts" if by_budget or is_list else "low-noise-only"),
+        magcache_rule=asked.magcache_rule or ("both-experts" if by_budget or is_list else files.spec.magcache_rule),
     )
     config = dataclasses.replace(config, skipping=answered)
     if answered.magcache == "preset":
@@ -119,6 +119,10 @@ def curve_of(config: EffectiveConfig, files: ModelFiles) -> Curve | None:
         return None
     if config.skipping.magcache == "preset":
         found = preset(files)
+        if config.video.last_image is not None:
+            fix = f"run `{calibrate_command(config, files.spec)}`, then use --magcache artifact; or use --magcache off"
+            fix = "use --magcache off" if config.video.levels is not None else fix
+            raise ConfigError(f"--magcache preset: no curve ships for videos with --last-image: {fix}")
         if found is None:
             fix = f"run `{calibrate_command(config, files.spec)}`, and then this command with --magcache artifact"
             if config.video.levels is not None:
@@ -134,12 +138,11 @@ def preset(files: ModelFiles) -> dict[str, Any] | None:
     """Returns the JSON document of the curve that ships for a model, or None if no curve ships.
 
     The document holds the `ratios`, and the steps, the shift, the solver and the boundary of their measurement. A curve
-    that names its weights is used only for these weights. The published curve names no weights: it is used for every
-    model with the sizes of the A14B. If the model has other weights than the A14B, `magcache_notes` adds a note.
+    that names its weights is used only for these weights. A published curve names no weights: it is used for every
+    model with the sizes of the published model. If the model has other weights, `magcache_notes` adds a note.
     """
-    sizes = files.spec.dit, files.spec.boundary
-    if sizes == (A14B.dit, A14B.boundary):
-        return published_curve()
+    if published := _published_with_sizes_of(files.spec):
+        return published_curve(published)
     for file in sorted(_PRESETS.glob("*.json")):
         document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if files.exists and document.get("experts") == _experts(files):
@@ -147,9 +150,14 @@ def preset(files: ModelFiles) -> dict[str, Any] | None:
     return None
 
 
-def published_curve() -> dict[str, Any]:
-    """Returns, as a JSON document, the curve that MagCache's authors published for the A14B."""
-    document: dict[str, Any] = json.loads((_PRESETS / "wan2.2-i2v-a14b.json").read_text(encoding="utf-8"))
+def _published_with_sizes_of(spec: ModelSpec) -> ModelSpec | None:
+    sizes = spec.dit, spec.boundary
+    return next((known for known in PUBLISHED.values() if (known.dit, known.boundary) == sizes), None)
+
+
+def published_curve(spec: ModelSpec = A14B) -> dict[str, Any]:
+    """Returns, as a JSON document, the curve that MagCache's authors published for a published model."""
+    document: dict[str, Any] = json.loads((_PRESETS / f"{spec.name.lower()}.json").read_text(encoding="utf-8"))
     return document
 
 
@@ -157,8 +165,9 @@ def magcache_notes(config: EffectiveConfig, files: ModelFiles) -> list[str]:
     """Returns a note if the weights or the precision of the run differ from those of the preset's measurement."""
     if config.skipping is None or config.skipping.magcache != "preset":
         return []
-    published = (A14B.name, f"{A14B.name}-Diffusers", "tiny")
-    others = [] if files.spec.name in published else [f"the weights of {A14B.name}"]
+    published = _published_with_sizes_of(files.spec)
+    is_like = published is None or files.spec.name in (published.name, f"{published.name}-Diffusers")
+    others = [] if is_like or published is None else [f"the weights of {published.name}"]
     kind = config.models.quantize or config.models.precision
     others += [] if kind == "bf16" else [f"bf16, not {kind}"]
     curve, loras, models = curve_of(config, files), loras_of(config.models), config.models
@@ -291,6 +300,7 @@ def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) ->
         "size": config.video.size,
         "frames": config.video.frames,
         "tf32": bool(config.models.tf32),
+        "last_image": True if config.video.last_image else None,  # None: as in curves of earlier versions
         "set": set_digest,
         "measured_by": _measured_by(config, files),
     }
@@ -376,6 +386,7 @@ def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tu
 
 def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
     long = {"experts": "other experts", "loras": "other LoRAs", "facts": "other facts of the model"}
+    long["last_image"] = "no last images" if differences.get("last_image", (None, None))[1] else "last images"
     return "; ".join(long.get(name, f"{name} {old}, this run has {new}") for name, (old, new) in differences.items())
 
 
@@ -391,4 +402,6 @@ def calibrate_command(config: EffectiveConfig, spec: ModelSpec) -> str:
         default = getattr(spec, name) if field.option.own else field.default
         if "calibrate-magcache" in field.option.also and values[name] != default:
             given += words(name, values[name])
+    if config.video.last_image is not None:
+        given += words("set", "FOLDER")  # of the user's own, because the sets that ship have no last images
     return shlex.join([*given, *(words("device", "cuda") if config.ranks.device == "cuda" else ())])

@@ -7,8 +7,8 @@ the files on disk are compared with the hub's answer. The result of huggingface_
 return without an error and without files, and its dry run does not notice a damaged file. A manifest, written last,
 records the commit, so that two commits never mix in one folder.
 
-If the cache of the Hugging Face Hub holds the whole commit, nothing is downloaded: `--model a14b` reads the weights in
-the cache.
+If the cache of the Hugging Face Hub holds the whole commit, nothing is downloaded: `--model` reads the weights in the
+cache.
 
 Cost: one request if no file is missing. The sha256 of each large file is compared once, and remembered as the file's
 identity (`identity.py`). Limit: if the process is killed, an incomplete file is downloaded again from its first byte,
@@ -53,7 +53,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_ba
 from wanfast.runtime.config.option import absolute
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError
 from wanfast.runtime.store.artifacts import write_synced
-from wanfast.runtime.store.hub_cache import PINNED, REPOS, Layout, snapshots
+from wanfast.runtime.store.hub_cache import PINNED, REPOS, Layout, Published, snapshots
 from wanfast.runtime.store.identity import sha256_of
 from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.lora_pairs import PAIRS, folder_of, words_of
@@ -91,29 +91,38 @@ class Request:
     layout: Layout
     folder: Path
     artifacts: Path
+    model: Published
     lora: str | None = None  # the name of a pair
 
     @classmethod
     def of(
-        cls, repo: str | None, revision: str | None, layout: Layout | None, artifacts_dir: str, lora: str | None = None
+        cls,
+        repo: str | None,
+        revision: str | None,
+        layout: Layout | None,
+        artifacts_dir: str,
+        lora: str | None = None,
+        model: Published | None = None,
     ) -> Request:
         """Makes a request; a value that is None gets its default. Raises ConfigError for a wrong or an empty value."""
         if lora is not None:
             if lora not in PAIRS:
                 raise ConfigError(f"--lora {lora!r:.40}: no such pair: use {' or '.join(PAIRS)}")
-            for option, value in (("--repo", repo), ("--layout", layout)):
+            for option, value in (("--repo", repo), ("--layout", layout), ("--model", model)):
                 if value is not None:
                     raise ConfigError(f"{option} and --lora exclude each other: drop one of the two")
             repo = PAIRS[lora].repo
-        layout = layout or "original"
-        repo = REPOS[layout] if repo is None else repo
+        elif model is not None and repo is not None:
+            raise ConfigError("--model and --repo exclude each other: drop one of the two")
+        layout, model = layout or "original", model or "a14b"
+        repo = REPOS[model][layout] if repo is None else repo
         revision = PINNED.get(repo, "main") if revision is None else revision
         for option, value in (("--repo", repo), ("--revision", revision), ("--artifacts-dir", artifacts_dir)):
             if not value.strip() or "\0" in value:
                 raise ConfigError(f"{option} {value!r}: give a value, or leave out the option")
         artifacts = Path(absolute(artifacts_dir, "--artifacts-dir"))
         folder = folder_of(lora, artifacts) if lora else artifacts / "checkpoints" / repo.rpartition("/")[2]
-        return cls(repo, revision, layout, folder, artifacts, lora)
+        return cls(repo, revision, layout, folder, artifacts, model, lora)
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -175,11 +184,11 @@ def _from_cache(request: Request, listing: _Listing) -> Request | None:
     """Returns the request with the folder of the Hugging Face cache, if that folder is complete and ours is empty."""
     if (
         request.lora
-        or request.repo != REPOS[request.layout]
+        or request.repo != REPOS[request.model][request.layout]
         or len(listing.missing(request.folder)) < len(listing.sizes)
     ):
         return None
-    found = (folder for folder in snapshots(request.layout) if folder.name == listing.commit)
+    found = (folder for folder in snapshots(request.model, request.layout) if folder.name == listing.commit)
     folder = next((folder for folder in found if not listing.missing(folder)), None)
     return None if folder is None else dataclasses.replace(request, folder=folder)
 

@@ -11,18 +11,26 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeGuard
 
 Layout = Literal["original", "diffusers"]
-REPOS: dict[Layout, str] = {
-    "original": "Wan-AI/Wan2.2-I2V-A14B",
-    "diffusers": "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+Published = Literal["a14b", "t2v-a14b"]  # values of --model
+REPOS: dict[Published, dict[Layout, str]] = {
+    "a14b": {"original": "Wan-AI/Wan2.2-I2V-A14B", "diffusers": "Wan-AI/Wan2.2-I2V-A14B-Diffusers"},
+    "t2v-a14b": {"original": "Wan-AI/Wan2.2-T2V-A14B", "diffusers": "Wan-AI/Wan2.2-T2V-A14B-Diffusers"},
 }
 # The published commits that this program was made for; --revision selects another.
 PINNED = {
     "Wan-AI/Wan2.2-I2V-A14B": "206a9ee1b7bfaaf8f7e4d81335650533490646a3",
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "596658fd9ca6b7b71d5057529bbf319ecbc61d74",
+    "Wan-AI/Wan2.2-T2V-A14B": "c8c270b13ee05bfa474194ac9fb07a5868a97cea",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "5be7df9619b54f4e2667b2755bc6a756675b5cd7",
 }
+
+
+def is_published(model: str) -> TypeGuard[Published]:
+    """Returns whether a value of --model names published weights."""
+    return model in REPOS
 
 
 def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
@@ -34,12 +42,12 @@ def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(environment.get("HF_HOME") or f"{user}/huggingface").expanduser() / "hub"
 
 
-def snapshots(layout: Layout) -> Iterator[Path]:
-    """Yields the cache folder of the pinned commit, and then the cache folder of the branch `main`.
+def snapshots(model: Published, layout: Layout) -> Iterator[Path]:
+    """Yields the cache folder of the pinned commit of a model, and then the cache folder of the branch `main`.
 
     Both folders may hold the published weights, and both may be missing.
     """
-    repo = REPOS[layout]
+    repo = REPOS[model][layout]
     yield snapshot_of(repo, PINNED[repo])
     with suppress(OSError, ValueError):
         main = _folder(repo) / "refs" / "main"

@@ -18,6 +18,7 @@ from wanfast.runtime.config.option import flag
 from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import EXPERTS, Expert
+from wanfast.runtime.facts.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def own_loras(models: ModelsConfig, root: Path) -> dict[str, tuple[str, ...]]:
     return {f"lora_{expert}": (str(file),) for expert, file in files.items() if file.is_file()}
 
 
-def require_distilled(models: ModelsConfig, root: Path) -> None:
+def require_distilled(models: ModelsConfig, spec: ModelSpec, root: Path) -> None:
     """Raises ConfigError if neither the user nor the model in `root` gives distilled weights that the recipe needs.
 
     Any LoRA and any file of the expert is accepted, because a file does not say whether its weights are distilled.
@@ -73,7 +74,8 @@ def require_distilled(models: ModelsConfig, root: Path) -> None:
     if models.recipe is None or not missing:
         return
     which = "both experts" if len(missing) == len(EXPERTS) else f"the {missing[0].replace('_', '-')} expert"
-    name, artifacts = _PAIR_OF.get(models.recipe) if models.model != "tiny" else None, Path(models.artifacts_dir)
+    is_for_pairs = spec.needs_gpu and spec.takes_images  # the known pairs are of the A14B from images
+    name, artifacts = _PAIR_OF.get(models.recipe) if is_for_pairs else None, Path(models.artifacts_dir)
     if name is None:
         loras = " ".join(f"{flag(f'lora_{expert}')} FILE" for expert in missing)
         whole = " ".join(f"{flag(f'{expert}_expert')} FILE" for expert in missing)

@@ -25,6 +25,7 @@ from wanfast.runtime.facts.model_spec import (
     VAESpec,
     as_tuple,
     is_size,
+    published_like,
 )
 from wanfast.runtime.store.hub_cache import name_of
 from wanfast.runtime.store.json_files import read_object
@@ -49,11 +50,11 @@ class Places:
     tokenizer: str
 
 
-def read_spec(root: Path, places: Places) -> ModelSpec:
+def read_spec(root: Path, places: Places, published: ModelSpec = A14B) -> ModelSpec:
     """Reads a model's facts from its wanfast.json.
 
     If this file is missing, the config files of the model's layout give most sizes. All other facts are then those of
-    the A14B.
+    the published model that reads images as this one does. Without config files they are those of `published`.
     """
     if document := _read_facts(root / _FACTS_FILE):
         return _checked(root / _FACTS_FILE, document, lambda facts: _with_defaults(ModelSpec.from_json(facts)))
@@ -71,7 +72,8 @@ def read_spec(root: Path, places: Places) -> ModelSpec:
     boundary = (_read_facts(index) or {}).get("boundary_ratio")
     if boundary is not None:
         found["boundary"] = boundary
-    return _checked(index, found, lambda facts: dataclasses.replace(A14B, **facts))
+    base = published_like(found["dit"]) if "dit" in found else published
+    return _checked(index, found, lambda facts: dataclasses.replace(base, **facts))
 
 
 def _with_defaults(spec: ModelSpec) -> ModelSpec:

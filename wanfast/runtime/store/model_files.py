@@ -1,8 +1,8 @@
 """Locates a model's files in a folder, in either public layout: the original layout or Diffusers'.
 
-The model `tiny` ships with the package. The model `a14b` is the published repository, in either layout. This repository
-lies in the artifacts folder, or else in the cache of the Hugging Face Hub, where another program may have put it. Any
-other name of a model is a path.
+The model `tiny` ships with the package. The models `a14b` and `t2v-a14b` are published repositories, in either layout.
+A repository lies in the artifacts folder, or else in the cache of the Hugging Face Hub, where another program may have
+put it. Any other name of a model is a path.
 This module does not import torch.
 """
 
@@ -18,28 +18,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
-from wanfast.runtime.config import default_artifacts_dir
+from wanfast.runtime.config import ModelsConfig, default_artifacts_dir
 from wanfast.runtime.config.option import near_names
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, foreign
 from wanfast.runtime.facts.choices import EXPERTS, NAMED_MODELS
-from wanfast.runtime.facts.model_spec import A14B, ModelSpec
+from wanfast.runtime.facts.model_spec import A14B, PUBLISHED, T2V_A14B, ModelSpec
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.store.expert_files import SUFFIXES, Named, NamedExpert, named_experts
-from wanfast.runtime.store.hub_cache import REPOS, Layout, snapshots
+from wanfast.runtime.store.hub_cache import REPOS, Layout, Published, is_published, snapshots
 from wanfast.runtime.store.identity import identity
 from wanfast.runtime.store.model_facts import Places, read_spec
 from wanfast.runtime.store.shards import shards_in
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny"
-A14B_FOLDER = "checkpoints/Wan2.2-I2V-A14B"  # below the artifacts folder
-A14B_DIFFUSERS_FOLDER = f"{A14B_FOLDER}-Diffusers"  # the other layout: used if the first folder is missing
-# The models that `wanfast download` fetches, and the bytes of their files.
-DOWNLOADED = {"a14b": 126 * 10**9}
+# The bytes of the files of the models that `wanfast download` fetches.
+DOWNLOADED: dict[str, int] = {"a14b": 126 * 10**9, "t2v-a14b": 126 * 10**9}
 
 Component = Literal["high_noise", "low_noise", "vae", "umt5"]
 COMPONENTS: tuple[Component, ...] = ("high_noise", "low_noise", "vae", "umt5")
 
-_NAME_ANOTHER = "use tiny, a14b or a folder of weights"
+_NAME_ANOTHER = "use tiny, a14b, t2v-a14b or a folder of weights"
 
 
 _LAYOUTS: dict[Layout, Places] = {
@@ -149,16 +147,17 @@ def locate_for(models: Models) -> ModelFiles:
 def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()) -> ModelFiles:
     """Locates the model that `--model` names, and reads its facts; `experts` replace the experts of this model.
 
-    Raises MissingArtifactError (no such folder), ConfigError (no image-to-video model in the folder) and
+    Raises MissingArtifactError (no such folder), ConfigError (no model of a known kind in the folder) and
     CorruptArtifactError (a damaged file of facts).
     """
-    artifacts = Path(artifacts_dir).absolute()
+    artifacts, published = Path(artifacts_dir).absolute(), A14B
     if model == "tiny":
         spec = read_spec(TINY, _LAYOUTS["diffusers"])
         return ModelFiles(TINY, "diffusers", spec, "reinstall wanfast", artifacts, experts)
-    if model == "a14b":
-        root = _a14b_root(artifacts, experts)
-        where = " --layout diffusers" if root.name == Path(A14B_DIFFUSERS_FOLDER).name else ""
+    if is_published(model):
+        published, root = PUBLISHED[model], _published_root(model, artifacts, experts)
+        where = "" if model == ModelsConfig.model else f" --model {model}"
+        where += " --layout diffusers" if root.name == checkpoints(model, "diffusers").name else ""
         is_default = str(Path(artifacts_dir).absolute()) == default_artifacts_dir()
         where += "" if is_default else f" --artifacts-dir {shlex.quote(artifacts_dir)}"
         fix = (
@@ -166,7 +165,7 @@ def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()
             "--model FOLDER"
         )
         if not root.is_dir():
-            return ModelFiles(root, "original", A14B, fix, artifacts, experts)
+            return ModelFiles(root, "original", published, fix, artifacts, experts)
     else:
         fix = "copy the whole folder again"
         with foreign(f"--model {model!r:.60}", _NAME_ANOTHER):
@@ -183,20 +182,26 @@ def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()
         with foreign(f"--model {model!r:.60}", "make the folder readable"):
             is_here = (root / sign).exists()
         if is_here:
-            spec = read_spec(root, _LAYOUTS[layout])
-            needed = spec.dit.out_channels + spec.vae.temporal_stride + spec.vae.latent_channels
+            spec = read_spec(root, _LAYOUTS[layout], published)
             if spec.dit.out_channels != spec.vae.latent_channels:
                 raise CorruptArtifactError(
                     f"--model {model}: its transformer makes latents of {spec.dit.out_channels} channels, but its VAE "
                     f"has {spec.vae.latent_channels}: {fix}"
                 )
-            if spec.dit.in_channels != needed:
-                raise ConfigError(
-                    f"--model {model}: its transformer reads {spec.dit.in_channels} channels, but image-to-video needs "
-                    f"{needed}: use an I2V model"
-                )
+            _check_channels(model, spec)
             return ModelFiles(root, layout, spec, fix, artifacts, experts)
     raise ConfigError(f"--model {model}: {root} has neither {' nor '.join(signs.values())}; name a Wan2.2 folder")
+
+
+def _check_channels(model: str, spec: ModelSpec) -> None:
+    """Raises ConfigError if the transformer reads other channels than a model from images or from text alone reads."""
+    latents, from_text = spec.vae.latent_channels, T2V_A14B.dit.in_channels
+    from_images = spec.dit.out_channels + spec.vae.temporal_stride + latents
+    if spec.dit.in_channels != (from_images if spec.takes_images else min(latents, from_text)):
+        raise ConfigError(
+            f"--model {model}: its transformer reads {spec.dit.in_channels} channels, but videos from images need "
+            f"{from_images}, and videos from text alone {from_text}: use an I2V or a T2V model of the A14B kind"
+        )
 
 
 def _signs(experts: tuple[NamedExpert, ...]) -> dict[Layout, str]:
@@ -221,23 +226,28 @@ def _instead_of(file: Path) -> str:
 _HALVES = {"high": "low", "High": "Low", "HIGH": "LOW", "low": "high", "Low": "High", "LOW": "HIGH"}
 
 
-def _a14b_root(artifacts: Path, experts: tuple[NamedExpert, ...]) -> Path:
+def checkpoints(model: Published, layout: Layout) -> Path:
+    """Returns the folder of a downloaded model, relative to the artifacts folder."""
+    return Path("checkpoints", REPOS[model][layout].rpartition("/")[2])
+
+
+def _published_root(model: Published, artifacts: Path, experts: tuple[NamedExpert, ...]) -> Path:
     """Returns the first folder that holds a model; if there is none, the original layout's in the artifacts folder."""
-    own = [artifacts / folder for folder in (A14B_FOLDER, A14B_DIFFUSERS_FOLDER)]
+    own = [artifacts / checkpoints(model, layout) for layout in REPOS[model]]
     signs = _signs(experts).values()
     with foreign(f"--artifacts-dir {str(artifacts)!r:.60}", "name a folder that can be read"):
         found = next((root for root in own if any((root / sign).exists() for sign in signs)), None)
-    return found or next((root for layout in REPOS for root in cached(layout, experts)), own[0])
+    return found or next((root for layout in REPOS[model] for root in _cached(model, layout, experts)), own[0])
 
 
-def cached(layout: Layout, experts: tuple[NamedExpert, ...] = ()) -> Iterator[Path]:
-    """Yields the folders of the Hugging Face cache that hold the published weights.
+def _cached(model: Published, layout: Layout, experts: tuple[NamedExpert, ...]) -> Iterator[Path]:
+    """Yields the folders of the Hugging Face cache that hold a model's published weights.
 
     An expert in `experts` comes from another file, so a folder need not hold this expert.
     """
-    for root in snapshots(layout):
+    for root in snapshots(model, layout):
         with suppress(MissingArtifactError, CorruptArtifactError):
-            ModelFiles(root, layout, A14B, "", root, experts).require()
+            ModelFiles(root, layout, PUBLISHED[model], "", root, experts).require()
             yield root
 
 
