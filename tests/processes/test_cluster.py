@@ -71,15 +71,16 @@ class Machine:
             return found or self.make(*arguments)
         return ("high noise", 1, 2) if method == "state" else None
 
-    def make(self, document: dict[str, Any], picture: bytes) -> Made:
+    def make(self, document: dict[str, Any], images: dict[str, bytes]) -> Made:
         config = Job.from_json(document).config
         self.made.append(Path(str(config.output.output)).stem)
         plan = Plan.of(config, model_files.locate_for(config.models).spec, (64, 48))
         seconds = {"encode": 0.0, "denoise": 1.0, "decode": 0.0}
         facts = {"compiled_anew": False, "cudnn_engines": None, "first_step_s": 1.0}
         made = sidecar.with_seconds(sidecar.planned(plan), facts, seconds)
-        there = sidecar.moved(made, OutputConfig(output="/there/video.mp4"), "/there/picture.png")
-        return Made(there, (b"mp4 " + picture[:4],))
+        moved = config.video.with_images({"--image": "/there/image.png"})
+        there = sidecar.moved(made, OutputConfig(output="/there/video.mp4"), moved)
+        return Made(there, (b"mp4 " + images["--image"][:4],))
 
 
 class Ray:
@@ -250,9 +251,9 @@ def test_a_bug_of_an_actor_keeps_its_traceback_and_ends_the_others(on: Any) -> N
 
 def test_a_file_that_cannot_be_written_costs_its_line(on: Any, workdir: Path) -> None:
     class Blocks(Machine):
-        def make(self, document: dict[str, Any], picture: bytes) -> Made:
+        def make(self, document: dict[str, Any], images: dict[str, bytes]) -> Made:
             (workdir / "0.mp4").write_text("another program's")
-            return super().make(document, picture)
+            return super().make(document, images)
 
     outcome, _ = on(Blocks("a"), lines=2)
     assert outcome.exit_code == 6

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.conftest import Outcome
 from tests.server.running import until
@@ -44,17 +45,23 @@ def group(workdir: Path, forked: None) -> Iterator[RemoteGroup]:
 def test_a_video_comes_as_bytes_and_is_the_one_of_generate(
     group: RemoteGroup, workdir: Path, wanfast: Callable[..., Outcome]
 ) -> None:
-    plan = planned(output="remote.mp4")
-    picture = (workdir / "cat.png").read_bytes()
-    (workdir / "cat.png").unlink()  # as on another machine
-    made = group.make(plan.job().to_json(), picture)
+    Image.open("cat.png").transpose(Image.Transpose.ROTATE_180).save("last.png")
+    plan = planned(output="remote.mp4", last_image="last.png")
+    files = {"--image": workdir / "cat.png", "--last-image": workdir / "last.png"}
+    images = {flag: file.read_bytes() for flag, file in files.items()}
+    for file in files.values():
+        file.unlink()  # as on another machine
+    made = group.make(plan.job().to_json(), images)
     assert "error" not in made.result and not made.is_lost
     assert not list(workdir.glob("remote*")) and not list(workdir.glob("artifacts/runs/*/files/*"))
-    document = sidecar.moved(made.result, plan.config.output, plan.config.video.image)
+    document = sidecar.moved(made.result, plan.config.output, plan.config.video)
     sidecar.write_made(document, made.files, plan.outputs, overwrite=False)
 
-    (workdir / "cat.png").write_bytes(picture)
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in VIDEO.items() if value is not True]
+    for flag, file in files.items():
+        file.write_bytes(images[flag])
+    words = ["--last-image=last.png"] + [
+        f"--{name.replace('_', '-')}={value}" for name, value in VIDEO.items() if value is not True
+    ]
     assert wanfast("generate", *words, "--contact-sheet", "--output", "remote.mp4", "--overwrite").exit_code == 0
     alone = json.loads((workdir / "remote.json").read_text())
     assert (workdir / "remote.mp4").read_bytes() == made.files[0]
@@ -66,11 +73,12 @@ def test_a_video_comes_as_bytes_and_is_the_one_of_generate(
             del alone[name]["overwrite"]
         assert document[name] == alone[name], name
     assert list(document) == list(alone) and document["plan"]["outputs"] == alone["plan"]["outputs"]
+    assert document["plan"]["images"] == alone["plan"]["images"] == {flag: str(file) for flag, file in files.items()}
 
 
 def test_the_models_stay_loaded_and_the_progress_is_told(group: RemoteGroup, workdir: Path) -> None:
-    picture = (workdir / "cat.png").read_bytes()
-    first, second = (group.make(planned(seed=seed).job().to_json(), picture) for seed in (1, 2))
+    images = {"--image": (workdir / "cat.png").read_bytes()}
+    first, second = (group.make(planned(seed=seed).job().to_json(), images) for seed in (1, 2))
     assert "vae" in first.result["loading"] and second.result["loading"] == {}
     assert group.state()[1:] == (2, 2)
     group.close()
@@ -78,7 +86,7 @@ def test_the_models_stay_loaded_and_the_progress_is_told(group: RemoteGroup, wor
 
 
 def test_a_line_that_fails_by_itself_is_not_lost(group: RemoteGroup, workdir: Path) -> None:
-    made = group.make(planned().job().to_json(), b"another picture")
+    made = group.make(planned().job().to_json(), {"--image": b"another picture"})
     assert made.result["exit_code"] == 2 and not made.is_lost and made.files == ()
 
 
@@ -86,19 +94,19 @@ def test_a_line_whose_models_do_not_load_is_lost_by_this_machine(group: RemoteGr
     shutil.copytree(model_files.TINY, workdir / "copy")
     plan = planned(model="copy")
     shutil.rmtree(workdir / "copy/vae")
-    made = group.make(plan.job().to_json(), (workdir / "cat.png").read_bytes())
+    made = group.make(plan.job().to_json(), {"--image": (workdir / "cat.png").read_bytes()})
     assert made.result["exit_code"] == 3 and made.is_lost
 
 
 def test_a_line_whose_rank_dies_is_lost_and_the_next_one_is_made(group: RemoteGroup, workdir: Path) -> None:
-    picture = (workdir / "cat.png").read_bytes()
+    images = {"--image": (workdir / "cat.png").read_bytes()}
     with ThreadPoolExecutor(1) as pool:
-        made = pool.submit(group.make, planned(steps=1000).job().to_json(), picture)
+        made = pool.submit(group.make, planned(steps=1000).job().to_json(), images)
         until(lambda: group.state()[1] > 1)
         (pid,) = workdir.glob("artifacts/runs/*/ranks/*/pid")
         os.kill(int(pid.read_text()), signal.SIGKILL)
     assert made.result().result["exit_code"] == 5 and made.result().is_lost
-    assert not group.make(planned().job().to_json(), picture).is_lost
+    assert not group.make(planned().job().to_json(), images).is_lost
 
 
 def test_a_full_disk_costs_the_machine_the_line(
@@ -110,13 +118,13 @@ def test_a_full_disk_costs_the_machine_the_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    made = group.make(plan.job().to_json(), b"")
+    made = group.make(plan.job().to_json(), {"--image": b""})
     assert made.is_lost and "No space left on device" in made.result["error"]
 
 
 def test_a_stopped_group_makes_nothing(group: RemoteGroup) -> None:
     group.stop()
-    assert group.make(planned().job().to_json(), b"").result["exit_code"] == 5
+    assert group.make(planned().job().to_json(), {"--image": b""}).result["exit_code"] == 5
 
 
 def test_weights_are_compared_with_those_of_the_command(workdir: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 from sqlalchemy.exc import SQLAlchemyError
 
 from tests.server.browser import browser, needs_chromium, page_of
@@ -50,6 +50,30 @@ def ask_for(page: Page, prompt: str) -> None:
     page.get_by_label("Picture that the video starts from").set_input_files(STAR)
     page.get_by_label("What happens in the video").fill(prompt)
     page.get_by_role("button", name="Make the video").click()
+
+
+def test_a_model_of_text_alone_takes_no_picture(server: Running, page: Page) -> None:
+    sent = []
+
+    def change(route: Route) -> None:
+        if route.request.method == "POST":
+            sent.append(route.request.post_data_buffer)
+            return route.continue_()
+        answer = route.fetch()
+        document = answer.json()
+        document["data"][0]["takes_images"] = False
+        return route.fulfill(response=answer, json=document)
+
+    page.route("**/v1/models", change)
+    page.route("**/v1/videos", change)
+    page.reload()
+    expect(page.get_by_label("Picture that the video starts from")).to_be_hidden()
+    page.get_by_label("What happens in the video").fill("A star goes right.")
+    page.get_by_role("button", name="Make the video").click()
+    expect(
+        page.get_by_role("alert").filter(has_text="input_reference")
+    ).to_be_visible()  # this server's model needs one
+    assert len(sent) == 1 and b"input_reference" not in sent[0] and b"A star goes right." in sent[0]
 
 
 def rows(page: Page, section: str) -> Locator:

@@ -140,7 +140,8 @@ class Checks:
         own = dataclasses.asdict(chosen) | {"size": f"{width}x{height}", "frames": served.frames}
         defaults = in_names_of_fields({name: own[name] for name in own.keys() - _OF_ONE_VIDEO})
         recipes = [name for name in RECIPES if served.planner.has_models_of(name)]
-        return {"defaults": defaults, "recipe": served.planner.asked.get("recipe"), "recipes": recipes}
+        recipe = served.planner.asked.get("recipe")
+        return {"defaults": defaults, "recipe": recipe, "recipes": recipes, "takes_images": self.takes_images}
 
     def _check_picture(self, asked: Asked) -> None:
         if self.takes_images and not asked.picture:

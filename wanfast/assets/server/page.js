@@ -40,7 +40,7 @@ form.addEventListener("submit", async event => {
   $("make").setAttribute("aria-disabled", "true"); // a disabled button would lose the focus
   clearErrors();
   const body = new FormData(form);
-  set("new-state", "Sending the picture.");
+  set("new-state", "Sending the request.");
   for (const [name, value] of [...body]) if (value === "") body.delete(name);
   request ??= [...crypto.getRandomValues(new Uint8Array(16))].map(byte => byte.toString(16)).join("-");
   try {
@@ -62,7 +62,7 @@ form.addEventListener("submit", async event => {
 
 // A body that is too large is refused before it is read, and then the browser may not read the answer.
 function checkSize(picture) {
-  if (picture.size < mostBytes) return;
+  if (!picture || picture.size < mostBytes) return;
   const message = `The picture has more than ${mostBytes / 1e6} MB: choose a smaller one.`;
   throw new Refused(413, { message, param: "input_reference" });
 }
@@ -291,7 +291,7 @@ $("key").addEventListener("submit", event => {
   key.set($("key-value").value.trim());
   $("key").reset();
   $("key").hidden = true;
-  fields.input_reference.focus();
+  (fields.input_reference.disabled ? fields.prompt : fields.input_reference).focus();
 });
 $("forget").addEventListener("click", () => {
   key.forget();
@@ -308,6 +308,7 @@ async function describe() {
   fields.recipe.replaceChildren(new Option(own, ""), ...others.map(name => new Option(name, name)));
   fields.recipe.value = others.includes(chosen) ? chosen : "";
   mostBytes = model.max_upload_bytes;
+  $("given").hidden = fields.input_reference.disabled = !model.takes_images; // a disabled field is not sent
   for (const [name, value] of Object.entries(model.defaults)) fields.namedItem(name).placeholder = value;
 }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Annotated
 
@@ -261,6 +262,11 @@ class VideoConfig(Part):
         """Returns the path of each given image, by the flag of its option; the image of the first frame comes first."""
         found = {"--image": self.image, "--last-image": self.last_image}
         return {option: path for option, path in found.items() if path}
+
+    def with_images(self, images: Mapping[str, str]) -> VideoConfig:
+        """Returns the config with other paths of its images, by the flags of their options."""
+        last = images.get("--last-image", self.last_image)
+        return replace(self, image=images.get("--image", self.image), last_image=last)
 
     @property
     def levels(self) -> tuple[float, ...] | None:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanfast.runtime.config import OutputConfig
+from wanfast.runtime.config import OutputConfig, VideoConfig
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.media import video_file
@@ -50,12 +50,13 @@ def with_seconds(document: dict[str, Any], added: dict[str, Any], seconds: dict[
     return document | added | {"seconds": rounded | {"total": round(sum(seconds.values()), 3)}}
 
 
-def moved(document: dict[str, Any], output: OutputConfig, image: str | None = None) -> dict[str, Any]:
-    """Returns the document of a video whose files lie elsewhere: as `output` says, and at `image` if it is given."""
-    effective = document["effective"] | {"output": dataclasses.asdict(output)}
-    if image is not None:
-        effective |= {"video": effective["video"] | {"image": image}}
-    plan = document["plan"] | {"outputs": [str(path) for path in output.paths]}
+def moved(document: dict[str, Any], output: OutputConfig, video: VideoConfig | None = None) -> dict[str, Any]:
+    """Returns the document of a video whose files lie elsewhere: as `output` says, and its images as `video` says."""
+    effective, plan = document["effective"] | {"output": dataclasses.asdict(output)}, document["plan"]
+    if video is not None:
+        plan |= {"images": video.images}
+        effective |= {"video": effective["video"] | {"image": video.image, "last_image": video.last_image}}
+    plan |= {"outputs": [str(path) for path in output.paths]}
     return document | {"output": output.output, "effective": effective, "plan": plan}
 
 

@@ -248,15 +248,16 @@ class RayList:
             line = self._lines.take(group.machine, group.loaded, usable)
             if line is None:
                 continue
-            image = Path(self._plans[line].config.video.image)
+            images: dict[str, bytes] = {}
             try:
-                with foreign(f"--image {image}", "restore the image"):
-                    picture = image.read_bytes()
+                for flag, path in self._plans[line].config.video.images.items():
+                    with foreign(f"{flag} {path}", "restore the image"):
+                        images[flag] = Path(path).read_bytes()
             except ConfigError as error:
                 self._results[line] = failure(error)
                 continue
             group.line, group.loaded = line, self._lines.models(line)
-            group.answer = group.actor.make.remote(self._documents[line], picture)
+            group.answer = group.actor.make.remote(self._documents[line], images)
 
     def _listen(self, on_progress: OnProgress) -> None:
         """Waits a little for answers of the groups, and handles those that came."""
@@ -320,7 +321,7 @@ class RayList:
         if "error" in made.result:
             return made.result
         config = self._plans[line].config
-        document = sidecar.moved(made.result, config.output, config.video.image)
+        document = sidecar.moved(made.result, config.output, config.video)
         try:
             sidecar.write_made(document, made.files, config.output.paths, overwrite=config.output.overwrite)
         except WanFastError as error:

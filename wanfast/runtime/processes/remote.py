@@ -74,13 +74,16 @@ class RemoteGroup:
             return failure(error)
         return None
 
-    def make(self, document: dict[str, Any], picture: bytes) -> Made:
-        """Makes the video of a job, which has an output file, and returns it. `picture`: the file of its image."""
+    def make(self, document: dict[str, Any], images: Mapping[str, bytes]) -> Made:
+        """Makes the video of a job, which has an output file, and returns it.
+
+        `images`: the content of each image file, by the flag of its option.
+        """
         self._state = ("", 0, 0)
         try:
             job = Job.from_json(document)
             ranks, folder = self._started(job.config)
-            with self._files(job, folder, picture) as moved:
+            with self._files(job, folder, images) as moved:
                 return self._made(ranks, moved)
         except WanFastError as error:  # this machine's disk is full, or its processes are too many
             return Made(failure(error), is_lost=True)
@@ -115,19 +118,22 @@ class RemoteGroup:
             return self._ranks, self._folder
 
     @contextmanager
-    def _files(self, job: Job, folder: Path, picture: bytes) -> Iterator[Job]:
-        """Yields the same job with an image and output files of this machine, which are removed at the end."""
-        config = job.config
-        image, output = folder / f"picture{Path(config.video.image).suffix}", folder / "video.mp4"
+    def _files(self, job: Job, folder: Path, images: Mapping[str, bytes]) -> Iterator[Job]:
+        """Yields the same job with images and output files of this machine, which are removed at the end."""
+        config, output = job.config, folder / "video.mp4"
+        here = {
+            flag: folder / f"{flag.removeprefix('--')}{Path(path).suffix}" for flag, path in config.video.images.items()
+        }
         with writing_to(folder):
             folder.mkdir(exist_ok=True)
-            image.write_bytes(picture)
-        video = dataclasses.replace(config.video, image=str(image))
+            for flag, file in here.items():
+                file.write_bytes(images[flag])
+        video = config.video.with_images({flag: str(file) for flag, file in here.items()})
         files = dataclasses.replace(config.output, output=str(output), overwrite=True, skip_existing=False)
         try:
             yield dataclasses.replace(job, config=dataclasses.replace(config, video=video, output=files))
         finally:
-            for file in (image, *files.paths):
+            for file in (*here.values(), *files.paths):
                 file.unlink(missing_ok=True)
 
     def _made(self, ranks: RankGroups, job: Job) -> Made:
