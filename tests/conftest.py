@@ -37,6 +37,7 @@ def pytest_collection_finish() -> None:
     """Excludes imported objects from garbage collection: each collection took half a second over them."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @dataclass(frozen=True)
