@@ -32,7 +32,7 @@ def model(tmp_path: Path) -> Path:
 
 def link_or_copy(source: str, target: str) -> None:
     if source.endswith(".safetensors"):
-        os.symlink(source, target)
+        Path(target).symlink_to(source)
     else:
         shutil.copy2(source, target)
 
