@@ -48,7 +48,7 @@ def final_latents(plan: Plan, files: ModelFiles, ranks: Ranks) -> torch.Tensor:
 
 @torch.inference_mode()
 def latents_of(plans: Sequence[Plan], files: ModelFiles, ranks: Ranks) -> list[torch.Tensor]:
-    """Returns the final latents of each plan; all plans share the models of the first one, its texts and its image."""
+    """Returns the final latents of each plan; they share the first one's models, texts, image and noise."""
     plan = plans[0]
     config = plan.config
     embeds = prompt_embeds.prompt_embeds(
