@@ -40,7 +40,6 @@ def pytest_collection_finish() -> None:
     """Excludes imported objects from garbage collection: each collection took half a second over them."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000)  # torch's compiler and its modules make many objects that live on
     gc.enable()
 
 
