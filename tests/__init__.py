@@ -1,6 +1,9 @@
+import gc
 import os
 
-import torch
+gc.disable()  # until all tests are collected: the search for garbage takes a third of the imports' time
+
+import torch  # noqa: E402
 
 if torch.version.cuda is None:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this at import and then interprets its kernels on a CPU, slowly

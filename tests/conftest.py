@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer.main
 from PIL import Image
 
 from tests.counted_reads import counting
@@ -27,6 +29,7 @@ from wanfast.runtime.weights import checkpoint
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to a job in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the suite runs as many processes as there are cores
+typer.main.get_command = functools.cache(typer.main.get_command)  # builds the options of the command line once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,6 +40,7 @@ def pytest_collection_finish() -> None:
     """Excludes imported objects from garbage collection: each collection took half a second over them."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @dataclass(frozen=True)

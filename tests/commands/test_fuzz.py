@@ -40,7 +40,7 @@ OTHERS = st.sampled_from(
 LINES = st.lists(st.one_of(st.sampled_from(list(OPTIONS)).flatmap(typed), OTHERS), min_size=1, max_size=4)
 
 
-@counts(110)
+@counts(55)
 def test_command_lines(workdir: Path, capsys: pytest.CaptureFixture[str], examples: int) -> None:
     def check(options: list[tuple[str, ...]]) -> None:
         before = sorted(workdir.rglob("*"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.test_rank_groups import final_latents, shown, with_options
+from tests.engine.test_rank_groups import final_latents, latents_of, shown, with_options
 from tests.on_ranks import on_ranks
 from tests.parity import relative_error
 from tests.small_model import plan_small_model
@@ -87,13 +87,13 @@ def test_every_mesh_gives_the_latents_of_one_rank(gated: tuple[Plan, ModelFiles]
     """With a gate, and with a gate and MagCache, whose residuals a rank must hold when the prompt is skipped."""
     plan, files = gated
     plans = [plan, skipping(plan)]
-    expected = [final_latents(each, files, Ranks("cpu")) for each in plans]
+    expected = latents_of(plans, files, Ranks("cpu"))
     assert relative_error(expected[1], expected[0]) > 1e-4
     of_mesh = {"cfg_parallel": mesh.cfg, "ulysses": mesh.ulysses}
     ways = [with_options(each, artifacts_dir=name, **of_mesh) for each, name in zip(plans, ("a", "b"), strict=True)]
     ways.append(with_options(ways[1], dit_fsdp="on", t5_fsdp="on", artifacts_dir="c"))
     assert ways[1].skips == ways[2].skips == plans[1].skips
-    results = on_ranks(mesh, lambda ranks: [final_latents(each, files, ranks) for each in ways])
+    results = on_ranks(mesh, lambda ranks: latents_of(ways[:2], files, ranks) + latents_of(ways[2:], files, ranks))
     for wanted, got in zip((*expected, expected[1]), zip(*results, strict=True), strict=True):
         assert all(relative_error(latents, wanted) <= 1e-5 for latents in got)
         assert all(torch.equal(latents, got[0]) for latents in got)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.test_rank_groups import MESHES, final_latents, shown, with_options
+from tests.engine.test_rank_groups import MESHES, final_latents, latents_of, shown, with_options
 from tests.on_ranks import on_ranks
 from tests.parity import relative_error
 from tests.small_model import blank_inputs, plan_small_model
@@ -84,14 +84,16 @@ def test_every_mesh_skips_alike(planned: tuple[Plan, ModelFiles], mesh: Mesh) ->
         if (mesh.cfg, fsdp, joint) != (2, "on", "off")  # all but the refused combination
     ]
     whole = {joint: skipping(plan, magcache_joint=joint) for joint in ("on", "off")}
-    expected = {joint: final_latents(alone, files, Ranks("cpu")) for joint, alone in whole.items()}
+    expected = dict(zip(whole, latents_of(list(whole.values()), files, Ranks("cpu")), strict=True))
     of_mesh = {"cfg_parallel": mesh.cfg, "ulysses": mesh.ulysses}
     sharded = [
         with_options(whole[joint], dit_fsdp=fsdp, t5_fsdp=fsdp, artifacts_dir=f"artifacts-{fsdp}", **of_mesh)
         for fsdp, joint in combinations
     ]
     assert [own.skips for own in sharded] == [whole[joint].skips for _, joint in combinations]
-    results = on_ranks(mesh, lambda ranks: [final_latents(own, files, ranks) for own in sharded])
+    results = on_ranks(
+        mesh, lambda ranks: latents_of(sharded[:2], files, ranks) + latents_of(sharded[2:], files, ranks)
+    )
     for (fsdp, joint), *got in zip(combinations, *results, strict=True):
         error = max(relative_error(latents, expected[joint]) for latents in got)
         print(f"{shown(mesh)}, FSDP {fsdp}, joint {joint}: relative error of the final latents {error:.1e}")
@@ -105,8 +107,8 @@ def test_extrapolated_residuals_are_those_of_one_rank(planned: tuple[Plan, Model
     plan = skipping(plan)
     extrapolated = skipping(plan, magcache_extrapolate=True)
     assert extrapolated.skips == plan.skips
-    expected = final_latents(extrapolated, files, Ranks("cpu"))
-    assert relative_error(expected, final_latents(plan, files, Ranks("cpu"))) > 1e-5
+    expected, reused = latents_of([extrapolated, plan], files, Ranks("cpu"))
+    assert relative_error(expected, reused) > 1e-5
     of_mesh = with_options(extrapolated, cfg_parallel=mesh.cfg, ulysses=mesh.ulysses)
     for got in on_ranks(mesh, lambda ranks: final_latents(of_mesh, files, ranks)):
         assert relative_error(got, expected) <= 1e-5

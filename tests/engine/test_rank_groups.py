@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,14 @@ def planned(small_model: Path, workdir: Path) -> tuple[Plan, ModelFiles]:
     return plan_small_model(small_model)
 
 
-@torch.inference_mode()
 def final_latents(plan: Plan, files: ModelFiles, ranks: Ranks) -> torch.Tensor:
+    return latents_of([plan], files, ranks)[0]
+
+
+@torch.inference_mode()
+def latents_of(plans: Sequence[Plan], files: ModelFiles, ranks: Ranks) -> list[torch.Tensor]:
+    """Returns the final latents of each plan; they share the first one's models, texts, image and noise."""
+    plan = plans[0]
     config = plan.config
     embeds = prompt_embeds.prompt_embeds(
         [config.video.prompt, config.video.negative_prompt], files, config, ranks, Stopwatch("cpu")
@@ -54,7 +60,10 @@ def final_latents(plan: Plan, files: ModelFiles, ranks: Ranks) -> torch.Tensor:
     condition = pipeline.encode_condition(given_images(plan), plan.geometry)
     noise = draw_noise(config.video.seed, plan.geometry, 16, "cpu")
     text = {"prompt": embeds[config.video.prompt], "negative_prompt": embeds[config.video.negative_prompt]}
-    return pipeline.denoise(plan, noise, condition, text, plan.residuals(), lambda index, expert: None).clone()
+    return [
+        pipeline.denoise(plan, noise, condition, text, plan.residuals(), lambda index, expert: None).clone()
+        for plan in plans
+    ]
 
 
 def given_images(plan: Plan) -> torch.Tensor:
@@ -68,7 +77,10 @@ def with_options(plan: Plan, **options: object) -> Plan:
     return dataclasses.replace(plan, config=plan.config.replace(**options))
 
 
-MESHES = [Mesh(cfg=cfg, ulysses=ulysses) for cfg in (1, 2) for ulysses in (1, 2, 4) if 1 < cfg * ulysses <= 4]
+MESHES = [
+    pytest.param(Mesh(ulysses=2), marks=pytest.mark.long),  # four ranks show the same
+    *(Mesh(ulysses=4), Mesh(cfg=2), Mesh(cfg=2, ulysses=2)),
+]
 
 
 def shown(mesh: Mesh) -> str:
@@ -89,7 +101,7 @@ def test_every_mesh_gives_the_latents_of_one_rank(planned: tuple[Plan, ModelFile
     assert all(torch.equal(latents, got[0]) for latents in got)  # otherwise the ranks would drift apart
 
 
-@pytest.mark.parametrize("mesh", [Mesh(cfg=2), Mesh(ulysses=4)], ids=shown)
+@pytest.mark.parametrize("mesh", [Mesh(cfg=2), Mesh(ulysses=2)], ids=shown)
 def test_sharded_weights_of_two_precisions_give_what_whole_ones_give(
     planned: tuple[Plan, ModelFiles], mesh: Mesh
 ) -> None:
@@ -102,16 +114,20 @@ def test_sharded_weights_of_two_precisions_give_what_whole_ones_give(
     assert torch.equal(sharded[0], whole[0])
 
 
-@pytest.mark.parametrize("mesh", [Mesh(ulysses=4), Mesh(cfg=2, ulysses=4), Mesh(ulysses=8)], ids=shown)
-def test_tokens_that_the_ranks_do_not_divide(mesh: Mesh, small_model: Path, workdir: Path) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "sharded"),
+    [(Mesh(ulysses=4), ("off", "on")), (Mesh(cfg=2, ulysses=4), ("off",)), (Mesh(ulysses=8), ("on",))],
+    ids=["cfg1-ulysses4", "cfg2-ulysses4", "cfg1-ulysses8"],
+)
+def test_tokens_that_the_ranks_do_not_divide(
+    mesh: Mesh, sharded: tuple[str, ...], small_model: Path, workdir: Path
+) -> None:
     Image.linear_gradient("L").resize((61, 97)).convert("RGB").save("tall.png")
     options = {"image": "tall.png", "size": "96x48", "prompt": "a", "seed": 1, "precision": "fp32", "device": "cpu"}
-    plan, files = resolve({"model": str(small_model), **options})
+    plan, files = resolve({"model": str(small_model), "steps": 2, **options})
     assert plan.geometry.tokens % mesh.ulysses
     expected = final_latents(plan, files, Ranks("cpu"))
-    plans = [
-        with_options(plan, dit_fsdp=fsdp, t5_fsdp=fsdp, artifacts_dir=f"artifacts-{fsdp}") for fsdp in ("off", "on")
-    ]
+    plans = [with_options(plan, dit_fsdp=fsdp, t5_fsdp=fsdp, artifacts_dir=f"artifacts-{fsdp}") for fsdp in sharded]
     for got in zip(*on_ranks(mesh, lambda ranks: [final_latents(plan, files, ranks) for plan in plans]), strict=True):
         assert relative_error(got[0], expected) <= 1e-5
         assert all(torch.equal(latents, got[0]) for latents in got)

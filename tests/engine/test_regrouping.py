@@ -96,7 +96,9 @@ def test_no_rank_repeats_anothers_work(small_model: Path, workdir: Path, mesh: M
     inputs = blank_inputs(plans[0], files)
     expected = [latent for latent, _ in counted(plans, files, inputs, Ranks("cpu"))]
     assert all(relative_error(*pair) > 1e-4 for pair in itertools.combinations(expected, 2))
-    for fsdp in ({}, FSDP) if mesh.size < 8 else (FSDP,):
+    if mesh.size == 8:  # the last plan has the first one's steps, two of them skipped
+        plans, expected = plans[1:], expected[1:]
+    for fsdp in {2: ({}, FSDP), 4: ({},), 8: (FSDP,)}[mesh.size]:
         ways = [with_options(plan, **fsdp) for plan in plans]
         results = on_ranks(mesh, lambda ranks: counted(ways, files, inputs, ranks))  # noqa: B023 - run at once
         for plan, wanted, *got in zip(plans, expected, *results, strict=True):
@@ -160,7 +162,14 @@ def compiler(monkeypatch: pytest.MonkeyPatch, module: Any) -> CompileCounterWith
     return counter
 
 
-@pytest.mark.parametrize(("mesh", "fsdp"), [(MESHES[0], {}), (MESHES[1], FSDP)], ids=["2 ranks", "4 ranks, sharded"])
+@pytest.mark.parametrize(
+    ("mesh", "fsdp"),
+    [
+        pytest.param(MESHES[0], {}, id="2 ranks"),
+        pytest.param(MESHES[0], FSDP, id="2 ranks, sharded"),
+        pytest.param(MESHES[1], FSDP, id="4 ranks, sharded", marks=pytest.mark.long),
+    ],
+)
 def test_a_compiled_block_has_a_graph_for_each_share(
     small_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, mesh: Mesh, fsdp: dict[str, str]
 ) -> None:

@@ -86,7 +86,7 @@ def in_a_process_of_its_own(folder: Path, *arguments: str, forked: bool = True) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", ["1", pytest.param("2", marks=pytest.mark.long), "2, sharded"])
 def test_another_process_starts_from_what_was_stored(workdir: Path, ranks: str) -> None:
     warmed = in_a_process_of_its_own(workdir, "warmup", *SHAPE, *RANKS[ranks], "--json")
     assert warmed.exit_code == 0, warmed.err

@@ -49,6 +49,20 @@ def folder(workdir: Path) -> Path:
     return workdir / "set"
 
 
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("curves")
+
+
+@pytest.fixture
+def measured(wanfast: Wanfast, folder: Path, curves: Path) -> dict[str, Any]:
+    """Stores the curve of `folder`, which is measured once for all tests, and returns the document of the command."""
+    shutil.copytree(curves, "artifacts/magcache")
+    document = wanfast(*CALIBRATE).document
+    shutil.copytree("artifacts/magcache", curves, dirs_exist_ok=True)
+    return document
+
+
 def test_a_curve_is_measured_stored_and_used(wanfast: Wanfast, folder: Path, figures: list[Any]) -> None:
     outcome = wanfast(*CALIBRATE)
     assert outcome.exit_code == 0, outcome.err
@@ -117,8 +131,9 @@ def test_any_number_of_ranks_measures_the_same(wanfast: Wanfast, folder: Path) -
         ("--num-gpus", "2", "--dit-fsdp", "on"),
     ):
         outcome = wanfast(
-            *CALIBRATE, "--size", "48x48", "--precision", "fp32", "--artifacts-dir", f"artifacts{len(curves)}", *ranks
-        )
+            *CALIBRATE, "--size", "48x48", "--steps", "4", "--precision", "fp32",
+            "--artifacts-dir", f"artifacts{len(curves)}", *ranks,
+        )  # fmt: skip
         assert outcome.exit_code == 0, outcome.err
         curves.append([outcome.document[name] for name in ("ratios", "spread", "cosine_distance")])
     for other in curves[1:]:
@@ -175,13 +190,17 @@ def test_the_curve_is_the_mean_of_the_clips() -> None:
 
 
 @pytest.mark.slow
-def test_another_seed_of_the_shipped_set_agrees_with_the_preset(wanfast: Wanfast) -> None:
-    """The preset was measured with seed 0."""
+def test_another_seed_of_the_shipped_set_agrees_with_the_preset(
+    wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The preset was measured with seed 0. Two of the four clips are enough to agree with it."""
+    read = clips.read_set
+    monkeypatch.setattr(calibrate_magcache, "read_set", lambda *arguments: read(*arguments)[:2])
     outcome = wanfast("calibrate-magcache", "--model", "tiny", "--device", "cpu", "--seed", "50", "--json")
     assert outcome.exit_code == 0, outcome.err
     found, known = outcome.document, preset(model_files.locate("tiny", "artifacts"))
     assert known is not None
-    assert found["preset"]["steps"] == [] and "the preset agrees" in outcome.err
+    assert found["clips"] == 2 and found["preset"]["steps"] == [] and "the preset agrees" in outcome.err
     assert found["ratios"] != known["ratios"]
     for step in range(1, 40):
         for branch in (0, 1):
@@ -213,9 +232,9 @@ def test_the_preset_is_of_the_tiny_model_that_ships() -> None:
     ids=str,
 )  # fmt: skip
 def test_a_curve_of_another_run_is_refused(
-    wanfast: Wanfast, folder: Path, options: list[str], code: int, words: str
+    wanfast: Wanfast, measured: dict[str, Any], options: list[str], code: int, words: str
 ) -> None:
-    key = wanfast(*CALIBRATE).document["key"]
+    key = measured["key"]
     outcome = wanfast(*DRY, "--magcache", "artifact", *options)
     assert outcome.exit_code == code and words.replace("KEY", key) in outcome.err, outcome.err
     if code == 0:
@@ -234,8 +253,8 @@ def test_the_command_of_a_refusal_fixes_it(wanfast: Wanfast, folder: Path) -> No
     assert wanfast(*DRY, "--magcache", "artifact", "--guidance-low-noise", "3").exit_code == 0
 
 
-def test_an_edited_curve_is_refused(wanfast: Wanfast, folder: Path) -> None:
-    artifact = Path(wanfast(*CALIBRATE).document["output"])
+def test_an_edited_curve_is_refused(wanfast: Wanfast, measured: dict[str, Any]) -> None:
+    artifact = Path(measured["output"])
     file = artifact / "ratios.json"
     whole = file.read_text()
     file.write_text(whole.replace("1.0", "0.5", 1))
@@ -264,9 +283,8 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[o
 
 
 def test_a_list_looks_for_each_curve_once(
-    wanfast: Wanfast, folder: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+    wanfast: Wanfast, measured: dict[str, Any], workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert wanfast(*CALIBRATE).exit_code == 0
     verified = counted(monkeypatch, ArtifactStore, "find")
     listed = counted(monkeypatch, ArtifactStore, "manifests")
     hashed = counted(monkeypatch, model_files, "identity")
@@ -292,8 +310,8 @@ def test_a_calibration_asks_for_the_gpus_once(wanfast: Wanfast, folder: Path, mo
     assert len(asked) == 1
 
 
-def test_several_sets_want_a_name(wanfast: Wanfast, folder: Path) -> None:
-    keys = [wanfast(*CALIBRATE, "--seed", seed).document["key"] for seed in ("0", "1")]
+def test_several_sets_want_a_name(wanfast: Wanfast, measured: dict[str, Any]) -> None:
+    keys = [measured["key"], wanfast(*CALIBRATE, "--seed", "1").document["key"]]
     outcome = wanfast(*DRY, "--magcache", "artifact")
     assert outcome.exit_code == 2 and all(key in outcome.err for key in keys)
     chosen = wanfast(*DRY, "--magcache", keys[1]).document
@@ -453,9 +471,9 @@ def test_options_that_cannot_be(wanfast: Wanfast, options: list[str], words: str
 
 
 def test_a_curve_that_changed_since_the_plan_is_refused_by_the_worker(
-    wanfast: Wanfast, folder: Path, monkeypatch: pytest.MonkeyPatch
+    wanfast: Wanfast, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    artifact = Path(wanfast(*CALIBRATE).document["output"])
+    artifact = Path(measured["output"])
     load = session.load_models
 
     def meanwhile(*arguments: Any) -> Any:

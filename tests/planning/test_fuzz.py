@@ -40,7 +40,7 @@ def planned(typed: dict[str, Any], *files: Path | None) -> list[Planned]:
     return found
 
 
-@counts(400)
+@counts(200)
 def test_sidecars(workdir: Path, examples: int) -> None:
     (plan,) = [item.plan for item in planned(TYPED, None, None, None)]
     assert plan is not None
@@ -54,7 +54,7 @@ def test_sidecars(workdir: Path, examples: int) -> None:
     damage(changed({name: document[name] for name in ("effective", "weights")}), check, examples)
 
 
-@counts(600)
+@counts(300)
 def test_bytes_of_a_sidecar(workdir: Path, examples: int) -> None:
     (plan,) = [item.plan for item in planned(TYPED, None, None, None)]
     assert plan is not None
@@ -71,7 +71,7 @@ def test_bytes_of_a_sidecar(workdir: Path, examples: int) -> None:
 LINES = st.lists(st.dictionaries(st.sampled_from([*OPTIONS, "unknown"]), VALUES, max_size=3), min_size=1, max_size=3)
 
 
-@counts(250)
+@counts(125)
 def test_lines_of_a_list(workdir: Path, examples: int) -> None:
     """A good line beside them is planned all the same."""
     file = workdir / "jobs.jsonl"
@@ -83,7 +83,7 @@ def test_lines_of_a_list(workdir: Path, examples: int) -> None:
     damage(LINES, check, examples)
 
 
-@counts(500)
+@counts(250)
 def test_bytes_of_a_list(workdir: Path, examples: int) -> None:
     content = b'# two videos\n{"prompt": "a cat", "seed": 3}\n\n{"image": "cat.png", "steps": 7, "shift": 3.0}\n'
     file = workdir / "jobs.jsonl"
@@ -95,7 +95,7 @@ def test_bytes_of_a_list(workdir: Path, examples: int) -> None:
     damage(damaged(content), check, examples)
 
 
-@counts(500)
+@counts(250)
 def test_prompt_files(workdir: Path, examples: int) -> None:
     file = workdir / "prompt.txt"
 
@@ -108,7 +108,7 @@ def test_prompt_files(workdir: Path, examples: int) -> None:
     )
 
 
-@counts(500)
+@counts(250)
 def test_options_of_a_handle(workdir: Path, examples: int) -> None:
     """Values of any type reach the config from Python."""
 

@@ -21,8 +21,8 @@ import numpy as np
 import psutil
 import pytest
 
+from tests.clean import CleanPopen
 from tests.configs import effective_config
-from tests.forked import REAL_LAUNCHERS, ForkedPopen
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.processes import elastic, failures, launch
 from wanfast.runtime.processes.claims import claim
@@ -31,8 +31,6 @@ PACKAGE = Path(__file__).parents[2]
 TINY = ("--model", "tiny", "--image", "cat.png", "--prompt", "a cat", "--device", "cpu", "--precision", "fp32")
 SMALL = (*TINY, "--seed", "1", "--size", "64x64", "--frames", "5")
 ENDLESS = (*SMALL, "--steps", "1000")  # no test waits for its end
-# Where ranks die: a launcher that is a fork of a test may die of SIGBUS when its ranks lose their connections.
-REAL = {REAL_LAUNCHERS: "1"}
 
 Start = Callable[..., "Run"]
 
@@ -48,7 +46,7 @@ class Run:
     ) -> None:
         self.folder = folder
         path = os.pathsep.join([*filter(None, [(environment or {}).get("PYTHONPATH")]), str(PACKAGE)])
-        popen = ForkedPopen if forked else subprocess.Popen
+        popen = CleanPopen if forked else subprocess.Popen
         self.process = popen(
             [sys.executable, "-m", "wanfast", "generate", *arguments],
             cwd=folder,
@@ -126,7 +124,7 @@ def faulty(run_folder, number):
     main(run_folder, number)
 worker.main = faulty
 """)
-    return {"PYTHONPATH": str(folder / "faults")} | REAL
+    return {"PYTHONPATH": str(folder / "faults")}
 
 
 def in_third_step(fault: str) -> str:
@@ -164,7 +162,7 @@ def test_two_ranks_make_the_video_of_one(start: Start, workdir: Path) -> None:
 
 
 def test_a_killed_rank_ends_the_run_and_is_named(start: Start, workdir: Path) -> None:
-    run = start(*ENDLESS, "--num-gpus", "4", environment=REAL)
+    run = start(*ENDLESS, "--num-gpus", "4")
     pids, children = run.wait_for_steps(), run.children()
     assert sorted(pids) == [0, 1, 2, 3]
     killed = time.monotonic()

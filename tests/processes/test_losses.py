@@ -88,7 +88,13 @@ def write_model_with_nan(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4], ids=["one group of two ranks", "two groups of two ranks"])
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        pytest.param(2, id="one group of two ranks"),
+        pytest.param(4, id="two groups of two ranks", marks=pytest.mark.long),
+    ],
+)
 def test_each_bad_line_has_its_own_reason_and_the_others_are_made(
     start: Start, workdir: Path, small_disk: bool, ranks: int, subtests: pytest.Subtests
 ) -> None:
@@ -131,7 +137,7 @@ def test_a_lone_rank_that_is_killed_costs_its_line(start: Start, workdir: Path) 
     """As by the kernel for a lack of memory."""
     lines = [{"output": "1.mp4"}, {"output": "2.mp4", "prompt": "the rank is killed"}, {"output": "3.mp4"}]
     (workdir / "jobs.jsonl").write_text("".join(json.dumps(line | {"steps": 2}) + "\n" for line in lines))
-    own = {"PYTHONPATH": with_fault(workdir, FAULTS, rank=0, replica=None)["PYTHONPATH"]}  # it has no peers to lose
+    own = with_fault(workdir, FAULTS, rank=0, replica=None)
     code, out, err = start(*SMALL, "--jobs", "jobs.jsonl", "--json", environment=own).end()
     assert code == 6, err
     errors = [result.get("error", "") for result in json.loads(out.strip().splitlines()[-1])["results"]]

@@ -100,7 +100,7 @@ def is_whole(folder: Path) -> bool:
     return same and not links and {name: file.read_bytes() for name, file in files.items()} == PAYLOAD
 
 
-@counts(150)
+@counts(75)
 def test_a_mutated_artifact(tmp_path: Path, examples: int) -> None:
     examine(st.data(), partial(check_artifact, tmp_path / "store"), examples)
 
@@ -125,7 +125,7 @@ def check_artifact(root: Path, data: st.DataObject) -> None:
     assert is_whole(folder)
 
 
-@counts(150)
+@counts(75)
 def test_a_mutated_record_of_a_hash(tmp_path: Path, examples: int) -> None:
     examine(st.data(), partial(check_record, tmp_path / "store"), examples)
 

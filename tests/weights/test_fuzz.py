@@ -45,7 +45,7 @@ def load(file: Path) -> None:
     assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
 
 
-@counts(300)
+@counts(150)
 def test_headers_of_safetensors(tmp_path: Path, examples: int) -> None:
     content, file = save(tensors()), tmp_path / "model.safetensors"
     header = 8 + int.from_bytes(content[:8], "little")
@@ -57,7 +57,7 @@ def test_headers_of_safetensors(tmp_path: Path, examples: int) -> None:
     damage(damaged(content, header), check, examples)
 
 
-@counts(300)
+@counts(150)
 def test_facts_in_headers_of_safetensors(tmp_path: Path, examples: int) -> None:
     content, file = save(tensors()), tmp_path / "model.safetensors"
     size = int.from_bytes(content[:8], "little")
@@ -71,7 +71,7 @@ def test_facts_in_headers_of_safetensors(tmp_path: Path, examples: int) -> None:
     damage(changed(facts), check, examples)
 
 
-@counts(200)
+@counts(100)
 @pytest.mark.parametrize("form", ["GGUF Q8_0", "GGUF Q4_K", "fp8 of 2026", "int8 of 2026 by row, metadata"])
 def test_files_of_experts(tmp_path: Path, form: str, examples: int) -> None:
     file = file_of(tmp_path, form)
@@ -88,7 +88,7 @@ def test_files_of_experts(tmp_path: Path, form: str, examples: int) -> None:
     damage(damaged(content), check, examples)
 
 
-@counts(200)
+@counts(100)
 def test_pth_files(tmp_path: Path, examples: int) -> None:
     stream, file = io.BytesIO(), tmp_path / "model.pth"
     torch.save(tensors(), stream)
@@ -100,7 +100,7 @@ def test_pth_files(tmp_path: Path, examples: int) -> None:
     damage(damaged(stream.getvalue()), check, examples)
 
 
-@counts(300)
+@counts(150)
 def test_pickles_in_pth_files(tmp_path: Path, examples: int) -> None:
     stream, file = io.BytesIO(), tmp_path / "model.pth"
     torch.save(tensors(), stream)
@@ -121,7 +121,7 @@ TINY_FILES = model_files.locate("tiny", "artifacts")
 OPTIONS = {"image": "cat.png", "prompt": "a cat", "device": "cpu"}
 
 
-@counts(400)
+@counts(200)
 def test_facts_of_a_model(workdir: Path, examples: int) -> None:
     """A model whose facts are accepted is planned too."""
     Image.new("RGB", (64, 48)).save("cat.png")
@@ -140,7 +140,7 @@ def test_facts_of_a_model(workdir: Path, examples: int) -> None:
     damage(changed(json.loads(json.dumps(facts))), check, examples)
 
 
-@counts(300)
+@counts(150)
 def test_configs_of_the_public_layouts(tmp_path: Path, examples: int) -> None:
     for folder in DIFFUSERS:
         (tmp_path / folder).mkdir()
@@ -153,7 +153,7 @@ def test_configs_of_the_public_layouts(tmp_path: Path, examples: int) -> None:
     damage(changed(DIFFUSERS), check, examples)
 
 
-@counts(800)
+@counts(400)
 def test_bytes_of_a_models_json(tmp_path: Path, examples: int) -> None:
     (tmp_path / "transformer").mkdir()
     content = (TINY / "wanfast.json").read_bytes()
@@ -165,7 +165,7 @@ def test_bytes_of_a_models_json(tmp_path: Path, examples: int) -> None:
     damage(damaged(content), check, examples)
 
 
-@counts(300)
+@counts(150)
 def test_indices_of_shards(tmp_path: Path, examples: int) -> None:
     index = tmp_path / "model.safetensors.index.json"
 
