@@ -76,7 +76,7 @@ def test_both_images_are_fitted_alike(wanfast: Wanfast, monkeypatch: pytest.Monk
         assert log.read_text() == equal
         stretched = "--last-image: the 96x64 image is stretched to 64x64" in outcome.err
         assert stretched == (fit == "area")
-    assert "--last-image: --fit crop: shows the middle 64x64 of the 96x64 image" in wanfast(
+    assert "--last-image: --fit crop: the video shows the middle 64x64 of the 96x64 image" in wanfast(
         *FIRST, *given, "--fit", "crop", "--dry-run"
     ).err  # fmt: skip
 
