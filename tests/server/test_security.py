@@ -344,6 +344,12 @@ def test_a_wrong_question_is_refused(server: Running, query: str, param: str) ->
     _check_answer(answer, server)
 
 
+def test_no_answer_leads_to_the_host_that_a_request_names(server: Running) -> None:
+    for method, path in (("GET", "/v1/videos/"), ("POST", "/v1/videos/"), ("GET", "/docs/")):
+        answer = server.ask(method, path, headers=as_(ALICE, Host="evil.example"))
+        assert answer.status == 404 and "location" not in answer.headers
+
+
 def test_ids_cannot_be_guessed(open_server: Running) -> None:
     ids = [open_server.create() for _ in range(20)]
     assert all(re.fullmatch("video_[0-9a-f]{32}", video) for video in ids)

@@ -235,6 +235,14 @@ def test_pages_follow_each_other(store: Store) -> None:
         assert seen == expected
 
 
+def test_a_page_follows_a_job_that_is_deleted(store: Store) -> None:
+    jobs = [add(store) for _ in range(3)]
+    store.cancel(jobs[1].id, "a", deletes=True)
+    assert store.page("a", 9, jobs[1].id, "asc") == ([jobs[2]], False)
+    assert store.page("a", 9, jobs[1].id, "desc") == ([jobs[0]], False)
+    assert store.page("b", 9, jobs[1].id, "asc") is None
+
+
 def test_outputs_are_those_that_may_be_read_or_are_being_made(store: Store) -> None:
     for _ in range(4):
         add(store)

@@ -34,7 +34,7 @@ _MOST_LETTERS_OF_A_KEY = 255
 _RETRY_S = 10  # a client may try again after this time
 _BUSY = {"Retry-After": str(_RETRY_S)}
 _CLIENT_LEFT = 499  # nobody reads this answer
-_UNSUPPORTED = ("remix", "edits", "extensions")
+_UNSUPPORTED = ("remix", "edits", "extensions", "characters")
 _STATUS_OF_SYNC = {"not_finite": 500, "rank_failed": 500, "server_error": 500, CANCELLED: 409, "invalid_video": 400}
 
 
@@ -55,10 +55,11 @@ class Parts:
 
 def create_app(parts: Parts) -> FastAPI:
     """Returns the ASGI app of a server, with all routes."""
-    app = FastAPI(title="wanfast", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="wanfast", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Gate, most_bytes=parts.most_bytes, only_loopback=not parts.keys.hashes)
     _add_errors(app)
     _add_videos(app, parts)
+    _add_unsupported(app, parts)
     _add_operation(app, parts)
     add_pages(app)
     return app
@@ -129,19 +130,23 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
             parts.metrics.failed(CANCELLED)
         return {"id": video_id, "object": "video.deleted", "deleted": True}
 
-    @app.post("/v1/videos/characters", include_in_schema=False)
-    def characters(owner: str = owned) -> None:
-        raise _unsupported("characters")
-
-    @app.post("/v1/videos/{video_id}/{action}", include_in_schema=False)
-    def other(video_id: str, action: str, owner: str = owned) -> None:
-        raise _unsupported(action) if action in _UNSUPPORTED else HTTPException(404)
-
     @app.get("/v1/models", summary="List the model that is loaded")
     def models(owner: str = owned) -> dict[str, Any]:
         model = {"id": parts.model, "object": "model", "created": 0, "owned_by": "wanfast"}
         offer = {**parts.checks.offer(), "max_upload_bytes": parts.most_bytes}
         return {"object": "list", "data": [model | offer]}
+
+
+def _add_unsupported(app: FastAPI, parts: Parts) -> None:
+    """Adds the calls of the client that this server does not have, with a video in their path or without one."""
+
+    def refuse(owner: str = Depends(_owner_of(parts.keys))) -> None:
+        raise ApiError(501, f"the server has no {', '.join(_UNSUPPORTED)}", code="not_implemented")
+
+    for action in _UNSUPPORTED:
+        for path in (f"/v1/videos/{action}", f"/v1/videos/{{video_id}}/{action}"):
+            app.add_api_route(path, refuse, methods=["POST"], include_in_schema=False)
+    app.add_api_route("/v1/videos/characters/{character}", refuse, methods=["GET"], include_in_schema=False)
 
 
 def _add_operation(app: FastAPI, parts: Parts) -> None:
@@ -256,10 +261,6 @@ def _found(store: Store, video_id: str, owner: str) -> Job:
 
 def _missing() -> ApiError:
     return ApiError(404, "no such video", code="not_found", param="video_id")
-
-
-def _unsupported(action: str) -> ApiError:
-    return ApiError(501, f"{action} are not supported by this model", code="not_implemented")
 
 
 def _shown(parts: Parts, job: Job) -> JSONResponse:

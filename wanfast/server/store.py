@@ -163,16 +163,17 @@ class Store:
     def page(self, owner: str, limit: int, after: str | None, order: Order) -> tuple[list[Job], bool] | None:
         """Returns (up to `limit` jobs of an owner, whether more jobs follow).
 
-        `after`: the id of the last job of the previous page. Returns None if `after` is not a job of the owner.
+        `after`: the id of the last job of the previous page, which may be deleted meanwhile. Returns None if `after`
+        is not a job of the owner.
         """
         number = JOBS.c.number
         chosen = select(JOBS).where(_visible(owner)).order_by(number if order == "asc" else number.desc())
-        if after is not None:
-            last = self.find(after, owner)
-            if last is None:
-                return None
-            chosen = chosen.where(number > last.number if order == "asc" else number < last.number)
         with self._reading() as connection:
+            if after is not None:
+                last = connection.execute(select(number).where(JOBS.c.owner == owner, JOBS.c.id == after)).scalar()
+                if last is None:
+                    return None
+                chosen = chosen.where(number > last if order == "asc" else number < last)
             rows = connection.execute(chosen.limit(limit + 1)).all()
         return [Job.of(row) for row in rows[:limit]], len(rows) > limit
 
