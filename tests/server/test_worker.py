@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -77,8 +79,73 @@ def test_a_video_that_cannot_be_written_fails_alone(tmp_path: Path, monkeypatch:
             raise ConfigError("--data-dir /x/y: cannot be written (No space left on device)")
 
         monkeypatch.setattr(type(server.files), "write_thumbnail", full)
-        assert server.ended(server.create())["error"]["code"] == "invalid_video"
+        error = server.ended(server.create())["error"]
+        assert (error["code"], error["message"]) == (
+            "server_error", "the server could not make this video; its log has the reason",
+        )  # fmt: skip
         assert server.ended(server.create())["status"] == "completed"
+
+
+def test_the_queue_waits_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worker_module, "_IDLE_S", 0.02)
+    with running(tmp_path) as server:
+        with monkeypatch.context() as full:
+            full.setattr(type(server.files), "free_bytes", lambda self: 64 * 64 * 3 * 5 // 2 - 1)
+            time.sleep(0.1)
+            videos = [server.create() for _ in range(2)]
+            time.sleep(0.2)
+            assert [server.show(video)["status"] for video in videos] == ["queued"] * 2
+        assert [server.ended(video)["status"] for video in videos] == ["completed"] * 2
+    assert capsys.readouterr().err.count("less than 30.7 kB are free, so the queue waits") == 1
+
+
+def test_a_folder_that_fails_for_a_moment_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network disk may do so; jobs must stay watched, so that they can be cancelled."""
+    monkeypatch.setattr(worker_module, "_SWEEP_S", 0.05)
+    failed: list[bool] = []
+
+    def broken(self: object) -> list[Path]:
+        failed.append(True)
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with running(tmp_path) as server:
+        server.maker.holds.set()
+        video = server.create()
+        with monkeypatch.context() as patched:
+            patched.setattr(type(server.files), "listed", broken)
+            until(lambda: failed)
+        server.ask("POST", f"/v1/videos/{video}/cancel")
+        until(lambda: server.maker.cancelled.is_set() or not server.worker._runs)
+    assert "note: --data-dir reports an error: [Errno 116] Stale file handle" in capsys.readouterr().err
+
+
+def test_a_job_that_is_made_again_while_its_lost_video_is_written_stays_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the clock had jumped over the lease of the first attempt."""
+    writes = threading.Event()
+    with running(tmp_path) as server:
+        write = type(server.files).write_thumbnail
+        monkeypatch.setattr(
+            type(server.files), "write_thumbnail", lambda *arguments: (writes.wait(20), write(*arguments))[1]
+        )
+        video = server.create()
+        until(lambda: server.show(video)["stage"] == "writing")
+        server.maker.holds.set()
+        server.store.recover(all_lost=True)
+        until(lambda: len(server.maker.made) == 2)
+        writes.set()
+        until(lambda: len(server.worker._runs) == 1)
+        assert server.show(video)["status"] == "in_progress"
+        server.ask("POST", f"/v1/videos/{video}/cancel")
+        until(lambda: not server.worker._runs)
+        server.maker.holds.clear()
+        assert server.ended(server.create())["status"] == "completed"
+        assert server.show(video)["error"]["code"] == "cancelled"
 
 
 def test_ranks_that_cannot_start_end_the_server_and_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +41,13 @@ class Files:
 
     def picture(self, attempt: str) -> Path:
         return self.folder / f"{attempt}.picture"
+
+    def free_bytes(self) -> int:
+        """Returns the free space of the folder's disk; 0 if the folder is gone."""
+        try:
+            return shutil.disk_usage(self.folder).free
+        except OSError:
+            return 0
 
     def write_thumbnail(self, attempt: str, frame: npt.NDArray[np.uint8]) -> None:
         """Writes a frame [H, W, 3] as a small JPEG. Raises ConfigError."""

@@ -114,7 +114,7 @@ def serve_on(
             serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
             _watch(serve, settings, stopped)
         finally:
-            serve.shutdown()
+            _end(serve)
 
 
 def _start(serve: Any, settings: Settings) -> None:
@@ -132,7 +132,7 @@ def _watch(serve: Any, settings: Settings, stopped: threading.Event) -> None:
     """Waits for a signal, and prints the address when the replicas have their models. Raises RankFailedError."""
     status, was_ready = "", False
     while not stopped.wait(_LOOK_S):
-        found = serve.status().applications[_APP]
+        found = _application(serve)
         if found.status == status:
             continue
         status = found.status
@@ -145,6 +145,33 @@ def _watch(serve: Any, settings: Settings, stopped: threading.Event) -> None:
             print(f"http://{host}:{settings.port}", flush=True)
         elif was_ready:
             note(f"--ray: the replicas are {status.lower()}")
+
+
+def _application(serve: Any) -> Any:
+    """Returns the state of the app. Raises RankFailedError if it is gone: deleted by somebody, or with the cluster."""
+    try:
+        found = serve.status().applications.get(_APP)
+    except Exception as error:  # noqa: BLE001 - Ray has many, and all of them mean that the cluster does not answer
+        raise RankFailedError(
+            f"--ray: the cluster does not answer ({_one_line(error)}): start a cluster, then this command again"
+        ) from None
+    if found is None or found.status == "DELETING":
+        raise RankFailedError(
+            f"--ray: somebody ended the application {_APP} of Ray Serve: start this command again; the queue is kept"
+        )
+    return found
+
+
+def _end(serve: Any) -> None:
+    """Ends all replicas. If the cluster does not answer, a note says so, and an earlier error stays the error."""
+    try:
+        serve.shutdown()
+    except Exception as error:  # noqa: BLE001 - as above
+        note(f"--ray: the replicas may still run ({_one_line(error)}): run `serve shutdown` on the cluster")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
 
 
 @contextmanager
