@@ -108,7 +108,7 @@ def test_a_replica_whose_models_do_not_load_does_not_start(workdir: Path, monkey
 class Serve:
     """Stands in for Ray Serve, whose application goes through `statuses`; then the command gets SIGTERM."""
 
-    statuses: list[str | Exception]  # "NONE": somebody deleted the application
+    statuses: list[str | Exception]  # "NONE": somebody deleted the application; "HANGS": the head does not answer
     is_running: bool = False
     options: dict[str, Any] | None = None
     http: Any = None
@@ -121,6 +121,8 @@ class Serve:
         if not self.statuses:
             os.kill(os.getpid(), signal.SIGTERM)
         now = self.statuses.pop(0) if self.statuses else "RUNNING"
+        if now == "HANGS":
+            threading.Event().wait(5)
         if isinstance(now, Exception):
             raise now
         if now == "NONE":
@@ -215,15 +217,17 @@ def test_a_change_of_the_replicas_is_noted_once(on: Any) -> None:
         (["RUNNING", "DELETING"], "somebody ended the application wanfast of Ray Serve: start this command again"),
         (["RUNNING", OSError("the head\n is gone")], "the cluster does not answer (the head is gone): start a cluster"),
         ([RuntimeError()], "the cluster does not answer (RuntimeError): start a cluster"),
+        (["RUNNING", "HANGS"], "the cluster does not answer (no answer in 0.2 s): start a cluster"),
     ],
-    ids=["deleted", "deleting", "head lost", "never there"],
+    ids=["deleted", "deleting", "head lost", "never there", "head hangs"],
 )
 def test_an_application_that_is_gone_ends_the_command_with_one_line(
-    on: Any, statuses: list[str | Exception], words: str
+    on: Any, monkeypatch: pytest.MonkeyPatch, statuses: list[str | Exception], words: str
 ) -> None:
+    monkeypatch.setattr(replicas, "_ANSWER_S", 0.2)
     engine = Serve(statuses)
     outcome = on(engine)
-    assert outcome.exit_code == 5 and engine.ended
+    assert outcome.exit_code == 5 and engine.ended == words.startswith("somebody")
     assert f"error: --ray: {words}" in outcome.err and "Traceback" not in outcome.err
 
 
