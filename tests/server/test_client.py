@@ -166,6 +166,7 @@ def test_sync_answers_with_the_video(server: Running) -> None:
 
 def test_a_video_of_sync_is_cancelled_if_its_client_leaves(server: Running) -> None:
     server.maker.holds.set()
+    before = server.metric('wanfast_failures_total{code="cancelled"}')
     with pytest.raises(TimeoutError):
         import urllib.request
 
@@ -174,6 +175,7 @@ def test_a_video_of_sync_is_cancelled_if_its_client_leaves(server: Running) -> N
         urllib.request.urlopen(request, timeout=0.5)
     until(lambda: server.ask("GET", "/v1/videos?limit=1").document["data"][0]["status"] == "failed")
     until(server.maker.cancelled.is_set)
+    assert server.metric('wanfast_failures_total{code="cancelled"}') == before + 1
 
 
 def test_ranges_of_a_video_are_served(server: Running) -> None:

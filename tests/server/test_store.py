@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from wanfast.runtime.errors import ConfigError
+from wanfast.server import schema
 from wanfast.server import store as store_module
+from wanfast.server.schema import JOBS
 from wanfast.server.store import MOST_ATTEMPTS, Job, KeyReusedError, NewJob, QueueFullError, Store
 
 NEW = NewJob(
@@ -181,6 +185,15 @@ def test_a_deleted_job_is_gone_for_its_owner(store: Store) -> None:
     assert store.cancel(job.id, "a", deletes=True) is None
 
 
+def test_a_deleted_job_leaves_nothing_that_its_request_said(store: Store) -> None:
+    job = add(store, options={"prompt": "a secret"})
+    store.complete(claimed(store), "file", {"plan": "a secret"}, 60)
+    assert store.cancel(job.id, "a", deletes=True)
+    with store._engine.connect() as connection:
+        rows = connection.execute(select(JOBS)).all()
+    assert len(rows) == 1 and "secret" not in str(rows)
+
+
 def test_a_job_belongs_to_its_owner(store: Store) -> None:
     job = add(store)
     assert store.find(job.id, "b") is None and store.cancel(job.id, "b") is None
@@ -289,6 +302,27 @@ def test_a_wrong_url_is_an_error_of_one_line(wrong: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as error:
         Store(wrong)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_postgresql_that_does_not_answer_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(schema._OF_POSTGRESQL, "connect_timeout", 2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port, started = silent.getsockname()[1], time.monotonic()
+        with pytest.raises(ConfigError, match="timeout"):
+            Store(f"postgresql://a@127.0.0.1:{port}/b")
+    assert time.monotonic() - started < 10
+
+
+def test_a_lost_machine_of_postgresql_is_noticed_before_a_lease_ends(postgres: str) -> None:
+    for url, expected in ((postgres, 20_000), (f"{postgres}&tcp_user_timeout=7000", 7000)):
+        store = Store(url)
+        connection = store._engine.raw_connection()
+        driver: Any = connection.dbapi_connection
+        options = driver.info.get_parameters()
+        connection.close()
+        store.close()
+        assert int(options["tcp_user_timeout"]) == expected < store_module.LEASE_S * 1000
+        assert int(options["keepalives_idle"]) < store_module.LEASE_S
 
 
 def test_the_file_of_sqlite_is_safe_against_a_loss_of_power(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import SQLAlchemyError
@@ -33,6 +34,7 @@ _ID = re.compile(r"video_[0-9a-f]{32}")
 _MOST_LETTERS_OF_A_KEY = 255
 _RETRY_S = 10  # a client may try again after this time
 _BUSY = {"Retry-After": str(_RETRY_S)}
+_MOST_ADDING = 4  # requests whose pictures are checked, or whose jobs are written, at once
 _CLIENT_LEFT = 499  # nobody reads this answer
 _UNSUPPORTED = ("remix", "edits", "extensions", "characters")
 _STATUS_OF_SYNC = {"not_finite": 500, "rank_failed": 500, "server_error": 500, CANCELLED: 409, "invalid_video": 400}
@@ -68,15 +70,16 @@ def create_app(parts: Parts) -> FastAPI:
 def _add_videos(app: FastAPI, parts: Parts) -> None:
     store, files = parts.store, parts.files
     owned = Depends(_owner_of(parts.keys))
+    adding = CapacityLimiter(_MOST_ADDING)
     takes_fields: dict[str, Any] = {"requestBody": {"required": True, "content": _content()}}
 
     @app.post("/v1/videos", openapi_extra=takes_fields, summary="Queue a video")
     async def create(request: Request, owner: str = owned) -> JSONResponse:
-        return await run_in_threadpool(_shown, parts, await _create(request, owner, parts))
+        return await run_in_threadpool(_shown, parts, await _create(request, owner, parts, adding))
 
     @app.post("/v1/videos/sync", openapi_extra=takes_fields, summary="Make a video and wait for it")
     async def create_and_wait(request: Request, owner: str = owned) -> Response:
-        return await _awaited(request, await _create(request, owner, parts), parts)
+        return await _awaited(request, await _create(request, owner, parts, adding), parts)
 
     @app.get("/v1/videos", summary="List the videos of the API key")
     def list_(
@@ -152,12 +155,13 @@ def _add_unsupported(app: FastAPI, parts: Parts) -> None:
 def _add_operation(app: FastAPI, parts: Parts) -> None:
     owned = Depends(_owner_of(parts.keys))
 
+    # These two take no thread, so that they answer when all threads wait for a database.
     @app.get("/health", summary="Whether the server answers")
-    def health() -> dict[str, str]:
+    async def health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/ready", summary="Whether the models are loaded")
-    def ready() -> JSONResponse:
+    async def ready() -> JSONResponse:
         return JSONResponse({"status": parts.worker.status}, 200 if parts.worker.is_ready else 503)
 
     @app.get("/metrics", summary="Metrics for Prometheus")
@@ -205,15 +209,19 @@ def _owner_of(keys: Keys) -> Any:
     return owner
 
 
-async def _create(request: Request, owner: str, parts: Parts) -> Job:
-    """Queues the job of a request. When it returns, the job is on disk. Raises ApiError."""
+async def _create(request: Request, owner: str, parts: Parts, adding: CapacityLimiter) -> Job:
+    """Queues the job of a request. When it returns, the job is on disk. Raises ApiError.
+
+    `adding` limits the threads that do so: pictures are decoded one after the other, and requests that wait for their
+    turn would else hold all threads, which answer other requests too.
+    """
     if not parts.worker.is_ready:
         what = "stops" if parts.worker.is_stopping else "is loading the models"
         raise ApiError(503, f"the server {what}: try again later", code="loading", headers=_BUSY)
     key = request.headers.get("idempotency-key")
     if key is not None and not 0 < len(key) <= _MOST_LETTERS_OF_A_KEY:
         raise unfit("Idempotency-Key", f"use 1 to {_MOST_LETTERS_OF_A_KEY} letters")
-    return await run_in_threadpool(_add, await read(request, parts.most_bytes), owner, key, parts)
+    return await to_thread.run_sync(_add, await read(request, parts.most_bytes), owner, key, parts, limiter=adding)
 
 
 def _add(asked: Asked, owner: str, key: str | None, parts: Parts) -> Job:
@@ -242,7 +250,8 @@ async def _awaited(request: Request, job: Job, parts: Parts) -> Response:
                 503, f"the server is stopping; after a restart it makes {job.id}", code="stopping", headers=_BUSY
             )
         if await request.is_disconnected():
-            await run_in_threadpool(parts.store.cancel, job.id, job.owner)
+            cancelled = await run_in_threadpool(parts.store.cancel, job.id, job.owner)
+            _count(parts, job, cancelled or job)
             return Response(status_code=_CLIENT_LEFT)
         await asyncio.sleep(WATCH_S)
         job = await run_in_threadpool(_found, parts.store, job.id, job.owner)

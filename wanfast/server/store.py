@@ -279,8 +279,8 @@ class Store:
     def cancel(self, video: str, owner: str, *, deletes: bool = False) -> Job | None:
         """Ends a queued or running job with the code `cancelled`; returns the job, or None if there is no such job.
 
-        A job that has already ended keeps its status. If `deletes` is true, the owner can no longer see the job. In
-        this case, the returned job is the one before the change.
+        A job that has already ended keeps its status. If `deletes` is true, the owner can no longer see the job, and
+        what its request said is removed. In this case, the returned job is the one before the change.
         """
         mine = and_(_visible(owner), JOBS.c.id == video)
         with self._writing() as connection:
@@ -289,7 +289,7 @@ class Store:
                 return None
             self._end(connection, update(JOBS).where(mine, _unended()).values(**_failed(CANCELLED, "cancelled")))
             if deletes:
-                connection.execute(update(JOBS).where(mine).values(deleted=True))
+                connection.execute(update(JOBS).where(mine).values(deleted=True, options="{}", facts=None))
                 return Job.of(row)
             return Job.of(connection.execute(select(JOBS).where(mine)).one())
 

@@ -89,7 +89,8 @@ class Worker:
         self._store, self._maker, self._files, self._metrics = store, maker, files, metrics
         self._keep_s, self._warm_up = keep_s, warm_up
         width, height = parse_size(warm_up["size"])
-        self._needed_bytes = _MOST_UNWRITTEN * width * height * 3 * warm_up["frames"] // 4  # as `Video.save` asks for
+        frames_bytes = width * height * 3 * warm_up["frames"]  # the ranks give them in a file, often on the same disk
+        self._needed_bytes = frames_bytes + _MOST_UNWRITTEN * frames_bytes // 4  # a quarter, as `Video.save` asks for
         self._had_room = True
         self._runs: dict[str, _Run] = {}  # by the names of their attempts, because a lost one may still be written
         self._making: object = None  # what the ranks have
@@ -232,10 +233,11 @@ class Worker:
             return self._store.requeue(job, counts=not self._is_stopping)
         if isinstance(error, RankFailedError) and job.attempts < MOST_ATTEMPTS:
             return self._store.requeue(job, counts=True)
-        is_of_disk = run.stage == _WRITING
-        code = _FAULT if is_of_disk else next(code for kind, code in _CODES if isinstance(error, kind))
-        is_for_clients = isinstance(error, ConfigError | NotFiniteError) and not is_of_disk
+        code = next(code for kind, code in _CODES if isinstance(error, kind))
+        is_for_clients = isinstance(error, ConfigError | NotFiniteError) and run.stage != _WRITING
         message = without_paths(in_fields(str(error))[0], _UNSAID) if is_for_clients else _UNSAID
+        if isinstance(error, ConfigError) and message == _UNSAID:  # of a folder or a disk, and not of the request
+            code = _FAULT
         ended = self._store.fail(job, code, message)
         if ended:
             self._metrics.failed(code)
