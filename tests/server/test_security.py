@@ -365,6 +365,8 @@ def test_a_bug_is_an_error_without_its_words(server: Running, monkeypatch: pytes
     monkeypatch.setattr(type(server.store), "page", broken)
     answer = server.ask("GET", "/v1/videos", headers=as_(ALICE))
     assert (answer.status, answer.error["code"]) == (500, "server_error") and b"secret" not in answer.body
+    _check_answer(answer, server)
+    assert answer.headers["Cache-Control"] == "no-store"
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,20 @@ def test_an_attempt_is_lost_if_its_lease_ends(store: Store, monkeypatch: pytest.
     assert store.recover(all_lost=False) == 1 and not store.hold(job, "", 2)
 
 
+def test_servers_whose_clocks_differ_lose_no_attempt(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, other = Store(postgres), Store(postgres)
+    add(ours)
+    with monkeypatch.context() as late:
+        late.setattr(store_module.time, "time", lambda: 0.0)  # of a machine whose clock was never set
+        job = claimed(ours)
+        assert other.recover(all_lost=False) == 0 and ours.hold(job, "high noise", 5)
+    assert other.recover(all_lost=False) == 0 and ours.is_held(job)
+    monkeypatch.setattr(store_module, "LEASE_S", -1.0)
+    assert ours.hold(job, "high noise", 6) and other.recover(all_lost=False) == 1
+    for opened in (ours, other):
+        opened.close()
+
+
 def test_an_attempt_that_the_server_stopped_does_not_count(store: Store) -> None:
     first, second = add(store), add(store)
     for _ in range(MOST_ATTEMPTS + 1):

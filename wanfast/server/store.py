@@ -19,7 +19,24 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, Row, Update, and_, delete, func, insert, or_, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Float,
+    Row,
+    Update,
+    and_,
+    cast,
+    delete,
+    extract,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    true,
+    update,
+)
 
 from wanfast.server.schema import JOBS, PICTURES, lock_adding, open_database
 
@@ -221,7 +238,7 @@ class Store:
         with self._writing() as connection:
             if (number := connection.execute(following).scalar_one_or_none()) is None:
                 return None
-            values = {"claim": secrets.token_hex(8), "lease_until": time.time() + LEASE_S, "stage": "", "progress": 0}
+            values = {"claim": secrets.token_hex(8), "lease_until": self._lease(), "stage": "", "progress": 0}
             begun = update(JOBS).where(JOBS.c.number == number)
             begun = begun.values(status="in_progress", attempts=JOBS.c.attempts + 1, **values)
             return Job.of(connection.execute(begun.returning(JOBS)).one())
@@ -239,7 +256,7 @@ class Store:
 
     def hold(self, job: Job, stage: str, progress: int) -> bool:
         """Renews the lease of an attempt and records its progress; returns whether the attempt still owns the job."""
-        return self._change(job, stage=stage, progress=progress, lease_until=time.time() + LEASE_S)
+        return self._change(job, stage=stage, progress=progress, lease_until=self._lease())
 
     def complete(self, job: Job, output: str, facts: Mapping[str, Any], keep_s: float) -> bool:
         """Ends a job as completed, after its files are written; returns False if the attempt no longer owns the job.
@@ -268,7 +285,7 @@ class Store:
         These jobs are queued again; a job that had its last attempt fails instead. If `all_lost` is true, every attempt
         counts as lost. Otherwise an attempt is lost if its lease has expired.
         """
-        expired = JOBS.c.lease_until < time.time()
+        expired = JOBS.c.lease_until < self._now()
         lost = and_(JOBS.c.status == "in_progress", true() if all_lost else expired)
         with self._writing() as connection:
             over = update(JOBS).where(lost, JOBS.c.attempts >= MOST_ATTEMPTS).values(**_failed("server_error", _LOST))
@@ -327,6 +344,13 @@ class Store:
         if ended:
             connection.execute(delete(PICTURES).where(PICTURES.c.job.in_(ended)))
         return len(rows)
+
+    def _now(self) -> ColumnElement[float]:
+        """Returns the time by the clock of a shared database, because the clocks of the servers may differ."""
+        return cast(extract("epoch", func.clock_timestamp()), Float) if self.is_shared else literal(time.time())
+
+    def _lease(self) -> ColumnElement[float]:
+        return self._now() + LEASE_S
 
     def _writing(self) -> AbstractContextManager[Connection]:
         return self._engine.begin()
