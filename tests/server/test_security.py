@@ -21,6 +21,7 @@ from PIL import Image
 
 from tests.server.running import STAR, Answer, Running, data_url, running, until
 from wanfast.runtime.errors import ConfigError
+from wanfast.server.files import Files
 from wanfast.server.keys import EVERYBODY, Keys
 from wanfast.server.serve import Settings
 
@@ -430,6 +431,20 @@ def test_a_wrong_file_of_keys_is_refused(tmp_path: Path, text: str, words: str) 
     assert "--api-key-file" in str(error.value) and "with a space" not in str(error.value)
     with pytest.raises(ConfigError, match="--api-key-file"):
         Keys.read(tmp_path / "missing")
+
+
+def test_a_folder_of_others_is_not_closed_to_them(tmp_path: Path) -> None:
+    folder = tmp_path / "tmp"
+    folder.mkdir(mode=0o755)
+    (folder / "jobs.sqlite-wal").touch()
+    Files(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (folder / "notes").touch()
+    Files(folder)  # it is closed already
+    folder.chmod(0o755)
+    with pytest.raises(ConfigError, match="has files of other programs: name a folder for the server alone"):
+        Files(folder)
+    assert folder.stat().st_mode & 0o777 == 0o755
 
 
 def test_without_keys_everything_has_one_owner() -> None:
