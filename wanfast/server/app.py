@@ -18,12 +18,12 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 
 from wanfast import __version__
 from wanfast.server import replies
-from wanfast.server.changes import MOST_STREAMS, Changes, lines
+from wanfast.server.changes import MOST_OF_A_KEY, MOST_STREAMS, Changes, lines
 from wanfast.server.checks import Checks
 from wanfast.server.fields import Asked, Fields, read
 from wanfast.server.files import Files
 from wanfast.server.gate import HEADERS, Gate, answer
-from wanfast.server.keys import Keys
+from wanfast.server.keys import EVERYBODY, Keys
 from wanfast.server.metrics import Metrics
 from wanfast.server.page import add_pages
 from wanfast.server.replies import ApiError, unfit
@@ -93,14 +93,15 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
             raise unfit("after", "no video of your API key has this id")
         return replies.page(found[0], has_more=found[1])
 
-    streams = asyncio.Semaphore(MOST_STREAMS)
+    streams, of_key = asyncio.Semaphore(MOST_STREAMS), dict[str, asyncio.Semaphore]()
 
     @app.get("/v1/videos/events", summary="Follow the videos of the key", response_class=StreamingResponse)
     def follow(owner: str = owned) -> StreamingResponse:
-        if streams.locked():
-            message = f"{MOST_STREAMS} pages are open already: close one, or ask for each video"
+        own = of_key.setdefault(owner, asyncio.Semaphore(MOST_STREAMS if owner == EVERYBODY else MOST_OF_A_KEY))
+        if streams.locked() or own.locked():
+            message = "too many pages are open already: close one, or ask for each video"
             raise ApiError(429, message, code="too_many_streams", headers=_BUSY)
-        found = lines(Changes(store, parts.worker, owner), parts.worker, streams)
+        found = lines(Changes(store, parts.worker, owner), parts.worker, streams, own)
         return StreamingResponse(found, media_type="application/x-ndjson")
 
     @app.get("/v1/videos/{video_id}", summary="Show a video")
