@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -135,6 +135,15 @@ def test_only_so_many_streams_are_open(tmp_path: Path, monkeypatch: pytest.Monke
             assert (refused.status, refused.error["code"]) == (429, "too_many_streams")
             assert int(refused.headers["Retry-After"]) > 0
         until(lambda: status_of_stream(server) == 200)
+
+
+def test_one_key_leaves_streams_to_the_others(server: Running) -> None:
+    with ExitStack() as open_:
+        for _ in range(changes.MOST_OF_A_KEY):
+            assert open_.enter_context(following(server, ALICE))()
+        refused = server.ask("GET", "/v1/videos/events", headers=as_(ALICE))
+        assert (refused.status, refused.error["code"]) == (429, "too_many_streams")
+        assert open_.enter_context(following(server, BOB))()
 
 
 def status_of_stream(server: Running) -> int:

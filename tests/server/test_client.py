@@ -91,6 +91,15 @@ def test_videos_are_listed_in_pages(server: Running) -> None:
     }  # fmt: skip
 
 
+def test_all_videos_are_deleted_while_they_are_listed(server: Running) -> None:
+    client = server.client()
+    for _ in range(5):
+        server.create()
+    for video in client.videos.list(limit=2):  # the next page follows a video that is deleted
+        client.videos.delete(video.id)
+    assert client.videos.list().data == []
+
+
 def test_a_picture_may_be_a_data_url(server: Running) -> None:
     by_form = server.client().videos.create(prompt="a", extra_body={"input_reference": data_url(STAR.read_bytes())})
     by_json = server.create()
@@ -157,6 +166,7 @@ def test_sync_answers_with_the_video(server: Running) -> None:
 
 def test_a_video_of_sync_is_cancelled_if_its_client_leaves(server: Running) -> None:
     server.maker.holds.set()
+    before = server.metric('wanfast_failures_total{code="cancelled"}')
     with pytest.raises(TimeoutError):
         import urllib.request
 
@@ -165,6 +175,7 @@ def test_a_video_of_sync_is_cancelled_if_its_client_leaves(server: Running) -> N
         urllib.request.urlopen(request, timeout=0.5)
     until(lambda: server.ask("GET", "/v1/videos?limit=1").document["data"][0]["status"] == "failed")
     until(server.maker.cancelled.is_set)
+    assert server.metric('wanfast_failures_total{code="cancelled"}') == before + 1
 
 
 def test_ranges_of_a_video_are_served(server: Running) -> None:
@@ -192,11 +203,20 @@ def test_a_repeated_key_is_the_same_video(server: Running) -> None:
 def test_models_and_unsupported_calls(server: Running) -> None:
     assert [model.id for model in server.client().models.list()] == ["tiny"]
     video = server.create()
-    for path in (f"{video}/remix", f"{video}/edits", f"{video}/extensions", "characters"):
+    for path in (f"{video}/remix", f"{video}/edits", f"{video}/extensions", f"{video}/characters"):
         answer = server.ask("POST", f"/v1/videos/{path}", prompt="a")
         assert (answer.status, answer.error["code"]) == (501, "not_implemented")
-    with pytest.raises(openai.InternalServerError):
-        server.client().videos.remix(video, prompt="b")
+    client = server.client().videos
+    for call in (
+        lambda: client.remix(video, prompt="b"),
+        lambda: client.edit(video=b"mp4", prompt="b"),
+        lambda: client.extend(video=b"mp4", prompt="b", seconds="4"),
+        lambda: client.create_character(name="b", video=b"mp4"),
+        lambda: client.get_character("char_1"),
+    ):
+        with pytest.raises(openai.InternalServerError) as refused:
+            call()
+        assert refused.value.status_code == 501
     assert server.ask("POST", f"/v1/videos/{video}/nothing").status == 404
 
 

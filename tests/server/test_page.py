@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -302,6 +303,59 @@ def test_a_page_finds_a_server_again(server: Running, page: Page, monkeypatch: p
         server.create(prompt="meanwhile")
     expect(page.get_by_text("The server is ready.")).to_be_visible()
     expect(rows(page, "History").get_by_role("heading")).to_have_text(["meanwhile"])
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(503, "the database does not answer"), (429, "too much at once"), (0, "The server cannot be reached.")],
+)
+def test_a_button_that_fails_says_why_where_everybody_sees_it(
+    server: Running, page: Page, monkeypatch: pytest.MonkeyPatch, status: int, words: str
+) -> None:
+    monkeypatch.setattr(changes, "MOST_VIDEOS", 1)
+    for prompt in ("older", "newer"):
+        server.ended(server.create(prompt=prompt))
+    page.reload()
+    document = json.dumps({"error": {"message": words, "param": None}})
+
+    def refuse(route: Route) -> None:
+        route.fulfill(status=status, body=document) if status else route.abort()
+
+    page.route(re.compile("/v1/videos/video_|after="), refuse)
+    page.on("dialog", lambda dialog: dialog.accept())
+    failed = page.get_by_role("alert").filter(has_text=words)
+    row = rows(page, "History").first
+    row.get_by_role("button", name="Delete").click()
+    expect(failed).to_be_in_viewport()
+    expect(row).to_contain_text("newer")
+    page.unroute(re.compile("/v1/videos/video_|after="))
+    page.get_by_role("button", name="Show older videos").click()
+    expect(rows(page, "History")).to_have_count(2)
+    expect(failed).to_have_count(0)
+    page.route(re.compile("/v1/videos/video_"), refuse)
+    row.get_by_role("button", name="Show").click()
+    expect(page.locator("#viewer-state")).to_contain_text(words)
+
+
+def test_a_key_that_no_longer_counts_is_asked_for_by_any_button(server: Running, page: Page) -> None:
+    server.ended(server.create())
+    document = json.dumps({"error": {"message": "the API key is wrong", "param": None}})
+    row = rows(page, "History").first
+    for button in ("Show", "Delete"):
+        page.reload()
+        page.on("dialog", lambda dialog: dialog.accept())
+        page.route(re.compile("/v1/videos/video_"), lambda route: route.fulfill(status=401, body=document))
+        row.get_by_role("button", name=button).click()
+        expect(page.get_by_label("API key", exact=True)).to_be_focused()
+        page.unroute(re.compile("/v1/videos/video_"))
+
+
+def test_a_page_that_is_one_too_many_says_so(server: Running, browser: Browser, clean: None) -> None:
+    document = json.dumps({"error": {"message": "64 pages are open already", "param": None}})
+    with page_of(browser, server.url, "/docs", expects=(REFUSED,)) as page:
+        page.route("**/v1/videos/events", lambda route: route.fulfill(status=429, body=document))
+        page.goto(server.url)
+        expect(page.get_by_text("64 pages are open already. The page tries again.")).to_be_visible()
 
 
 def test_a_key_is_typed_into_the_page_and_stays_in_its_tab(

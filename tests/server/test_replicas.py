@@ -108,11 +108,12 @@ def test_a_replica_whose_models_do_not_load_does_not_start(workdir: Path, monkey
 class Serve:
     """Stands in for Ray Serve, whose application goes through `statuses`; then the command gets SIGTERM."""
 
-    statuses: list[str]
+    statuses: list[str | Exception]  # "NONE": somebody deleted the application; "HANGS": the head does not answer
     is_running: bool = False
     options: dict[str, Any] | None = None
     http: Any = None
     ended: bool = False
+    error: Exception | None = None  # of the shutdown
 
     def status(self) -> Any:
         if self.http is None:
@@ -120,6 +121,12 @@ class Serve:
         if not self.statuses:
             os.kill(os.getpid(), signal.SIGTERM)
         now = self.statuses.pop(0) if self.statuses else "RUNNING"
+        if now == "HANGS":
+            threading.Event().wait(5)
+        if isinstance(now, Exception):
+            raise now
+        if now == "NONE":
+            return SimpleNamespace(applications={})
         deployment = SimpleNamespace(message="Traceback\n  ConfigError: the disk is full\n")
         return SimpleNamespace(
             applications={"wanfast": SimpleNamespace(status=now, deployments={"wanfast": deployment})}
@@ -144,6 +151,8 @@ class Serve:
 
     def shutdown(self) -> None:
         self.ended = True
+        if self.error:
+            raise self.error
 
 
 @pytest.fixture
@@ -199,6 +208,33 @@ def test_a_change_of_the_replicas_is_noted_once(on: Any) -> None:
     assert outcome.out.count("http://") == 1
     assert outcome.err.count("note: --ray: the replicas are unhealthy") == 1
     assert outcome.err.count("note: --ray: the replicas are running") == 1
+
+
+@pytest.mark.parametrize(
+    ("statuses", "words"),
+    [
+        (["RUNNING", "NONE"], "somebody ended the application wanfast of Ray Serve: start this command again"),
+        (["RUNNING", "DELETING"], "somebody ended the application wanfast of Ray Serve: start this command again"),
+        (["RUNNING", OSError("the head\n is gone")], "the cluster does not answer (the head is gone): start a cluster"),
+        ([RuntimeError()], "the cluster does not answer (RuntimeError): start a cluster"),
+        (["RUNNING", "HANGS"], "the cluster does not answer (no answer in 0.2 s): start a cluster"),
+    ],
+    ids=["deleted", "deleting", "head lost", "never there", "head hangs"],
+)
+def test_an_application_that_is_gone_ends_the_command_with_one_line(
+    on: Any, monkeypatch: pytest.MonkeyPatch, statuses: list[str | Exception], words: str
+) -> None:
+    monkeypatch.setattr(replicas, "_ANSWER_S", 0.2)
+    engine = Serve(statuses)
+    outcome = on(engine)
+    assert outcome.exit_code == 5 and engine.ended == words.startswith("somebody")
+    assert f"error: --ray: {words}" in outcome.err and "Traceback" not in outcome.err
+
+
+def test_replicas_that_cannot_be_ended_are_noted(on: Any) -> None:
+    outcome = on(Serve(["RUNNING"], error=OSError("the head is gone")))
+    assert outcome.exit_code == 0
+    assert "note: --ray: the replicas may still run (the head is gone): run `serve shutdown`" in outcome.err
 
 
 def test_a_serve_of_others_is_left_alone(on: Any) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from tests.server.running import STAR, Answer, Running, data_url, running, until
 from wanfast.runtime.errors import ConfigError
+from wanfast.server.files import Files
 from wanfast.server.keys import EVERYBODY, Keys
 from wanfast.server.serve import Settings
 
@@ -344,6 +345,12 @@ def test_a_wrong_question_is_refused(server: Running, query: str, param: str) ->
     _check_answer(answer, server)
 
 
+def test_no_answer_leads_to_the_host_that_a_request_names(server: Running) -> None:
+    for method, path in (("GET", "/v1/videos/"), ("POST", "/v1/videos/"), ("GET", "/docs/")):
+        answer = server.ask(method, path, headers=as_(ALICE, Host="evil.example"))
+        assert answer.status == 404 and "location" not in answer.headers
+
+
 def test_ids_cannot_be_guessed(open_server: Running) -> None:
     ids = [open_server.create() for _ in range(20)]
     assert all(re.fullmatch("video_[0-9a-f]{32}", video) for video in ids)
@@ -359,6 +366,8 @@ def test_a_bug_is_an_error_without_its_words(server: Running, monkeypatch: pytes
     monkeypatch.setattr(type(server.store), "page", broken)
     answer = server.ask("GET", "/v1/videos", headers=as_(ALICE))
     assert (answer.status, answer.error["code"]) == (500, "server_error") and b"secret" not in answer.body
+    _check_answer(answer, server)
+    assert answer.headers["Cache-Control"] == "no-store"
 
 
 @pytest.mark.parametrize(
@@ -422,6 +431,20 @@ def test_a_wrong_file_of_keys_is_refused(tmp_path: Path, text: str, words: str) 
     assert "--api-key-file" in str(error.value) and "with a space" not in str(error.value)
     with pytest.raises(ConfigError, match="--api-key-file"):
         Keys.read(tmp_path / "missing")
+
+
+def test_a_folder_of_others_is_not_closed_to_them(tmp_path: Path) -> None:
+    folder = tmp_path / "tmp"
+    folder.mkdir(mode=0o755)
+    (folder / "jobs.sqlite-wal").touch()
+    Files(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (folder / "notes").touch()
+    Files(folder)  # it is closed already
+    folder.chmod(0o755)
+    with pytest.raises(ConfigError, match="has files of other programs: name a folder for the server alone"):
+        Files(folder)
+    assert folder.stat().st_mode & 0o777 == 0o755
 
 
 def test_without_keys_everything_has_one_owner() -> None:

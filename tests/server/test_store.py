@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from wanfast.runtime.errors import ConfigError
+from wanfast.server import schema
 from wanfast.server import store as store_module
+from wanfast.server.schema import JOBS
 from wanfast.server.store import MOST_ATTEMPTS, Job, KeyReusedError, NewJob, QueueFullError, Store
 
 NEW = NewJob(
@@ -144,6 +148,20 @@ def test_an_attempt_is_lost_if_its_lease_ends(store: Store, monkeypatch: pytest.
     assert store.recover(all_lost=False) == 1 and not store.hold(job, "", 2)
 
 
+def test_servers_whose_clocks_differ_lose_no_attempt(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, other = Store(postgres), Store(postgres)
+    add(ours)
+    with monkeypatch.context() as late:
+        late.setattr(store_module.time, "time", lambda: 0.0)  # of a machine whose clock was never set
+        job = claimed(ours)
+        assert other.recover(all_lost=False) == 0 and ours.hold(job, "high noise", 5)
+    assert other.recover(all_lost=False) == 0 and ours.is_held(job)
+    monkeypatch.setattr(store_module, "LEASE_S", -1.0)
+    assert ours.hold(job, "high noise", 6) and other.recover(all_lost=False) == 1
+    for opened in (ours, other):
+        opened.close()
+
+
 def test_an_attempt_that_the_server_stopped_does_not_count(store: Store) -> None:
     first, second = add(store), add(store)
     for _ in range(MOST_ATTEMPTS + 1):
@@ -179,6 +197,15 @@ def test_a_deleted_job_is_gone_for_its_owner(store: Store) -> None:
     assert deleted and deleted.status == "in_progress" and not store.is_held(running)
     assert store.find(job.id, "a") is None and store.page("a", 9, None, "asc") == ([], False)
     assert store.cancel(job.id, "a", deletes=True) is None
+
+
+def test_a_deleted_job_leaves_nothing_that_its_request_said(store: Store) -> None:
+    job = add(store, options={"prompt": "a secret"})
+    store.complete(claimed(store), "file", {"plan": "a secret"}, 60)
+    assert store.cancel(job.id, "a", deletes=True)
+    with store._engine.connect() as connection:
+        rows = connection.execute(select(JOBS)).all()
+    assert len(rows) == 1 and "secret" not in str(rows)
 
 
 def test_a_job_belongs_to_its_owner(store: Store) -> None:
@@ -235,6 +262,14 @@ def test_pages_follow_each_other(store: Store) -> None:
         assert seen == expected
 
 
+def test_a_page_follows_a_job_that_is_deleted(store: Store) -> None:
+    jobs = [add(store) for _ in range(3)]
+    store.cancel(jobs[1].id, "a", deletes=True)
+    assert store.page("a", 9, jobs[1].id, "asc") == ([jobs[2]], False)
+    assert store.page("a", 9, jobs[1].id, "desc") == ([jobs[0]], False)
+    assert store.page("b", 9, jobs[1].id, "asc") is None
+
+
 def test_outputs_are_those_that_may_be_read_or_are_being_made(store: Store) -> None:
     for _ in range(4):
         add(store)
@@ -281,6 +316,27 @@ def test_a_wrong_url_is_an_error_of_one_line(wrong: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as error:
         Store(wrong)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_postgresql_that_does_not_answer_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(schema._OF_POSTGRESQL, "connect_timeout", 2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port, started = silent.getsockname()[1], time.monotonic()
+        with pytest.raises(ConfigError, match="timeout"):
+            Store(f"postgresql://a@127.0.0.1:{port}/b")
+    assert time.monotonic() - started < 10
+
+
+def test_a_lost_machine_of_postgresql_is_noticed_before_a_lease_ends(postgres: str) -> None:
+    for url, expected in ((postgres, 20_000), (f"{postgres}&tcp_user_timeout=7000", 7000)):
+        store = Store(url)
+        connection = store._engine.raw_connection()
+        driver: Any = connection.dbapi_connection
+        options = driver.info.get_parameters()
+        connection.close()
+        store.close()
+        assert int(options["tcp_user_timeout"]) == expected < store_module.LEASE_S * 1000
+        assert int(options["keepalives_idle"]) < store_module.LEASE_S
 
 
 def test_the_file_of_sqlite_is_safe_against_a_loss_of_power(tmp_path: Path) -> None:

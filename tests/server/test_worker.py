@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from sqlalchemy.exc import OperationalError
 
 from tests.server.running import STAR, WARM_UP, StandIn, data_url, running, until
 from wanfast.runtime.errors import ConfigError, MissingArtifactError, NotFiniteError, RankFailedError
 from wanfast.server import store as store_module
 from wanfast.server import worker as worker_module
+from wanfast.server.checks import Checks, Served
+from wanfast.server.serve import warm_up_of
 from wanfast.server.store import MOST_ATTEMPTS, NewJob, Store
 
 
@@ -50,7 +56,7 @@ def test_a_job_that_kills_its_ranks_each_time_fails_alone(tmp_path: Path) -> Non
         (NotFiniteError("the latents hold NaN after step 3"), "not_finite", "the latents hold NaN after step 3"),
         (ConfigError("--size 64x64: does not fit: use fewer --frames"), "invalid_video",
          "size 64x64: does not fit: use fewer num_frames"),
-        (ConfigError("--artifacts-dir /srv/secret/place: is full"), "invalid_video", "its log has the reason"),
+        (ConfigError("--artifacts-dir /srv/secret/place: is full"), "server_error", "its log has the reason"),
         (MissingArtifactError("no curve"), "server_error", "its log has the reason"),
         (ZeroDivisionError("a bug at /srv/secret/place"), "server_error", "its log has the reason"),
     ],
@@ -77,8 +83,73 @@ def test_a_video_that_cannot_be_written_fails_alone(tmp_path: Path, monkeypatch:
             raise ConfigError("--data-dir /x/y: cannot be written (No space left on device)")
 
         monkeypatch.setattr(type(server.files), "write_thumbnail", full)
-        assert server.ended(server.create())["error"]["code"] == "invalid_video"
+        error = server.ended(server.create())["error"]
+        assert (error["code"], error["message"]) == (
+            "server_error", "the server could not make this video; its log has the reason",
+        )  # fmt: skip
         assert server.ended(server.create())["status"] == "completed"
+
+
+def test_the_queue_waits_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worker_module, "_IDLE_S", 0.02)
+    with running(tmp_path) as server:
+        with monkeypatch.context() as full:
+            full.setattr(type(server.files), "free_bytes", lambda self: 64 * 64 * 3 * 5 * 3 // 2 - 1)
+            time.sleep(0.1)
+            videos = [server.create() for _ in range(2)]
+            time.sleep(0.2)
+            assert [server.show(video)["status"] for video in videos] == ["queued"] * 2
+        assert [server.ended(video)["status"] for video in videos] == ["completed"] * 2
+    assert capsys.readouterr().err.count("less than 92.2 kB are free, so the queue waits") == 1
+
+
+def test_a_folder_that_fails_for_a_moment_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network disk may do so; jobs must stay watched, so that they can be cancelled."""
+    monkeypatch.setattr(worker_module, "_SWEEP_S", 0.05)
+    failed: list[bool] = []
+
+    def broken(self: object) -> list[Path]:
+        failed.append(True)
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with running(tmp_path) as server:
+        server.maker.holds.set()
+        video = server.create()
+        with monkeypatch.context() as patched:
+            patched.setattr(type(server.files), "listed", broken)
+            until(lambda: failed)
+        server.ask("POST", f"/v1/videos/{video}/cancel")
+        until(lambda: server.maker.cancelled.is_set() or not server.worker._runs)
+    assert "note: --data-dir reports an error: [Errno 116] Stale file handle" in capsys.readouterr().err
+
+
+def test_a_job_that_is_made_again_while_its_lost_video_is_written_stays_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the clock had jumped over the lease of the first attempt."""
+    writes = threading.Event()
+    with running(tmp_path) as server:
+        write = type(server.files).write_thumbnail
+        monkeypatch.setattr(
+            type(server.files), "write_thumbnail", lambda *arguments: (writes.wait(20), write(*arguments))[1]
+        )
+        video = server.create()
+        until(lambda: server.show(video)["stage"] == "writing")
+        server.maker.holds.set()
+        server.store.recover(all_lost=True)
+        until(lambda: len(server.maker.made) == 2)
+        writes.set()
+        until(lambda: len(server.worker._runs) == 1)
+        assert server.show(video)["status"] == "in_progress"
+        server.ask("POST", f"/v1/videos/{video}/cancel")
+        until(lambda: not server.worker._runs)
+        server.maker.holds.clear()
+        assert server.ended(server.create())["status"] == "completed"
+        assert server.show(video)["error"]["code"] == "cancelled"
 
 
 def test_ranks_that_cannot_start_end_the_server_and_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +182,47 @@ def test_a_full_queue_is_refused_with_a_time(tmp_path: Path) -> None:
         server.create()
         server.maker.holds.clear()
         assert server.ended(waiting[1])["status"] == "completed"
+
+
+def test_many_pictures_at_once_hold_no_other_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decodes, began = threading.Event(), threading.Semaphore(0)
+    plan = Checks.plan
+
+    def slow(checks: Checks, new: NewJob, picture: bytes) -> None:
+        began.release()
+        decodes.wait(20)
+        plan(checks, new, picture)
+
+    with running(tmp_path) as server, ThreadPoolExecutor(60) as pool:
+        made = server.create()
+        monkeypatch.setattr(Checks, "plan", slow)
+        videos = [pool.submit(server.create) for _ in range(60)]
+        assert began.acquire(timeout=10)
+        time.sleep(0.5)  # for the others to arrive
+        started = time.monotonic()
+        server.show(made)
+        assert server.ask("GET", "/ready").status == 200
+        took_s = time.monotonic() - started
+        decodes.set()
+        assert len({video.result() for video in videos}) == 60 and took_s < 1
+
+
+def test_a_database_that_holds_all_threads_leaves_health_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, asked = threading.Event(), threading.Semaphore(0)
+
+    def silent(*arguments: Any) -> None:
+        asked.release()
+        answers.wait(20)
+
+    with running(tmp_path) as server, ThreadPoolExecutor(60) as pool:
+        monkeypatch.setattr(Store, "find", silent)
+        shown = [pool.submit(server.ask, "GET", "/v1/videos/video_" + "0" * 32) for _ in range(60)]
+        assert all(asked.acquire(timeout=10) for _ in range(40))  # as many as there are threads
+        started = time.monotonic()
+        assert [server.ask("GET", path).status for path in ("/health", "/ready")] == [200, 200]
+        took_s = time.monotonic() - started
+        answers.set()
+        assert {answer.result().status for answer in shown} == {404} and took_s < 1
 
 
 def test_a_server_that_loads_or_stops_takes_no_job(tmp_path: Path) -> None:
@@ -281,6 +393,22 @@ def test_the_memory_of_gpus_is_a_metric(tmp_path: Path, monkeypatch: pytest.Monk
     text = metrics.Metrics(store, has_gpus=True).text().decode()
     assert 'wanfast_gpu_memory_bytes{gpu="0",kind="used"} 50.0' in text and 'kind="total"} 80.0' in text
     store.close()
+
+
+def test_a_picture_of_the_warm_up_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that share a folder write it while others read it."""
+    with running(tmp_path) as server:
+        picture = server.files.folder / "warm-up.png"
+        before = picture.read_bytes()
+
+        def full(image: Image.Image, path: Path, *arguments: Any) -> None:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patched, pytest.raises(ConfigError, match=r"--data-dir .*No space left"):
+            patched.setattr(Image.Image, "save", full)
+            warm_up_of(server.maker.opened, Served.of(server.maker.opened, {"steps": 3}), server.files)
+        assert picture.read_bytes() == before and not list(server.files.folder.glob(".warm-up*"))
 
 
 def test_a_wrong_default_is_refused_before_the_ranks_start(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import SQLAlchemyError
@@ -17,12 +18,12 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 
 from wanfast import __version__
 from wanfast.server import replies
-from wanfast.server.changes import MOST_STREAMS, Changes, lines
+from wanfast.server.changes import MOST_OF_A_KEY, MOST_STREAMS, Changes, lines
 from wanfast.server.checks import Checks
 from wanfast.server.fields import Asked, Fields, read
 from wanfast.server.files import Files
-from wanfast.server.gate import Gate, answer
-from wanfast.server.keys import Keys
+from wanfast.server.gate import HEADERS, Gate, answer
+from wanfast.server.keys import EVERYBODY, Keys
 from wanfast.server.metrics import Metrics
 from wanfast.server.page import add_pages
 from wanfast.server.replies import ApiError, unfit
@@ -33,8 +34,9 @@ _ID = re.compile(r"video_[0-9a-f]{32}")
 _MOST_LETTERS_OF_A_KEY = 255
 _RETRY_S = 10  # a client may try again after this time
 _BUSY = {"Retry-After": str(_RETRY_S)}
+_MOST_ADDING = 4  # requests whose pictures are checked, or whose jobs are written, at once
 _CLIENT_LEFT = 499  # nobody reads this answer
-_UNSUPPORTED = ("remix", "edits", "extensions")
+_UNSUPPORTED = ("remix", "edits", "extensions", "characters")
 _STATUS_OF_SYNC = {"not_finite": 500, "rank_failed": 500, "server_error": 500, CANCELLED: 409, "invalid_video": 400}
 
 
@@ -55,10 +57,11 @@ class Parts:
 
 def create_app(parts: Parts) -> FastAPI:
     """Returns the ASGI app of a server, with all routes."""
-    app = FastAPI(title="wanfast", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="wanfast", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Gate, most_bytes=parts.most_bytes, only_loopback=not parts.keys.hashes)
     _add_errors(app)
     _add_videos(app, parts)
+    _add_unsupported(app, parts)
     _add_operation(app, parts)
     add_pages(app)
     return app
@@ -67,17 +70,18 @@ def create_app(parts: Parts) -> FastAPI:
 def _add_videos(app: FastAPI, parts: Parts) -> None:
     store, files = parts.store, parts.files
     owned = Depends(_owner_of(parts.keys))
+    adding = CapacityLimiter(_MOST_ADDING)
     takes_fields: dict[str, Any] = {
         "requestBody": {"required": True, "content": _content(takes_images=parts.checks.takes_images)}
     }
 
     @app.post("/v1/videos", openapi_extra=takes_fields, summary="Queue a video")
     async def create(request: Request, owner: str = owned) -> JSONResponse:
-        return await run_in_threadpool(_shown, parts, await _create(request, owner, parts))
+        return await run_in_threadpool(_shown, parts, await _create(request, owner, parts, adding))
 
     @app.post("/v1/videos/sync", openapi_extra=takes_fields, summary="Make a video and wait for it")
     async def create_and_wait(request: Request, owner: str = owned) -> Response:
-        return await _awaited(request, await _create(request, owner, parts), parts)
+        return await _awaited(request, await _create(request, owner, parts, adding), parts)
 
     @app.get("/v1/videos", summary="List the videos of the API key")
     def list_(
@@ -91,14 +95,15 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
             raise unfit("after", "no video of your API key has this id")
         return replies.page(found[0], has_more=found[1])
 
-    streams = asyncio.Semaphore(MOST_STREAMS)
+    streams, of_key = asyncio.Semaphore(MOST_STREAMS), dict[str, asyncio.Semaphore]()
 
     @app.get("/v1/videos/events", summary="Follow the videos of the key", response_class=StreamingResponse)
     def follow(owner: str = owned) -> StreamingResponse:
-        if streams.locked():
-            message = f"{MOST_STREAMS} pages are open already: close one, or ask for each video"
+        own = of_key.setdefault(owner, asyncio.Semaphore(MOST_STREAMS if owner == EVERYBODY else MOST_OF_A_KEY))
+        if streams.locked() or own.locked():
+            message = "too many pages are open already: close one, or ask for each video"
             raise ApiError(429, message, code="too_many_streams", headers=_BUSY)
-        found = lines(Changes(store, parts.worker, owner), parts.worker, streams)
+        found = lines(Changes(store, parts.worker, owner), parts.worker, streams, own)
         return StreamingResponse(found, media_type="application/x-ndjson")
 
     @app.get("/v1/videos/{video_id}", summary="Show a video")
@@ -131,14 +136,6 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
             parts.metrics.failed(CANCELLED)
         return {"id": video_id, "object": "video.deleted", "deleted": True}
 
-    @app.post("/v1/videos/characters", include_in_schema=False)
-    def characters(owner: str = owned) -> None:
-        raise _unsupported("characters")
-
-    @app.post("/v1/videos/{video_id}/{action}", include_in_schema=False)
-    def other(video_id: str, action: str, owner: str = owned) -> None:
-        raise _unsupported(action) if action in _UNSUPPORTED else HTTPException(404)
-
     @app.get("/v1/models", summary="List the model that is loaded")
     def models(owner: str = owned) -> dict[str, Any]:
         model = {"id": parts.model, "object": "model", "created": 0, "owned_by": "wanfast"}
@@ -146,15 +143,28 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
         return {"object": "list", "data": [model | offer]}
 
 
+def _add_unsupported(app: FastAPI, parts: Parts) -> None:
+    """Adds the calls of the client that this server does not have, with a video in their path or without one."""
+
+    def refuse(owner: str = Depends(_owner_of(parts.keys))) -> None:
+        raise ApiError(501, f"the server has no {', '.join(_UNSUPPORTED)}", code="not_implemented")
+
+    for action in _UNSUPPORTED:
+        for path in (f"/v1/videos/{action}", f"/v1/videos/{{video_id}}/{action}"):
+            app.add_api_route(path, refuse, methods=["POST"], include_in_schema=False)
+    app.add_api_route("/v1/videos/characters/{character}", refuse, methods=["GET"], include_in_schema=False)
+
+
 def _add_operation(app: FastAPI, parts: Parts) -> None:
     owned = Depends(_owner_of(parts.keys))
 
+    # These two take no thread, so that they answer when all threads wait for a database.
     @app.get("/health", summary="Whether the server answers")
-    def health() -> dict[str, str]:
+    async def health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/ready", summary="Whether the models are loaded")
-    def ready() -> JSONResponse:
+    async def ready() -> JSONResponse:
         return JSONResponse({"status": parts.worker.status}, 200 if parts.worker.is_ready else 503)
 
     @app.get("/metrics", summary="Metrics for Prometheus")
@@ -187,7 +197,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
-        return answer(ApiError(500, "an error of the server; its log has the reason", code="server_error"))
+        message = "an error of the server; its log has the reason"
+        return answer(ApiError(500, message, code="server_error", headers=HEADERS))  # this answer passes no gate
 
 
 def _owner_of(keys: Keys) -> Any:
@@ -202,15 +213,19 @@ def _owner_of(keys: Keys) -> Any:
     return owner
 
 
-async def _create(request: Request, owner: str, parts: Parts) -> Job:
-    """Queues the job of a request. When it returns, the job is on disk. Raises ApiError."""
+async def _create(request: Request, owner: str, parts: Parts, adding: CapacityLimiter) -> Job:
+    """Queues the job of a request. When it returns, the job is on disk. Raises ApiError.
+
+    `adding` limits the threads that do so: pictures are decoded one after the other, and requests that wait for their
+    turn would else hold all threads, which answer other requests too.
+    """
     if not parts.worker.is_ready:
         what = "stops" if parts.worker.is_stopping else "is loading the models"
         raise ApiError(503, f"the server {what}: try again later", code="loading", headers=_BUSY)
     key = request.headers.get("idempotency-key")
     if key is not None and not 0 < len(key) <= _MOST_LETTERS_OF_A_KEY:
         raise unfit("Idempotency-Key", f"use 1 to {_MOST_LETTERS_OF_A_KEY} letters")
-    return await run_in_threadpool(_add, await read(request, parts.most_bytes), owner, key, parts)
+    return await to_thread.run_sync(_add, await read(request, parts.most_bytes), owner, key, parts, limiter=adding)
 
 
 def _add(asked: Asked, owner: str, key: str | None, parts: Parts) -> Job:
@@ -239,7 +254,8 @@ async def _awaited(request: Request, job: Job, parts: Parts) -> Response:
                 503, f"the server is stopping; after a restart it makes {job.id}", code="stopping", headers=_BUSY
             )
         if await request.is_disconnected():
-            await run_in_threadpool(parts.store.cancel, job.id, job.owner)
+            cancelled = await run_in_threadpool(parts.store.cancel, job.id, job.owner)
+            _count(parts, job, cancelled or job)
             return Response(status_code=_CLIENT_LEFT)
         await asyncio.sleep(WATCH_S)
         job = await run_in_threadpool(_found, parts.store, job.id, job.owner)
@@ -258,10 +274,6 @@ def _found(store: Store, video_id: str, owner: str) -> Job:
 
 def _missing() -> ApiError:
     return ApiError(404, "no such video", code="not_found", param="video_id")
-
-
-def _unsupported(action: str) -> ApiError:
-    return ApiError(501, f"{action} are not supported by this model", code="not_implemented")
 
 
 def _shown(parts: Parts, job: Job) -> JSONResponse:

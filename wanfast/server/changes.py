@@ -16,6 +16,7 @@ from wanfast.server.store import Store
 from wanfast.server.worker import Worker
 
 MOST_STREAMS = 64  # of one server; each of them asks the database again and again
+MOST_OF_A_KEY = 16  # of these streams, so that one client leaves some to the others
 MOST_VIDEOS = 50  # of each kind: not ended, and ended
 LOOK_S = 0.3  # between two looks at the database
 _BEAT_S = 15.0  # an empty line after this time without a change shows that the connection lives
@@ -45,12 +46,14 @@ class Changes:
         return {**state, "videos": changed, "deleted": deleted, "older": older}
 
 
-async def lines(changes: Changes, worker: Worker, turn: asyncio.Semaphore) -> AsyncIterator[str]:
+async def lines(
+    changes: Changes, worker: Worker, turn: asyncio.Semaphore, own_turn: asyncio.Semaphore
+) -> AsyncIterator[str]:
     """Yields a line of JSON for each change, until the server stops or its database does not answer.
 
-    `turn` limits the streams.
+    `turn` limits the streams, and `own_turn` those of one key.
     """
-    async with turn:
+    async with own_turn, turn:
         written = time.monotonic()
         while True:
             is_last = worker.is_stopping

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+_OWN = ("video_", "jobs.sqlite", "lock", "warm-up.png")  # with these, names in the folder begin
 _THUMBNAIL_SIDE = 512  # pixels at most
 
 
@@ -24,10 +26,18 @@ class Files:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Makes the folder, which only this user may read. Raises ConfigError."""
+        """Makes the folder, which only this user may read. Raises ConfigError.
+
+        A folder with other files, such as /tmp, is not closed to its other users.
+        """
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            others = [file.name for file in folder.iterdir() if not file.name.lstrip(".").startswith(_OWN)]
+            if folder.stat().st_mode & 0o077 and others:
+                raise ConfigError(
+                    f"--data-dir {folder}: has files of other programs: name a folder for the server alone"
+                )
             folder.chmod(0o700)
         except OSError as error:
             raise ConfigError(f"--data-dir {folder}: {error.strerror}: choose another folder") from error
@@ -40,6 +50,13 @@ class Files:
 
     def picture(self, attempt: str) -> Path:
         return self.folder / f"{attempt}.picture"
+
+    def free_bytes(self) -> int:
+        """Returns the free space of the folder's disk; 0 if the folder is gone."""
+        try:
+            return shutil.disk_usage(self.folder).free
+        except OSError:
+            return 0
 
     def write_thumbnail(self, attempt: str, frame: npt.NDArray[np.uint8]) -> None:
         """Writes a frame [H, W, 3] as a small JPEG. Raises ConfigError."""

@@ -12,9 +12,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from wanfast.runtime.errors import ConfigError, RankFailedError, foreign
 from wanfast.runtime.processes.cluster import actors_environment, connected, needs_of, require_room, room_for
@@ -29,9 +30,15 @@ from wanfast.server.store import Store
 
 _APP = "wanfast"
 _LOOK_S = 0.5  # between two looks at the replicas
+_ANSWER_S = 30.0  # the cluster's head answers within this time
 _MOST_REQUESTS = 1000  # at once of a replica, because a request may wait for its video
 _STOPPING_S = 120.0  # for a step to end, and a finished video to be written
 _LOADS = 3  # of a replica, before the command gives up
+T = TypeVar("T")
+
+
+class _LostClusterError(RankFailedError):
+    """This error means that the cluster does not answer any more."""
 
 
 class Replica:
@@ -113,8 +120,12 @@ def serve_on(
             target = serve.RunTarget(deployment.bind(settings, keys, asked, dict(defaults)), name=_APP)
             serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
             _watch(serve, settings, stopped)
-        finally:
-            serve.shutdown()
+        except _LostClusterError:
+            raise  # there is nothing that could be ended
+        except BaseException:
+            _end(serve)
+            raise
+        _end(serve)
 
 
 def _start(serve: Any, settings: Settings) -> None:
@@ -132,7 +143,7 @@ def _watch(serve: Any, settings: Settings, stopped: threading.Event) -> None:
     """Waits for a signal, and prints the address when the replicas have their models. Raises RankFailedError."""
     status, was_ready = "", False
     while not stopped.wait(_LOOK_S):
-        found = serve.status().applications[_APP]
+        found = _application(serve)
         if found.status == status:
             continue
         status = found.status
@@ -145,6 +156,50 @@ def _watch(serve: Any, settings: Settings, stopped: threading.Event) -> None:
             print(f"http://{host}:{settings.port}", flush=True)
         elif was_ready:
             note(f"--ray: the replicas are {status.lower()}")
+
+
+def _application(serve: Any) -> Any:
+    """Returns the state of the app. Raises RankFailedError if it is gone: deleted by somebody, or with the cluster."""
+    try:
+        found = _answered(serve.status, _ANSWER_S).applications.get(_APP)
+    except Exception as error:  # noqa: BLE001 - Ray has many, and all of them mean that the cluster does not answer
+        raise _LostClusterError(
+            f"--ray: the cluster does not answer ({_one_line(error)}): start a cluster, then this command again"
+        ) from None
+    if found is None or found.status == "DELETING":
+        raise RankFailedError(
+            f"--ray: somebody ended the application {_APP} of Ray Serve: start this command again; the queue is kept"
+        )
+    return found
+
+
+def _end(serve: Any) -> None:
+    """Ends all replicas. If the cluster does not answer, a note says so, and an earlier error stays the error."""
+    try:
+        _answered(serve.shutdown, _STOPPING_S + _ANSWER_S)
+    except Exception as error:  # noqa: BLE001 - as above
+        note(f"--ray: the replicas may still run ({_one_line(error)}): run `serve shutdown` on the cluster")
+
+
+def _answered(call: Callable[[], T], seconds: float) -> T:
+    """Returns the result of a call of Ray, which waits for ever if the cluster's head is lost. Raises TimeoutError."""
+    answer: Future[T] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()  # daemon, so that this process can end
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no answer in {seconds:g} s") from None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
 
 
 @contextmanager

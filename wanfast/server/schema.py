@@ -67,6 +67,10 @@ PICTURES = Table(
     "pictures", METADATA, Column("job", Integer, primary_key=True), Column("data", LargeBinary, nullable=False)
 )
 _BUSY_S = 30  # a writer waits this long for another
+_OF_POSTGRESQL = {  # a machine that is gone is noticed before a lease ends, and not after hours
+    "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 3, "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}  # fmt: skip
 _ADDING = 0x77616E66  # PostgreSQL's lock for the whole length of the queue
 
 
@@ -77,7 +81,8 @@ def open_database(url: str) -> Engine:
         is_sqlite = parsed.get_backend_name() == "sqlite"
         if parsed.drivername in ("postgresql", "postgres"):
             parsed = parsed.set(drivername="postgresql+psycopg")
-        arguments = {"timeout": _BUSY_S} if is_sqlite else {}
+        arguments = {"timeout": _BUSY_S} if is_sqlite else _OF_POSTGRESQL
+        arguments = {name: value for name, value in arguments.items() if name not in parsed.query}
         engine = create_engine(parsed, connect_args=arguments, pool_pre_ping=not is_sqlite)
     except (ArgumentError, NoSuchModuleError):
         raise ConfigError("--database is not postgresql://USER@HOST/NAME: fix the URL") from None

@@ -21,6 +21,7 @@ from PIL import Image
 from wanfast.bench.cells import few_steps, least_steps, schedule_of
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.processes.handle import Handle, Opened
+from wanfast.runtime.store.atomic import atomic_paths
 from wanfast.runtime.store.sharing import lock_of
 from wanfast.server.app import Parts, create_app
 from wanfast.server.checks import Checks, Served
@@ -137,7 +138,8 @@ def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
     image: dict[str, Any] = {}
     if served.spec.takes_images:
         picture = files.folder / "warm-up.png"  # no temporary file, because ranks that die are warmed up again
-        Image.new("RGB", served.size, (127, 127, 127)).save(picture)
+        with atomic_paths(picture, option="--data-dir", synced=False) as (unfinished,):  # another server may read it
+            Image.new("RGB", served.size, (127, 127, 127)).save(unfinished, "PNG")
         image["image"] = str(picture)
     size = "x".join(map(str, served.size))
     video = {**served.defaults, **image, **served.fit, "prompt": "warm-up", "seed": 0, "size": size}

@@ -19,7 +19,24 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, Row, Update, and_, delete, func, insert, or_, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Float,
+    Row,
+    Update,
+    and_,
+    cast,
+    delete,
+    extract,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    true,
+    update,
+)
 
 from wanfast.server.schema import JOBS, PICTURES, lock_adding, open_database
 
@@ -163,16 +180,17 @@ class Store:
     def page(self, owner: str, limit: int, after: str | None, order: Order) -> tuple[list[Job], bool] | None:
         """Returns (up to `limit` jobs of an owner, whether more jobs follow).
 
-        `after`: the id of the last job of the previous page. Returns None if `after` is not a job of the owner.
+        `after`: the id of the last job of the previous page, which may be deleted meanwhile. Returns None if `after`
+        is not a job of the owner.
         """
         number = JOBS.c.number
         chosen = select(JOBS).where(_visible(owner)).order_by(number if order == "asc" else number.desc())
-        if after is not None:
-            last = self.find(after, owner)
-            if last is None:
-                return None
-            chosen = chosen.where(number > last.number if order == "asc" else number < last.number)
         with self._reading() as connection:
+            if after is not None:
+                last = connection.execute(select(number).where(JOBS.c.owner == owner, JOBS.c.id == after)).scalar()
+                if last is None:
+                    return None
+                chosen = chosen.where(number > last if order == "asc" else number < last)
             rows = connection.execute(chosen.limit(limit + 1)).all()
         return [Job.of(row) for row in rows[:limit]], len(rows) > limit
 
@@ -220,7 +238,7 @@ class Store:
         with self._writing() as connection:
             if (number := connection.execute(following).scalar_one_or_none()) is None:
                 return None
-            values = {"claim": secrets.token_hex(8), "lease_until": time.time() + LEASE_S, "stage": "", "progress": 0}
+            values = {"claim": secrets.token_hex(8), "lease_until": self._lease(), "stage": "", "progress": 0}
             begun = update(JOBS).where(JOBS.c.number == number)
             begun = begun.values(status="in_progress", attempts=JOBS.c.attempts + 1, **values)
             return Job.of(connection.execute(begun.returning(JOBS)).one())
@@ -238,7 +256,7 @@ class Store:
 
     def hold(self, job: Job, stage: str, progress: int) -> bool:
         """Renews the lease of an attempt and records its progress; returns whether the attempt still owns the job."""
-        return self._change(job, stage=stage, progress=progress, lease_until=time.time() + LEASE_S)
+        return self._change(job, stage=stage, progress=progress, lease_until=self._lease())
 
     def complete(self, job: Job, output: str, facts: Mapping[str, Any], keep_s: float) -> bool:
         """Ends a job as completed, after its files are written; returns False if the attempt no longer owns the job.
@@ -267,7 +285,7 @@ class Store:
         These jobs are queued again; a job that had its last attempt fails instead. If `all_lost` is true, every attempt
         counts as lost. Otherwise an attempt is lost if its lease has expired.
         """
-        expired = JOBS.c.lease_until < time.time()
+        expired = JOBS.c.lease_until < self._now()
         lost = and_(JOBS.c.status == "in_progress", true() if all_lost else expired)
         with self._writing() as connection:
             over = update(JOBS).where(lost, JOBS.c.attempts >= MOST_ATTEMPTS).values(**_failed("server_error", _LOST))
@@ -278,8 +296,8 @@ class Store:
     def cancel(self, video: str, owner: str, *, deletes: bool = False) -> Job | None:
         """Ends a queued or running job with the code `cancelled`; returns the job, or None if there is no such job.
 
-        A job that has already ended keeps its status. If `deletes` is true, the owner can no longer see the job. In
-        this case, the returned job is the one before the change.
+        A job that has already ended keeps its status. If `deletes` is true, the owner can no longer see the job, and
+        what its request said is removed. In this case, the returned job is the one before the change.
         """
         mine = and_(_visible(owner), JOBS.c.id == video)
         with self._writing() as connection:
@@ -288,7 +306,7 @@ class Store:
                 return None
             self._end(connection, update(JOBS).where(mine, _unended()).values(**_failed(CANCELLED, "cancelled")))
             if deletes:
-                connection.execute(update(JOBS).where(mine).values(deleted=True))
+                connection.execute(update(JOBS).where(mine).values(deleted=True, options="{}", facts=None))
                 return Job.of(row)
             return Job.of(connection.execute(select(JOBS).where(mine)).one())
 
@@ -326,6 +344,13 @@ class Store:
         if ended:
             connection.execute(delete(PICTURES).where(PICTURES.c.job.in_(ended)))
         return len(rows)
+
+    def _now(self) -> ColumnElement[float]:
+        """Returns the time by the clock of a shared database, because the clocks of the servers may differ."""
+        return cast(extract("epoch", func.clock_timestamp()), Float) if self.is_shared else literal(time.time())
+
+    def _lease(self) -> ColumnElement[float]:
+        return self._now() + LEASE_S
 
     def _writing(self) -> AbstractContextManager[Connection]:
         return self._engine.begin()

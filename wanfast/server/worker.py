@@ -20,7 +20,9 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from wanfast.runtime.config import parse_size
 from wanfast.runtime.errors import CancelledError, ConfigError, NotFiniteError, RankFailedError, WanFastError
+from wanfast.runtime.facts.memory import gb
 from wanfast.runtime.processes.handle import ProgressFn, Video
 from wanfast.runtime.store.artifacts import note
 from wanfast.server.files import Files
@@ -33,17 +35,20 @@ _RENEW_S = 5.0  # between two renewals of a lease without progress
 _SWEEP_S = 10.0  # between two searches for lost attempts and files that nobody wants
 _IDLE_S = 0.5  # between two looks at an empty queue, which another server may have filled
 _DATABASE_S = 20.0  # a change waits this long for a database that does not answer, which is less than a lease
+_MOST_UNWRITTEN = 2  # videos at once: one is being made, and one is being written
 _MOST_STARTS = 3  # of ranks that fail one after the other while they load
 _OF_DENOISING = 95  # percent; the rest is for decoding and writing
 _OF_THE_PLAN = (
     "recipe", "model", "width", "height", "frames", "fps", "duration_s", "solver", "shift", "steps", "guidance",
     "forwards", "precision", "attention", "quantize", "compile", "device", "mesh", "seed",
 )  # fmt: skip
+_WRITING = "writing"  # a stage, in which no error is the client's
+_FAULT = "server_error"
 _CODES: tuple[tuple[type[Exception], str], ...] = (
     (RankFailedError, "rank_failed"),
     (NotFiniteError, "not_finite"),
     (ConfigError, "invalid_video"),
-    (Exception, "server_error"),
+    (Exception, _FAULT),
 )
 _UNSAID = "the server could not make this video; its log has the reason"
 T = TypeVar("T")
@@ -83,7 +88,11 @@ class Worker:
         """`keep_s`: how long a video may be read. `warm_up`: the options of a short video."""
         self._store, self._maker, self._files, self._metrics = store, maker, files, metrics
         self._keep_s, self._warm_up = keep_s, warm_up
-        self._runs: dict[int, _Run] = {}
+        width, height = parse_size(warm_up["size"])
+        frames_bytes = width * height * 3 * warm_up["frames"]  # the ranks give them in a file, often on the same disk
+        self._needed_bytes = frames_bytes + _MOST_UNWRITTEN * frames_bytes // 4  # a quarter, as `Video.save` asks for
+        self._had_room = True
+        self._runs: dict[str, _Run] = {}  # by the names of their attempts, because a lost one may still be written
         self._making: object = None  # what the ranks have
         self._lock = threading.Lock()  # of `_making`, so that a cancel ends no other video
         self._wakes, self._has_ended = threading.Event(), threading.Event()
@@ -124,7 +133,7 @@ class Worker:
             self._is_loaded = True
             while not self._is_stopping:
                 self._wakes.clear()
-                if job := _patiently(self._store.claim):
+                if self._has_room() and (job := _patiently(self._store.claim)):
                     self._do(_Run(job))
                 else:
                     self._wakes.wait(_IDLE_S)
@@ -133,6 +142,15 @@ class Worker:
             self._is_stopping = True  # so that requests which wait end, if an error ended the loop
             self._has_ended.set()
             watch.join()
+
+    def _has_room(self) -> bool:
+        """Returns whether the disk has room for the next video; if not, a note says once that the queue waits."""
+        has_room: bool = self._files.free_bytes() >= self._needed_bytes
+        if self._had_room and not has_room:
+            needed = gb(self._needed_bytes)
+            note(f"--data-dir {self._files.folder}: less than {needed} are free, so the queue waits: free some space")
+        self._had_room = has_room
+        return has_room
 
     def _load(self) -> None:
         """Lets the ranks make a short video, so that the models are loaded and compiled. Raises WanFastError."""
@@ -149,7 +167,7 @@ class Worker:
 
     def _do(self, run: _Run) -> None:
         """Makes the video of a claimed job, and gives it to the writer; or ends the attempt with an error."""
-        self._runs[run.job.number] = run
+        self._runs[run.job.attempt] = run
         with self._errors_of(run):
             image = self._files.picture(run.job.attempt)
             picture = _patiently(lambda: self._store.picture(run.job))
@@ -180,7 +198,7 @@ class Worker:
     def _finish(self, run: _Run, video: Video) -> None:
         """Writes the files of a video, and then ends its job."""
         with self._errors_of(run):
-            run.stage, started = "writing", time.perf_counter()
+            run.stage, started = _WRITING, time.perf_counter()
             self._files.write_thumbnail(run.job.attempt, video.frames[0])
             video.save(self._files.video(run.job.attempt), overwrite=True)
             seconds = {**video.document["seconds"], "write": round(time.perf_counter() - started, 3)}
@@ -191,7 +209,7 @@ class Worker:
             if _patiently(lambda: self._store.complete(run.job, run.job.attempt, facts, self._keep_s)):
                 stages = {stage: value for stage, value in seconds.items() if stage != "total"}
                 self._metrics.completed(stages, plan["forwards"] - skipped, skipped)
-            del self._runs[run.job.number]
+            del self._runs[run.job.attempt]
 
     @contextmanager
     def _errors_of(self, run: _Run) -> Iterator[None]:
@@ -206,18 +224,21 @@ class Worker:
             if isinstance(error, RankFailedError):
                 self._metrics.ranks_failed()
                 self._lost_ranks = True
-            _patiently(partial(self._end, run.job, error))
-            del self._runs[run.job.number]
+            _patiently(partial(self._end, run, error))
+            del self._runs[run.job.attempt]
 
-    def _end(self, job: Job, error: Exception) -> bool:
+    def _end(self, run: _Run, error: Exception) -> bool:
         """Queues the job of an attempt again, or ends it; returns False if it was cancelled or lost before."""
+        job = run.job
         if isinstance(error, CancelledError):
             return self._store.requeue(job, counts=not self._is_stopping)
         if isinstance(error, RankFailedError) and job.attempts < MOST_ATTEMPTS:
             return self._store.requeue(job, counts=True)
         code = next(code for kind, code in _CODES if isinstance(error, kind))
-        is_for_clients = isinstance(error, ConfigError | NotFiniteError)
+        is_for_clients = isinstance(error, ConfigError | NotFiniteError) and run.stage != _WRITING
         message = without_paths(in_fields(str(error))[0], _UNSAID) if is_for_clients else _UNSAID
+        if isinstance(error, ConfigError) and message == _UNSAID:  # of a folder or a disk, and not of the request
+            code = _FAULT
         ended = self._store.fail(job, code, message)
         if ended:
             self._metrics.failed(code)
@@ -263,11 +284,13 @@ class Worker:
 
 @contextmanager
 def _noted() -> Iterator[None]:
-    """Prints an error of the database as a note."""
+    """Prints an error of the database, or of the folder of the videos, as a note."""
     try:
         yield
     except SQLAlchemyError as error:
         note(f"the server's database reports an error: {' '.join(str(error).split()):.200}")
+    except OSError as error:
+        note(f"--data-dir reports an error: {error}")
 
 
 def _patiently(change: Callable[[], T]) -> T | None:

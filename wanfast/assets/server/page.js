@@ -67,6 +67,8 @@ function checkSize(picture) {
   throw new Refused(413, { message, param: "input_reference" });
 }
 
+const wordsOf = error => (error.status ? error.message : "The server cannot be reached. Press the button again.");
+
 function clearErrors() {
   set("new-error", "");
   for (const field of fields) {
@@ -77,7 +79,7 @@ function clearErrors() {
 
 function showError(error) {
   if (error.status === 401) return askForKey(error.message);
-  set("new-error", error.status ? error.message : "The server cannot be reached. Press the button again.");
+  set("new-error", wordsOf(error));
   const field = error.param && fields.namedItem(error.param);
   if (!field) return;
   field.setAttribute("aria-invalid", "true");
@@ -108,7 +110,8 @@ async function show(id, { takesFocus }) {
     player.hidden = $("download").hidden = false;
     set("viewer-state", stateOf(video));
   } catch (error) {
-    if (shown === id) set("viewer-state", error.message);
+    if (error.status === 401) askForKey(error.message);
+    if (shown === id) set("viewer-state", wordsOf(error));
   }
 }
 
@@ -238,12 +241,19 @@ const actions = {
 };
 
 async function changed(where, method) {
+  set("failed", "");
   try {
     return await (await ask(where, { method })).json();
   } catch (error) {
-    if (error.status !== 404) return void set("news", error.message);
+    if (error.status !== 404) return void showFailure(error);
     return {}; // another page was earlier
   }
+}
+
+// Shows why a button of the queue or of the history did nothing.
+function showFailure(error) {
+  if (error.status === 401) return askForKey(error.message);
+  set("failed", wordsOf(error));
 }
 
 function remove(id) {
@@ -266,6 +276,7 @@ function remove(id) {
 }
 
 $("older").addEventListener("click", async () => {
+  set("failed", "");
   try {
     const page = await (await ask(`/v1/videos?limit=20&after=${older}`)).json();
     put(page.data.filter(hasEnded));
@@ -274,7 +285,7 @@ $("older").addEventListener("click", async () => {
     set("news", `${page.data.length} older videos.`);
     if (!page.has_more) $("history-title").focus();
   } catch (error) {
-    set("news", error.message);
+    showFailure(error);
   }
 });
 
@@ -326,6 +337,7 @@ function take(change) {
 
 async function follow() {
   for (let pause_s = 1; ;) {
+    let reason = "The connection to the server is lost.";
     try {
       await describe();
       $("forget").hidden = !key.get();
@@ -340,8 +352,9 @@ async function follow() {
         await new Promise(done => $("key").addEventListener("submit", done, { once: true }));
         continue;
       }
+      if (error.status) reason = `The server answered: ${error.message}.`;
     }
-    set("connection", "The connection to the server is lost. The page tries again.");
+    set("connection", `${reason} The page tries again.`);
     await new Promise(done => setTimeout(done, pause_s * 1000));
     pause_s = Math.min(2 * pause_s, MOST_PAUSE_S);
   }
