@@ -344,7 +344,7 @@ def test_a_database_that_does_not_answer_is_an_error_of_the_server(
 
 def test_videos_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "_SWEEP_S", 0.1)
-    with running(tmp_path, keep_s=0.6) as server:
+    with running(tmp_path, keep_s=2.5) as server:
         video = server.ended(server.create())["id"]
         assert server.ask("GET", f"/v1/videos/{video}/content").status == 200
         until(lambda: not list(server.files.folder.glob("video_*")))
