@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from wanfast.runtime.engine import attention_probe, lossy_attention, session, sp
 from wanfast.runtime.engine.attention_probe import choose
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import BRANCHES
+from wanfast.runtime.facts.densities import Densities
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.machine import packages
 from wanfast.runtime.models import attention_kernels
@@ -81,6 +83,47 @@ def test_every_mesh_gives_the_latents_and_errors_of_one_rank(planned: Planned, m
             assert (own["step"], own["branch"]) == (forward["step"], forward["branch"])
             for errors, own_errors in zip(forward["relative_errors"], own["relative_errors"], strict=True):
                 assert own_errors == pytest.approx(errors, rel=2e-2)  # they are written with three digits
+
+
+def varied(plan: Plan, *by_band: Any, bands: tuple[int, ...] = (0,)) -> Plan:
+    """Returns the plan with densities of its eight heads, by band and layer."""
+    return dataclasses.replace(plan, densities=Densities(bands=bands, by_band=by_band))
+
+
+def test_a_uniform_plan_gives_the_bits_of_its_density(planned: Planned) -> None:
+    plan, files = planned(**HALF, attention_check=True)
+    expected, report = made(plan, files, Ranks("cpu"))
+    uniform, of_uniform = made(varied(plan, ((0.5,) * 8,) * 2), files, Ranks("cpu"))
+    assert torch.equal(uniform, expected) and of_uniform == report
+    one_denser = ((0.5,) * 8, (0.5,) * 7 + (None,))
+    assert not torch.equal(made(varied(plan, one_denser), files, Ranks("cpu"))[0], expected)
+
+
+def test_ranks_give_each_head_its_density(planned: Planned) -> None:
+    """Each head has its own density, a layer is dense, and the ranks regroup after the gate of guidance."""
+    plan, files = planned(**HALF, attention_check=True, guidance_gate=0.5, **NO_GUARDS)
+    rising = (None, *(0.3 + 0.1 * head for head in range(7)))
+    plan = varied(plan, ((None,) * 8, rising), (rising[::-1], (0.5,) * 8), bands=(0, 2))
+    expected, report = made(plan, files, Ranks("cpu"))
+    assert report is not None
+    first = report["forwards"][0]["relative_errors"]
+    assert first[0] is None and first[1][0] < 1e-5 < 1e-2 < first[1][1]  # the dense head listed all blocks
+    plan = with_options(plan, dit_fsdp="on", t5_fsdp="on", cfg_parallel=2, ulysses=2)
+    assert plan.regroups
+    for latents, of_rank in on_ranks(Mesh(cfg=2, ulysses=2), lambda ranks: made(plan, files, ranks)):
+        assert relative_error(latents, expected) <= 1e-5
+        assert of_rank is not None and of_rank["largest_at"] == report["largest_at"]
+
+
+def test_another_band_makes_other_lists(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps 3 to 7 are one expert's, and step 5 begins a band in which the second layer is dense."""
+    plan, files = planned(steps=8, **HALF, lists_every=9)
+    half = (0.5,) * 8
+    lists, sparse = calls(monkeypatch, varied(plan, (half, half), (half, (None,) * 8), bands=(0, 5)), files)
+    assert sparse == [(step, branch, 1) for step in (2, 3, 4) for branch in BRANCHES]
+    assert lists == [(step, branch, 1) for step in (2, 3) for branch in BRANCHES]
+    lists, _ = calls(monkeypatch, varied(plan, (half, half), (half, half), bands=(0, 5)), files)
+    assert lists == [(step, branch, 1) for step in (2, 3, 5) for branch in BRANCHES]
 
 
 def calls(monkeypatch: pytest.MonkeyPatch, plan: Plan, files: ModelFiles) -> tuple[list[Any], list[Any]]:

@@ -21,7 +21,7 @@ def drawn(length: int, heads: int, generator: torch.Generator) -> list[Tensor]:
     """q, k and v whose scores spread, and a sparse output."""
     q, k, v = (torch.randn(length, heads, 16, generator=generator) for _ in "qkv")
     q, k = q * 2, k + torch.randn(1, heads, 16, generator=generator)
-    lists = block_lists(q[None], k[None], 16, 12, 1)
+    lists = block_lists(q[None], k[None], 16, [12] * heads, 1)
     return [q, k, v, block_sparse_attention(q[None], k[None], v[None], lists, 16)[0]]
 
 

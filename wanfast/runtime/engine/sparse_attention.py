@@ -3,7 +3,8 @@
 The first steps and the first layers stay dense. In all other calls, the router lists blocks for each branch of guidance
 and layer. The lists are used for a few steps, because attention changes little from step to step. Cross-attention is
 always dense.
-Under Ulysses, each rank lists the blocks of its own heads. All lists have the same length, so that no rank waits.
+Under Ulysses, each rank lists the blocks of its own heads. Each head's lists have the length that the plan of densities
+gives it in this band of steps; with one density for all heads, no rank waits.
 
 Shapes: B batch (1), L tokens, h heads of this rank, D head dim.
 """
@@ -54,15 +55,16 @@ class SparseAttention(LossyAttention):
 
         Lists are used for a few steps, by one expert, and only while the steps have the same branches. When the
         branches of a step change, the ranks of parallel guidance begin to compute the same branch. They must then use
-        the same lists, so new lists are made.
+        the same lists, so new lists are made. In another band of steps, lists may have other lengths.
         """
         assert self._sparsity is not None, "no video was started"
         super().begin(step, expert, branches, branch, ranks)
-        every = self._sparsity.lists_every
+        every, band = self._sparsity.lists_every, self._sparsity.band
         self._lists = {
             key: (made, lists)
             for key, (made, lists) in self._lists.items()
-            if (made.expert, made.branches) == (expert, branches) and step - made.step < every
+            if (made.expert, made.branches, band(made.step)) == (expert, branches, band(step))
+            and step - made.step < every
         }
 
     def finish(self) -> None:
@@ -73,16 +75,16 @@ class SparseAttention(LossyAttention):
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sparsity, forward = self._sparsity, self._forward
         assert sparsity is not None
-        if forward is None or sparsity.is_dense(forward.step, layer):
+        if forward is None or (listed := sparsity.listed(forward.step, layer)) is None:
             return self._dense(q, k, v)
+        first = forward.ranks.rank % forward.ranks.mesh.ulysses * k.shape[2]
         own_q = q[:, : k.shape[1]]  # the rows behind are Ulysses' padding
         key = forward.branch, layer
         if key not in self._lists:
-            lists = block_lists(own_q, k, BLOCK, sparsity.listed, sparsity.first_blocks)
+            lists = block_lists(own_q, k, BLOCK, listed[first : first + k.shape[2]], sparsity.first_blocks)
             self._lists[key] = forward, lists
         out = block_sparse_attention(own_q, k, v, self._lists[key][1], BLOCK)
         if self.is_checked:
-            first = forward.ranks.rank % forward.ranks.mesh.ulysses * k.shape[2]
             rows = self._rows(layer, k.shape[1])[first : first + k.shape[2]].to(k.device)
             self._keep(layer, sampled_errors(own_q[0], k[0], v[0], out[0], rows), first)
         return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - k.shape[1]))

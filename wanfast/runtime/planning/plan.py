@@ -22,6 +22,7 @@ from wanfast.runtime.config.recipes import overridden
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Device, Expert, ImageFit
+from wanfast.runtime.facts.densities import Densities
 from wanfast.runtime.facts.fp8_schedule import Fp8Schedule
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
@@ -67,6 +68,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     placement: str = ""  # where the weights lie, and why
     curve: Curve | None = None  # decides which forwards are skipped
+    densities: Densities | None = None  # of sparse attention, if heads differ
     residuals_a_branch: int = 0  # held from step to step
     may_regroup: bool = True  # whether the ranks may share tokens otherwise in steps without guidance
 
@@ -217,16 +219,17 @@ class Plan:
     @cached_property
     def sparsity(self) -> Sparsity | None:
         """Returns which calls of self-attention are sparse; None without --attention sparse. Raises ConfigError."""
-        models = self.config.models
+        models, densities = self.config.models, self.densities
         if models.attention != "sparse":
             return None
-        assert models.density is not None
+        if densities is None:
+            assert models.density is not None
+            densities = Densities.uniform(models.density, self.spec.dit.num_layers, self.spec.dit.num_heads)
         return Sparsity.of(
             self.geometry.token_grid,
-            density=models.density,
+            densities=densities,
             num_steps=len(self.schedule),
             dense_share=models.dense_share,
-            num_layers=self.spec.dit.num_layers,
             dense_layers=models.dense_layers,
             lists_every=models.lists_every,
         )
@@ -250,7 +253,7 @@ class Plan:
         """Returns the bytes of the lists of blocks that a rank of `mesh` holds, summed over the rank's branches."""
         if self.sparsity is None:
             return 0
-        return self._num_branches(mesh) * self.sparsity.list_bytes(self.spec.dit.num_heads // mesh.ulysses)
+        return self._num_branches(mesh) * self.sparsity.list_bytes(mesh.ulysses)
 
     def _num_branches(self, mesh: Mesh) -> int:
         """Returns the largest number of branches of guidance that a rank of `mesh` computes in a step."""
@@ -533,7 +536,7 @@ def _sparsity_notes(plan: Plan) -> list[str]:
     if sparsity is None or asked is None:
         return []
     blocks = f"--attention sparse: the video has {sparsity.num_blocks} blocks of {BLOCK} tokens"
-    if sparsity.listed == sparsity.num_blocks:
+    if sparsity.density == 1:
         return [f"{blocks}, and all of them are computed: nothing is saved"]
     if sparsity.density > asked + 1 / sparsity.num_blocks:
         kept = f"each list must have {sparsity.first_blocks + 1} of them (the first frame's and one more)"
