@@ -13,8 +13,19 @@ from dataclasses import dataclass
 
 from wanfast.runtime.facts.choices import Expert
 
+LADDER = (0.15, 0.25, 0.35, 0.5, 0.75)  # the densities that a calibration tries; above them, a head is dense
 _BANDS = 2  # of an expert's steps
 Density = float | None  # of a head; None is dense
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """This class names a calibrated plan of densities, and holds the errors that its calibration measured."""
+
+    key: str  # of the artifact
+    target_error: float
+    mean_error: float  # of all heads; dense heads have none
+    largest_error: float  # of a head in one clip, layer and band
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +34,12 @@ class Densities:
 
     bands: tuple[int, ...]  # the first step of each band, from 0
     by_band: tuple[tuple[tuple[Density, ...], ...], ...]  # [band][layer][head]
+    calibrated: Calibrated | None = None
 
     @classmethod
-    def uniform(cls, density: float, num_layers: int, num_heads: int) -> Densities:
+    def uniform(cls, density: float, num_layers: int, num_heads: int, bands: tuple[int, ...] = (0,)) -> Densities:
         """Returns a plan in which all heads have the same density in all steps."""
-        return cls(bands=(0,), by_band=(((density,) * num_heads,) * num_layers,))
+        return cls(bands=bands, by_band=(((density,) * num_heads,) * num_layers,) * len(bands))
 
 
 def bands_of(experts: Sequence[Expert]) -> tuple[int, ...]:

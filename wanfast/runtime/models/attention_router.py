@@ -39,6 +39,18 @@ def block_lists(q_BLHD: Tensor, k_BLHD: Tensor, block: int, listed: Sequence[int
     return BlockLists(counts[:, None].expand(blocks.shape[:-1]).contiguous(), blocks)
 
 
+def block_order(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int) -> Tensor:
+    """Returns the place of each block of keys in the order of choice [H, N, N], int16: lists of n have the places < n.
+
+    The first dimension of q and k is 1. The other arguments are those of `block_lists`.
+    """
+    orders = []
+    for q_BLD, k_BLD in zip(q_BLHD.unbind(2), k_BLHD.unbind(2), strict=True):
+        scores = choice_scores(q_BLD, k_BLD, block, first_blocks)[0]
+        orders.append(scores.argsort(descending=True).argsort().short())
+    return torch.stack(orders)
+
+
 def choice_scores(q_BLD: Tensor, k_BLD: Tensor, block: int, first_blocks: int) -> Tensor:
     """Returns the scores [B, N, N] by which a list is chosen; blocks that are in every list have the score infinity."""
     scores = block_scores(q_BLD, k_BLD, block)

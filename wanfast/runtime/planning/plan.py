@@ -43,7 +43,8 @@ from wanfast.runtime.sampling.magcache import (
     plan_skips,
 )
 from wanfast.runtime.sampling.scheduler import Levels, Step, solve
-from wanfast.runtime.store import model_files
+from wanfast.runtime.store import attention_plans, model_files
+from wanfast.runtime.store.attention_plans import densities_of
 from wanfast.runtime.store.curves import Curve, curve_of, levels_of, magcache_notes, settle
 from wanfast.runtime.store.expert_files import expert_notes, identified, named_experts
 from wanfast.runtime.store.lora_pairs import own_loras, require_distilled
@@ -68,7 +69,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     placement: str = ""  # where the weights lie, and why
     curve: Curve | None = None  # decides which forwards are skipped
-    densities: Densities | None = None  # of sparse attention, if heads differ
+    densities: Densities | None = None  # of sparse attention, if a plan of attention gives them
     residuals_a_branch: int = 0  # held from step to step
     may_regroup: bool = True  # whether the ranks may share tokens otherwise in steps without guidance
 
@@ -81,6 +82,7 @@ class Plan:
         notes: tuple[str, ...] = (),
         placement: str = "",
         curve: Curve | None = None,
+        densities: Densities | None = None,
     ) -> Plan:
         """Derives a plan from a config, a model and the (width, height) of the image.
 
@@ -99,6 +101,7 @@ class Plan:
             notes=notes,
             placement=placement,
             curve=curve,
+            densities=densities,
             residuals_a_branch=0 if curve is None else 2 if _extrapolates(config) else 1,
         )
 
@@ -267,7 +270,14 @@ class Plan:
         return self.sparsity.to_json() | {
             "mean_density": round(self.sparsity.mean_density(computed), 4),
             "list_bytes": self.list_bytes(self.mesh),
+            **self._attention_plan_json(self.sparsity),
         }
+
+    def _attention_plan_json(self, sparsity: Sparsity) -> dict[str, Any]:
+        """Returns the plan of attention as JSON: its measured errors, and the mean densities by band and layer."""
+        if self.densities is None or self.densities.calibrated is None:
+            return {}
+        return {"plan": dataclasses.asdict(self.densities.calibrated) | {"bands": sparsity.bands_json()}}
 
     def magcache_json(self) -> dict[str, Any] | None:
         """Returns the skips, their settings and their curve as JSON; None if MagCache is off."""
@@ -428,7 +438,7 @@ def resolve(
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
     image = _image_facts(asked.video.image)
     config = effective(given, files, image.sha256)
-    plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
+    plan = Plan.of(config, spec, image.size, curve=curve_of(config, files), densities=densities_of(config, files))
     if writes:
         _check_outputs(plan, overwrite=config.output.overwrite or not runs)
     else:
@@ -475,7 +485,7 @@ def effective(given: Options, files: ModelFiles, image_sha256: str) -> Effective
         raise ConfigError(f"--attention {models.attention} needs Hopper GPUs, unlike {other}: use --attention auto")
     if models.tf32 and device == "cpu":
         raise NeedsGpuError("--tf32 needs a GPU: drop --tf32, or use --device cuda")
-    return settle(config, files)
+    return attention_plans.settle(settle(config, files), files)
 
 
 def model_of(given: Options) -> ModelFiles:
@@ -533,12 +543,12 @@ def _check_outputs(plan: Plan, *, overwrite: bool) -> None:
 def _sparsity_notes(plan: Plan) -> list[str]:
     """Returns a note if sparse attention computes all blocks, or more than the density that was asked for."""
     sparsity, asked = plan.sparsity, plan.config.models.density
-    if sparsity is None or asked is None:
+    if sparsity is None:
         return []
     blocks = f"--attention sparse: the video has {sparsity.num_blocks} blocks of {BLOCK} tokens"
     if sparsity.density == 1:
         return [f"{blocks}, and all of them are computed: nothing is saved"]
-    if sparsity.density > asked + 1 / sparsity.num_blocks:
+    if asked is not None and sparsity.density > asked + 1 / sparsity.num_blocks:
         kept = f"each list must have {sparsity.first_blocks + 1} of them (the first frame's and one more)"
         return [f"{blocks}, and {kept}: the density is {sparsity.density:.2f}, not {asked:g}"]
     return []
