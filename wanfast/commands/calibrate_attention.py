@@ -113,7 +113,7 @@ def calibrated(
         )
         text = json.dumps({"clips": len(clips), "bands": bands, **chosen(measured, target_error)})
         published = store.publish(
-            KIND, inputs, lambda partial: write_synced(partial / PLAN, text + "\n"), packages.versions()
+            KIND, inputs, lambda into: write_synced(into / PLAN, text + "\n"), packages.versions()
         )
         folder, made_here = published.folder, published.made_here
     return {

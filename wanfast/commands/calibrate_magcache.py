@@ -97,7 +97,7 @@ def calibrated(
         published = store.publish(
             KIND,
             inputs,
-            lambda partial: write_curve(partial, averages, config, files.spec, len(clips)),
+            lambda into: write_curve(into, averages, config, files.spec, len(clips)),
             packages.versions(),
         )
         folder, made_here = published.folder, published.made_here
