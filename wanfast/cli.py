@@ -18,6 +18,7 @@ import typer
 
 from wanfast import __version__
 from wanfast.commands.bench import bench
+from wanfast.commands.calibrate_attention import calibrate_attention
 from wanfast.commands.calibrate_magcache import calibrate_magcache
 from wanfast.commands.dispatch import VERBS
 from wanfast.commands.doctor import doctor
@@ -40,6 +41,7 @@ app.command()(generate)
 app.command()(download)
 app.command()(quantize)
 app.command()(calibrate_magcache)
+app.command()(calibrate_attention)
 app.command()(warmup)
 app.command()(bench)
 app.command()(serve)

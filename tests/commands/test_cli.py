@@ -21,6 +21,7 @@ from tests import lora_files
 from tests.conftest import Machine, Outcome
 from tests.expert_forms import FORMS
 from wanfast.commands import bench as bench_command
+from wanfast.commands import calibrate_attention as attention_command
 from wanfast.commands import calibrate_magcache as calibrate_command
 from wanfast.commands import doctor as doctor_command
 from wanfast.commands import generate as generate_command
@@ -47,6 +48,7 @@ def test_the_surface_is_the_checked_in_one(wanfast: Wanfast, monkeypatch: pytest
             ["download"],
             ["quantize"],
             ["calibrate-magcache"],
+            ["calibrate-attention"],
             ["warmup"],
             ["bench"],
             ["serve"],
@@ -75,6 +77,7 @@ def options_of_command(function: Callable[..., None]) -> dict[str, object]:
         ("generate", generate_command.generate, set()),
         ("warmup", warmup_command.warmup, set()),
         ("calibrate-magcache", calibrate_command.calibrate_magcache, {"seed"}),
+        ("calibrate-attention", attention_command.calibrate_attention, {"seed", "target_error"}),
         ("bench", bench_command.bench, {"seed", "output"}),
         ("serve", serve_command.serve, set()),
         ("doctor", doctor_command.doctor, set()),

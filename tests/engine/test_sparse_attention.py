@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import attention_probe, lossy_attention, session, sparse_attention
 from wanfast.runtime.engine.attention_probe import choose
+from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import BRANCHES
+from wanfast.runtime.facts.choices import BRANCHES, Branch
+from wanfast.runtime.facts.densities import Densities
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.machine import packages
 from wanfast.runtime.models import attention_kernels
@@ -83,6 +86,60 @@ def test_every_mesh_gives_the_latents_and_errors_of_one_rank(planned: Planned, m
                 assert own_errors == pytest.approx(errors, rel=2e-2)  # they are written with three digits
 
 
+def varied(plan: Plan, *by_band: Any, bands: tuple[int, ...] = (0,)) -> Plan:
+    """Returns the plan with densities of its eight heads, by band and layer."""
+    return dataclasses.replace(plan, densities=Densities(bands=bands, by_band=by_band))
+
+
+def test_a_uniform_plan_gives_the_bits_of_its_density(planned: Planned) -> None:
+    plan, files = planned(**HALF, attention_check=True)
+    expected, report = made(plan, files, Ranks("cpu"))
+    uniform, of_uniform = made(varied(plan, ((0.5,) * 8,) * 2), files, Ranks("cpu"))
+    assert torch.equal(uniform, expected) and of_uniform == report
+    one_denser = ((0.5,) * 8, (0.5,) * 7 + (None,))
+    assert not torch.equal(made(varied(plan, one_denser), files, Ranks("cpu"))[0], expected)
+
+
+def test_ranks_give_each_head_its_density(planned: Planned) -> None:
+    """Each head has its own density, a layer is dense, and the ranks regroup after the gate of guidance."""
+    plan, files = planned(**HALF, attention_check=True, guidance_gate=0.5, **NO_GUARDS)
+    rising = (None, *(0.3 + 0.1 * head for head in range(7)))
+    plan = varied(plan, ((None,) * 8, rising), (rising[::-1], (0.5,) * 8), bands=(0, 2))
+    expected, report = made(plan, files, Ranks("cpu"))
+    assert report is not None
+    first = report["forwards"][0]["relative_errors"]
+    assert first[0] is None and first[1][0] < 1e-5 < 1e-2 < first[1][1]  # the dense head listed all blocks
+    plan = with_options(plan, dit_fsdp="on", t5_fsdp="on", cfg_parallel=2, ulysses=2)
+    assert plan.regroups
+    for latents, of_rank in on_ranks(Mesh(cfg=2, ulysses=2), lambda ranks: made(plan, files, ranks)):
+        assert relative_error(latents, expected) <= 1e-5
+        assert of_rank is not None and of_rank["largest_at"] == report["largest_at"]
+
+
+def test_a_plan_runs_beside_magcache_and_quantized_experts(planned: Planned) -> None:
+    """Its bands are the experts' steps, so that lists are made as without a plan, and all bits are equal."""
+    weights = {"precision": "bf16", "quantize": "int8-weight-only", "quantize_on_the_fly": True}
+    plan, files = planned(steps=8, **HALF, **weights)
+    plan = skipping(plan)
+    assert plan.skips == APART
+    expected = final_latents(plan, files, Ranks("cpu"))
+    half = ((0.5,) * 8,) * 2
+    assert torch.equal(final_latents(varied(plan, half, half, bands=(0, 3)), files, Ranks("cpu")), expected)
+    other = varied(plan, half, (half[0], (None,) * 8), bands=(0, 3))
+    assert not torch.equal(final_latents(other, files, Ranks("cpu")), expected)
+
+
+def test_another_band_makes_other_lists(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps 3 to 7 are one expert's, and step 5 begins a band in which the second layer is dense."""
+    plan, files = planned(steps=8, **HALF, lists_every=9)
+    half = (0.5,) * 8
+    lists, sparse = calls(monkeypatch, varied(plan, (half, half), (half, (None,) * 8), bands=(0, 5)), files)
+    assert sparse == [(step, branch, 1) for step in (2, 3, 4) for branch in BRANCHES]
+    assert lists == [(step, branch, 1) for step in (2, 3) for branch in BRANCHES]
+    lists, _ = calls(monkeypatch, varied(plan, (half, half), (half, half), bands=(0, 5)), files)
+    assert lists == [(step, branch, 1) for step in (2, 3, 5) for branch in BRANCHES]
+
+
 def calls(monkeypatch: pytest.MonkeyPatch, plan: Plan, files: ModelFiles) -> tuple[list[Any], list[Any]]:
     """(step, branch, layer) of each making of lists, and of each sparse call."""
     lists, sparse = [], []
@@ -108,6 +165,53 @@ def test_guards_are_dense_and_lists_are_made_again(planned: Planned, monkeypatch
     lists, sparse = calls(monkeypatch, plan, files)
     assert sparse == [(step, branch, 1) for step in range(2, 8) for branch in BRANCHES]
     assert lists == [(step, branch, 1) for step in (2, 3, 6) for branch in BRANCHES]
+
+
+Errors = dict[tuple[int, Branch, int], list[Any]]
+LENGTHS = (2, 3, 4)  # of lists of four blocks
+
+
+@torch.inference_mode()
+def ladder(plan: Plan, files: ModelFiles, ranks: Ranks) -> tuple[torch.Tensor, Errors]:
+    """The final latents of a calibration, and the errors of lists of three lengths."""
+    torch.manual_seed(3)
+    pipeline = session.load_models(files, plan.config, ranks, Stopwatch("cpu"))
+    assert isinstance(pipeline.lossy, SparseAttention)
+    pipeline.lossy.measure(LENGTHS)
+    latents = pipeline.latent(
+        plan, *blank_inputs(plan, files), Stopwatch("cpu"), lambda *_: None, ResidualCache(plan.skips)
+    )
+    return latents.clone(), pipeline.lossy.errors()
+
+
+def test_a_calibration_stays_dense_and_measures_what_lists_would_cost(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its first layer, the first step of a sparse video has the input of the calibration's, and the same error."""
+    plan, files = planned(steps=8, attention="sparse", density=1.0, attention_check=True, lists_every=2, **NO_GUARDS)
+    chosen: list[int] = []
+    order = sparse_attention.block_order
+    monkeypatch.setattr(sparse_attention, "block_order", lambda *a: chosen.append(1) or order(*a))
+    latents, errors = ladder(plan, files, Ranks("cpu"))
+    assert relative_error(latents, made(plan, files, Ranks("cpu"))[0]) <= 1e-5  # lists of all blocks are dense
+    assert {*errors} == {(step, branch, layer) for step in range(8) for branch in BRANCHES for layer in (0, 1)}
+    assert len(chosen) == 5 * 2 * 2  # in the steps 0, 2, 3, 5 and 7, as a video's lists are; two branches and layers
+    half, _ = planned(steps=8, **HALF, attention_check=True, **NO_GUARDS)
+    _, report = made(half, files, Ranks("cpu"))
+    assert report is not None
+    by_length = list(zip(*errors[0, "prompt", 0], strict=True))
+    assert report["forwards"][0]["relative_errors"][0] == pytest.approx(by_length[0], rel=1e-2)
+    assert min(by_length[0]) > 1e-2 > 1e-5 > max(by_length[2])
+
+
+def test_ranks_measure_the_errors_of_one_rank(planned: Planned) -> None:
+    plan, files = planned(attention="sparse", density=1.0, attention_check=True, guidance_gate=0.5, **NO_GUARDS)
+    _, expected = ladder(plan, files, Ranks("cpu"))
+    plan = with_options(plan, dit_fsdp="on", t5_fsdp="on", cfg_parallel=2, ulysses=2)
+    for _, errors in on_ranks(Mesh(cfg=2, ulysses=2), lambda ranks: ladder(plan, files, ranks)):
+        assert errors.keys() == expected.keys()
+        for key, heads in expected.items():
+            assert torch.allclose(torch.tensor(errors[key]), torch.tensor(heads), rtol=1e-3, atol=1e-5)
 
 
 def test_skipped_forwards_make_no_lists(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:

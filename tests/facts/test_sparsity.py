@@ -8,22 +8,24 @@ import pytest
 import torch
 
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.densities import Densities, bands_of
 from wanfast.runtime.facts.sparsity import BLOCK, Sparsity
 from wanfast.runtime.models.attention_router import block_lists
 
 
 def sparsity(grid: tuple[int, int, int] = (21, 45, 80), **options: Any) -> Sparsity:
-    own = {"density": 0.35, "num_steps": 40, "dense_share": 0.25, "num_layers": 40, "dense_layers": 1, "lists_every": 4}
-    return Sparsity.of(grid, **{**own, **options})
+    own = {"num_steps": 40, "dense_share": 0.25, "dense_layers": 1, "lists_every": 4}
+    uniform = [options.pop(name, value) for name, value in (("density", 0.35), ("num_layers", 40), ("num_heads", 40))]
+    return Sparsity.of(grid, **{**own, "densities": Densities.uniform(*uniform), **options})
 
 
 def test_the_published_size() -> None:
     """75,600 tokens are 591 blocks; lists of all blocks would take 2.2 GB a branch."""
     found = sparsity()
-    assert (found.num_blocks, found.first_blocks, found.listed, found.dense_steps) == (591, 29, 207, 10)
+    assert (found.num_blocks, found.first_blocks, found.longest, found.dense_steps) == (591, 29, 207, 10)
     assert 0.35 <= found.density < 0.352
     whole = sparsity(density=1.0, dense_layers=0)
-    assert whole.listed == 591 and round(whole.list_bytes(40) / 1e9, 1) == 2.2
+    assert whole.longest == 591 and round(whole.list_bytes(1) / 1e9, 1) == 2.2
 
 
 @pytest.mark.parametrize(
@@ -31,26 +33,26 @@ def test_the_published_size() -> None:
     [((21, 45, 80), 0.01, 30), ((1, 8, 16), 0.1, 1), ((5, 8, 8), 0.1, 2), ((5, 8, 8), 1.0, 3), ((3, 16, 40), 1 / 3, 6)],
 )
 def test_a_list_holds_what_is_always_kept(grid: tuple[int, int, int], density: float, listed: int) -> None:
-    assert sparsity(grid, density=density).listed == listed
+    assert sparsity(grid, density=density).longest == listed
 
 
 @pytest.mark.parametrize(("share", "steps", "dense"), [(0, 4, 0), (0.25, 4, 1), (0.3, 10, 3), (0.26, 4, 2)])
 def test_a_share_of_the_steps_is_rounded_up(share: float, steps: int, dense: int) -> None:
     found = sparsity(dense_share=share, num_steps=steps)
     assert found.dense_steps == dense
-    assert [found.is_dense(step, 1) for step in range(steps)] == [step < dense for step in range(steps)]
+    assert [found.listed(step, 1) is None for step in range(steps)] == [step < dense for step in range(steps)]
 
 
 def test_the_first_layers_are_dense_in_every_step() -> None:
     found = sparsity(dense_layers=2)
-    assert [found.is_dense(39, layer) for layer in range(4)] == [True, True, False, False]
+    assert [found.listed(39, layer) is None for layer in range(4)] == [True, True, False, False]
 
 
 def test_the_mean_density_is_that_of_all_calls() -> None:
     found = sparsity(dense_share=0.5, num_steps=4, num_layers=5, dense_layers=2)
     forwards = [2, 1, 0, 2]
     calls = [
-        1.0 if found.is_dense(step, layer) else found.density
+        1.0 if found.listed(step, layer) is None else found.density
         for step, number in enumerate(forwards)
         for layer in range(5)
         for _ in range(number)
@@ -59,10 +61,10 @@ def test_the_mean_density_is_that_of_all_calls() -> None:
 
 
 def test_bytes_are_those_of_the_lists() -> None:
-    found = sparsity((5, 8, 8), num_layers=3)
+    found = sparsity((5, 8, 8), num_layers=3, num_heads=2)
     q, k = (torch.randn(1, 320, 2, 8) for _ in "qk")
-    lists = block_lists(q, k, BLOCK, found.listed, found.first_blocks)
-    assert found.list_bytes(2) == 2 * sum(part.numel() * part.element_size() for part in lists)  # two sparse layers
+    lists = block_lists(q, k, BLOCK, found.lengths[0][1] or (), found.first_blocks)
+    assert found.list_bytes(1) == 2 * sum(part.numel() * part.element_size() for part in lists)  # two sparse layers
 
 
 @pytest.mark.parametrize(
@@ -75,3 +77,49 @@ def test_bytes_are_those_of_the_lists() -> None:
 def test_nothing_sparse_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         sparsity(**options)
+
+
+# Two bands, three layers and four heads; in the first band, the second layer is dense.
+PLAN = Densities(
+    bands=(0, 6),
+    by_band=(
+        ((0.35, 0.35, 0.35, 0.35), (None, None, None, None), (0.15, 0.35, 0.5, None)),
+        ((0.35, 0.35, 0.35, 0.35), (0.15, 0.15, 0.15, 0.5), (0.75, 0.15, 0.15, 0.15)),
+    ),
+)
+
+
+def test_each_head_has_the_density_of_its_band_and_layer() -> None:
+    found = sparsity(densities=PLAN, num_steps=8)
+    assert [found.band(step) for step in range(8)] == [0] * 6 + [1] * 2
+    assert found.listed(1, 2) is None and found.listed(5, 0) is None and found.listed(5, 1) is None
+    assert found.listed(5, 2) == (89, 207, 296, 591)  # beside sparse heads, a dense one lists all blocks
+    assert found.listed(6, 1) == (89, 89, 89, 296)
+    assert found.longest == 591
+
+
+def test_the_mean_density_counts_heads_layers_and_steps() -> None:
+    found = sparsity(densities=PLAN, num_steps=8)
+    layer = {5: (1.0, 1.0, (89 + 207 + 296 + 591) / 4 / 591), 6: (1.0, (3 * 89 + 296) / 4 / 591, (444 + 267) / 4 / 591)}
+    assert found.mean_density([0, 0, 0, 0, 0, 2, 1, 0]) == pytest.approx((2 * sum(layer[5]) + sum(layer[6])) / 9)
+    steps = [layer[5]] * 4 + [layer[6]] * 2  # the first two of eight are dense, and so is the first layer
+    assert found.density == pytest.approx(sum(sum(each[1:]) for each in steps) / 12)
+    bands = found.bands_json()
+    assert [band["steps"] for band in bands] == [[0, 5], [6, 7]]
+    assert bands[1]["layers"] == pytest.approx(list(layer[6]), abs=1e-4)
+    assert bands[0]["layers"] == pytest.approx(list(layer[5]), abs=1e-4)
+
+
+def test_lists_are_as_wide_as_the_densest_head_of_a_rank() -> None:
+    """In the first band, one layer has lists; the second rank's are as wide as its dense head's."""
+    found = sparsity(densities=PLAN, num_steps=8)
+    one_layer, two_layers = 4 * 592, 4 * (297 + 445)
+    assert found.list_bytes(1) == 591 * 4 * max(one_layer, two_layers)
+    first, second = 2 * (90 + 445), 2 * (297 + 90)  # of the second band; the first has 2 * 208 and 2 * 592
+    assert found.list_bytes(2) == 591 * 4 * max(first, second, 2 * 592)
+
+
+def test_bands_halve_the_steps_of_each_expert() -> None:
+    assert bands_of(["high_noise"] * 5 + ["low_noise"] * 4) == (0, 2, 5, 7)
+    assert bands_of(["high_noise", "low_noise", "low_noise"]) == (0, 1, 2)
+    assert bands_of(["low_noise"] * 6) == (0, 3)

@@ -91,7 +91,7 @@ def test_a_dry_run_shows_the_density(wanfast: Wanfast) -> None:
         (("--attention-check",), "--attention-check needs --attention sparse"),
         (("--dense-layers", "2"), "--dense-layers needs --attention sparse"),
         (("--dense-share", "0.5"), "--dense-share needs --attention sparse"),
-        (("--attention", "sparse"), "--attention sparse needs --density: add --density 0.35"),
+        (("--attention", "sparse"), "--attention sparse needs --density or --attention-plan: add --density 0.35"),
         (("--attention", "sparse", "--density", "0"), "--density 0.0: use a share over 0"),
         (("--attention", "sparse", "--density", "1.5"), "--density 1.5: use a share over 0"),
         (("--attention", "sparse", "--density", "0.5", "--dense-share", "1"), "--dense-share 1.0: use a share"),

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from wanfast.runtime.engine import attention_probe
-from wanfast.runtime.models.attention_check import sampled_errors
-from wanfast.runtime.models.attention_router import block_lists
+from wanfast.runtime.models.attention_check import errors_by_length, sampled_errors
+from wanfast.runtime.models.attention_router import block_lists, block_order
 from wanfast.runtime.models.block_sparse import block_sparse_attention
 
 
@@ -21,7 +21,7 @@ def drawn(length: int, heads: int, generator: torch.Generator) -> list[Tensor]:
     """q, k and v whose scores spread, and a sparse output."""
     q, k, v = (torch.randn(length, heads, 16, generator=generator) for _ in "qkv")
     q, k = q * 2, k + torch.randn(1, heads, 16, generator=generator)
-    lists = block_lists(q[None], k[None], 16, 12, 1)
+    lists = block_lists(q[None], k[None], 16, [12] * heads, 1)
     return [q, k, v, block_sparse_attention(q[None], k[None], v[None], lists, 16)[0]]
 
 
@@ -96,3 +96,21 @@ def test_an_output_of_zeros_has_a_finite_error() -> None:
     q, k = (torch.ones(4, 1, 2) for _ in "qk")
     zeros = torch.zeros(4, 1, 2)
     assert sampled_errors(q, k, zeros, zeros, torch.zeros(1, 3, dtype=torch.int64)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("length", [300, 41])
+def test_errors_by_length_are_those_of_lists_of_this_length(length: int) -> None:
+    """Also with a ragged last block; lists of all blocks have no error."""
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(length, 3, 16, generator=generator) * 2 for _ in "qkv")
+    rows = torch.randint(length, (3, 64), generator=generator)
+    num_blocks = -(-length // 16)
+    order = block_order(q[None], k[None], 16, 1)
+    assert order.shape == (3, num_blocks, num_blocks) and order.dtype == torch.int16
+    lengths = (2, num_blocks // 2 + 1, num_blocks)
+    found = errors_by_length(q, k, v, rows, order, 16, lengths)
+    for column, listed in zip(found.T, lengths, strict=True):
+        lists = block_lists(q[None], k[None], 16, [listed] * 3, 1)
+        out = block_sparse_attention(q[None], k[None], v[None], lists, 16)[0]
+        assert torch.allclose(column, sampled_errors(q, k, v, out, rows), rtol=1e-4, atol=1e-6)
+    assert float(found[:, 0].min()) > 0.1 > 1e-5 > float(found[:, 2].max())

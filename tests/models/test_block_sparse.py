@@ -95,17 +95,19 @@ def test_an_empty_list_is_refused() -> None:
         block_sparse_attention(q, k, v, lists_of(mask), 8)
 
 
-@given(length=st.integers(1, 90), first=st.integers(0, 3), more=st.integers(1, 8))
-def test_lists_hold_the_first_frame_and_their_own_block(length: int, first: int, more: int) -> None:
+@given(length=st.integers(1, 90), first=st.integers(0, 3), more=st.tuples(st.integers(1, 8), st.integers(1, 8)))
+def test_lists_hold_the_first_frame_and_their_own_block(length: int, first: int, more: tuple[int, int]) -> None:
+    """The lists of each head have their own length, and all are as wide as the longest."""
     q, k, _ = qkv(length)
     num_blocks = -(-length // 8)
     first = min(first, num_blocks)
-    listed = min(first + more, num_blocks)
+    listed = [min(first + each, num_blocks) for each in more]
     counts, blocks = block_lists(q, k, 8, listed, first)
-    assert counts.dtype == blocks.dtype == torch.int32
-    assert counts.shape == (1, 2, num_blocks) and set(counts.flatten().tolist()) == {listed}
+    assert counts.dtype == blocks.dtype == torch.int32 and blocks.shape == (1, 2, num_blocks, max(listed))
+    assert counts.shape == (1, 2, num_blocks) and counts[0].T.tolist() == [listed] * num_blocks
     for number, lists in enumerate(blocks[0].transpose(0, 1).tolist()):
-        for numbers in lists:
+        for count, row in zip(listed, lists, strict=True):
+            numbers = row[:count]
             assert numbers == sorted(set(numbers)) and numbers[-1] < num_blocks
             assert {*range(first), number} <= {*numbers}
 
@@ -118,7 +120,7 @@ def test_the_router_finds_the_keys_that_a_query_needs() -> None:
     places = torch.stack([torch.randperm(num_blocks, generator=generator) for _ in range(2)])
     q = meaning.repeat_interleave(block, 0)[None, :, None].expand(1, -1, 2, -1)
     k = torch.stack([meaning[place].repeat_interleave(block, 0) for place in places], 1)[None]
-    _, blocks = block_lists(q, k, block, 2, 0)
+    _, blocks = block_lists(q, k, block, (2, 2), 0)
     for head, place in enumerate(places):
         for number in range(num_blocks):
             wanted = (place == number).nonzero().item()
@@ -150,7 +152,16 @@ def test_scores_are_those_of_the_formula(length: int) -> None:
             assert abs(float(scores[0, row, column] - torch.stack(pairs).logsumexp(0))) <= 1e-5
 
 
+def test_a_head_computes_only_its_own_lists() -> None:
+    """Heads with lists of other lengths give what each gives with a neighbour of the same length."""
+    q, k, v = qkv(77)
+    out = block_sparse_attention(q, k, v, block_lists(q, k, 16, (2, 4), 1), 16)
+    for head, length in enumerate((2, 4)):
+        alike = block_sparse_attention(q, k, v, block_lists(q, k, 16, (length, length), 1), 16)
+        assert relative_error(out[:, :, head], alike[:, :, head]) <= 1e-6
+
+
 def test_all_blocks_are_dense_attention() -> None:
     q, k, v = qkv(77)
-    out = block_sparse_attention(q, k, v, block_lists(q, k, 16, 5, 1), 16)
+    out = block_sparse_attention(q, k, v, block_lists(q, k, 16, (5, 5), 1), 16)
     assert relative_error(out, attention_probe._formula(q.double(), k.double(), v.double())) <= 1e-6

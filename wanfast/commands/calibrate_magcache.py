@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +12,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from wanfast.commands import dispatch, options
+from wanfast.commands import options
+from wanfast.commands.calibration import measured_clips
 from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
-from wanfast.magcache_calib.ratios import PLOT, against_preset, averaged, read_clip, write_clip, write_curve
+from wanfast.magcache_calib.ratios import PLOT, against_preset, averaged, is_whole, write_curve
 from wanfast.runtime.config import NO_VIDEO, of_command
 from wanfast.runtime.config.option import MAKE, absolute
-from wanfast.runtime.errors import ConfigError, from_failure
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine import packages
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.planning.placement import place
@@ -85,12 +86,18 @@ def calibrated(
     store, inputs = ArtifactStore(Path(config.models.artifacts_dir)), curve_inputs(config, files, digest_of(clips))
     folder, made_here = store.find(KIND, inputs, verify=True), False
     if folder is None:
-        measured = _measured(given, plans, clips, files, store, show_progress=show_progress)
+        of_clips = [
+            curve_inputs(plan.config, files, digest_of([clip])) for plan, clip in zip(plans, clips, strict=True)
+        ]
+        is_measured = partial(is_whole, num_steps=len(plans[0].schedule))
+        measured = measured_clips(
+            "calibrate-magcache", KIND, of_clips, plans, store, is_measured, show_progress=show_progress
+        )
         averages = averaged(measured)
         published = store.publish(
             KIND,
             inputs,
-            lambda partial: write_curve(partial, averages, config, files.spec, len(clips)),
+            lambda into: write_curve(into, averages, config, files.spec, len(clips)),
             packages.versions(),
         )
         folder, made_here = published.folder, published.made_here
@@ -106,42 +113,6 @@ def calibrated(
         "preset": against_preset(curve, config, files),
         "versions": packages.versions(),
     }
-
-
-def _measured(
-    given: dict[str, Any],
-    plans: list[Plan],
-    clips: list[Clip],
-    files: ModelFiles,
-    store: ArtifactStore,
-    *,
-    show_progress: bool,
-) -> list[dict[str, Any]]:
-    """Returns the measurements of every clip. Each is stored when it is done; an earlier run's are not made again."""
-    inputs = [curve_inputs(plan.config, files, digest_of([clip])) for plan, clip in zip(plans, clips, strict=True)]
-    missing = [index for index, of_clip in enumerate(inputs) if read_clip(store, of_clip) is None]
-    if len(missing) < len(clips):
-        print(
-            f"note: {len(clips) - len(missing)} of {len(clips)} clips were measured in an earlier run", file=sys.stderr
-        )
-
-    def keep(index: int, result: dict[str, Any]) -> None:
-        if "error" not in result:
-            write_clip(store, inputs[missing[index]], result)
-
-    if missing:
-        results = dispatch.run_jobs(
-            "calibrate-magcache",
-            [plans[index].job() for index in missing],
-            [plans[index] for index in missing],
-            of_list=len(clips) > 1,
-            show_progress=show_progress,
-            on_result=keep,
-        )
-        if failed := next((result for result in results if "error" in result), None):
-            raise from_failure(failed)
-    found = [read_clip(store, of_clip) for of_clip in inputs]
-    return [measured for measured in found if measured is not None]
 
 
 def describe(result: dict[str, Any]) -> str:

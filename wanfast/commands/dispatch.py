@@ -17,12 +17,13 @@ from wanfast.runtime.processes import cluster
 from wanfast.runtime.processes.launch import RankGroups, num_groups
 from wanfast.runtime.store.artifacts import JOB, RESULT, new_run_folder, noting, write_result, write_synced
 
-Verb = Literal["generate", "warmup", "calibrate-magcache"]
+Verb = Literal["generate", "warmup", "calibrate-magcache", "calibrate-attention"]
 VERBS = get_args(Verb)
 _WORKERS: dict[Verb, str] = {
     "generate": "wanfast.runtime.jobs.generate",
     "warmup": "wanfast.runtime.jobs.warmup",
     "calibrate-magcache": "wanfast.magcache_calib.calibrate",
+    "calibrate-attention": "wanfast.attention_calib.calibrate",
 }
 Document = dict[str, Any]
 OnResult = Callable[[int, Document], None]

@@ -210,13 +210,27 @@ def _sparsity_row(plan: dict[str, Any]) -> dict[str, str]:
     s = plan["sparsity"]
     if s is None:
         return {}
-    steps = sum(plan["steps"].values())
+    steps, own_plan = sum(plan["steps"].values()), s.get("plan")
+    listed = f"{'at most ' if own_plan else ''}{s['listed']} of {s['blocks']} blocks of {s['block']} tokens"
     return {
-        "sparsity": f"{s['listed']} of {s['blocks']} blocks of {s['block']} tokens: density {s['density']:.2f}; "
+        "sparsity": f"{listed}: density {s['density']:.2f}; "
         f"dense in the first {s['dense_steps']} of {steps} steps and the first {s['dense_layers']} layers\n"
         f"mean density of the video {s['mean_density']:.2f}; lists of {gb(s['list_bytes'])} a rank, "
-        f"made every {s['lists_every']} steps"
+        f"made every {s['lists_every']} steps" + _attention_plan_lines(own_plan)
     }
+
+
+def _attention_plan_lines(plan: dict[str, Any] | None) -> str:
+    """Returns the lines that show the mean densities of a plan of attention by band and layer, and its errors."""
+    if plan is None:
+        return ""
+    bands = [
+        f"steps {first} to {last}: mean density {sum(layers) / len(layers):.2f}; by layer "
+        + " ".join(f"{density:.2f}" for density in layers)
+        for (first, last), layers in ((band["steps"], band["layers"]) for band in plan["bands"])
+    ]
+    errors = f"error mean {plan['mean_error']:.2g}, largest {plan['largest_error']:.2g}"
+    return "\n" + "\n".join([f"plan {plan['key']}: {errors}, measured for the target {plan['target_error']:g}", *bands])
 
 
 def _fp8_row(plan: dict[str, Any]) -> dict[str, str]:

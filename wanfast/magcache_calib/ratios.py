@@ -13,42 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import EffectiveConfig
-from wanfast.runtime.errors import CorruptArtifactError
 from wanfast.runtime.facts.choices import BRANCHES
 from wanfast.runtime.facts.model_spec import ModelSpec
-from wanfast.runtime.store.artifacts import ArtifactStore, key_of, replace_text, write_synced
-from wanfast.runtime.store.curves import KIND, RATIOS, preset, steps_of, steps_of_video
-from wanfast.runtime.store.json_files import read_object
+from wanfast.runtime.store.artifacts import write_synced
+from wanfast.runtime.store.curves import RATIOS, preset, steps_of, steps_of_video
 from wanfast.runtime.store.model_files import ModelFiles
 
 PLOT = "ratios.png"
 _DIGITS = 7
 
 
-def clip_file(store: ArtifactStore, inputs: dict[str, Any]) -> Path:
-    """Returns the path of the file with one clip's measurements; an interrupted run resumes from such files."""
-    return store.root / f"{KIND}_clips" / f"{key_of(inputs)[:12]}.json"
-
-
-def read_clip(store: ArtifactStore, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns a clip's stored measurements, or None if they are missing, incomplete or made from other inputs."""
-    try:
-        document = read_object(clip_file(store, inputs), "it is measured again")
-        same = document["inputs"] == json.loads(json.dumps(inputs))
-        found: dict[str, Any] = document["measured"]
-        whole = len(found["steps"]) == inputs["steps"] and all(map(_is_measured, found["steps"]))
-    except (CorruptArtifactError, KeyError, TypeError, AttributeError):
-        return None
-    return found if same and whole else None
+def is_whole(measured: dict[str, Any], num_steps: int) -> bool:
+    """Returns whether a clip's measurements hold finite numbers for each step."""
+    return len(measured["steps"]) == num_steps and all(map(_is_measured, measured["steps"]))
 
 
 def _is_measured(step: dict[str, dict[str, float] | None]) -> bool:
     """Returns whether all numbers of a step are finite; older versions stored others."""
     return all(math.isfinite(number) for branch in BRANCHES for number in (step[branch] or {}).values())
-
-
-def write_clip(store: ArtifactStore, inputs: dict[str, Any], measured: dict[str, Any]) -> None:
-    replace_text(clip_file(store, inputs), json.dumps({"inputs": inputs, "measured": measured}))
 
 
 def averaged(measured: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from wanfast.runtime.config.models import ModelsConfig, default_artifacts_dir
 from wanfast.runtime.config.option import OptionField, options_of, refuse_unknown
 from wanfast.runtime.config.ranks import RanksConfig
-from wanfast.runtime.config.recipes import OF_GRID, RECIPES, with_recipe
+from wanfast.runtime.config.recipes import OF_GRID, RECIPES, has_levels, with_recipe
 from wanfast.runtime.config.skipping import SkippingConfig
 from wanfast.runtime.config.video import CPU_SEEDS, OutputConfig, VideoConfig
 from wanfast.runtime.errors import ConfigError
@@ -151,6 +151,11 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
         raise ConfigError(
             f"--recipe {recipe}: a curve is measured without distilled weights, because distilled steps are never "
             "skipped: drop --recipe"
+        )
+    if recipe and has_levels(recipe) and command == "calibrate-attention":
+        raise ConfigError(
+            f"--recipe {recipe}: a plan of attention is calibrated with --steps and --shift, but this recipe has a "
+            "list of noise levels: drop --recipe"
         )
     return {name: value for name, value in chosen.items() if name in given or command in OPTIONS[name].option.also}
 

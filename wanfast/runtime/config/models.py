@@ -17,6 +17,7 @@ from wanfast.runtime.config.option import (
     LOSSY,
     MAKE,
     MEASURE,
+    WITH_KERNEL,
     Option,
     Part,
     at_least,
@@ -41,8 +42,10 @@ from wanfast.runtime.facts.fp8_schedule import parse_span
 
 _STRENGTH = re.compile(r"(.+)@([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.DOTALL)
 _MOST_STRENGTH = 100
+_KEY = re.compile(r"[0-9a-f]{12}")  # of an artifact
 _VALUES: tuple[Command, ...] = (
     "calibrate-magcache",
+    "calibrate-attention",
     "serve",
     "doctor",
 )  # warmup compiles alike for all values of weights
@@ -73,6 +76,10 @@ def _lora_option(help_text: str) -> Option:
 
 def _expert_option(help_text: str) -> Option:
     return Option(help_text, MAKE, also=_VALUES, metavar="<path>", asked=str, path=True, check=_expert_fix)
+
+
+def _plan_fix(value: str) -> str | None:
+    return None if value == "artifact" or _KEY.fullmatch(value) else "use artifact, or the key of a stored plan"
 
 
 def _span_fix(text: str) -> str | None:
@@ -108,7 +115,7 @@ class ModelsConfig(Part):
             f"exact, near-exact, fast. For distilled weights: {', '.join(get_args(RecipeName)[-5:])}. Published "
             f"recipes: {', '.join(get_args(RecipeName)[:-8])}.",
             MAKE,
-            also=("calibrate-magcache", "serve", "warmup"),
+            also=("calibrate-magcache", "calibrate-attention", "serve", "warmup"),
             metavar="<name>",
         ),
     ] = field(default=None, compare=False)  # other options of it say which models run
@@ -138,21 +145,21 @@ class ModelsConfig(Part):
         Attention,
         Option(
             "Attention kernel: FlashAttention 3, 4 or 2, or a kernel of torch. auto uses the fastest kernel that gives "
-            "correct results on this machine. sparse (with --density) and fa3-fp8 are lossy.",
+            "correct results on this machine. sparse (with --density or --attention-plan) and fa3-fp8 are lossy.",
             EXACT,
-            also=COMPILED,
+            also=(*WITH_KERNEL, "warmup"),
         ),
     ] = "auto"
     compile: Annotated[
         bool,
-        Option("Compile the experts' blocks. The first run takes about ten seconds more.", EXACT, also=MEASURE),
+        Option("Compile the experts' blocks. The first run takes about ten seconds more.", EXACT, also=WITH_KERNEL),
     ] = False
     compile_mode: Annotated[
         CompileMode,
         Option(
             "torch.compile mode. Both max-autotune modes try more kernels; max-autotune also captures CUDA graphs.",
             EXACT,
-            also=COMPILED,
+            also=(*WITH_KERNEL, "warmup"),
         ),
     ] = "default"
     precision: Annotated[
@@ -202,6 +209,16 @@ class ModelsConfig(Part):
     ] = field(
         default=None, compare=False
     )  # the weights serve any density; so it is with all options of lossy attention
+    attention_plan: Annotated[
+        str | None,
+        Option(
+            "Plan of the densities of --attention sparse, for each head, layer and band of steps. artifact uses the "
+            "plan that `wanfast calibrate-attention` made for these options. KEY uses the stored plan with this key.",
+            LOSSY,
+            metavar="<artifact|KEY>",
+            check=_plan_fix,
+        ),
+    ] = field(default=None, compare=False)
     dense_share: Annotated[
         float,
         Option(
@@ -223,6 +240,7 @@ class ModelsConfig(Part):
         Option(
             "With --attention sparse, number of steps after which the blocks are chosen again.",
             LOSSY,
+            also=("calibrate-attention",),
             check=between(1, 1000, "use 1 to 1000 steps"),
         ),
     ] = field(default=4, compare=False)
@@ -317,8 +335,10 @@ class ModelsConfig(Part):
             if self.attention not in OF_LOSSY[name]:
                 kernels = " or ".join(OF_LOSSY[name])
                 raise ConfigError(f"{flag(name)} needs --attention {kernels}: add it, or drop {flag(name)}")
-        if self.attention == "sparse" and self.density is None:
-            raise ConfigError("--attention sparse needs --density: add --density 0.35, for example")
+        if self.attention == "sparse" and self.density is None and self.attention_plan is None:
+            raise ConfigError("--attention sparse needs --density or --attention-plan: add --density 0.35, for example")
+        if self.density is not None and self.attention_plan is not None:
+            raise ConfigError("--density and --attention-plan exclude each other: drop one of the two")
         if self.attention in LOSSY_ATTENTION and self.compile:
             raise ConfigError(
                 f"--attention {self.attention} and --compile exclude each other, because attention changes between the "
@@ -359,7 +379,7 @@ _OF_WEIGHTS = ("model", "high_noise_expert", "low_noise_expert", "lora", "lora_h
 
 # The options that only lossy attention has, and the kernels that have them.
 OF_LOSSY: dict[str, tuple[Attention, ...]] = {
-    **dict.fromkeys(("density", "dense_share", "dense_layers", "lists_every"), ("sparse",)),
+    **dict.fromkeys(("density", "attention_plan", "dense_share", "dense_layers", "lists_every"), ("sparse",)),
     **dict.fromkeys(("fp8_steps", "fp8_layers", "fp8_hadamard"), ("fa3-fp8",)),
     "attention_check": LOSSY_ATTENTION,
 }

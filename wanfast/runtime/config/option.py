@@ -25,8 +25,9 @@ MAKE, SAMPLING, EXACT, LOSSY, GPUS, SERVER, FILES = (
     "What to make", "Sampling", "Exact speed", "Lossy speed", "Several GPUs", "Server", "Files and output"
 )  # fmt: skip
 
-MEASURE: tuple[Command, ...] = ("calibrate-magcache", "bench", "serve")  # these make many videos
-COMPILED: tuple[Command, ...] = (*MEASURE, "warmup")  # these compile blocks
+WITH_KERNEL: tuple[Command, ...] = ("calibrate-magcache", "bench", "serve")  # these run with any exact attention
+MEASURE: tuple[Command, ...] = (*WITH_KERNEL, "calibrate-attention")  # these make many videos
+COMPILED: tuple[Command, ...] = (*MEASURE, "warmup")  # these run forwards
 ALL: tuple[Command, ...] = (*COMPILED, "doctor")
 
 Check = Callable[[Any], str | None]  # value -> None, or how to fix the value

@@ -75,7 +75,7 @@ class LossyAttention:
         return torch.from_numpy(drawn)
 
     def _keep(self, layer: int, errors: Tensor, first_head: int) -> None:
-        """Stores the errors of this call, of the heads from number `first_head` on."""
+        """Stores the errors [h, ...] of this call, of the heads from number `first_head` on."""
         assert self._forward is not None
         self._errors[self._forward.step, self._forward.branch, layer] = first_head, errors
 
@@ -84,15 +84,16 @@ class LossyAttention:
 
         Steps, layers and heads count from 0. Layers that are exact have no errors.
         """
-        if not self.is_checked:
-            return None
+        return _report(self.errors(), self._num_layers) if self.is_checked else None
+
+    def errors(self) -> dict[tuple[int, Branch, int], list[Any]]:
+        """Returns {(step, branch, layer): errors of each head} over all ranks' heads; all ranks must call it."""
         by_rank = self._ranks.gather({key: (first, errors.tolist()) for key, (first, errors) in self._errors.items()})
-        heads: dict[tuple[int, Branch, int], dict[int, list[float]]] = {}
+        heads: dict[tuple[int, Branch, int], dict[int, list[Any]]] = {}
         for of_rank in by_rank:
             for key, (first, of_heads) in of_rank.items():
                 heads.setdefault(key, {})[first] = of_heads
-        found = {key: [each for _, own in sorted(parts.items()) for each in own] for key, parts in heads.items()}
-        return _report(found, self._num_layers)
+        return {key: [each for _, own in sorted(parts.items()) for each in own] for key, parts in heads.items()}
 
 
 def _report(found: dict[tuple[int, Branch, int], list[float]], num_layers: int) -> dict[str, Any]:

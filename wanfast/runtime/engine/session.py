@@ -52,6 +52,7 @@ from wanfast.runtime.planning.plan import Job, Plan
 from wanfast.runtime.sampling.magcache import StepCache
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.attention_plans import densities_of
 from wanfast.runtime.store.curves import curve_of
 from wanfast.runtime.store.expert_files import identified
 from wanfast.runtime.store.loras import inputs_of, loras_of
@@ -157,7 +158,8 @@ class Session:
         size = ranks.lead(read_here)
         config = job.config.replace(attention=pipeline.attention.kernel)  # so that `--from` uses it too
         curve = ranks.lead(lambda: curve_of(config, self.files))  # under one key, machines may hold different curves
-        plan = Plan.of(config, self.files.spec, size, job.notes, job.placement, curve)
+        densities = ranks.lead(lambda: densities_of(config, self.files))
+        plan = Plan.of(config, self.files.spec, size, job.notes, job.placement, curve, densities)
         plan = dataclasses.replace(plan, requested=job.requested)
         g = plan.geometry
         fitted = [pixels.fit_image(image.pixels, g.width, g.height, config.video.fit) for image in read]

@@ -3,15 +3,18 @@
 The first steps and the first layers stay dense. In all other calls, the router lists blocks for each branch of guidance
 and layer. The lists are used for a few steps, because attention changes little from step to step. Cross-attention is
 always dense.
-Under Ulysses, each rank lists the blocks of its own heads. All lists have the same length, so that no rank waits.
+A calibration keeps all calls dense, and measures the errors that lists of several lengths would have.
+Under Ulysses, each rank lists the blocks of its own heads. Each head's lists have the length that the plan of densities
+gives it in this band of steps; with one density for all heads, no rank waits.
 
 Shapes: B batch (1), L tokens, h heads of this rank, D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,13 +23,15 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.lossy_attention import Forward, LossyAttention
 from wanfast.runtime.facts.choices import Branch, Expert
 from wanfast.runtime.facts.sparsity import BLOCK, BRICK, Sparsity
-from wanfast.runtime.models.attention_check import sampled_errors
+from wanfast.runtime.models.attention_check import errors_by_length, sampled_errors
 from wanfast.runtime.models.attention_kernels import AttentionFn
-from wanfast.runtime.models.attention_router import block_lists
-from wanfast.runtime.models.block_sparse import BlockLists, block_sparse_attention
+from wanfast.runtime.models.attention_router import block_lists, block_order
+from wanfast.runtime.models.block_sparse import block_sparse_attention
 from wanfast.runtime.models.bricks import TokenOrder, brick_order
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning.plan import Plan
+
+T = TypeVar("T")
 
 
 class SparseAttention(LossyAttention):
@@ -37,7 +42,15 @@ class SparseAttention(LossyAttention):
         super().__init__(num_heads, ranks)
         self._dense = dense
         self._sparsity: Sparsity | None = None
-        self._lists: dict[tuple[Branch, int], tuple[Forward, BlockLists]] = {}
+        self._lists: dict[tuple[Branch, int], tuple[Forward, Any]] = {}  # with the forward that made them
+        self._ladder: Sequence[int] = ()
+
+    def measure(self, ladder: Sequence[int]) -> None:
+        """Computes dense attention from now on, and measures the errors of lists of each length in `ladder`.
+
+        Plans must ask for the check of errors. `errors` returns for each head the errors of all lengths.
+        """
+        self._ladder = ladder
 
     def use_in(self, model: WanDiT) -> None:
         """Makes each layer of an expert call this object for its self-attention."""
@@ -54,15 +67,16 @@ class SparseAttention(LossyAttention):
 
         Lists are used for a few steps, by one expert, and only while the steps have the same branches. When the
         branches of a step change, the ranks of parallel guidance begin to compute the same branch. They must then use
-        the same lists, so new lists are made.
+        the same lists, so new lists are made. In another band of steps, lists may have other lengths.
         """
         assert self._sparsity is not None, "no video was started"
         super().begin(step, expert, branches, branch, ranks)
-        every = self._sparsity.lists_every
+        every, band = self._sparsity.lists_every, self._sparsity.band
         self._lists = {
             key: (made, lists)
             for key, (made, lists) in self._lists.items()
-            if (made.expert, made.branches) == (expert, branches) and step - made.step < every
+            if (made.expert, made.branches, band(made.step)) == (expert, branches, band(step))
+            and step - made.step < every
         }
 
     def finish(self) -> None:
@@ -73,16 +87,27 @@ class SparseAttention(LossyAttention):
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sparsity, forward = self._sparsity, self._forward
         assert sparsity is not None
-        if forward is None or sparsity.is_dense(forward.step, layer):
+        if forward is None or (listed := sparsity.listed(forward.step, layer)) is None:
             return self._dense(q, k, v)
+        first = forward.ranks.rank % forward.ranks.mesh.ulysses * k.shape[2]
         own_q = q[:, : k.shape[1]]  # the rows behind are Ulysses' padding
-        key = forward.branch, layer
-        if key not in self._lists:
-            lists = block_lists(own_q, k, BLOCK, sparsity.listed, sparsity.first_blocks)
-            self._lists[key] = forward, lists
-        out = block_sparse_attention(own_q, k, v, self._lists[key][1], BLOCK)
-        if self.is_checked:
-            first = forward.ranks.rank % forward.ranks.mesh.ulysses * k.shape[2]
-            rows = self._rows(layer, k.shape[1])[first : first + k.shape[2]].to(k.device)
+        heads = slice(first, first + k.shape[2])
+        rows = self._rows(layer, k.shape[1])[heads].to(k.device) if self.is_checked else None
+        if self._ladder:
+            assert rows is not None, "errors are not checked"
+            order = self._chosen(forward, layer, lambda: block_order(own_q, k, BLOCK, sparsity.first_blocks))
+            self._keep(layer, errors_by_length(own_q[0], k[0], v[0], rows, order, BLOCK, self._ladder), first)
+            return self._dense(q, k, v)
+        lists = self._chosen(forward, layer, lambda: block_lists(own_q, k, BLOCK, listed[heads], sparsity.first_blocks))
+        out = block_sparse_attention(own_q, k, v, lists, BLOCK)
+        if rows is not None:
             self._keep(layer, sampled_errors(own_q[0], k[0], v[0], out[0], rows), first)
         return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - k.shape[1]))
+
+    def _chosen(self, forward: Forward, layer: int, choose: Callable[[], T]) -> T:
+        """Returns what was chosen for this branch and layer; chooses again if nothing may be used any more."""
+        key = forward.branch, layer
+        if key not in self._lists:
+            self._lists[key] = forward, choose()
+        chosen: T = self._lists[key][1]
+        return chosen

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, TypeGuard
 
 Command = Literal[
-    "generate", "calibrate-magcache", "bench", "serve", "warmup", "doctor"
+    "generate", "calibrate-magcache", "calibrate-attention", "bench", "serve", "warmup", "doctor"
 ]  # they have the options of a config
 
 Solver = Literal["unipc", "dpm++", "euler", "unipc-euler", "rcm"]

@@ -1,19 +1,21 @@
 """This module counts the blocks that sparse attention computes, and the bytes of its lists of blocks.
 
 The tokens of a video are sorted into bricks (small boxes of the token grid). Each 128 successive tokens form a block. A
-block of queries attends to the key blocks of its list. The lists of all heads have the same length, so that each head
-and each rank has the same work.
+block of queries attends to the key blocks of its list. All lists of a head have the same length. With one density for
+all heads, each rank has the same work.
 This module does not import torch.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.densities import Densities
 
 BRICK = (2, 8, 8)  # frames, rows and columns of tokens
 BLOCK = math.prod(BRICK)
@@ -26,8 +28,9 @@ class Sparsity:
 
     num_blocks: int
     first_blocks: int  # the blocks that hold tokens of the given image's frame
-    listed: int  # key blocks in each list
-    num_layers: int
+    bands: tuple[int, ...]  # the first step of each band
+    lengths: tuple[tuple[tuple[int, ...] | None, ...], ...]  # [band][layer]: of each head's lists; None is dense
+    num_steps: int
     dense_steps: int  # the first steps use dense attention
     dense_layers: int  # and so do the first layers of every step
     lists_every: int  # steps after which lists are made again
@@ -37,18 +40,17 @@ class Sparsity:
         cls,
         token_grid: tuple[int, int, int],
         *,
-        density: float,
+        densities: Densities,
         num_steps: int,
         dense_share: float,
-        num_layers: int,
         dense_layers: int,
         lists_every: int,
     ) -> Sparsity:
-        """Returns the sparsity for a (T, Y, X) grid of tokens. Raises ConfigError if no call would be sparse.
+        """Returns the sparsity for a (T, Y, X) grid of tokens. Raises ConfigError if the guards leave no sparse call.
 
-        A list holds at least the blocks of the first frame and the block of the queries themselves.
+        A layer is dense in a band if all its heads are. Beside sparse heads, a dense head lists all blocks.
         """
-        dense_steps = math.ceil(dense_share * num_steps - 1e-9)
+        dense_steps, num_layers = math.ceil(dense_share * num_steps - 1e-9), len(densities.by_band[0])
         if dense_steps >= num_steps:
             raise ConfigError(
                 f"--dense-share {dense_share:g}: all {num_steps} steps would use dense attention: use a smaller share"
@@ -57,56 +59,126 @@ class Sparsity:
             raise ConfigError(
                 f"--dense-layers {dense_layers}: all {num_layers} layers would use dense attention: use fewer"
             )
-        num_frames, *frame = token_grid
-        num_blocks = -(-num_frames * math.prod(frame) // BLOCK)
-        first_blocks = -(-math.prod(frame) // BLOCK)
-        kept = min(first_blocks + 1, num_blocks)
+
+        def lengths(heads: Sequence[float | None]) -> tuple[int, ...] | None:
+            if not any(heads):  # no density is 0
+                return None
+            return tuple(list_length(1.0 if density is None else density, token_grid) for density in heads)
+
+        num_blocks, first_blocks = blocks_of(token_grid)
         return cls(
             num_blocks=num_blocks,
             first_blocks=first_blocks,
-            listed=max(kept, math.ceil(density * num_blocks - 1e-9)),
-            num_layers=num_layers,
+            bands=densities.bands,
+            lengths=tuple(tuple(map(lengths, layers)) for layers in densities.by_band),
+            num_steps=num_steps,
             dense_steps=dense_steps,
             dense_layers=dense_layers,
             lists_every=lists_every,
         )
 
     @property
-    def density(self) -> float:
-        """Returns the share of blocks that a sparse call computes, including the blocks that are in every list."""
-        return self.listed / self.num_blocks
+    def num_layers(self) -> int:
+        return len(self.lengths[0])
 
-    def is_dense(self, step: int, layer: int) -> bool:
-        """Returns whether a step and layer, both counted from 0, use dense attention."""
-        return step < self.dense_steps or layer < self.dense_layers
+    def band(self, step: int) -> int:
+        """Returns the number of the band to which a step belongs."""
+        return bisect.bisect_right(self.bands, step) - 1
+
+    def listed(self, step: int, layer: int) -> tuple[int, ...] | None:
+        """Returns how many key blocks a list of each head has; None if this step and layer use dense attention.
+
+        Steps and layers count from 0.
+        """
+        is_guarded = step < self.dense_steps or layer < self.dense_layers
+        return None if is_guarded else self.lengths[self.band(step)][layer]
+
+    @property
+    def longest(self) -> int:
+        """Returns how many key blocks the longest list has."""
+        return max(max(heads) if heads else self.num_blocks for heads in self._later_layers())
+
+    @property
+    def density(self) -> float:
+        """Returns the mean share of blocks that heads compute, without the guarded steps and layers.
+
+        The blocks that are in every list are included.
+        """
+        shares = [*map(self._share, self._later_layers())]
+        return math.fsum(shares) / len(shares)
+
+    def _later_layers(self) -> list[tuple[int, ...] | None]:
+        """Returns the lengths of the lists of all steps and layers that are not guarded."""
+        steps = range(self.dense_steps, self.num_steps)
+        return [self.listed(step, layer) for step in steps for layer in range(self.dense_layers, self.num_layers)]
+
+    def _share(self, heads: tuple[int, ...] | None) -> float:
+        """Returns the mean share of blocks that the heads of a layer compute."""
+        return sum(heads) / (len(heads) * self.num_blocks) if heads else 1.0
 
     def mean_density(self, forwards: Sequence[int]) -> float:
         """Returns the mean density of all calls of a video; a dense call has the density 1.
 
         `forwards` holds, for each step, the number of forwards that are not skipped.
         """
-        dense_layers = [
-            self.num_layers if step < self.dense_steps else self.dense_layers for step in range(len(forwards))
+        layers = range(self.num_layers)
+        shares = [
+            number * self._share(self.listed(step, layer)) for step, number in enumerate(forwards) for layer in layers
         ]
-        dense = sum(number * layers for number, layers in zip(forwards, dense_layers, strict=True))
-        share = dense / (sum(forwards) * self.num_layers)
-        return share + (1 - share) * self.density
+        return math.fsum(shares) / (sum(forwards) * self.num_layers)
 
-    def list_bytes(self, num_heads: int) -> int:
-        """Returns the bytes of all lists of one branch of guidance, including the lists' lengths.
+    def list_bytes(self, ulysses: int) -> int:
+        """Returns the bytes of all lists of one branch of guidance on a rank, including the lists' lengths.
 
-        `num_heads` is the number of attention heads of a layer.
+        `ulysses` ranks share the heads. The lists of a layer are as wide as the rank's longest list in this layer. The
+        result is that of the rank and the band with the most bytes.
         """
-        lists = (self.num_layers - self.dense_layers) * num_heads * self.num_blocks
-        return lists * (self.listed + 1) * _INDEX_BYTES
+        return max(self._list_bytes(layers, rank, ulysses) for layers in self.lengths for rank in range(ulysses))
+
+    def _list_bytes(self, layers: Sequence[tuple[int, ...] | None], rank: int, ulysses: int) -> int:
+        total = 0
+        for heads in filter(None, layers[self.dense_layers :]):
+            own = len(heads) // ulysses
+            total += own * self.num_blocks * (max(heads[rank * own : (rank + 1) * own]) + 1) * _INDEX_BYTES
+        return total
 
     def to_json(self) -> dict[str, Any]:
         return {
             "block": BLOCK,
             "blocks": self.num_blocks,
-            "listed": self.listed,
+            "listed": self.longest,
             "density": round(self.density, 4),
             "dense_steps": self.dense_steps,
             "dense_layers": self.dense_layers,
             "lists_every": self.lists_every,
         }
+
+    def bands_json(self) -> list[dict[str, Any]]:
+        """Returns for each band its first and last step, and the mean density of each layer outside the guards."""
+        ends = [*self.bands[1:], self.num_steps]
+        guarded = range(self.dense_layers)
+        return [
+            {
+                "steps": [start, end - 1],
+                "layers": [
+                    1.0 if layer in guarded else round(self._share(heads), 4) for layer, heads in enumerate(layers)
+                ],
+            }
+            for start, end, layers in zip(self.bands, ends, self.lengths, strict=True)
+        ]
+
+
+def blocks_of(token_grid: tuple[int, int, int]) -> tuple[int, int]:
+    """Returns the numbers of blocks: of a video, and of those that hold tokens of the given image's frame."""
+    num_frames, *frame = token_grid
+    return -(-num_frames * math.prod(frame) // BLOCK), -(-math.prod(frame) // BLOCK)
+
+
+def list_length(density: float, token_grid: tuple[int, int, int]) -> int:
+    """Returns how many key blocks a list has.
+
+    A list holds at least the blocks of the first frame and the block of the queries themselves.
+    """
+    num_blocks, first_blocks = blocks_of(token_grid)
+    kept = min(first_blocks + 1, num_blocks)
+    return max(kept, math.ceil(density * num_blocks - 1e-9))

@@ -29,7 +29,7 @@ from wanfast.runtime.store.model_files import COMPONENTS, ModelFiles
 from wanfast.runtime.store.quantized import TORCHAO_FIX, quantized_expert
 
 # The kinds of artifacts, and the other folders beside them.
-_KINDS = ("checkpoints", "prompt_embeds", "quantized", "magcache", "inductor", "bench", "runs")
+_KINDS = ("checkpoints", "prompt_embeds", "quantized", "magcache", "attention_plans", "inductor", "bench", "runs")
 
 
 def examine(given: Options) -> dict[str, Any]:

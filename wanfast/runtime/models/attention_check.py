@@ -6,12 +6,13 @@ out, and rounding. torch's flash kernel computes the exact rows. In bf16, these 
 themselves.
 
 If several ranks share the tokens, each rank attends to its own keys, and the parts are joined by their log-sum-exp.
-Shapes: L tokens of a rank, H heads, D head dim, S sampled queries of each head, P ranks.
+A calibration needs the error of many lists of blocks. It computes only the sampled rows, once for each list.
+Shapes: L tokens of a rank, H heads, D head dim, S sampled queries of each head, P ranks, N blocks, E lengths of lists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -43,6 +44,31 @@ def sampled_errors(
     exact = (parts[..., :-1] * parts[..., -1:].softmax(0)).sum(0)
     norms = torch.stack((out.float() - exact, exact)).flatten(2).square().sum(2).sqrt()
     return norms[0] / norms[1].clamp_min(_TINIEST)
+
+
+def errors_by_length(
+    q_LHD: Tensor,
+    k_LHD: Tensor,
+    v_LHD: Tensor,
+    rows_HS: Tensor,
+    order_HNN: Tensor,
+    block: int,
+    lengths: Sequence[int],
+) -> Tensor:
+    """Returns each head's relative error [H, E] over the queries `rows_HS`, if lists of blocks have these `lengths`.
+
+    A list of n blocks has those whose place in `order_HNN` is below n. Rows are computed in float32, so that the errors
+    contain no rounding.
+    """
+    errors = []
+    for head, rows in enumerate(rows_HS):  # one head's scores at a time
+        q, k, v = q_LHD[rows, head].float(), k_LHD[:, head].float(), v_LHD[:, head].float()
+        scores = q @ k.T * q.shape[-1] ** -0.5
+        place = order_HNN[head][rows // block].repeat_interleave(block, dim=1)[:, : len(k)]
+        exact = scores.softmax(-1) @ v
+        outs = [scores.masked_fill(place >= length, -torch.inf).softmax(-1) @ v for length in lengths]
+        errors.append(torch.stack([(out - exact).norm() for out in outs]) / exact.norm().clamp_min(_TINIEST))
+    return torch.stack(errors)
 
 
 def _attended(q_HSD: Tensor, k_LHD: Tensor, v_LHD: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ has the block of the queries themselves, and the blocks of the first latent fram
 Cost: 16 / block^2 of the products of dense attention, and a sort. Limit: the choice is only an estimate;
 `attention_check` measures the error of the result.
 
-Shapes: B batch, L tokens, H heads, D head dim, N blocks, W entries of a list, S quarters of blocks.
+Shapes: B batch, L tokens, H heads, D head dim, N blocks, W entries of the longest list, S quarters of blocks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +24,39 @@ from wanfast.runtime.models.block_sparse import BlockLists
 _PARTS = 4  # of a block, each with a mean of its own
 
 
-def block_lists(q_BLHD: Tensor, k_BLHD: Tensor, block: int, listed: int, first_blocks: int) -> BlockLists:
-    """Returns lists of `listed` blocks of keys, one list for each head and each block of queries.
+def block_lists(q_BLHD: Tensor, k_BLHD: Tensor, block: int, listed: Sequence[int], first_blocks: int) -> BlockLists:
+    """Returns lists of `listed[head]` blocks of keys, one list for each head and each block of queries.
 
     The tokens must be in brick order, and q and k have the same number of tokens. `block` is the number of tokens in a
     block, a multiple of 4. The first `first_blocks` blocks are in every list.
     """
     chosen = []
-    for q_BLD, k_BLD in zip(q_BLHD.unbind(2), k_BLHD.unbind(2), strict=True):  # one head's scores at a time
-        scores = block_scores(q_BLD, k_BLD, block)
-        scores[..., :first_blocks] = torch.inf
-        scores.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
-        chosen.append(scores.topk(listed).indices.sort().values.int())
+    for q_BLD, k_BLD, count in zip(q_BLHD.unbind(2), k_BLHD.unbind(2), listed, strict=True):  # a head at a time
+        scores = choice_scores(q_BLD, k_BLD, block, first_blocks)
+        chosen.append(F.pad(scores.topk(count).indices.sort().values.int(), (0, max(listed) - count)))
     blocks = torch.stack(chosen, dim=1)
-    return BlockLists(torch.full_like(blocks[..., 0], listed), blocks)
+    counts = torch.tensor(listed, dtype=torch.int32, device=blocks.device)
+    return BlockLists(counts[:, None].expand(blocks.shape[:-1]).contiguous(), blocks)
+
+
+def block_order(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int) -> Tensor:
+    """Returns the place of each block of keys in the order of choice [H, N, N], int16: lists of n have the places < n.
+
+    The first dimension of q and k is 1. The other arguments are those of `block_lists`.
+    """
+    orders = []
+    for q_BLD, k_BLD in zip(q_BLHD.unbind(2), k_BLHD.unbind(2), strict=True):
+        scores = choice_scores(q_BLD, k_BLD, block, first_blocks)[0]
+        orders.append(scores.argsort(descending=True).argsort().short())
+    return torch.stack(orders)
+
+
+def choice_scores(q_BLD: Tensor, k_BLD: Tensor, block: int, first_blocks: int) -> Tensor:
+    """Returns the scores [B, N, N] by which a list is chosen; blocks that are in every list have the score infinity."""
+    scores = block_scores(q_BLD, k_BLD, block)
+    scores[..., :first_blocks] = torch.inf
+    scores.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+    return scores
 
 
 def block_scores(q_BLD: Tensor, k_BLD: Tensor, block: int) -> Tensor:

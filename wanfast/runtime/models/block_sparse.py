@@ -24,7 +24,7 @@ class BlockLists(NamedTuple):
     """Lists the blocks of keys for each head and each block of queries, in the format of FlashAttention-4."""
 
     counts: Tensor  # [B, H, M] int32: entries that count in each list
-    blocks: Tensor  # [B, H, M, W] int32: numbers of key blocks, ascending in each list
+    blocks: Tensor  # [B, H, M, W] int32: numbers of key blocks, ascending in each list; zeros follow in shorter lists
 
 
 def block_sparse_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:

@@ -22,6 +22,7 @@ from wanfast.runtime.config.recipes import RECIPES, overridden
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Device, Expert, ImageFit
+from wanfast.runtime.facts.densities import Densities
 from wanfast.runtime.facts.fp8_schedule import Fp8Schedule
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
@@ -42,7 +43,8 @@ from wanfast.runtime.sampling.magcache import (
     plan_skips,
 )
 from wanfast.runtime.sampling.scheduler import Levels, Step, solve
-from wanfast.runtime.store import model_files
+from wanfast.runtime.store import attention_plans, model_files
+from wanfast.runtime.store.attention_plans import densities_of
 from wanfast.runtime.store.curves import Curve, curve_of, levels_of, magcache_notes, settle
 from wanfast.runtime.store.expert_files import expert_notes, identified, named_experts
 from wanfast.runtime.store.lora_pairs import own_loras, require_distilled
@@ -69,6 +71,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     placement: str = ""  # where the weights lie, and why
     curve: Curve | None = None  # decides which forwards are skipped
+    densities: Densities | None = None  # of sparse attention, if a plan of attention gives them
     residuals_a_branch: int = 0  # held from step to step
     may_regroup: bool = True  # whether the ranks may share tokens otherwise in steps without guidance
 
@@ -81,6 +84,7 @@ class Plan:
         notes: tuple[str, ...] = (),
         placement: str = "",
         curve: Curve | None = None,
+        densities: Densities | None = None,
     ) -> Plan:
         """Derives a plan from a config, a model and the (width, height) of the image.
 
@@ -99,6 +103,7 @@ class Plan:
             notes=notes,
             placement=placement,
             curve=curve,
+            densities=densities,
             residuals_a_branch=0 if curve is None else 2 if _extrapolates(config) else 1,
         )
 
@@ -219,16 +224,17 @@ class Plan:
     @cached_property
     def sparsity(self) -> Sparsity | None:
         """Returns which calls of self-attention are sparse; None without --attention sparse. Raises ConfigError."""
-        models = self.config.models
+        models, densities = self.config.models, self.densities
         if models.attention != "sparse":
             return None
-        assert models.density is not None
+        if densities is None:
+            assert models.density is not None
+            densities = Densities.uniform(models.density, self.spec.dit.num_layers, self.spec.dit.num_heads)
         return Sparsity.of(
             self.geometry.token_grid,
-            density=models.density,
+            densities=densities,
             num_steps=len(self.schedule),
             dense_share=models.dense_share,
-            num_layers=self.spec.dit.num_layers,
             dense_layers=models.dense_layers,
             lists_every=models.lists_every,
         )
@@ -252,7 +258,7 @@ class Plan:
         """Returns the bytes of the lists of blocks that a rank of `mesh` holds, summed over the rank's branches."""
         if self.sparsity is None:
             return 0
-        return self._num_branches(mesh) * self.sparsity.list_bytes(self.spec.dit.num_heads // mesh.ulysses)
+        return self._num_branches(mesh) * self.sparsity.list_bytes(mesh.ulysses)
 
     def _num_branches(self, mesh: Mesh) -> int:
         """Returns the largest number of branches of guidance that a rank of `mesh` computes in a step."""
@@ -266,7 +272,14 @@ class Plan:
         return self.sparsity.to_json() | {
             "mean_density": round(self.sparsity.mean_density(computed), 4),
             "list_bytes": self.list_bytes(self.mesh),
+            **self._attention_plan_json(self.sparsity),
         }
+
+    def _attention_plan_json(self, sparsity: Sparsity) -> dict[str, Any]:
+        """Returns the plan of attention as JSON: its measured errors, and the mean densities by band and layer."""
+        if self.densities is None or self.densities.calibrated is None:
+            return {}
+        return {"plan": dataclasses.asdict(self.densities.calibrated) | {"bands": sparsity.bands_json()}}
 
     def magcache_json(self) -> dict[str, Any] | None:
         """Returns the skips, their settings and their curve as JSON; None if MagCache is off."""
@@ -429,7 +442,7 @@ def resolve(
     require_distilled(asked.models, spec, files.root)
     image, last = (_image_facts(asked.video.images.get(option), option) for option in ("--image", "--last-image"))
     config = effective(given, files, image.sha256, last.sha256)
-    plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
+    plan = Plan.of(config, spec, image.size, curve=curve_of(config, files), densities=densities_of(config, files))
     if writes:
         _check_outputs(plan, overwrite=config.output.overwrite or not runs)
     else:
@@ -507,7 +520,7 @@ def effective(
         raise ConfigError(f"--attention {models.attention} needs Hopper GPUs, unlike {other}: use --attention auto")
     if models.tf32 and device == "cpu":
         raise NeedsGpuError("--tf32 needs a GPU: drop --tf32, or use --device cuda")
-    return settle(config, files)
+    return attention_plans.settle(settle(config, files), files)
 
 
 def model_of(given: Options) -> ModelFiles:
@@ -565,12 +578,12 @@ def _check_outputs(plan: Plan, *, overwrite: bool) -> None:
 def _sparsity_notes(plan: Plan) -> list[str]:
     """Returns a note if sparse attention computes all blocks, or more than the density that was asked for."""
     sparsity, asked = plan.sparsity, plan.config.models.density
-    if sparsity is None or asked is None:
+    if sparsity is None:
         return []
     blocks = f"--attention sparse: the video has {sparsity.num_blocks} blocks of {BLOCK} tokens"
-    if sparsity.listed == sparsity.num_blocks:
+    if sparsity.density == 1:
         return [f"{blocks}, and all of them are computed: nothing is saved"]
-    if sparsity.density > asked + 1 / sparsity.num_blocks:
+    if asked is not None and sparsity.density > asked + 1 / sparsity.num_blocks:
         kept = f"each list must have {sparsity.first_blocks + 1} of them (the first frame's and one more)"
         return [f"{blocks}, and {kept}: the density is {sparsity.density:.2f}, not {asked:g}"]
     return []

@@ -32,6 +32,7 @@ _FEW_LINES = 5  # more bad lines than these are reported together, if no line is
 # The options that are the same for all lines of a list, because one mesh makes all of them.
 _EXPERTS = [f"{expert}_expert" for expert in EXPERTS]
 _LORAS = [name for name, option in OPTIONS.items() if option.is_repeatable]
+_DENSITIES = {"density", "attention_plan"}  # at most one of them may be given
 _LAUNCH_OPTIONS = [name for name in options_of(RanksConfig) if name != "device"]
 
 
@@ -315,6 +316,8 @@ def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict
         gone |= skipping.keys() - {"magcache"}
     if "attention" in nearer:
         gone |= {name for name, kernels in OF_LOSSY.items() if nearer["attention"] not in kernels}
+    if nearer.keys() & _DENSITIES:
+        gone |= _DENSITIES
     if nearer.keys() & amounts:
         gone |= {*amounts, "magcache_rule"}  # the rule's default follows from the amount
     return {name: value for name, value in options.items() if name not in gone}

@@ -30,7 +30,7 @@ from wanfast.runtime.config import (
 )
 from wanfast.runtime.config.option import options_of, words
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
-from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Expert, in_8_bits
+from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Command, Expert, in_8_bits
 from wanfast.runtime.facts.model_spec import A14B, PUBLISHED, ModelSpec
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.machine.packages import version_of
@@ -343,7 +343,7 @@ def _found(
     bridged = _BRIDGED if interpolate else set()
     stored = [(folder, inputs) for folder, inputs in store.manifests(KIND) if isinstance(inputs.get("steps"), int)]
     found = [
-        (_differences(inputs, wanted), inputs, folder)
+        (differences(inputs, wanted), inputs, folder)
         for folder, inputs in stored
         if magcache in ("artifact", folder.name)
     ]
@@ -359,7 +359,7 @@ def _found(
     fitting = sorted((item for item in found if set(item[0]) <= bridged), key=lambda item: (distance(item), item[2]))
     if not fitting:
         nearest = min(found, key=lambda item: len(item[0]), default=None)
-        difference = f" (the curve {nearest[2].name} has {_in_words(nearest[0])})" if nearest else ""
+        difference = f" (the curve {nearest[2].name} has {in_words(nearest[0])})" if nearest else ""
         if nearest and "facts" not in nearest[1]:
             difference = f" (an earlier version of wanfast made the curve {nearest[2].name}, and recorded fewer facts)"
         or_bridge = ", or add --magcache-interpolate" if nearest and set(nearest[0]) <= _BRIDGED else ""
@@ -375,8 +375,8 @@ def _found(
     return folder, inputs
 
 
-def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns (the curve's value, the wanted value) of each input that differs, except those that may."""
+def differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns (the stored value, the wanted value) of each input that differs, except those that may."""
     return {
         name: (inputs.get(name), value)
         for name, value in wanted.items()
@@ -384,23 +384,24 @@ def _differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tu
     }
 
 
-def _in_words(differences: dict[str, tuple[Any, Any]]) -> str:
+def in_words(differences: dict[str, tuple[Any, Any]]) -> str:
+    """Returns a text that names each difference."""
     long = {"experts": "other experts", "loras": "other LoRAs", "facts": "other facts of the model"}
     long["last_image"] = "no last images" if differences.get("last_image", (None, None))[1] else "last images"
     return "; ".join(long.get(name, f"{name} {old}, this run has {new}") for name, (old, new) in differences.items())
 
 
-def calibrate_command(config: EffectiveConfig, spec: ModelSpec) -> str:
-    """Returns the `wanfast calibrate-magcache` command that measures a curve for this run."""
+def calibrate_command(config: EffectiveConfig, spec: ModelSpec, command: Command = "calibrate-magcache") -> str:
+    """Returns the command that measures a curve, or makes a plan of attention, for this run."""
     values = config.options()
     if values["attention"] in LOSSY_ATTENTION:
         values["attention"] = ModelsConfig.attention  # a curve is measured with exact attention
     if values["artifacts_dir"] == default_artifacts_dir():
         values["artifacts_dir"] = ModelsConfig.artifacts_dir
-    given = ["wanfast", "calibrate-magcache"]
+    given = ["wanfast", command]
     for name, field in {**options_of(ModelsConfig), **options_of(VideoConfig)}.items():
         default = getattr(spec, name) if field.option.own else field.default
-        if "calibrate-magcache" in field.option.also and values[name] != default:
+        if command in field.option.also and values[name] != default:
             given += words(name, values[name])
     if config.video.last_image is not None:
         given += words("set", "FOLDER")  # of the user's own, because the sets that ship have no last images

@@ -1,0 +1,143 @@
+"""`wanfast calibrate-attention`: finds the least density of each attention head, and stores them as a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from wanfast.attention_calib.choice import chosen, is_whole
+from wanfast.commands import options
+from wanfast.commands.calibration import measured_clips
+from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
+from wanfast.runtime.config import NO_VIDEO, of_command
+from wanfast.runtime.config.option import LOSSY, MAKE, absolute
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.densities import bands_of
+from wanfast.runtime.machine import packages
+from wanfast.runtime.machine.once import asked_once
+from wanfast.runtime.planning.placement import place
+from wanfast.runtime.planning.plan import Plan, effective, model_of
+from wanfast.runtime.store.artifacts import ArtifactStore, write_synced
+from wanfast.runtime.store.attention_plans import KIND, PLAN, plan_inputs
+from wanfast.runtime.store.json_files import read_object
+from wanfast.runtime.store.model_files import ModelFiles
+from wanfast.runtime.store.quantized import require_experts
+
+# Lists hold all blocks and nothing is guarded, so that the memory plan counts what the calibration holds.
+_SPARSE = {"attention": "sparse", "density": 1.0, "dense_share": 0.0, "dense_layers": 0, "attention_check": True}
+
+
+@options.takes_options("calibrate-attention")
+def calibrate_attention(
+    context: typer.Context,
+    set_: Annotated[Path | None, options.clip_set("the set that ships")] = None,
+    target_error: Annotated[
+        float,
+        typer.Option(
+            help="Largest relative error of a head's output, as the mean over a clip's calls in a band of steps.",
+            rich_help_panel=LOSSY,
+        ),
+    ] = 0.1,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first clip; the next clip gets seed + 1.", rich_help_panel=MAKE)
+    ] = 0,
+    json_: options.Json = False,
+) -> None:
+    """Find the least density of each attention head, and store them for `--attention-plan artifact`.
+
+    Each clip is denoised with dense attention, and its errors are stored when it is done. So an interrupted run
+    continues with the next clip, and another --target-error needs no new measurement.
+    """
+    given = of_command(options.given(context), "calibrate-attention")
+    given.pop("seed", None)
+    if not 0 < target_error < 1:
+        raise ConfigError(f"--target-error {target_error:g}: use a number over 0 and under 1, such as 0.1")
+    with asked_once():
+        files = model_of({**NO_VIDEO, **given, **_SPARSE})  # before the clips are read
+        files.require()
+        folder = shipped_set(files.spec) if set_ is None else Path(absolute(str(set_), "--set"))
+        clips = read_set(folder, seed, takes_images=files.spec.takes_images)
+        plans = planned(given, clips, files)
+        require_experts(files, plans[0].config.models)
+    console = Console(stderr=json_, highlight=False, soft_wrap=True)
+    result = calibrated(given, plans, clips, files, target_error, show_progress=console.is_terminal)
+    console.print(describe(result), markup=False)
+    if json_:
+        print(json.dumps(result))
+
+
+def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list[Plan]:
+    """Returns one plan for each clip, as `wanfast generate` would plan it. Raises WanFastError."""
+    plans = []
+    for clip in clips:
+        config = effective({**given, **_SPARSE, **clip.options}, files, clip.image_sha256, clip.last_image_sha256)
+        plan = Plan.of(config, files.spec, clip.image_size)
+        plans.append(dataclasses.replace(plan, requested=given))
+    return place(plans)
+
+
+def calibrated(
+    given: dict[str, Any],
+    plans: list[Plan],
+    clips: list[Clip],
+    files: ModelFiles,
+    target_error: float,
+    *,
+    show_progress: bool,
+) -> dict[str, Any]:
+    """Returns a JSON document: the plan of attention for the calibration set. Raises WanFastError.
+
+    If the plan is missing, the clips are measured first.
+    """
+    config, store = plans[0].config, ArtifactStore(Path(plans[0].config.models.artifacts_dir))
+    inputs = plan_inputs(config, files, digest_of(clips)) | {"target_error": target_error}
+    folder, made_here = store.find(KIND, inputs, verify=True), False
+    if folder is None:
+        bands, dit = bands_of(plans[0].experts), files.spec.dit
+        of_clips = [plan_inputs(plan.config, files, digest_of([clip])) for plan, clip in zip(plans, clips, strict=True)]
+        shape = len(bands), dit.num_layers, dit.num_heads
+        measured = measured_clips(
+            "calibrate-attention",
+            KIND,
+            of_clips,
+            plans,
+            store,
+            partial(is_whole, shape=shape),
+            show_progress=show_progress,
+        )
+        text = json.dumps({"clips": len(clips), "bands": bands, **chosen(measured, target_error)})
+        published = store.publish(
+            KIND, inputs, lambda into: write_synced(into / PLAN, text + "\n"), packages.versions()
+        )
+        folder, made_here = published.folder, published.made_here
+    return {
+        "output": str(folder),
+        "key": folder.name,
+        "was_there": not made_here,
+        "requested": given,
+        "inputs": inputs,
+        **read_object(folder / PLAN, "remove its folder, and run this command again"),
+        "versions": packages.versions(),
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Returns a text: the plan's folder and errors, and the mean error of each density of the ladder."""
+    how = "was made already" if result["was_there"] else f"{result['clips']} clips"
+    heads = [density for layers in result["densities"] for of_layer in layers for density in of_layer]
+    mean = sum(1.0 if density is None else density for density in heads) / len(heads)
+    ladder = ", ".join(f"{rung['density']:g}: {rung['mean_error']:.3g}" for rung in result["ladder"])
+    return "\n".join(
+        [
+            f"{result['output']}: {how}; mean density {mean:.2f}, {heads.count(None)} of {len(heads)} heads dense",
+            f"error mean {result['mean_error']:.3g}, largest {result['largest_error']:.3g}, target "
+            f"{result['target_error']:g}; all heads at one density: {ladder}",
+            f"`wanfast generate --attention sparse --attention-plan {result['key']}` uses this plan",
+        ]
+    )

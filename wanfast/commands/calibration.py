@@ -1,0 +1,54 @@
+"""Measures the clips of a calibration on the ranks; clips that an earlier run measured are not measured again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from wanfast.commands import dispatch
+from wanfast.magcache_calib.measured import read_clip, write_clip
+from wanfast.runtime.errors import from_failure
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.store.artifacts import ArtifactStore
+
+
+def measured_clips(
+    verb: dispatch.Verb,
+    kind: str,
+    inputs: list[dict[str, Any]],
+    plans: list[Plan],
+    store: ArtifactStore,
+    is_whole: Callable[[dict[str, Any]], bool],
+    *,
+    show_progress: bool,
+) -> list[dict[str, Any]]:
+    """Returns the measurements of every clip, and stores each when it is done.
+
+    `kind` is the kind of the artifact. `inputs` and `plans` are those of each clip. `is_whole` returns whether stored
+    measurements are complete. Raises WanFastError.
+    """
+    missing = [index for index, of_clip in enumerate(inputs) if read_clip(store, kind, of_clip, is_whole) is None]
+    if len(missing) < len(inputs):
+        print(
+            f"note: {len(inputs) - len(missing)} of {len(inputs)} clips were measured in an earlier run",
+            file=sys.stderr,
+        )
+
+    def keep(index: int, result: dict[str, Any]) -> None:
+        if "error" not in result:
+            write_clip(store, kind, inputs[missing[index]], result)
+
+    if missing:
+        results = dispatch.run_jobs(
+            verb,
+            [plans[index].job() for index in missing],
+            [plans[index] for index in missing],
+            of_list=len(inputs) > 1,
+            show_progress=show_progress,
+            on_result=keep,
+        )
+        if failed := next((result for result in results if "error" in result), None):
+            raise from_failure(failed)
+    found = [read_clip(store, kind, of_clip, is_whole) for of_clip in inputs]
+    return [measured for measured in found if measured is not None]

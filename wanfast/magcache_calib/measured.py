@@ -1,0 +1,37 @@
+"""Stores the measurements of each clip of a calibration, so that an interrupted calibration resumes.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.store.artifacts import ArtifactStore, key_of, replace_text
+from wanfast.runtime.store.json_files import read_object
+
+
+def clip_file(store: ArtifactStore, kind: str, inputs: dict[str, Any]) -> Path:
+    """Returns the path of the file with one clip's measurements; an interrupted run resumes from such files."""
+    return store.root / f"{kind}_clips" / f"{key_of(inputs)[:12]}.json"
+
+
+def read_clip(
+    store: ArtifactStore, kind: str, inputs: dict[str, Any], is_whole: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any] | None:
+    """Returns a clip's stored measurements, or None if they are missing, incomplete or made from other inputs."""
+    try:
+        document = read_object(clip_file(store, kind, inputs), "it is measured again")
+        same = document["inputs"] == json.loads(json.dumps(inputs))
+        found: dict[str, Any] = document["measured"]
+        return found if same and is_whole(found) else None
+    except (CorruptArtifactError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def write_clip(store: ArtifactStore, kind: str, inputs: dict[str, Any], measured: dict[str, Any]) -> None:
+    replace_text(clip_file(store, kind, inputs), json.dumps({"inputs": inputs, "measured": measured}))

@@ -1,0 +1,53 @@
+"""This module says how dense the self-attention of each head is, by band of steps and by layer.
+
+A band is a span of successive steps of one expert. In a band, a head of a layer has one density: the share of blocks
+that it computes. A head may also be dense. A plan of densities is data: another plan needs no other code or weights.
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wanfast.runtime.facts.choices import Expert
+
+LADDER = (0.15, 0.25, 0.35, 0.5, 0.75)  # the densities that a calibration tries; above them, a head is dense
+_BANDS = 2  # of an expert's steps
+Density = float | None  # of a head; None is dense
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """This class names a calibrated plan of densities, and holds the errors that its calibration measured."""
+
+    key: str  # of the artifact
+    target_error: float
+    mean_error: float  # of all heads; dense heads have none
+    largest_error: float  # of a head in one clip, layer and band
+
+
+@dataclass(frozen=True, kw_only=True)
+class Densities:
+    """This class holds the density of each head in each band of steps and layer."""
+
+    bands: tuple[int, ...]  # the first step of each band, from 0
+    by_band: tuple[tuple[tuple[Density, ...], ...], ...]  # [band][layer][head]
+    calibrated: Calibrated | None = None
+
+    @classmethod
+    def uniform(cls, density: float, num_layers: int, num_heads: int, bands: tuple[int, ...] = (0,)) -> Densities:
+        """Returns a plan in which all heads have the same density in all steps."""
+        return cls(bands=bands, by_band=(((density,) * num_heads,) * num_layers,) * len(bands))
+
+
+def bands_of(experts: Sequence[Expert]) -> tuple[int, ...]:
+    """Returns the first step of each band, from the expert of each step: an expert's steps form two equal bands."""
+    starts, start = [], 0
+    for _, steps in itertools.groupby(experts):
+        number = len([*steps])
+        parts = min(_BANDS, number)
+        starts += [start + part * number // parts for part in range(parts)]
+        start += number
+    return tuple(starts)

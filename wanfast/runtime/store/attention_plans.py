@@ -1,0 +1,117 @@
+"""Finds plans of attention, which `wanfast calibrate-attention` stored: the density of each head, layer and band.
+
+A plan has the inputs of a curve of MagCache, and those of its own. A run may differ from the calibration in the set of
+clips, the code, the libraries and the device. If another input differs, the run refuses the plan, and the error names
+the command that makes a plan.
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
+from wanfast.runtime.facts.densities import LADDER, Calibrated, Densities
+from wanfast.runtime.facts.sparsity import BLOCK
+from wanfast.runtime.machine.once import remembered
+from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.code import digest_of_code
+from wanfast.runtime.store.curves import calibrate_command, curve_inputs, differences, in_words
+from wanfast.runtime.store.json_files import read_object
+from wanfast.runtime.store.model_files import ModelFiles
+
+KIND = "attention_plans"
+PLAN = "plan.json"
+
+
+def plan_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:
+    """Returns all inputs of the errors from which a plan is chosen. Raises MissingArtifactError if weights are missing.
+
+    The key of a plan also holds the target of its errors.
+    """
+    inputs = curve_inputs(config, files, set_digest)
+    code = digest_of_code("attention_calib/*.py", "runtime/facts/densities.py", "runtime/facts/sparsity.py")
+    return {
+        **inputs,
+        "lists_every": config.models.lists_every,
+        "ladder": [*LADDER],
+        "block": BLOCK,
+        "measured_by": inputs["measured_by"] | {"plan_code": code},
+    }
+
+
+def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
+    """Replaces `--attention-plan artifact` by the key of the plan that fits this run. Raises WanFastError."""
+    if config.models.attention_plan is None:
+        return config
+    if config.video.levels is not None:
+        raise ConfigError(
+            "--attention-plan and --sigmas exclude each other, because a plan is calibrated with --steps and --shift: "
+            "use --density, or drop --sigmas"
+        )
+    models = dataclasses.replace(config.models, attention_plan=_artifact(config, files).name)
+    return dataclasses.replace(config, models=models)
+
+
+def densities_of(config: EffectiveConfig, files: ModelFiles) -> Densities | None:
+    """Returns the densities of --attention-plan, or None without this option. Raises WanFastError."""
+    if config.models.attention_plan is None:
+        return None
+    folder, dit = _artifact(config, files), files.spec.dit
+    fix = f"remove this folder, and run `{calibrate_command(config, files.spec, 'calibrate-attention')}`"
+    document = read_object(folder / PLAN, fix)
+    try:
+        bands = tuple(document["bands"])
+        by_band = tuple(tuple(map(tuple, layers)) for layers in document["densities"])
+        errors = {name: float(document[name]) for name in ("target_error", "mean_error", "largest_error")}
+        is_whole = (
+            len(by_band) == len(bands)
+            and {len(layers) for layers in by_band} == {dit.num_layers}
+            and {len(heads) for layers in by_band for heads in layers} == {dit.num_heads}
+            and {head for layers in by_band for heads in layers for head in heads} <= {*LADDER, None}
+        )
+    except (KeyError, TypeError, ValueError):
+        is_whole = False
+    if not is_whole:
+        raise CorruptArtifactError(
+            f"--attention-plan: {folder} does not hold a density for each band, layer and head: {fix}"
+        )
+    return Densities(bands=bands, by_band=by_band, calibrated=Calibrated(key=folder.name, **errors))
+
+
+def _artifact(config: EffectiveConfig, files: ModelFiles) -> Path:
+    """Returns the folder of the plan that was calibrated for this run, or whose key --attention-plan names."""
+    assert config.models.attention_plan is not None
+    fix = f"run `{calibrate_command(config, files.spec, 'calibrate-attention')}`"
+    wanted = json.dumps(plan_inputs(config, files, ""))
+    return _found(config.models.artifacts_dir, config.models.attention_plan, wanted, fix)
+
+
+@remembered
+def _found(artifacts_dir: str, asked: str, inputs_json: str, fix: str) -> Path:
+    """Returns the folder of a plan, verified; a list asks once for each plan that its lines need."""
+    store, option, wanted = ArtifactStore(Path(artifacts_dir)), f"--attention-plan {asked}", json.loads(inputs_json)
+    stored = [*store.manifests(KIND)]
+    found = [(differences(inputs, wanted), inputs, folder) for folder, inputs in stored]
+    found = [item for item in found if asked in ("artifact", item[2].name)]
+    if stored and not found:
+        keys = ", ".join(folder.name for folder, _ in stored)
+        raise MissingArtifactError(f"{option}: no plan has this key: use one of {keys}, or {fix}")
+    fitting = [item for item in found if not item[0]]
+    if not fitting:
+        nearest = min(found, key=lambda item: len(item[0]), default=None)
+        difference = f" (the plan {nearest[2].name} has {in_words(nearest[0])})" if nearest else ""
+        raise MissingArtifactError(f"{option}: no plan is calibrated for this run{difference}: {fix}")
+    alike = [item for item in fitting if item[1].get("measured_by") == wanted["measured_by"]] or fitting
+    if len(alike) > 1:
+        targets = ", ".join(f"{item[2].name} (target {item[1].get('target_error')})" for item in alike)
+        raise ConfigError(f"{option}: several plans fit this run: use --attention-plan with the key of {targets}")
+    _, inputs, folder = alike[0]
+    if store.path(KIND, inputs) != folder:
+        raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove this folder, and {fix}")
+    store.find(KIND, inputs, verify=True, again=fix)
+    return folder
