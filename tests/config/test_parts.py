@@ -17,6 +17,7 @@ def test_an_option_is_a_field_of_one_part() -> None:
         "image_sha256",
         "continue_from_sha256",
         "continue_from_frames",
+        "written_prompts",
         "expert_sha256",
         "last_image_sha256",
         "lora_sha256",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -58,6 +59,13 @@ def _sigmas_fix(text: str) -> str | None:
     return None if len(sigmas) <= _MOST_STEPS else f"use {_MOST_STEPS} levels at most"
 
 
+def _command_fix(command: str) -> str | None:
+    try:
+        return None if shlex.split(command) else "has an empty value: name a program and its arguments"
+    except ValueError:
+        return "has a quote that is not closed: write the command as for a shell"
+
+
 def _output_fix(path: str) -> str | None:
     if not path.strip():
         return "has an empty value: name an .mp4 file"
@@ -108,6 +116,19 @@ class VideoConfig(Part):
             asked=tuple[str, ...],
         ),
     ]  # a tuple if there are several clips
+    extend_prompt: Annotated[
+        str | None,
+        Option(
+            "A program of yours that extends each prompt: it gets the prompt on stdin and the path of the image in "
+            "WANFAST_IMAGE, and prints the new prompt on one line.",
+            MAKE,
+            asked=str,
+            metavar="<command>",
+            of_this_run=True,
+            check=_command_fix,
+        ),
+    ] = None
+    written_prompts: tuple[str, ...] = ()  # before --extend-prompt extended them
     negative_prompt: Annotated[str, Option("What the video must not show.", MAKE, own=True, also=("bench", "serve"))]
     size: Annotated[
         str,
@@ -241,6 +262,7 @@ class VideoConfig(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "written_prompts", tuple(self.written_prompts))  # JSON has a list
         if len(self.prompts) == 1:
             object.__setattr__(self, "prompt", self.prompts[0])
         if not all(self.prompts or ("",)):

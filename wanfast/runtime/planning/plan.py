@@ -32,6 +32,7 @@ from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.media import images, video_file
 from wanfast.runtime.media.earlier_video import load_earlier
 from wanfast.runtime.media.tokenizer import PromptTokenizer, clean_prompt
+from wanfast.runtime.planning.prompt_extension import extended
 from wanfast.runtime.sampling.guidance import gate_steps, guided_steps
 from wanfast.runtime.sampling.magcache import (
     MagCacheSettings,
@@ -316,6 +317,7 @@ class Plan:
             "overridden": overridden(config.options()),
             "model": self.spec.name,
             "images": config.video.images,
+            "written_prompts": list(config.video.written_prompts),
             "experts": [
                 {"option": named.flag, "path": str(named.path), "form": named.header().form, "sha256": sha256}
                 for named, sha256 in zip(named_experts(config.models), config.models.expert_sha256, strict=True)
@@ -449,7 +451,10 @@ def resolve(
     earlier = _earlier_facts(asked.video.continue_from) if asked.video.continue_from else None
     image, last = (_image_facts(asked.video.images.get(option), option) for option in ("--image", "--last-image"))
     image = earlier or image
-    config = effective(given, files, image.sha256, last.sha256, earlier)
+    new_prompts = _extended_prompts(asked.video)
+    config = effective({**given, **new_prompts}, files, image.sha256, last.sha256, earlier)
+    if new_prompts:
+        config = config.replace(written_prompts=asked.video.prompts)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files))
     if writes:
         _check_outputs(plan, overwrite=config.output.overwrite or not runs)
@@ -458,7 +463,7 @@ def resolve(
     notes = (
         *image.notes, *_geometry_notes(plan, image), *_last_image_notes(plan, last), *_prompt_notes(plan, files),
         *magcache_notes(config, files), *expert_notes(config.models), *lora_notes(config.models),
-        *_sparsity_notes(plan), *_clip_notes(config.video), *_output_notes(plan),
+        *_sparsity_notes(plan), *_clip_notes(config.video), *_extension_notes(config.video), *_output_notes(plan),
     )  # fmt: skip
     notes = (*notes, spec.weights_note) if spec.weights_note else notes
     return dataclasses.replace(plan, requested=given, notes=notes), files
@@ -640,6 +645,22 @@ def _sparsity_notes(plan: Plan) -> list[str]:
         kept = f"each list must have {sparsity.first_blocks + 1} of them (the first frame's and one more)"
         return [f"{blocks}, and {kept}: the density is {sparsity.density:.2f}, not {asked:g}"]
     return []
+
+
+def _extended_prompts(video: VideoConfig) -> dict[str, Any]:
+    """Returns {"prompt": the prompts that --extend-prompt gives}; nothing without this option. Raises ConfigError.
+
+    The program gets the image of the first clip only, because the other clips start from frames that do not exist yet.
+    """
+    command, image = video.extend_prompt, next(iter(video.images.values()), None)
+    if command is None:
+        return {}
+    first, *others = video.prompts
+    return {"prompt": [extended(command, first, image), *(extended(command, other, None) for other in others)]}
+
+
+def _extension_notes(video: VideoConfig) -> list[str]:
+    return [f"--extend-prompt: the prompt is {text!r:.300}" for text in video.prompts if video.extend_prompt]
 
 
 def _clip_notes(video: VideoConfig) -> list[str]:

@@ -51,6 +51,7 @@ class Request:
     options: dict[str, Any]
     line: int | None = None  # its number in the jobs file
     sources: tuple[Path, ...] = ()  # files that the options came from; never overwritten
+    written: tuple[str, ...] = ()  # the prompts that the run of --from extended
     sha256: dict[str, str] = field(default_factory=dict)  # of the images that --from needs, by their option
     weights: dict[str, str] | None = None  # fingerprints of the weights of the run that --from names
     expert_sha256: tuple[str, ...] | None = None  # of the experts that options of that run name
@@ -137,6 +138,8 @@ def _plan(
         if output.skip_existing and all(path.exists() for path in output.paths):
             return Planned(request, existing=output.paths)
         plan, files = resolve(request.options, runs=needs_weights)
+        if request.written:
+            plan = dataclasses.replace(plan, config=plan.config.replace(written_prompts=request.written))
         (separate,) = place([plan], must_fit=needs_weights)  # `plan_requests` places all lines together
         check_skips(separate)
         for path in (path.resolve() for path in plan.outputs):
@@ -246,6 +249,7 @@ def read_requests(
         earlier,
         options={**earlier.options, **typed},
         sources=tuple(file for file in (prompt_file, jobs_file) if file is not None),
+        written=() if typed.keys() & {"prompt", "extend_prompt"} else earlier.written,
         sha256={name: sha256 for name, sha256 in earlier.sha256.items() if name in earlier.options.keys() - typed},
         weights=None if {"model", *_EXPERTS} & typed.keys() else earlier.weights,
         expert_sha256=None if {*_EXPERTS} & typed.keys() else earlier.expert_sha256,
@@ -290,8 +294,11 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
         if not field.option.of_this_run and (same_ranks or not field.option.of_these_ranks)
     }
     options = {name: value for name, value in effective.options().items() if name in reused}
+    if "extend_prompt" in typed and effective.video.written_prompts:
+        options["prompt"] = effective.video.written_prompts
     return Request(
         _without_overridden(options, with_recipe(typed)),
+        written=effective.video.written_prompts,
         sha256={name: sha256 for name in _SOURCES if (sha256 := getattr(effective.video, f"{name}_sha256"))},
         weights=weights,
         expert_sha256=effective.models.expert_sha256,
