@@ -15,6 +15,9 @@ def test_an_option_is_a_field_of_one_part() -> None:
     fields = [field.name for part in PARTS.values() for field in dataclasses.fields(part)]
     assert len(fields) == len(set(fields)) and set(fields) - set(OPTIONS) == {
         "image_sha256",
+        "continue_from_sha256",
+        "continue_from_frames",
+        "written_prompts",
         "expert_sha256",
         "last_image_sha256",
         "lora_sha256",

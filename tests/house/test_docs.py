@@ -34,6 +34,7 @@ import typer.main
 
 from tests import lora_files
 from tests.conftest import Machine, Outcome
+from tests.media.test_earlier_video import write as write_video
 from wanfast.cli import app
 from wanfast.runtime.config.option import words as words_of
 from wanfast.runtime.config.recipes import RECIPES
@@ -84,7 +85,12 @@ class Page:
         for span in self.spans:
             if re.match(r"(wanfast|torchrun|make) |python (benchmarks/|-m )|[A-Z_]+=\S+ ", span):
                 for words in _split(span):
-                    has_video = words[:2] != ["wanfast", "generate"] or {"--image", "--jobs", "--from"} & {*words}
+                    has_video = words[:2] != ["wanfast", "generate"] or {
+                        "--image",
+                        "--continue-from",
+                        "--jobs",
+                        "--from",
+                    } & {*words}
                     yield words if has_video or len(words) == 2 else words + VIDEO
 
 
@@ -148,6 +154,7 @@ def _files_of_examples(workdir: Path, wanfast: Wanfast) -> None:
         for expert in (f"wan2.2_i2v_{half}_noise_14B_fp16", f"{half}_noise_fp8"):
             lora_files.write(workdir / f"{expert}.safetensors", {"head.head.bias": torch.zeros(1)})
     outcome = wanfast("generate", "--model", "tiny", *VIDEO, "--dry-run", "--json")
+    write_video(workdir / "cat.mp4", 832, 480)
     Path("cat.json").write_text(json.dumps(outcome.document | {"weights": None}))
 
 

@@ -139,7 +139,7 @@ def test_python_takes_a_last_image(forked: None, workdir: Path) -> None:
         )
     assert (plain.frames != both.frames).any()
     assert both.plan["images"]["--last-image"] == str(workdir / "last.png")
-    with pytest.raises(ConfigError, match=r"last\.png is an image that this video is made from"):
+    with pytest.raises(ConfigError, match=r"last\.png is a file that this video is made from"):
         both.save("last.png", overwrite=True)
 
 

@@ -42,8 +42,8 @@ PLANNED = ("generate", "--model", "t2v-a14b", "--prompt", "a cat", "--device", "
 @pytest.fixture
 def made(wanfast: Wanfast, small_text_model: Path) -> Callable[..., Outcome]:
     """Returns a function that makes a small video from text."""
-    given = ("generate", "--model", str(small_text_model), "--prompt", "a cat", "--seed", "1", *SHAPE, "--json")
-    return lambda *options: wanfast(*given, *options)
+    given = ("generate", "--model", str(small_text_model), "--seed", "1", *SHAPE, "--json")
+    return lambda *options, prompt="a cat": wanfast(*given, "--prompt", prompt, *options)
 
 
 def test_the_facts_are_the_publishers() -> None:
@@ -89,7 +89,7 @@ def test_a_video_from_text_needs_no_encoder_and_is_repeated(
     again = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--json")
     assert again.exit_code == 0, again.err
     assert again.document["output_sha256"] == first.document["output_sha256"]
-    other = made("--prompt", "a dog", "--output", "dog.mp4")
+    other = made("--output", "dog.mp4", prompt="a dog")
     assert other.document["output_sha256"] != first.document["output_sha256"]
 
 

@@ -26,7 +26,7 @@ def test_a_group_does_its_own_jobs_first_and_then_those_that_are_left() -> None:
 
 def alike(count: int) -> list[Any]:
     """Returns jobs that share models."""
-    videos = [SimpleNamespace(prompt=f"{n}", negative_prompt="") for n in range(count)]
+    videos = [SimpleNamespace(prompts=(f"{n}",), negative_prompt="") for n in range(count)]
     models = namedtuple("Models", "model precision")("alike", "bf16")
     return [SimpleNamespace(config=SimpleNamespace(models=models, video=video)) for video in videos]
 

@@ -107,7 +107,7 @@ def test_a_path_is_a_text_or_a_path_object(ranks: list[Ranks], workdir: Path) ->
     with wanfast.open(model=TINY, device="cpu", artifacts_dir=Path("kept")) as handle:
         with pytest.raises(RankFailedError):
             handle.make(**VIDEO | {"image": Path("cat.png")})
-        with pytest.raises(ConfigError, match=r"--prompt .* a text is needed"):
+        with pytest.raises(ConfigError, match=r"--prompt .* a text or a list of texts is needed"):
             handle.make(**VIDEO | {"prompt": Path("cat.png")})
     assert ranks[-1].jobs[-1]["requested"]["image"] == "cat.png"
     assert effective_of(ranks)["models"]["model"] == str(TINY)
@@ -229,7 +229,7 @@ def test_a_handle_that_nobody_closes_stops_its_ranks(ranks: list[Ranks]) -> None
 
 def test_a_video_is_saved_where_it_is_asked_for(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(workdir))
-    image = {"image": str(workdir / "cat.png"), "last_image": None}
+    image = {"image": str(workdir / "cat.png"), "continue_from": None, "last_image": None}
     document = {"effective": {"video": image}, "plan": {"fps": 16, "seed": 7}, "seconds": {}}
     video = Video(np.zeros((5, 64, 48, 3), np.uint8), document)
     assert repr(video) == "Video(5 frames, 48x64, seed 7)"
@@ -240,7 +240,7 @@ def test_a_video_is_saved_where_it_is_asked_for(workdir: Path, monkeypatch: pyte
     for path, sheet, words in (
         ("a.mp4", False, "exists: choose another name"),
         ("no/a.mp4", False, "its folder does not exist"),
-        ("cat.mp4", True, "is an image that this video is made from"),
+        ("cat.mp4", True, "is a file that this video is made from"),
     ):
         with pytest.raises(ConfigError, match=words):
             video.save(path, contact_sheet=sheet, overwrite=sheet)

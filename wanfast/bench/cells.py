@@ -229,7 +229,7 @@ def _cell(bench: Bench, opened: Opened, video: Options, clip: int, repeat: int, 
 def _inputs(plan: Plan, opened: Opened, repeat: int, *, keeps: bool) -> dict[str, Any]:
     """Returns all inputs of a cell's key. Paths do not count, because the hashes of files do."""
     config = plan.config.to_json()
-    for name in ("image", "last_image"):
+    for name in ("image", "continue_from", "last_image"):
         del config["video"][name]
     for name in ("model", "artifacts_dir", "verify"):
         del config["models"][name]

@@ -35,8 +35,8 @@ def generate(
         Path | None,
         typer.Option(
             help="Make many videos: each line of this file is a JSON object with the options of one video. These "
-            "options override the command line. Relative paths of the image, the experts and the LoRAs start "
-            "in the folder of this file.",
+            "options override the command line. Relative paths of images, videos, experts and LoRAs start in the "
+            "folder of this file.",
             rich_help_panel=MAKE,
         ),
     ] = None,

@@ -129,9 +129,12 @@ def _number_or_auto(value: int | str) -> int | str:
 
 
 def given(context: typer.Context) -> dict[str, Any]:
-    """Returns the options that the user typed; the config adds the options that environment variables set."""
+    """Returns the options that the user typed; the config adds the options that environment variables set.
+
+    An option that may be repeated but is typed once has a single value.
+    """
     return {
-        name: value
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value
         for name, value in context.params.items()
         if name in OPTIONS and (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
     }

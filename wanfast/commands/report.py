@@ -106,7 +106,7 @@ class Report:
     def _summary(self, result: dict[str, Any], of_line: str) -> None:
         seconds, plan = result["seconds"], result["plan"]
         if self.brief:
-            size = f"{plan['width']}x{plan['height']}, {plan['frames']} frames, seed {plan['seed']}"
+            size = f"{plan['width']}x{plan['height']}, {plan['total_frames']} frames, seed {plan['seed']}"
             self._console.print(f"{_shown(result['output'])}: {size}, {seconds['total']:.1f} s", markup=False)
             return
         rows = {name: f"{value:.1f} s" for name, value in seconds.items()}
@@ -155,8 +155,9 @@ def _plan_rows(plan: dict[str, Any], predicted_s: float | None) -> dict[str, str
         **_expert_row(plan),
         **_lora_row(plan),
         **({"last image": _shown(plan["images"]["--last-image"])} if "--last-image" in plan["images"] else {}),
-        "video": f"{plan['width']}x{plan['height']}, {plan['frames']} frames at {plan['fps']} fps "
+        "video": f"{plan['width']}x{plan['height']}, {plan['total_frames']} frames at {plan['fps']} fps "
         f"({plan['duration_s']} s)",
+        **_clips_row(plan),
         "latent": f"{latent}, {plan['tokens']:,} tokens",
         "steps": f"{steps['high_noise']} high noise + {steps['low_noise']} low noise, {plan['forwards']} forwards "
         f"({plan['solver']}, {_noise_levels(plan)})",
@@ -187,6 +188,19 @@ def _gate(plan: dict[str, Any]) -> str:
         f"; the negative prompt runs in the first {guided['high_noise']} and {guided['low_noise']} of these steps "
         f"(gate {plan['guidance_gate']:g}): {plan['forwards']} of {both} forwards"
     )
+
+
+def _clips_row(plan: dict[str, Any]) -> dict[str, str]:
+    """Returns the row that says from which clips the video is joined; no row if it is a single clip."""
+    clips, continued = plan["clips"], plan["continued_frames"]
+    if clips == 1 and not continued:
+        return {}
+    earlier = f"{continued} frames of {_shown(plan['images']['--continue-from'])}, then " if continued else ""
+    seeds = f", seeds {plan['seed']} to {plan['seed'] + clips - 1}" if clips > 1 else ""
+    return {
+        "clips": f"{earlier}{clips} of {plan['frames']} frames{seeds}; a frame that two share is written once; "
+        f"{gb(plan['joining_bytes'])} of host memory to join them"
+    }
 
 
 def _expert_row(plan: dict[str, Any]) -> dict[str, str]:

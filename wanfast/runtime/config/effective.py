@@ -108,6 +108,9 @@ class EffectiveConfig:
         hashes = {
             "image_sha256": self.video.image_sha256,
             "last_image_sha256": self.video.last_image_sha256,
+            "continue_from_sha256": self.video.continue_from_sha256,
+            "continue_from_frames": self.video.continue_from_frames,
+            "written_prompts": self.video.written_prompts,
             "expert_sha256": self.models.expert_sha256,
             "lora_sha256": self.models.lora_sha256,
         }

@@ -84,9 +84,9 @@ class OptionField:
         or a single value becomes a tuple. Raises ConfigError if the type or the range is wrong.
         """
         if self.is_repeatable and value is not None:
-            value = tuple(map(_plain, value if isinstance(value, list | tuple) else [value]))
-        elif self.option.path:
-            value = _plain(value)
+            value = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if self.option.path:
+            value = tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
         if value is not None and not _is_instance(value, self.asked):
             raise ConfigError(f"{self.flag} {value!r:.60}: {_describe(self.asked)} is needed")
         self.check_range(value)
@@ -98,7 +98,8 @@ class OptionField:
         Raises ConfigError if the value is out of range.
         """
         if self.is_repeatable:
-            return tuple(absolute(each, self.flag) for each in self.accept(value))
+            values = self.accept(value)
+            return tuple(absolute(each, self.flag) for each in values) if self.option.path else values
         self.check_range(value)
         is_path = self.option.path and value and value.strip() and value not in self.option.names
         return absolute(value, self.flag) if is_path else value

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Annotated
+from typing import Annotated, Any
 
 from wanfast.runtime.config.option import ALL, FILES, MAKE, MEASURE, SAMPLING, Option, Part, at_least, between
 from wanfast.runtime.errors import ConfigError
@@ -58,6 +59,13 @@ def _sigmas_fix(text: str) -> str | None:
     return None if len(sigmas) <= _MOST_STEPS else f"use {_MOST_STEPS} levels at most"
 
 
+def _command_fix(command: str) -> str | None:
+    try:
+        return None if shlex.split(command) else "has an empty value: name a program and its arguments"
+    except ValueError:
+        return "has a quote that is not closed: write the command as for a shell"
+
+
 def _output_fix(path: str) -> str | None:
     if not path.strip():
         return "has an empty value: name an .mp4 file"
@@ -75,6 +83,19 @@ class VideoConfig(Part):
 
     image: Annotated[str, Option("The image that the video starts from.", MAKE, also=("warmup",), path=True)]
     image_sha256: str = ""
+    continue_from: Annotated[
+        str | None,
+        Option(
+            "An mp4 that the video continues: the output holds this video, then the new clip, which starts from its "
+            "last frame. Size and frames per second are those of the mp4.",
+            MAKE,
+            asked=str,
+            path=True,
+            check=lambda path: None if path.strip() else "has an empty value: name an mp4 file",
+        ),
+    ] = None
+    continue_from_sha256: str = ""
+    continue_from_frames: int = 0
     last_image: Annotated[
         str | None,
         Option(
@@ -86,7 +107,28 @@ class VideoConfig(Part):
         ),
     ] = None
     last_image_sha256: str = ""
-    prompt: Annotated[str, Option("What happens in the video.", MAKE)]
+    prompt: Annotated[
+        str | tuple[str, ...],
+        Option(
+            "What happens in the video. Repeated, it gives several clips in one file: each clip starts from the last "
+            "frame of the one before.",
+            MAKE,
+            asked=tuple[str, ...],
+        ),
+    ]  # a tuple if there are several clips
+    extend_prompt: Annotated[
+        str | None,
+        Option(
+            "A program of yours that extends each prompt: it gets the prompt on stdin and the path of the image in "
+            "WANFAST_IMAGE, and prints the new prompt on one line.",
+            MAKE,
+            asked=str,
+            metavar="<command>",
+            of_this_run=True,
+            check=_command_fix,
+        ),
+    ] = None
+    written_prompts: tuple[str, ...] = ()  # before --extend-prompt extended them
     negative_prompt: Annotated[str, Option("What the video must not show.", MAKE, own=True, also=("bench", "serve"))]
     size: Annotated[
         str,
@@ -106,7 +148,9 @@ class VideoConfig(Part):
             also=("bench", "warmup"),
         ),
     ] = "area"
-    frames: Annotated[int, Option("Number of frames, 4n+1, such as 81.", MAKE, own=True, also=ALL, check=_frames_fix)]
+    frames: Annotated[
+        int, Option("Number of frames of a clip, 4n+1, such as 81.", MAKE, own=True, also=ALL, check=_frames_fix)
+    ]
     fps: Annotated[
         int,
         Option(
@@ -218,10 +262,14 @@ class VideoConfig(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.prompt:
+        object.__setattr__(self, "written_prompts", tuple(self.written_prompts))  # JSON has a list
+        if len(self.prompts) == 1:
+            object.__setattr__(self, "prompt", self.prompts[0])
+        if not all(self.prompts or ("",)):
             raise ConfigError("--prompt is missing: describe what should happen in the video")
-        if not self.prompt.strip():
+        if not all(prompt.strip() for prompt in self.prompts):
             raise ConfigError("--prompt has no words: describe what should happen in the video")
+        self._check_clips()
         if self.last_image is not None and self.frames == 1:
             raise ConfigError(
                 "--last-image needs a first and a last frame: use --frames 5 or more, or drop --last-image"
@@ -231,6 +279,24 @@ class VideoConfig(Part):
             raise ConfigError(
                 f"--seed {self.seed}: noise drawn on the CPU uses only 32 bits of a seed: use 0 to {CPU_SEEDS - 1} "
                 f"({self.seed % CPU_SEEDS} gives the same noise), or --noise-device cuda"
+            )
+
+    def _check_clips(self) -> None:
+        if self.image and self.continue_from:
+            raise ConfigError("--image and --continue-from both say where the video starts: drop one of the two")
+        num_clips, seeds = len(self.prompts), CPU_SEEDS if self.noise_device == "cpu" else 1 << 63
+        many = f"--prompt is given {num_clips} times" if num_clips > 1 else None
+        if many and seeds - num_clips < self.seed < seeds:
+            raise ConfigError(
+                f"{many}, and each clip has the next seed, up to {seeds - 1}: use --seed {seeds - num_clips} or less"
+            )
+        if many and self.last_image is not None:
+            raise ConfigError(
+                f"{many}, but --last-image is for a single clip: give --prompt once, or drop --last-image"
+            )
+        if self.frames == 1 and (why := many or (self.continue_from and "--continue-from")):
+            raise ConfigError(
+                f"{why}: a clip shares its first frame with what comes before, so it needs more: use --frames 5 or more"
             )
 
     def _check_schedule(self) -> None:
@@ -259,14 +325,32 @@ class VideoConfig(Part):
 
     @property
     def images(self) -> dict[str, str]:
-        """Returns the path of each given image, by the flag of its option; the image of the first frame comes first."""
-        found = {"--image": self.image, "--last-image": self.last_image}
+        """Returns the path of each given image, by the flag of its option; the image of the first frame comes first.
+
+        This image may be the last frame of a video, whose path is then returned.
+        """
+        found = {"--image": self.image, "--continue-from": self.continue_from, "--last-image": self.last_image}
         return {option: path for option, path in found.items() if path}
 
     def with_images(self, images: Mapping[str, str]) -> VideoConfig:
         """Returns the config with other paths of its images, by the flags of their options."""
-        last = images.get("--last-image", self.last_image)
-        return replace(self, image=images.get("--image", self.image), last_image=last)
+        paths: dict[str, Any] = {flag.removeprefix("--").replace("-", "_"): path for flag, path in images.items()}
+        return replace(self, **paths)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Returns the prompt of each clip, in order."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+
+    def clips(self) -> list[VideoConfig]:
+        """Returns the config of each clip, in order: the clips have the seeds seed, seed + 1, and so on."""
+        return [replace(self, prompt=prompt, seed=self.seed + index) for index, prompt in enumerate(self.prompts)]
+
+    @property
+    def total_frames(self) -> int:
+        """Returns the number of frames of the file. Neighbouring clips share a frame, which the file has once."""
+        shared = len(self.prompts) - (0 if self.continue_from else 1)
+        return self.continue_from_frames + len(self.prompts) * self.frames - shared
 
     @property
     def levels(self) -> tuple[float, ...] | None:

@@ -26,6 +26,7 @@ from wanfast.runtime.models.vae import Rows
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Frame: TypeAlias = npt.NDArray[np.uint8]  # [H, W, 3]
 Frames: TypeAlias = npt.NDArray[np.uint8]  # [F, H, W, 3]
 FramesFn = Callable[[Frames], None]
 _BLACK = -1.0
@@ -50,8 +51,12 @@ def fit_image(image: Image, width: int, height: int, fit: ImageFit = "area") -> 
 
 def _resized(image: Image, width: int, height: int) -> Tensor:
     """Resizes to [3, height, width], and keeps bicubic overshoot."""
-    pixels_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255).sub_(0.5).div_(0.5)
-    return torch.nn.functional.interpolate(pixels_CHW[None], size=(height, width), mode="bicubic")[0]
+    return torch.nn.functional.interpolate(of_frame(np.array(image))[None], size=(height, width), mode="bicubic")[0]
+
+
+def of_frame(frame_HWC: Frame) -> Tensor:
+    """Returns a frame [H, W, 3] as [3, H, W] float32 on the CPU, with 0..255 mapped to -1..1."""
+    return torch.from_numpy(frame_HWC).permute(2, 0, 1).contiguous().float().div_(255).sub_(0.5).div_(0.5)
 
 
 def to_uint8(video: Tensor) -> Frames:

@@ -37,13 +37,13 @@ from wanfast.runtime.engine.denoise import StepFn
 from wanfast.runtime.engine.fp8_attention import Fp8Attention
 from wanfast.runtime.engine.lossy_attention import LossyAttention
 from wanfast.runtime.engine.pipeline import VideoPipeline
-from wanfast.runtime.engine.pixels import Frames, FramesFn
+from wanfast.runtime.engine.pixels import Frame, Frames, FramesFn
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import EXPERTS, Attention, Branch, Expert
-from wanfast.runtime.media import images
+from wanfast.runtime.media import earlier_video, images
 from wanfast.runtime.media.images import LoadedImage
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.attention_kernels import AttentionFn
@@ -170,7 +170,7 @@ class Session:
 
         The branches are "prompt" and "negative_prompt". n is the number of tokens of the branch's text.
         """
-        prompt, negative_prompt = config.video.prompt, config.video.negative_prompt
+        (prompt,), negative_prompt = config.video.prompts, config.video.negative_prompt
         self.encode((prompt, negative_prompt))
         return {"prompt": self._embeds[prompt], "negative_prompt": self._embeds[negative_prompt]}
 
@@ -190,9 +190,11 @@ class Session:
         on_step: StepFn = lambda done, expert: None,
         residuals: StepCache | None = None,
         on_frames: FramesFn = lambda frames: None,
+        start: Frame | None = None,
     ) -> Made:
-        """Makes the video of `job`; on the leader, the result contains the frames.
+        """Makes the video of `job`, a single clip; on the leader, the result contains the frames.
 
+        If the leader has a frame `start`, the clip starts from this frame instead of the job's image.
         `on_step(done, expert)` is called before and after each step, where `done` is the number of finished steps. The
         leader calls `on_frames` with a few frames at a time, while the next frames are decoded. `residuals` is the
         cache that decides which forwards are skipped; if it is None, the plan decides. Raises WanFastError, and
@@ -201,6 +203,8 @@ class Session:
         text = self.text_of(job.config)  # before the experts need the memory
         pipeline, ranks = self.load(), self.ranks
         plan, given = self.plan(job)
+        if start is not None:
+            given[0] = pixels.of_frame(start)
         config = plan.config
         compile_cache, compiled = (_warm_start(plan, ranks), compiled_anew()) if config.models.compile else (None, 0)
         hardware.reset_peak_memory(config.ranks.device)
@@ -428,9 +432,14 @@ def _warm_start(plan: Plan, ranks: Ranks) -> str | None:
 
 def _read_images(video: VideoConfig) -> Iterator[LoadedImage]:
     """Yields the given images. Raises ConfigError if one cannot be read, or is not the one that was planned."""
-    planned = {"--image": video.image_sha256, "--last-image": video.last_image_sha256}
+    planned = {
+        "--image": video.image_sha256,
+        earlier_video.OPTION: video.continue_from_sha256,
+        "--last-image": video.last_image_sha256,
+    }
     for option, path in video.images.items():
-        image = images.load_image(path, option)
+        is_video = option == earlier_video.OPTION
+        image = earlier_video.load_earlier(path) if is_video else images.load_image(path, option)
         if image.sha256 != planned[option]:
             raise ConfigError(f"{option} {path}: the file changed since the plan was made: run this command again")
         yield image

@@ -1,21 +1,26 @@
 """This module is the part of `wanfast generate` that runs on ranks.
 
-The ranks of a rank group make each video together, and the leader writes the video's .mp4 and .json.
+The ranks of a rank group make each video together, and the leader writes the video's .mp4 and .json. A video may have
+several clips. Each clip starts from the last frame of the clip before, as it was decoded, or of an earlier video.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from wanfast.runtime.engine.pixels import Frame, Frames, FramesFn
 from wanfast.runtime.engine.session import Made, Session, Sessions
 from wanfast.runtime.facts.choices import Expert
 from wanfast.runtime.jobs.loop import ProgressFn, Result, run_jobs
+from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import sidecar
-from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.plan import Job, Plan
 from wanfast.runtime.planning.share import Share
 from wanfast.runtime.store.artifacts import frames_file, writing_to
 from wanfast.runtime.store.atomic import atomic_paths
@@ -48,26 +53,91 @@ def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, 
 
     If the job has no output file, the leader writes the frames to the file `frames_of(index)` instead.
     """
+    output, video = job.config.output, job.config.video
+    with sidecar.Recording(output.paths, video.fps, overwrite=output.overwrite) as recording:
+        joined = _Joined(recording.add)
+        if video.continue_from:
+            session.ranks.lead(lambda: joined.add(earlier_frames(str(video.continue_from))))
+        made = [
+            _make_clip(clip, session, partial(progress, index), joined, words)
+            for clip, words in zip(job.clips(), _words(len(video.prompts)), strict=True)
+        ]
+        return session.ranks.lead(lambda: _write(_plan_of(job, made), made, joined, recording, frames_of(index)))
+
+
+def _words(num_clips: int) -> list[str]:
+    """Returns for each clip the words that stand before the names of its stages."""
+    return [f"clip {number} of {num_clips}, " for number in range(1, num_clips + 1)] if num_clips > 1 else [""]
+
+
+def _make_clip(
+    job: Job, session: Session, progress: Callable[[str, int, int], None], joined: _Joined, words: str
+) -> Made:
     steps = job.config.video.num_steps
-    progress(index, _FIRST_STAGE[len(job.config.video.images)], 0, steps)
+    progress(words + _FIRST_STAGE[len(job.config.video.images)], 0, steps)
 
     def on_step(done: int, expert: Expert) -> None:
-        progress(index, expert.replace("_", " "), done, steps)
+        progress(words + expert.replace("_", " "), done, steps)
 
-    output, fps = job.config.output, job.config.video.fps
-    with sidecar.Recording(output.paths, fps, overwrite=output.overwrite) as recording:
-        made = session.make(job, on_step, on_frames=recording.add)
-        return session.ranks.lead(lambda: _write(made, recording, frames_of(index)))
+    start = joined.begin_clip()
+    return session.make(job, on_step, on_frames=joined.add, start=start)
 
 
-def _write(made: Made, recording: sidecar.Recording, file: Path) -> Result:
-    assert made.frames is not None
-    plan, seconds = made.plan, made.facts["seconds"]
-    document = sidecar.with_seconds(sidecar.planned(plan), made.facts, seconds)
+class _Joined:
+    """Joins the frames of clips on the leader. The frame that a clip shares with what comes before is left out."""
+
+    def __init__(self, add: FramesFn) -> None:
+        self._add = add
+        self._pieces: list[Frames] = []
+        self._is_shared = False  # whether the next frame repeats the last one
+
+    def begin_clip(self) -> Frame | None:
+        """Returns the frame from which the next clip starts; None if nothing comes before, and on other ranks."""
+        self._is_shared = bool(self._pieces)
+        return self._pieces[-1][-1] if self._pieces else None
+
+    def add(self, frames: Frames) -> None:
+        """Adds the next frames [f, H, W, 3], which must not change later."""
+        frames, self._is_shared = frames[int(self._is_shared) :], False
+        if len(frames):
+            self._pieces.append(frames)
+            self._add(frames)
+
+    def whole(self) -> Frames:
+        """Returns all frames [F, H, W, 3]."""
+        return np.concatenate(self._pieces)
+
+
+def _plan_of(job: Job, made: list[Made]) -> Plan:
+    """Returns the plan of the whole video, which is that of its first clip except for the prompts."""
+    plan = made[0].plan
+    return dataclasses.replace(plan, config=plan.config.replace(prompt=job.config.video.prompt))
+
+
+def facts_of(made: list[Made]) -> dict[str, Any]:
+    """Returns the facts of the whole video: sums of the clips' seconds, and the largest memory and errors."""
+    facts, *_ = every = [clip.facts for clip in made]
+    stages = dict.fromkeys(stage for each in every for stage in each["seconds"])
+    checks = [each["attention_check"] for each in every if each["attention_check"]]
+    peaks = zip(*(each["peak_memory_bytes_by_rank"] for each in every), strict=True)
+    return facts | {
+        "seconds": {stage: sum(each["seconds"].get(stage, 0.0) for each in every) for stage in stages},
+        "attention_check": max(checks, key=lambda check: check["largest"] or 0.0, default=None),
+        "compiled_anew": sum(each["compiled_anew"] for each in every),
+        "peak_memory_bytes": max(each["peak_memory_bytes"] for each in every),
+        "peak_memory_bytes_by_rank": list(map(max, peaks)),
+    }
+
+
+def _write(plan: Plan, made: list[Made], joined: _Joined, recording: sidecar.Recording, file: Path) -> Result:
+    facts = facts_of(made)
+    document = sidecar.with_seconds(sidecar.planned(plan), facts, facts["seconds"])
+    frames = joined.whole() if plan.config.video.total_frames > plan.geometry.frames else made[0].frames
+    assert frames is not None
     if plan.outputs:
-        return recording.finish(made.frames, document)
+        return recording.finish(frames, document)
     with writing_to(Path(plan.config.models.artifacts_dir)):
         file.parent.mkdir(exist_ok=True)
     with atomic_paths(file, option="--artifacts-dir", synced=False) as (unfinished,), unfinished.open("wb") as stream:
-        np.save(stream, made.frames)
+        np.save(stream, frames)
     return document | {"frames": str(file)}

@@ -108,7 +108,7 @@ def _loaded(
 def _encode(session: Session, videos: list[VideoConfig]) -> None:
     """Encodes the texts of videos. If they are several, an error of one is left to its job, which encodes it again."""
     try:
-        session.encode(text for video in videos for text in (video.prompt, video.negative_prompt))
+        session.encode(text for video in videos for text in (*video.prompts, video.negative_prompt))
     except NotFiniteError as error:
         if len(videos) == 1 or not (error.is_agreed or session.ranks.size == 1):
             raise

@@ -89,7 +89,7 @@ def _read(index: Path, mtime_ns: int, size: int) -> Sequence[dict[str, Any]]:
 
 
 def forwards_in_turn(plan: dict[str, Any]) -> list[float]:
-    """Reads a plan's JSON and returns how many forwards of each step run one after the other.
+    """Reads a plan's JSON and returns how many forwards of each step run one after the other, clip after clip.
 
     With cfg parallelism, the two branches of guidance run at the same time on different ranks. If the ranks regroup,
     twice as many ranks compute a forward without guidance, so it counts as half a forward.
@@ -98,10 +98,12 @@ def forwards_in_turn(plan: dict[str, Any]) -> list[float]:
     skips = _skips(plan["magcache"]) if plan.get("magcache") else [(False, False)] * len(guided)
     combine = max if plan["mesh"]["cfg"] == 2 else sum
     unguided = plan["mesh"]["ulysses"] / plan["unguided_mesh"]["ulysses"] if plan.get("unguided_mesh") else 1
-    return [
+    of_a_clip: list[float] = [
         combine((not prompt, both and not negative_prompt)) * (1 if both else unguided)
         for both, (prompt, negative_prompt) in zip(guided, skips, strict=True)
     ]
+    num_clips: int = plan.get("clips", 1)  # older runs have one
+    return of_a_clip * num_clips
 
 
 def _skips(magcache: dict[str, Any]) -> list[tuple[bool, bool]]:

@@ -31,7 +31,9 @@ from wanfast.runtime.facts.sparsity import BLOCK, Sparsity
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.media import images, video_file
+from wanfast.runtime.media.earlier_video import load_earlier
 from wanfast.runtime.media.tokenizer import PromptTokenizer, clean_prompt
+from wanfast.runtime.planning.prompt_extension import extended
 from wanfast.runtime.sampling.guidance import gate_steps, guided_steps
 from wanfast.runtime.sampling.magcache import (
     MagCacheSettings,
@@ -96,7 +98,9 @@ class Plan:
         return cls(
             config=config,
             spec=spec,
-            geometry=geometry_of(spec, video.fit, parse_size(video.size), video.frames, image_size),
+            geometry=geometry_of(
+                spec, "crop" if video.continue_from else video.fit, parse_size(video.size), video.frames, image_size
+            ),
             levels=levels,
             schedule=solve(video.solver, levels, experts.count("high_noise")),
             experts=experts,
@@ -123,6 +127,13 @@ class Plan:
     @property
     def guidance(self) -> dict[Expert, float]:
         return {"high_noise": self.config.video.guidance_high_noise, "low_noise": self.config.video.guidance_low_noise}
+
+    @property
+    def joining_bytes(self) -> int:
+        """Returns the bytes of host memory in which the leader joins clips: their frames, and those of the file."""
+        video = self.config.video
+        is_joined = video.continue_from or len(video.prompts) > 1
+        return 2 * video.total_frames * self.geometry.height * self.geometry.width * 3 if is_joined else 0
 
     @property
     def timesteps(self) -> dict[Expert, list[int]]:
@@ -319,6 +330,7 @@ class Plan:
             "overridden": overridden(config.options()),
             "model": self.spec.name,
             "images": config.video.images,
+            "written_prompts": list(config.video.written_prompts),
             "experts": [
                 {"option": named.flag, "path": str(named.path), "form": named.header().form, "sha256": sha256}
                 for named, sha256 in zip(named_experts(config.models), config.models.expert_sha256, strict=True)
@@ -330,8 +342,12 @@ class Plan:
             "width": g.width,
             "height": g.height,
             "frames": g.frames,
+            "clips": len(config.video.prompts),
+            "continued_frames": config.video.continue_from_frames,
+            "total_frames": config.video.total_frames,
+            "joining_bytes": self.joining_bytes,
             "fps": config.video.fps,
-            "duration_s": round(g.frames / config.video.fps, 3),
+            "duration_s": round(config.video.total_frames / config.video.fps, 3),
             "latent": [g.latent_frames, g.latent_height, g.latent_width],
             "tokens": g.tokens,
             "solver": config.video.solver,
@@ -397,6 +413,11 @@ class Job:
     placement: str = ""
     image_size: tuple[int, int] = (0, 0)  # (width, height) for a warmup, which reads no image
 
+    def clips(self) -> list[Job]:
+        """Returns a job for each clip of the video, in order."""
+        configs = [dataclasses.replace(self.config, video=video) for video in self.config.video.clips()]
+        return [dataclasses.replace(self, config=config) for config in configs]
+
     def to_json(self) -> dict[str, Any]:
         return {
             "requested": self.requested,
@@ -436,12 +457,17 @@ def resolve(
     asked = EffectiveConfig.of(given, A14B)  # refuses values that are wrong for every model
     files = files or model_files.locate_for(asked.models)
     spec = files.spec
-    if not clean_prompt(asked.video.prompt):
+    if not all(map(clean_prompt, asked.video.prompts)):
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
     check_images(asked, spec)
     require_distilled(asked.models, spec, files.root)
+    earlier = _earlier_facts(asked.video.continue_from) if asked.video.continue_from else None
     image, last = (_image_facts(asked.video.images.get(option), option) for option in ("--image", "--last-image"))
-    config = effective(given, files, image.sha256, last.sha256)
+    image = earlier or image
+    new_prompts = _extended_prompts(asked.video)
+    config = effective({**given, **new_prompts}, files, image.sha256, last.sha256, earlier)
+    if new_prompts:
+        config = config.replace(written_prompts=asked.video.prompts)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files), densities=densities_of(config, files))
     if writes:
         _check_outputs(plan, overwrite=config.output.overwrite or not runs)
@@ -450,7 +476,7 @@ def resolve(
     notes = (
         *image.notes, *_geometry_notes(plan, image), *_last_image_notes(plan, last), *_prompt_notes(plan, files),
         *magcache_notes(config, files), *expert_notes(config.models), *lora_notes(config.models),
-        *_sparsity_notes(plan), *_output_notes(plan),
+        *_sparsity_notes(plan), *_clip_notes(config.video), *_extension_notes(config.video), *_output_notes(plan),
     )  # fmt: skip
     notes = (*notes, spec.weights_note) if spec.weights_note else notes
     return dataclasses.replace(plan, requested=given, notes=notes), files
@@ -466,7 +492,12 @@ def check_images(config: EffectiveConfig, spec: ModelSpec) -> None:
             raise ConfigError(
                 f"--recipe {recipe} is for models that start from an image: use another recipe or --model"
             )
-    elif not video.image:
+        if len(video.prompts) > 1:
+            raise ConfigError(
+                f"--prompt is given {len(video.prompts)} times, but {spec.name} makes videos from text alone, so no "
+                "clip can start from another one's frame: give --prompt once, or use --model a14b"
+            )
+    elif not (video.image or video.continue_from):
         raise ConfigError("--image is missing: give the image that the video starts from")
     if num_images > len(video.images):
         raise ConfigError(
@@ -497,18 +528,36 @@ def _image_facts(path: str | None, option: str) -> _ImageFacts:
     return _ImageFacts(image.sha256, image.size, image.notes)
 
 
+@dataclass(frozen=True)
+class _EarlierFacts(_ImageFacts):
+    num_frames: int
+    fps: int
+
+
+@remembered
+def _earlier_facts(path: str) -> _EarlierFacts:
+    """Returns what a plan needs of the video that it continues."""
+    video = load_earlier(path)
+    return _EarlierFacts(video.sha256, video.size, video.notes, video.num_frames, video.fps)
+
+
 @remembered
 def _tokenizer(file: Path, max_tokens: int) -> PromptTokenizer:
     return PromptTokenizer(file, max_tokens)
 
 
 def effective(
-    given: Options, files: ModelFiles, image_sha256: str = "", last_image_sha256: str = ""
+    given: Options,
+    files: ModelFiles,
+    image_sha256: str = "",
+    last_image_sha256: str = "",
+    earlier: _EarlierFacts | None = None,
 ) -> EffectiveConfig:
     """Completes the given options with the model's defaults; `place` decides the ranks later. Raises ConfigError."""
     device = given.get("device") or default_device()
     answers: dict[str, Any] = {"device": device, "seed": secrets.randbelow(2**31)}
-    answers |= {"image_sha256": image_sha256, "last_image_sha256": last_image_sha256}
+    answers |= {"last_image_sha256": last_image_sha256}
+    answers |= _continuing(given, earlier) if earlier else {"image_sha256": image_sha256}
     given = {**given, "num_gpus": _num_gpus(given.get("num_gpus", 1), device, asked="device" in given)}
     config = EffectiveConfig.of(given, files.spec, **answers)
     config = config.replace(**own_loras(config.models, files.root))
@@ -521,6 +570,28 @@ def effective(
     if models.tf32 and device == "cpu":
         raise NeedsGpuError("--tf32 needs a GPU: drop --tf32, or use --device cuda")
     return attention_plans.settle(settle(config, files), files)
+
+
+def _continuing(given: Options, earlier: _EarlierFacts) -> dict[str, Any]:
+    """Returns the answers that follow from the earlier video. Raises ConfigError if a given option says otherwise."""
+    width, height = earlier.size
+    size, fps, fit = given.get("size"), given.get("fps") or earlier.fps, given.get("fit") or VideoConfig.fit
+    if size is not None and parse_size(size) != earlier.size:
+        raise ConfigError(
+            f"--size {size}: the video of --continue-from has {width}x{height} pixels, and so has its continuation: "
+            f"use --size {width}x{height}, or drop --size"
+        )
+    if fps != earlier.fps:
+        raise ConfigError(
+            f"--fps {fps}: the video of --continue-from has {earlier.fps} frames per second, and so has its "
+            f"continuation: use --fps {earlier.fps}, or drop --fps"
+        )
+    if fit != VideoConfig.fit and not given.get("last_image"):
+        raise ConfigError(
+            f"--fit {fit}: --continue-from gives no image that must be fitted: drop --fit, or add --last-image"
+        )
+    facts = {"continue_from_sha256": earlier.sha256, "continue_from_frames": earlier.num_frames}
+    return {"size": f"{width}x{height}", "fps": earlier.fps, **facts}
 
 
 def model_of(given: Options) -> ModelFiles:
@@ -569,8 +640,8 @@ def default_device() -> Device:
 
 def _check_outputs(plan: Plan, *, overwrite: bool) -> None:
     """Raises ConfigError if a file cannot be written."""
-    g = plan.geometry
-    needed_bytes = (1 << 20) + int(g.width * g.height * g.frames * _MP4_BYTES_PER_PIXEL)
+    g, num_frames = plan.geometry, plan.config.video.total_frames
+    needed_bytes = (1 << 20) + int(g.width * g.height * num_frames * _MP4_BYTES_PER_PIXEL)
     output = str(plan.config.output.output)
     video_file.check_outputs(output, *plan.outputs[1:], overwrite=overwrite, needed_bytes=needed_bytes)
 
@@ -587,6 +658,32 @@ def _sparsity_notes(plan: Plan) -> list[str]:
         kept = f"each list must have {sparsity.first_blocks + 1} of them (the first frame's and one more)"
         return [f"{blocks}, and {kept}: the density is {sparsity.density:.2f}, not {asked:g}"]
     return []
+
+
+def _extended_prompts(video: VideoConfig) -> dict[str, Any]:
+    """Returns {"prompt": the prompts that --extend-prompt gives}; nothing without this option. Raises ConfigError.
+
+    The program gets the image of the first clip only, because the other clips start from frames that do not exist yet.
+    """
+    command, image = video.extend_prompt, next(iter(video.images.values()), None)
+    if command is None:
+        return {}
+    first, *others = video.prompts
+    return {"prompt": [extended(command, first, image), *(extended(command, other, None) for other in others)]}
+
+
+def _extension_notes(video: VideoConfig) -> list[str]:
+    return [f"--extend-prompt: the prompt is {text!r:.300}" for text in video.prompts if video.extend_prompt]
+
+
+def _clip_notes(video: VideoConfig) -> list[str]:
+    """Returns a note on the limits of clips that start from the last frame of the one before."""
+    if not video.continue_from and len(video.prompts) == 1:
+        return []
+    return [
+        "a clip knows only the last frame of what comes before: motion may change at each seam, and colours may drift "
+        "from clip to clip"
+    ]
 
 
 def _output_notes(plan: Plan) -> list[str]:
@@ -656,10 +753,8 @@ def _prompt_notes(plan: Plan, files: ModelFiles) -> list[str]:
         return ["the weights are missing, so the prompt's tokens were not counted"]
     tokenizer = _tokenizer(files.tokenizer, plan.spec.dit.text_len)
     notes = []
-    for option, text in (
-        ("--prompt", plan.config.video.prompt),
-        ("--negative-prompt", plan.config.video.negative_prompt),
-    ):
+    prompts = [("--prompt", prompt) for prompt in plan.config.video.prompts]
+    for option, text in (*prompts, ("--negative-prompt", plan.config.video.negative_prompt)):
         tokens = tokenizer.encode(text)
         if tokens.truncated:
             notes.append(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,13 @@ from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
 _FEW_LINES = 5  # more bad lines than these are reported together, if no line is good
 # The options that are the same for all lines of a list, because one mesh makes all of them.
 _EXPERTS = [f"{expert}_expert" for expert in EXPERTS]
-_LORAS = [name for name, option in OPTIONS.items() if option.is_repeatable]
+_LORAS = [name for name, option in OPTIONS.items() if option.is_repeatable and option.option.path]
 _DENSITIES = {"density", "attention_plan"}  # at most one of them may be given
+_SOURCES = {  # of a video, with the words by which an error names them
+    "image": "image",
+    "last_image": "last image",
+    "continue_from": "continued video",
+}
 _LAUNCH_OPTIONS = [name for name in options_of(RanksConfig) if name != "device"]
 
 
@@ -47,8 +52,8 @@ class Request:
     options: dict[str, Any]
     line: int | None = None  # its number in the jobs file
     sources: tuple[Path, ...] = ()  # files that the options came from; never overwritten
-    image_sha256: str | None = None  # the image that --from needs
-    last_image_sha256: str | None = None  # the last image that --from needs
+    written: tuple[str, ...] = ()  # the prompts that the run of --from extended
+    sha256: dict[str, str] = field(default_factory=dict)  # of the images that --from needs, by their option
     weights: dict[str, str] | None = None  # fingerprints of the weights of the run that --from names
     expert_sha256: tuple[str, ...] | None = None  # of the experts that options of that run name
     lora_sha256: tuple[str, ...] | None = None  # of the LoRAs of that run
@@ -134,12 +139,14 @@ def _plan(
         if output.skip_existing and all(path.exists() for path in output.paths):
             return Planned(request, existing=output.paths)
         plan, files = resolve(request.options, runs=needs_weights)
+        if request.written:
+            plan = dataclasses.replace(plan, config=plan.config.replace(written_prompts=request.written))
         (separate,) = place([plan], must_fit=needs_weights)  # `plan_requests` places all lines together
         check_skips(separate)
         for path in (path.resolve() for path in plan.outputs):
             if path in taken:
                 raise ConfigError(f"--output: line {taken[path]} writes {path} too: name another file")
-        _refuse_other_images(request, plan)
+        _refuse_other_sources(request, plan)
         if request.expert_sha256 not in (None, plan.config.models.expert_sha256):
             raise ConfigError(
                 "--from: the file of an expert differs from the earlier run: restore the earlier file, or give "
@@ -165,15 +172,14 @@ def _plan(
         return Planned(request, error=error)
 
 
-def _refuse_other_images(request: Request, plan: Plan) -> None:
-    """Raises ConfigError if an image that --from names has other content than in the earlier run."""
+def _refuse_other_sources(request: Request, plan: Plan) -> None:
+    """Raises ConfigError if an image or video that --from names has other content than in the earlier run."""
     video = plan.config.video
-    for name, wanted in (("image", request.image_sha256), ("last_image", request.last_image_sha256)):
-        if wanted not in (None, getattr(video, f"{name}_sha256")):
-            words = name.replace("_", " ")
+    for name, wanted in request.sha256.items():
+        if wanted != getattr(video, f"{name}_sha256"):
             raise ConfigError(
-                f"--from: {getattr(video, name)} is not the {words} of the earlier run: restore that image, or give "
-                f"{flag(name)}"
+                f"--from: {getattr(video, name)} is not the {_SOURCES[name]} of the earlier run: restore that file, or "
+                f"give {flag(name)}"
             )
 
 
@@ -244,8 +250,8 @@ def read_requests(
         earlier,
         options={**earlier.options, **typed},
         sources=tuple(file for file in (prompt_file, jobs_file) if file is not None),
-        image_sha256=None if "image" in typed else earlier.image_sha256,
-        last_image_sha256=None if "last_image" in typed else earlier.last_image_sha256,
+        written=() if typed.keys() & {"prompt", "extend_prompt"} else earlier.written,
+        sha256={name: sha256 for name, sha256 in earlier.sha256.items() if name in earlier.options.keys() - typed},
         weights=None if {"model", *_EXPERTS} & typed.keys() else earlier.weights,
         expert_sha256=None if {*_EXPERTS} & typed.keys() else earlier.expert_sha256,
         lora_sha256=None if {*_LORAS} & typed.keys() else earlier.lora_sha256,
@@ -289,10 +295,12 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
         if not field.option.of_this_run and (same_ranks or not field.option.of_these_ranks)
     }
     options = {name: value for name, value in effective.options().items() if name in reused}
+    if "extend_prompt" in typed and effective.video.written_prompts:
+        options["prompt"] = effective.video.written_prompts
     return Request(
         _without_overridden(options, with_recipe(typed)),
-        image_sha256=effective.video.image_sha256,
-        last_image_sha256=effective.video.last_image_sha256,
+        written=effective.video.written_prompts,
+        sha256={name: sha256 for name in _SOURCES if (sha256 := getattr(effective.video, f"{name}_sha256"))},
         weights=weights,
         expert_sha256=effective.models.expert_sha256,
         lora_sha256=effective.models.lora_sha256,
@@ -303,7 +311,7 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
 def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
     """Removes the options that the `nearer` source overrides: those that it has, and those that conflict with them.
 
-    Only options of skips, schedules and lossy attention can conflict.
+    Only options of skips, schedules, lossy attention and the start of the video can conflict.
     """
     skipping = options_of(SkippingConfig)
     amounts = {name for name, field in skipping.items() if field.option.choice}
@@ -312,6 +320,10 @@ def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict
         gone |= {"sigmas", "switch_step"}
     if "sigmas" in nearer or has_levels(nearer.get("recipe")):
         gone |= {*OF_GRID, "sigmas", "switch_step"}
+    if nearer.keys() & {"image", "continue_from"}:
+        gone |= {"image", "continue_from"}
+    if "continue_from" in nearer:
+        gone |= {"size", "fps"}
     if "magcache" in nearer:
         gone |= skipping.keys() - {"magcache"}
     if "attention" in nearer:
@@ -357,7 +369,7 @@ def _read_line(line: str, folder: Path, base: Request) -> dict[str, Any]:
     own = {name: value for name, value in own.items() if value is not None}
     if other := [name for name in _LAUNCH_OPTIONS if name in own and own[name] != base.options.get(name)]:
         raise _shared_by_all(other[0])
-    for name in own.keys() & {"image", "last_image", *_EXPERTS}:
+    for name in own.keys() & {*_SOURCES, *_EXPERTS}:
         if isinstance(path := own[name], str) and path and not path.startswith("~"):
             own[name] = str(folder / path)
     for name in own.keys() & _LORAS:

@@ -55,7 +55,8 @@ def moved(document: dict[str, Any], output: OutputConfig, video: VideoConfig | N
     effective, plan = document["effective"] | {"output": dataclasses.asdict(output)}, document["plan"]
     if video is not None:
         plan |= {"images": video.images}
-        effective |= {"video": effective["video"] | {"image": video.image, "last_image": video.last_image}}
+        names = ("image", "continue_from", "last_image")
+        effective |= {"video": effective["video"] | {name: getattr(video, name) for name in names}}
     plan |= {"outputs": [str(path) for path in output.paths]}
     return document | {"output": output.output, "effective": effective, "plan": plan}
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 ProgressFn = Callable[[str, int, int], None]  # (stage, steps done, of all steps)
 
 _WORKER = "wanfast.runtime.jobs.generate"
-_LORAS = {name for name, option in OPTIONS.items() if option.is_repeatable}
+_LORAS = {name for name, option in OPTIONS.items() if option.is_repeatable and option.option.path}
 OF_HANDLE = {*options_of(ModelsConfig), *options_of(RanksConfig)} - _LORAS
 # `open` accepts these too: size and frames of the largest video, and the LoRAs of videos that name no others.
 _OF_A_VIDEO = {"frames", "size", *_LORAS}
@@ -84,12 +84,12 @@ class Video:
         sidecar.write_video(self.frames, sidecar.moved(self.document, output), outputs, overwrite=overwrite)
 
     def _check_outputs(self, outputs: tuple[Path, ...], *, overwrite: bool) -> None:
-        """Raises ConfigError for a file that exists, and for an image that the video is made from."""
+        """Raises ConfigError for a file that exists, and for an image or a video that the video is made from."""
         video = self.document["effective"]["video"]
-        images = {Path(video[name]).resolve() for name in ("image", "last_image") if video[name]}
+        sources = {Path(video[name]).resolve() for name in ("image", "continue_from", "last_image") if video[name]}
         for target in outputs:
-            if target.resolve() in images:
-                raise ConfigError(f"save: {target} is an image that this video is made from: choose another name")
+            if target.resolve() in sources:
+                raise ConfigError(f"save: {target} is a file that this video is made from: choose another name")
             if target.exists() and not overwrite:
                 raise ConfigError(f"{target} exists: choose another name, or save with overwrite=True")
 
@@ -151,7 +151,10 @@ class Opened:
             fits = ", ".join(name for name in RECIPES if self.has_models_of(name)) or "none"
             raise ConfigError(f"--recipe {recipe}: the loaded models are not those of this recipe; they fit: {fits}")
         _refuse(options, options.keys() & options_of(OutputConfig).keys(), "the output file", "Video.save")
-        plan, _ = resolve({**self.options, **options}, writes=False, files=self.files)
+        own = {
+            name: value for name, value in self.options.items() if name != "size" or not options.get("continue_from")
+        }
+        plan, _ = resolve({**own, **options}, writes=False, files=self.files)
         if plan.config.models != self.placed.config.models:  # other LoRAs need other quantized experts
             require_experts(self.files, plan.config.models, self.required)
         plan = dataclasses.replace(plan, requested={**self.asked, **options})

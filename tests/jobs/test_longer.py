@@ -1,0 +1,185 @@
+"""Tests videos of several clips, and videos that continue an earlier one, with the tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import wanfast as api
+from tests.conftest import Outcome
+from tests.media.test_earlier_video import write
+from wanfast.runtime.engine import session as session_module
+from wanfast.runtime.jobs.generate import facts_of
+from wanfast.runtime.media.earlier_video import earlier_frames
+from wanfast.runtime.planning import past_runs
+
+Wanfast = Callable[..., Outcome]
+SHAPE = ("generate", "--model", "tiny", "--device", "cpu", "--frames", "5", "--steps", "2", "--seed", "1")
+TWO = (*SHAPE, "--size", "64x64", "--image", "cat.png", "--prompt", "a cat", "--prompt", "a dog")
+MORE = (*SHAPE, "--continue-from", "old.mp4", "--prompt", "a dog", "--output", "new.mp4")
+
+
+@pytest.fixture
+def old() -> Path:
+    """Writes the video that is continued: six different frames of 64x48 pixels, 12 a second."""
+    return write(Path("old.mp4"), 64, 48, num_frames=6, fps=12)
+
+
+def test_each_clip_starts_from_the_last_frame_of_the_one_before(forked: None, workdir: Path, old: Path) -> None:
+    """Two clips are those that are made one by one, from the last frame as a lossless image; so is a continuation."""
+    shape: dict[str, Any] = {"frames": 5, "steps": 2}
+
+    def single(frame: np.ndarray, prompt: str, seed: int) -> np.ndarray:
+        Image.fromarray(frame).save("start.png")
+        exact = {"size": f"{frame.shape[1]}x{frame.shape[0]}", "fit": "crop"}
+        return handle.make(image="start.png", prompt=prompt, seed=seed, **exact, **shape).frames
+
+    with api.open(model="tiny", device="cpu", num_gpus=2, size="64x64", frames=5) as handle:
+        first = handle.make(image="cat.png", prompt="a cat", seed=1, **shape).frames
+        second = single(first[-1], "a dog", 2)
+        two = handle.make(image="cat.png", prompt=["a cat", "a dog"], seed=1, **shape)
+        assert (two.frames == np.concatenate([first, second[1:]])).all()
+
+        before = earlier_frames("old.mp4")
+        after = single(before[-1], "a dog", 3)
+        last = single(after[-1], "a cat", 4)
+        more = handle.make(continue_from=old, prompt=["a dog", "a cat"], seed=3, **shape)
+        assert (more.frames == np.concatenate([before, after[1:], last[1:]])).all()
+    assert (more.plan["clips"], more.plan["frames"], more.plan["total_frames"]) == (2, 5, 14) and more.plan["fps"] == 12
+    assert two.document["effective"]["video"]["prompt"] == ["a cat", "a dog"] and two.plan["seed"] == 1
+
+
+def test_a_run_of_several_clips_loads_the_models_once_and_is_repeated(
+    wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[int] = []
+    load_models = session_module.load_models
+    monkeypatch.setattr(session_module, "load_models", lambda *args: loads.append(1) or load_models(*args))
+    made = wanfast(*TWO, "--json", "--contact-sheet").document
+    assert len(loads) == 1
+    frames = earlier_frames("out.mp4")
+    assert len(frames) == made["plan"]["total_frames"] == 9 and Path("out.png").exists()
+    assert made["plan"]["duration_s"] == round(9 / 16, 3)
+    again = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--json").document
+    assert again["output_sha256"] == made["output_sha256"]
+    one = wanfast(*TWO[:-2], "--output", "one.mp4", "--json").document
+    assert made["seconds"]["denoise"] > made["first_step_s"] and one["effective"]["video"]["prompt"] == "a cat"
+    assert (earlier_frames("one.mp4")[0] == frames[0]).all()
+
+
+def test_a_continuation_holds_the_old_video_and_from_repeats_it(wanfast: Wanfast, workdir: Path, old: Path) -> None:
+    before = earlier_frames("old.mp4")
+    made = wanfast(*MORE, "--json").document
+    frames = earlier_frames("new.mp4")
+    assert len(frames) == 10 and np.abs(frames[:6].astype(int) - before).mean() < 3
+    video = made["effective"]["video"]
+    assert (video["size"], video["fps"], video["continue_from_frames"]) == ("64x48", 12, 6)
+    assert video["continue_from"] == str(workdir / "old.mp4") and len(video["continue_from_sha256"]) == 64
+    assert made["plan"]["images"] == {"--continue-from": str(workdir / "old.mp4")}
+    repeat = ("generate", "--from", "new.json", "--output", "again.mp4", "--json")
+    assert wanfast(*repeat).document["output_sha256"] == made["output_sha256"]
+
+    write(old, 64, 48, num_frames=5, fps=12)
+    refused = wanfast(*repeat, "--overwrite")
+    assert refused.exit_code == 2 and len(refused.err.splitlines()) == 1
+    assert "old.mp4 is not the continued video of the earlier run: restore that file, or give --cont" in refused.err
+    assert wanfast(*repeat, "--dry-run", "--continue-from", "old.mp4").document["plan"]["total_frames"] == 9
+    write(Path("large.mp4"), 96, 64, num_frames=2, fps=16)
+    other = wanfast(*repeat, "--dry-run", "--continue-from", "large.mp4").document["plan"]
+    assert (other["width"], other["height"], other["fps"]) == (96, 64, 16)
+    image = wanfast(*repeat, "--dry-run", "--image", "cat.png").document["plan"]
+    assert (image["images"], image["total_frames"]) == ({"--image": str(workdir / "cat.png")}, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--size", "64x64"], "--size 64x64: the video of --continue-from has 64x48 pixels, and so has its continuat"),
+        (["--fps", "16"], "--fps 16: the video of --continue-from has 12 frames per second, and so has its continuat"),
+        (["--fit", "pad"], "--fit pad: --continue-from gives no image that must be fitted: drop --fit"),
+        (["--image", "cat.png"], "--image and --continue-from both say where the video starts: drop one of the two"),
+        (["--continue-from", ""], "--continue-from : has an empty value: name an mp4 file"),
+        (["--frames", "1"], "--continue-from: a clip shares its first frame with what comes before"),
+        (["--output", "old.mp4", "--overwrite"], "old.mp4 would overwrite a file that a video is made from"),
+        (["--prompt", " "], "--prompt has no words"),
+        (["--prompt", ""], "--prompt is missing"),
+        (["--prompt", "x", "--last-image", "cat.png"], "--prompt is given 2 times, but --last-image is for a single c"),
+        (["--prompt", "x", "--seed", "4294967295"], "--prompt is given 2 times, and each clip has the next seed, up "),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_one_line(wanfast: Wanfast, old: Path, options: list[str], words: str) -> None:
+    outcome = wanfast(*MORE, *options, "--dry-run")
+    assert outcome.exit_code == 2 and words in outcome.err.replace(f"{Path.cwd()}/", ""), outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_the_size_is_exactly_that_of_the_earlier_video(wanfast: Wanfast) -> None:
+    """For an image of this size, --size 832x480 gives a video of 832x464."""
+    write(Path("old.mp4"), 832, 480, num_frames=1)
+    plan = wanfast(*MORE, "--dry-run", "--json").document["plan"]
+    assert (plan["width"], plan["height"]) == (832, 480)
+
+
+def test_the_facts_of_clips_are_summed_or_the_largest() -> None:
+    def clip(seconds: dict[str, float], peaks: list[int], anew: int, check: dict[str, float] | None) -> Any:
+        memory = {"peak_memory_bytes": max(peaks), "peak_memory_bytes_by_rank": peaks}
+        facts = {"seconds": seconds, "compiled_anew": anew, "attention_check": check, "first_step_s": anew + 1}
+        return SimpleNamespace(facts={**facts, **memory})
+
+    first = clip({"load": 4.0, "decode": 1.0}, [5, 2], 3, {"largest": 0.1})
+    found = facts_of([first, clip({"decode": 2.0, "text": 0.5}, [4, 3], 1, {"largest": 0.2})])
+    assert found["seconds"] == {"load": 4.0, "decode": 3.0, "text": 0.5}
+    assert (found["peak_memory_bytes"], found["peak_memory_bytes_by_rank"]) == (5, [5, 3])
+    assert (found["compiled_anew"], found["attention_check"], found["first_step_s"]) == (4, {"largest": 0.2}, 4)
+    assert facts_of([clip({"load": 4.0}, [5], 0, None)])["attention_check"] is None
+
+
+def test_values_that_the_earlier_video_has_are_taken(wanfast: Wanfast, old: Path) -> None:
+    outcome = wanfast(*MORE, "--size", "64x48", "--fps", "12", "--fit", "pad", "--last-image", "cat.png", "--dry-run")
+    assert outcome.exit_code == 0, outcome.err
+
+
+def test_a_model_of_text_alone_has_no_clip_to_continue(wanfast: Wanfast, small_text_model: Path, old: Path) -> None:
+    of_text = ("generate", "--model", str(small_text_model), "--device", "cpu", "--prompt", "a", "--dry-run")
+    several, more = wanfast(*of_text, "--prompt", "b"), wanfast(*of_text, "--continue-from", "old.mp4")
+    assert several.exit_code == more.exit_code == 2
+    assert "--prompt is given 2 times, but small text makes videos from text alone" in several.err
+    assert "--continue-from: small text makes videos from text alone: drop --continue-from" in more.err
+
+
+def test_the_plan_says_clips_memory_time_and_limits(
+    wanfast: Wanfast, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = (*MORE, "--prompt", "a cat", "--dry-run")
+    rows = [" ".join(line.replace("│", "").split()) for line in wanfast(*two).out.splitlines()]
+    assert "video 64x48, 14 frames at 12 fps (1.167 s)" in rows
+    row = next(row for row in rows if row.startswith("clips "))
+    assert row.startswith("clips 6 frames of old.mp4, then 2 of 5 frames, seeds 1 to 2; a frame that two share is wri")
+    assert row.endswith("; 258.0 kB of host memory to join them")
+    outcome = wanfast(*two)
+    assert "note: a clip knows only the last frame of what comes before: motion may change at each seam" in outcome.err
+    entry = {"seconds_a_forward": 2.0, "machine": "cpu"}
+    plan = wanfast(*two, "--json").document["plan"]
+    known = entry | {name: plan[name] for name in (*past_runs._ALIKE, "attention", *past_runs._OF_ATTENTION)}
+    monkeypatch.setattr(past_runs, "_entries", lambda index: [known])
+    assert wanfast(*two, "--json").document["predicted_s"] == 2.0 * 2 * plan["forwards"]
+
+
+def test_a_line_of_a_list_names_several_prompts_and_its_video(wanfast: Wanfast, workdir: Path, old: Path) -> None:
+    (workdir / "videos").mkdir()
+    shutil.move(old, "videos/old.mp4")
+    line = {"continue_from": "old.mp4", "prompt": ["a", "b", "c"]}
+    Path("videos/jobs.jsonl").write_text(json.dumps(line) + '\n{"image": "../cat.png", "prompt": "a"}')
+    found, other = wanfast(*MORE, "--jobs", "videos/jobs.jsonl", "--dry-run", "--json").document["results"]
+    assert found["plan"]["images"] == {"--continue-from": str(workdir / "videos/old.mp4")}
+    assert (found["plan"]["clips"], found["plan"]["total_frames"]) == (3, 6 + 3 * 4)
+    assert list(other["plan"]["images"]) == ["--image"]

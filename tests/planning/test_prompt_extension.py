@@ -1,0 +1,91 @@
+"""Tests `--extend-prompt`: what the program gets, what is taken, what is refused, and what `--from` repeats."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Outcome
+from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.planning import prompt_extension
+from wanfast.runtime.planning.prompt_extension import extended
+
+Wanfast = Callable[..., Outcome]
+MAKE = ("generate", "--model", "tiny", "--device", "cpu", "--size", "64x64", "--frames", "5", "--steps", "1", "--json")
+GIVEN = ("--image", "cat.png", "--prompt", "a cat")
+
+
+@pytest.fixture
+def program(workdir: Path) -> str:
+    """Writes a program that extends a prompt by its argument and the name of the image, and counts its runs."""
+    lines = (
+        "import os, pathlib, sys",
+        "open('runs', 'a').write('x')",
+        "image = pathlib.Path(os.environ.get('WANFAST_IMAGE', 'none'))",
+        "print(sys.stdin.read() + sys.argv[1], image.name, image.is_absolute(), '\\n')",
+    )
+    Path("my extend.py").write_text("\n".join(lines))
+    return f"{sys.executable} 'my extend.py' ', $(HOME);'"
+
+
+def test_both_prompts_are_stored_and_from_runs_no_program(wanfast: Wanfast, workdir: Path, program: str) -> None:
+    first = wanfast(*MAKE, *GIVEN, "--extend-prompt", program)
+    assert first.exit_code == 0, first.err
+    new = "a cat, $(HOME); cat.png True"
+    assert f"note: --extend-prompt: the prompt is '{new}'" in first.err
+    made, runs = first.document, Path("runs")
+    assert made["effective"]["video"]["prompt"] == new and made["plan"]["written_prompts"] == ["a cat"]
+    again = wanfast(*MAKE[:1], "--from", "out.json", "--output", "again.mp4", "--json").document
+    assert again["output_sha256"] == made["output_sha256"] and runs.read_text() == "x"
+    assert again["plan"]["written_prompts"] == ["a cat"] and again["effective"]["video"]["extend_prompt"] is None
+
+    dry = ("generate", "--from", "again.json", "--dry-run", "--json")
+    anew = wanfast(*dry, "--extend-prompt", program).document
+    assert anew["effective"]["video"]["prompt"] == new and runs.read_text() == "xx"
+    other = wanfast(*dry, "--prompt", "a dog").document
+    assert other["effective"]["video"]["prompt"] == "a dog" and other["plan"]["written_prompts"] == []
+
+
+def test_only_the_first_clip_has_an_image(wanfast: Wanfast, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANFAST_IMAGE", "/of/another/program.png")
+    made = wanfast(*MAKE, *GIVEN, "--prompt", "a dog", "--extend-prompt", program, "--dry-run").document
+    assert made["effective"]["video"]["prompt"] == ["a cat, $(HOME); cat.png True", "a dog, $(HOME); none False"]
+    assert made["plan"]["written_prompts"] == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("print(' ')", "printed nothing: print the new prompt on stdout"),
+        ("import os; os.write(1, bytes([1]))", "printed nothing"),
+        ("print('a\\nb')", "printed 2 lines: print only the new prompt, on one line"),
+        ("print('a' * 5001)", "printed 5001 characters: print at most 5000"),
+        ("import os; os.write(1, bytes([255]))", "printed what is not UTF-8 text"),
+        ("import sys; sys.exit('one\\n\\ntwo')", "ended with code 1 (two): correct the program, or drop --ext"),
+        ("raise SystemExit(3)", "ended with code 3 (nothing on stderr): correct the program"),
+        ("import time; time.sleep(60)", "did not end within 0.5 s: use a faster program, or drop --extend-prompt"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(code: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "sleep" in code:
+        monkeypatch.setattr(prompt_extension, "TIMEOUT_S", 0.5)
+    with pytest.raises(ConfigError) as refused:
+        extended(f'{sys.executable} -S -c "{code}"', "a cat", None)
+    assert str(refused.value).startswith(f"--extend-prompt {sys.executable}: ") and words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("", "--extend-prompt : has an empty value: name a program and its arguments"),
+        ("a 'b", "--extend-prompt a 'b: has a quote that is not closed: write the command as for a shell"),
+        ("./none x", "--extend-prompt ./none: cannot be started (No such file or directory): name a program that"),
+    ],
+)
+def test_a_command_that_cannot_run_is_one_line(wanfast: Wanfast, command: str, words: str) -> None:
+    outcome = wanfast(*MAKE, *GIVEN, "--extend-prompt", command, "--dry-run")
+    assert outcome.exit_code == 2 and words in outcome.err and len(outcome.err.splitlines()) == 1

@@ -1,0 +1,128 @@
+"""Reads the video that a new clip continues: its frames, its size and its frames per second.
+
+PyAV decodes it, which also writes our videos. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wanfast.runtime.errors import ConfigError, foreign
+from wanfast.runtime.media.images import LoadedImage
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+OPTION = "--continue-from"
+_WHOLE = "name an mp4 file that is whole"
+MOST_FRAMES = 2400  # 6.6 GB of pixels at 1280x720
+_SIDE = 16  # pixels: sides are multiples of one token
+_UNNAMED = 2  # the number of a file that does not name the matrix of its colours
+_HD_HEIGHT = 720  # players take such a video for BT.709 from this height on, else for BT.601
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlierVideo(LoadedImage):
+    """This class holds the last frame of an earlier video, and the facts that the continued video takes from it."""
+
+    num_frames: int
+    fps: int
+
+
+def load_earlier(path: str) -> EarlierVideo:
+    """Decodes an earlier video, and returns its last frame and its facts.
+
+    Raises ConfigError for a file that PyAV cannot decode, and for a video that no clip can continue: sides that are no
+    multiples of 16 pixels, a rate that is no whole number, a turned video, or more than MOST_FRAMES frames.
+    """
+    from PIL import Image
+
+    subject = f"{OPTION} {path}"
+    digest = _sha256(Path(path), subject)
+    last, num_frames = None, 0
+    with _opened(path, subject) as container:
+        fps = float(container.streams.video[0].average_rate or 0)
+        notes = (f"{OPTION}: the sound of the earlier video is left out",) if container.streams.audio else ()
+        for frame in _decoded(container, subject):
+            last, num_frames = frame, num_frames + 1
+    if last is None:
+        raise ConfigError(f"{subject}: holds no frames: {_WHOLE}")
+    if fps != int(fps) or not 1 <= fps <= 240:
+        raise ConfigError(
+            f"{subject}: has {fps:.5g} frames per second, not a whole number up to 240: convert the file first, for "
+            "example with `ffmpeg -i OLD.mp4 -r 16 NEW.mp4`"
+        )
+    return EarlierVideo(pixels=Image.fromarray(last), sha256=digest, notes=notes, num_frames=num_frames, fps=int(fps))
+
+
+def earlier_frames(path: str) -> npt.NDArray[np.uint8]:
+    """Returns all frames [F, H, W, 3] of an earlier video. Raises ConfigError, as `load_earlier` does."""
+    import numpy as np
+
+    subject = f"{OPTION} {path}"
+    with _opened(path, subject) as container:
+        return np.stack(list(_decoded(container, subject)))
+
+
+def _sha256(file: Path, subject: str) -> str:
+    if not file.is_file():
+        raise ConfigError(f"{subject}: no such file; check the path")
+    with foreign(subject, "name an mp4 file that can be read"), file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _opened(path: str, subject: str) -> Any:
+    """Returns a container of PyAV that has a video. Raises ConfigError."""
+    import av
+
+    with foreign(subject, _WHOLE):
+        container = av.open(path)
+    if not container.streams.video:
+        container.close()
+        raise ConfigError(f"{subject}: holds no frames: {_WHOLE}")
+    return container
+
+
+def _decoded(container: Any, subject: str) -> Iterator[npt.NDArray[np.uint8]]:
+    """Yields the frames [H, W, 3] of a video one after the other. Raises ConfigError."""
+    frames = container.decode(video=0)
+    for number in range(MOST_FRAMES + 1):
+        with foreign(subject, _WHOLE):
+            frame = next(frames, None)
+        if frame is None:
+            return
+        if number == 0:
+            _check(frame, subject)
+        yield _rgb(frame, subject)
+    raise ConfigError(f"{subject}: has over {MOST_FRAMES} frames: give a file that holds only its last part")
+
+
+def _check(frame: Any, subject: str) -> None:
+    """Raises ConfigError if no clip can continue a video of such frames."""
+    if frame.width % _SIDE or frame.height % _SIDE:
+        near = ":".join(str(max(_SIDE, round(side / _SIDE) * _SIDE)) for side in (frame.width, frame.height))
+        raise ConfigError(
+            f"{subject}: has {frame.width}x{frame.height} pixels, but a clip has sides in multiples of {_SIDE}: scale "
+            f"the file first, for example with `ffmpeg -i OLD.mp4 -vf scale={near} NEW.mp4`"
+        )
+    if frame.rotation:
+        raise ConfigError(
+            f"{subject}: players turn it by {abs(frame.rotation)} degrees: turn the pixels first, for example with "
+            "`ffmpeg -i OLD.mp4 NEW.mp4`"
+        )
+
+
+def _rgb(frame: Any, subject: str) -> npt.NDArray[np.uint8]:
+    """Returns the 8-bit RGB pixels [H, W, 3] of a frame, by the matrix that the file names. Raises ConfigError."""
+    from av.video.reformatter import Colorspace
+
+    is_709 = frame.colorspace == _UNNAMED and frame.height >= _HD_HEIGHT
+    with foreign(subject, _WHOLE):
+        rgb = frame.reformat(format="rgb24", src_colorspace=Colorspace.ITU709 if is_709 else None)
+        pixels: npt.NDArray[np.uint8] = rgb.to_ndarray()
+    return pixels
