@@ -237,7 +237,7 @@ def test_the_key_of_a_curve_holds_the_files(experts: Path) -> None:
         found[key_of(inputs)] = inputs
     assert len(found) == 3
     first, *_, last = found.values()
-    assert set(curves._differences(last, first)) == {"experts"}
+    assert set(curves.differences(last, first)) == {"experts"}
     assert "--low-noise-expert" in curves.calibrate_command(of_run, A14B)
 
 

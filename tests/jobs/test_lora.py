@@ -199,10 +199,10 @@ def test_the_key_of_a_curve_holds_file_and_strength(loras: tuple[str, str], work
         found[key_of(inputs)] = inputs
     assert len(found) == 5
     without, with_one, *_ = found.values()
-    assert set(curves._differences(with_one, without)) == set(curves._differences(without, with_one)) == {"loras"}
+    assert set(curves.differences(with_one, without)) == set(curves.differences(without, with_one)) == {"loras"}
     assert "--lora" in curves.calibrate_command(dataclasses.replace(config, models=models), files.spec)
     older = {name: value for name, value in without.items() if name != "loras"}
-    assert curves._differences(older, without) == {}
+    assert curves.differences(older, without) == {}
 
 
 def test_a_handle_changes_loras_from_video_to_video(loras: tuple[str, str], workdir: Path, forked: None) -> None:

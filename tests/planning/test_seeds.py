@@ -57,4 +57,7 @@ def test_what_is_wrong_in_a_sidecar_is_said(wanfast: Wanfast, workdir: Path) -> 
         outcome.exit_code == 2 and "out.json holds an option that cannot be used: --fps 0: use 1 to 240" in outcome.err
     )
     missing = wanfast("generate", "--from", "none.json")
-    assert missing.exit_code == 2 and "none.json: No such file or directory" in missing.err
+    assert missing.exit_code == 2 and "none.json: no such file; check the path" in missing.err
+    Path("video.mp4").write_bytes(b"\x00\xff mp4")
+    video = wanfast("generate", "--from", "video.mp4")
+    assert video.exit_code == 2 and "video.mp4: is no text: name the .json that wanfast writes" in video.err

@@ -67,7 +67,8 @@ def test_a_video_from_its_creation_to_its_end(server: Running) -> None:
 def test_the_example_of_the_page_runs(server: Running, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(wanfast.__file__).parents[1] / "docs/serve.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    (workdir / "star.png").write_bytes(STAR.read_bytes())
+    (workdir / "wanfast/assets/examples").mkdir(parents=True)
+    (workdir / "wanfast/assets/examples/star.png").write_bytes(STAR.read_bytes())
     monkeypatch.setattr(openai.resources.videos.Videos, "_sleep", lambda self, seconds: time.sleep(0.02))
     exec(example.replace("http://127.0.0.1:8000", server.url))
     assert (workdir / "star.mp4").read_bytes()[4:8] == b"ftyp"

@@ -154,7 +154,7 @@ def one_line(error: Any, arguments: list[str]) -> ConfigError:
         return ConfigError(f"{param.opts[0]} is missing: {see_help}")
     if param is None:
         words = " ".join(error.format_message().split()).rstrip(".")
-        return ConfigError(f"{words[:1].lower()}{words[1:]}: {see_help}")
+        return ConfigError(f"{words[:1].lower()}{words[1:]}{' or' if words.endswith('?') else ':'} {see_help}")
     if param.name in OPTIONS:
         try:
             OPTIONS[param.name].accept(_typed(param.opts, arguments))

@@ -88,14 +88,17 @@ async def _form(request: Request, most_bytes: int) -> dict[str, Any]:
     try:
         form = await request.form(max_files=1, max_fields=_MOST_FIELDS, max_part_size=most_bytes)
     except (MultiPartException, HTTPException, UnicodeDecodeError):
-        raise ApiError(400, "the form is damaged, or has more than one file", code="invalid_form") from None
+        message = f"the form is damaged, or has more than one file: only {PICTURE} may be a file"
+        raise ApiError(400, message, code="invalid_form") from None
     values: dict[str, Any] = {}
     try:
         for name, value in form.multi_items():
             if name in values or (name == _NESTED and PICTURE in values):
                 raise unfit(name[:60], "is given twice: keep one")
-            if isinstance(value, UploadFile) != (name == PICTURE) and name != _NESTED:
-                raise unfit(name[:60], "only the field input_reference can be a file")
+            if name == PICTURE and not isinstance(value, UploadFile):
+                raise unfit(PICTURE, f"is text, not a file: send a file, such as by `curl -F {PICTURE}=@star.png`")
+            if isinstance(value, UploadFile) and name not in (PICTURE, _NESTED):
+                raise unfit(name[:60], f"only the field {PICTURE} can be a file")
             values[PICTURE if name == _NESTED else name] = (
                 await value.read()
                 if isinstance(value, UploadFile)

@@ -241,7 +241,7 @@ def _refusal_on_cpu(plan: Plan, held: dict[str, int], free: int) -> str:
     one_of = " or ".join(f"{gb(size)} ({mode})" for mode, size in held.items())
     short = f"a process would hold {one_of}, but only {gb(free)} of host memory are free for each"
     if is_cpu_for_want_of_a_gpu(plan):
-        return f"no GPU was found: use a machine with a GPU, or a smaller --size (on this CPU {short})"
+        return f"no GPU was found: use a machine with a GPU, or --model tiny, which runs on any CPU ({short})"
     return f"--device cpu: {short}: use a smaller --size"
 
 

@@ -391,5 +391,14 @@ def _whole(file: Path | None, option: str) -> Path | None:
 
 
 def _read(file: Path, option: str) -> str:
-    with foreign(f"{option} {file}", "name a UTF-8 text file that can be read"):
-        return file.read_text(encoding="utf-8-sig")
+    try:
+        with foreign(f"{option} {file}", "name a UTF-8 text file that can be read"):
+            return file.read_text(encoding="utf-8-sig")
+    except ConfigError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise ConfigError(f"{option} {file}: no such file; check the path") from None
+        if option == "--from" and isinstance(error.__cause__, UnicodeDecodeError):
+            raise ConfigError(
+                f"{option} {file}: is no text: name the .json that wanfast writes beside a video"
+            ) from None
+        raise
