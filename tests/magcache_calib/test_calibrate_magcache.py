@@ -195,7 +195,7 @@ def test_another_seed_of_the_shipped_set_agrees_with_the_preset(
 ) -> None:
     """The preset was measured with seed 0. Two of the four clips are enough to agree with it."""
     read = clips.read_set
-    monkeypatch.setattr(calibrate_magcache, "read_set", lambda *arguments: read(*arguments)[:2])
+    monkeypatch.setattr(calibrate_magcache, "read_set", lambda *arguments, **named: read(*arguments, **named)[:2])
     outcome = wanfast("calibrate-magcache", "--model", "tiny", "--device", "cpu", "--seed", "50", "--json")
     assert outcome.exit_code == 0, outcome.err
     found, known = outcome.document, preset(model_files.locate("tiny", "artifacts"))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wanfast.magcache_calib.ratios import clip_file, read_clip, write_clip
+from wanfast.magcache_calib.measured import clip_file, read_clip, write_clip
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.store import hub, identity
 from wanfast.runtime.store.artifacts import ArtifactStore, new_run_folder, replace_text, write_result
@@ -205,18 +205,19 @@ def test_two_users_share_the_index_of_past_runs(shared: Path, monkeypatch: pytes
 
 def test_two_users_share_the_measurements_of_clips(shared: Path) -> None:
     store, inputs = ArtifactStore(shared / "artifacts"), {"steps": 1}
+    kind = "magcache"
     measured = {"steps": [{"prompt": {"ratio": 1.0}, "negative_prompt": None}]}
 
     def use() -> None:
-        assert read_clip(store, inputs) == measured
-        clip_file(store, inputs).write_text("")  # damaged: it is measured again
-        assert read_clip(store, inputs) is None
-        write_clip(store, inputs, measured)
-        write_clip(store, {"steps": 2}, measured)
+        assert read_clip(store, kind, inputs, bool) == measured
+        clip_file(store, kind, inputs).write_text("")  # damaged: it is measured again
+        assert read_clip(store, kind, inputs, bool) is None
+        write_clip(store, kind, inputs, measured)
+        write_clip(store, kind, {"steps": 2}, measured)
 
-    as_user(FIRST, lambda: write_clip(store, inputs, measured))
+    as_user(FIRST, lambda: write_clip(store, kind, inputs, measured))
     as_user(SECOND, use)
-    as_user(FIRST, lambda: write_clip(store, {"steps": 2}, measured))
+    as_user(FIRST, lambda: write_clip(store, kind, {"steps": 2}, measured))
     as_user(FIRST, use)
 
 
