@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from wanfast.attention_calib.choice import chosen, is_whole
 from wanfast.commands import options
-from wanfast.commands.calibration import measured_clips
+from wanfast.commands.calibration import measured_clips, plans_of
 from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
 from wanfast.runtime.config import NO_VIDEO, of_command
 from wanfast.runtime.config.option import LOSSY, MAKE, absolute
@@ -21,8 +20,7 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.densities import bands_of
 from wanfast.runtime.machine import packages
 from wanfast.runtime.machine.once import asked_once
-from wanfast.runtime.planning.placement import place
-from wanfast.runtime.planning.plan import Plan, effective, model_of
+from wanfast.runtime.planning.plan import Plan, model_of
 from wanfast.runtime.store.artifacts import ArtifactStore, write_synced
 from wanfast.runtime.store.attention_plans import KIND, PLAN, plan_inputs
 from wanfast.runtime.store.json_files import read_object
@@ -63,23 +61,13 @@ def calibrate_attention(
         files.require()
         folder = shipped_set(files.spec) if set_ is None else Path(absolute(str(set_), "--set"))
         clips = read_set(folder, seed, takes_images=files.spec.takes_images)
-        plans = planned(given, clips, files)
+        plans = plans_of({**given, **_SPARSE}, clips, files, requested=given)
         require_experts(files, plans[0].config.models)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     result = calibrated(given, plans, clips, files, target_error, show_progress=console.is_terminal)
     console.print(describe(result), markup=False)
     if json_:
         print(json.dumps(result))
-
-
-def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list[Plan]:
-    """Returns one plan for each clip, as `wanfast generate` would plan it. Raises WanFastError."""
-    plans = []
-    for clip in clips:
-        config = effective({**given, **_SPARSE, **clip.options}, files, clip.image_sha256, clip.last_image_sha256)
-        plan = Plan.of(config, files.spec, clip.image_size)
-        plans.append(dataclasses.replace(plan, requested=given))
-    return place(plans)
 
 
 def calibrated(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from functools import partial
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ import typer
 from rich.console import Console
 
 from wanfast.commands import options
-from wanfast.commands.calibration import measured_clips
+from wanfast.commands.calibration import measured_clips, plans_of
 from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
 from wanfast.magcache_calib.ratios import PLOT, against_preset, averaged, is_whole, write_curve
 from wanfast.runtime.config import NO_VIDEO, of_command
@@ -21,8 +20,7 @@ from wanfast.runtime.config.option import MAKE, absolute
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine import packages
 from wanfast.runtime.machine.once import asked_once
-from wanfast.runtime.planning.placement import place
-from wanfast.runtime.planning.plan import Plan, effective, model_of
+from wanfast.runtime.planning.plan import Plan, model_of
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.curves import KIND, RATIOS, curve_inputs
 from wanfast.runtime.store.json_files import read_object
@@ -66,13 +64,8 @@ def calibrate_magcache(
 
 
 def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list[Plan]:
-    """Returns one plan for each clip, as `wanfast generate` would plan it. Raises WanFastError."""
-    plans = []
-    for clip in clips:
-        config = effective({**given, **clip.options}, files, clip.image_sha256, clip.last_image_sha256)
-        plan = Plan.of(config, files.spec, clip.image_size)
-        plans.append(dataclasses.replace(plan, requested=given, residuals_a_branch=2))  # of this step and of the last
-    return place(plans)
+    """Returns one plan for each clip, which counts the residuals of this step and of the last. Raises WanFastError."""
+    return plans_of(given, clips, files, requested=given, residuals_a_branch=2)
 
 
 def calibrated(

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from wanfast.commands import dispatch
+from wanfast.magcache_calib.clips import Clip
 from wanfast.magcache_calib.measured import read_clip, write_clip
 from wanfast.runtime.errors import from_failure
-from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.placement import place
+from wanfast.runtime.planning.plan import Plan, effective
 from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.model_files import ModelFiles
+
+
+def plans_of(given: dict[str, Any], clips: list[Clip], files: ModelFiles, **changes: Any) -> list[Plan]:
+    """Returns one plan for each clip, as `wanfast generate` would plan it, with the `changes` to its fields.
+
+    Raises WanFastError.
+    """
+    plans = []
+    for clip in clips:
+        config = effective({**given, **clip.options}, files, clip.image_sha256, clip.last_image_sha256)
+        plans.append(dataclasses.replace(Plan.of(config, files.spec, clip.image_size), **changes))
+    return place(plans)
 
 
 def measured_clips(
