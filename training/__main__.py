@@ -19,7 +19,6 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -65,19 +64,12 @@ def main() -> None:
     options.deadline = monotonic() + options.minutes * 60
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     make_deterministic()
+    stages = {SHORT_STAGE: fit_vae, LONG_STAGE: fit_vae, "experts": fit_experts, "export": write, LORA_STAGE: fit_lora}
     for stage in sorted(options.stage, key=STAGES.index):
         missing = missing_stage(stage, options)
         if missing:
             sys.exit(f"--stage {stage} needs the finished --stage {missing}: run --stage {missing} first")
-        stages = {
-            LORA_STAGE: fit_lora,
-            SHORT_STAGE: fit_vae,
-            LONG_STAGE: fit_vae,
-            "experts": fit_experts,
-            "export": write,
-        }
-        fit = stages[stage]
-        if not fit(stage, options):
+        if not stages[stage](stage, options):
             sys.exit(f"--stage {stage} is not finished: run the same command again")
 
 
@@ -120,23 +112,32 @@ def fit_vae(stage: str, options: argparse.Namespace) -> bool:
 
 def rendered(stage: str, kinds: Sequence[Windows], options: argparse.Namespace) -> list[Tensor] | None:
     """Returns the windows of all kinds, from files if they exist; None if the time is over before."""
-    mix, pools = Mix(options.photographs, options.device), []
+    mix = Mix(options.photographs, options.device)
     options.folder.mkdir(parents=True, exist_ok=True)
-    for number, kind in enumerate(kinds):
+
+    def make(number: int, kind: Windows) -> Tensor:
+        return train_vae.render(mix, kind, 10_000_000 * (number + 1))
+
+    return stored([f"{stage}-windows-{number}.pt" for number in range(len(kinds))], kinds, make, options)
+
+
+def stored(
+    names: Sequence[str], kinds: Sequence[Any], make: Callable[[int, Any], Any], options: argparse.Namespace
+) -> list[Any] | None:
+    """Returns what the files `names` hold, one for each kind; a missing file is made first.
+
+    Returns None if the time is over before the last one.
+    """
+    found = []
+    for number, (name, kind) in enumerate(zip(names, kinds, strict=True)):
         if monotonic() > options.deadline:
             return None
-        file = options.folder / f"{stage}-windows-{number}.pt"
-        made = partial(train_vae.render, mix, kind, 10_000_000 * (number + 1))
-        pools.append(stored(file, made, options.device))
-    return pools
-
-
-def stored(file: Path, make: Callable[[], Any], device: str) -> Any:
-    """Returns what a file holds; a missing file is made first."""
-    if not file.exists():
-        torch.save(make(), file.with_suffix(".partial"))
-        file.with_suffix(".partial").replace(file)
-    return torch.load(file, map_location=device, weights_only=True)
+        file = options.folder / name
+        if not file.exists():
+            torch.save(make(number, kind), file.with_suffix(".partial"))
+            file.with_suffix(".partial").replace(file)
+        found.append(torch.load(file, map_location=options.device, weights_only=True))
+    return found
 
 
 def report(vae: WanVAE, options: argparse.Namespace) -> None:
@@ -174,15 +175,15 @@ def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Names
     vae.spec = spec.vae
     digest = hashlib.sha256((options.folder / train_vae.FINISHED).read_bytes()).hexdigest()[:12]
     mix = Mix(options.photographs, options.device)
-    sets = []
-    for number, kind in enumerate(kinds):
-        if monotonic() > options.deadline:
-            return None
-        file = options.folder / f"clips-{number}-{kind.clips}-{digest}.pt"
-        made = partial(train_experts.encode_clips, vae, mix, kind, 10_000_000 * (number + 1))
-        sets.append(Clips(**stored(file, lambda made=made: vars(made()), options.device)))
-        print(f"experts: {kind.clips} clips, latents {list(sets[-1].z.shape[1:])}", flush=True)
-    return sets
+
+    def make(number: int, kind: Kind) -> dict[str, Tensor]:
+        return vars(train_experts.encode_clips(vae, mix, kind, 10_000_000 * (number + 1)))
+
+    names = [f"clips-{number}-{kind.clips}-{digest}.pt" for number, kind in enumerate(kinds)]
+    sets = stored(names, kinds, make, options)
+    for kind, each in zip(kinds, sets or (), strict=False):
+        print(f"experts: {kind.clips} clips, latents {list(each['z'].shape[1:])}", flush=True)
+    return sets and [Clips(**each) for each in sets]
 
 
 def write(_stage: str, options: argparse.Namespace) -> bool:
@@ -209,17 +210,14 @@ def paths_of(
     files: ModelFiles, model: TinyModel, kinds: Sequence[Kind], options: argparse.Namespace
 ) -> list[Paths] | None:
     """Returns the teacher's paths of all kinds, from files if they exist; None if the time is over before."""
-    vae, mix, sets = build_vae(files, options.device), Mix(options.photographs, options.device), []
-    for number, kind in enumerate(kinds):
-        if monotonic() > options.deadline:
-            return None
+    vae, mix = build_vae(files, options.device), Mix(options.photographs, options.device)
 
-        def made(number: int = number, kind: Kind = kind) -> dict[str, Tensor]:
-            clips = train_experts.encode_clips(vae, mix, kind, 10_000_000 * (number + 1) + 5_000_000)
-            return vars(train_lora.paths(model, clips, kind.batch, number))
+    def make(number: int, kind: Kind) -> dict[str, Tensor]:
+        clips = train_experts.encode_clips(vae, mix, kind, 10_000_000 * (number + 1) + 5_000_000)
+        return vars(train_lora.paths(model, clips, kind.batch, number))
 
-        sets.append(Paths(**stored(options.folder / f"lora-paths-{number}.pt", made, options.device)))
-    return sets
+    sets = stored([f"lora-paths-{number}.pt" for number in range(len(kinds))], kinds, make, options)
+    return sets and [Paths(**each) for each in sets]
 
 
 if __name__ == "__main__":
