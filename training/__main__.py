@@ -29,7 +29,7 @@ from torch import Tensor
 from training import clips, train_experts, train_lora, train_vae
 from training.clips import Mix
 from training.export import export
-from training.loop import Schedule, load_ema, make_deterministic, steps_made
+from training.loop import Schedule, load_ema, prepare_torch, steps_made
 from training.photographs import PACK
 from training.spec import SPEC
 from training.train_experts import Clips, Kind, TinyModel
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="limit of this call, all stages; 8 by default")
     parser.add_argument("--short-steps", type=int, default=12_500)
     parser.add_argument("--long-steps", type=int, default=18_000)
-    parser.add_argument("--expert-steps", type=int, default=26_000)
+    parser.add_argument("--expert-steps", type=int, default=30_000)
     parser.add_argument("--lora-steps", type=int, default=12_000)
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
@@ -63,7 +63,7 @@ def main() -> None:
         options.short_steps = options.long_steps = options.expert_steps = options.lora_steps = 4
     options.deadline = monotonic() + options.minutes * 60
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    make_deterministic()
+    prepare_torch()
     stages = {SHORT_STAGE: fit_vae, LONG_STAGE: fit_vae, "experts": fit_experts, "export": write, LORA_STAGE: fit_lora}
     for stage in sorted(options.stage, key=STAGES.index):
         missing = missing_stage(stage, options)
@@ -164,7 +164,9 @@ def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
     sets = encoded_sets(spec, kinds, options)
     if sets is None:
         return False
-    schedule = Schedule(steps=options.expert_steps, muon_rate=0.005, deadline=options.deadline, ema=0.9995)
+    schedule = Schedule(
+        steps=options.expert_steps, muon_rate=0.02, weight_decay=0.05, deadline=options.deadline, ema=0.9995
+    )
     batches = [kind.batch for kind in kinds]
     return train_experts.fit(spec, sets, schedule, options.folder, options.device, batches, order)
 

@@ -1,6 +1,6 @@
 """Mixes the clips that all stages learn from, and names their formats: sizes, aspect ratios and lengths.
 
-Two fifths of the clips are shapes over patterns, two fifths photographs under a camera, and a fifth shapes over
+Half of the clips are shapes over patterns, three tenths photographs under a camera, and a fifth shapes over
 photographs. A clip depends only on its number and its format.
 """
 
@@ -47,7 +47,7 @@ class Mix:
 
     def scene(self, number: int, size: tuple[int, int]) -> Scene:
         kind = random.Random(f"mix/{number}").random()
-        if kind < 0.4:
+        if kind < 0.5:
             return draw_scene(number)
         return draw_photo_scene(number, self.photographs, size, with_shapes=kind >= 0.8)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from training.muon import Muon
 
 _NO_MATRICES = ("norm", "modulation", "token_embedding", "pos_embedding", "head.head", "noise.up.")  # or zero at first
+_MAX_NORM = 1000.0  # before clipping; a healthy stage has 0.2 to 30
 Batch = tuple[Tensor, ...]
 DrawFn = Callable[[int, torch.Generator], Batch]  # (step, generator) -> batch
 LossFn = Callable[..., dict[str, Tensor]]  # batch -> named terms; "loss" is minimised
@@ -35,6 +36,7 @@ class Schedule:
     steps: int
     muon_rate: float
     adam_rate: float = 1e-3
+    weight_decay: float = 0.0  # of Muon's matrices
     deadline: float = math.inf
     save_every: float = 2.0  # minutes
     warmup: int = 200
@@ -49,12 +51,15 @@ class Schedule:
         return min(1.0, (step + 1) / self.warmup) * max(decay, 0.01)
 
 
-def make_deterministic() -> None:
+def prepare_torch() -> None:
     """Makes torch deterministic, so that a resumed run equals an uninterrupted one, also on a GPU.
 
     Call it before the first matrix product, because the libraries read their settings once. Later, kernels without a
     deterministic form raise RuntimeError. TF32 is as deterministic as float32.
+    cuDNN's attention is not used: on Hopper its gradients are wrong for some numbers of tokens, such as 2,106
+    (https://github.com/pytorch/pytorch/issues/196678).
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_tf32 = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # otherwise timings choose kernels
@@ -112,6 +117,10 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
             )
             if step % schedule.log_every == 0:
                 values = {key: round(float(value.detach()), 5) for key, value in terms.items()}
+                if not values["norm"] < _MAX_NORM:
+                    raise RuntimeError(
+                        f"{name}: the gradients' norm is {values['norm']} at step {step}: some kernel is wrong"
+                    )
                 now = monotonic()
                 pace = (now - logged) / (step - logged_step)
                 logged, logged_step = now, step
@@ -133,7 +142,9 @@ def _optimizers(network: nn.Module, schedule: Schedule) -> tuple[Muon, torch.opt
         is_matrix = parameter.dim() >= 2 and not any(part in name for part in _NO_MATRICES)
         (matrices if is_matrix else others).append(parameter)
     rate, on_gpu = schedule.adam_rate, others[0].device.type == "cuda"
-    return Muon(matrices), torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu)
+    return Muon(matrices, schedule.weight_decay), torch.optim.AdamW(
+        others, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu
+    )
 
 
 def _gradients(parameters: list[nn.Parameter], loss: LossFn) -> Callable[[Batch], dict[str, Tensor]]:

@@ -21,11 +21,14 @@ _ITERATIONS = 5
 class Muon(torch.optim.Optimizer):
     """Moves each matrix by `rate` times the orthogonalised momentum of its gradients.
 
+    Before that, the matrix shrinks by the share `rate` * `weight_decay`. Without it, matrices grow as long as the
+    rate is constant, and each later step changes them less.
     `rate` is a tensor, so that a captured CUDA graph of `step` reads its present value.
     """
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, parameters: list[nn.Parameter], weight_decay: float = 0.0) -> None:
         super().__init__(parameters, {})
+        self.weight_decay = weight_decay
         self.rate = torch.zeros((), device=parameters[0].device)
         for parameter in parameters:
             self.state[parameter]["momentum"] = torch.zeros_like(parameter)
@@ -33,6 +36,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for shape, parameters in self._shapes().items():
+            if self.weight_decay:
+                torch._foreach_mul_(parameters, 1 - self.rate * self.weight_decay)
             scale = max(1.0, shape[0] / shape[1:].numel()) ** 0.5  # so that outputs change alike in all shapes
             moves = orthogonal(self._directions(parameters)) * (self.rate * -scale)
             torch._foreach_add_(parameters, [move.view(shape) for move in moves])
