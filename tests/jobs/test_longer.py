@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,12 @@ from PIL import Image
 import wanfast as api
 from tests.conftest import Outcome
 from tests.media.test_earlier_video import write
+from wanfast.commands import dispatch
 from wanfast.runtime.engine import session as session_module
 from wanfast.runtime.jobs.generate import facts_of
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import past_runs
+from wanfast.runtime.store.artifacts import LOADING, share_done
 
 Wanfast = Callable[..., Outcome]
 SHAPE = ("generate", "--model", "tiny", "--device", "cpu", "--frames", "5", "--steps", "2", "--seed", "1")
@@ -73,6 +76,19 @@ def test_a_run_of_several_clips_loads_the_models_once_and_is_repeated(
     one = wanfast(*TWO[:-2], "--output", "one.mp4", "--json").document
     assert made["seconds"]["denoise"] > made["first_step_s"] and one["effective"]["video"]["prompt"] == "a cat"
     assert (earlier_frames("one.mp4")[0] == frames[0]).all()
+
+
+def test_the_progress_is_told_clip_by_clip(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the names of the stages, the share of the whole video follows."""
+    told: list[tuple[str, int, int]] = []
+    bars = nullcontext(lambda job, *state: told.append(state))
+    monkeypatch.setattr(dispatch, "progress_bars", lambda enabled: bars)
+    assert wanfast(*TWO).exit_code == 0
+    stages = list(dict.fromkeys(stage for stage, _, _ in told))
+    of_a_clip = ["encoding the image", "high noise", "low noise"]
+    assert stages == [LOADING, *(f"clip {clip} of 2, {stage}" for clip in (1, 2) for stage in of_a_clip)]
+    shares = [share_done(*state) for state in told]
+    assert shares == sorted(shares) and {0, 0.25, 0.5, 0.75, 1} == set(shares)
 
 
 def test_a_continuation_holds_the_old_video_and_from_repeats_it(wanfast: Wanfast, workdir: Path, old: Path) -> None:

@@ -237,10 +237,17 @@ def test_the_server_makes_it(workdir: Path, small_text_model: Path) -> None:
         answer = server.ask("POST", "/v1/videos", prompt="a cat", input_reference=data_url(STAR.read_bytes()))
         assert (answer.status, answer.error["param"]) == (400, "input_reference")
         assert answer.error["message"] == "input_reference: this model makes videos from text alone: leave it out"
+        for seconds, status in (("0.25", 200), ("0.5", 400)):  # one clip, as --max-clips 1 says for other models
+            answer = server.ask("POST", "/v1/videos", prompt="a cat", seconds=seconds)
+            assert answer.status == status, answer.body
+        assert answer.error["message"] == (
+            "seconds: one video has at most 5 frames here (0.3125 seconds at 16 a second), because a clip cannot start "
+            "from another one's frame"
+        )
         answer = server.ask("POST", "/v1/videos", prompt="a cat", seed=7)
         assert answer.status == 200, answer.body
         assert server.ended(answer.document["id"])["status"] == "completed"
-        (made,) = server.maker.made
+        _, made = server.maker.made
         assert "image" not in made and "fit" not in made and (made["prompt"], made["size"]) == ("a cat", "48x32")
         schema = server.ask("GET", "/openapi.json").document["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
         assert all("input_reference" not in kind["schema"]["properties"] for kind in schema.values())
