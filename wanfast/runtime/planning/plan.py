@@ -461,7 +461,7 @@ def resolve(
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
     check_images(asked, spec)
     require_distilled(asked.models, spec, files.root)
-    earlier = _earlier_facts(asked.video.continue_from) if asked.video.continue_from else None
+    earlier = earlier_facts(asked.video.continue_from) if asked.video.continue_from else None
     image, last = (_image_facts(asked.video.images.get(option), option) for option in ("--image", "--last-image"))
     image = earlier or image
     config = effective(given, files, image.sha256, last.sha256, earlier)
@@ -527,16 +527,16 @@ def _image_facts(path: str | None, option: str) -> _ImageFacts:
 
 
 @dataclass(frozen=True)
-class _EarlierFacts(_ImageFacts):
+class EarlierFacts(_ImageFacts):
     num_frames: int
     fps: int
 
 
 @remembered
-def _earlier_facts(path: str) -> _EarlierFacts:
+def earlier_facts(path: str) -> EarlierFacts:
     """Returns what a plan needs of the video that it continues."""
     video = load_earlier(path)
-    return _EarlierFacts(video.sha256, video.size, video.notes, video.num_frames, video.fps)
+    return EarlierFacts(video.sha256, video.size, video.notes, video.num_frames, video.fps)
 
 
 @remembered
@@ -549,7 +549,7 @@ def effective(
     files: ModelFiles,
     image_sha256: str = "",
     last_image_sha256: str = "",
-    earlier: _EarlierFacts | None = None,
+    earlier: EarlierFacts | None = None,
 ) -> EffectiveConfig:
     """Completes the given options with the model's defaults; `place` decides the ranks later. Raises ConfigError."""
     device = given.get("device") or default_device()
@@ -570,7 +570,7 @@ def effective(
     return attention_plans.settle(settle(config, files), files)
 
 
-def _continuing(given: Options, earlier: _EarlierFacts) -> dict[str, Any]:
+def _continuing(given: Options, earlier: EarlierFacts) -> dict[str, Any]:
     """Returns the answers that follow from the earlier video. Raises ConfigError if a given option says otherwise."""
     width, height = earlier.size
     size, fps, fit = given.get("size"), given.get("fps") or earlier.fps, given.get("fit") or VideoConfig.fit

@@ -324,6 +324,8 @@ def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict
         gone |= {"image", "continue_from"}
     if "continue_from" in nearer:
         gone |= {"size", "fps"}
+        if not (options.get("last_image") or nearer.get("last_image")):
+            gone.add("fit")  # which is of an image
     if "magcache" in nearer:
         gone |= skipping.keys() - {"magcache"}
     if "attention" in nearer:
