@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from tests.server.running import SMALL, STAR, data_url, running, until
 from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.processes.handle import Opened
 from wanfast.server.checks import Served
 
@@ -74,6 +76,14 @@ def test_what_cannot_be_names_its_field(tmp_path: Path, fields: dict[str, Any], 
         answer = server.ask("POST", "/v1/videos", **given)
         assert (answer.status, answer.error["message"]) == (400, words)
         assert answer.error["param"] == words.partition(":")[0]
+
+
+def test_clips_are_no_longer_than_the_model_was_trained_for() -> None:
+    """A server may have longer videos by default; its disk needs room for these."""
+    planner: Any = None  # is not asked
+    served = Served(planner, A14B, "a14b", (64, 64), frames=121, clips=3)
+    assert (served.most_frames, served.joined_frames, served.total_frames) == (81, 241, 241)
+    assert dataclasses.replace(served, clips=1).total_frames == 121
 
 
 def test_an_operator_may_allow_single_clips_only(tmp_path: Path) -> None:

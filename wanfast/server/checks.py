@@ -60,9 +60,19 @@ class Served:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def most_frames(self) -> int:
+        """Returns the number of frames of the longest clip that a request may ask for."""
+        return min(self.frames, self.spec.trained_frames or self.frames)
+
+    @property
+    def joined_frames(self) -> int:
+        """Returns the number of frames of the longest video of such clips; neighbouring clips share a frame."""
+        return self.clips * (self.most_frames - 1) + 1
+
+    @property
     def total_frames(self) -> int:
-        """Returns the number of frames of the longest video; neighbouring clips share a frame."""
-        return self.clips * (self.frames - 1) + 1
+        """Returns the number of frames of the longest video: of those clips, or of one clip by --frames."""
+        return max(self.frames, self.joined_frames)
 
     @property
     def fit(self) -> dict[str, str]:
@@ -166,7 +176,7 @@ class Checks:
             "recipe": served.planner.asked.get("recipe"),
             "recipes": recipes,
             "takes_images": self.takes_images,
-            "max_seconds": served.total_frames / chosen.fps,
+            "max_seconds": served.joined_frames / chosen.fps,
         }
 
     def _check_picture(self, asked: Asked) -> None:
@@ -194,7 +204,7 @@ class Checks:
         served = self._served
         if fields.seconds is not None and fields.num_frames is not None:
             raise unfit("num_frames", "the field seconds also gives the length: keep one of the two")
-        most = min(served.frames, served.spec.trained_frames or served.frames)
+        most = served.most_frames
         if fields.num_frames is not None:
             if fields.num_frames > most:
                 fix = "; a longer video has several clips: give seconds instead" if served.clips > 1 else ""
@@ -206,9 +216,8 @@ class Checks:
         clips = max(1, math.ceil(round(groups) / max(1, most // 4)))
         frames = 4 * round(groups / clips) + 1
         if clips > served.clips or frames > most:
-            total = served.clips * (most - 1) + 1
             why = "" if served.spec.takes_images else ", because a clip cannot start from another one's frame"
-            raise unfit("seconds", f"one video has at most {_length_of(total, fps)}{why}")
+            raise unfit("seconds", f"one video has at most {_length_of(served.joined_frames, fps)}{why}")
         return frames, clips
 
     def _size(self, fields: Fields) -> tuple[int, int]:
