@@ -222,6 +222,15 @@ def test_a_block_is_compiled_in_advance(small_text_model: Path, workdir: Path, m
     assert counter.frame_count == 1
 
 
+def test_a_run_from_an_image_is_not_repeated_from_text(wanfast: Wanfast, small_text_model: Path, workdir: Path) -> None:
+    """The image of that run cannot be dropped by an option, and its shift and guidance are another model's."""
+    wanfast("generate", "--model", "tiny", *SHAPE, "--image", "cat.png", "--prompt", "a cat", "--seed", "1")
+    again = wanfast("generate", "--from", "out.json", "--model", str(small_text_model), "--dry-run")
+    assert again.exit_code == 2 and len(again.err.splitlines()) == 1
+    assert "--from: the earlier video starts from an image, but --model /" in again.err
+    assert wanfast("generate", "--from", "out.json", "--model", "a14b", "--dry-run").exit_code == 0
+
+
 def test_python_makes_it(forked: None, workdir: Path, small_text_model: Path) -> None:
     with api.open(model=small_text_model, device="cpu", num_gpus=2, size="48x32", frames=5) as handle:
         video = handle.make(prompt="a cat", seed=1, size="48x32", frames=5, steps=2)

@@ -53,9 +53,20 @@ def stage_of_clip(number: int, num_clips: int, stage: str) -> str:
 
 def share_done(stage: str, done: int, total: int) -> float:
     """Returns the share of all steps of a video that is done, from the progress of one of its clips."""
-    found = _CLIP.match(stage)
-    number, num_clips = map(int, found.groups()) if found else (1, 1)
+    number, num_clips = _clip_of(stage)
     return (number - 1 + (done / total if total else 0)) / num_clips
+
+
+def steps_left(stage: str, done: int, total: int) -> int:
+    """Returns the number of steps that a video still needs, those of its later clips too."""
+    number, num_clips = _clip_of(stage)
+    return (num_clips - number) * total + total - done
+
+
+def _clip_of(stage: str) -> tuple[int, int]:
+    """Returns (number of the clip, number of clips) of a stage."""
+    found = _CLIP.match(stage)
+    return (int(found[1]), int(found[2])) if found else (1, 1)
 
 
 def batch_file(number: int) -> str:
