@@ -53,17 +53,17 @@ def stage_of_clip(number: int, num_clips: int, stage: str) -> str:
 
 def share_done(stage: str, done: int, total: int) -> float:
     """Returns the share of all steps of a video that is done, from the progress of one of its clips."""
-    number, num_clips = _clip_of(stage)
+    number, num_clips = clip_of(stage)
     return (number - 1 + (done / total if total else 0)) / num_clips
 
 
 def steps_left(stage: str, done: int, total: int) -> int:
     """Returns the number of steps that a video still needs, those of its later clips too."""
-    number, num_clips = _clip_of(stage)
+    number, num_clips = clip_of(stage)
     return (num_clips - number) * total + total - done
 
 
-def _clip_of(stage: str) -> tuple[int, int]:
+def clip_of(stage: str) -> tuple[int, int]:
     """Returns (number of the clip, number of clips) of a stage."""
     found = _CLIP.match(stage)
     return (int(found[1]), int(found[2])) if found else (1, 1)
