@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,12 +18,14 @@ from PIL import Image
 import wanfast as api
 from tests.conftest import Outcome
 from tests.media.test_earlier_video import write
-from wanfast.commands import dispatch
+from wanfast.commands import dispatch, warmup
+from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.engine import session as session_module
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.jobs.generate import facts_of
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import past_runs
+from wanfast.runtime.planning.next_step import warmup_command
 from wanfast.runtime.planning.placement import FreeMemory, place
 from wanfast.runtime.planning.plan import resolve
 from wanfast.runtime.processes import handle as handle_module
@@ -235,6 +238,24 @@ def test_python_places_the_models_for_the_size_of_the_earlier_video(
     assert [asked["size"] for asked in opened] == ["64x48", "32x32"]
     with pytest.raises(ConfigError, match="--continue-from 5: a text is needed"):
         api.make(model="tiny", continue_from=5, prompt="a")
+
+
+@pytest.mark.parametrize("kind", ["continued", "from text"])
+def test_the_warmup_that_a_note_names_is_of_the_same_shape(wanfast: Wanfast, small_text_model: Path, kind: str) -> None:
+    """Without --fit, --size 832x480 is 832x464 for an image of this size."""
+    if kind == "continued":
+        write(Path("old.mp4"), 832, 480, num_frames=1)
+        given: tuple[str, ...] = ("--model", "tiny", "--continue-from", "old.mp4")
+    else:
+        given = ("--model", str(small_text_model), "--size", "832x480")
+    of_video = ("generate", *given, "--device", "cpu", "--frames", "5", "--steps", "2", "--prompt", "a", "--compile")
+    document = wanfast(*of_video, "--dry-run", "--json").document
+    words = shlex.split(warmup_command(EffectiveConfig.from_json(document["effective"])))
+    parsed = dict(zip(words[2::2], words[3::2], strict=True))
+    assert "--image" not in parsed
+    given_to_warmup = {name[2:].replace("-", "_"): value for name, value in parsed.items()}
+    plan, _ = warmup.planned({**given_to_warmup, "frames": int(given_to_warmup["frames"])})
+    assert (plan.geometry.width, plan.geometry.height) == (832, 480) == (document["plan"]["width"], 480)
 
 
 def test_a_line_of_a_list_names_several_prompts_and_its_video(wanfast: Wanfast, workdir: Path, old: Path) -> None:
