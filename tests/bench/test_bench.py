@@ -101,6 +101,11 @@ def test_the_code_counts_in_a_key(clips: Path, monkeypatch: pytest.MonkeyPatch) 
     assert planned(bench_of(clips, "exact"))[0].cells[0].key != before
 
 
+def test_a_recipe_of_two_images_is_a_row_with_the_reason(clips: Path) -> None:
+    _, row = planned(bench_of(clips, "exact", "first-last-4"))
+    assert str(row.error).startswith("--recipe first-last-4 needs a last image, which the clips of `wanfast bench` do")
+
+
 def test_a_recipe_without_its_kernel_is_a_row_with_the_reason(clips: Path) -> None:
     rows = planned(bench_of(clips, "exact", "fa3", "fastest-original"))
     assert [type(row.error) for row in rows] == [type(None), NeedsGpuError, NeedsGpuError]

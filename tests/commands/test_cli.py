@@ -65,7 +65,8 @@ def options_of_command(function: Callable[..., None]) -> dict[str, object]:
     """The defaults of a command's options, without what only the parent reads."""
     parent_only = {"context", "prompt_file", "from_", "jobs", "dry_run", "json_", "set_"}
     parent_only |= {"recipes", "repeats", "steps_measured", "random_weights"}
-    parent_only |= {"host", "port", "api_key_file", "max_queue", "max_upload_mb", "keep_hours", "database", "data_dir"}
+    parent_only |= {"host", "port", "api_key_file", "max_queue", "max_upload_mb", "keep_hours", "max_clips"}
+    parent_only |= {"database", "data_dir"}
     parent_only |= {"ray", "replicas"}
     parameters = inspect.signature(function).parameters.items()
     return {name: parameter.default for name, parameter in parameters if name not in parent_only}

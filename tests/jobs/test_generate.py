@@ -465,6 +465,19 @@ def test_progress_reports_pace_and_time_left_however_slow_a_step(
     assert "low noise, 40.00 s/step, 0:00 left" in shown and "4/4" in shown
 
 
+def test_the_pace_of_a_clip_is_its_own_and_the_time_left_is_that_of_all(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 100_000, 40))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    with progress.progress_bars(enabled=True) as on_progress:
+        for clip in (1, 2):
+            for done in range(4):
+                on_progress(0, f"clip {clip} of 3, low noise", done, 4)
+    shown = capsys.readouterr().err
+    assert "clip 2 of 3, low noise, 40.00 s/step, 3:20 left" in shown  # a step of this clip, four of the next
+
+
 def test_a_gpu_that_is_not_there_is_said(wanfast: Wanfast) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +18,18 @@ from PIL import Image
 import wanfast as api
 from tests.conftest import Outcome
 from tests.media.test_earlier_video import write
+from wanfast.commands import dispatch, warmup
+from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.engine import session as session_module
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.jobs.generate import facts_of
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import past_runs
+from wanfast.runtime.planning.next_step import warmup_command
+from wanfast.runtime.planning.placement import FreeMemory, place
+from wanfast.runtime.planning.plan import resolve
+from wanfast.runtime.processes import handle as handle_module
+from wanfast.runtime.store.artifacts import LOADING, share_done
 
 Wanfast = Callable[..., Outcome]
 SHAPE = ("generate", "--model", "tiny", "--device", "cpu", "--frames", "5", "--steps", "2", "--seed", "1")
@@ -73,6 +83,19 @@ def test_a_run_of_several_clips_loads_the_models_once_and_is_repeated(
     one = wanfast(*TWO[:-2], "--output", "one.mp4", "--json").document
     assert made["seconds"]["denoise"] > made["first_step_s"] and one["effective"]["video"]["prompt"] == "a cat"
     assert (earlier_frames("one.mp4")[0] == frames[0]).all()
+
+
+def test_the_progress_is_told_clip_by_clip(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the names of the stages, the share of the whole video follows."""
+    told: list[tuple[str, int, int]] = []
+    bars = nullcontext(lambda job, *state: told.append(state))
+    monkeypatch.setattr(dispatch, "progress_bars", lambda enabled: bars)
+    assert wanfast(*TWO).exit_code == 0
+    stages = list(dict.fromkeys(stage for stage, _, _ in told))
+    of_a_clip = ["encoding the image", "high noise", "low noise"]
+    assert stages == [LOADING, *(f"clip {clip} of 2, {stage}" for clip in (1, 2) for stage in of_a_clip)]
+    shares = [share_done(*state) for state in told]
+    assert shares == sorted(shares) and {0, 0.25, 0.5, 0.75, 1} == set(shares)
 
 
 def test_a_continuation_holds_the_old_video_and_from_repeats_it(wanfast: Wanfast, workdir: Path, old: Path) -> None:
@@ -172,6 +195,67 @@ def test_the_plan_says_clips_memory_time_and_limits(
     known = entry | {name: plan[name] for name in (*past_runs._ALIKE, "attention", *past_runs._OF_ATTENTION)}
     monkeypatch.setattr(past_runs, "_entries", lambda index: [known])
     assert wanfast(*two, "--json").document["predicted_s"] == 2.0 * 2 * plan["forwards"]
+
+
+def test_clips_that_the_host_cannot_join_are_refused(workdir: Path, old: Path) -> None:
+    shape: dict[str, Any] = {"model": "tiny", "device": "cpu", "frames": 5, "steps": 1, "seed": 1}
+    prompts = {"image": "cat.png", "size": "64x64", "prompt": ["a", "b"]}
+    for options, words in (
+        (
+            {"continue_from": "old.mp4", "prompt": "a"},
+            "--continue-from: to join 10 frames needs 184.3 kB of host memory",
+        ),
+        (prompts, "--prompt: to join 9 frames needs 165.9 kB of host memory, but only 1.0 kB are free: give fewer pr"),
+    ):
+        plan, _ = resolve({**shape, **options})
+        with pytest.raises(ConfigError, match="of host memory") as refused:
+            place([plan], FreeMemory(1 << 40, "free", 1000))
+        assert str(refused.value).startswith(words)
+        (noted,) = place([plan], FreeMemory(1 << 40, "free", 1000), must_fit=False)
+        assert noted.notes[-1] == str(refused.value)
+        (fits,) = place([plan], FreeMemory(1 << 40, "free", plan.joining_bytes))
+        assert fits.notes == plan.notes
+
+
+def test_a_continuation_of_a_run_needs_no_fit_of_its_image(wanfast: Wanfast, workdir: Path, old: Path) -> None:
+    wanfast(*SHAPE, "--size", "64x64", "--image", "cat.png", "--prompt", "a cat", "--fit", "crop")
+    again = ("generate", "--from", "out.json", "--continue-from", "old.mp4", "--dry-run", "--json")
+    video = wanfast(*again).document["effective"]["video"]
+    assert (video["size"], video["fit"], video["image"]) == ("64x48", "area", "")
+    assert wanfast(*again, "--last-image", "cat.png").document["effective"]["video"]["fit"] == "crop"
+    assert "--fit crop: --continue-from gives no image" in wanfast(*again, "--fit", "crop").err
+
+
+def test_python_places_the_models_for_the_size_of_the_earlier_video(
+    workdir: Path, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size of --model would need another placement, or more memory than there is."""
+    opened: list[dict[str, Any]] = []
+    monkeypatch.setattr(handle_module.Opened, "of", lambda asked: opened.append(asked) or 1 / 0)
+    for given in ({}, {"size": "32x32"}):
+        with pytest.raises(ZeroDivisionError):
+            api.make(model="tiny", device="cpu", continue_from=Path("old.mp4"), prompt="a", **given)
+    assert [asked["size"] for asked in opened] == ["64x48", "32x32"]
+    with pytest.raises(ConfigError, match="--continue-from 5: a text is needed"):
+        api.make(model="tiny", continue_from=5, prompt="a")
+
+
+@pytest.mark.parametrize("kind", ["continued", "from text"])
+def test_the_warmup_that_a_note_names_is_of_the_same_shape(wanfast: Wanfast, small_text_model: Path, kind: str) -> None:
+    """Without --fit, --size 832x480 is 832x464 for an image of this size."""
+    if kind == "continued":
+        write(Path("old.mp4"), 832, 480, num_frames=1)
+        given: tuple[str, ...] = ("--model", "tiny", "--continue-from", "old.mp4")
+    else:
+        given = ("--model", str(small_text_model), "--size", "832x480")
+    of_video = ("generate", *given, "--device", "cpu", "--frames", "5", "--steps", "2", "--prompt", "a", "--compile")
+    document = wanfast(*of_video, "--dry-run", "--json").document
+    words = shlex.split(warmup_command(EffectiveConfig.from_json(document["effective"])))
+    parsed = dict(zip(words[2::2], words[3::2], strict=True))
+    assert "--image" not in parsed
+    given_to_warmup = {name[2:].replace("-", "_"): value for name, value in parsed.items()}
+    plan, _ = warmup.planned({**given_to_warmup, "frames": int(given_to_warmup["frames"])})
+    assert (plan.geometry.width, plan.geometry.height) == (832, 480) == (document["plan"]["width"], 480)
 
 
 def test_a_line_of_a_list_names_several_prompts_and_its_video(wanfast: Wanfast, workdir: Path, old: Path) -> None:

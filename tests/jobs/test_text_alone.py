@@ -222,6 +222,15 @@ def test_a_block_is_compiled_in_advance(small_text_model: Path, workdir: Path, m
     assert counter.frame_count == 1
 
 
+def test_a_run_from_an_image_is_not_repeated_from_text(wanfast: Wanfast, small_text_model: Path, workdir: Path) -> None:
+    """The image of that run cannot be dropped by an option, and its shift and guidance are another model's."""
+    wanfast("generate", "--model", "tiny", *SHAPE, "--image", "cat.png", "--prompt", "a cat", "--seed", "1")
+    again = wanfast("generate", "--from", "out.json", "--model", str(small_text_model), "--dry-run")
+    assert again.exit_code == 2 and len(again.err.splitlines()) == 1
+    assert "--from: the earlier video starts from an image, but --model /" in again.err
+    assert wanfast("generate", "--from", "out.json", "--model", "a14b", "--dry-run").exit_code == 0
+
+
 def test_python_makes_it(forked: None, workdir: Path, small_text_model: Path) -> None:
     with api.open(model=small_text_model, device="cpu", num_gpus=2, size="48x32", frames=5) as handle:
         video = handle.make(prompt="a cat", seed=1, size="48x32", frames=5, steps=2)
@@ -237,10 +246,17 @@ def test_the_server_makes_it(workdir: Path, small_text_model: Path) -> None:
         answer = server.ask("POST", "/v1/videos", prompt="a cat", input_reference=data_url(STAR.read_bytes()))
         assert (answer.status, answer.error["param"]) == (400, "input_reference")
         assert answer.error["message"] == "input_reference: this model makes videos from text alone: leave it out"
+        for seconds, status in (("0.25", 200), ("0.5", 400)):  # one clip, as --max-clips 1 says for other models
+            answer = server.ask("POST", "/v1/videos", prompt="a cat", seconds=seconds)
+            assert answer.status == status, answer.body
+        assert answer.error["message"] == (
+            "seconds: one video has at most 5 frames here (0.3125 seconds at 16 a second), because a clip cannot start "
+            "from another one's frame"
+        )
         answer = server.ask("POST", "/v1/videos", prompt="a cat", seed=7)
         assert answer.status == 200, answer.body
         assert server.ended(answer.document["id"])["status"] == "completed"
-        (made,) = server.maker.made
+        _, made = server.maker.made
         assert "image" not in made and "fit" not in made and (made["prompt"], made["size"]) == ("a cat", "48x32")
         schema = server.ask("GET", "/openapi.json").document["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
         assert all("input_reference" not in kind["schema"]["properties"] for kind in schema.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,10 +88,56 @@ def test_what_no_clip_can_continue_is_one_line(tmp_path: Path, monkeypatch: pyte
         assert str(refused.value).startswith(f"--continue-from {file}: ") and words in str(refused.value)
         assert "\n" not in str(refused.value)
     with pytest.raises(ConfigError, match=r"a\.mp4: players turn it by 90 degrees: turn the pixels first"):
-        earlier_video._check(SimpleNamespace(width=64, height=48, rotation=-90), "a.mp4")
+        earlier_video._check(SimpleNamespace(width=64, height=48, rotation=-90), None, "a.mp4")
     monkeypatch.setattr(earlier_video, "MOST_FRAMES", 2)
     with pytest.raises(ConfigError, match="has over 2 frames: give a file that holds only its last part"):
         load_earlier(str(whole))
+
+
+def encoded(
+    file: Path,
+    size: tuple[int, int] = (64, 48),
+    *,
+    shape: Fraction | None = None,
+    times: Sequence[int] = range(3),
+    pixels: str = "yuv420p",
+    **options: str,
+) -> Path:
+    """Writes a video of another program, 16 frames a second; `shape`: of its pixels."""
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("libx264", rate=16, options=options)
+        (stream.width, stream.height), stream.pix_fmt = size, pixels
+        if shape is not None:
+            stream.sample_aspect_ratio = shape
+        for time in times:
+            frame = av.VideoFrame(*size, pixels)
+            frame.pts, frame.time_base = time, Fraction(1, 16)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file
+
+
+def test_what_would_look_otherwise_is_refused(tmp_path: Path) -> None:
+    """Such a video can be decoded, but its continuation would show its frames pale, stretched or at other times."""
+    hdr = {"color_trc": "smpte2084", "color_primaries": "bt2020", "colorspace": "bt2020nc"}
+    for file, words in {
+        encoded(tmp_path / "hdr.mp4", pixels="yuv420p10le", **hdr): "is HDR, which would look pale: convert the file",
+        encoded(tmp_path / "wide.mp4", shape=Fraction(4, 3)): "its pixels are no squares (4/3), so players stretch it",
+        encoded(tmp_path / "late.mp4", times=(0, 1, 2, 3, 4, 11)): "shows its frames for unlike times",
+        both(tmp_path): "its frames change from 64x48 to 96x64 pixels: give a file whose frames have one size",
+    }.items():
+        with pytest.raises(ConfigError) as refused:
+            load_earlier(str(file))
+        assert str(refused.value).startswith(f"--continue-from {file}: ") and words in str(refused.value)
+    assert load_earlier(str(encoded(tmp_path / "ten.mp4", pixels="yuv420p10le"))).num_frames == 3
+    assert load_earlier(str(encoded(tmp_path / "square.mp4", shape=Fraction(1)))).num_frames == 3
+
+
+def both(folder: Path) -> Path:
+    """Writes a stream whose frames change their size."""
+    parts = [encoded(folder / "a.h264"), encoded(folder / "b.h264", (96, 64))]
+    (folder / "both.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
+    return folder / "both.h264"
 
 
 def test_sound_is_left_out_with_a_note(tmp_path: Path) -> None:

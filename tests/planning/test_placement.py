@@ -420,16 +420,24 @@ def test_an_earlier_run_is_repeated_on_other_gpus_if_asked(wanfast: Wanfast, mac
 
 @pytest.mark.parametrize(
     ("done", "gave_up", "expected"),
-    [({0: 3, 1: 2, 2: 3}, (), [1]), ({0: 3, 1: 3, 2: 3}, (0, 2), [1]), ({0: 3, 2: 3}, (0, 2), [1])],
-    ids=["behind by a step", "as far, and silent", "never began"],
+    [
+        ({0: (7, "high noise", 3), 1: (7, "high noise", 2), 2: (7, "high noise", 3)}, (), [1]),
+        ({0: (7, "high noise", 3), 1: (7, "high noise", 3), 2: (7, "high noise", 3)}, (0, 2), [1]),
+        ({0: (7, "high noise", 3), 2: (7, "high noise", 3)}, (0, 2), [1]),
+        ({0: (7, "clip 2 of 3, x", 0), 1: (7, "clip 1 of 3, x", 4), 2: (7, "clip 2 of 3, x", 0)}, (), [1]),
+        ({0: (8, "x", 0), 1: (7, "x", 4), 2: (8, "x", 0)}, (), [1]),
+    ],
+    ids=["behind by a step", "as far, and silent", "never began", "at the end of a clip", "at the end of a video"],
 )
-def test_who_hangs(tmp_path: Path, done: dict[int, int], gave_up: tuple[int, ...], expected: list[int]) -> None:
+def test_who_hangs(
+    tmp_path: Path, done: dict[int, tuple[int, str, int]], gave_up: tuple[int, ...], expected: list[int]
+) -> None:
     for rank in range(3):
         own = tmp_path / f"0-{rank}"
         own.mkdir()
         (own / "pid").write_text("1")
         if rank in done:
-            (own / "progress").write_text(json.dumps({"done": done[rank]}))
+            (own / "progress").write_text(json.dumps(dict(zip(("job", "stage", "done"), done[rank], strict=True))))
         if rank in gave_up:
             (own / "error.json").write_text("{}")
     assert failures._behind(tmp_path, 0) == expected

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import Outcome
+from tests.server.running import until
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.planning import prompt_extension
 from wanfast.runtime.planning.prompt_extension import extended
@@ -66,16 +70,44 @@ def test_only_the_first_clip_has_an_image(wanfast: Wanfast, program: str, monkey
         ("import os; os.write(1, bytes([255]))", "printed what is not UTF-8 text"),
         ("import sys; sys.exit('one\\n\\ntwo')", "ended with code 1 (two): correct the program, or drop --ext"),
         ("raise SystemExit(3)", "ended with code 3 (nothing on stderr): correct the program"),
+        ("while True: print('a' * 9999)", "prints without an end: print only the new prompt, on one line"),
+        ("import sys; sys.exit('x' * 99_999 + '\\nlast')", "ended with code 1 (last): correct the program"),
+        ("import os; os.fork() or __import__('time').sleep(60)", "did not end within 0.5 s"),
         ("import time; time.sleep(60)", "did not end within 0.5 s: use a faster program, or drop --extend-prompt"),
     ],
 )
 def test_what_is_no_prompt_is_refused(code: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "sleep" in code:
+    if "sleep(" in code:
         monkeypatch.setattr(prompt_extension, "TIMEOUT_S", 0.5)
     with pytest.raises(ConfigError) as refused:
         extended(f'{sys.executable} -S -c "{code}"', "a cat", None)
     assert str(refused.value).startswith(f"--extend-prompt {sys.executable}: ") and words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_nothing_that_the_program_started_is_left(tmp_path: Path) -> None:
+    """A child of the program would hold its stdin, and perhaps a GPU."""
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import os, time\nchild = os.fork()\nprint(child) if child else (os.close(1), os.close(2), time.sleep(9))\n"
+    )
+    started = time.monotonic()
+    pid = int(extended(f"{sys.executable} -S {script}", "a" * 200_000, None))  # more than a pipe holds; nobody reads it
+    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 5)
+    assert time.monotonic() - started < 8
+
+
+def test_the_program_runs_after_all_checks(wanfast: Wanfast, workdir: Path, program: str) -> None:
+    """It may take minutes, and a wrong option is known before."""
+    for wrong in (("--magcache", "preset"), ("--output", "none/out.mp4"), ("--frames", "6")):
+        assert wanfast(*MAKE, *GIVEN, "--extend-prompt", program, *wrong, "--dry-run").exit_code == 2
+    assert not Path("runs").exists()
+
+
+def test_a_command_with_a_nul_is_one_line(wanfast: Wanfast, workdir: Path) -> None:
+    Path("jobs.jsonl").write_text(json.dumps({"extend_prompt": "a\0b"}))
+    (line,) = wanfast(*MAKE, *GIVEN, "--jobs", "jobs.jsonl", "--dry-run").document["results"]
+    assert line["error"].startswith("--extend-prompt") and "holds a NUL character: remove it" in line["error"]
 
 
 @pytest.mark.parametrize(

@@ -589,7 +589,7 @@ def test_ranks_that_are_aborted_waited_only_if_that_long_passed(tmp_path: Path, 
     for rank, done in ((0, 3), (1, 2)):
         own = tmp_path / f"ranks/0-{rank}"
         own.mkdir(parents=True)
-        for name, text in (("pid", "1"), ("progress", json.dumps({"done": done}))):
+        for name, text in (("pid", "1"), ("progress", json.dumps({"job": 0, "stage": "a", "done": done}))):
             (own / name).write_text(text)
             os.utime(own / name, (100 - idle_s, 100 - idle_s))
     known = {"exit_codes": {"0": -signal.SIGABRT}, "seconds": {"0": 100}, "stopped": []}

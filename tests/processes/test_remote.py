@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Outcome
+from tests.media.test_earlier_video import write
 from tests.server.running import until
 from wanfast.runtime.errors import from_failure
 from wanfast.runtime.planning import sidecar
@@ -74,6 +75,22 @@ def test_a_video_comes_as_bytes_and_is_the_one_of_generate(
         assert document[name] == alone[name], name
     assert list(document) == list(alone) and document["plan"]["outputs"] == alone["plan"]["outputs"]
     assert document["plan"]["images"] == alone["plan"]["images"] == {flag: str(file) for flag, file in files.items()}
+
+
+def test_a_continuation_in_several_clips_travels_too(
+    group: RemoteGroup, workdir: Path, wanfast: Callable[..., Outcome]
+) -> None:
+    old = write(workdir / "old.mp4", 64, 48)
+    plan = planned(continue_from="old.mp4", image=None, size=None, prompt=["a", "b"], output="remote.mp4")
+    content = old.read_bytes()
+    old.unlink()
+    made = group.make(plan.job().to_json(), {"--continue-from": content})
+    assert "error" not in made.result and made.result["plan"]["total_frames"] == 11
+    document = sidecar.moved(made.result, plan.config.output, plan.config.video)
+    sidecar.write_made(document, made.files, plan.outputs, overwrite=False)
+    old.write_bytes(content)
+    again = wanfast("generate", "--from", "remote.json", "--output", "again.mp4", "--json").document
+    assert again["output_sha256"] == document["output_sha256"]
 
 
 def test_the_models_stay_loaded_and_the_progress_is_told(group: RemoteGroup, workdir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -20,6 +21,7 @@ import openai
 from wanfast.runtime.errors import CancelledError
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.processes.handle import Opened, ProgressFn, Video
+from wanfast.runtime.store.artifacts import stage_of_clip
 from wanfast.runtime.store.model_files import TINY
 from wanfast.server import serve as serve_module
 from wanfast.server.app import Parts, create_app
@@ -62,15 +64,15 @@ class StandIn:
             if self.errors:
                 raise self.errors.pop(0)
         self.cancelled.clear()
-        steps = plan.config.video.steps
-        for step in range(steps):
-            on_progress("high noise", step, steps)
+        steps, clips = plan.config.video.steps, len(plan.config.video.prompts)
+        for clip, step in itertools.product(range(1, clips + 1), range(steps)):
+            on_progress(stage_of_clip(clip, clips, "high noise"), step, steps)
             time.sleep(self.step_s)
             while self.holds.is_set() and not self.cancelled.is_set():
                 time.sleep(0.01)
             if self.cancelled.is_set():
                 raise CancelledError
-        shape = (plan.geometry.frames, plan.geometry.height, plan.geometry.width, 3)
+        shape = (plan.config.video.total_frames, plan.geometry.height, plan.geometry.width, 3)
         document = sidecar.with_seconds(sidecar.planned(plan), {}, {"encode": 0.01, "denoise": 0.02, "decode": 0.01})
         return Video(np.full(shape, colour(plan.config.video.seed), np.uint8), document)
 
@@ -185,17 +187,22 @@ def running(
     most_jobs: int = 100,
     most_bytes: int = 2_000_000,
     keep_s: float = 3600,
+    max_clips: int = 3,
     waits: bool = True,
 ) -> Iterator[Running]:
     """Runs a server until the block ends; `waits`: until it is ready."""
     opened = Opened.of({**options, "artifacts_dir": str(folder / "artifacts")})
     settings = Settings(host="127.0.0.1", port=0, data_dir=folder / "data")
-    served, files, store = Served.of(opened, defaults), Files(settings.data_dir), Store(url or settings.database_url)
+    served, files, store = (
+        Served.of(opened, defaults, max_clips),
+        Files(settings.data_dir),
+        Store(url or settings.database_url),
+    )
     maker, metrics = StandIn(opened), Metrics(store, has_gpus=False)
     if not waits:
         maker.holds.set()
     warm_up = serve_module.warm_up_of(opened, served, files)
-    worker = Worker(store, maker, files, metrics, keep_s=keep_s, warm_up=warm_up)
+    worker = Worker(store, maker, files, metrics, keep_s=keep_s, warm_up=warm_up, total_frames=served.total_frames)
     parts = Parts(store, worker, files, Checks(served), keys, metrics, served.model, most_jobs, most_bytes)
     with serve_module._listening(settings) as listener, serve_module._answering(create_app(parts), listener):
         host, port = listener.getsockname()

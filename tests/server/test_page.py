@@ -149,7 +149,7 @@ def test_a_page_is_used_by_the_keyboard_alone(server: Running, page: Page) -> No
     page.keyboard.type("by keys")
     assert [tab(), tab()] == ["the server's own", "Settings"]
     page.keyboard.press("Enter")
-    names = ["negative_prompt", "size", "num_frames", "fps", "num_inference_steps", "guidance_scale",
+    names = ["negative_prompt", "size", "num_frames", "seconds", "fps", "num_inference_steps", "guidance_scale",
              "guidance_scale_2", "flow_shift", "seed", "priority"]  # fmt: skip
     assert [*(tab() for _ in names), tab()] == [*names, "Make the video"]
     page.keyboard.press("Enter")
@@ -270,6 +270,11 @@ def test_the_queue_is_live_and_settings_are_used_again(server: Running, page: Pa
     expect(page.get_by_label("What happens in the video")).to_have_value("the first")
     expect(page.get_by_label("Seed")).to_have_value("5")
     expect(page.get_by_label("Steps")).to_have_value("2")
+    long = server.create(prompt="a long one", seconds="0.75")
+    queued.filter(has_text="a long one").get_by_role("button", name="Use its settings").click()
+    expect(page.get_by_label("Seconds")).to_have_value("0.75")
+    expect(page.get_by_label("Number of frames")).to_have_value("")
+    server.ask("DELETE", f"/v1/videos/{long}")
     server.ask("DELETE", f"/v1/videos/{first}")
     expect(queued.get_by_role("heading")).to_have_text(["sooner", "later"])
     server.maker.holds.clear()

@@ -408,6 +408,7 @@ def test_an_address_for_all_needs_keys(tmp_path: Path) -> None:
         ({"max_upload_mb": 0}, "--max-upload-mb 0: use 1 to 1000"),
         ({"keep_hours": 0.0}, "--keep-hours 0: use 0.001 to"),
         ({"keep_hours": float("nan")}, "--keep-hours nan"),
+        ({"max_clips": 0}, "--max-clips 0: use 1 to 100"),
         ({"database": "mysql://user:secret@host/x"}, "--database is not postgresql://"),
     ],
     ids=str,

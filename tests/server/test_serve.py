@@ -87,9 +87,10 @@ class Process:
             time.sleep(0.05)
         raise AssertionError(self.log.read_text())
 
-    def create(self, key: str, seed: int, prompt: str | None = None) -> str:
+    def create(self, key: str, seed: int, prompt: str | None = None, **others: str) -> str:
         """Queues a video and returns its id; the request is repeated until it is acknowledged."""
         fields = {"prompt": prompt or f"star {seed}", "seed": seed, "input_reference": data_url(STAR.read_bytes())}
+        fields |= others
         headers = {"Content-Type": "application/json", "Idempotency-Key": key}
         answer = self.answer("POST", "/v1/videos", json.dumps(fields).encode(), headers)
         assert answer.status == 200, answer.body
@@ -147,10 +148,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
         yield process
 
 
-def one(folder: Path, wanfast: Callable[..., Outcome], seed: int) -> bytes:
+def one(folder: Path, wanfast: Callable[..., Outcome], seed: int, clips: int = 1) -> bytes:
     """Returns the mp4 that `wanfast generate` makes of what `Process.create` asks for."""
     output = f"{seed}.mp4"
-    video = ("--image", str(STAR), "--prompt", f"star {seed}", "--seed", str(seed), "--fit", "crop", "--output", output)
+    prompts = ("--prompt", f"star {seed}") * clips
+    video = ("--image", str(STAR), *prompts, "--seed", str(seed), "--fit", "crop", "--output", output)
     outcome = wanfast("generate", *TINY, *video)
     assert outcome.exit_code == 0, outcome.err
     return (folder / output).read_bytes()
@@ -173,6 +175,15 @@ def test_a_video_of_the_server_is_that_of_generate(
     assert shown["status"] == "completed", shown
     assert tiny.answer("GET", f"/v1/videos/{video}/content").body == one(workdir, wanfast, 3)
     assert b'wanfast_stage_seconds_count{stage="denoise"} 1.0' in tiny.answer("GET", "/metrics").body
+
+
+def test_a_long_video_is_that_of_generate_with_several_prompts(
+    tiny: Process, workdir: Path, wanfast: Callable[..., Outcome]
+) -> None:
+    video = tiny.create("long", 3, seconds="0.75")
+    shown = tiny.ended(video)
+    assert shown["status"] == "completed" and shown["seconds"] == "0.75", shown
+    assert tiny.answer("GET", f"/v1/videos/{video}/content").body == one(workdir, wanfast, 3, clips=3)
 
 
 def test_a_video_whose_rank_is_killed_is_made_all_the_same(tiny: Process) -> None:

@@ -96,13 +96,13 @@ def test_the_queue_waits_while_the_disk_is_full(
     monkeypatch.setattr(worker_module, "_IDLE_S", 0.02)
     with running(tmp_path) as server:
         with monkeypatch.context() as full:
-            full.setattr(type(server.files), "free_bytes", lambda self: 64 * 64 * 3 * 5 * 3 // 2 - 1)
+            full.setattr(type(server.files), "free_bytes", lambda self: 64 * 64 * 3 * 13 * 3 // 2 - 1)  # 3 clips
             time.sleep(0.1)
             videos = [server.create() for _ in range(2)]
             time.sleep(0.2)
             assert [server.show(video)["status"] for video in videos] == ["queued"] * 2
         assert [server.ended(video)["status"] for video in videos] == ["completed"] * 2
-    assert capsys.readouterr().err.count("less than 92.2 kB are free, so the queue waits") == 1
+    assert capsys.readouterr().err.count("less than 239.6 kB are free, so the queue waits") == 1
 
 
 def test_a_folder_that_fails_for_a_moment_ends_nothing(
@@ -407,7 +407,7 @@ def test_a_picture_of_the_warm_up_is_never_half_written(tmp_path: Path, monkeypa
 
         with monkeypatch.context() as patched, pytest.raises(ConfigError, match=r"--data-dir .*No space left"):
             patched.setattr(Image.Image, "save", full)
-            warm_up_of(server.maker.opened, Served.of(server.maker.opened, {"steps": 3}), server.files)
+            warm_up_of(server.maker.opened, Served.of(server.maker.opened, {"steps": 3}, 3), server.files)
         assert picture.read_bytes() == before and not list(server.files.folder.glob(".warm-up*"))
 
 

@@ -136,6 +136,11 @@ def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
     of_video = {option: value for option, value in options.items() if option not in OF_HANDLE}
     largest: Options = {option: of_video[option] for option in ("size", "frames") if option in of_video}
     try:
+        if RECIPES[name].num_images > 1 and bench.files.spec.takes_images:
+            raise ConfigError(
+                f"--recipe {name} needs a last image, which the clips of `wanfast bench` do not have: use another "
+                "recipe"
+            )
         config = effective({**NO_VIDEO, **options}, bench.files)
         if bench.steps_measured is not None:
             _check_steps(config.video, bench.files.spec, bench.steps_measured)

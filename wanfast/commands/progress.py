@@ -18,6 +18,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from wanfast.runtime.store.artifacts import steps_left
+
 OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
 
 
@@ -33,10 +35,14 @@ def progress_bars(*, enabled: bool) -> Iterator[OnProgress]:
             if job not in tasks:
                 tasks[job] = bars.add_task(stage, total=total or None)
             known = ""
-            if done:
+            if not done:
+                started.pop(job, None)  # each clip begins again
+            else:
                 since, first = started.setdefault(job, (now, done))
                 pace = (now - since) / max(done - first, 1)  # rich drops samples older than 30 s
-                known = f", {pace:.2f} s/step, {_clock(pace * (total - done))} left" if done > first else ""
+                known = (
+                    f", {pace:.2f} s/step, {_clock(pace * steps_left(stage, done, total))} left" if done > first else ""
+                )
             bars.update(tasks[job], completed=done, total=total or None, description=f"{stage}{known}")
 
         yield on_progress

@@ -47,6 +47,14 @@ def serve(
     keep_hours: Annotated[
         float, typer.Option(help="Hours for which a finished video can be downloaded.", rich_help_panel=SERVER)
     ] = 24.0,
+    max_clips: Annotated[
+        int,
+        typer.Option(
+            help="Largest number of clips of a video that is longer than --frames; with 3, the published model makes "
+            "12 seconds.",
+            rich_help_panel=SERVER,
+        ),
+    ] = 3,
     database: Annotated[
         str | None,
         typer.Option(
@@ -84,7 +92,7 @@ def serve(
     """Keep the models loaded, and make videos that clients request over HTTP.
 
     Clients of OpenAI's video API can use the server.
-    --size and --frames state the largest video that a client may request.
+    --size and --frames state the largest clip that a client may request. A longer video has up to --max-clips clips.
     The other options of a video are defaults, which a request may override.
     """
     for package in ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client", "python_multipart"):
@@ -107,6 +115,7 @@ def serve(
         max_queue=max_queue,
         max_upload_mb=max_upload_mb,
         keep_hours=keep_hours,
+        max_clips=max_clips,
     )
     defaults: dict[str, Any] = {name: value for name, value in given.items() if name not in of_open}
     opened = Opened.of({name: given[name] for name in of_open})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import secrets
 import tempfile
 import threading
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, parse_size
 from wanfast.runtime.config.recipes import RECIPES
+from wanfast.runtime.config.video import CPU_SEEDS
 from wanfast.runtime.errors import ConfigError, WanFastError
 from wanfast.runtime.facts.choices import NAMED_MODELS, RecipeName
 from wanfast.runtime.facts.model_spec import ModelSpec
@@ -53,8 +55,24 @@ class Served:
     spec: ModelSpec
     model: str  # the name that clients use
     size: tuple[int, int]  # (width, height) of the largest video
-    frames: int
+    frames: int  # of the longest clip
+    clips: int = 1  # of the longest video
     defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def most_frames(self) -> int:
+        """Returns the number of frames of the longest clip that a request may ask for."""
+        return min(self.frames, self.spec.trained_frames or self.frames)
+
+    @property
+    def joined_frames(self) -> int:
+        """Returns the number of frames of the longest video of such clips; neighbouring clips share a frame."""
+        return self.clips * (self.most_frames - 1) + 1
+
+    @property
+    def total_frames(self) -> int:
+        """Returns the number of frames of the longest video: of those clips, or of one clip by --frames."""
+        return max(self.frames, self.joined_frames)
 
     @property
     def fit(self) -> dict[str, str]:
@@ -62,14 +80,21 @@ class Served:
         return {"fit": "crop"} if self.spec.takes_images else {}
 
     @classmethod
-    def of(cls, opened: Opened, defaults: Mapping[str, Any]) -> Served:
+    def of(cls, opened: Opened, defaults: Mapping[str, Any], max_clips: int) -> Served:
         """Describes what a server with this handle offers.
 
-        `defaults`: options of `Handle.make` that a request may override.
+        `defaults`: options of `Handle.make` that a request may override. `max_clips`: of a long video, if the model can
+        start a clip from a frame.
         """
         config, spec = opened.placed.config, opened.files.spec
+        if (recipe := config.models.recipe) and _needs_last_image(recipe):
+            raise ConfigError(
+                f"--recipe {recipe} needs a last image, for which requests have no field: use another recipe"
+            )
         name = config.models.model if config.models.model in NAMED_MODELS else spec.name
-        return cls(opened, spec, name, parse_size(config.video.size), config.video.frames, defaults)
+        frames = config.video.frames
+        clips = max_clips if spec.takes_images and frames > 1 else 1
+        return cls(opened, spec, name, parse_size(config.video.size), frames, clips, defaults)
 
 
 class Checks:
@@ -93,6 +118,10 @@ class Checks:
             message = f"model: this server has only {served.model}"
             raise ApiError(404, message, param="model", code="model_not_found")
         self._check_picture(asked)
+        if fields.recipe and _needs_last_image(fields.recipe):
+            raise unfit(
+                "recipe", f"{fields.recipe} needs a last image, for which requests have no field: use another one"
+            )
         boundary = fields.boundary_ratio
         if boundary not in (None, served.spec.boundary):
             raise unfit(
@@ -101,12 +130,14 @@ class Checks:
             )
         options = {**served.defaults, **self._options(fields)}
         fps = options.get("fps", served.spec.fps)
-        frames = self._frames(fields, fps)
+        frames, clips = self._length(fields, fps)
         width, height = self._size(fields)
         options |= {"size": f"{width}x{height}", "frames": frames, **served.fit}
+        if clips > 1:  # each clip starts from the last frame of the one before
+            options["prompt"] = [fields.prompt] * clips
         return NewJob(
             owner=owner,
-            options={**options, "seed": secrets.randbelow(1 << 31) if fields.seed is None else fields.seed},
+            options={**options, "seed": _seed(fields, clips)},
             model=served.model,
             size=f"{width}x{height}",
             seconds=f"{fields.seconds or frames / fps:g}",
@@ -139,9 +170,14 @@ class Checks:
         width, height = served.size
         own = dataclasses.asdict(chosen) | {"size": f"{width}x{height}", "frames": served.frames}
         defaults = in_names_of_fields({name: own[name] for name in own.keys() - _OF_ONE_VIDEO})
-        recipes = [name for name in RECIPES if served.planner.has_models_of(name)]
-        recipe = served.planner.asked.get("recipe")
-        return {"defaults": defaults, "recipe": recipe, "recipes": recipes, "takes_images": self.takes_images}
+        recipes = [name for name in RECIPES if served.planner.has_models_of(name) and not _needs_last_image(name)]
+        return {
+            "defaults": defaults,
+            "recipe": served.planner.asked.get("recipe"),
+            "recipes": recipes,
+            "takes_images": self.takes_images,
+            "max_seconds": served.joined_frames / chosen.fps,
+        }
 
     def _check_picture(self, asked: Asked) -> None:
         if self.takes_images and not asked.picture:
@@ -163,20 +199,26 @@ class Checks:
         }
         return {name: value for name, value in options.items() if value is not None}
 
-    def _frames(self, fields: Fields, fps: int) -> int:
-        """Returns the number of frames, which one clip of the model can have."""
+    def _length(self, fields: Fields, fps: int) -> tuple[int, int]:
+        """Returns (the number of frames of each clip, the number of clips)."""
+        served = self._served
         if fields.seconds is not None and fields.num_frames is not None:
             raise unfit("num_frames", "the field seconds also gives the length: keep one of the two")
-        if fields.seconds is not None:
-            param, frames = "seconds", 4 * round(fields.seconds * fps / 4) + 1
-        elif fields.num_frames is not None:
-            param, frames = "num_frames", fields.num_frames
-        else:
-            return self._served.frames
-        most = min(self._served.frames, self._served.spec.trained_frames or self._served.frames)
-        if frames > most:
-            raise unfit(param, f"one video has at most {most} frames here ({most / fps:g} seconds at {fps} a second)")
-        return frames
+        most = served.most_frames
+        if fields.num_frames is not None:
+            if fields.num_frames > most:
+                fix = "; a longer video has several clips: give seconds instead" if served.clips > 1 else ""
+                raise unfit("num_frames", f"one clip has at most {_length_of(most, fps)}{fix}")
+            return fields.num_frames, 1
+        if fields.seconds is None:
+            return served.frames, 1
+        groups = fields.seconds * fps / 4  # of four frames
+        clips = max(1, math.ceil(round(groups) / max(1, most // 4)))
+        frames = 4 * round(groups / clips) + 1
+        if clips > served.clips or frames > most:
+            why = "" if served.spec.takes_images else ", because a clip cannot start from another one's frame"
+            raise unfit("seconds", f"one video has at most {_length_of(served.joined_frames, fps)}{why}")
+        return frames, clips
 
     def _size(self, fields: Fields) -> tuple[int, int]:
         if fields.size is None:
@@ -191,6 +233,24 @@ class Checks:
                 "size", f"this server makes at most as many pixels as {most_width}x{most_height}: use a smaller size"
             )
         return width, height
+
+
+def _length_of(frames: int, fps: int) -> str:
+    return f"{frames} frames here ({frames / fps:g} seconds at {fps} a second)"
+
+
+def _seed(fields: Fields, clips: int) -> int:
+    """Returns the seed of the first clip; the others have the next ones. Raises ApiError if these are too large."""
+    if fields.seed is None:
+        return secrets.randbelow(1 << 31)
+    if clips > 1 and fields.seed + clips > CPU_SEEDS:
+        raise unfit("seed", f"this video has {clips} clips with seeds that follow: use at most {CPU_SEEDS - clips}")
+    return fields.seed
+
+
+def _needs_last_image(recipe: RecipeName) -> bool:
+    """Returns whether a recipe is for two images, of which a request has only one."""
+    return RECIPES[recipe].num_images > 1
 
 
 def _fingerprint(asked: Asked) -> str:

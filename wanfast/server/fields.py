@@ -31,7 +31,10 @@ class Fields(BaseModel):
 
     prompt: Annotated[str, Field(min_length=1, max_length=MOST_LETTERS, description="What happens in the video.")]
     model: Annotated[str | None, Field(description="The model that the server has loaded.")] = None
-    seconds: Annotated[float | None, Field(gt=0, le=3600, description='Length of the video, such as "4".')] = None
+    seconds: Annotated[
+        float | None,
+        Field(gt=0, le=3600, description='Length of the video, such as "4"; a long one has several clips.'),
+    ] = None
     size: Annotated[str | None, Field(max_length=20, description="Exact size, as WIDTHxHEIGHT.")] = None
     negative_prompt: Annotated[str | None, Field(max_length=MOST_LETTERS)] = None
     num_frames: Annotated[int | None, Field(description="Number of frames, 4n+1, instead of seconds.")] = None

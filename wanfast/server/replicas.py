@@ -89,7 +89,7 @@ def serve_on(
 ) -> None:
     """Serves on a Ray cluster until SIGTERM or SIGINT; then all replicas end. Raises WanFastError."""
     keys, files, ranks = keys_of(settings), Files(settings.data_dir), opened.placed.config.ranks
-    warm_up_of(opened, Served.of(opened, defaults), files)  # refuses what no replica could serve
+    warm_up_of(opened, Served.of(opened, defaults, settings.max_clips), files)  # refuses what no replica could serve
     Store(settings.database_url).close()
     asked = {**opened.asked, "device": ranks.device, "num_gpus": ranks.num_gpus}
     asked["artifacts_dir"] = opened.placed.config.models.artifacts_dir

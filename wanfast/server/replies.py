@@ -74,12 +74,13 @@ def video(job: Job, queue_position: int | None = None) -> dict[str, Any]:
     `queue_position`: the number of jobs before a queued job.
     """
     error = None if job.error_code is None else {"code": job.error_code, "message": job.error_message}
+    settings = _settings(job)
     return {
         "id": job.id,
         "object": "video",
         "model": job.model,
         "status": job.status,
-        "prompt": job.options["prompt"],
+        "prompt": settings["prompt"],
         "remixed_from_video_id": None,
         "progress": job.progress,
         "created_at": int(job.created_at),
@@ -91,12 +92,21 @@ def video(job: Job, queue_position: int | None = None) -> dict[str, Any]:
         "error": error,
         "seed": job.options["seed"],
         "priority": job.priority,
-        "settings": in_names_of_fields(job.options),
+        "settings": settings,
         "stage": job.stage or None,
         "queue_position": queue_position,
         "seconds_by_stage": job.facts.get("seconds_by_stage"),
         "plan": job.facts.get("plan"),
     }
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """Returns the fields with which a request gets the same video, without those that it left to the server."""
+    settings = in_names_of_fields(job.options)
+    if not isinstance(settings["prompt"], list):
+        return settings
+    del settings["num_frames"]  # of one of the clips
+    return settings | {"prompt": settings["prompt"][0], "seconds": job.seconds}
 
 
 def page(jobs: list[Job], *, has_more: bool) -> dict[str, Any]:

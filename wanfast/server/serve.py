@@ -47,6 +47,7 @@ class Settings:
     max_queue: int = 100
     max_upload_mb: int = 32
     keep_hours: float = 24.0
+    max_clips: int = 3  # 12 seconds, the longest that clients know, of the published model
 
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and self.api_key_file is None:
@@ -61,6 +62,7 @@ class Settings:
         for name, value, low, high in (
             ("--port", self.port, 0, 65535), ("--max-queue", self.max_queue, 1, 1_000_000),
             ("--max-upload-mb", self.max_upload_mb, 1, 1000), ("--keep-hours", self.keep_hours, 0.001, 87600),
+            ("--max-clips", self.max_clips, 1, 100),
         ):  # fmt: skip
             if not low <= value <= high:
                 raise ConfigError(f"{name} {value:g}: use {low:g} to {high:g}")
@@ -108,14 +110,22 @@ def parts_of(
 
     Raises WanFastError.
     """
-    served, files = Served.of(opened, defaults), Files(settings.data_dir)
+    served, files = Served.of(opened, defaults, settings.max_clips), Files(settings.data_dir)
     warm_up = warm_up_of(opened, served, files)
     store = Store(settings.database_url)
     if not store.is_shared:
         store.recover(all_lost=True)
     with start(opened) as handle:
         metrics = Metrics(store, has_gpus=opened.placed.config.ranks.device == "cuda")
-        worker = Worker(store, handle, files, metrics, keep_s=settings.keep_hours * 3600, warm_up=warm_up)
+        worker = Worker(
+            store,
+            handle,
+            files,
+            metrics,
+            keep_s=settings.keep_hours * 3600,
+            warm_up=warm_up,
+            total_frames=served.total_frames,
+        )
         yield Parts(
             store=store,
             worker=worker,

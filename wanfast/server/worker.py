@@ -24,7 +24,7 @@ from wanfast.runtime.config import parse_size
 from wanfast.runtime.errors import CancelledError, ConfigError, NotFiniteError, RankFailedError, WanFastError
 from wanfast.runtime.facts.memory import gb
 from wanfast.runtime.processes.handle import ProgressFn, Video
-from wanfast.runtime.store.artifacts import note
+from wanfast.runtime.store.artifacts import note, share_done
 from wanfast.server.files import Files
 from wanfast.server.metrics import Metrics
 from wanfast.server.replies import in_fields, without_paths
@@ -39,8 +39,9 @@ _MOST_UNWRITTEN = 2  # videos at once: one is being made, and one is being writt
 _MOST_STARTS = 3  # of ranks that fail one after the other while they load
 _OF_DENOISING = 95  # percent; the rest is for decoding and writing
 _OF_THE_PLAN = (
-    "recipe", "model", "width", "height", "frames", "fps", "duration_s", "solver", "shift", "steps", "guidance",
-    "forwards", "precision", "attention", "quantize", "compile", "device", "mesh", "seed",
+    "recipe", "model", "width", "height", "frames", "clips", "total_frames", "joining_bytes", "fps", "duration_s",
+    "solver", "shift", "steps", "guidance", "forwards", "precision", "attention", "quantize", "compile", "device",
+    "mesh", "seed",
 )  # fmt: skip
 _WRITING = "writing"  # a stage, in which no error is the client's
 _FAULT = "server_error"
@@ -76,20 +77,30 @@ class _Run:
 
     def report(self, stage: str, done: int, total: int) -> None:
         """Notes how far the ranks are."""
-        self.stage, self.progress = stage, _OF_DENOISING * done // total if total else 0
+        self.stage, self.progress = stage, int(_OF_DENOISING * share_done(stage, done, total))
 
 
 class Worker:
     """This class runs the queued jobs of one server."""
 
     def __init__(
-        self, store: Store, maker: Maker, files: Files, metrics: Metrics, *, keep_s: float, warm_up: Mapping[str, Any]
+        self,
+        store: Store,
+        maker: Maker,
+        files: Files,
+        metrics: Metrics,
+        *,
+        keep_s: float,
+        warm_up: Mapping[str, Any],
+        total_frames: int,
     ) -> None:
-        """`keep_s`: how long a video may be read. `warm_up`: the options of a short video."""
+        """`keep_s`: how long a video may be read. `warm_up`: the options of a short video. `total_frames`: of the
+        longest video.
+        """
         self._store, self._maker, self._files, self._metrics = store, maker, files, metrics
         self._keep_s, self._warm_up = keep_s, warm_up
         width, height = parse_size(warm_up["size"])
-        frames_bytes = width * height * 3 * warm_up["frames"]  # the ranks give them in a file, often on the same disk
+        frames_bytes = width * height * 3 * total_frames  # the ranks give them in a file, often on the same disk
         self._needed_bytes = frames_bytes + _MOST_UNWRITTEN * frames_bytes // 4  # a quarter, as `Video.save` asks for
         self._had_room = True
         self._runs: dict[str, _Run] = {}  # by the names of their attempts, because a lost one may still be written
@@ -208,7 +219,8 @@ class Worker:
             facts = {"seconds_by_stage": seconds, "plan": {**plan, "skipped_forwards": skipped}}
             if _patiently(lambda: self._store.complete(run.job, run.job.attempt, facts, self._keep_s)):
                 stages = {stage: value for stage, value in seconds.items() if stage != "total"}
-                self._metrics.completed(stages, plan["forwards"] - skipped, skipped)
+                clips = plan["clips"]
+                self._metrics.completed(stages, clips * (plan["forwards"] - skipped), clips * skipped)
             del self._runs[run.job.attempt]
 
     @contextmanager

@@ -30,6 +30,8 @@ MEASURE: tuple[Command, ...] = (*WITH_KERNEL, "calibrate-attention")  # these ma
 COMPILED: tuple[Command, ...] = (*MEASURE, "warmup")  # these run forwards
 ALL: tuple[Command, ...] = (*COMPILED, "doctor")
 
+_PROMPTS = ("prompt", "negative_prompt")  # they are cleaned of control characters
+
 Check = Callable[[Any], str | None]  # value -> None, or how to fix the value
 
 
@@ -226,7 +228,7 @@ def _check_text(name: str, value: str) -> None:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise ConfigError(f"{flag(name)} {value!a:.60} is not valid text: write it as UTF-8") from None
-    if "\0" in value and "prompt" not in name:
+    if "\0" in value and name not in _PROMPTS:
         raise ConfigError(f"{flag(name)} {value!a:.60} holds a NUL character: remove it")
 
 

@@ -22,7 +22,7 @@ from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job, Plan
 from wanfast.runtime.planning.share import Share
-from wanfast.runtime.store.artifacts import frames_file, writing_to
+from wanfast.runtime.store.artifacts import frames_file, stage_of_clip, writing_to
 from wanfast.runtime.store.atomic import atomic_paths
 
 FrameFileFn = Callable[[int], Path]
@@ -58,26 +58,26 @@ def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, 
         joined = _Joined(recording.add)
         if video.continue_from:
             session.ranks.lead(lambda: joined.add(earlier_frames(str(video.continue_from))))
+        clips = job.clips()
         made = [
-            _make_clip(clip, session, partial(progress, index), joined, words)
-            for clip, words in zip(job.clips(), _words(len(video.prompts)), strict=True)
+            _make_clip(clip, session, partial(progress, index), joined, partial(stage_of_clip, number, len(clips)))
+            for number, clip in enumerate(clips, 1)
         ]
         return session.ranks.lead(lambda: _write(_plan_of(job, made), made, joined, recording, frames_of(index)))
 
 
-def _words(num_clips: int) -> list[str]:
-    """Returns for each clip the words that stand before the names of its stages."""
-    return [f"clip {number} of {num_clips}, " for number in range(1, num_clips + 1)] if num_clips > 1 else [""]
-
-
 def _make_clip(
-    job: Job, session: Session, progress: Callable[[str, int, int], None], joined: _Joined, words: str
+    job: Job,
+    session: Session,
+    progress: Callable[[str, int, int], None],
+    joined: _Joined,
+    stage_of: Callable[[str], str],
 ) -> Made:
     steps = job.config.video.num_steps
-    progress(words + _FIRST_STAGE[len(job.config.video.images)], 0, steps)
+    progress(stage_of(_FIRST_STAGE[len(job.config.video.images)]), 0, steps)
 
     def on_step(done: int, expert: Expert) -> None:
-        progress(words + expert.replace("_", " "), done, steps)
+        progress(stage_of(expert.replace("_", " ")), done, steps)
 
     start = joined.begin_clip()
     return session.make(job, on_step, on_frames=joined.add, start=start)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ MOST_FRAMES = 2400  # 6.6 GB of pixels at 1280x720
 _SIDE = 16  # pixels: sides are multiples of one token
 _UNNAMED = 2  # the number of a file that does not name the matrix of its colours
 _HD_HEIGHT = 720  # players take such a video for BT.709 from this height on, else for BT.601
+_HDR = (16, 18)  # the numbers of the curves of brightness PQ and HLG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,26 +40,24 @@ def load_earlier(path: str) -> EarlierVideo:
     """Decodes an earlier video, and returns its last frame and its facts.
 
     Raises ConfigError for a file that PyAV cannot decode, and for a video that no clip can continue: sides that are no
-    multiples of 16 pixels, a rate that is no whole number, a turned video, or more than MOST_FRAMES frames.
+    multiples of 16 pixels or that change, pixels that are no squares, HDR, a rate that is no whole number or changes, a
+    turned video, or more than MOST_FRAMES frames.
     """
     from PIL import Image
 
     subject = f"{OPTION} {path}"
     digest = _sha256(Path(path), subject)
-    last, num_frames = None, 0
+    last, times = None, []
     with _opened(path, subject) as container:
         fps = float(container.streams.video[0].average_rate or 0)
         notes = (f"{OPTION}: the sound of the earlier video is left out",) if container.streams.audio else ()
-        for frame in _decoded(container, subject):
-            last, num_frames = frame, num_frames + 1
+        for last in _decoded(container, subject):
+            times.append(last.time)
     if last is None:
         raise ConfigError(f"{subject}: holds no frames: {_WHOLE}")
-    if fps != int(fps) or not 1 <= fps <= 240:
-        raise ConfigError(
-            f"{subject}: has {fps:.5g} frames per second, not a whole number up to 240: convert the file first, for "
-            "example with `ffmpeg -i OLD.mp4 -r 16 NEW.mp4`"
-        )
-    return EarlierVideo(pixels=Image.fromarray(last), sha256=digest, notes=notes, num_frames=num_frames, fps=int(fps))
+    _check_rate(fps, times, subject)
+    pixels = Image.fromarray(_rgb(last, subject))
+    return EarlierVideo(pixels=pixels, sha256=digest, notes=notes, num_frames=len(times), fps=int(fps))
 
 
 def earlier_frames(path: str) -> npt.NDArray[np.uint8]:
@@ -66,7 +66,7 @@ def earlier_frames(path: str) -> npt.NDArray[np.uint8]:
 
     subject = f"{OPTION} {path}"
     with _opened(path, subject) as container:
-        return np.stack(list(_decoded(container, subject)))
+        return np.stack([_rgb(frame, subject) for frame in _decoded(container, subject)])
 
 
 def _sha256(file: Path, subject: str) -> str:
@@ -88,22 +88,29 @@ def _opened(path: str, subject: str) -> Any:
     return container
 
 
-def _decoded(container: Any, subject: str) -> Iterator[npt.NDArray[np.uint8]]:
-    """Yields the frames [H, W, 3] of a video one after the other. Raises ConfigError."""
-    frames = container.decode(video=0)
-    for number in range(MOST_FRAMES + 1):
+def _decoded(container: Any, subject: str) -> Iterator[Any]:
+    """Yields PyAV's frames of a video one after the other. Raises ConfigError."""
+    frames, shape = container.decode(video=0), container.streams.video[0].sample_aspect_ratio
+    first = None
+    for _ in range(MOST_FRAMES + 1):
         with foreign(subject, _WHOLE):
             frame = next(frames, None)
         if frame is None:
             return
-        if number == 0:
-            _check(frame, subject)
-        yield _rgb(frame, subject)
+        if first is None:
+            first = frame
+            _check(frame, shape, subject)
+        if (frame.width, frame.height) != (first.width, first.height):
+            raise ConfigError(
+                f"{subject}: its frames change from {first.width}x{first.height} to {frame.width}x{frame.height} "
+                "pixels: give a file whose frames have one size"
+            )
+        yield frame
     raise ConfigError(f"{subject}: has over {MOST_FRAMES} frames: give a file that holds only its last part")
 
 
-def _check(frame: Any, subject: str) -> None:
-    """Raises ConfigError if no clip can continue a video of such frames."""
+def _check(frame: Any, shape_of_pixels: Fraction | None, subject: str) -> None:
+    """Raises ConfigError if no clip can continue a video that begins with this frame."""
     if frame.width % _SIDE or frame.height % _SIDE:
         near = ":".join(str(max(_SIDE, round(side / _SIDE) * _SIDE)) for side in (frame.width, frame.height))
         raise ConfigError(
@@ -115,6 +122,23 @@ def _check(frame: Any, subject: str) -> None:
             f"{subject}: players turn it by {abs(frame.rotation)} degrees: turn the pixels first, for example with "
             "`ffmpeg -i OLD.mp4 NEW.mp4`"
         )
+    if shape_of_pixels not in (None, 0, 1):
+        raise ConfigError(
+            f"{subject}: its pixels are no squares ({shape_of_pixels}), so players stretch it: scale the file first, "
+            "for example with `ffmpeg -i OLD.mp4 -vf scale=832:480,setsar=1 NEW.mp4`"
+        )
+    if frame.color_trc in _HDR:
+        raise ConfigError(f"{subject}: is HDR, which would look pale: convert the file to SDR first")
+
+
+def _check_rate(fps: float, times: list[float | None], subject: str) -> None:
+    """Raises ConfigError if the rate is no whole number, or the frames with these `times` do not follow evenly."""
+    fix = "convert the file first, for example with `ffmpeg -i OLD.mp4 -r 16 NEW.mp4`"
+    if fps != int(fps) or not 1 <= fps <= 240:
+        raise ConfigError(f"{subject}: has {fps:.5g} frames per second, not a whole number up to 240: {fix}")
+    known = [time for time in times if time is not None]  # a file without a container has none
+    if any(abs(time - known[0] - number / fps) > 1 / fps for number, time in enumerate(known)):
+        raise ConfigError(f"{subject}: shows its frames for unlike times, which would be lost: {fix}")
 
 
 def _rgb(frame: Any, subject: str) -> npt.NDArray[np.uint8]:

@@ -98,6 +98,9 @@ def warmup_command(config: EffectiveConfig) -> str:
         chosen |= {"cfg_parallel": None, "ulysses": None, "dit_fsdp": "auto"}
     if chosen["expert_offload"] == "off":
         chosen["expert_offload"] = "auto"
+    chosen["image"] = chosen["image"] or None
+    if chosen["continue_from"]:
+        chosen["fit"] = "crop"  # exactly the size of that video
     names = [name for name, option in OPTIONS.items() if "warmup" in option.option.also]
     chosen |= {"artifacts_dir": None} if chosen["artifacts_dir"] == default_artifacts_dir() else {}
     return _line("warmup", {name: chosen[name] for name in names if chosen[name] not in (OPTIONS[name].default, None)})

@@ -97,7 +97,26 @@ def place(
         dataclasses.replace(plan, config=dataclasses.replace(plan.config, ranks=ranks), placement=placement)
         for plan in plans
     ]
-    return [dataclasses.replace(plan, notes=(*plan.notes, *notes, *_repeated_work(plan))) for plan in placed]
+    own = [(*_repeated_work(plan), *_joining(plan, measured.host_bytes, must_fit)) for plan in placed]
+    return [
+        dataclasses.replace(plan, notes=(*plan.notes, *notes, *more)) for plan, more in zip(placed, own, strict=True)
+    ]
+
+
+def _joining(plan: Plan, host_free: int, must_fit: bool) -> list[str]:
+    """Returns a note if the leader has too little host memory to join clips. Raises ConfigError if it must fit."""
+    if plan.joining_bytes <= host_free:
+        return []
+    option, fix = "--prompt", "give fewer prompts, or use a smaller --size"
+    if plan.config.video.continue_from:
+        option, fix = "--continue-from", "give a file that holds only its last part"
+    message = (
+        f"{option}: to join {plan.config.video.total_frames} frames needs {gb(plan.joining_bytes)} of host memory, but "
+        f"only {gb(host_free)} are free: {fix}"
+    )
+    if must_fit:
+        raise ConfigError(message)
+    return [message]
 
 
 def _repeated_work(plan: Plan) -> list[str]:

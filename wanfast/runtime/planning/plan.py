@@ -461,22 +461,20 @@ def resolve(
         raise ConfigError("--prompt holds only control characters or spaces: describe what should happen in the video")
     check_images(asked, spec)
     require_distilled(asked.models, spec, files.root)
-    earlier = _earlier_facts(asked.video.continue_from) if asked.video.continue_from else None
+    earlier = earlier_facts(asked.video.continue_from) if asked.video.continue_from else None
     image, last = (_image_facts(asked.video.images.get(option), option) for option in ("--image", "--last-image"))
     image = earlier or image
-    new_prompts = _extended_prompts(asked.video)
-    config = effective({**given, **new_prompts}, files, image.sha256, last.sha256, earlier)
-    if new_prompts:
-        config = config.replace(written_prompts=asked.video.prompts)
+    config = effective(given, files, image.sha256, last.sha256, earlier)
     plan = Plan.of(config, spec, image.size, curve=curve_of(config, files), densities=densities_of(config, files))
     if writes:
         _check_outputs(plan, overwrite=config.output.overwrite or not runs)
     else:
         plan = dataclasses.replace(plan, config=dataclasses.replace(config, output=OutputConfig(output=None)))
+    plan = _with_extended_prompts(plan)  # last, because the program may take minutes
     notes = (
         *image.notes, *_geometry_notes(plan, image), *_last_image_notes(plan, last), *_prompt_notes(plan, files),
         *magcache_notes(config, files), *expert_notes(config.models), *lora_notes(config.models),
-        *_sparsity_notes(plan), *_clip_notes(config.video), *_extension_notes(config.video), *_output_notes(plan),
+        *_sparsity_notes(plan), *_clip_notes(config.video), *_extension_notes(plan.config.video), *_output_notes(plan),
     )  # fmt: skip
     notes = (*notes, spec.weights_note) if spec.weights_note else notes
     return dataclasses.replace(plan, requested=given, notes=notes), files
@@ -529,16 +527,16 @@ def _image_facts(path: str | None, option: str) -> _ImageFacts:
 
 
 @dataclass(frozen=True)
-class _EarlierFacts(_ImageFacts):
+class EarlierFacts(_ImageFacts):
     num_frames: int
     fps: int
 
 
 @remembered
-def _earlier_facts(path: str) -> _EarlierFacts:
+def earlier_facts(path: str) -> EarlierFacts:
     """Returns what a plan needs of the video that it continues."""
     video = load_earlier(path)
-    return _EarlierFacts(video.sha256, video.size, video.notes, video.num_frames, video.fps)
+    return EarlierFacts(video.sha256, video.size, video.notes, video.num_frames, video.fps)
 
 
 @remembered
@@ -551,7 +549,7 @@ def effective(
     files: ModelFiles,
     image_sha256: str = "",
     last_image_sha256: str = "",
-    earlier: _EarlierFacts | None = None,
+    earlier: EarlierFacts | None = None,
 ) -> EffectiveConfig:
     """Completes the given options with the model's defaults; `place` decides the ranks later. Raises ConfigError."""
     device = given.get("device") or default_device()
@@ -572,7 +570,7 @@ def effective(
     return attention_plans.settle(settle(config, files), files)
 
 
-def _continuing(given: Options, earlier: _EarlierFacts) -> dict[str, Any]:
+def _continuing(given: Options, earlier: EarlierFacts) -> dict[str, Any]:
     """Returns the answers that follow from the earlier video. Raises ConfigError if a given option says otherwise."""
     width, height = earlier.size
     size, fps, fit = given.get("size"), given.get("fps") or earlier.fps, given.get("fit") or VideoConfig.fit
@@ -660,16 +658,18 @@ def _sparsity_notes(plan: Plan) -> list[str]:
     return []
 
 
-def _extended_prompts(video: VideoConfig) -> dict[str, Any]:
-    """Returns {"prompt": the prompts that --extend-prompt gives}; nothing without this option. Raises ConfigError.
+def _with_extended_prompts(plan: Plan) -> Plan:
+    """Returns a plan with the prompts that --extend-prompt gives; without it, the same plan. Raises ConfigError.
 
     The program gets the image of the first clip only, because the other clips start from frames that do not exist yet.
     """
+    video = plan.config.video
     command, image = video.extend_prompt, next(iter(video.images.values()), None)
     if command is None:
-        return {}
+        return plan
     first, *others = video.prompts
-    return {"prompt": [extended(command, first, image), *(extended(command, other, None) for other in others)]}
+    prompts = (extended(command, first, image), *(extended(command, other, None) for other in others))
+    return dataclasses.replace(plan, config=plan.config.replace(prompt=prompts, written_prompts=video.prompts))
 
 
 def _extension_notes(video: VideoConfig) -> list[str]:

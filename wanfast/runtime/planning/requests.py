@@ -22,7 +22,7 @@ from wanfast.runtime.errors import ConfigError, WanFastError, failure, foreign
 from wanfast.runtime.facts.choices import EXPERTS
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
-from wanfast.runtime.planning.plan import Job, Plan, resolve
+from wanfast.runtime.planning.plan import Job, Plan, model_of, resolve
 from wanfast.runtime.store.identity import is_old
 from wanfast.runtime.store.loras import loras_of
 from wanfast.runtime.store.model_files import ModelFiles
@@ -138,6 +138,11 @@ def _plan(
         output = _output_of(request)
         if output.skip_existing and all(path.exists() for path in output.paths):
             return Planned(request, existing=output.paths)
+        if request.sha256 and not model_of(request.options).spec.takes_images:
+            raise ConfigError(
+                f"--from: the earlier video starts from an image, but --model {request.options['model']} makes videos "
+                "from text alone: drop --model, or write a command without --from"
+            )
         plan, files = resolve(request.options, runs=needs_weights)
         if request.written:
             plan = dataclasses.replace(plan, config=plan.config.replace(written_prompts=request.written))
@@ -324,6 +329,8 @@ def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict
         gone |= {"image", "continue_from"}
     if "continue_from" in nearer:
         gone |= {"size", "fps"}
+        if not (options.get("last_image") or nearer.get("last_image")):
+            gone.add("fit")  # which is of an image
     if "magcache" in nearer:
         gone |= skipping.keys() - {"magcache"}
     if "attention" in nearer:

@@ -15,7 +15,7 @@ from typing import Any
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, from_failure
 from wanfast.runtime.processes.worker import MOST_OF_TIMEOUT
-from wanfast.runtime.store.artifacts import LOADING, PROGRESS, RANKS
+from wanfast.runtime.store.artifacts import LOADING, PROGRESS, RANKS, clip_of
 
 _OUTLIVED_S = 5.0  # a rank that ends this long after a peer's error did not cause it
 _TOGETHER_S = 1.0  # errors this close to each other may be written in another order than they arose
@@ -88,11 +88,15 @@ def _idle_s(folder: Path, replica: int, known: dict[str, Any]) -> float:
 def _behind(folder: Path, replica: int) -> list[int]:
     """Returns the ranks with fewer steps than others; if all are equal, the ranks without an error file."""
     ranks = {int(pid.parent.name.split("-")[1]): pid.parent for pid in folder.glob(f"{replica}-*/pid")}
-    done = {
-        rank: json.loads(file.read_text())["done"] for rank, own in ranks.items() if (file := own / PROGRESS).exists()
-    }
-    slowest = sorted(rank for rank, steps in done.items() if steps < max(done.values()))
+    done = {rank: _place(file) for rank, own in ranks.items() if (file := own / PROGRESS).exists()}
+    slowest = sorted(rank for rank, place in done.items() if place < max(done.values()))
     return slowest or sorted(rank for rank, own in ranks.items() if not (own / "error.json").exists())
+
+
+def _place(file: Path) -> tuple[int, int, int]:
+    """Returns how far a rank is: (the job, the clip, the steps of the clip)."""
+    state = json.loads(file.read_text())
+    return state["job"], clip_of(state["stage"])[0], state["done"]
 
 
 def was_loading(run_folder: Path, number: int) -> bool:

@@ -18,15 +18,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from wanfast.runtime.config import NO_VIDEO, OPTIONS, ModelsConfig, OutputConfig, RanksConfig, accepted, parse_size
-from wanfast.runtime.config.option import options_of, refuse_unknown
+from wanfast.runtime.config.option import absolute, options_of
 from wanfast.runtime.config.recipes import RECIPES, with_recipe
 from wanfast.runtime.errors import CancelledError, ConfigError, from_failure
 from wanfast.runtime.facts.choices import RecipeName
 from wanfast.runtime.machine.launchers import refuse_launchers
+from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.placement import FreeMemory, check_skips, measure, place
-from wanfast.runtime.planning.plan import Plan, effective, model_of, resolve
+from wanfast.runtime.planning.plan import Plan, earlier_facts, effective, model_of, resolve
 from wanfast.runtime.processes.launch import RankGroups
 from wanfast.runtime.store.artifacts import new_run_folder
 from wanfast.runtime.store.lora_pairs import is_distilled
@@ -280,11 +281,16 @@ def make(*, on_progress: ProgressFn = lambda stage, done, total: None, **options
 
     The video is planned before the ranks start, so that a wrong option is refused at once.
     """
-    refuse_unknown(options, OPTIONS)
+    options = accepted(options)
     of_handle = {name: value for name, value in options.items() if name in OF_HANDLE}
     of_video = {name: value for name, value in options.items() if name not in OF_HANDLE}
-    opened = Opened.of({**of_handle, **{name: options[name] for name in _OF_A_VIDEO & options.keys()}})
-    plan = opened.plan(of_video)
+    largest = {name: options[name] for name in _OF_A_VIDEO & options.keys()}
+    with asked_once():  # an earlier video is decoded once
+        if (earlier := options.get("continue_from")) and options.get("size") is None:
+            width, height = earlier_facts(absolute(earlier, "--continue-from")).size
+            largest["size"] = f"{width}x{height}"
+        opened = Opened.of({**of_handle, **largest})
+        plan = opened.plan(of_video)
     with Handle(opened) as handle:
         return handle._run(plan, on_progress, threading.Event())
 

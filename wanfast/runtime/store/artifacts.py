@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -42,6 +43,30 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 JOB, RESULT, RESULTS, CLAIMS, PROGRESS, RANKS = "job.json", "result.json", "results", "claims", "progress", "ranks"
 SETUP, CANCEL, CLOSE = "setup.json", "cancel", "close"
 LOADING = "loading the models"  # the stage of a rank group's progress before it can make a video
+_CLIP = re.compile(r"clip (\d+) of (\d+), ")  # before the stages of a clip, whose steps begin at 0 again
+
+
+def stage_of_clip(number: int, num_clips: int, stage: str) -> str:
+    """Returns the name of a stage of one clip; clips count from 1."""
+    return f"clip {number} of {num_clips}, {stage}" if num_clips > 1 else stage
+
+
+def share_done(stage: str, done: int, total: int) -> float:
+    """Returns the share of all steps of a video that is done, from the progress of one of its clips."""
+    number, num_clips = clip_of(stage)
+    return (number - 1 + (done / total if total else 0)) / num_clips
+
+
+def steps_left(stage: str, done: int, total: int) -> int:
+    """Returns the number of steps that a video still needs, those of its later clips too."""
+    number, num_clips = clip_of(stage)
+    return (num_clips - number) * total + total - done
+
+
+def clip_of(stage: str) -> tuple[int, int]:
+    """Returns (number of the clip, number of clips) of a stage."""
+    found = _CLIP.match(stage)
+    return (int(found[1]), int(found[2])) if found else (1, 1)
 
 
 def batch_file(number: int) -> str:
