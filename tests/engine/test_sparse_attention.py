@@ -20,7 +20,7 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import attention_probe, lossy_attention, session, sparse_attention
 from wanfast.runtime.engine.attention_probe import choose
 from wanfast.runtime.engine.sparse_attention import SparseAttention
-from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.errors import CancelledError, ConfigError
 from wanfast.runtime.facts.choices import BRANCHES, Branch
 from wanfast.runtime.facts.densities import Densities
 from wanfast.runtime.facts.mesh import Mesh
@@ -165,6 +165,24 @@ def test_guards_are_dense_and_lists_are_made_again(planned: Planned, monkeypatch
     lists, sparse = calls(monkeypatch, plan, files)
     assert sparse == [(step, branch, 1) for step in range(2, 8) for branch in BRANCHES]
     assert lists == [(step, branch, 1) for step in (2, 3, 6) for branch in BRANCHES]
+
+
+@torch.inference_mode()
+def test_a_cancelled_video_leaves_no_lists(planned: Planned) -> None:
+    """The next video encodes its image before its own lists replace them, and the VAE's memory plan has no lists."""
+    plan, files = planned(**HALF, **NO_GUARDS)
+    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    assert isinstance(pipeline.lossy, SparseAttention)
+    held: list[int] = []
+
+    def cancelling(done: int, expert: str) -> None:
+        held.append(len(pipeline.lossy._lists))  # type: ignore[union-attr]
+        if done == 1:
+            raise CancelledError("cancelled")
+
+    with pytest.raises(CancelledError):
+        pipeline.latent(plan, *blank_inputs(plan, files), Stopwatch("cpu"), cancelling, ResidualCache(plan.skips))
+    assert held[-1] == 4 and pipeline.lossy._lists == {}  # of two branches and two layers
 
 
 Errors = dict[tuple[int, Branch, int], list[Any]]
