@@ -138,7 +138,12 @@ def test_a_dry_run_shows_densities_by_layer_and_band_and_the_error(
     assert "at most 3 of 3 blocks of 128 tokens: density 0.83; dense in the first 1 of 3 steps" in text
     assert f"plan {key}: error mean 0.037, largest 0.1, measured for the target 0.1" in text
     assert "steps 2 to 2: mean density 0.87; by layer 1.00 0.83 0.83 0.83 0.83" in text
-    assert "mean density of the video 0.91" in text  # a step of three and a layer of five are dense
+    assert "mean density of the video 0.91; lists" in text  # a step of three and a layer of five are dense
+    two_ranks = (*PLANNED, "--dry-run", "--num-gpus", "2", "--cfg-parallel", "1")
+    sparsity = wanfast(*two_ranks).document["plan"]["sparsity"]
+    assert (sparsity["mean_density"], sparsity["slowest_rank_density"]) == (0.9111, 1.0)  # each rank has one head
+    shown = wanfast(*(word for word in two_ranks if word != "--json"))
+    assert "mean density of the video 0.91, on the slowest rank 1.00; lists" in " ".join(shown.out.split())
 
 
 def test_a_plan_is_refused_or_taken(wanfast: Wanfast, folder: Path, measured: None) -> None:

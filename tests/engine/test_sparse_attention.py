@@ -21,11 +21,13 @@ from wanfast.runtime.engine import attention_probe, lossy_attention, session, sp
 from wanfast.runtime.engine.attention_probe import choose
 from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.errors import CancelledError, ConfigError
+from wanfast.runtime.facts import sparsity
 from wanfast.runtime.facts.choices import BRANCHES, Branch
 from wanfast.runtime.facts.densities import Densities
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.machine import packages
 from wanfast.runtime.models import attention_kernels
+from wanfast.runtime.models.attention import HeadOrder
 from wanfast.runtime.models.bricks import RASTER, TokenOrder, brick_order
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning.plan import Plan
@@ -114,6 +116,42 @@ def test_ranks_give_each_head_its_density(planned: Planned) -> None:
     for latents, of_rank in on_ranks(Mesh(cfg=2, ulysses=2), lambda ranks: made(plan, files, ranks)):
         assert relative_error(latents, expected) <= 1e-5
         assert of_rank is not None and of_rank["largest_at"] == report["largest_at"]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantize", [None, "fp8-rowwise"])
+def test_heads_that_are_divided_by_their_work_give_the_bits_of_their_own_order(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch, quantize: str | None
+) -> None:
+    """In the first two steps, guidance is parallel and two ranks share the heads; then four ranks do."""
+    weights = {"precision": "bf16", "quantize": quantize, "quantize_on_the_fly": True} if quantize else {}
+    plan, files = planned(**HALF, attention_check=True, guidance_gate=0.5, **NO_GUARDS, **weights)
+    rising = (None, *(0.3 + 0.1 * head for head in range(7)))
+    plan = with_options(varied(plan, (rising, rising[::-1])), cfg_parallel=2, ulysses=2)
+    assert plan.regroups and plan.sparsity is not None
+    lengths = plan.sparsity.listed(0, 0)
+    assert lengths == (4, 2, 2, 2, 3, 3, 4, 4) and sparsity.assigned(lengths, 4) == ((0, 1), (2, 6), (3, 7), (4, 5))
+    used: list[Any] = []
+    grouped = HeadOrder.grouped
+    monkeypatch.setattr(
+        HeadOrder, "grouped", lambda self, x, n: used.append(self.order.tolist()) or grouped(self, x, n)
+    )
+
+    def both(ranks: Ranks) -> Any:
+        divided = made(plan, files, ranks)
+        orders, used[:] = [*used], []
+        for module in (sparsity, sparse_attention):
+            monkeypatch.setattr(module, "assigned", in_order)
+        return divided, made(plan, files, ranks), orders, [*used]
+
+    for divided, own, orders, none in on_ranks(Mesh(cfg=2, ulysses=2), both):
+        assert torch.equal(divided[0], own[0]) and divided[1] == own[1] and none == []
+        assert {tuple(order) for order in orders[-4:]} == {(0, 1, 2, 6, 3, 7, 4, 5), (0, 4, 1, 5, 6, 7, 2, 3)}
+
+
+def in_order(lengths: tuple[int, ...], ranks: int) -> tuple[tuple[int, ...], ...]:
+    heads, share = range(len(lengths)), len(lengths) // ranks
+    return tuple(tuple(heads[first : first + share]) for first in heads[::share])
 
 
 def test_a_plan_runs_beside_magcache_and_quantized_experts(planned: Planned) -> None:

@@ -225,11 +225,14 @@ def _sparsity_row(plan: dict[str, Any]) -> dict[str, str]:
     if s is None:
         return {}
     steps, own_plan = sum(plan["steps"].values()), s.get("plan")
+    slowest = (
+        f", on the slowest rank {s['slowest_rank_density']:.2f}" if own_plan and plan["mesh"]["ulysses"] > 1 else ""
+    )
     listed = f"{'at most ' if own_plan else ''}{s['listed']} of {s['blocks']} blocks of {s['block']} tokens"
     return {
         "sparsity": f"{listed}: density {s['density']:.2f}; "
         f"dense in the first {s['dense_steps']} of {steps} steps and the first {s['dense_layers']} layers\n"
-        f"mean density of the video {s['mean_density']:.2f}; lists of {gb(s['list_bytes'])} a rank, "
+        f"mean density of the video {s['mean_density']:.2f}{slowest}; lists of {gb(s['list_bytes'])} a rank, "
         f"made every {s['lists_every']} steps" + _attention_plan_lines(own_plan)
     }
 

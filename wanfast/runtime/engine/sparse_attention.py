@@ -5,13 +5,15 @@ and layer. The lists are used for a few steps, because attention changes little 
 always dense.
 A calibration keeps all calls dense, and measures the errors that lists of several lengths would have.
 Under Ulysses, each rank lists the blocks of its own heads. Each head's lists have the length that the plan of densities
-gives it in this band of steps; with one density for all heads, no rank waits.
+gives it in this band of steps. In each band and layer, the heads are divided among the ranks so that all ranks compute
+nearly as many blocks, because the slowest rank makes the others wait.
 
 Shapes: B batch (1), L tokens, h heads of this rank, D head dim.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -22,13 +24,14 @@ from torch import Tensor
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.lossy_attention import Forward, LossyAttention
 from wanfast.runtime.facts.choices import Branch, Expert
-from wanfast.runtime.facts.sparsity import BLOCK, BRICK, Sparsity
+from wanfast.runtime.facts.sparsity import BLOCK, BRICK, Sparsity, assigned
+from wanfast.runtime.models.attention import HeadOrder
 from wanfast.runtime.models.attention_check import errors_by_length, sampled_errors
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.attention_router import block_lists, block_order
 from wanfast.runtime.models.block_sparse import block_sparse_attention
 from wanfast.runtime.models.bricks import TokenOrder, brick_order
-from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.dit import SelfAttention, WanDiT
 from wanfast.runtime.planning.plan import Plan
 
 T = TypeVar("T")
@@ -44,6 +47,8 @@ class SparseAttention(LossyAttention):
         self._sparsity: Sparsity | None = None
         self._lists: dict[tuple[Branch, int], tuple[Forward, Any]] = {}  # with the forward that made them
         self._ladder: Sequence[int] = ()
+        self._layers: dict[SelfAttention, int] = {}  # of both experts, with their numbers
+        self._orders: dict[tuple[int, ...], HeadOrder] = {}  # of heads that are not in their own order
 
     def measure(self, ladder: Sequence[int]) -> None:
         """Computes dense attention from now on, and measures the errors of lists of each length in `ladder`.
@@ -56,10 +61,12 @@ class SparseAttention(LossyAttention):
         """Makes each layer of an expert call this object for its self-attention."""
         for layer, attention in enumerate(model.self_attentions()):
             attention.attend = partial(self._attend, layer)
+            self._layers[attention] = layer
 
     def start(self, plan: Plan) -> TokenOrder:
         super().start(plan)
-        self._sparsity, self._lists = plan.sparsity, {}
+        self._sparsity, self._lists, self._orders = plan.sparsity, {}, {}
+        self._divide_heads(None)
         return brick_order(plan.geometry.token_grid, BRICK, self._ranks.device)
 
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
@@ -78,30 +85,49 @@ class SparseAttention(LossyAttention):
             if (made.expert, made.branches, band(made.step)) == (expert, branches, band(step))
             and step - made.step < every
         }
+        self._divide_heads(self._forward)
 
     def finish(self) -> None:
         """Frees the lists after the last step."""
         super().finish()
         self._lists = {}
 
+    def _divide_heads(self, forward: Forward | None) -> None:
+        """Tells all layers in which order the ranks of this forward get the heads."""
+        for attention, layer in self._layers.items():
+            attention.head_order = self._order(forward, layer)
+
+    def _order(self, forward: Forward | None, layer: int) -> HeadOrder | None:
+        """Returns the order of a layer's heads among the ranks; None is the heads' own order."""
+        assert self._sparsity is not None
+        if forward is None or (listed := self._sparsity.listed(forward.step, layer)) is None:
+            return None
+        heads = tuple(itertools.chain(*assigned(listed, forward.ranks.mesh.ulysses)))
+        if heads == tuple(range(len(heads))):
+            return None
+        if heads not in self._orders:
+            self._orders[heads] = HeadOrder.of(heads, self._ranks.device)
+        return self._orders[heads]
+
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sparsity, forward = self._sparsity, self._forward
         assert sparsity is not None
         if forward is None or (listed := sparsity.listed(forward.step, layer)) is None:
             return self._dense(q, k, v)
-        first = forward.ranks.rank % forward.ranks.mesh.ulysses * k.shape[2]
+        ulysses = forward.ranks.mesh.ulysses
+        heads = assigned(listed, ulysses)[forward.ranks.rank % ulysses]
         own_q = q[:, : k.shape[1]]  # the rows behind are Ulysses' padding
-        heads = slice(first, first + k.shape[2])
-        rows = self._rows(layer, k.shape[1])[heads].to(k.device) if self.is_checked else None
+        rows = self._rows(layer, k.shape[1])[list(heads)].to(k.device) if self.is_checked else None
         if self._ladder:
             assert rows is not None, "errors are not checked"
             order = self._chosen(forward, layer, lambda: block_order(own_q, k, BLOCK, sparsity.first_blocks))
-            self._keep(layer, errors_by_length(own_q[0], k[0], v[0], rows, order, BLOCK, self._ladder), first)
+            self._keep(layer, errors_by_length(own_q[0], k[0], v[0], rows, order, BLOCK, self._ladder), heads)
             return self._dense(q, k, v)
-        lists = self._chosen(forward, layer, lambda: block_lists(own_q, k, BLOCK, listed[heads], sparsity.first_blocks))
+        lengths = [listed[head] for head in heads]
+        lists = self._chosen(forward, layer, lambda: block_lists(own_q, k, BLOCK, lengths, sparsity.first_blocks))
         out = block_sparse_attention(own_q, k, v, lists, BLOCK)
         if rows is not None:
-            self._keep(layer, sampled_errors(own_q[0], k[0], v[0], out[0], rows), first)
+            self._keep(layer, sampled_errors(own_q[0], k[0], v[0], out[0], rows), heads)
         return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - k.shape[1]))
 
     def _chosen(self, forward: Forward, layer: int, choose: Callable[[], T]) -> T:

@@ -1,8 +1,8 @@
 """This module counts the blocks that sparse attention computes, and the bytes of its lists of blocks.
 
 The tokens of a video are sorted into bricks (small boxes of the token grid). Each 128 successive tokens form a block. A
-block of queries attends to the key blocks of its list. All lists of a head have the same length. With one density for
-all heads, each rank has the same work.
+block of queries attends to the key blocks of its list. All lists of a head have the same length. If heads have unequal
+densities, the ranks of Ulysses get the heads in such a way that all ranks compute nearly as many blocks.
 This module does not import torch.
 """
 
@@ -12,6 +12,7 @@ import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from wanfast.runtime.errors import ConfigError
@@ -112,18 +113,23 @@ class Sparsity:
         steps = range(self.dense_steps, self.num_steps)
         return [self.listed(step, layer) for step in steps for layer in range(self.dense_layers, self.num_layers)]
 
-    def _share(self, heads: tuple[int, ...] | None) -> float:
-        """Returns the mean share of blocks that the heads of a layer compute."""
-        return sum(heads) / (len(heads) * self.num_blocks) if heads else 1.0
+    def _share(self, heads: tuple[int, ...] | None, ranks: int = 1) -> float:
+        """Returns the mean share of blocks that the heads of a layer compute, on the rank with the largest share."""
+        if heads is None:
+            return 1.0
+        return ranks * _most_blocks(heads, assigned(heads, ranks)) / (len(heads) * self.num_blocks)
 
-    def mean_density(self, forwards: Sequence[int]) -> float:
+    def mean_density(self, forwards: Sequence[int], ulysses: Sequence[int]) -> float:
         """Returns the mean density of all calls of a video; a dense call has the density 1.
 
-        `forwards` holds, for each step, the number of forwards that are not skipped.
+        `forwards` holds, for each step, the number of forwards that are not skipped. `ulysses` holds, for each step,
+        the number of ranks that share the heads. The slowest rank of each layer counts, because the others wait for it.
+        With 1 for all steps, the result is the mean over all heads.
         """
-        layers = range(self.num_layers)
         shares = [
-            number * self._share(self.listed(step, layer)) for step, number in enumerate(forwards) for layer in layers
+            number * self._share(self.listed(step, layer), ranks)
+            for step, (number, ranks) in enumerate(zip(forwards, ulysses, strict=True))
+            for layer in range(self.num_layers)
         ]
         return math.fsum(shares) / (sum(forwards) * self.num_layers)
 
@@ -133,13 +139,14 @@ class Sparsity:
         `ulysses` ranks share the heads. The lists of a layer are as wide as the rank's longest list in this layer. The
         result is that of the rank and the band with the most bytes.
         """
-        return max(self._list_bytes(layers, rank, ulysses) for layers in self.lengths for rank in range(ulysses))
+        bands = self.lengths[self.band(self.dense_steps) :]  # guarded steps make no lists
+        return max(self._list_bytes(layers, rank, ulysses) for layers in bands for rank in range(ulysses))
 
     def _list_bytes(self, layers: Sequence[tuple[int, ...] | None], rank: int, ulysses: int) -> int:
         total = 0
         for heads in filter(None, layers[self.dense_layers :]):
-            own = len(heads) // ulysses
-            total += own * self.num_blocks * (max(heads[rank * own : (rank + 1) * own]) + 1) * _INDEX_BYTES
+            own = [heads[head] for head in assigned(heads, ulysses)[rank]]
+            total += len(own) * self.num_blocks * (max(own) + 1) * _INDEX_BYTES
         return total
 
     def to_json(self) -> dict[str, Any]:
@@ -166,6 +173,28 @@ class Sparsity:
             }
             for start, end, layers in zip(self.bands, ends, self.lengths, strict=True)
         ]
+
+
+@lru_cache(maxsize=4096)
+def assigned(lengths: tuple[int, ...], ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Returns the numbers of the heads that each rank of Ulysses gets; all ranks get equally many.
+
+    `lengths` holds the length of each head's lists. The heads with the longest lists are assigned first, each to the
+    rank that has the least work so far. The heads stay in their order if this is as good.
+    """
+    share = len(lengths) // ranks
+    in_order = tuple(tuple(range(rank * share, (rank + 1) * share)) for rank in range(ranks))
+    own: list[list[int]] = [[] for _ in range(ranks)]
+    for head in sorted(range(len(lengths)), key=lambda head: -lengths[head]):
+        least = min((heads for heads in own if len(heads) < share), key=lambda heads: sum(lengths[h] for h in heads))
+        least.append(head)
+    balanced = tuple(tuple(sorted(heads)) for heads in own)
+    return min(in_order, balanced, key=lambda heads: _most_blocks(lengths, heads))
+
+
+def _most_blocks(lengths: Sequence[int], heads_of_ranks: Sequence[Sequence[int]]) -> int:
+    """Returns how many blocks the rank with the most work computes for each block of queries."""
+    return max(sum(lengths[head] for head in heads) for heads in heads_of_ranks)
 
 
 def blocks_of(token_grid: tuple[int, int, int]) -> tuple[int, int]:
