@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Outcome
+from tests.conftest import Machine, Outcome
 from wanfast.attention_calib import calibrate
 from wanfast.runtime.config import of_command
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.densities import LADDER
+from wanfast.runtime.machine import packages
 from wanfast.runtime.planning.plan import Job
 from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
 from wanfast.runtime.store.attention_plans import KIND
@@ -42,7 +43,7 @@ def folder(workdir: Path) -> Path:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the measurement of a clip, which takes a second: the first clip has twice the errors of the second."""
-    heads = [[0.4, 0.3, 0.2, 0.1, 0.05], [0.9, 0.8, 0.7, 0.6, 0.5]]
+    heads = [[0.4, 0.3, 0.2, 0.1, 0.05, 0.01], [0.9, 0.8, 0.7, 0.6, 0.5, 0.02]]
 
     def measure(index: int, job: Job, *arguments: Any) -> dict[str, Any]:
         scale = 1.0 if "jumps" in job.config.video.prompt else 0.5
@@ -84,6 +85,49 @@ def test_a_plan_is_calibrated_stored_and_used(wanfast: Wanfast, folder: Path) ->
     other = wanfast("generate", "--from", "out.json", "--density", "1", "--output", "b.mp4", "--json", "--dry-run")
     assert other.document["effective"]["models"]["attention_plan"] is None
     assert other.document["plan"]["sparsity"]["density"] == 1 and "plan" not in other.document["plan"]["sparsity"]
+
+
+def test_heads_may_be_in_float8(wanfast: Wanfast, folder: Path) -> None:
+    outcome = wanfast(*CALIBRATE, "--fp8")
+    assert outcome.exit_code == 0, outcome.err
+    found, key = outcome.document, outcome.document["key"]
+    heads = [density for layers in found["densities"] for layer in layers for density in layer]
+    in_fp8 = heads.count("fp8")
+    assert in_fp8 and {*heads} == {LADDER[0], "fp8"}
+    assert [rung["density"] for rung in found["ladder"]] == [0.15, 0.25, 0.35, 0.5, "fp8", 0.75]
+    assert f"0 of 30 heads dense, {in_fp8} in float8" in outcome.err and "0.5: 0." in outcome.err
+
+    made = wanfast(*PLANNED, "--attention-check", "--dense-share", "0", "--dense-layers", "0")
+    assert made.exit_code == 0, made.err
+    assert made.document["plan"]["sparsity"]["plan"]["key"] == key
+    of_heads = [2 if density == LADDER[0] else 0.75 * 3 for density in heads]
+    assert made.document["plan"]["sparsity"]["mean_density"] == pytest.approx(sum(of_heads) / 90, abs=1e-4)
+    assert made.document["attention_check"]["mean"] == pytest.approx(found["mean_error"], rel=0.3)  # another clip
+    again = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--json")
+    assert again.document["output_sha256"] == made.document["output_sha256"]
+    shown = wanfast(*(word for word in PLANNED if word != "--json"), "--dry-run", "--dense-layers", "0")
+    of_last = sum(layer.count("fp8") for layer in found["densities"][2])
+    assert of_last and f", {of_last} heads in float8; by layer" in " ".join(shown.out.split())
+
+    other = wanfast(*CALIBRATE)
+    assert "2 of 2 clips were measured in an earlier run" in other.err and other.document["key"] != key
+    assert {density for layers in other.document["densities"] for layer in layers for density in layer} == {0.15, 0.75}
+    assert f"{key} (target 0.1, with float8)" in wanfast(*PLANNED, "--dry-run").err
+
+
+def test_float8_needs_its_package_on_a_gpu(
+    wanfast: Wanfast, folder: Path, measured: None, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = wanfast(*CALIBRATE, "--fp8").document["key"]
+    machine(1, 84)
+    words = "heads in float8 need fa3-fwd, which is not installed: run `pip install fa3-fwd`, or use a plan without"
+    installed = packages.find_spec
+    monkeypatch.setattr(packages, "find_spec", lambda name: name == "flash_attn" or installed(name))
+    run = wanfast(*PLANNED, "--device", "cuda")
+    assert run.exit_code == 2 and f"--attention-plan {key}: {words}" in run.err
+    assert f"note: --attention-plan {key}: {words}" in wanfast(*PLANNED, "--device", "cuda", "--dry-run").err
+    calibration = wanfast(*CALIBRATE, "--fp8", "--device", "cuda")
+    assert calibration.exit_code == 2 and f"--fp8: {words}" in calibration.err
 
 
 def test_a_run_that_was_cut_off_goes_on(
@@ -214,6 +258,13 @@ def test_an_edited_plan_is_refused(wanfast: Wanfast, folder: Path, measured: Non
     outcome = wanfast(*PLANNED, "--dry-run", "--lists-every", "2")
     assert outcome.exit_code == 4 and f"{artifact} was changed after it was made" in outcome.err
     shutil.rmtree(artifact)
+    for changed in ({"bands": [0, 1, 1]}, {"bands": ["a", 1, 2]}, {"bands": [0, 1]}):
+        text = json.dumps({**json.loads(whole), **changed})
+        ArtifactStore(Path("artifacts")).publish(
+            KIND, document["inputs"], lambda partial, text=text: (partial / "plan.json").write_text(text)
+        )
+        assert wanfast(*PLANNED, "--dry-run").exit_code == 4
+        shutil.rmtree(artifact)
     for densities in ([], [[[0.5, 0.33]] * 5] * 3, [[[0.5]] * 5] * 3, [[[0.5, None]] * 4] * 3, 3):
         text = json.dumps({**json.loads(whole), "densities": densities})
         ArtifactStore(Path("artifacts")).publish(

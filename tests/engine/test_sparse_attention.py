@@ -130,7 +130,12 @@ def test_heads_that_are_divided_by_their_work_give_the_bits_of_their_own_order(
     plan = with_options(varied(plan, (rising, rising[::-1])), cfg_parallel=2, ulysses=2)
     assert plan.regroups and plan.sparsity is not None
     lengths = plan.sparsity.listed(0, 0)
-    assert lengths == (4, 2, 2, 2, 3, 3, 4, 4) and sparsity.assigned(lengths, 4) == ((0, 1), (2, 6), (3, 7), (4, 5))
+    assert lengths == (4, 2, 2, 2, 3, 3, 4, 4) and plan.sparsity.assigned(lengths, 4) == (
+        (0, 1),
+        (2, 6),
+        (3, 7),
+        (4, 5),
+    )
     used: list[Any] = []
     grouped = HeadOrder.grouped
     monkeypatch.setattr(
@@ -140,8 +145,7 @@ def test_heads_that_are_divided_by_their_work_give_the_bits_of_their_own_order(
     def both(ranks: Ranks) -> Any:
         divided = made(plan, files, ranks)
         orders, used[:] = [*used], []
-        for module in (sparsity, sparse_attention):
-            monkeypatch.setattr(module, "assigned", in_order)
+        monkeypatch.setattr(sparsity, "assigned", in_order)
         return divided, made(plan, files, ranks), orders, [*used]
 
     for divided, own, orders, none in on_ranks(Mesh(cfg=2, ulysses=2), both):
@@ -152,6 +156,41 @@ def test_heads_that_are_divided_by_their_work_give_the_bits_of_their_own_order(
 def in_order(lengths: tuple[int, ...], ranks: int) -> tuple[tuple[int, ...], ...]:
     heads, share = range(len(lengths)), len(lengths) // ranks
     return tuple(tuple(heads[first : first + share]) for first in heads[::share])
+
+
+def test_a_plan_has_heads_in_float8(planned: Planned) -> None:
+    """A layer has only such heads in its first band; in the other layer, two of eight are dense, three have lists."""
+    plan, files = planned(**HALF, attention_check=True, guidance_gate=0.5, **NO_GUARDS)
+    mixed = ("fp8", 0.5, None, "fp8", 0.75, None, "fp8", 0.5)
+    plan = varied(plan, (("fp8",) * 8, mixed), (mixed[::-1], (0.5,) * 8), bands=(0, 2))
+    assert plan.sparsity is not None and plan.sparsity.has_fp8 and plan.sparsity.listed(0, 0) == (0,) * 8
+    expected, report = made(plan, files, Ranks("cpu"))
+    assert report is not None
+    all_fp8, errors = report["forwards"][0]["relative_errors"]
+    assert all(1e-3 < error < 0.02 for error in all_fp8)
+    for choice, error in zip(mixed, errors, strict=True):
+        low, high = {"fp8": (1e-3, 0.02), None: (0, 1e-5)}.get(choice, (0.02, 1.5))  # type: ignore[call-overload]
+        assert low <= error < high, (choice, error)
+    plan = with_options(plan, dit_fsdp="on", t5_fsdp="on", cfg_parallel=2, ulysses=2)
+    for latents, of_rank in on_ranks(Mesh(cfg=2, ulysses=2), lambda ranks: made(plan, files, ranks)):
+        assert relative_error(latents, expected) <= 1e-3  # a value may round to another number of float8
+        assert of_rank is not None
+        for one, other in zip(report["forwards"], of_rank["forwards"], strict=True):
+            for own, theirs in zip(one["relative_errors"], other["relative_errors"], strict=True):
+                assert theirs == pytest.approx(own, rel=0.1, abs=1e-5)
+
+
+def test_ranks_without_the_kernel_of_float8_refuse_its_plan(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, _ = planned(**HALF)
+    found = varied(plan, (("fp8",) * 8,) * 2).densities
+    monkeypatch.setattr(session, "densities_of", lambda config, files: found)
+    opened = session.Session.open(plan.config, Ranks("cpu"))
+    assert opened.plan(plan.job())[0].sparsity is not None
+    monkeypatch.setattr(attention_probe, "runs_fp8", lambda *a: False)
+    with pytest.raises(ConfigError, match="--attention-plan: this plan has heads in float8, but the kernel fa3-fp8"):
+        opened.plan(plan.job())
+    monkeypatch.setattr(session, "densities_of", lambda config, files: None)
+    opened.plan(plan.job())
 
 
 def test_a_plan_runs_beside_magcache_and_quantized_experts(planned: Planned) -> None:
@@ -233,7 +272,7 @@ def ladder(plan: Plan, files: ModelFiles, ranks: Ranks) -> tuple[torch.Tensor, E
     torch.manual_seed(3)
     pipeline = session.load_models(files, plan.config, ranks, Stopwatch("cpu"))
     assert isinstance(pipeline.lossy, SparseAttention)
-    pipeline.lossy.measure(LENGTHS)
+    pipeline.lossy.measure(LENGTHS, fp8=True)
     latents = pipeline.latent(
         plan, *blank_inputs(plan, files), Stopwatch("cpu"), lambda *_: None, ResidualCache(plan.skips)
     )
@@ -258,6 +297,11 @@ def test_a_calibration_stays_dense_and_measures_what_lists_would_cost(
     by_length = list(zip(*errors[0, "prompt", 0], strict=True))
     assert report["forwards"][0]["relative_errors"][0] == pytest.approx(by_length[0], rel=1e-2)
     assert min(by_length[0]) > 1e-2 > 1e-5 > max(by_length[2])
+    in_fp8, _ = planned(steps=8, **HALF, attention_check=True, **NO_GUARDS)
+    _, report = made(varied(in_fp8, (("fp8",) * 8,) * 2), files, Ranks("cpu"))
+    assert report is not None
+    assert report["forwards"][0]["relative_errors"][0] == pytest.approx(by_length[3], rel=0.15)  # other limits of q
+    assert min(by_length[3]) > 1e-3 and max(by_length[3]) < min(by_length[0])
 
 
 def test_ranks_measure_the_errors_of_one_rank(planned: Planned) -> None:

@@ -157,6 +157,19 @@ def test_the_slowest_rank_counts_as_the_cost() -> None:
     assert found.mean_density([0] * 6 + [2, 1], [2] * 7 + [4]) == pytest.approx((2 * sum(of_two) + sum(of_four)) / 9)
 
 
+def test_a_head_in_float8_has_no_lists_and_three_quarters_of_the_cost() -> None:
+    plan = Densities(bands=(0, 4), by_band=((("fp8", 0.15, "fp8", None),), (("fp8",) * 4,)))
+    found = sparsity(densities=plan, num_steps=8, dense_layers=0)
+    assert found.has_fp8 and found.listed(3, 0) == (0, 89, 0, 591) and found.listed(4, 0) == (0, 0, 0, 0)
+    of_first = (89 + 591 + 2 * 0.75 * 591) / 4 / 591
+    assert found.mean_density([0, 0, 0, 1, 2, 0, 0, 0], [1] * 8) == pytest.approx((of_first + 2 * 0.75) / 3)
+    assert found.assigned((0, 89, 0, 591), 2) == ((1, 3), (0, 2))
+    assert found.list_bytes(1) == 591 * 4 * 2 * 592 and found.list_bytes(4) == 591 * 4 * 592
+    assert [band["fp8_heads"] for band in found.bands_json()] == [2, 4]
+    guarded = Densities(bands=(0, 4), by_band=((("fp8",) * 4,), ((0.5,) * 4,)))
+    assert not sparsity(densities=guarded, num_steps=8, dense_layers=0, dense_share=0.5).has_fp8
+
+
 def test_bands_that_are_guarded_have_no_lists() -> None:
     dense_first = Densities(bands=(0, 4), by_band=(((0.75, None),) * 2, ((0.15, 0.15),) * 2))
     found = sparsity(densities=dense_first, num_steps=8, dense_share=0.5, dense_layers=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -242,9 +243,11 @@ def _attention_plan_lines(plan: dict[str, Any] | None) -> str:
     if plan is None:
         return ""
     bands = [
-        f"steps {first} to {last}: mean density {sum(layers) / len(layers):.2f}; by layer "
+        f"steps {first} to {last}: mean density {sum(layers) / len(layers):.2f}"
+        + (f", {in_fp8} heads in float8" if in_fp8 else "")
+        + "; by layer "
         + " ".join(f"{density:.2f}" for density in layers)
-        for (first, last), layers in ((band["steps"], band["layers"]) for band in plan["bands"])
+        for (first, last), layers, in_fp8 in map(itemgetter("steps", "layers", "fp8_heads"), plan["bands"])
     ]
     errors = f"error mean {plan['mean_error']:.2g}, largest {plan['largest_error']:.2g}"
     return "\n" + "\n".join([f"plan {plan['key']}: {errors}, measured for the target {plan['target_error']:g}", *bands])

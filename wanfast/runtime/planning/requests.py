@@ -20,7 +20,7 @@ from wanfast.runtime.config.option import absolute, flag, options_of
 from wanfast.runtime.config.recipes import OF_GRID, has_levels, with_recipe
 from wanfast.runtime.errors import ConfigError, WanFastError, failure, foreign
 from wanfast.runtime.facts.choices import EXPERTS
-from wanfast.runtime.machine.packages import require_attention
+from wanfast.runtime.machine.packages import require_attention, require_fp8
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
 from wanfast.runtime.planning.plan import Job, Plan, resolve
 from wanfast.runtime.store.identity import is_old
@@ -157,7 +157,7 @@ def _plan(
                 "--from: a LoRA file differs from the earlier run: restore the earlier file, or give LoRAs by --lora"
             )
         if needs_weights:
-            require_attention(plan.config.models.attention, plan.config.ranks.device)
+            _require_attention(plan)
             files.require()
             files.identify()
             require_experts(files, plan.config.models, required)
@@ -215,11 +215,18 @@ def _weights_notes(request: Request, files: ModelFiles) -> list[str]:
     return ["--from: the weights changed since the earlier run"]
 
 
+def _require_attention(plan: Plan) -> None:
+    models, device = plan.config.models, plan.config.ranks.device
+    require_attention(models.attention, device)
+    if plan.sparsity and plan.sparsity.has_fp8:
+        require_fp8(device, f"--attention-plan {models.attention_plan}")
+
+
 def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
     """Returns the errors that a run of this plan would raise because something is missing."""
     notes = []
     try:
-        require_attention(plan.config.models.attention, plan.config.ranks.device)
+        _require_attention(plan)
     except ConfigError as error:
         notes.append(str(error))
     try:
