@@ -169,7 +169,9 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, ways: _Ways) -> Tensor:
         return attention_in_fp8(q, k, v)
     if ways.places is None:
         return block_sparse_attention(q, k, v, ways.lists, BLOCK)
-    listed, in_fp8 = (tuple(x.index_select(2, place) for x in (q, k, v)) for place in ways.places)
-    out, (own_q, own_k, own_v) = torch.empty_like(q), listed
-    out.index_copy_(2, ways.places[0], block_sparse_attention(own_q, own_k, own_v, ways.lists, BLOCK))
-    return out.index_copy_(2, ways.places[1], attention_in_fp8(*in_fp8))
+    by_lists: AttentionFn = partial(block_sparse_attention, lists=ways.lists, block=BLOCK)
+    out = torch.empty_like(q)
+    for place, attend in zip(ways.places, (by_lists, attention_in_fp8), strict=True):
+        own_q, own_k, own_v = (x.index_select(2, place) for x in (q, k, v))
+        out.index_copy_(2, place, attend(own_q, own_k, own_v))
+    return out
