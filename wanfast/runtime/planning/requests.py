@@ -305,7 +305,7 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     if "extend_prompt" in typed and effective.video.written_prompts:
         options["prompt"] = effective.video.written_prompts
     return Request(
-        _without_overridden(options, with_recipe(typed)),
+        without_overridden(options, with_recipe(typed)),
         written=effective.video.written_prompts,
         sha256={name: sha256 for name in _SOURCES if (sha256 := getattr(effective.video, f"{name}_sha256"))},
         weights=weights,
@@ -315,7 +315,7 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     )
 
 
-def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
+def without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
     """Removes the options that the `nearer` source overrides: those that it has, and those that conflict with them.
 
     Only options of skips, schedules, lossy attention and the start of the video can conflict.
@@ -355,7 +355,7 @@ def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
             continue
         own_name = str(stem.with_stem(f"{stem.stem}-{number:04d}"))
         yield dataclasses.replace(
-            base, options={**_without_overridden(base.options, own), "output": own_name, **own}, line=number
+            base, options={**without_overridden(base.options, own), "output": own_name, **own}, line=number
         )
 
 
