@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.configs import effective_config
 from tests.conftest import Machine, Outcome
 from wanfast.attention_calib import calibrate
 from wanfast.runtime.config import of_command
@@ -18,8 +19,9 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.densities import LADDER
 from wanfast.runtime.machine import packages
 from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
-from wanfast.runtime.store.attention_plans import KIND
+from wanfast.runtime.store.attention_plans import KIND, settle
 
 Wanfast = Callable[..., Outcome]
 # 320 tokens are three blocks, of which two are always listed; the lists of the last density have all three.
@@ -235,6 +237,9 @@ def test_noise_levels_of_a_list_have_no_plan(wanfast: Wanfast, folder: Path) -> 
     without_steps = [word for word in PLANNED if word not in ("--steps", "3")]
     outcome = wanfast(*without_steps, "--sigmas", "1,0.9,0.5", "--dry-run")
     assert outcome.exit_code == 2 and "--attention-plan and --sigmas exclude each other" in outcome.err
+    own = {"recipe": "lightning-4", "attention": "sparse", "attention_plan": "artifact"}
+    with pytest.raises(ConfigError, match=r"--attention-plan and --recipe lightning-4 exclude .*, or drop --recipe"):
+        settle(effective_config(**own), model_files.locate("tiny", "artifacts"))
     with pytest.raises(ConfigError, match="--recipe lightning-4: a plan of attention is calibrated with --steps"):
         of_command({"recipe": "lightning-4"}, "calibrate-attention")
 

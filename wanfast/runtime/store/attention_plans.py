@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.config.recipes import has_levels
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.densities import CHOICES, LADDER, Calibrated, Densities, bands_of
 from wanfast.runtime.facts.sparsity import BLOCK
@@ -49,9 +50,10 @@ def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
     if config.models.attention_plan is None:
         return config
     if config.video.levels is not None:
+        option = f"--recipe {config.models.recipe}" if has_levels(config.models.recipe) else "--sigmas"
         raise ConfigError(
-            "--attention-plan and --sigmas exclude each other, because a plan is calibrated with --steps and --shift: "
-            "use --density, or drop --sigmas"
+            f"--attention-plan and {option} exclude each other, because a plan is calibrated with --steps and --shift: "
+            f"use --density, or drop {option}"
         )
     models = dataclasses.replace(config.models, attention_plan=_artifact(config, files).name)
     return dataclasses.replace(config, models=models)
