@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Outcome
+from tests.configs import effective_config
+from tests.conftest import Machine, Outcome
 from wanfast.attention_calib import calibrate
 from wanfast.runtime.config import of_command
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.densities import LADDER
+from wanfast.runtime.machine import packages
 from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import MANIFEST, ArtifactStore
-from wanfast.runtime.store.attention_plans import KIND
+from wanfast.runtime.store.attention_plans import KIND, settle
 
 Wanfast = Callable[..., Outcome]
 # 320 tokens are three blocks, of which two are always listed; the lists of the last density have all three.
@@ -42,7 +45,7 @@ def folder(workdir: Path) -> Path:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the measurement of a clip, which takes a second: the first clip has twice the errors of the second."""
-    heads = [[0.4, 0.3, 0.2, 0.1, 0.05], [0.9, 0.8, 0.7, 0.6, 0.5]]
+    heads = [[0.4, 0.3, 0.2, 0.1, 0.05, 0.01], [0.9, 0.8, 0.7, 0.6, 0.5, 0.02]]
 
     def measure(index: int, job: Job, *arguments: Any) -> dict[str, Any]:
         scale = 1.0 if "jumps" in job.config.video.prompt else 0.5
@@ -84,6 +87,49 @@ def test_a_plan_is_calibrated_stored_and_used(wanfast: Wanfast, folder: Path) ->
     other = wanfast("generate", "--from", "out.json", "--density", "1", "--output", "b.mp4", "--json", "--dry-run")
     assert other.document["effective"]["models"]["attention_plan"] is None
     assert other.document["plan"]["sparsity"]["density"] == 1 and "plan" not in other.document["plan"]["sparsity"]
+
+
+def test_heads_may_be_in_float8(wanfast: Wanfast, folder: Path) -> None:
+    outcome = wanfast(*CALIBRATE, "--fp8")
+    assert outcome.exit_code == 0, outcome.err
+    found, key = outcome.document, outcome.document["key"]
+    heads = [density for layers in found["densities"] for layer in layers for density in layer]
+    in_fp8 = heads.count("fp8")
+    assert in_fp8 and {*heads} == {LADDER[0], "fp8"}
+    assert [rung["density"] for rung in found["ladder"]] == [0.15, 0.25, 0.35, 0.5, "fp8", 0.75]
+    assert f"0 of 30 heads dense, {in_fp8} in float8" in outcome.err and "0.5: 0." in outcome.err
+
+    made = wanfast(*PLANNED, "--attention-check", "--dense-share", "0", "--dense-layers", "0")
+    assert made.exit_code == 0, made.err
+    assert made.document["plan"]["sparsity"]["plan"]["key"] == key
+    of_heads = [2 if density == LADDER[0] else 0.75 * 3 for density in heads]
+    assert made.document["plan"]["sparsity"]["mean_density"] == pytest.approx(sum(of_heads) / 90, abs=1e-4)
+    assert made.document["attention_check"]["mean"] == pytest.approx(found["mean_error"], rel=0.3)  # another clip
+    again = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--json")
+    assert again.document["output_sha256"] == made.document["output_sha256"]
+    shown = wanfast(*(word for word in PLANNED if word != "--json"), "--dry-run", "--dense-layers", "0")
+    of_last = sum(layer.count("fp8") for layer in found["densities"][2])
+    assert of_last and f", {of_last} heads in float8; by layer" in " ".join(shown.out.split())
+
+    other = wanfast(*CALIBRATE)
+    assert "2 of 2 clips were measured in an earlier run" in other.err and other.document["key"] != key
+    assert {density for layers in other.document["densities"] for layer in layers for density in layer} == {0.15, 0.75}
+    assert f"{key} (target 0.1, with float8)" in wanfast(*PLANNED, "--dry-run").err
+
+
+def test_float8_needs_its_package_on_a_gpu(
+    wanfast: Wanfast, folder: Path, measured: None, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = wanfast(*CALIBRATE, "--fp8").document["key"]
+    machine(1, 84)
+    words = "heads in float8 need fa3-fwd, which is not installed: run `pip install fa3-fwd`, or use a plan without"
+    installed = packages.find_spec
+    monkeypatch.setattr(packages, "find_spec", lambda name: name == "flash_attn" or installed(name))
+    run = wanfast(*PLANNED, "--device", "cuda")
+    assert run.exit_code == 2 and f"--attention-plan {key}: {words}" in run.err
+    assert f"note: --attention-plan {key}: {words}" in wanfast(*PLANNED, "--device", "cuda", "--dry-run").err
+    calibration = wanfast(*CALIBRATE, "--fp8", "--device", "cuda")
+    assert calibration.exit_code == 2 and f"--fp8: {words}" in calibration.err
 
 
 def test_a_run_that_was_cut_off_goes_on(
@@ -138,7 +184,12 @@ def test_a_dry_run_shows_densities_by_layer_and_band_and_the_error(
     assert "at most 3 of 3 blocks of 128 tokens: density 0.83; dense in the first 1 of 3 steps" in text
     assert f"plan {key}: error mean 0.037, largest 0.1, measured for the target 0.1" in text
     assert "steps 2 to 2: mean density 0.87; by layer 1.00 0.83 0.83 0.83 0.83" in text
-    assert "mean density of the video 0.91" in text  # a step of three and a layer of five are dense
+    assert "mean density of the video 0.91; lists" in text  # a step of three and a layer of five are dense
+    two_ranks = (*PLANNED, "--dry-run", "--num-gpus", "2", "--cfg-parallel", "1")
+    sparsity = wanfast(*two_ranks).document["plan"]["sparsity"]
+    assert (sparsity["mean_density"], sparsity["slowest_rank_density"]) == (0.9111, 1.0)  # each rank has one head
+    shown = wanfast(*(word for word in two_ranks if word != "--json"))
+    assert "mean density of the video 0.91, on the slowest rank 1.00; lists" in " ".join(shown.out.split())
 
 
 def test_a_plan_is_refused_or_taken(wanfast: Wanfast, folder: Path, measured: None) -> None:
@@ -186,6 +237,9 @@ def test_noise_levels_of_a_list_have_no_plan(wanfast: Wanfast, folder: Path) -> 
     without_steps = [word for word in PLANNED if word not in ("--steps", "3")]
     outcome = wanfast(*without_steps, "--sigmas", "1,0.9,0.5", "--dry-run")
     assert outcome.exit_code == 2 and "--attention-plan and --sigmas exclude each other" in outcome.err
+    own = {"recipe": "lightning-4", "attention": "sparse", "attention_plan": "artifact"}
+    with pytest.raises(ConfigError, match=r"--attention-plan and --recipe lightning-4 exclude .*, or drop --recipe"):
+        settle(effective_config(**own), model_files.locate("tiny", "artifacts"))
     with pytest.raises(ConfigError, match="--recipe lightning-4: a plan of attention is calibrated with --steps"):
         of_command({"recipe": "lightning-4"}, "calibrate-attention")
 
@@ -209,6 +263,13 @@ def test_an_edited_plan_is_refused(wanfast: Wanfast, folder: Path, measured: Non
     outcome = wanfast(*PLANNED, "--dry-run", "--lists-every", "2")
     assert outcome.exit_code == 4 and f"{artifact} was changed after it was made" in outcome.err
     shutil.rmtree(artifact)
+    for changed in ({"bands": [0, 1, 1]}, {"bands": ["a", 1, 2]}, {"bands": [0, 1]}):
+        text = json.dumps({**json.loads(whole), **changed})
+        ArtifactStore(Path("artifacts")).publish(
+            KIND, document["inputs"], lambda partial, text=text: (partial / "plan.json").write_text(text)
+        )
+        assert wanfast(*PLANNED, "--dry-run").exit_code == 4
+        shutil.rmtree(artifact)
     for densities in ([], [[[0.5, 0.33]] * 5] * 3, [[[0.5]] * 5] * 3, [[[0.5, None]] * 4] * 3, 3):
         text = json.dumps({**json.loads(whole), "densities": densities})
         ArtifactStore(Path("artifacts")).publish(

@@ -78,7 +78,7 @@ def options_of_command(function: Callable[..., None]) -> dict[str, object]:
         ("generate", generate_command.generate, set()),
         ("warmup", warmup_command.warmup, set()),
         ("calibrate-magcache", calibrate_command.calibrate_magcache, {"seed"}),
-        ("calibrate-attention", attention_command.calibrate_attention, {"seed", "target_error"}),
+        ("calibrate-attention", attention_command.calibrate_attention, {"fp8", "seed", "target_error"}),
         ("bench", bench_command.bench, {"seed", "output"}),
         ("serve", serve_command.serve, set()),
         ("doctor", doctor_command.doctor, set()),

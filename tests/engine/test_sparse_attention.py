@@ -20,12 +20,14 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import attention_probe, lossy_attention, session, sparse_attention
 from wanfast.runtime.engine.attention_probe import choose
 from wanfast.runtime.engine.sparse_attention import SparseAttention
-from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.errors import CancelledError, ConfigError
+from wanfast.runtime.facts import sparsity
 from wanfast.runtime.facts.choices import BRANCHES, Branch
 from wanfast.runtime.facts.densities import Densities
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.machine import packages
 from wanfast.runtime.models import attention_kernels
+from wanfast.runtime.models.attention import HeadOrder
 from wanfast.runtime.models.bricks import RASTER, TokenOrder, brick_order
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning.plan import Plan
@@ -116,6 +118,81 @@ def test_ranks_give_each_head_its_density(planned: Planned) -> None:
         assert of_rank is not None and of_rank["largest_at"] == report["largest_at"]
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("quantize", [None, "fp8-rowwise"])
+def test_heads_that_are_divided_by_their_work_give_the_bits_of_their_own_order(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch, quantize: str | None
+) -> None:
+    """In the first two steps, guidance is parallel and two ranks share the heads; then four ranks do."""
+    weights = {"precision": "bf16", "quantize": quantize, "quantize_on_the_fly": True} if quantize else {}
+    plan, files = planned(**HALF, attention_check=True, guidance_gate=0.5, **NO_GUARDS, **weights)
+    rising = (None, "fp8", *(0.4 + 0.1 * head for head in range(6)))
+    plan = with_options(varied(plan, (rising, rising[::-1])), cfg_parallel=2, ulysses=2)
+    assert plan.regroups and plan.sparsity is not None
+    lengths = plan.sparsity.listed(0, 0)
+    assert lengths == (4, 0, 2, 2, 3, 3, 4, 4) and plan.sparsity.assigned(lengths, 4) == (
+        (0, 5),
+        (2, 6),
+        (3, 7),
+        (1, 4),
+    )
+    used: list[Any] = []
+    grouped = HeadOrder.grouped
+    monkeypatch.setattr(
+        HeadOrder, "grouped", lambda self, x, n: used.append(self.order.tolist()) or grouped(self, x, n)
+    )
+
+    def both(ranks: Ranks) -> Any:
+        divided = made(plan, files, ranks)
+        orders, used[:] = [*used], []
+        monkeypatch.setattr(sparsity, "assigned", in_order)
+        return divided, made(plan, files, ranks), orders, [*used]
+
+    for divided, own, orders, none in on_ranks(Mesh(cfg=2, ulysses=2), both):
+        assert torch.equal(divided[0], own[0]) and divided[1] == own[1] and none == []
+        assert {tuple(order) for order in orders[-4:]} == {(0, 5, 2, 6, 3, 7, 1, 4), (0, 6, 1, 4, 5, 7, 2, 3)}
+
+
+def in_order(lengths: tuple[int, ...], ranks: int) -> tuple[tuple[int, ...], ...]:
+    heads, share = range(len(lengths)), len(lengths) // ranks
+    return tuple(tuple(heads[first : first + share]) for first in heads[::share])
+
+
+def test_a_plan_has_heads_in_float8(planned: Planned) -> None:
+    """A layer has only such heads in its first band; in the other layer, two of eight are dense, three have lists."""
+    plan, files = planned(**HALF, attention_check=True, guidance_gate=0.5, **NO_GUARDS)
+    mixed = ("fp8", 0.5, None, "fp8", 0.75, None, "fp8", 0.5)
+    plan = varied(plan, (("fp8",) * 8, mixed), (mixed[::-1], (0.5,) * 8), bands=(0, 2))
+    assert plan.sparsity is not None and plan.sparsity.has_fp8 and plan.sparsity.listed(0, 0) == (0,) * 8
+    expected, report = made(plan, files, Ranks("cpu"))
+    assert report is not None
+    all_fp8, errors = report["forwards"][0]["relative_errors"]
+    assert all(1e-3 < error < 0.02 for error in all_fp8)
+    for choice, error in zip(mixed, errors, strict=True):
+        low, high = {"fp8": (1e-3, 0.02), None: (0, 1e-5)}.get(choice, (0.02, 1.5))  # type: ignore[call-overload]
+        assert low <= error < high, (choice, error)
+    plan = with_options(plan, dit_fsdp="on", t5_fsdp="on", cfg_parallel=2, ulysses=2)
+    for latents, of_rank in on_ranks(Mesh(cfg=2, ulysses=2), lambda ranks: made(plan, files, ranks)):
+        assert relative_error(latents, expected) <= 1e-3  # a value may round to another number of float8
+        assert of_rank is not None
+        for one, other in zip(report["forwards"], of_rank["forwards"], strict=True):
+            for own, theirs in zip(one["relative_errors"], other["relative_errors"], strict=True):
+                assert theirs == pytest.approx(own, rel=0.1, abs=1e-5)
+
+
+def test_ranks_without_the_kernel_of_float8_refuse_its_plan(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, _ = planned(**HALF)
+    found = varied(plan, (("fp8",) * 8,) * 2).densities
+    monkeypatch.setattr(session, "densities_of", lambda config, files: found)
+    opened = session.Session.open(plan.config, Ranks("cpu"))
+    assert opened.plan(plan.job())[0].sparsity is not None
+    monkeypatch.setattr(attention_probe, "runs_fp8", lambda *a: False)
+    with pytest.raises(ConfigError, match="--attention-plan: this plan has heads in float8, but the kernel fa3-fp8"):
+        opened.plan(plan.job())
+    monkeypatch.setattr(session, "densities_of", lambda config, files: None)
+    opened.plan(plan.job())
+
+
 def test_a_plan_runs_beside_magcache_and_quantized_experts(planned: Planned) -> None:
     """Its bands are the experts' steps, so that lists are made as without a plan, and all bits are equal."""
     weights = {"precision": "bf16", "quantize": "int8-weight-only", "quantize_on_the_fly": True}
@@ -167,6 +244,24 @@ def test_guards_are_dense_and_lists_are_made_again(planned: Planned, monkeypatch
     assert lists == [(step, branch, 1) for step in (2, 3, 6) for branch in BRANCHES]
 
 
+@torch.inference_mode()
+def test_a_cancelled_video_leaves_no_lists(planned: Planned) -> None:
+    """The next video encodes its image before its own lists replace them, and the VAE's memory plan has no lists."""
+    plan, files = planned(**HALF, **NO_GUARDS)
+    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    assert isinstance(pipeline.lossy, SparseAttention)
+    held: list[int] = []
+
+    def cancelling(done: int, expert: str) -> None:
+        held.append(len(pipeline.lossy._lists))  # type: ignore[union-attr]
+        if done == 1:
+            raise CancelledError("cancelled")
+
+    with pytest.raises(CancelledError):
+        pipeline.latent(plan, *blank_inputs(plan, files), Stopwatch("cpu"), cancelling, ResidualCache(plan.skips))
+    assert held[-1] == 4 and pipeline.lossy._lists == {}  # of two branches and two layers
+
+
 Errors = dict[tuple[int, Branch, int], list[Any]]
 LENGTHS = (2, 3, 4)  # of lists of four blocks
 
@@ -177,7 +272,7 @@ def ladder(plan: Plan, files: ModelFiles, ranks: Ranks) -> tuple[torch.Tensor, E
     torch.manual_seed(3)
     pipeline = session.load_models(files, plan.config, ranks, Stopwatch("cpu"))
     assert isinstance(pipeline.lossy, SparseAttention)
-    pipeline.lossy.measure(LENGTHS)
+    pipeline.lossy.measure(LENGTHS, fp8=True)
     latents = pipeline.latent(
         plan, *blank_inputs(plan, files), Stopwatch("cpu"), lambda *_: None, ResidualCache(plan.skips)
     )
@@ -202,6 +297,11 @@ def test_a_calibration_stays_dense_and_measures_what_lists_would_cost(
     by_length = list(zip(*errors[0, "prompt", 0], strict=True))
     assert report["forwards"][0]["relative_errors"][0] == pytest.approx(by_length[0], rel=1e-2)
     assert min(by_length[0]) > 1e-2 > 1e-5 > max(by_length[2])
+    in_fp8, _ = planned(steps=8, **HALF, attention_check=True, **NO_GUARDS)
+    _, report = made(varied(in_fp8, (("fp8",) * 8,) * 2), files, Ranks("cpu"))
+    assert report is not None
+    assert report["forwards"][0]["relative_errors"][0] == pytest.approx(by_length[3], rel=0.15)  # other limits of q
+    assert min(by_length[3]) > 1e-3 and max(by_length[3]) < min(by_length[0])
 
 
 def test_ranks_measure_the_errors_of_one_rank(planned: Planned) -> None:

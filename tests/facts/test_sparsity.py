@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.densities import Densities, bands_of
-from wanfast.runtime.facts.sparsity import BLOCK, Sparsity
+from wanfast.runtime.facts.sparsity import BLOCK, Sparsity, assigned
 from wanfast.runtime.models.attention_router import block_lists
 
 
@@ -57,7 +59,7 @@ def test_the_mean_density_is_that_of_all_calls() -> None:
         for layer in range(5)
         for _ in range(number)
     ]
-    assert found.mean_density(forwards) == pytest.approx(sum(calls) / len(calls))
+    assert found.mean_density(forwards, [1] * 4) == pytest.approx(sum(calls) / len(calls))
 
 
 def test_bytes_are_those_of_the_lists() -> None:
@@ -101,7 +103,9 @@ def test_each_head_has_the_density_of_its_band_and_layer() -> None:
 def test_the_mean_density_counts_heads_layers_and_steps() -> None:
     found = sparsity(densities=PLAN, num_steps=8)
     layer = {5: (1.0, 1.0, (89 + 207 + 296 + 591) / 4 / 591), 6: (1.0, (3 * 89 + 296) / 4 / 591, (444 + 267) / 4 / 591)}
-    assert found.mean_density([0, 0, 0, 0, 0, 2, 1, 0]) == pytest.approx((2 * sum(layer[5]) + sum(layer[6])) / 9)
+    assert found.mean_density([0, 0, 0, 0, 0, 2, 1, 0], [1] * 8) == pytest.approx(
+        (2 * sum(layer[5]) + sum(layer[6])) / 9
+    )
     steps = [layer[5]] * 4 + [layer[6]] * 2  # the first two of eight are dense, and so is the first layer
     assert found.density == pytest.approx(sum(sum(each[1:]) for each in steps) / 12)
     bands = found.bands_json()
@@ -117,6 +121,60 @@ def test_lists_are_as_wide_as_the_densest_head_of_a_rank() -> None:
     assert found.list_bytes(1) == 591 * 4 * max(one_layer, two_layers)
     first, second = 2 * (90 + 445), 2 * (297 + 90)  # of the second band; the first has 2 * 208 and 2 * 592
     assert found.list_bytes(2) == 591 * 4 * max(first, second, 2 * 592)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ranks", "heads"),
+    [
+        ((5, 5, 5, 5), 2, ((0, 1), (2, 3))),
+        ((9, 8, 2, 1), 2, ((0, 3), (1, 2))),
+        ((9, 8, 2, 1), 1, ((0, 1, 2, 3),)),
+        ((9, 8, 2, 1), 4, ((0,), (1,), (2,), (3,))),  # no order is better than their own
+        ((6, 5, 5, 5, 4, 1), 3, ((0, 5), (1, 3), (2, 4))),
+        ((9, 1, 1, 1, 1, 1), 2, ((0, 1, 2), (3, 4, 5))),  # each rank has three heads, whatever they cost
+    ],
+)
+def test_ranks_get_heads_of_nearly_equal_work(
+    lengths: tuple[int, ...], ranks: int, heads: tuple[tuple[int, ...], ...]
+) -> None:
+    assert assigned(lengths, ranks) == heads
+
+
+def test_many_heads_of_a_ladder_are_balanced() -> None:
+    draw = random.Random(0)
+    for ranks, bound in ((2, 1.02), (4, 1.05), (8, 1.12)):
+        for _ in range(50):
+            lengths = tuple(draw.choice((89, 148, 207, 296, 444, 591)) for _ in range(40))
+            heads = assigned(lengths, ranks)
+            assert sorted(itertools.chain(*heads)) == [*range(40)] and {len(own) for own in heads} == {40 // ranks}
+            assert max(sum(lengths[head] for head in own) for own in heads) <= bound * sum(lengths) / ranks
+
+
+def test_the_slowest_rank_counts_as_the_cost() -> None:
+    found = sparsity(densities=PLAN, num_steps=8)
+    of_two = (1.0, (89 + 296) / 2 / 591, (444 + 89) / 2 / 591)  # of the second band's layers
+    of_four = (1.0, 296 / 591, 444 / 591)
+    assert found.mean_density([0] * 6 + [2, 1], [2] * 7 + [4]) == pytest.approx((2 * sum(of_two) + sum(of_four)) / 9)
+
+
+def test_a_head_in_float8_has_no_lists_and_three_quarters_of_the_cost() -> None:
+    plan = Densities(bands=(0, 4), by_band=((("fp8", 0.15, "fp8", None),), (("fp8",) * 4,)))
+    found = sparsity(densities=plan, num_steps=8, dense_layers=0)
+    assert found.has_fp8 and found.listed(3, 0) == (0, 89, 0, 591) and found.listed(4, 0) == (0, 0, 0, 0)
+    of_first = (89 + 591 + 2 * 0.75 * 591) / 4 / 591
+    assert found.mean_density([0, 0, 0, 1, 2, 0, 0, 0], [1] * 8) == pytest.approx((of_first + 2 * 0.75) / 3)
+    assert found.assigned((0, 89, 0, 591), 2) == ((1, 3), (0, 2))
+    assert found.list_bytes(1) == 591 * 4 * 2 * 592 and found.list_bytes(4) == 591 * 4 * 592
+    assert [band["fp8_heads"] for band in found.bands_json()] == [2, 4]
+    guarded = Densities(bands=(0, 4), by_band=((("fp8",) * 4,), ((0.5,) * 4,)))
+    assert not sparsity(densities=guarded, num_steps=8, dense_layers=0, dense_share=0.5).has_fp8
+
+
+def test_bands_that_are_guarded_have_no_lists() -> None:
+    dense_first = Densities(bands=(0, 4), by_band=(((0.75, None),) * 2, ((0.15, 0.15),) * 2))
+    found = sparsity(densities=dense_first, num_steps=8, dense_share=0.5, dense_layers=0)
+    assert found.list_bytes(1) == 2 * 2 * 591 * 90 * 4
+    assert sparsity(densities=dense_first, num_steps=8, dense_layers=0).list_bytes(1) == 2 * 2 * 591 * 592 * 4
 
 
 def test_bands_halve_the_steps_of_each_expert() -> None:

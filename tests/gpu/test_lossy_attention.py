@@ -17,7 +17,7 @@ from tests.models.test_block_sparse import formula, lists_of
 from tests.parity import likeness, relative_error
 from wanfast.runtime.engine import attention_probe
 from wanfast.runtime.models import fused
-from wanfast.runtime.models.attention_check import sampled_errors
+from wanfast.runtime.models.attention_check import fp8_errors, sampled_errors
 from wanfast.runtime.models.attention_fp8 import emulated, fp8_attention
 from wanfast.runtime.models.attention_kernels import KERNELS
 from wanfast.runtime.models.block_sparse import block_sparse_attention
@@ -109,6 +109,19 @@ def test_short_rows_equal_the_emulation() -> None:
     q, k, v = drawn(700)
     heads = quantized(q, k, v, hadamard=True)
     assert relative_error(fp8_attention(heads, torch.bfloat16), emulated(heads) + heads.v_centre) <= 0.05
+
+
+@needs_fa3
+@torch.inference_mode()
+def test_exact_heads_are_computed_in_float8() -> None:
+    """As a plan of attention does: the heads are rounded after the exchange, and values have an offset."""
+    q, k, v = drawn(3000, heads=5)
+    v = v + 3
+    out = fused.attention_in_fp8(q, k, v)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, attention_probe._formula(q.double(), k.double(), v.double())) <= 0.01
+    rows = torch.randint(3000, (5, 64), device="cuda")
+    assert float(fp8_errors(q[0], k[0], v[0], rows).max()) <= 0.02
 
 
 @torch.inference_mode()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from wanfast.runtime.engine import attention_probe
-from wanfast.runtime.models.attention_check import errors_by_length, sampled_errors
+from wanfast.runtime.models.attention_check import errors_by_length, fp8_errors, sampled_errors
 from wanfast.runtime.models.attention_router import block_lists, block_order
 from wanfast.runtime.models.block_sparse import block_sparse_attention
+from wanfast.runtime.models.fused import attention_in_fp8
 
 
 def drawn(length: int, heads: int, generator: torch.Generator) -> list[Tensor]:
@@ -40,6 +41,19 @@ def test_sampled_errors_are_those_of_float64() -> None:
         expected = (out[rows[head], head].double() - of_head).norm() / of_head.norm()
         assert abs(float(found[head]) / float(expected) - 1) <= 1e-4
     assert float(sampled_errors(q, k, v, true.float(), rows).max()) <= 1e-6
+
+
+def test_errors_in_float8_are_those_of_all_queries() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, _ = drawn(300, 5, generator)
+    rows = torch.randint(300, (5, 64), generator=generator)
+    found, true = fp8_errors(q, k, v, rows), exact(q, k, v)
+    out = attention_in_fp8(q[None], k[None], v[None])[0]
+    for head in range(5):
+        of_head = true[rows[head], head]
+        expected = (out[rows[head], head].double() - of_head).norm() / of_head.norm()
+        assert 0.01 < float(expected) < 0.1
+        assert abs(float(found[head]) / float(expected) - 1) <= 0.1  # the limits are those of fewer queries
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 15])

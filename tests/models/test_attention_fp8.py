@@ -24,7 +24,7 @@ from wanfast.runtime.models.attention_fp8 import (
     scaling,
     statistics,
 )
-from wanfast.runtime.models.fused import heads_to_fp8
+from wanfast.runtime.models.fused import attention_in_fp8, heads_to_fp8
 from wanfast.runtime.models.rope import apply_rotary, rotary_tables
 
 __all__ = ["norms"]  # a fixture: the formulas, and the kernels by Triton's interpreter
@@ -41,15 +41,16 @@ def test_a_hadamard_matrix_is_orthonormal_and_its_own_inverse() -> None:
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "parts"), [(4, 16, 1), (4, 16, 2), (5, 24, 5), (40, 128, 4)])
-@pytest.mark.parametrize("steps", ["all", "no hadamard", "centre only", "norm only"])
+@pytest.mark.parametrize("steps", ["all", "no hadamard", "centre only", "norm only", "hadamard only"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_heads_to_fp8(norms: ModuleType, heads: int, head_dim: int, parts: int, steps: str, dtype: torch.dtype) -> None:
     dim, powers = heads * head_dim, head_dim & (head_dim - 1) == 0
     x, weight = normal(1, TOKENS, 3 * dim, seed=0, dtype=dtype)[..., dim : 2 * dim], normal(dim, seed=1)
     rope = rotary_tables(GRID, head_dim, DEVICE) if steps in ("all", "no hadamard") else None
-    centre = normal(heads, head_dim, seed=2) if steps != "norm only" else None
-    norm, hadamard = (weight, EPS) if steps != "centre only" else None, steps == "all" and powers
+    centre = normal(heads, head_dim, seed=2) if steps not in ("norm only", "hadamard only") else None
+    norm = (weight, EPS) if steps not in ("centre only", "hadamard only") else None
+    hadamard = steps in ("all", "hadamard only") and powers
     scale = torch.linspace(0.02, 0.5, heads).to(DEVICE)
     out = norms.heads_to_fp8(x, scale, centre, norm=norm, rope=rope, hadamard=hadamard, parts=parts)
     assert out.dtype == FP8 and out.shape == (parts, 1, TOKENS, heads // parts, head_dim) and out.is_contiguous()
@@ -105,6 +106,16 @@ def test_the_mean_of_v_is_taken_out_and_added_again() -> None:
     assert error(q, k, offset, centred=False) > 0.04
     assert error(q, k, offset) < 2e-3
     assert error(q, k, v) < 0.06 and error(q, k, v, centred=False) < 0.06  # without an offset, both are much the same
+
+
+def test_exact_heads_are_computed_in_float8() -> None:
+    """With offsets of keys and values, one error of all heads; the channels allow a Hadamard matrix, or do not."""
+    for channels in (128, 96):
+        q, k, v = (x[..., :channels] for x in drawn(5000))
+        k, v = k + 2, v + 3
+        out = attention_in_fp8(q.bfloat16(), k.bfloat16(), v.bfloat16())
+        assert out.dtype == torch.bfloat16 and out.shape == q.shape
+        assert relative_error(out, _formula(*(x.bfloat16().double() for x in (q, k, v)))) < 4e-3
 
 
 def test_the_mean_of_k_is_taken_out() -> None:

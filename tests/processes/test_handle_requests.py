@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import threading
 import time
@@ -14,10 +15,13 @@ import numpy as np
 import pytest
 
 import wanfast
-from wanfast.runtime.errors import CancelledError, ConfigError, RankFailedError
+from wanfast.runtime.errors import CancelledError, ConfigError, MissingArtifactError, RankFailedError
+from wanfast.runtime.planning.plan import effective
 from wanfast.runtime.processes import handle as handle_module
-from wanfast.runtime.processes.handle import Video
+from wanfast.runtime.processes.handle import Opened, Video
 from wanfast.runtime.store import model_files
+from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.attention_plans import KIND, PLAN, plan_inputs
 from wanfast.runtime.store.model_files import TINY
 
 TINY_ON_CPU = {"model": "tiny", "device": "cpu"}
@@ -244,6 +248,48 @@ def test_a_video_is_saved_where_it_is_asked_for(workdir: Path, monkeypatch: pyte
     ):
         with pytest.raises(ConfigError, match=words):
             video.save(path, contact_sheet=sheet, overwrite=sheet)
+
+
+def store_a_plan(steps: int) -> str:
+    """Stores a plan of attention in which all heads have a density of a half, and returns its key."""
+    given = {**TINY_ON_CPU, **VIDEO, "steps": steps, "seed": 1, "attention": "sparse", "density": 0.5}
+    files = model_files.locate("tiny", "artifacts")
+    inputs = plan_inputs(effective(given, files), files, "a set") | {"target_error": 0.1}
+    errors = {"target_error": 0.1, "mean_error": 0.05, "largest_error": 0.1}
+    document = {"bands": [0, 1], "densities": [[[0.5, 0.5]] * 5] * 2, **errors}
+    store = ArtifactStore(Path("artifacts"))
+    return store.publish(KIND, inputs, lambda into: (into / PLAN).write_text(json.dumps(document))).folder.name
+
+
+def test_a_plan_of_attention_is_found_when_a_video_is_planned(ranks: list[Ranks]) -> None:
+    """A plan must fit the steps, which belong to a video; the models serve every plan and every density."""
+    key = store_a_plan(steps=2)
+    sparse = {"attention": "sparse", "dense_share": 0.0}
+    with wanfast.open(**TINY_ON_CPU, **sparse, attention_plan="artifact") as handle:
+        for own, expected in (
+            ({}, (None, key)),
+            ({"density": 0.5}, (0.5, None)),
+            ({"attention_plan": key}, (None, key)),
+        ):
+            with pytest.raises(RankFailedError):
+                handle.make(**VIDEO, **own)
+            models = effective_of(ranks)["models"]
+            assert (models["density"], models["attention_plan"], models["dense_share"]) == (*expected, 0.0)
+        with pytest.raises(MissingArtifactError, match=f"the plan {key} has steps 2, this run has 3"):
+            handle.make(**{**VIDEO, "steps": 3})
+    with wanfast.open(**TINY_ON_CPU, **sparse, density=0.5) as handle, pytest.raises(RankFailedError):
+        handle.make(**VIDEO, attention_plan="artifact")
+    assert effective_of(ranks)["models"]["attention_plan"] == key and len(ranks) == 2
+    with pytest.raises(RankFailedError):
+        wanfast.make(**TINY_ON_CPU, **VIDEO, **sparse, attention_plan=key)
+    assert effective_of(ranks)["models"]["attention_plan"] == key
+
+
+def test_a_plan_of_attention_may_need_lists_of_all_blocks() -> None:
+    """The memory of a handle is planned before a plan of attention is known."""
+    asked = {**TINY_ON_CPU, "attention": "sparse", "size": "256x256", "frames": 33}
+    whole, half = (Opened.of({**asked, **own}).placed for own in ({"attention_plan": "artifact"}, {"density": 0.5}))
+    assert whole.list_bytes(whole.mesh) == 2 * 5 * 2 * 18 * 19 * 4 > half.list_bytes(half.mesh) > 0
 
 
 def test_a_video_has_a_recipe_of_its_own_only_if_its_models_are_loaded(ranks: list[Ranks]) -> None:

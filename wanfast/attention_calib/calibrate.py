@@ -1,7 +1,7 @@
 """Runs the jobs of `wanfast calibrate-attention` on a rank: denoises each clip, and measures what lists would cost.
 
 The clip is denoised with dense attention. In each call, the error of lists of each length of the ladder is measured on
-sampled rows. Lists are as old as they would be in a run.
+sampled rows. Lists are as old as they would be in a run. The error in float8 is measured too, if its kernel runs here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from wanfast.runtime.engine.attention_probe import runs_fp8
 from wanfast.runtime.engine.session import Session, Sessions
 from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.facts.choices import Expert
@@ -37,13 +38,17 @@ def run(
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
-    """Denoises one clip; returns its mean errors [band][layer][head][length], and the seconds of denoising."""
+    """Denoises one clip; returns its mean errors [band][layer][head][length], and the seconds of denoising.
+
+    The errors in float8 follow behind those of the lengths.
+    """
     plan, images = session.plan(job)
     dit, bands, steps = plan.spec.dit, bands_of(plan.experts), len(plan.schedule)
     plan = dataclasses.replace(plan, densities=Densities.uniform(1.0, dit.num_layers, dit.num_heads, bands))
     attention = session.load().lossy
     assert isinstance(attention, SparseAttention) and plan.sparsity is not None
-    attention.measure([list_length(density, plan.geometry.token_grid) for density in LADDER])
+    has_fp8 = all(session.ranks.gather(runs_fp8(session.ranks.device, plan.config.models.precision, dit.head_dim)))
+    attention.measure([list_length(density, plan.geometry.token_grid) for density in LADDER], fp8=has_fp8)
 
     def on_step(done: int, expert: Expert) -> None:
         progress(index, expert.replace("_", " "), done, steps)

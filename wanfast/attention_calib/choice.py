@@ -1,51 +1,55 @@
-"""Chooses the density of each head, layer and band from the errors that were measured on all clips.
+"""Chooses what each head is in each layer and band, from the errors that were measured on all clips.
 
 This module does not import torch.
-Shapes: C clips, B bands, L layers, H heads, E densities of the ladder.
+Shapes: C clips, B bands, L layers, H heads, E measured choices: densities, and float8.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
-from wanfast.runtime.facts.densities import LADDER
+from wanfast.runtime.facts.densities import CHOICES, LADDER, Density
 
 
-def is_whole(measured: dict[str, Any], shape: tuple[int, int, int]) -> bool:
-    """Returns whether a clip's measurements hold a number for each of (bands, layers, heads) and each density."""
+def is_whole(measured: dict[str, Any], shape: tuple[int, int, int], *, fp8: bool) -> bool:
+    """Returns whether a clip's measurements hold a number for each of (bands, layers, heads) and each density.
+
+    If `fp8` is true, they must also hold an error in float8, which other measurements may hold.
+    """
     try:
         errors = np.array(measured["errors"], dtype=float)
     except (KeyError, TypeError, ValueError):
         return False
-    return errors.shape == (*shape, len(LADDER)) and bool(np.isfinite(errors).all())
+    lengths = {len(LADDER) + 1} if fp8 else {len(LADDER), len(LADDER) + 1}
+    return errors.shape in {(*shape, length) for length in lengths} and bool(np.isfinite(errors).all())
 
 
-def chosen(measured: list[dict[str, Any]], target: float) -> dict[str, Any]:
-    """Returns, as a JSON document, the least densities whose error is at most `target` in every clip.
+def chosen(measured: list[dict[str, Any]], target: float, *, fp8: bool) -> dict[str, Any]:
+    """Returns, as a JSON document, the cheapest choices whose error is at most `target` in every clip.
 
-    A clip's error is the mean over the calls of a band. A head without such a density is dense, and has no error. The
-    document holds the errors of the whole ladder too: of each head the largest over the clips, and the mean of all.
+    A clip's error is the mean over the calls of a band. If no choice fits, the head is dense, and has no error. Float8
+    is a choice only if `fp8` is true. The document holds the errors of all choices too: of each head the largest over
+    the clips, and the mean of all.
     """
-    errors_CBLHE = np.array([clip["errors"] for clip in measured])
+    choices = [choice for choice in CHOICES if choice is not None and (fp8 or choice != "fp8")]
+    columns = [(*LADDER, "fp8").index(choice) for choice in choices]  # as a clip's errors have them
+    errors_CBLHE = np.stack([np.array(clip["errors"])[..., columns] for clip in measured])
     worst = errors_CBLHE.max(axis=0)
     fits = worst <= target
-    first = np.where(fits.any(-1), fits.argmax(-1), len(LADDER))  # the index of the density, or one more
+    first = np.where(fits.any(-1), fits.argmax(-1), len(choices))  # the index of the choice; behind them, dense
     with_dense = np.append(errors_CBLHE, np.zeros((*errors_CBLHE.shape[:-1], 1)), axis=-1)
     own = np.take_along_axis(with_dense, np.broadcast_to(first, errors_CBLHE.shape[:-1])[..., None], axis=-1)
-    densities = np.array([*LADDER, math.nan])[first]
+    of_index: list[Density] = [*choices, None]
     return {
-        "densities": [
-            [[None if math.isnan(d) else d for d in heads] for heads in layers] for layers in densities.tolist()
-        ],
+        "densities": [[[of_index[index] for index in heads] for heads in layers] for layers in first.tolist()],
         "target_error": target,
         "mean_error": round(float(own.mean()), 6),
         "largest_error": round(float(own.max()), 6),
         "ladder": [
-            {"density": density, "mean_error": round(float(errors_CBLHE[..., rung].mean()), 6)}
-            for rung, density in enumerate(LADDER)
+            {"density": choice, "mean_error": round(float(errors_CBLHE[..., index].mean()), 6)}
+            for index, choice in enumerate(choices)
         ],
         "errors": worst.tolist(),
     }

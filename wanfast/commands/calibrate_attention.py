@@ -17,9 +17,10 @@ from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
 from wanfast.runtime.config import NO_VIDEO, of_command
 from wanfast.runtime.config.option import LOSSY, MAKE, absolute
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.densities import bands_of
+from wanfast.runtime.facts.densities import FP8_SHARE, bands_of
 from wanfast.runtime.machine import packages
 from wanfast.runtime.machine.once import asked_once
+from wanfast.runtime.machine.packages import require_fp8
 from wanfast.runtime.planning.plan import Plan, model_of
 from wanfast.runtime.store.artifacts import ArtifactStore, write_synced
 from wanfast.runtime.store.attention_plans import KIND, PLAN, plan_inputs
@@ -42,6 +43,14 @@ def calibrate_attention(
             rich_help_panel=LOSSY,
         ),
     ] = 0.1,
+    fp8: Annotated[
+        bool,
+        typer.Option(
+            help="Let heads compute in float8, if no cheaper density keeps the target. A run on a GPU then needs "
+            "FlashAttention-3 too.",
+            rich_help_panel=LOSSY,
+        ),
+    ] = False,
     seed: Annotated[
         int, typer.Option(help="Seed of the first clip; the next clip gets seed + 1.", rich_help_panel=MAKE)
     ] = 0,
@@ -63,8 +72,10 @@ def calibrate_attention(
         clips = read_set(folder, seed, takes_images=files.spec.takes_images)
         plans = plans_of({**given, **_SPARSE}, clips, files, requested=given)
         require_experts(files, plans[0].config.models)
+        if fp8:
+            require_fp8(plans[0].config.ranks.device, "--fp8")
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
-    result = calibrated(given, plans, clips, files, target_error, show_progress=console.is_terminal)
+    result = calibrated(given, plans, clips, files, target_error, fp8=fp8, show_progress=console.is_terminal)
     console.print(describe(result), markup=False)
     if json_:
         print(json.dumps(result))
@@ -77,6 +88,7 @@ def calibrated(
     files: ModelFiles,
     target_error: float,
     *,
+    fp8: bool,
     show_progress: bool,
 ) -> dict[str, Any]:
     """Returns a JSON document: the plan of attention for the calibration set. Raises WanFastError.
@@ -85,6 +97,7 @@ def calibrated(
     """
     config, store = plans[0].config, ArtifactStore(Path(plans[0].config.models.artifacts_dir))
     inputs = plan_inputs(config, files, digest_of(clips)) | {"target_error": target_error}
+    inputs |= {"fp8": True} if fp8 else {}
     folder, made_here = store.find(KIND, inputs, verify=True), False
     if folder is None:
         bands, dit = bands_of(plans[0].experts), files.spec.dit
@@ -96,10 +109,10 @@ def calibrated(
             of_clips,
             plans,
             store,
-            partial(is_whole, shape=shape),
+            partial(is_whole, shape=shape, fp8=fp8),
             show_progress=show_progress,
         )
-        text = json.dumps({"clips": len(clips), "bands": bands, **chosen(measured, target_error)})
+        text = json.dumps({"clips": len(clips), "bands": bands, **chosen(measured, target_error, fp8=fp8)})
         published = store.publish(
             KIND, inputs, lambda into: write_synced(into / PLAN, text + "\n"), packages.versions()
         )
@@ -119,11 +132,14 @@ def describe(result: dict[str, Any]) -> str:
     """Returns a text: the plan's folder and errors, and the mean error of each density of the ladder."""
     how = "was made already" if result["was_there"] else f"{result['clips']} clips"
     heads = [density for layers in result["densities"] for of_layer in layers for density in of_layer]
-    mean = sum(1.0 if density is None else density for density in heads) / len(heads)
-    ladder = ", ".join(f"{rung['density']:g}: {rung['mean_error']:.3g}" for rung in result["ladder"])
+    shares = {None: 1.0, "fp8": FP8_SHARE}
+    mean = sum(shares.get(density, density) for density in heads) / len(heads)
+    in_fp8 = f", {heads.count('fp8')} in float8" if "fp8" in heads else ""
+    ladder = ", ".join(f"{rung['density']}: {rung['mean_error']:.3g}" for rung in result["ladder"])
     return "\n".join(
         [
-            f"{result['output']}: {how}; mean density {mean:.2f}, {heads.count(None)} of {len(heads)} heads dense",
+            f"{result['output']}: {how}; mean density {mean:.2f}, "
+            f"{heads.count(None)} of {len(heads)} heads dense{in_fp8}",
             f"error mean {result['mean_error']:.3g}, largest {result['largest_error']:.3g}, target "
             f"{result['target_error']:g}; all heads at one density: {ladder}",
             f"`wanfast generate --attention sparse --attention-plan {result['key']}` uses this plan",

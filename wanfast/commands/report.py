@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -225,11 +226,14 @@ def _sparsity_row(plan: dict[str, Any]) -> dict[str, str]:
     if s is None:
         return {}
     steps, own_plan = sum(plan["steps"].values()), s.get("plan")
+    slowest = (
+        f", on the slowest rank {s['slowest_rank_density']:.2f}" if own_plan and plan["mesh"]["ulysses"] > 1 else ""
+    )
     listed = f"{'at most ' if own_plan else ''}{s['listed']} of {s['blocks']} blocks of {s['block']} tokens"
     return {
         "sparsity": f"{listed}: density {s['density']:.2f}; "
         f"dense in the first {s['dense_steps']} of {steps} steps and the first {s['dense_layers']} layers\n"
-        f"mean density of the video {s['mean_density']:.2f}; lists of {gb(s['list_bytes'])} a rank, "
+        f"mean density of the video {s['mean_density']:.2f}{slowest}; lists of {gb(s['list_bytes'])} a rank, "
         f"made every {s['lists_every']} steps" + _attention_plan_lines(own_plan)
     }
 
@@ -239,9 +243,11 @@ def _attention_plan_lines(plan: dict[str, Any] | None) -> str:
     if plan is None:
         return ""
     bands = [
-        f"steps {first} to {last}: mean density {sum(layers) / len(layers):.2f}; by layer "
+        f"steps {first} to {last}: mean density {sum(layers) / len(layers):.2f}"
+        + (f", {in_fp8} heads in float8" if in_fp8 else "")
+        + "; by layer "
         + " ".join(f"{density:.2f}" for density in layers)
-        for (first, last), layers in ((band["steps"], band["layers"]) for band in plan["bands"])
+        for (first, last), layers, in_fp8 in map(itemgetter("steps", "layers", "fp8_heads"), plan["bands"])
     ]
     errors = f"error mean {plan['mean_error']:.2g}, largest {plan['largest_error']:.2g}"
     return "\n" + "\n".join([f"plan {plan['key']}: {errors}, measured for the target {plan['target_error']:g}", *bands])

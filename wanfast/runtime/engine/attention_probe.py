@@ -9,6 +9,7 @@ kernel breaks the process's CUDA context, all later kernels fail too.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import LOSSY_ATTENTION, Attention
+from wanfast.runtime.facts.choices import LOSSY_ATTENTION, Attention, Precision
 from wanfast.runtime.facts.sparsity import BLOCK
 from wanfast.runtime.machine.packages import ATTENTION_ON_CPU, require_attention
 from wanfast.runtime.models.attention_fp8 import Fp8Heads, fp8_attention, scale_of
 from wanfast.runtime.models.attention_kernels import KERNELS, AttentionFn
 from wanfast.runtime.models.block_sparse import BlockLists, block_sparse_attention
 from wanfast.runtime.models.fused import heads_to_fp8
+from wanfast.runtime.weights.builders import DTYPES
 
 HEAD_DIM = 128  # the A14B's
 BOUNDS = {torch.bfloat16: 0.01, torch.float32: 1e-5}  # relative errors; only rounding to bf16 gives 0.002 to 0.004
@@ -109,6 +111,25 @@ def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> 
 
     ranks.together(tried)
     return choice
+
+
+@functools.cache
+def runs_fp8(device: str, precision: Precision, head_dim: int) -> bool:
+    """Returns whether the kernel of float8 attention gives correct results on this rank."""
+    return probe("fa3-fp8", device, DTYPES[precision], head_dim).state == "runs"
+
+
+def require_fp8(ranks: Ranks, precision: Precision, head_dim: int) -> None:
+    """Raises ConfigError on all ranks if a rank cannot compute the heads that a plan of attention has in float8."""
+
+    def tried() -> None:
+        if not runs_fp8(ranks.device, precision, head_dim):
+            raise ConfigError(
+                "--attention-plan: this plan has heads in float8, but the kernel fa3-fp8 does not run on all ranks: "
+                "run `wanfast doctor` to see why, or use a plan without float8"
+            )
+
+    ranks.together(tried)
 
 
 def probe_all(device: str) -> dict[str, Finding]:

@@ -67,4 +67,4 @@ class Fp8Attention(LossyAttention):
         first, count = sequence.own(num_tokens)
         rows = self._rows(layer, num_tokens).to(q.device)
         errors = sampled_errors(q[0], k[0, :count], v[0, :count], out[0], rows, first, sequence.stack)
-        self._keep(layer, errors, 0)
+        self._keep(layer, errors, range(self._num_heads))

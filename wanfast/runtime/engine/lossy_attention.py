@@ -41,7 +41,7 @@ class LossyAttention:
         """Stores the arguments; `num_heads` counts the heads of all ranks."""
         self._num_heads, self._ranks = num_heads, ranks
         self._forward: Forward | None = None  # None before the first step, where a block may be rehearsed
-        self._errors: dict[tuple[int, Branch, int], tuple[int, Tensor]] = {}  # with the number of the first head
+        self._errors: dict[tuple[int, Branch, int], tuple[Sequence[int], Tensor]] = {}  # with the heads' numbers
         self._num_layers = 0
         self._seed: int | None = None  # of the queries that are checked
 
@@ -74,10 +74,10 @@ class LossyAttention:
         drawn = np.random.default_rng(seeds).integers(num_tokens, size=(self._num_heads, CHECKED_QUERIES))
         return torch.from_numpy(drawn)
 
-    def _keep(self, layer: int, errors: Tensor, first_head: int) -> None:
-        """Stores the errors [h, ...] of this call, of the heads from number `first_head` on."""
+    def _keep(self, layer: int, errors: Tensor, heads: Sequence[int]) -> None:
+        """Stores the errors [h, ...] of this call, which are those of the `heads`."""
         assert self._forward is not None
-        self._errors[self._forward.step, self._forward.branch, layer] = first_head, errors
+        self._errors[self._forward.step, self._forward.branch, layer] = heads, errors
 
     def report(self) -> dict[str, Any] | None:
         """Returns the errors of all ranks' heads as JSON, None if they are not checked; all ranks must call it.
@@ -88,12 +88,12 @@ class LossyAttention:
 
     def errors(self) -> dict[tuple[int, Branch, int], list[Any]]:
         """Returns {(step, branch, layer): errors of each head} over all ranks' heads; all ranks must call it."""
-        by_rank = self._ranks.gather({key: (first, errors.tolist()) for key, (first, errors) in self._errors.items()})
-        heads: dict[tuple[int, Branch, int], dict[int, list[Any]]] = {}
+        by_rank = self._ranks.gather({key: (heads, errors.tolist()) for key, (heads, errors) in self._errors.items()})
+        found: dict[tuple[int, Branch, int], dict[int, Any]] = {}
         for of_rank in by_rank:
-            for key, (first, of_heads) in of_rank.items():
-                heads.setdefault(key, {})[first] = of_heads
-        return {key: [each for _, own in sorted(parts.items()) for each in own] for key, parts in heads.items()}
+            for key, (heads, errors) in of_rank.items():
+                found.setdefault(key, {}).update(zip(heads, errors, strict=True))
+        return {key: [error for _, error in sorted(of_heads.items())] for key, of_heads in found.items()}
 
 
 def _report(found: dict[tuple[int, Branch, int], list[float]], num_layers: int) -> dict[str, Any]:

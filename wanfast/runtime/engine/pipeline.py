@@ -312,18 +312,20 @@ class VideoPipeline:
             name = expert.replace("_", "-")
             finite.look(f"the latent after step {index + 1} of {len(plan.schedule)}, by the {name} expert,", sample)
 
-        latent = denoise(
-            noise * plan.levels.start,
-            plan.schedule,
-            plan.experts,
-            velocities,
-            guidance=Guidance(plan.experts, plan.guidance, plan.guided),
-            fresh_noise=partial(next, self._fresh_noises(plan)),
-            on_step=on_step,
-            on_sample=on_sample,
-        )
-        if self.lossy:
-            self.lossy.finish()
+        try:
+            latent = denoise(
+                noise * plan.levels.start,
+                plan.schedule,
+                plan.experts,
+                velocities,
+                guidance=Guidance(plan.experts, plan.guidance, plan.guided),
+                fresh_noise=partial(next, self._fresh_noises(plan)),
+                on_step=on_step,
+                on_sample=on_sample,
+            )
+        finally:
+            if self.lossy:
+                self.lossy.finish()  # after an error too, so that the next video has the memory
         finite.finish()
         return latent
 

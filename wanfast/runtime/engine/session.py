@@ -160,6 +160,8 @@ class Session:
         curve = ranks.lead(lambda: curve_of(config, self.files))  # under one key, machines may hold different curves
         densities = ranks.lead(lambda: densities_of(config, self.files))
         plan = Plan.of(config, self.files.spec, size, job.notes, job.placement, curve, densities)
+        if plan.sparsity and plan.sparsity.has_fp8:
+            attention_probe.require_fp8(ranks, config.models.precision, self.files.spec.dit.head_dim)
         plan = dataclasses.replace(plan, requested=job.requested)
         g = plan.geometry
         fitted = [pixels.fit_image(image.pixels, g.width, g.height, config.video.fit) for image in read]

@@ -3,19 +3,22 @@
 The first steps and the first layers stay dense. In all other calls, the router lists blocks for each branch of guidance
 and layer. The lists are used for a few steps, because attention changes little from step to step. Cross-attention is
 always dense.
-A calibration keeps all calls dense, and measures the errors that lists of several lengths would have.
-Under Ulysses, each rank lists the blocks of its own heads. Each head's lists have the length that the plan of densities
-gives it in this band of steps; with one density for all heads, no rank waits.
+A calibration keeps all calls dense, and measures the errors that lists of several lengths, or float8, would have.
+Under Ulysses, each rank lists the blocks of its own heads. In each band of steps, each head's lists have the length
+that the plan of densities gives it, or the plan has the head in float8. In each band and layer, the heads are divided
+among the ranks so that all ranks have nearly as much work, because the slowest rank makes the others wait.
 
 Shapes: B batch (1), L tokens, h heads of this rank, D head dim.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,12 +26,14 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.lossy_attention import Forward, LossyAttention
 from wanfast.runtime.facts.choices import Branch, Expert
 from wanfast.runtime.facts.sparsity import BLOCK, BRICK, Sparsity
-from wanfast.runtime.models.attention_check import errors_by_length, sampled_errors
+from wanfast.runtime.models.attention import HeadOrder
+from wanfast.runtime.models.attention_check import errors_by_length, fp8_errors, sampled_errors
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.attention_router import block_lists, block_order
-from wanfast.runtime.models.block_sparse import block_sparse_attention
+from wanfast.runtime.models.block_sparse import BlockLists, block_sparse_attention
 from wanfast.runtime.models.bricks import TokenOrder, brick_order
-from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.dit import SelfAttention, WanDiT
+from wanfast.runtime.models.fused import attention_in_fp8
 from wanfast.runtime.planning.plan import Plan
 
 T = TypeVar("T")
@@ -44,22 +49,28 @@ class SparseAttention(LossyAttention):
         self._sparsity: Sparsity | None = None
         self._lists: dict[tuple[Branch, int], tuple[Forward, Any]] = {}  # with the forward that made them
         self._ladder: Sequence[int] = ()
+        self._measures_fp8 = False
+        self._layers: dict[SelfAttention, int] = {}  # of both experts, with their numbers
+        self._orders: dict[tuple[int, ...], HeadOrder] = {}  # of heads that are not in their own order
 
-    def measure(self, ladder: Sequence[int]) -> None:
+    def measure(self, ladder: Sequence[int], *, fp8: bool) -> None:
         """Computes dense attention from now on, and measures the errors of lists of each length in `ladder`.
 
-        Plans must ask for the check of errors. `errors` returns for each head the errors of all lengths.
+        Plans must ask for the check of errors. `errors` returns for each head the errors of all lengths, and then the
+        error in float8 if `fp8` is true.
         """
-        self._ladder = ladder
+        self._ladder, self._measures_fp8 = ladder, fp8
 
     def use_in(self, model: WanDiT) -> None:
         """Makes each layer of an expert call this object for its self-attention."""
         for layer, attention in enumerate(model.self_attentions()):
             attention.attend = partial(self._attend, layer)
+            self._layers[attention] = layer
 
     def start(self, plan: Plan) -> TokenOrder:
         super().start(plan)
-        self._sparsity, self._lists = plan.sparsity, {}
+        self._sparsity, self._lists, self._orders = plan.sparsity, {}, {}
+        self._divide_heads(None)
         return brick_order(plan.geometry.token_grid, BRICK, self._ranks.device)
 
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
@@ -78,30 +89,51 @@ class SparseAttention(LossyAttention):
             if (made.expert, made.branches, band(made.step)) == (expert, branches, band(step))
             and step - made.step < every
         }
+        self._divide_heads(self._forward)
 
     def finish(self) -> None:
         """Frees the lists after the last step."""
         super().finish()
         self._lists = {}
 
+    def _divide_heads(self, forward: Forward | None) -> None:
+        """Tells all layers in which order the ranks of this forward get the heads."""
+        for attention, layer in self._layers.items():
+            attention.head_order = self._order(forward, layer)
+
+    def _order(self, forward: Forward | None, layer: int) -> HeadOrder | None:
+        """Returns the order of a layer's heads among the ranks; None is the heads' own order."""
+        assert self._sparsity is not None
+        if forward is None or (listed := self._sparsity.listed(forward.step, layer)) is None:
+            return None
+        heads = tuple(itertools.chain(*self._sparsity.assigned(listed, forward.ranks.mesh.ulysses)))
+        if heads == tuple(range(len(heads))):
+            return None
+        if heads not in self._orders:
+            self._orders[heads] = HeadOrder.of(heads, self._ranks.device)
+        return self._orders[heads]
+
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sparsity, forward = self._sparsity, self._forward
         assert sparsity is not None
         if forward is None or (listed := sparsity.listed(forward.step, layer)) is None:
             return self._dense(q, k, v)
-        first = forward.ranks.rank % forward.ranks.mesh.ulysses * k.shape[2]
+        ulysses = forward.ranks.mesh.ulysses
+        heads = sparsity.assigned(listed, ulysses)[forward.ranks.rank % ulysses]
         own_q = q[:, : k.shape[1]]  # the rows behind are Ulysses' padding
-        heads = slice(first, first + k.shape[2])
-        rows = self._rows(layer, k.shape[1])[heads].to(k.device) if self.is_checked else None
+        rows = self._rows(layer, k.shape[1])[list(heads)].to(k.device) if self.is_checked else None
         if self._ladder:
             assert rows is not None, "errors are not checked"
             order = self._chosen(forward, layer, lambda: block_order(own_q, k, BLOCK, sparsity.first_blocks))
-            self._keep(layer, errors_by_length(own_q[0], k[0], v[0], rows, order, BLOCK, self._ladder), first)
+            errors = errors_by_length(own_q[0], k[0], v[0], rows, order, BLOCK, self._ladder)
+            in_fp8 = [fp8_errors(own_q[0], k[0], v[0], rows)[:, None]] if self._measures_fp8 else []
+            self._keep(layer, torch.cat((errors, *in_fp8), dim=1), heads)
             return self._dense(q, k, v)
-        lists = self._chosen(forward, layer, lambda: block_lists(own_q, k, BLOCK, listed[heads], sparsity.first_blocks))
-        out = block_sparse_attention(own_q, k, v, lists, BLOCK)
+        lengths = [listed[head] for head in heads]
+        ways = self._chosen(forward, layer, lambda: _ways(own_q, k, lengths, sparsity.first_blocks))
+        out = _attended(own_q, k, v, ways)
         if rows is not None:
-            self._keep(layer, sampled_errors(own_q[0], k[0], v[0], out[0], rows), first)
+            self._keep(layer, sampled_errors(own_q[0], k[0], v[0], out[0], rows), heads)
         return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - k.shape[1]))
 
     def _chosen(self, forward: Forward, layer: int, choose: Callable[[], T]) -> T:
@@ -111,3 +143,35 @@ class SparseAttention(LossyAttention):
             self._lists[key] = forward, choose()
         chosen: T = self._lists[key][1]
         return chosen
+
+
+class _Ways(NamedTuple):
+    """Says how the heads of a rank are computed in one layer."""
+
+    lists: BlockLists | None  # of the heads that have lists
+    places: tuple[Tensor, Tensor] | None = None  # of the heads that have lists, and of those in float8, if both exist
+
+
+def _ways(q: Tensor, k: Tensor, lengths: Sequence[int], first_blocks: int) -> _Ways:
+    """Lists blocks for the heads that have lists; the others are in float8, and have the length 0."""
+    listed, in_fp8 = ([n for n, length in enumerate(lengths) if bool(length) == kind] for kind in (True, False))
+    if not in_fp8:
+        return _Ways(block_lists(q, k, BLOCK, lengths, first_blocks))
+    if not listed:
+        return _Ways(None)
+    places = torch.tensor(listed, device=k.device), torch.tensor(in_fp8, device=k.device)
+    q, k = (x.index_select(2, places[0]) for x in (q, k))
+    return _Ways(block_lists(q, k, BLOCK, [lengths[head] for head in listed], first_blocks), places)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, ways: _Ways) -> Tensor:
+    if ways.lists is None:
+        return attention_in_fp8(q, k, v)
+    if ways.places is None:
+        return block_sparse_attention(q, k, v, ways.lists, BLOCK)
+    by_lists: AttentionFn = partial(block_sparse_attention, lists=ways.lists, block=BLOCK)
+    out = torch.empty_like(q)
+    for place, attend in zip(ways.places, (by_lists, attention_in_fp8), strict=True):
+        own_q, own_k, own_v = (x.index_select(2, place) for x in (q, k, v))
+        out.index_copy_(2, place, attend(own_q, own_k, own_v))
+    return out

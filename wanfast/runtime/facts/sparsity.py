@@ -1,8 +1,8 @@
 """This module counts the blocks that sparse attention computes, and the bytes of its lists of blocks.
 
 The tokens of a video are sorted into bricks (small boxes of the token grid). Each 128 successive tokens form a block. A
-block of queries attends to the key blocks of its list. All lists of a head have the same length. With one density for
-all heads, each rank has the same work.
+block of queries attends to the key blocks of its list. All lists of a head have the same length. If heads have unequal
+densities, the ranks of Ulysses get the heads in such a way that all ranks compute nearly as many blocks.
 This module does not import torch.
 """
 
@@ -12,10 +12,11 @@ import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.densities import Densities
+from wanfast.runtime.facts.densities import FP8_SHARE, Densities, Density
 
 BRICK = (2, 8, 8)  # frames, rows and columns of tokens
 BLOCK = math.prod(BRICK)
@@ -29,7 +30,8 @@ class Sparsity:
     num_blocks: int
     first_blocks: int  # the blocks that hold tokens of the given image's frame
     bands: tuple[int, ...]  # the first step of each band
-    lengths: tuple[tuple[tuple[int, ...] | None, ...], ...]  # [band][layer]: of each head's lists; None is dense
+    # [band][layer]: of each head's lists; 0 if the head is in float8 and has no lists; None if the layer is dense
+    lengths: tuple[tuple[tuple[int, ...] | None, ...], ...]
     num_steps: int
     dense_steps: int  # the first steps use dense attention
     dense_layers: int  # and so do the first layers of every step
@@ -48,7 +50,7 @@ class Sparsity:
     ) -> Sparsity:
         """Returns the sparsity for a (T, Y, X) grid of tokens. Raises ConfigError if the guards leave no sparse call.
 
-        A layer is dense in a band if all its heads are. Beside sparse heads, a dense head lists all blocks.
+        A layer is dense in a band if all its heads are. Beside other heads, a dense head lists all blocks.
         """
         dense_steps, num_layers = math.ceil(dense_share * num_steps - 1e-9), len(densities.by_band[0])
         if dense_steps >= num_steps:
@@ -60,10 +62,11 @@ class Sparsity:
                 f"--dense-layers {dense_layers}: all {num_layers} layers would use dense attention: use fewer"
             )
 
-        def lengths(heads: Sequence[float | None]) -> tuple[int, ...] | None:
+        def lengths(heads: Sequence[Density]) -> tuple[int, ...] | None:
             if not any(heads):  # no density is 0
                 return None
-            return tuple(list_length(1.0 if density is None else density, token_grid) for density in heads)
+            shares = (1.0 if density is None else density for density in heads)
+            return tuple(0 if share == "fp8" else list_length(share, token_grid) for share in shares)
 
         num_blocks, first_blocks = blocks_of(token_grid)
         return cls(
@@ -88,10 +91,23 @@ class Sparsity:
     def listed(self, step: int, layer: int) -> tuple[int, ...] | None:
         """Returns how many key blocks a list of each head has; None if this step and layer use dense attention.
 
-        Steps and layers count from 0.
+        A head in float8 has no lists, and the number 0. Steps and layers count from 0.
         """
         is_guarded = step < self.dense_steps or layer < self.dense_layers
         return None if is_guarded else self.lengths[self.band(step)][layer]
+
+    @cached_property
+    def has_fp8(self) -> bool:
+        """Returns whether heads are in float8 in some step and layer that is not guarded."""
+        return any(0 in heads for heads in self._later_layers() if heads)
+
+    def assigned(self, heads: tuple[int, ...], ranks: int) -> tuple[tuple[int, ...], ...]:
+        """Returns the numbers of the heads that each rank of Ulysses gets; `heads` are the lengths of their lists."""
+        return assigned(self._work(heads), ranks)
+
+    def _work(self, heads: tuple[int, ...]) -> tuple[float, ...]:
+        """Returns how many blocks take the time of each head."""
+        return tuple(length or FP8_SHARE * self.num_blocks for length in heads)
 
     @property
     def longest(self) -> int:
@@ -102,7 +118,7 @@ class Sparsity:
     def density(self) -> float:
         """Returns the mean share of blocks that heads compute, without the guarded steps and layers.
 
-        The blocks that are in every list are included.
+        The blocks that are in every list are included. A head in float8 counts by its time.
         """
         shares = [*map(self._share, self._later_layers())]
         return math.fsum(shares) / len(shares)
@@ -112,18 +128,24 @@ class Sparsity:
         steps = range(self.dense_steps, self.num_steps)
         return [self.listed(step, layer) for step in steps for layer in range(self.dense_layers, self.num_layers)]
 
-    def _share(self, heads: tuple[int, ...] | None) -> float:
-        """Returns the mean share of blocks that the heads of a layer compute."""
-        return sum(heads) / (len(heads) * self.num_blocks) if heads else 1.0
+    def _share(self, heads: tuple[int, ...] | None, ranks: int = 1) -> float:
+        """Returns the mean share of blocks that the heads of a layer compute, on the rank with the largest share."""
+        if heads is None:
+            return 1.0
+        work = self._work(heads)
+        return ranks * _most_work(work, assigned(work, ranks)) / (len(heads) * self.num_blocks)
 
-    def mean_density(self, forwards: Sequence[int]) -> float:
+    def mean_density(self, forwards: Sequence[int], ulysses: Sequence[int]) -> float:
         """Returns the mean density of all calls of a video; a dense call has the density 1.
 
-        `forwards` holds, for each step, the number of forwards that are not skipped.
+        `forwards` holds, for each step, the number of forwards that are not skipped. `ulysses` holds, for each step,
+        the number of ranks that share the heads. The slowest rank of each layer counts, because the others wait for it.
+        With 1 for all steps, the result is the mean over all heads.
         """
-        layers = range(self.num_layers)
         shares = [
-            number * self._share(self.listed(step, layer)) for step, number in enumerate(forwards) for layer in layers
+            number * self._share(self.listed(step, layer), ranks)
+            for step, (number, ranks) in enumerate(zip(forwards, ulysses, strict=True))
+            for layer in range(self.num_layers)
         ]
         return math.fsum(shares) / (sum(forwards) * self.num_layers)
 
@@ -133,13 +155,14 @@ class Sparsity:
         `ulysses` ranks share the heads. The lists of a layer are as wide as the rank's longest list in this layer. The
         result is that of the rank and the band with the most bytes.
         """
-        return max(self._list_bytes(layers, rank, ulysses) for layers in self.lengths for rank in range(ulysses))
+        bands = self.lengths[self.band(self.dense_steps) :]  # guarded steps make no lists
+        return max(self._list_bytes(layers, rank, ulysses) for layers in bands for rank in range(ulysses))
 
     def _list_bytes(self, layers: Sequence[tuple[int, ...] | None], rank: int, ulysses: int) -> int:
         total = 0
         for heads in filter(None, layers[self.dense_layers :]):
-            own = len(heads) // ulysses
-            total += own * self.num_blocks * (max(heads[rank * own : (rank + 1) * own]) + 1) * _INDEX_BYTES
+            own = [heads[head] for head in self.assigned(heads, ulysses)[rank] if heads[head]]
+            total += len(own) * self.num_blocks * (max(own, default=0) + 1) * _INDEX_BYTES
         return total
 
     def to_json(self) -> dict[str, Any]:
@@ -154,7 +177,10 @@ class Sparsity:
         }
 
     def bands_json(self) -> list[dict[str, Any]]:
-        """Returns for each band its first and last step, and the mean density of each layer outside the guards."""
+        """Returns for each band its first and last step, and the mean density of each layer outside the guards.
+
+        `fp8_heads` counts the heads of all these layers that are in float8.
+        """
         ends = [*self.bands[1:], self.num_steps]
         guarded = range(self.dense_layers)
         return [
@@ -163,9 +189,32 @@ class Sparsity:
                 "layers": [
                     1.0 if layer in guarded else round(self._share(heads), 4) for layer, heads in enumerate(layers)
                 ],
+                "fp8_heads": sum(heads.count(0) for heads in layers[self.dense_layers :] if heads),
             }
             for start, end, layers in zip(self.bands, ends, self.lengths, strict=True)
         ]
+
+
+@lru_cache(maxsize=4096)
+def assigned(work: tuple[float, ...], ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Returns the numbers of the heads that each rank of Ulysses gets; all ranks get equally many.
+
+    `work` holds the work of each head. The heads with the most work are assigned first, each to the rank that has the
+    least work so far. The heads stay in their order if this is as good.
+    """
+    share = len(work) // ranks
+    in_order = tuple(tuple(range(rank * share, (rank + 1) * share)) for rank in range(ranks))
+    own: list[list[int]] = [[] for _ in range(ranks)]
+    for head in sorted(range(len(work)), key=lambda head: -work[head]):
+        least = min((heads for heads in own if len(heads) < share), key=lambda heads: sum(work[h] for h in heads))
+        least.append(head)
+    balanced = tuple(tuple(sorted(heads)) for heads in own)
+    return min(in_order, balanced, key=lambda heads: _most_work(work, heads))
+
+
+def _most_work(work: Sequence[float], heads_of_ranks: Sequence[Sequence[int]]) -> float:
+    """Returns the work of the rank that has the most."""
+    return max(sum(work[head] for head in heads) for heads in heads_of_ranks)
 
 
 def blocks_of(token_grid: tuple[int, int, int]) -> tuple[int, int]:

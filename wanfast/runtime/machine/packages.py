@@ -53,6 +53,18 @@ def require_attention(kernel: str, device: str) -> None:
             raise ConfigError(f"--attention {kernel}: {package} is not installed: {fix}")
 
 
+def require_fp8(device: str, option: str) -> None:
+    """Raises ConfigError if float8 attention, for which `option` asks, lacks its package."""
+    try:
+        require_attention("fa3-fp8", device)
+    except ConfigError:
+        package, _ = ATTENTION_PACKAGES["fa3-fp8"]
+        raise ConfigError(
+            f"{option}: heads in float8 need {package}, which is not installed: run `pip install {package}`, or use a "
+            "plan without float8"
+        ) from None
+
+
 @functools.cache
 def version_of(package: str) -> str | None:
     """Returns a package's version, or None if the package is not installed."""

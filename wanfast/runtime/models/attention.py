@@ -9,7 +9,7 @@ Shapes: B batch, L tokens, H heads, D head dim.
 from __future__ import annotations
 
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,34 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
     return KERNELS[kernel].run(q, k, v).contiguous()
 
 
+class HeadOrder(NamedTuple):
+    """Says in which order the heads are divided among the ranks of Ulysses, if this is not their own order."""
+
+    order: Tensor  # [H]: numbers of heads, those of the first rank first
+    inverse: Tensor  # [H]: the place of each head in `order`
+
+    @classmethod
+    def of(cls, heads: tuple[int, ...], device: str) -> HeadOrder:
+        order = torch.tensor(heads, device=device)
+        return cls(order, order.argsort())
+
+    def grouped(self, x_BLHD: Tensor, parts: int) -> Tensor:
+        """Returns x in this order, with the heads divided into `parts` equal groups: [parts, B, L, H / parts, D]."""
+        B, L, H, D = x_BLHD.shape
+        out = x_BLHD.new_empty(parts, B, L, H // parts, D)
+        for part, into in enumerate(out):  # one pass over the values
+            torch.index_select(x_BLHD, 2, self.part(part, parts), out=into)
+        return out
+
+    def part(self, part: int, parts: int) -> Tensor:
+        """Returns the numbers of the heads in group number `part`."""
+        return self.order.chunk(parts)[part]
+
+    def restored(self, x_BLHD: Tensor) -> Tensor:
+        """Takes x in this order, and returns it in the heads' own order."""
+        return x_BLHD.index_select(2, self.inverse)
+
+
 class Projections(Protocol):
     """This interface computes the queries q, the keys k and the values v of this rank's tokens.
 
@@ -54,7 +82,7 @@ class Projections(Protocol):
     def by_heads(self, name: str, parts: int) -> Tensor:
         """Returns q if `name` is "q", or k if `name` is "k", with the heads divided into `parts` equal groups.
 
-        The result [parts, B, L, H / parts, D] is contiguous.
+        The result [parts, B, L, H / parts, D] is contiguous. Groups have successive heads, or those of a `HeadOrder`.
         """
         ...
 

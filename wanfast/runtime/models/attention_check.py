@@ -18,6 +18,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from wanfast.runtime.models.fused import attention_in_fp8
+
 _TINIEST = 1e-30  # so that an output of zeros has an error
 
 
@@ -69,6 +71,16 @@ def errors_by_length(
         outs = [scores.masked_fill(place >= length, -torch.inf).softmax(-1) @ v for length in lengths]
         errors.append(torch.stack([(out - exact).norm() for out in outs]) / exact.norm().clamp_min(_TINIEST))
     return torch.stack(errors)
+
+
+def fp8_errors(q_LHD: Tensor, k_LHD: Tensor, v_LHD: Tensor, rows_HS: Tensor) -> Tensor:
+    """Returns each head's relative error [H] over the queries `rows_HS`, if the head is computed in float8."""
+    queries = q_LHD[rows_HS, torch.arange(len(rows_HS), device=rows_HS.device)[:, None]]
+    exact = _attended(queries, k_LHD, v_LHD)[..., :-1]
+    out = attention_in_fp8(rearrange(queries, "H S D -> 1 S H D").contiguous(), k_LHD[None], v_LHD[None])
+    difference = rearrange(out, "1 S H D -> H S D").float() - exact
+    norms = torch.stack((difference, exact)).flatten(2).square().sum(2).sqrt()
+    return norms[0] / norms[1].clamp_min(_TINIEST)
 
 
 def _attended(q_HSD: Tensor, k_LHD: Tensor, v_LHD: Tensor) -> Tensor:

@@ -51,7 +51,20 @@ def _by_fa4(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, block: int) -> T
 
 
 def emulated(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
-    """Computes the same in plain PyTorch, on any device and in any dtype; no list may be empty."""
+    """Computes the same in plain PyTorch, on any device and in any dtype; no list may be empty.
+
+    Heads whose longest lists have equal lengths are computed together. So the bits of a head do not depend on the
+    lists of the other heads.
+    """
+    out, longest = torch.empty_like(q_BLHD), lists.counts.amax((0, 2))
+    for count in set(longest.tolist()):
+        heads = (longest == count).nonzero().flatten()
+        own = BlockLists(lists.counts[:, heads], lists.blocks[:, heads, :, :count])
+        out[:, :, heads] = _emulated(q_BLHD[:, :, heads], k_BLHD[:, :, heads], v_BLHD[:, :, heads], own, block)
+    return out
+
+
+def _emulated(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
     batch, length = k_BLHD.shape[:2]
     k, v = (_blocks(x, block) for x in (k_BLHD, v_BLHD))
     heads = torch.arange(k.shape[0], device=k.device)[:, None]

@@ -27,7 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wanfast.runtime.facts.model_spec import DiTSpec
-from wanfast.runtime.models.attention import Sequence, WholeSequence, attention
+from wanfast.runtime.models.attention import HeadOrder, Sequence, WholeSequence, attention
 from wanfast.runtime.models.attention_fp8 import (
     Scaling,
     largest_norms,
@@ -40,7 +40,7 @@ from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.bricks import RASTER, TokenOrder
 from wanfast.runtime.models.fused import add_layer_norm, heads_to_fp8, linear_gelu, rms_norm_heads
 from wanfast.runtime.models.rope import RotaryTables
-from wanfast.runtime.models.tokens import Tokens, packed
+from wanfast.runtime.models.tokens import Tokens, packed, rows_of
 
 
 class TextKV(NamedTuple):
@@ -75,6 +75,10 @@ class Linear(nn.Linear):
     def part(self, x: Tensor, part: int, parts: int) -> Tensor:
         """Divides the output channels into `parts` equal groups, and computes group number `part`, counted from 0."""
         return F.linear(x.to(self.weight.dtype), self.weight.chunk(parts)[part], self.bias.chunk(parts)[part])
+
+    def chosen(self, x: Tensor, groups: Tensor, parts: int) -> Tensor:
+        """Divides the output channels into `parts` equal groups, and computes those with the numbers in `groups`."""
+        return F.linear(x.to(self.weight.dtype), *(rows_of(each, groups, parts) for each in (self.weight, self.bias)))
 
 
 class LinearGELU(Linear):
@@ -126,6 +130,7 @@ class SelfAttention(Attention):
         super().__init__(spec, dtype, attend)
         self.qkv: Linear | None = None
         self.fp8: Fp8 | None = None  # in the forwards that compute this attention in float8
+        self.head_order: HeadOrder | None = None  # among the ranks of Ulysses
 
     def fuse_projections(self) -> None:
         """Fuses the projections q, k and v into one linear layer, so that the tokens are read once.
@@ -143,7 +148,9 @@ class SelfAttention(Attention):
 
     def forward(self, x_BLd: Tokens, rope: RotaryTables, num_tokens: int, sequence: Sequence) -> Tensor:
         if self.fp8 is None:
-            heads = sequence.attention(_Projections(self, x_BLd, rope), num_tokens, self.attend)
+            order = self.head_order
+            heads = sequence.attention(_Projections(self, x_BLd, rope, order), num_tokens, self.attend)
+            heads = heads if order is None else order.restored(heads)
         else:
             projections = _Fp8Projections(self, x_BLd, rope, self.fp8, together=not sequence.overlaps)
             heads = sequence.fp8_attention(projections, num_tokens)
@@ -156,21 +163,29 @@ class SelfAttention(Attention):
 class _Projections:
     """Implements Projections for the tokens of one call."""
 
-    def __init__(self, layer: SelfAttention, x_BLd: Tokens, rope: RotaryTables) -> None:
-        self._layer, self._x, self._rope = layer, x_BLd, rope
+    def __init__(self, layer: SelfAttention, x_BLd: Tokens, rope: RotaryTables, order: HeadOrder | None) -> None:
+        self._layer, self._x, self._rope, self._order = layer, x_BLd, rope, order
 
     def all(self) -> list[Tensor]:
+        assert self._order is None, "one rank has all heads"
         layer, x = self._layer, self._x
         q, k, v = layer.qkv(x).chunk(3, -1) if layer.qkv else (layer.q(x), layer.k(x), layer.v(x))
         return [self._rotated("q", q, 1)[0], self._rotated("k", k, 1)[0], layer.heads(v, layer.num_heads)]
 
     def by_heads(self, name: str, parts: int) -> Tensor:
-        return self._rotated(name, _product(self._layer, name, self._x), parts)
+        product = _product(self._layer, name, self._x)
+        if self._order is None:
+            return self._rotated(name, product, parts)
+        return self._order.grouped(self._rotated(name, product, 1)[0], parts)
 
     def values(self, part: int, parts: int) -> Tensor:
-        layer, x = cast("Any", self._layer), self._x
-        product = layer.qkv.part(x, 2 * parts + part, 3 * parts) if layer.qkv else layer.v.part(x, part, parts)
-        return self._layer.heads(product, self._layer.num_heads // parts)
+        layer, x, H = cast("Any", self._layer), self._x, self._layer.num_heads
+        if self._order is None:
+            product = layer.qkv.part(x, 2 * parts + part, 3 * parts) if layer.qkv else layer.v.part(x, part, parts)
+        else:
+            heads = self._order.part(part, parts)
+            product = layer.qkv.chosen(x, 2 * H + heads, 3 * H) if layer.qkv else layer.v.chosen(x, heads, H)
+        return self._layer.heads(product, H // parts)
 
     def _rotated(self, name: str, product_BLd: Tensor, parts: int) -> Tensor:
         norm = getattr(self._layer, f"norm_{name}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from wanfast.runtime.facts.choices import Scheme
 from wanfast.runtime.models.fused import HAS_KERNELS, linear_gelu, quantize_tokens
-from wanfast.runtime.models.tokens import QuantizedTokens, Tokens
+from wanfast.runtime.models.tokens import QuantizedTokens, Tokens, rows_of
 
 if HAS_KERNELS:
     from wanfast.runtime.models import int8_kernel
@@ -54,6 +54,10 @@ class QuantizedLinear(nn.Module):
     def part(self, x: Tokens, part: int, parts: int) -> Tokens:
         """Divides the output channels into `parts` equal groups, and computes group number `part`, counted from 0."""
         return self._outputs(x, *(each.chunk(parts)[part] for each in (self.weight, self.scale, self.bias)))
+
+    def chosen(self, x: Tokens, groups: Tensor, parts: int) -> Tokens:
+        """Divides the output channels into `parts` equal groups, and computes those with the numbers in `groups`."""
+        return self._outputs(x, *(rows_of(each, groups, parts) for each in (self.weight, self.scale, self.bias)))
 
     def _outputs(self, x: Tokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tokens:
         if self.multiply is None:

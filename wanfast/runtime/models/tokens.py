@@ -1,4 +1,7 @@
-"""Defines the two forms of activations: a plain tensor, or 8-bit values with a scale for each token."""
+"""Defines the two forms of activations: a plain tensor, or 8-bit values with a scale for each token.
+
+Two functions copy tensors so that their values are adjacent.
+"""
 
 from __future__ import annotations
 
@@ -29,3 +32,9 @@ def packed(x: Tensor) -> Tensor:
     `x.contiguous()` may return x itself, with other strides in dims of size 1. Then torch.compile would recompile.
     """
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def rows_of(x: Tensor, groups: Tensor, parts: int) -> Tensor:
+    """Divides the rows of x into `parts` equal groups, and returns a copy of those with the numbers in `groups`."""
+    values = x.view(torch.uint8) if x.dtype in LARGEST else x  # torch does not index float8 everywhere
+    return values.view(parts, -1, *x.shape[1:])[groups].flatten(0, 1).view(x.dtype)

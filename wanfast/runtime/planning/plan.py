@@ -280,8 +280,10 @@ class Plan:
         if self.sparsity is None:
             return None
         computed = [1 + both - sum(skips) for both, skips in zip(self.guided, self.skips, strict=True)]
+        ulysses = [(self.mesh if both else self.unguided_mesh).ulysses for both in self.guided]
         return self.sparsity.to_json() | {
-            "mean_density": round(self.sparsity.mean_density(computed), 4),
+            "mean_density": round(self.sparsity.mean_density(computed, [1] * len(computed)), 4),
+            "slowest_rank_density": round(self.sparsity.mean_density(computed, ulysses), 4),
             "list_bytes": self.list_bytes(self.mesh),
             **self._attention_plan_json(self.sparsity),
         }

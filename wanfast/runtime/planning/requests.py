@@ -20,7 +20,7 @@ from wanfast.runtime.config.option import absolute, flag, options_of
 from wanfast.runtime.config.recipes import OF_GRID, has_levels, with_recipe
 from wanfast.runtime.errors import ConfigError, WanFastError, failure, foreign
 from wanfast.runtime.facts.choices import EXPERTS
-from wanfast.runtime.machine.packages import require_attention
+from wanfast.runtime.machine.packages import require_attention, require_fp8
 from wanfast.runtime.planning.placement import check_skips, place, placement_notes
 from wanfast.runtime.planning.plan import Job, Plan, model_of, resolve
 from wanfast.runtime.store.identity import is_old
@@ -162,7 +162,7 @@ def _plan(
                 "--from: a LoRA file differs from the earlier run: restore the earlier file, or give LoRAs by --lora"
             )
         if needs_weights:
-            require_attention(plan.config.models.attention, plan.config.ranks.device)
+            _require_attention(plan)
             files.require()
             files.identify()
             require_experts(files, plan.config.models, required)
@@ -220,11 +220,18 @@ def _weights_notes(request: Request, files: ModelFiles) -> list[str]:
     return ["--from: the weights changed since the earlier run"]
 
 
+def _require_attention(plan: Plan) -> None:
+    models, device = plan.config.models, plan.config.ranks.device
+    require_attention(models.attention, device)
+    if plan.sparsity and plan.sparsity.has_fp8:
+        require_fp8(device, f"--attention-plan {models.attention_plan}")
+
+
 def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
     """Returns the errors that a run of this plan would raise because something is missing."""
     notes = []
     try:
-        require_attention(plan.config.models.attention, plan.config.ranks.device)
+        _require_attention(plan)
     except ConfigError as error:
         notes.append(str(error))
     try:
@@ -303,7 +310,7 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     if "extend_prompt" in typed and effective.video.written_prompts:
         options["prompt"] = effective.video.written_prompts
     return Request(
-        _without_overridden(options, with_recipe(typed)),
+        without_overridden(options, with_recipe(typed)),
         written=effective.video.written_prompts,
         sha256={name: sha256 for name in _SOURCES if (sha256 := getattr(effective.video, f"{name}_sha256"))},
         weights=weights,
@@ -313,7 +320,7 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     )
 
 
-def _without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
+def without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
     """Removes the options that the `nearer` source overrides: those that it has, and those that conflict with them.
 
     Only options of skips, schedules, lossy attention and the start of the video can conflict.
@@ -355,7 +362,7 @@ def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
             continue
         own_name = str(stem.with_stem(f"{stem.stem}-{number:04d}"))
         yield dataclasses.replace(
-            base, options={**_without_overridden(base.options, own), "output": own_name, **own}, line=number
+            base, options={**without_overridden(base.options, own), "output": own_name, **own}, line=number
         )
 
 

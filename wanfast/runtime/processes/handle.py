@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from wanfast.runtime.config import NO_VIDEO, OPTIONS, ModelsConfig, OutputConfig, RanksConfig, accepted, parse_size
+from wanfast.runtime.config.models import OF_LOSSY
 from wanfast.runtime.config.option import absolute, options_of
 from wanfast.runtime.config.recipes import RECIPES, with_recipe
 from wanfast.runtime.errors import CancelledError, ConfigError, from_failure
@@ -28,6 +29,7 @@ from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.placement import FreeMemory, check_skips, measure, place
 from wanfast.runtime.planning.plan import Plan, earlier_facts, effective, model_of, resolve
+from wanfast.runtime.planning.requests import without_overridden
 from wanfast.runtime.processes.launch import RankGroups
 from wanfast.runtime.store.artifacts import new_run_folder
 from wanfast.runtime.store.lora_pairs import is_distilled
@@ -42,9 +44,10 @@ ProgressFn = Callable[[str, int, int], None]  # (stage, steps done, of all steps
 
 _WORKER = "wanfast.runtime.jobs.generate"
 _LORAS = {name for name, option in OPTIONS.items() if option.is_repeatable and option.option.path}
-OF_HANDLE = {*options_of(ModelsConfig), *options_of(RanksConfig)} - _LORAS
-# `open` accepts these too: size and frames of the largest video, and the LoRAs of videos that name no others.
-_OF_A_VIDEO = {"frames", "size", *_LORAS}
+OF_HANDLE = {*options_of(ModelsConfig), *options_of(RanksConfig)} - _LORAS - OF_LOSSY.keys()
+# `open` accepts these too: size and frames of the largest video; and for videos that name no others, LoRAs and settings
+# of lossy attention.
+_OF_A_VIDEO = {"frames", "size", *_LORAS, *OF_LOSSY}
 _OF_RECIPES = {name for recipe in RECIPES.values() for name in (*recipe.options, *recipe.of_several_ranks)} & OF_HANDLE
 _PAUSE_S = 0.1  # between two looks whether a waiting `make` is cancelled
 
@@ -114,7 +117,7 @@ class Opened:
         if asked.get("nnodes", 1) != 1:
             raise ConfigError("a handle uses one machine: drop nnodes")
         refuse_launchers("this program", "run it", "num_gpus=")
-        given = {**NO_VIDEO, **asked}
+        given = {**NO_VIDEO, **_of_any_plan(asked)}
         files = model_of(given)
         config = effective(given, files)
         require_attention(config.models.attention, config.ranks.device)
@@ -152,13 +155,11 @@ class Opened:
             fits = ", ".join(name for name in RECIPES if self.has_models_of(name)) or "none"
             raise ConfigError(f"--recipe {recipe}: the loaded models are not those of this recipe; they fit: {fits}")
         _refuse(options, options.keys() & options_of(OutputConfig).keys(), "the output file", "Video.save")
-        own = {
-            name: value for name, value in self.options.items() if name != "size" or not options.get("continue_from")
-        }
-        plan, _ = resolve({**own, **options}, writes=False, files=self.files)
+        nearer = {name: value for name, value in options.items() if value is not None}
+        plan, _ = resolve({**without_overridden(self.options, nearer), **options}, writes=False, files=self.files)
         if plan.config.models != self.placed.config.models:  # other LoRAs need other quantized experts
             require_experts(self.files, plan.config.models, self.required)
-        plan = dataclasses.replace(plan, requested={**self.asked, **options})
+        plan = dataclasses.replace(plan, requested={**without_overridden(self.asked, nearer), **options})
         # The models that the ranks hold now are part of the sum, and the ranks keep their mesh.
         (plan,) = place([plan], self.free_memory, self.placed.mesh)
         check_skips(plan)
@@ -270,8 +271,8 @@ def open(**options: Any) -> Handle:
     """Starts ranks and returns their handle, without waiting for the models. Raises WanFastError.
 
     `options`: the options of `wanfast generate` for models and ranks, and the `size` and `frames` of the largest video
-    that will be made. Each option has its Python name: `num_gpus` means --num-gpus. LoRAs may be given here or for each
-    video.
+    that will be made. Each option has its Python name: `num_gpus` means --num-gpus. LoRAs and
+    settings of lossy attention may be given here or for each video.
     """
     return Handle(Opened.of(options))
 
@@ -293,6 +294,16 @@ def make(*, on_progress: ProgressFn = lambda stage, done, total: None, **options
         plan = opened.plan(of_video)
     with Handle(opened) as handle:
         return handle._run(plan, on_progress, threading.Event())
+
+
+def _of_any_plan(asked: dict[str, Any]) -> dict[str, Any]:
+    """Replaces a plan of attention by lists of all blocks, which take the most memory that a plan may need.
+
+    A plan must fit a video's steps and size, so that it is found when a video is planned.
+    """
+    if asked.get("attention_plan") is None:
+        return asked
+    return {**asked, "attention_plan": None, "density": 1.0, "dense_layers": 0}
 
 
 def _refuse(options: dict[str, Any], refused: set[str], owner: str, method: str) -> None:

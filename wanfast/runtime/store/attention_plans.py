@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import EffectiveConfig
+from wanfast.runtime.config.recipes import has_levels
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
-from wanfast.runtime.facts.densities import LADDER, Calibrated, Densities
+from wanfast.runtime.facts.densities import CHOICES, LADDER, Calibrated, Densities, bands_of
 from wanfast.runtime.facts.sparsity import BLOCK
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.code import digest_of_code
-from wanfast.runtime.store.curves import calibrate_command, curve_inputs, differences, in_words
+from wanfast.runtime.store.curves import calibrate_command, curve_inputs, differences, in_words, steps_of_video
 from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.model_files import ModelFiles
 
@@ -31,7 +32,7 @@ PLAN = "plan.json"
 def plan_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:
     """Returns all inputs of the errors from which a plan is chosen. Raises MissingArtifactError if weights are missing.
 
-    The key of a plan also holds the target of its errors.
+    The key of a plan also holds the target of its errors, and whether heads may be in float8.
     """
     inputs = curve_inputs(config, files, set_digest)
     code = digest_of_code("attention_calib/*.py", "runtime/facts/densities.py", "runtime/facts/sparsity.py")
@@ -49,9 +50,10 @@ def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
     if config.models.attention_plan is None:
         return config
     if config.video.levels is not None:
+        option = f"--recipe {config.models.recipe}" if has_levels(config.models.recipe) else "--sigmas"
         raise ConfigError(
-            "--attention-plan and --sigmas exclude each other, because a plan is calibrated with --steps and --shift: "
-            "use --density, or drop --sigmas"
+            f"--attention-plan and {option} exclude each other, because a plan is calibrated with --steps and --shift: "
+            f"use --density, or drop {option}"
         )
     models = dataclasses.replace(config.models, attention_plan=_artifact(config, files).name)
     return dataclasses.replace(config, models=models)
@@ -69,10 +71,11 @@ def densities_of(config: EffectiveConfig, files: ModelFiles) -> Densities | None
         by_band = tuple(tuple(map(tuple, layers)) for layers in document["densities"])
         errors = {name: float(document[name]) for name in ("target_error", "mean_error", "largest_error")}
         is_whole = (
-            len(by_band) == len(bands)
+            bands == bands_of([expert for expert, _ in steps_of_video(config.video, files.spec.boundary)])
+            and len(by_band) == len(bands)
             and {len(layers) for layers in by_band} == {dit.num_layers}
             and {len(heads) for layers in by_band for heads in layers} == {dit.num_heads}
-            and {head for layers in by_band for heads in layers for head in heads} <= {*LADDER, None}
+            and {head for layers in by_band for heads in layers for head in heads} <= {*CHOICES}
         )
     except (KeyError, TypeError, ValueError):
         is_whole = False
@@ -108,10 +111,14 @@ def _found(artifacts_dir: str, asked: str, inputs_json: str, fix: str) -> Path:
         raise MissingArtifactError(f"{option}: no plan is calibrated for this run{difference}: {fix}")
     alike = [item for item in fitting if item[1].get("measured_by") == wanted["measured_by"]] or fitting
     if len(alike) > 1:
-        targets = ", ".join(f"{item[2].name} (target {item[1].get('target_error')})" for item in alike)
+        targets = ", ".join(f"{folder.name} ({_target(inputs)})" for _, inputs, folder in alike)
         raise ConfigError(f"{option}: several plans fit this run: use --attention-plan with the key of {targets}")
     _, inputs, folder = alike[0]
     if store.path(KIND, inputs) != folder:
         raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove this folder, and {fix}")
     store.find(KIND, inputs, verify=True, again=fix)
     return folder
+
+
+def _target(inputs: dict[str, Any]) -> str:
+    return f"target {inputs.get('target_error')}{', with float8' if inputs.get('fp8') else ''}"
