@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import wanfast as api
 from tests import lora_files
 from tests.conftest import Machine, Outcome
 from tests.expert_forms import FORMS
@@ -29,6 +31,7 @@ from wanfast.commands import quantize as quantize_command
 from wanfast.commands import serve as serve_command
 from wanfast.commands import warmup as warmup_command
 from wanfast.runtime.config import OPTIONS, EffectiveConfig, QuantizeConfig
+from wanfast.runtime.errors import MissingArtifactError
 
 Wanfast = Callable[..., Outcome]
 GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat")
@@ -261,6 +264,17 @@ def test_weights_that_are_not_there_name_the_command(wanfast: Wanfast, workdir: 
     assert outcome.exit_code == 3
     assert "run `wanfast download` (126 GB)" in outcome.err
     assert not (workdir / "artifacts").exists()
+
+
+def test_every_way_to_the_weights_names_the_model_that_needs_none(wanfast: Wanfast) -> None:
+    """A user with a laptop learns of it before a download of 126 GB."""
+    fix = "or use --model tiny, which runs on any CPU"
+    for command in (["serve"], ["bench"], ["quantize", "--scheme", "int8-dynamic"]):
+        outcome = wanfast(*command)
+        assert outcome.exit_code == 3 and "(126 GB)" in outcome.err and fix in outcome.err
+    for call in (api.open, functools.partial(api.make, image="cat.png", prompt="a cat")):
+        with pytest.raises(MissingArtifactError, match=fix):
+            call()
 
 
 def test_errors_are_json_too_where_json_is_asked_for(wanfast: Wanfast) -> None:

@@ -37,6 +37,7 @@ DOWNLOADED: dict[str, int] = {"a14b": 126 * 10**9, "t2v-a14b": 126 * 10**9}
 Component = Literal["high_noise", "low_noise", "vae", "umt5"]
 COMPONENTS: tuple[Component, ...] = ("high_noise", "low_noise", "vae", "umt5")
 
+TRY_TINY = "--model tiny, which runs on any CPU"  # for a user who has no weights, or no GPU
 _NAME_ANOTHER = "use tiny, a14b, t2v-a14b or a folder of weights"
 
 
@@ -165,7 +166,7 @@ def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()
             "--model FOLDER"
         )
         if not root.is_dir():
-            return ModelFiles(root, "original", published, fix, artifacts, experts)
+            return ModelFiles(root, "original", published, f"{fix}, or use {TRY_TINY}", artifacts, experts)
     else:
         fix = "copy the whole folder again"
         with foreign(f"--model {model!r:.60}", _NAME_ANOTHER):
