@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pty
+import shlex
 import shutil
 import stat
 import subprocess
@@ -23,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Outcome
-from wanfast.commands import progress
+from wanfast.commands import progress, report
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.engine import pipeline, pixels, prompt_embeds, session
 from wanfast.runtime.errors import ConfigError
@@ -296,6 +297,24 @@ def test_interrupted_leaves_nothing_and_exits_130(
     assert outcome.exit_code == outcome.document["exit_code"] == 130
     assert "interrupted" in outcome.err
     assert visible(workdir) == ["cat.png"]
+
+
+@pytest.mark.parametrize(("options", "named"), [((), True), (("--overwrite",), False)], ids=["new", "overwrite"])
+def test_an_interrupted_list_says_how_to_go_on(
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], named: bool
+) -> None:
+    (workdir / "jobs.jsonl").write_text('{"seed": 1}\n{"seed": 2}\n')
+    line = (*GOOD, "--steps", "1", "--jobs", "jobs.jsonl", *options)
+    monkeypatch.setattr(sys, "argv", ["wanfast", *line])
+    with monkeypatch.context() as patch:
+        patch.setattr(report.Report, "result", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        outcome = wanfast(*line)
+    again = f"; to continue, run `{shlex.join(['wanfast', *line])} --skip-existing`" if named else ""
+    assert outcome.exit_code == 130 and f"note: videos made: 1 of 2{again}\n" in outcome.err
+    if named:
+        rest = wanfast(*line, "--skip-existing")
+        assert rest.exit_code == 0 and "out-0001.mp4: the video exists, skipped" in rest.out
+        assert (workdir / "out-0002.mp4").exists()
 
 
 def test_terminated_leaves_nothing_and_exits_143(workdir: Path) -> None:

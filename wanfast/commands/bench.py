@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,7 +107,7 @@ def bench(
         errors = measure(asked, rows, cells, say)
     except (KeyboardInterrupt, SystemExit):
         done = sum(len(row.cells) for row in rows) - missing(rows, cells)
-        say(f"note: videos stored: {done}; to continue, run `{shlex.join(['wanfast', *sys.argv[1:]])}`")
+        say(f"note: videos stored: {done}; {options.to_continue()}")
         raise
     report = report_of(asked, rows, cells, errors)
     write_report(report, rows, cells, folder)

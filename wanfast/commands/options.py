@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
+import sys
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -138,6 +140,13 @@ def given(context: typer.Context) -> dict[str, Any]:
         for name, value in context.params.items()
         if name in OPTIONS and (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
     }
+
+
+def to_continue(*added: str) -> str:
+    """Returns what a user does after an interruption: the same command again, with the `added` options."""
+    typed = sys.argv[1:]
+    line = shlex.join(["wanfast", *typed, *(option for option in added if option not in typed)])
+    return f"to continue, run `{line}`"
 
 
 def one_line(error: Any, arguments: list[str]) -> ConfigError:
