@@ -20,7 +20,7 @@ from wanfast.bench.apart import apart
 from wanfast.bench.frames import write_frames
 from wanfast.magcache_calib.clips import Clip
 from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, SkippingConfig, VideoConfig
-from wanfast.runtime.config.option import near_names, options_of
+from wanfast.runtime.config.option import did_you_mean, options_of
 from wanfast.runtime.config.recipes import GROUPS, OF_GRID, RECIPES, has_levels, with_recipe
 from wanfast.runtime.errors import ConfigError, WanFastError
 from wanfast.runtime.facts.choices import EXPERTS, RecipeName
@@ -109,8 +109,7 @@ def recipes_of(text: str) -> tuple[RecipeName, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            near = near_names(name, known)
-            fix = f"did you mean {' or '.join(near)}?" if near else f"use {', '.join(known)}"
+            fix = did_you_mean(name, known, f"use {', '.join(known)}")
             raise ConfigError(f"--recipes {name:.40}: no such recipe: {fix}")
     if not names:
         raise ConfigError(f"--recipes has an empty value: use {', '.join(known)}")

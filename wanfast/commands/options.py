@@ -13,7 +13,18 @@ from typing import Annotated, Any
 import typer
 
 from wanfast.runtime.config import OPTIONS
-from wanfast.runtime.config.option import EXACT, FILES, GPUS, LOSSY, MAKE, SAMPLING, SERVER, OptionField, near_names
+from wanfast.runtime.config.option import (
+    EXACT,
+    FILES,
+    GPUS,
+    LOSSY,
+    MAKE,
+    SAMPLING,
+    SERVER,
+    OptionField,
+    choices_of,
+    did_you_mean,
+)
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Command
 from wanfast.runtime.facts.model_spec import A14B
@@ -156,8 +167,7 @@ def one_line(error: Any, arguments: list[str]) -> ConfigError:
     if kind == "NoSuchOption":
         visible = [option for option in error.ctx.command.params if not getattr(option, "hidden", False)]
         known = [word.lstrip("-") for option in visible for word in (*option.opts, *option.secondary_opts)]
-        near = [f"--{name}" for name in near_names(error.option_name.lstrip("-"), known)]
-        fix = f"did you mean {' or '.join(near)}?" if near else see_help
+        fix = did_you_mean(error.option_name.lstrip("-"), known, see_help, prefix="--")
         return ConfigError(f"unknown option {error.option_name}: {fix}")
     if kind == "MissingParameter":
         return ConfigError(f"{param.opts[0]} is missing: {see_help}")
@@ -169,6 +179,10 @@ def one_line(error: Any, arguments: list[str]) -> ConfigError:
             OPTIONS[param.name].accept(_typed(param.opts, arguments))
         except ConfigError as refusal:
             return refusal
+    if choices := choices_of(getattr(getattr(param, "type_descriptor", None), "annotation", None)):
+        typed = _typed(param.opts, arguments)
+        fix = did_you_mean(typed, choices, f"one of {', '.join(choices)} is needed")
+        return ConfigError(f"{param.opts[0]} {typed!r:.60}: {fix}")
     return ConfigError(f"{param.opts[0]}: {error.message.removeprefix('Value error, ').rstrip('.')}")
 
 
