@@ -86,9 +86,19 @@ def serve(
         _listening(settings) as listener,
         parts_of(settings, keys, opened, defaults, start) as parts,
         _stopped_by_signals(parts.worker),
-        _answering(create_app(parts), listener),
+        _answering(create_app(parts), listener) as address,
     ):
-        parts.worker.run()
+        print(f"loading the models; the page is open at {address}", flush=True)
+        parts.worker.run(lambda: print_ready(address))
+
+
+def print_ready(address: str) -> None:
+    """Prints that the server takes videos now: the models are loaded."""
+    print(f"ready at {address}", flush=True)
+
+
+def address_of(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def keys_of(settings: Settings) -> Keys:
@@ -181,8 +191,8 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def _answering(app: Any, listener: socket.socket) -> Iterator[None]:
-    """Answers requests in another thread, until the block ends."""
+def _answering(app: Any, listener: socket.socket) -> Iterator[str]:
+    """Answers requests in another thread, until the block ends; yields the server's address."""
     config = uvicorn.Config(
         app,
         log_config=None,  # uvicorn's own would close every handler of this process
@@ -195,9 +205,8 @@ def _answering(app: Any, listener: socket.socket) -> Iterator[None]:
     thread = threading.Thread(target=server.run, args=([listener],), name="http")
     thread.start()
     host, port = listener.getsockname()[:2]
-    print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     try:
-        yield
+        yield address_of(host, port)
     finally:
         server.should_exit = True
         thread.join()

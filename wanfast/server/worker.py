@@ -124,13 +124,18 @@ class Worker:
         """
         self._is_stopping = True
 
-    def run(self) -> None:
-        """Makes videos until `stop` is called. Raises WanFastError if the ranks cannot load the models."""
+    def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Makes videos until `stop` is called. Raises WanFastError if the ranks cannot load the models.
+
+        `on_ready` is called once, when the models are loaded and the server takes videos.
+        """
         watch = threading.Thread(target=self._watch, name="watch")
         watch.start()
         try:
             self._load()
             self._is_loaded = True
+            if self.is_ready:
+                on_ready()
             while not self._is_stopping:
                 self._wakes.clear()
                 if self._has_room() and (job := _patiently(self._store.claim)):
