@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI, Query, Request
@@ -15,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from wanfast import __version__
 from wanfast.server import replies
@@ -289,10 +291,27 @@ def _file(files: Files, job: Job, variant: str) -> FileResponse:
         )
     video = variant == "video"
     path = files.video(job.output) if video else files.thumbnail(job.output)
-    if not path.exists():
-        raise ApiError(404, "this video has expired", code="expired", param="video_id")
+    try:
+        opened = path.open("rb")
+    except FileNotFoundError:
+        raise ApiError(404, "this video has expired", code="expired", param="video_id") from None
     name = f"{job.id}{path.suffix}"
-    return FileResponse(path, media_type="video/mp4" if video else "image/jpeg", filename=name)
+    return _Download(opened, media_type="video/mp4" if video else "image/jpeg", filename=name)
+
+
+class _Download(FileResponse):
+    """This response sends a file that is open already, so that the whole file is sent even if it expires meanwhile."""
+
+    def __init__(self, opened: BinaryIO, *, media_type: str, filename: str) -> None:
+        number = opened.fileno()  # its path under /proc names the file even after the file was removed
+        super().__init__(
+            f"/proc/self/fd/{number}", media_type=media_type, filename=filename, stat_result=os.fstat(number)
+        )
+        self._opened = opened
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._opened:
+            await super().__call__(scope, receive, send)
 
 
 def _count(parts: Parts, before: Job, after: Job) -> None:
