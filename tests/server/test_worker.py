@@ -398,7 +398,7 @@ def test_files_that_dead_servers_left_are_removed(tmp_path: Path, monkeypatch: p
     left = [
         f"video_{'0' * 32}-{'1' * 16}.mp4",
         f".video_{'0' * 32}-{'1' * 16}.mp4.77.part",
-        f"video_{'0' * 32}-2.picture",
+        f"video_{'0' * 32}-2.image",
     ]
     for name in left:
         (folder / name).touch()

@@ -41,7 +41,7 @@ JOBS = Table(
     Column("fingerprint", String, nullable=False),  # of the request
     Column("priority", Integer, nullable=False),
     Column("status", String, nullable=False),
-    Column("options", String, nullable=False),  # JSON: what `Handle.make` gets beside the picture
+    Column("options", String, nullable=False),  # JSON: what `Handle.make` gets beside the image
     Column("model", String, nullable=False),
     Column("size", String, nullable=False),
     Column("seconds", String, nullable=False),
@@ -63,7 +63,7 @@ JOBS = Table(
     Index("jobs_by_owner", "owner", "number"),
     sqlite_autoincrement=True,  # a number is never used again
 )
-PICTURES = Table(
+IMAGES = Table(
     "pictures", METADATA, Column("job", Integer, primary_key=True), Column("data", LargeBinary, nullable=False)
 )
 _BUSY_S = 30  # a writer waits this long for another

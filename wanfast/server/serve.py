@@ -147,10 +147,10 @@ def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
     """
     image: dict[str, Any] = {}
     if served.spec.takes_images:
-        picture = files.folder / "warm-up.png"  # no temporary file, because ranks that die are warmed up again
-        with atomic_paths(picture, option="--data-dir", synced=False) as (unfinished,):  # another server may read it
+        grey = files.folder / "warm-up.png"  # no temporary file, because ranks that die are warmed up again
+        with atomic_paths(grey, option="--data-dir", synced=False) as (unfinished,):  # another server may read it
             Image.new("RGB", served.size, (127, 127, 127)).save(unfinished, "PNG")
-        image["image"] = str(picture)
+        image["image"] = str(grey)
     size = "x".join(map(str, served.size))
     video = {**served.defaults, **image, **served.fit, "prompt": "warm-up", "seed": 0, "size": size}
     plan = opened.plan(video)

@@ -174,13 +174,13 @@ class Worker:
         """Makes the video of a claimed job, and gives it to the writer; or ends the attempt with an error."""
         self._runs[run.job.attempt] = run
         with self._errors_of(run):
-            image = self._files.picture(run.job.attempt)
-            picture = _patiently(lambda: self._store.picture(run.job))
-            if picture is None:  # the job has ended meanwhile
+            image = self._files.image(run.job.attempt)
+            data = _patiently(lambda: self._store.image(run.job))
+            if data is None:  # the job has ended meanwhile
                 raise CancelledError
             try:
-                image.write_bytes(picture)
-                given = {"image": str(image)} if picture else {}
+                image.write_bytes(data)
+                given = {"image": str(image)} if data else {}
                 video = self._made(run, run.report, {**run.job.options, **given})
             finally:
                 image.unlink(missing_ok=True)
