@@ -27,6 +27,7 @@ from wanfast.commands import calibrate_attention as attention_command
 from wanfast.commands import calibrate_magcache as calibrate_command
 from wanfast.commands import doctor as doctor_command
 from wanfast.commands import generate as generate_command
+from wanfast.commands import options
 from wanfast.commands import quantize as quantize_command
 from wanfast.commands import serve as serve_command
 from wanfast.commands import warmup as warmup_command
@@ -265,6 +266,13 @@ def test_wrong_usage_is_one_line(wanfast: Wanfast, arguments: list[str], message
 
 def test_no_arguments_print_the_help(wanfast: Wanfast) -> None:
     assert wanfast().out == wanfast("--help").out
+
+
+def test_the_seed_of_a_set_of_clips_is_worded_once() -> None:
+    for command in (bench_command.bench, calibrate_command.calibrate_magcache, attention_command.calibrate_attention):
+        assert inspect.signature(command).parameters["seed"].annotation is options.SeedOfClips
+    files = (PACKAGE / "commands").glob("*.py")
+    assert sum("the next clip gets seed + 1" in file.read_text() for file in files) == 1
 
 
 def test_weights_that_are_not_there_name_the_command(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:

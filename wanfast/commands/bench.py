@@ -42,9 +42,7 @@ def bench(
         ),
     ] = "ours,published",
     set_: Annotated[Path | None, options.clip_set("the examples that ship")] = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the first clip; the next clip gets seed + 1.", rich_help_panel=MAKE)
-    ] = 0,
+    seed: options.SeedOfClips = 0,
     repeats: Annotated[
         int, typer.Option(help="How often each recipe makes each clip; the recipes run in turn.", rich_help_panel=MAKE)
     ] = 2,

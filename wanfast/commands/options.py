@@ -49,6 +49,9 @@ Json = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan and stop. No weights are needed.", rich_help_panel=FILES)
 ]
+SeedOfClips = Annotated[
+    int, typer.Option(help="Seed of the first clip; the next clip gets seed + 1.", rich_help_panel=MAKE)
+]
 
 
 def files(name: str) -> Any:
