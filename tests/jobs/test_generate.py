@@ -457,7 +457,26 @@ def test_a_store_that_takes_no_embeddings_costs_no_video(wanfast: Wanfast, workd
     (workdir / "artifacts/prompt_embeds").write_text("a file, not a folder")
     outcome = wanfast(*GOOD)
     assert outcome.exit_code == 0 and (workdir / "out.mp4").exists(), outcome.err
-    assert outcome.err.count("the next video with this text encodes it again") == 1
+    assert outcome.err.count("2 of 2 texts are not stored; a later video encodes them again") == 1
+
+
+def test_a_text_that_cannot_be_stored_costs_no_other(
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first text does not fit on the disk, the second does."""
+    save, tried = prompt_embeds._save, []
+
+    def full(embeds: torch.Tensor, folder: Path) -> None:
+        tried.append(folder)
+        if len(tried) == 1:
+            raise OSError(28, "No space left on device")
+        save(embeds, folder)
+
+    monkeypatch.setattr(prompt_embeds, "_save", full)
+    outcome = wanfast(*GOOD)
+    assert outcome.exit_code == 0 and len(tried) == 2, outcome.err
+    assert len(list(workdir.glob("artifacts/prompt_embeds/*/manifest.json"))) == 1
+    assert outcome.err.count("1 of 2 texts are not stored") == 1 and "No space left on device" in outcome.err
 
 
 def test_another_program_may_write_the_output_meanwhile(
