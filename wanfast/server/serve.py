@@ -18,8 +18,8 @@ import uvicorn
 from filelock import Timeout
 from PIL import Image
 
-from wanfast.bench.cells import few_steps, least_steps, schedule_of
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.planning.shortened import few_steps, least_steps, schedule_of
 from wanfast.runtime.processes.handle import Handle, Opened
 from wanfast.runtime.store.atomic import atomic_paths
 from wanfast.runtime.store.sharing import lock_of
