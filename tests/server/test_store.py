@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from sqlalchemy import select
 from wanfast.runtime.errors import ConfigError
 from wanfast.server import schema
 from wanfast.server import store as store_module
-from wanfast.server.schema import JOBS
+from wanfast.server.schema import JOBS, METADATA
 from wanfast.server.store import MOST_ATTEMPTS, Job, KeyReusedError, NewJob, QueueFullError, Store
 
 NEW = NewJob(
@@ -300,6 +301,52 @@ def test_jobs_are_there_after_the_database_is_opened_again(url: str) -> None:
     store = Store(url)
     assert again(store, job) == job
     store.close()
+
+
+def test_a_database_has_the_version_of_its_tables(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version is refused with one line, and the database stays as it is."""
+    store = Store(url)
+    number = add(store).number
+    store.close()
+    monkeypatch.setattr(schema, "VERSION", 2)
+    place = "--data-dir" if url.startswith("sqlite") else "--database"
+    with pytest.raises(ConfigError, match=f"^{place}: its queue has tables of version 1, but .* uses version 2: use"):
+        Store(url)
+    monkeypatch.undo()
+    store = Store(url)
+    assert [job.number for job in store.page("a", 9, None, "desc")[0]] == [number]  # type: ignore[index]
+    with store._engine.connect() as connection:
+        assert connection.execute(select(schema.SCHEMA.c.version)).scalars().all() == [1]
+    store.close()
+
+
+def test_a_database_without_a_version_is_of_the_first(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers stored no version at first."""
+    store = Store(url)
+    add(store)
+    with store._engine.begin() as connection:
+        schema.SCHEMA.drop(connection)
+    store.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "VERSION", 2)
+        with pytest.raises(ConfigError, match="has tables of version 1"):
+            Store(url)
+    store = Store(url)
+    with store._engine.connect() as connection:
+        assert connection.execute(select(schema.SCHEMA.c.version)).scalars().all() == [1]
+    assert store.claim() is not None
+    store.close()
+
+
+def test_a_change_of_the_tables_needs_another_version() -> None:
+    """If this fails because a table has changed: raise VERSION, and write the new digest here."""
+    columns = [
+        (table.name, column.name, str(column.type), column.nullable, column.primary_key)
+        for table in METADATA.sorted_tables
+        for column in table.columns
+    ]
+    digest = hashlib.sha256(repr(columns).encode()).hexdigest()[:12]
+    assert (schema.VERSION, digest) == (1, "8d8721f520bb")
 
 
 @pytest.mark.parametrize(
