@@ -293,10 +293,10 @@ def test_a_second_signal_ends_the_server_at_once(workdir: Path) -> None:
         process.create("a", 1)
         assert process.process
         process.process.send_signal(signal.SIGSTOP)
-        for number in (signal.SIGINT, signal.SIGTERM):  # in the order of their numbers they are handled
+        for number in (signal.SIGINT, signal.SIGTERM):
             process.process.send_signal(number)
         process.process.send_signal(signal.SIGCONT)
-        assert process.process.wait(timeout=20) == 143
+        assert process.process.wait(timeout=20) in (130, 143)  # two threads may receive the signals in either order
 
 
 def _states(folder: Path) -> Counter[str]:
