@@ -17,6 +17,7 @@ from wanfast.attention_calib import calibrate
 from wanfast.runtime.config import of_command
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.densities import LADDER
+from wanfast.runtime.jobs.loop import measuring
 from wanfast.runtime.machine import packages
 from wanfast.runtime.planning.plan import Job
 from wanfast.runtime.store import model_files
@@ -30,6 +31,11 @@ CALIBRATE = ("calibrate-attention", *SHAPE, "--set", "set", "--json")
 GENERATE = ("generate", *SHAPE, "--image", "cat.png", "--prompt", "a cat", "--seed", "1", "--json")
 SPARSE = (*GENERATE, "--attention", "sparse")
 PLANNED = (*SPARSE, "--attention-plan", "artifact")
+
+
+def measure_by(monkeypatch: pytest.MonkeyPatch, measure: Any) -> None:
+    monkeypatch.setattr(calibrate, "measure", measure)
+    monkeypatch.setattr(calibrate, "run", measuring(measure))
 
 
 @pytest.fixture
@@ -51,7 +57,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
         scale = 1.0 if "jumps" in job.config.video.prompt else 0.5
         return {"errors": [[[[scale * error for error in head] for head in heads]] * 5] * 3, "seconds": 1.0}
 
-    monkeypatch.setattr(calibrate, "measure", measure)
+    measure_by(monkeypatch, measure)
 
 
 def test_a_plan_is_calibrated_stored_and_used(wanfast: Wanfast, folder: Path) -> None:
@@ -145,7 +151,7 @@ def test_a_run_that_was_cut_off_goes_on(
             stream.write(f"{index} ")
         return measure(index, *arguments)
 
-    monkeypatch.setattr(calibrate, "measure", noted)
+    measure_by(monkeypatch, noted)
     assert wanfast(*CALIBRATE).exit_code == 5
     assert not list(Path("artifacts", KIND).glob("*/manifest.json"))
     Path("whole").touch()
@@ -163,7 +169,7 @@ def test_another_target_needs_no_other_measurement(
     assert first.document["densities"][0][0] == [LADDER[3], None]
     assert "mean density 0.75, 15 of 30 heads dense" in first.err
     assert "all heads at one density: 0.15: 0.487, 0.25: 0.412" in first.err
-    monkeypatch.setattr(calibrate, "measure", None)
+    measure_by(monkeypatch, None)
     second = wanfast(*CALIBRATE, "--target-error", "0.5")
     assert second.exit_code == 0, second.err
     assert "2 of 2 clips were measured in an earlier run" in second.err

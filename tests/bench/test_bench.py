@@ -20,16 +20,16 @@ from tests.bench.results import program, results_of_two
 from tests.conftest import Machine, Outcome
 from wanfast.bench import cells as cells_module
 from wanfast.bench import measure as measure_module
-from wanfast.bench.cells import ANOTHER_SEED, Bench, Row, few_steps, least_steps, planned, recipes_of, schedule_of
+from wanfast.bench.cells import ANOTHER_SEED, Bench, Row, planned, recipes_of
 from wanfast.bench.compare import compared
 from wanfast.bench.frames import read_frames, write_frames
 from wanfast.bench.published import PUBLISHED_S
 from wanfast.magcache_calib.clips import read_set
-from wanfast.runtime.config import NO_VIDEO, EffectiveConfig
 from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
 from wanfast.runtime.facts.flop import bf16_peak, forward_flop
 from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.planning.shortened import least_steps
 from wanfast.runtime.processes.handle import Handle, Video
 from wanfast.runtime.store import model_files
 
@@ -145,20 +145,8 @@ def test_few_steps_run_both_experts_and_skip_nothing(clips: Path) -> None:
     least = least_steps(rows[0].plans[0].config.video, rows[0].plans[0].spec)
     warm_up = rows[0].opened.plan(rows[0].warm_ups[0]) if rows[0].opened else None
     assert warm_up and len(warm_up.schedule) == least and set(warm_up.experts) == {"high_noise", "low_noise"}
-    assert few_steps({"steps": 9, "magcache_k": 2}, {"steps": 3}) == {"steps": 3, "magcache": "off"}
     with pytest.raises(ConfigError, match=f"--steps-measured 13: .* use {least} to 12"):
         planned(bench_of(clips, "magcache", given=given, steps_measured=13))
-
-
-def test_a_list_of_noise_levels_becomes_shorter_with_both_experts() -> None:
-    video = EffectiveConfig.of({**NO_VIDEO, "recipe": "hybrid"}, A14B).video
-    assert least_steps(video, A14B) == 2
-    assert schedule_of(video, A14B, 2) == {"sigmas": "0.999799842,0.25", "switch_step": 1}
-    fewer = schedule_of(video, A14B, 6)
-    assert (fewer["sigmas"].count(","), fewer["switch_step"]) == (5, 5)
-    assert schedule_of(video, A14B, 18) == {"sigmas": video.sigmas, "switch_step": 15}
-    plain = EffectiveConfig.of({**NO_VIDEO, "steps": 9}, A14B).video
-    assert schedule_of(plain, A14B, 3) == {"steps": 3}
 
 
 def test_a_distilled_recipe_without_weights_is_a_row_with_the_reason(clips: Path) -> None:

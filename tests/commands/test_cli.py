@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import wanfast as api
 from tests import lora_files
 from tests.conftest import Machine, Outcome
 from tests.expert_forms import FORMS
@@ -25,10 +27,12 @@ from wanfast.commands import calibrate_attention as attention_command
 from wanfast.commands import calibrate_magcache as calibrate_command
 from wanfast.commands import doctor as doctor_command
 from wanfast.commands import generate as generate_command
+from wanfast.commands import options
 from wanfast.commands import quantize as quantize_command
 from wanfast.commands import serve as serve_command
 from wanfast.commands import warmup as warmup_command
 from wanfast.runtime.config import OPTIONS, EffectiveConfig, QuantizeConfig
+from wanfast.runtime.errors import MissingArtifactError
 
 Wanfast = Callable[..., Outcome]
 GOOD = ("generate", "--model", "tiny", "--image", "cat.png", "--prompt", "a cat")
@@ -237,7 +241,16 @@ def test_refusals_are_one_line_and_leave_nothing(wanfast: Wanfast, workdir: Path
         ([*GOOD, "--x"], "unknown option --x: see `wanfast generate --help`"),
         ([*GOOD, "--steps"], "option '--steps' requires an argument: see `wanfast generate --help`"),
         ([*GOOD, "word"], "got unexpected extra argument(s) (word): see `wanfast generate --help`"),
-        (["quantize", "--scheme", "x"], "--scheme: 'x' is not one of 'int8-weight-only', 'int8-dynamic', "),
+        ([*GOOD, "--recipe", "lightnin-4"], "--recipe 'lightnin-4': did you mean lightning-4 or lightning-8?"),
+        ([*GOOD, "--recipe", ""], "--recipe '': one of baseline, fa3, "),
+        ([*GOOD, "--quantize", "int8"], "--quantize 'int8': did you mean int8-dynamic or int8-weight-only?"),
+        ([*GOOD, "--attention=FA3"], "--attention 'FA3': did you mean fa3 or fa3-fp8?"),
+        ([*GOOD, "--attention", "sparce"], "--attention 'sparce': did you mean sparse?"),
+        ([*GOOD, "--model", "tinny"], "--model tinny: no such folder: did you mean tiny?"),
+        (["quantize", "--scheme", "fp8"], "--scheme 'fp8': did you mean fp8-rowwise?"),
+        (["quantize", "--scheme", "x"], "--scheme 'x': one of int8-weight-only, int8-dynamic, fp8-rowwise, bf16 is "),
+        (["download", "--model", "a14"], "--model 'a14': did you mean a14b?"),
+        (["download", "--lora", "lightning"], "--lora 'lightning': no such pair: did you mean lightning-seko-v1?"),
         (["quantize"], "--scheme is missing: see `wanfast quantize --help`"),
         (["quantize", "--recip"], "unknown option --recip: see `wanfast quantize --help`"),
         (["calibrate-magcache", "--seed", "x"], "--seed 'x': a whole number is needed"),
@@ -256,12 +269,30 @@ def test_no_arguments_print_the_help(wanfast: Wanfast) -> None:
     assert wanfast().out == wanfast("--help").out
 
 
+def test_the_seed_of_a_set_of_clips_is_worded_once() -> None:
+    for command in (bench_command.bench, calibrate_command.calibrate_magcache, attention_command.calibrate_attention):
+        assert inspect.signature(command).parameters["seed"].annotation is options.SeedOfClips
+    files = (PACKAGE / "commands").glob("*.py")
+    assert sum("the next clip gets seed + 1" in file.read_text() for file in files) == 1
+
+
 def test_weights_that_are_not_there_name_the_command(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
     machine(0, 0)
     outcome = wanfast("generate", "--image", "cat.png", "--prompt", "a cat")
     assert outcome.exit_code == 3
     assert "run `wanfast download` (126 GB)" in outcome.err
     assert not (workdir / "artifacts").exists()
+
+
+def test_every_way_to_the_weights_names_the_model_that_needs_none(wanfast: Wanfast) -> None:
+    """A user with a laptop learns of it before a download of 126 GB."""
+    fix = "or use --model tiny, which runs on any CPU"
+    for command in (["serve"], ["bench"], ["quantize", "--scheme", "int8-dynamic"]):
+        outcome = wanfast(*command)
+        assert outcome.exit_code == 3 and "(126 GB)" in outcome.err and fix in outcome.err
+    for call in (api.open, functools.partial(api.make, image="cat.png", prompt="a cat")):
+        with pytest.raises(MissingArtifactError, match=fix):
+            call()
 
 
 def test_errors_are_json_too_where_json_is_asked_for(wanfast: Wanfast) -> None:

@@ -71,6 +71,19 @@ def test_recipe_does_not_mean_a_scheme() -> None:
     assert [line for line in found.splitlines() if not any(word in line for word in allowed)] == []
 
 
+def test_the_server_calls_an_image_an_image() -> None:
+    """All other commands say so too; only the table keeps its name, because databases have it."""
+    server, assets = ROOT / "wanfast/server", ROOT / "wanfast/assets/server"
+    files = [ROOT / "docs/serve.md", *server.glob("*.py"), *assets.glob("*")]
+    found = [
+        (file.name, line.strip())
+        for file in files
+        for line in file.read_text().splitlines()
+        if "picture" in line.lower()
+    ]
+    assert [name for name, line in found if '"pictures", METADATA' not in line] == [] and len(found) == 1
+
+
 def test_the_rules_can_fail() -> None:
     assert is_sentence("Returns the plan of a request.") and is_sentence("`wanfast doctor`: shows what fits.")
     assert not any(map(is_sentence, ("Of one rank alone.", "Where it is kept.", "the plan of it.", "A plan")))

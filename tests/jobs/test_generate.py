@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pty
+import shlex
 import shutil
 import stat
 import subprocess
@@ -23,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Outcome
-from wanfast.commands import progress
+from wanfast.commands import progress, report
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.engine import pipeline, pixels, prompt_embeds, session
 from wanfast.runtime.errors import ConfigError
@@ -298,6 +299,24 @@ def test_interrupted_leaves_nothing_and_exits_130(
     assert visible(workdir) == ["cat.png"]
 
 
+@pytest.mark.parametrize(("options", "named"), [((), True), (("--overwrite",), False)], ids=["new", "overwrite"])
+def test_an_interrupted_list_says_how_to_go_on(
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], named: bool
+) -> None:
+    (workdir / "jobs.jsonl").write_text('{"seed": 1}\n{"seed": 2}\n')
+    line = (*GOOD, "--steps", "1", "--jobs", "jobs.jsonl", *options)
+    monkeypatch.setattr(sys, "argv", ["wanfast", *line])
+    with monkeypatch.context() as patch:
+        patch.setattr(report.Report, "result", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        outcome = wanfast(*line)
+    again = f"; to continue, run `{shlex.join(['wanfast', *line])} --skip-existing`" if named else ""
+    assert outcome.exit_code == 130 and f"note: videos made: 1 of 2{again}\n" in outcome.err
+    if named:
+        rest = wanfast(*line, "--skip-existing")
+        assert rest.exit_code == 0 and "out-0001.mp4: the video exists, skipped" in rest.out
+        assert (workdir / "out-0002.mp4").exists()
+
+
 def test_terminated_leaves_nothing_and_exits_143(workdir: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "wanfast", *GOOD, "--steps", "1000"],
@@ -438,7 +457,26 @@ def test_a_store_that_takes_no_embeddings_costs_no_video(wanfast: Wanfast, workd
     (workdir / "artifacts/prompt_embeds").write_text("a file, not a folder")
     outcome = wanfast(*GOOD)
     assert outcome.exit_code == 0 and (workdir / "out.mp4").exists(), outcome.err
-    assert outcome.err.count("the next video with this text encodes it again") == 1
+    assert outcome.err.count("2 of 2 texts are not stored; a later video encodes them again") == 1
+
+
+def test_a_text_that_cannot_be_stored_costs_no_other(
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first text does not fit on the disk, the second does."""
+    save, tried = prompt_embeds._save, []
+
+    def full(embeds: torch.Tensor, folder: Path) -> None:
+        tried.append(folder)
+        if len(tried) == 1:
+            raise OSError(28, "No space left on device")
+        save(embeds, folder)
+
+    monkeypatch.setattr(prompt_embeds, "_save", full)
+    outcome = wanfast(*GOOD)
+    assert outcome.exit_code == 0 and len(tried) == 2, outcome.err
+    assert len(list(workdir.glob("artifacts/prompt_embeds/*/manifest.json"))) == 1
+    assert outcome.err.count("1 of 2 texts are not stored") == 1 and "No space left on device" in outcome.err
 
 
 def test_another_program_may_write_the_output_meanwhile(

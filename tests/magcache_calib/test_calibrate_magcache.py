@@ -99,6 +99,7 @@ def test_a_curve_is_measured_stored_and_used(wanfast: Wanfast, folder: Path, fig
 
 def test_a_run_that_was_cut_off_goes_on(wanfast: Wanfast, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from wanfast.magcache_calib import calibrate
+    from wanfast.runtime.jobs.loop import measuring
 
     whole = wanfast(*CALIBRATE, "--artifacts-dir", "other").document["ratios"]
     made, measure = Path("made"), calibrate.measure
@@ -110,7 +111,7 @@ def test_a_run_that_was_cut_off_goes_on(wanfast: Wanfast, folder: Path, monkeypa
             stream.write(f"{index} ")
         return measure(index, *arguments)
 
-    monkeypatch.setattr(calibrate, "measure", noted)
+    monkeypatch.setattr(calibrate, "run", measuring(noted))
     assert wanfast(*CALIBRATE).exit_code == 5
     assert not list(Path("artifacts/magcache").glob("*/manifest.json"))
     Path("whole").touch()

@@ -13,9 +13,11 @@ import torch
 from tests.configs import effective_config
 from tests.conftest import Machine, Outcome
 from wanfast.commands import dispatch
+from wanfast.runtime.device import hardware
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.model_spec import A14B, UMT5Spec
+from wanfast.runtime.machine import host
 from wanfast.runtime.machine.gpus import Gpu
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.umt5 import UMT5Encoder
@@ -293,6 +295,51 @@ def test_each_rank_group_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(elastic.os, "environ", {})
     elastic._set_environment(dataclasses.replace(config, num_gpus=1, cfg_parallel=1), 0, processes=1)
     assert "OMP_NUM_THREADS" not in elastic.os.environ
+
+
+@pytest.mark.parametrize(
+    ("dry", "threads", "note"),
+    [
+        (TINY_DRY, None, None),
+        (TINY_DRY, "1", None),
+        (TINY_DRY, "2", "to 2 instead of 1, and threads wait for each other"),
+        ((*TINY_DRY, "--num-gpus", "2"), "8", None),
+        (A14B_DRY, "16", None),
+        (A14B_DRY, "9", None),
+        (A14B_DRY, "2", "to 2 instead of 16, and cores stay idle"),
+        (A14B_DRY, "32", "to 32 instead of 16, and threads wait for each other"),
+        ((*A14B_DRY, "--device", "cuda"), "2", None),
+    ],
+)
+def test_a_number_of_threads_that_slows_a_cpu_is_said(
+    wanfast: Wanfast,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    dry: tuple[str, ...],
+    threads: str | None,
+    note: str | None,
+) -> None:
+    machine(0, 0)
+    monkeypatch.setattr(host, "cores", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    err = wanfast(*dry).err
+    assert err.count("OMP_NUM_THREADS=") == (note is not None) and (note or "") in err
+
+
+@pytest.mark.parametrize("threads", [None, "3"])
+def test_a_small_model_gets_one_thread_unless_the_user_says_more(
+    monkeypatch: pytest.MonkeyPatch, threads: str | None
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(host, "cores", lambda: 8)
+    monkeypatch.setattr(hardware.os, "environ", {} if threads is None else {"OMP_NUM_THREADS": threads})
+    hardware.use_few_threads("cpu", 128)
+    hardware.use_few_threads("cpu", 5120)
+    assert asked == ([1, 8] if threads is None else [])
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cuda", "expandable_segments:True"), ("cpu", None)])

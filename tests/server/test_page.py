@@ -1,4 +1,4 @@
-"""Tests the server's page in a real browser without a screen, from the picture to the video that plays."""
+"""Tests the server's page in a real browser without a screen, from the image to the video that plays."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def clean(server: Running) -> Iterator[None]:
 
 
 def ask_for(page: Page, prompt: str) -> None:
-    page.get_by_label("Picture that the video starts from").set_input_files(STAR)
+    page.get_by_label("Image that the video starts from").set_input_files(STAR)
     page.get_by_label("What happens in the video").fill(prompt)
     page.get_by_role("button", name="Make the video").click()
 
@@ -68,7 +68,7 @@ def test_a_model_of_text_alone_takes_no_picture(server: Running, page: Page) -> 
     page.route("**/v1/models", change)
     page.route("**/v1/videos", change)
     page.reload()
-    expect(page.get_by_label("Picture that the video starts from")).to_be_hidden()
+    expect(page.get_by_label("Image that the video starts from")).to_be_hidden()
     page.get_by_label("What happens in the video").fill("A star goes right.")
     page.get_by_role("button", name="Make the video").click()
     expect(
@@ -91,7 +91,7 @@ def test_from_a_picture_to_a_video_that_plays(server: Running, page: Page) -> No
     page.get_by_label("Size").fill("64x48")
     page.get_by_label("Seed").fill("7")
     ask_for(page, "The <b>star</b> goes right.")
-    expect(page.get_by_role("img", name="The picture that you chose")).to_be_visible()
+    expect(page.get_by_role("img", name="The image that you chose")).to_be_visible()
 
     queued = rows(page, "Queue")
     expect(queued.get_by_role("progressbar", name="The <b>star</b> goes right.")).to_be_visible()
@@ -251,9 +251,9 @@ def test_a_picture_that_is_too_large_is_refused_by_the_page(page: Page, tmp_path
     (tmp_path / "large.png").write_bytes(bytes(2_000_001))
     page.get_by_label("What happens in the video").fill("a star")
     expect(page.locator("#model")).to_have_text("tiny")
-    page.get_by_label("Picture that the video starts from").set_input_files(tmp_path / "large.png")
+    page.get_by_label("Image that the video starts from").set_input_files(tmp_path / "large.png")
     page.get_by_role("button", name="Make the video").click()
-    expect(page.get_by_role("alert").filter(has_text="The picture has more than 2 MB")).to_be_visible()
+    expect(page.get_by_role("alert").filter(has_text="The image has more than 2 MB")).to_be_visible()
 
 
 def test_the_queue_is_live_and_settings_are_used_again(server: Running, page: Page) -> None:

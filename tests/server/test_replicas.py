@@ -179,7 +179,7 @@ def test_each_replica_gets_the_ranks_of_one_machine(on: Any) -> None:
     engine = Serve(["DEPLOYING", "RUNNING", "RUNNING"])
     outcome = on(engine, "--replicas", "2", "--num-gpus", "2", "--port", "8123")
     assert outcome.exit_code == 0, outcome.err
-    assert outcome.out == "http://127.0.0.1:8123\n" and engine.ended
+    assert outcome.out == "ready at http://127.0.0.1:8123\n" and engine.ended
     assert engine.http == ("HeadOnly", {"host": "127.0.0.1", "port": 8123})
     assert engine.options and engine.options["num_replicas"] == 2
     assert engine.options["placement_group_strategy"] == "STRICT_PACK"
@@ -311,7 +311,7 @@ def test_the_videos_of_a_lost_machine_are_made_by_the_others(isolated: None, wor
         )
         assert process.stdout
         line = process.stdout.readline()
-        assert line == "http://127.0.0.1:8123\n", (workdir / "errors").read_text()
+        assert line == "ready at http://127.0.0.1:8123\n", (workdir / "errors").read_text()
         assert json.loads(ask(machines, "GET", "/ready") or b"{}") == {"status": "ready"}
         assert len({rank.ppid() for rank in machines.ranks() if rank.ppid() != 1}) >= 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from sqlalchemy import select
 from wanfast.runtime.errors import ConfigError
 from wanfast.server import schema
 from wanfast.server import store as store_module
-from wanfast.server.schema import JOBS
+from wanfast.server.schema import JOBS, METADATA
 from wanfast.server.store import MOST_ATTEMPTS, Job, KeyReusedError, NewJob, QueueFullError, Store
 
 NEW = NewJob(
@@ -56,7 +57,7 @@ def test_a_job_is_stored_as_it_was_sent(store: Store) -> None:
     assert found == job and found.options == NEW.options
     assert (found.status, found.attempts, found.progress, found.priority) == ("queued", 0, 0, 3)
     assert len(found.id) == len("video_") + 32 and found.id != add(store).id
-    assert store.picture(job) == b"picture"
+    assert store.image(job) == b"picture"
 
 
 def test_jobs_run_by_priority_and_then_by_arrival(store: Store) -> None:
@@ -94,7 +95,7 @@ def test_a_job_ends_once(store: Store) -> None:
     assert (ended.status, ended.progress, ended.output) == ("completed", 100, "a-file")
     assert ended.facts == {"seconds": {"total": 1.5}}
     assert ended.completed_at and ended.expires_at == pytest.approx(ended.completed_at + 60)
-    assert store.picture(job) is None
+    assert store.image(job) is None
     changes: list[Callable[[], object]] = [
         lambda: store.complete(job, "another", {}, 1), lambda: store.fail(job, "x", "y"),
         lambda: store.requeue(job, counts=True), lambda: store.hold(job, "", 0), lambda: store.is_held(job),
@@ -110,7 +111,7 @@ def test_a_failed_job_says_why(store: Store) -> None:
     assert store.fail(job, "not_finite", "a value is NaN")
     ended = again(store, job)
     assert (ended.status, ended.error_code, ended.error_message) == ("failed", "not_finite", "a value is NaN")
-    assert ended.completed_at and ended.expires_at is None and store.picture(job) is None
+    assert ended.completed_at and ended.expires_at is None and store.image(job) is None
 
 
 def test_a_lost_attempt_cannot_change_the_job_that_runs_again(store: Store) -> None:
@@ -121,7 +122,7 @@ def test_a_lost_attempt_cannot_change_the_job_that_runs_again(store: Store) -> N
     new = claimed(store)
     assert (new.number, new.attempts) == (lost.number, 2) and new.attempt != lost.attempt
     assert not store.complete(lost, "old", {}, 1) and not store.hold(lost, "", 99)
-    assert store.picture(new) == b"picture" and store.is_held(new)
+    assert store.image(new) == b"picture" and store.is_held(new)
     assert store.complete(new, "new", {}, 1) and again(store, new).output == "new"
 
 
@@ -133,7 +134,7 @@ def test_a_job_that_ends_its_server_runs_again_at_most_twice(store: Store) -> No
     assert store.claim() is None
     (job,), _ = store.page("a", 1, None, "asc") or ([], False)
     assert (job.status, job.error_code) == ("failed", "server_error") and "3 times" in str(job.error_message)
-    assert store.picture(job) is None and store.recover(all_lost=True) == 0
+    assert store.image(job) is None and store.recover(all_lost=True) == 0
 
 
 def test_an_attempt_is_lost_if_its_lease_ends(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +180,7 @@ def test_a_cancelled_job_has_failed_and_its_attempt_is_over(store: Store) -> Non
         shown = store.cancel(cancelled.id, "a")
         assert shown and (shown.status, shown.error_code) == ("failed", "cancelled")
     assert not store.is_held(job) and not store.complete(job, "late", {}, 1)
-    assert store.claim() is None and store.picture(queued) is None
+    assert store.claim() is None and store.image(queued) is None
 
 
 def test_a_completed_job_stays_so_if_it_is_cancelled(store: Store) -> None:
@@ -300,6 +301,52 @@ def test_jobs_are_there_after_the_database_is_opened_again(url: str) -> None:
     store = Store(url)
     assert again(store, job) == job
     store.close()
+
+
+def test_a_database_has_the_version_of_its_tables(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version is refused with one line, and the database stays as it is."""
+    store = Store(url)
+    number = add(store).number
+    store.close()
+    monkeypatch.setattr(schema, "VERSION", 2)
+    place = "--data-dir" if url.startswith("sqlite") else "--database"
+    with pytest.raises(ConfigError, match=f"^{place}: its queue has tables of version 1, but .* uses version 2: use"):
+        Store(url)
+    monkeypatch.undo()
+    store = Store(url)
+    assert [job.number for job in store.page("a", 9, None, "desc")[0]] == [number]  # type: ignore[index]
+    with store._engine.connect() as connection:
+        assert connection.execute(select(schema.SCHEMA.c.version)).scalars().all() == [1]
+    store.close()
+
+
+def test_a_database_without_a_version_is_of_the_first(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers stored no version at first."""
+    store = Store(url)
+    add(store)
+    with store._engine.begin() as connection:
+        schema.SCHEMA.drop(connection)
+    store.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "VERSION", 2)
+        with pytest.raises(ConfigError, match="has tables of version 1"):
+            Store(url)
+    store = Store(url)
+    with store._engine.connect() as connection:
+        assert connection.execute(select(schema.SCHEMA.c.version)).scalars().all() == [1]
+    assert store.claim() is not None
+    store.close()
+
+
+def test_a_change_of_the_tables_needs_another_version() -> None:
+    """If this fails because a table has changed: raise VERSION, and write the new digest here."""
+    columns = [
+        (table.name, column.name, str(column.type), column.nullable, column.primary_key)
+        for table in METADATA.sorted_tables
+        for column in table.columns
+    ]
+    digest = hashlib.sha256(repr(columns).encode()).hexdigest()[:12]
+    assert (schema.VERSION, digest) == (1, "8d8721f520bb")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 from tests.server.running import STAR, WARM_UP, StandIn, data_url, running, until
 from wanfast.runtime.errors import ConfigError, MissingArtifactError, NotFiniteError, RankFailedError
+from wanfast.server import app as app_module
 from wanfast.server import store as store_module
 from wanfast.server import worker as worker_module
 from wanfast.server.checks import Checks, Served
@@ -353,6 +354,43 @@ def test_videos_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert server.show(video)["status"] == "completed"
 
 
+@pytest.mark.parametrize("variant", ["video", "thumbnail"])
+def test_a_video_that_expires_while_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    """Before its file is opened, it is an expired video; after that, the whole file is sent."""
+    found, file_of = app_module._found, app_module._file
+    sent: list[app_module._Download] = []
+    with running(tmp_path) as server:
+        video = server.ended(server.create())["id"]
+        path = f"/v1/videos/{video}/content?variant={variant}"
+        whole = server.ask("GET", path).body
+
+        def expiring(*arguments: Any) -> Any:
+            sent.append(file_of(*arguments))
+            for file in server.files.listed():
+                file.rename(tmp_path / file.name)
+            return sent[-1]
+
+        for headers, status, body in (({}, 200, whole), ({"Range": "bytes=4-9"}, 206, whole[4:10])):
+            with monkeypatch.context() as patch:
+                patch.setattr(app_module, "_file", expiring)
+                answer = server.ask("GET", path, headers=headers)
+            assert (answer.status, answer.body) == (status, body)
+            until(lambda: sent[-1]._opened.closed)
+            for file in tmp_path.glob("video_*"):
+                file.rename(server.files.folder / file.name)
+
+        def lost(*arguments: Any) -> Any:
+            job = found(*arguments)
+            server.files.remove(job.output)
+            return job
+
+        monkeypatch.setattr(app_module, "_found", lost)
+        answer = server.ask("GET", path)
+        assert (answer.status, answer.error["code"]) == (404, "expired")
+
+
 def test_files_that_dead_servers_left_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "_SWEEP_S", 0.1)
     folder = tmp_path / "data"
@@ -360,7 +398,7 @@ def test_files_that_dead_servers_left_are_removed(tmp_path: Path, monkeypatch: p
     left = [
         f"video_{'0' * 32}-{'1' * 16}.mp4",
         f".video_{'0' * 32}-{'1' * 16}.mp4.77.part",
-        f"video_{'0' * 32}-2.picture",
+        f"video_{'0' * 32}-2.image",
     ]
     for name in left:
         (folder / name).touch()

@@ -7,34 +7,18 @@ sampled rows. Lists are as old as they would be in a run. The error in float8 is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from wanfast.runtime.engine.attention_probe import runs_fp8
-from wanfast.runtime.engine.session import Session, Sessions
+from wanfast.runtime.engine.session import Session
 from wanfast.runtime.engine.sparse_attention import SparseAttention
-from wanfast.runtime.facts.choices import Expert
 from wanfast.runtime.facts.densities import LADDER, Densities, bands_of
 from wanfast.runtime.facts.sparsity import list_length
-from wanfast.runtime.jobs.loop import ProgressFn, run_jobs
+from wanfast.runtime.jobs.loop import ProgressFn, by_step, measuring
 from wanfast.runtime.planning.plan import Job
-from wanfast.runtime.planning.share import Share
-
-
-def run(
-    jobs: list[Job],
-    sessions: Sessions,
-    *,
-    share: Share = Share(),
-    progress: ProgressFn = lambda index, stage, done, total: None,
-    folder: Path | None = None,
-    first: int = 0,
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (index of the job, measurements of its clip) for each job, as soon as the clip is done."""
-    yield from run_jobs(measure, jobs, sessions, share, progress)
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
@@ -50,12 +34,12 @@ def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dic
     has_fp8 = all(session.ranks.gather(runs_fp8(session.ranks.device, plan.config.models.precision, dit.head_dim)))
     attention.measure([list_length(density, plan.geometry.token_grid) for density in LADDER], fp8=has_fp8)
 
-    def on_step(done: int, expert: Expert) -> None:
-        progress(index, expert.replace("_", " "), done, steps)
-
-    session.latent(plan, images, on_step, plan.residuals())
+    session.latent(plan, images, by_step(partial(progress, index), steps), plan.residuals())
     of_band: dict[int, dict[int, list[Any]]] = {}
     for (step, _, layer), errors in attention.errors().items():
         of_band.setdefault(plan.sparsity.band(step), {}).setdefault(layer, []).append(errors)
     means = [[np.mean(calls, axis=0) for _, calls in sorted(layers.items())] for _, layers in sorted(of_band.items())]
     return {"errors": np.array(means).round(6).tolist(), "seconds": round(session.watch.seconds["denoise"], 3)}
+
+
+run = measuring(measure)

@@ -8,7 +8,6 @@ This module does not import torch.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from wanfast.bench.apart import apart
 from wanfast.bench.frames import write_frames
 from wanfast.magcache_calib.clips import Clip
-from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, SkippingConfig, VideoConfig
-from wanfast.runtime.config.option import near_names, options_of
+from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, VideoConfig
+from wanfast.runtime.config.option import did_you_mean
 from wanfast.runtime.config.recipes import GROUPS, OF_GRID, RECIPES, has_levels, with_recipe
 from wanfast.runtime.errors import ConfigError, WanFastError
 from wanfast.runtime.facts.choices import EXPERTS, RecipeName
@@ -28,10 +27,10 @@ from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.packages import require_attention, versions
 from wanfast.runtime.planning.plan import Plan, effective
+from wanfast.runtime.planning.shortened import few_steps, has_all_experts, least_steps, schedule_of
 from wanfast.runtime.processes.handle import OF_HANDLE, Opened
 from wanfast.runtime.store.artifacts import ArtifactStore, key_of, write_synced
 from wanfast.runtime.store.code import digest_of_code
-from wanfast.runtime.store.curves import steps_of_video
 from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import quantized_expert
@@ -109,8 +108,7 @@ def recipes_of(text: str) -> tuple[RecipeName, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            near = near_names(name, known)
-            fix = f"did you mean {' or '.join(near)}?" if near else f"use {', '.join(known)}"
+            fix = did_you_mean(name, known, f"use {', '.join(known)}")
             raise ConfigError(f"--recipes {name:.40}: no such recipe: {fix}")
     if not names:
         raise ConfigError(f"--recipes has an empty value: use {', '.join(known)}")
@@ -180,50 +178,10 @@ def _quantize_missing(files: ModelFiles, config: EffectiveConfig, say: SayFn) ->
         apart("quantize", scheme=models.quantize, device=device, **folder)
 
 
-def few_steps(video: Options, schedule: Options) -> Options:
-    """Returns the options of `video`, but with fewer steps and without skips.
-
-    `schedule` holds the options that set the smaller number of steps. MagCache is off, because its curve was measured
-    with another number of steps.
-    """
-    skipping = options_of(SkippingConfig)
-    return {**{name: value for name, value in video.items() if name not in skipping}, **schedule, "magcache": "off"}
-
-
-def schedule_of(video: VideoConfig, spec: ModelSpec, steps: int) -> Options:
-    """Returns the options that let a video run in only `steps` steps.
-
-    If the video has a list of noise levels, the shorter list holds some of these levels, spread evenly.
-    """
-    if video.levels is None:
-        return {"steps": steps}
-    last, experts = video.num_steps - 1, [expert for expert, _ in steps_of_video(video, spec.boundary)]
-    chosen = [round(index * last / max(1, steps - 1)) for index in range(steps)]
-    return {
-        "sigmas": ",".join(f"{video.levels[index]:.9g}" for index in chosen),
-        "switch_step": sum(experts[index] == "high_noise" for index in chosen),
-    }
-
-
-def least_steps(video: VideoConfig, spec: ModelSpec) -> int:
-    """Returns the smallest number of steps that gives each expert of the video at least one step."""
-    return next(steps for steps in range(1, video.num_steps + 1) if _has_all_experts(video, spec, steps))
-
-
 def _check_steps(video: VideoConfig, spec: ModelSpec, steps: int) -> None:
-    if steps > video.num_steps or not _has_all_experts(video, spec, steps):
+    if steps > video.num_steps or not has_all_experts(video, spec, steps):
         fix = f"use {least_steps(video, spec)} to {video.num_steps}"
         raise ConfigError(f"--steps-measured {steps}: each expert of the video needs at least one step: {fix}")
-
-
-def _has_all_experts(video: VideoConfig, spec: ModelSpec, steps: int) -> bool:
-    """Returns whether each expert of a video runs in its schedule of fewer steps too."""
-    fewer = dataclasses.replace(video, **schedule_of(video, spec, steps))
-    return _experts(fewer, spec) == _experts(video, spec)
-
-
-def _experts(video: VideoConfig, spec: ModelSpec) -> set[str]:
-    return {expert for expert, _ in steps_of_video(video, spec.boundary)}
 
 
 def _cell(bench: Bench, opened: Opened, video: Options, clip: int, repeat: int, *, other: bool = False) -> Cell:

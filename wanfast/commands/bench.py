@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,9 +42,7 @@ def bench(
         ),
     ] = "ours,published",
     set_: Annotated[Path | None, options.clip_set("the examples that ship")] = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the first clip; the next clip gets seed + 1.", rich_help_panel=MAKE)
-    ] = 0,
+    seed: options.SeedOfClips = 0,
     repeats: Annotated[
         int, typer.Option(help="How often each recipe makes each clip; the recipes run in turn.", rich_help_panel=MAKE)
     ] = 2,
@@ -108,7 +105,7 @@ def bench(
         errors = measure(asked, rows, cells, say)
     except (KeyboardInterrupt, SystemExit):
         done = sum(len(row.cells) for row in rows) - missing(rows, cells)
-        say(f"note: videos stored: {done}; to continue, run `{shlex.join(['wanfast', *sys.argv[1:]])}`")
+        say(f"note: videos stored: {done}; {options.to_continue()}")
         raise
     report = report_of(asked, rows, cells, errors)
     write_report(report, rows, cells, folder)

@@ -15,7 +15,7 @@ from wanfast.commands import options
 from wanfast.commands.calibration import measured_clips, plans_of
 from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
 from wanfast.runtime.config import NO_VIDEO, of_command
-from wanfast.runtime.config.option import LOSSY, MAKE, absolute
+from wanfast.runtime.config.option import LOSSY, absolute
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.densities import FP8_SHARE, bands_of
 from wanfast.runtime.machine import packages
@@ -51,9 +51,7 @@ def calibrate_attention(
             rich_help_panel=LOSSY,
         ),
     ] = False,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the first clip; the next clip gets seed + 1.", rich_help_panel=MAKE)
-    ] = 0,
+    seed: options.SeedOfClips = 0,
     json_: options.Json = False,
 ) -> None:
     """Find the least density of each attention head, and store them for `--attention-plan artifact`.

@@ -16,7 +16,7 @@ from wanfast.commands.calibration import measured_clips, plans_of
 from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
 from wanfast.magcache_calib.ratios import PLOT, against_preset, averaged, is_whole, write_curve
 from wanfast.runtime.config import NO_VIDEO, of_command
-from wanfast.runtime.config.option import MAKE, absolute
+from wanfast.runtime.config.option import absolute
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine import packages
 from wanfast.runtime.machine.once import asked_once
@@ -32,9 +32,7 @@ from wanfast.runtime.store.quantized import require_experts
 def calibrate_magcache(
     context: typer.Context,
     set_: Annotated[Path | None, options.clip_set("the set that ships")] = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the first clip; the next clip gets seed + 1.", rich_help_panel=MAKE)
-    ] = 0,
+    seed: options.SeedOfClips = 0,
     json_: options.Json = False,
 ) -> None:
     """Denoise each clip of a set without skips, and store MagCache's ratios for `--magcache artifact`.

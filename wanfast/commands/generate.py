@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,16 +82,38 @@ def run(planned: list[Planned], report: Report, ray: str | None) -> list[dict[st
     For an element without a plan, the result is an error, or a note that the video exists already.
     """
     ready = [item for item in planned if item.plan is not None]
+    made: list[int] = []
+
+    def on_result(index: int, result: dict[str, Any]) -> None:
+        if "error" not in result:
+            made.append(index)
+        report.result(ready[index], result)
+
     worked: list[dict[str, Any]] = []
-    if ready:
-        worked = dispatch.run_jobs(
-            "generate",
-            [item.job() for item in ready],
-            [item.plan for item in ready if item.plan],
-            of_list=ready[0].request.line is not None,
-            show_progress=not report.brief,
-            on_result=lambda index, result: report.result(ready[index], result),
-            ray=ray,
-        )
+    try:
+        if ready:
+            worked = dispatch.run_jobs(
+                "generate",
+                [item.job() for item in ready],
+                [item.plan for item in ready if item.plan],
+                of_list=ready[0].request.line is not None,
+                show_progress=not report.brief,
+                on_result=on_result,
+                ray=ray,
+            )
+    except (KeyboardInterrupt, SystemExit):
+        if ready[0].request.line is not None:
+            print(_interruption(len(made), ready), file=sys.stderr)
+        raise
     done = iter(worked)
     return [next(done) if item.plan else item.outcome() for item in planned]
+
+
+def _interruption(made: int, ready: list[Planned]) -> str:
+    """Returns a note on how many videos of a list were made before the command was stopped, and how to make the others.
+
+    If a video replaces an earlier file, --skip-existing would skip this video too, and so no command is named.
+    """
+    replaces = any(item.plan and item.plan.config.output.overwrite for item in ready)
+    advice = "" if replaces else f"; {options.to_continue('--skip-existing')}"
+    return f"note: videos made: {made} of {len(ready)}{advice}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
+import sys
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -11,7 +13,18 @@ from typing import Annotated, Any
 import typer
 
 from wanfast.runtime.config import OPTIONS
-from wanfast.runtime.config.option import EXACT, FILES, GPUS, LOSSY, MAKE, SAMPLING, SERVER, OptionField, near_names
+from wanfast.runtime.config.option import (
+    EXACT,
+    FILES,
+    GPUS,
+    LOSSY,
+    MAKE,
+    SAMPLING,
+    SERVER,
+    OptionField,
+    choices_of,
+    did_you_mean,
+)
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Command
 from wanfast.runtime.facts.model_spec import A14B
@@ -35,6 +48,9 @@ Json = Annotated[
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan and stop. No weights are needed.", rich_help_panel=FILES)
+]
+SeedOfClips = Annotated[
+    int, typer.Option(help="Seed of the first clip; the next clip gets seed + 1.", rich_help_panel=MAKE)
 ]
 
 
@@ -140,6 +156,13 @@ def given(context: typer.Context) -> dict[str, Any]:
     }
 
 
+def to_continue(*added: str) -> str:
+    """Returns what a user does after an interruption: the same command again, with the `added` options."""
+    typed = sys.argv[1:]
+    line = shlex.join(["wanfast", *typed, *(option for option in added if option not in typed)])
+    return f"to continue, run `{line}`"
+
+
 def one_line(error: Any, arguments: list[str]) -> ConfigError:
     """Turns Typer's usage error into a ConfigError of one line, which names the option and the fix."""
     see_help = f"see `{error.ctx.command_path if error.ctx else f'wanfast {arguments[0]}'} --help`"
@@ -147,8 +170,7 @@ def one_line(error: Any, arguments: list[str]) -> ConfigError:
     if kind == "NoSuchOption":
         visible = [option for option in error.ctx.command.params if not getattr(option, "hidden", False)]
         known = [word.lstrip("-") for option in visible for word in (*option.opts, *option.secondary_opts)]
-        near = [f"--{name}" for name in near_names(error.option_name.lstrip("-"), known)]
-        fix = f"did you mean {' or '.join(near)}?" if near else see_help
+        fix = did_you_mean(error.option_name.lstrip("-"), known, see_help, prefix="--")
         return ConfigError(f"unknown option {error.option_name}: {fix}")
     if kind == "MissingParameter":
         return ConfigError(f"{param.opts[0]} is missing: {see_help}")
@@ -160,6 +182,10 @@ def one_line(error: Any, arguments: list[str]) -> ConfigError:
             OPTIONS[param.name].accept(_typed(param.opts, arguments))
         except ConfigError as refusal:
             return refusal
+    if choices := choices_of(getattr(getattr(param, "type_descriptor", None), "annotation", None)):
+        typed = _typed(param.opts, arguments)
+        fix = did_you_mean(typed, choices, f"one of {', '.join(choices)} is needed")
+        return ConfigError(f"{param.opts[0]} {typed!r:.60}: {fix}")
     return ConfigError(f"{param.opts[0]}: {error.message.removeprefix('Value error, ').rstrip('.')}")
 
 

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from wanfast.magcache_calib.recorder import Recorder
-from wanfast.runtime.engine.session import Session, Sessions
-from wanfast.runtime.facts.choices import Expert
-from wanfast.runtime.jobs.loop import ProgressFn, run_jobs
+from wanfast.runtime.engine.session import Session
+from wanfast.runtime.jobs.loop import ProgressFn, by_step, measuring
 from wanfast.runtime.planning.plan import Job
-from wanfast.runtime.planning.share import Share
-
-
-def run(
-    jobs: list[Job],
-    sessions: Sessions,
-    *,
-    share: Share = Share(),
-    progress: ProgressFn = lambda index, stage, done, total: None,
-    folder: Path | None = None,
-    first: int = 0,
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (index of the job, measurements of its clip) for each job, as soon as the clip is done."""
-    yield from run_jobs(measure, jobs, sessions, share, progress)
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
@@ -35,8 +19,8 @@ def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dic
     steps = len(plan.schedule)
     recorder = Recorder(session.ranks, plan.geometry.tokens)
 
-    def on_step(done: int, expert: Expert) -> None:
-        progress(index, expert.replace("_", " "), done, steps)
-
-    session.latent(plan, images, on_step, recorder)
+    session.latent(plan, images, by_step(partial(progress, index), steps), recorder)
     return {"steps": recorder.measured(steps), "seconds": round(session.watch.seconds["denoise"], 3)}
+
+
+run = measuring(measure)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI, Query, Request
@@ -15,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from wanfast import __version__
 from wanfast.server import replies
@@ -34,7 +36,7 @@ _ID = re.compile(r"video_[0-9a-f]{32}")
 _MOST_LETTERS_OF_A_KEY = 255
 _RETRY_S = 10  # a client may try again after this time
 _BUSY = {"Retry-After": str(_RETRY_S)}
-_MOST_ADDING = 4  # requests whose pictures are checked, or whose jobs are written, at once
+_MOST_ADDING = 4  # requests whose images are checked, or whose jobs are written, at once
 _CLIENT_LEFT = 499  # nobody reads this answer
 _UNSUPPORTED = ("remix", "edits", "extensions", "characters")
 _STATUS_OF_SYNC = {"not_finite": 500, "rank_failed": 500, "server_error": 500, CANCELLED: 409, "invalid_video": 400}
@@ -216,7 +218,7 @@ def _owner_of(keys: Keys) -> Any:
 async def _create(request: Request, owner: str, parts: Parts, adding: CapacityLimiter) -> Job:
     """Queues the job of a request. When it returns, the job is on disk. Raises ApiError.
 
-    `adding` limits the threads that do so: pictures are decoded one after the other, and requests that wait for their
+    `adding` limits the threads that do so: images are decoded one after the other, and requests that wait for their
     turn would else hold all threads, which answer other requests too.
     """
     if not parts.worker.is_ready:
@@ -233,8 +235,8 @@ def _add(asked: Asked, owner: str, key: str | None, parts: Parts) -> Job:
     try:
         if earlier := store.earlier(new):
             return earlier
-        parts.checks.plan(new, asked.picture)
-        job, is_new = store.add(new, asked.picture, parts.most_jobs)
+        parts.checks.plan(new, asked.image)
+        job, is_new = store.add(new, asked.image, parts.most_jobs)
     except QueueFullError:
         message = f"the queue is full, because {parts.most_jobs} videos wait: try again later"
         raise ApiError(429, message, code="queue_full", headers=_BUSY) from None
@@ -289,10 +291,27 @@ def _file(files: Files, job: Job, variant: str) -> FileResponse:
         )
     video = variant == "video"
     path = files.video(job.output) if video else files.thumbnail(job.output)
-    if not path.exists():
-        raise ApiError(404, "this video has expired", code="expired", param="video_id")
+    try:
+        opened = path.open("rb")
+    except FileNotFoundError:
+        raise ApiError(404, "this video has expired", code="expired", param="video_id") from None
     name = f"{job.id}{path.suffix}"
-    return FileResponse(path, media_type="video/mp4" if video else "image/jpeg", filename=name)
+    return _Download(opened, media_type="video/mp4" if video else "image/jpeg", filename=name)
+
+
+class _Download(FileResponse):
+    """This response sends a file that is open already, so that the whole file is sent even if it expires meanwhile."""
+
+    def __init__(self, opened: BinaryIO, *, media_type: str, filename: str) -> None:
+        number = opened.fileno()  # its path under /proc names the file even after the file was removed
+        super().__init__(
+            f"/proc/self/fd/{number}", media_type=media_type, filename=filename, stat_result=os.fstat(number)
+        )
+        self._opened = opened
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._opened:
+            await super().__call__(scope, receive, send)
 
 
 def _count(parts: Parts, before: Job, after: Job) -> None:
@@ -301,9 +320,9 @@ def _count(parts: Parts, before: Job, after: Job) -> None:
 
 
 def _content(*, takes_images: bool) -> dict[str, Any]:
-    """Returns the OpenAPI description of a body: JSON, or a form with the picture as a file.
+    """Returns the OpenAPI description of a body: JSON, or a form with the image as a file.
 
-    Without `takes_images` there is no picture.
+    Without `takes_images` there is no image.
     """
     schema = Fields.model_json_schema()
     if not takes_images:
@@ -311,8 +330,8 @@ def _content(*, takes_images: bool) -> dict[str, Any]:
     url = {"type": "object", "properties": {"image_url": {"type": "string", "description": "a data URL"}}}
     file = {"type": "string", "format": "binary"}
 
-    def with_picture(picture: dict[str, Any]) -> dict[str, Any]:
-        properties = {**schema["properties"], "input_reference": picture}
+    def with_image(image: dict[str, Any]) -> dict[str, Any]:
+        properties = {**schema["properties"], "input_reference": image}
         return {"schema": {**schema, "properties": properties, "required": ["prompt", "input_reference"]}}
 
-    return {"application/json": with_picture(url), "multipart/form-data": with_picture(file)}
+    return {"application/json": with_image(url), "multipart/form-data": with_image(file)}

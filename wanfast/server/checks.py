@@ -25,7 +25,7 @@ from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.processes.handle import Opened
-from wanfast.server.fields import PICTURE, Asked, Fields
+from wanfast.server.fields import IMAGE, Asked, Fields
 from wanfast.server.replies import ApiError, in_fields, in_names_of_fields, unfit, without_paths
 from wanfast.server.store import NewJob
 
@@ -98,26 +98,26 @@ class Served:
 
 
 class Checks:
-    """This class checks requests. Any thread may call its methods, but only one picture is decoded at a time."""
+    """This class checks requests. Any thread may call its methods, but only one image is decoded at a time."""
 
     def __init__(self, served: Served) -> None:
         self._served, self._decoding = served, threading.Lock()
 
     @property
     def takes_images(self) -> bool:
-        """Returns whether a request must have a picture; otherwise it must have none."""
+        """Returns whether a request must have an image; otherwise it must have none."""
         return self._served.spec.takes_images
 
     def job(self, asked: Asked, owner: str, idempotency_key: str | None) -> NewJob:
         """Returns the job of a request. Raises ApiError if a field is wrong.
 
-        This method does not decode the picture; `plan` does.
+        This method does not decode the image; `plan` does.
         """
         fields, served = asked.fields, self._served
         if fields.model not in (None, served.model, served.spec.name):
             message = f"model: this server has only {served.model}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        self._check_picture(asked)
+        self._check_image(asked)
         if fields.recipe and _needs_last_image(fields.recipe):
             raise unfit(
                 "recipe", f"{fields.recipe} needs a last image, for which requests have no field: use another one"
@@ -146,18 +146,18 @@ class Checks:
             priority=fields.priority,
         )
 
-    def plan(self, new: NewJob, picture: bytes) -> None:
-        """Plans the video of a job, so that a wrong option or picture is refused before the job is queued.
+    def plan(self, new: NewJob, image: bytes) -> None:
+        """Plans the video of a job, so that a wrong option or image is refused before the job is queued.
 
         Raises ApiError.
         """
         with self._decoding, tempfile.TemporaryFile() as file:  # nothing is left, however this process ends
-            file.write(picture)
+            file.write(image)
             file.flush()
             path = f"/proc/self/fd/{file.fileno()}"
             try:
                 with asked_once():
-                    self._served.planner.plan({**new.options, **({"image": path} if picture else {})})
+                    self._served.planner.plan({**new.options, **({"image": path} if image else {})})
             except ConfigError as error:
                 raise _refusal(error, path) from None
             except WanFastError as error:  # what is wrong with the server is not for its clients
@@ -179,11 +179,11 @@ class Checks:
             "max_seconds": served.joined_frames / chosen.fps,
         }
 
-    def _check_picture(self, asked: Asked) -> None:
-        if self.takes_images and not asked.picture:
-            raise unfit(PICTURE, "is missing: this model makes a video from a picture")
-        if asked.picture and not self.takes_images:
-            raise unfit(PICTURE, "this model makes videos from text alone: leave it out")
+    def _check_image(self, asked: Asked) -> None:
+        if self.takes_images and not asked.image:
+            raise unfit(IMAGE, "is missing: this model makes a video from an image")
+        if asked.image and not self.takes_images:
+            raise unfit(IMAGE, "this model makes videos from text alone: leave it out")
 
     def _options(self, fields: Fields) -> dict[str, Any]:
         second = fields.guidance_scale if fields.guidance_scale_2 is None else fields.guidance_scale_2
@@ -256,10 +256,10 @@ def _needs_last_image(recipe: RecipeName) -> bool:
 def _fingerprint(asked: Asked) -> str:
     """Returns a hash of all that was asked, by which a repeated request is known."""
     fields = json.dumps(asked.fields.model_dump(), sort_keys=True).encode()
-    return hashlib.sha256(hashlib.sha256(asked.picture).digest() + fields).hexdigest()
+    return hashlib.sha256(hashlib.sha256(asked.image).digest() + fields).hexdigest()
 
 
-def _refusal(error: ConfigError, picture: str) -> ApiError:
+def _refusal(error: ConfigError, path: str) -> ApiError:
     """Returns an error of the options, in the words of the fields."""
-    message, param = in_fields(str(error).replace(f" {picture}", "") if picture else str(error))
+    message, param = in_fields(str(error).replace(f" {path}", "") if path else str(error))
     return ApiError(400, without_paths(message, _UNPLANNED), param=param, code="invalid_value")

@@ -1,4 +1,4 @@
-"""Reads the body of a request for a video: either JSON, or a form that contains the picture as a file."""
+"""Reads the body of a request for a video: either JSON, or a form that contains the image as a file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from wanfast.server.replies import ApiError, unfit
 
 MOST_LETTERS = 20_000  # of a prompt; the model reads about 2,000
 _MOST_FIELDS = 40
-PICTURE = "input_reference"
-_NESTED = f"{PICTURE}[image_url]"  # how the openai client writes {"image_url": ...} into a form
+IMAGE = "input_reference"
+_NESTED = f"{IMAGE}[image_url]"  # how the openai client writes {"image_url": ...} into a form
 
 
 class Fields(BaseModel):
-    """This class holds the fields of a request for a video, except the picture."""
+    """This class holds the fields of a request for a video, except the image."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -54,10 +54,10 @@ class Fields(BaseModel):
 
 @dataclass(frozen=True)
 class Asked:
-    """This class holds a request for a video: fields with checked types, and a picture that is not decoded yet."""
+    """This class holds a request for a video: fields with checked types, and an image that is not decoded yet."""
 
     fields: Fields
-    picture: bytes  # empty if the client sent none
+    image: bytes  # empty if the client sent none
 
 
 async def read(request: Request, most_bytes: int) -> Asked:
@@ -69,8 +69,8 @@ async def read(request: Request, most_bytes: int) -> Asked:
         values = await _form(request, most_bytes)
     else:
         raise ApiError(415, "the body must be application/json or multipart/form-data", code="unsupported_media_type")
-    picture = _picture(values.pop(PICTURE, None))
-    return Asked(_checked(values), picture)
+    image = _image(values.pop(IMAGE, None))
+    return Asked(_checked(values), image)
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -91,18 +91,18 @@ async def _form(request: Request, most_bytes: int) -> dict[str, Any]:
     try:
         form = await request.form(max_files=1, max_fields=_MOST_FIELDS, max_part_size=most_bytes)
     except (MultiPartException, HTTPException, UnicodeDecodeError):
-        message = f"the form is damaged, or has more than one file: only {PICTURE} may be a file"
+        message = f"the form is damaged, or has more than one file: only {IMAGE} may be a file"
         raise ApiError(400, message, code="invalid_form") from None
     values: dict[str, Any] = {}
     try:
         for name, value in form.multi_items():
-            if name in values or (name == _NESTED and PICTURE in values):
+            if name in values or (name == _NESTED and IMAGE in values):
                 raise unfit(name[:60], "is given twice: keep one")
-            if name == PICTURE and not isinstance(value, UploadFile):
-                raise unfit(PICTURE, f"is text, not a file: send a file, such as by `curl -F {PICTURE}=@star.png`")
-            if isinstance(value, UploadFile) and name not in (PICTURE, _NESTED):
-                raise unfit(name[:60], f"only the field {PICTURE} can be a file")
-            values[PICTURE if name == _NESTED else name] = (
+            if name == IMAGE and not isinstance(value, UploadFile):
+                raise unfit(IMAGE, f"is text, not a file: send a file, such as by `curl -F {IMAGE}=@star.png`")
+            if isinstance(value, UploadFile) and name not in (IMAGE, _NESTED):
+                raise unfit(name[:60], f"only the field {IMAGE} can be a file")
+            values[IMAGE if name == _NESTED else name] = (
                 await value.read()
                 if isinstance(value, UploadFile)
                 else {"image_url": value}
@@ -114,23 +114,23 @@ async def _form(request: Request, most_bytes: int) -> dict[str, Any]:
     return values
 
 
-def _picture(value: Any) -> bytes:
-    """Returns the bytes of the picture. Only the bytes that came with the request are used: no address is fetched."""
+def _image(value: Any) -> bytes:
+    """Returns the bytes of the image. Only the bytes that came with the request are used: no address is fetched."""
     if isinstance(value, bytes) and value:
         return value
     if value is None or value == b"":
         return b""
     if not isinstance(value, dict) or set(value) != {"image_url"} or not isinstance(value["image_url"], str):
-        raise unfit(PICTURE, 'send a file in a form, or in JSON {"image_url": "data:image/png;base64,..."}')
+        raise unfit(IMAGE, 'send a file in a form, or in JSON {"image_url": "data:image/png;base64,..."}')
     head, comma, text = value["image_url"].partition(",")
     if not (head.startswith("data:") and head.endswith(";base64") and comma):
-        raise unfit(PICTURE, "the server fetches no address: send the picture itself, as data:image/png;base64,...")
+        raise unfit(IMAGE, "the server fetches no address: send the image itself, as data:image/png;base64,...")
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise unfit(PICTURE, "is not base64: encode the bytes of the file") from None
+        raise unfit(IMAGE, "is not base64: encode the bytes of the file") from None
     if not data:
-        raise unfit(PICTURE, "is empty: send a picture")
+        raise unfit(IMAGE, "is empty: send an image")
     return data
 
 
@@ -144,5 +144,5 @@ def _checked(values: dict[str, Any]) -> Fields:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     name = str(first["loc"][0])[:60] if first["loc"] else "prompt"
     if first["type"] == "extra_forbidden":
-        raise unfit(name, f"no such field: use {', '.join([*Fields.model_fields, PICTURE])}")
+        raise unfit(name, f"no such field: use {', '.join([*Fields.model_fields, IMAGE])}")
     raise unfit(name, "is missing" if first["type"] == "missing" else first["msg"][:1].lower() + first["msg"][1:])

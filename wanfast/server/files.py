@@ -1,4 +1,4 @@
-"""Keeps the server's files in one folder: videos, thumbnails, and the pictures of running jobs."""
+"""Keeps the server's files in one folder: videos, thumbnails, and the images of running jobs."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Files:
     def thumbnail(self, attempt: str) -> Path:
         return self.folder / f"{attempt}.jpg"
 
-    def picture(self, attempt: str) -> Path:
-        return self.folder / f"{attempt}.picture"
+    def image(self, attempt: str) -> Path:
+        return self.folder / f"{attempt}.image"
 
     def free_bytes(self) -> int:
         """Returns the free space of the folder's disk; 0 if the folder is gone."""
@@ -62,10 +62,10 @@ class Files:
         """Writes a frame [H, W, 3] as a small JPEG. Raises ConfigError."""
         from PIL import Image
 
-        picture = Image.fromarray(frame)
-        picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+        small = Image.fromarray(frame)
+        small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
         with atomic_paths(self.thumbnail(attempt), option="--data-dir") as (unfinished,), unfinished.open("wb") as file:
-            picture.save(file, "JPEG", quality=85)
+            small.save(file, "JPEG", quality=85)
 
     def remove(self, attempt: str) -> None:
         """Removes all files of an attempt."""

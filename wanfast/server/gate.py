@@ -68,7 +68,7 @@ class Gate:
         await self._app(scope, counted, marked)
 
     def _too_large(self) -> ApiError:
-        message = f"the body has more than {self._most_bytes / 1e6:g} MB: send a smaller picture"
+        message = f"the body has more than {self._most_bytes / 1e6:g} MB: send a smaller image"
         return ApiError(413, message, code="too_large", headers={"connection": "close"})
 
 

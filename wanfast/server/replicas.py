@@ -25,7 +25,7 @@ from wanfast.server.app import create_app
 from wanfast.server.checks import Served
 from wanfast.server.files import Files
 from wanfast.server.keys import Keys
-from wanfast.server.serve import Settings, keys_of, parts_of, warm_up_of
+from wanfast.server.serve import Settings, address_of, keys_of, parts_of, print_ready, warm_up_of
 from wanfast.server.store import Store
 
 _APP = "wanfast"
@@ -152,8 +152,7 @@ def _watch(serve: Any, settings: Settings, stopped: threading.Event) -> None:
             raise RankFailedError(f"--ray: the replicas cannot start ({' '.join(lines)[-400:]})")
         if status == "RUNNING" and not was_ready:
             was_ready = True
-            host = f"[{settings.host}]" if ":" in settings.host else settings.host
-            print(f"http://{host}:{settings.port}", flush=True)
+            print_ready(address_of(settings.host, settings.port))
         elif was_ready:
             note(f"--ray: the replicas are {status.lower()}")
 

@@ -23,7 +23,10 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    insert,
+    inspect,
     make_url,
+    select,
     text,
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
@@ -41,7 +44,7 @@ JOBS = Table(
     Column("fingerprint", String, nullable=False),  # of the request
     Column("priority", Integer, nullable=False),
     Column("status", String, nullable=False),
-    Column("options", String, nullable=False),  # JSON: what `Handle.make` gets beside the picture
+    Column("options", String, nullable=False),  # JSON: what `Handle.make` gets beside the image
     Column("model", String, nullable=False),
     Column("size", String, nullable=False),
     Column("seconds", String, nullable=False),
@@ -63,9 +66,11 @@ JOBS = Table(
     Index("jobs_by_owner", "owner", "number"),
     sqlite_autoincrement=True,  # a number is never used again
 )
-PICTURES = Table(
+IMAGES = Table(
     "pictures", METADATA, Column("job", Integer, primary_key=True), Column("data", LargeBinary, nullable=False)
 )
+SCHEMA = Table("wanfast_schema", METADATA, Column("version", Integer, primary_key=True))  # it has one row
+VERSION = 1  # of all tables here; a change of a table needs another version
 _BUSY_S = 30  # a writer waits this long for another
 _OF_POSTGRESQL = {  # a machine that is gone is noticed before a lease ends, and not after hours
     "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 3, "keepalives_count": 3,
@@ -75,7 +80,10 @@ _ADDING = 0x77616E66  # PostgreSQL's lock for the whole length of the queue
 
 
 def open_database(url: str) -> Engine:
-    """Opens the database, and creates its tables if they are missing. Raises ConfigError."""
+    """Opens the database, and creates its tables if they are missing.
+
+    Raises ConfigError, also if the tables have another version than VERSION.
+    """
     try:
         parsed = make_url(url)
         is_sqlite = parsed.get_backend_name() == "sqlite"
@@ -95,11 +103,32 @@ def open_database(url: str) -> Engine:
     try:
         with engine.begin() as connection:
             lock_adding(connection)
-            METADATA.create_all(connection)
+            _create_tables(connection, "--data-dir" if is_sqlite else "--database")
     except DBAPIError as error:
         words = " ".join(str(error.orig).split())
         raise ConfigError(f"--database: cannot be opened ({words:.200}): fix the URL or the database") from None
     return engine
+
+
+def _create_tables(connection: Connection, option: str) -> None:
+    """Creates the tables that are missing, and stores their version. Raises ConfigError for tables of another version.
+
+    Tables without a stored version are of version 1, because servers stored none at first.
+    """
+    has = inspect(connection).has_table
+    if has(JOBS.name) and has(SCHEMA.name):
+        found = connection.execute(select(SCHEMA.c.version)).scalar_one_or_none()
+    else:
+        found = 1 if has(JOBS.name) else VERSION
+    if found != VERSION:
+        raise ConfigError(
+            f"{option}: its queue has tables of version {found}, but this wanfast uses version {VERSION}: use the "
+            "wanfast that made the queue, or name another place"
+        )
+    is_new = not has(SCHEMA.name)
+    METADATA.create_all(connection)
+    if is_new:
+        connection.execute(insert(SCHEMA).values(version=VERSION))
 
 
 def lock_adding(connection: Connection) -> None:

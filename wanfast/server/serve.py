@@ -18,8 +18,8 @@ import uvicorn
 from filelock import Timeout
 from PIL import Image
 
-from wanfast.bench.cells import few_steps, least_steps, schedule_of
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.planning.shortened import few_steps, least_steps, schedule_of
 from wanfast.runtime.processes.handle import Handle, Opened
 from wanfast.runtime.store.atomic import atomic_paths
 from wanfast.runtime.store.sharing import lock_of
@@ -88,9 +88,19 @@ def serve(
         _listening(settings) as listener,
         parts_of(settings, keys, opened, defaults, start) as parts,
         _stopped_by_signals(parts.worker),
-        _answering(create_app(parts), listener),
+        _answering(create_app(parts), listener) as address,
     ):
-        parts.worker.run()
+        print(f"loading the models; the page is open at {address}", flush=True)
+        parts.worker.run(lambda: print_ready(address))
+
+
+def print_ready(address: str) -> None:
+    """Prints that the server takes videos now: the models are loaded."""
+    print(f"ready at {address}", flush=True)
+
+
+def address_of(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def keys_of(settings: Settings) -> Keys:
@@ -147,10 +157,10 @@ def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
     """
     image: dict[str, Any] = {}
     if served.spec.takes_images:
-        picture = files.folder / "warm-up.png"  # no temporary file, because ranks that die are warmed up again
-        with atomic_paths(picture, option="--data-dir", synced=False) as (unfinished,):  # another server may read it
+        grey = files.folder / "warm-up.png"  # no temporary file, because ranks that die are warmed up again
+        with atomic_paths(grey, option="--data-dir", synced=False) as (unfinished,):  # another server may read it
             Image.new("RGB", served.size, (127, 127, 127)).save(unfinished, "PNG")
-        image["image"] = str(picture)
+        image["image"] = str(grey)
     size = "x".join(map(str, served.size))
     video = {**served.defaults, **image, **served.fit, "prompt": "warm-up", "seed": 0, "size": size}
     plan = opened.plan(video)
@@ -191,8 +201,8 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def _answering(app: Any, listener: socket.socket) -> Iterator[None]:
-    """Answers requests in another thread, until the block ends."""
+def _answering(app: Any, listener: socket.socket) -> Iterator[str]:
+    """Answers requests in another thread, until the block ends; yields the server's address."""
     config = uvicorn.Config(
         app,
         log_config=None,  # uvicorn's own would close every handler of this process
@@ -205,9 +215,8 @@ def _answering(app: Any, listener: socket.socket) -> Iterator[None]:
     thread = threading.Thread(target=server.run, args=([listener],), name="http")
     thread.start()
     host, port = listener.getsockname()[:2]
-    print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     try:
-        yield
+        yield address_of(host, port)
     finally:
         server.should_exit = True
         thread.join()

@@ -38,7 +38,7 @@ from sqlalchemy import (
     update,
 )
 
-from wanfast.server.schema import JOBS, PICTURES, lock_adding, open_database
+from wanfast.server.schema import IMAGES, JOBS, lock_adding, open_database
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 Order = Literal["asc", "desc"]
@@ -140,7 +140,7 @@ class Store:
     def close(self) -> None:
         self._engine.dispose()
 
-    def add(self, new: NewJob, picture: bytes, most: int) -> tuple[Job, bool]:
+    def add(self, new: NewJob, image: bytes, most: int) -> tuple[Job, bool]:
         """Queues a job and returns (the job, True).
 
         If an earlier job has the same owner and the same Idempotency-Key, returns (the earlier job, False). Raises
@@ -160,7 +160,7 @@ class Store:
                 .values(id=f"video_{secrets.token_hex(16)}", created_at=time.time(), **values, **state)
                 .returning(JOBS)
             ).one()
-            connection.execute(insert(PICTURES).values(job=row.number, data=picture))
+            connection.execute(insert(IMAGES).values(job=row.number, data=image))
         return Job.of(row), True
 
     def earlier(self, new: NewJob) -> Job | None:
@@ -243,10 +243,10 @@ class Store:
             begun = begun.values(status="in_progress", attempts=JOBS.c.attempts + 1, **values)
             return Job.of(connection.execute(begun.returning(JOBS)).one())
 
-    def picture(self, job: Job) -> bytes | None:
-        """Returns the picture of a job, which is empty if the job has none; None if the job has ended."""
+    def image(self, job: Job) -> bytes | None:
+        """Returns the image of a job, which is empty if the job has none; None if the job has ended."""
         with self._reading() as connection:
-            found = connection.execute(select(PICTURES.c.data).where(PICTURES.c.job == job.number))
+            found = connection.execute(select(IMAGES.c.data).where(IMAGES.c.job == job.number))
             return found.scalar_one_or_none()
 
     def is_held(self, job: Job) -> bool:
@@ -338,11 +338,11 @@ class Store:
             return self._end(connection, update(JOBS).where(_held(job)).values(**values)) == 1
 
     def _end(self, connection: Connection, change: Update) -> int:
-        """Changes jobs, and removes the pictures of those that have ended; returns how many were changed."""
+        """Changes jobs, and removes the images of those that have ended; returns how many were changed."""
         rows = connection.execute(change.returning(JOBS.c.number, JOBS.c.status)).all()
         ended = [row.number for row in rows if row.status in ("completed", "failed")]
         if ended:
-            connection.execute(delete(PICTURES).where(PICTURES.c.job.in_(ended)))
+            connection.execute(delete(IMAGES).where(IMAGES.c.job.in_(ended)))
         return len(rows)
 
     def _now(self) -> ColumnElement[float]:

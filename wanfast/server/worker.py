@@ -135,13 +135,18 @@ class Worker:
         """
         self._is_stopping = True
 
-    def run(self) -> None:
-        """Makes videos until `stop` is called. Raises WanFastError if the ranks cannot load the models."""
+    def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Makes videos until `stop` is called. Raises WanFastError if the ranks cannot load the models.
+
+        `on_ready` is called once, when the models are loaded and the server takes videos.
+        """
         watch = threading.Thread(target=self._watch, name="watch")
         watch.start()
         try:
             self._load()
             self._is_loaded = True
+            if self.is_ready:
+                on_ready()
             while not self._is_stopping:
                 self._wakes.clear()
                 if self._has_room() and (job := _patiently(self._store.claim)):
@@ -180,13 +185,13 @@ class Worker:
         """Makes the video of a claimed job, and gives it to the writer; or ends the attempt with an error."""
         self._runs[run.job.attempt] = run
         with self._errors_of(run):
-            image = self._files.picture(run.job.attempt)
-            picture = _patiently(lambda: self._store.picture(run.job))
-            if picture is None:  # the job has ended meanwhile
+            image = self._files.image(run.job.attempt)
+            data = _patiently(lambda: self._store.image(run.job))
+            if data is None:  # the job has ended meanwhile
                 raise CancelledError
             try:
-                image.write_bytes(picture)
-                given = {"image": str(image)} if picture else {}
+                image.write_bytes(data)
+                given = {"image": str(image)} if data else {}
                 video = self._made(run, run.report, {**run.job.options, **given})
             finally:
                 image.unlink(missing_ok=True)

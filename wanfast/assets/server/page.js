@@ -27,11 +27,11 @@ function set(id, text) {
 
 fields.input_reference.addEventListener("change", () => {
   const [file] = fields.input_reference.files;
-  URL.revokeObjectURL($("picture").src);
-  $("picture").hidden = true; // until the browser has decoded it, which it cannot do for each format
-  if (file) $("picture").src = URL.createObjectURL(file);
+  URL.revokeObjectURL($("image").src);
+  $("image").hidden = true; // until the browser has decoded it, which it cannot do for each format
+  if (file) $("image").src = URL.createObjectURL(file);
 });
-$("picture").addEventListener("load", () => { $("picture").hidden = false; });
+$("image").addEventListener("load", () => { $("image").hidden = false; });
 
 form.addEventListener("input", () => { request = null; });
 form.addEventListener("submit", async event => {
@@ -61,9 +61,9 @@ form.addEventListener("submit", async event => {
 });
 
 // A body that is too large is refused before it is read, and then the browser may not read the answer.
-function checkSize(picture) {
-  if (!picture || picture.size < mostBytes) return;
-  const message = `The picture has more than ${mostBytes / 1e6} MB: choose a smaller one.`;
+function checkSize(image) {
+  if (!image || image.size < mostBytes) return;
+  const message = `The image has more than ${mostBytes / 1e6} MB: choose a smaller one.`;
   throw new Refused(413, { message, param: "input_reference" });
 }
 

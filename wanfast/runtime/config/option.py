@@ -90,7 +90,8 @@ class OptionField:
         if self.option.path:
             value = tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
         if value is not None and not _is_instance(value, self.asked):
-            raise ConfigError(f"{self.flag} {value!r:.60}: {_describe(self.asked)} is needed")
+            fix = did_you_mean(value, choices_of(self.asked), f"{_describe(self.asked)} is needed")
+            raise ConfigError(f"{self.flag} {value!r:.60}: {fix}")
         self.check_range(value)
         return float(value) if isinstance(value, int) and float in (self.asked, *typing.get_args(self.asked)) else value
 
@@ -183,17 +184,23 @@ def between(low: float, high: float, fix: str) -> Check:
 def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Raises ConfigError if a name in `given` is not in `known`; the error suggests similar names."""
     if unknown := sorted(given.keys() - known.keys()):
-        near = near_names(unknown[0], known)
-        fix = f"did you mean {' or '.join(near)}?" if near else f"the options are {', '.join(sorted(known))}"
+        fix = did_you_mean(unknown[0], known, f"the options are {', '.join(sorted(known))}")
         raise ConfigError(f"unknown option {unknown[0]!r}: {fix}")
 
 
-def near_names(unknown: str, known: Iterable[str]) -> list[str]:
-    """Returns up to three of the `known` names that begin with `unknown`; if there are none, returns similar names."""
+def did_you_mean(unknown: Any, known: Iterable[str], otherwise: str, prefix: str = "") -> str:
+    """Returns the question whether the user meant a similar name; returns `otherwise` if no known name is similar.
+
+    The question offers up to three names that begin with `unknown`, or else the most similar names. Each of them is
+    shown with `prefix`.
+    """
     from difflib import get_close_matches
 
-    known = sorted(known)
-    return [name for name in known if name.startswith(unknown)][:3] or get_close_matches(unknown, known)
+    if not isinstance(unknown, str) or not unknown.strip():
+        return otherwise
+    unknown, known = unknown.lower(), sorted(known)
+    near = [name for name in known if name.startswith(unknown)][:3] or get_close_matches(unknown, known)
+    return f"did you mean {' or '.join(f'{prefix}{name}' for name in near)}?" if near else otherwise
 
 
 def _is_instance(value: Any, hint: Any) -> bool:
@@ -206,6 +213,13 @@ def _is_instance(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def choices_of(hint: Any) -> list[str]:
+    """Returns the names that a type accepts."""
+    if typing.get_origin(hint) is Literal:
+        return [choice for choice in typing.get_args(hint) if isinstance(choice, str)]
+    return [name for choice in typing.get_args(hint) for name in choices_of(choice)]
 
 
 def _describe(hint: Any) -> str:

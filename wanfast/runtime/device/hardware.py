@@ -53,12 +53,11 @@ def prepare(device: str, precision: str, tf32: bool | None) -> None:
 def use_few_threads(device: str, dim: int) -> None:
     """Limits torch's CPU threads, because too many threads slow a model.
 
-    A small model (`dim` below 1024) gets one thread. Any other model gets at most as many threads as there are usable
-    cores. More threads would slow the short matrix products of a small model. If there are more threads than cores, the
-    threads wait for each other. On a GPU, or if OMP_NUM_THREADS is set, nothing changes.
+    A small model gets one thread. Any other model gets at most as many threads as there are usable cores. If there are
+    more threads than cores, the threads wait for each other. On a GPU, or if OMP_NUM_THREADS is set, nothing changes.
     """
-    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1 if dim < 1024 else min(torch.get_num_threads(), host.cores()))
+    if device == "cpu" and host.THREADS not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), host.own_threads(dim)))
 
 
 def describe(device: str) -> dict[str, str]:

@@ -21,11 +21,11 @@ from wanfast.runtime.device.hardware import describe, free_memory
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.finite import require_finite
-from wanfast.runtime.errors import CorruptArtifactError, foreign
+from wanfast.runtime.errors import ConfigError, CorruptArtifactError, foreign
 from wanfast.runtime.facts.choices import Precision
 from wanfast.runtime.machine.packages import versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer, TokenizedPrompt
-from wanfast.runtime.store.artifacts import ArtifactStore, noting
+from wanfast.runtime.store.artifacts import ArtifactStore, note
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights.builders import build_umt5
@@ -78,11 +78,16 @@ def prompt_embeds(
         _check(text, embeds, ranks)
 
     def publish() -> None:
-        with noting("the next video with this text encodes it again"):
-            for text, embeds in encoded.items():
+        errors = []
+        for text, embeds in encoded.items():
+            try:
                 if text in stored:  # not finite; the store does not replace what fits its manifest
                     store.discard(KIND, inputs[text])
                 store.publish(KIND, inputs[text], partial(_save, embeds), versions(), damaged="miss")
+            except ConfigError as error:  # an artifact that only saves time later
+                errors.append(error)
+        if errors:
+            note(f"{errors[0]}: {len(errors)} of {len(encoded)} texts are not stored; a later video encodes them again")
 
     ranks.lead(publish)
     return known | encoded

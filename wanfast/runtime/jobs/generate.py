@@ -16,8 +16,7 @@ import numpy as np
 
 from wanfast.runtime.engine.pixels import Frame, Frames, FramesFn
 from wanfast.runtime.engine.session import Made, Session, Sessions
-from wanfast.runtime.facts.choices import Expert
-from wanfast.runtime.jobs.loop import ProgressFn, Result, run_jobs
+from wanfast.runtime.jobs.loop import ProgressFn, Result, by_step, run_jobs
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job, Plan
@@ -73,14 +72,13 @@ def _make_clip(
     joined: _Joined,
     stage_of: Callable[[str], str],
 ) -> Made:
+    def report(stage: str, done: int, total: int) -> None:
+        progress(stage_of(stage), done, total)
+
     steps = job.config.video.num_steps
-    progress(stage_of(_FIRST_STAGE[len(job.config.video.images)]), 0, steps)
-
-    def on_step(done: int, expert: Expert) -> None:
-        progress(stage_of(expert.replace("_", " ")), done, steps)
-
+    report(_FIRST_STAGE[len(job.config.video.images)], 0, steps)
     start = joined.begin_clip()
-    return session.make(job, on_step, on_frames=joined.add, start=start)
+    return session.make(job, by_step(report, steps), on_frames=joined.add, start=start)
 
 
 class _Joined:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from wanfast.runtime.errors import (
     WanFastError,
     failure,
 )
+from wanfast.runtime.facts.choices import Expert
 from wanfast.runtime.planning.plan import Job
 from wanfast.runtime.planning.share import MOST_LOADS, Share
 from wanfast.runtime.store.artifacts import LOADING
@@ -50,6 +52,29 @@ def run_jobs(
         groups.setdefault(job.config.models, []).append(index)
     for indices in groups.values():
         yield from _run_alike(work, {index: jobs[index] for index in indices}, sessions, share, progress)
+
+
+def measuring(measure: WorkFn) -> Callable[..., Iterator[tuple[int, Result]]]:
+    """Returns the worker half of a calibration: a function that yields the measurements of each job's clip."""
+
+    def run(
+        jobs: list[Job],
+        sessions: Sessions,
+        *,
+        share: Share = Share(),
+        progress: ProgressFn = lambda index, stage, done, total: None,
+        folder: Path | None = None,
+        first: int = 0,
+    ) -> Iterator[tuple[int, Result]]:
+        """Yields (index of the job, measurements of its clip) for each job, as soon as the clip is done."""
+        yield from run_jobs(measure, jobs, sessions, share, progress)
+
+    return run
+
+
+def by_step(progress: Callable[[str, int, int], None], steps: int) -> Callable[[int, Expert], None]:
+    """Returns a function that reports each step of denoising, with the name of the step's expert as the stage."""
+    return lambda done, expert: progress(expert.replace("_", " "), done, steps)
 
 
 def _run_alike(

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from wanfast.runtime.machine.once import remembered
 
+THREADS = "OMP_NUM_THREADS"  # a user's own number of threads for each process
+_SMALL_DIM = 1024  # below, more threads would slow the short matrix products of a model
 _ROOT = Path("/sys/fs/cgroup")
 _OF_PROCESS = Path("/proc/self/cgroup")
 # (limit, bytes in use, the key in memory.stat of file pages that the kernel frees first), of version 2 and 1
@@ -55,6 +57,19 @@ def cores() -> int:
     """Returns how many cores this process may use: those of its affinity, or fewer if a control group has a quota."""
     quotas = [quota for group in _groups("cpu") if (quota := _quota_of(group)) is not None]
     return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
+
+
+def share_of_cores(ranks: int) -> int:
+    """Returns how many of the usable cores each of `ranks` ranks gets; at least one."""
+    return max(1, cores() // ranks)
+
+
+def own_threads(dim: int, ranks: int = 1) -> int:
+    """Returns how many CPU threads a rank gets if OMP_NUM_THREADS is not set.
+
+    `dim`: the model's width. A small model on one rank gets one thread; otherwise a rank gets its share of the cores.
+    """
+    return 1 if ranks == 1 and dim < _SMALL_DIM else share_of_cores(ranks)
 
 
 def _groups(controller: str) -> Iterator[Path]:

@@ -24,6 +24,7 @@ from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.facts.shapes import Geometry
 from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.planning.plan import Plan, why_cpu
+from wanfast.runtime.store.model_files import TRY_TINY
 
 _GRAPHS, _NO_GRAPHS = "--compile-mode max-autotune", "use max-autotune-no-cudagraphs"
 _UNMEASURED_BYTES = memory.CARDS["80 GB"]  # an H100, as in `doctor`, if no GPU is visible
@@ -260,7 +261,7 @@ def _refusal_on_cpu(plan: Plan, held: dict[str, int], free: int) -> str:
     one_of = " or ".join(f"{gb(size)} ({mode})" for mode, size in held.items())
     short = f"a process would hold {one_of}, but only {gb(free)} of host memory are free for each"
     if is_cpu_for_want_of_a_gpu(plan):
-        return f"no GPU was found: use a machine with a GPU, or --model tiny, which runs on any CPU ({short})"
+        return f"no GPU was found: use a machine with a GPU, or {TRY_TINY} ({short})"
     return f"--device cpu: {short}: use a smaller --size"
 
 

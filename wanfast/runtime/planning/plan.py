@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from wanfast.runtime.config import EffectiveConfig, Options, OutputConfig, VideoConfig, parse_size
+from wanfast.runtime.config import EffectiveConfig, Options, OutputConfig, RanksConfig, VideoConfig, parse_size
 from wanfast.runtime.config.recipes import RECIPES, overridden
 from wanfast.runtime.errors import ConfigError, NeedsGpuError
 from wanfast.runtime.facts import memory
@@ -28,7 +28,7 @@ from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.facts.shapes import Geometry, geometry_of, inner_size, middle_box
 from wanfast.runtime.facts.sparsity import BLOCK, Sparsity
-from wanfast.runtime.machine import gpus
+from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.media import images, video_file
 from wanfast.runtime.media.earlier_video import load_earlier
@@ -477,6 +477,7 @@ def resolve(
         *image.notes, *_geometry_notes(plan, image), *_last_image_notes(plan, last), *_prompt_notes(plan, files),
         *magcache_notes(config, files), *expert_notes(config.models), *lora_notes(config.models),
         *_sparsity_notes(plan), *_clip_notes(config.video), *_extension_notes(plan.config.video), *_output_notes(plan),
+        *_thread_notes(config.ranks, spec),
     )  # fmt: skip
     notes = (*notes, spec.weights_note) if spec.weights_note else notes
     return dataclasses.replace(plan, requested=given, notes=notes), files
@@ -692,6 +693,18 @@ def _output_notes(plan: Plan) -> list[str]:
     """Returns a note if a run of the plan would be refused because a file exists."""
     existing = [] if plan.config.output.overwrite else [path for path in plan.outputs if os.path.lexists(path)]
     return [f"a run would be refused, because {path} exists: add --overwrite" for path in existing[:1]]
+
+
+def _thread_notes(ranks: RanksConfig, spec: ModelSpec) -> list[str]:
+    """Returns a note if OMP_NUM_THREADS gives a process on a CPU more threads than wanfast would, or far fewer."""
+    threads, own = os.environ.get(host.THREADS, "").strip(), host.own_threads(spec.dit.dim, ranks.num_gpus)
+    if ranks.device != "cpu" or not threads.isdecimal() or own / 2 < int(threads) <= own:
+        return []
+    why = "threads wait for each other if other programs use the cores too" if int(threads) > own else "cores stay idle"
+    return [
+        f"{host.THREADS}={threads} sets the threads of a process to {threads} instead of {own}, and {why}: a video may "
+        f"take several times as long; unset {host.THREADS} to avoid this"
+    ]
 
 
 def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:

@@ -28,6 +28,7 @@ from wanfast.runtime.store.loras import loras_of
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
 
+_SIDECAR = "name the .json that wanfast writes beside a video"  # for --from
 _FEW_LINES = 5  # more bad lines than these are reported together, if no line is good
 # The options that are the same for all lines of a list, because one mesh makes all of them.
 _EXPERTS = [f"{expert}_expert" for expert in EXPERTS]
@@ -289,7 +290,7 @@ def read_requests(
 
 def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
     """Reads the effective options of an earlier run, so that no default and no random seed changes the video."""
-    text, fix = _read(file, "--from"), "name the .json that wanfast writes beside a video"
+    text = _read(file, "--from")
     try:
         document = json.loads(text)
         effective = EffectiveConfig.from_json(document["effective"])
@@ -297,9 +298,9 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
         if not isinstance(weights, dict | None) or not isinstance(engines, str | None):
             raise TypeError(weights, engines)
     except ConfigError as error:
-        raise ConfigError(f"--from {file} holds an option that cannot be used: {error}; or {fix}") from None
+        raise ConfigError(f"--from {file} holds an option that cannot be used: {error}; or {_SIDECAR}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConfigError(f"--from {file} is not the .json of a video: {fix}") from None
+        raise ConfigError(f"--from {file} is not the .json of a video: {_SIDECAR}") from None
     same_ranks = effective.ranks.nnodes == 1 and "num_gpus" not in typed
     reused = {
         name
@@ -405,14 +406,10 @@ def _whole(file: Path | None, option: str) -> Path | None:
 
 
 def _read(file: Path, option: str) -> str:
-    try:
-        with foreign(f"{option} {file}", "name a UTF-8 text file that can be read"):
-            return file.read_text(encoding="utf-8-sig")
-    except ConfigError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise ConfigError(f"{option} {file}: no such file; check the path") from None
-        if option == "--from" and isinstance(error.__cause__, UnicodeDecodeError):
-            raise ConfigError(
-                f"{option} {file}: is no text: name the .json that wanfast writes beside a video"
-            ) from None
-        raise
+    named, fix = f"{option} {file}", _SIDECAR if option == "--from" else "name a UTF-8 text file that can be read"
+    with foreign(named, fix):
+        is_missing = not file.exists()
+    if is_missing:
+        raise ConfigError(f"{named}: no such file; check the path")
+    with foreign(named, fix):
+        return file.read_text(encoding="utf-8-sig")

@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, failure, foreign, from_failure
+from wanfast.runtime.machine.host import THREADS
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.processes.launch import child_environment
@@ -235,7 +236,7 @@ class RayList:
         while len(self._groups) < min(room, wanted + barred) and self._failed_starts < MOST_TRIES:
             needs = {f"num_{name.lower()}s": number for name, number in needs_of(self._ranks).items()}
             kind = self._ray.remote(_Actor).options(max_concurrency=3, **needs)  # for `make`, `state` and `stop`
-            group = _Group(kind.remote(os.environ.get("OMP_NUM_THREADS")), time.monotonic())
+            group = _Group(kind.remote(os.environ.get(THREADS)), time.monotonic())
             group.answer = group.actor.start.remote(self._weights)
             self._groups.append(group)
 

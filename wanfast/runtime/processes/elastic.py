@@ -135,10 +135,9 @@ def _set_environment(config: RanksConfig, place: int, processes: int) -> None:
         gpus.set_environment()
     if config.nnodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name may resolve to an address that does not exist
-    cores = host.cores()
-    share = max(1, cores // min(config.num_gpus, cores))
+    share = host.share_of_cores(config.num_gpus)
     if config.num_gpus > 1:  # else torch's own default: compiled code is stored for one number of threads
-        os.environ.setdefault("OMP_NUM_THREADS", str(share))
+        os.environ.setdefault(host.THREADS, str(share))
     # These "threads" are processes, which torch starts for every rank; its default is 32 at most.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, share)))
 

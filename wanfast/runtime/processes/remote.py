@@ -20,13 +20,13 @@ from typing import Any
 
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, failure
+from wanfast.runtime.machine.host import THREADS
 from wanfast.runtime.planning.plan import Job
 from wanfast.runtime.processes.launch import RankGroups
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import LOADING, new_run_folder, writing_to
 
 _WORKER = "wanfast.runtime.jobs.generate"
-_THREADS = "OMP_NUM_THREADS"
 
 State = tuple[str, int, int]  # (stage, steps done, of all steps)
 
@@ -44,10 +44,10 @@ class RemoteGroup:
     """This class owns a rank group. One thread calls `make`, and others may call `state` and `stop` meanwhile."""
 
     def __init__(self, threads: str | None) -> None:
-        """`threads`: OMP_NUM_THREADS of the command. Ray sets its own, with which a CPU rounds differently."""
-        os.environ.pop(_THREADS, None)
+        """`threads`: OMP_NUMTHREADS of the command. Ray sets its own, with which a CPU rounds differently."""
+        os.environ.pop(THREADS, None)
         if threads is not None:
-            os.environ[_THREADS] = threads
+            os.environ[THREADS] = threads
         self._folder: Path | None = None
         self._ranks: RankGroups | None = None
         self._state: State = ("", 0, 0)

@@ -50,7 +50,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils._xet import abort_xet_session
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars, tqdm
 
-from wanfast.runtime.config.option import absolute
+from wanfast.runtime.config.option import absolute, did_you_mean
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError
 from wanfast.runtime.store.artifacts import write_synced
 from wanfast.runtime.store.hub_cache import PINNED, REPOS, Layout, Published, snapshots
@@ -107,7 +107,8 @@ class Request:
         """Makes a request; a value that is None gets its default. Raises ConfigError for a wrong or an empty value."""
         if lora is not None:
             if lora not in PAIRS:
-                raise ConfigError(f"--lora {lora!r:.40}: no such pair: use {' or '.join(PAIRS)}")
+                fix = did_you_mean(lora, PAIRS, f"use {' or '.join(PAIRS)}")
+                raise ConfigError(f"--lora {lora!r:.40}: no such pair: {fix}")
             for option, value in (("--repo", repo), ("--layout", layout), ("--model", model)):
                 if value is not None:
                     raise ConfigError(f"{option} and --lora exclude each other: drop one of the two")

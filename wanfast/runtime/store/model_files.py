@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from wanfast.runtime.config import ModelsConfig, default_artifacts_dir
-from wanfast.runtime.config.option import near_names
+from wanfast.runtime.config.option import did_you_mean
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, foreign
 from wanfast.runtime.facts.choices import EXPERTS, NAMED_MODELS
 from wanfast.runtime.facts.model_spec import A14B, PUBLISHED, T2V_A14B, ModelSpec
@@ -37,6 +37,7 @@ DOWNLOADED: dict[str, int] = {"a14b": 126 * 10**9, "t2v-a14b": 126 * 10**9}
 Component = Literal["high_noise", "low_noise", "vae", "umt5"]
 COMPONENTS: tuple[Component, ...] = ("high_noise", "low_noise", "vae", "umt5")
 
+TRY_TINY = "--model tiny, which runs on any CPU"  # for a user who has no weights, or no GPU
 _NAME_ANOTHER = "use tiny, a14b, t2v-a14b or a folder of weights"
 
 
@@ -165,7 +166,7 @@ def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()
             "--model FOLDER"
         )
         if not root.is_dir():
-            return ModelFiles(root, "original", published, fix, artifacts, experts)
+            return ModelFiles(root, "original", published, f"{fix}, or use {TRY_TINY}", artifacts, experts)
     else:
         fix = "copy the whole folder again"
         with foreign(f"--model {model!r:.60}", _NAME_ANOTHER):
@@ -173,8 +174,8 @@ def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()
             is_missing, is_file = not root.is_dir(), root.is_file()
         if is_file:
             raise ConfigError(f"--model {model!r} is a file: {_instead_of(root)}")
-        if is_missing and root.parent == Path.cwd() and (near := near_names(root.name.lower(), NAMED_MODELS)):
-            raise ConfigError(f"--model {root.name}: no such folder: did you mean {near[0]}?")
+        if is_missing and root.parent == Path.cwd() and (fix := did_you_mean(root.name, NAMED_MODELS, "")):
+            raise ConfigError(f"--model {root.name}: no such folder: {fix}")
         if is_missing:
             raise MissingArtifactError(f"--model {model!r}: no such folder; {_NAME_ANOTHER}")
     signs = _signs(experts)

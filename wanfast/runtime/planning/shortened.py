@@ -1,0 +1,54 @@
+"""Shortens a video: the options of the same video with fewer steps, for a warm-up or a measurement.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from wanfast.runtime.config import Options, SkippingConfig, VideoConfig
+from wanfast.runtime.config.option import options_of
+from wanfast.runtime.facts.model_spec import ModelSpec
+from wanfast.runtime.store.curves import steps_of_video
+
+
+def few_steps(video: Options, schedule: Options) -> dict[str, Any]:
+    """Returns the options of `video`, but with fewer steps and without skips.
+
+    `schedule` holds the options that set the smaller number of steps. MagCache is off, because its curve was measured
+    with another number of steps.
+    """
+    skipping = options_of(SkippingConfig)
+    return {**{name: value for name, value in video.items() if name not in skipping}, **schedule, "magcache": "off"}
+
+
+def schedule_of(video: VideoConfig, spec: ModelSpec, steps: int) -> dict[str, Any]:
+    """Returns the options that let a video run in only `steps` steps.
+
+    If the video has a list of noise levels, the shorter list holds some of these levels, spread evenly.
+    """
+    if video.levels is None:
+        return {"steps": steps}
+    last, experts = video.num_steps - 1, [expert for expert, _ in steps_of_video(video, spec.boundary)]
+    chosen = [round(index * last / max(1, steps - 1)) for index in range(steps)]
+    return {
+        "sigmas": ",".join(f"{video.levels[index]:.9g}" for index in chosen),
+        "switch_step": sum(experts[index] == "high_noise" for index in chosen),
+    }
+
+
+def least_steps(video: VideoConfig, spec: ModelSpec) -> int:
+    """Returns the smallest number of steps that gives each expert of the video at least one step."""
+    return next(steps for steps in range(1, video.num_steps + 1) if has_all_experts(video, spec, steps))
+
+
+def has_all_experts(video: VideoConfig, spec: ModelSpec, steps: int) -> bool:
+    """Returns whether each expert of a video runs in its schedule of fewer steps too."""
+    fewer = dataclasses.replace(video, **schedule_of(video, spec, steps))
+    return _experts(fewer, spec) == _experts(video, spec)
+
+
+def _experts(video: VideoConfig, spec: ModelSpec) -> set[str]:
+    return {expert for expert, _ in steps_of_video(video, spec.boundary)}
