@@ -94,7 +94,7 @@ def test_a_gpu_needs_the_package(wanfast: Wanfast, workdir: Path, machine: Machi
 def test_other_commands_do_not_have_it(wanfast: Wanfast, command: str) -> None:
     outcome = wanfast(command, "--model", "tiny", "--attention", "fa3-fp8")
     assert outcome.exit_code == 2
-    assert f"--attention fa3-fp8: only `wanfast generate` has it, not `wanfast {command}`" in outcome.err
+    assert f"--attention fa3-fp8: only `wanfast generate` takes this value, not `wanfast {command}`" in outcome.err
 
 
 def test_a_curve_is_measured_with_exact_attention(workdir: Path) -> None:

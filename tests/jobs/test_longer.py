@@ -113,7 +113,9 @@ def test_a_continuation_holds_the_old_video_and_from_repeats_it(wanfast: Wanfast
     write(old, 64, 48, num_frames=5, fps=12)
     refused = wanfast(*repeat, "--overwrite")
     assert refused.exit_code == 2 and len(refused.err.splitlines()) == 1
-    assert "old.mp4 is not the continued video of the earlier run: restore that file, or give --cont" in refused.err
+    assert (
+        "old.mp4 is not the continued video of the earlier run: restore the earlier file, or give --cont" in refused.err
+    )
     assert wanfast(*repeat, "--dry-run", "--continue-from", "old.mp4").document["plan"]["total_frames"] == 9
     write(Path("large.mp4"), 96, 64, num_frames=2, fps=16)
     other = wanfast(*repeat, "--dry-run", "--continue-from", "large.mp4").document["plan"]
@@ -125,8 +127,8 @@ def test_a_continuation_holds_the_old_video_and_from_repeats_it(wanfast: Wanfast
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--size", "64x64"], "--size 64x64: the video of --continue-from has 64x48 pixels, and so has its continuat"),
-        (["--fps", "16"], "--fps 16: the video of --continue-from has 12 frames per second, and so has its continuat"),
+        (["--size", "64x64"], "--size 64x64: the video of --continue-from has 64x48 pixels, and its continuation must"),
+        (["--fps", "16"], "--fps 16: the video of --continue-from has 12 frames per second, and its continuation must"),
         (["--fit", "pad"], "--fit pad: --continue-from gives no image that must be fitted: drop --fit"),
         (["--image", "cat.png"], "--image and --continue-from both say where the video starts: drop one of the two"),
         (["--continue-from", ""], "--continue-from : has an empty value: name an mp4 file"),

@@ -76,7 +76,7 @@ def test_a_dry_run_shows_the_density(wanfast: Wanfast) -> None:
     assert "2 of 3 blocks of 128 tokens: density 0.67; dense in the first 1 of 2 steps and the first 1 layers" in shown
     assert "mean density of the video 0.87" in shown
     whole = wanfast(*GOOD, "--attention", "sparse", "--density", "1", "--dry-run")
-    assert "has 3 blocks of 128 tokens, and all of them are computed: nothing is saved" in whole.err
+    assert "has 3 blocks of 128 tokens, and all of them are computed: this saves no time" in whole.err
     kept = wanfast(*GOOD, "--attention", "sparse", "--density", "0.1", "--dry-run")
     assert "each list must have 2 of them (the first frame's and one more): the density is 0.67, not 0.1" in " ".join(
         kept.err.split()
@@ -130,7 +130,7 @@ def test_a_gpu_of_another_generation_is_refused(
         other = dataclasses.replace(hopper[0], name="NVIDIA A100", capability=capability)
         monkeypatch.setattr(placement.gpus, "visible_gpus", lambda other=other: [*hopper, other])
         outcome = wanfast(*GOOD, "--attention", kernel, *own, "--device", "cuda", "--dry-run")
-        words = f"--attention {kernel} needs Hopper GPUs, unlike NVIDIA A100: use --attention auto"
+        words = f"--attention {kernel} needs Hopper GPUs, not NVIDIA A100: use --attention auto"
         assert outcome.exit_code == 2 and words in outcome.err
     assert wanfast(*GOOD, "--attention", kernel, *own, "--fp8-steps", "0:2", "--dry-run").exit_code == (
         2 if kernel == "sparse" else 0
@@ -141,7 +141,7 @@ def test_a_gpu_of_another_generation_is_refused(
 def test_other_commands_have_no_sparse_attention(wanfast: Wanfast, command: str) -> None:
     outcome = wanfast(command, "--model", "tiny", "--attention", "sparse")
     assert outcome.exit_code == 2
-    assert f"--attention sparse: only `wanfast generate` has it, not `wanfast {command}`" in outcome.err
+    assert f"--attention sparse: only `wanfast generate` takes this value, not `wanfast {command}`" in outcome.err
 
 
 def test_lists_stand_in_the_memory_plan(wanfast: Wanfast, workdir: Path) -> None:

@@ -251,7 +251,7 @@ def test_the_server_makes_it(workdir: Path, small_text_model: Path) -> None:
             assert answer.status == status, answer.body
         assert answer.error["message"] == (
             "seconds: one video has at most 5 frames here (0.3125 seconds at 16 a second), because a clip cannot start "
-            "from another one's frame"
+            "from another clip's frame"
         )
         answer = server.ask("POST", "/v1/videos", prompt="a cat", seed=7)
         assert answer.status == 200, answer.body

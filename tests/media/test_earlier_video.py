@@ -90,7 +90,7 @@ def test_what_no_clip_can_continue_is_one_line(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match=r"a\.mp4: players turn it by 90 degrees: turn the pixels first"):
         earlier_video._check(SimpleNamespace(width=64, height=48, rotation=-90), None, "a.mp4")
     monkeypatch.setattr(earlier_video, "MOST_FRAMES", 2)
-    with pytest.raises(ConfigError, match="has over 2 frames: give a file that holds only its last part"):
+    with pytest.raises(ConfigError, match="has over 2 frames: give a file with only the last part of this video"):
         load_earlier(str(whole))
 
 
@@ -122,8 +122,10 @@ def test_what_would_look_otherwise_is_refused(tmp_path: Path) -> None:
     hdr = {"color_trc": "smpte2084", "color_primaries": "bt2020", "colorspace": "bt2020nc"}
     for file, words in {
         encoded(tmp_path / "hdr.mp4", pixels="yuv420p10le", **hdr): "is HDR, which would look pale: convert the file",
-        encoded(tmp_path / "wide.mp4", shape=Fraction(4, 3)): "its pixels are no squares (4/3), so players stretch it",
-        encoded(tmp_path / "late.mp4", times=(0, 1, 2, 3, 4, 11)): "shows its frames for unlike times",
+        encoded(
+            tmp_path / "wide.mp4", shape=Fraction(4, 3)
+        ): "its pixels are not square (4/3), so players stretch the video",
+        encoded(tmp_path / "late.mp4", times=(0, 1, 2, 3, 4, 11)): "shows its frames for unequal times",
         both(tmp_path): "its frames change from 64x48 to 96x64 pixels: give a file whose frames have one size",
     }.items():
         with pytest.raises(ConfigError) as refused:

@@ -296,7 +296,9 @@ def test_a_video_has_a_recipe_of_its_own_only_if_its_models_are_loaded(ranks: li
     quantized = {"quantize": "fp8-rowwise", "quantize_on_the_fly": True}
     with wanfast.open(**TINY_ON_CPU, **quantized) as handle:
         with pytest.raises(
-            ConfigError, match=r"^--recipe exact: the loaded models are not .*; they fit: near-exact, fast$"
+            ConfigError,
+            match=r"^--recipe exact: the loaded models are not .*: use a recipe that fits the loaded models "
+            r"\(near-exact, fast\)$",
         ):
             handle.make(**VIDEO, recipe="exact")
         assert ranks[-1].jobs == []

@@ -184,7 +184,10 @@ def test_a_recipe_is_chosen_among_those_of_the_loaded_models(tmp_path: Path) -> 
         plans = [server.ended(server.create(**recipe))["plan"] for recipe in ({}, {"recipe": "fast"})]
         assert [plan["recipe"] for plan in plans] == ["near-exact", "fast"]
         assert plans[0]["skipped_forwards"] == 0 < plans[1]["skipped_forwards"]
-        for recipe, words in (("exact", "they fit: near-exact, fast"), ("fastest", "input should be")):
+        for recipe, words in (
+            ("exact", "use a recipe that fits the loaded models (near-exact, fast)"),
+            ("fastest", "input should be"),
+        ):
             given = {"prompt": "a", "input_reference": data_url(STAR.read_bytes()), "recipe": recipe}
             refused = server.ask("POST", "/v1/videos", **given)
             assert (refused.status, refused.error["param"]) == (400, "recipe") and words in refused.error["message"]

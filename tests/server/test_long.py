@@ -65,7 +65,7 @@ def test_the_progress_is_of_all_clips_and_a_cancel_ends_them(tmp_path: Path) -> 
          "video has several clips: give seconds instead"),
         ({"seconds": "0.75", "seed": 4294967294}, "seed: this video has 3 clips with seeds that follow: use at most "
          "4294967293"),
-        ({"recipe": "first-last-4"}, "recipe: first-last-4 needs a last image, for which requests have no field: use "
+        ({"recipe": "first-last-4"}, "recipe: first-last-4 needs a last image, but a request has no field for it: use "
          "another one"),
     ],
     ids=str,
@@ -100,5 +100,5 @@ def test_a_recipe_of_two_images_is_not_offered(tmp_path: Path, monkeypatch: pyte
         assert offer["max_seconds"] == 13 / 16
         assert offer["recipes"] == [name for name in RECIPES if name != "first-last-4"]
         opened = Opened.of({**server.maker.opened.asked, "recipe": "first-last-4"})
-        with pytest.raises(ConfigError, match="--recipe first-last-4 needs a last image, for which requests have no"):
+        with pytest.raises(ConfigError, match="--recipe first-last-4 needs a last image, but a request has no"):
             Served.of(opened, {}, 3)

@@ -256,7 +256,7 @@ def test_more_replicas_than_room_are_refused(on: Any) -> None:
         (("--replicas", "2"), "--replicas needs a cluster: add --ray ADDRESS, or drop --replicas"),
         (("--ray", "auto", *DATABASE, "--replicas", "0"), "--replicas 0: use 1 or more"),
         (("--ray", "auto"), "--ray needs --database postgresql://USER@HOST/NAME, because SQLite cannot be shared"),
-        (("--ray", "auto", *DATABASE, "--port", "0"), "--port 0: Ray Serve needs a number"),
+        (("--ray", "auto", *DATABASE, "--port", "0"), "--port 0: Ray Serve cannot choose a port"),
     ],
     ids=["no cluster", "none", "sqlite", "any port"],
 )

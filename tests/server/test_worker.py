@@ -45,7 +45,7 @@ def test_a_job_that_kills_its_ranks_each_time_fails_alone(tmp_path: Path) -> Non
         error = server.ended(first)["error"]
         assert error == {
             "code": "rank_failed",
-            "message": "the server could not make this video; its log has the reason",
+            "message": "the server could not make this video; the server's log has the reason",
         }
         assert server.ended(second)["status"] == "completed"
         assert server.metric('wanfast_failures_total{code="rank_failed"}') == 1
@@ -57,9 +57,9 @@ def test_a_job_that_kills_its_ranks_each_time_fails_alone(tmp_path: Path) -> Non
         (NotFiniteError("the latents hold NaN after step 3"), "not_finite", "the latents hold NaN after step 3"),
         (ConfigError("--size 64x64: does not fit: use fewer --frames"), "invalid_video",
          "size 64x64: does not fit: use fewer num_frames"),
-        (ConfigError("--artifacts-dir /srv/secret/place: is full"), "server_error", "its log has the reason"),
-        (MissingArtifactError("no curve"), "server_error", "its log has the reason"),
-        (ZeroDivisionError("a bug at /srv/secret/place"), "server_error", "its log has the reason"),
+        (ConfigError("--artifacts-dir /srv/secret/place: is full"), "server_error", "the server's log has the reason"),
+        (MissingArtifactError("no curve"), "server_error", "the server's log has the reason"),
+        (ZeroDivisionError("a bug at /srv/secret/place"), "server_error", "the server's log has the reason"),
     ],
     ids=["nan", "memory", "path", "missing", "bug"],
 )  # fmt: skip
@@ -86,7 +86,7 @@ def test_a_video_that_cannot_be_written_fails_alone(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(type(server.files), "write_thumbnail", full)
         error = server.ended(server.create())["error"]
         assert (error["code"], error["message"]) == (
-            "server_error", "the server could not make this video; its log has the reason",
+            "server_error", "the server could not make this video; the server's log has the reason",
         )  # fmt: skip
         assert server.ended(server.create())["status"] == "completed"
 
@@ -125,7 +125,9 @@ def test_a_folder_that_fails_for_a_moment_ends_nothing(
             until(lambda: failed)
         server.ask("POST", f"/v1/videos/{video}/cancel")
         until(lambda: server.maker.cancelled.is_set() or not server.worker._runs)
-    assert "note: --data-dir reports an error: [Errno 116] Stale file handle" in capsys.readouterr().err
+    assert (
+        "note: --data-dir: the file system reports an error ([Errno 116] Stale file handle)" in capsys.readouterr().err
+    )
 
 
 def test_a_job_that_is_made_again_while_its_lost_video_is_written_stays_watched(

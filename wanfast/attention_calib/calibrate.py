@@ -1,7 +1,8 @@
-"""Runs the jobs of `wanfast calibrate-attention` on a rank: denoises each clip, and measures what lists would cost.
+"""Runs the jobs of `wanfast calibrate-attention` on a rank: denoises each clip, and measures errors of attention.
 
-The clip is denoised with dense attention. In each call, the error of lists of each length of the ladder is measured on
-sampled rows. Lists are as old as they would be in a run. The error in float8 is measured too, if its kernel runs here.
+The clip is denoised with dense attention. In each call, the error that lists of blocks would cause is measured on
+sampled rows, for each density of `LADDER`. As in a run, lists are used for several steps before new lists are made. If
+the float8 kernel runs here, the error in float8 is measured too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from wanfast.runtime.planning.plan import Job
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
     """Denoises one clip; returns its mean errors [band][layer][head][length], and the seconds of denoising.
 
-    The errors in float8 follow behind those of the lengths.
+    The lengths are those of the lists. If float8 attention runs here, the last entry of [length] is the error of
+    float8 attention.
     """
     plan, images = session.plan(job)
     dit, bands, steps = plan.spec.dit, bands_of(plan.experts), len(plan.schedule)

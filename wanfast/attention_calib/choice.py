@@ -1,4 +1,4 @@
-"""Chooses what each head is in each layer and band, from the errors that were measured on all clips.
+"""Chooses dense, sparse or float8 attention for each head, layer and band, from the errors measured on all clips.
 
 This module does not import torch.
 Shapes: C clips, B bands, L layers, H heads, E measured choices: densities, and float8.
@@ -16,7 +16,7 @@ from wanfast.runtime.facts.densities import CHOICES, LADDER, Density
 def is_whole(measured: dict[str, Any], shape: tuple[int, int, int], *, fp8: bool) -> bool:
     """Returns whether a clip's measurements hold a number for each of (bands, layers, heads) and each density.
 
-    If `fp8` is true, they must also hold an error in float8, which other measurements may hold.
+    If `fp8` is true, the measurements must also hold an error in float8. If `fp8` is false, this error is optional.
     """
     try:
         errors = np.array(measured["errors"], dtype=float)
@@ -30,8 +30,8 @@ def chosen(measured: list[dict[str, Any]], target: float, *, fp8: bool) -> dict[
     """Returns, as a JSON document, the cheapest choices whose error is at most `target` in every clip.
 
     A clip's error is the mean over the calls of a band. If no choice fits, the head is dense, and has no error. Float8
-    is a choice only if `fp8` is true. The document holds the errors of all choices too: of each head the largest over
-    the clips, and the mean of all.
+    is a choice only if `fp8` is true. The document also holds errors of every choice: for each head, the largest error
+    over the clips, and the mean error over all heads and clips.
     """
     choices = [choice for choice in CHOICES if choice is not None and (fp8 or choice != "fp8")]
     columns = [(*LADDER, "fp8").index(choice) for choice in choices]  # as a clip's errors have them

@@ -65,7 +65,7 @@ class Bench:
     no_quality: str = ""  # why the videos are not compared
 
     def options_of(self, name: RecipeName) -> Options:
-        """Returns the options of a recipe's videos: its name, and the given options that the recipe can use."""
+        """Returns the options of a recipe's videos: the recipe, and the given options that the recipe can use."""
         unusable = {*OF_GRID} if has_levels(name) and "sigmas" not in self.given else set()
         enabled = with_recipe({"recipe": name, **{key: self.given[key] for key in self.given.keys() - unusable}})
         unusable |= {option for option, by in _ENABLED_BY.items() if not enabled.get(by)}

@@ -34,9 +34,10 @@ Shapes = dict[str, torch.Size]
 
 
 def write_model(folder: Path, spec: ModelSpec, *, is_random: bool = False, smoothness: float = 1.0) -> None:
-    """Writes the model in the Diffusers layout: with random values if `is_random` is true, otherwise with holes.
+    """Writes the model in the Diffusers layout: with random values if `is_random` is true, otherwise with zeros.
 
-    The random values are drawn on the GPU, if there is one.
+    The zeros are holes in the files and take no disk space. The VAE has random values in both cases. The other random
+    values are drawn on the GPU, if there is one.
     """
     expert, umt5 = _on_meta(spec)
     write = _write_random if is_random else _write_holes
@@ -68,7 +69,7 @@ def of_layers(layers: int) -> ModelSpec:
 
 
 def random_bytes(spec: ModelSpec) -> int:
-    """Returns an estimate of the bytes that a folder with random values needs, with some space for videos."""
+    """Returns an estimate of the bytes that a folder with random values needs, plus some space for videos."""
     values: int = sum(tensor.numel() for model in _on_meta(spec) for tensor in model.state_dict().values())
     return 2 * values + (1 << 30)  # and the VAE and the videos
 
@@ -77,7 +78,7 @@ def randomise(module: nn.Module, seed: int) -> None:
     """Fills EVERY parameter of `module` with random values.
 
     If a tensor kept its default of zero or one, a test could not detect that the code ignores this tensor or uses
-    another one instead.
+    another tensor instead.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():

@@ -42,7 +42,10 @@ class Shared:
 
     @classmethod
     def fitted(cls, one_s: float, two_s: float) -> Shared:
-        """Returns the two parts of a task that takes `one_s` on one GPU and `two_s` on two GPUs."""
+        """Splits the time of a task into the part that each rank repeats and the part that the ranks share.
+
+        The task takes `one_s` on one GPU and `two_s` on two GPUs.
+        """
         divided = 2 * (one_s - two_s)
         return cls(one_s - divided, divided)
 
@@ -86,7 +89,7 @@ class CostModel:
         return (self.encode.on(ranks) + self.decode.on(ranks)) * tokens / self.vae_tokens
 
     def video(self, tokens: int, mesh: Mesh, steps: int = STEPS) -> Terms:
-        """Returns the terms of one video with guidance, in seconds.
+        """Returns the seconds of one video with guidance, as the terms of the cost model.
 
         If `mesh.cfg` is 2, both branches run at the same time.
         """
@@ -101,8 +104,8 @@ def on_more_gpus(
     """Returns the seconds of each stage on the second mesh, projected from `seconds` on the first mesh.
 
     The time of a forward is split in two parts. The exchange is computed by `model`. The rest of the measured time is
-    work that the ranks share equally. `model` does not compute this work, so it may use other kernels than the runs to
-    which `model` was fitted.
+    work that the ranks share equally. `model` does not compute this work, so the measured video may use other kernels
+    than the runs to which `model` was fitted.
     """
     before, after = meshes
     exchange = [model.forward(tokens, mesh.ulysses)["exchange"] for mesh in meshes]
@@ -133,7 +136,7 @@ def fit(forward: Document, profile: Document, vae: Document, video: Document) ->
     `forward`: the time of a forward on one GPU and on two GPUs.
     `profile`: how the time of a forward on one GPU is divided among its parts.
     `vae`: the times of the VAE on one GPU and on two GPUs.
-    `video`: the times of whole videos on two GPUs. The start takes the rest: the time without text, denoising and VAE.
+    `video`: the times of whole videos on two GPUs. What remains after text, denoising and VAE is the time of the start.
     """
     one_s, two_s = (forward["ways"][name]["ms"] / 1000 for name in ("one", "ulysses 2"))
     tokens, shares = forward["tokens"], next(iter(profile["profiles"].values()))["shares"]  # the first is one GPU's
@@ -166,7 +169,7 @@ def _tokens_of_vae(vae: Document) -> int:
 
 @dataclass(frozen=True)
 class WholeVideo:
-    """Holds median seconds that `benchmarks/whole_video.py --random` measured, over its commands with a new prompt."""
+    """Holds the median seconds of the commands with a new prompt, from `benchmarks/whole_video.py --random`."""
 
     num_gpus: int
     steps: int

@@ -44,7 +44,8 @@ def bench(
     set_: Annotated[Path | None, options.clip_set("the examples that ship")] = None,
     seed: options.SeedOfClips = 0,
     repeats: Annotated[
-        int, typer.Option(help="How often each recipe makes each clip; the recipes run in turn.", rich_help_panel=MAKE)
+        int,
+        typer.Option(help="How many times each recipe makes each clip; the recipes run in turn.", rich_help_panel=MAKE),
     ] = 2,
     steps_measured: Annotated[
         int | None,

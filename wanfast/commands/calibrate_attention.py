@@ -1,4 +1,4 @@
-"""`wanfast calibrate-attention`: finds the least density of each attention head, and stores them as a plan."""
+"""`wanfast calibrate-attention`: finds the least density of each attention head, and stores the densities as a plan."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def calibrate_attention(
     target_error: Annotated[
         float,
         typer.Option(
-            help="Largest relative error of a head's output, as the mean over a clip's calls in a band of steps.",
+            help="Largest allowed relative error of a head's output, averaged over a clip's calls in a band of steps.",
             rich_help_panel=LOSSY,
         ),
     ] = 0.1,
     fp8: Annotated[
         bool,
         typer.Option(
-            help="Let heads compute in float8, if no cheaper density keeps the target. A run on a GPU then needs "
+            help="Let a head compute in float8, if no cheaper density meets --target-error. A run on a GPU then needs "
             "FlashAttention-3 too.",
             rich_help_panel=LOSSY,
         ),
@@ -54,7 +54,7 @@ def calibrate_attention(
     seed: options.SeedOfClips = 0,
     json_: options.Json = False,
 ) -> None:
-    """Find the least density of each attention head, and store them for `--attention-plan artifact`.
+    """Find the least density of each attention head, and store the plan for `--attention-plan artifact`.
 
     Each clip is denoised with dense attention, and its errors are stored when it is done. So an interrupted run
     continues with the next clip, and another --target-error needs no new measurement.
@@ -127,7 +127,7 @@ def calibrated(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns a text: the plan's folder and errors, and the mean error of each density of the ladder."""
+    """Returns a text: the plan's folder and errors, and the mean error of each density that was tried."""
     how = "was made already" if result["was_there"] else f"{result['clips']} clips"
     heads = [density for layers in result["densities"] for of_layer in layers for density in of_layer]
     shares = {None: 1.0, "fp8": FP8_SHARE}

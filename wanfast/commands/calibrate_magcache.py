@@ -62,7 +62,11 @@ def calibrate_magcache(
 
 
 def planned(given: dict[str, Any], clips: list[Clip], files: ModelFiles) -> list[Plan]:
-    """Returns one plan for each clip, which counts the residuals of this step and of the last. Raises WanFastError."""
+    """Returns one plan for each clip.
+
+    Each plan counts the bytes of two residuals for each branch: this step's and the previous step's. Raises
+    WanFastError.
+    """
     return plans_of(given, clips, files, requested=given, residuals_a_branch=2)
 
 

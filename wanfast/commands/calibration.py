@@ -18,7 +18,7 @@ from wanfast.runtime.store.model_files import ModelFiles
 
 
 def plans_of(given: dict[str, Any], clips: list[Clip], files: ModelFiles, **changes: Any) -> list[Plan]:
-    """Returns one plan for each clip, as `wanfast generate` would plan it, with the `changes` to its fields.
+    """Returns one plan for each clip, as `wanfast generate` would plan it, but with `changes` in the plan's fields.
 
     Raises WanFastError.
     """
@@ -39,10 +39,10 @@ def measured_clips(
     *,
     show_progress: bool,
 ) -> list[dict[str, Any]]:
-    """Returns the measurements of every clip, and stores each when it is done.
+    """Returns the measurements of every clip; as soon as a clip is measured, the clip's measurements are stored.
 
-    `kind` is the kind of the artifact. `inputs` and `plans` are those of each clip. `is_whole` returns whether stored
-    measurements are complete. Raises WanFastError.
+    `kind` is the kind of the artifact. `inputs` and `plans` have one element for each clip. `is_whole` returns whether
+    stored measurements are complete. Raises WanFastError.
     """
     missing = [index for index, of_clip in enumerate(inputs) if read_clip(store, kind, of_clip, is_whole) is None]
     if len(missing) < len(inputs):

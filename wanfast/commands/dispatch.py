@@ -42,7 +42,7 @@ def run_jobs(
     """Runs `jobs` on the ranks that the first plan describes, and returns one result per job, in order.
 
     `of_list`: whether the jobs come from a `--jobs` list, even if only one of its lines remains to be made. `ray`: the
-    address of a Ray cluster, on which each machine has such ranks.
+    address of a Ray cluster; the ranks that the first plan describes then run on each machine of the cluster.
     `on_result(index, result)` is called as soon as a job is done.
     """
     config = plans[0].config

@@ -28,7 +28,7 @@ _WORTH_A_NOTE_S = 0.5
 class Report:
     """Prints plans and results on stdout.
 
-    With `as_json` it prints them on stderr instead, and one JSON document as the last line of stdout.
+    With `as_json`, plans and results go to stderr instead, and the last line of stdout is one JSON document.
 
     `brief` is true if stdout is not a terminal. Then only the results are printed, no plans and no progress.
     """

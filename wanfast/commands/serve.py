@@ -50,8 +50,8 @@ def serve(
     max_clips: Annotated[
         int,
         typer.Option(
-            help="Largest number of clips of a video that is longer than --frames; with 3, the published model makes "
-            "12 seconds.",
+            help="Largest number of clips of a video that is longer than --frames. For 12 seconds, the published "
+            "model needs 3 clips.",
             rich_help_panel=SERVER,
         ),
     ] = 3,
@@ -75,7 +75,7 @@ def serve(
     replicas: Annotated[
         int | None,
         typer.Option(
-            help="Number of servers with --ray, each with --num-gpus GPUs of one machine.",
+            help="With --ray: the number of servers. Each server has --num-gpus GPUs of one machine.",
             show_default="as many as the cluster has room for",
             rich_help_panel=SERVER,
         ),
@@ -136,4 +136,4 @@ def _check_ray(ray: str | None, replicas: int | None, database: str | None, port
             "--ray needs --database postgresql://USER@HOST/NAME, because SQLite cannot be shared by several machines"
         )
     if ray is not None and port == 0:
-        raise ConfigError("--port 0: Ray Serve needs a number: name a port that is free on the cluster's head")
+        raise ConfigError("--port 0: Ray Serve cannot choose a port: name a port that is free on the cluster's head")

@@ -24,7 +24,7 @@ _HOP = 0.22
 
 @dataclass(frozen=True)
 class Motion:
-    """Holds the path of one motion and the phrases by which captions name it."""
+    """Holds the path of one motion, and the phrases by which captions name the motion."""
 
     path: Callable[[Path], list[Path]]
     phrases: tuple[str, ...]

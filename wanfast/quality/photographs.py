@@ -70,7 +70,10 @@ class Photographs:
         return Shot(photograph, (x, y), scale, rng.random() < 0.5, (red, green, blue))
 
     def sample(self, shot: Shot, places: Tensor) -> Tensor:
-        """Returns the photograph's colours [F, H, W, 3], in 0..1, at the `places` [F, H, W, 2] in the first frame."""
+        """Returns the photograph's colours [F, H, W, 3], in 0..1, at `places` [F, H, W, 2].
+
+        Places of all frames are given as places in the shot's first frame.
+        """
         picture = self.pictures[shot.photograph]
         height, width = picture.shape[1:]
         flip = places.new_tensor((-1.0 if shot.mirrored else 1.0, 1.0))

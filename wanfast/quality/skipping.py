@@ -1,11 +1,12 @@
 """Measures what MagCache saves and costs on the tiny model; `make tiny-magcache` runs this module.
 
 Held-out pairs of image and prompt go through the pipeline without skipping, and then with every setting of MagCache.
-Each setting has two plans. The greedy plan skips until the error reaches a threshold. The least-error plan skips as
-many forwards as the greedy plan, within the same limits, but with the least accumulated error. A third video follows
-the least-error plan too, but extrapolates the residuals of skipped forwards. Each video is compared with the unskipped
-video (PSNR, SSIM) and with the true clip (PSNR), and the tracker classifies the video's motion. The command writes JSON
-and plots quality over the share of skipped forwards.
+Each setting makes three videos. The first video follows the greedy plan, which skips until the error reaches a
+threshold. The second video follows the least-error plan: it skips as many forwards as the greedy plan, within the same
+limits, but with the least accumulated error. The third video follows the least-error plan too, but extrapolates the
+residuals of skipped forwards. Each video is compared with the unskipped video (PSNR, SSIM) and with the true clip
+(PSNR), and the tracker classifies the video's motion. The command writes JSON and plots quality over the share of
+skipped forwards.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ class Judge:
 
 
 def shown(task: Task, scene: Scene, frames: npt.NDArray[np.uint8]) -> str | None:
-    """Returns the motion that the frames show: the shape's or the camera's motion, as `task.mover` says.
+    """Returns the motion that the frames show; `task.mover` says whether the shape or the camera moves.
 
     Returns None if the shape or the camera could not be followed.
     """
@@ -240,7 +240,7 @@ def judge_all(
         for result in pool.imap(_work, [(judged, task) for task in tasks]):
             results.append(result)
             if len(results) % every == 0:
-                print(f"{len(results)} of {len(tasks)}, {time.perf_counter() - started:.0f} s", flush=True)
+                print(f"{len(results)} of {len(tasks)} tasks done in {time.perf_counter() - started:.0f} s", flush=True)
     return results
 
 

@@ -95,7 +95,7 @@ def foreign(subject: str, fix: str, kind: type[WanFastError] = ConfigError) -> I
 
 
 def reason(error: BaseException) -> str:
-    """Returns the reason of an exception of a parser or of the file system, in a few words on one line."""
+    """Returns, in a few words on one line, why a parser or the file system raised this exception."""
     if isinstance(error, UnicodeDecodeError):
         return "is not UTF-8 text"
     if isinstance(error, MemoryError):

@@ -103,7 +103,7 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
     def follow(owner: str = owned) -> StreamingResponse:
         own = of_key.setdefault(owner, asyncio.Semaphore(MOST_STREAMS if owner == EVERYBODY else MOST_OF_A_KEY))
         if streams.locked() or own.locked():
-            message = "too many pages are open already: close one, or ask for each video"
+            message = "too many pages are open already: close one, or request each video by its id"
             raise ApiError(429, message, code="too_many_streams", headers=_BUSY)
         found = lines(Changes(store, parts.worker, owner), parts.worker, streams, own)
         return StreamingResponse(found, media_type="application/x-ndjson")
@@ -199,7 +199,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
-        message = "an error of the server; its log has the reason"
+        message = "an error of the server; the server's log has the reason"
         return answer(ApiError(500, message, code="server_error", headers=HEADERS))  # this answer passes no gate
 
 

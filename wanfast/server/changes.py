@@ -1,4 +1,4 @@
-"""Streams what changes among the videos of a key, so that a page follows all of them by one request."""
+"""Streams the changes of an API key's videos, so that a page follows all these videos with one request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BEAT_S = 15.0  # an empty line after this time without a change shows that the 
 
 
 class Changes:
-    """This class holds what a stream has sent, and finds what is new."""
+    """This class holds the videos that a stream has sent to a client, and finds what has changed since then."""
 
     def __init__(self, store: Store, worker: Worker, owner: str) -> None:
         self._store, self._worker, self._owner = store, worker, owner
@@ -51,7 +51,7 @@ async def lines(
 ) -> AsyncIterator[str]:
     """Yields a line of JSON for each change, until the server stops or its database does not answer.
 
-    `turn` limits the streams, and `own_turn` those of one key.
+    `turn` limits the number of all open streams, and `own_turn` limits the number of open streams of one API key.
     """
     async with own_turn, turn:
         written = time.monotonic()

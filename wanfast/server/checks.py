@@ -30,7 +30,7 @@ from wanfast.server.replies import ApiError, in_fields, in_names_of_fields, unfi
 from wanfast.server.store import NewJob
 
 _OF_ONE_VIDEO = {"image", "prompt", "seed"}
-_UNPLANNED = "the server cannot plan this video; its log has the reason"
+_UNPLANNED = "the server cannot plan this video; the server's log has the reason"
 
 
 class Planner(Protocol):
@@ -66,12 +66,12 @@ class Served:
 
     @property
     def joined_frames(self) -> int:
-        """Returns the number of frames of the longest video of such clips; neighbouring clips share a frame."""
+        """Returns the number of frames of `clips` clips of `most_frames` each; neighbouring clips share a frame."""
         return self.clips * (self.most_frames - 1) + 1
 
     @property
     def total_frames(self) -> int:
-        """Returns the number of frames of the longest video: of those clips, or of one clip by --frames."""
+        """Returns the number of frames of the longest video: of joined clips, or of one clip with `frames` frames."""
         return max(self.frames, self.joined_frames)
 
     @property
@@ -83,13 +83,13 @@ class Served:
     def of(cls, opened: Opened, defaults: Mapping[str, Any], max_clips: int) -> Served:
         """Describes what a server with this handle offers.
 
-        `defaults`: options of `Handle.make` that a request may override. `max_clips`: of a long video, if the model can
-        start a clip from a frame.
+        `defaults`: options of `Handle.make` that a request may override. `max_clips`: the most clips of one video; if
+        the model cannot start a clip from a frame, a video has one clip.
         """
         config, spec = opened.placed.config, opened.files.spec
         if (recipe := config.models.recipe) and _needs_last_image(recipe):
             raise ConfigError(
-                f"--recipe {recipe} needs a last image, for which requests have no field: use another recipe"
+                f"--recipe {recipe} needs a last image, but a request has no field for it: use another recipe"
             )
         name = config.models.model if config.models.model in NAMED_MODELS else spec.name
         frames = config.video.frames
@@ -105,7 +105,7 @@ class Checks:
 
     @property
     def takes_images(self) -> bool:
-        """Returns whether a request must have an image; otherwise it must have none."""
+        """Returns whether a request must have an image; if not, the request must have no image."""
         return self._served.spec.takes_images
 
     def job(self, asked: Asked, owner: str, idempotency_key: str | None) -> NewJob:
@@ -120,7 +120,7 @@ class Checks:
         self._check_image(asked)
         if fields.recipe and _needs_last_image(fields.recipe):
             raise unfit(
-                "recipe", f"{fields.recipe} needs a last image, for which requests have no field: use another one"
+                "recipe", f"{fields.recipe} needs a last image, but a request has no field for it: use another one"
             )
         boundary = fields.boundary_ratio
         if boundary not in (None, served.spec.boundary):
@@ -164,7 +164,7 @@ class Checks:
                 raise ApiError(503, without_paths(str(error), _UNPLANNED), code="unavailable") from error
 
     def offer(self) -> dict[str, Any]:
-        """Returns what the server makes of fields that a request leaves out, and the recipes that can be asked for."""
+        """Returns the defaults for fields that a request leaves out, the recipes that it may name, and limits."""
         served = self._served
         chosen = EffectiveConfig.of({**NO_VIDEO, **served.planner.asked, **served.defaults}, served.spec).video
         width, height = served.size
@@ -216,7 +216,7 @@ class Checks:
         clips = max(1, math.ceil(round(groups) / max(1, most // 4)))
         frames = 4 * round(groups / clips) + 1
         if clips > served.clips or frames > most:
-            why = "" if served.spec.takes_images else ", because a clip cannot start from another one's frame"
+            why = "" if served.spec.takes_images else ", because a clip cannot start from another clip's frame"
             raise unfit("seconds", f"one video has at most {_length_of(served.joined_frames, fps)}{why}")
         return frames, clips
 

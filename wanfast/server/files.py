@@ -36,7 +36,7 @@ class Files:
             others = [file.name for file in folder.iterdir() if not file.name.lstrip(".").startswith(_OWN)]
             if folder.stat().st_mode & 0o077 and others:
                 raise ConfigError(
-                    f"--data-dir {folder}: has files of other programs: name a folder for the server alone"
+                    f"--data-dir {folder}: has files of other programs: name a folder that only the server uses"
                 )
             folder.chmod(0o700)
         except OSError as error:
@@ -73,7 +73,7 @@ class Files:
             file.unlink(missing_ok=True)
 
     def sweep(self, listed: Collection[Path], wanted: Collection[str]) -> None:
-        """Removes each file in `listed` that belongs to no attempt in `wanted`; half-written files are removed too.
+        """Removes each file in `listed`, complete or half-written, that belongs to no attempt in `wanted`.
 
         The caller must list the files before it asks for the wanted attempts, so that a new file is not removed.
         """

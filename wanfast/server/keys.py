@@ -18,7 +18,7 @@ EVERYBODY = "everybody"  # the owner of all jobs of a server without keys
 class Keys:
     """This class holds the hashes of all API keys, and says who owns the jobs of a request: the client with its key.
 
-    A server without keys treats all requests as one client's.
+    A server without keys treats all requests as requests of one client.
     """
 
     hashes: tuple[bytes, ...] = ()

@@ -1,4 +1,7 @@
-"""Serves the page of the server and the page of its calls: plain files of the package, which anybody may read."""
+"""Serves two pages: the page that makes videos, and the page that describes the server's HTTP calls.
+
+Both pages are plain files of the package, and anybody may read them without an API key.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _FILES = {file.name: file for file in _FOLDER.iterdir() if file.suffix in _TYPES
 
 
 def add_pages(app: FastAPI) -> None:
-    """Adds the pages to an app. They hold no video: their scripts ask for videos with the key of the user."""
+    """Adds the pages to an app. The pages hold no video: their scripts request videos with the user's key."""
 
     @app.get("/", include_in_schema=False)
     def page() -> FileResponse:

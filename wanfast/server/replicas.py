@@ -1,8 +1,8 @@
 """Serves on the machines of a Ray cluster: Ray Serve runs the app in replicas, each with ranks on one machine.
 
-Each replica has the whole server: its HTTP, its worker and its ranks. They share the queue in PostgreSQL and the folder
-of the videos, so that any of them answers for every video. If a replica is lost, another one makes its video when the
-lease ends, and Ray Serve starts the replica again.
+Each replica has the whole server: its HTTP, its worker and its ranks. The replicas share the queue in PostgreSQL and
+the folder of the videos, so that any replica answers for every video. If a replica is lost while it makes a video,
+another replica makes this video when the lease ends, and Ray Serve starts the lost replica again.
 This module does not import torch, and imports Ray only when it connects.
 """
 
@@ -42,7 +42,7 @@ class _LostClusterError(RankFailedError):
 
 
 class Replica:
-    """This class is one server, without HTTP of its own: Ray Serve passes requests to its app."""
+    """This class is one server, without HTTP of its own: Ray Serve passes requests to this server's app."""
 
     def __init__(self, settings: Settings, keys: Keys, asked: dict[str, Any], defaults: Mapping[str, Any]) -> None:
         """Loads the models on this machine, and returns when they are loaded. Raises WanFastError.
@@ -149,7 +149,7 @@ def _watch(serve: Any, settings: Settings, stopped: threading.Event) -> None:
         status = found.status
         if status == "DEPLOY_FAILED":
             lines = [line.strip() for line in found.deployments[_APP].message.splitlines() if line.strip()]
-            raise RankFailedError(f"--ray: the replicas cannot start ({' '.join(lines)[-400:]})")
+            raise RankFailedError(f"--ray: the replicas cannot start ({' '.join(lines)[-400:]}): see `ray logs`")
         if status == "RUNNING" and not was_ready:
             was_ready = True
             print_ready(address_of(settings.host, settings.port))

@@ -48,14 +48,14 @@ def unfit(param: str, message: str) -> ApiError:
 def in_fields(message: str) -> tuple[str, str | None]:
     """Replaces the options in an error message by the request's fields, such as --steps by num_inference_steps.
 
-    Returns (the new message, its first field or None).
+    Returns (the new message, the first field in this message, or None if the message names no field).
     """
     first = _FLAG.search(message)
     return _FLAG.sub(lambda found: _field(found[0]), message), _field(first[0]) if first else None
 
 
 def in_names_of_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns those options of a video that a request can give, by the names of the fields."""
+    """Returns {field of a request: value} for the options that a request can give and that have a value."""
     return {field: options[option] for option, field in _FIELD_OF.items() if options.get(option) is not None}
 
 
@@ -69,9 +69,9 @@ def without_paths(message: str, instead: str) -> str:
 
 
 def video(job: Job, queue_position: int | None = None) -> dict[str, Any]:
-    """Returns a job as the JSON object of a video, which the client gets.
+    """Returns what the client gets for a job: the JSON object of a video.
 
-    `queue_position`: the number of jobs before a queued job.
+    `queue_position`: the number of queued jobs before this job; None if this job is not queued.
     """
     error = None if job.error_code is None else {"code": job.error_code, "message": job.error_message}
     settings = _settings(job)

@@ -116,7 +116,7 @@ def parts_of(
     defaults: Mapping[str, Any],
     start: Callable[[Opened], Handle] = Handle,
 ) -> Iterator[Parts]:
-    """Opens the queue, starts the ranks, and yields what the routes use; its worker does not run yet.
+    """Opens the queue, starts the ranks, and yields what the routes use; the worker of the queue does not run yet.
 
     Raises WanFastError.
     """
@@ -151,7 +151,7 @@ def parts_of(
 
 
 def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
-    """Plans a video of the server's defaults, and returns the options of the same video with few steps.
+    """Plans a video with the server's default options, and returns the options of the same video with few steps.
 
     Raises WanFastError.
     """

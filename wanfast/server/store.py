@@ -144,7 +144,8 @@ class Store:
         """Queues a job and returns (the job, True).
 
         If an earlier job has the same owner and the same Idempotency-Key, returns (the earlier job, False). Raises
-        KeyReusedError if the earlier job is another request or was deleted, and QueueFullError if `most` jobs wait.
+        KeyReusedError if the earlier job was made from a different request or was deleted. Raises QueueFullError if
+        `most` jobs wait.
         """
         with self._writing() as connection:
             lock_adding(connection)
@@ -166,7 +167,7 @@ class Store:
     def earlier(self, new: NewJob) -> Job | None:
         """Returns the earlier job with the Idempotency-Key of this request, or None if there is none.
 
-        Raises KeyReusedError if the earlier job is another request or was deleted.
+        Raises KeyReusedError if the earlier job came from a different request, or if it was deleted.
         """
         with self._reading() as connection:
             return self._of_key(connection, new)
@@ -180,7 +181,7 @@ class Store:
     def page(self, owner: str, limit: int, after: str | None, order: Order) -> tuple[list[Job], bool] | None:
         """Returns (up to `limit` jobs of an owner, whether more jobs follow).
 
-        `after`: the id of the last job of the previous page, which may be deleted meanwhile. Returns None if `after`
+        `after`: the id of the last job of the previous page; this job may be deleted meanwhile. Returns None if `after`
         is not a job of the owner.
         """
         number = JOBS.c.number
@@ -202,7 +203,7 @@ class Store:
             return connection.execute(select(func.count()).select_from(JOBS).where(before)).scalar_one()
 
     def overview(self, owner: str, most: int) -> Overview:
-        """Returns up to `most` jobs of an owner that have not ended, and up to `most` of those that have."""
+        """Returns up to `most` unended jobs of an owner, and up to `most` ended jobs of the same owner."""
         number, status, mine = JOBS.c.number, JOBS.c.status, select(JOBS).where(_visible(owner))
         order = (status, JOBS.c.priority.desc(), number)  # in_progress comes before queued
         with self._reading() as connection:
@@ -244,7 +245,7 @@ class Store:
             return Job.of(connection.execute(begun.returning(JOBS)).one())
 
     def image(self, job: Job) -> bytes | None:
-        """Returns the image of a job, which is empty if the job has none; None if the job has ended."""
+        """Returns the bytes of a job's image: empty if the job has no image, None if the job has ended."""
         with self._reading() as connection:
             found = connection.execute(select(IMAGES.c.data).where(IMAGES.c.job == job.number))
             return found.scalar_one_or_none()
@@ -282,8 +283,8 @@ class Store:
     def recover(self, *, all_lost: bool) -> int:
         """Finds the running jobs with lost attempts, and returns how many jobs were found.
 
-        These jobs are queued again; a job that had its last attempt fails instead. If `all_lost` is true, every attempt
-        counts as lost. Otherwise an attempt is lost if its lease has expired.
+        These jobs are queued again. But if a job has no attempt left, this job fails. If `all_lost` is true, every
+        attempt counts as lost. Otherwise an attempt is lost if its lease has expired.
         """
         expired = JOBS.c.lease_until < self._now()
         lost = and_(JOBS.c.status == "in_progress", true() if all_lost else expired)
@@ -297,7 +298,7 @@ class Store:
         """Ends a queued or running job with the code `cancelled`; returns the job, or None if there is no such job.
 
         A job that has already ended keeps its status. If `deletes` is true, the owner can no longer see the job, and
-        what its request said is removed. In this case, the returned job is the one before the change.
+        what its request said is removed. In this case, the job is returned as it was before the call.
         """
         mine = and_(_visible(owner), JOBS.c.id == video)
         with self._writing() as connection:

@@ -51,7 +51,7 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (
     (ConfigError, "invalid_video"),
     (Exception, _FAULT),
 )
-_UNSAID = "the server could not make this video; its log has the reason"
+_UNSAID = "the server could not make this video; the server's log has the reason"
 T = TypeVar("T")
 
 
@@ -307,7 +307,7 @@ def _noted() -> Iterator[None]:
     except SQLAlchemyError as error:
         note(f"the server's database reports an error: {' '.join(str(error).split()):.200}")
     except OSError as error:
-        note(f"--data-dir reports an error: {error}")
+        note(f"--data-dir: the file system reports an error ({error}): check the folder and its disk")
 
 
 def _patiently(change: Callable[[], T]) -> T | None:

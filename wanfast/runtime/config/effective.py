@@ -31,7 +31,7 @@ NO_VIDEO: Options = {"prompt": "none"}  # required of a video, but not to place 
 
 @dataclass(frozen=True, kw_only=True)
 class EffectiveConfig:
-    """This class holds the values of all options that make one video, in five parts."""
+    """This class holds the values of all options of one video, in five parts."""
 
     video: VideoConfig
     models: ModelsConfig
@@ -134,7 +134,7 @@ PARTS: dict[str, Any] = {
 
 
 def accepted(given: Options) -> dict[str, Any]:
-    """Checks the values of the `given` options, and returns all of them; a path object becomes a str.
+    """Checks the values of the `given` options, and returns all given options; a path object becomes a str.
 
     Raises ConfigError, which names the option.
     """
@@ -167,7 +167,8 @@ def refuse_lossy_attention(given: Options, command: Command) -> None:
     """Raises ConfigError if lossy attention is given to a command that makes videos only to measure something."""
     if (kernel := given.get("attention")) in LOSSY_ATTENTION:
         raise ConfigError(
-            f"--attention {kernel}: only `wanfast generate` has it, not `wanfast {command}`: use --attention auto"
+            f"--attention {kernel}: only `wanfast generate` takes this value, not `wanfast {command}`: use "
+            "--attention auto"
         )
 
 

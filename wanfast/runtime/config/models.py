@@ -275,7 +275,8 @@ class ModelsConfig(Part):
     attention_check: Annotated[
         bool,
         Option(
-            "With lossy attention, measure the error of 64 queries of each head in each call, for the .json.",
+            "With lossy attention, measure the error of each head in each call, from 64 queries. The .json records the "
+            "errors.",
             LOSSY,
         ),
     ] = field(default=False, compare=False)

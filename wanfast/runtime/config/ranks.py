@@ -31,8 +31,8 @@ class RanksConfig(Part):
     nnodes: Annotated[
         int,
         Option(
-            "Number of machines that make each video together. Start wanfast on each, with the same options except "
-            "--node-rank.",
+            "Number of machines that make each video together. Start wanfast on each machine, with the same options "
+            "except --node-rank.",
             GPUS,
             of_this_run=True,
             check=between(1, 1024, "use the number of machines, 1 to 1024"),
@@ -86,8 +86,8 @@ class RanksConfig(Part):
     expert_offload: Annotated[
         Switch,
         Option(
-            "Hold the idle expert in host memory. auto does this if both experts fit on the GPUs neither "
-            "whole nor sharded.",
+            "Hold the idle expert in host memory. auto does this if the GPUs are too small for both experts, "
+            "even if the experts are sharded.",
             GPUS,
             of_these_ranks=True,
             also=COMPILED,
@@ -96,9 +96,9 @@ class RanksConfig(Part):
     rank_timeout: Annotated[
         float,
         Option(
-            "Seconds that a rank waits for another rank until the run counts as hung. It also counts as hung if no "
-            "rank does anything for three times as long. A hung run fails; in a --jobs list, only the current line "
-            "fails.",
+            "Seconds that a rank waits for another rank until the run counts as hung. The run also counts as hung "
+            "if no rank does anything for three times as long. A hung run fails; in a --jobs list, only the current "
+            "line fails.",
             GPUS,
             of_this_run=True,
             also=COMPILED,

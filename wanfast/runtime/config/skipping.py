@@ -131,7 +131,7 @@ class SkippingConfig(Part):
         bool,
         Option(
             "Extrapolate the residual of a skipped forward from the last two computed residuals, for up to two skips "
-            "in a row. Otherwise, the last residual is used again.",
+            "in a row. Without this option, the last residual is used again.",
             LOSSY,
             also=("serve",),
         ),

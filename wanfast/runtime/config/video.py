@@ -86,8 +86,8 @@ class VideoConfig(Part):
     continue_from: Annotated[
         str | None,
         Option(
-            "An mp4 that the video continues: the output holds this video, then the new clip, which starts from its "
-            "last frame. Size and frames per second are those of the mp4.",
+            "An mp4 to continue: the output holds the mp4's frames, then the new clip. The new clip starts from the "
+            "mp4's last frame. Size and frames per second are those of the mp4.",
             MAKE,
             asked=str,
             path=True,
@@ -99,7 +99,7 @@ class VideoConfig(Part):
     last_image: Annotated[
         str | None,
         Option(
-            "The image that the video ends with. It is fitted to the video as --image is.",
+            "The image that the video ends with. This image is fitted to the video in the same way as --image.",
             MAKE,
             asked=str,
             path=True,
@@ -110,8 +110,8 @@ class VideoConfig(Part):
     prompt: Annotated[
         str | tuple[str, ...],
         Option(
-            "What happens in the video. Repeated, it gives several clips in one file: each clip starts from the last "
-            "frame of the one before.",
+            "What happens in the video. If you give this option several times, the file has several clips: each clip "
+            "starts from the last frame of the previous clip.",
             MAKE,
             asked=tuple[str, ...],
         ),
@@ -235,8 +235,8 @@ class VideoConfig(Part):
     guidance_gate: Annotated[
         float,
         Option(
-            "Share of each expert's steps, from the first one, that run the negative prompt's branch. The expert's "
-            "later steps reuse the last difference between the two predictions.",
+            "Share of each expert's steps that run the negative prompt's branch, counted from the expert's first step. "
+            "The expert's later steps reuse the last difference between the two predictions.",
             SAMPLING,
             also=("bench",),
             default="1",
@@ -296,7 +296,8 @@ class VideoConfig(Part):
             )
         if self.frames == 1 and (why := many or (self.continue_from and "--continue-from")):
             raise ConfigError(
-                f"{why}: a clip shares its first frame with what comes before, so it needs more: use --frames 5 or more"
+                f"{why}: a clip shares its first frame with what comes before, so one frame is not enough: "
+                "use --frames 5 or more"
             )
 
     def _check_schedule(self) -> None:
@@ -327,13 +328,13 @@ class VideoConfig(Part):
     def images(self) -> dict[str, str]:
         """Returns the path of each given image, by the flag of its option; the image of the first frame comes first.
 
-        This image may be the last frame of a video, whose path is then returned.
+        With --continue-from, the first frame comes from an earlier video, and the path of that video is returned.
         """
         found = {"--image": self.image, "--continue-from": self.continue_from, "--last-image": self.last_image}
         return {option: path for option, path in found.items() if path}
 
     def with_images(self, images: Mapping[str, str]) -> VideoConfig:
-        """Returns the config with other paths of its images, by the flags of their options."""
+        """Returns a copy of the config with other image paths; `images` is {flag of an image's option: path}."""
         paths: dict[str, Any] = {flag.removeprefix("--").replace("-", "_"): path for flag, path in images.items()}
         return replace(self, **paths)
 

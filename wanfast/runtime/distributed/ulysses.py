@@ -64,10 +64,10 @@ class Ulysses:
         return self._returned(attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens]))
 
     def fp8_attention(self, projections: Fp8Projections, num_tokens: int) -> Tensor:
-        """Returns the same attention, computed in float8: the ranks exchange float8 values, half as many bytes.
+        """Returns what `attention` returns, but computes it in float8; ranks exchange half as many bytes as in bf16.
 
         The ranks first exchange their statistics of k and v, so that all tokens of a head have one scale and one
-        centre. So each rank's float8 values are those that one rank alone would compute. q is sent meanwhile.
+        centre. Therefore the float8 values are equal to those of a single rank. q is sent meanwhile.
         """
         size, rank = self.group.size(), self.group.rank()
         sent = [self._send(projections.queries(size).view(torch.uint8))]
@@ -85,7 +85,7 @@ class Ulysses:
         return first, min(share, num_tokens - first)
 
     def stack(self, x: Tensor) -> Tensor:
-        """Returns the x of all ranks [P, ...], in rank order."""
+        """Returns the x of all P ranks, in rank order: [P, ...]."""
         return all_gather(x, self.group)
 
     def _returned(self, out: Tensor) -> Tensor:

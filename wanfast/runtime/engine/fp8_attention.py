@@ -1,7 +1,8 @@
 """This module computes self-attention in float8 in the scheduled steps and layers of a video; see `attention_fp8`.
 
-In all other steps and layers, self-attention is exact, and cross-attention always is. Under Ulysses, each rank checks
-all heads: it holds the exact keys of its own tokens only, so that the ranks join the parts of the exact rows.
+In all other steps and layers, self-attention is exact. Cross-attention is always exact. Under Ulysses, a rank has exact
+keys of only its own tokens. So, for a check, each rank computes its part of the exact rows of all heads, and the ranks
+join these parts.
 
 Shapes: B batch (1), L tokens of this rank, H heads of all ranks, D head dim.
 """
@@ -34,7 +35,7 @@ class Fp8Attention(LossyAttention):
         self._layers: list[list[SelfAttention]] = []  # of each expert
 
     def use_in(self, model: WanDiT) -> None:
-        """Adds an expert, whose layers are told before each forward how they compute self-attention."""
+        """Adds an expert; before each forward, this object tells the expert's layers how to compute self-attention."""
         self._layers.append(model.self_attentions())
 
     def start(self, plan: Plan) -> TokenOrder:

@@ -1,7 +1,7 @@
 """This module holds what all kinds of lossy self-attention share: the running forward, and the sampled errors.
 
-If asked, each lossy call is checked on 64 queries of each head; see `attention_check`. The queries are drawn again in
-each call, by a generator with the seed of the video, the step, the branch and the layer.
+With --attention-check, each lossy call is checked on 64 queries of each head; see `attention_check`. The queries are
+drawn again in each call. The generator's seed consists of the video's seed, the step, the branch and the layer.
 
 Shapes: H heads of all ranks, S sampled queries.
 """
@@ -25,7 +25,7 @@ CHECKED_QUERIES = 64  # of each head, in each lossy call
 
 
 class Forward(NamedTuple):
-    """Says which forward runs: its step, expert and branch of guidance, and the ranks as the step groups them."""
+    """Says which forward runs: its step, expert and branch of guidance, and how this step groups the ranks."""
 
     step: int
     expert: Expert
@@ -35,7 +35,7 @@ class Forward(NamedTuple):
 
 
 class LossyAttention:
-    """This base class follows the forwards of a video, and collects the errors of its lossy calls."""
+    """This base class follows the forwards of a video, and collects the numerical errors of all lossy calls."""
 
     def __init__(self, num_heads: int, ranks: Ranks) -> None:
         """Stores the arguments; `num_heads` counts the heads of all ranks."""
@@ -46,7 +46,7 @@ class LossyAttention:
         self._seed: int | None = None  # of the queries that are checked
 
     def use_in(self, model: WanDiT) -> None:
-        """Makes the layers of an expert compute their self-attention in this way."""
+        """Makes the layers of an expert compute their self-attention by the method of this class."""
         raise NotImplementedError
 
     def start(self, plan: Plan) -> TokenOrder:
@@ -80,14 +80,17 @@ class LossyAttention:
         self._errors[self._forward.step, self._forward.branch, layer] = heads, errors
 
     def report(self) -> dict[str, Any] | None:
-        """Returns the errors of all ranks' heads as JSON, None if they are not checked; all ranks must call it.
+        """Returns the errors of all ranks' heads as JSON, or None if no errors are measured.
 
-        Steps, layers and heads count from 0. Layers that are exact have no errors.
+        All ranks must call this method. Steps, layers and heads count from 0. Layers that are exact have no errors.
         """
         return _report(self.errors(), self._num_layers) if self.is_checked else None
 
     def errors(self) -> dict[tuple[int, Branch, int], list[Any]]:
-        """Returns {(step, branch, layer): errors of each head} over all ranks' heads; all ranks must call it."""
+        """Returns {(step, branch, layer): errors of each head} over all ranks' heads.
+
+        All ranks must call this method.
+        """
         by_rank = self._ranks.gather({key: (heads, errors.tolist()) for key, (heads, errors) in self._errors.items()})
         found: dict[tuple[int, Branch, int], dict[int, Any]] = {}
         for of_rank in by_rank:

@@ -6,7 +6,7 @@ the VAE, each rank computes some rows of every frame. Only the leader gets the v
 images [n, 3, H, W] -> VAE -> condition y [20, T, h, w] (mask, then latents) -> `denoise`, which calls the step's
 expert for the velocity of each guidance branch -> clean latent [16, T, h, w] -> VAE -> video [3, F, H, W].
 
-Shapes: F frames of H x W pixels; T latent frames of h x w, T = (F-1)/4 + 1, h = H/8, w = W/8; n text tokens.
+Shapes: n images; F frames of H x W pixels; T latent frames of h x w, T = (F-1)/4 + 1, h = H/8, w = W/8; S text tokens.
 Source: Wan-Video/Wan2.2, wan/image2video.py.
 """
 
@@ -78,7 +78,7 @@ class VideoPipeline:
     ) -> Tensor | None:
         """Returns the video [3, F, H, W] in [-1, 1] on the leader's CPU, None on other ranks.
 
-        It is made from images [n, 3, H, W] and from each branch's `text` [n, d]. The images are those of the first and
+        It is made from images [n, 3, H, W] and from each branch's `text` [S, d]. The images are those of the first and
         the last frame, or only of the first; a model that makes videos from text alone has none. `residuals` decides
         which forwards run; by default the plan decides.
         """
@@ -221,8 +221,8 @@ class VideoPipeline:
     def encode_condition(self, images: Tensor, geometry: Geometry) -> Tensor:
         """Returns the condition y [1, 20, T, h, w] on every rank: four mask channels, then the latents of a clip.
 
-        `given_clip` makes the clip of the images [n, 3, H, W], and `with_mask` the mask. Ranks other than the leader
-        need only n. Without images, the condition has no channels.
+        `given_clip` makes the clip from the images [n, 3, H, W], and `with_mask` adds the mask channels. Only the
+        leader's pixels are used; on other ranks, only n matters. Without images, the condition has no channels.
         """
         if not len(images):
             _, _, *grid = noise_shape(geometry, self.spec.dit.out_channels)

@@ -146,7 +146,7 @@ class Session:
     def plan(self, job: Job) -> tuple[Plan, Tensor]:
         """Returns (the plan of `job`, the n given images [n, 3, H, W] at the plan's size).
 
-        Only the leader reads the images; on other ranks, they have no pixels.
+        Only the leader reads the images; on other ranks, the returned tensor is empty: [n, 3, 0, 0].
         """
         pipeline, ranks = self.load(), self.ranks
         read: list[LoadedImage] = []
@@ -194,7 +194,7 @@ class Session:
         on_frames: FramesFn = lambda frames: None,
         start: Frame | None = None,
     ) -> Made:
-        """Makes the video of `job`, a single clip; on the leader, the result contains the frames.
+        """Makes the single clip of `job`; on the leader, the result contains the frames.
 
         If the leader has a frame `start`, the clip starts from this frame instead of the job's image.
         `on_step(done, expert)` is called before and after each step, where `done` is the number of finished steps. The

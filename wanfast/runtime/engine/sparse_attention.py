@@ -4,9 +4,9 @@ The first steps and the first layers stay dense. In all other calls, the router 
 and layer. The lists are used for a few steps, because attention changes little from step to step. Cross-attention is
 always dense.
 A calibration keeps all calls dense, and measures the errors that lists of several lengths, or float8, would have.
-Under Ulysses, each rank lists the blocks of its own heads. In each band of steps, each head's lists have the length
-that the plan of densities gives it, or the plan has the head in float8. In each band and layer, the heads are divided
-among the ranks so that all ranks have nearly as much work, because the slowest rank makes the others wait.
+Under Ulysses, each rank lists the blocks of its own heads. In each band of steps, the plan of densities gives each
+head either a length for its lists, or float8. In each band and layer, the heads are divided among the ranks so that all
+ranks have nearly equal work, because the slowest rank makes the others wait.
 
 Shapes: B batch (1), L tokens, h heads of this rank, D head dim.
 """
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class SparseAttention(LossyAttention):
-    """This class holds the lists of the running video, and computes the self-attention of all layers of a rank."""
+    """This class holds the running video's lists of blocks, and computes the self-attention of all layers on a rank."""
 
     def __init__(self, dense: AttentionFn, num_heads: int, ranks: Ranks) -> None:
         """Stores the arguments; `dense` computes the calls that are not sparse, `num_heads` counts all ranks' heads."""
@@ -54,10 +54,10 @@ class SparseAttention(LossyAttention):
         self._orders: dict[tuple[int, ...], HeadOrder] = {}  # of heads that are not in their own order
 
     def measure(self, ladder: Sequence[int], *, fp8: bool) -> None:
-        """Computes dense attention from now on, and measures the errors of lists of each length in `ladder`.
+        """Computes dense attention from now on, and measures the errors that lists of blocks would cause.
 
-        Plans must ask for the check of errors. `errors` returns for each head the errors of all lengths, and then the
-        error in float8 if `fp8` is true.
+        `ladder` holds the lengths of these lists. Each plan must have the option `attention_check`. For each head,
+        `errors` returns the errors of all lengths, and then, if `fp8` is true, the error in float8.
         """
         self._ladder, self._measures_fp8 = ladder, fp8
 
@@ -74,7 +74,7 @@ class SparseAttention(LossyAttention):
         return brick_order(plan.geometry.token_grid, BRICK, self._ranks.device)
 
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
-        """Begins the forward of one `branch` in a step, and frees the lists that this forward must not use.
+        """Begins the forward of one `branch` in a step, and frees the lists of blocks that this forward must not use.
 
         Lists are used for a few steps, by one expert, and only while the steps have the same branches. When the
         branches of a step change, the ranks of parallel guidance begin to compute the same branch. They must then use
@@ -92,7 +92,7 @@ class SparseAttention(LossyAttention):
         self._divide_heads(self._forward)
 
     def finish(self) -> None:
-        """Frees the lists after the last step."""
+        """Frees the lists of blocks after the last step of a video."""
         super().finish()
         self._lists = {}
 

@@ -36,7 +36,7 @@ class Calibrated:
 
 @dataclass(frozen=True, kw_only=True)
 class Densities:
-    """This class holds the density of each head in each band of steps and layer."""
+    """This class holds the density of each head of each layer, for each band of steps."""
 
     bands: tuple[int, ...]  # the first step of each band, from 0
     by_band: tuple[tuple[tuple[Density, ...], ...], ...]  # [band][layer][head]

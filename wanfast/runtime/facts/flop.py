@@ -27,7 +27,7 @@ def forward_flop(spec: DiTSpec, tokens: int) -> float:
 
 
 def linear_flop(spec: DiTSpec, tokens: int) -> float:
-    """Returns the FLOP of the projections and the feed-forward of one forward."""
+    """Returns the FLOP that the projections and the feed-forward networks take in one forward."""
     return spec.num_layers * 2 * tokens * (6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim)
 
 

@@ -1,4 +1,4 @@
-"""This module says in which steps and layers of a video self-attention is computed in float8.
+"""This module says in which steps and layers the self-attention of a video is computed in float8.
 
 This module does not import torch.
 """
@@ -17,7 +17,7 @@ _EXACT_SHARE = 0.125  # of the steps at either end, by default
 
 
 def parse_span(text: str) -> range | None:
-    """Reads "4:36" as the numbers 4 to 35; returns None for a text of another form or a span of no numbers."""
+    """Reads "4:36" as the numbers 4 to 35; returns None for a text of another form, or for an empty span."""
     match = _SPAN.fullmatch(text.strip())
     return (range(int(match[1]), int(match[2])) or None) if match else None
 
@@ -41,22 +41,23 @@ class Fp8Schedule:
         layers: str | None = None,
         hadamard: bool | None = None,
     ) -> Fp8Schedule:
-        """Returns the schedule of the options; by default, an eighth of the steps at either end are exact.
+        """Returns the schedule of the options; by default, the first and the last eighth of the steps stay exact.
 
-        A Hadamard matrix is used by default, if one of the head's size is known, which is so for powers of two.
-        Raises ConfigError if a span goes beyond the steps or layers, or if no step is left by default.
+        By default, a Hadamard matrix is used if `head_dim` is a power of two; for other sizes, no such matrix is known.
+        Raises ConfigError if `steps` or `layers` goes beyond the steps or layers of the video. Also raises it if, by
+        default, no step would be left for float8.
         """
         guard = math.ceil(_EXACT_SHARE * num_steps)
         if steps is None and num_steps <= 2 * guard:
             raise ConfigError(
-                f"--attention fa3-fp8: of {num_steps} steps, {guard} at either end would be exact, and so no step is "
-                f"left: add --fp8-steps 0:{num_steps}, for example"
+                f"--attention fa3-fp8: of {num_steps} steps, {guard} at either end would be exact, so that no step "
+                f"is left for float8: add --fp8-steps 0:{num_steps}, for example"
             )
         is_power = head_dim & (head_dim - 1) == 0
         if hadamard and not is_power:
             raise ConfigError(
-                f"--fp8-hadamard: this model's heads have {head_dim} channels, and no such matrix is known: drop "
-                "--fp8-hadamard"
+                f"--fp8-hadamard: this model's heads have {head_dim} channels, but Hadamard matrices are known here "
+                "only for powers of two: drop --fp8-hadamard"
             )
         return cls(
             steps=range(guard, num_steps - guard) if steps is None else _inside("--fp8-steps", steps, num_steps),
@@ -80,5 +81,7 @@ def _inside(option: str, text: str, count: int) -> range:
     span = parse_span(text)
     assert span is not None, "the option was checked"
     if span.stop > count:
-        raise ConfigError(f"{option} {text}: there are only {count}, counted from 0: end at {count} or before")
+        raise ConfigError(
+            f"{option} {text}: there are only {count}, counted from 0: use a second number of {count} or less"
+        )
     return span

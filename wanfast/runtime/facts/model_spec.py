@@ -2,9 +2,9 @@
 
 `A14B` is Wan2.2-I2V-A14B as published, and `T2V_A14B` is Wan2.2-T2V-A14B, which makes videos from text alone. A folder
 with another model may contain a `wanfast.json` with all facts, in the form that `ModelSpec.to_json` returns. Without
-this file, only the sizes of networks come from the folder's `config.json` files. All other facts are then those of the
-published model that takes images, or of the one that does not, as the folder's model does. In both public layouts
-(original and Diffusers), the transformer has a `config.json`.
+this file, only the sizes of networks come from the folder's `config.json` files. All other facts are then those of
+`A14B` if the folder's model takes images, and those of `T2V_A14B` if it does not. In both public layouts (original and
+Diffusers), the transformer has a `config.json`.
 Source: the configuration files and code of Wan-Video/Wan2.2 (42bf4cf).
 """
 
@@ -103,7 +103,7 @@ class DiTSpec(_Facts):
 
     @property
     def takes_images(self) -> bool:
-        """Returns whether the expert reads given frames, beside the noisy latent."""
+        """Returns whether the expert takes images, in addition to the noisy latent."""
         return self.in_channels > self.out_channels
 
     @property
@@ -290,5 +290,5 @@ PUBLISHED: Mapping[str, ModelSpec] = MappingProxyType({"a14b": A14B, "t2v-a14b":
 
 
 def published_like(dit: DiTSpec) -> ModelSpec:
-    """Returns the facts of the published model that reads images, or not, as a transformer of these sizes does."""
+    """Returns `A14B` if a transformer of these sizes takes images, otherwise `T2V_A14B`."""
     return next(spec for spec in PUBLISHED.values() if spec.takes_images == dit.takes_images)

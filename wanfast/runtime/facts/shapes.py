@@ -44,9 +44,9 @@ def geometry_of(
 ) -> Geometry:
     """Returns the sizes of the video for an image of `image_size` (width, height).
 
-    With fit "crop" or "pad", and if the model takes no images, the video has exactly the width and height of `size`,
-    which are multiples of 16. With fit "area", the video has the image's aspect ratio, and about as many pixels as
-    `size`. Raises ConfigError if a side becomes 0.
+    With fit "crop" or "pad", the video has exactly the width and height of `size`, which are multiples of 16. With
+    fit "area", the video has the image's aspect ratio, and about as many pixels as `size`. If the model takes no
+    images, the video has exactly the size `size` with every fit. Raises ConfigError if a side becomes 0.
     """
     if fit == "area" and spec.takes_images:
         return fit_geometry(spec, *size, frames, image_size)

@@ -2,7 +2,7 @@
 
 The tokens of a video are sorted into bricks (small boxes of the token grid). Each 128 successive tokens form a block. A
 block of queries attends to the key blocks of its list. All lists of a head have the same length. If heads have unequal
-densities, the ranks of Ulysses get the heads in such a way that all ranks compute nearly as many blocks.
+densities, the heads are divided among the ranks of Ulysses so that all ranks compute nearly the same number of blocks.
 This module does not import torch.
 """
 
@@ -48,9 +48,11 @@ class Sparsity:
         dense_layers: int,
         lists_every: int,
     ) -> Sparsity:
-        """Returns the sparsity for a (T, Y, X) grid of tokens. Raises ConfigError if the guards leave no sparse call.
+        """Returns the sparsity for a (T, Y, X) grid of tokens.
 
-        A layer is dense in a band if all its heads are. Beside other heads, a dense head lists all blocks.
+        The first steps (`dense_share`) and the first layers (`dense_layers`) are dense; if these are all steps or all
+        layers, ConfigError is raised. Any other layer is dense in a band only if all heads of the layer are dense. If
+        only some heads are dense, their lists hold all blocks.
         """
         dense_steps, num_layers = math.ceil(dense_share * num_steps - 1e-9), len(densities.by_band[0])
         if dense_steps >= num_steps:
@@ -59,7 +61,8 @@ class Sparsity:
             )
         if dense_layers >= num_layers:
             raise ConfigError(
-                f"--dense-layers {dense_layers}: all {num_layers} layers would use dense attention: use fewer"
+                f"--dense-layers {dense_layers}: all {num_layers} layers would use dense attention: use a smaller "
+                "number"
             )
 
         def lengths(heads: Sequence[Density]) -> tuple[int, ...] | None:
@@ -91,18 +94,21 @@ class Sparsity:
     def listed(self, step: int, layer: int) -> tuple[int, ...] | None:
         """Returns how many key blocks a list of each head has; None if this step and layer use dense attention.
 
-        A head in float8 has no lists, and the number 0. Steps and layers count from 0.
+        A head in float8 has no lists, so its number is 0. Steps and layers count from 0.
         """
         is_guarded = step < self.dense_steps or layer < self.dense_layers
         return None if is_guarded else self.lengths[self.band(step)][layer]
 
     @cached_property
     def has_fp8(self) -> bool:
-        """Returns whether heads are in float8 in some step and layer that is not guarded."""
+        """Returns whether any head is in float8; the first steps and layers, which are always dense, do not count."""
         return any(0 in heads for heads in self._later_layers() if heads)
 
     def assigned(self, heads: tuple[int, ...], ranks: int) -> tuple[tuple[int, ...], ...]:
-        """Returns the numbers of the heads that each rank of Ulysses gets; `heads` are the lengths of their lists."""
+        """Returns the numbers of the heads that each rank of Ulysses gets.
+
+        `heads` holds, for each head, the length of the head's lists.
+        """
         return assigned(self._work(heads), ranks)
 
     def _work(self, heads: tuple[int, ...]) -> tuple[float, ...]:
@@ -116,9 +122,10 @@ class Sparsity:
 
     @property
     def density(self) -> float:
-        """Returns the mean share of blocks that heads compute, without the guarded steps and layers.
+        """Returns the mean share of blocks that heads compute, without the first steps and layers, which stay dense.
 
-        The blocks that are in every list are included. A head in float8 counts by its time.
+        The blocks that are in every list are included. A head in float8 counts as FP8_SHARE of the blocks, because its
+        time is that share of the time of a dense head.
         """
         shares = [*map(self._share, self._later_layers())]
         return math.fsum(shares) / len(shares)
@@ -140,7 +147,7 @@ class Sparsity:
 
         `forwards` holds, for each step, the number of forwards that are not skipped. `ulysses` holds, for each step,
         the number of ranks that share the heads. The slowest rank of each layer counts, because the others wait for it.
-        With 1 for all steps, the result is the mean over all heads.
+        If `ulysses` is 1 for all steps, the result is the mean over all heads.
         """
         shares = [
             number * self._share(self.listed(step, layer), ranks)
@@ -150,10 +157,10 @@ class Sparsity:
         return math.fsum(shares) / (sum(forwards) * self.num_layers)
 
     def list_bytes(self, ulysses: int) -> int:
-        """Returns the bytes of all lists of one branch of guidance on a rank, including the lists' lengths.
+        """Returns the bytes that one branch needs on a rank for its lists of blocks and for the lists' lengths.
 
         `ulysses` ranks share the heads. The lists of a layer are as wide as the rank's longest list in this layer. The
-        result is that of the rank and the band with the most bytes.
+        result is the largest number of bytes over all ranks and bands.
         """
         bands = self.lengths[self.band(self.dense_steps) :]  # guarded steps make no lists
         return max(self._list_bytes(layers, rank, ulysses) for layers in bands for rank in range(ulysses))
@@ -177,9 +184,9 @@ class Sparsity:
         }
 
     def bands_json(self) -> list[dict[str, Any]]:
-        """Returns for each band its first and last step, and the mean density of each layer outside the guards.
+        """Returns for each band its first step, its last step, and the mean density of each layer.
 
-        `fp8_heads` counts the heads of all these layers that are in float8.
+        The first `dense_layers` layers have the density 1. `fp8_heads` counts the float8 heads of all other layers.
         """
         ends = [*self.bands[1:], self.num_steps]
         guarded = range(self.dense_layers)
@@ -200,7 +207,7 @@ def assigned(work: tuple[float, ...], ranks: int) -> tuple[tuple[int, ...], ...]
     """Returns the numbers of the heads that each rank of Ulysses gets; all ranks get equally many.
 
     `work` holds the work of each head. The heads with the most work are assigned first, each to the rank that has the
-    least work so far. The heads stay in their order if this is as good.
+    least work so far. If the heads' own order divides the work as evenly, the heads stay in this order.
     """
     share = len(work) // ranks
     in_order = tuple(tuple(range(rank * share, (rank + 1) * share)) for rank in range(ranks))
@@ -218,7 +225,7 @@ def _most_work(work: Sequence[float], heads_of_ranks: Sequence[Sequence[int]]) -
 
 
 def blocks_of(token_grid: tuple[int, int, int]) -> tuple[int, int]:
-    """Returns the numbers of blocks: of a video, and of those that hold tokens of the given image's frame."""
+    """Returns (the number of blocks of a video, how many of these blocks hold tokens of the given image's frame)."""
     num_frames, *frame = token_grid
     return -(-num_frames * math.prod(frame) // BLOCK), -(-math.prod(frame) // BLOCK)
 

@@ -1,7 +1,8 @@
 """This module is the part of `wanfast generate` that runs on ranks.
 
 The ranks of a rank group make each video together, and the leader writes the video's .mp4 and .json. A video may have
-several clips. Each clip starts from the last frame of the clip before, as it was decoded, or of an earlier video.
+several clips. Each later clip starts from the last frame of the clip before, as the VAE decoded this frame. The first
+clip may start from the last frame of an earlier video.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def cores() -> int:
 
 
 def share_of_cores(ranks: int) -> int:
-    """Returns how many of the usable cores each of `ranks` ranks gets; at least one."""
+    """Returns how many cores each rank gets if `ranks` ranks share the usable cores; at least one."""
     return max(1, cores() // ranks)
 
 

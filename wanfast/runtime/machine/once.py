@@ -1,4 +1,4 @@
-"""Caches results while a list of videos is planned: which GPUs there are, where a model lies, its tokenizer.
+"""Caches results while a list of videos is planned: the GPUs, the place of a model's files, the model's tokenizer.
 
     with asked_once():
         ...                   # a `remembered` function runs once for the same arguments
@@ -22,7 +22,7 @@ _answers: ContextVar[dict[Hashable, Any] | None] = ContextVar("answers", default
 
 @contextmanager
 def asked_once() -> Iterator[None]:
-    """Caches the results of `remembered` functions until the `with` block ends."""
+    """Caches the results of functions with the decorator `remembered`, until the `with` block ends."""
     token = _answers.set({})
     try:
         yield

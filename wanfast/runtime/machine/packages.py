@@ -54,7 +54,7 @@ def require_attention(kernel: str, device: str) -> None:
 
 
 def require_fp8(device: str, option: str) -> None:
-    """Raises ConfigError if float8 attention, for which `option` asks, lacks its package."""
+    """Raises ConfigError if the package of float8 attention is not installed; `option` asks for float8 attention."""
     try:
         require_attention("fa3-fp8", device)
     except ConfigError:

@@ -1,6 +1,6 @@
 """Reads the video that a new clip continues: its frames, its size and its frames per second.
 
-PyAV decodes it, which also writes our videos. Nothing here imports torch.
+PyAV decodes this video; PyAV also writes our videos. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HDR = (16, 18)  # the numbers of the curves of brightness PQ and HLG
 
 @dataclass(frozen=True, kw_only=True)
 class EarlierVideo(LoadedImage):
-    """This class holds the last frame of an earlier video, and the facts that the continued video takes from it."""
+    """This class holds an earlier video's last frame, number of frames and frame rate."""
 
     num_frames: int
     fps: int
@@ -39,9 +39,10 @@ class EarlierVideo(LoadedImage):
 def load_earlier(path: str) -> EarlierVideo:
     """Decodes an earlier video, and returns its last frame and its facts.
 
-    Raises ConfigError for a file that PyAV cannot decode, and for a video that no clip can continue: sides that are no
-    multiples of 16 pixels or that change, pixels that are no squares, HDR, a rate that is no whole number or changes, a
-    turned video, or more than MOST_FRAMES frames.
+    Raises ConfigError for a file that PyAV cannot decode, and for a video that no clip can continue. Such a video has
+    one of these properties: a side is not a multiple of 16 pixels; the size changes; the pixels are not square; it is
+    HDR; the frame rate is not a whole number; the frame rate changes; it is rotated; it has more than MOST_FRAMES
+    frames.
     """
     from PIL import Image
 
@@ -106,7 +107,7 @@ def _decoded(container: Any, subject: str) -> Iterator[Any]:
                 "pixels: give a file whose frames have one size"
             )
         yield frame
-    raise ConfigError(f"{subject}: has over {MOST_FRAMES} frames: give a file that holds only its last part")
+    raise ConfigError(f"{subject}: has over {MOST_FRAMES} frames: give a file with only the last part of this video")
 
 
 def _check(frame: Any, shape_of_pixels: Fraction | None, subject: str) -> None:
@@ -124,8 +125,8 @@ def _check(frame: Any, shape_of_pixels: Fraction | None, subject: str) -> None:
         )
     if shape_of_pixels not in (None, 0, 1):
         raise ConfigError(
-            f"{subject}: its pixels are no squares ({shape_of_pixels}), so players stretch it: scale the file first, "
-            "for example with `ffmpeg -i OLD.mp4 -vf scale=832:480,setsar=1 NEW.mp4`"
+            f"{subject}: its pixels are not square ({shape_of_pixels}), so players stretch the video: scale the file "
+            "first, for example with `ffmpeg -i OLD.mp4 -vf scale=832:480,setsar=1 NEW.mp4`"
         )
     if frame.color_trc in _HDR:
         raise ConfigError(f"{subject}: is HDR, which would look pale: convert the file to SDR first")
@@ -138,7 +139,7 @@ def _check_rate(fps: float, times: list[float | None], subject: str) -> None:
         raise ConfigError(f"{subject}: has {fps:.5g} frames per second, not a whole number up to 240: {fix}")
     known = [time for time in times if time is not None]  # a file without a container has none
     if any(abs(time - known[0] - number / fps) > 1 / fps for number, time in enumerate(known)):
-        raise ConfigError(f"{subject}: shows its frames for unlike times, which would be lost: {fix}")
+        raise ConfigError(f"{subject}: shows its frames for unequal times, and these times would be lost: {fix}")
 
 
 def _rgb(frame: Any, subject: str) -> npt.NDArray[np.uint8]:

@@ -168,5 +168,6 @@ def _check_size(width: int, height: int, subject: str) -> None:
 
 def _too_large(subject: str, pixels: str) -> ConfigError:
     return ConfigError(
-        f"{subject}: has {pixels} pixels; scale the image to at most {MAX_MEGAPIXELS} megapixels (4 are enough)"
+        f"{subject}: has {pixels} pixels; scale the image to at most {MAX_MEGAPIXELS} megapixels "
+        "(4 megapixels are enough)"
     )

@@ -41,7 +41,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
 
 
 class HeadOrder(NamedTuple):
-    """Says in which order the heads are divided among the ranks of Ulysses, if this is not their own order."""
+    """Says in which order the ranks of Ulysses share the heads, if this is not the model's order of heads."""
 
     order: Tensor  # [H]: numbers of heads, those of the first rank first
     inverse: Tensor  # [H]: the place of each head in `order`
@@ -64,7 +64,7 @@ class HeadOrder(NamedTuple):
         return self.order.chunk(parts)[part]
 
     def restored(self, x_BLHD: Tensor) -> Tensor:
-        """Takes x in this order, and returns it in the heads' own order."""
+        """Takes x in this order, and returns x in the model's order of heads."""
         return x_BLHD.index_select(2, self.inverse)
 
 
@@ -145,15 +145,15 @@ class Sequence(Protocol):
         ...
 
     def fp8_attention(self, projections: Fp8Projections, num_tokens: int) -> Tensor:
-        """Returns the same attention, computed in float8; ranks exchange float8 values."""
+        """Returns what `attention` returns, but computes it in float8; the ranks exchange float8 values."""
         ...
 
     def own(self, num_tokens: int) -> tuple[int, int]:
-        """Returns (the number of this rank's first token, how many tokens it has without padding)."""
+        """Returns (the number of this rank's first token, how many tokens this rank has without padding)."""
         ...
 
     def stack(self, x: Tensor) -> Tensor:
-        """Returns the x of all ranks [P, ...], in rank order."""
+        """Returns the tensors x of all P ranks as one tensor [P, ...], in rank order."""
         ...
 
     def gather(self, x: Tensor, dim: int, num_tokens: int) -> Tensor:

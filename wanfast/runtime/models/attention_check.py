@@ -34,8 +34,9 @@ def sampled_errors(
 ) -> Tensor:
     """Returns each head's relative error [H], float32: |out - exact| / |exact| over the queries `rows_HS` of this head.
 
-    The rows are numbers of tokens of the whole video. This rank holds the tokens from number `first` on, as many as
-    there are keys; rows of padding may follow in q and out. `stack` returns the x of all ranks [P, ...].
+    `rows_HS` holds indices of tokens, counted over the whole video. This rank holds the tokens from index `first` on,
+    as many as there are keys; rows of padding may follow in q and out. `stack(x)` returns the tensors x of all ranks as
+    one tensor [P, ...].
     """
     place, heads = rows_HS - first, torch.arange(rows_HS.shape[0], device=rows_HS.device)[:, None]
     is_own = ((place >= 0) & (place < len(k_LHD)))[..., None]
@@ -57,10 +58,10 @@ def errors_by_length(
     block: int,
     lengths: Sequence[int],
 ) -> Tensor:
-    """Returns each head's relative error [H, E] over the queries `rows_HS`, if lists of blocks have these `lengths`.
+    """Returns each head's relative error [H, E] over the queries `rows_HS`, for lists of blocks with the E `lengths`.
 
-    A list of n blocks has those whose place in `order_HNN` is below n. Rows are computed in float32, so that the errors
-    contain no rounding.
+    A list of n blocks holds the blocks whose place in `order_HNN` is below n. Rows are computed in float32, so that the
+    errors contain no rounding.
     """
     errors = []
     for head, rows in enumerate(rows_HS):  # one head's scores at a time

@@ -1,15 +1,15 @@
 """This module computes attention with queries, keys and values in float8 (e4m3), by FlashAttention-3 or its emulation.
 
-Before they are rounded, three steps prepare the values. In exact arithmetic, none of the three changes the result.
+Three steps prepare q, k and v for the rounding. In exact arithmetic, none of these steps changes the result.
 * A constant vector of each head is subtracted from all keys: softmax does not change.
-* A constant vector of each head is subtracted from all values, and added to the output: the rows of P sum to 1.
-* Queries and keys are multiplied by the same Hadamard matrix, which spreads channels of large values over all channels.
-The constants are means over tokens: over at least 4096 of them, or over all tokens of a short video. Any constant
-would do, if it is the same for all tokens of a head; so the ranks of Ulysses add up their sums before they quantize.
+* A constant vector of each head is subtracted from all values, and added to the output: the rows of softmax sum to 1.
+* Queries and keys are multiplied by the same Hadamard matrix. It spreads channels of large numbers over all channels.
+The constants are means over tokens: over at least 4096 of them, or over all tokens of a short video. Any constant is
+correct, if it is the same for all tokens of a head; so the ranks of Ulysses add up their sums before they quantize.
 
 Each head has one scale for q, one for k and one for v. RMS norm bounds each vector of q and k, so that the scales of q
 and k follow from the weights of the norm. A bound serves as well as the largest value, because float8 keeps its
-precision down to 1/28,672 of the largest number. The scale of v needs the largest value of all ranks.
+precision down to 1/28,672 of the largest number. The scale of v needs the largest number in v over all ranks.
 
 Shapes: B batch, L tokens, S sampled tokens, H heads, D head dim, d = H D. Sources: FlashAttention-3 (arXiv 2407.08608)
 section 3.3 for float8 and the rotation; DeepSeek-V3 (arXiv 2412.19437) section 3.3.2 for the sums of tensor cores.
@@ -37,7 +37,10 @@ _TINIEST = 1e-12  # so that a head of zeros has a scale
 
 
 class Fp8Heads(NamedTuple):
-    """Holds the queries, keys and values of some heads in float8; values times scale, plus centre for v."""
+    """Holds the queries, keys and values of some heads in float8.
+
+    To convert them back, multiply by `scales`; for v, then add `v_centre`.
+    """
 
     q: Tensor  # [B, L, H, D]
     k: Tensor
@@ -54,25 +57,27 @@ class Scaling(NamedTuple):
     v_centre: Tensor  # [H, D]
 
     def of_heads(self, first: int, count: int) -> Scaling:
-        """Returns the part for `count` heads from number `first` on."""
+        """Returns the scaling of only `count` heads, from head number `first` on."""
         heads = slice(first, first + count)
         return Scaling(self.scales[:, heads], self.k_centre[heads], self.v_centre[heads])
 
 
 def sampled_rows(first: int, count: int, num_tokens: int) -> slice:
-    """Returns the rows whose mean is subtracted, among the `count` tokens of a rank, the first of number `first`.
+    """Returns the rows of a rank's sampled tokens; the means that are subtracted are over sampled tokens.
 
-    Tokens are chosen by their number in the whole video. So all ranks together take the tokens that one rank takes.
+    The rank has `count` tokens of the video's `num_tokens`, from token number `first` on. Tokens are sampled by their
+    number in the whole video. So all ranks together sample the tokens that a single rank would sample.
     """
     every = max(1, num_tokens // _SAMPLED)
     return slice(min(count, -first % every), count, every)
 
 
 def statistics(k_SHD: Tensor, v_BLd: Tensor, rows: slice) -> Tensor:
-    """Returns [5, d] float64: sums of k and v over sampled tokens, their number, and v's least and largest values.
+    """Returns [5, d] float64: sums of k and v over sampled tokens, the number of these tokens, and v's extremes.
 
-    `k_SHD` holds the sampled tokens' keys, after norm and rotary embedding; `rows` are their places in `v_BLd`. A
-    float64 holds sums of such bf16 values exactly, so that their order, and the number of ranks, does not matter.
+    The extremes are the least and the largest v over all tokens of this rank. `k_SHD` holds the sampled tokens' keys,
+    after norm and rotary embedding; `rows` are the places of the sampled tokens in `v_BLd`. A float64 holds the sums of
+    these bf16 values exactly, so that neither the order of the summands nor the number of ranks changes a sum.
     """
     v_Ld = v_BLd[0]
     found = v_Ld.new_empty(5, v_Ld.shape[1], dtype=torch.float64)
@@ -85,7 +90,10 @@ def statistics(k_SHD: Tensor, v_BLd: Tensor, rows: slice) -> Tensor:
 
 
 def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, hadamard: bool) -> Scaling:
-    """Returns the scaling of all heads from the `statistics` of all ranks and the largest norms of a head's q and k."""
+    """Returns the `Scaling` of all heads; `parts_P5d` holds the `statistics` of all P ranks.
+
+    `norms_2H` holds, for each head, a bound of the norms of q and a bound of the norms of k.
+    """
     k_sum, v_sum, count = parts_P5d[:, :3].sum(0)
     least, largest = parts_P5d[:, 3].amin(0), parts_P5d[:, 4].amax(0)
     heads = norms_2H.shape[1]
@@ -98,7 +106,10 @@ def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, hadamard: bool) -> Scaling:
 
 
 def largest_norms(weights: tuple[Tensor, Tensor], num_heads: int) -> Tensor:
-    """Returns a bound [2, H] of the norms of each head's q and k after RMS norm with these `weights` [d]."""
+    """Returns upper bounds [2, H] for the Euclidean norms of each head's q and k.
+
+    `weights` are those of the RMS norms of q and of k, each [d].
+    """
     d = weights[0].shape[0]
     return torch.stack([rearrange(w.abs(), "(H D) -> H D", H=num_heads).amax(1) * math.sqrt(d) for w in weights])
 
@@ -109,12 +120,12 @@ def scale_of(limits: Tensor) -> Tensor:
 
 
 def can_rotate(head_dim: int) -> bool:
-    """Returns whether a Hadamard matrix of this size is known here: of powers of two."""
+    """Returns whether this module has a Hadamard matrix of size `head_dim`; it has one for each power of two."""
     return head_dim & (head_dim - 1) == 0
 
 
 def hadamard_rotated(x_D: Tensor) -> Tensor:
-    """Returns x [..., D] times the orthonormal Hadamard matrix of D, a power of two."""
+    """Returns x [..., D] times the orthonormal Hadamard matrix of size D; D must be a power of two."""
     x, half = x_D, 1
     while half < x_D.shape[-1]:
         a, b = rearrange(x, "... (m two r) -> two ... m r", two=2, r=half)
@@ -123,7 +134,7 @@ def hadamard_rotated(x_D: Tensor) -> Tensor:
 
 
 def fp8_attention(heads: Fp8Heads, dtype: torch.dtype) -> Tensor:
-    """Returns the attention [B, L, H, D] in `dtype`: on a GPU by FlashAttention-3, on a CPU by its emulation."""
+    """Returns the attention [B, L, H, D] in `dtype`: on a GPU by FlashAttention-3, on a CPU by an emulation."""
     out = (_by_fa3() if heads.q.is_cuda else emulated)(heads)
     return out.add_(heads.v_centre).to(dtype)  # in float32, and rounded once
 
@@ -160,7 +171,7 @@ def emulated(heads: Fp8Heads) -> Tensor:
 
     P is rounded to float8. The sums of P V lose bits: in a long row, what a tensor core adds is much smaller than the
     sum, and is cut off. If all values share an offset, the losses have one sign. The GPU's rounding is not documented;
-    this one comes near to measured errors, with an offset and without.
+    the rounding of this function gives nearly the measured errors, with an offset and without one.
     """
     q, k, v = (rearrange(x.float(), "B L H D -> (B H) L D") for x in heads[:3])
     q_scale, k_scale, v_scale = (s.repeat(heads.q.shape[0])[:, None, None] for s in heads.scales)

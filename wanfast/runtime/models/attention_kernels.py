@@ -35,7 +35,10 @@ class Kernel:
 
 
 def is_importable(module: str) -> bool:
-    """Returns whether a module is installed; its package is imported, but not the module."""
+    """Returns whether a module is installed, without importing the module.
+
+    Only the package that contains the module is imported.
+    """
     top, _, _ = module.partition(".")
     return find_spec(top) is not None and find_spec(module) is not None
 

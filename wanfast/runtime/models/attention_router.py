@@ -40,9 +40,10 @@ def block_lists(q_BLHD: Tensor, k_BLHD: Tensor, block: int, listed: Sequence[int
 
 
 def block_order(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int) -> Tensor:
-    """Returns the place of each block of keys in the order of choice [H, N, N], int16: lists of n have the places < n.
+    """Returns each key block's place in the order of choice, [H, N, N] int16; a list of n blocks takes places 0 to n-1.
 
-    The first dimension of q and k is 1. The other arguments are those of `block_lists`.
+    There is one order for each head and each block of queries. The batch size of q and k must be 1. `block` and
+    `first_blocks` are those of `block_lists`.
     """
     orders = []
     for q_BLD, k_BLD in zip(q_BLHD.unbind(2), k_BLHD.unbind(2), strict=True):
@@ -52,7 +53,11 @@ def block_order(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int) -
 
 
 def choice_scores(q_BLD: Tensor, k_BLD: Tensor, block: int, first_blocks: int) -> Tensor:
-    """Returns the scores [B, N, N] by which a list is chosen; blocks that are in every list have the score infinity."""
+    """Returns the scores [B, N, N] by which the blocks of keys of each list are chosen.
+
+    Two kinds of blocks have the score infinity, because they must be in the list: the first `first_blocks` blocks,
+    and the block of the queries themselves.
+    """
     scores = block_scores(q_BLD, k_BLD, block)
     scores[..., :first_blocks] = torch.inf
     scores.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)

@@ -1,8 +1,8 @@
 """This module lets each block of queries attend only to listed blocks of keys.
 
-The softmax is over the keys of the listed blocks only; apart from this choice, the result is exact. On a GPU,
-FlashAttention-4 computes it. On a CPU, plain PyTorch gathers the listed keys for one block of queries at a time; the
-tests compare the GPU kernel with this code.
+The softmax is over the keys of the listed blocks only; nothing else is approximated. On a GPU, FlashAttention-4
+computes the result. On a CPU, plain PyTorch gathers the listed keys for one block of queries at a time; the tests
+compare the GPU kernel with this code.
 
 Shapes: B batch, L tokens, H heads, D head dim, c tokens of a block, M blocks of queries, N blocks of keys, W entries of
 the longest list. The last block may have fewer than c tokens.
@@ -30,7 +30,7 @@ class BlockLists(NamedTuple):
 def block_sparse_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
     """Returns softmax(q k^T / sqrt(D)) v over the keys of the listed blocks, [B, L, H, D] in the dtype of q.
 
-    `block` is c, the number of tokens in a block. Raises ValueError if a list is empty, because a softmax needs keys.
+    `block`: the number c of tokens in a block. Raises ValueError if a list is empty, because a softmax needs keys.
     """
     if not bool((lists.counts > 0).all()):
         raise ValueError("a block of queries has no block of keys")
@@ -51,7 +51,7 @@ def _by_fa4(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, block: int) -> T
 
 
 def emulated(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lists: BlockLists, block: int) -> Tensor:
-    """Computes the same in plain PyTorch, on any device and in any dtype; no list may be empty.
+    """Computes `block_sparse_attention` in plain PyTorch, on any device and in any dtype; no list may be empty.
 
     Heads whose longest lists have equal lengths are computed together. So the bits of a head do not depend on the
     lists of the other heads.

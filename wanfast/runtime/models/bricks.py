@@ -4,10 +4,11 @@ In raster order, 128 successive tokens are a strip of one frame. In brick order,
 tokens of such a box need almost the same keys. So sparse attention can choose or drop all tokens of a block together.
 The order is an exact permutation, so that dense attention gives the same result in both orders, except for the rounding
 of sums.
-The first latent frame holds the given image, and forms bricks of its own. For example, 21 frames form one layer of 1
-frame and ten layers of 2 frames. In a layer with fewer frames, bricks are wider. Bricks at the end of an axis are
-smaller if the grid is not a multiple of the brick. The path through the bricks reverses its direction at each edge of
-the grid. So consecutive bricks always touch, and the tokens of a block that spans two bricks are neighbours too.
+The first latent frame holds the given image, and forms bricks of its own. For example, 21 frames form one layer of
+bricks with 1 frame, and ten layers of bricks with 2 frames. In a layer with fewer frames, bricks are wider. Bricks at
+the end of an axis are smaller if the grid is not a multiple of the brick. The path through the bricks reverses its
+direction at each edge of the grid. So consecutive bricks always touch, and the tokens of a block that spans two bricks
+are neighbours too.
 
 Shapes: L tokens = T*Y*X of the token grid (T frames, Y rows, X columns).
 """

@@ -77,7 +77,7 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight.chunk(parts)[part], self.bias.chunk(parts)[part])
 
     def chosen(self, x: Tensor, groups: Tensor, parts: int) -> Tensor:
-        """Divides the output channels into `parts` equal groups, and computes those with the numbers in `groups`."""
+        """Divides the output channels into `parts` equal groups, and computes the groups numbered in `groups`."""
         return F.linear(x.to(self.weight.dtype), *(rows_of(each, groups, parts) for each in (self.weight, self.bias)))
 
 
@@ -342,8 +342,8 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """This class is one expert; its linear layers have `dtype`, but norms, modulation, time MLP and head are float32.
 
-    `sequence` shares the tokens among ranks, unless a forward is called with a `sequence` of its own. Each rank passes
-    whole latents and gets whole latents, so that each forward may share the tokens in another way.
+    `sequence` shares the tokens among ranks, unless a forward is called with another `sequence`. Every forward takes
+    and returns whole latents on each rank, so that the next forward may share the tokens in another way.
     `attend` is the attention function of self- and cross-attention.
     """
 
@@ -405,7 +405,7 @@ class WanDiT(nn.Module):
         The function may overwrite the weights of this block.
         cached_residual: the residual of an earlier call; if given, it is added to the tokens, and no block runs.
         keep_residual: whether to return the residual; if False, the second result is None.
-        sequence: shares the tokens of this forward among ranks; None takes the model's own.
+        sequence: shares the tokens of this forward among ranks; None takes the model's `sequence`.
         num_blocks: how many blocks run; None runs all of them.
         order: the order in which the blocks hold the tokens; residuals are in this order too.
         """

@@ -111,8 +111,9 @@ def heads_to_fp8(
 ) -> Tensor:
     """Returns x in float8 (e4m3), with one scale for each head; the heads are divided into `parts` equal groups.
 
-    Before it is rounded, x gets those of these steps that are asked for: RMS norm over all heads together, with the
-    weight and epsilon of `norm`; rotation by `rope`; multiplication by a Hadamard matrix; subtraction of the centre.
+    Up to four steps come before the rounding, each only if its argument asks for it: RMS norm over all heads together,
+    with the weight and epsilon of `norm`; rotation by `rope`; multiplication by a Hadamard matrix (`hadamard`);
+    subtraction of `centre_HD`.
     The result is [parts, B, L, H / parts, D]. The kernel reads x once and writes only float8.
     """
     if _by_kernel(x_BLd):
@@ -131,7 +132,7 @@ def heads_to_fp8(
 
 
 def attention_in_fp8(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-    """Returns softmax(q k^T / sqrt(D)) v, computed in float8, in the dtype of q; `attention_fp8` explains how.
+    """Computes softmax(q k^T / sqrt(D)) v in float8, and returns it in the dtype of q; `attention_fp8` explains how.
 
     The keys are those of all tokens, and B is 1. The scales of q and k follow from their largest norms.
     """

@@ -24,7 +24,7 @@ wrap_triton: Callable[[Any], Any] = lambda kernel: kernel  # noqa: E731 - torch'
 
 
 def make_operators() -> None:
-    """Registers the functions of this module as operators that torch.compile can trace; this imports the compiler."""
+    """Registers the functions of this module as operators for torch.compile. This function imports the compiler."""
     global wrap_triton
     if wrap_triton is not torch.library.wrap_triton:
         wrap_triton = torch.library.wrap_triton
@@ -80,8 +80,8 @@ def rms_norm_rotate(
 ) -> Tensor:
     """Returns x / rms(x) * weight for x [B, L, d], rotated if cos and sin are given: [parts, B, L, d / parts].
 
-    The mean square is over all of d, which is then divided into `parts` equal groups. x may be a column slice of a
-    larger tensor. cos and sin are [L, 1, D/2], where D is the head dim.
+    The mean square is over all d values of a token; then these values are divided into `parts` equal groups. x may be
+    a column slice of a larger tensor. cos and sin are [L, 1, D/2], where D is the head dim.
     """
     d = x.shape[-1]
     assert x.stride(-1) == 1, "the values of a row must be adjacent"
@@ -115,10 +115,11 @@ def heads_to_fp8(
     hadamard: bool,
     parts: int,
 ) -> Tensor:
-    """Returns x [B, L, d] in float8 e4m3, with the `scale` [H] of each head: [parts, B, L, d / parts].
+    """Returns x [B, L, d] divided by the `scale` [H] of each head, in float8 e4m3: [parts, B, L, d / parts].
 
-    First come those of these steps whose arguments are given: x / rms(x) * weight, rotation, the Hadamard matrix, and
-    x - centre, where centre is [H, D]. x may be a column slice of a larger tensor.
+    Before the division, up to four steps run in this order: x / rms(x) * weight, rotation, the Hadamard matrix, and
+    x - centre. A step is left out if its argument is None or False. `centre` is [H, D], where D is the head dim. x may
+    be a column slice of a larger tensor.
     """
     d, head_dim = x.shape[-1], x.shape[-1] // scale.numel()
     assert x.stride(-1) == 1, "the values of a row must be adjacent"

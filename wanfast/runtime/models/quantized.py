@@ -56,7 +56,7 @@ class QuantizedLinear(nn.Module):
         return self._outputs(x, *(each.chunk(parts)[part] for each in (self.weight, self.scale, self.bias)))
 
     def chosen(self, x: Tokens, groups: Tensor, parts: int) -> Tokens:
-        """Divides the output channels into `parts` equal groups, and computes those with the numbers in `groups`."""
+        """Divides the output channels into `parts` equal groups, and computes those whose numbers are in `groups`."""
         return self._outputs(x, *(rows_of(each, groups, parts) for each in (self.weight, self.scale, self.bias)))
 
     def _outputs(self, x: Tokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tokens:
@@ -70,9 +70,10 @@ class QuantizedLinear(nn.Module):
 
 
 def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Returns x W^T + bias [B, L, N] in the dtype of the bias, where x [B, L, K] and `weight` [N, K] are int8.
+    """Returns x W^T + bias [B, L, N] in the dtype of the bias; x [B, L, K] and W = `weight` [N, K] are int8.
 
-    Each sum is multiplied by the scale of its token, which x holds, and by the `scale` of its output channel.
+    x also holds one scale for each token. Each sum is multiplied by the scale of its token and by the `scale` of its
+    output channel.
     """
     if not (HAS_KERNELS and x.values.is_cuda):
         sums = torch._int_mm(x.values.flatten(0, -2), weight.t()).view(*x.values.shape[:-1], -1)
@@ -82,9 +83,10 @@ def int8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor
 
 
 def fp8_product(x: QuantizedTokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Returns x W^T + bias [B, L, N] in the dtype of the bias, where x [B, L, K] and `weight` [N, K] are float8 e4m3.
+    """Returns x W^T + bias [B, L, N] in the dtype of the bias; x [B, L, K] and W = `weight` [N, K] are float8 e4m3.
 
-    Each sum is multiplied by the scale of its token, which x holds, and by the `scale` of its output channel.
+    x also holds one scale for each token. Each sum is multiplied by the scale of its token and by the `scale` of its
+    output channel.
     """
     if not x.values.is_cuda:
         return _scaled(F.linear(x.values.float(), weight.float()), x, scale, bias)

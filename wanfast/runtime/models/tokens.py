@@ -35,6 +35,6 @@ def packed(x: Tensor) -> Tensor:
 
 
 def rows_of(x: Tensor, groups: Tensor, parts: int) -> Tensor:
-    """Divides the rows of x into `parts` equal groups, and returns a copy of those with the numbers in `groups`."""
+    """Divides the rows of x into `parts` equal groups; returns a copy of the groups whose numbers are in `groups`."""
     values = x.view(torch.uint8) if x.dtype in LARGEST else x  # torch does not index float8 everywhere
     return values.view(parts, -1, *x.shape[1:])[groups].flatten(0, 1).view(x.dtype)

@@ -529,7 +529,7 @@ def _with_halo(x: Tensor, rows: Rows) -> Tensor:
 
 
 def convolve_frames(x: Tensor, conv: nn.Conv2d, halo: int = 0) -> Tensor:
-    """Convolves each frame of [B,C,T,h,w], which has `halo` of the padding's rows already."""
+    """Convolves each frame of x [B,C,T,h,w]; x already has `halo` rows of the padding at the top and at the bottom."""
     (down, right), (top, left) = cast(Pair, conv.stride), cast(Pair, conv.padding)
     weight = conv.weight.unsqueeze(2)
     return convolve(x, weight, cast(Tensor, conv.bias), stride=(1, down, right), padding=(0, top - halo, left))

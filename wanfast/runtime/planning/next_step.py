@@ -41,7 +41,7 @@ class NextStep:
 
 
 def example(spec: ModelSpec) -> dict[str, str]:
-    """Returns the options of a video that suits a model: a prompt, and an image that ships if the model takes one."""
+    """Returns the options of an example video for a model: a prompt, and an image if the model takes images."""
     if not spec.takes_images:
         return {"prompt": _EXAMPLE_OF_TEXT}
     return _example_with_image(*(_OTHER_EXAMPLE if spec.needs_gpu else _EXAMPLE_OF_TINY))

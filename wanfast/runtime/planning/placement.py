@@ -48,7 +48,7 @@ class Need:
 
 @dataclass(frozen=True)
 class FreeMemory:
-    """This class holds the free memory that a run may use, measured before the run starts."""
+    """This class says how much free memory a run may use, measured before the run starts."""
 
     rank_bytes: int
     what: str  # the description of rank_bytes
@@ -244,7 +244,7 @@ def _place_experts(
         return mode, f"experts {mode}: {gb(size)} a rank", (f"a run would be refused: {refusal}",)
     if need.graphs:
         raise ConfigError(
-            f"{_GRAPHS}: a rank would hold {gb(held['resident'])}, {gb(need.graphs)} of them CUDA graphs, "
+            f"{_GRAPHS}: a rank would hold {gb(held['resident'])}, including {gb(need.graphs)} for CUDA graphs, "
             f"but only {gb(free)} are free: {_NO_GRAPHS}, or a smaller --size"
         )
     one_of = " or ".join(

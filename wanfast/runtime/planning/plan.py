@@ -130,7 +130,10 @@ class Plan:
 
     @property
     def joining_bytes(self) -> int:
-        """Returns the bytes of host memory in which the leader joins clips: their frames, and those of the file."""
+        """Returns the bytes of host memory that the leader needs to join clips, or 0 if it joins nothing.
+
+        The leader holds all frames twice: as separate pieces, and as the whole video.
+        """
         video = self.config.video
         is_joined = video.continue_from or len(video.prompts) > 1
         return 2 * video.total_frames * self.geometry.height * self.geometry.width * 3 if is_joined else 0
@@ -160,7 +163,7 @@ class Plan:
 
     @property
     def regroups(self) -> bool:
-        """Returns whether the plan has steps without guidance that divide the tokens among the ranks in another way."""
+        """Returns whether the plan has steps without guidance, and the mesh of these steps differs from `mesh`."""
         return self.unguided_mesh != self.mesh and not all(self.guided)
 
     @property
@@ -169,7 +172,7 @@ class Plan:
 
         These are three kinds of steps:
         * steps after the end of the curve, because they belong to distilled weights;
-        * an expert's last step with guidance, because the expert's later steps reuse the difference of its branches;
+        * an expert's last step with guidance, because the later steps reuse the difference of this step's branches;
         * an expert's first step without guidance: the ranks regroup before it, so their stored residuals do not fit.
         """
         distilled = range(len(self.schedule) if self.curve is None else self.curve.num_steps, len(self.schedule))
@@ -179,8 +182,8 @@ class Plan:
     def is_joint(self) -> bool:
         """Returns whether both branches of guidance skip the same forwards.
 
-        If each branch has its own ranks, a skip of only one branch saves no time: its ranks wait for the other branch's
-        ranks.
+        If each branch has its own ranks, a skip of only one branch saves no time: the ranks that skip wait for the
+        ranks of the other branch.
         """
         return self.config.skipping is not None and self.config.skipping.magcache_joint == "on"
 
@@ -266,7 +269,7 @@ class Plan:
         )
 
     def list_bytes(self, mesh: Mesh) -> int:
-        """Returns the bytes of the lists of blocks that a rank of `mesh` holds, summed over the rank's branches."""
+        """Returns how many bytes a rank of `mesh` holds in lists of blocks, summed over the rank's branches."""
         if self.sparsity is None:
             return 0
         return self._num_branches(mesh) * self.sparsity.list_bytes(mesh.ulysses)
@@ -276,7 +279,7 @@ class Plan:
         return 2 if any(self.guided) and mesh.cfg == 1 else 1
 
     def sparsity_json(self) -> dict[str, Any] | None:
-        """Returns the density of attention and the settings behind it as JSON; None without --attention sparse."""
+        """Returns the density and the settings of sparse attention as JSON; None without --attention sparse."""
         if self.sparsity is None:
             return None
         computed = [1 + both - sum(skips) for both, skips in zip(self.guided, self.skips, strict=True)]
@@ -452,9 +455,10 @@ def resolve(
 ) -> tuple[Plan, ModelFiles]:
     """Decides every option of a request and checks the files that the options name.
 
-    Raises WanFastError; writes nothing. If `writes` is false, the plan has no output files, and the ranks return the
-    frames. If `runs` is false, an output file that exists gets a note instead of an error. `files`: the model's files,
-    if the caller has already located them.
+    Raises WanFastError. This function writes nothing.
+    `writes`: whether the run writes output files. If false, the plan has none, and the ranks return the frames.
+    `runs`: whether the plan will be run. If false, an output file that exists gets a note instead of an error.
+    `files`: the model's files, if the caller has already located them.
     """
     asked = EffectiveConfig.of(given, A14B)  # refuses values that are wrong for every model
     files = files or model_files.locate_for(asked.models)
@@ -484,7 +488,7 @@ def resolve(
 
 
 def check_images(config: EffectiveConfig, spec: ModelSpec) -> None:
-    """Raises ConfigError if a video has fewer images than its model and its recipe need, or more."""
+    """Raises ConfigError if a video has fewer or more images than its model and its recipe need."""
     video, recipe = config.video, config.models.recipe
     num_images = RECIPES[recipe].num_images if recipe else 0
     if not spec.takes_images:
@@ -496,14 +500,14 @@ def check_images(config: EffectiveConfig, spec: ModelSpec) -> None:
         if len(video.prompts) > 1:
             raise ConfigError(
                 f"--prompt is given {len(video.prompts)} times, but {spec.name} makes videos from text alone, so no "
-                "clip can start from another one's frame: give --prompt once, or use --model a14b"
+                "clip can start from another clip's frame: give --prompt once, or use --model a14b"
             )
     elif not (video.image or video.continue_from):
         raise ConfigError("--image is missing: give the image that the video starts from")
     if num_images > len(video.images):
         raise ConfigError(
-            f"--recipe {recipe} needs a last image, for which its weights are distilled: add --last-image FILE, or use "
-            "--recipe lightning-4"
+            f"--recipe {recipe} needs a last image, because the recipe's weights are distilled for videos with one: "
+            "add --last-image FILE, or use --recipe lightning-4"
         )
 
 
@@ -537,7 +541,7 @@ class EarlierFacts(_ImageFacts):
 
 @remembered
 def earlier_facts(path: str) -> EarlierFacts:
-    """Returns what a plan needs of the video that it continues."""
+    """Returns what the plan of a new video needs of the earlier video, which the new video continues."""
     video = load_earlier(path)
     return EarlierFacts(video.sha256, video.size, video.notes, video.num_frames, video.fps)
 
@@ -567,7 +571,7 @@ def effective(
     if models.quantize == "fp8-rowwise" and device == "cuda" and (old := _without_float8()):
         raise ConfigError(f"--quantize fp8-rowwise: {old} cannot multiply in float8: use --quantize int8-dynamic")
     if models.attention in LOSSY_ATTENTION and device == "cuda" and (other := _not_hopper()):
-        raise ConfigError(f"--attention {models.attention} needs Hopper GPUs, unlike {other}: use --attention auto")
+        raise ConfigError(f"--attention {models.attention} needs Hopper GPUs, not {other}: use --attention auto")
     if models.tf32 and device == "cpu":
         raise NeedsGpuError("--tf32 needs a GPU: drop --tf32, or use --device cuda")
     return attention_plans.settle(settle(config, files), files)
@@ -579,13 +583,13 @@ def _continuing(given: Options, earlier: EarlierFacts) -> dict[str, Any]:
     size, fps, fit = given.get("size"), given.get("fps") or earlier.fps, given.get("fit") or VideoConfig.fit
     if size is not None and parse_size(size) != earlier.size:
         raise ConfigError(
-            f"--size {size}: the video of --continue-from has {width}x{height} pixels, and so has its continuation: "
-            f"use --size {width}x{height}, or drop --size"
+            f"--size {size}: the video of --continue-from has {width}x{height} pixels, and its continuation must "
+            f"have the same size: use --size {width}x{height}, or drop --size"
         )
     if fps != earlier.fps:
         raise ConfigError(
-            f"--fps {fps}: the video of --continue-from has {earlier.fps} frames per second, and so has its "
-            f"continuation: use --fps {earlier.fps}, or drop --fps"
+            f"--fps {fps}: the video of --continue-from has {earlier.fps} frames per second, and its "
+            f"continuation must have the same rate: use --fps {earlier.fps}, or drop --fps"
         )
     if fit != VideoConfig.fit and not given.get("last_image"):
         raise ConfigError(
@@ -654,7 +658,7 @@ def _sparsity_notes(plan: Plan) -> list[str]:
         return []
     blocks = f"--attention sparse: the video has {sparsity.num_blocks} blocks of {BLOCK} tokens"
     if sparsity.density == 1:
-        return [f"{blocks}, and all of them are computed: nothing is saved"]
+        return [f"{blocks}, and all of them are computed: this saves no time"]
     if asked is not None and sparsity.density > asked + 1 / sparsity.num_blocks:
         kept = f"each list must have {sparsity.first_blocks + 1} of them (the first frame's and one more)"
         return [f"{blocks}, and {kept}: the density is {sparsity.density:.2f}, not {asked:g}"]

@@ -1,7 +1,7 @@
 """Lets a program of the user write a longer prompt.
 
 The program gets the prompt on stdin, as UTF-8, and the path of the image in the environment variable WANFAST_IMAGE. It
-prints the new prompt. No shell runs it. This module does not import torch.
+prints the new prompt. The program is started without a shell. This module does not import torch.
 """
 
 from __future__ import annotations

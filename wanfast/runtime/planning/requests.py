@@ -1,4 +1,4 @@
-"""Reads the command line and the files that it names into requests, and plans one video for each.
+"""Makes requests from the command line and from the files that it names, and plans one video for each request.
 
 The command line may name three files: a prompt (--prompt-file), an earlier video's JSON (--from), and a list of videos
 (--jobs). A line of the list overrides the command line, and the command line overrides the earlier run.
@@ -64,7 +64,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Planned:
-    """This class holds a request with its plan, or the reason why it has no plan: an error, or a video that exists."""
+    """This class holds a request and its plan. A request without a plan has an error, or its video exists already."""
 
     request: Request
     plan: Plan | None = None
@@ -184,8 +184,8 @@ def _refuse_other_sources(request: Request, plan: Plan) -> None:
     for name, wanted in request.sha256.items():
         if wanted != getattr(video, f"{name}_sha256"):
             raise ConfigError(
-                f"--from: {getattr(video, name)} is not the {_SOURCES[name]} of the earlier run: restore that file, or "
-                f"give {flag(name)}"
+                f"--from: {getattr(video, name)} is not the {_SOURCES[name]} of the earlier run: restore the earlier "
+                f"file, or give {flag(name)}"
             )
 
 
@@ -322,8 +322,9 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
 
 
 def without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
-    """Removes the options that the `nearer` source overrides: those that it has, and those that conflict with them.
+    """Returns `options` without the options that `nearer`, a source of higher priority, overrides.
 
+    An option is overridden if `nearer` has this option too, or an option that conflicts with this option.
     Only options of skips, schedules, lossy attention and the start of the video can conflict.
     """
     skipping = options_of(SkippingConfig)

@@ -45,7 +45,7 @@ def least_steps(video: VideoConfig, spec: ModelSpec) -> int:
 
 
 def has_all_experts(video: VideoConfig, spec: ModelSpec, steps: int) -> bool:
-    """Returns whether each expert of a video runs in its schedule of fewer steps too."""
+    """Returns whether each expert of a video still has a step if the video runs in only `steps` steps."""
     fewer = dataclasses.replace(video, **schedule_of(video, spec, steps))
     return _experts(fewer, spec) == _experts(video, spec)
 

@@ -51,7 +51,10 @@ def with_seconds(document: dict[str, Any], added: dict[str, Any], seconds: dict[
 
 
 def moved(document: dict[str, Any], output: OutputConfig, video: VideoConfig | None = None) -> dict[str, Any]:
-    """Returns the document of a video whose files lie elsewhere: as `output` says, and its images as `video` says."""
+    """Returns a video's document with other paths: `output` names the written files, and `video` names the images.
+
+    If `video` is None, the paths of the images stay.
+    """
     effective, plan = document["effective"] | {"output": dataclasses.asdict(output)}, document["plan"]
     if video is not None:
         plan |= {"images": video.images}

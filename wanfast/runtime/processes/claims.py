@@ -4,8 +4,8 @@ A claim is a symbolic link to a target that does not exist; the text of the link
 system makes a link in one step, so that a killed rank never leaves an incomplete claim. A short link needs no block of
 the disk, so that it can be made on a full disk that has inodes left.
 If the file system has no symbolic links, a claim is a folder instead. This folder contains an empty folder whose name
-is the group's number. Both folders are first made under another name; then the outer folder gets its name in one step,
-by a rename.
+is the group's number. The outer folder is first made under another name, with the inner folder in it. Then a rename
+gives the outer folder its final name in one step.
 This module does not import torch.
 """
 

@@ -1,7 +1,7 @@
 """Makes the videos of a list on the machines of a Ray cluster: one rank group in each actor, one line at a time.
 
-An actor keeps its ranks and their models from line to line. A line that is lost with its machine, or by the ranks or
-the models of a machine, is made on another one. Only bytes leave the actors; this process writes all files.
+An actor keeps its ranks and their models from line to line. If a machine is lost, or
+its ranks or models fail, another machine makes the line. Only bytes leave the actors; this process writes all files.
 This module does not import torch, and imports Ray only when it connects.
 """
 
@@ -78,7 +78,7 @@ def _reach(address: str) -> None:
 
 
 def actors_environment() -> Document:
-    """Returns the environment of the actors, which import this very package if it is a checkout."""
+    """Returns the environment of Ray's actors; if wanfast runs from a checkout, the actors import this checkout."""
     path = child_environment().get("PYTHONPATH")
     return {"env_vars": {"PYTHONPATH": path}} if path else {}
 
@@ -165,8 +165,8 @@ def require_one_group(plan: Plan) -> None:
         )
     if plan.mesh.replica > 1:
         raise ConfigError(
-            f"--num-gpus {ranks.num_gpus} gives {plan.mesh.replica} rank groups, but with --ray it is the number of "
-            f"ranks of one video: use --num-gpus {plan.mesh.group_size}"
+            f"--num-gpus {ranks.num_gpus} gives {plan.mesh.replica} rank groups, but with --ray, --num-gpus is the "
+            f"number of ranks of one video: use --num-gpus {plan.mesh.group_size}"
         )
 
 
@@ -176,7 +176,7 @@ def needs_of(ranks: RanksConfig) -> dict[str, int]:
 
 
 def room_for(ray: Any, ranks: RanksConfig) -> int:
-    """Returns how many such groups of ranks the living machines can hold together, if nothing else runs there."""
+    """Returns how many rank groups, each as `ranks` says, the living machines can hold if they run nothing else."""
     needs = needs_of(ranks).items()
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(int(min(machine.get(name, 0) // number for name, number in needs)) for machine in machines)
@@ -340,8 +340,10 @@ class RayList:
             fix = "install the same wanfast, Python and Ray on all machines"
             self._error = RankFailedError(f"--ray: a machine could not start a rank group ({reason:.300}): {fix}")
             return
-        self._error = RankFailedError(f"--ray: {group.machine} was lost ({type(error).__name__})")
-        note(f"{self._error}; its line is made on another machine")
+        self._error = RankFailedError(
+            f"--ray: {group.machine} was lost ({type(error).__name__}): run this command again with --skip-existing"
+        )
+        note(f"--ray: {group.machine} was lost; its line waits for another machine, if the line has a try left")
         if not self._lines.lose(group.line, group.machine):
             message = f"{MOST_TRIES} machines were lost while they made this line, the last one {group.machine}"
             self._results[group.line] = failure(RankFailedError(message))
@@ -351,7 +353,10 @@ class RayList:
         if any(not group.is_barred for group in self._groups):
             self._note_waiting()
             return
-        error = self._error or RankFailedError(f"--ray {self._address}: no machine is left")
+        error = self._error or RankFailedError(
+            f"--ray {self._address}: no machine is left: start the machines again, and run this command again with "
+            "--skip-existing"
+        )
         self._results |= {line: failure(error) for line in self._lines.drop()}
 
     def _note_waiting(self) -> None:

@@ -85,8 +85,8 @@ def fork(count: int) -> list[Forked]:
 def leave(code: int) -> NoReturn:
     """Runs the exit handlers and ends this process with `code`, but leaves out the interpreter's shutdown.
 
-    The shutdown takes half a second to destroy torch's objects, and a thread of torch may crash it. The child processes
-    of multiprocessing end in this way too.
+    The shutdown takes half a second to destroy torch's objects, and a thread of torch may crash the process meanwhile.
+    The child processes of multiprocessing end without this shutdown too.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

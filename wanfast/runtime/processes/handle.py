@@ -138,7 +138,7 @@ class Opened:
         return cls(asked, options, plan, files, free_memory, required)
 
     def has_models_of(self, recipe: RecipeName) -> bool:
-        """Returns whether a video by `recipe` can be made, because the loaded models are those of the recipe."""
+        """Returns whether the loaded models are those of `recipe`, so that a video by this recipe can be made."""
         if recipe == self.asked.get("recipe"):
             return True
         loaded = {name: value for name, value in with_recipe(self.asked).items() if name in _OF_RECIPES}
@@ -153,7 +153,10 @@ class Opened:
         recipe = options.get("recipe")
         if recipe is not None and not self.has_models_of(recipe):
             fits = ", ".join(name for name in RECIPES if self.has_models_of(name)) or "none"
-            raise ConfigError(f"--recipe {recipe}: the loaded models are not those of this recipe; they fit: {fits}")
+            raise ConfigError(
+                f"--recipe {recipe}: the loaded models are not those of this recipe: use a recipe that fits the loaded "
+                f"models ({fits})"
+            )
         _refuse(options, options.keys() & options_of(OutputConfig).keys(), "the output file", "Video.save")
         nearer = {name: value for name, value in options.items() if value is not None}
         plan, _ = resolve({**without_overridden(self.options, nearer), **options}, writes=False, files=self.files)

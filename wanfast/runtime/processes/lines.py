@@ -1,4 +1,4 @@
-"""Decides which line of a list a rank group of another machine makes, and which lost lines are tried again.
+"""Decides which rank group of a cluster makes which line of a list, and which lost lines are tried again.
 
 This module knows neither Ray nor torch.
 """
@@ -12,7 +12,7 @@ MOST_TRIES = 3  # of a line: then the line, and not the machines, is at fault
 
 
 class Lines:
-    """This class holds the lines that nobody makes, and the machines that lost each line."""
+    """This class holds the lines that wait for a machine, and records which machines lost which line."""
 
     def __init__(self, models: Sequence[str]) -> None:
         """`models`: what each line loads. Lines with the same text share models."""
@@ -23,18 +23,18 @@ class Lines:
 
     @property
     def waiting(self) -> tuple[int, ...]:
-        """Returns the lines that nobody makes."""
+        """Returns the lines that wait for a machine."""
         return tuple(self._waiting)
 
     def models(self, line: int) -> str:
-        """Returns what a line loads."""
+        """Returns a text that identifies the models of a line of the list; lines with equal texts share models."""
         return self._models[line]
 
     def take(self, machine: str, loaded: str | None, machines: set[str]) -> int | None:
-        """Returns the next line for a rank group of `machine`, which then makes it; None if there is none for it.
+        """Returns the line that a rank group of `machine` makes next, or None if no line waits for this machine.
 
-        A line whose models are `loaded` comes first. A line that this machine lost waits for another one of the
-        `machines` that did not lose it, if there is one.
+        A line whose models are `loaded` comes first. If this machine lost a line, the line waits for a machine in
+        `machines` that did not lose this line, if there is such a machine.
         """
         may = [
             line
@@ -49,7 +49,10 @@ class Lines:
         return line
 
     def lose(self, line: int, machine: str) -> bool:
-        """Lets a line that a machine lost wait again, before all others; returns False if it was its last try."""
+        """Records that `machine` lost a line, and returns whether the line has a try left.
+
+        If so, the line waits again, before all other lines.
+        """
         self._lost_on.setdefault(line, set()).add(machine)
         if self._tries[line] >= MOST_TRIES:
             return False
@@ -57,6 +60,6 @@ class Lines:
         return True
 
     def drop(self) -> list[int]:
-        """Returns all lines that wait, which nobody will make."""
+        """Removes all lines that wait for a machine, and returns these lines; no machine will make them."""
         dropped, self._waiting = self._waiting, []
         return dropped

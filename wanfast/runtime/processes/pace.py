@@ -43,7 +43,7 @@ _LEAST_CPU_S = 0.015  # likewise between two looks, because the kernel counts hu
 
 @dataclass(frozen=True)
 class Work:
-    """This class counts what a process did so far."""
+    """This class counts the work of a process so far: bytes and memory pages, CPU seconds, and the last report."""
 
     moved: int  # bytes that were read and written, and memory pages that were touched for the first time
     cpu_s: float
@@ -153,7 +153,7 @@ def follow(
 ) -> None:
     """Reads the progress of each rank group into `paces`, and calls `on_progress` for each new progress.
 
-    Progress of jobs before `first` is ignored, because these jobs belong to earlier batches.
+    Progress of jobs whose number is below `first` is ignored, because these jobs belong to earlier batches.
     """
     for number in numbers:
         now, file = time.monotonic(), run_folder / PROGRESS / f"{number}.json"

@@ -33,7 +33,7 @@ State = tuple[str, int, int]  # (stage, steps done, of all steps)
 
 @dataclass(frozen=True)
 class Made:
-    """This class holds what became of a line: the document of its video and the bytes of its files, or an error."""
+    """Holds the result of a list's line: the document of a video and the bytes of the video's files, or an error."""
 
     result: dict[str, Any]
     files: tuple[bytes, ...] = ()  # the mp4, then perhaps the contact sheet
@@ -41,7 +41,7 @@ class Made:
 
 
 class RemoteGroup:
-    """This class owns a rank group. One thread calls `make`, and others may call `state` and `stop` meanwhile."""
+    """This class owns a rank group. One thread calls `make`; other threads may call `state` and `stop` meanwhile."""
 
     def __init__(self, threads: str | None) -> None:
         """`threads`: OMP_NUMTHREADS of the command. Ray sets its own, with which a CPU rounds differently."""
@@ -57,7 +57,7 @@ class RemoteGroup:
     def check(self, jobs: list[tuple[dict[str, Any], Mapping[str, str]]]) -> dict[str, Any] | None:
         """Returns None if this machine has the weights of all jobs, else a document of the error.
 
-        `jobs`: for each model, a job and the fingerprints of the weights on the machine of the command.
+        `jobs`: for each model, a job, and the fingerprints that the weights have on the machine of the command.
         """
         try:
             for document, fingerprints in jobs:
@@ -75,9 +75,10 @@ class RemoteGroup:
         return None
 
     def make(self, document: dict[str, Any], images: Mapping[str, bytes]) -> Made:
-        """Makes the video of a job, which has an output file, and returns it.
+        """Makes the video of a job, and returns the video's document and files, or an error.
 
-        `images`: the content of each image file, by the flag of its option.
+        `document`: the job as JSON; it must name an output file. `images`: the content of each image file, by the flag
+        of the file's option.
         """
         self._state = ("", 0, 0)
         try:
@@ -89,7 +90,7 @@ class RemoteGroup:
             return Made(failure(error), is_lost=True)
 
     def state(self) -> State:
-        """Returns how far the current video is."""
+        """Returns the progress of the current video: (stage, steps done, number of all steps)."""
         return self._state
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Runs one rank of a rank group, in a process that `elastic` forks.
+"""Runs one rank of a rank group, in a process that the module `elastic` forks.
 
 The rank joins its rank group. Then the rank runs, one by one, the batches of jobs that the parent writes to the run
 folder. The rank writes files for the parent: a result for each job, the group's progress, and the error if this rank

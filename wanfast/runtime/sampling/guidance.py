@@ -22,15 +22,16 @@ def guide(conditional: Any, unconditional: Any, scale: float) -> Any:
 
 
 def needs_unconditional(scale: float) -> bool:
-    """Returns whether the negative prompt's branch must run: False at scale 1, which saves half of the work."""
+    """Returns whether the negative prompt's branch must run: False at scale 1; half of the work is then saved."""
     return scale != 1.0
 
 
 def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate: float = 1.0) -> list[bool]:
     """Returns for each step whether the negative prompt's branch runs.
 
-    `gate`: the share of an expert's steps, from its first one, in which the branch runs. The number of these steps
-    is rounded, and is at least 1, because later steps need a difference.
+    `gate`: the share of an expert's steps, counted from the expert's first step, in which the branch runs. The number
+    of these steps is rounded. It is at least 1, because the later steps reuse the difference of the two branches. If
+    the scale of an expert is 1, the branch runs in none of the expert's steps.
     """
     left = {
         expert: max(1, round(gate * experts.count(expert))) if needs_unconditional(scales[expert]) else 0
@@ -44,7 +45,7 @@ def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate
 
 
 def gate_steps(experts: Sequence[Expert], guided: Sequence[bool]) -> list[int]:
-    """Returns, for each expert with a gate, its last step with guidance and its first step without guidance."""
+    """Returns two steps of each expert whose guidance stops early: the last step with guidance, and the next step."""
     return [
         step
         for after in range(1, len(guided))
@@ -54,7 +55,7 @@ def gate_steps(experts: Sequence[Expert], guided: Sequence[bool]) -> list[int]:
 
 
 class Guidance:
-    """Guides one video, and stores an expert's last difference D for the steps after its gate."""
+    """Guides one video, and stores the running expert's last difference D for steps with only the prompt's branch."""
 
     def __init__(self, experts: Sequence[Expert], scales: Mapping[Expert, float], guided: Sequence[bool]) -> None:
         self._experts, self._scales, self._guided = experts, scales, guided

@@ -96,9 +96,9 @@ def plan_best(
     product of the ratios of the steps i+1 to j. The plan's error is the sum of the errors of its skipped forwards.
     `settings` limits the number of skips in a row, and says which forwards always run; the threshold in `settings` is
     ignored.
-    Joint skips come in pairs, so perhaps no plan skips exactly `skipped` forwards. Then the plan skips one forward
-    less, but if `exactly` is true, ConfigError is raised. ConfigError is always raised if `settings` allow fewer skips
-    than `skipped`. Other arguments are those of `plan_skips`.
+    Joint skips come in pairs, so perhaps no plan skips exactly `skipped` forwards. Then ConfigError is raised if
+    `exactly` is true; if `exactly` is false, the plan skips one forward less. ConfigError is always raised if
+    `settings` allows fewer skips than `skipped`. Other arguments are those of `plan_skips`.
     """
     may_skip = _allowed(experts, settings.retention, settings.rule, always)
     guided = guided or [True] * len(ratios)
@@ -345,10 +345,11 @@ class ResidualCache:
 def residual_terms(
     skipped: Sequence[bool], line: Sequence[tuple[Hashable, float]] | None = None
 ) -> dict[int, tuple[Term, ...]]:
-    """Returns, for each skipped step of one branch, which stored residuals replace the missing one, and their weights.
+    """Returns the terms of each skipped step of one branch: (an earlier step, the weight of that step's residual).
 
-    If `line` is None, the residual of the last computed step is reused. `line` holds the kind and the noise level of
-    each step; steps of one kind have the same expert and the same branches. If `line` is given, the residual is
+    The weighted sum of these residuals replaces the missing residual. If `line` is None, the residual of the last
+    computed step is reused. `line` holds the kind and the noise level of each step; steps of one kind have the same
+    expert and the same branches. If `line` is given, the residual is
     extrapolated linearly over the noise level, from the last two computed steps. Two conditions must hold: all three
     steps are of one kind, and the skipped step is at most two steps after the last computed step. Otherwise the
     residual of the last computed step is reused.

@@ -91,10 +91,10 @@ def grid(solver: Solver, num_steps: int, shift: float) -> Levels:
 
 
 def listed(solver: Solver, sigmas: Sequence[float]) -> Levels:
-    """Returns the noise levels of a list, to which no shift is applied; the last step goes to 0.
+    """Returns the noise levels of the list `sigmas`, without a shift; the last step goes to 0.
 
     For solvers of order 1, the first noise is multiplied by the first level, because the model expects a sample of this
-    scale. For UniPC and DPM++, the noise is not multiplied, as on their grids.
+    scale. For UniPC and DPM++, neither `listed` nor `grid` multiplies the noise.
     """
     return _levels(np.array(sigmas, dtype=np.float64), is_scaled=solver in ("euler", "rcm"))
 
@@ -107,7 +107,7 @@ def _levels(sigmas: np.ndarray, *, is_scaled: bool) -> Levels:
 
 
 def schedule(solver: Solver, num_steps: int, shift: float) -> tuple[Step, ...]:
-    """Returns all steps of `solver` on its grid."""
+    """Returns all steps of `solver` on the solver's own grid of noise levels."""
     return solve(solver, grid(solver, num_steps, shift), num_steps)
 
 
@@ -141,7 +141,7 @@ def solve(solver: Solver, levels: Levels, num_high: int) -> tuple[Step, ...]:
 class Integrator:
     """Integrates one video's sample from noise to clean, step by step; holds the last estimates of the clean sample.
 
-    `fresh_noise` draws the noise of a step; only steps of `rcm` call it.
+    `fresh_noise` draws the noise of a step; only the solver `rcm` needs this noise.
     """
 
     def __init__(self, steps: tuple[Step, ...], fresh_noise: Callable[[], Any] | None = None) -> None:
@@ -153,7 +153,7 @@ class Integrator:
     def advance(self, sample: Any, velocity: Any) -> Any:
         """Returns the sample at the next noise level, from the sample and the velocity at the current noise level.
 
-        All three are float32.
+        Both samples and the velocity are float32.
         """
         step = next(self._steps)
         clean = sample - step.sigma * velocity

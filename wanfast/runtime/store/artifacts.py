@@ -52,19 +52,19 @@ def stage_of_clip(number: int, num_clips: int, stage: str) -> str:
 
 
 def share_done(stage: str, done: int, total: int) -> float:
-    """Returns the share of all steps of a video that is done, from the progress of one of its clips."""
+    """Returns which share of a video's steps is done; `stage`, `done` and `total` are the progress of one clip."""
     number, num_clips = clip_of(stage)
     return (number - 1 + (done / total if total else 0)) / num_clips
 
 
 def steps_left(stage: str, done: int, total: int) -> int:
-    """Returns the number of steps that a video still needs, those of its later clips too."""
+    """Returns the number of steps that a video still needs, including the steps of its later clips."""
     number, num_clips = clip_of(stage)
     return (num_clips - number) * total + total - done
 
 
 def clip_of(stage: str) -> tuple[int, int]:
-    """Returns (number of the clip, number of clips) of a stage."""
+    """Reads (number of the clip, number of clips) from the name of a stage; (1, 1) if the name mentions no clip."""
     found = _CLIP.match(stage)
     return (int(found[1]), int(found[2])) if found else (1, 1)
 

@@ -1,6 +1,6 @@
 """Finds plans of attention, which `wanfast calibrate-attention` stored: the density of each head, layer and band.
 
-A plan has the inputs of a curve of MagCache, and those of its own. A run may differ from the calibration in the set of
+A plan has all inputs of a curve of MagCache, and further inputs. A run may differ from the calibration in the set of
 clips, the code, the libraries and the device. If another input differs, the run refuses the plan, and the error names
 the command that makes a plan.
 This module does not import torch.
@@ -30,9 +30,10 @@ PLAN = "plan.json"
 
 
 def plan_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:
-    """Returns all inputs of the errors from which a plan is chosen. Raises MissingArtifactError if weights are missing.
+    """Returns everything that a calibration's errors depend on. Raises MissingArtifactError if weights are missing.
 
-    The key of a plan also holds the target of its errors, and whether heads may be in float8.
+    A plan is chosen from these errors. The plan's key also holds the target of the errors, and whether heads may be in
+    float8.
     """
     inputs = curve_inputs(config, files, set_digest)
     code = digest_of_code("attention_calib/*.py", "runtime/facts/densities.py", "runtime/facts/sparsity.py")
@@ -112,7 +113,7 @@ def _found(artifacts_dir: str, asked: str, inputs_json: str, fix: str) -> Path:
     alike = [item for item in fitting if item[1].get("measured_by") == wanted["measured_by"]] or fitting
     if len(alike) > 1:
         targets = ", ".join(f"{folder.name} ({_target(inputs)})" for _, inputs, folder in alike)
-        raise ConfigError(f"{option}: several plans fit this run: use --attention-plan with the key of {targets}")
+        raise ConfigError(f"{option}: several plans fit this run: use --attention-plan with one of the keys {targets}")
     _, inputs, folder = alike[0]
     if store.path(KIND, inputs) != folder:
         raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove this folder, and {fix}")

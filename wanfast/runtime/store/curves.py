@@ -376,7 +376,7 @@ def _found(
 
 
 def differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns (the stored value, the wanted value) of each input that differs, except those that may."""
+    """Returns (the stored value, the wanted value) of each input that differs, except the inputs that may differ."""
     return {
         name: (inputs.get(name), value)
         for name, value in wanted.items()
@@ -385,7 +385,7 @@ def differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tup
 
 
 def in_words(differences: dict[str, tuple[Any, Any]]) -> str:
-    """Returns a text that names each difference."""
+    """Returns a text that names each of the `differences` between an artifact's inputs and those of this run."""
     long = {"experts": "other experts", "loras": "other LoRAs", "facts": "other facts of the model"}
     long["last_image"] = "no last images" if differences.get("last_image", (None, None))[1] else "last images"
     return "; ".join(long.get(name, f"{name} {old}, this run has {new}") for name, (old, new) in differences.items())

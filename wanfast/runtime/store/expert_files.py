@@ -68,7 +68,7 @@ class Named(Protocol):
 
 @dataclass(frozen=True)
 class NamedExpert:
-    """This class holds one expert, and the file or folder that its option names."""
+    """This class holds one expert, and the file or folder that the option of this expert names."""
 
     expert: Expert
     path: Path
@@ -181,7 +181,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """This class says for each tensor of an expert how it is stored; names of tensors have no prefix here."""
+    """This class says for each tensor of an expert how the tensor is stored.
+
+    A file's prefix `diffusion_model.` or `model.diffusion_model.` is left out of the tensors' names.
+    """
 
     tensors: Mapping[str, Stored]
 
@@ -318,5 +321,5 @@ def _check_marks(found: Mapping[str, Stored], marks: Mapping[str, Any], subject:
             words = ", ".join([str(mark.get("format")), *changed])
             raise CorruptArtifactError(
                 f"{subject}: layer {layer!r} is stored as {stored.dtype if stored else 'nothing'} in the format "
-                f"{words!r:.80}: use a file in fp16 or bf16, or in {known} without other settings"
+                f"{words!r:.80}: use a file in fp16 or bf16, or one whose only setting is a known format ({known})"
             )

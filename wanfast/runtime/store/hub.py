@@ -1,4 +1,4 @@
-"""Downloads published weights from the Hugging Face Hub: a model, or a pair of LoRAs that distils its experts.
+"""Downloads published weights from the Hugging Face Hub: a model, or a pair of distilled LoRAs, one for each expert.
 
 A model comes into <artifacts>/checkpoints/<repo name>, and a pair into <artifacts>/loras/<name of the pair>.
 

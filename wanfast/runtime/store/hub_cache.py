@@ -43,7 +43,7 @@ def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def snapshots(model: Published, layout: Layout) -> Iterator[Path]:
-    """Yields the cache folder of the pinned commit of a model, and then the cache folder of the branch `main`.
+    """Yields a model's cache folder for the pinned commit, and then the model's cache folder for the branch `main`.
 
     Both folders may hold the published weights, and both may be missing.
     """

@@ -44,9 +44,9 @@ def identity(files: list[Path], artifacts: Path) -> str:
 
 
 def digest_of(files: Iterable[Path], artifacts: Path, option: str) -> str:
-    """Returns one hash of the contents of files, in this order; for one file, it is the file's sha256.
+    """Returns one hash of the contents of `files`, in the given order; for one file, the hash is the file's sha256.
 
-    Unlike `identity`, the hash does not depend on the names of the files, which users choose.
+    Unlike `identity`, the hash does not depend on the files' names, because users choose these names.
     """
     hashes = list(sha256_of(files, artifacts, option).values())
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
@@ -63,7 +63,7 @@ def is_old(identity: object) -> bool:
 def sha256_of(files: Iterable[Path], artifacts: Path, option: str = "--model") -> dict[Path, str]:
     """Returns the sha256 of each file, in order; prints a note before it hashes large files.
 
-    Raises ConfigError, which names the `option` that names the files.
+    Raises ConfigError if a file cannot be read; the error names `option`, the option that gave the files.
     If the artifacts folder cannot be written, the next process hashes the files again.
     """
     states = {file: _state(file, option) for file in files}

@@ -1,8 +1,8 @@
 """Names the published pairs of LoRAs that distil the experts to four steps.
 
 `wanfast download --lora NAME` fetches a pair into <artifacts>/loras/NAME. If a recipe needs distilled weights and the
-user gives none, the model's own are taken: a model's folder may hold LoRAs for a recipe. Otherwise the recipe is
-refused.
+user gives none, the LoRAs for this recipe are taken from the model's folder. If this folder has no such LoRAs, the
+recipe is refused.
 """
 
 from __future__ import annotations

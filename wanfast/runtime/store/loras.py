@@ -74,7 +74,7 @@ class Lora:
 
 
 def loras_of(models: ModelsConfig) -> tuple[Lora, ...]:
-    """Returns the LoRAs of a config that holds their hashes, in the order in which they are merged."""
+    """Returns a config's LoRAs in the order in which they are merged; the config must hold their hashes already."""
     return tuple(
         Lora(option, file, strength, sha256)
         for (option, file, strength), sha256 in zip(_given(models), models.lora_sha256, strict=True)

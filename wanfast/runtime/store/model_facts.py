@@ -1,8 +1,8 @@
 """Reads the facts of a model from the JSON files beside its weights, and checks each of them.
 
 Facts are a model's sizes and its default options. A `wanfast.json` holds all facts. Without this file, the config files
-of both public layouts give the sizes of the transformer. The config files of Diffusers' layout also give the sizes of
-the VAE and UMT5. An error names the file and the key.
+of both public layouts (the original one and Diffusers') give the sizes of the transformer. The config files of
+Diffusers' layout also give the sizes of the VAE and UMT5. An error names the file and the key.
 This module does not import torch.
 """
 
@@ -54,7 +54,8 @@ def read_spec(root: Path, places: Places, published: ModelSpec = A14B) -> ModelS
     """Reads a model's facts from its wanfast.json.
 
     If this file is missing, the config files of the model's layout give most sizes. All other facts are then those of
-    the published model that reads images as this one does. Without config files they are those of `published`.
+    `A14B` if the model takes images, and those of `T2V_A14B` if it does not. If the config file of the transformer is
+    missing too, the other facts are those of `published`.
     """
     if document := _read_facts(root / _FACTS_FILE):
         return _checked(root / _FACTS_FILE, document, lambda facts: _with_defaults(ModelSpec.from_json(facts)))

@@ -61,7 +61,7 @@ class Reader(Protocol):
         ...
 
     def scales(self, key: str, first: int, end: int) -> Tensor | None:
-        """Returns the float32 scales of these rows, or None if the rows have no scale.
+        """Returns the float32 scales of the rows first..end-1, or None if these rows have no scale.
 
         There is either one scale for all rows, or one scale for each row.
         """
@@ -175,7 +175,7 @@ def stream(
     merge: MergeFn = unmerged,
     reader: ReaderFn = plain_reader,
 ) -> Iterator[tuple[str, Rows]]:
-    """Yields (name, rows) for each tensor of `module`, which is on the meta device, in the order of the files.
+    """Yields (name, rows) for each tensor of `module`, in the order of the files; `module` is on the meta device.
 
     Both the iteration and a call of `rows` may raise CorruptArtifactError.
     """
@@ -186,7 +186,7 @@ def stream(
 
 @dataclass(frozen=True)
 class Rows:
-    """This class reads rows of one tensor on the CPU, and merges them."""
+    """This class reads rows of one tensor on the CPU, and applies `merge` to these rows."""
 
     tensor: _Tensor
     merge: MergeFn

@@ -18,7 +18,7 @@ _Pairs = list[tuple[str, str]]
 
 
 def rename(component: Component, layout: Layout, key: str) -> str:
-    """Returns our name of a tensor that a checkpoint in `layout` names `key`; unknown keys are returned unchanged."""
+    """Returns our name of the tensor `key` of a checkpoint in `layout`; unknown keys are returned unchanged."""
     return _substitute(key, key_map(component, layout))
 
 

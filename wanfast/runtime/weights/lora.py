@@ -68,7 +68,7 @@ class _Change:
 
 
 def merge_of(loras: Iterable[Lora], expert: Expert, spec: DiTSpec) -> MergeFn:
-    """Returns the function that adds the LoRAs of an expert to its weights.
+    """Returns the function that adds an expert's LoRAs to the expert's weights.
 
     Reads headers and alphas, and compares all keys and shapes with those of the model. Raises CorruptArtifactError.
     """
