@@ -70,7 +70,7 @@ def test_only_the_first_clip_has_an_image(wanfast: Wanfast, program: str, monkey
         ("import os; os.write(1, bytes([255]))", "printed what is not UTF-8 text"),
         ("import sys; sys.exit('one\\n\\ntwo')", "ended with code 1 (two): correct the program, or drop --ext"),
         ("raise SystemExit(3)", "ended with code 3 (nothing on stderr): correct the program"),
-        ("while True: print('a' * 9999)", "prints without an end: print only the new prompt, on one line"),
+        ("while True: print('a' * 9999)", "its output does not stop: print only the new prompt, on one line"),
         ("import sys; sys.exit('x' * 99_999 + '\\nlast')", "ended with code 1 (last): correct the program"),
         ("import os; os.fork() or __import__('time').sleep(60)", "did not end within 0.5 s"),
         ("import time; time.sleep(60)", "did not end within 0.5 s: use a faster program, or drop --extend-prompt"),

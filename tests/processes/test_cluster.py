@@ -178,7 +178,10 @@ def test_a_line_of_a_lost_machine_is_made_on_another(on: Any) -> None:
     outcome, _ = on(a, b)
     assert outcome.exit_code == 0, outcome.err
     assert sorted(b.made) == ["0", "1", "2", "3"]
-    assert "note: --ray: a was lost; its line waits for another machine, if the line has a try left" in outcome.err
+    assert (
+        "note: --ray: a was lost; its line of --jobs waits for another machine, if that line has a try left"
+        in outcome.err
+    )
 
 
 def test_a_line_whose_ranks_die_is_tried_on_another_machine(on: Any) -> None:

@@ -57,7 +57,8 @@ class Recorder:
     def measured(self, num_steps: int) -> list[dict[Branch, dict[str, float] | None]]:
         """Returns the mean ratio, the spread and the mean cosine distance for each step and branch.
 
-        These values are computed over the tokens of all ranks. A step at which a branch has no measurement has None.
+        These values are computed over the tokens of all ranks. If a branch was not measured at a step, its value at
+        this step is None.
         All ranks must call this method together, because it gathers the sums of all ranks. Raises NotFiniteError on all
         ranks if a number is not finite, for example because a residual is zero.
         """

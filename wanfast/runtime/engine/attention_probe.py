@@ -120,7 +120,7 @@ def runs_fp8(device: str, precision: Precision, head_dim: int) -> bool:
 
 
 def require_fp8(ranks: Ranks, precision: Precision, head_dim: int) -> None:
-    """Raises ConfigError on all ranks if a rank cannot compute the heads that a plan of attention has in float8."""
+    """Raises ConfigError on all ranks if a rank cannot compute float8 attention; plans with float8 heads need it."""
 
     def tried() -> None:
         if not runs_fp8(ranks.device, precision, head_dim):

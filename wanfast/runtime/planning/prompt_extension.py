@@ -42,7 +42,7 @@ def extended(command: str, prompt: str, image: str | None) -> str:
     if done.is_late:
         raise ConfigError(f"{subject}: did not end within {TIMEOUT_S} s: use a faster program, or drop --extend-prompt")
     if len(done.printed) > _MOST_BYTES:
-        raise ConfigError(f"{subject}: prints without an end: print only the new prompt, on one line")
+        raise ConfigError(f"{subject}: its output does not stop: print only the new prompt, on one line")
     if done.code:
         *_, last = ["nothing on stderr", *done.errors.decode(errors="replace").strip().splitlines()]
         raise ConfigError(

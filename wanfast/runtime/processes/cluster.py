@@ -343,7 +343,10 @@ class RayList:
         self._error = RankFailedError(
             f"--ray: {group.machine} was lost ({type(error).__name__}): run this command again with --skip-existing"
         )
-        note(f"--ray: {group.machine} was lost; its line waits for another machine, if the line has a try left")
+        note(
+            f"--ray: {group.machine} was lost; its line of --jobs waits for another machine, if that line has a try "
+            "left"
+        )
         if not self._lines.lose(group.line, group.machine):
             message = f"{MOST_TRIES} machines were lost while they made this line, the last one {group.machine}"
             self._results[group.line] = failure(RankFailedError(message))

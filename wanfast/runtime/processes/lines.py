@@ -12,7 +12,7 @@ MOST_TRIES = 3  # of a line: then the line, and not the machines, is at fault
 
 
 class Lines:
-    """This class holds the lines that wait for a machine, and records which machines lost which line."""
+    """This class holds the lines that wait for a machine, and records which machines failed while they made a line."""
 
     def __init__(self, models: Sequence[str]) -> None:
         """`models`: what each line loads. Lines with the same text share models."""
