@@ -240,6 +240,7 @@ def test_a_video_is_saved_where_it_is_asked_for(workdir: Path, monkeypatch: pyte
     video.save(Path("a.mp4"))
     video.save("~/b.mp4")
     assert Path("a.mp4").exists() and Path("b.json").exists()
+    assert video.plan == {"fps": 16, "seed": 7}  # only the files name their outputs
     video.save("a.mp4", overwrite=True)
     for path, sheet, words in (
         ("a.mp4", False, "exists: choose another name"),

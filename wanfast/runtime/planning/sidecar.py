@@ -51,16 +51,16 @@ def with_seconds(document: dict[str, Any], added: dict[str, Any], seconds: dict[
 
 
 def moved(document: dict[str, Any], output: OutputConfig, video: VideoConfig | None = None) -> dict[str, Any]:
-    """Returns a video's document with other paths: `output` names the written files, and `video` names the images.
+    """Returns a copy of a video's document with other paths.
 
-    If `video` is None, the paths of the images stay.
+    `output` names the written files, and `video` names the images. If `video` is None, the paths of the images stay.
     """
-    effective, plan = document["effective"] | {"output": dataclasses.asdict(output)}, document["plan"]
+    effective = document["effective"] | {"output": dataclasses.asdict(output)}
+    plan = document["plan"] | {"outputs": [str(path) for path in output.paths]}
     if video is not None:
         plan |= {"images": video.images}
         names = ("image", "continue_from", "last_image")
         effective |= {"video": effective["video"] | {name: getattr(video, name) for name in names}}
-    plan |= {"outputs": [str(path) for path in output.paths]}
     return document | {"output": output.output, "effective": effective, "plan": plan}
 
 
