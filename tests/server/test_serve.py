@@ -176,7 +176,7 @@ def test_the_server_says_that_it_is_ready_when_it_takes_videos(
 ) -> None:
     """The page is open before, and a video that is sent too early is refused."""
     workers: list[Worker] = []
-    monkeypatch.setattr(serve_module, "_stopped_by_signals", lambda worker: nullcontext(workers.append(worker)))
+    monkeypatch.setattr(serve_module, "stopped_by_signals", lambda stop: nullcontext(workers.append(stop.__self__)))
     opened, holds = Opened.of({**SMALL, "artifacts_dir": str(workdir / "artifacts")}), threading.Event()
     settings = Settings(host="127.0.0.1", port=0, data_dir=workdir / "data")
 
@@ -298,16 +298,42 @@ def test_the_job_of_a_killed_server_is_made_as_soon_as_the_next_one_runs(workdir
         until(lambda: process.answer("GET", f"/v1/videos/{video}").document["status"] == "completed", LEASE_S / 2)
 
 
-def test_a_second_signal_ends_the_server_at_once(workdir: Path) -> None:
-    with served(Process(workdir, "tests.server.killed", (*TINY, "--steps", "1000"))) as process:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_second_signal_ends_the_server_at_once(workdir: Path, stand_in: Process, at_once: bool) -> None:
+    """The server is in a step of a minute, which the first signal does not end."""
+    video, process = stand_in.create("a", 1, "a long step"), stand_in.process
+    assert process
+    until(lambda: stand_in.answer("GET", f"/v1/videos/{video}").document["stage"] == "high noise")
+    if at_once:
+        process.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    if not at_once:
+        until(lambda: stand_in.answer("GET", "/ready").document["status"] == "stopping")
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=20) == 143, stand_in.log.read_text()
+    assert _states(workdir) == {"in_progress": 1}  # as after a kill: the next server makes it
+
+
+@pytest.mark.long
+def test_a_second_signal_ends_the_ranks_too(workdir: Path) -> None:
+    with served(Process(workdir, "wanfast", (*TINY, "--steps", "500", "--num-gpus", "2"))) as process:
         process.wait()
-        process.create("a", 1)
-        assert process.process
-        process.process.send_signal(signal.SIGSTOP)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            process.process.send_signal(number)
-        process.process.send_signal(signal.SIGCONT)
-        assert process.process.wait(timeout=20) in (130, 143)  # two threads may receive the signals in either order
+        video, ranks = process.create("a", 1), process.ranks()
+        until(lambda: process.answer("GET", f"/v1/videos/{video}").document["stage"] == "high noise")
+        assert process.process and len(ranks) == 2
+        for _ in range(2):
+            process.process.terminate()
+            until(lambda: process.process.poll() is not None or _is_stopping(process))
+        assert process.process.wait(timeout=5) == 143
+        until(lambda: not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE])
+
+
+def _is_stopping(process: Process) -> bool:
+    with suppress(URLError, ConnectionError):
+        return bool(ask(f"{process.url}/ready").document["status"] == "stopping")
+    return False
 
 
 def _states(folder: Path) -> Counter[str]:

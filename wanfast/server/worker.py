@@ -131,7 +131,7 @@ class Worker:
     def stop(self) -> None:
         """Makes `run` return soon: the current video stops at its next step, and its job is queued again.
 
-        A signal handler may call this method, because the method takes no lock. The watch thread notices the call.
+        The watch thread notices the call.
         """
         self._is_stopping = True
 
