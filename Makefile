@@ -21,6 +21,7 @@
 #   make readme-table   README's table of published lines, from the reports of `wanfast bench`
 #   make tiny-quality   every quality figure of the tiny model, at 128x128
 #   make tiny-quality-256   the same at 256x256, on a GPU
+#   make tiny-kinds     last images and joined clips on the tiny model, and the table of docs/kinds.md
 #   make tiny-magcache  what skipping forwards saves and costs on the tiny model
 #   make check      format, lint, types, layers
 #   make clean      remove .venv and what the targets made, except weights, experts in 8 bits and curves
@@ -82,6 +83,11 @@ tiny-quality-256: .venv/dev training/photographs.zip
 	$(BIN)/python -m wanfast.quality --photographs training/photographs.zip --side 256 --frames 33 --device cuda \
 		--processes 4 --output benchmarks/results/tiny-quality-256.json
 
+tiny-kinds: .venv/dev training/photographs.zip
+	$(BIN)/python -m wanfast.quality.kinds --photographs training/photographs.zip \
+		--output benchmarks/results/tiny-kinds.json $(OPTIONS)
+	$(BIN)/python benchmarks/kinds_table.py
+
 # Debian's packages hold most of them, so this needs apt-get.
 training/photographs.zip: | .venv/dev
 	$(BIN)/python -m training.photographs
@@ -125,4 +131,4 @@ clean:
 	$(PIP_INSTALL) -e '.[ray]'
 	touch $@
 
-.PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu projection readme-table tiny-quality tiny-quality-256 tiny-magcache check clean
+.PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu projection readme-table tiny-quality tiny-quality-256 tiny-kinds tiny-magcache check clean

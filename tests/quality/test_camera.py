@@ -149,7 +149,7 @@ def test_cameras_have_three_phrases_each_and_differ() -> None:
 
 
 def test_the_judge_asks_for_shapes_cameras_and_some_last_frames() -> None:
-    tasks = tiny.tasks_of(3, 1, 2, with_photographs=True)
+    tasks = tiny.tasks_of(3, 1, 2, ("shape", "camera"))
     assert [(task.mover, task.with_prompt, task.with_last) for task in tasks] == (
         [("shape", True, False)] * 3
         + [("shape", False, False)]
@@ -158,13 +158,13 @@ def test_the_judge_asks_for_shapes_cameras_and_some_last_frames() -> None:
         + [("camera", False, False)]
         + [("camera", True, True)] * 2
     )
-    assert len(tiny.tasks_of(3, 1, 2, with_photographs=False)) == 6
+    assert len(tiny.tasks_of(3, 1, 2, ("shape",))) == 6
 
 
 def test_the_camera_is_judged_and_a_last_frame_is_given(pack: Path) -> None:
     settings = tiny.Settings("tiny", 2, 2.0, "fp32", side=64, frames=5, photographs=str(pack))
     judge = tiny.Judge(settings)
-    shape, shape_last, plain, last = (judge(task) for task in tiny.tasks_of(1, 0, 1, with_photographs=True))
+    shape, shape_last, plain, last = (judge(task) for task in tiny.tasks_of(1, 0, 1, tiny.movers_of(settings)))
     assert shape["psnr"] != shape_last["psnr"] and shape["caption"] == shape_last["caption"]
     assert plain["asked"] == last["asked"] == "pan right" and plain["caption"] == last["caption"]
     assert plain["psnr"] != last["psnr"]  # same noise and prompt, so the last frame made the difference
@@ -175,5 +175,6 @@ def test_the_camera_is_judged_and_a_last_frame_is_given(pack: Path) -> None:
     assert last["last_frame_psnr"] < 25  # two steps reach nothing
     assert summary["camera"]["last_frame_psnr"] == round((last["last_frame_psnr"] + 26) / 2, 3)
     assert summary["camera"]["last_frame_psnr_least"] == round(last["last_frame_psnr"], 3)
-    assert summary["camera"]["last_frame_reached"] == {"right": 1, "of": 2}
+    reached = summary["camera"]["last_frame_reached"]
+    assert (reached["right"], reached["of"], reached["share"]) == (1, 2, 0.5)
     assert summary["camera"]["last_frame_given"]["of"] == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.server.running import SMALL, STAR, data_url, running, until
 from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.model_spec import A14B
+from wanfast.runtime.planning.placement import FreeMemory
 from wanfast.runtime.processes.handle import Opened
 from wanfast.server.checks import Served
 
@@ -76,6 +78,25 @@ def test_what_cannot_be_names_its_field(tmp_path: Path, fields: dict[str, Any], 
         answer = server.ask("POST", "/v1/videos", **given)
         assert (answer.status, answer.error["message"]) == (400, words)
         assert answer.error["param"] == words.partition(":")[0]
+
+
+def test_clips_that_the_host_cannot_join_name_the_field_that_gives_them(tmp_path: Path) -> None:
+    """The memory may be too small when the video is asked for, or only when it is made."""
+    words = (
+        r"seconds: to join 13 frames needs [\d.]+ kB of host memory, but only [\d.]+ kB are free: ask for fewer sec.*"
+    )
+    with running(tmp_path) as server:
+        server.maker.holds.set()
+        first, long = server.create(), server.create(seconds="0.75")
+        object.__setattr__(server.maker.opened, "free_memory", FreeMemory(1 << 40, "free", 1000))
+        given = {"prompt": "a", "input_reference": data_url(STAR.read_bytes())}
+        refused = server.ask("POST", "/v1/videos", **given, seconds="0.75")
+        assert (refused.status, refused.error["param"]) == (400, "seconds")
+        assert re.fullmatch(words, refused.error["message"]), refused.error
+        server.maker.holds.clear()
+        assert server.ended(first)["status"] == "completed"  # a single clip is not joined
+        error = server.ended(long)["error"]
+        assert error["code"] == "invalid_video" and re.fullmatch(words, error["message"]), error
 
 
 def test_clips_are_no_longer_than_the_model_was_trained_for() -> None:

@@ -267,13 +267,22 @@ def test_options_that_do_not_fit_are_refused(
     assert outcome.exit_code == 2 and f"error: {message}" in outcome.err
 
 
-def test_the_second_signal_ends_the_command_at_once() -> None:
-    with pytest.raises(SystemExit) as stop, replicas._stopped_by_signals() as stopped:
-        os.kill(os.getpid(), signal.SIGTERM)
-        until(stopped.is_set)
-        os.kill(os.getpid(), signal.SIGTERM)
-        threading.Event().wait(1)
-    assert stop.value.code == 143
+def test_the_first_signal_ends_the_replicas_and_the_second_one_would_say_what_it_leaves(
+    on: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The signals themselves are tested in tests/machine/test_signals.py."""
+
+    @contextmanager
+    def stopped_by_signals(stop: Callable[[], None], before_end: Callable[[], None]) -> Iterator[None]:
+        before_end()
+        stop()
+        yield
+
+    monkeypatch.setattr(replicas, "stopped_by_signals", stopped_by_signals)
+    engine = Serve(["RUNNING"])
+    outcome = on(engine)
+    assert outcome.exit_code == 0 and engine.ended
+    assert "note: --ray: the replicas may still run (the command was ended): run `serve shutdown`" in outcome.err
 
 
 # On simulated machines

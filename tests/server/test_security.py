@@ -228,11 +228,16 @@ BAD: dict[str, tuple[Any, int, str | None]] = {  # name -> (fields, status, para
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_request_is_refused_and_leaves_nothing(server: Running, name: str) -> None:
     body, status, param = BAD[name]
-    before = sorted(server.files.folder.iterdir()), len(server.maker.made), server.store.counts()
+    before = _left_by_requests(server)
     answer = post(server, body)
     assert (answer.status, answer.error["param"]) == (status, param), answer.body
     _check_answer(answer, server)
-    assert (sorted(server.files.folder.iterdir()), len(server.maker.made), server.store.counts()) == before
+    assert _left_by_requests(server) == before
+
+
+def _left_by_requests(server: Running) -> tuple[list[Path], int, object]:
+    """Returns what a request could have left: files, begun videos, and jobs of each state."""
+    return sorted(server.files.folder.iterdir()), len(server.maker.made), server.store.counts()
 
 
 def test_an_error_of_a_picture_says_what_is_wrong(server: Running) -> None:
@@ -283,11 +288,11 @@ RAW: dict[str, tuple[bytes, dict[str, str], int]] = {  # name -> (body, headers,
 @pytest.mark.parametrize("name", RAW)
 def test_a_damaged_body_is_refused(server: Running, name: str) -> None:
     body, headers, status = RAW[name]
-    before = server.store.counts()
+    before = _left_by_requests(server)
     answer = server.ask("POST", "/v1/videos", body, as_(ALICE, **headers))
     assert answer.status == status, answer.body
     _check_answer(answer, server)
-    assert server.store.counts() == before
+    assert _left_by_requests(server) == before
 
 
 def test_a_form_may_name_its_picture_as_it_likes(server: Running) -> None:

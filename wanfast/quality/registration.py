@@ -19,7 +19,7 @@ import numpy.typing as npt
 from wanfast.quality.camera import CAMERAS, Path
 from wanfast.quality.motions import errors_of
 
-_TOLERANCE = np.array([0.05, 0.05, 0.08, 0.08])  # one unit of error of x, y, log zoom and roll
+TOLERANCE = np.array([0.05, 0.05, 0.08, 0.08])  # one unit of error of x, y, log zoom and roll
 _MAX_CORNERS = 400
 _LEAST_CORNERS = 6
 _RANSAC_PIXELS = 1.0
@@ -42,7 +42,7 @@ def classify(frames: npt.NDArray[np.uint8]) -> Verdict:
     path = follow(frames)
     if path is None:
         return Verdict(None, {})
-    errors = errors_of(path, {name: camera.at for name, camera in CAMERAS.items()}, _TOLERANCE)
+    errors = errors_of(path, {name: camera.at for name, camera in CAMERAS.items()}, TOLERANCE)
     return Verdict(min(errors, key=errors.__getitem__), errors)
 
 

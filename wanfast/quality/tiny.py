@@ -123,7 +123,7 @@ class Judge:
             **vars(task),
             "caption": scene.caption,
             "asked": scene.motion if task.mover == "shape" else scene.camera,
-            "shown": shown(task, scene, pixels.to_uint8(video)),
+            "shown": shown(task.mover, scene, pixels.to_uint8(video)),
             "first_frame_psnr": metrics.psnr(video[:, :1], truth[:, :1]),
             "psnr": metrics.psnr(video, truth),
             "ssim": metrics.ssim(video, truth),
@@ -201,12 +201,12 @@ class Judge:
         return embeds
 
 
-def shown(task: Task, scene: Scene, frames: npt.NDArray[np.uint8]) -> str | None:
-    """Returns the motion that the frames show; `task.mover` says whether the shape or the camera moves.
+def shown(mover: Mover, scene: Scene, frames: npt.NDArray[np.uint8]) -> str | None:
+    """Returns the motion that the frames show; `mover` says whether the shape or the camera moves.
 
     Returns None if the shape or the camera could not be followed.
     """
-    if task.mover == "shape":
+    if mover == "shape":
         return tracking.classify(frames, scene.rgb).motion
     from wanfast.quality import registration  # needs OpenCV, and only photographs need this module
 
@@ -246,9 +246,18 @@ def judge_all(
 
 def share_right(asked: list[str], shown: list[str | None]) -> dict[str, Any]:
     """Returns how many videos show the requested motion: the number, the share, and the share's 95 % interval."""
-    right = sum(a == s for a, s in zip(asked, shown, strict=True))
-    low, high = wilson(right, len(asked))
-    return {"right": right, "of": len(asked), "share": right / len(asked), "95%": [round(low, 3), round(high, 3)]}
+    return share_of([a == s for a, s in zip(asked, shown, strict=True)])
+
+
+def share_of(right: list[bool]) -> dict[str, Any]:
+    """Returns how many of the results are right: the number, the share, and the share's 95 % interval."""
+    low, high = wilson(sum(right), len(right))
+    return {
+        "right": sum(right),
+        "of": len(right),
+        "share": sum(right) / len(right),
+        "95%": [round(low, 3), round(high, 3)],
+    }
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -309,7 +318,11 @@ def _figures(results: list[dict[str, Any]], motions: list[str], settings: Settin
         "empty_prompt": following(empty) if empty else None,
         "empty_prompt_shown": dict(Counter(str(row["shown"]) for row in empty).most_common()),
         "chance": 1 / len(motions),
-        **(_figures_of_last(last, following(last)) if last else {}),
+        **(
+            {**figures_of_last([row["last_frame_psnr"] for row in last]), "last_frame_given": following(last)}
+            if last
+            else {}
+        ),
         "missed": [
             {key: row[key] for key in ("index", "caption", "asked", "shown")}
             for row in prompted
@@ -318,14 +331,12 @@ def _figures(results: list[dict[str, Any]], motions: list[str], settings: Settin
     }
 
 
-def _figures_of_last(last: list[dict[str, Any]], following: dict[str, Any]) -> dict[str, Any]:
-    """Returns the figures of the videos that were given their last frame: how near they came to it."""
-    likeness = [row["last_frame_psnr"] for row in last]
+def figures_of_last(psnrs: list[float]) -> dict[str, Any]:
+    """Returns how near videos came to a given last frame; `psnrs` compare their last frames with it."""
     return {
-        "last_frame_psnr": round(float(np.mean(likeness)), 3),
-        "last_frame_psnr_least": round(min(likeness), 3),
-        "last_frame_reached": {"right": sum(psnr >= _REACHED_DB for psnr in likeness), "of": len(likeness)},
-        "last_frame_given": following,
+        "last_frame_psnr": round(float(np.mean(psnrs)), 3),
+        "last_frame_psnr_least": round(min(psnrs), 3),
+        "last_frame_reached": share_of([psnr >= _REACHED_DB for psnr in psnrs]),
     }
 
 
@@ -349,8 +360,7 @@ def plot(summary: dict[str, Any], boundary: float, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def tasks_of(pairs: int, empty: int, last: int, *, with_photographs: bool) -> list[Task]:
-    movers: tuple[Mover, ...] = ("shape", "camera") if with_photographs else ("shape",)
+def tasks_of(pairs: int, empty: int, last: int, movers: tuple[Mover, ...]) -> list[Task]:
     tasks = []
     for mover in movers:
         tasks += [Task(index, True, mover) for index in range(pairs)]
@@ -359,33 +369,31 @@ def tasks_of(pairs: int, empty: int, last: int, *, with_photographs: bool) -> li
     return tasks
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser of the options from which `settings_of` reads the settings of all videos."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--guidance", type=float, default=None, help="for both experts; the model's own by default")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--quantize", choices=get_args(Scheme), help="quantize the experts by this scheme")
-    parser.add_argument("--empty", type=int, default=25, help="pairs that also run with an empty prompt")
-    parser.add_argument("--last", type=int, default=25, help="pairs that also run with their last frame given")
     parser.add_argument("--photographs", help="the pack of `python -m training.photographs`; without, only shapes")
     parser.add_argument("--side", type=int, default=SIZE, help="pixels of the square videos")
     parser.add_argument("--frames", type=int, default=FRAMES)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
-    options = parser.parse_args()
-    if options.output is not None and find_spec("matplotlib") is None:
-        parser.error("--output draws a plot, which needs matplotlib: pip install 'wanfast[quality]', or omit --output")
+    return parser
+
+
+def settings_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Settings:
+    """Returns the settings that the options give; ends the process if OpenCV is missing."""
     if options.photographs and find_spec("cv2") is None:
         parser.error("--photographs needs OpenCV: pip install 'wanfast[quality]', or omit --photographs")
     spec = model_files.locate(options.model, "artifacts").spec
-    guidance = spec.guidance_high_noise if options.guidance is None else options.guidance
-    settings = Settings(
+    return Settings(
         options.model,
         options.steps or spec.steps,
-        guidance,
+        spec.guidance_high_noise if options.guidance is None else options.guidance,
         options.precision,
         options.quantize,
         options.side,
@@ -393,14 +401,32 @@ def main() -> None:
         options.photographs,
         options.device,
     )
-    tasks = tasks_of(options.pairs, options.empty, options.last, with_photographs=options.photographs is not None)
+
+
+def movers_of(settings: Settings) -> tuple[Mover, ...]:
+    """Returns what can move: the camera only over photographs."""
+    return ("shape", "camera") if settings.photographs else ("shape",)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--empty", type=int, default=25, help="pairs that also run with an empty prompt")
+    parser.add_argument("--last", type=int, default=25, help="pairs that also run with their last frame given")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
+    options = parser.parse_args()
+    if options.output is not None and find_spec("matplotlib") is None:
+        parser.error("--output draws a plot, which needs matplotlib: pip install 'wanfast[quality]', or omit --output")
+    settings = settings_of(parser, options)
+    tasks = tasks_of(options.pairs, options.empty, options.last, movers_of(settings))
     started = time.perf_counter()
     results = judge_all(Judge.__call__, tasks, settings, options.processes, every=20)
     summary = summarise(results, settings, time.perf_counter() - started)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(summary, indent=1) + "\n")
-        plot(summary, spec.boundary, options.output.with_suffix(".png"))
+        boundary = model_files.locate(settings.model, "artifacts").spec.boundary
+        plot(summary, boundary, options.output.with_suffix(".png"))
     print(json.dumps({key: value for key, value in summary.items() if key not in ("residual_ratios", "missed")}))
 
 

@@ -21,7 +21,7 @@ from wanfast.quality.motions import MOTIONS, Path, errors_of
 _SHADE = 0.82  # the darkest factor by which a shape's texture scales its colour
 _REACH = 70.0  # scale of the colour distance: at 0.75 of it a pixel is no longer the shape's
 _LOST_PIXELS = 12.0
-_TOLERANCE = np.array([0.05, 0.05, 0.15, 0.5])  # one unit of error of x, y, log growth and rotation
+TOLERANCE = np.array([0.05, 0.05, 0.15, 0.5])  # one unit of error of x, y, log growth and rotation
 _MAX_TURN = math.radians(25)  # between frames
 
 
@@ -42,7 +42,7 @@ def classify(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Ver
     path = track(frames, colour)
     if path is None:
         return Verdict(None, {})
-    errors = errors_of(path, {name: motion.at for name, motion in MOTIONS.items()}, _TOLERANCE)
+    errors = errors_of(path, {name: motion.at for name, motion in MOTIONS.items()}, TOLERANCE)
     return Verdict(min(errors, key=errors.__getitem__), errors)
 
 

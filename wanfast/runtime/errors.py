@@ -35,6 +35,12 @@ class NeedsGpuError(ConfigError):
     """This error means that an option needs a GPU, and the device is a CPU."""
 
 
+class JoiningMemoryError(ConfigError):
+    """This error means that the host has too little memory to join clips."""
+
+    need = ""  # the message without the option and the fix
+
+
 class MissingArtifactError(WanFastError):
     """This error means that weights or another artifact are missing.
 

@@ -261,5 +261,5 @@ def _fingerprint(asked: Asked) -> str:
 
 def _refusal(error: ConfigError, path: str) -> ApiError:
     """Returns an error of the options, in the words of the fields."""
-    message, param = in_fields(str(error).replace(f" {path}", "") if path else str(error))
+    message, param = in_fields(error, path)
     return ApiError(400, without_paths(message, _UNPLANNED), param=param, code="invalid_value")

@@ -8,16 +8,14 @@ This module does not import torch, and imports Ray only when it connects.
 
 from __future__ import annotations
 
-import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
-from types import FrameType
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from wanfast.runtime.errors import ConfigError, RankFailedError, foreign
+from wanfast.runtime.machine.signals import stopped_by_signals
 from wanfast.runtime.processes.cluster import actors_environment, connected, needs_of, require_room, room_for
 from wanfast.runtime.processes.handle import Opened
 from wanfast.runtime.store.artifacts import note
@@ -87,13 +85,17 @@ class Replica:
 def serve_on(
     address: str, replicas: int | None, settings: Settings, opened: Opened, defaults: Mapping[str, Any]
 ) -> None:
-    """Serves on a Ray cluster until SIGTERM or SIGINT; then all replicas end. Raises WanFastError."""
+    """Serves on a Ray cluster until SIGTERM or SIGINT; then all replicas end. Raises WanFastError.
+
+    A second signal ends this process at once. The replicas that had no time to end are left.
+    """
     keys, files, ranks = keys_of(settings), Files(settings.data_dir), opened.placed.config.ranks
     warm_up_of(opened, Served.of(opened, defaults, settings.max_clips), files)  # refuses what no replica could serve
     Store(settings.database_url).close()
     asked = {**opened.asked, "device": ranks.device, "num_gpus": ranks.num_gpus}
     asked["artifacts_dir"] = opened.placed.config.models.artifacts_dir
-    with connected(address) as ray, _stopped_by_signals() as stopped:
+    stopped = threading.Event()
+    with connected(address) as ray, stopped_by_signals(stopped.set, lambda: _note_left("the command was ended")):
         require_room(ray, address, ranks)
         number = replicas or room_for(ray, ranks)
         if number > room_for(ray, ranks):
@@ -177,7 +179,11 @@ def _end(serve: Any) -> None:
     try:
         _answered(serve.shutdown, _STOPPING_S + _ANSWER_S)
     except Exception as error:  # noqa: BLE001 - as above
-        note(f"--ray: the replicas may still run ({_one_line(error)}): run `serve shutdown` on the cluster")
+        _note_left(_one_line(error))
+
+
+def _note_left(why: str) -> None:
+    note(f"--ray: the replicas may still run ({why}): run `serve shutdown` on the cluster")
 
 
 def _answered(call: Callable[[], T], seconds: float) -> T:
@@ -199,23 +205,3 @@ def _answered(call: Callable[[], T], seconds: float) -> T:
 
 def _one_line(error: Exception) -> str:
     return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[threading.Event]:
-    """Yields an event that the first SIGTERM or SIGINT sets; the second one ends the process at once."""
-    stopped = threading.Event()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if stopped.is_set():
-            sys.exit(128 + number)
-        stopped.set()
-
-    before: dict[int, Callable[..., Any] | int | None] = {
-        number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

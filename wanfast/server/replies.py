@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wanfast.runtime.config.option import flag
+from wanfast.runtime.errors import JoiningMemoryError
 from wanfast.server.store import Job
 
 POLL_MS = 1000  # a client asks again after this time
@@ -45,11 +46,15 @@ def unfit(param: str, message: str) -> ApiError:
     return ApiError(400, f"{param}: {message}", param=param, code="invalid_value")
 
 
-def in_fields(message: str) -> tuple[str, str | None]:
-    """Replaces the options in an error message by the request's fields, such as --steps by num_inference_steps.
+def in_fields(error: Exception, path: str = "") -> tuple[str, str | None]:
+    """Replaces the options in an error's message by the request's fields, such as --steps by num_inference_steps.
 
+    `path`: a file of the server that the message must not name.
     Returns (the new message, the first field in this message, or None if the message names no field).
     """
+    if isinstance(error, JoiningMemoryError):  # a request gives no clips, but the seconds of all of them
+        return f"seconds: {error.need}: ask for fewer seconds, or for a smaller size", "seconds"
+    message = str(error).replace(f" {path}", "") if path else str(error)
     first = _FLAG.search(message)
     return _FLAG.sub(lambda found: _field(found[0]), message), _field(first[0]) if first else None
 

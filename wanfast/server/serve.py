@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -19,6 +16,7 @@ from filelock import Timeout
 from PIL import Image
 
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.machine.signals import stopped_by_signals
 from wanfast.runtime.planning.shortened import few_steps, least_steps, schedule_of
 from wanfast.runtime.processes.handle import Handle, Opened
 from wanfast.runtime.store.atomic import atomic_paths
@@ -77,7 +75,8 @@ def serve(
 ) -> None:
     """Runs the server until SIGTERM or SIGINT.
 
-    After the signal, the current video stops at its next step, and its job is queued again.
+    After the signal, the current video stops at its next step, and its job is queued again. A second signal ends the
+    process at once; its ranks end with it, and the next server makes the video.
     `defaults`: default options of `Handle.make` for all videos. `start`: the function that starts the ranks. Raises
     WanFastError.
     """
@@ -87,7 +86,7 @@ def serve(
         _alone(settings),
         _listening(settings) as listener,
         parts_of(settings, keys, opened, defaults, start) as parts,
-        _stopped_by_signals(parts.worker),
+        stopped_by_signals(parts.worker.stop),
         _answering(create_app(parts), listener) as address,
     ):
         print(f"loading the models; the page is open at {address}", flush=True)
@@ -220,20 +219,3 @@ def _answering(app: Any, listener: socket.socket) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
-
-
-@contextmanager
-def _stopped_by_signals(worker: Worker) -> Iterator[None]:
-    """Lets the first SIGTERM or SIGINT stop the worker, and the second one end the process at once."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if worker.is_stopping:
-            sys.exit(128 + number)
-        worker.stop()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -131,7 +131,7 @@ class Worker:
     def stop(self) -> None:
         """Makes `run` return soon: the current video stops at its next step, and its job is queued again.
 
-        A signal handler may call this method, because the method takes no lock. The watch thread notices the call.
+        The watch thread notices the call.
         """
         self._is_stopping = True
 
@@ -253,7 +253,7 @@ class Worker:
             return self._store.requeue(job, counts=True)
         code = next(code for kind, code in _CODES if isinstance(error, kind))
         is_for_clients = isinstance(error, ConfigError | NotFiniteError) and run.stage != _WRITING
-        message = without_paths(in_fields(str(error))[0], _UNSAID) if is_for_clients else _UNSAID
+        message = without_paths(in_fields(error)[0], _UNSAID) if is_for_clients else _UNSAID
         if isinstance(error, ConfigError) and message == _UNSAID:  # of a folder or a disk, and not of the request
             code = _FAULT
         ended = self._store.fail(job, code, message)

@@ -55,7 +55,7 @@ def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, 
     """
     output, video = job.config.output, job.config.video
     with sidecar.Recording(output.paths, video.fps, overwrite=output.overwrite) as recording:
-        joined = _Joined(recording.add)
+        joined = Joined(recording.add)
         if video.continue_from:
             session.ranks.lead(lambda: joined.add(earlier_frames(str(video.continue_from))))
         clips = job.clips()
@@ -70,7 +70,7 @@ def _make_clip(
     job: Job,
     session: Session,
     progress: Callable[[str, int, int], None],
-    joined: _Joined,
+    joined: Joined,
     stage_of: Callable[[str], str],
 ) -> Made:
     def report(stage: str, done: int, total: int) -> None:
@@ -82,7 +82,7 @@ def _make_clip(
     return session.make(job, by_step(report, steps), on_frames=joined.add, start=start)
 
 
-class _Joined:
+class Joined:
     """Joins the frames of clips on the leader. The frame that a clip shares with what comes before is left out."""
 
     def __init__(self, add: FramesFn) -> None:
@@ -128,7 +128,7 @@ def facts_of(made: list[Made]) -> dict[str, Any]:
     }
 
 
-def _write(plan: Plan, made: list[Made], joined: _Joined, recording: sidecar.Recording, file: Path) -> Result:
+def _write(plan: Plan, made: list[Made], joined: Joined, recording: sidecar.Recording, file: Path) -> Result:
     facts = facts_of(made)
     document = sidecar.with_seconds(sidecar.planned(plan), facts, facts["seconds"])
     frames = joined.whole() if plan.config.video.total_frames > plan.geometry.frames else made[0].frames

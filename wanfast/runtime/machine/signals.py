@@ -1,4 +1,4 @@
-"""Makes a child process end when its parent process ends, and immediately on SIGINT or SIGTERM."""
+"""Makes a child process end when its parent process ends or a signal comes, and a server stop or end by signals."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 # In the environment of a process: the id of the one that started it, and the first batch of jobs that it does.
 PARENT, FIRST_BATCH = "WANFAST_PARENT", "WANFAST_FIRST_BATCH"
 
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 def end_with_parent() -> None:
@@ -19,7 +24,52 @@ def end_with_parent() -> None:
     SIGINT and SIGTERM also end this process immediately, even while this process hangs.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _ENDING:
         signal.signal(number, signal.SIG_DFL)
     if os.environ.get(PARENT) not in (None, str(os.getppid())):
         sys.exit("the parent process is gone")
+
+
+@contextmanager
+def stopped_by_signals(stop: Callable[[], None], before_end: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Lets the first SIGINT or SIGTERM call `stop`, and the second one end this process at once, without clean-up.
+
+    Only the main thread may enter the block. A thread of its own reads the signals, in the order in which the
+    interpreter's C handlers ran. A handler in Python would run in the main thread, which may wait for something; a
+    second handler may interrupt the first one anywhere; and its exception may interrupt a clean-up, or get lost.
+    Two signals that come at the same time have no order. So the exit code is SIGTERM's if either is SIGTERM.
+    The thread calls `before_end` before it ends the process.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    thread = threading.Thread(target=_obey, args=(reader, stop, before_end), name="signals", daemon=True)
+    thread.start()
+    woken = signal.set_wakeup_fd(writer)
+    before = {number: signal.signal(number, _noticed) for number in _ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(woken)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
+
+
+def _noticed(number: int, frame: FrameType | None) -> None:
+    """Does nothing, because the interpreter has written the signal's number into the pipe already."""
+
+
+def _obey(reader: int, stop: Callable[[], None], before_end: Callable[[], None]) -> None:
+    """Reads the numbers of signals from a pipe until its other end is closed."""
+    first: int | None = None
+    while read := os.read(reader, 1):
+        (number,) = read
+        if number not in _ENDING:
+            continue
+        if first is not None:
+            before_end()
+            os._exit(128 + max(first, number))
+        first = number
+        stop()

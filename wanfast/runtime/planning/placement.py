@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wanfast.runtime.config import ModelsConfig, RanksConfig
-from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.errors import ConfigError, JoiningMemoryError
 from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import Switch, in_8_bits
 from wanfast.runtime.facts.memory import gb
@@ -105,19 +105,21 @@ def place(
 
 
 def _joining(plan: Plan, host_free: int, must_fit: bool) -> list[str]:
-    """Returns a note if the leader has too little host memory to join clips. Raises ConfigError if it must fit."""
+    """Returns a note if the leader has too little host memory to join clips. Raises an error if it must fit."""
     if plan.joining_bytes <= host_free:
         return []
     option, fix = "--prompt", "give fewer prompts, or use a smaller --size"
     if plan.config.video.continue_from:
         option, fix = "--continue-from", "give a file that holds only its last part"
-    message = (
-        f"{option}: to join {plan.config.video.total_frames} frames needs {gb(plan.joining_bytes)} of host memory, but "
-        f"only {gb(host_free)} are free: {fix}"
+    need = (
+        f"to join {plan.config.video.total_frames} frames needs {gb(plan.joining_bytes)} of host memory, but only "
+        f"{gb(host_free)} are free"
     )
+    error = JoiningMemoryError(f"{option}: {need}: {fix}")
+    error.need = need
     if must_fit:
-        raise ConfigError(message)
-    return [message]
+        raise error
+    return [str(error)]
 
 
 def _repeated_work(plan: Plan) -> list[str]:

@@ -480,8 +480,8 @@ def resolve(
     notes = (
         *image.notes, *_geometry_notes(plan, image), *_last_image_notes(plan, last), *_prompt_notes(plan, files),
         *magcache_notes(config, files), *expert_notes(config.models), *lora_notes(config.models),
-        *_sparsity_notes(plan), *_clip_notes(config.video), *_extension_notes(plan.config.video), *_output_notes(plan),
-        *_thread_notes(config.ranks, spec),
+        *_sparsity_notes(plan), *_clip_notes(config.video), *_extension_notes(plan.config.video, config.ranks),
+        *_output_notes(plan), *_thread_notes(config.ranks, spec),
     )  # fmt: skip
     notes = (*notes, spec.weights_note) if spec.weights_note else notes
     return dataclasses.replace(plan, requested=given, notes=notes), files
@@ -669,17 +669,20 @@ def _with_extended_prompts(plan: Plan) -> Plan:
     """Returns a plan with the prompts that --extend-prompt gives; without it, the same plan. Raises ConfigError.
 
     The program gets the image of the first clip only, because the other clips start from frames that do not exist yet.
+    It runs on the first machine only, because all machines make the first one's video.
     """
     video = plan.config.video
     command, image = video.extend_prompt, next(iter(video.images.values()), None)
-    if command is None:
+    if command is None or plan.config.ranks.node_rank > 0:
         return plan
     first, *others = video.prompts
     prompts = (extended(command, first, image), *(extended(command, other, None) for other in others))
     return dataclasses.replace(plan, config=plan.config.replace(prompt=prompts, written_prompts=video.prompts))
 
 
-def _extension_notes(video: VideoConfig) -> list[str]:
+def _extension_notes(video: VideoConfig, ranks: RanksConfig) -> list[str]:
+    if video.extend_prompt and ranks.node_rank > 0:
+        return ["--extend-prompt: the program runs on machine 0, and all machines take its prompt"]
     return [f"--extend-prompt: the prompt is {text!r:.300}" for text in video.prompts if video.extend_prompt]
 
 

@@ -1,0 +1,261 @@
+"""Measures videos with a given last image, and videos of several clips; `make tiny-kinds` runs this module.
+
+A model must know last images and, with `--photographs`, photographs. For each held-out pair, a video gets the last
+frame of the true clip as its last image. The figures say how near the video's last frame comes to it, and how near it
+comes without the image, which shows that the measure can fail.
+For each chain, four clips with one prompt are made and joined as `wanfast generate` joins them. At a seam, the frames
+must differ no more than most neighbours inside the clips. The motion before a seam must go on after it. Colours may
+drift: their mean and deviation in each clip are compared with those in the first clip. The things in the frame must not
+leave it, so that shapes circle, spin or stand still. The camera has all its motions; only a still camera shows the same
+things in all clips.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from wanfast.quality import metrics, tracking
+from wanfast.quality.camera import CAMERAS
+from wanfast.quality.motions import MOTIONS, PathFn
+from wanfast.quality.tiny import (
+    Judge,
+    Mover,
+    Settings,
+    figures_of_last,
+    judge_all,
+    movers_of,
+    parser_of,
+    settings_of,
+    share_of,
+    share_right,
+    shown,
+)
+from wanfast.quality.world import Scene, draw_scene
+from wanfast.runtime.device import hardware
+from wanfast.runtime.engine import pixels
+from wanfast.runtime.jobs.generate import Joined
+from wanfast.runtime.machine.packages import commit, versions
+from wanfast.runtime.planning.plan import Plan
+
+CLIPS = 4
+_LASTING = ("circle", "spin", "still")  # motions of a shape that stays in the frame, however often they are repeated
+_REACH = 2  # frames on each side of a seam in which the motion is followed
+_LEAST_SPEED = 0.25  # of the motion that the prompt asks for: a slower one has stopped
+_LEAST_COSINE = 0.5  # of the angle between the directions before and after: 60 degrees
+
+Frames = npt.NDArray[np.uint8]  # [F, H, W, 3]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Names a held-out scene, and says what is made of it: a video between two images, or a chain of clips."""
+
+    kind: Literal["between", "chain"]
+    mover: Mover
+    index: int
+
+
+@torch.inference_mode()
+def judged(judge: Judge, task: Task) -> dict[str, Any]:
+    """Makes the videos of a task, and returns their metrics."""
+    scene, truth = judge.held_out(task.index, task.mover)
+    measured = _between(judge, task, scene, truth) if task.kind == "between" else _chain(judge, task, scene, truth)
+    return {**vars(task), "asked": _asked(task.mover, scene), **measured}
+
+
+def _between(judge: Judge, task: Task, scene: Scene, truth: Tensor) -> dict[str, Any]:
+    """Makes a video with the last image and one without; both have the same first image, prompt and noise."""
+    with_last, without = (_video(judge, task.index, scene, truth[:, 0], last) for last in (truth[:, -1], None))
+    return {
+        "psnr": metrics.psnr(with_last[:, -1:], truth[:, -1:]),
+        "psnr_without": metrics.psnr(without[:, -1:], truth[:, -1:]),
+        "shown": shown(task.mover, scene, pixels.to_uint8(with_last)),
+    }
+
+
+def _chain(judge: Judge, task: Task, scene: Scene, truth: Tensor) -> dict[str, Any]:
+    """Makes clips that start from the frame before, with seeds that follow, and joins them."""
+    joined = Joined(lambda frames: None)
+    for clip in range(CLIPS):
+        start = joined.begin_clip()
+        image = truth[:, 0] if start is None else pixels.of_frame(start)
+        joined.add(pixels.to_uint8(_video(judge, task.index + clip, scene, image)))
+    return chain_figures(joined.whole(), task.mover, scene)
+
+
+def _video(judge: Judge, seed: int, scene: Scene, image: Tensor, last: Tensor | None = None) -> Tensor:
+    side = judge.settings.side
+    plan = Plan.of(judge.config.replace(seed=seed), judge.files.spec, (side, side))
+    return judge.by_plan(judge.pipeline, plan, scene.caption, image, last=last)
+
+
+def _asked(mover: Mover, scene: Scene) -> str:
+    name = scene.motion if mover == "shape" else scene.camera
+    assert name is not None
+    return name
+
+
+def chain_figures(frames: Frames, mover: Mover, scene: Scene) -> dict[str, Any]:
+    """Returns the metrics of joined frames [CLIPS * n + 1, H, W, 3] of clips that have n + 1 frames each."""
+    steps = (len(frames) - 1) // CLIPS  # from one seam to the next
+    seams = [steps * clip for clip in range(1, CLIPS)]
+    differences = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean(axis=(1, 2, 3)).tolist()
+    clips = [frames[steps * clip : steps * (clip + 1) + 1] for clip in range(CLIPS)]
+    around = [frames[seam - _REACH : seam + _REACH + 1] for seam in seams]
+    return {
+        "seams": [differences[seam] for seam in seams],
+        "inside": [difference for at, difference in enumerate(differences) if at not in seams],
+        "goes_on": [goes_on(window, mover, scene, _REACH / steps) for window in around],
+        "shown": [shown(mover, scene, clip) for clip in clips],
+        "colours": [_colours(clip[1:]) for clip in clips],  # without the frame that two clips share
+    }
+
+
+def goes_on(window: Frames, mover: Mover, scene: Scene, share: float) -> bool | None:
+    """Returns whether the motion before the middle frame goes on after it; None if the prompt asks for no motion.
+
+    Each half of the window [2 * n + 1, H, W, 3] lasts `share` of a clip. The motion goes on if both halves have at
+    least a quarter of the asked speed, and their directions differ by at most 60 degrees.
+    """
+    known, tolerance = _judge_of(mover, scene)
+    start, end = known([0.0, share])
+    asked = float(np.linalg.norm((end - start) / tolerance))
+    if asked == 0:
+        return None
+    path = _followed(window, mover, scene)
+    if path is None:
+        return False
+    middle = len(path) // 2
+    before, after = (path[middle] - path[0]) / tolerance, (path[-1] - path[middle]) / tolerance
+    speeds = float(np.linalg.norm(before)), float(np.linalg.norm(after))
+    return min(speeds) >= _LEAST_SPEED * asked and float(before @ after) >= _LEAST_COSINE * speeds[0] * speeds[1]
+
+
+def _judge_of(mover: Mover, scene: Scene) -> tuple[PathFn, npt.NDArray[np.float64]]:
+    """Returns (the path of the motion that the scene's prompt asks for, the tolerance of this motion's judge)."""
+    if mover == "shape":
+        return MOTIONS[_asked(mover, scene)].at, tracking.TOLERANCE
+    from wanfast.quality import registration  # needs OpenCV, and only photographs need this module
+
+    return CAMERAS[_asked(mover, scene)].at, registration.TOLERANCE
+
+
+def _followed(frames: Frames, mover: Mover, scene: Scene) -> npt.NDArray[np.float64] | None:
+    if mover == "shape":
+        return tracking.track(frames, scene.rgb)
+    from wanfast.quality import registration
+
+    return registration.follow(frames)
+
+
+def _colours(frames: Frames) -> list[list[float]]:
+    """Returns [mean, standard deviation], each as [red, green, blue] in units of 1/255."""
+    return [frames.mean(axis=(0, 1, 2)).tolist(), frames.std(axis=(0, 1, 2)).tolist()]
+
+
+def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float) -> dict[str, Any]:
+    """Returns the figures of all videos: "between" and "chains", each by what moves."""
+
+    def of(kind: str, mover: Mover) -> list[dict[str, Any]]:
+        return [row for row in results if (row["kind"], row["mover"]) == (kind, mover)]
+
+    movers = movers_of(settings)
+    return {
+        "settings": vars(settings),
+        "between": {mover: _figures_between(rows) for mover in movers if (rows := of("between", mover))},
+        "clips": CLIPS,
+        "chains": {mover: _figures_of_chains(rows) for mover in movers if (rows := of("chain", mover))},
+        "seconds": round(seconds, 1),
+        "hardware": hardware.describe(settings.device),
+        "commit": commit(),
+        "versions": versions(),
+    }
+
+
+def _figures_between(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "given": figures_of_last([row["psnr"] for row in rows]),
+        "not_given": figures_of_last([row["psnr_without"] for row in rows]),
+        "prompt_following": share_right([row["asked"] for row in rows], [row["shown"] for row in rows]),
+    }
+
+
+def _figures_of_chains(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    inside, seams = (np.concatenate([row[name] for row in rows]) for name in ("inside", "seams"))
+    moving = [verdict for row in rows for verdict in row["goes_on"] if verdict is not None]
+    return {
+        "videos": len(rows),
+        "difference": {
+            "seams": round(float(seams.mean()), 3),
+            "inside": round(float(inside.mean()), 3),
+            "inside_95%": round(float(np.percentile(inside, 95)), 3),
+        },
+        "smooth_videos": share_of([bool(np.mean(row["seams"]) <= np.percentile(row["inside"], 95)) for row in rows]),
+        "motion_goes_on": share_of(moving) if moving else None,
+        "prompt_following": [
+            share_right([row["asked"] for row in rows], [row["shown"][clip] for row in rows]) for clip in range(CLIPS)
+        ],
+        "drift": _drift(rows),
+        "drift_of_still_videos": _drift([row for row in rows if row["asked"] == "still"]),
+    }
+
+
+def _drift(rows: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """Returns, for each clip after the first, how far its colours are from the first clip's; None without videos.
+
+    "mean" and "deviation" are [red, green, blue] in units of 1/255, averaged over the videos with their signs.
+    "mean_size" and "deviation_size" are averaged without their signs.
+    """
+    if not rows:
+        return None
+    colours = np.array([row["colours"] for row in rows])  # [videos, CLIPS, mean or deviation, channels]
+    drift = colours[:, 1:] - colours[:, :1]
+    found = []
+    for of_clip, size in zip(drift.mean(axis=0), np.abs(drift).mean(axis=0), strict=True):
+        named = {"mean": of_clip[0], "deviation": of_clip[1], "mean_size": size[0], "deviation_size": size[1]}
+        found.append({name: np.round(values, 2).tolist() for name, values in named.items()})
+    return found
+
+
+def tasks_of(pairs: int, chains: int, movers: tuple[Mover, ...]) -> list[Task]:
+    """Returns the tasks; the chains of shapes have the first scenes whose motion can be repeated."""
+    tasks: list[Task] = []
+    for mover in movers:
+        chained = count() if mover == "camera" else filter(_lasts, count())
+        tasks += [Task("between", mover, index) for index in range(pairs)]
+        tasks += [Task("chain", mover, index) for index in islice(chained, chains)]
+    return tasks
+
+
+def _lasts(index: int) -> bool:
+    return draw_scene(index, held_out=True, camera_share=0.0).motion in _LASTING
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--pairs", type=int, default=25, help="videos between two images, of shapes and of photographs")
+    parser.add_argument("--chains", type=int, default=18, help=f"videos of {CLIPS} clips, of shapes and of photographs")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file")
+    options = parser.parse_args()
+    settings = settings_of(parser, options)
+    tasks, started = tasks_of(options.pairs, options.chains, movers_of(settings)), time.perf_counter()
+    results = judge_all(judged, tasks, settings, options.processes, every=10)
+    summary = summarise(results, settings, time.perf_counter() - started)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(summary, indent=1) + "\n")
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
