@@ -99,6 +99,9 @@ tiny-magcache-extrapolated: .venv/dev
 	$(BIN)/python -m wanfast.quality.skipping --pairs 8 --output out/$@.json
 	cp out/$@.json benchmarks/results/
 
+tiny-lossy: .venv/dev
+	$(BIN)/python benchmarks/tiny_lossy.py --output benchmarks/results/tiny-lossy.json
+
 tiny-preset: .venv/dev
 	$(BIN)/python benchmarks/tiny_preset.py
 
@@ -151,4 +154,4 @@ clean:
 
 .PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu projection readme-table check clean \
 	tiny-quality tiny-quality-256 tiny-quality-int8-weight-only tiny-quality-int8-dynamic tiny-quality-fp8-rowwise \
-	tiny-magcache tiny-magcache-extrapolated tiny-preset tiny-examples tiny-bench tiny-tables
+	tiny-magcache tiny-magcache-extrapolated tiny-lossy tiny-preset tiny-examples tiny-bench tiny-tables

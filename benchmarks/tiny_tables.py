@@ -49,6 +49,7 @@ TABLES = {  # in this order, because skipping needs the curve
     "tiny-quality-fp8-rowwise": Table((f"{RESULTS}/tiny-quality-fp8-rowwise.json",), 12),
     "tiny-magcache": Table((f"{RESULTS}/tiny-magcache.json", f"{RESULTS}/tiny-magcache.png"), 45),
     "tiny-magcache-extrapolated": Table((f"{RESULTS}/tiny-magcache-extrapolated.json",), 12),
+    "tiny-lossy": Table((f"{RESULTS}/tiny-lossy.json",), 3),
     "tiny-bench": Table(("docs/bench.png",), 7),
     "tiny-quality-256": Table(
         (f"{RESULTS}/tiny-quality-256.json", f"{RESULTS}/tiny-quality-256.png"), 10, needs_gpu=True

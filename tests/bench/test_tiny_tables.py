@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 from tests.bench.results import ROOT, program
 from tests.house.test_makefile import make
+from wanfast.cli import app
 
 tables = program("tiny_tables")
 words = program("tiny_pages")
@@ -179,3 +181,29 @@ def test_the_curve_that_ships_is_what_a_calibration_measured() -> None:
     document = preset.preset(measured)
     assert document == shipped
     assert preset.text_of(document) == text
+
+
+def test_each_way_of_lossy_attention_is_a_video_that_wanfast_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lossy = program("tiny_lossy")
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        mean = {"attention_check": {"mean": len(ran) / 8}}
+        return subprocess.CompletedProcess(command, 0, stdout=f"note\n{json.dumps(mean)}\n")
+
+    monkeypatch.setattr(lossy.subprocess, "run", run)
+    monkeypatch.setattr(lossy, "commit", lambda: None)
+    monkeypatch.setattr(lossy, "versions", dict)
+    monkeypatch.setattr(lossy, "decoder_psnr", lambda: 61.234)
+    monkeypatch.setattr(sys, "argv", ["tiny_lossy.py", "--output", str(tmp_path / "lossy.json")])
+    lossy.main()
+    document = json.loads((tmp_path / "lossy.json").read_text())
+    assert document == json.loads(capsys.readouterr().out)
+    assert document["ways"] == dict(zip(lossy.WAYS, (0.125, 0.25, 0.375), strict=True))
+    assert document["decoder_bf16_psnr"] == 61.23
+    for command in ran:
+        context = typer.main.get_command(app).commands["generate"].make_context("generate", command[4:])  # type: ignore[attr-defined]
+        assert context.params["attention_check"] and Path(context.params["image"]).exists()
