@@ -23,6 +23,7 @@
 #   make tiny-quality-256   the same at 256x256, on a GPU
 #   make tiny-kinds     last images and joined clips on the tiny model, and the table of docs/kinds.md
 #   make tiny-magcache  what skipping forwards saves and costs on the tiny model
+#   make tiny-tables    every table, plot, curve and picture that was judged on other weights than the tiny model's
 #   make check      format, lint, types, layers
 #   make clean      remove .venv and what the targets made, except weights, experts in 8 bits and curves
 
@@ -92,8 +93,34 @@ tiny-kinds: .venv/dev training/photographs.zip
 training/photographs.zip: | .venv/dev
 	$(BIN)/python -m training.photographs
 
+tiny-quality-int8-weight-only tiny-quality-int8-dynamic tiny-quality-fp8-rowwise: tiny-quality-%: .venv/dev training/photographs.zip
+	$(BIN)/python -m wanfast.quality --photographs training/photographs.zip --pairs 50 --empty 0 --last 0 \
+		--quantize $* --output out/$@.json
+	cp out/$@.json benchmarks/results/
+
 tiny-magcache: .venv/dev
 	$(BIN)/python -m wanfast.quality.skipping --output benchmarks/results/tiny-magcache.json
+
+tiny-magcache-extrapolated: .venv/dev
+	$(BIN)/python -m wanfast.quality.skipping --pairs 8 --output out/$@.json
+	cp out/$@.json benchmarks/results/
+
+tiny-lossy: .venv/dev
+	$(BIN)/python benchmarks/tiny_lossy.py --output benchmarks/results/tiny-lossy.json
+
+tiny-preset: .venv/dev
+	$(BIN)/python benchmarks/tiny_preset.py
+
+tiny-examples: generate
+	cp out/star.png out/cat.png docs/
+
+# It needs Chromium, which takes the picture of the page.
+tiny-bench: bench
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1155,874 --screenshot=docs/bench.png out/bench/report.html
+
+# training/README.md lists what these are, and how long each one takes.
+tiny-tables: .venv/dev training/photographs.zip
+	$(BIN)/python benchmarks/tiny_tables.py
 
 bench-gpu: .venv/dev
 	$(BIN)/python benchmarks/forward.py
@@ -131,4 +158,6 @@ clean:
 	$(PIP_INSTALL) -e '.[ray]'
 	touch $@
 
-.PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu projection readme-table tiny-quality tiny-quality-256 tiny-kinds tiny-magcache check clean
+.PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu projection readme-table check clean \
+	tiny-quality tiny-quality-256 tiny-kinds tiny-quality-int8-weight-only tiny-quality-int8-dynamic tiny-quality-fp8-rowwise \
+	tiny-magcache tiny-magcache-extrapolated tiny-lossy tiny-preset tiny-examples tiny-bench tiny-tables

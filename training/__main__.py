@@ -153,8 +153,8 @@ def report(vae: WanVAE, options: argparse.Namespace) -> None:
 
 
 def measured_spec(folder: Path) -> ModelSpec:
-    """Returns the spec with the latent statistics of the finished VAE; the shipped weights' note is not theirs."""
-    return replace(SPEC, vae=train_vae.finished(SPEC.vae, folder), weights_note=None)
+    """Returns the spec with the latent statistics of the finished VAE."""
+    return replace(SPEC, vae=train_vae.finished(SPEC.vae, folder))
 
 
 def fit_experts(_stage: str, options: argparse.Namespace) -> bool:

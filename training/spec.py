@@ -6,7 +6,6 @@ from wanfast.runtime.facts.model_spec import DiTSpec, ModelSpec, UMT5Spec, VAESp
 
 SPEC = ModelSpec(
     name="tiny",
-    weights_note="the tiny model knows textured shapes on patterns only: a photograph would become a pattern",
     dit=DiTSpec(dim=256, ffn_dim=640, num_heads=2, num_layers=5, freq_dim=64, text_dim=96, text_len=64),
     vae=VAESpec(base_dim=16),
     umt5=UMT5Spec(vocab_size=960, dim=96, attention_dim=96, ffn_dim=256, num_heads=4, num_layers=3),

@@ -363,7 +363,6 @@ def test_a_sidecar_without_a_fit_is_of_the_area(wanfast: Wanfast) -> None:
 
 
 def test_what_a_person_could_not_guess_is_said(wanfast: Wanfast, workdir: Path) -> None:
-    assert "knows textured shapes" in notes(wanfast)
     assert "the video is 144x96, not 128x128: --size gives only the area" in notes(wanfast)
     assert "advises --shift 3.0" in notes(wanfast, "--model", "a14b", "--size", "832x480")
     assert "advises --shift" not in notes(wanfast, "--model", "a14b", "--size", "832x480", "--shift", "3")

@@ -80,9 +80,10 @@ def test_a_run_of_several_clips_loads_the_models_once_and_is_repeated(
     assert made["plan"]["duration_s"] == round(9 / 16, 3)
     again = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--json").document
     assert again["output_sha256"] == made["output_sha256"]
-    one = wanfast(*TWO[:-2], "--output", "one.mp4", "--json").document
+    one = wanfast(*TWO[:-2], "--output", "one.mp4", "--json", "--contact-sheet").document
     assert made["seconds"]["denoise"] > made["first_step_s"] and one["effective"]["video"]["prompt"] == "a cat"
-    assert (earlier_frames("one.mp4")[0] == frames[0]).all()
+    first, alone = (np.asarray(Image.open(sheet))[:48, :64] for sheet in ("out.png", "one.png"))
+    assert (first == alone).all() and first.std() > 1  # an mp4 is lossy, and its first frame depends on later ones
 
 
 def test_the_progress_is_told_clip_by_clip(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:

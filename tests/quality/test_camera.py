@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,18 @@ import torch
 from PIL import Image
 from skimage.transform import SimilarityTransform, warp
 
+from tests.conftest import Outcome
 from tests.small_pack import PICTURES, write_pack
 from training.photographs import PACK
 from wanfast.quality import camera, registration, tiny
 from wanfast.quality.camera import CAMERAS
 from wanfast.quality.photographs import Photographs, Shot
-from wanfast.quality.world import Renderer, Scene, camera_scene, draw_photo_scene, moments_of_clip
+from wanfast.quality.world import Renderer, Scene, camera_scene, draw_photo_scene, moments_of_clip, read_caption
 from wanfast.runtime.engine.pixels import to_uint8
+from wanfast.runtime.media.earlier_video import earlier_frames
+from wanfast.runtime.store import model_files
+
+EXAMPLES = model_files.TINY.parent / "examples/jobs.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +41,30 @@ def test_the_split_is_by_picture(pack: Path, held_out: Photographs) -> None:
     assert Photographs(pack, "cpu", held_out=False).names == ["coffee"]
     assert held_out.names == ["astronaut", "chelsea"]
     assert held_out.pictures[1].shape == (3, 300, 451)
+
+
+def test_the_examples_are_captions_of_a_shape_and_of_a_camera() -> None:
+    shape, photograph = (json.loads(line) for line in EXAMPLES.read_text().splitlines())
+    assert read_caption(shape["prompt"]) == ("orange", "right")
+    assert [name for name, of in CAMERAS.items() if photograph["prompt"] in of.phrases] == ["pan right"]
+    assert photograph["image"] == "cat.jpg"  # chelsea, which is held out
+
+
+@pytest.mark.slow
+def test_the_photograph_of_the_examples_moves_and_stays_one_unless_a_note_says_otherwise(
+    wanfast: Callable[..., Outcome], workdir: Path
+) -> None:
+    job = json.loads(EXAMPLES.read_text().splitlines()[1])
+    image = ("--image", str(EXAMPLES.with_name(job["image"])), "--prompt", job["prompt"], "--seed", "1")
+    made = wanfast("generate", "--model", "tiny", "--device", "cpu", *image, "--output", "cat.mp4", "--json")
+    assert made.exit_code == 0, made.err
+    frames = earlier_frames("cat.mp4")
+    assert registration.classify(frames).camera == "pan right"
+    given = Image.open(EXAMPLES.with_name(job["image"])).resize((144, 96), Image.Resampling.LANCZOS)
+    likeness = 10 * np.log10(255**2 / np.square(frames[0] - np.asarray(given, dtype=float)).mean())
+    print(f"first frame: {likeness:.1f} dB")
+    note = model_files.locate("tiny", "artifacts").spec.weights_note
+    assert (likeness >= 24) == (note is None), likeness  # a pattern may move, too
 
 
 @pytest.mark.parametrize("name", list(CAMERAS))

@@ -46,6 +46,15 @@ def change(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(document), encoding="utf-8")
 
 
+@pytest.mark.parametrize("note", ["a photograph would become a pattern", None])
+def test_the_note_of_the_weights_is_shown(model: Path, note: str | None, wanfast: Wanfast) -> None:
+    change(model / "wanfast.json", weights_note=note)
+    outcome = wanfast(*GOOD, "--model", str(model), "--device", "cpu", "--dry-run", "--json")
+    assert outcome.exit_code == 0, outcome.err
+    assert (note in outcome.document["plan"]["notes"]) == (note is not None)
+    assert outcome.err.count("a photograph would become a pattern") == (note is not None)
+
+
 SIZES = ["dit__num_heads", "dit__dim", "dit__num_layers", "vae__base_dim", "umt5__vocab_size", "umt5__num_buckets"]
 WRONG = [("2", "'2'"), (-2, "-2"), (0, "0"), (True, "True"), (HUGE, "1000"), (float("nan"), "nan"), (None, "None"),
          (2.0, "2.0"), ([2], "(2,)"), ({}, "{}")]  # fmt: skip

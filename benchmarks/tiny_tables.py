@@ -1,0 +1,126 @@
+"""Makes again what was judged on the tiny model's weights: tables, plots, a curve and pictures. `make tiny-tables`.
+
+    python benchmarks/tiny_tables.py              # makes what is of other weights, then writes the pages
+    python benchmarks/tiny_tables.py tiny-preset  # makes only this, even if it is of these weights
+    python benchmarks/tiny_tables.py --pages      # only writes the pages, from the files that are there
+
+training/README.md has the list. `benchmarks/results/tiny-tables.json` holds the weights of each table, so that an
+interrupted run continues with the next one. What needs a GPU is made only if it is named. A test fails while a table
+belongs to other weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from page_block import with_block
+from projection import RESULTS, ROOT
+from tiny_pages import OWN, written
+
+from wanfast.runtime.machine.packages import commit
+from wanfast.runtime.store import model_files
+
+LIST = "training/README.md"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Says what `make NAME` makes, and how long this takes."""
+
+    files: tuple[str, ...]
+    minutes: int  # expected, on two cores or on the GPU
+    needs_gpu: bool = False
+
+
+TABLES = {  # in this order, because skipping needs the curve
+    "tiny-preset": Table(("wanfast/assets/magcache/tiny.json",), 1),
+    "tiny-examples": Table(("docs/star.png", "docs/cat.png"), 1),
+    "tiny-quality": Table((f"{RESULTS}/tiny-quality.json", f"{RESULTS}/tiny-quality.png"), 20),
+    "tiny-quality-int8-weight-only": Table((f"{RESULTS}/tiny-quality-int8-weight-only.json",), 12),
+    "tiny-quality-int8-dynamic": Table((f"{RESULTS}/tiny-quality-int8-dynamic.json",), 22),
+    "tiny-quality-fp8-rowwise": Table((f"{RESULTS}/tiny-quality-fp8-rowwise.json",), 12),
+    "tiny-magcache": Table((f"{RESULTS}/tiny-magcache.json", f"{RESULTS}/tiny-magcache.png"), 45),
+    "tiny-magcache-extrapolated": Table((f"{RESULTS}/tiny-magcache-extrapolated.json",), 12),
+    "tiny-lossy": Table((f"{RESULTS}/tiny-lossy.json",), 3),
+    "tiny-bench": Table(("docs/bench.png",), 7),
+    "tiny-quality-256": Table(
+        (f"{RESULTS}/tiny-quality-256.json", f"{RESULTS}/tiny-quality-256.png"), 10, needs_gpu=True
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(TABLES)}")
+    parser.add_argument("--pages", action="store_true", help="make no table, only write the pages")
+    options = parser.parse_args()
+    if unknown := [name for name in options.names if name not in TABLES]:
+        parser.error(f"NAME {unknown[0]!r}: use one of {', '.join(TABLES)}")
+    if options.pages and options.names:
+        parser.error("--pages makes no table: drop it, or drop the names")
+    code = commit()  # before a table changes the tree
+    for name in () if options.pages else options.names or stale(made(ROOT), weights()):
+        make(name, code)
+    for page, text in pages(ROOT).items():
+        (ROOT / page).write_text(text)
+    print(f"of other weights: {', '.join(stale(made(ROOT), weights())) or 'no table'}")
+
+
+def weights() -> str:
+    """Returns the identity of the tiny model's weights and tokenizer."""
+    parts = model_files.locate("tiny", "artifacts").fingerprints
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def made(root: Path) -> dict[str, Any]:
+    """Returns {table: its weights, the commit, and the minutes that it took}."""
+    document: dict[str, Any] = json.loads((root / OWN).read_text())
+    return document
+
+
+def stale(known: dict[str, Any], present: str) -> list[str]:
+    """Returns the names of the tables that belong to other weights; those that need a GPU are left out."""
+    return [
+        name
+        for name, table in TABLES.items()
+        if not table.needs_gpu and (name not in known or known[name]["weights"] != present)
+    ]
+
+
+def make(name: str, code: str | None) -> None:
+    """Makes a table with the programs of this Python's environment, and stores the weights and the commit."""
+    present, started = weights(), time.perf_counter()
+    print(f"{name}: about {TABLES[name].minutes} min", flush=True)
+    programs = (f"BIN={Path(sys.executable).parent}", "-o", ".venv/dev", "-o", ".venv/runtime")
+    if failed := subprocess.run(["make", name, *programs], cwd=ROOT).returncode:
+        raise SystemExit(f"`make {name}` ended with {failed}: fix what it printed; `make tiny-tables` continues here")
+    minutes = round((time.perf_counter() - started) / 60, 1)
+    known = made(ROOT) | {name: {"weights": present, "commit": code, "minutes": minutes}}
+    (ROOT / OWN).write_text(json.dumps(known, indent=1) + "\n")
+
+
+def pages(root: Path) -> dict[str, str]:
+    """Returns the text of each page that shows what was judged on these weights, and the list of the tables."""
+    return {**written(root), LIST: with_block((root / LIST).read_text(), "tables", listed())}
+
+
+def listed() -> list[str]:
+    """Returns the lines of the list of the tables."""
+    rows = ["| command | files | expected minutes |", "|---|---|---|"]
+    for name, table in TABLES.items():
+        files = ", ".join(f"`{file}`" for file in table.files)
+        rows.append(f"| `make {name}` | {files} | {table.minutes}{', on a GPU' * table.needs_gpu} |")
+    minutes = sum(table.minutes for table in TABLES.values() if not table.needs_gpu)
+    return [*rows, "", f"Those that need no GPU take about {minutes} minutes on two cores."]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Tests that what was judged on the tiny model belongs to the weights that ship, and that the pages show it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from tests.bench.results import ROOT, program
+from tests.house.test_makefile import make
+from wanfast.cli import app
+
+tables = program("tiny_tables")
+words = program("tiny_pages")
+
+
+def test_all_tables_are_of_the_weights_that_ship() -> None:
+    known, present = tables.made(ROOT), tables.weights()
+    assert tables.stale(known, present) == [], "run `make tiny-tables`"
+    assert {row["weights"] for row in known.values()} == {present}, "run `make tiny-tables`"
+    assert all((ROOT / file).exists() for name in known for file in tables.TABLES[name].files)
+
+
+def test_the_pages_are_those_of_the_results() -> None:
+    for page, text in tables.pages(ROOT).items():
+        assert text == (ROOT / page).read_text(), f"{page}: run `python benchmarks/tiny_tables.py --pages`"
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_a_table_is_made_by_the_target_of_its_name(name: str) -> None:
+    printed = make(Path("BIN"), "-n", name)
+    file = Path(tables.TABLES[name].files[0])
+    assert (file.name if name != "tiny-preset" else "benchmarks/tiny_preset.py") in printed
+    if name.removeprefix("tiny-quality-") in words.SCHEMES:
+        assert f"--quantize {name.removeprefix('tiny-quality-')} --output" in printed
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Copies the pages and all that they show into an empty folder."""
+    for page in tables.pages(ROOT):
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / page, tmp_path / page)
+    shutil.copytree(ROOT / tables.RESULTS, tmp_path / tables.RESULTS, ignore=shutil.ignore_patterns("tiny-training"))
+    for file in ("training/photographs.json", "wanfast/assets/tiny/wanfast.json", f"{words.EXAMPLES}/jobs.jsonl"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    return tmp_path
+
+
+def change(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_photographs_and_larger_videos_get_columns(root: Path) -> None:
+    file = root / tables.RESULTS / "tiny-quality.json"
+    row = {"right": 93, "of": 100, "95%": [0.863, 0.966]}
+    camera = {
+        **dict.fromkeys(("vae_psnr", "first_frame_psnr", "psnr", "flicker", "motion", "true_flicker"), 31.25),
+        **dict.fromkeys(("true_motion", "ssim", "ms_ssim", "chance"), 0.875),
+        "prompt_following": row,
+        "empty_prompt": {"right": 3, "of": 25},
+        "last_frame_psnr": 27.06,
+        "last_frame_reached": {"right": 24, "of": 25},
+    }
+    change(file, camera=camera)
+    larger = file.with_name("tiny-quality-256.json")
+    shutil.copy(file, larger)
+    change(larger, vae_psnr=44.44)
+    change(root / words.OWN, **{"tiny-quality-256": {"weights": "x", "commit": "0123456789ab"}})
+    text = tables.pages(root)["docs/quality.md"]
+    shapes, cameras = "shapes, {0}", "a camera over photographs, {0}"
+    head = [form.format(size) for size in ("128x128", "256x256") for form in (shapes, cameras)]
+    assert f"| what | {' | '.join(head)} |" in text
+    assert "| PSNR of the VAE on held-out clips | 38.8 dB | 31.2 dB | 44.4 dB | 31.2 dB |" in text
+    assert "93 of 100 (0.863 to 0.966)" in text and "27.1 dB" in text and "24 of 25" in text
+    assert "27.1 dB = camera/last_frame_psnr" in text and "tiny-quality-256.json: " in text
+    assert "(0123456789ab)" in text
+    assert "| SSIM, MS-SSIM of the same | 0.976, 0.977 | 0.875, 0.875 |" in tables.pages(root)[words.CARD]
+
+
+def test_schemes_are_shown_on_photographs(root: Path) -> None:
+    for scheme in words.SCHEMES:
+        file = root / tables.RESULTS / f"tiny-quality-{scheme}.json"
+        row = {"right": 48, "of": 50}
+        settings = json.loads(file.read_text())["settings"] | {"quantize": scheme}
+        camera = {"psnr_unquantized": 50.06, "ssim_unquantized": 0.99914, "prompt_following": row}
+        change(file, camera=camera, settings=settings)
+    text = tables.pages(root)["docs/quantization.md"]
+    assert "| scheme | shapes: PSNR, SSIM, prompts followed | a camera over photographs |" in text
+    assert "| none | 99 of 100 |  |" in text
+    assert "| `fp8-rowwise` | 54.2 dB, 1.0000, 99 of 100 | 50.1 dB, 0.9991, 48 of 50 |" in text
+
+
+@pytest.mark.parametrize("note", [None, "photographs become patterns"])
+def test_the_readme_repeats_the_note_of_the_weights(note: str | None, root: Path) -> None:
+    change(root / "wanfast/assets/tiny/wanfast.json", weights_note=note)
+    text = tables.pages(root)["README.md"]
+    assert ("A note says so: photographs become patterns." in text) == (note is not None)
+    assert text.count("A note says so") == (note is not None)
+    jobs = root / words.EXAMPLES / "jobs.jsonl"
+    jobs.write_text(json.dumps({"image": "dog.jpg", "prompt": "Zoom in.", "output": "out/dog.mp4"}))
+    assert (
+        f']({words.EXAMPLES}/dog.jpg) "Zoom in." | ![the video of the dog](docs/dog.png) |'
+        in tables.pages(root)["README.md"]
+    )
+
+
+def test_the_card_names_each_photograph_its_licence_and_its_author() -> None:
+    card = (ROOT / words.CARD).read_text()
+    for picture in json.loads((ROOT / "training/photographs.json").read_text()):
+        package, name = picture["name"].split("/")
+        star = r"\\\*" if picture["held_out"] else r"(?!\\)"
+        author = re.escape(picture["author"].partition(" <")[0])
+        licence = re.escape(picture["licence"])
+        assert re.search(rf"^\| {package} \| {licence} \| {author} \|.*[ ,]{re.escape(name)}{star}[ ,]", card, re.M), (
+            picture
+        )
+
+
+def test_other_weights_make_all_tables_stale_and_a_made_one_is_current(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_cpu = [name for name, table in tables.TABLES.items() if not table.needs_gpu]
+    assert tables.stale(tables.made(root), "other") == on_a_cpu
+    assert tables.stale({}, "other") == on_a_cpu
+    ran: list[list[str]] = []
+    codes = [0, 2]
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, codes[len(ran) - 1])
+
+    monkeypatch.setattr(tables, "ROOT", root)
+    monkeypatch.setattr(tables, "weights", lambda: "other")
+    monkeypatch.setattr(tables, "commit", lambda: "0123456789ab")
+    monkeypatch.setattr(tables.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["tiny_tables.py"])
+    with pytest.raises(SystemExit, match="`make tiny-examples` ended with 2: fix what it printed"):
+        tables.main()
+    assert [command[1] for command in ran] == ["tiny-preset", "tiny-examples"]
+    assert tables.stale(tables.made(root), "other") == on_a_cpu[1:]
+    assert tables.made(root)["tiny-preset"]["commit"] == "0123456789ab"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["tiny"], "NAME 'tiny': use one of tiny-preset, "),
+        (["--pages", "tiny-bench"], "--pages makes no table: drop it"),
+    ],
+)
+def test_wrong_options_are_refused(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tiny_tables.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        tables.main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_curve_that_ships_is_what_a_calibration_measured() -> None:
+    """The document has the form of the file, and the ratios are rounded to five digits."""
+    preset = program("tiny_preset")
+    text = preset.PRESET.read_text()
+    shipped = json.loads(text)
+    inputs = {name: shipped[name] for name in ("steps", "shift", "solver", "boundary", "experts")}
+    inputs |= {"precision": "bf16", "guidance": {"high_noise": 2.0, "low_noise": 2.0}}
+    measured = {
+        "inputs": inputs,
+        "clips": 4,
+        "ratios": [[ratio + 3e-6 for ratio in pair] for pair in shipped["ratios"]],
+    }
+    document = preset.preset(measured)
+    assert document == shipped
+    assert preset.text_of(document) == text
+
+
+def test_each_way_of_lossy_attention_is_a_video_that_wanfast_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lossy = program("tiny_lossy")
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        mean = {"attention_check": {"mean": len(ran) / 8}}
+        return subprocess.CompletedProcess(command, 0, stdout=f"note\n{json.dumps(mean)}\n")
+
+    monkeypatch.setattr(lossy.subprocess, "run", run)
+    monkeypatch.setattr(lossy, "commit", lambda: None)
+    monkeypatch.setattr(lossy, "versions", dict)
+    monkeypatch.setattr(lossy, "decoder_psnr", lambda: 61.234)
+    monkeypatch.setattr(sys, "argv", ["tiny_lossy.py", "--output", str(tmp_path / "lossy.json")])
+    lossy.main()
+    document = json.loads((tmp_path / "lossy.json").read_text())
+    assert document == json.loads(capsys.readouterr().out)
+    assert document["ways"] == dict(zip(lossy.WAYS, (0.125, 0.25, 0.375), strict=True))
+    assert document["decoder_bf16_psnr"] == 61.23
+    for command in ran:
+        context = typer.main.get_command(app).commands["generate"].make_context("generate", command[4:])  # type: ignore[attr-defined]
+        assert context.params["attention_check"] and Path(context.params["image"]).exists()
