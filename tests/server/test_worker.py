@@ -290,9 +290,8 @@ def test_a_lost_attempt_of_another_server_is_found(
             fingerprint="",
         )
         lost, _ = other.add(new, STAR.read_bytes(), 100)
-        with monkeypatch.context() as patch:
-            patch.setattr(store_module, "LEASE_S", 0.1)
-            assert other.claim()
+        monkeypatch.setattr(other, "_lease", lambda: other._now() + 0.1)  # LEASE_S would change the server's leases too
+        assert other.claim()
         until(lambda: server.show(lost.id)["status"] == "queued")
         assert server.show(kept)["status"] == "in_progress"
         server.maker.holds.clear()
