@@ -22,6 +22,7 @@
 #   make tiny-quality   every quality figure of the tiny model, at 128x128
 #   make tiny-quality-256   the same at 256x256, on a GPU
 #   make tiny-magcache  what skipping forwards saves and costs on the tiny model
+#   make tiny-attention what sparse and fp8 attention cost on the tiny model
 #   make check      format, lint, types, layers
 #   make clean      remove .venv and what the targets made, except weights, experts in 8 bits and curves
 
@@ -89,6 +90,9 @@ training/photographs.zip: | .venv/dev
 tiny-magcache: .venv/dev
 	$(BIN)/python -m wanfast.quality.skipping --output benchmarks/results/tiny-magcache.json
 
+tiny-attention: .venv/dev
+	$(BIN)/python -m wanfast.quality.attention --output benchmarks/results/tiny-attention.json
+
 bench-gpu: .venv/dev
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/quantized.py
@@ -125,4 +129,4 @@ clean:
 	$(PIP_INSTALL) -e '.[ray]'
 	touch $@
 
-.PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu projection readme-table tiny-quality tiny-quality-256 tiny-magcache check clean
+.PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu projection readme-table tiny-quality tiny-quality-256 tiny-magcache tiny-attention check clean
