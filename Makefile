@@ -23,6 +23,7 @@
 #   make tiny-quality-256   the same at 256x256, on a GPU
 #   make tiny-kinds     last images and joined clips on the tiny model, and the table of docs/kinds.md
 #   make tiny-magcache  what skipping forwards saves and costs on the tiny model
+#   make tiny-attention what sparse and fp8 attention cost on the tiny model
 #   make tiny-tables    every table, plot, curve and picture that was judged on other weights than the tiny model's
 #   make check      format, lint, types, layers
 #   make clean      remove .venv and what the targets made, except weights, experts in 8 bits and curves
@@ -122,6 +123,9 @@ tiny-bench: bench
 tiny-tables: .venv/dev training/photographs.zip
 	$(BIN)/python benchmarks/tiny_tables.py
 
+tiny-attention: .venv/dev
+	$(BIN)/python -m wanfast.quality.attention --output benchmarks/results/tiny-attention.json
+
 bench-gpu: .venv/dev
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/quantized.py
@@ -160,4 +164,4 @@ clean:
 
 .PHONY: download quantize calibrate warmup generate bench doctor test test-long test-gpu bench-gpu projection readme-table check clean \
 	tiny-quality tiny-quality-256 tiny-kinds tiny-quality-int8-weight-only tiny-quality-int8-dynamic tiny-quality-fp8-rowwise \
-	tiny-magcache tiny-magcache-extrapolated tiny-lossy tiny-preset tiny-examples tiny-bench tiny-tables
+	tiny-attention tiny-magcache tiny-magcache-extrapolated tiny-lossy tiny-preset tiny-examples tiny-bench tiny-tables

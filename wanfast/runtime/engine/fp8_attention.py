@@ -31,6 +31,7 @@ class Fp8Attention(LossyAttention):
     def __init__(self, num_heads: int, ranks: Ranks) -> None:
         """Stores the arguments; `num_heads` counts the heads of all ranks."""
         super().__init__(num_heads, ranks)
+        self.centres_v = True  # false only to measure what the subtraction of v's mean is worth
         self._schedule: Fp8Schedule | None = None
         self._layers: list[list[SelfAttention]] = []  # of each expert
 
@@ -60,7 +61,7 @@ class Fp8Attention(LossyAttention):
             for layer, attention in enumerate(layers):
                 check = partial(self._check, layer) if self.is_checked else None
                 in_fp8 = step is not None and schedule.is_fp8(step, layer)
-                attention.fp8 = Fp8(schedule.hadamard, check) if in_fp8 else None
+                attention.fp8 = Fp8(schedule.hadamard, check, self.centres_v) if in_fp8 else None
 
     def _check(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sequence: TokenSequence, num_tokens: int

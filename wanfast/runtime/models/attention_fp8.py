@@ -89,10 +89,11 @@ def statistics(k_SHD: Tensor, v_BLd: Tensor, rows: slice) -> Tensor:
     return found
 
 
-def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, hadamard: bool) -> Scaling:
+def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, hadamard: bool, centres_v: bool = True) -> Scaling:
     """Returns the `Scaling` of all heads; `parts_P5d` holds the `statistics` of all P ranks.
 
     `norms_2H` holds, for each head, a bound of the norms of q and a bound of the norms of k.
+    If `centres_v` is false, nothing is subtracted from v. This only shows what the subtraction is worth.
     """
     k_sum, v_sum, count = parts_P5d[:, :3].sum(0)
     least, largest = parts_P5d[:, 3].amin(0), parts_P5d[:, 4].amax(0)
@@ -100,6 +101,7 @@ def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, hadamard: bool) -> Scaling:
     k_mean, centre, least, largest = (
         rearrange(x.float(), "(H D) -> H D", H=heads) for x in (k_sum / count, v_sum / count, least, largest)
     )
+    centre = centre if centres_v else torch.zeros_like(centre)
     # |k - mean| is at most twice the largest norm.
     limits = torch.stack((norms_2H[0], 2 * norms_2H[1], torch.maximum(largest - centre, centre - least).amax(1)))
     return Scaling(scale_of(limits), hadamard_rotated(k_mean) if hadamard else k_mean, centre)

@@ -64,6 +64,7 @@ class Fp8(NamedTuple):
     hadamard: bool  # whether q and k are multiplied by a Hadamard matrix
     # Compares the result with exact attention; gets q, k, v and the result of this rank's tokens, each [B, L, H, D].
     check: Callable[[Tensor, Tensor, Tensor, Tensor, Sequence, int], None] | None = None
+    centres_v: bool = True  # whether the mean of v is subtracted
 
 
 class Linear(nn.Linear):
@@ -218,7 +219,8 @@ class _Fp8Projections:
         return statistics(keys, self._product("v")[:, :count], rows)
 
     def scaling(self, statistics_P5d: Tensor) -> Scaling:
-        return scaling(statistics_P5d, self._norms, hadamard=self._fp8.hadamard)
+        hadamard, centres_v = self._fp8.hadamard, self._fp8.centres_v
+        return scaling(statistics_P5d, self._norms, hadamard=hadamard, centres_v=centres_v)
 
     def keys_and_values(self, scaling: Scaling, parts: int) -> tuple[Tensor, Tensor]:
         k, v = (self._rounded(*one, parts) for one in zip("kv", scaling.scales[1:], scaling[1:], strict=True))

@@ -1,0 +1,258 @@
+"""Measures what lossy attention costs on the tiny model; `make tiny-attention` runs this module.
+
+Held-out pairs of image and prompt go through the pipeline with dense attention, and then in every way of lossy
+attention, with the same seed. Nothing is guarded, unless the name of a way says so, so that every call is lossy. Each
+density has two plans of equal cost: one in which all heads have this density, and one that is calibrated. The
+calibrated plan comes from the clips that ship for `wanfast calibrate-attention`. Its target is the least one whose plan
+computes no more blocks than the uniform plan. Float8 is measured with and without the mean of v. Each video is compared
+with the video of dense attention (PSNR, SSIM), its calls with exact rows (sampled error), and the tracker classifies
+its motion. The command writes JSON and plots quality over density.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import dataclasses
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from wanfast.attention_calib import calibrate
+from wanfast.attention_calib.choice import chosen
+from wanfast.magcache_calib.clips import Clip, read_set, shipped_set
+from wanfast.quality import metrics
+from wanfast.quality.tiny import Judge, Settings, judge_all, share_right
+from wanfast.quality.tracking import classify
+from wanfast.runtime.engine import pixels
+from wanfast.runtime.engine.fp8_attention import Fp8Attention
+from wanfast.runtime.engine.pipeline import VideoPipeline
+from wanfast.runtime.engine.session import Sessions
+from wanfast.runtime.errors import from_failure
+from wanfast.runtime.facts.choices import Attention
+from wanfast.runtime.facts.densities import Densities, bands_of
+from wanfast.runtime.machine.packages import commit, versions
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.store import model_files
+
+SIDE, FRAMES = 256, 33  # 2,304 tokens, 18 blocks
+DENSITIES = (0.25, 0.35, 0.5, 0.75)
+_ALL_CALLS = {"dense_share": 0.0, "dense_layers": 0}
+_SPARSE = {"attention": "sparse", "density": 1.0, "attention_check": True}
+
+Kind = Literal["dense", "uniform", "calibrated", "uniform, guarded", "fp8", "fp8 with v's mean"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """Holds one way to compute self-attention: the options that differ from a video with dense attention."""
+
+    kind: Kind
+    options: dict[str, Any]
+    densities: Densities | None = None  # of a calibrated plan
+    target_error: float | None = None  # of its calibration
+
+    def plan(self, judge: Judge, index: int) -> Plan:
+        """Returns the plan of the video for the held-out pair number `index`."""
+        config = judge.config.replace(seed=index, **self.options)
+        return Plan.of(config, judge.files.spec, (SIDE, SIDE), densities=self.densities)
+
+
+DENSE = Way("dense", {})
+
+
+def ways(judge: Judge, measured: Sequence[dict[str, Any]]) -> list[Way]:
+    """Returns all ways, dense attention first; `measured` holds the errors of the calibration's clips."""
+    steps = judge.settings.steps
+    found = [DENSE]
+    for density in DENSITIES:
+        uniform = Way("uniform", {**_SPARSE, **_ALL_CALLS, "density": density})
+        found += [uniform, of_equal_cost(uniform, judge, measured)]
+    found += [Way("uniform, guarded", {**_SPARSE, "density": density}) for density in DENSITIES]
+    in_fp8 = {"attention": "fa3-fp8", "fp8_steps": f"0:{steps}", "attention_check": True}
+    return [*found, Way("fp8", in_fp8), Way("fp8 with v's mean", in_fp8)]
+
+
+def of_equal_cost(uniform: Way, judge: Judge, measured: Sequence[dict[str, Any]]) -> Way:
+    """Returns the calibrated way with the least target that computes no more blocks than the `uniform` way."""
+    plan = uniform.plan(judge, 0)
+    assert plan.sparsity is not None
+
+    def of_target(target: float) -> Densities:
+        by_band = chosen([*measured], target, fp8=False)["densities"]
+        return Densities(bands=bands_of(plan.experts), by_band=tuple(tuple(map(tuple, layers)) for layers in by_band))
+
+    def saved(target: float) -> float:
+        sparsity = dataclasses.replace(plan, densities=of_target(target)).sparsity
+        assert sparsity is not None
+        return -sparsity.density
+
+    targets = np.unique(chosen([*measured], 1.0, fp8=False)["errors"]).tolist()
+    target = targets[bisect.bisect_left(targets, -plan.sparsity.density, hi=len(targets) - 1, key=saved)]
+    return dataclasses.replace(uniform, kind="calibrated", densities=of_target(target), target_error=target)
+
+
+@torch.inference_mode()
+def measure(judge: Judge, clip: Clip) -> dict[str, Any]:
+    """Returns the errors of one clip, as `wanfast calibrate-attention` measures them."""
+    with tempfile.TemporaryDirectory() as folder:  # of text embeddings
+        options = {**_SPARSE, **_ALL_CALLS, **clip.options, "artifacts_dir": folder}
+        config = judge.config.replace(**options, image_sha256=clip.image_sha256)
+        job = Plan.of(config, judge.files.spec, clip.image_size).job()
+        ((_, result),) = calibrate.run([job], Sessions(judge.pipeline.ranks))
+    if "error" in result:
+        raise from_failure(result)
+    return result
+
+
+@cache
+def _pipeline(judge: Judge, attention: Attention) -> VideoPipeline:
+    return judge.load(judge.config.replace(**({**_SPARSE} if attention == "sparse" else {"attention": attention})))
+
+
+@torch.inference_mode()
+def judged(judge: Judge, task: tuple[int, list[Way]]) -> list[dict[str, Any]]:
+    """Makes videos from one held-out scene, and returns a row of metrics for each way."""
+    index, all_ways = task
+    scene, truth = judge.held_out(index)
+    reference, rows = None, []
+    for way in all_ways:
+        pipeline = judge.pipeline if way is all_ways[0] else _pipeline(judge, way.options["attention"])
+        if isinstance(pipeline.lossy, Fp8Attention):
+            pipeline.lossy.centres_v = way.kind != "fp8 with v's mean"
+        video = judge.by_plan(pipeline, way.plan(judge, index), scene.caption, truth[:, 0])
+        reference = video if reference is None else reference
+        errors = pipeline.lossy.report() if pipeline.lossy else None
+        rows.append(
+            {
+                "asked": scene.motion,
+                "shown": classify(pixels.to_uint8(video), scene.rgb).motion,
+                "psnr": metrics.psnr(video, truth),
+                "psnr_dense": metrics.psnr(video, reference) if video is not reference else None,
+                "ssim_dense": metrics.ssim(video, reference),
+                "error": {name: errors[name] for name in ("mean", "largest")} if errors else None,
+            }
+        )
+    return rows
+
+
+def summarise(results: list[list[dict[str, Any]]], all_ways: list[Way], judge: Judge) -> list[dict[str, Any]]:
+    """Returns one row of metrics for each way, over all held-out scenes."""
+    return [
+        _row(way, [result[number] for result in results], judge) | _paired(results, number, way)
+        for number, way in enumerate(all_ways)
+    ]
+
+
+def _row(way: Way, rows: list[dict[str, Any]], judge: Judge) -> dict[str, Any]:
+    sparsity = way.plan(judge, 0).sparsity_json()
+    errors = [row["error"] for row in rows if row["error"]]
+    compared = [row["psnr_dense"] for row in rows if row["psnr_dense"] is not None]
+    ssims = [row["ssim_dense"] for row in rows]
+    return {
+        "way": way.kind,
+        "density": sparsity["mean_density"] if sparsity else None,
+        "target_error": way.target_error and round(way.target_error, 4),
+        "mean_error": round(float(np.mean([error["mean"] for error in errors])), 4) if errors else None,
+        "largest_error": max(error["largest"] for error in errors) if errors else None,
+        "psnr_dense": round(float(np.mean(compared)), 2) if compared else None,
+        "ssim_dense": round(float(np.mean(ssims)), 4),
+        "ssim_dense_least": round(min(ssims), 4),
+        "psnr": round(float(np.mean([row["psnr"] for row in rows])), 2),
+        "prompt_following": share_right([row["asked"] for row in rows], [row["shown"] for row in rows]),
+    }
+
+
+def _paired(results: list[list[dict[str, Any]]], number: int, way: Way) -> dict[str, Any]:
+    """Returns, for a calibrated way, in how many pairs it is better than the uniform way before it."""
+    if way.kind != "calibrated":
+        return {}
+    pairs = [(result[number], result[number - 1]) for result in results]
+    psnrs = np.array([own["psnr_dense"] - other["psnr_dense"] for own, other in pairs])
+    return {
+        "against_uniform": {
+            "pairs": len(pairs),
+            "lower_error": sum(own["error"]["mean"] < other["error"]["mean"] for own, other in pairs),
+            "higher_psnr": int((psnrs > 0).sum()),
+            "higher_ssim": sum(own["ssim_dense"] > other["ssim_dense"] for own, other in pairs),
+            "psnr_gain": round(float(psnrs.mean()), 2),
+        }
+    }
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Plots PSNR, SSIM and the sampled error over the density of a whole video; float8 is a line across."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, (name, label) in zip(
+        figure.subplots(1, 3),
+        (
+            ("psnr_dense", "PSNR to dense attention, dB"),
+            ("ssim_dense", "SSIM to dense attention"),
+            ("mean_error", "sampled relative error"),
+        ),
+        strict=True,
+    ):
+        for kind, mark in (("uniform", "o-"), ("calibrated", "x--"), ("uniform, guarded", "^:")):
+            points = sorted((row["density"], row[name]) for row in rows if row["way"] == kind)
+            axes.plot(*zip(*points, strict=True), mark, label=kind)
+        for row, style in zip([row for row in rows if row["way"].startswith("fp8")], ("-.", ":"), strict=True):
+            axes.axhline(row[name], color="tab:gray", linestyle=style, label=row["way"])
+        axes.set(xlabel="mean density of the video", ylabel=label)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
+    options = parser.parse_args()
+    if options.output is not None and find_spec("matplotlib") is None:
+        parser.error("--output draws a plot, which needs matplotlib: pip install 'wanfast[quality]', or omit --output")
+    started = time.perf_counter()
+    spec = model_files.locate(options.model, "artifacts").spec
+    settings = Settings(options.model, options.steps, spec.guidance_high_noise, "bf16", side=SIDE, frames=FRAMES)
+    all_judged = partial(judge_all, settings=settings, processes=options.processes, every=1)
+    measured = all_judged(measure, read_set(shipped_set(spec), seed=0))
+    judge = Judge(settings)
+    all_ways = ways(judge, measured)
+    results = all_judged(judged, list(zip(range(options.pairs), [all_ways] * options.pairs, strict=True)))
+    document = {
+        "model": spec.name,
+        "weights": judge.files.fingerprints,
+        "pairs": options.pairs,
+        "steps": options.steps,
+        "calibration_clips": len(measured),
+        "rows": summarise(results, all_ways, judge),
+        "results": results,
+        "seconds": round(time.perf_counter() - started, 1),
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {options.processes} processes",
+        "commit": commit(),
+        "versions": versions(),
+    }
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(document, indent=1) + "\n")
+        plot(document["rows"], options.output.with_suffix(".png"))
+    print(json.dumps({name: value for name, value in document.items() if name != "results"}))
+
+
+if __name__ == "__main__":
+    main()
