@@ -172,6 +172,7 @@ class _Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_a_report_holds_rows_pictures_and_videos(
     wanfast: Wanfast, clips: Path, videos: list[dict[str, Any]], machine: Machine
 ) -> None:

@@ -82,18 +82,19 @@ def test_the_loop_with_a_gate_is_the_formula_in_float64(gated: tuple[Plan, Model
     assert plan.num_forwards == sum(wanted) == 12
 
 
-@pytest.mark.parametrize("mesh", [Mesh(cfg=2), Mesh(ulysses=2), Mesh(cfg=2, ulysses=2)], ids=shown)
-def test_every_mesh_gives_the_latents_of_one_rank(gated: tuple[Plan, ModelFiles], mesh: Mesh) -> None:
+def test_four_ranks_give_the_latents_of_one(gated: tuple[Plan, ModelFiles]) -> None:
     """With a gate, and with a gate and MagCache, whose residuals a rank must hold when the prompt is skipped."""
     plan, files = gated
     plans = [plan, skipping(plan)]
     expected = latents_of(plans, files, Ranks("cpu"))
     assert relative_error(expected[1], expected[0]) > 1e-4
-    of_mesh = {"cfg_parallel": mesh.cfg, "ulysses": mesh.ulysses}
+    of_mesh = {"cfg_parallel": 2, "ulysses": 2}
     ways = [with_options(each, artifacts_dir=name, **of_mesh) for each, name in zip(plans, ("a", "b"), strict=True)]
     ways.append(with_options(ways[1], dit_fsdp="on", t5_fsdp="on", artifacts_dir="c"))
     assert ways[1].skips == ways[2].skips == plans[1].skips
-    results = on_ranks(mesh, lambda ranks: latents_of(ways[:2], files, ranks) + latents_of(ways[2:], files, ranks))
+    results = on_ranks(
+        Mesh(cfg=2, ulysses=2), lambda ranks: latents_of(ways[:2], files, ranks) + latents_of(ways[2:], files, ranks)
+    )
     for wanted, got in zip((*expected, expected[1]), zip(*results, strict=True), strict=True):
         assert all(relative_error(latents, wanted) <= 1e-5 for latents in got)
         assert all(torch.equal(latents, got[0]) for latents in got)

@@ -25,7 +25,7 @@ from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store.model_files import ModelFiles
 
 Planned = tuple[Plan, ModelFiles]
-MESHES = [Mesh(cfg=2), Mesh(ulysses=2), Mesh(cfg=2, ulysses=2)]
+MESH = Mesh(cfg=2, ulysses=2)  # smaller meshes are tested with a video that starts from an image
 
 
 def with_last_image(request: pytest.FixtureRequest) -> Planned:
@@ -53,28 +53,30 @@ def planned(request: pytest.FixtureRequest, workdir: Path) -> Planned:
     return plan, files
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=shown)
-def test_every_mesh_gives_the_latents_of_one_rank(planned: Planned, mesh: Mesh) -> None:
-    """The weights are whole and sharded, and forwards are skipped or not."""
+def test_four_ranks_give_the_latents_of_one(planned: Planned) -> None:
+    """Sharded weights compute all forwards, and whole weights skip some."""
     plan, files = planned
     whole = [plan, skipping(plan, magcache_joint="on")]
     expected = [final_latents(each, files, Ranks("cpu")) for each in whole]
     assert relative_error(*expected) > 1e-4
-    of_mesh = {"cfg_parallel": mesh.cfg, "ulysses": mesh.ulysses}
+    of_mesh = {"cfg_parallel": MESH.cfg, "ulysses": MESH.ulysses}
     ways = [
         (with_options(each, dit_fsdp=fsdp, t5_fsdp=fsdp, artifacts_dir=f"artifacts-{fsdp}", **of_mesh), wanted)
-        for each, wanted in zip(whole, expected, strict=True)
-        for fsdp in ("off", "on")
+        for each, wanted, fsdp in zip(whole, expected, ("on", "off"), strict=True)
     ]
-    results = on_ranks(mesh, lambda ranks: [final_latents(way, files, ranks) for way, _ in ways])
+    results = on_ranks(MESH, lambda ranks: [final_latents(way, files, ranks) for way, _ in ways])
     for (way, wanted), *got in zip(ways, *results, strict=True):
         error = max(relative_error(latents, wanted) for latents in got)
-        print(f"{shown(mesh)}, FSDP {way.config.ranks.dit_fsdp}: relative error of the final latents {error:.1e}")
+        print(f"{shown(MESH)}, FSDP {way.config.ranks.dit_fsdp}: relative error of the final latents {error:.1e}")
         assert error <= 1e-5
         assert all(torch.equal(latents, got[0]) for latents in got)
 
 
-@pytest.mark.parametrize("scheme", ["int8-weight-only", "int8-dynamic", "fp8-rowwise"])
+@pytest.mark.parametrize(  # all schemes are tested with a video that starts from an image
+    ("planned", "scheme"),
+    [("first and last image", "fp8-rowwise"), ("text alone", "int8-dynamic")],
+    indirect=["planned"],
+)
 def test_experts_in_8_bits_give_the_same_on_two_ranks(planned: Planned, scheme: str) -> None:
     plan, files = planned
     bf16 = with_options(plan, precision="bf16")

@@ -31,7 +31,6 @@ from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights.experts import OffloadedExperts
 
-MESHES = [Mesh(cfg=2), Mesh(cfg=2, ulysses=2), Mesh(cfg=2, ulysses=4)]
 TOKENS, LAYERS = 40, 2
 # Videos by which expert's steps have guidance, and the steps that have it.
 VIDEOS: dict[str, tuple[dict[str, Any], str]] = {
@@ -83,9 +82,16 @@ def work_of(plan: Plan) -> list[int]:
     return [tokens[later] for later in (not plan.guided[0],) if later in plan.guided] + share
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=shown)
-def test_no_rank_repeats_anothers_work(small_model: Path, workdir: Path, mesh: Mesh) -> None:
-    """Latents equal those of one rank, and each rank has its share of tokens, with whole and with sharded weights.
+@pytest.mark.parametrize(
+    ("mesh", "fsdp"),
+    [
+        pytest.param(Mesh(cfg=2), {}, id="2 ranks"),
+        pytest.param(Mesh(cfg=2, ulysses=2), FSDP, id="4 ranks, sharded"),
+        pytest.param(Mesh(cfg=2, ulysses=4), FSDP, id="8 ranks, sharded", marks=pytest.mark.long),
+    ],
+)
+def test_no_rank_repeats_anothers_work(small_model: Path, workdir: Path, mesh: Mesh, fsdp: dict[str, str]) -> None:
+    """Latents equal those of one rank, and each rank has its share of tokens.
 
     MagCache computes the first step after a regrouping, and then skips with the residual of the new share.
     """
@@ -98,15 +104,14 @@ def test_no_rank_repeats_anothers_work(small_model: Path, workdir: Path, mesh: M
     assert all(relative_error(*pair) > 1e-4 for pair in itertools.combinations(expected, 2))
     if mesh.size == 8:  # the last plan has the first one's steps, two of them skipped
         plans, expected = plans[1:], expected[1:]
-    for fsdp in {2: ({}, FSDP), 4: ({},), 8: (FSDP,)}[mesh.size]:
-        ways = [with_options(plan, **fsdp) for plan in plans]
-        results = on_ranks(mesh, lambda ranks: counted(ways, files, inputs, ranks))  # noqa: B023 - run at once
-        for plan, wanted, *got in zip(plans, expected, *results, strict=True):
-            error = max(relative_error(latent, wanted) for latent, _ in got)
-            print(f"{shown(mesh)}, {plan.guided}, {fsdp}: relative error of the final latents {error:.1e}")
-            assert error <= 1e-5
-            assert all(torch.equal(latent, got[0][0]) for latent, _ in got)
-            assert [done for _, done in got] == [work_of(plan)] * mesh.size
+    ways = [with_options(plan, **fsdp) for plan in plans]
+    results = on_ranks(mesh, lambda ranks: counted(ways, files, inputs, ranks))
+    for plan, wanted, *got in zip(plans, expected, *results, strict=True):
+        error = max(relative_error(latent, wanted) for latent, _ in got)
+        print(f"{shown(mesh)}, {plan.guided}, {fsdp}: relative error of the final latents {error:.1e}")
+        assert error <= 1e-5
+        assert all(torch.equal(latent, got[0][0]) for latent, _ in got)
+        assert [done for _, done in got] == [work_of(plan)] * mesh.size
 
 
 def test_residuals_are_not_extrapolated_across_a_regrouping(small_model: Path, workdir: Path) -> None:
@@ -165,9 +170,9 @@ def compiler(monkeypatch: pytest.MonkeyPatch, module: Any) -> CompileCounterWith
 @pytest.mark.parametrize(
     ("mesh", "fsdp"),
     [
-        pytest.param(MESHES[0], {}, id="2 ranks"),
-        pytest.param(MESHES[0], FSDP, id="2 ranks, sharded"),
-        pytest.param(MESHES[1], FSDP, id="4 ranks, sharded", marks=pytest.mark.long),
+        pytest.param(Mesh(cfg=2), {}, id="2 ranks", marks=pytest.mark.long),
+        pytest.param(Mesh(cfg=2), FSDP, id="2 ranks, sharded"),
+        pytest.param(Mesh(cfg=2, ulysses=2), FSDP, id="4 ranks, sharded", marks=pytest.mark.long),
     ],
 )
 def test_a_compiled_block_has_a_graph_for_each_share(

@@ -69,9 +69,7 @@ def test_all_blocks_give_the_latents_of_dense_attention(planned: Planned) -> Non
 
 
 @pytest.mark.parametrize(
-    ("mesh", "fsdp"),
-    [(Mesh(ulysses=4), "off"), (Mesh(cfg=2), "off"), (Mesh(cfg=2, ulysses=2), "on")],
-    ids=["ulysses4", "cfg2", "cfg2-ulysses2-sharded"],
+    ("mesh", "fsdp"), [(Mesh(ulysses=4), "off"), (Mesh(cfg=2, ulysses=2), "on")], ids=["ulysses4", "cfg2-sharded"]
 )
 def test_every_mesh_gives_the_latents_and_errors_of_one_rank(planned: Planned, mesh: Mesh, fsdp: str) -> None:
     """With a gate of guidance, both halves of parallel guidance run the last steps alike."""
@@ -119,12 +117,17 @@ def test_ranks_give_each_head_its_density(planned: Planned) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("quantize", [None, "fp8-rowwise"])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        pytest.param({}, id="fp32", marks=pytest.mark.long),
+        pytest.param({"precision": "bf16", "quantize": "fp8-rowwise", "quantize_on_the_fly": True}, id="fp8-rowwise"),
+    ],
+)
 def test_heads_that_are_divided_by_their_work_give_the_bits_of_their_own_order(
-    planned: Planned, monkeypatch: pytest.MonkeyPatch, quantize: str | None
+    planned: Planned, monkeypatch: pytest.MonkeyPatch, weights: dict[str, Any]
 ) -> None:
     """In the first two steps, guidance is parallel and two ranks share the heads; then four ranks do."""
-    weights = {"precision": "bf16", "quantize": quantize, "quantize_on_the_fly": True} if quantize else {}
     plan, files = planned(**HALF, attention_check=True, guidance_gate=0.5, **NO_GUARDS, **weights)
     rising = (None, "fp8", *(0.4 + 0.1 * head for head in range(6)))
     plan = with_options(varied(plan, (rising, rising[::-1])), cfg_parallel=2, ulysses=2)

@@ -40,9 +40,19 @@ def test_a_hadamard_matrix_is_orthonormal_and_its_own_inverse() -> None:
     assert torch.allclose(spread.abs(), torch.full((1, 128), 128**-0.5))
 
 
-@pytest.mark.parametrize(("heads", "head_dim", "parts"), [(4, 16, 1), (4, 16, 2), (5, 24, 5), (40, 128, 4)])
-@pytest.mark.parametrize("steps", ["all", "no hadamard", "centre only", "norm only", "hadamard only"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+STEPS = ("all", "no hadamard", "centre only", "norm only", "hadamard only")
+SIZES = ((4, 16, 1), (4, 16, 2), (5, 24, 5), (40, 128, 4))
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(  # all pairs of two parameters, and half of the triples
+    ("steps", "heads", "head_dim", "parts", "dtype"),
+    [
+        (steps, *size, DTYPES[(row + column) % 2])
+        for row, steps in enumerate(STEPS)
+        for column, size in enumerate(SIZES)
+    ],
+)
 @torch.no_grad()
 def test_heads_to_fp8(norms: ModuleType, heads: int, head_dim: int, parts: int, steps: str, dtype: torch.dtype) -> None:
     dim, powers = heads * head_dim, head_dim & (head_dim - 1) == 0

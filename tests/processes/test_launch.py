@@ -185,7 +185,6 @@ def test_a_rank_that_raises_is_named_not_its_peers(start: Start, workdir: Path) 
 
 
 ENDS = {
-    "TERM": ("os.kill(os.getpid(), 15)", "was killed by SIGTERM"),
     "ABRT": ("os.abort()", "was killed by SIGABRT"),
     "_exit": ("os._exit(3)", "ended with exit code 3"),
     "exit": ("sys.exit(3)", "failed: SystemExit: 3"),
@@ -201,10 +200,9 @@ def test_a_rank_that_ends_in_the_middle_is_named_not_its_peers(start: Start, wor
     assert only_inputs(workdir)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_rank_that_hangs_is_named(start: Start, workdir: Path, ranks: int) -> None:
+def test_a_rank_that_hangs_is_named(start: Start, workdir: Path) -> None:
     environment = with_fault(workdir, in_third_step("import time; time.sleep(1000)"), rank=1)
-    run = start(*ENDLESS, "--num-gpus", str(ranks), "--rank-timeout", "5", environment=environment)
+    run = start(*ENDLESS, "--num-gpus", "4", "--rank-timeout", "5", environment=environment)
     run.wait_for_steps(done=2)
     began, children = time.monotonic(), run.children()
     code, _, err = run.end(60)
@@ -213,7 +211,7 @@ def test_a_rank_that_hangs_is_named(start: Start, workdir: Path, ranks: int) -> 
     assert gone(children, 5) and only_inputs(workdir)
     left = workdir.glob("artifacts/runs/*/ranks/*/progress")
     done = {file.parent.name: json.loads(file.read_text())["done"] for file in left}
-    assert done == {f"0-{rank}": 2 if rank == 1 else 3 for rank in range(ranks)}
+    assert done == {f"0-{rank}": 2 if rank == 1 else 3 for rank in range(4)}
 
 
 def test_a_rank_that_hangs_without_peers_costs_its_video(start: Start, workdir: Path) -> None:

@@ -73,9 +73,9 @@ def renderer() -> Renderer:
 @pytest.mark.parametrize("held_out", [False, True])
 def test_the_tracker_reads_true_clips(renderer: Renderer, held_out: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    for seed in range(24):
+    for seed in range(12):
         scene = draw_scene(seed, held_out=held_out, camera_share=0.0)
-        (clip,) = renderer([scene], moments_of_clip())  # one at a time, because 24 at once need gigabytes
+        (clip,) = renderer([scene], moments_of_clip())  # one at a time, because 12 at once need gigabytes
         noisy = clip + 0.04 * torch.randn(clip.shape, generator=generator)
         verdict = classify(to_uint8(noisy), COLOURS[scene.subject.colour])
         assert verdict.motion == scene.motion, (scene.caption, verdict)
@@ -169,9 +169,9 @@ def test_the_interval_is_wilsons() -> None:
 
 @pytest.fixture(scope="module")
 def verdicts() -> list[dict[str, object]]:
-    """Judges two held-out pairs with the shipped model, like `make tiny-quality`."""
+    """Judges a held-out pair with the shipped model, like `make tiny-quality`; test_skipping judges another."""
     judge = tiny.Judge(tiny.Settings("tiny", steps=40, guidance=2.0, precision="bf16"))
-    return [judge(tiny.Task(index, with_prompt=True)) for index in (1, 2)]
+    return [judge(tiny.Task(index, with_prompt=True)) for index in (2,)]
 
 
 @pytest.mark.slow

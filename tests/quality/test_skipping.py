@@ -23,6 +23,7 @@ def test_a_pair_by_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for row in (greedy, best, extrapolated):
         assert 20 < row["psnr_unskipped"] < 90 and 0.8 < row["ssim_unskipped"] <= 1
     assert all(row["prompt_following"]["of"] == 1 for row in (off, greedy, best, extrapolated))
+    assert off["prompt_following"]["right"] == 1
     skipping.plot([off, greedy, best, extrapolated], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

@@ -41,7 +41,8 @@ def true_sizes() -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_true_sizes_load_in_little_more_memory_than_the_model(
     true_sizes: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], ranks: int
 ) -> None:
