@@ -61,6 +61,7 @@ class LossyAttention:
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
         """Begins the forward of one of the step's branches."""
         self._forward = Forward(step, expert, branches, branch, ranks)
+        lossy.run(self)
 
     def enter(self, layer: int) -> None:
         """Begins a layer of this forward."""
