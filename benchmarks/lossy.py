@@ -7,7 +7,7 @@
 Self-attention is sparse or in float8, each with bf16 linears and with fp8 linears. The timed forwards have no guards:
 all layers are lossy. Further ways make the lists of blocks, or measure the error; `shares` holds what this adds to a
 forward. Lists serve for several steps, so that a video pays only a part of their share. The ways run in turn, and the
-median is reported. `ratio` is that to the compiled bf16 forward; lossy ways are not compiled, as in a video.
+median is reported. `ratio` is that to the compiled bf16 forward; lossy ways are not compiled.
 `relative_error` compares the velocity after the first layers with float32, and `checked` holds the errors of heads.
 With random weights, neither shows what a video loses. `sampled` compares the error of 64 queries of each head with that
 of all queries, in one layer: the share of heads for which both agree within a fifth. `video` is the plan of a whole
@@ -45,7 +45,7 @@ from wanfast.runtime.facts.model_spec import A14B, ModelSpec
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.attention_check import sampled_errors
-from wanfast.runtime.models.bricks import RASTER, TokenOrder
+from wanfast.runtime.models.bricks import TokenOrder
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning.plan import Plan
 
@@ -170,13 +170,13 @@ class Tried:
     def _velocity(self, lossy: tuple[LossyAttention, TokenOrder] | None = None, step: int = 0) -> Tensor:
         for attention in self._model.self_attentions():
             attention.attend, attention.fp8 = self._attend, None
-        order = RASTER
+        options: dict[str, Any] = {}
         if lossy:
-            if isinstance(lossy[0], SparseAttention):  # the last one that was used had the layers
+            if isinstance(lossy[0], SparseAttention):
                 lossy[0].use_in(self._model)
             lossy[0].begin(step, "low_noise", BRANCHES, "prompt", self._ranks)
-            order = lossy[1]
-        return self._model(*self._inputs.arguments(self._text[: len(self._model.blocks)]), order=order)[0]
+            options = {"order": lossy[1], "before_block": lossy[0].enter}
+        return self._model(*self._inputs.arguments(self._text[: len(self._model.blocks)]), **options)[0]
 
     def errors(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields (way, the errors of its heads) of the ways that are checked."""

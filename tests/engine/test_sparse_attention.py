@@ -223,14 +223,14 @@ def test_another_band_makes_other_lists(planned: Planned, monkeypatch: pytest.Mo
 def calls(monkeypatch: pytest.MonkeyPatch, plan: Plan, files: ModelFiles) -> tuple[list[Any], list[Any]]:
     """(step, branch, layer) of each making of lists, and of each sparse call."""
     lists, sparse = [], []
-    make, attend = sparse_attention.block_lists, sparse_attention.SparseAttention._attend
+    make, attend = sparse_attention.block_lists, sparse_attention.SparseAttention.attend
     here: list[Any] = []
 
-    def attending(self: Any, layer: int, *qkv: torch.Tensor) -> torch.Tensor:
-        here[:] = [(self._forward.step, self._forward.branch, layer)]
-        return attend(self, layer, *qkv)
+    def attending(self: Any, *qkv: torch.Tensor) -> torch.Tensor:
+        here[:] = [(self._forward.step, self._forward.branch, self._layer)]
+        return attend(self, *qkv)
 
-    monkeypatch.setattr(sparse_attention.SparseAttention, "_attend", attending)
+    monkeypatch.setattr(sparse_attention.SparseAttention, "attend", attending)
     monkeypatch.setattr(sparse_attention, "block_lists", lambda *a: lists.append(*here) or make(*a))
     run = sparse_attention.block_sparse_attention
     monkeypatch.setattr(sparse_attention, "block_sparse_attention", lambda *a: sparse.append(*here) or run(*a))

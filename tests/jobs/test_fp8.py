@@ -75,7 +75,10 @@ def test_a_dry_run_shows_the_schedule(wanfast: Wanfast) -> None:
         (("--attention", "fa3-fp8", "--fp8-steps", "1-2"), "--fp8-steps 1-2: use two numbers, the first one smaller"),
         (("--attention", "fa3-fp8", "--fp8-steps", "0:3"), "--fp8-steps 0:3: there are only 2, counted from 0"),
         (("--attention", "fa3-fp8", "--fp8-steps", "0:2", "--fp8-layers", "5:6"), "--fp8-layers 5:6: there are only 5"),
-        (("--attention", "fa3-fp8", "--fp8-steps", "0:2", "--compile"), "--attention fa3-fp8 and --compile exclude"),
+        (
+            ("--attention", "fa3-fp8", "--fp8-steps", "0:2", "--compile", "--compile-mode", "max-autotune"),
+            "--attention fa3-fp8 and --compile-mode max-autotune exclude each other",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(wanfast: Wanfast, options: tuple[str, ...], words: str) -> None:

@@ -101,7 +101,10 @@ def test_a_dry_run_shows_the_density(wanfast: Wanfast) -> None:
         ),
         (("--attention", "sparse", "--density", "0.5", "--dense-layers", "90"), "layers would use dense attention"),
         (("--attention", "sparse", "--density", "0.5", "--lists-every", "0"), "--lists-every 0: use 1 to 1000 steps"),
-        (("--attention", "sparse", "--density", "0.5", "--compile"), "--attention sparse and --compile exclude each"),
+        (
+            ("--attention", "sparse", "--density", "0.5", "--compile", "--compile-mode", "max-autotune"),
+            "--attention sparse and --compile-mode max-autotune exclude each other",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(wanfast: Wanfast, options: tuple[str, ...], words: str) -> None:

@@ -340,10 +340,10 @@ class ModelsConfig(Part):
             raise ConfigError("--attention sparse needs --density or --attention-plan: add --density 0.35, for example")
         if self.density is not None and self.attention_plan is not None:
             raise ConfigError("--density and --attention-plan exclude each other: drop one of the two")
-        if self.attention in LOSSY_ATTENTION and self.compile:
+        if self.attention in LOSSY_ATTENTION and self.compile_mode == "max-autotune":
             raise ConfigError(
-                f"--attention {self.attention} and --compile exclude each other, because attention changes between the "
-                "steps: drop one of the two"
+                f"--attention {self.attention} and --compile-mode max-autotune exclude each other, because a captured "
+                "graph repeats the attention of one step: use --compile-mode max-autotune-no-cudagraphs"
             )
 
 

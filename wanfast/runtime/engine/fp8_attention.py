@@ -10,15 +10,14 @@ Shapes: B batch (1), L tokens of this rank, H heads of all ranks, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
+import torch
 from torch import Tensor
 
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine.lossy_attention import LossyAttention
 from wanfast.runtime.facts.choices import Branch, Expert
 from wanfast.runtime.facts.fp8_schedule import Fp8Schedule
-from wanfast.runtime.models.attention import Sequence as TokenSequence
 from wanfast.runtime.models.attention_check import sampled_errors
 from wanfast.runtime.models.bricks import TokenOrder
 from wanfast.runtime.models.dit import Fp8, SelfAttention, WanDiT
@@ -33,6 +32,8 @@ class Fp8Attention(LossyAttention):
         super().__init__(num_heads, ranks)
         self.centres_v = True  # false only to measure what the subtraction of v's mean is worth
         self._schedule: Fp8Schedule | None = None
+        self._num_tokens = 0  # of all ranks
+        self._checked = torch.zeros(num_heads, device=ranks.device)  # the errors of the layer that ran
         self._layers: list[list[SelfAttention]] = []  # of each expert
 
     def use_in(self, model: WanDiT) -> None:
@@ -41,7 +42,7 @@ class Fp8Attention(LossyAttention):
 
     def start(self, plan: Plan) -> TokenOrder:
         order = super().start(plan)
-        self._schedule = plan.fp8
+        self._schedule, self._num_tokens = plan.fp8, plan.geometry.tokens
         self._tell(None)
         return order
 
@@ -57,16 +58,17 @@ class Fp8Attention(LossyAttention):
         """Sets how all layers compute self-attention in this step; None means exactly."""
         schedule = self._schedule
         assert schedule is not None, "no video was started"
+        in_fp8 = Fp8(schedule.hadamard, self._checked if self.is_checked else None, self.centres_v)
         for layers in self._layers:
             for layer, attention in enumerate(layers):
-                check = partial(self._check, layer) if self.is_checked else None
-                in_fp8 = step is not None and schedule.is_fp8(step, layer)
-                attention.fp8 = Fp8(schedule.hadamard, check, self.centres_v) if in_fp8 else None
+                attention.fp8 = in_fp8 if step is not None and schedule.is_fp8(step, layer) else None
 
-    def _check(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sequence: TokenSequence, num_tokens: int
-    ) -> None:
-        first, count = sequence.own(num_tokens)
-        rows = self._rows(layer, num_tokens).to(q.device)
+    def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        """Returns the error [H] of this rank's tokens in the layer that runs, and stores it."""
+        assert self._forward is not None
+        sequence = self._forward.ranks.sequence
+        first, count = sequence.own(self._num_tokens)
+        rows = self._rows(self._layer, self._num_tokens).to(q.device)
         errors = sampled_errors(q[0], k[0, :count], v[0, :count], out[0], rows, first, sequence.stack)
-        self._keep(layer, errors, range(self._num_heads))
+        self._keep(self._layer, errors, range(self._num_heads))
+        return errors

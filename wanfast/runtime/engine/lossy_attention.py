@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert
+from wanfast.runtime.models import lossy
 from wanfast.runtime.models.bricks import RASTER, TokenOrder
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning.plan import Plan
@@ -43,6 +44,7 @@ class LossyAttention:
         self._forward: Forward | None = None  # None before the first step, where a block may be rehearsed
         self._errors: dict[tuple[int, Branch, int], tuple[Sequence[int], Tensor]] = {}  # with the heads' numbers
         self._num_layers = 0
+        self._layer = 0  # that runs
         self._seed: int | None = None  # of the queries that are checked
 
     def use_in(self, model: WanDiT) -> None:
@@ -53,15 +55,30 @@ class LossyAttention:
         """Begins a video, and returns the order of its tokens."""
         self._forward, self._errors, self._num_layers = None, {}, plan.spec.dit.num_layers
         self._seed = plan.config.video.seed if plan.config.models.attention_check else None
+        lossy.run(self)
         return RASTER
 
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
         """Begins the forward of one of the step's branches."""
         self._forward = Forward(step, expert, branches, branch, ranks)
+        lossy.run(self)
+
+    def enter(self, layer: int) -> None:
+        """Begins a layer of this forward."""
+        self._layer = layer
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Returns the attention [B, L, H, D] of the layer that runs, for layers whose `attend` is `lossy_attention`."""
+        raise NotImplementedError
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        """Returns the error [H] of the layer that runs, for layers that call `check_attention`."""
+        raise NotImplementedError
 
     def finish(self) -> None:
         """Ends the video after its last step."""
         self._forward = None
+        lossy.run(None)
 
     @property
     def is_checked(self) -> bool:

@@ -293,6 +293,7 @@ class VideoPipeline:
                     keep_residual=keeps,
                     sequence=ranks.sequence,
                     order=order,
+                    before_block=self.lossy.enter if self.lossy else lambda index: None,
                 )
                 if keeps:
                     residuals.keep(index, branch, residual)

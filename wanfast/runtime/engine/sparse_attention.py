@@ -34,6 +34,7 @@ from wanfast.runtime.models.block_sparse import BlockLists, block_sparse_attenti
 from wanfast.runtime.models.bricks import TokenOrder, brick_order
 from wanfast.runtime.models.dit import SelfAttention, WanDiT
 from wanfast.runtime.models.fused import attention_in_fp8
+from wanfast.runtime.models.lossy import lossy_attention
 from wanfast.runtime.planning.plan import Plan
 
 T = TypeVar("T")
@@ -51,7 +52,8 @@ class SparseAttention(LossyAttention):
         self._ladder: Sequence[int] = ()
         self._measures_fp8 = False
         self._layers: dict[SelfAttention, int] = {}  # of both experts, with their numbers
-        self._orders: dict[tuple[int, ...], HeadOrder] = {}  # of heads that are not in their own order
+        self._orders: dict[tuple[int, ...], HeadOrder] = {}
+        self._is_compiled = False
 
     def measure(self, ladder: Sequence[int], *, fp8: bool) -> None:
         """Computes dense attention from now on, and measures the errors that lists of blocks would cause.
@@ -62,14 +64,15 @@ class SparseAttention(LossyAttention):
         self._ladder, self._measures_fp8 = ladder, fp8
 
     def use_in(self, model: WanDiT) -> None:
-        """Makes each layer of an expert call this object for its self-attention."""
+        """Makes each layer of an expert call the running video's object for its self-attention."""
         for layer, attention in enumerate(model.self_attentions()):
-            attention.attend = partial(self._attend, layer)
+            attention.attend = lossy_attention
             self._layers[attention] = layer
 
     def start(self, plan: Plan) -> TokenOrder:
         super().start(plan)
         self._sparsity, self._lists, self._orders = plan.sparsity, {}, {}
+        self._is_compiled = plan.config.models.compile
         self._divide_heads(None)
         return brick_order(plan.geometry.token_grid, BRICK, self._ranks.device)
 
@@ -102,19 +105,23 @@ class SparseAttention(LossyAttention):
             attention.head_order = self._order(forward, layer)
 
     def _order(self, forward: Forward | None, layer: int) -> HeadOrder | None:
-        """Returns the order of a layer's heads among the ranks; None is the heads' own order."""
+        """Returns the order of a layer's heads among the ranks; None is the heads' own order.
+
+        Compiled blocks always get an order, because one graph takes any order, but not None too.
+        """
         assert self._sparsity is not None
-        if forward is None or (listed := self._sparsity.listed(forward.step, layer)) is None:
-            return None
-        heads = tuple(itertools.chain(*self._sparsity.assigned(listed, forward.ranks.mesh.ulysses)))
-        if heads == tuple(range(len(heads))):
+        heads = in_order = tuple(range(self._num_heads))
+        if forward is not None and (listed := self._sparsity.listed(forward.step, layer)) is not None:
+            heads = tuple(itertools.chain(*self._sparsity.assigned(listed, forward.ranks.mesh.ulysses)))
+        if heads == in_order and not self._is_compiled:
             return None
         if heads not in self._orders:
             self._orders[heads] = HeadOrder.of(heads, self._ranks.device)
         return self._orders[heads]
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sparsity, forward = self._sparsity, self._forward
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Returns the attention [B, L, H, D] of this rank's heads in the layer that runs."""
+        sparsity, forward, layer = self._sparsity, self._forward, self._layer
         assert sparsity is not None
         if forward is None or (listed := sparsity.listed(forward.step, layer)) is None:
             return self._dense(q, k, v)

@@ -26,6 +26,7 @@ from einops import rearrange
 from torch import Tensor
 
 from wanfast.runtime.models.attention_kernels import is_importable
+from wanfast.runtime.models.operators import opaque
 from wanfast.runtime.models.tokens import LARGEST
 
 FP8 = torch.float8_e4m3fn
@@ -137,8 +138,13 @@ def hadamard_rotated(x_D: Tensor) -> Tensor:
 
 def fp8_attention(heads: Fp8Heads, dtype: torch.dtype) -> Tensor:
     """Returns the attention [B, L, H, D] in `dtype`: on a GPU by FlashAttention-3, on a CPU by an emulation."""
-    out = (_by_fa3() if heads.q.is_cuda else emulated)(heads)
-    return out.add_(heads.v_centre).to(dtype)  # in float32, and rounded once
+    return _fp8_attention(*heads, dtype)
+
+
+@opaque("wanfast::fp8_attention", shape=lambda q, k, v, scales, v_centre, dtype: q.new_empty(q.shape, dtype=dtype))
+def _fp8_attention(q: Tensor, k: Tensor, v: Tensor, scales: Tensor, v_centre: Tensor, dtype: torch.dtype) -> Tensor:
+    out = (_by_fa3() if q.is_cuda else emulated)(Fp8Heads(q, k, v, scales, v_centre))
+    return out.add_(v_centre).to(dtype)  # in float32, and rounded once
 
 
 def _by_fa3() -> Callable[[Fp8Heads], Tensor]:

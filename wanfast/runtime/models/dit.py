@@ -39,6 +39,7 @@ from wanfast.runtime.models.attention_fp8 import (
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.bricks import RASTER, TokenOrder
 from wanfast.runtime.models.fused import add_layer_norm, heads_to_fp8, linear_gelu, rms_norm_heads
+from wanfast.runtime.models.lossy import check_attention
 from wanfast.runtime.models.rope import RotaryTables
 from wanfast.runtime.models.tokens import Tokens, packed, rows_of
 
@@ -62,8 +63,7 @@ class Fp8(NamedTuple):
     """Says how self-attention is computed in float8."""
 
     hadamard: bool  # whether q and k are multiplied by a Hadamard matrix
-    # Compares the result with exact attention; gets q, k, v and the result of this rank's tokens, each [B, L, H, D].
-    check: Callable[[Tensor, Tensor, Tensor, Tensor, Sequence, int], None] | None = None
+    errors: Tensor | None = None  # [H]: gets the error of each head, if it is checked
     centres_v: bool = True  # whether the mean of v is subtracted
 
 
@@ -149,14 +149,14 @@ class SelfAttention(Attention):
 
     def forward(self, x_BLd: Tokens, rope: RotaryTables, num_tokens: int, sequence: Sequence) -> Tensor:
         if self.fp8 is None:
-            order = self.head_order
+            order = self.head_order if sequence.overlaps else None  # one rank has all heads
             heads = sequence.attention(_Projections(self, x_BLd, rope, order), num_tokens, self.attend)
             heads = heads if order is None else order.restored(heads)
         else:
             projections = _Fp8Projections(self, x_BLd, rope, self.fp8, together=not sequence.overlaps)
             heads = sequence.fp8_attention(projections, num_tokens)
-            if self.fp8.check:
-                self.fp8.check(*projections.exact(), heads, sequence, num_tokens)
+            if self.fp8.errors is not None:
+                check_attention(*projections.exact(), heads, self.fp8.errors)
         out: Tensor = self.o(heads.flatten(2))
         return out
 
@@ -243,7 +243,7 @@ class _Fp8Projections:
     def _rounded(self, name: str, scale_H: Tensor, centre_HD: Tensor | None, parts: int) -> Tensor:
         """Returns one of q, k and v in float8, and frees its product if nothing else needs it."""
         x, norm = self._product(name), self._normed().get(name)
-        if self._fp8.check is None:
+        if self._fp8.errors is None:
             del self._products[name]
         steps: dict[str, Any] = {}
         if norm:
@@ -397,6 +397,7 @@ class WanDiT(nn.Module):
         sequence: Sequence | None = None,
         num_blocks: int | None = None,
         order: TokenOrder = RASTER,
+        before_block: Callable[[int], None] = lambda index: None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (flow velocity [B, C, T, h, w], residual [B, L, d] or None), both in float32.
 
@@ -410,6 +411,7 @@ class WanDiT(nn.Module):
         sequence: shares the tokens of this forward among ranks; None takes the model's `sequence`.
         num_blocks: how many blocks run; None runs all of them.
         order: the order in which the blocks hold the tokens; residuals are in this order too.
+        before_block: a function that is called with a block's index before the block runs.
         """
         sequence = sequence or self.sequence
         video = torch.cat((latent, condition), dim=1).to(self.patch_embedding.weight.dtype)
@@ -427,6 +429,7 @@ class WanDiT(nn.Module):
             time_B6d = self.time_projection(time_Bd).unflatten(1, (6, -1))
             blocks = list(zip(self._blocks(), text, strict=True))[:num_blocks]
             for index, (block, text_kv) in enumerate(blocks):
+                before_block(index)
                 stream = block(stream, time_B6d, text_kv, own_rope, num_tokens, sequence)
                 after_block(index)
         out, x = self.head(stream, time_Bd)

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-TensorFn = Callable[..., Tensor]
+Fn = TypeVar("Fn", bound=Callable[..., Tensor | None])
 
 
-def opaque(name: str, shape: TensorFn) -> Callable[[TensorFn], TensorFn]:
+def opaque(name: str, shape: Callable[..., Tensor | None], *, mutates: tuple[str, ...] = ()) -> Callable[[Fn], Fn]:
     """Returns a decorator that registers a function of tensors as torch's operator `name`.
 
     `shape` takes the function's arguments, and returns an empty tensor with the shape and dtype of the function's
-    output. Uncompiled code calls the function directly, because the first call of an operator imports the compiler.
+    output, or None if there is no output. `mutates` names the arguments into which the function writes. Uncompiled code
+    calls the function directly, because the first call of an operator imports the compiler.
     """
 
-    def decorate(function: TensorFn) -> TensorFn:
-        operator = torch.library.custom_op(name, function, mutates_args=())
+    def decorate(function: Fn) -> Fn:
+        operator = torch.library.custom_op(name, function, mutates_args=mutates)
         operator.register_fake(shape)
 
         @wraps(function)
-        def call(*tensors: object, **named: object) -> Tensor:
-            return operator(*tensors, **named) if torch.compiler.is_compiling() else function(*tensors, **named)
+        def call(*given: Any, **named: Any) -> Tensor | None:
+            return operator(*given, **named) if torch.compiler.is_compiling() else function(*given, **named)
 
-        return call
+        return cast("Fn", call)
 
     return decorate

@@ -1,0 +1,122 @@
+"""Tests lossy attention in compiled blocks: what it computes, and that a change of it compiles nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tests.engine.test_rank_groups import with_options
+from tests.engine.test_regrouping import compiler
+from tests.engine.test_sparse_attention import HALF, NO_GUARDS, SIZE, Planned, varied
+from tests.on_ranks import on_ranks
+from tests.parity import relative_error
+from tests.small_model import blank_inputs, plan_small_model
+from wanfast.runtime.device.timing import Stopwatch
+from wanfast.runtime.distributed.ranks import Ranks
+from wanfast.runtime.engine import session
+from wanfast.runtime.facts.mesh import Mesh
+from wanfast.runtime.models import lossy
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.store.model_files import ModelFiles
+
+FP8_OF_TWO = {"attention": "fa3-fp8", "fp8_steps": "1:3"}
+SMALL = {"size": "96x64", "frames": 5}  # 48 tokens
+
+
+@pytest.fixture
+def planned(small_model: Path, workdir: Path) -> Planned:
+    """Returns a function that plans a video of 455 tokens with the small model, which has two layers."""
+    return lambda **options: plan_small_model(small_model, **{**SIZE, **options})
+
+
+@torch.inference_mode()
+def videos(plans: list[Plan], files: ModelFiles, ranks: Ranks, counter: CompileCounterWithBackend | None = None) -> Any:
+    """Returns the latents and errors of the plans' videos by one session, and how many graphs there are after each."""
+    pipeline = session.load_models(files, plans[0].config, ranks, Stopwatch("cpu"))
+    made, graphs = [], []
+    for plan in plans:
+        torch.manual_seed(3)
+        given = blank_inputs(plan, files)
+        latents = pipeline.latent(plan, *given, Stopwatch("cpu"), lambda *_: None, plan.residuals())
+        assert pipeline.lossy is not None and lossy._running is None
+        made.append((latents.clone(), pipeline.lossy.report()))
+        graphs.append(counter.frame_count if counter else 0)
+    return made, graphs
+
+
+def in_many_ways(planned: Planned) -> tuple[list[Plan], ModelFiles]:
+    """Plans of other densities, guards and bands; heads are dense, in float8 or have lists, and the check begins."""
+    plan, files = planned(**HALF, guidance_gate=0.5)
+    mixed = ("fp8", 0.5, None, "fp8", 0.75, None, "fp8", 0.5)
+    plans = [
+        plan,
+        with_options(plan, density=0.75, dense_share=0.0, lists_every=1),
+        varied(
+            with_options(plan, attention_check=True, **NO_GUARDS),
+            (mixed, mixed[::-1]),
+            (mixed, (None,) * 8),
+            bands=(0, 2),
+        ),
+    ]
+    return plans, files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(cfg=2, ulysses=2)], ids=["1", "cfg2-ulysses2"])
+def test_sparse_blocks_are_compiled_once(planned: Planned, monkeypatch: pytest.MonkeyPatch, mesh: Mesh) -> None:
+    """One graph serves both experts and all plans, and each share of the tokens. All bits are equal."""
+    plans, files = in_many_ways(planned)
+    plans = [with_options(plan, cfg_parallel=mesh.cfg, ulysses=mesh.ulysses) for plan in plans]
+    eager = on_ranks(mesh, lambda ranks: videos(plans, files, ranks))
+    counter = compiler(monkeypatch, session)
+    plans = [with_options(plan, compile=True) for plan in plans]
+    compiled = on_ranks(mesh, lambda ranks: videos(plans, files, ranks, counter))
+    for (expected, _), (made, graphs) in zip(eager, compiled, strict=True):
+        assert graphs == [2 if plans[0].regroups else 1] * 3
+        for (latents, report), (wanted, wanted_report) in zip(made, expected, strict=True):
+            assert torch.equal(latents, wanted) and report == wanted_report
+    assert expected[2][1]["mean"] > 1e-3
+
+
+@pytest.mark.slow
+def test_float8_has_a_graph_beside_the_exact_one(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another schedule compiles nothing, and the check has a graph of its own. All bits are equal."""
+    mesh = Mesh(ulysses=2)
+    plan, files = planned(**FP8_OF_TWO, **SMALL, ulysses=2)
+    plans = [plan, with_options(plan, fp8_steps="0:4", fp8_layers="1:2")]
+    plans += [with_options(plans[1], attention_check=True)]
+    eager = on_ranks(mesh, lambda ranks: videos(plans, files, ranks))
+    counter = compiler(monkeypatch, session)
+    plans = [with_options(plan, compile=True) for plan in plans]
+    compiled = on_ranks(mesh, lambda ranks: videos(plans, files, ranks, counter))
+    for (expected, _), (made, graphs) in zip(eager, compiled, strict=True):
+        assert graphs == [2, 2, 3]
+        for (latents, report), (wanted, wanted_report) in zip(made, expected, strict=True):
+            assert torch.equal(latents, wanted) and report == wanted_report
+    assert expected[2][1]["mean"] > 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        pytest.param({**HALF, "dense_layers": 0}, 1e-5, id="sparse"),
+        pytest.param({**FP8_OF_TWO, **SMALL}, 1e-3, id="fp8"),  # a value may round to another number of float8
+    ],
+)
+def test_inductor_gives_what_eager_blocks_give(
+    planned: Planned, workdir: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], bound: float
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workdir / "inductor"))
+    plan, files = planned(**options, attention_check=True)
+    (((expected, report),), _) = videos([plan], files, Ranks("cpu"))
+    torch._dynamo.reset()
+    (((latents, compiled_report),), _) = videos([with_options(plan, compile=True)], files, Ranks("cpu"))
+    assert list((workdir / "inductor").rglob("*.so"))  # it was compiled
+    assert relative_error(latents, expected) <= bound
+    assert report["mean"] > 1e-3 and compiled_report["mean"] == pytest.approx(report["mean"], rel=0.01)

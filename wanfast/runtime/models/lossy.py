@@ -1,0 +1,53 @@
+"""These operators call the lossy attention of the running video, which a compiled block cannot hold.
+
+Which calls are lossy, and how, changes from step to step and from layer to layer. A graph that contained it would be
+compiled again for each change. So a graph only contains an operator, and the operator asks the running video.
+
+Shapes: B batch (1), L tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from wanfast.runtime.models.operators import opaque
+
+
+class Running(Protocol):
+    """This interface computes and checks the self-attention of the layer that runs."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Returns the attention [B, L, H, D] of the queries q to the keys k; v are the values."""
+        ...
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        """Returns the error [H] of `out`, the attention of this rank's tokens; all arguments are [B, L, H, D]."""
+        ...
+
+
+_running: Running | None = None  # a process makes one video at a time
+
+
+def run(lossy: Running | None) -> None:
+    """Makes the operators call `lossy` from now on; None after a video, so that nothing holds its models."""
+    global _running
+    _running = lossy
+
+
+@opaque("wanfast::lossy_attention", shape=lambda q, k, v: q.new_empty(q.shape))
+def lossy_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Returns the attention of the running layer, [B, L, H, D]."""
+    assert _running is not None, "no video was started"
+    return _running.attend(q, k, v).contiguous()
+
+
+@opaque("wanfast::check_attention", shape=lambda q, k, v, out, errors: None, mutates=("errors",))
+def check_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, errors: Tensor) -> None:
+    """Writes the error of each head of the running layer into `errors` [H].
+
+    A graph would drop an operator that changes nothing.
+    """
+    assert _running is not None, "no video was started"
+    errors.copy_(_running.check(q, k, v, out))
