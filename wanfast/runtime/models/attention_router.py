@@ -3,7 +3,8 @@
 The share of a block of keys in the softmax is estimated from means. Queries and keys are averaged over quarters of a
 block. The score of a pair of blocks is the log of the sum of exp over its 16 pairs of quarters. Quarters reveal a
 strong key that the mean of a whole block would hide. Each list has the blocks with the largest scores. Each list also
-has the block of the queries themselves, and the blocks of the first latent frame, which holds the given image.
+has the block of the queries themselves, and the blocks of the latent frames that hold given images: the first frame,
+and in some videos the last one.
 Cost: 16 / block^2 of the products of dense attention, and a sort. Limit: the choice is only an estimate;
 `attention_check` measures the error of the result.
 
@@ -24,37 +25,40 @@ from wanfast.runtime.models.block_sparse import BlockLists
 _PARTS = 4  # of a block, each with a mean of its own
 
 
-def block_lists(q_BLHD: Tensor, k_BLHD: Tensor, block: int, listed: Sequence[int], first_blocks: int) -> BlockLists:
+def block_lists(
+    q_BLHD: Tensor, k_BLHD: Tensor, block: int, listed: Sequence[int], first_blocks: int, last_blocks: int = 0
+) -> BlockLists:
     """Returns lists of `listed[head]` blocks of keys, one list for each head and each block of queries.
 
     The tokens must be in brick order, and q and k have the same number of tokens. `block` is the number of tokens in a
-    block, a multiple of 4. The first `first_blocks` blocks are in every list.
+    block, a multiple of 4. The first `first_blocks` and the last `last_blocks` blocks are in every list.
     """
     chosen = []
     for q_BLD, k_BLD, count in zip(q_BLHD.unbind(2), k_BLHD.unbind(2), listed, strict=True):  # a head at a time
-        scores = choice_scores(q_BLD, k_BLD, block, first_blocks)
+        scores = choice_scores(q_BLD, k_BLD, block, first_blocks, last_blocks)
         chosen.append(F.pad(scores.topk(count).indices.sort().values.int(), (0, max(listed) - count)))
     blocks = torch.stack(chosen, dim=1)
     counts = torch.tensor(listed, dtype=torch.int32, device=blocks.device)
     return BlockLists(counts[:, None].expand(blocks.shape[:-1]).contiguous(), blocks)
 
 
-def block_order(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int) -> Tensor:
+def block_order(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int, last_blocks: int = 0) -> Tensor:
     """Returns the place of each block of keys in the order of choice [H, N, N], int16: lists of n have the places < n.
 
     The first dimension of q and k is 1. The other arguments are those of `block_lists`.
     """
     orders = []
     for q_BLD, k_BLD in zip(q_BLHD.unbind(2), k_BLHD.unbind(2), strict=True):
-        scores = choice_scores(q_BLD, k_BLD, block, first_blocks)[0]
+        scores = choice_scores(q_BLD, k_BLD, block, first_blocks, last_blocks)[0]
         orders.append(scores.argsort(descending=True).argsort().short())
     return torch.stack(orders)
 
 
-def choice_scores(q_BLD: Tensor, k_BLD: Tensor, block: int, first_blocks: int) -> Tensor:
+def choice_scores(q_BLD: Tensor, k_BLD: Tensor, block: int, first_blocks: int, last_blocks: int) -> Tensor:
     """Returns the scores [B, N, N] by which a list is chosen; blocks that are in every list have the score infinity."""
     scores = block_scores(q_BLD, k_BLD, block)
     scores[..., :first_blocks] = torch.inf
+    scores[..., scores.shape[-1] - last_blocks :] = torch.inf
     scores.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
     return scores
 
