@@ -68,6 +68,21 @@ def test_all_blocks_give_the_latents_of_dense_attention(planned: Planned) -> Non
     assert 1e-3 < relative_error(final_latents(half, files, Ranks("cpu")), dense) < 1
 
 
+def test_a_last_image_s_blocks_are_in_all_lists(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last frame has 91 of 455 tokens, which lie in two blocks. All four blocks together are dense attention."""
+    dense = final_latents(*planned(attention="math", last_image="cat.png"), Ranks("cpu"))
+    kept: list[Any] = []
+    make, order = sparse_attention.block_lists, sparse_attention.brick_order
+    monkeypatch.setattr(sparse_attention, "block_lists", lambda *a: kept.append(a[4:]) or make(*a))
+    monkeypatch.setattr(sparse_attention, "brick_order", lambda *a, **k: kept.append(k) or order(*a, **k))
+    whole = planned(**HALF, **NO_GUARDS, last_image="cat.png")
+    assert relative_error(final_latents(*whole, Ranks("cpu")), dense) <= 1e-5
+    assert kept[0] == {"has_last": True} and {*kept[1:]} == {(1, 2)}
+    kept.clear()
+    final_latents(*planned(**HALF, **NO_GUARDS), Ranks("cpu"))
+    assert kept[0] == {"has_last": False} and {*kept[1:]} == {(1, 0)}
+
+
 @pytest.mark.parametrize(
     ("mesh", "fsdp"), [(Mesh(ulysses=4), "off"), (Mesh(cfg=2, ulysses=2), "on")], ids=["ulysses4", "cfg2-sharded"]
 )

@@ -38,6 +38,17 @@ def test_a_list_holds_what_is_always_kept(grid: tuple[int, int, int], density: f
     assert sparsity(grid, density=density).longest == listed
 
 
+@pytest.mark.parametrize(
+    ("grid", "last", "listed"),
+    [((21, 45, 80), 29, 59), ((5, 8, 16), 1, 3), ((5, 9, 9), 2, 4), ((2, 8, 16), 1, 2), ((2, 8, 8), 1, 1)],
+)
+def test_a_last_image_is_kept_like_the_first(grid: tuple[int, int, int], last: int, listed: int) -> None:
+    """A block counts that holds tokens of the frame before, too."""
+    found = sparsity(grid, density=0.01, has_last=True)
+    assert (found.last_blocks, found.longest) == (last, listed)
+    assert sparsity(grid).last_blocks == 0
+
+
 @pytest.mark.parametrize(("share", "steps", "dense"), [(0, 4, 0), (0.25, 4, 1), (0.3, 10, 3), (0.26, 4, 2)])
 def test_a_share_of_the_steps_is_rounded_up(share: float, steps: int, dense: int) -> None:
     found = sparsity(dense_share=share, num_steps=steps)

@@ -95,21 +95,28 @@ def test_an_empty_list_is_refused() -> None:
         block_sparse_attention(q, k, v, lists_of(mask), 8)
 
 
-@given(length=st.integers(1, 90), first=st.integers(0, 3), more=st.tuples(st.integers(1, 8), st.integers(1, 8)))
-def test_lists_hold_the_first_frame_and_their_own_block(length: int, first: int, more: tuple[int, int]) -> None:
+@given(
+    length=st.integers(1, 90),
+    first=st.integers(0, 3),
+    last=st.integers(0, 2),
+    more=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+)
+def test_lists_hold_the_given_frames_and_their_own_block(
+    length: int, first: int, last: int, more: tuple[int, int]
+) -> None:
     """The lists of each head have their own length, and all are as wide as the longest."""
     q, k, _ = qkv(length)
     num_blocks = -(-length // 8)
-    first = min(first, num_blocks)
-    listed = [min(first + each, num_blocks) for each in more]
-    counts, blocks = block_lists(q, k, 8, listed, first)
+    first, last = min(first, num_blocks), min(last, num_blocks)
+    listed = [min(first + last + each, num_blocks) for each in more]
+    counts, blocks = block_lists(q, k, 8, listed, first, last)
     assert counts.dtype == blocks.dtype == torch.int32 and blocks.shape == (1, 2, num_blocks, max(listed))
     assert counts.shape == (1, 2, num_blocks) and counts[0].T.tolist() == [listed] * num_blocks
     for number, lists in enumerate(blocks[0].transpose(0, 1).tolist()):
         for count, row in zip(listed, lists, strict=True):
             numbers = row[:count]
             assert numbers == sorted(set(numbers)) and numbers[-1] < num_blocks
-            assert {*range(first), number} <= {*numbers}
+            assert {*range(first), *range(num_blocks - last, num_blocks), number} <= {*numbers}
 
 
 def test_the_router_finds_the_keys_that_a_query_needs() -> None:

@@ -16,10 +16,12 @@ GRIDS = st.tuples(st.integers(1, 9), SIDES, SIDES)
 BRICKS = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))
 
 
-def places(grid: tuple[int, int, int], brick: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+def places(
+    grid: tuple[int, int, int], brick: tuple[int, int, int], *, has_last: bool = False
+) -> list[tuple[int, int, int]]:
     """(t, y, x) of each token in brick order."""
     raster = list(itertools.product(*map(range, grid)))
-    order = brick_order(grid, brick).order
+    order = brick_order(grid, brick, has_last=has_last).order
     assert order is not None
     return [raster[index] for index in order.tolist()]
 
@@ -56,6 +58,18 @@ def test_the_tokens_of_a_brick_follow_each_other(grid: tuple[int, int, int], bri
 def test_the_first_frame_comes_first(grid: tuple[int, int, int], brick: tuple[int, int, int]) -> None:
     count = grid[1] * grid[2]
     assert {t for t, _, _ in places(grid, brick)[:count]} == {0}
+
+
+@given(st.tuples(st.integers(2, 9), SIDES, SIDES), BRICKS)
+def test_a_last_image_s_frame_comes_last(grid: tuple[int, int, int], brick: tuple[int, int, int]) -> None:
+    """Before it, the order is that of a video without this frame. As for the first frame, its bricks are wide."""
+    num_frames, rows, columns = grid
+    found, inner = places(grid, brick, has_last=True), (num_frames - 1, rows, columns)
+    last = found[-rows * columns :]
+    assert found[: -rows * columns] == places(inner, brick)
+    assert sorted(last) == list(itertools.product([num_frames - 1], range(rows), range(columns)))
+    runs = [number for number, _ in itertools.groupby((y // brick[1], x // (brick[0] * brick[2])) for _, y, x in last)]
+    assert len(runs) == len(set(runs))
 
 
 def extents(found: list[tuple[int, int, int]]) -> list[tuple[int, ...]]:

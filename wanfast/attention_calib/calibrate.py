@@ -34,7 +34,8 @@ def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dic
     attention = session.load().lossy
     assert isinstance(attention, SparseAttention) and plan.sparsity is not None
     has_fp8 = all(session.ranks.gather(runs_fp8(session.ranks.device, plan.config.models.precision, dit.head_dim)))
-    attention.measure([list_length(density, plan.geometry.token_grid) for density in LADDER], fp8=has_fp8)
+    grid, has_last = plan.geometry.token_grid, plan.config.video.last_image is not None
+    attention.measure([list_length(density, grid, has_last=has_last) for density in LADDER], fp8=has_fp8)
 
     session.latent(plan, images, by_step(partial(progress, index), steps), plan.residuals())
     of_band: dict[int, dict[int, list[Any]]] = {}

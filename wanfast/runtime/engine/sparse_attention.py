@@ -74,7 +74,8 @@ class SparseAttention(LossyAttention):
         self._sparsity, self._lists, self._orders = plan.sparsity, {}, {}
         self._is_compiled = plan.config.models.compile
         self._divide_heads(None)
-        return brick_order(plan.geometry.token_grid, BRICK, self._ranks.device)
+        has_last = plan.config.video.last_image is not None
+        return brick_order(plan.geometry.token_grid, BRICK, self._ranks.device, has_last=has_last)
 
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
         """Begins the forward of one `branch` in a step, and frees the lists of blocks that this forward must not use.
@@ -128,16 +129,17 @@ class SparseAttention(LossyAttention):
         ulysses = forward.ranks.mesh.ulysses
         heads = sparsity.assigned(listed, ulysses)[forward.ranks.rank % ulysses]
         own_q = q[:, : k.shape[1]]  # the rows behind are Ulysses' padding
+        kept = sparsity.first_blocks, sparsity.last_blocks
         rows = self._rows(layer, k.shape[1])[list(heads)].to(k.device) if self.is_checked else None
         if self._ladder:
             assert rows is not None, "errors are not checked"
-            order = self._chosen(forward, layer, lambda: block_order(own_q, k, BLOCK, sparsity.first_blocks))
+            order = self._chosen(forward, layer, lambda: block_order(own_q, k, BLOCK, *kept))
             errors = errors_by_length(own_q[0], k[0], v[0], rows, order, BLOCK, self._ladder)
             in_fp8 = [fp8_errors(own_q[0], k[0], v[0], rows)[:, None]] if self._measures_fp8 else []
             self._keep(layer, torch.cat((errors, *in_fp8), dim=1), heads)
             return self._dense(q, k, v)
         lengths = [listed[head] for head in heads]
-        ways = self._chosen(forward, layer, lambda: _ways(own_q, k, lengths, sparsity.first_blocks))
+        ways = self._chosen(forward, layer, lambda: _ways(own_q, k, lengths, kept))
         out = _attended(own_q, k, v, ways)
         if rows is not None:
             self._keep(layer, sampled_errors(own_q[0], k[0], v[0], out[0], rows), heads)
@@ -159,16 +161,19 @@ class _Ways(NamedTuple):
     places: tuple[Tensor, Tensor] | None = None  # of the heads that have lists, and of those in float8, if both exist
 
 
-def _ways(q: Tensor, k: Tensor, lengths: Sequence[int], first_blocks: int) -> _Ways:
-    """Lists blocks for the heads that have lists; the others are in float8, and have the length 0."""
+def _ways(q: Tensor, k: Tensor, lengths: Sequence[int], kept: tuple[int, int]) -> _Ways:
+    """Lists blocks for the heads that have lists; the others are in float8, and have the length 0.
+
+    `kept` counts the first and the last blocks that all lists hold.
+    """
     listed, in_fp8 = ([n for n, length in enumerate(lengths) if bool(length) == kind] for kind in (True, False))
     if not in_fp8:
-        return _Ways(block_lists(q, k, BLOCK, lengths, first_blocks))
+        return _Ways(block_lists(q, k, BLOCK, lengths, *kept))
     if not listed:
         return _Ways(None)
     places = torch.tensor(listed, device=k.device), torch.tensor(in_fp8, device=k.device)
     q, k = (x.index_select(2, places[0]) for x in (q, k))
-    return _Ways(block_lists(q, k, BLOCK, [lengths[head] for head in listed], first_blocks), places)
+    return _Ways(block_lists(q, k, BLOCK, [lengths[head] for head in listed], *kept), places)
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, ways: _Ways) -> Tensor:

@@ -29,6 +29,7 @@ class Sparsity:
 
     num_blocks: int
     first_blocks: int  # the blocks that hold tokens of the given image's frame
+    last_blocks: int  # the blocks that hold tokens of the last frame, if its image is given too; else 0
     bands: tuple[int, ...]  # the first step of each band
     # [band][layer]: of each head's lists; 0 if the head is in float8 and has no lists; None if the layer is dense
     lengths: tuple[tuple[tuple[int, ...] | None, ...], ...]
@@ -47,12 +48,14 @@ class Sparsity:
         dense_share: float,
         dense_layers: int,
         lists_every: int,
+        has_last: bool = False,
     ) -> Sparsity:
         """Returns the sparsity for a (T, Y, X) grid of tokens.
 
         The first steps (`dense_share`) and the first layers (`dense_layers`) are dense; if these are all steps or all
         layers, ConfigError is raised. Any other layer is dense in a band only if all heads of the layer are dense. If
         only some heads are dense, their lists hold all blocks.
+        `has_last` says whether the image of the last frame is given.
         """
         dense_steps, num_layers = math.ceil(dense_share * num_steps - 1e-9), len(densities.by_band[0])
         if dense_steps >= num_steps:
@@ -69,12 +72,13 @@ class Sparsity:
             if not any(heads):  # no density is 0
                 return None
             shares = (1.0 if density is None else density for density in heads)
-            return tuple(0 if share == "fp8" else list_length(share, token_grid) for share in shares)
+            return tuple(0 if share == "fp8" else list_length(share, token_grid, has_last=has_last) for share in shares)
 
-        num_blocks, first_blocks = blocks_of(token_grid)
+        num_blocks, first_blocks, last_blocks = blocks_of(token_grid, has_last=has_last)
         return cls(
             num_blocks=num_blocks,
             first_blocks=first_blocks,
+            last_blocks=last_blocks,
             bands=densities.bands,
             lengths=tuple(tuple(map(lengths, layers)) for layers in densities.by_band),
             num_steps=num_steps,
@@ -224,17 +228,23 @@ def _most_work(work: Sequence[float], heads_of_ranks: Sequence[Sequence[int]]) -
     return max(sum(work[head] for head in heads) for heads in heads_of_ranks)
 
 
-def blocks_of(token_grid: tuple[int, int, int]) -> tuple[int, int]:
-    """Returns (the number of blocks of a video, how many of these blocks hold tokens of the given image's frame)."""
-    num_frames, *frame = token_grid
-    return -(-num_frames * math.prod(frame) // BLOCK), -(-math.prod(frame) // BLOCK)
+def blocks_of(token_grid: tuple[int, int, int], *, has_last: bool) -> tuple[int, int, int]:
+    """Returns how many blocks a video has, how many hold tokens of the first frame, and how many of the last frame.
+
+    Without a last image, the third number is 0. In the order of the bricks, the last frame's tokens come last.
+    """
+    _, *frame = token_grid
+    of_frame, tokens = math.prod(frame), math.prod(token_grid)
+    num_blocks = -(-tokens // BLOCK)
+    last_blocks = num_blocks - (tokens - of_frame) // BLOCK if has_last else 0
+    return num_blocks, -(-of_frame // BLOCK), last_blocks
 
 
-def list_length(density: float, token_grid: tuple[int, int, int]) -> int:
+def list_length(density: float, token_grid: tuple[int, int, int], *, has_last: bool) -> int:
     """Returns how many key blocks a list has.
 
-    A list holds at least the blocks of the first frame and the block of the queries themselves.
+    A list holds at least the blocks of the given images' frames and the block of the queries themselves.
     """
-    num_blocks, first_blocks = blocks_of(token_grid)
-    kept = min(first_blocks + 1, num_blocks)
+    num_blocks, first_blocks, last_blocks = blocks_of(token_grid, has_last=has_last)
+    kept = min(first_blocks + last_blocks + 1, num_blocks)
     return max(kept, math.ceil(density * num_blocks - 1e-9))

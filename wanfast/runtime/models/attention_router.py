@@ -3,7 +3,8 @@
 The share of a block of keys in the softmax is estimated from means. Queries and keys are averaged over quarters of a
 block. The score of a pair of blocks is the log of the sum of exp over its 16 pairs of quarters. Quarters reveal a
 strong key that the mean of a whole block would hide. Each list has the blocks with the largest scores. Each list also
-has the block of the queries themselves, and the blocks of the first latent frame, which holds the given image.
+has the block of the queries themselves, and the blocks of the latent frames that hold given images: the first frame,
+and in some videos the last one.
 Cost: 16 / block^2 of the products of dense attention, and a sort. Limit: the choice is only an estimate;
 `attention_check` measures the error of the result.
 
@@ -24,42 +25,45 @@ from wanfast.runtime.models.block_sparse import BlockLists
 _PARTS = 4  # of a block, each with a mean of its own
 
 
-def block_lists(q_BLHD: Tensor, k_BLHD: Tensor, block: int, listed: Sequence[int], first_blocks: int) -> BlockLists:
+def block_lists(
+    q_BLHD: Tensor, k_BLHD: Tensor, block: int, listed: Sequence[int], first_blocks: int, last_blocks: int = 0
+) -> BlockLists:
     """Returns lists of `listed[head]` blocks of keys, one list for each head and each block of queries.
 
     The tokens must be in brick order, and q and k have the same number of tokens. `block` is the number of tokens in a
-    block, a multiple of 4. The first `first_blocks` blocks are in every list.
+    block, a multiple of 4. The first `first_blocks` and the last `last_blocks` blocks are in every list.
     """
     chosen = []
     for q_BLD, k_BLD, count in zip(q_BLHD.unbind(2), k_BLHD.unbind(2), listed, strict=True):  # a head at a time
-        scores = choice_scores(q_BLD, k_BLD, block, first_blocks)
+        scores = choice_scores(q_BLD, k_BLD, block, first_blocks, last_blocks)
         chosen.append(F.pad(scores.topk(count).indices.sort().values.int(), (0, max(listed) - count)))
     blocks = torch.stack(chosen, dim=1)
     counts = torch.tensor(listed, dtype=torch.int32, device=blocks.device)
     return BlockLists(counts[:, None].expand(blocks.shape[:-1]).contiguous(), blocks)
 
 
-def block_order(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int) -> Tensor:
+def block_order(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int, last_blocks: int = 0) -> Tensor:
     """Returns each key block's place in the order of choice, [H, N, N] int16; a list of n blocks takes places 0 to n-1.
 
-    There is one order for each head and each block of queries. The batch size of q and k must be 1. `block` and
-    `first_blocks` are those of `block_lists`.
+    There is one order for each head and each block of queries. The batch size of q and k must be 1. `block`,
+    `first_blocks` and `last_blocks` are those of `block_lists`.
     """
     orders = []
     for q_BLD, k_BLD in zip(q_BLHD.unbind(2), k_BLHD.unbind(2), strict=True):
-        scores = choice_scores(q_BLD, k_BLD, block, first_blocks)[0]
+        scores = choice_scores(q_BLD, k_BLD, block, first_blocks, last_blocks)[0]
         orders.append(scores.argsort(descending=True).argsort().short())
     return torch.stack(orders)
 
 
-def choice_scores(q_BLD: Tensor, k_BLD: Tensor, block: int, first_blocks: int) -> Tensor:
+def choice_scores(q_BLD: Tensor, k_BLD: Tensor, block: int, first_blocks: int, last_blocks: int) -> Tensor:
     """Returns the scores [B, N, N] by which the blocks of keys of each list are chosen.
 
-    Two kinds of blocks have the score infinity, because they must be in the list: the first `first_blocks` blocks,
-    and the block of the queries themselves.
+    Blocks that must be in the list have the score infinity: the first `first_blocks` blocks, the last `last_blocks`
+    blocks, and the block of the queries themselves.
     """
     scores = block_scores(q_BLD, k_BLD, block)
     scores[..., :first_blocks] = torch.inf
+    scores[..., scores.shape[-1] - last_blocks :] = torch.inf
     scores.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
     return scores
 

@@ -5,10 +5,10 @@ tokens of such a box need almost the same keys. So sparse attention can choose o
 The order is an exact permutation, so that dense attention gives the same result in both orders, except for the rounding
 of sums.
 The first latent frame holds the given image, and forms bricks of its own. For example, 21 frames form one layer of
-bricks with 1 frame, and ten layers of bricks with 2 frames. In a layer with fewer frames, bricks are wider. Bricks at
-the end of an axis are smaller if the grid is not a multiple of the brick. The path through the bricks reverses its
-direction at each edge of the grid. So consecutive bricks always touch, and the tokens of a block that spans two bricks
-are neighbours too.
+bricks with 1 frame, and ten layers of bricks with 2 frames. If a last image is given, the last latent frame forms
+bricks of its own too. In a layer with fewer frames, bricks are wider. Bricks at the end of an axis are smaller if the
+grid is not a multiple of the brick. The path through the bricks reverses its direction at each edge of the grid. So
+consecutive bricks always touch, and the tokens of a block that spans two bricks are neighbours too.
 
 Shapes: L tokens = T*Y*X of the token grid (T frames, Y rows, X columns).
 """
@@ -44,14 +44,24 @@ RASTER = TokenOrder()
 
 
 def brick_order(
-    token_grid: tuple[int, int, int], brick: tuple[int, int, int], device: torch.device | str = "cpu"
+    token_grid: tuple[int, int, int],
+    brick: tuple[int, int, int],
+    device: torch.device | str = "cpu",
+    *,
+    has_last: bool = False,
 ) -> TokenOrder:
-    """Returns the order of the tokens of a (T, Y, X) grid in bricks of (frames, rows, columns)."""
+    """Returns the order of the tokens of a (T, Y, X) grid in bricks of (frames, rows, columns).
+
+    If `has_last` is true, the last latent frame holds a given image too.
+    """
     num_frames, num_rows, num_columns = token_grid
     frames, rows, columns = brick
     t, y, x = torch.cartesian_prod(*map(torch.arange, token_grid)).unbind(1)
-    layer = (t + frames - 1) // frames  # 0 for the first frame alone
-    frames_of_layer = torch.where(layer == 0, 1, (num_frames - 1 - (layer - 1) * frames).clamp(max=frames))
+    num_inner = num_frames - has_last  # these have a last layer of fewer frames, if they do not fill it
+    last_layer = 1 + (num_inner + frames - 2) // frames
+    layer = torch.where(t < num_inner, (t + frames - 1) // frames, last_layer)  # 0 for the first frame alone
+    is_alone = (layer == 0) | (layer == last_layer)
+    frames_of_layer = torch.where(is_alone, 1, (num_inner - 1 - (layer - 1) * frames).clamp(max=frames))
     column = x // (columns * frames // frames_of_layer)
     num_brick_rows = -(-num_rows // rows)
     row = layer * num_brick_rows + _turned(y // rows, layer, num_brick_rows)

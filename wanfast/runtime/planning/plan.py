@@ -251,6 +251,7 @@ class Plan:
             dense_share=models.dense_share,
             dense_layers=models.dense_layers,
             lists_every=models.lists_every,
+            has_last=self.config.video.last_image is not None,
         )
 
     @cached_property
@@ -660,7 +661,9 @@ def _sparsity_notes(plan: Plan) -> list[str]:
     if sparsity.density == 1:
         return [f"{blocks}, and all of them are computed: this saves no time"]
     if asked is not None and sparsity.density > asked + 1 / sparsity.num_blocks:
-        kept = f"each list must have {sparsity.first_blocks + 1} of them (the first frame's and one more)"
+        number = sparsity.first_blocks + sparsity.last_blocks + 1
+        whose = "the first and last frame's" if sparsity.last_blocks else "the first frame's"
+        kept = f"each list must have {number} of them ({whose} and one more)"
         return [f"{blocks}, and {kept}: the density is {sparsity.density:.2f}, not {asked:g}"]
     return []
 
