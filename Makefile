@@ -22,7 +22,7 @@
 #   make tiny-quality   every quality figure of the tiny model, at 128x128
 #   make tiny-quality-256   the same at 256x256, on a GPU
 #   make tiny-magcache  what skipping forwards saves and costs on the tiny model
-#   make tiny-attention what sparse and fp8 attention cost on the tiny model
+#   make tiny-attention what sparse and fp8 attention cost on the tiny model, and the table of docs/sparse-attention.md
 #   make check      format, lint, types, layers
 #   make clean      remove .venv and what the targets made, except weights, experts in 8 bits and curves
 
@@ -92,6 +92,7 @@ tiny-magcache: .venv/dev
 
 tiny-attention: .venv/dev
 	$(BIN)/python -m wanfast.quality.attention --output benchmarks/results/tiny-attention.json
+	$(BIN)/python benchmarks/attention_table.py
 
 bench-gpu: .venv/dev
 	$(BIN)/python benchmarks/forward.py
