@@ -23,7 +23,7 @@
 #   make tiny-quality-256   the same at 256x256, on a GPU
 #   make tiny-kinds     last images and joined clips on the tiny model, and the table of docs/kinds.md
 #   make tiny-magcache  what skipping forwards saves and costs on the tiny model
-#   make tiny-attention what sparse and fp8 attention cost on the tiny model
+#   make tiny-attention what sparse and fp8 attention cost on the tiny model, and the table of docs/sparse-attention.md
 #   make tiny-tables    every table, plot, curve and picture that was judged on other weights than the tiny model's
 #   make check      format, lint, types, layers
 #   make clean      remove .venv and what the targets made, except weights, experts in 8 bits and curves
@@ -125,6 +125,7 @@ tiny-tables: .venv/dev training/photographs.zip
 
 tiny-attention: .venv/dev
 	$(BIN)/python -m wanfast.quality.attention --output benchmarks/results/tiny-attention.json
+	$(BIN)/python benchmarks/attention_table.py
 
 bench-gpu: .venv/dev
 	$(BIN)/python benchmarks/forward.py
