@@ -22,7 +22,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +32,7 @@ from wanfast.attention_calib import calibrate
 from wanfast.attention_calib.choice import chosen
 from wanfast.magcache_calib.clips import Clip, read_set, shipped_set
 from wanfast.quality import metrics
-from wanfast.quality.tiny import Judge, Settings, judge_all, share_right
+from wanfast.quality.tiny import Judge, Settings, judge_all, require_plotting, share_right, write
 from wanfast.quality.tracking import classify
 from wanfast.runtime.engine import pixels
 from wanfast.runtime.engine.fp8_attention import Fp8Attention
@@ -224,8 +223,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
     options = parser.parse_args()
-    if options.output is not None and find_spec("matplotlib") is None:
-        parser.error("--output draws a plot, which needs matplotlib: pip install 'wanfast[quality]', or omit --output")
+    require_plotting(parser, options.output)
     started = time.perf_counter()
     spec = model_files.locate(options.model, "artifacts").spec
     settings = Settings(options.model, options.steps, spec.guidance_high_noise, "bf16", side=SIDE, frames=FRAMES)
@@ -248,8 +246,7 @@ def main() -> None:
         "versions": versions(),
     }
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(document, indent=1) + "\n")
+        write(document, options.output)
         plot(document["rows"], options.output.with_suffix(".png"))
     print(json.dumps({name: value for name, value in document.items() if name != "results"}))
 

@@ -39,6 +39,7 @@ from wanfast.quality.tiny import (
     share_of,
     share_right,
     shown,
+    write,
 )
 from wanfast.quality.world import Scene, draw_scene
 from wanfast.runtime.device import hardware
@@ -252,8 +253,7 @@ def main() -> None:
     results = judge_all(judged, tasks, settings, options.processes, every=10)
     summary = summarise(results, settings, time.perf_counter() - started)
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(summary, indent=1) + "\n")
+        write(summary, options.output)
     print(json.dumps(summary))
 
 

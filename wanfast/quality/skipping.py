@@ -16,7 +16,6 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 
 from wanfast.quality import metrics
-from wanfast.quality.tiny import Judge, Settings, judge_all, share_right
+from wanfast.quality.tiny import Judge, Settings, judge_all, require_plotting, share_right, write
 from wanfast.quality.tracking import classify
 from wanfast.quality.world import SIZE
 from wanfast.runtime.config import magcache_settings
@@ -186,8 +185,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
     options = parser.parse_args()
-    if options.output is not None and find_spec("matplotlib") is None:
-        parser.error("--output draws a plot, which needs matplotlib: pip install 'wanfast[quality]', or omit --output")
+    require_plotting(parser, options.output)
     spec = model_files.locate("tiny", "artifacts").spec
     settings = Settings("tiny", spec.steps, spec.guidance_high_noise, "bf16")
     started = time.perf_counter()
@@ -200,8 +198,7 @@ def main() -> None:
     seconds = round(time.perf_counter() - started, 1)
     document = {"pairs": options.pairs, "rows": rows, "seconds": seconds, "commit": commit(), "versions": versions()}
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(document, indent=1) + "\n")
+        write(document, options.output)
         plot(rows, options.output.with_suffix(".png"))
     print(json.dumps(document))
 

@@ -403,6 +403,18 @@ def settings_of(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     )
 
 
+def require_plotting(parser: argparse.ArgumentParser, output: Path | None) -> None:
+    """Ends the process if a plot will be written beside `output`, but matplotlib is missing."""
+    if output is not None and find_spec("matplotlib") is None:
+        parser.error("--output draws a plot, which needs matplotlib: pip install 'wanfast[quality]', or omit --output")
+
+
+def write(document: dict[str, Any], output: Path) -> None:
+    """Writes a JSON document, and makes the folder of the file if it is missing."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def movers_of(settings: Settings) -> tuple[Mover, ...]:
     """Returns what can move: the camera only over photographs."""
     return ("shape", "camera") if settings.photographs else ("shape",)
@@ -415,16 +427,14 @@ def main() -> None:
     parser.add_argument("--last", type=int, default=25, help="pairs that also run with their last frame given")
     parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
     options = parser.parse_args()
-    if options.output is not None and find_spec("matplotlib") is None:
-        parser.error("--output draws a plot, which needs matplotlib: pip install 'wanfast[quality]', or omit --output")
+    require_plotting(parser, options.output)
     settings = settings_of(parser, options)
     tasks = tasks_of(options.pairs, options.empty, options.last, movers_of(settings))
     started = time.perf_counter()
     results = judge_all(Judge.__call__, tasks, settings, options.processes, every=20)
     summary = summarise(results, settings, time.perf_counter() - started)
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(summary, indent=1) + "\n")
+        write(summary, options.output)
         boundary = model_files.locate(settings.model, "artifacts").spec.boundary
         plot(summary, boundary, options.output.with_suffix(".png"))
     print(json.dumps({key: value for key, value in summary.items() if key not in ("residual_ratios", "missed")}))

@@ -1,7 +1,7 @@
 """Makes the videos of a list on the machines of a Ray cluster: one rank group in each actor, one line at a time.
 
-An actor keeps its ranks and their models from line to line. If a machine is lost, or
-its ranks or models fail, another machine makes the line. Only bytes leave the actors; this process writes all files.
+An actor keeps its ranks and their models from line to line. If a machine is lost, or its ranks or models fail, another
+machine makes the line. Only bytes leave the actors; this process writes all files.
 This module does not import torch, and imports Ray only when it connects.
 """
 

@@ -274,8 +274,8 @@ def open(**options: Any) -> Handle:
     """Starts ranks and returns their handle, without waiting for the models. Raises WanFastError.
 
     `options`: the options of `wanfast generate` for models and ranks, and the `size` and `frames` of the largest video
-    that will be made. Each option has its Python name: `num_gpus` means --num-gpus. LoRAs and
-    settings of lossy attention may be given here or for each video.
+    that will be made. Each option has its Python name: `num_gpus` means --num-gpus. LoRAs and settings of lossy
+    attention may be given here or for each video.
     """
     return Handle(Opened.of(options))
 

@@ -44,7 +44,7 @@ class RemoteGroup:
     """This class owns a rank group. One thread calls `make`; other threads may call `state` and `stop` meanwhile."""
 
     def __init__(self, threads: str | None) -> None:
-        """`threads`: OMP_NUMTHREADS of the command. Ray sets its own, with which a CPU rounds differently."""
+        """`threads`: OMP_NUM_THREADS of the command. Ray sets its own, with which a CPU rounds differently."""
         os.environ.pop(THREADS, None)
         if threads is not None:
             os.environ[THREADS] = threads
