@@ -1,7 +1,8 @@
 """Mixes the clips that all stages learn from, and names their formats: sizes, aspect ratios and lengths.
 
-Half of the clips are shapes over patterns, three tenths photographs under a camera, and a fifth shapes over
-photographs. A clip depends only on its number and its format.
+Six tenths of the clips are shapes over patterns, a fifth photographs under a camera, and a fifth shapes over
+photographs. Spinning and shrinking are learned last, so every sixth clip of a shape must show one of them. A clip
+depends only on its number and its format.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def formats(side: int, frames: int) -> tuple[Format, Format, Format]:
     return square, wide, tall
 
 
+_HARD = ("spin", "shrink")
+_OTHER = 10**9  # farther than any two numbers of clips
 SMALL = formats(128, 17)
 LARGE = formats(256, 33)
 
@@ -46,10 +49,16 @@ class Mix:
         self.device = device
 
     def scene(self, number: int, size: tuple[int, int]) -> Scene:
-        kind = random.Random(f"mix/{number}").random()
-        if kind < 0.5:
-            return draw_scene(number)
-        return draw_photo_scene(number, self.photographs, size, with_shapes=kind >= 0.8)
+        rng = random.Random(f"mix/{number}")
+        kind, is_hard = rng.random(), rng.random() < 1 / 6
+        if kind < 0.2:
+            return draw_photo_scene(number, self.photographs, size, with_shapes=False)
+        while True:
+            over = kind < 0.4
+            scene = draw_photo_scene(number, self.photographs, size, with_shapes=True) if over else draw_scene(number)
+            if scene.motion in _HARD or not is_hard:
+                return scene
+            number += _OTHER
 
     def render(
         self,

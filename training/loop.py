@@ -4,7 +4,8 @@ Muon moves matrices and convolutions, and AdamW all other parameters. A step's d
 so that an interrupted and resumed run equals one long run. Learning rates warm up, stay constant, and decay linearly
 over the last share `decay` of the steps.
 Kernel launches, not the GPU, limit the speed of networks this small. So forward and backward are captured as a CUDA
-graph, one for each shape of batches, and replayed.
+graph, one for each shape of batches, and replayed. Compiled blocks have given wrong gradients for some shapes without
+an error (LOG.md). So the first batches of each shape are also computed without compilation, and the gradients compared.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from training.muon import Muon
 
 _NO_MATRICES = ("norm", "modulation", "token_embedding", "pos_embedding", "head.head", "noise.up.")  # or zero at first
 _MAX_NORM = 1000.0  # before clipping; a healthy stage has 0.2 to 30
+_COMPARED = 12  # batches of each shape; faults depend on the data, and one batch may miss them
+_MAX_DIFFERENCE = 0.25  # relative, of the gradients with and without compilation; bf16 alone gives a few percent
 Batch = tuple[Tensor, ...]
 DrawFn = Callable[[int, torch.Generator], Batch]  # (step, generator) -> batch
 LossFn = Callable[..., dict[str, Tensor]]  # batch -> named terms; "loss" is minimised
@@ -56,10 +60,7 @@ def prepare_torch() -> None:
 
     Call it before the first matrix product, because the libraries read their settings once. Later, kernels without a
     deterministic form raise RuntimeError. TF32 is as deterministic as float32.
-    cuDNN's attention is not used: on Hopper its gradients are wrong for some numbers of tokens, such as 2,106
-    (https://github.com/pytorch/pytorch/issues/196678).
     """
-    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_tf32 = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # otherwise timings choose kernels
@@ -162,15 +163,40 @@ def _gradients(parameters: list[nn.Parameter], loss: LossFn) -> Callable[[Batch]
     if parameters[0].device.type != "cuda":
         return eager
     graphs: dict[tuple[torch.Size, ...], _Graph] = {}
+    compared: Counter[tuple[torch.Size, ...]] = Counter()
 
     def replay(batch: Batch) -> dict[str, Tensor]:
         shapes = tuple(tensor.shape for tensor in batch)
         if shapes not in graphs:
             pool = next(iter(graphs.values())).graph.pool() if graphs else None
             graphs[shapes] = _capture(eager, batch, pool)
-        return graphs[shapes].replay(batch)
+        terms = graphs[shapes].replay(batch)
+        if compared[shapes] < _COMPARED:
+            compared[shapes] += 1
+            require_as_uncompiled(gradients, lambda: eager(batch))
+        return terms
 
     return replay
+
+
+def require_as_uncompiled(gradients: list[Tensor], compute: Callable[[], object]) -> None:
+    """Compares `gradients` with those that `compute` writes into the same tensors without compilation.
+
+    Afterwards the tensors hold the given gradients again. Raises RuntimeError if the two differ too much.
+    """
+    found = [gradient.clone() for gradient in gradients]
+    with torch.compiler.set_stance("force_eager"):
+        compute()
+    norms = [
+        torch.stack(torch._foreach_norm(each)).norm() for each in (torch._foreach_sub(found, gradients), gradients)
+    ]
+    torch._foreach_copy_(gradients, found)
+    difference, norm = map(float, norms)
+    if not difference <= _MAX_DIFFERENCE * norm:
+        raise RuntimeError(
+            f"the compiled gradients differ by {difference / norm:.0%} from those without compilation: a kernel "
+            "is wrong; change the batches' shapes, or train with TORCH_COMPILE_DISABLE=1"
+        )
 
 
 @dataclass(frozen=True)

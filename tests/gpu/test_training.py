@@ -1,4 +1,7 @@
-"""Tests training on a GPU: its gradients are right, and a resumed run equals an uninterrupted one, bit for bit."""
+"""Tests training on a GPU: a resumed run equals an uninterrupted one, bit for bit.
+
+The runs also compare their first gradients of each shape with those without compilation.
+"""
 
 from __future__ import annotations
 
@@ -52,48 +55,6 @@ else:
         torch.save({"ema": weights}, folder / "vae-short.pt")
     train_vae.fit(SPEC.vae, pools, schedule, folder, kinds, stage)
 """
-
-# The gradients of two clips of each format: compiled blocks in bf16 on the GPU against float32 on the CPU.
-GRADIENTS = """
-import torch
-import training.loop
-from training import train_experts
-from training.spec import SPEC
-
-training.loop.prepare_torch()
-generator = torch.Generator().manual_seed(0)
-model = train_experts.TinyModel(SPEC)
-for expert in (model.high_noise, model.low_noise):
-    torch.nn.init.normal_(expert.head.head.weight, std=0.05, generator=generator)  # with zeros, most gradients are zero
-    for block in expert.blocks:
-        block.compile(dynamic=False)
-
-
-def gradients(device, batch):
-    model.to(device).zero_grad()
-    train_experts.flow_loss(model)(*(tensor.to(device) for tensor in batch))["loss"].backward()
-    return {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
-
-
-for number, kind in enumerate(train_experts.KINDS):
-    T, (w, h) = (kind.form.frames + 3) // 4, (side // 8 for side in kind.form.size)
-    z, y, noise = (torch.randn(2, 2, c, T, h, w, generator=generator) for c in (16, 20, 16))
-    levels, ids = torch.rand(2, 2, generator=generator), torch.randint(3, 900, (4, 40), generator=generator)
-    batch = (z, y, noise, levels, ids, torch.tensor([40, 5, 17, 30]))
-    with torch.compiler.set_stance("force_eager"):
-        right = gradients("cpu", batch)
-    found = gradients("cuda", batch)
-    total = sum(float(each.square().sum()) for each in right.values()) ** 0.5
-    errors = {name: float((found[name] - right[name]).norm()) / total for name in right}
-    worst = max(errors, key=errors.__getitem__)
-    print(number, list(z.shape), worst, f"{errors[worst]:.4f}", flush=True)
-    assert errors[worst] < 0.05, worst
-"""
-
-
-@pytest.mark.timeout(600)
-def test_gradients_are_right_at_each_number_of_tokens() -> None:
-    subprocess.run([sys.executable, "-c", GRADIENTS], check=True)
 
 
 @pytest.mark.timeout(600)
