@@ -165,10 +165,10 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
 
 def refuse_lossy_attention(given: Options, command: Command) -> None:
     """Raises ConfigError if lossy attention is given to a command that makes videos only to measure something."""
-    if (kernel := given.get("attention")) in LOSSY_ATTENTION:
+    if (kernel := given.get("attention")) in LOSSY_ATTENTION and command != "warmup":
         raise ConfigError(
-            f"--attention {kernel}: only `wanfast generate` takes this value, not `wanfast {command}`: use "
-            "--attention auto"
+            f"--attention {kernel}: only `wanfast generate` and `wanfast warmup` take this value, not "
+            f"`wanfast {command}`: use --attention auto"
         )
 
 
