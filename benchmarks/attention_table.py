@@ -46,13 +46,21 @@ def lines(document: dict[str, Any]) -> list[str]:
         return figure
 
     heads = [head for head, _, _ in _COLUMNS.values()]
-    made = [f"| attention | density | {' | '.join(heads)} | prompts followed |", "|---" * (3 + len(heads)) + "|"]
+    made = [f"| attention | density | {' | '.join(heads)} | prompts followed | gate |", "|---" * (4 + len(heads)) + "|"]
     for number, row in enumerate(document["rows"]):
         density = "—" if row["density"] is None else f"{row['density']:.2f}"
         cells = [cell(number, name, digits, unit) for name, (_, digits, unit) in _COLUMNS.items()]
         followed = "{right} of {of}".format(**row["prompt_following"])
-        made.append(f"| {row['way']} | {density} | {' | '.join(cells)} | {followed} |")
+        made.append(f"| {row['way']} | {density} | {' | '.join(cells)} | {followed} | {_gate(row['gate'])} |")
     return [*made, "", _legend(document), *declaration(OWN, figures)]
+
+
+def _gate(met: dict[str, bool] | None) -> str:
+    """Returns "holds", or the conditions that a way does not meet; dense attention has no gate."""
+    if met is None:
+        return "—"
+    unmet = [name for name, is_met in met.items() if not is_met and name != "holds"]
+    return f"not: {', '.join(unmet)}" if unmet else "holds"
 
 
 def _legend(document: dict[str, Any]) -> str:

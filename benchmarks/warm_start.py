@@ -127,7 +127,7 @@ def _start(options: argparse.Namespace) -> dict[str, Any]:
     prepare(config.ranks.device, config.models.precision, config.models.tf32)
     use_few_threads(config.ranks.device, spec.dim)
     kernel = attention_probe.choose(config.models.attention, config.ranks.device, torch.bfloat16, spec.head_dim).kernel
-    config = replace(config, attention=kernel)
+    config = config.replace(attention=kernel)
     ranks, g = Ranks(config.ranks.device), plan.geometry
 
     def settle() -> float:
@@ -146,7 +146,7 @@ def _start(options: argparse.Namespace) -> dict[str, Any]:
         store = ArtifactStore(Path(os.environ["WANFAST_ARTIFACTS"]))
         key = None
         if not options.eager:
-            key = load_caches(store, cache_inputs(config, spec, g.tokens), ranks)
+            key = load_caches(store, cache_inputs(config, spec, g.tokens, kernel), ranks, is_named=True)
             compile_blocks(model, config.models.compile_mode)
         ends = [began]
         for _ in range(3):

@@ -10,8 +10,9 @@ from typing import Any, get_args
 import pytest
 
 from tests.conftest import Outcome
-from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, of_command
-from wanfast.runtime.config.recipes import RECIPES, overridden, with_recipe
+from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, effective, of_command, recipes
+from wanfast.runtime.config.recipes import RECIPES, Recipe, overridden, with_recipe
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import RecipeName
 from wanfast.runtime.facts.model_spec import A14B
 
@@ -38,7 +39,7 @@ def test_the_names_are_the_recipes() -> None:
         ("magcache", {"attention": "fa3", **SKIPS, **SHARDED}),
         ("fastest-original", {"attention": "fa3", "tf32": True, "compile": True, **SKIPS, **SHARDED}),
         ("exact", {"vae_precision": "fp32"}),
-        ("fast", {"quantize": "fp8-rowwise", "magcache": "E012K2R20", "magcache_rule": "both-experts"}),
+        ("fast", {**RECIPES["near-exact"].options, "magcache": "E012K2R20", "magcache_rule": "both-experts"}),
     ],
 )
 def test_a_recipe_is_its_options(name: RecipeName, options: dict[str, Any]) -> None:
@@ -69,8 +70,46 @@ def test_given_options_override_a_recipe() -> None:
     assert again.models == config.models and again.models.recipe == "fa3-tf32"
 
 
+@pytest.fixture
+def lossy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives two recipes lossy attention, which recipes may have if the gate of tests/quality/test_gate.py holds."""
+    others = {
+        "near-exact": Recipe({"quantize": "fp8-rowwise", "attention": "fa3-fp8"}),
+        "fast": Recipe({"attention": "sparse", "density": 0.5, "lists_every": 2}),
+    }
+    for module in (recipes, effective):
+        monkeypatch.setattr(module, "RECIPES", {**RECIPES, **others})
+
+
+@pytest.mark.usefixtures("lossy")
+def test_another_kernel_overrides_a_recipe_s_lossy_attention() -> None:
+    """With its options, which the other kernel does not have and the user did not give."""
+    assert config_of(recipe="near-exact").models.attention == "fa3-fp8"
+    assert config_of(recipe="fast").models.density == 0.5 and not overridden(config_of(recipe="fast").options())
+    exact = config_of(recipe="fast", attention="auto")
+    assert (exact.models.attention, exact.models.density, exact.models.lists_every) == ("auto", None, 4)
+    assert overridden(exact.options()) == {"attention": "auto"}
+    assert config_of(recipe="near-exact", attention="math").models.quantize == "fp8-rowwise"
+    assert config_of(recipe="fast", density=0.6).models.density == 0.6
+    with pytest.raises(ConfigError, match="--density needs --attention sparse"):
+        config_of(recipe="fast", attention="auto", density=0.6)
+
+
+@pytest.mark.usefixtures("lossy")
+def test_calibrations_with_such_a_recipe_measure_exact_attention() -> None:
+    assert of_command({"recipe": "near-exact"}, "warmup") == {"quantize": "fp8-rowwise", "attention": "fa3-fp8"}
+    assert of_command({"recipe": "fast"}, "warmup") == {"attention": "sparse", "density": 0.5}
+    for command in ("calibrate-magcache", "calibrate-attention"):
+        assert of_command({"recipe": "near-exact"}, command) == {"quantize": "fp8-rowwise"}
+        assert of_command({"recipe": "fast"}, command) == {}
+    own = {"recipe": "fast", "lists_every": 3}
+    assert of_command(own, "calibrate-attention") == {"lists_every": 3}
+    with pytest.raises(ConfigError, match="--attention sparse: only `wanfast generate`"):
+        of_command({"recipe": "fast", "attention": "sparse"}, "calibrate-magcache")
+
+
 def test_models_are_shared_by_what_a_recipe_sets() -> None:
-    assert config_of(recipe="near-exact").models == config_of(quantize="fp8-rowwise").models
+    assert config_of(recipe="near-exact").models == config_of(**RECIPES["near-exact"].options).models
 
 
 def test_the_plan_names_the_recipe_and_what_overrides_it(wanfast: Wanfast) -> None:

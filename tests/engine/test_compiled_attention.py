@@ -15,10 +15,12 @@ from tests.engine.test_sparse_attention import HALF, NO_GUARDS, SIZE, Planned, v
 from tests.on_ranks import on_ranks
 from tests.parity import relative_error
 from tests.small_model import blank_inputs, plan_small_model
+from wanfast.commands.warmup import EVERY_CALL
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import session
+from wanfast.runtime.engine import session, sparse_attention
 from wanfast.runtime.facts.mesh import Mesh
+from wanfast.runtime.jobs import warmup
 from wanfast.runtime.models import lossy
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store.model_files import ModelFiles
@@ -98,6 +100,66 @@ def test_float8_has_a_graph_beside_the_exact_one(planned: Planned, monkeypatch: 
         for (latents, report), (wanted, wanted_report) in zip(made, expected, strict=True):
             assert torch.equal(latents, wanted) and report == wanted_report
     assert expected[2][1]["mean"] > 1e-3
+
+
+def warmed(plan: Plan, ranks: Ranks, counter: CompileCounterWithBackend) -> int:
+    """Compiles what `wanfast warmup` does, and returns the number of graphs."""
+    every_call = EVERY_CALL[plan.config.models.attention]
+    with torch.inference_mode():
+        warmup._forward(with_options(plan, **every_call, fp8_layers=None), ranks, Stopwatch("cpu"), "flash")
+    assert lossy._running is None
+    return counter.frame_count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "options", "graphs"),
+    [
+        pytest.param(Mesh(cfg=2), {**HALF, "guidance_gate": 0.5}, 2, id="sparse, 2 ranks that regroup"),
+        pytest.param(Mesh(), {**FP8_OF_TWO, **SMALL, "fp8_layers": "1:2", "attention_check": True}, 2, id="fp8"),
+        pytest.param(Mesh(), {**HALF, "attention_check": True}, 1, id="sparse", marks=pytest.mark.long),
+        pytest.param(
+            Mesh(cfg=2),
+            {**FP8_OF_TWO, **SMALL, "guidance_gate": 0.5},
+            4,
+            id="fp8, 2 ranks that regroup",
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_a_run_compiles_nothing_after_a_warmup(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch, mesh: Mesh, options: dict[str, Any], graphs: int
+) -> None:
+    """Guards decide that two graphs are the same, and Inductor's cache has the same inputs then."""
+    plan, files = planned(**options)
+    plan = with_options(plan, cfg_parallel=mesh.cfg, ulysses=mesh.ulysses, compile=True)
+    counter = compiler(monkeypatch, session)
+    monkeypatch.setattr(warmup, "compile_blocks", session.compile_blocks)
+
+    def both(ranks: Ranks) -> tuple[int, int]:
+        after_warmup = warmed(plan, ranks, counter)
+        return after_warmup, videos([plan], files, ranks, counter)[1][0]
+
+    assert on_ranks(mesh, both) == [(graphs, graphs)] * mesh.cfg * mesh.ulysses
+
+
+@torch.inference_mode()
+def test_a_warmup_runs_each_kind_of_lossy_call(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kinds are numbers of heads in float8. The layer without them, and dense layers, are no kinds of their own."""
+    eight = ("fp8",) * 8
+    some, more = (*eight[:2], *(0.5,) * 6), (*eight[:5], None, 0.75, 0.5)
+    plan, _ = planned(**HALF)
+    plan = varied(with_options(plan, compile=True, **NO_GUARDS), (some, (None,) * 8), (some[::-1], more), bands=(0, 2))
+    calls: list[Any] = []
+    lists, in_fp8 = sparse_attention.block_lists, sparse_attention.attention_in_fp8
+    monkeypatch.setattr(
+        sparse_attention, "block_lists", lambda q, *a: calls.append(("lists", q.shape[2])) or lists(q, *a)
+    )
+    monkeypatch.setattr(
+        sparse_attention, "attention_in_fp8", lambda q, *a: calls.append(("fp8", q.shape[2])) or in_fp8(q, *a)
+    )
+    warmed(plan, Ranks("cpu"), compiler(monkeypatch, warmup))
+    assert calls == [("lists", 6), ("fp8", 2), ("lists", 3), ("fp8", 5)]
 
 
 @pytest.mark.long

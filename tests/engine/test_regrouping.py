@@ -203,7 +203,7 @@ def test_a_warmup_compiles_both_shares(small_model: Path, workdir: Path, monkeyp
     counter = compiler(monkeypatch, warmup)
 
     def warm(ranks: Ranks) -> int:
-        warmup._forward(plan, ranks, Stopwatch("cpu"))
+        warmup._forward(plan, ranks, Stopwatch("cpu"), "math")
         return counter.frame_count
 
     assert on_ranks(Mesh(cfg=2), warm) == [2, 2]

@@ -16,10 +16,11 @@ from tests.models.test_attention_fp8 import quantized
 from tests.models.test_block_sparse import formula, lists_of
 from tests.parity import likeness, relative_error
 from wanfast.runtime.engine import attention_probe
-from wanfast.runtime.models import fused
+from wanfast.runtime.models import attention_router, fused
 from wanfast.runtime.models.attention_check import fp8_errors, sampled_errors
 from wanfast.runtime.models.attention_fp8 import emulated, fp8_attention
 from wanfast.runtime.models.attention_kernels import KERNELS
+from wanfast.runtime.models.attention_router import block_lists
 from wanfast.runtime.models.block_sparse import block_sparse_attention
 from wanfast.runtime.models.block_sparse import emulated as emulated_lists
 from wanfast.runtime.models.rope import rotary_tables
@@ -57,6 +58,39 @@ def test_listed_blocks(length: int, share: float) -> None:
     assert out.dtype == torch.bfloat16 and out.shape == q.shape
     assert relative_error(out, formula(q, k, v, mask, 128)) <= 1e-2
     assert relative_error(out, emulated_lists(q, k, v, lists, 128).double()) <= 1e-2
+
+
+@torch.inference_mode()
+def test_the_router_at_full_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It chooses the formula's blocks, except where two scores differ by a rounding, and needs 0.3 GB beside q and k.
+
+    The lists themselves are 25 MB.
+    """
+    q, k, _ = drawn(75_600, heads=40)
+    listed = [*range(60, 260, 5)]
+    block_lists(q, k, 128, listed, 29, 29)  # compiles
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    lists = block_lists(q, k, 128, listed, 29, 29)
+    end.record()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - held
+    print(f"router and lists of one layer: {start.elapsed_time(end):.2f} ms, {peak / 1e6:.0f} MB")
+    assert peak <= 0.35e9
+    monkeypatch.setattr(attention_router, "_by_kernel", lambda x: False)
+    expected = block_lists(q, k, 128, listed, 29, 29)
+    assert torch.equal(lists.counts, expected.counts)
+    numbers = torch.arange(591, device="cuda")
+    same = []
+    for head, length in enumerate(listed):
+        ours, formulas = ((x.blocks[0, head, :, :length, None] == numbers).any(1) for x in (lists, expected))
+        assert bool(ours.diagonal().all() and ours[:, :29].all() and ours[:, -29:].all())
+        assert ours.sum(1).eq(length).all()
+        same.append((ours & formulas).sum() / formulas.sum())
+    assert float(torch.stack(same).min()) > 0.999
 
 
 @needs_fa4

@@ -218,7 +218,7 @@ def test_bench_measures_it(wanfast: Wanfast, small_text_model: Path) -> None:
 def test_a_block_is_compiled_in_advance(small_text_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, _ = plan_small_model(small_text_model)
     counter = compiler(monkeypatch, warmup)
-    warmup._forward(with_options(plan, compile=True, attention="math"), Ranks("cpu"), Stopwatch("cpu"))
+    warmup._forward(with_options(plan, compile=True, attention="math"), Ranks("cpu"), Stopwatch("cpu"), "math")
     assert counter.frame_count == 1
 
 

@@ -29,13 +29,16 @@ from wanfast.commands.report import Report
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import compilation, session
+from wanfast.runtime.engine import attention_probe, compilation, session
 from wanfast.runtime.engine.compilation import cache_inputs
-from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.errors import ConfigError, MissingArtifactError
+from wanfast.runtime.facts.choices import Attention
+from wanfast.runtime.jobs import warmup as rank_half
 from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.planning import requests
 from wanfast.runtime.planning.next_step import warmup_command
-from wanfast.runtime.store import code, model_files
-from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store import attention_plans, code, model_files
+from wanfast.runtime.store.artifacts import ArtifactStore, Published, key_of
 
 Wanfast = Callable[..., Outcome]
 ROOT = Path(__file__).parents[2]
@@ -64,7 +67,7 @@ import sys, torch
 from torch._dynamo.utils import counters
 from wanfast.cli import main
 torch._dynamo.reset()
-torch._dynamo.config.error_on_recompile = True  # one graph for both experts
+torch._dynamo.config.error_on_recompile = ONE_GRAPH  # for both experts
 counters.clear()
 try:
     main(sys.argv[1:])
@@ -73,12 +76,12 @@ finally:
 """
 
 
-def in_a_process_of_its_own(folder: Path, *arguments: str, forked: bool = True) -> Outcome:
+def in_a_process_of_its_own(folder: Path, *arguments: str, forked: bool = True, one_graph: bool = True) -> Outcome:
     """Runs with Inductor's caches empty, like on a machine that never compiled."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
     shutil.rmtree(folder / "inductor", ignore_errors=True)
     environment = os.environ | caches | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", COUNTED, *arguments]
+    command = [sys.executable, "-c", f"ONE_GRAPH = {one_graph}\n{COUNTED}", *arguments]
     if forked:
         compilation._import_compiler(None)  # once, for all processes to come
     popen = ForkedPopen if forked else subprocess.Popen
@@ -121,6 +124,90 @@ def test_another_process_starts_from_what_was_stored(wanfast: Wanfast, workdir: 
         cold = in_a_process_of_its_own(workdir, *GENERATE, "--overwrite")
         assert f"note: {folder} was changed after it was made: it is made again" in cold.err
         check_cold_run(cold, workdir)
+
+
+SPARSE = ("--attention", "sparse", "--density", "0.5")
+FP8 = ("--attention", "fa3-fp8", "--attention-check")
+
+
+@pytest.mark.parametrize(
+    ("options", "of_run", "graphs"),
+    [
+        pytest.param(SPARSE, ("--dense-layers", "0"), 1, marks=pytest.mark.slow, id="sparse"),
+        pytest.param(FP8, ("--fp8-steps", "1:2"), 2, marks=pytest.mark.long, id="fp8"),
+    ],
+)
+def test_lossy_attention_starts_from_what_was_stored(
+    workdir: Path, options: tuple[str, ...], of_run: tuple[str, ...], graphs: int
+) -> None:
+    """Whichever calls of the video are lossy. Exact attention has another artifact."""
+    warmed = in_a_process_of_its_own(workdir, "warmup", *SHAPE, *options, "--json")
+    assert warmed.exit_code == 0, warmed.err
+    assert warmed.document["compiled_anew"] == graphs and {"first", "second", "lossy"} == {*warmed.document["seconds"]}
+    assert ", the lossy forwards " in warmed.err
+    made = in_a_process_of_its_own(workdir, *GENERATE, *options, *of_run, one_graph=graphs == 1)
+    assert made.exit_code == 0, made.err
+    assert made.document["compile_cache"] == Path(warmed.document["output"]).name
+    assert made.document["compiled_anew"] == 0
+    exact = cache_inputs(config(precision="fp32"), model_files.locate("tiny", "").spec.dit, 32, "flash")
+    assert ArtifactStore(workdir / "artifacts").find(compilation.KIND, exact) is None
+
+
+def stored_plan(key_of_run: dict[str, Any], *heads: Any) -> str:
+    """Stores a plan of attention for some other run, in which all layers have these heads, and returns its key."""
+
+    def write(folder: Path) -> None:
+        document = {"bands": [0, 2], "densities": [[heads] * 5] * 2}
+        errors = dict.fromkeys(("target_error", "mean_error", "largest_error"), 0.1)
+        (folder / attention_plans.PLAN).write_text(json.dumps(document | errors))
+
+    return ArtifactStore(Path("artifacts")).publish(attention_plans.KIND, key_of_run, write).folder.name
+
+
+def test_a_plan_of_attention_is_warmed_by_its_key(
+    wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be for any weights, steps and sizes; a plan with heads in float8 needs another package on a GPU."""
+    options = {"model": "tiny", "device": "cpu", "attention": "sparse"}
+    words = "no plan has this key: run `wanfast calibrate-attention`"
+    with pytest.raises(MissingArtifactError, match=words):
+        warmup.planned({**options, "attention_plan": "012345abcdef"})
+    needed: list[str] = []
+    monkeypatch.setattr(requests, "require_fp8", lambda device, option: needed.append(option))
+    sparse, eight = stored_plan({"n": 1}, 0.5, None), stored_plan({"n": 2}, "fp8", 0.5)
+    plan, _ = warmup.planned({**options, "attention_plan": sparse})
+    assert plan.config.models.attention_plan == sparse and plan.config.models.density is None and not needed
+    warmup.planned({**options, "attention_plan": eight})
+    assert needed == [f"--attention-plan {eight}"]
+    for asked, error, wrong in (
+        ("artifact", ConfigError, "this command cannot tell which plan fits a run: use --attention-plan with one of"),
+        (
+            "012345abcdef",
+            MissingArtifactError,
+            f"no plan has this key: use --attention-plan with one of the keys .*{eight}",
+        ),
+    ):
+        with pytest.raises(error, match=f"--attention-plan {asked}: {wrong}"):
+            warmup.planned({**options, "attention_plan": asked})
+    file = workdir / "artifacts" / attention_plans.KIND / eight / attention_plans.PLAN
+    file.write_text(file.read_text().replace("0.5", "0.35"))
+    outcome = wanfast("warmup", *SHAPE, "--attention", "sparse", "--attention-plan", eight)
+    assert outcome.exit_code == 4 and "remove this folder, and run `wanfast calibrate-attention`" in outcome.err
+
+
+@torch.inference_mode()
+def test_a_warmup_computes_the_densities_of_its_plan(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = stored_plan({"n": 1}, "fp8", 0.5)
+    plan, image_size = warmup.planned(
+        {"model": "tiny", "device": "cpu", "size": "64x64", "frames": 5, "attention": "sparse", "attention_plan": key}
+    )
+    seen: list[Any] = []
+    monkeypatch.setattr(rank_half, "_forward", lambda plan, *a: seen.append(plan.sparsity))
+    monkeypatch.setattr(rank_half, "save_caches", lambda store, inputs, ranks: Published(workdir, made_here=True))
+    monkeypatch.setattr(attention_probe, "require_fp8", lambda *a: seen.append("fp8"))
+    job = dataclasses.replace(plan.job(), image_size=image_size)
+    rank_half._warm(job, Ranks("cpu"), lambda stage: None)
+    assert seen[0] == "fp8" and seen[1].listed(0, 0) == (0, 1) and seen[1].bands == (0, 2)
 
 
 def check_same_frames(*videos: Path) -> None:
@@ -167,7 +254,10 @@ def test_an_artifact_that_is_of_no_use_is_discarded(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its hashes are right, but it lacks this rank's file, or torch cannot read the file."""
-    store, inputs = ArtifactStore(tmp_path), cache_inputs(config(), model_files.locate("tiny", "").spec.dit, 32)
+    store, inputs = (
+        ArtifactStore(tmp_path),
+        cache_inputs(config(), model_files.locate("tiny", "").spec.dit, 32, "flash"),
+    )
     folder = store.publish(compilation.KIND, inputs, lambda part: (part / name).write_bytes(b"x") and None).folder
     assert compilation.load_caches(store, inputs, Ranks("cpu"), is_named=True) is None
     assert f"note: {folder}: torch cannot use this stored cache" in capsys.readouterr().err and not folder.exists()
@@ -176,7 +266,10 @@ def test_an_artifact_that_is_of_no_use_is_discarded(
 def test_a_useless_artifact_that_cannot_be_discarded_costs_no_video(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store, inputs = ArtifactStore(tmp_path), cache_inputs(config(), model_files.locate("tiny", "").spec.dit, 32)
+    store, inputs = (
+        ArtifactStore(tmp_path),
+        cache_inputs(config(), model_files.locate("tiny", "").spec.dit, 32, "flash"),
+    )
     folder = store.publish(compilation.KIND, inputs, lambda part: (part / "rank-1.bin").touch()).folder
     folder.with_suffix(".lock").unlink()
     folder.with_suffix(".lock").mkdir()  # which no process can lock
@@ -205,6 +298,19 @@ def test_the_command_names_the_ranks_that_ran() -> None:
     effective = config(num_gpus=8, ulysses=2, cfg_parallel=1, dit_fsdp="on", device="cuda")
     words = warmup_command(effective).split(" --")
     assert {"num-gpus 2", "ulysses 2", "cfg-parallel 1", "dit-fsdp on"} <= set(words)
+
+
+def test_the_command_names_lossy_attention() -> None:
+    """But not which calls are lossy, because this changes nothing that is compiled."""
+    sparse = config(attention="sparse", density=0.5, dense_layers=2, lists_every=2)
+    assert "--attention sparse --density 0.5" in warmup_command(sparse)
+    planned = config(attention="sparse", attention_plan="012345abcdef", dense_share=0.0)
+    assert "--attention sparse --attention-plan 012345abcdef" in warmup_command(planned)
+    in_fp8 = config(attention="fa3-fp8", attention_check=True, fp8_hadamard=False, fp8_steps="1:2")
+    command = warmup_command(in_fp8)
+    assert "--attention fa3-fp8 --no-fp8-hadamard --attention-check" in command
+    for name in ("--dense", "--lists-every", "--fp8-steps"):
+        assert name not in warmup_command(sparse) + warmup_command(planned) + command
 
 
 def test_the_compiler_is_imported_while_weights_are_read(
@@ -258,14 +364,16 @@ def config(**changes: Any) -> EffectiveConfig:
         {"cfg_parallel": 2},
         {"ulysses": 2},
         {"dit_fsdp": "on"},
+        {"attention": "sparse", "density": 0.5},
+        {"attention": "fa3-fp8"},
     ],
     ids=str,
 )
 def test_all_that_kernels_depend_on_is_in_the_key(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     spec = model_files.locate("tiny", "").spec.dit
-    inputs = cache_inputs(config(), spec, 32)
-    assert cache_inputs(config(**change), spec, 32) != inputs
-    assert cache_inputs(config(), spec, 33) != inputs
+    inputs = cache_inputs(config(), spec, 32, "flash")
+    assert cache_inputs(config(**change), spec, 32, "flash") != inputs
+    assert cache_inputs(config(), spec, 33, "flash") != inputs
     for place, part, other in (
         (compilation, "_processor", lambda: "x86_64 VecAVX2"),
         (compilation, "version_of", lambda package: "0.0"),
@@ -275,20 +383,37 @@ def test_all_that_kernels_depend_on_is_in_the_key(change: dict[str, Any], monkey
     ):
         with monkeypatch.context() as patched:
             patched.setattr(place, part, other)
-            assert cache_inputs(config(), spec, 32) != inputs
-    assert cache_inputs(config(), dataclasses.replace(spec, ffn_dim=8), 32) != inputs
-    assert cache_inputs(config(seed=2, steps=9, prompt="other"), spec, 32) == inputs
-    assert cache_inputs(config(), dataclasses.replace(spec, num_layers=8), 32) == inputs
+            assert cache_inputs(config(), spec, 32, "flash") != inputs
+    assert cache_inputs(config(), dataclasses.replace(spec, ffn_dim=8), 32, "flash") != inputs
+    assert cache_inputs(config(seed=2, steps=9, prompt="other"), spec, 32, "flash") == inputs
+    assert cache_inputs(config(), dataclasses.replace(spec, num_layers=8), 32, "flash") == inputs
     json.dumps(inputs)
+
+
+def test_what_lossy_graphs_depend_on_is_in_the_key() -> None:
+    """Not which calls are lossy, nor how: a graph of sparse attention asks the running video."""
+    spec = model_files.locate("tiny", "").spec.dit
+
+    def key(exact: Attention = "flash", **options: Any) -> str:
+        return key_of(cache_inputs(config(**options), spec, 32, exact))
+
+    sparse = {"attention": "sparse", "density": 0.5}
+    others = ({"density": 0.3}, {"dense_share": 0.0}, {"attention_check": True}, {"dense_layers": 3, "lists_every": 2})
+    assert {key(**{**sparse, **other}) for other in others} == {key(**sparse)}
+    in_fp8 = {"attention": "fa3-fp8"}
+    for same in ({"fp8_hadamard": True}, {"fp8_steps": "0:1"}, {"fp8_layers": "0:1"}):  # 128 channels a head
+        assert key(**in_fp8, **same) == key(**in_fp8)
+    keys = {key(**in_fp8), key(**in_fp8, fp8_hadamard=False), key(**in_fp8, attention_check=True), key(**sparse)}
+    assert len({*keys, key("math", **in_fp8), key("math", **sparse)}) == 6
 
 
 def test_other_sources_are_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = model_files.locate("tiny", "").spec.dit
-    inputs = cache_inputs(config(), spec, 32)
+    inputs = cache_inputs(config(), spec, 32, "flash")
     runtime = shutil.copytree(Path(compilation.__file__).parents[1], tmp_path / "runtime")
     monkeypatch.setattr(code, "_PACKAGE", tmp_path)
     monkeypatch.setattr(compilation, "digest_of_code", code.digest_of_code.__wrapped__)  # remembers nothing
-    assert cache_inputs(config(), spec, 32) == inputs
+    assert cache_inputs(config(), spec, 32, "flash") == inputs
     known = {inputs["sources"]}
     for file in (
         "models/dit.py",
@@ -298,7 +423,7 @@ def test_other_sources_are_another_key(tmp_path: Path, monkeypatch: pytest.Monke
         "store/quantized.py",
     ):
         (runtime / file).write_text((runtime / file).read_text() + "# another\n")
-        known.add(cache_inputs(config(), spec, 32)["sources"])
+        known.add(cache_inputs(config(), spec, 32, "flash")["sources"])
     assert len(known) == 6
 
 
@@ -310,6 +435,9 @@ def test_other_sources_are_another_key(tmp_path: Path, monkeypatch: pytest.Monke
         (["--num-gpus", "4", "--ulysses", "3"], "--ulysses 3 does not fit"),
         (["--attention", "fa3"], "--attention fa3 needs a GPU"),
         (["--tf32"], "--tf32 needs a GPU"),
+        (["--attention", "sparse"], "--attention sparse needs --density or --attention-plan"),
+        (["--attention", "sparse", "--density", "1", "--attention-plan", "artifact"], "exclude each other"),
+        (["--fp8-hadamard"], "--fp8-hadamard needs --attention fa3-fp8"),
     ],
     ids=str,
 )

@@ -11,21 +11,24 @@ PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from wanfast.runtime.models import fused_kernels
+from wanfast.runtime.models import fused_kernels, router_kernel
 
 FACTS = {"eps": 1e-6, "d": 5120, "BLOCK": 8192, "GATED": True, "GELU": True}
 FACTS |= {"ROTATED": True, "PAIRS_A_HEAD": 64, "PARTS": 4}
 FACTS |= {"NORMED": True, "CENTRED": True, "STAGES": 7, "ROOT": 128**-0.5, "HEAD_DIM": 128}
+FACTS |= {"SCALE": 128**-0.5, "LANES": 128, "TILE": router_kernel._TILE}
+COUNTS = dict.fromkeys(("stride", "quarters", "blocks", "first", "last"), "i32")
 OUTPUTS = ("*bf16", 0.0), ("*i8", 127.0), ("*fp8e4nv", 448.0)
 KERNELS = {"_add_layer_norm": OUTPUTS, "_quantize_tokens": OUTPUTS[1:], "_rms_norm_rotate": OUTPUTS[:1]}
-for name, outputs in {**KERNELS, "_heads_to_fp8": OUTPUTS[2:]}.items():
-    kernel = getattr(fused_kernels, name)
+KERNELS |= {"_heads_to_fp8": OUTPUTS[2:], "_choice_scores": (("*fp32", 0.0),)}
+for name, outputs in KERNELS.items():
+    kernel = getattr(router_kernel if name == "_choice_scores" else fused_kernels, name)
     for out, largest in outputs:
         facts = FACTS | {"LARGEST": largest}
         signature, constants = {}, {}
         for parameter in kernel.params:
             pointer = parameter.name.endswith("_ptr")
-            kinds = {"out_ptr": out, "y_ptr": "*bf16", "stride": "i32"}
+            kinds = {"out_ptr": out, "y_ptr": "*bf16"} | COUNTS
             # what is no constant Inductor passes as int or, if it is a float, as float64
             signature[parameter.name] = kinds.get(parameter.name, "*fp32" if pointer else "fp64")
             if parameter.is_constexpr:
@@ -41,4 +44,4 @@ def test_kernels_compile_for_hopper_and_stay_in_float32() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 7
+    assert len(done.stdout.splitlines()) == 8

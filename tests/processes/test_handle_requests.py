@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import wanfast
+from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import CancelledError, ConfigError, MissingArtifactError, RankFailedError
 from wanfast.runtime.planning.plan import effective
 from wanfast.runtime.processes import handle as handle_module
@@ -294,8 +295,8 @@ def test_a_plan_of_attention_may_need_lists_of_all_blocks() -> None:
 
 
 def test_a_video_has_a_recipe_of_its_own_only_if_its_models_are_loaded(ranks: list[Ranks]) -> None:
-    quantized = {"quantize": "fp8-rowwise", "quantize_on_the_fly": True}
-    with wanfast.open(**TINY_ON_CPU, **quantized) as handle:
+    of_models = {**RECIPES["near-exact"].options, "quantize_on_the_fly": True}
+    with wanfast.open(**TINY_ON_CPU, **of_models) as handle:
         with pytest.raises(
             ConfigError,
             match=r"^--recipe exact: the loaded models are not .*: use a recipe that fits the loaded models "

@@ -12,6 +12,7 @@ import pytest
 from wanfast.attention_calib.choice import chosen
 from wanfast.magcache_calib.clips import read_set, shipped_set
 from wanfast.quality import attention, tiny
+from wanfast.quality.gate import gate
 from wanfast.runtime.facts.densities import Densities
 
 
@@ -38,6 +39,8 @@ def test_a_pair_in_every_way(judge: tiny.Judge, tmp_path: Path) -> None:
     dense, uniform, calibrated, guarded, fp8, with_mean = rows
     assert (dense["psnr_dense"], dense["ssim_dense"], dense["mean_error"]) == (None, 1.0, None)
     assert uniform["density"] == 0.75 < guarded["density"] and 0.5 < calibrated["density"] <= 0.75
+    assert [row["asked_density"] for row in rows] == [None, 0.75, 0.75, 0.75, None, None]
+    assert dense["gate"] is None and [row["gate"] for row in rows[1:]] == [gate(row, dense) for row in rows[1:]]
     assert calibrated["against_uniform"]["pairs"] == 1 and calibrated["target_error"] > 0
     for row in (uniform, calibrated, guarded, fp8, with_mean):
         assert 20 < row["psnr_dense"] < 90 and 0.8 < row["ssim_dense"] < 1

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from sqlalchemy.exc import OperationalError
 
-from tests.server.running import STAR, WARM_UP, StandIn, data_url, running, until
+from tests.server.running import SMALL, STAR, WARM_UP, StandIn, data_url, running, until
 from wanfast.runtime.errors import ConfigError, MissingArtifactError, NotFiniteError, RankFailedError
 from wanfast.server import app as app_module
 from wanfast.server import store as store_module
@@ -453,3 +453,12 @@ def test_a_picture_of_the_warm_up_is_never_half_written(tmp_path: Path, monkeypa
 def test_a_wrong_default_is_refused_before_the_ranks_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--magcache"), running(tmp_path, defaults={"magcache_k": 3}):
         pass
+
+
+def test_attention_in_float8_is_warmed_up_in_few_steps(tmp_path: Path) -> None:
+    """By default, the first and the last eighth of the steps are exact, which would be both steps of a warm-up."""
+    with running(tmp_path, defaults={"steps": 40}, options={**SMALL, "attention": "fa3-fp8"}) as server:
+        opened = server.maker.opened
+        plan = opened.plan(warm_up_of(opened, Served.of(opened, {"steps": 40}, 3), server.files))
+        assert plan.fp8 is not None and [plan.fp8.is_fp8(step, 0) for step in range(2)] == [True, False]
+        assert len(plan.schedule) == 2

@@ -38,7 +38,7 @@ def curve_key(files: ModelFiles, config: EffectiveConfig) -> str:
 
 
 def compiled_key(files: ModelFiles, config: EffectiveConfig) -> str:
-    return key_of(compilation.cache_inputs(config, files.spec.dit, 32))
+    return key_of(compilation.cache_inputs(config, files.spec.dit, 32, "flash"))
 
 
 def expert_key(files: ModelFiles, config: EffectiveConfig, torchao: str = "0.18.0", device: str = "cpu") -> str:

@@ -17,7 +17,7 @@ from wanfast.magcache_calib.clips import Clip, digest_of, read_set, shipped_set
 from wanfast.runtime.config import NO_VIDEO, of_command
 from wanfast.runtime.config.option import LOSSY, absolute
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.densities import FP8_SHARE, bands_of
+from wanfast.runtime.facts.densities import FP8_SHARE, TARGET_ERROR, bands_of
 from wanfast.runtime.machine import packages
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.machine.packages import require_fp8
@@ -42,7 +42,7 @@ def calibrate_attention(
             help="Largest allowed relative error of a head's output, averaged over a clip's calls in a band of steps.",
             rich_help_panel=LOSSY,
         ),
-    ] = 0.1,
+    ] = TARGET_ERROR,
     fp8: Annotated[
         bool,
         typer.Option(

@@ -10,13 +10,21 @@ import typer
 from rich.console import Console
 
 from wanfast.commands import dispatch, options
-from wanfast.runtime.config import NO_VIDEO, of_command, parse_size
+from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, of_command, parse_size
 from wanfast.runtime.config.option import flag
 from wanfast.runtime.errors import ConfigError, from_failure
-from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.media import images
 from wanfast.runtime.planning.placement import is_cpu_for_want_of_a_gpu, place
 from wanfast.runtime.planning.plan import Plan, effective, model_of, refuse_image_options
+from wanfast.runtime.planning.requests import require_attention_of
+from wanfast.runtime.store.attention_plans import densities_of_any_run
+from wanfast.runtime.store.model_files import ModelFiles
+
+# Options with which the call that is compiled is lossy; which calls of a video are lossy changes no graph or kernel.
+EVERY_CALL: dict[str, dict[str, Any]] = {
+    "sparse": {"dense_share": 0.0, "dense_layers": 0},
+    "fa3-fp8": {"fp8_steps": "0:1"},
+}
 
 
 @options.takes_options("warmup")
@@ -49,13 +57,15 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
 
     Raises WanFastError.
     """
-    wanted = {**NO_VIDEO, **given, "compile": True}
+    own = EVERY_CALL.get(given.get("attention", "auto"), {})
+    wanted = {**NO_VIDEO, **given, **own, "compile": True}
     files = model_of(wanted)
     refuse_image_options((flag(name) for name in ("image", "fit") if name in given), files.spec)
-    config = effective(wanted, files)
-    require_attention(config.models.attention, config.ranks.device)
+    config = _effective(wanted, files)
     image_size = images.load_image(given["image"]).size if "image" in given else parse_size(config.video.size)
-    plan = dataclasses.replace(Plan.of(config, files.spec, image_size), requested=given)
+    densities = densities_of_any_run(config, files.spec.dit)
+    plan = dataclasses.replace(Plan.of(config, files.spec, image_size, densities=densities), requested=given)
+    require_attention_of(plan)
     if is_cpu_for_want_of_a_gpu(plan):
         raise ConfigError(
             "no GPU was found: run this command on the machine that makes the videos, or add --device cpu (slow)"
@@ -64,11 +74,21 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
     return plan, image_size
 
 
+def _effective(wanted: dict[str, Any], files: ModelFiles) -> EffectiveConfig:
+    """Completes the options. A plan of attention may be for any run, because the same code serves all weights."""
+    key = wanted.get("attention_plan")
+    if key is None:
+        return effective(wanted, files)
+    config = effective({**wanted, "attention_plan": None, "density": 1.0}, files)
+    return config.replace(attention_plan=key, density=None)
+
+
 def describe(result: dict[str, Any]) -> str:
     """Returns a line that states the folder of the compiled code, and the seconds of a block's forwards."""
     seconds = result["seconds"]
     shape = f"{result['width']}x{result['height']}, {result['frames']} frames, {result['attention']} attention"
     first, second = (f"{seconds[name]:.1f} s" for name in ("first", "second"))
     regrouped = f", on all ranks together {seconds['regrouped']:.1f} s" if "regrouped" in seconds else ""
+    lossy = f", the lossy forwards {seconds['lossy']:.1f} s" if "lossy" in seconds else ""
     what = "was made in an earlier run, and can be loaded" if result["was_there"] else f"{result['bytes'] / 1e6:.1f} MB"
-    return f"{result['output']}: {what}; {shape}; first forward of a block {first}, second {second}{regrouped}"
+    return f"{result['output']}: {what}; {shape}; first forward of a block {first}, second {second}{regrouped}{lossy}"

@@ -6,7 +6,8 @@ density has two plans of equal cost: one in which all heads have this density, a
 calibrated plan comes from the clips that ship for `wanfast calibrate-attention`. Its target is the least one whose plan
 computes no more blocks than the uniform plan. Float8 is measured with and without the mean of v. Each video is compared
 with the video of dense attention (PSNR, SSIM), its calls with exact rows (sampled error), and the tracker classifies
-its motion. The command writes JSON and plots quality over density.
+its motion. The command writes JSON and plots quality over density. For each way, the JSON also says whether a recipe
+may use it; see `gate`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from wanfast.attention_calib import calibrate
 from wanfast.attention_calib.choice import chosen
 from wanfast.magcache_calib.clips import Clip, read_set, shipped_set
 from wanfast.quality import metrics
+from wanfast.quality.gate import gate
 from wanfast.quality.tiny import Judge, Settings, judge_all, require_plotting, share_right, write
 from wanfast.quality.tracking import classify
 from wanfast.runtime.engine import pixels
@@ -148,10 +150,11 @@ def judged(judge: Judge, task: tuple[int, list[Way]]) -> list[dict[str, Any]]:
 
 def summarise(results: list[list[dict[str, Any]]], all_ways: list[Way], judge: Judge) -> list[dict[str, Any]]:
     """Returns one row of metrics for each way, over all held-out scenes."""
-    return [
+    rows = [
         _row(way, [result[number] for result in results], judge) | _paired(results, number, way)
         for number, way in enumerate(all_ways)
     ]
+    return [row | {"gate": gate(row, rows[0]) if row is not rows[0] else None} for row in rows]
 
 
 def _row(way: Way, rows: list[dict[str, Any]], judge: Judge) -> dict[str, Any]:
@@ -161,6 +164,7 @@ def _row(way: Way, rows: list[dict[str, Any]], judge: Judge) -> dict[str, Any]:
     ssims = [row["ssim_dense"] for row in rows]
     return {
         "way": way.kind,
+        "asked_density": way.options.get("density"),
         "density": sparsity["mean_density"] if sparsity else None,
         "target_error": way.target_error and round(way.target_error, 4),
         "mean_error": round(float(np.mean([error["mean"] for error in errors])), 4) if errors else None,

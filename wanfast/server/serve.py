@@ -164,7 +164,8 @@ def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
     video = {**served.defaults, **image, **served.fit, "prompt": "warm-up", "seed": 0, "size": size}
     plan = opened.plan(video)
     least = least_steps(plan.config.video, served.spec)
-    return {**few_steps(video, schedule_of(plan.config.video, served.spec, least)), "frames": served.frames}
+    short = {**few_steps(video, schedule_of(plan.config.video, served.spec, least)), "frames": served.frames}
+    return short | {"fp8_steps": "0:1"} if plan.fp8 else short  # the usual schedule needs more steps
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 from wanfast.runtime.config.models import ModelsConfig, default_artifacts_dir
 from wanfast.runtime.config.option import OptionField, options_of, refuse_unknown
 from wanfast.runtime.config.ranks import RanksConfig
-from wanfast.runtime.config.recipes import OF_GRID, RECIPES, has_levels, with_recipe
+from wanfast.runtime.config.recipes import OF_GRID, RECIPES, has_levels, with_recipe, without_lossy_attention
 from wanfast.runtime.config.skipping import SkippingConfig
 from wanfast.runtime.config.video import CPU_SEEDS, OutputConfig, VideoConfig
 from wanfast.runtime.errors import ConfigError
@@ -147,8 +147,11 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
 
     The option `recipe` itself is left out. Raises ConfigError, which names the option.
     """
-    chosen = with_recipe(accepted(given))
-    refuse_lossy_attention(chosen, command)
+    given = accepted(given)
+    refuse_lossy_attention(given, command)
+    chosen = with_recipe(given)
+    if chosen.get("attention") in LOSSY_ATTENTION and command != "warmup":  # a recipe's; these measure exact attention
+        chosen = {**without_lossy_attention(chosen), **given}
     recipe = chosen.pop("recipe", None)
     if recipe and RECIPES[recipe].distilled and command == "calibrate-magcache":
         raise ConfigError(
@@ -165,10 +168,10 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
 
 def refuse_lossy_attention(given: Options, command: Command) -> None:
     """Raises ConfigError if lossy attention is given to a command that makes videos only to measure something."""
-    if (kernel := given.get("attention")) in LOSSY_ATTENTION:
+    if (kernel := given.get("attention")) in LOSSY_ATTENTION and command != "warmup":
         raise ConfigError(
-            f"--attention {kernel}: only `wanfast generate` takes this value, not `wanfast {command}`: use "
-            "--attention auto"
+            f"--attention {kernel}: only `wanfast generate` and `wanfast warmup` take this value, not "
+            f"`wanfast {command}`: use --attention auto"
         )
 
 

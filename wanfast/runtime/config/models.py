@@ -204,6 +204,7 @@ class ModelsConfig(Part):
         Option(
             "Share of blocks that --attention sparse computes. This includes the blocks that are always computed.",
             LOSSY,
+            also=("warmup",),
             check=lambda x: None if 0 < x <= 1 else "use a share over 0, up to 1, such as 0.35",
         ),
     ] = field(
@@ -215,6 +216,7 @@ class ModelsConfig(Part):
             "Plan of the densities of --attention sparse, for each head, layer and band of steps. artifact uses the "
             "plan that `wanfast calibrate-attention` made for these options. KEY uses the stored plan with this key.",
             LOSSY,
+            also=("warmup",),
             metavar="<artifact|KEY>",
             check=_plan_fix,
         ),
@@ -269,6 +271,7 @@ class ModelsConfig(Part):
         Option(
             "With --attention fa3-fp8, multiply queries and keys by a Hadamard matrix before they are rounded.",
             LOSSY,
+            also=("warmup",),
             default="if a head's channels are a power of two",
         ),
     ] = field(default=None, compare=False)
@@ -278,6 +281,7 @@ class ModelsConfig(Part):
             "With lossy attention, measure the error of each head in each call, from 64 queries. The .json records the "
             "errors.",
             LOSSY,
+            also=("warmup",),
         ),
     ] = field(default=False, compare=False)
     verify: Annotated[

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from wanfast.runtime.config.models import OF_LOSSY
 from wanfast.runtime.config.option import options_of
 from wanfast.runtime.config.skipping import SkippingConfig, spelled_out
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import EXPERTS, Expert, RecipeName, Solver
+from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Expert, RecipeName, Solver
 
 Options = Mapping[str, Any]  # option name -> value
 
@@ -80,7 +81,9 @@ _FA3: Options = {"attention": "fa3"}
 _TF32: Options = {"tf32": True}
 _COMPILE: Options = {"compile": True}
 _INT8: Options = {"quantize": "int8-weight-only"}
-_FP8: Options = {"quantize": "fp8-rowwise"}
+# Of near-exact and fast, which share loaded models. Lossy attention may stand here if its gate holds, as the table in
+# docs/sparse-attention.md says.
+_NEAR_EXACT: Options = {"quantize": "fp8-rowwise"}
 
 RECIPES: Mapping[RecipeName, Recipe] = MappingProxyType(
     {
@@ -97,8 +100,8 @@ RECIPES: Mapping[RecipeName, Recipe] = MappingProxyType(
         "fastest-original-k2r10": _published(_FA3, _TF32, _COMPILE, _skips("E012K2R10")),
         "fastest-original-e024k2r10": _published(_FA3, _TF32, _COMPILE, _skips("E024K2R10")),
         "exact": Recipe({"vae_precision": "fp32"}),
-        "near-exact": Recipe(_FP8),
-        "fast": Recipe({**_FP8, "magcache": "E012K2R20", "magcache_rule": "both-experts"}),
+        "near-exact": Recipe(_NEAR_EXACT),
+        "fast": Recipe({**_NEAR_EXACT, "magcache": "E012K2R20", "magcache_rule": "both-experts"}),
         "lightning-4": _few_steps("1,0.9375,0.833333333,0.625", "euler"),
         "lightning-8": _few_steps("1,0.972222222,0.9375,0.892857143,0.833333333,0.75,0.625,0.416666667", "euler"),
         "hybrid": _few_steps(f"{_BASE_15},0.75,0.5,0.25", "unipc-euler", ("low_noise",), num_images=1, switch_step=15),
@@ -137,7 +140,15 @@ def with_recipe(given: Options) -> dict[str, Any]:
         of_recipe.pop("switch_step", None)  # an index into the recipe's own list
     if given.get("magcache") == "off":
         of_recipe = {option: value for option, value in of_recipe.items() if option not in _OF_SKIPPING}
+    if given.get("attention") not in (None, of_recipe.get("attention")):
+        of_recipe = without_lossy_attention(of_recipe)
     return {**given, **of_recipe, **{option: value for option, value in given.items() if value is not None}}
+
+
+def without_lossy_attention(options: Options) -> dict[str, Any]:
+    """Returns the options without those that only lossy attention has, and without lossy attention itself."""
+    gone = {*OF_LOSSY, "attention"} if options.get("attention") in LOSSY_ATTENTION else set(OF_LOSSY)
+    return {option: value for option, value in options.items() if option not in gone}
 
 
 def has_levels(name: object) -> bool:
@@ -156,6 +167,8 @@ def overridden(effective: Options) -> dict[str, Any]:
     if effective["sigmas"] != of_recipe.get("sigmas"):
         of_recipe.pop("switch_step", None)
     effective = {**effective, **spelled_out(effective["magcache"])}
+    if effective["attention"] != of_recipe.get("attention"):
+        of_recipe = {option: value for option, value in of_recipe.items() if option not in OF_LOSSY}
     if effective["magcache"] == "off":
         of_recipe = {option: value for option, value in of_recipe.items() if option not in _OF_SKIPPING[1:]}
     return {option: effective[option] for option, value in of_recipe.items() if effective[option] != value}

@@ -60,6 +60,11 @@ class Choice:
     why: str
     dense: Attention | None = None  # the kernel of the exact calls beside lossy ones
 
+    @property
+    def exact(self) -> Attention:
+        """Returns the kernel of the exact calls, whether or not other calls are lossy."""
+        return self.dense or self.kernel
+
 
 def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> Choice:
     """Probes the requested kernel and returns it; for `auto`, returns the fastest kernel that gives correct results.

@@ -1,14 +1,16 @@
 """This module compiles the experts block by block, and stores torch.compile's caches so that other processes load them.
 
 A block is compiled with `fullgraph`, so that a graph break is an error and not a slow path. It is compiled for one
-shape (`dynamic=False`). All blocks of both experts share one graph. In mode `default`, cuBLAS computes the matrix
+shape (`dynamic=False`). All blocks of both experts share one graph; attention in float8 has a second graph, and sparse
+attention has none of its own. In mode `default`, cuBLAS computes the matrix
 products. The two `max-autotune` modes measure whether Triton or cuBLAS computes the products faster; this measurement
 takes half a minute. The mode `max-autotune` also captures each block as a CUDA graph, in the second forward of a video
 size. A captured graph reads weights at fixed addresses, so weights should not be moved.
 
 The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached. A process that loads
 this artifact repeats only two things: the tracing, and the compilation inside opaque operators. These operators are the
-int8 product, the quantization of the text embeddings, and FlashAttention-4. The key contains everything that the
+int8 product, the quantization of the text embeddings, FlashAttention-4, and sparse attention with its router. On the
+same machine, most of these are found in the caches of their own compilers. The key contains everything that the
 kernels depend on. So another torch, GPU, video size or version of this code has another key. Each rank has its own
 file, because its graphs contain the names of its process groups.
 Source: torch.compiler.save_cache_artifacts.
@@ -30,9 +32,10 @@ import torch
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import CompileMode
+from wanfast.runtime.facts.choices import Attention, CompileMode
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.machine.packages import version_of
+from wanfast.runtime.models.attention_fp8 import can_rotate
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.fused import make_operators
 from wanfast.runtime.store.artifacts import ArtifactStore, Published, note, noting
@@ -92,20 +95,24 @@ def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
         model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())  # type: ignore[no-untyped-call]
 
 
-def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int) -> dict[str, Any]:
+def cache_inputs(config: EffectiveConfig, spec: DiTSpec, tokens: int, exact: Attention) -> dict[str, Any]:
     """Returns the inputs of the artifact's key: everything that the compiled kernels of a block depend on.
 
-    `config.models.attention` must name the kernel that runs, not `auto`.
+    `config.models.attention` must name the kernel that runs, not `auto`; `exact` names the kernel of the exact calls.
     """
-    on_gpu = config.ranks.device == "cuda"
+    on_gpu, models = config.ranks.device == "cuda", config.models
+    hadamard = can_rotate(spec.head_dim) if models.fp8_hadamard is None else models.fp8_hadamard
+    in_fp8 = {"hadamard": hadamard, "check": models.attention_check}  # which are parts of the graph
     return {
         "block": {name: size for name, size in dataclasses.asdict(spec).items() if name != "num_layers"},
         "tokens": tokens,
-        "precision": config.models.precision,
-        "quantize": config.models.quantize,
-        "attention": config.models.attention,
-        "tf32": config.models.tf32,
-        "mode": config.models.compile_mode,
+        "precision": models.precision,
+        "quantize": models.quantize,
+        "attention": models.attention,
+        "exact_attention": exact,
+        "fp8_attention": in_fp8 if models.attention == "fa3-fp8" else None,
+        "tf32": models.tf32,
+        "mode": models.compile_mode,
         "mesh": {"cfg": config.ranks.cfg_parallel, "ulysses": config.ranks.ulysses},
         "dit_fsdp": config.ranks.dit_fsdp,
         "device": torch.cuda.get_device_name() if on_gpu else _processor(),

@@ -208,7 +208,8 @@ class Session:
         if start is not None:
             given[0] = pixels.of_frame(start)
         config = plan.config
-        compile_cache, compiled = (_warm_start(plan, ranks), compiled_anew()) if config.models.compile else (None, 0)
+        compile_cache = _warm_start(plan, ranks, pipeline.attention.exact) if config.models.compile else None
+        compiled = compiled_anew() if config.models.compile else 0
         hardware.reset_peak_memory(config.ranks.device)
         first_step = FirstStep(ranks.device)
 
@@ -330,8 +331,8 @@ def load_models(
     wanted = config.models
     dtype = DTYPES[wanted.precision]
     choice = attention_probe.agree(wanted.attention, ranks, dtype, files.spec.dit.head_dim)
-    attend = attention_by(choice.dense or choice.kernel)
-    lossy = _lossy_attention(choice.kernel, attend, files.spec.dit.num_heads, ranks)
+    attend = attention_by(choice.exact)
+    lossy = lossy_attention(choice.kernel, attend, files.spec.dit.num_heads, ranks)
     merges = ranks.together(lambda: _merges(files, wanted))
 
     def build(expert: Expert) -> WanDiT:
@@ -363,7 +364,7 @@ def load_models(
     return VideoPipeline(files.spec, experts, vae, ranks, choice, lossy)
 
 
-def _lossy_attention(kernel: Attention, dense: AttentionFn, num_heads: int, ranks: Ranks) -> LossyAttention | None:
+def lossy_attention(kernel: Attention, dense: AttentionFn, num_heads: int, ranks: Ranks) -> LossyAttention | None:
     """Returns what computes self-attention if `kernel` is lossy; `dense` computes the calls that stay exact."""
     if kernel == "sparse":
         return SparseAttention(dense, num_heads, ranks)
@@ -425,9 +426,9 @@ def _stored_experts(files: ModelFiles, models: ModelsConfig) -> dict[str, Path]:
     return {name: expert.require() for name in EXPERTS if (expert := quantized_expert(files, models, name))}
 
 
-def _warm_start(plan: Plan, ranks: Ranks) -> str | None:
+def _warm_start(plan: Plan, ranks: Ranks, exact: Attention) -> str | None:
     """Loads the caches that `wanfast warmup` stored for this plan and returns their key; None if there are none."""
-    inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens)
+    inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens, exact)
     store = ArtifactStore(Path(plan.config.models.artifacts_dir))
     return load_caches(store, inputs, ranks, is_named=is_artifacts_dir_named(plan.requested))
 

@@ -16,6 +16,7 @@ from typing import Literal
 from wanfast.runtime.facts.choices import Expert
 
 LADDER = (0.15, 0.25, 0.35, 0.5, 0.75)  # the densities that a calibration tries; above them, a head is dense
+TARGET_ERROR = 0.1  # the largest relative error of a head, unless a calibration is asked for another one
 _BANDS = 2  # of an expert's steps
 Density = float | Literal["fp8"] | None  # of a head; None is dense
 # In float8, a head takes this share of the time of a dense one: 30.3 to 32 of 41 ms on an H100.

@@ -1,8 +1,11 @@
 """This module is the part of `wanfast warmup` that runs on ranks.
 
 It compiles one block, and stores the compiler's caches. The block is compiled in the same way as by `wanfast generate`.
-One block of full size is enough, because all blocks of both experts share one graph. The values of the block's weights
-do not matter, so no weights are read.
+One block of full size is enough, because all blocks of both experts share the same graphs. The values of the block's
+weights do not matter, so no weights are read.
+With lossy attention, the block also runs as a lossy layer, so that the kernels of lossy calls are compiled too. Which
+steps and layers of a video are lossy does not matter, because they share these graphs and kernels. With a plan, the
+block stands for layers of each kind: if heads are in float8, a kernel is compiled for each number of such heads.
 """
 
 from __future__ import annotations
@@ -29,18 +32,22 @@ from wanfast.runtime.engine.compilation import (
     load_caches,
     save_caches,
 )
-from wanfast.runtime.engine.session import Sessions
+from wanfast.runtime.engine.session import Sessions, lossy_attention
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
+from wanfast.runtime.facts.choices import BRANCHES, Attention
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.facts.shapes import Geometry
 from wanfast.runtime.machine import packages
 from wanfast.runtime.models.attention import attention_by
+from wanfast.runtime.models.attention_kernels import AttentionFn
+from wanfast.runtime.models.bricks import RASTER
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.planning.plan import Job, Plan
 from wanfast.runtime.planning.share import Share
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.attention_plans import densities_of_any_run
 from wanfast.runtime.weights.builders import DTYPES, expert_on_meta
 
 _TOO_LARGE = "--size: a block's work does not fit into memory: use a smaller --size or fewer --frames"
@@ -77,13 +84,16 @@ def _warm(job: Job, ranks: Ranks, progress: Callable[[str], None]) -> dict[str, 
     hardware.use_few_threads(ranks.device, spec.dit.dim)
     choice = attention_probe.agree(config.models.attention, ranks, DTYPES[config.models.precision], spec.dit.head_dim)
     config = config.replace(attention=choice.kernel)
-    plan = Plan.of(config, spec, job.image_size, placement=job.placement)
+    densities = ranks.lead(lambda: densities_of_any_run(config, spec.dit))
+    plan = Plan.of(config, spec, job.image_size, placement=job.placement, densities=densities)
+    if plan.sparsity and plan.sparsity.has_fp8:
+        attention_probe.require_fp8(ranks, config.models.precision, spec.dit.head_dim)
     store = ArtifactStore(Path(config.models.artifacts_dir))
-    inputs = cache_inputs(config, spec.dit, plan.geometry.tokens)
+    inputs = cache_inputs(config, spec.dit, plan.geometry.tokens, choice.exact)
     found = load_caches(store, inputs, ranks, is_named=is_artifacts_dir_named(job.requested)) is not None
     watch = Stopwatch(ranks.device)
     progress("loading the stored caches" if found else "compiling")
-    _forward(plan, ranks, watch)
+    _forward(plan, ranks, watch, choice.exact)
     saved = save_caches(store, inputs, ranks)
     shape = ("width", "height", "frames", "tokens", "precision", "quantize", "attention", "compile", "device", "mesh")
     return {name: value for name, value in plan.to_json().items() if name in shape} | {
@@ -99,30 +109,67 @@ def _warm(job: Job, ranks: Ranks, progress: Callable[[str], None]) -> dict[str, 
 
 
 @torch.inference_mode()
-def _forward(plan: Plan, ranks: Ranks, watch: Stopwatch) -> None:
+def _forward(plan: Plan, ranks: Ranks, watch: Stopwatch, exact: Attention) -> None:
     """Runs one block twice; the first forward compiles the block, unless the caches hold it.
 
-    If the ranks of such videos may regroup, a third forward compiles the block for the share of tokens of all ranks.
+    `exact` names the kernel of exact attention. If the ranks of such videos may regroup, a third forward compiles the
+    block for the share of tokens of all ranks. With lossy attention, further forwards are lossy.
     """
-    config, spec = plan.config, dataclasses.replace(plan.spec.dit, num_layers=1)
-    model = _block(spec, config, ranks)
+    config, spec, attend = plan.config, dataclasses.replace(plan.spec.dit, num_layers=1), attention_by(exact)
+    model = _block(spec, config, ranks, attend)
+    lossy = lossy_attention(config.models.attention, attend, spec.num_heads, ranks)
+    if lossy:
+        lossy.use_in(model)
     compile_blocks(model, config.models.compile_mode)
     text = model.encode_text(torch.zeros(1, spec.text_len, spec.text_dim, device=ranks.device))
     rope = rotary_tables(plan.geometry.token_grid, spec.head_dim, ranks.device)
     latent = _latent(plan.geometry, spec.out_channels, ranks.device)
     condition = _latent(plan.geometry, spec.in_channels - spec.out_channels, ranks.device)
     timestep = torch.full((1,), plan.schedule[0].timestep, device=ranks.device)
+    order = lossy.start(plan) if lossy else RASTER
+
+    def run(grouping: Ranks, layer: int = 0) -> None:
+        if lossy:
+            lossy.enter(layer)
+        model(latent, condition, timestep, text, rope, sequence=grouping.sequence, order=order)
+
     for name in ("first", "second"):
         with watch.span(name):
-            model(latent, condition, timestep, text, rope)
-    if plan.unguided_mesh != plan.mesh:
+            run(ranks)
+    regrouped = [ranks.unguided] if plan.unguided_mesh != plan.mesh else []
+    for grouping in regrouped:
         with watch.span("regrouped"):
-            model(latent, condition, timestep, text, rope, sequence=ranks.unguided.sequence)
+            run(grouping)
+    if lossy:
+        with watch.span("lossy"):
+            for grouping in (ranks, *regrouped):
+                branches = BRANCHES if grouping is ranks else BRANCHES[:1]  # of a step without guidance
+                for step, layer in _lossy_calls(plan, grouping):
+                    lossy.begin(step, "high_noise", branches, "prompt", grouping)
+                    run(grouping, layer)
+        lossy.finish()
 
 
-def _block(spec: DiTSpec, config: EffectiveConfig, ranks: Ranks) -> WanDiT:
+def _lossy_calls(plan: Plan, ranks: Ranks) -> list[tuple[int, int]]:
+    """Returns a (step, layer) for each kind of lossy call; kinds differ in how many heads of each rank are in float8.
+
+    Heads that are in float8 are counted only for a plan of sparse attention.
+    """
+    if plan.sparsity is None:
+        return [(0, 0)]
+    kinds: dict[tuple[int, ...], tuple[int, int]] = {}
+    for step in plan.sparsity.bands:
+        for layer in range(plan.sparsity.num_layers):
+            if listed := plan.sparsity.listed(step, layer):
+                shared = plan.sparsity.assigned(listed, ranks.mesh.ulysses)
+                in_fp8 = tuple(sum(not listed[head] for head in heads) for heads in shared)
+                kinds.setdefault(in_fp8, (step, layer))
+    return list(kinds.values())
+
+
+def _block(spec: DiTSpec, config: EffectiveConfig, ranks: Ranks, attend: AttentionFn) -> WanDiT:
     """Returns an expert of one block, laid out as `builders` does. Its values are zeros, which do not matter."""
-    sharded, attend = config.ranks.dit_fsdp == "on", attention_by(config.models.attention)
+    sharded = config.ranks.dit_fsdp == "on"
     model = expert_on_meta(
         spec, config.models.precision, ranks, attend=attend, scheme=config.models.quantize, sharded=sharded
     )

@@ -163,7 +163,7 @@ def _plan(
                 "--from: a LoRA file differs from the earlier run: restore the earlier file, or give LoRAs by --lora"
             )
         if needs_weights:
-            _require_attention(plan)
+            require_attention_of(plan)
             files.require()
             files.identify()
             require_experts(files, plan.config.models, required)
@@ -221,7 +221,8 @@ def _weights_notes(request: Request, files: ModelFiles) -> list[str]:
     return ["--from: the weights changed since the earlier run"]
 
 
-def _require_attention(plan: Plan) -> None:
+def require_attention_of(plan: Plan) -> None:
+    """Raises ConfigError if a package that the plan's attention needs is not installed."""
     models, device = plan.config.models, plan.config.ranks.device
     require_attention(models.attention, device)
     if plan.sparsity and plan.sparsity.has_fp8:
@@ -232,7 +233,7 @@ def _missing_notes(plan: Plan, files: ModelFiles) -> list[str]:
     """Returns the errors that a run of this plan would raise because something is missing."""
     notes = []
     try:
-        _require_attention(plan)
+        require_attention_of(plan)
     except ConfigError as error:
         notes.append(str(error))
     try:

@@ -17,6 +17,7 @@ from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.config.recipes import has_levels
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.densities import CHOICES, LADDER, Calibrated, Densities, bands_of
+from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.facts.sparsity import BLOCK
 from wanfast.runtime.machine.once import remembered
 from wanfast.runtime.store.artifacts import ArtifactStore
@@ -64,15 +65,42 @@ def densities_of(config: EffectiveConfig, files: ModelFiles) -> Densities | None
     """Returns the densities of --attention-plan, or None without this option. Raises WanFastError."""
     if config.models.attention_plan is None:
         return None
-    folder, dit = _artifact(config, files), files.spec.dit
-    fix = f"remove this folder, and run `{calibrate_command(config, files.spec, 'calibrate-attention')}`"
+    again = f"run `{calibrate_command(config, files.spec, 'calibrate-attention')}`"
+    bands = bands_of([expert for expert, _ in steps_of_video(config.video, files.spec.boundary)])
+    return _read(_artifact(config, files), files.spec.dit, again, bands)
+
+
+def densities_of_any_run(config: EffectiveConfig, dit: DiTSpec) -> Densities | None:
+    """Returns the densities of the plan whose key is --attention-plan, or None without this option.
+
+    The plan may be for other weights, steps or sizes, because a warmup has none of its own. Raises WanFastError.
+    """
+    asked = config.models.attention_plan
+    if asked is None:
+        return None
+    store = ArtifactStore(Path(config.models.artifacts_dir))
+    stored, again = dict(store.manifests(KIND)), "run `wanfast calibrate-attention`"
+    keys = ", ".join(folder.name for folder in stored)
+    use = f"use --attention-plan with one of the keys {keys}" if stored else again
+    if asked == "artifact":
+        raise ConfigError(f"--attention-plan artifact: this command cannot tell which plan fits a run: {use}")
+    folder = next((folder for folder in stored if folder.name == asked), None)
+    if folder is None:
+        raise MissingArtifactError(f"--attention-plan {asked}: no plan has this key: {use}")
+    _verify(store, folder, stored[folder], f"--attention-plan {asked}", again)
+    return _read(folder, dit, again)
+
+
+def _read(folder: Path, dit: DiTSpec, again: str, wanted_bands: tuple[int, ...] | None = None) -> Densities:
+    """Reads a plan, which must have the `wanted_bands`, if they are given, and a density for each head of the model."""
+    fix = f"remove this folder, and {again}"
     document = read_object(folder / PLAN, fix)
     try:
         bands = tuple(document["bands"])
         by_band = tuple(tuple(map(tuple, layers)) for layers in document["densities"])
         errors = {name: float(document[name]) for name in ("target_error", "mean_error", "largest_error")}
         is_whole = (
-            bands == bands_of([expert for expert, _ in steps_of_video(config.video, files.spec.boundary)])
+            bands == (wanted_bands or bands)
             and len(by_band) == len(bands)
             and {len(layers) for layers in by_band} == {dit.num_layers}
             and {len(heads) for layers in by_band for heads in layers} == {dit.num_heads}
@@ -115,10 +143,15 @@ def _found(artifacts_dir: str, asked: str, inputs_json: str, fix: str) -> Path:
         targets = ", ".join(f"{folder.name} ({_target(inputs)})" for _, inputs, folder in alike)
         raise ConfigError(f"{option}: several plans fit this run: use --attention-plan with one of the keys {targets}")
     _, inputs, folder = alike[0]
+    _verify(store, folder, inputs, option, fix)
+    return folder
+
+
+def _verify(store: ArtifactStore, folder: Path, inputs: dict[str, Any], option: str, fix: str) -> None:
+    """Raises CorruptArtifactError if the plan in `folder`, or its manifest with these `inputs`, was changed."""
     if store.path(KIND, inputs) != folder:
         raise CorruptArtifactError(f"{option}: {folder} was changed after it was made: remove this folder, and {fix}")
     store.find(KIND, inputs, verify=True, again=fix)
-    return folder
 
 
 def _target(inputs: dict[str, Any]) -> str:

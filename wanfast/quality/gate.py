@@ -1,0 +1,25 @@
+"""This module says which ways of lossy attention a recipe may use, from what the tiny model's videos show.
+
+A way passes if three conditions hold. Its share of followed prompts is not below the 95 % interval of dense attention's
+share. Its videos are like those of dense attention. The sampled error of a head is at most the target of a calibration.
+Limit: the interval of a few pairs is wide, and the tiny model has short rows; other weights may have other errors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wanfast.runtime.facts.densities import TARGET_ERROR
+
+LEAST_SSIM = 0.95  # to the video of dense attention, the mean over all pairs
+
+
+def gate(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, bool]:
+    """Returns which conditions the way of a `row` meets, and whether it meets all; `dense` is dense attention's row."""
+    lowest_share, _ = dense["prompt_following"]["95%"]
+    met = {
+        "prompts": row["prompt_following"]["share"] >= lowest_share,
+        "SSIM": row["ssim_dense"] >= LEAST_SSIM,
+        "error": row["mean_error"] <= TARGET_ERROR,
+    }
+    return met | {"holds": all(met.values())}
