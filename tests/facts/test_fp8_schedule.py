@@ -40,8 +40,8 @@ def test_spans_decide() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"steps": "4:41"}, "--fp8-steps 4:41: there are only 40, counted from 0: use a second number of 40 or less"),
-        ({"layers": "4:41"}, "--fp8-layers 4:41: there are only 40"),
+        ({"steps": "4:41"}, "--fp8-steps 4:41: there are only 40 steps, counted from 0: use a second"),
+        ({"layers": "4:41"}, "--fp8-layers 4:41: there are only 40 layers"),
         ({"hadamard": True, "head_dim": 20}, "--fp8-hadamard: this model's heads have 20 channels"),
     ],
 )

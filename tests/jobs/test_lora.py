@@ -69,7 +69,10 @@ def test_a_video_its_json_and_the_run_again(wanfast: Wanfast, loras: tuple[str, 
         ("--lora", 0.5), ("--lora", 1.0), ("--lora-low-noise", -0.25),
     ]  # fmt: skip
     assert len({each["sha256"] for each in document["plan"]["loras"]}) == 2
-    note = "the tensors of Wan2.1's image tower (1) are dropped, because this model has none"
+    note = (
+        "the tensors for Wan2.1's CLIP image features (1 in all) are dropped, because this model has no layers for "
+        "such features"
+    )
     assert f"--lora {one}: {note}" in document["plan"]["notes"] and plain["plan"]["loras"] == []
     again = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--json").document
     assert again["output_sha256"] == document["output_sha256"]

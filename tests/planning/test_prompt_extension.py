@@ -67,7 +67,7 @@ def test_of_several_machines_only_the_first_one_runs_the_program(
     """All machines make the first one's jobs, so that its prompt is that of the video."""
     nodes = ("--nnodes", "2", "--rdzv-endpoint", "a:1", "--node-rank", str(machine))
     made = wanfast(*MAKE, *GIVEN, *nodes, "--extend-prompt", program, "--dry-run")
-    prompt, note = made.document["effective"]["video"]["prompt"], "the program runs on machine 0, and all machines take"
+    prompt, note = made.document["effective"]["video"]["prompt"], "the program runs on machine 0, and all machines use"
     assert prompt == ("a cat" if machine else "a cat, $(HOME); cat.png True")
     assert Path("runs").exists() == (machine == 0) and (note in made.err) == (machine == 1)
     assert made.document["plan"]["written_prompts"] == ([] if machine else ["a cat"])

@@ -213,8 +213,8 @@ def test_a_change_of_the_replicas_is_noted_once(on: Any) -> None:
 @pytest.mark.parametrize(
     ("statuses", "words"),
     [
-        (["RUNNING", "NONE"], "somebody ended the application wanfast of Ray Serve: start this command again"),
-        (["RUNNING", "DELETING"], "somebody ended the application wanfast of Ray Serve: start this command again"),
+        (["RUNNING", "NONE"], "somebody ended the application wanfast of Ray Serve: run this command again"),
+        (["RUNNING", "DELETING"], "somebody ended the application wanfast of Ray Serve: run this command again"),
         (["RUNNING", OSError("the head\n is gone")], "the cluster does not answer (the head is gone): start a cluster"),
         ([RuntimeError()], "the cluster does not answer (RuntimeError): start a cluster"),
         (["RUNNING", "HANGS"], "the cluster does not answer (no answer in 0.2 s): start a cluster"),

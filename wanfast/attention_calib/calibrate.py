@@ -25,8 +25,8 @@ from wanfast.runtime.planning.plan import Job
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
     """Denoises one clip; returns its mean errors [band][layer][head][length], and the seconds of denoising.
 
-    The lengths are those of the lists. If float8 attention runs here, the last entry of [length] is the error of
-    float8 attention.
+    A length is the number of key blocks in a list of blocks; each tested density gives one length. If float8
+    attention runs here, [length] has one more entry at its end: the error of float8 attention.
     """
     plan, images = session.plan(job)
     dit, bands, steps = plan.spec.dit, bands_of(plan.experts), len(plan.schedule)

@@ -14,8 +14,9 @@ from wanfast.runtime.facts.densities import CHOICES, LADDER, Density
 
 
 def is_whole(measured: dict[str, Any], shape: tuple[int, int, int], *, fp8: bool) -> bool:
-    """Returns whether a clip's measurements hold a number for each of (bands, layers, heads) and each density.
+    """Returns whether a clip's measurements hold an error for each band, layer, head and density.
 
+    `shape`: the numbers of (bands, layers, heads).
     If `fp8` is true, the measurements must also hold an error in float8. If `fp8` is false, this error is optional.
     """
     try:
@@ -30,8 +31,8 @@ def chosen(measured: list[dict[str, Any]], target: float, *, fp8: bool) -> dict[
     """Returns, as a JSON document, the cheapest choices whose error is at most `target` in every clip.
 
     A clip's error is the mean over the calls of a band. If no choice fits, the head is dense, and has no error. Float8
-    is a choice only if `fp8` is true. The document also holds errors of every choice: for each head, the largest error
-    over the clips, and the mean error over all heads and clips.
+    is a choice only if `fp8` is true. The document also holds two kinds of errors of every choice. `errors` holds
+    each head's largest error over the clips. `ladder` holds the mean error over all heads and clips.
     """
     choices = [choice for choice in CHOICES if choice is not None and (fp8 or choice != "fp8")]
     columns = [(*LADDER, "fp8").index(choice) for choice in choices]  # as a clip's errors have them

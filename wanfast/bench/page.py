@@ -1,4 +1,4 @@
-"""Writes the page of a report: one HTML file with a table, pictures and videos, which works offline.
+"""Writes the page of a report: one HTML file that works offline, with a table, pictures and videos.
 
 This module does not import torch.
 """

@@ -72,7 +72,7 @@ class CostModel:
     start_s: float = 0.0
 
     def forward(self, tokens: int, ulysses: int) -> Terms:
-        """Returns the terms of one forward, in seconds, if `ulysses` ranks share the forward's tokens."""
+        """Returns the seconds of one forward, as the terms of the cost model, if `ulysses` ranks share the tokens."""
         return {
             "attention": attention_flop(A14B.dit, tokens) / self.attention_flop_s / ulysses,
             "linears": linear_flop(A14B.dit, tokens) / self.linear_flop_s / ulysses,
@@ -89,9 +89,9 @@ class CostModel:
         return (self.encode.on(ranks) + self.decode.on(ranks)) * tokens / self.vae_tokens
 
     def video(self, tokens: int, mesh: Mesh, steps: int = STEPS) -> Terms:
-        """Returns the seconds of one video with guidance, as the terms of the cost model.
+        """Returns {term of the cost model: seconds} for one video that is made with guidance.
 
-        If `mesh.cfg` is 2, both branches run at the same time.
+        If `mesh.cfg` is 2, both branches of guidance run at the same time.
         """
         forwards = 2 * steps / mesh.cfg
         of_steps = {name: forwards * seconds for name, seconds in self.forward(tokens, mesh.ulysses).items()}
@@ -101,7 +101,7 @@ class CostModel:
 def on_more_gpus(
     model: CostModel, seconds: Terms, forwards: float, tokens: int, meshes: tuple[Mesh, Mesh]
 ) -> dict[str, float]:
-    """Returns the seconds of each stage on the second mesh, projected from `seconds` on the first mesh.
+    """Returns the seconds of each stage on the second mesh of `meshes`, projected from `seconds` on the first mesh.
 
     The time of a forward is split in two parts. The exchange is computed by `model`. The rest of the measured time is
     work that the ranks share equally. `model` does not compute this work, so the measured video may use other kernels
@@ -169,7 +169,7 @@ def _tokens_of_vae(vae: Document) -> int:
 
 @dataclass(frozen=True)
 class WholeVideo:
-    """Holds the median seconds of the commands with a new prompt, from `benchmarks/whole_video.py --random`."""
+    """Holds the median seconds of a command with a new prompt, measured by `benchmarks/whole_video.py --random`."""
 
     num_gpus: int
     steps: int
@@ -179,7 +179,7 @@ class WholeVideo:
 
     @classmethod
     def read(cls, document: Document) -> WholeVideo:
-        """Returns the medians of the JSON document that the benchmark printed."""
+        """Returns the medians of the seconds in a JSON document that `benchmarks/whole_video.py` printed."""
         options, rows = document["options"], document["videos"]["new"]
         num_gpus, steps = (
             int(options[options.index(name) + 1]) if name in options else default
@@ -197,10 +197,10 @@ class WholeVideo:
 def checks(
     model: CostModel, *, forward: Document | None = None, vae: Document | None = None, video: Document | None = None
 ) -> list[dict[str, Any]]:
-    """Compares the model's projections with measurements that `fit` did not use; skips documents that are None.
+    """Compares the cost model's projections with measurements that `fit` did not use; skips documents that are None.
 
-    The documents `forward` and `vae` may hold results for several numbers of ranks; only the largest number is
-    compared.
+    The documents `forward` and `vae` may hold results for several numbers of ranks; only the results for the largest
+    number are compared.
     """
     found = []
     if forward:

@@ -20,7 +20,7 @@ from wanfast.runtime.store.sharing import locked
 
 
 def random_model(folder: str, facts: dict[str, Any]) -> None:
-    """Writes a model of random weights with these facts into a new folder, completely or not at all."""
+    """Writes a model with these `facts` and random weights into a new folder, completely or not at all."""
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")

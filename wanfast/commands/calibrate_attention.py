@@ -39,15 +39,16 @@ def calibrate_attention(
     target_error: Annotated[
         float,
         typer.Option(
-            help="Largest allowed relative error of a head's output, averaged over a clip's calls in a band of steps.",
+            help="Largest allowed relative error of a head's output. The error is a mean over the calls of attention "
+            "in one clip and one band of steps.",
             rich_help_panel=LOSSY,
         ),
     ] = TARGET_ERROR,
     fp8: Annotated[
         bool,
         typer.Option(
-            help="Let a head compute in float8, if no cheaper density meets --target-error. A run on a GPU then needs "
-            "FlashAttention-3 too.",
+            help="Let a head compute in float8, if no cheaper density meets --target-error. On a GPU, this command and "
+            "every run with the plan then need FlashAttention-3.",
             rich_help_panel=LOSSY,
         ),
     ] = False,

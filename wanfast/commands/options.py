@@ -164,7 +164,7 @@ def to_continue(*added: str) -> str:
 
 
 def one_line(error: Any, arguments: list[str]) -> ConfigError:
-    """Turns Typer's usage error into a ConfigError; its one line of text names the option and the fix."""
+    """Turns Typer's usage error into a ConfigError; the ConfigError names the option and the fix in one line."""
     see_help = f"see `{error.ctx.command_path if error.ctx else f'wanfast {arguments[0]}'} --help`"
     kind, param = type(error).__name__, typing.cast("Any", getattr(error, "param", None))
     if kind == "NoSuchOption":

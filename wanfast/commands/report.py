@@ -41,7 +41,7 @@ class Report:
         self._warnings = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def plans(self, planned: list[Planned], *, always: bool) -> None:
-        """Prints the errors and the notes. Prints the plans too if `always` is true or `brief` is false."""
+        """Prints the errors and the notes. Prints the plans too if `always` is true or stdout is a terminal."""
         for item in planned:
             if item.plan is None:
                 self.result(item, item.outcome())

@@ -23,7 +23,7 @@ def serve(
     host: Annotated[
         str,
         typer.Option(
-            help="Address to listen on. If other machines can reach it, --api-key-file is needed.",
+            help="Address to listen on. If other machines can reach this address, --api-key-file is needed.",
             rich_help_panel=SERVER,
         ),
     ] = "127.0.0.1",
@@ -50,8 +50,8 @@ def serve(
     max_clips: Annotated[
         int,
         typer.Option(
-            help="Largest number of clips of a video that is longer than --frames. For 12 seconds, the published "
-            "model needs 3 clips.",
+            help="Largest number of clips in one video. A video that is longer than --frames has several clips: for "
+            "12 seconds, the published model needs 3 clips.",
             rich_help_panel=SERVER,
         ),
     ] = 3,

@@ -53,9 +53,9 @@ def warmup(
 
 
 def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
-    """Returns the plan of a video with the `given` options, and the (width, height) of the video's image.
+    """Returns the plan of a video with the `given` options, and the (width, height) of the image.
 
-    Raises WanFastError.
+    If no image is given, the width and height of --size are returned. Raises WanFastError.
     """
     own = EVERY_CALL.get(given.get("attention", "auto"), {})
     wanted = {**NO_VIDEO, **given, **own, "compile": True}

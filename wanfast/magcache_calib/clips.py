@@ -47,7 +47,7 @@ class Clip:
 
 
 def shipped_set(spec: ModelSpec) -> Path:
-    """Returns the folder of the set that ships for a model."""
+    """Returns the folder of the calibration set for a model; the set ships with the package."""
     return _SHIPPED / ("texts" if not spec.takes_images else "tiny" if spec.name == "tiny" else "photos")
 
 
@@ -68,8 +68,8 @@ def read_set(folder: Path, seed: int, name: str = LIST, *, takes_images: bool = 
             clips.append(_read_clip(line, folder, place, seed + len(clips), takes_images=takes_images))
             if (clips[-1].last_image is None) != (clips[0].last_image is None):
                 raise ConfigError(
-                    f"{place}: give every line a last_image, or no line, because a curve is either for videos with a "
-                    "last image or for videos without one"
+                    f"{place}: either give every line a last_image, or remove last_image from every line, because a "
+                    "curve is either for videos with a last image or for videos without one"
                 )
     if not clips:
         raise ConfigError(f"--set {folder}: {name} names no clip: write one line per clip")

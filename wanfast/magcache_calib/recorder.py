@@ -1,4 +1,4 @@
-"""Defines a step cache that skips no forward, and measures how residuals change from step to step.
+"""Defines a step cache that measures how residuals change from step to step, and that skips no forward.
 
 For each step, branch and token, the ratio is |r| / |s|. r is the residual of this step, s is the residual of the step
 before, and both norms are over the channels. For each step and branch this cache measures three values over all tokens.

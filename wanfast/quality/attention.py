@@ -3,11 +3,11 @@
 Held-out pairs of image and prompt go through the pipeline with dense attention, and then in every way of lossy
 attention, with the same seed. Nothing is guarded, unless the name of a way says so, so that every call is lossy. Each
 density has two plans of equal cost: one in which all heads have this density, and one that is calibrated. The
-calibrated plan comes from the clips that ship for `wanfast calibrate-attention`. Its target is the least one whose plan
-computes no more blocks than the uniform plan. Float8 is measured with and without the mean of v. Each video is compared
-with the video of dense attention (PSNR, SSIM), its calls with exact rows (sampled error), and the tracker classifies
-its motion. The command writes JSON and plots quality over density. For each way, the JSON also says whether a recipe
-may use it; see `gate`.
+calibrated plan comes from the clips that ship for `wanfast calibrate-attention`. Its target error is the smallest with
+which it computes no more blocks than the uniform plan. Float8 is measured with and without the mean of v. Each video is
+compared with the video of dense attention (PSNR, SSIM). In each lossy call, sampled rows are compared with exact rows
+(error). The tracker classifies the motion of each video. The command writes JSON and plots quality over density. For
+each way, the JSON also says whether a recipe may use it; see `gate`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Way:
     target_error: float | None = None  # of its calibration
 
     def plan(self, judge: Judge, index: int) -> Plan:
-        """Returns the plan of the video for the held-out pair number `index`."""
+        """Returns the plan of the video from held-out pair number `index`; a pair is an image and a prompt."""
         config = judge.config.replace(seed=index, **self.options)
         return Plan.of(config, judge.files.spec, (SIDE, SIDE), densities=self.densities)
 
@@ -74,7 +74,7 @@ DENSE = Way("dense", {})
 
 
 def ways(judge: Judge, measured: Sequence[dict[str, Any]]) -> list[Way]:
-    """Returns all ways, dense attention first; `measured` holds the errors of the calibration's clips."""
+    """Returns all ways to compute attention, dense first; `measured` holds the errors of the calibration's clips."""
     steps = judge.settings.steps
     found = [DENSE]
     for density in DENSITIES:
@@ -86,7 +86,10 @@ def ways(judge: Judge, measured: Sequence[dict[str, Any]]) -> list[Way]:
 
 
 def of_equal_cost(uniform: Way, judge: Judge, measured: Sequence[dict[str, Any]]) -> Way:
-    """Returns the calibrated way with the least target that computes no more blocks than the `uniform` way."""
+    """Returns the most accurate calibrated way that computes at most as many blocks as the `uniform` way.
+
+    The most accurate way is the one with the smallest target error.
+    """
     plan = uniform.plan(judge, 0)
     assert plan.sparsity is not None
 
@@ -124,7 +127,7 @@ def _pipeline(judge: Judge, attention: Attention) -> VideoPipeline:
 
 @torch.inference_mode()
 def judged(judge: Judge, task: tuple[int, list[Way]]) -> list[dict[str, Any]]:
-    """Makes videos from one held-out scene, and returns a row of metrics for each way."""
+    """Makes videos from one held-out scene, one for each `Way`, and returns a row of metrics for each video."""
     index, all_ways = task
     scene, truth = judge.held_out(index)
     reference, rows = None, []
@@ -149,7 +152,7 @@ def judged(judge: Judge, task: tuple[int, list[Way]]) -> list[dict[str, Any]]:
 
 
 def summarise(results: list[list[dict[str, Any]]], all_ways: list[Way], judge: Judge) -> list[dict[str, Any]]:
-    """Returns one row of metrics for each way, over all held-out scenes."""
+    """Returns one row of metrics for each `Way` to compute self-attention; a row covers all held-out scenes."""
     rows = [
         _row(way, [result[number] for result in results], judge) | _paired(results, number, way)
         for number, way in enumerate(all_ways)
@@ -195,7 +198,7 @@ def _paired(results: list[list[dict[str, Any]]], number: int, way: Way) -> dict[
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Plots PSNR, SSIM and the sampled error over the density of a whole video; float8 is a line across."""
+    """Plots PSNR, SSIM and the sampled error over the density of a whole video; float8 gives horizontal lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")

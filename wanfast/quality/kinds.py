@@ -1,13 +1,13 @@
 """Measures videos with a given last image, and videos of several clips; `make tiny-kinds` runs this module.
 
 A model must know last images and, with `--photographs`, photographs. For each held-out pair, a video gets the last
-frame of the true clip as its last image. The figures say how near the video's last frame comes to it, and how near it
-comes without the image, which shows that the measure can fail.
+frame of the true clip as its last image. The figures say how near the video's last frame comes to this image. A second
+video is made without the last image, to show that the measure can fail.
 For each chain, four clips with one prompt are made and joined as `wanfast generate` joins them. At a seam, the frames
 must differ no more than most neighbours inside the clips. The motion before a seam must go on after it. Colours may
 drift: their mean and deviation in each clip are compared with those in the first clip. The things in the frame must not
-leave it, so that shapes circle, spin or stand still. The camera has all its motions; only a still camera shows the same
-things in all clips.
+leave the frame. So only shapes that circle, spin or stand still are used. All camera motions are used; only a still
+camera shows the same things in all clips.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _colours(frames: Frames) -> list[list[float]]:
 
 
 def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float) -> dict[str, Any]:
-    """Returns the figures of all videos: "between" and "chains", each by what moves."""
+    """Returns the figures of all videos: "between" and "chains", each as {"shape": ..., "camera": ...}."""
 
     def of(kind: str, mover: Mover) -> list[dict[str, Any]]:
         return [row for row in results if (row["kind"], row["mover"]) == (kind, mover)]
@@ -229,7 +229,11 @@ def _drift(rows: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
 
 
 def tasks_of(pairs: int, chains: int, movers: tuple[Mover, ...]) -> list[Task]:
-    """Returns the tasks; the chains of shapes have the first scenes whose motion can be repeated."""
+    """Returns `pairs` tasks of the kind "between" and `chains` tasks of the kind "chain" for each of the `movers`.
+
+    The chains of a moving shape use only scenes in which the shape stays in the frame, however often it repeats its
+    motion.
+    """
     tasks: list[Task] = []
     for mover in movers:
         chained = count() if mover == "camera" else filter(_lasts, count())

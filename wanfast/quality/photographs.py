@@ -30,7 +30,7 @@ _LEAST_SHARE = 0.4  # of the largest part that fits
 
 @dataclass(frozen=True)
 class Shot:
-    """Says which part of a photograph a clip's first frame shows; lengths are in pixels of the photograph."""
+    """Says which part of a photograph the first frame of a clip shows; lengths are in pixels of the photograph."""
 
     photograph: int
     centre: tuple[float, float]  # x and y
@@ -49,7 +49,7 @@ class Photographs:
             self.pictures = [_read(archive.read(f"{name}.jpg")).to(device) for name in self.names]
 
     def draw(self, rng: random.Random, camera: str, size: tuple[int, int], *, index: int | None = None) -> Shot:
-        """Returns a shot whose frames, of `size` (width, height), stay inside the photograph as the camera moves.
+        """Returns a shot whose frames, of `size` (width, height), stay inside the photograph while the camera moves.
 
         `camera` names the camera's motion. If `index` is None, the shot is for training: photograph, place, scale and
         tint are random, and the shot may be mirrored. Otherwise `index` chooses the photograph, the shot is as large as

@@ -47,7 +47,10 @@ def classify(frames: npt.NDArray[np.uint8]) -> Verdict:
 
 
 def follow(frames: npt.NDArray[np.uint8]) -> Path | None:
-    """Returns the camera's path [F, 4]: x, y, log zoom and roll; None if no corners could be followed."""
+    """Returns the camera's path [F, 4]: x, y, log zoom and roll.
+
+    Returns None if OpenCV could follow too few corners (feature points) from one frame to the next.
+    """
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
     height, width = grey[0].shape
     whole = np.eye(3)  # from a place in the first frame to its place in this one, relative to the centre

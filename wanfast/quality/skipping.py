@@ -50,7 +50,8 @@ SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
 class Way:
     """Holds one way to skip forwards: a setting of MagCache, a kind of plan, and the plan.
 
-    `rule` is the value of --magcache-rule, and `name` is a short name such as E012K2R20. Both together are the setting.
+    The setting is `rule`, the value of --magcache-rule, together with `name`. An example of `name` is E012K2R20:
+    threshold 0.12, at most 2 skips in a row, retention ratio 0.2.
     """
 
     rule: MagCacheRule

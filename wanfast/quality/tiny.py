@@ -185,7 +185,10 @@ class Judge:
         residuals: StepCache | None = None,
         last: Tensor | None = None,
     ) -> Tensor:
-        """Returns the video that the pipeline makes from `image` and `prompt` by `plan`; `last` is its last frame."""
+        """Returns the video that the pipeline makes by `plan` from `image` and `prompt`.
+
+        `last`: an image of the last frame, which the pipeline gets too; None if the pipeline gets no last frame.
+        """
         text: dict[Branch, Tensor] = {
             "prompt": self.embed(prompt),
             "negative_prompt": self.embed(self.files.spec.negative_prompt),
@@ -202,7 +205,7 @@ class Judge:
 
 
 def shown(mover: Mover, scene: Scene, frames: npt.NDArray[np.uint8]) -> str | None:
-    """Returns the motion that the frames show; `mover` says whether the shape or the camera moves.
+    """Returns the motion that the frames show; `mover` says what moves: the shape, or the camera.
 
     Returns None if the shape or the camera could not be followed.
     """
@@ -250,7 +253,7 @@ def share_right(asked: list[str], shown: list[str | None]) -> dict[str, Any]:
 
 
 def share_of(right: list[bool]) -> dict[str, Any]:
-    """Returns how many of the results are right: the number, the share, and the share's 95 % interval."""
+    """Returns how many of the results are right: the number, the share, and the share's 95 % confidence interval."""
     low, high = wilson(sum(right), len(right))
     return {
         "right": sum(right),
@@ -283,7 +286,10 @@ _METRICS = (
 
 
 def summarise(results: list[dict[str, Any]], settings: Settings, seconds: float) -> dict[str, Any]:
-    """Returns the figures of videos with moving shapes; the key "camera" has those of videos with a moving camera."""
+    """Returns the figures of videos with moving shapes.
+
+    If there are videos with a moving camera, the key "camera" holds the figures of these videos.
+    """
     shapes, cameras = ([row for row in results if row["mover"] == mover] for mover in ("shape", "camera"))
     ratios = np.mean([row["ratios"] for row in shapes if row["with_prompt"]], axis=0)
     return {
@@ -332,7 +338,10 @@ def _figures(results: list[dict[str, Any]], motions: list[str], settings: Settin
 
 
 def figures_of_last(psnrs: list[float]) -> dict[str, Any]:
-    """Returns how near videos came to a given last frame; `psnrs` compare their last frames with it."""
+    """Returns how near videos came to their given last frames.
+
+    `psnrs`: for each video, the PSNR of the video's last frame, compared with the given last frame.
+    """
     return {
         "last_frame_psnr": round(float(np.mean(psnrs)), 3),
         "last_frame_psnr_least": round(min(psnrs), 3),
@@ -341,7 +350,7 @@ def figures_of_last(psnrs: list[float]) -> dict[str, Any]:
 
 
 def plot(summary: dict[str, Any], boundary: float, file: Path) -> None:
-    """Plots the residuals' magnitude ratio over the steps, with one line for each expert."""
+    """Plots, for each step, the residual's norm divided by its norm one step before; each expert has a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -370,7 +379,7 @@ def tasks_of(pairs: int, empty: int, last: int, movers: tuple[Mover, ...]) -> li
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser of the options from which `settings_of` reads the settings of all videos."""
+    """Returns a parser of the command line; `settings_of` makes the settings of all videos from the parsed options."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--steps", type=int, default=None)
@@ -416,7 +425,7 @@ def write(document: dict[str, Any], output: Path) -> None:
 
 
 def movers_of(settings: Settings) -> tuple[Mover, ...]:
-    """Returns what can move: the camera only over photographs."""
+    """Returns what may move in the clips: the shape, and also the camera if there are photographs."""
     return ("shape", "camera") if settings.photographs else ("shape",)
 
 

@@ -92,7 +92,7 @@ class Scene:
 
     @property
     def rgb(self) -> tuple[int, int, int]:
-        """Returns the subject's colour, by which the tracker follows it."""
+        """Returns the subject's colour, by which the tracker follows the subject."""
         assert self.subject is not None
         return COLOURS[self.subject.colour]
 

@@ -57,7 +57,7 @@ class CorruptArtifactError(WanFastError):
 
 
 class RankFailedError(WanFastError):
-    """This error means that a worker process died; the message is the error of the first rank that failed."""
+    """This error means that a rank failed or was lost; if several failed, the message is the error of the first."""
 
     exit_code = 5
 

@@ -1,4 +1,4 @@
-"""This package is the server: it takes jobs over HTTP, queues them in a database, and makes them with one handle.
+"""This package is the server: it takes jobs over HTTP, queues them in a database, and makes videos with one handle.
 
 This package does not import torch.
 """

@@ -241,7 +241,7 @@ def _add(asked: Asked, owner: str, key: str | None, parts: Parts) -> Job:
         message = f"the queue is full, because {parts.most_jobs} videos wait: try again later"
         raise ApiError(429, message, code="queue_full", headers=_BUSY) from None
     except KeyReusedError:
-        message = "this Idempotency-Key belongs to another request or to a deleted video: use a new one"
+        message = "this Idempotency-Key belongs to another request or to a deleted video: use a new key"
         raise ApiError(409, message, code="idempotency_key_reused", param="Idempotency-Key") from None
     if is_new:
         parts.worker.wake()

@@ -76,7 +76,7 @@ class Served:
 
     @property
     def fit(self) -> dict[str, str]:
-        """Returns the option that gives videos exactly the size that is asked for."""
+        """Returns {"fit": "crop"}, which gives a video exactly the requested size; {} if the model takes no images."""
         return {"fit": "crop"} if self.spec.takes_images else {}
 
     @classmethod
@@ -164,7 +164,7 @@ class Checks:
                 raise ApiError(503, without_paths(str(error), _UNPLANNED), code="unavailable") from error
 
     def offer(self) -> dict[str, Any]:
-        """Returns the defaults for fields that a request leaves out, the recipes that it may name, and limits."""
+        """Returns limits, the recipes that a request may name, and the defaults for fields that it leaves out."""
         served = self._served
         chosen = EffectiveConfig.of({**NO_VIDEO, **served.planner.asked, **served.defaults}, served.spec).video
         width, height = served.size

@@ -16,9 +16,10 @@ EVERYBODY = "everybody"  # the owner of all jobs of a server without keys
 
 @dataclass(frozen=True)
 class Keys:
-    """This class holds the hashes of all API keys, and says who owns the jobs of a request: the client with its key.
+    """This class holds the hashes of all API keys, and says which client owns the jobs of a request.
 
-    A server without keys treats all requests as requests of one client.
+    The owner is the client whose key the request contains. A server without keys treats all requests as requests of one
+    client.
     """
 
     hashes: tuple[bytes, ...] = ()

@@ -87,7 +87,7 @@ def serve_on(
 ) -> None:
     """Serves on a Ray cluster until SIGTERM or SIGINT; then all replicas end. Raises WanFastError.
 
-    A second signal ends this process at once. The replicas that had no time to end are left.
+    A second signal ends this process at once. Then the replicas that had no time to end continue to run.
     """
     keys, files, ranks = keys_of(settings), Files(settings.data_dir), opened.placed.config.ranks
     warm_up_of(opened, Served.of(opened, defaults, settings.max_clips), files)  # refuses what no replica could serve
@@ -165,11 +165,11 @@ def _application(serve: Any) -> Any:
         found = _answered(serve.status, _ANSWER_S).applications.get(_APP)
     except Exception as error:  # noqa: BLE001 - Ray has many, and all of them mean that the cluster does not answer
         raise _LostClusterError(
-            f"--ray: the cluster does not answer ({_one_line(error)}): start a cluster, then this command again"
+            f"--ray: the cluster does not answer ({_one_line(error)}): start a cluster, then run this command again"
         ) from None
     if found is None or found.status == "DELETING":
         raise RankFailedError(
-            f"--ray: somebody ended the application {_APP} of Ray Serve: start this command again; the queue is kept"
+            f"--ray: somebody ended the application {_APP} of Ray Serve: run this command again; the queue is kept"
         )
     return found
 

@@ -76,7 +76,7 @@ def serve(
     """Runs the server until SIGTERM or SIGINT.
 
     After the signal, the current video stops at its next step, and its job is queued again. A second signal ends the
-    process at once; its ranks end with it, and the next server makes the video.
+    process and its ranks at once; then another server makes the video, or this server after a restart.
     `defaults`: default options of `Handle.make` for all videos. `start`: the function that starts the ranks. Raises
     WanFastError.
     """
@@ -94,7 +94,7 @@ def serve(
 
 
 def print_ready(address: str) -> None:
-    """Prints that the server takes videos now: the models are loaded."""
+    """Prints that the server is ready: the models are loaded."""
     print(f"ready at {address}", flush=True)
 
 

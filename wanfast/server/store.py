@@ -107,7 +107,7 @@ class Job:
 
     @property
     def attempt(self) -> str:
-        """Returns the name of the job's current attempt, which no other attempt has."""
+        """Returns the name of the job's current attempt; no other attempt has this name."""
         return f"{self.id}-{self.claim}"
 
     @property
@@ -218,7 +218,7 @@ class Store:
         )
 
     def counts(self) -> dict[str, int]:
-        """Returns the number of jobs in the status `queued` and in the status `in_progress`."""
+        """Returns {status: number of jobs} for the two statuses `queued` and `in_progress`."""
         found = select(JOBS.c.status, func.count()).group_by(JOBS.c.status)
         with self._reading() as connection:
             rows = connection.execute(found.where(_unended())).all()
@@ -312,7 +312,7 @@ class Store:
             return Job.of(connection.execute(select(JOBS).where(mine)).one())
 
     def outputs(self) -> set[str]:
-        """Returns the names of the attempts whose files are needed: videos that may be read, and running jobs."""
+        """Returns the names of the attempts whose files are needed: those of readable videos and of running jobs."""
         shown = and_(JOBS.c.output.is_not(None), JOBS.c.deleted.is_(False), JOBS.c.expires_at > time.time())
         with self._reading() as connection:
             rows = connection.execute(select(JOBS).where(or_(shown, JOBS.c.status == "in_progress"))).all()

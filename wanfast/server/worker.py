@@ -138,7 +138,7 @@ class Worker:
     def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Makes videos until `stop` is called. Raises WanFastError if the ranks cannot load the models.
 
-        `on_ready` is called once, when the models are loaded and the server takes videos.
+        `on_ready` is called once, when the models are loaded; if `stop` was called before, `on_ready` is not called.
         """
         watch = threading.Thread(target=self._watch, name="watch")
         watch.start()
@@ -305,7 +305,8 @@ def _noted() -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        note(f"the server's database reports an error: {' '.join(str(error).split()):.200}")
+        problem = " ".join(str(error).split())
+        note(f"the server's database reports an error ({problem:.200}): check the database and its disk")
     except OSError as error:
         note(f"--data-dir: the file system reports an error ({error}): check the folder and its disk")
 

@@ -99,7 +99,7 @@ class EffectiveConfig:
         return dataclasses.asdict(self)
 
     def options(self) -> dict[str, Any]:
-        """Returns a flat mapping {option: value} over all parts; `EffectiveConfig.of` takes it."""
+        """Returns a flat mapping {option: value} over all parts; `EffectiveConfig.of` takes this mapping."""
         parts = [getattr(self, name) or SkippingConfig() for name in PARTS]
         return {name: getattr(part, name) for part in parts for name in options_of(type(part))}
 
@@ -145,7 +145,7 @@ def accepted(given: Options) -> dict[str, Any]:
 def of_command(given: Options, command: Command) -> dict[str, Any]:
     """Returns the `given` options and, if a recipe is given, those of the recipe's options that `command` has.
 
-    The option `recipe` itself is left out. Raises ConfigError, which names the option.
+    The option `recipe` itself is left out. Raises ConfigError for a wrong option; the error names this option.
     """
     given = accepted(given)
     refuse_lossy_attention(given, command)

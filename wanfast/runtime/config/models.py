@@ -202,7 +202,8 @@ class ModelsConfig(Part):
     density: Annotated[
         float | None,
         Option(
-            "Share of blocks that --attention sparse computes. This includes the blocks that are always computed.",
+            "With --attention sparse, compute this share of the blocks. The share includes the blocks that are always "
+            "computed.",
             LOSSY,
             also=("warmup",),
             check=lambda x: None if 0 < x <= 1 else "use a share over 0, up to 1, such as 0.35",
@@ -213,7 +214,7 @@ class ModelsConfig(Part):
     attention_plan: Annotated[
         str | None,
         Option(
-            "Plan of the densities of --attention sparse, for each head, layer and band of steps. artifact uses the "
+            "Plan that gives --attention sparse a density for each head, layer and band of steps. artifact uses the "
             "plan that `wanfast calibrate-attention` made for these options. KEY uses the stored plan with this key.",
             LOSSY,
             also=("warmup",),
@@ -224,7 +225,7 @@ class ModelsConfig(Part):
     dense_share: Annotated[
         float,
         Option(
-            "With --attention sparse, share of the steps, counted from the first, that use dense attention.",
+            "With --attention sparse, the first steps use dense attention: this share of all steps.",
             LOSSY,
             check=lambda x: None if 0 <= x < 1 else "use a share, 0 or more and under 1",
         ),
@@ -232,7 +233,7 @@ class ModelsConfig(Part):
     dense_layers: Annotated[
         int,
         Option(
-            "With --attention sparse, number of layers, counted from the first, that use dense attention.",
+            "With --attention sparse, the first layers use dense attention: this number of layers.",
             LOSSY,
             check=at_least(0, "use a number of layers, 0 or more"),
         ),
@@ -249,7 +250,7 @@ class ModelsConfig(Part):
     fp8_steps: Annotated[
         str | None,
         Option(
-            "Steps in which --attention fa3-fp8 computes in float8, counted from 0: 4:36 are the steps 4 to 35.",
+            "Steps in which --attention fa3-fp8 computes in float8, counted from 0. 4:36 means the steps 4 to 35.",
             LOSSY,
             metavar="<a:b>",
             default="all but an eighth at either end",

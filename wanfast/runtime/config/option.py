@@ -142,7 +142,7 @@ def flag(name: str) -> str:
 def words(name: str, value: Any) -> tuple[str, ...]:
     """Returns the command-line arguments that set the option `name` to `value`.
 
-    Examples: ("--steps", "40"), ("--compile",), ("--no-compile",). For a tuple, the option is repeated once for each
+    Examples: ("--steps", "40"), ("--compile",), ("--no-compile",). For a tuple, the option is given once for each
     element.
     """
     if isinstance(value, list | tuple):
@@ -216,7 +216,7 @@ def _is_instance(value: Any, hint: Any) -> bool:
 
 
 def choices_of(hint: Any) -> list[str]:
-    """Returns the names that a type accepts."""
+    """Returns the strings of all Literal types in the type `hint`."""
     if typing.get_origin(hint) is Literal:
         return [choice for choice in typing.get_args(hint) if isinstance(choice, str)]
     return [name for choice in typing.get_args(hint) for name in choices_of(choice)]

@@ -125,6 +125,6 @@ class RanksConfig(Part):
 
     @property
     def mesh(self) -> Mesh:
-        """Returns the mesh of all ranks on all machines; if the cfg or Ulysses degree is None, it counts as 1."""
+        """Returns the mesh of all ranks on all machines; a cfg degree or Ulysses degree that is None counts as 1."""
         cfg, ulysses = self.cfg_parallel or 1, self.ulysses or 1
         return Mesh(replica=self.num_gpus * self.nnodes // (cfg * ulysses), cfg=cfg, ulysses=ulysses)

@@ -7,7 +7,7 @@ other, and share the tokens of each branch. The models are sharded, unless the e
 forwards separately.
 
 For our recipes (`exact`, `near-exact`, `fast`), wanfast chooses the mesh. The recipes of few steps need distilled
-weights. They have lists of noise levels, because weights are distilled for certain noise levels.
+weights. These recipes have lists of noise levels, because weights are distilled for certain noise levels.
 """
 
 from __future__ import annotations

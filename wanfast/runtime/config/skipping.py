@@ -29,7 +29,7 @@ def magcache_settings(name: str) -> tuple[float, int, float] | None:
 
 
 def spelled_out(name: str) -> dict[str, Any]:
-    """Returns {option: value} for a short name like E012K2R20; for any other name, returns an empty mapping."""
+    """Returns {option: value} for a short name of MagCache settings, such as E012K2R20; for other names, returns {}."""
     settings = magcache_settings(name)
     return {"magcache": "preset", **dict(zip(_SHORT, settings, strict=True))} if settings else {}
 
@@ -150,7 +150,8 @@ class SkippingConfig(Part):
         twice = [option.flag for option in given if option.name in _SHORT or option.option.choice == _AMOUNT]
         if short and twice:
             raise ConfigError(
-                f"--magcache {name} and {twice[0]} exclude each other: write --magcache preset, or drop {twice[0]}"
+                f"--magcache {name} and {twice[0]} exclude each other, because {name} already limits the skips: write "
+                f"--magcache preset, or drop {twice[0]}"
             )
         amounts = [option.flag for option in others if option.option.choice == _AMOUNT]
         if sum(option.flag in amounts for option in given) > 1:

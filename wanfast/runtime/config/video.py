@@ -119,8 +119,8 @@ class VideoConfig(Part):
     extend_prompt: Annotated[
         str | None,
         Option(
-            "A program of yours that extends each prompt: it gets the prompt on stdin and the path of the image in "
-            "WANFAST_IMAGE, and prints the new prompt on one line.",
+            "A program of yours that extends each prompt: it gets the prompt on stdin, and the path of the image in "
+            "the environment variable WANFAST_IMAGE. It prints the new prompt on one line.",
             MAKE,
             asked=str,
             metavar="<command>",
@@ -257,7 +257,8 @@ class VideoConfig(Part):
         ),
     ] = "unipc"
     noise_device: Annotated[
-        Device, Option("Device that draws the noise; the reference uses cuda.", SAMPLING, also=("bench",))
+        Device,
+        Option("Device that draws the noise. The reference program of Wan2.2 uses cuda.", SAMPLING, also=("bench",)),
     ] = "cpu"
 
     def __post_init__(self) -> None:
@@ -344,7 +345,7 @@ class VideoConfig(Part):
         return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
 
     def clips(self) -> list[VideoConfig]:
-        """Returns the config of each clip, in order: the clips have the seeds seed, seed + 1, and so on."""
+        """Returns the config of each clip, in order: the seeds of the clips are `seed`, `seed` + 1, and so on."""
         return [replace(self, prompt=prompt, seed=self.seed + index) for index, prompt in enumerate(self.prompts)]
 
     @property

@@ -61,10 +61,10 @@ def use_few_threads(device: str, dim: int) -> None:
 
 
 def describe(device: str) -> dict[str, str]:
-    """Returns the device's facts for the JSON of a run.
+    """Returns a description of the device for the JSON of a run.
 
-    For a GPU, these are the name, the capability, the CUDA version and the TF32 settings. For a CPU, these are the name
-    and the number of threads.
+    For a GPU, the description holds the name, the capability, the CUDA version and the TF32 settings. For a CPU, the
+    description holds the name and the number of threads.
     """
     if device != "cuda":
         return {"device": platform.processor() or platform.machine(), "threads": str(torch.get_num_threads())}

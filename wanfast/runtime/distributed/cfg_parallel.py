@@ -43,7 +43,10 @@ class CfgParallel:
         return [branches[self.group.rank() % len(branches)]]
 
     def velocities(self, branches: Sequence[Branch], velocity: Callable[[Branch], Tensor]) -> list[Tensor]:
-        """Returns one velocity [B, C, T, h, w] per branch, in the order of `branches`, on both ranks of the group."""
+        """Returns one velocity [B, C, T, h, w] per branch, in the order of `branches`.
+
+        Both ranks of the process group get all velocities.
+        """
         (branch,) = self.own(branches)
         own = velocity(branch)
         if len(branches) == 1:

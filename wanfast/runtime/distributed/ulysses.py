@@ -79,7 +79,7 @@ class Ulysses:
         return self._returned(fp8_attention(eight_bits, projections.dtype))
 
     def own(self, num_tokens: int) -> tuple[int, int]:
-        """Returns (the number of this rank's first token, how many tokens it has without padding)."""
+        """Returns (the index of this rank's first token, how many tokens the rank has without padding)."""
         share = -(-num_tokens // self.group.size())
         first = min(self.group.rank() * share, num_tokens)
         return first, min(share, num_tokens - first)

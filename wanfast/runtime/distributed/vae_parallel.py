@@ -87,11 +87,11 @@ class SplitRows:
         return self.rank < len(self.counts)
 
     def missed(self, device: str) -> SplitRows:
-        """Returns a copy of this object for a rank that ran out of memory, so that its peers do not wait for it.
+        """Returns a copy of this object for a rank that ran out of memory, so that the rank's peers do not wait.
 
-        The rank runs its work again with this copy on the meta device, which gives the shapes of all exchanges and
-        computes nothing. The copy leaves out the exchanges that the rank has done already. In each later exchange, the
-        copy sends zeros that lie on `device`.
+        The rank runs its work again with this copy, but on the meta device. There, nothing is computed: the work only
+        gives the shapes of all exchanges. The copy leaves out the exchanges that the rank has done already. In each
+        later exchange, the copy sends zeros that lie on `device`.
         """
         return replace(self, exchanges=MissedExchanges(self.exchanges.done, device))
 

@@ -100,8 +100,8 @@ def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> 
 def agree(asked: Attention, ranks: Ranks, dtype: torch.dtype, head_dim: int) -> Choice:
     """Returns the leader's choice of kernel on all ranks, after every rank has probed this kernel.
 
-    Every rank probes, because a kernel may be missing on another machine. Raises ConfigError on all ranks if the kernel
-    is not installed or not correct on any rank.
+    Every rank probes, because a kernel may be missing on another machine. Raises ConfigError on all ranks if, on
+    at least one rank, the kernel is not installed or does not give correct results.
     """
     choice = ranks.lead(lambda: choose(asked, ranks.device, dtype, head_dim))
 
@@ -125,7 +125,7 @@ def runs_fp8(device: str, precision: Precision, head_dim: int) -> bool:
 
 
 def require_fp8(ranks: Ranks, precision: Precision, head_dim: int) -> None:
-    """Raises ConfigError on all ranks if a rank cannot compute float8 attention; plans with float8 heads need it."""
+    """Raises ConfigError on all ranks if a rank cannot compute the float8 heads of an attention plan."""
 
     def tried() -> None:
         if not runs_fp8(ranks.device, precision, head_dim):
@@ -140,8 +140,8 @@ def require_fp8(ranks: Ranks, precision: Precision, head_dim: int) -> None:
 def probe_all(device: str) -> dict[str, Finding]:
     """Probes all kernels that may run on `device`, and returns {kernel: finding}.
 
-    On a CPU, the kernels of optional packages are probed too. They cannot run there, but the findings say whether they
-    are installed. Lossy kernels are probed on a GPU only; a CPU always computes their emulations.
+    On a CPU, the kernels of optional packages are probed too. These kernels cannot run there, but the findings say
+    whether the packages are installed. Lossy kernels are probed on a GPU only; a CPU always computes their emulations.
     """
     names = [name for name, kernel in KERNELS.items() if kernel.modules or name in _candidates(device)]
     names += LOSSY_ATTENTION if device == "cuda" else ()

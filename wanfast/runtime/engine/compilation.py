@@ -54,7 +54,7 @@ _CODE = (
 
 @contextmanager
 def compiler_imported_meanwhile(config: EffectiveConfig) -> Iterator[None]:
-    """If the run compiles blocks, imports torch's compiler in a thread while the `with` block loads weights.
+    """If --compile is on, imports torch's compiler in a thread while the `with` block loads weights.
 
     With FSDP or --quantize-on-the-fly, nothing is imported. FSDP and torchao import parts of the compiler themselves,
     and two threads must not import the compiler at the same time.
@@ -155,7 +155,7 @@ def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> P
 
 
 def load_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks, *, is_named: bool) -> str | None:
-    """Fills this process's compiler caches from the artifact of `inputs`.
+    """Fills this process's compiler caches from the artifact whose key is made from `inputs`.
 
     Returns the artifact's key, or None on a cache miss. The caches hold code that will run, so the files are first
     compared with the hashes in the manifest. A damaged artifact is a cache miss with a note, because compiling takes

@@ -31,7 +31,7 @@ def require_finite(where: str, finite: bool) -> None:
 class FiniteWatch:
     """Checks the tensors of one video for NaN and infinities, without waiting for the GPU.
 
-    So the error of a tensor is raised when the next tensor is checked; `finish` raises the error of the last one.
+    So the error of a tensor is raised when the next tensor is checked; `finish` raises the error of the last tensor.
     """
 
     def __init__(self, ranks: Ranks) -> None:

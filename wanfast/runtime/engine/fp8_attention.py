@@ -64,7 +64,7 @@ class Fp8Attention(LossyAttention):
                 attention.fp8 = in_fp8 if step is not None and schedule.is_fp8(step, layer) else None
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        """Returns the error [H] of this rank's tokens in the layer that runs, and stores it."""
+        """Returns and stores each head's relative error [H] in the running layer, over sampled queries of all ranks."""
         assert self._forward is not None
         sequence = self._forward.ranks.sequence
         first, count = sequence.own(self._num_tokens)

@@ -48,7 +48,7 @@ class LossyAttention:
         self._seed: int | None = None  # of the queries that are checked
 
     def use_in(self, model: WanDiT) -> None:
-        """Makes the layers of an expert compute their self-attention by the method of this class."""
+        """Makes the layers of an expert compute their self-attention in the way that this class defines."""
         raise NotImplementedError
 
     def start(self, plan: Plan) -> TokenOrder:
@@ -59,12 +59,12 @@ class LossyAttention:
         return RASTER
 
     def begin(self, step: int, expert: Expert, branches: Sequence[Branch], branch: Branch, ranks: Ranks) -> None:
-        """Begins the forward of one of the step's branches."""
+        """Begins the forward of one branch of guidance in a step."""
         self._forward = Forward(step, expert, branches, branch, ranks)
         lossy.run(self)
 
     def enter(self, layer: int) -> None:
-        """Begins a layer of this forward."""
+        """Begins layer number `layer` of the current forward."""
         self._layer = layer
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class Session:
 
     @hardware.one_out_of_memory_error()
     def use_loras(self, models: ModelsConfig) -> None:
-        """Replaces the session's LoRAs by the LoRAs of `models`; all other values must be equal to the session's.
+        """Replaces the session's LoRAs by the LoRAs of `models`; all other values of `models` must equal the session's.
 
         Only the experts whose LoRAs differ are read again, into the same memory. Compiled blocks, the VAE and text
         embeddings stay. After an error the session is closed, and the next use of the session loads the models.

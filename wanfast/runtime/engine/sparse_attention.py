@@ -1,9 +1,9 @@
 """This module decides which calls of self-attention are sparse in a video, and which lists of blocks they use.
 
-The first steps and the first layers stay dense. In all other calls, the router lists blocks for each branch of guidance
-and layer. The lists are used for a few steps, because attention changes little from step to step. Cross-attention is
-always dense.
-A calibration keeps all calls dense, and measures the errors that lists of several lengths, or float8, would have.
+The first steps and the first layers stay dense. In all other calls, the router lists blocks for each layer and each
+branch of guidance. The lists are used for a few steps, because attention changes little from step to step.
+Cross-attention is always dense.
+A calibration keeps all calls dense, and measures the errors of two other ways: lists of several lengths, and float8.
 Under Ulysses, each rank lists the blocks of its own heads. In each band of steps, the plan of densities gives each
 head either a length for its lists, or float8. In each band and layer, the heads are divided among the ranks so that all
 ranks have nearly equal work, because the slowest rank makes the others wait.
@@ -58,13 +58,13 @@ class SparseAttention(LossyAttention):
     def measure(self, ladder: Sequence[int], *, fp8: bool) -> None:
         """Computes dense attention from now on, and measures the errors that lists of blocks would cause.
 
-        `ladder` holds the lengths of these lists. Each plan must have the option `attention_check`. For each head,
-        `errors` returns the errors of all lengths, and then, if `fp8` is true, the error in float8.
+        `ladder` holds the lengths of these lists. Every later video's plan must have the option `attention_check`. For
+        each head, `errors` returns the errors of all lengths, and then, if `fp8` is true, the error in float8.
         """
         self._ladder, self._measures_fp8 = ladder, fp8
 
     def use_in(self, model: WanDiT) -> None:
-        """Makes each layer of an expert call the running video's object for its self-attention."""
+        """Makes each layer of an expert compute its self-attention by the running video's `SparseAttention.attend`."""
         for layer, attention in enumerate(model.self_attentions()):
             attention.attend = lossy_attention
             self._layers[attention] = layer
@@ -82,7 +82,8 @@ class SparseAttention(LossyAttention):
 
         Lists are used for a few steps, by one expert, and only while the steps have the same branches. When the
         branches of a step change, the ranks of parallel guidance begin to compute the same branch. They must then use
-        the same lists, so new lists are made. In another band of steps, lists may have other lengths.
+        the same lists, so new lists are made. In another band of steps, lists may have other lengths, so new lists are
+        made there too.
         """
         assert self._sparsity is not None, "no video was started"
         super().begin(step, expert, branches, branch, ranks)

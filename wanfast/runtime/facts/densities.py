@@ -50,7 +50,10 @@ class Densities:
 
 
 def bands_of(experts: Sequence[Expert]) -> tuple[int, ...]:
-    """Returns the first step of each band, from the expert of each step: an expert's steps form two equal bands."""
+    """Returns the first step of each band: the steps of each expert form two bands of equal length.
+
+    `experts`: the expert of each step.
+    """
     starts, start = [], 0
     for _, steps in itertools.groupby(experts):
         number = len([*steps])

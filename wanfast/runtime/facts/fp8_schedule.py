@@ -41,9 +41,10 @@ class Fp8Schedule:
         layers: str | None = None,
         hadamard: bool | None = None,
     ) -> Fp8Schedule:
-        """Returns the schedule of the options; by default, the first and the last eighth of the steps stay exact.
+        """Returns the schedule that the options describe.
 
-        By default, a Hadamard matrix is used if `head_dim` is a power of two; for other sizes, no such matrix is known.
+        By default, the first eighth and the last eighth of the steps stay exact. By default, a Hadamard matrix is used
+        if `head_dim` is a power of two; for other sizes, no such matrix is known.
         Raises ConfigError if `steps` or `layers` goes beyond the steps or layers of the video. Also raises it if, by
         default, no step would be left for float8.
         """
@@ -82,6 +83,7 @@ def _inside(option: str, text: str, count: int) -> range:
     assert span is not None, "the option was checked"
     if span.stop > count:
         raise ConfigError(
-            f"{option} {text}: there are only {count}, counted from 0: use a second number of {count} or less"
+            f"{option} {text}: there are only {count} {option.removeprefix('--fp8-')}, counted from 0: use a second "
+            f"number of {count} or less"
         )
     return span

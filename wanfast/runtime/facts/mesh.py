@@ -43,8 +43,8 @@ class Mesh:
     def unguided(self, num_heads: int) -> Mesh:
         """Returns the mesh of a step without guidance: all ranks of a rank group share the tokens of the one branch.
 
-        If the number of these ranks does not divide `num_heads`, the mesh stays as it is, and both halves do the same
-        work.
+        If the number of these ranks does not divide `num_heads`, the mesh stays as it is, and both halves of the rank
+        group do the same work.
         """
         return self if num_heads % self.group_size else Mesh(replica=self.replica, ulysses=self.group_size)
 

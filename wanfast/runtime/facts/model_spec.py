@@ -262,7 +262,7 @@ def _built(kind: Any, facts: Any, prefix: str = "") -> Any:
         raise FactError(
             prefix + unknown[0],
             facts[unknown[0]],
-            "the file may hold only sizes and defaults of a model: correct or remove this name",
+            "no size or default of a model has this name: correct or remove the name",
         )
     try:
         return kind(**{name: as_tuple(value) for name, value in facts.items()})

@@ -52,9 +52,9 @@ class Sparsity:
     ) -> Sparsity:
         """Returns the sparsity for a (T, Y, X) grid of tokens.
 
-        The first steps (`dense_share`) and the first layers (`dense_layers`) are dense; if these are all steps or all
-        layers, ConfigError is raised. Any other layer is dense in a band only if all heads of the layer are dense. If
-        only some heads are dense, their lists hold all blocks.
+        The first steps (`dense_share`) and the first layers (`dense_layers`) are dense. If no other step or no other
+        layer is left, ConfigError is raised. Any other layer is dense in a band only if all heads of the layer are
+        dense. If only some heads are dense, the lists of these heads hold all blocks.
         `has_last` says whether the image of the last frame is given.
         """
         dense_steps, num_layers = math.ceil(dense_share * num_steps - 1e-9), len(densities.by_band[0])
@@ -96,7 +96,7 @@ class Sparsity:
         return bisect.bisect_right(self.bands, step) - 1
 
     def listed(self, step: int, layer: int) -> tuple[int, ...] | None:
-        """Returns how many key blocks a list of each head has; None if this step and layer use dense attention.
+        """Returns for each head the number of key blocks in each of its lists; None if the step or the layer is dense.
 
         A head in float8 has no lists, so its number is 0. Steps and layers count from 0.
         """
@@ -109,7 +109,7 @@ class Sparsity:
         return any(0 in heads for heads in self._later_layers() if heads)
 
     def assigned(self, heads: tuple[int, ...], ranks: int) -> tuple[tuple[int, ...], ...]:
-        """Returns the numbers of the heads that each rank of Ulysses gets.
+        """Returns, for each rank of Ulysses, the numbers of the rank's heads, counted from 0.
 
         `heads` holds, for each head, the length of the head's lists.
         """
@@ -126,10 +126,10 @@ class Sparsity:
 
     @property
     def density(self) -> float:
-        """Returns the mean share of blocks that heads compute, without the first steps and layers, which stay dense.
+        """Returns the mean share of blocks that heads compute in the steps and layers that may be sparse.
 
-        The blocks that are in every list are included. A head in float8 counts as FP8_SHARE of the blocks, because its
-        time is that share of the time of a dense head.
+        The first steps and layers stay dense and do not count. The blocks that are in every list are included. A head
+        in float8 counts as FP8_SHARE of the blocks, because its time is that share of the time of a dense head.
         """
         shares = [*map(self._share, self._later_layers())]
         return math.fsum(shares) / len(shares)
@@ -188,9 +188,9 @@ class Sparsity:
         }
 
     def bands_json(self) -> list[dict[str, Any]]:
-        """Returns for each band its first step, its last step, and the mean density of each layer.
+        """Returns for each band its first and last step, each layer's mean density, and the number of float8 heads.
 
-        The first `dense_layers` layers have the density 1. `fp8_heads` counts the float8 heads of all other layers.
+        The first `dense_layers` layers have the density 1, and none of their heads counts as a float8 head.
         """
         ends = [*self.bands[1:], self.num_steps]
         guarded = range(self.dense_layers)
@@ -208,7 +208,7 @@ class Sparsity:
 
 @lru_cache(maxsize=4096)
 def assigned(work: tuple[float, ...], ranks: int) -> tuple[tuple[int, ...], ...]:
-    """Returns the numbers of the heads that each rank of Ulysses gets; all ranks get equally many.
+    """Returns which heads each rank of Ulysses gets, as indices of heads; all ranks get equally many heads.
 
     `work` holds the work of each head. The heads with the most work are assigned first, each to the rank that has the
     least work so far. If the heads' own order divides the work as evenly, the heads stay in this order.
@@ -241,7 +241,7 @@ def blocks_of(token_grid: tuple[int, int, int], *, has_last: bool) -> tuple[int,
 
 
 def list_length(density: float, token_grid: tuple[int, int, int], *, has_last: bool) -> int:
-    """Returns how many key blocks a list has.
+    """Returns how many key blocks a list with this density has.
 
     A list holds at least the blocks of the given images' frames and the block of the queries themselves.
     """

@@ -91,12 +91,15 @@ class Joined:
         self._is_shared = False  # whether the next frame repeats the last one
 
     def begin_clip(self) -> Frame | None:
-        """Returns the frame from which the next clip starts; None if nothing comes before, and on other ranks."""
+        """Returns the frame from which the next clip starts.
+
+        Returns None if no frame comes before this clip, and on all ranks except the leader.
+        """
         self._is_shared = bool(self._pieces)
         return self._pieces[-1][-1] if self._pieces else None
 
     def add(self, frames: Frames) -> None:
-        """Adds the next frames [f, H, W, 3], which must not change later."""
+        """Adds the next f frames [f, H, W, 3]; the caller must not change these frames later."""
         frames, self._is_shared = frames[int(self._is_shared) :], False
         if len(frames):
             self._pieces.append(frames)
@@ -114,7 +117,7 @@ def _plan_of(job: Job, made: list[Made]) -> Plan:
 
 
 def facts_of(made: list[Made]) -> dict[str, Any]:
-    """Returns the facts of the whole video: sums of the clips' seconds, and the largest memory and errors."""
+    """Returns the figures of the whole video: sums of the clips' seconds, and the largest memory and errors."""
     facts, *_ = every = [clip.facts for clip in made]
     stages = dict.fromkeys(stage for each in every for stage in each["seconds"])
     checks = [each["attention_check"] for each in every if each["attention_check"]]

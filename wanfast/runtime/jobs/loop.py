@@ -2,9 +2,10 @@
 
 Each rank group has its own part of the list of jobs. Before a rank group loads a job's models, the rank group finds
 all jobs in its part that use the same models. The group encodes the prompts of these jobs, and then frees UMT5.
-If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue. An
-error while models are loaded has the same effect, but the same models are tried only MOST_LOADS times. All ranks of a
-rank group run the same jobs in the same order.
+If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue. If
+a job's models cannot be loaded, this job fails, and the next job with these models tries to load them again. After
+MOST_LOADS tries, the rank group's other jobs with these models fail too. All ranks of a rank group run the same jobs in
+the same order.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def run_jobs(
 
 
 def measuring(measure: WorkFn) -> Callable[..., Iterator[tuple[int, Result]]]:
-    """Returns the worker half of a calibration: a function that yields the measurements of each job's clip."""
+    """Returns the function that a calibration runs on ranks; this function yields measurements of each job's clip."""
 
     def run(
         jobs: list[Job],

@@ -22,7 +22,7 @@ _answers: ContextVar[dict[Hashable, Any] | None] = ContextVar("answers", default
 
 @contextmanager
 def asked_once() -> Iterator[None]:
-    """Caches the results of functions with the decorator `remembered`, until the `with` block ends."""
+    """Caches, until the `with` block ends, the results of functions that have the decorator `remembered`."""
     token = _answers.set({})
     try:
         yield
@@ -31,7 +31,7 @@ def asked_once() -> Iterator[None]:
 
 
 def remembered(function: Callable[P, T]) -> Callable[P, T]:
-    """Makes a function cache its results within a block of `asked_once`; errors are not cached."""
+    """Makes a function cache its results within a `with asked_once()` block; errors are not cached."""
 
     @functools.wraps(function)
     def ask(*args: P.args, **named: P.kwargs) -> T:

@@ -1,4 +1,7 @@
-"""Makes a child process end when its parent process ends or a signal comes, and a server stop or end by signals."""
+"""Makes processes end when their parent process ends or a signal comes.
+
+In a server, the first signal calls a function that stops the server, and the second signal ends the process.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +37,10 @@ def end_with_parent() -> None:
 def stopped_by_signals(stop: Callable[[], None], before_end: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Lets the first SIGINT or SIGTERM call `stop`, and the second one end this process at once, without clean-up.
 
-    Only the main thread may enter the block. A thread of its own reads the signals, in the order in which the
-    interpreter's C handlers ran. A handler in Python would run in the main thread, which may wait for something; a
-    second handler may interrupt the first one anywhere; and its exception may interrupt a clean-up, or get lost.
+    Only the main thread may enter the `with` block. A separate thread reads the signals, in the order in which the
+    interpreter's C handlers ran. Handlers in Python would be worse. They would run in the main thread, which may wait
+    for something. A second handler could interrupt the first handler anywhere. An exception of a handler could
+    interrupt a clean-up, or get lost.
     Two signals that come at the same time have no order. So the exit code is SIGTERM's if either is SIGTERM.
     The thread calls `before_end` before it ends the process.
     """

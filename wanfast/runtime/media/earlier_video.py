@@ -37,7 +37,7 @@ class EarlierVideo(LoadedImage):
 
 
 def load_earlier(path: str) -> EarlierVideo:
-    """Decodes an earlier video, and returns its last frame and its facts.
+    """Decodes an earlier video, and returns its last frame, number of frames and frame rate.
 
     Raises ConfigError for a file that PyAV cannot decode, and for a video that no clip can continue. Such a video has
     one of these properties: a side is not a multiple of 16 pixels; the size changes; the pixels are not square; it is

@@ -82,7 +82,8 @@ class Projections(Protocol):
     def by_heads(self, name: str, parts: int) -> Tensor:
         """Returns q if `name` is "q", or k if `name` is "k", with the heads divided into `parts` equal groups.
 
-        The result [parts, B, L, H / parts, D] is contiguous. Groups have successive heads, or those of a `HeadOrder`.
+        The result [parts, B, L, H / parts, D] is contiguous. Each group has successive heads, either in the model's
+        order or in the order of a `HeadOrder`.
         """
         ...
 
@@ -97,7 +98,8 @@ class Projections(Protocol):
 class Fp8Projections(Protocol):
     """This interface computes queries, keys and values of this rank's tokens in float8; `attention_fp8` explains how.
 
-    `queries` need no statistics. `keys_and_values` need the statistics of all ranks' tokens.
+    The method `queries` needs no statistics. The method `keys_and_values` needs a scaling, which the method `scaling`
+    computes from the statistics of all ranks' tokens.
     """
 
     dtype: torch.dtype  # of the attention's result
@@ -107,7 +109,7 @@ class Fp8Projections(Protocol):
         ...
 
     def statistics(self, first: int, count: int, num_tokens: int) -> Tensor:
-        """Returns the statistics [5, d] of this rank's `count` tokens, the first of which has the number `first`."""
+        """Returns the statistics [5, d] of this rank's `count` tokens; the first token has the number `first`."""
         ...
 
     def scaling(self, statistics_P5d: Tensor) -> Scaling:
@@ -149,7 +151,7 @@ class Sequence(Protocol):
         ...
 
     def own(self, num_tokens: int) -> tuple[int, int]:
-        """Returns (the number of this rank's first token, how many tokens this rank has without padding)."""
+        """Returns (the index of this rank's first token, the number of this rank's tokens, not counting padding)."""
         ...
 
     def stack(self, x: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def errors_by_length(
 
 
 def fp8_errors(q_LHD: Tensor, k_LHD: Tensor, v_LHD: Tensor, rows_HS: Tensor) -> Tensor:
-    """Returns each head's relative error [H] over the queries `rows_HS`, if the head is computed in float8."""
+    """Returns the relative error [H] that float8 causes in each head, measured on the queries `rows_HS`."""
     queries = q_LHD[rows_HS, torch.arange(len(rows_HS), device=rows_HS.device)[:, None]]
     exact = _attended(queries, k_LHD, v_LHD)[..., :-1]
     out = attention_in_fp8(rearrange(queries, "H S D -> 1 S H D").contiguous(), k_LHD[None], v_LHD[None])

@@ -8,7 +8,7 @@ The constants are means over tokens: over at least 4096 of them, or over all tok
 correct, if it is the same for all tokens of a head; so the ranks of Ulysses add up their sums before they quantize.
 
 Each head has one scale for q, one for k and one for v. RMS norm bounds each vector of q and k, so that the scales of q
-and k follow from the weights of the norm. A bound serves as well as the largest value, because float8 keeps its
+and k follow from the weights of the norm. A bound is as good as the largest value, because float8 keeps its
 precision down to 1/28,672 of the largest number. The scale of v needs the largest number in v over all ranks.
 
 Shapes: B batch, L tokens, S sampled tokens, H heads, D head dim, d = H D. Sources: FlashAttention-3 (arXiv 2407.08608)
@@ -64,7 +64,7 @@ class Scaling(NamedTuple):
 
 
 def sampled_rows(first: int, count: int, num_tokens: int) -> slice:
-    """Returns the rows of a rank's sampled tokens; the means that are subtracted are over sampled tokens.
+    """Returns the rows of a rank's sampled tokens; k and v are averaged over the sampled tokens of all ranks.
 
     The rank has `count` tokens of the video's `num_tokens`, from token number `first` on. Tokens are sampled by their
     number in the whole video. So all ranks together sample the tokens that a single rank would sample.
@@ -94,7 +94,8 @@ def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, hadamard: bool, centres_v: b
     """Returns the `Scaling` of all heads; `parts_P5d` holds the `statistics` of all P ranks.
 
     `norms_2H` holds, for each head, a bound of the norms of q and a bound of the norms of k.
-    If `centres_v` is false, nothing is subtracted from v. This only shows what the subtraction is worth.
+    If `centres_v` is false, nothing is subtracted from v. Only measurements use
+    false, to show how much the subtraction improves the result.
     """
     k_sum, v_sum, count = parts_P5d[:, :3].sum(0)
     least, largest = parts_P5d[:, 3].amin(0), parts_P5d[:, 4].amax(0)
@@ -111,7 +112,7 @@ def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, hadamard: bool, centres_v: b
 def largest_norms(weights: tuple[Tensor, Tensor], num_heads: int) -> Tensor:
     """Returns upper bounds [2, H] for the Euclidean norms of each head's q and k.
 
-    `weights` are those of the RMS norms of q and of k, each [d].
+    `weights`: the weight [d] of the RMS norm of q, and the weight [d] of the RMS norm of k. H is `num_heads`.
     """
     d = weights[0].shape[0]
     return torch.stack([rearrange(w.abs(), "(H D) -> H D", H=num_heads).amax(1) * math.sqrt(d) for w in weights])
@@ -175,7 +176,7 @@ def _descales(heads: Fp8Heads) -> dict[str, Tensor]:
 
 
 def emulated(heads: Fp8Heads) -> Tensor:
-    """Returns what FlashAttention-3 computes on a Hopper GPU, without v's centre, in float32.
+    """Returns in float32 what FlashAttention-3 computes on a Hopper GPU, before v's centre is added to the output.
 
     P is rounded to float8. The sums of P V lose bits: in a long row, what a tensor core adds is much smaller than the
     sum, and is cut off. If all values share an offset, the losses have one sign. The GPU's rounding is not documented;

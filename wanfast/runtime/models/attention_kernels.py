@@ -56,7 +56,7 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fa4(q: Tensor, k: Tensor, v: Tensor, **named: object) -> Tensor:
-    """Computes attention by FlashAttention-4; `named` are further arguments of its function."""
+    """Computes attention by FlashAttention-4; `named` holds further arguments for `flash_attn_func`."""
     from cutlass.base_dsl.common import DSLBaseError
     from flash_attn.cute import flash_attn_func
 

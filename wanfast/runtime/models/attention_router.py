@@ -47,10 +47,10 @@ def block_lists(
 
 
 def block_order(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int, last_blocks: int = 0) -> Tensor:
-    """Returns each key block's place in the order of choice, [H, N, N] int16; a list of n blocks takes places 0 to n-1.
+    """Returns each key block's place in the order of choice, as int16 [H, N, N].
 
-    There is one order for each head and each block of queries. The batch size of q and k must be 1. `block`,
-    `first_blocks` and `last_blocks` are those of `block_lists`.
+    A list of n blocks holds the blocks at the places 0 to n-1. There is one order for each head and each block of
+    queries. The batch size of q and k must be 1. `block`, `first_blocks` and `last_blocks` are those of `block_lists`.
     """
     scores = choice_scores(q_BLHD, k_BLHD, block, first_blocks, last_blocks)[0]
     return torch.stack([_in_order(of_head).argsort().short() for of_head in scores])

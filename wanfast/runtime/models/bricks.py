@@ -32,11 +32,11 @@ class TokenOrder:
     inverse: Tensor | None = None  # [L]: the place of each token of the raster
 
     def permute(self, x: Tensor, dim: int) -> Tensor:
-        """Takes x in raster order and returns it in this order; the tokens lie along `dim`."""
+        """Takes x in raster order, and returns x in the order of this object; the tokens lie along `dim`."""
         return x if self.order is None else x.index_select(dim, self.order)
 
     def restore(self, x: Tensor, dim: int) -> Tensor:
-        """Takes x in this order and returns it in raster order; the tokens lie along `dim`."""
+        """Takes x in the order of this object, and returns x in raster order; the tokens lie along `dim`."""
         return x if self.inverse is None else x.index_select(dim, self.inverse)
 
 
@@ -50,9 +50,10 @@ def brick_order(
     *,
     has_last: bool = False,
 ) -> TokenOrder:
-    """Returns the order of the tokens of a (T, Y, X) grid in bricks of (frames, rows, columns).
+    """Returns the order that groups the tokens of a (T, Y, X) grid into bricks of (frames, rows, columns).
 
-    If `has_last` is true, the last latent frame holds a given image too.
+    The first latent frame holds a given image and has its own bricks. If `has_last` is true, the last latent frame
+    holds a given image too, and also has its own bricks.
     """
     num_frames, num_rows, num_columns = token_grid
     frames, rows, columns = brick

@@ -78,7 +78,7 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight.chunk(parts)[part], self.bias.chunk(parts)[part])
 
     def chosen(self, x: Tensor, groups: Tensor, parts: int) -> Tensor:
-        """Divides the output channels into `parts` equal groups, and computes the groups numbered in `groups`."""
+        """Divides the output channels into `parts` equal groups; computes the groups whose numbers are in `groups`."""
         return F.linear(x.to(self.weight.dtype), *(rows_of(each, groups, parts) for each in (self.weight, self.bias)))
 
 

@@ -1,7 +1,7 @@
-"""These operators call the lossy attention of the running video, which a compiled block cannot hold.
+"""These operators let a compiled block call the lossy attention of the running video.
 
-Which calls are lossy, and how, changes from step to step and from layer to layer. A graph that contained it would be
-compiled again for each change. So a graph only contains an operator, and the operator asks the running video.
+Which calls are lossy, and how, changes from step to step and from layer to layer. A graph that contained this choice
+would be compiled again for each change. So a graph only contains an operator, and the operator asks the running video.
 
 Shapes: B batch (1), L tokens, H heads, D head dim.
 """
@@ -23,7 +23,10 @@ class Running(Protocol):
         ...
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        """Returns the error [H] of `out`, the attention of this rank's tokens; all arguments are [B, L, H, D]."""
+        """Returns each head's relative error [H]; all arguments are [B, L, H, D].
+
+        `out` is the attention of this rank's tokens.
+        """
         ...
 
 
@@ -31,7 +34,7 @@ _running: Running | None = None  # a process makes one video at a time
 
 
 def run(lossy: Running | None) -> None:
-    """Makes the operators call `lossy` from now on; None after a video, so that nothing holds its models."""
+    """Makes the operators call `lossy` from now on; after a video, `lossy` is None, so that the models can be freed."""
     global _running
     _running = lossy
 
@@ -47,7 +50,7 @@ def lossy_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def check_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, errors: Tensor) -> None:
     """Writes the error of each head of the running layer into `errors` [H].
 
-    A graph would drop an operator that changes nothing.
+    The error is written into an argument, because a compiled graph would drop an operator whose result nobody uses.
     """
     assert _running is not None, "no video was started"
     errors.copy_(_running.check(q, k, v, out))

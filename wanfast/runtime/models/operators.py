@@ -16,8 +16,8 @@ def opaque(name: str, shape: Callable[..., Tensor | None], *, mutates: tuple[str
     """Returns a decorator that registers a function of tensors as torch's operator `name`.
 
     `shape` takes the function's arguments, and returns an empty tensor with the shape and dtype of the function's
-    output, or None if there is no output. `mutates` names the arguments into which the function writes. Uncompiled code
-    calls the function directly, because the first call of an operator imports the compiler.
+    output. If the function has no output, `shape` returns None. `mutates` names the arguments into which the function
+    writes. Uncompiled code calls the function directly, because the first call of an operator imports the compiler.
     """
 
     def decorate(function: Fn) -> Fn:

@@ -56,7 +56,7 @@ class QuantizedLinear(nn.Module):
         return self._outputs(x, *(each.chunk(parts)[part] for each in (self.weight, self.scale, self.bias)))
 
     def chosen(self, x: Tokens, groups: Tensor, parts: int) -> Tokens:
-        """Divides the output channels into `parts` equal groups, and computes those whose numbers are in `groups`."""
+        """Divides the output channels into `parts` equal groups; computes the groups whose numbers are in `groups`."""
         return self._outputs(x, *(rows_of(each, groups, parts) for each in (self.weight, self.scale, self.bias)))
 
     def _outputs(self, x: Tokens, weight: Tensor, scale: Tensor, bias: Tensor) -> Tokens:

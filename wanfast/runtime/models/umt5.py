@@ -112,7 +112,7 @@ class RelativePositionBias(nn.Module):
     def forward(self, buckets: Tensor) -> Tensor:
         """Returns the biases [1, H, Q, K] for the relative-position `buckets` [Q, K] of all pairs of tokens.
 
-        Q counts query tokens, K counts key tokens.
+        H counts heads, Q counts query tokens, K counts key tokens.
         """
         bias: Tensor = self.embedding(buckets)
         return rearrange(bias, "Q K H -> 1 H Q K")

@@ -130,11 +130,11 @@ class WanVAE(nn.Module):
     ) -> Tensor:
         """Returns the float32 latents [B,16,T,Y,X] of video [B,3,F,H,W]: the posterior's normalised mean, not a sample.
 
-        `still_from`: the index from which on all frames of the clip are equal; None if there is no such index. The clip
-        is encoded in chunks of four frames. A few chunks after this index, each layer's output is equal to its output
-        for the previous chunk, so it is not computed again. The latents are bitwise the same as without `still_from`.
-        For an image and 80 grey frames, a third of the work remains. `still_to`: the index of the next
-        frame that differs; from this frame on, all layers compute all chunks. None if there is no such frame.
+        `still_from`: the index from which on all frames before `still_to` are equal; None if there is no such index.
+        `still_to`: the index of the next frame that differs; from this frame on, all layers compute all chunks. None if
+        there is no such frame. The clip is encoded in chunks of four frames. A few chunks after `still_from`, each
+        layer's output is equal to its output for the previous chunk, so this output is not computed again. The latents
+        are bitwise the same as without `still_from`. For an image and 80 grey frames, a third of the work remains.
         Raises ValueError if F is not 4n+1, or if H or W is not a multiple of 8.
         """
         frames, height, width = video.shape[2:]

@@ -89,8 +89,9 @@ def _read(index: Path, mtime_ns: int, size: int) -> Sequence[dict[str, Any]]:
 
 
 def forwards_in_turn(plan: dict[str, Any]) -> list[float]:
-    """Reads a plan's JSON and returns how many forwards of each step run one after the other, clip after clip.
+    """Reads a plan's JSON and returns for each step how many forwards run one after the other.
 
+    The result has an entry for each step of each clip, clip after clip.
     With cfg parallelism, the two branches of guidance run at the same time on different ranks. If the ranks regroup,
     twice as many ranks compute a forward without guidance, so it counts as half a forward.
     """

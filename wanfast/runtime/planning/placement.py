@@ -66,7 +66,8 @@ def place(
 
     The decisions are equal for all plans. If `free_memory` is not given, it is measured here; a caller whose ranks
     already hold models must give it. Raises ConfigError if the plans do not fit or the options cannot be met. If
-    `must_fit` is false, plans that do not fit on a CPU get a note instead.
+    `must_fit` is false, a note replaces this error in two cases: plans for the CPU do not fit, or the leader has too
+    little host memory to join clips.
     """
     asked = plans[0].config.ranks
     mesh = mesh or choose_mesh(
@@ -189,7 +190,7 @@ def modes(need: Need, ranks: int) -> dict[str, int]:
 def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
     """Returns {mode: {what takes memory: bytes}}, where a mode is a way to hold the experts, such as offloaded.
 
-    The sum of a mode's bytes is the peak that `modes` returns for it.
+    The sum of a mode's bytes is the peak that `modes` returns for this mode.
     """
     in_loop, in_vae = _in_loop(need), {"VAE": need.vae} | ({"graphs": need.graphs} if need.graphs else {})
     both, margin = {"both experts": 2 * need.expert}, {"margin": need.margin}
@@ -312,7 +313,7 @@ def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) ->
 
 def _shard_umt5(asked: RanksConfig, need: Need, ranks: int, free: int) -> Switch:
     if asked.t5_fsdp == "on" and ranks == 1:
-        raise ConfigError("--t5-fsdp on needs several ranks for a video: add --num-gpus")
+        raise ConfigError("--t5-fsdp on needs several ranks for a video: use a larger --num-gpus, or drop --t5-fsdp")
     if asked.t5_fsdp == "auto":
         return "on" if ranks > 1 and need.umt5 + need.margin > free else "off"
     return asked.t5_fsdp

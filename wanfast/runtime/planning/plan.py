@@ -148,7 +148,10 @@ class Plan:
 
     @property
     def num_forwards(self) -> int:
-        """Returns the number of forwards: one for each step, or two if the negative prompt's branch runs too."""
+        """Returns the number of forwards of all steps, including the skipped forwards.
+
+        A step has two forwards if the negative prompt's branch runs, and otherwise one.
+        """
         return sum(1 + both for both in self.guided)
 
     @cached_property
@@ -163,7 +166,7 @@ class Plan:
 
     @property
     def regroups(self) -> bool:
-        """Returns whether the plan has steps without guidance, and the mesh of these steps differs from `mesh`."""
+        """Returns whether the plan has steps without guidance, and runs these steps on another mesh than `mesh`."""
         return self.unguided_mesh != self.mesh and not all(self.guided)
 
     @property
@@ -513,7 +516,7 @@ def check_images(config: EffectiveConfig, spec: ModelSpec) -> None:
 
 
 def refuse_image_options(flags: Iterable[str], spec: ModelSpec) -> None:
-    """Raises ConfigError if one of the given options needs an image, but the model takes none."""
+    """Raises ConfigError if the model takes no images, but `flags` names an option that needs an image."""
     if not spec.takes_images and (unusable := next(iter(flags), None)):
         raise ConfigError(f"{unusable}: {spec.name} makes videos from text alone: drop {unusable}, or use --model a14b")
 
@@ -542,7 +545,7 @@ class EarlierFacts(_ImageFacts):
 
 @remembered
 def earlier_facts(path: str) -> EarlierFacts:
-    """Returns what the plan of a new video needs of the earlier video, which the new video continues."""
+    """Returns what the plan of a new video needs to know about `path`, the video that the new video continues."""
     video = load_earlier(path)
     return EarlierFacts(video.sha256, video.size, video.notes, video.num_frames, video.fps)
 
@@ -609,7 +612,10 @@ def _num_gpus(asked_for: int | Literal["auto"], device: Device, *, asked: bool) 
     """Returns --num-gpus as a number. Raises ConfigError if this machine is known to have fewer GPUs."""
     if device == "cpu":
         if asked_for == "auto":
-            raise ConfigError(f"--num-gpus auto counts GPUs: on a CPU give a number of processes{why_cpu(asked=asked)}")
+            raise ConfigError(
+                "--num-gpus auto counts GPUs, but this run is on the CPU: give a number of processes"
+                f"{why_cpu(asked=asked)}"
+            )
         return asked_for
     found = len(gpus.visible_gpus())
     if asked_for == "auto":
@@ -685,7 +691,7 @@ def _with_extended_prompts(plan: Plan) -> Plan:
 
 def _extension_notes(video: VideoConfig, ranks: RanksConfig) -> list[str]:
     if video.extend_prompt and ranks.node_rank > 0:
-        return ["--extend-prompt: the program runs on machine 0, and all machines take its prompt"]
+        return ["--extend-prompt: the program runs on machine 0, and all machines use the prompt that it prints"]
     return [f"--extend-prompt: the prompt is {text!r:.300}" for text in video.prompts if video.extend_prompt]
 
 
@@ -730,7 +736,10 @@ def _geometry_notes(plan: Plan, image: _ImageFacts) -> list[str]:
             f"at 480p the model's publisher advises --shift {spec.shift_480p}; this run uses {plan.config.video.shift}"
         )
     if spec.trained_frames and g.frames > spec.trained_frames:
-        notes.append(f"the model was trained on {spec.trained_frames} frames: longer videos may repeat or fall apart")
+        notes.append(
+            f"the model was trained on {spec.trained_frames} frames: a longer video may repeat itself or lose quality; "
+            f"--frames {spec.trained_frames} avoids this"
+        )
     return notes
 
 

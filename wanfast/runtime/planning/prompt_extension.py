@@ -28,7 +28,7 @@ _ERRORS_BYTES = 1 << 16  # of stderr, from its end
 
 
 def extended(command: str, prompt: str, image: str | None) -> str:
-    """Returns the prompt that `command` prints for a prompt and the path of its image. Raises ConfigError."""
+    """Returns the new prompt that the user's `command` prints for `prompt` and the path `image`. Raises ConfigError."""
     words = shlex.split(command)
     subject = f"--extend-prompt {words[0]}"
     environment = {name: value for name, value in os.environ.items() if name != IMAGE}

@@ -1,4 +1,4 @@
-"""Shortens a video: the options of the same video with fewer steps, for a warm-up or a measurement.
+"""Changes the options of a video so that it has fewer denoising steps, for a warm-up or a measurement.
 
 This module does not import torch.
 """

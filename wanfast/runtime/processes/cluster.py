@@ -157,7 +157,7 @@ class _Actor(RemoteGroup):
 
 
 def require_one_group(plan: Plan) -> None:
-    """Raises ConfigError if the ranks of a machine would make several videos at once, or span machines."""
+    """Raises ConfigError if the options give several rank groups, or one rank group on several machines."""
     ranks = plan.config.ranks
     if ranks.nnodes > 1:
         raise ConfigError(
@@ -171,7 +171,7 @@ def require_one_group(plan: Plan) -> None:
 
 
 def needs_of(ranks: RanksConfig) -> dict[str, int]:
-    """Returns what the ranks of one video need of a machine, in Ray's words."""
+    """Returns {Ray's name of a resource: how many of it a machine must have for the ranks of one video}."""
     return {"CPU": ranks.num_gpus} if ranks.device == "cpu" else {"CPU": 1, "GPU": ranks.num_gpus}
 
 
@@ -366,7 +366,7 @@ class RayList:
         late = [group for group in self._groups if not group.machine and time.monotonic() - group.started > _SOON_S]
         if len(late) == len(self._groups) and not self._has_waited:
             self._has_waited = True
-            note("--ray: waits for free GPUs of the cluster, or for machines that hash their weights")
+            note("--ray: this run waits until the cluster has free GPUs, or until machines have hashed their weights")
 
     def _end(self, way: str) -> None:
         """Lets the actors end their ranks by the method `way`, then ends the actors."""

@@ -190,7 +190,7 @@ class Handle:
 
         `options`: the options of `wanfast generate` that describe one video or set MagCache, such as `image` and
         `prompt`. Each option has its Python name: `magcache_k` means --magcache-k.
-        `recipe` must be one whose models are loaded.
+        If `recipe` is given, the loaded models must fit this recipe.
         `on_progress(stage, steps done, number of steps)` is called in the thread that called `make`. If `on_progress`
         raises an exception, the video is cancelled and `make` raises that exception.
         Raises ConfigError and other WanFastErrors: RankFailedError if a rank died, CancelledError after a call of
@@ -271,7 +271,7 @@ class Handle:
 
 
 def open(**options: Any) -> Handle:
-    """Starts ranks and returns their handle, without waiting for the models. Raises WanFastError.
+    """Starts ranks and returns their handle, and does not wait until the models are loaded. Raises WanFastError.
 
     `options`: the options of `wanfast generate` for models and ranks, and the `size` and `frames` of the largest video
     that will be made. Each option has its Python name: `num_gpus` means --num-gpus. LoRAs and settings of lossy

@@ -33,8 +33,8 @@ class Lines:
     def take(self, machine: str, loaded: str | None, machines: set[str]) -> int | None:
         """Returns the line that a rank group of `machine` makes next, or None if no line waits for this machine.
 
-        A line whose models are `loaded` comes first. If this machine lost a line, the line waits for a machine in
-        `machines` that did not lose this line, if there is such a machine.
+        A line whose models are `loaded` comes first. A machine loses a line if the machine fails while it makes the
+        line. If some of the `machines` did not lose a line, only these machines may make the line.
         """
         may = [
             line

@@ -12,8 +12,9 @@ time counts as work too. On a GPU, CPU time does not count, because a host threa
 for its GPU. So a healthy rank on a GPU may show no work during a long computation. Therefore the time limit on a GPU is
 always long.
 A rank that waits for others in gloo shows no work: it uses 0.3 % of a core. This was not measured for NCCL's threads.
-Three hangs are not found: an endless loop on a CPU, a process that reads, writes or touches memory for ever, and a
-launcher that stops after it has formed its rank group but before the first rank has started.
+Three kinds of hangs are not found. The first is an endless loop on a CPU. The second is a process that reads, writes or
+touches memory for ever. The third is a launcher that stops after it has formed its rank group but before the first
+rank has started.
 This module does not import torch.
 """
 
@@ -43,7 +44,7 @@ _LEAST_CPU_S = 0.015  # likewise between two looks, because the kernel counts hu
 
 @dataclass(frozen=True)
 class Work:
-    """This class counts the work of a process so far: bytes and memory pages, CPU seconds, and the last report."""
+    """This class holds the work of a process so far: bytes and memory pages, CPU seconds, time of the last report."""
 
     moved: int  # bytes that were read and written, and memory pages that were touched for the first time
     cpu_s: float
@@ -75,7 +76,7 @@ Works = dict[int, Work]  # by process id
 
 
 def works(run_folder: Path, number: int, launcher: int, *, on_cpu: bool) -> Works:
-    """Returns what each rank of group `number` on this machine did so far.
+    """Returns what rank group `number` did so far on this machine, rank by rank.
 
     If the group has no rank yet, returns what the launcher did so far.
     `launcher`: the launcher's process id.

@@ -1,8 +1,8 @@
 """Runs one rank group on a machine of a Ray cluster, in an actor, for a command on another machine.
 
-The ranks stay between two lines of a list, so that models are loaded once. An image arrives as bytes and a video leaves
-as bytes, because the machines need not share a disk. Weights, experts, LoRAs and artifacts lie on each machine, under
-the same paths.
+The ranks keep running from one line of a list to the next, so that models are loaded once. An image arrives as bytes
+and a video leaves as bytes, because the machines need not share a disk. Weights, experts, LoRAs and artifacts lie on
+each machine, under the same paths.
 This module knows neither Ray nor torch.
 """
 
@@ -57,7 +57,8 @@ class RemoteGroup:
     def check(self, jobs: list[tuple[dict[str, Any], Mapping[str, str]]]) -> dict[str, Any] | None:
         """Returns None if this machine has the weights of all jobs, else a document of the error.
 
-        `jobs`: for each model, a job, and the fingerprints that the weights have on the machine of the command.
+        `jobs`: for each model, a job, and the fingerprints that the weights have on the machine where the user runs the
+        command.
         """
         try:
             for document, fingerprints in jobs:
@@ -67,8 +68,8 @@ class RemoteGroup:
                 files.identify()
                 if files.fingerprints != fingerprints:
                     raise ConfigError(
-                        f"--model {models.model}: the weights differ from those of the command's machine: copy them, "
-                        "or leave this machine out of the cluster"
+                        f"--model {models.model}: the weights differ from those of the command's machine: copy the "
+                        "weights from that machine, or leave this machine out of the cluster"
                     )
         except WanFastError as error:
             return failure(error)

@@ -45,7 +45,7 @@ def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate
 
 
 def gate_steps(experts: Sequence[Expert], guided: Sequence[bool]) -> list[int]:
-    """Returns two steps of each expert whose guidance stops early: the last step with guidance, and the next step."""
+    """Returns, for each expert whose guidance stops early, the last step with guidance and the next step."""
     return [
         step
         for after in range(1, len(guided))
@@ -55,7 +55,11 @@ def gate_steps(experts: Sequence[Expert], guided: Sequence[bool]) -> list[int]:
 
 
 class Guidance:
-    """Guides one video, and stores the running expert's last difference D for steps with only the prompt's branch."""
+    """Applies guidance to one video.
+
+    For steps that run only the prompt's branch, this class stores the last difference between the running expert's two
+    predictions.
+    """
 
     def __init__(self, experts: Sequence[Expert], scales: Mapping[Expert, float], guided: Sequence[bool]) -> None:
         self._experts, self._scales, self._guided = experts, scales, guided

@@ -83,7 +83,7 @@ class Levels:
 
 
 def grid(solver: Solver, num_steps: int, shift: float) -> Levels:
-    """Returns `num_steps` levels; `shift` changes each noise level s to shift * s / (1 + (shift - 1) * s)."""
+    """Returns `num_steps` noise levels; `shift` changes each level s to shift * s / (1 + (shift - 1) * s)."""
     # DPM++'s grid starts at pure noise. The others start one training step below it, at the float32 value of 0.999.
     start = 1.0 if solver == "dpm++" else float(np.float32(0.999))
     levels = np.linspace(start, 0.0, num_steps + 1)[:-1]
@@ -112,7 +112,7 @@ def schedule(solver: Solver, num_steps: int, shift: float) -> tuple[Step, ...]:
 
 
 def solve(solver: Solver, levels: Levels, num_high: int) -> tuple[Step, ...]:
-    """Returns the steps of `solver` on any levels; the high-noise expert runs the first `num_high` steps.
+    """Returns the steps of `solver` at the noise `levels`; the high-noise expert runs the first `num_high` steps.
 
     The first and the last step of UniPC and DPM++ are of first order. With `unipc-euler`, the
     high-noise expert's steps are UniPC's, and the low-noise expert's steps are Euler's. Then UniPC's last step goes to

@@ -75,7 +75,7 @@ def batch_file(number: int) -> str:
 
 
 def frames_file(run_folder: Path, index: int) -> Path:
-    """Returns the path of the .npy file with the frames of job `index`; only a job without a video file writes it."""
+    """Returns the path of the .npy file with the frames of job `index`; jobs with a video file write no .npy file."""
     return run_folder / "frames" / f"{index}.npy"
 
 
@@ -277,7 +277,8 @@ def note(line: str) -> None:
 def noting(consequence: str = "") -> Iterator[None]:
     """Catches a ConfigError of the `with` block, and prints the error and its `consequence` as a note.
 
-    The `with` block only writes files that no video needs: records, or artifacts that save time later.
+    Use this function only if no video needs the files that the `with` block writes: records, or artifacts that save
+    time later.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""Finds plans of attention, which `wanfast calibrate-attention` stored: the density of each head, layer and band.
+"""Finds the plans of attention that `wanfast calibrate-attention` stored: the density of each head, layer and band.
 
-A plan has all inputs of a curve of MagCache, and further inputs. A run may differ from the calibration in the set of
-clips, the code, the libraries and the device. If another input differs, the run refuses the plan, and the error names
-the command that makes a plan.
+The key of a plan holds all settings in the key of a MagCache curve, and further settings, such as --lists-every.
+A run may differ from the calibration in the set of clips, the code, the libraries and the device. If another setting
+differs, the run refuses the plan, and the error names the command that makes a plan.
 This module does not import torch.
 """
 

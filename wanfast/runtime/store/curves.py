@@ -392,7 +392,7 @@ def in_words(differences: dict[str, tuple[Any, Any]]) -> str:
 
 
 def calibrate_command(config: EffectiveConfig, spec: ModelSpec, command: Command = "calibrate-magcache") -> str:
-    """Returns the command that measures a curve, or makes a plan of attention, for this run."""
+    """Returns the command line of `command`, which measures a curve or makes a plan of attention for this run."""
     values = config.options()
     if values["attention"] in LOSSY_ATTENTION:
         values["attention"] = ModelsConfig.attention  # a curve is measured with exact attention

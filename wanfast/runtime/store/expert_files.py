@@ -105,11 +105,11 @@ class NamedExpert:
         return _header(self)
 
     def digest(self, artifacts: Path) -> str:
-        """Returns one hash of the contents of the files. Raises ConfigError."""
+        """Returns one hash over the contents of this expert's files. Raises ConfigError."""
         return digest_of(self.files, artifacts, self.flag)
 
     def check(self, scheme: Scheme | None, loras: Iterable[Lora], option: str, without: str) -> None:
-        """Raises WanFastError if the files belong to the other expert, or if `scheme` would round their weights twice.
+        """Raises WanFastError if the path's name mentions the other expert, or if `scheme` would round weights twice.
 
         `option` is the option that gives the scheme. `without` is a fix that avoids the scheme, such as "drop
         --quantize".
@@ -183,7 +183,7 @@ class Stored:
 class Header:
     """This class says for each tensor of an expert how the tensor is stored.
 
-    A file's prefix `diffusion_model.` or `model.diffusion_model.` is left out of the tensors' names.
+    If a tensor's name in the file begins with `diffusion_model.` or `model.diffusion_model.`, this prefix is left out.
     """
 
     tensors: Mapping[str, Stored]
@@ -321,5 +321,6 @@ def _check_marks(found: Mapping[str, Stored], marks: Mapping[str, Any], subject:
             words = ", ".join([str(mark.get("format")), *changed])
             raise CorruptArtifactError(
                 f"{subject}: layer {layer!r} is stored as {stored.dtype if stored else 'nothing'} in the format "
-                f"{words!r:.80}: use a file in fp16 or bf16, or one whose only setting is a known format ({known})"
+                f"{words!r:.80}, which wanfast cannot read: use a file in fp16 or bf16, or a file in one of these "
+                f"formats without other settings: {known}"
             )

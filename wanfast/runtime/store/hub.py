@@ -1,6 +1,6 @@
 """Downloads published weights from the Hugging Face Hub: a model, or a pair of distilled LoRAs, one for each expert.
 
-A model comes into <artifacts>/checkpoints/<repo name>, and a pair into <artifacts>/loras/<name of the pair>.
+A model is stored in <artifacts>/checkpoints/<repo name>, and a pair in <artifacts>/loras/<name of the pair>.
 
 The hub is asked once for the commit and the files of a revision. The download is pinned to that commit, and at the end
 the files on disk are compared with the hub's answer. The result of huggingface_hub is not enough: the library can

@@ -1,4 +1,4 @@
-"""Finds LoRA files, and reads their hashes, their headers, and the experts that they are for.
+"""Finds LoRA files, computes their hashes, reads their headers, and checks for which experts the files are.
 
 A LoRA is named by --lora, --lora-high-noise or --lora-low-noise. Its tensors are matched with the model's tensors only
 when an expert is loaded, because the model's names and shapes are facts of `models.dit`.
@@ -30,7 +30,7 @@ _EXPERTS_OF: Mapping[str, tuple[Expert, ...]] = {
 _SECOND = "transformer_2."  # Diffusers' name of the low-noise expert; its "transformer." may mean either expert
 _CONFIG = "adapter_config.json"  # PEFT writes alpha into this file beside the tensors
 _PEFT = "base_model.model."
-# Keys of Wan2.1's image tower in both layouts; they have no place in Wan2.2-I2V-A14B.
+# Keys of Wan2.1's layers for CLIP image features, in both layouts; Wan2.2-I2V-A14B has no such layers.
 _IMAGE_TOWER = re.compile(
     r"(?:^|[._])(?:k_img|v_img|norm_k_img|img_emb|add_[kv]_proj|norm_added_k|image_embedder)(?=[._])"
 )
@@ -87,7 +87,7 @@ def inputs_of(loras: Iterable[Lora], expert: Expert) -> list[list[str | float]]:
 
 
 def find_loras(named: Named, artifacts: Path) -> tuple[Lora, ...]:
-    """Returns the LoRAs that a config names, hashed, in the order in which they are merged.
+    """Returns the LoRAs that a config names, with their hashes, in the order in which they are merged.
 
     Checks everything that the files' headers tell. Raises ConfigError or CorruptArtifactError.
     """
@@ -120,7 +120,7 @@ class Header:
 
     tensors: Mapping[str, tuple[list[int], str]]  # shape, and dtype as safetensors names it
     metadata: Mapping[str, str]
-    num_dropped: int  # tensors of the image tower, which are not among `tensors`
+    num_dropped: int  # tensors for CLIP image features, which are not among `tensors`
     config: Path | None  # PEFT's, beside the file
 
     def of_expert(self, expert: Expert) -> list[str]:
@@ -191,8 +191,8 @@ def lora_notes(models: ModelsConfig) -> list[str]:
     """Returns a note for each LoRA file with tensors that are dropped."""
     headers = [(lora, read_header(lora.file, lora.flag)) for lora in loras_of(models)]
     return [
-        f"{lora.flag} {lora.file.name}: the tensors of Wan2.1's image tower ({header.num_dropped}) are dropped, "
-        "because this model has none"
+        f"{lora.flag} {lora.file.name}: the tensors for Wan2.1's CLIP image features ({header.num_dropped} in all) "
+        "are dropped, because this model has no layers for such features"
         for lora, header in headers
         if header.num_dropped
     ]

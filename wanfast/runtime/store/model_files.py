@@ -259,4 +259,4 @@ def _require_file(file: Path, fix: str) -> None:
     if is_missing:
         raise MissingArtifactError(f"{file} is missing: {fix}")
     if is_closed:
-        raise CorruptArtifactError(f"{file} cannot be read by this user: change its mode, or {fix}")
+        raise CorruptArtifactError(f"{file} cannot be read by this user: change the file's mode, or {fix}")

@@ -156,7 +156,8 @@ _CHANGED: Mapping[LoraPart, tuple[str, ...]] = {  # the endings of the parameter
 def lora_spellings(names: Iterable[str]) -> dict[str, str]:
     """Returns {spelling in LoRA files: our name} of the expert's parameters.
 
-    Files have the names of either layout, and some have underscores instead of the dots of a module's path.
+    A file has the names of the original or the Diffusers layout. Some files have underscores instead of the dots of a
+    module's path.
     """
     spellings: dict[str, str] = {}
     for name in names:

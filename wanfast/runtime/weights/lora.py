@@ -2,11 +2,12 @@
 
     weight += strength * alpha / rank * up @ down        (without alpha: strength * up @ down)
 
-Products and sums are computed in float32, one tensor at a time; then the sum is cast or quantized. A rank that reads
-some rows of a weight reads and multiplies only these rows of `up`. Some files also hold differences of whole tensors;
-each difference is multiplied by the strength and added. All keys and shapes are compared with those of the model before
-a weight is read. Alpha comes from a tensor of the file, from the file's metadata, or from the config that PEFT writes
-beside the file. Source: LoRA (arXiv 2106.09685); rank-stabilised LoRA (arXiv 2312.03732) divides alpha by sqrt(rank).
+Products and sums are computed in float32, one tensor at a time; then the sum is cast or quantized. If a rank reads only
+some rows of a weight, the rank reads and multiplies only the same rows of `up`. Some files also hold differences of
+whole tensors; each difference is multiplied by the strength and added. All keys and shapes are compared with those of
+the model before a weight is read. Alpha comes from a tensor of the file, from the file's metadata, or from the config
+that PEFT writes beside the file.
+Source: LoRA (arXiv 2106.09685); rank-stabilised LoRA (arXiv 2312.03732) divides alpha by sqrt(rank).
 
 Shapes: N out, K in, r rank; down [r, K], up [N, r]. A convolution's factors have more dimensions, which are flattened.
 """
@@ -70,7 +71,8 @@ class _Change:
 def merge_of(loras: Iterable[Lora], expert: Expert, spec: DiTSpec) -> MergeFn:
     """Returns the function that adds an expert's LoRAs to the expert's weights.
 
-    Reads headers and alphas, and compares all keys and shapes with those of the model. Raises CorruptArtifactError.
+    Reads the headers and the alphas of the LoRA files, and compares all keys and shapes with those of the model.
+    Raises CorruptArtifactError.
     """
     loras = [lora for lora in loras if lora.has_expert(expert)]
     if not loras:
