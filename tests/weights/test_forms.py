@@ -249,11 +249,11 @@ WRONG: dict[str, tuple[str, dict[str, Tensor | None], str]] = {
     "NaN in e5m2": (
         "e5m2 of 2026", {f"{Q}.weight": torch.full((256, 256), torch.inf).to(torch.float8_e5m2)}, "holds NaN or an inf",
     ),
-    "another format": (OF_2026, {f"{Q}.comfy_quant": mark(format="nvfp4")}, f"layer '{Q}' is stored as F8_E4M3 in the"),
+    "another format": (OF_2026, {f"{Q}.comfy_quant": mark(format="nvfp4")}, f"'{Q}' is stored as F8_E4M3, but its"),
     "rotated": (
         "int8 of 2026", {f"{Q}.comfy_quant": mark(format="int8_tensorwise", convrot=True)}, "'int8_tensorwise, conv",
     ),
-    "mark of another kind": (OF_2026, {f"{Q}.comfy_quant": mark(format="int8_tensorwise")}, "in the format 'int8_"),
+    "mark of another kind": (OF_2026, {f"{Q}.comfy_quant": mark(format="int8_tensorwise")}, "entry says 'int8_"),
     "damaged mark": (OF_2026, {f"{Q}.comfy_quant": torch.ones(3, dtype=torch.uint8)}, "or is not a safe"),
     "more tensors": (FP8, {f"{Q}.weight_zero": torch.ones(1)}, f"unexpected tensor '{Q}.weight_zero'"),
     "image tower": ("fp16", {"img_emb.proj.0.weight": torch.ones(1)}, "unexpected tensor 'img_emb.proj.0.weight'"),

@@ -47,8 +47,8 @@ def calibrate_attention(
     fp8: Annotated[
         bool,
         typer.Option(
-            help="Let a head compute in float8, if no cheaper density meets --target-error. On a GPU, this command and "
-            "every run with the plan then need FlashAttention-3.",
+            help="Let a head compute all blocks in float8, if each density that meets --target-error costs more. On "
+            "a GPU, this command and every run with the plan then need FlashAttention-3.",
             rich_help_panel=LOSSY,
         ),
     ] = False,

@@ -18,7 +18,7 @@ def download(
     model: Annotated[
         Literal["a14b", "t2v-a14b"] | None,
         typer.Option(
-            help="The published model: for videos from images, or from text alone.",
+            help="Published model to download: a14b makes videos from an image and text, t2v-a14b from text alone.",
             show_default="a14b",
             rich_help_panel=MAKE,
         ),

@@ -141,7 +141,8 @@ class SkippingConfig(Part):
         name, short = self.magcache, magcache_settings(self.magcache)
         if name not in ("off", "preset", "artifact") and not _CURVE_KEY.fullmatch(name) and not short:
             raise ConfigError(
-                f"--magcache {name!r:.40}: use off, preset, artifact, a stored curve's key, or settings like E012K2R20"
+                f"--magcache {name!r:.40}: use 'off', 'preset', 'artifact', the key that calibrate-magcache printed, "
+                "or settings such as 'E012K2R20'"
             )
         _, *others = options_of(SkippingConfig).values()  # the first, --magcache, enables the others
         given = [option for option in others if getattr(self, option.name) != option.default]

@@ -7,9 +7,9 @@ are the stored numbers times the scale. These forms are known:
 | form | scale of X.weight | what the file says about its form |
 |---|---|---|
 | fp32, fp16 or bf16 | none | nothing |
-| scaled fp8 of 2025 | a tensor X.scale_weight: one number | a tensor `scaled_fp8` |
-| scaled fp8 or int8 of 2026 | a tensor X.weight_scale: one number, or [out, 1] | a tensor X.comfy_quant, or metadata |
-| fp8 or int8 of the distilled repository | a tensor X.weight_scale: [out, 1] | nothing |
+| ComfyUI, fp8 of 2025 | a tensor X.scale_weight: one number | a tensor `scaled_fp8` |
+| ComfyUI, fp8 or int8 of 2026 | a tensor X.weight_scale: a number, or [out, 1] | a tensor X.comfy_quant, or metadata |
+| lightx2v, fp8 or int8 | a tensor X.weight_scale: [out, 1] | nothing |
 | GGUF | inside the blocks of X.weight | the type of each tensor |
 
 Scales of activations (X.scale_input, X.input_scale) are dropped, because our 8-bit products compute a scale for each
@@ -319,8 +319,9 @@ def _check_marks(found: Mapping[str, Stored], marks: Mapping[str, Any], subject:
         if stored is None or changed or _FORMATS.get(mark.get("format", "")) != stored.dtype:
             known = ", ".join(_FORMATS)
             words = ", ".join([str(mark.get("format")), *changed])
+            kept = f"is stored as {stored.dtype}" if stored else "has no weight in the file"
             raise CorruptArtifactError(
-                f"{subject}: layer {layer!r} is stored as {stored.dtype if stored else 'nothing'} in the format "
-                f"{words!r:.80}, which wanfast cannot read: use a file in fp16 or bf16, or a file in one of these "
-                f"formats without other settings: {known}"
+                f"{subject}: layer {layer!r} {kept}, but its comfy_quant entry says {words!r:.80}, which wanfast "
+                "cannot read: use a file in fp16 or bf16, or a file whose comfy_quant entries name only one of these "
+                f"formats: {known}"
             )

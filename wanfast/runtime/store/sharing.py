@@ -53,10 +53,10 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def who_can_write(paths: list[Path]) -> str | None:
-    """Returns why another user could have written to one of `paths`, or None if no other user could have done this.
+    """Returns why a user other than the current one could have written to one of `paths`; None if nobody else could.
 
-    Root does not count as another user. This user's primary group does not count either, because many systems give each
-    user a separate group.
+    Root is ignored. Permissions of the current user's primary group are ignored too, because on many systems this group
+    has only the current user as a member.
     """
     for path in paths:
         found = path.stat()
