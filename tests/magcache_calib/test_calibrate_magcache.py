@@ -438,7 +438,7 @@ def test_a_budget_takes_the_least_error(wanfast: Wanfast, machine: Machine) -> N
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--magcache", "on"], "--magcache 'on': use off, preset, artifact"),
+        (["--magcache", "on"], "--magcache 'on': use 'off', 'preset', 'artifact'"),
         (["--magcache-k", "2"], "--magcache-k needs --magcache"),
         (["--magcache-rule", "both-experts"], "--magcache-rule needs --magcache"),
         (["--magcache-joint", "off"], "--magcache-joint needs --magcache"),
