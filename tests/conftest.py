@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import json
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +39,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Excludes imported objects from garbage collection: each collection took half a second over them."""
+    _exclude_imports()
+    gc.enable()
+    atexit.register(gc.freeze)  # else the interpreter, before it ends, searches all of them for garbage
+
+
+def pytest_runtest_logfinish() -> None:
+    """Looks for what a test imported, such as the compiler."""
+    if len(sys.modules) > _known_modules + 20:
+        _exclude_imports()
+
+
+_known_modules = 0  # when imports were last excluded
+
+
+def _exclude_imports() -> None:
+    """Excludes imported objects from garbage collection: each collection took up to half a second over them."""
+    global _known_modules
     gc.collect()
     gc.freeze()
-    gc.enable()
+    _known_modules = len(sys.modules)
 
 
 @dataclass(frozen=True)

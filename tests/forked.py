@@ -107,7 +107,8 @@ def _run(words: Sequence[str]) -> int:
         stream = open(descriptor, "w", buffering=1, closefd=False)  # noqa: SIM115 - for as long as this process lives
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+    logging.root.handlers.clear()  # pytest's: one writes to a number that may be another file by now
+    for logger in logging.root.manager.loggerDict.values():
         for handler in getattr(logger, "handlers", ()):
             if type(handler) is logging.StreamHandler:
                 handler.stream = sys.stderr

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.compiling import compiler
 from tests.engine.test_rank_groups import with_options
-from tests.engine.test_regrouping import compiler
 from tests.engine.test_sparse_attention import HALF, NO_GUARDS, SIZE, Planned, varied
 from tests.on_ranks import on_ranks
 from tests.parity import relative_error

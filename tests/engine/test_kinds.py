@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.compiling import compiler
 from tests.engine.test_magcache_loop import skipping
 from tests.engine.test_rank_groups import final_latents, shown, with_options
 from tests.on_ranks import on_ranks
@@ -20,7 +21,6 @@ from tests.small_model import plan_small_model
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import session
 from wanfast.runtime.facts.mesh import Mesh
-from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.store.model_files import ModelFiles
 
@@ -92,13 +92,7 @@ def test_compiled_blocks_stay_one_graph(planned: Planned, monkeypatch: pytest.Mo
     plan, files = planned
     plan = skipping(plan)
     expected = final_latents(plan, files, Ranks("cpu"))
-
-    def compiled(model: WanDiT, mode: str) -> None:
-        for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False, backend="eager")
-
-    monkeypatch.setattr(session, "compile_blocks", compiled)
-    torch._dynamo.reset()
+    compiler(monkeypatch, session)
     with torch._dynamo.config.patch(error_on_recompile=True):
         got = final_latents(with_options(plan, compile=True), files, Ranks("cpu"))
     assert relative_error(got, expected) <= 1e-6

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.compiling import compiler
 from tests.engine.test_rank_groups import final_latents, latents_of, shown, with_options
 from tests.on_ranks import on_ranks
 from tests.parity import relative_error
@@ -20,7 +21,7 @@ from wanfast.runtime.engine import session
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import BRANCHES
 from wanfast.runtime.facts.mesh import Mesh
-from wanfast.runtime.models.dit import Block, WanDiT
+from wanfast.runtime.models.dit import Block
 from wanfast.runtime.planning.placement import check_skips, modes, needed, place
 from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.sampling.magcache import ResidualCache
@@ -178,13 +179,7 @@ def test_compiled_blocks_stay_one_graph(planned: tuple[Plan, ModelFiles], monkey
     plan, files = planned
     plan = skipping(plan)
     expected = final_latents(plan, files, Ranks("cpu"))
-
-    def compiled(model: WanDiT, mode: str) -> None:
-        for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False, backend="eager")
-
-    monkeypatch.setattr(session, "compile_blocks", compiled)
-    torch._dynamo.reset()
+    compiler(monkeypatch, session)
     with torch._dynamo.config.patch(error_on_recompile=True):
         got = final_latents(with_options(plan, compile=True), files, Ranks("cpu"))
     assert relative_error(got, expected) <= 1e-6

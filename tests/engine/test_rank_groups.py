@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
+from tests.compiling import compiler
 from tests.on_ranks import on_ranks
 from tests.parity import relative_error
 from tests.small_model import SPEC, blank_inputs, plan_small_model
@@ -245,13 +246,7 @@ def test_resident_experts_are_evicted_and_come_back(
     kind: type[RuntimeError],
 ) -> None:
     plan, files = planned
-
-    def compiled(model: WanDiT, mode: str) -> None:
-        for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False, backend="eager")
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(session, "compile_blocks", compiled)
+    compiler(monkeypatch, session)
     plan = with_options(plan, compile=True)
     pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     image, text = blank_inputs(plan, files)

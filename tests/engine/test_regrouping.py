@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.compiling import compiler
 from tests.engine.test_few_steps import HYBRID, UNGUIDED, skipping
 from tests.engine.test_rank_groups import shown, with_options
 from tests.on_ranks import on_ranks
@@ -152,19 +152,6 @@ def test_offloaded_experts_follow(small_model: Path, workdir: Path) -> None:
     for latent, copies in on_ranks(Mesh(cfg=2), work):
         assert relative_error(latent, expected) <= 1e-5
         assert len(copies) == len(set(copies)) == 2 * len(list(WanDiT(files.spec.dit).parameters())) - 8 * LAYERS
-
-
-def compiler(monkeypatch: pytest.MonkeyPatch, module: Any) -> CompileCounterWithBackend:
-    """Makes `module` compile blocks by a backend that counts its graphs."""
-    counter = CompileCounterWithBackend("eager")
-
-    def compiled(model: WanDiT, mode: str) -> None:
-        for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False, backend=counter)
-
-    monkeypatch.setattr(module, "compile_blocks", compiled)
-    torch._dynamo.reset()
-    return counter
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import wanfast as api
+from tests.compiling import compiler
 from tests.conftest import Machine, Outcome
 from tests.engine.test_rank_groups import with_options
-from tests.engine.test_regrouping import compiler
 from tests.server.running import STAR, data_url, running
 from tests.small_model import TEXT_SPEC, plan_small_model
 from wanfast.magcache_calib.clips import read_set, shipped_set

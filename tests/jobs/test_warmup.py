@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.compiling import compile_before
 from tests.configs import effective_config
 from tests.conftest import Machine, Outcome
 from tests.forked import REAL_LAUNCHERS, ForkedPopen
@@ -84,6 +85,7 @@ def in_a_process_of_its_own(folder: Path, *arguments: str, forked: bool = True, 
     command = [sys.executable, "-c", f"ONE_GRAPH = {one_graph}\n{COUNTED}", *arguments]
     if forked:
         compilation._import_compiler(None)  # once, for all processes to come
+        compile_before()
     popen = ForkedPopen if forked else subprocess.Popen
     with popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from einops import rearrange
 
 from tests.conftest import Machine, Outcome
 from tests.on_ranks import on_ranks
@@ -102,6 +103,20 @@ def test_each_forward_is_one_step_of_cuda_graphs(
     for _ in range(2):
         velocity(model)
     assert len(marked) == marks
+
+
+def test_rearrange_is_one_node_of_what_is_traced(modes: list[str | None]) -> None:
+    """Inside it, Dynamo spent most of its time; the graph that the compiler gets is the same."""
+    nodes: list[object] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        nodes.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    compile_blocks(WanDiT(SPEC), "default")
+    turned = torch.compile(lambda x: rearrange(x, "a b -> b a"), backend=record, fullgraph=True)
+    assert torch.equal(turned(torch.eye(3, 4)), torch.eye(4, 3))
+    assert nodes == [rearrange]
 
 
 @torch.no_grad()

@@ -43,3 +43,10 @@ atexit.register(lambda: open("imported", "w").write(str([name for name in {HEAVY
     code, _, err = start(*SMALL, *mesh, environment=environment, forked=False).end()
     assert code == 0, err
     assert (workdir / "imported").read_text() == "[]"
+
+
+def test_a_fork_of_a_test_process_has_no_log_of_pytest(forked: None) -> None:
+    """Such a log kept its number, and its lines went into another file or pipe, so that a compiler waited forever."""
+    code = "import logging; print(logging.root.handlers)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

@@ -19,12 +19,12 @@ from wanfast.runtime.facts.densities import Densities
 @pytest.fixture(scope="module")
 def judge() -> tiny.Judge:
     """Of videos with four blocks of 128 tokens."""
-    return tiny.Judge(tiny.Settings("tiny", 2, 2.0, "bf16", side=160, frames=17))
+    return tiny.Judge(tiny.Settings("tiny", 2, 2.0, "bf16", side=224, frames=5))
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "SIDE", 160)
+    monkeypatch.setattr(attention, "SIDE", 224)
     monkeypatch.setattr(attention, "DENSITIES", (0.75,))
 
 

@@ -17,6 +17,7 @@ from torchao.quantization import (
     quantize_,
 )
 
+from tests.compiling import compile_before
 from tests.conftest import Outcome
 from tests.on_ranks import on_ranks
 from tests.one_expert import velocity, write_expert
@@ -261,6 +262,7 @@ def test_a_block_stays_one_graph(scheme: Scheme, ranks: int) -> None:
         with torch._dynamo.config.patch(error_on_recompile=True):
             return torch.stack((velocity(model), eager))
 
+    compile_before()
     with torch.no_grad():
         for got, eager in [compiled(Ranks("cpu"))] if ranks == 1 else on_ranks(Mesh(ulysses=ranks), compiled):
             assert torch.isfinite(got).all() and relative_error(got, eager.double()) <= 1e-3

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.distributed.ranks import Ranks
@@ -85,10 +86,19 @@ def _import_compiler(gpu: int | None) -> None:
             importlib.import_module("triton").runtime.driver.active.get_current_target()  # a C compiler builds it once
 
 
+def make_traceable() -> None:
+    """Prepares what a block calls for the tracing. `rearrange` becomes one node, because Dynamo is slow inside it.
+
+    AOTAutograd traces through `rearrange`, so that the compiled graph is the same.
+    """
+    make_operators()
+    torch._dynamo.allow_in_graph(rearrange)  # type: ignore[no-untyped-call]
+
+
 def compile_blocks(model: WanDiT, mode: CompileMode) -> None:
     """Makes every block of `model` run compiled; the first forward of the model compiles the blocks."""
     torch._dynamo.config.recompile_limit = _SIZES
-    make_operators()
+    make_traceable()
     for block in model.blocks:
         block.compile(fullgraph=True, dynamic=False, mode=None if mode == "default" else mode)
     if mode == "max-autotune":  # a forward's graphs form one chain: each holds what the next one reads
