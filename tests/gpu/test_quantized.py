@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.models.test_fused import check_only_token_5_is_lost, heads_with, quantized_with
 from tests.one_expert import velocity, write_expert
 from tests.parity import relative_error
 from wanfast.runtime.config import QuantizeConfig
@@ -17,7 +19,9 @@ from wanfast.runtime.engine.compilation import compile_blocks
 from wanfast.runtime.facts.choices import Scheme
 from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.jobs import quantize
+from wanfast.runtime.models import fused
 from wanfast.runtime.models.dit import WanDiT
+from wanfast.runtime.models.tokens import LARGEST
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.quantized import QuantizedExpert
@@ -34,6 +38,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> model_files.ModelFiles:
 
 def on_gpu(model: WanDiT) -> Tensor:
     return velocity(model, (2, 32, 32), "cuda")
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf])
+@torch.inference_mode()
+def test_no_kernel_hides_a_number_that_is_not_finite(value: float) -> None:
+    for dtype in LARGEST:
+        check_only_token_5_is_lost(quantized_with(value, fused, dtype, "cuda"))
+    if math.isnan(value):
+        check_only_token_5_is_lost(heads_with(value, fused, "cuda"))
 
 
 @pytest.mark.parametrize("scheme", ["int8-weight-only", "int8-dynamic", "fp8-rowwise"])

@@ -113,6 +113,36 @@ def test_torch_convolves_where_no_engine_can(monkeypatch: pytest.MonkeyPatch) ->
     assert list(convolution.chosen().values()) == ["torch"]
 
 
+@pytest.mark.parametrize("kind", [NotSupportedError, RuntimeError])
+def test_torch_convolves_where_every_engine_was_left_out(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """Then cuDNN's front end raises while it builds the graph; it is asked once."""
+    asked = []
+
+    def building(problem: object) -> None:
+        asked.append(problem)
+        raise kind("no execution plans finalized successfully")
+
+    front_end = FrontEnd()
+    monkeypatch.setattr(front_end, "build", building)
+    assert convolve_by(front_end, monkeypatch) < 1e-5
+    assert list(convolution.chosen().values()) == ["torch"]
+    convolution._graphs.clear()  # as in a process that was given this choice
+    assert convolve_by(front_end, monkeypatch) < 1e-5 and len(asked) == 1
+
+
+def test_a_graph_without_memory_is_not_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def building(problem: object) -> None:
+        raise torch.OutOfMemoryError("of the workspace")
+
+    front_end = FrontEnd()
+    monkeypatch.setattr(front_end, "build", building)
+    with pytest.raises(torch.OutOfMemoryError):
+        convolve_by(front_end, monkeypatch)
+    assert convolution.chosen() == {}
+
+
 def test_a_search_without_memory_is_not_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         convolve_by(FrontEnd(first=torch.OutOfMemoryError, best=1.0), monkeypatch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from types import ModuleType
 
 import pytest
@@ -104,6 +105,49 @@ def test_quantize_tokens(norms: ModuleType, dim: int, gelu: bool, dtype: torch.d
     check_quantized(norms.quantize_tokens(x, dtype, gelu=gelu), expected, dtype)
     nothing = norms.quantize_tokens(torch.zeros_like(x), dtype)
     assert not nothing.values.float().any() and (nothing.scale > 0).all()
+
+
+def quantized_with(value: float, passes: ModuleType, dtype: torch.dtype, device: str = DEVICE) -> dict[str, Tensor]:
+    """Returns each pass's result [1, 8, 96] in float32 for an input with `value` as one number of token 5."""
+    x, weight = normal(1, 8, 96, seed=0).to(device), normal(96, seed=1).to(device)
+    x[0, 5, 7] = value
+    quantized = {
+        "norm": passes.add_layer_norm(torch.zeros_like(x), x, None, weight, weight, EPS, dtype)[1],
+        "tokens": passes.quantize_tokens(x.bfloat16(), dtype),
+        "gelu": passes.quantize_tokens(x.bfloat16(), dtype, gelu=True),
+    }
+    return {name: tokens.values.float() * tokens.scale.unsqueeze(-1) for name, tokens in quantized.items()}
+
+
+def heads_with(value: float, passes: ModuleType, device: str = DEVICE) -> dict[str, Tensor]:
+    """Returns the same of heads in float8, without and with a norm."""
+    x, weight, scale = normal(1, 8, 96, seed=0), normal(96, seed=1).to(device), torch.ones(4, device=device)
+    x[0, 5, 7] = value
+    norms = {"heads": None, "normed heads": (weight, EPS)}
+    found = {name: passes.heads_to_fp8(x.to(device), scale, norm=norm) for name, norm in norms.items()}
+    return {name: heads[0].flatten(2).float() for name, heads in found.items()}
+
+
+def check_only_token_5_is_lost(found: dict[str, Tensor]) -> None:
+    for name, out in found.items():
+        lost = (~out.isfinite()).any(-1)[0].nonzero().flatten().tolist()
+        assert lost == [5], name
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # by the interpreter
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf])
+@pytest.mark.parametrize("dtype", list(LARGEST), ids=str)
+@torch.no_grad()
+def test_no_pass_hides_a_number_that_is_not_finite(norms: ModuleType, value: float, dtype: torch.dtype) -> None:
+    """The watch over latents sees only what reaches them: a NaN that became the integer 0 does not."""
+    check_only_token_5_is_lost(quantized_with(value, norms, dtype))
+
+
+@torch.no_grad()
+def test_no_head_in_fp8_hides_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the formula; a GPU tests the kernel, because Triton's interpreter cannot write NaN in float8."""
+    monkeypatch.setattr(fused, "_by_kernel", lambda x: False)
+    check_only_token_5_is_lost(heads_with(math.nan, fused))
 
 
 @pytest.mark.parametrize(

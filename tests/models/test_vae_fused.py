@@ -63,3 +63,22 @@ def test_upsample(passes: ModuleType, rate: int) -> None:
     for frame in range(3 * rate):
         part = x[0, frame % rate * 12 :][:12, frame // rate]
         assert torch.equal(out[0, :, frame], part.repeat_interleave(2, 1).repeat_interleave(2, 2))
+
+
+@torch.no_grad()
+def test_kernels_refuse_other_layouts() -> None:
+    """They would read or write other values without an error."""
+    kernels = importlib.import_module("wanfast.runtime.models.vae_kernels")
+    x, gamma = clip_of(8, torch.float32), torch.ones(8)
+    last = vae_fused._positions(x)
+    first = vae_fused._positions(x.clone(memory_format=torch.contiguous_format))
+    for given in ((first, last), (last, first)):
+        with pytest.raises(AssertionError, match="channels of a position must be adjacent"):
+            kernels.rms_norm(*given, gamma, False)
+    with pytest.raises(RuntimeError, match="view size"):  # a copy, into which a kernel would write for nothing
+        vae_fused._positions(x[..., :-1])
+    frames, out = (clip.permute(0, 2, 3, 4, 1)[0] for clip in (x, clip_of(8, torch.float32, 2, 10, 14)))
+    padded = clip_of(12, torch.float32, 2, 10, 14)[:, :8].permute(0, 2, 3, 4, 1)[0]
+    for given in ((frames.transpose(1, 2), out), (frames, padded)):
+        with pytest.raises(AssertionError, match="frames must be contiguous"):
+            kernels.upsample(*given, 1)

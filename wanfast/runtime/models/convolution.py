@@ -15,7 +15,8 @@ Shapes: B batch, C channels, T frames, h w any grid; the memory of a clip is [B,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, TypeAlias, cast
@@ -170,31 +171,42 @@ def _search(problem: _Problem, tensors: Mapping[str, Tensor]) -> _Graph | None:
 
     Returns None if no engine can do it.
     """
-    import cudnn
-
-    graph, roles = _build(problem)
-    engines = {graph.get_plan_name_at_index(index): index for index in range(graph.get_execution_plan_count())}
-    before = _chosen.get(problem.name)
+    before, device = _chosen.get(problem.name), tensors["x"].device.type
     if before == _TORCH:
         return None
+    graph, roles, engines = None, {}, {}
+    with _left_out(device):
+        graph, roles = _build(problem)
+        engines = {graph.get_plan_name_at_index(index): index for index in range(graph.get_execution_plan_count())}
     if before in engines:
         return _with_engine(graph, roles, engines[before])
     best: tuple[float, str, _Graph] | None = None
     for name, index in engines.items():
-        try:
+        with _left_out(device):
             tried = _with_engine(graph, roles, index)
             tried.run(tensors)  # the first run loads the kernel
             seconds = _seconds(tried, tensors)
             if best is None or seconds < _HOPELESS * best[0]:
                 seconds = min(seconds, *(_seconds(tried, tensors) for _ in range(_RUNS - 1)))
-        except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
-            if _is_of_the_device(error, tensors["x"].device.type):
-                raise  # if memory ran out, the caller evicts weights, and the search begins again
-            continue  # a left-out engine, or one that cannot do it
-        if best is None or seconds < best[0]:
-            best = seconds, name, tried
+            if best is None or seconds < best[0]:
+                best = seconds, name, tried
     _chosen[problem.name] = best[1] if best else _TORCH
     return best[2] if best else None
+
+
+@contextmanager
+def _left_out(device: str) -> Iterator[None]:
+    """Suppresses the error of an engine that cannot compute a graph, or of a graph that no engine can compute.
+
+    An error of the device is raised: if memory ran out, the caller evicts weights, and the search begins again.
+    """
+    import cudnn
+
+    try:
+        yield
+    except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
+        if _is_of_the_device(error, device):
+            raise
 
 
 def _is_of_the_device(error: Exception, device: str) -> bool:

@@ -196,7 +196,9 @@ def _store(x, row, out_ptr, scale_ptr, d: tl.constexpr, LARGEST: tl.constexpr, B
     """Stores a row in the dtype of `out_ptr`; LARGEST is the largest value of an 8-bit dtype, or 0 for other dtypes."""
     lanes = tl.arange(0, BLOCK)
     if LARGEST > 0:
-        scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / LARGEST
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # of |x|; as integers they have the order of |x|, NaN last
+        scale = tl.max(bits, 0).to(tl.float32, bitcast=True)  # a maximum of floats would lose NaN
+        scale = tl.maximum(scale, 1e-12, tl.PropagateNan.ALL) / LARGEST
         tl.store(scale_ptr + row, scale)
         x *= 1 / scale
         if out_ptr.dtype.element_ty == tl.int8:  # a cast to int8 truncates
@@ -275,4 +277,4 @@ def _heads_to_fp8(
     if CENTRED:
         x -= tl.load(centre_ptr + lanes, mask, 0.0)
     x /= tl.load(scale_ptr + lanes // HEAD_DIM, mask, 1.0)
-    _store_heads(tl.minimum(tl.maximum(x, -448.0), 448.0), out_ptr, d, PARTS, BLOCK)
+    _store_heads(tl.clamp(x, -448.0, 448.0, tl.PropagateNan.ALL), out_ptr, d, PARTS, BLOCK)

@@ -68,9 +68,13 @@ def _formula(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
 
 
 def _positions(x: Tensor) -> Tensor:
-    """Returns a channels-last [1,C,T,h,w] as [T, h*w, C], or [1,C,h,w] as [1, h*w, C], without a copy."""
+    """Returns a channels-last [1,C,T,h,w] as [T, h*w, C], or [1,C,h,w] as [1, h*w, C].
+
+    The result is a view, because kernels write into it. Raises RuntimeError if the rows of x are not adjacent.
+    """
     rows = x[0].movedim(0, -1)
-    return (rows if rows.dim() == 4 else rows[None]).flatten(1, 2)
+    frames, height, width, channels = rows.shape if rows.dim() == 4 else (1, *rows.shape)
+    return rows.view(frames, height * width, channels)
 
 
 def _by_kernel(x: Tensor) -> bool:

@@ -20,6 +20,7 @@ def rms_norm(x: Tensor, out: Tensor, gamma: Tensor, silu: bool) -> None:
     taken over C.
     """
     frames, positions, channels = x.shape
+    _check_channels(x, out)
     lanes = triton.next_power_of_2(channels)
     rows = max(1, _VALUES // lanes)
     _rms_norm[(triton.cdiv(positions, rows), frames)](
@@ -34,11 +35,18 @@ def upsample(x: Tensor, out: Tensor, rate: int) -> None:
     of `out` is contiguous too, but the stride from frame to frame may be any.
     """
     frames, height, width, channels = x.shape
+    assert x.is_contiguous() and out[0].is_contiguous(), f"frames must be contiguous: {x.stride()}, {out.stride()}"
     channels //= rate
     lanes = triton.next_power_of_2(channels)
     rows = max(1, _VALUES // lanes)
     grid = (triton.cdiv(width, rows), height, frames * rate)
     _upsample[grid](x, out, height, width, out.stride(0), rate, channels, ROWS=rows, LANES=lanes)
+
+
+def _check_channels(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        adjacent = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+        assert adjacent, f"the channels of a position must be adjacent, not of strides {tensor.stride()}"
 
 
 @triton.jit
