@@ -14,6 +14,7 @@ from typing import Any
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.planning.plan import Plan, read_guided
 from wanfast.runtime.store.artifacts import noting, replace_text, writing_to
+from wanfast.runtime.store.sharing import locked
 
 # The plan's fields on which a forward's time depends.
 _ALIKE = (
@@ -42,10 +43,11 @@ def _entry(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _append(index: Path, entries: list[dict[str, Any]]) -> None:
-    if len(_entries(index)) >= 2 * _MOST:
-        replace_text(index, "".join(json.dumps(entry) + "\n" for entry in _entries(index)[-_MOST:]))
-    with writing_to(index), index.open("a", encoding="utf-8") as stream:
-        stream.write("".join(json.dumps(entry) + "\n" for entry in entries))
+    with writing_to(index), locked(index.with_suffix(".lock")):  # else a shortened index loses what others append
+        if len(_entries(index)) >= 2 * _MOST:
+            replace_text(index, "".join(json.dumps(entry) + "\n" for entry in _entries(index)[-_MOST:]))
+        with index.open("a", encoding="utf-8") as stream:
+            stream.write("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def predicted_seconds(plan: Plan) -> float | None:
