@@ -28,8 +28,8 @@ from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.next_step import warmup_command
 from wanfast.runtime.planning.placement import FreeMemory, place
 from wanfast.runtime.planning.plan import resolve
+from wanfast.runtime.planning.progress import LOADING, share_done
 from wanfast.runtime.processes import handle as handle_module
-from wanfast.runtime.store.artifacts import LOADING, share_done
 
 Wanfast = Callable[..., Outcome]
 SHAPE = ("generate", "--model", "tiny", "--device", "cpu", "--frames", "5", "--steps", "2", "--seed", "1")

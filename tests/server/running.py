@@ -20,8 +20,8 @@ import openai
 
 from wanfast.runtime.errors import CancelledError
 from wanfast.runtime.planning import sidecar
+from wanfast.runtime.planning.progress import stage_of_clip
 from wanfast.runtime.processes.handle import Opened, ProgressFn, Video
-from wanfast.runtime.store.artifacts import stage_of_clip
 from wanfast.runtime.store.model_files import TINY
 from wanfast.server import serve as serve_module
 from wanfast.server.app import Parts, create_app

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError
-from wanfast.runtime.store.artifacts import ArtifactStore, Published, key_of, new_run_folder, replace_text, write_synced
+from wanfast.runtime.store.artifacts import ArtifactStore, Published, key_of, replace_text, write_synced
 
 INPUTS = {"text": "Grüße", "n": 3}
 
@@ -206,8 +206,3 @@ def test_two_writers_at_once_write_once(tmp_path: Path) -> None:
         writer.join()
         assert writer.exitcode == 0
     assert (tmp_path / "written").read_text() == "x"
-
-
-def test_run_folders_never_meet(tmp_path: Path) -> None:
-    folders = {new_run_folder(tmp_path, INPUTS) for _ in range(5)}
-    assert len(folders) == 5 and all(folder.is_dir() for folder in folders)

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from wanfast.magcache_calib.measured import clip_file, read_clip, write_clip
 from wanfast.runtime.planning import past_runs
+from wanfast.runtime.processes.run_folder import new_run_folder, write_result
 from wanfast.runtime.store import hub, identity
-from wanfast.runtime.store.artifacts import ArtifactStore, new_run_folder, replace_text, write_result
+from wanfast.runtime.store.artifacts import ArtifactStore, replace_text
 from wanfast.runtime.store.sharing import lock_of, locked, share, who_can_write
 
 GROUP, FIRST, SECOND = 12300, 12345, 65534

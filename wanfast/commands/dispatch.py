@@ -6,6 +6,7 @@ import atexit
 import gc
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,8 @@ from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.plan import Job, Plan
 from wanfast.runtime.processes import cluster
 from wanfast.runtime.processes.launch import RankGroups, num_groups
-from wanfast.runtime.store.artifacts import JOB, RESULT, new_run_folder, noting, write_result, write_synced
+from wanfast.runtime.processes.run_folder import JOB, RESULT, frames_file, new_run_folder, write_result
+from wanfast.runtime.store.artifacts import noting, write_synced
 
 Verb = Literal["generate", "warmup", "calibrate-magcache", "calibrate-attention"]
 VERBS = get_args(Verb)
@@ -97,7 +99,7 @@ def _here(
 
     results: dict[int, Document] = {}
     for index, result in worker_half(_WORKERS[verb])(
-        jobs, Sessions(Ranks(device)), progress=on_progress, folder=folder
+        jobs, Sessions(Ranks(device)), progress=on_progress, frames_of=partial(frames_file, folder)
     ):
         results[index] = result
         with noting():  # this process has the result

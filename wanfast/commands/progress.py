@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from wanfast.runtime.store.artifacts import steps_left
+from wanfast.runtime.planning.progress import steps_left
 
 OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
 

@@ -23,8 +23,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from wanfast.runtime.config import parse_size
 from wanfast.runtime.errors import CancelledError, ConfigError, NotFiniteError, RankFailedError, WanFastError
 from wanfast.runtime.facts.memory import gb
+from wanfast.runtime.planning.progress import share_done
 from wanfast.runtime.processes.handle import ProgressFn, Video
-from wanfast.runtime.store.artifacts import note, share_done
+from wanfast.runtime.store.artifacts import note
 from wanfast.server.files import Files
 from wanfast.server.metrics import Metrics
 from wanfast.server.replies import in_fields, without_paths

@@ -17,15 +17,14 @@ import numpy as np
 
 from wanfast.runtime.engine.pixels import Frame, Frames, FramesFn
 from wanfast.runtime.engine.session import Made, Session, Sessions
-from wanfast.runtime.jobs.loop import ProgressFn, Result, by_step, run_jobs
+from wanfast.runtime.jobs.loop import FrameFileFn, ProgressFn, Result, by_step, run_jobs
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.progress import stage_of_clip
 from wanfast.runtime.planning.share import Share
-from wanfast.runtime.store.artifacts import frames_file, stage_of_clip, writing_to
+from wanfast.runtime.store.artifacts import writing_to
 from wanfast.runtime.store.atomic import atomic_paths
-
-FrameFileFn = Callable[[int], Path]
 
 _FIRST_STAGE = ("drawing the noise", "encoding the image", "encoding the images")  # by the number of images
 
@@ -36,16 +35,14 @@ def run(
     *,
     share: Share = Share(),
     progress: ProgressFn = lambda index, stage, done, total: None,
-    folder: Path,
-    first: int = 0,
+    frames_of: FrameFileFn,
 ) -> Iterator[tuple[int, Result]]:
     """Makes the videos of `jobs`, and yields (index, result) of each job when it is done.
 
-    Jobs that another rank group claims are left to that group. `folder` is the run folder. For a job without
-    an output file, the frames are written into this folder, in a file with the number `first` + index.
+    Jobs that another rank group claims are left to that group. For a job without an output file, the frames are
+    written into the file `frames_of(index)`.
     """
-    work = partial(make_video, frames_of=lambda index: frames_file(folder, first + index))
-    yield from run_jobs(work, jobs, sessions, share, progress)
+    yield from run_jobs(partial(make_video, frames_of=frames_of), jobs, sessions, share, progress)
 
 
 def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, frames_of: FrameFileFn) -> Result:

@@ -37,6 +37,7 @@ from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.facts.choices import BRANCHES, Attention
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.facts.shapes import Geometry
+from wanfast.runtime.jobs.loop import FrameFileFn
 from wanfast.runtime.machine import packages
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.attention_kernels import AttentionFn
@@ -59,8 +60,7 @@ def run(
     *,
     share: Share = Share(),  # a warmup is one job of one group
     progress: Callable[[int, str, int, int], None] = lambda index, stage, done, total: None,
-    folder: Path | None = None,
-    first: int = 0,
+    frames_of: FrameFileFn | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields one pair (0, result), because a warmup is one job.
 

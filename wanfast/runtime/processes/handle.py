@@ -31,7 +31,7 @@ from wanfast.runtime.planning.placement import FreeMemory, check_skips, measure,
 from wanfast.runtime.planning.plan import Plan, earlier_facts, effective, model_of, resolve
 from wanfast.runtime.planning.requests import without_overridden
 from wanfast.runtime.processes.launch import RankGroups
-from wanfast.runtime.store.artifacts import new_run_folder
+from wanfast.runtime.processes.run_folder import new_run_folder
 from wanfast.runtime.store.lora_pairs import is_distilled
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, require_experts

@@ -36,7 +36,7 @@ from wanfast.runtime.planning.share import MOST_LOADS
 from wanfast.runtime.processes.claims import claim, claimed_by, forget
 from wanfast.runtime.processes.failures import error_of_group, was_loading
 from wanfast.runtime.processes.pace import OnProgress, Pace, follow, works
-from wanfast.runtime.store.artifacts import (
+from wanfast.runtime.processes.run_folder import (
     CANCEL,
     CLOSE,
     RANKS,
@@ -44,11 +44,9 @@ from wanfast.runtime.store.artifacts import (
     SETUP,
     batch_file,
     frames_file,
-    note,
-    replace_text,
-    write_synced,
-    writing_to,
+    result_file,
 )
+from wanfast.runtime.store.artifacts import note, replace_text, write_synced, writing_to
 from wanfast.runtime.store.atomic import remove_partials
 
 OnResult = Callable[[int, dict[str, Any]], None]  # (job, its result)
@@ -81,7 +79,7 @@ class _Batch:
         """Removes the files that belong to this batch alone."""
         _remove([run_folder / batch_file(self.number), run_folder / CANCEL / str(self.number)])
         for index in self.indices:
-            _remove([run_folder / RESULTS / f"{index}.json", frames_file(run_folder, index)])
+            _remove([result_file(run_folder, index), frames_file(run_folder, index)])
             forget(run_folder, index)
 
 

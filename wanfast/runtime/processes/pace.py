@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import RanksConfig
-from wanfast.runtime.store.artifacts import PROGRESS, RANKS
+from wanfast.runtime.processes.run_folder import PROGRESS, RANKS
 
 OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
 

@@ -22,9 +22,11 @@ from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, failure
 from wanfast.runtime.machine.host import THREADS
 from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.progress import LOADING
 from wanfast.runtime.processes.launch import RankGroups
+from wanfast.runtime.processes.run_folder import new_run_folder
 from wanfast.runtime.store import model_files
-from wanfast.runtime.store.artifacts import LOADING, new_run_folder, writing_to
+from wanfast.runtime.store.artifacts import writing_to
 
 _WORKER = "wanfast.runtime.jobs.generate"
 

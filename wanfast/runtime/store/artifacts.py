@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
 import os
-import re
 import shutil
 import stat
 import sys
@@ -38,45 +36,6 @@ Damaged = Literal["refuse", "miss"]
 
 MANIFEST = "manifest.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# In a run folder: the first batch of jobs; the results, of all and of each; which rank group took which; how far each
-# is; what ranks left; how ranks are set up; which batches are cancelled; that no batch will follow.
-JOB, RESULT, RESULTS, CLAIMS, PROGRESS, RANKS = "job.json", "result.json", "results", "claims", "progress", "ranks"
-SETUP, CANCEL, CLOSE = "setup.json", "cancel", "close"
-LOADING = "loading the models"  # the stage of a rank group's progress before it can make a video
-_CLIP = re.compile(r"clip (\d+) of (\d+), ")  # before the stages of a clip, whose steps begin at 0 again
-
-
-def stage_of_clip(number: int, num_clips: int, stage: str) -> str:
-    """Returns the name of a stage of one clip; clips count from 1."""
-    return f"clip {number} of {num_clips}, {stage}" if num_clips > 1 else stage
-
-
-def share_done(stage: str, done: int, total: int) -> float:
-    """Returns which share of a video's steps is done; `stage`, `done` and `total` are the progress of one clip."""
-    number, num_clips = clip_of(stage)
-    return (number - 1 + (done / total if total else 0)) / num_clips
-
-
-def steps_left(stage: str, done: int, total: int) -> int:
-    """Returns the number of steps that a video still needs, including the steps of its later clips."""
-    number, num_clips = clip_of(stage)
-    return (num_clips - number) * total + total - done
-
-
-def clip_of(stage: str) -> tuple[int, int]:
-    """Reads (number of the clip, number of clips) from the name of a stage; (1, 1) if the name mentions no clip."""
-    found = _CLIP.match(stage)
-    return (int(found[1]), int(found[2])) if found else (1, 1)
-
-
-def batch_file(number: int) -> str:
-    """Returns a file name in the run folder; the file holds the jobs of batch `number`."""
-    return JOB if number == 0 else f"job-{number:04d}.json"
-
-
-def frames_file(run_folder: Path, index: int) -> Path:
-    """Returns the path of the .npy file with the frames of job `index`; jobs with a video file write no .npy file."""
-    return run_folder / "frames" / f"{index}.npy"
 
 
 @dataclass(frozen=True)
@@ -237,24 +196,6 @@ def key_of(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(_canonical(inputs).encode()).hexdigest()
 
 
-def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
-    """Makes a new folder runs/<UTC time>-<first 8 digits of the key of `inputs`>.
-
-    A number is appended if another run has that name. Raises ConfigError if the folder cannot be made.
-    """
-    stem = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{key_of(inputs)[:8]}"
-    with writing_to(root):
-        (root / "runs").mkdir(parents=True, exist_ok=True)
-        for attempt in itertools.count():
-            folder = root / "runs" / (f"{stem}-{attempt}" if attempt else stem)
-            try:
-                folder.mkdir()
-            except FileExistsError:
-                continue
-            return folder
-    raise AssertionError("unreachable: itertools.count never ends")
-
-
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
     """Raises a ConfigError that names --artifacts-dir if the `with` block raises an OSError.
@@ -310,11 +251,6 @@ def replace_text(path: Path, text: str) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-
-
-def write_result(run_folder: Path, index: int, result: dict[str, Any]) -> None:
-    """Writes the result of one job into the run folder."""
-    replace_text(run_folder / RESULTS / f"{index}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 def _files_below(folder: Path) -> dict[str, dict[str, Any]]:
