@@ -244,7 +244,7 @@ def test_two_users_share_what_is_known_of_weights(shared: Path, monkeypatch: pyt
 
 
 def test_two_users_share_the_folder_of_a_download(shared: Path) -> None:
-    request = hub.Request.of(None, "main", "original", str(shared / "artifacts"))
+    request = hub.DownloadRequest.of(None, "main", "original", str(shared / "artifacts"))
     listing = hub._Listing("c" * 40, {"vae.pth": 3}, {"vae.pth": "0" * 64}, {})
 
     def fetch() -> None:

@@ -18,8 +18,9 @@ from wanfast.runtime.engine.session import Session
 from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.facts.densities import LADDER, Densities, bands_of
 from wanfast.runtime.facts.sparsity import list_length
-from wanfast.runtime.jobs.loop import ProgressFn, by_step, measuring
+from wanfast.runtime.jobs.loop import by_step, measuring
 from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.progress import ProgressFn
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:

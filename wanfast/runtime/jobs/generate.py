@@ -17,11 +17,11 @@ import numpy as np
 
 from wanfast.runtime.engine.pixels import Frame, Frames, FramesFn
 from wanfast.runtime.engine.session import Made, Session, Sessions
-from wanfast.runtime.jobs.loop import FrameFileFn, ProgressFn, Result, by_step, run_jobs
+from wanfast.runtime.jobs.loop import FrameFileFn, Result, by_step, run_jobs
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job, Plan
-from wanfast.runtime.planning.progress import stage_of_clip
+from wanfast.runtime.planning.progress import ProgressFn, StageFn, stage_of_clip
 from wanfast.runtime.planning.share import Share
 from wanfast.runtime.store.artifacts import writing_to
 from wanfast.runtime.store.atomic import atomic_paths
@@ -66,7 +66,7 @@ def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, 
 def _make_clip(
     job: Job,
     session: Session,
-    progress: Callable[[str, int, int], None],
+    progress: StageFn,
     joined: Joined,
     stage_of: Callable[[str], str],
 ) -> Made:

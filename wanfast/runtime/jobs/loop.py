@@ -33,11 +33,10 @@ from wanfast.runtime.errors import (
 )
 from wanfast.runtime.facts.choices import Expert
 from wanfast.runtime.planning.plan import Job
-from wanfast.runtime.planning.progress import LOADING
+from wanfast.runtime.planning.progress import LOADING, ProgressFn, StageFn
 from wanfast.runtime.planning.share import MOST_LOADS, Share
 
 Result = dict[str, Any]  # the verb's document, or {"error", "exit_code"}
-ProgressFn = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
 FrameFileFn = Callable[[int], Path]  # (job) -> the file of its frames, if the job has no output file
 WorkFn = Callable[[int, Job, Session, ProgressFn], Result]
 
@@ -73,7 +72,7 @@ def measuring(measure: WorkFn) -> Callable[..., Iterator[tuple[int, Result]]]:
     return run
 
 
-def by_step(progress: Callable[[str, int, int], None], steps: int) -> Callable[[int, Expert], None]:
+def by_step(progress: StageFn, steps: int) -> Callable[[int, Expert], None]:
     """Returns a function that reports each step of denoising, with the name of the step's expert as the stage."""
     return lambda done, expert: progress(expert.replace("_", " "), done, steps)
 

@@ -45,6 +45,7 @@ from wanfast.runtime.models.bricks import RASTER
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.progress import ProgressFn
 from wanfast.runtime.planning.share import Share
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
@@ -59,7 +60,7 @@ def run(
     sessions: Sessions,
     *,
     share: Share = Share(),  # a warmup is one job of one group
-    progress: Callable[[int, str, int, int], None] = lambda index, stage, done, total: None,
+    progress: ProgressFn = lambda index, stage, done, total: None,
     frames_of: FrameFileFn | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields one pair (0, result), because a warmup is one job.

@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from wanfast.runtime.models.block_sparse import BlockLists
-from wanfast.runtime.models.fused import HAS_KERNELS
+from wanfast.runtime.models.kernels import HAS_KERNELS
 
 if HAS_KERNELS:
     from wanfast.runtime.models import router_kernel

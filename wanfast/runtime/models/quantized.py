@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanfast.runtime.facts.choices import Scheme
-from wanfast.runtime.models.fused import HAS_KERNELS, linear_gelu, quantize_tokens
+from wanfast.runtime.models.fused import linear_gelu, quantize_tokens
+from wanfast.runtime.models.kernels import HAS_KERNELS
 from wanfast.runtime.models.tokens import QuantizedTokens, Tokens, rows_of
 
 if HAS_KERNELS:

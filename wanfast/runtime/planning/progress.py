@@ -1,4 +1,4 @@
-"""Names the stages of a job, and says which part of a video is done at a step of a stage.
+"""Names the stages of a job, says which part of a video is done at a step of a stage, and types the callbacks.
 
 This module does not import torch.
 """
@@ -6,6 +6,13 @@ This module does not import torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
+
+Progress = tuple[str, int, int]  # (stage, steps done, of all steps)
+StageFn = Callable[[str, int, int], None]  # takes the progress of one video
+ProgressFn = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
+ResultFn = Callable[[int, dict[str, Any]], None]  # (job, its document, or its error)
 
 LOADING = "loading the models"  # the stage of a rank group's progress before it can make a video
 _CLIP = re.compile(r"clip (\d+) of (\d+), ")  # before the stages of a clip, whose steps begin at 0 again

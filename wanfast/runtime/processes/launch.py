@@ -32,10 +32,11 @@ from wanfast.runtime.errors import (
     failure,
 )
 from wanfast.runtime.machine.signals import FIRST_BATCH, PARENT
+from wanfast.runtime.planning.progress import ProgressFn, ResultFn
 from wanfast.runtime.planning.share import MOST_LOADS
 from wanfast.runtime.processes.claims import claim, claimed_by, forget
 from wanfast.runtime.processes.failures import error_of_group, was_loading
-from wanfast.runtime.processes.pace import OnProgress, Pace, follow, works
+from wanfast.runtime.processes.pace import Pace, follow, works
 from wanfast.runtime.processes.run_folder import (
     CANCEL,
     CLOSE,
@@ -48,8 +49,6 @@ from wanfast.runtime.processes.run_folder import (
 )
 from wanfast.runtime.store.artifacts import note, replace_text, write_synced, writing_to
 from wanfast.runtime.store.atomic import remove_partials
-
-OnResult = Callable[[int, dict[str, Any]], None]  # (job, its result)
 
 _IMPORTED_FROM = Path(__file__).absolute().parents[3]  # at import, because the working folder may change
 _PAUSE_S = 0.1
@@ -124,8 +123,8 @@ class RankGroups:
         jobs: list[dict[str, Any]],
         outputs: list[Path],
         *,
-        on_result: OnResult,
-        on_progress: OnProgress,
+        on_result: ResultFn,
+        on_progress: ProgressFn,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> list[dict[str, Any]]:
         """Runs a batch of jobs and returns their results in the order of `jobs`; dead rank groups are restarted first.
@@ -201,7 +200,7 @@ class RankGroups:
         return batch
 
     def _watch(
-        self, batch: _Batch, on_result: OnResult, on_progress: OnProgress, cancelled: Callable[[], bool]
+        self, batch: _Batch, on_result: ResultFn, on_progress: ProgressFn, cancelled: Callable[[], bool]
     ) -> list[dict[str, Any]]:
         """Waits for a batch and returns the result of every job, in order; `run` has the details."""
         results: dict[int, dict[str, Any]] = {}

@@ -39,7 +39,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
-class Published:
+class Artifact:
     """This class names an artifact's folder, and says whether `publish` made the artifact or found it in the store."""
 
     folder: Path
@@ -100,7 +100,7 @@ class ArtifactStore:
         *,
         waiting: Callable[[], None] = lambda: None,
         damaged: Damaged = "refuse",
-    ) -> Published:
+    ) -> Artifact:
         """Calls `write(folder)` to fill a new folder, and publishes the folder completely or not at all.
 
         All users who may read the store may read the folder. If another writer published the artifact first, returns
@@ -115,13 +115,13 @@ class ArtifactStore:
                 if os.path.lexists(folder):
                     try:
                         _check(folder, kind, inputs, _fix(damaged), verify=damaged == "miss")
-                        return Published(folder, made_here=False)
+                        return Artifact(folder, made_here=False)
                     except CorruptArtifactError:
                         if damaged == "refuse":
                             raise
                         remove(folder)
                 _fill(folder, kind, inputs, write, versions or {})
-        return Published(folder, made_here=True)
+        return Artifact(folder, made_here=True)
 
     def discard(self, kind: str, inputs: dict[str, Any]) -> None:
         """Removes an artifact that is undamaged but useless. Raises ConfigError if the store cannot be written."""
