@@ -315,7 +315,7 @@ def _noted() -> Iterator[None]:
 def _patiently(change: Callable[[], T]) -> T | None:
     """Returns the result of a call of the database; None if the database has not answered for some time.
 
-    Then the job's lease ends, and the job is made again.
+    Then the job's lease ends, and its video is made again.
     """
     ends = time.monotonic() + _DATABASE_S
     while time.monotonic() < ends:
