@@ -65,7 +65,7 @@ class AttentionWay:
     target_error: float | None = None  # of its calibration
 
     def plan(self, judge: Judge, index: int) -> Plan:
-        """Returns the plan of the video from held-out pair number `index`; a pair is an image and a prompt."""
+        """Returns the plan of the video from the held-out pair at `index`; a pair is an image and a prompt."""
         config = judge.config.replace(seed=index, **self.options)
         return Plan.of(config, judge.files.spec, (SIDE, SIDE), densities=self.densities)
 

@@ -113,13 +113,13 @@ def _plan_of(job: Job, made: list[Made]) -> Plan:
     return dataclasses.replace(plan, config=plan.config.replace(prompt=job.config.video.prompt))
 
 
-def facts_of(made: list[Made]) -> dict[str, Any]:
+def figures_of(made: list[Made]) -> dict[str, Any]:
     """Returns the figures of the whole video: sums of the clips' seconds, and the largest memory and errors."""
-    facts, *_ = every = [clip.facts for clip in made]
+    figures, *_ = every = [clip.figures for clip in made]
     stages = dict.fromkeys(stage for each in every for stage in each["seconds"])
     checks = [each["attention_check"] for each in every if each["attention_check"]]
     peaks = zip(*(each["peak_memory_bytes_by_rank"] for each in every), strict=True)
-    return facts | {
+    return figures | {
         "seconds": {stage: sum(each["seconds"].get(stage, 0.0) for each in every) for stage in stages},
         "attention_check": max(checks, key=lambda check: check["largest"] or 0.0, default=None),
         "compiled_anew": sum(each["compiled_anew"] for each in every),
@@ -129,8 +129,8 @@ def facts_of(made: list[Made]) -> dict[str, Any]:
 
 
 def _write(plan: Plan, made: list[Made], joined: Joined, recording: sidecar.Recording, file: Path) -> Result:
-    facts = facts_of(made)
-    document = sidecar.with_seconds(sidecar.planned(plan), facts, facts["seconds"])
+    figures = figures_of(made)
+    document = sidecar.with_seconds(sidecar.planned(plan), figures, figures["seconds"])
     frames = joined.whole() if plan.config.video.total_frames > plan.geometry.frames else made[0].frames
     assert frames is not None
     if plan.outputs:

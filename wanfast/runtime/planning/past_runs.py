@@ -22,7 +22,7 @@ _ALIKE = (
     "expert_offload",
 )  # fmt: skip
 _OF_ATTENTION = ("sparsity", "fp8_attention")  # which calls of lossy attention are lossy
-_INDEX = "runs/past.jsonl"  # a line for each video that was made: its shape, and the seconds of a forward
+_INDEX = "runs/past.jsonl"  # a row for each video that was made: its shape, and the seconds of a forward
 _MOST = 500  # videos that the index keeps
 
 
@@ -77,11 +77,11 @@ def _entries(index: Path) -> Sequence[dict[str, Any]]:
 
 @lru_cache(maxsize=2)
 def _read(index: Path, mtime_ns: int, size: int) -> Sequence[dict[str, Any]]:
-    """Reads the index once for all lines of a list; skips a line that is no complete entry."""
+    """Reads the index once for all lines of a list; skips a row that is no complete entry."""
     entries = []
-    for line in index.read_text(encoding="utf-8", errors="replace").splitlines():
+    for row in index.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            entry = json.loads(line)
+            entry = json.loads(row)
         except (ValueError, RecursionError):
             continue
         is_whole = isinstance(entry, dict) and {*_ALIKE, "attention", "machine", "seconds_a_forward"} <= entry.keys()

@@ -36,6 +36,6 @@ def steps_left(stage: str, done: int, total: int) -> int:
 
 
 def clip_of(stage: str) -> tuple[int, int]:
-    """Reads (number of the clip, number of clips) from the name of a stage; (1, 1) if the name mentions no clip."""
+    """Reads (which clip, counted from 1; number of clips) from a stage's name; (1, 1) if the name mentions no clip."""
     found = _CLIP.match(stage)
     return (int(found[1]), int(found[2])) if found else (1, 1)

@@ -25,7 +25,7 @@ CLOSE = "close"  # exists if no batch will follow
 
 
 def batch_file(number: int) -> str:
-    """Returns a file name in the run folder; the file holds the jobs of batch `number`."""
+    """Returns a file name in the run folder; the file holds the jobs of batch `number`, counted from 0."""
     return JOB if number == 0 else f"job-{number:04d}.json"
 
 

@@ -165,7 +165,7 @@ def _check(folder: Path, kind: str, inputs: dict[str, Any], fix: str, *, verify:
     manifest = read_object(folder / MANIFEST, fix)
     with foreign(str(folder / MANIFEST), fix, CorruptArtifactError):
         made = manifest["kind"], manifest["key"], manifest["inputs"]
-        listed = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        listed = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
     with foreign(str(folder), fix, CorruptArtifactError):
         stats = {path: path.lstat() for path in folder.rglob("*")}
     sizes = _sizes(folder, stats)
@@ -254,7 +254,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _files_below(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns the facts of each file below a folder, synced; raises ValueError for a link or another thing."""
+    """Syncs each file below a folder, and returns its bytes and sha256; raises ValueError for a link or other thing."""
     files = {}
     for name, size in sorted(_sizes(folder, {path: path.lstat() for path in folder.rglob("*")}).items()):
         if size is None:

@@ -1,7 +1,7 @@
 """Finds LoRA files, computes their hashes, reads their headers, and checks for which experts the files are.
 
 A LoRA is named by --lora, --lora-high-noise or --lora-low-noise. Its tensors are matched with the model's tensors only
-when an expert is loaded, because the model's names and shapes are facts of `models.dit`.
+when an expert is loaded, because only `models.dit` knows their names and shapes.
 This module does not import torch.
 """
 
