@@ -22,7 +22,7 @@ def write_expert(root: Path, spec: DiTSpec) -> model_files.ModelFiles:
     model = WanDiT(spec, torch.float32)
     randomise(model, seed=1)
     folder = root / "high_noise_model"
-    checkpoint.save(model, folder / "whole.safetensors", component="dit", layout="original")
+    checkpoint.save(model, folder / "whole.safetensors", network="dit", layout="original")
     (folder / "config.json").write_text(json.dumps(sparse_model.config(spec)))
     return model_files.locate(str(root), str(root.parent))
 

@@ -41,15 +41,15 @@ TEXT_SPEC = dataclasses.replace(  # of the kind that makes videos from text alon
 
 def write_small_model(folder: Path, spec: ModelSpec = SPEC) -> Path:
     weights = "diffusion_pytorch_model.safetensors"
-    parts: tuple[tuple[nn.Module, checkpoint.Component, str], ...] = (
+    parts: tuple[tuple[nn.Module, checkpoint.Network, str], ...] = (
         (WanDiT(spec.dit), "dit", f"transformer/{weights}"),
         (WanDiT(spec.dit), "dit", f"transformer_2/{weights}"),
         (WanVAE(SPEC.vae), "vae", f"vae/{weights}"),
         (UMT5Encoder(SPEC.umt5), "umt5", "text_encoder/model.safetensors"),
     )
-    for seed, (module, component, file) in enumerate(parts):
+    for seed, (module, network, file) in enumerate(parts):
         randomise(module.float(), seed)
-        checkpoint.save(module, folder / file, component=component, layout="diffusers")
+        checkpoint.save(module, folder / file, network=network, layout="diffusers")
     (folder / "tokenizer").mkdir()
     shutil.copy(TINY / "tokenizer/tokenizer.json", folder / "tokenizer")
     (folder / "wanfast.json").write_text(json.dumps(spec.to_json()))

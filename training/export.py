@@ -24,8 +24,8 @@ def export(spec: ModelSpec, model: TinyModel, vae: WanVAE, folder: Path) -> None
         (vae, "vae", f"vae/{WEIGHTS}"),
         (model.umt5, "umt5", "text_encoder/model.safetensors"),
     )
-    for network, component, file in parts:
-        checkpoint.save(network, folder / file, component=component, layout="diffusers", dtype=torch.bfloat16)
+    for module, network, file in parts:
+        checkpoint.save(module, folder / file, network=network, layout="diffusers", dtype=torch.bfloat16)
     (folder / "wanfast.json").write_text(json.dumps(spec.to_json(), indent=2) + "\n")
     (folder / "tokenizer").mkdir(exist_ok=True)
     shutil.copy(TINY / "tokenizer/tokenizer.json", folder / "tokenizer/tokenizer.json")

@@ -15,6 +15,8 @@ from tests.configs import effective_config
 from tests.conftest import Machine, Outcome
 from wanfast.attention_calib import calibrate
 from wanfast.runtime.config import of_command
+from wanfast.runtime.engine import attention_probe
+from wanfast.runtime.engine.session import Session
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.densities import LADDER
 from wanfast.runtime.jobs.loop import measuring
@@ -136,6 +138,32 @@ def test_float8_needs_its_package_on_a_gpu(
     assert f"note: --attention-plan {key}: {words}" in wanfast(*PLANNED, "--device", "cuda", "--dry-run").err
     calibration = wanfast(*CALIBRATE, "--fp8", "--device", "cuda")
     assert calibration.exit_code == 2 and f"--fp8: {words}" in calibration.err
+
+
+def test_float8_is_refused_before_a_clip_is_denoised(
+    wanfast: Wanfast, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_probe, "runs_fp8", lambda *asked: False)
+    monkeypatch.setattr(Session, "latent", lambda *arguments: Path("denoised").touch())
+    outcome = wanfast(*CALIBRATE, "--fp8")
+    assert outcome.exit_code == 2 and "--fp8: heads in float8 need the kernel fa3-fp8" in outcome.err
+    assert not Path("denoised").exists()
+
+
+def test_a_plan_is_made_of_all_clips_or_not_at_all(
+    wanfast: Wanfast, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second clip's errors lack those in float8, as another calibration on another machine leaves them."""
+
+    def measure(index: int, job: Job, *arguments: Any) -> dict[str, Any]:
+        lengths = 6 if "jumps" in job.config.video.prompt else 5
+        return {"errors": [[[[0.01] * lengths] * 2] * 5] * 3, "seconds": 1.0}
+
+    measure_by(monkeypatch, measure)
+    outcome = wanfast(*CALIBRATE, "--fp8")
+    assert outcome.exit_code == 3 and "a clip's measurements are missing or incomplete" in outcome.err
+    assert not list(Path("artifacts", KIND).glob("*/manifest.json"))
+    assert wanfast(*CALIBRATE).document["clips"] == 2
 
 
 def test_a_run_that_was_cut_off_goes_on(

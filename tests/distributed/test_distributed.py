@@ -205,8 +205,8 @@ def test_ranks_free_cuda_graphs_before_they_part(monkeypatch: pytest.MonkeyPatch
 
 def test_ulysses_is_the_fastest_axis_of_a_rank_group() -> None:
     mesh = Mesh(replica=2, cfg=2, ulysses=4)
-    assert mesh.lines("ulysses") == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert mesh.lines("cfg") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert mesh.neighbours("ulysses") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert mesh.neighbours("cfg") == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
 def test_what_the_leader_has_goes_to_each_rank_once() -> None:

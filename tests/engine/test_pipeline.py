@@ -56,15 +56,15 @@ def write_original(files: ModelFiles, folder: Path) -> None:
     for expert in ("high_noise", "low_noise"):
         model = build_expert(files, expert, "fp32", Ranks("cpu"))
         place = folder / f"{expert}_model"
-        checkpoint.save(model, place / "whole.safetensors", component="dit", layout="original")
+        checkpoint.save(model, place / "whole.safetensors", network="dit", layout="original")
         split_into_shards(place / "whole.safetensors")
     checkpoint.save(
         build_umt5(files, "fp32", Ranks("cpu")),
         folder / "models_t5_umt5-xxl-enc-bf16.pth",
-        component="umt5",
+        network="umt5",
         layout="original",
     )
-    checkpoint.save(build_vae(files, "cpu"), folder / "Wan2.1_VAE.pth", component="vae", layout="original")
+    checkpoint.save(build_vae(files, "cpu"), folder / "Wan2.1_VAE.pth", network="vae", layout="original")
     (folder / "google/umt5-xxl").mkdir(parents=True)
     shutil.copy(files.tokenizer, folder / "google/umt5-xxl/tokenizer.json")
     (folder / "wanfast.json").write_text(json.dumps(files.spec.to_json()))

@@ -205,7 +205,7 @@ def test_ranks_without_the_kernel_of_float8_refuse_its_plan(planned: Planned, mo
     opened = session.Session.open(plan.config, Ranks("cpu"))
     assert opened.plan(plan.job())[0].sparsity is not None
     monkeypatch.setattr(attention_probe, "runs_fp8", lambda *a: False)
-    with pytest.raises(ConfigError, match="--attention-plan: this plan has heads in float8, but the kernel fa3-fp8"):
+    with pytest.raises(ConfigError, match="--attention-plan: heads in float8 need the kernel fa3-fp8"):
         opened.plan(plan.job())
     monkeypatch.setattr(session, "densities_of", lambda config, files: None)
     opened.plan(plan.job())

@@ -43,7 +43,9 @@ def run(
         if ends(states):
             raise CancelledError
 
-    ((_, result),) = generate.run([job], sessions, progress=progress, folder=Path.cwd())
+    ((_, result),) = generate.run(
+        [job], sessions, progress=progress, frames_of=lambda index: Path(f"frames/{index}.npy")
+    )
     return result, states
 
 

@@ -22,14 +22,14 @@ from wanfast.commands import dispatch, warmup
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.engine import session as session_module
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.jobs.generate import facts_of
+from wanfast.runtime.jobs.generate import figures_of
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.next_step import warmup_command
 from wanfast.runtime.planning.placement import FreeMemory, place
 from wanfast.runtime.planning.plan import resolve
+from wanfast.runtime.planning.progress import LOADING, share_done
 from wanfast.runtime.processes import handle as handle_module
-from wanfast.runtime.store.artifacts import LOADING, share_done
 
 Wanfast = Callable[..., Outcome]
 SHAPE = ("generate", "--model", "tiny", "--device", "cpu", "--frames", "5", "--steps", "2", "--seed", "1")
@@ -155,18 +155,18 @@ def test_the_size_is_exactly_that_of_the_earlier_video(wanfast: Wanfast) -> None
     assert (plan["width"], plan["height"]) == (832, 480)
 
 
-def test_the_facts_of_clips_are_summed_or_the_largest() -> None:
+def test_the_figures_of_clips_are_summed_or_the_largest() -> None:
     def clip(seconds: dict[str, float], peaks: list[int], anew: int, check: dict[str, float] | None) -> Any:
         memory = {"peak_memory_bytes": max(peaks), "peak_memory_bytes_by_rank": peaks}
-        facts = {"seconds": seconds, "compiled_anew": anew, "attention_check": check, "first_step_s": anew + 1}
-        return SimpleNamespace(facts={**facts, **memory})
+        figures = {"seconds": seconds, "compiled_anew": anew, "attention_check": check, "first_step_s": anew + 1}
+        return SimpleNamespace(figures={**figures, **memory})
 
     first = clip({"load": 4.0, "decode": 1.0}, [5, 2], 3, {"largest": 0.1})
-    found = facts_of([first, clip({"decode": 2.0, "text": 0.5}, [4, 3], 1, {"largest": 0.2})])
+    found = figures_of([first, clip({"decode": 2.0, "text": 0.5}, [4, 3], 1, {"largest": 0.2})])
     assert found["seconds"] == {"load": 4.0, "decode": 3.0, "text": 0.5}
     assert (found["peak_memory_bytes"], found["peak_memory_bytes_by_rank"]) == (5, [5, 3])
     assert (found["compiled_anew"], found["attention_check"], found["first_step_s"]) == (4, {"largest": 0.2}, 4)
-    assert facts_of([clip({"load": 4.0}, [5], 0, None)])["attention_check"] is None
+    assert figures_of([clip({"load": 4.0}, [5], 0, None)])["attention_check"] is None
 
 
 def test_values_that_the_earlier_video_has_are_taken(wanfast: Wanfast, old: Path) -> None:

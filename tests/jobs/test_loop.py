@@ -18,7 +18,7 @@ def test_a_calibration_measures_each_job_of_its_share(monkeypatch: pytest.Monkey
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(loop, "run_jobs", lambda *given: asked.append(given) or iter([(0, {"seconds": 1})]))
     share, jobs, sessions = Share(1, 2), [object()], object()
-    assert list(worker.run(jobs, sessions, share=share, progress=print, first=3)) == [(0, {"seconds": 1})]
+    assert list(worker.run(jobs, sessions, share=share, progress=print)) == [(0, {"seconds": 1})]
     assert asked == [(worker.measure, jobs, sessions, share, print)]
     assert inspect.signature(worker.run).parameters.keys() == inspect.signature(generate.run).parameters.keys()
 

@@ -39,7 +39,7 @@ from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning import requests
 from wanfast.runtime.planning.next_step import warmup_command
 from wanfast.runtime.store import attention_plans, code, model_files
-from wanfast.runtime.store.artifacts import ArtifactStore, Published, key_of
+from wanfast.runtime.store.artifacts import Artifact, ArtifactStore, key_of
 
 Wanfast = Callable[..., Outcome]
 ROOT = Path(__file__).parents[2]
@@ -205,7 +205,7 @@ def test_a_warmup_computes_the_densities_of_its_plan(workdir: Path, monkeypatch:
     )
     seen: list[Any] = []
     monkeypatch.setattr(rank_half, "_forward", lambda plan, *a: seen.append(plan.sparsity))
-    monkeypatch.setattr(rank_half, "save_caches", lambda store, inputs, ranks: Published(workdir, made_here=True))
+    monkeypatch.setattr(rank_half, "save_caches", lambda store, inputs, ranks: Artifact(workdir, made_here=True))
     monkeypatch.setattr(attention_probe, "require_fp8", lambda *a: seen.append("fp8"))
     job = dataclasses.replace(plan.job(), image_size=image_size)
     rank_half._warm(job, Ranks("cpu"), lambda stage: None)

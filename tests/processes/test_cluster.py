@@ -26,7 +26,7 @@ from wanfast.runtime.errors import ConfigError, MissingArtifactError, RankFailed
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job, Plan
 from wanfast.runtime.processes import cluster
-from wanfast.runtime.processes.remote import Made
+from wanfast.runtime.processes.remote import Delivered
 from wanfast.runtime.store import model_files
 
 TINY = ("--model", "tiny", "--device", "cpu", "--image", "cat.png", "--prompt", "a cat", "--size", "64x64")
@@ -71,7 +71,7 @@ class Machine:
             return found or self.make(*arguments)
         return ("high noise", 1, 2) if method == "state" else None
 
-    def make(self, document: dict[str, Any], images: dict[str, bytes]) -> Made:
+    def make(self, document: dict[str, Any], images: dict[str, bytes]) -> Delivered:
         config = Job.from_json(document).config
         self.made.append(Path(str(config.output.output)).stem)
         plan = Plan.of(config, model_files.locate_for(config.models).spec, (64, 48))
@@ -80,7 +80,7 @@ class Machine:
         made = sidecar.with_seconds(sidecar.planned(plan), facts, seconds)
         moved = config.video.with_images({"--image": "/there/image.png"})
         there = sidecar.moved(made, OutputConfig(output="/there/video.mp4"), moved)
-        return Made(there, (b"mp4 " + images["--image"][:4],))
+        return Delivered(there, (b"mp4 " + images["--image"][:4],))
 
 
 class Ray:
@@ -156,8 +156,8 @@ def on(wanfast: Wanfast, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     return run
 
 
-def lost(error: Exception | None = None) -> Made:
-    return Made(failure(RankFailedError(str(error or "rank 0 was killed by SIGKILL"))), is_lost=True)
+def lost(error: Exception | None = None) -> Delivered:
+    return Delivered(failure(RankFailedError(str(error or "rank 0 was killed by SIGKILL"))), is_lost=True)
 
 
 def test_lines_go_to_all_machines_and_the_files_to_the_caller(on: Any, workdir: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_machine_that_fails_again_and_again_gets_no_more_lines(on: Any) -> Non
 
 
 def test_a_line_that_is_wrong_is_not_tried_again(on: Any) -> None:
-    a = Machine("a", lines=[Made(failure(ConfigError("--image: the file changed")))])
+    a = Machine("a", lines=[Delivered(failure(ConfigError("--image: the file changed")))])
     outcome, _ = on(a, lines=2)
     assert outcome.exit_code == 6 and a.made == ["1"]
 
@@ -235,7 +235,7 @@ LOST = "--ray: a was lost (ActorDiedError): run this command again with --skip-e
 
 
 def test_when_the_last_machine_is_lost_the_lines_say_so(on: Any) -> None:
-    outcome, _ = on(Machine("a", lines=[Made(failure(ConfigError("bad"))), ActorDiedError("gone")]), lines=3)
+    outcome, _ = on(Machine("a", lines=[Delivered(failure(ConfigError("bad"))), ActorDiedError("gone")]), lines=3)
     errors = [result["error"] for result in outcome.document["results"]]
     assert outcome.exit_code == 6 and errors == ["bad", *[LOST] * 2]
 
@@ -257,7 +257,7 @@ def test_a_bug_of_an_actor_keeps_its_traceback_and_ends_the_others(on: Any) -> N
 
 def test_a_file_that_cannot_be_written_costs_its_line(on: Any, workdir: Path) -> None:
     class Blocks(Machine):
-        def make(self, document: dict[str, Any], images: dict[str, bytes]) -> Made:
+        def make(self, document: dict[str, Any], images: dict[str, bytes]) -> Delivered:
             (workdir / "0.mp4").write_text("another program's")
             return super().make(document, images)
 

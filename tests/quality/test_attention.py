@@ -61,13 +61,13 @@ def test_a_calibrated_plan_has_the_least_target_of_its_cost(judge: tiny.Judge) -
     assert density_at(0.999 * way.target_error, way, judge, measured) > 0.75
 
 
-def density_of(way: attention.Way, judge: tiny.Judge) -> float:
+def density_of(way: attention.AttentionWay, judge: tiny.Judge) -> float:
     sparsity = way.plan(judge, 0).sparsity
     assert sparsity is not None
     return sparsity.density
 
 
-def density_at(target: float, way: attention.Way, judge: tiny.Judge, measured: list[dict[str, Any]]) -> float:
+def density_at(target: float, way: attention.AttentionWay, judge: tiny.Judge, measured: list[dict[str, Any]]) -> float:
     assert way.densities is not None
     by_band = chosen(measured, target, fp8=False)["densities"]
     plan = Densities(bands=way.densities.bands, by_band=tuple(tuple(map(tuple, layers)) for layers in by_band))

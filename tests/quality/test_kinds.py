@@ -15,7 +15,7 @@ import torch
 
 from tests.small_pack import write_pack
 from wanfast.quality import kinds, tiny
-from wanfast.quality.kinds import CLIPS, Frames, Task, chain_figures, goes_on
+from wanfast.quality.kinds import CLIPS, Frames, KindTask, chain_figures, goes_on
 from wanfast.quality.photographs import Photographs
 from wanfast.quality.world import Renderer, Scene, camera_scene, draw_scene
 from wanfast.runtime.engine.pixels import of_frame, to_uint8
@@ -120,7 +120,7 @@ def test_a_clip_starts_from_the_last_frame_of_the_one_before(
         return video
 
     monkeypatch.setattr(judge, "by_plan", recorded)
-    row = kinds.judged(judge, Task("chain", "camera", 1))
+    row = kinds.judged(judge, KindTask("chain", "camera", 1))
     scene, truth = judge.held_out(1, "camera")
     assert [(seed, prompt) for seed, prompt, _, _ in made] == [(1 + clip, scene.caption) for clip in range(CLIPS)]
     assert torch.equal(made[0][2], truth[:, 0])
@@ -131,7 +131,7 @@ def test_a_clip_starts_from_the_last_frame_of_the_one_before(
 
 
 def test_a_last_image_is_given_or_not(judge: tiny.Judge) -> None:
-    row = kinds.judged(judge, Task("between", "shape", 2))
+    row = kinds.judged(judge, KindTask("between", "shape", 2))
     assert row["psnr"] != row["psnr_without"]  # same noise and prompt, so the last image made the difference
     near = {**row, "psnr": 25.0, "psnr_without": 24.9}
     found = kinds.summarise([near], judge.settings, 1.0)["between"]["shape"]
@@ -153,7 +153,7 @@ def test_the_command_writes_what_it_prints(
 ) -> None:
     scene = scene_that("circle")
 
-    def judge_all(judged: Any, tasks: list[Task], settings: tiny.Settings, processes: int, *, every: int) -> Any:
+    def judge_all(judged: Any, tasks: list[KindTask], settings: tiny.Settings, processes: int, *, every: int) -> Any:
         assert (judged, settings.side, processes, len(tasks)) == (kinds.judged, 64, 3, 3)
         near = {"kind": "between", "mover": "shape", "asked": "up", "shown": "up", "psnr": 30.0, "psnr_without": 20.0}
         return [near, near, chain_row(true_chain(scene), scene)]

@@ -20,8 +20,8 @@ import openai
 
 from wanfast.runtime.errors import CancelledError
 from wanfast.runtime.planning import sidecar
-from wanfast.runtime.processes.handle import Opened, ProgressFn, Video
-from wanfast.runtime.store.artifacts import stage_of_clip
+from wanfast.runtime.planning.progress import StageFn, stage_of_clip
+from wanfast.runtime.processes.handle import Opened, Video
 from wanfast.runtime.store.model_files import TINY
 from wanfast.server import serve as serve_module
 from wanfast.server.app import Parts, create_app
@@ -29,7 +29,7 @@ from wanfast.server.checks import Checks, Served
 from wanfast.server.files import Files
 from wanfast.server.keys import Keys
 from wanfast.server.metrics import Metrics
-from wanfast.server.serve import Settings
+from wanfast.server.serve import ServerSettings
 from wanfast.server.store import Store
 from wanfast.server.worker import Worker
 
@@ -56,7 +56,7 @@ class StandIn:
         self.cancelled = threading.Event()
         self.closed = False
 
-    def make(self, *, on_progress: ProgressFn, **options: Any) -> Video:
+    def make(self, *, on_progress: StageFn, **options: Any) -> Video:
         plan = self.opened.plan(options)
         if options["prompt"] != WARM_UP:
             picture = Path(options["image"]).read_bytes() if "image" in options else b""
@@ -192,7 +192,7 @@ def running(
 ) -> Iterator[Running]:
     """Runs a server until the block ends; `waits`: until it is ready."""
     opened = Opened.of({**options, "artifacts_dir": str(folder / "artifacts")})
-    settings = Settings(host="127.0.0.1", port=0, data_dir=folder / "data")
+    settings = ServerSettings(host="127.0.0.1", port=0, data_dir=folder / "data")
     served, files, store = (
         Served.of(opened, defaults, max_clips),
         Files(settings.data_dir),

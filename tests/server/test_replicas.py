@@ -26,7 +26,7 @@ from wanfast.runtime.processes.handle import Opened
 from wanfast.server import replicas, serve
 from wanfast.server.keys import Keys
 from wanfast.server.replicas import Replica
-from wanfast.server.serve import Settings
+from wanfast.server.serve import ServerSettings
 from wanfast.server.store import NewJob
 
 __all__ = ["isolated"]
@@ -50,7 +50,7 @@ def makers(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
 
 
 def replica(folder: Path) -> Replica:
-    settings = Settings(host="127.0.0.1", port=8000, data_dir=folder / "data")
+    settings = ServerSettings(host="127.0.0.1", port=8000, data_dir=folder / "data")
     return Replica(settings, Keys(), {**SMALL, "artifacts_dir": str(folder / "artifacts")}, {"steps": 3})
 
 

@@ -23,7 +23,7 @@ from tests.server.running import STAR, Answer, Running, data_url, running, until
 from wanfast.runtime.errors import ConfigError
 from wanfast.server.files import Files
 from wanfast.server.keys import EVERYBODY, Keys
-from wanfast.server.serve import Settings
+from wanfast.server.serve import ServerSettings
 
 ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"
 MOST_BYTES = 300_000
@@ -399,10 +399,10 @@ def test_with_keys_any_host_name_is_answered(server: Running) -> None:
 def test_an_address_for_all_needs_keys(tmp_path: Path) -> None:
     for host in ("0.0.0.0", "::", "192.168.1.2", "videos.example"):
         with pytest.raises(ConfigError, match="add --api-key-file FILE"):
-            Settings(host=host, port=1, data_dir=tmp_path)
-        Settings(host=host, port=1, data_dir=tmp_path, api_key_file=tmp_path / "keys")
+            ServerSettings(host=host, port=1, data_dir=tmp_path)
+        ServerSettings(host=host, port=1, data_dir=tmp_path, api_key_file=tmp_path / "keys")
     for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
-        Settings(host=host, port=1, data_dir=tmp_path)
+        ServerSettings(host=host, port=1, data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_an_address_for_all_needs_keys(tmp_path: Path) -> None:
 )
 def test_a_wrong_setting_is_refused(tmp_path: Path, setting: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as error:
-        Settings(**{"host": "127.0.0.1", "port": 1, "data_dir": tmp_path, **setting})
+        ServerSettings(**{"host": "127.0.0.1", "port": 1, "data_dir": tmp_path, **setting})
     assert "secret" not in str(error.value)
 
 

@@ -37,7 +37,7 @@ from wanfast.commands import serve as serve_command
 from wanfast.runtime.processes.handle import Opened
 from wanfast.server import serve as serve_module
 from wanfast.server.schema import JOBS
-from wanfast.server.serve import Settings
+from wanfast.server.serve import ServerSettings
 from wanfast.server.store import LEASE_S, Store
 from wanfast.server.worker import Worker
 
@@ -191,7 +191,7 @@ def test_the_server_says_that_it_is_ready_when_it_takes_videos(
     workers: list[Worker] = []
     monkeypatch.setattr(serve_module, "stopped_by_signals", lambda stop: nullcontext(workers.append(stop.__self__)))
     opened, holds = Opened.of({**SMALL, "artifacts_dir": str(workdir / "artifacts")}), threading.Event()
-    settings = Settings(host="127.0.0.1", port=0, data_dir=workdir / "data")
+    settings = ServerSettings(host="127.0.0.1", port=0, data_dir=workdir / "data")
 
     def start(opened: Opened) -> StandIn:
         maker = StandIn(opened)

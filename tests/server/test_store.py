@@ -19,7 +19,7 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.server import schema
 from wanfast.server import store as store_module
 from wanfast.server.schema import JOBS, METADATA
-from wanfast.server.store import MOST_ATTEMPTS, Job, KeyReusedError, NewJob, QueueFullError, Store
+from wanfast.server.store import MOST_ATTEMPTS, KeyReusedError, NewJob, QueueFullError, Store, StoredJob
 
 NEW = NewJob(
     owner="a", options={"prompt": "a cat", "seed": 1}, model="tiny", size="64x64", seconds="1", fingerprint="f"
@@ -34,18 +34,18 @@ def store(url: str) -> Iterator[Store]:
     opened.close()
 
 
-def add(store: Store, **values: Any) -> Job:
+def add(store: Store, **values: Any) -> StoredJob:
     return store.add(dataclasses.replace(NEW, **values), b"picture", MANY)[0]
 
 
-def again(store: Store, job: Job) -> Job:
+def again(store: Store, job: StoredJob) -> StoredJob:
     """Returns a job as the database has it now."""
     found = store.find(job.id, job.owner)
     assert found is not None
     return found
 
 
-def claimed(store: Store) -> Job:
+def claimed(store: Store) -> StoredJob:
     job = store.claim()
     assert job is not None
     return job
@@ -254,7 +254,7 @@ def test_pages_follow_each_other(store: Store) -> None:
     jobs = [add(store) for _ in range(5)]
     add(store, owner="b")
     for order, expected in (("asc", jobs), ("desc", jobs[::-1])):
-        seen: list[Job] = []
+        seen: list[StoredJob] = []
         more = True
         while more:
             found = store.page("a", 2, seen[-1].id if seen else None, order)

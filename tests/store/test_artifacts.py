@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError
-from wanfast.runtime.store.artifacts import ArtifactStore, Published, key_of, new_run_folder, replace_text, write_synced
+from wanfast.runtime.store.artifacts import Artifact, ArtifactStore, key_of, replace_text, write_synced
 
 INPUTS = {"text": "Grüße", "n": 3}
 
@@ -45,7 +45,7 @@ def test_never_overwritten(tmp_path: Path) -> None:
 def test_a_second_writer_says_that_it_waits_and_takes_the_firsts(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     waits = threading.Event()
-    found: list[Published] = []
+    found: list[Artifact] = []
 
     def publish_too() -> None:
         found.append(store.publish("kind", INPUTS, lambda _: pytest.fail("written twice"), waiting=waits.set))
@@ -59,7 +59,7 @@ def test_a_second_writer_says_that_it_waits_and_takes_the_firsts(tmp_path: Path)
 
     first = store.publish("kind", INPUTS, write_slowly)
     second.join(10)
-    assert first.made_here and found == [Published(first.folder, made_here=False)]
+    assert first.made_here and found == [Artifact(first.folder, made_here=False)]
 
 
 @pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
@@ -142,7 +142,7 @@ def test_what_was_changed_is_refused_or_made_again(
     assert store.find("kind", MADE_WITH, verify=True, damaged="miss") is None
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"note: {folder}") and said.endswith("it is made again")
-    assert store.publish("kind", MADE_WITH, write, damaged="miss") == Published(folder, made_here=True)
+    assert store.publish("kind", MADE_WITH, write, damaged="miss") == Artifact(folder, made_here=True)
     assert store.find("kind", MADE_WITH, verify=True) == folder
     assert sorted(path.name for path in folder.parent.iterdir() if path.is_dir()) == [folder.name]
 
@@ -206,8 +206,3 @@ def test_two_writers_at_once_write_once(tmp_path: Path) -> None:
         writer.join()
         assert writer.exitcode == 0
     assert (tmp_path / "written").read_text() == "x"
-
-
-def test_run_folders_never_meet(tmp_path: Path) -> None:
-    folders = {new_run_folder(tmp_path, INPUTS) for _ in range(5)}
-    assert len(folders) == 5 and all(folder.is_dir() for folder in folders)

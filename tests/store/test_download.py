@@ -26,8 +26,9 @@ import pytest
 from huggingface_hub import constants
 
 from tests.conftest import Outcome
+from wanfast.runtime.facts.choices import Layout
 from wanfast.runtime.store import identity
-from wanfast.runtime.store.hub_cache import PINNED, REPOS, Layout, snapshot_of
+from wanfast.runtime.store.hub_cache import PINNED, REPOS, snapshot_of
 from wanfast.runtime.store.lora_pairs import PAIRS, words_of
 from wanfast.runtime.store.model_files import checkpoints
 

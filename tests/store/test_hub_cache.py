@@ -12,13 +12,14 @@ import pytest
 
 from tests.conftest import Outcome
 from tests.public_model import save_diffusers
+from wanfast.runtime.facts.choices import Layout
 from wanfast.runtime.facts.model_spec import PUBLISHED
-from wanfast.runtime.store.hub_cache import PINNED, REPOS, Layout, Published, cache_root, snapshot_of
+from wanfast.runtime.store.hub_cache import PINNED, REPOS, PublishedModel, cache_root, snapshot_of
 from wanfast.runtime.store.model_files import checkpoints, locate
 
 Wanfast = Callable[..., Outcome]
 LAYOUTS: tuple[Layout, ...] = ("original", "diffusers")
-MODELS: tuple[Published, ...] = ("a14b", "t2v-a14b")
+MODELS: tuple[PublishedModel, ...] = ("a14b", "t2v-a14b")
 FILES: Mapping[Layout, tuple[str, ...]] = {
     "original": (
         "high_noise_model/a.safetensors", "low_noise_model/a.safetensors", "Wan2.1_VAE.pth",
@@ -38,12 +39,12 @@ def cache(workdir: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     return folder
 
 
-def snapshot(layout: Layout, commit: str | None = None, model: Published = "a14b") -> Path:
+def snapshot(layout: Layout, commit: str | None = None, model: PublishedModel = "a14b") -> Path:
     repo = REPOS[model][layout]
     return snapshot_of(repo, commit or PINNED[repo])
 
 
-def put(layout: Layout, name: str, data: bytes, commit: str | None = None, model: Published = "a14b") -> None:
+def put(layout: Layout, name: str, data: bytes, commit: str | None = None, model: PublishedModel = "a14b") -> None:
     """Adds a file to the cache as the hub's library does: a link to a blob that is named by its sha256."""
     root = snapshot(layout, commit, model)
     blob = root.parents[1] / "blobs" / hashlib.sha256(data).hexdigest()
@@ -53,7 +54,7 @@ def put(layout: Layout, name: str, data: bytes, commit: str | None = None, model
     (root / name).symlink_to(blob)
 
 
-def fill(layout: Layout, commit: str | None = None, model: Published = "a14b") -> Path:
+def fill(layout: Layout, commit: str | None = None, model: PublishedModel = "a14b") -> Path:
     for name in FILES[layout]:
         put(layout, name, name.encode(), commit, model)
     return snapshot(layout, commit, model)
@@ -75,7 +76,7 @@ def test_the_place_of_the_cache(environment: dict[str, str], root: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS)
-def test_a_published_model_is_found_in_the_cache(cache: Path, model: Published, layout: Layout) -> None:
+def test_a_published_model_is_found_in_the_cache(cache: Path, model: PublishedModel, layout: Layout) -> None:
     """The folder has no file of facts, so that the name alone says which facts are the model's."""
     assert not locate(model, "artifacts").exists
     found = fill(layout, model=model)

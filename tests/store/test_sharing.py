@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from wanfast.magcache_calib.measured import clip_file, read_clip, write_clip
 from wanfast.runtime.planning import past_runs
+from wanfast.runtime.processes.run_folder import new_run_folder, write_result
 from wanfast.runtime.store import hub, identity
-from wanfast.runtime.store.artifacts import ArtifactStore, new_run_folder, replace_text, write_result
+from wanfast.runtime.store.artifacts import ArtifactStore, replace_text
 from wanfast.runtime.store.sharing import lock_of, locked, share, who_can_write
 
 GROUP, FIRST, SECOND = 12300, 12345, 65534
@@ -243,7 +244,7 @@ def test_two_users_share_what_is_known_of_weights(shared: Path, monkeypatch: pyt
 
 
 def test_two_users_share_the_folder_of_a_download(shared: Path) -> None:
-    request = hub.Request.of(None, "main", "original", str(shared / "artifacts"))
+    request = hub.DownloadRequest.of(None, "main", "original", str(shared / "artifacts"))
     listing = hub._Listing("c" * 40, {"vae.pth": 3}, {"vae.pth": "0" * 64}, {})
 
     def fetch() -> None:

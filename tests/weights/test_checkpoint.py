@@ -31,13 +31,13 @@ def umt5(device: str = "cpu", dtype: torch.dtype = torch.float32) -> UMT5Encoder
 def weights(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     file = tmp_path / "model.safetensors"
-    checkpoint.save(umt5(), file, component="umt5", layout="original")
+    checkpoint.save(umt5(), file, network="umt5", layout="original")
     return file
 
 
 def load(*files: Path, dtype: torch.dtype = torch.float32) -> UMT5Encoder:
     model = umt5("meta", dtype)
-    checkpoint.load(model, files, component="umt5", layout="original", ranks=Ranks("cpu"))
+    checkpoint.load(model, files, network="umt5", layout="original", ranks=Ranks("cpu"))
     return model
 
 
@@ -75,11 +75,11 @@ def test_wrong_tensors_are_named(weights: Path, changes: dict[str, torch.Tensor 
 
 def test_a_missing_tensor_is_named_as_the_files_name_theirs(tmp_path: Path) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    checkpoint.save(umt5(), first, component="umt5", layout="diffusers")
+    checkpoint.save(umt5(), first, network="umt5", layout="diffusers")
     save_file({"shared.weight": load_file(first)["shared.weight"]}, second)
     edited(first, **{"shared.weight": None, "encoder.final_layer_norm.weight": None})
     with pytest.raises(CorruptArtifactError) as error:
-        checkpoint.load(umt5("meta"), [first, second], component="umt5", layout="diffusers", ranks=Ranks("cpu"))
+        checkpoint.load(umt5("meta"), [first, second], network="umt5", layout="diffusers", ranks=Ranks("cpu"))
     assert f"{tmp_path}: missing tensor 'encoder.final_layer_norm.weight' (1 in all)" in str(error.value)
 
 
@@ -92,11 +92,11 @@ def test_a_tensor_in_two_shards_is_an_error(weights: Path, tmp_path: Path) -> No
 
 def test_an_embedding_that_is_written_twice_is_read_once(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
-    checkpoint.save(umt5(), file, component="umt5", layout="diffusers")
+    checkpoint.save(umt5(), file, network="umt5", layout="diffusers")
     embedding = load_file(file)["shared.weight"]
     edited(file, **{"encoder.embed_tokens.weight": embedding})
     model = umt5("meta")
-    checkpoint.load(model, [file], component="umt5", layout="diffusers", ranks=Ranks("cpu"))
+    checkpoint.load(model, [file], network="umt5", layout="diffusers", ranks=Ranks("cpu"))
     assert torch.equal(model.token_embedding.weight, embedding)
 
 
@@ -104,7 +104,7 @@ def test_an_embedding_that_is_written_twice_is_read_once(tmp_path: Path) -> None
 def test_a_file_is_mapped_again_after_so_many_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, opener: str
 ) -> None:
-    checkpoint.save(umt5(), tmp_path / name, component="umt5", layout="original")
+    checkpoint.save(umt5(), tmp_path / name, network="umt5", layout="original")
     opened: list[Path] = []
     open_ = getattr(checkpoint, opener)
     monkeypatch.setattr(checkpoint, opener, lambda file: opened.append(file) or open_(file))
@@ -121,7 +121,7 @@ def test_a_truncated_file_is_named(weights: Path) -> None:
 
 def test_pth_is_read_without_running_it(tmp_path: Path) -> None:
     good = tmp_path / "model.pth"
-    checkpoint.save(umt5(), good, component="umt5", layout="original")
+    checkpoint.save(umt5(), good, network="umt5", layout="original")
     load(good)
 
     class Trap:
@@ -183,13 +183,13 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path, name: str, value: f
     model = umt5()
     with torch.no_grad():
         model.blocks[1].ffn.fc1.weight[3, 5] = value
-    checkpoint.save(model, tmp_path / name, component="umt5", layout="diffusers")
+    checkpoint.save(model, tmp_path / name, network="umt5", layout="diffusers")
     blank = umt5("meta")
     with pytest.raises(CorruptArtifactError) as error:
-        checkpoint.load(blank, [tmp_path / name], component="umt5", layout="diffusers", ranks=Ranks("cpu"))
+        checkpoint.load(blank, [tmp_path / name], network="umt5", layout="diffusers", ranks=Ranks("cpu"))
     key = "encoder.block.1.layer.1.DenseReluDense.wi_1.weight"
     assert f"{tmp_path / name}: tensor '{key}' holds NaN or an infinity" in str(error.value)
-    readers = checkpoint.stream(umt5("meta"), [tmp_path / name], component="umt5", layout="diffusers")
+    readers = checkpoint.stream(umt5("meta"), [tmp_path / name], network="umt5", layout="diffusers")
     with pytest.raises(CorruptArtifactError, match="holds NaN or an infinity"):
         for own, rows in readers:
             rows(0, len(blank.state_dict()[own]))
@@ -206,7 +206,7 @@ def test_all_ranks_raise_what_one_read(tmp_path: Path) -> None:
             module = torch.nn.Linear(checkpoint._WORTH_SHARING, 4, bias=False)
         files = [tmp_path / "large.safetensors"]
         with pytest.raises(CorruptArtifactError) as error:
-            checkpoint.load(module, files, component="dit", layout="original", ranks=ranks)
+            checkpoint.load(module, files, network="dit", layout="original", ranks=ranks)
         return str(error.value), error.value.is_agreed
 
     first, second = on_ranks(Mesh(ulysses=2), work)
@@ -236,7 +236,7 @@ def test_a_pickle_of_tensors_without_values_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_pickle_is_one_line(tmp_path: Path) -> None:
     """A name that is no UTF-8 once gave a traceback."""
     file = tmp_path / "model.pth"
-    checkpoint.save(umt5(), file, component="umt5", layout="original")
+    checkpoint.save(umt5(), file, network="umt5", layout="original")
     content = file.read_bytes()
     file.write_bytes(content.replace(b"norm.weight", b"\x85orm.weight"))
     with pytest.raises(CorruptArtifactError, match=r"model.pth") as error:

@@ -13,27 +13,32 @@ from typing import Any
 
 import numpy as np
 
-from wanfast.runtime.engine.attention_probe import runs_fp8
+from wanfast.runtime.engine import attention_probe
 from wanfast.runtime.engine.session import Session
 from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.facts.densities import LADDER, Densities, bands_of
 from wanfast.runtime.facts.sparsity import list_length
-from wanfast.runtime.jobs.loop import ProgressFn, by_step, measuring
+from wanfast.runtime.jobs.loop import by_step, measuring
 from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.progress import ProgressFn
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:
     """Denoises one clip; returns its mean errors [band][layer][head][length], and the seconds of denoising.
 
     A length is the number of key blocks in a list of blocks; each tested density gives one length. If float8
-    attention runs here, [length] has one more entry at its end: the error of float8 attention.
+    attention runs on all ranks, [length] has one more entry at its end: the error of float8 attention. Raises
+    ConfigError if --fp8 was given, but float8 attention does not run on all ranks.
     """
+    ranks, precision, head_dim = session.ranks, job.config.models.precision, session.files.spec.dit.head_dim
+    if job.requested.get("fp8"):
+        attention_probe.require_fp8(ranks, precision, head_dim, "--fp8")
     plan, images = session.plan(job)
     dit, bands, steps = plan.spec.dit, bands_of(plan.experts), len(plan.schedule)
     plan = dataclasses.replace(plan, densities=Densities.uniform(1.0, dit.num_layers, dit.num_heads, bands))
     attention = session.load().lossy
     assert isinstance(attention, SparseAttention) and plan.sparsity is not None
-    has_fp8 = all(session.ranks.gather(runs_fp8(session.ranks.device, plan.config.models.precision, dit.head_dim)))
+    has_fp8 = all(ranks.gather(attention_probe.runs_fp8(ranks.device, precision, head_dim)))
     grid, has_last = plan.geometry.token_grid, plan.config.video.last_image is not None
     attention.measure([list_length(density, grid, has_last=has_last) for density in LADDER], fp8=has_fp8)
 

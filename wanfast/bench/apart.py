@@ -19,10 +19,10 @@ from wanfast.runtime.errors import RankFailedError, from_failure
 from wanfast.runtime.machine.signals import PARENT
 from wanfast.runtime.processes.launch import child_environment
 
-Work = Literal["quantize", "random_model", "compare"]
+WorkName = Literal["quantize", "random_model", "compare"]
 
 
-def apart(work: Work, **arguments: Any) -> Any:
+def apart(work: WorkName, **arguments: Any) -> Any:
     """Calls a function of `wanfast.bench.work` in a new process, and returns the function's result.
 
     `work` is the function's name in `WORKS`. If the function raises a WanFastError, `apart` raises the same error.

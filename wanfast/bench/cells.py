@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from wanfast.bench.apart import apart
 from wanfast.bench.frames import write_frames
 from wanfast.magcache_calib.clips import Clip
-from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, VideoConfig
+from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, Options, VideoConfig
 from wanfast.runtime.config.option import did_you_mean
 from wanfast.runtime.config.recipes import GROUPS, OF_GRID, RECIPES, has_levels, with_recipe
 from wanfast.runtime.errors import ConfigError, WanFastError
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-Options = dict[str, Any]
 SayFn = Callable[[str], None]
 
 KIND = "bench"
@@ -185,7 +184,7 @@ def _check_steps(video: VideoConfig, spec: ModelSpec, steps: int) -> None:
 
 
 def _cell(bench: Bench, opened: Opened, video: Options, clip: int, repeat: int, *, other: bool = False) -> Cell:
-    plan = opened.plan(video)
+    plan = opened.plan(dict(video))
     return Cell(clip, repeat, video, _inputs(plan, opened, repeat, keeps=not bench.no_quality), other)
 
 

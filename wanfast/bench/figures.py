@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 from wanfast.bench.apart import apart
 from wanfast.bench.cells import ANOTHER_SEED, Bench, Cell, Cells, Row, hardware
@@ -25,8 +24,7 @@ from wanfast.runtime.facts.flop import bf16_peak, forward_flop
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.planning.past_runs import forwards_in_turn
 from wanfast.runtime.planning.plan import Plan
-
-Document = dict[str, Any]
+from wanfast.runtime.store.json_files import Document
 
 STAGES = ("encode", "denoise", "decode")
 RERUN, OTHER_SEED = "again, the same seed", "another seed"

@@ -47,7 +47,7 @@ def _measure(row: Row, wanted: list[Cell], cells: Cells, say: SayFn) -> None:
     started = time.perf_counter()
     with Handle(row.opened) as handle:
         warmed = [handle.make(**row.warm_ups[clip]) for clip in dict.fromkeys(cell.clip for cell in wanted)]
-        start = {"seconds": round(time.perf_counter() - started, 3), "videos": [_facts(video) for video in warmed]}
+        start = {"seconds": round(time.perf_counter() - started, 3), "videos": [_figures(video) for video in warmed]}
         say(f"{row.recipe}: loaded and warmed up in {start['seconds']:.1f} s")
         for cell in wanted:
             video = handle.make(**cell.options)
@@ -58,5 +58,5 @@ def _measure(row: Row, wanted: list[Cell], cells: Cells, say: SayFn) -> None:
             say(f"{row.recipe}: repeat {cell.repeat + 1}, clip {cell.clip + 1}{seed}: {total:.1f} s")
 
 
-def _facts(video: Video) -> dict[str, Any]:
+def _figures(video: Video) -> dict[str, Any]:
     return {name: video.document[name] for name in ("seconds", "first_step_s", "compiled_anew")}

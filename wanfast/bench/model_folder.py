@@ -24,7 +24,7 @@ from wanfast.runtime.models.umt5 import UMT5Encoder
 from wanfast.runtime.models.vae import WanVAE
 from wanfast.runtime.store.model_files import TINY
 from wanfast.runtime.weights import checkpoint
-from wanfast.runtime.weights.key_maps import Component, rename_back
+from wanfast.runtime.weights.key_maps import Network, rename_back
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CHUNK = 1 << 26  # values that are made at a time
@@ -56,7 +56,7 @@ def write_vae(folder: Path, spec: ModelSpec, smoothness: float) -> None:
     vae = WanVAE(spec.vae)
     randomise(vae, 0)
     vae.decoder.conv_out.weight.data /= smoothness
-    checkpoint.save(vae, folder / "vae" / _WEIGHTS, component="vae", layout="diffusers")
+    checkpoint.save(vae, folder / "vae" / _WEIGHTS, network="vae", layout="diffusers")
 
 
 def of_layers(layers: int) -> ModelSpec:
@@ -122,18 +122,18 @@ def _on_meta(spec: ModelSpec) -> tuple[WanDiT, UMT5Encoder]:
         return WanDiT(spec.dit), UMT5Encoder(spec.umt5)
 
 
-def _write_holes(file: Path, component: Component, model: nn.Module, dtype: str = "F32") -> dict[str, int]:
+def _write_holes(file: Path, network: Network, model: nn.Module, dtype: str = "F32") -> dict[str, int]:
     """Writes a file that reads as zeros, and returns where in it each tensor begins, by our names."""
     file.parent.mkdir(parents=True)
-    keys = {rename_back(component, "diffusers", name): name for name in model.state_dict()}
+    keys = {rename_back(network, "diffusers", name): name for name in model.state_dict()}
     shapes = {key: model.state_dict()[name].shape for key, name in keys.items()}
     with file.open("wb") as stream:
         starts = write_holes(stream, shapes, dtype)
     return {keys[key]: start for key, start in starts.items()}
 
 
-def _write_random(file: Path, component: Component, model: nn.Module) -> None:
-    starts, state = _write_holes(file, component, model, "BF16"), model.state_dict()
+def _write_random(file: Path, network: Network, model: nn.Module) -> None:
+    starts, state = _write_holes(file, network, model, "BF16"), model.state_dict()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     values = torch.from_file(str(file), shared=True, size=file.stat().st_size // 2, dtype=torch.bfloat16)
     made = torch.empty(_CHUNK, dtype=torch.bfloat16, device=device)

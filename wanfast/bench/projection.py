@@ -21,7 +21,7 @@ from wanfast.runtime.facts.flop import attention_flop, linear_flop
 from wanfast.runtime.facts.mesh import Mesh, choose_mesh
 from wanfast.runtime.facts.model_spec import A14B
 
-Document = Mapping[str, Any]  # what a benchmark printed
+Printed = Mapping[str, Any]  # what a benchmark printed
 Terms = dict[str, float]  # name of a term -> seconds
 
 OF_A_FORWARD = ("attention", "linears", "norms", "exchange")
@@ -130,7 +130,7 @@ def mesh_of(num_gpus: int, cfg: int | None = None) -> Mesh:
     return choose_mesh(num_gpus, A14B.dit.num_heads, cfg_parallel=cfg)
 
 
-def fit(forward: Document, profile: Document, vae: Document, video: Document) -> CostModel:
+def fit(forward: Printed, profile: Printed, vae: Printed, video: Printed) -> CostModel:
     """Fits the cost model to the documents of four benchmarks.
 
     `forward`: the time of a forward on one GPU and on two GPUs.
@@ -162,7 +162,7 @@ def tokens_of(width: int, height: int, frames: int) -> int:
     return (frames + 3) // 4 * (height // 16) * (width // 16)
 
 
-def _tokens_of_vae(vae: Document) -> int:
+def _tokens_of_vae(vae: Printed) -> int:
     width, height = map(int, vae["size"].split("x"))
     return tokens_of(width, height, vae["frames"])
 
@@ -178,7 +178,7 @@ class WholeVideo:
     beyond_s: float  # everything but denoising
 
     @classmethod
-    def read(cls, document: Document) -> WholeVideo:
+    def read(cls, document: Printed) -> WholeVideo:
         """Returns the medians of the seconds in a JSON document that `benchmarks/whole_video.py` printed."""
         options, rows = document["options"], document["videos"]["new"]
         num_gpus, steps = (
@@ -195,7 +195,7 @@ class WholeVideo:
 
 
 def checks(
-    model: CostModel, *, forward: Document | None = None, vae: Document | None = None, video: Document | None = None
+    model: CostModel, *, forward: Printed | None = None, vae: Printed | None = None, video: Printed | None = None
 ) -> list[dict[str, Any]]:
     """Compares the cost model's projections with measurements that `fit` did not use; skips documents that are None.
 

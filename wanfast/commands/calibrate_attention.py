@@ -69,7 +69,8 @@ def calibrate_attention(
         files.require()
         folder = shipped_set(files.spec) if set_ is None else Path(absolute(str(set_), "--set"))
         clips = read_set(folder, seed, takes_images=files.spec.takes_images)
-        plans = plans_of({**given, **_SPARSE}, clips, files, requested=given)
+        requested = {**given, **({"fp8": True} if fp8 else {})}  # the ranks read it too
+        plans = plans_of({**given, **_SPARSE}, clips, files, requested=requested)
         require_experts(files, plans[0].config.models)
         if fp8:
             require_fp8(plans[0].config.ranks.device, "--fp8")

@@ -9,7 +9,7 @@ from typing import Any
 
 from wanfast.commands import dispatch
 from wanfast.magcache_calib.clips import Clip
-from wanfast.magcache_calib.measured import read_clip, write_clip
+from wanfast.magcache_calib.measured import read_clip, require_clip, write_clip
 from wanfast.runtime.errors import from_failure
 from wanfast.runtime.planning.placement import place
 from wanfast.runtime.planning.plan import Plan, effective
@@ -66,5 +66,4 @@ def measured_clips(
         )
         if failed := next((result for result in results if "error" in result), None):
             raise from_failure(failed)
-    found = [read_clip(store, kind, of_clip, is_whole) for of_clip in inputs]
-    return [measured for measured in found if measured is not None]
+    return [require_clip(store, kind, of_clip, is_whole) for of_clip in inputs]

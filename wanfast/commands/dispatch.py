@@ -5,17 +5,20 @@ from __future__ import annotations
 import atexit
 import gc
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from wanfast.commands.progress import OnProgress, progress_bars
+from wanfast.commands.progress import progress_bars
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.progress import ProgressFn, ResultFn
 from wanfast.runtime.processes import cluster
 from wanfast.runtime.processes.launch import RankGroups, num_groups
-from wanfast.runtime.store.artifacts import JOB, RESULT, new_run_folder, noting, write_result, write_synced
+from wanfast.runtime.processes.run_folder import JOB, RESULT, frames_file, new_run_folder, write_result
+from wanfast.runtime.store.artifacts import noting, write_synced
+from wanfast.runtime.store.json_files import Document
 
 Verb = Literal["generate", "warmup", "calibrate-magcache", "calibrate-attention"]
 VERBS = get_args(Verb)
@@ -25,8 +28,6 @@ _WORKERS: dict[Verb, str] = {
     "calibrate-magcache": "wanfast.magcache_calib.calibrate",
     "calibrate-attention": "wanfast.attention_calib.calibrate",
 }
-Document = dict[str, Any]
-OnResult = Callable[[int, Document], None]
 
 
 def run_jobs(
@@ -36,7 +37,7 @@ def run_jobs(
     *,
     of_list: bool,
     show_progress: bool,
-    on_result: OnResult,
+    on_result: ResultFn,
     ray: str | None = None,
 ) -> list[Document]:
     """Runs `jobs` on the ranks that the first plan describes, and returns one result per job, in order.
@@ -85,7 +86,7 @@ def _needs_a_process(verb: Verb, *, of_list: bool) -> bool:
 
 
 def _here(
-    verb: Verb, folder: Path, jobs: list[Job], device: str, on_result: OnResult, on_progress: OnProgress
+    verb: Verb, folder: Path, jobs: list[Job], device: str, on_result: ResultFn, on_progress: ProgressFn
 ) -> list[Document]:
     """Runs the jobs on one rank in this process."""
     if device == "cuda":
@@ -97,7 +98,7 @@ def _here(
 
     results: dict[int, Document] = {}
     for index, result in worker_half(_WORKERS[verb])(
-        jobs, Sessions(Ranks(device)), progress=on_progress, folder=folder
+        jobs, Sessions(Ranks(device)), progress=on_progress, frames_of=partial(frames_file, folder)
     ):
         results[index] = result
         with noting():  # this process has the result

@@ -19,7 +19,7 @@ _MODES = (
 )
 _CARDS = f"the driver reports {gb(CARDS['80 GB'])} for a card of 80 GB"
 
-Rows = list[tuple[str, str]]
+_Rows = list[tuple[str, str]]
 
 
 @options.takes_options("doctor")
@@ -45,7 +45,7 @@ def doctor(
         print(json.dumps(document))
 
 
-def _sections(document: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
+def _sections(document: dict[str, Any]) -> Iterator[tuple[str, _Rows]]:
     fit = document["fit"]
     yield "machine", _machine(document)
     yield "software", _software(document)
@@ -58,7 +58,7 @@ def _sections(document: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
     yield f"next: {document['next']['why']}", [("", document["next"]["command"])]
 
 
-def _machine(document: dict[str, Any]) -> Rows:
+def _machine(document: dict[str, Any]) -> _Rows:
     host = document["host"]
     rows = [
         (
@@ -76,7 +76,7 @@ def _machine(document: dict[str, Any]) -> Rows:
     ]
 
 
-def _software(document: dict[str, Any]) -> Rows:
+def _software(document: dict[str, Any]) -> _Rows:
     versions, torch, encoder = document["versions"], document["torch"], document["encoder"]
     state = torch["trouble"] or f"CUDA {torch['cuda']}, cuDNN {torch['cudnn']}, sees the GPU"
     libraries = ", ".join(f"{name} {encoder['libraries'].get(name)}" for name in ("libavcodec", "libswscale"))
@@ -94,7 +94,7 @@ def _software(document: dict[str, Any]) -> Rows:
     ]
 
 
-def _attention(kernels: dict[str, Any], device: str | None) -> Rows:
+def _attention(kernels: dict[str, Any], device: str | None) -> _Rows:
     for_gpus = [name for name, found in kernels.items() if device == "cpu" and found["state"] == "not installed"]
     rows = [
         (
@@ -110,7 +110,7 @@ def _attention(kernels: dict[str, Any], device: str | None) -> Rows:
     return rows or [("none", "torch cannot be imported")]
 
 
-def _files(document: dict[str, Any]) -> Rows:
+def _files(document: dict[str, Any]) -> _Rows:
     weights, artifacts = document["weights"], document["artifacts"]
     present = f"{weights['folder']}, {weights['layout']} layout, {gb(weights['bytes'])}"
     nothing = "" if artifacts["kinds"] else ": empty"
@@ -122,7 +122,7 @@ def _files(document: dict[str, Any]) -> Rows:
     return rows
 
 
-def _fit(fit: dict[str, Any]) -> Rows:
+def _fit(fit: dict[str, Any]) -> _Rows:
     rows = [
         (
             name,

@@ -69,7 +69,7 @@ def download(
     """
     from wanfast.runtime.store import hub as worker  # huggingface_hub begins here: 0.3 s
 
-    request = worker.Request.of(repo, revision, layout, artifacts_dir, lora, model)
+    request = worker.DownloadRequest.of(repo, revision, layout, artifacts_dir, lora, model)
     console = Console(stderr=json_, highlight=False, soft_wrap=True)
     if dry_run:
         result = worker.plan(request)

@@ -18,13 +18,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from wanfast.runtime.store.artifacts import steps_left
-
-OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
+from wanfast.runtime.planning.progress import ProgressFn, steps_left
 
 
 @contextmanager
-def progress_bars(*, enabled: bool) -> Iterator[OnProgress]:
+def progress_bars(*, enabled: bool) -> Iterator[ProgressFn]:
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bars:
         tasks: dict[int, TaskID] = {}

@@ -99,14 +99,14 @@ def serve(
         if find_spec(package) is None:
             raise ConfigError(f"the server needs {package}: run `pip install 'wanfast[serve]'`")
     from wanfast.server.replicas import serve_on
-    from wanfast.server.serve import Settings
+    from wanfast.server.serve import ServerSettings
     from wanfast.server.serve import serve as run
 
     _check_ray(ray, replicas, database, port)
     given = options.given(context)
     of_open = {name for name in given if name in OF_HANDLE | {*_OF_THE_LARGEST} or OPTIONS[name].is_repeatable}
     artifacts_dir = given.get("artifacts_dir") or default_artifacts_dir()
-    settings = Settings(
+    settings = ServerSettings(
         host=host,
         port=port,
         data_dir=Path(absolute(str(data_dir or Path(artifacts_dir) / "server"), "--data-dir")),

@@ -8,8 +8,9 @@ from typing import Any
 
 from wanfast.magcache_calib.recorder import Recorder
 from wanfast.runtime.engine.session import Session
-from wanfast.runtime.jobs.loop import ProgressFn, by_step, measuring
+from wanfast.runtime.jobs.loop import by_step, measuring
 from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.progress import ProgressFn
 
 
 def measure(index: int, job: Job, session: Session, progress: ProgressFn) -> dict[str, Any]:

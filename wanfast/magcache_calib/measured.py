@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.errors import CorruptArtifactError
+from wanfast.runtime.errors import CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.store.artifacts import ArtifactStore, key_of, replace_text
 from wanfast.runtime.store.json_files import read_object
 
@@ -31,6 +31,19 @@ def read_clip(
         return found if same and is_whole(found) else None
     except (CorruptArtifactError, KeyError, TypeError, AttributeError):
         return None
+
+
+def require_clip(
+    store: ArtifactStore, kind: str, inputs: dict[str, Any], is_whole: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    """Returns a clip's stored measurements. Raises MissingArtifactError where `read_clip` returns None."""
+    measured = read_clip(store, kind, inputs, is_whole)
+    if measured is None:
+        raise MissingArtifactError(
+            f"{clip_file(store, kind, inputs)}: a clip's measurements are missing or incomplete, although all clips "
+            "are done: end other calibrations, and run this command again"
+        )
+    return measured
 
 
 def write_clip(store: ArtifactStore, kind: str, inputs: dict[str, Any], measured: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ Kind = Literal["dense", "uniform", "calibrated", "uniform, guarded", "fp8", "fp8
 
 
 @dataclass(frozen=True)
-class Way:
+class AttentionWay:
     """Holds one way to compute self-attention: the options that differ from a video with dense attention."""
 
     kind: Kind
@@ -65,27 +65,27 @@ class Way:
     target_error: float | None = None  # of its calibration
 
     def plan(self, judge: Judge, index: int) -> Plan:
-        """Returns the plan of the video from held-out pair number `index`; a pair is an image and a prompt."""
+        """Returns the plan of the video from the held-out pair at `index`; a pair is an image and a prompt."""
         config = judge.config.replace(seed=index, **self.options)
         return Plan.of(config, judge.files.spec, (SIDE, SIDE), densities=self.densities)
 
 
-DENSE = Way("dense", {})
+DENSE = AttentionWay("dense", {})
 
 
-def ways(judge: Judge, measured: Sequence[dict[str, Any]]) -> list[Way]:
+def ways(judge: Judge, measured: Sequence[dict[str, Any]]) -> list[AttentionWay]:
     """Returns all ways to compute attention, dense first; `measured` holds the errors of the calibration's clips."""
     steps = judge.settings.steps
     found = [DENSE]
     for density in DENSITIES:
-        uniform = Way("uniform", {**_SPARSE, **_ALL_CALLS, "density": density})
+        uniform = AttentionWay("uniform", {**_SPARSE, **_ALL_CALLS, "density": density})
         found += [uniform, of_equal_cost(uniform, judge, measured)]
-    found += [Way("uniform, guarded", {**_SPARSE, "density": density}) for density in DENSITIES]
+    found += [AttentionWay("uniform, guarded", {**_SPARSE, "density": density}) for density in DENSITIES]
     in_fp8 = {"attention": "fa3-fp8", "fp8_steps": f"0:{steps}", "attention_check": True}
-    return [*found, Way("fp8", in_fp8), Way("fp8 with v's mean", in_fp8)]
+    return [*found, AttentionWay("fp8", in_fp8), AttentionWay("fp8 with v's mean", in_fp8)]
 
 
-def of_equal_cost(uniform: Way, judge: Judge, measured: Sequence[dict[str, Any]]) -> Way:
+def of_equal_cost(uniform: AttentionWay, judge: Judge, measured: Sequence[dict[str, Any]]) -> AttentionWay:
     """Returns the most accurate calibrated way that computes at most as many blocks as the `uniform` way.
 
     The most accurate way is the one with the smallest target error.
@@ -126,8 +126,8 @@ def _pipeline(judge: Judge, attention: Attention) -> VideoPipeline:
 
 
 @torch.inference_mode()
-def judged(judge: Judge, task: tuple[int, list[Way]]) -> list[dict[str, Any]]:
-    """Makes videos from one held-out scene, one for each `Way`, and returns a row of metrics for each video."""
+def judged(judge: Judge, task: tuple[int, list[AttentionWay]]) -> list[dict[str, Any]]:
+    """Makes videos from one held-out scene, one for each way, and returns a row of metrics for each video."""
     index, all_ways = task
     scene, truth = judge.held_out(index)
     reference, rows = None, []
@@ -151,8 +151,8 @@ def judged(judge: Judge, task: tuple[int, list[Way]]) -> list[dict[str, Any]]:
     return rows
 
 
-def summarise(results: list[list[dict[str, Any]]], all_ways: list[Way], judge: Judge) -> list[dict[str, Any]]:
-    """Returns one row of metrics for each `Way` to compute self-attention; a row covers all held-out scenes."""
+def summarise(results: list[list[dict[str, Any]]], all_ways: list[AttentionWay], judge: Judge) -> list[dict[str, Any]]:
+    """Returns one row of metrics for each way to compute self-attention; a row covers all held-out scenes."""
     rows = [
         _row(way, [result[number] for result in results], judge) | _paired(results, number, way)
         for number, way in enumerate(all_ways)
@@ -160,7 +160,7 @@ def summarise(results: list[list[dict[str, Any]]], all_ways: list[Way], judge: J
     return [row | {"gate": gate(row, rows[0]) if row is not rows[0] else None} for row in rows]
 
 
-def _row(way: Way, rows: list[dict[str, Any]], judge: Judge) -> dict[str, Any]:
+def _row(way: AttentionWay, rows: list[dict[str, Any]], judge: Judge) -> dict[str, Any]:
     sparsity = way.plan(judge, 0).sparsity_json()
     errors = [row["error"] for row in rows if row["error"]]
     compared = [row["psnr_dense"] for row in rows if row["psnr_dense"] is not None]
@@ -180,7 +180,7 @@ def _row(way: Way, rows: list[dict[str, Any]], judge: Judge) -> dict[str, Any]:
     }
 
 
-def _paired(results: list[list[dict[str, Any]]], number: int, way: Way) -> dict[str, Any]:
+def _paired(results: list[list[dict[str, Any]]], number: int, way: AttentionWay) -> dict[str, Any]:
     """Returns, for a calibrated way, in how many pairs it is better than the uniform way before it."""
     if way.kind != "calibrated":
         return {}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Path = npt.NDArray[np.float64]  # [moments, 4]: x, y, log zoom, roll
+CameraPath = npt.NDArray[np.float64]  # [moments, 4]: x, y, log zoom, roll
 
 _TRAVEL = 0.24  # of the frame's short side
 _ROLL = math.radians(20)
@@ -27,9 +27,9 @@ class Camera:
     end: tuple[float, float, float, float]
     phrases: tuple[str, ...]
 
-    def at(self, moments: npt.ArrayLike) -> Path:
+    def at(self, moments: npt.ArrayLike) -> CameraPath:
         """Returns [moments, 4]: x, y, log zoom and roll at each moment; a moment is a number in [0, 1]."""
-        path: Path = np.asarray(moments, dtype=np.float64)[:, None] * np.array(self.end)
+        path: CameraPath = np.asarray(moments, dtype=np.float64)[:, None] * np.array(self.end)
         return path
 
 

@@ -44,6 +44,7 @@ from wanfast.quality.tiny import (
 from wanfast.quality.world import Scene, draw_scene
 from wanfast.runtime.device import hardware
 from wanfast.runtime.engine import pixels
+from wanfast.runtime.engine.pixels import Frames
 from wanfast.runtime.jobs.generate import Joined
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.planning.plan import Plan
@@ -54,11 +55,9 @@ _REACH = 2  # frames on each side of a seam in which the motion is followed
 _LEAST_SPEED = 0.25  # of the motion that the prompt asks for: a slower one has stopped
 _LEAST_COSINE = 0.5  # of the angle between the directions before and after: 60 degrees
 
-Frames = npt.NDArray[np.uint8]  # [F, H, W, 3]
-
 
 @dataclass(frozen=True)
-class Task:
+class KindTask:
     """Names a held-out scene, and says what is made of it: a video between two images, or a chain of clips."""
 
     kind: Literal["between", "chain"]
@@ -67,14 +66,14 @@ class Task:
 
 
 @torch.inference_mode()
-def judged(judge: Judge, task: Task) -> dict[str, Any]:
+def judged(judge: Judge, task: KindTask) -> dict[str, Any]:
     """Makes the videos of a task, and returns their metrics."""
     scene, truth = judge.held_out(task.index, task.mover)
     measured = _between(judge, task, scene, truth) if task.kind == "between" else _chain(judge, task, scene, truth)
     return {**vars(task), "asked": _asked(task.mover, scene), **measured}
 
 
-def _between(judge: Judge, task: Task, scene: Scene, truth: Tensor) -> dict[str, Any]:
+def _between(judge: Judge, task: KindTask, scene: Scene, truth: Tensor) -> dict[str, Any]:
     """Makes a video with the last image and one without; both have the same first image, prompt and noise."""
     with_last, without = (_video(judge, task.index, scene, truth[:, 0], last) for last in (truth[:, -1], None))
     return {
@@ -84,7 +83,7 @@ def _between(judge: Judge, task: Task, scene: Scene, truth: Tensor) -> dict[str,
     }
 
 
-def _chain(judge: Judge, task: Task, scene: Scene, truth: Tensor) -> dict[str, Any]:
+def _chain(judge: Judge, task: KindTask, scene: Scene, truth: Tensor) -> dict[str, Any]:
     """Makes clips that start from the frame before, with seeds that follow, and joins them."""
     joined = Joined(lambda frames: None)
     for clip in range(CLIPS):
@@ -228,17 +227,17 @@ def _drift(rows: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
     return found
 
 
-def tasks_of(pairs: int, chains: int, movers: tuple[Mover, ...]) -> list[Task]:
+def tasks_of(pairs: int, chains: int, movers: tuple[Mover, ...]) -> list[KindTask]:
     """Returns `pairs` tasks of the kind "between" and `chains` tasks of the kind "chain" for each of the `movers`.
 
     The chains of a moving shape use only scenes in which the shape stays in the frame, however often it repeats its
     motion.
     """
-    tasks: list[Task] = []
+    tasks: list[KindTask] = []
     for mover in movers:
         chained = count() if mover == "camera" else filter(_lasts, count())
-        tasks += [Task("between", mover, index) for index in range(pairs)]
-        tasks += [Task("chain", mover, index) for index in islice(chained, chains)]
+        tasks += [KindTask("between", mover, index) for index in range(pairs)]
+        tasks += [KindTask("chain", mover, index) for index in islice(chained, chains)]
     return tasks
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Path = npt.NDArray[np.float64]  # [moments, 4]: x, y, log growth, rotation
+MotionPath = npt.NDArray[np.float64]  # [moments, 4]: x, y, log growth, rotation
 
 _TRAVEL = 0.36  # of the frame's height
 _RADIUS = 0.16
@@ -26,19 +26,19 @@ _HOP = 0.22
 class Motion:
     """Holds the path of one motion, and the phrases by which captions name the motion."""
 
-    path: Callable[[Path], list[Path]]
+    path: Callable[[MotionPath], list[MotionPath]]
     phrases: tuple[str, ...]
 
-    def at(self, moments: npt.ArrayLike) -> Path:
+    def at(self, moments: npt.ArrayLike) -> MotionPath:
         """Returns [moments, 4]: x, y, log growth and rotation at each moment; a moment is a number in [0, 1]."""
         u = np.asarray(moments, dtype=np.float64)
         return np.stack(self.path(u), axis=-1)
 
 
-PathFn = Callable[[npt.ArrayLike], Path]  # moments -> the path at these moments
+PathFn = Callable[[npt.ArrayLike], MotionPath]  # moments -> the path at these moments
 
 
-def errors_of(path: Path, known: Mapping[str, PathFn], tolerance: npt.NDArray[np.float64]) -> dict[str, float]:
+def errors_of(path: MotionPath, known: Mapping[str, PathFn], tolerance: npt.NDArray[np.float64]) -> dict[str, float]:
     """Returns, for each known motion, the squared distance between `path` and the motion's path.
 
     At each moment, the differences of the four values are divided by `tolerance` [4], squared and summed. The distance

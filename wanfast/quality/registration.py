@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from wanfast.quality.camera import CAMERAS, Path
+from wanfast.quality.camera import CAMERAS, CameraPath
 from wanfast.quality.motions import errors_of
 
 TOLERANCE = np.array([0.05, 0.05, 0.08, 0.08])  # one unit of error of x, y, log zoom and roll
@@ -26,7 +26,7 @@ _RANSAC_PIXELS = 1.0
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CameraVerdict:
     """Holds the camera motion that is nearest to the video's camera path, and an error for each known motion.
 
     An error is the distance of a motion's path from the video's path. If the frames have too little detail to find the
@@ -37,16 +37,16 @@ class Verdict:
     errors: dict[str, float]
 
 
-def classify(frames: npt.NDArray[np.uint8]) -> Verdict:
+def classify(frames: npt.NDArray[np.uint8]) -> CameraVerdict:
     """Returns the camera motion that frames [F, H, W, 3] show."""
     path = follow(frames)
     if path is None:
-        return Verdict(None, {})
+        return CameraVerdict(None, {})
     errors = errors_of(path, {name: camera.at for name, camera in CAMERAS.items()}, TOLERANCE)
-    return Verdict(min(errors, key=errors.__getitem__), errors)
+    return CameraVerdict(min(errors, key=errors.__getitem__), errors)
 
 
-def follow(frames: npt.NDArray[np.uint8]) -> Path | None:
+def follow(frames: npt.NDArray[np.uint8]) -> CameraPath | None:
     """Returns the camera's path [F, 4]: x, y, log zoom and roll.
 
     Returns None if OpenCV could follow too few corners (feature points) from one frame to the next.

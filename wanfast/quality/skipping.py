@@ -47,7 +47,7 @@ SETTINGS: tuple[tuple[MagCacheRule, str], ...] = (
 
 
 @dataclass(frozen=True)
-class Way:
+class SkippingWay:
     """Holds one way to skip forwards: a setting of MagCache, a kind of plan, and the plan.
 
     The setting is `rule`, the value of --magcache-rule, together with `name`. An example of `name` is E012K2R20:
@@ -60,8 +60,8 @@ class Way:
     plan: Plan
 
 
-def ways(full: Plan, judge: Judge) -> list[Way]:
-    """Returns three `Way` objects for each setting.
+def ways(full: Plan, judge: Judge) -> list[SkippingWay]:
+    """Returns three `SkippingWay` objects for each setting.
 
     The first has the greedy plan. The second has the least-error plan with the same number of skips. The third has the
     same plan as the second, but with extrapolated residuals.
@@ -80,9 +80,9 @@ def ways(full: Plan, judge: Judge) -> list[Way]:
         best = dataclasses.replace(greedy, config=best_config)
         extrapolated = dataclasses.replace(best, config=best_config.replace(magcache_extrapolate=True))
         found += [
-            Way(rule, name, "greedy", greedy),
-            Way(rule, name, "least error", best),
-            Way(rule, name, "extrapolated", extrapolated),
+            SkippingWay(rule, name, "greedy", greedy),
+            SkippingWay(rule, name, "least error", best),
+            SkippingWay(rule, name, "extrapolated", extrapolated),
         ]
     return found
 
@@ -91,7 +91,7 @@ def ways(full: Plan, judge: Judge) -> list[Way]:
 def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
     """Makes videos from one held-out scene, and returns a row of metrics for each video.
 
-    The first row is for the video without skipping. Each other row is for one `Way` to skip.
+    The first row is for the video without skipping. Each other row is for one `SkippingWay` to skip.
     """
     scene, truth = judge.held_out(index)
     full = Plan.of(judge.config.replace(seed=index), judge.files.spec, (SIZE, SIZE))
@@ -124,7 +124,7 @@ def _key(plan: Plan) -> tuple[object, ...]:
 def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[str, Any]]:
     """Returns rows of metrics; each metric is averaged over all held-out scenes.
 
-    The first row is for the videos without skipping. Each other row is for one `Way` to skip.
+    The first row is for the videos without skipping. Each other row is for one `SkippingWay` to skip.
     """
     full = Plan.of(judge.config, judge.files.spec, (SIZE, SIZE))
     found: list[dict[str, Any]] = []

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from wanfast.quality.motions import MOTIONS, Path, errors_of
+from wanfast.quality.motions import MOTIONS, MotionPath, errors_of
 
 _SHADE = 0.82  # the darkest factor by which a shape's texture scales its colour
 _REACH = 70.0  # scale of the colour distance: at 0.75 of it a pixel is no longer the shape's
@@ -26,7 +26,7 @@ _MAX_TURN = math.radians(25)  # between frames
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ThingVerdict:
     """Holds the motion whose path is nearest to the path of the tracked shape, and the error of each motion.
 
     An error is the distance of a motion's path from the tracked path. If the tracker lost the shape, the motion is None
@@ -37,16 +37,16 @@ class Verdict:
     errors: dict[str, float]
 
 
-def classify(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Verdict:
+def classify(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> ThingVerdict:
     """Returns the motion that frames [F, H, W, 3] show; `colour` is the shape's RGB."""
     path = track(frames, colour)
     if path is None:
-        return Verdict(None, {})
+        return ThingVerdict(None, {})
     errors = errors_of(path, {name: motion.at for name, motion in MOTIONS.items()}, TOLERANCE)
-    return Verdict(min(errors, key=errors.__getitem__), errors)
+    return ThingVerdict(min(errors, key=errors.__getitem__), errors)
 
 
-def track(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> Path | None:
+def track(frames: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> MotionPath | None:
     """Tracks the shape of the given colour; returns the shape's path [F, 4], or None if the shape was lost.
 
     The columns are x, y (in frame heights), log growth and rotation (radians), all relative to frame 0.

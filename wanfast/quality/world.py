@@ -154,10 +154,10 @@ def draw_photo_scene(seed: int, photographs: Photographs, size: tuple[int, int],
 def camera_scene(
     index: int, photographs: Photographs, size: tuple[int, int], *, photograph: int | None = None
 ) -> Scene:
-    """Returns scene number `index` of the scenes that judge camera motions.
+    """Returns the scene at `index` of the scenes that judge camera motions.
 
     Successive scenes go through all camera motions in a cycle, and through all photographs in another cycle. If
-    `photograph` is given, the scene shows the photograph with this number.
+    `photograph` is given, the scene shows the photograph at this index.
     """
     rng = random.Random(f"{index}/judge")
     name = list(CAMERAS)[index % len(CAMERAS)]
@@ -280,7 +280,7 @@ class Renderer:
         return F.avg_pool2d(seen.permute(0, 3, 1, 2), times).permute(0, 2, 3, 1)
 
     def _draw(self, frames: Tensor, scenes: list[Scene], rank: int, world: Tensor, moments: Tensor) -> Tensor:
-        """Draws each scene's thing number `rank` over the frames; a scene with fewer things stays unchanged."""
+        """Draws each scene's thing at index `rank` over the frames; a scene with fewer things stays unchanged."""
         things = [_thing(scene, rank) for scene in scenes]
         still = np.zeros((len(moments), 4))
         paths = self._table(
@@ -307,7 +307,7 @@ class Renderer:
 
 
 def _thing(scene: Scene, rank: int) -> Thing | None:
-    """Returns thing number `rank` in drawing order (bystanders first, the subject on top), or None."""
+    """Returns the thing at index `rank` in drawing order (bystanders first, the subject on top), or None."""
     order = [*scene.bystanders, scene.subject]
     return order[rank] if rank < len(order) else None
 

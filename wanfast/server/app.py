@@ -29,7 +29,7 @@ from wanfast.server.keys import EVERYBODY, Keys
 from wanfast.server.metrics import Metrics
 from wanfast.server.page import add_pages
 from wanfast.server.replies import ApiError, unfit
-from wanfast.server.store import CANCELLED, Job, KeyReusedError, Order, QueueFullError, Store
+from wanfast.server.store import CANCELLED, KeyReusedError, Order, QueueFullError, Store, StoredJob
 from wanfast.server.worker import WATCH_S, Worker
 
 _ID = re.compile(r"video_[0-9a-f]{32}")
@@ -215,7 +215,7 @@ def _owner_of(keys: Keys) -> Any:
     return owner
 
 
-async def _create(request: Request, owner: str, parts: Parts, adding: CapacityLimiter) -> Job:
+async def _create(request: Request, owner: str, parts: Parts, adding: CapacityLimiter) -> StoredJob:
     """Queues the job of a request. When it returns, the job is on disk. Raises ApiError.
 
     `adding` limits the threads that do so: images are decoded one after the other, and requests that wait for their
@@ -230,7 +230,7 @@ async def _create(request: Request, owner: str, parts: Parts, adding: CapacityLi
     return await to_thread.run_sync(_add, await read(request, parts.most_bytes), owner, key, parts, limiter=adding)
 
 
-def _add(asked: Asked, owner: str, key: str | None, parts: Parts) -> Job:
+def _add(asked: Asked, owner: str, key: str | None, parts: Parts) -> StoredJob:
     new, store = parts.checks.job(asked, owner, key), parts.store
     try:
         if earlier := store.earlier(new):
@@ -248,7 +248,7 @@ def _add(asked: Asked, owner: str, key: str | None, parts: Parts) -> Job:
     return job
 
 
-async def _awaited(request: Request, job: Job, parts: Parts) -> Response:
+async def _awaited(request: Request, job: StoredJob, parts: Parts) -> Response:
     """Returns the file of a job when it has ended. If the client leaves, the job is cancelled."""
     while not job.has_ended:
         if parts.worker.is_stopping:
@@ -267,7 +267,7 @@ async def _awaited(request: Request, job: Job, parts: Parts) -> Response:
     return _file(parts.files, job, "video")
 
 
-def _found(store: Store, video_id: str, owner: str) -> Job:
+def _found(store: Store, video_id: str, owner: str) -> StoredJob:
     job = store.find(video_id, owner) if _ID.fullmatch(video_id) else None
     if job is None:
         raise _missing()
@@ -278,12 +278,12 @@ def _missing() -> ApiError:
     return ApiError(404, "no such video", code="not_found", param="video_id")
 
 
-def _shown(parts: Parts, job: Job) -> JSONResponse:
+def _shown(parts: Parts, job: StoredJob) -> JSONResponse:
     position = parts.store.position(job) if job.status == "queued" else None
     return JSONResponse(replies.video(job, position), headers={"openai-poll-after-ms": str(replies.POLL_MS)})
 
 
-def _file(files: Files, job: Job, variant: str) -> FileResponse:
+def _file(files: Files, job: StoredJob, variant: str) -> FileResponse:
     """Returns a file of a completed job; ranges of it too, if the request asks for them. Raises ApiError."""
     if job.output is None:
         raise ApiError(
@@ -314,7 +314,7 @@ class _Download(FileResponse):
             await super().__call__(scope, receive, send)
 
 
-def _count(parts: Parts, before: Job, after: Job) -> None:
+def _count(parts: Parts, before: StoredJob, after: StoredJob) -> None:
     if not before.has_ended and after.error_code == CANCELLED:
         parts.metrics.failed(CANCELLED)
 

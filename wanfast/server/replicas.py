@@ -23,7 +23,7 @@ from wanfast.server.app import create_app
 from wanfast.server.checks import Served
 from wanfast.server.files import Files
 from wanfast.server.keys import Keys
-from wanfast.server.serve import Settings, address_of, keys_of, parts_of, print_ready, warm_up_of
+from wanfast.server.serve import ServerSettings, address_of, keys_of, parts_of, print_ready, warm_up_of
 from wanfast.server.store import Store
 
 _APP = "wanfast"
@@ -42,7 +42,9 @@ class _LostClusterError(RankFailedError):
 class Replica:
     """This class is one server, without HTTP of its own: Ray Serve passes requests to this server's app."""
 
-    def __init__(self, settings: Settings, keys: Keys, asked: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self, settings: ServerSettings, keys: Keys, asked: dict[str, Any], defaults: Mapping[str, Any]
+    ) -> None:
         """Loads the models on this machine, and returns when they are loaded. Raises WanFastError.
 
         `asked`: the options of the handle. They are planned here, because the memory is this machine's.
@@ -83,7 +85,7 @@ class Replica:
 
 
 def serve_on(
-    address: str, replicas: int | None, settings: Settings, opened: Opened, defaults: Mapping[str, Any]
+    address: str, replicas: int | None, settings: ServerSettings, opened: Opened, defaults: Mapping[str, Any]
 ) -> None:
     """Serves on a Ray cluster until SIGTERM or SIGINT; then all replicas end. Raises WanFastError.
 
@@ -130,7 +132,7 @@ def serve_on(
         _end(serve)
 
 
-def _start(serve: Any, settings: Settings) -> None:
+def _start(serve: Any, settings: ServerSettings) -> None:
     """Starts Ray Serve, whose HTTP is on the cluster's head. Raises ConfigError."""
     found = serve.status()
     if found.proxies or found.applications:
@@ -141,7 +143,7 @@ def _start(serve: Any, settings: Settings) -> None:
         serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": settings.port})
 
 
-def _watch(serve: Any, settings: Settings, stopped: threading.Event) -> None:
+def _watch(serve: Any, settings: ServerSettings, stopped: threading.Event) -> None:
     """Waits for a signal, and prints the address when the replicas have their models. Raises RankFailedError."""
     status, was_ready = "", False
     while not stopped.wait(_LOOK_S):

@@ -8,7 +8,7 @@ from typing import Any
 
 from wanfast.runtime.config.option import flag
 from wanfast.runtime.errors import JoiningMemoryError
-from wanfast.server.store import Job
+from wanfast.server.store import StoredJob
 
 POLL_MS = 1000  # a client asks again after this time
 _FIELD_OF = {  # option of `Handle.make` -> the field that gives it
@@ -73,7 +73,7 @@ def without_paths(message: str, instead: str) -> str:
     return instead if _PATH.search(message) else message
 
 
-def video(job: Job, queue_position: int | None = None) -> dict[str, Any]:
+def video(job: StoredJob, queue_position: int | None = None) -> dict[str, Any]:
     """Returns what the client gets for a job: the JSON object of a video.
 
     `queue_position`: the number of queued jobs before this job; None if this job is not queued.
@@ -105,7 +105,7 @@ def video(job: Job, queue_position: int | None = None) -> dict[str, Any]:
     }
 
 
-def _settings(job: Job) -> dict[str, Any]:
+def _settings(job: StoredJob) -> dict[str, Any]:
     """Returns the fields with which a request gets the same video, without those that it left to the server."""
     settings = in_names_of_fields(job.options)
     if not isinstance(settings["prompt"], list):
@@ -114,7 +114,7 @@ def _settings(job: Job) -> dict[str, Any]:
     return settings | {"prompt": settings["prompt"][0], "seconds": job.seconds}
 
 
-def page(jobs: list[Job], *, has_more: bool) -> dict[str, Any]:
+def page(jobs: list[StoredJob], *, has_more: bool) -> dict[str, Any]:
     """Returns one page of a client's list of videos, as a JSON object."""
     first, last = (jobs[0].id, jobs[-1].id) if jobs else (None, None)
     return {

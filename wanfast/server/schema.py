@@ -59,7 +59,7 @@ JOBS = Table(
     Column("error_code", String),
     Column("error_message", String),
     Column("output", String),  # the name of the video's files, without suffix
-    Column("facts", String),  # JSON: the seconds of each stage and the plan
+    Column("facts", String),  # JSON: the figures of a video, which are the seconds of each stage, and the plan
     Column("deleted", Boolean, nullable=False),
     UniqueConstraint("owner", "idempotency_key"),
     Index("jobs_by_status", "status", "priority", "number"),

@@ -34,7 +34,7 @@ _CLOSING_S = 5  # connections get this long to end
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ServerSettings:
     """This class holds the options of `wanfast serve` that concern only the server, not its videos."""
 
     host: str
@@ -71,7 +71,7 @@ class Settings:
 
 
 def serve(
-    settings: Settings, opened: Opened, defaults: Mapping[str, Any], *, start: Callable[[Opened], Handle] = Handle
+    settings: ServerSettings, opened: Opened, defaults: Mapping[str, Any], *, start: Callable[[Opened], Handle] = Handle
 ) -> None:
     """Runs the server until SIGTERM or SIGINT.
 
@@ -102,14 +102,14 @@ def address_of(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def keys_of(settings: Settings) -> Keys:
+def keys_of(settings: ServerSettings) -> Keys:
     """Reads the keys of a server. Raises ConfigError."""
     return Keys.read(settings.api_key_file) if settings.api_key_file else Keys()
 
 
 @contextmanager
 def parts_of(
-    settings: Settings,
+    settings: ServerSettings,
     keys: Keys,
     opened: Opened,
     defaults: Mapping[str, Any],
@@ -169,7 +169,7 @@ def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
 
 
 @contextmanager
-def _alone(settings: Settings) -> Iterator[None]:
+def _alone(settings: ServerSettings) -> Iterator[None]:
     """Holds the lock of the data folder, because SQLite's jobs of another living server are not lost.
 
     Servers that share PostgreSQL share the folder too. Raises ConfigError.
@@ -187,7 +187,7 @@ def _alone(settings: Settings) -> Iterator[None]:
 
 
 @contextmanager
-def _listening(settings: Settings) -> Iterator[socket.socket]:
+def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
     """Listens at the server's address, before the models are loaded. Raises ConfigError."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:

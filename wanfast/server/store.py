@@ -73,7 +73,7 @@ class NewJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class StoredJob:
     """This class holds one job, with the values that the database has for it."""
 
     number: int
@@ -100,7 +100,7 @@ class Job:
     deleted: bool
 
     @classmethod
-    def of(cls, row: Row[Any]) -> Job:
+    def of(cls, row: Row[Any]) -> StoredJob:
         """Makes a job from a row of the table."""
         values = {field.name: row._mapping[field.name] for field in dataclasses.fields(cls)}
         return cls(**values | {"options": json.loads(values["options"]), "facts": json.loads(values["facts"] or "{}")})
@@ -119,8 +119,8 @@ class Job:
 class Overview:
     """This class holds what a page shows of an owner's jobs."""
 
-    unended: list[Job]  # in the order in which they are made
-    ended: list[Job]  # the last that came is the first
+    unended: list[StoredJob]  # in the order in which they are made
+    ended: list[StoredJob]  # the last that came is the first
     has_more: bool  # whether more have ended
     places: dict[int, int]  # of all queued jobs, of other owners too: {number: how many come before}
 
@@ -140,7 +140,7 @@ class Store:
     def close(self) -> None:
         self._engine.dispose()
 
-    def add(self, new: NewJob, image: bytes, most: int) -> tuple[Job, bool]:
+    def add(self, new: NewJob, image: bytes, most: int) -> tuple[StoredJob, bool]:
         """Queues a job and returns (the job, True).
 
         If an earlier job has the same owner and the same Idempotency-Key, returns (the earlier job, False). Raises
@@ -162,9 +162,9 @@ class Store:
                 .returning(JOBS)
             ).one()
             connection.execute(insert(IMAGES).values(job=row.number, data=image))
-        return Job.of(row), True
+        return StoredJob.of(row), True
 
-    def earlier(self, new: NewJob) -> Job | None:
+    def earlier(self, new: NewJob) -> StoredJob | None:
         """Returns the earlier job with the Idempotency-Key of this request, or None if there is none.
 
         Raises KeyReusedError if the earlier job came from a different request, or if it was deleted.
@@ -172,13 +172,13 @@ class Store:
         with self._reading() as connection:
             return self._of_key(connection, new)
 
-    def find(self, video: str, owner: str) -> Job | None:
+    def find(self, video: str, owner: str) -> StoredJob | None:
         """Returns a job by its id; None if no such job exists, if it was deleted, or if it belongs to another owner."""
         with self._reading() as connection:
             row = connection.execute(select(JOBS).where(_visible(owner), JOBS.c.id == video)).one_or_none()
-        return Job.of(row) if row else None
+        return StoredJob.of(row) if row else None
 
-    def page(self, owner: str, limit: int, after: str | None, order: Order) -> tuple[list[Job], bool] | None:
+    def page(self, owner: str, limit: int, after: str | None, order: Order) -> tuple[list[StoredJob], bool] | None:
         """Returns (up to `limit` jobs of an owner, whether more jobs follow).
 
         `after`: the id of the last job of the previous page; this job may be deleted meanwhile. Returns None if `after`
@@ -193,9 +193,9 @@ class Store:
                     return None
                 chosen = chosen.where(number > last if order == "asc" else number < last)
             rows = connection.execute(chosen.limit(limit + 1)).all()
-        return [Job.of(row) for row in rows[:limit]], len(rows) > limit
+        return [StoredJob.of(row) for row in rows[:limit]], len(rows) > limit
 
-    def position(self, job: Job) -> int:
+    def position(self, job: StoredJob) -> int:
         """Returns the number of queued jobs that will run before the queued `job`."""
         earlier = and_(JOBS.c.priority == job.priority, JOBS.c.number < job.number)
         before = and_(JOBS.c.status == "queued", or_(JOBS.c.priority > job.priority, earlier))
@@ -211,8 +211,8 @@ class Store:
             unended = connection.execute(mine.where(_unended()).order_by(*order).limit(most)).all()
             ended = connection.execute(mine.where(~_unended()).order_by(number.desc()).limit(most + 1)).all()
         return Overview(
-            [Job.of(row) for row in unended],
-            [Job.of(row) for row in ended[:most]],
+            [StoredJob.of(row) for row in unended],
+            [StoredJob.of(row) for row in ended[:most]],
             len(ended) > most,
             {number: place for place, number in enumerate(places)},
         )
@@ -224,7 +224,7 @@ class Store:
             rows = connection.execute(found.where(_unended())).all()
         return {"queued": 0, "in_progress": 0} | {row[0]: row[1] for row in rows}
 
-    def claim(self) -> Job | None:
+    def claim(self) -> StoredJob | None:
         """Starts an attempt of the next queued job, and returns the job; None if no job is queued.
 
         The next job is the one with the highest priority; among jobs of equal priority, the oldest.
@@ -242,24 +242,24 @@ class Store:
             values = {"claim": secrets.token_hex(8), "lease_until": self._lease(), "stage": "", "progress": 0}
             begun = update(JOBS).where(JOBS.c.number == number)
             begun = begun.values(status="in_progress", attempts=JOBS.c.attempts + 1, **values)
-            return Job.of(connection.execute(begun.returning(JOBS)).one())
+            return StoredJob.of(connection.execute(begun.returning(JOBS)).one())
 
-    def image(self, job: Job) -> bytes | None:
+    def image(self, job: StoredJob) -> bytes | None:
         """Returns the bytes of a job's image: empty if the job has no image, None if the job has ended."""
         with self._reading() as connection:
             found = connection.execute(select(IMAGES.c.data).where(IMAGES.c.job == job.number))
             return found.scalar_one_or_none()
 
-    def is_held(self, job: Job) -> bool:
+    def is_held(self, job: StoredJob) -> bool:
         """Returns whether the attempt still owns the job: the job was not cancelled, and the attempt is not lost."""
         with self._reading() as connection:
             return connection.execute(select(JOBS.c.number).where(_held(job))).one_or_none() is not None
 
-    def hold(self, job: Job, stage: str, progress: int) -> bool:
+    def hold(self, job: StoredJob, stage: str, progress: int) -> bool:
         """Renews the lease of an attempt and records its progress; returns whether the attempt still owns the job."""
         return self._change(job, stage=stage, progress=progress, lease_until=self._lease())
 
-    def complete(self, job: Job, output: str, facts: Mapping[str, Any], keep_s: float) -> bool:
+    def complete(self, job: StoredJob, output: str, facts: Mapping[str, Any], keep_s: float) -> bool:
         """Ends a job as completed, after its files are written; returns False if the attempt no longer owns the job.
 
         `output`: the name of the attempt that made the files. `keep_s`: the seconds until the video expires.
@@ -268,11 +268,11 @@ class Store:
         ended = {"output": output, "facts": json.dumps(facts), "progress": 100, "stage": "", "expires_at": now + keep_s}
         return self._change(job, status="completed", completed_at=now, claim=None, **ended)
 
-    def fail(self, job: Job, code: str, message: str) -> bool:
+    def fail(self, job: StoredJob, code: str, message: str) -> bool:
         """Ends a job with an error; returns False if the attempt no longer owns the job."""
         return self._change(job, **_failed(code, message))
 
-    def requeue(self, job: Job, *, counts: bool) -> bool:
+    def requeue(self, job: StoredJob, *, counts: bool) -> bool:
         """Puts a running job back to its old place in the queue; returns False if the attempt no longer owns the job.
 
         `counts`: whether this attempt counts towards MOST_ATTEMPTS. An attempt that the server itself stopped does not
@@ -294,7 +294,7 @@ class Store:
             again = connection.execute(update(JOBS).where(lost).values(**_queued()))
         return ended + again.rowcount
 
-    def cancel(self, video: str, owner: str, *, deletes: bool = False) -> Job | None:
+    def cancel(self, video: str, owner: str, *, deletes: bool = False) -> StoredJob | None:
         """Ends a queued or running job with the code `cancelled`; returns the job, or None if there is no such job.
 
         A job that has already ended keeps its status. If `deletes` is true, the owner can no longer see the job, and
@@ -308,15 +308,15 @@ class Store:
             self._end(connection, update(JOBS).where(mine, _unended()).values(**_failed(CANCELLED, "cancelled")))
             if deletes:
                 connection.execute(update(JOBS).where(mine).values(deleted=True, options="{}", facts=None))
-                return Job.of(row)
-            return Job.of(connection.execute(select(JOBS).where(mine)).one())
+                return StoredJob.of(row)
+            return StoredJob.of(connection.execute(select(JOBS).where(mine)).one())
 
     def outputs(self) -> set[str]:
         """Returns the names of the attempts whose files are needed: those of readable videos and of running jobs."""
         shown = and_(JOBS.c.output.is_not(None), JOBS.c.deleted.is_(False), JOBS.c.expires_at > time.time())
         with self._reading() as connection:
             rows = connection.execute(select(JOBS).where(or_(shown, JOBS.c.status == "in_progress"))).all()
-        return {row.output or Job.of(row).attempt for row in rows}
+        return {row.output or StoredJob.of(row).attempt for row in rows}
 
     def forget(self) -> None:
         """Removes the rows of jobs that ended, or expired, long ago."""
@@ -325,16 +325,16 @@ class Store:
         with self._writing() as connection:
             connection.execute(delete(JOBS).where(JOBS.c.status.in_(("completed", "failed")), old))
 
-    def _of_key(self, connection: Connection, new: NewJob) -> Job | None:
+    def _of_key(self, connection: Connection, new: NewJob) -> StoredJob | None:
         if new.idempotency_key is None:
             return None
         same = and_(JOBS.c.owner == new.owner, JOBS.c.idempotency_key == new.idempotency_key)
         row = connection.execute(select(JOBS).where(same)).one_or_none()
         if row is not None and (row.deleted or row.fingerprint != new.fingerprint):
             raise KeyReusedError
-        return Job.of(row) if row else None
+        return StoredJob.of(row) if row else None
 
-    def _change(self, job: Job, **values: Any) -> bool:
+    def _change(self, job: StoredJob, **values: Any) -> bool:
         with self._writing() as connection:
             return self._end(connection, update(JOBS).where(_held(job)).values(**values)) == 1
 
@@ -368,7 +368,7 @@ def _unended() -> ColumnElement[bool]:
     return JOBS.c.status.in_(("queued", "in_progress"))
 
 
-def _held(job: Job) -> ColumnElement[bool]:
+def _held(job: StoredJob) -> ColumnElement[bool]:
     return and_(JOBS.c.number == job.number, JOBS.c.claim == job.claim)  # an end removes the claim
 
 

@@ -23,12 +23,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from wanfast.runtime.config import parse_size
 from wanfast.runtime.errors import CancelledError, ConfigError, NotFiniteError, RankFailedError, WanFastError
 from wanfast.runtime.facts.memory import gb
-from wanfast.runtime.processes.handle import ProgressFn, Video
-from wanfast.runtime.store.artifacts import note, share_done
+from wanfast.runtime.planning.progress import StageFn, share_done
+from wanfast.runtime.processes.handle import Video
+from wanfast.runtime.store.artifacts import note
 from wanfast.server.files import Files
 from wanfast.server.metrics import Metrics
 from wanfast.server.replies import in_fields, without_paths
-from wanfast.server.store import MOST_ATTEMPTS, Job, Store
+from wanfast.server.store import MOST_ATTEMPTS, Store, StoredJob
 
 WATCH_S = 0.1  # between two looks at the running jobs
 _RENEW_S = 5.0  # between two renewals of a lease without progress
@@ -58,7 +59,7 @@ T = TypeVar("T")
 class Maker(Protocol):
     """This interface makes videos; `Handle` implements it."""
 
-    def make(self, *, on_progress: ProgressFn, **options: Any) -> Video:
+    def make(self, *, on_progress: StageFn, **options: Any) -> Video:
         """Makes one video and waits for it. Raises WanFastError."""
 
     def cancel(self) -> None:
@@ -69,7 +70,7 @@ class Maker(Protocol):
 class _Run:
     """This class holds what the threads know of a running attempt."""
 
-    job: Job
+    job: StoredJob
     stage: str = ""
     progress: int = 0
     written: tuple[str, int] = ("", 0)  # the stage and the progress that the database has
@@ -202,7 +203,7 @@ class Worker:
             self._lost_ranks = False
             self._load()
 
-    def _made(self, token: object, on_progress: ProgressFn, options: Mapping[str, Any]) -> Video:
+    def _made(self, token: object, on_progress: StageFn, options: Mapping[str, Any]) -> Video:
         with self._lock:
             self._making = token
         try:
@@ -314,7 +315,7 @@ def _noted() -> Iterator[None]:
 def _patiently(change: Callable[[], T]) -> T | None:
     """Returns the result of a call of the database; None if the database has not answered for some time.
 
-    Then the job's lease ends, and the job is made again.
+    Then the job's lease ends, and its video is made again.
     """
     ends = time.monotonic() + _DATABASE_S
     while time.monotonic() < ends:

@@ -4,12 +4,12 @@ from wanfast.runtime.config.effective import (
     NO_VIDEO,
     OPTIONS,
     EffectiveConfig,
-    Options,
     accepted,
     of_command,
     refuse_lossy_attention,
 )
 from wanfast.runtime.config.models import ModelsConfig, QuantizeConfig, default_artifacts_dir
+from wanfast.runtime.config.option import Options
 from wanfast.runtime.config.ranks import RanksConfig
 from wanfast.runtime.config.skipping import SkippingConfig, magcache_settings
 from wanfast.runtime.config.video import OutputConfig, VideoConfig, parse_size

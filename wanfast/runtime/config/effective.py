@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanfast.runtime.config.models import ModelsConfig, default_artifacts_dir
-from wanfast.runtime.config.option import OptionField, options_of, refuse_unknown
+from wanfast.runtime.config.option import OptionField, Options, options_of, refuse_unknown
 from wanfast.runtime.config.ranks import RanksConfig
 from wanfast.runtime.config.recipes import OF_GRID, RECIPES, has_levels, with_recipe, without_lossy_attention
 from wanfast.runtime.config.skipping import SkippingConfig
@@ -24,7 +24,6 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import LOSSY_ATTENTION, Command, in_8_bits
 from wanfast.runtime.facts.model_spec import ModelSpec
 
-Options = Mapping[str, Any]  # option name -> the value that was given
 _OLDER_MODELS = {"vae_precision": "fp32"}  # what versions did whose sidecars lack a field
 NO_VIDEO: Options = {"prompt": "none"}  # required of a video, but not to place ranks or to compile
 

@@ -32,6 +32,7 @@ ALL: tuple[Command, ...] = (*COMPILED, "doctor")
 
 _PROMPTS = ("prompt", "negative_prompt")  # they are cleaned of control characters
 
+Options = Mapping[str, Any]  # option name -> value
 Check = Callable[[Any], str | None]  # value -> None, or how to fix the value
 
 

@@ -18,12 +18,10 @@ from types import MappingProxyType
 from typing import Any
 
 from wanfast.runtime.config.models import OF_LOSSY
-from wanfast.runtime.config.option import options_of
+from wanfast.runtime.config.option import Options, options_of
 from wanfast.runtime.config.skipping import SkippingConfig, spelled_out
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Expert, RecipeName, Solver
-
-Options = Mapping[str, Any]  # option name -> value
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ def join(device: str, mesh: Mesh, timeout_s: float) -> Ranks:
         return dist.new_subgroups_by_enumeration(lines, timeout=timeout)[0]  # type: ignore[no-untyped-call, no-any-return]
 
     axes: tuple[Axis, ...] = ("cfg", "ulysses")
-    groups = {axis: own_group(mesh.lines(axis)) for axis in axes if getattr(mesh, axis) > 1}
+    groups = {axis: own_group(mesh.neighbours(axis)) for axis in axes if getattr(mesh, axis) > 1}
     whole = own_group([list(range(mesh.group_size))]) if mesh.cfg > 1 else None
     return Ranks(device, mesh, dist.get_rank(), groups, whole)
 

@@ -124,14 +124,14 @@ def runs_fp8(device: str, precision: Precision, head_dim: int) -> bool:
     return probe("fa3-fp8", device, DTYPES[precision], head_dim).state == "runs"
 
 
-def require_fp8(ranks: Ranks, precision: Precision, head_dim: int) -> None:
-    """Raises ConfigError on all ranks if a rank cannot compute the float8 heads of an attention plan."""
+def require_fp8(ranks: Ranks, precision: Precision, head_dim: int, option: str = "--attention-plan") -> None:
+    """Raises ConfigError on all ranks if a rank cannot compute heads in float8; `option` asks for such heads."""
 
     def tried() -> None:
         if not runs_fp8(ranks.device, precision, head_dim):
             raise ConfigError(
-                "--attention-plan: this plan has heads in float8, but the kernel fa3-fp8 does not run on all ranks: "
-                "run `wanfast doctor` to see why, or use a plan without float8"
+                f"{option}: heads in float8 need the kernel fa3-fp8, which does not run on all ranks: run "
+                "`wanfast doctor` to see why, or use a plan without float8"
             )
 
     ranks.together(tried)

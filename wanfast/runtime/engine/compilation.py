@@ -39,7 +39,7 @@ from wanfast.runtime.machine.packages import version_of
 from wanfast.runtime.models.attention_fp8 import can_rotate
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.fused import make_operators
-from wanfast.runtime.store.artifacts import ArtifactStore, Published, note, noting
+from wanfast.runtime.store.artifacts import Artifact, ArtifactStore, note, noting
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.sharing import who_can_write
 
@@ -148,7 +148,7 @@ def check_caches() -> None:
         )
 
 
-def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> Published:
+def save_caches(store: ArtifactStore, inputs: dict[str, Any], ranks: Ranks) -> Artifact:
     """Stores the compiler caches of all ranks as one artifact, with a file for each rank.
 
     If a damaged artifact with this key exists, it is replaced. Raises ConfigError if the artifact cannot be written.

@@ -64,7 +64,7 @@ class LossyAttention:
         lossy.run(self)
 
     def enter(self, layer: int) -> None:
-        """Begins layer number `layer` of the current forward."""
+        """Begins layer `layer`, counted from 0, of the current forward."""
         self._layer = layer
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

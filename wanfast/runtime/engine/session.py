@@ -75,7 +75,7 @@ class Made:
 
     plan: Plan
     frames: Frames | None  # on the leader
-    facts: dict[str, Any]  # for the JSON beside the video
+    figures: dict[str, Any]  # for the JSON beside the video
 
 
 class Session:
@@ -223,7 +223,7 @@ class Session:
             frames = pipeline.frames(latent, plan.geometry, self.watch, on_frames)
         peaks = ranks.gather(hardware.peak_memory_bytes(config.ranks.device))
         recompiled = max(ranks.gather(compiled_anew() - compiled if config.models.compile else 0))
-        facts = {
+        figures = {
             "seconds": dict(self.watch.seconds),
             "first_step_s": round(first_step.seconds, 3),
             "attention": dataclasses.asdict(pipeline.attention),
@@ -239,7 +239,7 @@ class Session:
             "quantized": {expert: folder.name for expert, folder in self._stored.items()},
         }
         self.forget_seconds()
-        return Made(plan, frames, facts)
+        return Made(plan, frames, figures)
 
     def forget_seconds(self) -> None:
         """Sets the measured seconds to zero, for the next video. The models stay loaded."""

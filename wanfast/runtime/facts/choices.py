@@ -10,6 +10,7 @@ Command = Literal[
 
 Solver = Literal["unipc", "dpm++", "euler", "unipc-euler", "rcm"]
 Precision = Literal["bf16", "fp32"]
+Layout = Literal["original", "diffusers"]  # of files of weights
 Device = Literal["cpu", "cuda"]
 ImageFit = Literal["area", "crop", "pad"]  # how an image becomes a video of another shape
 Expert = Literal["high_noise", "low_noise"]

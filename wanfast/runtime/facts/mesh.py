@@ -48,7 +48,7 @@ class Mesh:
         """
         return self if num_heads % self.group_size else Mesh(replica=self.replica, ulysses=self.group_size)
 
-    def lines(self, axis: Axis) -> list[list[int]]:
+    def neighbours(self, axis: Axis) -> list[list[int]]:
         """Divides the ranks of one rank group into lists; the ranks of each list are neighbours along `axis`.
 
         With cfg 2 and ulysses 2, the lists along ulysses are [[0, 1], [2, 3]]. The lists along cfg are

@@ -70,16 +70,16 @@ def examine(given: Options) -> dict[str, Any]:
 
 def _weights(models: ModelsConfig) -> tuple[dict[str, Any], ModelSpec]:
     """Returns the place and state of the model's files, and the model's facts (a published one's if none are read)."""
-    facts: dict[str, Any] = {"model": models.model, "folder": None, "layout": None, "bytes": 0, "trouble": None}
+    found: dict[str, Any] = {"model": models.model, "folder": None, "layout": None, "bytes": 0, "trouble": None}
     spec = PUBLISHED.get(models.model, A14B)
     try:
         files = model_files.locate_for(models)
         spec = files.spec
-        facts |= {"folder": str(files.root), "layout": files.layout, "bytes": sum(_sizes(files))}
+        found |= {"folder": str(files.root), "layout": files.layout, "bytes": sum(_sizes(files))}
         files.require()
     except WanFastError as error:
-        facts["trouble"] = str(error)
-    return facts, spec
+        found["trouble"] = str(error)
+    return found, spec
 
 
 def _sizes(files: ModelFiles) -> Iterator[int]:
@@ -128,21 +128,21 @@ def _host(artifacts: Path) -> dict[str, Any]:
 
 
 def _torch() -> dict[str, Any]:
-    """Returns the facts of torch; `trouble` says why torch sees no GPU, or why it cannot be imported."""
-    facts: dict[str, Any] = {"cuda": None, "cudnn": None, "imports": False, "sees_gpu": False, "trouble": None}
+    """Returns a description of torch; `trouble` says why torch sees no GPU, or why it cannot be imported."""
+    found: dict[str, Any] = {"cuda": None, "cudnn": None, "imports": False, "sees_gpu": False, "trouble": None}
     try:
         import torch
     except (ImportError, OSError) as error:
-        return {**facts, "trouble": f"cannot be imported ({error})"}
+        return {**found, "trouble": f"cannot be imported ({error})"}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         sees_gpu = torch.cuda.is_available()
-    facts |= {"cuda": torch.version.cuda, "imports": True, "sees_gpu": sees_gpu}
-    facts["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    found |= {"cuda": torch.version.cuda, "imports": True, "sees_gpu": sees_gpu}
+    found["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     if not sees_gpu:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        facts["trouble"] = ": ".join([built, *(str(warning.message).splitlines()[0] for warning in said[:1])])
-    return facts
+        found["trouble"] = ": ".join([built, *(str(warning.message).splitlines()[0] for warning in said[:1])])
+    return found
 
 
 def _attention(torch: dict[str, Any]) -> dict[str, Any]:
@@ -158,15 +158,15 @@ def _attention(torch: dict[str, Any]) -> dict[str, Any]:
 
 def _encoder() -> dict[str, Any]:
     """Returns what is known of the video encoder, which is in PyAV's wheel; an ffmpeg on PATH is not used."""
-    facts: dict[str, Any] = {"libraries": {}, "libx264": False, "ffmpeg": shutil.which("ffmpeg"), "trouble": None}
+    found: dict[str, Any] = {"libraries": {}, "libx264": False, "ffmpeg": shutil.which("ffmpeg"), "trouble": None}
     try:
         import av
 
-        facts["libraries"] = {name: ".".join(map(str, number)) for name, number in av.library_versions.items()}
+        found["libraries"] = {name: ".".join(map(str, number)) for name, number in av.library_versions.items()}
         av.codec.Codec("libx264", "w")
     except (ImportError, OSError, ValueError) as error:  # a missing codec is a ValueError
-        return {**facts, "trouble": str(error)}
-    return {**facts, "libx264": True}
+        return {**found, "trouble": str(error)}
+    return {**found, "libx264": True}
 
 
 def _artifacts(root: Path) -> dict[str, Any]:

@@ -17,15 +17,14 @@ import numpy as np
 
 from wanfast.runtime.engine.pixels import Frame, Frames, FramesFn
 from wanfast.runtime.engine.session import Made, Session, Sessions
-from wanfast.runtime.jobs.loop import ProgressFn, Result, by_step, run_jobs
+from wanfast.runtime.jobs.loop import FrameFileFn, Result, by_step, run_jobs
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.progress import ProgressFn, StageFn, stage_of_clip
 from wanfast.runtime.planning.share import Share
-from wanfast.runtime.store.artifacts import frames_file, stage_of_clip, writing_to
+from wanfast.runtime.store.artifacts import writing_to
 from wanfast.runtime.store.atomic import atomic_paths
-
-FrameFileFn = Callable[[int], Path]
 
 _FIRST_STAGE = ("drawing the noise", "encoding the image", "encoding the images")  # by the number of images
 
@@ -36,16 +35,14 @@ def run(
     *,
     share: Share = Share(),
     progress: ProgressFn = lambda index, stage, done, total: None,
-    folder: Path,
-    first: int = 0,
+    frames_of: FrameFileFn,
 ) -> Iterator[tuple[int, Result]]:
     """Makes the videos of `jobs`, and yields (index, result) of each job when it is done.
 
-    Jobs that another rank group claims are left to that group. `folder` is the run folder. For a job without
-    an output file, the frames are written into this folder, in a file with the number `first` + index.
+    Jobs that another rank group claims are left to that group. For a job without an output file, the frames are
+    written into the file `frames_of(index)`.
     """
-    work = partial(make_video, frames_of=lambda index: frames_file(folder, first + index))
-    yield from run_jobs(work, jobs, sessions, share, progress)
+    yield from run_jobs(partial(make_video, frames_of=frames_of), jobs, sessions, share, progress)
 
 
 def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, frames_of: FrameFileFn) -> Result:
@@ -69,7 +66,7 @@ def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, 
 def _make_clip(
     job: Job,
     session: Session,
-    progress: Callable[[str, int, int], None],
+    progress: StageFn,
     joined: Joined,
     stage_of: Callable[[str], str],
 ) -> Made:
@@ -116,13 +113,13 @@ def _plan_of(job: Job, made: list[Made]) -> Plan:
     return dataclasses.replace(plan, config=plan.config.replace(prompt=job.config.video.prompt))
 
 
-def facts_of(made: list[Made]) -> dict[str, Any]:
+def figures_of(made: list[Made]) -> dict[str, Any]:
     """Returns the figures of the whole video: sums of the clips' seconds, and the largest memory and errors."""
-    facts, *_ = every = [clip.facts for clip in made]
+    figures, *_ = every = [clip.figures for clip in made]
     stages = dict.fromkeys(stage for each in every for stage in each["seconds"])
     checks = [each["attention_check"] for each in every if each["attention_check"]]
     peaks = zip(*(each["peak_memory_bytes_by_rank"] for each in every), strict=True)
-    return facts | {
+    return figures | {
         "seconds": {stage: sum(each["seconds"].get(stage, 0.0) for each in every) for stage in stages},
         "attention_check": max(checks, key=lambda check: check["largest"] or 0.0, default=None),
         "compiled_anew": sum(each["compiled_anew"] for each in every),
@@ -132,8 +129,8 @@ def facts_of(made: list[Made]) -> dict[str, Any]:
 
 
 def _write(plan: Plan, made: list[Made], joined: Joined, recording: sidecar.Recording, file: Path) -> Result:
-    facts = facts_of(made)
-    document = sidecar.with_seconds(sidecar.planned(plan), facts, facts["seconds"])
+    figures = figures_of(made)
+    document = sidecar.with_seconds(sidecar.planned(plan), figures, figures["seconds"])
     frames = joined.whole() if plan.config.video.total_frames > plan.geometry.frames else made[0].frames
     assert frames is not None
     if plan.outputs:

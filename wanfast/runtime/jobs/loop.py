@@ -33,11 +33,11 @@ from wanfast.runtime.errors import (
 )
 from wanfast.runtime.facts.choices import Expert
 from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.progress import LOADING, ProgressFn, StageFn
 from wanfast.runtime.planning.share import MOST_LOADS, Share
-from wanfast.runtime.store.artifacts import LOADING
 
 Result = dict[str, Any]  # the verb's document, or {"error", "exit_code"}
-ProgressFn = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
+FrameFileFn = Callable[[int], Path]  # (job) -> the file of its frames, if the job has no output file
 WorkFn = Callable[[int, Job, Session, ProgressFn], Result]
 
 
@@ -64,8 +64,7 @@ def measuring(measure: WorkFn) -> Callable[..., Iterator[tuple[int, Result]]]:
         *,
         share: Share = Share(),
         progress: ProgressFn = lambda index, stage, done, total: None,
-        folder: Path | None = None,
-        first: int = 0,
+        frames_of: FrameFileFn | None = None,
     ) -> Iterator[tuple[int, Result]]:
         """Yields (index of the job, measurements of its clip) for each job, as soon as the clip is done."""
         yield from run_jobs(measure, jobs, sessions, share, progress)
@@ -73,7 +72,7 @@ def measuring(measure: WorkFn) -> Callable[..., Iterator[tuple[int, Result]]]:
     return run
 
 
-def by_step(progress: Callable[[str, int, int], None], steps: int) -> Callable[[int, Expert], None]:
+def by_step(progress: StageFn, steps: int) -> Callable[[int, Expert], None]:
     """Returns a function that reports each step of denoising, with the name of the step's expert as the stage."""
     return lambda done, expert: progress(expert.replace("_", " "), done, steps)
 

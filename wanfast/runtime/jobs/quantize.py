@@ -36,7 +36,7 @@ from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.loras import find_loras
 from wanfast.runtime.store.quantized import INDEX, KIND, QuantizedExpert, require_torchao, shards
 from wanfast.runtime.weights import checkpoint
-from wanfast.runtime.weights.checkpoint import Rows
+from wanfast.runtime.weights.checkpoint import TensorRows
 from wanfast.runtime.weights.forms import source_of
 from wanfast.runtime.weights.lora import merge_of
 from wanfast.runtime.weights.quantization import is_quantized, quantize, scale_of
@@ -51,12 +51,12 @@ _EXPERTS: dict[str, tuple[Expert, ...]] = {
     "low": EXPERTS[1:],
 }
 
-ProgressFn = Callable[[Expert, int, int], None]  # (expert, bytes of the source that are read, all its bytes)
+BytesFn = Callable[[Expert, int, int], None]  # (expert, bytes of the source that are read, all its bytes)
 
 
 def run(
     config: QuantizeConfig,
-    progress: ProgressFn = lambda expert, done, total: None,
+    progress: BytesFn = lambda expert, done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Quantizes the requested experts that are not stored yet; returns a result document for each requested expert.
@@ -85,7 +85,7 @@ def run(
 
 
 def _quantize_expert(
-    wanted: QuantizedExpert, torchao: str | None, device: str, progress: ProgressFn, say: Callable[[str], None]
+    wanted: QuantizedExpert, torchao: str | None, device: str, progress: BytesFn, say: Callable[[str], None]
 ) -> dict[str, Any]:
     started = time.perf_counter()
     inputs = wanted.inputs(torchao, device)
@@ -125,7 +125,7 @@ class _Job:
     wanted: QuantizedExpert
     source_bytes: int
     device: str
-    progress: ProgressFn
+    progress: BytesFn
 
     def write(self, folder: Path) -> None:
         _check_disk(self.wanted)
@@ -134,7 +134,7 @@ class _Job:
         held, writer, errors, read = model.state_dict(), _Shards(folder), _Errors(), 0
         source = source_of(self.wanted.files, self.wanted.expert)
         merge = merge_of(self.wanted.loras, self.wanted.expert, self.wanted.files.spec.dit)
-        for name, rows in checkpoint.stream(model, component="dit", merge=merge, **source):
+        for name, rows in checkpoint.stream(model, network="dit", merge=merge, **source):
             like = held[name]
             if in_8_bits(self.wanted.scheme) and is_quantized(name):
                 values, scale = self._quantized(name, rows, like, errors)
@@ -152,7 +152,7 @@ class _Job:
         self.progress(self.wanted.expert, self.source_bytes, self.source_bytes)
         errors.write(folder, f"{self.wanted.expert}, {self.wanted.scheme}")
 
-    def _quantized(self, name: str, rows: Rows, like: Tensor, errors: _Errors) -> tuple[Tensor, Tensor]:
+    def _quantized(self, name: str, rows: TensorRows, like: Tensor, errors: _Errors) -> tuple[Tensor, Tensor]:
         """Returns a weight's values and scales, a few rows at a time: those that the file stores, or computed ones."""
         parts = []
         step = max(1, _CHUNK_VALUES // like.shape[1])

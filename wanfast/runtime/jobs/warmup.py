@@ -37,6 +37,7 @@ from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.facts.choices import BRANCHES, Attention
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.facts.shapes import Geometry
+from wanfast.runtime.jobs.loop import FrameFileFn
 from wanfast.runtime.machine import packages
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.attention_kernels import AttentionFn
@@ -44,6 +45,7 @@ from wanfast.runtime.models.bricks import RASTER
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.models.rope import rotary_tables
 from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.progress import ProgressFn
 from wanfast.runtime.planning.share import Share
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
@@ -58,9 +60,8 @@ def run(
     sessions: Sessions,
     *,
     share: Share = Share(),  # a warmup is one job of one group
-    progress: Callable[[int, str, int, int], None] = lambda index, stage, done, total: None,
-    folder: Path | None = None,
-    first: int = 0,
+    progress: ProgressFn = lambda index, stage, done, total: None,
+    frames_of: FrameFileFn | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields one pair (0, result), because a warmup is one job.
 

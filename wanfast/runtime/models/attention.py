@@ -88,7 +88,7 @@ class Projections(Protocol):
         ...
 
     def values(self, part: int, parts: int) -> Tensor:
-        """Divides the heads into `parts` equal groups, and returns v for the heads of group number `part`, from 0.
+        """Divides the heads into `parts` equal groups, and returns v for the heads of group `part`, counted from 0.
 
         The result [B, L, H / parts, D] is contiguous.
         """
@@ -109,7 +109,7 @@ class Fp8Projections(Protocol):
         ...
 
     def statistics(self, first: int, count: int, num_tokens: int) -> Tensor:
-        """Returns the statistics [5, d] of this rank's `count` tokens; the first token has the number `first`."""
+        """Returns the statistics [5, d] of this rank's `count` tokens; the first token has the index `first`."""
         ...
 
     def scaling(self, statistics_P5d: Tensor) -> Scaling:

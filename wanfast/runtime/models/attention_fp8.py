@@ -58,7 +58,7 @@ class Scaling(NamedTuple):
     v_centre: Tensor  # [H, D]
 
     def of_heads(self, first: int, count: int) -> Scaling:
-        """Returns the scaling of only `count` heads, from head number `first` on."""
+        """Returns the scaling of only `count` heads, from head `first` on, counted from 0."""
         heads = slice(first, first + count)
         return Scaling(self.scales[:, heads], self.k_centre[heads], self.v_centre[heads])
 
@@ -66,8 +66,8 @@ class Scaling(NamedTuple):
 def sampled_rows(first: int, count: int, num_tokens: int) -> slice:
     """Returns the rows of a rank's sampled tokens; k and v are averaged over the sampled tokens of all ranks.
 
-    The rank has `count` tokens of the video's `num_tokens`, from token number `first` on. Tokens are sampled by their
-    number in the whole video. So all ranks together sample the tokens that a single rank would sample.
+    The rank has `count` tokens of the video's `num_tokens`, from token `first` on, counted from 0. Tokens are sampled
+    by their index in the whole video. So all ranks together sample the tokens that a single rank would sample.
     """
     every = max(1, num_tokens // _SAMPLED)
     return slice(min(count, -first % every), count, every)

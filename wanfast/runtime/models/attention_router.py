@@ -3,7 +3,7 @@
 The share of a block of keys in the softmax is estimated from means. Queries and keys are averaged over quarters of a
 block. The score of a pair of blocks is the log of the sum of exp over its 16 pairs of quarters. Quarters reveal a
 strong key that the mean of a whole block would hide. Each list has the blocks with the largest scores. Of blocks with
-equal scores, the block with the smaller number comes first. Each list also has the block of the queries themselves,
+equal scores, the block with the smaller index comes first. Each list also has the block of the queries themselves,
 and the blocks of the latent frames that hold given images: the first frame, and in some videos the last one.
 On a GPU, a Triton kernel computes the scores of all heads; in all other cases, plain PyTorch does, a head at a time.
 Cost: 16 / block^2 of the products of dense attention, and a sort. Memory at 75,600 tokens and 40 heads: 0.3 GB while
@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from wanfast.runtime.models.block_sparse import BlockLists
-from wanfast.runtime.models.fused import HAS_KERNELS
+from wanfast.runtime.models.kernels import HAS_KERNELS
 
 if HAS_KERNELS:
     from wanfast.runtime.models import router_kernel

@@ -71,6 +71,6 @@ def brick_order(
     return TokenOrder(order, order.argsort())
 
 
-def _turned(index: Tensor, line: Tensor, count: int) -> Tensor:
-    """Returns numbers that rise with `index` on even lines, and fall on odd lines; `count` exceeds every index."""
-    return torch.where(line % 2 == 0, index, count - 1 - index)
+def _turned(index: Tensor, row: Tensor, count: int) -> Tensor:
+    """Returns numbers that rise with `index` in even rows, and fall in odd rows; `count` exceeds every index."""
+    return torch.where(row % 2 == 0, index, count - 1 - index)

@@ -74,7 +74,7 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def part(self, x: Tensor, part: int, parts: int) -> Tensor:
-        """Divides the output channels into `parts` equal groups, and computes group number `part`, counted from 0."""
+        """Divides the output channels into `parts` equal groups, and computes group `part`, counted from 0."""
         return F.linear(x.to(self.weight.dtype), self.weight.chunk(parts)[part], self.bias.chunk(parts)[part])
 
     def chosen(self, x: Tensor, groups: Tensor, parts: int) -> Tensor:

@@ -15,8 +15,6 @@ Shapes: B batch, L tokens, d model dim, H heads, D head dim. Weights, biases and
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -32,11 +30,11 @@ from wanfast.runtime.models.attention_fp8 import (
     scaling,
     statistics,
 )
+from wanfast.runtime.models.kernels import HAS_KERNELS
 from wanfast.runtime.models.operators import opaque
 from wanfast.runtime.models.rope import RotaryTables, apply_rotary
 from wanfast.runtime.models.tokens import LARGEST, QuantizedTokens, Tokens
 
-HAS_KERNELS = torch.version.cuda is not None and find_spec("triton") is not None
 if HAS_KERNELS:
     from wanfast.runtime.models import fused_kernels
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanfast.runtime.facts.choices import Scheme
-from wanfast.runtime.models.fused import HAS_KERNELS, linear_gelu, quantize_tokens
+from wanfast.runtime.models.fused import linear_gelu, quantize_tokens
+from wanfast.runtime.models.kernels import HAS_KERNELS
 from wanfast.runtime.models.tokens import QuantizedTokens, Tokens, rows_of
 
 if HAS_KERNELS:
@@ -52,7 +53,7 @@ class QuantizedLinear(nn.Module):
         return self._outputs(x, self.weight, self.scale, self.bias)
 
     def part(self, x: Tokens, part: int, parts: int) -> Tokens:
-        """Divides the output channels into `parts` equal groups, and computes group number `part`, counted from 0."""
+        """Divides the output channels into `parts` equal groups, and computes group `part`, counted from 0."""
         return self._outputs(x, *(each.chunk(parts)[part] for each in (self.weight, self.scale, self.bias)))
 
     def chosen(self, x: Tokens, groups: Tensor, parts: int) -> Tokens:

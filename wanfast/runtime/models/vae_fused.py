@@ -8,14 +8,13 @@ Shapes: B batch, C channels, T frames, h w height and width of any grid.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-HAS_KERNELS = torch.version.cuda is not None and find_spec("triton") is not None
+from wanfast.runtime.models.kernels import HAS_KERNELS
+
 if HAS_KERNELS:
     from wanfast.runtime.models import vae_kernels
 

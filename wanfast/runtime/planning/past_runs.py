@@ -14,6 +14,7 @@ from typing import Any
 from wanfast.runtime.machine import gpus
 from wanfast.runtime.planning.plan import Plan, read_guided
 from wanfast.runtime.store.artifacts import noting, replace_text, writing_to
+from wanfast.runtime.store.sharing import locked
 
 # The plan's fields on which a forward's time depends.
 _ALIKE = (
@@ -21,7 +22,7 @@ _ALIKE = (
     "expert_offload",
 )  # fmt: skip
 _OF_ATTENTION = ("sparsity", "fp8_attention")  # which calls of lossy attention are lossy
-_INDEX = "runs/past.jsonl"  # a line for each video that was made: its shape, and the seconds of a forward
+_INDEX = "runs/past.jsonl"  # a row for each video that was made: its shape, and the seconds of a forward
 _MOST = 500  # videos that the index keeps
 
 
@@ -42,10 +43,11 @@ def _entry(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _append(index: Path, entries: list[dict[str, Any]]) -> None:
-    if len(_entries(index)) >= 2 * _MOST:
-        replace_text(index, "".join(json.dumps(entry) + "\n" for entry in _entries(index)[-_MOST:]))
-    with writing_to(index), index.open("a", encoding="utf-8") as stream:
-        stream.write("".join(json.dumps(entry) + "\n" for entry in entries))
+    with writing_to(index), locked(index.with_suffix(".lock")):  # else a shortened index loses what others append
+        if len(_entries(index)) >= 2 * _MOST:
+            replace_text(index, "".join(json.dumps(entry) + "\n" for entry in _entries(index)[-_MOST:]))
+        with index.open("a", encoding="utf-8") as stream:
+            stream.write("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def predicted_seconds(plan: Plan) -> float | None:
@@ -75,11 +77,11 @@ def _entries(index: Path) -> Sequence[dict[str, Any]]:
 
 @lru_cache(maxsize=2)
 def _read(index: Path, mtime_ns: int, size: int) -> Sequence[dict[str, Any]]:
-    """Reads the index once for all lines of a list; skips a line that is no complete entry."""
+    """Reads the index once for all lines of a list; skips a row that is no complete entry."""
     entries = []
-    for line in index.read_text(encoding="utf-8", errors="replace").splitlines():
+    for row in index.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            entry = json.loads(line)
+            entry = json.loads(row)
         except (ValueError, RecursionError):
             continue
         is_whole = isinstance(entry, dict) and {*_ALIKE, "attention", "machine", "seconds_a_forward"} <= entry.keys()

@@ -15,7 +15,8 @@ import errno
 import shutil
 from pathlib import Path
 
-from wanfast.runtime.store.artifacts import CLAIMS, writing_to
+from wanfast.runtime.processes.run_folder import CLAIMS
+from wanfast.runtime.store.artifacts import writing_to
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)

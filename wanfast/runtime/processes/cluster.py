@@ -28,15 +28,13 @@ from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, f
 from wanfast.runtime.machine.host import THREADS
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.progress import ProgressFn, ResultFn
 from wanfast.runtime.processes.launch import child_environment
 from wanfast.runtime.processes.lines import MOST_TRIES, Lines
-from wanfast.runtime.processes.pace import OnProgress
-from wanfast.runtime.processes.remote import Made, RemoteGroup
+from wanfast.runtime.processes.remote import Delivered, RemoteGroup
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import note
-
-Document = dict[str, Any]
-OnResult = Callable[[int, Document], None]
+from wanfast.runtime.store.json_files import Document
 
 _ADDRESS = re.compile(r"auto|(?P<host>[^\s:/]+):(?P<port>\d{1,5})")
 _FIX = "start a cluster by `ray start`, with this machine in it, and give HOST:PORT of its head"
@@ -208,7 +206,7 @@ class RayList:
         require_room(ray, address, self._ranks)
         self._weights = ray.put(_weights(plans, documents))
 
-    def run(self, on_result: OnResult, on_progress: OnProgress) -> list[Document]:
+    def run(self, on_result: ResultFn, on_progress: ProgressFn) -> list[Document]:
         """Makes all lines, and returns a result for each, in order.
 
         `on_result` gets each result as soon as it is there. When this method ends, also by an exception, no actor is
@@ -260,7 +258,7 @@ class RayList:
             group.line, group.loaded = line, self._lines.models(line)
             group.answer = group.actor.make.remote(self._documents[line], images)
 
-    def _listen(self, on_progress: OnProgress) -> None:
+    def _listen(self, on_progress: ProgressFn) -> None:
         """Waits a little for answers of the groups, and handles those that came."""
         for group in self._groups:
             if group.line is not None and group.state is None and time.monotonic() - group.asked >= _PAUSE_S:
@@ -274,7 +272,7 @@ class RayList:
             else:
                 self._answered(of_group[answer])
 
-    def _progressed(self, group: _Group, on_progress: OnProgress) -> None:
+    def _progressed(self, group: _Group, on_progress: ProgressFn) -> None:
         with suppress(self._ray.exceptions.RayError):  # the answer of the line itself tells what happened
             stage, done, total = self._ray.get(group.state)
             if group.line is not None and stage:
@@ -302,7 +300,7 @@ class RayList:
             note(f"--ray: {machine} makes no line: {error['error']}")
             group.is_barred, self._error = True, from_failure(error)
 
-    def _made(self, group: _Group, made: Made) -> None:
+    def _made(self, group: _Group, made: Delivered) -> None:
         line, group.line = group.line, None
         assert line is not None
         if not made.is_lost:
@@ -317,7 +315,7 @@ class RayList:
             note(f"--ray: {group.machine} makes no more lines: {made.result['error']}")
             group.is_barred = True
 
-    def _written(self, line: int, made: Made) -> Document:
+    def _written(self, line: int, made: Delivered) -> Document:
         """Writes the files of a video where the command asked for them; returns its document, or its error."""
         if "error" in made.result:
             return made.result

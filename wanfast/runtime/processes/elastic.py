@@ -21,7 +21,8 @@ from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.machine import gpus, host
 from wanfast.runtime.machine.signals import PARENT, end_with_parent
 from wanfast.runtime.processes.forks import Forked, fork, leave
-from wanfast.runtime.store.artifacts import RANKS, SETUP, replace_text
+from wanfast.runtime.processes.run_folder import RANKS, SETUP
+from wanfast.runtime.store.artifacts import replace_text
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

@@ -14,8 +14,9 @@ from typing import Any
 
 from wanfast.runtime.config import RanksConfig
 from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, from_failure
+from wanfast.runtime.planning.progress import LOADING, clip_of
+from wanfast.runtime.processes.run_folder import PROGRESS, RANKS
 from wanfast.runtime.processes.worker import MOST_OF_TIMEOUT
-from wanfast.runtime.store.artifacts import LOADING, PROGRESS, RANKS, clip_of
 
 _OUTLIVED_S = 5.0  # a rank that ends this long after a peer's error did not cause it
 _TOGETHER_S = 1.0  # errors this close to each other may be written in another order than they arose

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -29,9 +29,10 @@ from wanfast.runtime.machine.packages import require_attention
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.placement import FreeMemory, check_skips, measure, place
 from wanfast.runtime.planning.plan import Plan, earlier_facts, effective, model_of, resolve
+from wanfast.runtime.planning.progress import StageFn
 from wanfast.runtime.planning.requests import without_overridden
 from wanfast.runtime.processes.launch import RankGroups
-from wanfast.runtime.store.artifacts import new_run_folder
+from wanfast.runtime.processes.run_folder import new_run_folder
 from wanfast.runtime.store.lora_pairs import is_distilled
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
@@ -39,8 +40,6 @@ from wanfast.runtime.store.quantized import QuantizedExpert, require_experts
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-ProgressFn = Callable[[str, int, int], None]  # (stage, steps done, of all steps)
 
 _WORKER = "wanfast.runtime.jobs.generate"
 _LORAS = {name for name, option in OPTIONS.items() if option.is_repeatable and option.option.path}
@@ -185,7 +184,7 @@ class Handle:
         self._ranks: RankGroups | None = RankGroups(self._folder, config.ranks, groups=1)
         self._unclosed = weakref.finalize(self, self._ranks.stop)  # if nobody closes the handle
 
-    def make(self, *, on_progress: ProgressFn = lambda stage, done, total: None, **options: Any) -> Video:
+    def make(self, *, on_progress: StageFn = lambda stage, done, total: None, **options: Any) -> Video:
         """Makes one video and waits for it.
 
         `options`: the options of `wanfast generate` that describe one video or set MagCache, such as `image` and
@@ -221,7 +220,7 @@ class Handle:
     ) -> None:
         self.close()
 
-    def _run(self, plan: Plan, on_progress: ProgressFn, cancelled: threading.Event) -> Video:
+    def _run(self, plan: Plan, on_progress: StageFn, cancelled: threading.Event) -> Video:
         """Lets the ranks make a planned video, and returns it."""
         with self._turn(cancelled):
             (result,) = self._living().run(
@@ -280,7 +279,7 @@ def open(**options: Any) -> Handle:
     return Handle(Opened.of(options))
 
 
-def make(*, on_progress: ProgressFn = lambda stage, done, total: None, **options: Any) -> Video:
+def make(*, on_progress: StageFn = lambda stage, done, total: None, **options: Any) -> Video:
     """Opens a handle, makes one video and closes the handle. Accepts the options of `open` and of `Handle.make`.
 
     The video is planned before the ranks start, so that a wrong option is refused at once.

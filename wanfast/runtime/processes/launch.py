@@ -32,11 +32,12 @@ from wanfast.runtime.errors import (
     failure,
 )
 from wanfast.runtime.machine.signals import FIRST_BATCH, PARENT
+from wanfast.runtime.planning.progress import ProgressFn, ResultFn
 from wanfast.runtime.planning.share import MOST_LOADS
 from wanfast.runtime.processes.claims import claim, claimed_by, forget
 from wanfast.runtime.processes.failures import error_of_group, was_loading
-from wanfast.runtime.processes.pace import OnProgress, Pace, follow, works
-from wanfast.runtime.store.artifacts import (
+from wanfast.runtime.processes.pace import Pace, follow, works
+from wanfast.runtime.processes.run_folder import (
     CANCEL,
     CLOSE,
     RANKS,
@@ -44,14 +45,10 @@ from wanfast.runtime.store.artifacts import (
     SETUP,
     batch_file,
     frames_file,
-    note,
-    replace_text,
-    write_synced,
-    writing_to,
+    result_file,
 )
+from wanfast.runtime.store.artifacts import note, replace_text, write_synced, writing_to
 from wanfast.runtime.store.atomic import remove_partials
-
-OnResult = Callable[[int, dict[str, Any]], None]  # (job, its result)
 
 _IMPORTED_FROM = Path(__file__).absolute().parents[3]  # at import, because the working folder may change
 _PAUSE_S = 0.1
@@ -81,7 +78,7 @@ class _Batch:
         """Removes the files that belong to this batch alone."""
         _remove([run_folder / batch_file(self.number), run_folder / CANCEL / str(self.number)])
         for index in self.indices:
-            _remove([run_folder / RESULTS / f"{index}.json", frames_file(run_folder, index)])
+            _remove([result_file(run_folder, index), frames_file(run_folder, index)])
             forget(run_folder, index)
 
 
@@ -126,8 +123,8 @@ class RankGroups:
         jobs: list[dict[str, Any]],
         outputs: list[Path],
         *,
-        on_result: OnResult,
-        on_progress: OnProgress,
+        on_result: ResultFn,
+        on_progress: ProgressFn,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> list[dict[str, Any]]:
         """Runs a batch of jobs and returns their results in the order of `jobs`; dead rank groups are restarted first.
@@ -203,7 +200,7 @@ class RankGroups:
         return batch
 
     def _watch(
-        self, batch: _Batch, on_result: OnResult, on_progress: OnProgress, cancelled: Callable[[], bool]
+        self, batch: _Batch, on_result: ResultFn, on_progress: ProgressFn, cancelled: Callable[[], bool]
     ) -> list[dict[str, Any]]:
         """Waits for a batch and returns the result of every job, in order; `run` has the details."""
         results: dict[int, dict[str, Any]] = {}

@@ -30,9 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.runtime.config import RanksConfig
-from wanfast.runtime.store.artifacts import PROGRESS, RANKS
-
-OnProgress = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
+from wanfast.runtime.planning.progress import ProgressFn
+from wanfast.runtime.processes.run_folder import PROGRESS, RANKS
 
 _SLOWEST_STEPS = 10  # a step that takes longer than this many of the slowest one, and than --rank-timeout, hangs
 _MOST_TIMEOUTS = 3.0  # a group that does nothing for this many of --rank-timeout, half an hour by default, hangs
@@ -150,7 +149,7 @@ class Pace:
 
 
 def follow(
-    run_folder: Path, numbers: Iterable[int], first: int, paces: dict[int, Pace], on_progress: OnProgress
+    run_folder: Path, numbers: Iterable[int], first: int, paces: dict[int, Pace], on_progress: ProgressFn
 ) -> None:
     """Reads the progress of each rank group into `paces`, and calls `on_progress` for each new progress.
 

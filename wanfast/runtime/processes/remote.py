@@ -22,17 +22,17 @@ from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.errors import ConfigError, RankFailedError, WanFastError, failure
 from wanfast.runtime.machine.host import THREADS
 from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.progress import LOADING, Progress
 from wanfast.runtime.processes.launch import RankGroups
+from wanfast.runtime.processes.run_folder import new_run_folder
 from wanfast.runtime.store import model_files
-from wanfast.runtime.store.artifacts import LOADING, new_run_folder, writing_to
+from wanfast.runtime.store.artifacts import writing_to
 
 _WORKER = "wanfast.runtime.jobs.generate"
 
-State = tuple[str, int, int]  # (stage, steps done, of all steps)
-
 
 @dataclass(frozen=True)
-class Made:
+class Delivered:
     """Holds the result of a list's line: the document of a video and the bytes of the video's files, or an error."""
 
     result: dict[str, Any]
@@ -50,7 +50,7 @@ class RemoteGroup:
             os.environ[THREADS] = threads
         self._folder: Path | None = None
         self._ranks: RankGroups | None = None
-        self._state: State = ("", 0, 0)
+        self._state: Progress = ("", 0, 0)
         self._lock = threading.Lock()  # of the start of the ranks
         self._is_stopped = False
 
@@ -75,7 +75,7 @@ class RemoteGroup:
             return failure(error)
         return None
 
-    def make(self, document: dict[str, Any], images: Mapping[str, bytes]) -> Made:
+    def make(self, document: dict[str, Any], images: Mapping[str, bytes]) -> Delivered:
         """Makes the video of a job, and returns the video's document and files, or an error.
 
         `document`: the job as JSON; it must name an output file. `images`: the content of each image file, by the flag
@@ -88,9 +88,9 @@ class RemoteGroup:
             with self._files(job, folder, images) as moved:
                 return self._made(ranks, moved)
         except WanFastError as error:  # this machine's disk is full, or its processes are too many
-            return Made(failure(error), is_lost=True)
+            return Delivered(failure(error), is_lost=True)
 
-    def state(self) -> State:
+    def state(self) -> Progress:
         """Returns the progress of the current video: (stage, steps done, number of all steps)."""
         return self._state
 
@@ -138,16 +138,16 @@ class RemoteGroup:
             for file in (*here.values(), *files.paths):
                 file.unlink(missing_ok=True)
 
-    def _made(self, ranks: RankGroups, job: Job) -> Made:
+    def _made(self, ranks: RankGroups, job: Job) -> Delivered:
         outputs = list(job.config.output.paths)
         (result,) = ranks.run(
             "generate", _WORKER, [job.to_json()], outputs,
             on_result=lambda index, result: None, on_progress=self._on_progress,
         )  # fmt: skip
         if "error" in result:
-            return Made(result, is_lost=ranks.has_dead or self._state[0] == LOADING)
+            return Delivered(result, is_lost=ranks.has_dead or self._state[0] == LOADING)
         mp4, _, *sheet = outputs
-        return Made(result, tuple(file.read_bytes() for file in (mp4, *sheet)))
+        return Delivered(result, tuple(file.read_bytes() for file in (mp4, *sheet)))
 
     def _on_progress(self, index: int, stage: str, done: int, total: int) -> None:
         self._state = (stage, done, total)

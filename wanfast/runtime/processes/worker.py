@@ -28,17 +28,18 @@ from wanfast.runtime.machine.signals import FIRST_BATCH
 from wanfast.runtime.planning.plan import Job
 from wanfast.runtime.planning.share import Share
 from wanfast.runtime.processes import claims
-from wanfast.runtime.store.artifacts import (
+from wanfast.runtime.processes.run_folder import (
     CANCEL,
     CLOSE,
     PROGRESS,
     RANKS,
-    RESULTS,
     SETUP,
     batch_file,
-    replace_text,
+    frames_file,
+    result_file,
     write_result,
 )
+from wanfast.runtime.store.artifacts import replace_text
 
 if TYPE_CHECKING:
     from wanfast.runtime.engine.session import Sessions
@@ -172,14 +173,17 @@ def _do_batch(
             if ranks.lead(lambda: (run_folder / CANCEL / str(batch)).exists()):
                 raise CancelledError
 
+    def frames_of(index: int) -> Path:
+        return frames_file(run_folder, first + index)
+
     run, parsed = worker_half(document["worker"]), [Job.from_json(job) for job in jobs]
     share = Share(number % groups, groups, claim)
-    for index, result in run(parsed, sessions, share=share, progress=progress, folder=run_folder, first=first):
+    for index, result in run(parsed, sessions, share=share, progress=progress, frames_of=frames_of):
         if int(os.environ["LOCAL_RANK"]) == 0:  # each machine has its own run folder
             try:
                 write_result(run_folder, first + index, result)
             except ConfigError:  # an empty file needs no space, and tells the parent
-                (run_folder / RESULTS / f"{first + index}.json").touch()
+                result_file(run_folder, first + index).touch()
 
 
 def _report(file: Path, state: str, instead: Path) -> None:
@@ -197,7 +201,7 @@ def _report(file: Path, state: str, instead: Path) -> None:
 def worker_half(module: str) -> Callable[..., Iterator[tuple[int, dict[str, Any]]]]:
     """Imports the module named `module` and returns its function `run`, which runs a command's jobs.
 
-    `run(jobs, sessions, share=, progress=, folder=, first=)` yields (index, result) of each job. The module is imported
+    `run(jobs, sessions, share=, progress=, frames_of=)` yields (index, result) of each job. The module is imported
     here, not at the top of this file, because the calibration module lies outside the runtime package.
     """
     run: Callable[..., Iterator[tuple[int, dict[str, Any]]]] = importlib.import_module(module).run

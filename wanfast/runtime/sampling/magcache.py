@@ -308,10 +308,10 @@ class StepCache(Protocol):
 class ResidualCache:
     """Follows one video's plan of skips, and frees each residual after the last step that uses this residual."""
 
-    def __init__(self, plan: Sequence[Skips], line: Sequence[tuple[Hashable, float]] | None = None) -> None:
-        """`line` is that of `residual_terms`."""
+    def __init__(self, plan: Sequence[Skips], levels: Sequence[tuple[Hashable, float]] | None = None) -> None:
+        """`levels` are those of `residual_terms`."""
         self._terms = {
-            branch: residual_terms([of[index] for of in plan], line) for index, branch in enumerate(BRANCHES)
+            branch: residual_terms([of[index] for of in plan], levels) for index, branch in enumerate(BRANCHES)
         }
         self._last_use = {
             branch: {source: step for step, terms in of_step.items() for source, _ in terms}
@@ -343,13 +343,13 @@ class ResidualCache:
 
 
 def residual_terms(
-    skipped: Sequence[bool], line: Sequence[tuple[Hashable, float]] | None = None
+    skipped: Sequence[bool], levels: Sequence[tuple[Hashable, float]] | None = None
 ) -> dict[int, tuple[Term, ...]]:
     """Returns the terms of each skipped step of one branch: (an earlier step, the weight of that step's residual).
 
-    The weighted sum of these residuals replaces the missing residual. If `line` is None, the residual of the last
-    computed step is reused. `line` holds the kind and the noise level of each step; steps of one kind have the same
-    expert and the same branches. If `line` is given, the residual is
+    The weighted sum of these residuals replaces the missing residual. If `levels` is None, the residual of the last
+    computed step is reused. `levels` holds the kind and the noise level of each step; steps of one kind have the same
+    expert and the same branches. If `levels` is given, the residual is
     extrapolated linearly over the noise level, from the last two computed steps. Two conditions must hold: all three
     steps are of one kind, and the skipped step is at most two steps after the last computed step. Otherwise the
     residual of the last computed step is reused.
@@ -359,10 +359,15 @@ def residual_terms(
     for step, is_skipped in enumerate(skipped):
         if not is_skipped:
             before, last = last if step else None, step
-        elif line is None or before is None or line[before][0] != line[step][0] or step - last > _EXTRAPOLATED_STEPS:
+        elif (
+            levels is None
+            or before is None
+            or levels[before][0] != levels[step][0]
+            or step - last > _EXTRAPOLATED_STEPS
+        ):
             terms[step] = ((last, 1.0),)
         else:
-            (_, level_before), (_, level_last), (_, level) = line[before], line[last], line[step]
+            (_, level_before), (_, level_last), (_, level) = levels[before], levels[last], levels[step]
             ahead = (level - level_last) / (level_last - level_before)
             terms[step] = ((last, 1 + ahead), (before, -ahead))
     return terms

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
 import os
-import re
 import shutil
 import stat
 import sys
@@ -38,49 +36,10 @@ Damaged = Literal["refuse", "miss"]
 
 MANIFEST = "manifest.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# In a run folder: the first batch of jobs; the results, of all and of each; which rank group took which; how far each
-# is; what ranks left; how ranks are set up; which batches are cancelled; that no batch will follow.
-JOB, RESULT, RESULTS, CLAIMS, PROGRESS, RANKS = "job.json", "result.json", "results", "claims", "progress", "ranks"
-SETUP, CANCEL, CLOSE = "setup.json", "cancel", "close"
-LOADING = "loading the models"  # the stage of a rank group's progress before it can make a video
-_CLIP = re.compile(r"clip (\d+) of (\d+), ")  # before the stages of a clip, whose steps begin at 0 again
-
-
-def stage_of_clip(number: int, num_clips: int, stage: str) -> str:
-    """Returns the name of a stage of one clip; clips count from 1."""
-    return f"clip {number} of {num_clips}, {stage}" if num_clips > 1 else stage
-
-
-def share_done(stage: str, done: int, total: int) -> float:
-    """Returns which share of a video's steps is done; `stage`, `done` and `total` are the progress of one clip."""
-    number, num_clips = clip_of(stage)
-    return (number - 1 + (done / total if total else 0)) / num_clips
-
-
-def steps_left(stage: str, done: int, total: int) -> int:
-    """Returns the number of steps that a video still needs, including the steps of its later clips."""
-    number, num_clips = clip_of(stage)
-    return (num_clips - number) * total + total - done
-
-
-def clip_of(stage: str) -> tuple[int, int]:
-    """Reads (number of the clip, number of clips) from the name of a stage; (1, 1) if the name mentions no clip."""
-    found = _CLIP.match(stage)
-    return (int(found[1]), int(found[2])) if found else (1, 1)
-
-
-def batch_file(number: int) -> str:
-    """Returns a file name in the run folder; the file holds the jobs of batch `number`."""
-    return JOB if number == 0 else f"job-{number:04d}.json"
-
-
-def frames_file(run_folder: Path, index: int) -> Path:
-    """Returns the path of the .npy file with the frames of job `index`; jobs with a video file write no .npy file."""
-    return run_folder / "frames" / f"{index}.npy"
 
 
 @dataclass(frozen=True)
-class Published:
+class Artifact:
     """This class names an artifact's folder, and says whether `publish` made the artifact or found it in the store."""
 
     folder: Path
@@ -141,7 +100,7 @@ class ArtifactStore:
         *,
         waiting: Callable[[], None] = lambda: None,
         damaged: Damaged = "refuse",
-    ) -> Published:
+    ) -> Artifact:
         """Calls `write(folder)` to fill a new folder, and publishes the folder completely or not at all.
 
         All users who may read the store may read the folder. If another writer published the artifact first, returns
@@ -156,13 +115,13 @@ class ArtifactStore:
                 if os.path.lexists(folder):
                     try:
                         _check(folder, kind, inputs, _fix(damaged), verify=damaged == "miss")
-                        return Published(folder, made_here=False)
+                        return Artifact(folder, made_here=False)
                     except CorruptArtifactError:
                         if damaged == "refuse":
                             raise
                         remove(folder)
                 _fill(folder, kind, inputs, write, versions or {})
-        return Published(folder, made_here=True)
+        return Artifact(folder, made_here=True)
 
     def discard(self, kind: str, inputs: dict[str, Any]) -> None:
         """Removes an artifact that is undamaged but useless. Raises ConfigError if the store cannot be written."""
@@ -206,7 +165,7 @@ def _check(folder: Path, kind: str, inputs: dict[str, Any], fix: str, *, verify:
     manifest = read_object(folder / MANIFEST, fix)
     with foreign(str(folder / MANIFEST), fix, CorruptArtifactError):
         made = manifest["kind"], manifest["key"], manifest["inputs"]
-        listed = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        listed = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
     with foreign(str(folder), fix, CorruptArtifactError):
         stats = {path: path.lstat() for path in folder.rglob("*")}
     sizes = _sizes(folder, stats)
@@ -235,24 +194,6 @@ def _sizes(folder: Path, stats: dict[Path, os.stat_result]) -> dict[str, int | N
 def key_of(inputs: dict[str, Any]) -> str:
     """Returns the sha256 (hex) of the canonical JSON of `inputs`: sorted keys, no spaces, UTF-8."""
     return hashlib.sha256(_canonical(inputs).encode()).hexdigest()
-
-
-def new_run_folder(root: Path, inputs: dict[str, Any]) -> Path:
-    """Makes a new folder runs/<UTC time>-<first 8 digits of the key of `inputs`>.
-
-    A number is appended if another run has that name. Raises ConfigError if the folder cannot be made.
-    """
-    stem = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{key_of(inputs)[:8]}"
-    with writing_to(root):
-        (root / "runs").mkdir(parents=True, exist_ok=True)
-        for attempt in itertools.count():
-            folder = root / "runs" / (f"{stem}-{attempt}" if attempt else stem)
-            try:
-                folder.mkdir()
-            except FileExistsError:
-                continue
-            return folder
-    raise AssertionError("unreachable: itertools.count never ends")
 
 
 @contextmanager
@@ -312,13 +253,8 @@ def replace_text(path: Path, text: str) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_result(run_folder: Path, index: int, result: dict[str, Any]) -> None:
-    """Writes the result of one job into the run folder."""
-    replace_text(run_folder / RESULTS / f"{index}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-
-
 def _files_below(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns the facts of each file below a folder, synced; raises ValueError for a link or another thing."""
+    """Syncs each file below a folder, and returns its bytes and sha256; raises ValueError for a link or other thing."""
     files = {}
     for name, size in sorted(_sizes(folder, {path: path.lstat() for path in folder.rglob("*")}).items()):
         if size is None:

@@ -33,9 +33,8 @@ from safetensors import safe_open
 from wanfast.runtime.config import ModelsConfig
 from wanfast.runtime.config.option import flag
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, foreign
-from wanfast.runtime.facts.choices import EXPERTS, Expert, Scheme, in_8_bits
+from wanfast.runtime.facts.choices import EXPERTS, Expert, Layout, Scheme, in_8_bits
 from wanfast.runtime.machine.once import remembered
-from wanfast.runtime.store.hub_cache import Layout
 from wanfast.runtime.store.identity import digest_of
 from wanfast.runtime.store.loras import Lora, expert_in, find_loras
 from wanfast.runtime.store.shards import shards_in
@@ -57,7 +56,7 @@ _TAKEN_BY: Mapping[str, tuple[Scheme, ...]] = {
 }
 
 
-class Named(Protocol):
+class NamesExperts(Protocol):
     """This class stands for any config that may name files of experts."""
 
     @property
@@ -100,7 +99,7 @@ class NamedExpert:
             raise ConfigError(f"{self.subject}: this folder holds {len(found)} .gguf files: name one of them")
         return found
 
-    def header(self) -> Header:
+    def header(self) -> ExpertHeader:
         """Returns how the expert's tensors are stored. Raises ConfigError or CorruptArtifactError."""
         return _header(self)
 
@@ -128,7 +127,7 @@ class NamedExpert:
             raise ConfigError(f"{lora.flag} {lora.file}: {why}: {without}, or use an expert in fp16 or bf16")
 
 
-def named_experts(config: Named) -> tuple[NamedExpert, ...]:
+def named_experts(config: NamesExperts) -> tuple[NamedExpert, ...]:
     """Returns the experts that a config names, the high-noise one first."""
     paths = zip(EXPERTS, (config.high_noise_expert, config.low_noise_expert), strict=True)
     return tuple(NamedExpert(expert, Path(path)) for expert, path in paths if path is not None)
@@ -180,7 +179,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Header:
+class ExpertHeader:
     """This class says for each tensor of an expert how the tensor is stored.
 
     If a tensor's name in the file begins with `diffusion_model.` or `model.diffusion_model.`, this prefix is left out.
@@ -208,7 +207,7 @@ class Header:
 
 
 @remembered
-def _header(named: NamedExpert) -> Header:
+def _header(named: NamedExpert) -> ExpertHeader:
     found: dict[str, Stored] = {}
     marks: dict[str, Any] = {}
     for file in named.files:
@@ -220,7 +219,7 @@ def _header(named: NamedExpert) -> Header:
                     f"{subject}: tensor {stored.key!r} is present twice: name the files of one expert"
                 )
             found[name] = stored
-    return Header(_with_scales(found, marks, named.subject))
+    return ExpertHeader(_with_scales(found, marks, named.subject))
 
 
 def _read_safetensors(file: Path, subject: str, marks: dict[str, Any]) -> Iterator[Stored]:

@@ -52,8 +52,9 @@ from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_ba
 
 from wanfast.runtime.config.option import absolute, did_you_mean
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError
+from wanfast.runtime.facts.choices import Layout
 from wanfast.runtime.store.artifacts import write_synced
-from wanfast.runtime.store.hub_cache import PINNED, REPOS, Layout, Published, snapshots
+from wanfast.runtime.store.hub_cache import PINNED, REPOS, PublishedModel, snapshots
 from wanfast.runtime.store.identity import sha256_of
 from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.lora_pairs import PAIRS, folder_of, words_of
@@ -83,7 +84,7 @@ _INDEX = "*.safetensors.index.json"  # present if there is more than one shard
 
 
 @dataclass(frozen=True)
-class Request:
+class DownloadRequest:
     """This class says what to download, and into which folder."""
 
     repo: str
@@ -91,7 +92,7 @@ class Request:
     layout: Layout
     folder: Path
     artifacts: Path
-    model: Published
+    model: PublishedModel
     lora: str | None = None  # the name of a pair
 
     @classmethod
@@ -102,8 +103,8 @@ class Request:
         layout: Layout | None,
         artifacts_dir: str,
         lora: str | None = None,
-        model: Published | None = None,
-    ) -> Request:
+        model: PublishedModel | None = None,
+    ) -> DownloadRequest:
         """Makes a request; a value that is None gets its default. Raises ConfigError for a wrong or an empty value."""
         if lora is not None:
             if lora not in PAIRS:
@@ -145,7 +146,7 @@ class _Listing:
         return [name for name, size in self.sizes.items() if _size(folder / name) != size]
 
 
-def plan(request: Request) -> dict[str, Any]:
+def plan(request: DownloadRequest) -> dict[str, Any]:
     """Returns as JSON what `download` would fetch, and writes nothing. Raises the errors of `download`."""
     listing = _list(request)
     request = _from_cache(request, listing) or request
@@ -154,7 +155,7 @@ def plan(request: Request) -> dict[str, Any]:
     return _result(request, listing) | {"missing_bytes": missing_bytes}
 
 
-def download(request: Request, *, progress: bool) -> dict[str, Any]:
+def download(request: DownloadRequest, *, progress: bool) -> dict[str, Any]:
     """Downloads the missing files, verifies all files, and returns a JSON object: the folder, the commit and the files.
 
     Raises ConfigError (a wrong option, no access, no space, another commit in the folder) and MissingArtifactError (the
@@ -181,7 +182,7 @@ def download(request: Request, *, progress: bool) -> dict[str, Any]:
     return _result(request, listing) | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def _from_cache(request: Request, listing: _Listing) -> Request | None:
+def _from_cache(request: DownloadRequest, listing: _Listing) -> DownloadRequest | None:
     """Returns the request with the folder of the Hugging Face cache, if that folder is complete and ours is empty."""
     if (
         request.lora
@@ -194,7 +195,7 @@ def _from_cache(request: Request, listing: _Listing) -> Request | None:
     return None if folder is None else dataclasses.replace(request, folder=folder)
 
 
-def _list(request: Request) -> _Listing:
+def _list(request: DownloadRequest) -> _Listing:
     with _hub_errors(request, "run this command again"):  # nothing was fetched yet
         info = HfApi(endpoint=_endpoint()).model_info(
             request.repo, revision=request.revision, files_metadata=True, timeout=30
@@ -226,7 +227,7 @@ def _is_needed(name: str, needed: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in (*needed, *indices))
 
 
-def _fetch(request: Request, listing: _Listing, *, progress: bool) -> None:
+def _fetch(request: DownloadRequest, listing: _Listing, *, progress: bool) -> None:
     (enable_progress_bars if progress else disable_progress_bars)()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns about, we raise as an error
     with _hub_errors(request), warnings.catch_warnings(), _stoppable_bar() as bar:
@@ -281,7 +282,7 @@ def _endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def _verify(request: Request, listing: _Listing) -> None:
+def _verify(request: DownloadRequest, listing: _Listing) -> None:
     """Checks that no file is missing or of a wrong size, and that no shard is missing that an index names."""
     for name in listing.missing(request.folder):
         size, wanted = _size(request.folder / name), listing.sizes[name]
@@ -302,7 +303,7 @@ def _verify(request: Request, listing: _Listing) -> None:
                 )
 
 
-def _verify_hashes(request: Request, listing: _Listing, fetched: list[str]) -> None:
+def _verify_hashes(request: DownloadRequest, listing: _Listing, fetched: list[str]) -> None:
     """Compares the files with the sha256 that the hub reports; they are remembered as the files' identities.
 
     A wrong file that was `fetched` now is removed. A file that was there before may be a user's own, and stays.
@@ -326,7 +327,7 @@ def _verify_hashes(request: Request, listing: _Listing, fetched: list[str]) -> N
     )
 
 
-def _refuse_to_mix(request: Request, listing: _Listing) -> None:
+def _refuse_to_mix(request: DownloadRequest, listing: _Listing) -> None:
     """Raises ConfigError if the folder holds another commit whose files differ."""
     path, fix = request.folder / MANIFEST, f"remove this file and {_AGAIN}"
     if not path.is_file():
@@ -341,7 +342,7 @@ def _refuse_to_mix(request: Request, listing: _Listing) -> None:
         )
 
 
-def _write_manifest(request: Request, listing: _Listing) -> None:
+def _write_manifest(request: DownloadRequest, listing: _Listing) -> None:
     manifest = {
         "repo": request.repo,
         "commit": listing.commit,
@@ -358,7 +359,7 @@ def _manifest_files(listing: _Listing) -> dict[str, Any]:
     return {name: {"bytes": size, "hash": listing.hashes[name]} for name, size in listing.sizes.items()}
 
 
-def _require_space(request: Request, listing: _Listing) -> int:
+def _require_space(request: DownloadRequest, listing: _Listing) -> int:
     """Returns the bytes of the missing files; raises ConfigError if the disk has less free space."""
     needed = sum(listing.sizes[name] for name in listing.missing(request.folder))
     existing = next(path for path in (request.folder, *request.folder.parents) if path.is_dir())
@@ -397,7 +398,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _result(request: Request, listing: _Listing) -> dict[str, Any]:
+def _result(request: DownloadRequest, listing: _Listing) -> dict[str, Any]:
     return {
         "repo": request.repo,
         "commit": listing.commit,
@@ -408,7 +409,7 @@ def _result(request: Request, listing: _Listing) -> dict[str, Any]:
     }
 
 
-def _kind(request: Request) -> dict[str, Any]:
+def _kind(request: DownloadRequest) -> dict[str, Any]:
     if request.lora is None:
         return {"layout": request.layout}
     return {"lora": request.lora, "options": words_of(request.lora, request.artifacts)}
@@ -419,7 +420,9 @@ def _size(path: Path) -> int | None:
 
 
 @contextmanager
-def _hub_errors(request: Request, again: str = f"{_AGAIN} (complete files are not downloaded twice)") -> Iterator[None]:
+def _hub_errors(
+    request: DownloadRequest, again: str = f"{_AGAIN} (complete files are not downloaded twice)"
+) -> Iterator[None]:
     try:
         yield
     except HFValidationError:
@@ -431,7 +434,7 @@ def _hub_errors(request: Request, again: str = f"{_AGAIN} (complete files are no
         raise _in_one_line(error.__cause__ if wraps and error.__cause__ else error, request, again) from error
 
 
-def _in_one_line(error: BaseException, request: Request, again: str) -> WanFastError:
+def _in_one_line(error: BaseException, request: DownloadRequest, again: str) -> WanFastError:
     """Turns an error of huggingface_hub into one of ours, in one line that may end with what to do `again`.
 
     The order matters, because huggingface_hub's error for a gated repository is also one for a missing repository.

@@ -13,9 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeGuard
 
-Layout = Literal["original", "diffusers"]
-Published = Literal["a14b", "t2v-a14b"]  # values of --model
-REPOS: dict[Published, dict[Layout, str]] = {
+from wanfast.runtime.facts.choices import Layout
+
+PublishedModel = Literal["a14b", "t2v-a14b"]  # values of --model
+REPOS: dict[PublishedModel, dict[Layout, str]] = {
     "a14b": {"original": "Wan-AI/Wan2.2-I2V-A14B", "diffusers": "Wan-AI/Wan2.2-I2V-A14B-Diffusers"},
     "t2v-a14b": {"original": "Wan-AI/Wan2.2-T2V-A14B", "diffusers": "Wan-AI/Wan2.2-T2V-A14B-Diffusers"},
 }
@@ -28,7 +29,7 @@ PINNED = {
 }
 
 
-def is_published(model: str) -> TypeGuard[Published]:
+def is_published(model: str) -> TypeGuard[PublishedModel]:
     """Returns whether a value of --model names published weights."""
     return model in REPOS
 
@@ -42,7 +43,7 @@ def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(environment.get("HF_HOME") or f"{user}/huggingface").expanduser() / "hub"
 
 
-def snapshots(model: Published, layout: Layout) -> Iterator[Path]:
+def snapshots(model: PublishedModel, layout: Layout) -> Iterator[Path]:
     """Yields a model's cache folder for the pinned commit, and then the model's cache folder for the branch `main`.
 
     Both folders may hold the published weights, and both may be missing.

@@ -11,6 +11,8 @@ from typing import Any
 
 from wanfast.runtime.errors import CorruptArtifactError, foreign
 
+Document = dict[str, Any]  # a JSON object
+
 
 def read_object(file: Path, fix: str) -> dict[str, Any]:
     """Returns the object in a JSON file. Raises CorruptArtifactError, which names the file and the fix."""

@@ -22,20 +22,20 @@ from wanfast.runtime.facts.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraPair:
     """This class says where the LoRA of each expert lies on the Hugging Face Hub."""
 
     repo: str
     files: Mapping[Expert, str]
 
 
-PAIRS: Mapping[str, Pair] = MappingProxyType(
+PAIRS: Mapping[str, LoraPair] = MappingProxyType(
     {
-        "lightning-seko-v1": Pair(
+        "lightning-seko-v1": LoraPair(
             "lightx2v/Wan2.2-Lightning",
             {expert: f"Wan2.2-I2V-A14B-4steps-lora-rank64-Seko-V1/{expert}_model.safetensors" for expert in EXPERTS},
         ),
-        "lightx2v-1022": Pair(
+        "lightx2v-1022": LoraPair(
             "lightx2v/Wan2.2-Distill-Loras",
             {expert: f"wan2.2_i2v_A14b_{expert}_lora_rank64_lightx2v_4step_1022.safetensors" for expert in EXPERTS},
         ),

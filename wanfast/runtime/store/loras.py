@@ -1,7 +1,7 @@
 """Finds LoRA files, computes their hashes, reads their headers, and checks for which experts the files are.
 
 A LoRA is named by --lora, --lora-high-noise or --lora-low-noise. Its tensors are matched with the model's tensors only
-when an expert is loaded, because the model's names and shapes are facts of `models.dit`.
+when an expert is loaded, because only `models.dit` knows their names and shapes.
 This module does not import torch.
 """
 
@@ -41,7 +41,7 @@ _OTHERS = {
 }
 
 
-class Named(Protocol):
+class NamesLoras(Protocol):
     """This interface is a config that names LoRA files."""
 
     @property
@@ -86,7 +86,7 @@ def inputs_of(loras: Iterable[Lora], expert: Expert) -> list[list[str | float]]:
     return [[lora.sha256, lora.strength] for lora in loras if lora.has_expert(expert)]
 
 
-def find_loras(named: Named, artifacts: Path) -> tuple[Lora, ...]:
+def find_loras(named: NamesLoras, artifacts: Path) -> tuple[Lora, ...]:
     """Returns the LoRAs that a config names, with their hashes, in the order in which they are merged.
 
     Checks everything that the files' headers tell. Raises ConfigError or CorruptArtifactError.
@@ -96,7 +96,7 @@ def find_loras(named: Named, artifacts: Path) -> tuple[Lora, ...]:
     )
 
 
-def _given(config: Named) -> list[tuple[str, Path, float]]:
+def _given(config: NamesLoras) -> list[tuple[str, Path, float]]:
     """Returns (option, file, strength) of each LoRA that a config names."""
     texts = {
         "lora": config.lora,
@@ -115,7 +115,7 @@ def _checked(option: str, file: Path, artifacts: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Header:
+class LoraHeader:
     """This class holds what a LoRA file says about its tensors."""
 
     tensors: Mapping[str, tuple[list[int], str]]  # shape, and dtype as safetensors names it
@@ -135,7 +135,7 @@ class Header:
 
 
 @remembered
-def read_header(file: Path, option: str) -> Header:
+def read_header(file: Path, option: str) -> LoraHeader:
     """Reads the header of a LoRA file that `option` names.
 
     Raises ConfigError for a missing file, and CorruptArtifactError for a file that holds no LoRA.
@@ -162,10 +162,10 @@ def read_header(file: Path, option: str) -> Header:
         raise CorruptArtifactError(f"{subject}: the file holds no tensor for this model: use a LoRA of this model")
     config = file.with_name(_CONFIG)
     of_peft = any(key.startswith(_PEFT) for key in kept) and config.is_file()
-    return Header(kept, metadata, len(tensors) - len(kept), config if of_peft else None)
+    return LoraHeader(kept, metadata, len(tensors) - len(kept), config if of_peft else None)
 
 
-def _check_expert(option: str, file: Path, header: Header) -> None:
+def _check_expert(option: str, file: Path, header: LoraHeader) -> None:
     """Raises ConfigError if the keys or the name of a file say that it is for another expert than the option's."""
     experts = _EXPERTS_OF[option]
     in_keys = [expert for expert in _EXPERTS_OF["lora"] if header.of_expert(expert)]

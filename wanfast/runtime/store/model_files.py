@@ -21,11 +21,11 @@ from typing import Literal, Protocol
 from wanfast.runtime.config import ModelsConfig, default_artifacts_dir
 from wanfast.runtime.config.option import did_you_mean
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, foreign
-from wanfast.runtime.facts.choices import EXPERTS, NAMED_MODELS
+from wanfast.runtime.facts.choices import EXPERTS, NAMED_MODELS, Layout
 from wanfast.runtime.facts.model_spec import A14B, PUBLISHED, T2V_A14B, ModelSpec
 from wanfast.runtime.machine.once import remembered
-from wanfast.runtime.store.expert_files import SUFFIXES, Named, NamedExpert, named_experts
-from wanfast.runtime.store.hub_cache import REPOS, Layout, Published, is_published, snapshots
+from wanfast.runtime.store.expert_files import SUFFIXES, NamedExpert, NamesExperts, named_experts
+from wanfast.runtime.store.hub_cache import REPOS, PublishedModel, is_published, snapshots
 from wanfast.runtime.store.identity import identity
 from wanfast.runtime.store.model_facts import Places, read_spec
 from wanfast.runtime.store.shards import shards_in
@@ -130,7 +130,7 @@ class ModelFiles:
         return identity(self.weights(component), self.artifacts)
 
 
-class Models(Named, Protocol):
+class Models(NamesExperts, Protocol):
     """This class stands for any config that names a model."""
 
     @property
@@ -227,12 +227,12 @@ def _instead_of(file: Path) -> str:
 _HALVES = {"high": "low", "High": "Low", "HIGH": "LOW", "low": "high", "Low": "High", "LOW": "HIGH"}
 
 
-def checkpoints(model: Published, layout: Layout) -> Path:
+def checkpoints(model: PublishedModel, layout: Layout) -> Path:
     """Returns the folder of a downloaded model, relative to the artifacts folder."""
     return Path("checkpoints", REPOS[model][layout].rpartition("/")[2])
 
 
-def _published_root(model: Published, artifacts: Path, experts: tuple[NamedExpert, ...]) -> Path:
+def _published_root(model: PublishedModel, artifacts: Path, experts: tuple[NamedExpert, ...]) -> Path:
     """Returns the first folder that holds a model; if there is none, the original layout's in the artifacts folder."""
     own = [artifacts / checkpoints(model, layout) for layout in REPOS[model]]
     signs = _signs(experts).values()
@@ -241,7 +241,7 @@ def _published_root(model: Published, artifacts: Path, experts: tuple[NamedExper
     return found or next((root for layout in REPOS[model] for root in _cached(model, layout, experts)), own[0])
 
 
-def _cached(model: Published, layout: Layout, experts: tuple[NamedExpert, ...]) -> Iterator[Path]:
+def _cached(model: PublishedModel, layout: Layout, experts: tuple[NamedExpert, ...]) -> Iterator[Path]:
     """Yields the folders of the Hugging Face cache that hold a model's published weights.
 
     An expert in `experts` comes from another file, so a folder need not hold this expert.

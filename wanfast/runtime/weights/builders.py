@@ -17,7 +17,7 @@ from torch import Tensor
 from wanfast.runtime.device.meta import on_meta
 from wanfast.runtime.distributed import fsdp
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.facts.choices import Expert, Precision, Scheme, in_8_bits
+from wanfast.runtime.facts.choices import Expert, Layout, Precision, Scheme, in_8_bits
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.attention import attention
 from wanfast.runtime.models.attention_kernels import AttentionFn
@@ -29,7 +29,6 @@ from wanfast.runtime.store.quantized import QuantizedExpert, shards
 from wanfast.runtime.weights import checkpoint
 from wanfast.runtime.weights.checkpoint import MergeFn, ReaderFn, plain_reader, unmerged
 from wanfast.runtime.weights.forms import source_of
-from wanfast.runtime.weights.key_maps import Layout
 from wanfast.runtime.weights.quantization import quantize_linears
 
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -59,7 +58,7 @@ def build_expert(
     scheme = quantized.scheme if quantized else None
     model = expert_on_meta(files.spec.dit, precision, ranks, attend=attend, scheme=scheme, sharded=sharded)
     source = _source(files, expert, ranks, None if on_the_fly else quantized, merge)
-    checkpoint.load(model, component="dit", ranks=ranks, device=device, on_the_fly=on_the_fly, **source)
+    checkpoint.load(model, network="dit", ranks=ranks, device=device, on_the_fly=on_the_fly, **source)
     if not sharded:
         model.fuse_projections()
     return model
@@ -83,7 +82,7 @@ def refill_expert(
     """
     source = _source(files, expert, ranks, None if on_the_fly else quantized, merge)
     place = device or ranks.device
-    checkpoint.refill(model, held, component="dit", ranks=ranks, device=place, on_the_fly=on_the_fly, **source)
+    checkpoint.refill(model, held, network="dit", ranks=ranks, device=place, on_the_fly=on_the_fly, **source)
 
 
 class _Source(TypedDict):
@@ -125,7 +124,7 @@ def build_vae(files: ModelFiles, device: str, precision: Precision = "fp32") -> 
     """Returns the VAE with loaded weights; its decoder has the dtype of `precision`, and its encoder has float32."""
     with on_meta():
         model = WanVAE(files.spec.vae, DTYPES[precision])
-    checkpoint.load(model, files.weights("vae"), component="vae", layout=files.layout, ranks=Ranks(device))
+    checkpoint.load(model, files.weights("vae"), network="vae", layout=files.layout, ranks=Ranks(device))
     model.lay_out()
     return model
 
@@ -135,5 +134,5 @@ def build_umt5(files: ModelFiles, precision: Precision, ranks: Ranks, *, sharded
         model = UMT5Encoder(files.spec.umt5, dtype=DTYPES[precision])
     if sharded:
         fsdp.shard(model, ranks.device)
-    checkpoint.load(model, files.weights("umt5"), component="umt5", layout=files.layout, ranks=ranks)
+    checkpoint.load(model, files.weights("umt5"), network="umt5", layout=files.layout, ranks=ranks)
     return model

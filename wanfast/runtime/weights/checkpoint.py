@@ -28,10 +28,10 @@ from wanfast.runtime.device.finite import all_finite
 from wanfast.runtime.distributed.fsdp import from_own_rows, is_sharded, own_rows
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.errors import CorruptArtifactError, foreign
-from wanfast.runtime.facts.choices import Scheme
+from wanfast.runtime.facts.choices import Layout, Scheme
 from wanfast.runtime.machine import host
 from wanfast.runtime.models.quantized import PRODUCTS, QuantizedLinear
-from wanfast.runtime.weights.key_maps import Component, Layout, rename, rename_back
+from wanfast.runtime.weights.key_maps import Network, rename, rename_back
 from wanfast.runtime.weights.quantization import quantize, scale_of
 
 Finite = dict[tuple[Path, str], Tensor]  # {(file, key): whether all its values are finite}
@@ -80,7 +80,7 @@ def load(
     module: nn.Module,
     files: Sequence[Path],
     *,
-    component: Component,
+    network: Network,
     layout: Layout,
     ranks: Ranks,
     device: str | None = None,
@@ -98,7 +98,7 @@ def load(
     """
     wanted = module.state_dict()
     quantizing = _schemes(module, wanted) if on_the_fly else {}
-    source = _Source(files, component, layout, reader)
+    source = _Source(files, network, layout, reader)
     read = _read(wanted, quantizing, source, ranks, device or ranks.device, merge)
     module.load_state_dict(dict(read), strict=True, assign=True)
     module.requires_grad_(False).eval()
@@ -109,7 +109,7 @@ def refill(
     held: Mapping[str, Tensor],
     files: Sequence[Path],
     *,
-    component: Component,
+    network: Network,
     layout: Layout,
     ranks: Ranks,
     device: str,
@@ -123,7 +123,7 @@ def refill(
     some are old. Raises CorruptArtifactError.
     """
     quantizing = _schemes(module, held) if on_the_fly else {}
-    source = _Source(files, component, layout, reader)
+    source = _Source(files, network, layout, reader)
     for name, tensor in _read(held, quantizing, source, ranks, device, merge):
         held[name].copy_(tensor)
 
@@ -170,22 +170,22 @@ def stream(
     module: nn.Module,
     files: Sequence[Path],
     *,
-    component: Component,
+    network: Network,
     layout: Layout,
     merge: MergeFn = unmerged,
     reader: ReaderFn = plain_reader,
-) -> Iterator[tuple[str, Rows]]:
+) -> Iterator[tuple[str, TensorRows]]:
     """Yields (name, rows) for each tensor of `module`, in the order of the files; `module` is on the meta device.
 
     Both the iteration and a call of `rows` may raise CorruptArtifactError.
     """
-    source = _Source(files, component, layout, reader)
+    source = _Source(files, network, layout, reader)
     for tensor in _in_order_of_files(_match(_to_read(module.state_dict(), {}), source), source):
-        yield tensor.name, Rows(tensor, merge)
+        yield tensor.name, TensorRows(tensor, merge)
 
 
 @dataclass(frozen=True)
-class Rows:
+class TensorRows:
     """This class reads rows of one tensor on the CPU, and applies `merge` to these rows."""
 
     tensor: _Tensor
@@ -236,7 +236,7 @@ class _Source:
     """Says which files hold a module's tensors, under which names, and how they are read."""
 
     files: Sequence[Path]
-    component: Component
+    network: Network
     layout: Layout
     reader: ReaderFn
 
@@ -319,14 +319,14 @@ def _is_plain(name: str, tensor: Tensor, quantizing: Mapping[str, Scheme]) -> bo
 
 def _match(wanted: Mapping[str, _Wanted], source: _Source) -> dict[Path, dict[str, str]]:
     """Returns {file: {our name: its key}} for every tensor, from headers only. Raises CorruptArtifactError."""
-    files, component, layout = source.files, source.component, source.layout
+    files, network, layout = source.files, source.network, source.layout
     places: dict[Path, dict[str, str]] = {}
     found: set[str] = set()
     for file in files:
         places[file] = {}
         for key, (shape, dtype) in source.reader(file).header().items():
-            name = rename(component, layout, key)
-            if (component, layout, key) == ("umt5", "diffusers", "encoder.embed_tokens.weight"):
+            name = rename(network, layout, key)
+            if (network, layout, key) == ("umt5", "diffusers", "encoder.embed_tokens.weight"):
                 continue  # the same tensor as shared.weight, written twice by some versions of transformers
             if name not in wanted:
                 raise CorruptArtifactError(
@@ -348,22 +348,20 @@ def _match(wanted: Mapping[str, _Wanted], source: _Source) -> dict[Path, dict[st
             places[file][name] = key
     if missing := sorted(wanted.keys() - found):
         where = files[0] if len(files) == 1 else files[0].parent
-        key = rename_back(component, layout, missing[0])
+        key = rename_back(network, layout, missing[0])
         raise CorruptArtifactError(
             f"{where}: missing tensor {key!r} ({len(missing)} in all): download {where.name} again"
         )
     return places
 
 
-def save(
-    module: nn.Module, file: Path, *, component: Component, layout: Layout, dtype: torch.dtype | None = None
-) -> None:
+def save(module: nn.Module, file: Path, *, network: Network, layout: Layout, dtype: torch.dtype | None = None) -> None:
     """Writes the tensors of `module` to a `.pth` or `.safetensors` file, under the names of `layout`.
 
     The tensors are cast to `dtype`. If `dtype` is None, each tensor keeps its dtype.
     """
     tensors = {
-        rename_back(component, layout, name): tensor.detach().to("cpu", dtype).contiguous()
+        rename_back(network, layout, name): tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in module.state_dict().items()
     }
     file.parent.mkdir(parents=True, exist_ok=True)

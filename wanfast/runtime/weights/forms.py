@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from wanfast.runtime.errors import CorruptArtifactError, foreign
-from wanfast.runtime.facts.choices import Expert
+from wanfast.runtime.facts.choices import Expert, Layout
 from wanfast.runtime.machine import host
-from wanfast.runtime.store.expert_files import Header, Stored
+from wanfast.runtime.store.expert_files import ExpertHeader, Stored
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights.checkpoint import ReaderFn, SafetensorsReader, plain_reader
-from wanfast.runtime.weights.key_maps import Layout
 
 _PIECE_VALUES = 4 << 20  # of a GGUF tensor that one thread dequantizes at a time
 
@@ -55,7 +54,7 @@ def source_of(files: ModelFiles, expert: Expert) -> Source:
 class _FormReader:
     """Implements Reader for one file of an expert in any form; the keys are the names without a prefix."""
 
-    def __init__(self, header: Header, file: Path) -> None:
+    def __init__(self, header: ExpertHeader, file: Path) -> None:
         self._stored: Mapping[str, Stored] = {
             name: stored for name, stored in header.tensors.items() if stored.file == file
         }

@@ -12,19 +12,20 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Literal
 
-Component = Literal["dit", "vae", "umt5"]
-Layout = Literal["original", "diffusers"]
+from wanfast.runtime.facts.choices import Layout
+
+Network = Literal["dit", "vae", "umt5"]
 _Pairs = list[tuple[str, str]]
 
 
-def rename(component: Component, layout: Layout, key: str) -> str:
+def rename(network: Network, layout: Layout, key: str) -> str:
     """Returns our name of the tensor `key` of a checkpoint in `layout`; unknown keys are returned unchanged."""
-    return _substitute(key, key_map(component, layout))
+    return _substitute(key, key_map(network, layout))
 
 
-def rename_back(component: Component, layout: Layout, name: str) -> str:
+def rename_back(network: Network, layout: Layout, name: str) -> str:
     """Returns the name that a checkpoint in `layout` has for our tensor `name`: the inverse of `rename`."""
-    return _substitute(name, [(ours, theirs) for theirs, ours in key_map(component, layout)])
+    return _substitute(name, [(ours, theirs) for theirs, ours in key_map(network, layout)])
 
 
 def _substitute(key: str, pairs: _Pairs) -> str:
@@ -42,15 +43,15 @@ def _pattern(path: str) -> re.Pattern[str]:
 
 
 @cache
-def key_map(component: Component, layout: Layout) -> _Pairs:
+def key_map(network: Network, layout: Layout) -> _Pairs:
     """Returns the table of pairs (module path in the layout, our module path), for paths that differ."""
-    tables: Mapping[tuple[Component, Layout], Callable[[], _Pairs]] = {
+    tables: Mapping[tuple[Network, Layout], Callable[[], _Pairs]] = {
         ("dit", "diffusers"): _dit_diffusers,
         ("umt5", "diffusers"): _umt5_diffusers,
         ("vae", "original"): _vae_original,
         ("vae", "diffusers"): _vae_diffusers,
     }
-    return tables.get((component, layout), list)()
+    return tables.get((network, layout), list)()
 
 
 def _dit_diffusers() -> _Pairs:

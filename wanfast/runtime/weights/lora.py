@@ -33,7 +33,7 @@ from wanfast.runtime.errors import CorruptArtifactError, foreign
 from wanfast.runtime.facts.choices import Expert
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.models.dit import WanDiT
-from wanfast.runtime.store.loras import Header, Lora, read_header
+from wanfast.runtime.store.loras import Lora, LoraHeader, read_header
 from wanfast.runtime.weights.checkpoint import PLAIN, Finite, MergeFn, SafetensorsReader, unmerged
 from wanfast.runtime.weights.key_maps import LoraPart, lora_part, lora_spellings
 
@@ -202,7 +202,7 @@ class _File:
 class _Scale:
     """Computes the factor of a module's product, from its alpha tensor or from what the file says of all modules."""
 
-    def __init__(self, lora: Lora, header: Header, keys: list[str]) -> None:
+    def __init__(self, lora: Lora, header: LoraHeader, keys: list[str]) -> None:
         self._subject, self._header, self._keys = f"{lora.flag} {lora.file}: its metadata", header, keys
 
     def __call__(self, path: str, rank: int, own_alpha: float | None) -> float:

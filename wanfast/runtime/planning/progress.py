@@ -1,0 +1,41 @@
+"""Names the stages of a job, says which part of a video is done at a step of a stage, and types the callbacks.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+Progress = tuple[str, int, int]  # (stage, steps done, of all steps)
+StageFn = Callable[[str, int, int], None]  # takes the progress of one video
+ProgressFn = Callable[[int, str, int, int], None]  # (job, stage, steps done, of all steps)
+ResultFn = Callable[[int, dict[str, Any]], None]  # (job, its document, or its error)
+
+LOADING = "loading the models"  # the stage of a rank group's progress before it can make a video
+_CLIP = re.compile(r"clip (\d+) of (\d+), ")  # before the stages of a clip, whose steps begin at 0 again
+
+
+def stage_of_clip(number: int, num_clips: int, stage: str) -> str:
+    """Returns the name of a stage of one clip; clips count from 1."""
+    return f"clip {number} of {num_clips}, {stage}" if num_clips > 1 else stage
+
+
+def share_done(stage: str, done: int, total: int) -> float:
+    """Returns which share of a video's steps is done; `stage`, `done` and `total` are the progress of one clip."""
+    number, num_clips = clip_of(stage)
+    return (number - 1 + (done / total if total else 0)) / num_clips
+
+
+def steps_left(stage: str, done: int, total: int) -> int:
+    """Returns the number of steps that a video still needs, including the steps of its later clips."""
+    number, num_clips = clip_of(stage)
+    return (num_clips - number) * total + total - done
+
+
+def clip_of(stage: str) -> tuple[int, int]:
+    """Reads (which clip, counted from 1; number of clips) from a stage's name; (1, 1) if the name mentions no clip."""
+    found = _CLIP.match(stage)
+    return (int(found[1]), int(found[2])) if found else (1, 1)
