@@ -14,6 +14,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import attention_table
+import kinds_table
 from page_block import declaration, with_block
 from projection import RESULTS
 
@@ -32,7 +34,8 @@ def written(root: Path) -> dict[str, str]:
         "docs/quantization.md": {"the tiny model's videos": schemes},
         "docs/magcache.md": {"extrapolated": extrapolated, "skipping": skipping},
         "docs/fp8-attention.md": {"error of a head": in_fp8},
-        "docs/sparse-attention.md": {"error of a head": sparse},
+        "docs/sparse-attention.md": {"error of a head": sparse, attention_table.BLOCK: attention},
+        kinds_table.PAGE: {kinds_table.BLOCK: lambda results: kinds_table.lines(results.root)},
         CARD: {"table": card, "photographs": lambda results: photographs(results.root)},
     }
     found = {}
@@ -164,6 +167,10 @@ def sparse(results: Results) -> list[str]:
     )
     text += "This video has only 11 blocks, and its heads attend widely, so it says nothing about the A14B."
     return [text, "", *results.footnote("tiny", "tiny-lossy")]
+
+
+def attention(results: Results) -> list[str]:
+    return attention_table.lines(results.document("tiny-attention"))
 
 
 def card(results: Results) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 import typer.main
 
 from tests.bench.results import ROOT, program
+from tests.bench.test_kinds_table import measured_kinds
 from tests.house.test_makefile import make
 from wanfast.cli import app
 
@@ -25,7 +26,10 @@ def test_all_tables_are_of_the_weights_that_ship() -> None:
     known, present = tables.made(ROOT), tables.weights()
     assert tables.stale(known, present) == [], "run `make tiny-tables`"
     assert {row["weights"] for row in known.values()} == {present}, "run `make tiny-tables`"
-    assert all((ROOT / file).exists() for name in known for file in tables.TABLES[name].files)
+    for name, row in known.items():
+        assert [(ROOT / file).exists() for file in tables.TABLES[name].files] == [
+            "not_made" not in row for _ in tables.TABLES[name].files
+        ], name
 
 
 def test_the_pages_are_those_of_the_results() -> None:
@@ -148,6 +152,35 @@ def test_other_weights_make_all_tables_stale_and_a_made_one_is_current(
     assert [command[1] for command in ran] == ["tiny-preset", "tiny-examples"]
     assert tables.stale(tables.made(root), "other") == on_a_cpu[1:]
     assert tables.made(root)["tiny-preset"]["commit"] == "0123456789ab"
+
+
+def test_kinds_and_lossy_attention_are_made_and_their_pages_written(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables that were not made for the old weights are made for others."""
+    results = root / tables.RESULTS
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        if command[1] == "tiny-kinds":
+            (results / "tiny-kinds.json").write_text(json.dumps(measured_kinds()))
+        elif command[1] == "tiny-attention":
+            document = json.loads((results / "tiny-attention.json").read_text())
+            document["rows"][1]["psnr_dense"] = 12.34
+            (results / "tiny-attention.json").write_text(json.dumps(document))
+        return subprocess.CompletedProcess(command, 0)
+
+    for name, page in (("ROOT", root), ("weights", lambda: "other"), ("commit", lambda: "0123456789ab")):
+        monkeypatch.setattr(tables, name, page)
+    monkeypatch.setattr(tables.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["tiny_tables.py", "tiny-kinds", "tiny-attention"])
+    assert "Not measured yet" in (root / "docs/kinds.md").read_text()
+    tables.main()
+    kinds, sparse = ((root / f"docs/{page}.md").read_text() for page in ("kinds", "sparse-attention"))
+    assert "Not measured yet" not in kinds and "| 34.0 dB, 32.0 dB | 27.3 dB, 25.3 dB |" in kinds
+    assert "12.3 dB = rows/1/psnr_dense" in sparse
+    known = tables.made(root)
+    for name in ("tiny-kinds", "tiny-attention"):
+        assert known[name] == {"weights": "other", "commit": "0123456789ab", "minutes": 0.0}
 
 
 @pytest.mark.parametrize(
