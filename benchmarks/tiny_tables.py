@@ -50,7 +50,7 @@ TABLES = {  # in this order, because skipping needs the curve
     "tiny-quality-fp8-rowwise": Table((f"{RESULTS}/tiny-quality-fp8-rowwise.json",), 12),
     "tiny-magcache": Table((f"{RESULTS}/tiny-magcache.json", f"{RESULTS}/tiny-magcache.png"), 45),
     "tiny-magcache-extrapolated": Table((f"{RESULTS}/tiny-magcache-extrapolated.json",), 12),
-    "tiny-lossy": Table((f"{RESULTS}/tiny-lossy.json",), 3),
+    "tiny-lossy": Table((f"{RESULTS}/tiny-lossy.json",), 2),
     "tiny-kinds": Table((f"{RESULTS}/tiny-kinds.json",), 20),
     "tiny-attention": Table((f"{RESULTS}/tiny-attention.json", f"{RESULTS}/tiny-attention.png"), 20),
     "tiny-bench": Table(("docs/bench.png",), 7),
