@@ -86,6 +86,30 @@ def test_a_run_of_several_clips_loads_the_models_once_and_is_repeated(
     assert (first == alone).all() and first.std() > 1  # an mp4 is lossy, and its first frame depends on later ones
 
 
+def test_several_prompts_leave_out_the_last_image_of_the_run_of_from(
+    wanfast: Wanfast, workdir: Path, old: Path
+) -> None:
+    """A last image is for a single clip, and the command has no other way to leave it out."""
+    both = (*TWO[:-2], "--fit", "crop", "--last-image", "cat.png")
+    assert wanfast(*both, "--output", "last.mp4").exit_code == 0
+    two = wanfast(*TWO, "--fit", "crop", "--output", "two.mp4", "--json").document
+    repeat = ("generate", "--from", "last.json", "--prompt", "a cat", "--prompt", "a dog", "--json")
+    again = wanfast(*repeat, "--output", "again.mp4").document
+    assert again["output_sha256"] == two["output_sha256"] and list(again["plan"]["images"]) == ["--image"]
+    given = wanfast(*repeat, "--last-image", "cat.png", "--dry-run")
+    assert given.exit_code == 2 and "give --prompt once, or drop --last-image" in given.err
+
+    (workdir / "jobs.jsonl").write_text('{"prompt": ["a", "b"]}\n{"prompt": ["a"]}')
+    lines = wanfast(*both, "--jobs", "jobs.jsonl", "--dry-run", "--json").document["results"]
+    assert [list(line["plan"]["images"]) for line in lines] == [["--image"], ["--image", "--last-image"]]
+
+    continued = wanfast(*MORE, "--last-image", "cat.png", "--fit", "crop", "--dry-run", "--json").document
+    Path("more.json").write_text(json.dumps({**continued, "weights": None}))
+    more = ("generate", "--from", "more.json", "--prompt", "a", "--prompt", "b", "--dry-run", "--json")
+    video = wanfast(*more).document["effective"]["video"]
+    assert (video["continue_from"], video["fit"]) == (str(workdir / "old.mp4"), "area")
+
+
 def test_the_progress_is_told_clip_by_clip(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the names of the stages, the share of the whole video follows."""
     told: list[tuple[str, int, int]] = []
