@@ -2,7 +2,7 @@
 
     python benchmarks/attention_table.py      # reads benchmarks/results/tiny-attention.json
 
-A test writes the table again.
+`make tiny-tables` writes the table too, and a test compares it with the page.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from page_block import declaration, with_block
 from projection import RESULTS, ROOT
 
-OWN, PAGE, BLOCK = RESULTS / "tiny-attention.json", Path("docs/sparse-attention.md"), "quality of lossy attention"
+OWN, PAGE, BLOCK = RESULTS / "tiny-attention.json", "docs/sparse-attention.md", "quality of lossy attention"
 _COLUMNS = {  # {name: (of the table, digits, unit)}
     "mean_error": ("mean error", 3, ""),
     "largest_error": ("largest error", 3, ""),

@@ -2,7 +2,8 @@
 
     python benchmarks/kinds_table.py      # reads benchmarks/results/tiny-kinds.json
 
-Without this file, the page says that nothing was measured yet. A test writes the table again.
+Without this file, the page says that nothing was measured yet. `make tiny-tables` writes the table too, and a test
+compares it with the page.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import attention_table
+import kinds_table
 from page_block import declaration, with_block
 from projection import RESULTS
 
@@ -32,7 +34,8 @@ def written(root: Path) -> dict[str, str]:
         "docs/quantization.md": {"the tiny model's videos": schemes},
         "docs/magcache.md": {"extrapolated": extrapolated, "skipping": skipping},
         "docs/fp8-attention.md": {"error of a head": in_fp8},
-        "docs/sparse-attention.md": {"error of a head": sparse},
+        "docs/sparse-attention.md": {attention_table.BLOCK: attention},
+        kinds_table.PAGE: {kinds_table.BLOCK: lambda results: kinds_table.lines(results.root)},
         CARD: {"table": card, "photographs": lambda results: photographs(results.root)},
     }
     found = {}
@@ -147,23 +150,17 @@ def quality(results: Results) -> list[str]:
 
 
 def in_fp8(results: Results) -> list[str]:
-    """Returns what a Hadamard matrix does to the error of attention in float8."""
-    with_matrix, without = (
-        results.shown("tiny-lossy", f"ways/{way}", ".4f") for way in ("fp8", "fp8 without a Hadamard matrix")
-    )
-    text = f"With the tiny model, the mean relative error of a head is {with_matrix}, "
-    text += f"and {without} without the matrix.[^tiny]"
-    return [text, "", *results.footnote("tiny", "tiny-lossy")]
+    """Returns the error of attention in float8, and what a Hadamard matrix does to it."""
+    ways = [row["way"] for row in results.value("tiny-attention", "rows")]
+    error = results.shown("tiny-attention", f"rows/{ways.index('fp8')}/mean_error", ".3f")
+    times = results.shown("tiny-lossy", "error_without_hadamard", ".1f")
+    text = f"With the tiny model, the mean relative error of a head is {error}. "
+    text += f"In one video without the matrix it is {times} times as large as with it.[^tiny]"
+    return [text, "", *results.footnote("tiny", "tiny-attention", "tiny-lossy")]
 
 
-def sparse(results: Results) -> list[str]:
-    """Returns the error of sparse attention in one short video."""
-    error = results.shown("tiny-lossy", "ways/sparse, density 0.35", ".3f")
-    text = (
-        f"In one video of the tiny model with `--density 0.35`, the mean relative error of a head is {error}.[^tiny] "
-    )
-    text += "This video has only 11 blocks, and its heads attend widely, so it says nothing about the A14B."
-    return [text, "", *results.footnote("tiny", "tiny-lossy")]
+def attention(results: Results) -> list[str]:
+    return attention_table.lines(results.document("tiny-attention"))
 
 
 def card(results: Results) -> list[str]:

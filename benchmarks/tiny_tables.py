@@ -5,8 +5,9 @@
     python benchmarks/tiny_tables.py --pages      # only writes the pages, from the files that are there
 
 training/README.md has the list. `benchmarks/results/tiny-tables.json` holds the weights of each table, so that an
-interrupted run continues with the next one. What needs a GPU is made only if it is named. A test fails while a table
-belongs to other weights.
+interrupted run continues with the next one. There, "not_made" says why a table was not made for these weights: they do
+not know what it judges. What needs a GPU is made only if it is named. A test fails while a table belongs to other
+weights.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ TABLES = {  # in this order, because skipping needs the curve
     "tiny-quality-fp8-rowwise": Table((f"{RESULTS}/tiny-quality-fp8-rowwise.json",), 12),
     "tiny-magcache": Table((f"{RESULTS}/tiny-magcache.json", f"{RESULTS}/tiny-magcache.png"), 45),
     "tiny-magcache-extrapolated": Table((f"{RESULTS}/tiny-magcache-extrapolated.json",), 12),
-    "tiny-lossy": Table((f"{RESULTS}/tiny-lossy.json",), 3),
+    "tiny-lossy": Table((f"{RESULTS}/tiny-lossy.json",), 2),
+    "tiny-kinds": Table((f"{RESULTS}/tiny-kinds.json",), 20),
+    "tiny-attention": Table((f"{RESULTS}/tiny-attention.json", f"{RESULTS}/tiny-attention.png"), 20),
     "tiny-bench": Table(("docs/bench.png",), 7),
     "tiny-quality-256": Table(
         (f"{RESULTS}/tiny-quality-256.json", f"{RESULTS}/tiny-quality-256.png"), 10, needs_gpu=True
@@ -81,7 +84,7 @@ def weights() -> str:
 
 
 def made(root: Path) -> dict[str, Any]:
-    """Returns {table: its weights, the commit, and the minutes that it took}."""
+    """Returns {table: its weights, and the commit and the minutes that it took, or why it was not made}."""
     document: dict[str, Any] = json.loads((root / OWN).read_text())
     return document
 

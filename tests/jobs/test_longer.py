@@ -5,30 +5,37 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import wanfast as api
 from tests.conftest import Outcome
 from tests.media.test_earlier_video import write
+from tests.server.running import until
 from wanfast.commands import dispatch, warmup
 from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.engine import session as session_module
+from wanfast.runtime.engine.pixels import fit_image, of_frame
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.jobs.generate import figures_of
+from wanfast.runtime.facts.choices import ImageFit
+from wanfast.runtime.jobs.generate import FramesFile, Joined, figures_of
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import past_runs
 from wanfast.runtime.planning.next_step import warmup_command
 from wanfast.runtime.planning.placement import FreeMemory, place
 from wanfast.runtime.planning.plan import resolve
 from wanfast.runtime.planning.progress import LOADING, share_done
+from wanfast.runtime.planning.sidecar import Recording
 from wanfast.runtime.processes import handle as handle_module
 
 Wanfast = Callable[..., Outcome]
@@ -41,6 +48,10 @@ MORE = (*SHAPE, "--continue-from", "old.mp4", "--prompt", "a dog", "--output", "
 def old() -> Path:
     """Writes the video that is continued: six different frames of 64x48 pixels, 12 a second."""
     return write(Path("old.mp4"), 64, 48, num_frames=6, fps=12)
+
+
+def frames_of(video: str) -> np.ndarray:
+    return np.stack([*earlier_frames(video)])
 
 
 def test_each_clip_starts_from_the_last_frame_of_the_one_before(forked: None, workdir: Path, old: Path) -> None:
@@ -58,7 +69,7 @@ def test_each_clip_starts_from_the_last_frame_of_the_one_before(forked: None, wo
         two = handle.make(image="cat.png", prompt=["a cat", "a dog"], seed=1, **shape)
         assert (two.frames == np.concatenate([first, second[1:]])).all()
 
-        before = earlier_frames("old.mp4")
+        before = frames_of("old.mp4")
         after = single(before[-1], "a dog", 3)
         last = single(after[-1], "a cat", 4)
         more = handle.make(continue_from=old, prompt=["a dog", "a cat"], seed=3, **shape)
@@ -75,7 +86,7 @@ def test_a_run_of_several_clips_loads_the_models_once_and_is_repeated(
     monkeypatch.setattr(session_module, "load_models", lambda *args: loads.append(1) or load_models(*args))
     made = wanfast(*TWO, "--json", "--contact-sheet").document
     assert len(loads) == 1
-    frames = earlier_frames("out.mp4")
+    frames = frames_of("out.mp4")
     assert len(frames) == made["plan"]["total_frames"] == 9 and Path("out.png").exists()
     assert made["plan"]["duration_s"] == round(9 / 16, 3)
     again = wanfast("generate", "--from", "out.json", "--output", "again.mp4", "--json").document
@@ -84,6 +95,30 @@ def test_a_run_of_several_clips_loads_the_models_once_and_is_repeated(
     assert made["seconds"]["denoise"] > made["first_step_s"] and one["effective"]["video"]["prompt"] == "a cat"
     first, alone = (np.asarray(Image.open(sheet))[:48, :64] for sheet in ("out.png", "one.png"))
     assert (first == alone).all() and first.std() > 1  # an mp4 is lossy, and its first frame depends on later ones
+
+
+def test_several_prompts_leave_out_the_last_image_of_the_run_of_from(
+    wanfast: Wanfast, workdir: Path, old: Path
+) -> None:
+    """A last image is for a single clip, and the command has no other way to leave it out."""
+    both = (*TWO[:-2], "--fit", "crop", "--last-image", "cat.png")
+    assert wanfast(*both, "--output", "last.mp4").exit_code == 0
+    two = wanfast(*TWO, "--fit", "crop", "--output", "two.mp4", "--json").document
+    repeat = ("generate", "--from", "last.json", "--prompt", "a cat", "--prompt", "a dog", "--json")
+    again = wanfast(*repeat, "--output", "again.mp4").document
+    assert again["output_sha256"] == two["output_sha256"] and list(again["plan"]["images"]) == ["--image"]
+    given = wanfast(*repeat, "--last-image", "cat.png", "--dry-run")
+    assert given.exit_code == 2 and "give --prompt once, or drop --last-image" in given.err
+
+    (workdir / "jobs.jsonl").write_text('{"prompt": ["a", "b"]}\n{"prompt": ["a"]}')
+    lines = wanfast(*both, "--jobs", "jobs.jsonl", "--dry-run", "--json").document["results"]
+    assert [list(line["plan"]["images"]) for line in lines] == [["--image"], ["--image", "--last-image"]]
+
+    continued = wanfast(*MORE, "--last-image", "cat.png", "--fit", "crop", "--dry-run", "--json").document
+    Path("more.json").write_text(json.dumps({**continued, "weights": None}))
+    more = ("generate", "--from", "more.json", "--prompt", "a", "--prompt", "b", "--dry-run", "--json")
+    video = wanfast(*more).document["effective"]["video"]
+    assert (video["continue_from"], video["fit"]) == (str(workdir / "old.mp4"), "area")
 
 
 def test_the_progress_is_told_clip_by_clip(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,9 +135,9 @@ def test_the_progress_is_told_clip_by_clip(wanfast: Wanfast, monkeypatch: pytest
 
 
 def test_a_continuation_holds_the_old_video_and_from_repeats_it(wanfast: Wanfast, workdir: Path, old: Path) -> None:
-    before = earlier_frames("old.mp4")
+    before = frames_of("old.mp4")
     made = wanfast(*MORE, "--json").document
-    frames = earlier_frames("new.mp4")
+    frames = frames_of("new.mp4")
     assert len(frames) == 10 and np.abs(frames[:6].astype(int) - before).mean() < 3
     video = made["effective"]["video"]
     assert (video["size"], video["fps"], video["continue_from_frames"]) == ("64x48", 12, 6)
@@ -182,15 +217,11 @@ def test_a_model_of_text_alone_has_no_clip_to_continue(wanfast: Wanfast, small_t
     assert "--continue-from: small text makes videos from text alone: drop --continue-from" in more.err
 
 
-def test_the_plan_says_clips_memory_time_and_limits(
-    wanfast: Wanfast, old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_plan_says_clips_time_and_limits(wanfast: Wanfast, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     two = (*MORE, "--prompt", "a cat", "--dry-run")
     rows = [" ".join(line.replace("│", "").split()) for line in wanfast(*two).out.splitlines()]
     assert "video 64x48, 14 frames at 12 fps (1.167 s)" in rows
-    row = next(row for row in rows if row.startswith("clips "))
-    assert row.startswith("clips 6 frames of old.mp4, then 2 of 5 frames, seeds 1 to 2; a frame that two share is wri")
-    assert row.endswith("; 258.0 kB of host memory to join them")
+    assert "clips 6 frames of old.mp4, then 2 of 5 frames, seeds 1 to 2; a frame that two share is written once" in rows
     outcome = wanfast(*two)
     assert "note: a clip knows only the last frame of what comes before: motion may change at each seam" in outcome.err
     entry = {"seconds_a_forward": 2.0, "machine": "cpu"}
@@ -201,23 +232,103 @@ def test_the_plan_says_clips_memory_time_and_limits(
 
 
 def test_clips_that_the_host_cannot_join_are_refused(workdir: Path, old: Path) -> None:
+    """A caller in Python gets all frames as one array; the frames of a file leave as they come."""
     shape: dict[str, Any] = {"model": "tiny", "device": "cpu", "frames": 5, "steps": 1, "seed": 1}
     prompts = {"image": "cat.png", "size": "64x64", "prompt": ["a", "b"]}
     for options, words in (
         (
             {"continue_from": "old.mp4", "prompt": "a"},
-            "--continue-from: to join 10 frames needs 184.3 kB of host memory",
+            "--continue-from: to join 10 frames needs 92.2 kB of host memory",
         ),
-        (prompts, "--prompt: to join 9 frames needs 165.9 kB of host memory, but only 1.0 kB are free: give fewer pr"),
+        (prompts, "--prompt: to join 9 frames needs 82.9 kB of host memory, but only 1.0 kB are free: give fewer pr"),
     ):
-        plan, _ = resolve({**shape, **options})
+        plan, _ = resolve({**shape, **options}, writes=False)
         with pytest.raises(ConfigError, match="of host memory") as refused:
             place([plan], FreeMemory(1 << 40, "free", 1000))
         assert str(refused.value).startswith(words)
-        (noted,) = place([plan], FreeMemory(1 << 40, "free", 1000), must_fit=False)
-        assert noted.notes[-1] == str(refused.value)
         (fits,) = place([plan], FreeMemory(1 << 40, "free", plan.joining_bytes))
         assert fits.notes == plan.notes
+        (written,) = place([resolve({**shape, **options})[0]], FreeMemory(1 << 40, "free", 1000))
+        assert written.joining_bytes == 0
+
+
+def clips_of(*lengths: int) -> Iterator[np.ndarray]:
+    """Yields clips of frames with one grey each; each clip begins with the last frame of the one before."""
+    first = 0
+    for length in lengths:
+        greys = np.arange(first, first + length, dtype=np.uint8) * 10
+        yield np.tile(greys[:, None, None, None], (1, 16, 16, 3)).copy()  # no view, so that it is freed with its pixels
+        first += length - 1
+
+
+def test_frames_of_clips_are_freed_as_soon_as_they_are_written(tmp_path: Path) -> None:
+    """Only the last frame of a clip is held, and those of the contact sheet."""
+    outputs = tmp_path / "a.mp4", tmp_path / "a.json", tmp_path / "a.png"
+    with (
+        Recording(outputs, 16, 13, overwrite=True) as recording,
+        FramesFile(tmp_path / "frames/0.npy", 13, tmp_path) as file,
+    ):
+        joined = Joined(lambda frames: (recording.add(frames), file.add(frames)))
+        clips: list[weakref.ref[np.ndarray]] = []
+        for clip in clips_of(5, 5, 5):
+            assert (joined.begin_clip() is None) == (not clips)
+            clips.append(weakref.ref(clip))
+            joined.add(clip)
+            del clip
+        until(lambda: all(clip() is None for clip in clips), 5)
+        assert not (tmp_path / "a.mp4").exists() and not list(tmp_path.glob("frames/0.npy"))
+        recording.finish({"seconds": {}})
+        whole = np.load(file.finish({})["frames"])
+    assert whole[:, 0, 0, 0].tolist() == [10 * frame for frame in range(13)]
+    assert len(frames_of(str(outputs[0]))) == 13
+    sheet = np.asarray(Image.open(outputs[2]))
+    assert sheet[::16, ::16, 0].ravel().tolist() == [10 * frame for frame in (0, 1, 3, 5, 6, 8, 10, 12)]
+
+
+def test_an_earlier_video_is_decoded_while_it_is_encoded(tmp_path: Path, old: Path) -> None:
+    decoded, all_decoded = [], threading.Event()
+
+    def earlier() -> Iterator[np.ndarray]:
+        for frame in earlier_frames(str(old)):
+            decoded.append(threading.current_thread())
+            yield frame
+        all_decoded.set()
+
+    with Recording((tmp_path / "a.mp4", tmp_path / "a.json"), 16, 6, overwrite=True) as recording:
+        Joined(recording.add).begin_with(earlier())
+        assert all_decoded.wait(20)
+        recording.finish({"seconds": {}})
+    assert len(frames_of(str(tmp_path / "a.mp4"))) == 6 and threading.main_thread() not in decoded
+
+    old.write_bytes(b"damaged meanwhile")
+    with (
+        pytest.raises(ConfigError, match="name an mp4 file that is whole"),
+        Recording((tmp_path / "b.mp4", tmp_path / "b.json"), 16, 6, overwrite=True) as recording,
+    ):
+        Joined(recording.add).begin_with(earlier_frames(str(old)))
+        recording.finish({"seconds": {}})
+    assert {file.name for file in tmp_path.iterdir() if "b." in file.name} == set()
+
+
+@pytest.mark.parametrize("fit", get_args(ImageFit))
+def test_a_frame_of_the_videos_size_is_fitted_without_a_change(fit: ImageFit) -> None:
+    """So the first clip of a continuation starts from the last frame as it was decoded."""
+    frame = np.random.default_rng(0).integers(0, 256, (480, 848, 3), dtype=np.uint8)
+    assert torch.equal(fit_image(Image.fromarray(frame), 848, 480, fit), of_frame(frame))
+
+
+def test_frames_of_a_video_that_fails_leave_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), FramesFile(tmp_path / "frames/0.npy", 5, tmp_path) as file:
+        file.add(next(clips_of(4)))
+        assert len(list((tmp_path / "frames").iterdir())) == 1
+        _ = 1 / 0
+    assert list((tmp_path / "frames").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match=r"--artifacts-dir .* cannot be written"),
+        FramesFile(tmp_path / "file/frames/0.npy", 5, tmp_path) as file,
+    ):
+        file.add(next(clips_of(5)))
 
 
 def test_a_continuation_of_a_run_needs_no_fit_of_its_image(wanfast: Wanfast, workdir: Path, old: Path) -> None:

@@ -35,7 +35,7 @@ def silence() -> av.AudioFrame:
 def test_size_rate_frames_and_last_pixels_are_read(tmp_path: Path) -> None:
     video = load_earlier(str(write(tmp_path / "a.mp4", 64, 48, num_frames=5, fps=12)))
     assert (video.size, video.fps, video.num_frames, video.notes) == ((64, 48), 12, 5, ())
-    frames = earlier_frames(str(tmp_path / "a.mp4"))
+    frames = np.stack([*earlier_frames(str(tmp_path / "a.mp4"))])
     assert (np.array(video.pixels) == frames[-1]).all() and frames.shape == (5, 48, 64, 3)
     assert np.abs(frames[-1, :, :, 2].astype(int) - 80).mean() < 3
 

@@ -24,7 +24,7 @@ from PIL import Image
 from tests.small_files import RNG, assert_one_line, names_in
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.media import video_file
-from wanfast.runtime.media.video_file import Mp4Writer, check_outputs, write_contact_sheet
+from wanfast.runtime.media.video_file import Mp4Writer, check_outputs, frames_of_sheet, write_contact_sheet
 from wanfast.runtime.store.atomic import atomic_paths
 
 
@@ -223,7 +223,8 @@ def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(("num_frames", "shown"), [(81, [0, 11, 22, 34, 45, 57, 68, 80]), (3, [0, 1, 2]), (1, [0])])
 def test_contact_sheet(num_frames: int, shown: list[int], tmp_path: Path) -> None:
     frames = np.arange(num_frames, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 16, 3), np.uint8) + 100
-    write_contact_sheet(frames, tmp_path / "sheet.png")
+    assert frames_of_sheet(num_frames) == shown
+    write_contact_sheet(frames[shown], tmp_path / "sheet.png")
     sheet = np.array(Image.open(tmp_path / "sheet.png"))
     columns = min(4, len(shown))
     assert sheet.shape == (8 * -(-len(shown) // columns), 16 * columns, 3)

@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 
 from tests.conftest import Outcome
+from tests.media.test_earlier_video import write as write_video
 from tests.ray_nodes import ROOT, Nodes, can_isolate, nodes
 from wanfast.runtime.config import OutputConfig
 from wanfast.runtime.errors import ConfigError, MissingArtifactError, RankFailedError, failure
+from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.plan import Job, Plan
 from wanfast.runtime.processes import cluster
@@ -413,6 +415,28 @@ def test_a_list_of_thirty_outlives_one_of_three_machines(isolated: None, workdir
     videos = [(workdir / f"{line}.mp4").read_bytes() for line in range(30)]
     assert wanfast("generate", *LIST, "--overwrite").exit_code == 0  # without Ray
     assert videos == [(workdir / f"{line}.mp4").read_bytes() for line in range(30)]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(200)
+def test_videos_of_several_clips_are_made_on_a_cluster(isolated: None, workdir: Path, wanfast: Wanfast) -> None:
+    """Each one has as many clips as without Ray, and the same bytes."""
+    write_video(workdir / "old.mp4", 64, 48)
+    lines: list[dict[str, Any]] = [
+        {"output": "two.mp4", "prompt": ["a cat", "a dog"], "seed": 1},
+        {"output": "more.mp4", "prompt": ["a cat", "a dog", "a bird"], "continue_from": "old.mp4", "seed": 2},
+        {"output": "one.mp4", "seed": 3},
+    ]
+    (workdir / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with nodes(1, 1) as machines:
+        code, _, err = Command.start(machines, workdir, *LIST).end()
+        assert code == 0, err
+    files = [workdir / line["output"] for line in lines]
+    assert [len([*earlier_frames(str(file))]) for file in files] == [9, 3 + 3 * 4, 5]
+    assert [json.loads(file.with_suffix(".json").read_text())["plan"]["clips"] for file in files] == [2, 3, 1]
+    videos = [file.read_bytes() for file in files]
+    assert wanfast("generate", *LIST, "--overwrite").exit_code == 0  # without Ray
+    assert videos == [file.read_bytes() for file in files]
 
 
 @pytest.mark.long

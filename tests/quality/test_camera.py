@@ -58,7 +58,7 @@ def test_the_photograph_of_the_examples_moves_and_stays_one_unless_a_note_says_o
     image = ("--image", str(EXAMPLES.with_name(job["image"])), "--prompt", job["prompt"], "--seed", "1")
     made = wanfast("generate", "--model", "tiny", "--device", "cpu", *image, "--output", "cat.mp4", "--json")
     assert made.exit_code == 0, made.err
-    frames = earlier_frames("cat.mp4")
+    frames = np.stack([*earlier_frames("cat.mp4")])
     assert registration.classify(frames).camera == "pan right"
     given = Image.open(EXAMPLES.with_name(job["image"])).resize((144, 96), Image.Resampling.LANCZOS)
     likeness = 10 * np.log10(255**2 / np.square(frames[0] - np.asarray(given, dtype=float)).mean())

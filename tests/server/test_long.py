@@ -33,7 +33,7 @@ def test_seconds_are_joined_clips(tmp_path: Path, seconds: str, clips: int, fram
         assert (video["status"], video["seconds"], video["prompt"]) == ("completed", seconds, "a star"), video
         plan = video["plan"]
         assert (plan["clips"], plan["frames"], plan["total_frames"]) == (clips, frames, total)
-        assert plan["joining_bytes"] == (2 * total * 64 * 64 * 3 if clips > 1 else 0)
+        assert plan["joining_bytes"] == (total * 64 * 64 * 3 if clips > 1 else 0)
         made = server.maker.made[-1]
         assert made["prompt"] == (["a star"] * clips if clips > 1 else "a star") and made["frames"] == frames
         assert server.metric('wanfast_forwards_total{kind="computed"}') == 6 * clips

@@ -198,10 +198,7 @@ def _clips_row(plan: dict[str, Any]) -> dict[str, str]:
         return {}
     earlier = f"{continued} frames of {_shown(plan['images']['--continue-from'])}, then " if continued else ""
     seeds = f", seeds {plan['seed']} to {plan['seed'] + clips - 1}" if clips > 1 else ""
-    return {
-        "clips": f"{earlier}{clips} of {plan['frames']} frames{seeds}; a frame that two share is written once; "
-        f"{gb(plan['joining_bytes'])} of host memory to join them"
-    }
+    return {"clips": f"{earlier}{clips} of {plan['frames']} frames{seeds}; a frame that two share is written once"}
 
 
 def _expert_row(plan: dict[str, Any]) -> dict[str, str]:

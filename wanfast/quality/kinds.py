@@ -85,12 +85,13 @@ def _between(judge: Judge, task: KindTask, scene: Scene, truth: Tensor) -> dict[
 
 def _chain(judge: Judge, task: KindTask, scene: Scene, truth: Tensor) -> dict[str, Any]:
     """Makes clips that start from the frame before, with seeds that follow, and joins them."""
-    joined = Joined(lambda frames: None)
+    frames: list[pixels.Frame] = []
+    joined = Joined(frames.extend)
     for clip in range(CLIPS):
         start = joined.begin_clip()
         image = truth[:, 0] if start is None else pixels.of_frame(start)
         joined.add(pixels.to_uint8(_video(judge, task.index + clip, scene, image)))
-    return chain_figures(joined.whole(), task.mover, scene)
+    return chain_figures(np.stack(frames), task.mover, scene)
 
 
 def _video(judge: Judge, seed: int, scene: Scene, image: Tensor, last: Tensor | None = None) -> Tensor:

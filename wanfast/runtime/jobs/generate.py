@@ -8,15 +8,17 @@ clip may start from the last frame of an earlier video.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from wanfast.runtime.engine.pixels import Frame, Frames, FramesFn
+from wanfast.runtime.engine.pixels import Frame, Frames
 from wanfast.runtime.engine.session import Made, Session, Sessions
+from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.jobs.loop import FrameFileFn, Result, by_step, run_jobs
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import sidecar
@@ -50,17 +52,23 @@ def make_video(index: int, job: Job, session: Session, progress: ProgressFn, *, 
 
     If the job has no output file, the leader writes the frames to the file `frames_of(index)` instead.
     """
-    output, video = job.config.output, job.config.video
-    with sidecar.Recording(output.paths, video.fps, overwrite=output.overwrite) as recording:
+    with _recording(job, frames_of(index)) as recording:
         joined = Joined(recording.add)
-        if video.continue_from:
-            session.ranks.lead(lambda: joined.add(earlier_frames(str(video.continue_from))))
+        if earlier := job.config.video.continue_from:
+            session.ranks.lead(lambda: joined.begin_with(earlier_frames(earlier)))
         clips = job.clips()
         made = [
             _make_clip(clip, session, partial(progress, index), joined, partial(stage_of_clip, number, len(clips)))
             for number, clip in enumerate(clips, 1)
         ]
-        return session.ranks.lead(lambda: _write(_plan_of(job, made), made, joined, recording, frames_of(index)))
+        return session.ranks.lead(lambda: recording.finish(_document(_plan_of(job, made), made)))
+
+
+def _recording(job: Job, frames: Path) -> sidecar.Recording | FramesFile:
+    output, video = job.config.output, job.config.video
+    if output.paths:
+        return sidecar.Recording(output.paths, video.fps, video.total_frames, overwrite=output.overwrite)
+    return FramesFile(frames, video.total_frames, Path(job.config.models.artifacts_dir))
 
 
 def _make_clip(
@@ -76,35 +84,80 @@ def _make_clip(
     steps = job.config.video.num_steps
     report(_FIRST_STAGE[len(job.config.video.images)], 0, steps)
     start = joined.begin_clip()
-    return session.make(job, by_step(report, steps), on_frames=joined.add, start=start)
+    made = session.make(job, by_step(report, steps), on_frames=joined.add, start=start)
+    return dataclasses.replace(made, frames=None)  # they are written already
 
 
 class Joined:
-    """Joins the frames of clips on the leader. The frame that a clip shares with what comes before is left out."""
+    """Joins the frames of clips on the leader: `add` gets all frames, but those that two clips share only once."""
 
-    def __init__(self, add: FramesFn) -> None:
+    def __init__(self, add: Callable[[Iterable[Frame]], None]) -> None:
         self._add = add
-        self._pieces: list[Frames] = []
+        self._last: Frame | None = None  # that a clip of this run made
+        self._has_frames = False
         self._is_shared = False  # whether the next frame repeats the last one
+
+    def begin_with(self, frames: Iterable[Frame]) -> None:
+        """Adds the frames of an earlier video; the first clip starts from its image, which is the last of them."""
+        self._has_frames = True
+        self._add(frames)
 
     def begin_clip(self) -> Frame | None:
         """Returns the frame from which the next clip starts.
 
-        Returns None if no frame comes before this clip, and on all ranks except the leader.
+        Returns None for the first clip, and on all ranks except the leader.
         """
-        self._is_shared = bool(self._pieces)
-        return self._pieces[-1][-1] if self._pieces else None
+        self._is_shared = self._has_frames
+        return self._last
 
     def add(self, frames: Frames) -> None:
         """Adds the next f frames [f, H, W, 3]; the caller must not change these frames later."""
         frames, self._is_shared = frames[int(self._is_shared) :], False
         if len(frames):
-            self._pieces.append(frames)
+            self._last, self._has_frames = frames[-1].copy(), True  # a copy, so that the others can be freed
             self._add(frames)
 
-    def whole(self) -> Frames:
-        """Returns all frames [F, H, W, 3]."""
-        return np.concatenate(self._pieces)
+
+class FramesFile:
+    """Receives a video's frames while they are decoded, and writes them to a file that `np.load` reads.
+
+    `finish` publishes the file; without a successful `finish` no file appears. Raises ConfigError.
+    """
+
+    def __init__(self, file: Path, num_frames: int, artifacts_dir: Path) -> None:
+        """`num_frames`: of the whole video. `artifacts_dir`: the folder above the file that an error names."""
+        self._file, self._num_frames, self._artifacts_dir = file, num_frames, artifacts_dir
+        self._open = ExitStack()
+        self._stream: BinaryIO | None = None
+
+    def __enter__(self) -> FramesFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Removes what `finish` has not published."""
+        with suppress(InterruptedError, ConfigError):
+            self._open.__exit__(InterruptedError, InterruptedError(), None)
+
+    def add(self, frames: Iterable[Frame]) -> None:
+        """Writes the next frames [H, W, 3]."""
+        with writing_to(self._artifacts_dir):
+            for frame in frames:
+                stream = self._stream or self._begin(frame.shape)
+                stream.write(frame.tobytes())
+
+    def _begin(self, shape: tuple[int, ...]) -> BinaryIO:
+        self._file.parent.mkdir(exist_ok=True)
+        paths = atomic_paths(self._file, option="--artifacts-dir", synced=False)
+        (unfinished,) = self._open.enter_context(paths)
+        self._stream = stream = self._open.enter_context(unfinished.open("wb"))
+        form = {"descr": "|u1", "fortran_order": False, "shape": (self._num_frames, *shape)}
+        np.lib.format.write_array_header_1_0(stream, form)
+        return stream
+
+    def finish(self, document: dict[str, Any]) -> Result:
+        """Publishes the file, and returns `document` with its path."""
+        self._open.close()
+        return document | {"frames": str(self._file)}
 
 
 def _plan_of(job: Job, made: list[Made]) -> Plan:
@@ -128,15 +181,6 @@ def figures_of(made: list[Made]) -> dict[str, Any]:
     }
 
 
-def _write(plan: Plan, made: list[Made], joined: Joined, recording: sidecar.Recording, file: Path) -> Result:
+def _document(plan: Plan, made: list[Made]) -> Result:
     figures = figures_of(made)
-    document = sidecar.with_seconds(sidecar.planned(plan), figures, figures["seconds"])
-    frames = joined.whole() if plan.config.video.total_frames > plan.geometry.frames else made[0].frames
-    assert frames is not None
-    if plan.outputs:
-        return recording.finish(frames, document)
-    with writing_to(Path(plan.config.models.artifacts_dir)):
-        file.parent.mkdir(exist_ok=True)
-    with atomic_paths(file, option="--artifacts-dir", synced=False) as (unfinished,), unfinished.open("wb") as stream:
-        np.save(stream, frames)
-    return document | {"frames": str(file)}
+    return sidecar.with_seconds(sidecar.planned(plan), figures, figures["seconds"])

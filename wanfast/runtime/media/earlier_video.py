@@ -61,13 +61,12 @@ def load_earlier(path: str) -> EarlierVideo:
     return EarlierVideo(pixels=pixels, sha256=digest, notes=notes, num_frames=len(times), fps=int(fps))
 
 
-def earlier_frames(path: str) -> npt.NDArray[np.uint8]:
-    """Returns all frames [F, H, W, 3] of an earlier video. Raises ConfigError, as `load_earlier` does."""
-    import numpy as np
-
+def earlier_frames(path: str) -> Iterator[npt.NDArray[np.uint8]]:
+    """Yields the frames [H, W, 3] of an earlier video. Raises ConfigError, as `load_earlier` does."""
     subject = f"{OPTION} {path}"
     with _opened(path, subject) as container:
-        return np.stack([_rgb(frame, subject) for frame in _decoded(container, subject)])
+        for frame in _decoded(container, subject):
+            yield _rgb(frame, subject)
 
 
 def _sha256(file: Path, subject: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -101,10 +101,10 @@ class Mp4Writer:
                 with suppress(OSError, ValueError, av.FFmpegError):  # the block failed, and its caller removes the file
                     self._container.close()
 
-    def add(self, frames: npt.NDArray[np.uint8]) -> None:
-        """Queues the next frames for encoding and returns at once.
+    def add(self, frames: Iterable[npt.NDArray[np.uint8]]) -> None:
+        """Queues the next frames for encoding and returns at once. An iterator runs in the encoder's thread.
 
-        Raises OSError if the encoding of earlier frames failed.
+        Raises OSError if the encoding of earlier frames failed, or what an iterator of earlier frames raised.
         """
         self._encoding.append(self._thread.submit(self._encode, frames))
         self._raise_failures(future for future in self._encoding if future.done())
@@ -129,14 +129,14 @@ class Mp4Writer:
         self._stream.height, self._stream.width = height, width
         self._stream.pix_fmt = "yuv420p"
 
-    def _encode(self, frames: npt.NDArray[np.uint8]) -> None:
+    def _encode(self, frames: Iterable[npt.NDArray[np.uint8]]) -> None:
         import av
         from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
-        if self._container is None:
-            self._open(*frames.shape[1:3])
         reformatter, full, limited = VideoReformatter(), ColorRange.JPEG, ColorRange.MPEG
         for frame in frames:
+            if self._container is None:
+                self._open(*frame.shape[:2])
             rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
             yuv = reformatter.reformat(
                 rgb, format="yuv420p", src_color_range=full, dst_colorspace=Colorspace.ITU709, dst_color_range=limited
@@ -148,20 +148,28 @@ class Mp4Writer:
         self._container.close()
 
 
-def write_contact_sheet(frames: npt.NDArray[np.uint8], path: Path, columns: int = 4, count: int = 8) -> None:
-    """Writes a PNG that shows `count` frames of the video [F, H, W, 3], row by row, with `columns` frames in a row.
+def frames_of_sheet(num_frames: int, count: int = 8) -> list[int]:
+    """Returns the numbers of the frames that a contact sheet of a video shows.
 
     The frames are evenly spaced, from the first to the last frame of the video. If the video has fewer than `count`
-    frames, all are shown. Raises OSError if the file cannot be written.
+    frames, all are shown.
+    """
+    count = min(count, num_frames)
+    return [cell * (num_frames - 1) // max(count - 1, 1) for cell in range(count)]
+
+
+def write_contact_sheet(frames: Sequence[npt.NDArray[np.uint8]], path: Path, columns: int = 4) -> None:
+    """Writes a PNG that shows the frames [H, W, 3] row by row, with `columns` frames in a row.
+
+    Raises OSError if the file cannot be written.
     """
     import numpy as np
     from PIL import Image
 
-    num_frames, height, width, _ = frames.shape
-    count = min(count, num_frames)
-    columns = min(columns, count)
-    sheet = np.zeros((-(-count // columns) * height, columns * width, 3), dtype=np.uint8)
-    for cell in range(count):
+    height, width, _ = frames[0].shape
+    columns = min(columns, len(frames))
+    sheet = np.zeros((-(-len(frames) // columns) * height, columns * width, 3), dtype=np.uint8)
+    for cell, frame in enumerate(frames):
         top, left = cell // columns * height, cell % columns * width
-        sheet[top : top + height, left : left + width] = frames[cell * (num_frames - 1) // max(count - 1, 1)]
+        sheet[top : top + height, left : left + width] = frame
     Image.fromarray(sheet).save(path, format="PNG")

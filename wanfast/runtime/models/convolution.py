@@ -174,7 +174,7 @@ def _search(problem: _Problem, tensors: Mapping[str, Tensor]) -> _Graph | None:
     before, device = _chosen.get(problem.name), tensors["x"].device.type
     if before == _TORCH:
         return None
-    graph, roles, engines = None, {}, {}
+    engines: dict[str, int] = {}
     with _left_out(device):
         graph, roles = _build(problem)
         engines = {graph.get_plan_name_at_index(index): index for index in range(graph.get_execution_plan_count())}

@@ -99,16 +99,15 @@ def place(
         dataclasses.replace(plan, config=dataclasses.replace(plan.config, ranks=ranks), placement=placement)
         for plan in plans
     ]
-    own = [(*_repeated_work(plan), *_joining(plan, measured.host_bytes, must_fit)) for plan in placed]
-    return [
-        dataclasses.replace(plan, notes=(*plan.notes, *notes, *more)) for plan, more in zip(placed, own, strict=True)
-    ]
+    for plan in placed:
+        _check_joining(plan, measured.host_bytes)
+    return [dataclasses.replace(plan, notes=(*plan.notes, *notes, *_repeated_work(plan))) for plan in placed]
 
 
-def _joining(plan: Plan, host_free: int, must_fit: bool) -> list[str]:
-    """Returns a note if the leader has too little host memory to join clips. Raises an error if it must fit."""
+def _check_joining(plan: Plan, host_free: int) -> None:
+    """Raises JoiningMemoryError if the host has too little memory for the joined frames that the caller gets."""
     if plan.joining_bytes <= host_free:
-        return []
+        return
     option, fix = "--prompt", "give fewer prompts, or use a smaller --size"
     if plan.config.video.continue_from:
         option, fix = "--continue-from", "give a file that holds only its last part"
@@ -118,9 +117,7 @@ def _joining(plan: Plan, host_free: int, must_fit: bool) -> list[str]:
     )
     error = JoiningMemoryError(f"{option}: {need}: {fix}")
     error.need = need
-    if must_fit:
-        raise error
-    return [str(error)]
+    raise error
 
 
 def _repeated_work(plan: Plan) -> list[str]:

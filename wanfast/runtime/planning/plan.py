@@ -130,13 +130,15 @@ class Plan:
 
     @property
     def joining_bytes(self) -> int:
-        """Returns the bytes of host memory that the leader needs to join clips, or 0 if it joins nothing.
+        """Returns the bytes of host memory in which the caller gets the frames of joined clips as one array.
 
-        The leader holds all frames twice: as separate pieces, and as the whole video.
+        The number is 0 if nothing is joined, or if the frames are written to a file as they come.
         """
         video = self.config.video
         is_joined = video.continue_from or len(video.prompts) > 1
-        return 2 * video.total_frames * self.geometry.height * self.geometry.width * 3 if is_joined else 0
+        if self.outputs or not is_joined:
+            return 0
+        return video.total_frames * self.geometry.height * self.geometry.width * 3
 
     @property
     def timesteps(self) -> dict[Expert, list[int]]:

@@ -39,6 +39,7 @@ _SOURCES = {  # of a video, with the words by which an error names them
     "last_image": "last image",
     "continue_from": "continued video",
 }
+_FITTED = ("image", "last_image")  # what --fit is for
 _LAUNCH_OPTIONS = [name for name in options_of(RanksConfig) if name != "device"]
 
 
@@ -326,7 +327,7 @@ def without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[
     """Returns `options` without the options that `nearer`, a source of higher priority, overrides.
 
     An option is overridden if `nearer` has this option too, or an option that conflicts with this option.
-    Only options of skips, schedules, lossy attention and the start of the video can conflict.
+    Only options of skips, schedules, lossy attention, and the start, the end and the clips of the video can conflict.
     """
     skipping = options_of(SkippingConfig)
     amounts = {name for name, field in skipping.items() if field.option.choice}
@@ -339,8 +340,10 @@ def without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[
         gone |= {"image", "continue_from"}
     if "continue_from" in nearer:
         gone |= {"size", "fps"}
-        if not (options.get("last_image") or nearer.get("last_image")):
-            gone.add("fit")  # which is of an image
+    if isinstance(prompts := nearer.get("prompt"), list | tuple) and len(prompts) > 1:
+        gone.add("last_image")  # which is of a single clip
+    if gone & {*_FITTED} and not any(nearer.get(name) or (options.get(name) and name not in gone) for name in _FITTED):
+        gone.add("fit")
     if "magcache" in nearer:
         gone |= skipping.keys() - {"magcache"}
     if "attention" in nearer:

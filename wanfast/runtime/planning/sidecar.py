@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,12 +72,17 @@ def text(document: dict[str, Any]) -> str:
 class Recording:
     """Receives a video's frames while they are decoded, and writes `outputs`: mp4, JSON, perhaps a contact sheet.
 
-    `finish` publishes all files together; without a successful `finish` no file appears. If `outputs` is empty, nothing
-    is written. Raises ConfigError for a file that cannot be written.
+    A frame is freed when it is encoded, except copies of the few frames that the contact sheet shows. `finish`
+    publishes all files together; without a successful `finish` no file appears. Raises ConfigError for a file that
+    cannot be written.
     """
 
-    def __init__(self, outputs: tuple[Path, ...], fps: int, *, overwrite: bool) -> None:
+    def __init__(self, outputs: tuple[Path, ...], fps: int, num_frames: int, *, overwrite: bool) -> None:
+        """`num_frames`: of the whole video."""
         self._outputs, self._fps, self._overwrite = outputs, fps, overwrite
+        self._shown = video_file.frames_of_sheet(num_frames) if len(outputs) == 3 else []
+        self._passed = 0
+        self._of_sheet: list[npt.NDArray[np.uint8]] = []
         self._files, self._encoder = ExitStack(), ExitStack()
         self._paths: list[Path] = []
         self._writer: video_file.Mp4Writer | None = None
@@ -94,30 +99,36 @@ class Recording:
             with suppress(InterruptedError, ConfigError):
                 self._files.__exit__(kind, error or InterruptedError(), trace)
 
-    def add(self, frames: npt.NDArray[np.uint8]) -> None:
-        """Queues the next frames [f, H, W, 3] for encoding, and returns at once."""
-        if not self._outputs:
-            return
+    def add(self, frames: Iterable[npt.NDArray[np.uint8]]) -> None:
+        """Queues the next frames [H, W, 3] for encoding, and returns at once. They must not change later."""
         if self._writer is None:
             self._paths = self._files.enter_context(atomic_paths(*self._outputs, overwrite=self._overwrite))
             self._writer = self._encoder.enter_context(video_file.Mp4Writer(self._paths[0], self._fps))
         try:
-            self._writer.add(frames)
+            self._writer.add(self._passing(frames))
         except OSError as error:
             raise not_written(self._outputs[0], error) from error
 
-    def finish(self, frames: npt.NDArray[np.uint8], document: dict[str, Any]) -> dict[str, Any]:
+    def _passing(self, frames: Iterable[npt.NDArray[np.uint8]]) -> Iterator[npt.NDArray[np.uint8]]:
+        """Yields the frames to the encoder's thread, and copies those that the contact sheet shows."""
+        for frame in frames:
+            if self._passed in self._shown:
+                self._of_sheet.append(frame.copy())
+            self._passed += 1
+            yield frame
+
+    def finish(self, document: dict[str, Any]) -> dict[str, Any]:
         """Publishes the files of the video and returns the completed `document`.
 
-        `frames`: all frames that were added; the contact sheet is made from them. `document`: the result of
-        `with_seconds`, to which this method adds the seconds of writing and the sha256 of the mp4.
+        `document`: the result of `with_seconds`, to which this method adds the seconds of writing and the sha256 of the
+        mp4.
         """
         mp4, json_file, *sheet = self._paths
         with self._files:
             started = time.perf_counter()
             self._encoder.close()
             for path in sheet:
-                video_file.write_contact_sheet(frames, path)
+                video_file.write_contact_sheet(self._of_sheet, path)
             stages = {name: value for name, value in document["seconds"].items() if name != "total"}
             document = with_seconds(document, {}, stages | {"write": time.perf_counter() - started})
             document["output_sha256"] = hashlib.sha256(mp4.read_bytes()).hexdigest()
@@ -133,9 +144,9 @@ def write_video(
     `document`: the result of `with_seconds`. The returned document also holds the seconds of writing and the sha256 of
     the mp4. Raises ConfigError.
     """
-    with Recording(outputs, document["plan"]["fps"], overwrite=overwrite) as recording:
+    with Recording(outputs, document["plan"]["fps"], len(frames), overwrite=overwrite) as recording:
         recording.add(frames)
-        return recording.finish(frames, document)
+        return recording.finish(document)
 
 
 def write_made(document: dict[str, Any], files: Sequence[bytes], outputs: tuple[Path, ...], *, overwrite: bool) -> None:
