@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,12 @@ def magcache_settings(name: str) -> tuple[float, int, float] | None:
         return None
     whole, rest, skips, retention = match.groups()
     return float(f"{whole}.{rest}"), int(skips), int(retention) / 100
+
+
+def default_rule(options: Mapping[str, Any], own: MagCacheRule) -> MagCacheRule:
+    """Returns the value of --magcache-rule if it is not given; `own` is the model's own."""
+    is_both = any(options[name] is not None for name in ("magcache_budget", "magcache_skip", "sigmas"))
+    return "both-experts" if is_both else own
 
 
 def spelled_out(name: str) -> dict[str, Any]:

@@ -336,7 +336,7 @@ class Plan:
         g, config = self.geometry, self.config
         return {
             "recipe": config.models.recipe,
-            "overridden": overridden(config.options()),
+            "overridden": overridden(config.options(), self.spec.magcache_rule),
             "model": self.spec.name,
             "images": config.video.images,
             "written_prompts": list(config.video.written_prompts),
