@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from wanfast.runtime.config.option import LOSSY, Option, Part, at_least, between, options_of
+from wanfast.runtime.config.option import LOSSY, OF_MEASUREMENT, Option, Part, at_least, between, options_of
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import MagCacheRule
 
@@ -55,6 +55,7 @@ class SkippingConfig(Part):
             LOSSY,
             also=("serve",),
             metavar="<off|preset|artifact|KEY|E012K2R20>",
+            follows=OF_MEASUREMENT,
         ),
     ] = "off"
     magcache_thresh: Annotated[
@@ -65,6 +66,7 @@ class SkippingConfig(Part):
             also=("serve",),
             choice=_AMOUNT,
             default="0.12",
+            follows=("magcache",),
             check=lambda x: None if 0 < x <= 10 else "use 0.01 to 10",
         ),
     ] = None
@@ -75,6 +77,7 @@ class SkippingConfig(Part):
             LOSSY,
             also=("serve",),
             default="2",
+            follows=("magcache",),
             check=between(1, 1000, "use 1 to 1000 skips in a row"),
         ),
     ] = None
@@ -85,6 +88,7 @@ class SkippingConfig(Part):
             LOSSY,
             also=("serve",),
             default="0.2",
+            follows=("magcache",),
             check=between(0, 1, "use a share, 0 to 1"),
         ),
     ] = None
@@ -95,6 +99,7 @@ class SkippingConfig(Part):
             LOSSY,
             also=("serve",),
             default="low-noise-only; both-experts for t2v-a14b, or with --magcache-budget, --magcache-skip, --sigmas",
+            follows=("model", "magcache", "sigmas", "steps", "shift"),
         ),
     ] = None
     magcache_joint: Annotated[
