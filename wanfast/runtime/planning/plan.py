@@ -54,7 +54,6 @@ from wanfast.runtime.store.loras import lora_notes, loras_of
 from wanfast.runtime.store.model_files import ModelFiles
 
 _FLOAT8_CAPABILITY, _HOPPER = (8, 9), (9, 0)
-_FLOAT8_CAPABILITY = (8, 9)
 _MOST_STRETCH = 0.05  # of a last image, without a note: a size in multiples of 16 pixels stretches a little
 _MP4_BYTES_PER_PIXEL = 0.25  # an upper estimate at CRF 10: a video with much detail needs about half
 
@@ -391,11 +390,11 @@ class Plan:
         }
 
 
-@lru_cache(maxsize=64)
 def _extrapolates(config: EffectiveConfig) -> bool:
     return config.skipping is not None and config.skipping.magcache_extrapolate
 
 
+@lru_cache(maxsize=64)
 def _planned_skips(
     ratios: Ratios,
     experts: Sequence[Expert],
