@@ -133,7 +133,7 @@ def test_an_option_reaches_only_the_recipes_that_can_use_it(clips: Path) -> None
     assert {"steps", "guidance_gate"} & few.options_of("hybrid").keys() == {"guidance_gate"}
     assert not {"steps", "guidance_gate"} & few.options_of("lightning-4").keys()
     (_, row) = planned(bench_of(clips, "exact", "magcache", given=given))
-    assert row.plans[0].to_json()["overridden"] == {"attention": "auto"}
+    assert row.plans[0].to_json()["overridden"] == {"attention": "auto", "magcache_interpolate": True}
 
 
 def test_few_steps_run_both_experts_and_skip_nothing(clips: Path) -> None:

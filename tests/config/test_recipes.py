@@ -9,8 +9,9 @@ from typing import Any, get_args
 
 import pytest
 
-from tests.conftest import Outcome
+from tests.conftest import Machine, Outcome
 from wanfast.runtime.config import NO_VIDEO, EffectiveConfig, effective, of_command, recipes
+from wanfast.runtime.config.option import words
 from wanfast.runtime.config.recipes import RECIPES, Recipe, overridden, with_recipe
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import RecipeName
@@ -24,6 +25,10 @@ SKIPS = {"magcache": "E012K2R20", "magcache_joint": "off"}
 
 def config_of(**given: Any) -> EffectiveConfig:
     return EffectiveConfig.of({**NO_VIDEO, **given}, A14B)
+
+
+def changes(config: EffectiveConfig) -> dict[str, Any]:
+    return overridden(config.options(), A14B.magcache_rule)
 
 
 def test_the_names_are_the_recipes() -> None:
@@ -50,7 +55,7 @@ def test_a_recipe_is_its_options(name: RecipeName, options: dict[str, Any]) -> N
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_every_recipe_is_a_config(name: RecipeName, ranks: int) -> None:
     config = config_of(recipe=name, num_gpus=ranks)
-    assert overridden(config.options()) == {}
+    assert changes(config) == {}
     assert (config.ranks.dit_fsdp == "on") is (ranks == 8 and name in with_sharding())
     assert EffectiveConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
@@ -62,12 +67,53 @@ def with_sharding() -> set[str]:
 def test_given_options_override_a_recipe() -> None:
     config = config_of(recipe="fa3-tf32", attention="math", tf32=None)
     assert (config.models.attention, config.models.tf32) == ("math", True)  # None is not given
-    assert overridden(config.options()) == {"attention": "math"}
+    assert changes(config) == {"attention": "math"}
     unskipped = config_of(recipe="magcache", magcache="off")
     assert unskipped.skipping is None
-    assert overridden(unskipped.options()) == {"magcache": "off"}
+    assert changes(unskipped) == {"magcache": "off"}
     again = EffectiveConfig.of(config.options(), A14B)  # as `--from` does
     assert again.models == config.models and again.models.recipe == "fa3-tf32"
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ({"quantize": "int8-dynamic"}, {"quantize": "int8-dynamic"}),
+        (
+            {"magcache": "E012K2R20"},
+            {"magcache": "preset", "magcache_thresh": 0.12, "magcache_k": 2, "retention_ratio": 0.2},
+        ),
+        ({"magcache": "preset", "magcache_budget": 0.5}, {"magcache": "preset", "magcache_budget": 0.5}),
+        ({"attention": "sparse", "density": 0.4}, {"attention": "sparse", "density": 0.4}),
+        ({"attention": "fa3-fp8", "fp8_steps": "4:36"}, {"attention": "fa3-fp8", "fp8_steps": "4:36"}),
+        ({"tf32": True, "guidance_gate": 0.5}, {"tf32": True, "guidance_gate": 0.5}),
+        ({"precision": "fp32"}, {"precision": "fp32"}),
+        ({"vae_precision": "bf16"}, {"vae_precision": "bf16"}),
+        ({"attention": "math", "compile": True, "steps": 20}, {}),  # no more error than rounding
+    ],
+)
+def test_lossy_options_outside_of_a_recipe_override_it(given: dict[str, Any], changed: dict[str, Any]) -> None:
+    assert changes(config_of(recipe="exact", **given)) == changed
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ({}, {}),
+        ({"magcache_rule": "both-experts"}, {"magcache_rule": "both-experts"}),
+        ({"magcache": "preset", "magcache_skip": 20}, {"magcache_skip": 20}),
+        ({"precision": "fp32"}, {"precision": "fp32"}),  # the VAE follows
+        ({"precision": "fp32", "vae_precision": "bf16"}, {"precision": "fp32", "vae_precision": "bf16"}),
+    ],
+)
+def test_what_follows_from_a_recipe_does_not_override_it(
+    wanfast: Wanfast, machine: Machine, given: dict[str, Any], changed: dict[str, Any]
+) -> None:
+    """In a plan, which holds values that no one gave: the threshold, the rule and the precision of the VAE."""
+    machine(1, 500)
+    options = [word for name, value in given.items() for word in words(name, value)]
+    outcome = wanfast("generate", *STAR, "--device", "cuda", "--recipe", "magcache", *options, "--dry-run", "--json")
+    assert outcome.document["plan"]["overridden"] == changed
 
 
 @pytest.fixture
@@ -85,10 +131,10 @@ def lossy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_kernel_overrides_a_recipe_s_lossy_attention() -> None:
     """With its options, which the other kernel does not have and the user did not give."""
     assert config_of(recipe="near-exact").models.attention == "fa3-fp8"
-    assert config_of(recipe="fast").models.density == 0.5 and not overridden(config_of(recipe="fast").options())
+    assert config_of(recipe="fast").models.density == 0.5 and not changes(config_of(recipe="fast"))
     exact = config_of(recipe="fast", attention="auto")
     assert (exact.models.attention, exact.models.density, exact.models.lists_every) == ("auto", None, 4)
-    assert overridden(exact.options()) == {"attention": "auto"}
+    assert changes(exact) == {"attention": "auto"}
     assert config_of(recipe="near-exact", attention="math").models.quantize == "fp8-rowwise"
     assert config_of(recipe="fast", density=0.6).models.density == 0.6
     with pytest.raises(ConfigError, match="--density needs --attention sparse"):

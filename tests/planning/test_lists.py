@@ -48,6 +48,24 @@ def test_a_list_asks_each_question_once(wanfast: Wanfast, small_model: Path, mon
     assert {name: asked[name] for name in ("tokenizer", "image", "model")} == {"tokenizer": 1, "image": 1, "model": 1}
 
 
+def test_the_skips_of_a_list_are_chosen_once(wanfast: Wanfast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for skips of both branches together, and once for separate skips, whose number the plan shows."""
+    asked: list[bool] = []
+    plan_best = plan.plan_best
+
+    def counted(*args: Any, joint: bool, **named: Any) -> Any:
+        asked.append(joint)
+        return plan_best(*args, joint=joint, **named)
+
+    plan._planned_skips.cache_clear()
+    monkeypatch.setattr(plan, "plan_best", counted)
+    write_list(4)
+    skips = ("--steps", "7", "--magcache", "preset", "--magcache-interpolate", "--magcache-budget", "0.83")
+    outcome = wanfast("generate", "--model", "tiny", *VIDEO, *skips)
+    assert outcome.exit_code == 0, outcome.err
+    assert sorted(asked) == [False, True]
+
+
 def test_a_note_of_many_lines_is_printed_once(wanfast: Wanfast) -> None:
     write_list(20)
     notes = [line for line in wanfast("generate", "--model", "tiny", *VIDEO).err.splitlines() if "note" in line]

@@ -17,6 +17,7 @@ from wanfast.runtime.config.option import (
     LOSSY,
     MAKE,
     MEASURE,
+    OF_MEASUREMENT,
     WITH_KERNEL,
     Option,
     Part,
@@ -70,8 +71,8 @@ def _lora_fix(text: str) -> str | None:
     return None
 
 
-def _lora_option(help_text: str) -> Option:
-    return Option(help_text, MAKE, also=_VALUES, metavar="<file[@x]>", path=True, check=_lora_fix)
+def _lora_option(help_text: str, follows: tuple[str, ...] = ()) -> Option:
+    return Option(help_text, MAKE, also=_VALUES, metavar="<file[@x]>", path=True, check=_lora_fix, follows=follows)
 
 
 def _expert_option(help_text: str) -> Option:
@@ -138,8 +139,14 @@ class ModelsConfig(Part):
             "The option may be given several times."
         ),
     ] = ()
-    lora_high_noise: Annotated[tuple[str, ...], _lora_option("LoRA of the high-noise expert only.")] = ()
-    lora_low_noise: Annotated[tuple[str, ...], _lora_option("LoRA of the low-noise expert only.")] = ()
+    lora_high_noise: Annotated[
+        tuple[str, ...],
+        _lora_option("LoRA of the high-noise expert only.", follows=("model", "recipe", "lora", "high_noise_expert")),
+    ] = ()
+    lora_low_noise: Annotated[
+        tuple[str, ...],
+        _lora_option("LoRA of the low-noise expert only.", follows=("model", "recipe", "lora", "low_noise_expert")),
+    ] = ()
     lora_sha256: tuple[str, ...] = ()  # of the files, in the order of the three options
     attention: Annotated[
         Attention,
@@ -148,6 +155,7 @@ class ModelsConfig(Part):
             "correct results on this machine. sparse (with --density or --attention-plan) and fa3-fp8 are lossy.",
             EXACT,
             also=(*WITH_KERNEL, "warmup"),
+            follows=("model", "recipe", "precision", "device"),
         ),
     ] = "auto"
     compile: Annotated[
@@ -172,6 +180,7 @@ class ModelsConfig(Part):
             LOSSY,
             also=("bench", "serve", "doctor"),
             default="bf16, or fp32 with --precision fp32",
+            follows=("precision",),
         ),
     ] = None
     tf32: Annotated[
@@ -220,6 +229,7 @@ class ModelsConfig(Part):
             also=("warmup",),
             metavar="<artifact|KEY>",
             check=_plan_fix,
+            follows=(*OF_MEASUREMENT, "lists_every"),
         ),
     ] = field(default=None, compare=False)
     dense_share: Annotated[

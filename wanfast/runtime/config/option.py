@@ -30,6 +30,13 @@ MEASURE: tuple[Command, ...] = (*WITH_KERNEL, "calibrate-attention")  # these ma
 COMPILED: tuple[Command, ...] = (*MEASURE, "warmup")  # these run forwards
 ALL: tuple[Command, ...] = (*COMPILED, "doctor")
 
+# The options on which the ratios and errors that a calibration measures depend.
+OF_MEASUREMENT = (
+    "model", "high_noise_expert", "low_noise_expert", "lora", "lora_high_noise", "lora_low_noise", "precision",
+    "quantize", "tf32", "solver", "steps", "shift", "guidance_high_noise", "guidance_low_noise", "size", "frames",
+    "last_image",
+)  # fmt: skip
+
 _PROMPTS = ("prompt", "negative_prompt")  # they are cleaned of control characters
 
 Options = Mapping[str, Any]  # option name -> value
@@ -47,6 +54,7 @@ class _Facts:
     check: Check | None = None
     of_this_run: bool = False  # `--from` never repeats it: where files lie, and how ranks meet
     of_these_ranks: bool = False  # `--from` repeats it only on as many ranks
+    follows: tuple[str, ...] = ()  # if it is not given, its value is derived from these options
     choice: str | None = None  # at most one option of a choice may be given
     path: bool = False
     names: tuple[str, ...] = ()  # of a path option: values that are no path
@@ -75,6 +83,11 @@ class OptionField:
     @property
     def flag(self) -> str:
         return flag(self.name)
+
+    @property
+    def follows(self) -> frozenset[str]:
+        """Returns the options from which the value is derived if the option is not given."""
+        return frozenset((*self.option.follows, *(("model",) if self.option.own else ())))
 
     @property
     def is_repeatable(self) -> bool:

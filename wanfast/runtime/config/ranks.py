@@ -11,6 +11,17 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import Device, Switch
 from wanfast.runtime.facts.mesh import Mesh
 
+# The options that decide the mesh, and those that decide which weights fit into memory.
+_OF_MESH = (
+    "model", "recipe", "num_gpus", "nnodes", "cfg_parallel", "ulysses", "guidance_high_noise", "guidance_low_noise",
+    "sigmas", "switch_step",
+)  # fmt: skip
+_OF_MEMORY = (
+    *_OF_MESH, "device", "precision", "vae_precision", "quantize", "attention", "density", "attention_plan", "compile",
+    "compile_mode", "magcache", "magcache_extrapolate", "guidance_gate", "image", "last_image", "continue_from", "size",
+    "fit", "frames", "dit_fsdp", "expert_offload",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class RanksConfig(Part):
@@ -51,6 +62,7 @@ class RanksConfig(Part):
             of_these_ranks=True,
             also=COMPILED,
             default="2 if there are enough ranks",
+            follows=_OF_MESH,
             check=at_least(1, "use 1 or more, or leave it out"),
         ),
     ] = None
@@ -62,6 +74,7 @@ class RanksConfig(Part):
             of_these_ranks=True,
             also=COMPILED,
             default="as many as fit",
+            follows=_OF_MESH,
             check=at_least(1, "use 1 or more, or leave it out"),
         ),
     ] = None
@@ -72,6 +85,7 @@ class RanksConfig(Part):
             GPUS,
             also=COMPILED,
             of_these_ranks=True,
+            follows=_OF_MEMORY,
         ),
     ] = "auto"
     t5_fsdp: Annotated[
@@ -81,6 +95,7 @@ class RanksConfig(Part):
             GPUS,
             also=MEASURE,
             of_these_ranks=True,
+            follows=_OF_MEMORY,
         ),
     ] = "auto"
     expert_offload: Annotated[
@@ -91,6 +106,7 @@ class RanksConfig(Part):
             GPUS,
             of_these_ranks=True,
             also=COMPILED,
+            follows=_OF_MEMORY,
         ),
     ] = "auto"
     rank_timeout: Annotated[

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from wanfast.runtime.config.models import OF_LOSSY
-from wanfast.runtime.config.option import Options, options_of
-from wanfast.runtime.config.skipping import SkippingConfig, spelled_out
+from wanfast.runtime.config.models import OF_LOSSY, ModelsConfig
+from wanfast.runtime.config.option import LOSSY, Options, options_of
+from wanfast.runtime.config.skipping import SkippingConfig, default_rule, spelled_out
+from wanfast.runtime.config.video import VideoConfig
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Expert, RecipeName, Solver
+from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Expert, MagCacheRule, RecipeName, Solver
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,14 @@ GROUPS: Mapping[str, tuple[RecipeName, ...]] = MappingProxyType(
 )
 OF_GRID = ("steps", "shift")  # options that a list of noise levels excludes
 
+# The options that save time or memory at the price of an error, with their defaults.
+LOSSY_OPTIONS: Options = {
+    name: option.default
+    for name, option in {**options_of(ModelsConfig), **options_of(SkippingConfig)}.items()
+    if option.option.panel == LOSSY
+} | {"guidance_gate": VideoConfig.guidance_gate}
+_OF_SAME_VIDEO = {"quantize_on_the_fly", "attention_check"}  # of these, those that change nothing that a video shows
+
 
 def with_recipe(given: Options) -> dict[str, Any]:
     """Returns the `given` options; if a recipe is given, its options are added.
@@ -154,19 +163,30 @@ def has_levels(name: object) -> bool:
     return isinstance(name, str) and any(name == each and "sigmas" in RECIPES[each].options for each in RECIPES)
 
 
-def overridden(effective: Options) -> dict[str, Any]:
+def overridden(effective: Options, own_rule: MagCacheRule) -> dict[str, Any]:
     """Compares the effective options with their recipe, and returns {option: effective value} for each difference.
 
-    If the options name no recipe, the result is empty.
+    Lossy options that the recipe does not set are compared with their defaults. `own_rule` is the model's own value of
+    --magcache-rule. If the options name no recipe, the result is empty.
     """
-    name = effective.get("recipe")
-    of_recipe = {} if name is None else RECIPES[name].given(effective)
-    of_recipe |= spelled_out(of_recipe.get("magcache", "off"))
-    if effective["sigmas"] != of_recipe.get("sigmas"):
-        of_recipe.pop("switch_step", None)
+    if (name := effective.get("recipe")) is None:
+        return {}
+    recipe = RECIPES[name].given(effective)
     effective = {**effective, **spelled_out(effective["magcache"])}
-    if effective["attention"] != of_recipe.get("attention"):
-        of_recipe = {option: value for option, value in of_recipe.items() if option not in OF_LOSSY}
+    of_recipe = recipe | spelled_out(recipe.get("magcache", "off"))
+    wanted = of_recipe | _lossy_defaults(effective, own_rule) | of_recipe  # in this order
+    if effective["sigmas"] != recipe.get("sigmas"):
+        wanted.pop("switch_step", None)
+    if effective["attention"] != recipe.get("attention"):
+        wanted |= {option: LOSSY_OPTIONS[option] for option in OF_LOSSY}
     if effective["magcache"] == "off":
-        of_recipe = {option: value for option, value in of_recipe.items() if option not in _OF_SKIPPING[1:]}
-    return {option: effective[option] for option, value in of_recipe.items() if effective[option] != value}
+        wanted = {option: value for option, value in wanted.items() if option not in _OF_SKIPPING[1:]}
+    found = {option: effective[option] for option, value in wanted.items() if effective[option] not in (None, value)}
+    return {option: value for option, value in found.items() if option not in _OF_SAME_VIDEO}
+
+
+def _lossy_defaults(effective: Options, own_rule: MagCacheRule) -> dict[str, Any]:
+    """Returns the values of lossy options that are not given, in a run with `effective` values of the others."""
+    derived = {"vae_precision": effective["precision"], "magcache_rule": default_rule(effective, own_rule)}
+    attention = "auto" if effective["attention"] in LOSSY_ATTENTION else effective["attention"]
+    return {"attention": attention, **LOSSY_OPTIONS, **derived}

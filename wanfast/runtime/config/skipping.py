@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from wanfast.runtime.config.option import LOSSY, Option, Part, at_least, between, options_of
+from wanfast.runtime.config.option import LOSSY, OF_MEASUREMENT, Option, Part, at_least, between, options_of
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import MagCacheRule
 
@@ -26,6 +27,12 @@ def magcache_settings(name: str) -> tuple[float, int, float] | None:
         return None
     whole, rest, skips, retention = match.groups()
     return float(f"{whole}.{rest}"), int(skips), int(retention) / 100
+
+
+def default_rule(options: Mapping[str, Any], own: MagCacheRule) -> MagCacheRule:
+    """Returns the value of --magcache-rule if it is not given; `own` is the model's own."""
+    is_both = any(options[name] is not None for name in ("magcache_budget", "magcache_skip", "sigmas"))
+    return "both-experts" if is_both else own
 
 
 def spelled_out(name: str) -> dict[str, Any]:
@@ -48,6 +55,7 @@ class SkippingConfig(Part):
             LOSSY,
             also=("serve",),
             metavar="<off|preset|artifact|KEY|E012K2R20>",
+            follows=OF_MEASUREMENT,
         ),
     ] = "off"
     magcache_thresh: Annotated[
@@ -58,6 +66,7 @@ class SkippingConfig(Part):
             also=("serve",),
             choice=_AMOUNT,
             default="0.12",
+            follows=("magcache",),
             check=lambda x: None if 0 < x <= 10 else "use 0.01 to 10",
         ),
     ] = None
@@ -68,6 +77,7 @@ class SkippingConfig(Part):
             LOSSY,
             also=("serve",),
             default="2",
+            follows=("magcache",),
             check=between(1, 1000, "use 1 to 1000 skips in a row"),
         ),
     ] = None
@@ -78,6 +88,7 @@ class SkippingConfig(Part):
             LOSSY,
             also=("serve",),
             default="0.2",
+            follows=("magcache",),
             check=between(0, 1, "use a share, 0 to 1"),
         ),
     ] = None
@@ -88,6 +99,7 @@ class SkippingConfig(Part):
             LOSSY,
             also=("serve",),
             default="low-noise-only; both-experts for t2v-a14b, or with --magcache-budget, --magcache-skip, --sigmas",
+            follows=("model", "magcache", "sigmas", "steps", "shift"),
         ),
     ] = None
     magcache_joint: Annotated[

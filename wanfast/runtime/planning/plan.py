@@ -54,7 +54,6 @@ from wanfast.runtime.store.loras import lora_notes, loras_of
 from wanfast.runtime.store.model_files import ModelFiles
 
 _FLOAT8_CAPABILITY, _HOPPER = (8, 9), (9, 0)
-_FLOAT8_CAPABILITY = (8, 9)
 _MOST_STRETCH = 0.05  # of a last image, without a note: a size in multiples of 16 pixels stretches a little
 _MP4_BYTES_PER_PIXEL = 0.25  # an upper estimate at CRF 10: a video with much detail needs about half
 
@@ -338,7 +337,7 @@ class Plan:
         g, config = self.geometry, self.config
         return {
             "recipe": config.models.recipe,
-            "overridden": overridden(config.options()),
+            "overridden": overridden(config.options(), self.spec.magcache_rule),
             "model": self.spec.name,
             "images": config.video.images,
             "written_prompts": list(config.video.written_prompts),
@@ -393,11 +392,11 @@ class Plan:
         }
 
 
-@lru_cache(maxsize=64)
 def _extrapolates(config: EffectiveConfig) -> bool:
     return config.skipping is not None and config.skipping.magcache_extrapolate
 
 
+@lru_cache(maxsize=64)
 def _planned_skips(
     ratios: Ratios,
     experts: Sequence[Expert],

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wanfast.runtime.config import OPTIONS, EffectiveConfig, OutputConfig, RanksConfig, SkippingConfig
-from wanfast.runtime.config.models import OF_LOSSY
+from wanfast.runtime.config import OPTIONS, EffectiveConfig, OutputConfig, RanksConfig
 from wanfast.runtime.config.option import absolute, flag, options_of
-from wanfast.runtime.config.recipes import OF_GRID, has_levels, with_recipe
+from wanfast.runtime.config.precedence import repeated, without_overridden
+from wanfast.runtime.config.skipping import spelled_out
 from wanfast.runtime.errors import ConfigError, WanFastError, failure, foreign
 from wanfast.runtime.facts.choices import EXPERTS
 from wanfast.runtime.machine.packages import require_attention, require_fp8
@@ -33,13 +33,11 @@ _FEW_LINES = 5  # more bad lines than these are reported together, if no line is
 # The options that are the same for all lines of a list, because one mesh makes all of them.
 _EXPERTS = [f"{expert}_expert" for expert in EXPERTS]
 _LORAS = [name for name, option in OPTIONS.items() if option.is_repeatable and option.option.path]
-_DENSITIES = {"density", "attention_plan"}  # at most one of them may be given
 _SOURCES = {  # of a video, with the words by which an error names them
     "image": "image",
     "last_image": "last image",
     "continue_from": "continued video",
 }
-_FITTED = ("image", "last_image")  # what --fit is for
 _LAUNCH_OPTIONS = [name for name in options_of(RanksConfig) if name != "device"]
 
 
@@ -60,6 +58,7 @@ class Request:
     expert_sha256: tuple[str, ...] | None = None  # of the experts that options of that run name
     lora_sha256: tuple[str, ...] | None = None  # of the LoRAs of that run
     engines: str | None = None  # the name of cuDNN's engines in that run, if this one makes the same video
+    asked: dict[str, Any] | None = None  # the options that were given, now or for the run of --from; None: all
     error: ConfigError | None = None  # the line could not be read
 
 
@@ -112,7 +111,7 @@ def _checked(request: Request, plan: Plan) -> Planned:
         if request.line is None:
             raise
         return Planned(request, error=error)
-    return Planned(request, plan)
+    return Planned(request, plan if request.asked is None else dataclasses.replace(plan, requested=request.asked))
 
 
 def _like(item: Planned, first: Plan) -> Planned:
@@ -264,12 +263,13 @@ def read_requests(
     base = dataclasses.replace(
         earlier,
         options={**earlier.options, **typed},
+        asked={**(earlier.asked or {}), **typed},
         sources=tuple(file for file in (prompt_file, jobs_file) if file is not None),
         written=() if typed.keys() & {"prompt", "extend_prompt"} else earlier.written,
         sha256={name: sha256 for name, sha256 in earlier.sha256.items() if name in earlier.options.keys() - typed},
         weights=None if {"model", *_EXPERTS} & typed.keys() else earlier.weights,
         expert_sha256=None if {*_EXPERTS} & typed.keys() else earlier.expert_sha256,
-        lora_sha256=None if {*_LORAS} & typed.keys() else earlier.lora_sha256,
+        lora_sha256=earlier.lora_sha256,
         engines=earlier.engines if typed.keys() <= {*options_of(OutputConfig), "artifacts_dir"} else None,
     )
     if jobs_file is None:
@@ -299,60 +299,41 @@ def _read_earlier(file: Path, typed: dict[str, Any]) -> Request:
         weights, engines = document["weights"], document.get("cudnn_engines")
         if not isinstance(weights, dict | None) or not isinstance(engines, str | None):
             raise TypeError(weights, engines)
+        asked = _asked(document["requested"])
     except ConfigError as error:
         raise ConfigError(f"--from {file} holds an option that cannot be used: {error}; or {_SIDECAR}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"--from {file} is not the .json of a video: {_SIDECAR}") from None
-    same_ranks = effective.ranks.nnodes == 1 and "num_gpus" not in typed
+    same_ranks = effective.ranks.nnodes == 1 and not {"num_gpus", "nnodes"} & typed.keys()
     reused = {
         name
         for name, field in OPTIONS.items()
         if not field.option.of_this_run and (same_ranks or not field.option.of_these_ranks)
     }
-    options = {name: value for name, value in effective.options().items() if name in reused}
+    ran = {name: value for name, value in effective.options().items() if name in reused}
+    asked = {name: ran[name] if OPTIONS[name].option.path else asked[name] for name in asked.keys() & reused}
+    options, asked = repeated(ran, asked, typed)  # with paths as in `ran`, which are absolute
+    has_its_loras = all(name in options and options[name] == ran[name] for name in _LORAS)
     if "extend_prompt" in typed and effective.video.written_prompts:
         options["prompt"] = effective.video.written_prompts
     return Request(
-        without_overridden(options, with_recipe(typed)),
+        options,
+        asked=asked,
         written=effective.video.written_prompts,
         sha256={name: sha256 for name in _SOURCES if (sha256 := getattr(effective.video, f"{name}_sha256"))},
         weights=weights,
         expert_sha256=effective.models.expert_sha256,
-        lora_sha256=effective.models.lora_sha256,
+        lora_sha256=effective.models.lora_sha256 if has_its_loras else None,
         engines=engines,
     )
 
 
-def without_overridden(options: dict[str, Any], nearer: dict[str, Any]) -> dict[str, Any]:
-    """Returns `options` without the options that `nearer`, a source of higher priority, overrides.
-
-    An option is overridden if `nearer` has this option too, or an option that conflicts with this option.
-    Only options of skips, schedules, lossy attention, and the start, the end and the clips of the video can conflict.
-    """
-    skipping = options_of(SkippingConfig)
-    amounts = {name for name, field in skipping.items() if field.option.choice}
-    gone = set(nearer.keys())
-    if nearer.keys() & {*OF_GRID}:
-        gone |= {"sigmas", "switch_step"}
-    if "sigmas" in nearer or has_levels(nearer.get("recipe")):
-        gone |= {*OF_GRID, "sigmas", "switch_step"}
-    if nearer.keys() & {"image", "continue_from"}:
-        gone |= {"image", "continue_from"}
-    if "continue_from" in nearer:
-        gone |= {"size", "fps"}
-    if isinstance(prompts := nearer.get("prompt"), list | tuple) and len(prompts) > 1:
-        gone.add("last_image")  # which is of a single clip
-    if gone & {*_FITTED} and not any(nearer.get(name) or (options.get(name) and name not in gone) for name in _FITTED):
-        gone.add("fit")
-    if "magcache" in nearer:
-        gone |= skipping.keys() - {"magcache"}
-    if "attention" in nearer:
-        gone |= {name for name, kernels in OF_LOSSY.items() if nearer["attention"] not in kernels}
-    if nearer.keys() & _DENSITIES:
-        gone |= _DENSITIES
-    if nearer.keys() & amounts:
-        gone |= {*amounts, "magcache_rule"}  # the rule's default follows from the amount
-    return {name: value for name, value in options.items() if name not in gone}
+def _asked(requested: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options in `requested` of an earlier run's .json that this version has. Raises ConfigError."""
+    known = {name: value for name, value in requested.items() if name in OPTIONS and value is not None}
+    for name, value in known.items():
+        OPTIONS[name].accept(value)
+    return known | spelled_out(known.get("magcache", ""))
 
 
 def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
@@ -368,7 +349,10 @@ def _read_jobs(file: Path, base: Request) -> Iterator[Request]:
             continue
         own_name = str(stem.with_stem(f"{stem.stem}-{number:04d}"))
         yield dataclasses.replace(
-            base, options={**without_overridden(base.options, own), "output": own_name, **own}, line=number
+            base,
+            options={**without_overridden(base.options, own), "output": own_name, **own},
+            asked=None,
+            line=number,
         )
 
 

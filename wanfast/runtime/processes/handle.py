@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from wanfast.runtime.config import NO_VIDEO, OPTIONS, ModelsConfig, OutputConfig, RanksConfig, accepted, parse_size
 from wanfast.runtime.config.models import OF_LOSSY
 from wanfast.runtime.config.option import absolute, options_of
+from wanfast.runtime.config.precedence import without_overridden
 from wanfast.runtime.config.recipes import RECIPES, with_recipe
 from wanfast.runtime.errors import CancelledError, ConfigError, from_failure
 from wanfast.runtime.facts.choices import RecipeName
@@ -30,7 +31,6 @@ from wanfast.runtime.planning import sidecar
 from wanfast.runtime.planning.placement import FreeMemory, check_skips, measure, place
 from wanfast.runtime.planning.plan import Plan, earlier_facts, effective, model_of, resolve
 from wanfast.runtime.planning.progress import StageFn
-from wanfast.runtime.planning.requests import without_overridden
 from wanfast.runtime.processes.launch import RankGroups
 from wanfast.runtime.processes.run_folder import new_run_folder
 from wanfast.runtime.store.lora_pairs import is_distilled

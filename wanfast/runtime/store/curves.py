@@ -29,6 +29,7 @@ from wanfast.runtime.config import (
     magcache_settings,
 )
 from wanfast.runtime.config.option import options_of, words
+from wanfast.runtime.config.skipping import default_rule
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from wanfast.runtime.facts.choices import EXPERTS, LOSSY_ATTENTION, Command, Expert, in_8_bits
 from wanfast.runtime.facts.model_spec import A14B, PUBLISHED, ModelSpec
@@ -100,7 +101,7 @@ def settle(config: EffectiveConfig, files: ModelFiles) -> EffectiveConfig:
         magcache_thresh=None if by_budget else _or(asked.magcache_thresh, threshold),
         magcache_k=_or(asked.magcache_k, max_skips),
         retention_ratio=_or(asked.retention_ratio, retention),
-        magcache_rule=asked.magcache_rule or ("both-experts" if by_budget or is_list else files.spec.magcache_rule),
+        magcache_rule=asked.magcache_rule or default_rule(config.options(), files.spec.magcache_rule),
     )
     config = dataclasses.replace(config, skipping=answered)
     if answered.magcache == "preset":

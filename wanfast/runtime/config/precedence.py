@@ -1,0 +1,93 @@
+"""Decides which options of a source stay if a nearer source, one of higher priority, gives options too.
+
+A line of a list overrides the command line, and the command line overrides an earlier run. An earlier run has given
+options, and values that were derived from other options. If such another option is given newly, the value is derived
+again.
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wanfast.runtime.config.effective import OPTIONS
+from wanfast.runtime.config.models import OF_LOSSY
+from wanfast.runtime.config.option import Options, options_of
+from wanfast.runtime.config.recipes import LOSSY_OPTIONS, OF_GRID, RECIPES, has_levels, with_recipe
+from wanfast.runtime.config.skipping import SkippingConfig
+from wanfast.runtime.facts.choices import LOSSY_ATTENTION
+
+_FITTED = ("image", "last_image")  # what --fit is for
+_DENSITIES = {"density", "attention_plan"}  # at most one of them may be given
+
+
+def without_overridden(options: Options, nearer: Options) -> dict[str, Any]:
+    """Returns `options` without the options that `nearer`, a source of higher priority, overrides.
+
+    An option is overridden if `nearer` has this option too, or an option that conflicts with this option.
+    Only options of skips, schedules, precision, lossy attention, and the start, the end and the clips of the video can
+    conflict.
+    """
+    skipping = options_of(SkippingConfig)
+    amounts = {name for name, field in skipping.items() if field.option.choice}
+    gone = set(nearer.keys())
+    if nearer.keys() & {*OF_GRID}:
+        gone |= {"sigmas", "switch_step"}
+    if "sigmas" in nearer or has_levels(nearer.get("recipe")):
+        gone |= {*OF_GRID, "sigmas", "switch_step"}
+    if nearer.keys() & {"image", "continue_from"}:
+        gone |= {"image", "continue_from"}
+    if "continue_from" in nearer:
+        gone |= {"size", "fps"}
+    if isinstance(prompts := nearer.get("prompt"), list | tuple) and len(prompts) > 1:
+        gone.add("last_image")  # which is of a single clip
+    if gone & {*_FITTED} and not any(nearer.get(name) or (options.get(name) and name not in gone) for name in _FITTED):
+        gone.add("fit")
+    if nearer.get("precision") == "fp32":
+        gone |= {"quantize", "quantize_on_the_fly"}
+    if "magcache" in nearer:
+        gone |= skipping.keys() - {"magcache"}
+    if "attention" in nearer:
+        gone |= {name for name, kernels in OF_LOSSY.items() if nearer["attention"] not in kernels}
+    if nearer.keys() & _DENSITIES:
+        gone |= _DENSITIES
+    if nearer.keys() & amounts:
+        gone |= {*amounts, "magcache_rule"}  # the rule's default follows from the amount
+    return {name: value for name, value in options.items() if name not in gone}
+
+
+def repeated(ran: Options, asked: Options, typed: Options) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the options of an earlier run that a new run with the `typed` options repeats.
+
+    `ran`: the value of each option in the earlier run. `asked`: the options that were given for the earlier run.
+    The first result is a part of `ran`, in which some values are replaced by those of `asked`. The second result is a
+    part of `asked`. A typed recipe also replaces the options of the earlier recipe, and all lossy options. A value that
+    was derived is left out if it may be another value now.
+    """
+    ranks = {name: ran[name] for name in ("num_gpus",) if name in ran}
+    nearer = {
+        name: value for name, value in with_recipe({**ranks, **typed}).items() if name not in ranks or name in typed
+    }
+    gone = ran.keys() - without_overridden(ran, nearer).keys()
+    if "recipe" in typed:
+        gone |= _of_recipe(ran)
+    again = _derived_again(ran, gone | nearer.keys())
+    options = {name: value for name, value in ran.items() if name not in gone | again}
+    options |= {name: asked[name] for name in again & asked.keys()}
+    return options, {name: value for name, value in asked.items() if name not in gone | nearer.keys()}
+
+
+def _of_recipe(ran: Options) -> set[str]:
+    """Returns the options that the earlier recipe can set, and all lossy ones."""
+    recipe = None if ran.get("recipe") is None else RECIPES[ran["recipe"]]
+    own = {*recipe.options, *recipe.of_several_ranks} if recipe else set()
+    attention = {"attention"} if ran.get("attention") in LOSSY_ATTENTION else set()
+    return own | attention | LOSSY_OPTIONS.keys()
+
+
+def _derived_again(ran: Options, changed: set[str]) -> set[str]:
+    """Returns the options whose values follow from the `changed` options, also by way of each other."""
+    found: set[str] = set()
+    while more := {name for name in ran.keys() - changed - found if OPTIONS[name].follows & (changed | found)}:
+        found |= more
+    return found
