@@ -14,7 +14,7 @@ from wanfast.bench.cells import Cells, Row, SayFn
 from wanfast.bench.page import write_page
 from wanfast.bench.pictures import draw_quality, draw_waterfall
 from wanfast.runtime.store.artifacts import key_of, write_synced
-from wanfast.runtime.store.atomic import atomic_paths, not_written
+from wanfast.runtime.store.atomic import atomic_paths, not_written, partial_path
 from wanfast.runtime.store.code import digest_of_code
 from wanfast.runtime.store.model_files import ModelFiles, locate
 
@@ -34,6 +34,23 @@ def with_random_weights(given: dict[str, Any], files: ModelFiles, say: SayFn) ->
         say(f"writing random weights into {folder}")
         apart("random_model", folder=str(folder), facts=facts)
     return {**given, "model": str(folder)}, locate(str(folder), str(files.artifacts))
+
+
+def check_folder(folder: Path) -> None:
+    """Checks, before any work, that a report can be written into `folder`. Raises ConfigError.
+
+    A folder that is missing stays missing.
+    """
+    probe = partial_path(folder / REPORT)
+    try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+        for path in made:
+            path.rmdir()
+    except OSError as error:
+        raise not_written(folder, error) from error
 
 
 def write_report(report: dict[str, Any], rows: list[Row], cells: Cells, folder: Path) -> None:

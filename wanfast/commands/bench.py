@@ -15,7 +15,7 @@ from rich.table import Table
 from wanfast.bench.cells import Bench, Cells, planned, recipes_of
 from wanfast.bench.figures import report_of
 from wanfast.bench.measure import measure, missing
-from wanfast.bench.output import with_random_weights, write_report
+from wanfast.bench.output import check_folder, with_random_weights, write_report
 from wanfast.commands import options
 from wanfast.magcache_calib.clips import Clip, read_set
 from wanfast.runtime.config import NO_VIDEO, accepted, refuse_lossy_attention
@@ -25,6 +25,7 @@ from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.machine.launchers import refuse_launchers
 from wanfast.runtime.machine.once import asked_once
 from wanfast.runtime.planning.plan import model_of
+from wanfast.runtime.store.artifacts import writing_to
 
 _EXAMPLES = Path(__file__).parents[1] / "assets/examples"
 _EXAMPLES_LIST, _TEXTS_LIST = "jobs.jsonl", "texts.jsonl"
@@ -102,6 +103,9 @@ def bench(
         asked = Bench(names, clips, given, files, repeats, steps_measured, no_quality)
         rows = planned(asked, say)
     cells = Cells(Path(next(row.opened for row in rows if row.opened).placed.config.models.artifacts_dir))
+    with writing_to(cells.root):
+        cells.root.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
     try:
         errors = measure(asked, rows, cells, say)
     except (KeyboardInterrupt, SystemExit):

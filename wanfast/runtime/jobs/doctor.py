@@ -22,7 +22,7 @@ from wanfast.runtime.machine import gpus, host, packages
 from wanfast.runtime.planning.fit import fit
 from wanfast.runtime.planning.next_step import NextStep, example, next_step
 from wanfast.runtime.store import model_files, quantized
-from wanfast.runtime.store.artifacts import MANIFEST
+from wanfast.runtime.store.artifacts import MANIFEST, check_root
 from wanfast.runtime.store.expert_files import identified
 from wanfast.runtime.store.json_files import read_object
 from wanfast.runtime.store.model_files import COMPONENTS, ModelFiles
@@ -39,6 +39,7 @@ def examine(given: Options) -> dict[str, Any]:
     `given` holds the options that the user gave. Raises ConfigError if one of these options is wrong.
     """
     models = identified(EffectiveConfig.of({**NO_VIDEO, **given}, A14B).models)
+    check_root(Path(models.artifacts_dir))
     found = gpus.visible_gpus()
     weights, spec = _weights(models)
     given = {**given, **example(spec)}

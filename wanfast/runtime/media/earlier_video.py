@@ -70,9 +70,11 @@ def earlier_frames(path: str) -> Iterator[npt.NDArray[np.uint8]]:
 
 
 def _sha256(file: Path, subject: str) -> str:
-    if not file.is_file():
+    with foreign(subject, fix := "name an mp4 file that can be read"):
+        is_file = file.is_file()
+    if not is_file:
         raise ConfigError(f"{subject}: no such file; check the path")
-    with foreign(subject, "name an mp4 file that can be read"), file.open("rb") as stream:
+    with foreign(subject, fix), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

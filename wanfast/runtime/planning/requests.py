@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +138,7 @@ def _plan(
         if request.error is not None:
             raise request.error
         output = _output_of(request)
-        if output.skip_existing and all(path.exists() for path in output.paths):
+        if output.skip_existing and all(map(os.path.exists, output.paths)):
             return Planned(request, existing=output.paths)
         if request.sha256 and not model_of(request.options).spec.takes_images:
             raise ConfigError(

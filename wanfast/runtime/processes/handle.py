@@ -93,7 +93,7 @@ class Video:
         for target in outputs:
             if target.resolve() in sources:
                 raise ConfigError(f"save: {target} is a file that this video is made from: choose another name")
-            if target.exists() and not overwrite:
+            if os.path.lexists(target) and not overwrite:
                 raise ConfigError(f"{target} exists: choose another name, or save with overwrite=True")
 
 

@@ -196,6 +196,15 @@ def key_of(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(_canonical(inputs).encode()).hexdigest()
 
 
+def check_root(root: Path) -> None:
+    """Raises a ConfigError that names --artifacts-dir if the system refuses to look for `root`. `root` may be missing.
+
+    After this check, `root.is_dir()` and the like raise nothing.
+    """
+    with foreign(f"--artifacts-dir {str(root)!r:.60}", "name a folder that can be read"):
+        root.exists()
+
+
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
     """Raises a ConfigError that names --artifacts-dir if the `with` block raises an OSError.

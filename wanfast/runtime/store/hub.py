@@ -53,7 +53,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_ba
 from wanfast.runtime.config.option import absolute, did_you_mean
 from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArtifactError, WanFastError
 from wanfast.runtime.facts.choices import Layout
-from wanfast.runtime.store.artifacts import write_synced
+from wanfast.runtime.store.artifacts import check_root, write_synced
 from wanfast.runtime.store.hub_cache import PINNED, REPOS, PublishedModel, snapshots
 from wanfast.runtime.store.identity import sha256_of
 from wanfast.runtime.store.json_files import read_object
@@ -123,6 +123,7 @@ class DownloadRequest:
             if not value.strip() or "\0" in value:
                 raise ConfigError(f"{option} {value!r}: give a value, or leave out the option")
         artifacts = Path(absolute(artifacts_dir, "--artifacts-dir"))
+        check_root(artifacts)
         folder = folder_of(lora, artifacts) if lora else artifacts / "checkpoints" / repo.rpartition("/")[2]
         return cls(repo, revision, layout, folder, artifacts, model, lora)
 

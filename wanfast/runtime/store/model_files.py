@@ -24,6 +24,7 @@ from wanfast.runtime.errors import ConfigError, CorruptArtifactError, MissingArt
 from wanfast.runtime.facts.choices import EXPERTS, NAMED_MODELS, Layout
 from wanfast.runtime.facts.model_spec import A14B, PUBLISHED, T2V_A14B, ModelSpec
 from wanfast.runtime.machine.once import remembered
+from wanfast.runtime.store.artifacts import check_root
 from wanfast.runtime.store.expert_files import SUFFIXES, NamedExpert, NamesExperts, named_experts
 from wanfast.runtime.store.hub_cache import REPOS, PublishedModel, is_published, snapshots
 from wanfast.runtime.store.identity import identity
@@ -152,6 +153,7 @@ def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()
     CorruptArtifactError (a damaged file of facts).
     """
     artifacts, published = Path(artifacts_dir).absolute(), A14B
+    check_root(artifacts)
     if model == "tiny":
         spec = read_spec(TINY, _LAYOUTS["diffusers"])
         return ModelFiles(TINY, "diffusers", spec, "reinstall wanfast", artifacts, experts)
