@@ -25,6 +25,7 @@ from wanfast.runtime.engine import pipeline as pipeline_module
 from wanfast.runtime.engine import pixels, prompt_embeds, session
 from wanfast.runtime.engine.conditioning import draw_noise
 from wanfast.runtime.errors import ConfigError
+from wanfast.runtime.facts import memory
 from wanfast.runtime.facts.choices import EXPERTS, Expert
 from wanfast.runtime.facts.mesh import Mesh, choose_mesh
 from wanfast.runtime.media import images
@@ -276,6 +277,43 @@ def test_resident_experts_are_evicted_and_come_back(
     calls = 2 * (2 if method == "_decode" else 1)  # a video is decoded in two pieces
     assert away >= times and held == [[True] * (len(parameters) - away) + [False] * away] * calls  # needed last
     assert list(map(id, copied)) == list(map(id, parameters[: -away - 1 : -1]))  # each weight is copied once
+
+
+def test_the_vae_has_its_memory_before_its_first_attempt(
+    planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two videos on a simulated GPU, which holds both experts, but not with all that the VAE needs."""
+    plan, files = planned
+    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    parameters = [parameter for expert in EXPERTS for parameter in pipeline.experts._experts[expert].parameters()]
+    needs = {
+        "encode": memory.encode_bytes(files.spec, plan.geometry),
+        "_decode": memory.decode_bytes(files.spec, plan.geometry, "fp32"),
+    }
+    gpu_bytes = sum(parameter.nbytes for parameter in parameters) + min(needs.values()) // 2
+    calls: list[str] = []
+
+    def free(device: str = "cuda") -> int:
+        return gpu_bytes - sum(parameter.nbytes for parameter in parameters)
+
+    def checked(name: str) -> Callable[..., torch.Tensor]:
+        work = getattr(WanVAE, name)
+
+        def call(*arguments: object, **options: object) -> torch.Tensor:
+            calls.append(name)
+            if free() < needs[name]:
+                raise torch.OutOfMemoryError("too large")
+            return work(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(pipeline_module, "free_bytes", free)
+    for name in needs:
+        monkeypatch.setattr(WanVAE, name, checked(name))
+    image, text = blank_inputs(plan, files)
+    for _ in range(2):
+        assert pipeline(plan, image, text, Stopwatch("cpu")) is not None
+    assert calls == 2 * ["encode", "_decode", "_decode"]  # a video is decoded in two pieces
 
 
 Shared = tuple[torch.Tensor, torch.Tensor | None, int, list[str]]

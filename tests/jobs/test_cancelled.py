@@ -14,6 +14,7 @@ import torch
 from tests.on_ranks import on_ranks
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import session as session_module
+from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.engine.session import Session, Sessions
 from wanfast.runtime.errors import CancelledError, from_failure
 from wanfast.runtime.facts.mesh import Mesh
@@ -96,7 +97,7 @@ def test_experts_are_evicted_only_where_the_text_encoder_is_about_to_load(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evicted: list[int] = []
-    monkeypatch.setattr(Session, "_evict_for", lambda self, wanted: evicted.append(wanted))
+    monkeypatch.setattr(VideoPipeline, "make_room", lambda self, wanted: evicted.append(wanted))
 
     def work(ranks: Ranks) -> list[int]:
         counts = []

@@ -186,6 +186,27 @@ def test_numbers_that_are_none_and_other_shapes_are_refused(
     assert found.state == "fails" and re.search(reason, found.reason or "")
 
 
+def _contiguous_strides(x: torch.Tensor) -> torch.Tensor:
+    return x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda q, k, v: attention(q, k[:, : len(k[0]) // 128 * 128], v[:, : len(v[0]) // 128 * 128]),
+        lambda q, k, v: attention(q, k[:, : q.shape[1]], v[:, : q.shape[1]]),
+        lambda q, k, v: attention(q, k, _contiguous_strides(v)),
+    ],
+    ids=["without the ragged block", "with as many keys as queries", "with strides of its own"],
+)
+def test_a_kernel_must_be_right_for_all_calls_of_a_video(
+    run: attention_kernels.AttentionFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(attention_kernels.KERNELS, "math", attention_kernels.Kernel(run))
+    found = attention_probe.probe("math", "cpu")
+    assert found.state == "fails" and "for 200 queries and 333 keys" in (found.reason or "")
+
+
 def test_a_package_beside_versions_that_it_does_not_know_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_kernels, "is_importable", lambda module: module == "flash_attn.flash_attn_interface")
     for namespace in (SimpleNamespace(), SimpleNamespace(flash_attn_func=lambda q, k, v: {}["scale"])):

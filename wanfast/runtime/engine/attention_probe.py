@@ -1,10 +1,12 @@
-"""This module runs an attention kernel once on a small problem, and compares the result with the formula in float64.
+"""This module runs an attention kernel on two small problems, and compares its results with the formula in float64.
 
 A package that can be imported may still lack kernels for this GPU, or need another layout or CUDA version. So the state
 "runs" means that the kernel's result was correct. Shapes: B batch, L tokens, H heads, D head dim.
 
-Cost: one forward for each kernel; before its forward, FlashAttention-4 compiles for about ten seconds. Limit: if a
-kernel breaks the process's CUDA context, all later kernels fail too.
+The two problems differ where a video's calls differ. The first has whole blocks of tokens, contiguous tensors, and as
+many queries as keys. The second has ragged blocks, v as a slice of a wider tensor, and another number of keys.
+Cost: two forwards for each kernel. Before the first one, FlashAttention-4 compiles for about ten seconds; its code does
+not depend on the lengths. Limit: if a kernel breaks the process's CUDA context, all later kernels fail too.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from wanfast.runtime.models.fused import heads_to_fp8
 from wanfast.runtime.weights.builders import DTYPES
 
 HEAD_DIM = 128  # the A14B's
+_LENGTHS = ((256, 256), (200, 333))  # queries and keys of each problem; both numbers of queries give two blocks
 BOUNDS = {torch.bfloat16: 0.01, torch.float32: 1e-5}  # relative errors; only rounding to bf16 gives 0.002 to 0.004
 # A kernel raises these on a machine, or beside package versions, that it does not support.
 _FAILURES = (RuntimeError, ImportError, OSError, AssertionError, TypeError, ValueError, AttributeError, LookupError)
@@ -36,7 +39,7 @@ _FAILURES = (RuntimeError, ImportError, OSError, AssertionError, TypeError, Valu
 
 @dataclass(frozen=True)
 class Finding:
-    """Holds the result of probing a kernel: its state and its relative error, or the reason why it does not run."""
+    """Holds the result of probing a kernel: its state and its largest relative error, or why it does not run."""
 
     state: Literal["runs", "not installed", "fails"]
     relative_error: float | None = None
@@ -153,35 +156,47 @@ def _candidates(device: str) -> list[str]:
 
 
 def probe(name: str, device: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = HEAD_DIM) -> Finding:
-    """Runs one kernel on a small problem in `dtype`, and returns a `Finding`, which says whether the result is correct.
+    """Runs one kernel on small problems in `dtype`, and returns a `Finding`, which says whether the results are right.
 
     If the kernel is not installed, or raises an error, the finding holds the reason.
     """
     lossy = _LOSSY.get(name)
     kernel, is_emulated = KERNELS[lossy.package_of if lossy else name], lossy and device == "cpu"
     probed = lossy or _Probed(kernel.run, _formula, BOUNDS[dtype], name)
-    q, k, v = _problem(dtype, head_dim)
     try:
         if not kernel.is_installed and not is_emulated:
             return Finding("not installed", reason=f"pip install {kernel.package}")
-        expected = probed.formula(q.double(), k.double(), v.double())
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch explains each back end that it rejects
-            got = probed.run(q.to(device), k.to(device), v.to(device)).cpu()
+        errors = [_relative_error(probed, *_problem(*lengths, dtype, head_dim, device)) for lengths in _LENGTHS]
     except _FAILURES as error:
         return Finding("fails", reason=(str(error).strip().splitlines() or [type(error).__name__])[0])
-    if got.shape != expected.shape:
-        return Finding("fails", reason=f"its result is {list(got.shape)}, not {list(expected.shape)}")
-    relative_error = float((got.double() - expected).norm() / expected.norm())
-    if not relative_error <= probed.bound:  # also for NaN
-        reason = f"its result is wrong: relative error {relative_error:.1g}, over {probed.bound}"
-        return Finding("fails", reason=reason)
-    return Finding("runs", relative_error=relative_error)
+    return Finding("runs", relative_error=max(errors))
 
 
-def _problem(dtype: torch.dtype, head_dim: int) -> list[Tensor]:
+def _problem(queries: int, keys: int, dtype: torch.dtype, head_dim: int, device: str) -> list[Tensor]:
+    """Returns q, k and v. If there are more keys than queries, v is a slice of a tensor of three times the width."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, 256, 2, head_dim, generator=generator).to(dtype) for _ in "qkv"]
+    width = 2 * head_dim
+    widths = (width, width, 3 * width if keys > queries else width)
+    drawn = [
+        torch.randn(1, length, d, generator=generator).to(device, dtype)
+        for length, d in zip((queries, keys, keys), widths, strict=True)
+    ]
+    return [x[..., -width:].unflatten(-1, (2, head_dim)) for x in drawn]
+
+
+def _relative_error(probed: _Probed, q: Tensor, k: Tensor, v: Tensor) -> float:
+    """Returns the relative error of a result; raises ValueError if it is over the bound, or has another shape."""
+    expected = probed.formula(*(x.cpu().double() for x in (q, k, v)))
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch explains each back end that it rejects
+        got = probed.run(q, k, v).cpu()
+    if got.shape != expected.shape:
+        raise ValueError(f"its result is {list(got.shape)}, not {list(expected.shape)}")
+    error = float((got.double() - expected).norm() / expected.norm())
+    if not error <= probed.bound:  # also for NaN
+        lengths = f"{q.shape[1]} queries and {k.shape[1]} keys"
+        raise ValueError(f"its result is wrong: relative error {error:.1g}, over {probed.bound}, for {lengths}")
+    return error
 
 
 def _formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -190,8 +205,9 @@ def _formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Computes the small problem with lists: the first block attends to the second, and the second to both."""
-    counts, blocks = torch.tensor([1, 2]), torch.tensor([[1, 0], [0, 1]])
+    """Computes a small problem with lists: block 0 attends to the last block of keys, block 1 to the first and last."""
+    last = (k.shape[1] - 1) // BLOCK
+    counts, blocks = torch.tensor([1, 2]), torch.tensor([[last, 0], [0, last]])
     lists = BlockLists(*(x.int().expand(1, q.shape[2], *x.shape).contiguous().to(q.device) for x in (counts, blocks)))
     return block_sparse_attention(q, k, v, lists, BLOCK)
 

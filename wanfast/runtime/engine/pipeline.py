@@ -35,7 +35,7 @@ from wanfast.runtime.engine.lossy_attention import LossyAttention
 from wanfast.runtime.engine.pixels import Frames, FramesFn
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts.choices import BRANCHES, Branch, Expert, Precision
-from wanfast.runtime.facts.memory import decode_bytes
+from wanfast.runtime.facts.memory import decode_bytes, encode_bytes
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.facts.shapes import Geometry
 from wanfast.runtime.models.bricks import RASTER
@@ -147,9 +147,7 @@ class VideoPipeline:
         """
         free_memory(self.device)  # the decoder allocates blocks of other sizes than the loop
         precision: Precision = "bf16" if self.vae.decoder_dtype == torch.bfloat16 else "fp32"
-        wanted = decode_bytes(self.spec, geometry, precision) // self.ranks.size
-        if self.device == "cuda" and (missing := wanted - torch.cuda.mem_get_info()[0]) > 0:
-            self.experts.evict(missing)
+        self.make_room(decode_bytes(self.spec, geometry, precision) // self.ranks.size)
         yielded = 0
         while yielded < geometry.latent_frames:
             rows = self.ranks.rows(geometry.latent_height)
@@ -163,6 +161,11 @@ class VideoPipeline:
                     yielded += 1
                     if rows.has_part:
                         yield piece[0]
+
+    def make_room(self, wanted: int) -> None:
+        """Evicts weights until this rank's GPU has `wanted` free bytes, if it has fewer; on a CPU, evicts nothing."""
+        if (missing := wanted - free_bytes(self.device)) > 0:
+            self.experts.evict(missing)
 
     def _attempt(
         self, work: Callable[[], Tensor], again: Callable[[WanVAE, Rows], object], rows: Rows, geometry: Geometry
@@ -234,6 +237,7 @@ class VideoPipeline:
         pixels_NCHW = self.ranks.share(images.to(self.device).contiguous() if on_leader else blank)
 
         def encoded() -> Tensor:
+            self.make_room(encode_bytes(self.spec, g) // self.ranks.size)
             own = None
             while own is None:
                 rows = self.ranks.rows(g.latent_height)

@@ -256,13 +256,8 @@ class Session:
         """Frees memory of the experts; only a rank that is about to load UMT5 calls this."""
         if self._pipeline is not None:
             self._pipeline.experts.leave()
-            self._evict_for(memory.umt5_bytes(self.files.spec.umt5, self.config.models.precision))
-
-    def _evict_for(self, wanted: int) -> None:
-        if self.ranks.device == "cuda" and self._pipeline is not None:
-            missing = wanted + memory.MARGIN_BYTES - torch.cuda.mem_get_info()[0]
-            if missing > 0:
-                self._pipeline.experts.evict(missing)
+            umt5 = memory.umt5_bytes(self.files.spec.umt5, self.config.models.precision)
+            self._pipeline.make_room(umt5 + memory.MARGIN_BYTES)
 
     def _loading(self) -> dict[str, dict[str, float]]:
         """Returns the seconds and bytes of each component that was loaded; a rank group reads the bytes about once."""

@@ -90,6 +90,11 @@ def residual_bytes(spec: DiTSpec, tokens: int) -> int:
     return 4 * spec.dim * tokens
 
 
+def encode_bytes(spec: ModelSpec, geometry: Geometry) -> int:
+    """Returns an estimate of the bytes that encoding images needs in addition to the VAE's weights."""
+    return _ENCODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height
+
+
 def decode_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) -> int:
     """Returns an estimate of the bytes that decoding needs in addition to the VAE's weights. The weights are small."""
     return _DECODE_BYTES[vae_precision] * spec.vae.base_dim * geometry.width * geometry.height
@@ -100,8 +105,7 @@ def vae_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) -> 
 
     Without images, nothing is encoded.
     """
-    encode = spec.takes_images * _ENCODE_BYTES * spec.vae.base_dim * geometry.width * geometry.height
-    return max(encode, decode_bytes(spec, geometry, vae_precision))
+    return max(spec.takes_images * encode_bytes(spec, geometry), decode_bytes(spec, geometry, vae_precision))
 
 
 def gb(size: float) -> str:
