@@ -32,6 +32,7 @@ from wanfast.commands import quantize as quantize_command
 from wanfast.commands import serve as serve_command
 from wanfast.commands import warmup as warmup_command
 from wanfast.runtime.config import OPTIONS, EffectiveConfig, QuantizeConfig
+from wanfast.runtime.config.models import OF_LOSSY
 from wanfast.runtime.errors import MissingArtifactError
 
 Wanfast = Callable[..., Outcome]
@@ -578,3 +579,21 @@ def test_a_record_without_weights_is_no_sidecar(wanfast: Wanfast, workdir: Path)
     (workdir / "run.json").write_text(json.dumps(wanfast(*DRY).document | {"weights": ["a"]}))
     outcome = wanfast("generate", "--from", "run.json", "--dry-run")
     assert outcome.exit_code == 2 and "is not the .json of a video" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("command", "rest"),
+    [("generate", ("--image", "cat.png", "--prompt", "a cat", "--output", "cat.png/a.mp4")),
+     ("serve", ("--data-dir", "cat.png/a")), ("warmup", ("--artifacts-dir", "cat.png/a"))],
+)  # fmt: skip
+def test_the_advice_on_lossy_attention_can_be_followed(wanfast: Wanfast, command: str, rest: tuple[str, ...]) -> None:
+    """Each command that takes lossy attention has the options that it needs; the error after them is of a folder."""
+    sparse = (command, "--model", "tiny", "--device", "cpu", "--attention", "sparse", *rest)
+    asked = wanfast(*sparse)
+    assert (asked.exit_code, asked.out) == (2, "")
+    assert "--attention sparse needs --density or --attention-plan: add --density 0.35" in asked.err
+    assert f"error: {rest[-2]} " in wanfast(*sparse, "--density", "0.35").err
+
+
+def test_serve_has_all_options_of_lossy_attention() -> None:
+    assert all("serve" in OPTIONS[name].option.also for name in OF_LOSSY)

@@ -97,7 +97,7 @@ def test_a_gpu_needs_the_package(wanfast: Wanfast, workdir: Path, machine: Machi
 def test_other_commands_do_not_have_it(wanfast: Wanfast, command: str) -> None:
     outcome = wanfast(command, "--model", "tiny", "--attention", "fa3-fp8")
     assert outcome.exit_code == 2
-    words = f"only `wanfast generate` and `wanfast warmup` take this value, not `wanfast {command}`"
+    words = f"only `wanfast generate`, `wanfast serve` and `wanfast warmup` take this value, not `wanfast {command}`"
     assert f"--attention fa3-fp8: {words}" in outcome.err
 
 

@@ -146,7 +146,7 @@ def test_a_gpu_of_another_generation_is_refused(
 def test_other_commands_have_no_sparse_attention(wanfast: Wanfast, command: str) -> None:
     outcome = wanfast(command, "--model", "tiny", "--attention", "sparse")
     assert outcome.exit_code == 2
-    words = f"only `wanfast generate` and `wanfast warmup` take this value, not `wanfast {command}`"
+    words = f"only `wanfast generate`, `wanfast serve` and `wanfast warmup` take this value, not `wanfast {command}`"
     assert f"--attention sparse: {words}" in outcome.err
 
 

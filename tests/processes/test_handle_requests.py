@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 import threading
 import time
@@ -15,14 +14,12 @@ import numpy as np
 import pytest
 
 import wanfast
+from tests.attention_plan import store_a_plan
 from wanfast.runtime.config.recipes import RECIPES
 from wanfast.runtime.errors import CancelledError, ConfigError, MissingArtifactError, RankFailedError
-from wanfast.runtime.planning.plan import effective
 from wanfast.runtime.processes import handle as handle_module
 from wanfast.runtime.processes.handle import Opened, Video
 from wanfast.runtime.store import model_files
-from wanfast.runtime.store.artifacts import ArtifactStore
-from wanfast.runtime.store.attention_plans import KIND, PLAN, plan_inputs
 from wanfast.runtime.store.model_files import TINY
 
 TINY_ON_CPU = {"model": "tiny", "device": "cpu"}
@@ -252,20 +249,9 @@ def test_a_video_is_saved_where_it_is_asked_for(workdir: Path, monkeypatch: pyte
             video.save(path, contact_sheet=sheet, overwrite=sheet)
 
 
-def store_a_plan(steps: int) -> str:
-    """Stores a plan of attention in which all heads have a density of a half, and returns its key."""
-    given = {**TINY_ON_CPU, **VIDEO, "steps": steps, "seed": 1, "attention": "sparse", "density": 0.5}
-    files = model_files.locate("tiny", "artifacts")
-    inputs = plan_inputs(effective(given, files), files, "a set") | {"target_error": 0.1}
-    errors = {"target_error": 0.1, "mean_error": 0.05, "largest_error": 0.1}
-    document = {"bands": [0, 1], "densities": [[[0.5, 0.5]] * 5] * 2, **errors}
-    store = ArtifactStore(Path("artifacts"))
-    return store.publish(KIND, inputs, lambda into: (into / PLAN).write_text(json.dumps(document))).folder.name
-
-
 def test_a_plan_of_attention_is_found_when_a_video_is_planned(ranks: list[Ranks]) -> None:
     """A plan must fit the steps, which belong to a video; the models serve every plan and every density."""
-    key = store_a_plan(steps=2)
+    key = store_a_plan(VIDEO, Path("artifacts"))
     sparse = {"attention": "sparse", "dense_share": 0.0}
     with wanfast.open(**TINY_ON_CPU, **sparse, attention_plan="artifact") as handle:
         for own, expected in (

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from sqlalchemy.exc import OperationalError
 
+from tests.attention_plan import store_a_plan
 from tests.server.running import SMALL, STAR, WARM_UP, StandIn, data_url, running, until
 from wanfast.runtime.errors import ConfigError, MissingArtifactError, NotFiniteError, RankFailedError
 from wanfast.server import app as app_module
@@ -462,3 +463,20 @@ def test_attention_in_float8_is_warmed_up_in_few_steps(tmp_path: Path) -> None:
         plan = opened.plan(warm_up_of(opened, Served.of(opened, {"steps": 40}, 3), server.files))
         assert plan.fp8 is not None and [plan.fp8.is_fp8(step, 0) for step in range(2)] == [True, False]
         assert len(plan.schedule) == 2
+
+
+@pytest.mark.parametrize("has_plan", [False, True])
+def test_sparse_attention_is_warmed_up_in_few_steps(tmp_path: Path, has_plan: bool) -> None:
+    """Its guard would make all steps of a warm-up dense, and a plan of attention is for as many steps as its clips."""
+    defaults = {"steps": 4}
+    video = {**SMALL, **defaults, "image": str(STAR), "prompt": "a star"}
+    own = {"attention_plan": store_a_plan(video, tmp_path / "artifacts")} if has_plan else {"density": 0.5}
+    sparse = {**SMALL, "attention": "sparse", "dense_share": 0.7, **own}
+    with running(tmp_path, defaults=defaults, options=sparse) as server:
+        opened = server.maker.opened
+        served = Served.of(opened, defaults, 3)
+        plan = opened.plan(warm_up_of(opened, served, server.files))
+        assert plan.sparsity is not None and plan.sparsity.dense_steps == 0
+        assert len(plan.schedule) == 2 and plan.config.models.attention_plan is None
+        whole = opened.plan({**defaults, "image": str(STAR), "prompt": "a star"})
+        assert (whole.densities is not None) is has_plan and whole.sparsity.density == plan.sparsity.density

@@ -9,12 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from wanfast.commands import options
-from wanfast.runtime.config import OPTIONS, default_artifacts_dir
+from wanfast.runtime.config import default_artifacts_dir
 from wanfast.runtime.config.option import FILES, SERVER, absolute
 from wanfast.runtime.errors import ConfigError
-from wanfast.runtime.processes.handle import OF_HANDLE, Opened
-
-_OF_THE_LARGEST = ("size", "frames")
+from wanfast.runtime.processes.handle import OF_ALL_VIDEOS, OF_HANDLE, Opened
 
 
 @options.takes_options("serve")
@@ -104,7 +102,7 @@ def serve(
 
     _check_ray(ray, replicas, database, port)
     given = options.given(context)
-    of_open = {name for name in given if name in OF_HANDLE | {*_OF_THE_LARGEST} or OPTIONS[name].is_repeatable}
+    of_open = {name for name in given if name in OF_HANDLE | OF_ALL_VIDEOS}
     artifacts_dir = given.get("artifacts_dir") or default_artifacts_dir()
     settings = ServerSettings(
         host=host,

@@ -17,6 +17,7 @@ from PIL import Image
 
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.machine.signals import stopped_by_signals
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.shortened import few_steps, least_steps, schedule_of
 from wanfast.runtime.processes.handle import Handle, Opened
 from wanfast.runtime.store.atomic import atomic_paths
@@ -165,7 +166,17 @@ def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
     plan = opened.plan(video)
     least = least_steps(plan.config.video, served.spec)
     short = {**few_steps(video, schedule_of(plan.config.video, served.spec, least)), "frames": served.frames}
-    return short | {"fp8_steps": "0:1"} if plan.fp8 else short  # the usual schedule needs more steps
+    return short | _few_lossy_steps(plan)
+
+
+def _few_lossy_steps(plan: Plan) -> dict[str, Any]:
+    """Returns the options with which a plan's attention is lossy in few steps too.
+
+    Its own guards may need more steps, and a plan of densities is for as many steps as its calibration had.
+    """
+    if plan.sparsity:
+        return {"dense_share": 0.0} | ({"density": plan.sparsity.density} if plan.densities else {})
+    return {"fp8_steps": "0:1"} if plan.fp8 else {}
 
 
 @contextmanager

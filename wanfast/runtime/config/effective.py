@@ -169,7 +169,7 @@ def refuse_lossy_attention(given: Options, command: Command) -> None:
     """Raises ConfigError if lossy attention is given to a command that makes videos only to measure something."""
     if (kernel := given.get("attention")) in LOSSY_ATTENTION and command != "warmup":
         raise ConfigError(
-            f"--attention {kernel}: only `wanfast generate` and `wanfast warmup` take this value, not "
+            f"--attention {kernel}: only `wanfast generate`, `wanfast serve` and `wanfast warmup` take this value, not "
             f"`wanfast {command}`: use --attention auto"
         )
 

@@ -214,7 +214,7 @@ class ModelsConfig(Part):
             "With --attention sparse, compute this share of the blocks. The share includes the blocks that are always "
             "computed.",
             LOSSY,
-            also=("warmup",),
+            also=("serve", "warmup"),
             check=lambda x: None if 0 < x <= 1 else "use a share over 0, up to 1, such as 0.35",
         ),
     ] = field(
@@ -226,7 +226,7 @@ class ModelsConfig(Part):
             "Plan that gives --attention sparse a density for each head, layer and band of steps. artifact uses the "
             "plan that `wanfast calibrate-attention` made for these options. KEY uses the stored plan with this key.",
             LOSSY,
-            also=("warmup",),
+            also=("serve", "warmup"),
             metavar="<artifact|KEY>",
             check=_plan_fix,
             follows=(*OF_MEASUREMENT, "lists_every"),
@@ -237,6 +237,7 @@ class ModelsConfig(Part):
         Option(
             "With --attention sparse, the first steps use dense attention: this share of all steps.",
             LOSSY,
+            also=("serve",),
             check=lambda x: None if 0 <= x < 1 else "use a share, 0 or more and under 1",
         ),
     ] = field(default=0.25, compare=False)
@@ -245,6 +246,7 @@ class ModelsConfig(Part):
         Option(
             "With --attention sparse, the first layers use dense attention: this number of layers.",
             LOSSY,
+            also=("serve",),
             check=at_least(0, "use a number of layers, 0 or more"),
         ),
     ] = field(default=1, compare=False)
@@ -253,7 +255,7 @@ class ModelsConfig(Part):
         Option(
             "With --attention sparse, number of steps after which the blocks are chosen again.",
             LOSSY,
-            also=("calibrate-attention",),
+            also=("serve", "calibrate-attention"),
             check=between(1, 1000, "use 1 to 1000 steps"),
         ),
     ] = field(default=4, compare=False)
@@ -262,6 +264,7 @@ class ModelsConfig(Part):
         Option(
             "Steps in which --attention fa3-fp8 computes in float8, counted from 0. 4:36 means the steps 4 to 35.",
             LOSSY,
+            also=("serve",),
             metavar="<a:b>",
             default="all but an eighth at either end",
             check=_span_fix,
@@ -272,6 +275,7 @@ class ModelsConfig(Part):
         Option(
             "Layers in which --attention fa3-fp8 computes in float8, counted from 0.",
             LOSSY,
+            also=("serve",),
             metavar="<a:b>",
             default="all",
             check=_span_fix,
@@ -282,7 +286,7 @@ class ModelsConfig(Part):
         Option(
             "With --attention fa3-fp8, multiply queries and keys by a Hadamard matrix before they are rounded.",
             LOSSY,
-            also=("warmup",),
+            also=("serve", "warmup"),
             default="if a head's channels are a power of two",
         ),
     ] = field(default=None, compare=False)
@@ -292,7 +296,7 @@ class ModelsConfig(Part):
             "With lossy attention, measure the error of each head in each call, from 64 queries. The .json records the "
             "errors.",
             LOSSY,
-            also=("warmup",),
+            also=("serve", "warmup"),
         ),
     ] = field(default=False, compare=False)
     verify: Annotated[

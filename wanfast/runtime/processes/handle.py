@@ -46,7 +46,7 @@ _LORAS = {name for name, option in OPTIONS.items() if option.is_repeatable and o
 OF_HANDLE = {*options_of(ModelsConfig), *options_of(RanksConfig)} - _LORAS - OF_LOSSY.keys()
 # `open` accepts these too: size and frames of the largest video; and for videos that name no others, LoRAs and settings
 # of lossy attention.
-_OF_A_VIDEO = {"frames", "size", *_LORAS, *OF_LOSSY}
+OF_ALL_VIDEOS = {"frames", "size", *_LORAS, *OF_LOSSY}
 _OF_RECIPES = {name for recipe in RECIPES.values() for name in (*recipe.options, *recipe.of_several_ranks)} & OF_HANDLE
 _PAUSE_S = 0.1  # between two looks whether a waiting `make` is cancelled
 
@@ -112,7 +112,7 @@ class Opened:
     def of(cls, asked: dict[str, Any]) -> Opened:
         """Plans a video of the given size, or of the model's own size, for one rank group. Raises WanFastError."""
         asked = accepted(asked)
-        _refuse(asked, asked.keys() - OF_HANDLE - _OF_A_VIDEO, "a video", "Handle.make")
+        _refuse(asked, asked.keys() - OF_HANDLE - OF_ALL_VIDEOS, "a video", "Handle.make")
         if asked.get("nnodes", 1) != 1:
             raise ConfigError("a handle uses one machine: drop nnodes")
         refuse_launchers("this program", "run it", "num_gpus=")
@@ -287,7 +287,7 @@ def make(*, on_progress: StageFn = lambda stage, done, total: None, **options: A
     options = accepted(options)
     of_handle = {name: value for name, value in options.items() if name in OF_HANDLE}
     of_video = {name: value for name, value in options.items() if name not in OF_HANDLE}
-    largest = {name: options[name] for name in _OF_A_VIDEO & options.keys()}
+    largest = {name: options[name] for name in OF_ALL_VIDEOS & options.keys()}
     with asked_once():  # an earlier video is decoded once
         if (earlier := options.get("continue_from")) and options.get("size") is None:
             width, height = earlier_facts(absolute(earlier, "--continue-from")).size
