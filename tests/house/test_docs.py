@@ -23,6 +23,7 @@ import runpy
 import shlex
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from functools import reduce
 from pathlib import Path
@@ -296,3 +297,14 @@ def test_the_picture_is_drawn_from_the_results(monkeypatch: pytest.MonkeyPatch) 
     import waterfall
 
     assert waterfall.picture() == (ROOT / "docs/waterfall.svg").read_text()
+
+
+def test_contributing_names_the_commands_in_which_torch_begins() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    (ignored,) = (each["ignore_imports"] for each in contracts if "torch" in each.get("forbidden_modules", ()))
+    commands = {found[1] for line in ignored if (found := re.match(r"wanfast\.commands\.(\w+) -> ", line))}
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (border,) = (part for part in text.split("\n* ") if part.startswith("**Two processes, one border.**"))
+    assert commands == {"dispatch", "quantize", "doctor"} and all(f"`{name}`" in border for name in commands)

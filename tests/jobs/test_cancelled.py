@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from tests.on_ranks import on_ranks
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import session as session_module
 from wanfast.runtime.engine.pipeline import VideoPipeline
+from wanfast.runtime.engine.pixels import Frame
 from wanfast.runtime.engine.session import Session, Sessions
 from wanfast.runtime.errors import CancelledError, from_failure
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.jobs import generate
+from wanfast.runtime.jobs.generate import FramesFile
 from wanfast.runtime.planning.placement import place
 from wanfast.runtime.planning.plan import Job, resolve
 from wanfast.runtime.processes import worker
@@ -131,12 +133,15 @@ def test_a_session_keeps_the_texts_that_were_used_last(job: Job, monkeypatch: py
 
 
 def test_frames_are_written_whole_or_not_at_all(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(file: Any, frames: object) -> None:
-        (file if isinstance(file, Path) else Path(file.name)).write_bytes(b"half")
+    add = FramesFile.add
+
+    def half(self: FramesFile, frames: Iterable[Frame]) -> None:
+        add(self, list(frames)[:1])
+        assert len(list(Path("frames").iterdir())) == 1  # a file under another name
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "save", half)
+        patch.setattr(FramesFile, "add", half)
         with pytest.raises(KeyboardInterrupt):
             run(job, Sessions(Ranks("cpu")))
     assert not list(Path("frames").iterdir())

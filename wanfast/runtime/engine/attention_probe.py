@@ -181,7 +181,7 @@ def _problem(queries: int, keys: int, dtype: torch.dtype, head_dim: int, device:
         torch.randn(1, length, d, generator=generator).to(device, dtype)
         for length, d in zip((queries, keys, keys), widths, strict=True)
     ]
-    return [x[..., -width:].unflatten(-1, (2, head_dim)) for x in drawn]
+    return [x[..., -width:].view(1, -1, 2, head_dim) for x in drawn]
 
 
 def _relative_error(probed: _Probed, q: Tensor, k: Tensor, v: Tensor) -> float:
