@@ -29,6 +29,8 @@ from wanfast.runtime.store.artifacts import ArtifactStore
 from wanfast.runtime.store.model_files import TINY, checkpoints
 from wanfast.runtime.store.quantized import QuantizedExpert
 
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
+
 Wanfast = Callable[..., Outcome]
 Machine = Callable[..., None]
 
@@ -347,6 +349,25 @@ def test_artifacts_are_listed_by_key_and_nothing_is_written(wanfast: Wanfast, wo
         "runs": {"keys": [], "holds": {}, "bytes": 0},
     }
     assert sorted(workdir.rglob("*")) == before
+
+
+def test_each_kind_of_artifact_is_listed(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:
+    """The kinds are those of artifacts/README.md."""
+    machine()
+    text = (ROOT / "artifacts/README.md").read_text()
+    kinds = dict(re.findall(r"`(\w+)/([^`/]+)", text))
+    assert len(kinds) > 10
+    for kind, name in kinds.items():
+        path = workdir / "artifacts" / kind / name.replace("<", "").replace(">", "")
+        path.parent.mkdir(parents=True)
+        if path.suffix == ".json":
+            path.write_bytes(b"x" * 10)
+        else:
+            path.mkdir()
+            (path / "file").write_bytes(b"x" * 10)
+    found = examine(wanfast)["artifacts"]["kinds"]
+    assert found.keys() == kinds.keys() and {len(each["keys"]) for each in found.values()} == {1}
+    assert {each["bytes"] for each in found.values()} == {10} and found["hashes"]["keys"] == ["key"]
 
 
 def test_artifacts_say_what_they_hold(wanfast: Wanfast, workdir: Path, machine: Machine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from wanfast.runtime.facts.choices import Scheme
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.facts.model_spec import DiTSpec
 from wanfast.runtime.jobs import quantize
+from wanfast.runtime.machine import host
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.store import expert_files
 from wanfast.runtime.store.artifacts import ArtifactStore
@@ -32,7 +34,7 @@ from wanfast.runtime.store.expert_files import NamedExpert, expert_notes, identi
 from wanfast.runtime.store.loras import find_loras
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.store.quantized import QuantizedExpert
-from wanfast.runtime.weights import checkpoint
+from wanfast.runtime.weights import checkpoint, forms
 from wanfast.runtime.weights.builders import build_expert
 from wanfast.runtime.weights.key_maps import rename_back
 from wanfast.runtime.weights.lora import merge_of
@@ -111,11 +113,27 @@ def test_several_ranks_read_their_own_rows(
 def test_a_large_gguf_tensor_is_dequantized_in_pieces(
     source: ModelFiles, weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wanfast.runtime.weights import forms
-
     files, exact = written(source, weights, tmp_path, "GGUF Q6_K")
     monkeypatch.setattr(forms, "_PIECE_VALUES", 7 * 256)
     assert equal(state(build(files)), exact)
+
+
+def test_ranks_that_dequantize_at_the_same_time_share_the_cores(
+    source: ModelFiles, weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def pool(number: int) -> ThreadPoolExecutor:
+        threads.append(number)
+        return ThreadPoolExecutor(number)
+
+    monkeypatch.setattr(forms, "ThreadPoolExecutor", pool)
+    monkeypatch.setattr(host, "cores", lambda: 12)
+    files, _ = written(source, weights, tmp_path, "GGUF Q8_0")
+    found = forms.source_of(files, "high_noise", 4)
+    reader = found["reader"](found["files"][0])
+    reader.rows(next(key for key, (shape, _) in reader.header().items() if len(shape) == 2), 0, 1)
+    assert threads == [3]
 
 
 @pytest.mark.parametrize("kind", ["index", "no index", "gguf", "diffusers"])

@@ -29,7 +29,21 @@ from wanfast.runtime.store.model_files import COMPONENTS, ModelFiles
 from wanfast.runtime.store.quantized import TORCHAO_FIX, quantized_expert
 
 # The kinds of artifacts, and the other folders beside them.
-_KINDS = ("checkpoints", "prompt_embeds", "quantized", "magcache", "attention_plans", "inductor", "bench", "runs")
+_KINDS = (
+    "checkpoints",
+    "loras",
+    "prompt_embeds",
+    "quantized",
+    "magcache",
+    "magcache_clips",
+    "attention_plans",
+    "attention_plans_clips",
+    "cudnn",
+    "inductor",
+    "bench",
+    "hashes",
+    "runs",
+)
 
 
 def examine(given: Options) -> dict[str, Any]:
@@ -175,13 +189,18 @@ def _artifacts(root: Path) -> dict[str, Any]:
     kinds = {}
     for kind in _KINDS:
         if (root / kind).is_dir():
-            keys = sorted(path for path in (root / kind).iterdir() if path.is_dir() and not path.suffix)
+            keys = sorted(filter(_is_finished, (root / kind).iterdir()))
             kinds[kind] = {
-                "keys": [path.name for path in keys],
+                "keys": [path.name.removesuffix(".json") for path in keys],
                 "holds": {path.name: said for path in keys if (said := _holds(kind, path))},
-                "bytes": sum(map(_bytes_below, keys)),
+                "bytes": sum(map(_bytes_of, keys)),
             }
     return {"root": str(root), "kinds": kinds}
+
+
+def _is_finished(path: Path) -> bool:
+    """Returns whether a path is an artifact: a folder, or a JSON file; a folder in work has an ending of its own."""
+    return path.suffix == ".json" if path.is_file() else path.suffix not in (".partial", ".damaged")
 
 
 def _holds(kind: str, artifact: Path) -> str | None:
@@ -196,11 +215,11 @@ def _holds(kind: str, artifact: Path) -> str | None:
     return None
 
 
-def _bytes_below(folder: Path) -> int:
-    """Returns the bytes of all files; a file that another process removes meanwhile is skipped."""
+def _bytes_of(artifact: Path) -> int:
+    """Returns the bytes of a file, or of all files in a folder; a file that another process removes is skipped."""
+    below = [Path(parent, name) for parent, _, names in os.walk(artifact) for name in names]
     total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                total += Path(parent, name).stat().st_size
+    for file in below if artifact.is_dir() else [artifact]:
+        with suppress(OSError):
+            total += file.stat().st_size
     return total

@@ -99,7 +99,7 @@ def _source(files: ModelFiles, expert: Expert, ranks: Ranks, stored: QuantizedEx
     if stored is not None:
         own = shards(ranks.together(stored.require))
         return {"files": own, "layout": "original", "merge": unmerged, "reader": plain_reader}
-    return {**ranks.together(lambda: source_of(files, expert)), "merge": merge}
+    return {**ranks.together(lambda: source_of(files, expert, ranks.mesh.size)), "merge": merge}
 
 
 def expert_on_meta(

@@ -39,22 +39,23 @@ class Source(TypedDict):
     reader: ReaderFn
 
 
-def source_of(files: ModelFiles, expert: Expert) -> Source:
+def source_of(files: ModelFiles, expert: Expert, ranks: int = 1) -> Source:
     """Returns the source of an expert: the files that an option names, or else the files in the model's folder.
 
-    Raises WanFastError.
+    `ranks`: how many ranks read at the same time; they share the cores. Raises WanFastError.
     """
     named = files.named(expert)
     if named is None:
         return {"files": files.weights(expert), "layout": files.layout, "reader": plain_reader}
     header = named.header()
-    return {"files": named.files, "layout": header.layout, "reader": lambda file: _FormReader(header, file)}
+    return {"files": named.files, "layout": header.layout, "reader": lambda file: _FormReader(header, file, ranks)}
 
 
 class _FormReader:
     """Implements Reader for one file of an expert in any form; the keys are the names without a prefix."""
 
-    def __init__(self, header: ExpertHeader, file: Path) -> None:
+    def __init__(self, header: ExpertHeader, file: Path, ranks: int) -> None:
+        self._ranks = ranks
         self._stored: Mapping[str, Stored] = {
             name: stored for name, stored in header.tensors.items() if stored.file == file
         }
@@ -69,7 +70,7 @@ class _FormReader:
     def rows(self, key: str, first: int, end: int) -> Tensor:
         stored = self._stored[key]
         if stored.offset is not None:
-            return _dequantized(stored, stored.offset, first, end)
+            return _dequantized(stored, stored.offset, first, end, host.share_of_cores(self._ranks))
         return self._reader_of(stored.file).rows(stored.key, first, end)
 
     def scales(self, key: str, first: int, end: int) -> Tensor | None:
@@ -80,7 +81,7 @@ class _FormReader:
         return self._reader_of(scale.file).rows(scale.key, *rows).float().flatten()
 
 
-def _dequantized(stored: Stored, offset: int, first: int, end: int) -> Tensor:
+def _dequantized(stored: Stored, offset: int, first: int, end: int, cores: int) -> Tensor:
     """Returns rows of a tensor of a GGUF file in float32; threads work on pieces of them."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize, quant_shape_to_byte_shape
@@ -98,6 +99,6 @@ def _dequantized(stored: Stored, offset: int, first: int, end: int) -> Tensor:
             return torch.from_numpy(np.array(dequantize(np.array(piece), kind), np.float32))
 
     pieces = np.array_split(own, max(1, min(len(own), math.prod((len(own), *shape[1:])) // _PIECE_VALUES)))
-    with ThreadPoolExecutor(host.cores()) as threads:
+    with ThreadPoolExecutor(cores) as threads:
         read = torch.cat(list(threads.map(values, pieces)))
     return read[0, first:end] if is_vector else read
