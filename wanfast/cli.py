@@ -55,7 +55,7 @@ _MESSAGES = {
 
 @app.callback(invoke_without_command=True)
 def wanfast(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
-    """Make a video from an image and a prompt, or from a prompt alone, with Wan2.2-A14B, fast and exactly."""
+    """Make a video from an image and a prompt, or from a prompt alone, with Wan2.2-A14B, fast and correctly."""
     if version:
         print(f"wanfast {__version__}")
         raise typer.Exit
@@ -96,7 +96,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _open_missing_streams() -> None:
-    """Opens the standard streams that the caller closed, so that no file that is opened later gets their numbers."""
+    """Opens the standard streams that the caller closed, so that no later file gets the descriptor of such a stream."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))

@@ -1,3 +1,3 @@
-"""States the version of this package, which every record of a run names."""
+"""Holds the version of this package; the JSON document of every video names this version."""
 
 __version__ = "0.2.0"

@@ -196,7 +196,7 @@ def test_another_target_needs_no_other_measurement(
     assert first.exit_code == 0, first.err
     assert first.document["densities"][0][0] == [LADDER[3], None]
     assert "mean density 0.75, 15 of 30 heads dense" in first.err
-    assert "all heads at one density: 0.15: 0.487, 0.25: 0.412" in first.err
+    assert "error mean if all heads had one density: 0.15: 0.487, 0.25: 0.412" in first.err
     measure_by(monkeypatch, None)
     second = wanfast(*CALIBRATE, "--target-error", "0.5")
     assert second.exit_code == 0, second.err

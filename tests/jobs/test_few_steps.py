@@ -208,7 +208,8 @@ def test_weights_without_a_curve_are_told_to_skip_nothing(wanfast: Wanfast, pair
 def test_the_plan_states_what_a_gate_saves_and_how_it_meets_magcache(wanfast: Wanfast) -> None:
     skips = ("--magcache", "E012K2R20", "--magcache-rule", "both-experts")
     outcome = wanfast(*TINY, "--guidance-gate", "0.5", *skips, "--dry-run")
-    assert "the negative prompt runs in the first 8 and 12 of these steps (gate 0.5): 60 of 80 forwards" in outcome.out
+    gate = "the negative prompt runs in the first 8 high-noise and the first 12 low-noise steps (gate 0.5): 60 of 80"
+    assert f"{gate} forwards" in outcome.out
     assert "an expert's last step with guidance and its first step without guidance are never skipped" in outcome.out
     plan = planned(wanfast, "--guidance-gate", "0.5", *skips)
     assert plan["forwards"] == 60 and plan["guided_steps"] == {"high_noise": 8, "low_noise": 12}

@@ -221,7 +221,8 @@ def test_the_plan_says_clips_time_and_limits(wanfast: Wanfast, old: Path, monkey
     two = (*MORE, "--prompt", "a cat", "--dry-run")
     rows = [" ".join(line.replace("│", "").split()) for line in wanfast(*two).out.splitlines()]
     assert "video 64x48, 14 frames at 12 fps (1.167 s)" in rows
-    assert "clips 6 frames of old.mp4, then 2 of 5 frames, seeds 1 to 2; a frame that two share is written once" in rows
+    once = "a frame that two clips share is written once"
+    assert f"clips 6 frames of old.mp4, then 2 clips of 5 frames, seeds 1 to 2; {once}" in rows
     outcome = wanfast(*two)
     assert "note: a clip knows only the last frame of what comes before: motion may change at each seam" in outcome.err
     entry = {"seconds_a_forward": 2.0, "machine": "cpu"}

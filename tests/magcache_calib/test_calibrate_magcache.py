@@ -362,7 +362,7 @@ def test_a_dry_run_shows_the_plan(wanfast: Wanfast, machine: Machine, monkeypatc
     assert short["predicted_s"] is None
     monkeypatch.setenv("COLUMNS", "120")
     said = wanfast(*A14B_SHOWN, "--magcache", "E012K2R20", "--magcache-rule", "both-experts", "--num-gpus", "8").out
-    assert "38 of 80 forwards skipped (47.5%); both branches skip together: 38 if each branch skipped alone" in said
+    assert "38 of 80 forwards skipped (47.5%); both branches skip together (38 forwards if each skipped alone)" in said
     assert "###..#..#..#..#|######..#..#..#..#.#.#.## both branches" in said and "curve preset" in said
     assert "negative prompt" not in said
 

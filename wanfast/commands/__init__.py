@@ -1,4 +1,6 @@
-"""This package holds what each command does in the parent: options -> frozen config -> run -> print.
+"""This package holds the part of each command that runs in the parent process.
+
+Each command turns its options into a frozen config, runs this config, and prints the result.
 
 This package does not import torch.
 """

@@ -65,13 +65,13 @@ def bench(
         ),
     ] = False,
     output: Annotated[
-        Path, typer.Option(help="Folder for the report: HTML, JSON and two pictures.", rich_help_panel=FILES)
+        Path, typer.Option(help="Folder for the report: HTML, JSON and pictures.", rich_help_panel=FILES)
     ] = Path("bench"),
     json_: options.Json = False,
 ) -> None:
     """Measure recipes side by side: seconds, memory, FLOP, and quality compared with the first recipe.
 
-    An option that you give overrides the same option of every recipe.
+    An option that you give overrides the same option of every recipe that can use it.
     If this machine cannot run a recipe, the recipe's row states the reason.
     Every video is stored when it is done, so that an interrupted run continues with the next video.
     """
@@ -118,7 +118,7 @@ def bench(
     for row in report["rows"]:
         if row["reason"]:
             console.print(f"{row['recipe']}: {row['reason']}", markup=False)
-    console.print(f"{folder}/report.html: the table, the pictures and the videos", markup=False)
+    console.print(f"{folder}/report.html: the report as a page for a browser", markup=False)
     if json_:
         print(json.dumps(report))
     if errors:
@@ -126,7 +126,7 @@ def bench(
 
 
 def _no_quality(random_weights: bool, steps_measured: int | None) -> str:
-    """Returns why the videos are not compared, or "" if they are."""
+    """Returns why the videos are not compared; returns "" if they are compared."""
     if random_weights:
         return "the weights are random"
     return "" if steps_measured is None else f"--steps-measured {steps_measured}: the videos have few steps"

@@ -1,4 +1,4 @@
-"""`wanfast calibrate-attention`: finds the least density of each attention head, and stores the densities as a plan."""
+"""`wanfast calibrate-attention`: finds the least density of each attention head within an error, and stores a plan."""
 
 from __future__ import annotations
 
@@ -55,10 +55,11 @@ def calibrate_attention(
     seed: options.SeedOfClips = 0,
     json_: options.Json = False,
 ) -> None:
-    """Find the least density of each attention head, and store the plan for `--attention-plan artifact`.
+    """Find the least density of each attention head that meets --target-error, and store these densities as a plan.
 
-    Each clip is denoised with dense attention, and its errors are stored when it is done. So an interrupted run
-    continues with the next clip, and another --target-error needs no new measurement.
+    A head that no density fits stays dense. `generate --attention-plan artifact` uses the plan.
+    Each clip is denoised with dense attention; the errors of all densities are measured and stored.
+    An interrupted run continues with the next clip. Another --target-error needs no new measurement.
     """
     given = of_command(options.given(context), "calibrate-attention")
     given.pop("seed", None)
@@ -129,8 +130,8 @@ def calibrated(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns a text: the plan's folder and errors, and the mean error of each density that was tried."""
-    how = "was made already" if result["was_there"] else f"{result['clips']} clips"
+    """Returns a text: the plan's folder and errors, and the mean error if all heads had one of the tried densities."""
+    how = "was made in an earlier run" if result["was_there"] else f"measured on {result['clips']} clips"
     heads = [density for layers in result["densities"] for of_layer in layers for density in of_layer]
     shares = {None: 1.0, "fp8": FP8_SHARE}
     mean = sum(shares.get(density, density) for density in heads) / len(heads)
@@ -141,7 +142,7 @@ def describe(result: dict[str, Any]) -> str:
             f"{result['output']}: {how}; mean density {mean:.2f}, "
             f"{heads.count(None)} of {len(heads)} heads dense{in_fp8}",
             f"error mean {result['mean_error']:.3g}, largest {result['largest_error']:.3g}, target "
-            f"{result['target_error']:g}; all heads at one density: {ladder}",
+            f"{result['target_error']:g}; error mean if all heads had one density: {ladder}",
             f"`wanfast generate --attention sparse --attention-plan {result['key']}` uses this plan",
         ]
     )

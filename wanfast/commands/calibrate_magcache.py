@@ -75,7 +75,8 @@ def calibrated(
 ) -> dict[str, Any]:
     """Returns a JSON document: the curve of the calibration set, and how the preset differs from this curve.
 
-    If the curve is missing, it is measured first. Raises WanFastError.
+    The preset is the curve that ships for this model. If the set's curve is missing, it is measured first. Raises
+    WanFastError.
     """
     config = plans[0].config
     store, inputs = ArtifactStore(Path(config.models.artifacts_dir)), curve_inputs(config, files, digest_of(clips))
@@ -112,14 +113,15 @@ def calibrated(
 
 def describe(result: dict[str, Any]) -> str:
     """Returns a text: the curve's folder, the range of its ratios, and how much the preset differs from the curve."""
-    how = "was made already" if result["was_there"] else f"{result['clips']} clips"
+    how = "was made in an earlier run" if result["was_there"] else f"measured on {result['clips']} clips"
     ratios = [ratio for row in result["ratios"][1:] for ratio in row]
     lines = [f"{result['output']}: {how}; ratios {min(ratios):.4f} to {max(ratios):.4f}"]
     if (preset := result["preset"]) is not None:
         worst = preset["worst"]
-        far = f"{worst['difference']:.4f} at step {worst['step']}, the spread between tokens {worst['spread']:.4f}"
+        spread = f"where the spread between tokens is {worst['spread']:.4f}"
+        far = f"{worst['difference']:.4f} at step {worst['step']}, {spread}"
         steps = f"differs at {len(preset['steps'])} steps" if preset["differs"] else "agrees"
-        lines.append(f"the preset {steps}: the largest difference is {far}")
+        lines.append(f"the preset {steps}: relative to the spread, the largest difference is {far}")
     lines.append(f"{result['output']}/{PLOT}: the curve")
     lines.append("`wanfast generate --magcache artifact` skips forwards with this curve")
     return "\n".join(lines)

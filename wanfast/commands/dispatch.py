@@ -78,9 +78,10 @@ def _write_job(folder: Path, document: Document) -> None:
 def _needs_a_process(verb: Verb, *, of_list: bool) -> bool:
     """Returns whether one rank runs in a separate process.
 
-    A warmup does, because on a CPU one product may take minutes, during which no signal is handled. A list does,
-    because a process that is killed for its memory, or met an error of its GPU, can neither run the other lines nor
-    report them. If one line is left, it is often the line that killed an earlier run.
+    A warmup does, because on a CPU one matrix product may take minutes, and no signal is handled meanwhile. A list
+    does too. If a line's process is killed for its memory, or meets an error of its GPU, this process must still run
+    and report the other lines. This holds also for the last line of a list, because this line may have killed an
+    earlier run.
     """
     return verb == "warmup" or of_list
 

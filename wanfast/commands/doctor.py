@@ -29,8 +29,8 @@ def doctor(
 ) -> None:
     """Report what is installed, what fits, and what to type next.
 
-    This command loads no weights, and writes nothing except the hashes of files that your options name. The exit code
-    is 2 for a wrong option, and otherwise 0, whatever the command finds.
+    This command loads no weights. It writes only the hashes of files that your options name.
+    Exit code: 2 for a wrong option, 4 if an option names a damaged file, else 0 whatever is found.
     """
     from wanfast.runtime.jobs import doctor as worker  # imports torch, which may be broken
 
@@ -68,7 +68,7 @@ def _machine(document: dict[str, Any]) -> _Rows:
         )
         for index, gpu in enumerate(document["gpus"])
     ]
-    limit = " of this control group" if host["memory_is_limited"] else ""
+    limit = " in this control group" if host["memory_is_limited"] else ""
     return [
         *(rows or [("GPUs", "NVIDIA's driver shows none")]),
         ("memory", f"{gb(host['available_bytes'])} of {gb(host['memory_bytes'])} free{limit}, {host['cores']} cores"),
@@ -128,11 +128,11 @@ def _fit(fit: dict[str, Any]) -> _Rows:
             name,
             ", ".join(f"{size / 1e9:.1f} in {precision}" for precision, size in fit[f"{key}_bytes"].items()),
         )
-        for name, key in (("one expert", "expert"), ("UMT5, before the experts", "umt5"))
+        for name, key in (("one expert", "expert"), ("UMT5, before the experts load", "umt5"))
     ]
     ways = [(f"{way['num_gpus']} GPU{'s' * (way['num_gpus'] > 1)}, {way['mode']}", _sum(way)) for way in fit["ways"]]
     cards = [("cards", _CARDS)] if fit["ways"][0]["host_free"] is None else []
-    return [*rows, *ways, ("words", _MODES), *cards]
+    return [*rows, *ways, ("modes", _MODES), *cards]
 
 
 def _sum(way: dict[str, Any]) -> str:

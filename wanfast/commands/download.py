@@ -27,15 +27,15 @@ def download(
         str | None,
         typer.Option(
             help="Repository on the Hugging Face Hub.",
-            show_default="of --model and --layout, such as Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+            show_default="the repository of --model and --layout, such as Wan-AI/Wan2.2-I2V-A14B",
             rich_help_panel=MAKE,
         ),
     ] = None,
     revision: Annotated[
         str | None,
         typer.Option(
-            help="A commit, branch or tag; the fetched commit is recorded beside the files.",
-            show_default="the commit that wanfast was made for; with another --repo main",
+            help="Commit, branch or tag to download. A file beside the weights records the commit.",
+            show_default="for a published model, the commit that wanfast was made for; else main",
             rich_help_panel=MAKE,
         ),
     ] = None,
@@ -64,8 +64,9 @@ def download(
 ) -> None:
     """Fetch the published weights, or a published pair of LoRAs.
 
-    Only files that wanfast reads are fetched. At the end, the size of every file and the sha256 of every large file are
-    verified. After a failure, run the command again: complete files are not fetched again.
+    Only files that wanfast reads are fetched.
+    At the end, the size of every file and the sha256 of every large file are verified.
+    After a failure, run the command again: complete files are not fetched again.
     """
     from wanfast.runtime.store import hub as worker  # huggingface_hub begins here: 0.3 s
 

@@ -64,7 +64,8 @@ def clip_set(by_default: str) -> Any:
     """Returns the option --set of a command that reads a set of clips; `by_default` describes the default set."""
     return typer.Option(
         "--set",
-        help="A folder with images and a clips.jsonl: each line has an image, its prompt and perhaps a last_image.",
+        help="A folder with a file clips.jsonl. Each line has a prompt and, if the model takes images, an image and "
+        "optionally a last_image.",
         show_default=by_default,
         rich_help_panel=MAKE,
     )
@@ -147,7 +148,7 @@ def _number_or_auto(value: int | str) -> int | str:
 def given(context: typer.Context) -> dict[str, Any]:
     """Returns the options that the user typed; the config adds the options that environment variables set.
 
-    An option that may be repeated but is typed once has a single value.
+    If a repeatable option is typed only once, its value is not in a list.
     """
     return {
         name: value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -157,7 +158,7 @@ def given(context: typer.Context) -> dict[str, Any]:
 
 
 def to_continue(*added: str) -> str:
-    """Returns what a user does after an interruption: the same command again, with the `added` options."""
+    """Returns the advice after an interruption: to run the same command again, with the `added` options."""
     typed = sys.argv[1:]
     line = shlex.join(["wanfast", *typed, *(option for option in added if option not in typed)])
     return f"to continue, run `{line}`"

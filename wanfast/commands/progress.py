@@ -50,7 +50,7 @@ def progress_bars(*, enabled: bool) -> Iterator[ProgressFn]:
 def byte_bars() -> Iterator[Callable[[str, int, int], None]]:
     """Yields a function `progress(name, bytes done, total bytes)`, which shows one bar for each name.
 
-    A bar shows the bytes in GB, the speed in GB/s and the time left.
+    A bar shows the bytes, the bytes per second, and the time left; the unit (kB, MB, GB) fits the size.
     """
     columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)

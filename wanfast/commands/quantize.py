@@ -54,8 +54,8 @@ def quantize(
 ) -> None:
     """Quantize the experts and store them for `generate --quantize`.
 
-    The 8-bit experts take a quarter of the bytes of the published float32 weights. After a failure, run the command
-    again: it quantizes only the missing expert.
+    The 8-bit experts take a quarter of the bytes of the published float32 weights.
+    After a failure, run the command again: stored experts are not quantized again.
     """
     from wanfast.runtime.jobs import quantize as worker  # torch begins here
 

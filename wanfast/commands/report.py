@@ -30,7 +30,9 @@ class Report:
 
     With `as_json`, plans and results go to stderr instead, and the last line of stdout is one JSON document.
 
-    `brief` is true if stdout is not a terminal. Then only the results are printed, no plans and no progress.
+    Notes and the errors of the lines of a list always go to stderr.
+    `brief` is true if stdout is not a terminal. Then each result is one line, plans are printed only on request (by
+    `always` of `plans`), and the command shows no progress bars.
     """
 
     def __init__(self, *, as_json: bool) -> None:
@@ -186,8 +188,8 @@ def _gate(plan: dict[str, Any]) -> str:
     steps, guided = plan["steps"], plan["guided_steps"]
     both = sum(2 * steps[expert] if plan["guidance"][expert] != 1 else steps[expert] for expert in steps)
     return (
-        f"; the negative prompt runs in the first {guided['high_noise']} and {guided['low_noise']} of these steps "
-        f"(gate {plan['guidance_gate']:g}): {plan['forwards']} of {both} forwards"
+        f"; the negative prompt runs in the first {guided['high_noise']} high-noise and the first "
+        f"{guided['low_noise']} low-noise steps (gate {plan['guidance_gate']:g}): {plan['forwards']} of {both} forwards"
     )
 
 
@@ -198,7 +200,8 @@ def _clips_row(plan: dict[str, Any]) -> dict[str, str]:
         return {}
     earlier = f"{continued} frames of {_shown(plan['images']['--continue-from'])}, then " if continued else ""
     seeds = f", seeds {plan['seed']} to {plan['seed'] + clips - 1}" if clips > 1 else ""
-    return {"clips": f"{earlier}{clips} of {plan['frames']} frames{seeds}; a frame that two share is written once"}
+    own = f"{clips} clip{'s' * (clips > 1)} of {plan['frames']} frames{seeds}"
+    return {"clips": f"{earlier}{own}; a frame that two clips share is written once"}
 
 
 def _expert_row(plan: dict[str, Any]) -> dict[str, str]:
@@ -230,8 +233,8 @@ def _sparsity_row(plan: dict[str, Any]) -> dict[str, str]:
     return {
         "sparsity": f"{listed}: density {s['density']:.2f}; "
         f"dense in the first {s['dense_steps']} of {steps} steps and the first {s['dense_layers']} layers\n"
-        f"mean density of the video {s['mean_density']:.2f}{slowest}; lists of {gb(s['list_bytes'])} a rank, "
-        f"made every {s['lists_every']} steps" + _attention_plan_lines(own_plan)
+        f"mean density of the video {s['mean_density']:.2f}{slowest}; lists of blocks: {gb(s['list_bytes'])} "
+        f"a rank, chosen every {s['lists_every']} steps" + _attention_plan_lines(own_plan)
     }
 
 
@@ -280,13 +283,15 @@ def _magcache_row(plan: dict[str, Any]) -> dict[str, str]:
     if m is None:
         return {}
     how = "least error" if m["threshold"] is None else f"threshold {m['threshold']:g}"
-    limits = f"at most {m['max_skips']} in a row, first {m['retention']:.0%} computed, {m['rule']}"
+    limits = (
+        f"at most {m['max_skips']} in a row, first {m['retention']:.0%} of an expert's forwards computed, {m['rule']}"
+    )
     curve, of = f"curve {m['curve']}", m["interpolated_from"]
     if of:
         curve += f", interpolated from {of['steps']} steps at shift {of['shift']:g}"
     share = f"{m['skipped_forwards']} of {m['total_forwards']} forwards skipped ({m['skipped_share']:.1%})"
     if m["skipped_forwards_apart"] is not None:
-        share += f"; both branches skip together: {m['skipped_forwards_apart']} if each branch skipped alone"
+        share += f"; both branches skip together ({m['skipped_forwards_apart']} forwards if each skipped alone)"
     kind = "extrapolated residuals" if m["extrapolates"] else "residuals"
     stored = f"{m['residual_bytes'] / 1e9:.1f} GB of {kind} a rank"
     always = _always_computed(plan)

@@ -124,7 +124,7 @@ def serve(
 
 
 def _check_ray(ray: str | None, replicas: int | None, database: str | None, port: int) -> None:
-    """Raises ConfigError for options that do not fit to each other."""
+    """Raises ConfigError for options that exclude or need each other."""
     if ray is None and replicas is not None:
         raise ConfigError("--replicas needs a cluster: add --ray ADDRESS, or drop --replicas")
     if replicas is not None and replicas < 1:

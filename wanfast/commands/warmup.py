@@ -34,9 +34,9 @@ def warmup(
 ) -> None:
     """Compile an expert's block for a size and a number of GPUs, so that `generate --compile` need not compile it.
 
-    The compiled code is stored in `inductor/` of the artifacts folder. `inductor/` may be copied to machines of the
-    same kind. No weights are needed. On a CPU, this command saves little time, because `generate` builds the C++ code
-    again.
+    The compiled code is stored in the folder `inductor/` of the artifacts. No weights are needed.
+    The folder may be copied to machines with the same GPUs and the same versions of the software.
+    On a CPU, this command saves little time, because `generate` builds the C++ code again.
     """
     given = of_command(options.given(context), "warmup")
     plan, image_size = planned(given)
@@ -75,7 +75,7 @@ def planned(given: dict[str, Any]) -> tuple[Plan, tuple[int, int]]:
 
 
 def _effective(wanted: dict[str, Any], files: ModelFiles) -> EffectiveConfig:
-    """Completes the options. A plan of attention may be for any run, because the same code serves all weights."""
+    """Completes the options. Any plan of attention fits, because plans for other weights compile the same code."""
     key = wanted.get("attention_plan")
     if key is None:
         return effective(wanted, files)
@@ -88,7 +88,7 @@ def describe(result: dict[str, Any]) -> str:
     seconds = result["seconds"]
     shape = f"{result['width']}x{result['height']}, {result['frames']} frames, {result['attention']} attention"
     first, second = (f"{seconds[name]:.1f} s" for name in ("first", "second"))
-    regrouped = f", on all ranks together {seconds['regrouped']:.1f} s" if "regrouped" in seconds else ""
-    lossy = f", the lossy forwards {seconds['lossy']:.1f} s" if "lossy" in seconds else ""
+    regrouped = f", without guidance {seconds['regrouped']:.1f} s" if "regrouped" in seconds else ""
+    lossy = f", forwards with lossy attention {seconds['lossy']:.1f} s" if "lossy" in seconds else ""
     what = "was made in an earlier run, and can be loaded" if result["was_there"] else f"{result['bytes'] / 1e6:.1f} MB"
     return f"{result['output']}: {what}; {shape}; first forward of a block {first}, second {second}{regrouped}{lossy}"
