@@ -1,4 +1,4 @@
-"""Runs work that needs torch in a process of its own, so that the parent holds no memory of a GPU.
+"""Runs work that needs torch in a separate process, so that the parent process holds no GPU memory.
 
 The process is `python -m wanfast.bench.work NAME FILE`. At first, FILE holds the arguments as JSON. At the end, FILE
 holds the result or the error.
@@ -26,7 +26,8 @@ def apart(work: WorkName, **arguments: Any) -> Any:
     """Calls a function of `wanfast.bench.work` in a new process, and returns the function's result.
 
     `work` is the function's name in `WORKS`. If the function raises a WanFastError, `apart` raises the same error.
-    Ctrl-C reaches only the calling process; this process then ends the new one.
+    Raises RankFailedError if the new process dies. Ctrl-C reaches only the calling process, which then ends the new
+    process.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "work.json"

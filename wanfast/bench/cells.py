@@ -1,8 +1,8 @@
-"""Plans the cells of `wanfast bench`: which recipe makes which clip, how often, and under which key a result is stored.
+"""Plans the cells of `wanfast bench`: the videos that are measured, and the keys under which their results are stored.
 
-A cell is one video. The result and the frames of a cell are an artifact `bench/<key>`, so that an interrupted run
-continues with the next cell. The key holds everything that the video depends on: the plan, the weights, the code, the
-versions and the hardware.
+A cell is one video: a recipe, a clip and a repeat. The result and the frames of a cell are an artifact `bench/<key>`,
+so that an interrupted run continues with the next cell. The key is a hash of everything that the video depends on: the
+plan, the weights, the code, the versions and the hardware.
 This module does not import torch.
 """
 
@@ -75,7 +75,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Cell:
-    """This class describes a cell: one video that is measured."""
+    """This class describes a cell: one video of a recipe, a clip and a repeat."""
 
     clip: int
     repeat: int
@@ -101,7 +101,7 @@ class Row:
 
 
 def recipes_of(text: str) -> tuple[RecipeName, ...]:
-    """Returns the recipes in a list such as "exact,published". Raises ConfigError for an unknown name."""
+    """Returns the recipes in a list such as "exact,published". Raises ConfigError for an unknown or missing name."""
     known: dict[str, tuple[RecipeName, ...]] = {name: (name,) for name in RECIPES}
     known |= GROUPS
     names = [name.strip() for name in text.split(",") if name.strip()]
@@ -165,7 +165,7 @@ def _row(bench: Bench, name: RecipeName, say: SayFn) -> Row:
 
 
 def _quantize_missing(files: ModelFiles, config: EffectiveConfig, say: SayFn) -> None:
-    """Quantizes the experts that `config` needs and the store lacks. Raises WanFastError."""
+    """Quantizes the experts that `config` needs, if they are not stored yet. Raises WanFastError."""
     models, device = config.models, config.ranks.device
     require_attention(models.attention, device)
     if models.quantize is None or models.quantize_on_the_fly:
@@ -239,7 +239,7 @@ class Cells:
         return self._store.path(KIND, cell.inputs) / FRAMES
 
     def put(self, cell: Cell, document: dict[str, Any], frames: npt.NDArray[np.uint8]) -> None:
-        """Stores the result of a cell, and the cell's frames if they are compared later."""
+        """Stores the result of a cell. Stores also the uint8 frames [F, H, W, 3] if they are compared later."""
 
         def write(folder: Path) -> None:
             if cell.inputs["has_frames"]:

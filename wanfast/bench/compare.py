@@ -30,8 +30,9 @@ def compared(
 ) -> dict[str, Quality]:
     """Compares each recipe's videos with the videos of the recipe `base`, and returns {recipe: quality}.
 
-    `videos` maps each recipe to a list of files, one for each clip. If `is_judged` is true, the prompts are captions of
-    the tiny model's world. Then `compared` also judges whether each video shows the motion that its caption names.
+    `videos` maps each recipe to a list of files that `write_frames` wrote, one for each of the `prompts`. The metrics
+    are computed on `device`. If `is_judged` is true, the prompts are captions of the tiny model's world. Then
+    `compared` also judges whether each video shows the motion that its caption names.
     """
     found: dict[str, list[Quality]] = {name: [] for name in videos}
     for clip, prompt in enumerate(prompts):
@@ -48,7 +49,7 @@ def _tensor(frames: npt.NDArray[Any], device: str) -> Tensor:
 
 
 def _follows(frames: npt.NDArray[Any], prompt: str) -> bool | None:
-    """Returns whether frames show the motion that a caption names; None if the text is no caption of one."""
+    """Returns whether frames show the motion that a caption names; None if the prompt is no such caption."""
     asked = read_caption(prompt)
     return None if asked is None else classify(frames, COLOURS[asked[0]]).motion == asked[1]
 

@@ -1,9 +1,9 @@
 """Turns the results of cells into the rows of a report: seconds, forwards, memory, FLOP and quality.
 
 The seconds of a video are the sum of encoding the image, denoising and decoding. Loading the models and encoding the
-text are not included: they belong to the start of a process, and the report has separate figures for this start. Each
-figure of one repeat is the mean over the clips. The report states the median of the repeats and their spread (the
-largest figure minus the smallest).
+text are not included: they belong to the start of a process, and the report has separate figures for this start. The
+seconds of one repeat are the mean over the clips. The report states the median of the repeats and their spread (the
+largest value minus the smallest). Forwards and FLOP are means over the clips. The memory is the largest of all videos.
 This module does not import torch.
 """
 
@@ -29,15 +29,15 @@ from wanfast.runtime.store.json_files import Document
 STAGES = ("encode", "denoise", "decode")
 RERUN, OTHER_SEED = "again, the same seed", "another seed"
 _NOISE = (
-    "The noise floor has two rows. The row of the same seed repeats the first recipe in a new process. If its videos "
-    "are identical, every finite PSNR in the table comes from a recipe, and not from chance. The row of another seed "
-    "shows the PSNR of a different video: a recipe with a PSNR as low as this also makes a different video, which may "
-    "be good or bad."
+    "The rows of the noise floor compare the first recipe with itself. The row of the same seed, which needs two "
+    "repeats, makes the videos again in a new process. If these videos are identical, every finite PSNR in the table "
+    "comes from a recipe, and not from chance. The row of another seed shows the PSNR of a different video. A recipe "
+    "with such a low PSNR also makes a different video, which may be good or bad."
 )
 
 
 def report_of(bench: Bench, rows: list[Row], cells: Cells, errors: Errors) -> Document:
-    """Returns the document of a report."""
+    """Returns the JSON document of a report: one row for each recipe, and what was measured with which options."""
     made = [_row(row, cells, errors) for row in rows]
     if not bench.files.spec.takes_images:
         made = [{**row, "published_s": None} for row in made]  # the published seconds are of the model that takes some
@@ -71,7 +71,7 @@ def report_of(bench: Bench, rows: list[Row], cells: Cells, errors: Errors) -> Do
 
 
 def _shown(clip: Clip) -> Document:
-    """Returns what makes a clip, with the names of its images' files."""
+    """Returns the options of a clip; paths of images are reduced to file names."""
     paths = {"image", "last_image"}
     return {name: Path(value).name if name in paths else value for name, value in clip.options.items()}
 
@@ -138,7 +138,7 @@ def _figures(plans: Sequence[Plan], found: list[tuple[Cell, Document]]) -> Docum
 
 
 def _seconds(plan: Plan, document: Document) -> dict[str, float]:
-    """Returns the seconds of each stage; if few steps were measured, denoising is multiplied to all forwards."""
+    """Returns the seconds of each stage; if few steps were measured, denoising is scaled to all forwards."""
     seconds = {stage: document["seconds"].get(stage, 0.0) for stage in STAGES}
     share = sum(forwards_in_turn(plan.to_json())) / sum(forwards_in_turn(document["plan"]))
     return seconds | {"denoise": seconds["denoise"] * share}
@@ -162,7 +162,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _start(documents: list[Document]) -> Document:
-    """Returns what starts and warm-up videos took, which no other figure counts."""
+    """Returns the seconds of the starts with their warm-up videos; no other figure includes these seconds."""
     starts = list({str(document["start"]): document["start"] for document in documents}.values())
     return {
         "seconds": _spread([start["seconds"] for start in starts]),
@@ -172,7 +172,7 @@ def _start(documents: list[Document]) -> Document:
 
 
 def _add_quality(bench: Bench, rows: list[Row], made: list[Document], cells: Cells) -> Document:
-    """Adds the quality of each measured row; returns that of the two rows of the noise floor."""
+    """Adds the quality to each measured row, and returns the quality of the rows of the noise floor."""
 
     def files(row: Row, repeat: int, *, other: bool = False) -> list[str]:
         chosen = [cell for cell in row.cells if (cell.repeat, cell.is_other_seed) == (repeat, other)]

@@ -17,7 +17,7 @@ _LOSSLESS = {"qp": "0", "preset": "veryfast"}
 
 
 def write_frames(frames: npt.NDArray[np.uint8], file: Path, fps: int) -> None:
-    """Writes frames [F, H, W, 3] to an mp4 that holds exactly these values."""
+    """Writes uint8 RGB frames [F, H, W, 3] to an mp4 file without any loss."""
     import av
 
     with av.open(str(file), "w", format="mp4") as container:
@@ -30,7 +30,7 @@ def write_frames(frames: npt.NDArray[np.uint8], file: Path, fps: int) -> None:
 
 
 def read_frames(file: Path) -> npt.NDArray[np.uint8]:
-    """Returns the frames [F, H, W, 3] of an mp4 that `write_frames` wrote."""
+    """Returns the uint8 RGB frames [F, H, W, 3] of an mp4 file that `write_frames` wrote."""
     import av
     import numpy as np
 

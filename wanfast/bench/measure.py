@@ -1,9 +1,8 @@
 """Measures the missing cells of `wanfast bench`, repeat by repeat, so that the recipes run in turn.
 
 In each repeat, a recipe starts its ranks, and the ranks load the models. Then the ranks make a short warm-up video of
-each clip. During the first video of a shape, code is compiled, kernels are searched and the prompt is encoded. The
-report states the seconds of the start and of the warm-up videos separately. If a recipe fails, the other recipes still
-run.
+each clip, because the first video of a shape also compiles code, searches kernels and encodes the prompt. The report
+states the seconds of the start and of the warm-up videos separately. If a recipe fails, the other recipes still run.
 This module does not import torch.
 """
 
@@ -26,7 +25,7 @@ def missing(rows: list[Row], cells: Cells) -> int:
 
 
 def measure(bench: Bench, rows: list[Row], cells: Cells, say: SayFn) -> Errors:
-    """Measures the cells that have no result yet; returns the errors of recipes that failed."""
+    """Measures the cells that have no result yet; returns {recipe: error} for the recipes that failed."""
     errors: Errors = {}
     of_all = sum(len(row.cells) for row in rows)
     for repeat in range(bench.repeats):

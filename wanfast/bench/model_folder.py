@@ -1,9 +1,9 @@
-"""Writes a folder that `wanfast generate --model` reads: a model's names, shapes and layout, without its weights.
+"""Writes a folder for `wanfast generate --model` with a model's tensor names, shapes and layout, but other weights.
 
 The weights of the experts and of the text encoder are either holes or random values. Holes are fp32 files that read as
 zeros and take no disk space. Random values are bf16 files; their scale is chosen so that activations stay near one.
 Both experts are the same file (a hard link). The VAE is random in both cases, so the decoded frames are noise. The
-noise is divided by `smoothness` before the frames become 8-bit.
+weights of the VAE's last layer are divided by `smoothness`: the larger `smoothness`, the weaker the noise.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Shapes = dict[str, torch.Size]
 def write_model(folder: Path, spec: ModelSpec, *, is_random: bool = False, smoothness: float = 1.0) -> None:
     """Writes the model in the Diffusers layout: with random values if `is_random` is true, otherwise with zeros.
 
-    The zeros are holes in the files and take no disk space. The VAE has random values in both cases. The other random
-    values are drawn on the GPU, if there is one.
+    The zeros are holes in the files and take no disk space. The VAE has random values in both cases, and `smoothness`
+    divides the weights of its last layer. The other random values are drawn on the GPU, if there is one.
     """
     expert, umt5 = _on_meta(spec)
     write = _write_random if is_random else _write_holes
@@ -52,7 +52,10 @@ def write_model(folder: Path, spec: ModelSpec, *, is_random: bool = False, smoot
 
 
 def write_vae(folder: Path, spec: ModelSpec, smoothness: float) -> None:
-    """Writes a VAE with random weights into the folder; a VAE that is already in the folder is overwritten."""
+    """Writes a VAE with random weights into the folder, and overwrites an earlier VAE there.
+
+    The weights of the last layer are divided by `smoothness`, so that the decoded noise is weaker.
+    """
     vae = WanVAE(spec.vae)
     randomise(vae, 0)
     vae.decoder.conv_out.weight.data /= smoothness
@@ -123,7 +126,7 @@ def _on_meta(spec: ModelSpec) -> tuple[WanDiT, UMT5Encoder]:
 
 
 def _write_holes(file: Path, network: Network, model: nn.Module, dtype: str = "F32") -> dict[str, int]:
-    """Writes a file that reads as zeros, and returns where in it each tensor begins, by our names."""
+    """Writes a file that reads as zeros; returns {wanfast's name of a tensor: the byte at which the tensor starts}."""
     file.parent.mkdir(parents=True)
     keys = {rename_back(network, "diffusers", name): name for name in model.state_dict()}
     shapes = {key: model.state_dict()[name].shape for key, name in keys.items()}

@@ -22,7 +22,7 @@ REPORT, PAGE, WATERFALL, QUALITY = "report.json", "report.html", "waterfall.png"
 
 
 def with_random_weights(given: dict[str, Any], files: ModelFiles, say: SayFn) -> tuple[dict[str, Any], ModelFiles]:
-    """Replaces the model by one with the same facts and random weights; returns the new options and the new files.
+    """Replaces the model by a model with the same facts and random weights; returns the new options and the new files.
 
     `given` and `files` are the options and the files of the original model. The folder with the random weights is
     written only if it does not exist yet.
@@ -39,7 +39,7 @@ def with_random_weights(given: dict[str, Any], files: ModelFiles, say: SayFn) ->
 def check_folder(folder: Path) -> None:
     """Checks, before any work, that a report can be written into `folder`. Raises ConfigError.
 
-    A folder that is missing stays missing.
+    If the folder is missing, the check makes it and removes it again.
     """
     probe = partial_path(folder / REPORT)
     try:

@@ -1,4 +1,4 @@
-"""Draws the two pictures of a report: one shows measured and published seconds, the other speed and quality.
+"""Draws the pictures of a report: the measured and the published seconds, and the quality over the seconds.
 
 This module does not import torch.
 """
@@ -42,7 +42,7 @@ def draw_quality(report: dict[str, Any], file: Path) -> None:
     """Draws a point for each row: the seconds of a video (x), and the PSNR against the first recipe (y).
 
     If a row's videos are identical to those of the first recipe, the PSNR is infinite, and the point lies near the
-    upper edge.
+    upper edge. Dashed lines show the noise floor, such as the PSNR of another seed.
     """
     from matplotlib.figure import Figure
 

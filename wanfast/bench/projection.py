@@ -126,7 +126,7 @@ def sent(ulysses: int) -> float:
 
 
 def mesh_of(num_gpus: int, cfg: int | None = None) -> Mesh:
-    """Returns the mesh that wanfast chooses for one video."""
+    """Returns the mesh that wanfast chooses for one video; `cfg` is the value of --cfg-parallel, if it is given."""
     return choose_mesh(num_gpus, A14B.dit.num_heads, cfg_parallel=cfg)
 
 
@@ -158,7 +158,7 @@ def fit(forward: Printed, profile: Printed, vae: Printed, video: Printed) -> Cos
 
 
 def tokens_of(width: int, height: int, frames: int) -> int:
-    """Returns the number of tokens of a video of this size."""
+    """Returns the number of tokens of a video with this size in pixels and this number of frames."""
     return (frames + 3) // 4 * (height // 16) * (width // 16)
 
 
@@ -200,7 +200,8 @@ def checks(
     """Compares the cost model's projections with measurements that `fit` did not use; skips documents that are None.
 
     The documents `forward` and `vae` may hold results for several numbers of ranks; only the results for the largest
-    number are compared.
+    number are compared. Returns one document for each comparison: what, measured_s, projected_s, and the relative
+    error.
     """
     found = []
     if forward:

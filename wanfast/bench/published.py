@@ -1,4 +1,4 @@
-"""States the seconds that the publisher measured for a whole video: 8 H100 GPUs, 1280x720, 81 frames, 40 steps."""
+"""States the published seconds of a whole video for some recipes: 8 H100 GPUs, 1280x720, 81 frames, 40 steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does those parts of a bench that need torch, in a separate process that `apart` starts."""
+"""Runs the work of `wanfast bench` that needs torch, in the separate process that `apart` starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from wanfast.runtime.store.sharing import locked
 
 
 def random_model(folder: str, facts: dict[str, Any]) -> None:
-    """Writes a model with these `facts` and random weights into a new folder, completely or not at all."""
+    """Writes a model with these `facts` and random weights into a new folder, completely or not at all.
+
+    If the folder exists already, nothing is written.
+    """
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
