@@ -250,8 +250,8 @@ def test_the_server_makes_it(workdir: Path, small_text_model: Path) -> None:
             answer = server.ask("POST", "/v1/videos", prompt="a cat", seconds=seconds)
             assert answer.status == status, answer.body
         assert answer.error["message"] == (
-            "seconds: one video has at most 5 frames here (0.3125 seconds at 16 a second), because a clip cannot start "
-            "from another clip's frame"
+            "seconds: one video has at most 5 frames on this server (0.3125 seconds at 16 frames per second), because "
+            "this model cannot start a clip from an image"
         )
         answer = server.ask("POST", "/v1/videos", prompt="a cat", seed=7)
         assert answer.status == 200, answer.body

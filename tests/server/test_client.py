@@ -123,7 +123,7 @@ def test_seconds_are_whole_groups_of_four_frames(server: Running) -> None:
     for seconds in ("4", 8, "12"):
         answer = server.ask("POST", "/v1/videos", prompt="a", seconds=seconds, input_reference=data_url(b"x"))
         assert (answer.status, answer.error["param"]) == (400, "seconds")
-        assert "at most 13 frames here" in answer.error["message"]
+        assert "at most 13 frames on this server" in answer.error["message"]
 
 
 def test_a_running_video_shows_its_progress_and_a_queued_one_its_place(server: Running) -> None:

@@ -62,11 +62,12 @@ def test_the_progress_is_of_all_clips_and_a_cancel_ends_them(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"seconds": "1"}, "seconds: one video has at most 13 frames here (0.8125 seconds at 16 a second)"),
-        ({"num_frames": 9}, "num_frames: one clip has at most 5 frames here (0.3125 seconds at 16 a second); a longer "
-         "video has several clips: give seconds instead"),
-        ({"seconds": "0.75", "seed": 4294967294}, "seed: this video has 3 clips with seeds that follow: use at most "
-         "4294967293"),
+        ({"seconds": "1"}, "seconds: one video has at most 13 frames on this server (0.8125 seconds at 16 frames per "
+         "second)"),
+        ({"num_frames": 9}, "num_frames: one clip has at most 5 frames on this server (0.3125 seconds at 16 frames per "
+         "second); a longer video has several clips: give seconds instead"),
+        ({"seconds": "0.75", "seed": 4294967294}, "seed: this video has 3 clips, and each clip adds 1 to the seed: "
+         "use at most 4294967293"),
         ({"recipe": "first-last-4"}, "recipe: first-last-4 needs a last image, but a request has no field for it: use "
          "another one"),
     ],
@@ -111,7 +112,9 @@ def test_an_operator_may_allow_single_clips_only(tmp_path: Path) -> None:
     with running(tmp_path, max_clips=1) as server:
         given = {"prompt": "a", "input_reference": data_url(STAR.read_bytes()), "seconds": "0.75"}
         answer = server.ask("POST", "/v1/videos", **given)
-        assert answer.error["message"] == "seconds: one video has at most 5 frames here (0.3125 seconds at 16 a second)"
+        assert answer.error["message"] == (
+            "seconds: one video has at most 5 frames on this server (0.3125 seconds at 16 frames per second)"
+        )
 
 
 def test_a_recipe_of_two_images_is_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ def test_a_serve_of_others_is_left_alone(on: Any) -> None:
 def test_more_replicas_than_room_are_refused(on: Any) -> None:
     outcome = on(Serve([]), "--replicas", "3", "--num-gpus", "4")
     assert outcome.exit_code == 2
-    assert "error: --replicas 3: --ray head:6379 has room for 2: use 2, or more machines" in outcome.err
+    assert "error: --replicas 3: --ray head:6379 has room for 2 replicas: use 2, or more machines" in outcome.err
 
 
 @pytest.mark.parametrize(

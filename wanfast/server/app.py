@@ -99,7 +99,11 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
 
     streams, of_key = asyncio.Semaphore(MOST_STREAMS), dict[str, asyncio.Semaphore]()
 
-    @app.get("/v1/videos/events", summary="Follow the videos of the key", response_class=StreamingResponse)
+    @app.get(
+        "/v1/videos/events",
+        summary="Follow the videos of the API key: one line of JSON for each change",
+        response_class=StreamingResponse,
+    )
     def follow(owner: str = owned) -> StreamingResponse:
         own = of_key.setdefault(owner, asyncio.Semaphore(MOST_STREAMS if owner == EVERYBODY else MOST_OF_A_KEY))
         if streams.locked() or own.locked():
@@ -146,10 +150,10 @@ def _add_videos(app: FastAPI, parts: Parts) -> None:
 
 
 def _add_unsupported(app: FastAPI, parts: Parts) -> None:
-    """Adds the calls of the client that this server does not have, with a video in their path or without one."""
+    """Adds routes for the calls of OpenAI's client that this server does not support; each answers with status 501."""
 
     def refuse(owner: str = Depends(_owner_of(parts.keys))) -> None:
-        raise ApiError(501, f"the server has no {', '.join(_UNSUPPORTED)}", code="not_implemented")
+        raise ApiError(501, f"the server does not support {', '.join(_UNSUPPORTED)}", code="not_implemented")
 
     for action in _UNSUPPORTED:
         for path in (f"/v1/videos/{action}", f"/v1/videos/{{video_id}}/{action}"):
@@ -161,11 +165,11 @@ def _add_operation(app: FastAPI, parts: Parts) -> None:
     owned = Depends(_owner_of(parts.keys))
 
     # These two take no thread, so that they answer when all threads wait for a database.
-    @app.get("/health", summary="Whether the server answers")
+    @app.get("/health", summary="Show that the server answers")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready", summary="Whether the models are loaded")
+    @app.get("/ready", summary="Show whether the server takes jobs: status 200 if so, and 503 while the models load")
     async def ready() -> JSONResponse:
         return JSONResponse({"status": parts.worker.status}, 200 if parts.worker.is_ready else 503)
 
@@ -205,7 +209,7 @@ def _add_errors(app: FastAPI) -> None:
 
 def _owner_of(keys: Keys) -> Any:
     async def owner(request: Request) -> str:
-        """Returns whose request it is. Raises ApiError before the body is read."""
+        """Returns the owner of a request. Raises ApiError before the body is read."""
         found = keys.owner(request.headers.get("authorization"))
         if found is None:
             message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
@@ -216,13 +220,13 @@ def _owner_of(keys: Keys) -> Any:
 
 
 async def _create(request: Request, owner: str, parts: Parts, adding: CapacityLimiter) -> StoredJob:
-    """Queues the job of a request. When it returns, the job is on disk. Raises ApiError.
+    """Queues the job of a request; the job is on disk when this function returns. Raises ApiError.
 
-    `adding` limits the threads that do so: images are decoded one after the other, and requests that wait for their
-    turn would else hold all threads, which answer other requests too.
+    `adding` limits the number of threads that queue jobs. Images are decoded one after the other. Without the limit,
+    requests that wait for this could hold all threads, and no thread would answer other requests.
     """
     if not parts.worker.is_ready:
-        what = "stops" if parts.worker.is_stopping else "is loading the models"
+        what = "is stopping" if parts.worker.is_stopping else "is loading the models"
         raise ApiError(503, f"the server {what}: try again later", code="loading", headers=_BUSY)
     key = request.headers.get("idempotency-key")
     if key is not None and not 0 < len(key) <= _MOST_LETTERS_OF_A_KEY:
@@ -284,7 +288,7 @@ def _shown(parts: Parts, job: StoredJob) -> JSONResponse:
 
 
 def _file(files: Files, job: StoredJob, variant: str) -> FileResponse:
-    """Returns a file of a completed job; ranges of it too, if the request asks for them. Raises ApiError."""
+    """Returns a file of a completed job, or the ranges of bytes that the request names. Raises ApiError."""
     if job.output is None:
         raise ApiError(
             404, f"there is no file, because this video has the status {job.status}", code="not_ready", param="video_id"
@@ -300,7 +304,7 @@ def _file(files: Files, job: StoredJob, variant: str) -> FileResponse:
 
 
 class _Download(FileResponse):
-    """This response sends a file that is open already, so that the whole file is sent even if it expires meanwhile."""
+    """This response sends an open file, so that the whole file is sent even if the video expires meanwhile."""
 
     def __init__(self, opened: BinaryIO, *, media_type: str, filename: str) -> None:
         number = opened.fileno()  # its path under /proc names the file even after the file was removed
@@ -322,7 +326,7 @@ def _count(parts: Parts, before: StoredJob, after: StoredJob) -> None:
 def _content(*, takes_images: bool) -> dict[str, Any]:
     """Returns the OpenAPI description of a body: JSON, or a form with the image as a file.
 
-    Without `takes_images` there is no image.
+    If `takes_images` is false, the body has no image.
     """
     schema = Fields.model_json_schema()
     if not takes_images:

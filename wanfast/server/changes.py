@@ -31,7 +31,12 @@ class Changes:
         self._state: dict[str, Any] = {}
 
     def look(self) -> dict[str, Any] | None:
-        """Returns the videos that are new, changed or deleted since the last look; None if there are none."""
+        """Returns what has changed since the last look, as a JSON object; None if nothing has changed.
+
+        The object has the server's status, the number of queued jobs of all owners, the videos that are new or changed,
+        the ids of deleted videos, and `older`. In the first look, `older` is the id after which `Store.page` continues,
+        if the owner has more ended videos.
+        """
         seen = self._store.overview(self._owner, MOST_VIDEOS)
         videos = {job.id: replies.video(job, seen.places.get(job.number)) for job in [*seen.unended, *seen.ended]}
         changed = [video for name, video in videos.items() if self._sent.get(name) != video]
@@ -51,6 +56,7 @@ async def lines(
 ) -> AsyncIterator[str]:
     """Yields a line of JSON for each change, until the server stops or its database does not answer.
 
+    After 15 seconds without a change, yields an empty line, so that the client knows that the connection is alive.
     `turn` limits the number of all open streams, and `own_turn` limits the number of open streams of one API key.
     """
     async with own_turn, turn:

@@ -61,7 +61,10 @@ class Served:
 
     @property
     def most_frames(self) -> int:
-        """Returns the number of frames of the longest clip that a request may ask for."""
+        """Returns the number of frames of the longest clip that a request may ask for.
+
+        This number is at most the number of frames on which the model was trained.
+        """
         return min(self.frames, self.spec.trained_frames or self.frames)
 
     @property
@@ -71,7 +74,7 @@ class Served:
 
     @property
     def total_frames(self) -> int:
-        """Returns the number of frames of the longest video: of joined clips, or of one clip with `frames` frames."""
+        """Returns the number of frames of the longest video: joined clips, or one clip of `frames` if that is more."""
         return max(self.frames, self.joined_frames)
 
     @property
@@ -81,10 +84,11 @@ class Served:
 
     @classmethod
     def of(cls, opened: Opened, defaults: Mapping[str, Any], max_clips: int) -> Served:
-        """Describes what a server with this handle offers.
+        """Describes what a server with the options `opened` of a handle offers.
 
-        `defaults`: options of `Handle.make` that a request may override. `max_clips`: the most clips of one video; if
-        the model cannot start a clip from a frame, a video has one clip.
+        `defaults`: options of `Handle.make` that a request may override. `max_clips`: the largest number of clips of
+        one video. A video has one clip if clips have one frame, or if the model cannot start a clip from a frame.
+        Raises ConfigError if the server's recipe needs a last image.
         """
         config, spec = opened.placed.config, opened.files.spec
         if (recipe := config.models.recipe) and _needs_last_image(recipe):
@@ -164,7 +168,7 @@ class Checks:
                 raise ApiError(503, without_paths(str(error), _UNPLANNED), code="unavailable") from error
 
     def offer(self) -> dict[str, Any]:
-        """Returns limits, the recipes that a request may name, and the defaults for fields that it leaves out."""
+        """Returns limits, the recipes that a request may name, and the defaults of fields that a request leaves out."""
         served = self._served
         chosen = EffectiveConfig.of({**NO_VIDEO, **served.planner.asked, **served.defaults}, served.spec).video
         width, height = served.size
@@ -216,7 +220,7 @@ class Checks:
         clips = max(1, math.ceil(round(groups) / max(1, most // 4)))
         frames = 4 * round(groups / clips) + 1
         if clips > served.clips or frames > most:
-            why = "" if served.spec.takes_images else ", because a clip cannot start from another clip's frame"
+            why = "" if served.spec.takes_images else ", because this model cannot start a clip from an image"
             raise unfit("seconds", f"one video has at most {_length_of(served.joined_frames, fps)}{why}")
         return frames, clips
 
@@ -236,30 +240,31 @@ class Checks:
 
 
 def _length_of(frames: int, fps: int) -> str:
-    return f"{frames} frames here ({frames / fps:g} seconds at {fps} a second)"
+    return f"{frames} frames on this server ({frames / fps:g} seconds at {fps} frames per second)"
 
 
 def _seed(fields: Fields, clips: int) -> int:
-    """Returns the seed of the first clip; the others have the next ones. Raises ApiError if these are too large."""
+    """Returns the seed of the first clip. Raises ApiError if the last clip's seed would be too large."""
     if fields.seed is None:
         return secrets.randbelow(1 << 31)
     if clips > 1 and fields.seed + clips > CPU_SEEDS:
-        raise unfit("seed", f"this video has {clips} clips with seeds that follow: use at most {CPU_SEEDS - clips}")
+        seeds = f"this video has {clips} clips, and each clip adds 1 to the seed"
+        raise unfit("seed", f"{seeds}: use at most {CPU_SEEDS - clips}")
     return fields.seed
 
 
 def _needs_last_image(recipe: RecipeName) -> bool:
-    """Returns whether a recipe is for two images, of which a request has only one."""
+    """Returns whether a recipe needs a last image; a request has no field for a last image."""
     return RECIPES[recipe].num_images > 1
 
 
 def _fingerprint(asked: Asked) -> str:
-    """Returns a hash of all that was asked, by which a repeated request is known."""
+    """Returns a hash of a request's fields and image, by which a repeated request is recognized."""
     fields = json.dumps(asked.fields.model_dump(), sort_keys=True).encode()
     return hashlib.sha256(hashlib.sha256(asked.image).digest() + fields).hexdigest()
 
 
 def _refusal(error: ConfigError, path: str) -> ApiError:
-    """Returns an error of the options, in the words of the fields."""
+    """Converts an error about options into an error that names the fields of the request."""
     message, param = in_fields(error, path)
     return ApiError(400, without_paths(message, _UNPLANNED), param=param, code="invalid_value")

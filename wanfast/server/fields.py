@@ -33,21 +33,27 @@ class Fields(BaseModel):
     model: Annotated[str | None, Field(description="The model that the server has loaded.")] = None
     seconds: Annotated[
         float | None,
-        Field(gt=0, le=3600, description='Length of the video, such as "4"; a long one has several clips.'),
+        Field(
+            gt=0, le=3600, description='Length of the video in seconds, such as "4". A long video has several clips.'
+        ),
     ] = None
     size: Annotated[str | None, Field(max_length=20, description="Exact size, as WIDTHxHEIGHT.")] = None
-    negative_prompt: Annotated[str | None, Field(max_length=MOST_LETTERS)] = None
-    num_frames: Annotated[int | None, Field(description="Number of frames, 4n+1, instead of seconds.")] = None
-    fps: Annotated[int | None, Field(ge=1, le=240)] = None
-    num_inference_steps: Annotated[int | None, Field(ge=1, le=200)] = None
+    negative_prompt: Annotated[
+        str | None, Field(max_length=MOST_LETTERS, description="What the video must not show.")
+    ] = None
+    num_frames: Annotated[
+        int | None, Field(description="Number of frames, 4n+1. Give either num_frames or seconds.")
+    ] = None
+    fps: Annotated[int | None, Field(ge=1, le=240, description="Frames per second.")] = None
+    num_inference_steps: Annotated[int | None, Field(ge=1, le=200, description="Number of denoising steps.")] = None
     guidance_scale: Annotated[
         float | None,
         Field(description="Guidance scale of both experts; with guidance_scale_2, only of the high-noise expert."),
     ] = None
     guidance_scale_2: Annotated[float | None, Field(description="Guidance scale of the low-noise expert.")] = None
-    flow_shift: float | None = None
+    flow_shift: Annotated[float | None, Field(description="Shift of the noise levels.")] = None
     boundary_ratio: Annotated[float | None, Field(description="Only the model's own value is possible.")] = None
-    seed: Annotated[int | None, Field(ge=0)] = None
+    seed: Annotated[int | None, Field(ge=0, description="Seed of the noise. The default is a random seed.")] = None
     recipe: Annotated[RecipeName | None, Field(description="A recipe whose models are loaded.")] = None
     priority: Annotated[int, Field(ge=-100, le=100, description="Jobs with a larger priority run first.")] = 0
 
@@ -91,7 +97,7 @@ async def _form(request: Request, most_bytes: int) -> dict[str, Any]:
     try:
         form = await request.form(max_files=1, max_fields=_MOST_FIELDS, max_part_size=most_bytes)
     except (MultiPartException, HTTPException, UnicodeDecodeError):
-        message = f"the form is damaged, or has more than one file: only {IMAGE} may be a file"
+        message = f"the form is damaged, has over {_MOST_FIELDS} fields, or over one file: only {IMAGE} may be a file"
         raise ApiError(400, message, code="invalid_form") from None
     values: dict[str, Any] = {}
     try:
@@ -115,7 +121,7 @@ async def _form(request: Request, most_bytes: int) -> dict[str, Any]:
 
 
 def _image(value: Any) -> bytes:
-    """Returns the bytes of the image. Only the bytes that came with the request are used: no address is fetched."""
+    """Returns the bytes of the image that came with the request; the server fetches no address. Raises ApiError."""
     if isinstance(value, bytes) and value:
         return value
     if value is None or value == b"":

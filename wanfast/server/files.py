@@ -20,15 +20,16 @@ _THUMBNAIL_SIDE = 512  # pixels at most
 
 
 class Files:
-    """This class names the files of each attempt.
+    """This class names, writes and removes the files of each attempt.
 
-    Every name comes from the database, and never from a client.
+    An attempt's name comes from the database, and never from a client.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Makes the folder, which only this user may read. Raises ConfigError.
+        """Makes the folder, and denies all other users access to it.
 
-        A folder with other files, such as /tmp, is not closed to its other users.
+        Raises ConfigError if the folder cannot be made, or if it holds files of other programs and other users
+        have access to it, as to /tmp.
         """
         self.folder = folder
         try:
@@ -59,7 +60,7 @@ class Files:
             return 0
 
     def write_thumbnail(self, attempt: str, frame: npt.NDArray[np.uint8]) -> None:
-        """Writes a frame [H, W, 3] as a small JPEG. Raises ConfigError."""
+        """Writes a uint8 RGB frame [H, W, 3] as a JPEG with sides of at most 512 pixels. Raises ConfigError."""
         from PIL import Image
 
         small = Image.fromarray(frame)

@@ -1,4 +1,4 @@
-"""Refuses two kinds of requests: those with too large bodies, and those from pages of other sites."""
+"""Refuses two kinds of requests: requests with too large bodies, and requests from pages of other sites."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ class Gate:
     """This ASGI middleware refuses bodies that are too large, and requests from pages of other sites.
 
     The middleware counts the bytes of a body, and does not rely on the headers. `only_loopback` must be true if the
-    server has no keys. Without keys, a web page in the user's browser could use the server: by a request from another
-    site, or by another host name for this machine. If `only_loopback` is true, the middleware refuses both ways.
+    server has no keys, because then a web page of another site could use the server from the user's browser. If
+    `only_loopback` is true, the middleware refuses two kinds of requests: requests whose Host is not a loopback
+    address, and requests whose Origin is not this Host. The middleware also adds `HEADERS` to every answer.
     """
 
     def __init__(self, app: ASGIApp, most_bytes: int, *, only_loopback: bool) -> None:
@@ -86,7 +87,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _check_origin(headers: Mapping[str, str]) -> None:
-    """Raises ApiError if a request names another host than this machine, or comes from the page of another site."""
+    """Raises ApiError if a request's Host is not a loopback address, or if its Origin is another site."""
     host = headers.get("host", "")
     try:
         name, origin = urlsplit(f"//{host}").hostname, headers.get("origin")

@@ -1,4 +1,4 @@
-"""Reads API keys from a file, and finds the owner of a request; it holds only hashes of the keys."""
+"""Reads API keys from a file, and finds the owner of a request. Only hashes of the keys are held in memory."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Keys:
     def owner(self, authorization: str | None) -> str | None:
         """Returns the owner whose key is in the header `Authorization: Bearer KEY`; None if the key is not known.
 
-        The response time reveals nothing about the keys, because the hash is always compared with the hashes of all
-        keys.
+        An owner's name is the hash of the key. A server without keys returns EVERYBODY. The response time reveals
+        nothing about the keys, because the hash is always compared with the hashes of all keys.
         """
         if not self.hashes:
             return EVERYBODY

@@ -55,13 +55,13 @@ class Metrics:
 
 
 class _Now(Collector):
-    """This class reads the figures that only the moment has: the queue, and the memory of the GPUs."""
+    """This class reads the values that are not counted but read on request: the queue, and the memory of the GPUs."""
 
     def __init__(self, store: Store, *, has_gpus: bool) -> None:
         self._store, self._has_gpus = store, has_gpus
 
     def describe(self) -> Iterator[Metric]:
-        """Returns nothing, so that a registration asks neither the database nor the driver."""
+        """Returns no metrics, so that a registration asks neither the database nor the driver."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:

@@ -1,8 +1,9 @@
 """Serves on the machines of a Ray cluster: Ray Serve runs the app in replicas, each with ranks on one machine.
 
-Each replica has the whole server: its HTTP, its worker and its ranks. The replicas share the queue in PostgreSQL and
-the folder of the videos, so that any replica answers for every video. If a replica is lost while it makes a video,
-another replica makes this video when the lease ends, and Ray Serve starts the lost replica again.
+Each replica has a whole server except HTTP: the app, the worker and the ranks. Ray Serve receives the HTTP requests and
+passes each one to a replica. The replicas share the queue in PostgreSQL and the folder of the videos, so that any
+replica answers for every video. If a replica is lost while it makes a video, another replica makes this video when the
+lease ends, and Ray Serve starts the lost replica again.
 This module does not import torch, and imports Ray only when it connects.
 """
 
@@ -47,7 +48,8 @@ class Replica:
     ) -> None:
         """Loads the models on this machine, and returns when they are loaded. Raises WanFastError.
 
-        `asked`: the options of the handle. They are planned here, because the memory is this machine's.
+        `asked`: the options of the handle. The replica plans them again, because the plan depends on the memory of the
+        replica's machine.
         """
         self._error: BaseException | None = None
         self._owned = ExitStack()
@@ -70,7 +72,7 @@ class Replica:
             raise self._error or RuntimeError("the worker has ended")
 
     def __del__(self) -> None:
-        """Queues the current video again at its next step, and ends the ranks; Ray Serve calls this method."""
+        """Stops the current video at its next step, queues its job again, and ends the ranks. Ray Serve calls this."""
         owned = self.__dict__.get("_owned")
         if owned is not None and "_thread" in self.__dict__:
             self._parts.worker.stop()
@@ -89,7 +91,8 @@ def serve_on(
 ) -> None:
     """Serves on a Ray cluster until SIGTERM or SIGINT; then all replicas end. Raises WanFastError.
 
-    A second signal ends this process at once. Then the replicas that had no time to end continue to run.
+    `replicas`: the number of replicas, or None for as many as the cluster has room for. A second signal ends this
+    process at once. Then the replicas that had no time to end continue to run.
     """
     keys, files, ranks = keys_of(settings), Files(settings.data_dir), opened.placed.config.ranks
     warm_up_of(opened, Served.of(opened, defaults, settings.max_clips), files)  # refuses what no replica could serve
@@ -102,7 +105,9 @@ def serve_on(
         number = replicas or room_for(ray, ranks)
         if number > room_for(ray, ranks):
             room = room_for(ray, ranks)
-            raise ConfigError(f"--replicas {number}: --ray {address} has room for {room}: use {room}, or more machines")
+            raise ConfigError(
+                f"--replicas {number}: --ray {address} has room for {room} replicas: use {room}, or more machines"
+            )
         from ray import serve
 
         _start(serve, settings)
@@ -162,7 +167,7 @@ def _watch(serve: Any, settings: ServerSettings, stopped: threading.Event) -> No
 
 
 def _application(serve: Any) -> Any:
-    """Returns the state of the app. Raises RankFailedError if it is gone: deleted by somebody, or with the cluster."""
+    """Returns the state of the app. Raises RankFailedError if the app was deleted or the cluster does not answer."""
     try:
         found = _answered(serve.status, _ANSWER_S).applications.get(_APP)
     except Exception as error:  # noqa: BLE001 - Ray has many, and all of them mean that the cluster does not answer

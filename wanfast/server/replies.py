@@ -106,7 +106,7 @@ def video(job: StoredJob, queue_position: int | None = None) -> dict[str, Any]:
 
 
 def _settings(job: StoredJob) -> dict[str, Any]:
-    """Returns the fields with which a request gets the same video, without those that it left to the server."""
+    """Returns the fields of a request that gives the same video on this server."""
     settings = in_names_of_fields(job.options)
     if not isinstance(settings["prompt"], list):
         return settings

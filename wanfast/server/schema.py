@@ -100,13 +100,15 @@ def open_database(url: str) -> Engine:
     if is_sqlite:
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
+    option = "--data-dir" if is_sqlite else "--database"
     try:
         with engine.begin() as connection:
             lock_adding(connection)
-            _create_tables(connection, "--data-dir" if is_sqlite else "--database")
+            _create_tables(connection, option)
     except DBAPIError as error:
         words = " ".join(str(error.orig).split())
-        raise ConfigError(f"--database: cannot be opened ({words:.200}): fix the URL or the database") from None
+        fix = "name another folder" if is_sqlite else "fix the URL or the database"
+        raise ConfigError(f"{option}: the queue cannot be opened ({words:.200}): {fix}") from None
     return engine
 
 
@@ -123,7 +125,7 @@ def _create_tables(connection: Connection, option: str) -> None:
     if found != VERSION:
         raise ConfigError(
             f"{option}: its queue has tables of version {found}, but this wanfast uses version {VERSION}: use the "
-            "wanfast that made the queue, or name another place"
+            "wanfast that made the queue, or name another folder or database"
         )
     is_new = not has(SCHEMA.name)
     METADATA.create_all(connection)
@@ -147,6 +149,6 @@ def _set_up_sqlite(connection: sqlite3.Connection, record: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Begins a transaction. A writer locks at once, because a reader that becomes a writer may be refused."""
+    """Begins a transaction. A writer takes the lock at once, because SQLite may refuse the lock to a former reader."""
     reads = connection.get_execution_options().get("reads")
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

@@ -170,9 +170,10 @@ def warm_up_of(opened: Opened, served: Served, files: Files) -> dict[str, Any]:
 
 
 def _few_lossy_steps(plan: Plan) -> dict[str, Any]:
-    """Returns the options with which a plan's attention is lossy in few steps too.
+    """Returns options that make a plan's attention lossy in a video of few steps too.
 
-    Its own guards may need more steps, and a plan of densities is for as many steps as its calibration had.
+    The plan's own dense or bf16 steps may be more than these few steps. A plan of densities fits only the number of
+    steps of its calibration.
     """
     if plan.sparsity:
         return {"dense_share": 0.0} | ({"density": plan.sparsity.density} if plan.densities else {})
@@ -181,9 +182,10 @@ def _few_lossy_steps(plan: Plan) -> dict[str, Any]:
 
 @contextmanager
 def _alone(settings: ServerSettings) -> Iterator[None]:
-    """Holds the lock of the data folder, because SQLite's jobs of another living server are not lost.
+    """Holds the lock of the data folder, so that only one server uses the folder's SQLite database.
 
-    Servers that share PostgreSQL share the folder too. Raises ConfigError.
+    A second server would treat the first server's running jobs as lost. Servers that share PostgreSQL share the folder
+    without a lock. Raises ConfigError if another server holds the lock.
     """
     if settings.database is not None:
         yield

@@ -2,10 +2,11 @@
 
     queued -> in_progress -> completed | failed
 
-`claim` starts an attempt and names it. Each later change of the running job must give this name. So an attempt that was
-cancelled or lost can no longer end the job. A job therefore ends exactly once. A cancelled job is a failed job with the
-code `cancelled`. An attempt is lost if its process ended, or did not renew its lease in time. The job of a lost attempt
-is queued again, but each job has at most MOST_ATTEMPTS attempts.
+`claim` starts an attempt and names it. The worker must give this name with each later change of the running job. So an
+attempt that was cancelled or lost can no longer end the job, and a job ends exactly once. A cancelled job is a failed
+job with the code `cancelled`. An attempt is lost if its process ended, or did not renew the lease within LEASE_S
+seconds. The job of a lost attempt is queued again. After MOST_ATTEMPTS attempts that were lost, or whose ranks failed,
+the job fails.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class StoredJob:
 
 @dataclass(frozen=True)
 class Overview:
-    """This class holds what a page shows of an owner's jobs."""
+    """This class holds the jobs of one owner that the server's page shows."""
 
     unended: list[StoredJob]  # in the order in which they are made
     ended: list[StoredJob]  # the last that came is the first
@@ -298,7 +299,7 @@ class Store:
         """Ends a queued or running job with the code `cancelled`; returns the job, or None if there is no such job.
 
         A job that has already ended keeps its status. If `deletes` is true, the owner can no longer see the job, and
-        what its request said is removed. In this case, the job is returned as it was before the call.
+        its prompt, other options and figures are removed. Then the job is returned as it was before the call.
         """
         mine = and_(_visible(owner), JOBS.c.id == video)
         with self._writing() as connection:
@@ -319,7 +320,7 @@ class Store:
         return {row.output or StoredJob.of(row).attempt for row in rows}
 
     def forget(self) -> None:
-        """Removes the rows of jobs that ended, or expired, long ago."""
+        """Removes the rows of jobs 30 days after the video expired, or after the job failed."""
         long_ago = time.time() - _HISTORY_S
         old = or_(JOBS.c.expires_at < long_ago, and_(JOBS.c.expires_at.is_(None), JOBS.c.completed_at < long_ago))
         with self._writing() as connection:
@@ -339,7 +340,7 @@ class Store:
             return self._end(connection, update(JOBS).where(_held(job)).values(**values)) == 1
 
     def _end(self, connection: Connection, change: Update) -> int:
-        """Changes jobs, and removes the images of those that have ended; returns how many were changed."""
+        """Changes jobs, removes the images of ended jobs, and returns the number of changed jobs."""
         rows = connection.execute(change.returning(JOBS.c.number, JOBS.c.status)).all()
         ended = [row.number for row in rows if row.status in ("completed", "failed")]
         if ended:

@@ -77,7 +77,7 @@ class _Run:
     renewed: float = field(default_factory=time.monotonic)
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Notes how far the ranks are."""
+        """Records the stage and the progress in percent."""
         self.stage, self.progress = stage, int(_OF_DENOISING * share_done(stage, done, total))
 
 
@@ -95,8 +95,11 @@ class Worker:
         warm_up: Mapping[str, Any],
         total_frames: int,
     ) -> None:
-        """`keep_s`: how long a video may be read. `warm_up`: the options of a short video. `total_frames`: of the
-        longest video.
+        """Prepares the worker; `run` does the work.
+
+        `keep_s`: the seconds for which a finished video can be downloaded. `warm_up`: the options of a short video that
+        loads and compiles the models. `total_frames`: the number of frames of the longest video, for which the disk
+        must have room.
         """
         self._store, self._maker, self._files, self._metrics = store, maker, files, metrics
         self._keep_s, self._warm_up = keep_s, warm_up
@@ -126,7 +129,7 @@ class Worker:
         return "stopping" if self._is_stopping else "ready" if self._is_loaded else "loading"
 
     def wake(self) -> None:
-        """Tells `run` that the queue has a new job."""
+        """Tells `run` that the queue may have a new job."""
         self._wakes.set()
 
     def stop(self) -> None:
@@ -246,7 +249,7 @@ class Worker:
             del self._runs[run.job.attempt]
 
     def _end(self, run: _Run, error: Exception) -> bool:
-        """Queues the job of an attempt again, or ends it; returns False if it was cancelled or lost before."""
+        """Queues or ends the job of an attempt after an error; returns False if the attempt no longer owns the job."""
         job = run.job
         if isinstance(error, CancelledError):
             return self._store.requeue(job, counts=not self._is_stopping)
@@ -279,7 +282,7 @@ class Worker:
                     self._sweep()
 
     def _is_held(self, run: _Run) -> bool:
-        """Returns whether a job still belongs to its attempt; renews the lease and writes the progress now and then."""
+        """Returns whether an attempt still owns its job. Renews the lease every 5 seconds, and at each new progress."""
         state = run.stage, run.progress
         if state == run.written and time.monotonic() - run.renewed < _RENEW_S:
             return self._store.is_held(run.job)
@@ -292,7 +295,7 @@ class Worker:
                 self._maker.cancel()
 
     def _sweep(self) -> None:
-        """Queues lost jobs again, and removes the files and the rows that nobody wants."""
+        """Queues the jobs of lost attempts again, and removes files and rows that are no longer needed."""
         if self._store.recover(all_lost=False):
             self.wake()
         listed = self._files.listed()
@@ -315,7 +318,7 @@ def _noted() -> Iterator[None]:
 def _patiently(change: Callable[[], T]) -> T | None:
     """Returns the result of a call of the database; None if the database has not answered for some time.
 
-    Then the job's lease ends, and its video is made again.
+    After None, the job's lease expires, and its video is made again.
     """
     ends = time.monotonic() + _DATABASE_S
     while time.monotonic() < ends:
