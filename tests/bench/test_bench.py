@@ -259,7 +259,7 @@ def test_random_weights_and_few_steps_say_so(wanfast: Wanfast, clips: Path) -> N
     report = outcome.document
     exact, magcache = report["rows"]
     assert report["quality_left_out"] == "the weights are random" and exact["quality"] is None
-    assert exact["estimated"] == "denoising: 4 forwards of 2 steps, times 6/4 for 3 steps"
+    assert exact["estimated"] == "denoising: 4 forwards in 2 steps were measured, times 6/4 for 3 steps"
     assert exact["forwards"] == {"computed": 6.0, "of": 6}
     assert magcache["status"] == "not available" and "no curve ships for these weights" in magcache["reason"]
     text = Path("bench/report.html").read_text()

@@ -69,7 +69,7 @@ def test_the_progress_is_of_all_clips_and_a_cancel_ends_them(tmp_path: Path) -> 
         ({"seconds": "0.75", "seed": 4294967294}, "seed: this video has 3 clips, and each clip adds 1 to the seed: "
          "use at most 4294967293"),
         ({"recipe": "first-last-4"}, "recipe: first-last-4 needs a last image, but a request has no field for it: use "
-         "another one"),
+         "another recipe"),
     ],
     ids=str,
 )  # fmt: skip

@@ -150,7 +150,9 @@ def _estimate(plan: Plan, document: Document) -> str | None:
     measured, wanted = (sum(forwards_in_turn(of)) for of in (document["plan"], plan.to_json()))
     if (steps, measured) == (of_all, wanted):
         return None
-    return f"denoising: {measured} forwards of {steps} steps, times {wanted}/{measured} for {of_all} steps"
+    return (
+        f"denoising: {measured} forwards in {steps} steps were measured, times {wanted}/{measured} for {of_all} steps"
+    )
 
 
 def _spread(values: list[float]) -> dict[str, float]:

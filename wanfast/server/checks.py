@@ -124,7 +124,7 @@ class Checks:
         self._check_image(asked)
         if fields.recipe and _needs_last_image(fields.recipe):
             raise unfit(
-                "recipe", f"{fields.recipe} needs a last image, but a request has no field for it: use another one"
+                "recipe", f"{fields.recipe} needs a last image, but a request has no field for it: use another recipe"
             )
         boundary = fields.boundary_ratio
         if boundary not in (None, served.spec.boundary):
@@ -234,7 +234,9 @@ class Checks:
         most_width, most_height = self._served.size
         if width * height > most_width * most_height:
             raise unfit(
-                "size", f"this server makes at most as many pixels as {most_width}x{most_height}: use a smaller size"
+                "size",
+                f"a frame has at most {most_width * most_height:,} pixels on this server, as in "
+                f"{most_width}x{most_height}: use a smaller size",
             )
         return width, height
 
