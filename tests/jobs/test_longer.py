@@ -173,7 +173,7 @@ def test_a_continuation_holds_the_old_video_and_from_repeats_it(wanfast: Wanfast
         (["--prompt", " "], "--prompt has no words"),
         (["--prompt", ""], "--prompt is missing"),
         (["--prompt", "x", "--last-image", "cat.png"], "--prompt is given 2 times, but --last-image is for a single c"),
-        (["--prompt", "x", "--seed", "4294967295"], "--prompt is given 2 times, and each clip has the next seed, up "),
+        (["--prompt", "x", "--seed", "4294967295"], "--prompt is given 2 times, and each clip needs the next seed, "),
     ],
     ids=str,
 )
