@@ -302,7 +302,7 @@ def test_an_earlier_video_is_decoded_while_it_is_encoded(tmp_path: Path, old: Pa
 
     old.write_bytes(b"damaged meanwhile")
     with (
-        pytest.raises(ConfigError, match="name an mp4 file that is whole"),
+        pytest.raises(ConfigError, match="name a complete mp4 file"),
         Recording((tmp_path / "b.mp4", tmp_path / "b.json"), 16, 6, overwrite=True) as recording,
     ):
         Joined(recording.add).begin_with(earlier_frames(str(old)))

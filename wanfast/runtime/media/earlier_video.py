@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 OPTION = "--continue-from"
-_WHOLE = "name an mp4 file that is whole"
+_WHOLE = "name a complete mp4 file"
 MOST_FRAMES = 2400  # 6.6 GB of pixels at 1280x720
 _SIDE = 16  # pixels: sides are multiples of one token
 _UNNAMED = 2  # the number of a file that does not name the matrix of its colours
@@ -40,9 +40,9 @@ def load_earlier(path: str) -> EarlierVideo:
     """Decodes an earlier video, and returns its last frame, number of frames and frame rate.
 
     Raises ConfigError for a file that PyAV cannot decode, and for a video that no clip can continue. Such a video has
-    one of these properties: a side is not a multiple of 16 pixels; the size changes; the pixels are not square; it is
-    HDR; the frame rate is not a whole number; the frame rate changes; it is rotated; it has more than MOST_FRAMES
-    frames.
+    one of these properties: a side is not a multiple of 16 pixels; the size changes; the pixels are not square; the
+    video is HDR; the frame rate is not a whole number from 1 to 240; the frame rate changes; the file tells players to
+    rotate the video; there are more than MOST_FRAMES frames.
     """
     from PIL import Image
 
