@@ -223,7 +223,7 @@ def test_the_plan_says_clips_time_and_limits(wanfast: Wanfast, old: Path, monkey
     assert "video 64x48, 14 frames at 12 fps (1.167 s)" in rows
     assert "clips 6 frames of old.mp4, then 2 of 5 frames, seeds 1 to 2; a frame that two share is written once" in rows
     outcome = wanfast(*two)
-    assert "note: a clip knows only the last frame of what comes before: motion may change at each seam" in outcome.err
+    assert "note: a clip gets only the last frame of what comes before it: motion may change suddenly" in outcome.err
     entry = {"seconds_a_forward": 2.0, "machine": "cpu"}
     plan = wanfast(*two, "--json").document["plan"]
     known = entry | {name: plan[name] for name in (*past_runs._ALIKE, "attention", *past_runs._OF_ATTENTION)}

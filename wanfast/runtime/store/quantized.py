@@ -104,7 +104,8 @@ class QuantizedExpert:
             others = ", ".join(sorted(self._versions(), key=_release))
             why = f" (only with torchao {others}, but {torchao_version()} is installed)" if others else ""
             if older := self._of_another_wanfast():
-                why = f" by this version of wanfast and torch (another version made {', '.join(older)}, which you may remove)"
+                made = f"another version made {', '.join(older)}, which you may remove"
+                why = f" by this version of wanfast and torch ({made})"
             raise MissingArtifactError(f"{self.expert} is not quantized with {self.scheme} yet{why}: run `{self.fix}`")
         return folder
 
