@@ -238,9 +238,9 @@ def test_clips_that_the_host_cannot_join_are_refused(workdir: Path, old: Path) -
     for options, words in (
         (
             {"continue_from": "old.mp4", "prompt": "a"},
-            "--continue-from: to join 10 frames needs 92.2 kB of host memory",
+            "--continue-from: joining 10 frames needs 92.2 kB of host memory",
         ),
-        (prompts, "--prompt: to join 9 frames needs 82.9 kB of host memory, but only 1.0 kB are free: give fewer pr"),
+        (prompts, "--prompt: joining 9 frames needs 82.9 kB of host memory, but only 1.0 kB are free: give fewer pr"),
     ):
         plan, _ = resolve({**shape, **options}, writes=False)
         with pytest.raises(ConfigError, match="of host memory") as refused:

@@ -67,7 +67,7 @@ def _lora_fix(text: str) -> str | None:
     if not path.strip():
         return "has an empty value: name a .safetensors file"
     if abs(strength) > _MOST_STRENGTH:
-        return f"use a strength from -{_MOST_STRENGTH} to {_MOST_STRENGTH}, where 1 does not scale the LoRA"
+        return f"use a strength from -{_MOST_STRENGTH} to {_MOST_STRENGTH}; 1 adds the LoRA unscaled"
     return None
 
 

@@ -112,7 +112,7 @@ class DiTSpec(_Facts):
 
     def _check(self) -> None:
         heads_fit = self.dim % (2 * self.num_heads) == 0
-        self._require("num_heads", heads_fit, f"use a number of heads that divides {self.dim} into even parts")
+        self._require("num_heads", heads_fit, f"{self.dim} channels must divide into heads of equal and even size")
         self._require("freq_dim", self.freq_dim % 2 == 0, "an even number is needed")
         self._require("num_layers", self.num_layers <= 1000, "at most 1000 are possible")
         self._require("text_len", self.text_len <= 65536, "at most 65536 tokens are possible")

@@ -116,8 +116,8 @@ def _check(frame: Any, shape_of_pixels: Fraction | None, subject: str) -> None:
     if frame.width % _SIDE or frame.height % _SIDE:
         near = ":".join(str(max(_SIDE, round(side / _SIDE) * _SIDE)) for side in (frame.width, frame.height))
         raise ConfigError(
-            f"{subject}: has {frame.width}x{frame.height} pixels, but a clip has sides in multiples of {_SIDE}: scale "
-            f"the file first, for example with `ffmpeg -i OLD.mp4 -vf scale={near} NEW.mp4`"
+            f"{subject}: has {frame.width}x{frame.height} pixels, but the sides of a clip are multiples of {_SIDE}: "
+            f"scale the file first, for example with `ffmpeg -i OLD.mp4 -vf scale={near} NEW.mp4`"
         )
     if frame.rotation:
         raise ConfigError(
@@ -130,7 +130,7 @@ def _check(frame: Any, shape_of_pixels: Fraction | None, subject: str) -> None:
             "first, for example with `ffmpeg -i OLD.mp4 -vf scale=832:480,setsar=1 NEW.mp4`"
         )
     if frame.color_trc in _HDR:
-        raise ConfigError(f"{subject}: is HDR, which would look pale: convert the file to SDR first")
+        raise ConfigError(f"{subject}: is an HDR video, whose colours would look pale: convert the file to SDR first")
 
 
 def _check_rate(fps: float, times: list[float | None], subject: str) -> None:

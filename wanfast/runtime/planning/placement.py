@@ -117,9 +117,9 @@ def _check_joining(plan: Plan, host_free: int) -> None:
         return
     option, fix = "--prompt", "give fewer prompts, or use a smaller --size"
     if plan.config.video.continue_from:
-        option, fix = "--continue-from", "give a file that holds only its last part"
+        option, fix = "--continue-from", "give a file with only the last part of this video"
     need = (
-        f"to join {plan.config.video.total_frames} frames needs {gb(plan.joining_bytes)} of host memory, but only "
+        f"joining {plan.config.video.total_frames} frames needs {gb(plan.joining_bytes)} of host memory, but only "
         f"{gb(host_free)} are free"
     )
     error = JoiningMemoryError(f"{option}: {need}: {fix}")

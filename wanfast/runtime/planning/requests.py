@@ -160,12 +160,12 @@ def _plan(
         _refuse_other_sources(request, plan)
         if request.expert_sha256 not in (None, plan.config.models.expert_sha256):
             raise ConfigError(
-                "--from: the file of an expert differs from the earlier run: restore the earlier file, or give "
+                "--from: an expert's file is not that of the earlier run: restore the earlier file, or give "
                 f"experts by {' and '.join(map(flag, _EXPERTS))}"
             )
         if request.lora_sha256 not in (None, plan.config.models.lora_sha256):
             raise ConfigError(
-                "--from: a LoRA file differs from the earlier run: restore the earlier file, or give LoRAs by --lora"
+                "--from: a LoRA file is not that of the earlier run: restore the earlier file, or give LoRAs by --lora"
             )
         if needs_weights:
             require_attention_of(plan)

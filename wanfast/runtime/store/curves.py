@@ -363,7 +363,9 @@ def _found(
         nearest = min(found, key=lambda item: len(item[0]), default=None)
         difference = f" (the curve {nearest[2].name} has {in_words(nearest[0])})" if nearest else ""
         if nearest and "facts" not in nearest[1]:
-            difference = f" (an earlier version of wanfast made the curve {nearest[2].name}, and recorded fewer facts)"
+            difference = (
+                f" (an earlier version of wanfast made the curve {nearest[2].name}, without the facts of its model)"
+            )
         or_bridge = ", or add --magcache-interpolate" if nearest and set(nearest[0]) <= _BRIDGED else ""
         raise MissingArtifactError(f"{option}: no curve is calibrated for this run{difference}: {fix}{or_bridge}")
     best = [item for item in fitting if distance(item) == distance(fitting[0])]

@@ -222,7 +222,7 @@ def _signs(experts: tuple[NamedExpert, ...]) -> dict[Layout, str]:
 def _instead_of(file: Path) -> str:
     """Returns what to type instead of --model with a file: the options for experts, with both files of a pair."""
     if file.suffix not in SUFFIXES:
-        return "name the folder that holds all of the model"
+        return "name the folder that holds the whole model"
     other = file.with_name(re.sub("|".join(_HALVES), lambda found: _HALVES[found[0]], file.name))
     pair = [file, other if other != file and other.is_file() else Path("FILE")]
     if "low" in file.name.lower() and "high" not in file.name.lower():
