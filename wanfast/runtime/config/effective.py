@@ -55,7 +55,8 @@ class EffectiveConfig:
 
         Every other option gets its value from `answers`, else from `own`, else from the option's default. `answers`
         holds values that the program chose, such as the seed; `own` holds the model's own defaults. Some options have
-        no default, such as the seed and the device. If `answers` lacks them, they get placeholders.
+        no default, such as the seed and the device. If neither `given` nor `answers` has such an option, it gets a
+        placeholder.
         Raises ConfigError, which names the option.
         """
         chosen = {name: value for name, value in with_recipe(accepted(given)).items() if value is not None}

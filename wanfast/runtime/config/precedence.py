@@ -60,8 +60,8 @@ def repeated(ran: Options, asked: Options, typed: Options) -> tuple[dict[str, An
     """Returns the options of an earlier run that a new run with the `typed` options repeats.
 
     `ran`: the value of each option in the earlier run. `asked`: the options that were given for the earlier run.
-    The first result holds the options of the new run, with values from `ran` or `asked`. The second result holds those
-    of the `asked` options that still hold. An option is left out if a typed option overrides it. A typed recipe
+    The first result holds the options of the new run, with values from `ran` or `asked`. The second result holds the
+    `asked` options that are still valid. An option is left out if a typed option overrides it. A typed recipe
     overrides the options of the earlier recipe, and all lossy options. A derived value is left out if the typed options
     may change it.
     """

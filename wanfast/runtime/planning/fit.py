@@ -30,7 +30,7 @@ _PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """This class holds one way to hold the experts on a number of GPUs, and the bytes that this way needs.
+    """This class describes one way to hold the experts on a number of GPUs, and the bytes that this way needs.
 
     `mode` is one of the modes of `placement.modes`, such as "sharded".
     """

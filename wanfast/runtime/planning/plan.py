@@ -89,8 +89,8 @@ class Plan:
     ) -> Plan:
         """Derives a plan from a config, a model and the (width, height) of the image.
 
-        `config` is an effective config, such as `effective` returns. `curve` holds the ratios of MagCache, and
-        `densities` those of a plan of attention; both are None if the config needs none.
+        `config` is an effective config, such as `effective` returns. `curve` holds MagCache's ratios, or is None
+        without MagCache. `densities` holds the densities of a plan of attention, or is None without such a plan.
         """
         video = config.video
         levels = levels_of(video)
@@ -234,7 +234,7 @@ class Plan:
         return ResidualCache(self.skips, levels if _extrapolates(self.config) else None)
 
     def num_residuals(self, mesh: Mesh) -> int:
-        """Returns the largest number of MagCache residuals that a rank of `mesh` holds at one time, over its branches.
+        """Returns the largest number of MagCache residuals, of all branches, that a rank of `mesh` holds at one time.
 
         With --magcache-extrapolate, the number includes the extrapolated residual, which exists for a short time.
         """

@@ -311,7 +311,7 @@ def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) ->
 def _measured_by(config: EffectiveConfig, files: ModelFiles) -> dict[str, Any]:
     """Returns the inputs that change a ratio by less than the difference between the ratios of two tokens.
 
-    These inputs belong to the key, so that a new measurement is stored beside the old one. A run may use both. The
+    These inputs belong to the key, so that a new measurement is stored beside the old one. A run may use either. The
     GPU's name and the mesh are no inputs, because they only change how a ratio is rounded.
     """
     spec = files.spec
