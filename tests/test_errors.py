@@ -24,7 +24,7 @@ class Panic(BaseException):
     [
         (OSError(errno.ENAMETOOLONG, "File name too long"), "File name too long"),
         (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), "is not UTF-8 text"),
-        (MemoryError(), "needs more memory than there is"),
+        (MemoryError(), "needs more memory than is available"),
         (RecursionError("maximum recursion\ndepth"), "maximum recursion depth"),
         (NotImplementedError(), "NotImplementedError"),
         (Panic("out of range"), "out of range"),

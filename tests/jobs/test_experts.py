@@ -94,7 +94,7 @@ def test_a_video_its_json_and_the_run_again(wanfast: Wanfast, experts: Path) -> 
     changed = wanfast("generate", "--from", "out.json", "--output", "changed.mp4", "--dry-run")
     assert (changed.exit_code, changed.err) == (
         2,
-        "error: --from: the file of an expert differs from the earlier run: restore the earlier file, or give experts "
+        "error: --from: an expert's file is not that of the earlier run: restore the earlier file, or give experts "
         "by --high-noise-expert and --low-noise-expert\n",
     )
 
@@ -167,7 +167,7 @@ def test_a_file_after_model_is_refused_with_the_line_to_type(
 
 def test_a_file_that_is_no_expert_after_model(wanfast: Wanfast, workdir: Path) -> None:
     outcome = wanfast("generate", "--model", "cat.png", "--image", "cat.png", "--prompt", "a cat", "--dry-run")
-    assert outcome.exit_code == 2 and "is a file: name the folder that holds all of the model" in outcome.err
+    assert outcome.exit_code == 2 and "is a file: name the folder that holds the whole model" in outcome.err
 
 
 def test_a_folder_without_experts_is_enough_for_both_options(wanfast: Wanfast, experts: Path) -> None:

@@ -173,7 +173,7 @@ def test_a_continuation_holds_the_old_video_and_from_repeats_it(wanfast: Wanfast
         (["--prompt", " "], "--prompt has no words"),
         (["--prompt", ""], "--prompt is missing"),
         (["--prompt", "x", "--last-image", "cat.png"], "--prompt is given 2 times, but --last-image is for a single c"),
-        (["--prompt", "x", "--seed", "4294967295"], "--prompt is given 2 times, and each clip has the next seed, up "),
+        (["--prompt", "x", "--seed", "4294967295"], "--prompt is given 2 times, and each clip needs the next seed, "),
     ],
     ids=str,
 )
@@ -224,7 +224,7 @@ def test_the_plan_says_clips_time_and_limits(wanfast: Wanfast, old: Path, monkey
     once = "a frame that two clips share is written once"
     assert f"clips 6 frames of old.mp4, then 2 clips of 5 frames, seeds 1 to 2; {once}" in rows
     outcome = wanfast(*two)
-    assert "note: a clip knows only the last frame of what comes before: motion may change at each seam" in outcome.err
+    assert "note: a clip gets only the last frame of what comes before it: motion may change suddenly" in outcome.err
     entry = {"seconds_a_forward": 2.0, "machine": "cpu"}
     plan = wanfast(*two, "--json").document["plan"]
     known = entry | {name: plan[name] for name in (*past_runs._ALIKE, "attention", *past_runs._OF_ATTENTION)}
@@ -239,9 +239,9 @@ def test_clips_that_the_host_cannot_join_are_refused(workdir: Path, old: Path) -
     for options, words in (
         (
             {"continue_from": "old.mp4", "prompt": "a"},
-            "--continue-from: to join 10 frames needs 92.2 kB of host memory",
+            "--continue-from: joining 10 frames needs 92.2 kB of host memory",
         ),
-        (prompts, "--prompt: to join 9 frames needs 82.9 kB of host memory, but only 1.0 kB are free: give fewer pr"),
+        (prompts, "--prompt: joining 9 frames needs 82.9 kB of host memory, but only 1.0 kB are free: give fewer pr"),
     ):
         plan, _ = resolve({**shape, **options}, writes=False)
         with pytest.raises(ConfigError, match="of host memory") as refused:
@@ -303,7 +303,7 @@ def test_an_earlier_video_is_decoded_while_it_is_encoded(tmp_path: Path, old: Pa
 
     old.write_bytes(b"damaged meanwhile")
     with (
-        pytest.raises(ConfigError, match="name an mp4 file that is whole"),
+        pytest.raises(ConfigError, match="name a complete mp4 file"),
         Recording((tmp_path / "b.mp4", tmp_path / "b.json"), 16, 6, overwrite=True) as recording,
     ):
         Joined(recording.add).begin_with(earlier_frames(str(old)))

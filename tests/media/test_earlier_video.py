@@ -74,12 +74,12 @@ def test_what_no_clip_can_continue_is_one_line(tmp_path: Path, monkeypatch: pyte
         container.mux(stream.encode(silence()))
         container.mux(stream.encode())
     for file, words in {
-        sound: "holds no frames: name an mp4 file that is whole",
+        sound: "holds no frames: name a complete mp4 file",
         tmp_path: "no such file; check the path",
         tmp_path / "none.mp4": "no such file; check the path",
-        cut: "name an mp4 file that is whole",
-        text: "name an mp4 file that is whole",
-        odd: "has 66x48 pixels, but a clip has sides in multiples of 16: scale the file first, for example with "
+        cut: "name a complete mp4 file",
+        text: "name a complete mp4 file",
+        odd: "has 66x48 pixels, but the sides of a clip are multiples of 16: scale the file first, for example with "
         "`ffmpeg -i OLD.mp4 -vf scale=64:48 NEW.mp4`",
         slow: "has 29.97 frames per second, not a whole number up to 240: convert the file first",
     }.items():
@@ -121,7 +121,9 @@ def test_what_would_look_otherwise_is_refused(tmp_path: Path) -> None:
     """Such a video can be decoded, but its continuation would show its frames pale, stretched or at other times."""
     hdr = {"color_trc": "smpte2084", "color_primaries": "bt2020", "colorspace": "bt2020nc"}
     for file, words in {
-        encoded(tmp_path / "hdr.mp4", pixels="yuv420p10le", **hdr): "is HDR, which would look pale: convert the file",
+        encoded(
+            tmp_path / "hdr.mp4", pixels="yuv420p10le", **hdr
+        ): "is an HDR video, whose colours would look pale: convert the file",
         encoded(
             tmp_path / "wide.mp4", shape=Fraction(4, 3)
         ): "its pixels are not square (4/3), so players stretch the video",

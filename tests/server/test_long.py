@@ -84,7 +84,7 @@ def test_what_cannot_be_names_its_field(tmp_path: Path, fields: dict[str, Any], 
 def test_clips_that_the_host_cannot_join_name_the_field_that_gives_them(tmp_path: Path) -> None:
     """The memory may be too small when the video is asked for, or only when it is made."""
     words = (
-        r"seconds: to join 13 frames needs [\d.]+ kB of host memory, but only [\d.]+ kB are free: ask for fewer sec.*"
+        r"seconds: joining 13 frames needs [\d.]+ kB of host memory, but only [\d.]+ kB are free: ask for fewer sec.*"
     )
     with running(tmp_path) as server:
         server.maker.holds.set()

@@ -21,7 +21,7 @@ class WanFastError(Exception):
     is_agreed = False  # True if all ranks of a rank group raised the error, so that they may continue
 
     def __str__(self) -> str:
-        """Returns one line: a user's name or value may hold control characters."""
+        """Returns the message on one line: control characters, which a file name may hold, are escaped."""
         return super().__str__().translate(_ESCAPES)
 
 
@@ -101,11 +101,11 @@ def foreign(subject: str, fix: str, kind: type[WanFastError] = ConfigError) -> I
 
 
 def reason(error: BaseException) -> str:
-    """Returns, in a few words on one line, why a parser or the file system raised this exception."""
+    """Returns the cause of an exception of a parser or of the file system, in at most about 100 letters on one line."""
     if isinstance(error, UnicodeDecodeError):
         return "is not UTF-8 text"
     if isinstance(error, MemoryError):
-        return "needs more memory than there is"
+        return "needs more memory than is available"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     words = " ".join(str(error).split())

@@ -54,7 +54,9 @@ class EffectiveConfig:
         """Returns the effective config of the `given` options; if a recipe is given, its options are added.
 
         Every other option gets its value from `answers`, else from `own`, else from the option's default. `answers`
-        holds values that the program chose, such as the seed; `own` holds the model's own defaults.
+        holds values that the program chose, such as the seed; `own` holds the model's own defaults. Some options have
+        no default, such as the seed and the device. If neither `given` nor `answers` has such an option, it gets a
+        placeholder.
         Raises ConfigError, which names the option.
         """
         chosen = {name: value for name, value in with_recipe(accepted(given)).items() if value is not None}
@@ -166,7 +168,7 @@ def of_command(given: Options, command: Command) -> dict[str, Any]:
 
 
 def refuse_lossy_attention(given: Options, command: Command) -> None:
-    """Raises ConfigError if lossy attention is given to a command that makes videos only to measure something."""
+    """Raises ConfigError if --attention is lossy and `command` is one that needs exact attention."""
     if (kernel := given.get("attention")) in LOSSY_ATTENTION and command != "warmup":
         raise ConfigError(
             f"--attention {kernel}: only `wanfast generate`, `wanfast serve` and `wanfast warmup` take this value, not "

@@ -67,7 +67,7 @@ def _lora_fix(text: str) -> str | None:
     if not path.strip():
         return "has an empty value: name a .safetensors file"
     if abs(strength) > _MOST_STRENGTH:
-        return f"use a strength from -{_MOST_STRENGTH} to {_MOST_STRENGTH}, where 1 does not scale the LoRA"
+        return f"use a strength from -{_MOST_STRENGTH} to {_MOST_STRENGTH}; 1 adds the LoRA unscaled"
     return None
 
 
@@ -101,8 +101,8 @@ class ModelsConfig(Part):
     model: Annotated[
         str,
         Option(
-            "tiny (ships with the package), a14b (the published weights), t2v-a14b (those for videos from text alone), "
-            "or a folder in the original or the Diffusers layout.",
+            "tiny (ships with the package), a14b (the published weights), t2v-a14b (the published weights that take no "
+            "image), or a folder in the original or the Diffusers layout.",
             MAKE,
             also=ALL,
             path=True,
@@ -123,8 +123,8 @@ class ModelsConfig(Part):
     high_noise_expert: Annotated[
         str | None,
         _expert_option(
-            "File or folder that replaces the model's high-noise expert: .safetensors or .gguf, also scaled to fp8 or "
-            "int8."
+            "File or folder that replaces the model's high-noise expert: .safetensors or .gguf. The weights may be "
+            "scaled to fp8 or int8."
         ),
     ] = None
     low_noise_expert: Annotated[
@@ -235,7 +235,7 @@ class ModelsConfig(Part):
     dense_share: Annotated[
         float,
         Option(
-            "With --attention sparse, the first steps use dense attention: this share of all steps.",
+            "With --attention sparse, share of the steps that use dense attention, counted from the first step.",
             LOSSY,
             also=("serve",),
             check=lambda x: None if 0 <= x < 1 else "use a share, 0 or more and under 1",
@@ -244,7 +244,7 @@ class ModelsConfig(Part):
     dense_layers: Annotated[
         int,
         Option(
-            "With --attention sparse, the first layers use dense attention: this number of layers.",
+            "With --attention sparse, number of layers that use dense attention, counted from the first layer.",
             LOSSY,
             also=("serve",),
             check=at_least(0, "use a number of layers, 0 or more"),
@@ -253,7 +253,7 @@ class ModelsConfig(Part):
     lists_every: Annotated[
         int,
         Option(
-            "With --attention sparse, number of steps after which the blocks are chosen again.",
+            "With --attention sparse, choose the blocks again after this number of steps.",
             LOSSY,
             also=("serve", "calibrate-attention"),
             check=between(1, 1000, "use 1 to 1000 steps"),
@@ -266,7 +266,7 @@ class ModelsConfig(Part):
             LOSSY,
             also=("serve",),
             metavar="<a:b>",
-            default="all but an eighth at either end",
+            default="all except the first and the last eighth",
             check=_span_fix,
         ),
     ] = field(default=None, compare=False)
@@ -287,14 +287,14 @@ class ModelsConfig(Part):
             "With --attention fa3-fp8, multiply queries and keys by a Hadamard matrix before they are rounded.",
             LOSSY,
             also=("serve", "warmup"),
-            default="if a head's channels are a power of two",
+            default="on if a head has 2^n channels",
         ),
     ] = field(default=None, compare=False)
     attention_check: Annotated[
         bool,
         Option(
-            "With lossy attention, measure the error of each head in each call, from 64 queries. The .json records the "
-            "errors.",
+            "With lossy attention, measure the error of each head in each call, on a sample of 64 queries. The .json "
+            "records the errors.",
             LOSSY,
             also=("serve", "warmup"),
         ),

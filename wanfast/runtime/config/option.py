@@ -2,8 +2,9 @@
 
     steps: Annotated[int, Option("Denoising steps.", SAMPLING, own=True, check=between(1, 1000))]
 
-The field's type is the type of the effective value. If users may give other types too, such as a number or "auto",
-`asked` names the type of the given value. An option of the type tuple[str, ...] may be given several times.
+The field's type is the type of the effective value. A given value may have another type: for example, --num-gpus takes
+a number or "auto", and its effective value is a number. Then `asked` names the type of the given value. An option of
+the type tuple[str, ...] may be given several times.
 """
 
 from __future__ import annotations
@@ -203,10 +204,10 @@ def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 
 def did_you_mean(unknown: Any, known: Iterable[str], otherwise: str, prefix: str = "") -> str:
-    """Returns the question whether the user meant a similar name; returns `otherwise` if no known name is similar.
+    """Returns a question such as "did you mean NAME?"; returns `otherwise` if no name in `known` is similar.
 
-    The question offers up to three names that begin with `unknown`, or else the most similar names. Each of them is
-    shown with `prefix`.
+    The question offers up to three names that begin with `unknown`, or else up to three similar names. `prefix` stands
+    before each name.
     """
     from difflib import get_close_matches
 
@@ -261,7 +262,7 @@ def _check_text(name: str, value: str) -> None:
 
 
 class Part:
-    """When a part of a config is created, this base class checks each option's range and makes paths absolute."""
+    """This base class of the parts of a config checks each option's range and makes paths absolute, at construction."""
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)).values():

@@ -1,8 +1,8 @@
 """Decides which options of a source stay if a nearer source, one of higher priority, gives options too.
 
-A line of a list overrides the command line, and the command line overrides an earlier run. An earlier run has given
-options, and values that were derived from other options. If such another option is given newly, the value is derived
-again.
+A line of a list overrides the command line, and the command line overrides an earlier run. Some values of an earlier
+run were given, and others were derived from given options. If one of these options is given again, the values that
+follow from it are derived again.
 This module does not import torch.
 """
 
@@ -24,9 +24,9 @@ _DENSITIES = {"density", "attention_plan"}  # at most one of them may be given
 def without_overridden(options: Options, nearer: Options) -> dict[str, Any]:
     """Returns `options` without the options that `nearer`, a source of higher priority, overrides.
 
-    An option is overridden if `nearer` has this option too, or an option that conflicts with this option.
-    Only options of skips, schedules, precision, lossy attention, and the start, the end and the clips of the video can
-    conflict.
+    An option is overridden if `nearer` has the same option, or an option that conflicts with it. The options that can
+    conflict concern skips, the schedule, precision and quantization, lossy attention, or the start, the end and the
+    clips of the video.
     """
     skipping = options_of(SkippingConfig)
     amounts = {name for name, field in skipping.items() if field.option.choice}
@@ -60,9 +60,10 @@ def repeated(ran: Options, asked: Options, typed: Options) -> tuple[dict[str, An
     """Returns the options of an earlier run that a new run with the `typed` options repeats.
 
     `ran`: the value of each option in the earlier run. `asked`: the options that were given for the earlier run.
-    The first result is a part of `ran`, in which some values are replaced by those of `asked`. The second result is a
-    part of `asked`. A typed recipe also replaces the options of the earlier recipe, and all lossy options. A value that
-    was derived is left out if it may be another value now.
+    The first result holds the options of the new run, with values from `ran` or `asked`. The second result holds the
+    `asked` options that are still valid. An option is left out if a typed option overrides it. A typed recipe
+    overrides the options of the earlier recipe, and all lossy options. A derived value is left out if the typed options
+    may change it.
     """
     ranks = {name: ran[name] for name in ("num_gpus",) if name in ran}
     nearer = {

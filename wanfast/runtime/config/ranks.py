@@ -27,7 +27,9 @@ _OF_MEMORY = (
 class RanksConfig(Part):
     """This part of a config says how many ranks work, on which device, and where they hold the weights."""
 
-    device: Annotated[Device, Option("Device to run on.", GPUS, also=COMPILED, default="cuda if there is a driver")]
+    device: Annotated[
+        Device, Option("Device to run on.", GPUS, also=COMPILED, default="cuda if there is a GPU, else cpu")
+    ]
     num_gpus: Annotated[
         int,
         Option(
@@ -81,7 +83,8 @@ class RanksConfig(Part):
     dit_fsdp: Annotated[
         Switch,
         Option(
-            "Shard the experts over the ranks of a video. auto shards them if one GPU cannot hold both.",
+            "Shard the experts over the ranks of a video. auto shards them if one GPU cannot hold both. Quantized "
+            "experts are never sharded.",
             GPUS,
             also=COMPILED,
             of_these_ranks=True,
@@ -101,8 +104,8 @@ class RanksConfig(Part):
     expert_offload: Annotated[
         Switch,
         Option(
-            "Hold the idle expert in host memory. auto does this if the GPUs are too small for both experts, "
-            "even if the experts are sharded.",
+            "Hold the idle expert in host memory. auto does this if the GPUs cannot hold both experts, neither "
+            "whole nor sharded.",
             GPUS,
             of_these_ranks=True,
             also=COMPILED,

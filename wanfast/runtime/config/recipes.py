@@ -131,7 +131,9 @@ _OF_SAME_VIDEO = {"quantize_on_the_fly", "attention_check"}  # of these, those t
 def with_recipe(given: Options) -> dict[str, Any]:
     """Returns the `given` options; if a recipe is given, its options are added.
 
-    A given option overrides the recipe's option.
+    A given option overrides the recipe's option. If --magcache off or another --attention is given, the recipe's other
+    options of skips or of lossy attention are left out too. Raises ConfigError if --steps or --shift is given with a
+    recipe that has noise levels of its own.
     """
     name = given.get("recipe")
     if name is None:
@@ -153,7 +155,7 @@ def with_recipe(given: Options) -> dict[str, Any]:
 
 
 def without_lossy_attention(options: Options) -> dict[str, Any]:
-    """Returns the options without those that only lossy attention has, and without lossy attention itself."""
+    """Returns `options` without the options that only lossy attention has, and without a lossy --attention."""
     gone = {*OF_LOSSY, "attention"} if options.get("attention") in LOSSY_ATTENTION else set(OF_LOSSY)
     return {option: value for option, value in options.items() if option not in gone}
 

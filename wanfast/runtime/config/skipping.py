@@ -30,7 +30,7 @@ def magcache_settings(name: str) -> tuple[float, int, float] | None:
 
 
 def default_rule(options: Mapping[str, Any], own: MagCacheRule) -> MagCacheRule:
-    """Returns the value of --magcache-rule if it is not given; `own` is the model's own."""
+    """Returns the default of --magcache-rule for these effective options; `own` is the model's own rule."""
     is_both = any(options[name] is not None for name in ("magcache_budget", "magcache_skip", "sigmas"))
     return "both-experts" if is_both else own
 
@@ -118,7 +118,7 @@ class SkippingConfig(Part):
             LOSSY,
             also=("serve",),
             choice=_AMOUNT,
-            check=lambda x: None if 0 < x <= 1 else "use the share of forwards to compute, over 0 to 1",
+            check=lambda x: None if 0 < x <= 1 else "use the share of forwards to compute, over 0, up to 1",
         ),
     ] = None
     magcache_skip: Annotated[

@@ -133,7 +133,8 @@ class VideoConfig(Part):
     size: Annotated[
         str,
         Option(
-            "Area of the video, as WIDTHxHEIGHT. With --fit crop or pad, the video has exactly this size.",
+            "Size of the video, as WIDTHxHEIGHT. With an image and --fit area, only the area is about this large, and "
+            "the shape is the image's.",
             MAKE,
             own=True,
             also=ALL,
@@ -143,7 +144,8 @@ class VideoConfig(Part):
     fit: Annotated[
         ImageFit,
         Option(
-            "How the image fits --size: area keeps the aspect ratio, crop cuts the longer side, pad adds black bars.",
+            "How the image fits --size: area keeps the image's shape, crop cuts off what does not fit, pad adds black "
+            "bars.",
             MAKE,
             also=("bench", "warmup"),
         ),
@@ -158,7 +160,7 @@ class VideoConfig(Part):
             MAKE,
             own=True,
             also=("serve",),
-            check=between(1, 240, "use 1 to 240; 16 is the model's own"),
+            check=between(1, 240, "use 1 to 240, such as 16"),
         ),
     ]
     seed: Annotated[
@@ -178,19 +180,19 @@ class VideoConfig(Part):
             asked=int,
             own=True,
             also=MEASURE,
-            check=between(1, _MOST_STEPS, "use 1 to 1000; 40 is the model's own"),
+            check=between(1, _MOST_STEPS, "use 1 to 1000, such as 40"),
         ),
     ]  # None: --sigmas says it
     shift: Annotated[
         float | None,
         Option(
-            "Shift of the noise levels. Larger values move the steps toward high noise. The model's publisher advises "
-            "3.0 for 480p.",
+            "Shift of the noise levels. Larger values move the steps toward high noise. For a14b at 480p, the "
+            "publisher advises 3.0.",
             SAMPLING,
             asked=float,
             own=True,
             also=MEASURE,
-            check=between(0.001, 1000, "use 0.001 to 1000; 5.0 is the model's own"),
+            check=between(0.001, 1000, "use 0.001 to 1000, such as 5.0"),
         ),
     ]  # None: the levels of --sigmas are shifted already
     sigmas: Annotated[
@@ -289,7 +291,8 @@ class VideoConfig(Part):
         many = f"--prompt is given {num_clips} times" if num_clips > 1 else None
         if many and seeds - num_clips < self.seed < seeds:
             raise ConfigError(
-                f"{many}, and each clip has the next seed, up to {seeds - 1}: use --seed {seeds - num_clips} or less"
+                f"{many}, and each clip needs the next seed, but the largest seed is {seeds - 1}: use --seed "
+                f"{seeds - num_clips} or less"
             )
         if many and self.last_image is not None:
             raise ConfigError(
@@ -329,7 +332,8 @@ class VideoConfig(Part):
     def images(self) -> dict[str, str]:
         """Returns the path of each given image, by the flag of its option; the image of the first frame comes first.
 
-        With --continue-from, the first frame comes from an earlier video, and the path of that video is returned.
+        With --continue-from, the first frame comes from an earlier video. Then the path of that video is returned in
+        place of the first image's path.
         """
         found = {"--image": self.image, "--continue-from": self.continue_from, "--last-image": self.last_image}
         return {option: path for option, path in found.items() if path}
@@ -350,7 +354,10 @@ class VideoConfig(Part):
 
     @property
     def total_frames(self) -> int:
-        """Returns the number of frames of the file. Neighbouring clips share a frame, which the file has once."""
+        """Returns the number of frames of the file, including those of an earlier video that this video continues.
+
+        Two clips that follow each other share one frame, and the file holds this frame only once.
+        """
         shared = len(self.prompts) - (0 if self.continue_from else 1)
         return self.continue_from_frames + len(self.prompts) * self.frames - shared
 

@@ -43,10 +43,11 @@ class Fp8Schedule:
     ) -> Fp8Schedule:
         """Returns the schedule that the options describe.
 
-        By default, the first eighth and the last eighth of the steps stay exact. By default, a Hadamard matrix is used
-        if `head_dim` is a power of two; for other sizes, no such matrix is known.
-        Raises ConfigError if `steps` or `layers` goes beyond the steps or layers of the video. Also raises it if, by
-        default, no step would be left for float8.
+        If `steps` is None, the first eighth and the last eighth of the steps, rounded up, stay exact. If `hadamard` is
+        None, a Hadamard matrix is used if `head_dim` is a power of two. For other sizes, this program has no such
+        matrix.
+        Raises ConfigError in three cases: `steps` or `layers` goes beyond the steps or layers of the video; `steps` is
+        None, and the two eighths leave no step for float8; `hadamard` is True, and `head_dim` is not a power of two.
         """
         guard = math.ceil(_EXACT_SHARE * num_steps)
         if steps is None and num_steps <= 2 * guard:
@@ -67,7 +68,7 @@ class Fp8Schedule:
         )
 
     def is_fp8(self, step: int, layer: int) -> bool:
-        """Returns whether a step and layer, both counted from 0, compute self-attention in float8."""
+        """Returns whether self-attention is computed in float8 in this step and layer; both count from 0."""
         return step in self.steps and layer in self.layers
 
     def to_json(self) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Computes how many bytes of memory a video needs, for weights and for activations.
 
-The bytes of weights are exact. The bytes of activations are an estimate, fitted to measurements at 1280x720, 81 frames;
-the GB below are for this size.
+The bytes of weights are exact. The bytes of activations are an estimate, fitted to measurements at 1280x720, 81 frames.
+The GB below are those of the A14B at this size.
 For each token, a forward holds about seven float32 vectors of the model's width (11 GB). The text's keys and values
-need 1.7 GB more. To encode, the VAE needs 145 bytes for each pixel of a frame and each base channel of the VAE (12.8
-GB). To decode, it needs 90 bytes in bf16 (8.0 GB) or 175 bytes in float32. About half of the VAE's bytes are earlier
-frames, which causal convolutions read.
+need 1.7 GB more. The VAE's bytes are proportional to the pixels of one frame times the VAE's base channels. The factor
+is 145 bytes to encode (12.8 GB), 90 bytes to decode in bf16 (8.0 GB), and 175 bytes to decode in float32. About half of
+the VAE's bytes are earlier frames, which causal convolutions read.
 This module does not import torch.
 """
 
@@ -75,9 +75,9 @@ def umt5_bytes(spec: UMT5Spec, precision: Precision) -> int:
 def loop_bytes(spec: ModelSpec, precision: Precision, tokens: int, scheme: Scheme | None = None) -> int:
     """Returns the bytes that a forward needs in addition to the weights; `tokens` is the number of tokens on one rank.
 
-    The text's keys and values are included. A `scheme` that quantizes activations needs three more copies of the
-    feed-forward network's activations: two in float32 and one in 8 bits. A compiled forward needs fewer copies, so the
-    result is an upper bound.
+    The text's keys and values are included. A `scheme` that quantizes activations adds three copies of the
+    feed-forward network's activations: two in float32 and one in 8 bits. For a compiled forward the result is too
+    large, because such a forward makes fewer copies.
     """
     dit = spec.dit
     quantizing = 9 * dit.ffn_dim * tokens if scheme in ("int8-dynamic", "fp8-rowwise") else 0
@@ -96,7 +96,7 @@ def encode_bytes(spec: ModelSpec, geometry: Geometry) -> int:
 
 
 def decode_bytes(spec: ModelSpec, geometry: Geometry, vae_precision: Precision) -> int:
-    """Returns an estimate of the bytes that decoding needs in addition to the VAE's weights. The weights are small."""
+    """Returns an estimate of the bytes that decoding needs in addition to the VAE's weights, which are small."""
     return _DECODE_BYTES[vae_precision] * spec.vae.base_dim * geometry.width * geometry.height
 
 

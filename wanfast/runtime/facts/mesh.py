@@ -1,8 +1,8 @@
 """The mesh arranges the ranks along three named axes: replica x cfg x ulysses.
 
 * replica: the replicas make different videos at the same time; all replicas take jobs from the same list;
-* cfg: if cfg is 2, each half of a replica's ranks computes one branch of guidance; in a step without guidance, the
-  ranks regroup: all of them lie along the ulysses axis;
+* cfg: if cfg is 2, each half of a replica's ranks computes one branch of guidance. In a step without guidance, the
+  ranks regroup: all ranks of the replica then lie along the ulysses axis;
 * ulysses: ranks share the tokens of a branch; during self-attention, each rank instead has all tokens of some heads.
 
 A replica is a *rank group*: its ranks make one video together, and fail together. Rank groups share only the list of
@@ -81,7 +81,8 @@ def choose_mesh(
     if not fitting:
         raise ConfigError(
             f"--nnodes {nnodes} --num-gpus {num_gpus}: {num_heads} attention heads cannot be shared by "
-            f"{num_gpus * nnodes} ranks: use other numbers, or --ray to make the videos of a list on many machines"
+            f"{num_gpus * nnodes} ranks: use another --nnodes or --num-gpus, or --ray to make the videos of a list "
+            "on many machines"
         )
     if not asked:
         options = ", ".join(f"--cfg-parallel {m.cfg} --ulysses {m.ulysses}" for m in fitting)

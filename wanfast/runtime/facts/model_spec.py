@@ -2,9 +2,9 @@
 
 `A14B` is Wan2.2-I2V-A14B as published, and `T2V_A14B` is Wan2.2-T2V-A14B, which makes videos from text alone. A folder
 with another model may contain a `wanfast.json` with all facts, in the form that `ModelSpec.to_json` returns. Without
-this file, only the sizes of networks come from the folder's `config.json` files. All other facts are then those of
-`A14B` if the folder's model takes images, and those of `T2V_A14B` if it does not. In both public layouts (original and
-Diffusers), the transformer has a `config.json`.
+this file, `store.model_facts` reads the sizes of networks from the folder's `config.json` files, and the noise boundary
+from a `model_index.json`. All other facts are then those of `A14B` if the folder's model takes images, and those of
+`T2V_A14B` if it does not. In both public layouts (original and Diffusers), the transformer has a `config.json`.
 Source: the configuration files and code of Wan-Video/Wan2.2 (42bf4cf).
 """
 
@@ -42,7 +42,7 @@ class _Facts:
         """Checks what belongs together."""
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the facts as a document, which is equal to the one that is read back from a file."""
+        """Returns the facts as a JSON document: tuples are lists, as in a document that is read from a file."""
         document: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
         return document
 
@@ -112,7 +112,7 @@ class DiTSpec(_Facts):
 
     def _check(self) -> None:
         heads_fit = self.dim % (2 * self.num_heads) == 0
-        self._require("num_heads", heads_fit, f"use a number of heads that divides {self.dim} into even parts")
+        self._require("num_heads", heads_fit, f"{self.dim} channels must divide into heads of equal and even size")
         self._require("freq_dim", self.freq_dim % 2 == 0, "an even number is needed")
         self._require("num_layers", self.num_layers <= 1000, "at most 1000 are possible")
         self._require("text_len", self.text_len <= 65536, "at most 65536 tokens are possible")

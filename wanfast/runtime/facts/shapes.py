@@ -59,9 +59,9 @@ def _exact_geometry(spec: ModelSpec, size: tuple[int, int], frames: int) -> Geom
 
 
 def middle_box(image_size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
-    """Returns (left, top, right, bottom) of a box in the centre of an image of `image_size`.
+    """Returns (left, top, right, bottom) of a box in the centre of an image of `image_size` (width, height).
 
-    The box is the largest one that fits into the image and has the aspect ratio width:height.
+    The box has the aspect ratio width:height, and is as large as the image allows.
     """
     shown = inner_size((width, height), *image_size)
     left, top = ((whole - part) // 2 for whole, part in zip(image_size, shown, strict=True))
@@ -79,9 +79,9 @@ def fit_geometry(
 ) -> Geometry:
     """Returns the sizes of a video with the aspect ratio of the image, and with about area_width * area_height pixels.
 
-    `image_size` is the image's (width, height). The formula is the reference's. It is evaluated in the reference's
-    order and in float64, so that even the rounding is equal. For example, at --size 832x480 an image of 832x480 gives a
-    video of 832x464, but an image of 480x832 gives 480x832.
+    `image_size` is the image's (width, height). The formula is that of the reference program. It is evaluated in the
+    same order and in float64, so that even the rounding is equal. For example, at --size 832x480 an image of 832x480
+    gives a video of 832x464, but an image of 480x832 gives 480x832.
     Raises ConfigError if a side becomes 0. Source: Wan-Video/Wan2.2, wan/image2video.py.
     """
     image_width, image_height = image_size
@@ -98,11 +98,11 @@ def fit_geometry(
 
 
 def largest_geometry(spec: ModelSpec, area_width: int, area_height: int, frames: int) -> Geometry:
-    """Returns the sizes of the largest video that is possible at this --size and number of frames, with any image.
+    """Returns the sizes of the video with the most tokens that any image can give at this --size and `frames`.
 
-    The largest video has the most tokens: 32,760 for 832x480 and 81 frames. --size is area_width x area_height. If
-    several videos have equally many tokens, the function returns the one whose aspect ratio is nearest to the aspect
-    ratio of --size. A model that takes no images makes only videos of exactly --size.
+    --size is area_width x area_height. Example: at 832x480 and 81 frames, 32,760 tokens. If several shapes give equally
+    many tokens, the function returns the shape whose aspect ratio is nearest to that of --size. A model that takes no
+    images makes only videos of exactly --size.
     """
     if not spec.takes_images:
         return _exact_geometry(spec, (area_width, area_height), frames)

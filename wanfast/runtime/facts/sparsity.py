@@ -1,8 +1,9 @@
-"""This module counts the blocks that sparse attention computes, and the bytes of its lists of blocks.
+"""This module counts the blocks that sparse attention computes, and the bytes of the lists of blocks.
 
-The tokens of a video are sorted into bricks (small boxes of the token grid). Each 128 successive tokens form a block. A
-block of queries attends to the key blocks of its list. All lists of a head have the same length. If heads have unequal
-densities, the heads are divided among the ranks of Ulysses so that all ranks compute nearly the same number of blocks.
+The tokens of a video are sorted into bricks (small boxes of the token grid). Each 128 successive tokens form a block.
+Each block of queries has a list of key blocks, and attends only to these. All lists of a head have the same length.
+If heads have unequal densities, the heads are divided among the ranks of Ulysses so that all ranks compute nearly the
+same number of blocks.
 This module does not import torch.
 """
 
@@ -52,9 +53,9 @@ class Sparsity:
     ) -> Sparsity:
         """Returns the sparsity for a (T, Y, X) grid of tokens.
 
-        The first steps (`dense_share`) and the first layers (`dense_layers`) are dense. If no other step or no other
-        layer is left, ConfigError is raised. Any other layer is dense in a band only if all heads of the layer are
-        dense. If only some heads are dense, the lists of these heads hold all blocks.
+        The first steps (a share `dense_share` of all) and the first `dense_layers` layers are dense. Any other layer is
+        dense in a band only if all heads of the layer are dense. If only some heads are dense, the lists of these heads
+        hold all blocks. Raises ConfigError if all steps or all layers would be dense.
         `has_last` says whether the image of the last frame is given.
         """
         dense_steps, num_layers = math.ceil(dense_share * num_steps - 1e-9), len(densities.by_band[0])
@@ -121,7 +122,10 @@ class Sparsity:
 
     @property
     def longest(self) -> int:
-        """Returns how many key blocks the longest list has."""
+        """Returns the number of key blocks of the longest list.
+
+        If a layer after the first `dense_layers` is dense, this number is that of all blocks.
+        """
         return max(max(heads) if heads else self.num_blocks for heads in self._later_layers())
 
     @property
@@ -211,7 +215,7 @@ def assigned(work: tuple[float, ...], ranks: int) -> tuple[tuple[int, ...], ...]
     """Returns which heads each rank of Ulysses gets, as indices of heads; all ranks get equally many heads.
 
     `work` holds the work of each head. The heads with the most work are assigned first, each to the rank that has the
-    least work so far. If the heads' own order divides the work as evenly, the heads stay in this order.
+    least work so far. If the original order of the heads divides the work as evenly, the heads keep this order.
     """
     share = len(work) // ranks
     in_order = tuple(tuple(range(rank * share, (rank + 1) * share)) for rank in range(ranks))

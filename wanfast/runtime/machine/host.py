@@ -1,9 +1,9 @@
 """Reports the memory and the cores that this process may use: the host's, or less if a control group sets a limit.
 
-A container has such limits. The host's own figures do not show them, and a process beyond its memory limit is killed
-without a message. Both versions of Linux's control groups are read (kernel documentation, admin-guide/cgroup-v2.rst and
-admin-guide/cgroup-v1/memory.rst). A group's limit also holds for the groups inside it. Therefore, the smallest
-limit counts.
+A container has such limits. The host's own figures do not show these limits, and a process that exceeds its memory
+limit is killed without a message. Both versions of Linux's control groups are read (kernel documentation,
+admin-guide/cgroup-v2.rst and admin-guide/cgroup-v1/memory.rst). A group's limit also holds for the groups inside it.
+Therefore, the smallest limit counts.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def memory() -> HostMemory:
 
 
 def available_host_bytes() -> int:
-    """Returns the bytes of host memory that a process can allocate."""
+    """Returns the free bytes of host memory that this process may use; a control group's limit is respected."""
     return memory().free_bytes
 
 

@@ -39,10 +39,9 @@ _OPTIONAL = (
 
 
 def require_attention(kernel: str, device: str) -> None:
-    """Raises NeedsGpuError if the kernel needs a GPU and `device` is cpu.
+    """Raises NeedsGpuError if the kernel needs a GPU and `device` is cpu, and ConfigError if its package is missing.
 
-    Raises ConfigError if the kernel's package is not installed. The kernel is not run, so this function does not show
-    whether the kernel works on the GPU.
+    The kernel is not run, so this function does not show whether the kernel works on the GPU.
     """
     if device == "cpu" and kernel not in ("auto", *ATTENTION_ON_CPU):
         raise NeedsGpuError(f"--attention {kernel} needs a GPU: use --attention auto, or --device cuda")
@@ -75,7 +74,7 @@ def version_of(package: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of all software that can change a video's pixels, without importing any package."""
+    """Returns {name: version} of all software that can change a video's pixels, without importing any package."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "commit": commit() or "unknown"}
     found["wanfast"] = __version__  # of the code that runs; a checkout need not be installed as a package
     found |= {package: version_of(package) or "not installed as a package" for package in _PACKAGES}

@@ -37,12 +37,12 @@ def end_with_parent() -> None:
 def stopped_by_signals(stop: Callable[[], None], before_end: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Lets the first SIGINT or SIGTERM call `stop`, and the second one end this process at once, without clean-up.
 
-    Only the main thread may enter the `with` block. A separate thread reads the signals, in the order in which the
-    interpreter's C handlers ran. Handlers in Python would be worse. They would run in the main thread, which may wait
-    for something. A second handler could interrupt the first handler anywhere. An exception of a handler could
-    interrupt a clean-up, or get lost.
-    Two signals that come at the same time have no order. So the exit code is SIGTERM's if either is SIGTERM.
-    The thread calls `before_end` before it ends the process.
+    Only the main thread may enter the `with` block. A separate thread reads the signals, calls `stop`, and calls
+    `before_end` before it ends the process. If one of the two signals is SIGTERM, the exit code is SIGTERM's, because
+    two signals that come at the same time have no order.
+    The signals are not handled by functions in Python, because such functions run in the main thread, which may be
+    blocked. A second handler could interrupt the first one anywhere, and an exception in a handler could interrupt a
+    clean-up or get lost.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 OPTION = "--continue-from"
-_WHOLE = "name an mp4 file that is whole"
+_WHOLE = "name a complete mp4 file"
 MOST_FRAMES = 2400  # 6.6 GB of pixels at 1280x720
 _SIDE = 16  # pixels: sides are multiples of one token
 _UNNAMED = 2  # the number of a file that does not name the matrix of its colours
@@ -40,9 +40,9 @@ def load_earlier(path: str) -> EarlierVideo:
     """Decodes an earlier video, and returns its last frame, number of frames and frame rate.
 
     Raises ConfigError for a file that PyAV cannot decode, and for a video that no clip can continue. Such a video has
-    one of these properties: a side is not a multiple of 16 pixels; the size changes; the pixels are not square; it is
-    HDR; the frame rate is not a whole number; the frame rate changes; it is rotated; it has more than MOST_FRAMES
-    frames.
+    one of these properties: a side is not a multiple of 16 pixels; the size changes; the pixels are not square; the
+    video is HDR; the frame rate is not a whole number from 1 to 240; the frame rate changes; the file tells players to
+    rotate the video; there are more than MOST_FRAMES frames.
     """
     from PIL import Image
 
@@ -116,8 +116,8 @@ def _check(frame: Any, shape_of_pixels: Fraction | None, subject: str) -> None:
     if frame.width % _SIDE or frame.height % _SIDE:
         near = ":".join(str(max(_SIDE, round(side / _SIDE) * _SIDE)) for side in (frame.width, frame.height))
         raise ConfigError(
-            f"{subject}: has {frame.width}x{frame.height} pixels, but a clip has sides in multiples of {_SIDE}: scale "
-            f"the file first, for example with `ffmpeg -i OLD.mp4 -vf scale={near} NEW.mp4`"
+            f"{subject}: has {frame.width}x{frame.height} pixels, but the sides of a clip are multiples of {_SIDE}: "
+            f"scale the file first, for example with `ffmpeg -i OLD.mp4 -vf scale={near} NEW.mp4`"
         )
     if frame.rotation:
         raise ConfigError(
@@ -130,7 +130,7 @@ def _check(frame: Any, shape_of_pixels: Fraction | None, subject: str) -> None:
             "first, for example with `ffmpeg -i OLD.mp4 -vf scale=832:480,setsar=1 NEW.mp4`"
         )
     if frame.color_trc in _HDR:
-        raise ConfigError(f"{subject}: is HDR, which would look pale: convert the file to SDR first")
+        raise ConfigError(f"{subject}: is an HDR video, whose colours would look pale: convert the file to SDR first")
 
 
 def _check_rate(fps: float, times: list[float | None], subject: str) -> None:

@@ -51,9 +51,9 @@ class LoadedImage:
 def load_image(path: str, option: str = "--image") -> LoadedImage:
     """Reads, checks and fully decodes an image file; if the file has several frames, uses the first one.
 
-    Raises ConfigError for an unreadable file, an incomplete image, a side below 16 pixels, an aspect ratio above 4:1,
-    or more than 64 megapixels. The message is one line with the option, the file and the fix. `option` is the name of
-    the option that gave `path`.
+    Raises ConfigError for an unreadable file, a file over 1 GiB, an incomplete image, a side below 16 pixels, an aspect
+    ratio above 4:1, or more than 64 megapixels. The message is one line with the option, the file and the fix. `option`
+    is the name of the option that gave `path`.
     """
     subject = f"{option} {path}"
     data = _read_bytes(path, subject)

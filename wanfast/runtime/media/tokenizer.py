@@ -2,9 +2,9 @@
 
 The text is cleaned and split into tokens, and </s> is appended.
 `tokenizer.json` holds the whole tokenizer. The small `tokenizers` library reads this file in a tenth of a second,
-without torch or transformers. Ids are not padded, because UMT5 gives the same vectors with or without padding. Cleaning
-is part of the model: it rewrites full-width punctuation. Without cleaning, the default negative prompt would get other
-ids.
+without torch or transformers. Ids are not padded, because UMT5 gives the same vectors with or without padding. The
+model expects cleaned texts. Cleaning rewrites full-width punctuation, for example, so that without cleaning the default
+negative prompt would get other ids.
 
 Limit: a prompt longer than `max_tokens` loses its end (never its </s>); `TokenizedPrompt.truncated` reports this.
 This module does not import torch. Large packages are imported only when they are needed, because the parent process
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_TOKEN = "</s>"
-_AGAIN = "it is not a tokenizer file that can be read; copy it again"
+_AGAIN = "this file is not a readable tokenizer.json; copy it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,10 @@ class TokenizedPrompt:
 
 
 class PromptTokenizer:
-    """This class tokenizes with one `tokenizer.json` and truncates to `max_tokens` ids, </s> included."""
+    """This class tokenizes with one `tokenizer.json` and truncates to `max_tokens` ids, </s> included.
+
+    Raises MissingArtifactError if the file is missing, and CorruptArtifactError if it is not UMT5's tokenizer.
+    """
 
     def __init__(self, tokenizer_json: Path, max_tokens: int) -> None:
         self._file, self._max_tokens = tokenizer_json, max_tokens

@@ -64,9 +64,9 @@ def _check_file(target: Path, subject: str, *, overwrite: bool) -> None:
 class Mp4Writer:
     """Encodes frames [F, H, W, 3], with even H and W, in a separate thread while the next frames are made.
 
-    The video is H.264: yuv420p, CRF 10 or `crf`. The file's index comes first, so that players can start before they
-    have the whole file. The pixels are BT.709 in limited range at every size. The stream and the container name this
-    format, because players would guess another one.
+    The video is H.264: yuv420p, with the constant rate factor (CRF) `crf`. The file's index comes first, so that
+    players can start before they have the whole file. The pixels are BT.709 in limited range at every size. The stream
+    and the container name this format, because players would otherwise guess another one for small videos.
 
     The same frames give the same bytes, whether they are added at once or a few at a time. Two settings ensure this.
     The number of threads is fixed, because the stream depends on it. The setting `cpu-independent` turns off x264's
@@ -102,9 +102,10 @@ class Mp4Writer:
                     self._container.close()
 
     def add(self, frames: Iterable[npt.NDArray[np.uint8]]) -> None:
-        """Queues the next frames for encoding and returns at once. An iterator runs in the encoder's thread.
+        """Queues the next frames for encoding and returns at once.
 
-        Raises OSError if the encoding of earlier frames failed, or what an iterator of earlier frames raised.
+        If `frames` is an iterator, the encoder's thread runs it. If the encoding of earlier frames failed, raises
+        OSError. If an iterator of earlier frames raised an exception, raises this exception again.
         """
         self._encoding.append(self._thread.submit(self._encode, frames))
         self._raise_failures(future for future in self._encoding if future.done())
@@ -149,7 +150,7 @@ class Mp4Writer:
 
 
 def frames_of_sheet(num_frames: int, count: int = 8) -> list[int]:
-    """Returns the numbers of the frames that a contact sheet of a video shows.
+    """Returns the numbers, counted from 0, of the frames that a contact sheet of a video shows.
 
     The frames are evenly spaced, from the first to the last frame of the video. If the video has fewer than `count`
     frames, all are shown.

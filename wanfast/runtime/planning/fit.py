@@ -30,7 +30,10 @@ _PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """This class holds one way to place the experts on a number of GPUs, and the bytes that this way needs."""
+    """This class describes one way to hold the experts on a number of GPUs, and the bytes that this way needs.
+
+    `mode` is one of the modes of `placement.modes`, such as "sharded".
+    """
 
     num_gpus: int
     mesh: Mesh
@@ -110,7 +113,7 @@ def fit(given: Options, spec: ModelSpec, found: Sequence[Gpu]) -> Fit:
 
     The free memory is that of the GPUs `found` and of the host. If `found` is empty, the bytes are compared with the
     memory of common GPUs that a user can rent. The image is assumed to have the shape that gives the most tokens at
-    --size. Raises ConfigError.
+    --size. Raises ConfigError for a wrong option in `given`.
     """
     config = EffectiveConfig.of({**NO_VIDEO, **given}, spec)
     precision, scheme, size = config.models.precision, config.models.quantize, parse_size(config.video.size)

@@ -91,7 +91,7 @@ def next_step(
 
 
 def warmup_command(config: EffectiveConfig) -> str:
-    """Returns the `wanfast warmup` command that compiles in advance what a rank group needs with these options."""
+    """Returns the `wanfast warmup` command that compiles in advance what one rank group needs for this config."""
     ranks = config.ranks.mesh.group_size
     chosen = config.options() | {"num_gpus": ranks, "recipe": None}  # the options hold all that a recipe chose
     if ranks == 1:

@@ -27,7 +27,7 @@ _MOST = 500  # videos that the index keeps
 
 
 def record(artifacts_dir: str, results: list[dict[str, Any]]) -> None:
-    """Adds finished videos to the index of past runs. Prints a note if the index cannot be written."""
+    """Adds the finished videos of `results` to the index of past runs; prints a note if the index cannot be written."""
     done = [result for result in results if "error" not in result]
     entries = [_entry(result) for result in done if result["seconds"]["denoise"] > result["first_step_s"]]
     with noting():
@@ -53,7 +53,8 @@ def _append(index: Path, entries: list[dict[str, Any]]) -> None:
 def predicted_seconds(plan: Plan) -> float | None:
     """Returns the predicted seconds of denoising, or None if no similar run is found.
 
-    The prediction uses the newest similar run in the artifacts folder.
+    The prediction uses the newest similar run in the artifacts folder. A similar run had the same model, size, frames,
+    precision, attention and mesh, and the same kind of GPU.
     """
     wanted = plan.to_json()
     found = gpus.visible_gpus() if plan.config.ranks.device == "cuda" else []

@@ -1,9 +1,13 @@
 """Decides the mesh of ranks, and whether the weights are sharded or offloaded, before any rank starts.
 
-An option with the value `auto` is decided from the memory that is free now, and the plan states the reason. If all
-weights fit into the memory of each rank, every rank holds all weights. This is preferred, because sharded weights must
-be gathered for each layer of each step. If the weights do not fit, several ranks shard them, but a single rank offloads
-the idle expert. All videos of a list share one placement; the largest video decides the placement.
+An option with the value `auto` is decided from the memory that is free now, and the plan states the reason. There are
+four modes, and the first one that fits is taken:
+* resident: every rank holds both experts. This mode is preferred, because sharded weights must be gathered for each
+  layer of each step.
+* evicting: as resident, but some weights are moved to host memory while the VAE works.
+* sharded: several ranks share the weights of both experts. Quantized experts are never sharded.
+* offloaded: the idle expert is in host memory.
+All videos of a list share one placement; the largest video decides the placement.
 This module does not import torch.
 """
 
@@ -32,7 +36,10 @@ _UNMEASURED_BYTES = memory.CARDS["80 GB"]  # an H100, as in `doctor`, if no GPU 
 
 @dataclass(frozen=True)
 class Need:
-    """This class holds the bytes that the largest video of a list needs on one rank."""
+    """This class holds the bytes that a video needs on one rank.
+
+    For a list of videos, each number is the largest over the videos.
+    """
 
     expert: int
     block: int
@@ -66,8 +73,8 @@ def place(
 
     The decisions are equal for all plans. If `free_memory` is not given, it is measured here; a caller whose ranks
     already hold models must give it. Raises ConfigError if the plans do not fit or the options cannot be met. If
-    `must_fit` is false, a note replaces this error in two cases: plans for the CPU do not fit, or the leader has too
-    little host memory to join clips.
+    `must_fit` is false, plans for the CPU that do not fit get a note instead of this error.
+    Raises JoiningMemoryError if the host has too little memory to join the clips of a video.
     """
     asked = plans[0].config.ranks
     mesh = mesh or choose_mesh(
@@ -110,9 +117,9 @@ def _check_joining(plan: Plan, host_free: int) -> None:
         return
     option, fix = "--prompt", "give fewer prompts, or use a smaller --size"
     if plan.config.video.continue_from:
-        option, fix = "--continue-from", "give a file that holds only its last part"
+        option, fix = "--continue-from", "give a file with only the last part of this video"
     need = (
-        f"to join {plan.config.video.total_frames} frames needs {gb(plan.joining_bytes)} of host memory, but only "
+        f"joining {plan.config.video.total_frames} frames needs {gb(plan.joining_bytes)} of host memory, but only "
         f"{gb(host_free)} are free"
     )
     error = JoiningMemoryError(f"{option}: {need}: {fix}")
@@ -149,7 +156,7 @@ def needed(
 ) -> Need:
     """Returns the bytes of memory that one video needs on one rank of `mesh`.
 
-    `num_residuals`: the number of MagCache residuals that the rank keeps between steps. `lists`: the bytes of the
+    `num_residuals`: the number of MagCache residuals that the rank holds from step to step. `lists`: the bytes of the
     rank's lists of blocks for sparse attention.
     """
     own_tokens, precision, scheme = -(-geometry.tokens // mesh.ulysses), models.precision, models.quantize
@@ -185,9 +192,10 @@ def modes(need: Need, ranks: int) -> dict[str, int]:
 
 
 def terms(need: Need, ranks: int) -> dict[str, dict[str, int]]:
-    """Returns {mode: {what takes memory: bytes}}, where a mode is a way to hold the experts, such as offloaded.
+    """Returns {mode: {what takes memory: bytes}} for a GPU at its peak.
 
-    The sum of a mode's bytes is the peak that `modes` returns for this mode.
+    A mode is a way to hold the experts, such as "offloaded". The sum of a mode's bytes is the peak that `modes` returns
+    for this mode.
     """
     in_loop, in_vae = _in_loop(need), {"VAE": need.vae} | ({"graphs": need.graphs} if need.graphs else {})
     both, margin = {"both experts": 2 * need.expert}, {"margin": need.margin}
@@ -301,8 +309,9 @@ def _barred(
 def on_host(need: Need, ranks: int, ranks_here: int, free: int | None = None) -> dict[str, int]:
     """Returns {mode: needed bytes of host memory on this machine} for the evicting mode and the offloaded mode.
 
-    `free`: the free bytes of a GPU. In the evicting mode, a rank moves to the host the bytes that do not fit on
-    its GPU. If `free` is None, a rank is assumed to move the bytes of one expert.
+    `ranks`: the ranks that make one video. `ranks_here`: the ranks on this machine. `free`: the free bytes of a GPU. In
+    the evicting mode, a rank moves the bytes that do not fit on its GPU to the host. If `free` is None, a rank is
+    assumed to move the bytes of one expert.
     """
     missing = need.expert if free is None else max(0, modes(need, ranks)["resident"] - free)
     return {"evicting": missing * ranks_here, "offloaded": need.offloaded * ranks_here}

@@ -1,8 +1,8 @@
-"""Turns a request into a plan: every option has a value and every file is checked, but nothing is computed.
+"""Turns a request into a plan: every option has a value and every file is checked, but no video is made.
 
 `resolve` makes an effective config from the options that were given. From this config and the facts of the model,
-`Plan.of` derives the geometry, the schedule and the steps of each expert. Parent and ranks derive the same plan from
-the same config, so that the printed plan is the plan that runs.
+`Plan.of` derives the geometry, the schedule and the steps of each expert. Later, `placement.place` decides the mesh of
+ranks. Parent and ranks derive the same plan from the same config, so that the printed plan is the plan that runs.
 This module does not import torch.
 """
 
@@ -89,7 +89,8 @@ class Plan:
     ) -> Plan:
         """Derives a plan from a config, a model and the (width, height) of the image.
 
-        In `config`, every option has a value.
+        `config` is an effective config, such as `effective` returns. `curve` holds MagCache's ratios, or is None
+        without MagCache. `densities` holds the densities of a plan of attention, or is None without such a plan.
         """
         video = config.video
         levels = levels_of(video)
@@ -129,9 +130,10 @@ class Plan:
 
     @property
     def joining_bytes(self) -> int:
-        """Returns the bytes of host memory in which the caller gets the frames of joined clips as one array.
+        """Returns the size, in bytes of host memory, of the array that holds all frames of joined clips.
 
-        The number is 0 if nothing is joined, or if the frames are written to a file as they come.
+        The caller gets this array. The result is 0 if nothing is joined, or if the frames are written to a file while
+        they are decoded.
         """
         video = self.config.video
         is_joined = video.continue_from or len(video.prompts) > 1
@@ -221,7 +223,7 @@ class Plan:
 
     @property
     def _ratios(self) -> Ratios:
-        """The curve's ratios, then a 1 for each distilled step, which is never skipped."""
+        """Returns the curve's ratios, and then a 1 for each distilled step, which is never skipped."""
         known = () if self.curve is None else self.curve.ratios
         return (*known, *[(1.0, 1.0)] * (len(self.schedule) - len(known)))
 
@@ -232,7 +234,7 @@ class Plan:
         return ResidualCache(self.skips, levels if _extrapolates(self.config) else None)
 
     def num_residuals(self, mesh: Mesh) -> int:
-        """Returns how many MagCache residuals a rank of `mesh` holds at most at a time, for all its branches.
+        """Returns the largest number of MagCache residuals, of all branches, that a rank of `mesh` holds at one time.
 
         With --magcache-extrapolate, the number includes the extrapolated residual, which exists for a short time.
         """
@@ -458,10 +460,12 @@ def read_guided(document: dict[str, Any]) -> list[bool]:
 def resolve(
     given: Options, *, writes: bool = True, runs: bool = True, files: ModelFiles | None = None
 ) -> tuple[Plan, ModelFiles]:
-    """Decides every option of a request and checks the files that the options name.
+    """Decides the options of a request and checks the files that the options name; `place` decides the mesh later.
 
-    Raises WanFastError. This function writes nothing.
-    `writes`: whether the run writes output files. If false, the plan has none, and the ranks return the frames.
+    This function runs the program of --extend-prompt. It writes no output, but may store hashes of files in the
+    artifacts folder. Raises WanFastError.
+    `writes`: whether the run writes output files. If false, the plan has no output files, and the ranks return the
+    frames.
     `runs`: whether the plan will be run. If false, an output file that exists gets a note instead of an error.
     `files`: the model's files, if the caller has already located them.
     """
@@ -670,7 +674,7 @@ def _sparsity_notes(plan: Plan) -> list[str]:
     if asked is not None and sparsity.density > asked + 1 / sparsity.num_blocks:
         number = sparsity.first_blocks + sparsity.last_blocks + 1
         whose = "the first and last frame's" if sparsity.last_blocks else "the first frame's"
-        kept = f"each list must have {number} of them ({whose} and one more)"
+        kept = f"each list must hold at least {number} of them ({whose} and one more)"
         return [f"{blocks}, and {kept}: the density is {sparsity.density:.2f}, not {asked:g}"]
     return []
 
@@ -701,8 +705,8 @@ def _clip_notes(video: VideoConfig) -> list[str]:
     if not video.continue_from and len(video.prompts) == 1:
         return []
     return [
-        "a clip knows only the last frame of what comes before: motion may change at each seam, and colours may drift "
-        "from clip to clip"
+        "a clip gets only the last frame of what comes before it: motion may change suddenly where clips join, and "
+        "colours may drift from clip to clip"
     ]
 
 

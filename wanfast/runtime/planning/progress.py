@@ -1,4 +1,4 @@
-"""Names the stages of a job, says which part of a video is done at a step of a stage, and types the callbacks.
+"""Names the stages of a job, computes which share of a video is done, and defines the types of the callbacks.
 
 This module does not import torch.
 """
@@ -24,7 +24,10 @@ def stage_of_clip(number: int, num_clips: int, stage: str) -> str:
 
 
 def share_done(stage: str, done: int, total: int) -> float:
-    """Returns which share of a video's steps is done; `stage`, `done` and `total` are the progress of one clip."""
+    """Returns the share of a video's steps that is done, from 0 to 1.
+
+    `stage`, `done` and `total` are the progress of one clip; earlier clips of the video count as done.
+    """
     number, num_clips = clip_of(stage)
     return (number - 1 + (done / total if total else 0)) / num_clips
 

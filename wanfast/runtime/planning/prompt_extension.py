@@ -1,4 +1,4 @@
-"""Lets a program of the user write a longer prompt.
+"""Lets a program of the user replace a prompt by a longer prompt.
 
 The program gets the prompt on stdin, as UTF-8, and the path of the image in the environment variable WANFAST_IMAGE. It
 prints the new prompt. The program is started without a shell. This module does not import torch.
@@ -28,7 +28,11 @@ _ERRORS_BYTES = 1 << 16  # of stderr, from its end
 
 
 def extended(command: str, prompt: str, image: str | None) -> str:
-    """Returns the new prompt that the user's `command` prints for `prompt` and the path `image`. Raises ConfigError."""
+    """Returns the new prompt that the user's `command` prints for `prompt` and the path `image`.
+
+    Raises ConfigError if the program fails, needs more than TIMEOUT_S seconds, or prints anything except one line of
+    UTF-8 text with at most MOST_CHARACTERS characters.
+    """
     words = shlex.split(command)
     subject = f"--extend-prompt {words[0]}"
     environment = {name: value for name, value in os.environ.items() if name != IMAGE}
@@ -118,7 +122,7 @@ def _checked(printed: bytes, subject: str) -> str:
     try:
         text = printed.decode().strip()
     except UnicodeDecodeError:
-        raise ConfigError(f"{subject}: printed what is not UTF-8 text: print the new prompt as UTF-8") from None
+        raise ConfigError(f"{subject}: printed text that is not UTF-8: print the new prompt as UTF-8") from None
     if not clean_prompt(text):
         raise ConfigError(f"{subject}: printed nothing: print the new prompt on stdout")
     if len(text.splitlines()) > 1:

@@ -65,7 +65,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Planned:
-    """This class holds a request and its plan. A request without a plan has an error, or its video exists already."""
+    """This class holds a request and its plan.
+
+    If `plan` is None, either `error` says why, or `existing` names the files of a video that exists already.
+    """
 
     request: Request
     plan: Plan | None = None
@@ -85,10 +88,11 @@ class Planned:
 
 
 def plan_requests(requests: list[Request], *, needs_weights: bool) -> list[Planned]:
-    """Plans all requests.
+    """Plans all requests, and decides one mesh and one placement for all plans.
 
     For a bad line of a list, the error is returned in place of a plan. If there is no list, the error of the single
-    request is raised.
+    request is raised. `needs_weights`: whether the plans will be run. If false, missing weights, artifacts and packages
+    give notes instead of errors.
     """
     taken: dict[Path, int | None] = {}
     required: set[tuple[QuantizedExpert, bool]] = set()
@@ -156,12 +160,12 @@ def _plan(
         _refuse_other_sources(request, plan)
         if request.expert_sha256 not in (None, plan.config.models.expert_sha256):
             raise ConfigError(
-                "--from: the file of an expert differs from the earlier run: restore the earlier file, or give "
+                "--from: an expert's file is not that of the earlier run: restore the earlier file, or give "
                 f"experts by {' and '.join(map(flag, _EXPERTS))}"
             )
         if request.lora_sha256 not in (None, plan.config.models.lora_sha256):
             raise ConfigError(
-                "--from: a LoRA file differs from the earlier run: restore the earlier file, or give LoRAs by --lora"
+                "--from: a LoRA file is not that of the earlier run: restore the earlier file, or give LoRAs by --lora"
             )
         if needs_weights:
             require_attention_of(plan)

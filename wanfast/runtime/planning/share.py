@@ -17,7 +17,8 @@ MOST_LOADS = 3
 class Share:
     """This class decides which jobs a rank group claims: first its own jobs, then jobs that no group has claimed yet.
 
-    `claim(job)` returns whether this group gets the job; all ranks of the group call `claim` together.
+    `place` is the number of this group, from 0, and `groups` the number of groups. `claim(job)` returns whether this
+    group gets the job; all ranks of the group call `claim` together.
     """
 
     place: int = 0

@@ -65,7 +65,7 @@ def moved(document: dict[str, Any], output: OutputConfig, video: VideoConfig | N
 
 
 def text(document: dict[str, Any]) -> str:
-    """Returns the text of the JSON file beside a video."""
+    """Returns the text that the JSON file beside a video has for this document."""
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -78,7 +78,7 @@ class Recording:
     """
 
     def __init__(self, outputs: tuple[Path, ...], fps: int, num_frames: int, *, overwrite: bool) -> None:
-        """`num_frames`: of the whole video."""
+        """`outputs`: the paths of the files. `num_frames`: the number of frames of the whole video."""
         self._outputs, self._fps, self._overwrite = outputs, fps, overwrite
         self._shown = video_file.frames_of_sheet(num_frames) if len(outputs) == 3 else []
         self._passed = 0
@@ -100,7 +100,10 @@ class Recording:
                 self._files.__exit__(kind, error or InterruptedError(), trace)
 
     def add(self, frames: Iterable[npt.NDArray[np.uint8]]) -> None:
-        """Queues the next frames [H, W, 3] for encoding, and returns at once. They must not change later."""
+        """Queues the next frames [H, W, 3] for encoding, and returns at once.
+
+        The frames must not change before `finish` returns. Raises ConfigError if the encoding of earlier frames failed.
+        """
         if self._writer is None:
             self._paths = self._files.enter_context(atomic_paths(*self._outputs, overwrite=self._overwrite))
             self._writer = self._encoder.enter_context(video_file.Mp4Writer(self._paths[0], self._fps))
@@ -150,7 +153,7 @@ def write_video(
 
 
 def write_made(document: dict[str, Any], files: Sequence[bytes], outputs: tuple[Path, ...], *, overwrite: bool) -> None:
-    """Writes a video that another machine made. Raises ConfigError.
+    """Writes the files of a video that another machine made: mp4, JSON, perhaps a contact sheet. Raises ConfigError.
 
     `files`: the bytes of the mp4, and of the contact sheet if there is one.
     """

@@ -22,7 +22,7 @@ def guide(conditional: Any, unconditional: Any, scale: float) -> Any:
 
 
 def needs_unconditional(scale: float) -> bool:
-    """Returns whether the negative prompt's branch must run: False at scale 1; half of the work is then saved."""
+    """Returns whether the negative prompt's branch must run: False at scale 1, which saves half of the forwards."""
     return scale != 1.0
 
 
@@ -45,7 +45,10 @@ def guided_steps(experts: Sequence[Expert], scales: Mapping[Expert, float], gate
 
 
 def gate_steps(experts: Sequence[Expert], guided: Sequence[bool]) -> list[int]:
-    """Returns, for each expert whose guidance stops early, the last step with guidance and the next step."""
+    """Returns a flat list of two steps for each expert whose guidance stops early.
+
+    The two steps are the expert's last step with guidance and the next step. Steps count from 0.
+    """
     return [
         step
         for after in range(1, len(guided))
@@ -57,8 +60,8 @@ def gate_steps(experts: Sequence[Expert], guided: Sequence[bool]) -> list[int]:
 class Guidance:
     """Applies guidance to one video.
 
-    For steps that run only the prompt's branch, this class stores the last difference between the running expert's two
-    predictions.
+    If an expert's guidance stops early, this class stores the difference between the expert's two predictions of the
+    last step with both branches. The later steps of this expert run only the prompt's branch and reuse the difference.
     """
 
     def __init__(self, experts: Sequence[Expert], scales: Mapping[Expert, float], guided: Sequence[bool]) -> None:

@@ -4,11 +4,13 @@ A residual is the sum that the blocks of an expert add to their input. Over most
 little from step to step: the norms of two successive residuals have a ratio near one. A curve holds these ratios, which
 are measured once for a model and a schedule. From the ratios, the plan predicts the error of each skip. The plan skips
 forwards while the accumulated error stays below a threshold. A skipped forward reuses the residual of the last forward
-that ran. The plan depends only on the curve and the settings, so every rank computes the same plan.
+that ran, or extrapolates the last two residuals. The plan depends only on the curve and the settings, so every rank
+computes the same plan.
 
 Each branch of guidance has its own forwards, residuals and accumulated error. An expert uses only its own residuals.
-Cost: one residual for each branch: [L, d] in float32, with L tokens and d channels.
-Limit: a curve is valid for one model, one number of steps and one shift.
+Cost: one residual for each branch, or two if they are extrapolated: [L, d] in float32, with L tokens and d channels.
+Limit: a curve is valid for one model, one solver, one number of steps and one shift. `resample` converts a curve to
+other steps of the same solver.
 Source: MagCache (arXiv 2506.09045), section 3.3. Both rules of `MagCacheSettings.rule` come from MagCache's code for
 Wan2.2.
 This module does not import torch.
@@ -57,12 +59,12 @@ def plan_skips(
     """Returns for each step a pair of bools: (the prompt's branch skips, the negative prompt's branch skips).
 
     The plan is greedy: a branch skips as soon as the limits of `settings` allow it.
-    experts: the expert of each step.
-    joint: if true, either both branches of a step skip or no branch skips. Then branches on different ranks do not wait
-    for each other.
-    guided: for each step, whether the step has the negative prompt's branch. None means that all steps have this
+    `experts`: the expert of each step.
+    `joint`: if true, either both branches of a step skip or no branch skips. Then branches on different ranks do not
+    wait for each other.
+    `guided`: for each step, whether the step has the negative prompt's branch. None means that all steps have this
     branch.
-    always: steps whose forwards are never skipped.
+    `always`: steps whose forwards are never skipped.
     """
     may_skip = _allowed(experts, settings.retention, settings.rule, always)
     computed = _SkipRow(settings)
@@ -248,10 +250,10 @@ def resample(
 ) -> list[tuple[float, float]]:
     """Returns ratios for the steps `to`, computed from a curve's ratios for the steps `of`.
 
-    Each expert's steps are converted separately. A step is (expert, timestep). For each branch, the ratios give the
-    residual's norm at each step. The norm's logarithm is interpolated linearly over the timestep, and extrapolated
-    linearly beyond the known steps. So a step that is twice as long gets the product of two ratios. Raises ConfigError
-    if an expert has fewer than two known steps, or if the extrapolation is too far.
+    A step is (expert, timestep). The steps of each expert are converted separately. For each branch, the ratios give
+    the residual's norm at each step. The logarithm of the norm is interpolated linearly over the timestep, and
+    extrapolated linearly beyond the known steps. So a step that is twice as long gets the product of two ratios. Raises
+    ConfigError if an expert has fewer than two known steps, or if a step is too far from the known steps.
     """
     if list(of) == list(to):
         return list(ratios)
@@ -309,7 +311,7 @@ class ResidualCache:
     """Follows one video's plan of skips, and frees each residual after the last step that uses this residual."""
 
     def __init__(self, plan: Sequence[Skips], levels: Sequence[tuple[Hashable, float]] | None = None) -> None:
-        """`levels` are those of `residual_terms`."""
+        """`plan` holds the skips of each step, as `plan_skips` returns them; `levels` is that of `residual_terms`."""
         self._terms = {
             branch: residual_terms([of[index] for of in plan], levels) for index, branch in enumerate(BRANCHES)
         }
@@ -347,12 +349,12 @@ def residual_terms(
 ) -> dict[int, tuple[Term, ...]]:
     """Returns the terms of each skipped step of one branch: (an earlier step, the weight of that step's residual).
 
-    The weighted sum of these residuals replaces the missing residual. If `levels` is None, the residual of the last
-    computed step is reused. `levels` holds the kind and the noise level of each step; steps of one kind have the same
-    expert and the same branches. If `levels` is given, the residual is
-    extrapolated linearly over the noise level, from the last two computed steps. Two conditions must hold: all three
-    steps are of one kind, and the skipped step is at most two steps after the last computed step. Otherwise the
-    residual of the last computed step is reused.
+    The weighted sum of these residuals replaces the missing residual. `levels` holds (kind, noise level) of each step;
+    steps of one kind have the same expert and the same branches.
+    If `levels` is None, the residual of the last computed step is reused. If `levels` is given, the residual is
+    extrapolated linearly over the noise level, from the last two computed steps. This needs two conditions: the three
+    steps are of one kind, and the skipped step is at most two steps after the last computed step. If a condition does
+    not hold, the residual of the last computed step is reused.
     """
     terms: dict[int, tuple[Term, ...]] = {}
     before, last = None, 0

@@ -12,7 +12,7 @@ where m is taken as a function of lambda.
 The noise levels of a run come from a grid (`grid`) or from a list (`listed`). Lists are for weights that were distilled
 to few steps. UniPC followed by Euler (`unipc-euler`) is for a model whose low-noise expert is distilled, and whose
 high-noise expert is not. `rcm` mixes m with fresh noise: x' = (1 - s') m + s' noise.
-Torch-free: a sample may be an array of any library.
+This module does not import torch: a sample may be an array of any library.
 Sources: DPM-Solver++ (arXiv 2211.01095) eq. 12; UniPC (arXiv 2302.04867) algorithms 5 and 7 with B(h) = e^h - 1. The
 noise levels and the solver orders are those of Wan-Video/Wan2.2 (wan/utils/fm_solvers*.py), because the model was tuned
 with these. rCM: arXiv 2510.08431.
@@ -65,7 +65,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Levels:
-    """Holds the noise level and the timestep of each step of a run; one more noise level, 0, is the end."""
+    """Holds the noise level and the timestep of each step of a run.
+
+    `sigmas` has one element more than `timesteps`: the last element is 0, the noise level after the last step.
+    """
 
     sigmas: tuple[float, ...]  # float32 values
     timesteps: tuple[int, ...]
@@ -83,7 +86,11 @@ class Levels:
 
 
 def grid(solver: Solver, num_steps: int, shift: float) -> Levels:
-    """Returns `num_steps` noise levels; `shift` changes each level s to shift * s / (1 + (shift - 1) * s)."""
+    """Returns the levels of `num_steps` steps; `shift` changes each level s to shift * s / (1 + (shift - 1) * s).
+
+    For the solver `rcm`, the first noise is multiplied by the first level, because the model expects a sample of this
+    scale. For the other solvers, it is not multiplied.
+    """
     # DPM++'s grid starts at pure noise. The others start one training step below it, at the float32 value of 0.999.
     start = 1.0 if solver == "dpm++" else float(np.float32(0.999))
     levels = np.linspace(start, 0.0, num_steps + 1)[:-1]
@@ -93,8 +100,8 @@ def grid(solver: Solver, num_steps: int, shift: float) -> Levels:
 def listed(solver: Solver, sigmas: Sequence[float]) -> Levels:
     """Returns the noise levels of the list `sigmas`, without a shift; the last step goes to 0.
 
-    For solvers of order 1, the first noise is multiplied by the first level, because the model expects a sample of this
-    scale. For UniPC and DPM++, neither `listed` nor `grid` multiplies the noise.
+    For the solvers `euler` and `rcm`, the first noise is multiplied by the first level, because the model expects a
+    sample of this scale. For the other solvers, it is not multiplied.
     """
     return _levels(np.array(sigmas, dtype=np.float64), is_scaled=solver in ("euler", "rcm"))
 
@@ -114,9 +121,9 @@ def schedule(solver: Solver, num_steps: int, shift: float) -> tuple[Step, ...]:
 def solve(solver: Solver, levels: Levels, num_high: int) -> tuple[Step, ...]:
     """Returns the steps of `solver` at the noise `levels`; the high-noise expert runs the first `num_high` steps.
 
-    The first and the last step of UniPC and DPM++ are of first order. With `unipc-euler`, the
-    high-noise expert's steps are UniPC's, and the low-noise expert's steps are Euler's. Then UniPC's last step goes to
-    the first level of the low-noise expert, however large this step is.
+    The first and the last step of UniPC and DPM++ are of first order. With `unipc-euler`, the high-noise expert's steps
+    are UniPC's, and the low-noise expert's steps are Euler's. UniPC's last step then goes to the first level of the
+    low-noise expert, however large this step is.
     """
     sigmas, num_steps = levels.sigmas, len(levels.timesteps)
     num_unipc = {"unipc": num_steps, "unipc-euler": num_high}.get(solver, 0)
@@ -139,9 +146,10 @@ def solve(solver: Solver, levels: Levels, num_high: int) -> tuple[Step, ...]:
 
 
 class Integrator:
-    """Integrates one video's sample from noise to clean, step by step; holds the last estimates of the clean sample.
+    """Integrates one video's sample step by step, from noise to the clean sample.
 
-    `fresh_noise` draws the noise of a step; only the solver `rcm` needs this noise.
+    The integrator holds the model's last estimates of the clean sample. `fresh_noise` draws the noise of a step; only
+    the solver `rcm` needs this noise.
     """
 
     def __init__(self, steps: tuple[Step, ...], fresh_noise: Callable[[], Any] | None = None) -> None:

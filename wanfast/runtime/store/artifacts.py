@@ -2,9 +2,9 @@
 
 key = sha256 of the canonical JSON of ALL inputs. A writer takes a file lock, fills a temporary folder beside the
 target, writes the manifest last, and renames the folder. A reader compares the manifest with its own inputs and with
-all files in the folder. An artifact is damaged if a file of the manifest is missing, or if the folder has a file that
-the manifest does not list. An undamaged artifact is never overwritten. The store does not know what an artifact
-contains.
+all files in the folder. An artifact is damaged if its manifest is unreadable or has other inputs, if a file of the
+manifest is missing or has another size, or if the folder has a file that the manifest does not list. An undamaged
+artifact is never overwritten. The store does not know what an artifact contains.
 
 Each caller chooses how a damaged artifact is handled. "refuse" raises an error, because the artifact took long to make
 and the user must decide. "miss" treats the damaged artifact as a cache miss: the artifact is made again and replaces
@@ -65,8 +65,8 @@ class ArtifactStore:
         """Returns the artifact's folder, or None if the artifact is missing.
 
         Compares the manifest with `inputs`, and with the names and sizes of the files in the folder. With `verify`,
-        compares the hashes of the files too. If anything differs, raises CorruptArtifactError with the text "remove
-        this folder and {again}". With `damaged="miss"`, prints a note and returns None instead of raising.
+        compares the hashes of the files too. If anything differs, raises CorruptArtifactError, whose message ends in
+        "remove this folder, and {again}". With `damaged="miss"`, prints a note and returns None instead of raising.
         """
         folder = self.path(kind, inputs)
         if not os.path.lexists(folder):
@@ -103,10 +103,10 @@ class ArtifactStore:
     ) -> Artifact:
         """Calls `write(folder)` to fill a new folder, and publishes the folder completely or not at all.
 
-        All users who may read the store may read the folder. If another writer published the artifact first, returns
-        that writer's folder. If that writer's folder is damaged, raises CorruptArtifactError, or with `damaged="miss"`
-        removes that folder and publishes a new one. Calls `waiting` if another writer holds the lock. Raises
-        ConfigError if the store cannot be written.
+        All users who may read the store may read the folder. If the artifact exists already, `write` is not called, and
+        the result names the existing folder. If the existing folder is damaged, raises CorruptArtifactError; with
+        `damaged="miss"`, also compares hashes, removes a damaged folder and publishes a new one. Calls `waiting` if
+        another writer holds the lock. Raises ConfigError if the store cannot be written.
         """
         folder = self.path(kind, inputs)
         with writing_to(self.root):
@@ -197,9 +197,9 @@ def key_of(inputs: dict[str, Any]) -> str:
 
 
 def check_root(root: Path) -> None:
-    """Raises a ConfigError that names --artifacts-dir if the system refuses to look for `root`. `root` may be missing.
+    """Raises a ConfigError that names --artifacts-dir if this process may not look up `root`. `root` may be missing.
 
-    After this check, `root.is_dir()` and the like raise nothing.
+    After this check, calls such as `root.is_dir()` raise nothing.
     """
     with foreign(f"--artifacts-dir {str(root)!r:.60}", "name a folder that can be read"):
         root.exists()
@@ -207,9 +207,9 @@ def check_root(root: Path) -> None:
 
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """Raises a ConfigError that names --artifacts-dir if the `with` block raises an OSError.
+    """Turns an OSError of a `with` block that writes into the store into a ConfigError that names --artifacts-dir.
 
-    The `with` block writes into the store.
+    The error's message also names `place`.
     """
     try:
         yield

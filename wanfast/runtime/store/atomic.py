@@ -24,10 +24,10 @@ def atomic_paths(
     """Yields a temporary path for each target, and renames the files to the targets when the `with` block ends.
 
     If the block raises an exception (KeyboardInterrupt too), the temporary files are removed. If a rename fails, the
-    targets that were already replaced get their old files back. The temporary names end in `.part`, so a writer cannot
-    infer the file format from the name. An OSError (a full disk, a removed folder) becomes a ConfigError that names
-    `option`. If `overwrite` is false and a target exists when the block ends, a ConfigError is raised too. If `synced`
-    is true, the files are written to disk before the rename, so that these files survive a crash of the machine.
+    earlier renames are undone, and replaced targets get their old files back. The temporary names end in `.part`, so a
+    writer cannot infer the file format from the name. An OSError (a full disk, a removed folder) becomes a ConfigError
+    that names `option`. If `overwrite` is false and a target exists when the block ends, a ConfigError is raised too.
+    If `synced` is true, the files are written to disk before the rename, so that they survive a crash of the machine.
     """
     partials = [partial_path(target) for target in targets]
     try:

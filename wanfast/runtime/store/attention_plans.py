@@ -1,8 +1,8 @@
 """Finds the plans of attention that `wanfast calibrate-attention` stored: the density of each head, layer and band.
 
-The key of a plan holds all settings in the key of a MagCache curve, and further settings, such as --lists-every.
-A run may differ from the calibration in the set of clips, the code, the libraries and the device. If another setting
-differs, the run refuses the plan, and the error names the command that makes a plan.
+The key of a plan holds all inputs in the key of a MagCache curve, and further inputs, such as --lists-every. Some of
+these inputs need not be equal in the calibration and in a run; `store.curves` lists them. If another input differs, the
+run refuses the plan, and the error names the command that makes a plan.
 This module does not import torch.
 """
 
@@ -31,10 +31,10 @@ PLAN = "plan.json"
 
 
 def plan_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) -> dict[str, Any]:
-    """Returns everything that a calibration's errors depend on. Raises MissingArtifactError if weights are missing.
+    """Returns the inputs on which a calibration's errors depend. Raises MissingArtifactError if weights are missing.
 
-    A plan is chosen from these errors. The plan's key also holds the target of the errors, and whether heads may be in
-    float8.
+    `set_digest` is the digest of the clips. A plan is chosen from the errors. The plan's key holds these inputs, the
+    target of the errors, and whether heads may be in float8.
     """
     inputs = curve_inputs(config, files, set_digest)
     code = digest_of_code("attention_calib/*.py", "runtime/facts/densities.py", "runtime/facts/sparsity.py")
@@ -73,7 +73,8 @@ def densities_of(config: EffectiveConfig, files: ModelFiles) -> Densities | None
 def densities_of_any_run(config: EffectiveConfig, dit: DiTSpec) -> Densities | None:
     """Returns the densities of the plan whose key is --attention-plan, or None without this option.
 
-    The plan may be for other weights, steps or sizes, because a warmup has none of its own. Raises WanFastError.
+    `wanfast warmup` uses this function: it reads no weights and has no --steps, so it cannot compare a plan with a run.
+    The plan may be for other weights, steps or sizes. Raises WanFastError.
     """
     asked = config.models.attention_plan
     if asked is None:

@@ -1,11 +1,12 @@
 """Finds MagCache's ratios: a model's preset, or a curve that `wanfast calibrate-magcache` stored.
 
-A preset is a curve that ships with the package. The key of a stored curve holds the settings of its measurement: the
-set of clips, both experts, their LoRAs, facts and precision. Further settings are steps, shift, solver, guidance, size
-and frames. The key also holds the code, the libraries and the device of the measurement. A run may differ from the
-measurement in the set of clips, the code, the libraries and the device. If another setting differs, the run refuses the
-curve, and the error names the command that measures a new curve. With `--magcache-interpolate`, the steps and the shift
-may differ too, because the ratios change smoothly.
+A preset is a curve that ships with the package. The key of a stored curve holds all inputs of its measurement, in two
+groups. The inputs of the first group must be equal in the measurement and in a run: both experts, their LoRAs, facts,
+precision, scheme and TF32; the steps, the shift, the solver and the guidance; the size, the frames and whether there is
+a last image. If one of them differs, the run refuses the curve, and the error names the command that measures a new
+curve. With `--magcache-interpolate`, the steps and the shift may differ, because the ratios change smoothly.
+The inputs of the second group change a ratio only a little, and may differ: the set of clips, the VAE, UMT5, the
+negative prompt, the attention kernel, --compile, the code, the libraries and the device.
 This module does not import torch.
 """
 
@@ -72,7 +73,7 @@ class Curve:
 
     @property
     def num_steps(self) -> int:
-        """Returns for how many steps the curve has ratios; these are the first steps of a run."""
+        """Returns the number of steps for which the curve has ratios, counted from the first step of a run."""
         return len(self.ratios)
 
 
@@ -308,10 +309,10 @@ def curve_inputs(config: EffectiveConfig, files: ModelFiles, set_digest: str) ->
 
 
 def _measured_by(config: EffectiveConfig, files: ModelFiles) -> dict[str, Any]:
-    """Returns the inputs whose change moves a ratio less than the ratios of two tokens differ.
+    """Returns the inputs that change a ratio by less than the difference between the ratios of two tokens.
 
-    They belong to the key, so that a new measurement is stored beside the old one. A run may use either. The GPU's name
-    and the mesh are no inputs: they only round a ratio otherwise.
+    These inputs belong to the key, so that a new measurement is stored beside the old one. A run may use either. The
+    GPU's name and the mesh are no inputs, because they only change how a ratio is rounded.
     """
     spec = files.spec
     return {
@@ -362,7 +363,9 @@ def _found(
         nearest = min(found, key=lambda item: len(item[0]), default=None)
         difference = f" (the curve {nearest[2].name} has {in_words(nearest[0])})" if nearest else ""
         if nearest and "facts" not in nearest[1]:
-            difference = f" (an earlier version of wanfast made the curve {nearest[2].name}, and recorded fewer facts)"
+            difference = (
+                f" (an earlier version of wanfast made the curve {nearest[2].name}, without the facts of its model)"
+            )
         or_bridge = ", or add --magcache-interpolate" if nearest and set(nearest[0]) <= _BRIDGED else ""
         raise MissingArtifactError(f"{option}: no curve is calibrated for this run{difference}: {fix}{or_bridge}")
     best = [item for item in fitting if distance(item) == distance(fitting[0])]
@@ -377,7 +380,7 @@ def _found(
 
 
 def differences(inputs: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns (the stored value, the wanted value) of each input that differs, except the inputs that may differ."""
+    """Returns {name: (stored value, wanted value)} of the inputs that differ, except those that always may differ."""
     return {
         name: (inputs.get(name), value)
         for name, value in wanted.items()

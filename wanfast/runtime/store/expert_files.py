@@ -57,7 +57,7 @@ _TAKEN_BY: Mapping[str, tuple[Scheme, ...]] = {
 
 
 class NamesExperts(Protocol):
-    """This class stands for any config that may name files of experts."""
+    """This interface stands for any config that may name files of experts."""
 
     @property
     def high_noise_expert(self) -> str | None: ...
@@ -110,8 +110,8 @@ class NamedExpert:
     def check(self, scheme: Scheme | None, loras: Iterable[Lora], option: str, without: str) -> None:
         """Raises WanFastError if the path's name mentions the other expert, or if `scheme` would round weights twice.
 
-        `option` is the option that gives the scheme. `without` is a fix that avoids the scheme, such as "drop
-        --quantize".
+        `loras` are merged into the weights before these are quantized. `option` is the option that gives the scheme.
+        `without` is a fix that avoids the scheme, such as "drop --quantize".
         """
         if (named := expert_in(self.path.name)) not in (None, self.expert):
             fix = f"use {flag(f'{named}_expert')}, or rename the file"

@@ -3,16 +3,16 @@
 A model is stored in <artifacts>/checkpoints/<repo name>, and a pair in <artifacts>/loras/<name of the pair>.
 
 The hub is asked once for the commit and the files of a revision. The download is pinned to that commit, and at the end
-the files on disk are compared with the hub's answer. The result of huggingface_hub is not enough: the library can
-return without an error and without files, and its dry run does not notice a damaged file. A manifest, written last,
-records the commit, so that two commits never mix in one folder.
+the files on disk are compared with the hub's answer. This comparison is needed, because huggingface_hub can return
+without an error and without files, and its dry run does not notice a damaged file. A manifest, written last, records
+the commit, so that two commits never mix in one folder.
 
 If the cache of the Hugging Face Hub holds the whole commit, nothing is downloaded: `--model` reads the weights in the
 cache.
 
-Cost: one request if no file is missing. The sha256 of each large file is compared once, and remembered as the file's
-identity (`identity.py`). Limit: if the process is killed, an incomplete file is downloaded again from its first byte,
-because huggingface_hub names partial files at random.
+Cost: one request if no file is missing. The sha256 of each large file is computed once, compared, and remembered as
+the file's identity (`identity.py`). Limit: if the process is killed, an incomplete file is downloaded again from its
+first byte, because huggingface_hub names partial files at random.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Computes the identity of weights from the sha256 of every file; each sha256 is computed once and remembered.
 
 The sha256 covers all bytes of the file. A record `hashes/<key>.json` in the artifacts folder remembers the sha256 of
-one large file, together with the file's path, size, inode and times of change. If any of these values has changed, the
-file is hashed again. Many processes may ask at once: one process hashes the file under a lock, and the others wait for
-the record.
+one large file, together with the file's path, size, inode, mtime and ctime. If any of these values has changed, the
+file is hashed again. Many processes may need the sha256 at once: one process hashes the file under a lock, and the
+others wait for the record.
 
 The Hugging Face cache names a file by the file's sha256. When such a file is first seen, its name is taken as the
 sha256 without hashing. A later change of such a file is noticed in the same way as a change of any other file.
@@ -63,8 +63,9 @@ def is_old(identity: object) -> bool:
 def sha256_of(files: Iterable[Path], artifacts: Path, option: str = "--model") -> dict[Path, str]:
     """Returns the sha256 of each file, in order; prints a note before it hashes large files.
 
-    Raises ConfigError if a file cannot be read; the error names `option`, the option that gave the files.
-    If the artifacts folder cannot be written, the next process hashes the files again.
+    `artifacts` is the folder in which the hashes of large files are remembered. If this folder cannot be written, the
+    next process hashes the files again. Raises ConfigError if a file cannot be read; the error names `option`, the
+    option that gave the files.
     """
     states = {file: _state(file, option) for file in files}
     known = {file: _known(file, state, artifacts, option) for file, state in states.items()}

@@ -56,9 +56,10 @@ def words_of(name: str, artifacts: Path, experts: tuple[Expert, ...] = EXPERTS) 
 
 
 def own_loras(models: ModelsConfig, root: Path) -> dict[str, tuple[str, ...]]:
-    """Returns {option: LoRA of the model in `root`} for each expert whose distilled weights the user does not give.
+    """Returns {option: (path,)} of the LoRAs that the model in `root` has for the config's recipe.
 
-    The file is `root`/loras/RECIPE/EXPERT.safetensors; an expert without this file is left out.
+    An option is, for example, "lora_low_noise". The path is `root`/loras/RECIPE/EXPERT.safetensors. An expert without
+    this file is left out, and so is an expert for which the user gives distilled weights.
     """
     files = {expert: root / "loras" / str(models.recipe) / f"{expert}.safetensors" for expert in _undistilled(models)}
     return {f"lora_{expert}": (str(file),) for expert, file in files.items() if file.is_file()}

@@ -1,7 +1,7 @@
 """Finds LoRA files, computes their hashes, reads their headers, and checks for which experts the files are.
 
-A LoRA is named by --lora, --lora-high-noise or --lora-low-noise. Its tensors are matched with the model's tensors only
-when an expert is loaded, because only `models.dit` knows their names and shapes.
+A LoRA is named by --lora, --lora-high-noise or --lora-low-noise. The tensors of a LoRA are matched with the model's
+tensors only when an expert is loaded, because only `models.dit` knows the names and shapes of the model's tensors.
 This module does not import torch.
 """
 
@@ -42,7 +42,7 @@ _OTHERS = {
 
 
 class NamesLoras(Protocol):
-    """This interface is a config that names LoRA files."""
+    """This interface stands for any config that may name LoRA files."""
 
     @property
     def lora(self) -> tuple[str, ...]: ...
@@ -82,14 +82,14 @@ def loras_of(models: ModelsConfig) -> tuple[Lora, ...]:
 
 
 def inputs_of(loras: Iterable[Lora], expert: Expert) -> list[list[str | float]]:
-    """Returns the inputs of an artifact's key: the digest and the strength of each LoRA of an expert."""
+    """Returns [digest, strength] of each LoRA of an expert, as inputs of an artifact's key."""
     return [[lora.sha256, lora.strength] for lora in loras if lora.has_expert(expert)]
 
 
 def find_loras(named: NamesLoras, artifacts: Path) -> tuple[Lora, ...]:
     """Returns the LoRAs that a config names, with their hashes, in the order in which they are merged.
 
-    Checks everything that the files' headers tell. Raises ConfigError or CorruptArtifactError.
+    Checks what the files' names and headers tell. Raises ConfigError or CorruptArtifactError.
     """
     return tuple(
         Lora(option, file, strength, _checked(option, file, artifacts)) for option, file, strength in _given(named)

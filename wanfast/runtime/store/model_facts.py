@@ -2,7 +2,7 @@
 
 Facts are a model's sizes and its default options. A `wanfast.json` holds all facts. Without this file, the config files
 of both public layouts (the original one and Diffusers') give the sizes of the transformer. The config files of
-Diffusers' layout also give the sizes of the VAE and UMT5. An error names the file and the key.
+Diffusers' layout also give the sizes of the VAE and UMT5, and the noise boundary. An error names the file and the key.
 This module does not import torch.
 """
 
@@ -53,9 +53,10 @@ class Places:
 def read_spec(root: Path, places: Places, published: ModelSpec = A14B) -> ModelSpec:
     """Reads a model's facts from its wanfast.json.
 
-    If this file is missing, the config files of the model's layout give most sizes. All other facts are then those of
-    `A14B` if the model takes images, and those of `T2V_A14B` if it does not. If the config file of the transformer is
-    missing too, the other facts are those of `published`.
+    If this file is missing, the config files of the model's layout give most sizes, and a model_index.json the noise
+    boundary. All other facts are then those of `A14B` if the model takes images, and those of `T2V_A14B` if it does
+    not. If the config file of the transformer is missing too, they are those of `published`. Raises
+    CorruptArtifactError, which names the file and the key.
     """
     if document := _read_facts(root / _FACTS_FILE):
         return _checked(root / _FACTS_FILE, document, lambda facts: _with_defaults(ModelSpec.from_json(facts)))

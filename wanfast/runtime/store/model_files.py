@@ -94,7 +94,10 @@ class ModelFiles:
         return next((named for named in self.experts if named.expert == component), None)
 
     def require(self) -> None:
-        """Raises MissingArtifactError if a file that a generation needs is missing."""
+        """Raises MissingArtifactError if a file that a generation needs is missing.
+
+        Raises CorruptArtifactError if a file cannot be read, or if UMT5 and the transformer do not fit together.
+        """
         if not self.exists:
             raise MissingArtifactError(f"{self.root} is missing: {self.fix}")
         for component in COMPONENTS:
@@ -109,7 +112,7 @@ class ModelFiles:
     def identify(self) -> None:
         """Hashes the model's files that are not hashed yet.
 
-        This is done before the ranks start, so that the user sees a note and no rank has to wait.
+        The parent calls this method before the ranks start, so that the user sees a note and no rank has to wait.
         """
         assert self.fingerprints
 
@@ -117,8 +120,8 @@ class ModelFiles:
     def fingerprints(self) -> dict[str, str]:
         """Returns the identity of each component's content; copies in another folder have the same identities.
 
-        The first process that calls this method reads all files, which takes about one second for each GB. Later
-        processes read the stored hashes.
+        The first process that reads this property hashes all files, which takes about one second for each GB. Later
+        processes read the stored hashes. Raises WanFastError if a file is missing.
         """
         tokenizer = identity([self.tokenizer], self.artifacts)
         return {**{name: self.fingerprint(name) for name in COMPONENTS}, "tokenizer": tokenizer}
@@ -132,7 +135,7 @@ class ModelFiles:
 
 
 class Models(NamesExperts, Protocol):
-    """This class stands for any config that names a model."""
+    """This interface stands for any config that names a model."""
 
     @property
     def model(self) -> str: ...
@@ -149,8 +152,10 @@ def locate_for(models: Models) -> ModelFiles:
 def locate(model: str, artifacts_dir: str, experts: tuple[NamedExpert, ...] = ()) -> ModelFiles:
     """Locates the model that `--model` names, and reads its facts; `experts` replace the experts of this model.
 
-    Raises MissingArtifactError (no such folder), ConfigError (no model of a known kind in the folder) and
-    CorruptArtifactError (a damaged file of facts).
+    If the weights of a published model are missing, the result has `exists` False. For any other missing folder, raises
+    MissingArtifactError, or ConfigError if the name is similar to that of a known model. Raises ConfigError if the
+    folder has no model of a known kind, or is a file. Raises CorruptArtifactError if the model's facts are damaged or
+    contradict each other.
     """
     artifacts, published = Path(artifacts_dir).absolute(), A14B
     check_root(artifacts)
@@ -217,7 +222,7 @@ def _signs(experts: tuple[NamedExpert, ...]) -> dict[Layout, str]:
 def _instead_of(file: Path) -> str:
     """Returns what to type instead of --model with a file: the options for experts, with both files of a pair."""
     if file.suffix not in SUFFIXES:
-        return "name the folder that holds all of the model"
+        return "name the folder that holds the whole model"
     other = file.with_name(re.sub("|".join(_HALVES), lambda found: _HALVES[found[0]], file.name))
     pair = [file, other if other != file and other.is_file() else Path("FILE")]
     if "low" in file.name.lower() and "high" not in file.name.lower():

@@ -83,9 +83,9 @@ class QuantizedExpert:
     def find(self, *, verify: bool = False) -> Path | None:
         """Returns the artifact's folder, or None if the artifact is missing.
 
-        If torchao is not installed here, the artifact that was made with the newest torchao is taken. An artifact made
-        on a GPU and an artifact made on a CPU are both accepted; if both exist, the GPU's artifact is taken. Raises
-        CorruptArtifactError.
+        If torchao is not installed here, the artifact that was made with the newest torchao is taken. An artifact may
+        be made on a GPU or on a CPU; if both exist, the GPU's artifact is taken. Raises CorruptArtifactError if the
+        artifact is damaged; with `verify`, the hashes of its files are compared too.
         """
         installed = torchao_version() if in_8_bits(self.scheme) else None
         made_by = installed or max(self._versions(), default=None, key=_release)
@@ -104,7 +104,8 @@ class QuantizedExpert:
             others = ", ".join(sorted(self._versions(), key=_release))
             why = f" (only with torchao {others}, but {torchao_version()} is installed)" if others else ""
             if older := self._of_another_wanfast():
-                why = f" by this version of wanfast and torch ({', '.join(older)} of another version can be removed)"
+                made = f"another version made {', '.join(older)}, which you may remove"
+                why = f" by this version of wanfast and torch ({made})"
             raise MissingArtifactError(f"{self.expert} is not quantized with {self.scheme} yet{why}: run `{self.fix}`")
         return folder
 

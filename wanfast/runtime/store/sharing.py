@@ -53,7 +53,7 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def who_can_write(paths: list[Path]) -> str | None:
-    """Returns why a user other than the current one could have written to one of `paths`; None if nobody else could.
+    """Returns why another user could have written to one of `paths`; None if no other user could.
 
     Root is ignored. Permissions of the current user's primary group are ignored too, because on many systems this group
     has only the current user as a member.
