@@ -130,11 +130,11 @@ class RankGroups:
         """Runs a batch of jobs and returns their results in the order of `jobs`; dead rank groups are restarted first.
 
         `on_result` gets each result as soon as the job is done. If a group dies, its current job fails with the group's
-        error, and the group is started again for the remaining jobs. A group that cannot load its models is not started
-        again while other groups live. If `cancelled()` becomes true, the jobs end and CancelledError is raised. If a
-        callback raises an Exception, the jobs end and that exception is raised. In both cases the ranks keep running.
-        Any other exception, such as KeyboardInterrupt, ends all ranks immediately. In all cases, no half-written file
-        is left.
+        error, and the group is started again for the remaining jobs. There are two exceptions. A group that cannot load
+        its models is not started again while other groups live, and a group that spans machines is not started again.
+        If `cancelled()` becomes true, the jobs end and CancelledError is raised. If a callback raises an Exception, the
+        jobs end and that exception is raised. In both cases the ranks keep running. Any other exception, such as
+        KeyboardInterrupt, ends all ranks immediately. In all cases, no half-written file is left.
         """
         self._start_missing()
         if cancelled():
