@@ -10,9 +10,9 @@ captured graph reads weights at fixed addresses, so it must be captured again af
 The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached. A process that loads
 this artifact repeats only two things: the tracing, and the compilation inside opaque operators. These operators are the
 int8 product, the quantization of the text embeddings, FlashAttention-4, and sparse attention with its router. On the
-same machine, most of these are found in the caches of their own compilers. The key contains everything that the
-kernels depend on. So another torch, GPU, video size or version of this code has another key. Each rank has its own
-file, because its graphs contain the names of its process groups.
+same machine, the caches of the operators' own compilers hold most of the operators' code. The key contains everything
+that the kernels depend on. So another torch, GPU, video size or version of this code has another key. Each rank has its
+own file, because its graphs contain the names of its process groups.
 Source: torch.compiler.save_cache_artifacts.
 """
 

@@ -90,7 +90,7 @@ class RankGroups:
     """
 
     def __init__(self, run_folder: Path, ranks: RanksConfig, groups: int) -> None:
-        """Starts the launchers; the ranks become ready meanwhile. Raises ConfigError."""
+        """Starts the launchers, and does not wait until the ranks are ready. Raises ConfigError."""
         _check_endpoint(ranks)
         self._folder, self._ranks, self._groups = run_folder, ranks, groups
         self._launchers: dict[int, subprocess.Popen[bytes]] = {}  # place -> its newest launcher
