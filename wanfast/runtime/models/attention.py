@@ -41,7 +41,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
 
 
 class HeadOrder(NamedTuple):
-    """Holds the order in which the ranks of Ulysses share the heads: the first rank gets the first heads of it.
+    """Holds the order in which the ranks of Ulysses share the heads: the first rank gets the order's first heads.
 
     Without a HeadOrder, the ranks share the heads in the model's order.
     """
