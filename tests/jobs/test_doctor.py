@@ -459,7 +459,7 @@ def no_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any)
         (right, "runs"),
         (unscaled, "fails: its result is wrong: relative error"),
         (not_a_number, "fails: its result is wrong: relative error nan"),
-        (heads_first, "fails: its result is [1, 2, 256, 128], not [1, 256, 2, 128]"),
+        (heads_first, "fails: its result has the shape [1, 2, 256, 128], not [1, 256, 2, 128]"),
         (no_kernel, "fails: no kernel image is available"),
         (lambda q: q, "fails: "),
         (None, "fails: cannot import name"),

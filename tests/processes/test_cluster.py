@@ -181,7 +181,7 @@ def test_a_line_of_a_lost_machine_is_made_on_another(on: Any) -> None:
     assert outcome.exit_code == 0, outcome.err
     assert sorted(b.made) == ["0", "1", "2", "3"]
     assert (
-        "note: --ray: a was lost; its line of --jobs waits for another machine, if that line has a try left"
+        "note: --ray: a was lost; its line of --jobs waits for another machine, and gets at most 3 tries in all"
         in outcome.err
     )
 
@@ -208,7 +208,7 @@ def test_a_machine_that_fails_again_and_again_gets_no_more_lines(on: Any) -> Non
     outcome, _ = on(a, b, lines=6)
     assert outcome.exit_code == 0, outcome.err
     assert len(a.lines) == 7 and len(b.made) == 6
-    assert "note: --ray: a makes no more lines: rank 0 was killed by SIGKILL" in outcome.err
+    assert "note: --ray: a gets no more lines of --jobs: rank 0 was killed by SIGKILL" in outcome.err
 
 
 def test_a_line_that_is_wrong_is_not_tried_again(on: Any) -> None:
@@ -222,7 +222,7 @@ def test_a_machine_with_other_weights_makes_no_line(on: Any) -> None:
     outcome, _ = on(a, b)
     assert outcome.exit_code == 0, outcome.err
     assert a.made == [] and len(b.made) == 4 and a.actors == 0
-    assert "note: --ray: a makes no line: x is missing: y" in outcome.err
+    assert "note: --ray: a gets no line of --jobs: x is missing: y" in outcome.err
 
 
 def test_without_a_machine_that_has_the_weights_each_line_has_the_error(on: Any) -> None:

@@ -324,16 +324,25 @@ DOWN, UP = factors(OF_BLOCKS["blocks.0.self_attn.q"])
 GOOD = {f"{Q}.lora_down.weight": DOWN, f"{Q}.lora_up.weight": UP}
 WRONG: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "rank": ({f"{Q}.lora_up.weight": UP[:, :2]}, f"{Q}.lora_up.weight' has the shape [64, 2], but "),
-    "shape in": ({f"{Q}.lora_down.weight": DOWN[:, :9]}, "a change of [64, 9], but the weight is [64, 64]"),
-    "shape out": ({f"{Q}.lora_up.weight": UP[:9]}, "a change of [9, 64], but the weight is [64, 64]"),
+    "shape in": (
+        {f"{Q}.lora_down.weight": DOWN[:, :9]},
+        "a change of the shape [64, 9], but the weight has the shape [64, 64]",
+    ),
+    "shape out": (
+        {f"{Q}.lora_up.weight": UP[:9]},
+        "a change of the shape [9, 64], but the weight has the shape [64, 64]",
+    ),
     "block": ({"blocks.7.self_attn.q.diff_b": torch.zeros(64)}, "'blocks.7.self_attn.q.diff_b' matches nothing"),
     "module": ({"blocks.0.self_attn.x.alpha": torch.tensor(1.0)}, "'blocks.0.self_attn.x.alpha' matches nothing"),
     "ending": ({f"{Q}.lora_mid.weight": DOWN}, f"'{Q}.lora_mid.weight' matches nothing"),
     "prefix": ({f"other.{Q}.diff": DOWN}, f"'other.{Q}.diff' matches nothing"),
-    "one factor": ({f"{Q}.lora_down.weight": None}, f"'{Q}.lora_up.weight' has no second LoRA factor"),
+    "one factor": (
+        {f"{Q}.lora_down.weight": None},
+        f"'{Q}.lora_up.weight' is one of two LoRA factors, and the other factor is missing",
+    ),
     "only alpha": (
         {"blocks.1.ffn.0.alpha": torch.tensor(1.0)},
-        "'blocks.1.ffn.0.alpha' has no LoRA factors that belong to it",
+        "'blocks.1.ffn.0.alpha' belongs to LoRA factors that are missing",
     ),
     "twice": ({"blocks.0.attn1.to_q.lora_A.weight": DOWN}, "is for the same weight as "),
     "difference": ({f"{Q}.diff": DOWN}, f"'{Q}.diff' has the shape [3, 64], not [64, 64]"),

@@ -53,8 +53,9 @@ def prepare(device: str, precision: str, tf32: bool | None) -> None:
 def use_few_threads(device: str, dim: int) -> None:
     """Limits torch's CPU threads, because too many threads slow a model.
 
-    A small model gets one thread. Any other model gets at most as many threads as there are usable cores. If there are
-    more threads than cores, the threads wait for each other. On a GPU, or if OMP_NUM_THREADS is set, nothing changes.
+    `dim`: the model's width. A model with a width below 1024 gets one thread, because its matrix products are short.
+    Any other model gets at most one thread for each usable core, because more threads would wait for each other. On a
+    GPU, or if OMP_NUM_THREADS is set, nothing changes.
     """
     if device == "cpu" and host.THREADS not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), host.own_threads(dim)))
@@ -96,9 +97,9 @@ def is_out_of_memory(error: MemoryError | RuntimeError, free: int) -> bool:
     """Returns whether an error means that memory ran out; `free` is the number of free bytes on the device.
 
     Python and numpy raise MemoryError, and torch has an error class for a GPU's memory. torch's CPU allocator, CUDA,
-    cuBLAS and cuDNN may raise a RuntimeError, and only the text of this error says that memory ran out. cuDNN may say
-    instead that it finds no engine, because every engine needs more memory. "No engine" has other causes too, so it
-    counts only if less than 4 GiB are free.
+    cuBLAS, cuDNN and Triton may raise a RuntimeError, and only the text of this error says that memory ran out. Without
+    memory, cuDNN may also report that it finds no engine, and cuBLAS and cuDNN may report that they are not
+    initialized. These reports have other causes too, so they count only if less than 4 GiB are free.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -142,7 +143,10 @@ def reset_peak_memory(device: str) -> None:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Returns this process's peak memory in bytes: for a GPU, torch's tensors; for a CPU, the resident set."""
+    """Returns this process's peak memory in bytes.
+
+    On a GPU, only the memory of torch's tensors counts. On a CPU, the process's resident set counts.
+    """
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -27,8 +27,8 @@ _MOST_THREADS = 8  # more threads gained little: the memory of the host is busy
 def to_device(tensors: Iterable[tuple[T, Tensor]], device: str, cores: int) -> Iterator[tuple[T, Tensor]]:
     """Copies each CPU tensor to `device` and yields (label, tensor), in order, while threads read the next tensors.
 
-    The number of threads is `cores`, but at most 8. The current stream may use a yielded tensor at once. If `device` is
-    a CPU, the tensors are yielded as they are.
+    `cores`: how many CPU cores this rank may use. There is one thread for each core, but at most 8. Work on the current
+    stream may use a yielded tensor at once. If `device` is a CPU, the tensors are yielded as they are.
     """
     if not device.startswith("cuda"):
         yield from tensors

@@ -31,7 +31,8 @@ class Stopwatch:
 class FirstStep:
     """Measures the seconds of the first step, including compilation.
 
-    Call the object before and after every step; calls after the first step do nothing.
+    Call the object before and after every step, with the number of finished steps. After the first step, calls do
+    nothing.
     """
 
     def __init__(self, device: str) -> None:

@@ -22,7 +22,7 @@ from wanfast.runtime.facts.choices import Branch
 
 
 class BothBranches:
-    """This class runs guidance if the cfg degree is 1: each rank computes all branches, one after the other."""
+    """This class runs guidance with --cfg-parallel 1: each rank computes all branches, one after the other."""
 
     def own(self, branches: Sequence[Branch]) -> list[Branch]:
         return list(branches)

@@ -58,7 +58,10 @@ class Ranks:
 
     @property
     def unguided(self) -> Ranks:
-        """Returns these ranks as they run a step without guidance: all of them share the tokens of the one branch."""
+        """Returns a `Ranks` object for steps without guidance: all ranks share the tokens of the one branch.
+
+        If both branches run on the same ranks anyway, returns this object.
+        """
         if self.whole is None:
             return self
         return dataclasses.replace(self, mesh=Mesh(ulysses=self.size), groups={"ulysses": self.whole}, whole=None)
@@ -164,7 +167,10 @@ def join(device: str, mesh: Mesh, timeout_s: float) -> Ranks:
 
 @contextlib.contextmanager
 def rank_group(device: str, mesh: Mesh, timeout_s: float) -> Iterator[Ranks]:
-    """Yields the `Ranks` object of `join`, and closes the connections when the `with` block ends without an error."""
+    """Connects the ranks by `join`, yields this rank's `Ranks`, and closes the connections when the block ends.
+
+    After an error, the connections stay open, because closing may wait for ranks that have ended.
+    """
     ranks = join(device, mesh, timeout_s)
     yield ranks
     if ranks.size > 1:

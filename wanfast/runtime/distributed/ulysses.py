@@ -64,10 +64,10 @@ class Ulysses:
         return self._returned(attend(all_q, all_k[:, :num_tokens], all_v[:, :num_tokens]))
 
     def fp8_attention(self, projections: Fp8Projections, num_tokens: int) -> Tensor:
-        """Returns what `attention` returns, but computes it in float8; ranks exchange half as many bytes as in bf16.
+        """Computes the same attention as `attention`, but in float8; ranks exchange half as many bytes as in bf16.
 
-        The ranks first exchange their statistics of k and v, so that all tokens of a head have one scale and one
-        centre. Therefore the float8 values are equal to those of a single rank. q is sent meanwhile.
+        While q is sent, the ranks exchange their statistics of k and v. So all tokens of a head have one scale and one
+        centre, and the float8 values are equal to those of a single rank.
         """
         size, rank = self.group.size(), self.group.rank()
         sent = [self._send(projections.queries(size).view(torch.uint8))]

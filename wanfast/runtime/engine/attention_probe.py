@@ -65,15 +65,16 @@ class Choice:
 
     @property
     def exact(self) -> Attention:
-        """Returns the kernel of the exact calls, whether or not other calls are lossy."""
+        """Returns the kernel of the exact calls: `dense` if `kernel` is lossy, otherwise `kernel`."""
         return self.dense or self.kernel
 
 
 def choose(asked: Attention, device: str, dtype: torch.dtype, head_dim: int) -> Choice:
     """Probes the requested kernel and returns it; for `auto`, returns the fastest kernel that gives correct results.
 
-    Raises ConfigError if the requested kernel is not installed or gives wrong results. For `auto`, raises ConfigError
-    if no installed kernel gives correct results.
+    Beside a lossy kernel, a kernel for the exact calls is chosen as for `auto`. Raises ConfigError if the requested
+    kernel is not installed, raises an error or gives wrong results. For `auto`, raises ConfigError if no installed
+    kernel gives correct results.
     """
     if asked != "auto":
         if asked in LOSSY_ATTENTION:
@@ -158,7 +159,7 @@ def _candidates(device: str) -> list[str]:
 def probe(name: str, device: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = HEAD_DIM) -> Finding:
     """Runs one kernel on small problems in `dtype`, and returns a `Finding`, which says whether the results are right.
 
-    If the kernel is not installed, or raises an error, the finding holds the reason.
+    If the kernel is not installed, raises an error or gives a wrong result, the finding holds the reason.
     """
     lossy = _LOSSY.get(name)
     kernel, is_emulated = KERNELS[lossy.package_of if lossy else name], lossy and device == "cpu"
@@ -191,11 +192,12 @@ def _relative_error(probed: _Probed, q: Tensor, k: Tensor, v: Tensor) -> float:
         warnings.simplefilter("ignore")  # torch explains each back end that it rejects
         got = probed.run(q, k, v).cpu()
     if got.shape != expected.shape:
-        raise ValueError(f"its result is {list(got.shape)}, not {list(expected.shape)}")
+        raise ValueError(f"its result has the shape {list(got.shape)}, not {list(expected.shape)}")
     error = float((got.double() - expected).norm() / expected.norm())
     if not error <= probed.bound:  # also for NaN
         lengths = f"{q.shape[1]} queries and {k.shape[1]} keys"
-        raise ValueError(f"its result is wrong: relative error {error:.1g}, over {probed.bound}, for {lengths}")
+        wrong = f"relative error {error:.1g} is over the bound {probed.bound}"
+        raise ValueError(f"its result is wrong: {wrong}, for {lengths}")
     return error
 
 

@@ -1,18 +1,18 @@
 """This module compiles the experts block by block, and stores torch.compile's caches so that other processes load them.
 
 A block is compiled with `fullgraph`, so that a graph break is an error and not a slow path. It is compiled for one
-shape (`dynamic=False`). All blocks of both experts share one graph; attention in float8 has a second graph, and sparse
-attention has none of its own. In mode `default`, cuBLAS computes the matrix
-products. The two `max-autotune` modes measure whether Triton or cuBLAS computes the products faster; this measurement
-takes half a minute. The mode `max-autotune` also captures each block as a CUDA graph, in the second forward of a video
-size. A captured graph reads weights at fixed addresses, so weights should not be moved.
+shape (`dynamic=False`). All blocks of both experts share one graph. Layers with attention in float8 share a second
+graph. Layers with sparse attention use the first one. In mode `default`, cuBLAS computes the matrix products. The two
+`max-autotune` modes measure whether Triton or cuBLAS computes the products faster; this measurement takes half a
+minute. The mode `max-autotune` also captures each block as a CUDA graph, in the second forward of a video size. A
+captured graph reads weights at fixed addresses, so it must be captured again after weights have moved.
 
 The artifact `inductor/<key>` holds what Inductor, AOTAutograd, Triton and the autotuner cached. A process that loads
 this artifact repeats only two things: the tracing, and the compilation inside opaque operators. These operators are the
 int8 product, the quantization of the text embeddings, FlashAttention-4, and sparse attention with its router. On the
-same machine, most of these are found in the caches of their own compilers. The key contains everything that the
-kernels depend on. So another torch, GPU, video size or version of this code has another key. Each rank has its own
-file, because its graphs contain the names of its process groups.
+same machine, the caches of the operators' own compilers hold most of the operators' code. The key contains everything
+that the kernels depend on. So another torch, GPU, video size or version of this code has another key. Each rank has its
+own file, because its graphs contain the names of its process groups.
 Source: torch.compiler.save_cache_artifacts.
 """
 
@@ -87,9 +87,10 @@ def _import_compiler(gpu: int | None) -> None:
 
 
 def make_traceable() -> None:
-    """Prepares what a block calls for the tracing. `rearrange` becomes one node, because Dynamo is slow inside it.
+    """Registers operators and `rearrange` with torch, so that torch.compile can trace a block, and traces it quickly.
 
-    AOTAutograd traces through `rearrange`, so that the compiled graph is the same.
+    For Dynamo, `rearrange` becomes one node, because tracing through it is slow. AOTAutograd traces through `rearrange`
+    later, so that the compiled graph is the same.
     """
     make_operators()
     torch._dynamo.allow_in_graph(rearrange)  # type: ignore[no-untyped-call]

@@ -24,8 +24,9 @@ def given_clip(images: Tensor, frames: int) -> Tensor:
 
 
 def with_mask(latents: Tensor, num_mask_channels: int, *, last: bool = False) -> Tensor:
-    """Returns the condition y: `num_mask_channels` mask channels, then the latents.
+    """Returns the condition y [1, M + C, T, h, w]: M mask channels, then the `latents` [1, C, T, h, w].
 
+    M is `num_mask_channels`.
     The mask is 1 in the first latent frame, because the image gives this frame. In the other latent frames it is 0,
     with one exception. Each mask channel stands for one of the video frames that a latent frame represents. So if the
     video's last frame is given (`last`), the last channel of the last latent frame is 1.

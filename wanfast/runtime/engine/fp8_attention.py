@@ -1,8 +1,8 @@
 """This module computes self-attention in float8 in the scheduled steps and layers of a video; see `attention_fp8`.
 
-In all other steps and layers, self-attention is exact. Cross-attention is always exact. Under Ulysses, a rank has exact
-keys of only its own tokens. So, for a check, each rank computes its part of the exact rows of all heads, and the ranks
-join these parts.
+In all other steps and layers, self-attention is exact. Cross-attention is always exact. Under Ulysses, a rank has the
+exact keys of all heads, but only of its own tokens. To check the error, each rank attends to these keys, and the ranks
+join their results to exact rows of the output.
 
 Shapes: B batch (1), L tokens of this rank, H heads of all ranks, D head dim.
 """

@@ -78,9 +78,9 @@ class VideoPipeline:
     ) -> Tensor | None:
         """Returns the video [3, F, H, W] in [-1, 1] on the leader's CPU, None on other ranks.
 
-        It is made from images [n, 3, H, W] and from each branch's `text` [S, d]. The images are those of the first and
-        the last frame, or only of the first; a model that makes videos from text alone has none. `residuals` decides
-        which forwards run; by default the plan decides.
+        `images` [n, 3, H, W]: the first frame, then the last frame if it is given; n is 0 for a model that makes videos
+        from text alone. `text`: the embedding [S, d] for each branch. `residuals`: the cache that decides which
+        forwards are skipped; if it is None, the plan decides.
         """
         latent = self.latent(plan, images, text, watch, on_step, residuals or plan.residuals())
         return self.decode(latent, plan.geometry, watch)
@@ -163,7 +163,10 @@ class VideoPipeline:
                         yield piece[0]
 
     def make_room(self, wanted: int) -> None:
-        """Evicts weights until this rank's GPU has `wanted` free bytes, if it has fewer; on a CPU, evicts nothing."""
+        """Evicts weights if this rank's GPU has fewer than `wanted` free bytes; on a CPU, evicts nothing.
+
+        About as many bytes are evicted as are missing, or fewer if fewer can be evicted.
+        """
         if (missing := wanted - free_bytes(self.device)) > 0:
             self.experts.evict(missing)
 

@@ -318,7 +318,7 @@ def load_models(
     2. quantize: 8-bit layers replace linear layers before weights are read, so that only 8-bit weights are allocated;
     3. shard: parameters are sharded before weights are read, so that a rank reads only its own rows;
     4. fill the parameters from the files: each tensor is merged with its LoRAs while it is read;
-    5. fuse the projections q, k and v, if the weights are not sharded;
+    5. fuse the projections q, k and v, unless the weights are sharded, or ranks share the tokens in every forward;
     6. place both experts, resident or offloaded, after both are filled, because offloaded experts share one set of GPU
        weights;
     7. compile, last, because the compiler needs the final parameters.
@@ -360,7 +360,10 @@ def load_models(
 
 
 def lossy_attention(kernel: Attention, dense: AttentionFn, num_heads: int, ranks: Ranks) -> LossyAttention | None:
-    """Returns what computes self-attention if `kernel` is lossy; `dense` computes the calls that stay exact."""
+    """Returns the object that computes self-attention by `kernel`; returns None if `kernel` is exact.
+
+    `dense` computes the calls that stay exact. `num_heads` counts the heads of all ranks.
+    """
     if kernel == "sparse":
         return SparseAttention(dense, num_heads, ranks)
     return Fp8Attention(num_heads, ranks) if kernel == "fa3-fp8" else None

@@ -3,7 +3,8 @@
 The first steps and the first layers stay dense. In all other calls, the router lists blocks for each layer and each
 branch of guidance. The lists are used for a few steps, because attention changes little from step to step.
 Cross-attention is always dense.
-A calibration keeps all calls dense, and measures the errors of two other ways: lists of several lengths, and float8.
+In a calibration, all calls are dense. The calibration measures the errors that lists of several lengths and float8
+would cause.
 Under Ulysses, each rank lists the blocks of its own heads. In each band of steps, the plan of densities gives each
 head either a length for its lists, or float8. In each band and layer, the heads are divided among the ranks so that all
 ranks have nearly equal work, because the slowest rank makes the others wait.

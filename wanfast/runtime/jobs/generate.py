@@ -89,16 +89,20 @@ def _make_clip(
 
 
 class Joined:
-    """Joins the frames of clips on the leader: `add` gets all frames, but those that two clips share only once."""
+    """Joins the frames of a video's clips on the leader.
+
+    The last frame of a clip is the first frame of the next clip. This shared frame appears only once.
+    """
 
     def __init__(self, add: Callable[[Iterable[Frame]], None]) -> None:
+        """`add`: a function that receives the joined frames, a few at a time, in order."""
         self._add = add
         self._last: Frame | None = None  # that a clip of this run made
         self._has_frames = False
         self._is_shared = False  # whether the next frame repeats the last one
 
     def begin_with(self, frames: Iterable[Frame]) -> None:
-        """Adds the frames of an earlier video; the first clip starts from its image, which is the last of them."""
+        """Adds the frames of an earlier video, whose last frame is the first clip's image."""
         self._has_frames = True
         self._add(frames)
 
@@ -121,11 +125,12 @@ class Joined:
 class FramesFile:
     """Receives a video's frames while they are decoded, and writes them to a file that `np.load` reads.
 
-    `finish` publishes the file; without a successful `finish` no file appears. Raises ConfigError.
+    `finish` publishes the file; without a successful `finish` no file appears. `add` and `finish` raise ConfigError if
+    the file cannot be written.
     """
 
     def __init__(self, file: Path, num_frames: int, artifacts_dir: Path) -> None:
-        """`num_frames`: of the whole video. `artifacts_dir`: the folder above the file that an error names."""
+        """`num_frames`: the frames of the whole video. `artifacts_dir`: the folder that an error message names."""
         self._file, self._num_frames, self._artifacts_dir = file, num_frames, artifacts_dir
         self._open = ExitStack()
         self._stream: BinaryIO | None = None

@@ -4,8 +4,9 @@ Each rank group has its own part of the list of jobs. Before a rank group loads 
 all jobs in its part that use the same models. The group encodes the prompts of these jobs, and then frees UMT5.
 If a job raises a WanFastError or runs out of memory, the job's result is the error, and the other jobs continue. If
 a job's models cannot be loaded, this job fails, and the next job with these models tries to load them again. After
-MOST_LOADS tries, the rank group's other jobs with these models fail too. All ranks of a rank group run the same jobs in
-the same order.
+MOST_LOADS tries, the rank group's other jobs with these models fail too. There is one exception: if there are several
+rank groups and no file is missing or corrupt, a group that cannot load models ends, because other groups may have more
+memory. All ranks of a rank group run the same jobs in the same order.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def run_jobs(
 
 
 def measuring(measure: WorkFn) -> Callable[..., Iterator[tuple[int, Result]]]:
-    """Returns the function that a calibration runs on ranks; this function yields measurements of each job's clip."""
+    """Returns the worker half of a calibration: a function `run`, which yields the measurements of each job's clip.
+
+    `measure` makes and measures the clip of one job.
+    """
 
     def run(
         jobs: list[Job],

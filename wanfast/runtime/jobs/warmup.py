@@ -4,8 +4,9 @@ It compiles one block, and stores the compiler's caches. The block is compiled i
 One block of full size is enough, because all blocks of both experts share the same graphs. The values of the block's
 weights do not matter, so no weights are read.
 With lossy attention, the block also runs as a lossy layer, so that the kernels of lossy calls are compiled too. Which
-steps and layers of a video are lossy does not matter, because they share these graphs and kernels. With a plan, the
-block stands for layers of each kind: if heads are in float8, a kernel is compiled for each number of such heads.
+steps and layers of a video are lossy does not matter, because they share these graphs and kernels. With a plan of
+densities, lossy layers may differ in how many heads are in float8. The block runs once for each of these numbers,
+because each number needs a kernel of its own.
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
 
 
 class HeadOrder(NamedTuple):
-    """Says in which order the ranks of Ulysses share the heads, if this is not the model's order of heads."""
+    """Holds the order in which the ranks of Ulysses share the heads: the first rank gets the order's first heads.
+
+    Without a HeadOrder, the ranks share the heads in the model's order.
+    """
 
     order: Tensor  # [H]: numbers of heads, those of the first rank first
     inverse: Tensor  # [H]: the place of each head in `order`
@@ -109,7 +112,10 @@ class Fp8Projections(Protocol):
         ...
 
     def statistics(self, first: int, count: int, num_tokens: int) -> Tensor:
-        """Returns the statistics [5, d] of this rank's `count` tokens; the first token has the index `first`."""
+        """Returns the statistics [5, d] of this rank's tokens, as `attention_fp8.statistics` defines them.
+
+        This rank has `count` tokens of the video's `num_tokens`, from token `first` on, counted from 0.
+        """
         ...
 
     def scaling(self, statistics_P5d: Tensor) -> Scaling:
@@ -147,7 +153,7 @@ class Sequence(Protocol):
         ...
 
     def fp8_attention(self, projections: Fp8Projections, num_tokens: int) -> Tensor:
-        """Returns what `attention` returns, but computes it in float8; the ranks exchange float8 values."""
+        """Computes the same attention as the method `attention`, but in float8; ranks exchange float8 values."""
         ...
 
     def own(self, num_tokens: int) -> tuple[int, int]:

@@ -1,12 +1,13 @@
-"""This module measures the error of an attention's output, by comparing a few rows with exactly computed rows.
+"""This module measures the error of attention: it compares a few rows of the output with exactly computed rows.
 
-A few exact rows cost little: 64 of 75,600 queries are a thousandth of a dense call. So each run can measure the error
-for its own weights and its own video. The error has two causes, and the measurement contains both: keys that were left
-out, and rounding. torch's flash kernel computes the exact rows. In bf16, these rows have an error of about 0.002
-themselves.
+A row is the output for one query. A few exact rows cost little: 64 of 75,600 queries are a thousandth of a dense call.
+So each run can measure the error for its own weights and its own video. `sampled_errors` measures the error of a call
+that ran. Keys that were left out and rounding both cause this error. torch's flash kernel computes the exact rows. In
+bf16, these rows have an error of about 0.002 themselves.
 
 If several ranks share the tokens, each rank attends to its own keys, and the parts are joined by their log-sum-exp.
-A calibration needs the error of many lists of blocks. It computes only the sampled rows, once for each list.
+A calibration needs errors of calls that did not run. `errors_by_length` and `fp8_errors` compute only the sampled rows
+of these calls.
 Shapes: L tokens of a rank, H heads, D head dim, S sampled queries of each head, P ranks, N blocks, E lengths of lists.
 """
 
@@ -60,8 +61,9 @@ def errors_by_length(
 ) -> Tensor:
     """Returns each head's relative error [H, E] over the queries `rows_HS`, for lists of blocks with the E `lengths`.
 
-    A list of n blocks holds the blocks whose place in `order_HNN` is below n. Rows are computed in float32, so that the
-    errors contain no rounding.
+    `order_HNN`: the places of the blocks, from `attention_router.block_order`; a list of n blocks holds the blocks at
+    the places below n. `block`: the number of tokens in a block. Rows are computed in float32, so that the errors
+    contain no rounding.
     """
     errors = []
     for head, rows in enumerate(rows_HS):  # one head's scores at a time

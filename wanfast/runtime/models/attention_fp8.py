@@ -3,13 +3,14 @@
 Three steps prepare q, k and v for the rounding. In exact arithmetic, none of these steps changes the result.
 * A constant vector of each head is subtracted from all keys: softmax does not change.
 * A constant vector of each head is subtracted from all values, and added to the output: the rows of softmax sum to 1.
-* Queries and keys are multiplied by the same Hadamard matrix. It spreads channels of large numbers over all channels.
-The constants are means over tokens: over at least 4096 of them, or over all tokens of a short video. Any constant is
-correct, if it is the same for all tokens of a head; so the ranks of Ulysses add up their sums before they quantize.
+* Queries and keys are multiplied by the same Hadamard matrix, which spreads large numbers of few channels over all.
+The constants are means over tokens: over at least 4096 of them, or over all tokens of a short video. A constant must be
+the same for all tokens of a head, so the ranks of Ulysses add up their sums before they quantize.
 
 Each head has one scale for q, one for k and one for v. RMS norm bounds each vector of q and k, so that the scales of q
-and k follow from the weights of the norm. A bound is as good as the largest value, because float8 keeps its
-precision down to 1/28,672 of the largest number. The scale of v needs the largest number in v over all ranks.
+and k follow from the weights of the norm. The bound may be larger than all numbers that occur. This costs no precision,
+because float8 keeps its relative precision down to 1/28,672 of its largest number. The scale of v needs the largest
+number in v over all ranks.
 
 Shapes: B batch, L tokens, S sampled tokens, H heads, D head dim, d = H D. Sources: FlashAttention-3 (arXiv 2407.08608)
 section 3.3 for float8 and the rotation; DeepSeek-V3 (arXiv 2412.19437) section 3.3.2 for the sums of tensor cores.
@@ -94,8 +95,8 @@ def scaling(parts_P5d: Tensor, norms_2H: Tensor, *, hadamard: bool, centres_v: b
     """Returns the `Scaling` of all heads; `parts_P5d` holds the `statistics` of all P ranks.
 
     `norms_2H` holds, for each head, a bound of the norms of q and a bound of the norms of k.
-    If `centres_v` is false, nothing is subtracted from v. Only measurements use
-    false, to show how much the subtraction improves the result.
+    If `centres_v` is false, nothing is subtracted from v. Only measurements use false, to show how much the subtraction
+    improves the result.
     """
     k_sum, v_sum, count = parts_P5d[:, :3].sum(0)
     least, largest = parts_P5d[:, 3].amin(0), parts_P5d[:, 4].amax(0)
@@ -176,11 +177,12 @@ def _descales(heads: Fp8Heads) -> dict[str, Tensor]:
 
 
 def emulated(heads: Fp8Heads) -> Tensor:
-    """Returns in float32 what FlashAttention-3 computes on a Hopper GPU, before v's centre is added to the output.
+    """Emulates FlashAttention-3 on a Hopper GPU; returns its float32 output [B, L, H, D], without v's centre.
 
-    P is rounded to float8. The sums of P V lose bits: in a long row, what a tensor core adds is much smaller than the
-    sum, and is cut off. If all values share an offset, the losses have one sign. The GPU's rounding is not documented;
-    the rounding of this function gives nearly the measured errors, with an offset and without one.
+    The exponentials P of the scores are rounded to float8. The sums of P V lose bits, as on a tensor core: in a long
+    row, each product is much smaller than the sum so far, and its low bits are cut off. If all values of v have a
+    common offset, all losses have the same sign. The GPU's rounding is not documented. The rounding of this function
+    gives nearly the errors that were measured on a GPU, with an offset and without one.
     """
     q, k, v = (rearrange(x.float(), "B L H D -> (B H) L D") for x in heads[:3])
     q_scale, k_scale, v_scale = (s.repeat(heads.q.shape[0])[:, None, None] for s in heads.scales)

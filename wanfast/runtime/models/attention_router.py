@@ -7,7 +7,7 @@ equal scores, the block with the smaller index comes first. Each list also has t
 and the blocks of the latent frames that hold given images: the first frame, and in some videos the last one.
 On a GPU, a Triton kernel computes the scores of all heads; in all other cases, plain PyTorch does, a head at a time.
 Cost: 16 / block^2 of the products of dense attention, and a sort. Memory at 75,600 tokens and 40 heads: 0.3 GB while
-the scores are sorted, which is less than the result of attention needs. Limit: the choice is only an estimate;
+the scores are sorted; the result of attention takes 0.8 GB in bf16. Limit: the choice is only an estimate;
 `attention_check` measures the error of the result.
 
 Shapes: B batch, L tokens, H heads, D head dim, N blocks, W entries of the longest list, S quarters of blocks.
@@ -47,10 +47,10 @@ def block_lists(
 
 
 def block_order(q_BLHD: Tensor, k_BLHD: Tensor, block: int, first_blocks: int, last_blocks: int = 0) -> Tensor:
-    """Returns each key block's place in the order of choice, as int16 [H, N, N].
+    """Returns each key block's place if the blocks are sorted by score, the largest first, as int16 [H, N, N].
 
-    A list of n blocks holds the blocks at the places 0 to n-1. There is one order for each head and each block of
-    queries. The batch size of q and k must be 1. `block`, `first_blocks` and `last_blocks` are those of `block_lists`.
+    There is one order for each head and each block of queries. A list of n blocks holds the blocks at the places 0 to
+    n-1. The batch size of q and k must be 1. `block`, `first_blocks` and `last_blocks` are those of `block_lists`.
     """
     scores = choice_scores(q_BLHD, k_BLHD, block, first_blocks, last_blocks)[0]
     return torch.stack([_in_order(of_head).argsort().short() for of_head in scores])

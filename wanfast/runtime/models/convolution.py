@@ -2,8 +2,8 @@
 
 torch takes the first engine that cuDNN's heuristics name, and adds the bias in a separate pass. For the VAE's shapes on
 Hopper, another engine takes half of that engine's time. So this module builds a graph with cuDNN's front end: one
-kernel computes product and bias, and rounds once. When a shape is first used, each engine runs once or more on tensors
-of this shape, and the fastest is chosen. Three kinds of engines are left out: those that are not deterministic, those
+kernel computes product and bias, and rounds once. When a shape is first used, each engine is timed on tensors of this
+shape, and the fastest is chosen. Three kinds of engines are left out: those that are not deterministic, those
 that compile at run time (seconds each), and those that need more than 256 MiB of workspace.
 
 Engines sum in different orders, so another engine may change the last bits. To get the same bits again, store
@@ -59,7 +59,10 @@ def padded_channels(channels: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def chosen() -> dict[str, str]:
-    """Returns {shape: engine} of all shapes for which this process found an engine or got one from `choose`."""
+    """Returns {shape: engine} of all shapes for which this process found an engine or got one from `choose`.
+
+    The engine "torch" means that cuDNN's front end has no engine for the shape, so that torch convolves.
+    """
     return dict(_chosen)
 
 

@@ -60,7 +60,7 @@ class Stream(NamedTuple):
 
 
 class Fp8(NamedTuple):
-    """Says how self-attention is computed in float8."""
+    """Holds the settings of a layer that computes its self-attention in float8."""
 
     hadamard: bool  # whether q and k are multiplied by a Hadamard matrix
     errors: Tensor | None = None  # [H]: gets the error of each head, if it is checked

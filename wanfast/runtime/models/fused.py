@@ -132,7 +132,8 @@ def heads_to_fp8(
 def attention_in_fp8(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
     """Computes softmax(q k^T / sqrt(D)) v in float8, and returns it in the dtype of q; `attention_fp8` explains how.
 
-    The keys are those of all tokens, and B is 1. The scales of q and k follow from their largest norms.
+    k and v must hold all tokens of the video, and B must be 1. The scales of q and k follow from the largest norms that
+    occur in q and in k.
     """
     rows, hadamard = sampled_rows(0, k_BLHD.shape[1], k_BLHD.shape[1]), can_rotate(q_BLHD.shape[-1])
     norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax((0, 1)) for x in (q_BLHD, k_BLHD)]

@@ -1,4 +1,7 @@
-"""Says whether this process can run kernels of Triton."""
+"""Says whether Triton kernels can be imported: torch is a CUDA build, and Triton is installed.
+
+The machine may still lack a GPU, so callers also check the device of their tensors.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """These operators let a compiled block call the lossy attention of the running video.
 
 Which calls are lossy, and how, changes from step to step and from layer to layer. A graph that contained this choice
-would be compiled again for each change. So a graph only contains an operator, and the operator asks the running video.
+would be compiled again for each change. So a graph contains only an operator, and the operator calls the object that
+the function `run` has set.
 
 Shapes: B batch (1), L tokens, H heads, D head dim.
 """

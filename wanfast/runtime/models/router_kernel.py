@@ -1,11 +1,11 @@
 """This Triton kernel scores all pairs of blocks for the router, from the means of the blocks' quarters.
 
-Plain PyTorch first writes a score for each pair of quarters, which has 16 times as many values, and then reads it in
-several passes. This kernel multiplies the means of a few blocks of queries with those of a few blocks of keys. In
-registers, it sums over the 16 pairs of quarters of each pair of blocks, and it writes one score for each pair.
-Memory at 75,600 tokens and 40 heads: 97 MB for the means, 56 MB for the scores.
-Cost there: 57 GFLOP. The tensor cores have no float32, so three products of TF32 values stand in for each product of
-float32 values, and have nearly its precision. Plain TF32 would choose other blocks.
+Plain PyTorch first writes a score for each pair of quarters, 16 times as many as pairs of blocks. Then it reads these
+scores in several passes. This kernel multiplies the means of a few blocks of queries with those of a few blocks of
+keys. In registers, the kernel sums over the 16 pairs of quarters of each pair of blocks, and writes only the sum.
+Cost at 75,600 tokens and 40 heads: 57 GFLOP; memory: 97 MB for the means, 56 MB for the scores.
+Tensor cores do not multiply float32 values. So three products of TF32 values replace each product of float32 values,
+with nearly the same precision. With one product of TF32 values, the router would choose other blocks.
 
 Shapes: B batch, H heads, S quarters of blocks, D head dim, N blocks.
 """
@@ -23,7 +23,7 @@ _TILE = 16  # blocks of queries, and blocks of keys, of one program
 def choice_scores(q_BHSD: Tensor, k_BHSD: Tensor, parts: int, first_blocks: int, last_blocks: int) -> Tensor:
     """Returns the scores [B, H, N, N] of `attention_router.choice_scores`, for float32 means of q and k.
 
-    `parts` is the number of means of a block, a power of two; the last block may have fewer.
+    `parts` is the number of means of a block, a power of two; the last block may have fewer means.
     """
     batch, heads, quarters, head_dim = q_BHSD.shape
     assert q_BHSD.is_contiguous() and k_BHSD.is_contiguous(), "means must be contiguous"

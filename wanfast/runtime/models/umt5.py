@@ -149,12 +149,12 @@ class RMSNorm(nn.Module):
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
     """Returns the bucket of every (query, key) pair: [Q, K] int64, Q = K = length.
 
-    One half of the buckets is for keys after the query, the other half for keys before the query. In each half, the
-    first buckets hold one distance each. The other buckets divide the distances up to `max_distance` logarithmically
-    (arXiv 1910.10683, section 2.1). The host computes the bounds of the buckets in float64. The reason is that the
-    distances 16, 32 and 64 lie exactly on a bound. Rounding on different devices could put these distances into
-    different buckets. Kernels take the bounds as scalar arguments. So nothing is copied to the device, and a CUDA graph
-    can capture the kernels.
+    One half of the buckets is for keys after the query, the other half for the query's own token and for keys before
+    the query. In each half, the first buckets hold one distance each. The other buckets divide the distances up to
+    `max_distance` logarithmically (arXiv 1910.10683, section 2.1). The host computes the bounds of the buckets in
+    float64, because the distances 16, 32 and 64 lie exactly on a bound. Rounding on different devices could put these
+    distances into different buckets. Kernels take the bounds as scalar arguments. So nothing is copied to the device,
+    and a CUDA graph can capture the kernels.
     """
     num_per_side = num_buckets // 2
     position = torch.arange(length, device=device)

@@ -130,11 +130,12 @@ class WanVAE(nn.Module):
     ) -> Tensor:
         """Returns the float32 latents [B,16,T,Y,X] of video [B,3,F,H,W]: the posterior's normalised mean, not a sample.
 
-        `still_from`: the index from which on all frames before `still_to` are equal; None if there is no such index.
-        `still_to`: the index of the next frame that differs; from this frame on, all layers compute all chunks. None if
-        there is no such frame. The clip is encoded in chunks of four frames. A few chunks after `still_from`, each
-        layer's output is equal to its output for the previous chunk, so this output is not computed again. The latents
-        are bitwise the same as without `still_from`. For an image and 80 grey frames, a third of the work remains.
+        The frames from index `still_from` to `still_to` - 1 must be equal. `still_from` None means that no frames are
+        known to be equal. `still_to` None means that the equal frames reach to the end. The clip is encoded in chunks:
+        first one frame, then four frames at a time. A few chunks after `still_from`, the output of a layer is equal to
+        the layer's output for the chunk before, and is not computed again. From the frame `still_to` on, all layers
+        compute all chunks. The latents are bitwise the same as without `still_from`. For an image and 80 grey frames, a
+        third of the work remains.
         Raises ValueError if F is not 4n+1, or if H or W is not a multiple of 8.
         """
         frames, height, width = video.shape[2:]
@@ -248,13 +249,14 @@ class Encoder(nn.Module):
         return moments
 
     def settles(self, still_from: int, frames: int) -> list[int]:
-        """Returns one chunk index for each layer before the middle blocks.
+        """Returns, for each layer before the middle blocks, the index of the first chunk whose output repeats.
 
-        From the chunk with this index on, the layer's outputs are equal.
+        From this chunk on, the layer's output is equal to its output for the chunk before.
 
         `still_from`: the index from which on all frames of the clip are equal. `frames`: the number of frames in a
-        chunk. A convolution over time also reads the two frames before the current frame, so the index is larger by two
-        for the convolution's output. A layer that halves the number of frames halves the index and the size of a chunk.
+        chunk. A convolution over time also reads the two frames before the current frame. So in its output, the first
+        of the equal frames comes two frames later. A layer that halves the number of frames halves the index of this
+        frame and the size of a chunk.
         """
         still, chunks = still_from + 2, []
         chunks.append(_settled_chunk(still, frames))

@@ -1,7 +1,8 @@
 """Makes the videos of a list on the machines of a Ray cluster: one rank group in each actor, one line at a time.
 
 An actor keeps its ranks and their models from line to line. If a machine is lost, or its ranks or models fail, another
-machine makes the line. Only bytes leave the actors; this process writes all files.
+machine makes the line. The actors return the content of all files as bytes, and this
+process writes the files.
 This module does not import torch, and imports Ray only when it connects.
 """
 
@@ -174,7 +175,10 @@ def needs_of(ranks: RanksConfig) -> dict[str, int]:
 
 
 def room_for(ray: Any, ranks: RanksConfig) -> int:
-    """Returns how many rank groups, each as `ranks` says, the living machines can hold if they run nothing else."""
+    """Returns how many rank groups all living machines together can hold, if they run nothing else.
+
+    `ranks`: the device and the number of ranks of each group.
+    """
     needs = needs_of(ranks).items()
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(int(min(machine.get(name, 0) // number for name, number in needs)) for machine in machines)
@@ -194,7 +198,7 @@ class RayList:
     """This class makes the videos of one list. Only one thread may use it."""
 
     def __init__(self, ray: Any, address: str, plans: Sequence[Plan], documents: Sequence[Document]) -> None:
-        """`documents`: the job of each plan as JSON. Raises ConfigError if no machine has enough GPUs."""
+        """`documents`: the job of each plan as JSON. Raises ConfigError if no machine can hold the ranks of a video."""
         self._ray, self._address, self._plans, self._documents = ray, address, plans, documents
         self._ranks: RanksConfig = plans[0].config.ranks
         self._lines = Lines([json.dumps(document["effective"]["models"]) for document in documents])
@@ -207,10 +211,10 @@ class RayList:
         self._weights = ray.put(_weights(plans, documents))
 
     def run(self, on_result: ResultFn, on_progress: ProgressFn) -> list[Document]:
-        """Makes all lines, and returns a result for each, in order.
+        """Makes all lines, and returns one result for each line, in order.
 
-        `on_result` gets each result as soon as it is there. When this method ends, also by an exception, no actor is
-        left.
+        `on_result` gets a line's result as soon as the line is done or has failed. When this method ends, also by an
+        exception, all actors have ended.
         """
         try:
             while len(self._results) < len(self._plans):
@@ -297,7 +301,7 @@ class RayList:
     def _started(self, group: _Group, machine: str, error: Document | None) -> None:
         group.machine, self._failed_starts = machine, 0
         if error is not None:
-            note(f"--ray: {machine} makes no line: {error['error']}")
+            note(f"--ray: {machine} gets no line of --jobs: {error['error']}")
             group.is_barred, self._error = True, from_failure(error)
 
     def _made(self, group: _Group, made: Delivered) -> None:
@@ -312,7 +316,7 @@ class RayList:
         if not self._lines.lose(line, group.machine):
             self._results[line] = made.result
         elif group.failures >= _MOST_FAILURES and any(not other.is_barred for other in self._groups if other != group):
-            note(f"--ray: {group.machine} makes no more lines: {made.result['error']}")
+            note(f"--ray: {group.machine} gets no more lines of --jobs: {made.result['error']}")
             group.is_barred = True
 
     def _written(self, line: int, made: Delivered) -> Document:
@@ -342,11 +346,11 @@ class RayList:
             f"--ray: {group.machine} was lost ({type(error).__name__}): run this command again with --skip-existing"
         )
         note(
-            f"--ray: {group.machine} was lost; its line of --jobs waits for another machine, if that line has a try "
-            "left"
+            f"--ray: {group.machine} was lost; its line of --jobs waits for another machine, and gets at most "
+            f"{MOST_TRIES} tries in all"
         )
         if not self._lines.lose(group.line, group.machine):
-            message = f"{MOST_TRIES} machines were lost while they made this line, the last one {group.machine}"
+            message = f"{MOST_TRIES} tries to make this line failed; in the last one, {group.machine} was lost"
             self._results[group.line] = failure(RankFailedError(message))
 
     def _give_up_without_machines(self) -> None:

@@ -1,8 +1,8 @@
 """Runs one rank group under torchrun's own launcher: `python -m wanfast.runtime.processes.elastic RUN NUMBER`.
 
 RUN is the run folder, and NUMBER the group's number. Each rank group has a separate launcher process, so that one
-group's failure does not end the other groups. Because of these processes, the parent also runs without torch, and its
-main thread is free for the terminal. The launcher imports torch once, and then forks the ranks. If a rank fails,
+group's failure does not end the other groups. Only the launchers need torchrun, so the parent runs without torch, and
+its main thread is free for the terminal. The launcher imports torch once, and then forks the ranks. If a rank fails,
 torchrun's agent reports exit codes and times; the launcher writes them to RUN/ranks/NUMBER.json.
 """
 

@@ -90,7 +90,7 @@ class RankGroups:
     """
 
     def __init__(self, run_folder: Path, ranks: RanksConfig, groups: int) -> None:
-        """Starts the launchers; the ranks become ready meanwhile. Raises ConfigError."""
+        """Starts the launchers, and does not wait until the ranks are ready. Raises ConfigError."""
         _check_endpoint(ranks)
         self._folder, self._ranks, self._groups = run_folder, ranks, groups
         self._launchers: dict[int, subprocess.Popen[bytes]] = {}  # place -> its newest launcher
@@ -130,11 +130,11 @@ class RankGroups:
         """Runs a batch of jobs and returns their results in the order of `jobs`; dead rank groups are restarted first.
 
         `on_result` gets each result as soon as the job is done. If a group dies, its current job fails with the group's
-        error, and the group is started again for the remaining jobs. A group that cannot load its models is not started
-        again while other groups live. If `cancelled()` becomes true, the jobs end and CancelledError is raised. If a
-        callback raises an Exception, the jobs end and that exception is raised. In both cases the ranks keep running.
-        Any other exception, such as KeyboardInterrupt, ends all ranks immediately. In all cases, no half-written file
-        is left.
+        error, and the group is started again for the remaining jobs. There are two exceptions. A group that cannot load
+        its models is not started again while other groups live, and a group that spans machines is not started again.
+        If `cancelled()` becomes true, the jobs end and CancelledError is raised. If a callback raises an Exception, the
+        jobs end and that exception is raised. In both cases the ranks keep running. Any other exception, such as
+        KeyboardInterrupt, ends all ranks immediately. In all cases, no half-written file is left.
         """
         self._start_missing()
         if cancelled():

@@ -33,8 +33,8 @@ class Lines:
     def take(self, machine: str, loaded: str | None, machines: set[str]) -> int | None:
         """Returns the line that a rank group of `machine` makes next, or None if no line waits for this machine.
 
-        A line whose models are `loaded` comes first. A machine loses a line if the machine fails while it makes the
-        line. If some of the `machines` did not lose a line, only these machines may make the line.
+        `loaded`: the models that the rank group holds; a line with these models comes first. `machines`: all machines
+        that can make lines. A machine that lost a line does not get this line again, unless all `machines` lost it.
         """
         may = [
             line
@@ -49,9 +49,9 @@ class Lines:
         return line
 
     def lose(self, line: int, machine: str) -> bool:
-        """Records that `machine` lost a line, and returns whether the line has a try left.
+        """Records that `machine` failed while it made a line, and returns whether the line has a try left.
 
-        If so, the line waits again, before all other lines.
+        If the line has a try left, it waits again, before all other lines.
         """
         self._lost_on.setdefault(line, set()).add(machine)
         if self._tries[line] >= MOST_TRIES:

@@ -10,7 +10,7 @@ launcher works. Later, the launcher does not count, because it is always busy wi
 The counters of the operating system show whether a process works: it reads, writes or touches new memory. On a CPU, CPU
 time counts as work too. On a GPU, CPU time does not count, because a host thread uses CPU time even while it only waits
 for its GPU. So a healthy rank on a GPU may show no work during a long computation. Therefore the time limit on a GPU is
-always long.
+at least 600 s, or, in steps whose time is known, ten times the slowest earlier step.
 A rank that waits for others in gloo shows no work: it uses 0.3 % of a core. This was not measured for NCCL's threads.
 Three kinds of hangs are not found. The first is an endless loop on a CPU. The second is a process that reads, writes or
 touches memory for ever. The third is a launcher that stops after it has formed its rank group but before the first
@@ -128,7 +128,7 @@ class Pace:
                 if ranks.mesh.group_size == 1:
                     if self.idle_s <= max(timeout_s, least_s):
                         return None
-                    limit = f"--rank-timeout {timeout_s:g} s, and than {_SLOWEST_STEPS} earlier steps"
+                    limit = f"--rank-timeout {timeout_s:g} s and than {_SLOWEST_STEPS} times the slowest earlier step"
                     return f"hangs: step {done + 1} of {total} ({where}) takes longer than {limit}"
             where += f", {done} of {total} steps done" if total else ""
         limit_s = max(_MOST_TIMEOUTS * timeout_s, least_s)

@@ -55,10 +55,10 @@ class RemoteGroup:
         self._is_stopped = False
 
     def check(self, jobs: list[tuple[dict[str, Any], Mapping[str, str]]]) -> dict[str, Any] | None:
-        """Returns None if this machine has the weights of all jobs, else a document of the error.
+        """Returns None if this machine has the same weights as the command's machine, else a document of the error.
 
-        `jobs`: for each model, a job, and the fingerprints that the weights have on the machine where the user runs the
-        command.
+        `jobs`: for each model, a job that uses the model, and the fingerprints of the weights on the command's machine,
+        where the user runs the command.
         """
         try:
             for document, fingerprints in jobs:

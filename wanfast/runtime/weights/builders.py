@@ -2,7 +2,8 @@
 
 The matrix products of the experts and of UMT5 have the dtype of `--precision`. The VAE's encoder is always float32, and
 its decoder has the dtype of `--vae-precision`. A sharded model is sharded while on the meta device, so that a rank
-reads and holds only its own rows. An unsharded expert fuses its projections q, k and v into one linear layer.
+reads and holds only its own rows. An unsharded expert fuses its projections q, k and v into one linear
+layer, unless ranks share the tokens in every forward.
 """
 
 from __future__ import annotations
@@ -49,11 +50,12 @@ def build_expert(
 ) -> WanDiT:
     """Returns an expert with loaded weights; each forward splits its tokens among `ranks`.
 
-    `quantized`: if it is given, the expert's linear layers have the scheme of `quantized`. The weights of these layers
-    come from the artifact of `quantized`. With `on_the_fly`, they come from the files of the unquantized model instead.
+    `quantized`: if it is given, the linear layers of the expert's blocks have the scheme of `quantized`. All weights of
+    the expert then come from the artifact of `quantized`. With `on_the_fly`, they come from the files of the
+    unquantized model instead, and are quantized while they are read.
     `sharded`: whether each rank holds only its own rows. `device`: where the weights are, by default the rank's device.
-    `merge`: changes the weights of the unquantized model. The weights of an artifact are not changed, because they were
-    merged before they were stored. Raises MissingArtifactError or CorruptArtifactError.
+    `merge`: merges LoRAs into the weights of the unquantized model. The weights of an artifact are not changed, because
+    LoRAs were merged before the artifact was stored. Raises MissingArtifactError or CorruptArtifactError.
     """
     scheme = quantized.scheme if quantized else None
     model = expert_on_meta(files.spec.dit, precision, ranks, attend=attend, scheme=scheme, sharded=sharded)

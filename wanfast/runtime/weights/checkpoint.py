@@ -45,12 +45,12 @@ _WORTH_SHARING = 1 << 20  # values: for fewer, an exchange costs more than readi
 
 
 def unmerged(name: str, rows: Tensor, span: tuple[int, int]) -> tuple[Tensor, Finite]:
-    """Loads the rows as they are; this MergeFn is the default."""
+    """Returns the rows unchanged; this MergeFn is the default, and merges nothing."""
     return rows, {}
 
 
 class Reader(Protocol):
-    """This class stands for any reader of the tensors of one file."""
+    """This interface reads the tensors of one file."""
 
     def header(self) -> Mapping[str, tuple[list[int], str]]:
         """Returns {key: (shape, dtype of the values)}; a dtype has the name that safetensors uses, such as "BF16"."""
@@ -202,7 +202,10 @@ class TensorRows:
         return merged
 
     def taken(self, first: int, end: int, scheme: Scheme) -> tuple[Tensor, Tensor] | None:
-        """Returns the stored (8-bit values, scales) if the scheme can use them unchanged, and otherwise None."""
+        """Returns the stored (8-bit values, scales) of the rows first..end-1, or None if they cannot be used unchanged.
+
+        They can be used if the file's 8-bit numbers are those of the scheme, and nothing is merged into the tensor.
+        """
         if self.merge is not unmerged:
             return None
         return _taken(self.tensor.rows(first, end), self.tensor.scales(first, end), scheme)

@@ -64,9 +64,9 @@ class ResidentExperts:
 
     The host copies are kept until the weights are overwritten. A later eviction of the same weights only frees their
     GPU memory.
-    `may_move`: False disables eviction. `may_move` must be False if several ranks replay captured graphs with
-    collectives in them. The reason is that a rank captures its graphs again after an eviction, while the other ranks
-    would replay theirs.
+    `may_move`: False disables eviction. `may_move` must be False if several ranks replay captured graphs that contain
+    collectives. After an eviction, a rank would have to capture its graphs again, while the other ranks would replay
+    their graphs.
     """
 
     def __init__(self, experts: dict[Expert, WanDiT], device: str, *, may_move: bool = True) -> None:

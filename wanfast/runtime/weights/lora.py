@@ -135,7 +135,7 @@ class _File:
                 if "up_bias" in keys:
                     yield self._plain("up_bias", parts, scale)
             elif "up_bias" in keys or keys.keys() == {"alpha"}:
-                self._refuse(next(iter(keys.values())), "has no LoRA factors that belong to it", _AGAIN)
+                self._refuse(next(iter(keys.values())), "belongs to LoRA factors that are missing", _AGAIN)
             for part in _DIFFERENCES:
                 if part in keys:
                     yield self._plain(part, parts, self._lora.strength)
@@ -160,9 +160,8 @@ class _File:
     def _require_factors(self, parts: Mapping[LoraPart, tuple[str, str]]) -> int:
         """Returns the rank of a module's two factors, whose shapes fit each other and the weight."""
         if not {"up", "down"} <= parts.keys():
-            self._refuse(
-                parts["up" if "up" in parts else "down"][0], "has no second LoRA factor that belongs to it", _AGAIN
-            )
+            found = parts["up" if "up" in parts else "down"][0]
+            self._refuse(found, "is one of two LoRA factors, and the other factor is missing", _AGAIN)
         (up_key, name), (down_key, _) = parts["up"], parts["down"]
         up, down, weight = self._shape(up_key), self._shape(down_key), self._model[name]
         rank = down[0] if down else 0
@@ -171,8 +170,8 @@ class _File:
                 up_key, f"has the shape {up}, but {down_key!r} has the shape {down}: their ranks differ", _AGAIN
             )
         if len(weight) < 2 or up[0] != weight[0] or math.prod(down[1:]) != math.prod(weight[1:]):
-            shapes = f"makes with {down_key!r} a change of [{up[0]}, {math.prod(down[1:])}], but the weight is {weight}"
-            self._refuse(up_key, shapes, _OF_THIS_MODEL)
+            shapes = f"[{up[0]}, {math.prod(down[1:])}], but the weight has the shape {weight}"
+            self._refuse(up_key, f"and {down_key!r} give a change of the shape {shapes}", _OF_THIS_MODEL)
         return rank
 
     def _plain(self, part: LoraPart, parts: Mapping[LoraPart, tuple[str, str]], scale: float) -> tuple[str, _Change]:
