@@ -3,12 +3,13 @@
 until python -m training --folder runs/tiny; do :; done     # all stages, in calls of about eight minutes on one GPU
 python -m training --folder runs/tiny --stage vae-short vae-long   # again until it returns 0, as all of these
 python -m training --folder runs/tiny --stage experts             # clips are encoded first, then the experts learn
+python -m training --folder runs/tiny --stage vae-decoder         # the decoder again; latents and experts stay valid
 python -m training --folder runs/tiny --stage export              # the model folder, FOLDER/tiny
 python -m training --folder runs/tiny --stage lora          # a LoRA of each expert for four steps, FOLDER/tiny/loras
 python -m training --folder /tmp/try --smoke                # every stage with toy sizes, on a CPU
 
-Stages may run on different machines: only FOLDER/vae-finished.pt moves from `vae-long` to `experts` and `export`, and
-only FOLDER/tiny from `export` to `lora`.
+Stages may run on different machines: only FOLDER/vae-finished.pt moves from `vae-long` to `experts`, `vae-decoder` and
+`export`, and only FOLDER/tiny from `export` to `lora`.
 README.md beside this file plans the runs on a GPU.
 """
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from training import clips, train_experts, train_lora, train_vae
-from training.clips import Mix
+from training.clips import FOR_VAE, Mix
 from training.export import export
 from training.loop import Schedule, load_ema, prepare_torch, steps_made
 from training.photographs import PACK
@@ -35,7 +36,7 @@ from training.spec import SPEC
 from training.train_experts import Clips, Kind, TinyModel
 from training.train_lora import STAGE as LORA_STAGE
 from training.train_lora import Paths
-from training.train_vae import LONG_STAGE, SHORT_STAGE, Windows
+from training.train_vae import DECODER_STAGE, LONG_STAGE, SHORT_STAGE, Windows
 from wanfast.quality.world import camera_scene, draw_scene
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.models.vae import WanVAE
@@ -43,8 +44,14 @@ from wanfast.runtime.store import model_files
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights.builders import build_vae
 
-STAGES = (SHORT_STAGE, LONG_STAGE, "experts", "export", LORA_STAGE)
-_STEPS = {SHORT_STAGE: "short_steps", LONG_STAGE: "long_steps", "experts": "expert_steps", LORA_STAGE: "lora_steps"}
+STAGES = (SHORT_STAGE, LONG_STAGE, "experts", DECODER_STAGE, "export", LORA_STAGE)
+_STEPS = {
+    SHORT_STAGE: "short_steps",
+    LONG_STAGE: "long_steps",
+    "experts": "expert_steps",
+    DECODER_STAGE: "decoder_steps",
+    LORA_STAGE: "lora_steps",
+}
 
 
 def main() -> None:
@@ -56,15 +63,18 @@ def main() -> None:
     parser.add_argument("--short-steps", type=int, default=12_500)
     parser.add_argument("--long-steps", type=int, default=18_000)
     parser.add_argument("--expert-steps", type=int, default=30_000)
+    parser.add_argument("--decoder-steps", type=int, default=9_000)
     parser.add_argument("--lora-steps", type=int, default=12_000)
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to check that every stage runs")
     options = parser.parse_args()
     if options.smoke:
-        options.short_steps = options.long_steps = options.expert_steps = options.lora_steps = 4
+        for name in _STEPS.values():
+            setattr(options, name, 4)
     options.deadline = monotonic() + options.minutes * 60
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     prepare_torch()
-    stages = {SHORT_STAGE: fit_vae, LONG_STAGE: fit_vae, "experts": fit_experts, "export": write, LORA_STAGE: fit_lora}
+    stages = dict.fromkeys((SHORT_STAGE, LONG_STAGE, DECODER_STAGE), fit_vae)
+    stages |= {"experts": fit_experts, "export": write, LORA_STAGE: fit_lora}
     for stage in sorted(options.stage, key=STAGES.index):
         missing = missing_stage(stage, options)
         if missing:
@@ -78,7 +88,7 @@ def missing_stage(stage: str, options: argparse.Namespace) -> str | None:
     folder = options.folder
     if stage == LONG_STAGE and not is_made(SHORT_STAGE, options):
         return SHORT_STAGE
-    if stage in ("experts", "export") and not (folder / train_vae.FINISHED).exists():
+    if stage in ("experts", DECODER_STAGE, "export") and not (folder / train_vae.FINISHED).exists():
         return LONG_STAGE if is_made(SHORT_STAGE, options) else SHORT_STAGE
     if stage == LORA_STAGE:
         return None if (folder / "tiny").exists() else "export"
@@ -96,6 +106,11 @@ def fit_vae(stage: str, options: argparse.Namespace) -> bool:
     if stage == SHORT_STAGE:  # its rates do not decay, because the next stage continues it
         schedule = Schedule(steps=options.short_steps, muon_rate=5e-3, decay=0.0, deadline=options.deadline)
         kinds = train_vae.SHORT
+    elif stage == DECODER_STAGE:
+        schedule = Schedule(
+            steps=options.decoder_steps, muon_rate=2e-3, adam_rate=4e-4, decay=1.0, deadline=options.deadline
+        )
+        kinds = train_vae.DECODER
     else:
         schedule = Schedule(steps=options.long_steps, muon_rate=4e-3, adam_rate=8e-4, deadline=options.deadline)
         kinds = train_vae.LONG
@@ -104,15 +119,18 @@ def fit_vae(stage: str, options: argparse.Namespace) -> bool:
     if pools is None or not train_vae.fit(SPEC.vae, pools, schedule, options.folder, kinds, stage):
         return False
     if stage == LONG_STAGE:
-        mix = Mix(options.photographs, options.device)
+        mix = Mix(options.photographs, options.device)  # the statistics are of the latents that the experts learn
         train_vae.finish(SPEC.vae, mix, options.folder, clips=2 if options.smoke else 256)
+    if stage == DECODER_STAGE:
+        train_vae.finish_decoder(options.folder)
+    if stage != SHORT_STAGE:
         report(train_vae.load(SPEC.vae, options.folder, options.device), options)
     return True
 
 
 def rendered(stage: str, kinds: Sequence[Windows], options: argparse.Namespace) -> list[Tensor] | None:
     """Returns the windows of all kinds, from files if they exist; None if the time is over before."""
-    mix = Mix(options.photographs, options.device)
+    mix = Mix(options.photographs, options.device, FOR_VAE)
     options.folder.mkdir(parents=True, exist_ok=True)
 
     def make(number: int, kind: Windows) -> Tensor:

@@ -71,11 +71,13 @@ def prepare_torch() -> None:
 def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: Schedule, folder: Path) -> bool:
     """Trains `network`, resuming from folder/name.pt if present; returns True once all steps are made.
 
-    The checkpoint stores the averaged parameters under "ema". `draw(step, generator)` returns a batch, with the
-    generator seeded for the step; `loss(*batch)` must not draw random numbers.
+    The checkpoint stores the averaged parameters under "ema". Parameters that require no gradient do not change.
+    `draw(step, generator)` returns a batch, with the generator seeded for the step; `loss(*batch)` must not draw random
+    numbers.
     """
     device = next(network.parameters()).device
     parameters = list(network.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     muon, adam = optimizers = _optimizers(network, schedule)
     average = [parameter.detach().clone() for parameter in parameters]
     file, step = folder / f"{name}.pt", 0
@@ -99,7 +101,7 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
         partial.replace(file)
 
     generator = torch.Generator(device).manual_seed(schedule.seed)
-    gradients = _gradients(parameters, loss)
+    gradients = _gradients(trained, loss)
     step_muon = _stepping(muon, device)
     saved = logged = monotonic()
     logged_step = step - 1
@@ -140,6 +142,8 @@ def train(name: str, network: nn.Module, draw: DrawFn, loss: LossFn, schedule: S
 def _optimizers(network: nn.Module, schedule: Schedule) -> tuple[Muon, torch.optim.AdamW]:
     matrices, others = [], []
     for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = parameter.dim() >= 2 and not any(part in name for part in _NO_MATRICES)
         (matrices if is_matrix else others).append(parameter)
     rate, on_gpu = schedule.adam_rate, others[0].device.type == "cuda"

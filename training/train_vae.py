@@ -1,7 +1,8 @@
-"""Trains the VAE in two stages: on short windows of clips, then on windows as long as a clip.
+"""Trains the VAE in three stages: on short windows of clips, on windows as long as a clip, and the decoder again.
 
 The loss is L1 + 100 x squared error; latents stay near unit size, and noise on them makes the decoder robust. The first
 stage learns faster, but it sees nine frames at a time, and neither encoder nor decoder extrapolates to later frames.
+The third stage does not change the encoder, so experts that learned from its latents stay valid.
 Windows are rendered before the first step, because drawing a
 batch of them takes as long as learning from it. `finish` writes what moves to the next stage: the averaged
 weights and the statistics of the latents.
@@ -37,7 +38,7 @@ from wanfast.runtime.models.vae_fused import upsample
 
 # Training does not normalise latents; `measure_latents` measures their mean and standard deviation afterwards.
 PLAIN = {"latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16}
-SHORT_STAGE, LONG_STAGE = "vae-short", "vae-long"
+SHORT_STAGE, LONG_STAGE, DECODER_STAGE = "vae-short", "vae-long", "vae-decoder"
 FINISHED = "vae-finished.pt"
 _LATENT_NOISE = 0.03
 
@@ -73,6 +74,7 @@ LONG = (
     Windows(8, 64, 33, LARGE[0], 3_200),
     Windows(1, 256, 17, LARGE[0], 400),
 )
+DECODER = tuple(replace(kind, count=kind.count // 2) for kind in LONG)
 TOY = (Windows(1, 16, 5, Format((16, 16), 5), 3), Windows(1, 32, 5, Format((32, 32), 5), 3))
 
 
@@ -95,6 +97,10 @@ def fit(
     vae = build(spec, str(pools[0].device))
     if stage == LONG_STAGE:
         load_ema(vae, folder / f"{SHORT_STAGE}.pt")
+    if stage == DECODER_STAGE:
+        load_ema(vae, folder / FINISHED)
+        for module in (vae.encoder, vae.quant_conv):
+            module.requires_grad_(False)
     return train(stage, vae, windows(spec, pools, kinds), vae_loss(vae), schedule, folder)
 
 
@@ -191,6 +197,15 @@ def finish(spec: VAESpec, mix: Mix, folder: Path, clips: int) -> None:
     measured = measure_latents(vae, mix, clips)
     facts = {"latents_mean": measured.latents_mean, "latents_std": measured.latents_std}
     torch.save({**weights, **facts}, folder / FINISHED)
+
+
+def finish_decoder(folder: Path) -> None:
+    """Writes the decoder of the third stage into FOLDER/vae-finished.pt."""
+    trained = torch.load(folder / f"{DECODER_STAGE}.pt", map_location="cpu", weights_only=True)["ema"]
+    state = torch.load(folder / FINISHED, map_location="cpu", weights_only=True)
+    partial = (folder / FINISHED).with_suffix(".partial")
+    torch.save({**state, "ema": [value.bfloat16() for value in trained]}, partial)
+    partial.replace(folder / FINISHED)
 
 
 def finished(spec: VAESpec, folder: Path) -> VAESpec:
