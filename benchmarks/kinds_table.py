@@ -36,9 +36,9 @@ def lines(root: Path) -> list[str]:
     """
     if not (root / OWN).exists():
         return [
-            "Not measured yet: the tiny model that ships knows neither last images nor photographs. `make tiny-kinds` "
-            "measures a model that does,",
-            "and fills in the figures here.",
+            "Not measured yet: the tiny model that ships was trained without last images and without photographs. "
+            "`make tiny-kinds`",
+            "measures a model that was trained with both, and writes the figures here.",
         ]
     document = json.loads((root / OWN).read_text())
     figures: dict[str, str] = {}

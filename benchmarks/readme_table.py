@@ -123,7 +123,7 @@ def _legend(document: dict[str, Any], figures: dict[str, str]) -> str:
             missing.setdefault(row["why"], []).append(f"`{recipe}`")
     parts = ["Seconds of one video; ours are encoding, denoising and decoding."]
     if any(row.get("estimated") for row in rows.values()):
-        parts.append("A few steps were timed, and multiplied.")
+        parts.append("The seconds of denoising were computed from a few timed steps.")
     parts.append("A dash: not published, or not measured.")
     if list(missing) == [NOT_YET] and len(missing[NOT_YET]) == len(rows):
         parts.append("Nothing was measured on 4 H100 yet, so that nothing is projected.")
