@@ -27,7 +27,7 @@ OF_README = ("E012K2R20, low-noise-only", "E024K2R10, low-noise-only")  # the se
 
 
 def written(root: Path) -> dict[str, str]:
-    """Returns the text of each page, with its parts from the JSON files below `root`."""
+    """Returns {page: its text}, with those parts replaced that come from the JSON files below `root`."""
     parts: dict[str, dict[str, Callable[[Results], list[str]]]] = {
         "README.md": {"two videos": lambda results: two_videos(results.root), "lossy steps": lossy},
         "docs/quality.md": {"the tiny model": quality},
@@ -69,7 +69,7 @@ class Results:
         return reduce(lambda at, key: at[int(key) if isinstance(at, list) else key], keys, self.document(name))
 
     def shown(self, name: str, path: str, form: str, factor: int = 1) -> str:
-        """Returns a figure as the page shows it, such as `38.8 dB` by the form `.1f dB`."""
+        """Returns the figure at `path` times `factor` in the format `form`: `.1f dB` gives a text such as `38.8 dB`."""
         number, _, unit = form.partition(" ")
         figure = f"{self.value(name, path) * factor:{number}}{' ' + unit if unit else ''}"
         self.figures.setdefault(name, {}).setdefault(figure, path + (f" * {factor}" * (factor > 1)))
@@ -159,7 +159,7 @@ def quality(results: Results) -> list[str]:
 
 
 def in_fp8(results: Results) -> list[str]:
-    """Returns the error of attention in float8, and what a Hadamard matrix does to it."""
+    """Returns sentences about the error of attention in float8, with and without the Hadamard matrix."""
     ways = [row["way"] for row in results.value("tiny-attention", "rows")]
     error = results.shown("tiny-attention", f"rows/{ways.index('fp8')}/mean_error", ".3f")
     times = results.shown("tiny-lossy", "error_without_hadamard", ".1f")
@@ -279,7 +279,7 @@ def _row(results: Results, name: str, settings: str, plan: str) -> str:
 
 
 def two_videos(root: Path) -> list[str]:
-    """Returns the images, prompts and contact sheets of `make generate`, and what the model says of its weights."""
+    """Returns the images, prompts and contact sheets of `make generate`, and the model's note about its weights."""
     rows = []
     for line in (root / EXAMPLES / "jobs.jsonl").read_text().splitlines():
         job = json.loads(line)

@@ -340,7 +340,8 @@ def _figures(results: list[dict[str, Any]], motions: list[str], settings: Settin
 def figures_of_last(psnrs: list[float]) -> dict[str, Any]:
     """Returns how near videos came to their given last frames.
 
-    `psnrs`: for each video, the PSNR of the video's last frame, compared with the given last frame.
+    `psnrs`: for each video, the PSNR in dB of the video's last frame, compared with the given last frame. A video
+    reaches the given frame if this PSNR is 25 or more.
     """
     return {
         "last_frame_psnr": round(float(np.mean(psnrs)), 3),
