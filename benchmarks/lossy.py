@@ -4,14 +4,16 @@
     python benchmarks/lossy.py --density 0.5 --layers 8
     python benchmarks/lossy.py --tiny                   # a quick check, also on a CPU
 
-Self-attention is sparse or in float8, each with bf16 linears and with fp8 linears. The timed forwards have no guards:
-all layers are lossy. Further ways make the lists of blocks, or measure the error; `shares` holds what this adds to a
-forward. Lists serve for several steps, so that a video pays only a part of their share. The ways run in turn, and the
-median is reported. `ratio` is that to the compiled bf16 forward; lossy ways are not compiled.
-`relative_error` compares the velocity after the first layers with float32, and `checked` holds the errors of heads.
-With random weights, neither shows what a video loses. `sampled` compares the error of 64 queries of each head with that
-of all queries, in one layer: the share of heads for which both agree within a fifth. `video` is the plan of a whole
-video, with its guards. The last line is one JSON document.
+Self-attention is sparse or in float8, each with bf16 linears and with fp8 linears. All layers of the timed forwards are
+lossy: no layer is guarded, which means kept dense. Some rows also make the lists of blocks ("lists made"), or measure
+the error ("checked"). `shares` holds the time that this work adds, as a share of the same forward without this work. A
+video uses the same lists for several steps, so the lists add less to a video. All rows are measured in turn, and the
+median is reported. `ratio` is a row's time divided by the time of the compiled bf16 forward. Forwards with lossy
+attention are not compiled.
+`relative_error` compares the velocity after the first layers with float32, and `checked` holds the errors of heads. The
+weights are random, so neither error shows what a video loses. `sampled` is about one layer. It is the share of heads
+for which the error of 64 sampled queries is within a fifth of the error of all queries. `video` is the plan of a whole
+video, in which the first steps and layers stay dense. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -58,10 +60,18 @@ def main() -> None:
     parser.add_argument("--size", default="1280x720")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--density", type=float, default=0.35)
-    parser.add_argument("--hadamard", action=argparse.BooleanOptionalAction, help="as in --fp8-hadamard")
-    parser.add_argument("--kernel", default=None, help="exact attention  [default: fa3 on a GPU, flash on a CPU]")
+    parser.add_argument(
+        "--hadamard",
+        action=argparse.BooleanOptionalAction,
+        help="multiply q and k by a Hadamard matrix in float8, as --fp8-hadamard does",
+    )
+    parser.add_argument(
+        "--kernel", default=None, help="kernel of exact attention  [default: fa3 on a GPU, flash on a CPU]"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--error-layers", type=int, default=2, help="layers of the float32 reference; 0 for none")
+    parser.add_argument(
+        "--error-layers", type=int, default=2, help="number of layers that are compared with float32; 0 for none"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
@@ -131,7 +141,10 @@ def plan_of(
 
 
 def shares(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Returns what lists and checks add to the forward of the way without them, as a share of this forward."""
+    """Returns {row: share of time}, for each row that makes lists or checks errors.
+
+    The share is the added time divided by the time of the same forward without lists and checks.
+    """
     return {
         name: round(row["ms"] / rows[name.removesuffix(end)]["ms"] - 1, 4)
         for name, row in rows.items()
@@ -179,13 +192,16 @@ class Tried:
         return self._model(*self._inputs.arguments(self._text[: len(self._model.blocks)]), **options)[0]
 
     def errors(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields (way, the errors of its heads) of the ways that are checked."""
+        """Yields (name, errors over all heads) of each way whose error is checked."""
         for kind, (lossy, _) in self._lossy.items():
             if report := lossy.report():
                 yield f"{self._name}, {kind}", {key: report[key] for key in ("mean", "of_95_percent", "largest")}
 
     def sampled(self) -> dict[str, float]:
-        """Returns for each kind the share of heads whose sampled error is within a fifth of their whole error."""
+        """Returns {"sparse" or "fp8": share of heads} in the first layer.
+
+        A head counts if the error of its sampled queries differs by at most a fifth from the error of all its queries.
+        """
         found: dict[str, float] = {}
 
         def compare(kind: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *others: Any) -> Tensor:

@@ -4,9 +4,9 @@
     python benchmarks/magcache.py --steps 20 --rounds 2
     python benchmarks/magcache.py --tiny                   # a quick check, also on a CPU
 
-The loop is the pipeline's own. One expert of random weights stands for both experts. The plan comes from the published
-curve. The cost of skipping is (ratio of the two median times) / (share of computed forwards) - 1. The last line is one
-JSON document.
+The loop is the pipeline's own. One expert with random weights is used as both experts. The plan of the skips comes from
+the published curve. The cost of skipping is (median time with skips / median time without) / (share of computed
+forwards) - 1; 0 means that a skipped forward is free. The last line is one JSON document.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python benchmarks/second_video.py --videos 2 --steps 2 --size 1280x720
     python benchmarks/second_video.py --layers 1 --steps 2 --size 64x64 --frames 5 --device cpu   # a quick check
 
-The experts and the text encoder are holes, as in `whole_video.py`: the figures are of loading, memory and the ends of a
-video. The last line is one JSON document.
+The files of the experts and of the text encoder are holes, which read as zeros, as in `whole_video.py`. So the figures
+are true for loading, memory, the start and the end of a video, but not for the time of a step. The last line is one
+JSON document.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ PICTURE = Path(__file__).parents[1] / "wanfast/assets/examples/cat.jpg"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=A14B.dit.num_layers, help="of each expert and, up to 24, of UMT5")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=A14B.dit.num_layers,
+        help="number of layers of each expert, and of UMT5, which has at most 24",
+    )
     parser.add_argument("--videos", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--size", default="1280x720")

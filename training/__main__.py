@@ -1,15 +1,15 @@
 """Trains the tiny model, all stages or one stage at a time, after `python -m training.photographs`.
 
 until python -m training --folder runs/tiny; do :; done     # all stages, in calls of about eight minutes on one GPU
-python -m training --folder runs/tiny --stage vae-short vae-long   # again until it returns 0, as all of these
+python -m training --folder runs/tiny --stage vae-short vae-long   # repeat each command until it returns 0
 python -m training --folder runs/tiny --stage experts             # clips are encoded first, then the experts learn
 python -m training --folder runs/tiny --stage vae-decoder         # the decoder again; latents and experts stay valid
 python -m training --folder runs/tiny --stage export              # the model folder, FOLDER/tiny
 python -m training --folder runs/tiny --stage lora          # a LoRA of each expert for four steps, FOLDER/tiny/loras
 python -m training --folder /tmp/try --smoke                # every stage with toy sizes, on a CPU
 
-Stages may run on different machines: only FOLDER/vae-finished.pt moves from `vae-long` to `experts`, `vae-decoder` and
-`export`, and only FOLDER/tiny from `export` to `lora`.
+Stages may run on different machines. `experts`, `vae-decoder` and `export` need only FOLDER/vae-finished.pt of the
+VAE's first stages, `export` also needs FOLDER/experts.pt, and `lora` needs only FOLDER/tiny.
 README.md beside this file plans the runs on a GPU.
 """
 
@@ -56,10 +56,12 @@ _STEPS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="checkpoints and logs")
-    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="all by default, in their order")
-    parser.add_argument("--photographs", type=Path, default=PACK, help=f"packed photographs; {PACK} by default")
-    parser.add_argument("--minutes", type=float, default=8.0, help="limit of this call, all stages; 8 by default")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of checkpoints, logs and the model")
+    parser.add_argument(
+        "--stage", nargs="+", choices=STAGES, default=STAGES, help="stages to run; by default all, in this order"
+    )
+    parser.add_argument("--photographs", type=Path, default=PACK, help=f"zip file of photographs; {PACK} by default")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of this call, in minutes; 8 by default")
     parser.add_argument("--short-steps", type=int, default=12_500)
     parser.add_argument("--long-steps", type=int, default=18_000)
     parser.add_argument("--expert-steps", type=int, default=30_000)
@@ -84,7 +86,7 @@ def main() -> None:
 
 
 def missing_stage(stage: str, options: argparse.Namespace) -> str | None:
-    """Returns the stage whose result `stage` needs and does not find."""
+    """Returns the name of a stage that must be finished before `stage`, or None if nothing is missing."""
     folder = options.folder
     if stage == LONG_STAGE and not is_made(SHORT_STAGE, options):
         return SHORT_STAGE
@@ -129,7 +131,7 @@ def fit_vae(stage: str, options: argparse.Namespace) -> bool:
 
 
 def rendered(stage: str, kinds: Sequence[Windows], options: argparse.Namespace) -> list[Tensor] | None:
-    """Returns the windows of all kinds, from files if they exist; None if the time is over before."""
+    """Returns the windows of all kinds, from files if they exist; None if the deadline passes before all are made."""
     mix = Mix(options.photographs, options.device, FOR_VAE)
     options.folder.mkdir(parents=True, exist_ok=True)
 
@@ -142,9 +144,9 @@ def rendered(stage: str, kinds: Sequence[Windows], options: argparse.Namespace) 
 def stored(
     names: Sequence[str], kinds: Sequence[Any], make: Callable[[int, Any], Any], options: argparse.Namespace
 ) -> list[Any] | None:
-    """Returns what the files `names` hold, one for each kind; a missing file is made first.
+    """Returns the contents of the files `names`, one for each kind; `make(number, kind)` makes a missing one.
 
-    Returns None if the time is over before the last one.
+    Returns None if `options.deadline` passes before the last file is read. Files that were made stay for the next call.
     """
     found = []
     for number, (name, kind) in enumerate(zip(names, kinds, strict=True)):
@@ -171,7 +173,7 @@ def report(vae: WanVAE, options: argparse.Namespace) -> None:
 
 
 def measured_spec(folder: Path) -> ModelSpec:
-    """Returns the spec with the latent statistics of the finished VAE."""
+    """Returns the spec of the tiny model, with the mean and deviation of the finished VAE's latents."""
     return replace(SPEC, vae=train_vae.finished(SPEC.vae, folder))
 
 
@@ -190,7 +192,10 @@ def fit_experts(_stage: str, options: argparse.Namespace) -> bool:
 
 
 def encoded_sets(spec: ModelSpec, kinds: Sequence[Kind], options: argparse.Namespace) -> list[Clips] | None:
-    """Returns the encoded clips of all kinds, from files if they exist; None if the time is over before."""
+    """Returns the encoded clips of all kinds, from files if they exist.
+
+    Returns None if the deadline passes before all are made.
+    """
     vae = train_vae.load(spec.vae, options.folder, options.device)
     vae.spec = spec.vae
     digest = hashlib.sha256((options.folder / train_vae.FINISHED).read_bytes()).hexdigest()[:12]
@@ -229,7 +234,10 @@ def fit_lora(_stage: str, options: argparse.Namespace) -> bool:
 def paths_of(
     files: ModelFiles, model: TinyModel, kinds: Sequence[Kind], options: argparse.Namespace
 ) -> list[Paths] | None:
-    """Returns the teacher's paths of all kinds, from files if they exist; None if the time is over before."""
+    """Returns the teacher's paths of all kinds, from files if they exist.
+
+    Returns None if the deadline passes before all are made.
+    """
     vae, mix = build_vae(files, options.device), Mix(options.photographs, options.device)
 
     def make(number: int, kind: Kind) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """Mixes the clips that all stages learn from, and names their formats: sizes, aspect ratios and lengths.
 
-A clip shows shapes over a pattern, a photograph under a camera, or shapes over a photograph, each with a share of its
-own. Photographs are the hardest for the VAE, and shapes for the experts, so the shares differ. Spinning and shrinking
-are learned last, so every sixth clip of a shape must show one of them. A clip depends only on its number, its format
-and the shares.
+A clip shows shapes over a pattern, a photograph under a moving camera, or shapes over a photograph, each with a share
+of its own. Photographs are the hardest for the VAE, and shapes for the experts, so the shares differ. Spinning and
+shrinking are the hardest motions to learn, so at least one in six clips of shapes shows one of the two. A clip depends
+only on its number, its format and the shares.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from wanfast.runtime.facts.shapes import fit_geometry
 
 @dataclass(frozen=True)
 class Format:
-    """Holds one shape of clips: `size` is (width, height)."""
+    """Holds the format of clips: their size (width, height) in pixels, and their number of frames."""
 
     size: tuple[int, int]
     frames: int
@@ -51,7 +51,7 @@ LARGE = formats(256, 33)
 
 
 class Mix:
-    """Draws and renders the clips of training; the photographs are those that are not held out."""
+    """Draws and renders the clips of training; `held_out` chooses the held-out photographs instead of the others."""
 
     def __init__(self, pack: Path, device: str, shares: Shares = FOR_EXPERTS, *, held_out: bool = False) -> None:
         self.photographs = Photographs(pack, device, held_out=held_out)
@@ -77,5 +77,9 @@ class Mix:
         window: tuple[int, int, int] | None = None,
         frames: slice = slice(None),
     ) -> Tensor:
-        """Returns the scenes' clips [B, 3, F, H, W] in [-1, 1], or a window (left, top, side) of some frames."""
+        """Returns the scenes' clips [B, 3, F, H, W] in [-1, 1].
+
+        `window` is a square part of each frame, (left, top, side) in pixels; None takes whole frames. `frames` selects
+        the frames to render.
+        """
         return self.renderer(scenes, moments_of_clip(form.frames)[frames], window, form.size)

@@ -91,7 +91,7 @@ def ways(full: Plan, judge: Judge) -> list[SkippingWay]:
 def judged(judge: Judge, index: int) -> list[dict[str, Any]]:
     """Makes videos from one held-out scene, and returns a row of metrics for each video.
 
-    The first row is for the video without skipping. Each other row is for one `SkippingWay` to skip.
+    The first row is for the video without skipping. Each other row is for one `SkippingWay`.
     """
     scene, truth = judge.held_out(index)
     full = Plan.of(judge.config.replace(seed=index), judge.files.spec, (SIZE, SIZE))
@@ -124,7 +124,7 @@ def _key(plan: Plan) -> tuple[object, ...]:
 def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[str, Any]]:
     """Returns rows of metrics; each metric is averaged over all held-out scenes.
 
-    The first row is for the videos without skipping. Each other row is for one `SkippingWay` to skip.
+    The first row is for the videos without skipping. Each other row is for one `SkippingWay`.
     """
     full = Plan.of(judge.config, judge.files.spec, (SIZE, SIZE))
     found: list[dict[str, Any]] = []
@@ -184,7 +184,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written beside it")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="JSON file; a PNG file with the plot is written beside it"
+    )
     options = parser.parse_args()
     require_plotting(parser, options.output)
     spec = model_files.locate("tiny", "artifacts").spec
