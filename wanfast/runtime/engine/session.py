@@ -51,7 +51,7 @@ from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning.plan import Job, Plan
 from wanfast.runtime.sampling.magcache import StepCache
 from wanfast.runtime.store import model_files
-from wanfast.runtime.store.artifacts import ArtifactStore
+from wanfast.runtime.store.artifacts import ArtifactStore, key_of
 from wanfast.runtime.store.attention_plans import densities_of
 from wanfast.runtime.store.curves import curve_of
 from wanfast.runtime.store.expert_files import identified
@@ -89,6 +89,7 @@ class Session:
         self._embeds: dict[str, Tensor] = {}
         self._pipeline: VideoPipeline | None = None
         self._stored: dict[str, Path] = {}  # the artifacts of loaded quantized experts
+        self._compile_caches: dict[str, str | None] = {}  # what `load_caches` returned, by the key that it looked for
 
     @classmethod
     def open(cls, config: EffectiveConfig, ranks: Ranks) -> Session:
@@ -208,7 +209,7 @@ class Session:
         if start is not None:
             given[0] = pixels.of_frame(start)
         config = plan.config
-        compile_cache = _warm_start(plan, ranks, pipeline.attention.exact) if config.models.compile else None
+        compile_cache = self._warm_start(plan, pipeline.attention.exact) if config.models.compile else None
         compiled = compiled_anew() if config.models.compile else 0
         hardware.reset_peak_memory(config.ranks.device)
         first_step = FirstStep(ranks.device)
@@ -258,6 +259,18 @@ class Session:
             self._pipeline.experts.leave()
             umt5 = memory.umt5_bytes(self.files.spec.umt5, self.config.models.precision)
             self._pipeline.make_room(umt5 + memory.MARGIN_BYTES)
+
+    def _warm_start(self, plan: Plan, exact: Attention) -> str | None:
+        """Loads the caches that `wanfast warmup` stored for this plan and returns their key; None if there are none.
+
+        A session loads the caches of a key once, because its blocks are compiled after the first video of this key.
+        """
+        inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens, exact)
+        if (key := key_of(inputs)) not in self._compile_caches:
+            store = ArtifactStore(Path(plan.config.models.artifacts_dir))
+            is_named = is_artifacts_dir_named(plan.requested)
+            self._compile_caches[key] = load_caches(store, inputs, self.ranks, is_named=is_named)
+        return self._compile_caches[key]
 
     def _loading(self) -> dict[str, dict[str, float]]:
         """Returns the seconds and bytes of each component that was loaded; a rank group reads the bytes about once."""
@@ -419,13 +432,6 @@ def _stored_experts(files: ModelFiles, models: ModelsConfig) -> dict[str, Path]:
     if models.quantize_on_the_fly:
         return {}
     return {name: expert.require() for name in EXPERTS if (expert := quantized_expert(files, models, name))}
-
-
-def _warm_start(plan: Plan, ranks: Ranks, exact: Attention) -> str | None:
-    """Loads the caches that `wanfast warmup` stored for this plan and returns their key; None if there are none."""
-    inputs = cache_inputs(plan.config, plan.spec.dit, plan.geometry.tokens, exact)
-    store = ArtifactStore(Path(plan.config.models.artifacts_dir))
-    return load_caches(store, inputs, ranks, is_named=is_artifacts_dir_named(plan.requested))
 
 
 def _read_images(video: VideoConfig) -> Iterator[LoadedImage]:
