@@ -121,7 +121,8 @@ def plan_for(tmp_path: Path):
 def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
     config = plan.config
     ranks = Ranks("cpu")
-    embeds = prompt_embeds([config.video.prompt, config.video.negative_prompt], files, config, ranks, Stopwatch("cpu"))
+    texts = [config.video.prompt, config.video.negative_prompt]
+    embeds = prompt_embeds(texts, files, config, ranks, Stopwatch("cpu")).embeds
     pipeline = session.load_models(files, config, ranks, Stopwatch("cpu"))
     condition = pipeline.encode_condition(given_images(plan), plan.geometry)
     noise = draw_noise(config.video.seed, plan.geometry, 16, "cpu")

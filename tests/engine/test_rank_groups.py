@@ -55,7 +55,7 @@ def latents_of(plans: Sequence[Plan], files: ModelFiles, ranks: Ranks) -> list[t
     config = plan.config
     embeds = prompt_embeds.prompt_embeds(
         [config.video.prompt, config.video.negative_prompt], files, config, ranks, Stopwatch("cpu")
-    )
+    ).embeds
     pipeline = session.load_models(files, config, ranks, Stopwatch("cpu"))
     held = pipeline.experts.take("high_noise")[0].parameters()
     assert {isinstance(parameter, DTensor) for parameter in held} == {config.ranks.dit_fsdp == "on"}
@@ -169,7 +169,7 @@ def test_prompts_are_dealt_to_the_ranks(planned: tuple[Plan, ModelFiles], monkey
     texts = ["one", "two", "three"]
 
     def work(ranks: Ranks) -> tuple[int, list[float]]:
-        found = prompt_embeds.prompt_embeds(texts, files, config, ranks, Stopwatch("cpu"))
+        found = prompt_embeds.prompt_embeds(texts, files, config, ranks, Stopwatch("cpu")).embeds
         return encoded[-1], [float(found[text].sum()) for text in texts]
 
     dealt = on_ranks(Mesh(ulysses=2), work)
@@ -177,7 +177,7 @@ def test_prompts_are_dealt_to_the_ranks(planned: tuple[Plan, ModelFiles], monkey
     assert dealt[0][1] == dealt[1][1]
     encoded.clear()
     again = prompt_embeds.prompt_embeds(texts, files, config, Ranks("cpu"), Stopwatch("cpu"))  # from the store
-    assert [float(again[text].sum()) for text in texts] == dealt[0][1] and not encoded
+    assert [float(again.embeds[text].sum()) for text in texts] == dealt[0][1] and not encoded
 
 
 def test_umt5_is_sharded_where_asked(planned: tuple[Plan, ModelFiles], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,16 +6,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import compilation
+from wanfast.runtime.engine import compilation, held_texts, prompt_embeds
 from wanfast.runtime.engine import session as session_module
-from wanfast.runtime.engine.session import Sessions
+from wanfast.runtime.engine.held_texts import MOST, HeldTexts
+from wanfast.runtime.engine.prompt_embeds import Encoded
+from wanfast.runtime.engine.session import Session, Sessions
+from wanfast.runtime.errors import NotFiniteError
 from wanfast.runtime.jobs import generate
 from wanfast.runtime.planning.placement import place
 from wanfast.runtime.planning.plan import Job, resolve
+from wanfast.runtime.store import model_files
 
 SHAPE: dict[str, Any] = {
     "model": "tiny", "device": "cpu", "image": "cat.png", "prompt": "a cat", "seed": 1, "steps": 2, "size": "64x64",
@@ -56,3 +62,149 @@ def test_compiler_caches_are_loaded_once_for_each_key(
     sessions.close()
     make([small], sessions)
     assert looked == [of_small, of_large, of_small]  # a new session
+
+
+class Loader:
+    """Stands for UMT5 and the store: it notes what is loaded, and stores all texts except `unstored`."""
+
+    def __init__(self, unstored: Iterable[str] = ()) -> None:
+        self.asked: list[list[str]] = []
+        self.unstored = set(unstored)
+
+    def __call__(self, texts: list[str], most: int) -> Encoded:
+        self.asked.append(list(texts))
+        lost = self.unstored.intersection(texts)
+        return Encoded({text: torch.zeros(1) for text in texts if text in {*texts[:most], *lost}}, lost, [])
+
+
+def clips_of(count: int) -> list[tuple[str, str]]:
+    return [(f"line {number}", "negative") for number in range(count)]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_embeddings_of_a_long_list_are_loaded_in_the_order_of_the_videos(twice: bool) -> None:
+    """Each text is loaded once, at most 32 are held, and the next ones are among them."""
+    clips = clips_of(1000) * (1 + twice)
+    loader = Loader()
+    held = HeldTexts(loader)
+    held.expect(clips)
+    (first,), most = loader.asked, len(held)
+    assert first == ["line 0", "negative", *(f"line {number}" for number in range(1, 1000))]
+    loader.asked.clear()
+    for texts in clips:
+        assert held.use(texts).keys() == {*texts}
+        most = max(most, len(held))
+    assert most == MOST
+    reloaded = [text for texts in loader.asked for text in texts]
+    assert reloaded == [text for text, _ in clips][MOST - 1 :]
+    assert len(loader.asked) == -(-len(reloaded) // (MOST - 1))
+    assert held._clips == []
+
+
+def test_a_text_that_several_lines_need_is_held_until_the_last_of_them() -> None:
+    """Lines that another rank group or an error took are passed."""
+    loader = Loader()
+    held = HeldTexts(loader)
+    clips = clips_of(40)
+    often = [texts for clip in clips for texts in (clip, ("often", "negative"))]
+    held.expect(often)
+    for texts in often[2:10] + often[20:]:
+        held.use(texts)
+    reloaded = [text for texts in loader.asked[1:] for text in texts]
+    assert "often" not in reloaded and "negative" not in reloaded and len(reloaded) == len({*reloaded})
+    held.use(("another list's", ""))
+    assert len(held) == MOST
+
+
+def test_embeddings_that_cannot_be_stored_are_held_until_no_line_needs_them() -> None:
+    """Else UMT5 would be loaded for each of them."""
+    clips = clips_of(100)
+    loader = Loader(unstored=(text for texts in clips for text in texts))
+    held = HeldTexts(loader)
+    held.expect(clips)
+    assert len(held) == 101
+    left = []
+    for texts in clips:
+        held.use(texts)
+        left.append(len(held))
+    assert len(loader.asked) == 1 and left == [max(MOST, 101 - number) for number in range(100)]
+
+
+def test_a_session_holds_the_texts_that_were_used_last(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server gives each video as a list of one."""
+    loader = Loader()
+    monkeypatch.setattr(session_module, "prompt_embeds", lambda texts, *others: loader(texts, others[-1]))
+    session = Session.open(job_of().config, Ranks("cpu"))
+    for texts in clips_of(100):
+        session.encode([texts])
+        session.text_of(session.config.replace(prompt=texts[0], negative_prompt=texts[1]))
+    assert len(session._texts) == MOST and sum("negative" in texts for texts in loader.asked) == 1
+
+
+def test_a_list_asks_for_its_texts_clip_by_clip(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(held_texts, "MOST", 3)
+    encode = session_module.prompt_embeds
+
+    def noted(texts: list[str], *others: Any) -> Encoded:
+        asked.append(list(texts))
+        return encode(texts, *others)
+
+    monkeypatch.setattr(session_module, "prompt_embeds", noted)
+    prompts = ["a", ["b", "c"], "d", "a"]
+    jobs = [job_of(prompt=prompt, negative_prompt="no") for prompt in prompts]
+    results = make(jobs, Sessions(Ranks("cpu")))
+    assert asked == [["a", "no", "b", "c", "d"], ["c", "d"], ["a"]]
+    first, last = (np.load(results[index]["frames"]) for index in (0, 3))
+    assert (first == last).all()
+
+
+def encoded(texts: list[str], **options: Any) -> Encoded:
+    job = job_of()
+    files = model_files.locate_for(job.config.models)
+    return prompt_embeds.prompt_embeds(texts, files, job.config, Ranks("cpu"), Stopwatch("cpu"), **options)
+
+
+def test_a_long_list_loads_the_text_encoder_once_and_holds_the_first_texts(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[int] = []
+    build = prompt_embeds.build_umt5
+    monkeypatch.setattr(prompt_embeds, "build_umt5", lambda *a, **k: built.append(1) or build(*a, **k))
+    texts = [f"line {number}" for number in range(70)]
+    assert list(encoded(texts, most=3).embeds) == texts[:3] and len(built) == 1
+    again = encoded(texts)
+    assert list(again.embeds) == texts and not again.unstored and len(built) == 1
+
+
+def test_texts_that_are_not_stored_are_returned(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workdir / "artifacts").mkdir()
+    (workdir / "artifacts/prompt_embeds").write_text("a file, not a folder")
+    texts = [f"line {number}" for number in range(40)]
+    found = encoded(texts, most=2)
+    assert list(found.embeds) == texts and found.unstored == {*texts}
+    assert capsys.readouterr().err.count("40 of 40 texts are not stored") == 1
+
+
+def test_a_text_that_is_not_finite_costs_no_other_text(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = prompt_embeds._encode
+
+    def spoiled(tokens: dict[str, Any], *others: Any) -> dict[str, torch.Tensor]:
+        return {text: embeds / (text != "bad") for text, embeds in encode(tokens, *others).items()}
+
+    monkeypatch.setattr(prompt_embeds, "_encode", spoiled)
+    session = Session.open(job_of().config, Ranks("cpu"))
+    clips = [("one", "no"), ("two", "no"), ("bad", "no"), ("three", "no")]
+    with pytest.raises(NotFiniteError, match="of the text 'bad'"):
+        session.encode(clips)
+    session._texts._held.clear()
+    loads: list[int] = []
+    build = prompt_embeds.build_umt5
+    monkeypatch.setattr(prompt_embeds, "build_umt5", lambda *a, **k: loads.append(1) or build(*a, **k))
+    for prompt, negative in clips[:2]:
+        session.text_of(session.config.replace(prompt=prompt, negative_prompt=negative))
+    assert not loads  # the others are stored, and the clips before it do not encode it again
+    with pytest.raises(NotFiniteError, match="of the text 'bad'"):
+        session.text_of(session.config.replace(prompt="bad", negative_prompt="no"))
+    session.text_of(session.config.replace(prompt="three", negative_prompt="no"))
+    assert len(loads) == 1

@@ -1,7 +1,7 @@
 """A session holds the loaded models of one rank, and makes any number of videos with them.
 
     session = Session.open(config, ranks)   # prepares the process, finds the files, chooses the attention kernel
-    session.encode(texts)                   # loads and frees UMT5 before the experts need its memory
+    session.encode(clips)                   # loads and frees UMT5 before the experts need its memory
     session.make(job)                       # the first call loads the experts and the VAE
     session.close()
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -34,15 +35,17 @@ from wanfast.runtime.engine.compilation import (
     load_caches,
 )
 from wanfast.runtime.engine.denoise import StepFn
+from wanfast.runtime.engine.finite import require_finite
 from wanfast.runtime.engine.fp8_attention import Fp8Attention
+from wanfast.runtime.engine.held_texts import HeldTexts
 from wanfast.runtime.engine.lossy_attention import LossyAttention
 from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.engine.pixels import Frame, Frames, FramesFn
-from wanfast.runtime.engine.prompt_embeds import prompt_embeds
+from wanfast.runtime.engine.prompt_embeds import Encoded, prompt_embeds
 from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
-from wanfast.runtime.facts.choices import EXPERTS, Attention, Branch, Expert
+from wanfast.runtime.facts.choices import BRANCHES, EXPERTS, Attention, Branch, Expert
 from wanfast.runtime.media import earlier_video, images
 from wanfast.runtime.media.images import LoadedImage
 from wanfast.runtime.models.attention import attention_by
@@ -62,8 +65,6 @@ from wanfast.runtime.weights.builders import DTYPES, build_expert, build_vae, re
 from wanfast.runtime.weights.checkpoint import MergeFn
 from wanfast.runtime.weights.experts import Experts, OffloadedExperts, ResidentExperts
 from wanfast.runtime.weights.lora import merge_of
-
-_KEPT_TEXTS = 32  # embeddings that a session keeps, 8 MB each at most; the store has the others
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Session:
         self.config, self.ranks, self.files = config, ranks, files
         self.watch = Stopwatch(ranks.device)  # seconds of each stage since the last video
         self._loads = Stopwatch(ranks.device)  # seconds of each component since the last video
-        self._embeds: dict[str, Tensor] = {}
+        self._texts = HeldTexts(self._embeddings)
         self._pipeline: VideoPipeline | None = None
         self._stored: dict[str, Path] = {}  # the artifacts of loaded quantized experts
         self._compile_caches: dict[str, str | None] = {}  # what `load_caches` returned, by the key that it looked for
@@ -100,18 +101,13 @@ class Session:
         return cls(config, ranks, files)
 
     @hardware.one_out_of_memory_error()
-    def encode(self, texts: Iterable[str]) -> None:
-        """Makes the embeddings of `texts`; loads UMT5 only for texts whose embeddings are not stored."""
-        wanted = list(dict.fromkeys(texts))
-        new = [text for text in wanted if text not in self._embeds]
-        if new:
-            with self.watch.span("text"):
-                found = prompt_embeds(new, self.files, self.config, self.ranks, self._loads, self._free_for_umt5)
-            self._embeds |= found
-        used = {text: self._embeds.pop(text) for text in wanted}
-        self._embeds |= used  # the last used come last
-        for text in list(self._embeds)[: -max(_KEPT_TEXTS, len(used))]:
-            del self._embeds[text]
+    def encode(self, clips: Iterable[tuple[str, ...]]) -> None:
+        """Makes the embeddings of the texts of each clip of a list, in the order in which the clips will be made.
+
+        Loads UMT5 only for texts whose embeddings are not stored. The next clips' embeddings are held in memory. If
+        an embedding is not finite, raises NotFiniteError on all ranks, after the others are made.
+        """
+        self._require_finite(self._texts.expect(clips))
 
     @hardware.one_out_of_memory_error()
     def load(self, before_each: Callable[[], None] = lambda: None) -> VideoPipeline:
@@ -173,9 +169,10 @@ class Session:
 
         The branches are "prompt" and "negative_prompt". n is the number of tokens of the branch's text.
         """
-        (prompt,), negative_prompt = config.video.prompts, config.video.negative_prompt
-        self.encode((prompt, negative_prompt))
-        return {"prompt": self._embeds[prompt], "negative_prompt": self._embeds[negative_prompt]}
+        (texts,) = config.video.texts
+        embeds = self._texts.use(texts)
+        self._require_finite({*texts} - embeds.keys())
+        return {branch: embeds[text] for branch, text in zip(BRANCHES, texts, strict=True)}
 
     @hardware.one_out_of_memory_error()
     def latent(self, plan: Plan, given: Tensor, on_step: StepFn, residuals: StepCache) -> Tensor:
@@ -249,9 +246,17 @@ class Session:
     def close(self) -> None:
         """Frees the models, the text embeddings and the captured graphs."""
         self._pipeline = None
-        self._embeds = {}
+        self._texts.clear()
         hardware.forget_cuda_graphs()
         hardware.free_memory(self.ranks.device)
+
+    def _embeddings(self, texts: list[str], most: int) -> Encoded:
+        with self.watch.span("text"):
+            return prompt_embeds(texts, self.files, self.config, self.ranks, self._loads, self._free_for_umt5, most)
+
+    def _require_finite(self, not_finite: set[str]) -> None:
+        for text in sorted(not_finite):
+            self.ranks.together(partial(require_finite, f"UMT5's embedding of the text {text!r:.60}", finite=False))
 
     def _free_for_umt5(self) -> None:
         """Frees memory of the experts; only a rank that is about to load UMT5 calls this."""
