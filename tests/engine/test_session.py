@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.media.test_earlier_video import write
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import compilation, held_texts, prompt_embeds
@@ -19,6 +20,7 @@ from wanfast.runtime.engine.prompt_embeds import Encoded
 from wanfast.runtime.engine.session import Session, Sessions
 from wanfast.runtime.errors import NotFiniteError
 from wanfast.runtime.jobs import generate
+from wanfast.runtime.media import earlier_video, images
 from wanfast.runtime.planning.placement import place
 from wanfast.runtime.planning.plan import Job, resolve
 from wanfast.runtime.store import model_files
@@ -208,3 +210,32 @@ def test_a_text_that_is_not_finite_costs_no_other_text(workdir: Path, monkeypatc
         session.text_of(session.config.replace(prompt="bad", negative_prompt="no"))
     session.text_of(session.config.replace(prompt="three", negative_prompt="no"))
     assert len(loads) == 1
+
+
+@pytest.mark.parametrize("option", ["image", "continue_from"])
+def test_the_clips_of_a_video_decode_each_source_once(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """The next video decodes it again, because its file may be another one."""
+    old = write(Path("old.mp4"), 64, 48, num_frames=6, fps=12)
+    given: dict[str, Any] = {"continue_from": str(old), "image": None, "size": None} if option != "image" else {}
+    job = job_of(prompt=["a", "b", "c"], **given)
+    decoded: list[str] = []
+    for module, name in ((images, "load_image"), (earlier_video, "load_earlier")):
+        load = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, load=load: decoded.append(Path(a[0]).name) or load(*a))
+    sessions = Sessions(Ranks("cpu"))
+    (result,) = make([job], sessions)
+    assert decoded == ["cat.png" if option == "image" else "old.mp4"]
+    assert len(np.load(result["frames"])) == (13 if option == "image" else 6 + 3 * 4)
+    make([job], sessions)
+    assert len(decoded) == 2
+
+
+def test_a_file_that_is_both_images_is_decoded_once(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of(last_image="cat.png")
+    decoded: list[str] = []
+    load = images.load_image
+    monkeypatch.setattr(images, "load_image", lambda *a: decoded.append(a[1]) or load(*a))
+    make([job], Sessions(Ranks("cpu")))
+    assert decoded == ["--image"]

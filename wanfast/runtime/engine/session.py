@@ -66,6 +66,8 @@ from wanfast.runtime.weights.checkpoint import MergeFn
 from wanfast.runtime.weights.experts import Experts, OffloadedExperts, ResidentExperts
 from wanfast.runtime.weights.lora import merge_of
 
+Sources = dict[str, LoadedImage]  # the decoded images of one video, by their paths, on the leader
+
 
 @dataclass(frozen=True)
 class Made:
@@ -140,16 +142,17 @@ class Session:
             self.close()
             raise
 
-    def plan(self, job: Job) -> tuple[Plan, Tensor]:
+    def plan(self, job: Job, sources: Sources | None = None) -> tuple[Plan, Tensor]:
         """Returns (the plan of `job`, the n given images [n, 3, H, W] at the plan's size).
 
-        Only the leader reads the images; on other ranks, the returned tensor is empty: [n, 3, 0, 0].
+        Only the leader reads the images; on other ranks, the returned tensor is empty: [n, 3, 0, 0]. The leader adds
+        what it decodes to `sources`, and does not decode again what is there.
         """
         pipeline, ranks = self.load(), self.ranks
         read: list[LoadedImage] = []
 
         def read_here() -> tuple[int, int]:
-            read.extend(_read_images(job.config.video))
+            read.extend(_read_images(job.config.video, {} if sources is None else sources))
             return read[0].size if read else (0, 0)
 
         size = ranks.lead(read_here)
@@ -191,18 +194,20 @@ class Session:
         residuals: StepCache | None = None,
         on_frames: FramesFn = lambda frames: None,
         start: Frame | None = None,
+        sources: Sources | None = None,
     ) -> Made:
         """Makes the single clip of `job`; on the leader, the result contains the frames.
 
         If the leader has a frame `start`, the clip starts from this frame instead of the job's image.
         `on_step(done, expert)` is called before and after each step, where `done` is the number of finished steps. The
         leader calls `on_frames` with a few frames at a time, while the next frames are decoded. `residuals` is the
-        cache that decides which forwards are skipped; if it is None, the plan decides. Raises WanFastError, and
-        torch.OutOfMemoryError if the device has too little memory.
+        cache that decides which forwards are skipped; if it is None, the plan decides. The clips of one video share
+        `sources`, so that each image is decoded once. Raises WanFastError, and torch.OutOfMemoryError if the device
+        has too little memory.
         """
         text = self.text_of(job.config)  # before the experts need the memory
         pipeline, ranks = self.load(), self.ranks
-        plan, given = self.plan(job)
+        plan, given = self.plan(job, sources)
         if start is not None:
             given[0] = pixels.of_frame(start)
         config = plan.config
@@ -439,16 +444,21 @@ def _stored_experts(files: ModelFiles, models: ModelsConfig) -> dict[str, Path]:
     return {name: expert.require() for name in EXPERTS if (expert := quantized_expert(files, models, name))}
 
 
-def _read_images(video: VideoConfig) -> Iterator[LoadedImage]:
-    """Yields the given images. Raises ConfigError if one cannot be read, or is not the one that was planned."""
+def _read_images(video: VideoConfig, sources: Sources) -> Iterator[LoadedImage]:
+    """Yields the given images; those that `sources` lacks are decoded and added to it.
+
+    Raises ConfigError if one cannot be read, or is not the one that was planned.
+    """
     planned = {
         "--image": video.image_sha256,
         earlier_video.OPTION: video.continue_from_sha256,
         "--last-image": video.last_image_sha256,
     }
     for option, path in video.images.items():
-        is_video = option == earlier_video.OPTION
-        image = earlier_video.load_earlier(path) if is_video else images.load_image(path, option)
+        if (image := sources.get(path)) is None:
+            is_video = option == earlier_video.OPTION
+            image = earlier_video.load_earlier(path) if is_video else images.load_image(path, option)
+            sources[path] = image
         if image.sha256 != planned[option]:
             raise ConfigError(f"{option} {path}: the file changed since the plan was made: run this command again")
         yield image
