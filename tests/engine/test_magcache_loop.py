@@ -24,6 +24,7 @@ from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.models.dit import Block
 from wanfast.runtime.planning.placement import check_skips, modes, needed, place
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import plan_json
 from wanfast.runtime.sampling.magcache import ResidualCache
 from wanfast.runtime.store.curves import Curve
 from wanfast.runtime.store.model_files import ModelFiles
@@ -131,7 +132,7 @@ def test_branches_skip_together_on_every_mesh_by_default(planned: tuple[Plan, Mo
     plan, _ = planned
     both = skipping(plan, magcache_joint=SkippingConfig.magcache_joint, cfg_parallel=cfg)
     assert all(first == second for first, second in both.skips)
-    document = both.to_json()["magcache"]
+    document = plan_json(both)["magcache"]
     assert document["joint"] and document["skipped_forwards_apart"] == sum(map(sum, APART))
     assert document["skipped_forwards"] == sum(map(sum, both.skips)) < document["skipped_forwards_apart"]
 

@@ -27,7 +27,9 @@ from wanfast.runtime.engine import session
 from wanfast.runtime.engine.conditioning import draw_noise
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.facts.model_spec import ModelSpec
-from wanfast.runtime.planning.plan import Plan, resolve
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import plan_json
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights import checkpoint
@@ -165,7 +167,7 @@ def public_text(tmp_path_factory: pytest.TempPathFactory) -> tuple[WanPipeline, 
 @pytest.mark.parametrize("has_last", [False, True], ids=["first frame", "first and last frame"])
 def test_final_latents_equal_diffusers(public, plan_for, has_last: bool) -> None:
     plan, files = plan_for(public[1], has_last=has_last)
-    assert plan.to_json()["steps"] == {"high_noise": 3, "low_noise": 3}
+    assert plan_json(plan)["steps"] == {"high_noise": 3, "low_noise": 3}
     error = relative_error(our_latents(plan, files), their_latents(public[0], plan))
     print(f"pipeline, {plan.geometry.width}x{plan.geometry.height}, 6 steps, 3 + 3: relative error {error:.1e}")
     assert error <= 1e-5
@@ -176,7 +178,7 @@ def test_final_latents_of_text_alone_equal_diffusers(public_text, plan_for) -> N
     plan, files = plan_for(public_text[1], image=None, steps=8)
     assert (plan.geometry.width, plan.geometry.height) == (96, 64)  # exactly --size
     assert (plan.config.video.shift, files.spec.boundary) == (12.0, 0.875)
-    assert plan.to_json()["steps"] == {"high_noise": 6, "low_noise": 2}
+    assert plan_json(plan)["steps"] == {"high_noise": 6, "low_noise": 2}
     error = relative_error(our_latents(plan, files), their_latents(public_text[0], plan))
     print(f"pipeline, {plan.geometry.width}x{plan.geometry.height}, 8 steps, 6 + 2: relative error {error:.1e}")
     assert error <= 1e-5

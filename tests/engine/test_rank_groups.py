@@ -32,7 +32,8 @@ from wanfast.runtime.media import images
 from wanfast.runtime.models import vae as vae_module
 from wanfast.runtime.models.dit import Block, WanDiT
 from wanfast.runtime.models.vae import WanVAE
-from wanfast.runtime.planning.plan import Plan, resolve
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.store.model_files import ModelFiles
 from wanfast.runtime.weights import experts
 from wanfast.runtime.weights.experts import OffloadedExperts, ResidentExperts

@@ -48,7 +48,8 @@ from wanfast.runtime.media.images import LoadedImage
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.models.attention_kernels import AttentionFn
 from wanfast.runtime.models.dit import WanDiT
-from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.job import Job
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.sampling.magcache import StepCache
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore
