@@ -16,7 +16,7 @@ from tests.parity import relative_error
 from tests.small_model import plan_small_model
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import pipeline, session
+from wanfast.runtime.engine import loading, pipeline
 from wanfast.runtime.engine.conditioning import Noise, draw_noise
 from wanfast.runtime.engine.denoise import denoise
 from wanfast.runtime.facts.choices import Branch, Expert
@@ -154,7 +154,7 @@ def test_fresh_noise_is_the_leaders_on_every_rank(small_model: Path, workdir: Pa
 @torch.inference_mode()
 def test_further_noises_are_not_the_first_one_again(gated: tuple[Plan, ModelFiles]) -> None:
     plan, files = gated
-    made = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    made = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     further, again = made._fresh_noises(plan), Noise(7, plan.geometry, 16, "cpu")
     noises = [made.noise(plan), next(further), next(further)]
     assert all(torch.equal(noise, again.draw()) for noise in noises)

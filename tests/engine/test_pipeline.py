@@ -23,7 +23,7 @@ from tests.parity import relative_error
 from tests.public_model import save_diffusers
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import session
+from wanfast.runtime.engine import loading
 from wanfast.runtime.engine.conditioning import draw_noise
 from wanfast.runtime.engine.prompt_embeds import prompt_embeds
 from wanfast.runtime.facts.model_spec import ModelSpec
@@ -124,7 +124,7 @@ def our_latents(plan: Plan, files: ModelFiles) -> torch.Tensor:
     config = plan.config
     ranks = Ranks("cpu")
     embeds = prompt_embeds([config.video.prompt, config.video.negative_prompt], files, config, ranks, Stopwatch("cpu"))
-    pipeline = session.load_models(files, config, ranks, Stopwatch("cpu"))
+    pipeline = loading.load_models(files, config, ranks, Stopwatch("cpu"))
     condition = pipeline.encode_condition(given_images(plan), plan.geometry)
     noise = draw_noise(config.video.seed, plan.geometry, 16, "cpu")
     text = {"prompt": embeds[config.video.prompt], "negative_prompt": embeds[config.video.negative_prompt]}
@@ -230,7 +230,7 @@ def test_spec_is_read_from_the_public_config_files(public) -> None:
 
 def test_calls_do_not_touch_each_other(public, plan_for) -> None:
     plan, files = plan_for(public[1], steps=2)
-    pipeline = session.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
+    pipeline = loading.load_models(files, plan.config, Ranks("cpu"), Stopwatch("cpu"))
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(1, 3, plan.geometry.height, plan.geometry.width, generator=generator)
     text = {name: torch.randn(4, 24, generator=generator) for name in ("prompt", "negative_prompt")}

@@ -20,7 +20,7 @@ from tests.small_model import blank_inputs, plan_small_model
 from wanfast.magcache_calib import calibrate
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
-from wanfast.runtime.engine import session
+from wanfast.runtime.engine import loading
 from wanfast.runtime.engine.session import Session
 from wanfast.runtime.facts.choices import Branch
 from wanfast.runtime.facts.mesh import Mesh
@@ -63,7 +63,7 @@ def counted(plans: Sequence[Plan], files: ModelFiles, inputs: Inputs, ranks: Ran
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Block, "forward", counting)
-        pipeline = session.load_models(files, plans[0].config, ranks, Stopwatch("cpu"))
+        pipeline = loading.load_models(files, plans[0].config, ranks, Stopwatch("cpu"))
         found = []
         for plan in plans:
             done.clear()
@@ -169,10 +169,10 @@ def test_a_compiled_block_has_a_graph_for_each_share(
     plan, files = planned(small_model, "gate", mesh)
     plan, inputs = skipping(plan), blank_inputs(plan, files)
     ((expected, _),) = counted([plan], files, inputs, Ranks("cpu"))
-    counter, plan = compiler(monkeypatch, session), with_options(plan, compile=True, **fsdp)
+    counter, plan = compiler(monkeypatch, loading), with_options(plan, compile=True, **fsdp)
 
     def two_videos(ranks: Ranks) -> tuple[list[Tensor], int]:
-        pipeline = session.load_models(files, plan.config, ranks, Stopwatch("cpu"))
+        pipeline = loading.load_models(files, plan.config, ranks, Stopwatch("cpu"))
         caches = [plan.residuals() for _ in range(2)]
         made = [pipeline.latent(plan, *inputs, Stopwatch("cpu"), lambda *_: None, cache).clone() for cache in caches]
         return made, counter.frame_count

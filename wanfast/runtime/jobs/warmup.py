@@ -32,7 +32,8 @@ from wanfast.runtime.engine.compilation import (
     load_caches,
     save_caches,
 )
-from wanfast.runtime.engine.session import Sessions, lossy_attention
+from wanfast.runtime.engine.loading import lossy_attention
+from wanfast.runtime.engine.session import Sessions
 from wanfast.runtime.errors import ConfigError, WanFastError, failure
 from wanfast.runtime.facts.choices import BRANCHES, Attention
 from wanfast.runtime.facts.model_spec import DiTSpec
