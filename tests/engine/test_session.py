@@ -21,8 +21,9 @@ from wanfast.runtime.engine.session import Session, Sessions
 from wanfast.runtime.errors import NotFiniteError
 from wanfast.runtime.jobs import generate
 from wanfast.runtime.media import earlier_video, images
+from wanfast.runtime.planning.job import Job
 from wanfast.runtime.planning.placement import place
-from wanfast.runtime.planning.plan import Job, resolve
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.store import model_files
 
 SHAPE: dict[str, Any] = {

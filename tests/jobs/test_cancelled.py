@@ -19,8 +19,9 @@ from wanfast.runtime.errors import CancelledError, from_failure
 from wanfast.runtime.facts.mesh import Mesh
 from wanfast.runtime.jobs import generate
 from wanfast.runtime.jobs.generate import FramesFile
+from wanfast.runtime.planning.job import Job
 from wanfast.runtime.planning.placement import place
-from wanfast.runtime.planning.plan import Job, resolve
+from wanfast.runtime.planning.resolve import resolve
 from wanfast.runtime.processes import worker
 
 State = tuple[str, int, int]

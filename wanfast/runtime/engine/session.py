@@ -6,7 +6,7 @@
     session.close()
 
 All ranks of a rank group call the same methods in the same order. Only the leader reads images and gets frames.
-The docstring of `load_models` lists the steps in which a model is loaded.
+`loading` builds the models, and lists the steps in which a model is loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,42 +29,30 @@ from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import attention_probe, cudnn_engines, pixels
 from wanfast.runtime.engine.compilation import (
     cache_inputs,
-    compile_blocks,
     compiled_anew,
-    compiler_imported_meanwhile,
     load_caches,
 )
 from wanfast.runtime.engine.denoise import StepFn
 from wanfast.runtime.engine.finite import require_finite
-from wanfast.runtime.engine.fp8_attention import Fp8Attention
 from wanfast.runtime.engine.held_texts import HeldTexts
-from wanfast.runtime.engine.lossy_attention import LossyAttention
+from wanfast.runtime.engine.loading import load_models, replace_loras, stored_experts
 from wanfast.runtime.engine.pipeline import VideoPipeline
 from wanfast.runtime.engine.pixels import Frame, Frames, FramesFn
 from wanfast.runtime.engine.prompt_embeds import Encoded, prompt_embeds
-from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.facts import memory
-from wanfast.runtime.facts.choices import BRANCHES, EXPERTS, Attention, Branch, Expert
+from wanfast.runtime.facts.choices import BRANCHES, Attention, Branch, Expert
 from wanfast.runtime.media import earlier_video, images
 from wanfast.runtime.media.images import LoadedImage
-from wanfast.runtime.models.attention import attention_by
-from wanfast.runtime.models.attention_kernels import AttentionFn
-from wanfast.runtime.models.dit import WanDiT
-from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.job import Job
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.sampling.magcache import StepCache
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.artifacts import ArtifactStore, key_of
 from wanfast.runtime.store.attention_plans import densities_of
 from wanfast.runtime.store.curves import curve_of
-from wanfast.runtime.store.expert_files import identified
-from wanfast.runtime.store.loras import inputs_of, loras_of
 from wanfast.runtime.store.model_files import COMPONENTS, Component, ModelFiles
-from wanfast.runtime.store.quantized import QuantizedExpert, quantized_expert, shards
-from wanfast.runtime.weights.builders import DTYPES, build_expert, build_vae, refill_expert
-from wanfast.runtime.weights.checkpoint import MergeFn
-from wanfast.runtime.weights.experts import Experts, OffloadedExperts, ResidentExperts
-from wanfast.runtime.weights.lora import merge_of
+from wanfast.runtime.store.quantized import shards
 
 Sources = dict[str, LoadedImage]  # the decoded images of one video, by their paths, on the leader
 
@@ -121,7 +109,7 @@ class Session:
         if self._pipeline is None:
             with self.watch.span("load"):
                 self._pipeline = load_models(self.files, self.config, self.ranks, self._loads, before_each)
-            self._stored = _stored_experts(self.files, self.config.models)
+            self._stored = stored_experts(self.files, self.config.models)
         return self._pipeline
 
     @hardware.one_out_of_memory_error()
@@ -136,8 +124,8 @@ class Session:
             return
         try:
             with self.watch.span("load"):
-                _merge_anew(self._pipeline.experts, old, self.files, self.config, self.ranks, self._loads)
-            self._stored = _stored_experts(self.files, models)
+                replace_loras(self._pipeline.experts, old, self.files, self.config, self.ranks, self._loads)
+            self._stored = stored_experts(self.files, models)
         except BaseException:
             self.close()
             raise
@@ -323,125 +311,6 @@ class Sessions:
         if self._open is not None:
             self._open.close()
         self._open = None
-
-
-def load_models(
-    files: ModelFiles,
-    config: EffectiveConfig,
-    ranks: Ranks,
-    loads: Stopwatch,
-    before_each: Callable[[], None] = lambda: None,
-) -> VideoPipeline:
-    """Loads both experts and the VAE, and returns a pipeline that is ready to run.
-
-    The seconds of loading are added to `loads`, for each of these three models. Every rank calls `before_each` before
-    it loads each model. Raises WanFastError. An expert is loaded in seven steps; `build_expert` does the first five:
-
-    1. build on the meta device, so that no memory is allocated yet;
-    2. quantize: 8-bit layers replace linear layers before weights are read, so that only 8-bit weights are allocated;
-    3. shard: parameters are sharded before weights are read, so that a rank reads only its own rows;
-    4. fill the parameters from the files: each tensor is merged with its LoRAs while it is read;
-    5. fuse the projections q, k and v, if the weights are not sharded;
-    6. place both experts, resident or offloaded, after both are filled, because offloaded experts share one set of GPU
-       weights;
-    7. compile, last, because the compiler needs the final parameters.
-    """
-    wanted = config.models
-    dtype = DTYPES[wanted.precision]
-    choice = attention_probe.agree(wanted.attention, ranks, dtype, files.spec.dit.head_dim)
-    attend = attention_by(choice.exact)
-    lossy = lossy_attention(choice.kernel, attend, files.spec.dit.num_heads, ranks)
-    merges = ranks.together(lambda: _merges(files, wanted))
-
-    def build(expert: Expert) -> WanDiT:
-        before_each()
-        with loads.span(expert):
-            return build_expert(
-                files,
-                expert,
-                wanted.precision,
-                ranks,
-                attend=attend,
-                sharded=config.ranks.dit_fsdp == "on",
-                **_filling(files, config, expert, merges),
-            )
-
-    with compiler_imported_meanwhile(config):
-        models: dict[Expert, WanDiT] = {"high_noise": build("high_noise"), "low_noise": build("low_noise")}
-        experts = _place(models, config, ranks)
-        before_each()
-        with loads.span("vae"):
-            decoder = wanted.vae_precision or wanted.precision
-            vae = ranks.together(lambda: build_vae(files, ranks.device, decoder))
-    if lossy:
-        for model in models.values():
-            lossy.use_in(model)
-    if wanted.compile:
-        for model in models.values():
-            compile_blocks(model, wanted.compile_mode)
-    return VideoPipeline(files.spec, experts, vae, ranks, choice, lossy)
-
-
-def lossy_attention(kernel: Attention, dense: AttentionFn, num_heads: int, ranks: Ranks) -> LossyAttention | None:
-    """Returns what computes self-attention if `kernel` is lossy; `dense` computes the calls that stay exact."""
-    if kernel == "sparse":
-        return SparseAttention(dense, num_heads, ranks)
-    return Fp8Attention(num_heads, ranks) if kernel == "fa3-fp8" else None
-
-
-def _merge_anew(
-    experts: Experts, old: ModelsConfig, files: ModelFiles, config: EffectiveConfig, ranks: Ranks, loads: Stopwatch
-) -> None:
-    """Overwrites the experts whose LoRAs are not those of the `old` models. Raises WanFastError."""
-    merges = ranks.together(lambda: _merges(files, config.models))
-    for expert in EXPERTS:
-        if inputs_of(loras_of(old), expert) != inputs_of(loras_of(config.models), expert):
-            with loads.span(expert):
-                model, held = experts.writable(expert)
-                refill_expert(model, held, files, expert, ranks, **_filling(files, config, expert, merges))
-
-
-class _Filling(TypedDict):
-    """Says how an expert's parameters are filled."""
-
-    quantized: QuantizedExpert | None
-    on_the_fly: bool
-    device: str | None
-    merge: MergeFn
-
-
-def _filling(files: ModelFiles, config: EffectiveConfig, expert: Expert, merges: dict[Expert, MergeFn]) -> _Filling:
-    return {
-        "quantized": quantized_expert(files, config.models, expert),
-        "on_the_fly": config.models.quantize_on_the_fly,
-        "device": "cpu" if config.ranks.expert_offload == "on" else None,
-        "merge": merges[expert],
-    }
-
-
-def _place(models: dict[Expert, WanDiT], config: EffectiveConfig, ranks: Ranks) -> Experts:
-    if config.ranks.expert_offload == "on":
-        return OffloadedExperts(models, ranks.device)
-    may_move = config.models.compile_mode != "max-autotune" or ranks.size == 1
-    return ResidentExperts(models, ranks.device, may_move=may_move)
-
-
-def _merges(files: ModelFiles, models: ModelsConfig) -> dict[Expert, MergeFn]:
-    """Returns for each expert the function that merges its LoRAs.
-
-    The LoRAs of both experts are checked before a weight is read, and so are the files of experts that options name.
-    """
-    if (now := identified(models)) != models:
-        option = "--lora" if now.expert_sha256 == models.expert_sha256 else "an expert"
-        raise ConfigError(f"{option}: a file changed since the plan was made: run this command again")
-    return {expert: merge_of(loras_of(models), expert, files.spec.dit) for expert in EXPERTS}
-
-
-def _stored_experts(files: ModelFiles, models: ModelsConfig) -> dict[str, Path]:
-    """Returns the artifacts from which quantized experts are read."""
-    if models.quantize_on_the_fly:
-        return {}
-    return {name: expert.require() for name in EXPERTS if (expert := quantized_expert(files, models, name))}
 
 
 def _read_images(video: VideoConfig, sources: Sources) -> Iterator[LoadedImage]:

@@ -22,7 +22,8 @@ from wanfast.runtime.errors import ConfigError
 from wanfast.runtime.jobs.loop import FrameFileFn, Result, by_step, run_jobs
 from wanfast.runtime.media.earlier_video import earlier_frames
 from wanfast.runtime.planning import sidecar
-from wanfast.runtime.planning.plan import Job, Plan
+from wanfast.runtime.planning.job import Job
+from wanfast.runtime.planning.plan import Plan
 from wanfast.runtime.planning.progress import ProgressFn, StageFn, stage_of_clip
 from wanfast.runtime.planning.share import Share
 from wanfast.runtime.store.artifacts import writing_to

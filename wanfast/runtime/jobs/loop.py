@@ -32,7 +32,7 @@ from wanfast.runtime.errors import (
     failure,
 )
 from wanfast.runtime.facts.choices import Expert
-from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.job import Job
 from wanfast.runtime.planning.progress import LOADING, ProgressFn, StageFn
 from wanfast.runtime.planning.share import MOST_LOADS, Share
 

@@ -23,7 +23,9 @@ from wanfast.runtime.facts.mesh import Mesh, choose_mesh
 from wanfast.runtime.facts.model_spec import ModelSpec
 from wanfast.runtime.facts.shapes import Geometry
 from wanfast.runtime.machine import gpus, host
-from wanfast.runtime.planning.plan import Plan, why_cpu
+from wanfast.runtime.planning.devices import why_cpu
+from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import magcache_json
 from wanfast.runtime.store.model_files import TRY_TINY
 
 _GRAPHS, _NO_GRAPHS = "--compile-mode max-autotune", "use max-autotune-no-cudagraphs"
@@ -141,7 +143,7 @@ def check_skips(plan: Plan) -> None:
             "weights together must skip the same forwards: drop --magcache-joint off, or use --dit-fsdp off or "
             "--cfg-parallel 1"
         )
-    plan.magcache_json()  # raises if a budget cannot be met
+    magcache_json(plan)  # raises if a budget cannot be met
 
 
 def needed(
