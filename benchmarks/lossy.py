@@ -50,6 +50,7 @@ from wanfast.runtime.models.attention_check import sampled_errors
 from wanfast.runtime.models.bricks import TokenOrder
 from wanfast.runtime.models.dit import WanDiT
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import plan_json, sparsity_json
 
 BF16, MADE, CHECKED = "bf16, compiled", ", lists made", ", checked"
 
@@ -110,11 +111,11 @@ def measure(options: argparse.Namespace) -> None:
         "layers": options.layers,
         "tokens": g.tokens,
         "kernel": options.kernel,
-        "fp8": plan_of(options, spec, "fp8").to_json()["fp8_attention"],
+        "fp8": plan_json(plan_of(options, spec, "fp8"))["fp8_attention"],
     }
-    facts |= {"sparsity": plan.sparsity_json(), "ways": rows, "shares": shares(rows)}
+    facts |= {"sparsity": sparsity_json(plan), "ways": rows, "shares": shares(rows)}
     facts |= {"checked": {name: errors for each in tried for name, errors in each.errors()}}
-    facts |= {"sampled": tried[0].sampled(), "video": plan_of(options, spec, "sparse", guarded=True).sparsity_json()}
+    facts |= {"sampled": tried[0].sampled(), "video": sparsity_json(plan_of(options, spec, "sparse", guarded=True))}
     found = {"commit": commit(), "hardware": hardware.describe(options.device), "versions": versions()}
     print(json.dumps({**facts, **found}), flush=True)
 

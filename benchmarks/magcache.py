@@ -34,6 +34,7 @@ from wanfast.runtime.facts.model_spec import A14B
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.models.attention import attention_by
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import magcache_json
 from wanfast.runtime.sampling.magcache import resample
 from wanfast.runtime.store.curves import Curve, published_curve, steps_of
 from wanfast.runtime.weights.experts import ResidentExperts
@@ -106,7 +107,7 @@ def measure(options: argparse.Namespace) -> None:
                 f"{name}: {found[name][-1]:.2f} s, peak {hardware.peak_memory_bytes(device) / 1e9:.1f} GB", flush=True
             )
     times = {name: statistics.median(values) for name, values in found.items()}
-    plan = cast(dict[str, Any], cached.magcache_json())
+    plan = cast(dict[str, Any], magcache_json(cached))
     ratio, share = times["cached"] / times["full"], 1 - plan["skipped_forwards"] / plan["total_forwards"]
     print(f"{ratio:.4f} of the time for {share:.4f} of the forwards: skipping costs {ratio / share - 1:+.2%}")
     facts = {"layers": dit.num_layers, "size": f"{g.width}x{g.height}", "frames": g.frames, "tokens": g.tokens}

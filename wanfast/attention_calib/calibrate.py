@@ -19,7 +19,7 @@ from wanfast.runtime.engine.sparse_attention import SparseAttention
 from wanfast.runtime.facts.densities import LADDER, Densities, bands_of
 from wanfast.runtime.facts.sparsity import list_length
 from wanfast.runtime.jobs.loop import by_step, measuring
-from wanfast.runtime.planning.plan import Job
+from wanfast.runtime.planning.job import Job
 from wanfast.runtime.planning.progress import ProgressFn
 
 

@@ -46,6 +46,7 @@ from wanfast.runtime.facts.choices import Attention
 from wanfast.runtime.facts.densities import Densities, bands_of
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import sparsity_json
 from wanfast.runtime.store import model_files
 
 SIDE, FRAMES = 256, 33  # 2,304 tokens, 18 blocks
@@ -162,7 +163,7 @@ def summarise(results: list[list[dict[str, Any]]], all_ways: list[AttentionWay],
 
 
 def _row(way: AttentionWay, rows: list[dict[str, Any]], judge: Judge) -> dict[str, Any]:
-    sparsity = way.plan(judge, 0).sparsity_json()
+    sparsity = sparsity_json(way.plan(judge, 0))
     errors = [row["error"] for row in rows if row["error"]]
     compared = [row["psnr_dense"] for row in rows if row["psnr_dense"] is not None]
     ssims = [row["ssim_dense"] for row in rows]

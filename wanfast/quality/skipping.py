@@ -31,6 +31,7 @@ from wanfast.runtime.engine import pixels
 from wanfast.runtime.facts.choices import MagCacheRule
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.planning.plan import Plan
+from wanfast.runtime.planning.plan_json import magcache_json
 from wanfast.runtime.store import model_files
 from wanfast.runtime.store.curves import curve_of
 
@@ -130,7 +131,7 @@ def summarise(results: list[list[dict[str, Any]]], judge: Judge) -> list[dict[st
     found: list[dict[str, Any]] = []
     for number, way in enumerate((None, *ways(full, judge))):
         rows = [result[number] for result in results]
-        plan = (way and way.plan.magcache_json()) or {"skipped_forwards": 0, "skipped_share": 0.0}
+        plan = (way and magcache_json(way.plan)) or {"skipped_forwards": 0, "skipped_share": 0.0}
         compared = [row["psnr_unskipped"] for row in rows if row["psnr_unskipped"] is not None]
         found.append(
             {

@@ -38,8 +38,8 @@ from wanfast.runtime.config import EffectiveConfig
 from wanfast.runtime.device.timing import Stopwatch
 from wanfast.runtime.distributed.ranks import Ranks
 from wanfast.runtime.engine import pixels
+from wanfast.runtime.engine.loading import load_models
 from wanfast.runtime.engine.pipeline import VideoPipeline
-from wanfast.runtime.engine.session import load_models
 from wanfast.runtime.facts.choices import Branch, Scheme
 from wanfast.runtime.machine.packages import commit, versions
 from wanfast.runtime.media.tokenizer import PromptTokenizer
