@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,7 @@ PLAIN = ("plain", "plain, guided", "plain, as --steps", "plain, as --steps, guid
 def with_pair(folder: Path, strength: float) -> Path:
     """Copies the tiny model, and adds a LoRA of random factors for each expert."""
     torch.manual_seed(0)
-    own = folder / "own"
-    shutil.copytree(model_files.TINY, own, copy_function=os.link, ignore=shutil.ignore_patterns("loras"))
+    own = lora_files.tiny_without_loras(folder)
     blocks = lora_files.of_blocks(model_files.locate("tiny", str(folder)).spec.dit)
     (own / f"loras/{PAIR}").mkdir(parents=True)
     for expert in EXPERTS:
