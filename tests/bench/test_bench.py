@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import lora_files
 from tests.bench.results import program, results_of_two
 from tests.conftest import Machine, Outcome
 from wanfast.bench import cells as cells_module
@@ -150,8 +151,9 @@ def test_few_steps_run_both_experts_and_skip_nothing(clips: Path) -> None:
         planned(bench_of(clips, "magcache", given=given, steps_measured=13))
 
 
-def test_a_distilled_recipe_without_weights_is_a_row_with_the_reason(clips: Path) -> None:
-    _, row = planned(bench_of(clips, "exact", "lightning-4"))
+def test_a_distilled_recipe_without_weights_is_a_row_with_the_reason(clips: Path, tmp_path: Path) -> None:
+    given = SMALL | {"model": str(lora_files.tiny_without_loras(tmp_path))}
+    _, row = planned(bench_of(clips, "exact", "lightning-4", given=given))
     assert row.opened is None and str(row.error).startswith("--recipe lightning-4 needs distilled weights")
 
 
