@@ -192,8 +192,8 @@ def _sequence(ranks: Ranks, size: int) -> Sequence:
     """Returns Ulysses over this rank's group of `size` ranks, which are neighbours."""
     if size == ranks.size:
         return ranks.sequence
-    lines = Mesh(cfg=ranks.size // size, ulysses=size).lines("ulysses")
-    return Ulysses(dist.new_subgroups_by_enumeration(lines)[0])  # type: ignore[no-untyped-call]
+    neighbours = Mesh(cfg=ranks.size // size, ulysses=size).neighbours("ulysses")
+    return Ulysses(dist.new_subgroups_by_enumeration(neighbours)[0])  # type: ignore[no-untyped-call]
 
 
 def _twin(model: WanDiT, kernel: str, sequence: Sequence = WholeSequence()) -> WanDiT:  # noqa: B008
