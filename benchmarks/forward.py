@@ -10,7 +10,7 @@ Each row has ms, TFLOP/s, the share of the bf16 peak, peak memory beyond the wei
 compares the way's first layers with the same layers in float32. By design, `diffusers` computes the text's keys and
 values in every block of every forward; we compute them once per prompt.
 --profile adds a table of where the time goes. --reference compares a block with one in the original program's style.
---by-depth times eager blocks of several depths on the streams that reach them. --tiny sets grid, kernels and diffusers.
+--by-depth times eager blocks of several depths on the streams that reach them. --tiny sets grid and kernels.
 
 --ranks times compiled ways only: the first kernel on each GPU by itself, with Ulysses over groups of two GPUs, of four,
 and so on to all ranks, and diffusers with its own Ulysses. All groups of a way work at once and the slowest counts, so
@@ -88,7 +88,9 @@ def main() -> None:
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 90, 160), help="latent frames, height, width")
     parser.add_argument("--kernels", default="fa3,cudnn", help="our attention kernels; --rounds applies to the first")
     parser.add_argument(
-        "--diffusers", choices=(*DIFFUSERS_BACKENDS, "none"), default="cudnn", help="diffusers' attention, or none"
+        "--diffusers",
+        choices=(*DIFFUSERS_BACKENDS, "none"),
+        help="diffusers' attention, or none  [default: cudnn; with --tiny, sdpa]",
     )
     parser.add_argument(
         "--rounds", type=int, default=3, help="of our first kernel, compiled, and of diffusers, compiled"
@@ -108,7 +110,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.tiny:
-        options.grid, options.kernels, options.diffusers = (4, 6, 10), "flash,math", "sdpa"
+        options.grid, options.kernels = (4, 6, 10), "flash,math"
+    options.diffusers = options.diffusers or ("sdpa" if options.tiny else "cudnn")
     if min(options.ranks, options.rounds, options.other_rounds, options.layers) < 1:
         parser.error("--ranks, --rounds, --other-rounds and --layers must be 1 or more")
     if options.ranks > 1 and (options.reference or options.by_depth):
