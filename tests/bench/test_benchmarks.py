@@ -53,6 +53,7 @@ FAST: dict[str, Form] = {
     "products": ("--tiny --rounds 1", ["ways/qkv bf16/ms", "ways/ffn.2 torch.int8/tops"]),
     "quantized": ("--tiny --rounds 1", ["ways/fp8-rowwise/ratio", "ways/int8-dynamic/error_by_layer/1"]),
     "ranks": ("--tiny --layers 1 --rounds 1", ["ways/cfg/seconds", "unguided_share", "regrouping_ms"]),
+    "ranks_in_turn": ("--step --tiny --no-compile --rounds 1", ["first_s", "step_s/0", "mesh/cfg", "tokens"]),
     "second_video": (OF_HOLES, ["videos/0/waited_s", "videos/1/seconds/denoise", "close_s"]),
     "start": ("--ranks 1 --rounds 1", ["rows/0/ready_s/0", "rows/1/seconds/plan made", "rows/1/end_s/0"]),
     "vae": (
@@ -73,12 +74,13 @@ FAST: dict[str, Form] = {
         ["beyond_denoising_s/list/median", "videos/known/0/wall_s", "videos/new/0/outside_s", "videos/list/2/end_s"],
     ),
 }
-ON_RANKS = {"ranks": 2}  # programs that `torchrun` starts, and on how many ranks
+ON_RANKS = {"ranks": 2, "ranks_in_turn": 2}  # programs that `torchrun` starts, and on how many ranks
 PARTS = {"warm_start"}  # whose fast form is one of the processes that the program starts
 QUICK: dict[str, Form] = {
     "forward": ("--tiny --layers 2", ["ways/diffusers compiled sdpa/ms", "ways/wanfast compiled flash/relative_error"]),
     "forward --ranks 2": ("--tiny --layers 2 --ranks 2", ["comparison/ratio_to_diffusers", "ways/ulysses 2/ms"]),
     "lossy": ("--tiny", ["ways/bf16 linears, sparse/relative_error"]),
+    "ranks_in_turn": ("--checkout . --checkout . --tiny --turns 1", ["ratio", "rows/1/step_s/2"]),
     "second_video": (OF_HOLES, ["videos/1/waited_s"]),
     "start": ("--ranks 2 --rounds 1", ["rows/0/seconds/group formed", "rows/1/end_s/0"]),
     "vae": ("--size 64x64 --frames 9 --device cpu", ["psnr_db/bf16"]),
@@ -154,5 +156,5 @@ def test_the_quick_checks_of_the_docstrings_run(case: str) -> None:
     words, figures = QUICK[case]
     command = [sys.executable, str(ROOT / f"benchmarks/{case.split()[0]}.py"), *words.split()]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     check(done.stdout, figures)
