@@ -68,7 +68,10 @@ FAST: dict[str, Form] = {
         "--start --eager --tiny --size 64x64 --frames 5 --attention flash --layers 2",
         ["first_s", "step_s"],
     ),
-    "whole_video": (OF_HOLES, ["seconds/denoise", "step_s/1", "guided_step_s", "gpu_used_bytes"]),
+    "whole_video": (
+        "--layers 1 --size 64x64 --frames 5 --device cpu --num-gpus 2 --steps 8 --guidance-gate 0.5",
+        ["seconds/denoise", "step_s/7", "guided_step_s", "unguided_share", "regrouping_s/0", "gpu_used_bytes"],
+    ),
     "whole_video --random": (
         f"--random {OF_HOLES}",
         ["beyond_denoising_s/list/median", "videos/known/0/wall_s", "videos/new/0/outside_s", "videos/list/2/end_s"],
