@@ -145,7 +145,8 @@ class SparseAttention(LossyAttention):
         out = _attended(own_q, k, v, ways)
         if rows is not None:
             self._keep(layer, sampled_errors(own_q[0], k[0], v[0], out[0], rows), heads)
-        return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - k.shape[1]))
+        missing = q.shape[1] - k.shape[1]
+        return F.pad(out, (0, 0, 0, 0, 0, missing)) if missing else out  # by 0, it would copy
 
     def _chosen(self, forward: Forward, layer: int, choose: Callable[[], T]) -> T:
         """Returns what was chosen for this branch and layer; chooses again if nothing may be used any more."""
